@@ -1,0 +1,5 @@
+"""``python -m peftscope``: the same as the ``peftscope`` command."""
+
+from peftscope.cli import main
+
+main()

@@ -1,0 +1,128 @@
+"""Tokenising and batching: one collator and one order for every method."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from peftscope.data.tasks import Item
+
+IGNORED = -100
+"""The label of positions that carry no loss, as in torch and transformers."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised item.
+
+    Attributes:
+        tokens: Prompt, response and end of sequence.
+        prompt_length: How many of them are prompt: no loss there.
+    """
+
+    tokens: tuple[int, ...]
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded sequences; B rows, S positions, K positions that some row's loss needs.
+
+    Attributes:
+        input_ids: (B, S) int64.
+        attention_mask: (B, S) int64, 1 on tokens.
+        labels: (B, S) int64, -100 outside responses.
+        kept_positions: (K,) int64, positions whose logits predict a response token of some row.
+        kept_labels: (B, K) int64, the token that follows each kept position, or -100.
+        response_tokens: () int64, number of tokens under the loss.
+        tokens: Number of tokens that are not padding.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    kept_positions: torch.Tensor
+    kept_labels: torch.Tensor
+    response_tokens: torch.Tensor
+    tokens: int
+
+    def to(self, device: str) -> Batch:
+        """Returns the batch on a device."""
+        moved = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in vars(self).items()}
+        return Batch(**moved)
+
+
+def tokenise(items: Sequence[Item], tokenizer: Any, seq_len: int) -> list[Example]:
+    """Returns the items as tokens: prompt, a space and the response, end of sequence.
+
+    Prompt and response are tokenised apart, so that training sees the prompt exactly as generation does. A prompt that
+    is too long loses its start, never its response.
+
+    Raises:
+        ValueError: A response alone is longer than ``seq_len``.
+    """
+    prompts = tokenizer([item.prompt for item in items], add_special_tokens=False)["input_ids"]
+    responses = tokenizer([f" {item.response}" for item in items], add_special_tokens=False)["input_ids"]
+    examples = []
+    for item, prompt, response in zip(items, prompts, responses, strict=True):
+        answer = [*response, tokenizer.eos_token_id]
+        room = seq_len - len(answer)
+        if room < 1:
+            raise ValueError(f"seq_len={seq_len} is too short for the response to {item.prompt[:60]!r}")
+        kept = prompt[-room:]
+        examples.append(Example((*kept, *answer), len(kept)))
+    return examples
+
+
+def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
+    """Returns one right-padded batch with the positions that response-only logits need."""
+    width = max(len(example.tokens) for example in examples)
+    input_ids = torch.full((len(examples), width), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORED)
+    for row, example in enumerate(examples):
+        length = len(example.tokens)
+        tokens = torch.tensor(example.tokens)
+        input_ids[row, :length] = tokens
+        attention_mask[row, :length] = 1
+        labels[row, example.prompt_length : length] = tokens[example.prompt_length :]
+    next_labels = torch.cat([labels[:, 1:], torch.full((len(examples), 1), IGNORED)], dim=1)
+    positions = (next_labels != IGNORED).any(dim=0).nonzero().squeeze(1)
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=labels,
+        kept_positions=positions,
+        kept_labels=next_labels[:, positions],
+        response_tokens=(labels != IGNORED).sum(),
+        tokens=int(attention_mask.sum()),
+    )
+
+
+def training_order(size: int, seed: int) -> Iterator[int]:
+    """Yields the indices of the training items for ever: a new permutation each epoch, all decided by the seed."""
+    epoch = 0
+    while True:
+        order = list(range(size))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        yield from order
+        epoch += 1
+
+
+def training_batches(
+    examples: Sequence[Example], *, seed: int, batch_size: int, pad_token_id: int
+) -> Iterator[Batch]:
+    """Yields training batches for ever; the same seed gives every method the same batches in the same order."""
+    order = training_order(len(examples), seed)
+    while True:
+        yield collate([examples[next(order)] for _ in range(batch_size)], pad_token_id)
+
+
+def evaluation_batches(examples: Sequence[Example], *, batch_size: int, pad_token_id: int) -> Iterator[Batch]:
+    """Yields the examples in their order."""
+    for start in range(0, len(examples), batch_size):
+        yield collate(examples[start : start + batch_size], pad_token_id)

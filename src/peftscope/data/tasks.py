@@ -1,0 +1,246 @@
+"""Tasks: one pool each, made once, de-duplicated by prompt and split by a hash of the prompt. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from peftscope.errors import InputError, Problem, close_match
+from peftscope.record import write_json
+from peftscope.sweep import EXPERIMENTS, problems_of, read_yaml
+
+TASKS_FILE = EXPERIMENTS / "tasks.yaml"
+TASKS_FOLDER = Path("resources/tasks")
+SPLITS = ("train", "validation", "test")
+
+
+class EnumerateSource(BaseModel):
+    """Every item of a small domain."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["enumerate"]
+    what: Literal["two_digit_sums"]
+
+
+class ReasoningGymSource(BaseModel):
+    """Items of a reasoning-gym generator. Neighbouring seeds give the same items, so there is one seed for the pool."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["reasoning_gym"]
+    dataset: str
+    size: PositiveInt
+    seed: int
+    options: dict[str, Any] = {}
+
+
+class JsonlSource(BaseModel):
+    """A file of one JSON object a line, with ``prompt`` and ``response``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["jsonl"]
+    path: Path
+
+
+class HubDataSource(BaseModel):
+    """A data set of a Hugging Face hub; ``prompt`` and ``response`` name its columns."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["hub"]
+    dataset: str
+    config: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    prompt: str
+    response: str
+
+
+class TaskEntry(BaseModel):
+    """One task of tasks.yaml."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    source: Annotated[
+        EnumerateSource | ReasoningGymSource | JsonlSource | HubDataSource, Field(discriminator="kind")
+    ]
+    licence: str = "unknown"
+
+
+class _Tasks(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    tasks: dict[str, TaskEntry]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt and the response that is wanted."""
+
+    prompt: str
+    response: str
+
+
+@lru_cache
+def _tasks() -> dict[str, TaskEntry]:
+    try:
+        return _Tasks(tasks=read_yaml(TASKS_FILE)).tasks  # type: ignore[arg-type]
+    except ValidationError as error:
+        fields = set(TaskEntry.model_fields)
+        raise InputError(problems_of(error, lambda loc: f"{TASKS_FILE}: {'.'.join(map(str, loc[1:]))}", fields)) from None
+
+
+def find_task(name: str, where: str = "task") -> TaskEntry:
+    """Returns the entry of a task.
+
+    Raises:
+        InputError: There is none, or no lm-eval file beside it.
+    """
+    entry = _tasks().get(name)
+    if entry is None:
+        raise InputError(Problem(where, f"unknown task (got {name!r})", close_match(name, _tasks())))
+    if not lm_eval_file(name).is_file():
+        raise InputError(Problem(where, f"task {name} has no lm-eval file", f"write {lm_eval_file(name)}"))
+    return entry
+
+
+def lm_eval_file(name: str) -> Path:
+    """Returns the path of a task's lm-eval file."""
+    return EXPERIMENTS / "tasks" / f"{name}.yaml"
+
+
+def task_folder(name: str) -> Path:
+    """Returns the folder that holds a task's splits after they were made."""
+    return TASKS_FOLDER / name
+
+
+def split_of(prompt: str) -> str:
+    """Returns the split that a prompt belongs to, whatever pool it stands in: 80, 10 and 10 % by hash.
+
+    >>> split_of("12 + 34 =") == split_of("12 + 34 =")
+    True
+    """
+    bucket = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]) % 10
+    return "validation" if bucket == 8 else "test" if bucket == 9 else "train"
+
+
+def make_task(name: str) -> Path:
+    """Makes a task's three splits if they are not there, and returns their folder.
+
+    Raises:
+        InputError: The source cannot be read, or a split would be empty.
+    """
+    folder = task_folder(name)
+    if (folder / "manifest.json").is_file():
+        return folder
+    entry = find_task(name)
+    pool: dict[str, Item] = {}
+    read = 0
+    for item in _READERS[type(entry.source)](name, entry.source):
+        read += 1
+        pool.setdefault(item.prompt, item)
+    splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    # Sorted by hash, so that the first items of a split are a fair sample of it.
+    for item in sorted(pool.values(), key=lambda item: hashlib.sha256(item.prompt.encode()).digest()[8:]):
+        splits[split_of(item.prompt)].append(item)
+    empty = [split for split, items in splits.items() if not items]
+    if empty:
+        raise InputError(
+            Problem(f"task {name}", f"{len(pool)} different prompts leave {', '.join(empty)} empty", "use more items")
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as temporary:
+        target = Path(temporary) / "task"
+        target.mkdir()
+        for split, items in splits.items():
+            lines = [json.dumps({"prompt": i.prompt, "response": i.response}, ensure_ascii=False) for i in items]
+            (target / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+        manifest = {
+            "name": name,
+            "source": entry.source.model_dump(mode="json"),
+            "licence": entry.licence,
+            "items": {split: len(items) for split, items in splits.items()},
+            "duplicates_dropped": read - len(pool),
+            "sha256": {s: hashlib.sha256((target / f"{s}.jsonl").read_bytes()).hexdigest() for s in SPLITS},
+        }
+        write_json(target / "manifest.json", manifest)
+        shutil.rmtree(folder, ignore_errors=True)
+        target.rename(folder)
+    return folder
+
+
+def read_split(name: str, split: str) -> list[Item]:
+    """Returns the items of a split that was made."""
+    path = task_folder(name) / f"{split}.jsonl"
+    return [Item(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def _two_digit_sums(name: str, source: EnumerateSource) -> Iterator[Item]:
+    for left in range(10, 100):
+        for right in range(10, 100):
+            yield Item(f"{left} + {right} =", str(left + right))
+
+
+def _reasoning_gym(name: str, source: ReasoningGymSource) -> Iterator[Item]:
+    import reasoning_gym
+
+    try:
+        dataset = reasoning_gym.create_dataset(source.dataset, size=source.size, seed=source.seed, **source.options)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"reasoning-gym refuses it: {error}")) from None
+    for entry in dataset:
+        yield Item(f"{entry['question'].strip()}\nAnswer:", str(entry["answer"]).strip())
+
+
+def _jsonl(name: str, source: JsonlSource) -> Iterator[Item]:
+    try:
+        lines = source.path.read_text().splitlines()
+    except OSError as error:
+        raise InputError(Problem(f"{TASKS_FILE}: {name}.source.path", f"{source.path}: {error.strerror}")) from None
+    problems = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            yield Item(str(record["prompt"]), str(record["response"]).strip())
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            problems.append(
+                Problem(f"{source.path}: line {number}", f"{error!r}", 'a line is {"prompt": ..., "response": ...}')
+            )
+    if problems:
+        raise InputError(problems)
+
+
+def _hub(name: str, source: HubDataSource) -> Iterator[Item]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
+        for row in rows:
+            yield Item(str(row[source.prompt]), str(row[source.response]).strip())
+    except KeyError as error:
+        raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"the data set has no column {error}")) from None
+    except Exception as error:  # the hub client raises many kinds
+        raise InputError(
+            Problem(f"{TASKS_FILE}: {name}.source.dataset", f"cannot load it: {error}", "is a hub reachable?")
+        ) from error
+
+
+_READERS: dict[type, Any] = {
+    EnumerateSource: _two_digit_sums,
+    ReasoningGymSource: _reasoning_gym,
+    JsonlSource: _jsonl,
+    HubDataSource: _hub,
+}

@@ -1,0 +1,45 @@
+"""Held-out loss on response tokens: the low-variance score, measured for every run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from peftscope.data.batching import IGNORED, Example, evaluation_batches
+from peftscope.spec import RunSpec
+from peftscope.training.step import autocast
+
+
+@torch.no_grad()
+def heldout_nll(model: Any, examples: Sequence[Example], spec: RunSpec, pad_token_id: int) -> list[tuple[float, int]]:
+    """Returns (summed nll in nats, number of response tokens) of each example, in their order.
+
+    Logits are computed at response positions only, and the loss in fp32, whatever the spec's training path.
+    """
+    results = []
+    for batch in evaluation_batches(examples, batch_size=spec.eval_batch_size, pad_token_id=pad_token_id):
+        batch = batch.to(spec.device)
+        with autocast(spec):
+            logits = model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                logits_to_keep=batch.kept_positions + spec.method.logit_offset(),
+                use_cache=False,
+            ).logits
+        losses = torch.nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), batch.kept_labels, ignore_index=IGNORED, reduction="none"
+        )
+        counts = (batch.kept_labels != IGNORED).sum(dim=1)
+        results += list(zip(losses.sum(dim=1).tolist(), counts.tolist(), strict=True))
+    return results
+
+
+def mean_nll(per_item: Sequence[tuple[float, int]]) -> float:
+    """Returns the mean nll per response token, in nats.
+
+    >>> mean_nll([(2.0, 1), (4.0, 2)])
+    2.0
+    """
+    return sum(nll for nll, _ in per_item) / sum(count for _, count in per_item)

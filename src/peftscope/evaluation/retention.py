@@ -1,0 +1,54 @@
+"""Retention: bits per byte on held-out English prose, before and after training.
+
+The text is the project's own, so that no base model has seen it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+from peftscope.spec import RunSpec
+from peftscope.training.step import autocast
+
+PROSE_SHA256 = "581b983304f5e052f63566da1961f656f81d1b73b9f3db74dbb38e0ed5da5e24"
+WINDOW_TOKENS = 256
+
+
+def prose() -> str:
+    """Returns the held-out text.
+
+    Raises:
+        RuntimeError: It is not the text that records were made with.
+    """
+    content = files("peftscope.evaluation").joinpath("prose.txt").read_bytes()
+    if hashlib.sha256(content).hexdigest() != PROSE_SHA256:
+        raise RuntimeError("evaluation/prose.txt was changed; scores on it would not be comparable")
+    return content.decode()
+
+
+@torch.no_grad()
+def bits_per_byte(model: Any, tokenizer: Any, spec: RunSpec) -> float:
+    """Returns the code length of the first ``spec.retention_tokens`` tokens of the prose, per byte of their text.
+
+    Windows of 256 tokens, each scored from its second token on; the bytes are those of the scored tokens.
+    """
+    ids = tokenizer(prose(), add_special_tokens=False)["input_ids"][: spec.retention_tokens]
+    windows = [ids[start : start + WINDOW_TOKENS] for start in range(0, len(ids), WINDOW_TOKENS)]
+    windows = [window for window in windows if len(window) > 1]
+    nats, scored_bytes = 0.0, 0
+    offset = spec.method.logit_offset()
+    for window in windows:
+        tokens = torch.tensor([window], device=spec.device)
+        positions = torch.arange(len(window) - 1, device=spec.device) + offset
+        with autocast(spec):
+            logits = model(
+                input_ids=tokens, attention_mask=torch.ones_like(tokens), logits_to_keep=positions, use_cache=False
+            ).logits
+        nats += torch.nn.functional.cross_entropy(logits[0].float(), tokens[0, 1:], reduction="sum").item()
+        scored_bytes += len(tokenizer.decode(window[1:]).encode())
+    return nats / math.log(2) / scored_bytes

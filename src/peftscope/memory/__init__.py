@@ -1,0 +1,1 @@
+"""Memory: shapes of models and the tracker of live tensor bytes."""

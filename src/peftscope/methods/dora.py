@@ -1,0 +1,37 @@
+"""DoRA: the weight's direction gets a low-rank update, its column magnitudes are trained apart.
+
+Source: Liu et al. 2024, arXiv 2402.09353, equation 5 (the norm is detached, as in their section 4.3).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from peftscope.methods.fields import AdapterDtype, Alpha, Dropout, Method, Rank, Targets, target_modules
+from peftscope.methods.low_rank import low_rank_parameters, wrap_with_lora
+
+if TYPE_CHECKING:
+    from peftscope.memory.shapes import ModelShape
+    from peftscope.spec import RunSpec
+
+
+class DoRA(Method):
+    """Weight-decomposed low-rank adaptation."""
+
+    label: ClassVar[str] = "DoRA"
+
+    name: Literal["dora"] = "dora"
+    rank: Rank = 8
+    alpha: Alpha = 16
+    targets: Targets = "all-linear"
+    dropout: Dropout = 0.0
+    adapter_dtype: AdapterDtype = "fp32"
+
+    def trainable_parameters(self, shape: ModelShape) -> int:
+        """Returns LoRA's count plus one magnitude per output of each target."""
+        magnitudes = sum(layer.outputs for layer in shape.linear_layers(target_modules(self.targets)))
+        return low_rank_parameters(shape, self.targets, self.rank) + magnitudes
+
+    def build(self, model: Any, spec: RunSpec) -> Any:
+        """Returns the base wrapped with PEFT's LoRA, ``use_dora=True``."""
+        return wrap_with_lora(model, **self.model_dump(exclude={"name"}), use_dora=True)

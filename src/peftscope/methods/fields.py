@@ -1,0 +1,133 @@
+"""The types that method parameters share: ranges, units and descriptions are stated once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from peftscope.memory.shapes import ModelShape
+    from peftscope.spec import RunSpec
+
+TARGET_PRESETS: dict[str, tuple[str, ...]] = {
+    "minimal": ("q_proj", "v_proj"),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "all-linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+def _preset_or_modules(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if isinstance(value, str) and value not in TARGET_PRESETS:
+        raise ValueError(f"not a preset ({', '.join(TARGET_PRESETS)}); write module names as a list")
+    if not isinstance(value, str):
+        if not value:
+            raise ValueError("the list of target modules is empty")
+        return tuple(sorted(set(value)))
+    return value
+
+
+def target_modules(targets: str | tuple[str, ...]) -> list[str]:
+    """Returns the module names behind a preset or a list.
+
+    >>> target_modules("minimal")
+    ['q_proj', 'v_proj']
+    """
+    return list(TARGET_PRESETS[targets]) if isinstance(targets, str) else list(targets)
+
+
+Rank = Annotated[int, Field(ge=1, description="inner dimension of the update B·A")]
+Alpha = Annotated[float, Field(gt=0, description="numerator of the scale alpha/rank (alpha/sqrt(rank) for rsLoRA)")]
+Targets = Annotated[
+    str | tuple[str, ...],
+    AfterValidator(_preset_or_modules),
+    Field(description="minimal (q,v), attention (q,k,v,o), mlp, all-linear, or a list of module names"),
+]
+Dropout = Annotated[float, Field(ge=0, lt=1, description="dropout on the input of A")]
+AdapterDtype = Annotated[
+    Literal["fp32", "base"],
+    Field(description="fp32 is PEFT's default (autocast_adapter_dtype); base keeps the base model's dtype"),
+]
+QuantType = Annotated[Literal["nf4", "fp4"], Field(description="code book of the 4-bit weights")]
+DoubleQuant = Annotated[bool, Field(description="quantise the fp32 block constants to 8 bit as well")]
+ComputeDtype = Annotated[Literal["bf16", "fp32"], Field(description="dtype of the dequantised product")]
+VirtualTokens = Annotated[int, Field(ge=1, description="trainable positions before the prompt")]
+
+
+class Quantization(BaseModel):
+    """How the linear layers of a frozen base are stored: every bitsandbytes option, none left to its default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    quant_type: QuantType = "nf4"
+    double_quant: DoubleQuant = True
+    compute_dtype: ComputeDtype = "bf16"
+
+
+class Method(BaseModel):
+    """The contract of a method: its parameters as fields, and what a run asks of it.
+
+    A subclass overrides what differs. Methods do not inherit from each other. Modules of this package import
+    torch and peft inside functions only, so that specs can be read without them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    trains: ClassVar[bool] = True
+    """False for the untouched base."""
+    label: ClassVar[str]
+    """The name in tables and plots."""
+    accepts_padding_free_attention: ClassVar[bool] = True
+    """False where a mask-free causal kernel would be wrong, as with a prefix in the key-value cache."""
+
+    min_steps: ClassVar[int] = 1
+    """The shortest run that its schedule fits."""
+    mergeable: ClassVar[bool] = True
+    """Whether the result can become a plain model of the base's shape."""
+
+    def quantization(self) -> Quantization | None:
+        """Returns how the base is quantised when it is loaded, or None."""
+        return None
+
+    def targets_of(self) -> list[str]:
+        """Returns the names of the modules that the method adapts (empty: none, or all)."""
+        targets = getattr(self, "targets", None)
+        return target_modules(targets) if targets is not None else []
+
+    def trainable_parameters(self, shape: ModelShape) -> int:
+        """Returns the number of values that require gradients when the run starts."""
+        raise NotImplementedError
+
+    def build(self, model: Any, spec: RunSpec) -> Any:
+        """Returns the model that is trained; ``model`` is the loaded base and may be changed in place."""
+        raise NotImplementedError
+
+    def optimizer_groups(self, model: Any, spec: RunSpec) -> list[dict[str, Any]]:
+        """Returns the optimizer's parameter groups."""
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": spec.learning_rate}]
+
+    def logit_offset(self) -> int:
+        """Returns how many positions the wrapper puts before the tokens whose logits it returns."""
+        return 0
+
+    def after_optimizer_step(self, model: Any, step: int) -> None:
+        """Runs after ``optimizer.step`` and before ``zero_grad``; ``step`` counts from 0."""
+
+    def final_trainable_parameters(self, model: Any) -> int:
+        """Returns the number of trained values that the finished model uses."""
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def metrics(self, model: Any) -> dict[str, float]:
+        """Returns further figures that this method alone can give, for the record."""
+        return {}
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Writes what was trained: an adapter in PEFT's format (or, for full fine-tuning, the model)."""
+        for config in getattr(model, "peft_config", {}).values():
+            # PEFT keeps names as sets and would write them in an order that changes from process to process.
+            for name, value in vars(config).items():
+                if isinstance(value, set):
+                    setattr(config, name, sorted(value))
+        model.save_pretrained(folder)

@@ -1,0 +1,50 @@
+"""LoRA+: LoRA whose B matrices learn faster than its A matrices.
+
+Source: Hayou et al. 2024, arXiv 2402.12354; the default ratio of 16 is theirs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from peftscope.methods.fields import AdapterDtype, Alpha, Dropout, Method, Rank, Targets
+from peftscope.methods.low_rank import low_rank_parameters, wrap_with_lora
+
+if TYPE_CHECKING:
+    from peftscope.memory.shapes import ModelShape
+    from peftscope.spec import RunSpec
+
+
+class LoRAPlus(Method):
+    """LoRA with two learning rates; ``learning_rate`` is that of A."""
+
+    label: ClassVar[str] = "LoRA+"
+
+    name: Literal["lora-plus"] = "lora-plus"
+    rank: Rank = 8
+    alpha: Alpha = 16
+    targets: Targets = "all-linear"
+    dropout: Dropout = 0.0
+    adapter_dtype: AdapterDtype = "fp32"
+    lr_ratio: Annotated[float, Field(ge=1, description="learning rate of B over that of A")] = 16.0
+
+    def trainable_parameters(self, shape: ModelShape) -> int:
+        """Returns the same count as LoRA."""
+        return low_rank_parameters(shape, self.targets, self.rank)
+
+    def build(self, model: Any, spec: RunSpec) -> Any:
+        """Returns the base wrapped with PEFT's LoRA."""
+        return wrap_with_lora(model, **self.model_dump(exclude={"name", "lr_ratio"}))
+
+    def optimizer_groups(self, model: Any, spec: RunSpec) -> list[dict[str, Any]]:
+        """Returns two groups: A at the learning rate, B at ``lr_ratio`` times it."""
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return [
+            {"params": [p for name, p in trained if ".lora_B." not in name], "lr": spec.learning_rate},
+            {
+                "params": [p for name, p in trained if ".lora_B." in name],
+                "lr": spec.learning_rate * self.lr_ratio,
+            },
+        ]

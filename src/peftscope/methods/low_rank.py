@@ -1,0 +1,43 @@
+"""What LoRA and its variants share: the parameter count and PEFT's configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from peftscope.methods.fields import target_modules
+
+if TYPE_CHECKING:
+    from peftscope.memory.shapes import ModelShape
+
+
+def low_rank_parameters(shape: ModelShape, targets: str | tuple[str, ...], rank: int) -> int:
+    """Returns the size of all A (rank x in) and B (out x rank) matrices.
+
+    Source: Hu et al. 2021, section 4.2: rank * (in + out) per adapted matrix.
+    """
+    return sum(rank * (layer.inputs + layer.outputs) for layer in shape.linear_layers(target_modules(targets)))
+
+
+def wrap_with_lora(
+    model: Any,
+    *,
+    rank: int,
+    alpha: float,
+    targets: str | tuple[str, ...],
+    dropout: float,
+    adapter_dtype: str,
+    **options: Any,
+) -> Any:
+    """Returns ``model`` with LoRA layers on every target; ``options`` go to PEFT's ``LoraConfig``."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules(targets),
+        bias="none",
+        **options,
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=adapter_dtype == "fp32")

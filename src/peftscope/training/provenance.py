@@ -1,0 +1,81 @@
+"""Where a record comes from: code, versions, hardware, data."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from peftscope.data.tasks import task_folder
+from peftscope.evaluation.retention import PROSE_SHA256
+from peftscope.models.catalog import model_folder
+from peftscope.spec import RunSpec
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "lm_eval", "numpy", "tokenizers", "peftscope")
+
+
+def provenance(spec: RunSpec) -> dict[str, Any]:
+    """Returns the facts that a reader needs to judge or repeat a run."""
+    return {
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": git_state(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "hardware": hardware(spec.device),
+        "threads": torch.get_num_threads(),
+        "environment": {
+            name: os.environ.get(name)
+            for name in ("PYTORCH_CUDA_ALLOC_CONF", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+        },
+        "model": _manifest(model_folder(spec.model, spec.revision)),
+        "task": _manifest(task_folder(spec.task)),
+        "prose_sha256": PROSE_SHA256,
+    }
+
+
+def git_state() -> dict[str, Any]:
+    """Returns the commit and whether the tree differs from it; None where there is no repository."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """Returns the processor, its cores, memory, and the card if the run uses one."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    found: dict[str, Any] = {
+        "cpu": cpu,
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": platform.system(),
+        "gpu": None,
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    return found
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / "manifest.json"
+    return json.loads(path.read_text()) if path.is_file() else None

@@ -1,0 +1,234 @@
+"""One run, from its spec to its record: load, initialise, train, evaluate, save, probe.
+
+However it ends, a record is written: failure is data.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftscope.data.batching import Batch, tokenise, training_batches
+from peftscope.data.tasks import read_split
+from peftscope.evaluation.heldout import heldout_nll, mean_nll
+from peftscope.evaluation.retention import bits_per_byte
+from peftscope.memory.tracker import MemoryTracker, tensors_of
+from peftscope.models.load import attention, load_base, load_tokenizer
+from peftscope.record import RunRecord, Size, write_record
+from peftscope.spec import RunSpec, run_id
+from peftscope.training.build import build_model, seed_everything
+from peftscope.training.loop import Diverged, TrainingLog, train
+from peftscope.training.phases import Phases
+from peftscope.training.probe import probe_evaluation, probe_training
+from peftscope.training.provenance import provenance
+
+
+class Interrupted(BaseException):
+    """The process was told to stop (SIGINT or SIGTERM)."""
+
+
+def execute(spec: RunSpec, folder: Path, phases: Phases) -> RunRecord:
+    """Runs a spec and writes ``record.json``, ``items.jsonl`` and ``adapter/`` into ``folder``.
+
+    Args:
+        spec: What to run.
+        folder: The run's own folder; what an earlier attempt left there is removed.
+        phases: Started with the process, imports already marked.
+
+    Returns:
+        The record, whatever its status but ``interrupted``.
+
+    Raises:
+        Interrupted: After ``interrupted.json`` was written, so that the job counts as not done.
+    """
+    for name in ("record.json", "interrupted.json", "items.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = RunRecord(run_id=run_id(spec), status="ok", spec=spec, provenance=provenance(spec))
+    log = TrainingLog()
+    file = "record.json"
+    try:
+        _run(spec, folder, record, log, phases)
+    except Interrupted as error:
+        record.status, record.reason, file = "interrupted", str(error), "interrupted.json"
+        raise
+    except Diverged as error:
+        record.status, record.reason = "diverged", str(error)
+    except Exception as error:
+        record.status = "oom" if _is_out_of_memory(error) else "failed"
+        record.reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        traceback.print_exc()
+    finally:
+        record.train_nll, record.train_loss, record.speed = log.nll, log.loss, _speed(record, log, spec)
+        phases.finish()
+        record.seconds, record.memory = phases.seconds, phases.memory
+        record.unavailable = _unavailable(record)
+        write_record(folder / file, record)
+    return record
+
+
+def _run(spec: RunSpec, folder: Path, record: RunRecord, log: TrainingLog, phases: Phases) -> None:
+    with phases.phase("load"):
+        tokenizer = load_tokenizer(spec)
+        pad = tokenizer.pad_token_id
+        training = tokenise(read_split(spec.task, "train"), tokenizer, spec.seq_len) if spec.method.trains else []
+        items = read_split(spec.task, "test")[: spec.heldout_items]
+        heldout = tokenise(items, tokenizer, spec.seq_len)
+        with _tracked_load(spec, phases) as loaded:
+            base = load_base(spec)
+            loaded.append(base)
+        vocab_size = base.config.vocab_size
+    with phases.phase("initialise"), _tracked_load(spec, phases, base) as loaded:
+        model, loss_function = build_model(base, spec)
+        loaded.append(model)
+    record.size = _initial_size(model, spec)
+
+    def evaluate_retention() -> float | None:
+        model.eval()
+        with phases.phase("evaluate"), attention(model, spec.attention):
+            return bits_per_byte(model, tokenizer, spec) if spec.retention_tokens else None
+
+    record.quality.retention_bits_per_byte_before = evaluate_retention()
+    used: list[Batch] = []
+    if spec.method.trains:
+        with phases.phase("train"):
+            seed_everything(spec.seed)
+            batches = training_batches(training, seed=spec.seed, batch_size=spec.batch_size, pad_token_id=pad)
+            train(model, _remembered(batches, used), spec, loss_function, vocab_size, log)
+        record.quality.retention_bits_per_byte = evaluate_retention()
+    else:
+        record.quality.retention_bits_per_byte = record.quality.retention_bits_per_byte_before
+    record.method_metrics = spec.method.metrics(model)
+    with phases.phase("evaluate"):
+        model.eval()
+        with attention(model, spec.attention):
+            per_item = heldout_nll(model, heldout, spec, pad)
+            answers = _answers(model, tokenizer, spec, record)
+        _write_items(folder / "items.jsonl", items, per_item, answers)
+        record.quality.heldout_nll = mean_nll(per_item)
+        record.quality.heldout_tokens = sum(count for _, count in per_item)
+        _save(model, spec, folder, record)
+    if spec.device == "cpu" and spec.probe_steps:
+        with phases.phase("probe"):
+            with attention(model, spec.attention):
+                phases.memory.evaluate.peak_tensor_bytes = probe_evaluation(model, heldout, spec, pad)
+            if spec.method.trains:
+                widest = max(used, key=lambda batch: batch.input_ids.shape[1])
+                peaks = probe_training(model, widest, spec, loss_function)
+                phases.memory.train.peak_tensor_bytes = max(peaks.values())
+                phases.memory.forward_peak_tensor_bytes = peaks["forward"]
+                phases.memory.backward_peak_tensor_bytes = peaks["backward"]
+                phases.memory.optimizer_peak_tensor_bytes = peaks["optimizer"]
+
+
+def _remembered(batches: Iterator[Batch], used: list[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        used.append(batch)
+        yield batch
+
+
+@contextmanager
+def _tracked_load(spec: RunSpec, phases: Phases, *alive: Any) -> Iterator[list[Any]]:
+    """Tracks live bytes while a model comes to be; the block appends it, so that its storages are counted."""
+    loaded: list[Any] = []
+    if spec.device != "cpu":
+        yield loaded
+        return
+    tracker = MemoryTracker(tensors_of(*alive))
+    with tracker:
+        yield loaded
+    for tensor in tensors_of(*loaded):
+        tracker.add(tensor)
+    load = phases.memory.load
+    load.peak_tensor_bytes = max(load.peak_tensor_bytes or 0, tracker.peak_bytes)
+
+
+def _initial_size(model: Any, spec: RunSpec) -> Size:
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # A 4-bit parameter packs two values a byte; its quantisation state knows the real shape.
+    total = sum(
+        p.quant_state.shape.numel() if getattr(p, "quant_state", None) is not None else p.numel()
+        for p in model.parameters()
+    )
+    return Size(initial_trainable_parameters=trainable, total_parameters=total)
+
+
+def _answers(model: Any, tokenizer: Any, spec: RunSpec, record: RunRecord) -> list[dict[str, Any]]:
+    if not spec.generation_items:
+        return []
+    import time
+
+    from peftscope.evaluation.answers import score_answers
+
+    began = time.perf_counter()
+    answers = score_answers(model, tokenizer, spec)
+    record.speed.generation_seconds = time.perf_counter() - began
+    record.quality.exact_match = sum(row["correct"] for row in answers) / len(answers)
+    record.quality.exact_match_items = len(answers)
+    return answers
+
+
+def _write_items(path: Path, items: Any, per_item: Any, answers: list[dict[str, Any]]) -> None:
+    by_item = {row["item"]: row for row in answers}
+    rows = []
+    for index, (item, (nll, tokens)) in enumerate(zip(items, per_item, strict=True)):
+        row = {"item": index, "prompt": item.prompt, "target": item.response, "nll": nll, "tokens": tokens}
+        answer = by_item.get(index)
+        rows.append(row | ({"answer": answer["answer"], "correct": answer["correct"]} if answer else {}))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _save(model: Any, spec: RunSpec, folder: Path, record: RunRecord) -> None:
+    if not spec.method.trains:
+        return
+    adapter = folder / "adapter"
+    spec.method.save(model, adapter)
+    record.size.adapter_bytes = sum(path.stat().st_size for path in adapter.glob("*.safetensors"))
+    record.size.trained_parameters = spec.method.final_trainable_parameters(model)
+
+
+def _speed(record: RunRecord, log: TrainingLog, spec: RunSpec) -> Any:
+    speed = log.speed(spec)
+    speed.generation_seconds = record.speed.generation_seconds
+    return speed
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _unavailable(record: RunRecord) -> dict[str, str]:
+    """Returns why each null field is null."""
+    reasons: dict[str, str] = {}
+    cpu = record.spec.device == "cpu"
+    for phase in ("load", "train", "evaluate"):
+        for field, value in getattr(record.memory, phase):
+            if value is None:
+                cuda_only = cpu and field in ("peak_reserved_bytes", "peak_device_bytes")
+                reasons[f"memory.{phase}.{field}"] = "CUDA only" if cuda_only else _why_missing(record, phase)
+    for phase in ("forward", "backward", "optimizer"):
+        if getattr(record.memory, f"{phase}_peak_tensor_bytes") is None:
+            reasons[f"memory.{phase}_peak_tensor_bytes"] = _why_missing(record, "train") if cpu else "CPU only"
+    for part in ("speed", "quality", "size"):
+        for field, value in getattr(record, part):
+            if value is None:
+                reasons[f"{part}.{field}"] = _why_missing(record, "evaluate" if part == "quality" else "train")
+    return reasons
+
+
+def _why_missing(record: RunRecord, phase: str) -> str:
+    if record.status != "ok":
+        return f"the run ended: {record.status}"
+    if phase == "train" and not record.spec.method.trains:
+        return "nothing is trained"
+    return "switched off in the spec"
+
+

@@ -1,0 +1,136 @@
+"""THE training step. The loop runs it on data, the probe under a byte tracker, a simulator on fake tensors.
+
+Nothing here looks at a value: no ``item()``, no ``if`` on a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from peftscope.data.batching import Batch
+from peftscope.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step gives back, both () fp32 and detached.
+
+    Attributes:
+        loss: What was minimised, regularisers included.
+        nll: Mean negative log likelihood of response tokens, in nats.
+    """
+
+    loss: torch.Tensor
+    nll: torch.Tensor
+
+
+def make_optimizer(model: Any, spec: RunSpec) -> torch.optim.Optimizer:
+    """Returns the spec's optimizer over the method's parameter groups."""
+    groups = spec.method.optimizer_groups(model, spec)
+    implementation = {"foreach": spec.optimizer_implementation == "foreach"}
+    if spec.optimizer_implementation == "fused":
+        implementation = {"fused": True}
+    if spec.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=spec.learning_rate, weight_decay=spec.weight_decay, **implementation)
+    return torch.optim.AdamW(
+        groups,
+        lr=spec.learning_rate,
+        betas=(spec.adam_beta1, spec.adam_beta2),
+        eps=spec.adam_epsilon,
+        weight_decay=spec.weight_decay,
+        **implementation,
+    )
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, spec: RunSpec) -> torch.optim.lr_scheduler.LRScheduler:
+    """Returns the learning-rate schedule: linear warm-up, then constant, linear or cosine decay to zero."""
+    from transformers import get_scheduler
+
+    name = "constant_with_warmup" if spec.schedule == "constant" else spec.schedule
+    return get_scheduler(name, optimizer, num_warmup_steps=spec.warmup_steps, num_training_steps=spec.steps)
+
+
+def autocast(spec: RunSpec) -> Any:
+    """Returns the context that forward passes of the spec's precision run in."""
+    return torch.autocast(spec.device, torch.bfloat16) if spec.precision == "amp" else nullcontext()
+
+
+class CausalLoss:
+    """transformers' causal loss, which also keeps the plain nll before a wrapper adds a regulariser to it."""
+
+    def __init__(self) -> None:
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
+        self._loss = ForCausalLMLoss
+        self.nll: torch.Tensor | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Returns the loss; ``nll`` holds a detached copy, since wrappers change the tensor in place."""
+        loss = self._loss(*args, **kwargs)
+        self.nll = loss.detach().clone()
+        return loss
+
+
+def forward_loss(model: Any, batch: Batch, spec: RunSpec, response_tokens: torch.Tensor | None = None) -> Any:
+    """Returns the wrapper's output with its loss: the sum over response tokens over ``response_tokens``.
+
+    The model is always called through its outermost wrapper, so that virtual tokens and regularisers take part.
+
+    Args:
+        model: The trained model; of its outputs, ``loss`` is () and ``logits`` (B, K or S, vocabulary).
+        batch: Right-padded sequences.
+        spec: Its loss path decides which logits are computed.
+        response_tokens: () divisor, larger than the batch's own count under gradient accumulation.
+    """
+    total = batch.response_tokens if response_tokens is None else response_tokens
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
+    if spec.loss_path == "response_only":
+        positions = batch.kept_positions + spec.method.logit_offset()
+        inputs |= {"shift_labels": batch.kept_labels, "logits_to_keep": positions}
+    with autocast(spec):
+        return model(**inputs, num_items_in_batch=total, use_cache=False)
+
+
+def train_step(
+    model: Any,
+    batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    spec: RunSpec,
+    loss_function: CausalLoss,
+    after_optimizer_step: Callable[[], None] = lambda: None,
+    at_phase: Callable[[str], None] = lambda phase: None,
+) -> StepOutput:
+    """Runs one optimizer step over the batches of a gradient accumulation, and returns its losses.
+
+    Args:
+        model: From ``build_model``.
+        batches: One or more; the loss is the mean over all their response tokens.
+        optimizer: From ``make_optimizer``.
+        spec: Says how.
+        loss_function: The one that ``build_model`` put into the model.
+        after_optimizer_step: Runs between the update and the clearing of the gradients.
+        at_phase: Told when ``forward``, ``backward`` and ``optimizer`` begin.
+    """
+    total = torch.stack([batch.response_tokens for batch in batches]).sum()
+    losses, nlls = [], []
+    for batch in batches:
+        at_phase("forward")
+        loss = forward_loss(model, batch, spec, total).loss
+        assert loss_function.nll is not None
+        nlls.append(loss_function.nll)
+        losses.append(loss.detach())
+        at_phase("backward")
+        loss.backward()
+        del loss
+    at_phase("optimizer")
+    if spec.max_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], spec.max_grad_norm)
+    optimizer.step()
+    after_optimizer_step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepOutput(loss=torch.stack(losses).sum(), nll=torch.stack(nlls).sum())
