@@ -406,3 +406,16 @@ def _cells(experiment: Experiment) -> Iterator[tuple[str, set[str], dict[str, An
                     origins = {k: f"ladders[{n}].centre.{k}" for k in ladder.centre}
                     origins[key] = f"ladders[{n}].axes.{key}[{i}]"
                     yield f"ladder-{n}-{key}", {key}, {"seed": seed, **ladder.centre, key: step}, origins
+
+
+def flat_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a spec's fields side by side, as experiment files write them, whether ``method`` is a name or a mapping.
+
+    >>> flat_values({"method": {"name": "lora", "rank": 4}, "steps": 3})
+    {'steps': 3, 'method': 'lora', 'rank': 4}
+    """
+    method = values.get("method")
+    if not isinstance(method, dict):
+        return dict(values)
+    fields = {key: value for key, value in method.items() if key != "name"}
+    return {**{key: value for key, value in values.items() if key != "method"}, "method": method.get("name"), **fields}

@@ -1,0 +1,192 @@
+import shlex
+import sys
+from pathlib import Path
+
+from snakemake.utils import min_version
+
+from peftscope.plan import load_plan
+from peftscope.spec import RUN_ID_PATTERN
+
+min_version("9.0")
+# The jobs use the Python that Snakemake itself runs on, whatever PATH says.
+shell.prefix(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
+
+PLAN = load_plan(config)
+
+
+wildcard_constraints:
+    experiment=r"[a-z0-9-]+",
+    run_id=RUN_ID_PATTERN,
+    model=r"[^/]+",
+    task=r"[^/]+",
+
+
+localrules:
+    all,
+
+
+rule all:
+    input:
+        expand("results/{experiment}/all-runs-ended-well", experiment=PLAN.name),
+
+
+rule fetch_model:
+    output:
+        "resources/models/{model}/manifest.json",
+    log:
+        "resources/models/{model}.log",
+    benchmark:
+        "resources/models/{model}.benchmark.tsv"
+    params:
+        name=PLAN.model_name,
+        revision=PLAN.model_revision,
+    shell:
+        "python -m peftscope fetch {params.name:q} {params.revision} > {log} 2>&1"
+
+
+rule make_task:
+    output:
+        "resources/tasks/{task}/manifest.json",
+    log:
+        "resources/tasks/{task}.log",
+    benchmark:
+        "resources/tasks/{task}.benchmark.tsv"
+    shell:
+        "python -m peftscope make-task {wildcards.task:q} > {log} 2>&1"
+
+
+rule train:
+    input:
+        model=PLAN.model_manifest,
+        task=PLAN.task_manifest,
+    output:
+        spec="results/{experiment}/runs/{run_id}/spec.json",
+        record="results/{experiment}/runs/{run_id}/record.json",
+    log:
+        "results/{experiment}/runs/{run_id}/train.log",
+    benchmark:
+        "results/{experiment}/benchmarks/train/{run_id}.tsv"
+    params:
+        spec=PLAN.spec_json,
+    threads: workflow.cores
+    resources:
+        gpu=PLAN.gpus,
+    shell:
+        "python -m peftscope run {params.spec:q} --threads {threads} --output $(dirname {output.record:q}) > {log} 2>&1"
+
+
+rule collect:
+    input:
+        expand("results/{{experiment}}/runs/{run_id}/record.json", run_id=PLAN.run_ids),
+        "src/peftscope/collect.py",
+    output:
+        runs="results/{experiment}/runs.csv",
+        losses="results/{experiment}/losses.csv",
+    log:
+        "results/{experiment}/logs/collect.log",
+    benchmark:
+        "results/{experiment}/benchmarks/collect.tsv"
+    shell:
+        "python -m peftscope collect {wildcards.experiment} > {log} 2>&1"
+
+
+rule tables:
+    input:
+        "results/{experiment}/runs.csv",
+        "src/peftscope/report/tables.py",
+        "src/peftscope/stats.py",
+    output:
+        report(
+            "results/{experiment}/tables/methods.html",
+            caption="src/peftscope/report/captions/methods.rst",
+            category="Tables",
+            labels={"table": "methods"},
+        ),
+        report(
+            "results/{experiment}/tables/runs.html",
+            caption="src/peftscope/report/captions/runs.rst",
+            category="Tables",
+            labels={"table": "all runs"},
+        ),
+        "results/{experiment}/tables/methods.csv",
+        "results/{experiment}/tables/methods.md",
+        "results/{experiment}/tables/ladders.csv",
+    log:
+        "results/{experiment}/logs/tables.log",
+    benchmark:
+        "results/{experiment}/benchmarks/tables.tsv"
+    shell:
+        "python -m peftscope tables {wildcards.experiment} > {log} 2>&1"
+
+
+rule figures:
+    input:
+        "results/{experiment}/runs.csv",
+        "results/{experiment}/losses.csv",
+        "src/peftscope/report/plots.py",
+    output:
+        report(
+            "results/{experiment}/figures/pareto.png",
+            caption="src/peftscope/report/captions/pareto.rst",
+            category="Figures",
+            labels={"figure": "quality against memory"},
+        ),
+        report(
+            "results/{experiment}/figures/memory.png",
+            caption="src/peftscope/report/captions/memory.rst",
+            category="Figures",
+            labels={"figure": "memory by phase"},
+        ),
+        report(
+            "results/{experiment}/figures/throughput.png",
+            caption="src/peftscope/report/captions/throughput.rst",
+            category="Figures",
+            labels={"figure": "throughput"},
+        ),
+        report(
+            "results/{experiment}/figures/losses.png",
+            caption="src/peftscope/report/captions/losses.rst",
+            category="Figures",
+            labels={"figure": "loss curves"},
+        ),
+        report(
+            expand("results/{{experiment}}/figures/ladder-{field}.png", field=PLAN.ladders),
+            caption="src/peftscope/report/captions/ladder.rst",
+            category="Figures",
+            labels={"figure": "ladder"},
+        ),
+    log:
+        "results/{experiment}/logs/figures.log",
+    benchmark:
+        "results/{experiment}/benchmarks/figures.tsv"
+    shell:
+        "python -m peftscope figures {wildcards.experiment} > {log} 2>&1"
+
+
+rule report:
+    input:
+        rules.tables.output,
+        rules.figures.output,
+        "src/peftscope/report/page.py",
+        "src/peftscope/report/sentences.py",
+        "src/peftscope/report/templates/report.html.j2",
+    output:
+        "reports/{experiment}/report.html",
+    log:
+        "results/{experiment}/logs/report.log",
+    benchmark:
+        "results/{experiment}/benchmarks/report.tsv"
+    shell:
+        "python -m peftscope page {wildcards.experiment} > {log} 2>&1"
+
+
+rule check:
+    input:
+        "results/{experiment}/runs.csv",
+        "reports/{experiment}/report.html",
+    output:
+        touch("results/{experiment}/all-runs-ended-well"),
+    log:
+        "results/{experiment}/logs/check.log",
+    shell:
+        "python -m peftscope check {wildcards.experiment} 2>&1 | tee {log}"

@@ -1,0 +1,279 @@
+"""The ``peftscope`` command. Heavy imports happen inside the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from peftscope.errors import InputError, Problem
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Measure what LoRA and its relatives do to memory, speed and quality.",
+)
+errors = Console(stderr=True, highlight=False)
+
+Spec = Annotated[str, typer.Argument(help="A YAML or JSON file with the fields of a run, or the JSON itself.")]
+ExperimentName = Annotated[str, typer.Argument(help="The name of a file in experiments/, without .yaml.")]
+
+
+def main() -> None:
+    """Runs the command line; input errors become messages and exit code 2, never tracebacks."""
+    try:
+        app()
+    except InputError as error:
+        count = len(error.problems)
+        errors.print(f"[bold red]{count} problem{'s' if count > 1 else ''}[/]")
+        for problem in error.problems:
+            errors.print(f"  {problem}", markup=False, soft_wrap=True)
+        sys.exit(2)
+
+
+@app.command()
+def run(
+    spec: Spec,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; default results/single/runs/RUN_ID.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")] = 0,
+) -> None:
+    """Train and measure one run; writes its record whatever happens."""
+    from peftscope.device import detect_device
+    from peftscope.plan import check_disk, check_runs
+    from peftscope.record import write_json
+    from peftscope.spec import run_id
+    from peftscope.sweep import Experiment, Resolver, flat_values
+
+    values, path = _read_spec(spec)
+    flat = flat_values(values)
+    device = flat.pop("device", None) or detect_device()
+    resolved = Resolver(Experiment(), path, device).spec(flat, str(path))
+    runs = {run_id(resolved): resolved}
+    problems = check_runs(runs, str(path)) + check_disk(runs)
+    if problems:
+        raise InputError(problems)
+    folder = output or Path("results/single/runs") / run_id(resolved)
+    write_json(folder / "spec.json", resolved.model_dump(mode="json"))
+
+    from peftscope.training.phases import Phases
+
+    phases = Phases(device)
+    import torch
+
+    from peftscope.models.load import require_folder
+    from peftscope.training.run import Interrupted, execute
+
+    if resolved.generation_items:
+        import peftscope.evaluation.answers  # noqa: F401  (its import is slow, and belongs to that phase)
+    if resolved.method.quantization():
+        import bitsandbytes  # noqa: F401
+    if threads:
+        torch.set_num_threads(threads)
+    phases.mark_imported()
+    _require_inputs(resolved, require_folder)
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}")
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    try:
+        record = execute(resolved, folder, phases)
+    except Interrupted as error:
+        errors.print(f"{run_id(resolved)}: {error}", soft_wrap=True)
+        sys.exit(130)
+    errors.print(f"{record.run_id}: {record.status}{f', {record.reason}' if record.reason else ''}", soft_wrap=True)
+
+
+def _read_spec(text: str) -> tuple[dict[str, Any], Path]:
+    from peftscope.sweep import read_yaml
+
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text), Path("spec")
+        except ValueError as error:
+            raise InputError(Problem("spec", f"not valid JSON: {error}")) from None
+    return read_yaml(Path(text)), Path(text)
+
+
+def _require_inputs(spec: Any, require_folder: Any) -> None:
+    from peftscope.data.tasks import task_folder
+
+    problems = []
+    try:
+        require_folder(spec)
+    except FileNotFoundError as error:
+        problems.append(Problem("model", str(error)))
+    if not (task_folder(spec.task) / "manifest.json").is_file():
+        problems.append(Problem("task", f"{spec.task} is not there", f"run `peftscope make-task {spec.task}`"))
+    if problems:
+        raise InputError(problems)
+
+
+@app.command("expand")
+def expand_experiment(
+    experiment: ExperimentName,
+    brief: Annotated[bool, typer.Option("--brief", help="Only the totals.")] = False,
+) -> None:
+    """Show an experiment's runs, with an estimate of the time they will take."""
+    from peftscope.estimate import estimate_seconds, spoken
+    from peftscope.models.catalog import find_model
+    from peftscope.plan import plan_experiment
+
+    plan = plan_experiment(experiment)
+    table = Table("run", "method", "trained parameters", "precision", "learning rate", "steps", "estimate", box=None)
+    total, finished = 0.0, 0
+    for identity, spec in plan.sweep.runs.items():
+        done = Path(f"results/{experiment}/runs/{identity}/record.json").is_file()
+        seconds = 0.0 if done else estimate_seconds(spec)
+        total, finished = total + seconds, finished + done
+        shape = find_model(spec.model).shape
+        parameters = f"{spec.method.trainable_parameters(shape):,}" if shape else "?"
+        when = "done" if done else spoken(seconds)
+        rate = f"{spec.learning_rate:g}" if spec.method.trains else "-"
+        table.add_row(identity, spec.method.label, parameters, spec.precision, rate, str(spec.steps), when)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if not brief:
+        console.print(table)
+    console.print(
+        f"{experiment}: {len(plan.run_ids)} runs, {finished} done, about {spoken(total)} to go "
+        f"on one {next(iter(plan.sweep.runs.values())).device} worker"
+    )
+
+
+@app.command()
+def merge(
+    run: Annotated[str, typer.Argument(help="The run's id.")],
+    output: Annotated[Path | None, typer.Option(help="Where the merged model goes; default RUN/merged.")] = None,
+) -> None:
+    """Fold a run's adapter into its base: a plain model, without PEFT."""
+    from peftscope.models.merge import find_run, merge_run
+
+    folder = find_run(run)
+    target = output or folder / "merged"
+    merge_run(folder, target)
+    print(target)
+
+
+@app.command()
+def report(experiment: ExperimentName) -> None:
+    """Make the tables, figures and report from the records that are there, finished sweep or not."""
+    from peftscope.collect import collect_experiment
+    from peftscope.plan import plan_experiment
+    from peftscope.report.page import write_report
+    from peftscope.report.plots import write_figures
+    from peftscope.report.tables import write_tables
+
+    plan = plan_experiment(experiment)
+    collect_experiment(plan.sweep)
+    write_tables(experiment)
+    write_figures(experiment, plan.ladders)
+    print(write_report(experiment, plan.ladders))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can do, and what to do about what is missing."""
+    from peftscope.doctor import examine
+
+    table = Table("what", "", "found", "remedy", box=None)
+    for finding in examine():
+        table.add_row(finding.what, "[green]ok[/]" if finding.fine else "[yellow]--[/]", finding.found, finding.remedy)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(help="A name in models.yaml, or a hub id.")],
+    revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
+) -> None:
+    """Fetch a base model, with its checksums and licence."""
+    from peftscope.models.fetch import fetch_model
+
+    print(fetch_model(model, revision))
+
+
+@app.command("make-task")
+def make_task_command(task: Annotated[str, typer.Argument(help="A name in tasks.yaml.")]) -> None:
+    """Make a task's train, validation and test items."""
+    from peftscope.data.tasks import make_task
+
+    print(make_task(task))
+
+
+@app.command(hidden=True)
+def collect(experiment: ExperimentName) -> None:
+    """Write runs.csv and losses.csv from the records."""
+    from peftscope.collect import collect_experiment
+    from peftscope.plan import plan_experiment
+
+    collect_experiment(plan_experiment(experiment).sweep)
+
+
+@app.command(hidden=True)
+def tables(experiment: ExperimentName) -> None:
+    """Write the tables from runs.csv."""
+    from peftscope.report.tables import write_tables
+
+    write_tables(experiment)
+
+
+@app.command(hidden=True)
+def figures(experiment: ExperimentName) -> None:
+    """Draw the figures from runs.csv."""
+    from peftscope.plan import plan_experiment
+    from peftscope.report.plots import write_figures
+
+    write_figures(experiment, plan_experiment(experiment).ladders)
+
+
+@app.command(hidden=True)
+def page(experiment: ExperimentName) -> None:
+    """Write report.html from tables and figures."""
+    from peftscope.plan import plan_experiment
+    from peftscope.report.page import write_report
+
+    print(write_report(experiment, plan_experiment(experiment).ladders))
+
+
+@app.command(hidden=True)
+def check(experiment: ExperimentName) -> None:
+    """Fail if a run failed: the last rule, after the report."""
+    from peftscope.collect import read_runs
+
+    runs = read_runs(experiment)
+    failed = runs[runs["status"].isin(["failed", "interrupted", "missing"])]
+    if len(failed):
+        raise InputError(
+            Problem(
+                f"results/{experiment}/runs/{row.run_id}",
+                f"{row.status}: {row.reason}",
+                "see its train.log; remove its record.json to try again",
+            )
+            for row in failed.itertuples()
+        )
+
+
+@app.command(hidden=True)
+def publish(experiment: ExperimentName) -> None:
+    """Copy the small files of a finished experiment to results/published and reports/published."""
+    from peftscope.report.publish import publish_experiment
+
+    for path in publish_experiment(experiment):
+        print(path)
+
+
+@app.command(hidden=True)
+def schema() -> None:
+    """Print the JSON schema of a run's spec."""
+    from peftscope.spec import spec_schema
+
+    print(json.dumps(spec_schema(), indent=2, ensure_ascii=False))

@@ -1,0 +1,95 @@
+"""Records to tidy tables: ``runs.csv``, one row a run, units in column names; ``losses.csv``, one row a step. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from peftscope.methods import METHODS
+from peftscope.record import RunRecord, read_record
+from peftscope.spec import RunSpec
+from peftscope.sweep import Sweep
+
+
+def results_folder(experiment: str) -> Path:
+    """Returns the folder of an experiment's results."""
+    return Path("results") / experiment
+
+
+def collect_experiment(sweep: Sweep) -> None:
+    """Writes ``runs.csv`` and ``losses.csv`` of an experiment; runs without a record have the status ``missing``."""
+    folder = results_folder(sweep.name)
+    rows, losses = [], []
+    for identity, spec in sweep.runs.items():
+        record = _find_record(folder / "runs" / identity)
+        member = [c.name for c in sweep.comparisons if identity in c.runs]
+        rows.append({"run_id": identity, "comparisons": " ".join(member), **_row(spec, record)})
+        for step, nll in enumerate(record.train_nll if record else [], 1):
+            losses.append({"run_id": identity, "step": step, "nll_nats_per_token": nll})
+    folder.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
+    pd.DataFrame(losses, columns=["run_id", "step", "nll_nats_per_token"]).to_csv(folder / "losses.csv", index=False)
+
+
+def read_runs(experiment: str) -> pd.DataFrame:
+    """Returns ``runs.csv``; columns without a value anywhere stay, empty."""
+    return pd.read_csv(results_folder(experiment) / "runs.csv", dtype={"comparisons": str}).fillna({"comparisons": ""})
+
+
+def _find_record(folder: Path) -> RunRecord | None:
+    for name in ("record.json", "interrupted.json"):
+        if (folder / name).is_file():
+            return read_record(folder / name)
+    return None
+
+
+def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
+    fields = spec.model_dump(mode="json")
+    method = fields.pop("method")
+    label = METHODS[method["name"]].label
+    if method["name"] == "none" and method["base_weights"] != "full":
+        label += f" in {method['base_weights'].upper()}"
+    row: dict[str, Any] = {
+        "status": record.status if record else "missing",
+        "reason": record.reason if record else "no record yet",
+        "label": label,
+        "method": method.pop("name"),
+    }
+    targets = method.get("targets")
+    if isinstance(targets, list):
+        method["targets"] = "+".join(targets)
+    row |= fields | method
+    if record is None:
+        record = RunRecord(run_id="", status="interrupted", spec=spec)
+    row |= {f"{phase}_seconds": value for phase, value in record.seconds}
+    for phase in ("load", "train", "evaluate"):
+        row |= {f"{phase}_{name}": value for name, value in getattr(record.memory, phase)}
+    row |= {name: value for name, value in record.memory if name.endswith("_bytes")}
+    speed = record.speed
+    row |= {name: value for name, value in speed}
+    quality = record.quality
+    row |= {
+        "heldout_nll_nats_per_token": quality.heldout_nll,
+        "heldout_tokens": quality.heldout_tokens,
+        "exact_match_fraction": quality.exact_match,
+        "exact_match_items": quality.exact_match_items,
+        "retention_bits_per_byte_before": quality.retention_bits_per_byte_before,
+        "retention_bits_per_byte": quality.retention_bits_per_byte,
+    }
+    row |= {name: value for name, value in record.size}
+    row |= record.method_metrics
+    code, hardware = record.provenance.get("code", {}), record.provenance.get("hardware", {})
+    row |= {
+        "git_commit": code.get("commit"),
+        "git_dirty": code.get("dirty"),
+        "started_at": record.provenance.get("started_at"),
+        "threads": record.provenance.get("threads"),
+        "cpu": hardware.get("cpu"),
+        "cores": hardware.get("cores"),
+        "host_memory_bytes": hardware.get("memory_bytes"),
+        "gpu": hardware.get("gpu"),
+        "torch": record.provenance.get("packages", {}).get("torch"),
+    }
+    return row

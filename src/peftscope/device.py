@@ -1,0 +1,39 @@
+"""Which device runs use on this machine, found without loading torch."""
+
+from __future__ import annotations
+
+import os
+
+from peftscope.errors import InputError, Problem
+from peftscope.spec import Device
+
+
+def detect_device() -> Device:
+    """Returns ``cuda`` where NVML sees a card that this process may use, else ``cpu``.
+
+    ``PEFTSCOPE_DEVICE`` decides it by hand.
+
+    Raises:
+        InputError: ``PEFTSCOPE_DEVICE`` is neither.
+    """
+    wish = os.environ.get("PEFTSCOPE_DEVICE")
+    if wish:
+        if wish not in ("cpu", "cuda"):
+            raise InputError(Problem("PEFTSCOPE_DEVICE", f"unknown device (got {wish!r})", "use cpu or cuda"))
+        return wish  # type: ignore[return-value]
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "cpu"
+    return "cuda" if gpu_names() else "cpu"
+
+
+def gpu_names() -> list[str]:
+    """Returns the names of the machine's NVIDIA cards; none where there is no driver."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no library, no driver, no permission: no card for us
+        return []
+    count = pynvml.nvmlDeviceGetCount()
+    names = [pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)]
+    return [name.decode() if isinstance(name, bytes) else str(name) for name in names]

@@ -1,0 +1,136 @@
+"""What the Snakefile asks: runs, paths, resources, and the checks that come before any job. No torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from peftscope.data.tasks import find_task, task_folder
+from peftscope.device import detect_device
+from peftscope.errors import InputError, Problem, close_match
+from peftscope.models.catalog import WheelSource, find_model, model_folder
+from peftscope.spec import RunSpec
+from peftscope.sweep import Sweep, expand, experiment_path
+
+DEFAULT_EXPERIMENT = "quick"
+SPARE_BYTES = 1 << 30
+
+
+class Plan:
+    """One experiment as the workflow sees it. Methods take Snakemake's wildcards and are cheap: one lookup each."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self.name = sweep.name
+
+    @cached_property
+    def run_ids(self) -> list[str]:
+        """Every run of the experiment."""
+        return list(self.sweep.runs)
+
+    @cached_property
+    def ladders(self) -> list[str]:
+        """The fields that some ladder varies: each has a figure."""
+        return sorted({c.name.rpartition("-")[2] for c in self.sweep.comparisons if c.name.startswith("ladder-")})
+
+    @property
+    def gpus(self) -> int:
+        """Cards that a training job needs."""
+        return int(any(spec.device == "cuda" for spec in self.sweep.runs.values()))
+
+    def spec(self, wildcards: Any) -> RunSpec:
+        """Returns the run's spec.
+
+        Raises:
+            InputError: The experiment has no such run.
+        """
+        try:
+            return self.sweep.runs[wildcards.run_id]
+        except KeyError:
+            hint = close_match(wildcards.run_id, self.sweep.runs) if len(self.sweep.runs) < 100 else ""
+            raise InputError(Problem(f"run {wildcards.run_id}", f"not a run of {self.name}", hint)) from None
+
+    def spec_json(self, wildcards: Any) -> str:
+        """Returns the run's spec for the command line; a changed spec is a changed parameter."""
+        return json.dumps(self.spec(wildcards).canonical(), sort_keys=True)
+
+    def model_manifest(self, wildcards: Any) -> str:
+        """Returns the file that says that the run's base model is there."""
+        spec = self.spec(wildcards)
+        return (model_folder(spec.model, spec.revision) / "manifest.json").as_posix()
+
+    def task_manifest(self, wildcards: Any) -> str:
+        """Returns the file that says that the run's data are there."""
+        return (task_folder(self.spec(wildcards).task) / "manifest.json").as_posix()
+
+    @cached_property
+    def _models(self) -> dict[str, tuple[str, str | None]]:
+        used = {(spec.model, spec.revision) for spec in self.sweep.runs.values()}
+        return {model_folder(name, revision).name: (name, revision) for name, revision in used}
+
+    def model_name(self, wildcards: Any) -> str:
+        """Returns the model's name in models.yaml, or its hub id, for the folder in the wildcard."""
+        return self._models[wildcards.model][0]
+
+    def model_revision(self, wildcards: Any) -> str:
+        """Returns the option that asks for the model's revision, if one was named."""
+        revision = self._models[wildcards.model][1]
+        return f"--revision {revision}" if revision else ""
+
+
+def load_plan(config: dict[str, Any]) -> Plan:
+    """Returns the plan for ``--config experiment=NAME`` (default: quick), checked.
+
+    Raises:
+        InputError: Everything that is wrong with the experiment on this machine.
+    """
+    return plan_experiment(str(config.get("experiment", DEFAULT_EXPERIMENT)))
+
+
+def plan_experiment(name: str) -> Plan:
+    """Returns an experiment's plan after the checks that need more than its file."""
+    sweep = expand(name, detect_device())
+    problems = check_runs(sweep.runs, str(experiment_path(name))) + check_disk(sweep.runs)
+    if problems:
+        raise InputError(problems)
+    return Plan(sweep)
+
+
+def check_runs(runs: dict[str, RunSpec], where: str) -> list[Problem]:
+    """Returns what is wrong between runs and the models and tasks that they name."""
+    problems = []
+    for spec in runs.values():
+        try:
+            find_task(spec.task, f"{where}: task")
+            shape = find_model(spec.model, f"{where}: model").shape
+        except InputError as error:
+            problems += error.problems
+            continue
+        known = [layer.name for layer in shape.block] if shape else []
+        for module in spec.method.targets_of() if shape else []:
+            if module not in known:
+                message = f"{spec.model} has no module of that name (got {module!r})"
+                problems.append(Problem(f"{where}: targets", message, close_match(module, known)))
+    return list(dict.fromkeys(problems))
+
+
+def check_disk(runs: dict[str, RunSpec], free_bytes: int | None = None) -> list[Problem]:
+    """Returns a problem if downloads and results would not fit on the disk."""
+    needed = SPARE_BYTES
+    for name in {spec.model for spec in runs.values()}:
+        try:
+            entry = find_model(name)
+        except InputError:
+            continue
+        if isinstance(entry.source, WheelSource) and not (model_folder(name) / "manifest.json").is_file():
+            needed += 2 * entry.source.download_bytes + (4 * entry.shape.parameters if entry.shape else 0)
+        if entry.shape:
+            needed += sum(4 * spec.method.trainable_parameters(entry.shape) for spec in runs.values() if spec.model == name)
+    free = shutil.disk_usage(Path()).free if free_bytes is None else free_bytes
+    if free >= needed:
+        return []
+    message = f"{free / 2**30:.1f} GiB are free, downloads and results need about {needed / 2**30:.1f} GiB"
+    return [Problem("disk", message, "free some space, or run fewer full fine-tuning runs at once")]
