@@ -9,7 +9,7 @@ from peftscope.spec import RUN_ID_PATTERN
 
 min_version("9.0")
 # The jobs use the Python that Snakemake itself runs on, whatever PATH says.
-shell.prefix(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
+shell.prefix(f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
 
 PLAN = load_plan(config)
 
@@ -66,11 +66,11 @@ rule train:
         "results/{experiment}/runs/{run_id}/train.log",
     benchmark:
         "results/{experiment}/benchmarks/train/{run_id}.tsv"
-    params:
-        spec=PLAN.spec_json,
     threads: workflow.cores
     resources:
         gpu=PLAN.gpus,
+    params:
+        spec=PLAN.spec_json,
     shell:
         "python -m peftscope run {params.spec:q} --threads {threads} --output $(dirname {output.record:q}) > {log} 2>&1"
 
@@ -150,7 +150,9 @@ rule figures:
             labels={"figure": "loss curves"},
         ),
         report(
-            expand("results/{{experiment}}/figures/ladder-{field}.png", field=PLAN.ladders),
+            expand(
+                "results/{{experiment}}/figures/ladder-{field}.png", field=PLAN.ladders
+            ),
             caption="src/peftscope/report/captions/ladder.rst",
             category="Figures",
             labels={"figure": "ladder"},

@@ -1,4 +1,4 @@
-"""Records to tidy tables: ``runs.csv``, one row a run, units in column names; ``losses.csv``, one row a step. No torch."""
+"""Records to tidy tables: ``runs.csv``, one row a run, and ``losses.csv``, one row a step. No torch."""
 
 from __future__ import annotations
 

@@ -11,10 +11,12 @@ from peftscope.errors import InputError
 from peftscope.models.catalog import find_model
 from peftscope.spec import RunSpec
 
-FALLBACK_FLOPS = 6e10
+FALLBACK_FLOPS = 1.2e11
 """Floating-point operations a second of two ordinary CPU cores, where nothing was measured yet."""
-FALLBACK_TOKENS = 32
-FALLBACK_OVERHEAD_SECONDS = 25.0
+FALLBACK_TOKENS = 16
+FALLBACK_OVERHEAD_SECONDS = 6.0
+FALLBACK_SECONDS_PER_PARAMETER = 1.5e-7
+"""Loading, evaluation and probe."""
 
 
 @lru_cache
@@ -47,14 +49,14 @@ def estimate_seconds(spec: RunSpec) -> float:
         shape = None
     parameters = shape.parameters if shape else 10**9
     flops = 6 * parameters * work * FALLBACK_TOKENS * (1 if spec.method.trains else 0)
-    return FALLBACK_OVERHEAD_SECONDS + flops / FALLBACK_FLOPS
+    return FALLBACK_OVERHEAD_SECONDS + FALLBACK_SECONDS_PER_PARAMETER * parameters + flops / FALLBACK_FLOPS
 
 
 def spoken(seconds: float) -> str:
     """Returns a duration as people say it.
 
     >>> spoken(75), spoken(7300)
-    ('1 min 15 s', '2 h 2 min')
+    ('1 min 15 s', '2 h 1 min')
     """
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

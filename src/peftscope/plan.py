@@ -128,7 +128,9 @@ def check_disk(runs: dict[str, RunSpec], free_bytes: int | None = None) -> list[
         if isinstance(entry.source, WheelSource) and not (model_folder(name) / "manifest.json").is_file():
             needed += 2 * entry.source.download_bytes + (4 * entry.shape.parameters if entry.shape else 0)
         if entry.shape:
-            needed += sum(4 * spec.method.trainable_parameters(entry.shape) for spec in runs.values() if spec.model == name)
+            needed += sum(
+                4 * spec.method.trainable_parameters(entry.shape) for spec in runs.values() if spec.model == name
+            )
     free = shutil.disk_usage(Path()).free if free_bytes is None else free_bytes
     if free >= needed:
         return []

@@ -36,7 +36,9 @@ class RunSpec(BaseModel):
     steps: Annotated[PositiveInt, Field(description="optimizer steps")] = 16
     batch_size: Annotated[PositiveInt, Field(description="sequences a forward pass")] = 16
     gradient_accumulation: Annotated[PositiveInt, Field(description="forward passes a step")] = 1
-    seq_len: Annotated[PositiveInt, Field(description="longest sequence in tokens; longer prompts lose their start")] = 256
+    seq_len: Annotated[
+        PositiveInt, Field(description="longest sequence in tokens; longer prompts lose their start")
+    ] = 256
     learning_rate: Annotated[float, Field(ge=0, description="of the first parameter group; 0 is a control")]
     schedule: Annotated[Literal["constant", "linear", "cosine"], Field(description="after the warm-up")] = "constant"
     warmup_steps: Annotated[NonNegativeInt, Field(description="linear warm-up")] = 0
@@ -63,7 +65,9 @@ class RunSpec(BaseModel):
     eval_batch_size: Annotated[PositiveInt, Field(description="fixed: bf16 answers depend on it")] = 32
     heldout_items: Annotated[PositiveInt, Field(description="test items for the held-out loss")] = 256
     generation_items: Annotated[NonNegativeInt, Field(description="test items that lm-eval answers; 0: none")] = 64
-    retention_tokens: Annotated[NonNegativeInt, Field(description="tokens of English prose, before and after; 0: none")] = 1024
+    retention_tokens: Annotated[
+        NonNegativeInt, Field(description="tokens of English prose, before and after; 0: none")
+    ] = 1024
     warmup_steps_timed: Annotated[NonNegativeInt, Field(description="first steps left out of the step times")] = 3
     probe_steps: Annotated[NonNegativeInt, Field(description="extra steps under the byte tracker (CPU); 0: none")] = 2
 
@@ -75,6 +79,8 @@ class RunSpec(BaseModel):
             raise ValueError(f"precision={self.precision} does not fit a 4-bit base, which computes in bf16; use bf16")
         if self.steps < self.method.min_steps:
             raise ValueError(f"steps={self.steps}: {self.method.name} needs at least {self.method.min_steps}")
+        if self.checkpointing and not self.method.supports_checkpointing:
+            raise ValueError(f"checkpointing does not work with {self.method.name}, which fills the key-value cache")
         return self
 
     def canonical(self) -> dict[str, Any]:
@@ -88,7 +94,7 @@ class RunSpec(BaseModel):
 def run_id(spec: RunSpec) -> str:
     """Returns the run's name: a readable stem and a hash of everything that differs from the defaults."""
     method = spec.method.model_dump(mode="json")
-    parts = [spec.method.name]
+    parts: list[str] = [spec.method.name]
     if spec.method.name == "none":
         parts.append(method["base_weights"])
     for field, prefix in (("rank", "r"), ("init_r", "r"), ("virtual_tokens", "v"), ("alpha", "a")):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -185,7 +185,9 @@ def read_experiment(path: Path, _children: tuple[Path, ...] = ()) -> Experiment:
     try:
         return Experiment.model_validate(content)
     except ValidationError as error:
-        raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc)}", set(Experiment.model_fields))) from None
+        raise InputError(
+            problems_of(error, lambda loc: f"{path}: {dotted(loc)}", set(Experiment.model_fields))
+        ) from None
 
 
 def dotted(location: tuple[str | int, ...]) -> str:
@@ -214,6 +216,16 @@ def problems_of(
             shown = "" if isinstance(value, dict | BaseModel) else f" (got {value!r})"
             found.append(Problem(where, f"{message}{shown}"))
     return found
+
+
+def _field_at(location: tuple[str | int, ...]) -> str:
+    """Returns the flat field behind pydantic's location; empty for a rule over several fields.
+
+    >>> _field_at(("method", "lora", "rank")), _field_at(("steps",)), _field_at(("method", "adalora"))
+    ('rank', 'steps', '')
+    """
+    path = location[2:] if location[:1] == ("method",) else location
+    return str(path[0]) if path else ""
 
 
 @dataclass
@@ -285,16 +297,21 @@ class Resolver:
         try:
             spec = RunSpec.model_validate({**top, "method": method})
         except ValidationError as error:
-            known = method_fields | set(RUN_FIELDS)
 
             def place(location: tuple[str | int, ...]) -> str:
-                named = [part for part in location if part in layers.origins]
-                if named:
-                    return layers.origins[str(named[0])]
-                missing = f".{location[-1]}" if location and location[0] != "method" else ""
-                return f"{origin}{missing}"
+                field = _field_at(location)
+                return layers.origins.get(field, f"{origin}.{field}") if field else origin
 
-            problems += problems_of(error, place, known)
+            descriptions = {
+                n: f.description or "" for n, f in (RunSpec.model_fields | METHODS[name].model_fields).items()
+            }
+            problems += [
+                replace(
+                    problem,
+                    remedy=problem.remedy or descriptions.get(problem.where.rpartition(".")[2].split("[")[0], ""),
+                )
+                for problem in problems_of(error, place, method_fields | set(RUN_FIELDS))
+            ]
         if problems:
             raise InputError(problems)
         return spec

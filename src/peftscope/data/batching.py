@@ -113,9 +113,7 @@ def training_order(size: int, seed: int) -> Iterator[int]:
         epoch += 1
 
 
-def training_batches(
-    examples: Sequence[Example], *, seed: int, batch_size: int, pad_token_id: int
-) -> Iterator[Batch]:
+def training_batches(examples: Sequence[Example], *, seed: int, batch_size: int, pad_token_id: int) -> Iterator[Batch]:
     """Yields training batches for ever; the same seed gives every method the same batches in the same order."""
     order = training_order(len(examples), seed)
     while True:

@@ -72,9 +72,7 @@ class TaskEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    source: Annotated[
-        EnumerateSource | ReasoningGymSource | JsonlSource | HubDataSource, Field(discriminator="kind")
-    ]
+    source: Annotated[EnumerateSource | ReasoningGymSource | JsonlSource | HubDataSource, Field(discriminator="kind")]
     licence: str = "unknown"
 
 
@@ -95,10 +93,12 @@ class Item:
 @lru_cache
 def _tasks() -> dict[str, TaskEntry]:
     try:
-        return _Tasks(tasks=read_yaml(TASKS_FILE)).tasks  # type: ignore[arg-type]
+        return _Tasks(tasks=read_yaml(TASKS_FILE)).tasks
     except ValidationError as error:
         fields = set(TaskEntry.model_fields)
-        raise InputError(problems_of(error, lambda loc: f"{TASKS_FILE}: {'.'.join(map(str, loc[1:]))}", fields)) from None
+        raise InputError(
+            problems_of(error, lambda loc: f"{TASKS_FILE}: {'.'.join(map(str, loc[1:]))}", fields)
+        ) from None
 
 
 def find_task(name: str, where: str = "task") -> TaskEntry:

@@ -15,8 +15,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from peftscope.data.tasks import lm_eval_file
+from peftscope.models.load import autocast
 from peftscope.spec import RunSpec
-from peftscope.training.step import autocast
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 

@@ -39,6 +39,7 @@ AnyMethod = Annotated[
 ]
 
 METHODS: dict[str, type[Method]] = {
-    cls.model_fields["name"].default: cls for cls in AnyMethod.__origin__.__args__  # type: ignore[attr-defined]
+    cls.model_fields["name"].default: cls
+    for cls in AnyMethod.__origin__.__args__  # type: ignore[attr-defined]
 }
 """Every method by its name in specs, in the order of tables."""

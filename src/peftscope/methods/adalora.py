@@ -90,9 +90,7 @@ class AdaLoRA(Method):
         if not ranks:
             return super().final_trainable_parameters(model)
         modules = dict(model.base_model.model.named_modules())
-        return sum(
-            rank * (modules[name].in_features + modules[name].out_features + 1) for name, rank in ranks.items()
-        )
+        return sum(rank * (modules[name].in_features + modules[name].out_features + 1) for name, rank in ranks.items())
 
     def metrics(self, model: Any) -> dict[str, float]:
         """Returns the sum of the ranks that were kept and the budget that was asked for."""

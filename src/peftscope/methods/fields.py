@@ -82,6 +82,10 @@ class Method(BaseModel):
     accepts_padding_free_attention: ClassVar[bool] = True
     """False where a mask-free causal kernel would be wrong, as with a prefix in the key-value cache."""
 
+    starts_at_base: ClassVar[bool] = True
+    """Whether the model computes what its (quantised) base computes before the first step."""
+    supports_checkpointing: ClassVar[bool] = True
+    """Whether activations can be recomputed in the backward pass."""
     min_steps: ClassVar[int] = 1
     """The shortest run that its schedule fits."""
     mergeable: ClassVar[bool] = True

@@ -6,6 +6,8 @@ is lost, and repeat. PEFT's own initialisations need CUDA and leave out the scal
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -35,6 +37,7 @@ class LoftQ(Method):
     """LoRA-fine-tuning-aware quantisation."""
 
     label: ClassVar[str] = "LoftQ"
+    starts_at_base: ClassVar[bool] = False
 
     name: Literal["loftq"] = "loftq"
     rank: Rank = 8
@@ -64,8 +67,6 @@ class LoftQ(Method):
             RuntimeError: A layer's error did not shrink.
         """
         from peft.tuners.lora import LoraLayer
-
-        from peftscope.models.load import FloatWeights
 
         weights = FloatWeights(model.config._name_or_path)
         wrapped = wrap_with_lora(
@@ -125,6 +126,22 @@ class LoftQ(Method):
     def metrics(self, model: Any) -> dict[str, float]:
         """Returns the mean over layers of the quantisation error that is left."""
         return {"loftq_error_ratio": model.loftq_error_ratio}
+
+
+class FloatWeights:
+    """Reads single tensors of a fetched model in full precision, without loading the rest."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        index = self.folder / "model.safetensors.index.json"
+        self.files: dict[str, str] = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Returns a tensor by its name in the checkpoint."""
+        from safetensors import safe_open
+
+        with safe_open(self.folder / self.files.get(name, "model.safetensors"), framework="pt") as file:
+            return file.get_tensor(name)
 
 
 def best_rank_approximation(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,13 +1,12 @@
 """PiSSA: LoRA that starts from the principal singular vectors of W and freezes the rest.
 
 Source: Meng et al. 2024, arXiv 2404.02948. The frozen weight becomes W minus the principal part, which is rounded
-to the base's dtype: in bf16 the first step starts close to the base, in fp32 on it.
+to the base's dtype: in bf16 the first step starts close to the base, in fp32 on it. A saved adapter repeats the
+decomposition when PEFT loads it onto the original base.
 """
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftscope.methods.fields import AdapterDtype, Alpha, Dropout, Method, Rank, Targets
@@ -36,15 +35,4 @@ class PiSSA(Method):
 
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the base wrapped with PEFT's LoRA, ``init_lora_weights="pissa"`` (exact SVD)."""
-        wrapped = wrap_with_lora(model, **self.model_dump(exclude={"name"}), init_lora_weights="pissa")
-        wrapped.initial_adapter = tempfile.TemporaryDirectory()
-        config = wrapped.peft_config["default"]
-        config.init_lora_weights = True  # as PEFT asks for, before the starting point is saved
-        wrapped.save_pretrained(wrapped.initial_adapter.name)
-        config.init_lora_weights = "pissa"
-        return wrapped
-
-    def save(self, model: Any, folder: Path) -> None:
-        """Writes a plain LoRA of twice the rank that fits the original base: trained minus initial factors."""
-        model.peft_config["default"].target_modules = sorted(model.peft_config["default"].target_modules)
-        model.save_pretrained(folder, path_initial_model_for_weight_conversion=model.initial_adapter.name)
+        return wrap_with_lora(model, **self.model_dump(exclude={"name"}), init_lora_weights="pissa")

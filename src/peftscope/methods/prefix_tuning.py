@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftscope.methods.fields import AdapterDtype, Method, VirtualTokens
+from peftscope.methods.fields import Method, VirtualTokens
 
 if TYPE_CHECKING:
     from peftscope.memory.shapes import ModelShape
@@ -18,12 +18,13 @@ class PrefixTuning(Method):
     """Trained key-value cache entries."""
 
     label: ClassVar[str] = "prefix tuning"
+    supports_checkpointing: ClassVar[bool] = False
+    starts_at_base: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
     accepts_padding_free_attention: ClassVar[bool] = False
 
     name: Literal["prefix-tuning"] = "prefix-tuning"
     virtual_tokens: VirtualTokens = 8
-    adapter_dtype: AdapterDtype = "fp32"
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Returns a key and a value per virtual token, layer and key-value head."""
@@ -34,4 +35,4 @@ class PrefixTuning(Method):
         from peft import PrefixTuningConfig, TaskType, get_peft_model
 
         config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=self.virtual_tokens)
-        return get_peft_model(model, config, autocast_adapter_dtype=self.adapter_dtype == "fp32")
+        return get_peft_model(model, config)

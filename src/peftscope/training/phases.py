@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -83,10 +84,9 @@ def _stop_peaks(device: str, sampler: _DeviceSampler | None) -> dict[str, int | 
 
 
 def _reset_resident_peak() -> None:
-    try:
+    # Not Linux, or not allowed: the peak is then the process's so far.
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # not Linux, or not allowed: the peak is then the process's so far
 
 
 def _resident_peak() -> int | None:

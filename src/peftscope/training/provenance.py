@@ -19,7 +19,17 @@ from peftscope.evaluation.retention import PROSE_SHA256
 from peftscope.models.catalog import model_folder
 from peftscope.spec import RunSpec
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "lm_eval", "numpy", "tokenizers", "peftscope")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "lm_eval",
+    "numpy",
+    "tokenizers",
+    "peftscope",
+)
 
 
 def provenance(spec: RunSpec) -> dict[str, Any]:

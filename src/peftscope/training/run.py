@@ -230,5 +230,3 @@ def _why_missing(record: RunRecord, phase: str) -> str:
     if phase == "train" and not record.spec.method.trains:
         return "nothing is trained"
     return "switched off in the spec"
-
-

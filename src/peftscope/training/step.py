@@ -6,13 +6,13 @@ Nothing here looks at a value: no ``item()``, no ``if`` on a tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from peftscope.data.batching import Batch
+from peftscope.models.load import autocast
 from peftscope.spec import RunSpec
 
 
@@ -53,11 +53,6 @@ def make_schedule(optimizer: torch.optim.Optimizer, spec: RunSpec) -> torch.opti
 
     name = "constant_with_warmup" if spec.schedule == "constant" else spec.schedule
     return get_scheduler(name, optimizer, num_warmup_steps=spec.warmup_steps, num_training_steps=spec.steps)
-
-
-def autocast(spec: RunSpec) -> Any:
-    """Returns the context that forward passes of the spec's precision run in."""
-    return torch.autocast(spec.device, torch.bfloat16) if spec.precision == "amp" else nullcontext()
 
 
 class CausalLoss:

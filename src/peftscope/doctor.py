@@ -1,0 +1,101 @@
+"""What this machine can do, and what to do about what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import socket
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from peftscope.device import gpu_names
+
+HUB = ("huggingface.co", 443)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    fine: bool
+    found: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Returns the findings on processor, cards, torch, bitsandbytes, hub, disk and memory."""
+    import torch
+
+    cards = gpu_names()
+    usable = torch.cuda.is_available()
+    free = shutil.disk_usage(Path()).free / 2**30
+    memory = psutil.virtual_memory().total / 2**30
+    offline = os.environ.get("HF_HUB_OFFLINE") == "1"
+    reachable = not offline and _reachable()
+    token = bool(os.environ.get("HF_TOKEN")) or (Path.home() / ".cache/huggingface/token").is_file()
+    kernels = importlib.util.find_spec("kernels") is not None
+    return [
+        Finding("processor", True, f"{psutil.cpu_count()} cores, {memory:.0f} GiB of memory"),
+        Finding(
+            "CUDA",
+            usable or not cards,
+            ", ".join(cards) if cards else "no NVIDIA card; runs use the processor",
+            "" if usable or not cards else "torch is a CPU build or the driver is too old: reinstall torch with pip",
+        ),
+        Finding("torch", True, torch.__version__),
+        _bitsandbytes(),
+        Finding(
+            "kernels package",
+            not kernels,
+            "installed" if kernels else "not installed",
+            "bitsandbytes would fetch 4-bit kernels from a hub, untested here: pip uninstall kernels"
+            if kernels
+            else "",
+        ),
+        Finding(
+            "model hub",
+            reachable,
+            "reachable" if reachable else "switched off by HF_HUB_OFFLINE" if offline else "not reachable",
+            "" if reachable else "models of experiments/models.yaml that come from wheels work without it",
+        ),
+        Finding(
+            "hub token",
+            token or not reachable,
+            "found" if token else "none",
+            "" if token or not reachable else "only for gated models: hf auth login",
+        ),
+        Finding("disk", free > 5, f"{free:.0f} GiB free", "" if free > 5 else "quick needs about 5 GiB"),
+    ]
+
+
+def _bitsandbytes() -> Finding:
+    try:
+        found = version("bitsandbytes")
+    except PackageNotFoundError:
+        return Finding(
+            "bitsandbytes", False, "not installed", "pip install 'bitsandbytes>=0.50'; QLoRA and LoftQ need it"
+        )
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    values = torch.linspace(-1, 1, 64, device=device)
+    try:
+        packed, state = quantize_4bit(values, quant_type="nf4")
+        error = float((dequantize_4bit(packed, state) - values).abs().max())
+    except Exception as reason:  # whatever the native library raises, the user needs one line
+        return Finding("bitsandbytes", False, f"{found}, but 4-bit fails on {device}: {reason}", "upgrade bitsandbytes")
+    return Finding("bitsandbytes", error < 0.2, f"{found}, 4-bit works on {device}")
+
+
+def _reachable() -> bool:
+    try:
+        with socket.create_connection(HUB, timeout=2):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,1 @@
+"""From ``runs.csv`` to tables, figures and the report. No torch."""

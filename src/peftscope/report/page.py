@@ -1,0 +1,114 @@
+"""The report: one self-contained HTML file, for a reader who has never seen the project."""
+
+from __future__ import annotations
+
+import base64
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from peftscope.collect import read_runs, results_folder
+from peftscope.estimate import spoken
+from peftscope.report.sentences import sentence
+from peftscope.sweep import experiment_path, read_experiment
+
+FIXED_FIGURES = ("pareto", "memory", "throughput", "losses")
+
+
+def report_path(experiment: str) -> Path:
+    """Returns where an experiment's report is."""
+    return Path("reports") / experiment / "report.html"
+
+
+def write_report(experiment: str, ladders: list[str]) -> Path:
+    """Renders an experiment's report from its tables and figures, and returns its path."""
+    runs = read_runs(experiment)
+    losses = pd.read_csv(results_folder(experiment) / "losses.csv")
+    folder = results_folder(experiment)
+    names = [*FIXED_FIGURES, *(f"ladder-{field}" for field in ladders)]
+    figures = [
+        {"name": name, "image": _embedded(folder / "figures" / f"{name}.png"), "sentence": sentence(name, runs, losses)}
+        for name in names
+    ]
+    environment = Environment(
+        loader=PackageLoader("peftscope.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True
+    )
+    settings = read_experiment(experiment_path(experiment))
+    html = environment.get_template("report.html.j2").render(
+        experiment=experiment,
+        title=settings.title or experiment,
+        description=settings.description,
+        style=files("peftscope.report").joinpath("templates/report.css").read_text(),
+        figures=figures,
+        methods_table=(folder / "tables" / "methods.html").read_text(),
+        runs_table=(folder / "tables" / "runs.html").read_text(),
+        endings=_endings(runs),
+        facts=_facts(runs),
+        warnings=_warnings(runs),
+        materials=_materials(folder, runs),
+    )
+    path = report_path(experiment)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(html)
+    return path
+
+
+def _embedded(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _endings(runs: pd.DataFrame) -> str:
+    counts = runs["status"].value_counts()
+    return ", ".join(f"{count} {status}" for status, count in counts.items())
+
+
+def _facts(runs: pd.DataFrame) -> list[tuple[str, str]]:
+    """Returns the provenance that all runs should share, with every value that occurs."""
+
+    def values(column: str) -> str:
+        return ", ".join(sorted({f"{v:g}" if isinstance(v, float) else str(v) for v in runs[column].dropna()})) or "-"
+
+    memory = runs["host_memory_bytes"].dropna()
+    return [
+        ("Base model", values("model")),
+        ("Task", values("task")),
+        ("Seeds", values("seed")),
+        ("Steps of training, batch size", f"{values('steps')}, {values('batch_size')}"),
+        ("Precision", values("precision")),
+        ("Loss path", values("loss_path")),
+        ("Adapter dtype", values("adapter_dtype") if "adapter_dtype" in runs else "-"),
+        ("Processor", f"{values('cpu')}; cores: {values('cores')}; threads: {values('threads')}"),
+        ("Memory", f"{memory.iloc[0] / 2**30:.0f} GiB" if len(memory) else "-"),
+        ("GPU", values("gpu")),
+        ("torch", values("torch")),
+        ("Commit", values("git_commit")),
+        ("Work of all runs", spoken(float(runs["wall_seconds"].sum()))),
+    ]
+
+
+def _warnings(runs: pd.DataFrame) -> list[str]:
+    found = []
+    if runs["git_commit"].nunique() > 1:
+        found.append("These runs come from more than one commit of the code: compare them with care.")
+    if runs["git_dirty"].eq(True).any():
+        found.append("Some runs come from a tree with changes that were not committed.")
+    if runs["cpu"].nunique() > 1 or runs["gpu"].nunique() > 1:
+        found.append("These runs come from more than one kind of machine: their speeds do not compare.")
+    unfinished = runs[runs["status"] != "ok"]
+    if len(unfinished):
+        found.append("Not every run ended well; see the table of all runs.")
+    return found
+
+
+def _materials(folder: Path, runs: pd.DataFrame) -> list[dict[str, Any]]:
+    """Returns model and task with licence and note, from the first record that has them."""
+    for run in runs["run_id"]:
+        path = folder / "runs" / run / "record.json"
+        if path.is_file():
+            provenance = json.loads(path.read_text())["provenance"]
+            return [m for m in (provenance.get("model"), provenance.get("task")) if m]
+    return []

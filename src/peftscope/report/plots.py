@@ -1,0 +1,202 @@
+"""Figures, drawn with seaborn from ``runs.csv`` and ``losses.csv``. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+
+from peftscope.collect import read_runs, results_folder
+from peftscope.methods import METHODS
+from peftscope.report.tables import MIB, ladder_summary, method_summary
+
+PHASES = {"load": "load and initialise", "train": "train", "evaluate": "evaluate"}
+LABELS = {
+    "heldout_nll": "held-out NLL (nats per response token)",
+    "train_peak": "peak of live tensors in training (MiB)",
+    "tokens": "tokens per second, without padding",
+}
+
+
+def palette() -> dict[str, tuple[float, float, float]]:
+    """Returns one colour a method, the same in every figure."""
+    labels = [cls.label for cls in METHODS.values()]
+    colours = [*sns.color_palette("colorblind"), *sns.color_palette("dark")]
+    return dict(zip(labels, colours[: len(labels)], strict=True))
+
+
+def write_figures(experiment: str, ladders: list[str]) -> None:
+    """Draws every figure of an experiment into its figures folder."""
+    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
+    runs = read_runs(experiment)
+    losses = pd.read_csv(results_folder(experiment) / "losses.csv")
+    folder = results_folder(experiment) / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    _draw(folder / "pareto.png", lambda axes: draw_pareto(axes, runs))
+    _draw(folder / "memory.png", lambda axes: draw_memory(axes, runs))
+    _draw(folder / "throughput.png", lambda axes: draw_throughput(axes, runs))
+    _draw(folder / "losses.png", lambda axes: draw_losses(axes, runs, losses))
+    for field in ladders:
+        _draw(folder / f"ladder-{field}.png", lambda axes, field=field: draw_ladder(axes, runs, field))  # type: ignore[misc]
+
+
+def _draw(path: Path, draw: Callable[[plt.Axes], None]) -> None:
+    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    draw(axes)
+    if not axes.has_data():
+        axes.text(0.5, 0.5, "no finished run to show", ha="center", va="center", transform=axes.transAxes)
+    # No software version in the file: the same data give the same bytes.
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _grid(runs: pd.DataFrame) -> pd.DataFrame:
+    return runs[(runs["status"] == "ok") & runs["comparisons"].str.contains(r"\bgrid\b")]
+
+
+def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
+    """Draws held-out loss against the memory peak of training, one point a method, bars over seeds."""
+    methods = method_summary(runs)
+    if methods.empty:
+        return
+    colours = palette()
+    trained = methods.dropna(subset=["heldout_nll", "train_peak_bytes"])
+    for row in trained.itertuples():
+        bars = (
+            None
+            if pd.isna(row.heldout_nll_low)
+            else [[row.heldout_nll - row.heldout_nll_low], [row.heldout_nll_high - row.heldout_nll]]
+        )
+        axes.errorbar(
+            row.train_peak_bytes / MIB,
+            row.heldout_nll,
+            yerr=bars,
+            fmt="o",
+            ms=8,
+            capsize=3,
+            color=colours.get(row.label),
+            label=row.label,
+        )
+    seeds = _grid(runs).dropna(subset=["heldout_nll_nats_per_token", "train_peak_tensor_bytes"])
+    for row in seeds.itertuples():
+        axes.plot(
+            row.train_peak_tensor_bytes / MIB,
+            row.heldout_nll_nats_per_token,
+            ".",
+            ms=5,
+            color=colours.get(row.label),
+            alpha=0.6,
+        )
+    axes.set(xscale="log", xlabel=LABELS["train_peak"], ylabel=LABELS["heldout_nll"], title="Quality against memory")
+    _plain_ticks(axes.xaxis)
+    # Intervals of two or three seeds are many times wider than the points' spread: they may leave the frame.
+    points = seeds["heldout_nll_nats_per_token"] if len(seeds) else trained["heldout_nll"]
+    if len(points):
+        spread = float(points.max() - points.min()) or float(points.max()) / 10
+        axes.set_ylim(float(points.min()) - spread, float(points.max()) + spread)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+
+
+def draw_memory(axes: plt.Axes, runs: pd.DataFrame) -> None:
+    """Draws the peak of live tensors by method and phase."""
+    grid = _grid(runs)
+    columns = {f"{phase}_peak_tensor_bytes": label for phase, label in PHASES.items()}
+    long = grid.melt(id_vars="label", value_vars=list(columns), var_name="phase", value_name="bytes").dropna(
+        subset=["bytes"]
+    )
+    if long.empty:
+        return
+    long = long.assign(phase=long["phase"].map(columns), mebibytes=long["bytes"] / MIB)
+    sns.barplot(
+        long,
+        x="mebibytes",
+        y="label",
+        hue="phase",
+        hue_order=list(PHASES.values()),
+        errorbar=None,
+        ax=axes,
+        palette="crest",
+    )
+    axes.set(xlabel="peak of live tensors (MiB)", ylabel="", title="Memory by phase")
+    axes.legend(title="", fontsize=8)
+
+
+def draw_throughput(axes: plt.Axes, runs: pd.DataFrame) -> None:
+    """Draws tokens per second by method, one point a run."""
+    grid = _grid(runs).dropna(subset=["tokens_per_second"])
+    if grid.empty:
+        return
+    sns.barplot(
+        grid,
+        x="tokens_per_second",
+        y="label",
+        hue="label",
+        errorbar=None,
+        ax=axes,
+        palette=palette(),
+        legend=False,
+        alpha=0.6,
+    )
+    sns.stripplot(grid, x="tokens_per_second", y="label", color="0.2", size=4, jitter=False, ax=axes)
+    axes.set(xlabel=LABELS["tokens"], ylabel="", title="Throughput of training")
+
+
+def draw_losses(axes: plt.Axes, runs: pd.DataFrame, losses: pd.DataFrame) -> None:
+    """Draws the training loss by step: a line a method, a band over its seeds."""
+    grid = runs[runs["comparisons"].str.contains(r"\bgrid\b")]
+    curves = losses.merge(grid[["run_id", "label"]], on="run_id").dropna()
+    if curves.empty:
+        return
+    sns.lineplot(
+        curves, x="step", y="nll_nats_per_token", hue="label", errorbar=("pi", 100), palette=palette(), ax=axes
+    )
+    axes.set(yscale="log", xlabel="step", ylabel="training NLL (nats per response token)", title="Loss curves")
+    _plain_ticks(axes.yaxis)
+    axes.legend(title="", fontsize=8)
+
+
+def _plain_ticks(axis: mpl.axis.Axis) -> None:
+    """Writes a logarithmic axis' ticks as plain numbers."""
+    for setter in (axis.set_major_formatter, axis.set_minor_formatter):
+        setter(mpl.ticker.FormatStrFormatter("%g"))
+    axis.set_tick_params(which="minor", labelsize=7)
+
+
+def draw_ladder(axes: plt.Axes, runs: pd.DataFrame, field: str) -> None:
+    """Draws held-out loss along one ladder, bars over seeds where there are several."""
+    ladder = ladder_summary(runs)
+    ladder = ladder[ladder["field"] == field].dropna(subset=["heldout_nll"])
+    if ladder.empty:
+        return
+    numeric = pd.to_numeric(ladder["value"], errors="coerce")
+    is_number = bool(numeric.notna().all())
+    for label, rungs in ladder.assign(x=numeric if is_number else ladder["value"]).groupby("label", sort=False):
+        rungs = rungs.sort_values("x") if is_number else rungs
+        bars = [
+            (rungs["heldout_nll"] - rungs["heldout_nll_low"]).fillna(0),
+            (rungs["heldout_nll_high"] - rungs["heldout_nll"]).fillna(0),
+        ]
+        axes.errorbar(
+            rungs["x"],
+            rungs["heldout_nll"].astype(float),
+            yerr=bars,
+            fmt="o-",
+            capsize=3,
+            label=label,
+            color=palette().get(str(label)),
+        )
+    if is_number and (numeric > 0).all():
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(set(numeric)), [f"{value:g}" for value in sorted(set(numeric))])
+        axes.minorticks_off()
+    axes.set(
+        xlabel=field.replace("_", " "), ylabel=LABELS["heldout_nll"], title=f"Ladder over {field.replace('_', ' ')}"
+    )
+    axes.legend(title="", fontsize=8)

@@ -1,0 +1,78 @@
+"""Publishing: the small files of a finished experiment, copied to where they are committed.
+
+No rule of the workflow writes or reads these folders, so a fresh clone runs the experiment instead of finding it done.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+
+from peftscope.collect import read_runs, results_folder
+from peftscope.errors import InputError, Problem
+from peftscope.estimate import spoken
+from peftscope.report.page import report_path
+from peftscope.sweep import experiment_path
+
+PUBLISHED_RESULTS = Path("results/published")
+PUBLISHED_REPORTS = Path("reports/published")
+LARGEST_BYTES = 5_000_000
+README = Path("README.md")
+
+
+def publish_experiment(experiment: str) -> list[Path]:
+    """Copies records, items, tables, figures and report, updates the README, and returns the two folders.
+
+    Raises:
+        InputError: The experiment is not finished, or a file is too large to commit.
+    """
+    experiment_path(experiment)
+    source, page = results_folder(experiment), report_path(experiment)
+    if not (source / "all-runs-ended-well").is_file():
+        raise InputError(
+            Problem(f"results/{experiment}", "the experiment is not finished", f"make report EXPERIMENT={experiment}")
+        )
+    wanted = [
+        source / "runs.csv",
+        source / "losses.csv",
+        *sorted(source.glob("tables/*")),
+        *sorted(source.glob("figures/*")),
+    ]
+    for run in read_runs(experiment)["run_id"]:
+        wanted += [source / "runs" / run / name for name in ("record.json", "items.jsonl")]
+    large = [path for path in [*wanted, page] if path.stat().st_size > LARGEST_BYTES]
+    if large:
+        raise InputError(Problem(str(path), f"over {LARGEST_BYTES} bytes, too large to commit") for path in large)
+    results, report = PUBLISHED_RESULTS / experiment, PUBLISHED_REPORTS / experiment
+    for folder in (results, report):
+        shutil.rmtree(folder, ignore_errors=True)
+    for path in wanted:
+        target = results / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    report.mkdir(parents=True)
+    shutil.copyfile(page, report / page.name)
+    _update_readme(experiment, results)
+    return [results, report]
+
+
+def _update_readme(experiment: str, results: Path) -> None:
+    """Puts the table, a figure and the machine between the README's markers for this experiment, if it has them."""
+    begin, end = f"<!-- published:{experiment} -->\n", f"<!-- /published:{experiment} -->"
+    text = README.read_text()
+    if begin not in text:
+        return
+    runs = pd.read_csv(results / "runs.csv")
+    first = runs.iloc[0]
+    work = spoken(float(runs["wall_seconds"].sum()))
+    shown = (
+        f"![Quality against memory](results/published/{experiment}/figures/pareto.png)\n\n"
+        + (results / "tables" / "methods.md").read_text()
+        + f"\n{len(runs)} runs on {first['model']}, made on {first['cpu']}, {first['cores']:g} cores, "
+        f"{first['host_memory_bytes'] / 2**30:.0f} GiB, {first['gpu'] if pd.notna(first['gpu']) else 'no GPU'}, "
+        f"torch {first['torch']}, in {work} of work.\n"
+    )
+    before, _, rest = text.partition(begin)
+    README.write_text(before + begin + shown + end + rest.partition(end)[2])

@@ -1,0 +1,160 @@
+"""The sentence under each figure, rendered from the data: templates here hold words, never numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+
+from peftscope.report.tables import MIB, ladder_summary, method_summary
+
+NOTHING = "No finished run to show yet."
+
+PARETO = (
+    "Lower and further left is better. {{ best }} reached the lowest held-out loss, {{ best_nll }} nats per token "
+    "(the untouched base: {{ base_nll }}); {{ leanest }} trained in the least memory, {{ leanest_mib }} MiB, against "
+    "{{ largest_mib }} MiB for {{ largest }}. "
+    "Small points are runs, large ones means"
+    "{% if n > one %}, bars ninety-five per cent intervals over {{ n }} seeds (cut at the frame){% endif %}. "
+    "{% if n < needed %}n = {{ n }} is too few to call a difference: this figure ranks nothing.{% endif %}"
+)
+MEMORY = (
+    "{{ largest }} needs the most memory in training, {{ largest_mib }} MiB of live tensors; {{ leanest }} the least, "
+    "{{ leanest_mib }} MiB, a factor of {{ factor }}. Loading includes the method's initialisation."
+)
+THROUGHPUT = (
+    "{{ fastest }} trained fastest, {{ fastest_rate }} tokens per second in the median; {{ slowest }} slowest, "
+    "{{ slowest_rate }}. Each point is a run, padding not counted."
+)
+LOSSES = (
+    "Every run of one seed saw the same batches in the same order. On the last step {{ lowest }} had the lowest "
+    "training loss, {{ lowest_nll }} nats per token, and {{ highest }} the highest, {{ highest_nll }}; "
+    "bands span the seeds."
+)
+LADDER = (
+    "Along {{ field }}, everything else held at the centre, the lowest held-out loss was {{ best_nll }} nats per token "
+    "at {{ best }}, the highest {{ worst_nll }} at {{ worst }}. "
+    "{% if n == one %}One seed a rung (n = {{ n }}): no interval, no verdict."
+    "{% else %}n = {{ n }} seeds a rung.{% endif %}"
+)
+SEEDS_NEEDED = 6
+"""Below six seeds an exact paired sign-flip test cannot reach p < 0.05 (two-sided: 2 / 2^n)."""
+
+_jinja = Environment(undefined=StrictUndefined, autoescape=False)
+
+
+def sentence(figure: str, runs: pd.DataFrame, losses: pd.DataFrame) -> str:
+    """Returns the sentence for ``pareto``, ``memory``, ``throughput``, ``losses`` or ``ladder-FIELD``."""
+    if figure.startswith("ladder-"):
+        template, facts = LADDER, ladder_facts(runs, figure.removeprefix("ladder-"))
+    else:
+        template, compute = _FIGURES[figure]
+        facts = compute(runs, losses)
+    return _jinja.from_string(template).render(facts) if facts else NOTHING
+
+
+def pareto_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
+    """Returns who is best and leanest, over methods that train."""
+    trained, base = _trained(runs)
+    if trained.empty:
+        return None
+    best = trained.loc[trained["heldout_nll"].idxmin()]
+    return {
+        **_extremes(trained, "train_peak_bytes"),
+        "best": best["label"],
+        "best_nll": f"{best['heldout_nll']:.3f}",
+        "base_nll": f"{base['heldout_nll'].iloc[0]:.3f}" if len(base) else "not run",
+        "n": int(trained["n"].min()),
+        "needed": SEEDS_NEEDED,
+        "one": 1,
+    }
+
+
+def memory_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
+    """Returns the extremes of training memory."""
+    trained, _ = _trained(runs)
+    return _extremes(trained, "train_peak_bytes") if len(trained) else None
+
+
+def throughput_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
+    """Returns the extremes of training throughput."""
+    trained, _ = _trained(runs)
+    if trained.empty:
+        return None
+    fast, slow = (
+        trained.loc[pick] for pick in (trained["tokens_per_second"].idxmax(), trained["tokens_per_second"].idxmin())
+    )
+    return {
+        "fastest": fast["label"],
+        "fastest_rate": f"{fast['tokens_per_second']:,.0f}",
+        "slowest": slow["label"],
+        "slowest_rate": f"{slow['tokens_per_second']:,.0f}",
+    }
+
+
+def losses_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
+    """Returns the extremes of the training loss at the last step, means over seeds."""
+    grid = runs[runs["comparisons"].str.contains(r"\bgrid\b") & (runs["status"] == "ok")]
+    curves = losses.merge(grid[["run_id", "label"]], on="run_id").dropna()
+    if curves.empty:
+        return None
+    last = curves[curves["step"] == curves.groupby("run_id")["step"].transform("max")]
+    final = last.groupby("label")["nll_nats_per_token"].mean()
+    return {
+        "lowest": final.idxmin(),
+        "lowest_nll": f"{final.min():.3f}",
+        "highest": final.idxmax(),
+        "highest_nll": f"{final.max():.3f}",
+    }
+
+
+def ladder_facts(runs: pd.DataFrame, field: str) -> dict[str, Any] | None:
+    """Returns the best and the worst rung of a ladder."""
+    ladder = ladder_summary(runs)
+    ladder = ladder[ladder["field"] == field].dropna(subset=["heldout_nll"])
+    if ladder.empty:
+        return None
+    values = ladder["heldout_nll"].astype(float)
+    best, worst = ladder.loc[values.idxmin()], ladder.loc[values.idxmax()]
+    return {
+        "field": field.replace("_", " "),
+        "best": _value(best["value"]),
+        "best_nll": f"{best['heldout_nll']:.3f}",
+        "worst": _value(worst["value"]),
+        "worst_nll": f"{worst['heldout_nll']:.3f}",
+        "n": int(ladder["n"].min()),
+        "one": 1,
+    }
+
+
+_FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame, pd.DataFrame], dict[str, Any] | None]]] = {
+    "pareto": (PARETO, pareto_facts),
+    "memory": (MEMORY, memory_facts),
+    "throughput": (THROUGHPUT, throughput_facts),
+    "losses": (LOSSES, losses_facts),
+}
+
+
+def _trained(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    methods = method_summary(runs)
+    if methods.empty:
+        return methods, methods
+    is_base = methods["label"].str.startswith("base")
+    return methods[~is_base].dropna(subset=["heldout_nll", "train_peak_bytes"]), methods[is_base]
+
+
+def _extremes(methods: pd.DataFrame, column: str) -> dict[str, str]:
+    largest, leanest = methods.loc[methods[column].idxmax()], methods.loc[methods[column].idxmin()]
+    return {
+        "largest": largest["label"],
+        "largest_mib": f"{largest[column] / MIB:,.0f}",
+        "leanest": leanest["label"],
+        "leanest_mib": f"{leanest[column] / MIB:,.0f}",
+        "factor": f"{largest[column] / leanest[column]:.1f}",
+    }
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)

@@ -1,0 +1,166 @@
+"""Tables: one row a method with intervals over seeds, one row a rung of each ladder, one row a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import pandas as pd
+from great_tables import GT, md
+
+from peftscope.collect import read_runs, results_folder
+from peftscope.stats import Interval, mean_interval
+
+MIB = 2**20
+
+SCORES: dict[str, str] = {
+    "heldout_nll": "heldout_nll_nats_per_token",
+    "exact_match": "exact_match_fraction",
+    "retention_change": "retention_change_bits_per_byte",
+}
+"""Columns that vary with the seed and get an interval, by their short names."""
+FACTS: dict[str, str] = {
+    "load_peak_bytes": "load_peak_tensor_bytes",
+    "train_peak_bytes": "train_peak_tensor_bytes",
+    "evaluate_peak_bytes": "evaluate_peak_tensor_bytes",
+    "step_seconds": "step_seconds_median",
+    "tokens_per_second": "tokens_per_second",
+    "trained_parameters": "trained_parameters",
+    "adapter_bytes": "adapter_bytes",
+}
+"""Columns of which the median over seeds is shown."""
+NOT_FACTORS = ("seed", "comparisons")
+
+
+def summarise(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Returns one row a combination of ``keys``: n, statuses, means with 95 % intervals of scores, medians of facts."""
+    runs = runs.assign(
+        retention_change_bits_per_byte=runs["retention_bits_per_byte"] - runs["retention_bits_per_byte_before"]
+    )
+    rows = []
+    for values, group in runs.groupby(keys, sort=False, dropna=False):
+        good = group[group["status"] == "ok"]
+        row: dict[Hashable, Any] = dict(zip(keys, values, strict=True))
+        row["n"] = len(good)
+        row["other_endings"] = ", ".join(sorted(group.loc[group["status"] != "ok", "status"]))
+        for name, column in SCORES.items():
+            interval = mean_interval(good[column].tolist()) or Interval(float("nan"), None, None, 0)
+            row |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+        for name, column in FACTS.items():
+            row[name] = good[column].median()
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def method_summary(runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns the summary of the grid and of single runs: what the comparison of methods shows."""
+    chosen = runs[runs["comparisons"].str.contains(r"\b(?:grid|runs)\b")]
+    grid = runs[runs["comparisons"].str.contains(r"\bgrid\b")]
+    # A factor that a method's own settings decide (its precision, its learning rate) says nothing beyond the method.
+    factors = [
+        field
+        for field in ("model", "task", "rank", "alpha", "targets", "learning_rate", "precision", "dropout")
+        if field in grid and (grid.groupby("label")[field].nunique() > 1).any()
+    ]
+    return summarise(chosen, ["label", *factors]) if len(chosen) else pd.DataFrame()
+
+
+def ladder_summary(runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns one row a rung of every ladder: ``field``, ``value`` and the summary."""
+    parts = []
+    for name in sorted({n for names in runs["comparisons"] for n in names.split() if n.startswith("ladder-")}):
+        field = name.rpartition("-")[2]
+        rungs = runs[[name in names.split() for names in runs["comparisons"]]]
+        part = summarise(rungs, ["label", field]).rename(columns={field: "value"})
+        parts.append(part.assign(field=field))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["label", "field", "value"])
+
+
+def write_tables(experiment: str) -> None:
+    """Writes methods (csv, md, html), ladders (csv) and runs (html) of an experiment."""
+    runs = read_runs(experiment)
+    folder = results_folder(experiment) / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    methods = method_summary(runs)
+    methods.to_csv(folder / "methods.csv", index=False)
+    ladder_summary(runs).to_csv(folder / "ladders.csv", index=False)
+    shown = readable_methods(methods)
+    (folder / "methods.md").write_text(markdown(shown))
+    for name, frame in (("methods", shown), ("runs", readable_runs(runs))):
+        (folder / f"{name}.html").write_text(_html(frame))
+
+
+def readable_methods(methods: pd.DataFrame) -> pd.DataFrame:
+    """Returns the method table as text for people: MiB, intervals in brackets, n = 1 where there is one run."""
+    if methods.empty:
+        return pd.DataFrame({"method": []})
+    factors = [c for c in methods.columns[: list(methods.columns).index("n")] if c != "label"]
+    rows = []
+    for row in methods.to_dict("records"):
+        shown = {"method": row["label"], **{field: _plain(row[field]) for field in factors}}
+        shown["runs"] = f"n = {row['n']}" + (f" ({row['other_endings']})" if row["other_endings"] else "")
+        shown |= {
+            "held-out NLL (nats/token)": _interval(row, "heldout_nll", ".3f"),
+            # A Student interval knows nothing of the bounds of a share.
+            "exact match (%)": _interval(row, "exact_match", ".1f", lambda v: 100 * min(1.0, max(0.0, v))),
+            "English, change (bits/byte)": _interval(row, "retention_change", "+.3f"),
+            "peak tensors, train (MiB)": _number(row["train_peak_bytes"], ",.0f", MIB),
+            "peak tensors, load (MiB)": _number(row["load_peak_bytes"], ",.0f", MIB),
+            "step (s)": _number(row["step_seconds"], ".2f"),
+            "tokens/s": _number(row["tokens_per_second"], ",.0f"),
+            "trained parameters": _number(row["trained_parameters"], ",.0f"),
+            "saved (MiB)": _number(row["adapter_bytes"], ",.1f", MIB),
+        }
+        rows.append(shown)
+    return pd.DataFrame(rows)
+
+
+def readable_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns every run with how it ended; a card that was too small shows as OOM."""
+    ending = runs["status"].map(lambda status: "OOM" if status == "oom" else status)
+    return pd.DataFrame(
+        {
+            "run": runs["run_id"],
+            "ended": ending,
+            "reason": runs["reason"].fillna(""),
+            "seed": runs["seed"].astype(str),
+            "held-out NLL": runs["heldout_nll_nats_per_token"].map(lambda v: _number(v, ".3f")),
+            "exact match (%)": runs["exact_match_fraction"].map(lambda v: _number(v, ".1f", 0.01)),
+            "peak tensors, train (MiB)": runs["train_peak_tensor_bytes"].map(lambda v: _number(v, ",.0f", MIB)),
+            "peak resident, train (MiB)": runs["train_peak_resident_bytes"].map(lambda v: _number(v, ",.0f", MIB)),
+            "step (s)": runs["step_seconds_median"].map(lambda v: _number(v, ".2f")),
+            "initialise (s)": runs["initialise_seconds"].map(lambda v: _number(v, ".1f")),
+            "wall (s)": runs["wall_seconds"].map(lambda v: _number(v, ".0f")),
+        }
+    )
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """Returns a frame of text as a Markdown table, numbers to the right."""
+    columns = list(frame.columns)
+    lines = ["| " + " | ".join(columns) + " |", "|" + "|".join(["---", *["---:"] * (len(columns) - 1)]) + "|"]
+    lines += ["| " + " | ".join(str(value) for value in row) + " |" for row in frame.itertuples(index=False)]
+    return "\n".join(lines) + "\n"
+
+
+def _html(frame: pd.DataFrame) -> str:
+    table = GT(frame).cols_align("right", columns=list(frame.columns)[1:])
+    table = table.cols_label({column: md(column) for column in frame.columns})
+    return str(table.tab_options(table_font_size="13px", data_row_padding="4px").as_raw_html())
+
+
+def _plain(value: Any) -> str:
+    return "-" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _number(value: Any, form: str, unit: float = 1) -> str:
+    return "-" if pd.isna(value) else format(value / unit, form)
+
+
+def _interval(row: dict[Hashable, Any], name: str, form: str, scale: Callable[[float], float] = float) -> str:
+    mean, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    if pd.isna(mean):
+        return "-"
+    if pd.isna(low):
+        return format(scale(mean), form)
+    return f"{format(scale(mean), form)} [{format(scale(low), form)}, {format(scale(high), form)}]"

@@ -1,0 +1,85 @@
+"""Merging a finished run's adapter into its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peftscope.errors import InputError, Problem, close_match
+from peftscope.record import read_record
+from peftscope.spec import RunSpec
+from peftscope.sweep import RESERVED_NAMES
+
+
+def find_run(run: str) -> Path:
+    """Returns the folder of a finished run with an adapter, in whichever experiment it is.
+
+    Raises:
+        InputError: There is none.
+    """
+    folders = [path.parent for path in Path("results").glob("*/runs/*/record.json")]
+    mine = [f for f in folders if f.name == run and f.parent.parent.name not in RESERVED_NAMES]
+    if not mine:
+        raise InputError(
+            Problem(f"run {run}", "no such run under results/", close_match(run, [f.name for f in folders]))
+        )
+    finished = [folder for folder in mine if (folder / "adapter").is_dir()]
+    if not finished:
+        record = read_record(mine[0] / "record.json")
+        raise InputError(Problem(f"run {run}", f"it has no adapter ({record.status})", "choose a run that ended ok"))
+    return finished[0]
+
+
+def merge_run(folder: Path, target: Path) -> None:
+    """Writes the merged model and its tokenizer.
+
+    A 4-bit base is dequantised first and the adapter is added in bf16: the model that was trained, at full size.
+    (Adding it in 4 bits would quantise the sum again, which is another model.)
+
+    Raises:
+        InputError: The method has nothing to merge.
+    """
+    record = read_record(folder / "record.json")
+    method = record.spec.method
+    if not method.mergeable:
+        raise InputError(
+            Problem(f"run {record.run_id}", f"{method.label} cannot be merged", "load its adapter/ folder as it is")
+        )
+    from peft import PeftModel
+
+    from peftscope.models.load import load_tokenizer
+
+    base = base_of_adapter(record.spec)
+    if record.spec.method.quantization():
+        base = _dequantised(base, record.spec)
+    base.set_attn_implementation("sdpa")
+    merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
+    merged.save_pretrained(target)
+    load_tokenizer(record.spec).save_pretrained(target)
+
+
+def base_of_adapter(spec: RunSpec) -> Any:
+    """Returns the base that a spec's adapter is loaded onto; LoftQ's is its own, made again from the same weights."""
+    from peftscope.models.load import load_base
+    from peftscope.training.build import build_model
+
+    base = load_base(spec)
+    return build_model(base, spec)[0].unload() if spec.method.name == "loftq" else base
+
+
+def _dequantised(base: Any, spec: RunSpec) -> Any:
+    """Returns a bf16 model with the values that a 4-bit base stands for."""
+    import bitsandbytes as bnb
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from peftscope.models.load import require_folder
+
+    plain = AutoModelForCausalLM.from_pretrained(require_folder(spec), dtype=torch.bfloat16)
+    modules = dict(plain.named_modules())
+    with torch.no_grad():
+        for name, module in base.named_modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+                modules[name].weight.copy_(weight)
+    return plain

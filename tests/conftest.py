@@ -1,0 +1,100 @@
+"""A workspace of its own: the repository's experiment files, fetched toy model and made tasks, nothing of a user's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["PEFTSCOPE_DEVICE"] = "cpu"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("workspace")
+    for name in ("experiments", "src", "Snakefile", "profiles"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_workspace(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftscope.data import tasks
+    from peftscope.models import catalog
+
+    monkeypatch.chdir(workspace)
+    tasks._tasks.cache_clear()
+    catalog._catalog.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def toy(workspace: Path) -> Path:
+    """The workspace with the toy model and the sums in it."""
+    from peftscope.data.tasks import make_task
+    from peftscope.models.fetch import fetch_model
+
+    before = Path.cwd()
+    os.chdir(workspace)
+    try:
+        fetch_model("toy")
+        make_task("two-digit-sums")
+    finally:
+        os.chdir(before)
+    return workspace
+
+
+@pytest.fixture
+def make_spec() -> Callable[..., Any]:
+    """Specs of short runs on the toy model; keywords override."""
+    from peftscope.sweep import Experiment, Resolver
+
+    def make(**values: Any) -> Any:
+        short = {
+            "model": "toy",
+            "task": "two-digit-sums",
+            "seed": 0,
+            "steps": 6,
+            "batch_size": 8,
+            "heldout_items": 16,
+            "generation_items": 4,
+            "eval_batch_size": 8,
+            "retention_tokens": 64,
+            "warmup_steps_timed": 1,
+        }
+        return Resolver(Experiment(), Path("test.yaml")).spec({**short, **values}, "test.yaml")
+
+    return make
+
+
+@pytest.fixture
+def write_experiment(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+    """Writes an experiment file beside copies of the repository's, and makes that folder the current one."""
+
+    def write(name: str, text: str) -> Path:
+        import shutil
+
+        from peftscope.data import tasks
+        from peftscope.models import catalog
+
+        folder = tmp_path / "own"
+        if not folder.exists():
+            shutil.copytree(REPOSITORY / "experiments", folder / "experiments")
+        monkeypatch.chdir(folder)
+        path = Path("experiments") / f"{name}.yaml"
+        path.write_text(text)
+        tasks._tasks.cache_clear()
+        catalog._catalog.cache_clear()
+        return path
+
+    return write

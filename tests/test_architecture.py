@@ -1,0 +1,71 @@
+"""The house rules that a reader relies on."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+NO_TORCH = [
+    "spec", "sweep", "plan", "record", "collect", "stats", "estimate", "device", "methods", "memory.shapes",
+    "models.catalog", "data.tasks", "report.tables", "report.plots", "report.page", "report.sentences",
+    "report.publish", "cli",
+]  # fmt: skip
+
+
+def test_planning_and_reporting_never_load_torch() -> None:
+    modules = ", ".join(f"peftscope.{name}" for name in NO_TORCH)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys, {modules}; print('torch' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_snakefile_holds_rules_only(repository: Path) -> None:
+    text = (repository / "Snakefile").read_text()
+    assert not re.search(r"\b(def|lambda)\b", text)
+    assert "script:" not in text
+    assert "run:" not in text
+
+
+def test_conda_environment_has_the_same_versions(repository: Path) -> None:
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    wanted = {*project["dependencies"], *project["optional-dependencies"]["dev"]}
+    environment = yaml.safe_load((repository / "environment.yml").read_text())
+    assert environment["dependencies"][0] == f"python{project['requires-python']}"
+    (pip,) = [part["pip"] for part in environment["dependencies"] if isinstance(part, dict)]
+    assert set(pip) == wanted
+
+
+def test_the_lock_pins_every_dependency_and_leaves_torch_a_range(repository: Path) -> None:
+    lines = [line for line in (repository / "requirements.lock").read_text().splitlines() if line]
+    assert "torch>=2.9,<3" in lines
+    assert all("==" in line or line.startswith("torch>=") for line in lines)
+    assert not any("+cpu" in line or "://" in line for line in lines)
+    pinned = {re.split(r"[=<>]", line)[0].lower().replace("_", "-").replace(".", "-") for line in lines}
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        assert re.split(r"[=<>]", requirement)[0].lower().replace("_", "-") in pinned, requirement
+
+
+def test_ci_runs_the_readmes_test_command(repository: Path) -> None:
+    assert "make test" in (repository / "README.md").read_text()
+    assert "make test" in (repository / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("folder", ["results", "reports"])
+def test_working_outputs_are_ignored_and_published_ones_are_not(folder: str, repository: Path) -> None:
+    def ignored(path: str) -> bool:
+        command = ["git", "-C", str(repository), "check-ignore", "--quiet", "--no-index", path]
+        return subprocess.run(command, check=False).returncode == 0
+
+    assert ignored(f"{folder}/quick/x.csv")
+    assert not ignored(f"{folder}/published/quick/x.csv")

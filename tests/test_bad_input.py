@@ -1,0 +1,101 @@
+"""Bad input: one clear message each, with place, value and remedy, all of a file at once, before any job starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peftscope.errors import InputError
+from peftscope.plan import check_disk, plan_experiment
+from peftscope.sweep import expand
+
+CASES = {
+    "unknown key": ("fixed: {model: toy, stepz: 3}", "fixed.stepz", "did you mean `steps`?"),
+    "unknown section": ("fixd: {model: toy}", "fixd", "did you mean `fixed`?"),
+    "wrong type": ("fixed: {model: toy, steps: many}", "fixed.steps", "'many'"),
+    "rank 0": ("fixed: {model: toy}\naxes: {rank: [4, 0]}", "axes.rank[1]", "greater than or equal to 1"),
+    "rank 0 on a ladder": ("ladders: [{axes: {rank: [4, 0]}}]", "ladders[0].axes.rank[1]", "got 0"),
+    "no such module": ("fixed: {model: toy}\nmethods: {lora: {targets: [q_prj]}}", "targets", "did you mean `q_proj`?"),
+    "no such preset": (
+        "fixed: {model: toy}\nmethods: {lora: {targets: everything}}",
+        "methods.lora.targets",
+        "minimal, attention",
+    ),
+    "AdaLoRA that grows": (
+        "fixed: {model: toy, method: adalora}\nmethods: {adalora: {init_r: 4, target_r: 8}}",
+        "",
+        "target_r=8 must be smaller than init_r=4",
+    ),
+    "QLoRA with full": (
+        "fixed: {model: toy, method: full, quant_type: nf4}",
+        "fixed.quant_type",
+        "choose method `qlora`",
+    ),
+    "rank for full": ("runs: [{method: full, rank: 4}]", "runs[0].rank", "under methods.<name> for: lora"),
+    "4-bit in fp32": ("fixed: {model: toy, method: qlora, precision: fp32}", "", "use bf16"),
+    "missing model": ("fixed: {model: smollm3}", "model", "did you mean `smollm2-135m`?"),
+    "missing task": ("fixed: {model: toy, task: two-digit-sumz}", "task", "did you mean `two-digit-sums`?"),
+    "unknown method": ("axes: {method: [lora, qlra]}", "method", "did you mean `qlora`?"),
+    "a key twice": ("fixed: {model: toy}\nfixed: {model: toy}", "line 2", "stands twice"),
+    "not YAML": ("fixed: [", "line", "not valid YAML"),
+    "extends itself": ("extends: mine", "extends", "extends itself"),
+    "device": ("fixed: {model: toy, device: cuda}", "fixed.device", "the machine decides"),
+}
+
+
+@pytest.mark.parametrize(("text", "place", "words"), CASES.values(), ids=CASES)
+def test_message_names_place_and_remedy(write_experiment, text: str, place: str, words: str) -> None:
+    write_experiment("mine", text + "\n")
+    with pytest.raises(InputError) as caught:
+        plan_experiment("mine")
+    message = str(caught.value)
+    assert "experiments/mine.yaml" in message
+    assert place in message
+    assert words in message
+
+
+def test_all_problems_of_a_file_at_once(write_experiment) -> None:
+    write_experiment("mine", "fixed: {model: toy, stepz: 3, batch_size: 0}\naxes: {rank: [0], alpha: [-1]}\n")
+    with pytest.raises(InputError) as caught:
+        plan_experiment("mine")
+    assert len(caught.value.problems) == 4
+
+
+@pytest.mark.parametrize("name", ["published", "gpu"])
+def test_reserved_names(name: str) -> None:
+    with pytest.raises(InputError, match="reserved"):
+        expand(name)
+
+
+def test_no_room_on_the_disk() -> None:
+    runs = expand("quick").runs
+    (problem,) = check_disk(runs, free_bytes=10**9)
+    assert "need about" in problem.message
+    assert check_disk(runs, free_bytes=10**12) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-m", "peftscope", "run", "nothing.yaml"],
+        ["-m", "peftscope", "run", '{"method": "lora", "rank": 0}'],
+        ["-m", "peftscope", "run", '{"method": "lora", "model": "nobody/nothing"}'],
+        ["-m", "peftscope", "expand", "nothing"],
+        ["-m", "peftscope", "merge", "nothing"],
+        ["-m", "snakemake", "-n", "--cores", "1", "--config", "experiment=nothing"],
+        ["-m", "snakemake", "-n", "--cores", "1", "--config", "experiment=mine"],
+    ],
+    ids=["no file", "rank 0", "model not fetched", "no experiment", "no run", "workflow", "workflow, bad file"],
+)
+def test_commands_never_show_a_traceback(arguments: list[str], write_experiment, repository: Path) -> None:
+    write_experiment("mine", "fixed: {model: toy, stepz: 3}\n")
+    for name in ("Snakefile", "profiles"):
+        Path(name).symlink_to(repository / name)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    output = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "Traceback" not in output
+    assert "->" in output or "no such file" in output

@@ -1,0 +1,146 @@
+"""Every experiment file of the repository, and what expanding one promises."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from peftscope.methods import METHODS
+from peftscope.plan import check_runs, plan_experiment
+from peftscope.spec import RUN_ID_PATTERN, RunSpec, run_id, spec_schema
+from peftscope.sweep import RUN_FIELDS, Sweep, expand, experiment_names
+
+FILES = sorted((Path(__file__).parent.parent / "experiments").rglob("*.yaml"))
+
+
+def test_every_yaml_file_is_covered() -> None:
+    assert len(FILES) > 5
+    names = {path.stem for path in FILES if path.parent.name == "experiments"}
+    assert names == {*experiment_names(), "defaults", "models", "tasks"}
+
+
+@pytest.mark.parametrize(
+    "name", [p.stem for p in FILES if p.parent.name == "experiments" and p.stem not in ("defaults", "models", "tasks")]
+)
+class TestExperiment:
+    def test_expands_into_valid_unique_runs(self, name: str) -> None:
+        sweep = expand(name)
+        assert sweep.runs
+        assert check_runs(sweep.runs, name) == []
+        assert all(re.fullmatch(RUN_ID_PATTERN, identity) for identity in sweep.runs)
+        assert [run_id(spec) for spec in sweep.runs.values()] == list(sweep.runs)
+
+    def test_runs_of_a_comparison_differ_only_where_it_says(self, name: str) -> None:
+        sweep = expand(name)
+        defaults = yaml.safe_load(Path("experiments/defaults.yaml").read_text())
+        by_method = {key for settings in defaults["methods"].values() for key in settings}
+        for comparison in sweep.comparisons:
+            allowed = set(comparison.varies) | {"seed"}
+            if "method" in allowed:
+                allowed |= by_method
+            assert differing_fields(sweep, comparison.runs) <= allowed, comparison.name
+
+
+def differing_fields(sweep: Sweep, runs: tuple[str, ...]) -> set[str]:
+    flat = []
+    for identity in runs:
+        fields = sweep.runs[identity].model_dump(mode="json")
+        method = fields.pop("method")
+        flat.append({**fields, "method": method.pop("name"), **method})
+    keys = {key for row in flat for key in row}
+    return {key for key in keys if len({json.dumps(row.get(key)) for row in flat}) > 1}
+
+
+def test_quick_has_what_the_readme_promises() -> None:
+    sweep = expand("quick")
+    specs = list(sweep.runs.values())
+    six = {"full", "lora", "qlora", "dora", "adalora", "loftq"}
+    assert {(s.method.name, s.seed) for s in specs} >= {(m, seed) for m in six for seed in (0, 1)}
+    assert len([s for s in specs if s.method.name == "none"]) == 2
+    ladders = {c.name.rpartition("-")[2]: c.runs for c in sweep.comparisons if c.name.startswith("ladder-")}
+    assert len(ladders["rank"]) >= 3
+    assert len(ladders["alpha"]) >= 3
+    assert len(ladders["targets"]) == 4
+    assert all(s.model == "smollm2-135m" for s in specs)
+
+
+def test_full_fine_tuning_is_compared_with_fp32_master_weights() -> None:
+    assert {s.precision for s in expand("quick").runs.values() if s.method.name == "full"} <= {"amp", "fp32"}
+
+
+def test_defaults_name_every_field_once_with_its_default() -> None:
+    defaults = yaml.safe_load(Path("experiments/defaults.yaml").read_text())
+    in_code = {name: RunSpec.model_fields[name].default for name in RUN_FIELDS}
+    for name, value in in_code.items():
+        if name not in ("model", "task", "learning_rate"):
+            assert defaults["fixed"][name] == value, name
+    assert set(defaults["fixed"]) == {*RUN_FIELDS, "method"} - {"learning_rate"}
+    assert list(defaults["methods"]) == list(METHODS)
+    for name, cls in METHODS.items():
+        settings = defaults["methods"][name]
+        assert settings["learning_rate"] >= 0
+        for field, info in cls.model_fields.items():
+            if field != "name":
+                assert settings[field] == info.default, (name, field)
+
+
+def test_schema_is_in_step() -> None:
+    assert json.loads(Path("experiments/spec.schema.json").read_text()) == spec_schema(), "run: make schema"
+
+
+def test_a_changed_rung_renames_only_its_own_run(write_experiment) -> None:
+    quick = Path("experiments/quick.yaml").read_text()
+    before = set(expand("quick").runs)
+    write_experiment("quick", quick.replace("rank: [2, 8, 32]", "rank: [2, 8, 16]"))
+    after = set(expand("quick").runs)
+    assert len(before - after) == 1
+    assert len(after - before) == 1
+
+
+def test_an_axis_a_method_lacks_leaves_it_one_run(write_experiment) -> None:
+    write_experiment("mine", "fixed: {model: toy}\naxes: {method: [full, lora], rank: [2, 4]}\n")
+    assert sorted(s.method.name for s in expand("mine").runs.values()) == ["full", "lora", "lora"]
+
+
+def test_linked_values_move_together_and_exclusions_hold(write_experiment) -> None:
+    write_experiment(
+        "mine",
+        "fixed: {model: toy, method: lora}\n"
+        "linked: [[{rank: 2, alpha: 4}, {rank: 4, alpha: 8}]]\n"
+        "axes: {dropout: [0.0, 0.1]}\n"
+        "exclude: [{match: {rank: 4, dropout: 0.1}, reason: enough}]\n",
+    )
+    found = {(s.method.rank, s.method.alpha, s.method.dropout) for s in expand("mine").runs.values()}
+    assert found == {(2, 4, 0.0), (2, 4, 0.1), (4, 8, 0.0)}
+
+
+def test_extends_merges_deeply(write_experiment) -> None:
+    write_experiment(
+        "base", "fixed: {model: toy, steps: 9}\nmethods: {lora: {rank: 4, alpha: 4}}\naxes: {method: [lora]}\n"
+    )
+    write_experiment("child", "extends: base\nmethods: {lora: {rank: 2}}\n")
+    (spec,) = expand("child").runs.values()
+    assert (spec.steps, spec.method.rank, spec.method.alpha) == (9, 2, 4)
+
+
+def test_the_id_of_a_run_survives_new_fields_with_defaults(make_spec) -> None:
+    spec = make_spec(method="lora")
+    written_out = RunSpec.model_validate(spec.model_dump(mode="json"))
+    assert run_id(written_out) == run_id(spec)
+    assert "optimizer" not in spec.canonical()
+
+
+def test_the_device_is_part_of_a_gpu_runs_id() -> None:
+    cpu, gpu = set(expand("quick", "cpu").runs), set(expand("quick", "cuda").runs)
+    assert not cpu & gpu
+    assert all("-cuda-" in identity for identity in gpu)
+
+
+def test_the_plan_asks_for_a_card_only_on_a_gpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plan_experiment("smoke").gpus == 0
+    monkeypatch.setenv("PEFTSCOPE_DEVICE", "cuda")
+    assert plan_experiment("smoke").gpus == 1

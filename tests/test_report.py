@@ -1,0 +1,135 @@
+"""Tables, figures, sentences and the page, from runs that were really made."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from peftscope.collect import collect_experiment, read_runs
+from peftscope.report.page import FIXED_FIGURES, write_report
+from peftscope.report.plots import write_figures
+from peftscope.report.sentences import NOTHING, sentence
+from peftscope.report.tables import ladder_summary, method_summary, readable_methods, readable_runs, write_tables
+from peftscope.sweep import expand
+from peftscope.training.phases import Phases
+from peftscope.training.run import execute
+
+EXPERIMENT = """
+title: Report test
+fixed: {model: toy, task: two-digit-sums, steps: 4, batch_size: 4, heldout_items: 8, generation_items: 0,
+  eval_batch_size: 8, retention_tokens: 32, warmup_steps_timed: 1}
+axes: {method: [lora, full]}
+seeds: [0, 1]
+runs: [{method: none}]
+ladders: [{centre: {method: lora}, seeds: [0], axes: {rank: [2, 8], targets: [minimal, all-linear]}}]
+"""
+
+
+@pytest.fixture
+def finished(toy: Path, write_experiment, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An experiment of which all runs but one are done, and one diverged."""
+    write_experiment("mine", EXPERIMENT)
+    Path("resources").symlink_to(toy / "resources")
+    sweep = expand("mine")
+    for index, (identity, spec) in enumerate(sweep.runs.items()):
+        if index == len(sweep.runs) - 1:
+            continue
+        if spec.method.name == "full" and spec.seed == 1:
+            # The record of this run keeps its id and ends as a much too large learning rate ends.
+            spec = spec.model_copy(update={"learning_rate": 1e30, "max_grad_norm": None})
+        phases = Phases("cpu")
+        phases.mark_imported()
+        execute(spec, Path("results/mine/runs") / identity, phases)
+    collect_experiment(sweep)
+    return "mine"
+
+
+def test_from_records_to_a_self_contained_page(finished: str) -> None:
+    write_tables(finished)
+    write_figures(finished, ["rank", "targets"])
+    html = write_report(finished, ["rank", "targets"]).read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', html)
+    assert html.count("<figure") == len(FIXED_FIGURES) + 2
+    assert "Report test" in html
+    assert f"make report EXPERIMENT={finished}" in html
+    assert "Not every run ended well" in html
+
+
+def test_tables_say_n_and_show_every_ending(finished: str) -> None:
+    runs = read_runs(finished)
+    assert sorted(runs["status"].unique()) == ["diverged", "missing", "ok"]
+    methods = method_summary(runs).set_index("label")
+    assert methods.loc["LoRA", "n"] == 2
+    assert (
+        methods.loc["LoRA", "heldout_nll_low"]
+        <= methods.loc["LoRA", "heldout_nll"]
+        <= methods.loc["LoRA", "heldout_nll_high"]
+    )
+    assert methods.loc["full fine-tuning", "n"] == 1
+    assert pd.isna(methods.loc["full fine-tuning", "heldout_nll_low"])
+    shown = readable_methods(method_summary(runs)).set_index("method")
+    assert shown.loc["full fine-tuning", "runs"] == "n = 1 (diverged)"
+    assert shown.loc["base", "runs"] == "n = 1"
+    good = runs[(runs["label"] == "LoRA") & (runs["rank"] == 8) & (runs["targets"] == "all-linear")]
+    assert methods.loc["LoRA", "heldout_nll"] == pytest.approx(good["heldout_nll_nats_per_token"].mean())
+
+
+def test_a_small_card_shows_as_oom(finished: str) -> None:
+    runs = read_runs(finished)
+    runs.loc[0, "status"] = "oom"
+    assert readable_runs(runs)["ended"].iloc[0] == "OOM"
+
+
+def test_ladders_hold_their_own_rungs_only(finished: str) -> None:
+    ladder = ladder_summary(read_runs(finished))
+    assert sorted(ladder.loc[ladder["field"] == "rank", "value"].astype(int)) == [2, 8]
+    assert sorted(ladder.loc[ladder["field"] == "targets", "value"]) == ["all-linear", "minimal"]
+
+
+def test_sentences_follow_the_data(finished: str) -> None:
+    runs, losses = read_runs(finished), pd.read_csv("results/mine/losses.csv")
+    before = sentence("pareto", runs, losses)
+    assert "LoRA reached the lowest held-out loss" in before
+    runs.loc[runs["label"] == "full fine-tuning", "heldout_nll_nats_per_token"] = 0.123
+    assert "full fine-tuning reached the lowest held-out loss, 0.123" in sentence("pareto", runs, losses)
+    for figure in ("memory", "throughput", "losses", "ladder-rank"):
+        assert len(sentence(figure, runs, losses)) > 60
+    assert sentence("ladder-alpha", runs, losses) == NOTHING
+
+
+def test_no_number_is_typed_into_prose(repository: Path) -> None:
+    from peftscope.report import sentences
+
+    report = repository / "src" / "peftscope" / "report"
+    texts = {path.name: path.read_text() for path in [*report.glob("**/*.j2"), *report.glob("**/*.rst")]}
+    texts |= {name: value for name, value in vars(sentences).items() if name.isupper() and isinstance(value, str)}
+    assert len(texts) > 12
+    for name, text in texts.items():
+        prose = re.sub(r"\{\{.*?\}\}|\{%.*?%\}|<[^>]*>", "", text, flags=re.DOTALL)
+        assert not re.search(r"\d", prose), name
+
+
+def test_readme_shows_the_published_table_and_figure(repository: Path) -> None:
+    readme = (repository / "README.md").read_text()
+    published = repository / "results" / "published" / "quick"
+    assert (published / "tables" / "methods.md").read_text() in readme
+    figures = re.findall(r"!\[[^\]]*\]\((results/published/[^)]+)\)", readme)
+    assert figures
+    assert all((repository / figure).is_file() for figure in figures)
+    runs = pd.read_csv(published / "runs.csv")
+    assert set(runs["status"]) == {"ok"}
+    assert set(runs["cpu"]) == {re.search(r"made on (.*?), ", readme).group(1)}
+
+
+def test_published_files_are_small_and_hold_no_paths_of_a_machine(repository: Path) -> None:
+    files = [
+        p for folder in ("results", "reports") for p in (repository / folder / "published").rglob("*") if p.is_file()
+    ]
+    assert files
+    for path in files:
+        assert path.stat().st_size < 5_000_000
+        if path.suffix in (".json", ".csv", ".md", ".html"):
+            assert not re.search(r"/(?:home|root|tmp|work)/", path.read_text()), path

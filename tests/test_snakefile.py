@@ -1,0 +1,107 @@
+"""The workflow: lint, dry run, a real run to the report, and nothing left to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from peftscope.sweep import expand
+
+TINY = """
+title: Tiny
+fixed: {model: toy, steps: 3, batch_size: 4, heldout_items: 8, generation_items: 0, eval_batch_size: 8,
+  retention_tokens: 32, warmup_steps_timed: 1}
+axes: {method: [lora]}
+ladders: [{centre: {method: lora}, axes: {rank: [2, 8]}}]
+"""
+
+
+def snakemake(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def tiny(write_experiment, repository: Path, toy: Path) -> str:
+    """A folder of its own, ready for ``snakemake --config experiment=tiny``."""
+    write_experiment("tiny", TINY)
+    for name in ("Snakefile", "profiles", "src"):
+        Path(name).symlink_to(repository / name)
+    Path("resources").symlink_to(toy / "resources")
+    return "tiny"
+
+
+def test_lint_asks_only_for_conda_environments(tiny: str) -> None:
+    """The workflow runs in one environment, the project's own; a second one per rule would only drift from it."""
+    report = json.loads(snakemake("--lint", "json").stdout)
+    lints = [lint["title"] for rule in report["rules"] for lint in rule["lints"]]
+    assert set(lints) == {"Specify a conda environment or container for each rule."}
+    assert [lint["title"] for lint in report.get("global", [])] == []
+
+
+def test_dry_run_of_every_experiment(tiny: str) -> None:
+    for name in ("quick", "smoke", "kin", tiny):
+        done = snakemake("-n", "--config", f"experiment={name}")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_real_run_then_nothing_to_do_then_only_what_changed(tiny: str) -> None:
+    done = snakemake("--config", f"experiment={tiny}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Path("reports/tiny/report.html").stat().st_size > 100_000
+    again = snakemake("--config", f"experiment={tiny}")
+    assert "Nothing to be done" in again.stdout + again.stderr
+
+    records = {path: path.stat().st_mtime_ns for path in Path("results/tiny/runs").glob("*/record.json")}
+    path = Path("experiments/tiny.yaml")
+    path.write_text(path.read_text().replace("[2, 8]", "[4, 8]"))
+    changed = snakemake("--config", f"experiment={tiny}")
+    assert changed.returncode == 0, changed.stdout + changed.stderr
+    after = {path: path.stat().st_mtime_ns for path in Path("results/tiny/runs").glob("*/record.json")}
+    assert {path: when for path, when in after.items() if path in records} == records
+    (new,) = after.keys() - records.keys()
+    assert "lora-r4" in new.as_posix()
+
+
+def test_a_failed_run_leaves_the_others_and_the_report_and_fails_at_the_end(tiny: str) -> None:
+    path = Path("experiments/tiny.yaml")
+    # The second rung's rank is fine; its sequences are too short for any response.
+    path.write_text(path.read_text() + "runs: [{method: lora, rank: 3, seq_len: 2}]\n")
+    done = snakemake("--config", f"experiment={tiny}")
+    assert done.returncode != 0
+    assert Path("reports/tiny/report.html").is_file()
+    assert "too short for the response" in done.stdout + done.stderr
+    assert len(list(Path("results/tiny/runs").glob("*/record.json"))) == 3
+
+
+def test_dry_run_of_1500_finished_runs_takes_under_4_seconds(tiny: str) -> None:
+    path = Path("experiments/tiny.yaml")
+    path.write_text(
+        path.read_text().replace("[lora]}", f"[lora], learning_rate: {[n * 1e-6 for n in range(1, 1501)]}}}")
+    )
+    runs = expand(tiny).runs
+    assert len(runs) >= 1500
+    for identity in runs:
+        folder = Path("results/tiny/runs") / identity
+        folder.mkdir(parents=True)
+        for name in ("spec.json", "record.json"):
+            (folder / name).write_text("{}")
+    # Records what a real run would have recorded of its outputs: parameters, inputs, code.
+    touched = snakemake(
+        "--touch", "--config", f"experiment={tiny}", "--", *[f"results/tiny/runs/{i}/record.json" for i in runs]
+    )
+    assert touched.returncode == 0, touched.stdout[-2000:] + touched.stderr[-2000:]
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = snakemake("-n", "--quiet", "--config", f"experiment={tiny}")
+        seconds.append(time.perf_counter() - began)
+        assert done.returncode == 0
+    assert "train" not in done.stdout
+    assert min(seconds) < 4 * float(os.environ.get("PEFTSCOPE_SLOW_MACHINE", "1"))

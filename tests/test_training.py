@@ -1,0 +1,239 @@
+"""Whole runs: records, determinism, and every way that a run can end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peftscope.memory.tracker import MemoryTracker, tensors_of
+from peftscope.models.load import MASK_FREE_SDPA, MASK_FREE_SDPA_CPU, load_base, training_attention
+from peftscope.record import RunRecord, read_record
+from peftscope.spec import RunSpec, run_id
+from peftscope.training.merge import find_run, merge_run
+from peftscope.training.phases import Phases
+from peftscope.training.run import execute
+
+
+def run_here(spec: RunSpec, folder: Path) -> RunRecord:
+    phases = Phases(spec.device)
+    phases.mark_imported()
+    execute(spec, folder, phases)
+    return read_record(folder / "record.json")
+
+
+def run_command(spec: RunSpec, folder: Path, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "peftscope",
+            "run",
+            json.dumps(spec.canonical()),
+            "--output",
+            str(folder),
+            "--threads",
+            "1",
+        ],
+        env={**os.environ, "PYTHONHASHSEED": hash_seed},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_record_holds_everything_that_a_cpu_can_measure(toy: Path, make_spec, tmp_path: Path) -> None:
+    spec = make_spec(method="lora")
+    record = run_here(spec, tmp_path)
+    assert (record.status, record.reason, record.run_id) == ("ok", None, run_id(spec))
+    assert record.spec == spec
+    assert len(record.train_nll) == spec.steps
+    missing = {key for key, reason in record.unavailable.items() if reason != "CUDA only"}
+    assert missing == set()
+    assert len(record.unavailable) == 6
+    parts = [getattr(record.memory, f"{phase}_peak_tensor_bytes") for phase in ("forward", "backward", "optimizer")]
+    assert record.memory.train.peak_tensor_bytes == max(parts)
+    assert record.memory.load.peak_tensor_bytes >= 2 * 115_264
+    assert record.speed.timed_steps == spec.steps - spec.warmup_steps_timed
+    assert record.speed.padded_tokens_per_second >= record.speed.tokens_per_second > 0
+    assert record.quality.heldout_nll > 0
+    assert record.quality.retention_bits_per_byte_before != record.quality.retention_bits_per_byte
+    assert record.size.adapter_bytes == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert {"code", "packages", "hardware", "model", "task", "threads"} <= record.provenance.keys()
+    assert len(record.provenance["model"]["sha256"]) >= 4
+    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    assert len(items) == spec.heldout_items
+    assert sum("answer" in item for item in items) == spec.generation_items
+    assert sum(item["nll"] for item in items) / sum(item["tokens"] for item in items) == pytest.approx(
+        record.quality.heldout_nll
+    )
+
+
+def test_the_untouched_base_is_evaluated_and_not_trained(toy: Path, make_spec, tmp_path: Path) -> None:
+    record = run_here(make_spec(method="none"), tmp_path)
+    assert record.status == "ok"
+    assert record.train_nll == []
+    assert record.quality.heldout_nll > 0
+    assert record.unavailable["speed.step_seconds_median"] == "nothing is trained"
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_learning_rate_zero_changes_nothing(toy: Path, make_spec, tmp_path: Path) -> None:
+    base = run_here(make_spec(method="none"), tmp_path / "base")
+    control = run_here(make_spec(method="lora", learning_rate=0), tmp_path / "control")
+    assert control.quality.heldout_nll == base.quality.heldout_nll
+    assert control.quality.retention_bits_per_byte == base.quality.retention_bits_per_byte
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_two_runs_of_one_spec_are_identical(method: str, toy: Path, make_spec, tmp_path: Path) -> None:
+    outcomes = []
+    for hash_seed in ("1", "2"):
+        folder = tmp_path / hash_seed
+        done = run_command(make_spec(method=method), folder, hash_seed)
+        assert done.returncode == 0, done.stderr
+        record = read_record(folder / "record.json")
+        files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((folder / "adapter").iterdir())}
+        items = (folder / "items.jsonl").read_text()
+        outcomes.append((record.train_nll, record.quality, record.size, record.method_metrics, files, items))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_seconds_add_up_to_the_jobs_wall_time(toy: Path, make_spec, tmp_path: Path) -> None:
+    began = time.perf_counter()
+    run_command(make_spec(method="lora", heldout_items=512), tmp_path)
+    wall = time.perf_counter() - began
+    seconds = read_record(tmp_path / "record.json").seconds
+    parts = seconds.importing + seconds.load + seconds.initialise + seconds.train + seconds.evaluate + seconds.probe
+    assert parts == pytest.approx(seconds.wall, rel=0.03)
+    # The process starts before Python can look at a clock, and a run on the toy lasts a few seconds only.
+    assert parts == pytest.approx(wall, abs=0.5)
+
+
+def test_divergence_is_a_status(toy: Path, make_spec, tmp_path: Path) -> None:
+    record = run_here(make_spec(method="full", precision="fp32", learning_rate=1e30, max_grad_norm=None), tmp_path)
+    assert record.status == "diverged"
+    assert "lower learning_rate=1e+30" in record.reason
+    assert 0 < len(record.train_nll) < 6
+    assert record.unavailable["quality.heldout_nll"] == "the run ended: diverged"
+
+
+def test_failure_is_a_status_and_the_job_goes_on(toy: Path, make_spec, tmp_path: Path) -> None:
+    done = run_command(make_spec(method="lora", seq_len=2), tmp_path)
+    assert done.returncode == 0
+    record = read_record(tmp_path / "record.json")
+    assert record.status == "failed"
+    assert "too short for the response" in record.reason
+
+
+def test_out_of_memory_is_a_status(toy: Path, make_spec, tmp_path: Path) -> None:
+    spec = make_spec(method="full", precision="fp32", batch_size=30_000, probe_steps=0)
+    script = (
+        "import json, resource, sys, psutil, torch\n"
+        "from pathlib import Path\n"
+        "from peftscope.spec import RunSpec\n"
+        "from peftscope.training.phases import Phases\n"
+        "from peftscope.training.run import execute\n"
+        "limit = psutil.Process().memory_info().vms + 300 * 2**20\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "execute(RunSpec.model_validate(json.loads(sys.argv[1])), Path(sys.argv[2]), Phases('cpu'))\n"
+    )
+    subprocess.run([sys.executable, "-c", script, json.dumps(spec.canonical()), str(tmp_path)], check=False)
+    assert read_record(tmp_path / "record.json").status == "oom"
+
+
+def test_an_interrupted_run_says_so_and_counts_as_not_done(toy: Path, make_spec, tmp_path: Path) -> None:
+    spec = make_spec(method="lora", steps=100_000)
+    command = [sys.executable, "-m", "peftscope", "run", json.dumps(spec.canonical()), "--output", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (tmp_path / "spec.json").is_file():
+        time.sleep(0.05)
+    time.sleep(6)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert not (tmp_path / "record.json").exists()
+    record = read_record(tmp_path / "interrupted.json")
+    assert (record.status, record.reason) == ("interrupted", "stopped by SIGTERM")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "pissa", "ia3", "qlora", "loftq"])
+def test_a_merged_model_computes_what_the_adapter_computes(method: str, toy: Path, make_spec, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from peftscope.training.merge import base_of_adapter
+
+    precision = "bf16" if method in ("qlora", "loftq") else "fp32"
+    spec = make_spec(method=method, precision=precision, learning_rate=1e-2, generation_items=0, probe_steps=0)
+    folder = Path("results/tests/runs") / run_id(spec)
+    run_here(spec, folder)
+    assert find_run(run_id(spec)) == folder
+    merge_run(folder, tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base_of_adapter(spec), folder / "adapter").eval()
+    tokens = torch.arange(3, 35).view(2, 16)
+    with torch.no_grad():
+        wanted, found = adapted(input_ids=tokens).logits.float(), merged(input_ids=tokens).logits
+    assert (found - wanted).norm() / wanted.norm() < (2e-2 if precision == "bf16" else 1e-4)
+
+
+def test_training_attention_leaves_the_mask_out_only_where_that_is_exact(make_spec) -> None:
+    assert training_attention(make_spec(method="lora")) == MASK_FREE_SDPA_CPU
+    assert training_attention(make_spec(method="lora", precision="fp32")) == MASK_FREE_SDPA
+    assert training_attention(make_spec(method="lora", loss_path="hf")) == "sdpa"
+    assert training_attention(make_spec(method="lora", attention="eager")) == "eager"
+    assert training_attention(make_spec(method="prefix-tuning")) == "sdpa"
+
+
+class TestMemoryTracker:
+    def test_counts_a_storage_once_and_forgets_it(self) -> None:
+        with MemoryTracker() as tracker:
+            one = torch.empty(1000)
+            view = one[10:].view(-1)
+            assert tracker.live_bytes == 4096
+            two = one + 1
+            assert tracker.live_bytes == 8192
+            del one, view
+            assert tracker.live_bytes == 4096
+            del two
+        assert tracker.live_bytes == 0
+        assert tracker.peak_bytes == 8192
+
+    def test_sees_a_models_weights_with_their_quantisation_state(self, toy: Path, make_spec) -> None:
+        def held(method: str) -> int:
+            model = load_base(make_spec(method=method))
+            return MemoryTracker(tensors_of(model)).live_bytes
+
+        quantised, plain = held("qlora"), held("lora")
+        linear = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 192)
+        assert 0.6 < (plain - quantised) / (linear * 1.5) < 1
+
+    def test_a_linear_layers_peak_is_what_arithmetic_says(self) -> None:
+        layer = torch.nn.Linear(256, 256, bias=False)
+        inputs = torch.randn(64, 256)
+        tracker = MemoryTracker([*tensors_of(layer), inputs])
+        with tracker:
+            layer(inputs).sum().backward()
+        weight, activation = 256 * 256 * 4, 64 * 256 * 4
+        # weight and its gradient, inputs, outputs (until the sum is taken), and scalars of 512 bytes
+        assert 2 * weight + activation <= tracker.peak_bytes <= 2 * weight + 2 * activation + 8 * 512
+
+
+def test_wrong_schema_versions_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    content: dict[str, Any] = {"schema_version": 0}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="record of version 0"):
+        read_record(path)
