@@ -29,8 +29,8 @@ def test_one_value_has_no_interval_and_none_has_nothing() -> None:
     assert mean_interval([math.nan, None]) is None
 
 
-def test_equal_values_have_no_width() -> None:
-    assert (mean_interval([2.0, 2.0]).low, mean_interval([2.0, 2.0]).high) == (2.0, 2.0)
+def test_values_without_spread_say_nothing_of_their_uncertainty() -> None:
+    assert (mean_interval([2.0, 2.0]).low, mean_interval([2.0, 2.0]).n) == (None, 2)
 
 
 def test_coverage_is_nominal() -> None:

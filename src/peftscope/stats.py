@@ -11,7 +11,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over n independent runs; the bounds are None where n = 1 gives none."""
+    """A mean over n independent runs; the bounds are None where n = 1, or values without spread, give none."""
 
     mean: float
     low: float | None
@@ -34,6 +34,6 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
         return Interval(mean, None, None, 1)
     error = float(stats.sem(sample))
     if error == 0:
-        return Interval(mean, mean, mean, int(sample.size))
+        return Interval(mean, None, None, int(sample.size))
     low, high = stats.t.interval(confidence, sample.size - 1, loc=mean, scale=error)
     return Interval(mean, float(low), float(high), int(sample.size))
