@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -30,11 +31,11 @@ class Phases:
         self.device = device
         self.seconds = Seconds()
         self.memory = Memory()
-        self._started = psutil.Process().create_time()
+        self._began = time.perf_counter() - seconds_since_process_start()
 
     def mark_imported(self) -> None:
         """Ends the phase that began with the process."""
-        self.seconds.importing = time.time() - self._started
+        self.seconds.importing = time.perf_counter() - self._began
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -52,7 +53,20 @@ class Phases:
 
     def finish(self) -> None:
         """Sets the wall seconds of the whole job so far."""
-        self.seconds.wall = time.time() - self._started
+        self.seconds.wall = time.perf_counter() - self._began
+
+
+def seconds_since_process_start() -> float:
+    """Returns the age of this process.
+
+    On Linux by the clock that the kernel stamped it with: psutil's ``create_time`` adds a boot time in whole seconds
+    and is off by up to one, which is a fifth of a short run.
+    """
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return time.time() - psutil.Process().create_time()
 
 
 def keep_larger(memory: PhaseMemory, peaks: dict[str, int | None]) -> None:
