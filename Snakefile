@@ -9,7 +9,9 @@ from peftscope.spec import RUN_ID_PATTERN
 
 min_version("9.0")
 # The jobs use the Python that Snakemake itself runs on, whatever PATH says.
-shell.prefix(f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
+shell.prefix(
+    f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
+)
 
 PLAN = load_plan(config)
 
@@ -19,6 +21,7 @@ wildcard_constraints:
     run_id=RUN_ID_PATTERN,
     model=r"[^/]+",
     task=r"[^/]+",
+    field=r"[a-z0-9_]+",
 
 
 localrules:
@@ -57,8 +60,9 @@ rule make_task:
 
 rule train:
     input:
-        model=PLAN.model_manifest,
-        task=PLAN.task_manifest,
+        # A model that is fetched again is the same model: its date must not make finished runs old.
+        model=ancient(PLAN.model_manifest),
+        task=ancient(PLAN.task_manifest),
     output:
         spec="results/{experiment}/runs/{run_id}/spec.json",
         record="results/{experiment}/runs/{run_id}/record.json",
@@ -66,6 +70,8 @@ rule train:
         "results/{experiment}/runs/{run_id}/train.log",
     benchmark:
         "results/{experiment}/benchmarks/train/{run_id}.tsv"
+    # For jobs that are killed from outside; whatever else happens in a run is a status in its record.
+    retries: 1
     threads: workflow.cores
     resources:
         gpu=PLAN.gpus,
@@ -78,6 +84,7 @@ rule train:
 rule collect:
     input:
         expand("results/{{experiment}}/runs/{run_id}/record.json", run_id=PLAN.run_ids),
+        "experiments/{experiment}.yaml",
         "src/peftscope/collect.py",
     output:
         runs="results/{experiment}/runs.csv",
@@ -124,6 +131,7 @@ rule figures:
         "results/{experiment}/runs.csv",
         "results/{experiment}/losses.csv",
         "src/peftscope/report/plots.py",
+        "src/peftscope/report/tables.py",
     output:
         report(
             "results/{experiment}/figures/pareto.png",
@@ -149,14 +157,6 @@ rule figures:
             category="Figures",
             labels={"figure": "loss curves"},
         ),
-        report(
-            expand(
-                "results/{{experiment}}/figures/ladder-{field}.png", field=PLAN.ladders
-            ),
-            caption="src/peftscope/report/captions/ladder.rst",
-            category="Figures",
-            labels={"figure": "ladder"},
-        ),
     log:
         "results/{experiment}/logs/figures.log",
     benchmark:
@@ -165,13 +165,35 @@ rule figures:
         "python -m peftscope figures {wildcards.experiment} > {log} 2>&1"
 
 
+rule ladder:
+    input:
+        "results/{experiment}/runs.csv",
+        "src/peftscope/report/plots.py",
+        "src/peftscope/report/tables.py",
+    output:
+        report(
+            "results/{experiment}/figures/ladder-{field}.png",
+            caption="src/peftscope/report/captions/ladder.rst",
+            category="Figures",
+            labels={"figure": "ladder over {field}"},
+        ),
+    log:
+        "results/{experiment}/logs/ladder-{field}.log",
+    benchmark:
+        "results/{experiment}/benchmarks/ladder-{field}.tsv"
+    shell:
+        "python -m peftscope ladder {wildcards.experiment} {wildcards.field} > {log} 2>&1"
+
+
 rule report:
     input:
         rules.tables.output,
         rules.figures.output,
+        expand("results/{{experiment}}/figures/ladder-{field}.png", field=PLAN.ladders),
         "src/peftscope/report/page.py",
         "src/peftscope/report/sentences.py",
         "src/peftscope/report/templates/report.html.j2",
+        "src/peftscope/report/templates/report.css",
     output:
         "reports/{experiment}/report.html",
     log:

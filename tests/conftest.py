@@ -70,7 +70,7 @@ def make_spec() -> Callable[..., Any]:
             "generation_items": 4,
             "eval_batch_size": 8,
             "retention_tokens": 64,
-            "warmup_steps_timed": 1,
+            "untimed_steps": 1,
         }
         return Resolver(Experiment(), Path("test.yaml")).spec({**short, **values}, "test.yaml")
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 NO_TORCH = [
-    "spec", "sweep", "plan", "record", "collect", "stats", "estimate", "device", "methods", "memory.shapes",
+    "spec", "sweep", "plan", "process", "record", "collect", "stats", "estimate", "device", "methods", "memory.shapes",
     "models.catalog", "data.tasks", "report.tables", "report.plots", "report.page", "report.sentences",
     "report.publish", "cli",
 ]  # fmt: skip

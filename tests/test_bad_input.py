@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from peftscope.data.tasks import make_task
 from peftscope.errors import InputError
 from peftscope.plan import check_disk, plan_experiment
 from peftscope.sweep import expand
@@ -26,7 +27,7 @@ CASES = {
     ),
     "AdaLoRA that grows": (
         "fixed: {model: toy, method: adalora}\nmethods: {adalora: {init_r: 4, target_r: 8}}",
-        "",
+        "methods.adalora.target_r: target_r=8",
         "target_r=8 must be smaller than init_r=4",
     ),
     "QLoRA with full": (
@@ -35,13 +36,31 @@ CASES = {
         "choose method `qlora`",
     ),
     "rank for full": ("runs: [{method: full, rank: 4}]", "runs[0].rank", "under methods.<name> for: lora"),
-    "4-bit in fp32": ("fixed: {model: toy, method: qlora, precision: fp32}", "", "use bf16"),
-    "missing model": ("fixed: {model: smollm3}", "model", "did you mean `smollm2-135m`?"),
-    "missing task": ("fixed: {model: toy, task: two-digit-sumz}", "task", "did you mean `two-digit-sums`?"),
-    "unknown method": ("axes: {method: [lora, qlra]}", "method", "did you mean `qlora`?"),
+    "4-bit in fp32": (
+        "fixed: {model: toy, method: qlora, precision: fp32}",
+        "fixed.precision: precision=fp32",
+        "use bf16",
+    ),
+    "missing model": ("fixed: {model: smollm3}", "mine.yaml: model:", "did you mean `smollm2-135m`?"),
+    "missing task": ("fixed: {model: toy, task: two-digit-sumz}", "mine.yaml: task:", "did you mean `two-digit-sums`?"),
+    "unknown method": ("axes: {method: [lora, qlra]}", "axes.method[1]", "did you mean `qlora`?"),
     "a key twice": ("fixed: {model: toy}\nfixed: {model: toy}", "line 2", "stands twice"),
     "not YAML": ("fixed: [", "line", "not valid YAML"),
     "extends itself": ("extends: mine", "extends", "extends itself"),
+    "a list for a method": ("fixed: {method: [lora]}", "method", "unknown method"),
+    "a mapping for a method": ("runs: [{method: {name: lora}}]", "runs[0].method", "unknown method"),
+    "infinite": ("fixed: {model: toy, max_grad_norm: .inf}", "fixed.max_grad_norm", "finite"),
+    "a key that is no text": ("fixed: {8: 3}", "line 1", "must be text"),
+    "a seed that is fixed": ("fixed: {model: toy, seed: 3}", "fixed.seed", "write `seeds"),
+    "a seed for a method": ("methods: {lora: {seed: 3}}", "methods.lora.seed", "under axes or seeds"),
+    "nothing to exclude": ("exclude: [{match: {rnak: 4}, reason: none}]", "exclude[0].match", "matches no run"),
+    "extends nothing": ("extends: qick", "extends", "did you mean `quick`?"),
+    "flash on a CPU": ("fixed: {model: toy, attention: flash_attention_2}", "fixed.attention", "use sdpa"),
+    "more answers than items": (
+        "fixed: {model: toy, heldout_items: 8}",
+        "heldout_items",
+        "must not exceed heldout_items=8",
+    ),
     "device": ("fixed: {model: toy, device: cuda}", "fixed.device", "the machine decides"),
 }
 
@@ -52,7 +71,7 @@ def test_message_names_place_and_remedy(write_experiment, text: str, place: str,
     with pytest.raises(InputError) as caught:
         plan_experiment("mine")
     message = str(caught.value)
-    assert "experiments/mine.yaml" in message
+    assert "experiments/mine.yaml" in message or "generation_items" in message
     assert place in message
     assert words in message
 
@@ -64,15 +83,24 @@ def test_all_problems_of_a_file_at_once(write_experiment) -> None:
     assert len(caught.value.problems) == 4
 
 
-@pytest.mark.parametrize("name", ["published", "gpu"])
-def test_reserved_names(name: str) -> None:
-    with pytest.raises(InputError, match="reserved"):
+def test_a_task_that_changed_after_it_was_made(write_experiment) -> None:
+    write_experiment("mine", "fixed: {model: toy, task: time-intervals}\n")
+    make_task("time-intervals")
+    assert plan_experiment("mine").run_ids
+    write_experiment("tasks", Path("experiments/tasks.yaml").read_text().replace("size: 4000", "size: 3000"))
+    with pytest.raises(InputError, match=r"tasks.yaml: time-intervals.source: changed since it was fetched or made"):
+        plan_experiment("mine")
+
+
+@pytest.mark.parametrize("name", ["published", "gpu", "My_Study"])
+def test_reserved_and_impossible_names(name: str) -> None:
+    with pytest.raises(InputError, match=r"reserved|not a name"):
         expand(name)
 
 
 def test_no_room_on_the_disk() -> None:
     runs = expand("quick").runs
-    (problem,) = check_disk(runs, free_bytes=10**9)
+    (problem,) = check_disk(runs, free_bytes=2 * 10**9)
     assert "need about" in problem.message
     assert check_disk(runs, free_bytes=10**12) == []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ import yaml
 from peftscope.methods import METHODS
 from peftscope.plan import check_runs, plan_experiment
 from peftscope.spec import RUN_ID_PATTERN, RunSpec, run_id, spec_schema
-from peftscope.sweep import RUN_FIELDS, Sweep, expand, experiment_names
+from peftscope.sweep import RUN_FIELDS, Sweep, expand, experiment_names, spec_from
 
 FILES = sorted((Path(__file__).parent.parent / "experiments").rglob("*.yaml"))
 
@@ -132,6 +133,16 @@ def test_the_id_of_a_run_survives_new_fields_with_defaults(make_spec) -> None:
     written_out = RunSpec.model_validate(spec.model_dump(mode="json"))
     assert run_id(written_out) == run_id(spec)
     assert "optimizer" not in spec.canonical()
+
+
+def test_what_a_job_is_given_is_the_spec_of_its_id(write_experiment) -> None:
+    """Also where an experiment goes back from a method's default to the code's, as pure bf16 full fine-tuning does."""
+    write_experiment("mine", "fixed: {model: toy}\nmethods: {full: {precision: bf16}}\naxes: {method: [full, pissa]}\n")
+    plan = plan_experiment("mine")
+    for identity, spec in plan.sweep.runs.items():
+        given = json.loads(plan.spec_json(SimpleNamespace(run_id=identity)))
+        assert spec_from(given, Path("spec"), "cpu") == spec
+    assert {s.precision for s in plan.sweep.runs.values()} == {"bf16"}
 
 
 def test_the_device_is_part_of_a_gpu_runs_id() -> None:

@@ -311,11 +311,13 @@ def test_adapter_dtype_is_the_specs(name: str, toy: Path, make_spec) -> None:
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {wanted}
 
 
-def test_gradient_accumulation_is_one_large_batch(spec_of) -> None:
-    spec = spec_of("lora", max_grad_norm=None, optimizer="sgd", learning_rate=1.0)
-    first, second = batches_of(spec, 2)
+@pytest.mark.parametrize("name", ["lora", "adalora", "prompt-tuning"])
+def test_gradient_accumulation_is_one_large_batch(name: str, spec_of) -> None:
     updates = []
-    for accumulated in ([first, second], [join(first, second)]):
+    for parts in (2, 1):
+        spec = spec_of(name, max_grad_norm=None, optimizer="sgd", learning_rate=1.0, gradient_accumulation=parts)
+        first, second = batches_of(spec, 2)
+        accumulated = [first, second] if parts == 2 else [join(first, second)]
         model, loss_function = build_model(load_base(spec), spec)
         model.train()
         train_step(model, accumulated, make_optimizer(model, spec), spec, loss_function)
@@ -347,6 +349,16 @@ def test_formulas_give_the_published_sizes() -> None:
     smollm = find_model("smollm2-135m").shape
     assert smollm.parameters == 134_515_008
     assert METHODS["lora"](rank=8).trainable_parameters(smollm) == 2_442_240
+
+
+def test_kbit_preparation_casts_what_is_not_quantised(spec_of) -> None:
+    def dtypes(**options: Any) -> set[torch.dtype]:
+        spec = spec_of("qlora", **options)
+        model, _ = build_model(load_base(spec), spec)
+        return {p.dtype for n, p in model.named_parameters() if "lora" not in n and p.dtype != torch.uint8}
+
+    assert dtypes() == {torch.bfloat16}
+    assert dtypes(kbit_preparation=True) == {torch.float32}
 
 
 def test_seeding_reaches_dropout(spec_of) -> None:

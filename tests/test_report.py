@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -10,9 +11,16 @@ import pytest
 
 from peftscope.collect import collect_experiment, read_runs
 from peftscope.report.page import FIXED_FIGURES, write_report
-from peftscope.report.plots import write_figures
+from peftscope.report.plots import write_figures, write_ladder
 from peftscope.report.sentences import NOTHING, sentence
-from peftscope.report.tables import ladder_summary, method_summary, readable_methods, readable_runs, write_tables
+from peftscope.report.tables import (
+    ladder_summary,
+    method_summary,
+    readable_methods,
+    readable_runs,
+    variants,
+    write_tables,
+)
 from peftscope.sweep import expand
 from peftscope.training.phases import Phases
 from peftscope.training.run import execute
@@ -20,8 +28,9 @@ from peftscope.training.run import execute
 EXPERIMENT = """
 title: Report test
 fixed: {model: toy, task: two-digit-sums, steps: 4, batch_size: 4, heldout_items: 8, generation_items: 0,
-  eval_batch_size: 8, retention_tokens: 32, warmup_steps_timed: 1}
+  eval_batch_size: 8, retention_tokens: 32, untimed_steps: 1}
 axes: {method: [lora, full]}
+methods: {full: {learning_rate: 1.0e+30, max_grad_norm: null}}
 seeds: [0, 1]
 runs: [{method: none}]
 ladders: [{centre: {method: lora}, seeds: [0], axes: {rank: [2, 8], targets: [minimal, all-linear]}}]
@@ -30,17 +39,14 @@ ladders: [{centre: {method: lora}, seeds: [0], axes: {rank: [2, 8], targets: [mi
 
 @pytest.fixture
 def finished(toy: Path, write_experiment, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An experiment of which all runs but one are done, and one diverged."""
+    """An experiment of which all runs but one are done, and full fine-tuning diverged."""
     write_experiment("mine", EXPERIMENT)
     Path("resources").symlink_to(toy / "resources")
     sweep = expand("mine")
     for index, (identity, spec) in enumerate(sweep.runs.items()):
         if index == len(sweep.runs) - 1:
             continue
-        if spec.method.name == "full" and spec.seed == 1:
-            # The record of this run keeps its id and ends as a much too large learning rate ends.
-            spec = spec.model_copy(update={"learning_rate": 1e30, "max_grad_norm": None})
-        phases = Phases("cpu")
+        phases = Phases("cpu", time.perf_counter())
         phases.mark_imported()
         execute(spec, Path("results/mine/runs") / identity, phases)
     collect_experiment(sweep)
@@ -49,7 +55,9 @@ def finished(toy: Path, write_experiment, monkeypatch: pytest.MonkeyPatch) -> st
 
 def test_from_records_to_a_self_contained_page(finished: str) -> None:
     write_tables(finished)
-    write_figures(finished, ["rank", "targets"])
+    write_figures(finished)
+    for field in ("rank", "targets"):
+        write_ladder(finished, field)
     html = write_report(finished, ["rank", "targets"]).read_text()
     assert not re.findall(r'(?:src|href)="(?!data:|#)', html)
     assert html.count("<figure") == len(FIXED_FIGURES) + 2
@@ -68,13 +76,22 @@ def test_tables_say_n_and_show_every_ending(finished: str) -> None:
         <= methods.loc["LoRA", "heldout_nll"]
         <= methods.loc["LoRA", "heldout_nll_high"]
     )
-    assert methods.loc["full fine-tuning", "n"] == 1
+    assert methods.loc["full fine-tuning", "n"] == 0
     assert pd.isna(methods.loc["full fine-tuning", "heldout_nll_low"])
     shown = readable_methods(method_summary(runs)).set_index("method")
-    assert shown.loc["full fine-tuning", "runs"] == "n = 1 (diverged)"
+    assert shown.loc["full fine-tuning", "runs"] == "n = 0 (diverged, diverged)"
     assert shown.loc["base", "runs"] == "n = 1"
     good = runs[(runs["label"] == "LoRA") & (runs["rank"] == 8) & (runs["targets"] == "all-linear")]
     assert methods.loc["LoRA", "heldout_nll"] == pytest.approx(good["heldout_nll_nats_per_token"].mean())
+
+
+def test_runs_with_other_settings_are_never_pooled_as_seeds(finished: str) -> None:
+    runs = read_runs(finished)
+    lora = runs[(runs["label"] == "LoRA") & runs["comparisons"].str.contains("grid")].index
+    runs.loc[lora[0], "batch_size"] = 99
+    methods = method_summary(runs)
+    assert methods.loc[methods["label"] == "LoRA", "n"].tolist() == [1, 1]
+    assert sorted(variants(runs.loc[lora])) == ["LoRA (batch size 4)", "LoRA (batch size 99)"]
 
 
 def test_a_small_card_shows_as_oom(finished: str) -> None:
@@ -93,8 +110,8 @@ def test_sentences_follow_the_data(finished: str) -> None:
     runs, losses = read_runs(finished), pd.read_csv("results/mine/losses.csv")
     before = sentence("pareto", runs, losses)
     assert "LoRA reached the lowest held-out loss" in before
-    runs.loc[runs["label"] == "full fine-tuning", "heldout_nll_nats_per_token"] = 0.123
-    assert "full fine-tuning reached the lowest held-out loss, 0.123" in sentence("pareto", runs, losses)
+    runs.loc[runs["label"] == "LoRA", "heldout_nll_nats_per_token"] = 0.123
+    assert "LoRA reached the lowest held-out loss, 0.123" in sentence("pareto", runs, losses)
     for figure in ("memory", "throughput", "losses", "ladder-rank"):
         assert len(sentence(figure, runs, losses)) > 60
     assert sentence("ladder-alpha", runs, losses) == NOTHING

@@ -10,11 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
+import psutil
 import pytest
 import torch
 
+from peftscope.errors import InputError
 from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.models.load import MASK_FREE_SDPA, MASK_FREE_SDPA_CPU, load_base, training_attention
 from peftscope.record import RunRecord, read_record
@@ -23,9 +24,11 @@ from peftscope.training.merge import find_run, merge_run
 from peftscope.training.phases import Phases
 from peftscope.training.run import execute
 
+QUICKLY = {"generation_items": 0, "retention_tokens": 0, "probe_steps": 0}
+
 
 def run_here(spec: RunSpec, folder: Path) -> RunRecord:
-    phases = Phases(spec.device)
+    phases = Phases(spec.device, time.perf_counter())
     phases.mark_imported()
     execute(spec, folder, phases)
     return read_record(folder / "record.json")
@@ -63,7 +66,7 @@ def test_a_record_holds_everything_that_a_cpu_can_measure(toy: Path, make_spec, 
     parts = [getattr(record.memory, f"{phase}_peak_tensor_bytes") for phase in ("forward", "backward", "optimizer")]
     assert record.memory.train.peak_tensor_bytes == max(parts)
     assert record.memory.load.peak_tensor_bytes >= 2 * 115_264
-    assert record.speed.timed_steps == spec.steps - spec.warmup_steps_timed
+    assert record.speed.timed_steps == spec.steps - spec.untimed_steps
     assert record.speed.padded_tokens_per_second >= record.speed.tokens_per_second > 0
     assert record.quality.heldout_nll > 0
     assert record.quality.retention_bits_per_byte_before != record.quality.retention_bits_per_byte
@@ -145,20 +148,21 @@ def test_out_of_memory_is_a_status(toy: Path, make_spec, tmp_path: Path) -> None
         "from peftscope.training.run import execute\n"
         "limit = psutil.Process().memory_info().vms + 300 * 2**20\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
-        "execute(RunSpec.model_validate(json.loads(sys.argv[1])), Path(sys.argv[2]), Phases('cpu'))\n"
+        "execute(RunSpec.model_validate(json.loads(sys.argv[1])), Path(sys.argv[2]), Phases('cpu', 0.0))\n"
     )
     subprocess.run([sys.executable, "-c", script, json.dumps(spec.canonical()), str(tmp_path)], check=False)
     assert read_record(tmp_path / "record.json").status == "oom"
 
 
-def test_an_interrupted_run_says_so_and_counts_as_not_done(toy: Path, make_spec, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wait", [1, 8], ids=["while importing", "while training"])
+def test_an_interrupted_run_says_so_and_counts_as_not_done(wait: int, toy: Path, make_spec, tmp_path: Path) -> None:
     spec = make_spec(method="lora", steps=100_000)
     command = [sys.executable, "-m", "peftscope", "run", json.dumps(spec.canonical()), "--output", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (tmp_path / "spec.json").is_file():
+    while time.monotonic() < deadline and not psutil.Process(process.pid).children():
         time.sleep(0.05)
-    time.sleep(6)
+    time.sleep(wait)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
@@ -166,6 +170,38 @@ def test_an_interrupted_run_says_so_and_counts_as_not_done(toy: Path, make_spec,
     assert not (tmp_path / "record.json").exists()
     record = read_record(tmp_path / "interrupted.json")
     assert (record.status, record.reason) == ("interrupted", "stopped by SIGTERM")
+
+
+def test_a_run_that_the_host_kills_is_out_of_memory(toy: Path, make_spec, tmp_path: Path) -> None:
+    spec = make_spec(method="lora", steps=100_000)
+    command = [sys.executable, "-m", "peftscope", "run", json.dumps(spec.canonical()), "--output", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not psutil.Process(process.pid).children():
+        time.sleep(0.05)
+    psutil.Process(process.pid).children()[0].kill()
+    assert process.wait(timeout=30) == 0
+    record = read_record(tmp_path / "record.json")
+    assert record.status == "oom"
+    assert "SIGKILL" in record.reason
+
+
+def test_every_method_of_a_seed_sees_the_same_batches(toy: Path, make_spec, tmp_path: Path) -> None:
+    seen = {
+        (method, seed): run_here(make_spec(method=method, seed=seed, **QUICKLY), tmp_path / f"{method}{seed}")
+        for method in ("full", "lora", "qlora", "prompt-tuning")
+        for seed in (0, 1)
+    }
+    digests = {seed: {record.train_batches_sha256 for (_, s), record in seen.items() if s == seed} for seed in (0, 1)}
+    assert [len(digests[seed]) for seed in (0, 1)] == [1, 1]
+    assert digests[0] != digests[1]
+
+
+def test_a_loss_that_explodes_in_the_last_step_is_divergence(toy: Path, make_spec, tmp_path: Path) -> None:
+    spec = make_spec(method="full", precision="fp32", steps=1, learning_rate=100, max_grad_norm=None)
+    record = run_here(spec, tmp_path)
+    assert (record.status, len(record.train_nll)) == ("diverged", 1)
+    assert "on held-out items" in record.reason
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "pissa", "ia3", "qlora", "loftq"])
@@ -233,7 +269,9 @@ class TestMemoryTracker:
 
 def test_wrong_schema_versions_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
-    content: dict[str, Any] = {"schema_version": 0}
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="record of version 0"):
+    path.write_text('{"schema_version": 0}')
+    with pytest.raises(InputError, match="a record of version 0"):
+        read_record(path)
+    path.write_text("half a rec")
+    with pytest.raises(InputError, match="not a record"):
         read_record(path)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from peftscope.errors import InputError, Problem
+
+if TYPE_CHECKING:
+    from peftscope.record import RunRecord
+    from peftscope.spec import RunSpec
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,54 +52,66 @@ def run(
 ) -> None:
     """Train and measure one run; writes its record whatever happens."""
     from peftscope.device import detect_device
-    from peftscope.plan import check_disk, check_runs
-    from peftscope.record import write_json
+    from peftscope.plan import check_disk, check_fetched, check_runs
+    from peftscope.process import Interrupted, raise_on_signals, seconds_since_process_start, survive_child
+    from peftscope.record import RunRecord, Status, write_json, write_record
     from peftscope.spec import run_id
-    from peftscope.sweep import Experiment, Resolver, flat_values
+    from peftscope.sweep import spec_from
 
+    began = time.perf_counter() - seconds_since_process_start()
     values, path = _read_spec(spec)
-    flat = flat_values(values)
-    device = flat.pop("device", None) or detect_device()
-    resolved = Resolver(Experiment(), path, device).spec(flat, str(path))
+    resolved = spec_from(values, path, detect_device())
     runs = {run_id(resolved): resolved}
-    problems = check_runs(runs, str(path)) + check_disk(runs)
+    problems = check_runs(runs, str(path)) + check_disk(runs) + check_fetched(resolved)
     if problems:
         raise InputError(problems)
     folder = output or Path("results/single/runs") / run_id(resolved)
     write_json(folder / "spec.json", resolved.model_dump(mode="json"))
 
-    from peftscope.training.phases import Phases
+    def end_early(status: Status, reason: str, name: str) -> None:
+        record = RunRecord(run_id=run_id(resolved), status=status, reason=reason, spec=resolved)
+        write_record(folder / name, record)
+        errors.print(f"{record.run_id}: {status}, {reason}", soft_wrap=True)
 
-    phases = Phases(device)
-    import torch
-
-    from peftscope.models.load import require_folder
-    from peftscope.training.run import Interrupted, execute
-
-    if resolved.generation_items:
-        import peftscope.evaluation.answers  # noqa: F401  (its import is slow, and belongs to that phase)
-    if resolved.method.quantization():
-        import bitsandbytes  # noqa: F401
-    if threads:
-        torch.set_num_threads(threads)
-    phases.mark_imported()
-    _require_inputs(resolved, require_folder)
-
-    def stop(number: int, frame: Any) -> None:
-        raise Interrupted(f"stopped by {signal.Signals(number).name}")
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    killed = survive_child()
+    if killed:
+        end_early("oom", f"killed by {killed.name}, most likely because the host ran out of memory", "record.json")
+        return
+    raise_on_signals()
     try:
-        record = execute(resolved, folder, phases)
+        record = _execute(resolved, folder, began, threads)
     except Interrupted as error:
-        errors.print(f"{run_id(resolved)}: {error}", soft_wrap=True)
+        if not (folder / "interrupted.json").is_file():
+            end_early("interrupted", str(error), "interrupted.json")
         sys.exit(130)
     errors.print(f"{record.run_id}: {record.status}{f', {record.reason}' if record.reason else ''}", soft_wrap=True)
     # Everything is written. Tearing down torch and its threads would add half a second that no phase accounts for.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _execute(spec: RunSpec, folder: Path, began: float, threads: int) -> RunRecord:
+    """Imports what the run needs, runs it and returns its record."""
+    # Nothing that a run reads comes from a hub: fetching is another command. Without this, libraries ask one and wait.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+
+    if spec.device == "cuda" and not torch.cuda.is_available():
+        remedy = "see `peftscope doctor`; PEFTSCOPE_DEVICE=cpu uses the processor"
+        raise InputError(Problem("device", "there is a card, but this torch cannot use it", remedy))
+    from peftscope.training.phases import Phases
+    from peftscope.training.run import execute
+
+    if spec.generation_items:
+        import peftscope.evaluation.answers  # noqa: F401  (its import is slow, and belongs to that phase)
+    if spec.method.quantization():
+        import bitsandbytes  # noqa: F401
+    if threads:
+        torch.set_num_threads(threads)
+    phases = Phases(spec.device, began)
+    phases.mark_imported()
+    return execute(spec, folder, phases)
 
 
 def _read_spec(text: str) -> tuple[dict[str, Any], Path]:
@@ -107,20 +123,6 @@ def _read_spec(text: str) -> tuple[dict[str, Any], Path]:
         except ValueError as error:
             raise InputError(Problem("spec", f"not valid JSON: {error}")) from None
     return read_yaml(Path(text)), Path(text)
-
-
-def _require_inputs(spec: Any, require_folder: Any) -> None:
-    from peftscope.data.tasks import task_folder
-
-    problems = []
-    try:
-        require_folder(spec)
-    except FileNotFoundError as error:
-        problems.append(Problem("model", str(error)))
-    if not (task_folder(spec.task) / "manifest.json").is_file():
-        problems.append(Problem("task", f"{spec.task} is not there", f"run `peftscope make-task {spec.task}`"))
-    if problems:
-        raise InputError(problems)
 
 
 @app.command("expand")
@@ -174,13 +176,15 @@ def report(experiment: ExperimentName) -> None:
     from peftscope.collect import collect_experiment
     from peftscope.plan import plan_experiment
     from peftscope.report.page import write_report
-    from peftscope.report.plots import write_figures
+    from peftscope.report.plots import write_figures, write_ladder
     from peftscope.report.tables import write_tables
 
     plan = plan_experiment(experiment)
     collect_experiment(plan.sweep)
     write_tables(experiment)
-    write_figures(experiment, plan.ladders)
+    write_figures(experiment)
+    for field in plan.ladders:
+        write_ladder(experiment, field)
     print(write_report(experiment, plan.ladders))
 
 
@@ -233,11 +237,18 @@ def tables(experiment: ExperimentName) -> None:
 
 @app.command(hidden=True)
 def figures(experiment: ExperimentName) -> None:
-    """Draw the figures from runs.csv."""
-    from peftscope.plan import plan_experiment
+    """Draw the figures from runs.csv, the ladders apart."""
     from peftscope.report.plots import write_figures
 
-    write_figures(experiment, plan_experiment(experiment).ladders)
+    write_figures(experiment)
+
+
+@app.command(hidden=True)
+def ladder(experiment: ExperimentName, field: Annotated[str, typer.Argument(help="The field that varies.")]) -> None:
+    """Draw one ladder from runs.csv."""
+    from peftscope.report.plots import write_ladder
+
+    write_ladder(experiment, field)
 
 
 @app.command(hidden=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from peftscope.errors import InputError, Problem
 from peftscope.methods import METHODS
 from peftscope.record import RunRecord, read_record
 from peftscope.spec import RunSpec
@@ -41,7 +42,12 @@ def read_runs(experiment: str) -> pd.DataFrame:
 def _find_record(folder: Path) -> RunRecord | None:
     for name in ("record.json", "interrupted.json"):
         if (folder / name).is_file():
-            return read_record(folder / name)
+            record = read_record(folder / name)
+            if record.run_id != folder.name:
+                raise InputError(
+                    Problem(str(folder / name), f"the record of another run, {record.run_id}", "remove it")
+                )
+            return record
     return None
 
 
@@ -80,6 +86,7 @@ def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
     }
     row |= {name: value for name, value in record.size}
     row |= record.method_metrics
+    row["train_batches_sha256"] = record.train_batches_sha256
     code, hardware = record.provenance.get("code", {}), record.provenance.get("hardware", {})
     row |= {
         "git_commit": code.get("commit"),

@@ -32,8 +32,8 @@ def gpu_names() -> list[str]:
         import pynvml
 
         pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+        names = [pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)]
     except Exception:  # no library, no driver, no permission: no card for us
         return []
-    count = pynvml.nvmlDeviceGetCount()
-    names = [pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)]
     return [name.decode() if isinstance(name, bytes) else str(name) for name in names]

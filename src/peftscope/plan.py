@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from peftscope.data.tasks import find_task, task_folder
+from peftscope.data.tasks import TASKS_FILE, JsonlSource, find_task, task_folder
 from peftscope.device import detect_device
 from peftscope.errors import InputError, Problem, close_match
-from peftscope.models.catalog import WheelSource, find_model, model_folder
+from peftscope.models.catalog import MODELS_FILE, WheelSource, find_model, model_folder
 from peftscope.spec import RunSpec
 from peftscope.sweep import Sweep, expand, experiment_path
 
@@ -78,7 +79,7 @@ class Plan:
     def model_revision(self, wildcards: Any) -> str:
         """Returns the option that asks for the model's revision, if one was named."""
         revision = self._models[wildcards.model][1]
-        return f"--revision {revision}" if revision else ""
+        return f"--revision {shlex.quote(revision)}" if revision else ""
 
 
 def load_plan(config: dict[str, Any]) -> Plan:
@@ -87,13 +88,19 @@ def load_plan(config: dict[str, Any]) -> Plan:
     Raises:
         InputError: Everything that is wrong with the experiment on this machine.
     """
-    return plan_experiment(str(config.get("experiment", DEFAULT_EXPERIMENT)))
+    plan = plan_experiment(str(config.get("experiment", DEFAULT_EXPERIMENT)))
+    runs = Path("results") / plan.name / "runs"
+    problems = check_disk({i: spec for i, spec in plan.sweep.runs.items() if not (runs / i / "record.json").is_file()})
+    if problems:
+        raise InputError(problems)
+    return plan
 
 
 def plan_experiment(name: str) -> Plan:
     """Returns an experiment's plan after the checks that need more than its file."""
     sweep = expand(name, detect_device())
-    problems = check_runs(sweep.runs, str(experiment_path(name))) + check_disk(sweep.runs)
+    problems = check_runs(sweep.runs, str(experiment_path(name)))
+    problems += [] if problems else check_unchanged(sweep.runs)
     if problems:
         raise InputError(problems)
     return Plan(sweep)
@@ -104,7 +111,9 @@ def check_runs(runs: dict[str, RunSpec], where: str) -> list[Problem]:
     problems = []
     for spec in runs.values():
         try:
-            find_task(spec.task, f"{where}: task")
+            source = find_task(spec.task, f"{where}: task").source
+            if isinstance(source, JsonlSource) and not source.path.is_file():
+                problems.append(Problem(f"{TASKS_FILE}: {spec.task}.source.path", f"no such file: {source.path}"))
             shape = find_model(spec.model, f"{where}: model").shape
         except InputError as error:
             problems += error.problems
@@ -115,6 +124,36 @@ def check_runs(runs: dict[str, RunSpec], where: str) -> list[Problem]:
                 message = f"{spec.model} has no module of that name (got {module!r})"
                 problems.append(Problem(f"{where}: targets", message, close_match(module, known)))
     return list(dict.fromkeys(problems))
+
+
+def check_fetched(spec: RunSpec) -> list[Problem]:
+    """Returns what a run needs and was not fetched or made."""
+    problems = []
+    model, task = model_folder(spec.model, spec.revision), task_folder(spec.task)
+    if not (model / "manifest.json").is_file():
+        problems.append(Problem("model", f"{spec.model} is not in {model}", f"run `peftscope fetch {spec.model}`"))
+    if not (task / "manifest.json").is_file():
+        problems.append(Problem("task", f"{spec.task} is not in {task}", f"run `peftscope make-task {spec.task}`"))
+    return problems
+
+
+def check_unchanged(runs: dict[str, RunSpec]) -> list[Problem]:
+    """Returns a problem for each model and task whose entry was changed after it was fetched or made.
+
+    Runs carry the name only, so old and new ones would mix.
+    """
+    places: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for spec in runs.values():
+        model, task = find_model(spec.model).source, find_task(spec.task).source
+        places[f"{MODELS_FILE}: {spec.model}"] = model_folder(spec.model), model.model_dump(mode="json")
+        places[f"{TASKS_FILE}: {spec.task}"] = task_folder(spec.task), task.model_dump(mode="json")
+    problems = []
+    for where, (folder, source) in places.items():
+        manifest = folder / "manifest.json"
+        if manifest.is_file() and json.loads(manifest.read_text())["source"] != source:
+            remedy = f"give the new one a name of its own, or remove {folder} and the results that came from it"
+            problems.append(Problem(f"{where}.source", "changed since it was fetched or made", remedy))
+    return problems
 
 
 def check_disk(runs: dict[str, RunSpec], free_bytes: int | None = None) -> list[Problem]:

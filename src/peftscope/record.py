@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from peftscope.errors import InputError, Problem
 from peftscope.spec import RunSpec
 
 SCHEMA_VERSION = 1
@@ -25,7 +27,8 @@ class PhaseMemory(_Part):
     """Peaks of one phase, in bytes. None: this device cannot measure it.
 
     Attributes:
-        peak_tensor_bytes: Live tensor bytes; on CUDA torch's ``max_memory_allocated``, on CPU the byte tracker.
+        peak_tensor_bytes: Live tensor bytes; on CUDA torch's ``max_memory_allocated``, on CPU the byte tracker. The
+            tracker's evaluation is the widest held-out batch, CUDA's also covers generation and retention.
         peak_reserved_bytes: CUDA only, ``max_memory_reserved``.
         peak_device_bytes: CUDA only, by NVML: the whole card, whoever uses it.
         peak_resident_bytes: Largest resident size of the process on the host.
@@ -49,7 +52,10 @@ class Memory(_Part):
 
 
 class Seconds(_Part):
-    """Wall seconds of each phase. They cover the job from its process's start to the writing of the record."""
+    """Wall seconds of each phase. They cover the job from its process's start to the writing of the record.
+
+    ``load`` includes reading and tokenising the data, ``evaluate`` includes saving the adapter.
+    """
 
     importing: float = 0.0
     load: float = 0.0
@@ -94,7 +100,15 @@ class Size(_Part):
 
 
 class RunRecord(_Part):
-    """One run: its spec, how it ended, and everything that was measured."""
+    """One run: its spec, how it ended, and everything that was measured.
+
+    Attributes:
+        train_nll: Mean nll of response tokens, step by step; None where it was not finite.
+        train_loss: What was minimised: the nll and, for AdaLoRA, its orthogonality term.
+        train_batches_sha256: Of all training tokens in order: equal for runs that saw the same batches.
+        method_metrics: Figures that one method alone can give.
+        unavailable: Why each null field is null.
+    """
 
     schema_version: int = SCHEMA_VERSION
     run_id: str
@@ -108,6 +122,7 @@ class RunRecord(_Part):
     size: Size = Size()
     train_nll: list[float | None] = []
     train_loss: list[float | None] = []
+    train_batches_sha256: str | None = None
     method_metrics: dict[str, float] = {}
     unavailable: dict[str, str] = {}
     provenance: dict[str, Any] = {}
@@ -132,16 +147,30 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_record(path: Path, record: RunRecord) -> None:
     """Writes a record, atomically."""
-    write_json(path, record.model_dump(mode="json"))
+    write_json(path, _finite(record.model_dump(mode="json")))
+
+
+def _finite(value: Any) -> Any:
+    """Returns JSON content with None in the place of NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_record(path: Path) -> RunRecord:
     """Returns a record.
 
     Raises:
-        ValueError: It is of another schema version, or no record.
+        InputError: It is of another schema version, or no record.
     """
-    content = json.loads(path.read_text())
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(f"{path}: record of version {content.get('schema_version')}, this is {SCHEMA_VERSION}")
+    try:
+        content = json.loads(path.read_text())
+        found = content.get("schema_version")
+    except (ValueError, AttributeError):
+        raise InputError(Problem(str(path), "not a record", "remove it to run again")) from None
+    if found != SCHEMA_VERSION:
+        message = f"a record of version {found}, this is {SCHEMA_VERSION}"
+        raise InputError(Problem(str(path), message, "remove it to run again, or use the version that wrote it"))
     return RunRecord.model_validate(content)

@@ -25,7 +25,7 @@ Device = Literal["cpu", "cuda"]
 class RunSpec(BaseModel):
     """One run: a base model, a method, data, and how it is trained and evaluated."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: Annotated[str, Field(min_length=1, description="a name in models.yaml, or a hub id org/name")]
     revision: Annotated[str | None, Field(description="hub revision (branch, tag or commit); null: main")] = None
@@ -68,7 +68,7 @@ class RunSpec(BaseModel):
     retention_tokens: Annotated[
         NonNegativeInt, Field(description="tokens of English prose, before and after; 0: none")
     ] = 1024
-    warmup_steps_timed: Annotated[NonNegativeInt, Field(description="first steps left out of the step times")] = 3
+    untimed_steps: Annotated[NonNegativeInt, Field(description="first steps left out of the step times")] = 3
     probe_steps: Annotated[NonNegativeInt, Field(description="extra steps under the byte tracker (CPU); 0: none")] = 2
 
     device: Annotated[Device, Field(description="set by the machine, not by experiment files")] = "cpu"
@@ -79,6 +79,12 @@ class RunSpec(BaseModel):
             raise ValueError(f"precision={self.precision} does not fit a 4-bit base, which computes in bf16; use bf16")
         if self.steps < self.method.min_steps:
             raise ValueError(f"steps={self.steps}: {self.method.name} needs at least {self.method.min_steps}")
+        if self.generation_items > self.heldout_items:
+            raise ValueError(
+                f"generation_items={self.generation_items} must not exceed heldout_items={self.heldout_items}"
+            )
+        if self.attention == "flash_attention_2" and (self.device == "cpu" or self.precision == "fp32"):
+            raise ValueError("attention=flash_attention_2 needs a CUDA card and 16-bit precision; use sdpa")
         if self.checkpointing and not self.method.supports_checkpointing:
             raise ValueError(f"checkpointing does not work with {self.method.name}, which fills the key-value cache")
         return self

@@ -19,11 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.methods import METHODS
-from peftscope.spec import RunSpec, run_id
+from peftscope.spec import Device, RunSpec, run_id
 
 EXPERIMENTS = Path("experiments")
 DEFAULTS = EXPERIMENTS / "defaults.yaml"
-RESERVED_NAMES = ("published", "gpu")
+RESERVED_NAMES = ("published", "gpu", "single")
+NAME_PATTERN = r"[a-z0-9][a-z0-9-]*"
 NOT_EXPERIMENTS = ("defaults", "models", "tasks", "claims")
 RUN_FIELDS = tuple(name for name in RunSpec.model_fields if name not in ("method", "seed", "device"))
 
@@ -101,7 +102,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(), Loader=_StrictLoader)
     except FileNotFoundError:
-        raise InputError(Problem(str(path), "no such file")) from None
+        raise InputError(Problem(str(path)[:200], "no such file")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(Problem(str(path)[:200], f"cannot be read: {error}"[:200])) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}: line {mark.line + 1}" if mark else str(path)
@@ -119,6 +122,9 @@ class _StrictLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                message = f"a field's name must be text (got {key!r})"
+                raise yaml.constructor.ConstructorError(None, None, message, key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key `{key}` stands twice", key_node.start_mark)
             seen.add(key)
@@ -153,6 +159,8 @@ def experiment_path(name: str) -> Path:
     """
     if name in RESERVED_NAMES:
         raise InputError(Problem(f"experiment={name}", "a reserved name", "rename the experiment file"))
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise InputError(Problem(f"experiment={name}", "not a name for an experiment", f"use {NAME_PATTERN}"))
     path = EXPERIMENTS / f"{name}.yaml"
     if not path.is_file() or name in NOT_EXPERIMENTS:
         if not EXPERIMENTS.is_dir():
@@ -177,7 +185,10 @@ def read_experiment(path: Path, _children: tuple[Path, ...] = ()) -> Experiment:
     content = read_yaml(path)
     parent = content.get("extends")
     if isinstance(parent, str):
-        parent_path = experiment_path(parent)
+        try:
+            parent_path = experiment_path(parent)
+        except InputError as error:
+            raise InputError(replace(problem, where=f"{path}: extends") for problem in error.problems) from None
         if parent_path in (path, *_children):
             raise InputError(Problem(f"{path}: extends", f"`{parent}` extends itself"))
         base = read_experiment(parent_path, (path, *_children)).model_dump(exclude_unset=True)
@@ -245,22 +256,20 @@ class _Layers:
 class Resolver:
     """Turns flat values into specs, with the defaults and one experiment's settings under them."""
 
-    def __init__(self, experiment: Experiment, path: Path, device: str = "cpu") -> None:
+    def __init__(self, experiment: Experiment, path: Path, device: Device = "cpu") -> None:
         self.experiment, self.path, self.device = experiment, path, device
         self.defaults = read_experiment(DEFAULTS)
 
-    def method_name(self, values: dict[str, Any]) -> str:
+    def method_name(self, values: dict[str, Any], where: str) -> str:
         """Returns the method that a run with these values uses.
 
         Raises:
             InputError: There is no such method.
         """
         name = values.get("method", self.experiment.fixed.get("method", self.defaults.fixed.get("method")))
-        if name not in METHODS:
-            raise InputError(
-                Problem(f"{self.path}: method", f"unknown method (got {name!r})", close_match(str(name), METHODS))
-            )
-        return str(name)
+        if not isinstance(name, str) or name not in METHODS:
+            raise InputError(Problem(where, f"unknown method (got {name!r})", close_match(str(name), METHODS)))
+        return name
 
     def spec(self, values: dict[str, Any], origin: str, origins: dict[str, str] | None = None) -> RunSpec:
         """Returns the spec of one run.
@@ -273,7 +282,7 @@ class Resolver:
         Raises:
             InputError: Every problem of the run, each with its place.
         """
-        name = self.method_name(values)
+        name = self.method_name(values, (origins or {}).get("method", f"{origin}.method"))
         layers = _Layers()
         layers.lay(self.defaults.fixed, f"{DEFAULTS}: fixed")
         layers.lay(self.defaults.methods.get(name, {}), f"{DEFAULTS}: methods.{name}")
@@ -302,6 +311,13 @@ class Resolver:
                 field = _field_at(location)
                 return layers.origins.get(field, f"{origin}.{field}") if field else origin
 
+            def place_of_rule(problem: Problem) -> Problem:
+                """A rule over several fields stands where the first field that it names was set."""
+                if problem.where != origin:
+                    return problem
+                named = [f for f in re.findall(r"\w+", problem.message) if f in layers.origins]
+                return replace(problem, where=layers.origins[named[0]]) if named else problem
+
             descriptions = {
                 n: f.description or "" for n, f in (RunSpec.model_fields | METHODS[name].model_fields).items()
             }
@@ -310,7 +326,7 @@ class Resolver:
                     problem,
                     remedy=problem.remedy or descriptions.get(problem.where.rpartition(".")[2].split("[")[0], ""),
                 )
-                for problem in problems_of(error, place, method_fields | set(RUN_FIELDS))
+                for problem in map(place_of_rule, problems_of(error, place, method_fields | set(RUN_FIELDS)))
             ]
         if problems:
             raise InputError(problems)
@@ -335,7 +351,7 @@ class Resolver:
         )
 
 
-def expand(name: str, device: str = "cpu") -> Sweep:
+def expand(name: str, device: Device = "cpu") -> Sweep:
     """Returns an experiment's runs and comparisons.
 
     Raises:
@@ -344,27 +360,32 @@ def expand(name: str, device: str = "cpu") -> Sweep:
     path = experiment_path(name)
     experiment = read_experiment(path)
     resolver = Resolver(experiment, path, device)
-    problems = [
-        Problem(f"{path}: methods.{method}", "unknown method", close_match(method, METHODS))
-        for method in experiment.methods
-        if method not in METHODS
-    ]
+    problems = _misplaced(experiment, path)
     runs: dict[str, RunSpec] = {}
     groups: dict[str, tuple[set[str], dict[str, None]]] = {}
+    excluded = [0] * len(experiment.exclude)
     for group, varies, values, origins in _cells(experiment):
-        if any(all(values.get(k) == v for k, v in rule.match.items()) for rule in experiment.exclude):
-            continue
         exact = {key: f"{path}: {place}" for key, place in origins.items()}
         try:
-            spec = resolver.spec(_without_absent(values, origins, resolver), f"{path}: {group}", exact)
+            spec = resolver.spec(_without_absent(values, origins, resolver, path), f"{path}: {group}", exact)
         except InputError as error:
             problems += error.problems
+            continue
+        matches = [all(flat_fields(spec).get(k) == v for k, v in rule.match.items()) for rule in experiment.exclude]
+        if any(matches):
+            excluded = [count + match for count, match in zip(excluded, matches, strict=True)]
             continue
         identity = run_id(spec)
         runs[identity] = spec
         fields, members = groups.setdefault(group, (set(), {}))
         fields |= varies
         members[identity] = None
+    if not problems:
+        problems += [
+            Problem(f"{path}: exclude[{index}].match", f"matches no run (got {rule.match})", "mend or remove it")
+            for index, (rule, count) in enumerate(zip(experiment.exclude, excluded, strict=True))
+            if not count
+        ]
     if not problems and not runs:
         problems.append(Problem(str(path), "describes no run", "give it axes, ladders or runs"))
     if problems:
@@ -377,9 +398,32 @@ def expand(name: str, device: str = "cpu") -> Sweep:
     )
 
 
-def _without_absent(values: dict[str, Any], origins: dict[str, str], resolver: Resolver) -> dict[str, Any]:
+def _misplaced(experiment: Experiment, path: Path) -> list[Problem]:
+    """Returns fields that stand where they could not take effect."""
+    problems = [Problem(f"{path}: fixed.seed", "seeds are not fixed here", "write `seeds: [...]`")] * (
+        "seed" in experiment.fixed
+    )
+    for method, settings in experiment.methods.items():
+        if method not in METHODS:
+            problems.append(Problem(f"{path}: methods.{method}", "unknown method", close_match(method, METHODS)))
+        problems += [
+            Problem(f"{path}: methods.{method}.{field}", "cannot be set for a method", "write it under axes or seeds")
+            for field in ("seed", "method")
+            if field in settings
+        ]
+    return problems
+
+
+def flat_fields(spec: RunSpec) -> dict[str, Any]:
+    """Returns a spec's fields side by side, ``method`` being the name."""
+    fields = spec.model_dump(mode="json")
+    method = fields.pop("method")
+    return {**fields, **method, "method": method["name"]}
+
+
+def _without_absent(values: dict[str, Any], origins: dict[str, str], resolver: Resolver, path: Path) -> dict[str, Any]:
     """Drops the grid axes that the cell's method does not have: full fine-tuning stands once in a sweep over rank."""
-    own = METHODS[resolver.method_name(values)].model_fields
+    own = METHODS[resolver.method_name(values, f"{path}: {origins.get('method', 'fixed.method')}")].model_fields
     return {
         key: value
         for key, value in values.items()
@@ -404,7 +448,7 @@ def _cells(experiment: Experiment) -> Iterator[tuple[str, set[str], dict[str, An
             [(dict(row), {key: f"linked[{n}][{i}].{key}" for key in row}) for i, row in enumerate(rows)]
             for n, rows in enumerate(experiment.linked)
         ]
-        if "seed" not in experiment.axes:
+        if not any("seed" in values for factor in factors for values, _ in factor):
             factors.append([({"seed": seed}, {"seed": f"seeds[{i}]"}) for i, seed in enumerate(experiment.seeds)])
         varies = {key for factor in factors for values, _ in factor for key in values}
         if "method" in varies:
@@ -425,14 +469,21 @@ def _cells(experiment: Experiment) -> Iterator[tuple[str, set[str], dict[str, An
                     yield f"ladder-{n}-{key}", {key}, {"seed": seed, **ladder.centre, key: step}, origins
 
 
-def flat_values(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns a spec's fields side by side, as experiment files write them, whether ``method`` is a name or a mapping.
+def spec_from(values: Any, path: Path, device: Device) -> RunSpec:
+    """Returns the spec of one run from a file's content.
 
-    >>> flat_values({"method": {"name": "lora", "rank": 4}, "steps": 3})
-    {'steps': 3, 'method': 'lora', 'rank': 4}
+    Where ``method`` is a name, the fields are flat and what is left out comes from ``defaults.yaml``, as in experiment
+    files. Where it is a mapping, the content is a spec as records hold it, complete but for the fields at the code's
+    own defaults, and is taken as it is.
+
+    Raises:
+        InputError: Every problem of the spec.
     """
-    method = values.get("method")
-    if not isinstance(method, dict):
-        return dict(values)
-    fields = {key: value for key, value in method.items() if key != "name"}
-    return {**{key: value for key, value in values.items() if key != "method"}, "method": method.get("name"), **fields}
+    if not isinstance(values, dict):
+        raise InputError(Problem(str(path), "must be a mapping of fields to values"))
+    if not isinstance(values.get("method"), dict):
+        return Resolver(Experiment(), path, device).spec(values, str(path))
+    try:
+        return RunSpec.model_validate(values)
+    except ValidationError as error:
+        raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc)}", set(RunSpec.model_fields))) from None

@@ -183,7 +183,7 @@ def make_task(name: str) -> Path:
 def read_split(name: str, split: str) -> list[Item]:
     """Returns the items of a split that was made."""
     path = task_folder(name) / f"{split}.jsonl"
-    return [Item(**json.loads(line)) for line in path.read_text().splitlines()]
+    return [Item(**json.loads(line)) for line in path.read_text().split("\n") if line]
 
 
 def _two_digit_sums(name: str, source: EnumerateSource) -> Iterator[Item]:
@@ -205,9 +205,9 @@ def _reasoning_gym(name: str, source: ReasoningGymSource) -> Iterator[Item]:
 
 def _jsonl(name: str, source: JsonlSource) -> Iterator[Item]:
     try:
-        lines = source.path.read_text().splitlines()
-    except OSError as error:
-        raise InputError(Problem(f"{TASKS_FILE}: {name}.source.path", f"{source.path}: {error.strerror}")) from None
+        lines = source.path.read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(Problem(f"{TASKS_FILE}: {name}.source.path", f"cannot read {source.path}: {error}")) from None
     problems = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

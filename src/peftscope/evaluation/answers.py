@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
-
-# No data set of ours comes from a hub; without this, lm-eval asks one and waits.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import lm_eval
 import torch
@@ -15,7 +11,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from peftscope.data.tasks import lm_eval_file
-from peftscope.models.load import autocast
 from peftscope.spec import RunSpec
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -28,17 +23,23 @@ def score_answers(model: Any, tokenizer: Any, spec: RunSpec) -> list[dict[str, A
     answers depend on it.
     """
     manager = TaskManager(include_path=str(lm_eval_file(spec.task).parent), include_defaults=False)
-    language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=spec.eval_batch_size, add_bos_token=False)
-    with autocast(spec), torch.no_grad():
-        results = lm_eval.simple_evaluate(
-            model=language_model,
-            tasks=[spec.task],
-            task_manager=manager,
-            limit=spec.generation_items,
-            log_samples=True,
-            bootstrap_iters=0,
-            verbosity="ERROR",
-        )
+    language_model = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=spec.eval_batch_size,
+        add_bos_token=False,
+        # lm-eval opens an autocast context of its own, which would switch one around it off.
+        mixed_precision_dtype=torch.bfloat16 if spec.precision == "amp" else None,
+    )
+    results = lm_eval.simple_evaluate(
+        model=language_model,
+        tasks=[spec.task],
+        task_manager=manager,
+        limit=spec.generation_items,
+        log_samples=True,
+        bootstrap_iters=0,
+        verbosity="ERROR",
+    )
     return [
         {
             "item": sample["doc_id"],

@@ -66,7 +66,8 @@ class AdaLoRA(Method):
             tinit=min(round(spec.steps * self.warmup_share), spec.steps - tfinal - 1),
             tfinal=tfinal,
             deltaT=self.allocate_every,
-            orth_reg_weight=self.orthogonal_weight,
+            # PEFT adds the term to the loss of every forward pass, also of each in a gradient accumulation.
+            orth_reg_weight=self.orthogonal_weight / spec.gradient_accumulation,
             total_step=spec.steps,
         )
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=self.adapter_dtype == "fp32")

@@ -73,13 +73,13 @@ class Method(BaseModel):
     torch and peft inside functions only, so that specs can be read without them.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     trains: ClassVar[bool] = True
     """False for the untouched base."""
     label: ClassVar[str]
     """The name in tables and plots."""
-    accepts_padding_free_attention: ClassVar[bool] = True
+    mask_free_attention: ClassVar[bool] = True
     """False where a mask-free causal kernel would be wrong, as with a prefix in the key-value cache."""
 
     starts_at_base: ClassVar[bool] = True

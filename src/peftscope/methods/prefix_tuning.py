@@ -21,7 +21,7 @@ class PrefixTuning(Method):
     supports_checkpointing: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
-    accepts_padding_free_attention: ClassVar[bool] = False
+    mask_free_attention: ClassVar[bool] = False
 
     name: Literal["prefix-tuning"] = "prefix-tuning"
     virtual_tokens: VirtualTokens = 8

@@ -54,7 +54,7 @@ class BaseModelEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: Annotated[RandomSource | WheelSource | HubSource, Field(discriminator="kind")]
-    licence: str = "see the model's page"
+    licence: str = ""
     note: str = ""
     shape: ModelShape | None = None
 
@@ -97,4 +97,4 @@ def model_folder(name: str, revision: str | None = None) -> Path:
     >>> model_folder("org/Name", "v1").as_posix()
     'resources/models/org--name@v1'
     """
-    return MODELS_FOLDER / (name.replace("/", "--") + (f"@{revision}" if revision else "")).lower()
+    return MODELS_FOLDER / (name + (f"@{revision}" if revision else "")).replace("/", "--").lower()

@@ -41,7 +41,7 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
             "name": name,
             "revision": revision,
             "source": entry.source.model_dump(mode="json"),
-            "licence": entry.licence,
+            "licence": _licence(entry, target),
             "note": entry.note,
             "sha256": {path.name: file_sha256(path) for path in sorted(target.iterdir()) if path.is_file()},
         }
@@ -49,6 +49,16 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         target.rename(folder)
     return folder
+
+
+def _licence(entry: BaseModelEntry, folder: Path) -> str:
+    """Returns the entry's licence, or what the model's card says."""
+    card = folder / "README.md"
+    if entry.licence or not card.is_file():
+        return entry.licence or "not stated"
+    from huggingface_hub import ModelCard
+
+    return ModelCard.load(card).data.get("license") or "not stated"
 
 
 def file_sha256(path: Path) -> str:
@@ -138,7 +148,7 @@ def _hub(name: str, entry: BaseModelEntry, revision: str | None, target: Path) -
 
     source = entry.source
     assert isinstance(source, HubSource)
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md"]
     try:
         snapshot_download(source.repository, revision=revision, local_dir=target, allow_patterns=patterns)
     except Exception as error:  # the hub client raises many kinds, none of which a user should meet as a traceback

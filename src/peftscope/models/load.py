@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,14 +45,14 @@ def load_base(spec: RunSpec) -> Any:
     """Returns the base model on the spec's device, in its precision and storage, without gradients or dropout set up.
 
     Raises:
-        FileNotFoundError: The model was not fetched.
+        OSError: The model was not fetched.
     """
     options: dict[str, Any] = {"dtype": DTYPES[spec.precision], "attn_implementation": training_attention(spec)}
     quantization = spec.method.quantization()
     if quantization:
         options["quantization_config"] = bitsandbytes_config(quantization)
     model = AutoModelForCausalLM.from_pretrained(
-        require_folder(spec), device_map={"": spec.device}, local_files_only=True, **options
+        model_folder(spec.model, spec.revision), device_map={"": spec.device}, local_files_only=True, **options
     )
     if quantization:
         disable_weight_repacking(model)
@@ -61,17 +60,9 @@ def load_base(spec: RunSpec) -> Any:
     return model
 
 
-def require_folder(spec: RunSpec) -> Path:
-    """Returns the folder of the spec's base model; raises FileNotFoundError if it was not fetched."""
-    folder = model_folder(spec.model, spec.revision)
-    if not (folder / "manifest.json").is_file():
-        raise FileNotFoundError(f"the base model {spec.model} is not in {folder}: run `peftscope fetch {spec.model}`")
-    return folder
-
-
 def load_tokenizer(spec: RunSpec) -> Any:
     """Returns the base model's tokenizer, with a padding token."""
-    tokenizer = AutoTokenizer.from_pretrained(require_folder(spec), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(spec.model, spec.revision), local_files_only=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -106,7 +97,7 @@ def training_attention(spec: RunSpec) -> str:
 
     The ``hf`` loss path keeps what a plain script gets. The fast path leaves the mask out where that is exact.
     """
-    exact = spec.attention == "sdpa" and spec.method.accepts_padding_free_attention
+    exact = spec.attention == "sdpa" and spec.method.mask_free_attention
     if not exact or spec.loss_path == "hf":
         return spec.attention
     return MASK_FREE_SDPA_CPU if spec.device == "cpu" and spec.precision != "fp32" else MASK_FREE_SDPA

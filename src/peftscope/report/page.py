@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from peftscope.collect import read_runs, results_folder
 from peftscope.estimate import spoken
 from peftscope.report.sentences import sentence
+from peftscope.stats import CONFIDENCE
 from peftscope.sweep import experiment_path, read_experiment
 
 FIXED_FIGURES = ("pareto", "memory", "throughput", "losses")
@@ -40,6 +41,7 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
     settings = read_experiment(experiment_path(experiment))
     html = environment.get_template("report.html.j2").render(
         experiment=experiment,
+        confidence=f"{100 * CONFIDENCE:g}",
         title=settings.title or experiment,
         description=settings.description,
         style=files("peftscope.report").joinpath("templates/report.css").read_text(),

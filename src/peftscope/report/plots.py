@@ -14,7 +14,7 @@ import seaborn as sns
 
 from peftscope.collect import read_runs, results_folder
 from peftscope.methods import METHODS
-from peftscope.report.tables import MIB, ladder_summary, method_summary
+from peftscope.report.tables import MIB, ladder_summary, method_summary, variants
 
 PHASES = {"load": "load and initialise", "train": "train", "evaluate": "evaluate"}
 LABELS = {
@@ -24,29 +24,36 @@ LABELS = {
 }
 
 
-def palette() -> dict[str, tuple[float, float, float]]:
-    """Returns one colour a method, the same in every figure."""
+def palette(runs: pd.DataFrame) -> dict[str, tuple[float, float, float]]:
+    """Returns a colour for each variant in ``runs``: the method's own, the same in every figure, where it is alone."""
     labels = [cls.label for cls in METHODS.values()]
-    colours = [*sns.color_palette("colorblind"), *sns.color_palette("dark")]
-    return dict(zip(labels, colours[: len(labels)], strict=True))
+    own = dict(zip(labels, [*sns.color_palette("colorblind"), *sns.color_palette("dark")], strict=False))
+    names = list(dict.fromkeys(runs["variant"]))
+    if len(names) == runs["label"].nunique():
+        return {name: own[str(label)] for name, label in zip(runs["variant"], runs["label"], strict=True)}
+    return dict(zip(names, sns.color_palette("husl", len(names)), strict=True))
 
 
-def write_figures(experiment: str, ladders: list[str]) -> None:
-    """Draws every figure of an experiment into its figures folder."""
-    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
+def write_figures(experiment: str) -> None:
+    """Draws the figures of an experiment, its ladders apart."""
     runs = read_runs(experiment)
     losses = pd.read_csv(results_folder(experiment) / "losses.csv")
     folder = results_folder(experiment) / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
     _draw(folder / "pareto.png", lambda axes: draw_pareto(axes, runs))
     _draw(folder / "memory.png", lambda axes: draw_memory(axes, runs))
     _draw(folder / "throughput.png", lambda axes: draw_throughput(axes, runs))
     _draw(folder / "losses.png", lambda axes: draw_losses(axes, runs, losses))
-    for field in ladders:
-        _draw(folder / f"ladder-{field}.png", lambda axes, field=field: draw_ladder(axes, runs, field))  # type: ignore[misc]
+
+
+def write_ladder(experiment: str, field: str) -> None:
+    """Draws the ladders over one field."""
+    runs = read_runs(experiment)
+    _draw(results_folder(experiment) / "figures" / f"ladder-{field}.png", lambda axes: draw_ladder(axes, runs, field))
 
 
 def _draw(path: Path, draw: Callable[[plt.Axes], None]) -> None:
+    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     draw(axes)
     if not axes.has_data():
@@ -57,7 +64,8 @@ def _draw(path: Path, draw: Callable[[plt.Axes], None]) -> None:
 
 
 def _grid(runs: pd.DataFrame) -> pd.DataFrame:
-    return runs[(runs["status"] == "ok") & runs["comparisons"].str.contains(r"\bgrid\b")]
+    grid = runs[(runs["status"] == "ok") & runs["comparisons"].str.contains(r"\bgrid\b")]
+    return grid.assign(variant=variants(grid))
 
 
 def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
@@ -65,7 +73,8 @@ def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
     methods = method_summary(runs)
     if methods.empty:
         return
-    colours = palette()
+    methods = methods.assign(variant=variants(methods))
+    colours = palette(methods)
     trained = methods.dropna(subset=["heldout_nll", "train_peak_bytes"])
     for row in trained.itertuples():
         bars = (
@@ -80,8 +89,8 @@ def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
             fmt="o",
             ms=8,
             capsize=3,
-            color=colours.get(row.label),
-            label=row.label,
+            color=colours[row.variant],
+            label=row.variant,
         )
     seeds = _grid(runs).dropna(subset=["heldout_nll_nats_per_token", "train_peak_tensor_bytes"])
     for row in seeds.itertuples():
@@ -90,7 +99,7 @@ def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
             row.heldout_nll_nats_per_token,
             ".",
             ms=5,
-            color=colours.get(row.label),
+            color=colours.get(row.variant),
             alpha=0.6,
         )
     axes.set(xscale="log", xlabel=LABELS["train_peak"], ylabel=LABELS["heldout_nll"], title="Quality against memory")
@@ -108,7 +117,7 @@ def draw_memory(axes: plt.Axes, runs: pd.DataFrame) -> None:
     """Draws the peak of live tensors by method and phase."""
     grid = _grid(runs)
     columns = {f"{phase}_peak_tensor_bytes": label for phase, label in PHASES.items()}
-    long = grid.melt(id_vars="label", value_vars=list(columns), var_name="phase", value_name="bytes").dropna(
+    long = grid.melt(id_vars="variant", value_vars=list(columns), var_name="phase", value_name="bytes").dropna(
         subset=["bytes"]
     )
     if long.empty:
@@ -117,7 +126,7 @@ def draw_memory(axes: plt.Axes, runs: pd.DataFrame) -> None:
     sns.barplot(
         long,
         x="mebibytes",
-        y="label",
+        y="variant",
         hue="phase",
         hue_order=list(PHASES.values()),
         errorbar=None,
@@ -136,26 +145,26 @@ def draw_throughput(axes: plt.Axes, runs: pd.DataFrame) -> None:
     sns.barplot(
         grid,
         x="tokens_per_second",
-        y="label",
-        hue="label",
+        y="variant",
+        hue="variant",
         errorbar=None,
         ax=axes,
-        palette=palette(),
+        palette=palette(grid),
         legend=False,
         alpha=0.6,
     )
-    sns.stripplot(grid, x="tokens_per_second", y="label", color="0.2", size=4, jitter=False, ax=axes)
+    sns.stripplot(grid, x="tokens_per_second", y="variant", color="0.2", size=4, jitter=False, ax=axes)
     axes.set(xlabel=LABELS["tokens"], ylabel="", title="Throughput of training")
 
 
 def draw_losses(axes: plt.Axes, runs: pd.DataFrame, losses: pd.DataFrame) -> None:
     """Draws the training loss by step: a line a method, a band over its seeds."""
-    grid = runs[runs["comparisons"].str.contains(r"\bgrid\b")]
-    curves = losses.merge(grid[["run_id", "label"]], on="run_id").dropna()
+    grid = _grid(runs)
+    curves = losses.merge(grid[["run_id", "variant"]], on="run_id").dropna()
     if curves.empty:
         return
     sns.lineplot(
-        curves, x="step", y="nll_nats_per_token", hue="label", errorbar=("pi", 100), palette=palette(), ax=axes
+        curves, x="step", y="nll_nats_per_token", hue="variant", errorbar=("pi", 100), palette=palette(grid), ax=axes
     )
     axes.set(yscale="log", xlabel="step", ylabel="training NLL (nats per response token)", title="Loss curves")
     _plain_ticks(axes.yaxis)
@@ -177,7 +186,9 @@ def draw_ladder(axes: plt.Axes, runs: pd.DataFrame, field: str) -> None:
         return
     numeric = pd.to_numeric(ladder["value"], errors="coerce")
     is_number = bool(numeric.notna().all())
-    for label, rungs in ladder.assign(x=numeric if is_number else ladder["value"]).groupby("label", sort=False):
+    for (_, label), rungs in ladder.assign(x=numeric if is_number else ladder["value"]).groupby(
+        ["ladder", "label"], sort=False
+    ):
         rungs = rungs.sort_values("x") if is_number else rungs
         bars = [
             (rungs["heldout_nll"] - rungs["heldout_nll_low"]).fillna(0),
@@ -190,7 +201,6 @@ def draw_ladder(axes: plt.Axes, runs: pd.DataFrame, field: str) -> None:
             fmt="o-",
             capsize=3,
             label=label,
-            color=palette().get(str(label)),
         )
     if is_number and (numeric > 0).all():
         axes.set_xscale("log", base=2)

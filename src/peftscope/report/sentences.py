@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
-from peftscope.report.tables import MIB, ladder_summary, method_summary
+from peftscope.report.tables import MIB, ladder_summary, method_summary, variants
+from peftscope.stats import CONFIDENCE
 
 NOTHING = "No finished run to show yet."
 
@@ -17,7 +18,7 @@ PARETO = (
     "(the untouched base: {{ base_nll }}); {{ leanest }} trained in the least memory, {{ leanest_mib }} MiB, against "
     "{{ largest_mib }} MiB for {{ largest }}. "
     "Small points are runs, large ones means"
-    "{% if n > one %}, bars ninety-five per cent intervals over {{ n }} seeds (cut at the frame){% endif %}. "
+    "{% if n > one %}, bars {{ confidence }} % intervals over {{ n }} seeds (cut at the frame){% endif %}. "
     "{% if n < needed %}n = {{ n }} is too few to call a difference: this figure ranks nothing.{% endif %}"
 )
 MEMORY = (
@@ -29,7 +30,8 @@ THROUGHPUT = (
     "{{ slowest_rate }}. Each point is a run, padding not counted."
 )
 LOSSES = (
-    "Every run of one seed saw the same batches in the same order. On the last step {{ lowest }} had the lowest "
+    "{% if same_batches %}Every run of one seed saw the same batches in the same order. {% endif %}"
+    "On the last step {{ lowest }} had the lowest "
     "training loss, {{ lowest_nll }} nats per token, and {{ highest }} the highest, {{ highest_nll }}; "
     "bands span the seeds."
 )
@@ -69,6 +71,7 @@ def pareto_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | N
         "n": int(trained["n"].min()),
         "needed": SEEDS_NEEDED,
         "one": 1,
+        "confidence": f"{100 * CONFIDENCE:g}",
     }
 
 
@@ -97,12 +100,14 @@ def throughput_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any]
 def losses_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
     """Returns the extremes of the training loss at the last step, means over seeds."""
     grid = runs[runs["comparisons"].str.contains(r"\bgrid\b") & (runs["status"] == "ok")]
-    curves = losses.merge(grid[["run_id", "label"]], on="run_id").dropna()
+    grid = grid.assign(variant=variants(grid))
+    curves = losses.merge(grid[["run_id", "variant"]], on="run_id").dropna()
     if curves.empty:
         return None
     last = curves[curves["step"] == curves.groupby("run_id")["step"].transform("max")]
-    final = last.groupby("label")["nll_nats_per_token"].mean()
+    final = last.groupby("variant")["nll_nats_per_token"].mean()
     return {
+        "same_batches": bool((grid.groupby("seed")["train_batches_sha256"].nunique() == 1).all()),
         "lowest": final.idxmin(),
         "lowest_nll": f"{final.min():.3f}",
         "highest": final.idxmax(),
@@ -141,6 +146,7 @@ def _trained(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     methods = method_summary(runs)
     if methods.empty:
         return methods, methods
+    methods = methods.assign(label=variants(methods))
     is_base = methods["label"].str.startswith("base")
     return methods[~is_base].dropna(subset=["heldout_nll", "train_peak_bytes"]), methods[is_base]
 

@@ -9,6 +9,8 @@ import pandas as pd
 from great_tables import GT, md
 
 from peftscope.collect import read_runs, results_folder
+from peftscope.methods import METHODS
+from peftscope.spec import RunSpec
 from peftscope.stats import Interval, mean_interval
 
 MIB = 2**20
@@ -29,7 +31,6 @@ FACTS: dict[str, str] = {
     "adapter_bytes": "adapter_bytes",
 }
 """Columns of which the median over seeds is shown."""
-NOT_FACTORS = ("seed", "comparisons")
 
 
 def summarise(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
@@ -55,14 +56,28 @@ def summarise(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 def method_summary(runs: pd.DataFrame) -> pd.DataFrame:
     """Returns the summary of the grid and of single runs: what the comparison of methods shows."""
     chosen = runs[runs["comparisons"].str.contains(r"\b(?:grid|runs)\b")]
-    grid = runs[runs["comparisons"].str.contains(r"\bgrid\b")]
-    # A factor that a method's own settings decide (its precision, its learning rate) says nothing beyond the method.
-    factors = [
-        field
-        for field in ("model", "task", "rank", "alpha", "targets", "learning_rate", "precision", "dropout")
-        if field in grid and (grid.groupby("label")[field].nunique() > 1).any()
-    ]
-    return summarise(chosen, ["label", *factors]) if len(chosen) else pd.DataFrame()
+    return summarise(chosen, ["label", *factors_within_methods(chosen)]) if len(chosen) else pd.DataFrame()
+
+
+def factors_within_methods(runs: pd.DataFrame) -> list[str]:
+    """Returns the settings, the seed apart, that vary between runs of one method.
+
+    A setting that the method decides (full fine-tuning's precision, say) tells nothing beyond the method's name.
+    """
+    settings = [*RunSpec.model_fields, *(field for cls in METHODS.values() for field in cls.model_fields)]
+    known = dict.fromkeys(field for field in settings if field in runs and field not in ("seed", "method", "name"))
+    return [field for field in known if (runs.groupby("label")[field].nunique(dropna=False) > 1).any()]
+
+
+def variants(runs: pd.DataFrame) -> pd.Series:
+    """Returns each run's method, with the settings that tell it from the method's other runs: what may be pooled."""
+    factors = factors_within_methods(runs)
+
+    def name(row: pd.Series) -> str:
+        told = [f"{field.replace('_', ' ')} {_plain(row[field])}" for field in factors if pd.notna(row[field])]
+        return str(row["label"]) + (f" ({', '.join(told)})" if told else "")
+
+    return runs.apply(name, axis=1) if len(runs) else pd.Series(dtype=str)
 
 
 def ladder_summary(runs: pd.DataFrame) -> pd.DataFrame:
@@ -72,8 +87,8 @@ def ladder_summary(runs: pd.DataFrame) -> pd.DataFrame:
         field = name.rpartition("-")[2]
         rungs = runs[[name in names.split() for names in runs["comparisons"]]]
         part = summarise(rungs, ["label", field]).rename(columns={field: "value"})
-        parts.append(part.assign(field=field))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["label", "field", "value"])
+        parts.append(part.assign(field=field, ladder=name))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["label", "ladder", "field", "value"])
 
 
 def write_tables(experiment: str) -> None:

@@ -40,7 +40,7 @@ class TrainingLog:
 
     def speed(self, spec: RunSpec) -> Speed:
         """Returns the step times after the warm-up steps, with quartiles."""
-        timed = slice(spec.warmup_steps_timed if len(self.step_seconds) > spec.warmup_steps_timed else 0, None)
+        timed = slice(spec.untimed_steps, None)
         seconds = np.array(self.step_seconds[timed])
         if seconds.size == 0:
             return Speed()
@@ -67,7 +67,6 @@ def train(
     model.train()
     optimizer = make_optimizer(model, spec)
     schedule = make_schedule(optimizer, spec)
-    limit = EXPLODED * math.log(vocab_size)
     columns = (
         TextColumn("train"),
         BarColumn(),
@@ -101,13 +100,17 @@ def train(
             log.nll.append(nll if math.isfinite(nll) else None)
             log.loss.append(loss if math.isfinite(loss) else None)
             progress.update(bar, advance=1, description=f"nll {nll:.3f}", refresh=True)
-            if not math.isfinite(loss):
-                raise Diverged(f"the loss is {loss} at step {step + 1}; lower learning_rate={spec.learning_rate:g}")
-            if nll > limit:
-                raise Diverged(
-                    f"the loss is {nll:.1f} at step {step + 1}, a uniform guess costs {math.log(vocab_size):.1f}; "
-                    f"lower learning_rate={spec.learning_rate:g}"
-                )
+            check_loss(nll if math.isfinite(loss) else loss, vocab_size, spec, f"at step {step + 1}")
+
+
+def check_loss(nll: float, vocab_size: int, spec: RunSpec, where: str) -> None:
+    """Raises Diverged if a loss in nats per token is not finite, or far worse than guessing any token alike."""
+    guess = math.log(vocab_size)
+    if not nll <= EXPLODED * guess:
+        raise Diverged(
+            f"the loss is {nll:.3g} {where}, a uniform guess costs {guess:.1f}; "
+            f"lower learning_rate={spec.learning_rate:g}"
+        )
 
 
 def _synchronise(device: str) -> None:

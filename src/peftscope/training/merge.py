@@ -45,13 +45,15 @@ def merge_run(folder: Path, target: Path) -> None:
         raise InputError(
             Problem(f"run {record.run_id}", f"{method.label} cannot be merged", "load its adapter/ folder as it is")
         )
+    import torch
     from peft import PeftModel
 
     from peftscope.models.load import load_tokenizer
 
-    base = base_of_adapter(record.spec)
-    if record.spec.method.quantization():
-        base = _dequantised(base, record.spec)
+    spec = record.spec.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
+    base = base_of_adapter(spec)
+    if spec.method.quantization():
+        base = _dequantised(base, spec)
     base.set_attn_implementation("sdpa")
     merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
     merged.save_pretrained(target)
@@ -73,9 +75,9 @@ def _dequantised(base: Any, spec: RunSpec) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from peftscope.models.load import require_folder
+    from peftscope.models.catalog import model_folder
 
-    plain = AutoModelForCausalLM.from_pretrained(require_folder(spec), dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_pretrained(model_folder(spec.model, spec.revision), dtype=torch.bfloat16)
     modules = dict(plain.named_modules())
     with torch.no_grad():
         for name, module in base.named_modules():

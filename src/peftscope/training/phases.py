@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from peftscope.record import Memory, PhaseMemory, Seconds
@@ -27,11 +26,12 @@ class Phases:
         memory: Peaks; ``load`` and ``initialise`` both count as load.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, began: float) -> None:
+        """Starts from ``began``, the ``perf_counter`` of the process's start."""
         self.device = device
         self.seconds = Seconds()
         self.memory = Memory()
-        self._began = time.perf_counter() - seconds_since_process_start()
+        self._began = began
 
     def mark_imported(self) -> None:
         """Ends the phase that began with the process."""
@@ -40,8 +40,8 @@ class Phases:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measures a block as (part of) a phase of ``Seconds``."""
-        began = time.perf_counter()
         sampler = _start_peaks(self.device)
+        began = time.perf_counter()
         try:
             yield
         finally:
@@ -56,19 +56,6 @@ class Phases:
         self.seconds.wall = time.perf_counter() - self._began
 
 
-def seconds_since_process_start() -> float:
-    """Returns the age of this process.
-
-    On Linux by the clock that the kernel stamped it with: psutil's ``create_time`` adds a boot time in whole seconds
-    and is off by up to one, which is a fifth of a short run.
-    """
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError):
-        return time.time() - psutil.Process().create_time()
-
-
 def keep_larger(memory: PhaseMemory, peaks: dict[str, int | None]) -> None:
     """Raises the peaks of ``memory`` to those given."""
     for field, value in peaks.items():
@@ -80,19 +67,21 @@ def _start_peaks(device: str) -> _DeviceSampler | None:
     _reset_resident_peak()
     if device != "cuda":
         return None
+    # What earlier phases left in the cache would count as this one's reserved and device memory.
+    gc.collect()
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     return _DeviceSampler(torch.cuda.current_device())
 
 
 def _stop_peaks(device: str, sampler: _DeviceSampler | None) -> dict[str, int | None]:
     peaks: dict[str, int | None] = {"peak_resident_bytes": _resident_peak()}
-    if device == "cuda" and sampler is not None:
-        torch.cuda.synchronize()
+    if sampler is not None:
         peaks |= {
+            "peak_device_bytes": sampler.stop(),
             "peak_tensor_bytes": torch.cuda.max_memory_allocated(),
             "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
-            "peak_device_bytes": sampler.stop(),
         }
     return peaks
 

@@ -5,6 +5,7 @@ However it ends, a record is written: failure is data.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import traceback
@@ -21,17 +22,14 @@ from peftscope.evaluation.heldout import heldout_nll, mean_nll
 from peftscope.evaluation.retention import bits_per_byte
 from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.models.load import attention, load_base, load_tokenizer
+from peftscope.process import Interrupted
 from peftscope.record import RunRecord, Size, write_record
 from peftscope.spec import RunSpec, run_id
 from peftscope.training.build import build_model, seed_everything
-from peftscope.training.loop import Diverged, TrainingLog, train
+from peftscope.training.loop import Diverged, TrainingLog, check_loss, train
 from peftscope.training.phases import Phases
 from peftscope.training.probe import probe_evaluation, probe_training
 from peftscope.training.provenance import provenance
-
-
-class Interrupted(BaseException):
-    """The process was told to stop (SIGINT or SIGTERM)."""
 
 
 def execute(spec: RunSpec, folder: Path, phases: Phases) -> RunRecord:
@@ -52,10 +50,11 @@ def execute(spec: RunSpec, folder: Path, phases: Phases) -> RunRecord:
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    record = RunRecord(run_id=run_id(spec), status="ok", spec=spec, provenance=provenance(spec))
+    record = RunRecord(run_id=run_id(spec), status="ok", spec=spec)
     log = TrainingLog()
     file = "record.json"
     try:
+        record.provenance = provenance(spec)
         _run(spec, folder, record, log, phases)
     except Interrupted as error:
         record.status, record.reason, file = "interrupted", str(error), "interrupted.json"
@@ -97,42 +96,55 @@ def _run(spec: RunSpec, folder: Path, record: RunRecord, log: TrainingLog, phase
             return bits_per_byte(model, tokenizer, spec) if spec.retention_tokens else None
 
     record.quality.retention_bits_per_byte_before = evaluate_retention()
-    used: list[Batch] = []
+    seen = _Seen()
     if spec.method.trains:
         with phases.phase("train"):
             seed_everything(spec.seed)
             batches = training_batches(training, seed=spec.seed, batch_size=spec.batch_size, pad_token_id=pad)
-            train(model, _remembered(batches, used), spec, loss_function, vocab_size, log)
-        record.quality.retention_bits_per_byte = evaluate_retention()
-    else:
-        record.quality.retention_bits_per_byte = record.quality.retention_bits_per_byte_before
+            train(model, seen.watch(batches), spec, loss_function, vocab_size, log)
+        record.train_batches_sha256 = seen.digest.hexdigest()
     record.method_metrics = spec.method.metrics(model)
     with phases.phase("evaluate"):
         model.eval()
         with attention(model, spec.attention):
             per_item = heldout_nll(model, heldout, spec, pad)
+            nll = mean_nll(per_item)
+            if spec.method.trains:
+                check_loss(nll, vocab_size, spec, "on held-out items")
             answers = _answers(model, tokenizer, spec, record)
         _write_items(folder / "items.jsonl", items, per_item, answers)
-        record.quality.heldout_nll = mean_nll(per_item)
+        record.quality.heldout_nll = nll
         record.quality.heldout_tokens = sum(count for _, count in per_item)
         _save(model, spec, folder, record)
+    before = record.quality.retention_bits_per_byte_before
+    record.quality.retention_bits_per_byte = evaluate_retention() if spec.method.trains else before
     if spec.device == "cpu" and spec.probe_steps:
         with phases.phase("probe"):
             with attention(model, spec.attention):
                 phases.memory.evaluate.peak_tensor_bytes = probe_evaluation(model, heldout, spec, pad)
             if spec.method.trains:
-                widest = max(used, key=lambda batch: batch.input_ids.shape[1])
-                peaks = probe_training(model, widest, spec, loss_function)
+                assert seen.widest is not None
+                peaks = probe_training(model, seen.widest, spec, loss_function)
                 phases.memory.train.peak_tensor_bytes = max(peaks.values())
                 phases.memory.forward_peak_tensor_bytes = peaks["forward"]
                 phases.memory.backward_peak_tensor_bytes = peaks["backward"]
                 phases.memory.optimizer_peak_tensor_bytes = peaks["optimizer"]
 
 
-def _remembered(batches: Iterator[Batch], used: list[Batch]) -> Iterator[Batch]:
-    for batch in batches:
-        used.append(batch)
-        yield batch
+class _Seen:
+    """Watches the training batches: a digest of their tokens in order, and the widest one for the probe."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+        self.widest: Batch | None = None
+
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yields the batches."""
+        for batch in batches:
+            self.digest.update(batch.input_ids.numpy().tobytes())
+            if self.widest is None or batch.input_ids.shape[1] > self.widest.input_ids.shape[1]:
+                self.widest = batch
+            yield batch
 
 
 @contextmanager
@@ -202,7 +214,12 @@ def _speed(record: RunRecord, log: TrainingLog, spec: RunSpec) -> Any:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or "can't allocate memory" in str(error)
+        or "out of memory" in str(error)
+        or "ALLOC_FAILED" in str(error)
+    )
 
 
 def _unavailable(record: RunRecord) -> dict[str, str]:
@@ -213,7 +230,7 @@ def _unavailable(record: RunRecord) -> dict[str, str]:
         for field, value in getattr(record.memory, phase):
             if value is None:
                 cuda_only = cpu and field in ("peak_reserved_bytes", "peak_device_bytes")
-                reasons[f"memory.{phase}.{field}"] = "CUDA only" if cuda_only else _why_missing(record, phase)
+                reasons[f"memory.{phase}.{field}"] = "CUDA only" if cuda_only else _why_missing(record, phase, field)
     for phase in ("forward", "backward", "optimizer"):
         if getattr(record.memory, f"{phase}_peak_tensor_bytes") is None:
             reasons[f"memory.{phase}_peak_tensor_bytes"] = _why_missing(record, "train") if cpu else "CPU only"
@@ -224,9 +241,11 @@ def _unavailable(record: RunRecord) -> dict[str, str]:
     return reasons
 
 
-def _why_missing(record: RunRecord, phase: str) -> str:
+def _why_missing(record: RunRecord, phase: str, field: str = "") -> str:
     if record.status != "ok":
         return f"the run ended: {record.status}"
+    if field == "peak_device_bytes":
+        return "NVML gave no answer"
     if phase == "train" and not record.spec.method.trains:
         return "nothing is trained"
     return "switched off in the spec"
