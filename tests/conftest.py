@@ -57,7 +57,8 @@ def toy(workspace: Path) -> Path:
 @pytest.fixture
 def make_spec() -> Callable[..., Any]:
     """Specs of short runs on the toy model; keywords override."""
-    from peftscope.sweep import Experiment, Resolver
+    from peftscope.experiment import Experiment
+    from peftscope.sweep import Resolver
 
     def make(**values: Any) -> Any:
         short = {

@@ -54,7 +54,7 @@ CASES = {
     "a seed that is fixed": ("fixed: {model: toy, seed: 3}", "fixed.seed", "write `seeds"),
     "a seed for a method": ("methods: {lora: {seed: 3}}", "methods.lora.seed", "under axes or seeds"),
     "nothing to exclude": ("exclude: [{match: {rnak: 4}, reason: none}]", "exclude[0].match", "matches no run"),
-    "extends nothing": ("extends: qick", "extends", "did you mean `quick`?"),
+    "extends nothing": ("extends: quickk", "extends", "did you mean `quick`?"),
     "flash on a CPU": ("fixed: {model: toy, attention: flash_attention_2}", "fixed.attention", "use sdpa"),
     "more answers than items": (
         "fixed: {model: toy, heldout_items: 8}",

@@ -11,9 +11,9 @@ import pytest
 from peftscope.data.batching import IGNORED, collate, tokenise, training_order
 from peftscope.data.tasks import SPLITS, Item, lm_eval_file, make_task, read_split, task_folder
 from peftscope.errors import InputError
+from peftscope.experiment import read_yaml
 from peftscope.models.fetch import fetch_model
 from peftscope.models.load import load_tokenizer
-from peftscope.sweep import read_yaml
 
 TASKS = ["two-digit-sums", "family-relationships", "time-intervals"]
 

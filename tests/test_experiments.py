@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from peftscope.experiment import experiment_names
 from peftscope.methods import METHODS
 from peftscope.plan import check_runs, plan_experiment
 from peftscope.spec import RUN_ID_PATTERN, RunSpec, run_id, spec_schema
-from peftscope.sweep import RUN_FIELDS, Sweep, expand, experiment_names, spec_from
+from peftscope.sweep import RUN_FIELDS, Sweep, expand, spec_from
 
 FILES = sorted((Path(__file__).parent.parent / "experiments").rglob("*.yaml"))
 

@@ -32,7 +32,7 @@ fixed: {model: toy, task: two-digit-sums, steps: 4, batch_size: 4, heldout_items
 axes: {method: [lora, full]}
 methods: {full: {learning_rate: 1.0e+30, max_grad_norm: null}}
 seeds: [0, 1]
-runs: [{method: none}]
+runs: [{method: none}, {method: none, base_weights: nf4}]
 ladders: [{centre: {method: lora}, seeds: [0], axes: {rank: [2, 8], targets: [minimal, all-linear]}}]
 """
 

@@ -115,7 +115,7 @@ def _execute(spec: RunSpec, folder: Path, began: float, threads: int) -> RunReco
 
 
 def _read_spec(text: str) -> tuple[dict[str, Any], Path]:
-    from peftscope.sweep import read_yaml
+    from peftscope.experiment import read_yaml
 
     if text.lstrip().startswith("{"):
         try:

@@ -12,9 +12,10 @@ from typing import Any
 from peftscope.data.tasks import TASKS_FILE, JsonlSource, find_task, task_folder
 from peftscope.device import detect_device
 from peftscope.errors import InputError, Problem, close_match
+from peftscope.experiment import experiment_path
 from peftscope.models.catalog import MODELS_FILE, WheelSource, find_model, model_folder
 from peftscope.spec import RunSpec
-from peftscope.sweep import Sweep, expand, experiment_path
+from peftscope.sweep import Sweep, expand
 
 DEFAULT_EXPERIMENT = "quick"
 SPARE_BYTES = 1 << 30

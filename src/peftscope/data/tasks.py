@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from peftscope.errors import InputError, Problem, close_match
+from peftscope.experiment import EXPERIMENTS, problems_of, read_yaml
 from peftscope.record import write_json
-from peftscope.sweep import EXPERIMENTS, problems_of, read_yaml
 
 TASKS_FILE = EXPERIMENTS / "tasks.yaml"
 TASKS_FOLDER = Path("resources/tasks")

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peftscope.errors import InputError, Problem, close_match
+from peftscope.experiment import EXPERIMENTS, problems_of, read_yaml
 from peftscope.memory.shapes import ModelShape
-from peftscope.sweep import EXPERIMENTS, problems_of, read_yaml
 
 MODELS_FILE = EXPERIMENTS / "models.yaml"
 MODELS_FOLDER = Path("resources/models")

@@ -13,9 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from peftscope.collect import read_runs, results_folder
 from peftscope.estimate import spoken
+from peftscope.experiment import experiment_path, read_experiment
 from peftscope.report.sentences import sentence
 from peftscope.stats import CONFIDENCE
-from peftscope.sweep import experiment_path, read_experiment
 
 FIXED_FIGURES = ("pareto", "memory", "throughput", "losses")
 

@@ -73,9 +73,8 @@ def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
     methods = method_summary(runs)
     if methods.empty:
         return
-    methods = methods.assign(variant=variants(methods))
-    colours = palette(methods)
-    trained = methods.dropna(subset=["heldout_nll", "train_peak_bytes"])
+    trained = methods.assign(variant=variants(methods)).dropna(subset=["heldout_nll", "train_peak_bytes"])
+    colours = palette(trained)
     for row in trained.itertuples():
         bars = (
             None

@@ -13,8 +13,8 @@ import pandas as pd
 from peftscope.collect import read_runs, results_folder
 from peftscope.errors import InputError, Problem
 from peftscope.estimate import spoken
+from peftscope.experiment import experiment_path
 from peftscope.report.page import report_path
-from peftscope.sweep import experiment_path
 
 PUBLISHED_RESULTS = Path("results/published")
 PUBLISHED_REPORTS = Path("reports/published")

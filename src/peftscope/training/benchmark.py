@@ -20,10 +20,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peftscope.data.batching import Example, collate, tokenise, training_batches, training_order
 from peftscope.data.tasks import make_task, read_split
+from peftscope.experiment import Experiment
 from peftscope.models.fetch import fetch_model
 from peftscope.models.load import load_base, load_tokenizer
 from peftscope.spec import RunSpec
-from peftscope.sweep import Experiment, Resolver
+from peftscope.sweep import Resolver
 from peftscope.training.build import build_model
 from peftscope.training.step import make_optimizer, train_step
 

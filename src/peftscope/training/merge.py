@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from peftscope.errors import InputError, Problem, close_match
+from peftscope.experiment import RESERVED_NAMES
 from peftscope.record import read_record
 from peftscope.spec import RunSpec
-from peftscope.sweep import RESERVED_NAMES
 
 
 def find_run(run: str) -> Path:

@@ -1,0 +1,195 @@
+"""Experiment files: what they may say, and reading them strictly. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+
+from peftscope.errors import InputError, Problem, close_match
+
+EXPERIMENTS = Path("experiments")
+DEFAULTS = EXPERIMENTS / "defaults.yaml"
+RESERVED_NAMES = ("published", "gpu", "single")
+NAME_PATTERN = r"[a-z0-9][a-z0-9-]*"
+NOT_EXPERIMENTS = ("defaults", "models", "tasks", "claims")
+
+Values = Annotated[list[Any], Field(min_length=1)]
+
+
+class Ladder(BaseModel):
+    """One factor at a time around a centre: every axis is varied alone."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    centre: dict[str, Any] = {}
+    axes: Annotated[dict[str, Values], Field(min_length=1)]
+    seeds: list[NonNegativeInt] | None = None
+
+
+class Exclusion(BaseModel):
+    """Combinations to leave out, and why."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    match: Annotated[dict[str, Any], Field(min_length=1)]
+    reason: Annotated[str, Field(min_length=1)]
+
+
+class Experiment(BaseModel):
+    """What an experiment file may say."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    title: str = ""
+    description: str = ""
+    extends: str | None = None
+    fixed: dict[str, Any] = {}
+    methods: dict[str, dict[str, Any]] = {}
+    axes: dict[str, Values] = {}
+    linked: list[Annotated[list[dict[str, Any]], Field(min_length=1)]] = []
+    ladders: list[Ladder] = []
+    runs: list[dict[str, Any]] = []
+    exclude: list[Exclusion] = []
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = [0]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Returns a YAML file's mapping.
+
+    Raises:
+        InputError: The file is missing, is not YAML, repeats a key, or is no mapping.
+    """
+    try:
+        content = yaml.load(path.read_text(), Loader=_StrictLoader)
+    except FileNotFoundError:
+        raise InputError(Problem(str(path)[:200], "no such file")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(Problem(str(path)[:200], f"cannot be read: {error}"[:200])) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}: line {mark.line + 1}" if mark else str(path)
+        raise InputError(Problem(place, f"not valid YAML: {getattr(error, 'problem', error)}")) from None
+    if not isinstance(content, dict):
+        raise InputError(Problem(str(path), "must be a mapping of fields to values"))
+    return content
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without silent surprises: a repeated key is an error, and 1e-3 is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Returns the mapping; raises on a key that stands twice."""
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                message = f"a field's name must be text (got {key!r})"
+                raise yaml.constructor.ConstructorError(None, None, message, key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key `{key}` stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Returns ``base`` with ``over`` laid on it; nested mappings are merged, lists are replaced.
+
+    >>> deep_merge({"a": {"x": 1, "y": 2}}, {"a": {"x": 3}})
+    {'a': {'x': 3, 'y': 2}}
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = deep_merge(merged[key], value) if both else value
+    return merged
+
+
+def experiment_path(name: str) -> Path:
+    """Returns the file of an experiment.
+
+    Raises:
+        InputError: The name is reserved or unknown.
+    """
+    if name in RESERVED_NAMES:
+        raise InputError(Problem(f"experiment={name}", "a reserved name", "rename the experiment file"))
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise InputError(Problem(f"experiment={name}", "not a name for an experiment", f"use {NAME_PATTERN}"))
+    path = EXPERIMENTS / f"{name}.yaml"
+    if not path.is_file() or name in NOT_EXPERIMENTS:
+        if not EXPERIMENTS.is_dir():
+            raise InputError(
+                Problem(f"experiment={name}", "there is no experiments/ folder here", "run from the repository's root")
+            )
+        raise InputError(Problem(f"experiment={name}", f"no file {path}", close_match(name, experiment_names())))
+    return path
+
+
+def experiment_names() -> list[str]:
+    """Returns the names of all experiment files."""
+    return sorted(path.stem for path in EXPERIMENTS.glob("*.yaml") if path.stem not in NOT_EXPERIMENTS)
+
+
+def read_experiment(path: Path, _children: tuple[Path, ...] = ()) -> Experiment:
+    """Returns a file's experiment, merged onto what it extends.
+
+    Raises:
+        InputError: Every problem of the file's structure.
+    """
+    content = read_yaml(path)
+    parent = content.get("extends")
+    if isinstance(parent, str):
+        try:
+            parent_path = experiment_path(parent)
+        except InputError as error:
+            raise InputError(replace(problem, where=f"{path}: extends") for problem in error.problems) from None
+        if parent_path in (path, *_children):
+            raise InputError(Problem(f"{path}: extends", f"`{parent}` extends itself"))
+        base = read_experiment(parent_path, (path, *_children)).model_dump(exclude_unset=True)
+        content = deep_merge(base, content)
+    try:
+        return Experiment.model_validate(content)
+    except ValidationError as error:
+        raise InputError(
+            problems_of(error, lambda loc: f"{path}: {dotted(loc)}", set(Experiment.model_fields))
+        ) from None
+
+
+def dotted(location: tuple[str | int, ...]) -> str:
+    """Returns a place in a file as a path.
+
+    >>> dotted(("axes", "rank", 1))
+    'axes.rank[1]'
+    """
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.lstrip(".")
+
+
+def problems_of(
+    error: ValidationError, place: Callable[[tuple[str | int, ...]], str], known: set[str]
+) -> list[Problem]:
+    """Returns a validation error as problems; ``place`` names the spot in the file, ``known`` the fields to suggest."""
+    found = []
+    for item in error.errors():
+        where, value = place(item["loc"]), item["input"]
+        if item["type"] == "extra_forbidden":
+            found.append(Problem(where, "unknown key", close_match(str(item["loc"][-1]), known)))
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            shown = "" if isinstance(value, dict | BaseModel) else f" (got {value!r})"
+            found.append(Problem(where, f"{message}{shown}"))
+    return found
