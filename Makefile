@@ -8,7 +8,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup report test smoke browser lint format schema lock publish benchmark clean
+.PHONY: help setup report test smoke slow browser lint format schema lock publish benchmark clean
 
 help:
 	@echo "make report [EXPERIMENT=quick]   train, measure and write reports/EXPERIMENT/report.html"
@@ -16,7 +16,7 @@ help:
 	@echo "make setup                       .venv with the locked dependencies and peftscope itself"
 	@echo "make publish EXPERIMENT=quick    copy a finished run's small files to where they are committed"
 	@echo "make benchmark                   our training step against the HF Trainer"
-	@echo "make lint | browser | lock       checks; the page in a real browser; new pinned versions"
+	@echo "make lint | slow | browser       checks; long tests; the report in a real browser"
 
 setup: $(READY)
 
@@ -39,6 +39,9 @@ smoke: $(READY)
 test: $(READY)
 	$(BIN)/pytest -m "not slow and not browser"
 	@$(MAKE) --no-print-directory smoke
+
+slow: $(READY)
+	$(BIN)/pytest -m slow
 
 browser: smoke
 	$(BIN)/pytest -m browser

@@ -49,6 +49,7 @@ def test_dry_run_of_every_experiment(tiny: str) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_real_run_then_nothing_to_do_then_only_what_changed(tiny: str) -> None:
     done = snakemake("--config", f"experiment={tiny}")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -67,6 +68,7 @@ def test_real_run_then_nothing_to_do_then_only_what_changed(tiny: str) -> None:
     assert "lora-r4" in new.as_posix()
 
 
+@pytest.mark.slow
 def test_a_failed_run_leaves_the_others_and_the_report_and_fails_at_the_end(tiny: str) -> None:
     path = Path("experiments/tiny.yaml")
     # The second rung's rank is fine; its sequences are too short for any response.

@@ -97,7 +97,7 @@ def test_learning_rate_zero_changes_nothing(toy: Path, make_spec, tmp_path: Path
     assert control.quality.retention_bits_per_byte == base.quality.retention_bits_per_byte
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
 def test_two_runs_of_one_spec_are_identical(method: str, toy: Path, make_spec, tmp_path: Path) -> None:
     outcomes = []
     for hash_seed in ("1", "2"):

