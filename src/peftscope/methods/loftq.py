@@ -69,14 +69,7 @@ class LoftQ(Method):
         from peft.tuners.lora import LoraLayer
 
         weights = FloatWeights(model.config._name_or_path)
-        wrapped = wrap_with_lora(
-            model,
-            rank=self.rank,
-            alpha=self.alpha,
-            targets=self.targets,
-            dropout=self.dropout,
-            adapter_dtype=self.adapter_dtype,
-        )
+        wrapped = self.build_empty(model, spec)
         ratios = []
         for name, layer in wrapped.base_model.model.named_modules():
             if isinstance(layer, LoraLayer):
@@ -86,6 +79,17 @@ class LoftQ(Method):
                 ratios.append(ratio)
         wrapped.loftq_error_ratio = sum(ratios) / len(ratios)
         return wrapped
+
+    def build_empty(self, model: Any, spec: RunSpec) -> Any:
+        """Returns the 4-bit base wrapped with LoRA: the alternation leaves the same tensors."""
+        return wrap_with_lora(
+            model,
+            rank=self.rank,
+            alpha=self.alpha,
+            targets=self.targets,
+            dropout=self.dropout,
+            adapter_dtype=self.adapter_dtype,
+        )
 
     def _initialise(self, layer: Any, weight: torch.Tensor) -> float:
         """Sets one layer's 4-bit weight, A and B; returns ‖W - (Q + sBA)‖ / ‖W - quantised(W)‖ (Frobenius)."""

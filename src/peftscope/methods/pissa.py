@@ -36,3 +36,7 @@ class PiSSA(Method):
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the base wrapped with PEFT's LoRA, ``init_lora_weights="pissa"`` (exact SVD)."""
         return wrap_with_lora(model, **self.model_dump(exclude={"name"}), init_lora_weights="pissa")
+
+    def build_empty(self, model: Any, spec: RunSpec) -> Any:
+        """Returns plain LoRA: the decomposition leaves the same tensors."""
+        return wrap_with_lora(model, **self.model_dump(exclude={"name"}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,10 +25,15 @@ def build_model(base: Any, spec: RunSpec) -> tuple[Any, CausalLoss]:
         The model to train, and the loss function inside it.
     """
     seed_everything(spec.seed)
+    return apply_method(base, spec, spec.method.build)
+
+
+def apply_method(base: Any, spec: RunSpec, build: Callable[[Any, RunSpec], Any]) -> tuple[Any, CausalLoss]:
+    """Returns what ``build`` makes of a base, with everything else that the spec asks of a model, and its loss."""
     loss_function = CausalLoss()
     base.loss_function = loss_function
     base.requires_grad_(False)
-    model = spec.method.build(base, spec)
+    model = build(base, spec)
     if spec.checkpointing:
         # Reentrant checkpointing would give adapters no gradient, because the frozen embeddings' output needs none.
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

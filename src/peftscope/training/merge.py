@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from peftscope.errors import InputError, Problem, close_match
-from peftscope.experiment import RESERVED_NAMES
 from peftscope.record import read_record
 from peftscope.spec import RunSpec
 
@@ -18,15 +17,15 @@ def find_run(run: str) -> Path:
         InputError: There is none.
     """
     folders = [path.parent for path in Path("results").glob("*/runs/*/record.json")]
-    mine = [f for f in folders if f.name == run and f.parent.parent.name not in RESERVED_NAMES]
+    mine = [folder for folder in folders if folder.name == run]
     if not mine:
         raise InputError(
             Problem(f"run {run}", "no such run under results/", close_match(run, [f.name for f in folders]))
         )
-    finished = [folder for folder in mine if (folder / "adapter").is_dir()]
+    endings = {folder: read_record(folder / "record.json").status for folder in mine}
+    finished = [folder for folder, status in endings.items() if status == "ok"]
     if not finished:
-        record = read_record(mine[0] / "record.json")
-        raise InputError(Problem(f"run {run}", f"it has no adapter ({record.status})", "choose a run that ended ok"))
+        raise InputError(Problem(f"run {run}", f"it ended {endings[mine[0]]}", "choose a run that ended ok"))
     return finished[0]
 
 

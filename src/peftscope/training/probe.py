@@ -15,10 +15,17 @@ from peftscope.training.step import CausalLoss, make_optimizer, train_step
 
 
 def probe_training(model: Any, batch: Batch, spec: RunSpec, loss_function: CausalLoss) -> dict[str, int]:
+    """Returns the peaks of ``spec.probe_steps`` steps on a batch, as ``track_steps`` does.
+
+    Runs after everything else, with an optimizer of its own: it changes the weights.
+    """
+    return track_steps(model, batch, spec, loss_function, steps=spec.probe_steps)
+
+
+def track_steps(model: Any, batch: Batch, spec: RunSpec, loss_function: CausalLoss, steps: int) -> dict[str, int]:
     """Returns the peak of live tensor bytes in ``forward``, ``backward`` and ``optimizer``.
 
-    Runs after everything else, with an optimizer of its own: it changes the weights. The optimizer's states appear at
-    the first step, so the second is the steady one; the larger peak counts.
+    The optimizer's states appear at the first step, so the second is the steady one; the larger peak counts.
     """
     model.train()
     optimizer = make_optimizer(model, spec)
@@ -36,7 +43,7 @@ def probe_training(model: Any, batch: Batch, spec: RunSpec, loss_function: Causa
         current[:] = [phase]
 
     with tracker:
-        for _ in range(spec.probe_steps):
+        for _ in range(steps):
             train_step(
                 model,
                 [batch] * spec.gradient_accumulation,
