@@ -338,6 +338,28 @@ def join(one: Batch, other: Batch) -> Batch:
     return collate(examples, 2)
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_answers_are_the_models_own(name: str, spec_of) -> None:
+    """What lm-eval is given, by batches with padding, is the greedy continuation that single forward passes give."""
+    from peftscope.evaluation.answers import score_answers
+
+    spec = spec_of(name, generation_items=8, learning_rate=1e-2)
+    model, _ = trained(spec, spec.steps)
+    model.eval()
+    tokenizer = load_tokenizer(spec)
+    with attention(model, "sdpa"), torch.no_grad():
+        for row in score_answers(model, tokenizer, spec):
+            tokens = tokenizer(row["prompt"], add_special_tokens=False, return_tensors="pt")["input_ids"]
+            length = tokens.shape[1]
+            for _ in range(8):
+                logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+                tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
+                if tokens[0, -1] == tokenizer.eos_token_id:
+                    break
+            wanted = tokenizer.decode(tokens[0, length:], skip_special_tokens=True).split("\n")[0]
+            assert row["answer"].strip() == wanted.strip()
+
+
 def test_formulas_give_the_published_sizes() -> None:
     """Llama-2-7B: 6,738,415,616 parameters; LoRA r=8 on q,k,v,o: 8,388,608 (its config.json; Hu et al. 2021, 4.2)."""
     shape = ModelShape(

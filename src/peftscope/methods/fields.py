@@ -84,6 +84,8 @@ class Method(BaseModel):
 
     starts_at_base: ClassVar[bool] = True
     """Whether the model computes what its (quantised) base computes before the first step."""
+    generates_from_cache: ClassVar[bool] = True
+    """Whether ``generate`` with a key-value cache gives what the model's forward pass gives."""
     supports_checkpointing: ClassVar[bool] = True
     """Whether activations can be recomputed in the backward pass."""
     min_steps: ClassVar[int] = 1

@@ -19,6 +19,7 @@ class PrefixTuning(Method):
 
     label: ClassVar[str] = "prefix tuning"
     supports_checkpointing: ClassVar[bool] = False
+    generates_from_cache: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
     mask_free_attention: ClassVar[bool] = False

@@ -18,6 +18,7 @@ class PromptTuning(Method):
     """Trained input embeddings."""
 
     label: ClassVar[str] = "prompt tuning"
+    generates_from_cache: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
 
