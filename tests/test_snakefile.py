@@ -55,7 +55,7 @@ def test_real_run_then_nothing_to_do_then_only_what_changed(tiny: str) -> None:
     done = snakemake("--config", f"experiment={tiny}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert Path("reports/tiny/report.html").stat().st_size > 100_000
-    assert re.search(r"\d+ of \d+ jobs, about \d+ min left", done.stdout + done.stderr)
+    assert re.search(r"\d+ of \d+ jobs, about .* left", done.stdout + done.stderr)
     again = snakemake("--config", f"experiment={tiny}")
     assert "Nothing to be done" in again.stdout + again.stderr
 

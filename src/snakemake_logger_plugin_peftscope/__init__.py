@@ -13,6 +13,8 @@ from rich.progress import TextColumn, TimeRemainingColumn
 from snakemake_interface_logger_plugins.common import LogEvent
 from snakemake_logger_plugin_rich import LogHandler as RichLogHandler
 
+from peftscope.estimate import spoken
+
 LONGEST_RUN_SECONDS = 30 * 24 * 3600
 """Jobs take minutes: the speed has to be taken over the whole run, not over the last half minute."""
 
@@ -33,5 +35,5 @@ class LogHandler(RichLogHandler):
         if getattr(record, "event", None) == LogEvent.PROGRESS and not self.console.is_terminal:
             done, total = record.done, record.total  # type: ignore[attr-defined]
             left = (time.monotonic() - self._began) / done * (total - done) if done else None
-            about = f", about {left / 60:.0f} min left" if left else ""
+            about = f", about {spoken(left)} left" if left else ""
             self.console.print(f"{done} of {total} jobs{about}", highlight=False)
