@@ -188,7 +188,8 @@ def draw_ladder(axes: plt.Axes, runs: pd.DataFrame, field: str) -> None:
     for (_, label), rungs in ladder.assign(x=numeric if is_number else ladder["value"]).groupby(
         ["ladder", "label"], sort=False
     ):
-        rungs = rungs.sort_values("x") if is_number else rungs
+        # Names have no order of their own and no line between them: they stand by size.
+        rungs = rungs.sort_values("x" if is_number else "trained_parameters")
         bars = [
             (rungs["heldout_nll"] - rungs["heldout_nll_low"]).fillna(0),
             (rungs["heldout_nll_high"] - rungs["heldout_nll"]).fillna(0),
@@ -197,7 +198,7 @@ def draw_ladder(axes: plt.Axes, runs: pd.DataFrame, field: str) -> None:
             rungs["x"],
             rungs["heldout_nll"].astype(float),
             yerr=bars,
-            fmt="o-",
+            fmt="o-" if is_number else "o",
             capsize=3,
             label=label,
         )
