@@ -220,9 +220,9 @@ def expand(name: str, device: Device = "cpu") -> Sweep:
 
 def _misplaced(experiment: Experiment, path: Path) -> list[Problem]:
     """Returns fields that stand where they could not take effect."""
-    problems = [Problem(f"{path}: fixed.seed", "seeds are not fixed here", "write `seeds: [...]`")] * (
-        "seed" in experiment.fixed
-    )
+    problems = []
+    if "seed" in experiment.fixed:
+        problems.append(Problem(f"{path}: fixed.seed", "seeds are not fixed here", "write `seeds: [...]`"))
     for method, settings in experiment.methods.items():
         if method not in METHODS:
             problems.append(Problem(f"{path}: methods.{method}", "unknown method", close_match(method, METHODS)))

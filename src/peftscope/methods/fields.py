@@ -81,7 +81,8 @@ class Method(BaseModel):
     """The name in tables and plots."""
     mask_free_attention: ClassVar[bool] = True
     """False where a mask-free causal kernel would be wrong, as with a prefix in the key-value cache."""
-
+    has_own_base: ClassVar[bool] = False
+    """Whether its adapter fits only a base that ``build`` changed, which must be made again to load it."""
     starts_at_base: ClassVar[bool] = True
     """Whether the model computes what its (quantised) base computes before the first step."""
     generates_from_cache: ClassVar[bool] = True

@@ -37,6 +37,7 @@ class LoftQ(Method):
     """LoRA-fine-tuning-aware quantisation."""
 
     label: ClassVar[str] = "LoftQ"
+    has_own_base: ClassVar[bool] = True
     starts_at_base: ClassVar[bool] = False
 
     name: Literal["loftq"] = "loftq"

@@ -111,7 +111,7 @@ def autocast(spec: RunSpec) -> Any:
 @contextmanager
 def attention(model: Any, implementation: str) -> Iterator[None]:
     """Runs a block under another attention implementation, then goes back."""
-    config = getattr(model, "config", None)
+    config = model.config
     before = config._attn_implementation
     config._attn_implementation = implementation
     try:

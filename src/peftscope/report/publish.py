@@ -37,7 +37,8 @@ def publish_experiment(experiment: str) -> list[Path]:
     wanted = [
         source / "runs.csv",
         source / "losses.csv",
-        *sorted(source.glob("tables/*")),
+        *sorted(source.glob("tables/*.csv")),
+        *sorted(source.glob("tables/*.md")),
         *sorted(source.glob("figures/*")),
     ]
     for run in read_runs(experiment)["run_id"]:

@@ -38,22 +38,20 @@ class TrainingLog:
     padded_tokens: list[int] = field(default_factory=list)
     data_seconds: float = 0.0
 
-    def speed(self, spec: RunSpec) -> Speed:
-        """Returns the step times after the warm-up steps, with quartiles."""
+    def write_speed(self, speed: Speed, spec: RunSpec) -> None:
+        """Writes the step times after the untimed steps into ``speed``, with quartiles; nothing if there are none."""
         timed = slice(spec.untimed_steps, None)
         seconds = np.array(self.step_seconds[timed])
         if seconds.size == 0:
-            return Speed()
+            return
         lower, median, upper = np.quantile(seconds, [0.25, 0.5, 0.75])
-        return Speed(
-            timed_steps=int(seconds.size),
-            step_seconds_median=float(median),
-            step_seconds_lower_quartile=float(lower),
-            step_seconds_upper_quartile=float(upper),
-            tokens_per_second=float(np.median(np.array(self.tokens[timed]) / seconds)),
-            padded_tokens_per_second=float(np.median(np.array(self.padded_tokens[timed]) / seconds)),
-            data_seconds=self.data_seconds,
-        )
+        speed.timed_steps = int(seconds.size)
+        speed.step_seconds_median = float(median)
+        speed.step_seconds_lower_quartile = float(lower)
+        speed.step_seconds_upper_quartile = float(upper)
+        speed.tokens_per_second = float(np.median(np.array(self.tokens[timed]) / seconds))
+        speed.padded_tokens_per_second = float(np.median(np.array(self.padded_tokens[timed]) / seconds))
+        speed.data_seconds = self.data_seconds
 
 
 def train(

@@ -65,7 +65,7 @@ def base_of_adapter(spec: RunSpec) -> Any:
     from peftscope.training.build import build_model
 
     base = load_base(spec)
-    return build_model(base, spec)[0].unload() if spec.method.name == "loftq" else base
+    return build_model(base, spec)[0].unload() if spec.method.has_own_base else base
 
 
 def _dequantised(base: Any, spec: RunSpec) -> Any:

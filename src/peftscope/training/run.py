@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,7 +67,8 @@ def execute(spec: RunSpec, folder: Path, phases: Phases) -> RunRecord:
         record.reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         traceback.print_exc()
     finally:
-        record.train_nll, record.train_loss, record.speed = log.nll, log.loss, _speed(record, log, spec)
+        record.train_nll, record.train_loss = log.nll, log.loss
+        log.write_speed(record.speed, spec)
         phases.finish()
         record.seconds, record.memory = phases.seconds, phases.memory
         record.unavailable = _unavailable(record)
@@ -88,7 +90,7 @@ def _run(spec: RunSpec, folder: Path, record: RunRecord, log: TrainingLog, phase
     with phases.phase("initialise"), _tracked_load(spec, phases, base) as loaded:
         model, loss_function = build_model(base, spec)
         loaded.append(model)
-    record.size = _initial_size(model, spec)
+    record.size = _initial_size(model)
 
     def evaluate_retention() -> float | None:
         model.eval()
@@ -163,7 +165,7 @@ def _tracked_load(spec: RunSpec, phases: Phases, *alive: Any) -> Iterator[list[A
     load.peak_tensor_bytes = max(load.peak_tensor_bytes or 0, tracker.peak_bytes)
 
 
-def _initial_size(model: Any, spec: RunSpec) -> Size:
+def _initial_size(model: Any) -> Size:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # A 4-bit parameter packs two values a byte; its quantisation state knows the real shape.
     total = sum(
@@ -176,8 +178,7 @@ def _initial_size(model: Any, spec: RunSpec) -> Size:
 def _answers(model: Any, tokenizer: Any, spec: RunSpec, record: RunRecord) -> list[dict[str, Any]]:
     if not spec.generation_items:
         return []
-    import time
-
+    # Its import is slow, and only these runs need it.
     from peftscope.evaluation.answers import score_answers
 
     began = time.perf_counter()
@@ -205,12 +206,6 @@ def _save(model: Any, spec: RunSpec, folder: Path, record: RunRecord) -> None:
     spec.method.save(model, adapter)
     record.size.adapter_bytes = sum(path.stat().st_size for path in adapter.glob("*.safetensors"))
     record.size.trained_parameters = spec.method.final_trainable_parameters(model)
-
-
-def _speed(record: RunRecord, log: TrainingLog, spec: RunSpec) -> Any:
-    speed = log.speed(spec)
-    speed.generation_seconds = record.speed.generation_seconds
-    return speed
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
