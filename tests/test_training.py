@@ -139,19 +139,26 @@ def test_failure_is_a_status_and_the_job_goes_on(toy: Path, make_spec, tmp_path:
 
 
 def test_out_of_memory_is_a_status(toy: Path, make_spec, tmp_path: Path) -> None:
-    spec = make_spec(method="full", precision="fp32", batch_size=30_000, probe_steps=0)
+    # The first activation alone is larger than the limit leaves, so that nothing smaller (a thread's stack, a library's
+    # workspace) meets the limit first and crashes instead of raising.
+    spec = make_spec(method="full", precision="fp32", batch_size=200_000, probe_steps=0, retention_tokens=0)
     script = (
         "import json, resource, sys, psutil, torch\n"
         "from pathlib import Path\n"
         "from peftscope.spec import RunSpec\n"
         "from peftscope.training.phases import Phases\n"
         "from peftscope.training.run import execute\n"
-        "limit = psutil.Process().memory_info().vms + 300 * 2**20\n"
+        "square = torch.ones(512, 512, requires_grad=True)\n"
+        "(square @ square).sum().backward()\n"  # starts the threads of forward and backward passes
+        "limit = psutil.Process().memory_info().vms + 700 * 2**20\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
         "execute(RunSpec.model_validate(json.loads(sys.argv[1])), Path(sys.argv[2]), Phases('cpu', 0.0))\n"
     )
-    subprocess.run([sys.executable, "-c", script, json.dumps(spec.canonical()), str(tmp_path)], check=False)
-    assert read_record(tmp_path / "record.json").status == "oom"
+    command = [sys.executable, "-c", script, json.dumps(spec.canonical()), str(tmp_path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (tmp_path / "record.json").is_file(), (done.returncode, done.stderr)
+    record = read_record(tmp_path / "record.json")
+    assert record.status == "oom", record.reason
 
 
 @pytest.mark.parametrize("wait", [1, pytest.param(8, marks=pytest.mark.slow)], ids=["importing", "training"])
