@@ -43,7 +43,8 @@ def batches_of(spec: RunSpec, count: int, seed: int = 0) -> list[Batch]:
     examples = tokenise(read_split(spec.task, "train"), tokenizer, spec.seq_len)
     # Prompts of different lengths, so that there is padding.
     uneven = [type(e)(e.tokens[index % 3 :], e.prompt_length - index % 3) for index, e in enumerate(examples)]
-    stream = training_batches(uneven, seed=seed, batch_size=4, pad_token_id=tokenizer.pad_token_id)
+    pack_to = 48 if spec.packing else None
+    stream = training_batches(uneven, seed=seed, batch_size=4, pad_token_id=tokenizer.pad_token_id, pack_to=pack_to)
     return list(itertools.islice(stream, count))
 
 

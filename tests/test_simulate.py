@@ -10,22 +10,23 @@ from test_methods import TRAINED, batches_of
 from transformers import AutoConfig
 
 from peftscope.data.tasks import make_task
-from peftscope.memory.simulate import simulate_training
+from peftscope.memory.simulate import simulate
 from peftscope.models.catalog import model_folder
 from peftscope.models.fetch import fetch_model
 from peftscope.models.load import load_base
 from peftscope.spec import RunSpec
 from peftscope.training.build import build_model
-from peftscope.training.probe import track_steps
+from peftscope.training.probe import probe_training
 
 
 def both(spec: RunSpec) -> tuple[dict[str, int], dict[str, int]]:
     (batch,) = batches_of(spec, 1)
     assert batch.attention_mask.min() == 0  # padded, so that the real run needs its masks as well
     model, loss_function = build_model(load_base(spec), spec)
-    tracked = track_steps(model, batch, spec, loss_function, steps=2)
+    tracked = probe_training(model, batch, spec, loss_function)
     config = AutoConfig.from_pretrained(model_folder(spec.model))
-    return simulate_training(spec, config, batch), tracked
+    trace, _ = simulate(spec, config, [batch] * spec.probe_steps)
+    return {phase: peak.size for phase, peak in trace.peaks().items()}, tracked
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -49,6 +50,11 @@ def test_every_method(name: str, precision: str, toy: Path, make_spec) -> None:
         {"optimizer_implementation": "single"},
         {"optimizer": "sgd"},
         {"gradient_accumulation": 2},
+        {"packing": True},
+        {"packing": True, "attention": "eager"},
+        {"optimizer": "adamw_8bit"},
+        {"optimizer": "paged_adamw"},
+        {"optimizer": "paged_adamw_8bit"},
         {"dropout": 0.1},
         {"adapter_dtype": "base"},
         {"max_grad_norm": None},

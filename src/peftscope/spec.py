@@ -36,6 +36,9 @@ class RunSpec(BaseModel):
     steps: Annotated[PositiveInt, Field(description="optimizer steps")] = 16
     batch_size: Annotated[PositiveInt, Field(description="sequences a forward pass")] = 16
     gradient_accumulation: Annotated[PositiveInt, Field(description="forward passes a step")] = 1
+    packing: Annotated[
+        bool, Field(description="several examples a sequence, each seeing itself alone (a block-diagonal mask)")
+    ] = False
     seq_len: Annotated[
         PositiveInt, Field(description="longest sequence in tokens; longer prompts lose their start")
     ] = 256
@@ -44,9 +47,12 @@ class RunSpec(BaseModel):
     warmup_steps: Annotated[NonNegativeInt, Field(description="linear warm-up")] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float | None, Field(gt=0, description="null: no clipping")] = 1.0
-    optimizer: Annotated[Literal["adamw", "sgd"], Field(description="torch.optim")] = "adamw"
+    optimizer: Annotated[
+        Literal["adamw", "sgd", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"],
+        Field(description="torch.optim, or bitsandbytes: 8-bit states, states that CUDA may page out to the host"),
+    ] = "adamw"
     optimizer_implementation: Annotated[
-        Literal["foreach", "fused", "single"], Field(description="foreach is what torch chooses on CUDA")
+        Literal["foreach", "fused", "single"], Field(description="of torch.optim; foreach is what it chooses on CUDA")
     ] = "foreach"
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -85,6 +91,12 @@ class RunSpec(BaseModel):
             )
         if self.attention == "flash_attention_2" and (self.device == "cpu" or self.precision == "fp32"):
             raise ValueError("attention=flash_attention_2 needs a CUDA card and 16-bit precision; use sdpa")
+        if self.packing and self.attention == "flash_attention_2":
+            raise ValueError("packing passes an explicit mask, which flash_attention_2 does not take; use sdpa")
+        if self.packing and not self.method.supports_packing:
+            raise ValueError(f"packing does not work with {self.method.name}, whose virtual tokens stand before one prompt")
+        if self.optimizer not in ("adamw", "sgd") and self.optimizer_implementation != "foreach":
+            raise ValueError(f"optimizer_implementation is an option of torch.optim; leave it out with {self.optimizer}")
         if self.checkpointing and not self.method.supports_checkpointing:
             raise ValueError(f"checkpointing does not work with {self.method.name}, which fills the key-value cache")
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class Batch:
         kept_labels: (B, K) int64, the token that follows each kept position, or -100.
         response_tokens: () int64, number of tokens under the loss.
         tokens: Number of tokens that are not padding.
+        position_ids: (B, S) int64, counted anew in every example; packed batches only.
+        example_ids: (B, S) int64, which example of its row a position belongs to; packed batches only.
     """
 
     input_ids: torch.Tensor
@@ -49,6 +51,8 @@ class Batch:
     kept_labels: torch.Tensor
     response_tokens: torch.Tensor
     tokens: int
+    position_ids: torch.Tensor | None = None
+    example_ids: torch.Tensor | None = None
 
     def to(self, device: str) -> Batch:
         """Returns the batch on a device."""
@@ -90,17 +94,21 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         input_ids[row, :length] = tokens
         attention_mask[row, :length] = 1
         labels[row, example.prompt_length : length] = tokens[example.prompt_length :]
-    next_labels = torch.cat([labels[:, 1:], torch.full((len(examples), 1), IGNORED)], dim=1)
-    positions = (next_labels != IGNORED).any(dim=0).nonzero().squeeze(1)
     return Batch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        labels=labels,
-        kept_positions=positions,
-        kept_labels=next_labels[:, positions],
-        response_tokens=(labels != IGNORED).sum(),
-        tokens=int(attention_mask.sum()),
+        input_ids=input_ids, attention_mask=attention_mask, tokens=int(attention_mask.sum()), **_targets(labels)
     )
+
+
+def _targets(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns the fields of a batch that follow from its labels."""
+    next_labels = torch.cat([labels[:, 1:], torch.full((len(labels), 1), IGNORED)], dim=1)
+    positions = (next_labels != IGNORED).any(dim=0).nonzero().squeeze(1)
+    return {
+        "labels": labels,
+        "kept_positions": positions,
+        "kept_labels": next_labels[:, positions],
+        "response_tokens": (labels != IGNORED).sum(),
+    }
 
 
 def training_order(size: int, seed: int) -> Iterator[int]:
@@ -113,11 +121,54 @@ def training_order(size: int, seed: int) -> Iterator[int]:
         epoch += 1
 
 
-def training_batches(examples: Sequence[Example], *, seed: int, batch_size: int, pad_token_id: int) -> Iterator[Batch]:
-    """Yields training batches for ever; the same seed gives every method the same batches in the same order."""
-    order = training_order(len(examples), seed)
+def pack(rows: Sequence[Sequence[Example]], pad_token_id: int) -> Batch:
+    """Returns one batch whose rows each hold several examples one after the other.
+
+    An example's last token has no label in the next one: its own end of sequence was its last target.
+    """
+    batch = collate([Example(tuple(t for e in row for t in e.tokens), 0) for row in rows], pad_token_id)
+    labels = torch.full_like(batch.input_ids, IGNORED)
+    position_ids, example_ids = torch.zeros_like(labels), torch.full_like(labels, -1)
+    for number, row in enumerate(rows):
+        start = 0
+        for index, example in enumerate(row):
+            end = start + len(example.tokens)
+            first = start + example.prompt_length
+            labels[number, first:end] = batch.input_ids[number, first:end]
+            position_ids[number, start:end] = torch.arange(end - start)
+            example_ids[number, start:end] = index
+            start = end
+    return replace(batch, **_targets(labels), position_ids=position_ids, example_ids=example_ids)
+
+
+def training_batches(
+    examples: Sequence[Example], *, seed: int, batch_size: int, pad_token_id: int, pack_to: int | None = None
+) -> Iterator[Batch]:
+    """Yields training batches for ever; the same seed gives every method the same batches in the same order.
+
+    Args:
+        examples: At least one.
+        seed: Decides the order.
+        batch_size: Rows of a batch.
+        pad_token_id: Fills rows up.
+        pack_to: Fill each row with examples up to so many tokens.
+    """
+    order = (examples[index] for index in training_order(len(examples), seed))
+    if pack_to is None:
+        while True:
+            yield collate([next(order) for _ in range(batch_size)], pad_token_id)
+    waiting = next(order)
     while True:
-        yield collate([examples[next(order)] for _ in range(batch_size)], pad_token_id)
+        rows = []
+        for _ in range(batch_size):
+            row, length = [waiting], len(waiting.tokens)
+            waiting = next(order)
+            while length + len(waiting.tokens) <= pack_to:
+                row.append(waiting)
+                length += len(waiting.tokens)
+                waiting = next(order)
+            rows.append(row)
+        yield pack(rows, pad_token_id)
 
 
 def evaluation_batches(examples: Sequence[Example], *, batch_size: int, pad_token_id: int) -> Iterator[Batch]:

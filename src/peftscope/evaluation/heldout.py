@@ -7,30 +7,35 @@ from typing import Any
 
 import torch
 
-from peftscope.data.batching import IGNORED, Example, evaluation_batches
+from peftscope.data.batching import IGNORED, Batch, Example, evaluation_batches
 from peftscope.models.load import autocast
 from peftscope.spec import RunSpec
 
 
 @torch.no_grad()
-def heldout_nll(model: Any, examples: Sequence[Example], spec: RunSpec, pad_token_id: int) -> list[tuple[float, int]]:
-    """Returns (summed nll in nats, number of response tokens) of each example, in their order.
+def heldout_losses(model: Any, batch: Batch, spec: RunSpec) -> torch.Tensor:
+    """Returns (B, K) fp32 nll in nats at the kept positions, 0 where a row has no response token there.
 
     Logits are computed at response positions only, and the loss in fp32, whatever the spec's training path.
     """
+    with autocast(spec):
+        logits = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            logits_to_keep=batch.kept_positions + spec.method.logit_offset(),
+            use_cache=False,
+        ).logits
+    return torch.nn.functional.cross_entropy(
+        logits.float().transpose(1, 2), batch.kept_labels, ignore_index=IGNORED, reduction="none"
+    )
+
+
+def heldout_nll(model: Any, examples: Sequence[Example], spec: RunSpec, pad_token_id: int) -> list[tuple[float, int]]:
+    """Returns (summed nll in nats, number of response tokens) of each example, in their order."""
     results = []
     for batch in evaluation_batches(examples, batch_size=spec.eval_batch_size, pad_token_id=pad_token_id):
         batch = batch.to(spec.device)
-        with autocast(spec):
-            logits = model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                logits_to_keep=batch.kept_positions + spec.method.logit_offset(),
-                use_cache=False,
-            ).logits
-        losses = torch.nn.functional.cross_entropy(
-            logits.float().transpose(1, 2), batch.kept_labels, ignore_index=IGNORED, reduction="none"
-        )
+        losses = heldout_losses(model, batch, spec)
         counts = (batch.kept_labels != IGNORED).sum(dim=1)
         results += list(zip(losses.sum(dim=1).tolist(), counts.tolist(), strict=True))
     return results

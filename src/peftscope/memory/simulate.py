@@ -1,36 +1,159 @@
-"""The memory of a training step without data: the same model code and the same step, on tensors with only shapes.
+"""The memory of training steps without data: the same model code and the same step, on tensors with only shapes.
 
 The base is built on ``meta``, the method is applied there, and every parameter is replaced by a fake tensor; then the
-project's own step runs twice under the byte tracker, since optimizer states appear in the first. Nothing is fitted.
+project's own step runs under the byte tracker. Nothing is fitted, nothing is drawn: a 65B model needs no memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import AutoModelForCausalLM
 
 from peftscope.data.batching import Batch
+from peftscope.memory.trace import Block, Trace
+from peftscope.memory.tracker import MemoryTracker, quantisation_tensors, tensors_of
 from peftscope.methods.fields import Quantization
-from peftscope.models.load import DTYPES, training_attention
+from peftscope.models.load import DTYPES, MASK_FREE_SDPA, training_attention
 from peftscope.spec import RunSpec
 from peftscope.training.build import apply_method
-from peftscope.training.probe import track_steps
+from peftscope.training.probe import track_evaluation, track_steps
+from peftscope.training.step import CausalLoss, make_optimizer
+
+PAGED_FROM_VALUES = 1e5
+"""bitsandbytes pages the states of tensors with at least so many values."""
 
 
-def simulate_training(spec: RunSpec, config: Any, batch: Batch) -> dict[str, int]:
-    """Returns the peak of live tensor bytes in ``forward``, ``backward`` and ``optimizer`` of a spec's training step.
+def simulate(
+    spec: RunSpec, config: Any, batches: Sequence[Batch], evaluation_batch: Batch | None = None
+) -> tuple[Trace, Trace | None]:
+    """Returns the traces of one training step per batch, and of the evaluation of another batch.
 
-    Equal to the byte to what the probe tracks on a real CPU run. AdaLoRA is simulated before it prunes, which frees
-    nothing. Initialisations that compute (PiSSA, LoftQ) are not part of a step.
+    Equal to the byte to what the probe tracks on a real CPU run of as many steps; optimizer states appear in the first.
+    AdaLoRA is simulated before it prunes, which frees nothing. Initialisations that compute (PiSSA, LoftQ) are not part
+    of a step.
 
     Args:
         spec: The run.
         config: The transformers configuration of its base model.
-        batch: Only its shapes count.
+        batches: Only their shapes count; none: no training.
+        evaluation_batch: Of its shape is the evaluation's, if it is wanted.
     """
+    model, loss_function = _empty_model(spec, config)
+    # Fake tensors are CPU tensors whatever device they stand for, and autocast asks the spec for it.
+    on_cpu = spec.model_copy(update={"device": "cpu"})
+    with FakeTensorMode(allow_non_fake_inputs=True), _Owners(model, loss_function) as owners:
+        _fill_with_fakes(model, spec.method.quantization())
+        trace = _train(model, loss_function, owners, on_cpu, batches) if batches else Trace()
+        if evaluation_batch is None:
+            return trace, None
+        tracker = _tracker_of(model, owners)
+        track_evaluation(tracker, model, _fake_batch(evaluation_batch), on_cpu)
+        return trace, tracker.trace
+
+
+def _train(
+    model: Any, loss_function: CausalLoss, owners: _Owners, spec: RunSpec, batches: Sequence[Batch]
+) -> Trace:
+    tracker = _tracker_of(model, owners)
+    with unset_fake_temporarily():  # bitsandbytes makes its code tables value by value
+        optimizer = make_optimizer(model, spec)
+    parameters = {owners.clean(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+    def mark(phase: str) -> None:
+        """Names gradients before they are used, and the optimizer's states after they came to be."""
+        for name, parameter in parameters.items():
+            _name(tracker, parameter.grad, "gradients", name)
+            if phase == "" and parameter in optimizer.state:
+                for key, state in optimizer.state[parameter].items():
+                    block = _name(tracker, state, "optimizer states", name)
+                    if block and spec.optimizer.startswith("paged") and key in ("state1", "state2"):
+                        block.paged = state.numel() >= PAGED_FROM_VALUES
+
+    before, fake = None, None
+    for batch in batches:
+        if batch is not before:
+            before, fake = batch, _fake_batch(batch)
+            for tensor in tensors_of(fake):
+                tracker.add(tensor).kind = "temporaries"
+        track_steps(tracker, model, [fake], optimizer, spec, loss_function, before_phase=mark)
+    return _classified(tracker.trace)
+
+
+def _name(tracker: MemoryTracker, tensor: Any, kind: str, module: str) -> Block | None:
+    block = tracker.block_of(tensor) if isinstance(tensor, torch.Tensor) else None
+    if block:
+        block.kind, block.module = kind, module
+    return block
+
+
+def _tracker_of(model: torch.nn.Module, owners: _Owners) -> MemoryTracker:
+    """Returns a tracker that knows the model: frozen weights first, as they are loaded before an adapter is made."""
+    tracker = MemoryTracker(owner_of_now=owners.now)
+    named = list(model.named_parameters())
+    adapts = not all(parameter.requires_grad for _, parameter in named)
+    for name, parameter in sorted(named, key=lambda pair: pair[1].requires_grad):
+        kind = "adapters" if adapts and parameter.requires_grad else "weights"
+        extra = quantisation_tensors(parameter)
+        for tensor in (parameter.data, *extra):
+            block = tracker.add(tensor)
+            block.kind, block.module = ("quantised weights" if extra else kind), owners.clean(name)
+    for name, buffer in model.named_buffers():
+        block = tracker.add(buffer)
+        block.kind, block.module = "weights", owners.clean(name)
+    return tracker
+
+
+def _classified(trace: Trace) -> Trace:
+    """Returns the trace with the blocks that a forward pass left without a kind named by what became of them.
+
+    What lives on when the backward pass begins was saved for it; the rest was temporary.
+    """
+    open_blocks: list[Block] = []
+    for phase, first, last in trace.segments():
+        if phase in ("backward", ""):
+            for block in open_blocks:
+                block.kind = "saved activations"
+            open_blocks = []
+        for event in trace.events[first:last]:
+            block = trace.blocks[event if event >= 0 else ~event]
+            if block.kind:
+                continue
+            if event < 0 or phase == "optimizer":
+                block.kind = "temporaries"
+            else:
+                open_blocks.append(block)
+        open_blocks = [block for block in open_blocks if not block.kind]
+    return trace
+
+
+def empty_batch(*, rows: int, width: int, responses: int, packed: bool = False) -> Batch:
+    """Returns a batch of these shapes on ``meta``: rows x width tokens, of which ``responses`` positions carry a loss."""
+    with torch.device("meta"):
+        ids = torch.empty(rows, width, dtype=torch.int64)
+        return Batch(
+            input_ids=ids,
+            attention_mask=torch.empty_like(ids),
+            labels=torch.empty_like(ids),
+            kept_positions=torch.empty(responses, dtype=torch.int64),
+            kept_labels=torch.empty(rows, responses, dtype=torch.int64),
+            response_tokens=torch.empty((), dtype=torch.int64),
+            tokens=rows * width,
+            position_ids=torch.empty_like(ids) if packed else None,
+            example_ids=torch.empty_like(ids) if packed else None,
+        )
+
+
+def _fake_batch(batch: Batch) -> Batch:
+    tensors = {n: torch.empty_like(v, device="cpu") for n, v in vars(batch).items() if torch.is_tensor(v)}
+    return Batch(**{**vars(batch), **tensors})
+
+
+def _empty_model(spec: RunSpec, config: Any) -> tuple[Any, CausalLoss]:
     quantization = spec.method.quantization()
     base = _empty_base(spec, config, quantization)
     with torch.device("meta"):
@@ -40,22 +163,20 @@ def simulate_training(spec: RunSpec, config: Any, batch: Batch) -> dict[str, int
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(DTYPES[spec.precision])
+    # bitsandbytes makes these tables value by value, which fake tensors cannot.
     if quantization:
-        # bitsandbytes makes this table value by value, which fake tensors cannot.
         from bitsandbytes.functional import create_dynamic_map, name2qmap
 
         name2qmap.setdefault("dynamic", create_dynamic_map())
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        _fill_with_fakes(model, quantization)
-        shapes = {name: torch.empty_like(v, device="cpu") for name, v in vars(batch).items() if torch.is_tensor(v)}
-        return track_steps(model, Batch(**shapes, tokens=batch.tokens), spec, loss_function, steps=2)
+    return model, loss_function
 
 
 def _empty_base(spec: RunSpec, config: Any, quantization: Quantization | None) -> Any:
+    # On CUDA flash attention keeps the same tensors as the CPU's SDPA kernel without a mask: output and log-sum-exp.
+    attention = training_attention(spec)
+    attention = MASK_FREE_SDPA if attention == "flash_attention_2" else attention
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
-            config, dtype=DTYPES[spec.precision], attn_implementation=training_attention(spec)
-        )
+        base = AutoModelForCausalLM.from_config(config, dtype=DTYPES[spec.precision], attn_implementation=attention)
     base.config.use_cache = False
     if quantization:
         from bitsandbytes.nn import Linear4bit
@@ -112,3 +233,58 @@ def _fake_like(old: torch.Tensor, quantization: Quantization | None) -> torch.Te
         return new
     new = torch.empty(old.shape, dtype=old.dtype)
     return torch.nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
+
+
+class _Owners:
+    """Knows which module a new block belongs to: the one that runs, or the one whose backward pass runs."""
+
+    def __init__(self, model: torch.nn.Module, loss_function: CausalLoss) -> None:
+        self._names = {id(module): self.clean(name) for name, module in model.named_modules()}
+        self._stack: list[str] = []
+        self._of_node: dict[int, str] = {}
+        self._loss_function = loss_function
+
+    @staticmethod
+    def clean(name: str) -> str:
+        """Returns a dotted path without the wrapper's own part."""
+        return name.removeprefix("base_model.").removeprefix("model.").replace("model.", "")
+
+    def __enter__(self) -> _Owners:
+        self._hooks = [
+            register_module_forward_pre_hook(self._enter_module),
+            register_module_forward_hook(self._leave_module, always_call=True),
+        ]
+        # The loss is no module: it gets a name of its own for as long as it runs.
+        self._loss = self._loss_function._loss
+        self._loss_function._loss = self._named_loss
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loss_function._loss = self._loss
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter_module(self, module: torch.nn.Module, _: object) -> None:
+        self._stack.append(self._names.get(id(module), ""))
+
+    def _leave_module(self, *_: object) -> None:
+        self._stack.pop()
+
+    def _named_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._stack.append("loss")
+        try:
+            return self._loss(*args, **kwargs)
+        finally:
+            self._stack.pop()
+
+    def now(self) -> tuple[str, str]:
+        """Returns the module, and the kind of the block as far as it can be known yet."""
+        node = torch._C._current_autograd_node()
+        if node is None:
+            name, kind = (self._stack[-1] if self._stack else ""), ""
+            self._of_node[torch._C._autograd._get_sequence_nr() - 1] = name
+        elif self._stack:  # gradient checkpointing runs modules again inside the backward pass
+            name, kind = self._stack[-1], "saved activations"
+        else:
+            name, kind = self._of_node.get(node._sequence_nr(), ""), "temporaries"
+        return name, "logits and loss" if name in ("lm_head", "loss") else kind

@@ -7,52 +7,62 @@ rounded up to 512, as the CUDA allocator does. Memory inside operators and outsi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ALLOCATION_BYTES = 512
+from peftscope.memory.trace import Block, Trace, rounded
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the bytes of live storages while it is entered.
+    """Writes the trace of live storages while it is entered.
 
     Attributes:
+        trace: Every block that it saw, and the order in which they came and went.
         live_bytes: Bytes alive now.
-        peak_bytes: Largest ``live_bytes`` since the last ``reset_peak``.
+        peak_bytes: Largest ``live_bytes`` so far.
     """
 
-    def __init__(self, alive: Iterable[torch.Tensor] = ()) -> None:
-        """Starts from tensors that are alive already."""
+    def __init__(
+        self, alive: Iterable[torch.Tensor] = (), owner_of_now: Callable[[], tuple[str, str]] = lambda: ("", "")
+    ) -> None:
+        """Starts from tensors that are alive already; ``owner_of_now`` gives new blocks their module and kind."""
         super().__init__()
+        self.trace = Trace()
         self.live_bytes = 0
         self.peak_bytes = 0
-        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._owner_of_now = owner_of_now
+        self._known: dict[int, tuple[weakref.ref[torch.UntypedStorage], Block]] = {}
         for tensor in alive:
             self.add(tensor)
 
-    def add(self, tensor: torch.Tensor) -> None:
-        """Counts a tensor's storage, unless it is counted already."""
+    def add(self, tensor: torch.Tensor) -> Block:
+        """Counts a tensor's storage, unless it is counted already, and returns its block."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
-            return
-        size = -(-storage.nbytes() // ALLOCATION_BYTES) * ALLOCATION_BYTES
+            return self._known[key][1]
+        module, kind = self._owner_of_now()
+        block = Block(rounded(storage.nbytes()), kind=kind, module=module)
+        index = self.trace.born(block)
 
         def forget(_: object) -> None:
             del self._known[key]
-            self.live_bytes -= size
+            self.live_bytes -= block.size
+            self.trace.events.append(~index)
 
-        self._known[key] = weakref.ref(storage, forget)
-        self.live_bytes += size
+        self._known[key] = (weakref.ref(storage, forget), block)
+        self.live_bytes += block.size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        return block
 
-    def reset_peak(self) -> None:
-        """Starts a new peak from what is alive now."""
-        self.peak_bytes = self.live_bytes
+    def block_of(self, tensor: torch.Tensor) -> Block | None:
+        """Returns the block of a tensor's storage, None if it was never seen."""
+        known = self._known.get(tensor.untyped_storage()._cdata)
+        return known[1] if known else None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operator and counts what it returns."""
@@ -72,7 +82,7 @@ def tensors_of(*owners: Any) -> list[torch.Tensor]:
                 found.append(parameter.data)
                 if parameter.grad is not None:
                     found.append(parameter.grad)
-                found += _quantisation_state(getattr(parameter, "quant_state", None))
+                found += quantisation_tensors(parameter)
             found += list(owner.buffers())
         elif isinstance(owner, torch.optim.Optimizer):
             found += [v for state in owner.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
@@ -81,8 +91,13 @@ def tensors_of(*owners: Any) -> list[torch.Tensor]:
     return found
 
 
-def _quantisation_state(state: Any) -> list[torch.Tensor]:
+def quantisation_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """Returns the block constants and code tables of a 4-bit parameter, none of another."""
+    return _of_state(getattr(parameter, "quant_state", None))
+
+
+def _of_state(state: Any) -> list[torch.Tensor]:
     if state is None:
         return []
     own = [v for v in (state.absmax, state.code, state.offset) if isinstance(v, torch.Tensor)]
-    return own + _quantisation_state(getattr(state, "state2", None))
+    return own + _of_state(getattr(state, "state2", None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -17,6 +18,11 @@ TARGET_PRESETS: dict[str, tuple[str, ...]] = {
     "mlp": ("gate_proj", "up_proj", "down_proj"),
     "all-linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
+FUSED_MODULES = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | {
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+"""Where some families (Phi-3) keep these modules: a preset means whichever of the two a model has."""
 
 
 def _preset_or_modules(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
@@ -33,9 +39,14 @@ def target_modules(targets: str | tuple[str, ...]) -> list[str]:
     """Returns the module names behind a preset or a list.
 
     >>> target_modules("minimal")
-    ['q_proj', 'v_proj']
+    ['q_proj', 'v_proj', 'qkv_proj']
     """
-    return list(TARGET_PRESETS[targets]) if isinstance(targets, str) else list(targets)
+    return with_fused(TARGET_PRESETS[targets]) if isinstance(targets, str) else list(targets)
+
+
+def with_fused(modules: Sequence[str]) -> list[str]:
+    """Returns module names, and the fused modules that stand for them in some families."""
+    return [*modules, *dict.fromkeys(FUSED_MODULES[name] for name in modules if name in FUSED_MODULES)]
 
 
 Rank = Annotated[int, Field(ge=1, description="inner dimension of the update B·A")]
@@ -89,6 +100,8 @@ class Method(BaseModel):
     """Whether ``generate`` with a key-value cache gives what the model's forward pass gives."""
     supports_checkpointing: ClassVar[bool] = True
     """Whether activations can be recomputed in the backward pass."""
+    supports_packing: ClassVar[bool] = True
+    """Whether several examples can share a sequence."""
     min_steps: ClassVar[int] = 1
     """The shortest run that its schedule fits."""
     mergeable: ClassVar[bool] = True

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftscope.methods.fields import AdapterDtype, Method
+from peftscope.methods.fields import AdapterDtype, Method, with_fused
 
 if TYPE_CHECKING:
     from peftscope.memory.shapes import ModelShape
     from peftscope.spec import RunSpec
 
-RESCALED_OUTPUTS = ["k_proj", "v_proj"]
+RESCALED_OUTPUTS = with_fused(["k_proj", "v_proj"])
 RESCALED_INPUTS = ["down_proj"]
 
 

@@ -21,6 +21,7 @@ class PrefixTuning(Method):
     supports_checkpointing: ClassVar[bool] = False
     generates_from_cache: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
+    supports_packing: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
     mask_free_attention: ClassVar[bool] = False
 

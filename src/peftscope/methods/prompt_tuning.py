@@ -20,6 +20,7 @@ class PromptTuning(Method):
     label: ClassVar[str] = "prompt tuning"
     generates_from_cache: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
+    supports_packing: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
 
     name: Literal["prompt-tuning"] = "prompt-tuning"

@@ -97,7 +97,7 @@ def training_attention(spec: RunSpec) -> str:
 
     The ``hf`` loss path keeps what a plain script gets. The fast path leaves the mask out where that is exact.
     """
-    exact = spec.attention == "sdpa" and spec.method.mask_free_attention
+    exact = spec.attention == "sdpa" and spec.method.mask_free_attention and not spec.packing
     if not exact or spec.loss_path == "hf":
         return spec.attention
     return MASK_FREE_SDPA_CPU if spec.device == "cpu" and spec.precision != "fp32" else MASK_FREE_SDPA

@@ -2,48 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from peftscope.data.batching import Batch, Example
-from peftscope.evaluation.heldout import heldout_nll
+from peftscope.data.batching import Batch, Example, collate
+from peftscope.evaluation.heldout import heldout_losses
 from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.spec import RunSpec
 from peftscope.training.step import CausalLoss, make_optimizer, train_step
 
 
 def probe_training(model: Any, batch: Batch, spec: RunSpec, loss_function: CausalLoss) -> dict[str, int]:
-    """Returns the peaks of ``spec.probe_steps`` steps on a batch, as ``track_steps`` does.
-
-    Runs after everything else, with an optimizer of its own: it changes the weights.
-    """
-    return track_steps(model, batch, spec, loss_function, steps=spec.probe_steps)
-
-
-def track_steps(model: Any, batch: Batch, spec: RunSpec, loss_function: CausalLoss, steps: int) -> dict[str, int]:
     """Returns the peak of live tensor bytes in ``forward``, ``backward`` and ``optimizer``.
 
-    The optimizer's states appear at the first step, so the second is the steady one; the larger peak counts.
+    The optimizer's states appear at the first of ``spec.probe_steps`` steps, so the second is the steady one; the larger
+    peak counts. Runs after everything else, with an optimizer of its own: it changes the weights.
     """
-    model.train()
-    optimizer = make_optimizer(model, spec)
-    peaks = dict.fromkeys(("forward", "backward", "optimizer"), 0)
     tracker = MemoryTracker(tensors_of(model, batch))
-    current: list[str] = []
+    track_steps(tracker, model, [batch] * spec.probe_steps, make_optimizer(model, spec), spec, loss_function)
+    return {phase: peak.size for phase, peak in tracker.trace.peaks().items()}
 
-    def close_phase() -> None:
-        if current:
-            peaks[current[0]] = max(peaks[current[0]], tracker.peak_bytes)
-        tracker.reset_peak()
 
-    def enter_phase(phase: str) -> None:
-        close_phase()
-        current[:] = [phase]
+def track_steps(
+    tracker: MemoryTracker,
+    model: Any,
+    batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    spec: RunSpec,
+    loss_function: CausalLoss,
+    before_phase: Callable[[str], None] = lambda phase: None,
+) -> None:
+    """Takes a training step on each batch (the same one throughout a gradient accumulation) under a tracker."""
 
+    def begin(phase: str) -> None:
+        before_phase(phase)
+        tracker.trace.begin(phase)
+
+    model.train()
     with tracker:
-        for _ in range(steps):
+        for batch in batches:
             train_step(
                 model,
                 [batch] * spec.gradient_accumulation,
@@ -52,22 +51,31 @@ def track_steps(model: Any, batch: Batch, spec: RunSpec, loss_function: CausalLo
                 loss_function,
                 # Step 0 is before any pruning: AdaLoRA then updates its importance scores and changes no rank.
                 after_optimizer_step=lambda: spec.method.after_optimizer_step(model, 0),
-                at_phase=enter_phase,
+                at_phase=begin,
             )
-            close_phase()
-            current.clear()
-    return peaks
+            begin("")
 
 
-@torch.no_grad()
 def probe_evaluation(model: Any, examples: Sequence[Example], spec: RunSpec, pad_token_id: int) -> int:
     """Returns the peak of live tensor bytes over the held-out batch with the longest sequence."""
-    start = max(
-        range(0, len(examples), spec.eval_batch_size),
-        key=lambda first: max(len(example.tokens) for example in examples[first : first + spec.eval_batch_size]),
-    )
-    model.eval()
+    batch = collate(widest(examples, spec.eval_batch_size), pad_token_id)
     tracker = MemoryTracker(tensors_of(model))
-    with tracker:
-        heldout_nll(model, examples[start : start + spec.eval_batch_size], spec, pad_token_id)
+    track_evaluation(tracker, model, batch, spec)
     return tracker.peak_bytes
+
+
+def track_evaluation(tracker: MemoryTracker, model: Any, batch: Batch, spec: RunSpec) -> None:
+    """Computes the losses of a held-out batch under a tracker; the model is left in evaluation mode."""
+    model.eval()
+    for tensor in tensors_of(batch):
+        tracker.add(tensor)
+    with tracker:
+        tracker.trace.begin("evaluate")
+        heldout_losses(model, batch, spec)
+        tracker.trace.begin("")
+
+
+def widest(examples: Sequence[Example], batch_size: int) -> Sequence[Example]:
+    """Returns the evaluation batch with the longest sequence."""
+    batches = [examples[first : first + batch_size] for first in range(0, len(examples), batch_size)]
+    return max(batches, key=lambda batch: max(len(example.tokens) for example in batch))

@@ -102,7 +102,10 @@ def _run(spec: RunSpec, folder: Path, record: RunRecord, log: TrainingLog, phase
     if spec.method.trains:
         with phases.phase("train"):
             seed_everything(spec.seed)
-            batches = training_batches(training, seed=spec.seed, batch_size=spec.batch_size, pad_token_id=pad)
+            pack_to = spec.seq_len if spec.packing else None
+            batches = training_batches(
+                training, seed=spec.seed, batch_size=spec.batch_size, pad_token_id=pad, pack_to=pack_to
+            )
             train(model, seen.watch(batches), spec, loss_function, vocab_size, log)
         record.train_batches_sha256 = seen.digest.hexdigest()
     record.method_metrics = spec.method.metrics(model)

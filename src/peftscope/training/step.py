@@ -32,19 +32,26 @@ class StepOutput:
 def make_optimizer(model: Any, spec: RunSpec) -> torch.optim.Optimizer:
     """Returns the spec's optimizer over the method's parameter groups."""
     groups = spec.method.optimizer_groups(model, spec)
+    adam = {
+        "lr": spec.learning_rate,
+        "betas": (spec.adam_beta1, spec.adam_beta2),
+        "eps": spec.adam_epsilon,
+        "weight_decay": spec.weight_decay,
+    }
+    if spec.optimizer not in ("adamw", "sgd"):
+        import bitsandbytes.optim
+
+        names = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
+        optimizer = getattr(bitsandbytes.optim, names[spec.optimizer])(groups, **adam)
+        # On a CPU there is nothing to page out to, and bitsandbytes says so at every start.
+        optimizer._cpu_paged_warned = True
+        return optimizer
     implementation = {"foreach": spec.optimizer_implementation == "foreach"}
     if spec.optimizer_implementation == "fused":
         implementation = {"fused": True}
     if spec.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=spec.learning_rate, weight_decay=spec.weight_decay, **implementation)
-    return torch.optim.AdamW(
-        groups,
-        lr=spec.learning_rate,
-        betas=(spec.adam_beta1, spec.adam_beta2),
-        eps=spec.adam_epsilon,
-        weight_decay=spec.weight_decay,
-        **implementation,
-    )
+    return torch.optim.AdamW(groups, **adam, **implementation)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, spec: RunSpec) -> torch.optim.lr_scheduler.LRScheduler:
@@ -84,11 +91,24 @@ def forward_loss(model: Any, batch: Batch, spec: RunSpec, response_tokens: torch
     """
     total = batch.response_tokens if response_tokens is None else response_tokens
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
+    if batch.position_ids is not None:
+        inputs |= {"attention_mask": _block_mask(batch, spec), "position_ids": batch.position_ids}
     if spec.loss_path == "response_only":
         positions = batch.kept_positions + spec.method.logit_offset()
         inputs |= {"shift_labels": batch.kept_labels, "logits_to_keep": positions}
     with autocast(spec):
         return model(**inputs, num_items_in_batch=total, use_cache=False)
+
+
+def _block_mask(batch: Batch, spec: RunSpec) -> torch.Tensor:
+    """Returns (B, 1, S, S): True where a position may look, or for eager attention what is added to its scores."""
+    examples = batch.example_ids
+    same = examples[:, None, :, None] == examples[:, None, None, :]
+    mask = same & torch.ones_like(same[:1]).tril()
+    if spec.attention != "eager":
+        return mask
+    dtype = torch.float32 if spec.precision == "fp32" else torch.bfloat16
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def train_step(

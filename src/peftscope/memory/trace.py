@@ -1,0 +1,142 @@
+"""The life of every block of memory during a few training steps, and what follows from it. No torch.
+
+The tracker writes a trace from tensors, the closed form from arithmetic; peaks, breakdowns and the replay through the
+allocator read either.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+ROUNDING_BYTES = 512
+"""The CUDA caching allocator rounds every block up to a multiple of this."""
+
+STEP_PHASES = ("forward", "backward", "optimizer")
+PHASES = (*STEP_PHASES, "evaluate")
+"""What a trace can contain. Loading comes before it and is a formula."""
+
+KINDS = (
+    "weights",
+    "quantised weights",
+    "adapters",
+    "gradients",
+    "optimizer states",
+    "saved activations",
+    "logits and loss",
+    "temporaries",
+    "kernel workspace",
+)
+"""What a block can hold, in the order of tables; the last is what operators take inside, which no trace sees."""
+
+
+def rounded(size: int) -> int:
+    """Returns the bytes that the allocator gives for a request.
+
+    >>> rounded(1), rounded(512), rounded(0)
+    (512, 512, 0)
+    """
+    return -(-size // ROUNDING_BYTES) * ROUNDING_BYTES
+
+
+@dataclass(slots=True)
+class Block:
+    """One block of memory.
+
+    Attributes:
+        size: Bytes, rounded as the allocator does.
+        kind: One of ``KINDS``.
+        module: Dotted path of the module that it belongs to; empty: to none.
+        term: What it is, in words that an explanation groups by.
+        formula: Its size as a formula of named dimensions.
+        paged: On CUDA it lies in managed memory, outside torch's allocator.
+    """
+
+    size: int
+    kind: str = ""
+    module: str = ""
+    term: str = ""
+    formula: str = ""
+    paged: bool = False
+
+
+@dataclass(slots=True)
+class Trace:
+    """Blocks, and the order in which they came and went.
+
+    Attributes:
+        blocks: Every block that ever lived.
+        events: Index of a block that came, or its complement (``~index``) when it went.
+        marks: (position in ``events``, phase) where a phase began; the empty phase is the time between steps.
+    """
+
+    blocks: list[Block] = field(default_factory=list)
+    events: list[int] = field(default_factory=list)
+    marks: list[tuple[int, str]] = field(default_factory=list)
+
+    def born(self, block: Block) -> int:
+        """Records a new block and returns its index."""
+        index = len(self.blocks)
+        self.blocks.append(block)
+        self.events.append(index)
+        return index
+
+    def begin(self, phase: str) -> None:
+        """Records that a phase begins."""
+        self.marks.append((len(self.events), phase))
+
+    def segments(self) -> Iterator[tuple[str, int, int]]:
+        """Yields (phase, first event, last event + 1) in order; the empty phase covers what lies outside."""
+        edges = [(0, ""), *self.marks, (len(self.events), "")]
+        for (first, phase), (last, _) in zip(edges, edges[1:], strict=False):
+            yield phase, first, last
+
+    def peaks(self, *, paged: bool = True) -> dict[str, Peak]:
+        """Returns the largest peak of each phase that occurs.
+
+        Args:
+            paged: Whether paged blocks count.
+        """
+        sizes = [block.size if paged or not block.paged else 0 for block in self.blocks]
+        found: dict[str, Peak] = {}
+        live = 0
+        for phase, first, last in self.segments():
+            best, position = live, first
+            for at in range(first, last):
+                event = self.events[at]
+                if event >= 0:
+                    live += sizes[event]
+                    if live > best:
+                        best, position = live, at + 1
+                else:
+                    live -= sizes[~event]
+            if phase and (phase not in found or best > found[phase].size):
+                found[phase] = Peak(best, position)
+        return found
+
+    def alive(self, position: int) -> list[Block]:
+        """Returns the blocks that live after the first ``position`` events."""
+        lives: set[int] = set()
+        for event in self.events[:position]:
+            if event >= 0:
+                lives.add(event)
+            else:
+                lives.discard(~event)
+        return [self.blocks[index] for index in sorted(lives)]
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The most bytes alive in a phase, and the number of events after which that is so."""
+
+    size: int
+    position: int
+
+
+def by_kind(blocks: list[Block]) -> dict[str, int]:
+    """Returns the bytes of each kind, in the order of ``KINDS``."""
+    sums: dict[str, int] = defaultdict(int)
+    for block in blocks:
+        sums[block.kind] += block.size
+    return {kind: sums[kind] for kind in KINDS if sums[kind]}
