@@ -29,7 +29,11 @@ PAGED_FROM_VALUES = 1e5
 
 
 def simulate(
-    spec: RunSpec, config: Any, batches: Sequence[Batch], evaluation_batch: Batch | None = None
+    spec: RunSpec,
+    config: Any,
+    batches: Sequence[Batch],
+    evaluation_batch: Batch | None = None,
+    cublas_bytes: int = 0,
 ) -> tuple[Trace, Trace | None]:
     """Returns the traces of one training step per batch, and of the evaluation of another batch.
 
@@ -42,24 +46,32 @@ def simulate(
         config: The transformers configuration of its base model.
         batches: Only their shapes count; none: no training.
         evaluation_batch: Of its shape is the evaluation's, if it is wanted.
+        cublas_bytes: Size of cuBLAS's workspace; above 0 the traces also have what kernels take inside on CUDA.
     """
     model, loss_function = _empty_model(spec, config)
     # Fake tensors are CPU tensors whatever device they stand for, and autocast asks the spec for it.
     on_cpu = spec.model_copy(update={"device": "cpu"})
     with FakeTensorMode(allow_non_fake_inputs=True), _Owners(model, loss_function) as owners:
         _fill_with_fakes(model, spec.method.quantization())
-        trace = _train(model, loss_function, owners, on_cpu, batches) if batches else Trace()
+        trace = _train(model, loss_function, owners, on_cpu, batches, cublas_bytes) if batches else Trace()
         if evaluation_batch is None:
             return trace, None
-        tracker = _tracker_of(model, owners)
+        tracker = _tracker_of(model, owners, cublas_bytes)
+        owners.outside = "loss"  # all that an evaluation computes outside of the model
         track_evaluation(tracker, model, _fake_batch(evaluation_batch), on_cpu)
+        tracker.trace.name_open_blocks()
         return trace, tracker.trace
 
 
 def _train(
-    model: Any, loss_function: CausalLoss, owners: _Owners, spec: RunSpec, batches: Sequence[Batch]
+    model: Any,
+    loss_function: CausalLoss,
+    owners: _Owners,
+    spec: RunSpec,
+    batches: Sequence[Batch],
+    cublas_bytes: int,
 ) -> Trace:
-    tracker = _tracker_of(model, owners)
+    tracker = _tracker_of(model, owners, cublas_bytes)
     with unset_fake_temporarily():  # bitsandbytes makes its code tables value by value
         optimizer = make_optimizer(model, spec)
     parameters = {owners.clean(name): p for name, p in model.named_parameters() if p.requires_grad}
@@ -81,7 +93,16 @@ def _train(
             for tensor in tensors_of(fake):
                 tracker.add(tensor).kind = "temporaries"
         track_steps(tracker, model, [fake], optimizer, spec, loss_function, before_phase=mark)
-    return _classified(tracker.trace)
+    tracker.trace.name_open_blocks()
+    return tracker.trace
+
+
+def _dequantised_bytes(function: Any, arguments: Any) -> int:
+    """Returns what bitsandbytes' 4-bit product takes inside on CUDA: all weights of the layer in 16 bits."""
+    if str(function) != "bitsandbytes.gemm_4bit.default":
+        return 0
+    rows, columns = arguments[2]
+    return int(2 * rows * columns)
 
 
 def _name(tracker: MemoryTracker, tensor: Any, kind: str, module: str) -> Block | None:
@@ -91,9 +112,12 @@ def _name(tracker: MemoryTracker, tensor: Any, kind: str, module: str) -> Block 
     return block
 
 
-def _tracker_of(model: torch.nn.Module, owners: _Owners) -> MemoryTracker:
+def _tracker_of(model: torch.nn.Module, owners: _Owners, cublas_bytes: int) -> MemoryTracker:
     """Returns a tracker that knows the model: frozen weights first, as they are loaded before an adapter is made."""
-    tracker = MemoryTracker(owner_of_now=owners.now)
+    on_cuda = cublas_bytes > 0
+    tracker = MemoryTracker(owner_of_now=owners.now, workspace_of=_dequantised_bytes if on_cuda else lambda *_: 0)
+    if on_cuda:
+        tracker.trace.born(Block(cublas_bytes, "kernel workspace", term="cuBLAS workspace"))
     named = list(model.named_parameters())
     adapts = not all(parameter.requires_grad for _, parameter in named)
     for name, parameter in sorted(named, key=lambda pair: pair[1].requires_grad):
@@ -106,29 +130,6 @@ def _tracker_of(model: torch.nn.Module, owners: _Owners) -> MemoryTracker:
         block = tracker.add(buffer)
         block.kind, block.module = "weights", owners.clean(name)
     return tracker
-
-
-def _classified(trace: Trace) -> Trace:
-    """Returns the trace with the blocks that a forward pass left without a kind named by what became of them.
-
-    What lives on when the backward pass begins was saved for it; the rest was temporary.
-    """
-    open_blocks: list[Block] = []
-    for phase, first, last in trace.segments():
-        if phase in ("backward", ""):
-            for block in open_blocks:
-                block.kind = "saved activations"
-            open_blocks = []
-        for event in trace.events[first:last]:
-            block = trace.blocks[event if event >= 0 else ~event]
-            if block.kind:
-                continue
-            if event < 0 or phase == "optimizer":
-                block.kind = "temporaries"
-            else:
-                open_blocks.append(block)
-        open_blocks = [block for block in open_blocks if not block.kind]
-    return trace
 
 
 def empty_batch(*, rows: int, width: int, responses: int, packed: bool = False) -> Batch:
@@ -243,6 +244,7 @@ class _Owners:
         self._stack: list[str] = []
         self._of_node: dict[int, str] = {}
         self._loss_function = loss_function
+        self.outside = ""
 
     @staticmethod
     def clean(name: str) -> str:
@@ -281,7 +283,7 @@ class _Owners:
         """Returns the module, and the kind of the block as far as it can be known yet."""
         node = torch._C._current_autograd_node()
         if node is None:
-            name, kind = (self._stack[-1] if self._stack else ""), ""
+            name, kind = (self._stack[-1] if self._stack else self.outside), ""
             self._of_node[torch._C._autograd._get_sequence_nr() - 1] = name
         elif self._stack:  # gradient checkpointing runs modules again inside the backward pass
             name, kind = self._stack[-1], "saved activations"

@@ -82,9 +82,27 @@ class Trace:
         self.events.append(index)
         return index
 
+    def pass_by(self, block: Block) -> None:
+        """Records a block that comes and goes at once."""
+        self.events.append(~self.born(block))
+
     def begin(self, phase: str) -> None:
         """Records that a phase begins."""
         self.marks.append((len(self.events), phase))
+
+    def repeat(self, start: int, lasting: set[int]) -> None:
+        """Appends everything since an event once more, except for the blocks that lasted from then on."""
+        first = min(event for event in self.events[start:] if event >= 0)
+        shift = len(self.blocks) - first
+        again: list[int] = []
+        moved_to = {start: len(self.events)}
+        for position, event in enumerate(self.events[start:], start + 1):
+            if event not in lasting:
+                again.append(event + shift if event >= 0 else event - shift)
+            moved_to[position] = len(self.events) + len(again)
+        self.marks += [(moved_to[position], phase) for position, phase in self.marks if position >= start]
+        self.events += again
+        self.blocks += self.blocks[first:]
 
     def segments(self) -> Iterator[tuple[str, int, int]]:
         """Yields (phase, first event, last event + 1) in order; the empty phase covers what lies outside."""
@@ -114,6 +132,27 @@ class Trace:
             if phase and (phase not in found or best > found[phase].size):
                 found[phase] = Peak(best, position)
         return found
+
+    def name_open_blocks(self) -> None:
+        """Names the blocks that a forward pass left without a kind by what became of them.
+
+        What lives on when the backward pass begins was saved for it; the rest was temporary.
+        """
+        open_blocks: list[Block] = []
+        for phase, first, last in self.segments():
+            if phase in ("backward", ""):
+                for block in open_blocks:
+                    block.kind = "saved activations" if phase else "temporaries"
+                open_blocks = []
+            for event in self.events[first:last]:
+                block = self.blocks[event if event >= 0 else ~event]
+                if block.kind:
+                    continue
+                if event < 0 or phase == "optimizer":
+                    block.kind = "temporaries"
+                else:
+                    open_blocks.append(block)
+            open_blocks = [block for block in open_blocks if not block.kind]
 
     def alive(self, position: int) -> list[Block]:
         """Returns the blocks that live after the first ``position`` events."""

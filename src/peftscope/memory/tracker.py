@@ -27,14 +27,24 @@ class MemoryTracker(TorchDispatchMode):
     """
 
     def __init__(
-        self, alive: Iterable[torch.Tensor] = (), owner_of_now: Callable[[], tuple[str, str]] = lambda: ("", "")
+        self,
+        alive: Iterable[torch.Tensor] = (),
+        owner_of_now: Callable[[], tuple[str, str]] = lambda: ("", ""),
+        workspace_of: Callable[[Any, Any], int] = lambda function, arguments: 0,
     ) -> None:
-        """Starts from tensors that are alive already; ``owner_of_now`` gives new blocks their module and kind."""
+        """Starts from tensors that are alive already.
+
+        Args:
+            alive: Those tensors.
+            owner_of_now: Gives new blocks their module and kind.
+            workspace_of: Bytes that an operator with these arguments is known to take inside, on another device.
+        """
         super().__init__()
         self.trace = Trace()
         self.live_bytes = 0
         self.peak_bytes = 0
         self._owner_of_now = owner_of_now
+        self._workspace_of = workspace_of
         self._known: dict[int, tuple[weakref.ref[torch.UntypedStorage], Block]] = {}
         for tensor in alive:
             self.add(tensor)
@@ -70,6 +80,9 @@ class MemoryTracker(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)
+        workspace = self._workspace_of(func, args)
+        if workspace:
+            self.trace.pass_by(Block(rounded(workspace), "kernel workspace", self._owner_of_now()[0]))
         return result
 
 

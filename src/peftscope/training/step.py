@@ -135,7 +135,11 @@ def train_step(
     losses, nlls = [], []
     for batch in batches:
         at_phase("forward")
-        loss = forward_loss(model, batch, spec, total).loss
+        output = forward_loss(model, batch, spec, total)
+        loss = output.loss
+        if spec.loss_path != "hf":
+            # The logits are not needed any more. A plain script keeps its output until the next one, and so does `hf`.
+            del output
         assert loss_function.nll is not None
         nlls.append(loss_function.nll)
         losses.append(loss.detach())

@@ -1,0 +1,90 @@
+"""Graphics cards: how much memory they have, and what CUDA takes of it before the first tensor. No torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from peftscope.errors import InputError, Problem, close_match
+
+MIB = 2**20
+GIB = 2**30
+
+CONTEXT_BYTES = 501 * MIB
+"""Of a CUDA context where none was measured: the largest of those that were (an A100, torch 2.11)."""
+CUBLAS_BYTES = 8_519_680
+"""cuBLAS keeps a workspace of this size per stream (``:4096:2:16:8``). Source: torch's ``CublasHandlePool``."""
+CUBLAS_HOPPER_BYTES = 32 * MIB
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card.
+
+    Attributes:
+        name: As people say it.
+        memory_bytes: What ``nvidia-smi`` shows as its total.
+        context_bytes: Of a CUDA context, if it was measured.
+        cublas_bytes: cuBLAS's workspace, which counts as allocated.
+    """
+
+    name: str
+    memory_bytes: int
+    context_bytes: int | None = None
+    cublas_bytes: int = CUBLAS_BYTES
+
+
+def _gpu(name: str, mib: int, context_mib: int | None = None, *, hopper: bool = False) -> Gpu:
+    context = context_mib * MIB if context_mib else None
+    return Gpu(name, mib * MIB, context, CUBLAS_HOPPER_BYTES if hopper else CUBLAS_BYTES)
+
+
+GPUS: dict[str, Gpu] = {
+    "gtx1080ti": _gpu("GTX 1080 Ti", 11264),
+    "rtx2080ti": _gpu("RTX 2080 Ti", 11264),
+    "rtx3060": _gpu("RTX 3060", 12288),
+    "rtx3080": _gpu("RTX 3080", 10240),
+    "rtx3090": _gpu("RTX 3090", 24576),
+    "rtx4060": _gpu("RTX 4060", 8188),
+    "rtx4070": _gpu("RTX 4070", 12282),
+    "rtx4080": _gpu("RTX 4080", 16376),
+    "rtx4090": _gpu("RTX 4090", 24564),
+    "rtx5090": _gpu("RTX 5090", 32607),
+    "a6000": _gpu("RTX A6000", 49140),
+    "t4": _gpu("T4", 15360),
+    "v100": _gpu("V100 16 GB", 16384),
+    "v100-32gb": _gpu("V100 32 GB", 32768),
+    "a10": _gpu("A10", 23028),
+    "l4": _gpu("L4", 23034, 226),
+    "l40s": _gpu("L40S", 46068),
+    "a100": _gpu("A100 40 GB", 40960, 501),
+    "a100-80gb": _gpu("A100 80 GB", 81920, 501),
+    "h100": _gpu("H100 80 GB", 81559, hopper=True),
+    "h200": _gpu("H200", 143771, hopper=True),
+}
+"""Totals as nvidia-smi shows them. Contexts: measured by the AgileRL project with torch 2.11."""
+
+_UNITS = {"mib": MIB, "mb": 10**6, "gib": GIB, "gb": 10**9, "": GIB}
+
+
+def find_gpu(text: str) -> Gpu:
+    """Returns a card by its name, or by its memory.
+
+    >>> find_gpu("24GiB").memory_bytes == find_gpu("24").memory_bytes == 24 * 2**30
+    True
+    >>> find_gpu("NVIDIA RTX 4090").name
+    'RTX 4090'
+
+    Raises:
+        InputError: Neither.
+    """
+    size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if size and size[2] in _UNITS and float(size[1]) > 0:
+        return Gpu(f"a card with {text}", int(float(size[1]) * _UNITS[size[2]]))
+    key = re.sub(r"nvidia|geforce|tesla|[\s_]", "", text.lower())
+    if key.isdigit() or key not in GPUS:
+        key = next((name for name in GPUS if name.replace("-", "") in (key.replace("-", ""), f"rtx{key}")), key)
+    if key not in GPUS:
+        hint = f"{close_match(key, GPUS)}; or give its memory, as in 24GiB"
+        raise InputError(Problem("gpu", f"unknown card (got {text!r})", hint))
+    return GPUS[key]

@@ -1,0 +1,330 @@
+"""Tensors that are only shapes, with a gradient tape: arithmetic on sizes that keeps track of who is alive. No torch.
+
+It mirrors what matters of torch's autograd for memory: an operation saves a tensor only if some gradient needs it, the
+backward pass visits operations in the reverse of their order, and a saved tensor goes when its operation is done. A
+tensor's block lives exactly as long as Python holds the tensor.
+"""
+
+from __future__ import annotations
+
+import heapq
+import weakref
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+from peftscope.memory.trace import Block, Trace, rounded
+
+Dims = tuple[str, ...]
+
+
+class Storage:
+    """A block that ends when nothing refers to it any more."""
+
+    __slots__ = ("block", "index", "trace")
+
+    def __init__(self, trace: Trace, block: Block) -> None:
+        self.trace, self.block = trace, block
+        self.index = trace.born(block)
+
+    def __del__(self) -> None:
+        self.trace.events.append(~self.index)
+
+
+class Shaped:
+    """A tensor: named dimensions, bytes an element, and the operation that its gradient flows back to (None: none)."""
+
+    __slots__ = ("dims", "node", "slot", "storage", "width")
+
+    def __init__(self, storage: Storage, dims: Dims, width: float, node: Any = None, slot: int = 0) -> None:
+        self.storage, self.dims, self.width, self.node, self.slot = storage, dims, width, node, slot
+
+    def view(self, dims: Dims) -> Shaped:
+        """Returns the same block under other dimensions."""
+        return Shaped(self.storage, dims, self.width, self.node, self.slot)
+
+
+Gradients = list["Shaped | None"]
+Backward = Callable[[list[Any], Sequence[Any]], Gradients]
+
+
+class _Leaf:
+    """Where a trained parameter's gradient gathers: the sum over its uses waits until all of them have come."""
+
+    __slots__ = ("arrived", "grad", "name", "uses", "waiting")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.uses = self.arrived = 0
+        self.waiting: Shaped | None = None
+        self.grad: Shaped | None = None
+
+
+class _Node:
+    """An operation on the tape: where gradients go, what it saved, and how it computes them."""
+
+    __slots__ = ("__weakref__", "backward", "edges", "frame", "module", "order", "outputs", "saved")
+
+    def __init__(self, order: int, module: str, edges: list[Any], backward: Backward, outputs: int) -> None:
+        self.order, self.module, self.edges, self.backward, self.outputs = order, module, edges, backward, outputs
+        self.saved: Sequence[Any] = ()
+        self.frame: _Frame | None = None
+
+    def __lt__(self, other: _Node) -> bool:
+        return self.order > other.order
+
+
+class _Frame:
+    """A checkpointed block: its operations saved nothing, and running it again gives them what they need.
+
+    Attributes:
+        again: Runs the block again.
+        nodes: Its operations in their order; those that no gradient will reach are gone.
+        kept: While it runs again, what the operation at the same place saves.
+    """
+
+    __slots__ = ("again", "kept", "nodes")
+
+    def __init__(self) -> None:
+        self.again: Callable[[], None] = lambda: None
+        self.nodes: list[weakref.ref[_Node]] = []
+        self.kept: list[Sequence[Any]] = []
+
+
+def _count_uses(root: _Node) -> None:
+    """Tells every parameter how many gradients will arrive."""
+    seen, stack = {root}, [root]
+    while stack:
+        for edge in stack.pop().edges:
+            if edge is None:
+                continue
+            if isinstance(edge[0], _Leaf):
+                edge[0].uses += 1
+            elif edge[0] not in seen:
+                seen.add(edge[0])
+                stack.append(edge[0])
+
+
+class Tape:
+    """Runs operations on shapes and writes their trace.
+
+    Attributes:
+        sizes: Value of every named dimension.
+        trace: What came and went.
+        module: Dotted path of the module that runs now.
+        autocast: Matrix products and attention compute in 16 bits whatever their inputs are.
+        training: Whether gradients are wanted at all.
+        trained: Names of trained parameters.
+        casts: Their 16-bit copies, for as long as a pass under autocast lasts; to be cleared after it.
+    """
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        self.sizes = sizes
+        self.trace = Trace()
+        self.module = ""
+        self.autocast = False
+        self.training = True
+        self.trained: set[str] = set()
+        self.casts: dict[int, Shaped] = {}
+        self._order = 0
+        self._kind = ""
+        self._frame: _Frame | None = None
+        self._again: _Frame | None = None
+        self._known: dict[tuple[Dims, float], tuple[int, str]] = {}
+
+    def new(self, dims: Dims, width: float, kind: str = "", term: str = "") -> Shaped:
+        """Returns a tensor in a block of its own."""
+        kind = kind or ("logits and loss" if self.module in ("lm_head", "loss") else self._kind)
+        size, formula = self.measure(dims, width)
+        return Shaped(Storage(self.trace, Block(size, kind, self.module, term, formula)), dims, width)
+
+    def measure(self, dims: Dims, width: float) -> tuple[int, str]:
+        """Returns the bytes of a tensor, rounded as the allocator does, and the formula that gives them."""
+        known = self._known.get((dims, width))
+        if known is None:
+            size = prod(self.sizes[name] for name in dims)
+            known = rounded(int(-(-size * width // 1))), "·".join([f"{width:g}", *dims])
+            self._known[dims, width] = known
+        return known
+
+    def parameter(self, name: str, dims: Dims, width: float, kind: str, *, trained: bool) -> Shaped:
+        """Returns a weight."""
+        tensor = self.new(dims, width, kind, "weights that stay")
+        tensor.storage.block.module = name
+        if trained:
+            tensor.node = _Leaf(name)
+            self.trained.add(name)
+        return tensor
+
+    def op(
+        self,
+        inputs: Sequence[Shaped],
+        dims: Dims,
+        width: float,
+        backward: Backward | None = None,
+        saves: Sequence[Any] = (),
+        term: str = "",
+    ) -> Shaped:
+        """Returns the output of an operation.
+
+        Args:
+            inputs: What it reads.
+            dims: Of the output.
+            width: Bytes an element of the output.
+            backward: (gradients of the outputs, saved tensors) to one gradient per input; by default a new tensor each.
+            saves: What the backward pass needs, kept only if there will be one.
+            term: What the output is called in an explanation.
+        """
+        output = self.new(dims, width, term=term)
+        self.record(inputs, [output], backward, saves)
+        return output
+
+    def record(
+        self,
+        inputs: Sequence[Shaped],
+        outputs: Sequence[Shaped],
+        backward: Backward | None,
+        saves: Sequence[Any] = (),
+    ) -> None:
+        """Puts an operation with its outputs on the tape, if any input needs a gradient."""
+        if not self.training:
+            return
+        edges = [(t.node, t.slot, t.width) if t.node is not None else None for t in inputs]
+        if not any(edges):
+            return
+        self._order += 1
+        if backward is None:
+            shapes = [(t.dims, outputs[0].width) if t.node is not None else None for t in inputs]
+
+            def backward(grads: list[Any], saved: Sequence[Any]) -> Gradients:
+                return [self.new(*shape) if shape else None for shape in shapes]
+
+        node = _Node(self._order, self.module, edges, backward, len(outputs))
+        if self._again is not None:
+            wanted = self._again.nodes[len(self._again.kept)]() is not None
+            self._again.kept.append(saves if wanted else ())
+            node.saved = saves
+        elif self._frame is not None:
+            node.frame = self._frame
+            self._frame.nodes.append(weakref.ref(node))
+        else:
+            node.saved = saves
+        for slot, output in enumerate(outputs):
+            output.node, output.slot = node, slot
+
+    def checkpoint(self, run: Callable[[Shaped], Shaped], inputs: Shaped) -> Shaped:
+        """Returns ``run(inputs)`` without keeping what its operations save; the backward pass runs it again."""
+
+        frame = _Frame()
+
+        def again() -> None:
+            before = self.module, self._kind, self._order
+            self._again, self._kind = frame, "saved activations"
+            run(inputs)
+            self._again = None
+            self.casts.clear()
+            self.module, self._kind, self._order = before
+            for reference, saves in zip(frame.nodes, frame.kept, strict=True):
+                node = reference()
+                if node is not None:
+                    node.saved, node.frame = saves, None
+            frame.nodes, frame.kept = [], []
+            frame.again = lambda: None  # it held the input, and itself
+
+        frame.again = again
+        self._frame = frame
+        output = run(inputs)
+        self._frame = None
+        return output
+
+    def backward(self, loss: Shaped) -> None:
+        """Runs the backward pass of a scalar; parameters end up with their gradients."""
+        root = loss.node
+        _count_uses(root)
+        pending: dict[_Node, list[Any]] = {root: [self.new((), 4)]}
+        ready = [root]
+        before = self.module, self._kind
+        self._kind = "temporaries"
+        while ready:
+            node = heapq.heappop(ready)
+            grads = pending.pop(node)
+            self.module = node.module
+            if node.frame is not None:
+                node.frame.again()
+            results = node.backward(grads, node.saved)
+            node.saved, node.backward = (), None  # type: ignore[assignment]
+            del grads
+            for edge, grad in zip(node.edges, results, strict=True):
+                if edge is None:
+                    continue
+                target, slot, width = edge
+                if grad.width != width:
+                    grad = self.new(grad.dims, width)
+                if isinstance(target, _Leaf):
+                    self._arrive(target, grad)
+                    continue
+                waiting = pending.get(target)
+                if waiting is None:
+                    waiting = pending[target] = [None] * target.outputs
+                    heapq.heappush(ready, target)
+                old = waiting[slot]
+                waiting[slot] = grad if old is None else self.new(grad.dims, grad.width)
+                del old
+            del results, grad, edge, node
+        self.module, self._kind = before
+
+    def _arrive(self, leaf: _Leaf, grad: Shaped) -> None:
+        leaf.arrived += 1
+        leaf.waiting = grad if leaf.waiting is None else self.new(grad.dims, grad.width)
+        if leaf.arrived < leaf.uses:
+            return
+        if leaf.grad is None:  # else the sum is added in place
+            leaf.grad = leaf.waiting
+            block = leaf.grad.storage.block
+            block.kind, block.module = "gradients", leaf.name
+        leaf.waiting, leaf.arrived, leaf.uses = None, 0, 0
+
+    # What several models and methods are made of.
+
+    def cast(self, x: Shaped, width: float, term: str = "") -> Shaped:
+        """Returns ``x`` in another precision, itself if it has it already."""
+        if x.width == width:
+            return x
+        return self.op([x], x.dims, width, term=term)
+
+    def add(self, a: Shaped, b: Shaped) -> Shaped:
+        """Returns the sum; its gradient passes to both without a copy."""
+        return self.op([a, b], a.dims, max(a.width, b.width), lambda grads, _: [grads[0], grads[0]])
+
+    def scale(self, x: Shaped) -> Shaped:
+        """Returns ``x`` times a number."""
+        return self.op([x], x.dims, x.width)
+
+    def multiply(self, a: Shaped, b: Shaped, term: str = "") -> Shaped:
+        """Returns the elementwise product; the smaller factor is spread out, and its gradient summed up again."""
+        dims = a.dims if len(a.dims) >= len(b.dims) else b.dims
+        width = max(a.width, b.width)
+        shapes = [t.dims if t.node is not None else None for t in (a, b)]
+
+        def backward(_: list[Any], __: Sequence[Any]) -> Gradients:
+            spread = [self.new(dims, width) if shape else None for shape in shapes]
+            return [self.new(s, width) if s and s != dims else g for s, g in zip(shapes, spread, strict=True)]
+
+        saves = (a if b.node is not None else None, b if a.node is not None else None)
+        return self.op([a, b], dims, width, backward, saves, term)
+
+    def _cast_weight(self, weight: Shaped) -> Shaped:
+        """Returns 16-bit weights; autocast makes those of trained parameters once a pass."""
+        if weight.storage.block.module not in self.trained:
+            return self.cast(weight, 2, "16-bit weights (autocast)")
+        key = weight.storage.index
+        if key not in self.casts:
+            self.casts[key] = self.cast(weight, 2, "16-bit weights (autocast)")
+        return self.casts[key]
+
+    def matmul(self, x: Shaped, weight: Shaped, dims: Dims, term: str = "") -> Shaped:
+        """Returns a matrix product; each factor is kept for the other one's gradient."""
+        if self.autocast:
+            x, weight = self.cast(x, 2, "16-bit copy of an input (autocast)"), self._cast_weight(weight)
+        saves = (x if weight.node is not None else None, weight if x.node is not None else None)
+        return self.op([x, weight], dims, x.width, None, saves, term)
