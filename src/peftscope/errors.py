@@ -22,7 +22,7 @@ class Problem:
     remedy: str = ""
 
     def __str__(self) -> str:
-        tail = f"\n    -> {self.remedy}" if self.remedy else ""
+        tail = f" -> {self.remedy}" if self.remedy else ""
         return f"{self.where}: {self.message}{tail}"
 
 

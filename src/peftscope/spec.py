@@ -94,9 +94,13 @@ class RunSpec(BaseModel):
         if self.packing and self.attention == "flash_attention_2":
             raise ValueError("packing passes an explicit mask, which flash_attention_2 does not take; use sdpa")
         if self.packing and not self.method.supports_packing:
-            raise ValueError(f"packing does not work with {self.method.name}, whose virtual tokens stand before one prompt")
+            raise ValueError(
+                f"packing does not work with {self.method.name}, whose virtual tokens stand before one prompt"
+            )
         if self.optimizer not in ("adamw", "sgd") and self.optimizer_implementation != "foreach":
-            raise ValueError(f"optimizer_implementation is an option of torch.optim; leave it out with {self.optimizer}")
+            raise ValueError(
+                f"optimizer_implementation is an option of torch.optim; leave it out with {self.optimizer}"
+            )
         if self.checkpointing and not self.method.supports_checkpointing:
             raise ValueError(f"checkpointing does not work with {self.method.name}, which fills the key-value cache")
         return self

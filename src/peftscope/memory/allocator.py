@@ -110,7 +110,7 @@ class CachingAllocator:
 
 
 def reserved_bytes(*traces: Trace) -> int:
-    """Returns the bytes that the allocator holds after the traces, one after the other: paged blocks are not its own."""
+    """Returns the bytes that the allocator holds after traces, one after the other; paged blocks are not its own."""
     allocator = CachingAllocator()
     for trace in traces:
         addresses: dict[int, int] = {}

@@ -1,7 +1,7 @@
 """The closed form: what a training step keeps in memory, from the shape of the model alone. No torch.
 
-Written against transformers 5.24, peft 0.21 and bitsandbytes 0.50: each function names the code that it stands for. It is
-checked against the simulator, which runs that code itself, and answers at once.
+Written against transformers 5.24, peft 0.21 and bitsandbytes 0.50: each function names the code that it stands for.
+It is checked against the simulator, which runs that code itself, and answers at once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ DIMENSIONS = {
     "T": "tokens of a batch, B·S",
     "U": "tokens of a batch without virtual tokens",
     "N": "positions of a batch whose logits are computed",
-    "K": "the same of one sequence",
     "L": "layers",
     "h": "hidden size",
     "q": "width of all queries",
@@ -65,28 +64,100 @@ PAGED_FROM_VALUES = 100_000
 """bitsandbytes pages the states of tensors with at least so many values."""
 
 
-def trace_training(
-    spec: RunSpec, shape: ModelShape, *, width: int, responses: int, cublas_bytes: int = 0
-) -> Trace:
-    """Returns the trace of training steps on batches of ``spec.batch_size`` sequences of ``width`` tokens.
+OPTIMIZER_COPY = "temporary copy of the optimizer"
+
+SOURCES = {
+    "weights": "config.json; one element each, tied embeddings once",
+    "quantised weights": "bitsandbytes.functional.quantize_4bit: half a byte a weight, constants per block of 64",
+    "adapters": "peft: autocast_adapter_dtype keeps them in 32 bits",
+    "gradients": "torch: the parameter's precision, until zero_grad",
+    "saved activations": "torch: kept for the backward pass",
+    "temporaries": "torch: gone within the pass",
+    "logits and loss": "transformers ForCausalLMLoss, and its gradients",
+    "logits": "transformers ForCausalLM.forward",
+    "logits in 32 bits": "transformers ForCausalLMLoss",
+    "log-softmax of the logits": "torch cross_entropy keeps it for its gradient",
+    "32-bit copy of a norm's input": "transformers RMSNorm.forward: .to(torch.float32)",
+    "normalised input": "transformers RMSNorm.forward",
+    "copy of the input of each adapted layer in the adapter's precision": "peft BaseTunerLayer._cast_input_dtype",
+    "output of A": "peft lora.Linear.forward",
+    "output of B": "peft lora.Linear.forward",
+    "keys for every head": "transformers repeat_kv, since a mask rules enable_gqa out",
+    "values for every head": "transformers repeat_kv, since a mask rules enable_gqa out",
+    "additive mask of each layer": "torch scaled_dot_product_attention: convert_boolean_attn_mask",
+    "output of attention": "torch scaled_dot_product_attention keeps it for its gradient",
+    "log-sum-exp of attention": "torch scaled_dot_product_attention keeps it for its gradient",
+    "rotated heads": "transformers apply_rotary_pos_emb",
+    "output of the activation function": "transformers MLP.forward",
+    "first and second moments": "torch.optim.AdamW, or bitsandbytes.optim",
+    "importance scores of AdaLoRA": "peft RankAllocator.update_ipt: three of each adapter matrix",
+    OPTIMIZER_COPY: "torch.optim: foreach takes square roots of all states at once",
+    "dequantised weights of one layer": "bitsandbytes MatMul4Bit",
+    "cuBLAS workspace": "torch CublasHandlePool",
+    "B·A of DoRA": "peft DoraLinearLayer.get_lora_weight",
+    "identity matrix of DoRA": "peft DoraLinearLayer.get_lora_weight",
+    "weight in the adapter's precision (DoRA)": "peft DoraLinearLayer.forward",
+    "16-bit weights (autocast)": "torch.autocast",
+    "16-bit copy of an input (autocast)": "torch.autocast",
+}
+"""The code that each term, or else each kind, stands for."""
+
+
+def sizes_of(spec: RunSpec, shape: ModelShape, responses: int, batch_size: int | None = None) -> dict[str, int]:
+    """Returns the value of every named dimension, for sequences of ``spec.seq_len`` tokens."""
+    batch = spec.batch_size if batch_size is None else batch_size
+    values = spec.method.model_dump()
+    virtual = values.get("virtual_tokens", 0)
+    prefix = virtual if spec.method.name == "prefix-tuning" else 0
+    length = spec.seq_len + virtual - prefix
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    return {
+        "1": 1,
+        "2": 2,
+        "B": batch,
+        "S": length,
+        "P": length + prefix,
+        "T": batch * length,
+        "U": batch * spec.seq_len,
+        "N": batch * (responses if spec.loss_path == "response_only" else length),
+        "L": shape.num_layers,
+        "h": shape.hidden_size,
+        "q": queries,
+        "k": keys,
+        "q+2k": queries + 2 * keys,
+        "a": shape.num_heads,
+        "d": shape.head_dim,
+        "I": shape.intermediate_size,
+        "2I": 2 * shape.intermediate_size,
+        "V": shape.vocab_size,
+        "r": values.get("init_r", values.get("rank", 1)),
+        "v": virtual,
+    }
+
+
+def trace_training(spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0) -> Trace:
+    """Returns the trace of two training steps on batches of ``spec.batch_size`` sequences of ``spec.seq_len`` tokens.
 
     Args:
         spec: The run.
         shape: Of its base model.
-        width: Tokens of a sequence.
         responses: Positions of a sequence that carry a loss.
         cublas_bytes: Size of cuBLAS's workspace; above 0 the trace also has what kernels take inside on CUDA.
     """
     with _without_collector():
-        return _Step(spec, shape, spec.batch_size, width, responses, cublas_bytes).train()
+        return _Step(spec, shape, sizes_of(spec, shape, responses), cublas_bytes).train()
 
 
-def trace_evaluation(
-    spec: RunSpec, shape: ModelShape, *, width: int, responses: int, cublas_bytes: int = 0
-) -> Trace:
-    """Returns the trace of the held-out loss on a batch of ``spec.eval_batch_size`` sequences of ``width`` tokens."""
+def trace_evaluation(spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0) -> Trace:
+    """Returns the trace of the held-out loss on ``spec.eval_batch_size`` sequences of ``spec.seq_len`` tokens."""
+    sizes = sizes_of(spec, shape, responses, spec.eval_batch_size)
+    sizes["N"] = spec.eval_batch_size * responses
     with _without_collector():
-        return _Step(spec, shape, spec.eval_batch_size, width, responses, cublas_bytes).evaluate()
+        return _Step(spec, shape, sizes, cublas_bytes).evaluate()
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 @contextmanager
@@ -104,38 +175,11 @@ def _without_collector() -> Iterator[None]:
 class _Step:
     """A model on a tape, and the project's own step on it."""
 
-    def __init__(
-        self, spec: RunSpec, shape: ModelShape, batch: int, width: int, responses: int, cublas_bytes: int
-    ) -> None:
+    def __init__(self, spec: RunSpec, shape: ModelShape, sizes: dict[str, int], cublas_bytes: int) -> None:
         self.spec, self.shape, self.method = spec, shape, spec.method
         self.values: dict[str, Any] = spec.method.model_dump()
-        virtual = self.values.get("virtual_tokens", 0)
-        self.prefix = virtual if self.method.name == "prefix-tuning" else 0
-        length = width + (virtual if self.method.name == "prompt-tuning" else 0)
-        queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        self.sizes = {
-            "1": 1,
-            "2": 2,
-            "B": batch,
-            "S": length,
-            "P": length + self.prefix,
-            "T": batch * length,
-            "U": batch * width,
-            "K": responses,
-            "N": batch * (responses if spec.loss_path == "response_only" else length),
-            "L": shape.num_layers,
-            "h": shape.hidden_size,
-            "q": queries,
-            "k": keys,
-            "q+2k": queries + 2 * keys,
-            "a": shape.num_heads,
-            "d": shape.head_dim,
-            "I": shape.intermediate_size,
-            "2I": 2 * shape.intermediate_size,
-            "V": shape.vocab_size,
-            "r": self.values.get("init_r", self.values.get("rank", 1)),
-            "v": virtual,
-        }
+        self.prefix = self.method.name == "prefix-tuning"
+        self.sizes = sizes
         self.tape = Tape(self.sizes)
         self.tape.autocast = spec.precision == "amp"
         self.width = WIDTHS[spec.precision]
@@ -144,7 +188,7 @@ class _Step:
         self.targets = spec.method.targets_of()
         self.full = self.method.name == "full"
         self.weights: dict[str, Shaped] = {}
-        self.grouped = queries != keys
+        self.grouped = shape.num_heads != shape.num_kv_heads
         self.on_cuda = cublas_bytes > 0
         if self.on_cuda:
             self.tape.trace.born(Block(cublas_bytes, "kernel workspace", term="cuBLAS workspace"))
@@ -184,10 +228,10 @@ class _Step:
         return f"layers.{index}.{part}.{layer}"
 
     def _weight(self, name: str, dims: Dims, width: float) -> None:
-        self.weights[name] = self.tape.parameter(name, dims, width, "weights", trained=self.full)
+        self.weights[name] = self.tape.parameter(name, dims, width, "weights", _last(name), trained=self.full)
 
     def _adapter(self, name: str, dims: Dims, width: float) -> None:
-        self.weights[name] = self.tape.parameter(name, dims, width, "adapters", trained=True)
+        self.weights[name] = self.tape.parameter(name, dims, width, "adapters", _last(name), trained=True)
 
     def _linear_weight(self, path: str, layer: LinearLayer) -> None:
         inputs, outputs = LINEAR_DIMS[layer.name]
@@ -195,10 +239,12 @@ class _Step:
             self._weight(path, (outputs, inputs), self.width)
         else:
             nested = self.quantization.double_quant
-            parts = [0.5, 1 / LINEAR_BLOCK, 4 / LINEAR_BLOCK / 256] if nested else [0.5, 4 / LINEAR_BLOCK]
-            for number, width in enumerate(parts):
-                self.weights[f"{path}.{number}"] = self.tape.parameter(
-                    path, (outputs, inputs), width, "quantised weights", trained=False
+            parts = {"4-bit weights": 0.5, "block constants": (1 if nested else 4) / LINEAR_BLOCK}
+            if nested:
+                parts["constants of block constants"] = 4 / LINEAR_BLOCK / 256
+            for term, width in parts.items():
+                self.weights[f"{path}.{term}"] = self.tape.parameter(
+                    path, (outputs, inputs), width, "quantised weights", term, trained=False
                 )
         if layer.bias:
             self._weight(f"{path}.bias", (outputs,), self.width)
@@ -234,8 +280,7 @@ class _Step:
         tape, (inputs, outputs) = self.tape, LINEAR_DIMS[layer.name]
         dims = (*x.dims[:-1], outputs)
         if not self.quantization:
-            output = tape.matmul(x, self.weights[path], dims, f"output of {layer.name}")
-            return output
+            return tape.matmul(x, self.weights[path], dims, f"output of {layer.name}")
         compute = WIDTHS[self.quantization.compute_dtype]
         nested = self.quantization.double_quant
 
@@ -268,7 +313,9 @@ class _Step:
 
     def _adapter_input(self, x: Shaped) -> Shaped:
         """Stands for PEFT's ``_cast_input_dtype``: every adapted layer makes a copy of its own."""
-        return self.tape.cast(x, self.adapter_width, "copy of the input of each adapted layer in the adapter's precision")
+        return self.tape.cast(
+            x, self.adapter_width, "copy of the input of each adapted layer in the adapter's precision"
+        )
 
     def _lora_linear(self, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
         """Stands for ``peft.tuners.lora``: ``layer.Linear`` or ``bnb.Linear4bit``."""
@@ -321,7 +368,7 @@ class _Step:
 
     def _adalora_linear(self, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
         """Stands for ``peft.tuners.adalora.layer.SVDLinear``."""
-        tape, (inputs, outputs) = self.tape, LINEAR_DIMS[layer.name]
+        tape, outputs = self.tape, LINEAR_DIMS[layer.name][1]
         result = self._base_linear(path, layer, x)
         x = self._adapter_input(x)
         if self.values.get("dropout"):
@@ -476,9 +523,7 @@ class _Step:
         tape.record([query, key, value], [output], None, saves)
         return output
 
-    def _eager_attention(
-        self, query: Shaped, key: Shaped, value: Shaped, mask: Shaped | None
-    ) -> tuple[Shaped, Shaped]:
+    def _eager_attention(self, query: Shaped, key: Shaped, value: Shaped, mask: Shaped | None) -> tuple[Shaped, Shaped]:
         """Stands for ``eager_attention_forward``: scores of every pair of positions."""
         tape, scores = self.tape, ("B", "a", "S", "P")
         keys = self._repeat(key, "keys for every head", always=True)
@@ -558,7 +603,8 @@ class _Step:
         """Stands for the embedding of tokens, with virtual ones before them."""
         tape, weight = self.tape, self.weights["embed_tokens"]
         tape.module = "embed_tokens"
-        x = tape.op([weight], ("U", "h"), weight.width)
+        tokens = "U" if self.method.name == "prompt-tuning" else "T"
+        x = tape.op([weight], (tokens, "h"), weight.width, term="embedded tokens")
         if self.shape.family == "gemma2":
             x = tape.scale(x)
         if self.method.name == "prompt-tuning":
@@ -627,9 +673,9 @@ class _Step:
     # Steps.
 
     def train(self) -> Trace:
-        """Returns the trace of two training steps: optimizer states appear in the first, the second is the steady one."""
+        """Returns the trace of two steps: optimizer states appear in the first, the second is the steady one."""
         tape, spec = self.tape, self.spec
-        batch = [tape.new(("U",), 8, "temporaries", "batch") for _ in range(3)]
+        batch = [tape.new(("T",), 8, "temporaries", "batch") for _ in range(3)]
         trained = [w for w in self.weights.values() if w.node is not None]
         masked = spec.packing or spec.loss_path == "hf" or not self.method.mask_free_attention
         masked = (masked and spec.attention != "flash_attention_2") or spec.attention == "eager"
@@ -678,15 +724,14 @@ class _Step:
         groups = [trained]
         if self.method.name == "lora-plus":
             groups = [[w for w in trained if ("lora_B" in w.node.name) == second] for second in (False, True)]
-        term = "temporary copy of the optimizer"
         for group in groups:
             shapes = [(weight.dims, weight.width) for weight in group]
             if spec.optimizer_implementation == "foreach":
-                copies = [tape.new(*shape, "temporaries", term) for shape in shapes]
+                copies = [tape.new(*shape, "temporaries", OPTIMIZER_COPY) for shape in shapes]
                 copies.clear()
             elif spec.optimizer_implementation == "single":
                 for shape in shapes:
-                    copies = [tape.new(*shape, "temporaries", term) for _ in range(2)]
+                    copies = [tape.new(*shape, "temporaries", OPTIMIZER_COPY) for _ in range(2)]
                     copies.clear()
 
     def _moments(self, weight: Shaped) -> list[Shaped]:
@@ -715,7 +760,6 @@ class _Step:
         tape.training = False
         for weight in self.weights.values():
             weight.node = None
-        self.sizes["N"] = self.sizes["B"] * self.sizes["K"]
         tape.trace.begin("evaluate")
         logits = self._logits(self._backbone(masked=True), kept=True)
         tape.casts.clear()

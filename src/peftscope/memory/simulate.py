@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from peftscope.data.batching import Batch
+from peftscope.errors import InputError, Problem
+from peftscope.memory.answer import Answer, answer_of, peaks_of
+from peftscope.memory.hardware import CUBLAS_BYTES
+from peftscope.memory.question import Question
 from peftscope.memory.trace import Block, Trace
 from peftscope.memory.tracker import MemoryTracker, quantisation_tensors, tensors_of
 from peftscope.methods.fields import Quantization
@@ -132,8 +136,38 @@ def _tracker_of(model: torch.nn.Module, owners: _Owners, cublas_bytes: int) -> M
     return tracker
 
 
+def answer_by_simulation(question: Question) -> Answer:
+    """Returns the simulation's answer.
+
+    Raises:
+        InputError: transformers does not know the model, or PEFT does not find the targets in it.
+    """
+    if question.gpus > 1:
+        raise InputError(Problem("gpus", "sharding is known to the closed form only", "leave --simulate out"))
+    spec, packed = question.spec, question.spec.packing
+    sizes = {"width": spec.seq_len, "responses": question.responses}
+    batch = empty_batch(rows=spec.batch_size, packed=packed, **sizes)
+    evaluation_batch = empty_batch(rows=spec.eval_batch_size, **sizes)
+    fields = dict(question.model.config)
+    try:
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        training, evaluation = simulate(
+            spec,
+            config,
+            [batch, batch] if spec.method.trains else [],
+            evaluation_batch,
+            question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES,
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(Problem("model", f"{question.model.name} cannot be simulated: {reason}")) from error
+    assert evaluation is not None
+    peaks = peaks_of(question, training if spec.method.trains else None, evaluation)
+    return answer_of(question, peaks, "simulation")
+
+
 def empty_batch(*, rows: int, width: int, responses: int, packed: bool = False) -> Batch:
-    """Returns a batch of these shapes on ``meta``: rows x width tokens, of which ``responses`` positions carry a loss."""
+    """Returns a batch on ``meta``: rows x width tokens, of which ``responses`` positions a row carry a loss."""
     with torch.device("meta"):
         ids = torch.empty(rows, width, dtype=torch.int64)
         return Batch(

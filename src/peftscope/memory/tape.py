@@ -17,6 +17,9 @@ from peftscope.memory.trace import Block, Trace, rounded
 
 Dims = tuple[str, ...]
 
+_LETTERS = ["1", "2", "L", "B", "S", "P", "T", "U", "N", "v", "a", "d", "r", "h", "q", "k", "q+2k", "I", "2I", "V"]
+"""The order in which a formula names dimensions."""
+
 
 class Storage:
     """A block that ends when nothing refers to it any more."""
@@ -143,13 +146,13 @@ class Tape:
         known = self._known.get((dims, width))
         if known is None:
             size = prod(self.sizes[name] for name in dims)
-            known = rounded(int(-(-size * width // 1))), "·".join([f"{width:g}", *dims])
+            known = rounded(int(-(-size * width // 1))), "·".join([f"{width:.3g}", *sorted(dims, key=_LETTERS.index)])
             self._known[dims, width] = known
         return known
 
-    def parameter(self, name: str, dims: Dims, width: float, kind: str, *, trained: bool) -> Shaped:
+    def parameter(self, name: str, dims: Dims, width: float, kind: str, term: str, *, trained: bool) -> Shaped:
         """Returns a weight."""
-        tensor = self.new(dims, width, kind, "weights that stay")
+        tensor = self.new(dims, width, kind, term)
         tensor.storage.block.module = name
         if trained:
             tensor.node = _Leaf(name)

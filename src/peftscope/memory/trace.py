@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 ROUNDING_BYTES = 512
 """The CUDA caching allocator rounds every block up to a multiple of this."""
@@ -107,7 +108,7 @@ class Trace:
     def segments(self) -> Iterator[tuple[str, int, int]]:
         """Yields (phase, first event, last event + 1) in order; the empty phase covers what lies outside."""
         edges = [(0, ""), *self.marks, (len(self.events), "")]
-        for (first, phase), (last, _) in zip(edges, edges[1:], strict=False):
+        for (first, phase), (last, _) in pairwise(edges):
             yield phase, first, last
 
     def peaks(self, *, paged: bool = True) -> dict[str, Peak]:
@@ -156,13 +157,8 @@ class Trace:
 
     def alive(self, position: int) -> list[Block]:
         """Returns the blocks that live after the first ``position`` events."""
-        lives: set[int] = set()
-        for event in self.events[:position]:
-            if event >= 0:
-                lives.add(event)
-            else:
-                lives.discard(~event)
-        return [self.blocks[index] for index in sorted(lives)]
+        lives = set(self.events[:position])
+        return [self.blocks[event] for event in sorted(lives) if event >= 0 and ~event not in lives]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ from peftscope.training.step import CausalLoss, make_optimizer, train_step
 def probe_training(model: Any, batch: Batch, spec: RunSpec, loss_function: CausalLoss) -> dict[str, int]:
     """Returns the peak of live tensor bytes in ``forward``, ``backward`` and ``optimizer``.
 
-    The optimizer's states appear at the first of ``spec.probe_steps`` steps, so the second is the steady one; the larger
-    peak counts. Runs after everything else, with an optimizer of its own: it changes the weights.
+    The optimizer's states appear at the first of ``spec.probe_steps`` steps, so the second is the steady one; the
+    larger peak counts. Runs after everything else, with an optimizer of its own: it changes the weights.
     """
     tracker = MemoryTracker(tensors_of(model, batch))
     track_steps(tracker, model, [batch] * spec.probe_steps, make_optimizer(model, spec), spec, loss_function)

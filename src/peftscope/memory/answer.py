@@ -1,0 +1,248 @@
+"""The answer to a question about memory: three peaks, the phase that binds, and what is alive in it. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from peftscope.errors import InputError, Problem
+from peftscope.memory.allocator import reserved_bytes
+from peftscope.memory.formula import OPTIMIZER_COPY, SOURCES, sizes_of, trace_evaluation, trace_training
+from peftscope.memory.hardware import CONTEXT_BYTES, CUBLAS_BYTES
+from peftscope.memory.question import Question
+from peftscope.memory.trace import KINDS, Block, Trace, by_kind
+
+AGREEMENT_FILE = Path(__file__).with_name("agreement.json")
+"""Largest difference between closed form and simulation, by method; written by ``make agreement``."""
+
+SHARDED = ("weights", "quantised weights", "adapters", "gradients", "optimizer states")
+"""Kinds that FSDP and ZeRO-3 spread over the cards."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One line of an explanation: blocks that are alive at the peak for the same reason.
+
+    Attributes:
+        kind: Of what.
+        name: What they are.
+        count: How many.
+        formula: Bytes of one, in named dimensions.
+        bytes: Of all of them.
+        source: The code that makes them.
+    """
+
+    kind: str
+    name: str
+    count: int
+    formula: str
+    bytes: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a training run takes.
+
+    Attributes:
+        model: As it was asked for.
+        method: Its name.
+        how: Closed form, or simulation.
+        parameters: Of the base.
+        trainable_parameters: Before any pruning.
+        peak_allocated_bytes: Of torch's allocator: tensors and kernel workspaces.
+        peak_reserved_bytes: Segments that the allocator holds for them.
+        peak_device_bytes: Reserved, the CUDA context and paged states: what nvidia-smi shows.
+        binding_phase: Where the allocated peak is.
+        phases: Allocated peak of each phase.
+        components: What is alive at the peak, by kind; they add up to it.
+        modules: The same by module: {name: {"bytes": ..., "modules": {...}}}, to any depth.
+        terms: The same, line by line.
+        dimensions: Value of every letter in the terms' formulas.
+        assumptions: What was taken for granted.
+        agreement: How well the closed form is known to agree with the simulation.
+    """
+
+    model: str
+    method: str
+    how: Literal["formula", "simulation"]
+    parameters: int
+    trainable_parameters: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    peak_device_bytes: int
+    binding_phase: str
+    phases: dict[str, int]
+    components: dict[str, int]
+    modules: dict[str, Any]
+    assumptions: list[str]
+    agreement: str = ""
+    terms: list[Term] = field(default_factory=list)
+    dimensions: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the answer as JSON content; the keys are stable."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """The three peaks, the phases' own, and the blocks that are alive in each."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+    device_bytes: int
+    binding_phase: str
+    phases: dict[str, int]
+    blocks: dict[str, list[Block]]
+
+
+def peaks_by_formula(question: Question, *, evaluation: bool = True) -> Peaks:
+    """Returns the closed form's peaks, with those of the evaluation or without.
+
+    Raises:
+        InputError: The model's family is not one that it knows.
+    """
+    model, spec = question.model, question.spec
+    if model.shape is None:
+        remedy = "use --simulate, which takes any causal model of transformers"
+        raise InputError(Problem("model", f"no closed form: {model.why_no_shape}", remedy))
+    cublas = question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES
+    training = trace_training(spec, model.shape, question.responses, cublas) if spec.method.trains else None
+    evaluates = evaluation or training is None
+    evaluated = trace_evaluation(spec, model.shape, question.responses, cublas) if evaluates else None
+    return peaks_of(question, training, evaluated)
+
+
+def answer_by_formula(question: Question) -> Answer:
+    """Returns the closed form's answer.
+
+    Raises:
+        InputError: The model's family is not one that it knows.
+    """
+    return answer_of(question, peaks_by_formula(question), "formula")
+
+
+def peaks_of(question: Question, training: Trace | None, evaluation: Trace | None) -> Peaks:
+    """Returns the peaks that traces give."""
+    traces = [trace for trace in (training, evaluation) if trace is not None]
+    blocks = {"load": _while_loading(question, traces[0])}
+    for trace in traces:
+        for phase, peak in trace.peaks(paged=False).items():
+            blocks[phase] = [block for block in trace.alive(peak.position) if not block.paged]
+    paged = sum(b.size for b in training.alive(len(training.events)) if b.paged) if training else 0
+    reserved = max(reserved_bytes(trace) for trace in traces)
+    if question.gpus > 1:
+        whole = max(sum(block.size for block in alive) for alive in blocks.values())
+        blocks = {phase: _share(alive, question.gpus) for phase, alive in blocks.items()}
+        # What the allocator holds on top of tensors is in proportion.
+        reserved = round(reserved / whole * max(sum(b.size for b in alive) for alive in blocks.values()))
+        paged //= question.gpus
+    phases = {phase: sum(block.size for block in alive) for phase, alive in blocks.items()}
+    binding = max(phases, key=lambda phase: phases[phase])
+    reserved = max(reserved, phases[binding])
+    context = question.gpu.context_bytes if question.gpu and question.gpu.context_bytes else CONTEXT_BYTES
+    return Peaks(phases[binding], reserved, reserved + context + paged, binding, phases, blocks)
+
+
+def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulation"]) -> Answer:
+    """Returns the answer with these peaks."""
+    method, shape, alive = question.spec.method, question.model.shape, peaks.blocks[peaks.binding_phase]
+    return Answer(
+        model=question.model.name,
+        method=method.name,
+        how=how,
+        parameters=shape.parameters if shape else 0,
+        trainable_parameters=method.trainable_parameters(shape) if shape else 0,
+        peak_allocated_bytes=peaks.allocated_bytes,
+        peak_reserved_bytes=peaks.reserved_bytes,
+        peak_device_bytes=peaks.device_bytes,
+        binding_phase=peaks.binding_phase,
+        phases=peaks.phases,
+        components=by_kind(alive),
+        modules=_tree(alive),
+        assumptions=list(question.assumptions),
+        agreement=_agreement(method.name) if how == "formula" else "",
+        terms=_terms(alive),
+        dimensions=sizes_of(question.spec, shape, question.responses) if shape else {},
+    )
+
+
+def _while_loading(question: Question, trace: Trace) -> list[Block]:
+    """Returns what is alive at the peak of loading and initialising, by formula.
+
+    What stays is there before the first step; on its way there the largest layer takes more.
+    """
+    stays = [block for block in trace.alive(trace.marks[0][0]) if block.kind in SHARDED]
+    method, shape = question.spec.method, question.model.shape
+    if shape is None:
+        return stays
+    layers = [layer for layer in shape.block if not method.targets_of() or layer.name in method.targets_of()]
+    largest = max(layers or shape.block, key=lambda layer: layer.weights)
+    whole, square = largest.weights, min(largest.inputs, largest.outputs)
+    if method.name == "pissa":
+        size = 4 * (3 * whole + square * (largest.inputs + largest.outputs))
+        return [*stays, Block(size, "temporaries", term="singular value decomposition of the largest target")]
+    if method.name == "loftq":
+        size = 4 * (4 * whole + square * square)
+        return [*stays, Block(size, "temporaries", term="LoftQ's initialisation of the largest target")]
+    if method.quantization():
+        return [*stays, Block(2 * whole, "temporaries", term="largest layer before it is quantised")]
+    return stays
+
+
+def _share(blocks: list[Block], gpus: int) -> list[Block]:
+    """Returns one card's share: sharded kinds divided, and two whole blocks of the model gathered for use."""
+    share: list[Block] = []
+    gathered: dict[str, int] = defaultdict(int)
+    for block in blocks:
+        if block.kind not in SHARDED and block.term != OPTIMIZER_COPY:
+            share.append(block)
+            continue
+        share.append(Block(-(-block.size // gpus), block.kind, block.module, block.term, block.formula))
+        if block.kind in ("weights", "quantised weights", "adapters"):
+            owner = ".".join(block.module.split(".")[:2]) if block.module.startswith("layers.") else block.module
+            gathered[owner] += block.size
+    share.append(Block(2 * max(gathered.values(), default=0), "temporaries", term="weights gathered from other cards"))
+    return share
+
+
+def _tree(blocks: list[Block]) -> dict[str, Any]:
+    root: dict[str, Any] = {}
+    for block in blocks:
+        level = root
+        for name in (block.module or "(no module)").split("."):
+            node = level.setdefault(name, {"bytes": 0, "modules": {}})
+            node["bytes"] += block.size
+            level = node["modules"]
+    return root
+
+
+def _terms(blocks: list[Block]) -> list[Term]:
+    """Returns the blocks in groups of one kind, name and formula; largest first within each kind."""
+    groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    for block in blocks:
+        groups[block.kind, block.term or _name_of(block), block.formula].append(block.size)
+    terms = [
+        Term(kind, name, len(sizes), formula, sum(sizes), SOURCES.get(name, SOURCES.get(kind, "")))
+        for (kind, name, formula), sizes in groups.items()
+    ]
+    return sorted(terms, key=lambda term: (KINDS.index(term.kind), -term.bytes))
+
+
+def _name_of(block: Block) -> str:
+    """Returns a name for blocks that have no term: the last parts of their module."""
+    parts = [part for part in block.module.split(".") if not part.isdigit() and part not in ("layers", "default")]
+    return " ".join(parts[-2:]) or block.kind
+
+
+def _agreement(method: str) -> str:
+    try:
+        measured = json.loads(AGREEMENT_FILE.read_text())
+    except OSError:
+        return ""
+    worst = measured["worst_percent"].get(method)
+    return f"checked against simulation, ±{worst:.1f} %" if worst is not None else ""

@@ -1,0 +1,269 @@
+"""A question about memory: which model, which run, which card. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from peftscope.errors import InputError, Problem, close_match
+from peftscope.memory.hardware import CONTEXT_BYTES, CUBLAS_BYTES, MIB, Gpu
+from peftscope.memory.presets import PRESETS
+from peftscope.memory.shapes import ModelShape
+from peftscope.methods import METHODS
+from peftscope.spec import RunSpec
+
+METHOD_OPTIONS = (
+    "rank",
+    "alpha",
+    "init_r",
+    "target_r",
+    "targets",
+    "virtual_tokens",
+    "dropout",
+    "adapter_dtype",
+    "double_quant",
+    "kbit_preparation",
+)
+"""Options that are fields of a method; the others are the spec's own."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A base model as far as memory goes.
+
+    Attributes:
+        name: As it was asked for.
+        config: Its ``config.json``.
+        shape: Its sizes, if its family is one that the closed form knows.
+        why_no_shape: Why there is none.
+    """
+
+    name: str
+    config: dict[str, Any]
+    shape: ModelShape | None
+    why_no_shape: str = ""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked.
+
+    Attributes:
+        model: The base.
+        spec: The run; its ``seq_len`` is the length of every sequence of the longest batch.
+        responses: Positions of a sequence that carry a loss.
+        gpu: The card, if one was named.
+        gpus: Cards over which weights, gradients and states are sharded.
+        assumptions: What was not said and taken for granted.
+    """
+
+    model: Model
+    spec: RunSpec
+    responses: int
+    gpu: Gpu | None
+    gpus: int
+    assumptions: tuple[str, ...]
+
+
+def find_model(name: str) -> Model:
+    """Returns a model by preset, path of a ``config.json``, name in models.yaml, or hub id.
+
+    Raises:
+        InputError: It is none of these, or cannot be read.
+    """
+    by_hub_id = {hub_id.lower(): shape for hub_id, shape in PRESETS.values()}
+    shape = PRESETS[name.lower()][1] if name.lower() in PRESETS else by_hub_id.get(name.lower())
+    if shape is not None:
+        return Model(name, shape.to_config(), shape)
+    path = Path(name)
+    if path.suffix == ".json" or path.is_dir():
+        return _read_config(name, path / "config.json" if path.is_dir() else path)
+    entry_shape = _catalogued(name)
+    if entry_shape is not None:
+        return Model(name, entry_shape.to_config(), entry_shape)
+    if "/" not in name:
+        hint = f"{close_match(name.lower(), PRESETS)}; or give the path of a config.json, or a hub id org/name"
+        raise InputError(Problem("model", f"unknown model (got {name!r})", hint))
+    return _read_config(name, _downloaded_config(name))
+
+
+def _catalogued(name: str) -> ModelShape | None:
+    """Returns the shape of a model of the working directory's models.yaml."""
+    from peftscope.models import catalog
+
+    if not catalog.MODELS_FILE.is_file():
+        return None
+    try:
+        return catalog.find_model(name).shape
+    except InputError:
+        return None
+
+
+def _downloaded_config(hub_id: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(hub_id, "config.json"))
+    except Exception as error:  # whatever the network or the hub answers, the user needs one line
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        remedy = f"use a preset ({', '.join(PRESETS)}) or the path of a config.json"
+        raise InputError(Problem("model", f"could not get config.json of {hub_id!r}: {reason}", remedy)) from None
+
+
+def _read_config(name: str, path: Path) -> Model:
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(Problem("model", f"{path}: {error.strerror}")) from None
+    except ValueError as error:
+        raise InputError(Problem("model", f"{path} is not valid JSON: {error}")) from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError(Problem("model", f"{path} has no `model_type`", "give the config.json of a causal model"))
+    try:
+        return Model(name, config, ModelShape.from_config(config))
+    except KeyError as error:
+        raise InputError(Problem("model", f"{path}: `{error.args[0]}` is missing")) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f"{path}: {'.'.join(map(str, first['loc']))}"
+        raise InputError(Problem("model", f"{where}: {first['msg']} (got {first['input']!r})")) from None
+    except ValueError as error:
+        return Model(name, config, None, str(error))
+
+
+def ask(
+    model: Model,
+    options: Mapping[str, Any],
+    *,
+    responses: int | None = None,
+    gpu: Gpu | None = None,
+    gpus: int = 1,
+) -> Question:
+    """Returns a question, with what a plain PyTorch and PEFT script does where an option is not given.
+
+    Args:
+        model: The base.
+        options: Fields of the spec and of the method; None: not given.
+        responses: Positions of a sequence that carry a loss.
+        gpu: The card.
+        gpus: Number of them.
+
+    Raises:
+        InputError: An option is wrong, or does not fit the others or the model.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    name = given.pop("method", "lora")
+    if name not in METHODS:
+        raise InputError(Problem("method", f"unknown method (got {name!r})", close_match(name, METHODS)))
+    method: dict[str, Any] = {"name": name}
+    for option in METHOD_OPTIONS:
+        if option in given:
+            method[option] = given.pop(option)
+            if option not in METHODS[name].model_fields:
+                fields = [field for field in METHODS[name].model_fields if field in METHOD_OPTIONS]
+                remedy = f"{name} has {', '.join(fields)}" if fields else f"{name} has no such options"
+                raise InputError(Problem(option, f"does not fit the method {name}", remedy))
+    defaults = _defaults(model, given)
+    values = {**defaults, **given, "eval_batch_size": given.get("eval_batch_size", given.get("batch_size", 1))}
+    try:
+        spec = RunSpec(model=model.name, task="memory", device="cuda", learning_rate=1e-4, method=method, **values)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise InputError(_problems(error)) from None
+    _check_model(model, spec)
+    kept = responses if responses is not None else max(1, spec.seq_len // 2)
+    if not 1 <= kept <= spec.seq_len:
+        raise InputError(Problem("response_len", f"must lie between 1 and seq_len={spec.seq_len} (got {kept})"))
+    if gpus < 1:
+        raise InputError(Problem("gpus", f"must be at least 1 (got {gpus})"))
+    assumptions = _assumptions(spec, given, method, kept, gpu, gpus)
+    return Question(model, spec, kept, gpu, gpus, tuple(assumptions))
+
+
+def _defaults(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
+    defaults: dict[str, Any] = {"batch_size": 1, "seq_len": 512, "precision": "bf16", "loss_path": "hf"}
+    if model.config["model_type"] == "gemma2":
+        defaults["attention"] = "eager"
+        if given.get("attention") == "sdpa":
+            message = "sdpa does not know the soft cap of Gemma-2's scores"
+            raise InputError(Problem("attention", message, "use eager or flash_attention_2"))
+    return defaults
+
+
+def _problems(error: ValidationError) -> list[Problem]:
+    found = []
+    for item in error.errors():
+        names = [str(part) for part in item["loc"] if part not in ("method", *METHODS)]
+        where = ".".join(names) or "options"
+        shown = "" if isinstance(item["input"], dict | list) or not names else f" (got {item['input']!r})"
+        found.append(Problem(where, item["msg"].removeprefix("Value error, ") + shown))
+    return found
+
+
+def _check_model(model: Model, spec: RunSpec) -> None:
+    limit = model.config.get("max_position_embeddings")
+    if limit and spec.seq_len > limit:
+        raise InputError(Problem("seq_len", f"{spec.seq_len} is over the model's limit of {limit} tokens"))
+    if model.shape is None:
+        return
+    modules = [layer.name for layer in model.shape.block]
+    wanted = spec.method.targets_of()
+    explicit = not isinstance(getattr(spec.method, "targets", ""), str)
+    for target in wanted:
+        if explicit and target not in modules:
+            raise InputError(Problem("targets", f"{model.name} has no `{target}`", close_match(target, modules)))
+    rank = getattr(spec.method, "init_r", getattr(spec.method, "rank", None))
+    if rank is not None:
+        smallest = min(min(la.inputs, la.outputs) for la in model.shape.block if la.name in wanted)
+        if rank > smallest:
+            raise InputError(Problem("rank", f"{rank} is more than the smallest adapted width, {smallest}"))
+
+
+def _assumptions(
+    spec: RunSpec,
+    given: Mapping[str, Any],
+    method: Mapping[str, Any],
+    responses: int,
+    gpu: Gpu | None,
+    gpus: int,
+) -> list[str]:
+    """Returns what the answer takes for granted, one sentence each."""
+    taken = [
+        f"method {spec.method.name}: "
+        + ", ".join(f"{k}={v}" for k, v in spec.method.model_dump(mode="json").items() if k != "name"),
+        f"batch_size={spec.batch_size}, every sequence {spec.seq_len} tokens long (the longest batch decides)",
+        f"precision={spec.precision}, optimizer={spec.optimizer}"
+        + (f" ({spec.optimizer_implementation})" if spec.optimizer in ("adamw", "sgd") else ""),
+        "loss_path=hf: logits of every position, which the script keeps until its next step"
+        if spec.loss_path == "hf"
+        else f"loss_path=response_only: logits of {responses} positions a sequence",
+        "packed: a block-diagonal mask"
+        if spec.packing
+        else "padded batches: SDPA gets a mask where the loss path is hf",
+        f"attention={spec.attention}, "
+        + ("gradient checkpointing" if spec.checkpointing else "no gradient checkpointing"),
+        f"evaluation with batch_size={spec.eval_batch_size}, without optimizer states",
+        "reserved: two steps of that batch through a model of torch's caching allocator, without expandable segments",
+        f"cuBLAS workspace {(gpu.cublas_bytes if gpu else CUBLAS_BYTES) / MIB:.1f} MiB",
+    ]
+    if gpu is None or gpu.context_bytes is None:
+        taken.append(
+            f"CUDA context {CONTEXT_BYTES / MIB:.0f} MiB, as measured on an A100; it differs from card to card"
+        )
+    else:
+        taken.append(f"CUDA context {gpu.context_bytes / MIB:.0f} MiB, as measured on this card")
+    if spec.method.quantization():
+        taken.append("4-bit products dequantise one layer at a time in both passes, as large batches do on CUDA")
+    if spec.optimizer.startswith("paged"):
+        taken.append("paged optimizer states are all on the card: device counts them, allocated does not")
+    if spec.method.name == "adalora":
+        taken.append("before AdaLoRA prunes; masking frees nothing")
+    if spec.method.name in ("pissa", "loftq"):
+        taken.append(f"the load peak of {spec.method.label} is a formula, not a simulation")
+    if gpus > 1:
+        taken.append(f"weights, gradients and states sharded over {gpus} cards (FSDP, ZeRO-3), batch_size on each")
+    return taken

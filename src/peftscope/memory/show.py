@@ -1,0 +1,91 @@
+"""Answers about memory as tables for people. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.tree import Tree
+
+from peftscope.memory.answer import Answer
+from peftscope.memory.fit import Fit
+from peftscope.memory.formula import DIMENSIONS
+from peftscope.memory.hardware import GIB, MIB, Gpu
+
+
+def spoken_bytes(size: int) -> str:
+    """Returns bytes as people read them.
+
+    >>> spoken_bytes(3 * 2**30), spoken_bytes(5 * 2**20), spoken_bytes(-(2**30))
+    ('3.00 GiB', '5.0 MiB', '-1.00 GiB')
+    """
+    return f"{size / GIB:.2f} GiB" if abs(size) >= GIB / 10 else f"{size / MIB:.1f} MiB"
+
+
+def show_answer(answer: Answer, console: Console, *, explain: bool, depth: int) -> None:
+    """Prints an answer: peaks, phases, what is alive at the peak, and what was taken for granted."""
+    how = "closed form" if answer.how == "formula" else "simulated on tensors without data"
+    known = f" ({answer.agreement})" if answer.agreement else ""
+    console.print(f"[bold]{answer.model}, {answer.method}[/]: {how}{known}")
+    if answer.parameters:
+        console.print(f"{answer.parameters:,} parameters, {answer.trainable_parameters:,} trained")
+    peaks = Table(box=None, show_header=False)
+    peaks.add_row("allocated", spoken_bytes(answer.peak_allocated_bytes), "tensors and workspaces (torch counts them)")
+    peaks.add_row("reserved", spoken_bytes(answer.peak_reserved_bytes), "segments that the allocator holds for them")
+    peaks.add_row("device", spoken_bytes(answer.peak_device_bytes), "with the CUDA context: what nvidia-smi shows")
+    console.print(peaks)
+    phases = Table("phase", "peak", "", box=None)
+    for phase, size in answer.phases.items():
+        phases.add_row(phase, spoken_bytes(size), "<- binds" if phase == answer.binding_phase else "")
+    console.print(phases)
+    parts = Table(f"alive at the peak of {answer.binding_phase}", "bytes", "share", box=None)
+    for kind, size in answer.components.items():
+        parts.add_row(kind, spoken_bytes(size), f"{size / answer.peak_allocated_bytes:.1%}")
+    console.print(parts)
+    if depth:
+        console.print(_module_tree(answer.modules, depth))
+    if explain:
+        _show_terms(answer, console)
+    console.print("taken for granted:")
+    for line in answer.assumptions:
+        console.print(f"  {line}", markup=False)
+
+
+def _show_terms(answer: Answer, console: Console) -> None:
+    table = Table("kind", "what", "count", "bytes of one", "all", "source", box=None)
+    for term in answer.terms:
+        table.add_row(term.kind, term.name, str(term.count), term.formula, spoken_bytes(term.bytes), term.source)
+    console.print(table)
+    used = {name for term in answer.terms for name in term.formula.split("·")[1:]}
+    letters = [(name, value) for name, value in answer.dimensions.items() if name in used and name in DIMENSIONS]
+    console.print(
+        "with " + ", ".join(f"{name} = {value:,} ({DIMENSIONS[name]})" for name, value in letters), markup=False
+    )
+
+
+def _module_tree(modules: dict[str, Any], depth: int) -> Tree:
+    root = Tree("by module", guide_style="dim")
+
+    def grow(branch: Tree, level: dict[str, Any], left: int) -> None:
+        for name, node in sorted(level.items(), key=lambda item: -item[1]["bytes"]):
+            twig = branch.add(f"{name}  {spoken_bytes(node['bytes'])}")
+            if left > 1:
+                grow(twig, node["modules"], left - 1)
+
+    grow(root, modules, depth)
+    return root
+
+
+def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
+    """Prints which methods fit, with what is left, and the largest batch, length and rank that still fit."""
+    console.print(f"on {gpu.name}, {spoken_bytes(gpu.memory_bytes)}; closed form")
+    table = Table("model", "method", "device peak", "fits", "left", "batch", "length", "rank", "what to do", box=None)
+    for fit in fits:
+        mark = "[green]yes[/]" if fit.fits else "[red]no[/]"
+        largest = [str(value) if value else "-" for value in (fit.largest_batch_size, fit.largest_seq_len)]
+        rank = str(fit.largest_rank) if fit.largest_rank else "-"
+        device, left = spoken_bytes(fit.peak_device_bytes), spoken_bytes(fit.headroom_bytes)
+        table.add_row(fit.model, fit.method, device, mark, left, *largest, rank, fit.advice)
+    console.print(table)
