@@ -8,7 +8,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup report test smoke slow browser lint format schema lock publish benchmark clean
+.PHONY: help setup report test smoke slow browser lint format schema lock publish benchmark benchmark-memory agreement \
+        gpu-check clean
 
 help:
 	@echo "make report [EXPERIMENT=quick]   train, measure and write reports/EXPERIMENT/report.html"
@@ -16,6 +17,9 @@ help:
 	@echo "make setup                       .venv with the locked dependencies and peftscope itself"
 	@echo "make publish EXPERIMENT=quick    copy a finished run's small files to where they are committed"
 	@echo "make benchmark                   our training step against the HF Trainer"
+	@echo "make benchmark-memory            the memory calculator's speed, beside accelerate's estimate"
+	@echo "make agreement                   closed form against simulation, on random runs"
+	@echo "make gpu-check                   predicted against measured memory, on a CUDA card"
 	@echo "make lint | slow | browser       checks; long tests; the report in a real browser"
 
 setup: $(READY)
@@ -67,6 +71,15 @@ publish: $(READY)
 
 benchmark: $(READY)
 	$(BIN)/python -m peftscope.training.benchmark
+
+benchmark-memory: $(READY)
+	$(BIN)/python -m peftscope.memory.benchmark
+
+agreement: $(READY)
+	$(BIN)/python -W ignore -m peftscope.memory.agreement
+
+gpu-check: $(READY)
+	$(BIN)/python -W ignore -m peftscope.memory.gpu_check
 
 # torch stays a range: pip then takes the build that fits the machine.
 lock:

@@ -192,6 +192,8 @@ class _Step:
         self.on_cuda = cublas_bytes > 0
         if self.on_cuda:
             self.tape.trace.born(Block(cublas_bytes, "kernel workspace", term="cuBLAS workspace"))
+        self.past: Any = None  # of prefix tuning: its keys and values
+        self.cache: list[Shaped] = []  # and what transformers' cache keeps as long as its output lives
         self._make_weights()
 
     # Weights.
@@ -481,31 +483,21 @@ class _Step:
 
     def _with_prefix(self, x: Shaped) -> Shaped:
         """Stands for ``DynamicCache.update``: the trained keys or values, then those of the tokens."""
-        tape, dims, width = self.tape, x.dims, x.width
-        past = self.past
-        output = tape.op(
-            [past, x],
-            ("B", "P", "k"),
-            x.width,
-            lambda grads, _: [tape.new(past_dims, width), grads[0].view(dims)],
-            term="keys or values with prefix",
-        )
-        past_dims = past.dims
+        tape, dims, past, width = self.tape, x.dims, self.past.dims, max(x.width, self.past.width)
+
+        def backward(grads: list[Any], _: Sequence[Any]) -> Gradients:
+            return [tape.new(past, width), grads[0].view(dims)]
+
+        output = tape.op([self.past, x], ("B", "P", "k"), width, backward, term="keys or values with prefix")
+        self.cache.append(output.view(output.dims))
         return output
 
-    def _repeat(self, x: Shaped, term: str, *, always: bool = False) -> Shaped:
+    def _repeat(self, x: Shaped, term: str) -> Shaped:
         """Stands for ``repeat_kv``: every query head gets a copy of its keys or values."""
-        if not self.grouped and not always:
+        if not self.grouped:
             return x
         tape, dims, width = self.tape, x.dims, x.width
-        grouped = self.grouped
-        return tape.op(
-            [x],
-            (*dims[:-1], "q"),
-            width,
-            lambda grads, _: [tape.new(dims, width) if grouped else grads[0]],
-            term=term,
-        )
+        return tape.op([x], (*dims[:-1], "q"), width, lambda *_: [tape.new(dims, width)], term=term)
 
     def _sdpa(self, query: Shaped, key: Shaped, value: Shaped, mask: Shaped | None) -> Shaped:
         """Stands for ``sdpa_attention_forward``; the kernel keeps its output and a log-sum-exp per head."""
@@ -525,25 +517,33 @@ class _Step:
 
     def _eager_attention(self, query: Shaped, key: Shaped, value: Shaped, mask: Shaped | None) -> tuple[Shaped, Shaped]:
         """Stands for ``eager_attention_forward``: scores of every pair of positions."""
-        tape, scores = self.tape, ("B", "a", "S", "P")
-        keys = self._repeat(key, "keys for every head", always=True)
-        values = self._repeat(value, "values for every head", always=True)
-        query = tape.op([query], query.dims, query.width, lambda grads, _: [grads[0]], term="contiguous queries")
-        weights = tape.scale(tape.matmul(query, keys, scores, "scores"))
+        tape, scores, before = self.tape, ("B", "a", "S", "P"), 4 if self.tape.autocast else query.width
+        key, value = self._repeat(key, "keys for every head"), self._repeat(value, "values for every head")
+        weights = self._product(query, key, scores, "scores")
+        weights = tape.scale(weights)
         if self.shape.family == "gemma2":
             weights = tape.scale(weights)
             weights = self._tanh(weights, "scores after the soft cap")
             weights = tape.scale(weights)
         if mask is not None:
-            weights = tape.op([weights], scores, weights.width, lambda grads, _: [grads[0]])
-        before = query.width if not tape.autocast else 4
-        wide = tape.cast(weights, 4)
-        probabilities = self._with_saved_output([wide], scores, 4, "attention probabilities in 32 bits")
+            width = max(weights.width, mask.width)
+            weights = tape.op([weights], scores, width, lambda grads, _: [grads[0]])
+        wide = self._with_saved_output([tape.cast(weights, 4)], scores, 4, "attention probabilities in 32 bits")
+        weights = tape.cast(wide, before, "attention probabilities")
         del wide
-        probabilities = tape.cast(probabilities, before, "attention probabilities")
-        output = tape.matmul(probabilities, values, query.dims, "output of attention")
-        output = tape.op([output], output.dims, output.width, lambda grads, _: [grads[0]], term="output of attention")
-        return output, probabilities
+        output = self._product(weights, value, query.dims, "output of attention")
+        return self._contiguous(output, "output of attention"), weights
+
+    def _product(self, left: Shaped, right: Shaped, dims: Dims, term: str) -> Shaped:
+        """Stands for ``torch.matmul`` of heads: it copies what is not contiguous, as repeated keys already are."""
+        if left.dims != ("B", "a", "S", "P"):
+            left = self._contiguous(left, "contiguous queries")
+        if not self.grouped:
+            right = self._contiguous(right, "contiguous keys or values")
+        return self.tape.matmul(left, right, dims, term)
+
+    def _contiguous(self, x: Shaped, term: str) -> Shaped:
+        return self.tape.op([x], x.dims, x.width, lambda grads, _: [grads[0]], term=term)
 
     def _with_saved_output(self, inputs: Sequence[Shaped], dims: Dims, width: float, term: str) -> Shaped:
         """Returns the output of an operation whose gradient needs that output."""
@@ -607,13 +607,19 @@ class _Step:
         x = tape.op([weight], (tokens, "h"), weight.width, term="embedded tokens")
         if self.shape.family == "gemma2":
             x = tape.scale(x)
+        if self.spec.checkpointing and tape.training and not self.full:
+            tape.require_grad(x)  # peft's enable_input_require_grads
         if self.method.name == "prompt-tuning":
             tape.module = "prompt_encoder"
             prompts = tape.op([self.weights["prompt_encoder"]], ("B", "v", "h"), 4)
             prompts = tape.cast(prompts, x.width)
             before = prompts.dims
-            x = tape.op([prompts, x], ("T", "h"), x.width, lambda grads, _: [tape.new(before, x_width), None])
-            x_width = x.width
+            tokens_dims, width = x.dims, x.width
+
+            def backward(grads: list[Any], _: Sequence[Any]) -> Gradients:
+                return [tape.new(before, width), tape.new(tokens_dims, width)]
+
+            x = tape.op([prompts, x], ("T", "h"), width, backward)
         return x
 
     def _backbone(self, *, masked: bool) -> Shaped:
@@ -689,6 +695,8 @@ class _Step:
             loss = self._loss(logits)
             held = logits if spec.loss_path == "hf" else None
             tape.casts.clear()
+            if held is None:
+                self.cache.clear()
             del hidden, logits
             tape.trace.begin("backward")
             tape.backward(loss)
@@ -700,6 +708,7 @@ class _Step:
         for weight in trained:
             weight.node.grad = None
         del held
+        self.cache.clear()
         tape.trace.begin("")
         tape.trace.name_open_blocks()
         tape.trace.repeat(start, {state.storage.index for state in states})
@@ -763,6 +772,7 @@ class _Step:
         tape.trace.begin("evaluate")
         logits = self._logits(self._backbone(masked=True), kept=True)
         tape.casts.clear()
+        self.cache.clear()
         tape.module = "loss"
         wide = tape.cast(logits, 4, "logits in 32 bits")
         logs = tape.new(("N", "V"), 4, term="log-softmax of the logits")

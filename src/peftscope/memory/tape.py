@@ -54,10 +54,10 @@ Backward = Callable[[list[Any], Sequence[Any]], Gradients]
 class _Leaf:
     """Where a trained parameter's gradient gathers: the sum over its uses waits until all of them have come."""
 
-    __slots__ = ("arrived", "grad", "name", "uses", "waiting")
+    __slots__ = ("arrived", "grad", "name", "uses", "variable", "waiting")
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, variable: Storage | None = None) -> None:
+        self.name, self.variable = name, variable
         self.uses = self.arrived = 0
         self.waiting: Shaped | None = None
         self.grad: Shaped | None = None
@@ -158,6 +158,10 @@ class Tape:
             tensor.node = _Leaf(name)
             self.trained.add(name)
         return tensor
+
+    def require_grad(self, x: Shaped) -> None:
+        """Makes a computed tensor a leaf of the tape: it lives, and so does its gradient, as long as the tape does."""
+        x.node = _Leaf(self.module, x.storage)
 
     def op(
         self,
@@ -293,7 +297,8 @@ class Tape:
         """Returns ``x`` in another precision, itself if it has it already."""
         if x.width == width:
             return x
-        return self.op([x], x.dims, width, term=term)
+        dims, before = x.dims, x.width
+        return self.op([x], dims, width, lambda *_: [self.new(dims, before)], term=term)
 
     def add(self, a: Shaped, b: Shaped) -> Shaped:
         """Returns the sum; its gradient passes to both without a copy."""
