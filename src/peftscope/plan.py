@@ -120,7 +120,7 @@ def check_runs(runs: dict[str, RunSpec], where: str) -> list[Problem]:
             problems += error.problems
             continue
         known = [layer.name for layer in shape.block] if shape else []
-        for module in spec.method.targets_of() if shape else []:
+        for module in spec.method.modules_named() if shape else []:
             if module not in known:
                 message = f"{spec.model} has no module of that name (got {module!r})"
                 problems.append(Problem(f"{where}: targets", message, close_match(module, known)))

@@ -211,14 +211,12 @@ def _check_model(model: Model, spec: RunSpec) -> None:
     if model.shape is None:
         return
     modules = [layer.name for layer in model.shape.block]
-    wanted = spec.method.targets_of()
-    explicit = not isinstance(getattr(spec.method, "targets", ""), str)
-    for target in wanted:
-        if explicit and target not in modules:
+    for target in spec.method.modules_named():
+        if target not in modules:
             raise InputError(Problem("targets", f"{model.name} has no `{target}`", close_match(target, modules)))
     rank = getattr(spec.method, "init_r", getattr(spec.method, "rank", None))
     if rank is not None:
-        smallest = min(min(la.inputs, la.outputs) for la in model.shape.block if la.name in wanted)
+        smallest = min(min(la.inputs, la.outputs) for la in model.shape.block if la.name in spec.method.targets_of())
         if rank > smallest:
             raise InputError(Problem("rank", f"{rank} is more than the smallest adapted width, {smallest}"))
 

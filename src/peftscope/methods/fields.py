@@ -116,6 +116,11 @@ class Method(BaseModel):
         targets = getattr(self, "targets", None)
         return target_modules(targets) if targets is not None else []
 
+    def modules_named(self) -> list[str]:
+        """Returns the module names that the spec lists itself, which a model must have; a preset takes what is there."""
+        targets = getattr(self, "targets", "")
+        return [] if isinstance(targets, str) else list(targets)
+
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Returns the number of values that require gradients when the run starts."""
         raise NotImplementedError
