@@ -15,7 +15,7 @@ help:
 	@echo "make report [EXPERIMENT=quick]   train, measure and write reports/EXPERIMENT/report.html"
 	@echo "make test                        the tests and the smoke pipeline"
 	@echo "make setup                       .venv with the locked dependencies and peftscope itself"
-	@echo "make publish EXPERIMENT=quick    copy a finished run's small files to where they are committed"
+	@echo "make publish EXPERIMENT=quick    copy a finished run's small files to where they are committed (or memory, gpu)"
 	@echo "make benchmark                   our training step against the HF Trainer"
 	@echo "make benchmark-memory            the memory calculator's speed, beside accelerate's estimate"
 	@echo "make agreement                   closed form against simulation, on random runs"

@@ -2,8 +2,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from snakemake.utils import min_version
+from snakemake.utils import Paramspace, min_version
 
+from peftscope.memory.grid import grid
 from peftscope.plan import load_plan
 from peftscope.spec import RUN_ID_PATTERN
 
@@ -14,6 +15,7 @@ shell.prefix(
 )
 
 PLAN = load_plan(config)
+GRID = Paramspace(grid())
 
 
 wildcard_constraints:
@@ -115,6 +117,13 @@ rule tables:
             category="Tables",
             labels={"table": "all runs"},
         ),
+        report(
+            "results/{experiment}/tables/predictions.html",
+            caption="src/peftscope/report/captions/predictions.rst",
+            category="Tables",
+            labels={"table": "predicted memory"},
+        ),
+        "results/{experiment}/tables/predictions.csv",
         "results/{experiment}/tables/methods.csv",
         "results/{experiment}/tables/methods.md",
         "results/{experiment}/tables/ladders.csv",
@@ -157,6 +166,12 @@ rule figures:
             category="Figures",
             labels={"figure": "loss curves"},
         ),
+        report(
+            "results/{experiment}/figures/prediction.png",
+            caption="src/peftscope/report/captions/prediction.rst",
+            category="Figures",
+            labels={"figure": "predicted against measured memory"},
+        ),
     log:
         "results/{experiment}/logs/figures.log",
     benchmark:
@@ -185,8 +200,63 @@ rule ladder:
         "python -m peftscope ladder {wildcards.experiment} {wildcards.field} > {log} 2>&1"
 
 
+# Memory needs no run: these rules follow from the code alone, once for all experiments.
+rule memory_curve:
+    input:
+        "src/peftscope/memory/agreement.json",
+    output:
+        f"results/memory/curves/{GRID.wildcard_pattern}.csv",
+    log:
+        f"results/memory/logs/curve-{GRID.wildcard_pattern}.log",
+    shell:
+        "python -m peftscope memory-curve {wildcards.method} {wildcards.axis} > {output} 2> {log}"
+
+
+rule memory_figures:
+    input:
+        curves=expand("results/memory/curves/{point}.csv", point=GRID.instance_patterns),
+        code="src/peftscope/report/memory.py",
+    output:
+        report(
+            "results/memory/grid.png",
+            caption="src/peftscope/report/captions/memory-grid.rst",
+            category="Memory",
+            labels={"figure": "over rank, length, batch and method"},
+        ),
+        report(
+            "results/memory/bars.png",
+            caption="src/peftscope/report/captions/memory-bars.rst",
+            category="Memory",
+            labels={"figure": "7B to 70B"},
+        ),
+    log:
+        "results/memory/logs/figures.log",
+    shell:
+        "python -m peftscope memory-figures {input.curves} > {log} 2>&1"
+
+
+rule memory_chapter:
+    input:
+        "src/peftscope/memory/chapter.py",
+        "src/peftscope/memory/simulate.py",
+    output:
+        report(
+            "results/memory/chapter.html",
+            caption="src/peftscope/report/captions/memory-chapter.rst",
+            category="Memory",
+            labels={"table": "an introduction's figures, simulated"},
+        ),
+        "results/memory/chapter.csv",
+    log:
+        "results/memory/logs/chapter.log",
+    shell:
+        "python -m peftscope memory-chapter > {log} 2>&1"
+
+
 rule report:
     input:
+        rules.memory_figures.output,
+        rules.memory_chapter.output,
         rules.tables.output,
         rules.figures.output,
         expand("results/{{experiment}}/figures/ladder-{field}.png", field=PLAN.ladders),

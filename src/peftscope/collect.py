@@ -73,6 +73,7 @@ def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
     for phase in ("load", "train", "evaluate"):
         row |= {f"{phase}_{name}": value for name, value in getattr(record.memory, phase)}
     row |= {name: value for name, value in record.memory if name.endswith("_bytes")}
+    row |= {f"predicted_{name}": value for name, value in record.memory.predicted}
     speed = record.speed
     row |= {name: value for name, value in speed}
     quality = record.quality

@@ -15,7 +15,7 @@ from peftscope.errors import InputError, Problem, close_match
 
 EXPERIMENTS = Path("experiments")
 DEFAULTS = EXPERIMENTS / "defaults.yaml"
-RESERVED_NAMES = ("published", "gpu", "single")
+RESERVED_NAMES = ("published", "gpu", "single", "memory")
 NAME_PATTERN = r"[a-z0-9][a-z0-9-]*"
 NOT_EXPERIMENTS = ("defaults", "models", "tasks", "claims")
 

@@ -40,6 +40,21 @@ class PhaseMemory(_Part):
     peak_resident_bytes: int | None = None
 
 
+class PredictedMemory(_Part):
+    """What the simulator said before the first step, in bytes; on CUDA with what kernels take inside.
+
+    Reserved and device memory are CUDA's. AdaLoRA is predicted before it prunes, which frees nothing.
+    """
+
+    forward_peak_tensor_bytes: int | None = None
+    backward_peak_tensor_bytes: int | None = None
+    optimizer_peak_tensor_bytes: int | None = None
+    train_peak_tensor_bytes: int | None = None
+    train_peak_reserved_bytes: int | None = None
+    train_peak_device_bytes: int | None = None
+    evaluate_peak_tensor_bytes: int | None = None
+
+
 class Memory(_Part):
     """Peaks by phase; initialisation counts as load. The three parts of a step are CPU-only (byte tracker)."""
 
@@ -49,6 +64,7 @@ class Memory(_Part):
     forward_peak_tensor_bytes: int | None = None
     backward_peak_tensor_bytes: int | None = None
     optimizer_peak_tensor_bytes: int | None = None
+    predicted: PredictedMemory = PredictedMemory()
 
 
 class Seconds(_Part):
@@ -60,6 +76,7 @@ class Seconds(_Part):
     importing: float = 0.0
     load: float = 0.0
     initialise: float = 0.0
+    predict: float = 0.0
     train: float = 0.0
     evaluate: float = 0.0
     probe: float = 0.0

@@ -99,11 +99,11 @@ def fit_methods(
     """
     for model in models:
         for method in methods:
-            yield _fit(model, {**_fitting(method, options), "method": method}, gpu, gpus)
+            yield _fit(model, options_of_method(method, options), gpu, gpus)
 
 
-def _fitting(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options that a method has; rank means AdaLoRA's initial rank, too."""
+def options_of_method(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of the options that a method has, and its name; rank means AdaLoRA's initial rank, too."""
     fields = METHODS[method].model_fields
     found = {k: v for k, v in options.items() if v is not None and (k not in METHOD_OPTIONS or k in fields)}
     if method == "adalora" and options.get("rank"):
@@ -111,7 +111,7 @@ def _fitting(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
         found["target_r"] = max(1, options["rank"] // 2)
     if not METHODS[method].supports_checkpointing:
         found.pop("checkpointing", None)
-    return found
+    return {**found, "method": method}
 
 
 def _fit(model: Model, options: dict[str, Any], gpu: Gpu, gpus: int) -> Fit:
@@ -166,7 +166,7 @@ def _advice(model: Model, options: Mapping[str, Any], gpu: Gpu, gpus: int) -> st
     for words, changes in ADVICE:
         method = changes.get("method", options["method"])
         try:
-            taken = _device_bytes(model, {**_fitting(method, options), **changes, "method": method}, gpu, gpus)
+            taken = _device_bytes(model, {**options_of_method(method, options), **changes}, gpu, gpus)
         except InputError:
             continue
         if taken <= gpu.memory_bytes:

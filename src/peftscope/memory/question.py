@@ -171,7 +171,7 @@ def ask(
     defaults = _defaults(model, given)
     values = {**defaults, **given, "eval_batch_size": given.get("eval_batch_size", given.get("batch_size", 1))}
     try:
-        spec = RunSpec(model=model.name, task="memory", device="cuda", learning_rate=1e-4, method=method, **values)  # type: ignore[arg-type]
+        spec = RunSpec(model=model.name, task="memory", device="cuda", learning_rate=1e-4, method=method, **values)
     except ValidationError as error:
         raise InputError(_problems(error)) from None
     _check_model(model, spec)
@@ -246,7 +246,8 @@ def _assumptions(
         + ("gradient checkpointing" if spec.checkpointing else "no gradient checkpointing"),
         f"evaluation with batch_size={spec.eval_batch_size}, without optimizer states",
         "reserved: two steps of that batch through a model of torch's caching allocator, without expandable segments",
-        f"cuBLAS workspace {(gpu.cublas_bytes if gpu else CUBLAS_BYTES) / MIB:.1f} MiB",
+        f"cuBLAS workspaces of {(gpu.cublas_bytes if gpu else CUBLAS_BYTES) / MIB:.1f} MiB, one for each pass",
+        "allocated: what tensors ask for, in multiples of 512 bytes; torch's count can be up to 1 MiB a block above it",
     ]
     if gpu is None or gpu.context_bytes is None:
         taken.append(

@@ -22,7 +22,7 @@ from peftscope.memory.question import Question
 from peftscope.memory.trace import Block, Trace
 from peftscope.memory.tracker import MemoryTracker, quantisation_tensors, tensors_of
 from peftscope.methods.fields import Quantization
-from peftscope.models.load import DTYPES, MASK_FREE_SDPA, training_attention
+from peftscope.models.load import DTYPES, MASK_FREE_SDPA, attention, training_attention
 from peftscope.spec import RunSpec
 from peftscope.training.build import apply_method
 from peftscope.training.probe import track_evaluation, track_steps
@@ -62,7 +62,8 @@ def simulate(
             return trace, None
         tracker = _tracker_of(model, owners, cublas_bytes)
         owners.outside = "loss"  # all that an evaluation computes outside of the model
-        track_evaluation(tracker, model, _fake_batch(evaluation_batch), on_cpu)
+        with attention(model, _on_cpu(spec.attention)):
+            track_evaluation(tracker, model, _fake_batch(evaluation_batch), on_cpu)
         tracker.trace.name_open_blocks()
         return trace, tracker.trace
 
@@ -120,9 +121,10 @@ def _tracker_of(model: torch.nn.Module, owners: _Owners, cublas_bytes: int) -> M
     """Returns a tracker that knows the model: frozen weights first, as they are loaded before an adapter is made."""
     on_cuda = cublas_bytes > 0
     tracker = MemoryTracker(owner_of_now=owners.now, workspace_of=_dequantised_bytes if on_cuda else lambda *_: 0)
-    if on_cuda:
-        tracker.trace.born(Block(cublas_bytes, "kernel workspace", term="cuBLAS workspace"))
     named = list(model.named_parameters())
+    if on_cuda:  # the backward pass has a thread of its own, with a handle and a workspace of its own
+        for _ in range(2 if any(parameter.requires_grad for _, parameter in named) else 1):
+            tracker.trace.born(Block(cublas_bytes, "kernel workspace", term="cuBLAS workspace"))
     adapts = not all(parameter.requires_grad for _, parameter in named)
     for name, parameter in sorted(named, key=lambda pair: pair[1].requires_grad):
         kind = "adapters" if adapts and parameter.requires_grad else "weights"
@@ -207,11 +209,10 @@ def _empty_model(spec: RunSpec, config: Any) -> tuple[Any, CausalLoss]:
 
 
 def _empty_base(spec: RunSpec, config: Any, quantization: Quantization | None) -> Any:
-    # On CUDA flash attention keeps the same tensors as the CPU's SDPA kernel without a mask: output and log-sum-exp.
-    attention = training_attention(spec)
-    attention = MASK_FREE_SDPA if attention == "flash_attention_2" else attention
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=DTYPES[spec.precision], attn_implementation=attention)
+        base = AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[spec.precision], attn_implementation=_on_cpu(training_attention(spec))
+        )
     base.config.use_cache = False
     if quantization:
         from bitsandbytes.nn import Linear4bit
@@ -233,6 +234,11 @@ def _empty_base(spec: RunSpec, config: Any, quantization: Quantization | None) -
                 setattr(parent, name.rpartition(".")[2], packed)
         base.is_loaded_in_4bit = True
     return base
+
+
+def _on_cpu(attention: str) -> str:
+    """Returns the CPU's stand-in: flash attention keeps what SDPA without a mask keeps, output and log-sum-exp."""
+    return MASK_FREE_SDPA if attention == "flash_attention_2" else attention
 
 
 def _fill_with_fakes(model: torch.nn.Module, quantization: Quantization | None) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from math import prod
 from typing import Any
 
@@ -80,18 +81,31 @@ class _Node:
 class _Frame:
     """A checkpointed block: its operations saved nothing, and running it again gives them what they need.
 
+    It lives, and the block's input with it, until the last operation that needs something saved is done.
+
     Attributes:
-        again: Runs the block again.
+        run: The block.
+        inputs: What it runs on.
         nodes: Its operations in their order; those that no gradient will reach are gone.
+        last: Place of the last operation that needs something saved: running again ends there.
         kept: While it runs again, what the operation at the same place saves.
     """
 
-    __slots__ = ("again", "kept", "nodes")
+    __slots__ = ("inputs", "kept", "last", "nodes", "run")
 
-    def __init__(self) -> None:
-        self.again: Callable[[], None] = lambda: None
+    def __init__(self, run: Callable[[Shaped], Shaped], inputs: Shaped) -> None:
+        self.run, self.inputs = run, inputs
         self.nodes: list[weakref.ref[_Node]] = []
+        self.last = -1
         self.kept: list[Sequence[Any]] = []
+
+
+class _EnoughError(Exception):
+    """Ends a second run when all that is needed was saved, as torch's ``_StopRecomputationError`` does."""
+
+
+def _needs_gradient(inputs: Sequence[Shaped]) -> bool:
+    return any(tensor.node is not None for tensor in inputs)
 
 
 def _count_uses(root: _Node) -> None:
@@ -182,6 +196,8 @@ class Tape:
             saves: What the backward pass needs, kept only if there will be one.
             term: What the output is called in an explanation.
         """
+        if self._again is not None and len(self._again.kept) == self._again.last and _needs_gradient(inputs):
+            self._keep(saves)
         output = self.new(dims, width, term=term)
         self.record(inputs, [output], backward, saves)
         return output
@@ -208,41 +224,50 @@ class Tape:
 
         node = _Node(self._order, self.module, edges, backward, len(outputs))
         if self._again is not None:
-            wanted = self._again.nodes[len(self._again.kept)]() is not None
-            self._again.kept.append(saves if wanted else ())
+            self._keep(saves)
             node.saved = saves
         elif self._frame is not None:
-            node.frame = self._frame
+            if any(tensor is not None for tensor in saves):
+                node.frame, self._frame.last = self._frame, len(self._frame.nodes)
             self._frame.nodes.append(weakref.ref(node))
         else:
             node.saved = saves
         for slot, output in enumerate(outputs):
             output.node, output.slot = node, slot
 
+    def _keep(self, saves: Sequence[Any]) -> None:
+        """Gives what is saved in a second run to the operation at the same place of the first.
+
+        Raises:
+            _EnoughError: It was the last one that needs anything.
+        """
+        frame = self._again
+        assert frame is not None
+        place = len(frame.kept)
+        frame.kept.append(saves if frame.nodes[place]() is not None else ())
+        if place == frame.last:
+            raise _EnoughError
+
     def checkpoint(self, run: Callable[[Shaped], Shaped], inputs: Shaped) -> Shaped:
         """Returns ``run(inputs)`` without keeping what its operations save; the backward pass runs it again."""
-
-        frame = _Frame()
-
-        def again() -> None:
-            before = self.module, self._kind, self._order
-            self._again, self._kind = frame, "saved activations"
-            run(inputs)
-            self._again = None
-            self.casts.clear()
-            self.module, self._kind, self._order = before
-            for reference, saves in zip(frame.nodes, frame.kept, strict=True):
-                node = reference()
-                if node is not None:
-                    node.saved, node.frame = saves, None
-            frame.nodes, frame.kept = [], []
-            frame.again = lambda: None  # it held the input, and itself
-
-        frame.again = again
-        self._frame = frame
+        self._frame = _Frame(run, inputs)
         output = run(inputs)
         self._frame = None
         return output
+
+    def _run_again(self, frame: _Frame) -> None:
+        before = self.module, self._kind, self._order
+        self._again, self._kind = frame, "saved activations"
+        with suppress(_EnoughError):
+            frame.run(frame.inputs)
+        self._again = None
+        self.casts.clear()
+        self.module, self._kind, self._order = before
+        for reference, saves in zip(frame.nodes, frame.kept, strict=False):
+            node = reference()
+            if node is not None:
+                node.saved = saves
+        frame.nodes, frame.kept = [], []
 
     def backward(self, loss: Shaped) -> None:
         """Runs the backward pass of a scalar; parameters end up with their gradients."""
@@ -256,10 +281,10 @@ class Tape:
             node = heapq.heappop(ready)
             grads = pending.pop(node)
             self.module = node.module
-            if node.frame is not None:
-                node.frame.again()
+            if node.frame is not None and node.frame.nodes:
+                self._run_again(node.frame)
             results = node.backward(grads, node.saved)
-            node.saved, node.backward = (), None  # type: ignore[assignment]
+            node.saved, node.backward, node.frame = (), None, None
             del grads
             for edge, grad in zip(node.edges, results, strict=True):
                 if edge is None:

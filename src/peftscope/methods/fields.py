@@ -117,7 +117,7 @@ class Method(BaseModel):
         return target_modules(targets) if targets is not None else []
 
     def modules_named(self) -> list[str]:
-        """Returns the module names that the spec lists itself, which a model must have; a preset takes what is there."""
+        """Returns the module names that the spec lists itself; a model must have them, a preset takes what is there."""
         targets = getattr(self, "targets", "")
         return [] if isinstance(targets, str) else list(targets)
 

@@ -14,10 +14,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from peftscope.collect import read_runs, results_folder
 from peftscope.estimate import spoken
 from peftscope.experiment import experiment_path, read_experiment
+from peftscope.memory.grid import CENTRE, MODEL
+from peftscope.report.memory import FOLDER as MEMORY_FOLDER
 from peftscope.report.sentences import sentence
 from peftscope.stats import CONFIDENCE
 
-FIXED_FIGURES = ("pareto", "memory", "throughput", "losses")
+FIXED_FIGURES = ("pareto", "memory", "throughput", "losses", "prediction")
 
 
 def report_path(experiment: str) -> Path:
@@ -48,6 +50,8 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
         figures=figures,
         methods_table=(folder / "tables" / "methods.html").read_text(),
         runs_table=(folder / "tables" / "runs.html").read_text(),
+        predictions_table=(folder / "tables" / "predictions.html").read_text(),
+        memory=_memory_pages(),
         endings=_endings(runs),
         facts=_facts(runs),
         warnings=_warnings(runs),
@@ -57,6 +61,19 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html)
     return path
+
+
+def _memory_pages() -> dict[str, str] | None:
+    """Returns what needs no run, None before the workflow has made it."""
+    if not all((MEMORY_FOLDER / name).is_file() for name in ("bars.png", "grid.png", "chapter.html")):
+        return None
+    return {
+        "bars": _embedded(MEMORY_FOLDER / "bars.png"),
+        "grid": _embedded(MEMORY_FOLDER / "grid.png"),
+        "chapter": (MEMORY_FOLDER / "chapter.html").read_text(),
+        "centre": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in CENTRE.items()),
+        "model": MODEL,
+    }
 
 
 def _embedded(path: Path) -> str:

@@ -14,7 +14,7 @@ import seaborn as sns
 
 from peftscope.collect import read_runs, results_folder
 from peftscope.methods import METHODS
-from peftscope.report.tables import MIB, ladder_summary, method_summary, variants
+from peftscope.report.tables import MIB, ladder_summary, method_summary, predictions, variants
 
 PHASES = {"load": "load and initialise", "train": "train", "evaluate": "evaluate"}
 LABELS = {
@@ -24,10 +24,15 @@ LABELS = {
 }
 
 
+def method_colours() -> dict[str, tuple[float, float, float]]:
+    """Returns each method's own colour, by its label."""
+    labels = [cls.label for cls in METHODS.values()]
+    return dict(zip(labels, [*sns.color_palette("colorblind"), *sns.color_palette("dark")], strict=False))
+
+
 def palette(runs: pd.DataFrame) -> dict[str, tuple[float, float, float]]:
     """Returns a colour for each variant in ``runs``: the method's own, the same in every figure, where it is alone."""
-    labels = [cls.label for cls in METHODS.values()]
-    own = dict(zip(labels, [*sns.color_palette("colorblind"), *sns.color_palette("dark")], strict=False))
+    own = method_colours()
     names = list(dict.fromkeys(runs["variant"]))
     if len(names) == runs["label"].nunique():
         return {name: own[str(label)] for name, label in zip(runs["variant"], runs["label"], strict=True)}
@@ -43,6 +48,7 @@ def write_figures(experiment: str) -> None:
     _draw(folder / "memory.png", lambda axes: draw_memory(axes, runs))
     _draw(folder / "throughput.png", lambda axes: draw_throughput(axes, runs))
     _draw(folder / "losses.png", lambda axes: draw_losses(axes, runs, losses))
+    _draw(folder / "prediction.png", lambda axes: draw_prediction(axes, runs))
 
 
 def write_ladder(experiment: str, field: str) -> None:
@@ -53,11 +59,16 @@ def write_ladder(experiment: str, field: str) -> None:
 
 def _draw(path: Path, draw: Callable[[plt.Axes], None]) -> None:
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     draw(axes)
     if not axes.has_data():
         axes.text(0.5, 0.5, "no finished run to show", ha="center", va="center", transform=axes.transAxes)
+    save(figure, path)
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    """Writes a figure as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     # No software version in the file: the same data give the same bytes.
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)
@@ -168,6 +179,39 @@ def draw_losses(axes: plt.Axes, runs: pd.DataFrame, losses: pd.DataFrame) -> Non
     axes.set(yscale="log", xlabel="step", ylabel="training NLL (nats per response token)", title="Loss curves")
     _plain_ticks(axes.yaxis)
     axes.legend(title="", fontsize=8)
+
+
+def draw_prediction(axes: plt.Axes, runs: pd.DataFrame) -> None:
+    """Draws measured against predicted peaks, one point a run and peak; on the line they are equal."""
+    found = predictions(runs)
+    # On a CPU the peak of training is one of those of its phases.
+    found = found[(found["device"] != "cpu") | (found["peak"] != "training")]
+    if found.empty:
+        return
+    found = found.assign(predicted=found["predicted_bytes"] / MIB, measured=found["measured_bytes"] / MIB)
+    sns.scatterplot(
+        found,
+        x="predicted",
+        y="measured",
+        hue="label",
+        style="peak",
+        palette=method_colours() | {str(n): "0.4" for n in found["label"] if n not in method_colours()},
+        s=55,
+        alpha=0.7,
+        ax=axes,
+    )
+    ends = [0.8 * found["predicted"].min(), 1.25 * found["predicted"].max()]
+    axes.plot(ends, ends, color="0.4", linewidth=0.9, zorder=0)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="predicted peak (MiB)",
+        ylabel="measured peak (MiB)",
+        title="Memory foretold",
+    )
+    for axis in (axes.xaxis, axes.yaxis):
+        _plain_ticks(axis)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _plain_ticks(axis: mpl.axis.Axis) -> None:

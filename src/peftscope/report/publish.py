@@ -20,6 +20,31 @@ PUBLISHED_RESULTS = Path("results/published")
 PUBLISHED_REPORTS = Path("reports/published")
 LARGEST_BYTES = 5_000_000
 README = Path("README.md")
+OF_NO_EXPERIMENT = {"memory": "make report", "gpu": "make gpu-check"}
+"""Folders of results that belong to no experiment, and what makes them."""
+
+
+def publish(name: str) -> list[Path]:
+    """Publishes an experiment, or the results of none: those of ``memory``, and of the ``gpu`` check.
+
+    Raises:
+        InputError: There is nothing to publish yet, or a file is too large to commit.
+    """
+    return publish_folder(name) if name in OF_NO_EXPERIMENT else publish_experiment(name)
+
+
+def publish_folder(name: str) -> list[Path]:
+    """Copies the tables and figures of a folder of results to where they are committed, and returns that folder.
+
+    Raises:
+        InputError: There are none yet, or one is too large to commit.
+    """
+    source, target = Path("results") / name, PUBLISHED_RESULTS / name
+    wanted = [path for path in sorted(source.rglob("*")) if path.suffix in (".csv", ".json", ".png")]
+    if not wanted:
+        raise InputError(Problem(str(source), "nothing to publish yet", f"run {OF_NO_EXPERIMENT[name]}"))
+    _copy(wanted, source, target)
+    return [target]
 
 
 def publish_experiment(experiment: str) -> list[Path]:
@@ -43,20 +68,23 @@ def publish_experiment(experiment: str) -> list[Path]:
     ]
     for run in read_runs(experiment)["run_id"]:
         wanted += [source / "runs" / run / name for name in ("record.json", "items.jsonl")]
-    large = [path for path in [*wanted, page] if path.stat().st_size > LARGEST_BYTES]
-    if large:
-        raise InputError(Problem(str(path), f"over {LARGEST_BYTES} bytes, too large to commit") for path in large)
     results, report = PUBLISHED_RESULTS / experiment, PUBLISHED_REPORTS / experiment
-    for folder in (results, report):
-        shutil.rmtree(folder, ignore_errors=True)
-    for path in wanted:
-        target = results / path.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-    report.mkdir(parents=True)
-    shutil.copyfile(page, report / page.name)
+    _copy([page], page.parent, report)
+    _copy(wanted, source, results)
     _update_readme(experiment, results)
     return [results, report]
+
+
+def _copy(paths: list[Path], source: Path, target: Path) -> None:
+    """Puts files of one folder into another, in place of what was there."""
+    large = [path for path in paths if path.stat().st_size > LARGEST_BYTES]
+    if large:
+        raise InputError(Problem(str(path), f"over {LARGEST_BYTES} bytes, too large to commit") for path in large)
+    shutil.rmtree(target, ignore_errors=True)
+    for path in paths:
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def _update_readme(experiment: str, results: Path) -> None:

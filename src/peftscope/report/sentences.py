@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
-from peftscope.report.tables import MIB, ladder_summary, method_summary, variants
+from peftscope.report.tables import MIB, ladder_summary, method_summary, predictions, variants
 from peftscope.stats import CONFIDENCE
 
 NOTHING = "No finished run to show yet."
@@ -41,6 +41,11 @@ LADDER = (
     "{% if n == one %}One seed a rung (n = {{ n }}): no interval, no verdict."
     "{% else %}n = {{ n }} seeds a rung.{% endif %}"
 )
+PREDICTION = (
+    "Before the first step of each run the simulator said what it would take, from shapes alone; after it, that was "
+    "measured. Over {{ runs }} runs the peaks of training were {{ mean }} % off in the mean and {{ worst }} % at worst "
+    "({{ worst_run }}); on the line, prediction and measurement are equal."
+)
 SEEDS_NEEDED = 6
 """Below six seeds an exact paired sign-flip test cannot reach p < 0.05 (two-sided: 2 / 2^n)."""
 
@@ -48,7 +53,7 @@ _jinja = Environment(undefined=StrictUndefined, autoescape=False)
 
 
 def sentence(figure: str, runs: pd.DataFrame, losses: pd.DataFrame) -> str:
-    """Returns the sentence for ``pareto``, ``memory``, ``throughput``, ``losses`` or ``ladder-FIELD``."""
+    """Returns the sentence for a figure: its name in ``_FIGURES``, or ``ladder-FIELD``."""
     if figure.startswith("ladder-"):
         template, facts = LADDER, ladder_facts(runs, figure.removeprefix("ladder-"))
     else:
@@ -115,6 +120,21 @@ def losses_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | N
     }
 
 
+def prediction_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
+    """Returns the errors of predicted training peaks, in percent."""
+    found = predictions(runs)
+    training = found[found["peak"] == "training"]
+    if training.empty:
+        return None
+    errors = training["error_percent"].abs()
+    return {
+        "runs": len(training),
+        "mean": f"{errors.mean():.3f}",
+        "worst": f"{errors.max():.3f}",
+        "worst_run": training.loc[errors.idxmax(), "label"],
+    }
+
+
 def ladder_facts(runs: pd.DataFrame, field: str) -> dict[str, Any] | None:
     """Returns the best and the worst rung of a ladder."""
     ladder = ladder_summary(runs)
@@ -139,6 +159,7 @@ _FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame, pd.DataFrame], dict[str, 
     "memory": (MEMORY, memory_facts),
     "throughput": (THROUGHPUT, throughput_facts),
     "losses": (LOSSES, losses_facts),
+    "prediction": (PREDICTION, prediction_facts),
 }
 
 

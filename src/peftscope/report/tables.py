@@ -31,6 +31,16 @@ FACTS: dict[str, str] = {
     "adapter_bytes": "adapter_bytes",
 }
 """Columns of which the median over seeds is shown."""
+PREDICTED: dict[str, str] = {
+    "forward": "forward_peak_tensor_bytes",
+    "backward": "backward_peak_tensor_bytes",
+    "optimizer": "optimizer_peak_tensor_bytes",
+    "training": "train_peak_tensor_bytes",
+    "evaluation": "evaluate_peak_tensor_bytes",
+    "training, reserved": "train_peak_reserved_bytes",
+    "training, device": "train_peak_device_bytes",
+}
+"""Peaks that were both predicted and measured; the prediction's column has ``predicted_`` before it."""
 
 
 def summarise(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
@@ -91,8 +101,35 @@ def ladder_summary(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["label", "ladder", "field", "value"])
 
 
+def predictions(runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns one row a run and peak: ``predicted_bytes``, ``measured_bytes`` and ``error_percent`` between them.
+
+    CUDA's evaluation is left out: its measured peak covers generation as well, its prediction one held-out batch.
+    """
+    parts = []
+    for name, column in PREDICTED.items():
+        both = runs[["run_id", "label", "method", "device", f"predicted_{column}", column]]
+        both = both.set_axis(["run_id", "label", "method", "device", "predicted_bytes", "measured_bytes"], axis=1)
+        parts.append(both.assign(peak=name))
+    found = pd.concat(parts, ignore_index=True).dropna(subset=["predicted_bytes", "measured_bytes"])
+    found = found[~((found["device"] == "cuda") & (found["peak"] == "evaluation"))]
+    return found.assign(error_percent=100 * (found["predicted_bytes"] / found["measured_bytes"] - 1))
+
+
+def readable_predictions(found: pd.DataFrame) -> pd.DataFrame:
+    """Returns the mean and the worst absolute error of each method's predictions, in percent."""
+    rows = []
+    for label, group in found.groupby("label", sort=False):
+        row: dict[str, Any] = {"method": label, "runs": f"{group['run_id'].nunique()}"}
+        for peak in [name for name in PREDICTED if (found["peak"] == name).any()]:
+            errors = group.loc[group["peak"] == peak, "error_percent"].abs()
+            row[f"{peak} (%)"] = f"{errors.mean():.3f}, worst {errors.max():.3f}" if len(errors) else "-"
+        rows.append(row)
+    return pd.DataFrame(rows, columns=None if rows else ["method"])
+
+
 def write_tables(experiment: str) -> None:
-    """Writes methods (csv, md, html), ladders (csv) and runs (html) of an experiment."""
+    """Writes methods (csv, md, html), ladders (csv), runs (html) and predictions (csv, html) of an experiment."""
     runs = read_runs(experiment)
     folder = results_folder(experiment) / "tables"
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,8 +138,11 @@ def write_tables(experiment: str) -> None:
     ladder_summary(runs).to_csv(folder / "ladders.csv", index=False)
     shown = readable_methods(methods)
     (folder / "methods.md").write_text(markdown(shown))
-    for name, frame in (("methods", shown), ("runs", readable_runs(runs))):
-        (folder / f"{name}.html").write_text(_html(frame))
+    found = predictions(runs)
+    found.to_csv(folder / "predictions.csv", index=False)
+    pages = {"methods": shown, "runs": readable_runs(runs), "predictions": readable_predictions(found)}
+    for name, frame in pages.items():
+        (folder / f"{name}.html").write_text(html(frame))
 
 
 def readable_methods(methods: pd.DataFrame) -> pd.DataFrame:
@@ -158,7 +198,8 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _html(frame: pd.DataFrame) -> str:
+def html(frame: pd.DataFrame) -> str:
+    """Returns a frame of text as an HTML table."""
     table = GT(frame).cols_align("right", columns=list(frame.columns)[1:])
     table = table.cols_label({column: md(column) for column in frame.columns})
     return str(table.tab_options(table_font_size="13px", data_row_padding="4px").as_raw_html())

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from peftscope.data.batching import Batch, Example, collate
+from peftscope.data.batching import Batch
 from peftscope.evaluation.heldout import heldout_losses
 from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.spec import RunSpec
@@ -56,9 +56,8 @@ def track_steps(
             begin("")
 
 
-def probe_evaluation(model: Any, examples: Sequence[Example], spec: RunSpec, pad_token_id: int) -> int:
-    """Returns the peak of live tensor bytes over the held-out batch with the longest sequence."""
-    batch = collate(widest(examples, spec.eval_batch_size), pad_token_id)
+def probe_evaluation(model: Any, batch: Batch, spec: RunSpec) -> int:
+    """Returns the peak of live tensor bytes over a held-out batch."""
     tracker = MemoryTracker(tensors_of(model))
     track_evaluation(tracker, model, batch, spec)
     return tracker.peak_bytes
@@ -73,9 +72,3 @@ def track_evaluation(tracker: MemoryTracker, model: Any, batch: Batch, spec: Run
         tracker.trace.begin("evaluate")
         heldout_losses(model, batch, spec)
         tracker.trace.begin("")
-
-
-def widest(examples: Sequence[Example], batch_size: int) -> Sequence[Example]:
-    """Returns the evaluation batch with the longest sequence."""
-    batches = [examples[first : first + batch_size] for first in range(0, len(examples), batch_size)]
-    return max(batches, key=lambda batch: max(len(example.tokens) for example in batch))

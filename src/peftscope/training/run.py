@@ -10,14 +10,15 @@ import json
 import shutil
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from peftscope.data.batching import Batch, tokenise, training_batches
+from peftscope.data.batching import Batch, Example, evaluation_batches, tokenise, training_batches
 from peftscope.data.tasks import read_split
 from peftscope.evaluation.heldout import heldout_nll, mean_nll
 from peftscope.evaluation.retention import bits_per_byte
@@ -29,6 +30,7 @@ from peftscope.spec import RunSpec, run_id
 from peftscope.training.build import build_model, seed_everything
 from peftscope.training.loop import Diverged, TrainingLog, check_loss, train
 from peftscope.training.phases import Phases
+from peftscope.training.predict import predict
 from peftscope.training.probe import probe_evaluation, probe_training
 from peftscope.training.provenance import provenance
 
@@ -98,16 +100,17 @@ def _run(spec: RunSpec, folder: Path, record: RunRecord, log: TrainingLog, phase
             return bits_per_byte(model, tokenizer, spec) if spec.retention_tokens else None
 
     record.quality.retention_bits_per_byte_before = evaluate_retention()
-    seen = _Seen()
+    with phases.phase("predict"):
+        batches = islice(_batches(training, spec, pad), spec.steps * spec.gradient_accumulation)
+        widest = _widest(batches) if spec.method.trains else None
+        widest_heldout = _widest(evaluation_batches(heldout, batch_size=spec.eval_batch_size, pad_token_id=pad))
+        phases.memory.predicted = predict(spec, widest, widest_heldout)
     if spec.method.trains:
+        digest = hashlib.sha256()
         with phases.phase("train"):
             seed_everything(spec.seed)
-            pack_to = spec.seq_len if spec.packing else None
-            batches = training_batches(
-                training, seed=spec.seed, batch_size=spec.batch_size, pad_token_id=pad, pack_to=pack_to
-            )
-            train(model, seen.watch(batches), spec, loss_function, vocab_size, log)
-        record.train_batches_sha256 = seen.digest.hexdigest()
+            train(model, _digested(_batches(training, spec, pad), digest), spec, loss_function, vocab_size, log)
+        record.train_batches_sha256 = digest.hexdigest()
     record.method_metrics = spec.method.metrics(model)
     with phases.phase("evaluate"):
         model.eval()
@@ -126,30 +129,33 @@ def _run(spec: RunSpec, folder: Path, record: RunRecord, log: TrainingLog, phase
     if spec.device == "cpu" and spec.probe_steps:
         with phases.phase("probe"):
             with attention(model, spec.attention):
-                phases.memory.evaluate.peak_tensor_bytes = probe_evaluation(model, heldout, spec, pad)
+                phases.memory.evaluate.peak_tensor_bytes = probe_evaluation(model, widest_heldout, spec)
             if spec.method.trains:
-                assert seen.widest is not None
-                peaks = probe_training(model, seen.widest, spec, loss_function)
+                assert widest is not None
+                peaks = probe_training(model, widest, spec, loss_function)
                 phases.memory.train.peak_tensor_bytes = max(peaks.values())
                 phases.memory.forward_peak_tensor_bytes = peaks["forward"]
                 phases.memory.backward_peak_tensor_bytes = peaks["backward"]
                 phases.memory.optimizer_peak_tensor_bytes = peaks["optimizer"]
 
 
-class _Seen:
-    """Watches the training batches: a digest of their tokens in order, and the widest one for the probe."""
+def _batches(examples: Sequence[Example], spec: RunSpec, pad_token_id: int) -> Iterator[Batch]:
+    pack_to = spec.seq_len if spec.packing else None
+    return training_batches(
+        examples, seed=spec.seed, batch_size=spec.batch_size, pad_token_id=pad_token_id, pack_to=pack_to
+    )
 
-    def __init__(self) -> None:
-        self.digest = hashlib.sha256()
-        self.widest: Batch | None = None
 
-    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yields the batches."""
-        for batch in batches:
-            self.digest.update(batch.input_ids.numpy().tobytes())
-            if self.widest is None or batch.input_ids.shape[1] > self.widest.input_ids.shape[1]:
-                self.widest = batch
-            yield batch
+def _widest(batches: Iterator[Batch]) -> Batch:
+    """Returns the first of the batches with the longest sequence."""
+    return max(batches, key=lambda batch: batch.input_ids.shape[1])
+
+
+def _digested(batches: Iterator[Batch], digest: hashlib._Hash) -> Iterator[Batch]:
+    """Yields the batches; the digest is that of their tokens in order."""
+    for batch in batches:
+        digest.update(batch.input_ids.numpy().tobytes())
+        yield batch
 
 
 @contextmanager
@@ -232,6 +238,10 @@ def _unavailable(record: RunRecord) -> dict[str, str]:
     for phase in ("forward", "backward", "optimizer"):
         if getattr(record.memory, f"{phase}_peak_tensor_bytes") is None:
             reasons[f"memory.{phase}_peak_tensor_bytes"] = _why_missing(record, "train") if cpu else "CPU only"
+    for field, value in record.memory.predicted:
+        if value is None:
+            cuda_only = cpu and field.endswith(("reserved_bytes", "device_bytes"))
+            reasons[f"memory.predicted.{field}"] = "CUDA only" if cuda_only else _why_missing(record, "train")
     for part in ("speed", "quality", "size"):
         for field, value in getattr(record, part):
             if value is None:

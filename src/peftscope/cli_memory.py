@@ -1,0 +1,182 @@
+"""``peftscope memory`` and ``peftscope fit``: what a run takes, and what fits on a card."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+
+from peftscope.errors import InputError, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from peftscope.memory.answer import Answer
+    from peftscope.memory.question import Question
+
+app = typer.Typer()
+
+T = TypeVar("T")
+
+MemoryModel = Annotated[
+    str, typer.Argument(help="A preset (llama-2-7b, qwen2.5-0.5b, ...), a config.json, or a hub id.")
+]
+Rank = Annotated[int | None, typer.Option(help="Of the adapter.")]
+Targets = Annotated[str | None, typer.Option(help="minimal, attention, mlp, all-linear, or modules with commas.")]
+BatchSize = Annotated[int | None, typer.Option(help="Sequences a forward pass; default 1.")]
+SequenceLength = Annotated[int | None, typer.Option(help="Tokens of the longest batch's sequences; default 512.")]
+Precision = Annotated[str | None, typer.Option(help="bf16 (default), fp32, or amp: fp32 weights under autocast.")]
+Optimizer = Annotated[str | None, typer.Option(help="adamw (default), sgd, adamw_8bit, paged_adamw, paged_adamw_8bit.")]
+LossPath = Annotated[str | None, typer.Option(help="hf (default): logits everywhere; response_only.")]
+Attention = Annotated[str | None, typer.Option(help="sdpa (default), eager, flash_attention_2.")]
+Checkpointing = Annotated[
+    bool | None, typer.Option("--checkpointing/--no-checkpointing", help="Recompute activations.")
+]
+Packing = Annotated[bool | None, typer.Option("--packed/--padded", help="Several examples a sequence, or one.")]
+Gpus = Annotated[int, typer.Option(help="Shard weights, gradients and states over so many cards.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs; the keys are stable.")]
+
+
+@app.command("memory")
+def memory_command(
+    context: typer.Context,
+    model: MemoryModel,
+    method: Annotated[str, typer.Option(help="full, lora, qlora, dora, adalora, loftq, ...")] = "lora",
+    rank: Rank = None,
+    alpha: Annotated[float | None, typer.Option(help="Changes nothing in memory.")] = None,
+    init_r: Annotated[int | None, typer.Option(help="AdaLoRA's initial rank.")] = None,
+    target_r: Annotated[int | None, typer.Option(help="AdaLoRA's final mean rank.")] = None,
+    targets: Targets = None,
+    virtual_tokens: Annotated[int | None, typer.Option(help="Of prompt and prefix tuning.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="On the input of A.")] = None,
+    adapter_dtype: Annotated[str | None, typer.Option(help="fp32 (PEFT's default) or base.")] = None,
+    batch_size: BatchSize = None,
+    seq_len: SequenceLength = None,
+    gradient_accumulation: Annotated[int | None, typer.Option(help="Forward passes a step.")] = None,
+    precision: Precision = None,
+    optimizer: Optimizer = None,
+    optimizer_implementation: Annotated[str | None, typer.Option(help="foreach, fused or single.")] = None,
+    loss_path: LossPath = None,
+    response_len: Annotated[
+        int | None, typer.Option(help="Positions with a loss, for response_only; default half of --seq-len.")
+    ] = None,
+    attention: Attention = None,
+    checkpointing: Checkpointing = None,
+    packing: Packing = None,
+    eval_batch_size: Annotated[int | None, typer.Option(help="Default --batch-size.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="For its CUDA context: rtx4090, a100, ..., or 24GiB.")] = None,
+    gpus: Gpus = 1,
+    simulate: Annotated[bool, typer.Option("--simulate", help="Run the step itself on tensors without data.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Every term with its formula and source.")] = False,
+    depth: Annotated[int, typer.Option(help="Levels of the tree of modules.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a training run takes on a card, without one: allocated, reserved and device memory."""
+    from peftscope.memory.answer import answer_by_formula
+    from peftscope.memory.hardware import find_gpu
+    from peftscope.memory.question import ask, find_model
+
+    question = ask(
+        find_model(model),
+        _run_options(context),
+        responses=response_len,
+        gpu=find_gpu(gpu) if gpu else None,
+        gpus=gpus,
+    )
+    answer = _simulated(question) if simulate else answer_by_formula(question)
+    if as_json:
+        print(json.dumps(answer.to_json(), indent=2, ensure_ascii=False))
+        return
+    from peftscope.memory.show import show_answer
+
+    show_answer(answer, _wide_console(), explain=explain, depth=depth)
+
+
+@app.command()
+def fit(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="A preset, a config.json, or a hub id.")] = None,
+    gpu: Annotated[str, typer.Option(help="rtx4090, a100, ..., or its memory, as in 24GiB.")] = ...,  # type: ignore[assignment]
+    models: Annotated[str | None, typer.Option(help="Several models, separated by commas.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Only these methods, separated by commas.")] = None,
+    rank: Rank = None,
+    targets: Targets = None,
+    batch_size: BatchSize = None,
+    seq_len: SequenceLength = None,
+    precision: Precision = None,
+    optimizer: Optimizer = None,
+    loss_path: LossPath = None,
+    attention: Attention = None,
+    checkpointing: Checkpointing = None,
+    packing: Packing = None,
+    gpus: Gpus = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Say which methods fit on a card, with what is left, the largest sizes, and what to do where nothing fits."""
+    from peftscope.memory.fit import fit_methods, known_methods
+    from peftscope.memory.hardware import find_gpu
+    from peftscope.memory.question import find_model
+
+    names = [name.strip() for name in (models or model or "").split(",") if name.strip()]
+    if not names:
+        raise InputError(Problem("model", "none given", "peftscope fit --gpu 24GiB llama-2-7b"))
+    card, chosen = find_gpu(gpu), known_methods(methods)
+    found = [find_model(name) for name in names]
+    fits = []
+    for one in with_progress(
+        fit_methods(found, chosen, _run_options(context), card, gpus), len(found) * len(chosen), "fitting"
+    ):
+        fits.append(one)
+    if as_json:
+        print(json.dumps([one.to_json() for one in fits], indent=2, ensure_ascii=False))
+        return
+    from peftscope.memory.show import show_fits
+
+    show_fits(fits, card, _wide_console())
+
+
+def _run_options(context: typer.Context) -> dict[str, Any]:
+    """Returns the options of a command that are fields of a run or of its method."""
+    from peftscope.memory.question import METHOD_OPTIONS
+    from peftscope.spec import RunSpec
+
+    known = {*METHOD_OPTIONS, *RunSpec.model_fields} - {"model"}
+    options = {name: value for name, value in context.params.items() if name in known}
+    targets = options.get("targets")
+    if targets:
+        names = [name.strip() for name in targets.split(",") if name.strip()]
+        options["targets"] = names[0] if len(names) == 1 and "_" not in names[0] else names
+    return options
+
+
+def quiet_libraries() -> None:
+    """Silences what libraries say about their own next versions: it is nothing to the person who asks."""
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _simulated(question: Question) -> Answer:
+    quiet_libraries()
+    with Console(stderr=True).status("simulating two training steps, some seconds"):
+        from peftscope.memory.simulate import answer_by_simulation
+
+        return answer_by_simulation(question)
+
+
+def with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """Yields the items, with a bar and the time that is left."""
+    from rich.progress import track
+
+    yield from track(items, description=what, total=total, console=Console(stderr=True), transient=True)
+
+
+def _wide_console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)

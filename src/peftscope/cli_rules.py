@@ -1,0 +1,125 @@
+"""The commands that the Snakefile's rules run; hidden, for they make sense in that order only."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftscope.errors import InputError, Problem
+
+app = typer.Typer()
+
+ExperimentName = Annotated[str, typer.Argument(help="The name of a file in experiments/, without .yaml.")]
+
+
+@app.command(hidden=True)
+def collect(experiment: ExperimentName) -> None:
+    """Write runs.csv and losses.csv from the records."""
+    from peftscope.collect import collect_experiment
+    from peftscope.plan import plan_experiment
+
+    collect_experiment(plan_experiment(experiment).sweep)
+
+
+@app.command(hidden=True)
+def tables(experiment: ExperimentName) -> None:
+    """Write the tables from runs.csv."""
+    from peftscope.report.tables import write_tables
+
+    write_tables(experiment)
+
+
+@app.command(hidden=True)
+def figures(experiment: ExperimentName) -> None:
+    """Draw the figures from runs.csv, the ladders apart."""
+    from peftscope.report.plots import write_figures
+
+    write_figures(experiment)
+
+
+@app.command(hidden=True)
+def ladder(experiment: ExperimentName, field: Annotated[str, typer.Argument(help="The field that varies.")]) -> None:
+    """Draw one ladder from runs.csv."""
+    from peftscope.report.plots import write_ladder
+
+    write_ladder(experiment, field)
+
+
+@app.command(hidden=True)
+def page(experiment: ExperimentName) -> None:
+    """Write report.html from tables and figures."""
+    from peftscope.plan import plan_experiment
+    from peftscope.report.page import write_report
+
+    print(write_report(experiment, plan_experiment(experiment).ladders))
+
+
+@app.command(hidden=True)
+def check(experiment: ExperimentName) -> None:
+    """Fail if a run failed: the last rule, after the report."""
+    from peftscope.collect import read_runs
+
+    runs = read_runs(experiment)
+    failed = runs[runs["status"].isin(["failed", "interrupted", "missing"])]
+    if len(failed):
+        raise InputError(
+            Problem(
+                f"results/{experiment}/runs/{row.run_id}",
+                f"{row.status}: {row.reason}",
+                "see its train.log; remove its record.json to try again",
+            )
+            for row in failed.itertuples()
+        )
+
+
+@app.command("publish", hidden=True)
+def publish_command(name: Annotated[str, typer.Argument(help="An experiment, memory, or gpu.")]) -> None:
+    """Copy the small files of what is finished to results/published and reports/published."""
+    from peftscope.report.publish import publish
+
+    for path in publish(name):
+        print(path)
+
+
+@app.command(hidden=True)
+def schema() -> None:
+    """Print the JSON schema of a run's spec."""
+    from peftscope.spec import spec_schema
+
+    print(json.dumps(spec_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command("memory-curve", hidden=True)
+def memory_curve(method: str, axis: str) -> None:
+    """Print a method's memory along one axis of the grid, as CSV."""
+    from peftscope.memory.grid import curve
+
+    curve(method, axis).to_csv(sys.stdout, index=False)
+
+
+@app.command("memory-figures", hidden=True)
+def memory_figures(curves: list[Path]) -> None:
+    """Draw the grid's curves, and the bars of large models."""
+    from peftscope.memory.grid import bars
+    from peftscope.report.memory import FOLDER, draw_bars, draw_grid
+
+    draw_grid(curves, FOLDER / "grid.png")
+    draw_bars(bars(), FOLDER / "bars.png")
+
+
+@app.command("memory-chapter", hidden=True)
+def memory_chapter() -> None:
+    """Simulate the table of an introduction, line by line; about a minute."""
+    from peftscope.cli_memory import quiet_libraries, with_progress
+    from peftscope.report.memory import write_chapter
+
+    quiet_libraries()
+    import pandas as pd
+
+    from peftscope.memory.chapter import lines, rebuild
+
+    write_chapter(pd.DataFrame(list(with_progress(rebuild(), len(lines()), "simulating"))))

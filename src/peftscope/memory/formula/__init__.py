@@ -1,0 +1,10 @@
+"""The closed form: what a training step keeps in memory, from the shape of the model alone. No torch.
+
+Written against transformers 5.24, peft 0.21 and bitsandbytes 0.50: each function names the code that it stands for.
+It is checked against the simulator, which runs that code itself, and answers at once.
+"""
+
+from peftscope.memory.formula.step import trace_evaluation, trace_training
+from peftscope.memory.formula.terms import DIMENSIONS, OPTIMIZER_COPY, SOURCES, sizes_of
+
+__all__ = ["DIMENSIONS", "OPTIMIZER_COPY", "SOURCES", "sizes_of", "trace_evaluation", "trace_training"]

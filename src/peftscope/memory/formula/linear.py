@@ -1,0 +1,264 @@
+"""Weights of a model and its adapter, and the linear layers of every method. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from peftscope.memory.shapes import LinearLayer, ModelShape
+from peftscope.memory.tape import Dims, Gradients, Shaped, Tape
+from peftscope.memory.trace import Block
+from peftscope.spec import RunSpec
+
+WIDTHS = {"fp32": 4, "bf16": 2, "amp": 4}
+"""Bytes of a weight in each precision."""
+
+LINEAR_DIMS: dict[str, Dims] = {
+    "q_proj": ("h", "q"),
+    "k_proj": ("h", "k"),
+    "v_proj": ("h", "k"),
+    "qkv_proj": ("h", "q+2k"),
+    "o_proj": ("q", "h"),
+    "gate_proj": ("h", "I"),
+    "up_proj": ("h", "I"),
+    "gate_up_proj": ("h", "2I"),
+    "down_proj": ("I", "h"),
+}
+"""Inputs and outputs of each linear layer, as named dimensions."""
+
+LINEAR_BLOCK = 64
+"""Weights that share one block constant in bitsandbytes' 4-bit storage; 256 such constants share one in turn."""
+
+
+class Linears:
+    """A model's weights on a tape, and its linear layers with whatever adapter they have.
+
+    Attributes:
+        tape: What runs is written there.
+        weights: By name.
+    """
+
+    def __init__(self, spec: RunSpec, shape: ModelShape, sizes: dict[str, int], cublas_bytes: int) -> None:
+        self.spec, self.shape, self.method = spec, shape, spec.method
+        self.values: dict[str, Any] = spec.method.model_dump()
+        self.prefix = self.method.name == "prefix-tuning"
+        self.sizes = sizes
+        self.tape = Tape(self.sizes)
+        self.tape.autocast = spec.precision == "amp"
+        self.width = WIDTHS[spec.precision]
+        self.quantization = spec.method.quantization()
+        self.adapter_width = self.width if self.values.get("adapter_dtype") == "base" else 4
+        self.targets = spec.method.targets_of()
+        self.full = self.method.name == "full"
+        self.weights: dict[str, Shaped] = {}
+        self.grouped = shape.num_heads != shape.num_kv_heads
+        self.on_cuda = cublas_bytes > 0
+        if self.on_cuda:  # the backward pass has a thread of its own, with a handle and a workspace of its own
+            for _ in range(2 if spec.method.trains else 1):
+                self.tape.trace.born(Block(cublas_bytes, "kernel workspace", term="cuBLAS workspace"))
+        self.past: Any = None  # of prefix tuning: its keys and values
+        self.cache: list[Shaped] = []  # and what transformers' cache keeps as long as its output lives
+        self._make_weights()
+
+    def _make_weights(self) -> None:
+        """Makes what stays: the base's weights, then the adapter's."""
+        shape, other = self.shape, 4 if self.values.get("kbit_preparation") else self.width
+        self._weight("embed_tokens", ("V", "h"), other)
+        for index in range(shape.num_layers):
+            for layer in shape.block:
+                self._linear_weight(self._path(index, layer.name), layer)
+            for name in self._norms():
+                self._weight(f"layers.{index}.{name}", ("h",), other)
+        self._weight("norm", ("h",), other)
+        if not shape.tied_embeddings:
+            self._weight("lm_head", ("V", "h"), other)
+        for index in range(shape.num_layers):
+            for layer in shape.block:
+                if layer.name in self.targets:
+                    self._adapter_weights(self._path(index, layer.name), layer)
+        if self.method.name == "prompt-tuning":
+            self._adapter("prompt_encoder", ("v", "h"), 4)
+        elif self.method.name == "prefix-tuning":
+            self._adapter("prompt_encoder", ("v", "L", "k", "2"), 4)
+
+    def _norms(self) -> tuple[str, ...]:
+        around = ("input_layernorm", "post_attention_layernorm")
+        inside = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+        return around + inside if self.shape.family == "gemma2" else around
+
+    @staticmethod
+    def _path(index: int, layer: str) -> str:
+        part = "mlp" if layer in ("gate_proj", "up_proj", "gate_up_proj", "down_proj") else "self_attn"
+        return f"layers.{index}.{part}.{layer}"
+
+    def _weight(self, name: str, dims: Dims, width: float) -> None:
+        self.weights[name] = self.tape.parameter(name, dims, width, "weights", _last(name), trained=self.full)
+
+    def _adapter(self, name: str, dims: Dims, width: float) -> None:
+        self.weights[name] = self.tape.parameter(name, dims, width, "adapters", _last(name), trained=True)
+
+    def _linear_weight(self, path: str, layer: LinearLayer) -> None:
+        inputs, outputs = LINEAR_DIMS[layer.name]
+        if not self.quantization:
+            self._weight(path, (outputs, inputs), self.width)
+        else:
+            nested = self.quantization.double_quant
+            parts = {"4-bit weights": 0.5, "block constants": (1 if nested else 4) / LINEAR_BLOCK}
+            if nested:
+                parts["constants of block constants"] = 4 / LINEAR_BLOCK / 256
+            for term, width in parts.items():
+                self.weights[f"{path}.{term}"] = self.tape.parameter(
+                    path, (outputs, inputs), width, "quantised weights", term, trained=False
+                )
+        if layer.bias:
+            self._weight(f"{path}.bias", (outputs,), self.width)
+
+    def _adapter_weights(self, path: str, layer: LinearLayer) -> None:
+        inputs, outputs = LINEAR_DIMS[layer.name]
+        width = self.adapter_width
+        if self.method.name == "ia3":
+            self._adapter(f"{path}.ia3_l", (inputs if layer.name == "down_proj" else outputs,), width)
+            return
+        self._adapter(f"{path}.lora_A", ("r", inputs), width)
+        self._adapter(f"{path}.lora_B", (outputs, "r"), width)
+        if self.method.name == "adalora":
+            self._adapter(f"{path}.lora_E", ("r",), width)
+        if self.method.name == "dora":
+            self._adapter(f"{path}.magnitude", (outputs,), width)
+
+    def _linear(self, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
+        """Stands for a linear layer with whatever adapter it has."""
+        self.tape.module = path
+        if layer.name not in self.targets:
+            return self._base_linear(path, layer, x)
+        return {
+            "ia3": self._ia3_linear,
+            "adalora": self._adalora_linear,
+            "dora": self._dora_linear,
+        }.get(self.method.name, self._lora_linear)(path, layer, x)
+
+    def _base_linear(self, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
+        """Stands for ``torch.nn.Linear``, or ``bitsandbytes.nn.Linear4bit``."""
+        tape, (inputs, outputs) = self.tape, LINEAR_DIMS[layer.name]
+        dims = (*x.dims[:-1], outputs)
+        if not self.quantization:
+            return tape.matmul(x, self.weights[path], dims, f"output of {layer.name}")
+        compute = WIDTHS[self.quantization.compute_dtype]
+        nested = self.quantization.double_quant
+
+        def backward(grads: list[Any], _: Sequence[Any]) -> Gradients:
+            constants = tape.new((outputs, inputs), 4 / LINEAR_BLOCK, term="dequantised constants") if nested else None
+            weight = tape.new((outputs, inputs), 2, term="dequantised weights of one layer")
+            del constants
+            if compute == 4:
+                weight = tape.new((outputs, inputs), 4, term="dequantised weights of one layer")
+            result = tape.new(x_dims, compute)
+            del weight
+            return [result]
+
+        x_dims = x.dims
+        output = tape.op([tape.cast(x, compute)], dims, compute, backward, term=f"output of {layer.name}")
+        if self.on_cuda:
+            size, formula = tape.measure((outputs, inputs), 2)
+            tape.trace.pass_by(Block(size, "kernel workspace", path, "dequantised weights of one layer", formula))
+        return tape.cast(output, x.width)
+
+    def _lora_path(self, path: str, x: Shaped, outputs: str) -> Shaped:
+        """Stands for ``lora_B(lora_A(dropout(x)))``."""
+        tape = self.tape
+        if self.values.get("dropout"):
+            noise = tape.new(x.dims, x.width, term="dropout mask")
+            x = tape.multiply(x, noise, "input of A after dropout")
+            del noise
+        down = tape.matmul(x, self.weights[f"{path}.lora_A"], (*x.dims[:-1], "r"), "output of A")
+        return tape.matmul(down, self.weights[f"{path}.lora_B"], (*x.dims[:-1], outputs), "output of B")
+
+    def _adapter_input(self, x: Shaped) -> Shaped:
+        """Stands for PEFT's ``_cast_input_dtype``: every adapted layer makes a copy of its own."""
+        return self.tape.cast(
+            x, self.adapter_width, "copy of the input of each adapted layer in the adapter's precision"
+        )
+
+    def _lora_linear(self, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
+        """Stands for ``peft.tuners.lora``: ``layer.Linear`` or ``bnb.Linear4bit``."""
+        tape, outputs = self.tape, LINEAR_DIMS[layer.name][1]
+        result = self._base_linear(path, layer, x)
+        before = result.width
+        if self.quantization:
+            result = tape.scale(result)  # the clone; its gradient passes through
+            x = self._adapter_input(x)
+            update = tape.scale(self._lora_path(path, x, outputs))
+            update = tape.cast(update, before)
+            return tape.add(result, update)
+        x = self._adapter_input(x)
+        result = tape.add(result, tape.scale(self._lora_path(path, x, outputs)))
+        return tape.cast(result, before)
+
+    def _dora_linear(self, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
+        """Stands for ``peft.tuners.lora.dora.DoraLinearLayer``."""
+        tape, (inputs, outputs) = self.tape, LINEAR_DIMS[layer.name]
+        result = self._base_linear(path, layer, x)
+        before = result.width
+        x = self._adapter_input(x)
+        result = tape.add(result, self._dora_update(path, x, result, inputs, outputs))
+        return tape.cast(result, before)
+
+    def _dora_update(self, path: str, x: Shaped, result: Shaped, inputs: str, outputs: str) -> Shaped:
+        tape, weight = self.tape, self.weights[path]
+        a, b = self.weights[f"{path}.lora_A"], self.weights[f"{path}.lora_B"]
+        identity = tape.new((inputs, inputs), self.adapter_width, term="identity matrix of DoRA")
+        down = tape.matmul(identity, a, (inputs, "r"))
+        product = tape.matmul(down, b, (inputs, outputs), "B·A of DoRA")
+        del identity, down  # the tape still holds them, if there is a backward pass to come
+        product = tape.cast(product, x.width)
+        wide = tape.new((outputs, inputs), x.width, term="weight in the adapter's precision (DoRA)")
+        if weight.width == x.width:
+            wide = weight
+        scaled = tape.new((outputs, inputs), x.width, term="temporary of DoRA's norm")
+        total = tape.new((outputs, inputs), x.width, term="temporary of DoRA's norm")
+        del scaled
+        norm = tape.new((outputs,), x.width)
+        del total
+        magnitude = self.weights[f"{path}.magnitude"]
+        ratio = tape.op([magnitude], (outputs,), magnitude.width, None, (norm,))
+        update = self._lora_path(path, x, outputs)
+        change = tape.op([ratio], (outputs,), ratio.width)
+        kept = tape.multiply(change, result)
+        added = tape.scale(tape.multiply(ratio, update))
+        del product, wide
+        return tape.add(kept, added)
+
+    def _adalora_linear(self, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
+        """Stands for ``peft.tuners.adalora.layer.SVDLinear``."""
+        tape, outputs = self.tape, LINEAR_DIMS[layer.name][1]
+        result = self._base_linear(path, layer, x)
+        x = self._adapter_input(x)
+        if self.values.get("dropout"):
+            noise = tape.new(x.dims, x.width, term="dropout mask")
+            x = tape.multiply(x, noise, "input of A after dropout")
+            del noise
+        triplets = tape.multiply(self.weights[f"{path}.lora_A"], self.weights[f"{path}.lora_E"])
+        down = tape.matmul(x, triplets, (*x.dims[:-1], "r"), "output of A")
+        update = tape.matmul(down, self.weights[f"{path}.lora_B"], (*x.dims[:-1], outputs), "output of B")
+        update = tape.scale(tape.cast(update, 4))
+        ranks = tape.new(("1",), 4)
+        update = tape.op([update], update.dims, update.width, None, (ranks,))  # divided by the number of ranks
+        # In place: the sum stays in the block of the base's output.
+        tape.record([result, update], [result], lambda grads, _: [grads[0], grads[0]])
+        return result
+
+    def _ia3_linear(self, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
+        """Stands for ``peft.tuners.ia3.layer.Linear``."""
+        tape, before = self.tape, x.width
+        scaling = tape.scale(self.weights[f"{path}.ia3_l"])
+        if layer.name == "down_proj":
+            x = self._adapter_input(x)
+            rescaled = tape.cast(tape.multiply(x, scaling, "rescaled input"), before)
+            return self._base_linear(path, layer, rescaled)
+        result = self._base_linear(path, layer, x)
+        before = result.width
+        return tape.cast(tape.multiply(result, scaling, "rescaled output"), before)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

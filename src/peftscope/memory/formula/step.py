@@ -1,0 +1,180 @@
+"""The project's own training step and evaluation, on a tape. No torch."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peftscope.memory.formula.decoder import Decoder
+from peftscope.memory.formula.terms import OPTIMIZER_COPY, sizes_of
+from peftscope.memory.shapes import ModelShape
+from peftscope.memory.tape import Shaped
+from peftscope.memory.trace import Trace
+from peftscope.spec import RunSpec
+
+STATE_BLOCK = 256
+"""Values that share one constant in bitsandbytes' 8-bit optimizer states."""
+LARGE_STATE = 4096
+"""Tensors smaller than this keep 32-bit states."""
+RETURNS_CACHE = ("llama", "gemma2")
+"""Families whose output has the cache even where ``use_cache`` is false."""
+PAGED_FROM_VALUES = 100_000
+"""bitsandbytes pages the states of tensors with at least so many values."""
+
+
+def trace_training(spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0) -> Trace:
+    """Returns the trace of two training steps on batches of ``spec.batch_size`` sequences of ``spec.seq_len`` tokens.
+
+    Args:
+        spec: The run.
+        shape: Of its base model.
+        responses: Positions of a sequence that carry a loss.
+        cublas_bytes: Size of cuBLAS's workspace; above 0 the trace also has what kernels take inside on CUDA.
+    """
+    with _without_collector():
+        return _Step(spec, shape, sizes_of(spec, shape, responses), cublas_bytes).train()
+
+
+def trace_evaluation(spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0) -> Trace:
+    """Returns the trace of the held-out loss on ``spec.eval_batch_size`` sequences of ``spec.seq_len`` tokens."""
+    sizes = sizes_of(spec, shape, responses, spec.eval_batch_size)
+    sizes["N"] = spec.eval_batch_size * responses
+    with _without_collector():
+        return _Step(spec, shape, sizes, cublas_bytes).evaluate()
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Blocks end when their last reference goes; looking for cycles among so many objects takes half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class _Step(Decoder):
+    """A model, and what happens to it in a step."""
+
+    def _loss(self, logits: Shaped) -> Shaped:
+        """Stands for ``ForCausalLMLoss``: logits in 32 bits, then log-softmax and negative log likelihood."""
+        tape = self.tape
+        tape.module = "loss"
+        wide = tape.cast(logits, 4, "logits in 32 bits")
+        logs = self._with_saved_output([wide], ("N", "V"), 4, "log-softmax of the logits")
+        loss = tape.scale(tape.op([logs], (), 4, None, (logs,)))
+        if self.method.name != "adalora":
+            return loss
+        # Its gradients come first in the backward pass, and wait until those of the model come.
+        tape.module = ""
+        matrices = [w for name, w in self.weights.items() if name.endswith(("lora_A", "lora_B"))]
+        return tape.op([loss, *(tape.op([w, w], ("r", "r"), 4, None, (w,)) for w in matrices)], (), 4)
+
+    def train(self) -> Trace:
+        """Returns the trace of two steps: optimizer states appear in the first, the second is the steady one."""
+        tape, spec = self.tape, self.spec
+        batch = [tape.new(("T",), 8, "temporaries", "batch") for _ in range(3)]
+        trained = [w for w in self.weights.values() if w.node is not None]
+        masked = spec.packing or spec.loss_path == "hf" or not self.method.mask_free_attention
+        masked = (masked and spec.attention != "flash_attention_2") or spec.attention == "eager"
+        start = len(tape.trace.events)
+        held: Shaped | None = None
+        for _ in range(spec.gradient_accumulation):
+            tape.trace.begin("forward")
+            before, self.cache = self.cache, []  # the last outputs, with their cache, live until there are new ones
+            hidden = self._backbone(masked=masked)
+            logits = self._logits(hidden, kept=spec.loss_path == "response_only")
+            loss = self._loss(logits)
+            held = logits if spec.loss_path == "hf" else None
+            before.clear()
+            tape.casts.clear()
+            if held is None or self.shape.family not in RETURNS_CACHE:
+                self.cache.clear()
+            del hidden, logits
+            tape.trace.begin("backward")
+            tape.backward(loss)
+            del loss
+        tape.trace.begin("optimizer")
+        tape.module = ""
+        states = self._states_of(trained)
+        self._optimize(trained)
+        for weight in trained:
+            weight.node.grad = None
+        del held
+        self.cache.clear()
+        tape.trace.begin("")
+        tape.trace.name_open_blocks()
+        tape.trace.repeat(start, {state.storage.index for state in states})
+        del batch
+        return tape.trace
+
+    def _states_of(self, trained: list[Shaped]) -> list[Shaped]:
+        """Returns what the first optimizer step makes and keeps."""
+        states: list[Shaped] = []
+        if self.spec.optimizer != "sgd":
+            for weight in trained:
+                states += self._moments(weight)
+        if self.method.name == "adalora":
+            states += [self._state(w, w.width, "importance scores of AdaLoRA") for w in trained for _ in range(3)]
+        return states
+
+    def _optimize(self, trained: list[Shaped]) -> None:
+        """Stands for what ``optimizer.step`` takes for itself; bitsandbytes and fused implementations take nothing."""
+        tape, spec = self.tape, self.spec
+        if spec.optimizer not in ("adamw", "sgd") or (spec.optimizer == "sgd" and not spec.weight_decay):
+            return
+        groups = [trained]
+        if self.method.name == "lora-plus":
+            groups = [[w for w in trained if ("lora_B" in w.node.name) == second] for second in (False, True)]
+        for group in groups:
+            shapes = [(weight.dims, weight.width) for weight in group]
+            if spec.optimizer_implementation == "foreach":
+                copies = [tape.new(*shape, "temporaries", OPTIMIZER_COPY) for shape in shapes]
+                copies.clear()
+            elif spec.optimizer_implementation == "single":
+                for shape in shapes:
+                    copies = [tape.new(*shape, "temporaries", OPTIMIZER_COPY) for _ in range(2)]
+                    copies.clear()
+
+    def _moments(self, weight: Shaped) -> list[Shaped]:
+        values = 1
+        for name in weight.dims:
+            values *= self.sizes[name]
+        optimizer = self.spec.optimizer
+        paged = optimizer.startswith("paged") and values >= PAGED_FROM_VALUES
+        if optimizer.endswith("8bit") and values >= LARGE_STATE:
+            widths = [1.0, 1.0, 4 / STATE_BLOCK, 4 / STATE_BLOCK]
+        else:
+            widths = [float(weight.width)] * 2 if optimizer == "adamw" else [4.0] * 2
+        states = [self._state(weight, width, "first and second moments") for width in widths]
+        for state in states[:2]:
+            state.storage.block.paged = paged
+        return states
+
+    def _state(self, weight: Shaped, width: float, term: str) -> Shaped:
+        state = self.tape.new(weight.dims, width, "optimizer states", term)
+        state.storage.block.module = weight.node.name
+        return state
+
+    def evaluate(self) -> Trace:
+        """Returns the trace of the held-out loss on one batch."""
+        tape = self.tape
+        tape.training = False
+        for weight in self.weights.values():
+            weight.node = None
+        tape.trace.begin("evaluate")
+        hidden = self._backbone(masked=self.spec.attention != "flash_attention_2")
+        logits = self._logits(hidden, kept=True)
+        del hidden
+        tape.casts.clear()
+        self.cache.clear()
+        tape.module = "loss"
+        wide = tape.cast(logits, 4, "logits in 32 bits")
+        logs = tape.new(("N", "V"), 4, term="log-softmax of the logits")
+        del logits, wide, logs
+        tape.trace.begin("")
+        tape.trace.name_open_blocks()
+        return tape.trace

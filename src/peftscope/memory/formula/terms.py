@@ -1,0 +1,98 @@
+"""What the letters of a formula mean, and where each term comes from. No torch."""
+
+from __future__ import annotations
+
+from peftscope.memory.shapes import ModelShape
+from peftscope.spec import RunSpec
+
+DIMENSIONS = {
+    "B": "batch size",
+    "S": "positions of a sequence, virtual tokens included",
+    "P": "positions that attention looks at, a prefix included",
+    "T": "tokens of a batch, B·S",
+    "U": "tokens of a batch without virtual tokens",
+    "N": "positions of a batch whose logits are computed",
+    "L": "layers",
+    "h": "hidden size",
+    "q": "width of all queries",
+    "k": "width of all keys",
+    "q+2k": "width of queries, keys and values",
+    "a": "attention heads",
+    "d": "width of a head",
+    "I": "intermediate size",
+    "2I": "twice the intermediate size",
+    "V": "vocabulary",
+    "r": "rank",
+    "v": "virtual tokens",
+}
+"""What the letters of a formula mean."""
+
+OPTIMIZER_COPY = "temporary copy of the optimizer"
+
+SOURCES = {
+    "weights": "config.json; one element each, tied embeddings once",
+    "quantised weights": "bitsandbytes.functional.quantize_4bit: half a byte a weight, constants per block of 64",
+    "adapters": "peft: autocast_adapter_dtype keeps them in 32 bits",
+    "gradients": "torch: the parameter's precision, until zero_grad",
+    "saved activations": "torch: kept for the backward pass",
+    "temporaries": "torch: gone within the pass",
+    "logits and loss": "transformers ForCausalLMLoss, and its gradients",
+    "logits": "transformers ForCausalLM.forward",
+    "logits in 32 bits": "transformers ForCausalLMLoss",
+    "log-softmax of the logits": "torch cross_entropy keeps it for its gradient",
+    "32-bit copy of a norm's input": "transformers RMSNorm.forward: .to(torch.float32)",
+    "normalised input": "transformers RMSNorm.forward",
+    "copy of the input of each adapted layer in the adapter's precision": "peft BaseTunerLayer._cast_input_dtype",
+    "output of A": "peft lora.Linear.forward",
+    "output of B": "peft lora.Linear.forward",
+    "keys for every head": "transformers repeat_kv, since a mask rules enable_gqa out",
+    "values for every head": "transformers repeat_kv, since a mask rules enable_gqa out",
+    "additive mask of each layer": "torch scaled_dot_product_attention: convert_boolean_attn_mask",
+    "output of attention": "torch scaled_dot_product_attention keeps it for its gradient",
+    "log-sum-exp of attention": "torch scaled_dot_product_attention keeps it for its gradient",
+    "rotated heads": "transformers apply_rotary_pos_emb",
+    "output of the activation function": "transformers MLP.forward",
+    "first and second moments": "torch.optim.AdamW, or bitsandbytes.optim",
+    "importance scores of AdaLoRA": "peft RankAllocator.update_ipt: three of each adapter matrix",
+    OPTIMIZER_COPY: "torch.optim: foreach takes square roots of all states at once",
+    "dequantised weights of one layer": "bitsandbytes MatMul4Bit",
+    "cuBLAS workspace": "torch CublasHandlePool",
+    "B·A of DoRA": "peft DoraLinearLayer.get_lora_weight",
+    "identity matrix of DoRA": "peft DoraLinearLayer.get_lora_weight",
+    "weight in the adapter's precision (DoRA)": "peft DoraLinearLayer.forward",
+    "16-bit weights (autocast)": "torch.autocast",
+    "16-bit copy of an input (autocast)": "torch.autocast",
+}
+"""The code that each term, or else each kind, stands for."""
+
+
+def sizes_of(spec: RunSpec, shape: ModelShape, responses: int, batch_size: int | None = None) -> dict[str, int]:
+    """Returns the value of every named dimension, for sequences of ``spec.seq_len`` tokens."""
+    batch = spec.batch_size if batch_size is None else batch_size
+    values = spec.method.model_dump()
+    virtual = values.get("virtual_tokens", 0)
+    prefix = virtual if spec.method.name == "prefix-tuning" else 0
+    length = spec.seq_len + virtual - prefix
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    return {
+        "1": 1,
+        "2": 2,
+        "B": batch,
+        "S": length,
+        "P": length + prefix,
+        "T": batch * length,
+        "U": batch * spec.seq_len,
+        "N": batch * (responses if spec.loss_path == "response_only" else length),
+        "L": shape.num_layers,
+        "h": shape.hidden_size,
+        "q": queries,
+        "k": keys,
+        "q+2k": queries + 2 * keys,
+        "a": shape.num_heads,
+        "d": shape.head_dim,
+        "I": shape.intermediate_size,
+        "2I": 2 * shape.intermediate_size,
+        "V": shape.vocab_size,
+        "r": values.get("init_r", values.get("rank", 1)),
+        "v": virtual,
+    }

@@ -1,0 +1,476 @@
+"""Predicted against measured memory on a CUDA card: ``make gpu-check``.
+
+Every run is measured in a process of its own: a base with random weights of the right shape, two training steps of
+equal batches, and an evaluation. Where a run does not fit on the card by the closed form, it is not tried. Results are
+kept after every run, so that the check can be stopped and go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers import AutoHfQuantizer
+
+from peftscope.data.batching import Batch, Example, collate
+from peftscope.memory.allocator import reserved_bytes
+from peftscope.memory.answer import peaks_by_formula, peaks_of
+from peftscope.memory.hardware import CUBLAS_BYTES, Gpu
+from peftscope.memory.question import Model, Question, ask, find_model
+from peftscope.memory.simulate import empty_batch, simulate
+from peftscope.memory.trace import PHASES, Peak
+from peftscope.memory.tracker import MemoryTracker, tensors_of
+from peftscope.methods import METHODS
+from peftscope.models.load import (
+    DTYPES,
+    attention,
+    bitsandbytes_config,
+    disable_weight_repacking,
+    training_attention,
+)
+from peftscope.record import write_json
+from peftscope.training.build import apply_method
+from peftscope.training.predict import found_card
+from peftscope.training.probe import track_evaluation, track_steps
+from peftscope.training.step import make_optimizer
+
+WEIGHT_STD = 0.02
+"""Of random weights, as transformers draws them: large enough for a finite loss, and no size depends on it."""
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+DONE = ("ok", "too large")
+"""Results with another status are tried again."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to be checked; the label names it in results."""
+
+    label: str
+    question: Question
+
+
+def make_job(model: Model, gpu: Gpu, options: dict[str, Any]) -> Job:
+    """Returns the job of a model with options of ``ask``, one sequence where no ``batch_size`` is given."""
+    question = ask(model, options, gpu=gpu)
+    spec = question.spec
+    named = ("method", "batch_size", "seq_len", "checkpointing")
+    parts = [_short_name(model), spec.method.name]
+    parts += [f"{spec.batch_size}x{spec.seq_len}"] + (["checkpointing"] if spec.checkpointing else [])
+    parts += [str(value) for name, value in options.items() if name not in named]
+    return Job("-".join(parts), question)
+
+
+def _short_name(model: Model) -> str:
+    """Returns a model's name without the folders of its file, if it is one."""
+    return Path(model.name).stem if model.name.endswith(".json") else model.name
+
+
+def card_jobs(gpu: Gpu) -> Iterator[Job]:
+    """Yields the jobs for a card: every method on a 7B model, full fine-tuning on smaller ones too, and variants."""
+    adapters = [name for name, cls in METHODS.items() if cls.trains and name != "full"]
+    for method in adapters:
+        yield make_job(find_model("llama-2-7b"), gpu, {"method": method, "seq_len": 512})
+    for model in ("llama-2-7b", "llama-3.2-3b", "llama-3.2-1b", "qwen2.5-0.5b"):
+        for seq_len, checkpointing in ((512, False), (1024, True)):
+            options = {"method": "full", "seq_len": seq_len, "checkpointing": checkpointing}
+            yield make_job(find_model(model), gpu, options)
+    for method in adapters:
+        options = {"method": method, "seq_len": 1024, "checkpointing": METHODS[method].supports_checkpointing}
+        yield make_job(find_model("llama-2-7b"), gpu, options)
+    variants: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("mistral-7b", {"method": "lora"}),
+        ("qwen2.5-0.5b", {"method": "lora", "batch_size": 4}),
+        ("llama-3.2-1b", {"method": "lora", "batch_size": 4, "loss_path": "response_only"}),
+        ("llama-3.2-1b", {"method": "lora", "precision": "fp32"}),
+        ("llama-3.2-1b", {"method": "lora", "precision": "amp"}),
+        ("llama-3.2-1b", {"method": "lora", "attention": "eager"}),
+        ("llama-3.2-1b", {"method": "full", "optimizer": "sgd"}),
+        ("llama-3.2-1b", {"method": "full", "optimizer": "adamw_8bit"}),
+        ("llama-3.2-1b", {"method": "full", "optimizer_implementation": "fused"}),
+    )
+    for model, options in variants:
+        yield make_job(find_model(model), gpu, options)
+
+
+def method_jobs(model: Model, gpu: Gpu) -> Iterator[Job]:
+    """Yields one small job of every method on one model: what a processor can do too."""
+    for method, cls in METHODS.items():
+        if cls.trains:
+            yield make_job(model, gpu, {"method": method, "batch_size": 2, "seq_len": 32})
+
+
+def slug(name: str) -> str:
+    """Returns a name in lower case, fit for a folder.
+
+    >>> slug("NVIDIA H100 80GB HBM3")
+    'nvidia-h100-80gb-hbm3'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def predict(question: Question) -> dict[str, Any]:
+    """Returns the simulation's bytes: ``phases``, ``reserved`` and ``device``; loading is left out."""
+    spec = question.spec
+    width, responses = spec.seq_len, question.responses
+    cublas = question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES
+    training, evaluation = simulate(
+        spec,
+        _config_of(question),
+        [empty_batch(rows=spec.batch_size, width=width, responses=responses)] * 2,
+        empty_batch(rows=spec.eval_batch_size, width=width, responses=responses),
+        cublas,
+    )
+    assert evaluation is not None
+    peaks = peaks_of(question, training, evaluation)
+    reserved = max(reserved_bytes(training), reserved_bytes(evaluation))
+    return {
+        "phases": {phase: peaks.phases[phase] for phase in PHASES},
+        "reserved": reserved,
+        "device": reserved + peaks.device_bytes - peaks.reserved_bytes,
+    }
+
+
+def measure(question: Question, device: str) -> dict[str, Any]:
+    """Runs two training steps and an evaluation on random weights, and returns the bytes that they took.
+
+    The starting points of LoftQ and PiSSA are not computed: they take minutes, and no tensor more.
+
+    Args:
+        question: Says what; it must not be packed.
+        device: ``cpu``, where only tensors are known, or ``cuda``, in a process that has not used it.
+
+    Returns:
+        ``phases`` and, on CUDA: ``reserved``; ``requested`` before the allocator rounds; ``device``, all that NVML sees
+        in use on the card, or None; and ``workspace`` of cuBLAS.
+
+    Raises:
+        torch.OutOfMemoryError: The card is too small.
+    """
+    spec = question.spec.model_copy(update={"device": device})
+    model, loss_function = apply_method(random_base(question, device), spec, spec.method.build_empty)
+    batch = random_batch(question, spec.batch_size).to(device)
+    training: Any = MemoryTracker(tensors_of(model, batch)) if device == "cpu" else CudaPeaks()
+    optimizer = make_optimizer(model, spec)
+    track_steps(training, model, [batch, batch], optimizer, spec, loss_function)
+    # An evaluation is predicted for a model without anything of its training.
+    del optimizer, batch
+    loss_function.nll = None
+    batch = random_batch(question, spec.eval_batch_size).to(device)
+    evaluation: Any = MemoryTracker(tensors_of(model)) if device == "cpu" else CudaPeaks()
+    with attention(model, spec.attention):
+        track_evaluation(evaluation, model, batch, spec)
+    found = {
+        "phases": {name: peak.size for part in (training, evaluation) for name, peak in part.trace.peaks().items()}
+    }
+    if device == "cpu":
+        return found
+    used = [part.used for part in (training, evaluation) if part.used is not None]
+    return found | {
+        "reserved": max(training.reserved, evaluation.reserved),
+        "requested": max(training.requested, evaluation.requested),
+        "device": max(used, default=None),
+        "workspace": _workspace_bytes(),
+    }
+
+
+def random_base(question: Question, device: str) -> Any:
+    """Returns what ``load_base`` returns, with random weights; a 4-bit model is quantised layer by layer."""
+    spec = question.spec
+    quantization = spec.method.quantization()
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            _config_of(question), dtype=DTYPES[spec.precision], attn_implementation=training_attention(spec)
+        )
+    quantizer = AutoHfQuantizer.from_config(bitsandbytes_config(quantization)) if quantization else None
+    if quantizer:
+        quantizer.preprocess_model(model=base, device_map={"": device})
+    for module in base.modules():
+        if type(module).__name__ == "Linear4bit":
+            _quantise_random(module, device)
+        else:
+            module.to_empty(device=device, recurse=False)
+    base.init_weights()
+    if quantizer:
+        quantizer.postprocess_model(base)
+        disable_weight_repacking(base)
+    base.config.use_cache = False
+    return base
+
+
+def _quantise_random(layer: Any, device: str) -> None:
+    """Gives a 4-bit layer on ``meta`` random weights, as transformers gives it those of a checkpoint."""
+    from bitsandbytes.nn import Params4bit
+
+    empty = layer.weight
+    weight = torch.empty(empty.shape, dtype=torch.bfloat16, device=device).normal_(std=WEIGHT_STD)
+    layer.weight = Params4bit(weight, requires_grad=False, **vars(empty)).to(device)
+    if layer.bias is not None:
+        layer.bias = torch.nn.Parameter(torch.zeros(layer.bias.shape, dtype=torch.bfloat16, device=device), False)
+    layer._is_hf_initialized = True
+
+
+def random_batch(question: Question, rows: int) -> Batch:
+    """Returns a batch of random tokens, every row of the question's length with its number of response tokens.
+
+    One position is padding: without any, transformers leaves out the mask that padded batches have.
+    """
+    spec, vocabulary = question.spec, question.model.config["vocab_size"]
+    tokens = torch.randint(vocabulary, (rows, spec.seq_len)).tolist()
+    prompt = spec.seq_len - question.responses
+    batch = collate([Example(tuple(row), prompt) for row in tokens], pad_token_id=0)
+    batch.attention_mask[0, -1] = 0
+    return batch
+
+
+def _config_of(question: Question) -> Any:
+    fields = dict(question.model.config)
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+class CudaPeaks(nullcontext[None]):
+    """Stands where a ``MemoryTracker`` and its trace do, and reads the peaks that torch's CUDA allocator keeps.
+
+    Attributes:
+        reserved: Largest reserved bytes.
+        requested: Largest sum of the sizes that were asked for.
+        used: Largest number of bytes that NVML saw in use on the card; None: NVML gives no answer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reserved = self.requested = 0
+        self.used: int | None = None
+        self._phase = ""
+        self._peaks: dict[str, int] = {}
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+    @property
+    def trace(self) -> CudaPeaks:
+        """Itself."""
+        return self
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Does nothing: the allocator knows every tensor."""
+
+    def begin(self, phase: str) -> None:
+        """Ends a phase and begins another; the empty one is the time outside of steps."""
+        torch.cuda.synchronize()
+        if self._phase:
+            statistics = torch.cuda.memory_stats()
+            self._peaks[self._phase] = max(self._peaks.get(self._phase, 0), statistics["allocated_bytes.all.peak"])
+            self.reserved = max(self.reserved, statistics["reserved_bytes.all.peak"])
+            self.requested = max(self.requested, statistics["requested_bytes.all.peak"])
+        if not phase:
+            # The cache still holds what the step took.
+            used = used_bytes()
+            self.used = used if self.used is None or used is None else max(self.used, used)
+        torch.cuda.reset_peak_memory_stats()
+        self._phase = phase
+
+    def peaks(self) -> dict[str, Peak]:
+        """Returns the allocated peak of each phase."""
+        return {phase: Peak(size, 0) for phase, size in self._peaks.items()}
+
+
+def used_bytes() -> int | None:
+    """Returns the bytes in use on the first card, whoever uses them; None: NVML gives no answer."""
+    try:
+        import pynvml
+
+        properties: Any = torch.cuda.get_device_properties(0)
+        # By PCI address, because CUDA_VISIBLE_DEVICES renumbers torch's cards and not NVML's.
+        address = f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByPciBusId(address.encode())
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+    except Exception:  # NVML is optional: without it the device's columns stay empty
+        return None
+
+
+def _workspace_bytes() -> int:
+    """Returns what cuBLAS's workspaces, one for each stream and handle, take of the allocated bytes; frees them."""
+    before = torch.cuda.memory_allocated()
+    torch._C._cuda_clearCublasWorkspaces()
+    return before - torch.cuda.memory_allocated()
+
+
+def described(job: Job) -> dict[str, Any]:
+    """Returns the first columns of a job's row."""
+    spec, gpu = job.question.spec, job.question.gpu
+    return {
+        "spec": job.label,
+        "model": _short_name(job.question.model),
+        "method": spec.method.name,
+        "batch_size": spec.batch_size,
+        "seq_len": spec.seq_len,
+        "checkpointing": spec.checkpointing,
+        "precision": spec.precision,
+        "optimizer": spec.optimizer,
+        "optimizer_implementation": spec.optimizer_implementation,
+        "attention": spec.attention,
+        "loss_path": spec.loss_path,
+        "card": gpu.name if gpu else None,
+    }
+
+
+def compared(predicted: dict[str, Any], measured: dict[str, Any], used_before: int | None) -> dict[str, Any]:
+    """Returns the columns that set predictions beside measurements, in bytes; errors in percent of what was measured.
+
+    Args:
+        predicted: From ``predict``.
+        measured: From ``measure``.
+        used_before: Bytes in use on the card before the measuring process began; None: not known.
+    """
+    used, reserved = measured.get("device"), measured.get("reserved")
+    device = used - used_before if used is not None and used_before is not None else None
+    pairs = {
+        "allocated": (max(predicted["phases"].values()), max(measured["phases"].values())),
+        "reserved": (predicted["reserved"], reserved),
+        "device": (predicted["device"], device),
+    }
+    row: dict[str, Any] = {}
+    for name, (expected, found) in pairs.items():
+        row[f"predicted_{name}_bytes"], row[f"measured_{name}_bytes"] = expected, found
+        row[f"{name}_error_percent"] = round(100 * (expected / found - 1), 3) if found else None
+    row["context_bytes"] = device - reserved if device is not None and reserved is not None else None
+    row["workspace_bytes"], row["requested_bytes"] = measured.get("workspace"), measured.get("requested")
+    for phase in PHASES:
+        row[f"predicted_{phase}_bytes"], row[f"measured_{phase}_bytes"] = (
+            predicted["phases"][phase],
+            measured["phases"][phase],
+        )
+    return row
+
+
+def check_job(job: Job, device: str, used_before: int | None) -> dict[str, Any]:
+    """Measures and predicts a job in this process, and returns its row."""
+    began = time.perf_counter()
+    measured = measure(job.question, device)
+    seconds = round(time.perf_counter() - began, 2)
+    row = described(job) | compared(predict(job.question), measured, used_before)
+    return row | {"seconds": seconds, "status": "ok"} | {f"{name}_version": version(name) for name in PACKAGES}
+
+
+def check_apart(job: Job, command: Sequence[str], device: str) -> dict[str, Any]:
+    """Runs ``command`` for a job in a process of its own, unless the closed form says that it does not fit.
+
+    Returns:
+        Its row; where it did not fit, the predictions are the closed form's.
+    """
+    if device == "cuda":
+        peaks, gpu = peaks_by_formula(job.question), job.question.gpu
+        if gpu and peaks.device_bytes > gpu.memory_bytes:
+            sizes = {
+                "predicted_allocated_bytes": peaks.allocated_bytes,
+                "predicted_reserved_bytes": peaks.reserved_bytes,
+                "predicted_device_bytes": peaks.device_bytes,
+            }
+            return described(job) | sizes | {"status": "too large"}
+    used_before = used_bytes() if device == "cuda" else None
+    done = subprocess.run(
+        [*command, "--one", job.label, "--used-before", json.dumps(used_before)], capture_output=True, text=True
+    )
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
+        return described(job) | {"status": f"failed: {lines[-1]}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_all(jobs: Sequence[Job], output: Path, minutes: float, check: Callable[[Job], dict[str, Any]]) -> int:
+    """Checks the jobs that have no result yet, and writes ``memory.json`` and ``memory.csv`` after each.
+
+    Args:
+        jobs: All jobs of the check, in the order of the table.
+        output: The folder with earlier results.
+        minutes: No job begins that may end later, if it takes as long as the longest so far.
+        check: Returns the row of one.
+
+    Returns:
+        How many jobs are left.
+    """
+    file = output / "memory.json"
+    rows = json.loads(file.read_text()) if file.is_file() else {}
+    waiting = [job for job in jobs if rows.get(job.label, {}).get("status") not in DONE]
+    began, longest = time.monotonic(), 0.0
+    for number, job in enumerate(waiting):
+        start = time.monotonic()
+        if start - began + longest > 60 * minutes:
+            return len(waiting) - number
+        rows[job.label] = row = check(job)
+        longest = max(longest, time.monotonic() - start)
+        write_json(file, rows)
+        _write_csv(output / "memory.csv", [rows[job.label] for job in jobs if job.label in rows])
+        errors = [f"{row[key]:+.1f} %" for key in row if key.endswith("_error_percent") and row[key] is not None]
+        print(f"{number + 1}/{len(waiting)} {job.label}: {row['status']} {', '.join(errors)}", file=sys.stderr)
+    return 0
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns one line: how many were measured, and the mean and the worst absolute error of each kind of memory."""
+    parts = []
+    for name in ("allocated", "reserved", "device"):
+        errors = [abs(row[key]) for row in rows if row.get(key := f"{name}_error_percent") is not None]
+        if errors:
+            parts.append(f"{name} {sum(errors) / len(errors):.2f} / {max(errors):.2f} %")
+    measured = sum(row["status"] == "ok" for row in rows)
+    return f"{measured} of {len(rows)} measured; mean / worst error: " + (", ".join(parts) or "none")
+
+
+def main() -> None:
+    """Checks what is left within the minutes, and prints the summary."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--model", help="every method on this one, 2 x 32 tokens; default: the list for a card")
+    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--output", type=Path, help="default results/gpu/CARD")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--used-before", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    device, model = arguments.device, arguments.model
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("no CUDA card that this torch can use; --device cpu --model config.json does the same on a processor")
+    if device == "cpu" and not model:
+        sys.exit("--device cpu needs a small --model")
+    gpu = found_card() if device == "cuda" else Gpu("cpu", psutil.virtual_memory().total, cublas_bytes=0)
+    jobs = list(method_jobs(find_model(model), gpu) if model else card_jobs(gpu))
+    if arguments.one:
+        (job,) = (job for job in jobs if job.label == arguments.one)
+        print(json.dumps(check_job(job, device, arguments.used_before)))
+        return
+    output = arguments.output or Path("results/gpu") / slug(gpu.name)
+    command = [sys.executable, "-W", "ignore", "-m", "peftscope.memory.gpu_check", "--device", device]
+    command += ["--model", model] if model else []
+    left = check_all(jobs, output, arguments.minutes, lambda job: check_apart(job, command, device))
+    rows = json.loads((output / "memory.json").read_text()) if (output / "memory.json").is_file() else {}
+    print(summary(list(rows.values())) + (f"; {left} left, run it again" if left else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Memory over rank, sequence length, batch size and method, in closed form: the points of the report's figures."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from peftscope.memory.answer import peaks_by_formula
+from peftscope.memory.fit import options_of_method
+from peftscope.memory.question import ask, find_model
+from peftscope.memory.trace import by_kind
+from peftscope.methods import METHODS
+
+MODEL = "llama-2-7b"
+CENTRE = {"rank": 8, "seq_len": 512, "batch_size": 1, "targets": "all-linear"}
+AXES: dict[str, tuple[int, ...]] = {
+    "rank": (2, 8, 32, 128, 512),
+    "seq_len": (128, 256, 512, 1024, 2048, 4096),
+    "batch_size": (1, 2, 4, 8, 16),
+}
+"""One leaves its place in the centre at a time."""
+METHOD_NAMES = ("full", "lora", "qlora", "dora", "adalora", "loftq")
+
+SIZES = ("llama-2-7b", "llama-2-13b", "llama-33b", "codellama-34b", "llama-65b", "llama-2-70b")
+BARS = ({"method": "full"}, {"method": "lora"}, {"method": "qlora", "checkpointing": True})
+"""The QLoRA paper's bars, and those of what it replaces."""
+
+
+def grid() -> pd.DataFrame:
+    """Returns the curves of the grid: one row each, with its method and the axis that it varies."""
+    has_rank = {"rank", "init_r"}
+    return pd.DataFrame(
+        [
+            {"method": method, "axis": axis}
+            for method in METHOD_NAMES
+            for axis in AXES
+            if axis != "rank" or has_rank & METHODS[method].model_fields.keys()
+        ]
+    )
+
+
+def curve(method: str, axis: str) -> pd.DataFrame:
+    """Returns the peaks of a method along an axis, in bytes: one row a value."""
+    model, rows = find_model(MODEL), []
+    for value in AXES[axis]:
+        peaks = peaks_by_formula(ask(model, options_of_method(method, CENTRE | {axis: value})))
+        rows.append(
+            {
+                "method": method,
+                "axis": axis,
+                "value": value,
+                "allocated_bytes": peaks.allocated_bytes,
+                "reserved_bytes": peaks.reserved_bytes,
+                "device_bytes": peaks.device_bytes,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def bars() -> pd.DataFrame:
+    """Returns what is alive at the peak, in bytes: one row a model, method and kind."""
+    rows = []
+    for name in SIZES:
+        model = find_model(name)
+        for options in BARS:
+            method = str(options["method"])
+            peaks = peaks_by_formula(ask(model, options_of_method(method, CENTRE | options)))
+            for kind, size in by_kind(peaks.blocks[peaks.binding_phase]).items():
+                rows.append({"model": name, "method": method, "kind": kind, "bytes": size})
+    return pd.DataFrame(rows)

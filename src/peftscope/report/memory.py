@@ -1,0 +1,93 @@
+"""The report's pages on what will fit: curves, the bars of large models, and the table of an introduction. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+
+from peftscope.memory.hardware import GIB, find_gpu
+from peftscope.memory.trace import KINDS
+from peftscope.methods import METHODS
+from peftscope.report.plots import method_colours, save
+from peftscope.report.tables import html
+
+FOLDER = Path("results/memory")
+"""Of no experiment: what is here follows from the code alone, and every report shows it."""
+CARDS = ("24GiB", "48GiB", "80GiB")
+AXIS_LABELS = {"rank": "rank", "seq_len": "tokens of a sequence", "batch_size": "sequences a batch"}
+
+
+def draw_grid(curves: Sequence[Path], path: Path) -> None:
+    """Draws what a card has to hold along each axis, one line a method."""
+    points = pd.concat([pd.read_csv(curve) for curve in curves])
+    points = points.assign(
+        gibibytes=points["device_bytes"] / GIB, label=points["method"].map(lambda name: METHODS[name].label)
+    )
+    labels = [cls.label for name, cls in METHODS.items() if name in set(points["method"])]
+    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
+    figure, panels = plt.subplots(1, len(AXIS_LABELS), figsize=(11, 4.4), sharey=True, layout="constrained")
+    for axes, (axis, label) in zip(panels, AXIS_LABELS.items(), strict=True):
+        part = points[points["axis"] == axis]
+        sns.lineplot(
+            part,
+            x="value",
+            y="gibibytes",
+            hue="label",
+            style="label",
+            hue_order=labels,
+            style_order=labels,
+            palette=method_colours(),
+            markers=True,
+            dashes=True,
+            ax=axes,
+            legend=axes is panels[-1],
+        )
+        axes.set(xlabel=label, ylabel="peak on the card (GiB)", yscale="log")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(set(part["value"])), [f"{value:g}" for value in sorted(set(part["value"]))])
+        axes.minorticks_off()
+        _mark_cards(axes.axhline)
+    ticks = [4, 8, 16, 24, 48, 80, 160]
+    panels[0].set_yticks(ticks, [str(tick) for tick in ticks])
+    panels[-1].legend(title="", fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save(figure, path)
+
+
+def draw_bars(bars: pd.DataFrame, path: Path) -> None:
+    """Draws what is alive at the peak, by kind: one bar a model, one panel a method."""
+    methods = list(dict.fromkeys(bars["method"]))
+    colours = dict(zip(KINDS, sns.color_palette("colorblind", len(KINDS)), strict=True))
+    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
+    figure, panels = plt.subplots(1, len(methods), figsize=(11, 3.8), sharey=True, layout="constrained")
+    for axes, method in zip(panels, methods, strict=True):
+        part = bars[bars["method"] == method].assign(gibibytes=lambda frame: frame["bytes"] / GIB)
+        wide = part.pivot_table(index="model", columns="kind", values="gibibytes", sort=False, aggfunc="sum").fillna(0)
+        left = pd.Series(0.0, index=wide.index)
+        for kind in (kind for kind in KINDS if kind in wide):
+            axes.barh(wide.index, wide[kind], left=left, color=colours[kind], label=kind, linewidth=0)
+            left += wide[kind]
+        axes.invert_yaxis()
+        axes.set(title=METHODS[method].label, xlabel="allocated at the peak (GiB)")
+        _mark_cards(axes.axvline)
+    handles: dict[str, object] = {}
+    for axes in panels:
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    shown = [kind for kind in KINDS if kind in handles]
+    figure.legend([handles[kind] for kind in shown], shown, loc="outside lower center", ncols=5, fontsize=8)
+    save(figure, path)
+
+
+def _mark_cards(line: object) -> None:
+    for card in CARDS:
+        line(find_gpu(card).memory_bytes / GIB, color="0.5", linewidth=0.8, linestyle=":")  # type: ignore[operator]
+
+
+def write_chapter(rows: pd.DataFrame, folder: Path = FOLDER) -> None:
+    """Writes the introduction's table as CSV and HTML."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows.to_csv(folder / "chapter.csv", index=False)
+    (folder / "chapter.html").write_text(html(rows))
