@@ -200,7 +200,7 @@ rule ladder:
         "python -m peftscope ladder {wildcards.experiment} {wildcards.field} > {log} 2>&1"
 
 
-# Memory needs no run: these rules follow from the code alone, once for all experiments.
+# What follows from the code alone is made once for all experiments.
 rule memory_curve:
     input:
         "src/peftscope/memory/agreement.json",

@@ -10,13 +10,19 @@ import pandas as pd
 import pytest
 
 from peftscope.collect import collect_experiment, read_runs
+from peftscope.memory.chapter import rebuild
+from peftscope.memory.grid import AXES, SIZES, bars, curve
+from peftscope.memory.presets import PRESETS
+from peftscope.report.memory import draw_bars, draw_grid, write_chapter
 from peftscope.report.page import FIXED_FIGURES, write_report
 from peftscope.report.plots import write_figures, write_ladder
 from peftscope.report.sentences import NOTHING, sentence
 from peftscope.report.tables import (
     ladder_summary,
     method_summary,
+    predictions,
     readable_methods,
+    readable_predictions,
     readable_runs,
     variants,
     write_tables,
@@ -112,9 +118,52 @@ def test_sentences_follow_the_data(finished: str) -> None:
     assert "LoRA reached the lowest held-out loss" in before
     runs.loc[runs["label"] == "LoRA", "heldout_nll_nats_per_token"] = 0.123
     assert "LoRA reached the lowest held-out loss, 0.123" in sentence("pareto", runs, losses)
-    for figure in ("memory", "throughput", "losses", "ladder-rank"):
+    for figure in ("memory", "throughput", "losses", "prediction", "ladder-rank"):
         assert len(sentence(figure, runs, losses)) > 60
     assert sentence("ladder-alpha", runs, losses) == NOTHING
+
+
+def test_predictions_stand_beside_what_was_measured(finished: str) -> None:
+    found = predictions(read_runs(finished))
+    assert set(found["peak"]) == {"forward", "backward", "optimizer", "training", "evaluation"}
+    assert found["error_percent"].abs().max() < 0.5
+    assert (found.groupby("run_id").size() >= 1).all()
+    table = readable_predictions(found)
+    assert set(table["method"]) == set(found["label"])
+    worse = found.assign(error_percent=found["error_percent"].where(found["peak"] != "backward", -3.0))
+    assert "3.000, worst 3.000" in set(readable_predictions(worse)["backward (%)"])
+
+
+def test_the_figures_of_what_will_fit(tmp_path: Path) -> None:
+    curves = []
+    for number, (method, axis) in enumerate([("lora", "rank"), ("qlora", "seq_len"), ("full", "batch_size")]):
+        curves.append(tmp_path / f"{number}.csv")
+        points = curve(method, axis)
+        assert len(points) == len(AXES[axis])
+        assert (points["device_bytes"] > points["allocated_bytes"]).all()
+        points.to_csv(curves[-1], index=False)
+    draw_grid(curves, tmp_path / "grid.png")
+    shown = bars()
+    assert set(shown["model"]) == set(SIZES)
+    assert set(shown["method"]) == {"full", "lora", "qlora"}
+    draw_bars(shown, tmp_path / "bars.png")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("grid", "bars"))
+
+
+@pytest.mark.slow
+def test_the_introductions_table_is_computed(tmp_path: Path) -> None:
+    rows = pd.DataFrame(rebuild())
+    write_chapter(rows, tmp_path)
+    said = dict(zip(rows["what"] + ", " + rows["run"], rows["ours"], strict=True))
+    # By arithmetic, from the published number of parameters.
+    weights = PRESETS["llama-2-7b"][1].parameters
+    assert said["Full fine-tuning: weights, full, pure BF16"] == f"{2 * weights / 1e9:.2f} GB"
+    assert (
+        said["Full fine-tuning: AdamW's states, full, 32-bit weights under autocast"] == f"{8 * weights / 1e9:.2f} GB"
+    )
+    assert said["Weights in FP32, loaded"] == f"{4 * weights / 1e9:.2f} GB"
+    assert said["QLoRA of 65B on 48 GB, QLoRA on attention, r = 8, checkpointing"].startswith("fits")
+    assert "does not fit" in (tmp_path / "chapter.html").read_text()
 
 
 def test_no_number_is_typed_into_prose(repository: Path) -> None:

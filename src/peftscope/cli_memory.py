@@ -89,7 +89,7 @@ def memory_command(
     )
     answer = _simulated(question) if simulate else answer_by_formula(question)
     if as_json:
-        print(json.dumps(answer.to_json(), indent=2, ensure_ascii=False))
+        print(json.dumps(answer.to_json(), ensure_ascii=False))
         return
     from peftscope.memory.show import show_answer
 
@@ -121,7 +121,7 @@ def fit(
     from peftscope.memory.hardware import find_gpu
     from peftscope.memory.question import find_model
 
-    names = [name.strip() for name in (models or model or "").split(",") if name.strip()]
+    names = [name.strip() for name in f"{model or ''},{models or ''}".split(",") if name.strip()]
     if not names:
         raise InputError(Problem("model", "none given", "peftscope fit --gpu 24GiB llama-2-7b"))
     card, chosen = find_gpu(gpu), known_methods(methods)
@@ -132,7 +132,7 @@ def fit(
     ):
         fits.append(one)
     if as_json:
-        print(json.dumps([one.to_json() for one in fits], indent=2, ensure_ascii=False))
+        print(json.dumps([one.to_json() for one in fits], ensure_ascii=False))
         return
     from peftscope.memory.show import show_fits
 

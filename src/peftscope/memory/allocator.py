@@ -109,18 +109,16 @@ class CachingAllocator:
         del pool[bisect_left(pool, (piece.size, piece.offset))]
 
 
-def reserved_bytes(*traces: Trace) -> int:
-    """Returns the bytes that the allocator holds after traces, one after the other; paged blocks are not its own."""
+def reserved_bytes(trace: Trace) -> int:
+    """Returns the bytes that the allocator holds after a trace; paged blocks are not its own."""
     allocator = CachingAllocator()
-    for trace in traces:
-        addresses: dict[int, int] = {}
-        for event in trace.events:
-            if event >= 0:
-                block = trace.blocks[event]
-                if block.size and not block.paged:
-                    addresses[event] = allocator.allocate(block.size)
-            elif ~event in addresses:
-                allocator.free(addresses.pop(~event))
-        for address in addresses.values():
-            allocator.free(address)
+    addresses: dict[int, int] = {}
+    last = trace.marks[-1][0] if trace.marks else len(trace.events)
+    for event in trace.events[:last]:  # what goes after the last step changes nothing
+        if event >= 0:
+            block = trace.blocks[event]
+            if block.size and not block.paged:
+                addresses[event] = allocator.allocate(block.size)
+        elif ~event in addresses:
+            allocator.free(addresses.pop(~event))
     return allocator.reserved_bytes

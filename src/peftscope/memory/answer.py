@@ -10,7 +10,14 @@ from typing import Any, Literal
 
 from peftscope.errors import InputError, Problem
 from peftscope.memory.allocator import reserved_bytes
-from peftscope.memory.formula import OPTIMIZER_COPY, SOURCES, sizes_of, trace_evaluation, trace_training
+from peftscope.memory.formula import (
+    OPTIMIZER_COPY,
+    SOURCES,
+    evaluation_sizes,
+    sizes_of,
+    trace_evaluation,
+    trace_training,
+)
 from peftscope.memory.hardware import CONTEXT_BYTES, CUBLAS_BYTES
 from peftscope.memory.question import Question
 from peftscope.memory.trace import KINDS, Block, Trace, by_kind
@@ -81,7 +88,7 @@ class Answer:
     assumptions: list[str]
     agreement: str = ""
     terms: list[Term] = field(default_factory=list)
-    dimensions: dict[str, int] = field(default_factory=dict)
+    dimensions: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the answer as JSON content; the keys are stable."""
@@ -133,7 +140,7 @@ def peaks_of(question: Question, training: Trace | None, evaluation: Trace | Non
     for trace in traces:
         for phase, peak in trace.peaks(paged=False).items():
             blocks[phase] = [block for block in trace.alive(peak.position) if not block.paged]
-    paged = sum(b.size for b in training.alive(len(training.events)) if b.paged) if training else 0
+    paged = training.paged_bytes() if training else 0
     reserved = max(reserved_bytes(trace) for trace in traces)
     if question.gpus > 1:
         whole = max(sum(block.size for block in alive) for alive in blocks.values())
@@ -167,8 +174,17 @@ def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulat
         assumptions=list(question.assumptions),
         agreement=_agreement(method.name) if how == "formula" else "",
         terms=_terms(alive),
-        dimensions=sizes_of(question.spec, shape, question.responses) if shape else {},
+        dimensions=_dimensions(question, peaks.binding_phase),
     )
+
+
+def _dimensions(question: Question, phase: str) -> dict[str, float]:
+    """Returns the value of every letter in the formulas of a phase."""
+    shape = question.model.shape
+    if shape is None:
+        return {}
+    sizes = evaluation_sizes if phase == "evaluate" else sizes_of
+    return {**sizes(question.spec, shape, question.responses), "1/G": 1 / question.gpus}
 
 
 def _while_loading(question: Question, trace: Trace) -> list[Block]:
@@ -202,7 +218,8 @@ def _share(blocks: list[Block], gpus: int) -> list[Block]:
         if block.kind not in SHARDED and block.term != OPTIMIZER_COPY:
             share.append(block)
             continue
-        share.append(Block(-(-block.size // gpus), block.kind, block.module, block.term, block.formula))
+        formula = f"{block.formula}·1/G" if block.formula else ""
+        share.append(Block(-(-block.size // gpus), block.kind, block.module, block.term, formula))
         if block.kind in ("weights", "quantised weights", "adapters"):
             owner = ".".join(block.module.split(".")[:2]) if block.module.startswith("layers.") else block.module
             gathered[owner] += block.size

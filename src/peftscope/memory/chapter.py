@@ -12,6 +12,7 @@ from typing import Any
 
 from peftscope.memory.answer import Answer, peaks_by_formula
 from peftscope.memory.fit import options_of_method
+from peftscope.memory.grid import CHAPTER_RUN, MODEL
 from peftscope.memory.hardware import Gpu, find_gpu
 from peftscope.memory.question import ask, find_model
 from peftscope.memory.simulate import answer_by_simulation
@@ -48,10 +49,10 @@ class Line:
 
 @cache
 def _answer(model: str, options: tuple[tuple[str, Any], ...]) -> Answer:
-    return answer_by_simulation(ask(find_model(model), {"batch_size": 1, "seq_len": 512} | dict(options)))
+    return answer_by_simulation(ask(find_model(model), CHAPTER_RUN | dict(options)))
 
 
-def _simulated(options: dict[str, Any], model: str = "llama-2-7b") -> Answer:
+def _simulated(options: dict[str, Any], model: str = MODEL) -> Answer:
     return _answer(model, tuple(options.items()))
 
 
@@ -64,7 +65,7 @@ def _states(options: dict[str, Any]) -> Callable[[], str]:
     """Returns the bytes of gradients and optimizer states together, which need not be at the peak."""
 
     def found() -> str:
-        spec = ask(find_model("llama-2-7b"), options).spec
+        spec = ask(find_model(MODEL), options).spec
         trained = _simulated(options).trainable_parameters
         width = 2 if getattr(spec.method, "adapter_dtype", "fp32") == "base" else 4
         return _gb(3 * width * trained)
@@ -72,7 +73,7 @@ def _states(options: dict[str, Any]) -> Callable[[], str]:
     return found
 
 
-def _total(options: dict[str, Any], model: str = "llama-2-7b") -> Callable[[], str]:
+def _total(options: dict[str, Any], model: str = MODEL) -> Callable[[], str]:
     def found() -> str:
         answer = _simulated(options, model)
         return f"{_gb(answer.peak_allocated_bytes)} allocated, {_gb(answer.peak_device_bytes)} on the card"
@@ -80,7 +81,7 @@ def _total(options: dict[str, Any], model: str = "llama-2-7b") -> Callable[[], s
     return found
 
 
-def _fits(options: dict[str, Any], card: Gpu, model: str = "llama-2-7b") -> Callable[[], str]:
+def _fits(options: dict[str, Any], card: Gpu, model: str = MODEL) -> Callable[[], str]:
     def found() -> str:
         left = card.memory_bytes - _simulated(options, model).peak_device_bytes
         return f"{'fits' if left >= 0 else 'does not fit'}: {_gb(abs(left))} {'left' if left >= 0 else 'missing'}"
@@ -92,7 +93,7 @@ def _cards(options: dict[str, Any], card: Gpu) -> Callable[[], str]:
     """Returns how many cards it takes when weights, gradients and states are sharded, in closed form."""
 
     def found() -> str:
-        model, chosen = find_model("llama-2-7b"), options_of_method(str(options["method"]), options)
+        model, chosen = find_model(MODEL), options_of_method(str(options["method"]), options)
         for gpus in range(1, LARGEST_SHARDING + 1):
             if peaks_by_formula(ask(model, chosen, gpu=card, gpus=gpus)).device_bytes <= card.memory_bytes:
                 return f"{gpus} of {card.name}"
@@ -110,7 +111,7 @@ def _loaded(precision: str) -> Callable[[], str]:
 
 def _int8() -> str:
     """Returns the bytes with one for each weight of a linear layer and a 32-bit scale for each of its rows."""
-    shape = find_model("llama-2-7b").shape
+    shape = find_model(MODEL).shape
     assert shape is not None
     rows = shape.num_layers * sum(layer.outputs for layer in shape.block)
     return _gb(shape.linear_parameters + 4 * rows + 2 * (shape.parameters - shape.linear_parameters))
@@ -224,7 +225,7 @@ def lines() -> tuple[Line, ...]:
 
 
 def rebuild() -> Iterator[dict[str, str]]:
-    """Yields the table's rows; the model is Llama-2-7B, one sequence of 512 tokens, where nothing else is said."""
+    """Yields the table's rows; the model is ``MODEL`` and the run ``CHAPTER_RUN``, where nothing else is said."""
     for line in lines():
         yield {
             "what": line.statement,

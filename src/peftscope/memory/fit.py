@@ -14,6 +14,8 @@ from peftscope.methods import METHODS
 
 LARGEST_BATCH_SIZE = 4096
 LARGEST_RANK = 1024
+LONGEST_SEQUENCE = 131_072
+"""Of models that do not state theirs."""
 
 ADVICE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--checkpointing", {"checkpointing": True}),
@@ -49,7 +51,7 @@ class Fit:
         capacity_bytes: What the card has.
         headroom_bytes: What is left; negative: what is missing.
         fits: Whether it does.
-        largest_batch_size: With everything else as asked; None: not even 1.
+        largest_batch_size: With everything else as asked, one more does not fit; None: not even 1.
         largest_seq_len: The same for the length of a sequence.
         largest_rank: The same for the rank; None also where there is none.
         advice: The mildest change that makes it fit; empty if it does.
@@ -78,9 +80,9 @@ def known_methods(names: str | None) -> list[str]:
         InputError: One is not known.
     """
     trained = [name for name, method in METHODS.items() if method.trains]
-    if not names:
+    chosen = [name.strip() for name in (names or "").split(",") if name.strip()]
+    if not chosen:
         return trained
-    chosen = [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in chosen if name not in trained]
     if unknown:
         raise InputError(
@@ -99,7 +101,7 @@ def fit_methods(
     """
     for model in models:
         for method in methods:
-            yield _fit(model, options_of_method(method, options), gpu, gpus)
+            yield _fit(model, method, options, gpu, gpus)
 
 
 def options_of_method(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,14 +109,20 @@ def options_of_method(method: str, options: Mapping[str, Any]) -> dict[str, Any]
     fields = METHODS[method].model_fields
     found = {k: v for k, v in options.items() if v is not None and (k not in METHOD_OPTIONS or k in fields)}
     if method == "adalora" and options.get("rank"):
-        found["init_r"] = options["rank"]
-        found["target_r"] = max(1, options["rank"] // 2)
+        found |= _adalora_ranks(options["rank"])
     if not METHODS[method].supports_checkpointing:
         found.pop("checkpointing", None)
     return {**found, "method": method}
 
 
-def _fit(model: Model, options: dict[str, Any], gpu: Gpu, gpus: int) -> Fit:
+def _adalora_ranks(rank: int) -> dict[str, int]:
+    """Returns initial and target rank; the initial one is at least 2, for there must be something to prune."""
+    return {"init_r": max(2, rank), "target_r": max(1, rank // 2)}
+
+
+def _fit(model: Model, method: str, asked: Mapping[str, Any], gpu: Gpu, gpus: int) -> Fit:
+    options = options_of_method(method, asked)
+
     def device_bytes(**changes: Any) -> int:
         return _device_bytes(model, {**options, **changes}, gpu, gpus)
 
@@ -122,26 +130,27 @@ def _fit(model: Model, options: dict[str, Any], gpu: Gpu, gpus: int) -> Fit:
         return largest(lambda value: device_bytes(**{field: value}), gpu.memory_bytes, limit)
 
     taken = device_bytes()
-    limit = model.config.get("max_position_embeddings") or 131072
+    virtual = getattr(ask(model, options).spec.method, "virtual_tokens", 0)
+    limit = (model.config.get("max_position_embeddings") or LONGEST_SEQUENCE) - virtual
     advice = ""
     if taken > gpu.memory_bytes:
-        advice = _advice(model, options, gpu, gpus)
+        advice = _advice(model, method, asked, gpu, gpus)
     return Fit(
         model=model.name,
-        method=options["method"],
+        method=method,
         peak_device_bytes=taken,
         capacity_bytes=gpu.memory_bytes,
         headroom_bytes=gpu.memory_bytes - taken,
         fits=taken <= gpu.memory_bytes,
         largest_batch_size=most("batch_size", LARGEST_BATCH_SIZE),
         largest_seq_len=most("seq_len", limit),
-        largest_rank=_largest_rank(options["method"], device_bytes, gpu, _rank_limit(model)),
+        largest_rank=_largest_rank(method, device_bytes, gpu, _rank_limit(model)),
         advice=advice,
     )
 
 
 def _device_bytes(model: Model, options: Mapping[str, Any], gpu: Gpu, gpus: int) -> int:
-    # An evaluation of the same batch keeps nothing for a backward pass, so that it never decides.
+    # An evaluation of the same batch keeps nothing for a backward pass, so that it does not decide.
     return peaks_by_formula(ask(model, options, gpu=gpu, gpus=gpus), evaluation=False).device_bytes
 
 
@@ -149,11 +158,7 @@ def _largest_rank(method: str, device_bytes: Callable[..., int], gpu: Gpu, limit
     if "rank" in METHODS[method].model_fields:
         return largest(lambda value: device_bytes(rank=value), gpu.memory_bytes, limit)
     if "init_r" in METHODS[method].model_fields:  # at least two, for there must be something to prune
-
-        def takes(value: int) -> int:
-            return device_bytes(init_r=max(2, value), target_r=max(1, value // 2))
-
-        return largest(takes, gpu.memory_bytes, limit)
+        return largest(lambda value: device_bytes(**_adalora_ranks(value)), gpu.memory_bytes, limit)
     return None
 
 
@@ -162,11 +167,11 @@ def _rank_limit(model: Model) -> int:
     return min(LARGEST_RANK, narrowest)
 
 
-def _advice(model: Model, options: Mapping[str, Any], gpu: Gpu, gpus: int) -> str:
+def _advice(model: Model, method: str, asked: Mapping[str, Any], gpu: Gpu, gpus: int) -> str:
     for words, changes in ADVICE:
-        method = changes.get("method", options["method"])
+        options = options_of_method(changes.get("method", method), asked)
         try:
-            taken = _device_bytes(model, {**options_of_method(method, options), **changes}, gpu, gpus)
+            taken = _device_bytes(model, {**options, **changes}, gpu, gpus)
         except InputError:
             continue
         if taken <= gpu.memory_bytes:
@@ -175,9 +180,10 @@ def _advice(model: Model, options: Mapping[str, Any], gpu: Gpu, gpus: int) -> st
 
 
 def largest(takes: Callable[[int], int], capacity: int, limit: int) -> int | None:
-    """Returns the largest number up to ``limit`` whose bytes fit, None if those of 1 do not; more never takes less.
+    """Returns a number up to ``limit`` whose bytes fit while those of one more do not; None if those of 1 do not fit.
 
-    Bytes are nearly a straight line in a batch size or a rank, so that a guess along it is close.
+    It is the largest where more never takes less. Reserved bytes fall now and then, where a length fragments less, so
+    that some number beyond may fit as well. Bytes are nearly a straight line, so that a guess along it is close.
 
     >>> largest(lambda n: 10 + 3 * n, 100, 1000), largest(lambda n: 10 + 3 * n, 12, 1000), largest(lambda n: n, 100, 50)
     (30, None, 50)

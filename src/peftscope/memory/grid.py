@@ -12,6 +12,8 @@ from peftscope.methods import METHODS
 
 MODEL = "llama-2-7b"
 CENTRE = {"rank": 8, "seq_len": 512, "batch_size": 1, "targets": "all-linear"}
+CHAPTER_RUN = {"batch_size": 1, "seq_len": 512}
+"""What the table of ``chapter`` is made for, where a line says nothing else."""
 AXES: dict[str, tuple[int, ...]] = {
     "rank": (2, 8, 32, 128, 512),
     "seq_len": (128, 256, 512, 1024, 2048, 4096),

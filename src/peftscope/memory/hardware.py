@@ -64,6 +64,9 @@ GPUS: dict[str, Gpu] = {
 }
 """Totals as nvidia-smi shows them. Contexts: measured by the AgileRL project with torch 2.11."""
 
+SMALLEST_MODEL_NUMBER = 1000
+"""A number without a unit means GiB below, and the name of a card from here on."""
+
 _UNITS = {"mib": MIB, "mb": 10**6, "gib": GIB, "gb": 10**9, "": GIB}
 
 
@@ -79,12 +82,15 @@ def find_gpu(text: str) -> Gpu:
         InputError: Neither.
     """
     size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
-    if size and size[2] in _UNITS and float(size[1]) > 0:
+    if size and size[2] in _UNITS and float(size[1]) > 0 and (size[2] or float(size[1]) < SMALLEST_MODEL_NUMBER):
         return Gpu(f"a card with {text}", int(float(size[1]) * _UNITS[size[2]]))
-    key = re.sub(r"nvidia|geforce|tesla|[\s_]", "", text.lower())
-    if key.isdigit() or key not in GPUS:
-        key = next((name for name in GPUS if name.replace("-", "") in (key.replace("-", ""), f"rtx{key}")), key)
-    if key not in GPUS:
-        hint = f"{close_match(key, GPUS)}; or give its memory, as in 24GiB"
-        raise InputError(Problem("gpu", f"unknown card (got {text!r})", hint))
-    return GPUS[key]
+    key = _plain(text)
+    for name, gpu in GPUS.items():
+        if key in (_plain(name), _plain(gpu.name)) or f"rtx{key}" == name:
+            return gpu
+    hint = f"{close_match(text.lower(), GPUS)}; or give its memory, as in 24GiB"
+    raise InputError(Problem("gpu", f"unknown card (got {text!r})", hint))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"nvidia|geforce|tesla|[\s_-]", "", name.lower())

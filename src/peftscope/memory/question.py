@@ -127,13 +127,17 @@ def _read_config(name: str, path: Path) -> Model:
     try:
         return Model(name, config, ModelShape.from_config(config))
     except KeyError as error:
-        raise InputError(Problem("model", f"{path}: `{error.args[0]}` is missing")) from None
+        remedy = "give the config.json of a causal model"
+        raise InputError(Problem("model", f"{path}: `{error.args[0]}` is missing", remedy)) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = f"{path}: {'.'.join(map(str, first['loc']))}"
         raise InputError(Problem("model", f"{where}: {first['msg']} (got {first['input']!r})")) from None
     except ValueError as error:
         return Model(name, config, None, str(error))
+    except (TypeError, ZeroDivisionError):
+        remedy = "see that its sizes are whole numbers above 0"
+        raise InputError(Problem("model", f"{path} does not describe a model", remedy)) from None
 
 
 def ask(
@@ -173,7 +177,9 @@ def ask(
     try:
         spec = RunSpec(model=model.name, task="memory", device="cuda", learning_rate=1e-4, method=method, **values)
     except ValidationError as error:
-        raise InputError(_problems(error)) from None
+        # Where nobody gave an evaluation's batch size, it follows the training's.
+        follows = {"eval_batch_size"} - given.keys()
+        raise InputError(p for p in _problems(error) if p.where not in follows) from None
     _check_model(model, spec)
     kept = responses if responses is not None else max(1, spec.seq_len // 2)
     if not 1 <= kept <= spec.seq_len:
@@ -205,9 +211,11 @@ def _problems(error: ValidationError) -> list[Problem]:
 
 
 def _check_model(model: Model, spec: RunSpec) -> None:
-    limit = model.config.get("max_position_embeddings")
-    if limit and spec.seq_len > limit:
-        raise InputError(Problem("seq_len", f"{spec.seq_len} is over the model's limit of {limit} tokens"))
+    limit, virtual = model.config.get("max_position_embeddings"), getattr(spec.method, "virtual_tokens", 0)
+    if isinstance(limit, int) and spec.seq_len + virtual > limit:
+        length = f"{spec.seq_len}" + (f" and {virtual} virtual tokens" if virtual else "")
+        message = f"{length} is over the model's limit of {limit} tokens"
+        raise InputError(Problem("seq_len", message, f"use at most {limit - virtual}"))
     if model.shape is None:
         return
     modules = [layer.name for layer in model.shape.block]
@@ -218,7 +226,8 @@ def _check_model(model: Model, spec: RunSpec) -> None:
     if rank is not None:
         smallest = min(min(la.inputs, la.outputs) for la in model.shape.block if la.name in spec.method.targets_of())
         if rank > smallest:
-            raise InputError(Problem("rank", f"{rank} is more than the smallest adapted width, {smallest}"))
+            message = f"{rank} is more than the smallest adapted width, {smallest}"
+            raise InputError(Problem("rank", message, f"use at most {smallest}"))
 
 
 def _assumptions(
@@ -233,17 +242,17 @@ def _assumptions(
     taken = [
         f"method {spec.method.name}: "
         + ", ".join(f"{k}={v}" for k, v in spec.method.model_dump(mode="json").items() if k != "name"),
-        f"batch_size={spec.batch_size}, every sequence {spec.seq_len} tokens long (the longest batch decides)",
+        f"batch_size={spec.batch_size}, seq_len={spec.seq_len} for every sequence (the longest batch decides), "
+        f"gradient_accumulation={spec.gradient_accumulation}",
         f"precision={spec.precision}, optimizer={spec.optimizer}"
         + (f" ({spec.optimizer_implementation})" if spec.optimizer in ("adamw", "sgd") else ""),
         "loss_path=hf: logits of every position, which the script keeps until its next step"
         if spec.loss_path == "hf"
         else f"loss_path=response_only: logits of {responses} positions a sequence",
-        "packed: a block-diagonal mask"
+        "packing=True: a block-diagonal mask"
         if spec.packing
-        else "padded batches: SDPA gets a mask where the loss path is hf",
-        f"attention={spec.attention}, "
-        + ("gradient checkpointing" if spec.checkpointing else "no gradient checkpointing"),
+        else "packing=False: padded batches, SDPA gets a mask where the loss path is hf",
+        f"attention={spec.attention}, checkpointing={spec.checkpointing}",
         f"evaluation with batch_size={spec.eval_batch_size}, without optimizer states",
         "reserved: two steps of that batch through a model of torch's caching allocator, without expandable segments",
         f"cuBLAS workspaces of {(gpu.cublas_bytes if gpu else CUBLAS_BYTES) / MIB:.1f} MiB, one for each pass",

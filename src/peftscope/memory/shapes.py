@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 Family = Literal["llama", "mistral", "qwen2", "phi3", "gemma2"]
 """``model_type`` of a ``config.json``: how the blocks are wired."""
@@ -46,6 +46,12 @@ class ModelShape(BaseModel):
     tied_embeddings: bool
     max_seq_len: Annotated[PositiveInt | None, Field(description="max_position_embeddings; null: not checked")] = None
     sliding_window: Annotated[PositiveInt | None, Field(description="tokens that a layer sees; null: all")] = None
+
+    @model_validator(mode="after")
+    def _heads_share_keys_evenly(self) -> ModelShape:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}")
+        return self
 
     @cached_property
     def block(self) -> tuple[LinearLayer, ...]:

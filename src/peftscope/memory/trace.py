@@ -155,6 +155,10 @@ class Trace:
                     open_blocks.append(block)
             open_blocks = [block for block in open_blocks if not block.kind]
 
+    def paged_bytes(self) -> int:
+        """Returns the bytes that lie in managed memory when the last phase ends."""
+        return sum(block.size for block in self.alive(self.marks[-1][0]) if block.paged)
+
     def alive(self, position: int) -> list[Block]:
         """Returns the blocks that live after the first ``position`` events."""
         lives = set(self.events[:position])

@@ -14,7 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from peftscope.collect import read_runs, results_folder
 from peftscope.estimate import spoken
 from peftscope.experiment import experiment_path, read_experiment
-from peftscope.memory.grid import CENTRE, MODEL
+from peftscope.memory.grid import CENTRE, CHAPTER_RUN, MODEL
+from peftscope.report.memory import CARDS
 from peftscope.report.memory import FOLDER as MEMORY_FOLDER
 from peftscope.report.sentences import sentence
 from peftscope.stats import CONFIDENCE
@@ -73,6 +74,8 @@ def _memory_pages() -> dict[str, str] | None:
         "chapter": (MEMORY_FOLDER / "chapter.html").read_text(),
         "centre": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in CENTRE.items()),
         "model": MODEL,
+        "cards": ", ".join(CARDS),
+        "chapter_run": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in CHAPTER_RUN.items()),
     }
 
 

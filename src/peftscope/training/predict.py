@@ -42,9 +42,8 @@ def predict(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> Predi
     )
     if card and batches:
         reserved = reserved_bytes(training)
-        paged = sum(block.size for block in training.alive(len(training.events)) if block.paged)
         predicted.train_peak_reserved_bytes = reserved
-        predicted.train_peak_device_bytes = reserved + (card.context_bytes or CONTEXT_BYTES) + paged
+        predicted.train_peak_device_bytes = reserved + (card.context_bytes or CONTEXT_BYTES) + training.paged_bytes()
     return predicted
 
 

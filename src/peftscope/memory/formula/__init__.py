@@ -5,6 +5,14 @@ It is checked against the simulator, which runs that code itself, and answers at
 """
 
 from peftscope.memory.formula.step import trace_evaluation, trace_training
-from peftscope.memory.formula.terms import DIMENSIONS, OPTIMIZER_COPY, SOURCES, sizes_of
+from peftscope.memory.formula.terms import DIMENSIONS, OPTIMIZER_COPY, SOURCES, evaluation_sizes, sizes_of
 
-__all__ = ["DIMENSIONS", "OPTIMIZER_COPY", "SOURCES", "sizes_of", "trace_evaluation", "trace_training"]
+__all__ = [
+    "DIMENSIONS",
+    "OPTIMIZER_COPY",
+    "SOURCES",
+    "evaluation_sizes",
+    "sizes_of",
+    "trace_evaluation",
+    "trace_training",
+]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from peftscope.memory.formula.decoder import Decoder
-from peftscope.memory.formula.terms import OPTIMIZER_COPY, sizes_of
+from peftscope.memory.formula.terms import OPTIMIZER_COPY, evaluation_sizes, sizes_of
 from peftscope.memory.shapes import ModelShape
 from peftscope.memory.tape import Shaped
 from peftscope.memory.trace import Trace
@@ -38,10 +38,8 @@ def trace_training(spec: RunSpec, shape: ModelShape, responses: int, cublas_byte
 
 def trace_evaluation(spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0) -> Trace:
     """Returns the trace of the held-out loss on ``spec.eval_batch_size`` sequences of ``spec.seq_len`` tokens."""
-    sizes = sizes_of(spec, shape, responses, spec.eval_batch_size)
-    sizes["N"] = spec.eval_batch_size * responses
     with _without_collector():
-        return _Step(spec, shape, sizes, cublas_bytes).evaluate()
+        return _Step(spec, shape, evaluation_sizes(spec, shape, responses), cublas_bytes).evaluate()
 
 
 @contextmanager

@@ -24,6 +24,7 @@ DIMENSIONS = {
     "V": "vocabulary",
     "r": "rank",
     "v": "virtual tokens",
+    "1/G": "one over the number of cards",
 }
 """What the letters of a formula mean."""
 
@@ -56,6 +57,10 @@ SOURCES = {
     "importance scores of AdaLoRA": "peft RankAllocator.update_ipt: three of each adapter matrix",
     OPTIMIZER_COPY: "torch.optim: foreach takes square roots of all states at once",
     "dequantised weights of one layer": "bitsandbytes MatMul4Bit",
+    "singular value decomposition of the largest target": "torch.linalg.svd of the weight in 32 bits",
+    "LoftQ's initialisation of the largest target": "peftscope.methods.loftq, in 32 bits",
+    "largest layer before it is quantised": "transformers loads it in 16 bits, then bitsandbytes quantises it",
+    "weights gathered from other cards": "FSDP: two whole blocks at a time",
     "cuBLAS workspace": "torch CublasHandlePool",
     "B·A of DoRA": "peft DoraLinearLayer.get_lora_weight",
     "identity matrix of DoRA": "peft DoraLinearLayer.get_lora_weight",
@@ -96,3 +101,9 @@ def sizes_of(spec: RunSpec, shape: ModelShape, responses: int, batch_size: int |
         "r": values.get("init_r", values.get("rank", 1)),
         "v": virtual,
     }
+
+
+def evaluation_sizes(spec: RunSpec, shape: ModelShape, responses: int) -> dict[str, int]:
+    """Returns the same for a batch of the evaluation, which computes logits at response positions only."""
+    sizes = sizes_of(spec, shape, responses, spec.eval_batch_size)
+    return {**sizes, "N": spec.eval_batch_size * responses}
