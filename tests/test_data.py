@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from peftscope.data.batching import IGNORED, collate, tokenise, training_order
+from peftscope.data.batching import (
+    IGNORED,
+    Batch,
+    Example,
+    collate,
+    pack,
+    tokenise,
+    training_batches,
+    training_order,
+)
 from peftscope.data.tasks import SPLITS, Item, lm_eval_file, make_task, read_split, task_folder
 from peftscope.errors import InputError
 from peftscope.experiment import read_yaml
 from peftscope.models.fetch import fetch_model
-from peftscope.models.load import load_tokenizer
+from peftscope.models.load import load_base, load_tokenizer
+from peftscope.training.build import build_model
+from peftscope.training.step import forward_loss
 
 TASKS = ["two-digit-sums", "family-relationships", "time-intervals"]
 
@@ -111,3 +126,42 @@ def test_lm_eval_file_points_at_the_data_we_make(name: str) -> None:
     content = read_yaml(lm_eval_file(name))
     assert content["task"] == name
     assert content["dataset_kwargs"]["data_files"]["test"] == (task_folder(name) / "test.jsonl").as_posix()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("loss_path", ["response_only", "hf"])
+def test_packing_changes_no_loss_and_no_gradient(attention: str, loss_path: str, toy: Path, make_spec) -> None:
+    spec = make_spec(method="full", precision="fp32", attention=attention, loss_path=loss_path)
+    examples = tokenise(read_split("two-digit-sums", "train")[:6], load_tokenizer(spec), spec.seq_len)
+
+    def gradients(batch: Batch, changes: dict[str, Any]) -> tuple[float, torch.Tensor]:
+        changed = spec.model_copy(update=changes)
+        model, _ = build_model(load_base(changed), changed)
+        loss = forward_loss(model, batch, changed).loss
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    apart = gradients(collate(examples, 0), {})
+    together = gradients(pack([examples[:3], examples[3:]], 0), {"packing": True})
+    assert together[0] == pytest.approx(apart[0], rel=1e-5)
+    torch.testing.assert_close(together[1], apart[1], rtol=1e-3, atol=1e-5)
+    # An attention that sees the neighbour gives another loss: the mask is what keeps examples apart.
+    seen = replace(pack([examples[:3], examples[3:]], 0), example_ids=torch.zeros(2, together_width(examples)).long())
+    assert gradients(seen, {"packing": True})[0] != pytest.approx(apart[0], rel=1e-3)
+
+
+def together_width(examples: Sequence[Example]) -> int:
+    return max(sum(len(e.tokens) for e in row) for row in (examples[:3], examples[3:]))
+
+
+def test_packed_rows_are_full_and_hold_every_example_once() -> None:
+    lengths = [3, 9, 4, 4, 8, 2, 6, 5]
+    examples = [Example((index, *[50] * (length - 1)), 1) for index, length in enumerate(lengths)]
+    stream = training_batches(examples, seed=0, batch_size=2, pad_token_id=99, pack_to=12)
+    rows = [row for batch in itertools.islice(stream, 40) for row in batch.input_ids.tolist()]
+    order = [index for index in itertools.islice(training_order(8, 0), 400)]
+    seen = [token for row in rows for token in row if token < 50]
+    assert seen == order[: len(seen)]
+    for row, after in itertools.pairwise(rows):
+        used = sum(token != 99 for token in row)
+        assert used <= 12 < used + lengths[after[0]]

@@ -68,3 +68,13 @@ def test_the_real_model_is_what_the_catalogue_says(workspace: Path, make_spec) -
     # The caveat that reports carry: blocks of 32 with at most 16 values each.
     blocks = FloatWeights(folder)["model.layers.7.mlp.up_proj.weight"].reshape(-1, 32)
     assert max(len(block.unique()) for block in blocks[:500]) <= 16
+
+
+def test_presets_and_their_hub_ids_are_models_of_known_shape() -> None:
+    entry = find_model("llama-3.2-1b")
+    assert entry.source.repository == "meta-llama/Llama-3.2-1B"
+    assert entry.shape == find_model("meta-llama/Llama-3.2-1B").shape
+    assert find_model("someone/something").shape is None
+    assert find_model("smollm2-135m").source.kind == "wheel"  # models.yaml comes first
+    with pytest.raises(InputError, match=r"did you mean `llama-3\.2-1b`"):
+        find_model("llama-3.2-1")

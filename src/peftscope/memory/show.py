@@ -59,10 +59,16 @@ def _show_terms(answer: Answer, console: Console) -> None:
         table.add_row(term.kind, term.name, str(term.count), term.formula, spoken_bytes(term.bytes), term.source)
     console.print(table)
     used = {name for term in answer.terms for name in term.formula.split("·")[1:]}
-    letters = [(name, value) for name, value in answer.dimensions.items() if name in used and name in DIMENSIONS]
-    console.print(
-        "with " + ", ".join(f"{name} = {value:,} ({DIMENSIONS[name]})" for name, value in letters), markup=False
+    letters = ", ".join(
+        f"{name} = {_spoken_number(value)} ({DIMENSIONS[name]})"
+        for name, value in answer.dimensions.items()
+        if name in used and name in DIMENSIONS
     )
+    console.print(f"with {letters}", markup=False)
+
+
+def _spoken_number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
 def _module_tree(modules: dict[str, Any], depth: int) -> Tree:

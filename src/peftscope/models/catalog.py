@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.experiment import EXPERIMENTS, problems_of, read_yaml
+from peftscope.memory.presets import PRESETS
 from peftscope.memory.shapes import ModelShape
 
 MODELS_FILE = EXPERIMENTS / "models.yaml"
@@ -77,18 +78,22 @@ def _catalog() -> dict[str, BaseModelEntry]:
 
 
 def find_model(name: str, where: str = "model") -> BaseModelEntry:
-    """Returns the entry of a model, or one for a hub id.
+    """Returns the entry of a model, or one for a preset of the memory calculator or a hub id.
 
     Raises:
-        InputError: The name is neither.
+        InputError: The name is none of these.
     """
     entry = _catalog().get(name)
-    if entry is None:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            hint = f"{close_match(name, _catalog())}; a hub id has the form org/name"
-            raise InputError(Problem(where, f"unknown model (got {name!r})", hint))
-        entry = BaseModelEntry(source=HubSource(kind="hub", repository=name))
-    return entry
+    if entry is not None:
+        return entry
+    if name in PRESETS:
+        hub_id, shape = PRESETS[name]
+        return BaseModelEntry(source=HubSource(kind="hub", repository=hub_id), shape=shape)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        hint = f"{close_match(name, [*_catalog(), *PRESETS])}; a hub id has the form org/name"
+        raise InputError(Problem(where, f"unknown model (got {name!r})", hint))
+    shapes = dict(PRESETS.values())
+    return BaseModelEntry(source=HubSource(kind="hub", repository=name), shape=shapes.get(name))
 
 
 def model_folder(name: str, revision: str | None = None) -> Path:

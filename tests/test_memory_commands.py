@@ -1,0 +1,389 @@
+"""``peftscope memory`` and ``peftscope fit``: what they answer, and what they say where they cannot."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_memory import TRAINED, answer, letters_of, model_of, small_shape
+
+from peftscope.cli import main
+from peftscope.memory.answer import peaks_by_formula
+from peftscope.memory.fit import ADVICE, Fit, fit_methods
+from peftscope.memory.formula import DIMENSIONS
+from peftscope.memory.hardware import CONTEXT_BYTES, GIB, MIB, Gpu
+from peftscope.memory.presets import PRESETS
+from peftscope.memory.question import ask, find_model
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def peftscope(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command in this process: (exit code, stdout, stderr). A traceback is an error of the test."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["peftscope", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def config_of(tmp_path: Path) -> Callable[[Any], str]:
+    """Writes a config.json, from text or from what JSON can hold, and returns its path."""
+
+    def write(content: Any) -> str:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return str(path)
+
+    return write
+
+
+ERRORS = {
+    "unknown model": (["lama-2-7b"], "model: unknown model (got 'lama-2-7b')", "did you mean `llama-2-7b`?"),
+    "unlike any model": (["nonsense"], "got 'nonsense'", "llama-2-7b, llama-3-8b"),
+    "model that is not here": (["nobody/nothing"], "could not get config.json of 'nobody/nothing'", "use a preset"),
+    "unknown card": (["llama-2-7b", "--gpu", "rtx4091"], "gpu: unknown card (got 'rtx4091')", "as in 24GiB"),
+    "unknown method": (["llama-2-7b", "--method", "qlra"], "method: unknown method (got 'qlra')", "`qlora`?"),
+    "option of another method": (
+        ["llama-2-7b", "--method", "full", "--rank", "8"],
+        "rank: does not fit the method full",
+        "full has no such options",
+    ),
+    "option of a method with others": (
+        ["llama-2-7b", "--virtual-tokens", "8"],
+        "virtual_tokens: does not fit the method lora",
+        "lora has rank, alpha, targets",
+    ),
+    "too long": (["llama-2-7b", "--seq-len", "4097"], "seq_len: 4097", "limit of 4096 tokens"),
+    "rank over the width": (["qwen2.5-0.5b", "--rank", "129"], "rank: 129 is more than", "width, 128"),
+    "no such module": (["llama-2-7b", "--targets", "q_proj,k_prj"], "has no `k_prj`", "did you mean `k_proj`?"),
+    "no such preset": (["llama-2-7b", "--targets", "everything"], "targets: not a preset (minimal,", "'everything'"),
+    "4-bit in fp32": (["llama-2-7b", "--method", "qlora", "--precision", "fp32"], "precision=fp32", "use bf16"),
+    "checkpointed prefix": (
+        ["llama-2-7b", "--method", "prefix-tuning", "--checkpointing"],
+        "checkpointing does not work with prefix-tuning",
+        "cache",
+    ),
+    "soft cap": (["gemma-2-2b", "--attention", "sdpa"], "attention: sdpa does not know", "use eager"),
+    "no responses": (["llama-2-7b", "--response-len", "0"], "response_len: must lie between 1 and", "seq_len=512"),
+    "no card": (["llama-2-7b", "--gpus", "0"], "gpus: must be at least 1", "got 0"),
+    "no such precision": (["llama-2-7b", "--precision", "fp8"], "precision: Input should be", "got 'fp8'"),
+    "no such file": (["nothing.json"], "model: nothing.json", "No such file"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "what", "remedy"), ERRORS.values(), ids=ERRORS)
+def test_a_wrong_question_gets_one_line(arguments: list[str], what: str, remedy: str, peftscope: Command) -> None:
+    code, output, message = peftscope("memory", *arguments)
+    assert (code, output) == (2, "")
+    assert message.endswith("\n")
+    assert len(message.splitlines()) == 1
+    assert what in message
+    assert remedy in message
+
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+CONFIGS = {
+    "not JSON": ("{", "is not valid JSON"),
+    "a list": ([], "has no `model_type` -> give the config.json of a causal model"),
+    "no model_type": ({"hidden_size": 64}, "has no `model_type` -> give the config.json of a causal model"),
+    "no layers": ({k: v for k, v in LLAMA.items() if k != "num_hidden_layers"}, "`num_hidden_layers` is missing"),
+    "text for a number": ({**LLAMA, "vocab_size": "many"}, "vocab_size: Input should be a valid integer"),
+    "another family": ({**LLAMA, "model_type": "gpt2"}, "model_type 'gpt2' is not one of llama, mistral, qwen2"),
+}
+
+
+@pytest.mark.parametrize(("config", "what"), CONFIGS.values(), ids=CONFIGS)
+def test_a_broken_config_gets_one_line(config: Any, what: str, peftscope: Command, config_of) -> None:
+    path = config_of(config)
+    code, output, message = peftscope("memory", path)
+    assert (code, output) == (2, "")
+    assert len(message.splitlines()) == 1
+    assert what in message
+    assert path in message or "use --simulate" in message
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_attention_heads": 0}, {"num_attention_heads": "4"}, {"hidden_size": None}], ids=str
+)
+def test_a_config_that_cannot_be_divided_gets_one_line(wrong: dict[str, Any], peftscope: Command, config_of) -> None:
+    code, _, message = peftscope("memory", config_of({**LLAMA, **wrong}))
+    assert code == 2
+    assert len(message.splitlines()) == 1
+
+
+def test_a_limit_that_is_no_number_gets_one_line(peftscope: Command, config_of) -> None:
+    code, _, message = peftscope("memory", config_of({"model_type": "gpt2", "max_position_embeddings": "many"}))
+    assert code == 2
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "remedy"),
+    [
+        (["--gpu", "24GiB"], "model: none given", "peftscope fit --gpu 24GiB llama-2-7b"),
+        (["--gpu", "24GiB", "--models", " , "], "model: none given", "peftscope fit --gpu 24GiB llama-2-7b"),
+        (["--gpu", "24GiB", "--models", "llama-2-7b,lama-3-8b"], "got 'lama-3-8b'", "did you mean `llama-3-8b`?"),
+        (["llama-2-7b", "--gpu", "nothing"], "got 'nothing'", "as in 24GiB"),
+        (
+            ["llama-2-7b", "--gpu", "24GiB", "--methods", "lora,qlra"],
+            "methods: unknown method (got 'qlra')",
+            "`qlora`?",
+        ),
+    ],
+    ids=["no model", "no models", "unknown model", "unknown card", "unknown method"],
+)
+def test_a_wrong_fit_gets_one_line(arguments: list[str], what: str, remedy: str, peftscope: Command) -> None:
+    code, output, message = peftscope("fit", *arguments)
+    assert (code, output) == (2, "")
+    assert len(message.splitlines()) == 1
+    assert what in message
+    assert remedy in message
+
+
+def test_rank_1_fits_every_method(peftscope: Command) -> None:
+    code, *_ = peftscope("fit", "smollm2-135m", "--gpu", "24GiB", "--methods", "lora,adalora", "--rank", "1", "--json")
+    assert code == 0
+
+
+def test_json_has_the_stable_keys(peftscope: Command) -> None:
+    code, output, message = peftscope("memory", "smollm2-135m", "--json")
+    found = json.loads(output)
+    assert (code, message) == (0, "")
+    assert found == answer("smollm2-135m").to_json() | {"terms": found["terms"]}
+    assert list(found)[:5] == ["model", "method", "how", "parameters", "trainable_parameters"]
+    for key, kind in {
+        "peak_allocated_bytes": int,
+        "peak_reserved_bytes": int,
+        "peak_device_bytes": int,
+        "binding_phase": str,
+        "phases": dict,
+        "components": dict,
+        "modules": dict,
+        "assumptions": list,
+        "terms": list,
+        "dimensions": dict,
+    }.items():
+        assert isinstance(found[key], kind), key
+        assert found[key], key
+    assert list(found["phases"]) == ["load", "forward", "backward", "optimizer", "evaluate"]
+
+
+OPTIONS = {
+    "lora": {
+        "rank": 5,
+        "alpha": 3.0,
+        "targets": "mlp",
+        "dropout": 0.1,
+        "adapter_dtype": "base",
+        "batch_size": 3,
+        "precision": "amp",
+        "optimizer": "adamw_8bit",
+        "loss_path": "response_only",
+        "attention": "eager",
+    },
+    "adalora": {"init_r": 7, "target_r": 5},
+    "prompt-tuning": {"virtual_tokens": 13},
+    "qlora": {"rank": 6, "optimizer": "paged_adamw"},
+}
+
+
+@pytest.mark.parametrize(("method", "options"), OPTIONS.items(), ids=OPTIONS)
+def test_an_answer_says_what_it_was_asked(method: str, options: dict[str, Any], peftscope: Command) -> None:
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    code, output, _ = peftscope("memory", "smollm2-135m", "--method", method, *words, "--json")
+    assert code == 0
+    found = json.loads(output)
+    assert found["method"] == method
+    said = "\n".join(found["assumptions"])
+    for name, value in options.items():
+        assert f"{name}={value}" in said
+    plain = answer("smollm2-135m", method=method)
+    assert found["peak_allocated_bytes"] != plain.peak_allocated_bytes
+
+
+def test_an_answer_says_the_lengths_and_switches(peftscope: Command) -> None:
+    words = "--seq-len 77 --response-len 9 --loss-path response_only --checkpointing --packed --eval-batch-size 6"
+    _, output, _ = peftscope("memory", "smollm2-135m", *words.split(), "--gpus", "3", "--gpu", "l4", "--json")
+    said = "\n".join(json.loads(output)["assumptions"])
+    for words in (
+        "seq_len=77",
+        "9 positions",
+        "checkpointing=True",
+        "packing=True",
+        "batch_size=6",
+        "3 cards",
+        "226 MiB",
+    ):
+        assert words in said
+
+
+QWEN = """{
+  "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151643,
+  "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02, "intermediate_size": 4864,
+  "max_position_embeddings": 32768, "max_window_layers": 24, "model_type": "qwen2", "num_attention_heads": 14,
+  "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+  "sliding_window": 32768, "tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers_version": "4.40.1",
+  "use_cache": true, "use_mrope": false, "use_sliding_window": false, "vocab_size": 151936
+}"""
+"""As the hub has it, with what says nothing about sizes."""
+
+
+def test_a_local_config_gives_the_presets_answer(peftscope: Command, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(QWEN)
+    assert find_model(str(path)).shape == PRESETS["qwen2.5-0.5b"][1]
+    by_name, by_file, by_folder, by_hub_id = (
+        json.loads(peftscope("memory", name, "--method", "qlora", "--json")[1])
+        for name in ("qwen2.5-0.5b", str(path), str(tmp_path), "Qwen/Qwen2.5-0.5B")
+    )
+    assert by_file.pop("model") == str(path)
+    assert by_name.pop("model") != by_folder.pop("model") != by_hub_id.pop("model")
+    assert by_name == by_file == by_folder == by_hub_id
+
+
+def test_text_names_peaks_phases_and_every_letter(peftscope: Command) -> None:
+    code, output, message = peftscope("memory", "llama-2-7b", "--method", "qlora", "--explain", "--depth", "2")
+    assert (code, message) == (0, "")
+    found = answer("llama-2-7b", method="qlora")
+    assert f"{found.parameters:,} parameters, {found.trainable_parameters:,} trained" in output
+    (binding,) = [line for line in output.splitlines() if "<- binds" in line]
+    assert binding.split()[0] == found.binding_phase
+    flat = " ".join(output.split())
+    for letter in {letter for term in found.terms for letter in letters_of(term)} & set(DIMENSIONS):
+        assert f"{letter} = {found.dimensions[letter]:,} ({DIMENSIONS[letter]})" in flat
+    for line in ("self_attn", "mlp", *found.assumptions):
+        assert line in flat or line in output
+
+
+def test_fit_speaks_json_about_several_models(peftscope: Command, config_of) -> None:
+    paths = [config_of(small_shape(num_layers=layers).to_config()) for layers in (1, 2)]
+    code, output, _ = peftscope("fit", "--models", ",".join(paths), "--gpu", "1GiB", "--methods", "full,ia3", "--json")
+    assert code == 0
+    found = json.loads(output)
+    assert [(one["model"], one["method"]) for one in found] == [(p, m) for p in paths for m in ("full", "ia3")]
+    for one in found:
+        assert list(one) == list(Fit.__dataclass_fields__)
+        assert one["capacity_bytes"] == GIB
+        assert one["headroom_bytes"] == GIB - one["peak_device_bytes"]
+        assert one["fits"] is True
+        assert one["largest_batch_size"] >= 1
+        assert one["advice"] == ""
+        said = json.loads(peftscope("memory", one["model"], "--method", one["method"], "--json")[1])
+        assert said["peak_device_bytes"] == one["peak_device_bytes"]
+
+
+def test_fit_takes_every_method_that_trains_and_shows_a_table(peftscope: Command, config_of) -> None:
+    path = config_of(small_shape(num_layers=1, max_seq_len=64).to_config())
+    code, output, _ = peftscope("fit", path, "--gpu", "0.55GiB", "--rank", "4", "--seq-len", "32")
+    assert code == 0
+    rows = [line.split() for line in output.splitlines() if "MiB" in line and "yes" in line.split()]
+    assert [row[row.index("yes") - 3] for row in rows] == TRAINED
+
+
+def test_fit_over_two_cards(peftscope: Command) -> None:
+    question = ["fit", "smollm2-135m", "--gpu", "24GiB", "--methods", "full", "--json"]
+    (one,), (two,) = (json.loads(peftscope(*question, "--gpus", gpus)[1]) for gpus in ("1", "2"))
+    assert two["peak_device_bytes"] < one["peak_device_bytes"]
+    assert two["largest_batch_size"] >= one["largest_batch_size"]
+
+
+SMALL_MODEL = model_of(PRESETS["smollm2-135m"][1].model_copy(update={"num_layers": 2}))
+
+
+def device_bytes(options: dict[str, Any], **changes: Any) -> int:
+    return peaks_by_formula(ask(SMALL_MODEL, options | changes), evaluation=False).device_bytes
+
+
+def fit_of(method: str, capacity: int, **options: Any) -> Fit:
+    (fit,) = fit_methods([SMALL_MODEL], [method], options, Gpu("a card", capacity), 1)
+    return fit
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "adalora", "prefix-tuning"])
+@pytest.mark.parametrize(("field", "value", "limit"), [("batch_size", 23, 4096), ("seq_len", 901, 8192)])
+def test_the_largest_fits_and_one_more_does_not(method: str, field: str, value: int, limit: int) -> None:
+    options = {"method": method}
+    capacity = device_bytes(options, **{field: value})
+    largest = getattr(fit_of(method, capacity), f"largest_{field}")
+    assert 1 < largest < limit
+    assert device_bytes(options, **{field: largest}) <= capacity < device_bytes(options, **{field: largest + 1})
+
+
+@pytest.mark.parametrize(("method", "field"), [("lora", "rank"), ("qlora", "rank"), ("adalora", "init_r")])
+def test_the_largest_rank_fits_and_one_more_does_not(method: str, field: str) -> None:
+    options = {"method": method}
+    capacity = device_bytes(options, **{field: 57})
+    largest = fit_of(method, capacity).largest_rank
+    assert 1 < largest < 192
+    assert device_bytes(options, **{field: largest}) <= capacity < device_bytes(options, **{field: largest + 1})
+
+
+@pytest.mark.parametrize("method", ["full", "ia3", "prefix-tuning"])
+def test_without_a_rank_there_is_no_largest(method: str) -> None:
+    assert fit_of(method, 10 * GIB).largest_rank is None
+
+
+def test_with_room_for_everything_the_limits_are_the_largest() -> None:
+    fit = fit_of("lora", 10**15)
+    assert (fit.largest_batch_size, fit.largest_seq_len, fit.largest_rank) == (4096, 8192, 192)
+    assert fit.fits
+
+
+def test_with_room_for_nothing_there_is_no_largest() -> None:
+    fit = fit_of("lora", 100 * MIB)
+    assert (fit.largest_batch_size, fit.largest_seq_len, fit.largest_rank) == (None, None, None)
+    assert not fit.fits
+    assert fit.headroom_bytes < 0
+    assert fit.advice == "a smaller model, a larger card, or --gpus"
+
+
+def advised(words: str) -> dict[str, Any]:
+    """The options that advice stands for, as someone who follows it would write them."""
+    found: dict[str, Any] = {}
+    parts = iter(words.split())
+    for part in parts:
+        name = part.removeprefix("--").replace("-", "_")
+        value = True if name == "checkpointing" else next(parts)
+        found[name] = int(value) if isinstance(value, str) and value.isdigit() else value
+    return found
+
+
+def follow_advice(method: str, **options: Any) -> set[str]:
+    """Asks for ever more room, follows what is said, and returns all that was."""
+    whole = fit_of(method, 1, **options).peak_device_bytes
+    said = set()
+    for share in range(1, 16):
+        capacity = CONTEXT_BYTES + (whole - CONTEXT_BYTES) * share // 16
+        advice = fit_of(method, capacity, **options).advice
+        said.add(advice)
+        if advice.startswith("--"):
+            changed = {**options, "method": method, **advised(advice)}
+            assert fit_of(changed.pop("method"), capacity, **changed).fits, advice
+    return said
+
+
+def test_advice_fits_whoever_follows_it() -> None:
+    said = set.union(*(follow_advice(m, batch_size=4, seq_len=500, optimizer="adamw") for m in ("full", "lora")))
+    assert len(said) > 4
+    assert said <= {*(words for words, _ in ADVICE), "a smaller model, a larger card, or --gpus"}
+
+
+def test_advice_keeps_the_rank_that_was_asked_for() -> None:
+    assert len(follow_advice("full", batch_size=4, seq_len=100, rank=128)) > 2
