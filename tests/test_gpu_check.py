@@ -68,7 +68,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize(
+    "method", [name if name in ("full", "qlora") else pytest.param(name, marks=pytest.mark.slow) for name in TRAINED]
+)
 def test_the_processor_takes_what_is_predicted(method: str, one_thread: None) -> None:
     question = job_of(method).question
     predicted, measured = predict(question), measure(question, "cpu")

@@ -85,7 +85,14 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize(("loss_path", "precision"), [("hf", "bf16"), ("response_only", "fp32"), ("hf", "amp")])
+@pytest.mark.parametrize(
+    ("loss_path", "precision"),
+    [
+        ("hf", "bf16"),
+        pytest.param("response_only", "fp32", marks=pytest.mark.slow),
+        pytest.param("hf", "amp", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str, method: str, loss_path: str, precision: str, toy: Path, make_spec) -> None:
