@@ -9,13 +9,14 @@ READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup report test smoke slow browser lint format schema lock publish benchmark benchmark-memory agreement \
-        gpu-check clean
+        gpu-check claims clean
 
 help:
 	@echo "make report [EXPERIMENT=quick]   train, measure and write reports/EXPERIMENT/report.html"
 	@echo "make test                        the tests and the smoke pipeline"
 	@echo "make setup                       .venv with the locked dependencies and peftscope itself"
 	@echo "make publish EXPERIMENT=quick    copy a finished run's small files to where they are committed (or memory, gpu)"
+	@echo "make claims                      measure what the literature claims; reports/EXPERIMENT/claims.html"
 	@echo "make benchmark                   our training step against the HF Trainer"
 	@echo "make benchmark-memory            the memory calculator's speed, beside accelerate's estimate"
 	@echo "make agreement                   closed form against simulation, on random runs"
@@ -77,6 +78,11 @@ benchmark-memory: $(READY)
 
 agreement: $(READY)
 	$(BIN)/python -W ignore -m peftscope.memory.agreement
+
+claims: $(READY)
+	$(BIN)/peftscope fetch smollm2-135m
+	$(BIN)/peftscope fetch minilm
+	$(BIN)/peftscope claims --experiment $(EXPERIMENT)
 
 gpu-check: $(READY)
 	$(BIN)/python -W ignore -m peftscope.memory.gpu_check

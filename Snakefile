@@ -4,7 +4,7 @@ from pathlib import Path
 
 from snakemake.utils import Paramspace, min_version
 
-from peftscope.memory.grid import grid
+from peftscope.memory.grid import grid, sources
 from peftscope.plan import load_plan
 from peftscope.spec import RUN_ID_PATTERN
 
@@ -16,6 +16,7 @@ shell.prefix(
 
 PLAN = load_plan(config)
 GRID = Paramspace(grid())
+CALCULATOR = sources()
 
 
 wildcard_constraints:
@@ -83,9 +84,24 @@ rule train:
         "python -m peftscope run {params.spec:q} --threads {threads} --output $(dirname {output.record:q}) > {log} 2>&1"
 
 
+# A study's learning rates: the runs that are compared at them follow from what the first ones found.
+checkpoint tune:
+    input:
+        expand(
+            "results/{{experiment}}/runs/{run_id}/record.json", run_id=PLAN.tuning_runs
+        ),
+        "experiments/{experiment}.yaml",
+    output:
+        "results/{experiment}/tuned.json",
+    log:
+        "results/{experiment}/logs/tune.log",
+    shell:
+        "python -m peftscope tune {wildcards.experiment} 2>&1 | tee {log}"
+
+
 rule collect:
     input:
-        expand("results/{{experiment}}/runs/{run_id}/record.json", run_id=PLAN.run_ids),
+        PLAN.records(checkpoints),
         "experiments/{experiment}.yaml",
         "src/peftscope/collect.py",
     output:
@@ -203,7 +219,7 @@ rule ladder:
 # What follows from the code alone is made once for all experiments.
 rule memory_curve:
     input:
-        "src/peftscope/memory/agreement.json",
+        CALCULATOR,
     output:
         f"results/memory/curves/{GRID.wildcard_pattern}.csv",
     log:
@@ -215,7 +231,7 @@ rule memory_curve:
 rule memory_figures:
     input:
         curves=expand("results/memory/curves/{point}.csv", point=GRID.instance_patterns),
-        code="src/peftscope/report/memory.py",
+        code=["src/peftscope/report/memory.py", "src/peftscope/report/plots.py"],
     output:
         report(
             "results/memory/grid.png",
@@ -237,8 +253,9 @@ rule memory_figures:
 
 rule memory_chapter:
     input:
-        "src/peftscope/memory/chapter.py",
-        "src/peftscope/memory/simulate.py",
+        CALCULATOR,
+        "src/peftscope/training/step.py",
+        "src/peftscope/training/build.py",
     output:
         report(
             "results/memory/chapter.html",
@@ -261,6 +278,7 @@ rule report:
         rules.figures.output,
         expand("results/{{experiment}}/figures/ladder-{field}.png", field=PLAN.ladders),
         "src/peftscope/report/page.py",
+        "src/peftscope/report/memory.py",
         "src/peftscope/report/sentences.py",
         "src/peftscope/report/templates/report.html.j2",
         "src/peftscope/report/templates/report.css",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
-from math import prod
-from statistics import median
+from fractions import Fraction
+from math import ceil, prod
 from typing import Any
 
 import pytest
@@ -111,8 +112,7 @@ def test_more_never_takes_less(method: str) -> None:
         if what in of_method or (what == "num_layers" and method == "prefix-tuning"):
             # A trained tensor grows. Where it reaches the size for 8 bits, or for paging, its states take less:
             # test_states_shrink_where_they_become_8_bit and test_states_leave_the_allocator_where_they_are_paged.
-            options["optimizer"] = "adamw" if options["optimizer"].endswith(("8bit", "paged_adamw")) else "sgd"
-            options.pop("optimizer_implementation", None)
+            options["optimizer"] = "sgd" if options["optimizer"] == "sgd" else "adamw"
         before = answer_by_formula(ask(model_of(shape), options))
         if what == "num_layers":
             shape = shape.model_copy(update={"num_layers": shape.num_layers + more})
@@ -242,7 +242,15 @@ def test_an_answer_takes_a_fraction_of_a_second() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert median(seconds() for _ in range(5)) < 0.6  # measured: 0.24; other machines are slower
+    assert min(seconds() for _ in range(5)) < 0.3 * float(os.environ.get("PEFTSCOPE_SLOW_MACHINE", "1"))
+
+
+def test_dropout_keeps_a_byte_an_element_on_cuda() -> None:
+    model = model_of(small_shape())
+    with_mask, without = (answer(model, dropout=p, batch_size=4, seq_len=256, targets=["q_proj"]) for p in (0.1, 0))
+    (mask,) = [term for term in with_mask.terms if term.name == "dropout mask"]
+    assert mask.bytes == 2 * 4 * 256 * 64
+    assert "dropout mask" not in {term.name for term in without.terms}
 
 
 # Explanations.
@@ -267,12 +275,9 @@ def check_term(term: Term, dimensions: dict[str, int]) -> None:
         assert term.name in WITHOUT_FORMULA
         return
     assert all(letter in DIMENSIONS or letter.isdigit() for letter in letters_of(term)), term
-    width = float(term.formula.split("·")[0])
+    width = Fraction(term.formula.split("·")[0])
     one = width * prod(dimensions[letter] for letter in letters_of(term))
-    if width * 2 == int(width * 2):
-        assert term.bytes == term.count * rounded(-int(-one // 1)), term
-    else:  # three digits of a long fraction
-        assert term.bytes == pytest.approx(term.count * one, rel=0.005, abs=term.count * 512), term
+    assert term.bytes == term.count * rounded(ceil(one)), term
 
 
 @pytest.mark.parametrize("method", TRAINED)

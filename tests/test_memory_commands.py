@@ -66,7 +66,11 @@ ERRORS = {
     "too long": (["llama-2-7b", "--seq-len", "4097"], "seq_len: 4097", "limit of 4096 tokens"),
     "rank over the width": (["qwen2.5-0.5b", "--rank", "129"], "rank: 129 is more than", "width, 128"),
     "no such module": (["llama-2-7b", "--targets", "q_proj,k_prj"], "has no `k_prj`", "did you mean `k_proj`?"),
-    "no such preset": (["llama-2-7b", "--targets", "everything"], "targets: not a preset (minimal,", "'everything'"),
+    "no such preset": (
+        ["llama-2-7b", "--targets", "everything"],
+        "targets: llama-2-7b has no `everything`",
+        "all-linear",
+    ),
     "4-bit in fp32": (["llama-2-7b", "--method", "qlora", "--precision", "fp32"], "precision=fp32", "use bf16"),
     "checkpointed prefix": (
         ["llama-2-7b", "--method", "prefix-tuning", "--checkpointing"],
@@ -297,6 +301,42 @@ def test_fit_takes_every_method_that_trains_and_shows_a_table(peftscope: Command
     assert [row[row.index("yes") - 3] for row in rows] == TRAINED
 
 
+@pytest.mark.parametrize(
+    ("options", "cannot"),
+    [
+        (["--seq-len", "8192"], {"prompt-tuning", "prefix-tuning"}),
+        (["--precision", "amp"], {"qlora", "loftq"}),
+        (["--packed"], {"prompt-tuning", "prefix-tuning"}),
+    ],
+    ids=" ".join,
+)
+def test_a_method_that_cannot_run_as_asked_says_why_and_the_others_are_answered(
+    options: list[str], cannot: set[str], peftscope: Command
+) -> None:
+    code, output, _ = peftscope("fit", "smollm2-135m", "--gpu", "24GiB", *options, "--json")
+    rows = {row["method"]: row for row in json.loads(output)}
+    assert code == 0 and list(rows) == TRAINED
+    assert {name for name, row in rows.items() if row["advice"].startswith("cannot run as asked: ")} == cannot
+    for name in cannot:
+        assert (rows[name]["fits"], rows[name]["peak_device_bytes"], rows[name]["phases"]) == (False, None, {})
+    table = peftscope("fit", "smollm2-135m", "--gpu", "24GiB", *options)[1]
+    assert table.count("cannot run") == len(cannot)
+    code, _, message = peftscope("fit", "smollm2-135m", "--gpu", "24GiB", *options, "--methods", ",".join(cannot))
+    assert code == 2 and message
+
+
+def test_fit_takes_the_options_of_methods(peftscope: Command) -> None:
+    ask = ["fit", "qwen2.5-0.5b", "--gpu", "24GiB", "--json", "--method", "lora,adalora", "--targets", "mlp"]
+    few, many = (
+        json.loads(peftscope(*ask, "--rank", "256", "--alpha", "16", "--dropout", dropout)[1])
+        for dropout in ("0", "0.1")
+    )
+    for less, more in zip(few, many, strict=True):
+        assert less["peak_allocated_bytes"] < more["peak_allocated_bytes"]
+        assert less["largest_rank"] == 896
+        assert sum(less["components"].values()) == less["phases"][less["binding_phase"]] == less["peak_allocated_bytes"]
+
+
 def test_fit_over_two_cards(peftscope: Command) -> None:
     question = ["fit", "smollm2-135m", "--gpu", "24GiB", "--methods", "full", "--json"]
     (one,), (two,) = (json.loads(peftscope(*question, "--gpus", gpus)[1]) for gpus in ("1", "2"))
@@ -382,7 +422,9 @@ def follow_advice(method: str, **options: Any) -> set[str]:
 def test_advice_fits_whoever_follows_it() -> None:
     said = set.union(*(follow_advice(m, batch_size=4, seq_len=500, optimizer="adamw") for m in ("full", "lora")))
     assert len(said) > 4
-    assert said <= {*(words for words, _ in ADVICE), "a smaller model, a larger card, or --gpus"}
+    known = {name for changes in ADVICE for name in changes}
+    asked = {word[2:].replace("-", "_") for words in said for word in words.split() if word.startswith("--")}
+    assert asked <= known | {"gpus"}
 
 
 def test_advice_keeps_the_rank_that_was_asked_for() -> None:

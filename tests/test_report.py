@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import pandas as pd
 import pytest
 
 from peftscope.collect import collect_experiment, read_runs
+from peftscope.errors import InputError
 from peftscope.memory.chapter import rebuild
 from peftscope.memory.grid import AXES, SIZES, bars, curve
 from peftscope.memory.presets import PRESETS
 from peftscope.report.memory import draw_bars, draw_grid, write_chapter
 from peftscope.report.page import FIXED_FIGURES, write_report
 from peftscope.report.plots import write_figures, write_ladder
+from peftscope.report.publish import publish
 from peftscope.report.sentences import NOTHING, sentence
 from peftscope.report.tables import (
     ladder_summary,
@@ -127,7 +130,11 @@ def test_predictions_stand_beside_what_was_measured(finished: str) -> None:
     found = predictions(read_runs(finished))
     assert set(found["peak"]) == {"forward", "backward", "optimizer", "training", "evaluation"}
     assert found["error_percent"].abs().max() < 0.5
-    assert (found.groupby("run_id").size() >= 1).all()
+    runs = read_runs(finished)
+    trained = runs.loc[(runs["method"] != "none") & (runs["status"] == "ok"), "run_id"]
+    assert (found.groupby("run_id").size()[trained] == 5).all()
+    died = runs.assign(status=runs["status"].where(runs["run_id"] != trained.iloc[0], "oom"))
+    assert set(found["run_id"]) - set(predictions(died)["run_id"]) == {trained.iloc[0]}
     table = readable_predictions(found)
     assert set(table["method"]) == set(found["label"])
     worse = found.assign(error_percent=found["error_percent"].where(found["peak"] != "backward", -3.0))
@@ -182,12 +189,43 @@ def test_readme_shows_the_published_table_and_figure(repository: Path) -> None:
     readme = (repository / "README.md").read_text()
     published = repository / "results" / "published" / "quick"
     assert (published / "tables" / "methods.md").read_text() in readme
-    figures = re.findall(r"!\[[^\]]*\]\((results/published/[^)]+)\)", readme)
-    assert figures
-    assert all((repository / figure).is_file() for figure in figures)
+    linked = re.findall(r"\]\(((?:results|reports)/published/[^)]+)\)", readme)
+    assert len(linked) > 3
+    assert all((repository / file).is_file() for file in linked)
     runs = pd.read_csv(published / "runs.csv")
     assert set(runs["status"]) == {"ok"}
     assert set(runs["cpu"]) == {re.search(r"made on (.*?), ", readme).group(1)}
+
+
+def test_every_published_run_of_quick_took_what_was_predicted(repository: Path) -> None:
+    runs = pd.read_csv(repository / "results" / "published" / "quick" / "runs.csv")
+    found = predictions(runs)
+    assert set(found["run_id"]) == set(runs["run_id"])
+    assert found["error_percent"].abs().max() < 0.5
+
+
+def test_a_folder_of_results_is_published_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="not finished"):
+        publish("gpu")
+    for card in ("l4", "a100"):
+        file = tmp_path / "results" / "gpu" / card / "memory.csv"
+        file.parent.mkdir(parents=True)
+        file.write_text(card)
+        assert publish("gpu") == [Path("results/published/gpu") / card]
+        shutil.rmtree(file.parent)
+    published = tmp_path / "results" / "published" / "gpu"
+    assert [path.read_text() for path in sorted(published.glob("*/memory.csv"))] == ["a100", "l4"]
+    half = tmp_path / "results" / "memory" / "bars.png"
+    half.parent.mkdir()
+    half.write_text("")
+    with pytest.raises(InputError, match=r"no grid\.png, chapter\.csv"):
+        publish("memory")
+    for name in ("grid.png", "chapter.csv"):
+        (half.parent / name).write_bytes(bytes(5_000_001))
+    with pytest.raises(InputError, match="too large"):
+        publish("memory")
+    assert not (tmp_path / "results" / "published" / "memory").exists()
 
 
 def test_published_files_are_small_and_hold_no_paths_of_a_machine(repository: Path) -> None:

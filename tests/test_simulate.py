@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from peftscope.data.tasks import make_task
 from peftscope.memory.agreement import ARCHITECTURES, differences, random_questions
+from peftscope.memory.answer import AGREEMENT_FILE
+from peftscope.memory.presets import PRESETS
 from peftscope.memory.question import ask, find_model
 from peftscope.memory.shapes import FAMILIES, ModelShape
 from peftscope.memory.simulate import answer_by_simulation, simulate
@@ -124,7 +129,7 @@ def test_the_real_model(name: str, workspace: Path, make_spec) -> None:
 
 @pytest.mark.slow
 def test_closed_form_and_simulation_agree_on_random_runs() -> None:
-    # Other questions than those whose differences the closed form quotes.
+    # Other questions than those whose differences the closed form quotes, which the next test looks at.
     questions = list(random_questions(seed=1))
     assert len(questions) >= 200
     assert {question.spec.method.name for question in questions} == {n for n, cls in METHODS.items() if cls.trains}
@@ -135,30 +140,51 @@ def test_closed_form_and_simulation_agree_on_random_runs() -> None:
         assert max(map(abs, found.values())) < 0.02, (question.spec, found)
 
 
+def test_the_agreement_that_answers_quote_is_within_two_percent() -> None:
+    measured = json.loads(AGREEMENT_FILE.read_text())
+    assert set(measured["worst_percent"]) == {name for name, cls in METHODS.items() if cls.trains}
+    assert measured["questions"] >= 200
+    assert max(measured["worst_percent"].values()) < 2
+
+
 PUBLISHED = list(csv.DictReader(Path(__file__).with_name("published_peaks.csv").read_text().splitlines()))
-"""Reserved peaks on an L40S: PEFT's method_comparison/MetaMathQA/results, Llama-3.2-3B, batches of 4, July 2026."""
+"""What others measured. peft: method_comparison/MetaMathQA/results at commit 51c2ff666, on an L40S with torch 2.13,
+transformers 5.13 and peft 0.19. litgpt: tutorials/resource-tables.md at commit 8641822, on an A100 40 GB with torch
+2.1. torchtune: its README."""
 LONGEST = 650
-"""Tokens of that benchmark's longest batch: at most 768, and not published."""
+"""Tokens of the PEFT benchmark's longest batch: at most 768, and not published."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row["source"])
 def test_published_peaks(row: dict[str, str]) -> None:
-    options = {"method": row["method"], "batch_size": 4, "seq_len": LONGEST, **json.loads(row["options"])}
-    answer = answer_by_simulation(ask(find_model("llama-3.2-3b"), options))
-    tolerance = 0.02 if row["source"] in ("full-finetuning", "lora rank32") else 0.08
-    assert answer.peak_reserved_bytes == pytest.approx(int(row["measured_reserved_bytes"]), rel=tolerance)
+    options = {"method": row["method"], "seq_len": LONGEST, **json.loads(row["options"])}
+    answer = answer_by_simulation(ask(find_model(row["model"]), options))
+    measured = int(row["measured_bytes"])
+    if row["kind"] == "out of memory":
+        assert answer.peak_device_bytes > measured or row["reason"]
+        return
+    error = getattr(answer, f"peak_{row['kind']}_bytes") / measured - 1
+    print(f"{row['source']}: {100 * error:+.2f} %, {row['reason']}")
+    assert abs(error) < 0.08 or row["reason"], error
+    if row["source"] in ("peft full-finetuning", "peft lora rank32"):
+        assert abs(error) < 0.02
 
 
 @pytest.mark.slow
-def test_a_large_model_needs_seconds_and_no_memory() -> None:
-    import time
-
-    import psutil
-
-    question = ask(find_model("llama-65b"), {"method": "qlora"})
-    began = time.process_time()
-    answer = answer_by_simulation(question)
-    assert time.process_time() - began < 30
-    assert psutil.Process().memory_info().rss < 2 * 2**30
-    assert answer.peak_allocated_bytes > 33 * 10**9
+@pytest.mark.parametrize(("model", "method", "limit"), [("llama-2-7b", "lora", 8), ("llama-65b", "qlora", 30)])
+def test_a_large_model_needs_seconds_and_no_memory(model: str, method: str, limit: float) -> None:
+    code = f"""
+import resource, time
+from peftscope.memory.question import ask, find_model
+from peftscope.memory.simulate import answer_by_simulation
+question = ask(find_model({model!r}), {{"method": {method!r}}})
+began = time.process_time()
+answer = answer_by_simulation(question)
+print(time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, answer.peak_allocated_bytes)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    seconds, kib, peak = map(float, done.stdout.split())
+    assert seconds < limit * float(os.environ.get("PEFTSCOPE_SLOW_MACHINE", "1"))
+    assert kib < 2 * 2**20
+    assert peak > PRESETS[model][1].parameters / 2

@@ -7,8 +7,18 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.power import TTestPower
+from statsmodels.stats.weightstats import ttost_paired
 
-from peftscope.stats import mean_interval
+from peftscope.stats import (
+    bootstrap_interval,
+    equivalence_interval,
+    holm,
+    mean_interval,
+    pairs_needed,
+    sign_flip_p,
+    trend_p,
+)
 
 
 def test_interval_is_students() -> None:
@@ -33,7 +43,64 @@ def test_values_without_spread_say_nothing_of_their_uncertainty() -> None:
     assert (mean_interval([2.0, 2.0]).low, mean_interval([2.0, 2.0]).n) == (None, 2)
 
 
-def test_coverage_is_nominal() -> None:
+@pytest.mark.parametrize(("n", "student", "bootstrap"), [(3, 0.95, 0.76), (5, 0.95, 0.92), (8, 0.95, 0.94)])
+def test_coverage_is_what_the_docs_say(n: int, student: float, bootstrap: float) -> None:
     random = np.random.default_rng(0)
-    hits = sum(i.low <= 0 <= i.high for i in (mean_interval(random.normal(size=5)) for _ in range(4000)))
-    assert hits / 4000 == pytest.approx(0.95, abs=0.015)
+    samples = [random.normal(size=n) for _ in range(1500)]
+
+    def coverage(intervals: list[tuple[float, float]]) -> float:
+        return sum(low <= 0 <= high for low, high in intervals) / len(intervals)
+
+    found = [mean_interval(sample) for sample in samples]
+    assert coverage([(i.low, i.high) for i in found]) == pytest.approx(student, abs=0.03)
+    assert coverage([bootstrap_interval(s, resamples=500) for s in samples]) == pytest.approx(bootstrap, abs=0.03)
+    assert coverage([equivalence_interval(s) for s in samples]) == pytest.approx(0.90, abs=0.03)
+
+
+def test_the_bootstrap_is_expanded_as_hesterberg_says() -> None:
+    sample = [0.1, 0.4, 0.35, 0.9, 0.6, 0.2]
+    low, high = bootstrap_interval(sample)
+    n, draws = len(sample), np.random.default_rng(1)
+    tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1))
+    means = [draws.choice(sample, n).mean() for _ in range(20_000)]
+    assert (low, high) == pytest.approx(tuple(np.quantile(means, [tail, 1 - tail])), abs=0.02)
+    assert tail < 0.025
+
+
+@pytest.mark.parametrize("sample", [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [0.3, -0.1, 0.4, 0.2], [0.0, 0.0, 0.0]])
+def test_sign_flips_are_scipys_exact_permutations(sample: list[float]) -> None:
+    wanted = stats.permutation_test((sample,), np.sum, permutation_type="samples", n_resamples=math.inf)
+    assert sign_flip_p(sample) == pytest.approx(wanted.pvalue)
+
+
+@pytest.mark.parametrize("margin", [0.05, 0.1, 0.2])
+def test_equivalence_decides_as_two_one_sided_tests_do(margin: float) -> None:
+    sample = np.array([0.02, -0.05, 0.04, 0.07, -0.03, 0.01])
+    low, high = equivalence_interval(sample)
+    p, *_ = ttost_paired(sample, np.zeros(6), -margin, margin)
+    assert (-margin < low and high < margin) == (p < 0.05)
+
+
+def test_equivalence_without_spread_or_with_one_value() -> None:
+    assert equivalence_interval([0.0, 0.0, 0.0]) == (0.0, 0.0)
+    assert equivalence_interval([1.0]) is None
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+
+
+def test_a_trend_is_pages() -> None:
+    rows = [[1.0, 2.0, 3.0], [1.0, 3.0, 2.0], [1.0, 2.0, 4.0]]
+    assert trend_p(rows) == stats.page_trend_test(rows).pvalue
+    assert trend_p(rows) < 0.05 < trend_p([row[::-1] for row in rows])
+
+
+def test_pairs_that_are_needed_have_the_power() -> None:
+    sample, effect = [0.1, -0.2, 0.3, 0.05], 0.1
+    needed = pairs_needed(sample, effect)
+    size = effect / np.std(sample, ddof=1)
+    powers = [TTestPower().power(size, n, 0.05) for n in (needed - 1, needed)]
+    assert powers[0] < 0.8 <= powers[1]
+    assert pairs_needed([0.2, 0.2], 0.1) is None

@@ -142,6 +142,27 @@ def test_failure_is_a_status_and_the_job_goes_on(toy: Path, make_spec, tmp_path:
     assert "too short for the response" in record.reason
 
 
+def test_what_cannot_be_simulated_is_trained_all_the_same(
+    toy: Path, make_spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise NotImplementedError("no shape without data")
+
+    monkeypatch.setattr("peftscope.training.predict.simulate", fails)
+    record = run_here(make_spec(method="lora", **QUICKLY), tmp_path)
+    assert record.status == "ok"
+    assert record.memory.predicted.train_peak_tensor_bytes is None
+    assert record.unavailable["memory.predicted.train_peak_tensor_bytes"] == "the simulation failed, see train.log"
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_prediction_and_probe_take_as_many_steps(steps: int, toy: Path, make_spec, tmp_path: Path) -> None:
+    memory = run_here(make_spec(method="lora", **QUICKLY | {"probe_steps": steps}), tmp_path).memory
+    for part in ("forward", "backward", "optimizer"):
+        name = f"{part}_peak_tensor_bytes"
+        assert getattr(memory.predicted, name) == getattr(memory, name)
+
+
 def test_out_of_memory_is_a_status(toy: Path, make_spec, tmp_path: Path) -> None:
     # The first activation alone is larger than the limit leaves, so that nothing smaller (a thread's stack, a library's
     # workspace) meets the limit first and crashes instead of raising.

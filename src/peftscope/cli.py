@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from peftscope import cli_memory, cli_rules
+from peftscope import cli_claims, cli_memory, cli_rules
 from peftscope.errors import InputError, Problem
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ app = typer.Typer(
     help="Measure what LoRA and its relatives do to memory, speed and quality.",
 )
 app.add_typer(cli_memory.app)
+app.add_typer(cli_claims.app)
 app.add_typer(cli_rules.app)
 errors = Console(stderr=True, highlight=False)
 

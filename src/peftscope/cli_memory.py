@@ -25,8 +25,22 @@ T = TypeVar("T")
 MemoryModel = Annotated[
     str, typer.Argument(help="A preset (llama-2-7b, qwen2.5-0.5b, ...), a config.json, or a hub id.")
 ]
-Rank = Annotated[int | None, typer.Option(help="Of the adapter.")]
-Targets = Annotated[str | None, typer.Option(help="minimal, attention, mlp, all-linear, or modules with commas.")]
+Rank = Annotated[int | None, typer.Option(help="Rank of the adapter.")]
+Alpha = Annotated[float | None, typer.Option(help="Changes nothing in memory.")]
+InitR = Annotated[int | None, typer.Option(help="AdaLoRA's initial rank.")]
+TargetR = Annotated[int | None, typer.Option(help="AdaLoRA's final mean rank.")]
+VirtualTokens = Annotated[int | None, typer.Option(help="Virtual tokens of prompt and prefix tuning.")]
+Dropout = Annotated[float | None, typer.Option(help="Dropout on the input of A.")]
+AdapterDtype = Annotated[str | None, typer.Option(help="fp32 (PEFT's default) or base.")]
+DoubleQuant = Annotated[
+    bool | None, typer.Option("--double-quant/--no-double-quant", help="Quantise the block constants (default).")
+]
+KbitPreparation = Annotated[
+    bool | None,
+    typer.Option("--kbit-preparation/--no-kbit-preparation", help="Cast what is not quantised to fp32 (default: no)."),
+]
+Accumulation = Annotated[int | None, typer.Option(help="Forward passes a step.")]
+Targets = Annotated[str | None, typer.Option(help="minimal, attention, mlp, all-linear, or a list: q_proj,v_proj.")]
 BatchSize = Annotated[int | None, typer.Option(help="Sequences a forward pass; default 1.")]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens of the longest batch's sequences; default 512.")]
 Precision = Annotated[str | None, typer.Option(help="bf16 (default), fp32, or amp: fp32 weights under autocast.")]
@@ -36,7 +50,7 @@ Attention = Annotated[str | None, typer.Option(help="sdpa (default), eager, flas
 Checkpointing = Annotated[
     bool | None, typer.Option("--checkpointing/--no-checkpointing", help="Recompute activations.")
 ]
-Packing = Annotated[bool | None, typer.Option("--packed/--padded", help="Several examples a sequence, or one.")]
+Packing = Annotated[bool | None, typer.Option("--packed/--padded", help="Several examples a sequence (default: one).")]
 Gpus = Annotated[int, typer.Option(help="Shard weights, gradients and states over so many cards.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs; the keys are stable.")]
 
@@ -47,16 +61,18 @@ def memory_command(
     model: MemoryModel,
     method: Annotated[str, typer.Option(help="full, lora, qlora, dora, adalora, loftq, ...")] = "lora",
     rank: Rank = None,
-    alpha: Annotated[float | None, typer.Option(help="Changes nothing in memory.")] = None,
-    init_r: Annotated[int | None, typer.Option(help="AdaLoRA's initial rank.")] = None,
-    target_r: Annotated[int | None, typer.Option(help="AdaLoRA's final mean rank.")] = None,
+    alpha: Alpha = None,
+    init_r: InitR = None,
+    target_r: TargetR = None,
     targets: Targets = None,
-    virtual_tokens: Annotated[int | None, typer.Option(help="Of prompt and prefix tuning.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="On the input of A.")] = None,
-    adapter_dtype: Annotated[str | None, typer.Option(help="fp32 (PEFT's default) or base.")] = None,
+    virtual_tokens: VirtualTokens = None,
+    dropout: Dropout = None,
+    adapter_dtype: AdapterDtype = None,
+    double_quant: DoubleQuant = None,
+    kbit_preparation: KbitPreparation = None,
     batch_size: BatchSize = None,
     seq_len: SequenceLength = None,
-    gradient_accumulation: Annotated[int | None, typer.Option(help="Forward passes a step.")] = None,
+    gradient_accumulation: Accumulation = None,
     precision: Precision = None,
     optimizer: Optimizer = None,
     optimizer_implementation: Annotated[str | None, typer.Option(help="foreach, fused or single.")] = None,
@@ -102,11 +118,22 @@ def fit(
     model: Annotated[str | None, typer.Argument(help="A preset, a config.json, or a hub id.")] = None,
     gpu: Annotated[str, typer.Option(help="rtx4090, a100, ..., or its memory, as in 24GiB.")] = ...,  # type: ignore[assignment]
     models: Annotated[str | None, typer.Option(help="Several models, separated by commas.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Only these methods, separated by commas.")] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", "--method", help="Only these methods, separated by commas.")
+    ] = None,
     rank: Rank = None,
+    alpha: Alpha = None,
+    init_r: InitR = None,
+    target_r: TargetR = None,
     targets: Targets = None,
+    virtual_tokens: VirtualTokens = None,
+    dropout: Dropout = None,
+    adapter_dtype: AdapterDtype = None,
+    double_quant: DoubleQuant = None,
+    kbit_preparation: KbitPreparation = None,
     batch_size: BatchSize = None,
     seq_len: SequenceLength = None,
+    gradient_accumulation: Accumulation = None,
     precision: Precision = None,
     optimizer: Optimizer = None,
     loss_path: LossPath = None,
@@ -142,6 +169,7 @@ def fit(
 def _run_options(context: typer.Context) -> dict[str, Any]:
     """Returns the options of a command that are fields of a run or of its method."""
     from peftscope.memory.question import METHOD_OPTIONS
+    from peftscope.methods.fields import TARGET_PRESETS
     from peftscope.spec import RunSpec
 
     known = {*METHOD_OPTIONS, *RunSpec.model_fields} - {"model"}
@@ -149,12 +177,12 @@ def _run_options(context: typer.Context) -> dict[str, Any]:
     targets = options.get("targets")
     if targets:
         names = [name.strip() for name in targets.split(",") if name.strip()]
-        options["targets"] = names[0] if len(names) == 1 and "_" not in names[0] else names
+        options["targets"] = names[0] if len(names) == 1 and names[0] in TARGET_PRESETS else names
     return options
 
 
 def quiet_libraries() -> None:
-    """Silences what libraries say about their own next versions: it is nothing to the person who asks."""
+    """Silences what libraries say about their own next versions, and keeps them from asking a hub."""
     import logging
     import warnings
 

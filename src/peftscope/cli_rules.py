@@ -26,6 +26,15 @@ def collect(experiment: ExperimentName) -> None:
 
 
 @app.command(hidden=True)
+def tune(experiment: ExperimentName) -> None:
+    """Choose a study's learning rates from the records of its tuning runs."""
+    from peftscope.plan import plan_experiment
+    from peftscope.tuning import choose_rates
+
+    print(choose_rates(plan_experiment(experiment).sweep))
+
+
+@app.command(hidden=True)
 def tables(experiment: ExperimentName) -> None:
     """Write the tables from runs.csv."""
     from peftscope.report.tables import write_tables

@@ -80,6 +80,7 @@ def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
     row |= {
         "heldout_nll_nats_per_token": quality.heldout_nll,
         "heldout_tokens": quality.heldout_tokens,
+        "validation_nll_nats_per_token": quality.validation_nll,
         "exact_match_fraction": quality.exact_match,
         "exact_match_items": quality.exact_match_items,
         "retention_bits_per_byte_before": quality.retention_bits_per_byte_before,

@@ -1,8 +1,10 @@
-"""Which device runs use on this machine, found without loading torch."""
+"""What this machine is, and which device runs use on it, found without loading torch."""
 
 from __future__ import annotations
 
 import os
+import platform
+from pathlib import Path
 
 from peftscope.errors import InputError, Problem
 from peftscope.spec import Device
@@ -37,3 +39,12 @@ def gpu_names() -> list[str]:
     except Exception:  # no library, no driver, no permission: no card for us
         return []
     return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+
+
+def processor_name() -> str:
+    """Returns the processor's model, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from peftscope.errors import InputError, Problem, close_match
 
@@ -41,6 +41,45 @@ class Exclusion(BaseModel):
     reason: Annotated[str, Field(min_length=1)]
 
 
+class Study(BaseModel):
+    """Arms that are compared at their own best learning rate: TUNE on seeds of its own, then PAIR over fresh ones.
+
+    Attributes:
+        arms: Fields of each arm by its name, ``method`` among them.
+        learning_rates: What is tried for each arm, in ascending order; the best must not be the first or last.
+        tuning_seeds: Runs that only choose learning rates, by validation loss.
+        seeds: Runs at the chosen rates; the same seed gives every arm the same batches and test items.
+        controls: For one arm at its chosen rate: ``again`` with other initialisation seeds, ``still`` at a learning
+            rate of 0, ``shuffled`` with each other's responses.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    learning_rates: dict[str, Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3)]]
+    tuning_seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=2)]
+    controls: dict[str, list[Literal["again", "still", "shuffled"]]] = {}
+
+    @model_validator(mode="after")
+    def _arms_match(self) -> Study:
+        if set(self.learning_rates) != set(self.arms):
+            raise ValueError(f"learning_rates must name the arms: {', '.join(self.arms)}")
+        unsorted = [arm for arm, rates in self.learning_rates.items() if rates != sorted(set(rates))]
+        if unsorted:
+            raise ValueError(f"learning_rates of {', '.join(unsorted)} must ascend")
+        if set(self.tuning_seeds) & set(self.seeds):
+            raise ValueError(
+                "tuning_seeds and seeds must not overlap: a rate is judged on seeds that did not choose it"
+            )
+        if unknown := set(self.controls) - set(self.arms):
+            raise ValueError(f"controls name no arm: {', '.join(sorted(unknown))}")
+        for name, fields in self.arms.items():
+            if "learning_rate" in fields or "seed" in fields:
+                raise ValueError(f"arm {name}: learning_rate and seed are the study's to set")
+        return self
+
+
 class Experiment(BaseModel):
     """What an experiment file may say."""
 
@@ -55,6 +94,7 @@ class Experiment(BaseModel):
     linked: list[Annotated[list[dict[str, Any]], Field(min_length=1)]] = []
     ladders: list[Ladder] = []
     runs: list[dict[str, Any]] = []
+    study: Study | None = None
     exclude: list[Exclusion] = []
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = [0]
 

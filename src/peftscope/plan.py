@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from peftscope.errors import InputError, Problem, close_match
 from peftscope.experiment import experiment_path
 from peftscope.models.catalog import MODELS_FILE, WheelSource, find_model, model_folder
 from peftscope.spec import RunSpec
-from peftscope.sweep import Sweep, expand
+from peftscope.sweep import TUNING, Sweep, expand
 
 DEFAULT_EXPERIMENT = "quick"
 SPARE_BYTES = 1 << 30
@@ -28,10 +29,26 @@ class Plan:
         self.sweep = sweep
         self.name = sweep.name
 
-    @cached_property
+    @property
     def run_ids(self) -> list[str]:
-        """Every run of the experiment."""
+        """Every run of the experiment, as far as it is known: a study's last ones follow from its first."""
         return list(self.sweep.runs)
+
+    @cached_property
+    def tuning_runs(self) -> list[str]:
+        """The runs that choose a study's learning rates."""
+        return [run for c in self.sweep.comparisons if c.name.startswith(TUNING) for run in c.runs]
+
+    def records(self, checkpoints: Any) -> Callable[[Any], list[str]]:
+        """Returns a function that returns every record; a study's are known after its ``tune`` checkpoint."""
+
+        def found(wildcards: Any) -> list[str]:
+            if self.sweep.experiment.study is not None:
+                checkpoints.tune.get(experiment=self.name)
+                self.sweep = expand(self.name, detect_device())
+            return [f"results/{self.name}/runs/{run}/record.json" for run in self.sweep.runs]
+
+        return found
 
     @cached_property
     def ladders(self) -> list[str]:
@@ -49,6 +66,8 @@ class Plan:
         Raises:
             InputError: The experiment has no such run.
         """
+        if wildcards.run_id not in self.sweep.runs and self.sweep.experiment.study is not None:
+            self.sweep = expand(self.name, detect_device())
         try:
             return self.sweep.runs[wildcards.run_id]
         except KeyError:

@@ -97,9 +97,13 @@ class Speed(_Part):
 
 
 class Quality(_Part):
-    """Scores on the test split and on English prose; nll is nats per response token."""
+    """Scores on the test split, on validation where a learning rate is chosen, and on English prose.
+
+    nll is nats per response token.
+    """
 
     heldout_nll: float | None = None
+    validation_nll: float | None = None
     heldout_tokens: int | None = None
     exact_match: float | None = None
     exact_match_items: int | None = None

@@ -32,6 +32,12 @@ class RunSpec(BaseModel):
     task: Annotated[str, Field(min_length=1, description="a name in tasks.yaml")]
     method: AnyMethod
     seed: Annotated[NonNegativeInt, Field(description="reaches adapter initialisation, dropout and data order")] = 0
+    init_seed: Annotated[
+        NonNegativeInt | None, Field(description="of adapter initialisation and dropout alone; null: the seed")
+    ] = None
+    shuffled_targets: Annotated[
+        bool, Field(description="a control: every training prompt gets the response of another one")
+    ] = False
 
     steps: Annotated[PositiveInt, Field(description="optimizer steps")] = 16
     batch_size: Annotated[PositiveInt, Field(description="sequences a forward pass")] = 16
@@ -69,6 +75,9 @@ class RunSpec(BaseModel):
     attention: Annotated[Literal["sdpa", "eager", "flash_attention_2"], Field(description="attention kernel")] = "sdpa"
 
     eval_batch_size: Annotated[PositiveInt, Field(description="fixed: bf16 answers depend on it")] = 32
+    validation_items: Annotated[
+        NonNegativeInt, Field(description="validation items for the loss that learning rates are chosen by; 0: none")
+    ] = 0
     heldout_items: Annotated[PositiveInt, Field(description="test items for the held-out loss")] = 256
     generation_items: Annotated[NonNegativeInt, Field(description="test items that lm-eval answers; 0: none")] = 64
     retention_tokens: Annotated[

@@ -8,6 +8,7 @@ ladder or run value.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -184,7 +185,8 @@ def expand(name: str, device: Device = "cpu") -> Sweep:
     runs: dict[str, RunSpec] = {}
     groups: dict[str, tuple[set[str], dict[str, None]]] = {}
     excluded = [0] * len(experiment.exclude)
-    for group, varies, values, origins in _cells(experiment):
+    cells = itertools.chain(_cells(experiment), _study_cells(experiment, tuned_rates(name)))
+    for group, varies, values, origins in cells:
         exact = {key: f"{path}: {place}" for key, place in origins.items()}
         try:
             spec = resolver.spec(_without_absent(values, origins, resolver, path), f"{path}: {group}", exact)
@@ -259,7 +261,7 @@ def _cells(experiment: Experiment) -> Iterator[tuple[str, set[str], dict[str, An
     for index, values in enumerate(experiment.runs):
         yield "runs", set(values), {"seed": experiment.seeds[0], **values}, {k: f"runs[{index}].{k}" for k in values}
 
-    if experiment.axes or experiment.linked or not (experiment.runs or experiment.ladders):
+    if experiment.axes or experiment.linked or not (experiment.runs or experiment.ladders or experiment.study):
         factors: list[list[tuple[dict[str, Any], dict[str, str]]]] = [
             [({key: value}, {key: f"axes.{key}[{i}]"}) for i, value in enumerate(values)]
             for key, values in experiment.axes.items()
@@ -287,6 +289,58 @@ def _cells(experiment: Experiment) -> Iterator[tuple[str, set[str], dict[str, An
                     origins = {k: f"ladders[{n}].centre.{k}" for k in ladder.centre}
                     origins[key] = f"ladders[{n}].axes.{key}[{i}]"
                     yield f"ladder-{n}-{key}", {key}, {"seed": seed, **ladder.centre, key: step}, origins
+
+
+TUNING = "tune-"
+"""Begins the names of a study's comparisons that choose learning rates; the arm's name follows."""
+
+OTHER_INITIALISATION = 1000
+"""Added to a run's seed for the initialisation of the control that is the same arm again."""
+
+
+def tuned_file(experiment: str) -> Path:
+    """Returns where a study keeps the learning rates that it chose."""
+    return Path("results") / experiment / "tuned.json"
+
+
+def tuned_rates(experiment: str) -> dict[str, float]:
+    """Returns the learning rate that was chosen for each arm of a study; empty before the tuning is done."""
+    path = tuned_file(experiment)
+    if not path.is_file():
+        return {}
+    return {arm: chosen["learning_rate"] for arm, chosen in json.loads(path.read_text())["arms"].items()}
+
+
+def _study_cells(
+    experiment: Experiment, rates: dict[str, float]
+) -> Iterator[tuple[str, set[str], dict[str, Any], dict[str, str]]]:
+    """Yields a study's cells: what tunes, and once rates were chosen, what is compared at them."""
+    study = experiment.study
+    if study is None:
+        return
+    for arm, fields in study.arms.items():
+        origins = {key: f"study.arms.{arm}.{key}" for key in fields}
+        for i, rate in enumerate(study.learning_rates[arm]):
+            places = origins | {"learning_rate": f"study.learning_rates.{arm}[{i}]"}
+            for seed in study.tuning_seeds:
+                yield f"{TUNING}{arm}", {"learning_rate"}, {**fields, "learning_rate": rate, "seed": seed}, places
+    varies = {"learning_rate", *(key for fields in study.arms.values() for key in fields)}
+    varies |= {key for settings in experiment.methods.values() for key in settings}
+    for arm, fields in study.arms.items():
+        if arm not in rates:
+            continue
+        for seed in study.seeds:
+            values = {**fields, "learning_rate": rates[arm], "seed": seed}
+            changes = {
+                "again": {"init_seed": seed + OTHER_INITIALISATION},
+                "still": {"learning_rate": 0},
+                "shuffled": {"shuffled_targets": True},
+            }
+            yield "grid", varies, values, {}
+            for control in study.controls.get(arm, []):
+                group = f"control-{control}-{arm}"
+                yield group, set(changes[control]), values, {}
+                yield group, set(changes[control]), {**values, **changes[control]}, {}
 
 
 def spec_from(values: Any, path: Path, device: Device) -> RunSpec:

@@ -133,7 +133,7 @@ def pack(rows: Sequence[Sequence[Example]], pad_token_id: int) -> Batch:
         start = 0
         for index, example in enumerate(row):
             end = start + len(example.tokens)
-            first = start + example.prompt_length
+            first = start + max(1, example.prompt_length)  # nothing before it says what the first token is
             labels[number, first:end] = batch.input_ids[number, first:end]
             position_ids[number, start:end] = torch.arange(end - start)
             example_ids[number, start:end] = index

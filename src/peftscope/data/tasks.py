@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -184,6 +185,13 @@ def read_split(name: str, split: str) -> list[Item]:
     """Returns the items of a split that was made."""
     path = task_folder(name) / f"{split}.jsonl"
     return [Item(**json.loads(line)) for line in path.read_text().split("\n") if line]
+
+
+def shuffle_responses(items: Sequence[Item], seed: int) -> list[Item]:
+    """Returns the prompts with each other's responses: nothing about the task is left to learn but its form."""
+    responses = [item.response for item in items]
+    random.Random(f"{seed}/shuffled").shuffle(responses)
+    return [Item(item.prompt, response) for item, response in zip(items, responses, strict=True)]
 
 
 def _two_digit_sums(name: str, source: EnumerateSource) -> Iterator[Item]:

@@ -53,6 +53,8 @@ def random_question(method: str, source: random.Random) -> Question:
         options |= {name: value for name, value in ranks.items() if name in fields}
         if "targets" in fields:
             options["targets"] = source.choice(["minimal", "attention", "mlp", "all-linear"])
+        if "dropout" in fields:
+            options["dropout"] = source.choice([0.0, 0.0, 0.05])
         if "adapter_dtype" in fields:
             options["adapter_dtype"] = source.choice(["fp32", "fp32", "base"])
         try:

@@ -23,10 +23,10 @@ from peftscope.memory.question import Question
 from peftscope.memory.trace import KINDS, Block, Trace, by_kind
 
 AGREEMENT_FILE = Path(__file__).with_name("agreement.json")
-"""Largest difference between closed form and simulation, by method; written by ``make agreement``."""
+"""Differences between closed form and simulation; written by ``make agreement``."""
 
-SHARDED = ("weights", "quantised weights", "adapters", "gradients", "optimizer states")
-"""Kinds that FSDP and ZeRO-3 spread over the cards."""
+RESIDENT = ("weights", "quantised weights", "adapters", "gradients", "optimizer states")
+"""Kinds that stay from step to step; FSDP and ZeRO-3 spread them over the cards."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Term:
     """One line of an explanation: blocks that are alive at the peak for the same reason.
 
     Attributes:
-        kind: Of what.
-        name: What they are.
+        kind: One of ``KINDS``.
+        name: What the blocks hold.
         count: How many.
         formula: Bytes of one, in named dimensions.
         bytes: Of all of them.
@@ -58,8 +58,8 @@ class Answer:
         model: As it was asked for.
         method: Its name.
         how: Closed form, or simulation.
-        parameters: Of the base.
-        trainable_parameters: Before any pruning.
+        parameters: Of the base; None where its family has no closed form.
+        trainable_parameters: Before any pruning; None likewise.
         peak_allocated_bytes: Of torch's allocator: tensors and kernel workspaces.
         peak_reserved_bytes: Segments that the allocator holds for them.
         peak_device_bytes: Reserved, the CUDA context and paged states: what nvidia-smi shows.
@@ -69,15 +69,15 @@ class Answer:
         modules: The same by module: {name: {"bytes": ..., "modules": {...}}}, to any depth.
         terms: The same, line by line.
         dimensions: Value of every letter in the terms' formulas.
-        assumptions: What was taken for granted.
+        assumptions: What the peaks rest on.
         agreement: How well the closed form is known to agree with the simulation.
     """
 
     model: str
     method: str
     how: Literal["formula", "simulation"]
-    parameters: int
-    trainable_parameters: int
+    parameters: int | None
+    trainable_parameters: int | None
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     peak_device_bytes: int
@@ -144,7 +144,7 @@ def peaks_of(question: Question, training: Trace | None, evaluation: Trace | Non
     reserved = max(reserved_bytes(trace) for trace in traces)
     if question.gpus > 1:
         whole = max(sum(block.size for block in alive) for alive in blocks.values())
-        blocks = {phase: _share(alive, question.gpus) for phase, alive in blocks.items()}
+        blocks = {phase: _share(phase, alive, question.gpus) for phase, alive in blocks.items()}
         # What the allocator holds on top of tensors is in proportion.
         reserved = round(reserved / whole * max(sum(b.size for b in alive) for alive in blocks.values()))
         paged //= question.gpus
@@ -162,8 +162,8 @@ def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulat
         model=question.model.name,
         method=method.name,
         how=how,
-        parameters=shape.parameters if shape else 0,
-        trainable_parameters=method.trainable_parameters(shape) if shape else 0,
+        parameters=shape.parameters if shape else None,
+        trainable_parameters=method.trainable_parameters(shape) if shape else None,
         peak_allocated_bytes=peaks.allocated_bytes,
         peak_reserved_bytes=peaks.reserved_bytes,
         peak_device_bytes=peaks.device_bytes,
@@ -172,7 +172,7 @@ def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulat
         components=by_kind(alive),
         modules=_tree(alive),
         assumptions=list(question.assumptions),
-        agreement=_agreement(method.name) if how == "formula" else "",
+        agreement=_agreement(question, peaks) if how == "formula" else "",
         terms=_terms(alive),
         dimensions=_dimensions(question, peaks.binding_phase),
     )
@@ -192,7 +192,7 @@ def _while_loading(question: Question, trace: Trace) -> list[Block]:
 
     What stays is there before the first step; on its way there the largest layer takes more.
     """
-    stays = [block for block in trace.alive(trace.marks[0][0]) if block.kind in SHARDED]
+    stays = [block for block in trace.alive(trace.marks[0][0]) if block.kind in RESIDENT]
     method, shape = question.spec.method, question.model.shape
     if shape is None:
         return stays
@@ -210,12 +210,12 @@ def _while_loading(question: Question, trace: Trace) -> list[Block]:
     return stays
 
 
-def _share(blocks: list[Block], gpus: int) -> list[Block]:
-    """Returns one card's share: sharded kinds divided, and two whole blocks of the model gathered for use."""
+def _share(phase: str, blocks: list[Block], gpus: int) -> list[Block]:
+    """Returns one card's share: sharded kinds divided, and where the model runs two of its blocks gathered for use."""
     share: list[Block] = []
     gathered: dict[str, int] = defaultdict(int)
     for block in blocks:
-        if block.kind not in SHARDED and block.term != OPTIMIZER_COPY:
+        if block.kind not in RESIDENT and block.term != OPTIMIZER_COPY:
             share.append(block)
             continue
         formula = f"{block.formula}·1/G" if block.formula else ""
@@ -223,7 +223,10 @@ def _share(blocks: list[Block], gpus: int) -> list[Block]:
         if block.kind in ("weights", "quantised weights", "adapters"):
             owner = ".".join(block.module.split(".")[:2]) if block.module.startswith("layers.") else block.module
             gathered[owner] += block.size
-    share.append(Block(2 * max(gathered.values(), default=0), "temporaries", term="weights gathered from other cards"))
+    if phase not in ("load", "optimizer"):
+        share.append(
+            Block(2 * max(gathered.values(), default=0), "temporaries", term="weights gathered from other cards")
+        )
     return share
 
 
@@ -256,10 +259,13 @@ def _name_of(block: Block) -> str:
     return " ".join(parts[-2:]) or block.kind
 
 
-def _agreement(method: str) -> str:
+def _agreement(question: Question, peaks: Peaks) -> str:
+    """Returns how far the closed form was from the simulation at most; empty for what is not simulated."""
+    if question.gpus > 1 or peaks.binding_phase == "load":
+        return ""
     try:
         measured = json.loads(AGREEMENT_FILE.read_text())
     except OSError:
         return ""
-    worst = measured["worst_percent"].get(method)
-    return f"checked against simulation, ±{worst:.1f} %" if worst is not None else ""
+    worst, reserved = max(measured["worst_percent"].values()), measured["mean_reserved_percent"]
+    return f"checked against simulation, ±{worst:.1f} %; reserved within {reserved:.1f} % on average"

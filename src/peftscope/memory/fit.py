@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from peftscope.errors import InputError, Problem, close_match
-from peftscope.memory.answer import peaks_by_formula
+from peftscope.memory.answer import Peaks, peaks_by_formula
 from peftscope.memory.hardware import Gpu
-from peftscope.memory.question import METHOD_OPTIONS, Model, ask
+from peftscope.memory.question import METHOD_OPTIONS, Model, Question, ask, narrowest_target
+from peftscope.memory.trace import by_kind
 from peftscope.methods import METHODS
 
 LARGEST_BATCH_SIZE = 4096
@@ -17,56 +18,59 @@ LARGEST_RANK = 1024
 LONGEST_SEQUENCE = 131_072
 """Of models that do not state theirs."""
 
-ADVICE: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("--checkpointing", {"checkpointing": True}),
-    ("--batch-size 1", {"batch_size": 1}),
-    ("--checkpointing --batch-size 1", {"checkpointing": True, "batch_size": 1}),
-    ("--optimizer paged_adamw_8bit", {"optimizer": "adamw_8bit"}),
-    (
-        "--checkpointing --batch-size 1 --optimizer adamw_8bit",
-        {"checkpointing": True, "batch_size": 1, "optimizer": "adamw_8bit"},
-    ),
-    ("--method qlora", {"method": "qlora"}),
-    ("--method qlora --checkpointing", {"method": "qlora", "checkpointing": True}),
-    (
-        "--method qlora --checkpointing --batch-size 1",
-        {"method": "qlora", "checkpointing": True, "batch_size": 1},
-    ),
-    (
-        "--method qlora --checkpointing --batch-size 1 --seq-len 256",
-        {"method": "qlora", "checkpointing": True, "batch_size": 1, "seq_len": 256},
-    ),
+ADVICE: tuple[dict[str, Any], ...] = (
+    {"checkpointing": True},
+    {"batch_size": 1},
+    {"checkpointing": True, "batch_size": 1},
+    {"optimizer": "adamw_8bit"},
+    {"checkpointing": True, "batch_size": 1, "optimizer": "adamw_8bit"},
+    {"method": "qlora"},
+    {"method": "qlora", "checkpointing": True},
+    {"method": "qlora", "checkpointing": True, "batch_size": 1},
+    {"method": "qlora", "checkpointing": True, "batch_size": 1, "seq_len": 256},
 )
 """What may help where something does not fit, mildest first."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether one method fits.
+    """Whether one method fits. All peaks are without an evaluation; None where the method cannot run as asked.
 
     Attributes:
         model: As it was asked for.
         method: Its name.
-        peak_device_bytes: What it takes.
+        fits: Whether it does.
+        peak_allocated_bytes: Of torch's allocator.
+        peak_reserved_bytes: Segments that the allocator holds.
+        peak_device_bytes: What the card needs.
+        binding_phase: Where the allocated peak is.
+        phases: Allocated peak of each phase.
+        components: What is alive at the peak, by kind.
         capacity_bytes: What the card has.
         headroom_bytes: What is left; negative: what is missing.
-        fits: Whether it does.
-        largest_batch_size: With everything else as asked, one more does not fit; None: not even 1.
-        largest_seq_len: The same for the length of a sequence.
+        largest_batch_size: Up to ``LARGEST_BATCH_SIZE``, with everything else as asked; None: not even 1.
+        largest_seq_len: The same for the length of a sequence, up to the model's limit.
         largest_rank: The same for the rank; None also where there is none.
-        advice: The mildest change that makes it fit; empty if it does.
+        advice: The mildest change that makes it fit, or why it cannot run as asked; empty if it fits.
+        assumptions: What the peaks rest on.
     """
 
     model: str
     method: str
-    peak_device_bytes: int
     capacity_bytes: int
-    headroom_bytes: int
     fits: bool
-    largest_batch_size: int | None
-    largest_seq_len: int | None
-    largest_rank: int | None
-    advice: str
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    peak_device_bytes: int | None = None
+    binding_phase: str | None = None
+    phases: dict[str, int] = field(default_factory=dict)
+    components: dict[str, int] = field(default_factory=dict)
+    headroom_bytes: int | None = None
+    largest_batch_size: int | None = None
+    largest_seq_len: int | None = None
+    largest_rank: int | None = None
+    advice: str = ""
+    assumptions: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fit as JSON content."""
@@ -92,16 +96,33 @@ def known_methods(names: str | None) -> list[str]:
 
 
 def fit_methods(
-    models: Sequence[Model], methods: Sequence[str], options: Mapping[str, Any], gpu: Gpu, gpus: int
+    models: Sequence[Model],
+    methods: Sequence[str],
+    options: Mapping[str, Any],
+    gpu: Gpu,
+    gpus: int = 1,
 ) -> Iterator[Fit]:
     """Yields one fit per model and method; an option of a method goes only to methods that have it.
 
+    A method that cannot run as asked gets a row that says why.
+
     Raises:
-        InputError: An option is wrong.
+        InputError: After the rows: nothing can run as asked.
     """
+    problems: list[Problem] = []
+    some = False
     for model in models:
         for method in methods:
-            yield _fit(model, method, options, gpu, gpus)
+            try:
+                fit = _Search(model, method, options, gpu, gpus).fit()
+                some = True
+            except InputError as error:
+                problems += error.problems
+                reason = "; ".join(f"{problem.where}: {problem.message}" for problem in error.problems)
+                fit = Fit(model.name, method, gpu.memory_bytes, fits=False, advice=f"cannot run as asked: {reason}")
+            yield fit
+    if not some:
+        raise InputError(problems)
 
 
 def options_of_method(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,63 +141,81 @@ def _adalora_ranks(rank: int) -> dict[str, int]:
     return {"init_r": max(2, rank), "target_r": max(1, rank // 2)}
 
 
-def _fit(model: Model, method: str, asked: Mapping[str, Any], gpu: Gpu, gpus: int) -> Fit:
-    options = options_of_method(method, asked)
+@dataclass(frozen=True)
+class _Search:
+    """Asks about one model and method again and again, with some of the options changed."""
 
-    def device_bytes(**changes: Any) -> int:
-        return _device_bytes(model, {**options, **changes}, gpu, gpus)
+    model: Model
+    method: str
+    asked: Mapping[str, Any]
+    gpu: Gpu
+    gpus: int
 
-    def most(field: str, limit: int) -> int | None:
-        return largest(lambda value: device_bytes(**{field: value}), gpu.memory_bytes, limit)
+    def fit(self) -> Fit:
+        """Returns whether it fits, and the largest sizes that do.
 
-    taken = device_bytes()
-    virtual = getattr(ask(model, options).spec.method, "virtual_tokens", 0)
-    limit = (model.config.get("max_position_embeddings") or LONGEST_SEQUENCE) - virtual
-    advice = ""
-    if taken > gpu.memory_bytes:
-        advice = _advice(model, method, asked, gpu, gpus)
-    return Fit(
-        model=model.name,
-        method=method,
-        peak_device_bytes=taken,
-        capacity_bytes=gpu.memory_bytes,
-        headroom_bytes=gpu.memory_bytes - taken,
-        fits=taken <= gpu.memory_bytes,
-        largest_batch_size=most("batch_size", LARGEST_BATCH_SIZE),
-        largest_seq_len=most("seq_len", limit),
-        largest_rank=_largest_rank(method, device_bytes, gpu, _rank_limit(model)),
-        advice=advice,
-    )
+        Raises:
+            InputError: It cannot run as asked.
+        """
+        options = options_of_method(self.method, self.asked)
+        question = self._question(options)
+        peaks = self._peaks(options)
+        taken, capacity = peaks.device_bytes, self.gpu.memory_bytes
+        longest = self.model.max_seq_len or LONGEST_SEQUENCE
 
+        def most(field: str, limit: int) -> int | None:
+            return largest(lambda value: self._peaks({**options, field: value}).device_bytes, capacity, limit)
 
-def _device_bytes(model: Model, options: Mapping[str, Any], gpu: Gpu, gpus: int) -> int:
-    # An evaluation of the same batch keeps nothing for a backward pass, so that it does not decide.
-    return peaks_by_formula(ask(model, options, gpu=gpu, gpus=gpus), evaluation=False).device_bytes
+        return Fit(
+            model=self.model.name,
+            method=self.method,
+            capacity_bytes=capacity,
+            fits=taken <= capacity,
+            peak_allocated_bytes=peaks.allocated_bytes,
+            peak_reserved_bytes=peaks.reserved_bytes,
+            peak_device_bytes=taken,
+            binding_phase=peaks.binding_phase,
+            phases=peaks.phases,
+            components=by_kind(peaks.blocks[peaks.binding_phase]),
+            headroom_bytes=capacity - taken,
+            largest_batch_size=most("batch_size", LARGEST_BATCH_SIZE),
+            largest_seq_len=most("seq_len", longest - getattr(question.spec.method, "virtual_tokens", 0)),
+            largest_rank=self._largest_rank(options, narrowest_target(self.model, question.spec) or LARGEST_RANK),
+            advice="" if taken <= capacity else self._advice(),
+            assumptions=question.assumptions,
+        )
 
+    def _question(self, options: Mapping[str, Any]) -> Question:
+        return ask(self.model, options, gpu=self.gpu, gpus=self.gpus)
 
-def _largest_rank(method: str, device_bytes: Callable[..., int], gpu: Gpu, limit: int) -> int | None:
-    if "rank" in METHODS[method].model_fields:
-        return largest(lambda value: device_bytes(rank=value), gpu.memory_bytes, limit)
-    if "init_r" in METHODS[method].model_fields:  # at least two, for there must be something to prune
-        return largest(lambda value: device_bytes(**_adalora_ranks(value)), gpu.memory_bytes, limit)
-    return None
+    def _peaks(self, options: Mapping[str, Any]) -> Peaks:
+        # An evaluation of the same batch keeps nothing for a backward pass, so that it does not decide.
+        return peaks_by_formula(self._question(options), evaluation=False)
 
+    def _largest_rank(self, options: Mapping[str, Any], narrowest: int) -> int | None:
+        fields, limit = METHODS[self.method].model_fields, min(LARGEST_RANK, narrowest)
+        if "rank" not in fields and "init_r" not in fields:
+            return None
 
-def _rank_limit(model: Model) -> int:
-    narrowest = min(min(la.inputs, la.outputs) for la in model.shape.block) if model.shape else LARGEST_RANK
-    return min(LARGEST_RANK, narrowest)
+        def taken(rank: int) -> int:
+            changes = {"rank": rank} if "rank" in fields else _adalora_ranks(rank)
+            return self._peaks({**options, **changes}).device_bytes
 
+        return largest(taken, self.gpu.memory_bytes, limit)
 
-def _advice(model: Model, method: str, asked: Mapping[str, Any], gpu: Gpu, gpus: int) -> str:
-    for words, changes in ADVICE:
-        options = options_of_method(changes.get("method", method), asked)
-        try:
-            taken = _device_bytes(model, {**options, **changes}, gpu, gpus)
-        except InputError:
-            continue
-        if taken <= gpu.memory_bytes:
-            return words
-    return "a smaller model, a larger card, or --gpus"
+    def _advice(self) -> str:
+        for changes in ADVICE:
+            options = options_of_method(changes.get("method", self.method), self.asked)
+            try:
+                taken = self._peaks({**options, **changes}).device_bytes
+            except InputError:
+                continue
+            if taken <= self.gpu.memory_bytes:
+                return " ".join(
+                    f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+                    for name, value in changes.items()
+                )
+        return "a smaller model, a larger card, or --gpus"
 
 
 def largest(takes: Callable[[int], int], capacity: int, limit: int) -> int | None:

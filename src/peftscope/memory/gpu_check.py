@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
+import hashlib
 import json
 import re
 import subprocess
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from peftscope.data.batching import Batch, Example, collate
 from peftscope.memory.allocator import reserved_bytes
 from peftscope.memory.answer import peaks_by_formula, peaks_of
 from peftscope.memory.hardware import CUBLAS_BYTES, Gpu
-from peftscope.memory.question import Model, Question, ask, find_model
+from peftscope.memory.question import Model, Question, ask, find_model, library_versions
 from peftscope.memory.simulate import empty_batch, simulate
 from peftscope.memory.trace import PHASES, Peak
 from peftscope.memory.tracker import MemoryTracker, tensors_of
@@ -100,6 +102,7 @@ def card_jobs(gpu: Gpu) -> Iterator[Job]:
         ("llama-3.2-1b", {"method": "lora", "precision": "fp32"}),
         ("llama-3.2-1b", {"method": "lora", "precision": "amp"}),
         ("llama-3.2-1b", {"method": "lora", "attention": "eager"}),
+        ("llama-3.2-1b", {"method": "lora", "dropout": 0.05}),
         ("llama-3.2-1b", {"method": "full", "optimizer": "sgd"}),
         ("llama-3.2-1b", {"method": "full", "optimizer": "adamw_8bit"}),
         ("llama-3.2-1b", {"method": "full", "optimizer_implementation": "fused"}),
@@ -331,6 +334,15 @@ def described(job: Job) -> dict[str, Any]:
     }
 
 
+@cache
+def code_id() -> str:
+    """Returns a short hash of the libraries' versions and of the calculator's own code, which decide a row."""
+    digest = hashlib.sha256(library_versions().encode())
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def compared(predicted: dict[str, Any], measured: dict[str, Any], used_before: int | None) -> dict[str, Any]:
     """Returns the columns that set predictions beside measurements, in bytes; errors in percent of what was measured.
 
@@ -396,7 +408,7 @@ def check_apart(job: Job, command: Sequence[str], device: str) -> dict[str, Any]
 
 
 def check_all(jobs: Sequence[Job], output: Path, minutes: float, check: Callable[[Job], dict[str, Any]]) -> int:
-    """Checks the jobs that have no result yet, and writes ``memory.json`` and ``memory.csv`` after each.
+    """Checks the jobs that have no result of this code yet, and writes ``memory.json`` and ``memory.csv`` after each.
 
     Args:
         jobs: All jobs of the check, in the order of the table.
@@ -409,13 +421,14 @@ def check_all(jobs: Sequence[Job], output: Path, minutes: float, check: Callable
     """
     file = output / "memory.json"
     rows = json.loads(file.read_text()) if file.is_file() else {}
-    waiting = [job for job in jobs if rows.get(job.label, {}).get("status") not in DONE]
+    rows = {job.label: rows[job.label] for job in jobs if rows.get(job.label, {}).get("code") == code_id()}
+    waiting = [job for job in jobs if job.label not in rows or rows[job.label]["status"] not in DONE]
     began, longest = time.monotonic(), 0.0
     for number, job in enumerate(waiting):
         start = time.monotonic()
         if start - began + longest > 60 * minutes:
             return len(waiting) - number
-        rows[job.label] = row = check(job)
+        rows[job.label] = row = check(job) | {"code": code_id()}
         longest = max(longest, time.monotonic() - start)
         write_json(file, rows)
         _write_csv(output / "memory.csv", [rows[job.label] for job in jobs if job.label in rows])
@@ -469,7 +482,9 @@ def main() -> None:
     command += ["--model", model] if model else []
     left = check_all(jobs, output, arguments.minutes, lambda job: check_apart(job, command, device))
     rows = json.loads((output / "memory.json").read_text()) if (output / "memory.json").is_file() else {}
+    failed = sum(row["status"] not in DONE for row in rows.values())
     print(summary(list(rows.values())) + (f"; {left} left, run it again" if left else ""))
+    sys.exit(f"{failed} failed, see {output / 'memory.csv'}" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 
 from peftscope.memory.answer import peaks_by_formula
@@ -25,6 +27,12 @@ METHOD_NAMES = ("full", "lora", "qlora", "dora", "adalora", "loftq")
 SIZES = ("llama-2-7b", "llama-2-13b", "llama-33b", "codellama-34b", "llama-65b", "llama-2-70b")
 BARS = ({"method": "full"}, {"method": "lora"}, {"method": "qlora", "checkpointing": True})
 """The QLoRA paper's bars, and those of what it replaces."""
+
+
+def sources() -> list[str]:
+    """Returns the files that the grid and the introduction's table follow from, from the repository's root."""
+    package = Path("src/peftscope")
+    return sorted(str(path) for folder in ("memory", "methods") for path in (package / folder).rglob("*.py"))
 
 
 def grid() -> pd.DataFrame:

@@ -92,5 +92,16 @@ def find_gpu(text: str) -> Gpu:
     raise InputError(Problem("gpu", f"unknown card (got {text!r})", hint))
 
 
+def known_card(device_name: str) -> Gpu | None:
+    """Returns the card that a driver's name for it contains.
+
+    >>> known_card("NVIDIA GeForce RTX 4090").name, known_card("NVIDIA A100-SXM4-40GB").name, known_card("Something")
+    ('RTX 4090', 'A100 40 GB', None)
+    """
+    name = _plain(device_name)
+    contained = [key for key in GPUS if _plain(key) in name]
+    return GPUS[max(contained, key=len)] if contained else None
+
+
 def _plain(name: str) -> str:
     return re.sub(r"nvidia|geforce|tesla|[\s_-]", "", name.lower())

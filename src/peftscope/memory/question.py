@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from peftscope.memory.hardware import CONTEXT_BYTES, CUBLAS_BYTES, MIB, Gpu
 from peftscope.memory.presets import PRESETS
 from peftscope.memory.shapes import ModelShape
 from peftscope.methods import METHODS
+from peftscope.methods.fields import TARGET_PRESETS
 from peftscope.spec import RunSpec
 
 METHOD_OPTIONS = (
@@ -48,6 +51,12 @@ class Model:
     shape: ModelShape | None
     why_no_shape: str = ""
 
+    @property
+    def max_seq_len(self) -> int | None:
+        """Longest sequence that its position embeddings know; None: it does not say."""
+        limits = [self.config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+        return next((limit for limit in limits if isinstance(limit, int)), None)
+
 
 @dataclass(frozen=True)
 class Question:
@@ -59,7 +68,7 @@ class Question:
         responses: Positions of a sequence that carry a loss.
         gpu: The card, if one was named.
         gpus: Cards over which weights, gradients and states are sharded.
-        assumptions: What was not said and taken for granted.
+        assumptions: What the answer rests on, one sentence each.
     """
 
     model: Model
@@ -186,7 +195,7 @@ def ask(
         raise InputError(Problem("response_len", f"must lie between 1 and seq_len={spec.seq_len} (got {kept})"))
     if gpus < 1:
         raise InputError(Problem("gpus", f"must be at least 1 (got {gpus})"))
-    assumptions = _assumptions(spec, given, method, kept, gpu, gpus)
+    assumptions = _assumptions(spec, kept, gpu, gpus)
     return Question(model, spec, kept, gpu, gpus, tuple(assumptions))
 
 
@@ -211,8 +220,8 @@ def _problems(error: ValidationError) -> list[Problem]:
 
 
 def _check_model(model: Model, spec: RunSpec) -> None:
-    limit, virtual = model.config.get("max_position_embeddings"), getattr(spec.method, "virtual_tokens", 0)
-    if isinstance(limit, int) and spec.seq_len + virtual > limit:
+    limit, virtual = model.max_seq_len, getattr(spec.method, "virtual_tokens", 0)
+    if limit is not None and spec.seq_len + virtual > limit:
         length = f"{spec.seq_len}" + (f" and {virtual} virtual tokens" if virtual else "")
         message = f"{length} is over the model's limit of {limit} tokens"
         raise InputError(Problem("seq_len", message, f"use at most {limit - virtual}"))
@@ -221,24 +230,38 @@ def _check_model(model: Model, spec: RunSpec) -> None:
     modules = [layer.name for layer in model.shape.block]
     for target in spec.method.modules_named():
         if target not in modules:
-            raise InputError(Problem("targets", f"{model.name} has no `{target}`", close_match(target, modules)))
-    rank = getattr(spec.method, "init_r", getattr(spec.method, "rank", None))
-    if rank is not None:
-        smallest = min(min(la.inputs, la.outputs) for la in model.shape.block if la.name in spec.method.targets_of())
-        if rank > smallest:
-            message = f"{rank} is more than the smallest adapted width, {smallest}"
-            raise InputError(Problem("rank", message, f"use at most {smallest}"))
+            remedy = close_match(target, [*modules, *TARGET_PRESETS])
+            raise InputError(Problem("targets", f"{model.name} has no `{target}`", remedy))
+    name = "init_r" if hasattr(spec.method, "init_r") else "rank"
+    rank, narrowest = getattr(spec.method, name, None), narrowest_target(model, spec)
+    if rank is not None and narrowest is not None and rank > narrowest:
+        message = f"{rank} is more than the smallest adapted width, {narrowest}"
+        raise InputError(Problem(name, message, f"use at most {narrowest}"))
 
 
-def _assumptions(
-    spec: RunSpec,
-    given: Mapping[str, Any],
-    method: Mapping[str, Any],
-    responses: int,
-    gpu: Gpu | None,
-    gpus: int,
-) -> list[str]:
-    """Returns what the answer takes for granted, one sentence each."""
+def narrowest_target(model: Model, spec: RunSpec) -> int | None:
+    """Returns the smallest width of the adapted layers; None where the model's shape is not known, or none is adapted.
+
+    More rank than that adds nothing that a product of two matrices could express.
+    """
+    targets = spec.method.targets_of()
+    block = model.shape.block if model.shape else ()
+    return min((min(layer.inputs, layer.outputs) for layer in block if layer.name in targets), default=None)
+
+
+def library_versions() -> str:
+    """Returns the libraries whose code decides what is kept, as they are installed."""
+    found = []
+    for name in ("torch", "transformers", "peft", "bitsandbytes"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
+
+
+def _assumptions(spec: RunSpec, responses: int, gpu: Gpu | None, gpus: int) -> list[str]:
+    """Returns what the answer rests on, asked for or by default, one sentence each."""
+    masked = spec.loss_path == "hf" and spec.attention == "sdpa"
+    cublas = (gpu.cublas_bytes if gpu else CUBLAS_BYTES) / MIB
     taken = [
         f"method {spec.method.name}: "
         + ", ".join(f"{k}={v}" for k, v in spec.method.model_dump(mode="json").items() if k != "name"),
@@ -251,12 +274,13 @@ def _assumptions(
         else f"loss_path=response_only: logits of {responses} positions a sequence",
         "packing=True: a block-diagonal mask"
         if spec.packing
-        else "packing=False: padded batches, SDPA gets a mask where the loss path is hf",
+        else f"packing=False: padded batches{', for which SDPA gets a mask' if masked else ''}",
         f"attention={spec.attention}, checkpointing={spec.checkpointing}",
         f"evaluation with batch_size={spec.eval_batch_size}, without optimizer states",
         "reserved: two steps of that batch through a model of torch's caching allocator, without expandable segments",
-        f"cuBLAS workspaces of {(gpu.cublas_bytes if gpu else CUBLAS_BYTES) / MIB:.1f} MiB, one for each pass",
+        f"cuBLAS workspace of {cublas:.1f} MiB{', one for each pass' if spec.method.trains else ''}",
         "allocated: what tensors ask for, in multiples of 512 bytes; torch's count can be up to 1 MiB a block above it",
+        f"code of {library_versions()}",
     ]
     if gpu is None or gpu.context_bytes is None:
         taken.append(

@@ -12,6 +12,17 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 Family = Literal["llama", "mistral", "qwen2", "phi3", "gemma2"]
 """``model_type`` of a ``config.json``: how the blocks are wired."""
 
+UNMODELLED: dict[str, Any] = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+"""Fields of a ``config.json`` that the closed form does not know, and the value at which they change nothing."""
+
 FAMILIES: tuple[str, ...] = ("llama", "mistral", "qwen2", "phi3", "gemma2")
 
 
@@ -109,6 +120,9 @@ class ModelShape(BaseModel):
         family = config.get("model_type")
         if family not in FAMILIES:
             raise ValueError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
+        for name, usual in UNMODELLED.items():
+            if config.get(name, usual) not in (usual, None):
+                raise ValueError(f"{name}={config[name]!r} changes sizes that it does not model")
         heads = config["num_attention_heads"]
         return cls(
             family=family,

@@ -25,11 +25,11 @@ def spoken_bytes(size: int) -> str:
 
 
 def show_answer(answer: Answer, console: Console, *, explain: bool, depth: int) -> None:
-    """Prints an answer: peaks, phases, what is alive at the peak, and what was taken for granted."""
+    """Prints an answer: peaks, phases, what is alive at the peak, and what they rest on."""
     how = "closed form" if answer.how == "formula" else "simulated on tensors without data"
     known = f" ({answer.agreement})" if answer.agreement else ""
     console.print(f"[bold]{answer.model}, {answer.method}[/]: {how}{known}")
-    if answer.parameters:
+    if answer.parameters is not None:
         console.print(f"{answer.parameters:,} parameters, {answer.trainable_parameters:,} trained")
     peaks = Table(box=None, show_header=False)
     peaks.add_row("allocated", spoken_bytes(answer.peak_allocated_bytes), "tensors and workspaces (torch counts them)")
@@ -48,16 +48,20 @@ def show_answer(answer: Answer, console: Console, *, explain: bool, depth: int) 
         console.print(_module_tree(answer.modules, depth))
     if explain:
         _show_terms(answer, console)
-    console.print("taken for granted:")
+    console.print("assumptions:")
     for line in answer.assumptions:
         console.print(f"  {line}", markup=False)
 
 
 def _show_terms(answer: Answer, console: Console) -> None:
-    table = Table("kind", "what", "count", "bytes of one", "all", "source", box=None)
+    formulas = any(term.formula for term in answer.terms)
+    table = Table("kind", "what", "count", *(["bytes of one"] if formulas else []), "all", "source", box=None)
     for term in answer.terms:
-        table.add_row(term.kind, term.name, str(term.count), term.formula, spoken_bytes(term.bytes), term.source)
+        formula = [term.formula] if formulas else []
+        table.add_row(term.kind, term.name, str(term.count), *formula, spoken_bytes(term.bytes), term.source)
     console.print(table)
+    if not formulas:
+        return
     used = {name for term in answer.terms for name in term.formula.split("·")[1:]}
     letters = ", ".join(
         f"{name} = {_spoken_number(value)} ({DIMENSIONS[name]})"
@@ -92,6 +96,6 @@ def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
         mark = "[green]yes[/]" if fit.fits else "[red]no[/]"
         largest = [str(value) if value else "-" for value in (fit.largest_batch_size, fit.largest_seq_len)]
         rank = str(fit.largest_rank) if fit.largest_rank else "-"
-        device, left = spoken_bytes(fit.peak_device_bytes), spoken_bytes(fit.headroom_bytes)
+        device, left = (spoken_bytes(b) if b is not None else "-" for b in (fit.peak_device_bytes, fit.headroom_bytes))
         table.add_row(fit.model, fit.method, device, mark, left, *largest, rank, fit.advice)
     console.print(table)

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peftscope.data.batching import Batch
 from peftscope.errors import InputError, Problem
 from peftscope.memory.answer import Answer, answer_of, peaks_of
+from peftscope.memory.formula.step import PAGED_FROM_VALUES
 from peftscope.memory.hardware import CUBLAS_BYTES
 from peftscope.memory.question import Question
 from peftscope.memory.trace import Block, Trace
@@ -27,9 +28,6 @@ from peftscope.spec import RunSpec
 from peftscope.training.build import apply_method
 from peftscope.training.probe import track_evaluation, track_steps
 from peftscope.training.step import CausalLoss, make_optimizer
-
-PAGED_FROM_VALUES = 1e5
-"""bitsandbytes pages the states of tensors with at least so many values."""
 
 
 def simulate(
@@ -55,6 +53,8 @@ def simulate(
     model, loss_function = _empty_model(spec, config)
     # Fake tensors are CPU tensors whatever device they stand for, and autocast asks the spec for it.
     on_cpu = spec.model_copy(update={"device": "cpu"})
+    if cublas_bytes:
+        _drop_as_on_cuda(model)
     with FakeTensorMode(allow_non_fake_inputs=True), _Owners(model, loss_function) as owners:
         _fill_with_fakes(model, spec.method.quantization())
         trace = _train(model, loss_function, owners, on_cpu, batches, cublas_bytes) if batches else Trace()
@@ -100,6 +100,27 @@ def _train(
         track_steps(tracker, model, [fake], optimizer, spec, loss_function, before_phase=mark)
     tracker.trace.name_open_blocks()
     return tracker.trace
+
+
+class _CudaDropout(torch.autograd.Function):
+    """Keeps what ``aten::native_dropout`` keeps on CUDA: a mask of one byte an element. A CPU keeps the factors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        """Returns a tensor of the input's shape and dtype."""
+        ctx.save_for_backward(torch.empty(x.shape, dtype=torch.bool))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        """Returns another."""
+        return torch.empty_like(grads[0])
+
+
+def _drop_as_on_cuda(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout) and module.p:
+            module.forward = lambda x, owner=module: _CudaDropout.apply(x) if owner.training else x
 
 
 def _dequantised_bytes(function: Any, arguments: Any) -> int:
@@ -160,7 +181,7 @@ def answer_by_simulation(question: Question) -> Answer:
             evaluation_batch,
             question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES,
         )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever a model of anyone's stumbles over, the user needs one line
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(Problem("model", f"{question.model.name} cannot be simulated: {reason}")) from error
     assert evaluation is not None

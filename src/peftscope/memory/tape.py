@@ -11,6 +11,7 @@ import heapq
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from fractions import Fraction
 from math import prod
 from typing import Any
 
@@ -100,8 +101,17 @@ class _Frame:
         self.kept: list[Sequence[Any]] = []
 
 
-class _EnoughError(Exception):
+class _RecomputedError(Exception):
     """Ends a second run when all that is needed was saved, as torch's ``_StopRecomputationError`` does."""
+
+
+def _spoken_width(width: float) -> str:
+    """Returns bytes an element; those of shared constants as a fraction.
+
+    >>> _spoken_width(2), _spoken_width(0.5), _spoken_width(1 / 64)
+    ('2', '0.5', '1/64')
+    """
+    return f"{width:g}" if width >= 0.1 else str(Fraction(width).limit_denominator(2**20))
 
 
 def _needs_gradient(inputs: Sequence[Shaped]) -> bool:
@@ -160,7 +170,10 @@ class Tape:
         known = self._known.get((dims, width))
         if known is None:
             size = prod(self.sizes[name] for name in dims)
-            known = rounded(int(-(-size * width // 1))), "·".join([f"{width:.3g}", *sorted(dims, key=_LETTERS.index)])
+            known = (
+                rounded(int(-(-size * width // 1))),
+                "·".join([_spoken_width(width), *sorted(dims, key=_LETTERS.index)]),
+            )
             self._known[dims, width] = known
         return known
 
@@ -239,14 +252,14 @@ class Tape:
         """Gives what is saved in a second run to the operation at the same place of the first.
 
         Raises:
-            _EnoughError: It was the last one that needs anything.
+            _RecomputedError: It was the last one that needs anything.
         """
         frame = self._again
         assert frame is not None
         place = len(frame.kept)
         frame.kept.append(saves if frame.nodes[place]() is not None else ())
         if place == frame.last:
-            raise _EnoughError
+            raise _RecomputedError
 
     def checkpoint(self, run: Callable[[Shaped], Shaped], inputs: Shaped) -> Shaped:
         """Returns ``run(inputs)`` without keeping what its operations save; the backward pass runs it again."""
@@ -258,7 +271,7 @@ class Tape:
     def _run_again(self, frame: _Frame) -> None:
         before = self.module, self._kind, self._order
         self._again, self._kind = frame, "saved activations"
-        with suppress(_EnoughError):
+        with suppress(_RecomputedError):
             frame.run(frame.inputs)
         self._again = None
         self.casts.clear()

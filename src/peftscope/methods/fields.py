@@ -154,9 +154,11 @@ class Method(BaseModel):
 
     def save(self, model: Any, folder: Path) -> None:
         """Writes what was trained: an adapter in PEFT's format (or, for full fine-tuning, the model)."""
+        modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         for config in getattr(model, "peft_config", {}).values():
             # PEFT keeps names as sets and would write them in an order that changes from process to process.
             for name, value in vars(config).items():
                 if isinstance(value, set):
-                    setattr(config, name, sorted(value))
+                    # A preset names the fused modules of other families as well.
+                    setattr(config, name, sorted(value & modules if name == "target_modules" else value))
         model.save_pretrained(folder)

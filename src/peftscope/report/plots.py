@@ -207,7 +207,7 @@ def draw_prediction(axes: plt.Axes, runs: pd.DataFrame) -> None:
         yscale="log",
         xlabel="predicted peak (MiB)",
         ylabel="measured peak (MiB)",
-        title="Memory foretold",
+        title="Predicted and measured memory",
     )
     for axis in (axes.xaxis, axes.yaxis):
         _plain_ticks(axis)

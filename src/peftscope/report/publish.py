@@ -14,14 +14,16 @@ from peftscope.collect import read_runs, results_folder
 from peftscope.errors import InputError, Problem
 from peftscope.estimate import spoken
 from peftscope.experiment import experiment_path
+from peftscope.report.claims import claims_path
 from peftscope.report.page import report_path
 
 PUBLISHED_RESULTS = Path("results/published")
 PUBLISHED_REPORTS = Path("reports/published")
 LARGEST_BYTES = 5_000_000
 README = Path("README.md")
-OF_NO_EXPERIMENT = {"memory": "make report", "gpu": "make gpu-check"}
-"""Folders of results that belong to no experiment, and what makes them."""
+COMPLETE = {"memory": ("grid.png", "bars.png", "chapter.csv"), "gpu": ("*/memory.csv",)}
+"""Folders of results that belong to no experiment, and the files without which they are not finished."""
+MADE_BY = {"memory": "make report", "gpu": "make gpu-check"}
 
 
 def publish(name: str) -> list[Path]:
@@ -30,25 +32,33 @@ def publish(name: str) -> list[Path]:
     Raises:
         InputError: There is nothing to publish yet, or a file is too large to commit.
     """
-    return publish_folder(name) if name in OF_NO_EXPERIMENT else publish_experiment(name)
+    return publish_folder(name) if name in COMPLETE else publish_experiment(name)
 
 
 def publish_folder(name: str) -> list[Path]:
-    """Copies the tables and figures of a folder of results to where they are committed, and returns that folder.
+    """Copies tables and figures to where they are committed, and returns the folders that were replaced.
+
+    Each card of the ``gpu`` check has a folder of its own; those of other cards stay.
 
     Raises:
-        InputError: There are none yet, or one is too large to commit.
+        InputError: They are not finished, or one is too large to commit.
     """
     source, target = Path("results") / name, PUBLISHED_RESULTS / name
-    wanted = [path for path in sorted(source.rglob("*")) if path.suffix in (".csv", ".json", ".png")]
-    if not wanted:
-        raise InputError(Problem(str(source), "nothing to publish yet", f"run {OF_NO_EXPERIMENT[name]}"))
-    _copy(wanted, source, target)
-    return [target]
+    missing = [pattern for pattern in COMPLETE[name] if not list(source.glob(pattern))]
+    if missing:
+        raise InputError(Problem(str(source), f"not finished: no {', '.join(missing)}", f"run {MADE_BY[name]}"))
+    folders = sorted(path.parent for path in source.glob("*/memory.csv")) if name == "gpu" else [source]
+    replaced = []
+    for folder in folders:
+        wanted = [path for path in sorted(folder.rglob("*")) if path.suffix in (".csv", ".json", ".png")]
+        _check_sizes(wanted)
+        replaced.append(target / folder.relative_to(source))
+        _copy(wanted, folder, replaced[-1])
+    return replaced
 
 
 def publish_experiment(experiment: str) -> list[Path]:
-    """Copies records, items, tables, figures and report, updates the README, and returns the two folders.
+    """Copies records, items, tables, figures, report and claims, updates the README, and returns the two folders.
 
     Raises:
         InputError: The experiment is not finished, or a file is too large to commit.
@@ -68,18 +78,26 @@ def publish_experiment(experiment: str) -> list[Path]:
     ]
     for run in read_runs(experiment)["run_id"]:
         wanted += [source / "runs" / run / name for name in ("record.json", "items.jsonl")]
+    pages = [page]
+    if (source / "claims.json").is_file():
+        wanted.append(source / "claims.json")
+        pages += [claims_path(experiment), claims_path(experiment).with_suffix(".md")]
     results, report = PUBLISHED_RESULTS / experiment, PUBLISHED_REPORTS / experiment
-    _copy([page], page.parent, report)
+    _check_sizes([*pages, *wanted])
+    _copy(pages, page.parent, report)
     _copy(wanted, source, results)
     _update_readme(experiment, results)
     return [results, report]
 
 
-def _copy(paths: list[Path], source: Path, target: Path) -> None:
-    """Puts files of one folder into another, in place of what was there."""
+def _check_sizes(paths: list[Path]) -> None:
     large = [path for path in paths if path.stat().st_size > LARGEST_BYTES]
     if large:
         raise InputError(Problem(str(path), f"over {LARGEST_BYTES} bytes, too large to commit") for path in large)
+
+
+def _copy(paths: list[Path], source: Path, target: Path) -> None:
+    """Puts files of one folder into another, in place of what was there."""
     shutil.rmtree(target, ignore_errors=True)
     for path in paths:
         copy = target / path.relative_to(source)

@@ -42,9 +42,9 @@ LADDER = (
     "{% else %}n = {{ n }} seeds a rung.{% endif %}"
 )
 PREDICTION = (
-    "Before the first step of each run the simulator said what it would take, from shapes alone; after it, that was "
-    "measured. Over {{ runs }} runs the peaks of training were {{ mean }} % off in the mean and {{ worst }} % at worst "
-    "({{ worst_run }}); on the line, prediction and measurement are equal."
+    "Before the first step of each run the simulator said what it would take, from shapes alone; after training, it "
+    "was measured. Over {{ runs }} runs the peaks of training were {{ mean }} % off in the mean, {{ worst }} % at "
+    "worst ({{ worst_run }}); on the line, prediction and measurement are equal."
 )
 SEEDS_NEEDED = 6
 """Below six seeds an exact paired sign-flip test cannot reach p < 0.05 (two-sided: 2 / 2^n)."""

@@ -102,10 +102,11 @@ def ladder_summary(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def predictions(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns one row a run and peak: ``predicted_bytes``, ``measured_bytes`` and ``error_percent`` between them.
+    """Returns one row a finished run and peak: ``predicted_bytes``, ``measured_bytes``, and ``error_percent``.
 
     CUDA's evaluation is left out: its measured peak covers generation as well, its prediction one held-out batch.
     """
+    runs = runs[runs["status"] == "ok"]
     parts = []
     for name, column in PREDICTED.items():
         both = runs[["run_id", "label", "method", "device", f"predicted_{column}", column]]

@@ -24,7 +24,7 @@ def build_model(base: Any, spec: RunSpec) -> tuple[Any, CausalLoss]:
     Returns:
         The model to train, and the loss function inside it.
     """
-    seed_everything(spec.seed)
+    seed_everything(spec.seed if spec.init_seed is None else spec.init_seed)
     return apply_method(base, spec, spec.method.build)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from transformers import AutoConfig
 
 from peftscope.data.batching import Batch
 from peftscope.memory.allocator import reserved_bytes
-from peftscope.memory.hardware import CONTEXT_BYTES, CUBLAS_BYTES, CUBLAS_HOPPER_BYTES, GPUS, Gpu
+from peftscope.memory.hardware import CONTEXT_BYTES, CUBLAS_BYTES, CUBLAS_HOPPER_BYTES, Gpu, known_card
 from peftscope.memory.simulate import simulate
 from peftscope.models.catalog import model_folder
 from peftscope.record import PredictedMemory
@@ -28,8 +27,9 @@ def predict(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> Predi
     """
     card = found_card() if spec.device == "cuda" else None
     config = AutoConfig.from_pretrained(model_folder(spec.model, spec.revision), local_files_only=True)
-    # As many steps as the probe takes; the optimizer's states appear in the first, so the second is the steady one.
-    batches = [widest] * max(spec.probe_steps, 2) if widest is not None else []
+    # As many steps as the probe takes. The optimizer's states appear in the first, so the second is the steady one.
+    steps = spec.probe_steps if spec.device == "cpu" and spec.probe_steps else 2
+    batches = [widest] * steps if widest is not None else []
     training, evaluation = simulate(spec, config, batches, widest_heldout, card.cublas_bytes if card else 0)
     peaks = {phase: peak.size for phase, peak in training.peaks(paged=card is None).items()}
     assert evaluation is not None
@@ -50,7 +50,5 @@ def predict(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> Predi
 def found_card() -> Gpu:
     """Returns the first CUDA card, with what the calculator knows of its kind."""
     properties: Any = torch.cuda.get_device_properties(0)
-    words = re.findall(r"[a-z0-9]+", properties.name.lower())
     unknown = Gpu("", 0, cublas_bytes=CUBLAS_HOPPER_BYTES if properties.major == 9 else CUBLAS_BYTES)
-    known = next((GPUS[word] for word in words if word in GPUS), unknown)
-    return replace(known, name=properties.name, memory_bytes=properties.total_memory)
+    return replace(known_card(properties.name) or unknown, name=properties.name, memory_bytes=properties.total_memory)

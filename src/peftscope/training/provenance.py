@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from peftscope.data.tasks import task_folder
+from peftscope.device import processor_name
 from peftscope.evaluation.retention import PROSE_SHA256
 from peftscope.models.catalog import model_folder
 from peftscope.spec import RunSpec
@@ -67,14 +68,8 @@ def git_state() -> dict[str, Any]:
 
 def hardware(device: str) -> dict[str, Any]:
     """Returns the processor, its cores, memory, and the card if the run uses one."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     found: dict[str, Any] = {
-        "cpu": cpu,
+        "cpu": processor_name(),
         "cores": psutil.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "system": platform.system(),

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from peftscope.data.batching import Batch, Example, evaluation_batches, tokenise, training_batches
-from peftscope.data.tasks import read_split
+from peftscope.data.tasks import read_split, shuffle_responses
 from peftscope.evaluation.heldout import heldout_nll, mean_nll
 from peftscope.evaluation.retention import bits_per_byte
 from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.models.load import attention, load_base, load_tokenizer
 from peftscope.process import Interrupted
-from peftscope.record import RunRecord, Size, write_record
+from peftscope.record import PredictedMemory, RunRecord, Size, write_record
 from peftscope.spec import RunSpec, run_id
 from peftscope.training.build import build_model, seed_everything
 from peftscope.training.loop import Diverged, TrainingLog, check_loss, train
@@ -82,7 +82,11 @@ def _run(spec: RunSpec, folder: Path, record: RunRecord, log: TrainingLog, phase
     with phases.phase("load"):
         tokenizer = load_tokenizer(spec)
         pad = tokenizer.pad_token_id
-        training = tokenise(read_split(spec.task, "train"), tokenizer, spec.seq_len) if spec.method.trains else []
+        examples = read_split(spec.task, "train") if spec.method.trains else []
+        if spec.shuffled_targets:
+            examples = shuffle_responses(examples, spec.seed)
+        training = tokenise(examples, tokenizer, spec.seq_len) if examples else []
+        validation = read_split(spec.task, "validation")[: spec.validation_items]
         items = read_split(spec.task, "test")[: spec.heldout_items]
         heldout = tokenise(items, tokenizer, spec.seq_len)
         with _tracked_load(spec, phases) as loaded:
@@ -104,17 +108,20 @@ def _run(spec: RunSpec, folder: Path, record: RunRecord, log: TrainingLog, phase
         batches = islice(_batches(training, spec, pad), spec.steps * spec.gradient_accumulation)
         widest = _widest(batches) if spec.method.trains else None
         widest_heldout = _widest(evaluation_batches(heldout, batch_size=spec.eval_batch_size, pad_token_id=pad))
-        phases.memory.predicted = predict(spec, widest, widest_heldout)
+        phases.memory.predicted = _predicted(spec, widest, widest_heldout)
     if spec.method.trains:
         digest = hashlib.sha256()
         with phases.phase("train"):
-            seed_everything(spec.seed)
+            seed_everything(spec.seed if spec.init_seed is None else spec.init_seed)
             train(model, _digested(_batches(training, spec, pad), digest), spec, loss_function, vocab_size, log)
         record.train_batches_sha256 = digest.hexdigest()
     record.method_metrics = spec.method.metrics(model)
     with phases.phase("evaluate"):
         model.eval()
         with attention(model, spec.attention):
+            if validation:
+                chosen_by = heldout_nll(model, tokenise(validation, tokenizer, spec.seq_len), spec, pad)
+                record.quality.validation_nll = mean_nll(chosen_by)
             per_item = heldout_nll(model, heldout, spec, pad)
             nll = mean_nll(per_item)
             if spec.method.trains:
@@ -139,6 +146,15 @@ def _run(spec: RunSpec, folder: Path, record: RunRecord, log: TrainingLog, phase
                 phases.memory.optimizer_peak_tensor_bytes = peaks["optimizer"]
 
 
+def _predicted(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> PredictedMemory:
+    """Returns the predicted peaks, or none: a model that cannot be simulated can still be trained."""
+    try:
+        return predict(spec, widest, widest_heldout)
+    except Exception:
+        traceback.print_exc()
+        return PredictedMemory()
+
+
 def _batches(examples: Sequence[Example], spec: RunSpec, pad_token_id: int) -> Iterator[Batch]:
     pack_to = spec.seq_len if spec.packing else None
     return training_batches(
@@ -147,8 +163,8 @@ def _batches(examples: Sequence[Example], spec: RunSpec, pad_token_id: int) -> I
 
 
 def _widest(batches: Iterator[Batch]) -> Batch:
-    """Returns the first of the batches with the longest sequence."""
-    return max(batches, key=lambda batch: batch.input_ids.shape[1])
+    """Returns the first of the batches with the longest sequence, and of these with the most logits."""
+    return max(batches, key=lambda batch: (batch.input_ids.shape[1], batch.kept_positions.numel()))
 
 
 def _digested(batches: Iterator[Batch], digest: hashlib._Hash) -> Iterator[Batch]:
@@ -238,8 +254,11 @@ def _unavailable(record: RunRecord) -> dict[str, str]:
     for phase in ("forward", "backward", "optimizer"):
         if getattr(record.memory, f"{phase}_peak_tensor_bytes") is None:
             reasons[f"memory.{phase}_peak_tensor_bytes"] = _why_missing(record, "train") if cpu else "CPU only"
+    failed = record.status == "ok" and all(value is None for _, value in record.memory.predicted)
     for field, value in record.memory.predicted:
-        if value is None:
+        if failed:
+            reasons[f"memory.predicted.{field}"] = "the simulation failed, see train.log"
+        elif value is None:
             cuda_only = cpu and field.endswith(("reserved_bytes", "device_bytes"))
             reasons[f"memory.predicted.{field}"] = "CUDA only" if cuda_only else _why_missing(record, "train")
     for part in ("speed", "quality", "size"):

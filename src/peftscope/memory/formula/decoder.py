@@ -276,10 +276,9 @@ class Decoder(Linears):
         tape.module = "lm_head"
         head = self.weights["embed_tokens" if self.shape.tied_embeddings else "lm_head"]
         logits = tape.matmul(x, head, ("N", "V"), "logits")
-        tape.module = ""
         if self.shape.family == "gemma2":
-            tape.module = "lm_head"
             logits = tape.scale(logits)
             logits = self._tanh(logits, "logits after the soft cap")
             logits = tape.scale(logits)
+        tape.module = ""
         return logits

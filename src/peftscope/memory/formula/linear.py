@@ -46,6 +46,7 @@ class Linears:
         self.tape = Tape(self.sizes)
         self.tape.autocast = spec.precision == "amp"
         self.width = WIDTHS[spec.precision]
+        self.other = 4 if self.values.get("kbit_preparation") else self.width  # of what is not quantised
         self.quantization = spec.method.quantization()
         self.adapter_width = self.width if self.values.get("adapter_dtype") == "base" else 4
         self.targets = spec.method.targets_of()
@@ -62,7 +63,7 @@ class Linears:
 
     def _make_weights(self) -> None:
         """Makes what stays: the base's weights, then the adapter's."""
-        shape, other = self.shape, 4 if self.values.get("kbit_preparation") else self.width
+        shape, other = self.shape, self.other
         self._weight("embed_tokens", ("V", "h"), other)
         for index in range(shape.num_layers):
             for layer in shape.block:
@@ -111,7 +112,7 @@ class Linears:
                     path, (outputs, inputs), width, "quantised weights", term, trained=False
                 )
         if layer.bias:
-            self._weight(f"{path}.bias", (outputs,), self.width)
+            self._weight(f"{path}.bias", (outputs,), self.other)
 
     def _adapter_weights(self, path: str, layer: LinearLayer) -> None:
         inputs, outputs = LINEAR_DIMS[layer.name]
@@ -166,12 +167,16 @@ class Linears:
     def _lora_path(self, path: str, x: Shaped, outputs: str) -> Shaped:
         """Stands for ``lora_B(lora_A(dropout(x)))``."""
         tape = self.tape
-        if self.values.get("dropout"):
-            noise = tape.new(x.dims, x.width, term="dropout mask")
-            x = tape.multiply(x, noise, "input of A after dropout")
-            del noise
+        x = self._dropped(x)
         down = tape.matmul(x, self.weights[f"{path}.lora_A"], (*x.dims[:-1], "r"), "output of A")
         return tape.matmul(down, self.weights[f"{path}.lora_B"], (*x.dims[:-1], outputs), "output of B")
+
+    def _dropped(self, x: Shaped) -> Shaped:
+        """Stands for ``torch.nn.Dropout``: CUDA keeps one byte an element for the backward pass, a CPU the factors."""
+        if not self.values.get("dropout"):
+            return x
+        mask = self.tape.new(x.dims, 1 if self.on_cuda else x.width, term="dropout mask")
+        return self.tape.multiply(x, mask, "input of A after dropout")
 
     def _adapter_input(self, x: Shaped) -> Shaped:
         """Stands for PEFT's ``_cast_input_dtype``: every adapted layer makes a copy of its own."""
@@ -233,10 +238,7 @@ class Linears:
         tape, outputs = self.tape, LINEAR_DIMS[layer.name][1]
         result = self._base_linear(path, layer, x)
         x = self._adapter_input(x)
-        if self.values.get("dropout"):
-            noise = tape.new(x.dims, x.width, term="dropout mask")
-            x = tape.multiply(x, noise, "input of A after dropout")
-            del noise
+        x = self._dropped(x)
         triplets = tape.multiply(self.weights[f"{path}.lora_A"], self.weights[f"{path}.lora_E"])
         down = tape.matmul(x, triplets, (*x.dims[:-1], "r"), "output of A")
         update = tape.matmul(down, self.weights[f"{path}.lora_B"], (*x.dims[:-1], outputs), "output of B")

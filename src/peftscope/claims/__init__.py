@@ -1,0 +1,1 @@
+"""Claims about LoRA and its relatives: a ledger of statements, checks that measure, rules that decide."""

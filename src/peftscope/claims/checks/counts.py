@@ -1,0 +1,290 @@
+"""Counts that follow from a model's sizes by arithmetic, and the same counted on the real libraries' modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftscope.claims.measurement import Measurement
+from peftscope.claims.subjects import meta_model, shape_of, tiny_llama, token_ids
+from peftscope.methods.fields import target_modules
+from peftscope.methods.lora import LoRA
+
+GB = 10**9
+MB = 10**6
+BLOCK, SECOND_BLOCK = 64, 256
+"""Weights that share a constant, and constants that share one of their own. Source: Dettmers et al. 2023, section 3."""
+
+
+def quotient(numerator: float, denominator: float) -> Measurement:
+    """Returns what two printed figures give together."""
+    return Measurement(numerator / denominator)
+
+
+def gigabytes(parameters: float | str, dtypes: dict[str, str]) -> Measurement:
+    """Returns the GB of values that are kept for every parameter, each in its own type of torch.
+
+    Args:
+        parameters: Their number, or a preset, whose modules are counted.
+        dtypes: torch's name of the type of each value, by what it is.
+    """
+    import torch
+
+    is_preset = isinstance(parameters, str)
+    count = _count(meta_model(parameters)) if isinstance(parameters, str) else parameters
+    sizes = {name: getattr(torch, dtype).itemsize for name, dtype in dtypes.items()}
+    evidence = {f"{name}, GB": size * count / GB for name, size in sizes.items()}
+    evidence |= {"parameters": count, "bytes per parameter": sum(sizes.values())}
+    return Measurement(sum(sizes.values()) * count / GB, evidence=evidence, model=str(parameters) if is_preset else "")
+
+
+def full_to_low_rank_ratio(rows: int, columns: int, rank: int) -> Measurement:
+    """Returns how many times fewer values two thin matrices have than the one that they factor."""
+    full, low_rank = rows * columns, rank * (rows + columns)
+    return Measurement(full / low_rank, evidence={"full": full, "low rank": low_rank})
+
+
+def matrix_values(rows: int, columns: int) -> Measurement:
+    """Returns the values of a linear layer's weight, counted on torch's module."""
+    return Measurement(_count(_linears(rows, columns)))
+
+
+def factor_values(rows: int, columns: int, rank: int) -> Measurement:
+    """Returns the values of the two factors that PEFT puts beside a linear layer."""
+    return Measurement(_lora_count(_linears(rows, columns), rank))
+
+
+def factor_values_deviation(sizes: list[list[int]]) -> Measurement:
+    """Returns the largest relative difference between PEFT's factors and rank x (rows + columns).
+
+    Args:
+        sizes: Rows, columns and rank of each layer.
+    """
+    evidence: dict[str, int] = {}
+    worst = 0.0
+    for rows, columns, rank in sizes:
+        counted = _lora_count(_linears(rows, columns), rank)
+        worst = max(worst, abs(counted / (rows * rank + rank * columns) - 1))
+        evidence[f"values of {rows} × {columns}, rank {rank}"] = counted
+        # From this rank on the factors have as many values as their product.
+        evidence[f"smallest rank that saves nothing, {rows} × {columns}"] = -(-rows * columns // (rows + columns))
+    return Measurement(worst, n=len(sizes), evidence=evidence)
+
+
+def lora_parameters(preset: str, rank: int, targets: str) -> Measurement:
+    """Returns the parameters that PEFT trains for LoRA on a model of this shape, counted on its modules."""
+    method = LoRA(rank=rank, targets=targets)
+    trained = _lora_count(meta_model(preset), rank, target_modules(targets))
+    formula = method.trainable_parameters(shape_of(preset))
+    return Measurement(trained, model=preset, evidence={"by formula": formula})
+
+
+def lora_percent(preset: str, rank: int, targets: str) -> Measurement:
+    """Returns the parameters that PEFT trains for LoRA, in percent of the model's own."""
+    model = meta_model(preset)
+    own = _count(model)
+    trained = _lora_count(model, rank, target_modules(targets))
+    evidence = {"trained": trained, "of the model": own, "percent of 7 billion": 100 * trained / 7e9}
+    return Measurement(100 * trained / own, model=preset, evidence=evidence)
+
+
+def lora_gigabytes(preset: str, rank: int, targets: str, dtypes: dict[str, str]) -> Measurement:
+    """Returns the GB of values that are kept for every parameter of a LoRA adapter.
+
+    Args:
+        preset: The base.
+        rank: Of the adapter.
+        targets: Which layers it adapts.
+        dtypes: torch's name of the type of each value, by what it is.
+    """
+    trained = lora_parameters(preset, rank, targets).value
+    found = gigabytes(float(trained), dtypes)
+    half_gb_rank = rank * 0.5 / float(found.value)
+    evidence = {**found.evidence, "rank that takes 0.5 GB": half_gb_rank}
+    return Measurement(found.value, model=preset, evidence=evidence)
+
+
+def lora_checkpoint(layers: int, width: int, matrices: int, rank: int, unit: int = MB, of: float = 0) -> Measurement:
+    """Returns the size of a 16-bit LoRA file of square matrices; or with ``of``, how many times smaller than it.
+
+    Args:
+        layers: Of the model.
+        width: Of every adapted matrix, on both sides.
+        matrices: Adapted in each layer.
+        rank: Of the adapter.
+        unit: Bytes of the unit.
+        of: Bytes of what it is compared with; 0: the size itself.
+    """
+    values = _lora_count(_linears(width, width, layers * matrices), rank)
+    size = 2 * values
+    evidence = {"values": values, "bytes": size, "MB": size / MB, "MiB": size / 2**20}
+    return Measurement(of / size if of else size / unit, evidence=evidence)
+
+
+def stored_gigabytes(values: float, storage: str) -> Measurement:
+    """Returns the GB of so many weights, from the bytes of a matrix that is stored in this type; without constants.
+
+    Args:
+        values: Number of weights.
+        storage: A type of torch, or ``nf4`` as bitsandbytes packs it.
+    """
+    import torch
+
+    weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    if storage == "nf4":
+        from bitsandbytes import functional
+
+        stored, _ = functional.quantize_4bit(weight, quant_type="nf4")
+    else:
+        stored = weight.to(getattr(torch, storage))
+    size = stored.nbytes / weight.numel()
+    return Measurement(size * values / GB, evidence={"bits per weight": 8 * size, "kept as": str(stored.dtype)})
+
+
+def packed_gigabytes(preset: str, rows: int, columns: int, double_quant: bool = True) -> Measurement:
+    """Returns the GB of a model's linear layers in NF4, from the bytes of one layer that bitsandbytes packs.
+
+    Everything that the layer keeps counts: packed weights, block constants, code tables.
+    """
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    from peftscope.memory.tracker import quantisation_tensors
+
+    layer = Linear4bit(columns, rows, bias=False, compress_statistics=double_quant, quant_type="nf4")
+    torch.manual_seed(0)
+    torch.nn.init.normal_(layer.weight.data, std=0.02)
+    layer.weight.data = layer.weight.data.to(torch.bfloat16)
+    weight = layer.to("cpu").weight
+    parts = [weight.data, *quantisation_tensors(weight)]
+    bits = 8 * sum(part.nbytes for part in parts) / (rows * columns)
+    formula = _bits_per_weight(double_quant)
+    evidence = {
+        "bits per weight": bits,
+        "bits per weight, by formula": formula,
+        "difference, percent": 100 * (bits / formula - 1),
+        "weights": shape_of(preset).linear_parameters,
+    }
+    return Measurement(bits * shape_of(preset).linear_parameters / 8 / GB, evidence=evidence, model=preset)
+
+
+def average_bits(preset: str, double_quant: bool = True, rest: str = "bfloat16") -> Measurement:
+    """Returns the bits for each parameter of a model in NF4, with the weights that are not quantised.
+
+    Args:
+        preset: The model; every linear layer but its head is quantised, as transformers does it.
+        double_quant: Whether block constants are quantised too.
+        rest: torch's type of everything else.
+    """
+    import torch
+
+    model = meta_model(preset)
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
+    quantised = sum(module.weight.numel() for module in linears)
+    others = _count(model) - quantised
+    size = getattr(torch, rest).itemsize
+    bits = quantised * _bits_per_weight(double_quant) + 8 * size * others
+    evidence = {
+        "quantised weights": quantised,
+        "other weights": others,
+        "GB": bits / 8 / GB,
+        "times smaller than in 16 bits": 16 * _count(model) / bits,
+    }
+    return Measurement(bits / _count(model), evidence=evidence, model=preset)
+
+
+def operations_ratio(method: str, against: str, width: int, rank: int, tokens: int = 512) -> Measurement:
+    """Returns the multiplications of a training step through one square layer, over those with another method.
+
+    Args:
+        method: full, lora, dora or adalora.
+        against: The other.
+        width: Of the layer.
+        rank: Of the adapters.
+        tokens: Of a batch.
+    """
+    this, other = (_training_operations(name, width, rank, tokens) for name in (method, against))
+    return Measurement(this / other, evidence={f"operations, {method}": this, f"operations, {against}": other})
+
+
+def merged_operations(method: str) -> Measurement:
+    """Returns how many more operations a forward pass takes after merging than the base's, in percent.
+
+    Args:
+        method: lora or dora.
+    """
+    import torch
+    from peft import get_peft_model
+
+    base = tiny_llama()
+    ids = token_ids(base)
+    own, own_values = _forward_operations(base, ids), _count(base)
+    model = get_peft_model(base, _peft_config(method, 8, target_modules("all-linear")))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    apart = _forward_operations(model, ids)
+    merged = model.merge_and_unload()
+    evidence = {
+        "before merging, percent more": 100 * (apart / own - 1),
+        "parameters more after merging": _count(merged) - own_values,
+    }
+    found = 100 * (_forward_operations(merged, ids) / own - 1)
+    return Measurement(found, evidence=evidence, model="a Llama of two narrow layers")
+
+
+def _bits_per_weight(double_quant: bool) -> float:
+    constant = 8 + 32 / SECOND_BLOCK if double_quant else 32
+    return 4 + constant / BLOCK
+
+
+def _count(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _linears(rows: int, columns: int, count: int = 1) -> Any:
+    """Returns so many linear layers without values."""
+    import torch
+
+    with torch.device("meta"):
+        return torch.nn.Sequential(*(torch.nn.Linear(columns, rows, bias=False) for _ in range(count)))
+
+
+def _lora_count(model: Any, rank: int, targets: list[str] | None = None) -> int:
+    """Returns the parameters that PEFT trains; ``model`` gets an adapter. Without targets every layer is one."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = targets or [name for name, _ in model.named_children()]
+    adapted = inject_adapter_in_model(LoraConfig(r=rank, target_modules=names), model)
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def _peft_config(method: str, rank: int, targets: list[str]) -> Any:
+    from peft import AdaLoraConfig, LoraConfig
+
+    if method == "adalora":
+        return AdaLoraConfig(init_r=rank, target_r=max(1, rank // 2), total_step=10, target_modules=targets)
+    return LoraConfig(r=rank, target_modules=targets, use_dora=method == "dora")
+
+
+def _training_operations(method: str, width: int, rank: int, tokens: int) -> int:
+    import torch
+    from peft import inject_adapter_in_model
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer = _linears(width, width)
+    if method != "full":
+        layer = inject_adapter_in_model(_peft_config(method, rank, ["0"]), layer)
+    with FlopCounterMode(display=False) as counter:
+        # Layers below need the gradient of the input.
+        layer(torch.empty(tokens, width, device="meta", requires_grad=True)).sum().backward()
+    return int(counter.get_total_flops())
+
+
+def _forward_operations(model: Any, ids: Any) -> int:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=ids)
+    return int(counter.get_total_flops())

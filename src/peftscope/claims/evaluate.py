@@ -1,0 +1,132 @@
+"""Running checks and turning what they measure into verdicts: one for every part, and the headline of every claim."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from peftscope.claims.ledger import DETERMINISTIC, Claim, Part, find_check
+from peftscope.claims.measurement import Measurement, NotRunError, Quantity
+from peftscope.claims.verdict import UNDECIDED, Verdict, judge
+from peftscope.errors import InputError
+
+SIGNIFICANT_DIGITS = 6
+"""Of measured numbers, as they are written: what differs below comes from the order of sums."""
+
+
+@dataclass(frozen=True)
+class PartFinding:
+    """What was found about one part of a claim."""
+
+    part: Part
+    verdict: Verdict
+    reason: str = ""
+    found: Measurement | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the finding with its evidence, numbers rounded to what is reproducible."""
+        found = self.found
+        return {
+            "kind": self.part.kind,
+            "measures": self.part.measures,
+            "verdict": self.verdict.value,
+            "found": rounded(found.value) if found else None,
+            "low": rounded(found.low) if found else None,
+            "high": rounded(found.high) if found else None,
+            "unit": self.part.unit,
+            "n": found.n if found else 0,
+            "rule": str(self.part.rule) if self.part.rule else "",
+            "check": self.part.check,
+            "with": self.part.with_,
+            "scope": self.part.scope,
+            "model": found.model if found else "",
+            "run_ids": list(found.run_ids) if found else [],
+            "evidence": {name: rounded(value) for name, value in found.evidence.items()} if found else {},
+            "curves": {
+                name: {f"{x:g}": rounded(y) for x, y in curve.items()}
+                for name, curve in (found.curves if found else {}).items()
+            },
+            "axes": list(found.axes) if found else [],
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found about a claim; its last part decides."""
+
+    claim: Claim
+    parts: tuple[PartFinding, ...]
+
+    @property
+    def deciding(self) -> PartFinding:
+        """Returns the part that the headline rests on."""
+        return self.parts[-1]
+
+    @property
+    def headline(self) -> tuple[Verdict, str]:
+        """Returns the claim's verdict and its reason.
+
+        A claim with parts that are decided, but not the one that counts, is inconclusive.
+        """
+        last = self.deciding
+        others = [part for part in self.parts[:-1] if part.verdict not in UNDECIDED]
+        if last.verdict in UNDECIDED and others:
+            return Verdict.INCONCLUSIVE, f"the part that decides is {last.verdict}: {last.reason}"
+        return last.verdict, last.reason
+
+    def to_json(self, hardware: str) -> dict[str, Any]:
+        """Returns one entry of claims.json.
+
+        Args:
+            hardware: What the checks of deterministic kinds ran on.
+        """
+        verdict, reason = self.headline
+        deciding = self.deciding.to_json()
+        return {
+            "id": self.claim.id,
+            "slug": self.claim.slug,
+            "verdict": verdict.value,
+            "claimed": self.claim.claimed,
+            **{key: deciding[key] for key in ("found", "low", "high", "unit", "n", "rule")},
+            "scope": self.claim.scope,
+            "run_ids": sorted({run_id for part in self.parts if part.found for run_id in part.found.run_ids}),
+            "reason": reason,
+            "kind": self.deciding.part.kind,
+            "model": deciding["model"],
+            "hardware": hardware if self.deciding.part.kind in DETERMINISTIC and self.deciding.found else "",
+            "parts": [part.to_json() for part in self.parts],
+        }
+
+
+def evaluate(claims: Iterable[Claim]) -> Iterator[Finding]:
+    """Yields what is found about each claim, one after the other."""
+    for claim in claims:
+        yield Finding(claim, tuple(evaluate_part(part) for part in claim.parts))
+
+
+def evaluate_part(part: Part) -> PartFinding:
+    """Returns what is found about one part; a check that cannot run says why."""
+    if part.impossible:
+        return PartFinding(part, Verdict.NOT_TESTABLE_HERE, part.impossible)
+    if part.waits_for:
+        return PartFinding(part, Verdict.NOT_RUN, part.waits_for)
+    try:
+        found = find_check(part.check)(**part.with_)
+    except NotRunError as error:
+        return PartFinding(part, Verdict.NOT_RUN, str(error))
+    except InputError as error:
+        return PartFinding(part, Verdict.NOT_RUN, "; ".join(map(str, error.problems)))
+    assert part.rule is not None
+    verdict, reason = judge(part.rule, found)
+    return PartFinding(part, verdict, reason, found)
+
+
+def rounded(value: Quantity | None) -> Quantity | None:
+    """Returns a number with the digits that are reproducible; anything else as it is.
+
+    >>> rounded(0.123456789), rounded(True), rounded("uint8"), rounded(16777216)
+    (0.123457, True, 'uint8', 16777216)
+    """
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}") if isinstance(value, float) else value

@@ -1,0 +1,133 @@
+"""The ledger of claims, ``experiments/claims.yaml``: what it may say, and reading it strictly. No torch."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from peftscope.claims import checks
+from peftscope.claims.measurement import Measurement
+from peftscope.claims.verdict import Rule
+from peftscope.errors import InputError, Problem, close_match
+from peftscope.experiment import EXPERIMENTS, dotted, problems_of, read_yaml
+
+CLAIMS_FILE = EXPERIMENTS / "claims.yaml"
+
+Kind = Literal["software", "arithmetic", "numerics", "simulation", "training", "gpu", "literature"]
+DETERMINISTIC: tuple[Kind, ...] = ("software", "arithmetic", "numerics", "simulation")
+"""Kinds whose checks give the same quantity on every run."""
+
+
+class Part(BaseModel):
+    """One quantity of a claim: how it is measured, and when the claim holds; or why it is not measured."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Kind
+    measures: Annotated[str, Field(min_length=1, description="the quantity, in words")]
+    check: Annotated[str, Field(description="module.function below peftscope.claims.checks")] = ""
+    with_: Annotated[dict[str, Any], Field(alias="with", description="the function's parameters")] = {}
+    rule: Rule | None = None
+    unit: str = ""
+    scope: Annotated[str, Field(description="where the verdict holds, if narrower than the claim's scope")] = ""
+    waits_for: Annotated[str, Field(description="what has to be run first; the part is NOT-RUN")] = ""
+    impossible: Annotated[str, Field(description="why no machine of ours can test it; NOT-TESTABLE-HERE")] = ""
+
+    @model_validator(mode="after")
+    def _measured_or_excused(self) -> Part:
+        if sum(map(bool, (self.check, self.waits_for, self.impossible))) != 1:
+            raise ValueError("must have one of: check, waits_for, impossible")
+        if bool(self.check) != (self.rule is not None):
+            raise ValueError("a check needs a rule, and a rule a check")
+        return self
+
+
+class Claim(BaseModel):
+    """One claim of the literature."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: Annotated[str, Field(pattern=r"^[SP]\d{1,3}$")]
+    slug: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+    statement: Annotated[str, Field(min_length=1, description="what is claimed, in our words")]
+    source: Annotated[str, Field(min_length=1, description="section of the chapter, or paper with table")]
+    section: Annotated[str, Field(min_length=1, description="heading on the page")]
+    claimed: Annotated[str, Field(min_length=1, description="the figure, or the word, that is claimed")]
+    scope: Annotated[str, Field(min_length=1, description="model, task and setting that the verdict holds for")]
+    note: Annotated[str, Field(description="what was tested where the source contradicts itself; what we found")] = ""
+    correction: Annotated[str, Field(description="what to remember instead, if the claim turns out wrong")] = ""
+    parts: Annotated[tuple[Part, ...], Field(min_length=1, description="the last one decides the headline")]
+
+
+class _Ledger(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    claims: list[Claim]
+
+
+def read_ledger(path: Path = CLAIMS_FILE) -> tuple[Claim, ...]:
+    """Returns all claims in their order.
+
+    Raises:
+        InputError: Every problem of the file.
+    """
+    try:
+        claims = _Ledger.model_validate(read_yaml(path)).claims
+    except ValidationError as error:
+        known = set(Claim.model_fields) | {field.alias or name for name, field in Part.model_fields.items()}
+        known |= set(Rule.model_fields)
+        raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc)}", known)) from None
+    problems = [
+        Problem(f"{path}: claims", f"{field} `{value}` stands {count} times", "every claim has its own")
+        for field in ("id", "slug")
+        for value, count in Counter(getattr(claim, field) for claim in claims).items()
+        if count > 1
+    ]
+    for claim in claims:
+        for index, part in enumerate(claim.parts):
+            if part.check:
+                problems += _problems_of_check(part, f"{path}: {claim.id}.parts[{index}]")
+    if problems:
+        raise InputError(problems)
+    return tuple(claims)
+
+
+def find_check(name: str) -> Callable[..., Measurement]:
+    """Returns the function behind ``module.function``.
+
+    Raises:
+        KeyError: There is none.
+    """
+    return _known_checks()[name]
+
+
+@cache
+def _known_checks() -> dict[str, Callable[..., Measurement]]:
+    found: dict[str, Callable[..., Measurement]] = {}
+    for module in pkgutil.iter_modules(checks.__path__):
+        content = importlib.import_module(f"{checks.__name__}.{module.name}")
+        for name, function in inspect.getmembers(content, inspect.isfunction):
+            if function.__module__ == content.__name__ and not name.startswith("_"):
+                found[f"{module.name}.{name}"] = function
+    return found
+
+
+def _problems_of_check(part: Part, where: str) -> list[Problem]:
+    known = _known_checks()
+    if part.check not in known:
+        return [Problem(f"{where}.check", f"no such check (got {part.check!r})", close_match(part.check, known))]
+    signature = inspect.signature(known[part.check])
+    try:
+        signature.bind(**part.with_)
+    except TypeError as error:
+        remedy = f"{part.check} takes {', '.join(signature.parameters)}"
+        return [Problem(f"{where}.with", str(error), remedy)]
+    return []

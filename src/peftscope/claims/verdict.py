@@ -1,0 +1,145 @@
+"""From a measured quantity and a rule to a verdict: the only place that decides. No torch."""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
+
+from peftscope.claims.measurement import Measurement
+from peftscope.stats import CONFIDENCE, equivalence_interval, pairs_needed
+
+
+class Verdict(StrEnum):
+    """What is known of a claim."""
+
+    EXACT = "EXACT"
+    EXACT_WRONG = "EXACT-WRONG"
+    SUPPORTED = "SUPPORTED"
+    REFUTED = "REFUTED"
+    EQUIVALENT = "EQUIVALENT"
+    INCONCLUSIVE = "INCONCLUSIVE"
+    NOT_RUN = "NOT-RUN"
+    NOT_TESTABLE_HERE = "NOT-TESTABLE-HERE"
+
+
+UNDECIDED = (Verdict.NOT_RUN, Verdict.NOT_TESTABLE_HERE)
+
+
+class Rule(BaseModel):
+    """When a claim holds: ``equals``, a range (``at_least``, ``at_most`` or both), ``better_by`` or ``same_within``.
+
+    A quantity without an interval is decided by where it lies. One with an interval is decided only where the whole
+    interval lies on one side.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    equals: StrictBool | float | str | None = None
+    relative: float = Field(0, ge=0, description="tolerance of equals, as a share of it")
+    absolute: float = Field(0, ge=0, description="tolerance of equals, in the claim's unit")
+    at_least: float | None = None
+    at_most: float | None = None
+    better_by: float | None = Field(None, ge=0, description="a difference in the claim's favour above 0; at least this")
+    same_within: float | None = Field(None, gt=0, description="a difference between minus and plus this")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Rule:
+        ranged = self.at_least is not None or self.at_most is not None
+        kinds = [self.equals is not None, ranged, self.better_by is not None, self.same_within is not None]
+        if sum(kinds) != 1:
+            raise ValueError("must have one of: equals, at_least and at_most, better_by, same_within")
+        if (self.relative or self.absolute) and not isinstance(self.equals, float | int):
+            raise ValueError("a tolerance needs a number under equals")
+        if ranged and self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
+            raise ValueError(f"at_least={self.at_least} is above at_most={self.at_most}")
+        return self
+
+    def bounds(self) -> tuple[float, float]:
+        """Returns the range in which a numeric claim holds."""
+        if self.same_within is not None:
+            return -self.same_within, self.same_within
+        if self.better_by is not None:
+            return 0.0, math.inf
+        if isinstance(self.equals, float | int):
+            slack = max(self.absolute, self.relative * abs(self.equals))
+            return self.equals - slack, self.equals + slack
+        low = -math.inf if self.at_least is None else self.at_least
+        return low, math.inf if self.at_most is None else self.at_most
+
+    def __str__(self) -> str:
+        if self.same_within is not None:
+            return f"within ±{self.same_within:g} of each other"
+        if self.better_by is not None:
+            return "better" + (f" by {self.better_by:g} or more" if self.better_by else "")
+        if self.equals is not None:
+            if isinstance(self.equals, bool | str):
+                return f"is {str(self.equals).lower() if isinstance(self.equals, bool) else self.equals}"
+            tolerance = f" ± {self.absolute:g}" if self.absolute else ""
+            return f"is {self.equals:g}" + (f" ± {100 * self.relative:g} %" if self.relative else tolerance)
+        low, high = self.bounds()
+        if math.isinf(high):
+            return f"at least {low:g}"
+        return f"at most {high:g}" if math.isinf(low) else f"{low:g} to {high:g}"
+
+
+def judge(rule: Rule, found: Measurement, p_adjusted: float | None = None) -> tuple[Verdict, str]:
+    """Returns the verdict on a measurement, and what it rests on.
+
+    Args:
+        rule: When the claim holds.
+        found: What was measured.
+        p_adjusted: Of a directional contrast, after correction within its family; None: it is alone.
+    """
+    if isinstance(found.value, str | bool) or isinstance(rule.equals, str | bool):
+        return (Verdict.EXACT if found.value == rule.equals else Verdict.EXACT_WRONG), ""
+    if not math.isfinite(found.value):
+        return Verdict.INCONCLUSIVE, "the measured quantity is not a number"
+    low, high = rule.bounds()
+    if rule.same_within is not None and found.samples:
+        return _judge_sameness(rule.same_within, found)
+    if found.low is None or found.high is None:
+        if found.samples:
+            return Verdict.INCONCLUSIVE, f"{found.n} seeds give no interval"
+        return (Verdict.EXACT if low <= found.value <= high else Verdict.EXACT_WRONG), ""
+    if rule.better_by is not None:
+        return _judge_benefit(rule.better_by, found, p_adjusted)
+    if low <= found.low and found.high <= high:
+        return Verdict.SUPPORTED, "the whole interval lies where the claim says"
+    if found.high < low or high < found.low:
+        return Verdict.REFUTED, "the whole interval lies outside of what the claim says"
+    return Verdict.INCONCLUSIVE, _what_is_missing(found, min(abs(found.value - b) for b in (low, high)))
+
+
+def _judge_benefit(least: float, found: Measurement, p_adjusted: float | None) -> tuple[Verdict, str]:
+    assert found.low is not None
+    assert found.high is not None
+    significant = p_adjusted is None or p_adjusted < 1 - CONFIDENCE
+    if found.low > 0 and not significant:
+        return Verdict.INCONCLUSIVE, f"the interval is above 0, but p = {p_adjusted:.3g} after correction in its family"
+    if found.low > 0 and float(found.value) >= least:
+        return Verdict.SUPPORTED, "the interval is above 0"
+    if found.high < max(0.0, least):
+        return Verdict.REFUTED, "the interval excludes the claimed benefit"
+    return Verdict.INCONCLUSIVE, _what_is_missing(found, abs(float(found.value)))
+
+
+def _judge_sameness(margin: float, found: Measurement) -> tuple[Verdict, str]:
+    interval = equivalence_interval(found.samples)
+    if interval is None:
+        return Verdict.INCONCLUSIVE, f"{found.n} seeds give no interval"
+    if -margin < interval[0] and interval[1] < margin:
+        return Verdict.EQUIVALENT, f"both one-sided tests pass at ±{margin:g}"
+    if found.low is not None and found.high is not None and (found.low > margin or found.high < -margin):
+        return Verdict.REFUTED, f"the interval lies outside ±{margin:g}"
+    return Verdict.INCONCLUSIVE, _what_is_missing(found, margin)
+
+
+def _what_is_missing(found: Measurement, effect: float) -> str:
+    """Returns how wide the interval is, and how many seeds would tell an effect of this size from zero."""
+    assert found.low is not None
+    assert found.high is not None
+    text = f"the interval is too wide (half-width {(found.high - found.low) / 2:.3g})"
+    needed = pairs_needed(found.samples, effect) if len(found.samples) > 1 else None
+    return f"{text}; about {needed} paired seeds would decide" if needed and needed > len(found.samples) else text

@@ -1,0 +1,138 @@
+"""The claims page: every claim with its verdict and evidence, as HTML and as Markdown. No torch."""
+
+from __future__ import annotations
+
+import io
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from peftscope.claims.ledger import Claim
+from peftscope.claims.verdict import Verdict
+from peftscope.collect import results_folder
+from peftscope.record import write_json
+
+COLOURS = {
+    Verdict.EXACT: "#2a7f4f",
+    Verdict.SUPPORTED: "#5fae7b",
+    Verdict.EQUIVALENT: "#4a90b8",
+    Verdict.EXACT_WRONG: "#b03a2e",
+    Verdict.REFUTED: "#d9765f",
+    Verdict.INCONCLUSIVE: "#d8a520",
+    Verdict.NOT_RUN: "#9aa0a6",
+    Verdict.NOT_TESTABLE_HERE: "#c4c8cc",
+}
+"""In the order of the summary bar."""
+
+MEANINGS = {
+    Verdict.EXACT: "a deterministic check found what is claimed",
+    Verdict.SUPPORTED: "the whole interval lies where the claim says",
+    Verdict.EQUIVALENT: "the two are the same within the margin",
+    Verdict.EXACT_WRONG: "a deterministic check found something else",
+    Verdict.REFUTED: "the whole interval lies elsewhere",
+    Verdict.INCONCLUSIVE: "what was measured does not decide; the entry says what is missing",
+    Verdict.NOT_RUN: "the runs that decide have not been made",
+    Verdict.NOT_TESTABLE_HERE: "no machine of ours can test it; the entry says why",
+}
+
+
+def claims_path(experiment: str) -> Path:
+    """Returns where an experiment's claims page is."""
+    return Path("reports") / experiment / "claims.html"
+
+
+def write_findings(experiment: str, findings: list[dict[str, Any]]) -> Path:
+    """Writes ``claims.json`` and returns its path."""
+    path = results_folder(experiment) / "claims.json"
+    write_json(path, findings)
+    return path
+
+
+def write_claims_page(experiment: str, claims: tuple[Claim, ...]) -> Path:
+    """Renders ``claims.html`` and its Markdown twin from ``claims.json``, and returns the former's path."""
+    findings = json.loads((results_folder(experiment) / "claims.json").read_text())
+    by_id = {finding["id"]: finding for finding in findings}
+    entries = [{"claim": claim, "finding": by_id[claim.id]} for claim in claims if claim.id in by_id]
+    for entry in entries:
+        entry["found"] = spoken_finding(entry["finding"])
+        entry["figures"] = [_figure(part) for part in entry["finding"]["parts"] if part["curves"]]
+    counts = {v: sum(finding["verdict"] == v for finding in findings) for v in COLOURS}
+    content = {
+        "experiment": experiment,
+        "entries": entries,
+        "sections": list(dict.fromkeys(claim.section for claim in claims)),
+        "kinds": sorted({part["kind"] for finding in findings for part in finding["parts"]}),
+        "counts": {verdict: count for verdict, count in counts.items() if count},
+        "total": len(findings),
+        "colours": COLOURS,
+        "meanings": MEANINGS,
+        "wrong": [e for e in entries if e["finding"]["verdict"] in (Verdict.EXACT_WRONG, Verdict.REFUTED)],
+        "hardware": next((finding["hardware"] for finding in findings if finding["hardware"]), "-"),
+        "spoken": spoken_number,
+        "spoken_finding": spoken_finding,
+    }
+    path = claims_path(experiment)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"loader": PackageLoader("peftscope.report"), "undefined": StrictUndefined}
+    layout = {"trim_blocks": True, "lstrip_blocks": True}
+    html = Environment(**options, **layout, autoescape=True).get_template("claims.html.j2")
+    style = files("peftscope.report").joinpath("templates/report.css").read_text()
+    path.write_text(html.render(**content, style=style))
+    markdown = Environment(**options, **layout, autoescape=False).get_template("claims.md.j2")
+    path.with_suffix(".md").write_text(markdown.render(**content))
+    return path
+
+
+def spoken_number(value: Any) -> str:
+    """Returns a measured quantity as people read it.
+
+    >>> spoken_number(16777216), spoken_number(0.000123456), spoken_number(True), spoken_number(None)
+    ('16,777,216', '0.0001235', 'yes', '-')
+    """
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
+    if float(value).is_integer() and abs(value) < 1e12:
+        return f"{int(value):,}"
+    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def spoken_finding(finding: dict[str, Any]) -> str:
+    """Returns what was found about a claim or one of its parts, with unit and interval."""
+    if finding["found"] is None:
+        return "-"
+    text = f"{spoken_number(finding['found'])} {finding['unit']}".strip()
+    if finding["low"] is not None:
+        text += f" ({spoken_number(finding['low'])} to {spoken_number(finding['high'])})"
+    return text
+
+
+def _figure(part: dict[str, Any]) -> Markup:
+    """Returns a small drawing of a part's curves as SVG."""
+    with sns.axes_style("whitegrid"), plt.rc_context({"svg.hashsalt": "claims", "svg.fonttype": "none"}):
+        figure, axes = plt.subplots(figsize=(5.2, 2.9), layout="constrained")
+        for name, curve in part["curves"].items():
+            x, y = zip(*sorted((float(x), y) for x, y in curve.items()), strict=True)
+            axes.plot(x, y, marker="o", markersize=3, label=name)
+        points = [float(x) for curve in part["curves"].values() for x in curve]
+        if min(points) > 0 and max(points) / min(points) > 20:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axes.set_xlabel(part["axes"][0])
+        axes.set_ylabel(part["axes"][1])
+        if len(part["curves"]) > 1:
+            axes.legend(fontsize="small")
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    text = buffer.getvalue()
+    return Markup(text[text.index("<svg") :])

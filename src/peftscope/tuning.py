@@ -1,0 +1,66 @@
+"""A study's learning rates, chosen on the validation loss of seeds that are used for nothing else. No torch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from peftscope.errors import InputError, Problem
+from peftscope.experiment import experiment_path
+from peftscope.record import read_record, write_json
+from peftscope.sweep import TUNING, Sweep, tuned_file
+
+
+def choose_rates(sweep: Sweep) -> Path:
+    """Writes the rate of each arm with the lowest mean validation loss, and everything that was tried.
+
+    A run that diverged has no loss and counts as infinitely bad.
+
+    Raises:
+        InputError: A record is missing, or the best rate of an arm is the first or last that was tried.
+    """
+    arms = {
+        comparison.name.removeprefix(TUNING): _tried(sweep, comparison.runs)
+        for comparison in sweep.comparisons
+        if comparison.name.startswith(TUNING)
+    }
+    chosen: dict[str, Any] = {}
+    problems = []
+    for arm, tried in arms.items():
+        best = min(tried, key=lambda rate: tried[rate]["validation_nll"])
+        rates = sorted(tried)
+        if best in (rates[0], rates[-1]):
+            where = f"{experiment_path(sweep.name)}: study.learning_rates.{arm}"
+            end, remedy = ("lowest", "a lower") if best == rates[0] else ("highest", "a higher")
+            problems.append(Problem(where, f"the best of {len(rates)} is the {end}, {best:g}", f"add {remedy} one"))
+        chosen[arm] = {"learning_rate": best, "tried": [{"learning_rate": r, **_finite(tried[r])} for r in rates]}
+    if problems:
+        raise InputError(problems)
+    write_json(tuned_file(sweep.name), {"arms": chosen})
+    return tuned_file(sweep.name)
+
+
+def _tried(sweep: Sweep, runs: tuple[str, ...]) -> dict[float, dict[str, Any]]:
+    """Returns mean validation loss and run ids by learning rate."""
+    found: dict[float, dict[str, Any]] = {}
+    for run in runs:
+        path = Path("results") / sweep.name / "runs" / run / "record.json"
+        if not path.is_file():
+            raise InputError(Problem(str(path), "no record yet", f"make report EXPERIMENT={sweep.name}"))
+        record = read_record(path)
+        nll = record.quality.validation_nll
+        if nll is None and record.status == "ok":
+            where = f"{experiment_path(sweep.name)}: fixed.validation_items"
+            raise InputError(Problem(where, "a study chooses by validation loss", "give it a number above 0"))
+        entry = found.setdefault(sweep.runs[run].learning_rate, {"losses": [], "run_ids": []})
+        entry["losses"].append(math.inf if nll is None else nll)
+        entry["run_ids"].append(run)
+    return {
+        rate: {"validation_nll": sum(e["losses"]) / len(e["losses"]), "run_ids": e["run_ids"]}
+        for rate, e in found.items()
+    }
+
+
+def _finite(tried: dict[str, Any]) -> dict[str, Any]:
+    return {**tried, "validation_nll": tried["validation_nll"] if math.isfinite(tried["validation_nll"]) else None}
