@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from peftscope.experiment import experiment_names
+from peftscope.experiment import NOT_EXPERIMENTS, experiment_names
 from peftscope.methods import METHODS
 from peftscope.plan import check_runs, plan_experiment
 from peftscope.spec import RUN_ID_PATTERN, RunSpec, run_id, spec_schema
@@ -22,11 +22,11 @@ FILES = sorted((Path(__file__).parent.parent / "experiments").rglob("*.yaml"))
 def test_every_yaml_file_is_covered() -> None:
     assert len(FILES) > 5
     names = {path.stem for path in FILES if path.parent.name == "experiments"}
-    assert names == {*experiment_names(), "defaults", "models", "tasks"}
+    assert names == {*experiment_names(), *NOT_EXPERIMENTS}
 
 
 @pytest.mark.parametrize(
-    "name", [p.stem for p in FILES if p.parent.name == "experiments" and p.stem not in ("defaults", "models", "tasks")]
+    "name", [p.stem for p in FILES if p.parent.name == "experiments" and p.stem not in NOT_EXPERIMENTS]
 )
 class TestExperiment:
     def test_expands_into_valid_unique_runs(self, name: str) -> None:

@@ -55,7 +55,7 @@ def run_command(spec: RunSpec, folder: Path, hash_seed: str = "0") -> subprocess
 
 
 def test_a_record_holds_everything_that_a_cpu_can_measure(toy: Path, make_spec, tmp_path: Path) -> None:
-    spec = make_spec(method="lora")
+    spec = make_spec(method="lora", validation_items=4)
     record = run_here(spec, tmp_path)
     assert (record.status, record.reason, record.run_id) == ("ok", None, run_id(spec))
     assert record.spec == spec

@@ -94,6 +94,14 @@ def publish_command(name: Annotated[str, typer.Argument(help="An experiment, mem
         print(path)
 
 
+@app.command("restore", hidden=True)
+def restore_command(experiment: ExperimentName) -> None:
+    """Put the published runs of a study back among its results, so that it goes on from there."""
+    from peftscope.report.publish import restore
+
+    print(f"{restore(experiment)} runs restored")
+
+
 @app.command(hidden=True)
 def schema() -> None:
     """Print the JSON schema of a run's spec."""

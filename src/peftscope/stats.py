@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +26,8 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+MOST_PAIRS = 1_000_000
+"""No one runs more."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,18 @@ def trend_p(rows: Sequence[Sequence[float]]) -> float:
 
 
 def pairs_needed(differences: Sequence[float], effect: float, power: float = 0.8) -> int | None:
-    """Returns how many pairs a t test needs to see ``effect`` with this power; None where they show no spread."""
+    """Returns how many pairs a t test needs to see ``effect`` with this power; None where they show no spread.
+
+    At most ``MOST_PAIRS``.
+    """
     from statsmodels.stats.power import TTestPower
 
     spread = float(np.std(np.asarray(differences, dtype=float), ddof=1))
     if spread == 0 or effect == 0:
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # statsmodels warns where even two pairs are more than enough
-        needed = TTestPower().solve_power(abs(effect) / spread, alpha=1 - CONFIDENCE, power=power)
-    return max(2, math.ceil(float(np.atleast_1d(needed)[0])))
+
+    def reached(pairs: int) -> bool:
+        found = TTestPower().power(abs(effect) / spread, pairs, 1 - CONFIDENCE)
+        return not found < power  # not a number where even two pairs are more than enough
+
+    return 2 + bisect_left(range(2, MOST_PAIRS), True, key=reached)

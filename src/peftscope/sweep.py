@@ -331,7 +331,7 @@ def _study_cells(
             continue
         for seed in study.seeds:
             values = {**fields, "learning_rate": rates[arm], "seed": seed}
-            changes = {
+            changes: dict[str, dict[str, Any]] = {
                 "again": {"init_seed": seed + OTHER_INITIALISATION},
                 "still": {"learning_rate": 0},
                 "shuffled": {"shuffled_targets": True},

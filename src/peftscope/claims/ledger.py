@@ -56,7 +56,7 @@ class Claim(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: Annotated[str, Field(pattern=r"^[SP]\d{1,3}$")]
-    slug: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+    slug: Annotated[str, Field(pattern=r"^[A-Za-z0-9]+(-[A-Za-z0-9]+)*$")]
     statement: Annotated[str, Field(min_length=1, description="what is claimed, in our words")]
     source: Annotated[str, Field(min_length=1, description="section of the chapter, or paper with table")]
     section: Annotated[str, Field(min_length=1, description="heading on the page")]

@@ -79,12 +79,17 @@ def write_claims_page(experiment: str, claims: tuple[Claim, ...]) -> Path:
     }
     path = claims_path(experiment)
     path.parent.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {"loader": PackageLoader("peftscope.report"), "undefined": StrictUndefined}
-    layout = {"trim_blocks": True, "lstrip_blocks": True}
-    html = Environment(**options, **layout, autoescape=True).get_template("claims.html.j2")
-    style = files("peftscope.report").joinpath("templates/report.css").read_text()
-    path.write_text(html.render(**content, style=style))
-    markdown = Environment(**options, **layout, autoescape=False).get_template("claims.md.j2")
+    options: dict[str, Any] = {
+        "loader": PackageLoader("peftscope.report"),
+        "undefined": StrictUndefined,
+        "trim_blocks": True,
+        "lstrip_blocks": True,
+    }
+    html = Environment(**options, autoescape=True).get_template("claims.html.j2")
+    folder = files("peftscope.report").joinpath("templates")
+    style = folder.joinpath("report.css").read_text() + folder.joinpath("claims.css").read_text()
+    path.write_text(html.render(**content, style=style, script=folder.joinpath("claims.js").read_text()))
+    markdown = Environment(**options, autoescape=False).get_template("claims.md.j2")
     path.with_suffix(".md").write_text(markdown.render(**content))
     return path
 

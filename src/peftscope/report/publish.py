@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from peftscope.collect import read_runs, results_folder
+from peftscope.collect import collect_experiment, read_runs, results_folder
 from peftscope.errors import InputError, Problem
 from peftscope.estimate import spoken
 from peftscope.experiment import experiment_path
+from peftscope.record import read_record, write_json
 from peftscope.report.claims import claims_path
 from peftscope.report.page import report_path
+from peftscope.sweep import expand, tuned_file
 
 PUBLISHED_RESULTS = Path("results/published")
 PUBLISHED_REPORTS = Path("reports/published")
@@ -65,6 +67,8 @@ def publish_experiment(experiment: str) -> list[Path]:
     """
     experiment_path(experiment)
     source, page = results_folder(experiment), report_path(experiment)
+    if tuned_file(experiment).is_file() and not (source / "all-runs-ended-well").is_file():
+        return _publish_unfinished(experiment)
     if not (source / "all-runs-ended-well").is_file():
         raise InputError(
             Problem(f"results/{experiment}", "the experiment is not finished", f"make report EXPERIMENT={experiment}")
@@ -79,6 +83,8 @@ def publish_experiment(experiment: str) -> list[Path]:
     for run in read_runs(experiment)["run_id"]:
         wanted += [source / "runs" / run / name for name in ("record.json", "items.jsonl")]
     pages = [page]
+    if tuned_file(experiment).is_file():
+        wanted.append(tuned_file(experiment))
     if (source / "claims.json").is_file():
         wanted.append(source / "claims.json")
         pages += [claims_path(experiment), claims_path(experiment).with_suffix(".md")]
@@ -88,6 +94,38 @@ def publish_experiment(experiment: str) -> list[Path]:
     _copy(wanted, source, results)
     _update_readme(experiment, results)
     return [results, report]
+
+
+def _publish_unfinished(experiment: str) -> list[Path]:
+    """Publishes the runs that a study has made so far, without report: ``restore`` lets it go on elsewhere."""
+    collect_experiment(expand(experiment))
+    source, results = results_folder(experiment), PUBLISHED_RESULTS / experiment
+    wanted = [source / "runs.csv", source / "losses.csv", tuned_file(experiment)]
+    wanted += sorted(source.glob("runs/*/record.json")) + sorted(source.glob("runs/*/items.jsonl"))
+    _check_sizes(wanted)
+    _copy(wanted, source, results)
+    return [results]
+
+
+def restore(experiment: str) -> int:
+    """Puts the published runs of an experiment back among its results, and returns how many there were.
+
+    Only on demand, for a study that goes on in another sitting: the workflow itself never reads published files.
+
+    Raises:
+        InputError: None were published.
+    """
+    source, target = PUBLISHED_RESULTS / experiment / "runs", results_folder(experiment) / "runs"
+    records = sorted(source.glob("*/record.json"))
+    if not records:
+        raise InputError(Problem(str(source), "no published runs"))
+    for path in records:
+        folder = target / path.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "spec.json", read_record(path).spec.model_dump(mode="json"))
+        for file in sorted(path.parent.iterdir()):
+            shutil.copyfile(file, folder / file.name)
+    return len(records)
 
 
 def _check_sizes(paths: list[Path]) -> None:

@@ -96,8 +96,7 @@ def lora_gigabytes(preset: str, rank: int, targets: str, dtypes: dict[str, str])
         targets: Which layers it adapts.
         dtypes: torch's name of the type of each value, by what it is.
     """
-    trained = lora_parameters(preset, rank, targets).value
-    found = gigabytes(float(trained), dtypes)
+    found = gigabytes(_lora_count(meta_model(preset), rank, target_modules(targets)), dtypes)
     half_gb_rank = rank * 0.5 / float(found.value)
     evidence = {**found.evidence, "rank that takes 0.5 GB": half_gb_rank}
     return Measurement(found.value, model=preset, evidence=evidence)

@@ -1,7 +1,7 @@
 """What studies found: best learning rates, and paired differences between arms at them. Reads tables, trains nothing.
 
-Every arm of a study saw the same batches under the same seed, so that differences are taken seed by seed. Losses are nats
-per response token of held-out items; a difference is given as a share of what full fine-tuning gains over the base.
+Every arm of a study saw the same batches under the same seed, so that differences are taken seed by seed. Losses are
+nats per response token of held-out items; a difference is a share of what full fine-tuning gains over the base.
 """
 
 from __future__ import annotations
@@ -97,9 +97,7 @@ def _paired(study: str, differences: pd.Series, both: pd.DataFrame | None) -> Me
         below, above = bootstrap_interval(values)
         evidence |= {"bootstrap, lower": below, "bootstrap, upper": above, "sign-flip p": sign_flip_p(values)}
     arms = [] if both is None else [run for name in both for run in _arm(study, str(name))["run_id"]]
-    return Measurement(
-        interval.mean, low, high, interval.n, values, evidence, model=_model(study), run_ids=tuple(arms)
-    )
+    return Measurement(interval.mean, low, high, interval.n, values, evidence, model=_model(study), run_ids=tuple(arms))
 
 
 def _pairs(study: str, arm: str, against: str, column: str, values: pd.Series | None = None) -> pd.DataFrame:
@@ -129,10 +127,18 @@ def _arm(study: str, arm: str) -> pd.DataFrame:
 
 
 def _runs(study: str, comparison: str) -> pd.DataFrame:
-    """Returns the finished runs of one comparison."""
+    """Returns the runs of one comparison that ended well.
+
+    Raises:
+        NotRunError: Some have not been made: nothing is concluded from half a study.
+    """
     runs = _table(study)
-    member = [comparison in names.split() for names in runs["comparisons"].fillna("")]
-    return runs[member & (runs["status"] == "ok")]
+    runs = runs[[comparison in names.split() for names in runs["comparisons"].fillna("")]]
+    missing = int((runs["status"] == "missing").sum())
+    if missing or runs.empty:
+        done = f"{len(runs) - missing} of {len(runs)} runs done" if len(runs) else "its last runs have not begun"
+        raise NotRunError(f"the study `{study}` is not finished ({done}); make report EXPERIMENT={study}")
+    return runs[runs["status"] == "ok"]
 
 
 def _tuned(study: str, arm: str) -> tuple[float, float, float]:

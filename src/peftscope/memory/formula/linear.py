@@ -166,14 +166,19 @@ class Linears:
 
     def _lora_path(self, path: str, x: Shaped, outputs: str) -> Shaped:
         """Stands for ``lora_B(lora_A(dropout(x)))``."""
+        return self._low_rank(path, self._dropped(x), outputs)
+
+    def _low_rank(self, path: str, x: Shaped, outputs: str) -> Shaped:
         tape = self.tape
-        x = self._dropped(x)
         down = tape.matmul(x, self.weights[f"{path}.lora_A"], (*x.dims[:-1], "r"), "output of A")
         return tape.matmul(down, self.weights[f"{path}.lora_B"], (*x.dims[:-1], outputs), "output of B")
 
+    def _drops(self) -> bool:
+        return bool(self.values.get("dropout")) and self.tape.training
+
     def _dropped(self, x: Shaped) -> Shaped:
         """Stands for ``torch.nn.Dropout``: CUDA keeps one byte an element for the backward pass, a CPU the factors."""
-        if not self.values.get("dropout"):
+        if not self._drops():
             return x
         mask = self.tape.new(x.dims, 1 if self.on_cuda else x.width, term="dropout mask")
         return self.tape.multiply(x, mask, "input of A after dropout")
@@ -204,8 +209,9 @@ class Linears:
         tape, (inputs, outputs) = self.tape, LINEAR_DIMS[layer.name]
         result = self._base_linear(path, layer, x)
         before = result.width
-        x = self._adapter_input(x)
-        result = tape.add(result, self._dora_update(path, x, result, inputs, outputs))
+        x = self._adapter_input(x)  # lives on in PEFT's frame beside what dropout makes of it
+        dropped = self._dropped(x)
+        result = tape.add(result, self._dora_update(path, dropped, result, inputs, outputs))
         return tape.cast(result, before)
 
     def _dora_update(self, path: str, x: Shaped, result: Shaped, inputs: str, outputs: str) -> Shaped:
@@ -226,7 +232,9 @@ class Linears:
         del total
         magnitude = self.weights[f"{path}.magnitude"]
         ratio = tape.op([magnitude], (outputs,), magnitude.width, None, (norm,))
-        update = self._lora_path(path, x, outputs)
+        update = self._low_rank(path, x, outputs)
+        if self._drops():  # the base's output was for the input before dropout
+            result = tape.matmul(x, wide, (*x.dims[:-1], outputs), "output of the base after dropout (DoRA)")
         change = tape.op([ratio], (outputs,), ratio.width)
         kept = tape.multiply(change, result)
         added = tape.scale(tape.multiply(ratio, update))

@@ -1,0 +1,253 @@
+"""PEFT's LoRA layers: names, shapes and defaults, where they start, how they are scaled, where dropout acts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from peftscope.claims.lora_subjects import (
+    TINY,
+    factor_a,
+    factor_b,
+    four_bit,
+    linear_names,
+    lora_layer,
+    lora_layers,
+    lora_model,
+    named_lora_layers,
+    randomise_b,
+    update_of,
+)
+from peftscope.claims.measurement import Measurement, NotRunError
+from peftscope.claims.subjects import BLOCK_LINEAR, tiny_llama, token_ids
+from peftscope.models.catalog import model_folder
+
+
+def factor_shape(factor: str) -> Measurement:
+    """Returns the shape of PEFT's factor A or B in words, as torch stores it: outputs × inputs of a linear layer."""
+    layer = lora_layer(inputs=48, outputs=80, rank=8)
+    words = {48: "n", 80: "m", 8: "r"}
+    shapes = {
+        name: " × ".join(words[size] for size in weight.shape)
+        for name, weight in {"A": factor_a(layer), "B": factor_b(layer), "W": layer.get_base_layer().weight}.items()
+    }
+    return Measurement(shapes[factor], evidence=shapes, model="torch.nn.Linear from n to m values, r = 8")
+
+
+def formula_error(rank: int, alpha: float, with_scale: bool) -> Measurement:
+    """Returns how far PEFT's output is from W₀x + BAx, or from W₀x + (alpha/rank)·BAx, relative to the largest output.
+
+    A and B are random.
+    """
+    import torch
+
+    layer = lora_layer(inputs=256, outputs=192, rank=rank, alpha=alpha)
+    randomise_b(layer)
+    x = torch.randn(32, 256)
+    weight, factor = layer.get_base_layer().weight, alpha / rank if with_scale else 1.0
+    expected = x @ weight.T + factor * (x @ factor_a(layer).T) @ factor_b(layer).T
+    output = layer(x)
+    error = (output - expected).abs().max() / output.abs().max()
+    return Measurement(error.item(), evidence={"alpha/rank": alpha / rank}, model="a linear layer, 256 × 192, fp32")
+
+
+def scale(rank: int, alpha: float, rank_stabilised: bool = False) -> Measurement:
+    """Returns the factor before BAx in PEFT's output, by least squares on outputs of a layer with random A and B."""
+    import torch
+
+    layer = lora_layer(inputs=256, outputs=192, rank=rank, alpha=alpha, use_rslora=rank_stabilised)
+    randomise_b(layer)
+    x = torch.randn(32, 256)
+    product = (x @ factor_a(layer).T) @ factor_b(layer).T
+    factor = ((layer(x) - layer.get_base_layer()(x)) * product).sum() / product.square().sum()
+    return Measurement(factor.item(), model="a linear layer, 256 × 192, fp32")
+
+
+def lora_option(name: str) -> Measurement:
+    """Returns whether PEFT's ``LoraConfig`` has an option of this name."""
+    from peft import LoraConfig
+
+    config = LoraConfig()
+    return Measurement(hasattr(config, name), evidence={"default": getattr(config, name, "none")})
+
+
+def lora_default(name: str) -> Measurement:
+    """Returns the default of an option of PEFT's ``LoraConfig``."""
+    from peft import LoraConfig
+
+    return Measurement(getattr(LoraConfig(), name))
+
+
+def default_targets() -> Measurement:
+    """Returns the modules that PEFT adapts in a Llama where none are named."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM"))
+    names = {name.rsplit(".", 1)[-1] for name, _ in named_lora_layers(model)}
+    return Measurement(" ".join(sorted(names)), model=TINY)
+
+
+def targets_found(family: str, names: Sequence[str]) -> Measurement:
+    """Returns how many of these module names a model family has; one block, on ``meta``."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, num_hidden_layers=1))
+    present = {name.rsplit(".", 1)[-1]: type(module).__name__ for name, module in model.named_modules()}
+    linear = {name for name, kind in present.items() if kind in ("Linear", "Conv1D", "FalconLinear")}
+    return Measurement(
+        len(linear & set(names)), n=len(names), evidence={"its linear layers": ", ".join(sorted(linear))}, model=family
+    )
+
+
+def start_shift(variant: str) -> Measurement:
+    """Returns how far a wrapped model's logits are from its base's before training, relative to the largest logit.
+
+    Args:
+        variant: lora, dora, adalora, pissa, loftq, or swapped (A = 0, B random).
+    """
+    import torch
+
+    base = tiny_llama()
+    ids = token_ids(base)
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+        model = _variant(base, variant)
+        after = model(input_ids=ids).logits
+        update = max(update_of(layer).abs().max().item() for layer in lora_layers(model))
+    shift = (after - before).abs().max() / before.abs().max()
+    return Measurement(shift.item(), evidence={"largest |ΔW|": update}, model=TINY)
+
+
+def distance_from_normal(init: bool | str, rank: int, inputs: int) -> Measurement:
+    """Returns the Kolmogorov–Smirnov distance of a fresh A to the normal distribution of the same spread.
+
+    Args:
+        init: PEFT's ``init_lora_weights``.
+        rank: Rows of A.
+        inputs: Columns of A.
+    """
+    import math
+
+    from scipy import stats
+
+    values = {
+        r: factor_a(lora_layer(inputs, 16, rank=r, init_lora_weights=init)).detach().flatten() for r in (1, rank, 64)
+    }
+    sample, spread = values[rank].numpy(), values[rank].std().item()
+    bound = math.sqrt(3) * spread
+    return Measurement(
+        float(stats.kstest(sample, "norm", args=(0, spread)).statistic),
+        evidence={
+            "distance to the uniform distribution of this spread": float(
+                stats.kstest(sample, "uniform", args=(-bound, 2 * bound)).statistic
+            ),
+            "spread × √inputs": spread * math.sqrt(inputs),
+            "spread × rank": spread * rank,
+            "spread at rank 1 over spread at rank 64": (values[1].std() / values[64].std()).item(),
+            "distance that 5 % of normal samples exceed": 1.358 / math.sqrt(sample.size),
+        },
+        model=f"A of {rank} × {inputs}",
+    )
+
+
+def loss_jump(model: str, spread: float, rank: int = 8, alpha: float = 16) -> Measurement:
+    """Returns the rise of the loss in nats per token, before training, where B is random and not zero.
+
+    Measured on the first 256 tokens of the project's held-out English text.
+
+    Args:
+        model: A fetched base model.
+        spread: Standard deviation of B in units of 1/√rank; the figure has others.
+        rank: Of the update, on every linear layer.
+        alpha: Its scale's numerator.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from peftscope.evaluation.retention import prose
+
+    folder = model_folder(model)
+    if not (folder / "config.json").is_file():
+        raise NotRunError(f"{model} is not there; run `peftscope fetch {model}`")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ids = torch.tensor([tokenizer(prose(), add_special_tokens=False)["input_ids"][:256]])
+    wrapped = lora_model(base, rank=rank, alpha=alpha)
+    curve = {}
+    with torch.no_grad():
+        start = wrapped(input_ids=ids, labels=ids).loss.item()
+        for width in sorted({0.01, 0.1, 1.0, spread}):
+            for index, layer in enumerate(lora_layers(wrapped)):
+                randomise_b(layer, spread=width / rank**0.5, seed=index)
+            curve[width] = wrapped(input_ids=ids, labels=ids).loss.item() - start
+    axes = ("spread of B × √rank", "rise of the loss, nats per token")
+    return Measurement(
+        curve[spread], evidence={"loss with B = 0": start}, curves={"rise": curve}, axes=axes, model=model
+    )
+
+
+def zeros_in_factors(probability: float) -> Measurement:
+    """Returns the share of zeros in A and B as they enter their products, with LoRA dropout in training mode.
+
+    Every call of ``torch.nn.functional.linear`` inside the layer is watched, and its two operands counted.
+    """
+    import torch
+
+    layer = lora_layer(inputs=256, outputs=192, rank=16, lora_dropout=probability).train()
+    randomise_b(layer)
+    watcher = _linear_watcher()
+    with watcher:
+        layer(torch.randn(64, 256))
+    names = {(192, 256): "W₀", (16, 256): "A", (192, 16): "B"}
+    zeros = {names[shape]: shares for shape, shares in watcher.zeros.items()}
+    return Measurement(
+        (zeros["A"]["weight"] + zeros["B"]["weight"]) / 2,
+        evidence={f"in the input of {name}": shares["input"] for name, shares in zeros.items()},
+        model="a linear layer, 256 × 192, rank 16",
+    )
+
+
+def _variant(base: Any, name: str) -> Any:
+    import torch
+    from peft import AdaLoraConfig, get_peft_model
+
+    from peftscope.methods.loftq import LoftQ
+
+    if name == "adalora":
+        config = AdaLoraConfig(task_type="CAUSAL_LM", init_r=8, target_modules=list(BLOCK_LINEAR), total_step=10)
+        return get_peft_model(base, config).eval()
+    if name == "loftq":
+        weights = [base.get_submodule(path).weight.clone() for path in linear_names(base)]
+        model = lora_model(four_bit(base), alpha=8)
+        for layer, weight in zip(lora_layers(model), weights, strict=True):
+            LoftQ(alpha=8)._initialise(layer, weight)
+        return model.eval()
+    options: dict[str, dict[str, Any]] = {"dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}
+    model = lora_model(base, **options.get(name, {}))
+    if name == "swapped":
+        for layer in lora_layers(model):
+            randomise_b(layer)
+            with torch.no_grad():
+                factor_a(layer).zero_()
+    return model.eval()
+
+
+def _linear_watcher() -> Any:
+    """Returns a context that counts zeros in both operands of every linear product, by the weight's shape."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Watcher(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.zeros: dict[tuple[int, ...], dict[str, float]] = {}
+
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.nn.functional.linear:
+                shares = [(operand == 0).float().mean().item() for operand in args[:2]]
+                self.zeros[tuple(args[1].shape)] = {"input": shares[0], "weight": shares[1]}
+            return function(*args, **(kwargs or {}))
+
+    return Watcher()

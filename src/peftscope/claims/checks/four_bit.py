@@ -1,0 +1,327 @@
+"""What a 4-bit linear layer of bitsandbytes stores, and in which type it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from peftscope.claims.measurement import Measurement
+from peftscope.claims.subjects import BLOCK_LINEAR, tiny_llama, token_ids
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 64
+"""Weights per constant, of QLoRA and bitsandbytes."""
+
+OUTER_BLOCK = 256
+"""Constants per second-level constant, of double quantization."""
+
+
+def dtype_of_constants(double_quant: bool) -> Measurement:
+    """Returns the dtype of a layer's quantisation constants, one per block of weights."""
+    state = _layer(256, 256, double_quant=double_quant).weight.quant_state
+    weights = state.shape.numel()
+    return Measurement(
+        _name(state.absmax.dtype),
+        evidence={
+            "weights per constant": weights / state.absmax.numel(),
+            "bits of constants per weight": _bits([state.absmax]) / weights,
+        },
+        model="Linear4bit 256 × 256",
+    )
+
+
+def weights_per_constant() -> Measurement:
+    """Returns how many weights share one quantisation constant."""
+    state = _layer(256, 256, double_quant=False).weight.quant_state
+    return Measurement(state.shape.numel() / state.absmax.numel(), model="Linear4bit 256 × 256")
+
+
+def bits_of_a_constant(double_quant: bool) -> Measurement:
+    """Returns the bits that a layer stores for each quantisation constant, second-level constants apart."""
+    state = _layer(256, 256, double_quant=double_quant).weight.quant_state
+    evidence: dict[str, Any] = {"dtype": _name(state.absmax.dtype)}
+    if state.nested:
+        plain = _layer(256, 256, double_quant=False).weight.quant_state.absmax
+        evidence |= {
+            "constants per second-level constant": state.state2.blocksize,
+            "dtype of second-level constants": _name(state.state2.absmax.dtype),
+            "subtracted offset over the constants' mean": float(state.offset / plain.mean()),
+        }
+    return Measurement(_bits([state.absmax]) / state.absmax.numel(), evidence=evidence, model="Linear4bit 256 × 256")
+
+
+def bits_by_formula(double_quant: bool) -> Measurement:
+    """Returns the bits per weight that NF4 needs by arithmetic, constants included.
+
+    Source: Dettmers et al. 2023, section 3, double quantization.
+    """
+    constants = 8 / BLOCK + 32 / (BLOCK * OUTER_BLOCK) if double_quant else 32 / BLOCK
+    return Measurement(4 + constants, evidence={"of these constants": constants})
+
+
+def bits_saved_by_formula() -> Measurement:
+    """Returns the bits per weight that double quantization saves by arithmetic."""
+    with_it, without = bits_by_formula(True).evidence, bits_by_formula(False).evidence
+    before, after = float(without["of these constants"]), float(with_it["of these constants"])
+    return Measurement(
+        before - after,
+        evidence={
+            "constants before, bits": before,
+            "after": after,
+            "GB over 65 billion weights": 65 * (before - after) / 8,
+        },
+    )
+
+
+def bits_per_weight(double_quant: bool, rows: int = 4096, columns: int = 4096) -> Measurement:
+    """Returns the bits per weight of everything that a saved layer holds: packed weights, constants, tables."""
+    layer = _layer(columns, rows, double_quant=double_quant)
+    tensors = {name.removeprefix("weight."): tensor for name, tensor in layer.state_dict().items()}
+    weights = rows * columns
+    return Measurement(
+        _bits(tensors.values()) / weights,
+        evidence={f"{name.removeprefix('quant_state.')}, bits": _bits([t]) / weights for name, t in tensors.items()},
+        model=f"Linear4bit {rows} × {columns}",
+    )
+
+
+def bits_saved(rows: int = 4096, columns: int = 4096) -> Measurement:
+    """Returns by how many bits per weight a layer gets smaller with double quantization, everything counted."""
+    before, after = (float(bits_per_weight(double, rows, columns).value) for double in (False, True))
+    return Measurement(
+        before - after, evidence={"without": before, "with": after}, model=f"Linear4bit {rows} × {columns}"
+    )
+
+
+def bits_of_the_stored_weight() -> Measurement:
+    """Returns the bits per weight that a layer holds between two forward passes, constants apart."""
+    layer = _layer(256, 256, double_quant=True)
+    before = layer.weight.data.clone()
+    layer(_inputs(256))
+    return Measurement(
+        _bits([layer.weight.data]) / layer.weight.quant_state.shape.numel(),
+        evidence={
+            "dtype": _name(layer.weight.dtype),
+            "bytes that a forward pass changed": int((layer.weight.data != before).sum()),
+        },
+        model="Linear4bit 256 × 256",
+    )
+
+
+def quantisations_in_a_forward_pass(trains: bool = True) -> Measurement:
+    """Returns how often a layer quantises its weight in one forward pass.
+
+    Args:
+        trains: Whether the input carries a gradient, as behind a trained adapter.
+    """
+    calls = _kernels(_layer(256, 256, double_quant=False), _inputs(256).requires_grad_(trains))
+    return Measurement(
+        sum("bitsandbytes::quantize" in name for name, _ in calls),
+        evidence={"dequantisations": sum(name == "bitsandbytes::dequantize_4bit" for name, _ in calls)},
+        model="Linear4bit 256 × 256",
+    )
+
+
+def bits_of_the_multiplied_weight(compute_dtype: str = "bfloat16") -> Measurement:
+    """Returns the bits per value of the weight that enters a layer's matrix product.
+
+    Args:
+        compute_dtype: That the layer is built with; QLoRA's is bfloat16.
+    """
+    import torch
+
+    layer = _layer(256, 256, double_quant=True, compute_dtype=compute_dtype)
+    inputs = _inputs(256)
+    operands = next(types for name, types in _kernels(layer, inputs) if name == "aten::linear")
+    weight = _dequantised(layer).to(inputs.dtype)
+    difference = (layer(inputs) - torch.nn.functional.linear(inputs, weight)).abs().max()
+    dtype = getattr(torch, operands[1])
+    return Measurement(
+        torch.finfo(dtype).bits,
+        evidence={
+            "dtype of the weight": operands[1],
+            "dtype of the input": operands[0],
+            "largest difference to the product with the dequantised weight": float(difference),
+        },
+        model="Linear4bit 256 × 256",
+    )
+
+
+def bits_of_bfloat16() -> Measurement:
+    """Returns the bits of one BF16 number."""
+    import torch
+
+    return Measurement(torch.finfo(torch.bfloat16).bits, evidence={"of fp32": torch.finfo(torch.float32).bits})
+
+
+def dtype_of_adapters(base_dtype: str = "bfloat16") -> Measurement:
+    """Returns the dtype of the adapters that PEFT adds, by its defaults, to a 4-bit base with the rest in BF16."""
+    from tempfile import TemporaryDirectory
+
+    import torch
+    from safetensors.torch import load_file
+
+    model = _qlora(base_dtype)
+    adapters = {p for name, p in model.named_parameters() if "lora_" in name}
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        saved = load_file(f"{folder}/adapter_model.safetensors").values()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    model(token_ids(model), labels=token_ids(model)).loss.backward()
+    optimizer.step()
+    moments = {value.dtype for state in optimizer.state.values() for name, value in state.items() if name != "step"}
+    return Measurement(
+        _names({p.dtype for p in adapters}),
+        evidence={
+            "dtype in the saved file": _names({t.dtype for t in saved}),
+            "bytes per value in the saved file": _bits(saved) / 8 / sum(t.numel() for t in saved),
+            "dtype of their gradients": _names({p.grad.dtype for p in trained if p.grad is not None}),
+            "dtype of AdamW's moments": _names(moments),
+            "dtype of the embeddings": _name(model.get_input_embeddings().weight.dtype),
+        },
+        model="tiny Llama, 4-bit",
+    )
+
+
+def changed_base_bits(steps: int = 5, lr: float = 1e-2) -> Measurement:
+    """Returns how many bits of the 4-bit weights and their constants differ after training LoRA on them.
+
+    Args:
+        steps: Of AdamW.
+        lr: Large enough that adapters move far.
+    """
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    model = _qlora("float32")
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+    before = [tensor.clone() for layer in layers for tensor in _stored(layer)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    started = [p.detach().clone() for p in trained]
+    optimizer = torch.optim.AdamW(trained, lr=lr)
+    tokens = token_ids(model)
+    losses = []
+    model.train()
+    for _ in range(steps):
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    after = [tensor for layer in layers for tensor in _stored(layer)]
+    return Measurement(
+        sum(_different_bits(a, b) for a, b in zip(before, after, strict=True)),
+        n=len(layers),
+        evidence={
+            "bits in all": _bits(before),
+            "4-bit weights that ask for a gradient": sum(layer.weight.requires_grad for layer in layers),
+            "4-bit weights with a gradient": sum(layer.weight.grad is not None for layer in layers),
+            "adapter matrices that moved": sum(not torch.equal(a, b) for a, b in zip(started, trained, strict=True)),
+            "adapter matrices": len(trained),
+            "loss at the first step": round(losses[0], 4),
+            "at the last": round(losses[-1], 4),
+        },
+        model="tiny Llama, 4-bit",
+    )
+
+
+def _layer(inputs: int, outputs: int, *, double_quant: bool, compute_dtype: str = "bfloat16", seed: int = 0) -> Any:
+    """Returns a NF4 layer of normal weights, kept in the layout that gradients are computed from."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs, generator=generator) * inputs**-0.5
+    return _quantised(weight, double_quant=double_quant, compute_dtype=compute_dtype)
+
+
+def _quantised(weight: torch.Tensor, *, double_quant: bool, compute_dtype: str) -> Any:
+    """Returns a layer that bitsandbytes quantised these weights for.
+
+    bitsandbytes 0.50 repacks weights in the first evaluation pass on CPUs with AVX512-BF16, and gradients after that
+    are wrong; see ``peftscope.models.load.disable_weight_repacking``.
+    """
+    import torch
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    rows, columns = weight.shape
+    layer = Linear4bit(
+        columns, rows, bias=False, compute_dtype=getattr(torch, compute_dtype), quant_type="nf4", device="meta"
+    )
+    packed = Params4bit(
+        weight,
+        requires_grad=False,
+        blocksize=BLOCK,
+        compress_statistics=double_quant,
+        quant_type="nf4",
+        quant_storage=torch.uint8,
+        module=layer,
+    )
+    layer.weight = packed.to("cpu")
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def _qlora(base_dtype: str) -> Any:
+    """Returns a small Llama with 4-bit linear weights and the rest in ``base_dtype``, under LoRA by PEFT's defaults."""
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_llama(dtype=base_dtype)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if name in BLOCK_LINEAR:
+                setattr(parent, name, _quantised(child.weight.data, double_quant=True, compute_dtype=base_dtype))
+    model.is_loaded_in_4bit = True
+    return get_peft_model(model, LoraConfig(r=4, target_modules=list(BLOCK_LINEAR), task_type="CAUSAL_LM"))
+
+
+def _inputs(width: int) -> torch.Tensor:
+    import torch
+
+    return torch.randn(8, width, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+
+
+def _dequantised(layer: Any) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+def _kernels(layer: Any, inputs: torch.Tensor) -> list[tuple[str, list[str]]]:
+    """Returns every kernel of a forward pass in its order, with the dtypes of its arguments."""
+    import os
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces its start on stderr
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        layer(inputs)
+    events = profiler.profiler.kineto_results.events()
+    events = sorted(events, key=lambda event: event.start_ns())
+    return [(event.name(), [kind.removeprefix("c10::").lower() for kind in event.dtypes()]) for event in events]
+
+
+def _stored(layer: Any) -> Iterator[torch.Tensor]:
+    state = layer.weight.quant_state
+    yield from (layer.weight.data, state.absmax, state.state2.absmax, state.offset)
+
+
+def _bits(tensors: Any) -> int:
+    return sum(8 * tensor.nbytes for tensor in tensors)
+
+
+def _different_bits(a: torch.Tensor, b: torch.Tensor) -> int:
+    import torch
+
+    changed = a.contiguous().flatten().view(torch.uint8) ^ b.contiguous().flatten().view(torch.uint8)
+    return sum(int((changed >> bit & 1).sum()) for bit in range(8))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _names(dtypes: set[torch.dtype]) -> str:
+    return ", ".join(sorted(map(_name, dtypes)))

@@ -1,0 +1,161 @@
+"""What gradients reach in a model with LoRA, and what training steps change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from peftscope.claims.lora_subjects import (
+    TINY,
+    backward_steps,
+    factor_a,
+    factor_b,
+    four_bit,
+    lora_layers,
+    lora_model,
+    randomise_b,
+    update_of,
+)
+from peftscope.claims.measurement import Measurement
+from peftscope.claims.subjects import tiny_llama
+
+
+def share_with_gradient(factor: str, step: int) -> Measurement:
+    """Returns the share of all A, or of all B, whose gradient in this step (the first is 1) is not zero throughout."""
+    model = lora_model(tiny_llama())
+    layers = lora_layers(model)
+    norms: list[float] = []
+    for _ in backward_steps(model, step):
+        norms = [(factor_a(layer) if factor == "A" else factor_b(layer)).grad.norm().item() for layer in layers]
+    share = sum(norm > 0 for norm in norms) / len(norms)
+    return Measurement(share, n=len(norms), evidence={"largest gradient norm": max(norms)}, model=TINY)
+
+
+def update_size(steps: int) -> Measurement:
+    """Returns ‖ΔW‖ over ‖W₀‖, Frobenius, all layers together, after this many AdamW steps at a rate of 1e-3."""
+    model = lora_model(tiny_llama())
+    layers = lora_layers(model)
+    base = sum(layer.get_base_layer().weight.square().sum().item() for layer in layers)
+    curve = {0.0: _relative_size(layers, base)}
+    for step in backward_steps(model, steps, after=True):
+        curve[float(step)] = _relative_size(layers, base)
+    return Measurement(curve[float(steps)], curves={"‖ΔW‖ / ‖W₀‖": curve}, axes=("step", "‖ΔW‖ / ‖W₀‖"), model=TINY)
+
+
+def gradient_from_zero(steps: int) -> Measurement:
+    """Returns the largest gradient of any adapter value in this many steps, where A and B both start at zero."""
+    import torch
+
+    model = lora_model(tiny_llama())
+    with torch.no_grad():
+        for layer in lora_layers(model):
+            factor_a(layer).zero_()
+    largest = 0.0
+    for _ in backward_steps(model, steps):
+        largest = max(
+            largest,
+            *(w.grad.abs().max().item() for layer in lora_layers(model) for w in (factor_a(layer), factor_b(layer))),
+        )
+    return Measurement(largest, n=steps, model=TINY)
+
+
+def rank_from_equal_rows(steps: int, rank: int, equal: bool) -> Measurement:
+    """Returns the largest numerical rank of ΔW after training, where all rows of A start equal (or as PEFT draws them).
+
+    Singular values below 1e-6 of the largest count as zero; plain gradient descent in fp64.
+    """
+    import torch
+
+    model = lora_model(tiny_llama(dtype="float64"), rank=rank)
+    if equal:
+        with torch.no_grad():
+            for layer in lora_layers(model):
+                factor_a(layer).copy_(factor_a(layer)[:1].expand_as(factor_a(layer)).clone())
+    for _ in backward_steps(model, steps, learning_rate=0.1, optimizer="SGD"):
+        pass
+    ranks = [int(torch.linalg.matrix_rank(update_of(layer), rtol=1e-6)) for layer in lora_layers(model)]
+    return Measurement(max(ranks), n=len(ranks), evidence={"smallest": min(ranks)}, model=TINY)
+
+
+def base_tensors_changed(steps: int) -> Measurement:
+    """Returns how many of a 4-bit base's tensors differ in any bit after training steps with LoRA."""
+    import torch
+
+    model = lora_model(four_bit(tiny_llama()))
+    before = {name: tensor.clone() for name, tensor in _tensors(model)}
+    for _ in backward_steps(model, steps):
+        pass
+    changed = {name for name, tensor in _tensors(model) if not torch.equal(before[name], tensor)}
+    adapters = {name for name in before if "lora_" in name}
+    return Measurement(
+        len(changed - adapters),
+        n=len(before) - len(adapters),
+        evidence={
+            "adapter tensors": len(adapters),
+            "adapter tensors changed": len(changed & adapters),
+        },
+        model=f"{TINY}, NF4",
+    )
+
+
+def gradient_past_adapter() -> Measurement:
+    """Returns the share (norms) of the gradient at a 4-bit layer's input that did not come through A and B."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
+    model = lora_model(four_bit(tiny_llama()))
+    layer = lora_layers(model)[0]
+    randomise_b(layer)
+    x = torch.randn(16, layer.in_features, requires_grad=True)
+    output = layer(x)
+    above = torch.randn_like(output)
+    output.backward(above)
+    assert x.grad is not None
+    through_adapter = layer.scaling["default"] * (above @ factor_b(layer)) @ factor_a(layer)
+    weight = layer.get_base_layer().weight
+    through_weight = above @ dequantize_4bit(weight.data, weight.quant_state).float()
+    residual = x.grad - through_adapter
+    return Measurement(
+        (residual.norm() / x.grad.norm()).item(),
+        evidence={"share that came through W": (through_weight.norm() / x.grad.norm()).item()},
+        model="an NF4 layer, 64 × 64, random A and B",
+    )
+
+
+def cosine_without_base_path(steps: int) -> Measurement:
+    """Returns the cosine of the first block's adapter gradient with, and without, the way back through frozen weights.
+
+    After training steps on a 4-bit base; without: every frozen layer's input is detached, the adapters' are not.
+    """
+    import torch
+
+    model = lora_model(four_bit(tiny_llama()))
+    for _ in backward_steps(model, steps):
+        pass
+
+    def gradient() -> Any:
+        for _ in backward_steps(model, 1, learning_rate=0.0):
+            pass
+        return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "layers.0." in n and "lora_" in n])
+
+    whole = gradient()
+    for layer in lora_layers(model):
+        layer.get_base_layer().register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), *inputs[1:]))
+    cut = gradient()
+    return Measurement(
+        torch.nn.functional.cosine_similarity(whole, cut, dim=0).item(),
+        evidence={"norm without over norm with": (cut.norm() / whole.norm()).item()},
+        model=f"{TINY}, NF4",
+    )
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, Any]]:
+    """Yields every parameter's tensor, and the block constants behind 4-bit ones."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter.data
+        if getattr(parameter, "quant_state", None) is not None:
+            yield f"{name}.absmax", parameter.quant_state.absmax
+
+
+def _relative_size(layers: Sequence[Any], base: float) -> float:
+    return (sum(update_of(layer).square().sum().item() for layer in layers) / base) ** 0.5

@@ -1,0 +1,294 @@
+"""Where LoftQ and PiSSA start on a 4-bit base, and the spectra of random updates that trained ones are compared with.
+
+Measured on the float weights of a fetched model; quantised to NF4 in blocks of 64 with fp32 constants, by bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from peftscope.claims.measurement import Measurement, NotRunError
+from peftscope.claims.subjects import weight_matrices
+from peftscope.methods.loftq import LoftQ, best_rank_approximation
+from peftscope.models.catalog import model_folder
+
+if TYPE_CHECKING:
+    import torch
+
+SENTENCES = (
+    "The ferry leaves the harbour at seven and comes back after dark.",
+    "Heat the oil, add the onions, and stir until they are soft.",
+    "The court ruled that the contract had been void from the start.",
+    "How many people live in the largest city of the country?",
+    "She sold her old bicycle and bought a better one the same day.",
+    "A prime number has exactly two divisors, one and itself.",
+    "Rain is expected in the north, with strong winds on the coast.",
+    "The patient was given antibiotics and sent home after two days.",
+    "Please restart the computer before you install the update.",
+    "Profits fell by a third because fewer customers came in winter.",
+    "The violin plays the melody while the cello holds a low note.",
+    "Light from that star takes four years to reach the earth.",
+    "He scored twice in the second half and was substituted late.",
+    "The bridge was closed for repairs until the end of the month.",
+    "Most birds of this species fly south when the days grow short.",
+    "Children under twelve may enter the museum free of charge.",
+)
+
+
+def loftq_error_ratio(model: str, rank: int, alpha: float, iterations: int, by: str, matrices: int) -> Measurement:
+    """Returns the error of LoftQ's start over NF4's, ‖W − (Q + sBA)‖ / ‖W − NF4(W)‖: the median over matrices.
+
+    Args:
+        model: Whose weights.
+        rank: Of B A.
+        alpha: s is alpha over rank, as a LoRA layer applies it.
+        iterations: Alternations of quantising and approximating.
+        by: ``peft`` for PEFT's own initialisation, ``peftscope`` for this project's, which keeps the scale.
+        matrices: How many, evenly spread over the model; 0 for all.
+    """
+    start = {"peft": _peft_start, "peftscope": _own_start}[by]
+    ratios = []
+    for _, weight in _some(model, matrices):
+        error = weight - start(weight, rank, alpha, iterations)
+        ratios.append(float(error.norm() / (weight - _nf4(weight)).norm()))
+    return _median(ratios, model)
+
+
+def loftq_excess_error(model: str, rank: int, matrices: int) -> Measurement:
+    """Returns how far LoftQ of one iteration is from the best rank-r correction of NF4's error, in the worst matrix.
+
+    The best is what is left without the r largest singular values of the error (Eckart and Young 1936).
+    """
+    import torch
+
+    excess = []
+    for _, weight in _some(model, matrices):
+        best = torch.linalg.svdvals((weight - _nf4(weight)).double())[rank:].norm()
+        reached = (weight - _own_start(weight, rank, float(rank), 1)).double().norm()
+        excess.append(float(reached / best - 1))
+    # Six decimals: below is fp32's own rounding.
+    return Measurement(round(max(map(abs, excess)), 6), n=len(excess), model=model)
+
+
+def loftq_output_error_ratio(model: str, ranks: list[int], rank: int, iterations: int) -> Measurement:
+    """Returns the error of an encoder's answers at LoftQ's start over their error with NF4 weights alone.
+
+    The error is the Frobenius norm of the change of the last layer's token vectors, over a few sentences.
+
+    Args:
+        model: A fetched encoder.
+        ranks: Of the figure.
+        rank: Of the value; alpha equals it, so that the scale is 1.
+        iterations: Of LoftQ.
+    """
+    import torch
+
+    exact = _answers(model, lambda weight: weight)
+    plain = [float((found - true).norm()) for found, true in zip(_answers(model, _nf4), exact, strict=True)]
+    curve, shares = {}, {}
+    for each in ranks:
+        started = _answers(model, partial(_own_start, rank=each, alpha=float(each), iterations=iterations))
+        left = [float((found - true).norm()) for found, true in zip(started, exact, strict=True)]
+        curve[float(each)] = float(torch.tensor(left).norm() / torch.tensor(plain).norm())
+        shares[each] = sum(a < b for a, b in zip(left, plain, strict=True)) / len(plain)
+    relative = float(torch.tensor(plain).norm() / torch.stack([true.norm() for true in exact]).norm())
+    evidence = {"share of sentences that are closer": shares[rank], "error of NF4, relative": relative}
+    name = f"{iterations} iteration{'s' if iterations > 1 else ''}"
+    return Measurement(
+        curve[float(rank)],
+        n=len(plain),
+        model=model,
+        evidence=evidence,
+        curves={name: curve},
+        axes=("rank", "error over NF4's"),
+    )
+
+
+def qpissa_error_ratio(model: str, rank: int, iterations: int, norm: str, matrices: int) -> Measurement:
+    """Returns the error of QPiSSA's start over that of LoftQ's, both at scale 1: the median over matrices.
+
+    QPiSSA splits off the largest singular values of W and quantises the rest; LoftQ quantises first. With more than
+    one iteration both alternate. Source: Meng et al. 2024, arXiv 2404.02948, table 4, which takes the nuclear norm.
+
+    Args:
+        model: Whose weights.
+        rank: Of B A.
+        iterations: Of either method.
+        norm: ``nuclear`` (sum of singular values) or ``frobenius`` (root of the sum of their squares).
+        matrices: How many, evenly spread over the model; 0 for all.
+    """
+    import torch
+
+    ratios, pissa_saves, loftq_saves = [], [], []
+    for _, weight in _some(model, matrices):
+        starts = (_nf4(weight), _own_start(weight, rank, float(rank), iterations), _qpissa(weight, rank, iterations))
+        spectra = [torch.linalg.svdvals(weight - start) for start in starts]
+        plain, loftq, pissa = (float(s.sum() if norm == "nuclear" else s.norm()) for s in spectra)
+        ratios.append(pissa / loftq)
+        pissa_saves.append(1 - pissa / plain)
+        loftq_saves.append(1 - loftq / plain)
+    found = _median(ratios, model)
+    saved = {
+        "QPiSSA removes of NF4's error": statistics.mean(pissa_saves),
+        "LoftQ removes of NF4's error": statistics.mean(loftq_saves),
+    }
+    return Measurement(found.value, n=found.n, model=model, evidence={**found.evidence, **saved})
+
+
+def noise_rank_share(rows: int, columns: int, energy: float) -> Measurement:
+    """Returns how many singular values hold that share of a Gaussian matrix's energy, as a share of all of them.
+
+    Energy is the sum of squared singular values, called variance by Biderman et al. 2024, arXiv 2405.09673.
+    """
+    import torch
+
+    torch.manual_seed(0)
+    squares = torch.linalg.svdvals(torch.randn(rows, columns)).square()
+    needed = int((squares.cumsum(0) / squares.sum() < energy).sum()) + 1
+    return Measurement(needed / len(squares), evidence={"singular values": needed, "of": len(squares)})
+
+
+def intruders_of_random_updates(model: str, rank: int, sizes: list[float], size: float, matrices: int) -> Measurement:
+    """Returns intruder dimensions after a random update of low rank minus those after one of full rank, a matrix.
+
+    An intruder is one of the ten leading left singular vectors of W + U whose cosine with every left singular vector of
+    W stays below 0.5. Source: Shuttleworth et al. 2024, arXiv 2410.21228.
+
+    Args:
+        model: Whose weights.
+        rank: Of the low-rank update.
+        sizes: ‖U‖/‖W‖ (Frobenius), for the figure.
+        size: The one of the value.
+        matrices: How many, evenly spread over the model; 0 for all.
+    """
+    import torch
+
+    torch.manual_seed(0)
+    counts: dict[str, dict[float, list[int]]] = {
+        kind: {each: [] for each in sizes} for kind in ("low rank", "full rank")
+    }
+    for _, weight in _some(model, matrices):
+        rows, columns = weight.shape
+        before = torch.linalg.svd(weight, full_matrices=False).U
+        updates = {
+            "low rank": torch.randn(rows, rank) @ torch.randn(rank, columns),
+            "full rank": torch.randn(rows, columns),
+        }
+        for (kind, update), each in itertools.product(updates.items(), sizes):
+            changed = weight + update * (each * weight.norm() / update.norm())
+            after = torch.linalg.svd(changed, full_matrices=False).U[:, :10]
+            counts[kind][each].append(int(((before.T @ after).abs().amax(dim=0) < 0.5).sum()))
+    means = {kind: {each: statistics.mean(n) for each, n in by_size.items()} for kind, by_size in counts.items()}
+    evidence = {f"after a {kind} update": by_size[size] for kind, by_size in means.items()}
+    axes = ("size of the update over the weight's", "intruders among ten")
+    found = means["low rank"][size] - means["full rank"][size]
+    return Measurement(found, n=len(counts["low rank"][size]), model=model, evidence=evidence, curves=means, axes=axes)
+
+
+def _some(model: str, matrices: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields some of a model's weight matrices, evenly spread, or all of them."""
+    found = list(weight_matrices(model))
+    step = max(1, len(found) // matrices) if matrices else 1
+    yield from found[::step][: matrices or None]
+
+
+def _median(ratios: list[float], model: str) -> Measurement:
+    evidence = {"smallest": min(ratios), "largest": max(ratios)}
+    return Measurement(statistics.median(ratios), n=len(ratios), model=model, evidence=evidence)
+
+
+def _nf4(weight: torch.Tensor) -> torch.Tensor:
+    """Returns a matrix quantised to NF4 and dequantised again."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4")
+    return dequantize_4bit(packed, state)
+
+
+def _own_start(weight: torch.Tensor, rank: int, alpha: float, iterations: int) -> torch.Tensor:
+    """Returns Q + sBA after this project's LoftQ has initialised a 4-bit layer of PEFT."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from peft import LoraConfig, get_peft_model
+
+    linear = Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    options: dict[str, Any] = {"compress_statistics": False, "quant_type": "nf4", "module": linear}
+    linear.weight = Params4bit(weight, requires_grad=False, **options).to(weight.device)
+    model = torch.nn.Sequential(linear)
+    model.is_loaded_in_4bit = True
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"])
+    layer = get_peft_model(model, config).base_model.model[0]
+    LoftQ(rank=rank, alpha=alpha, iterations=iterations, double_quant=False)._initialise(layer, weight)
+    base = layer.get_base_layer().weight
+    return dequantize_4bit(base.data, base.quant_state) + layer.get_delta_weight("default").detach()
+
+
+def _peft_start(weight: torch.Tensor, rank: int, alpha: float, iterations: int) -> torch.Tensor:
+    """Returns Q + sBA after PEFT's own LoftQ has initialised a layer."""
+    import torch
+    from peft import LoftQConfig, LoraConfig, get_peft_model
+
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight.data = weight.clone()
+    quantised = LoftQConfig(loftq_bits=4, loftq_iter=iterations)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=["0"], init_lora_weights="loftq", loftq_config=quantised
+    )
+    with _peft_loftq_on_cpu():
+        layer = get_peft_model(torch.nn.Sequential(linear), config).base_model.model[0]
+    return layer.get_base_layer().weight.detach() + layer.get_delta_weight("default").detach()
+
+
+@contextmanager
+def _peft_loftq_on_cpu() -> Iterator[None]:
+    """Lets PEFT's LoftQ run without an accelerator: its source names ``cuda``, which is read as ``cpu`` here."""
+    from peft.tuners.lora import layer
+    from peft.utils import loftq_utils
+
+    namespace = dict(vars(loftq_utils))
+    exec(inspect.getsource(loftq_utils.loftq_init).replace('"cuda"', '"cpu"'), namespace)
+    original, layer.loftq_init = layer.loftq_init, namespace["loftq_init"]
+    try:
+        yield
+    finally:
+        layer.loftq_init = original
+
+
+def _qpissa(weight: torch.Tensor, rank: int, iterations: int) -> torch.Tensor:
+    """Returns Q + BA, where BA comes first and Q is what is left of W, quantised."""
+    import torch
+
+    dequantised = torch.zeros_like(weight)
+    for _ in range(iterations):
+        left, right = best_rank_approximation(weight - dequantised, rank)
+        dequantised = _nf4(weight - left @ right)
+    return dequantised + left @ right
+
+
+def _answers(model: str, change: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+    """Returns an encoder's last token vectors, a sentence each, with the matrices of its blocks changed."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
+
+    folder = model_folder(model)
+    if not (folder / "model.safetensors").is_file():
+        raise NotRunError(f"the weights of {model} are not there; run `peftscope fetch {model}`")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    if shown:
+        logging.enable_progress_bar()
+    for name, module in encoder.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layer." in name:
+            module.weight.data = change(module.weight.data)
+    with torch.no_grad():
+        return [encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0] for text in SENTENCES]

@@ -1,0 +1,298 @@
+"""What training takes in memory: the simulator asked over stated settings, and bytes counted on real optimizers.
+
+A run is given by the options of ``peftscope memory``; where it says nothing else, one sequence of 512 tokens. Ranges
+are scanned in closed form, the setting that decides is simulated. Numbers are those of torch's allocator on CUDA with
+paged states on the card; ``device`` adds what the allocator holds in reserve and the CUDA context.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from itertools import pairwise
+from typing import Any, Literal
+
+from peftscope.claims.measurement import Measurement
+from peftscope.claims.subjects import tiny_llama, token_ids
+from peftscope.memory.answer import Answer, Peaks, answer_by_formula, peaks_by_formula
+from peftscope.memory.fit import largest, options_of_method
+from peftscope.memory.hardware import CONTEXT_BYTES, GIB, find_gpu
+from peftscope.memory.question import Question, ask, find_model
+
+GB = 10**9
+MODEL = "llama-2-7b"
+RUN = {"batch_size": 1, "seq_len": 512}
+LENGTHS = (256, 512, 1024, 2048)
+MOST_CARDS = 64
+
+How = Literal["simulation", "formula"]
+Run = dict[str, Any]
+
+
+def at_peak(kinds: list[str], run: Run, model: str = MODEL, how: How = "simulation") -> Measurement:
+    """Returns the GB of some kinds of tensors at the peak of a training step.
+
+    Args:
+        kinds: Of ``peftscope.memory.trace.KINDS``.
+        run: Options.
+        model: The base.
+        how: Simulated, or in closed form.
+    """
+    answer = _answer(model, run, how)
+    return Measurement(sum(_parts(answer).get(kind, 0) for kind in kinds) / GB, evidence=_evidence(answer), model=model)
+
+
+def peak(run: Run, model: str = MODEL, how: How = "simulation") -> Measurement:
+    """Returns the peak of a training run in GB."""
+    answer = _answer(model, run, how)
+    curves = _over_lengths(model, run, lambda peaks: _allocated(peaks) / GB)
+    axes = ("tokens in a sequence", "peak, GB")
+    return Measurement(_allocated(answer) / GB, evidence=_evidence(answer), curves=curves, axes=axes, model=model)
+
+
+def free(gpu: str, run: Run, model: str = MODEL, how: How = "simulation") -> Measurement:
+    """Returns the GiB that a run leaves on a card, CUDA context included; negative: what is missing."""
+    answer, card = _answer(model, run, how), find_gpu(gpu)
+
+    def taken(length: int) -> int:
+        return _peaks(model, {**run, "seq_len": length}).device_bytes
+
+    longest = largest(taken, card.memory_bytes, int(find_model(model).config["max_position_embeddings"]))
+    evidence = _evidence(answer) | {"of the card, GiB": card.memory_bytes / GIB, "longest sequence": longest or 0}
+    curves = _over_lengths(model, run, lambda peaks: peaks.device_bytes / GIB)
+    axes = ("tokens in a sequence", f"on the card ({card.name}), GiB")
+    left = (card.memory_bytes - answer.peak_device_bytes) / GIB
+    return Measurement(left, evidence=evidence, curves=curves, axes=axes, model=model)
+
+
+def fewest_cards(gpu: str, regimes: dict[str, Run], run: Run, model: str = MODEL, headroom: float = 0) -> Measurement:
+    """Returns the fewest cards that hold a run in any of some regimes, everything sharded as FSDP and ZeRO-3 do.
+
+    Args:
+        gpu: The card.
+        regimes: Options that differ, by name.
+        run: Options that all have.
+        model: The base.
+        headroom: Share of each card that stays free.
+    """
+    capacity = (1 - headroom) * find_gpu(gpu).memory_bytes
+    counts: dict[str, int] = {}
+    evidence: dict[str, float] = {}
+    for name, changes in regimes.items():
+        sizes: dict[int, int] = {}
+        for gpus in range(1, MOST_CARDS + 1):
+            sizes[gpus] = peaks_by_formula(_question(model, run | changes, gpus)).device_bytes
+            if sizes[gpus] <= capacity:
+                break
+        counts[name] = len(sizes)
+        evidence[f"cards, {name}"] = len(sizes)
+        evidence[f"on each, {name}, GiB"] = sizes[len(sizes)] / GIB
+    best = min(counts, key=lambda name: counts[name])
+    if counts[best] == 1:
+        evidence[f"simulated, {best}, GiB"] = _answer(model, run | regimes[best]).peak_device_bytes / GIB
+    return Measurement(counts[best], evidence=evidence, n=len(regimes), model=model)
+
+
+def smallest_peak_ratio(
+    run: Run, against: Run, batch_sizes: tuple[int, ...] = (1,), model: str = MODEL, how: How = "simulation"
+) -> Measurement:
+    """Returns the ratio of the peaks of two runs at the batch size where it is smallest.
+
+    Args:
+        run: Options of the one above the line.
+        against: Options of the one below.
+        batch_sizes: What is scanned, in closed form.
+        model: The base.
+        how: Where it is smallest it is simulated, or in closed form as well.
+    """
+
+    def ratio(size: int) -> float:
+        above, below = (_peaks(model, {**options, "batch_size": size}) for options in (run, against))
+        return _allocated(above) / _allocated(below)
+
+    ratios = {float(size): ratio(size) for size in batch_sizes}
+    chosen = int(min(ratios, key=lambda size: ratios[size]))
+    above, below = (_answer(model, {**options, "batch_size": chosen}, how) for options in (run, against))
+    evidence = {
+        "at batch size": chosen,
+        "above the line, GB": _allocated(above) / GB,
+        "below the line, GB": _allocated(below) / GB,
+    }
+    curves = {"ratio": ratios} if len(ratios) > 1 else {}
+    return Measurement(
+        _allocated(above) / _allocated(below),
+        evidence=evidence,
+        curves=curves,
+        axes=("sequences in a batch", "ratio of the peaks"),
+        n=len(ratios),
+        model=model,
+    )
+
+
+def smallest_increase(changes: list[Run], run: Run, model: str = MODEL, how: How = "simulation") -> Measurement:
+    """Returns the smallest increase of the peak, in GB, from one run of a list to the next."""
+    answers = [_answer(model, run | change, how) for change in changes]
+    evidence: dict[str, float] = {}
+    for change, answer in zip(changes, answers, strict=True):
+        name = ", ".join(map(str, change.values()))
+        adapter = sum(_parts(answer).get(kind, 0) for kind in ("adapters", "gradients", "optimizer states"))
+        evidence[f"peak, {name}, GB"] = _allocated(answer) / GB
+        evidence[f"adapters and their states, {name}, GB"] = adapter / GB
+    steps = [_allocated(b) - _allocated(a) for a, b in pairwise(answers)]
+    return Measurement(min(steps) / GB, evidence=evidence, n=len(steps), model=model)
+
+
+def savings(without: dict[str, Run], run: Run, model: str = MODEL) -> Measurement:
+    """Returns how many parts of a recipe make torch's peak smaller by themselves; closed form.
+
+    Args:
+        without: What is done where a part is left out, by the part's name.
+        run: The whole recipe.
+        model: The base.
+    """
+    whole = _peaks(model, run).allocated_bytes
+    saved = {name: _peaks(model, run | changes).allocated_bytes - whole for name, changes in without.items()}
+    evidence = {f"saved by {name}, GB": size / GB for name, size in saved.items()}
+    return Measurement(sum(size > 0 for size in saved.values()), evidence=evidence, model=model)
+
+
+def optimizer_bytes(optimizer: str, dtype: str) -> Measurement:
+    """Returns the bytes of state that an optimizer keeps for each parameter, counted after a step.
+
+    Args:
+        optimizer: A class of ``torch.optim`` or ``bitsandbytes.optim``, with its module.
+        dtype: torch's type of the parameters.
+    """
+    import bitsandbytes.optim
+    import torch
+
+    parameter = torch.nn.Parameter(torch.ones(256, 256, dtype=getattr(torch, dtype)))
+    library, _, name = optimizer.rpartition(".")
+    made = getattr({"torch.optim": torch.optim, "bitsandbytes.optim": bitsandbytes.optim}[library], name)([parameter])
+    parameter.grad = torch.ones_like(parameter)
+    made.step()
+    state = {key: v for key, v in made.state[parameter].items() if torch.is_tensor(v)}
+    # Of the two moments and their scales: code tables and counters do not grow with the parameters.
+    own = {key: v for key, v in state.items() if "qmap" not in key and v.numel() > 1}
+    evidence = {f"type of {key}": str(v.dtype).removeprefix("torch.") for key, v in own.items()}
+    return Measurement(sum(v.nbytes for v in own.values()) / parameter.numel(), evidence=evidence)
+
+
+def gradients_alive(layers: int = 16) -> Measurement:
+    """Returns the largest share of all gradients that lives at once where each is used and freed in the backward pass.
+
+    Source: torch's tutorial "How to save memory by fusing the optimizer step into the backward pass".
+    """
+    model = tiny_llama(num_hidden_layers=layers, tie_word_embeddings=False)
+    parameters = list(model.parameters())
+    most = [0]
+
+    def use(parameter: Any) -> None:
+        most[0] = max(most[0], sum(p.grad.nbytes for p in parameters if p.grad is not None))
+        parameter.data -= 1e-3 * parameter.grad
+        parameter.grad = None
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(use)
+    ids = token_ids(model)
+    model(input_ids=ids, labels=ids).loss.backward()
+    whole = sum(parameter.nbytes for parameter in parameters)
+    evidence = {"largest parameter": max(p.nbytes for p in parameters) / whole}
+    return Measurement(most[0] / whole, evidence=evidence, model=f"a Llama of {layers} narrow layers")
+
+
+def adapter_bytes(method: Literal["lora", "adalora"], steps: int = 10) -> Measurement:
+    """Returns the most bytes that PEFT's adapter takes in a training step for each of its parameters, all in 32 bits.
+
+    Parameters, gradients, both moments of AdamW, and what AdaLoRA keeps to rate them.
+    """
+    import torch
+    from peft import AdaLoraConfig, LoraConfig, get_peft_model
+
+    from peftscope.methods.fields import target_modules
+
+    targets = target_modules("all-linear")
+    config = LoraConfig(r=12, target_modules=targets, task_type="CAUSAL_LM")
+    if method == "adalora":
+        ranks = {"init_r": 12, "target_r": 4, "tinit": 1, "tfinal": 2, "deltaT": 1, "total_step": steps}
+        config = AdaLoraConfig(target_modules=targets, task_type="CAUSAL_LM", **ranks)
+    model = get_peft_model(tiny_llama(), config).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    ids, sizes, rated = token_ids(model), [], 0
+    for step in range(steps):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        if method == "adalora":
+            model.base_model.update_and_allocate(step)
+        states = [v for state in optimizer.state.values() for v in state.values() if v.numel() > 1]
+        allocator = vars(getattr(model.base_model, "rankallocator", None) or object)
+        scores = [v for name in ("ipt", "exp_avg_ipt", "exp_avg_unc") for v in allocator.get(name, {}).values()]
+        alive = [*trained, *(p.grad for p in trained if p.grad is not None), *states, *scores]
+        sizes.append(sum(tensor.nbytes for tensor in alive))
+        rated = max(rated, sum(score.nbytes for score in scores))
+        optimizer.zero_grad()
+    values = sum(parameter.numel() for parameter in trained)
+    kept = (model.peft_config["default"].rank_pattern or {}).values() if method == "adalora" else []
+    evidence = {
+        "parameters": values,
+        "importance scores, bytes per parameter": rated / values,
+        "after the last step, bytes per parameter": sizes[-1] / values,
+    }
+    if kept:
+        evidence["rank kept at the end, share"] = sum(map(sum, kept)) / sum(map(len, kept))
+    return Measurement(max(sizes) / values, evidence=evidence, model="a Llama of two narrow layers")
+
+
+def _question(model: str, run: Run, gpus: int = 1) -> Question:
+    options = {**RUN, **run}
+    return ask(find_model(model), options_of_method(options["method"], options), gpus=gpus)
+
+
+def _answer(model: str, run: Run, how: How = "simulation") -> Answer:
+    return _answered(model, json.dumps(run, sort_keys=True), how)
+
+
+@cache
+def _answered(model: str, run: str, how: How) -> Answer:
+    question = _question(model, json.loads(run))
+    if how == "formula":
+        return answer_by_formula(question)
+    from peftscope.memory.simulate import answer_by_simulation
+
+    return answer_by_simulation(question)
+
+
+def _peaks(model: str, run: Run) -> Peaks:
+    return _scanned(model, json.dumps(run, sort_keys=True))
+
+
+@cache
+def _scanned(model: str, run: str) -> Peaks:
+    return peaks_by_formula(_question(model, json.loads(run)), evaluation=False)
+
+
+def _allocated(found: Answer | Peaks) -> int:
+    """Returns what tensors take, paged states included."""
+    if isinstance(found, Answer):
+        return found.peak_allocated_bytes + found.peak_device_bytes - found.peak_reserved_bytes - CONTEXT_BYTES
+    return found.allocated_bytes + found.device_bytes - found.reserved_bytes - CONTEXT_BYTES
+
+
+def _parts(answer: Answer) -> dict[str, int]:
+    """Returns the bytes of each kind at the peak, paged states included."""
+    paged = _allocated(answer) - answer.peak_allocated_bytes
+    return {**answer.components, "optimizer states": answer.components.get("optimizer states", 0) + paged}
+
+
+def _evidence(answer: Answer) -> dict[str, float]:
+    found = {f"{kind}, GB": size / GB for kind, size in _parts(answer).items() if size}
+    return found | {"peak, GB": _allocated(answer) / GB, "on the card, GiB": answer.peak_device_bytes / GIB}
+
+
+def _over_lengths(model: str, run: Run, value: Any) -> dict[str, dict[float, float]]:
+    """Returns a figure over the length of a sequence, with and without recomputed activations; closed form."""
+    return {
+        name: {float(n): value(_peaks(model, {**run, "seq_len": n, "checkpointing": again})) for n in LENGTHS}
+        for name, again in (("activations kept", False), ("activations recomputed", True))
+    }

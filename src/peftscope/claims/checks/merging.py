@@ -1,0 +1,324 @@
+"""An adapter beside its base, merged into it, and taken out again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from peftscope.claims.adapted import TINY, adapted_llama, logits_of, lora_layers, relative_distance
+from peftscope.claims.measurement import Measurement
+from peftscope.claims.subjects import BLOCK_LINEAR, meta_model, shape_of, tiny_llama
+from peftscope.methods.lora import LoRA
+
+if TYPE_CHECKING:
+    import torch
+
+
+def layer_formula_error(rank: int, alpha: float) -> Measurement:
+    """Returns the largest relative error, over PEFT's layers, of the output W x + (alpha / rank) B A x."""
+    import torch
+
+    model = adapted_llama(rank=rank, alpha=alpha)
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for layer in lora_layers(model).values():
+        x = torch.randn(8, layer.in_features, generator=generator)
+        weight, a, b = (m.weight.double() for m in (layer.base_layer, layer.lora_A["first"], layer.lora_B["first"]))
+        wanted = x.double() @ weight.T + alpha / rank * (x.double() @ a.T) @ b.T
+        with torch.no_grad():
+            errors.append(relative_distance(layer(x), wanted))
+    return Measurement(max(errors), n=len(errors), model=TINY)
+
+
+def model_formula_error(targets: Sequence[str]) -> Measurement:
+    """Returns how far, in %, a doubled adapter scale is from doubling the change of the logits.
+
+    If a model's output were the base's plus lora_scale times something, the change would double.
+    """
+    from peft.helpers import rescale_adapter_scale
+
+    model = adapted_llama(targets=targets)
+    base = logits_of(tiny_llama())
+    changes = {}
+    for scale in (0.5, 1.0, 2.0, 4.0):
+        with rescale_adapter_scale(model, scale):
+            changes[scale] = logits_of(model) - base
+    once = float(changes[1.0].norm())
+    return Measurement(
+        100 * relative_distance(changes[2.0], 2 * changes[1.0]),
+        n=len(lora_layers(model)),
+        evidence={"change of the logits, % of them": 100 * once / float(base.norm())},
+        curves={
+            "measured": {scale: float(change.norm()) / once for scale, change in changes.items()},
+            "by the formula": {scale: scale for scale in changes},
+        },
+        axes=("adapter scale, times", "change of the logits, times"),
+        model=TINY,
+    )
+
+
+def extra_flops(preset: str, rank: int, targets: str, merged: bool) -> Measurement:
+    """Returns the floating-point operations of a forward pass that an adapter adds, in % of the base's."""
+    from peft import LoraConfig, get_peft_model
+
+    method = LoRA(rank=rank, targets=targets)
+    base = _flops(meta_model(preset))
+    model = get_peft_model(meta_model(preset), LoraConfig(r=rank, target_modules=list(method.targets_of())))
+    adapted = lora_layers(model)
+    found = _flops(model.merge_and_unload() if merged else model)
+    hidden = shape_of(preset).hidden_size
+    return Measurement(
+        100 * (found / base - 1),
+        n=len(adapted),
+        evidence={
+            "GFLOP a token, base": base / 1e9,
+            "matrix products added by layers that stay adapted": 0 if merged else 2 * len(adapted),
+            "in one adapted square matrix, %": 0.0 if merged else 100 * rank * 2 / hidden,
+        },
+        model=preset,
+    )
+
+
+def merged_weight_error(rank: int, alpha: float, scaled: bool) -> Measurement:
+    """Returns the largest relative error of merged weights against W + (alpha / rank) B A, or W + B A if not scaled."""
+    model = adapted_llama(rank=rank, alpha=alpha)
+    wanted = {}
+    for name, layer in lora_layers(model).items():
+        product = layer.lora_B["first"].weight.double() @ layer.lora_A["first"].weight.double()
+        wanted[name] = layer.base_layer.weight.double() + (alpha / rank if scaled else 1.0) * product
+    merged = model.merge_and_unload()
+    errors = [relative_distance(merged.get_submodule(name).weight, weight) for name, weight in wanted.items()]
+    return Measurement(max(errors), n=len(errors), evidence={"alpha / rank": alpha / rank}, model=TINY)
+
+
+def merged_logit_error() -> Measurement:
+    """Returns the largest difference between logits of a merged and of an unmerged model, over the largest logit.
+
+    In fp32; the evidence has the same for bf16 weights.
+    """
+    errors, divergences = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        model = adapted_llama(dtype=dtype)
+        apart = logits_of(model)
+        merged = logits_of(model.merge_and_unload())
+        errors[dtype] = float((merged - apart).abs().max() / apart.abs().max())
+        divergences[dtype] = _divergences(apart, merged)
+    return Measurement(
+        errors["float32"],
+        n=len(divergences["float32"]),
+        evidence={
+            "in bf16": errors["bfloat16"],
+            "mean KL divergence of the next token in bf16, nats": float(divergences["bfloat16"].mean()),
+            "largest": float(divergences["bfloat16"].max()),
+        },
+        model=TINY,
+    )
+
+
+def merged_structure_differences() -> Measurement:
+    """Returns how many modules (by name and class) and parameters (by name, shape, type) tell a merged from a base."""
+
+    def structure(model: Any) -> set[tuple[Any, ...]]:
+        modules = {(name, type(module)) for name, module in model.named_modules()}
+        return modules | {(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
+
+    base, adapted = structure(tiny_llama()), adapted_llama()
+    apart = structure(adapted.get_base_model())
+    merged = structure(adapted.merge_and_unload())
+    evidence = {"in the base": len(base), "differences before merging": len(base ^ apart)}
+    return Measurement(len(base ^ merged), evidence=evidence, model=TINY)
+
+
+def change_left_after_undoing(way: str, dtype: str) -> Measurement:
+    """Returns how much of an adapter's change, in %, is left in the weights after merging and undoing it.
+
+    Args:
+        way: ``unmerge_adapter`` (PEFT's, after ``merge_adapter``), or ``subtract``: from a model that went through
+            ``merge_and_unload``, the product that is computed from the adapter's factors.
+        dtype: Of the base's weights; adapters are fp32, PEFT's default.
+    """
+    sizes = (0.01, 0.02, 0.05, 0.1, 0.2)
+    found = {size: _undo(way, dtype, size) for size in sizes}
+    left, unequal, error = found[0.1]
+    return Measurement(
+        left,
+        n=2 * len(BLOCK_LINEAR),
+        evidence={"weights not restored to the bit, %": unequal, "largest error of a weight": error},
+        curves={"left": {100 * size: values[0] for size, values in found.items()}},
+        axes=("size of the change, % of the weights' norm", "left after undoing, %"),
+        model=f"{TINY}, {dtype}",
+    )
+
+
+def distance_after_merging(way: str) -> Measurement:
+    """Returns how far a merged model stays from the base and from another adapter's model, the nearer of the two.
+
+    In units of the distance right after merging: 1 means no step towards it, 0 that it is reached.
+
+    Args:
+        way: How the first adapter is merged. After ``merge_adapter``, PEFT's ``unmerge_adapter``, ``disable_adapter``
+            and ``set_adapter`` are used; after ``merge_and_unload``, what transformers offers: ``disable_adapters``,
+            and the other adapter put on top.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    other = adapted_llama(("second",))
+    wanted = {"the base": logits_of(tiny_llama()), "another adapter": logits_of(other)}
+    model = adapted_llama(("first", "second"))
+    found = {}
+    if way == "merge_adapter":
+        model.merge_adapter(["first"])
+        merged = logits_of(model)
+        model.unmerge_adapter()
+        with model.disable_adapter():
+            found["the base"] = logits_of(model)
+        model.set_adapter("second")
+        found["another adapter"] = logits_of(model)
+    else:
+        plain = model.merge_and_unload(adapter_names=["first"])
+        merged = logits_of(plain)
+        with suppress(ValueError):
+            plain.disable_adapters()
+        found["the base"] = logits_of(plain)
+        on_top = adapted_llama(("second",), base=plain)
+        set_peft_model_state_dict(on_top, get_peft_model_state_dict(other, adapter_name="second"), "second")
+        found["another adapter"] = logits_of(on_top)
+    distances = {f"to {n}": float((found[n] - w).norm() / (merged - w).norm()) for n, w in wanted.items()}
+    return Measurement(min(distances.values()), n=2, evidence=distances, model=TINY)
+
+
+def requantisation_error() -> Measurement:
+    """Returns the weights' error after PEFT merged an adapter into NF4 weights, in % of the adapter's change."""
+    sizes = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+    found = {size: _merge_into_four_bits(size) for size in sizes}
+    error, kept = found[0.1]
+    return Measurement(
+        error,
+        n=2 * len(BLOCK_LINEAR),
+        evidence={"kept of the change, along it, %": kept},
+        curves={
+            "error": {100 * size: values[0] for size, values in found.items()},
+            "kept along the change": {100 * size: values[1] for size, values in found.items()},
+        },
+        axes=("size of the change, % of the weights' norm", "% of the change"),
+        model=f"{TINY}, NF4 with double quantization",
+    )
+
+
+def requantised_divergence_ratio(size: float) -> Measurement:
+    """Returns how many times further from the unmerged QLoRA model the next token's distribution is (mean KL).
+
+    After merging into 4 bits, over after merging into the dequantised weights in bf16.
+
+    Args:
+        size: Of the adapter's change, as a share of the weights' norm.
+    """
+    apart = adapted_llama(base=_four_bit_llama(), size=size)
+    logits = logits_of(apart)
+    plain = adapted_llama(base=_dequantised_llama(), size=size).merge_and_unload()
+    in_bf16 = float(_divergences(logits, logits_of(plain)).mean())
+    with apart.disable_adapter():
+        without = float(_divergences(logits, logits_of(apart)).mean())
+    in_four_bits = float(_divergences(logits, logits_of(_merged(apart))).mean())
+    return Measurement(
+        in_four_bits / in_bf16,
+        evidence={
+            "merged into 4 bits, nats": in_four_bits,
+            "merged into bf16, nats": in_bf16,
+            "no adapter, nats": without,
+        },
+        model=f"{TINY}, NF4 with double quantization",
+    )
+
+
+def _divergences(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Returns each token's KL divergence of the found from the wanted distribution, in nats."""
+    p, q = wanted.log_softmax(-1), found.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _flops(model: Any) -> int:
+    """Returns the floating-point operations of a forward pass of one token."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    token = torch.ones(1, 1, dtype=torch.long, device="meta")
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="meta")  # a finished one: transformers looks at no values
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=token, attention_mask=mask, use_cache=False)
+    return counter.get_total_flops()
+
+
+def _undo(way: str, dtype: str, size: float) -> tuple[float, float, float]:
+    """Returns what is left of the change and the share of weights that differ, both in %, and the largest error."""
+    import torch
+
+    model = adapted_llama(dtype=dtype, size=size)
+    layers = lora_layers(model)
+    before = {name: layer.base_layer.weight.detach().clone() for name, layer in layers.items()}
+    changes = {name: layer.get_delta_weight("first").detach().clone() for name, layer in layers.items()}
+    if way == "unmerge_adapter":
+        model.merge_adapter()
+        model.unmerge_adapter()
+        after = {name: layer.base_layer.weight.detach() for name, layer in layers.items()}
+    else:
+        merged = model.merge_and_unload()
+        after = {n: (merged.get_submodule(n).weight.detach() - d).to(before[n].dtype) for n, d in changes.items()}
+    errors = torch.cat([(after[name].double() - before[name].double()).flatten() for name in before])
+    change = torch.cat([change.double().flatten() for change in changes.values()])
+    unequal = 100 * float((errors != 0).double().mean())
+    return 100 * float(errors.norm() / change.norm()), unequal, float(errors.abs().max())
+
+
+def _four_bit_llama() -> Any:
+    """Returns the tiny Llama in bf16, its blocks' matrices stored as a QLoRA base stores them."""
+    import torch
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    from peftscope.models.load import disable_weight_repacking
+
+    model = tiny_llama(dtype="bfloat16")
+    for name, linear in list(model.model.named_modules()):
+        if isinstance(linear, torch.nn.Linear):
+            layer = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16)
+            layer.weight = Params4bit(linear.weight.data, quant_type="nf4", module=layer).to("cpu")
+            model.model.set_submodule(name, layer)
+    model.is_loaded_in_4bit = True
+    disable_weight_repacking(model)
+    return model
+
+
+def _dequantised_llama() -> Any:
+    """Returns the tiny Llama in bf16 with the values that the 4-bit one stands for."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    model = tiny_llama(dtype="bfloat16")
+    four_bit = _four_bit_llama()
+    for name, weight in model.named_parameters():
+        weight.data.copy_(dequantize_module_weight(four_bit.get_submodule(name.removesuffix(".weight"))))
+    return model
+
+
+def _merged(model: Any) -> Any:
+    """Returns a 4-bit model with its adapter merged; PEFT's warning about it is what is measured here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Merge lora module to 4-bit linear", UserWarning)
+        return model.merge_and_unload()
+
+
+def _merge_into_four_bits(size: float) -> tuple[float, float]:
+    """Returns the error, and what is kept along the adapter's change, both in % of the change."""
+    import torch
+    from peft.utils.integrations import dequantize_module_weight
+
+    model = adapted_llama(base=_four_bit_llama(), size=size)
+    layers = lora_layers(model)
+    changes = {name: layer.get_delta_weight("first").detach().double() for name, layer in layers.items()}
+    before = {name: dequantize_module_weight(layer.base_layer).double() for name, layer in layers.items()}
+    merged = _merged(model)
+    after = {name: dequantize_module_weight(merged.get_submodule(name)).double() for name in before}
+    change = torch.cat([change.flatten() for change in changes.values()])
+    moved = torch.cat([(after[name] - before[name]).flatten() for name in before])
+    return 100 * relative_distance(moved, change), 100 * float(moved @ change / (change @ change))

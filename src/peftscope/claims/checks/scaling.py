@@ -1,0 +1,217 @@
+"""Rank, alpha and learning rate: what they bound, what they scale, and which changes of them cancel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peftscope.claims.checks.adapters import scale
+from peftscope.claims.lora_subjects import (
+    TINY,
+    backward_steps,
+    factor_a,
+    factor_b,
+    lora_layer,
+    lora_layers,
+    lora_model,
+    update_of,
+)
+from peftscope.claims.measurement import Measurement
+from peftscope.claims.subjects import tiny_llama, token_ids
+from peftscope.stats import mean_interval
+
+
+def product_rank_excess(shapes: int) -> Measurement:
+    """Returns by how much the numerical rank of random products (m × r)(r × n) exceeds r at most."""
+    import torch
+
+    excess = [int(torch.linalg.matrix_rank(left @ right)) - left.shape[1] for left, right in _thin_pairs(shapes)]
+    return Measurement(max(excess), n=shapes, evidence={"smallest": min(excess)}, model="fp64, up to 200 × 200")
+
+
+def factorisation_error(shapes: int) -> Measurement:
+    """Returns the largest relative error (Frobenius) of rank-r matrices rebuilt from two thin factors.
+
+    The factors are r of the matrix's own columns, chosen by a pivoted QR, and the coefficients of all columns in them.
+    Given as the next power of ten: the digits of rounding errors differ between machines.
+    """
+    import torch
+    from scipy.linalg import qr
+
+    errors = []
+    for left, right in _thin_pairs(shapes):
+        matrix, rank = left @ right, left.shape[1]
+        columns = matrix[:, qr(matrix.numpy(), pivoting=True, mode="r")[1][:rank]]
+        coefficients = torch.linalg.lstsq(columns, matrix).solution
+        errors.append(((columns @ coefficients - matrix).norm() / matrix.norm()).item())
+    return Measurement(10.0 ** math.ceil(math.log10(max(errors))), n=shapes, model="fp64, up to 200 × 200")
+
+
+def trajectory_gap(
+    alpha: float, init_a: float, rate_a: float, rate_b: float, epsilon: float, steps: int = 200
+) -> Measurement:
+    """Returns how far two training runs part: the largest |W₀ + ΔW| difference over max |W₀ + ΔW|, at any step.
+
+    torch's Adam without weight decay, on a one-block Llama in fp64. All but the last two parameters are factors by
+    which the second run's settings differ from the first's. Source: Schulman et al. 2025, LoRA Without Regret.
+
+    Args:
+        alpha: Of the scale's numerator.
+        init_a: Of A at the start.
+        rate_a: Of A's learning rate.
+        rate_b: Of B's.
+        epsilon: Adam's, of both runs; 0 divides zero by zero, since A has no gradient in the first step.
+        steps: Length of both runs.
+    """
+    runs = zip(
+        _trajectory(1, 1, 1, 1, epsilon, steps), _trajectory(alpha, init_a, rate_a, rate_b, epsilon, steps), strict=True
+    )
+    gaps, of_update = {}, 0.0
+    for step, (first, second) in enumerate(runs, start=1):
+        difference = max((one - other).abs().max().item() for (one, _), (other, _) in zip(first, second, strict=True))
+        gaps[float(step)] = difference / max(weight.abs().max().item() for weight, _ in first)
+        of_update = difference / max(update.abs().max().item() for _, update in first)
+    return Measurement(
+        math.nan if any(math.isnan(gap) for gap in gaps.values()) else max(gaps.values()),
+        evidence={"at the end, relative to the largest |ΔW|": of_update},
+        curves={"gap": {step: gap for step, gap in gaps.items() if step == 1 or step % 10 == 0}},
+        axes=("step", "largest difference of weights / largest weight"),
+        model="a Llama of one block, 32 wide, fp64",
+    )
+
+
+def gradient_slope(rank_stabilised: bool, ranks: Sequence[int], seeds: int) -> Measurement:
+    """Returns the log-log slope of ‖∂L/∂B‖ before training against the rank, at fixed alpha, with its interval.
+
+    Squared error to random targets; PEFT's default A and B. Source: Kalajdzievski 2023, arXiv 2312.03732.
+    """
+
+    def norm(layer: Any, x: Any, target: Any) -> float:
+        (layer(x) - target).square().mean().backward()
+        return factor_b(layer).grad.norm().item()
+
+    return _slope(norm, rank_stabilised, ranks, seeds, "‖∂L/∂B‖")
+
+
+def update_slope(rank_stabilised: bool, ranks: Sequence[int], seeds: int, steps: int) -> Measurement:
+    """Returns the log-log slope of ‖ΔW‖ after steps of Adam (rate 1e-3) against the rank, at fixed alpha."""
+    import torch
+
+    def norm(layer: Any, x: Any, target: Any) -> float:
+        optimizer = torch.optim.Adam([factor_a(layer), factor_b(layer)], lr=1e-3)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (layer(x) - target).square().mean().backward()
+            optimizer.step()
+        return update_of(layer).norm().item()
+
+    return _slope(norm, rank_stabilised, ranks, seeds, "‖ΔW‖")
+
+
+def factor_error(ranks: Sequence[int], alphas: Sequence[float]) -> Measurement:
+    """Returns the largest relative difference between the factor before BAx in PEFT's output and alpha/rank."""
+    errors = [abs(float(scale(rank, alpha).value) / (alpha / rank) - 1) for rank in ranks for alpha in alphas]
+    return Measurement(max(errors), n=len(errors), model="a linear layer, 256 × 192, fp32")
+
+
+def trained_rank(ranks: Sequence[int], alpha_over_rank: float, steps: int) -> Measurement:
+    """Returns the largest ratio of the numerical rank of ΔW, after training, to the rank that was set.
+
+    Singular values below 1e-9 of the largest count as zero.
+    """
+    import torch
+
+    curve = {}
+    for rank in ranks:
+        model = lora_model(tiny_llama(dtype="float64"), rank=rank, alpha=alpha_over_rank * rank).double()
+        for _ in backward_steps(model, steps):
+            pass
+        found = [int(torch.linalg.matrix_rank(update_of(layer), rtol=1e-9)) for layer in lora_layers(model)]
+        curve[float(rank)] = float(max(found))
+    shares = [found / rank for rank, found in curve.items()]
+    axes = ("rank that was set", "rank of ΔW")
+    return Measurement(
+        max(shares), n=len(shares), evidence={"smallest": min(shares)}, curves={"ΔW": curve}, axes=axes, model=TINY
+    )
+
+
+def share_of_settings(values: Mapping[str, float], low: float, high: float) -> Measurement:
+    """Returns the share of published settings that lie in a range."""
+    inside = sum(low <= value <= high for value in values.values())
+    return Measurement(inside / len(values), n=len(values), evidence=dict(values), model="published settings")
+
+
+def placements_beyond(placements: Mapping[str, Sequence[str]], described: Sequence[str]) -> Measurement:
+    """Returns how many published settings adapt a matrix that is not among the described ones."""
+    beyond = [name for name, matrices in placements.items() if set(matrices) - set(described)]
+    return Measurement(
+        len(beyond), n=len(placements), evidence={"they are": ", ".join(beyond)}, model="published settings"
+    )
+
+
+def _thin_pairs(count: int) -> list[tuple[Any, Any]]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for _ in range(count):
+        rows, columns = torch.randint(2, 201, (2,), generator=generator).tolist()
+        rank = int(torch.randint(1, min(rows, columns) + 1, (1,), generator=generator))
+        pairs.append(
+            tuple(
+                torch.randn(shape, generator=generator, dtype=torch.float64)
+                for shape in ((rows, rank), (rank, columns))
+            )
+        )
+    return pairs
+
+
+def _trajectory(alpha: float, init_a: float, rate_a: float, rate_b: float, epsilon: float, steps: int) -> Any:
+    """Yields, after every step, the merged weight and the update of each layer; all but the last two are factors."""
+    import torch
+
+    base = tiny_llama(dtype="float64", hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    model = lora_model(base, rank=4, alpha=8 * alpha).double()
+    layers = lora_layers(model)
+    with torch.no_grad():
+        for layer in layers:
+            factor_a(layer).mul_(init_a)
+    groups = [
+        {"params": [factor_a(layer) for layer in layers], "lr": 1e-3 * rate_a},
+        {"params": [factor_b(layer) for layer in layers], "lr": 1e-3 * rate_b},
+    ]
+    optimizer = torch.optim.Adam(groups, eps=epsilon)
+    ids = token_ids(model)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        yield [(layer.get_base_layer().weight + update_of(layer), update_of(layer)) for layer in layers]
+
+
+def _slope(norm: Any, rank_stabilised: bool, ranks: Sequence[int], seeds: int, name: str) -> Measurement:
+    """Returns the slope of log(norm) over log(rank), one per seed, on a linear layer of 576 × 576."""
+    import numpy as np
+    import torch
+
+    norms = np.empty((seeds, len(ranks)))
+    for seed in range(seeds):
+        generator = torch.Generator().manual_seed(1000 + seed)
+        x, target = torch.randn(64, 576, generator=generator), torch.randn(64, 576, generator=generator)
+        for index, rank in enumerate(ranks):
+            layer = lora_layer(576, 576, rank=rank, alpha=16, seed=seed, use_rslora=rank_stabilised)
+            norms[seed, index] = norm(layer, x, target)
+    slopes = np.polyfit(np.log(ranks), np.log(norms).T, 1)[0]
+    interval = mean_interval(slopes.tolist())
+    assert interval is not None
+    return Measurement(
+        interval.mean,
+        low=interval.low,
+        high=interval.high,
+        n=seeds,
+        samples=tuple(slopes.tolist()),
+        curves={name: {float(rank): float(value) for rank, value in zip(ranks, norms.mean(axis=0), strict=True)}},
+        axes=("rank", name),
+        model="a linear layer, 576 × 576",
+    )

@@ -1,0 +1,294 @@
+"""LoRA+, DoRA and AdaLoRA as PEFT runs them, and what follows from a rank by arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftscope.claims.measurement import Measurement
+from peftscope.claims.subjects import BLOCK_LINEAR, meta_model, tiny_llama, token_ids
+from peftscope.methods.lora import LoRA
+
+TINY = "two-layer Llama of width 64 with random weights"
+
+
+def share_of_directions(rank: int, rows: int, columns: int) -> Measurement:
+    """Returns the largest rank of an update B A, as a share of the rank that a full update can have."""
+    full, low_rank = rows * columns, rank * (rows + columns)
+    return Measurement(rank / min(rows, columns), evidence={"share of the matrix's values": low_rank / full})
+
+
+def share_of_values(rank: int, rows: int, columns: int) -> Measurement:
+    """Returns the values of A and B, as a share of the values of the matrix that they adapt."""
+    full, low_rank = rows * columns, rank * (rows + columns)
+    return Measurement(low_rank / full, evidence={"values of A and B": low_rank, "values of the matrix": full})
+
+
+def share_of_training_flops(rank: int, width: int) -> Measurement:
+    """Returns the FLOPs of a forward and backward pass with PEFT's LoRA over those of training the matrix itself.
+
+    Counted by PyTorch on a square layer whose input needs a gradient, as inside a model.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(model: Any) -> int:
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, width, device="meta", requires_grad=True)).sum().backward()
+        return int(counter.get_total_flops())
+
+    full = flops(torch.nn.Sequential(torch.nn.Linear(width, width, bias=False, device="meta")))
+    layer = torch.nn.Sequential(torch.nn.Linear(width, width, bias=False, device="meta"))
+    lora = flops(get_peft_model(layer, LoraConfig(r=rank, target_modules=["0"])))
+    formula = (2 * width**2 + 6 * width * rank) / (3 * width**2)
+    return Measurement(lora / full, evidence={"full": full, "LoRA": lora, "by formula": formula})
+
+
+def times_fewer_parameters(preset: str, rank: int, targets: str) -> Measurement:
+    """Returns a model's parameters over those that PEFT trains for LoRA, counted on its modules."""
+    from peft import LoraConfig, get_peft_model
+
+    modules = LoRA(rank=rank, targets=targets).targets_of()
+    trained, total = get_peft_model(
+        meta_model(preset), LoraConfig(r=rank, target_modules=modules)
+    ).get_nb_trainable_parameters()
+    base = total - trained
+    return Measurement(base / trained, model=preset, evidence={"trained": trained, "model": base})
+
+
+def loraplus_rate_ratio(ratio: float) -> Measurement:
+    """Returns the learning rate of the B matrices over that of the A matrices in PEFT's LoRA+ optimizer.
+
+    The lowest rate of any B over the highest of any A. Source: Hayou et al. 2024, arXiv 2402.12354.
+    """
+    import torch
+    from peft.optimizers import create_loraplus_optimizer
+
+    model = _with_lora(rank=4, alpha=8)
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=ratio)
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    of_a = [rates[id(parameter)] for name, parameter in model.named_parameters() if ".lora_A." in name]
+    of_b = [rates[id(parameter)] for name, parameter in model.named_parameters() if ".lora_B." in name]
+    evidence = {"learning rate of A": max(of_a), "learning rate of B": min(of_b), "matrices": len(of_a) + len(of_b)}
+    return Measurement(min(of_b) / max(of_a), model=TINY, evidence=evidence)
+
+
+def dora_start(rank: int, alpha: float) -> Measurement:
+    """Returns how far DoRA moves the logits before the first step: largest difference over largest logit."""
+    import torch
+
+    base = tiny_llama()
+    tokens = token_ids(base)
+    with torch.no_grad():
+        before = base(input_ids=tokens).logits
+        after = _with_lora(rank, alpha, use_dora=True)(input_ids=tokens).logits
+    return Measurement(_to_fp32(float((after - before).abs().max() / before.abs().max())), model=TINY)
+
+
+def dora_column_norms(rank: int, alpha: float) -> Measurement:
+    """Returns the largest relative difference between the norms of DoRA's weight vectors and their magnitudes m.
+
+    B and m are moved away from their start at random. A layer's weight is read off its answers to unit vectors. Norms
+    are taken over the inputs of each output, a row in PyTorch's layout.
+    Source: Liu et al. 2024, arXiv 2402.09353, equation 5.
+    """
+    import torch
+
+    norms, cosines = [], []
+    for layer in _moved_dora_layers(rank, alpha):
+        base = layer.get_base_layer().weight.detach()
+        update = layer.lora_B["default"].weight.detach() @ layer.lora_A["default"].weight.detach()
+        updated = base + layer.scaling["default"] * update
+        weight = layer(torch.eye(base.shape[1])).detach().T
+        magnitude = layer.lora_magnitude_vector["default"].weight.detach()
+        norms.append(float(((weight.norm(dim=1) - magnitude).abs() / magnitude).max()))
+        cosines.append(float(torch.cosine_similarity(weight, updated, dim=1).min()))
+    evidence = {"smallest cosine with the direction of W + sBA": min(cosines)}
+    return Measurement(_to_fp32(max(norms)), n=len(norms), model=TINY, evidence=evidence)
+
+
+def dora_norm_gradient(rank: int, alpha: float) -> Measurement:
+    """Returns how far the gradients of A and B are from the formula's whose norm is a constant, relative to them.
+
+    Source: Liu et al. 2024, arXiv 2402.09353, section 4.3.
+    """
+    import torch
+
+    layer = next(iter(_moved_dora_layers(rank, alpha)))
+    torch.manual_seed(1)
+    weight = layer.get_base_layer().weight.detach()
+    inputs, upstream = torch.randn(16, weight.shape[1]), torch.randn(16, weight.shape[0])
+    factors = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    magnitude, scale = layer.lora_magnitude_vector["default"].weight.detach(), layer.scaling["default"]
+
+    def by_formula(constant_norm: bool) -> torch.Tensor:
+        right, left = (factor.detach().clone().requires_grad_() for factor in factors)
+        updated = weight + scale * (left @ right)
+        norm = updated.norm(dim=1)
+        output = inputs @ (updated * (magnitude / (norm.detach() if constant_norm else norm))[:, None]).T
+        return _flat(torch.autograd.grad((output * upstream).sum(), [right, left]))
+
+    with torch.enable_grad():
+        found = _flat(torch.autograd.grad((layer(inputs) * upstream).sum(), factors))
+        constant, followed = by_formula(True), by_formula(False)
+    far = float((found - followed).norm() / followed.norm())
+    evidence = {"distance from the formula whose norm has a gradient": far}
+    return Measurement(_to_fp32(float((found - constant).norm() / constant.norm())), model=TINY, evidence=evidence)
+
+
+def adalora_rank_sum(steps: int, init_rank: int, target_rank: int) -> Measurement:
+    """Returns the sum of the ranks that AdaLoRA's last allocation keeps."""
+    ranks = _train_adalora(steps, init_rank, target_rank)["ranks"]
+    evidence = {"before pruning": init_rank * len(ranks), "matrices": len(ranks), "mean": sum(ranks) / len(ranks)}
+    return Measurement(sum(ranks), n=len(ranks), model=TINY, evidence=evidence)
+
+
+def adalora_rank_spread(steps: int, init_rank: int, target_rank: int) -> Measurement:
+    """Returns the largest minus the smallest rank that AdaLoRA's last allocation keeps."""
+    ranks = _train_adalora(steps, init_rank, target_rank)["ranks"]
+    return Measurement(
+        max(ranks) - min(ranks),
+        n=len(ranks),
+        model=TINY,
+        evidence={"largest": max(ranks), "smallest": min(ranks)},
+        curves={"rank kept": {float(index): float(rank) for index, rank in enumerate(ranks)}},
+        axes=("adapted matrix, in the model's order", "rank"),
+    )
+
+
+def adalora_decompositions(steps: int, init_rank: int, target_rank: int) -> Measurement:
+    """Returns how many singular value decompositions PyTorch carries out in a training run with AdaLoRA.
+
+    Counted below Python, as operators. PiSSA's initialisation, which does decompose, is counted beside it.
+    """
+    with _operator_counter() as counter:
+        trained = _train_adalora(steps, init_rank, target_rank)
+    with _operator_counter() as control:
+        _with_lora(rank=target_rank, alpha=target_rank, init_lora_weights="pissa")
+    evidence = {
+        "training steps": steps,
+        "allocations": trained["allocations"],
+        "triplets pruned": sum(init_rank - rank for rank in trained["ranks"]),
+        "eigenvalue or QR decompositions": counter.count("linalg_eig", "linalg_qr"),
+        "for comparison, in PiSSA's initialisation": control.count("svd"),
+    }
+    return Measurement(counter.count("svd"), model=TINY, evidence=evidence)
+
+
+def adalora_kept_by_size(steps: int, init_rank: int, target_rank: int) -> Measurement:
+    """Returns the share of the kept triplets that a ranking by the size of lambda would have kept too.
+
+    Lambda stands where an SVD has its singular values. All pruning is done in one allocation: pruning in every step
+    sets lambdas to zero again and again, after which any rule agrees with their size.
+    """
+    import torch
+
+    trained = _train_adalora(steps, init_rank, target_rank, allocate_every=steps)
+    sizes, kept = torch.cat(trained["sizes"]), torch.cat(trained["kept"])
+    largest = torch.zeros_like(kept)
+    largest[sizes.topk(int(kept.sum())).indices] = True
+    share = float((kept & largest).sum() / kept.sum())
+    return Measurement(
+        share,
+        n=int(kept.sum()),
+        model=TINY,
+        evidence={"by chance": target_rank / init_rank, "allocations": trained["allocations"]},
+    )
+
+
+def _with_lora(rank: int, alpha: float, **options: Any) -> Any:
+    """Returns the tiny Llama with LoRA on every linear layer of its blocks; ``options`` go to ``LoraConfig``."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_llama()
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(BLOCK_LINEAR), **options))
+
+
+def _moved_dora_layers(rank: int, alpha: float) -> list[Any]:
+    """Returns DoRA layers whose B and magnitudes are no longer those of the start."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    model = _with_lora(rank, alpha, use_dora=True).eval()
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.lora_B["default"].weight.data.normal_(std=0.1)
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        magnitude.data *= torch.empty_like(magnitude).uniform_(0.5, 2)
+    return layers
+
+
+def _train_adalora(steps: int, init_rank: int, target_rank: int, allocate_every: int = 1) -> dict[str, Any]:
+    """Returns the ranks after a short training run with PEFT's AdaLoRA, and what the last allocation chose from.
+
+    PEFT updates its scores only where ``update_and_allocate`` is called, after the step and before ``zero_grad``.
+    """
+    import torch
+    from peft import AdaLoraConfig, get_peft_model
+
+    base = tiny_llama()
+    tokens = token_ids(base, length=24, batch=4)
+    torch.manual_seed(0)
+    config = AdaLoraConfig(
+        init_r=init_rank,
+        target_r=target_rank,
+        lora_alpha=2 * init_rank,
+        target_modules=list(BLOCK_LINEAR),
+        tinit=steps // 5,
+        tfinal=steps // 4,
+        deltaT=allocate_every,
+        total_step=steps,
+        orth_reg_weight=0.1,
+    )
+    model = get_peft_model(base, config).train()
+    lambdas = [(name, parameter) for name, parameter in model.named_parameters() if ".lora_E." in name]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    sizes: list[torch.Tensor] = []
+    allocations = 0
+    for step in range(steps):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        if step == steps - config.tfinal:
+            sizes = [parameter.detach().abs().flatten().clone() for _, parameter in lambdas]
+        before = config.rank_pattern
+        model.base_model.update_and_allocate(step)
+        allocations += config.rank_pattern is not before
+        optimizer.zero_grad()
+    pattern = {name.removeprefix("base_model.model."): kept for name, kept in (config.rank_pattern or {}).items()}
+    everything = [True] * init_rank
+    kept = [torch.tensor(pattern.get(name.removeprefix("base_model.model."), everything)) for name, _ in lambdas]
+    return {"ranks": [int(k.sum()) for k in kept], "kept": kept, "sizes": sizes, "allocations": allocations}
+
+
+def _operator_counter() -> Any:
+    """Returns a context that counts the operators which PyTorch runs inside it, by name."""
+    from collections import Counter
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class OperatorCounter(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: Counter[str] = Counter()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names[func.overloadpacket.__name__] += 1
+            return func(*args, **(kwargs or {}))
+
+        def count(self, *parts: str) -> int:
+            return sum(number for name, number in self.names.items() if any(part in name for part in parts))
+
+    return OperatorCounter()
+
+
+def _flat(tensors: Any) -> Any:
+    import torch
+
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _to_fp32(relative_error: float) -> float:
+    """Returns a relative error without the digits that are below fp32's own rounding and differ between machines."""
+    return round(relative_error, 6)

@@ -1,0 +1,125 @@
+"""Checks of rank, alpha and learning rate: against independent values, and with the libraries' behaviour changed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora import layer as peft_layer
+
+from peftscope.claims.checks import scaling
+from peftscope.claims.evaluate import evaluate_part
+from peftscope.claims.ledger import read_ledger
+from peftscope.claims.verdict import Rule, Verdict, judge
+
+RANKS = (4, 8, 16, 32, 64, 128, 256)
+
+
+def verdict(claim_id: str, part: int = -1, **shorter: Any) -> Verdict:
+    """Returns what is found now about a part of a claim; the last one decides. Keywords replace its parameters."""
+    asked = {claim.id: claim for claim in read_ledger()}[claim_id].parts[part]
+    return evaluate_part(asked.model_copy(update={"with_": {**asked.with_, **shorter}})).verdict
+
+
+def test_products_of_thin_matrices_have_rank_r_and_such_matrices_factor() -> None:
+    found = scaling.product_rank_excess(30)
+    assert (found.value, found.evidence["smallest"]) == (0, 0)
+    assert float(scaling.factorisation_error(30).value) < 1e-11
+
+
+def test_powers_of_two_cancel_exactly_in_adam_and_others_up_to_rounding() -> None:
+    exact = scaling.trajectory_gap(1 / 16, 2, 2, 8, epsilon=1e-30, steps=30)
+    rounded = scaling.trajectory_gap(1 / 15, 3, 3, 5, epsilon=1e-30, steps=30)
+    assert exact.value == 0
+    assert 0 < float(rounded.value) < 1e-10
+
+
+def test_usual_epsilon_breaks_the_invariance_a_little() -> None:
+    gap = float(scaling.trajectory_gap(1 / 16, 2, 2, 8, epsilon=1e-8, steps=30).value)
+    assert 0 < gap < 1e-2
+
+
+def test_epsilon_of_zero_gives_no_number() -> None:
+    """Trap 22 of the ledger: A has no gradient in the first step, and Adam divides zero by zero."""
+    found = scaling.trajectory_gap(1 / 16, 2, 2, 8, epsilon=0, steps=2)
+    assert math.isnan(float(found.value))
+    assert judge(Rule(at_most=1e-8), found)[0] is Verdict.INCONCLUSIVE
+
+
+def test_alpha_is_the_learning_rate_of_b_alone() -> None:
+    b_alone = scaling.trajectory_gap(2, 1, 1, 0.5, epsilon=1e-30, steps=30)
+    both = scaling.trajectory_gap(2, 1, 0.5, 0.5, epsilon=1e-30, steps=30)
+    assert b_alone.value == 0
+    assert float(both.value) > 1e-3
+
+
+def test_gradient_falls_with_the_root_of_the_rank_and_not_at_all_with_a_stabilised_scale() -> None:
+    """The slopes that independent numpy code gave: -0.496 and +0.004."""
+    plain = scaling.gradient_slope(False, RANKS, seeds=5)
+    stabilised = scaling.gradient_slope(True, RANKS, seeds=5)
+    assert plain.value == pytest.approx(-0.5, abs=0.03)
+    assert stabilised.value == pytest.approx(0, abs=0.03)
+    assert float(stabilised.value) - float(plain.value) == pytest.approx(0.5, abs=1e-3)
+    assert plain.low is not None
+    assert plain.high is not None
+    assert plain.low < float(plain.value) < plain.high
+
+
+def test_first_gradient_of_b_is_the_scaled_outer_product() -> None:
+    from peftscope.claims.lora_subjects import factor_a, factor_b, lora_layer
+
+    layer = lora_layer(12, 10, rank=4, alpha=8)
+    x, target = torch.randn(6, 12), torch.randn(6, 10)
+    output = layer(x)
+    (output - target).square().mean().backward()
+    above = 2 * (output - target).detach() / output.numel()
+    expected = 2 * above.T @ (x @ factor_a(layer).detach().T)
+    torch.testing.assert_close(factor_b(layer).grad, expected)
+
+
+def test_trained_update_has_exactly_the_rank_that_was_set() -> None:
+    found = scaling.trained_rank([1, 4], alpha_over_rank=16, steps=4)
+    assert (found.value, found.evidence["smallest"]) == (1, 1)
+
+
+def test_settings_are_counted() -> None:
+    found = scaling.share_of_settings({"a": 1, "b": 8, "c": 2, "d": 0.25}, low=1, high=2)
+    assert (found.value, found.n) == (0.5, 4)
+    beyond = scaling.placements_beyond({"qv": ["q", "v"], "q": ["q"], "qk": ["q", "k"]}, ["q", "v"])
+    assert (beyond.value, beyond.evidence["they are"]) == (1, "qk")
+
+
+# Mutations: the library behaves otherwise, and the verdict follows.
+
+
+def test_an_adam_that_is_plain_gradient_descent_breaks_the_invariance(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert verdict("P25", part=1, steps=20) is Verdict.EXACT
+    assert verdict("P25", steps=20) is Verdict.EXACT
+    assert verdict("S31", steps=20) is Verdict.EXACT_WRONG
+    monkeypatch.setattr(torch.optim, "Adam", lambda groups, eps, **_: torch.optim.SGD(groups))
+    assert verdict("P25", part=1, steps=20) is Verdict.EXACT_WRONG
+    assert verdict("P25", steps=20) is Verdict.EXACT_WRONG
+
+
+def test_a_library_that_ignores_the_scale_breaks_the_rank_stabilised_slope(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert verdict("P9") is Verdict.SUPPORTED
+    original = peft_layer.LoraLayer.update_layer
+
+    def unscaled(self: Any, adapter_name: str, *args: Any, **options: Any) -> None:
+        original(self, adapter_name, *args, **options)
+        self.scaling[adapter_name] = 1.0
+
+    monkeypatch.setattr(peft_layer.LoraLayer, "update_layer", unscaled)
+    assert verdict("P9") is Verdict.REFUTED
+    assert verdict("S101", part=0) is Verdict.EXACT_WRONG
+
+
+def test_a_library_with_full_rank_updates_refutes_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert verdict("S34") is Verdict.EXACT
+    original = peft_layer.Linear.get_delta_weight
+    monkeypatch.setattr(
+        peft_layer.Linear, "get_delta_weight", lambda self, name: original(self, name) + self.base_layer.weight
+    )
+    assert verdict("S34") is Verdict.EXACT_WRONG
