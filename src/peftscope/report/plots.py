@@ -202,9 +202,9 @@ def draw_prediction(axes: plt.Axes, runs: pd.DataFrame) -> None:
     )
     ends = [0.8 * found["predicted"].min(), 1.25 * found["predicted"].max()]
     axes.plot(ends, ends, color="0.4", linewidth=0.9, zorder=0)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
     axes.set(
-        xscale="log",
-        yscale="log",
         xlabel="predicted peak (MiB)",
         ylabel="measured peak (MiB)",
         title="Predicted and measured memory",

@@ -59,44 +59,20 @@ def largest_gap(study: str, arms: list[str]) -> Measurement:
     return max(found, key=lambda measured: abs(float(measured.value)))
 
 
-def share_of_full(study: str, arm: str) -> Measurement:
-    """Returns the share of full fine-tuning's gain over the base that an arm reaches, seed by seed."""
-    both = _pairs(study, arm, "full", HELDOUT)
-    base = float(_base(study)[HELDOUT])
-    return _paired(study, (base - both[arm]) / (base - both["full"]), both)
-
-
-def control_difference(study: str, control: str, arm: str) -> Measurement:
-    """Returns how much lower an arm's held-out loss is than its control's, as a share of full fine-tuning's gain."""
-    runs = _runs(study, f"control-{control}-{arm}")
-    changed = {"again": "init_seed", "still": "learning_rate", "shuffled": "shuffled_targets"}[control]
-    usual = _arm(study, arm)["run_id"]
-    is_control = ~runs["run_id"].isin(usual)
-    both = {
-        name: runs[mask].set_index("seed")[HELDOUT] for name, mask in (("arm", ~is_control), ("control", is_control))
-    }
-    table = pd.DataFrame(both).dropna()
-    measured = _paired(study, (table["control"] - table["arm"]) / _full_gain(study), None)
-    return Measurement(
-        **{**vars(measured), "run_ids": tuple(runs["run_id"]), "evidence": {**measured.evidence, "changed": changed}}
-    )
-
-
-def _paired(study: str, differences: pd.Series, both: pd.DataFrame | None) -> Measurement:
+def _paired(study: str, differences: pd.Series, both: pd.DataFrame) -> Measurement:
     values = tuple(float(value) for value in differences)
     interval = mean_interval(values)
     if interval is None:
         raise NotRunError(f"the study `{study}` has no pair of finished runs; make report EXPERIMENT={study}")
     evidence: dict[str, Any] = {"full fine-tuning's gain, nats per token": _full_gain(study)}
-    if both is not None:
-        evidence |= {f"mean of {name}": float(both[name].mean()) for name in both}
+    evidence |= {f"mean of {name}": float(both[name].mean()) for name in both}
     low, high = interval.low, interval.high
     if interval.n > 1 and low is None:  # no spread at all
         low = high = interval.mean
     elif interval.n > 1:
         below, above = bootstrap_interval(values)
         evidence |= {"bootstrap, lower": below, "bootstrap, upper": above, "sign-flip p": sign_flip_p(values)}
-    arms = [] if both is None else [run for name in both for run in _arm(study, str(name))["run_id"]]
+    arms = [run for name in both for run in _arm(study, str(name))["run_id"]]
     return Measurement(interval.mean, low, high, interval.n, values, evidence, model=_model(study), run_ids=tuple(arms))
 
 
