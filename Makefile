@@ -6,6 +6,8 @@ CORES ?= all
 
 BIN := .venv/bin
 READY := .venv/.ready
+# A worker a core, each with one thread; four at most, for some tests take gigabytes.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup report test smoke slow browser lint format schema lock publish benchmark benchmark-memory agreement \
@@ -42,11 +44,11 @@ smoke: $(READY)
 	@$(MAKE) --no-print-directory report EXPERIMENT=smoke
 
 test: $(READY)
-	$(BIN)/pytest -m "not slow and not browser"
+	$(PYTEST) -m "not slow and not browser"
 	@$(MAKE) --no-print-directory smoke
 
 slow: $(READY)
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 browser: smoke
 	$(BIN)/pytest -m browser

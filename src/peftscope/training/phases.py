@@ -76,7 +76,7 @@ def _start_peaks(device: str) -> _DeviceSampler | None:
 
 
 def _stop_peaks(device: str, sampler: _DeviceSampler | None) -> dict[str, int | None]:
-    peaks: dict[str, int | None] = {"peak_resident_bytes": _resident_peak()}
+    peaks: dict[str, int | None] = {"peak_resident_bytes": resident_peak_bytes()}
     if sampler is not None:
         peaks |= {
             "peak_device_bytes": sampler.stop(),
@@ -92,7 +92,8 @@ def _reset_resident_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _resident_peak() -> int | None:
+def resident_peak_bytes() -> int | None:
+    """Returns the most memory this process has held, by the kernel's own mark; None where there is none."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
