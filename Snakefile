@@ -217,6 +217,50 @@ rule ladder:
 
 
 # What follows from the code alone is made once for all experiments.
+# Only studies have these: the report asks for them.
+rule study:
+    input:
+        "results/{experiment}/runs.csv",
+        "results/{experiment}/tuned.json",
+        "src/peftscope/study.py",
+        "src/peftscope/stats.py",
+        "src/peftscope/report/study.py",
+        "src/peftscope/report/plots.py",
+    output:
+        report(
+            "results/{experiment}/figures/tuning.png",
+            caption="src/peftscope/report/captions/tuning.rst",
+            category="Study",
+            labels={"figure": "learning rates that were tried"},
+        ),
+        report(
+            "results/{experiment}/figures/differences.png",
+            caption="src/peftscope/report/captions/differences.rst",
+            category="Study",
+            labels={"figure": "differences between arms"},
+        ),
+        report(
+            "results/{experiment}/tables/contrasts.html",
+            caption="src/peftscope/report/captions/differences.rst",
+            category="Study",
+            labels={"table": "differences between arms"},
+        ),
+        report(
+            "results/{experiment}/tables/controls.html",
+            caption="src/peftscope/report/captions/controls.rst",
+            category="Study",
+            labels={"table": "controls"},
+        ),
+        "results/{experiment}/tables/contrasts.csv",
+        "results/{experiment}/tables/controls.csv",
+    log:
+        "results/{experiment}/logs/study.log",
+    benchmark:
+        "results/{experiment}/benchmarks/study.tsv"
+    shell:
+        "python -m peftscope study {wildcards.experiment} > {log} 2>&1"
+
+
 rule memory_curve:
     input:
         CALCULATOR,
@@ -277,6 +321,7 @@ rule report:
         rules.tables.output,
         rules.figures.output,
         expand("results/{{experiment}}/figures/ladder-{field}.png", field=PLAN.ladders),
+        rules.study.output if PLAN.is_study else [],
         "src/peftscope/report/page.py",
         "src/peftscope/report/memory.py",
         "src/peftscope/report/sentences.py",

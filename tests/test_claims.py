@@ -134,7 +134,7 @@ def test_a_benefit_must_outlast_the_correction_for_its_family() -> None:
 
 def test_inconclusive_says_what_would_decide() -> None:
     _, reason = judge(Rule(better_by=0), Measurement(1.0, **WIDE))
-    assert "half-width 2" in reason and "paired seeds would decide" in reason
+    assert "half-width 2" in reason and "pairs would decide" in reason
 
 
 # Findings.

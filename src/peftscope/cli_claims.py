@@ -52,7 +52,10 @@ def claims(
     ]
     quiet_libraries()
     hardware = processor_name()
-    found = [finding.to_json(hardware) for finding in with_progress(evaluate(chosen), len(chosen), "measuring claims")]
+    found = [
+        finding.to_json(hardware)
+        for finding in with_progress(evaluate(chosen, ledger), len(chosen), "measuring claims")
+    ]
     if experiment is not None:
         write_findings(experiment, found)
         page = write_claims_page(experiment, ledger)

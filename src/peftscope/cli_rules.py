@@ -59,6 +59,14 @@ def ladder(experiment: ExperimentName, field: Annotated[str, typer.Argument(help
 
 
 @app.command(hidden=True)
+def study(experiment: ExperimentName) -> None:
+    """Write a study's contrasts and controls, and draw them."""
+    from peftscope.report.study import write_study
+
+    write_study(experiment)
+
+
+@app.command(hidden=True)
 def page(experiment: ExperimentName) -> None:
     """Write report.html from tables and figures."""
     from peftscope.plan import plan_experiment

@@ -39,11 +39,16 @@ class Plan:
         """The runs that choose a study's learning rates."""
         return [run for c in self.sweep.comparisons if c.name.startswith(TUNING) for run in c.runs]
 
+    @property
+    def is_study(self) -> bool:
+        """Whether the experiment tunes learning rates and compares arms at them."""
+        return self.sweep.experiment.study is not None
+
     def records(self, checkpoints: Any) -> Callable[[Any], list[str]]:
         """Returns a function that returns every record; a study's are known after its ``tune`` checkpoint."""
 
         def found(wildcards: Any) -> list[str]:
-            if self.sweep.experiment.study is not None:
+            if self.is_study:
                 checkpoints.tune.get(experiment=self.name)
                 self.sweep = expand(self.name, detect_device())
             return [f"results/{self.name}/runs/{run}/record.json" for run in self.sweep.runs]
@@ -66,7 +71,7 @@ class Plan:
         Raises:
             InputError: The experiment has no such run.
         """
-        if wildcards.run_id not in self.sweep.runs and self.sweep.experiment.study is not None:
+        if wildcards.run_id not in self.sweep.runs and self.is_study:
             self.sweep = expand(self.name, detect_device())
         try:
             return self.sweep.runs[wildcards.run_id]

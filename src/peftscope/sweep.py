@@ -294,6 +294,12 @@ def _cells(experiment: Experiment) -> Iterator[tuple[str, set[str], dict[str, An
 TUNING = "tune-"
 """Begins the names of a study's comparisons that choose learning rates; the arm's name follows."""
 
+ARM = "arm-"
+"""Begins the names of the comparisons that hold one arm's runs at its chosen rate; the arm's name follows."""
+
+CONTROL = "control-"
+"""Begins the names of an arm beside one of its controls; the control and the arm follow."""
+
 OTHER_INITIALISATION = 1000
 """Added to a run's seed for the initialisation of the control that is the same arm again."""
 
@@ -337,8 +343,9 @@ def _study_cells(
                 "shuffled": {"shuffled_targets": True},
             }
             yield "grid", varies, values, {}
+            yield f"{ARM}{arm}", {"seed"}, values, {}
             for control in study.controls.get(arm, []):
-                group = f"control-{control}-{arm}"
+                group = f"{CONTROL}{control}-{arm}"
                 yield group, set(changes[control]), values, {}
                 yield group, set(changes[control]), {**values, **changes[control]}, {}
 

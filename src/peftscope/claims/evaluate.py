@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from peftscope.claims.ledger import DETERMINISTIC, Claim, Part, find_check
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 from peftscope.claims.verdict import UNDECIDED, Verdict, judge
 from peftscope.errors import InputError
+from peftscope.stats import holm, paired_p
 
 SIGNIFICANT_DIGITS = 6
 """Of measured numbers, as they are written: what differs below comes from the order of sums."""
@@ -100,27 +101,57 @@ class Finding:
         }
 
 
-def evaluate(claims: Iterable[Claim]) -> Iterator[Finding]:
-    """Yields what is found about each claim, one after the other."""
+def evaluate(claims: Iterable[Claim], ledger: Iterable[Claim]) -> Iterator[Finding]:
+    """Yields what is found about each claim, one after the other.
+
+    Args:
+        claims: What to measure.
+        ledger: All claims: the p of a contrast is corrected for all that belong to its family.
+    """
+    families: dict[str, list[Part]] = {}
+    for claim in ledger:
+        for part in claim.parts:
+            families.setdefault(part.family, []).append(part)
     for claim in claims:
-        yield Finding(claim, tuple(evaluate_part(part) for part in claim.parts))
+        yield Finding(claim, tuple(evaluate_part(part, families.get(part.family, ())) for part in claim.parts))
 
 
-def evaluate_part(part: Part) -> PartFinding:
-    """Returns what is found about one part; a check that cannot run says why."""
+def evaluate_part(part: Part, family: Sequence[Part] = ()) -> PartFinding:
+    """Returns what is found about one part; a check that cannot run says why.
+
+    Args:
+        part: What to measure.
+        family: The contrasts that were made with this one, itself among them.
+    """
     if part.impossible:
         return PartFinding(part, Verdict.NOT_TESTABLE_HERE, part.impossible)
     if part.waits_for:
         return PartFinding(part, Verdict.NOT_RUN, part.waits_for)
-    try:
-        found = find_check(part.check)(**part.with_)
-    except NotRunError as error:
-        return PartFinding(part, Verdict.NOT_RUN, str(error))
-    except InputError as error:
-        return PartFinding(part, Verdict.NOT_RUN, "; ".join(map(str, error.problems)))
+    found = _measure(part)
+    if isinstance(found, str):
+        return PartFinding(part, Verdict.NOT_RUN, found)
     assert part.rule is not None
-    verdict, reason = judge(part.rule, found)
+    verdict, reason = judge(part.rule, found, _adjusted_p(part, found, family))
     return PartFinding(part, verdict, reason, found)
+
+
+def _measure(part: Part) -> Measurement | str:
+    """Returns what the check measures, or why it cannot."""
+    try:
+        return find_check(part.check)(**part.with_)
+    except NotRunError as error:
+        return str(error)
+    except InputError as error:
+        return "; ".join(map(str, error.problems))
+
+
+def _adjusted_p(part: Part, found: Measurement, family: Sequence[Part]) -> float | None:
+    """Returns a contrast's p after Holm's correction for those of its family that have run, None where it is alone."""
+    if not part.family or len(found.samples) < 2:
+        return None
+    others = [measured for other in family if other != part and not isinstance(measured := _measure(other), str)]
+    p_values = [paired_p(m.samples) for m in (found, *others) if len(m.samples) > 1]
+    return holm(p_values)[0]
 
 
 def rounded(value: Quantity | None) -> Quantity | None:

@@ -38,6 +38,7 @@ class Part(BaseModel):
     rule: Rule | None = None
     unit: str = ""
     scope: Annotated[str, Field(description="where the verdict holds, if narrower than the claim's scope")] = ""
+    family: Annotated[str, Field(description="of contrasts that Holm's correction takes together")] = ""
     waits_for: Annotated[str, Field(description="what has to be run first; the part is NOT-RUN")] = ""
     impossible: Annotated[str, Field(description="why no machine of ours can test it; NOT-TESTABLE-HERE")] = ""
 
@@ -47,6 +48,8 @@ class Part(BaseModel):
             raise ValueError("must have one of: check, waits_for, impossible")
         if bool(self.check) != (self.rule is not None):
             raise ValueError("a check needs a rule, and a rule a check")
+        if self.family and (self.rule is None or self.rule.better_by is None):
+            raise ValueError("a family is of contrasts with a direction: the rule must be better_by")
         return self
 
 

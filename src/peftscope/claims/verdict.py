@@ -24,6 +24,7 @@ class Verdict(StrEnum):
     NOT_TESTABLE_HERE = "NOT-TESTABLE-HERE"
 
 
+_NO_INTERVAL = "n = {n} gives no interval"
 UNDECIDED = (Verdict.NOT_RUN, Verdict.NOT_TESTABLE_HERE)
 
 
@@ -101,7 +102,7 @@ def judge(rule: Rule, found: Measurement, p_adjusted: float | None = None) -> tu
         return _judge_sameness(rule.same_within, found)
     if found.low is None or found.high is None:
         if found.samples:
-            return Verdict.INCONCLUSIVE, f"{found.n} seeds give no interval"
+            return Verdict.INCONCLUSIVE, _NO_INTERVAL.format(n=found.n)
         return (Verdict.EXACT if low <= found.value <= high else Verdict.EXACT_WRONG), ""
     if rule.better_by is not None:
         return _judge_benefit(rule.better_by, found, p_adjusted)
@@ -128,7 +129,7 @@ def _judge_benefit(least: float, found: Measurement, p_adjusted: float | None) -
 def _judge_sameness(margin: float, found: Measurement) -> tuple[Verdict, str]:
     interval = equivalence_interval(found.samples)
     if interval is None:
-        return Verdict.INCONCLUSIVE, f"{found.n} seeds give no interval"
+        return Verdict.INCONCLUSIVE, _NO_INTERVAL.format(n=found.n)
     if -margin < interval[0] and interval[1] < margin:
         return Verdict.EQUIVALENT, f"both one-sided tests pass at ±{margin:g}"
     if found.low is not None and found.high is not None and (found.low > margin or found.high < -margin):
@@ -137,9 +138,9 @@ def _judge_sameness(margin: float, found: Measurement) -> tuple[Verdict, str]:
 
 
 def _what_is_missing(found: Measurement, effect: float) -> str:
-    """Returns how wide the interval is, and how many seeds would tell an effect of this size from zero."""
+    """Returns how wide the interval is, and how many pairs would tell an effect of this size from zero."""
     assert found.low is not None
     assert found.high is not None
     text = f"the interval is too wide (half-width {(found.high - found.low) / 2:.3g})"
     needed = pairs_needed(found.samples, effect) if len(found.samples) > 1 else None
-    return f"{text}; about {needed} paired seeds would decide" if needed and needed > len(found.samples) else text
+    return f"{text}; about {needed} pairs would decide" if needed and needed > len(found.samples) else text

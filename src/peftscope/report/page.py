@@ -13,12 +13,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from peftscope.collect import read_runs, results_folder
 from peftscope.estimate import spoken
-from peftscope.experiment import experiment_path, read_experiment
+from peftscope.experiment import Study, experiment_path, read_experiment
 from peftscope.memory.grid import CENTRE, CHAPTER_RUN, MODEL
 from peftscope.report.memory import CARDS
 from peftscope.report.memory import FOLDER as MEMORY_FOLDER
 from peftscope.report.sentences import sentence
+from peftscope.report.study import study_facts
 from peftscope.stats import CONFIDENCE
+from peftscope.study import StudyResults
 
 FIXED_FIGURES = ("pareto", "memory", "throughput", "losses", "prediction")
 
@@ -52,6 +54,7 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
         methods_table=(folder / "tables" / "methods.html").read_text(),
         runs_table=(folder / "tables" / "runs.html").read_text(),
         predictions_table=(folder / "tables" / "predictions.html").read_text(),
+        study=_study_pages(experiment, settings.study) if settings.study else None,
         memory=_memory_pages(),
         endings=_endings(runs),
         facts=_facts(runs),
@@ -62,6 +65,17 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html)
     return path
+
+
+def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
+    folder, study = results_folder(experiment), StudyResults(experiment)
+    return {
+        **study_facts(study, settings),
+        "tuning": _embedded(folder / "figures" / "tuning.png"),
+        "differences": _embedded(folder / "figures" / "differences.png"),
+        "contrasts": (folder / "tables" / "contrasts.html").read_text(),
+        "controls": (folder / "tables" / "controls.html").read_text(),
+    }
 
 
 def _memory_pages() -> dict[str, str] | None:

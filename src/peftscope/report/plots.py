@@ -44,20 +44,23 @@ def write_figures(experiment: str) -> None:
     runs = read_runs(experiment)
     losses = pd.read_csv(results_folder(experiment) / "losses.csv")
     folder = results_folder(experiment) / "figures"
-    _draw(folder / "pareto.png", lambda axes: draw_pareto(axes, runs))
-    _draw(folder / "memory.png", lambda axes: draw_memory(axes, runs))
-    _draw(folder / "throughput.png", lambda axes: draw_throughput(axes, runs))
-    _draw(folder / "losses.png", lambda axes: draw_losses(axes, runs, losses))
-    _draw(folder / "prediction.png", lambda axes: draw_prediction(axes, runs))
+    draw_figure(folder / "pareto.png", lambda axes: draw_pareto(axes, runs))
+    draw_figure(folder / "memory.png", lambda axes: draw_memory(axes, runs))
+    draw_figure(folder / "throughput.png", lambda axes: draw_throughput(axes, runs))
+    draw_figure(folder / "losses.png", lambda axes: draw_losses(axes, runs, losses))
+    draw_figure(folder / "prediction.png", lambda axes: draw_prediction(axes, runs))
 
 
 def write_ladder(experiment: str, field: str) -> None:
     """Draws the ladders over one field."""
     runs = read_runs(experiment)
-    _draw(results_folder(experiment) / "figures" / f"ladder-{field}.png", lambda axes: draw_ladder(axes, runs, field))
+    draw_figure(
+        results_folder(experiment) / "figures" / f"ladder-{field}.png", lambda axes: draw_ladder(axes, runs, field)
+    )
 
 
-def _draw(path: Path, draw: Callable[[plt.Axes], None]) -> None:
+def draw_figure(path: Path, draw: Callable[[plt.Axes], None]) -> None:
+    """Draws on axes of its own, and writes them as PNG."""
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
     figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     draw(axes)
@@ -113,7 +116,7 @@ def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
             alpha=0.6,
         )
     axes.set(xscale="log", xlabel=LABELS["train_peak"], ylabel=LABELS["heldout_nll"], title="Quality against memory")
-    _plain_ticks(axes.xaxis)
+    plain_ticks(axes.xaxis)
     # Intervals of two or three seeds are many times wider than the points' spread: they may leave the frame.
     points = seeds["heldout_nll_nats_per_token"] if len(seeds) else trained["heldout_nll"]
     if len(points):
@@ -177,7 +180,7 @@ def draw_losses(axes: plt.Axes, runs: pd.DataFrame, losses: pd.DataFrame) -> Non
         curves, x="step", y="nll_nats_per_token", hue="variant", errorbar=("pi", 100), palette=palette(grid), ax=axes
     )
     axes.set(yscale="log", xlabel="step", ylabel="training NLL (nats per response token)", title="Loss curves")
-    _plain_ticks(axes.yaxis)
+    plain_ticks(axes.yaxis)
     axes.legend(title="", fontsize=8)
 
 
@@ -210,11 +213,11 @@ def draw_prediction(axes: plt.Axes, runs: pd.DataFrame) -> None:
         title="Predicted and measured memory",
     )
     for axis in (axes.xaxis, axes.yaxis):
-        _plain_ticks(axis)
+        plain_ticks(axis)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _plain_ticks(axis: mpl.axis.Axis) -> None:
+def plain_ticks(axis: mpl.axis.Axis) -> None:
     """Writes a logarithmic axis' ticks as plain numbers."""
     for setter in (axis.set_major_formatter, axis.set_minor_formatter):
         setter(mpl.ticker.FormatStrFormatter("%g"))

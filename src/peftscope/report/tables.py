@@ -160,12 +160,12 @@ def readable_methods(methods: pd.DataFrame) -> pd.DataFrame:
             # A Student interval knows nothing of the bounds of a share.
             "exact match (%)": _interval(row, "exact_match", ".1f", lambda v: 100 * min(1.0, max(0.0, v))),
             "English, change (bits/byte)": _interval(row, "retention_change", "+.3f"),
-            "peak tensors, train (MiB)": _number(row["train_peak_bytes"], ",.0f", MIB),
-            "peak tensors, load (MiB)": _number(row["load_peak_bytes"], ",.0f", MIB),
-            "step (s)": _number(row["step_seconds"], ".2f"),
-            "tokens/s": _number(row["tokens_per_second"], ",.0f"),
-            "trained parameters": _number(row["trained_parameters"], ",.0f"),
-            "saved (MiB)": _number(row["adapter_bytes"], ",.1f", MIB),
+            "peak tensors, train (MiB)": formatted(row["train_peak_bytes"], ",.0f", MIB),
+            "peak tensors, load (MiB)": formatted(row["load_peak_bytes"], ",.0f", MIB),
+            "step (s)": formatted(row["step_seconds"], ".2f"),
+            "tokens/s": formatted(row["tokens_per_second"], ",.0f"),
+            "trained parameters": formatted(row["trained_parameters"], ",.0f"),
+            "saved (MiB)": formatted(row["adapter_bytes"], ",.1f", MIB),
         }
         rows.append(shown)
     return pd.DataFrame(rows)
@@ -180,13 +180,13 @@ def readable_runs(runs: pd.DataFrame) -> pd.DataFrame:
             "ended": ending,
             "reason": runs["reason"].fillna(""),
             "seed": runs["seed"].astype(str),
-            "held-out NLL": runs["heldout_nll_nats_per_token"].map(lambda v: _number(v, ".3f")),
-            "exact match (%)": runs["exact_match_fraction"].map(lambda v: _number(v, ".1f", 0.01)),
-            "peak tensors, train (MiB)": runs["train_peak_tensor_bytes"].map(lambda v: _number(v, ",.0f", MIB)),
-            "peak resident, train (MiB)": runs["train_peak_resident_bytes"].map(lambda v: _number(v, ",.0f", MIB)),
-            "step (s)": runs["step_seconds_median"].map(lambda v: _number(v, ".2f")),
-            "initialise (s)": runs["initialise_seconds"].map(lambda v: _number(v, ".1f")),
-            "wall (s)": runs["wall_seconds"].map(lambda v: _number(v, ".0f")),
+            "held-out NLL": runs["heldout_nll_nats_per_token"].map(lambda v: formatted(v, ".3f")),
+            "exact match (%)": runs["exact_match_fraction"].map(lambda v: formatted(v, ".1f", 0.01)),
+            "peak tensors, train (MiB)": runs["train_peak_tensor_bytes"].map(lambda v: formatted(v, ",.0f", MIB)),
+            "peak resident, train (MiB)": runs["train_peak_resident_bytes"].map(lambda v: formatted(v, ",.0f", MIB)),
+            "step (s)": runs["step_seconds_median"].map(lambda v: formatted(v, ".2f")),
+            "initialise (s)": runs["initialise_seconds"].map(lambda v: formatted(v, ".1f")),
+            "wall (s)": runs["wall_seconds"].map(lambda v: formatted(v, ".0f")),
         }
     )
 
@@ -210,7 +210,8 @@ def _plain(value: Any) -> str:
     return "-" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _number(value: Any, form: str, unit: float = 1) -> str:
+def formatted(value: Any, form: str, unit: float = 1) -> str:
+    """Returns a number in this form and unit, or a dash where there is none."""
     return "-" if pd.isna(value) else format(value / unit, form)
 
 

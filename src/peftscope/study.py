@@ -1,0 +1,161 @@
+"""What a study found: learning rates, paired differences between arms at their best ones, controls. No torch.
+
+Every arm of a study saw the same batches under the same seed, so that differences are taken seed by seed. Losses are
+nats per response token of held-out items.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from peftscope.errors import InputError, Problem
+from peftscope.sweep import ARM, CONTROL, TUNING
+
+HELDOUT = "heldout_nll_nats_per_token"
+VALIDATION = "validation_nll_nats_per_token"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """An arm's best learning rate between its neighbours on the grid, and what was tried."""
+
+    below: float
+    best: float
+    above: float
+    curve: dict[float, float | None]
+    """Validation loss by learning rate; None where the run diverged."""
+
+
+class StudyResults:
+    """The tables of one study.
+
+    Args:
+        name: The experiment that is the study.
+
+    Raises:
+        InputError: Nothing of it was run, here or in what is published.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        for folder in (Path("results") / name, Path("results/published") / name):
+            if (folder / "runs.csv").is_file():
+                self._folder = folder
+                return
+        raise self._unfinished("not run")
+
+    def _unfinished(self, what: str) -> InputError:
+        return InputError(Problem(f"the study `{self.name}`", what, f"make report EXPERIMENT={self.name}"))
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """Every run, one row each."""
+        table = pd.read_csv(self._folder / "runs.csv", dtype={"comparisons": str})
+        return table.fillna({"comparisons": ""})
+
+    @cached_property
+    def _tuned(self) -> dict[str, Any]:
+        path = self._folder / "tuned.json"
+        if not path.is_file():
+            raise self._unfinished("its learning rates are not chosen")
+        return json.loads(path.read_text())["arms"]
+
+    @property
+    def arms(self) -> list[str]:
+        """The names of the arms, in the order of the experiment file."""
+        names = dict.fromkeys(name for cell in self.table["comparisons"] for name in cell.split())
+        return [name.removeprefix(TUNING) for name in names if name.startswith(TUNING)]
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The arms' names for people: their methods' where each has its own."""
+        methods = {arm: str(self.tuning_runs(arm)["label"].iloc[0]) for arm in self.arms}
+        return methods if len(set(methods.values())) == len(methods) else {arm: arm for arm in methods}
+
+    @property
+    def subject(self) -> str:
+        """Model and task."""
+        return f"{self.table['model'].iloc[0]}, {self.table['task'].iloc[0]}"
+
+    def rate(self, arm: str) -> Rate:
+        """Returns the learning rate that was chosen for an arm."""
+        chosen = self._tuned[arm]
+        curve = {tried["learning_rate"]: tried["validation_nll"] for tried in chosen["tried"]}
+        rates = list(curve)
+        best = rates.index(chosen["learning_rate"])
+        return Rate(rates[best - 1], rates[best], rates[best + 1], curve)
+
+    def tuning_runs(self, arm: str, learning_rate: float | None = None) -> pd.DataFrame:
+        """Returns the runs that chose an arm's rate, one row each: all, or those at one rate."""
+        tried = self._tuned[arm]["tried"]
+        names = [run for t in tried if learning_rate in (None, t["learning_rate"]) for run in t["run_ids"]]
+        return self.table.set_index("run_id", drop=False).loc[names]
+
+    def arm_runs(self, arm: str) -> pd.DataFrame:
+        """Returns an arm's finished runs at its chosen rate, one row a seed.
+
+        Raises:
+            InputError: Some have not been made: nothing is concluded from half a study.
+        """
+        return self._finished(f"{ARM}{arm}")
+
+    def control_runs(self, control: str, arm: str) -> pd.DataFrame:
+        """Returns the finished runs of a control of an arm, one row a seed.
+
+        Raises:
+            InputError: As for an arm's runs.
+        """
+        runs = self._finished(f"{CONTROL}{control}-{arm}")
+        return runs[~runs["run_id"].isin(self.arm_runs(arm)["run_id"])]
+
+    @property
+    def controls(self) -> list[tuple[str, str]]:
+        """The controls of the study, each with its arm."""
+        names = dict.fromkeys(name for cell in self.table["comparisons"] for name in cell.split())
+        return [tuple(name.split("-", 2)[1:]) for name in names if name.startswith(CONTROL)]
+
+    def _finished(self, comparison: str) -> pd.DataFrame:
+        runs = self.table[self.table["comparisons"].str.split().map(lambda names: comparison in names)]
+        missing = int((runs["status"] == "missing").sum())
+        if missing or runs.empty:
+            done = f"{len(runs) - missing} of {len(runs)} runs done" if len(runs) else "its last runs have not begun"
+            raise self._unfinished(f"not finished ({done})")
+        return runs[runs["status"] == "ok"]
+
+    @property
+    def base_loss(self) -> float:
+        """The held-out loss of the untouched base."""
+        runs = self.table[(self.table["method"] == "none") & (self.table["base_weights"] == "full")]
+        if runs.empty or runs[HELDOUT].isna().all():
+            raise self._unfinished("no run of the untouched base")
+        return float(runs[HELDOUT].iloc[0])
+
+    @property
+    def full_gain(self) -> float:
+        """What full fine-tuning gains over the base, in the mean: the yardstick of differences."""
+        return self.base_loss - float(self.arm_runs("full")[HELDOUT].mean())
+
+    def training_losses(self) -> pd.Series:
+        """Returns each run's loss in the mean over all steps, by run id."""
+        return pd.read_csv(self._folder / "losses.csv").groupby("run_id")["nll_nats_per_token"].mean()
+
+
+def paired(first: pd.DataFrame, second: pd.DataFrame, values: pd.Series | str = HELDOUT) -> pd.DataFrame:
+    """Returns one row a seed that both have finished, with the columns ``first`` and ``second``.
+
+    Args:
+        first: Runs, one row a seed.
+        second: Runs to compare them with.
+        values: A column, or values by run id.
+    """
+    columns = {}
+    for name, runs in (("first", first), ("second", second)):
+        by_seed = runs.set_index("seed")
+        columns[name] = by_seed[values] if isinstance(values, str) else by_seed["run_id"].map(values)
+    return pd.DataFrame(columns).dropna()
