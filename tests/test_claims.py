@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from peftscope.claims.evaluate import Finding, PartFinding, evaluate_part
+from peftscope.claims.evaluate import Finding, PartFinding, evaluate, evaluate_part
 from peftscope.claims.ledger import Claim, Part, read_ledger
 from peftscope.claims.measurement import Measurement, NotRunError
 from peftscope.claims.verdict import Rule, Verdict, judge
+from peftscope.cli import main
 from peftscope.errors import InputError
+from peftscope.stats import mean_interval, paired_p
 
 ENTRY: dict[str, Any] = {
     "id": "S13",
@@ -67,6 +70,7 @@ def test_what_is_not_measured_says_why() -> None:
         ({"parts": [ENTRY["parts"][0] | {"rule": {"equals": 1, "at_least": 2}}]}, "must have one of"),
         ({"parts": [ENTRY["parts"][0] | {"rule": {"at_least": 3, "at_most": 2}}]}, "above at_most"),
         ({"parts": [ENTRY["parts"][0] | {"rule": {"equals": "a", "relative": 0.1}}]}, "a tolerance needs a number"),
+        ({"parts": [ENTRY["parts"][0] | {"family": "mine"}]}, "a family is of contrasts with a direction"),
         ({"parts": [ENTRY["parts"][0] | {"waits_for": "a study"}]}, "must have one of: check"),
         ({"parts": [{"kind": "training", "measures": "a loss"}]}, "must have one of: check"),
         ({"parts": [{"kind": "magic", "measures": "a loss", "waits_for": "a study"}]}, "parts[0].kind"),
@@ -171,3 +175,73 @@ def test_a_check_that_cannot_run_says_what_is_missing(monkeypatch: pytest.Monkey
 def test_what_is_written_is_the_same_every_time() -> None:
     first, second = (json.dumps(evaluate_part(part()).to_json(), sort_keys=True) for _ in range(2))
     assert first == second
+
+
+def test_a_contrast_is_corrected_for_its_family_even_when_it_is_measured_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Three contrasts of p = 0.03 each are three chances, whichever of them someone asks about."""
+    samples = (1.0, 2.0, 0.1, 0.3, 1.2, 0.4)
+    interval = mean_interval(samples)
+    assert 0.02 < paired_p(samples) < 0.04
+    found = Measurement(interval.mean, interval.low, interval.high, 6, samples)
+    monkeypatch.setattr("peftscope.claims.evaluate.find_check", lambda name: lambda **_: found)
+
+    def claims(family: str) -> tuple[Claim, ...]:
+        changes = {"kind": "training", "rule": {"better_by": 0}, "family": family}
+        parts = [ENTRY["parts"][0] | changes | {"measures": name} for name in ("one", "two", "three")]
+        return ledger_of(
+            tmp_path, *(ENTRY | {"id": f"P{i}", "slug": f"c{i}", "parts": [p]} for i, p in enumerate(parts))
+        )
+
+    def verdict(family: str) -> tuple[Verdict, str]:
+        ledger = claims(family)
+        (finding,) = evaluate(ledger[:1], ledger)
+        return finding.headline
+
+    assert verdict("")[0] == Verdict.SUPPORTED
+    assert verdict("variants")[0] == Verdict.INCONCLUSIVE
+    assert "after correction in its family" in verdict("variants")[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--id", "S130"], "--id: no such claim (got 'S130') -> did you mean"),
+        (["--kind", "numeric"], "--kind: no such kind (got 'numeric') -> did you mean `numerics`?"),
+        (["--experiment", "quick", "--id", "S64"], "--experiment: writes all claims -> leave --id and --kind out"),
+        (["--experiment", "qick"], "did you mean `quick`?"),
+    ],
+)
+def test_a_wrong_question_is_answered_with_a_hint(
+    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["peftscope", "claims", *options])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_one_claim_is_measured_and_shown_with_its_evidence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["peftscope", "claims", "--id", "S13", "--json"])
+    with pytest.raises(SystemExit):
+        main()
+    (finding,) = json.loads(capsys.readouterr().out)
+    asked = {
+        "id",
+        "slug",
+        "verdict",
+        "claimed",
+        "found",
+        "low",
+        "high",
+        "unit",
+        "n",
+        "rule",
+        "scope",
+        "run_ids",
+        "reason",
+    }
+    assert asked <= finding.keys() and (finding["id"], finding["verdict"]) == ("S13", "EXACT-WRONG")

@@ -13,8 +13,10 @@ from statsmodels.stats.weightstats import ttost_paired
 from peftscope.stats import (
     bootstrap_interval,
     equivalence_interval,
+    false_positive_rate,
     holm,
     mean_interval,
+    paired_p,
     pairs_needed,
     sign_flip_p,
     trend_p,
@@ -104,3 +106,23 @@ def test_pairs_that_are_needed_have_the_power() -> None:
     powers = [TTestPower().power(size, n, 0.05) for n in (needed - 1, needed)]
     assert powers[0] < 0.8 <= powers[1]
     assert pairs_needed([0.2, 0.2], 0.1) is None
+
+
+def test_the_paired_p_is_scipys_and_agrees_with_the_interval() -> None:
+    random = np.random.default_rng(0)
+    for sample in (random.normal(0.8, 1, size=6) for _ in range(50)):
+        assert paired_p(sample) == pytest.approx(stats.ttest_rel(sample, np.zeros(6)).pvalue)
+        interval = mean_interval(sample)
+        assert (paired_p(sample) < 0.05) == (interval.low > 0 or interval.high < 0)
+    assert (paired_p([0.0, 0.0]), paired_p([0.1, 0.1])) == (1, 0)
+
+
+def test_an_arm_against_itself_is_called_different_at_the_nominal_rate() -> None:
+    random = np.random.default_rng(0)
+    rates, errors = zip(*(false_positive_rate(random.normal(size=6), 200, seed) for seed in range(40)), strict=True)
+    # Of one simulation, by the binomial distribution.
+    assert errors[0] == pytest.approx(1.96 * math.sqrt(0.05 * 0.95 / 200), rel=1e-3)
+    assert np.mean(rates) == pytest.approx(0.05, abs=0.01)
+    # A difference of its own does not count: a coin says which run comes first.
+    assert false_positive_rate([1.0, 1.1, 0.9, 1.05, 0.95, 1.0])[0] < 0.1
+    assert false_positive_rate([0.0] * 6)[0] == 0

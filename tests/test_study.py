@@ -1,0 +1,338 @@
+"""Studies: what they run, how a rate is chosen, what is concluded, and that a second sitting goes on from the first."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from scipy import stats
+
+from peftscope.claims.checks import training
+from peftscope.claims.evaluate import evaluate_part
+from peftscope.claims.ledger import Part
+from peftscope.claims.verdict import Verdict
+from peftscope.collect import collect_experiment
+from peftscope.errors import InputError
+from peftscope.record import Quality, RunRecord, write_record
+from peftscope.report.publish import publish, restore
+from peftscope.report.study import contrasts, controls, study_facts, write_study
+from peftscope.study import StudyResults
+from peftscope.sweep import OTHER_INITIALISATION, expand
+from peftscope.tuning import choose_rates
+
+STUDY: dict[str, Any] = {
+    "fixed": {
+        "model": "toy",
+        "task": "two-digit-sums",
+        "steps": 3,
+        "batch_size": 4,
+        "validation_items": 8,
+        "heldout_items": 8,
+        "generation_items": 0,
+        "retention_tokens": 0,
+        "probe_steps": 0,
+        "untimed_steps": 1,
+    },
+    "runs": [{"method": "none", "seed": 0}],
+    "study": {
+        "arms": {"full": {"method": "full"}, "lora": {"method": "lora"}, "thin": {"method": "lora", "rank": 2}},
+        "learning_rates": {"full": [1e-5, 1e-4, 1e-3], "lora": [1e-4, 1e-3, 1e-2], "thin": [1e-4, 1e-3, 1e-2]},
+        "tuning_seeds": [100],
+        "seeds": [0, 1, 2],
+        "controls": {"lora": ["again", "still", "shuffled"]},
+    },
+}
+BASE_LOSS = 3.0
+GAINS = {"full": [2.0, 2.1, 1.9], "lora": [1.9, 2.05, 1.85], "thin": [1.5, 1.4, 1.6]}
+"""Of every arm over the base, by seed."""
+AGAIN = [1.88, 2.0, 1.9]
+CURVE = {"full": [0.6, 0.4, None], "lora": [0.9, 0.5, 0.7], "thin": [0.95, 0.8, 0.85]}
+"""Validation loss of every arm, by learning rate; None diverged."""
+
+
+@pytest.fixture
+def write_study_file(write_experiment) -> Callable[..., None]:
+    """Writes ``experiments/mine.yaml``; keywords replace fields of its study."""
+
+    def write(**changes: Any) -> None:
+        write_experiment("mine", yaml.safe_dump(STUDY | {"study": STUDY["study"] | changes}))
+
+    return write
+
+
+def record(run: str, *, validation: float | None = None, heldout: float | None = None, status: str = "ok") -> None:
+    spec = expand("mine").runs[run]
+    quality = Quality(validation_nll=validation, heldout_nll=heldout)
+    losses = [3.0, 2.0, 2.0 if heldout is None else heldout]
+    path = Path("results/mine/runs") / run / "record.json"
+    write_record(path, RunRecord(run_id=run, status=status, spec=spec, quality=quality, train_nll=losses))
+
+
+def members(comparison: str) -> list[str]:
+    return next(list(c.runs) for c in expand("mine").comparisons if c.name == comparison)
+
+
+def record_tuning(curves: dict[str, list[float | None]] = CURVE) -> None:
+    for arm, curve in curves.items():
+        for run, loss in zip(members(f"tune-{arm}"), curve, strict=True):
+            record(run, validation=loss, heldout=loss, status="ok" if loss is not None else "diverged")
+
+
+def record_comparison() -> None:
+    record(members("runs")[0], heldout=BASE_LOSS)
+    for arm, gains in GAINS.items():
+        for run, gain in zip(members(f"arm-{arm}"), gains, strict=True):
+            record(run, heldout=BASE_LOSS - gain)
+    for control, gains in (("again", AGAIN), ("still", [0.0] * 3), ("shuffled", [0.5, 0.4, 0.6])):
+        runs = [run for run in members(f"control-{control}-lora") if run not in members("arm-lora")]
+        for run, gain in zip(runs, gains, strict=True):
+            record(run, heldout=BASE_LOSS - gain)
+
+
+@pytest.fixture
+def tuned(write_study_file) -> None:
+    write_study_file()
+    record_tuning()
+    choose_rates(expand("mine"))
+
+
+@pytest.fixture
+def finished(tuned: None) -> StudyResults:
+    record_comparison()
+    collect_experiment(expand("mine"))
+    return StudyResults("mine")
+
+
+# What a study runs.
+
+
+def test_before_the_rates_are_chosen_only_the_tuning_is_known(write_study_file) -> None:
+    write_study_file()
+    sweep = expand("mine")
+    assert {c.name for c in sweep.comparisons} == {"runs", "tune-full", "tune-lora", "tune-thin"}
+    assert len(sweep.runs) == 1 + 9
+    assert {spec.seed for run, spec in sweep.runs.items() if "none" not in run} == {100}
+
+
+def test_then_every_arm_runs_at_its_own_rate_on_the_same_fresh_seeds(tuned: None) -> None:
+    sweep = expand("mine")
+    for arm, rate in (("full", 1e-4), ("lora", 1e-3), ("thin", 1e-3)):
+        specs = [sweep.runs[run] for run in members(f"arm-{arm}")]
+        assert [(spec.learning_rate, spec.seed) for spec in specs] == [(rate, seed) for seed in (0, 1, 2)]
+    assert len(sweep.runs) == 1 + 9 + 9 + 9
+
+
+def test_a_control_changes_one_thing(tuned: None) -> None:
+    runs = expand("mine").runs
+    own = {runs[run].seed: runs[run].canonical() for run in members("arm-lora")}
+    for control, change in (
+        ("again", lambda seed: {"init_seed": seed + OTHER_INITIALISATION}),
+        ("still", lambda seed: {"learning_rate": 0}),
+        ("shuffled", lambda seed: {"shuffled_targets": True}),
+    ):
+        controls_of = [runs[run] for run in members(f"control-{control}-lora") if run not in members("arm-lora")]
+        assert len(controls_of) == 3
+        for spec in controls_of:
+            assert spec.canonical() == own[spec.seed] | change(spec.seed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"learning_rates": {"full": [1e-5, 1e-4, 1e-3]}}, "learning_rates must name the arms: full, lora, thin"),
+        (
+            {"learning_rates": STUDY["study"]["learning_rates"] | {"lora": [1e-2, 1e-3, 1e-4]}},
+            "learning_rates of lora must ascend",
+        ),
+        ({"learning_rates": STUDY["study"]["learning_rates"] | {"lora": [1e-2, 1e-3]}}, "learning_rates.lora"),
+        ({"tuning_seeds": [1]}, "must not overlap"),
+        ({"seeds": [0]}, "study.seeds"),
+        ({"controls": {"dora": ["again"]}}, "controls name no arm: dora"),
+        ({"controls": {"lora": ["twice"]}}, "study.controls.lora[0]"),
+        ({"arms": STUDY["study"]["arms"] | {"lora": {"method": "lora", "seed": 3}}}, "the study's to set"),
+        ({"arms": STUDY["study"]["arms"] | {"lora": {"method": "lora", "rnk": 3}}}, "did you mean `rank`?"),
+    ],
+)
+def test_a_wrong_study_is_refused_with_its_place(changes: dict[str, Any], said: str, write_study_file) -> None:
+    write_study_file(**changes)
+    with pytest.raises(InputError) as caught:
+        expand("mine")
+    assert said in str(caught.value) and "experiments/mine.yaml" in str(caught.value)
+
+
+# How a rate is chosen.
+
+
+def test_the_lowest_validation_loss_chooses_and_everything_tried_is_kept(tuned: None) -> None:
+    arms = json.loads(Path("results/mine/tuned.json").read_text())["arms"]
+    assert {arm: chosen["learning_rate"] for arm, chosen in arms.items()} == {"full": 1e-4, "lora": 1e-3, "thin": 1e-3}
+    assert [tried["validation_nll"] for tried in arms["full"]["tried"]] == CURVE["full"]
+
+
+@pytest.mark.parametrize(("curve", "end"), [([0.4, 0.5, 0.6], "lowest, 0.0001"), ([0.6, 0.5, 0.4], "highest, 0.01")])
+def test_a_best_rate_at_the_end_of_the_grid_is_refused(curve: list[float], end: str, write_study_file) -> None:
+    write_study_file()
+    record_tuning(CURVE | {"lora": curve})
+    with pytest.raises(InputError, match=f"study.learning_rates.lora: the best of 3 is the {end}"):
+        choose_rates(expand("mine"))
+    assert not Path("results/mine/tuned.json").exists()
+
+
+def test_tuning_needs_every_record_and_a_validation_loss(write_study_file) -> None:
+    write_study_file()
+    with pytest.raises(InputError, match="no record yet"):
+        choose_rates(expand("mine"))
+    record_tuning()
+    record(members("tune-lora")[1])
+    with pytest.raises(InputError, match=r"fixed\.validation_items: a study chooses by validation loss"):
+        choose_rates(expand("mine"))
+
+
+# What is concluded.
+
+
+def test_contrasts_are_paired_by_seed_and_corrected_for_their_number(finished: StudyResults) -> None:
+    found = contrasts(finished).set_index("arm")
+    assert list(found.index) == ["lora", "thin"] and set(found["against"]) == {"full"}
+    for arm in found.index:
+        wanted = stats.ttest_rel(GAINS[arm], GAINS["full"])
+        assert found["gain"][arm] == pytest.approx(sum(GAINS[arm]) / 3 - 2.0)
+        assert found["t_p"][arm] == pytest.approx(wanted.pvalue)
+        low, high = wanted.confidence_interval(0.95)
+        assert (found["gain_low"][arm], found["gain_high"][arm]) == pytest.approx((low, high))
+        assert found["sign_flip_p"][arm] == 0.25  # of three pairs on one side
+    smaller, larger = sorted(found["t_p"])
+    assert sorted(found["holm_p"]) == pytest.approx([2 * smaller, max(2 * smaller, larger)])
+
+
+def test_controls_say_what_the_comparison_makes_of_no_difference(finished: StudyResults) -> None:
+    found = controls(finished).set_index("control")
+    assert found["control_over_base"].to_dict() == pytest.approx(
+        {"again": sum(AGAIN) / 3, "still": 0, "shuffled": 0.5}, abs=1e-12
+    )
+    assert found["arm_over_base"].tolist() == pytest.approx([sum(GAINS["lora"]) / 3] * 3)
+    assert found["gain"]["again"] == pytest.approx((sum(AGAIN) - sum(GAINS["lora"])) / 3)
+    assert 0 <= found["called_different"]["again"] < 0.3
+    assert found["called_different"].isna().tolist() == [False, True, True]
+
+
+def test_a_control_without_any_spread_is_no_difference(tuned: None) -> None:
+    record_comparison()
+    own = members("arm-lora")
+    again = [run for run in members("control-again-lora") if run not in own]
+    for run, gain in zip(again, GAINS["lora"], strict=True):
+        record(run, heldout=BASE_LOSS - gain)
+    collect_experiment(expand("mine"))
+    row = controls(StudyResults("mine")).set_index("control").loc["again"]
+    assert (row["gain"], row["gain_low"], row["t_p"], row["called_different"]) == (0, 0, 1, 0)
+
+
+def test_the_section_of_the_report_has_its_tables_and_figures(finished: StudyResults) -> None:
+    write_study("mine")
+    folder = Path("results/mine")
+    for name in ("tuning", "differences"):
+        assert (folder / "figures" / f"{name}.png").stat().st_size > 10_000
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "tables" / "contrasts.csv"), contrasts(finished))
+    shown = (folder / "tables" / "controls.html").read_text()
+    assert "lora, trained on each other" in shown and "±" in shown
+    facts = study_facts(finished, expand("mine").experiment.study)
+    assert facts["chosen"] == "full 0.0001, lora 0.001, thin 0.001"
+    assert (facts["seeds"], facts["fewest_rates"], facts["base_loss"]) == (3, 3, "3.000")
+
+
+def test_claims_measure_shares_of_what_full_fine_tuning_gains(finished: StudyResults) -> None:
+    found = training.heldout_gain("mine", "lora", "full")
+    assert found.samples == pytest.approx([(a - b) / 2 for a, b in zip(GAINS["lora"], GAINS["full"], strict=True)])
+    assert found.low < found.value < found.high and found.n == 3
+    assert set(found.run_ids) == {*members("arm-lora"), *members("arm-full")}
+    # Losses of 3, 2 and the held-out loss: a third of the held-out difference.
+    learned = training.training_gain("mine", "lora", "full")
+    assert learned.samples == pytest.approx([value / 3 for value in found.samples])
+
+
+def test_claims_choose_the_variant_that_reaches_furthest(finished: StudyResults) -> None:
+    found = training.furthest_from("mine", ["full", "thin"], "lora")
+    assert found.samples == training.heldout_gain("mine", "thin", "lora").samples
+    assert found.evidence["mean gain of full"] == training.heldout_gain("mine", "full", "lora").value
+
+
+def test_claims_know_a_best_rate_up_to_its_neighbours(finished: StudyResults) -> None:
+    found = training.learning_rate_ratio("mine", "lora", "full")
+    assert (found.value, found.low, found.high) == pytest.approx((10, 0.1, 1000))
+    assert len(found.run_ids) == 6 and list(found.curves["full"]) == [1e-5, 1e-4]
+
+
+def test_claims_compare_one_rate_for_both_with_the_best_of_each(finished: StudyResults) -> None:
+    found = training.tuning_of_one_arm("mine", "thin", "lora", 1e-4)
+    assert found.value == pytest.approx(((0.9 - 0.95) - (0.5 - 0.8)) / 2)
+    assert (found.n, found.low) == (1, None)
+
+
+def test_nothing_is_concluded_from_half_a_study(tuned: None) -> None:
+    part = Part.model_validate(
+        {
+            "kind": "training",
+            "measures": "a gain",
+            "check": "training.heldout_gain",
+            "with": {"study": "mine", "arm": "lora", "against": "full"},
+            "rule": {"better_by": 0},
+        }
+    )
+    assert evaluate_part(part).verdict == Verdict.NOT_RUN
+    assert "`mine`: not run" in evaluate_part(part).reason
+    record_comparison()
+    (Path("results/mine/runs") / members("arm-lora")[0] / "record.json").unlink()
+    collect_experiment(expand("mine"))
+    assert evaluate_part(part).verdict == Verdict.NOT_RUN
+    assert "2 of 3 runs done" in evaluate_part(part).reason
+
+
+# A second sitting.
+
+
+def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(tuned: None) -> None:
+    record(members("arm-lora")[0], heldout=1.0)
+    publish("mine")
+    before = {p.parent.name: p.read_bytes() for p in Path("results/mine/runs").glob("*/record.json")}
+    assert len(before) == 10
+    Path("results/mine").rename("results/lost")
+    assert restore("mine") == 10
+    assert {p.parent.name: p.read_bytes() for p in Path("results/mine/runs").glob("*/record.json")} == before
+    spec = expand("mine").runs[members("tune-lora")[0]]
+    assert json.loads((Path("results/mine/runs") / members("tune-lora")[0] / "spec.json").read_text()) == json.loads(
+        spec.model_dump_json()
+    )
+    with pytest.raises(InputError, match="no published runs"):
+        restore("smoke")
+
+
+@pytest.mark.slow
+def test_the_whole_study_in_one_workflow(write_experiment, repository: Path, toy: Path) -> None:
+    study = STUDY["study"] | {
+        "arms": {"full": {"method": "full"}, "lora": {"method": "lora"}},
+        # On random weights only an absurd rate is too high.
+        "learning_rates": {"full": [1e-4, 1e-2, 1.0], "lora": [1e-4, 3e-2, 100.0]},
+        "seeds": [0, 1],
+        "controls": {"lora": ["again"]},
+    }
+    write_experiment("mine", yaml.safe_dump(STUDY | {"study": study}))
+    for name in ("Snakefile", "profiles", "src"):
+        Path(name).symlink_to(repository / name)
+    Path("resources").symlink_to(toy / "resources")
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "experiment=mine", "--"]
+    command.append("results/mine/tables/contrasts.csv")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(Path("results/mine/runs").glob("*/record.json"))) == 1 + 6 + 4 + 2
+    found = pd.read_csv("results/mine/tables/contrasts.csv")
+    wanted = training.heldout_gain("mine", "lora", "full")
+    assert found["gain"].tolist() == pytest.approx([float(wanted.value) * StudyResults("mine").full_gain])
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "Nothing to be done" in again.stdout + again.stderr
