@@ -102,11 +102,11 @@ def test_only_b_has_a_gradient_in_the_first_step() -> None:
 
 def test_equal_rows_of_a_stay_equal_and_keep_rank_one() -> None:
     model = lora_model(tiny_llama(dtype="float64"), rank=4)
-    for layer in lora_layers(model):
+    for layer in lora_layers(model).values():
         factor_a(layer).data.copy_(factor_a(layer).data[:1].repeat(4, 1))
     for _ in backward_steps(model, 3, learning_rate=0.1, optimizer="SGD"):
         pass
-    for layer in lora_layers(model):
+    for layer in lora_layers(model).values():
         singular = torch.linalg.svdvals(update_of(layer))
         assert singular[0] > 0
         assert singular[1] < 1e-9 * singular[0]
@@ -144,14 +144,14 @@ def test_gradient_below_a_4_bit_layer_is_the_sum_of_both_ways() -> None:
 def test_4_bit_layers_keep_their_gradients_after_an_evaluation_pass() -> None:
     """bitsandbytes repacks weights in evaluation passes on some CPUs; gradients after that are wrong."""
     model = lora_model(four_bit(tiny_llama()))
-    for layer in lora_layers(model):
+    for layer in lora_layers(model).values():
         randomise_b(layer)
     ids = token_ids(model)
 
     def gradient() -> torch.Tensor:
         model.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
-        return torch.cat([factor_a(layer).grad.flatten() for layer in lora_layers(model)])
+        return torch.cat([factor_a(layer).grad.flatten() for layer in lora_layers(model).values()])
 
     before = gradient()
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_names_of_the_chapter_are_llamas() -> None:
 def test_adapters_of_a_half_precision_base_are_fp32() -> None:
     """Trap 7: ``autocast_adapter_dtype``."""
     model = lora_model(tiny_llama(dtype="bfloat16"))
-    assert {factor_a(layer).dtype for layer in lora_layers(model)} == {torch.float32}
+    assert {factor_a(layer).dtype for layer in lora_layers(model).values()} == {torch.float32}
 
 
 def test_a_random_b_changes_the_loss_the_more_the_wider_it_is(toy: Path) -> None:

@@ -14,10 +14,10 @@ from peft.tuners.lora import Linear, Linear4bit, LoraLayer, LoraModel
 from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoModelForCausalLM
 
-from peftscope.claims.adapted import WEIGHT_STD, adapted_llama, logits_of, lora_layers
 from peftscope.claims.checks import combining, merging, resuming, snippet
 from peftscope.claims.evaluate import evaluate_part
 from peftscope.claims.ledger import Claim, Part, read_ledger
+from peftscope.claims.lora_subjects import WEIGHT_STD, adapted_llama, logits_of, lora_layers
 from peftscope.claims.subjects import BLOCK_LINEAR, tiny_llama
 from peftscope.claims.verdict import Verdict
 

@@ -182,13 +182,14 @@ def _run_options(context: typer.Context) -> dict[str, Any]:
 
 
 def quiet_libraries() -> None:
-    """Silences what libraries say about their own next versions, and keeps them from asking a hub."""
+    """Silences what libraries say about their own next versions and their bars, and keeps them from asking a hub."""
     import logging
     import warnings
 
     warnings.simplefilter("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _simulated(question: Question) -> Answer:

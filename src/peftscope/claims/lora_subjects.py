@@ -1,13 +1,18 @@
-"""PEFT's LoRA on small layers and models: what checks of adapters measure on, and short names for its parts."""
+"""PEFT's LoRA on small layers and models: what checks of adapters measure on, and what they read off it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-from peftscope.claims.subjects import BLOCK_LINEAR, token_ids
+from peftscope.claims.subjects import BLOCK_LINEAR, tiny_llama, token_ids
 
-TINY = "a Llama of two layers, 64 wide, with random weights"
+if TYPE_CHECKING:
+    import torch
+
+ADAPTERS = ("first", "second", "third")
+WEIGHT_STD = 0.1
+"""Of the tiny model's weights."""
 
 
 def lora_layer(inputs: int, outputs: int, rank: int, alpha: float = 8, seed: int = 0, **options: Any) -> Any:
@@ -30,6 +35,43 @@ def lora_model(base: Any, rank: int = 8, alpha: float = 16, seed: int = 1, **opt
         task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=list(BLOCK_LINEAR), bias="none", **options
     )
     return get_peft_model(base, config)
+
+
+def adapted_llama(
+    names: Sequence[str] = ("first",),
+    *,
+    base: Any = None,
+    ranks: Sequence[int] = (),
+    rank: int = 4,
+    alpha: float = 8,
+    targets: Sequence[str] = BLOCK_LINEAR,
+    size: float = 0.1,
+    dtype: str = "float32",
+    **options: Any,
+) -> Any:
+    """Returns a tiny Llama with adapters that each change every target by ``size`` of its norm; the first is active.
+
+    An adapter's values depend on its name and shapes only.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_llama(dtype=dtype) if base is None else base
+    model: Any = None
+    for name, r in zip(names, ranks or [rank] * len(names), strict=True):
+        config = LoraConfig(r=r, lora_alpha=alpha, target_modules=list(targets), **options)
+        if model is None:
+            model = get_peft_model(base, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+        generator = torch.Generator().manual_seed(ADAPTERS.index(name))
+        for layer in lora_layers(model).values():
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            a.data.normal_(generator=generator)
+            b.data.normal_(generator=generator)
+            change = layer.scaling[name] * (b.data @ a.data).norm()
+            b.data *= size * WEIGHT_STD * (b.shape[0] * a.shape[1]) ** 0.5 / change
+    return model.eval()
 
 
 def four_bit(model: Any) -> Any:
@@ -56,16 +98,12 @@ def linear_names(model: Any) -> list[str]:
     return [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in BLOCK_LINEAR]
 
 
-def named_lora_layers(model: Any) -> list[tuple[str, Any]]:
-    """Returns path and module of every layer that PEFT wrapped."""
+def lora_layers(model: Any) -> dict[str, Any]:
+    """Returns the layers that PEFT wrapped, by the names that they have in the base model."""
     from peft.tuners.lora import LoraLayer
 
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-
-
-def lora_layers(model: Any) -> list[Any]:
-    """Returns every layer that PEFT wrapped."""
-    return [layer for _, layer in named_lora_layers(model)]
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
 
 
 def factor_a(layer: Any) -> Any:
@@ -107,3 +145,17 @@ def backward_steps(
         update.step()
         if after:
             yield step
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    """Returns (24, vocabulary) logits of fixed tokens in fp64."""
+    import torch
+
+    with torch.no_grad():
+        return model(input_ids=token_ids(model)).logits.double().flatten(0, 1)
+
+
+def relative_distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Returns the norm of the difference over the norm of what was wanted."""
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm())

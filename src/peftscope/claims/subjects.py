@@ -13,6 +13,9 @@ from peftscope.models.catalog import model_folder
 if TYPE_CHECKING:
     import torch
 
+TINY = "a Llama of two layers, 64 wide, with random weights"
+"""What ``tiny_llama`` gives, for readers."""
+
 BLOCK_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

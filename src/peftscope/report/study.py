@@ -159,7 +159,7 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
         if control == "again"
     ]
     for y, (_, colour, differences) in enumerate(rows):
-        axes.plot(differences, [y] * len(differences), ".", color=colour, alpha=0.6)
+        axes.plot(differences, [y] * len(differences), ".", ms=9, color=colour, alpha=0.6)
         interval = mean_interval(differences)
         if interval is not None:
             low, high = interval.low, interval.high
@@ -167,7 +167,7 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
             axes.errorbar(interval.mean, y, xerr=bars, fmt="D", ms=6, capsize=4, color=colour)
     axes.axvline(0, color="0.3", linewidth=0.9)
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set(xlabel="held-out loss below the other's (nats per response token)", title=f"Gain over {labels[first]}")
 
 

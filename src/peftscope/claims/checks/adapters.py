@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from peftscope.claims.lora_subjects import (
-    TINY,
     factor_a,
     factor_b,
     four_bit,
@@ -14,12 +13,11 @@ from peftscope.claims.lora_subjects import (
     lora_layer,
     lora_layers,
     lora_model,
-    named_lora_layers,
     randomise_b,
     update_of,
 )
 from peftscope.claims.measurement import Measurement, NotRunError
-from peftscope.claims.subjects import BLOCK_LINEAR, tiny_llama, token_ids
+from peftscope.claims.subjects import BLOCK_LINEAR, TINY, tiny_llama, token_ids
 from peftscope.models.catalog import model_folder
 
 
@@ -83,7 +81,7 @@ def default_targets() -> Measurement:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM"))
-    names = {name.rsplit(".", 1)[-1] for name, _ in named_lora_layers(model)}
+    names = {name.rsplit(".", 1)[-1] for name in lora_layers(model)}
     return Measurement(" ".join(sorted(names)), model=TINY)
 
 
@@ -115,7 +113,7 @@ def start_shift(variant: str) -> Measurement:
         before = base(input_ids=ids).logits
         model = _variant(base, variant)
         after = model(input_ids=ids).logits
-        update = max(update_of(layer).abs().max().item() for layer in lora_layers(model))
+        update = max(update_of(layer).abs().max().item() for layer in lora_layers(model).values())
     shift = (after - before).abs().max() / before.abs().max()
     return Measurement(shift.item(), evidence={"largest |ΔW|": update}, model=TINY)
 
@@ -179,7 +177,7 @@ def loss_jump(model: str, spread: float, rank: int = 8, alpha: float = 16) -> Me
     with torch.no_grad():
         start = wrapped(input_ids=ids, labels=ids).loss.item()
         for width in sorted({0.01, 0.1, 1.0, spread}):
-            for index, layer in enumerate(lora_layers(wrapped)):
+            for index, layer in enumerate(lora_layers(wrapped).values()):
                 randomise_b(layer, spread=width / rank**0.5, seed=index)
             curve[width] = wrapped(input_ids=ids, labels=ids).loss.item() - start
     axes = ("spread of B × √rank", "rise of the loss, nats per token")
@@ -221,13 +219,13 @@ def _variant(base: Any, name: str) -> Any:
     if name == "loftq":
         weights = [base.get_submodule(path).weight.clone() for path in linear_names(base)]
         model = lora_model(four_bit(base), alpha=8)
-        for layer, weight in zip(lora_layers(model), weights, strict=True):
+        for layer, weight in zip(lora_layers(model).values(), weights, strict=True):
             LoftQ(alpha=8)._initialise(layer, weight)
         return model.eval()
     options: dict[str, dict[str, Any]] = {"dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}
     model = lora_model(base, **options.get(name, {}))
     if name == "swapped":
-        for layer in lora_layers(model):
+        for layer in lora_layers(model).values():
             randomise_b(layer)
             with torch.no_grad():
                 factor_a(layer).zero_()

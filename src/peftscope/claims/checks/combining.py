@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from peftscope.claims.adapted import ADAPTERS, TINY, adapted_llama, logits_of, lora_layers, relative_distance
+from peftscope.claims.lora_subjects import ADAPTERS, adapted_llama, logits_of, lora_layers, relative_distance
 from peftscope.claims.measurement import Measurement
+from peftscope.claims.subjects import TINY
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from peftscope.claims.lora_subjects import (
-    TINY,
     backward_steps,
     factor_a,
     factor_b,
@@ -17,13 +16,13 @@ from peftscope.claims.lora_subjects import (
     update_of,
 )
 from peftscope.claims.measurement import Measurement
-from peftscope.claims.subjects import tiny_llama
+from peftscope.claims.subjects import TINY, tiny_llama
 
 
 def share_with_gradient(factor: str, step: int) -> Measurement:
     """Returns the share of all A, or of all B, whose gradient in this step (the first is 1) is not zero throughout."""
     model = lora_model(tiny_llama())
-    layers = lora_layers(model)
+    layers = list(lora_layers(model).values())
     norms: list[float] = []
     for _ in backward_steps(model, step):
         norms = [(factor_a(layer) if factor == "A" else factor_b(layer)).grad.norm().item() for layer in layers]
@@ -34,7 +33,7 @@ def share_with_gradient(factor: str, step: int) -> Measurement:
 def update_size(steps: int) -> Measurement:
     """Returns ‖ΔW‖ over ‖W₀‖, Frobenius, all layers together, after this many AdamW steps at a rate of 1e-3."""
     model = lora_model(tiny_llama())
-    layers = lora_layers(model)
+    layers = list(lora_layers(model).values())
     base = sum(layer.get_base_layer().weight.square().sum().item() for layer in layers)
     curve = {0.0: _relative_size(layers, base)}
     for step in backward_steps(model, steps, after=True):
@@ -48,13 +47,17 @@ def gradient_from_zero(steps: int) -> Measurement:
 
     model = lora_model(tiny_llama())
     with torch.no_grad():
-        for layer in lora_layers(model):
+        for layer in lora_layers(model).values():
             factor_a(layer).zero_()
     largest = 0.0
     for _ in backward_steps(model, steps):
         largest = max(
             largest,
-            *(w.grad.abs().max().item() for layer in lora_layers(model) for w in (factor_a(layer), factor_b(layer))),
+            *(
+                w.grad.abs().max().item()
+                for layer in lora_layers(model).values()
+                for w in (factor_a(layer), factor_b(layer))
+            ),
         )
     return Measurement(largest, n=steps, model=TINY)
 
@@ -69,11 +72,11 @@ def rank_from_equal_rows(steps: int, rank: int, equal: bool) -> Measurement:
     model = lora_model(tiny_llama(dtype="float64"), rank=rank)
     if equal:
         with torch.no_grad():
-            for layer in lora_layers(model):
+            for layer in lora_layers(model).values():
                 factor_a(layer).copy_(factor_a(layer)[:1].expand_as(factor_a(layer)).clone())
     for _ in backward_steps(model, steps, learning_rate=0.1, optimizer="SGD"):
         pass
-    ranks = [int(torch.linalg.matrix_rank(update_of(layer), rtol=1e-6)) for layer in lora_layers(model)]
+    ranks = [int(torch.linalg.matrix_rank(update_of(layer), rtol=1e-6)) for layer in lora_layers(model).values()]
     return Measurement(max(ranks), n=len(ranks), evidence={"smallest": min(ranks)}, model=TINY)
 
 
@@ -104,7 +107,7 @@ def gradient_past_adapter() -> Measurement:
     from bitsandbytes.functional import dequantize_4bit
 
     model = lora_model(four_bit(tiny_llama()))
-    layer = lora_layers(model)[0]
+    layer = next(iter(lora_layers(model).values()))
     randomise_b(layer)
     x = torch.randn(16, layer.in_features, requires_grad=True)
     output = layer(x)
@@ -139,7 +142,7 @@ def cosine_without_base_path(steps: int) -> Measurement:
         return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "layers.0." in n and "lora_" in n])
 
     whole = gradient()
-    for layer in lora_layers(model):
+    for layer in lora_layers(model).values():
         layer.get_base_layer().register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), *inputs[1:]))
     cut = gradient()
     return Measurement(

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from peftscope.claims.adapted import TINY, adapted_llama, logits_of, lora_layers, relative_distance
+from peftscope.claims.lora_subjects import adapted_llama, logits_of, lora_layers, relative_distance
 from peftscope.claims.measurement import Measurement
-from peftscope.claims.subjects import BLOCK_LINEAR, meta_model, shape_of, tiny_llama
+from peftscope.claims.subjects import BLOCK_LINEAR, TINY, meta_model, shape_of, tiny_llama
 from peftscope.methods.lora import LoRA
 
 if TYPE_CHECKING:

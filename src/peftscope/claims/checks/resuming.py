@@ -6,9 +6,9 @@ import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from peftscope.claims.adapted import TINY, adapted_llama, logits_of
+from peftscope.claims.lora_subjects import adapted_llama, logits_of
 from peftscope.claims.measurement import Measurement
-from peftscope.claims.subjects import BLOCK_LINEAR, tiny_llama, token_ids
+from peftscope.claims.subjects import BLOCK_LINEAR, TINY, tiny_llama, token_ids
 
 if TYPE_CHECKING:
     import torch

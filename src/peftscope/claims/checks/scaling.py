@@ -8,7 +8,6 @@ from typing import Any
 
 from peftscope.claims.checks.adapters import scale
 from peftscope.claims.lora_subjects import (
-    TINY,
     backward_steps,
     factor_a,
     factor_b,
@@ -18,7 +17,7 @@ from peftscope.claims.lora_subjects import (
     update_of,
 )
 from peftscope.claims.measurement import Measurement
-from peftscope.claims.subjects import tiny_llama, token_ids
+from peftscope.claims.subjects import TINY, tiny_llama, token_ids
 from peftscope.stats import mean_interval
 
 
@@ -127,7 +126,7 @@ def trained_rank(ranks: Sequence[int], alpha_over_rank: float, steps: int) -> Me
         model = lora_model(tiny_llama(dtype="float64"), rank=rank, alpha=alpha_over_rank * rank).double()
         for _ in backward_steps(model, steps):
             pass
-        found = [int(torch.linalg.matrix_rank(update_of(layer), rtol=1e-9)) for layer in lora_layers(model)]
+        found = [int(torch.linalg.matrix_rank(update_of(layer), rtol=1e-9)) for layer in lora_layers(model).values()]
         curve[float(rank)] = float(max(found))
     shares = [found / rank for rank, found in curve.items()]
     axes = ("rank that was set", "rank of ΔW")
@@ -173,7 +172,7 @@ def _trajectory(alpha: float, init_a: float, rate_a: float, rate_b: float, epsil
 
     base = tiny_llama(dtype="float64", hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     model = lora_model(base, rank=4, alpha=8 * alpha).double()
-    layers = lora_layers(model)
+    layers = lora_layers(model).values()
     with torch.no_grad():
         for layer in layers:
             factor_a(layer).mul_(init_a)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from peftscope.claims.measurement import Measurement
-from peftscope.claims.subjects import BLOCK_LINEAR, meta_model, tiny_llama, token_ids
+from peftscope.claims.subjects import BLOCK_LINEAR, TINY, meta_model, tiny_llama, token_ids
 from peftscope.methods.lora import LoRA
-
-TINY = "two-layer Llama of width 64 with random weights"
 
 
 def share_of_directions(rank: int, rows: int, columns: int) -> Measurement:
