@@ -91,6 +91,7 @@ checkpoint tune:
             "results/{{experiment}}/runs/{run_id}/record.json", run_id=PLAN.tuning_runs
         ),
         "experiments/{experiment}.yaml",
+        "src/peftscope/tuning.py",
     output:
         "results/{experiment}/tuned.json",
     log:
@@ -216,7 +217,6 @@ rule ladder:
         "python -m peftscope ladder {wildcards.experiment} {wildcards.field} > {log} 2>&1"
 
 
-# What follows from the code alone is made once for all experiments.
 # Only studies have these: the report asks for them.
 rule study:
     input:
@@ -226,6 +226,7 @@ rule study:
         "src/peftscope/stats.py",
         "src/peftscope/report/study.py",
         "src/peftscope/report/plots.py",
+        "src/peftscope/report/tables.py",
     output:
         report(
             "results/{experiment}/figures/tuning.png",
@@ -261,6 +262,7 @@ rule study:
         "python -m peftscope study {wildcards.experiment} > {log} 2>&1"
 
 
+# What follows from the code alone is made once for all experiments.
 rule memory_curve:
     input:
         CALCULATOR,

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -184,6 +185,7 @@ def report(experiment: cli_rules.ExperimentName) -> None:
     from peftscope.plan import plan_experiment
     from peftscope.report.page import write_report
     from peftscope.report.plots import write_figures, write_ladder
+    from peftscope.report.study import write_study
     from peftscope.report.tables import write_tables
 
     plan = plan_experiment(experiment)
@@ -192,6 +194,9 @@ def report(experiment: cli_rules.ExperimentName) -> None:
     write_figures(experiment)
     for field in plan.ladders:
         write_ladder(experiment, field)
+    if plan.is_study:
+        with suppress(InputError):  # not finished: the report says so
+            write_study(experiment)
     print(write_report(experiment, plan.ladders))
 
 

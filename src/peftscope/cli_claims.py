@@ -50,6 +50,8 @@ def claims(
         for claim in ledger
         if (not ids or claim.id in ids) and (kind is None or any(part.kind == kind for part in claim.parts))
     ]
+    if not chosen:
+        raise InputError(Problem("--kind", f"none of {', '.join(ids or [])} has a part of kind {kind}", "leave it out"))
     quiet_libraries()
     hardware = processor_name()
     found = [
@@ -72,6 +74,8 @@ def claims(
         for part in found[0]["parts"]:
             rule = f"; the claim holds if it {part['rule']}" if part["rule"] else ""
             text = f"{part['measures']}: {spoken_finding(part)}, {part['verdict']}{rule}. {part['reason']}"
+            if part["p_adjusted"] is not None:
+                text += f" p = {part['p_adjusted']:g} after Holm's correction among {part['family']}."
             console.print(text.strip(), markup=False)
             for name, value in part["evidence"].items():
                 console.print(f"  {name}: {value}", markup=False)

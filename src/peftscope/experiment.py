@@ -55,7 +55,7 @@ class Study(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    arms: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], dict[str, Any]], Field(min_length=1)]
     learning_rates: dict[str, Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3)]]
     tuning_seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
     seeds: Annotated[list[NonNegativeInt], Field(min_length=2)]
@@ -68,6 +68,9 @@ class Study(BaseModel):
         unsorted = [arm for arm, rates in self.learning_rates.items() if rates != sorted(set(rates))]
         if unsorted:
             raise ValueError(f"learning_rates of {', '.join(unsorted)} must ascend")
+        for name, seeds in (("tuning_seeds", self.tuning_seeds), ("seeds", self.seeds)):
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"{name} must differ")
         if set(self.tuning_seeds) & set(self.seeds):
             raise ValueError(
                 "tuning_seeds and seeds must not overlap: a rate is judged on seeds that did not choose it"
@@ -97,6 +100,13 @@ class Experiment(BaseModel):
     study: Study | None = None
     exclude: list[Exclusion] = []
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = [0]
+
+    @model_validator(mode="after")
+    def _study_has_its_base(self) -> Experiment:
+        bases = [run for run in self.runs if run.get("method") == "none" and run.get("base_weights", "full") == "full"]
+        if self.study and not bases:
+            raise ValueError("a study needs the untouched base, from which gains are counted: runs: [{method: none}]")
+        return self
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -16,7 +16,6 @@ pairs no exact test can reach p < 0.05.
 
 from __future__ import annotations
 
-import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -27,7 +26,8 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 MOST_PAIRS = 1_000_000
-"""No one runs more."""
+FEWEST_PAIRS = 6
+"""Below, no exact test reaches p < 0.05, and resampled pairs repeat themselves too often to say anything."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,9 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
     mean = float(sample.mean())
     if sample.size == 1:
         return Interval(mean, None, None, 1)
-    error = float(stats.sem(sample))
-    if error == 0:
+    if np.ptp(sample) == 0:
         return Interval(mean, None, None, int(sample.size))
-    low, high = stats.t.interval(confidence, sample.size - 1, loc=mean, scale=error)
+    low, high = stats.t.interval(confidence, sample.size - 1, loc=mean, scale=stats.sem(sample))
     return Interval(mean, float(low), float(high), int(sample.size))
 
 
@@ -77,15 +76,15 @@ def bootstrap_interval(
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
-    """Returns the exact two-sided p of paired differences under flips of their signs.
+    """Returns the two-sided p of paired differences under flips of their signs; exact up to 16 pairs.
 
     >>> sign_flip_p([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     0.03125
     """
-    sample = np.asarray(differences, dtype=float)
-    signs = np.array(list(itertools.product((1.0, -1.0), repeat=sample.size)))
-    sums = np.abs(signs @ sample)
-    return float(np.mean(sums >= abs(sample.sum()) * (1 - 1e-12)))
+    found = stats.permutation_test(
+        (np.asarray(differences, dtype=float),), np.sum, permutation_type="samples", n_resamples=2**16, random_state=0
+    )
+    return float(found.pvalue)
 
 
 def equivalence_interval(differences: Sequence[float], alpha: float = 1 - CONFIDENCE) -> tuple[float, float] | None:
@@ -116,19 +115,22 @@ def trend_p(rows: Sequence[Sequence[float]]) -> float:
     return float(stats.page_trend_test(np.asarray(rows, dtype=float)).pvalue)
 
 
-def pairs_needed(differences: Sequence[float], effect: float, power: float = 0.8) -> int | None:
-    """Returns how many pairs a t test needs to see ``effect`` with this power; None where they show no spread.
+def pairs_needed(
+    differences: Sequence[float], effect: float, power: float = 0.8, alpha: float = 1 - CONFIDENCE
+) -> int | None:
+    """Returns how many pairs a two-sided t test needs to see ``effect`` with this power; None without any spread.
 
     At most ``MOST_PAIRS``.
     """
     from statsmodels.stats.power import TTestPower
 
-    spread = float(np.std(np.asarray(differences, dtype=float), ddof=1))
-    if spread == 0 or effect == 0:
+    sample = np.asarray(differences, dtype=float)
+    if np.ptp(sample) == 0 or effect == 0:
         return None
+    spread = float(np.std(sample, ddof=1))
 
     def reached(pairs: int) -> bool:
-        found = TTestPower().power(abs(effect) / spread, pairs, 1 - CONFIDENCE)
+        found = TTestPower().power(abs(effect) / spread, pairs, alpha)
         return not found < power  # not a number where even two pairs are more than enough
 
     return 2 + bisect_left(range(2, MOST_PAIRS), True, key=reached)
@@ -148,23 +150,40 @@ def paired_p(differences: Sequence[float]) -> float:
     return float(stats.ttest_1samp(sample, 0).pvalue)
 
 
-def false_positive_rate(differences: Sequence[float], resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """Returns how often our rule would call an arm different from itself, and the Monte-Carlo error of that rate.
+@dataclass(frozen=True)
+class FalsePositives:
+    """How often the paired t test would call an arm different from itself, and the range that chance allows."""
+
+    rate: float
+    low: float
+    high: float
+
+
+def false_positives(differences: Sequence[float], resamples: int = 1000, seed: int = 0) -> FalsePositives | None:
+    """Returns how often our rule would call an arm different from itself; None below ``FEWEST_PAIRS``.
 
     Each of the resamples draws as many pairs as there are, with replacement, and tosses a coin over which of the two
-    runs of a pair comes first: there is no difference left but chance. The error is the half-width within which a rate
-    at the nominal level would fall in 95 % of such simulations.
+    runs of a pair comes first: there is no difference left but chance. That few pairs stand for all makes the rate
+    vary from one study to the next; the range holds 95 % of the rates of as many normal pairs.
 
     Args:
         differences: Of runs of the same arm, one a seed; arms that always agree give a rate of 0.
         resamples: How many samples of pairs.
         seed: Of the draws.
     """
+    n = len(differences)
+    if n < FEWEST_PAIRS:
+        return None
     random = np.random.default_rng(seed)
-    sample = np.asarray(differences, dtype=float)
+    rates = [_called_different(random.normal(size=n), resamples, random) for _ in range(500)]
+    low, high = np.quantile(rates, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    rate = _called_different(np.asarray(differences, dtype=float), resamples, random)
+    return FalsePositives(rate, float(low), float(high))
+
+
+def _called_different(sample: np.ndarray, resamples: int, random: np.random.Generator) -> float:
+    """Returns the share of resamples of which ``paired_p`` is below the nominal level."""
     shape = (resamples, sample.size)
     draws = random.choice(sample, shape) * random.choice([-1.0, 1.0], shape)
-    nominal = 1 - CONFIDENCE
-    called = sum(paired_p(draw) < nominal for draw in draws)
-    error = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(nominal * (1 - nominal) / resamples)
-    return called / resamples, error
+    limit = stats.t.ppf((1 + CONFIDENCE) / 2, sample.size - 1)
+    return float(np.mean(np.abs(draws.mean(axis=1)) > limit * stats.sem(draws, axis=1)))

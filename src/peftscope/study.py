@@ -1,7 +1,8 @@
 """What a study found: learning rates, paired differences between arms at their best ones, controls. No torch.
 
 Every arm of a study saw the same batches under the same seed, so that differences are taken seed by seed. Losses are
-nats per response token of held-out items.
+nats per response token of held-out items. A run that diverged stays in its pair, with the loss of the untouched base:
+leaving it out would flatter its arm.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ VALIDATION = "validation_nll_nats_per_token"
 
 @dataclass(frozen=True)
 class Rate:
-    """An arm's best learning rate between its neighbours on the grid, and what was tried."""
+    """An arm's best learning rate between its neighbours among those that were tried, and all of them."""
 
     below: float
     best: float
@@ -59,12 +60,14 @@ class StudyResults:
         table = pd.read_csv(self._folder / "runs.csv", dtype={"comparisons": str})
         return table.fillna({"comparisons": ""})
 
-    @cached_property
-    def _tuned(self) -> dict[str, Any]:
+    def _chosen(self, arm: str) -> dict[str, Any]:
         path = self._folder / "tuned.json"
         if not path.is_file():
             raise self._unfinished("its learning rates are not chosen")
-        return json.loads(path.read_text())["arms"]
+        arms: dict[str, Any] = json.loads(path.read_text())["arms"]
+        if arm not in arms:
+            raise self._unfinished(f"it has no arm `{arm}`")
+        return arms[arm]
 
     @property
     def arms(self) -> list[str]:
@@ -85,7 +88,7 @@ class StudyResults:
 
     def rate(self, arm: str) -> Rate:
         """Returns the learning rate that was chosen for an arm."""
-        chosen = self._tuned[arm]
+        chosen = self._chosen(arm)
         curve = {tried["learning_rate"]: tried["validation_nll"] for tried in chosen["tried"]}
         rates = list(curve)
         best = rates.index(chosen["learning_rate"])
@@ -93,12 +96,15 @@ class StudyResults:
 
     def tuning_runs(self, arm: str, learning_rate: float | None = None) -> pd.DataFrame:
         """Returns the runs that chose an arm's rate, one row each: all, or those at one rate."""
-        tried = self._tuned[arm]["tried"]
+        tried = self._chosen(arm)["tried"]
         names = [run for t in tried if learning_rate in (None, t["learning_rate"]) for run in t["run_ids"]]
-        return self.table.set_index("run_id", drop=False).loc[names]
+        table = self.table.set_index("run_id", drop=False)
+        if not set(names) <= set(table.index):
+            raise self._unfinished("its learning rates were chosen under other settings")
+        return table.loc[names]
 
     def arm_runs(self, arm: str) -> pd.DataFrame:
-        """Returns an arm's finished runs at its chosen rate, one row a seed.
+        """Returns an arm's runs at its chosen rate, one row a seed.
 
         Raises:
             InputError: Some have not been made: nothing is concluded from half a study.
@@ -106,7 +112,7 @@ class StudyResults:
         return self._finished(f"{ARM}{arm}")
 
     def control_runs(self, control: str, arm: str) -> pd.DataFrame:
-        """Returns the finished runs of a control of an arm, one row a seed.
+        """Returns the runs of a control of an arm, one row a seed.
 
         Raises:
             InputError: As for an arm's runs.
@@ -122,28 +128,43 @@ class StudyResults:
 
     def _finished(self, comparison: str) -> pd.DataFrame:
         runs = self.table[self.table["comparisons"].str.split().map(lambda names: comparison in names)]
-        missing = int((runs["status"] == "missing").sum())
-        if missing or runs.empty:
-            done = f"{len(runs) - missing} of {len(runs)} runs done" if len(runs) else "its last runs have not begun"
+        ended = runs["status"].isin(["ok", "diverged"])
+        if not ended.all() or runs.empty:
+            done = f"{ended.sum()} of {len(runs)} runs done" if len(runs) else "its last runs have not begun"
             raise self._unfinished(f"not finished ({done})")
-        return runs[runs["status"] == "ok"]
+        return runs.fillna({HELDOUT: self.base_loss})
+
+    def require_finished(self) -> None:
+        """Raises InputError while runs are missing: nothing is concluded from half a study."""
+        for arm in self.arms:
+            self.arm_runs(arm)
+        for control, arm in self.controls:
+            self.control_runs(control, arm)
 
     @property
     def base_loss(self) -> float:
         """The held-out loss of the untouched base."""
-        runs = self.table[(self.table["method"] == "none") & (self.table["base_weights"] == "full")]
-        if runs.empty or runs[HELDOUT].isna().all():
+        weights = self.table.get("base_weights")
+        runs = self.table[(self.table["method"] == "none") & (weights == "full")]
+        if runs[HELDOUT].isna().all():
             raise self._unfinished("no run of the untouched base")
         return float(runs[HELDOUT].iloc[0])
 
     @property
     def full_gain(self) -> float:
-        """What full fine-tuning gains over the base, in the mean: the yardstick of differences."""
-        return self.base_loss - float(self.arm_runs("full")[HELDOUT].mean())
+        """What full fine-tuning gains over the base, in the mean: the yardstick of differences.
+
+        Raises:
+            InputError: It gains nothing: there is no yardstick.
+        """
+        gain = self.base_loss - float(self.arm_runs("full")[HELDOUT].mean())
+        if gain <= 0:
+            raise self._unfinished(f"full fine-tuning is no better than the base ({gain:.3g} nats per token)")
+        return gain
 
     def training_losses(self) -> pd.Series:
-        """Returns each run's loss in the mean over all steps, by run id."""
-        return pd.read_csv(self._folder / "losses.csv").groupby("run_id")["nll_nats_per_token"].mean()
+        """Returns each run's training loss, indexed by run id and step."""
+        return pd.read_csv(self._folder / "losses.csv").set_index(["run_id", "step"])["nll_nats_per_token"]
 
 
 def paired(first: pd.DataFrame, second: pd.DataFrame, values: pd.Series | str = HELDOUT) -> pd.DataFrame:

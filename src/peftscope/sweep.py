@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -185,8 +185,16 @@ def expand(name: str, device: Device = "cpu") -> Sweep:
     runs: dict[str, RunSpec] = {}
     groups: dict[str, tuple[set[str], dict[str, None]]] = {}
     excluded = [0] * len(experiment.exclude)
-    cells = itertools.chain(_cells(experiment), _study_cells(experiment, tuned_rates(name)))
-    for group, varies, values, origins in cells:
+
+    def chosen_rate(arm: str) -> float | None:
+        """Returns an arm's rate, if it was chosen from the runs that are described now."""
+        _, members = groups.get(f"{TUNING}{arm}", (set(), {}))
+        chosen = tuned.get(arm, {"tried": []})
+        tried = [run for rate in chosen["tried"] for run in rate["run_ids"]]
+        return chosen["learning_rate"] if members and tried == list(members) else None
+
+    tuned = _tuned(name)
+    for group, varies, values, origins in itertools.chain(_cells(experiment), _study_cells(experiment, chosen_rate)):
         exact = {key: f"{path}: {place}" for key, place in origins.items()}
         try:
             spec = resolver.spec(_without_absent(values, origins, resolver, path), f"{path}: {group}", exact)
@@ -309,18 +317,19 @@ def tuned_file(experiment: str) -> Path:
     return Path("results") / experiment / "tuned.json"
 
 
-def tuned_rates(experiment: str) -> dict[str, float]:
-    """Returns the learning rate that was chosen for each arm of a study; empty before the tuning is done."""
+def _tuned(experiment: str) -> dict[str, Any]:
+    """Returns what was chosen for each arm of a study; empty before the tuning is done."""
     path = tuned_file(experiment)
-    if not path.is_file():
-        return {}
-    return {arm: chosen["learning_rate"] for arm, chosen in json.loads(path.read_text())["arms"].items()}
+    return json.loads(path.read_text())["arms"] if path.is_file() else {}
 
 
 def _study_cells(
-    experiment: Experiment, rates: dict[str, float]
+    experiment: Experiment, chosen_rate: Callable[[str], float | None]
 ) -> Iterator[tuple[str, set[str], dict[str, Any], dict[str, str]]]:
-    """Yields a study's cells: what tunes, and once rates were chosen, what is compared at them."""
+    """Yields a study's cells: what tunes, and once rates were chosen, what is compared at them.
+
+    ``chosen_rate`` is asked after all tuning cells were taken.
+    """
     study = experiment.study
     if study is None:
         return
@@ -333,10 +342,11 @@ def _study_cells(
     varies = {"learning_rate", *(key for fields in study.arms.values() for key in fields)}
     varies |= {key for settings in experiment.methods.values() for key in settings}
     for arm, fields in study.arms.items():
-        if arm not in rates:
+        chosen = chosen_rate(arm)
+        if chosen is None:
             continue
         for seed in study.seeds:
-            values = {**fields, "learning_rate": rates[arm], "seed": seed}
+            values = {**fields, "learning_rate": chosen, "seed": seed}
             changes: dict[str, dict[str, Any]] = {
                 "again": {"init_seed": seed + OTHER_INITIALISATION},
                 "still": {"learning_rate": 0},

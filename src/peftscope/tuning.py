@@ -18,7 +18,7 @@ def choose_rates(sweep: Sweep) -> Path:
     A run that diverged has no loss and counts as infinitely bad.
 
     Raises:
-        InputError: A record is missing, or the best rate of an arm is the first or last that was tried.
+        InputError: A record is missing, a run failed, or an arm's best rate is the first or last that was tried.
     """
     arms = {
         comparison.name.removeprefix(TUNING): _tried(sweep, comparison.runs)
@@ -30,8 +30,10 @@ def choose_rates(sweep: Sweep) -> Path:
     for arm, tried in arms.items():
         best = min(tried, key=lambda rate: tried[rate]["validation_nll"])
         rates = sorted(tried)
-        if best in (rates[0], rates[-1]):
-            where = f"{experiment_path(sweep.name)}: study.learning_rates.{arm}"
+        where = f"{experiment_path(sweep.name)}: study.learning_rates.{arm}"
+        if math.isinf(tried[best]["validation_nll"]):
+            problems.append(Problem(where, f"training diverged at all {len(rates)}", "add lower ones"))
+        elif best in (rates[0], rates[-1]):
             end, remedy = ("lowest", "a lower") if best == rates[0] else ("highest", "a higher")
             problems.append(Problem(where, f"the best of {len(rates)} is the {end}, {best:g}", f"add {remedy} one"))
         chosen[arm] = {"learning_rate": best, "tried": [{"learning_rate": r, **_finite(tried[r])} for r in rates]}
@@ -49,6 +51,9 @@ def _tried(sweep: Sweep, runs: tuple[str, ...]) -> dict[float, dict[str, Any]]:
         if not path.is_file():
             raise InputError(Problem(str(path), "no record yet", f"make report EXPERIMENT={sweep.name}"))
         record = read_record(path)
+        if record.status not in ("ok", "diverged"):
+            remedy = "see its train.log; remove its record.json to try again"
+            raise InputError(Problem(str(path), f"{record.status}: {record.reason}", remedy))
         nll = record.quality.validation_nll
         if nll is None and record.status == "ok":
             where = f"{experiment_path(sweep.name)}: fixed.validation_items"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ class PartFinding:
     verdict: Verdict
     reason: str = ""
     found: Measurement | None = None
+    p_adjusted: float | None = None
+    """Of a contrast, after correction in its family."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns the finding with its evidence, numbers rounded to what is reproducible."""
@@ -44,6 +47,8 @@ class PartFinding:
             "model": found.model if found else "",
             "run_ids": list(found.run_ids) if found else [],
             "evidence": {name: rounded(value) for name, value in found.evidence.items()} if found else {},
+            "family": self.part.family,
+            "p_adjusted": rounded(self.p_adjusted),
             "curves": {
                 name: {f"{x:g}": rounded(y) for x, y in curve.items()}
                 for name, curve in (found.curves if found else {}).items()
@@ -131,8 +136,9 @@ def evaluate_part(part: Part, family: Sequence[Part] = ()) -> PartFinding:
     if isinstance(found, str):
         return PartFinding(part, Verdict.NOT_RUN, found)
     assert part.rule is not None
-    verdict, reason = judge(part.rule, found, _adjusted_p(part, found, family))
-    return PartFinding(part, verdict, reason, found)
+    p_adjusted = _adjusted_p(part, found, family)
+    verdict, reason = judge(part.rule, found, p_adjusted)
+    return PartFinding(part, verdict, reason, found, p_adjusted)
 
 
 def _measure(part: Part) -> Measurement | str:
@@ -155,9 +161,11 @@ def _adjusted_p(part: Part, found: Measurement, family: Sequence[Part]) -> float
 
 
 def rounded(value: Quantity | None) -> Quantity | None:
-    """Returns a number with the digits that are reproducible; anything else as it is.
+    """Returns a number with the digits that are reproducible, None for what is no number; anything else as it is.
 
-    >>> rounded(0.123456789), rounded(True), rounded("uint8"), rounded(16777216)
-    (0.123457, True, 'uint8', 16777216)
+    >>> rounded(0.123456789), rounded(True), rounded("uint8"), rounded(16777216), rounded(math.nan)
+    (0.123457, True, 'uint8', 16777216, None)
     """
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return float(f"{value:.{SIGNIFICANT_DIGITS}g}") if isinstance(value, float) else value

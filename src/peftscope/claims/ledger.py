@@ -17,7 +17,7 @@ from peftscope.claims import checks
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.verdict import Rule
 from peftscope.errors import InputError, Problem, close_match
-from peftscope.experiment import EXPERIMENTS, dotted, problems_of, read_yaml
+from peftscope.experiment import EXPERIMENTS, dotted, experiment_path, problems_of, read_experiment, read_yaml
 
 CLAIMS_FILE = EXPERIMENTS / "claims.yaml"
 
@@ -133,4 +133,21 @@ def _problems_of_check(part: Part, where: str) -> list[Problem]:
     except TypeError as error:
         remedy = f"{part.check} takes {', '.join(signature.parameters)}"
         return [Problem(f"{where}.with", str(error), remedy)]
-    return []
+    return _problems_of_study(part, f"{where}.with") if "study" in part.with_ else []
+
+
+def _problems_of_study(part: Part, where: str) -> list[Problem]:
+    """Returns a problem for a study that there is not, and for arms that it does not have."""
+    try:
+        study = read_experiment(experiment_path(str(part.with_["study"]))).study
+    except InputError as error:
+        return [Problem(f"{where}.study", str(problem)) for problem in error.problems]
+    if study is None:
+        return [Problem(f"{where}.study", f"{part.with_['study']} is an experiment without a study")]
+    named = [arm for pair in part.with_.get("arms", {}).items() for arm in pair]
+    named += [part.with_[key] for key in ("arm", "against") if key in part.with_]
+    return [
+        Problem(where, f"{part.with_['study']} has no such arm (got {arm!r})", close_match(str(arm), study.arms))
+        for arm in named
+        if arm not in study.arms
+    ]

@@ -8,7 +8,7 @@ from enum import StrEnum
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from peftscope.claims.measurement import Measurement
-from peftscope.stats import CONFIDENCE, equivalence_interval, pairs_needed
+from peftscope.stats import CONFIDENCE, equivalence_interval, paired_p, pairs_needed
 
 
 class Verdict(StrEnum):
@@ -42,7 +42,9 @@ class Rule(BaseModel):
     absolute: float = Field(0, ge=0, description="tolerance of equals, in the claim's unit")
     at_least: float | None = None
     at_most: float | None = None
-    better_by: float | None = Field(None, ge=0, description="a difference in the claim's favour above 0; at least this")
+    better_by: float | None = Field(
+        None, ge=0, description="a difference in the claim's favour above 0, and at least this"
+    )
     same_within: float | None = Field(None, gt=0, description="a difference between minus and plus this")
 
     @model_validator(mode="after")
@@ -110,37 +112,47 @@ def judge(rule: Rule, found: Measurement, p_adjusted: float | None = None) -> tu
         return Verdict.SUPPORTED, "the whole interval lies where the claim says"
     if found.high < low or high < found.low:
         return Verdict.REFUTED, "the whole interval lies outside of what the claim says"
-    return Verdict.INCONCLUSIVE, _what_is_missing(found, min(abs(found.value - b) for b in (low, high)))
+    return Verdict.INCONCLUSIVE, _what_is_missing(found, min(abs(found.value - b) for b in (low, high)), 1 - CONFIDENCE)
 
 
 def _judge_benefit(least: float, found: Measurement, p_adjusted: float | None) -> tuple[Verdict, str]:
     assert found.low is not None
     assert found.high is not None
-    significant = p_adjusted is None or p_adjusted < 1 - CONFIDENCE
-    if found.low > 0 and not significant:
-        return Verdict.INCONCLUSIVE, f"the interval is above 0, but p = {p_adjusted:.3g} after correction in its family"
-    if found.low > 0 and float(found.value) >= least:
-        return Verdict.SUPPORTED, "the interval is above 0"
-    if found.high < max(0.0, least):
+    if found.low == found.high == 0:
+        return Verdict.REFUTED, "there is no difference at all"
+    decided = found.low > 0 or found.high < 0
+    if decided and p_adjusted is not None and p_adjusted >= 1 - CONFIDENCE:
+        return Verdict.INCONCLUSIVE, f"the interval excludes 0, but p = {p_adjusted:.3g} after correction in its family"
+    if found.low > 0 and found.low >= least:
+        return Verdict.SUPPORTED, "the whole interval lies where the claim says"
+    if found.high < 0 or found.high < least:
         return Verdict.REFUTED, "the interval excludes the claimed benefit"
-    return Verdict.INCONCLUSIVE, _what_is_missing(found, abs(float(found.value)))
+    return Verdict.INCONCLUSIVE, _what_is_missing(found, abs(float(found.value) - least), 1 - CONFIDENCE)
 
 
 def _judge_sameness(margin: float, found: Measurement) -> tuple[Verdict, str]:
     interval = equivalence_interval(found.samples)
     if interval is None:
         return Verdict.INCONCLUSIVE, _NO_INTERVAL.format(n=found.n)
+    differ = ", though the two differ within it" if paired_p(found.samples) < 1 - CONFIDENCE else ""
     if -margin < interval[0] and interval[1] < margin:
-        return Verdict.EQUIVALENT, f"both one-sided tests pass at ±{margin:g}"
+        bounds = f"{interval[0]:.3g} to {interval[1]:.3g}"
+        return Verdict.EQUIVALENT, f"both one-sided tests pass at ±{margin:g} (90 % interval {bounds}){differ}"
     if found.low is not None and found.high is not None and (found.low > margin or found.high < -margin):
         return Verdict.REFUTED, f"the interval lies outside ±{margin:g}"
-    return Verdict.INCONCLUSIVE, _what_is_missing(found, margin)
+    room = margin - abs(float(found.value))
+    if room <= 0:
+        return (
+            Verdict.INCONCLUSIVE,
+            f"the mean lies outside ±{margin:g}, the interval reaches in; more pairs would refute",
+        )
+    return Verdict.INCONCLUSIVE, _what_is_missing(found, room, 2 * (1 - CONFIDENCE))
 
 
-def _what_is_missing(found: Measurement, effect: float) -> str:
-    """Returns how wide the interval is, and how many pairs would tell an effect of this size from zero."""
+def _what_is_missing(found: Measurement, effect: float, alpha: float) -> str:
+    """Returns how wide the interval is, and how many pairs would decide if the mean is where it was found."""
     assert found.low is not None
     assert found.high is not None
     text = f"the interval is too wide (half-width {(found.high - found.low) / 2:.3g})"
-    needed = pairs_needed(found.samples, effect) if len(found.samples) > 1 else None
+    needed = pairs_needed(found.samples, effect, alpha=alpha) if len(found.samples) > 1 else None
     return f"{text}; about {needed} pairs would decide" if needed and needed > len(found.samples) else text

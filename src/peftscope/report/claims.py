@@ -33,7 +33,7 @@ COLOURS = {
 MEANINGS = {
     Verdict.EXACT: "a deterministic check found what is claimed",
     Verdict.SUPPORTED: "the whole interval lies where the claim says",
-    Verdict.EQUIVALENT: "the two are the same within the margin",
+    Verdict.EQUIVALENT: "the two are the same within the margin of the rule",
     Verdict.EXACT_WRONG: "a deterministic check found something else",
     Verdict.REFUTED: "the whole interval lies elsewhere",
     Verdict.INCONCLUSIVE: "what was measured does not decide; the entry says what is missing",

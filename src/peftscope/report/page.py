@@ -12,6 +12,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from peftscope.collect import read_runs, results_folder
+from peftscope.errors import InputError
 from peftscope.estimate import spoken
 from peftscope.experiment import Study, experiment_path, read_experiment
 from peftscope.memory.grid import CENTRE, CHAPTER_RUN, MODEL
@@ -68,8 +69,14 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
 
 
 def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
+    """Returns the section of a study; while it is not finished, only why there is none."""
     folder, study = results_folder(experiment), StudyResults(experiment)
+    try:
+        study.require_finished()
+    except InputError as error:
+        return {"unfinished": str(error)}
     return {
+        "unfinished": "",
         **study_facts(study, settings),
         "tuning": _embedded(folder / "figures" / "tuning.png"),
         "differences": _embedded(folder / "figures" / "differences.png"),

@@ -81,7 +81,7 @@ def publish_experiment(experiment: str) -> list[Path]:
         *sorted(source.glob("figures/*")),
     ]
     for run in read_runs(experiment)["run_id"]:
-        wanted += [source / "runs" / run / name for name in ("record.json", "items.jsonl")]
+        wanted += [source / "runs" / run / "record.json", *(source / "runs" / run).glob("items.jsonl")]
     pages = [page]
     if tuned_file(experiment).is_file():
         wanted.append(tuned_file(experiment))
@@ -100,6 +100,12 @@ def _publish_unfinished(experiment: str) -> list[Path]:
     """Publishes the runs that a study has made so far, without report: ``restore`` lets it go on elsewhere."""
     collect_experiment(expand(experiment))
     source, results = results_folder(experiment), PUBLISHED_RESULTS / experiment
+    lost = {path.parent.name for path in results.glob("runs/*/record.json")} - {
+        path.parent.name for path in source.glob("runs/*/record.json")
+    }
+    if lost:
+        message = f"{len(lost)} published runs are not among these, {min(lost)} for one"
+        raise InputError(Problem(str(source), message, f"peftscope restore {experiment}"))
     wanted = [source / "runs.csv", source / "losses.csv", tuned_file(experiment)]
     wanted += sorted(source.glob("runs/*/record.json")) + sorted(source.glob("runs/*/items.jsonl"))
     _check_sizes(wanted)
@@ -108,7 +114,9 @@ def _publish_unfinished(experiment: str) -> list[Path]:
 
 
 def restore(experiment: str) -> int:
-    """Puts the published runs of an experiment back among its results, and returns how many there were.
+    """Puts the published runs of an experiment back among its results, and returns how many were published.
+
+    A run that is there already is left alone.
 
     Only on demand, for a study that goes on in another sitting: the workflow itself never reads published files.
 
@@ -121,6 +129,8 @@ def restore(experiment: str) -> int:
         raise InputError(Problem(str(source), "no published runs"))
     for path in records:
         folder = target / path.parent.name
+        if (folder / "record.json").is_file():
+            continue
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "spec.json", read_record(path).spec.model_dump(mode="json"))
         for file in sorted(path.parent.iterdir()):

@@ -15,7 +15,7 @@ from peftscope.report.tables import formatted, html
 from peftscope.stats import (
     CONFIDENCE,
     bootstrap_interval,
-    false_positive_rate,
+    false_positives,
     holm,
     mean_interval,
     paired_p,
@@ -28,7 +28,8 @@ CONTROLS = {
     "still": "a learning rate of zero",
     "shuffled": "trained on each other's answers",
 }
-STATISTICS = ("n", "gain", "gain_low", "gain_high", "bootstrap_low", "bootstrap_high", "t_p", "sign_flip_p")
+ENDS = ("", "_low", "_high")
+STATISTICS = ("n", "diverged", "gain", "gain_low", "gain_high", "bootstrap_low", "bootstrap_high", "t_p", "sign_flip_p")
 
 
 def contrasts(study: StudyResults) -> pd.DataFrame:
@@ -37,10 +38,7 @@ def contrasts(study: StudyResults) -> pd.DataFrame:
     Paired by seed; ``holm_p`` is the t test's p, corrected for the number of arms.
     """
     first, *others = study.arms
-    rows = [
-        {"arm": arm, "against": first, **_statistics(gains(study.arm_runs(arm), study.arm_runs(first)))}
-        for arm in others
-    ]
+    rows = [{"arm": arm, "against": first, **_statistics(study.arm_runs(arm), study.arm_runs(first))} for arm in others]
     table = pd.DataFrame(rows, columns=["arm", "against", *STATISTICS])
     tested = table["t_p"].notna()
     return table.assign(holm_p=pd.Series(holm(list(table.loc[tested, "t_p"])), table.index[tested], dtype=float))
@@ -50,19 +48,21 @@ def controls(study: StudyResults) -> pd.DataFrame:
     """Returns one row a control: its gain over the arm itself, and that of both over the base, in nats per token.
 
     For an arm against itself also how often the t test would call the two different, over resampled pairs, and the
-    Monte-Carlo error of that rate at the nominal level.
+    range of that rate that chance allows.
     """
     rows = []
     for control, arm in study.controls:
         runs, own = study.control_runs(control, arm), study.arm_runs(arm)
-        differences = gains(runs, own)
-        row: dict[str, Any] = {"arm": arm, "control": control, **_statistics(differences)}
+        row: dict[str, Any] = {"arm": arm, "control": control, **_statistics(runs, own)}
         row["control_over_base"] = study.base_loss - float(runs[HELDOUT].mean())
         row["arm_over_base"] = study.base_loss - float(own[HELDOUT].mean())
-        if control == "again" and differences:
-            row["called_different"], row["monte_carlo_error"] = false_positive_rate(differences)
+        found = false_positives(gains(runs, own)) if control == "again" else None
+        if found is not None:
+            row |= {
+                f"called_different{end}": v for end, v in zip(ENDS, (found.rate, found.low, found.high), strict=True)
+            }
         rows.append(row)
-    columns = ["control_over_base", "arm_over_base", "called_different", "monte_carlo_error"]
+    columns = ["control_over_base", "arm_over_base", *(f"called_different{end}" for end in ENDS)]
     return pd.DataFrame(rows, columns=["arm", "control", *STATISTICS, *columns])
 
 
@@ -72,13 +72,12 @@ def gains(runs: pd.DataFrame, against: pd.DataFrame) -> list[float]:
     return [float(value) for value in both["second"] - both["first"]]
 
 
-def _statistics(differences: list[float]) -> dict[str, Any]:
+def _statistics(runs: pd.DataFrame, against: pd.DataFrame) -> dict[str, Any]:
+    differences = gains(runs, against)
     interval = mean_interval(differences)
-    if interval is None:
-        return {"n": 0}
-    found: dict[str, Any] = {"n": interval.n, "gain": interval.mean}
-    if interval.n == 1:
-        return found
+    assert interval is not None  # a study has two seeds or more
+    diverged = sum(int((side["status"] == "diverged").sum()) for side in (runs, against))
+    found: dict[str, Any] = {"n": interval.n, "diverged": diverged, "gain": interval.mean}
     below, above = bootstrap_interval(differences)
     return found | {
         "gain_low": interval.mean if interval.low is None else interval.low,
@@ -95,7 +94,7 @@ def readable_contrasts(found: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
     rows = [
         {
             "arm": labels[row["arm"]],
-            "pairs": f"n = {row['n']}",
+            "pairs": f"n = {row['n']}" + (f", {row['diverged']} diverged" if row["diverged"] else ""),
             f"gain over {labels[row['against']]} (nats/token)": _interval(row, "gain"),
             "bootstrap": _bounds(row, "bootstrap"),
             "p, t test": formatted(row["t_p"], ".3g"),
@@ -112,13 +111,14 @@ def readable_controls(found: pd.DataFrame, labels: dict[str, str]) -> pd.DataFra
     rows = [
         {
             "control": f"{labels[row['arm']]}, {CONTROLS[row['control']]}",
-            "pairs": f"n = {row['n']}",
+            "pairs": f"n = {row['n']}" + (f", {row['diverged']} diverged" if row["diverged"] else ""),
             "gain over the arm (nats/token)": _interval(row, "gain"),
             "gain over the base": formatted(row["control_over_base"], ".4f"),
             "the arm's own": formatted(row["arm_over_base"], ".4f"),
-            "called different (%)": "-"
+            "called different (%)": formatted(row["called_different"], ".1f", 0.01),
+            "chance allows (%)": "-"
             if pd.isna(row["called_different"])
-            else f"{100 * row['called_different']:.1f} ± {100 * row['monte_carlo_error']:.1f}",
+            else " to ".join(formatted(row[f"called_different{end}"], ".1f", 0.01) for end in ENDS[1:]),
         }
         for row in found.to_dict("records")
     ]
@@ -188,12 +188,18 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
         "chosen": ", ".join(f"{label} {study.rate(arm).best:g}" for arm, label in labels.items()),
         "base_loss": f"{study.base_loss:.3f}",
         "nominal": f"{100 * (1 - CONFIDENCE):.0f}",
+        "smallest_p": f"{2 / 2 ** len(settings.seeds):.3g}",
     }
 
 
 def write_study(experiment: str) -> None:
-    """Writes contrasts and controls (csv, html), and draws the tuning and the differences."""
+    """Writes contrasts and controls (csv, html), and draws the tuning and the differences.
+
+    Raises:
+        InputError: The study is not finished.
+    """
     study = StudyResults(experiment)
+    study.require_finished()
     tables, figures = (results_folder(experiment) / name for name in ("tables", "figures"))
     tables.mkdir(parents=True, exist_ok=True)
     found, checked = contrasts(study), controls(study)

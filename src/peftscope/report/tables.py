@@ -178,7 +178,7 @@ def readable_runs(runs: pd.DataFrame) -> pd.DataFrame:
         {
             "run": runs["run_id"],
             "ended": ending,
-            "reason": runs["reason"].fillna(""),
+            "reason": runs["reason"].astype(object).fillna(""),
             "seed": runs["seed"].astype(str),
             "held-out NLL": runs["heldout_nll_nats_per_token"].map(lambda v: formatted(v, ".3f")),
             "exact match (%)": runs["exact_match_fraction"].map(lambda v: formatted(v, ".1f", 0.01)),

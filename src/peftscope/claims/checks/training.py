@@ -1,33 +1,39 @@
 """What studies found: best learning rates, and paired differences between arms. Reads tables, trains nothing.
 
-Differences are shares of what full fine-tuning gains over the base in held-out loss.
+Gains are shares of what full fine-tuning gains over the base in held-out loss.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 from peftscope.stats import bootstrap_interval, equivalence_interval, mean_interval, paired_p, sign_flip_p
-from peftscope.study import HELDOUT, VALIDATION, StudyResults, paired
+from peftscope.study import HELDOUT, VALIDATION, Rate, StudyResults, paired
 
 
 def learning_rate_ratio(study: str, arm: str, against: str) -> Measurement:
     """Returns the best learning rate of one arm over another's.
 
-    The bounds are those of the grids: each best rate is known to lie between its neighbours.
+    The bounds are no confidence interval: they place each best rate between its neighbours among those that were tried.
+    The optimum of a parabola through these three, over the logarithm of the rate, stands in the evidence.
     """
     results = StudyResults(study)
     mine, other = results.rate(arm), results.rate(against)
-    curves = {name: results.rate(name).curve for name in (arm, against)}
+    evidence = {f"best rate of {arm}": mine.best, f"best rate of {against}": other.best}
+    fitted = [_fitted_optimum(rate) for rate in (mine, other)]
+    evidence |= {"ratio of fitted optima": fitted[0] / fitted[1], "bounds are the neighbours that were tried": True}
+    curves = {name: rate.curve for name, rate in ((arm, mine), (against, other))}
     return Measurement(
         mine.best / other.best,
         low=mine.below / other.above,
         high=mine.above / other.below,
-        evidence={f"best rate of {arm}": mine.best, f"best rate of {against}": other.best},
+        evidence=evidence,
         curves={name: {x: y for x, y in curve.items() if y is not None} for name, curve in curves.items()},
         axes=("learning rate", "validation loss, nats per token"),
         model=results.subject,
@@ -37,35 +43,89 @@ def learning_rate_ratio(study: str, arm: str, against: str) -> Measurement:
 
 def heldout_gain(study: str, arm: str, against: str) -> Measurement:
     """Returns how much lower an arm's held-out loss is than another's."""
-    return _gain(StudyResults(study), arm, against, HELDOUT)
+    results = StudyResults(study)
+    mine, other = results.arm_runs(arm), results.arm_runs(against)
+    both = paired(mine, other)
+    evidence: dict[str, Quantity] = {
+        f"mean loss of {arm}": float(both["first"].mean()),
+        f"mean loss of {against}": float(both["second"].mean()),
+        "runs that diverged": int((pd.concat([mine, other])["status"] == "diverged").sum()),
+    }
+    for control, of in results.controls:
+        if control == "shuffled":
+            gained = results.base_loss - float(results.control_runs(control, of)[HELDOUT].mean())
+            evidence[f"share of full's gain that {of} reaches on shuffled answers"] = gained / results.full_gain
+    differences = (both["second"] - both["first"]) / results.full_gain
+    return _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]))
+
+
+def furthest(study: str, arms: dict[str, str], margin: float) -> Measurement:
+    """Returns the held-out gain, over an arm of its own, of the arm that speaks most against sameness within a margin.
+
+    That is one whose interval lies outside of it, if there is one, else the one that reaches furthest.
+
+    Args:
+        study: The experiment.
+        arms: Each arm with what it is compared with.
+        margin: As a share of full fine-tuning's gain.
+    """
+    found = {arm: heldout_gain(study, arm, against) for arm, against in arms.items()}
+
+    def against_sameness(arm: str) -> tuple[float, float]:
+        gain = found[arm]
+        assert gain.low is not None
+        assert gain.high is not None
+        reach = equivalence_interval(gain.samples) or (gain.low, gain.high)
+        return max(0.0, gain.low - margin, -gain.high - margin), max(map(abs, reach))
+
+    chosen = max(found, key=against_sameness)
+    evidence: dict[str, Quantity] = {"shown": f"{chosen} against {arms[chosen]}", **found[chosen].evidence}
+    evidence |= {f"mean gain of {arm} over {against}": found[arm].value for arm, against in arms.items()}
+    evidence["margin, nats per token"] = margin * StudyResults(study).full_gain
+    runs = dict.fromkeys(run for gain in found.values() for run in gain.run_ids)
+    return replace(found[chosen], evidence=evidence, run_ids=tuple(runs))
 
 
 def training_gain(study: str, arm: str, against: str) -> Measurement:
     """Returns how much lower an arm's loss is in the mean over all steps, each on batches that it had not yet seen.
 
-    Above 0 the arm learns faster.
+    What the arm began with is in it: a better start counts as well as faster learning.
     """
     results = StudyResults(study)
-    return _gain(results, arm, against, results.training_losses())
+    mine, other = results.arm_runs(arm), results.arm_runs(against)
+    both = paired(mine, other, results.training_losses().groupby("run_id").mean())
+    evidence: dict[str, Quantity] = {
+        f"mean loss of {arm}": float(both["first"].mean()),
+        f"mean loss of {against}": float(both["second"].mean()),
+    }
+    differences = (both["second"] - both["first"]) / results.full_gain
+    return _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]))
 
 
-def furthest_from(study: str, arms: list[str], against: str) -> Measurement:
-    """Returns the held-out gain of the arm whose difference reaches furthest from zero, by its equivalence interval."""
-    found = [heldout_gain(study, arm, against) for arm in arms]
+def steps_ratio(study: str, arm: str, against: str, window: int) -> Measurement:
+    """Returns the steps that an arm needs to reach another's final training loss, over those that the other needs.
 
-    def reach(measured: Measurement) -> float:
-        return max(map(abs, equivalence_interval(measured.samples) or (float(measured.value),)))
-
-    furthest = max(found, key=reach)
-    means = {f"mean gain of {arm}": measured.value for arm, measured in zip(arms, found, strict=True)}
-    runs = dict.fromkeys(run for measured in found for run in measured.run_ids)
-    return replace(furthest, evidence={**furthest.evidence, **means}, run_ids=tuple(runs))
+    Losses are means over ``window`` steps; an arm that does not get there needs all steps.
+    """
+    results = StudyResults(study)
+    smooth = results.training_losses().groupby("run_id").rolling(window).mean().droplevel(0).dropna()
+    runs = [results.arm_runs(name).set_index("seed")["run_id"] for name in (arm, against)]
+    ratios = {}
+    for seed in runs[0].index.intersection(runs[1].index):
+        mine, other = (smooth.xs(of[seed], level="run_id") for of in runs)
+        target = other.iloc[-1]
+        needed = [
+            int(reached.index[0]) if len(reached := curve[curve <= target]) else curve.index[-1]
+            for curve in (mine, other)
+        ]
+        ratios[seed] = needed[0] / needed[1]
+    return _over_seeds(results, pd.Series(ratios), {}, (*runs[0], *runs[1]))
 
 
 def tuning_of_one_arm(study: str, arm: str, against: str, learning_rate: float) -> Measurement:
     """Returns an arm's gain over another at one rate for both, less its gain at the best rate of each.
 
-    From the tuning runs, by their validation loss.
+    From the tuning runs, by the validation loss that chose the best rates: what was chosen looks a little too good.
     """
     results = StudyResults(study)
 
@@ -80,30 +140,29 @@ def tuning_of_one_arm(study: str, arm: str, against: str, learning_rate: float) 
     return _over_seeds(results, fixed - tuned, evidence, runs)
 
 
-def _gain(results: StudyResults, arm: str, against: str, values: pd.Series | str) -> Measurement:
-    mine, other = results.arm_runs(arm), results.arm_runs(against)
-    both = paired(mine, other, values)
-    evidence = {
-        f"mean loss of {arm}": float(both["first"].mean()),
-        f"mean loss of {against}": float(both["second"].mean()),
-    }
-    differences = (both["second"] - both["first"]) / results.full_gain
-    return _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]))
-
-
 def _over_seeds(
-    results: StudyResults, differences: pd.Series, evidence: Mapping[str, Quantity], runs: tuple[str, ...]
+    results: StudyResults, values: pd.Series, evidence: Mapping[str, Quantity], runs: tuple[str, ...]
 ) -> Measurement:
-    values = tuple(map(float, differences))
-    interval = mean_interval(values)
+    sample = tuple(map(float, values))
+    interval = mean_interval(sample)
     if interval is None:
-        raise NotRunError(f"the study `{results.name}` has no pair of runs that ended well")
+        raise NotRunError(f"the study `{results.name}` has no such runs")
     evidence = {**evidence, "full fine-tuning's gain, nats per token": results.full_gain}
     low, high = interval.low, interval.high
     if interval.n > 1:
         if low is None:  # no spread at all
             low = high = interval.mean
-        below, above = bootstrap_interval(values)
+        below, above = bootstrap_interval(sample)
         evidence |= {"bootstrap, lower": below, "bootstrap, upper": above}
-        evidence |= {"paired t, p": paired_p(values), "sign flips, p": sign_flip_p(values)}
-    return Measurement(interval.mean, low, high, interval.n, values, evidence, model=results.subject, run_ids=runs)
+        evidence |= {"paired t, p": paired_p(sample), "sign flips, p": sign_flip_p(sample)}
+    return Measurement(interval.mean, low, high, interval.n, sample, evidence, model=results.subject, run_ids=runs)
+
+
+def _fitted_optimum(rate: Rate) -> float:
+    """Returns the minimum of the parabola through the best rate and its neighbours; the best where one has no loss."""
+    rates = (rate.below, rate.best, rate.above)
+    losses = [loss for x in rates if (loss := rate.curve[x]) is not None]
+    if len(losses) < len(rates):
+        return rate.best
+    curvature, slope, _ = np.polyfit([math.log(x) for x in rates], losses, 2)
+    return math.exp(-slope / (2 * curvature))
