@@ -224,7 +224,7 @@ def test_a_library_that_ignores_the_scale_refutes_alpha_and_confirms_the_bare_fo
     assert verdict("S29") is Verdict.EXACT_WRONG
     assert verdict("S33", part=0) is Verdict.EXACT_WRONG
     assert verdict("S18") is Verdict.EXACT
-    assert verdict("S102") is Verdict.EXACT_WRONG
+    assert verdict("S102", part=1) is Verdict.EXACT_WRONG
 
 
 def test_a_library_that_drops_the_matrices_confirms_dropout_on_the_matrices(monkeypatch: pytest.MonkeyPatch) -> None:

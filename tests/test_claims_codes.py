@@ -234,10 +234,10 @@ def test_training_of_4_bit_weights() -> None:
 def test_finer_codes_would_refute_that_4_bit_training_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """With 4,096 levels, rounding swallows nothing, and the weights learn as well as shadow weights."""
     monkeypatch.setattr(quantised_training, "SHIFTS", (0.05,))
-    assert evaluate_part(part("S51", seeds=1)).verdict == Verdict.EXACT
+    assert evaluate_part(part("S51", 1, seeds=1)).verdict == Verdict.EXACT
     monkeypatch.setattr(functional, "get_4bit_type", lambda name, device: torch.linspace(-1, 1, 4097))
     quantised_training._train.cache_clear()
-    assert evaluate_part(part("S51", seeds=1)).verdict == Verdict.EXACT_WRONG
+    assert evaluate_part(part("S51", 1, seeds=1)).verdict == Verdict.EXACT_WRONG
 
 
 @pytest.mark.slow

@@ -142,7 +142,7 @@ def test_resuming_with_less_than_all_is_another_run() -> None:
     ]
     assert differences[0] == 0
     assert min(differences[1:]) > 1
-    assert verdict("S79") is WRONG
+    assert verdict("S79", 2) is WRONG
 
 
 # Verdicts follow the libraries
@@ -184,13 +184,13 @@ def test_overhead_follows_merging(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_undoing_follows_unmerging(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (verdict("S75", 0), verdict("S75", 1), verdict("S77", 0)) == (WRONG, WRONG, WRONG)
+    assert (verdict("S75", 0), verdict("S75"), verdict("S77", 0)) == (WRONG, WRONG, WRONG)
     monkeypatch.setattr(LoraModel, "unmerge_adapter", lambda self: None)
-    assert (verdict("S75", 0), verdict("S75", 1)) == (EXACT, EXACT)
+    assert (verdict("S75", 0), verdict("S75")) == (EXACT, EXACT)
 
 
 def test_undoing_follows_what_was_merged(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("S75") is WRONG
+    assert verdict("S75", 1) is WRONG
     original = Linear.merge
 
     def twice(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -198,7 +198,7 @@ def test_undoing_follows_what_was_merged(monkeypatch: pytest.MonkeyPatch) -> Non
         self.base_layer.weight.data += self.get_delta_weight("first")
 
     monkeypatch.setattr(Linear, "merge", twice)
-    assert verdict("S75") is EXACT
+    assert verdict("S75", 1) is EXACT
 
 
 def test_snippet_follows_its_imports(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,9 +227,9 @@ def test_requantising_follows_the_storage(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_resuming_follows_the_optimizer_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (verdict("S79", 1), verdict("S79", 2)) == (EXACT, EXACT)
+    assert (verdict("S79", 1), verdict("S79")) == (EXACT, EXACT)
     monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda self, state: None)
-    assert verdict("S79", 2) is WRONG
+    assert verdict("S79", 1) is WRONG
 
 
 def test_sums_follow_the_combination(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,10 +73,17 @@ def write_study_file(write_experiment) -> Callable[..., None]:
     return write
 
 
-def record(run: str, *, validation: float | None = None, heldout: float | None = None, status: str = "ok") -> None:
+def record(
+    run: str,
+    *,
+    validation: float | None = None,
+    heldout: float | None = None,
+    status: str = "ok",
+    losses: list[float] | None = None,
+) -> None:
     spec = expand("mine").runs[run]
     quality = Quality(validation_nll=validation, heldout_nll=heldout)
-    losses = [3.0, 2.0, 2.0 if heldout is None else heldout]
+    losses = losses or [3.0, 2.0, 2.0 if heldout is None else heldout]
     path = Path("results/mine/runs") / run / "record.json"
     write_record(path, RunRecord(run_id=run, status=status, spec=spec, quality=quality, train_nll=losses))
 
@@ -266,9 +273,9 @@ def test_the_section_of_the_report_has_its_tables_and_figures(finished: StudyRes
         assert (folder / "figures" / f"{name}.png").stat().st_size > 10_000
     pd.testing.assert_frame_equal(pd.read_csv(folder / "tables" / "contrasts.csv"), contrasts(finished))
     shown = (folder / "tables" / "controls.html").read_text()
-    assert all(f"lora, {name}" in html.unescape(shown) for name in CONTROLS.values())
+    assert all(f"LoRA, {name}" in html.unescape(shown) for name in CONTROLS.values())
     facts = study_facts(finished, expand("mine").experiment.study)
-    assert facts["chosen"] == "full 0.0001, lora 0.001, thin 0.001"
+    assert facts["chosen"] == "full fine-tuning 0.0001, LoRA 0.001, LoRA, thin 0.001"
     assert (facts["seeds"], facts["fewest_rates"], facts["base_loss"]) == (6, 3, "3.000")
 
 
@@ -300,12 +307,18 @@ def test_a_narrow_difference_outside_the_margin_speaks_louder_than_a_wide_one(tu
     assert judge(Rule(same_within=0.05), found)[0] == Verdict.REFUTED
 
 
-def test_claims_count_the_steps_to_the_others_last_loss(finished: StudyResults) -> None:
-    """Losses of 3, 2 and the held-out loss: what ends lower is there at the last step, what ends higher never."""
-    found = training.steps_ratio("mine", "lora", "full", window=1)
-    assert found.samples == (1.0,) * 6
-    again = training.steps_ratio("mine", "full", "thin", window=2)
-    assert again.value == 1 and again.low == again.high == 1
+def test_claims_count_the_steps_to_the_others_last_loss(tuned: None) -> None:
+    record_comparison()
+    for arm, losses in (("lora", [3.0, 1.0, 0.9]), ("full", [3.0, 2.0, 1.0]), ("thin", [3.0, 2.5, 2.5])):
+        for run in members(f"arm-{arm}"):
+            record(run, heldout=1.0, losses=losses)
+    collect_experiment(expand("mine"))
+    earlier = training.steps_saved("mine", "lora", "full", window=1)
+    assert earlier.samples == pytest.approx([1 - 2 / 3] * 6) and earlier.low == earlier.high
+    never = training.steps_saved("mine", "thin", "full", window=1)
+    assert never.value == 0 and judge(Rule(better_by=0), never)[0] == Verdict.REFUTED
+    # Means over two steps: 2, 0.95 against 2.5, 1.5.
+    assert training.steps_saved("mine", "lora", "full", window=2).value == 0
 
 
 def test_claims_know_a_best_rate_up_to_its_neighbours(finished: StudyResults) -> None:
@@ -385,7 +398,7 @@ def test_the_report_of_half_a_study_says_so(tuned: None, toy: Path) -> None:
     record_comparison()
     report("mine")
     page = Path("reports/mine/report.html").read_text()
-    assert "runs done" not in page and 'id="tuning"' in page and "Rings mark what was chosen: full 0.0001" in page
+    assert "runs done" not in page and 'id="tuning"' in page and "Rings mark what was chosen: full fine-tuning 0.0001" in page
 
 
 # A second sitting.

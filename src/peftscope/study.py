@@ -77,9 +77,12 @@ class StudyResults:
 
     @property
     def labels(self) -> dict[str, str]:
-        """The arms' names for people: their methods' where each has its own."""
-        methods = {arm: str(self.tuning_runs(arm)["label"].iloc[0]) for arm in self.arms}
-        return methods if len(set(methods.values())) == len(methods) else {arm: arm for arm in methods}
+        """The arms' names for people: their method's, with the arm's own where another arm has the same method."""
+        found: dict[str, str] = {}
+        for arm in self.arms:
+            method = str(self.tuning_runs(arm)["label"].iloc[0])
+            found[arm] = f"{method}, {arm}" if method in found.values() else method
+        return found
 
     @property
     def subject(self) -> str:

@@ -72,10 +72,11 @@ class Rule(BaseModel):
         return low, math.inf if self.at_most is None else self.at_most
 
     def __str__(self) -> str:
+        """Returns what follows "the claim holds if it"."""
         if self.same_within is not None:
-            return f"within ±{self.same_within:g} of each other"
+            return f"is within ±{self.same_within:g} of the other"
         if self.better_by is not None:
-            return "better" + (f" by {self.better_by:g} or more" if self.better_by else "")
+            return "is better" + (f" by {self.better_by:g} or more" if self.better_by else "")
         if self.equals is not None:
             if isinstance(self.equals, bool | str):
                 return f"is {str(self.equals).lower() if isinstance(self.equals, bool) else self.equals}"
@@ -83,8 +84,8 @@ class Rule(BaseModel):
             return f"is {self.equals:g}" + (f" ± {100 * self.relative:g} %" if self.relative else tolerance)
         low, high = self.bounds()
         if math.isinf(high):
-            return f"at least {low:g}"
-        return f"at most {high:g}" if math.isinf(low) else f"{low:g} to {high:g}"
+            return f"is at least {low:g}"
+        return f"is at most {high:g}" if math.isinf(low) else f"is {low:g} to {high:g}"
 
 
 def judge(rule: Rule, found: Measurement, p_adjusted: float | None = None) -> tuple[Verdict, str]:

@@ -142,6 +142,41 @@ def smallest_increase(changes: list[Run], run: Run, model: str = MODEL, how: How
     return Measurement(min(steps) / GB, evidence=evidence, n=len(steps), model=model)
 
 
+def largest_distance(run: Run, gigabytes: float, model: str = MODEL) -> Measurement:
+    """Returns how far the peak is from a figure over ``LENGTHS``, where it is furthest, in percent of the figure.
+
+    Scanned in closed form; where it is furthest it is simulated.
+    """
+    peaks = {length: _allocated(_peaks(model, {**run, "seq_len": length})) / GB for length in LENGTHS}
+    furthest = max(peaks, key=lambda length: abs(peaks[length] - gigabytes))
+    simulated = _allocated(_answer(model, {**run, "seq_len": furthest})) / GB
+    evidence = {f"peak, {length} tokens, GB": peak for length, peak in peaks.items()}
+    evidence |= {"furthest at, tokens": furthest, "simulated there, GB": simulated}
+    return Measurement(100 * abs(simulated / gigabytes - 1), evidence=evidence, n=len(LENGTHS), model=model)
+
+
+def share_in_range(
+    kinds: list[str], run: Run, low: float, high: float, batch_sizes: tuple[int, ...], model: str = MODEL
+) -> Measurement:
+    """Returns the share of settings in which kinds of tensors take ``low`` to ``high`` GB at the peak; closed form.
+
+    Over ``LENGTHS``, the batch sizes, and activations kept or recomputed.
+    """
+    curves: dict[str, dict[float, float]] = {}
+    for size in batch_sizes:
+        for name, again in (("kept", False), ("recomputed", True)):
+            settings = {float(n): {**run, "batch_size": size, "seq_len": n, "checkpointing": again} for n in LENGTHS}
+            curves[f"batch {size}, {name}"] = {
+                n: sum(_parts(_answer(model, options, "formula")).get(kind, 0) for kind in kinds) / GB
+                for n, options in settings.items()
+            }
+    sizes = [size for curve in curves.values() for size in curve.values()]
+    share = sum(low <= size <= high for size in sizes) / len(sizes)
+    evidence = {"smallest, GB": min(sizes), "largest, GB": max(sizes)}
+    axes = ("tokens in a sequence", "at the peak, GB")
+    return Measurement(share, evidence=evidence, curves=curves, axes=axes, n=len(sizes), model=model)
+
+
 def savings(without: dict[str, Run], run: Run, model: str = MODEL) -> Measurement:
     """Returns how many parts of a recipe make torch's peak smaller by themselves; closed form.
 

@@ -102,24 +102,21 @@ def training_gain(study: str, arm: str, against: str) -> Measurement:
     return _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]))
 
 
-def steps_ratio(study: str, arm: str, against: str, window: int) -> Measurement:
-    """Returns the steps that an arm needs to reach another's final training loss, over those that the other needs.
+def steps_saved(study: str, arm: str, against: str, window: int) -> Measurement:
+    """Returns how many steps an arm saves on the way to another's last training loss, as a share of the other's steps.
 
     Losses are means over ``window`` steps; an arm that does not get there needs all steps.
     """
     results = StudyResults(study)
     smooth = results.training_losses().groupby("run_id").rolling(window).mean().droplevel(0).dropna()
     runs = [results.arm_runs(name).set_index("seed")["run_id"] for name in (arm, against)]
-    ratios = {}
+    saved = {}
     for seed in runs[0].index.intersection(runs[1].index):
         mine, other = (smooth.xs(of[seed], level="run_id") for of in runs)
-        target = other.iloc[-1]
-        needed = [
-            int(reached.index[0]) if len(reached := curve[curve <= target]) else curve.index[-1]
-            for curve in (mine, other)
-        ]
-        ratios[seed] = needed[0] / needed[1]
-    return _over_seeds(results, pd.Series(ratios), {}, (*runs[0], *runs[1]))
+        reached = [curve.index[curve <= other.iloc[-1]] for curve in (mine, other)]
+        needed = [steps.min() if len(steps) else mine.index.max() for steps in reached]
+        saved[seed] = 1 - needed[0] / needed[1]
+    return _over_seeds(results, pd.Series(saved), {}, (*runs[0], *runs[1]))
 
 
 def tuning_of_one_arm(study: str, arm: str, against: str, learning_rate: float) -> Measurement:
