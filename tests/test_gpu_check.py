@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from peftscope.memory import gpu_check
+from peftscope.memory import gpu_check, gpu_measure
 from peftscope.memory.gpu_check import (
-    CudaPeaks,
     Job,
     card_jobs,
     check_all,
@@ -24,12 +23,9 @@ from peftscope.memory.gpu_check import (
     compared,
     found_card,
     make_job,
-    measure,
-    predict,
-    random_base,
-    random_batch,
     summary,
 )
+from peftscope.memory.gpu_measure import CudaPeaks, measure, predict, random_base, random_batch
 from peftscope.memory.hardware import CUBLAS_HOPPER_BYTES, GPUS, Gpu
 from peftscope.memory.question import Model
 from peftscope.memory.shapes import ModelShape
@@ -213,7 +209,7 @@ def test_peaks_of_the_allocator_stand_in_for_the_tracker(one_thread: None, monke
 
     monkeypatch.setattr(torch.cuda, "memory_stats", statistics)
     used = iter([100, 120])
-    monkeypatch.setattr(gpu_check, "used_bytes", lambda: next(used))
+    monkeypatch.setattr(gpu_measure, "used_bytes", lambda: next(used))
     question = job_of("lora").question
     spec = question.spec.model_copy(update={"device": "cpu"})
     model, loss_function = apply_method(random_base(question, "cpu"), spec, spec.method.build_empty)

@@ -398,7 +398,11 @@ def test_the_report_of_half_a_study_says_so(tuned: None, toy: Path) -> None:
     record_comparison()
     report("mine")
     page = Path("reports/mine/report.html").read_text()
-    assert "runs done" not in page and 'id="tuning"' in page and "Rings mark what was chosen: full fine-tuning 0.0001" in page
+    assert (
+        "runs done" not in page
+        and 'id="tuning"' in page
+        and "Rings mark what was chosen: full fine-tuning 0.0001" in page
+    )
 
 
 # A second sitting.

@@ -1,0 +1,224 @@
+"""A run as the GPU check makes it: random weights of the right shape, two equal training steps and an evaluation.
+
+Its peaks, predicted and measured, phase by phase.
+"""
+
+from __future__ import annotations
+
+import gc
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers import AutoHfQuantizer
+
+from peftscope.data.batching import Batch, Example, collate
+from peftscope.memory.allocator import reserved_bytes
+from peftscope.memory.answer import peaks_of
+from peftscope.memory.hardware import CUBLAS_BYTES
+from peftscope.memory.question import Question
+from peftscope.memory.simulate import empty_batch, simulate
+from peftscope.memory.trace import PHASES, Peak
+from peftscope.memory.tracker import MemoryTracker, tensors_of
+from peftscope.models.load import (
+    DTYPES,
+    attention,
+    bitsandbytes_config,
+    disable_weight_repacking,
+    training_attention,
+)
+from peftscope.training.build import apply_method
+from peftscope.training.probe import track_evaluation, track_steps
+from peftscope.training.step import make_optimizer
+
+WEIGHT_STD = 0.02
+"""Of random weights, as transformers draws them: large enough for a finite loss, and no size depends on it."""
+
+
+def predict(question: Question) -> dict[str, Any]:
+    """Returns the simulation's bytes: ``phases``, ``reserved`` and ``device``; loading is left out."""
+    spec = question.spec
+    width, responses = spec.seq_len, question.responses
+    cublas = question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES
+    training, evaluation = simulate(
+        spec,
+        _config_of(question),
+        [empty_batch(rows=spec.batch_size, width=width, responses=responses)] * 2,
+        empty_batch(rows=spec.eval_batch_size, width=width, responses=responses),
+        cublas,
+    )
+    assert evaluation is not None
+    peaks = peaks_of(question, training, evaluation)
+    reserved = max(reserved_bytes(training), reserved_bytes(evaluation))
+    return {
+        "phases": {phase: peaks.phases[phase] for phase in PHASES},
+        "reserved": reserved,
+        "device": reserved + peaks.device_bytes - peaks.reserved_bytes,
+    }
+
+
+def measure(question: Question, device: str) -> dict[str, Any]:
+    """Runs two training steps and an evaluation on random weights, and returns the bytes that they took.
+
+    The starting points of LoftQ and PiSSA are not computed: they take minutes, and no tensor more.
+
+    Args:
+        question: Says what; it must not be packed.
+        device: ``cpu``, where only tensors are known, or ``cuda``, in a process that has not used it.
+
+    Returns:
+        ``phases`` and, on CUDA: ``reserved``; ``requested`` before the allocator rounds; ``device``, all that NVML sees
+        in use on the card, or None; and ``workspace`` of cuBLAS.
+
+    Raises:
+        torch.OutOfMemoryError: The card is too small.
+    """
+    spec = question.spec.model_copy(update={"device": device})
+    model, loss_function = apply_method(random_base(question, device), spec, spec.method.build_empty)
+    batch = random_batch(question, spec.batch_size).to(device)
+    training: Any = MemoryTracker(tensors_of(model, batch)) if device == "cpu" else CudaPeaks()
+    optimizer = make_optimizer(model, spec)
+    track_steps(training, model, [batch, batch], optimizer, spec, loss_function)
+    # An evaluation is predicted for a model without anything of its training.
+    del optimizer, batch
+    loss_function.nll = None
+    batch = random_batch(question, spec.eval_batch_size).to(device)
+    evaluation: Any = MemoryTracker(tensors_of(model)) if device == "cpu" else CudaPeaks()
+    with attention(model, spec.attention):
+        track_evaluation(evaluation, model, batch, spec)
+    found = {
+        "phases": {name: peak.size for part in (training, evaluation) for name, peak in part.trace.peaks().items()}
+    }
+    if device == "cpu":
+        return found
+    used = [part.used for part in (training, evaluation) if part.used is not None]
+    return found | {
+        "reserved": max(training.reserved, evaluation.reserved),
+        "requested": max(training.requested, evaluation.requested),
+        "device": max(used, default=None),
+        "workspace": _workspace_bytes(),
+    }
+
+
+def random_base(question: Question, device: str) -> Any:
+    """Returns what ``load_base`` returns, with random weights; a 4-bit model is quantised layer by layer."""
+    spec = question.spec
+    quantization = spec.method.quantization()
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            _config_of(question), dtype=DTYPES[spec.precision], attn_implementation=training_attention(spec)
+        )
+    quantizer = AutoHfQuantizer.from_config(bitsandbytes_config(quantization)) if quantization else None
+    if quantizer:
+        quantizer.preprocess_model(model=base, device_map={"": device})
+    for module in base.modules():
+        if type(module).__name__ == "Linear4bit":
+            _quantise_random(module, device)
+        else:
+            module.to_empty(device=device, recurse=False)
+    base.init_weights()
+    if quantizer:
+        quantizer.postprocess_model(base)
+        disable_weight_repacking(base)
+    base.config.use_cache = False
+    return base
+
+
+def _quantise_random(layer: Any, device: str) -> None:
+    """Gives a 4-bit layer on ``meta`` random weights, as transformers gives it those of a checkpoint."""
+    from bitsandbytes.nn import Params4bit
+
+    empty = layer.weight
+    weight = torch.empty(empty.shape, dtype=torch.bfloat16, device=device).normal_(std=WEIGHT_STD)
+    layer.weight = Params4bit(weight, requires_grad=False, **vars(empty)).to(device)
+    if layer.bias is not None:
+        layer.bias = torch.nn.Parameter(torch.zeros(layer.bias.shape, dtype=torch.bfloat16, device=device), False)
+    layer._is_hf_initialized = True
+
+
+def random_batch(question: Question, rows: int) -> Batch:
+    """Returns a batch of random tokens, every row of the question's length with its number of response tokens.
+
+    One position is padding: without any, transformers leaves out the mask that padded batches have.
+    """
+    spec, vocabulary = question.spec, question.model.config["vocab_size"]
+    tokens = torch.randint(vocabulary, (rows, spec.seq_len)).tolist()
+    prompt = spec.seq_len - question.responses
+    batch = collate([Example(tuple(row), prompt) for row in tokens], pad_token_id=0)
+    batch.attention_mask[0, -1] = 0
+    return batch
+
+
+def _config_of(question: Question) -> Any:
+    fields = dict(question.model.config)
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+class CudaPeaks(nullcontext[None]):
+    """Stands where a ``MemoryTracker`` and its trace do, and reads the peaks that torch's CUDA allocator keeps.
+
+    Attributes:
+        reserved: Largest reserved bytes.
+        requested: Largest sum of the sizes that were asked for.
+        used: Largest number of bytes that NVML saw in use on the card; None: NVML gives no answer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reserved = self.requested = 0
+        self.used: int | None = None
+        self._phase = ""
+        self._peaks: dict[str, int] = {}
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+    @property
+    def trace(self) -> CudaPeaks:
+        """Itself."""
+        return self
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Does nothing: the allocator knows every tensor."""
+
+    def begin(self, phase: str) -> None:
+        """Ends a phase and begins another; the empty one is the time outside of steps."""
+        torch.cuda.synchronize()
+        if self._phase:
+            statistics = torch.cuda.memory_stats()
+            self._peaks[self._phase] = max(self._peaks.get(self._phase, 0), statistics["allocated_bytes.all.peak"])
+            self.reserved = max(self.reserved, statistics["reserved_bytes.all.peak"])
+            self.requested = max(self.requested, statistics["requested_bytes.all.peak"])
+        if not phase:
+            # The cache still holds what the step took.
+            used = used_bytes()
+            self.used = used if self.used is None or used is None else max(self.used, used)
+        torch.cuda.reset_peak_memory_stats()
+        self._phase = phase
+
+    def peaks(self) -> dict[str, Peak]:
+        """Returns the allocated peak of each phase."""
+        return {phase: Peak(size, 0) for phase, size in self._peaks.items()}
+
+
+def used_bytes() -> int | None:
+    """Returns the bytes in use on the first card, whoever uses them; None: NVML gives no answer."""
+    try:
+        import pynvml
+
+        properties: Any = torch.cuda.get_device_properties(0)
+        # By PCI address, because CUDA_VISIBLE_DEVICES renumbers torch's cards and not NVML's.
+        address = f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByPciBusId(address.encode())
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+    except Exception:  # NVML is optional: without it the device's columns stay empty
+        return None
+
+
+def _workspace_bytes() -> int:
+    """Returns what cuBLAS's workspaces, one for each stream and handle, take of the allocated bytes; frees them."""
+    before = torch.cuda.memory_allocated()
+    torch._C._cuda_clearCublasWorkspaces()
+    return before - torch.cuda.memory_allocated()
