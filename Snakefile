@@ -78,10 +78,13 @@ rule train:
     threads: workflow.cores
     resources:
         gpu=PLAN.gpus,
+        # Another interval: set-resources in a profile.
+        checkpoint_seconds=300,
     params:
         spec=PLAN.spec_json,
     shell:
-        "python -m peftscope run {params.spec:q} --threads {threads} --output $(dirname {output.record:q}) > {log} 2>&1"
+        # exec: the job is Snakemake's own child, and dies with it.
+        "exec python -m peftscope run {params.spec:q} --threads {threads} --output $(dirname {output.record:q}) --checkpoint-seconds {resources.checkpoint_seconds} > {log} 2>&1"
 
 
 # A study's learning rates: the runs that are compared at them follow from what the first ones found.

@@ -54,27 +54,45 @@ def run(
     spec: Spec,
     output: Annotated[Path | None, typer.Option(help="Folder of the run; default results/single/runs/RUN_ID.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")] = 0,
+    checkpoint_seconds: Annotated[
+        float, typer.Option(min=0, help="Between two checkpoints; a stopped run goes on from the last one.")
+    ] = 300,
 ) -> None:
     """Train and measure one run; writes its record whatever happens."""
     from peftscope.device import detect_device
     from peftscope.plan import check_disk, check_fetched, check_runs
-    from peftscope.process import Interrupted, raise_on_signals, seconds_since_process_start, survive_child
-    from peftscope.record import RunRecord, Status, write_json, write_record
+    from peftscope.process import die_with_parent, locked, seconds_since_process_start
+    from peftscope.record import finished_record, state_folder, write_json, write_record
     from peftscope.spec import run_id
     from peftscope.sweep import spec_from
 
     began = time.perf_counter() - seconds_since_process_start()
+    die_with_parent()
     values, path = _read_spec(spec)
     resolved = spec_from(values, path, detect_device())
-    runs = {run_id(resolved): resolved}
+    identity = run_id(resolved)
+    runs = {identity: resolved}
     problems = check_runs(runs, str(path)) + check_disk(runs) + check_fetched(resolved)
     if problems:
         raise InputError(problems)
-    folder = output or Path("results/single/runs") / run_id(resolved)
-    write_json(folder / "spec.json", resolved.model_dump(mode="json"))
+    folder = output or Path("results/single/runs") / identity
+    with locked(state_folder(folder) / "lock"):
+        write_json(folder / "spec.json", resolved.model_dump(mode="json"))
+        record = finished_record(folder, identity)
+        if record is not None:
+            write_record(folder / "record.json", record)
+            errors.print(f"{identity}: {record.status}, as an earlier job found; remove {folder} to run it again")
+            return
+        _run_in_child(resolved, folder, began, threads, checkpoint_seconds)
+
+
+def _run_in_child(spec: RunSpec, folder: Path, began: float, threads: int, checkpoint_seconds: float) -> None:
+    from peftscope.process import Interrupted, raise_on_signals, survive_child
+    from peftscope.record import RunRecord, Status, write_record
+    from peftscope.spec import run_id
 
     def end_early(status: Status, reason: str, name: str) -> None:
-        record = RunRecord(run_id=run_id(resolved), status=status, reason=reason, spec=resolved)
+        record = RunRecord(run_id=run_id(spec), status=status, reason=reason, spec=spec)
         write_record(folder / name, record)
         errors.print(f"{record.run_id}: {status}, {reason}", soft_wrap=True)
 
@@ -87,7 +105,7 @@ def run(
         return
     raise_on_signals()
     try:
-        record = _execute(resolved, folder, began, threads)
+        record = _execute(spec, folder, began, threads, checkpoint_seconds)
     except Interrupted as error:
         if not (folder / "interrupted.json").is_file():
             end_early("interrupted", str(error), "interrupted.json")
@@ -99,7 +117,7 @@ def run(
     os._exit(0)
 
 
-def _execute(spec: RunSpec, folder: Path, began: float, threads: int) -> RunRecord:
+def _execute(spec: RunSpec, folder: Path, began: float, threads: int, checkpoint_seconds: float) -> RunRecord:
     """Imports what the run needs, runs it and returns its record."""
     # Nothing that a run reads comes from a hub: fetching is another command. Without this, libraries ask one and wait.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -119,7 +137,7 @@ def _execute(spec: RunSpec, folder: Path, began: float, threads: int) -> RunReco
         torch.set_num_threads(threads)
     phases = Phases(spec.device, began)
     phases.mark_imported()
-    return execute(spec, folder, phases)
+    return execute(spec, folder, phases, checkpoint_seconds)
 
 
 def _read_spec(text: str) -> tuple[dict[str, Any], Path]:

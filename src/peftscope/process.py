@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import os
 import signal
+import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from peftscope.errors import InputError, Problem
+
+_PR_SET_PDEATHSIG = 1
+LOCK_SECONDS = 30
+"""How long a job waits for one that is just ending."""
 
 
 class Interrupted(BaseException):
@@ -25,6 +36,29 @@ def raise_on_signals() -> None:
     signal.signal(signal.SIGINT, stop)
 
 
+@contextmanager
+def stops_between_steps() -> Iterator[Callable[[], str]]:
+    """Within, a first SIGINT or SIGTERM waits for the next question about it; a second one raises ``Interrupted``.
+
+    Yields:
+        A function that returns what to say about the signal that came, or nothing.
+    """
+    came: list[str] = []
+
+    def note(number: int, frame: Any) -> None:
+        said = f"stopped by {signal.Signals(number).name}"
+        if came:
+            raise Interrupted(said)
+        came.append(said)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: came[0] if came else ""
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def seconds_since_process_start() -> float:
     """Returns the age of this process.
 
@@ -38,6 +72,40 @@ def seconds_since_process_start() -> float:
         return time.time() - psutil.Process().create_time()
 
 
+def die_with_parent() -> None:
+    """Asks the kernel for a SIGTERM when the parent dies; only Linux can.
+
+    Without it, the jobs of a workflow that was killed go on, beside those of the next one.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Holds a file's lock, which ends with the process however that ends.
+
+    Raises:
+        InputError: Another process holds it.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+") as handle:
+        for _ in range(LOCK_SECONDS):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(1)
+        else:
+            handle.seek(0)
+            message = f"process {handle.read().strip() or '?'} makes this run at the moment"
+            raise InputError(Problem(str(file.parent.parent), message, "wait for it, or stop it"))
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+
+
 def survive_child() -> signal.Signals | None:
     """Forks; returns None in the child, and in the parent the signal that killed the child.
 
@@ -46,6 +114,7 @@ def survive_child() -> signal.Signals | None:
     """
     child = os.fork()
     if child == 0:
+        die_with_parent()
         return None
 
     def hand_on(number: int, frame: Any) -> None:

@@ -17,6 +17,8 @@ from peftscope.spec import RunSpec
 SCHEMA_VERSION = 1
 
 Status = Literal["ok", "oom", "diverged", "failed", "interrupted"]
+FINAL: tuple[Status, ...] = ("ok", "oom", "diverged")
+"""What another attempt would only find again."""
 
 
 class _Part(BaseModel):
@@ -149,6 +151,11 @@ class RunRecord(_Part):
     provenance: dict[str, Any] = {}
 
 
+def state_folder(run: Path) -> Path:
+    """Returns where a run's folder keeps what outlives a job: checkpoints, the finished record, the lock."""
+    return run / "state"
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +185,16 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def finished_record(run: Path, identity: str) -> RunRecord | None:
+    """Returns the record of a run that ended in an earlier job, None if it did not or its files are not all there."""
+    try:
+        record = read_record(state_folder(run) / "record.json")
+    except (InputError, OSError):
+        return None
+    whole = record.status != "ok" or (run / "items.jsonl").is_file()
+    return record if record.run_id == identity and record.status in FINAL and whole else None
 
 
 def read_record(path: Path) -> RunRecord:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from peftscope.memory.shapes import ModelShape
     from peftscope.spec import RunSpec
 
+IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+"""What PEFT's rank allocator keeps of every trained value."""
+
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -80,6 +83,18 @@ class AdaLoRA(Method):
     def after_optimizer_step(self, model: Any, step: int) -> None:
         """Lets PEFT update the importance scores and mask triplets; the HF Trainer does not call this."""
         model.base_model.update_and_allocate(step)
+
+    def training_state(self, model: Any) -> dict[str, Any]:
+        """Returns PEFT's importance scores and the ranks that it kept last."""
+        allocator = model.base_model.rankallocator
+        scores = {name: getattr(allocator, name) for name in IMPORTANCE}
+        return {**scores, "rank_pattern": model.peft_config["default"].rank_pattern}
+
+    def load_training_state(self, model: Any, state: dict[str, Any]) -> None:
+        """Puts the scores and the ranks back."""
+        for name in IMPORTANCE:
+            setattr(model.base_model.rankallocator, name, state[name])
+        model.peft_config["default"].rank_pattern = state["rank_pattern"]
 
     def _final_ranks(self, model: Any) -> dict[str, int]:
         pattern = model.peft_config["default"].rank_pattern or {}

@@ -144,6 +144,13 @@ class Method(BaseModel):
     def after_optimizer_step(self, model: Any, step: int) -> None:
         """Runs after ``optimizer.step`` and before ``zero_grad``; ``step`` counts from 0."""
 
+    def training_state(self, model: Any) -> dict[str, Any]:
+        """Returns what training changes beside trained parameters: tensors and plain values, for a checkpoint."""
+        return {}
+
+    def load_training_state(self, model: Any, state: dict[str, Any]) -> None:
+        """Puts back what ``training_state`` returned."""
+
     def final_trainable_parameters(self, model: Any) -> int:
         """Returns the number of trained values that the finished model uses."""
         return sum(p.numel() for p in model.parameters() if p.requires_grad)

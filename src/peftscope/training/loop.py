@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from peftscope.data.batching import Batch
+from peftscope.process import Interrupted, stops_between_steps
 from peftscope.record import Speed
 from peftscope.spec import RunSpec
+from peftscope.training.checkpoint import Checkpoints
 from peftscope.training.step import CausalLoss, make_optimizer, make_schedule, train_step
 
 EXPLODED = 1.5
@@ -55,16 +57,28 @@ class TrainingLog:
 
 
 def train(
-    model: Any, batches: Iterator[Batch], spec: RunSpec, loss_function: CausalLoss, vocab_size: int, log: TrainingLog
+    model: Any,
+    batches: Iterator[Batch],
+    spec: RunSpec,
+    loss_function: CausalLoss,
+    vocab_size: int,
+    log: TrainingLog,
+    checkpoints: Checkpoints,
 ) -> None:
     """Trains for ``spec.steps`` steps and writes into ``log`` as it goes, so that a failed run keeps its curve.
 
+    It goes on from the last checkpoint, if there is one.
+
     Raises:
         Diverged: The loss is not finite or worse than 1.5 times a uniform guess.
+        Interrupted: A signal came; a checkpoint was saved.
     """
     model.train()
     optimizer = make_optimizer(model, spec)
     schedule = make_schedule(optimizer, spec)
+    done = checkpoints.restore(model, optimizer, schedule, log)
+    for _ in itertools.islice(batches, done * spec.gradient_accumulation):
+        pass  # seen before
     columns = (
         TextColumn("train"),
         BarColumn(),
@@ -73,9 +87,10 @@ def train(
         TextColumn("{task.description}"),
     )
     # Refreshed between steps, not by a thread of its own that would run inside the timed ones.
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
-        bar = progress.add_task("", total=spec.steps)
-        for step in range(spec.steps):
+    display = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
+    with display as progress, stops_between_steps() as stopped:
+        bar = progress.add_task("", total=spec.steps, completed=done)
+        for step in range(done, spec.steps):
             began = time.perf_counter()
             accumulated = [batch.to(spec.device) for batch in itertools.islice(batches, spec.gradient_accumulation)]
             _synchronise(spec.device)
@@ -99,6 +114,10 @@ def train(
             log.loss.append(loss if math.isfinite(loss) else None)
             progress.update(bar, advance=1, description=f"nll {nll:.3f}", refresh=True)
             check_loss(nll if math.isfinite(loss) else loss, vocab_size, spec, f"at step {step + 1}")
+            if stopped() or checkpoints.due:
+                checkpoints.save(model, optimizer, schedule, log)
+            if stopped():
+                raise Interrupted(stopped())
 
 
 def check_loss(nll: float, vocab_size: int, spec: RunSpec, where: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 import traceback
@@ -25,9 +26,10 @@ from peftscope.evaluation.retention import bits_per_byte
 from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.models.load import attention, load_base, load_tokenizer
 from peftscope.process import Interrupted
-from peftscope.record import PredictedMemory, RunRecord, Size, write_record
+from peftscope.record import FINAL, PredictedMemory, RunRecord, Size, state_folder, write_record
 from peftscope.spec import RunSpec, run_id
 from peftscope.training.build import build_model, seed_everything
+from peftscope.training.checkpoint import Checkpoints
 from peftscope.training.loop import Diverged, TrainingLog, check_loss, train
 from peftscope.training.phases import Phases
 from peftscope.training.predict import predict
@@ -35,13 +37,14 @@ from peftscope.training.probe import probe_evaluation, probe_training
 from peftscope.training.provenance import provenance
 
 
-def execute(spec: RunSpec, folder: Path, phases: Phases) -> RunRecord:
+def execute(spec: RunSpec, folder: Path, phases: Phases, checkpoint_seconds: float = math.inf) -> RunRecord:
     """Runs a spec and writes ``record.json``, ``items.jsonl`` and ``adapter/`` into ``folder``.
 
     Args:
         spec: What to run.
         folder: The run's own folder; what an earlier attempt left there is removed.
         phases: Started with the process, imports already marked.
+        checkpoint_seconds: Between two checkpoints of the training, which an interrupted run goes on from.
 
     Returns:
         The record, whatever its status but ``interrupted``.
@@ -55,10 +58,11 @@ def execute(spec: RunSpec, folder: Path, phases: Phases) -> RunRecord:
     folder.mkdir(parents=True, exist_ok=True)
     record = RunRecord(run_id=run_id(spec), status="ok", spec=spec)
     log = TrainingLog()
+    checkpoints = Checkpoints(state_folder(folder), spec, checkpoint_seconds)
     file = "record.json"
     try:
         record.provenance = provenance(spec)
-        _run(spec, folder, record, log, phases)
+        _run(spec, folder, record, log, phases, checkpoints)
     except Interrupted as error:
         record.status, record.reason, file = "interrupted", str(error), "interrupted.json"
         raise
@@ -74,11 +78,17 @@ def execute(spec: RunSpec, folder: Path, phases: Phases) -> RunRecord:
         phases.finish()
         record.seconds, record.memory = phases.seconds, phases.memory
         record.unavailable = _unavailable(record)
+        if record.status in FINAL:
+            # First where no rule declares it: a job that is killed now has nothing left to do but to copy it.
+            write_record(state_folder(folder) / file, record)
         write_record(folder / file, record)
+    checkpoints.clear()
     return record
 
 
-def _run(spec: RunSpec, folder: Path, record: RunRecord, log: TrainingLog, phases: Phases) -> None:
+def _run(
+    spec: RunSpec, folder: Path, record: RunRecord, log: TrainingLog, phases: Phases, checkpoints: Checkpoints
+) -> None:
     with phases.phase("load"):
         tokenizer = load_tokenizer(spec)
         pad = tokenizer.pad_token_id
@@ -113,7 +123,8 @@ def _run(spec: RunSpec, folder: Path, record: RunRecord, log: TrainingLog, phase
         digest = hashlib.sha256()
         with phases.phase("train"):
             seed_everything(spec.seed if spec.init_seed is None else spec.init_seed)
-            train(model, _digested(_batches(training, spec, pad), digest), spec, loss_function, vocab_size, log)
+            batches = _digested(_batches(training, spec, pad), digest)
+            train(model, batches, spec, loss_function, vocab_size, log, checkpoints)
         record.train_batches_sha256 = digest.hexdigest()
     record.method_metrics = spec.method.metrics(model)
     with phases.phase("evaluate"):

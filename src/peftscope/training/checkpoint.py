@@ -1,0 +1,141 @@
+"""The state of a run in mid-training, saved so that a restarted job ends as one that was never stopped.
+
+What follows from the spec is not saved: the base, what initialisation made of it, and the order of the batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import pickle
+import random
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peftscope.spec import RunSpec, run_id
+
+if TYPE_CHECKING:
+    from peftscope.training.loop import TrainingLog
+
+KEPT = 2
+"""The newest one, and the one before it, for where the newest turns out damaged."""
+DIGEST_DIGITS = 16
+
+
+class Checkpoints:
+    """Saves and restores one run's training in ``folder``; a file's name holds its step and its checksum.
+
+    Args:
+        folder: Where no rule of the workflow declares a file, for Snakemake removes those before it tries again.
+        spec: The run's; checkpoints of other runs are not taken.
+        seconds: Between two checkpoints.
+    """
+
+    def __init__(self, folder: Path, spec: RunSpec, seconds: float = math.inf) -> None:
+        self._folder = folder
+        self._spec = spec
+        self._seconds = seconds
+        self._saved_at = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether the last one is older than the interval."""
+        return time.monotonic() - self._saved_at >= self._seconds
+
+    def save(self, model: Any, optimizer: Any, schedule: Any, log: TrainingLog) -> None:
+        """Writes the state after as many steps as the log has; on a full disk it says so, and training goes on."""
+        state = {
+            "run_id": run_id(self._spec),
+            "parameters": {name: p.data for name, p in model.named_parameters() if p.requires_grad},
+            "method": self._spec.method.training_state(model),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "log": asdict(log),
+            "random": _random_states(self._spec.device),
+        }
+        unfinished = self._folder / "checkpoint.unfinished"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with unfinished.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(self._folder / f"checkpoint-{len(log.nll):08d}-{_digest(unfinished)}.pt")
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+            unfinished.unlink(missing_ok=True)
+            print(f"no checkpoint at step {len(log.nll)}: {error}", file=sys.stderr)
+        self._saved_at = time.monotonic()
+        for old in self._files()[KEPT:]:
+            old.unlink()
+
+    def restore(self, model: Any, optimizer: Any, schedule: Any, log: TrainingLog) -> int:
+        """Puts the newest sound state in place, and returns how many steps it has; 0 where there is none.
+
+        A damaged file is renamed to ``*.damaged``, with a line about it.
+        """
+        for path in self._files():
+            state = self._read(path)
+            if state is not None:
+                self._put_in_place(state, model, optimizer, schedule, log)
+                print(f"goes on after step {len(log.nll)}, from {path.name}", file=sys.stderr)
+                return len(log.nll)
+            print(f"{path}: damaged or of another run, set aside", file=sys.stderr)
+            path.rename(path.with_suffix(".damaged"))
+        return 0
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        """Returns a file's state, None if it is damaged or of another run."""
+        if _digest(path) != path.stem.rpartition("-")[2]:
+            return None
+        try:
+            # Tensors and plain values only: nothing in the file is run.
+            state = torch.load(path, map_location=self._spec.device, weights_only=True)
+        except pickle.UnpicklingError:
+            return None
+        return state if state.get("run_id") == run_id(self._spec) else None
+
+    def _put_in_place(self, state: dict[str, Any], model: Any, optimizer: Any, schedule: Any, log: TrainingLog) -> None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(state["parameters"][name])
+        self._spec.method.load_training_state(model, state["method"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        for name, value in state["log"].items():
+            setattr(log, name, value)
+        _set_random_states(state["random"])
+
+    def clear(self) -> None:
+        """Removes all checkpoints, of a run that is finished."""
+        for path in [*self._files(), *self._folder.glob("checkpoint.unfinished")]:
+            path.unlink()
+
+    def _files(self) -> list[Path]:
+        """Returns all checkpoints, the newest first."""
+        return sorted(self._folder.glob("checkpoint-*.pt"), reverse=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:DIGEST_DIGITS]
+
+
+def _random_states(device: str) -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if device == "cuda" else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": [version, list(words), gauss]}
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"].cpu())
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))

@@ -1,0 +1,272 @@
+"""Runs that are stopped and go on: the same end, to the byte, and nothing done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from peftscope.errors import InputError
+from peftscope.methods import METHODS
+from peftscope.process import Interrupted, locked
+from peftscope.record import RunRecord, read_record, state_folder
+from peftscope.spec import RunSpec
+from peftscope.training import loop
+from peftscope.training.checkpoint import Checkpoints
+from peftscope.training.phases import Phases
+from peftscope.training.run import execute
+
+STEPS, STOP = 10, 4
+TRAINED = [name for name, cls in METHODS.items() if cls.trains]
+
+
+@pytest.fixture
+def short(make_spec) -> Callable[..., RunSpec]:
+    """Specs of ten steps in which AdaLoRA allocates before the stop and after it."""
+
+    def make(**values: Any) -> RunSpec:
+        sizes = {"steps": STEPS, "generation_items": 0, "retention_tokens": 0, "probe_steps": 0}
+        return make_spec(**{**sizes, **values})
+
+    return make
+
+
+def run(spec: RunSpec, folder: Path, checkpoint_seconds: float = 0) -> RunRecord:
+    phases = Phases(spec.device, time.perf_counter())
+    phases.mark_imported()
+    execute(spec, folder, phases, checkpoint_seconds)
+    return read_record(folder / "record.json")
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sends this process a SIGTERM in that step."""
+    original = loop.check_loss
+
+    def check_and_stop(nll: float, vocab_size: int, spec: RunSpec, where: str) -> None:
+        original(nll, vocab_size, spec, where)
+        if where == f"at step {step}":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "check_loss", check_and_stop)
+
+
+def same_for_a_reader(record: RunRecord) -> dict[str, Any]:
+    """What a run gives, times and memory aside."""
+    fields = record.model_dump(mode="json", exclude={"seconds", "memory", "speed", "provenance", "unavailable"})
+    return fields | {"items": record.quality.heldout_tokens}
+
+
+def adapter_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "adapter").iterdir())}
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_a_stopped_run_ends_as_one_that_was_not(
+    method: str, toy: Path, short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"dropout": 0.1} if "dropout" in METHODS[method].model_fields else {}
+    spec = short(method=method, **options)
+    undisturbed = run(spec, tmp_path / "undisturbed")
+    assert undisturbed.status == "ok", undisturbed.reason
+    folder = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        stop_after(STOP, patch)
+        with pytest.raises(Interrupted):
+            run(spec, folder)
+    assert read_record(folder / "interrupted.json").train_nll == undisturbed.train_nll[:STOP]
+    resumed = run(spec, folder)
+    assert same_for_a_reader(resumed) == same_for_a_reader(undisturbed)
+    assert adapter_bytes(folder) == adapter_bytes(tmp_path / "undisturbed")
+    assert (folder / "items.jsonl").read_bytes() == (tmp_path / "undisturbed" / "items.jsonl").read_bytes()
+    assert not list(state_folder(folder).glob("checkpoint*"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "sgd"},
+        {"optimizer": "adamw_8bit"},
+        {"gradient_accumulation": 2},
+        {"packing": True},
+        {"precision": "amp", "schedule": "cosine", "warmup_steps": 3},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_so_does_one_with_other_settings(
+    options: dict[str, Any], toy: Path, short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test_a_stopped_run_ends_as_one_that_was_not("lora", toy, lambda **kw: short(**kw, **options), tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("left_out", ["method", "random", "optimizer", "schedule"])
+def test_each_part_of_the_state_is_needed(
+    left_out: str, toy: Path, short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = short(method="adalora", dropout=0.1, schedule="linear")
+    undisturbed = run(spec, tmp_path / "undisturbed")
+    with monkeypatch.context() as patch:
+        stop_after(STOP, patch)
+        with pytest.raises(Interrupted):
+            run(spec, tmp_path / "stopped")
+    original = Checkpoints._put_in_place
+
+    def without(self: Checkpoints, state: dict[str, Any], model: Any, optimizer: Any, schedule: Any, log: Any) -> None:
+        fresh = {
+            "method": {"ipt": {}, "exp_avg_ipt": {}, "exp_avg_unc": {}, "rank_pattern": None},
+            "random": {
+                "torch": torch.Generator().manual_seed(99).get_state(),
+                "cuda": [],
+                "python": state["random"]["python"],
+            },
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+        }
+        original(self, {**state, left_out: fresh[left_out]}, model, optimizer, schedule, log)
+
+    monkeypatch.setattr(Checkpoints, "_put_in_place", without)
+    resumed = run(spec, tmp_path / "stopped")
+    assert resumed.train_nll[:STOP] == undisturbed.train_nll[:STOP]
+    assert adapter_bytes(tmp_path / "stopped") != adapter_bytes(tmp_path / "undisturbed")
+
+
+def stopped_at(step: int, spec: RunSpec, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    with monkeypatch.context() as patch:
+        stop_after(step, patch)
+        with pytest.raises(Interrupted):
+            run(spec, folder)
+    return sorted(state_folder(folder).glob("checkpoint-*.pt"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
+    damage: str, toy: Path, short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = short(method="lora")
+    undisturbed = run(spec, tmp_path / "undisturbed")
+    older, newest = stopped_at(STOP, spec, tmp_path / "run", monkeypatch)
+    content = newest.read_bytes()
+    newest.write_bytes(content[: len(content) // 2] if damage == "cut" else content[:-200] + bytes(200))
+    assert same_for_a_reader(run(spec, tmp_path / "run")) == same_for_a_reader(undisturbed)
+    errors = capfd.readouterr().err
+    assert f"{newest}: damaged or of another run, set aside" in errors
+    assert f"goes on after step {STOP - 1}, from {older.name}" in errors
+    assert newest.with_suffix(".damaged").is_file()
+
+
+def test_a_checkpoint_of_another_run_is_not_taken(
+    toy: Path, short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_at(STOP, short(method="lora"), tmp_path / "run", monkeypatch)
+    other = short(method="lora", seed=1)
+    assert same_for_a_reader(run(other, tmp_path / "run")) == same_for_a_reader(run(other, tmp_path / "other"))
+
+
+def test_a_checkpoint_never_runs_what_is_in_it(toy: Path, short, tmp_path: Path) -> None:
+    import hashlib
+    import io
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    content = io.BytesIO()
+    torch.save({"run_id": Evil()}, content)
+    state = state_folder(tmp_path / "run")
+    state.mkdir(parents=True)
+    digest = hashlib.sha256(content.getvalue()).hexdigest()[:16]
+    (state / f"checkpoint-00000003-{digest}.pt").write_bytes(content.getvalue())
+    record = run(short(method="lora"), tmp_path / "run")
+    assert not (tmp_path / "evil").exists()
+    assert record.status == "ok"
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
+    toy: Path, short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert run(short(method="lora"), tmp_path / "run").status == "ok"
+    assert "no checkpoint at step 1: [Errno 28] No space left on device" in capfd.readouterr().err
+    assert not list(state_folder(tmp_path / "run").glob("checkpoint*"))
+
+
+# Jobs: processes that are killed, and their locks.
+
+
+def command(spec: RunSpec, folder: Path, *options: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "peftscope", "run", json.dumps(spec.canonical())),
+        *("--output", str(folder), "--threads", "1", *options),
+    ]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    raise AssertionError("it did not happen")
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on_and_a_finished_one_is_only_copied(toy: Path, short, tmp_path: Path) -> None:
+    spec = short(method="lora", steps=60)
+    undisturbed = run(spec, tmp_path / "undisturbed")
+    folder = tmp_path / "killed"
+    job = subprocess.Popen(command(spec, folder, "--checkpoint-seconds", "0"), stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list(state_folder(folder).glob("checkpoint-*.pt")))
+    for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]:
+        process.kill()
+    job.communicate()
+    (folder / "record.json").unlink(missing_ok=True)  # of a child that was killed before its parent
+    done = subprocess.run(command(spec, folder), capture_output=True, text=True, check=True)
+    assert re.search(r"goes on after step \d+", done.stderr)
+    assert same_for_a_reader(read_record(folder / "record.json")) == same_for_a_reader(undisturbed)
+    before = (folder / "record.json").read_bytes()
+    (folder / "record.json").unlink()
+    again = subprocess.run(command(spec, folder), capture_output=True, text=True, check=True)
+    assert "as an earlier job found" in again.stderr
+    assert (folder / "record.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_job_dies_with_its_parent_and_leaves_a_checkpoint(toy: Path, short, tmp_path: Path) -> None:
+    spec = short(method="lora", steps=100_000)
+    folder = tmp_path / "run"
+    code = f"import subprocess; subprocess.run({command(spec, folder)!r})"
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    job = wait_for(lambda: psutil.Process(parent.pid).children())[0]
+    child = wait_for(job.children)[0]
+    wait_for(lambda: child.cpu_times().user > 4 or not child.is_running())
+    parent.kill()
+    parent.wait()
+    psutil.wait_procs([job, child], timeout=30)
+    assert not job.is_running() and not child.is_running()
+    assert read_record(folder / "interrupted.json").reason == "stopped by SIGTERM"
+
+
+def test_two_jobs_never_make_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftscope.process.LOCK_SECONDS", 1)
+    file = tmp_path / "run" / "state" / "lock"
+    with (
+        locked(file),
+        pytest.raises(InputError, match=rf"process {os.getpid()} makes this run at the moment"),
+        locked(file),
+    ):
+        pass
+    with locked(file):
+        assert file.read_text() == str(os.getpid())
