@@ -37,6 +37,7 @@ $(READY): requirements.lock pyproject.toml
 
 report: $(READY)
 	@$(BIN)/peftscope expand $(EXPERIMENT) --brief
+	@$(BIN)/peftscope unlock
 	@$(BIN)/snakemake --cores $(CORES) --config experiment=$(EXPERIMENT)
 	@echo "The report: $(CURDIR)/reports/$(EXPERIMENT)/report.html"
 

@@ -107,3 +107,16 @@ def test_dry_run_of_1500_finished_runs_takes_under_4_seconds(tiny: str) -> None:
         assert done.returncode == 0
     assert "train" not in done.stdout
     assert min(seconds) < 4 * float(os.environ.get("PEFTSCOPE_SLOW_MACHINE", "1"))
+
+
+def test_a_lock_is_removed_only_when_nobody_holds_it(tiny: str) -> None:
+    lock = Path(".snakemake/locks/0.input.lock")
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    unlock = [sys.executable, "-m", "peftscope", "unlock"]
+    holder = subprocess.Popen([sys.executable, "-c", "input()", "snakemake"], stdin=subprocess.PIPE)
+    subprocess.run(unlock, check=True)
+    assert lock.is_file()
+    holder.communicate(b"\n")
+    done = subprocess.run(unlock, check=True, capture_output=True, text=True)
+    assert not lock.exists() and "removed" in done.stderr

@@ -111,6 +111,24 @@ def restore_command(experiment: ExperimentName) -> None:
 
 
 @app.command(hidden=True)
+def unlock() -> None:
+    """Remove the lock that a killed Snakemake left in this folder; none that is held."""
+    import psutil
+
+    def is_here(process: psutil.Process) -> bool:
+        try:
+            return any("snakemake" in part for part in process.cmdline()[:4]) and process.cwd() == str(Path.cwd())
+        except psutil.Error:
+            return False
+
+    locks = list(Path(".snakemake/locks").glob("*.lock"))
+    if locks and not any(map(is_here, psutil.process_iter())):
+        for lock in locks:
+            lock.unlink()
+        print("the lock of a Snakemake that was killed: removed", file=sys.stderr)
+
+
+@app.command(hidden=True)
 def schema() -> None:
     """Print the JSON schema of a run's spec."""
     from peftscope.spec import spec_schema
