@@ -73,10 +73,11 @@ def claims(
     if len(found) == 1:
         for part in found[0]["parts"]:
             rule = f"; the claim holds if it {part['rule']}" if part["rule"] else ""
-            text = f"{part['measures']}: {spoken_finding(part)}, {part['verdict']}{rule}. {part['reason']}"
+            said = [f"{part['measures']}: {spoken_finding(part)}, {part['verdict']}{rule}", part["reason"]]
             if part["p_adjusted"] is not None:
-                text += f" p = {part['p_adjusted']:g} after Holm's correction among {part['family']}."
-            console.print(text.strip(), markup=False)
+                said.append(f"p = {part['p_adjusted']:.3g} after Holm's correction among {part['family']}")
+            text = ". ".join(filter(None, said))
+            console.print(text, markup=False)
             for name, value in part["evidence"].items():
                 console.print(f"  {name}: {value}", markup=False)
     if experiment is not None:
