@@ -49,7 +49,10 @@ def open_page(chromium: str, repository: Path) -> Iterator[Open]:
     assert errors == []
 
 
-@pytest.mark.parametrize("path", ["reports/smoke/report.html", "reports/published/quick/report.html"])
+@pytest.mark.parametrize(
+    "path",
+    ["reports/smoke/report.html", "reports/published/quick/report.html", "reports/published/variants/report.html"],
+)
 def test_report_opens_without_errors(path: str, open_page: Open, tmp_path: Path) -> None:
     page = open_page(path)
     images = page.evaluate("[...document.images].map(i => [i.alt, i.complete && i.naturalWidth > 100])")
