@@ -308,7 +308,7 @@ def test_fit_takes_every_method_that_trains_and_shows_a_table(peftscope: Command
         (["--precision", "amp"], {"qlora", "loftq"}),
         (["--packed"], {"prompt-tuning", "prefix-tuning"}),
     ],
-    ids=" ".join,
+    ids=["short sequences", "amp", "packed"],
 )
 def test_a_method_that_cannot_run_as_asked_says_why_and_the_others_are_answered(
     options: list[str], cannot: set[str], peftscope: Command, config_of
