@@ -49,7 +49,8 @@ test: $(READY)
 	@$(MAKE) --no-print-directory smoke
 
 slow: $(READY)
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not alone"
+	$(BIN)/pytest -m alone
 
 browser: smoke
 	$(BIN)/pytest -m browser

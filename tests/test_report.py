@@ -12,10 +12,8 @@ import pytest
 
 from peftscope.collect import collect_experiment, read_runs
 from peftscope.errors import InputError
-from peftscope.memory.chapter import rebuild
 from peftscope.memory.grid import AXES, SIZES, bars, curve
-from peftscope.memory.presets import PRESETS
-from peftscope.report.memory import draw_bars, draw_grid, write_chapter
+from peftscope.report.memory import draw_bars, draw_grid
 from peftscope.report.page import FIXED_FIGURES, write_report
 from peftscope.report.plots import write_figures, write_ladder
 from peftscope.report.publish import publish
@@ -155,22 +153,6 @@ def test_the_figures_of_what_will_fit(tmp_path: Path) -> None:
     assert set(shown["method"]) == {"full", "lora", "qlora"}
     draw_bars(shown, tmp_path / "bars.png")
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("grid", "bars"))
-
-
-@pytest.mark.slow
-def test_the_introductions_table_is_computed(tmp_path: Path) -> None:
-    rows = pd.DataFrame(rebuild())
-    write_chapter(rows, tmp_path)
-    said = dict(zip(rows["what"] + ", " + rows["run"], rows["ours"], strict=True))
-    # By arithmetic, from the published number of parameters.
-    weights = PRESETS["llama-2-7b"][1].parameters
-    assert said["Full fine-tuning: weights, full, pure BF16"] == f"{2 * weights / 1e9:.2f} GB"
-    assert (
-        said["Full fine-tuning: AdamW's states, full, 32-bit weights under autocast"] == f"{8 * weights / 1e9:.2f} GB"
-    )
-    assert said["Weights in FP32, loaded"] == f"{4 * weights / 1e9:.2f} GB"
-    assert said["QLoRA of 65B on 48 GB, QLoRA on attention, r = 8, checkpointing"].startswith("fits")
-    assert "does not fit" in (tmp_path / "chapter.html").read_text()
 
 
 def test_no_number_is_typed_into_prose(repository: Path) -> None:

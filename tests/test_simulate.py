@@ -172,6 +172,7 @@ def test_published_peaks(row: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize(("model", "method", "limit"), [("llama-2-7b", "lora", 8), ("llama-65b", "qlora", 30)])
 def test_a_large_model_needs_seconds_and_no_memory(model: str, method: str, limit: float) -> None:
     code = f"""

@@ -90,4 +90,4 @@ def write_chapter(rows: pd.DataFrame, folder: Path = FOLDER) -> None:
     """Writes the introduction's table as CSV and HTML."""
     folder.mkdir(parents=True, exist_ok=True)
     rows.to_csv(folder / "chapter.csv", index=False)
-    (folder / "chapter.html").write_text(html(rows))
+    (folder / "chapter.html").write_text(html(rows, "chapter"))

@@ -208,6 +208,6 @@ def write_study(experiment: str) -> None:
         ("controls", checked, readable_controls(checked, study.labels)),
     ):
         frame.to_csv(tables / f"{name}.csv", index=False)
-        (tables / f"{name}.html").write_text(html(shown))
+        (tables / f"{name}.html").write_text(html(shown, name))
     draw_figure(figures / "tuning.png", lambda axes: draw_tuning(axes, study))
     draw_figure(figures / "differences.png", lambda axes: draw_differences(axes, study))

@@ -143,7 +143,7 @@ def write_tables(experiment: str) -> None:
     found.to_csv(folder / "predictions.csv", index=False)
     pages = {"methods": shown, "runs": readable_runs(runs), "predictions": readable_predictions(found)}
     for name, frame in pages.items():
-        (folder / f"{name}.html").write_text(html(frame))
+        (folder / f"{name}.html").write_text(html(frame, name))
 
 
 def readable_methods(methods: pd.DataFrame) -> pd.DataFrame:
@@ -199,9 +199,9 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
-def html(frame: pd.DataFrame) -> str:
-    """Returns a frame of text as an HTML table."""
-    table = GT(frame).cols_align("right", columns=list(frame.columns)[1:])
+def html(frame: pd.DataFrame, name: str) -> str:
+    """Returns a frame of text as an HTML table; its name tells its styles from those of other tables on the page."""
+    table = GT(frame, id=name).cols_align("right", columns=list(frame.columns)[1:])
     table = table.cols_label({column: md(column) for column in frame.columns})
     return str(table.tab_options(table_font_size="13px", data_row_padding="4px").as_raw_html())
 
