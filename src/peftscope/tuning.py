@@ -52,7 +52,7 @@ def _tried(sweep: Sweep, runs: tuple[str, ...]) -> dict[float, dict[str, Any]]:
             raise InputError(Problem(str(path), "no record yet", f"make report EXPERIMENT={sweep.name}"))
         record = read_record(path)
         if record.status not in ("ok", "diverged"):
-            remedy = "see its train.log; remove its record.json to try again"
+            remedy = "see its train.log; remove its record.json to try again (and state/, if it ran out of memory)"
             raise InputError(Problem(str(path), f"{record.status}: {record.reason}", remedy))
         nll = record.quality.validation_nll
         if nll is None and record.status == "ok":

@@ -181,7 +181,6 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
     labels = study.labels
     return {
         "first": labels[study.arms[0]],
-        "arms": len(labels),
         "fewest_rates": min(len(rates) for rates in settings.learning_rates.values()),
         "tuning_seeds": ", ".join(map(str, settings.tuning_seeds)),
         "seeds": len(settings.seeds),
