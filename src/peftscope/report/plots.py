@@ -65,7 +65,7 @@ def draw_figure(path: Path, draw: Callable[[plt.Axes], None]) -> None:
     figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     draw(axes)
     if not axes.has_data():
-        axes.text(0.5, 0.5, "no finished run to show", ha="center", va="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "no finished run has measured this", ha="center", va="center", transform=axes.transAxes)
     save(figure, path)
 
 
@@ -141,7 +141,7 @@ def draw_memory(axes: plt.Axes, runs: pd.DataFrame) -> None:
         x="mebibytes",
         y="variant",
         hue="phase",
-        hue_order=list(PHASES.values()),
+        hue_order=[phase for phase in PHASES.values() if (long["phase"] == phase).any()],
         errorbar=None,
         ax=axes,
         palette="crest",

@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from peftscope.report.tables import MIB, ladder_summary, method_summary, predictions, variants
 from peftscope.stats import CONFIDENCE
 
-NOTHING = "No finished run to show yet."
+NOTHING = "No finished run has measured this."
 
 PARETO = (
     "Lower and further left is better. {{ best }} reached the lowest held-out loss, {{ best_nll }} nats per token "
