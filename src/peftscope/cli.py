@@ -19,7 +19,7 @@ from peftscope import cli_claims, cli_memory, cli_rules
 from peftscope.errors import InputError, Problem
 
 if TYPE_CHECKING:
-    from peftscope.record import RunRecord
+    from peftscope.record import RunRecord, Status
     from peftscope.spec import RunSpec
 
 app = typer.Typer(
@@ -38,7 +38,7 @@ Spec = Annotated[str, typer.Argument(help="A YAML or JSON file with the fields o
 
 
 def main() -> None:
-    """Runs the command line; input errors become messages and exit code 2, never tracebacks."""
+    """Runs the command line; what is wrong with the input or the disk becomes a message and exit code 2."""
     try:
         app()
     except InputError as error:
@@ -47,6 +47,14 @@ def main() -> None:
         for problem in error.problems:
             errors.print(str(problem), markup=False, soft_wrap=True)
         sys.exit(2)
+    except OSError as error:
+        from peftscope.process import storage_problem
+
+        if not (said := storage_problem(error)):
+            raise
+        with suppress(OSError):  # it may be the log that cannot be written
+            errors.print(said, markup=False, soft_wrap=True)
+        os._exit(2)
 
 
 @app.command()
@@ -57,9 +65,13 @@ def run(
     checkpoint_seconds: Annotated[
         float, typer.Option(min=0, help="Between two checkpoints; a stopped run goes on from the last one.")
     ] = 300,
+    attempts_left: Annotated[
+        int, typer.Option(help="How often the caller tries again, each time with more host memory.")
+    ] = 0,
 ) -> None:
     """Train and measure one run; writes its record whatever happens."""
-    from peftscope.device import detect_device
+    from peftscope.device import cards_claimed, detect_device
+    from peftscope.inputs import verify_inputs
     from peftscope.plan import check_disk, check_fetched, check_runs
     from peftscope.process import die_with_parent, locked, seconds_since_process_start
     from peftscope.record import finished_record, state_folder, write_json, write_record
@@ -81,34 +93,61 @@ def run(
         record = finished_record(folder, identity)
         if record is not None:
             write_record(folder / "record.json", record)
+            (folder / "interrupted.json").unlink(missing_ok=True)
             errors.print(f"{identity}: {record.status}, as an earlier job found; remove {folder} to run it again")
             return
-        _run_in_child(resolved, folder, began, threads, checkpoint_seconds)
+        verifying = time.perf_counter()
+        verify_inputs(resolved)
+        verified_seconds = time.perf_counter() - verifying
+        with cards_claimed(int(resolved.device == "cuda")):
+            _survive_run(resolved, folder, attempts_left)
+            _run_in_child(resolved, folder, began, verified_seconds, threads, checkpoint_seconds)
 
 
-def _run_in_child(spec: RunSpec, folder: Path, began: float, threads: int, checkpoint_seconds: float) -> None:
-    from peftscope.process import Interrupted, raise_on_signals, survive_child
-    from peftscope.record import RunRecord, Status, write_record
+def _survive_run(spec: RunSpec, folder: Path, attempts_left: int) -> None:
+    """Forks; returns in the child, whose end the parent sees, and puts on record if it was killed."""
+    from peftscope.process import host_kills, survive_child
+
+    before = host_kills()
+    killed = survive_child()
+    if killed is None:
+        return
+    if killed != signal.SIGKILL:
+        _end_early(spec, folder / "record.json", "failed", f"crashed with {killed.name}")
+        sys.exit(0)
+    after = host_kills()
+    if before is None or after is None or after > before:
+        reason = "killed by SIGKILL, most likely because the host ran out of memory"
+        if not attempts_left:
+            _end_early(spec, folder / "record.json", "oom", reason)
+            sys.exit(0)
+    else:
+        reason = "killed by SIGKILL, and not by the kernel for want of memory"
+    _end_early(spec, folder / "interrupted.json", "interrupted", reason)
+    sys.exit(137)
+
+
+def _end_early(spec: RunSpec, path: Path, status: Status, reason: str) -> None:
+    """Writes the record of a run that cannot write its own."""
+    from peftscope.record import RunRecord, write_record
     from peftscope.spec import run_id
 
-    def end_early(status: Status, reason: str, name: str) -> None:
-        record = RunRecord(run_id=run_id(spec), status=status, reason=reason, spec=spec)
-        write_record(folder / name, record)
-        errors.print(f"{record.run_id}: {status}, {reason}", soft_wrap=True)
+    record = RunRecord(run_id=run_id(spec), status=status, reason=reason, spec=spec)
+    write_record(path, record)
+    errors.print(f"{record.run_id}: {status}, {reason}", soft_wrap=True)
 
-    killed = survive_child()
-    if killed == signal.SIGKILL:
-        end_early("oom", "killed by SIGKILL, most likely because the host ran out of memory", "record.json")
-        return
-    if killed:
-        end_early("failed", f"crashed with {killed.name}", "record.json")
-        return
+
+def _run_in_child(
+    spec: RunSpec, folder: Path, began: float, verified_seconds: float, threads: int, checkpoint_seconds: float
+) -> None:
+    from peftscope.process import Interrupted, raise_on_signals
+
     raise_on_signals()
     try:
-        record = _execute(spec, folder, began, threads, checkpoint_seconds)
+        record = _execute(spec, folder, began, verified_seconds, threads, checkpoint_seconds)
     except Interrupted as error:
         if not (folder / "interrupted.json").is_file():
-            end_early("interrupted", str(error), "interrupted.json")
+            _end_early(spec, folder / "interrupted.json", "interrupted", str(error))
         sys.exit(130)
     errors.print(f"{record.run_id}: {record.status}{f', {record.reason}' if record.reason else ''}", soft_wrap=True)
     # Everything is written. Tearing down torch and its threads would add half a second that no phase accounts for.
@@ -117,7 +156,9 @@ def _run_in_child(spec: RunSpec, folder: Path, began: float, threads: int, check
     os._exit(0)
 
 
-def _execute(spec: RunSpec, folder: Path, began: float, threads: int, checkpoint_seconds: float) -> RunRecord:
+def _execute(
+    spec: RunSpec, folder: Path, began: float, verified_seconds: float, threads: int, checkpoint_seconds: float
+) -> RunRecord:
     """Imports what the run needs, runs it and returns its record."""
     # Nothing that a run reads comes from a hub: fetching is another command. Without this, libraries ask one and wait.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -136,7 +177,7 @@ def _execute(spec: RunSpec, folder: Path, began: float, threads: int, checkpoint
     if threads:
         torch.set_num_threads(threads)
     phases = Phases(spec.device, began)
-    phases.mark_imported()
+    phases.mark_imported(verified_seconds)
     return execute(spec, folder, phases, checkpoint_seconds)
 
 

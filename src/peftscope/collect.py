@@ -9,7 +9,7 @@ import pandas as pd
 
 from peftscope.errors import InputError, Problem
 from peftscope.methods import METHODS
-from peftscope.record import RunRecord, read_record
+from peftscope.record import Damaged, RunRecord, recover_record
 from peftscope.spec import RunSpec
 from peftscope.sweep import Sweep
 
@@ -20,15 +20,25 @@ def results_folder(experiment: str) -> Path:
 
 
 def collect_experiment(sweep: Sweep) -> None:
-    """Writes ``runs.csv`` and ``losses.csv`` of an experiment; runs without a record have the status ``missing``."""
+    """Writes ``runs.csv`` and ``losses.csv`` of an experiment; runs without a record have the status ``missing``.
+
+    Raises:
+        InputError: Records are damaged, all of which were set aside, or those of other runs or versions.
+    """
     folder = results_folder(sweep.name)
-    rows, losses = [], []
+    rows, losses, problems = [], [], []
     for identity, spec in sweep.runs.items():
-        record = _find_record(folder / "runs" / identity)
+        try:
+            record = _find_record(folder / "runs" / identity)
+        except Damaged as error:
+            problems += error.problems
+            continue
         member = [c.name for c in sweep.comparisons if identity in c.runs]
         rows.append({"run_id": identity, "comparisons": " ".join(member), **_row(spec, record)})
         for step, nll in enumerate(record.train_nll if record else [], 1):
             losses.append({"run_id": identity, "step": step, "nll_nats_per_token": nll})
+    if problems:
+        raise InputError(problems)
     folder.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
     pd.DataFrame(losses, columns=["run_id", "step", "nll_nats_per_token"]).to_csv(folder / "losses.csv", index=False)
@@ -42,7 +52,7 @@ def read_runs(experiment: str) -> pd.DataFrame:
 def _find_record(folder: Path) -> RunRecord | None:
     for name in ("record.json", "interrupted.json"):
         if (folder / name).is_file():
-            record = read_record(folder / name)
+            record = recover_record(folder / name)
             if record.run_id != folder.name:
                 raise InputError(
                     Problem(str(folder / name), f"the record of another run, {record.run_id}", "remove it")

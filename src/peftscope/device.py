@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
+import random
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from peftscope.errors import InputError, Problem
@@ -39,6 +46,65 @@ def gpu_names() -> list[str]:
     except Exception:  # no library, no driver, no permission: no card for us
         return []
     return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+
+
+def visible_cards() -> list[str]:
+    """Returns the cards that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(index) for index in range(len(gpu_names()))]
+    return [card.strip() for card in visible.split(",") if card.strip() not in ("", "-1")]
+
+
+@contextmanager
+def cards_claimed(count: int, folder: Path | None = None) -> Iterator[list[str]]:
+    """Leaves only ``count`` cards visible, which no other job of this user on this machine has claimed.
+
+    Snakemake counts the cards of one machine but does not hand them out. Where no more cards are visible than are
+    needed there is nothing to choose: a cluster's scheduler has handed them out. A claim is a lock on a file, and ends
+    with the process however that ends.
+
+    Args:
+        count: How many are needed; must be decided before torch is imported.
+        folder: Of the locks, for tests.
+
+    Raises:
+        InputError: Fewer are visible.
+    """
+    cards = visible_cards() if count else []
+    if len(cards) < count:
+        message = f"the run needs {count} cards, {len(cards)} are visible (CUDA_VISIBLE_DEVICES, PEFTSCOPE_DEVICE)"
+        raise InputError(Problem("device", message, "ask the scheduler for more, or run it elsewhere"))
+    if len(cards) == count:
+        yield cards
+        return
+    folder = folder or Path(tempfile.gettempdir()) / f"peftscope-cards-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    with ExitStack() as claims:
+        mine: list[str] = []
+        while True:
+            for card in cards:
+                if len(mine) < count and card not in mine and _claim(folder / re.sub(r"\W", "-", card), claims):
+                    mine.append(card)
+            if len(mine) == count:
+                break
+            # Holding some while waiting for more, two jobs could wait for each other for ever.
+            claims.close()
+            mine.clear()
+            time.sleep(random.uniform(0.5, 1.5))
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+        yield mine
+
+
+def _claim(file: Path, claims: ExitStack) -> bool:
+    handle = file.open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        return False
+    claims.callback(handle.close)
+    return True
 
 
 def processor_name() -> str:

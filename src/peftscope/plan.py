@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Callable
@@ -14,12 +15,14 @@ from peftscope.data.tasks import TASKS_FILE, JsonlSource, find_task, task_folder
 from peftscope.device import detect_device
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.experiment import experiment_path
+from peftscope.inputs import read_manifest
 from peftscope.models.catalog import MODELS_FILE, WheelSource, find_model, model_folder
 from peftscope.spec import RunSpec
 from peftscope.sweep import TUNING, Sweep, expand
 
 DEFAULT_EXPERIMENT = "quick"
 SPARE_BYTES = 1 << 30
+_WRITABLE = "make this folder writable for you, or work in another one"
 
 
 class Plan:
@@ -115,7 +118,8 @@ def load_plan(config: dict[str, Any]) -> Plan:
     """
     plan = plan_experiment(str(config.get("experiment", DEFAULT_EXPERIMENT)))
     runs = Path("results") / plan.name / "runs"
-    problems = check_disk({i: spec for i, spec in plan.sweep.runs.items() if not (runs / i / "record.json").is_file()})
+    problems = [] if os.access(".", os.W_OK) else [Problem(str(Path.cwd()), "cannot be written", _WRITABLE)]
+    problems += check_disk({i: spec for i, spec in plan.sweep.runs.items() if not (runs / i / "record.json").is_file()})
     if problems:
         raise InputError(problems)
     return plan
@@ -174,8 +178,8 @@ def check_unchanged(runs: dict[str, RunSpec]) -> list[Problem]:
         places[f"{TASKS_FILE}: {spec.task}"] = task_folder(spec.task), task.model_dump(mode="json")
     problems = []
     for where, (folder, source) in places.items():
-        manifest = folder / "manifest.json"
-        if manifest.is_file() and json.loads(manifest.read_text())["source"] != source:
+        manifest = read_manifest(folder)  # a damaged one is put right by the run that meets it
+        if manifest and manifest["source"] != source:
             remedy = f"give the new one a name of its own, or remove {folder} and the results that came from it"
             problems.append(Problem(f"{where}.source", "changed since it was fetched or made", remedy))
     return problems

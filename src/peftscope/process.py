@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
+import re
 import signal
 import sys
 import time
@@ -21,9 +23,34 @@ _PR_SET_PDEATHSIG = 1
 LOCK_SECONDS = 30
 """How long a job waits for one that is just ending."""
 
+_FREE = "free some space and start again: what is finished stays, and a stopped run goes on"
+_ALLOW = "make this folder writable for you, or work in another one"
+STORAGE_REMEDIES = {
+    errno.ENOSPC: _FREE,
+    errno.EDQUOT: _FREE,
+    errno.EFBIG: _FREE,
+    errno.EROFS: _ALLOW,
+    errno.EACCES: _ALLOW,
+    errno.EPERM: _ALLOW,
+    errno.EIO: "the disk reports errors: look after it before you start again",
+}
+
 
 class Interrupted(BaseException):
     """The process was told to stop (SIGINT or SIGTERM)."""
+
+
+def storage_problem(error: BaseException) -> str:
+    """Returns what to say if an error is the disk's, and nothing if it is not.
+
+    safetensors wraps the system's error in one of its own, which only its text gives away.
+    """
+    wrapped = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(wrapped[1]) if wrapped else None
+    if number not in STORAGE_REMEDIES:
+        return ""
+    file = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+    return f"{os.strerror(number)}{file} -> {STORAGE_REMEDIES[number]}"
 
 
 def raise_on_signals() -> None:
@@ -82,15 +109,20 @@ def die_with_parent() -> None:
 
 
 @contextmanager
-def locked(file: Path) -> Iterator[None]:
+def locked(file: Path, does: str = "makes this run at the moment", seconds: int | None = None) -> Iterator[None]:
     """Holds a file's lock, which ends with the process however that ends.
+
+    Args:
+        file: Comes to be, in a folder that may have to come to be.
+        does: What to say of a process that holds it, if it still does after ``seconds`` (default: LOCK_SECONDS).
+        seconds: How long to wait.
 
     Raises:
         InputError: Another process holds it.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a+") as handle:
-        for _ in range(LOCK_SECONDS):
+        for _ in range(LOCK_SECONDS if seconds is None else seconds):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -98,12 +130,21 @@ def locked(file: Path) -> Iterator[None]:
                 time.sleep(1)
         else:
             handle.seek(0)
-            message = f"process {handle.read().strip() or '?'} makes this run at the moment"
-            raise InputError(Problem(str(file.parent.parent), message, "wait for it, or stop it"))
+            message = f"process {handle.read().strip() or '?'} {does}"
+            raise InputError(Problem(str(file), message, "wait for it, or stop it"))
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()
         yield
+
+
+def host_kills() -> int | None:
+    """Returns how many processes the kernel has killed for want of memory, None where it does not count them."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
 
 
 def survive_child() -> signal.Signals | None:

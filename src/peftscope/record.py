@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peftscope.errors import InputError, Problem
 from peftscope.spec import RunSpec
@@ -17,8 +19,15 @@ from peftscope.spec import RunSpec
 SCHEMA_VERSION = 1
 
 Status = Literal["ok", "oom", "diverged", "failed", "interrupted"]
+CHECKSUM = "sha256"
+"""The key of a record's checksum, of all its other keys as compact JSON in order."""
+
 FINAL: tuple[Status, ...] = ("ok", "oom", "diverged")
 """What another attempt would only find again."""
+
+
+class Damaged(InputError):
+    """A file is not what was written."""
 
 
 class _Part(BaseModel):
@@ -72,9 +81,11 @@ class Memory(_Part):
 class Seconds(_Part):
     """Wall seconds of each phase. They cover the job from its process's start to the writing of the record.
 
-    ``load`` includes reading and tokenising the data, ``evaluate`` includes saving the adapter.
+    ``verify`` is for the checksums of model and data, ``load`` includes reading and tokenising the data, ``evaluate``
+    saving the adapter.
     """
 
+    verify: float = 0.0
     importing: float = 0.0
     load: float = 0.0
     initialise: float = 0.0
@@ -129,6 +140,7 @@ class RunRecord(_Part):
         train_nll: Mean nll of response tokens, step by step; None where it was not finite.
         train_loss: What was minimised: the nll and, for AdaLoRA, its orthogonality term.
         train_batches_sha256: Of all training tokens in order: equal for runs that saw the same batches.
+        files: SHA-256 of the run's other files, by their place in its folder.
         method_metrics: Figures that one method alone can give.
         unavailable: Why each null field is null.
     """
@@ -146,6 +158,7 @@ class RunRecord(_Part):
     train_nll: list[float | None] = []
     train_loss: list[float | None] = []
     train_batches_sha256: str | None = None
+    files: dict[str, str] = {}
     method_metrics: dict[str, float] = {}
     unavailable: dict[str, str] = {}
     provenance: dict[str, Any] = {}
@@ -174,8 +187,29 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_record(path: Path, record: RunRecord) -> None:
-    """Writes a record, atomically."""
-    write_json(path, _finite(record.model_dump(mode="json")))
+    """Writes a record with its own checksum, atomically."""
+    content = _finite(record.model_dump(mode="json"))
+    write_json(path, content | {CHECKSUM: _content_sha256(content)})
+
+
+def _content_sha256(content: dict[str, Any]) -> str:
+    text = json.dumps({key: value for key, value in content.items() if key != CHECKSUM}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Returns a file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damaged_files(folder: Path, sha256: dict[str, str]) -> list[str]:
+    """Returns which of a folder's files are missing, or not what their checksums say."""
+    return [name for name, digest in sha256.items() if not _is_whole(folder / name, digest)]
+
+
+def _is_whole(path: Path, sha256: str) -> bool:
+    return path.is_file() and file_sha256(path) == sha256
 
 
 def _finite(value: Any) -> Any:
@@ -188,27 +222,69 @@ def _finite(value: Any) -> Any:
 
 
 def finished_record(run: Path, identity: str) -> RunRecord | None:
-    """Returns the record of a run that ended in an earlier job, None if it did not or its files are not all there."""
-    try:
-        record = read_record(state_folder(run) / "record.json")
-    except (InputError, OSError):
+    """Returns the record of a run that ended in an earlier job, None if it did not or its files are damaged."""
+    path = state_folder(run) / "record.json"
+    if not path.is_file():
         return None
-    whole = record.status != "ok" or (run / "items.jsonl").is_file()
-    return record if record.run_id == identity and record.status in FINAL and whole else None
+    try:
+        record = read_record(path)
+    except Damaged as error:
+        print(f"{error}; the run is made anew", file=sys.stderr)
+        return None
+    except InputError:
+        return None
+    if record.run_id != identity or record.status not in FINAL:
+        return None
+    damaged = damaged_files(run, record.files)
+    if damaged or (record.status == "ok" and not (run / "items.jsonl").is_file()):
+        print(f"{run}: {', '.join(damaged) or 'items.jsonl'} damaged or missing; the run is made anew", file=sys.stderr)
+        return None
+    return record
+
+
+def recover_record(path: Path) -> RunRecord:
+    """Returns a run's record; a damaged one is set aside, and the sound copy in the run's state takes its place.
+
+    Raises:
+        Damaged: There is no sound copy, so that the run has to be made again.
+        InputError: As ``read_record``.
+    """
+    try:
+        return read_record(path)
+    except Damaged as error:
+        aside = path.with_suffix(".damaged")
+        path.replace(aside)
+        record = finished_record(path.parent, path.parent.name)
+        if record is None:
+            remedy = "the same command again makes the run anew"
+            raise Damaged(Problem(str(path), f"damaged, set aside as {aside.name}", remedy)) from None
+        print(f"{error}; restored from its copy", file=sys.stderr)
+        write_record(path, record)
+        return record
 
 
 def read_record(path: Path) -> RunRecord:
     """Returns a record.
 
     Raises:
-        InputError: It is of another schema version, or no record.
+        Damaged: It is no record, or not the one that was written.
+        InputError: It is of another schema version.
     """
+    again = "remove it to run again"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
         found = content.get("schema_version")
-    except (ValueError, AttributeError):
-        raise InputError(Problem(str(path), "not a record", "remove it to run again")) from None
+    except (ValueError, AttributeError, RecursionError):
+        raise Damaged(Problem(str(path), "not a record", again)) from None
     if found != SCHEMA_VERSION:
         message = f"a record of version {found}, this is {SCHEMA_VERSION}"
-        raise InputError(Problem(str(path), message, "remove it to run again, or use the version that wrote it"))
-    return RunRecord.model_validate(content)
+        raise InputError(Problem(str(path), message, f"{again}, or use the version that wrote it"))
+    # Records of before there were checksums have none.
+    if content.pop(CHECKSUM, _content_sha256(content)) != _content_sha256(content):
+        raise Damaged(Problem(str(path), "damaged: it is not what its checksum says", again))
+    try:
+        return RunRecord.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise Damaged(Problem(f"{path}: {field}", f"not a record: {first['msg']}", again)) from None

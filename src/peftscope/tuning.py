@@ -8,7 +8,7 @@ from typing import Any
 
 from peftscope.errors import InputError, Problem
 from peftscope.experiment import experiment_path
-from peftscope.record import read_record, write_json
+from peftscope.record import recover_record, write_json
 from peftscope.sweep import TUNING, Sweep, tuned_file
 
 
@@ -50,7 +50,7 @@ def _tried(sweep: Sweep, runs: tuple[str, ...]) -> dict[float, dict[str, Any]]:
         path = Path("results") / sweep.name / "runs" / run / "record.json"
         if not path.is_file():
             raise InputError(Problem(str(path), "no record yet", f"make report EXPERIMENT={sweep.name}"))
-        record = read_record(path)
+        record = recover_record(path)
         if record.status not in ("ok", "diverged"):
             remedy = "see its train.log; remove its record.json to try again (and state/, if it ran out of memory)"
             raise InputError(Problem(str(path), f"{record.status}: {record.reason}", remedy))

@@ -6,7 +6,6 @@ SHA-256 of every file.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 from peftscope.errors import InputError, Problem
 from peftscope.models.catalog import BaseModelEntry, HubSource, RandomSource, WheelSource, find_model, model_folder
-from peftscope.record import write_json
+from peftscope.record import file_sha256, write_json
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md"]
 """Files of a model's folder that are kept; no pickles, no code."""
@@ -62,12 +61,6 @@ def _licence(entry: BaseModelEntry, folder: Path) -> str:
     from huggingface_hub import ModelCard
 
     return ModelCard.load(card).data.get("license") or "not stated"
-
-
-def file_sha256(path: Path) -> str:
-    """Returns a file's SHA-256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _random(name: str, entry: BaseModelEntry, revision: str | None, target: Path) -> None:

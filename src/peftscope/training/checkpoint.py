@@ -5,7 +5,6 @@ What follows from the spec is not saved: the base, what initialisation made of i
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import pickle
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peftscope.record import file_sha256
 from peftscope.spec import RunSpec, run_id
 
 if TYPE_CHECKING:
@@ -123,8 +123,7 @@ class Checkpoints:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:DIGEST_DIGITS]
+    return file_sha256(path)[:DIGEST_DIGITS]
 
 
 def _random_states(device: str) -> dict[str, Any]:

@@ -33,9 +33,10 @@ class Phases:
         self.memory = Memory()
         self._began = began
 
-    def mark_imported(self) -> None:
-        """Ends the phase that began with the process."""
-        self.seconds.importing = time.perf_counter() - self._began
+    def mark_imported(self, verified_seconds: float = 0.0) -> None:
+        """Ends the phase that began with the process, of which ``verified_seconds`` went into checksums."""
+        self.seconds.verify = verified_seconds
+        self.seconds.importing = time.perf_counter() - self._began - verified_seconds
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -25,8 +25,8 @@ from peftscope.evaluation.heldout import heldout_nll, mean_nll
 from peftscope.evaluation.retention import bits_per_byte
 from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.models.load import attention, load_base, load_tokenizer
-from peftscope.process import Interrupted
-from peftscope.record import FINAL, PredictedMemory, RunRecord, Size, state_folder, write_record
+from peftscope.process import Interrupted, storage_problem
+from peftscope.record import FINAL, PredictedMemory, RunRecord, Size, file_sha256, state_folder, write_record
 from peftscope.spec import RunSpec, run_id
 from peftscope.training.build import build_model, seed_everything
 from peftscope.training.checkpoint import Checkpoints
@@ -69,6 +69,10 @@ def execute(spec: RunSpec, folder: Path, phases: Phases, checkpoint_seconds: flo
     except Diverged as error:
         record.status, record.reason = "diverged", str(error)
     except Exception as error:
+        if reason := storage_problem(error):
+            # Nothing that the run did: once there is room, it goes on from its last checkpoint.
+            record.status, record.reason, file = "interrupted", reason, "interrupted.json"
+            raise Interrupted(reason) from error
         record.status = "oom" if _is_out_of_memory(error) else "failed"
         record.reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         traceback.print_exc()
@@ -142,6 +146,8 @@ def _run(
         record.quality.heldout_nll = nll
         record.quality.heldout_tokens = sum(count for _, count in per_item)
         _save(model, spec, folder, record)
+        written = [folder / "items.jsonl", *sorted(folder.glob("adapter/*.*"))]
+        record.files = {path.relative_to(folder).as_posix(): file_sha256(path) for path in written}
     before = record.quality.retention_bits_per_byte_before
     record.quality.retention_bits_per_byte = evaluate_retention() if spec.method.trains else before
     if spec.device == "cpu" and spec.probe_steps:

@@ -1,0 +1,74 @@
+"""Cards of one machine, handed out one by one; there need be none."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peftscope.device import cards_claimed, visible_cards
+from peftscope.errors import InputError
+
+JOB = """
+import sys
+from pathlib import Path
+from peftscope.device import cards_claimed
+with cards_claimed(int(sys.argv[1]), Path(sys.argv[2])) as cards:
+    print(*cards, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def start(folder: Path, count: int = 1) -> subprocess.Popen[str]:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1,GPU-8f2c,3"}
+    command = [sys.executable, "-c", JOB, str(count), str(folder)]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def claimed(job: subprocess.Popen[str]) -> list[str]:
+    assert job.stdout is not None
+    return job.stdout.readline().split()
+
+
+def test_four_jobs_on_four_cards_get_one_each_and_the_fifth_waits(tmp_path: Path) -> None:
+    jobs = [start(tmp_path) for _ in range(4)]
+    cards = [claimed(job) for job in jobs]
+    assert sorted(cards) == [["0"], ["1"], ["3"], ["GPU-8f2c"]]
+    fifth = start(tmp_path)
+    with pytest.raises(subprocess.TimeoutExpired):
+        fifth.wait(timeout=3)
+    jobs[2].send_signal(signal.SIGKILL)
+    assert claimed(fifth) == cards[2]
+    for job in (*jobs, fifth):
+        job.communicate("\n")
+
+
+def test_jobs_of_three_cards_take_turns(tmp_path: Path) -> None:
+    first, second = start(tmp_path, 3), start(tmp_path, 3)
+    ready = first if first_is_ready(first, second) else second
+    waiting = second if ready is first else first
+    ready.communicate("\n")
+    assert len(claimed(waiting)) == 3
+    waiting.communicate("\n")
+
+
+def first_is_ready(first: subprocess.Popen[str], second: subprocess.Popen[str]) -> bool:
+    """Waits until one of them has its cards."""
+    (ready, *_), _, _ = select.select([first.stdout, second.stdout], [], [], 60)
+    return ready is first.stdout
+
+
+def test_what_a_scheduler_handed_out_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    with cards_claimed(1, tmp_path) as one, cards_claimed(1, tmp_path) as again:
+        assert one == again == ["2"]
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="needs 2 cards, 1 are visible"), cards_claimed(2, tmp_path):
+        pass
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert visible_cards() == []

@@ -1,0 +1,84 @@
+"""Model and data files that were damaged after they were fetched or made."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from peftscope.errors import InputError
+from peftscope.inputs import read_manifest, verify_inputs
+from peftscope.plan import check_unchanged
+from peftscope.record import file_sha256, write_json
+
+
+@pytest.fixture
+def own(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with its own copies of the toy model and the sums, for damage."""
+    for name in ("models/toy", "tasks/two-digit-sums"):
+        shutil.copytree(toy / "resources" / name, tmp_path / "own" / "resources" / name)
+    monkeypatch.chdir(tmp_path / "own")
+    Path("experiments").symlink_to(toy / "experiments")
+    return Path("resources")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def change(path: Path) -> None:
+    """Another digit of a checksum, or another bit."""
+    text = path.read_bytes()
+    at = text.index(b'"sha256"') + 40 if path.name == "manifest.json" else len(text) // 2
+    path.write_bytes(text[:at] + (b"0" if text[at : at + 1] != b"0" else b"1") + text[at + 1 :])
+
+
+@pytest.mark.parametrize("damage", [cut, change, Path.unlink])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "models/toy/model.safetensors",
+        "models/toy/tokenizer.json",
+        "models/toy/manifest.json",
+        "tasks/two-digit-sums/train.jsonl",
+    ],
+)
+def test_what_is_damaged_is_set_aside_and_had_again(
+    own: Path, make_spec, capfd: pytest.CaptureFixture[str], file: str, damage
+) -> None:
+    spec, path = make_spec(), own / file
+    verify_inputs(spec)
+    assert capfd.readouterr().err == ""
+    before = path.read_bytes()
+    damage(path)
+    left = path.read_bytes() if path.is_file() else None
+    verify_inputs(spec)
+    assert path.read_bytes() == before
+    aside = path.parent.with_name(f"{path.parent.name}.damaged")
+    # A checksum that was changed is seen at the file that it is of.
+    name = "config.json" if (damage, path.name) == (change, "manifest.json") else path.name
+    assert f"{name} damaged or missing, set aside as {aside}" in capfd.readouterr().err
+    assert (aside / path.name).is_file() == (left is not None)
+    verify_inputs(spec)
+    assert capfd.readouterr().err == ""
+
+
+def test_data_that_come_back_different_stop_the_run(own: Path, make_spec) -> None:
+    verify_inputs(make_spec())
+    train = own / "tasks/two-digit-sums/train.jsonl"
+    manifest = train.parent / "manifest.json"
+    # As an earlier version of the generator might have made them.
+    train.write_text(train.read_text().replace('"response": "9', '"response": "8'))
+    content = read_manifest(train.parent)
+    assert content is not None
+    write_json(manifest, content | {"sha256": content["sha256"] | {"train": file_sha256(train)}})
+    verify_inputs(make_spec())
+    cut(train)
+    with pytest.raises(InputError, match=r"train.jsonl is not what it was, so its results would mix"):
+        verify_inputs(make_spec())
+
+
+def test_a_damaged_manifest_is_no_changed_source(own: Path, make_spec) -> None:
+    cut(own / "models/toy/manifest.json")
+    assert check_unchanged({"run": make_spec()}) == []
