@@ -3,15 +3,29 @@
 PYTHON ?= python3
 EXPERIMENT ?= quick
 CORES ?= all
+# How to run: default, on this machine. slurm and kubernetes need plugins that slow every start, so that each has an
+# environment of its own.
+PROFILE ?= default
 
-BIN := .venv/bin
-READY := .venv/.ready
+ifeq ($(PROFILE),default)
+VENV := .venv
+PLACE := --cores $(CORES)
+else
+VENV := .venv-$(PROFILE)
+PLACE := --workflow-profile profiles/$(PROFILE)
+EXTRA := [$(PROFILE)]
+endif
+# Packages without a wheel: only these may run a build of their own.
+SOURCE_ONLY := cellpylib,connection-pool,pycosat,rouge-score,sqlitedict,word2number,zss
+TORCH := torch>=2.9,<3
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
 # A worker a core, each with one thread; four at most, for some tests take gigabytes.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup report test smoke slow browser lint format schema lock publish benchmark benchmark-memory agreement \
-        gpu-check claims clean
+.PHONY: help setup report test test-faults test-slurm test-oldest test-newest smoke slow browser lint format schema lock \
+        audit sbom publish benchmark benchmark-memory agreement gpu-check claims clean
 
 help:
 	@echo "make report [EXPERIMENT=quick]   train, measure and write reports/EXPERIMENT/report.html"
@@ -22,6 +36,10 @@ help:
 	@echo "make benchmark                   our training step against the HF Trainer"
 	@echo "make benchmark-memory            the memory calculator's speed, beside accelerate's estimate"
 	@echo "make agreement                   closed form against simulation, on random runs"
+	@echo "make test-faults                 kills, full disks, damaged files: what is lost (nothing)"
+	@echo "make test-slurm                  the smoke pipeline on a real Slurm, started on this machine"
+	@echo "make test-oldest | test-newest   the tests with the oldest and newest torch, transformers, peft"
+	@echo "make audit | sbom                known vulnerabilities of what is installed; a list of it"
 	@echo "make gpu-check                   predicted against measured memory, on a CUDA card"
 	@echo "make lint | slow | browser       checks; long tests; the report in a real browser"
 
@@ -29,28 +47,40 @@ setup: $(READY)
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.12")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --progress-bar on -r requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --progress-bar on '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --progress-bar on --require-hashes --no-deps \
+	  --only-binary :all: --no-binary $(SOURCE_ONLY) -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(if $(EXTRA),$(BIN)/python -m pip install --quiet --editable '.$(EXTRA)')
 	@touch $@
 
 report: $(READY)
 	@$(BIN)/peftscope expand $(EXPERIMENT) --brief
 	@$(BIN)/peftscope unlock
-	@$(BIN)/snakemake --cores $(CORES) --config experiment=$(EXPERIMENT)
+	@$(BIN)/snakemake $(PLACE) --config experiment=$(EXPERIMENT)
 	@echo "The report: $(CURDIR)/reports/$(EXPERIMENT)/report.html"
 
 smoke: $(READY)
 	@$(MAKE) --no-print-directory report EXPERIMENT=smoke
 
 test: $(READY)
-	$(PYTEST) -m "not slow and not browser"
+	$(PYTEST) -m "not slow and not browser and not faults and not slurm"
 	@$(MAKE) --no-print-directory smoke
 
 slow: $(READY)
 	$(PYTEST) -m "slow and not alone"
 	$(BIN)/pytest -m alone
+
+# One at a time: they measure nothing, but time their faults by what a free machine does.
+test-faults: $(READY)
+	$(BIN)/pytest -m faults -v tests/test_faults.py
+
+# A real Slurm on this machine, of Debian's packages; stopped at the end.
+test-slurm:
+	@command -v slurmctld sbatch munged > /dev/null || { apt-get update -qq && apt-get install -y -qq slurm-wlm munge; } > /dev/null
+	@$(MAKE) --no-print-directory PROFILE=slurm setup
+	.venv-slurm/bin/pytest -m slurm -v tests/test_slurm.py
 
 browser: smoke
 	$(BIN)/pytest -m browser
@@ -91,15 +121,35 @@ claims: $(READY)
 gpu-check: $(READY)
 	$(BIN)/python -W ignore -m peftscope.memory.gpu_check
 
-# torch stays a range: pip then takes the build that fits the machine.
+# Every file of every package, for all systems. torch stays a range: pip then takes the build that fits the machine.
 lock:
-	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python -m pip install --quiet --upgrade pip
-	.venv-lock/bin/python -m pip install --quiet --editable '.[dev]'
-	.venv-lock/bin/python -m pip freeze --exclude-editable --exclude pip \
-	  | sed -e 's/^torch==.*/torch>=2.9,<3/' -e '/^cuda-/d' -e '/^nvidia-c/d' -e '/^nvidia-nccl/d' -e '/^nvidia-nv/d' -e '/^triton==/d' > requirements.lock
+	.venv-lock/bin/python -m pip install --quiet uv
+	.venv-lock/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-package torch --no-header --no-annotate --quiet --output-file requirements.lock
 	rm -rf .venv-lock
+
+# Asks a database of known vulnerabilities; what it could not ask about fails too.
+audit: $(READY)
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet pip-audit
+	.venv-audit/bin/pip-audit --strict --disable-pip --requirement requirements.lock
+	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__.partition("+")[0])' > .venv-audit/torch.txt
+	.venv-audit/bin/pip-audit --strict --disable-pip --no-deps --requirement .venv-audit/torch.txt
+
+# What is installed, for a release: CycloneDX.
+sbom: $(READY)
+	$(PYTHON) -m venv .venv-sbom
+	.venv-sbom/bin/python -m pip install --quiet cyclonedx-bom
+	.venv-sbom/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible --output-file sbom.cdx.json
+
+# The oldest and the newest torch, transformers and peft that pyproject.toml allows, without the lock.
+test-oldest: OLDEST := torch==2.9.* transformers==5.24.* peft==0.21.*
+test-oldest test-newest:
+	$(PYTHON) -m venv .venv-$@
+	.venv-$@/bin/python -m pip install --quiet --progress-bar on $(OLDEST) --editable '.[dev]'
+	OMP_NUM_THREADS=1 .venv-$@/bin/pytest --numprocesses logical --maxprocesses 4 --dist worksteal \
+	  -m "not slow and not browser and not faults and not slurm"
 
 clean:
 	rm -rf .snakemake results/smoke reports/smoke

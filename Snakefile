@@ -4,6 +4,7 @@ from pathlib import Path
 
 from snakemake.utils import Paramspace, min_version
 
+from peftscope.demands import JobDemands
 from peftscope.memory.grid import grid, sources
 from peftscope.plan import load_plan
 from peftscope.spec import RUN_ID_PATTERN
@@ -15,6 +16,7 @@ shell.prefix(
 )
 
 PLAN = load_plan(config)
+DEMANDS = JobDemands(PLAN)
 GRID = Paramspace(grid())
 CALCULATOR = sources()
 
@@ -27,8 +29,21 @@ wildcard_constraints:
     field=r"[a-z0-9_]+",
 
 
+# On a cluster: short, or in need of the network that its nodes may not have. The others are submitted.
 localrules:
     all,
+    fetch_model,
+    make_task,
+    tune,
+    collect,
+    tables,
+    figures,
+    ladder,
+    study,
+    memory_curve,
+    memory_figures,
+    report,
+    check,
 
 
 rule all:
@@ -74,17 +89,20 @@ rule train:
     benchmark:
         "results/{experiment}/benchmarks/train/{run_id}.tsv"
     # For jobs that are killed from outside; whatever else happens in a run is a status in its record.
-    retries: 1
+    retries: 2
     threads: workflow.cores
     resources:
         gpu=PLAN.gpus,
-        # Another interval: set-resources in a profile.
+        mem_mb=DEMANDS.memory_mb,
+        runtime=DEMANDS.minutes,
+        # Profiles change these two: seconds between checkpoints, and whether another attempt has more memory.
         checkpoint_seconds=300,
+        attempts_left=0,
     params:
         spec=PLAN.spec_json,
     shell:
         # exec: the job is Snakemake's own child, and dies with it.
-        "exec python -m peftscope run {params.spec:q} --threads {threads} --output $(dirname {output.record:q}) --checkpoint-seconds {resources.checkpoint_seconds} > {log} 2>&1"
+        "exec python -m peftscope run {params.spec:q} --threads {threads} --output $(dirname {output.record:q}) --checkpoint-seconds {resources.checkpoint_seconds} --attempts-left {resources.attempts_left} > {log} 2>&1"
 
 
 # A study's learning rates: the runs that are compared at them follow from what the first ones found.

@@ -66,15 +66,21 @@ def test_conda_environment_has_the_same_versions(repository: Path) -> None:
     assert set(pip) == wanted
 
 
-def test_the_lock_pins_every_dependency_and_leaves_torch_a_range(repository: Path) -> None:
-    lines = [line for line in (repository / "requirements.lock").read_text().splitlines() if line]
-    assert "torch>=2.9,<3" in lines
-    assert all("==" in line or line.startswith("torch>=") for line in lines)
-    assert not any("+cpu" in line or "://" in line for line in lines)
-    pinned = {re.split(r"[=<>]", line)[0].lower().replace("_", "-").replace(".", "-") for line in lines}
+def test_the_lock_pins_every_dependency_with_hashes_and_leaves_torch_a_range(repository: Path) -> None:
+    text = (repository / "requirements.lock").read_text()
+    assert "+cpu" not in text and "://" not in text
+    entries = re.split(r"\n(?=\S)", text.replace("\\\n", " ").strip())
+    assert all(re.match(r"[\w.-]+==\S+ .*--hash=sha256:[0-9a-f]{64}", entry) for entry in entries)
+    pinned = {re.split(r"[=<>]", entry)[0].lower().replace("_", "-").replace(".", "-") for entry in entries}
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
-    for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+    (torch,) = [requirement for requirement in project["dependencies"] if requirement.startswith("torch")]
+    makefile = (repository / "Makefile").read_text()
+    assert f"TORCH := {torch}\n" in makefile
+    for requirement in {*project["dependencies"], *project["optional-dependencies"]["dev"]} - {torch}:
         assert re.split(r"[=<>]", requirement)[0].lower().replace("_", "-") in pinned, requirement
+    assert not pinned & {"torch", "triton"}
+    # What may run a build of its own is named, and still part of the lock.
+    assert set(re.search(r"SOURCE_ONLY := (\S+)", makefile)[1].split(",")) <= pinned
 
 
 def test_ci_runs_the_readmes_test_command(repository: Path) -> None:

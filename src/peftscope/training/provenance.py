@@ -44,7 +44,13 @@ def provenance(spec: RunSpec) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "environment": {
             name: os.environ.get(name)
-            for name in ("PYTORCH_CUDA_ALLOC_CONF", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+            for name in (
+                "PYTORCH_CUDA_ALLOC_CONF",
+                "CUDA_VISIBLE_DEVICES",
+                "OMP_NUM_THREADS",
+                "MKL_NUM_THREADS",
+                "SLURM_JOB_ID",
+            )
         },
         "model": _manifest(model_folder(spec.model, spec.revision)),
         "task": _manifest(task_folder(spec.task)),

@@ -1,0 +1,60 @@
+"""What a training job asks of a cluster's scheduler: host memory and minutes. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from peftscope.estimate import estimate_seconds
+from peftscope.memory.answer import peaks_by_formula
+from peftscope.memory.question import Model, Question
+from peftscope.models.catalog import find_model
+from peftscope.plan import Plan
+from peftscope.spec import RunSpec
+
+PROCESS_BYTES = 2 * 2**30
+"""A process that has imported torch, transformers and lm-eval, reads its data and writes its checkpoint."""
+MARGIN = 1.25
+"""Of the tensors' peak: allocators keep freed memory, and generation has a cache."""
+SLOWER = 3
+"""How much longer than estimated a job may take before it is stopped; it then goes on where it was."""
+SHORTEST_MINUTES = 20
+UNKNOWN_BYTES = 64 * 2**30
+"""Of a model whose shape is not known before it is fetched."""
+_NO_MEMORY = ("seed", "init_seed", "learning_rate", "shuffled_targets", "steps", "schedule", "warmup_steps", "task")
+
+
+class JobDemands:
+    """Answers Snakemake about an experiment's training jobs; each further attempt asks for more."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._bytes: dict[str, int] = {}
+
+    def memory_mb(self, wildcards: Any, attempt: int) -> int:
+        """Returns the host memory that a run asks for, in megabytes."""
+        return math.ceil(self._host_bytes(self._plan.spec(wildcards)) * attempt / 10**6)
+
+    def minutes(self, wildcards: Any, attempt: int) -> int:
+        """Returns the minutes after which a run may be stopped."""
+        seconds = estimate_seconds(self._plan.spec(wildcards))
+        return max(SHORTEST_MINUTES, math.ceil(SLOWER * seconds / 60)) * attempt
+
+    def _host_bytes(self, spec: RunSpec) -> int:
+        matters = spec.canonical() | dict.fromkeys(_NO_MEMORY)
+        key = json.dumps(matters, sort_keys=True)
+        if key not in self._bytes:
+            self._bytes[key] = host_bytes(spec)
+        return self._bytes[key]
+
+
+def host_bytes(spec: RunSpec) -> int:
+    """Returns the host memory that a run needs: on a card only its model's weights pass through there."""
+    shape = find_model(spec.model).shape
+    if shape is None:
+        return UNKNOWN_BYTES
+    if spec.device == "cuda":
+        return PROCESS_BYTES + 2 * 4 * shape.parameters
+    peaks = peaks_by_formula(Question(Model(spec.model, shape.to_config(), shape), spec, spec.seq_len, None, 1, ()))
+    return PROCESS_BYTES + round(MARGIN * peaks.allocated_bytes)

@@ -1,0 +1,539 @@
+"""Faults: what is killed, cut, filled up or run out of memory ends in a clear message, and loses nothing.
+
+``make test-faults`` runs these, and prints a table of the faults. They run for minutes each, one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+
+from peftscope.inputs import read_manifest
+from peftscope.record import read_record, state_folder
+from peftscope.sweep import expand
+from peftscope.training import loop
+
+pytestmark = pytest.mark.faults
+
+KILLS = 30
+SMALL = """
+title: Small
+fixed: {model: toy, steps: 300, batch_size: 4, heldout_items: 8, generation_items: 0, eval_batch_size: 8,
+  retention_tokens: 32, untimed_steps: 1}
+axes: {method: [lora, qlora]}
+ladders: [{centre: {method: lora}, axes: {rank: [2, 8]}}]
+"""
+ENDINGS = SMALL.replace("ladders:", "runs: [{runs}]\nladders:").replace(
+    "{runs}",
+    "{method: full, learning_rate: 1.0e+30, max_grad_norm: null, precision: fp32}, "
+    "{method: lora, batch_size: 300000, steps: 2}",
+)
+VARYING = r"_seconds|per_second|resident_bytes|started_at|git_|^step_seconds"
+"""Columns of times and of the process's memory, which no two runs have alike."""
+
+
+class Outcomes(list[tuple[str, int, int]]):
+    """Fault, times, and how many finished runs were lost."""
+
+    def add(self, fault: str, times: int, lost: int) -> None:
+        self.append((fault, times, lost))
+        assert lost == 0, f"{fault}: {lost} finished runs were lost"
+
+
+@pytest.fixture(scope="session")
+def outcomes(request: pytest.FixtureRequest) -> Iterator[Outcomes]:
+    found = Outcomes()
+    yield found
+    width = max(len(fault) for fault, *_ in found) if found else 0
+    lines = [f"{'fault':{width}}  times  lost", *(f"{fault:{width}}  {n:5}  {lost:4}" for fault, n, lost in found)]
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("\n\n" + "\n".join(lines))
+
+
+# Folders in which the workflow runs as in a clone.
+
+
+def make_folder(folder: Path, repository: Path, toy: Path, texts: dict[str, str], made: Path | None = None) -> Path:
+    """Makes one; ``made`` is another one, whose files that no experiment changes are taken over."""
+    folder.mkdir()
+    shutil.copytree(repository / "experiments", folder / "experiments")
+    for name, text in texts.items():
+        (folder / "experiments" / f"{name}.yaml").write_text(text)
+    for name in ("Snakefile", "profiles", "src"):
+        (folder / name).symlink_to(repository / name)
+    shutil.copytree(toy / "resources", folder / "resources")
+    if made:
+        subprocess.run(["cp", "-a", "--parents", "results/memory", str(folder)], cwd=made, check=True)
+    return folder
+
+
+def start(folder: Path, name: str, limit: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+    """Starts the workflow, as ``make report`` does."""
+    subprocess.run([sys.executable, "-m", "peftscope", "unlock"], cwd=folder, check=True, capture_output=True)
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", f"experiment={name}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, preexec_fn=limit, **pipes)
+
+
+def finish(folder: Path, name: str, limit: Callable[[], None] | None = None) -> str:
+    """Runs the workflow to its end, and returns what it said."""
+    workflow = start(folder, name, limit)
+    said, _ = workflow.communicate(timeout=600)
+    assert workflow.returncode == 0, said[-4000:]
+    return said
+
+
+def fail(folder: Path, name: str, limit: Callable[[], None] | None = None) -> str:
+    """Runs the workflow, which must fail, without a traceback of ours, and returns what it said."""
+    workflow = start(folder, name, limit)
+    said, _ = workflow.communicate(timeout=600)
+    assert workflow.returncode != 0, said[-4000:]
+    assert "Traceback" not in said, said[-4000:]
+    return said
+
+
+def tables(folder: Path, name: str) -> dict[str, str]:
+    """The experiment's tables without their times and the process's memory."""
+    paths = [*(folder / "results" / name).glob("*.csv"), *(folder / "results" / name / "tables").glob("*.csv")]
+    return {path.name: without_times(pd.read_csv(path)) for path in sorted(paths)}
+
+
+def without_times(table: pd.DataFrame) -> str:
+    kept = table.loc[:, ~table.columns.str.contains(VARYING)]
+    return kept.to_csv(index=False)
+
+
+def finished(folder: Path, name: str) -> dict[str, str]:
+    """When each run that is finished began, by its id; from the copy that outlives a job."""
+    found = {}
+    for path in (folder / "results" / name / "runs").glob("*/state/record.json"):
+        found[path.parts[-3]] = read_record(path).provenance["started_at"]
+    return found
+
+
+def lost(before: dict[str, str], after: dict[str, str]) -> int:
+    return sum(after.get(run) != began for run, began in before.items())
+
+
+@pytest.fixture(scope="session")
+def undisturbed(repository: Path, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which both experiments ran without a fault."""
+    folder = make_folder(tmp_path_factory.mktemp("faults") / "undisturbed", repository, toy, {"small": SMALL})
+    for name in ("smoke", "small"):
+        finish(folder, name)
+    return folder
+
+
+@pytest.fixture
+def folder(undisturbed: Path, repository: Path, toy: Path, tmp_path: Path) -> Path:
+    """A folder in which nothing ran yet but what no experiment changes."""
+    return make_folder(tmp_path / "own", repository, toy, {"small": SMALL, "endings": ENDINGS}, undisturbed)
+
+
+@pytest.fixture
+def done(undisturbed: Path, tmp_path: Path) -> Path:
+    """A folder in which the small experiment is finished."""
+    subprocess.run(["cp", "-a", str(undisturbed), str(tmp_path / "done")], check=True)
+    return tmp_path / "done"
+
+
+# Signals.
+
+
+def workers(workflow: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Returns the processes of a workflow's jobs."""
+    with suppress(psutil.Error):
+        return [p for p in psutil.Process(workflow.pid).children(recursive=True) if "peftscope" in p.cmdline()]
+    return []
+
+
+def kill_one_of_its_jobs(workflow: subprocess.Popen[str], chance: random.Random) -> None:
+    if found := workers(workflow):
+        with suppress(psutil.Error):
+            chance.choice(found).kill()
+
+
+def kill_the_workflow(workflow: subprocess.Popen[str], chance: random.Random) -> None:
+    workflow.kill()
+    workflow.communicate()
+
+
+def kill_everything(workflow: subprocess.Popen[str], chance: random.Random) -> None:
+    with suppress(psutil.Error):
+        everything = [psutil.Process(workflow.pid), *psutil.Process(workflow.pid).children(recursive=True)]
+        for process in everything:
+            with suppress(psutil.Error):
+                process.kill()
+    workflow.communicate()
+
+
+def test_sigkill_at_random_moments(
+    repository: Path, toy: Path, undisturbed: Path, tmp_path: Path, outcomes: Outcomes, capsys: pytest.CaptureFixture
+) -> None:
+    chance = random.Random(20261125)
+    kills = {kill_one_of_its_jobs: 0, kill_the_workflow: 0, kill_everything: 0}
+    again = 0
+    for attempt in range(KILLS):  # a folder more whenever one is finished before the kills are spent
+        place = make_folder(tmp_path / f"killed-{attempt}", repository, toy, {})
+        seen: dict[str, str] = {}
+        workflow = start(place, "smoke")
+        while sum(kills.values()) < KILLS:
+            with suppress(subprocess.TimeoutExpired):
+                workflow.communicate(timeout=chance.uniform(1, 14))
+            if workflow.poll() == 0:
+                break
+            if workflow.poll() is None:
+                kill = chance.choice(list(kills))
+                kill(workflow, chance)
+                kills[kill] += 1
+                with capsys.disabled():
+                    print(f"\r{sum(kills.values())} of {KILLS} kills", end="", flush=True)
+            if workflow.poll() is not None:
+                again += lost(seen, finished(place, "smoke"))
+                seen |= finished(place, "smoke")
+                workflow = start(place, "smoke")
+        workflow.communicate(timeout=600)
+        if workflow.returncode:
+            finish(place, "smoke")
+        again += lost(seen, finished(place, "smoke"))
+        assert tables(place, "smoke") == tables(undisturbed, "smoke")
+        assert not list(place.glob("results/smoke/runs/*/state/checkpoint*"))
+        if sum(kills.values()) == KILLS:
+            break
+    for kill, times in kills.items():
+        outcomes.add(f"SIGKILL: {kill.__name__.replace('_', ' ')}", times, again)
+
+
+@pytest.mark.parametrize("whom", ["the workflow", "its job"])
+def test_sigterm(whom: str, folder: Path, undisturbed: Path, outcomes: Outcomes) -> None:
+    seen: dict[str, str] = {}
+    times = again = 0
+    workflow = start(folder, "small")
+    for _ in range(3):
+        wait_for(busy_or_over, workflow)
+        if workflow.poll() is not None:
+            break
+        for process in [psutil.Process(workflow.pid)] if whom == "the workflow" else workers(workflow)[:1]:
+            process.send_signal(signal.SIGTERM)
+            times += 1
+        if whom == "the workflow":
+            said, _ = workflow.communicate(timeout=120)
+            assert "Traceback" not in said
+            workflow = start(folder, "small")
+        else:
+            time.sleep(2)
+        again += lost(seen, finished(folder, "small"))
+        seen |= finished(folder, "small")
+    said, _ = workflow.communicate(timeout=600)
+    if workflow.returncode:  # a job that was stopped twice
+        finish(folder, "small")
+    assert tables(folder, "small") == tables(undisturbed, "small")
+    outcomes.add(f"SIGTERM to {whom}", times, again + lost(seen, finished(folder, "small")))
+
+
+def busy_or_over(workflow: subprocess.Popen[str]) -> bool:
+    return any(p.cpu_times().user > 3 for p in workers(workflow)) or workflow.poll() is not None
+
+
+def wait_for(condition: Callable[..., Any], *arguments: Any, seconds: float = 120) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with suppress(psutil.Error):
+            if found := condition(*arguments):
+                return found
+        time.sleep(0.05)
+    raise AssertionError("it did not happen")
+
+
+def test_two_workflows_at_once(folder: Path, undisturbed: Path, outcomes: Outcomes) -> None:
+    first = start(folder, "small")
+    wait_for(lambda: list(folder.glob(".snakemake/locks/*.lock")))
+    assert "LockException" in fail(folder, "small")
+    said, _ = first.communicate(timeout=600)
+    assert first.returncode == 0, said
+    assert tables(folder, "small") == tables(undisturbed, "small")
+    outcomes.add("two workflows in one folder", 1, 0)
+
+
+# Disks.
+
+
+def fixed_file_size(limit_bytes: int) -> Callable[[], None]:
+    """A limit on the size of files acts like a quota, and needs no rights."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
+
+@pytest.mark.parametrize(
+    ("what", "limit_bytes"), [("the record", 3_000), ("the adapter", 30_000), ("checkpoints", 100_000)]
+)
+def test_a_disk_that_takes_no_more(
+    what: str, limit_bytes: int, folder: Path, undisturbed: Path, outcomes: Outcomes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    identity, spec = next(iter(expand("small").runs.items()))
+    place = Path("results/small/runs") / identity
+    command = [sys.executable, "-m", "peftscope", "run", json.dumps(spec.canonical()), "--output", str(place)]
+    command += ["--checkpoint-seconds", "1", "--threads", "2"]
+    stopped = subprocess.run(
+        command, capture_output=True, text=True, check=False, preexec_fn=fixed_file_size(limit_bytes)
+    )
+    assert "File too large" in stopped.stderr
+    assert "Traceback" not in stopped.stderr, stopped.stderr
+    if what == "checkpoints":  # the run does without
+        assert stopped.returncode == 0, stopped.stderr
+        assert "no checkpoint at step" in stopped.stderr
+    else:
+        assert stopped.returncode != 0
+        assert "free some space and start again" in stopped.stderr
+        assert not (place / "record.json").exists()
+        again = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "goes on after step" in again.stderr or what == "the adapter"
+    finish(folder, "small")
+    assert tables(folder, "small") == tables(undisturbed, "small")
+    outcomes.add(f"no room for {what}", 1, 0)
+
+
+@contextmanager
+def mounted(place: Path, *options: str) -> Iterator[bool]:
+    """Mounts a file system; yields whether that is permitted here."""
+    place.mkdir(exist_ok=True)
+    permitted = subprocess.run(["mount", *options, str(place)], capture_output=True, check=False).returncode == 0
+    try:
+        yield permitted
+    finally:
+        if permitted:
+            subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@pytest.mark.parametrize("size", ["64k", "200k", "700k"])
+def test_a_small_disk_that_is_full(
+    size: str, repository: Path, toy: Path, undisturbed: Path, tmp_path: Path, outcomes: Outcomes
+) -> None:
+    folder = make_folder(tmp_path / "own", repository, toy, {"small": SMALL}, undisturbed)
+    with mounted(folder / "results" / "small", "-t", "tmpfs", "-o", f"size={size}", "tmpfs") as permitted:
+        if not permitted:
+            outcomes.add("disk full (a small tmpfs: not permitted here)", 0, 0)
+            return
+        said = fail(folder, "small")
+        assert "o space left on device" in said
+        seen = finished(folder, "small")
+        subprocess.run(["mount", "-o", "remount,size=100m", str(folder / "results" / "small")], check=True)
+        finish(folder, "small")
+        assert tables(folder, "small") == tables(undisturbed, "small")
+        outcomes.add(f"disk full ({size})", 1, lost(seen, finished(folder, "small")))
+
+
+def test_a_folder_that_cannot_be_written(done: Path, undisturbed: Path, outcomes: Outcomes) -> None:
+    before = tables(done, "small")
+    if os.geteuid() == 0:  # whom permissions do not stop
+        subprocess.run(["mount", "--bind", str(done), str(done)], check=True)
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(done)], check=True)
+    else:
+        done.chmod(0o555)
+    try:
+        command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "experiment=small"]
+        said = subprocess.run(command, cwd=done, capture_output=True, text=True, check=False)
+        assert said.returncode != 0
+        assert "cannot be written" in said.stderr
+        assert "Traceback" not in said.stderr
+        own = subprocess.run(
+            [sys.executable, "-m", "peftscope", "report", "small"], cwd=done, capture_output=True, text=True
+        )
+        assert own.returncode != 0
+        assert "make this folder writable" in own.stderr
+        assert "Traceback" not in own.stderr
+    finally:
+        if os.geteuid() == 0:
+            subprocess.run(["umount", "--lazy", str(done)], check=True)
+        else:
+            done.chmod(0o755)
+    assert "Nothing to be done" in finish(done, "small")
+    assert tables(done, "small") == before
+    outcomes.add("a folder that cannot be written", 1, 0)
+
+
+# Files that were damaged.
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def change(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, change])
+def test_damaged_records(damage: Callable[[Path], None], done: Path, undisturbed: Path, outcomes: Outcomes) -> None:
+    seen = finished(done, "small")
+    for record in done.glob("results/small/runs/*/record.json"):
+        damage(record)
+    (done / "results/small/runs.csv").unlink()
+    finish(done, "small")
+    assert tables(done, "small") == tables(undisturbed, "small")
+    assert len(list(done.glob("results/small/runs/*/record.damaged"))) == len(seen)
+    outcomes.add(f"records, {damage.__name__}", len(seen), lost(seen, finished(done, "small")))
+
+
+def test_damaged_records_and_their_copies(done: Path, undisturbed: Path, outcomes: Outcomes) -> None:
+    seen = finished(done, "small")
+    one = min(seen)
+    for path in (done / "results/small/runs" / one).rglob("record.json"):
+        change(path)
+    (done / "results/small/runs.csv").unlink()
+    said = fail(done, "small")
+    assert "damaged, set aside as record.damaged" in said
+    finish(done, "small")
+    assert tables(done, "small") == tables(undisturbed, "small")
+    del seen[one]
+    outcomes.add("a record and its copy", 1, lost(seen, finished(done, "small")))
+
+
+def test_damaged_checkpoints(folder: Path, undisturbed: Path, outcomes: Outcomes) -> None:
+    profile = folder / "profiles"
+    profile.unlink()
+    shutil.copytree(undisturbed / "profiles", profile)
+    file = profile / "default" / "profile.yaml"
+    file.write_text(file.read_text() + "set-resources:\n  - train:checkpoint_seconds=0\n")
+    workflow = start(folder, "small")
+    (newest, *_) = wait_for(lambda: sorted(folder.glob("results/small/runs/*/state/checkpoint-*.pt"), reverse=True))
+    kill_everything(workflow, random.Random())
+    state = newest.parent
+    for path, damage in zip(sorted(state.glob("checkpoint-*.pt"), reverse=True), (cut, change), strict=False):
+        damage(path)
+    finish(folder, "small")
+    assert list(state.glob("*.damaged"))
+    assert tables(folder, "small") == tables(undisturbed, "small")
+    outcomes.add("checkpoints, cut and changed", 1, 0)
+
+
+@pytest.mark.parametrize("file", ["models/toy/model.safetensors", "tasks/two-digit-sums/train.jsonl"])
+@pytest.mark.parametrize("damage", [cut, change])
+def test_damaged_models_and_data(
+    file: str, damage: Callable[[Path], None], done: Path, undisturbed: Path, outcomes: Outcomes
+) -> None:
+    seen = finished(done, "small")
+    one = min(seen)
+    shutil.rmtree(done / "results/small/runs" / one)
+    path = done / "resources" / file
+    damage(path)
+    finish(done, "small")
+    assert "set aside as" in (done / "results/small/runs" / one / "train.log").read_text()
+    assert path.parent.with_name(f"{path.parent.name}.damaged").is_dir()
+    assert read_manifest(path.parent) == read_manifest(undisturbed / path.parent.relative_to(done))
+    assert tables(done, "small") == tables(undisturbed, "small")
+    del seen[one]
+    outcomes.add(f"{path.name}, {damage.__name__}", 1, lost(seen, finished(done, "small")))
+
+
+# Memory, and losses that are no numbers.
+
+
+def test_runs_that_cannot_end_well_do_not_stop_the_others(folder: Path, undisturbed: Path, outcomes: Outcomes) -> None:
+    limit = 14 * 2**30
+    finish(folder, "endings", lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+    runs = pd.read_csv(folder / "results/endings/runs.csv").set_index("run_id")
+    assert sorted(runs["status"]) == ["diverged", "ok", "ok", "ok", "oom"]
+    good = runs[runs["status"] == "ok"].drop(columns="comparisons")
+    reference = pd.read_csv(undisturbed / "results/small/runs.csv").set_index("run_id")
+    shared = [c for c in reference.columns if c in good.columns]
+    assert without_times(good[shared].dropna(axis=1, how="all")) == without_times(
+        reference.loc[good.index, shared].dropna(axis=1, how="all")
+    )
+    assert "OOM" in (folder / "reports/endings/report.html").read_text()
+    outcomes.add("out of memory (ulimit -v)", 1, 0)
+    outcomes.add("a loss that is no number", 1, 0)
+
+
+def test_the_kernel_kills_for_memory(folder: Path, outcomes: Outcomes, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = memory_group(2 * 2**30)
+    if group is None:
+        outcomes.add("out of memory (cgroup: not permitted here)", 0, 0)
+        return
+    monkeypatch.chdir(folder)
+    (spec,) = (spec for spec in expand("endings").runs.values() if spec.batch_size == 300_000)
+    command = [sys.executable, "-m", "peftscope", "run", json.dumps(spec.canonical()), "--output", "run"]
+
+    def enter() -> None:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    try:
+        again = subprocess.run([*command, "--attempts-left", "1"], preexec_fn=enter, capture_output=True, text=True)
+        assert again.returncode == 137, again.stderr
+        assert not Path("run/record.json").exists()
+        last = subprocess.run(command, preexec_fn=enter, capture_output=True, text=True, check=True)
+        assert "most likely because the host ran out of memory" in last.stderr
+        assert read_record(Path("run/record.json")).status == "oom"
+    finally:
+        group.rmdir()
+    outcomes.add("out of memory (cgroup, killed by the kernel)", 2, 0)
+
+
+def memory_group(limit_bytes: int) -> Path | None:
+    """Returns a new cgroup with that limit, None where we may not make one."""
+    for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        group = Path(root) / "peftscope-test"
+        with suppress(OSError):
+            group.mkdir(exist_ok=True)
+            if (group / limit).is_file():
+                (group / limit).write_text(str(limit_bytes))
+                return group
+            group.rmdir()
+    return None
+
+
+def test_a_card_that_is_too_small(
+    toy: Path, make_spec, tmp_path: Path, outcomes: Outcomes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_resuming import run
+
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(loop, "train_step", out_of_memory)
+    record = run(make_spec(method="lora"), tmp_path)
+    assert (record.status, record.reason) == (
+        "oom",
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB.",
+    )
+    # A result, which no later job tries again.
+    assert read_record(state_folder(tmp_path) / "record.json").status == "oom"
+    outcomes.add("out of memory (CUDA, simulated)", 1, 0)
+
+
+# Time.
+
+
+def test_a_clock_that_was_set_back(done: Path, undisturbed: Path, outcomes: Outcomes) -> None:
+    """Everything is then from a year ahead; one run is gone, so that something has to be made."""
+    seen = finished(done, "small")
+    one = min(seen)
+    ahead = time.time() + 365 * 24 * 3600
+    for path in [*done.glob("results/**/*"), *done.glob("resources/**/*"), *done.glob("reports/**/*")]:
+        os.utime(path, (ahead, ahead), follow_symlinks=False)
+    shutil.rmtree(done / "results/small/runs" / one)
+    finish(done, "small")
+    assert tables(done, "small") == tables(undisturbed, "small")
+    del seen[one]
+    after = finished(done, "small")
+    assert finish(done, "small")
+    assert finished(done, "small") == after
+    outcomes.add("a clock that was set back a year", 1, lost(seen, after))
