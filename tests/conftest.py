@@ -35,6 +35,7 @@ def in_workspace(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.chdir(workspace)
     tasks._tasks.cache_clear()
+    tasks._scoring.cache_clear()
     catalog._catalog.cache_clear()
 
 
@@ -95,6 +96,7 @@ def write_experiment(workspace: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         path = Path("experiments") / f"{name}.yaml"
         path.write_text(text)
         tasks._tasks.cache_clear()
+        tasks._scoring.cache_clear()
         catalog._catalog.cache_clear()
         return path
 

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peftscope.errors import InputError, Problem
 from peftscope.spec import RunSpec
@@ -206,9 +206,14 @@ def read_record(path: Path) -> RunRecord:
     try:
         content = json.loads(path.read_text())
         found = content.get("schema_version")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise InputError(Problem(str(path), "not a record", "remove it to run again")) from None
     if found != SCHEMA_VERSION:
         message = f"a record of version {found}, this is {SCHEMA_VERSION}"
         raise InputError(Problem(str(path), message, "remove it to run again, or use the version that wrote it"))
-    return RunRecord.model_validate(content)
+    try:
+        return RunRecord.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = f"not a record: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise InputError(Problem(str(path), message, "remove it to run again")) from None

@@ -16,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from peftscope.claims import checks
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.verdict import Rule
-from peftscope.errors import InputError, Problem, close_match
-from peftscope.experiment import EXPERIMENTS, dotted, experiment_path, problems_of, read_experiment, read_yaml
+from peftscope.content import read_yaml
+from peftscope.errors import InputError, Problem, close_match, shown
+from peftscope.experiment import EXPERIMENTS, dotted, experiment_path, problems_of, read_experiment
 
 CLAIMS_FILE = EXPERIMENTS / "claims.yaml"
 
@@ -126,7 +127,7 @@ def _known_checks() -> dict[str, Callable[..., Measurement]]:
 def _problems_of_check(part: Part, where: str) -> list[Problem]:
     known = _known_checks()
     if part.check not in known:
-        return [Problem(f"{where}.check", f"no such check (got {part.check!r})", close_match(part.check, known))]
+        return [Problem(f"{where}.check", f"no such check (got {shown(part.check)})", close_match(part.check, known))]
     signature = inspect.signature(known[part.check])
     try:
         signature.bind(**part.with_)
@@ -144,10 +145,11 @@ def _problems_of_study(part: Part, where: str) -> list[Problem]:
         return [Problem(f"{where}.study", str(problem)) for problem in error.problems]
     if study is None:
         return [Problem(f"{where}.study", f"{part.with_['study']} is an experiment without a study")]
-    named = [arm for pair in part.with_.get("arms", {}).items() for arm in pair]
+    pairs = part.with_.get("arms", {})
+    named = [arm for pair in pairs.items() for arm in pair] if isinstance(pairs, dict) else [pairs]
     named += [part.with_[key] for key in ("arm", "against") if key in part.with_]
     return [
-        Problem(where, f"{part.with_['study']} has no such arm (got {arm!r})", close_match(str(arm), study.arms))
+        Problem(where, f"{part.with_['study']} has no such arm (got {shown(arm)})", close_match(str(arm), study.arms))
         for arm in named
-        if arm not in study.arms
+        if not isinstance(arm, str) or arm not in study.arms
     ]

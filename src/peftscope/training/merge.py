@@ -76,7 +76,13 @@ def _dequantised(base: Any, spec: RunSpec) -> Any:
 
     from peftscope.models.catalog import model_folder
 
-    plain = AutoModelForCausalLM.from_pretrained(model_folder(spec.model, spec.revision), dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_pretrained(
+        model_folder(spec.model, spec.revision),
+        dtype=torch.bfloat16,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
     modules = dict(plain.named_modules())
     with torch.no_grad():
         for name, module in base.named_modules():
