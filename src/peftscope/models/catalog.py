@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,6 +16,10 @@ from peftscope.memory.shapes import ModelShape
 
 MODELS_FILE = EXPERIMENTS / "models.yaml"
 MODELS_FOLDER = Path("resources/models")
+
+# Without the last one, transformers would ask whoever sits there whether to run a model's own code.
+LOCAL: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+"""How every model is loaded: from its folder, no pickles, no code."""
 
 
 class RandomSource(BaseModel):

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from peftscope.methods.fields import Quantization
-from peftscope.models.catalog import model_folder
+from peftscope.models.catalog import LOCAL, model_folder
 from peftscope.spec import RunSpec
 
 MASK_FREE_SDPA = "sdpa_mask_free"
@@ -55,10 +55,7 @@ def load_base(spec: RunSpec) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         model_folder(spec.model, spec.revision),
         device_map={"": spec.device},
-        local_files_only=True,
-        use_safetensors=True,
-        # Left out, it would ask whoever sits there whether to run a model's own code.
-        trust_remote_code=False,
+        **LOCAL,
         **options,
     )
     if quantization:
