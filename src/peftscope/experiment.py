@@ -122,6 +122,12 @@ def deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def check_experiment_name(name: str) -> None:
+    """Raises InputError for what cannot be an experiment's name, such as a path."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise InputError(Problem(f"experiment={name}", "not a name for an experiment", f"use {NAME_PATTERN}"))
+
+
 def experiment_path(name: str) -> Path:
     """Returns the file of an experiment.
 
@@ -130,8 +136,7 @@ def experiment_path(name: str) -> Path:
     """
     if name in RESERVED_NAMES:
         raise InputError(Problem(f"experiment={name}", "a reserved name", "rename the experiment file"))
-    if not re.fullmatch(NAME_PATTERN, name):
-        raise InputError(Problem(f"experiment={name}", "not a name for an experiment", f"use {NAME_PATTERN}"))
+    check_experiment_name(name)
     path = EXPERIMENTS / f"{name}.yaml"
     if not path.is_file() or name in NOT_EXPERIMENTS:
         if not EXPERIMENTS.is_dir():

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from peftscope.claims import checks
 from peftscope.claims.measurement import Measurement
@@ -124,6 +124,18 @@ def _known_checks() -> dict[str, Callable[..., Measurement]]:
     return found
 
 
+@cache
+def _parameters(check: str) -> type[BaseModel]:
+    """Returns a model of a check's parameters, as its signature types them."""
+    function = _known_checks()[check]
+    types = get_type_hints(function)
+    fields: dict[str, Any] = {
+        name: (types[name], ... if parameter.default is parameter.empty else parameter.default)
+        for name, parameter in inspect.signature(function).parameters.items()
+    }
+    return create_model(check, **fields)
+
+
 def _problems_of_check(part: Part, where: str) -> list[Problem]:
     known = _known_checks()
     if part.check not in known:
@@ -134,6 +146,10 @@ def _problems_of_check(part: Part, where: str) -> list[Problem]:
     except TypeError as error:
         remedy = f"{part.check} takes {', '.join(signature.parameters)}"
         return [Problem(f"{where}.with", str(error), remedy)]
+    try:
+        _parameters(part.check).model_validate(part.with_)
+    except ValidationError as error:
+        return problems_of(error, lambda location: f"{where}.with.{dotted(location)}", set(signature.parameters))
     return _problems_of_study(part, f"{where}.with") if "study" in part.with_ else []
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import lm_eval
 import torch
-from datasets import Features, Value
+from datasets import Dataset, DatasetDict
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from peftscope.data.scoring import read_scoring
-from peftscope.data.tasks import task_folder
+from peftscope.data.tasks import read_split
 from peftscope.spec import RunSpec
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -98,14 +98,11 @@ def _task_config(task: str) -> dict[str, Any]:
     """Returns what lm-eval has to know of a task.
 
     Prompt and target are columns, not templates: a template is code of its own, and lm-eval makes a list of a target in
-    brackets. Their type is given, or a file of dates would be read as times, which no answer matches.
+    brackets. The items are given, not a file, of which Arrow would read dates as times, which no answer matches.
     """
-    return read_scoring(task).model_dump(exclude_none=True) | {
-        "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {"test": (task_folder(task) / "test.jsonl").as_posix()},
-            "features": Features({"prompt": Value("string"), "response": Value("string")}),
-        },
-        "doc_to_text": "prompt",
-        "doc_to_target": "response",
-    }
+
+    def items(**_: Any) -> DatasetDict:
+        return DatasetDict({"test": Dataset.from_list([vars(item) for item in read_split(task, "test")])})
+
+    said = read_scoring(task).model_dump(exclude_none=True)
+    return said | {"custom_dataset": items, "doc_to_text": "prompt", "doc_to_target": "response"}

@@ -8,7 +8,8 @@ from html import escape
 from typing import Any
 
 import pandas as pd
-from great_tables import GT, md
+from great_tables import GT
+from great_tables import html as as_label
 
 from peftscope.collect import read_runs, results_folder
 from peftscope.methods import METHODS
@@ -220,7 +221,7 @@ def markdown_cell(text: str) -> str:
 def html(frame: pd.DataFrame, name: str) -> str:
     """Returns a frame of text as an HTML table; its name tells its styles from those of other tables on the page."""
     table = GT(frame, id=name).cols_align("right", columns=list(frame.columns)[1:])
-    table = table.cols_label({column: md(escape(column, quote=False)) for column in frame.columns})
+    table = table.cols_label({column: as_label(escape(column, quote=False)) for column in frame.columns})
     return str(table.tab_options(table_font_size="13px", data_row_padding="4px").as_raw_html())
 
 
