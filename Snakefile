@@ -62,7 +62,7 @@ rule fetch_model:
         name=PLAN.model_name,
         revision=PLAN.model_revision,
     shell:
-        "python -m peftscope fetch {params.name:q} {params.revision} > {log} 2>&1"
+        "python -m peftscope fetch {params.name:q} {params.revision} > {log:q} 2>&1"
 
 
 rule make_task:
@@ -73,7 +73,7 @@ rule make_task:
     benchmark:
         "resources/tasks/{task}.benchmark.tsv"
     shell:
-        "python -m peftscope make-task {wildcards.task:q} > {log} 2>&1"
+        "python -m peftscope make-task {wildcards.task:q} > {log:q} 2>&1"
 
 
 rule train:

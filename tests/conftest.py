@@ -35,6 +35,7 @@ def in_workspace(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.chdir(workspace)
     tasks._tasks.cache_clear()
+    tasks._scoring.cache_clear()
     catalog._catalog.cache_clear()
 
 
@@ -95,7 +96,28 @@ def write_experiment(workspace: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         path = Path("experiments") / f"{name}.yaml"
         path.write_text(text)
         tasks._tasks.cache_clear()
+        tasks._scoring.cache_clear()
         catalog._catalog.cache_clear()
         return path
 
     return write
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with copies of the experiment files, as the current one."""
+    import shutil
+
+    shutil.copytree(REPOSITORY / "experiments", tmp_path / "experiments")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def own(toy: Path, write_experiment: Callable[[str, str], Path]) -> Callable[[str, str], Path]:
+    """A folder with the toy model and its data, as the current one; writes experiment files into it."""
+    import shutil
+
+    write_experiment("mine", "fixed: {model: toy}\n")
+    shutil.copytree(toy / "resources", "resources")
+    return write_experiment

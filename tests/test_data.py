@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from peftscope.content import read_yaml
 from peftscope.data.batching import (
     IGNORED,
     Batch,
@@ -22,9 +23,9 @@ from peftscope.data.batching import (
     training_batches,
     training_order,
 )
-from peftscope.data.tasks import SPLITS, Item, lm_eval_file, make_task, read_split, task_folder
+from peftscope.data.scoring import lm_eval_file
+from peftscope.data.tasks import SPLITS, Item, make_task, read_split, task_folder
 from peftscope.errors import InputError
-from peftscope.experiment import read_yaml
 from peftscope.models.fetch import fetch_model
 from peftscope.models.load import load_base, load_tokenizer
 from peftscope.training.build import build_model
@@ -92,7 +93,7 @@ def test_a_long_prompt_loses_its_start_and_never_its_response(toy: Path, make_sp
     (example,) = tokenise([Item("x" * 100 + "end", "yes")], tokenizer, 20)
     assert len(example.tokens) == 20
     assert tokenizer.decode(example.tokens).endswith("end yes<eos>")
-    with pytest.raises(ValueError, match="too short for the response"):
+    with pytest.raises(InputError, match="too short for the response"):
         tokenise([Item("x", "y" * 50)], tokenizer, 20)
 
 

@@ -81,7 +81,7 @@ ERRORS = {
     "no responses": (["llama-2-7b", "--response-len", "0"], "response_len: must lie between 1 and", "seq_len=512"),
     "no card": (["llama-2-7b", "--gpus", "0"], "gpus: must be at least 1", "got 0"),
     "no such precision": (["llama-2-7b", "--precision", "fp8"], "precision: Input should be", "got 'fp8'"),
-    "no such file": (["nothing.json"], "model: nothing.json", "No such file"),
+    "no such file": (["nothing.json"], "model: nothing.json", "no such file"),
 }
 
 
@@ -104,7 +104,7 @@ LLAMA = {
     "num_attention_heads": 4,
 }
 CONFIGS = {
-    "not JSON": ("{", "is not valid JSON"),
+    "not JSON": ("{", "not valid JSON"),
     "a list": ([], "has no `model_type` -> give the config.json of a causal model"),
     "no model_type": ({"hidden_size": 64}, "has no `model_type` -> give the config.json of a causal model"),
     "no layers": ({k: v for k, v in LLAMA.items() if k != "num_hidden_layers"}, "`num_hidden_layers` is missing"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -84,7 +83,7 @@ def run(
     resolved = spec_from(values, path, detect_device())
     identity = run_id(resolved)
     runs = {identity: resolved}
-    problems = check_runs(runs, str(path)) + check_disk(runs) + check_fetched(resolved)
+    problems = check_runs(runs, str(path)) or check_disk(runs) + check_fetched(resolved)
     if problems:
         raise InputError(problems)
     folder = output or Path("results/single/runs") / identity
@@ -182,13 +181,10 @@ def _execute(
 
 
 def _read_spec(text: str) -> tuple[dict[str, Any], Path]:
-    from peftscope.experiment import read_yaml
+    from peftscope.content import parse_json, read_yaml
 
     if text.lstrip().startswith("{"):
-        try:
-            return json.loads(text), Path("spec")
-        except ValueError as error:
-            raise InputError(Problem("spec", f"not valid JSON: {error}")) from None
+        return parse_json(text, "spec"), Path("spec")
     return read_yaml(Path(text)), Path(text)
 
 
@@ -231,6 +227,7 @@ def merge(
     """Fold a run's adapter into its base: a plain model, without PEFT."""
     from peftscope.training.merge import find_run, merge_run
 
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     folder = find_run(run)
     target = output or folder / "merged"
     merge_run(folder, target)

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from peftscope.errors import InputError, Problem
+from peftscope.experiment import check_experiment_name
 from peftscope.methods import METHODS
 from peftscope.record import Damaged, RunRecord, recover_record
 from peftscope.spec import RunSpec
@@ -15,7 +16,12 @@ from peftscope.sweep import Sweep
 
 
 def results_folder(experiment: str) -> Path:
-    """Returns the folder of an experiment's results."""
+    """Returns the folder of an experiment's results.
+
+    Raises:
+        InputError: It cannot be an experiment's name.
+    """
+    check_experiment_name(experiment)
     return Path("results") / experiment
 
 
@@ -45,8 +51,15 @@ def collect_experiment(sweep: Sweep) -> None:
 
 
 def read_runs(experiment: str) -> pd.DataFrame:
-    """Returns ``runs.csv``; columns without a value anywhere stay, empty."""
-    return pd.read_csv(results_folder(experiment) / "runs.csv", dtype={"comparisons": str}).fillna({"comparisons": ""})
+    """Returns ``runs.csv``; columns without a value anywhere stay, empty.
+
+    Raises:
+        InputError: There is none.
+    """
+    path = results_folder(experiment) / "runs.csv"
+    if not path.is_file():
+        raise InputError(Problem(str(path), "no such file", f"make report EXPERIMENT={experiment}"))
+    return pd.read_csv(path, dtype={"comparisons": str}).fillna({"comparisons": ""})
 
 
 def _find_record(folder: Path) -> RunRecord | None:

@@ -3,8 +3,36 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+
+LONGEST_PART = 1000
+"""Characters of a message's place, text or remedy: what people write can be of any length."""
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 12
+
+
+def shown(value: Any) -> str:
+    """Returns a value as code, cut where it is long or deep.
+
+    >>> shown("q_prj"), shown(list(range(100)))
+    ("'q_prj'", '[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ...]')
+    """
+    return _REPR.repr(value)
+
+
+def printable(text: str) -> str:
+    r"""Returns text that a terminal shows as it is: control characters and halves of surrogate pairs as escapes.
+
+    >>> printable("a\x1b[2Jb")
+    'a\\x1b[2Jb'
+    """
+    short = text if len(text) <= LONGEST_PART else f"{text[:LONGEST_PART]}..."
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in short)
 
 
 @dataclass(frozen=True)
@@ -22,8 +50,8 @@ class Problem:
     remedy: str = ""
 
     def __str__(self) -> str:
-        tail = f" -> {self.remedy}" if self.remedy else ""
-        return f"{self.where}: {self.message}{tail}"
+        tail = f" -> {printable(self.remedy)}" if self.remedy else ""
+        return f"{printable(self.where)}: {printable(self.message)}{tail}"
 
 
 class InputError(Exception):
@@ -44,5 +72,5 @@ def close_match(word: str, known: Iterable[str]) -> str:
     'known: alpha, rank'
     """
     names = sorted(known)
-    matches = difflib.get_close_matches(word, names, n=1)
+    matches = difflib.get_close_matches(word[:LONGEST_PART], names, n=1)
     return f"did you mean `{matches[0]}`?" if matches else f"known: {', '.join(names)}"

@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from peftscope.errors import InputError, Problem, close_match
+from peftscope.content import CountOrZero, read_yaml
+from peftscope.errors import InputError, Problem, close_match, shown
 
 EXPERIMENTS = Path("experiments")
 DEFAULTS = EXPERIMENTS / "defaults.yaml"
 RESERVED_NAMES = ("published", "gpu", "single", "memory")
-NAME_PATTERN = r"[a-z0-9][a-z0-9-]*"
+NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,63}"
 NOT_EXPERIMENTS = ("defaults", "models", "tasks", "claims")
 
 Values = Annotated[list[Any], Field(min_length=1)]
@@ -29,7 +29,7 @@ class Ladder(BaseModel):
 
     centre: dict[str, Any] = {}
     axes: Annotated[dict[str, Values], Field(min_length=1)]
-    seeds: list[NonNegativeInt] | None = None
+    seeds: list[CountOrZero] | None = None
 
 
 class Exclusion(BaseModel):
@@ -57,8 +57,8 @@ class Study(BaseModel):
 
     arms: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], dict[str, Any]], Field(min_length=1)]
     learning_rates: dict[str, Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3)]]
-    tuning_seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
-    seeds: Annotated[list[NonNegativeInt], Field(min_length=2)]
+    tuning_seeds: Annotated[list[CountOrZero], Field(min_length=1)]
+    seeds: Annotated[list[CountOrZero], Field(min_length=2)]
     controls: dict[str, list[Literal["again", "still", "shuffled"]]] = {}
 
     @model_validator(mode="after")
@@ -99,7 +99,7 @@ class Experiment(BaseModel):
     runs: list[dict[str, Any]] = []
     study: Study | None = None
     exclude: list[Exclusion] = []
-    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = [0]
+    seeds: Annotated[list[CountOrZero], Field(min_length=1)] = [0]
 
     @model_validator(mode="after")
     def _study_has_its_base(self) -> Experiment:
@@ -107,51 +107,6 @@ class Experiment(BaseModel):
         if self.study and not bases:
             raise ValueError("a study needs the untouched base, from which gains are counted: runs: [{method: none}]")
         return self
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Returns a YAML file's mapping.
-
-    Raises:
-        InputError: The file is missing, is not YAML, repeats a key, or is no mapping.
-    """
-    try:
-        content = yaml.load(path.read_text(), Loader=_StrictLoader)
-    except FileNotFoundError:
-        raise InputError(Problem(str(path)[:200], "no such file")) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(Problem(str(path)[:200], f"cannot be read: {error}"[:200])) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}: line {mark.line + 1}" if mark else str(path)
-        raise InputError(Problem(place, f"not valid YAML: {getattr(error, 'problem', error)}")) from None
-    if not isinstance(content, dict):
-        raise InputError(Problem(str(path), "must be a mapping of fields to values"))
-    return content
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without silent surprises: a repeated key is an error, and 1e-3 is a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Returns the mapping; raises on a key that stands twice."""
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                message = f"a field's name must be text (got {key!r})"
-                raise yaml.constructor.ConstructorError(None, None, message, key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key `{key}` stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
 
 
 def deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -167,6 +122,12 @@ def deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def check_experiment_name(name: str) -> None:
+    """Raises InputError for what cannot be an experiment's name, such as a path."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise InputError(Problem(f"experiment={name}", "not a name for an experiment", f"use {NAME_PATTERN}"))
+
+
 def experiment_path(name: str) -> Path:
     """Returns the file of an experiment.
 
@@ -175,8 +136,7 @@ def experiment_path(name: str) -> Path:
     """
     if name in RESERVED_NAMES:
         raise InputError(Problem(f"experiment={name}", "a reserved name", "rename the experiment file"))
-    if not re.fullmatch(NAME_PATTERN, name):
-        raise InputError(Problem(f"experiment={name}", "not a name for an experiment", f"use {NAME_PATTERN}"))
+    check_experiment_name(name)
     path = EXPERIMENTS / f"{name}.yaml"
     if not path.is_file() or name in NOT_EXPERIMENTS:
         if not EXPERIMENTS.is_dir():
@@ -224,7 +184,7 @@ def dotted(location: tuple[str | int, ...]) -> str:
     'axes.rank[1]'
     """
     text = ""
-    for part in location:
+    for part in (part for part in location if part != "[key]"):
         text += f"[{part}]" if isinstance(part, int) else f".{part}"
     return text.lstrip(".")
 
@@ -240,6 +200,6 @@ def problems_of(
             found.append(Problem(where, "unknown key", close_match(str(item["loc"][-1]), known)))
         else:
             message = item["msg"].removeprefix("Value error, ")
-            shown = "" if isinstance(value, dict | BaseModel) else f" (got {value!r})"
-            found.append(Problem(where, f"{message}{shown}"))
+            got = "" if isinstance(value, dict | BaseModel) else f" (got {shown(value)})"
+            found.append(Problem(where, f"{message}{got}"))
     return found

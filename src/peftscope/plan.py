@@ -13,7 +13,7 @@ from typing import Any
 
 from peftscope.data.tasks import TASKS_FILE, JsonlSource, find_task, task_folder
 from peftscope.device import detect_device
-from peftscope.errors import InputError, Problem, close_match
+from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.experiment import experiment_path
 from peftscope.inputs import read_manifest
 from peftscope.models.catalog import MODELS_FILE, WheelSource, find_model, model_folder
@@ -141,7 +141,7 @@ def check_runs(runs: dict[str, RunSpec], where: str) -> list[Problem]:
     for spec in runs.values():
         try:
             source = find_task(spec.task, f"{where}: task").source
-            if isinstance(source, JsonlSource) and not source.path.is_file():
+            if isinstance(source, JsonlSource) and not source.is_there():
                 problems.append(Problem(f"{TASKS_FILE}: {spec.task}.source.path", f"no such file: {source.path}"))
             shape = find_model(spec.model, f"{where}: model").shape
         except InputError as error:
@@ -150,7 +150,7 @@ def check_runs(runs: dict[str, RunSpec], where: str) -> list[Problem]:
         known = [layer.name for layer in shape.block] if shape else []
         for module in spec.method.modules_named() if shape else []:
             if module not in known:
-                message = f"{spec.model} has no module of that name (got {module!r})"
+                message = f"{spec.model} has no module of that name (got {shown(module)})"
                 problems.append(Problem(f"{where}: targets", message, close_match(module, known)))
     return list(dict.fromkeys(problems))
 

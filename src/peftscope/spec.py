@@ -10,14 +10,17 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from peftscope.content import Count, CountOrZero
 from peftscope.methods import AnyMethod
 
 SPEC_VERSION = 1
 """Part of every run id: raise it when the same spec starts to mean something else."""
 
 RUN_ID_PATTERN = r"[a-z0-9.-]+"
+REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,99}$"
+"""Part of a folder's name, and of a command line."""
 
 Device = Literal["cpu", "cuda"]
 
@@ -28,29 +31,29 @@ class RunSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: Annotated[str, Field(min_length=1, description="a name in models.yaml, or a hub id org/name")]
-    revision: Annotated[str | None, Field(description="hub revision (branch, tag or commit); null: main")] = None
+    revision: Annotated[
+        str | None, Field(pattern=REVISION_PATTERN, description="hub revision (branch, tag or commit); null: main")
+    ] = None
     task: Annotated[str, Field(min_length=1, description="a name in tasks.yaml")]
     method: AnyMethod
-    seed: Annotated[NonNegativeInt, Field(description="reaches adapter initialisation, dropout and data order")] = 0
+    seed: Annotated[CountOrZero, Field(description="reaches adapter initialisation, dropout and data order")] = 0
     init_seed: Annotated[
-        NonNegativeInt | None, Field(description="of adapter initialisation and dropout alone; null: the seed")
+        CountOrZero | None, Field(description="of adapter initialisation and dropout alone; null: the seed")
     ] = None
     shuffled_targets: Annotated[
         bool, Field(description="a control: every training prompt gets the response of another one")
     ] = False
 
-    steps: Annotated[PositiveInt, Field(description="optimizer steps")] = 16
-    batch_size: Annotated[PositiveInt, Field(description="sequences a forward pass")] = 16
-    gradient_accumulation: Annotated[PositiveInt, Field(description="forward passes a step")] = 1
+    steps: Annotated[Count, Field(description="optimizer steps")] = 16
+    batch_size: Annotated[Count, Field(description="sequences a forward pass")] = 16
+    gradient_accumulation: Annotated[Count, Field(description="forward passes a step")] = 1
     packing: Annotated[
         bool, Field(description="several examples a sequence, each seeing itself alone (a block-diagonal mask)")
     ] = False
-    seq_len: Annotated[
-        PositiveInt, Field(description="longest sequence in tokens; longer prompts lose their start")
-    ] = 256
+    seq_len: Annotated[Count, Field(description="longest sequence in tokens; longer prompts lose their start")] = 256
     learning_rate: Annotated[float, Field(ge=0, description="of the first parameter group; 0 is a control")]
     schedule: Annotated[Literal["constant", "linear", "cosine"], Field(description="after the warm-up")] = "constant"
-    warmup_steps: Annotated[NonNegativeInt, Field(description="linear warm-up")] = 0
+    warmup_steps: Annotated[CountOrZero, Field(description="linear warm-up")] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float | None, Field(gt=0, description="null: no clipping")] = 1.0
     optimizer: Annotated[
@@ -74,17 +77,17 @@ class RunSpec(BaseModel):
     checkpointing: Annotated[bool, Field(description="recompute activations in the backward pass")] = False
     attention: Annotated[Literal["sdpa", "eager", "flash_attention_2"], Field(description="attention kernel")] = "sdpa"
 
-    eval_batch_size: Annotated[PositiveInt, Field(description="fixed: bf16 answers depend on it")] = 32
+    eval_batch_size: Annotated[Count, Field(description="fixed: bf16 answers depend on it")] = 32
     validation_items: Annotated[
-        NonNegativeInt, Field(description="validation items for the loss that learning rates are chosen by; 0: none")
+        CountOrZero, Field(description="validation items for the loss that learning rates are chosen by; 0: none")
     ] = 0
-    heldout_items: Annotated[PositiveInt, Field(description="test items for the held-out loss")] = 256
-    generation_items: Annotated[NonNegativeInt, Field(description="test items that lm-eval answers; 0: none")] = 64
+    heldout_items: Annotated[Count, Field(description="test items for the held-out loss")] = 256
+    generation_items: Annotated[CountOrZero, Field(description="test items that lm-eval answers; 0: none")] = 64
     retention_tokens: Annotated[
-        NonNegativeInt, Field(description="tokens of English prose, before and after; 0: none")
+        CountOrZero, Field(description="tokens of English prose, before and after; 0: none")
     ] = 1024
-    untimed_steps: Annotated[NonNegativeInt, Field(description="first steps left out of the step times")] = 3
-    probe_steps: Annotated[NonNegativeInt, Field(description="extra steps under the byte tracker (CPU); 0: none")] = 2
+    untimed_steps: Annotated[CountOrZero, Field(description="first steps left out of the step times")] = 3
+    probe_steps: Annotated[CountOrZero, Field(description="extra steps under the byte tracker (CPU); 0: none")] = 2
 
     device: Annotated[Device, Field(description="set by the machine, not by experiment files")] = "cpu"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,10 +18,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from peftscope.errors import InputError, Problem, close_match
+from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.experiment import DEFAULTS, Experiment, dotted, experiment_path, problems_of, read_experiment
 from peftscope.methods import METHODS
 from peftscope.spec import Device, RunSpec, run_id
+
+LARGEST_SWEEP = 100_000
+"""Runs of an experiment: twenty times what the workflow was tried with."""
 
 RUN_FIELDS = tuple(name for name in RunSpec.model_fields if name not in ("method", "seed", "device"))
 
@@ -89,7 +93,7 @@ class Resolver:
         """
         name = values.get("method", self.experiment.fixed.get("method", self.defaults.fixed.get("method")))
         if not isinstance(name, str) or name not in METHODS:
-            raise InputError(Problem(where, f"unknown method (got {name!r})", close_match(str(name), METHODS)))
+            raise InputError(Problem(where, f"unknown method (got {shown(name)})", close_match(str(name), METHODS)))
         return name
 
     def spec(self, values: dict[str, Any], origin: str, origins: dict[str, str] | None = None) -> RunSpec:
@@ -157,17 +161,17 @@ class Resolver:
     def _unknown_field(key: str, value: Any, method: str) -> tuple[str, str]:
         owners = [name for name, cls in METHODS.items() if key in cls.model_fields and key != "name"]
         if key == "device":
-            return f"not a field of experiments (got {value!r})", "the machine decides it"
+            return f"not a field of experiments (got {shown(value)})", "the machine decides it"
         if not owners:
             known = {*RUN_FIELDS, *(set(METHODS[method].model_fields) - {"name"})}
-            return f"unknown key (got {value!r})", close_match(key, known)
+            return f"unknown key (got {shown(value)})", close_match(key, known)
         if method == "full" and key in ("quant_type", "double_quant", "compute_dtype"):
             return (
-                f"method `full` cannot train 4-bit weights, they get no gradient (got {value!r})",
+                f"method `full` cannot train 4-bit weights, they get no gradient (got {shown(value)})",
                 "choose method `qlora`, or leave the quantisation out",
             )
         return (
-            f"method `{method}` has no such field (got {value!r})",
+            f"method `{method}` has no such field (got {shown(value)})",
             f"write it under methods.<name> for: {', '.join(owners)}",
         )
 
@@ -180,6 +184,11 @@ def expand(name: str, device: Device = "cpu") -> Sweep:
     """
     path = experiment_path(name)
     experiment = read_experiment(path)
+    cells = count_cells(experiment)
+    if cells > LARGEST_SWEEP:
+        said = f"{cells:,}" if cells < 10**15 else f"10^{math.log10(cells):.0f}"
+        remedy = "shorten axes, linked values, ladders or seeds"
+        raise InputError(Problem(str(path), f"describes {said} runs, more than {LARGEST_SWEEP:,}", remedy))
     resolver = Resolver(experiment, path, device)
     problems = _misplaced(experiment, path)
     runs: dict[str, RunSpec] = {}
@@ -212,7 +221,7 @@ def expand(name: str, device: Device = "cpu") -> Sweep:
         members[identity] = None
     if not problems:
         problems += [
-            Problem(f"{path}: exclude[{index}].match", f"matches no run (got {rule.match})", "mend or remove it")
+            Problem(f"{path}: exclude[{index}].match", f"matches no run (got {shown(rule.match)})", "mend or remove it")
             for index, (rule, count) in enumerate(zip(experiment.exclude, excluded, strict=True))
             if not count
         ]
@@ -262,6 +271,25 @@ def _without_absent(values: dict[str, Any], origins: dict[str, str], resolver: R
         or not origins.get(key, "").startswith("axes.")
         or not any(key in cls.model_fields for cls in METHODS.values())
     }
+
+
+def count_cells(experiment: Experiment) -> int:
+    """Returns how many cells an experiment has, without making them: exclusions and a study's controls apart.
+
+    >>> count_cells(Experiment(axes={"rank": [2, 4, 8]}, linked=[[{"alpha": 1}, {"alpha": 2}]], seeds=[0, 1]))
+    12
+    """
+    count = len(experiment.runs)
+    if experiment.axes or experiment.linked:
+        grid = math.prod(len(factor) for factor in [*experiment.axes.values(), *experiment.linked])
+        seeded = "seed" in experiment.axes or any("seed" in row for rows in experiment.linked for row in rows)
+        count += grid * (1 if seeded else len(experiment.seeds))
+    for ladder in experiment.ladders:
+        count += sum(map(len, ladder.axes.values())) * len(ladder.seeds or experiment.seeds)
+    if experiment.study:
+        rates = sum(map(len, experiment.study.learning_rates.values()))
+        count += rates * len(experiment.study.tuning_seeds) + len(experiment.study.arms) * len(experiment.study.seeds)
+    return count
 
 
 def _cells(experiment: Experiment) -> Iterator[tuple[str, set[str], dict[str, Any], dict[str, str]]]:

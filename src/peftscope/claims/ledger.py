@@ -9,15 +9,16 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from peftscope.claims import checks
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.verdict import Rule
-from peftscope.errors import InputError, Problem, close_match
-from peftscope.experiment import EXPERIMENTS, dotted, experiment_path, problems_of, read_experiment, read_yaml
+from peftscope.content import read_yaml
+from peftscope.errors import InputError, Problem, close_match, shown
+from peftscope.experiment import EXPERIMENTS, dotted, experiment_path, problems_of, read_experiment
 
 CLAIMS_FILE = EXPERIMENTS / "claims.yaml"
 
@@ -123,16 +124,32 @@ def _known_checks() -> dict[str, Callable[..., Measurement]]:
     return found
 
 
+@cache
+def _parameters(check: str) -> type[BaseModel]:
+    """Returns a model of a check's parameters, as its signature types them."""
+    function = _known_checks()[check]
+    types = get_type_hints(function)
+    fields: dict[str, Any] = {
+        name: (types[name], ... if parameter.default is parameter.empty else parameter.default)
+        for name, parameter in inspect.signature(function).parameters.items()
+    }
+    return create_model(check, **fields)
+
+
 def _problems_of_check(part: Part, where: str) -> list[Problem]:
     known = _known_checks()
     if part.check not in known:
-        return [Problem(f"{where}.check", f"no such check (got {part.check!r})", close_match(part.check, known))]
+        return [Problem(f"{where}.check", f"no such check (got {shown(part.check)})", close_match(part.check, known))]
     signature = inspect.signature(known[part.check])
     try:
         signature.bind(**part.with_)
     except TypeError as error:
         remedy = f"{part.check} takes {', '.join(signature.parameters)}"
         return [Problem(f"{where}.with", str(error), remedy)]
+    try:
+        _parameters(part.check).model_validate(part.with_)
+    except ValidationError as error:
+        return problems_of(error, lambda location: f"{where}.with.{dotted(location)}", set(signature.parameters))
     return _problems_of_study(part, f"{where}.with") if "study" in part.with_ else []
 
 
@@ -144,10 +161,11 @@ def _problems_of_study(part: Part, where: str) -> list[Problem]:
         return [Problem(f"{where}.study", str(problem)) for problem in error.problems]
     if study is None:
         return [Problem(f"{where}.study", f"{part.with_['study']} is an experiment without a study")]
-    named = [arm for pair in part.with_.get("arms", {}).items() for arm in pair]
+    pairs = part.with_.get("arms", {})
+    named = [arm for pair in pairs.items() for arm in pair] if isinstance(pairs, dict) else [pairs]
     named += [part.with_[key] for key in ("arm", "against") if key in part.with_]
     return [
-        Problem(where, f"{part.with_['study']} has no such arm (got {arm!r})", close_match(str(arm), study.arms))
+        Problem(where, f"{part.with_['study']} has no such arm (got {shown(arm)})", close_match(str(arm), study.arms))
         for arm in named
-        if arm not in study.arms
+        if not isinstance(arm, str) or arm not in study.arms
     ]

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from peftscope.data.tasks import Item
+from peftscope.data.tasks import SHOWN_LINES, Item
+from peftscope.errors import InputError, Problem
 
 IGNORED = -100
 """The label of positions that carry no loss, as in torch and transformers."""
@@ -67,18 +68,24 @@ def tokenise(items: Sequence[Item], tokenizer: Any, seq_len: int) -> list[Exampl
     is too long loses its start, never its response.
 
     Raises:
-        ValueError: A response alone is longer than ``seq_len``.
+        InputError: Items whose response alone is longer than ``seq_len``, or whose prompt has no token at all.
     """
+    if not items:
+        return []
     prompts = tokenizer([item.prompt for item in items], add_special_tokens=False)["input_ids"]
     responses = tokenizer([f" {item.response}" for item in items], add_special_tokens=False)["input_ids"]
-    examples = []
+    examples, problems = [], []
     for item, prompt, response in zip(items, prompts, responses, strict=True):
         answer = [*response, tokenizer.eos_token_id]
         room = seq_len - len(answer)
-        if room < 1:
-            raise ValueError(f"seq_len={seq_len} is too short for the response to {item.prompt[:60]!r}")
+        if room < 1 or not prompt:
+            message = f"seq_len={seq_len} is too short for the response, {len(answer)} tokens, beside a prompt"
+            problems.append(Problem(f"item {item.prompt[:60]!r}", message if prompt else "its prompt has no token"))
+            continue
         kept = prompt[-room:]
         examples.append(Example((*kept, *answer), len(kept)))
+    if problems:
+        raise InputError(problems[:SHOWN_LINES])
     return examples
 
 

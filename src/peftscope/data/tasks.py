@@ -13,15 +13,21 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from peftscope.errors import InputError, Problem, close_match
-from peftscope.experiment import EXPERIMENTS, problems_of, read_yaml
+from peftscope.content import Count, CountOrZero, HubId, Name, check_characters, read_yaml
+from peftscope.data.scoring import lm_eval_file, read_scoring
+from peftscope.errors import InputError, Problem, close_match, shown
+from peftscope.experiment import EXPERIMENTS, dotted, problems_of
 from peftscope.record import write_json
+from peftscope.spec import REVISION_PATTERN
 
 TASKS_FILE = EXPERIMENTS / "tasks.yaml"
 TASKS_FOLDER = Path("resources/tasks")
 SPLITS = ("train", "validation", "test")
+SHOWN_LINES = 20
+"""Of a file, where more of them are broken."""
+_LINE = 'a line is {"prompt": ..., "response": ...}'
 
 
 class EnumerateSource(BaseModel):
@@ -40,8 +46,8 @@ class ReasoningGymSource(BaseModel):
 
     kind: Literal["reasoning_gym"]
     dataset: str
-    size: PositiveInt
-    seed: int
+    size: Annotated[Count, Field(le=1_000_000)]
+    seed: CountOrZero
     options: dict[str, Any] = {}
 
 
@@ -53,6 +59,13 @@ class JsonlSource(BaseModel):
     kind: Literal["jsonl"]
     path: Path
 
+    def is_there(self) -> bool:
+        """Whether its file exists."""
+        try:
+            return self.path.is_file()
+        except OSError:  # a name that is too long for one
+            return False
+
 
 class HubDataSource(BaseModel):
     """A data set of a Hugging Face hub; ``prompt`` and ``response`` name its columns."""
@@ -60,9 +73,9 @@ class HubDataSource(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     kind: Literal["hub"]
-    dataset: str
+    dataset: HubId
     config: str | None = None
-    revision: str | None = None
+    revision: Annotated[str | None, Field(pattern=REVISION_PATTERN)] = None
     split: str = "train"
     prompt: str
     response: str
@@ -80,7 +93,7 @@ class TaskEntry(BaseModel):
 class _Tasks(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    tasks: dict[str, TaskEntry]
+    tasks: dict[Name, TaskEntry]
 
 
 @dataclass(frozen=True)
@@ -97,28 +110,25 @@ def _tasks() -> dict[str, TaskEntry]:
         return _Tasks(tasks=read_yaml(TASKS_FILE)).tasks
     except ValidationError as error:
         fields = set(TaskEntry.model_fields)
-        raise InputError(
-            problems_of(error, lambda loc: f"{TASKS_FILE}: {'.'.join(map(str, loc[1:]))}", fields)
-        ) from None
+        raise InputError(problems_of(error, lambda loc: f"{TASKS_FILE}: {dotted(loc[1:])}", fields)) from None
+
+
+_scoring = lru_cache(read_scoring)
 
 
 def find_task(name: str, where: str = "task") -> TaskEntry:
     """Returns the entry of a task.
 
     Raises:
-        InputError: There is none, or no lm-eval file beside it.
+        InputError: There is none, or no lm-eval file beside it that says how it is asked.
     """
     entry = _tasks().get(name)
     if entry is None:
-        raise InputError(Problem(where, f"unknown task (got {name!r})", close_match(name, _tasks())))
+        raise InputError(Problem(where, f"unknown task (got {shown(name)})", close_match(name, _tasks())))
     if not lm_eval_file(name).is_file():
         raise InputError(Problem(where, f"task {name} has no lm-eval file", f"write {lm_eval_file(name)}"))
+    _scoring(name)
     return entry
-
-
-def lm_eval_file(name: str) -> Path:
-    """Returns the path of a task's lm-eval file."""
-    return EXPERIMENTS / "tasks" / f"{name}.yaml"
 
 
 def task_folder(name: str) -> Path:
@@ -142,10 +152,10 @@ def make_task(name: str) -> Path:
     Raises:
         InputError: The source cannot be read, or a split would be empty.
     """
+    entry = find_task(name)
     folder = task_folder(name)
     if (folder / "manifest.json").is_file():
         return folder
-    entry = find_task(name)
     pool: dict[str, Item] = {}
     read = 0
     for item in _READERS[type(entry.source)](name, entry.source):
@@ -183,8 +193,56 @@ def make_task(name: str) -> Path:
 
 def read_split(name: str, split: str) -> list[Item]:
     """Returns the items of a split that was made."""
-    path = task_folder(name) / f"{split}.jsonl"
-    return [Item(**json.loads(line)) for line in path.read_text().split("\n") if line]
+    return list(read_items(task_folder(name) / f"{split}.jsonl"))
+
+
+def read_items(path: Path) -> Iterator[Item]:
+    """Yields the items of a file of one JSON object a line, with ``prompt`` and ``response``.
+
+    Raises:
+        InputError: After the last line, about every line that holds no item.
+    """
+    problems = []
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    if line.strip():
+                        yield _item_of_line(line)
+                except (ValueError, RecursionError) as error:
+                    problems.append(Problem(f"{path}: line {number}", str(error), _LINE))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise InputError(Problem(str(path), f"cannot be read: {error}")) from None
+    if len(problems) > SHOWN_LINES:
+        rest = Problem(str(path), f"{len(problems) - SHOWN_LINES:,} more lines hold no item")
+        problems = [*problems[:SHOWN_LINES], rest]
+    if problems:
+        raise InputError(problems)
+
+
+def _item_of_line(line: bytes) -> Item:
+    content = json.loads(line.decode())
+    if not isinstance(content, dict):
+        raise ValueError(f"not an object (got {shown(content)})")
+    missing = [name for name in ("prompt", "response") if name not in content]
+    if missing:
+        raise ValueError(f"no `{missing[0]}`")
+    return make_item(content["prompt"], content["response"])
+
+
+def make_item(prompt: Any, response: Any) -> Item:
+    """Returns an item; numbers become text, and a response loses the white space around it.
+
+    Raises:
+        ValueError: One of the two is no text, is empty, or has half a surrogate pair in it.
+    """
+    for name, value in (("prompt", prompt), ("response", response)):
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ValueError(f"`{name}` must be text (got {shown(value)})")
+        if not str(value).strip():
+            raise ValueError(f"`{name}` is empty")
+        check_characters(str(value))
+    return Item(str(prompt), str(response).strip())
 
 
 def shuffle_responses(items: Sequence[Item], seed: int) -> list[Item]:
@@ -205,30 +263,16 @@ def _reasoning_gym(name: str, source: ReasoningGymSource) -> Iterator[Item]:
 
     try:
         dataset = reasoning_gym.create_dataset(source.dataset, size=source.size, seed=source.seed, **source.options)
-    except (ValueError, TypeError, AssertionError) as error:
+        for entry in dataset:
+            yield make_item(f"{entry['question'].strip()}\nAnswer:", entry["answer"])
+    except Exception as error:  # every generator has its own way to refuse an option, some only at an item
         raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"reasoning-gym refuses it: {error}")) from None
-    for entry in dataset:
-        yield Item(f"{entry['question'].strip()}\nAnswer:", str(entry["answer"]).strip())
 
 
 def _jsonl(name: str, source: JsonlSource) -> Iterator[Item]:
-    try:
-        lines = source.path.read_text().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(Problem(f"{TASKS_FILE}: {name}.source.path", f"cannot read {source.path}: {error}")) from None
-    problems = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            yield Item(str(record["prompt"]), str(record["response"]).strip())
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            problems.append(
-                Problem(f"{source.path}: line {number}", f"{error!r}", 'a line is {"prompt": ..., "response": ...}')
-            )
-    if problems:
-        raise InputError(problems)
+    if not source.is_there():
+        raise InputError(Problem(f"{TASKS_FILE}: {name}.source.path", f"no such file: {source.path}"))
+    yield from read_items(source.path)
 
 
 def _hub(name: str, source: HubDataSource) -> Iterator[Item]:
@@ -236,8 +280,14 @@ def _hub(name: str, source: HubDataSource) -> Iterator[Item]:
 
     try:
         rows = load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
-        for row in rows:
-            yield Item(str(row[source.prompt]), str(row[source.response]).strip())
+        for number, row in enumerate(rows, 1):
+            try:
+                item = make_item(row[source.prompt], row[source.response])
+            except ValueError as error:
+                raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"row {number}: {error}")) from None
+            yield item
+    except InputError:
+        raise
     except KeyError as error:
         raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"the data set has no column {error}")) from None
     except Exception as error:  # the hub client raises many kinds

@@ -7,10 +7,12 @@ from typing import Any
 
 import lm_eval
 import torch
+from datasets import Dataset, DatasetDict
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from peftscope.data.tasks import lm_eval_file
+from peftscope.data.scoring import read_scoring
+from peftscope.data.tasks import read_split
 from peftscope.spec import RunSpec
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -61,7 +63,6 @@ def score_answers(model: Any, tokenizer: Any, spec: RunSpec) -> list[dict[str, A
     ``generate_until``, greedy, exact match after white space is removed; the batch size is the spec's, because bf16
     answers depend on it.
     """
-    manager = TaskManager(include_path=str(lm_eval_file(spec.task).parent), include_defaults=False)
     language_model = (HFLM if spec.method.generates_from_cache else _UncachedLM)(
         pretrained=model,
         tokenizer=tokenizer,
@@ -73,8 +74,9 @@ def score_answers(model: Any, tokenizer: Any, spec: RunSpec) -> list[dict[str, A
     language_model.logit_offset = spec.method.logit_offset()
     results = lm_eval.simple_evaluate(
         model=language_model,
-        tasks=[spec.task],
-        task_manager=manager,
+        # As content, never as a file: lm-eval would run the Python that a file's `!function` names.
+        tasks=[_task_config(spec.task)],
+        task_manager=TaskManager(include_defaults=False),
         limit=spec.generation_items,
         log_samples=True,
         bootstrap_iters=0,
@@ -90,3 +92,17 @@ def score_answers(model: Any, tokenizer: Any, spec: RunSpec) -> list[dict[str, A
         }
         for sample in sorted(results["samples"][spec.task], key=lambda sample: sample["doc_id"])
     ]
+
+
+def _task_config(task: str) -> dict[str, Any]:
+    """Returns what lm-eval has to know of a task.
+
+    Prompt and target are columns, not templates: a template is code of its own, and lm-eval makes a list of a target in
+    brackets. The items are given, not a file, of which Arrow would read dates as times, which no answer matches.
+    """
+
+    def items(**_: Any) -> DatasetDict:
+        return DatasetDict({"test": Dataset.from_list([vars(item) for item in read_split(task, "test")])})
+
+    said = read_scoring(task).model_dump(exclude_none=True)
+    return said | {"custom_dataset": items, "doc_to_text": "prompt", "doc_to_target": "response"}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.memory.answer import peaks_by_formula
 from peftscope.memory.fit import options_of_method
 from peftscope.memory.question import ask, find_model
@@ -50,6 +51,9 @@ def grid() -> pd.DataFrame:
 
 def curve(method: str, axis: str) -> pd.DataFrame:
     """Returns the peaks of a method along an axis, in bytes: one row a value."""
+    for what, name, known in (("method", method, METHODS), ("axis", axis, AXES)):
+        if name not in known:
+            raise InputError(Problem(what, f"no such {what} (got {shown(name)})", close_match(name, known)))
     model, rows = find_model(MODEL), []
     for value in AXES[axis]:
         peaks = peaks_by_formula(ask(model, options_of_method(method, CENTRE | {axis: value})))

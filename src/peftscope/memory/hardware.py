@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from peftscope.errors import InputError, Problem, close_match
+from peftscope.errors import InputError, Problem, close_match, shown
 
 MIB = 2**20
 GIB = 2**30
@@ -81,7 +81,7 @@ def find_gpu(text: str) -> Gpu:
     Raises:
         InputError: Neither.
     """
-    size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    size = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([a-z]*)\s*", text.lower())
     if size and size[2] in _UNITS and float(size[1]) > 0 and (size[2] or float(size[1]) < SMALLEST_MODEL_NUMBER):
         return Gpu(f"a card with {text}", int(float(size[1]) * _UNITS[size[2]]))
     key = _plain(text)
@@ -89,7 +89,7 @@ def find_gpu(text: str) -> Gpu:
         if key in (_plain(name), _plain(gpu.name)) or f"rtx{key}" == name:
             return gpu
     hint = f"{close_match(text.lower(), GPUS)}; or give its memory, as in 24GiB"
-    raise InputError(Problem("gpu", f"unknown card (got {text!r})", hint))
+    raise InputError(Problem("gpu", f"unknown card (got {shown(text)})", hint))
 
 
 def known_card(device_name: str) -> Gpu | None:

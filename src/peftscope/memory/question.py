@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from peftscope.errors import InputError, Problem, close_match
+from peftscope.content import parse_json, read_text
+from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.memory.hardware import CONTEXT_BYTES, CUBLAS_BYTES, MIB, Gpu
 from peftscope.memory.presets import PRESETS
 from peftscope.memory.shapes import ModelShape
@@ -90,8 +90,8 @@ def find_model(name: str) -> Model:
     if shape is not None:
         return Model(name, shape.to_config(), shape)
     path = Path(name)
-    if path.suffix == ".json" or path.is_dir():
-        return _read_config(name, path / "config.json" if path.is_dir() else path)
+    if path.suffix == ".json" or _is_folder(path):
+        return _read_config(name, path / "config.json" if _is_folder(path) else path)
     entry_shape = _catalogued(name)
     if entry_shape is not None:
         return Model(name, entry_shape.to_config(), entry_shape)
@@ -99,6 +99,13 @@ def find_model(name: str) -> Model:
         hint = f"{close_match(name.lower(), PRESETS)}; or give the path of a config.json, or a hub id org/name"
         raise InputError(Problem("model", f"unknown model (got {name!r})", hint))
     return _read_config(name, _downloaded_config(name))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long for one
+        return False
 
 
 def _catalogued(name: str) -> ModelShape | None:
@@ -126,11 +133,9 @@ def _downloaded_config(hub_id: str) -> Path:
 
 def _read_config(name: str, path: Path) -> Model:
     try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(Problem("model", f"{path}: {error.strerror}")) from None
-    except ValueError as error:
-        raise InputError(Problem("model", f"{path} is not valid JSON: {error}")) from None
+        config = parse_json(read_text(path), str(path))
+    except InputError as error:
+        raise InputError(replace(problem, where=f"model: {problem.where}") for problem in error.problems) from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise InputError(Problem("model", f"{path} has no `model_type`", "give the config.json of a causal model"))
     try:
@@ -141,7 +146,7 @@ def _read_config(name: str, path: Path) -> Model:
     except ValidationError as error:
         first = error.errors()[0]
         where = f"{path}: {'.'.join(map(str, first['loc']))}"
-        raise InputError(Problem("model", f"{where}: {first['msg']} (got {first['input']!r})")) from None
+        raise InputError(Problem("model", f"{where}: {first['msg']} (got {shown(first['input'])})")) from None
     except ValueError as error:
         return Model(name, config, None, str(error))
     except (TypeError, ZeroDivisionError):
@@ -214,8 +219,8 @@ def _problems(error: ValidationError) -> list[Problem]:
     for item in error.errors():
         names = [str(part) for part in item["loc"] if part not in ("method", *METHODS)]
         where = ".".join(names) or "options"
-        shown = "" if isinstance(item["input"], dict | list) or not names else f" (got {item['input']!r})"
-        found.append(Problem(where, item["msg"].removeprefix("Value error, ") + shown))
+        got = "" if isinstance(item["input"], dict | list) or not names else f" (got {shown(item['input'])})"
+        found.append(Problem(where, item["msg"].removeprefix("Value error, ") + got))
     return found
 
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from peftscope.content import Count
+from peftscope.errors import shown
 
 Family = Literal["llama", "mistral", "qwen2", "phi3", "gemma2"]
 """``model_type`` of a ``config.json``: how the blocks are wired."""
@@ -47,16 +50,16 @@ class ModelShape(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     family: Annotated[Family, Field(description="model_type of its config.json")] = "llama"
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_layers: PositiveInt
-    num_heads: PositiveInt
-    num_kv_heads: PositiveInt
-    head_dim: PositiveInt
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_layers: Annotated[Count, Field(le=10_000)]
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
     tied_embeddings: bool
-    max_seq_len: Annotated[PositiveInt | None, Field(description="max_position_embeddings; null: not checked")] = None
-    sliding_window: Annotated[PositiveInt | None, Field(description="tokens that a layer sees; null: all")] = None
+    max_seq_len: Annotated[Count | None, Field(description="max_position_embeddings; null: not checked")] = None
+    sliding_window: Annotated[Count | None, Field(description="tokens that a layer sees; null: all")] = None
 
     @model_validator(mode="after")
     def _heads_share_keys_evenly(self) -> ModelShape:
@@ -119,10 +122,10 @@ class ModelShape(BaseModel):
         """
         family = config.get("model_type")
         if family not in FAMILIES:
-            raise ValueError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
+            raise ValueError(f"model_type {shown(family)} is not one of {', '.join(FAMILIES)}")
         for name, usual in UNMODELLED.items():
             if config.get(name, usual) not in (usual, None):
-                raise ValueError(f"{name}={config[name]!r} changes sizes that it does not model")
+                raise ValueError(f"{name}={shown(config[name])} changes sizes that it does not model")
         heads = config["num_attention_heads"]
         return cls(
             family=family,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from peftscope.content import Count
 from peftscope.methods.fields import AdapterDtype, Alpha, Dropout, Method, Rank, Targets, target_modules
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class AdaLoRA(Method):
     adapter_dtype: AdapterDtype = "fp32"
     warmup_share: Share = 0.1
     final_share: Share = 0.3
-    allocate_every: Annotated[int, Field(ge=1, description="steps between two allocations")] = 1
+    allocate_every: Annotated[Count, Field(description="steps between two allocations")] = 1
     orthogonal_weight: Annotated[float, Field(ge=0, description="gamma of the orthogonality term")] = 0.1
 
     @model_validator(mode="after")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from peftscope.content import Count
+
 if TYPE_CHECKING:
     from peftscope.memory.shapes import ModelShape
     from peftscope.spec import RunSpec
@@ -49,7 +51,7 @@ def with_fused(modules: Sequence[str]) -> list[str]:
     return [*modules, *dict.fromkeys(FUSED_MODULES[name] for name in modules if name in FUSED_MODULES)]
 
 
-Rank = Annotated[int, Field(ge=1, description="inner dimension of the update B·A")]
+Rank = Annotated[Count, Field(description="inner dimension of the update B·A")]
 Alpha = Annotated[float, Field(gt=0, description="numerator of the scale alpha/rank (alpha/sqrt(rank) for rsLoRA)")]
 Targets = Annotated[
     str | tuple[str, ...],
@@ -64,7 +66,7 @@ AdapterDtype = Annotated[
 QuantType = Annotated[Literal["nf4", "fp4"], Field(description="code book of the 4-bit weights")]
 DoubleQuant = Annotated[bool, Field(description="quantise the fp32 block constants to 8 bit as well")]
 ComputeDtype = Annotated[Literal["bf16", "fp32"], Field(description="dtype of the dequantised product")]
-VirtualTokens = Annotated[int, Field(ge=1, description="trainable positions before the prompt")]
+VirtualTokens = Annotated[Count, Field(description="trainable positions before the prompt")]
 
 
 class Quantization(BaseModel):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from peftscope.content import Count
 from peftscope.methods.fields import (
     AdapterDtype,
     Alpha,
@@ -49,7 +50,7 @@ class LoftQ(Method):
     quant_type: QuantType = "nf4"
     double_quant: DoubleQuant = True
     compute_dtype: ComputeDtype = "bf16"
-    iterations: Annotated[int, Field(ge=1, description="alternations of quantising and approximating")] = 5
+    iterations: Annotated[Count, Field(description="alternations of quantising and approximating")] = 5
 
     def quantization(self) -> Quantization:
         """Returns the storage of the base."""

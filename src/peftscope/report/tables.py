@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable
+from html import escape
 from typing import Any
 
 import pandas as pd
-from great_tables import GT, md
+from great_tables import GT
+from great_tables import html as as_label
 
 from peftscope.collect import read_runs, results_folder
 from peftscope.methods import METHODS
@@ -193,16 +196,32 @@ def readable_runs(runs: pd.DataFrame) -> pd.DataFrame:
 
 def markdown(frame: pd.DataFrame) -> str:
     """Returns a frame of text as a Markdown table, numbers to the right."""
-    columns = list(frame.columns)
+    columns = [markdown_cell(column) for column in frame.columns]
     lines = ["| " + " | ".join(columns) + " |", "|" + "|".join(["---", *["---:"] * (len(columns) - 1)]) + "|"]
-    lines += ["| " + " | ".join(str(value) for value in row) + " |" for row in frame.itertuples(index=False)]
+    lines += [
+        "| " + " | ".join(markdown_cell(str(value)) for value in row) + " |" for row in frame.itertuples(index=False)
+    ]
     return "\n".join(lines) + "\n"
+
+
+def markdown_text(text: str) -> str:
+    """Returns text as it can stand in Markdown: on one line, without HTML."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text.replace("\n", " "))
+
+
+def markdown_cell(text: str) -> str:
+    """Returns text as it can stand in a cell of a Markdown table.
+
+    >>> markdown_cell("a|b <script>, 1 < 2")
+    'a\\\\|b &lt;script>, 1 < 2'
+    """
+    return markdown_text(text).replace("|", "\\|")
 
 
 def html(frame: pd.DataFrame, name: str) -> str:
     """Returns a frame of text as an HTML table; its name tells its styles from those of other tables on the page."""
     table = GT(frame, id=name).cols_align("right", columns=list(frame.columns)[1:])
-    table = table.cols_label({column: md(column) for column in frame.columns})
+    table = table.cols_label({column: as_label(escape(column, quote=False)) for column in frame.columns})
     return str(table.tab_options(table_font_size="13px", data_row_padding="4px").as_raw_html())
 
 

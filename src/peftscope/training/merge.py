@@ -44,6 +44,8 @@ def merge_run(folder: Path, target: Path) -> None:
         raise InputError(
             Problem(f"run {record.run_id}", f"{method.label} cannot be merged", "load its adapter/ folder as it is")
         )
+    if not (folder / "adapter" / "adapter_model.safetensors").is_file():
+        raise InputError(Problem(str(folder / "adapter"), "no adapter_model.safetensors", "run it again"))
     import torch
     from peft import PeftModel
 
@@ -74,9 +76,13 @@ def _dequantised(base: Any, spec: RunSpec) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from peftscope.models.catalog import model_folder
+    from peftscope.models.catalog import LOCAL, model_folder
 
-    plain = AutoModelForCausalLM.from_pretrained(model_folder(spec.model, spec.revision), dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_pretrained(
+        model_folder(spec.model, spec.revision),
+        dtype=torch.bfloat16,
+        **LOCAL,
+    )
     modules = dict(plain.named_modules())
     with torch.no_grad():
         for name, module in base.named_modules():

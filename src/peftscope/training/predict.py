@@ -26,7 +26,8 @@ def predict(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> Predi
         widest_heldout: The same of evaluation.
     """
     card = found_card() if spec.device == "cuda" else None
-    config = AutoConfig.from_pretrained(model_folder(spec.model, spec.revision), local_files_only=True)
+    folder = model_folder(spec.model, spec.revision)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # As many steps as the probe takes. The optimizer's states appear in the first, so the second is the steady one.
     steps = spec.probe_steps if spec.device == "cpu" and spec.probe_steps else 2
     batches = [widest] * steps if widest is not None else []

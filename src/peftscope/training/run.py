@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ import torch
 
 from peftscope.data.batching import Batch, Example, evaluation_batches, tokenise, training_batches
 from peftscope.data.tasks import read_split, shuffle_responses
+from peftscope.errors import InputError
 from peftscope.evaluation.heldout import heldout_nll, mean_nll
 from peftscope.evaluation.retention import bits_per_byte
 from peftscope.memory.tracker import MemoryTracker, tensors_of
@@ -68,6 +70,9 @@ def execute(spec: RunSpec, folder: Path, phases: Phases, checkpoint_seconds: flo
         raise
     except Diverged as error:
         record.status, record.reason = "diverged", str(error)
+    except InputError as error:
+        record.status, record.reason = "failed", str(error.problems[0])
+        print(error, file=sys.stderr)
     except Exception as error:
         if reason := storage_problem(error):
             # Nothing that the run did: once there is room, it goes on from its last checkpoint.
@@ -99,8 +104,8 @@ def _run(
         examples = read_split(spec.task, "train") if spec.method.trains else []
         if spec.shuffled_targets:
             examples = shuffle_responses(examples, spec.seed)
-        training = tokenise(examples, tokenizer, spec.seq_len) if examples else []
-        validation = read_split(spec.task, "validation")[: spec.validation_items]
+        training = tokenise(examples, tokenizer, spec.seq_len)
+        validation = tokenise(read_split(spec.task, "validation")[: spec.validation_items], tokenizer, spec.seq_len)
         items = read_split(spec.task, "test")[: spec.heldout_items]
         heldout = tokenise(items, tokenizer, spec.seq_len)
         with _tracked_load(spec, phases) as loaded:
@@ -135,7 +140,7 @@ def _run(
         model.eval()
         with attention(model, spec.attention):
             if validation:
-                chosen_by = heldout_nll(model, tokenise(validation, tokenizer, spec.seq_len), spec, pad)
+                chosen_by = heldout_nll(model, validation, spec, pad)
                 record.quality.validation_nll = mean_nll(chosen_by)
             per_item = heldout_nll(model, heldout, spec, pad)
             nll = mean_nll(per_item)

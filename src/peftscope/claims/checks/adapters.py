@@ -18,7 +18,7 @@ from peftscope.claims.lora_subjects import (
 )
 from peftscope.claims.measurement import Measurement, NotRunError
 from peftscope.claims.subjects import BLOCK_LINEAR, TINY, tiny_llama, token_ids
-from peftscope.models.catalog import model_folder
+from peftscope.models.catalog import LOCAL, model_folder
 
 
 def factor_shape(factor: str) -> Measurement:
@@ -169,8 +169,8 @@ def loss_jump(model: str, spread: float, rank: int = 8, alpha: float = 16) -> Me
     folder = model_folder(model)
     if not (folder / "config.json").is_file():
         raise NotRunError(f"{model} is not there; run `peftscope fetch {model}`")
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **LOCAL).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     ids = torch.tensor([tokenizer(prose(), add_special_tokens=False)["input_ids"][:256]])
     wrapped = lora_model(base, rank=rank, alpha=alpha)
     curve = {}

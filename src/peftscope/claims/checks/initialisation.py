@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from peftscope.claims.measurement import Measurement, NotRunError
 from peftscope.claims.subjects import weight_matrices
 from peftscope.methods.loftq import LoftQ, best_rank_approximation
-from peftscope.models.catalog import model_folder
+from peftscope.models.catalog import LOCAL, model_folder
 
 if TYPE_CHECKING:
     import torch
@@ -283,8 +283,8 @@ def _answers(model: str, change: Callable[[torch.Tensor], torch.Tensor]) -> list
         raise NotRunError(f"the weights of {model} are not there; run `peftscope fetch {model}`")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, **LOCAL).eval()
     if shown:
         logging.enable_progress_bar()
     for name, module in encoder.named_modules():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peftscope.claims.checks.codes import CodeBook
 from peftscope.claims.measurement import Measurement, NotRunError
 from peftscope.claims.subjects import weight_matrices
-from peftscope.models.catalog import model_folder
+from peftscope.models.catalog import LOCAL, model_folder
 from peftscope.stats import mean_interval
 
 if TYPE_CHECKING:
@@ -64,13 +64,13 @@ def embedding_error_ratio(model: str, code: str, rivals: Sequence[str]) -> Measu
 
     folder = _folder(model)
     sentences = [line for line in prose().splitlines() if line.strip()]
-    tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True)(
+    tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)(
         sentences, return_tensors="pt", padding=True, truncation=True, max_length=WINDOW_TOKENS
     )
     mask = tokens["attention_mask"].unsqueeze(-1)
 
     def embeddings(rounding: str) -> torch.Tensor:
-        encoder = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, **LOCAL)
         with torch.no_grad():
             return (_rounded(encoder, rounding)(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1)
 
@@ -95,9 +95,10 @@ def _losses(model: str, rounding: str) -> tuple[float, ...]:
     from peftscope.evaluation.retention import prose
 
     folder = _folder(model)
-    ids = AutoTokenizer.from_pretrained(folder, local_files_only=True)(prose(), add_special_tokens=False)["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    ids = tokenizer(prose(), add_special_tokens=False)["input_ids"]
     windows = torch.tensor(ids[: len(ids) // WINDOW_TOKENS * WINDOW_TOKENS]).view(-1, WINDOW_TOKENS)
-    language_model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    language_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **LOCAL)
     with torch.no_grad():
         logits = _rounded(language_model, rounding)(windows).logits[:, :-1].transpose(1, 2)
         each = torch.nn.functional.cross_entropy(logits, windows[:, 1:], reduction="none")

@@ -1,0 +1,282 @@
+"""What fuzzing draws from: any spec, and files with anything in them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
+from hypothesis import HealthCheck, assume, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from peftscope.data import tasks
+from peftscope.errors import InputError
+from peftscope.methods import METHODS
+from peftscope.methods.fields import TARGET_PRESETS
+from peftscope.models import catalog
+from peftscope.spec import RunSpec
+
+MORE = int(os.environ.get("PEFTSCOPE_FUZZ", "1"))
+"""How many times as many cases as usual; above one they are other ones each time."""
+LONGEST_SECONDS = 30
+"""Of one case on a busy machine; most take milliseconds."""
+
+
+def cases(count: int) -> settings:
+    """How often a test runs: fixed cases, so that a failure here is a failure there."""
+    return settings(
+        max_examples=count * MORE,
+        deadline=None,
+        derandomize=MORE == 1,
+        database=None,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
+
+
+def loads_or_refuses(load: Callable[[], Any]) -> Any:
+    """Returns what loads, or the InputError; any other exception is the test's failure."""
+    began = time.monotonic()
+    try:
+        return load()
+    except InputError as error:
+        message = str(error)
+        message.encode()
+        assert all(problem.where and problem.message for problem in error.problems)
+        assert all(c.isprintable() or c == "\n" for c in message)
+        assert len(message) < 4000 * len(error.problems)
+        return error
+    finally:
+        assert time.monotonic() - began < LONGEST_SECONDS
+
+
+def forget_files() -> None:
+    for cached in (tasks._tasks, tasks._scoring, catalog._catalog):
+        cached.cache_clear()
+
+
+# Valid by construction.
+
+
+def values_of(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
+    """Any value that a field of a spec may have."""
+    bounds = {type(rule): rule for rule in metadata}
+    if get_origin(annotation) is Literal:
+        return st.sampled_from(get_args(annotation))
+    if type(None) in get_args(annotation):
+        (inner,) = [part for part in get_args(annotation) if part is not type(None)]
+        return st.none() | values_of(inner, metadata)
+    if hasattr(annotation, "__metadata__"):
+        return values_of(annotation.__origin__, [*metadata, *(m for f in annotation.__metadata__ for m in f.metadata)])
+    if annotation is bool:
+        return st.booleans()
+    if annotation is int:
+        lowest, highest = bounds[Ge].ge, bounds[Le].le
+        return st.integers(lowest, min(highest, 20)) | st.integers(lowest, highest)
+    if annotation is float:
+        return st.floats(
+            bounds[Ge].ge if Ge in bounds else bounds[Gt].gt,
+            bounds[Lt].lt if Lt in bounds else None,
+            exclude_min=Gt in bounds,
+            exclude_max=Lt in bounds,
+            allow_nan=False,
+            allow_infinity=False,
+        )
+    raise AssertionError(f"no strategy for {annotation}")
+
+
+REVISIONS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,20}", fullmatch=True)
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,30}", fullmatch=True)
+MODULES = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12), min_size=1, max_size=4)
+OWN_VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "model": NAMES | st.builds("{}/{}".format, NAMES, NAMES),
+    "task": NAMES,
+    "revision": st.none() | REVISIONS,
+    "targets": st.sampled_from(sorted(TARGET_PRESETS)) | MODULES,
+}
+
+
+def fields_of(cls: Any) -> dict[str, st.SearchStrategy[Any]]:
+    return {
+        name: OWN_VALUES[name] if name in OWN_VALUES else values_of(field.annotation, field.metadata)
+        for name, field in cls.model_fields.items()
+        if name != "method"
+    }
+
+
+@st.composite
+def specs(draw: st.DrawFn, names: tuple[str, ...] = tuple(METHODS)) -> RunSpec:
+    """Any spec of any method: a value for some fields, and then what the rules over several fields ask for."""
+    cls = METHODS[draw(st.sampled_from(names))]
+    method = {n: draw(s) for n, s in fields_of(cls).items() if n == "name" or draw(st.booleans())}
+    must = ("model", "task", "learning_rate")
+    top = {n: draw(s) for n, s in fields_of(RunSpec).items() if n in must or draw(st.booleans())}
+    if cls.__name__ == "AdaLoRA":
+        method["init_r"] = max(method.get("init_r", 12), 2)
+        method["target_r"] = min(method.get("target_r", 8), method["init_r"] - 1)
+        method.pop("warmup_share", None)
+    try:
+        built = cls(**method)
+    except ValidationError:  # AdaLoRA's shares
+        assume(False)
+    if built.quantization():
+        top["precision"] = "bf16"
+    top["steps"] = max(top.get("steps", 16), built.min_steps)
+    top["heldout_items"] = max(top.get("heldout_items", 256), top.get("generation_items", 64))
+    if not built.supports_packing:
+        top["packing"] = False
+    if not built.supports_checkpointing:
+        top["checkpointing"] = False
+    if top.get("attention") == "flash_attention_2":
+        top |= {"device": "cuda", "packing": False}
+        top["precision"] = "amp" if top.get("precision") == "fp32" else top.get("precision", "bf16")
+    if top.get("optimizer", "adamw") not in ("adamw", "sgd"):
+        top.pop("optimizer_implementation", None)
+    return RunSpec(method=built, **top)
+
+
+# Broken files.
+
+TEXT = st.text(st.characters(), max_size=20)
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([0, -1, 2**31, 2**63, 10**30, 10**400, -(10**30)]),
+    st.floats(),
+    st.sampled_from([1e308, -0.0, 5e-324, float("nan"), float("inf")]),
+    TEXT,
+    st.sampled_from(
+        ["", " ", "\x00", "\x1b[2J", "\u2028", "../../x", "/etc/passwd", "-x", "a" * 300, "$(touch x)", "'"]
+    ),
+    st.sampled_from(["\ud800", "\U0001f600", "é", "\u202e", "toy", "lora", "none", "quick", "mine", "defaults"]),
+    st.dates(date(1, 1, 1), date(9999, 12, 31)),
+    st.binary(max_size=8),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(TEXT | st.integers() | st.booleans() | st.none(), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def places(tree: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place of a tree but its root."""
+    parts = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, part in parts:
+        yield (*here, key)
+        yield from places(part, (*here, key))
+
+
+@st.composite
+def mutated(draw: st.DrawFn, tree: Any) -> Any:
+    """A tree of which one to three nodes were replaced, removed, inserted, repeated or put elsewhere."""
+    tree = copy.deepcopy(tree)
+    for _ in range(draw(st.integers(1, 3))):
+        found = list(places(tree))
+        if not found:
+            break
+        *path, last = draw(st.sampled_from(found))
+        parent = tree
+        for key in path:
+            parent = parent[key]
+        action = draw(st.sampled_from(["replace", "replace", "remove", "insert", "move", "rename"]))
+        if action == "replace":
+            parent[last] = draw(VALUES)
+        elif action == "remove":
+            del parent[last]
+        elif action == "insert" and isinstance(parent, list):
+            parent.insert(last, draw(VALUES))
+        elif action == "insert":
+            parent[draw(TEXT)] = draw(VALUES)
+        elif action == "rename" and isinstance(parent, dict):
+            parent[draw(TEXT | st.sampled_from(["name", "method", "seed", "<<", "with", "model", "__class__"]))] = (
+                parent.pop(last)
+            )
+        else:
+            other = tree
+            for key in draw(st.sampled_from(found))[:-1]:
+                other = other[key] if isinstance(other, dict) and key in other else other
+            parent[last] = copy.deepcopy(other)
+    return tree
+
+
+SPLICES = st.sampled_from(
+    [
+        "&a [*a]",
+        "&a {b: *a}",
+        "*a",
+        "<<: *a",
+        "!!python/object/apply:os.system ['false']",
+        "!!python/name:os.system",
+        "!function os.system",
+        "!!binary aGVsbG8=",
+        "!!binary x",
+        "!!timestamp x",
+        "!!set {a, b}",
+        "!!omap [a: 1]",
+        "!!int ''",
+        "!!int abc",
+        "!!float abc",
+        "!!bool maybe",
+        "!!map x",
+        "!!str [a]",
+        "2024-13-45",
+        "2024-01-01",
+        "9" * 5000,
+        "0x" + "f" * 5000,
+        "1" + ":1" * 2000,
+        '"\\ud800"',
+        '"\\UFFFFFFFF"',
+        "\x00",
+        "\x1b",
+        "\ufeff",
+        "\u2028",
+        "\t",
+        "---\n",
+        "...\n",
+        "%YAML 9.9\n",
+        "[" * 400,
+        "{a: " * 400,
+        "- " * 400,
+        "? ",
+        ": ",
+        "yes: 1",
+        "[a]: 1",
+        ".nan",
+        "-.inf",
+        "1e999",
+        "| \n",
+        "#",
+    ]
+)
+
+
+@st.composite
+def spliced(draw: st.DrawFn, text: str) -> bytes:
+    """A file's text with pieces cut out, put in and repeated, or with bytes that are noise."""
+    content = text
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, len(content)))
+        end = min(len(content), start + draw(st.integers(0, 30)))
+        piece = draw(SPLICES | TEXT | st.just(content[start:end] * 2))
+        content = content[:start] + piece + content[end:]
+    encoded = content.encode(errors="surrogatepass")
+    for _ in range(draw(st.sampled_from([0, 0, 0, 1, 3]))):
+        at = draw(st.integers(0, len(encoded)))
+        encoded = encoded[:at] + draw(st.binary(min_size=1, max_size=3)) + encoded[at + 1 :]
+    return encoded
+
+
+def dumped(tree: Any) -> bytes:
+    """A tree as YAML, with halves of surrogate pairs as escapes, dates as dates and bytes as ``!!binary``."""
+    return yaml.dump(tree, Dumper=yaml.SafeDumper).encode(errors="surrogatepass")

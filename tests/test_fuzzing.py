@@ -1,0 +1,399 @@
+"""Whatever people write: it loads, or it is refused with a place and a reason, and never hangs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fuzzing import (
+    TEXT,
+    VALUES,
+    cases,
+    dumped,
+    forget_files,
+    loads_or_refuses,
+    mutated,
+    specs,
+    spliced,
+)
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from peftscope.claims.ledger import read_ledger
+from peftscope.content import LARGEST_BYTES, parse_json, read_yaml
+from peftscope.data import scoring, tasks
+from peftscope.data.tasks import find_task
+from peftscope.errors import InputError
+from peftscope.memory.answer import answer_by_formula
+from peftscope.memory.hardware import find_gpu
+from peftscope.memory.presets import PRESETS
+from peftscope.memory.question import METHOD_OPTIONS, ask
+from peftscope.memory.question import find_model as find_described
+from peftscope.methods import METHODS
+from peftscope.methods.fields import TARGET_PRESETS
+from peftscope.models import catalog
+from peftscope.models.catalog import find_model, model_folder
+from peftscope.plan import plan_experiment
+from peftscope.record import RunRecord, read_record, write_record
+from peftscope.spec import RUN_ID_PATTERN, RunSpec, run_id
+from peftscope.sweep import LARGEST_SWEEP, expand, spec_from
+
+
+def check_round_trip(spec: RunSpec) -> None:
+    text = json.dumps(spec.canonical(), sort_keys=True)
+    again = spec_from(parse_json(text, "spec"), Path("spec"), "cpu")
+    assert again == spec
+    assert run_id(again) == run_id(spec)
+    assert re.fullmatch(RUN_ID_PATTERN, run_id(spec))
+    whole = spec_from(parse_json(json.dumps(spec.model_dump(mode="json")), "spec"), Path("spec"), "cpu")
+    assert (whole, run_id(whole)) == (spec, run_id(spec))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_few_specs_of_every_method_come_back_from_json(method: str) -> None:
+    @cases(8)
+    @given(specs((method,)))
+    def check(spec: RunSpec) -> None:
+        check_round_trip(spec)
+
+    check()
+
+
+@pytest.mark.slow
+@cases(600)
+@given(specs())
+def test_specs_come_back_from_json(spec: RunSpec) -> None:
+    check_round_trip(spec)
+
+
+@cases(40)
+@given(spec=specs(), reason=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_specs_come_back_from_records(spec: RunSpec, reason: str, own_folder: Path) -> None:
+    write_record(own_folder / "record.json", RunRecord(run_id=run_id(spec), status="failed", reason=reason, spec=spec))
+    again = read_record(own_folder / "record.json")
+    assert (again.spec, again.reason, again.run_id) == (spec, reason, run_id(again.spec))
+
+
+AXES: dict[str, st.SearchStrategy[Any]] = {
+    "rank": st.integers(1, 64),
+    "alpha": st.floats(0.5, 64),
+    "targets": st.sampled_from(sorted(TARGET_PRESETS)) | st.lists(st.sampled_from(["q_proj", "k_proj"]), min_size=1),
+    "dropout": st.floats(0, 0.5),
+    "steps": st.integers(10, 2**31 - 1),
+    "batch_size": st.integers(1, 2**31 - 1),
+    "learning_rate": st.floats(0, 1e3),
+    "schedule": st.sampled_from(["constant", "linear", "cosine"]),
+    "seed": st.integers(0, 2**31 - 1),
+    "adam_epsilon": st.floats(0, 1, exclude_min=True),
+}
+AN_AXIS = st.sampled_from(sorted(AXES)).flatmap(
+    lambda name: st.tuples(st.just(name), st.lists(AXES[name], min_size=1, max_size=3))
+)
+EXPERIMENTS = st.fixed_dictionaries(
+    {"fixed": st.just({"model": "toy"}), "axes": st.lists(AN_AXIS, min_size=1, max_size=3).map(dict)},
+    optional={
+        "title": st.text(max_size=20),
+        "description": st.text(max_size=60),
+        "seeds": st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=3),
+        "ladders": st.lists(
+            st.builds(lambda axis: {"centre": {"method": "lora"}, "axes": dict([axis])}, AN_AXIS), max_size=2
+        ),
+    },
+)
+
+
+def check_expansion(experiment: dict[str, Any], own_folder: Path) -> None:
+    text = yaml.safe_dump(experiment)
+    (own_folder / "experiments/mine.yaml").write_text(text)
+    sweep = expand("mine")
+    assert read_yaml(own_folder / "experiments/mine.yaml") == experiment
+    assert sweep.runs
+    for identity, spec in sweep.runs.items():
+        assert re.fullmatch(RUN_ID_PATTERN, identity)
+        assert run_id(spec) == identity
+    assert len(set(sweep.runs.values())) == len(sweep.runs) <= LARGEST_SWEEP
+
+
+@cases(30)
+@given(experiment=EXPERIMENTS)
+def test_a_few_experiments_expand_into_unique_runs(experiment: dict[str, Any], own_folder: Path) -> None:
+    check_expansion(experiment, own_folder)
+
+
+@pytest.mark.slow
+@cases(300)
+@given(experiment=EXPERIMENTS)
+def test_experiments_expand_into_unique_runs(experiment: dict[str, Any], own_folder: Path) -> None:
+    check_expansion(experiment, own_folder)
+
+
+# Broken files.
+
+FOLDER = Path(__file__).parent.parent / "experiments"
+
+
+def tree_of(name: str) -> Any:
+    return yaml.safe_load((FOLDER / name).read_text())
+
+
+def some_claims() -> dict[str, Any]:
+    """One claim for every kind of part: the whole ledger takes seconds to parse."""
+    chosen, kinds = [], set()
+    for claim in tree_of("claims.yaml")["claims"]:
+        new = {(part["kind"], *sorted(part.get("rule", {}))) for part in claim["parts"]} - kinds
+        if new or "study" in str(claim):
+            kinds |= new
+            chosen.append(claim)
+    return {"claims": chosen[:12]}
+
+
+def load_models() -> None:
+    for name in catalog._catalog():
+        find_model(name)
+        assert model_folder(name).parent == catalog.MODELS_FOLDER
+        assert ".." not in model_folder(name).parts
+
+
+def load_tasks() -> None:
+    for name in tasks._tasks():
+        find_task(name)
+        assert tasks.task_folder(name).parent == tasks.TASKS_FOLDER
+
+
+KINDS: dict[str, tuple[str, Any, Callable[[], Any]]] = {
+    "smoke": ("mine.yaml", tree_of("smoke.yaml"), lambda: plan_experiment("mine")),
+    "quick": ("mine.yaml", tree_of("quick.yaml"), lambda: plan_experiment("mine")),
+    "kin": ("mine.yaml", tree_of("kin.yaml") | {"extends": "smoke"}, lambda: plan_experiment("mine")),
+    "study": ("mine.yaml", tree_of("variants.yaml"), lambda: plan_experiment("mine")),
+    "defaults": ("defaults.yaml", tree_of("defaults.yaml"), lambda: plan_experiment("smoke")),
+    "models": ("models.yaml", tree_of("models.yaml"), load_models),
+    "tasks": ("tasks.yaml", tree_of("tasks.yaml"), load_tasks),
+    "claims": ("claims.yaml", some_claims(), read_ledger),
+    "scoring": (
+        "tasks/two-digit-sums.yaml",
+        tree_of("tasks/two-digit-sums.yaml"),
+        lambda: scoring.read_scoring("two-digit-sums"),
+    ),
+    "run": (
+        "run.yaml",
+        {"model": "toy", "method": "adalora", "init_r": 4, "target_r": 2, "targets": ["q_proj"], "steps": 9, "seed": 3},
+        lambda: spec_from(read_yaml(Path("experiments/run.yaml")), Path("run.yaml"), "cpu"),
+    ),
+}
+
+
+def check_file(kind: str, content: bytes, own_folder: Path) -> None:
+    name, _, load = KINDS[kind]
+    path = own_folder / "experiments" / name
+    before = path.read_bytes() if path.is_file() else None
+    path.write_bytes(content)
+    forget_files()
+    try:
+        loads_or_refuses(load)
+    finally:
+        path.unlink() if before is None else path.write_bytes(before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_few_broken_files(kind: str, own_folder: Path) -> None:
+    tree = KINDS[kind][1]
+
+    @cases(10)
+    @given(mutated(tree).map(dumped) | spliced(dumped(tree).decode()))
+    def check(content: bytes) -> None:
+        check_file(kind, content, own_folder)
+
+    check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_broken_trees(kind: str, own_folder: Path) -> None:
+    @cases(100)
+    @given(mutated(KINDS[kind][1]).map(dumped))
+    def check(content: bytes) -> None:
+        check_file(kind, content, own_folder)
+
+    check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_broken_texts(kind: str, own_folder: Path) -> None:
+    name, tree, _ = KINDS[kind]
+    # The files with their comments, where they are short enough.
+    text = (FOLDER / name).read_text() if kind in ("models", "tasks", "defaults") else dumped(tree).decode()
+
+    @cases(60)
+    @given(spliced(text))
+    def check(content: bytes) -> None:
+        check_file(kind, content, own_folder)
+
+    check()
+
+
+LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)
+)
+WORST = {
+    "a billion laughs": (LAUGHS, "more than 500,000 values"),
+    "a list in itself": ("fixed: &a {b: *a}", "nested deeper"),
+    "deep": ("fixed: " + "[" * 1000, "nested deeper"),
+    "large": ("# " + "x" * LARGEST_BYTES, "more than the 1,000,000 allowed"),
+    "a number of 5,000 digits": ("fixed: {steps: " + "9" * 5000 + "}", "more than 64 bits"),
+    "a number of 20,000 bits": ("fixed: {steps: 0x" + "f" * 5000 + "}", "more than 64 bits"),
+    "a seed beyond torch": ("fixed: {model: toy}\nseeds: [5000000000]", "less than or equal to 2147483647"),
+    "a date that is none": ("fixed: {model: 2024-13-45}", "unknown model"),
+    "a tag that does not fit": ("fixed: {steps: !!bool maybe}", "does not fit its tag"),
+    "an object of Python": ("fixed: !!python/object/apply:os.system ['false']", "could not determine a constructor"),
+    "half a surrogate pair": ('title: "\\ud800"', "half a surrogate pair"),
+    "an escape beyond Unicode": ('title: "\\UFFFFFFFF"', "line 1: not valid YAML"),
+    "a NUL": ("title: x\nfixed: \x00", "line 2: not valid YAML: the character U+0000"),
+    "not UTF-8": (b"title: \xff", "cannot be read"),
+    "two documents": ("title: x\n---\ntitle: y", "line 2"),
+    "10^14 runs": (
+        "axes: {" + ", ".join(f"{c}{i}: [1,2,3,4,5,6,7,8,9,10]" for i, c in enumerate("a" * 14)) + "}",
+        "10",
+    ),
+    "2^3000 runs": ("axes: {" + ", ".join(f"a{i}: [1,2]" for i in range(3000)) + "}", "describes 10^903 runs"),
+    "10^9 rungs": (
+        "seeds: &n [" + ",".join(map(str, range(10_000))) + "]\nladders:\n"
+        "- &l {axes: {rank: &r [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]}}\n" + "- *l\n" * 10_000,
+        "describes 1,000,100,000 runs",
+    ),
+    "a name of 300 letters": ("fixed: {model: " + "a" * 300 + "}", "unknown model"),
+    "a revision with a command": ("fixed: {model: a/b, revision: 'x;touch y'}", "should match pattern"),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), WORST.values(), ids=WORST)
+def test_the_worst_files(text: str | bytes, words: str, own_folder: Path) -> None:
+    (own_folder / "experiments/mine.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    error = loads_or_refuses(lambda: plan_experiment("mine"))
+    assert isinstance(error, InputError)
+    assert "experiments/mine.yaml" in str(error)
+    assert words in str(error)
+
+
+def test_a_sweep_is_counted_before_it_is_made(own_folder: Path) -> None:
+    """The largest that is allowed has as many cells as it says."""
+    values = ", ".join(map(str, range(1, 101)))
+    text = (
+        f"fixed: {{model: toy, method: lora}}\naxes: {{rank: [{values}]}}\nseeds: [{', '.join(map(str, range(1001)))}]"
+    )
+    (own_folder / "experiments/mine.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"describes 100,100 runs, more than 100,000"):
+        expand("mine")
+
+
+NOT_FILES = {"a folder": "experiments", "a device": "/dev/zero", "a long name": "x" * 5000, "a NUL": "a\x00b"}
+
+
+@pytest.mark.parametrize("name", NOT_FILES.values(), ids=NOT_FILES)
+def test_what_is_no_file(name: str, own_folder: Path) -> None:
+    assert isinstance(loads_or_refuses(lambda: read_yaml(Path(name))), InputError)
+
+
+# JSON: specs on the command line, records, and descriptions of models.
+
+
+def json_of(tree: Any) -> str:
+    return json.dumps(tree, default=str)
+
+
+OPTIONS = sorted({*RunSpec.model_fields, *METHOD_OPTIONS} - {"model", "task", "learning_rate", "device", "method"})
+A_SPEC: dict[str, Any] = {"model": "toy", "task": "two-digit-sums", "learning_rate": 0.1, "seed": 1, "steps": 5}
+A_WHOLE_SPEC = A_SPEC | {"method": {"name": "qlora", "rank": 4, "targets": ["q_proj"]}}
+A_RECORD = {
+    **RunRecord(
+        run_id="x", status="ok", spec=RunSpec.model_validate(A_WHOLE_SPEC), train_nll=[1.0], method_metrics={"a": 1.0}
+    ).model_dump(mode="json"),
+}
+A_CONFIG = PRESETS["llama-3.2-1b"][1].to_config()
+JSONS: dict[str, tuple[Any, Callable[[Path], Any]]] = {
+    "spec": (
+        A_SPEC | {"method": "lora", "rank": 2},
+        lambda path: spec_from(parse_json(path.read_bytes().decode(errors="replace"), "spec"), Path("spec"), "cpu"),
+    ),
+    "whole spec": (
+        A_WHOLE_SPEC,
+        lambda path: spec_from(parse_json(path.read_bytes().decode(errors="replace"), "spec"), Path("spec"), "cpu"),
+    ),
+    "record": (A_RECORD, read_record),
+    "config": (A_CONFIG, lambda path: answer(find_described(str(path)))),
+}
+
+
+def answer(model: Any) -> None:
+    """The closed form, where it knows the family."""
+    question = ask(model, {"method": "lora", "seq_len": 16})
+    if model.shape is not None:
+        answer_by_formula(question).to_json()
+
+
+def check_json(kind: str, content: bytes, own_folder: Path) -> None:
+    path = own_folder / "content.json"
+    path.write_bytes(content)
+    loads_or_refuses(lambda: JSONS[kind][1](path))
+
+
+@pytest.mark.parametrize("kind", JSONS)
+def test_a_few_broken_jsons(kind: str, own_folder: Path) -> None:
+    @cases(10)
+    @given(mutated(JSONS[kind][0]).map(json_of).map(str.encode) | spliced(json_of(JSONS[kind][0])))
+    @example(b"[" * 100_000)
+    @example(b'{"a": ' * 5000)
+    @example(b'{"method": "lora", "steps": ' + b"9" * 5000 + b"}")
+    @example(b'{"method": "lora", "model": "\\ud800"}')
+    @example(b'{"method": "lora", "\\ud800": 1}')
+    @example(b"\xff\xfe")
+    def check(content: bytes) -> None:
+        check_json(kind, content, own_folder)
+
+    check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", JSONS)
+def test_broken_jsons(kind: str, own_folder: Path) -> None:
+    @cases(150)
+    @given(mutated(JSONS[kind][0]).map(json_of).map(str.encode) | spliced(json_of(JSONS[kind][0])))
+    def check(content: bytes) -> None:
+        check_json(kind, content, own_folder)
+
+    check()
+
+
+@cases(150)
+@given(
+    st.sampled_from(sorted(METHODS)),
+    st.dictionaries(st.sampled_from(OPTIONS), VALUES, max_size=4),
+    st.integers() | st.none(),
+    st.integers(),
+)
+@example("lora", {"batch_size": 2**31 - 1, "seq_len": 100}, None, 1)
+@example("full", {"rank": 3}, None, 10**40)
+def test_questions_about_memory(method: str, options: dict[str, Any], responses: int | None, gpus: int) -> None:
+    model = find_described("llama-3.2-1b")
+
+    def load() -> None:
+        answer_by_formula(ask(model, {"method": method, **options}, responses=responses, gpus=gpus)).to_json()
+
+    loads_or_refuses(load)
+
+
+@cases(150)
+@given(TEXT | st.from_regex(r"\s*[0-9]{1,400}(\.[0-9]*)?\s*[a-zA-Z]{0,3}", fullmatch=True))
+@example("9" * 400 + "GiB")
+def test_cards_and_models_by_any_name(name: str) -> None:
+    loads_or_refuses(lambda: find_gpu(name))
+    if "/" not in name:  # such a name would be looked for on a hub
+        loads_or_refuses(lambda: find_described(name))
+    loads_or_refuses(lambda: find_model(name))
+    loads_or_refuses(lambda: find_task(name))
+    loads_or_refuses(lambda: expand(name))

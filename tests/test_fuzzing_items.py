@@ -1,0 +1,151 @@
+"""Prompts and responses of any text: an item that every part of the suite takes, or a line that is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fuzzing import (
+    cases,
+    forget_files,
+    loads_or_refuses,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peftscope.data import scoring, tasks
+from peftscope.data.batching import IGNORED, collate, pack, tokenise
+from peftscope.data.tasks import SPLITS, Item, make_task, read_split
+from peftscope.errors import InputError
+from peftscope.models.load import load_tokenizer
+from peftscope.training.run import _write_items
+
+ANYTHING = st.one_of(
+    st.text(st.characters(), max_size=30),
+    st.sampled_from(
+        [
+            "",
+            " ",
+            "\x00",
+            "\n",
+            "\r",
+            "\u2028",
+            "\u2029",
+            "\x85",
+            "\u202e",
+            "é",
+            "👩‍👩‍👧",
+            "\ud800",
+            "<eos>",
+            "{{x}}",
+            "x" * 300,
+        ]
+    ),
+)
+
+
+def write_task(own_folder: Path, lines: list[bytes]) -> None:
+    (own_folder / "experiments/tasks.yaml").write_text("mine:\n  source: {kind: jsonl, path: mine.jsonl}\n")
+    scoring.lm_eval_file("mine").write_text("task: mine\n")
+    (own_folder / "mine.jsonl").write_bytes(b"\n".join(lines))
+    shutil.rmtree(own_folder / "resources/tasks", ignore_errors=True)
+    forget_files()
+
+
+FILLING = [json.dumps({"prompt": f"What is {n}?", "response": str(n)}).encode() for n in range(60)]
+
+
+def is_text(text: str) -> bool:
+    return bool(text.strip()) and not re.search("[\ud800-\udfff]", text)
+
+
+def check_items(prompt: str, response: str, as_ascii: bool, own_folder: Path, tokenizer: Any) -> None:
+    line = json.dumps({"prompt": prompt, "response": response}, ensure_ascii=as_ascii)
+    write_task(own_folder, [*FILLING[:7], line.encode(errors="surrogatepass"), *FILLING[7:]])
+    if not (is_text(prompt) and is_text(response)):
+        with pytest.raises(InputError) as caught:
+            make_task("mine")
+        assert [problem.where for problem in caught.value.problems] == ["mine.jsonl: line 8"]
+        assert not list(Path("resources/tasks").glob("mine*"))
+        return
+    make_task("mine")
+    items = [item for split in SPLITS for item in read_split("mine", split)]
+    assert Item(prompt, response.strip()) in items or prompt in {f"What is {n}?" for n in range(60)}
+    (found,) = [item for item in items if item.prompt == prompt]
+    try:
+        examples = tokenise([found, items[0]], tokenizer, 256)
+    except InputError as error:
+        assert len(f" {found.response}".encode()) + 2 > 256
+        assert repr(prompt[:60])[:8] in error.problems[0].where
+        return
+    for batch in (collate(examples, 0), pack([examples], 0)):
+        assert int((batch.labels != IGNORED).sum()) == sum(len(e.tokens) - e.prompt_length for e in examples)
+        assert int((batch.kept_labels != IGNORED).sum()) == int(batch.response_tokens)
+    if not re.search("<(bos|eos|pad|unk)>", prompt + response):
+        tokens = examples[0].tokens
+        assert tokenizer.decode(tokens[examples[0].prompt_length : -1]) == f" {found.response}"
+    path = own_folder / "items.jsonl"
+    _write_items(path, [found], [(1.0, 2)], [{"item": 0, "answer": found.response, "correct": 1}])
+    (row,) = [json.loads(text) for text in path.read_bytes().decode().split("\n") if text]
+    assert (row["prompt"], row["target"], row["answer"]) == (prompt, found.response, found.response)
+
+
+@pytest.fixture
+def tokenizer(toy: Path, make_spec: Callable[..., Any]) -> Any:
+    return load_tokenizer(make_spec(method="lora"))
+
+
+@cases(60)
+@given(prompt=ANYTHING, response=ANYTHING, as_ascii=st.booleans())
+def test_a_few_prompts_and_responses(
+    prompt: str, response: str, as_ascii: bool, tokenizer: Any, own_folder: Path
+) -> None:
+    check_items(prompt, response, as_ascii, own_folder, tokenizer)
+
+
+@pytest.mark.slow
+@cases(500)
+@given(prompt=ANYTHING, response=ANYTHING, as_ascii=st.booleans())
+def test_prompts_and_responses(prompt: str, response: str, as_ascii: bool, tokenizer: Any, own_folder: Path) -> None:
+    check_items(prompt, response, as_ascii, own_folder, tokenizer)
+
+
+BROKEN_LINES = st.sampled_from(
+    [
+        b"nonsense",
+        b"[]",
+        b"null",
+        b'{"prompt": "a"}',
+        b'{"response": "a"}',
+        b'{"prompt": null, "response": "a"}',
+        b'{"prompt": "a", "response": true}',
+        b'{"prompt": "a", "response": ["b"]}',
+        b'{"prompt": "", "response": "a"}',
+        b'{"prompt": "a", "response": " "}',
+        b'{"prompt": "\\ud800", "response": "a"}',
+        b'{"prompt": "\xff", "response": "a"}',
+        b"[" * 100_000,
+        b'{"prompt": 1, "response": ' + b"9" * 5000 + b"}",
+        b"\xef\xbb\xbf{}",
+        b"\x00",
+    ]
+)
+
+
+@cases(40)
+@given(broken=st.dictionaries(st.integers(0, 60), BROKEN_LINES, min_size=1, max_size=30))
+def test_every_broken_line_is_named(broken: dict[int, bytes], own_folder: Path) -> None:
+    lines = [broken.get(number, line) for number, line in enumerate([*FILLING, b""])]
+    write_task(own_folder, lines)
+    error = loads_or_refuses(lambda: make_task("mine"))
+    assert isinstance(error, InputError)
+    wanted = [f"mine.jsonl: line {number + 1}" for number in sorted(broken)]
+    shown = [problem.where for problem in error.problems]
+    assert shown[: tasks.SHOWN_LINES] == wanted[: tasks.SHOWN_LINES]
+    if len(wanted) > tasks.SHOWN_LINES:
+        assert error.problems[-1].message == f"{len(wanted) - tasks.SHOWN_LINES} more lines hold no item"

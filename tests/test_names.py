@@ -1,0 +1,178 @@
+"""Names that people write never lead out of their folders, nor into a command."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_trust import MARK
+
+from peftscope.collect import read_runs
+from peftscope.data.scoring import lm_eval_file
+from peftscope.data.tasks import find_task, make_task, task_folder
+from peftscope.errors import InputError
+from peftscope.experiment import read_experiment
+from peftscope.models.catalog import find_model, model_folder
+from peftscope.models.fetch import fetch_model
+from peftscope.report.publish import publish, restore
+from peftscope.report.tables import write_tables
+from peftscope.sweep import expand
+from peftscope.training.merge import find_run
+
+OUTSIDE = {
+    "up": "../../x",
+    "two dots": "..",
+    "a dot": ".",
+    "absolute": "/etc/x",
+    "a folder": "a/b/c",
+    "backslashes": "..\\..\\x",
+    "a NUL": "a\x00b",
+    "a line": "a\nb",
+    "an option": "-x",
+    "a command": "a;touch x",
+    "substitution": "$(touch x)",
+    "a wildcard": "{run_id}",
+    "nothing": "",
+    "300 letters": "a" * 300,
+    "bidi": "a\u202eb",
+    "hidden": ".git",
+}
+
+
+class TestNames:
+    @pytest.fixture(params=OUTSIDE.values(), ids=OUTSIDE)
+    def name(self, request: pytest.FixtureRequest) -> str:
+        return request.param
+
+    @pytest.fixture(autouse=True)
+    def nothing_outside(self, own: Callable[..., Path]) -> Iterator[None]:
+        before = self.files()
+        yield
+        after = {path for path in self.files() - before if not path.startswith("experiments/")}
+        assert not after
+
+    def files(self) -> set[str]:
+        return {str(path) for path in Path("..").rglob("*")}
+
+    def test_of_a_model(self, name: str, own: Callable[..., Path]) -> None:
+        entry = {name: {"source": {"kind": "random"}}}
+        own("models", json.dumps(entry))
+        with pytest.raises(InputError):
+            find_model(name)
+        with pytest.raises(InputError):
+            fetch_model(name)
+        with pytest.raises(InputError):
+            find_model("toy")  # the whole file is refused, with the entry's place
+
+    def test_of_a_task(self, name: str, own: Callable[..., Path]) -> None:
+        own("tasks", json.dumps({name: {"source": {"kind": "enumerate", "what": "two_digit_sums"}}}))
+        for ask in (find_task, make_task):
+            with pytest.raises(InputError):
+                ask(name)
+
+    def test_of_an_experiment(self, name: str) -> None:
+        for ask in (expand, publish, restore, read_runs, write_tables):
+            with pytest.raises(InputError):
+                ask(name)
+
+    def test_of_what_an_experiment_extends(self, name: str, own: Callable[..., Path]) -> None:
+        path = own("mine", json.dumps({"extends": name}))
+        with pytest.raises(InputError, match=r"mine\.yaml"):
+            read_experiment(path)
+
+    def test_of_a_run(self, name: str) -> None:
+        with pytest.raises(InputError, match="no such run"):
+            find_run(name)
+
+    def test_of_a_revision(self, name: str, make_spec) -> None:
+        if name not in ("a/b/c",):  # branches may have slashes, folders do not
+            with pytest.raises(InputError):
+                make_spec(method="lora", revision=name)
+            if name:
+                with pytest.raises(InputError, match="not a branch"):
+                    fetch_model("toy", name)
+        assert model_folder("toy", "a/../../b").parent == model_folder("toy").parent
+
+    def test_of_a_file_in_a_wheel(self, name: str, own: Callable[..., Path]) -> None:
+        if name in ("a/b/c", ".", "-x", ".git", "a" * 300):  # stay inside
+            return
+        source = {"kind": "wheel", "package": "x", "version": "1", "sha256": "0" * 64, "file": name}
+        own("models", json.dumps({"x": {"source": {**source, "download_bytes": 1}}}))
+        with pytest.raises(InputError, match=r"x\.source\.wheel\.file"):
+            find_model("x")
+
+    def test_of_a_package(self, name: str, own: Callable[..., Path]) -> None:
+        for field in ("package", "version"):
+            source = {"kind": "wheel", "package": "x", "version": "1", "sha256": "0" * 64, "file": "x", field: name}
+            own("models", json.dumps({"x": {"source": {**source, "download_bytes": 1}}}))
+            if (field, name) != ("version", "a" * 300):
+                with pytest.raises(InputError, match=rf"x\.source\.wheel\.{field}"):
+                    find_model("x")
+
+
+def test_data_of_ones_own_may_lie_anywhere(own: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "elsewhere" / "mine.jsonl"
+    path.parent.mkdir()
+    path.write_text("\n".join(json.dumps({"prompt": f"q {n}", "response": "x"}) for n in range(60)))
+    own("tasks", json.dumps({"mine": {"source": {"kind": "jsonl", "path": str(path)}}}))
+    lm_eval_file("mine").write_text("task: mine\n")
+    assert make_task("mine") == task_folder("mine")
+
+
+@pytest.mark.slow
+class TestWheels:
+    @pytest.fixture
+    def index(self, own: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A folder that pip takes packages from, and nothing else."""
+        folder = tmp_path / "index"
+        folder.mkdir()
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+        monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+        return folder
+
+    def write_entry(self, own: Callable[..., Path], archive: Path) -> None:
+        source = {
+            "kind": "wheel",
+            "package": "own",
+            "version": "1.0",
+            "sha256": hashlib.sha256(archive.read_bytes()).hexdigest(),
+            "file": "own/model.safetensors",
+            "download_bytes": 1,
+        }
+        own("models", json.dumps({"own": {"source": source, "licence": "MIT"}}))
+
+    def test_members_of_a_wheel_stay_in_its_folder(self, own: Callable[..., Path], index: Path, tmp_path: Path) -> None:
+        save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+        archive = index / "own-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(archive, "w") as file:
+            file.write(tmp_path / "model.safetensors", "own/model.safetensors")
+            for name in ("../../../escaped.bin", "/tmp/peftscope-escaped.bin", "own/../../../../escaped.bin"):
+                file.writestr(name, "x")
+            file.writestr("own-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: own\nVersion: 1.0\n")
+            file.writestr("own-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        self.write_entry(own, archive)
+        folder = fetch_model("own")
+        assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "model.safetensors"]
+        assert not Path("/tmp/peftscope-escaped.bin").exists()
+        assert not [path for path in tmp_path.rglob("*escaped.bin") if "index" not in path.parts]
+
+    def test_a_source_distribution_is_never_built(self, own: Callable[..., Path], index: Path, tmp_path: Path) -> None:
+        mark = tmp_path / "mark"
+        archive = index / "own-1.0.tar.gz"
+        with tarfile.open(archive, "w:gz") as file:
+            for name, text in (("setup.py", MARK.format(str(mark))), ("PKG-INFO", "Name: own\nVersion: 1.0\n")):
+                member = tarfile.TarInfo(f"own-1.0/{name}")
+                member.size = len(text)
+                file.addfile(member, io.BytesIO(text.encode()))
+        self.write_entry(own, archive)
+        with pytest.raises(InputError, match=r"cannot download own==1\.0"):
+            fetch_model("own")
+        assert not mark.exists()
