@@ -25,7 +25,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Returns the manifest of a model's or task's folder, None where it is missing or damaged."""
     try:
         content = json.loads((folder / "manifest.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     whole = isinstance(content, dict) and isinstance(content.get("sha256"), dict) and "source" in content
     return content if whole else None
