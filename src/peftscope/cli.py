@@ -34,6 +34,8 @@ app.add_typer(cli_claims.app)
 app.add_typer(cli_rules.app)
 errors = Console(stderr=True, highlight=False)
 
+KILLED = "killed by SIGKILL, most likely because the host ran out of memory"
+
 Spec = Annotated[str, typer.Argument(help="A YAML or JSON file with the fields of a run, or the JSON itself.")]
 
 
@@ -88,7 +90,8 @@ def run(
 
 def _run_in_child(spec: RunSpec, folder: Path, began: float, threads: int, checkpoint_seconds: float) -> None:
     from peftscope.process import Interrupted, raise_on_signals, survive_child
-    from peftscope.record import RunRecord, Status, write_record
+    from peftscope.ranks import LAST_WORDS_SECONDS, fork_ranks, rank_folder
+    from peftscope.record import RunRecord, Status, read_record, write_record
     from peftscope.spec import run_id
 
     def end_early(status: Status, reason: str, name: str) -> None:
@@ -98,34 +101,57 @@ def _run_in_child(spec: RunSpec, folder: Path, began: float, threads: int, check
 
     killed = survive_child()
     if killed == signal.SIGKILL:
-        end_early("oom", "killed by SIGKILL, most likely because the host ran out of memory", "record.json")
+        end_early("oom", KILLED, "record.json")
         return
     if killed:
         end_early("failed", f"crashed with {killed.name}", "record.json")
         return
     raise_on_signals()
+
+    def end_for_all(rank: int, code: int) -> None:
+        try:
+            record = read_record(rank_folder(folder, rank) / "record.json")
+            end_early(record.status, f"{record.reason} (process {rank} of {spec.shards})", "record.json")
+        except (InputError, OSError):
+            if code == -signal.SIGKILL:
+                end_early("oom", f"process {rank} of {spec.shards} was {KILLED}", "record.json")
+            else:
+                end_early("failed", f"process {rank} of {spec.shards} ended with code {code}", "record.json")
+        os._exit(0)
+
+    rank, watchers = fork_ranks(folder, spec.shards, end_for_all)
     try:
-        record = _execute(spec, folder, began, threads, checkpoint_seconds)
+        record = _execute(spec, folder, began, threads, checkpoint_seconds, rank)
     except Interrupted as error:
         if not (folder / "interrupted.json").is_file():
             end_early("interrupted", str(error), "interrupted.json")
         sys.exit(130)
+    if record.status in ("oom", "failed"):
+        for watcher in watchers:
+            watcher.join(LAST_WORDS_SECONDS)
     errors.print(f"{record.run_id}: {record.status}{f', {record.reason}' if record.reason else ''}", soft_wrap=True)
     # Everything is written. Tearing down torch and its threads would add half a second that no phase accounts for.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    # All processes diverge in the same step; the first one's record says so.
+    os._exit(int(rank > 0 and record.status in ("oom", "failed")))
 
 
-def _execute(spec: RunSpec, folder: Path, began: float, threads: int, checkpoint_seconds: float) -> RunRecord:
+def _execute(
+    spec: RunSpec, folder: Path, began: float, threads: int, checkpoint_seconds: float, rank: int
+) -> RunRecord:
     """Imports what the run needs, runs it and returns its record."""
     # Nothing that a run reads comes from a hub: fetching is another command. Without this, libraries ask one and wait.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
-    if spec.device == "cuda" and not torch.cuda.is_available():
-        remedy = "see `peftscope doctor`; PEFTSCOPE_DEVICE=cpu uses the processor"
-        raise InputError(Problem("device", "there is a card, but this torch cannot use it", remedy))
+    if spec.device == "cuda" and rank == 0:
+        if not torch.cuda.is_available():
+            remedy = "see `peftscope doctor`; PEFTSCOPE_DEVICE=cpu uses the processor"
+            raise InputError(Problem("device", "there is a card, but this torch cannot use it", remedy))
+        if torch.cuda.device_count() < spec.shards:
+            message = f"needs as many cards, {torch.cuda.device_count()} are here (got {spec.shards})"
+            raise InputError(Problem("shards", message, "use fewer, or a machine with more"))
     from peftscope.training.phases import Phases
     from peftscope.training.run import execute
 
@@ -133,11 +159,11 @@ def _execute(spec: RunSpec, folder: Path, began: float, threads: int, checkpoint
         import peftscope.evaluation.answers  # noqa: F401  (its import is slow, and belongs to that phase)
     if spec.method.quantization():
         import bitsandbytes  # noqa: F401
-    if threads:
-        torch.set_num_threads(threads)
+    if threads or spec.shards > 1:
+        torch.set_num_threads(max(1, (threads or torch.get_num_threads()) // spec.shards))
     phases = Phases(spec.device, began)
     phases.mark_imported()
-    return execute(spec, folder, phases, checkpoint_seconds)
+    return execute(spec, folder, phases, checkpoint_seconds, rank)
 
 
 def _read_spec(text: str) -> tuple[dict[str, Any], Path]:

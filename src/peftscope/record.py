@@ -58,7 +58,11 @@ class PredictedMemory(_Part):
 
 
 class Memory(_Part):
-    """Peaks by phase; initialisation counts as load. The three parts of a step are CPU-only (byte tracker)."""
+    """Peaks by phase; initialisation counts as load. The three parts of a step are CPU-only (byte tracker).
+
+    Attributes:
+        ranks: Each process of a sharded run; the peaks by phase are then the largest of them.
+    """
 
     load: PhaseMemory = PhaseMemory()
     train: PhaseMemory = PhaseMemory()
@@ -67,6 +71,16 @@ class Memory(_Part):
     backward_peak_tensor_bytes: int | None = None
     optimizer_peak_tensor_bytes: int | None = None
     predicted: PredictedMemory = PredictedMemory()
+    ranks: list[RankMemory] = []
+
+
+class RankMemory(_Part):
+    """What one process of a sharded run held, in bytes: its share of the parameters, and its peaks."""
+
+    parameter_bytes: int
+    load: PhaseMemory = PhaseMemory()
+    train: PhaseMemory = PhaseMemory()
+    evaluate: PhaseMemory = PhaseMemory()
 
 
 class Seconds(_Part):

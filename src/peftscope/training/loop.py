@@ -19,6 +19,7 @@ from peftscope.process import Interrupted, stops_between_steps
 from peftscope.record import Speed
 from peftscope.spec import RunSpec
 from peftscope.training.checkpoint import Checkpoints
+from peftscope.training.shard import own_rows, summed
 from peftscope.training.step import CausalLoss, make_optimizer, make_schedule, train_step
 
 EXPLODED = 1.5
@@ -92,7 +93,8 @@ def train(
         bar = progress.add_task("", total=spec.steps, completed=done)
         for step in range(done, spec.steps):
             began = time.perf_counter()
-            accumulated = [batch.to(spec.device) for batch in itertools.islice(batches, spec.gradient_accumulation)]
+            whole = list(itertools.islice(batches, spec.gradient_accumulation))
+            accumulated = [own_rows(batch, spec).to(spec.device) for batch in whole]
             _synchronise(spec.device)
             ready = time.perf_counter()
             output = train_step(
@@ -107,14 +109,15 @@ def train(
             _synchronise(spec.device)
             log.step_seconds.append(time.perf_counter() - ready)
             log.data_seconds += ready - began
-            log.tokens.append(sum(batch.tokens for batch in accumulated))
-            log.padded_tokens.append(sum(batch.input_ids.numel() for batch in accumulated))
-            nll, loss = output.nll.item(), output.loss.item()
+            log.tokens.append(sum(batch.tokens for batch in whole))
+            log.padded_tokens.append(sum(batch.input_ids.numel() for batch in whole))
+            nll, loss = summed(torch.stack([output.nll, output.loss]), spec).tolist()
             log.nll.append(nll if math.isfinite(nll) else None)
             log.loss.append(loss if math.isfinite(loss) else None)
             progress.update(bar, advance=1, description=f"nll {nll:.3f}", refresh=True)
             check_loss(nll if math.isfinite(loss) else loss, vocab_size, spec, f"at step {step + 1}")
-            if stopped() or checkpoints.due:
+            # A sharded run that was stopped starts anew: a checkpoint would have to gather every process's states.
+            if spec.shards == 1 and (stopped() or checkpoints.due):
                 checkpoints.save(model, optimizer, schedule, log)
             if stopped():
                 raise Interrupted(stopped())

@@ -6,14 +6,14 @@ import contextlib
 import gc
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from peftscope.record import Memory, PhaseMemory, Seconds
+from peftscope.record import Memory, PhaseMemory, RankMemory, Seconds
 
 SAMPLE_SECONDS = 0.02
 
@@ -50,6 +50,19 @@ class Phases:
             target = {"load": "load", "initialise": "load", "train": "train", "evaluate": "evaluate"}.get(name)
             if target:
                 keep_larger(getattr(self.memory, target), peaks)
+
+    def gather_ranks(self, parameter_bytes: int, from_all: Callable[[RankMemory], list[RankMemory]]) -> None:
+        """Notes what each process of a sharded run held, and raises the peaks to the largest.
+
+        Args:
+            parameter_bytes: What this process holds of the model.
+            from_all: Returns what every process gives to it.
+        """
+        peaks = {phase: getattr(self.memory, phase).model_copy() for phase in ("load", "train", "evaluate")}
+        self.memory.ranks = from_all(RankMemory(parameter_bytes=parameter_bytes, **peaks))
+        for rank in self.memory.ranks:
+            for phase in peaks:
+                keep_larger(getattr(self.memory, phase), getattr(rank, phase).model_dump())
 
     def finish(self) -> None:
         """Sets the wall seconds of the whole job so far."""
