@@ -186,9 +186,9 @@ def test_a_job_asks_for_as_many_cards(write_experiment, monkeypatch: pytest.Monk
 # Processes that fail, are killed, or are told to stop.
 
 
-def start(spec: RunSpec, folder: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+def start(spec: RunSpec, folder: Path) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
     """Starts a run and returns it with its processes, the watching parent and rank 0 first, once it trains."""
-    job = subprocess.Popen(command(spec, folder), stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(command(spec, folder), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         processes = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]

@@ -12,7 +12,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,16 @@ from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.models.load import attention, load_base, load_tokenizer
 from peftscope.process import Interrupted
 from peftscope.ranks import meeting_file, rank_folder
-from peftscope.record import FINAL, PredictedMemory, RunRecord, Size, state_folder, write_record
+from peftscope.record import FINAL, Ceilings, PredictedMemory, RunRecord, Size, state_folder, write_record
 from peftscope.spec import RunSpec, run_id
 from peftscope.training.build import build_model, seed_everything
+from peftscope.training.ceilings import measure_ceilings
 from peftscope.training.checkpoint import Checkpoints
 from peftscope.training.loop import Diverged, TrainingLog, check_loss, train
 from peftscope.training.phases import Phases
 from peftscope.training.predict import predict
 from peftscope.training.probe import probe_evaluation, probe_training
-from peftscope.training.provenance import provenance
+from peftscope.training.provenance import card_reading, provenance
 from peftscope.training.shard import from_all, held_bytes, is_first, join, own_seed, shard, trained_state
 
 
@@ -83,8 +84,10 @@ def execute(
     finally:
         record.train_nll, record.train_loss = log.nll, log.loss
         log.write_speed(record.speed, spec)
+        record.speed.matmul_share = _matmul_share(record)
         phases.finish()
         record.seconds, record.memory = phases.seconds, phases.memory
+        record.memory.paged_state_bytes = log.paged_state_bytes
         record.unavailable = _unavailable(record)
         if record.status in FINAL:
             # First where no rule declares it: a job that is killed now has nothing left to do but to copy it.
@@ -135,7 +138,10 @@ def _run(
         with phases.phase("train"):
             seed_everything(own_seed(spec.seed if spec.init_seed is None else spec.init_seed, spec))
             batches = _digested(_batches(training, spec, pad), digest)
-            train(model, batches, spec, loss_function, vocab_size, log, checkpoints)
+            rehearsal = widest if spec.device == "cuda" else None
+            train(model, batches, spec, loss_function, vocab_size, log, checkpoints, rehearsal)
+        if record.provenance["card"]:
+            record.provenance["card"]["after_training"] = card_reading()
         record.train_batches_sha256 = digest.hexdigest()
     record.method_metrics = spec.method.metrics(model)
     with phases.phase("evaluate"):
@@ -168,6 +174,10 @@ def _run(
                 phases.memory.forward_peak_tensor_bytes = peaks["forward"]
                 phases.memory.backward_peak_tensor_bytes = peaks["backward"]
                 phases.memory.optimizer_peak_tensor_bytes = peaks["optimizer"]
+    if spec.method.trains:
+        # A card that the model fills has no room for the largest product; the run is good all the same.
+        with phases.phase("ceilings"), suppress(torch.OutOfMemoryError):
+            record.ceilings = measure_ceilings(spec)
 
 
 def _predicted(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> PredictedMemory:
@@ -229,6 +239,11 @@ def _initial_size(model: Any) -> Size:
         for p in model.parameters()
     )
     return Size(initial_trainable_parameters=trainable, total_parameters=total)
+
+
+def _matmul_share(record: RunRecord) -> float | None:
+    useful, rate = record.speed.useful_flops_per_second, record.ceilings.matmul_flops_per_second
+    return useful / (rate * record.spec.shards) if useful is not None and rate else None
 
 
 def _answers(model: Any, tokenizer: Any, spec: RunSpec, record: RunRecord) -> list[dict[str, Any]]:
@@ -296,10 +311,12 @@ def _unavailable(record: RunRecord) -> dict[str, str]:
         elif value is None:
             cuda_only = cpu and field.endswith(("reserved_bytes", "device_bytes"))
             reasons[f"memory.predicted.{field}"] = "CUDA only" if cuda_only else _why_missing(record, "train")
-    for part in ("speed", "quality", "size"):
+    if record.memory.paged_state_bytes is None:
+        reasons["memory.paged_state_bytes"] = "CUDA only" if cpu else _why_missing(record, "train")
+    for part in ("speed", "ceilings", "quality", "size"):
         for field, value in getattr(record, part):
             if value is None:
-                reasons[f"{part}.{field}"] = _why_missing(record, "evaluate" if part == "quality" else "train")
+                reasons[f"{part}.{field}"] = _why_missing(record, "evaluate" if part == "quality" else "train", field)
     return reasons
 
 
@@ -310,6 +327,8 @@ def _why_missing(record: RunRecord, phase: str, field: str = "") -> str:
         return "NVML gave no answer"
     if phase == "train" and not record.spec.method.trains:
         return "nothing is trained"
+    if field in ("matmul_share", *Ceilings.model_fields) and record.speed.timed_steps:
+        return "the model left no room to measure the device's rates"
     if field == "peak_tensor_bytes" and record.spec.shards > 1:
         return "the byte tracker knows a single process"
     return "switched off in the spec"
