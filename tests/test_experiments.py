@@ -153,6 +153,7 @@ def test_the_device_is_part_of_a_gpu_runs_id() -> None:
 
 
 def test_the_plan_asks_for_a_card_only_on_a_gpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert plan_experiment("smoke").gpus == 0
-    monkeypatch.setenv("PEFTSCOPE_DEVICE", "cuda")
-    assert plan_experiment("smoke").gpus == 1
+    for device, cards in (("cpu", 0), ("cuda", 1)):
+        monkeypatch.setenv("PEFTSCOPE_DEVICE", device)
+        plan = plan_experiment("smoke")
+        assert {plan.gpus(SimpleNamespace(run_id=run)) for run in plan.run_ids} == {cards}

@@ -180,7 +180,7 @@ def test_a_large_model_needs_seconds_and_no_memory(model: str, method: str, aim:
 import time, bitsandbytes, peft, transformers.models.llama.modeling_llama
 from peftscope.memory.question import ask, find_model
 from peftscope.memory.simulate import answer_by_simulation
-from peftscope.training.phases import resident_peak_bytes
+from peftscope.training.meter import resident_peak_bytes
 question = ask(find_model({model!r}), {{"method": {method!r}}})
 began = time.process_time()
 answer = answer_by_simulation(question)

@@ -62,7 +62,7 @@ def test_a_record_holds_everything_that_a_cpu_can_measure(toy: Path, make_spec, 
     assert len(record.train_nll) == spec.steps
     missing = {key for key, reason in record.unavailable.items() if reason != "CUDA only"}
     assert missing == set()
-    assert len(record.unavailable) == 8
+    assert len(record.unavailable) == 9
     parts = [getattr(record.memory, f"{phase}_peak_tensor_bytes") for phase in ("forward", "backward", "optimizer")]
     assert record.memory.train.peak_tensor_bytes == max(parts)
     assert record.memory.load.peak_tensor_bytes >= 2 * 115_264

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from peftscope import cli_claims, cli_memory, cli_rules
-from peftscope.errors import InputError, Problem
-
-if TYPE_CHECKING:
-    from peftscope.record import RunRecord, Status
-    from peftscope.spec import RunSpec
+from peftscope.errors import InputError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,6 +26,7 @@ app.add_typer(cli_memory.app)
 app.add_typer(cli_claims.app)
 app.add_typer(cli_rules.app)
 errors = Console(stderr=True, highlight=False)
+
 
 Spec = Annotated[str, typer.Argument(help="A YAML or JSON file with the fields of a run, or the JSON itself.")]
 
@@ -69,16 +64,12 @@ def run(
     ] = 0,
 ) -> None:
     """Train and measure one run; writes its record whatever happens."""
-    from peftscope.device import cards_claimed, detect_device
-    from peftscope.inputs import verify_inputs
+    from peftscope.device import detect_device
+    from peftscope.job import Job
     from peftscope.plan import check_disk, check_fetched, check_runs
-    from peftscope.process import die_with_parent, locked, seconds_since_process_start
-    from peftscope.record import finished_record, state_folder, write_json, write_record
     from peftscope.spec import run_id
     from peftscope.sweep import spec_from
 
-    began = time.perf_counter() - seconds_since_process_start()
-    die_with_parent()
     values, path = _read_spec(spec)
     resolved = spec_from(values, path, detect_device())
     identity = run_id(resolved)
@@ -87,97 +78,7 @@ def run(
     if problems:
         raise InputError(problems)
     folder = output or Path("results/single/runs") / identity
-    with locked(state_folder(folder) / "lock"):
-        write_json(folder / "spec.json", resolved.model_dump(mode="json"))
-        record = finished_record(folder, identity)
-        if record is not None:
-            write_record(folder / "record.json", record)
-            (folder / "interrupted.json").unlink(missing_ok=True)
-            errors.print(f"{identity}: {record.status}, as an earlier job found; remove {folder} to run it again")
-            return
-        verifying = time.perf_counter()
-        verify_inputs(resolved)
-        verified_seconds = time.perf_counter() - verifying
-        with cards_claimed(int(resolved.device == "cuda")):
-            _survive_run(resolved, folder, attempts_left)
-            _run_in_child(resolved, folder, began, verified_seconds, threads, checkpoint_seconds)
-
-
-def _survive_run(spec: RunSpec, folder: Path, attempts_left: int) -> None:
-    """Forks; returns in the child, whose end the parent sees, and puts on record if it was killed."""
-    from peftscope.process import host_kills, survive_child
-
-    before = host_kills()
-    killed = survive_child()
-    if killed is None:
-        return
-    if killed != signal.SIGKILL:
-        _end_early(spec, folder / "record.json", "failed", f"crashed with {killed.name}")
-        sys.exit(0)
-    after = host_kills()
-    if before is None or after is None or after > before:
-        reason = "killed by SIGKILL, most likely because the host ran out of memory"
-        if not attempts_left:
-            _end_early(spec, folder / "record.json", "oom", reason)
-            sys.exit(0)
-    else:
-        reason = "killed by SIGKILL, and not by the kernel for want of memory"
-    _end_early(spec, folder / "interrupted.json", "interrupted", reason)
-    sys.exit(137)
-
-
-def _end_early(spec: RunSpec, path: Path, status: Status, reason: str) -> None:
-    """Writes the record of a run that cannot write its own."""
-    from peftscope.record import RunRecord, write_record
-    from peftscope.spec import run_id
-
-    record = RunRecord(run_id=run_id(spec), status=status, reason=reason, spec=spec)
-    write_record(path, record)
-    errors.print(f"{record.run_id}: {status}, {reason}", soft_wrap=True)
-
-
-def _run_in_child(
-    spec: RunSpec, folder: Path, began: float, verified_seconds: float, threads: int, checkpoint_seconds: float
-) -> None:
-    from peftscope.process import Interrupted, raise_on_signals
-
-    raise_on_signals()
-    try:
-        record = _execute(spec, folder, began, verified_seconds, threads, checkpoint_seconds)
-    except Interrupted as error:
-        if not (folder / "interrupted.json").is_file():
-            _end_early(spec, folder / "interrupted.json", "interrupted", str(error))
-        sys.exit(130)
-    errors.print(f"{record.run_id}: {record.status}{f', {record.reason}' if record.reason else ''}", soft_wrap=True)
-    # Everything is written. Tearing down torch and its threads would add half a second that no phase accounts for.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-def _execute(
-    spec: RunSpec, folder: Path, began: float, verified_seconds: float, threads: int, checkpoint_seconds: float
-) -> RunRecord:
-    """Imports what the run needs, runs it and returns its record."""
-    # Nothing that a run reads comes from a hub: fetching is another command. Without this, libraries ask one and wait.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import torch
-
-    if spec.device == "cuda" and not torch.cuda.is_available():
-        remedy = "see `peftscope doctor`; PEFTSCOPE_DEVICE=cpu uses the processor"
-        raise InputError(Problem("device", "there is a card, but this torch cannot use it", remedy))
-    from peftscope.training.phases import Phases
-    from peftscope.training.run import execute
-
-    if spec.generation_items:
-        import peftscope.evaluation.answers  # noqa: F401  (its import is slow, and belongs to that phase)
-    if spec.method.quantization():
-        import bitsandbytes  # noqa: F401
-    if threads:
-        torch.set_num_threads(threads)
-    phases = Phases(spec.device, began)
-    phases.mark_imported(verified_seconds)
-    return execute(spec, folder, phases, checkpoint_seconds)
+    Job(resolved, folder, threads, checkpoint_seconds, attempts_left).start()
 
 
 def _read_spec(text: str) -> tuple[dict[str, Any], Path]:

@@ -63,10 +63,10 @@ class Plan:
         """The fields that some ladder varies: each has a figure."""
         return sorted({c.name.rpartition("-")[2] for c in self.sweep.comparisons if c.name.startswith("ladder-")})
 
-    @property
-    def gpus(self) -> int:
-        """Cards that a training job needs."""
-        return int(any(spec.device == "cuda" for spec in self.sweep.runs.values()))
+    def gpus(self, wildcards: Any) -> int:
+        """Returns how many cards a training job needs."""
+        spec = self.spec(wildcards)
+        return spec.shards if spec.device == "cuda" else 0
 
     def spec(self, wildcards: Any) -> RunSpec:
         """Returns the run's spec.

@@ -99,13 +99,13 @@ def seconds_since_process_start() -> float:
         return time.time() - psutil.Process().create_time()
 
 
-def die_with_parent() -> None:
-    """Asks the kernel for a SIGTERM when the parent dies; only Linux can.
+def die_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
+    """Asks the kernel for a signal when the parent dies; only Linux can.
 
     Without it, the jobs of a workflow that was killed go on, beside those of the next one.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, by)
 
 
 @contextmanager

@@ -67,7 +67,12 @@ class PredictedMemory(_Part):
 
 
 class Memory(_Part):
-    """Peaks by phase; initialisation counts as load. The three parts of a step are CPU-only (byte tracker)."""
+    """Peaks by phase; initialisation counts as load. The three parts of a step are CPU-only (byte tracker).
+
+    Attributes:
+        paged_state_bytes: CUDA only: optimizer states in managed memory, which no peak of tensors counts.
+        ranks: Each process of a sharded run; the peaks by phase are then the largest of them.
+    """
 
     load: PhaseMemory = PhaseMemory()
     train: PhaseMemory = PhaseMemory()
@@ -75,7 +80,18 @@ class Memory(_Part):
     forward_peak_tensor_bytes: int | None = None
     backward_peak_tensor_bytes: int | None = None
     optimizer_peak_tensor_bytes: int | None = None
+    paged_state_bytes: int | None = None
     predicted: PredictedMemory = PredictedMemory()
+    ranks: list[RankMemory] = []
+
+
+class RankMemory(_Part):
+    """What one process of a sharded run held, in bytes: its share of the parameters, and its peaks."""
+
+    parameter_bytes: int
+    load: PhaseMemory = PhaseMemory()
+    train: PhaseMemory = PhaseMemory()
+    evaluate: PhaseMemory = PhaseMemory()
 
 
 class Seconds(_Part):
@@ -93,11 +109,18 @@ class Seconds(_Part):
     train: float = 0.0
     evaluate: float = 0.0
     probe: float = 0.0
+    ceilings: float = 0.0
     wall: float = 0.0
 
 
 class Speed(_Part):
-    """Step times after the warm-up steps; tokens per second at the median step."""
+    """Step times after the warm-up steps; tokens per second at the median step.
+
+    Attributes:
+        useful_flops_per_second: What the mathematics asks for (``training.ceilings``) over the time; median.
+        matmul_share: The same over the rate of a large matrix product on all devices of the run: the model's
+            utilisation of floating-point operations.
+    """
 
     timed_steps: int = 0
     step_seconds_median: float | None = None
@@ -105,8 +128,24 @@ class Speed(_Part):
     step_seconds_upper_quartile: float | None = None
     tokens_per_second: float | None = None
     padded_tokens_per_second: float | None = None
+    useful_flops_per_second: float | None = None
+    matmul_share: float | None = None
     data_seconds: float | None = None
     generation_seconds: float | None = None
+
+
+class Ceilings(_Part):
+    """What one device of the run does at best, measured after everything else.
+
+    Attributes:
+        dtype: Of the matrix product: what the run computes in.
+        matmul_flops_per_second: Of a product of large square matrices.
+        copy_bytes_per_second: Of a large copy; every byte is read and written.
+    """
+
+    dtype: str | None = None
+    matmul_flops_per_second: float | None = None
+    copy_bytes_per_second: float | None = None
 
 
 class Quality(_Part):
@@ -153,6 +192,7 @@ class RunRecord(_Part):
     seconds: Seconds = Seconds()
     memory: Memory = Memory()
     speed: Speed = Speed()
+    ceilings: Ceilings = Ceilings()
     quality: Quality = Quality()
     size: Size = Size()
     train_nll: list[float | None] = []

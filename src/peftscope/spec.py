@@ -1,6 +1,7 @@
 """RunSpec: everything that decides what a run does, and the id that follows from it. No torch.
 
-How a run is executed (threads, cards, folders) is not here: that is the workflow profile's business.
+How a run is executed (threads, folders) is not here: that is the workflow profile's business. Over how many processes
+it is sharded is, because that decides what each of them holds, and the order in which sums are rounded.
 """
 
 from __future__ import annotations
@@ -76,6 +77,10 @@ class RunSpec(BaseModel):
     ] = "response_only"
     checkpointing: Annotated[bool, Field(description="recompute activations in the backward pass")] = False
     attention: Annotated[Literal["sdpa", "eager", "flash_attention_2"], Field(description="attention kernel")] = "sdpa"
+    shards: Annotated[
+        Count,
+        Field(description="processes, a card each, that share the rows of a batch and every tensor of the training"),
+    ] = 1
 
     eval_batch_size: Annotated[Count, Field(description="fixed: bf16 answers depend on it")] = 32
     validation_items: Annotated[
@@ -115,6 +120,18 @@ class RunSpec(BaseModel):
             )
         if self.checkpointing and not self.method.supports_checkpointing:
             raise ValueError(f"checkpointing does not work with {self.method.name}, which fills the key-value cache")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_fit(self) -> RunSpec:
+        if self.shards == 1:
+            return self
+        if self.method.quantization() or not self.method.supports_shards:
+            raise ValueError(f"shards={self.shards} does not work with {self.method.name}; use shards: 1")
+        if self.optimizer not in ("adamw", "sgd"):
+            raise ValueError(f"shards={self.shards} needs an optimizer of torch (got {self.optimizer}); use adamw")
+        if self.batch_size % self.shards:
+            raise ValueError(f"shards={self.shards} must divide batch_size={self.batch_size}: each takes as many rows")
         return self
 
     def canonical(self) -> dict[str, Any]:

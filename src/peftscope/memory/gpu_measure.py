@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer
 
+from peftscope import card
 from peftscope.data.batching import Batch, Example, collate
 from peftscope.memory.allocator import reserved_bytes
 from peftscope.memory.answer import peaks_of
@@ -29,6 +30,7 @@ from peftscope.models.load import (
     training_attention,
 )
 from peftscope.training.build import apply_method
+from peftscope.training.meter import pci_address
 from peftscope.training.probe import track_evaluation, track_steps
 from peftscope.training.step import make_optimizer
 
@@ -203,18 +205,8 @@ class CudaPeaks(nullcontext[None]):
 
 
 def used_bytes() -> int | None:
-    """Returns the bytes in use on the first card, whoever uses them; None: NVML gives no answer."""
-    try:
-        import pynvml
-
-        properties: Any = torch.cuda.get_device_properties(0)
-        # By PCI address, because CUDA_VISIBLE_DEVICES renumbers torch's cards and not NVML's.
-        address = f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByPciBusId(address.encode())
-        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
-    except Exception:  # NVML is optional: without it the device's columns stay empty
-        return None
+    """Returns the bytes in use on the card, whoever uses them; None: NVML gives no answer."""
+    return card.used_bytes(card.find_card(pci_address()))
 
 
 def _workspace_bytes() -> int:

@@ -27,6 +27,7 @@ class AdaLoRA(Method):
 
     label: ClassVar[str] = "AdaLoRA"
     min_steps: ClassVar[int] = 3
+    supports_shards: ClassVar[bool] = False
 
     name: Literal["adalora"] = "adalora"
     init_r: Rank = 12

@@ -104,6 +104,8 @@ class Method(BaseModel):
     """Whether activations can be recomputed in the backward pass."""
     supports_packing: ClassVar[bool] = True
     """Whether several examples can share a sequence."""
+    supports_shards: ClassVar[bool] = True
+    """Whether its tensors can be spread over processes (an unquantised base taken for granted)."""
     min_steps: ClassVar[int] = 1
     """The shortest run that its schedule fits."""
     mergeable: ClassVar[bool] = True
@@ -161,8 +163,14 @@ class Method(BaseModel):
         """Returns further figures that this method alone can give, for the record."""
         return {}
 
-    def save(self, model: Any, folder: Path) -> None:
-        """Writes what was trained: an adapter in PEFT's format (or, for full fine-tuning, the model)."""
+    def save(self, model: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
+        """Writes what was trained: an adapter in PEFT's format (or, for full fine-tuning, the model).
+
+        Args:
+            model: The trained one.
+            folder: Where to.
+            state: Its tensors by name; None: those in the model, which holds all of them unless it is sharded.
+        """
         modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         for config in getattr(model, "peft_config", {}).values():
             # PEFT keeps names as sets and would write them in an order that changes from process to process.
@@ -170,4 +178,4 @@ class Method(BaseModel):
                 if isinstance(value, set):
                     # A preset names the fused modules of other families as well.
                     setattr(config, name, sorted(value & modules if name == "target_modules" else value))
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)

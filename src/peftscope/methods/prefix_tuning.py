@@ -22,6 +22,7 @@ class PrefixTuning(Method):
     generates_from_cache: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     supports_packing: ClassVar[bool] = False
+    supports_shards: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
     mask_free_attention: ClassVar[bool] = False
 

@@ -21,6 +21,7 @@ class PromptTuning(Method):
     generates_from_cache: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     supports_packing: ClassVar[bool] = False
+    supports_shards: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
 
     name: Literal["prompt-tuning"] = "prompt-tuning"

@@ -42,19 +42,23 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "amp": torch.float32}
 
 
 def load_base(spec: RunSpec) -> Any:
-    """Returns the base model on the spec's device, in its precision and storage, without gradients or dropout set up.
+    """Returns the base model in its precision and storage, without gradients or dropout set up.
+
+    It is on the spec's device, or on the host if it is going to be sharded.
 
     Raises:
         OSError: The model was not fetched, or has no safetensors.
         ValueError: Its own code would be needed to load it.
     """
     options: dict[str, Any] = {"dtype": DTYPES[spec.precision], "attn_implementation": training_attention(spec)}
+    # No card holds all of a model that is to be sharded: its shares move there layer by layer.
+    device = spec.device if spec.shards == 1 else "cpu"
     quantization = spec.method.quantization()
     if quantization:
         options["quantization_config"] = bitsandbytes_config(quantization)
     model = AutoModelForCausalLM.from_pretrained(
         model_folder(spec.model, spec.revision),
-        device_map={"": spec.device},
+        device_map={"": device},
         **LOCAL,
         **options,
     )
@@ -110,7 +114,10 @@ def training_attention(spec: RunSpec) -> str:
 
 def autocast(spec: RunSpec) -> Any:
     """Returns the context that forward passes of the spec's precision run in."""
-    return torch.autocast(spec.device, torch.bfloat16) if spec.precision == "amp" else nullcontext()
+    if spec.precision != "amp":
+        return nullcontext()
+    # The cache keeps a bf16 copy of every weight that was gathered until the pass ends: all that sharding saves.
+    return torch.autocast(spec.device, torch.bfloat16, cache_enabled=spec.shards == 1)
 
 
 @contextmanager

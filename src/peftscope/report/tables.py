@@ -30,6 +30,7 @@ FACTS: dict[str, str] = {
     "evaluate_peak_bytes": "evaluate_peak_tensor_bytes",
     "step_seconds": "step_seconds_median",
     "tokens_per_second": "tokens_per_second",
+    "matmul_share": "matmul_share",
     "trained_parameters": "trained_parameters",
     "adapter_bytes": "adapter_bytes",
 }
@@ -167,6 +168,7 @@ def readable_methods(methods: pd.DataFrame) -> pd.DataFrame:
             "peak tensors, load (MiB)": formatted(row["load_peak_bytes"], ",.0f", MIB),
             "step (s)": formatted(row["step_seconds"], ".2f"),
             "tokens/s": formatted(row["tokens_per_second"], ",.0f"),
+            "of the matmul rate (%)": formatted(row["matmul_share"], ".0f", 0.01),
             "trained parameters": formatted(row["trained_parameters"], ",.0f"),
             "saved (MiB)": formatted(row["adapter_bytes"], ",.1f", MIB),
         }

@@ -18,8 +18,11 @@ from peftscope.data.batching import Batch
 from peftscope.process import Interrupted, stops_between_steps
 from peftscope.record import Speed
 from peftscope.spec import RunSpec
+from peftscope.training.ceilings import count_work
 from peftscope.training.checkpoint import Checkpoints
-from peftscope.training.step import CausalLoss, make_optimizer, make_schedule, train_step
+from peftscope.training.meter import make_meter, paged_bytes
+from peftscope.training.shard import own_rows, summed
+from peftscope.training.step import CausalLoss, make_optimizer, make_schedule, rehearse, train_step
 
 EXPLODED = 1.5
 """A loss above this many times ln(vocabulary), what a uniform guess costs, counts as diverged."""
@@ -38,6 +41,8 @@ class TrainingLog:
     step_seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     padded_tokens: list[int] = field(default_factory=list)
+    useful_flops: list[int] = field(default_factory=list)
+    paged_state_bytes: int | None = None
     data_seconds: float = 0.0
 
     def write_speed(self, speed: Speed, spec: RunSpec) -> None:
@@ -53,6 +58,8 @@ class TrainingLog:
         speed.step_seconds_upper_quartile = float(upper)
         speed.tokens_per_second = float(np.median(np.array(self.tokens[timed]) / seconds))
         speed.padded_tokens_per_second = float(np.median(np.array(self.padded_tokens[timed]) / seconds))
+        if len(self.useful_flops) == len(self.step_seconds):  # else a checkpoint of older code had none
+            speed.useful_flops_per_second = float(np.median(np.array(self.useful_flops[timed]) / seconds))
         speed.data_seconds = self.data_seconds
 
 
@@ -64,10 +71,12 @@ def train(
     vocab_size: int,
     log: TrainingLog,
     checkpoints: Checkpoints,
+    rehearsal: Batch | None = None,
 ) -> None:
     """Trains for ``spec.steps`` steps and writes into ``log`` as it goes, so that a failed run keeps its curve.
 
-    It goes on from the last checkpoint, if there is one.
+    It goes on from the last checkpoint, if there is one. A batch to rehearse, the widest one, is tried out of turn once
+    the optimizer's states are there, so that what is going to run out of memory does so early.
 
     Raises:
         Diverged: The loss is not finite or worse than 1.5 times a uniform guess.
@@ -77,6 +86,7 @@ def train(
     optimizer = make_optimizer(model, spec)
     schedule = make_schedule(optimizer, spec)
     done = checkpoints.restore(model, optimizer, schedule, log)
+    meter, work = make_meter(spec.device), count_work(model)
     for _ in itertools.islice(batches, done * spec.gradient_accumulation):
         pass  # seen before
     columns = (
@@ -92,8 +102,9 @@ def train(
         bar = progress.add_task("", total=spec.steps, completed=done)
         for step in range(done, spec.steps):
             began = time.perf_counter()
-            accumulated = [batch.to(spec.device) for batch in itertools.islice(batches, spec.gradient_accumulation)]
-            _synchronise(spec.device)
+            whole = list(itertools.islice(batches, spec.gradient_accumulation))
+            accumulated = [own_rows(batch, spec).to(spec.device) for batch in whole]
+            stop_clock = meter.clock()
             ready = time.perf_counter()
             output = train_step(
                 model,
@@ -104,17 +115,23 @@ def train(
                 after_optimizer_step=lambda step=step: spec.method.after_optimizer_step(model, step),  # type: ignore[misc]
             )
             schedule.step()
-            _synchronise(spec.device)
-            log.step_seconds.append(time.perf_counter() - ready)
+            log.step_seconds.append(stop_clock())
             log.data_seconds += ready - began
-            log.tokens.append(sum(batch.tokens for batch in accumulated))
-            log.padded_tokens.append(sum(batch.input_ids.numel() for batch in accumulated))
-            nll, loss = output.nll.item(), output.loss.item()
+            log.tokens.append(sum(batch.tokens for batch in whole))
+            responses = sum(int(batch.response_tokens) for batch in whole)
+            log.useful_flops.append(work.of_step(log.tokens[-1], responses))
+            log.padded_tokens.append(sum(batch.input_ids.numel() for batch in whole))
+            nll, loss = summed(torch.stack([output.nll, output.loss]), spec).tolist()
             log.nll.append(nll if math.isfinite(nll) else None)
             log.loss.append(loss if math.isfinite(loss) else None)
             progress.update(bar, advance=1, description=f"nll {nll:.3f}", refresh=True)
             check_loss(nll if math.isfinite(loss) else loss, vocab_size, spec, f"at step {step + 1}")
-            if stopped() or checkpoints.due:
+            if step == done:
+                log.paged_state_bytes = paged_bytes(optimizer) if spec.device == "cuda" else None
+                if rehearsal is not None:
+                    rehearse(model, own_rows(rehearsal, spec).to(spec.device), spec, loss_function)
+            # A sharded run that was stopped starts anew: a checkpoint would have to gather every process's states.
+            if spec.shards == 1 and (stopped() or checkpoints.due):
                 checkpoints.save(model, optimizer, schedule, log)
             if stopped():
                 raise Interrupted(stopped())
@@ -128,8 +145,3 @@ def check_loss(nll: float, vocab_size: int, spec: RunSpec, where: str) -> None:
             f"the loss is {nll:.3g} {where}, a uniform guess costs {guess:.1f}; "
             f"lower learning_rate={spec.learning_rate:g}"
         )
-
-
-def _synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any
 import psutil
 import torch
 
+from peftscope.card import find_card, other_processes, reading
 from peftscope.data.tasks import task_folder
 from peftscope.device import processor_name
 from peftscope.evaluation.retention import PROSE_SHA256
 from peftscope.models.catalog import model_folder
 from peftscope.spec import RunSpec
+from peftscope.training.meter import allocator_settings, pci_address
 
 PACKAGES = (
     "torch",
@@ -45,6 +48,7 @@ def provenance(spec: RunSpec) -> dict[str, Any]:
         "environment": {
             name: os.environ.get(name)
             for name in (
+                "PYTORCH_ALLOC_CONF",
                 "PYTORCH_CUDA_ALLOC_CONF",
                 "CUDA_VISIBLE_DEVICES",
                 "OMP_NUM_THREADS",
@@ -52,6 +56,7 @@ def provenance(spec: RunSpec) -> dict[str, Any]:
                 "SLURM_JOB_ID",
             )
         },
+        "card": _card() if spec.device == "cuda" else None,
         "model": _manifest(model_folder(spec.model, spec.revision)),
         "task": _manifest(task_folder(spec.task)),
         "prose_sha256": PROSE_SHA256,
@@ -85,6 +90,20 @@ def hardware(device: str) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
     return found
+
+
+def _card() -> dict[str, Any]:
+    """Returns the card's state before the run uses it; a line says so if something else does."""
+    others = other_processes(find_card(pci_address()))
+    for other in others or []:
+        used = "unknown memory" if other["used_bytes"] is None else f"{other['used_bytes'] / 2**30:.1f} GiB"
+        print(f"process {other['pid']} uses the card as well ({used}): times and peaks include it", file=sys.stderr)
+    return {"at_start": card_reading(), "other_processes": others, "allocator_settings": allocator_settings()}
+
+
+def card_reading() -> dict[str, float | None]:
+    """Returns clocks, power and temperature of the current card."""
+    return reading(find_card(pci_address()))
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

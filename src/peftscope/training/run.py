@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,23 @@ from peftscope.evaluation.retention import bits_per_byte
 from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.models.load import attention, load_base, load_tokenizer
 from peftscope.process import Interrupted, storage_problem
-from peftscope.record import FINAL, PredictedMemory, RunRecord, Size, file_sha256, state_folder, write_record
+from peftscope.ranks import meeting_file, rank_folder
+from peftscope.record import FINAL, Ceilings, PredictedMemory, RunRecord, Size, file_sha256, state_folder, write_record
 from peftscope.spec import RunSpec, run_id
 from peftscope.training.build import build_model, seed_everything
+from peftscope.training.ceilings import measure_ceilings
 from peftscope.training.checkpoint import Checkpoints
 from peftscope.training.loop import Diverged, TrainingLog, check_loss, train
 from peftscope.training.phases import Phases
 from peftscope.training.predict import predict
 from peftscope.training.probe import probe_evaluation, probe_training
-from peftscope.training.provenance import provenance
+from peftscope.training.provenance import card_reading, provenance
+from peftscope.training.shard import from_all, held_bytes, is_first, join, own_seed, shard, trained_state
 
 
-def execute(spec: RunSpec, folder: Path, phases: Phases, checkpoint_seconds: float = math.inf) -> RunRecord:
+def execute(
+    spec: RunSpec, folder: Path, phases: Phases, checkpoint_seconds: float = math.inf, rank: int = 0
+) -> RunRecord:
     """Runs a spec and writes ``record.json``, ``items.jsonl`` and ``adapter/`` into ``folder``.
 
     Args:
@@ -47,6 +52,7 @@ def execute(spec: RunSpec, folder: Path, phases: Phases, checkpoint_seconds: flo
         folder: The run's own folder; what an earlier attempt left there is removed.
         phases: Started with the process, imports already marked.
         checkpoint_seconds: Between two checkpoints of the training, which an interrupted run goes on from.
+        rank: Which of a sharded run's processes this is; all but the first write into a folder below.
 
     Returns:
         The record, whatever its status but ``interrupted``.
@@ -54,6 +60,7 @@ def execute(spec: RunSpec, folder: Path, phases: Phases, checkpoint_seconds: flo
     Raises:
         Interrupted: After ``interrupted.json`` was written, so that the job counts as not done.
     """
+    meeting, folder = meeting_file(folder), rank_folder(folder, rank)
     for name in ("record.json", "interrupted.json", "items.jsonl"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "adapter", ignore_errors=True)
@@ -63,6 +70,8 @@ def execute(spec: RunSpec, folder: Path, phases: Phases, checkpoint_seconds: flo
     checkpoints = Checkpoints(state_folder(folder), spec, checkpoint_seconds)
     file = "record.json"
     try:
+        if spec.shards > 1:
+            join(spec, rank, meeting)
         record.provenance = provenance(spec)
         _run(spec, folder, record, log, phases, checkpoints)
     except Interrupted as error:
@@ -84,8 +93,10 @@ def execute(spec: RunSpec, folder: Path, phases: Phases, checkpoint_seconds: flo
     finally:
         record.train_nll, record.train_loss = log.nll, log.loss
         log.write_speed(record.speed, spec)
+        record.speed.matmul_share = _matmul_share(record)
         phases.finish()
         record.seconds, record.memory = phases.seconds, phases.memory
+        record.memory.paged_state_bytes = log.paged_state_bytes
         record.unavailable = _unavailable(record)
         if record.status in FINAL:
             # First where no rule declares it: a job that is killed now has nothing left to do but to copy it.
@@ -116,6 +127,9 @@ def _run(
         model, loss_function = build_model(base, spec)
         loaded.append(model)
     record.size = _initial_size(model)
+    if spec.shards > 1:
+        with phases.phase("initialise"):
+            shard(model, spec)
 
     def evaluate_retention() -> float | None:
         model.eval()
@@ -131,9 +145,12 @@ def _run(
     if spec.method.trains:
         digest = hashlib.sha256()
         with phases.phase("train"):
-            seed_everything(spec.seed if spec.init_seed is None else spec.init_seed)
+            seed_everything(own_seed(spec.seed if spec.init_seed is None else spec.init_seed, spec))
             batches = _digested(_batches(training, spec, pad), digest)
-            train(model, batches, spec, loss_function, vocab_size, log, checkpoints)
+            rehearsal = widest if spec.device == "cuda" else None
+            train(model, batches, spec, loss_function, vocab_size, log, checkpoints, rehearsal)
+        if record.provenance["card"]:
+            record.provenance["card"]["after_training"] = card_reading()
         record.train_batches_sha256 = digest.hexdigest()
     record.method_metrics = spec.method.metrics(model)
     with phases.phase("evaluate"):
@@ -155,7 +172,9 @@ def _run(
         record.files = {path.relative_to(folder).as_posix(): file_sha256(path) for path in written}
     before = record.quality.retention_bits_per_byte_before
     record.quality.retention_bits_per_byte = evaluate_retention() if spec.method.trains else before
-    if spec.device == "cpu" and spec.probe_steps:
+    if spec.shards > 1:
+        phases.gather_ranks(held_bytes(model), lambda mine: from_all(mine, spec))
+    elif spec.device == "cpu" and spec.probe_steps:
         with phases.phase("probe"):
             with attention(model, spec.attention):
                 phases.memory.evaluate.peak_tensor_bytes = probe_evaluation(model, widest_heldout, spec)
@@ -166,15 +185,26 @@ def _run(
                 phases.memory.forward_peak_tensor_bytes = peaks["forward"]
                 phases.memory.backward_peak_tensor_bytes = peaks["backward"]
                 phases.memory.optimizer_peak_tensor_bytes = peaks["optimizer"]
+    if spec.method.trains:
+        # A card that the model fills has no room for the largest product; the run is good all the same.
+        with phases.phase("ceilings"), suppress(torch.OutOfMemoryError):
+            record.ceilings = measure_ceilings(spec)
 
 
 def _predicted(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> PredictedMemory:
     """Returns the predicted peaks, or none: a model that cannot be simulated can still be trained."""
+    if _not_simulated(spec):
+        return PredictedMemory()
     try:
         return predict(spec, widest, widest_heldout)
     except Exception:
         traceback.print_exc()
         return PredictedMemory()
+
+
+def _not_simulated(spec: RunSpec) -> str:
+    """Returns why the simulator does not know runs of this kind; empty if it does."""
+    return "the simulator knows a single process" if spec.shards > 1 else ""
 
 
 def _batches(examples: Sequence[Example], spec: RunSpec, pad_token_id: int) -> Iterator[Batch]:
@@ -222,6 +252,11 @@ def _initial_size(model: Any) -> Size:
     return Size(initial_trainable_parameters=trainable, total_parameters=total)
 
 
+def _matmul_share(record: RunRecord) -> float | None:
+    useful, rate = record.speed.useful_flops_per_second, record.ceilings.matmul_flops_per_second
+    return useful / (rate * record.spec.shards) if useful is not None and rate else None
+
+
 def _answers(model: Any, tokenizer: Any, spec: RunSpec, record: RunRecord) -> list[dict[str, Any]]:
     if not spec.generation_items:
         return []
@@ -250,7 +285,9 @@ def _save(model: Any, spec: RunSpec, folder: Path, record: RunRecord) -> None:
     if not spec.method.trains:
         return
     adapter = folder / "adapter"
-    spec.method.save(model, adapter)
+    state = trained_state(model) if spec.shards > 1 else None
+    if is_first():
+        spec.method.save(model, adapter, state)
     record.size.adapter_bytes = sum(path.stat().st_size for path in adapter.glob("*.safetensors"))
     record.size.trained_parameters = spec.method.final_trainable_parameters(model)
 
@@ -275,18 +312,22 @@ def _unavailable(record: RunRecord) -> dict[str, str]:
                 reasons[f"memory.{phase}.{field}"] = "CUDA only" if cuda_only else _why_missing(record, phase, field)
     for phase in ("forward", "backward", "optimizer"):
         if getattr(record.memory, f"{phase}_peak_tensor_bytes") is None:
-            reasons[f"memory.{phase}_peak_tensor_bytes"] = _why_missing(record, "train") if cpu else "CPU only"
+            missing = _why_missing(record, "train", "peak_tensor_bytes")
+            reasons[f"memory.{phase}_peak_tensor_bytes"] = missing if cpu else "CPU only"
     failed = record.status == "ok" and all(value is None for _, value in record.memory.predicted)
     for field, value in record.memory.predicted:
         if failed:
-            reasons[f"memory.predicted.{field}"] = "the simulation failed, see train.log"
+            reason = _not_simulated(record.spec) or "the simulation failed, see train.log"
+            reasons[f"memory.predicted.{field}"] = reason
         elif value is None:
             cuda_only = cpu and field.endswith(("reserved_bytes", "device_bytes"))
             reasons[f"memory.predicted.{field}"] = "CUDA only" if cuda_only else _why_missing(record, "train")
-    for part in ("speed", "quality", "size"):
+    if record.memory.paged_state_bytes is None:
+        reasons["memory.paged_state_bytes"] = "CUDA only" if cpu else _why_missing(record, "train")
+    for part in ("speed", "ceilings", "quality", "size"):
         for field, value in getattr(record, part):
             if value is None:
-                reasons[f"{part}.{field}"] = _why_missing(record, "evaluate" if part == "quality" else "train")
+                reasons[f"{part}.{field}"] = _why_missing(record, "evaluate" if part == "quality" else "train", field)
     return reasons
 
 
@@ -297,4 +338,8 @@ def _why_missing(record: RunRecord, phase: str, field: str = "") -> str:
         return "NVML gave no answer"
     if phase == "train" and not record.spec.method.trains:
         return "nothing is trained"
+    if field in ("matmul_share", *Ceilings.model_fields) and record.speed.timed_steps:
+        return "the model left no room to measure the device's rates"
+    if field == "peak_tensor_bytes" and record.spec.shards > 1:
+        return "the byte tracker knows a single process"
     return "switched off in the spec"

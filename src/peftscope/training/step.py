@@ -153,3 +153,16 @@ def train_step(
     after_optimizer_step()
     optimizer.zero_grad(set_to_none=True)
     return StepOutput(loss=torch.stack(losses).sum(), nll=torch.stack(nlls).sum())
+
+
+def rehearse(model: Any, batch: Batch, spec: RunSpec, loss_function: CausalLoss) -> None:
+    """Takes the forward and backward passes of a step on a batch, and leaves everything as it was.
+
+    Two at most, where gradients are accumulated: from the second on, gradients are there from the start.
+    """
+    devices = [torch.cuda.current_device()] if spec.device == "cuda" else []
+    with torch.random.fork_rng(devices):
+        for _ in range(min(2, spec.gradient_accumulation)):
+            forward_loss(model, batch, spec).loss.backward()
+    model.zero_grad(set_to_none=True)
+    loss_function.nll = None

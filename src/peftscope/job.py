@@ -1,0 +1,171 @@
+"""A run as a job: its processes are forked, watched and ended, and however they end, a record is written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from peftscope.device import cards_claimed
+from peftscope.errors import InputError, Problem
+from peftscope.inputs import verify_inputs
+from peftscope.process import (
+    Interrupted,
+    die_with_parent,
+    host_kills,
+    locked,
+    raise_on_signals,
+    seconds_since_process_start,
+    survive_child,
+)
+from peftscope.ranks import LAST_WORDS_SECONDS, fork_ranks, rank_folder
+from peftscope.record import RunRecord, Status, finished_record, read_record, state_folder, write_json, write_record
+from peftscope.spec import RunSpec, run_id
+
+if TYPE_CHECKING:
+    from peftscope.training.phases import Phases
+
+INTERRUPTED_CODE, KILLED_CODE = 130, 137
+KILLED = "killed by SIGKILL, most likely because the host ran out of memory"
+errors = Console(stderr=True, highlight=False)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attempt at a run.
+
+    Attributes:
+        spec: What to run.
+        folder: The run's own.
+        threads: Of the processor; 0 leaves the choice to torch.
+        checkpoint_seconds: Between two checkpoints.
+        attempts_left: How often the caller tries again, with more host memory each time.
+    """
+
+    spec: RunSpec
+    folder: Path
+    threads: int
+    checkpoint_seconds: float
+    attempts_left: int
+
+    def start(self) -> None:
+        """Makes the run, or republishes the record of an attempt that finished it; ends the process if it ran.
+
+        Raises:
+            InputError: Another job makes it, or its model and data are damaged for good.
+        """
+        began = time.perf_counter() - seconds_since_process_start()
+        die_with_parent()
+        identity = run_id(self.spec)
+        with locked(state_folder(self.folder) / "lock"):
+            write_json(self.folder / "spec.json", self.spec.model_dump(mode="json"))
+            record = finished_record(self.folder, identity)
+            if record is not None:
+                write_record(self.folder / "record.json", record)
+                (self.folder / "interrupted.json").unlink(missing_ok=True)
+                said = f"{identity}: {record.status}, as an earlier job found; remove {self.folder} to run it again"
+                errors.print(said, soft_wrap=True)
+                return
+            verifying = time.perf_counter()
+            verify_inputs(self.spec)
+            verified_seconds = time.perf_counter() - verifying
+            with cards_claimed(self.spec.shards if self.spec.device == "cuda" else 0):
+                self._survive()
+                self._run(began, verified_seconds)
+
+    def _survive(self) -> None:
+        """Forks; returns in the child, whose end the parent sees, and puts on record if it was killed."""
+        before = host_kills()
+        killed = survive_child()
+        if killed is None:
+            return
+        if killed != signal.SIGKILL:
+            self._end_early("failed", f"crashed with {killed.name}")
+            sys.exit(0)
+        after = host_kills()
+        for_memory = before is None or after is None or after > before
+        if for_memory and not self.attempts_left:
+            self._end_early("oom", KILLED)
+            sys.exit(0)
+        outside = "killed by SIGKILL, and not by the kernel for want of memory"
+        self._end_early("interrupted", KILLED if for_memory else outside)
+        sys.exit(KILLED_CODE)
+
+    def _end_early(self, status: Status, reason: str) -> None:
+        """Writes the record of a run that cannot write its own."""
+        record = RunRecord(run_id=run_id(self.spec), status=status, reason=reason, spec=self.spec)
+        write_record(self.folder / ("interrupted.json" if status == "interrupted" else "record.json"), record)
+        errors.print(f"{record.run_id}: {status}, {reason}", soft_wrap=True)
+
+    def _end_for_all(self, rank: int, code: int) -> None:
+        """Ends a sharded run one of whose other processes failed."""
+        which = f"process {rank} of {self.spec.shards}"
+        try:
+            record = read_record(rank_folder(self.folder, rank) / "record.json")
+            self._end_early(record.status, f"{record.reason} ({which})")
+        except (InputError, OSError):
+            if code == -signal.SIGKILL:
+                self._end_early("oom", f"{which} was {KILLED}")
+            else:
+                self._end_early("failed", f"{which} ended with code {code}")
+        os._exit(0)
+
+    def _run(self, began: float, verified_seconds: float) -> None:
+        """Runs in this process, and in those beside it if the model is sharded; ends them all."""
+        raise_on_signals()
+        rank, watchers = fork_ranks(self.folder, self.spec.shards, self._end_for_all)
+        try:
+            record = self._execute(began, verified_seconds, rank)
+        except Interrupted as error:
+            if not (self.folder / "interrupted.json").is_file():
+                self._end_early("interrupted", str(error))
+            sys.exit(INTERRUPTED_CODE)
+        if record.status in ("oom", "failed"):
+            for watcher in watchers:
+                watcher.join(LAST_WORDS_SECONDS)
+        reason = f", {record.reason}" if record.reason else ""
+        errors.print(f"{record.run_id}: {record.status}{reason}", soft_wrap=True)
+        # Everything is written. Tearing down torch and its threads would add half a second that no phase accounts for.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # All processes diverge in the same step; the first one's record says so.
+        os._exit(int(rank > 0 and record.status in ("oom", "failed")))
+
+    def _execute(self, began: float, verified_seconds: float, rank: int) -> RunRecord:
+        """Imports what the run needs, runs it and returns its record."""
+        spec = self.spec
+        # Nothing that a run reads comes from a hub: fetching is another command. Without this, libraries ask and wait.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        import torch
+
+        if spec.device == "cuda" and rank == 0:
+            _check_cards(spec.shards)
+        from peftscope.training.phases import Phases
+        from peftscope.training.run import execute
+
+        if spec.generation_items:
+            import peftscope.evaluation.answers  # noqa: F401  (its import is slow, and belongs to that phase)
+        if spec.method.quantization():
+            import bitsandbytes  # noqa: F401
+        if self.threads or spec.shards > 1:
+            torch.set_num_threads(max(1, (self.threads or torch.get_num_threads()) // spec.shards))
+        phases: Phases = Phases(spec.device, began)
+        phases.mark_imported(verified_seconds)
+        return execute(spec, self.folder, phases, self.checkpoint_seconds, rank)
+
+
+def _check_cards(count: int) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        remedy = "see `peftscope doctor`; PEFTSCOPE_DEVICE=cpu uses the processor"
+        raise InputError(Problem("device", "there is a card, but this torch cannot use it", remedy))
+    if torch.cuda.device_count() < count:
+        message = f"needs as many cards, {torch.cuda.device_count()} are here (got {count})"
+        raise InputError(Problem("shards", message, "use fewer, or a machine with more"))

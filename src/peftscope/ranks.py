@@ -1,0 +1,69 @@
+"""The processes of a sharded run: forked, watched, and ended together. No torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from peftscope.process import die_with_parent
+from peftscope.record import state_folder
+
+LAST_WORDS_SECONDS = 2
+"""How long a process that fails waits for news that another failed first, which is then the reason."""
+
+
+def rank_folder(run: Path, rank: int) -> Path:
+    """Returns where a process of a run keeps its files: the first one in the run's own folder."""
+    return run if rank == 0 else state_folder(run) / f"rank-{rank}"
+
+
+def meeting_file(run: Path) -> Path:
+    """Returns the file by which the processes of a run find each other."""
+    return state_folder(run) / "meeting"
+
+
+def fork_ranks(run: Path, count: int, when_one_fails: Callable[[int, int], None]) -> tuple[int, list[threading.Thread]]:
+    """Forks ``count - 1`` processes beside this one; they die with it, and leave signals that ask to stop to it.
+
+    Args:
+        run: The run's folder; what processes of an earlier attempt left there is removed.
+        count: How many there are then.
+        when_one_fails: Called from a thread with the rank and the exit code (negative: a signal) of one that failed.
+
+    Returns:
+        This process's rank, 0 in the first; and there the threads that watch the others.
+    """
+    meeting_file(run).unlink(missing_ok=True)
+    for folder in state_folder(run).glob("rank-*"):
+        shutil.rmtree(folder)
+    ranks: dict[int, int] = {}
+    for rank in range(1, count):
+        child = os.fork()
+        if child == 0:
+            die_with_parent(signal.SIGKILL)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
+            _write_output_to(rank_folder(run, rank) / "log")
+            return rank, []
+        ranks[child] = rank
+
+    def watch(child: int) -> None:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code:
+            when_one_fails(ranks[child], code)
+
+    watchers = [threading.Thread(target=watch, args=(child,), daemon=True) for child in ranks]
+    for watcher in watchers:
+        watcher.start()
+    return 0, watchers
+
+
+def _write_output_to(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)

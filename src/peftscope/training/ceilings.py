@@ -1,0 +1,91 @@
+"""How fast this device can be: its rate at one large matrix product and at one large copy, and what a step uses of it.
+
+Useful work is what the mathematics asks for: two operations a weight and token forward, two for the gradient of its
+input, two for its own if it is trained. The head counts at response positions. Attention's own products, padding and
+recomputation are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from peftscope.record import Ceilings
+from peftscope.spec import RunSpec
+from peftscope.training.meter import make_meter
+
+SIDES = {"cuda": 8192, "cpu": 512}
+"""Of the square matrices: large enough for a card's full rate, small enough for a tenth of a second on a processor."""
+COPIED_BYTES = {"cuda": 1 << 28, "cpu": 1 << 26}
+WARM_UP, REPEATS = 3, 15
+BUDGET_SECONDS = 0.3
+"""After so long a processor that is busy otherwise is not asked again."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Useful floating-point operations of a training step, for each token and each response token of its batches."""
+
+    per_token: int
+    per_response_token: int
+
+    def of_step(self, tokens: int, response_tokens: int) -> int:
+        """Returns the operations of a step."""
+        return self.per_token * tokens + self.per_response_token * response_tokens
+
+
+def count_work(model: Any) -> Work:
+    """Returns the work of a model as it is trained now: its linear layers, adapters among them."""
+    head = model.get_output_embeddings()
+    counts = {"body": 0, "head": 0}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = module.weight
+            state = getattr(weight, "quant_state", None)
+            # A 4-bit weight packs two values a byte; its quantisation state knows the real shape.
+            size = state.shape.numel() if state is not None else weight.numel()
+            counts["head" if module is head else "body"] += size * (6 if weight.requires_grad else 4)
+    return Work(counts["body"], counts["head"])
+
+
+def measure_ceilings(spec: RunSpec) -> Ceilings:
+    """Returns the device's rates at the precision that a spec computes in, measured once a process."""
+    return _measured(spec.device, torch.float32 if spec.precision == "fp32" else torch.bfloat16)
+
+
+@cache
+def _measured(device: str, dtype: torch.dtype) -> Ceilings:
+    return Ceilings(
+        dtype=str(dtype).removeprefix("torch."),
+        matmul_flops_per_second=_matmul_rate(device, dtype),
+        copy_bytes_per_second=_copy_rate(device),
+    )
+
+
+def _matmul_rate(device: str, dtype: torch.dtype) -> float:
+    side, generator = SIDES[device], torch.Generator(device).manual_seed(0)
+    # Random values: a card draws less power on zeros, and clocks higher.
+    left, right = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
+    product = torch.empty_like(left)
+    return 2 * side**3 / _best_seconds(device, lambda: torch.mm(left, right, out=product))
+
+
+def _copy_rate(device: str) -> float:
+    source = torch.zeros(COPIED_BYTES[device], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    # Every byte is read and written.
+    return 2 * COPIED_BYTES[device] / _best_seconds(device, lambda: target.copy_(source))
+
+
+def _best_seconds(device: str, work: Callable[[], Any]) -> float:
+    meter = make_meter(device)
+    seconds: list[float] = []
+    while len(seconds) <= WARM_UP or (len(seconds) < WARM_UP + REPEATS and sum(seconds) < BUDGET_SECONDS):
+        stop = meter.clock()
+        work()
+        seconds.append(stop())
+    return min(seconds[WARM_UP:])  # what else the machine does only adds to it

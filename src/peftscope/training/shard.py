@@ -1,0 +1,109 @@
+"""One model over several processes: each holds its share of every weight, gradient and optimizer state.
+
+PyTorch's ``fully_shard`` gathers a layer's weights when the layer runs, and sums and scatters its gradients after.
+Every process makes the whole batch and takes its rows of it; what is evaluated, all evaluate alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from peftscope.data.batching import Batch
+from peftscope.spec import RunSpec
+
+PATIENCE = timedelta(hours=2)
+"""How long a process waits for the others, as while the first one saves a large model. A dead one is seen elsewhere."""
+
+T = TypeVar("T")
+
+
+def join(spec: RunSpec, rank: int, meeting: Path) -> None:
+    """Makes this process number ``rank`` of the run's; all meet in a file, which must not be there before."""
+    if spec.device == "cuda":
+        torch.cuda.set_device(rank)
+    distributed.init_process_group(
+        "nccl" if spec.device == "cuda" else "gloo",
+        init_method=meeting.absolute().as_uri(),
+        rank=rank,
+        world_size=spec.shards,
+        timeout=PATIENCE,
+    )
+
+
+def shard(model: Any, spec: RunSpec) -> None:
+    """Leaves each process its share of a model that all have built alike, and moves it to the device.
+
+    Layers are gathered one by one; what stands outside of them (embeddings, head) is gathered through a pass.
+    """
+    mesh = init_device_mesh(spec.device, (spec.shards,))
+    for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
+        fully_shard(layer, mesh=mesh)
+    # By default it would stay gathered after an evaluation, and an optimizer made then would train the gathered copy.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    # It calls the layers without passing through the model's own forward.
+    register_fsdp_forward_method(model, "generate")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Each loss is a share of the mean over all response tokens already: gradients are summed, not averaged.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def own_rows(batch: Batch, spec: RunSpec) -> Batch:
+    """Returns this process's rows of a batch; ``tokens`` and ``response_tokens`` stay those of the whole."""
+    if spec.shards == 1:
+        return batch
+    rows = len(batch.input_ids) // spec.shards
+    mine = slice(rows * distributed.get_rank(), rows * (distributed.get_rank() + 1))
+    by_row = ("input_ids", "attention_mask", "labels", "kept_labels", "position_ids", "example_ids")
+    found = {name: getattr(batch, name) for name in by_row}
+    return replace(batch, **{name: None if value is None else value[mine] for name, value in found.items()})
+
+
+def summed(value: torch.Tensor, spec: RunSpec) -> torch.Tensor:
+    """Returns the sum of a tensor over all processes."""
+    if spec.shards > 1:
+        distributed.all_reduce(value)
+    return value
+
+
+def own_seed(seed: int, spec: RunSpec) -> int:
+    """Returns a seed for this process's dropout, which no run's seed equals; the first one keeps the run's."""
+    return seed if spec.shards == 1 else seed + (distributed.get_rank() << 32)
+
+
+def is_first() -> bool:
+    """Returns whether this process writes the run's files."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def trained_state(model: Any) -> dict[str, torch.Tensor]:
+    """Returns a sharded model's trained tensors by name, whole and on the host; empty but in the first process."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            whole = parameter.detach().full_tensor()  # all processes take part
+            if is_first():
+                state[name] = whole.cpu()
+    return state
+
+
+def held_bytes(model: Any) -> int:
+    """Returns the bytes of parameters that this process holds."""
+    return sum(share.numel() * share.element_size() for share in (p.to_local() for p in model.parameters()))
+
+
+def from_all(value: T, spec: RunSpec) -> list[T]:
+    """Returns every process's value, in the order of ranks."""
+    values: list[Any] = [None] * spec.shards
+    distributed.all_gather_object(values, value)
+    return values

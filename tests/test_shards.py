@@ -1,0 +1,265 @@
+"""Runs that are spread over processes: what one process computes, with a share of its tensors in each."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peftscope.errors import InputError
+from peftscope.methods import METHODS
+from peftscope.plan import plan_experiment
+from peftscope.record import RunRecord, read_record
+from peftscope.spec import RunSpec
+from peftscope.training.phases import Phases
+from peftscope.training.run import execute
+
+SHARDS = 2
+SHARDED = [name for name, cls in METHODS.items() if cls.supports_shards and not cls().quantization()]
+
+
+@pytest.fixture
+def exact(make_spec) -> Callable[..., RunSpec]:
+    """Specs in fp32, in which sharding changes no more than the order of sums."""
+    return lambda **values: make_spec(**{"precision": "fp32", **values})
+
+
+def command(spec: RunSpec, folder: Path) -> list[str]:
+    return [
+        *(sys.executable, "-m", "peftscope", "run", json.dumps(spec.canonical())),
+        *("--output", str(folder), "--threads", str(spec.shards)),
+    ]
+
+
+def run_here(spec: RunSpec, folder: Path) -> RunRecord:
+    phases = Phases(spec.device, time.perf_counter())
+    phases.mark_imported()
+    execute(spec, folder, phases)
+    return read_record(folder / "record.json")
+
+
+def run_apart(spec: RunSpec, folder: Path) -> RunRecord:
+    done = subprocess.run(command(spec, folder), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return read_record(folder / "record.json")
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = (folder / "adapter").glob("*.safetensors")
+    return load_file(file)
+
+
+def assert_same_run(spec: RunSpec, folder: Path) -> None:
+    """Runs a spec in one process and in two, and compares losses, scores, answers and files."""
+    one = run_here(spec, folder / "one")
+    two = run_apart(spec.model_copy(update={"shards": SHARDS}), folder / "two")
+    assert (one.status, two.status) == ("ok", "ok"), (one.reason, two.reason)
+    assert two.train_nll == pytest.approx(one.train_nll, abs=1e-5)
+    assert two.train_loss == pytest.approx(one.train_loss, abs=1e-5)
+    assert two.train_batches_sha256 == one.train_batches_sha256
+    assert two.size == one.size
+    assert two.quality.model_dump() == pytest.approx(one.quality.model_dump(), abs=1e-5)
+    assert two.speed.timed_steps == one.speed.timed_steps
+    items = [
+        [json.loads(line) for line in (folder / name / "items.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert [item.get("answer") for item in items[1]] == [item.get("answer") for item in items[0]]
+    held = [rank.parameter_bytes for rank in two.memory.ranks]
+    assert len(held) == SHARDS
+    assert sum(held) >= 4 * one.size.total_parameters
+    assert max(held) <= 0.6 * 4 * one.size.total_parameters
+    if not spec.method.trains:
+        return
+    names = {path.name for path in (folder / "one" / "adapter").iterdir()}
+    assert {path.name for path in (folder / "two" / "adapter").iterdir()} == names
+    for name in names - {"README.md", "model.safetensors", "adapter_model.safetensors"}:
+        settings = [json.loads((folder / where / "adapter" / name).read_text()) for where in ("one", "two")]
+        assert settings[1] == settings[0]
+    tensors, expected = saved(folder / "two"), saved(folder / "one")
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(tensors[name], tensor, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("full", {"retention_tokens": 64}),  # an evaluation before the training leaves nothing gathered
+        ("lora", {"validation_items": 4}),
+    ],
+    ids=["full", "lora"],
+)
+def test_two_processes_do_what_one_does(method: str, options: dict[str, Any], toy: Path, exact, tmp_path: Path) -> None:
+    sizes = {"generation_items": 0, "gradient_accumulation": 2, "max_grad_norm": 0.1}
+    assert_same_run(exact(method=method, **sizes, **options), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", SHARDED)
+def test_so_they_do_for_every_method(method: str, toy: Path, exact, tmp_path: Path) -> None:
+    assert_same_run(exact(method=method), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("full", {"checkpointing": True}),
+        ("full", {"optimizer": "sgd", "learning_rate": 0.1}),
+        ("full", {"loss_path": "hf", "attention": "eager", "max_grad_norm": None}),
+        ("lora", {"packing": True}),
+        ("lora", {"optimizer_implementation": "fused", "schedule": "cosine", "warmup_steps": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
+)
+def test_so_they_do_with_other_settings(method: str, options: dict[str, Any], toy: Path, exact, tmp_path: Path) -> None:
+    assert_same_run(exact(method=method, generation_items=0, **options), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "amp"])
+def test_sixteen_bit_runs_are_close(precision: str, toy: Path, make_spec, tmp_path: Path) -> None:
+    spec = make_spec(method="lora", precision=precision, generation_items=0)
+    one, two = run_here(spec, tmp_path / "one"), run_apart(spec.model_copy(update={"shards": 2}), tmp_path / "two")
+    assert two.train_nll == pytest.approx(one.train_nll, abs=0.02)
+
+
+@pytest.mark.slow
+def test_dropout_differs_between_processes_and_runs_can_be_repeated(toy: Path, exact, tmp_path: Path) -> None:
+    spec = exact(method="lora", dropout=0.5, generation_items=0, shards=SHARDS)
+    first, second = run_apart(spec, tmp_path / "first"), run_apart(spec, tmp_path / "second")
+    assert first.train_nll == second.train_nll
+
+
+def test_what_a_record_cannot_say_has_its_reason(toy: Path, exact, tmp_path: Path) -> None:
+    record = run_apart(exact(method="lora", steps=2, generation_items=0, shards=SHARDS), tmp_path)
+    assert record.memory.predicted.train_peak_tensor_bytes is None
+    assert record.unavailable["memory.predicted.train_peak_tensor_bytes"] == "the simulator knows a single process"
+    assert record.unavailable["memory.train.peak_tensor_bytes"] == "the byte tracker knows a single process"
+    resident = [rank.train.peak_resident_bytes for rank in record.memory.ranks]
+    assert record.memory.train.peak_resident_bytes == max(resident)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "qlora"}, "does not work with qlora"),
+        ({"method": "loftq"}, "does not work with loftq"),
+        ({"method": "none", "base_weights": "nf4"}, "does not work with none"),
+        ({"method": "adalora"}, "does not work with adalora"),
+        ({"method": "prompt-tuning"}, "does not work with prompt-tuning"),
+        ({"method": "prefix-tuning"}, "does not work with prefix-tuning"),
+        ({"method": "lora", "optimizer": "adamw_8bit"}, "needs an optimizer of torch (got adamw_8bit)"),
+        ({"method": "lora", "batch_size": 7}, "must divide batch_size=7"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_sharded_is_refused(options: dict[str, Any], message: str, make_spec) -> None:
+    make_spec(**options)
+    with pytest.raises(InputError, match=re.escape(message)):
+        make_spec(**options, shards=SHARDS)
+
+
+def test_a_job_asks_for_as_many_cards(write_experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "fixed: {model: toy}\nseeds: [0]\nruns: [{method: lora, shards: 4}, {method: lora}]\n"
+    write_experiment("cards", text)
+    for device, cards in (("cpu", {1: 0, 4: 0}), ("cuda", {1: 1, 4: 4})):
+        monkeypatch.setenv("PEFTSCOPE_DEVICE", device)
+        plan = plan_experiment("cards")
+        found = {spec.shards: plan.gpus(SimpleNamespace(run_id=run)) for run, spec in plan.sweep.runs.items()}
+        assert found == cards
+
+
+# Processes that fail, are killed, or are told to stop.
+
+
+def start(spec: RunSpec, folder: Path) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
+    """Starts a run and returns it with its processes, the watching parent and rank 0 first, once it trains."""
+    job = subprocess.Popen(command(spec, folder), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        processes = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+        busy = [process.cpu_times().user > 4 for process in processes[1:]]
+        if len(busy) == spec.shards and all(busy):
+            return job, processes
+        time.sleep(0.05)
+    raise AssertionError("it did not start")
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run(toy: Path, exact, tmp_path: Path) -> None:
+    job, (_, _, second) = start(exact(method="lora", steps=100_000, shards=SHARDS), tmp_path)
+    second.kill()
+    assert job.wait(timeout=30) == 0
+    record = read_record(tmp_path / "record.json")
+    assert record.status == "oom"
+    assert record.reason.startswith("process 1 of 2 was killed by SIGKILL")
+
+
+@pytest.mark.slow
+def test_a_stopped_run_says_so_and_leaves_no_process(toy: Path, exact, tmp_path: Path) -> None:
+    job, processes = start(exact(method="lora", steps=100_000, shards=SHARDS), tmp_path)
+    processes[2].terminate()  # left to the first one
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=30) == 130
+    assert not psutil.wait_procs(processes, timeout=10)[1]
+    assert not (tmp_path / "record.json").exists()
+    assert read_record(tmp_path / "interrupted.json").reason == "stopped by SIGTERM"
+
+
+@pytest.mark.slow
+def test_the_process_that_failed_first_gives_the_reason(toy: Path, exact, tmp_path: Path) -> None:
+    code = (
+        "import sys, torch\n"
+        "from peftscope.cli import main\n"
+        "from peftscope.training import loop\n"
+        "from torch import distributed\n"
+        "original = loop.train_step\n"
+        "def step(*arguments, **options):\n"
+        "    if distributed.get_rank() == 1:\n"
+        "        raise torch.OutOfMemoryError('card 1 is full')\n"
+        "    return original(*arguments, **options)\n"
+        "loop.train_step = step\n"
+        "main()\n"
+    )
+    arguments = command(exact(method="lora", generation_items=0, shards=SHARDS), tmp_path)[3:]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+    record = read_record(tmp_path / "record.json")
+    assert (record.status, record.reason) == ("oom", "OutOfMemoryError: card 1 is full (process 1 of 2)")
+
+
+def test_processes_are_forked_watched_and_die_with_the_first(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from peftscope.ranks import fork_ranks\n"
+        "def tell(rank, code):\n"
+        "    print(rank, code, flush=True)\n"
+        "rank, watchers = fork_ranks(Path(sys.argv[1]), 4, tell)\n"
+        "if rank == 1: os._exit(0)\n"
+        "if rank == 2: os._exit(3)\n"
+        "if rank == 3: print(os.getpid(), flush=True); time.sleep(60)\n"
+        "for watcher in watchers[:2]: watcher.join()\n"
+        "while not (log := (Path(sys.argv[1]) / 'state/rank-3/log')).read_text(): time.sleep(0.01)\n"
+        "print(log.read_text())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
+    told, third = done.stdout.split("\n", 1)
+    assert told == "2 3"
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(int(third)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
