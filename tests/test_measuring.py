@@ -209,7 +209,7 @@ def test_a_record_says_how_much_of_the_device_was_used(toy: Path, make_spec, tmp
     execute(spec, tmp_path, phases)
     record = read_record(tmp_path / "record.json")
     speed, work = record.speed, count_work(model_of(spec)[0])
-    assert 0 < speed.useful_flops_per_second
+    assert speed.useful_flops_per_second > 0
     # Every token is at least in the body; the head adds its part for some.
     per_token = speed.useful_flops_per_second / speed.tokens_per_second
     assert work.per_token < per_token < work.per_token + work.per_response_token

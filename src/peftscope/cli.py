@@ -62,7 +62,7 @@ def run(
 ) -> None:
     """Train and measure one run; writes its record whatever happens."""
     from peftscope.device import detect_device
-    from peftscope.plan import check_disk, check_fetched, check_runs
+    from peftscope.plan import check_compiler, check_disk, check_fetched, check_runs
     from peftscope.process import die_with_parent, locked, seconds_since_process_start
     from peftscope.record import finished_record, state_folder, write_json, write_record
     from peftscope.spec import run_id
@@ -74,7 +74,7 @@ def run(
     resolved = spec_from(values, path, detect_device())
     identity = run_id(resolved)
     runs = {identity: resolved}
-    problems = check_runs(runs, str(path)) + check_disk(runs) + check_fetched(resolved)
+    problems = check_runs(runs, str(path)) + check_disk(runs) + check_fetched(resolved) + check_compiler(runs)
     if problems:
         raise InputError(problems)
     folder = output or Path("results/single/runs") / identity

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 from pathlib import Path
 
 from peftscope.errors import InputError, Problem
@@ -39,6 +40,13 @@ def gpu_names() -> list[str]:
     except Exception:  # no library, no driver, no permission: no card for us
         return []
     return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+
+
+def find_compiler(device: Device) -> str | None:
+    """Returns the compiler that torch.compile calls: of C++ on a processor, of C (by Triton) for a card; None: none."""
+    variable, names = ("CXX", ("g++", "clang++")) if device == "cpu" else ("CC", ("gcc", "clang"))
+    wish = os.environ.get(variable)
+    return next((found for name in ([wish] if wish else names) if (found := shutil.which(name))), None)
 
 
 def processor_name() -> str:
