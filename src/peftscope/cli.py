@@ -66,7 +66,7 @@ def run(
     """Train and measure one run; writes its record whatever happens."""
     from peftscope.device import detect_device
     from peftscope.job import Job
-    from peftscope.plan import check_disk, check_fetched, check_runs
+    from peftscope.plan import check_compiler, check_disk, check_fetched, check_runs
     from peftscope.spec import run_id
     from peftscope.sweep import spec_from
 
@@ -74,7 +74,7 @@ def run(
     resolved = spec_from(values, path, detect_device())
     identity = run_id(resolved)
     runs = {identity: resolved}
-    problems = check_runs(runs, str(path)) or check_disk(runs) + check_fetched(resolved)
+    problems = check_runs(runs, str(path)) or check_disk(runs) + check_fetched(resolved) + check_compiler(runs)
     if problems:
         raise InputError(problems)
     folder = output or Path("results/single/runs") / identity

@@ -7,6 +7,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -105,6 +106,13 @@ def _claim(file: Path, claims: ExitStack) -> bool:
         return False
     claims.callback(handle.close)
     return True
+
+
+def find_compiler(device: Device) -> str | None:
+    """Returns the compiler that torch.compile calls: of C++ on a processor, of C (by Triton) for a card; None: none."""
+    variable, names = ("CXX", ("g++", "clang++")) if device == "cpu" else ("CC", ("gcc", "clang"))
+    wish = os.environ.get(variable)
+    return next((found for name in ([wish] if wish else names) if (found := shutil.which(name))), None)
 
 
 def processor_name() -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peftscope.data.tasks import TASKS_FILE, JsonlSource, find_task, task_folder
-from peftscope.device import detect_device
+from peftscope.device import detect_device, find_compiler
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.experiment import experiment_path
 from peftscope.inputs import read_manifest
@@ -128,7 +128,7 @@ def load_plan(config: dict[str, Any]) -> Plan:
 def plan_experiment(name: str) -> Plan:
     """Returns an experiment's plan after the checks that need more than its file."""
     sweep = expand(name, detect_device())
-    problems = check_runs(sweep.runs, str(experiment_path(name)))
+    problems = check_runs(sweep.runs, str(experiment_path(name))) + check_compiler(sweep.runs)
     problems += [] if problems else check_unchanged(sweep.runs)
     if problems:
         raise InputError(problems)
@@ -153,6 +153,21 @@ def check_runs(runs: dict[str, RunSpec], where: str) -> list[Problem]:
                 message = f"{spec.model} has no module of that name (got {shown(module)})"
                 problems.append(Problem(f"{where}: targets", message, close_match(module, known)))
     return list(dict.fromkeys(problems))
+
+
+def check_compiler(runs: dict[str, RunSpec]) -> list[Problem]:
+    """Returns a problem if runs are to be compiled, and this machine has no compiler."""
+    devices = {spec.device for spec in runs.values() if spec.compile}
+    variable = {"cpu": "CXX", "cuda": "CC"}
+    return [
+        Problem(
+            "compile",
+            f"torch.compile finds no compiler for {device}",
+            f"install gcc, or name one in {variable[device]}",
+        )
+        for device in devices
+        if find_compiler(device) is None
+    ]
 
 
 def check_fetched(spec: RunSpec) -> list[Problem]:

@@ -77,6 +77,7 @@ class RunSpec(BaseModel):
     ] = "response_only"
     checkpointing: Annotated[bool, Field(description="recompute activations in the backward pass")] = False
     attention: Annotated[Literal["sdpa", "eager", "flash_attention_2"], Field(description="attention kernel")] = "sdpa"
+    compile: Annotated[bool, Field(description="torch.compile for every decoder layer, in training only")] = False
     shards: Annotated[
         Count,
         Field(description="processes, a card each, that share the rows of a batch and every tensor of the training"),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peftscope.spec import RunSpec
 from peftscope.training.step import CausalLoss
+
+COMPILER = "inductor"
+"""What makes kernels of the graphs that torch.compile finds: torch's own."""
 
 
 def seed_everything(seed: int) -> None:
@@ -26,6 +31,23 @@ def build_model(base: Any, spec: RunSpec) -> tuple[Any, CausalLoss]:
     """
     seed_everything(spec.seed if spec.init_seed is None else spec.init_seed)
     return apply_method(base, spec, spec.method.build)
+
+
+@contextmanager
+def compiled_layers(model: Any, spec: RunSpec) -> Iterator[None]:
+    """Compiles each decoder layer for the time of the block, if the spec says so.
+
+    What stands around the layers takes little time and changes its ways from method to method. Evaluation stays as it
+    is for every run, so that scores are compared and not kernels.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    try:
+        for layer in layers if spec.compile else []:
+            layer.compile(backend=COMPILER)
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
 
 
 def apply_method(base: Any, spec: RunSpec, build: Callable[[Any, RunSpec], Any]) -> tuple[Any, CausalLoss]:

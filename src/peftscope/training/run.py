@@ -31,7 +31,7 @@ from peftscope.process import Interrupted, storage_problem
 from peftscope.ranks import meeting_file, rank_folder
 from peftscope.record import FINAL, Ceilings, PredictedMemory, RunRecord, Size, file_sha256, state_folder, write_record
 from peftscope.spec import RunSpec, run_id
-from peftscope.training.build import build_model, seed_everything
+from peftscope.training.build import build_model, compiled_layers, seed_everything
 from peftscope.training.ceilings import measure_ceilings
 from peftscope.training.checkpoint import Checkpoints
 from peftscope.training.loop import Diverged, TrainingLog, check_loss, train
@@ -144,7 +144,7 @@ def _run(
         phases.memory.predicted = _predicted(spec, widest, widest_heldout)
     if spec.method.trains:
         digest = hashlib.sha256()
-        with phases.phase("train"):
+        with phases.phase("train"), compiled_layers(model, spec):
             seed_everything(own_seed(spec.seed if spec.init_seed is None else spec.init_seed, spec))
             batches = _digested(_batches(training, spec, pad), digest)
             rehearsal = widest if spec.device == "cuda" else None
@@ -178,7 +178,7 @@ def _run(
         with phases.phase("probe"):
             with attention(model, spec.attention):
                 phases.memory.evaluate.peak_tensor_bytes = probe_evaluation(model, widest_heldout, spec)
-            if spec.method.trains:
+            if spec.method.trains and not spec.compile:
                 assert widest is not None
                 peaks = probe_training(model, widest, spec, loss_function)
                 phases.memory.train.peak_tensor_bytes = max(peaks.values())
@@ -204,7 +204,9 @@ def _predicted(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> Pr
 
 def _not_simulated(spec: RunSpec) -> str:
     """Returns why the simulator does not know runs of this kind; empty if it does."""
-    return "the simulator knows a single process" if spec.shards > 1 else ""
+    if spec.shards > 1:
+        return "the simulator knows a single process"
+    return "the simulator does not know what compiled layers keep" if spec.compile else ""
 
 
 def _batches(examples: Sequence[Example], spec: RunSpec, pad_token_id: int) -> Iterator[Batch]:
@@ -342,4 +344,6 @@ def _why_missing(record: RunRecord, phase: str, field: str = "") -> str:
         return "the model left no room to measure the device's rates"
     if field == "peak_tensor_bytes" and record.spec.shards > 1:
         return "the byte tracker knows a single process"
+    if field == "peak_tensor_bytes" and record.spec.compile:
+        return "the byte tracker does not see into compiled layers"
     return "switched off in the spec"

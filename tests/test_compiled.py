@@ -1,0 +1,106 @@
+"""Runs whose decoder layers torch.compile compiles: the same losses, and evaluations as ever."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from peftscope.device import find_compiler
+from peftscope.errors import InputError
+from peftscope.methods import METHODS
+from peftscope.plan import check_compiler, plan_experiment
+from peftscope.record import RunRecord, read_record
+from peftscope.spec import RunSpec
+from peftscope.training import build
+from peftscope.training.phases import Phases
+from peftscope.training.run import execute
+
+# Of torch's own tracing, which looks at every tensor that a layer is given.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+TRAINED = [name for name, cls in METHODS.items() if cls.trains]
+
+
+def run(spec: RunSpec, folder: Path) -> RunRecord:
+    phases = Phases(spec.device, time.perf_counter())
+    phases.mark_imported()
+    execute(spec, folder, phases)
+    return read_record(folder / "record.json")
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Traces and differentiates graphs as ever, and runs them as they are: no compiler is called."""
+    monkeypatch.setattr(build, "COMPILER", "aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "method", [name if name == "lora" else pytest.param(name, marks=pytest.mark.slow) for name in TRAINED]
+)
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compiled_layers_learn_the_same(
+    method: str, checkpointing: bool, toy: Path, make_spec, tmp_path: Path, without_kernels: None
+) -> None:
+    if checkpointing and not METHODS[method].supports_checkpointing:
+        pytest.skip("it does not work with this method at all")
+    options = {} if METHODS[method]().quantization() else {"precision": "fp32"}
+    spec = make_spec(method=method, checkpointing=checkpointing, generation_items=0, **options)
+    plain = run(spec, tmp_path / "plain")
+    assert not counters["stats"]
+    compiled = run(spec.model_copy(update={"compile": True}), tmp_path / "compiled")
+    assert compiled.status == "ok", compiled.reason
+    assert counters["stats"]["unique_graphs"] > 0
+    assert compiled.train_nll == pytest.approx(plain.train_nll, abs=1e-5 if options else 0.02)
+    assert compiled.quality.heldout_nll == pytest.approx(plain.quality.heldout_nll, abs=1e-5 if options else 0.02)
+    assert compiled.memory.predicted.train_peak_tensor_bytes is None
+    assert compiled.unavailable["memory.predicted.train_peak_tensor_bytes"] == (
+        "the simulator does not know what compiled layers keep"
+    )
+    assert compiled.unavailable["memory.train.peak_tensor_bytes"] == (
+        "the byte tracker does not see into compiled layers"
+    )
+    assert compiled.memory.evaluate.peak_tensor_bytes == plain.memory.evaluate.peak_tensor_bytes
+
+
+def test_evaluation_is_not_compiled(toy: Path, make_spec, tmp_path: Path, without_kernels: None) -> None:
+    run(make_spec(method="none", compile=True, generation_items=0), tmp_path)
+    assert not counters["stats"]
+
+
+@pytest.mark.slow
+def test_with_real_kernels(toy: Path, make_spec, tmp_path: Path) -> None:
+    spec = make_spec(method="lora", precision="fp32", generation_items=0)
+    compiled = spec.model_copy(update={"compile": True})
+    if find_compiler("cpu") is None:
+        assert check_compiler({"run": compiled})
+        return
+    torch._dynamo.reset()
+    plain, found = run(spec, tmp_path / "plain"), run(compiled, tmp_path / "compiled")
+    assert found.status == "ok", found.reason
+    assert found.train_nll == pytest.approx(plain.train_nll, abs=1e-4)
+
+
+@pytest.mark.parametrize(("device", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
+def test_a_machine_without_a_compiler_says_so_before_any_job(
+    device: str, variable: str, write_experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_experiment("mine", "fixed: {model: toy, compile: true}\nseeds: [0]\nruns: [{method: lora}]\n")
+    compiler = tmp_path / "own-compiler"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PEFTSCOPE_DEVICE", device)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(InputError, match=f"compile: torch.compile finds no compiler for {device} -> .*{variable}"):
+        plan_experiment("mine")
+    monkeypatch.setenv(variable, "own-compiler")
+    assert plan_experiment("mine").run_ids
