@@ -155,8 +155,15 @@ def _read_spec(text: str) -> tuple[dict[str, Any], Path]:
 def expand_experiment(
     experiment: cli_rules.ExperimentName,
     brief: Annotated[bool, typer.Option("--brief", help="Only the totals.")] = False,
+    gpu: Annotated[str | None, typer.Option(help="On this card: rtx4090, a100, ..., or its memory: 24GB.")] = None,
 ) -> None:
-    """Show an experiment's runs, with an estimate of the time they will take."""
+    """Show an experiment's runs, with an estimate of the time and, for a card, of the memory that they will take."""
+    from peftscope.cli_forecast import card_of, show_forecast
+
+    card = card_of(experiment, gpu)
+    if card is not None:
+        show_forecast(experiment, card, brief=brief)
+        return
     from peftscope.estimate import estimate_seconds, spoken
     from peftscope.models.catalog import find_model
     from peftscope.plan import plan_experiment

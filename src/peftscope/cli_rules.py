@@ -10,10 +10,20 @@ from typing import Annotated
 import typer
 
 from peftscope.errors import InputError, Problem
+from peftscope.experiment import EXPERIMENTS
 
 app = typer.Typer()
 
-ExperimentName = Annotated[str, typer.Argument(help="The name of a file in experiments/, without .yaml.")]
+
+def experiment_name(text: str) -> str:
+    """Returns an experiment's name, for the name itself or the path of its file in experiments/."""
+    path = Path(text)
+    return path.stem if path.suffix == ".yaml" and path.parent.name == EXPERIMENTS.name else text
+
+
+ExperimentName = Annotated[
+    str, typer.Argument(help="The name or path of a file in experiments/.", callback=experiment_name)
+]
 
 
 @app.command(hidden=True)

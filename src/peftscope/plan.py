@@ -10,12 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from peftscope.data.tasks import TASKS_FILE, JsonlSource, find_task, task_folder
 from peftscope.device import detect_device
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.experiment import experiment_path
 from peftscope.models.catalog import MODELS_FILE, WheelSource, find_model, model_folder
-from peftscope.spec import RunSpec
+from peftscope.spec import Device, RunSpec
 from peftscope.sweep import TUNING, Sweep, expand
 
 DEFAULT_EXPERIMENT = "quick"
@@ -121,9 +123,9 @@ def load_plan(config: dict[str, Any]) -> Plan:
     return plan
 
 
-def plan_experiment(name: str) -> Plan:
-    """Returns an experiment's plan after the checks that need more than its file."""
-    sweep = expand(name, detect_device())
+def plan_experiment(name: str, device: Device | None = None) -> Plan:
+    """Returns an experiment's plan after the checks that need more than its file; for this machine's device, or one."""
+    sweep = expand(name, device or detect_device())
     problems = check_runs(sweep.runs, str(experiment_path(name)))
     problems += [] if problems else check_unchanged(sweep.runs)
     if problems:
@@ -167,18 +169,26 @@ def check_unchanged(runs: dict[str, RunSpec]) -> list[Problem]:
 
     Runs carry the name only, so old and new ones would mix.
     """
-    places: dict[str, tuple[Path, dict[str, Any]]] = {}
+    places: dict[str, tuple[Path, BaseModel]] = {}
     for spec in runs.values():
         model, task = find_model(spec.model).source, find_task(spec.task).source
-        places[f"{MODELS_FILE}: {spec.model}"] = model_folder(spec.model), model.model_dump(mode="json")
-        places[f"{TASKS_FILE}: {spec.task}"] = task_folder(spec.task), task.model_dump(mode="json")
+        places[f"{MODELS_FILE}: {spec.model}"] = model_folder(spec.model), model
+        places[f"{TASKS_FILE}: {spec.task}"] = task_folder(spec.task), task
     problems = []
     for where, (folder, source) in places.items():
         manifest = folder / "manifest.json"
-        if manifest.is_file() and json.loads(manifest.read_text())["source"] != source:
+        if manifest.is_file() and not _means(json.loads(manifest.read_text())["source"], source):
             remedy = f"give the new one a name of its own, or remove {folder} and the results that came from it"
             problems.append(Problem(f"{where}.source", "changed since it was fetched or made", remedy))
     return problems
+
+
+def _means(written: dict[str, Any], source: BaseModel) -> bool:
+    """Returns whether a manifest's source is this one; fields that it does not name have their defaults."""
+    try:
+        return type(source).model_validate(written) == source
+    except ValidationError:
+        return False
 
 
 def check_disk(runs: dict[str, RunSpec], free_bytes: int | None = None) -> list[Problem]:

@@ -83,6 +83,10 @@ class RunSpec(BaseModel):
     retention_tokens: Annotated[
         NonNegativeInt, Field(description="tokens of English prose, before and after; 0: none")
     ] = 1024
+    benchmarks: Annotated[
+        tuple[str, ...], Field(description="lm-eval's own tasks, scored after training; the base's run is the before")
+    ] = ()
+    benchmark_items: Annotated[PositiveInt | None, Field(description="of each benchmark; null: all")] = None
     untimed_steps: Annotated[NonNegativeInt, Field(description="first steps left out of the step times")] = 3
     probe_steps: Annotated[NonNegativeInt, Field(description="extra steps under the byte tracker (CPU); 0: none")] = 2
 

@@ -6,9 +6,10 @@ import hashlib
 import json
 import random
 import shutil
+import string
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +22,8 @@ from peftscope.record import write_json
 
 TASKS_FILE = EXPERIMENTS / "tasks.yaml"
 TASKS_FOLDER = Path("resources/tasks")
+USUAL_TOKENS = 64
+"""Of an item of which nothing is known yet."""
 SPLITS = ("train", "validation", "test")
 
 
@@ -54,8 +57,29 @@ class JsonlSource(BaseModel):
     path: Path
 
 
+class FillerSource(BaseModel):
+    """Random letters, for runs that measure memory and speed alone: a prompt so long that it fills any sequence."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["filler"]
+    prompt_characters: PositiveInt
+    response_characters: PositiveInt
+    size: PositiveInt = 1000
+    seed: int = 0
+
+
 class HubDataSource(BaseModel):
-    """A data set of a Hugging Face hub; ``prompt`` and ``response`` name its columns."""
+    """A data set of a Hugging Face hub.
+
+    Attributes:
+        prompt: The column of the question.
+        response: The column of the answer.
+        group: A column that rows about the same thing share: they go into the same split.
+        template: How the question is asked.
+        longest: Characters of question and answer together; longer rows are left out.
+        size: Rows that are kept, a fair sample; None: all.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -66,6 +90,10 @@ class HubDataSource(BaseModel):
     split: str = "train"
     prompt: str
     response: str
+    group: str | None = None
+    template: Annotated[str, Field(pattern=r"\{prompt\}")] = "{prompt}"
+    longest: PositiveInt | None = None
+    size: PositiveInt | None = None
 
 
 class TaskEntry(BaseModel):
@@ -73,8 +101,11 @@ class TaskEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    source: Annotated[EnumerateSource | ReasoningGymSource | JsonlSource | HubDataSource, Field(discriminator="kind")]
+    source: Annotated[
+        EnumerateSource | ReasoningGymSource | JsonlSource | FillerSource | HubDataSource, Field(discriminator="kind")
+    ]
     licence: str = "unknown"
+    tokens: Annotated[PositiveInt | None, Field(description="of a usual item; for estimates before it is made")] = None
 
 
 class _Tasks(BaseModel):
@@ -85,10 +116,11 @@ class _Tasks(BaseModel):
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt and the response that is wanted."""
+    """One prompt and the response that is wanted; items of one group belong to the same split."""
 
     prompt: str
     response: str
+    group: str = field(default="", compare=False)
 
 
 @lru_cache
@@ -153,8 +185,9 @@ def make_task(name: str) -> Path:
         pool.setdefault(item.prompt, item)
     splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
     # Sorted by hash, so that the first items of a split are a fair sample of it.
-    for item in sorted(pool.values(), key=lambda item: hashlib.sha256(item.prompt.encode()).digest()[8:]):
-        splits[split_of(item.prompt)].append(item)
+    ordered = sorted(pool.values(), key=lambda item: hashlib.sha256(item.prompt.encode()).digest()[8:])
+    for item in ordered[: entry.source.size if isinstance(entry.source, HubDataSource) else None]:
+        splits[split_of(item.group or item.prompt)].append(item)
     empty = [split for split, items in splits.items() if not items]
     if empty:
         raise InputError(
@@ -185,6 +218,15 @@ def read_split(name: str, split: str) -> list[Item]:
     """Returns the items of a split that was made."""
     path = task_folder(name) / f"{split}.jsonl"
     return [Item(**json.loads(line)) for line in path.read_text().split("\n") if line]
+
+
+def item_tokens(name: str) -> float:
+    """Returns the tokens of a usual item: three characters each where it was made, else what its entry says."""
+    path = task_folder(name) / "test.jsonl"
+    if path.is_file():
+        items = read_split(name, "test")[:500]
+        return sum(len(item.prompt) + len(item.response) for item in items) / len(items) / 3 + 2
+    return find_task(name).tokens or USUAL_TOKENS
 
 
 def shuffle_responses(items: Sequence[Item], seed: int) -> list[Item]:
@@ -231,6 +273,16 @@ def _jsonl(name: str, source: JsonlSource) -> Iterator[Item]:
         raise InputError(problems)
 
 
+def _filler(name: str, source: FillerSource) -> Iterator[Item]:
+    letters = random.Random(source.seed)
+    for _ in range(source.size):
+        prompt, response = (
+            "".join(letters.choices(string.ascii_lowercase + "  ", k=length))
+            for length in (source.prompt_characters, source.response_characters)
+        )
+        yield Item(prompt, response)
+
+
 def _hub(name: str, source: HubDataSource) -> Iterator[Item]:
     from datasets import load_dataset
 
@@ -250,5 +302,6 @@ _READERS: dict[type, Any] = {
     EnumerateSource: _two_digit_sums,
     ReasoningGymSource: _reasoning_gym,
     JsonlSource: _jsonl,
+    FillerSource: _filler,
     HubDataSource: _hub,
 }

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.experiment import EXPERIMENTS, problems_of, read_yaml
@@ -16,15 +16,23 @@ from peftscope.memory.shapes import ModelShape
 
 MODELS_FILE = EXPERIMENTS / "models.yaml"
 MODELS_FOLDER = Path("resources/models")
+REPOSITORY_PATTERN = r"^[\w.-]+/[\w.-]+$"
 
 
 class RandomSource(BaseModel):
-    """Weights drawn once from a seed."""
+    """Weights drawn once from a seed; ``like`` a preset of the memory calculator, in bf16 and in pieces."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["random"]
     seed: int = 0
+    like: str | None = None
+
+    @model_validator(mode="after")
+    def _like_a_preset(self) -> RandomSource:
+        if self.like is not None and self.like not in PRESETS:
+            raise ValueError(f"like={self.like!r} is no preset; {close_match(self.like, PRESETS)}")
+        return self
 
 
 class WheelSource(BaseModel):
@@ -41,12 +49,13 @@ class WheelSource(BaseModel):
 
 
 class HubSource(BaseModel):
-    """A model of a Hugging Face hub."""
+    """A model of a Hugging Face hub; a spec's own revision wins over the one that is pinned here."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["hub"]
-    repository: str
+    repository: Annotated[str, Field(pattern=REPOSITORY_PATTERN)]
+    revision: str | None = None
 
 
 class BaseModelEntry(BaseModel):
@@ -85,15 +94,22 @@ def find_model(name: str, where: str = "model") -> BaseModelEntry:
     """
     entry = _catalog().get(name)
     if entry is not None:
-        return entry
+        return entry if entry.shape else entry.model_copy(update={"shape": _known_shape(entry.source)})
     if name in PRESETS:
         hub_id, shape = PRESETS[name]
         return BaseModelEntry(source=HubSource(kind="hub", repository=hub_id), shape=shape)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(REPOSITORY_PATTERN, name):
         hint = f"{close_match(name, [*_catalog(), *PRESETS])}; a hub id has the form org/name"
         raise InputError(Problem(where, f"unknown model (got {name!r})", hint))
-    shapes = dict(PRESETS.values())
-    return BaseModelEntry(source=HubSource(kind="hub", repository=name), shape=shapes.get(name))
+    source = HubSource(kind="hub", repository=name)
+    return BaseModelEntry(source=source, shape=_known_shape(source))
+
+
+def _known_shape(source: RandomSource | WheelSource | HubSource) -> ModelShape | None:
+    """Returns the shape of a source that the memory calculator knows by name."""
+    if isinstance(source, RandomSource) and source.like:
+        return PRESETS[source.like][1]
+    return dict(PRESETS.values()).get(source.repository) if isinstance(source, HubSource) else None
 
 
 def model_folder(name: str, revision: str | None = None) -> Path:
