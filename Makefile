@@ -10,7 +10,7 @@ READY := .venv/.ready
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup report test smoke slow browser lint format schema lock publish benchmark benchmark-memory agreement \
+.PHONY: help setup report test smoke slow browser lint format schema docs lock publish benchmark benchmark-memory agreement \
         gpu-check claims clean
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make benchmark                   our training step against the HF Trainer"
 	@echo "make benchmark-memory            the memory calculator's speed, beside accelerate's estimate"
 	@echo "make agreement                   closed form against simulation, on random runs"
+	@echo "make docs                        write what expand says of GPU experiments into docs/gpu.md"
 	@echo "make gpu-check                   predicted against measured memory, on a CUDA card"
 	@echo "make lint | slow | browser       checks; long tests; the report in a real browser"
 
@@ -70,6 +71,9 @@ format: $(READY)
 
 schema: $(READY)
 	$(BIN)/peftscope schema > experiments/spec.schema.json
+
+docs: $(READY)
+	$(BIN)/peftscope forecasts docs/gpu.md
 
 publish: $(READY)
 	$(BIN)/peftscope publish $(EXPERIMENT)

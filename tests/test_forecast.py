@@ -99,7 +99,7 @@ def test_the_runs_that_a_study_has_yet_to_choose_rates_for_are_counted() -> None
 
 
 def test_without_a_card_the_one_that_an_experiment_is_made_for_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert card_of("gpu-7b", None) == find_gpu("80GB")
+    assert card_of("gpu-7b", None) == find_gpu("80GiB")
     assert card_of("gpu-7b", "rtx4090") == find_gpu("rtx4090")
     assert card_of("quick", None) is None
 

@@ -208,6 +208,7 @@ def report(experiment: cli_rules.ExperimentName) -> None:
     """Make the tables, figures and report from the records that are there, finished sweep or not."""
     from peftscope.collect import collect_experiment
     from peftscope.plan import plan_experiment
+    from peftscope.report.benchmarks import write_benchmarks
     from peftscope.report.page import write_report
     from peftscope.report.plots import write_figures, write_ladder
     from peftscope.report.study import write_study
@@ -216,6 +217,7 @@ def report(experiment: cli_rules.ExperimentName) -> None:
     plan = plan_experiment(experiment)
     collect_experiment(plan.sweep)
     write_tables(experiment)
+    write_benchmarks(experiment)
     write_figures(experiment)
     for field in plan.ladders:
         write_ladder(experiment, field)
@@ -253,3 +255,13 @@ def make_task_command(task: Annotated[str, typer.Argument(help="A name in tasks.
     from peftscope.data.tasks import make_task
 
     print(make_task(task))
+
+
+@app.command("make-benchmark")
+def make_benchmark_command(
+    name: Annotated[str, typer.Argument(help="Of lm-eval: gsm8k, hellaswag, ...")],
+) -> None:
+    """Fetch the rows of one of lm-eval's own benchmarks."""
+    from peftscope.data.benchmarks import make_benchmark
+
+    print(make_benchmark(name))

@@ -75,50 +75,61 @@ class Forecast:
     advice: str
 
 
+@dataclass(frozen=True)
+class _Memory:
+    """The closed form's peaks, and what of the model is alive in an evaluation."""
+
+    allocated_bytes: int
+    device_bytes: int
+    phase: str
+    resident_bytes: int
+
+
 class Forecaster:
     """Forecasts runs on one card; memory is computed once for all runs that differ in nothing that matters to it."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
         self.peak_flops, self.speed_name = speed_of(gpu)
-        self._memory: dict[str, tuple[int | None, str, str]] = {}
+        self._memory: dict[str, _Memory] = {}
+        self._advised: dict[tuple[str, int], str] = {}
 
     def forecast(self, identity: str, spec: RunSpec, *, chosen: bool = True) -> Forecast:
         """Returns what a run will take."""
-        matters = spec.canonical() | dict.fromkeys(_NO_MEMORY)
-        matters["method"] = {**matters["method"], "alpha": None}
-        key = json.dumps(matters, sort_keys=True)
-        if key not in self._memory:
-            self._memory[key] = self._peak_and_advice(spec)
-        peak, phase, advice = self._memory[key]
-        fits = None if peak is None else peak <= self.gpu.memory_bytes
-        return Forecast(identity, spec, chosen, self.seconds(spec), peak, phase, fits, advice)
-
-    def _peak_and_advice(self, spec: RunSpec) -> tuple[int | None, str, str]:
         shape = find_model(spec.model).shape
         if shape is None:
-            return None, "", ""
+            return Forecast(identity, spec, chosen, self.seconds(spec), None, "", None, "")
         peak, phase = self._peak(spec, shape)
-        return peak, phase, "" if peak <= self.gpu.memory_bytes else self._advice(spec, shape)
+        advice = "" if peak <= self.gpu.memory_bytes else self._advice_once(spec, shape)
+        return Forecast(identity, spec, chosen, self.seconds(spec), peak, phase, peak <= self.gpu.memory_bytes, advice)
 
     def _peak(self, spec: RunSpec, shape: ModelShape) -> tuple[int, str]:
-        model = Model(spec.model, shape.to_config(), shape)
-        peaks = peaks_by_formula(Question(model, spec, spec.seq_len, self.gpu, 1, ()))
-        phase, device = peaks.binding_phase, peaks.device_bytes
-        generating = _cache_bytes(spec, shape)
-        if generating:
-            alive = peaks.blocks["evaluate"]
-            allocated = sum(block.size for block in alive if block.kind in RESIDENT) + generating
-            if allocated > peaks.allocated_bytes:
-                phase, device = "generate", device + allocated - peaks.allocated_bytes
-        return device, phase
+        """Returns what the card needs at most, and the phase of that."""
+        key = _memory_key(spec)
+        if key not in self._memory:
+            model = Model(spec.model, shape.to_config(), shape)
+            peaks = peaks_by_formula(Question(model, spec, spec.seq_len, self.gpu, 1, ()))
+            resident = sum(block.size for block in peaks.blocks["evaluate"] if block.kind in RESIDENT)
+            self._memory[key] = _Memory(peaks.allocated_bytes, peaks.device_bytes, peaks.binding_phase, resident)
+        memory, cache = self._memory[key], _cache_bytes(spec, shape)
+        more = memory.resident_bytes + cache - memory.allocated_bytes
+        return (memory.device_bytes + more, "generate") if cache and more > 0 else (memory.device_bytes, memory.phase)
+
+    def _advice_once(self, spec: RunSpec, shape: ModelShape) -> str:
+        key = _memory_key(spec), _cache_bytes(spec, shape)
+        if key not in self._advised:
+            self._advised[key] = self._advice(spec, shape)
+        return self._advised[key]
 
     def _advice(self, spec: RunSpec, shape: ModelShape) -> str:
         for changes in ADVICE:
             fields = dict(changes)
             if "batch_size" in fields:
                 fields["eval_batch_size"] = 1
-            method = {"name": fields.pop("method")} if "method" in fields else spec.method.model_dump(mode="json")
+            method = spec.method.model_dump(mode="json")
+            if "method" in fields:
+                method = {"name": fields.pop("method")}
+                fields["precision"] = "bf16"  # what a 4-bit base computes in
             try:
                 changed = RunSpec.model_validate({**spec.model_dump(mode="json"), **fields, "method": method})
                 if changed != spec and self._peak(changed, shape)[0] <= self.gpu.memory_bytes:
@@ -158,8 +169,17 @@ class Forecaster:
         return seconds
 
 
-_NO_MEMORY = ("seed", "init_seed", "learning_rate", "shuffled_targets", "steps", "schedule", "warmup_steps", "task")
-"""Fields that change nothing in memory; the scale alpha is the methods' own one."""
+_NO_MEMORY = {
+    *("seed", "init_seed", "learning_rate", "shuffled_targets", "steps", "schedule", "warmup_steps", "task"),
+    *("validation_items", "heldout_items", "generation_items", "benchmarks", "benchmark_items", "retention_tokens"),
+    *("untimed_steps", "probe_steps"),
+}
+"""Fields that change nothing in the closed form's memory; the scale alpha is the methods' own one."""
+
+
+def _memory_key(spec: RunSpec) -> str:
+    fields = {name: value for name, value in spec.canonical().items() if name not in _NO_MEMORY}
+    return json.dumps({**fields, "method": {**fields["method"], "alpha": None}}, sort_keys=True)
 
 
 def _measured_specs() -> Iterator[tuple[dict[str, Any], RunSpec]]:

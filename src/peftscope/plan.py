@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from peftscope.data.benchmarks import benchmark_folder, find_benchmark
 from peftscope.data.tasks import TASKS_FILE, JsonlSource, find_task, task_folder
 from peftscope.device import detect_device
 from peftscope.errors import InputError, Problem, close_match
@@ -94,6 +95,10 @@ class Plan:
         """Returns the file that says that the run's data are there."""
         return (task_folder(self.spec(wildcards).task) / "manifest.json").as_posix()
 
+    def benchmark_manifests(self, wildcards: Any) -> list[str]:
+        """Returns the files that say that the rows of the run's benchmarks are there."""
+        return [(benchmark_folder(name) / "manifest.json").as_posix() for name in self.spec(wildcards).benchmarks]
+
     @cached_property
     def _models(self) -> dict[str, tuple[str, str | None]]:
         used = {(spec.model, spec.revision) for spec in self.sweep.runs.values()}
@@ -142,6 +147,9 @@ def check_runs(runs: dict[str, RunSpec], where: str) -> list[Problem]:
             if isinstance(source, JsonlSource) and not source.path.is_file():
                 problems.append(Problem(f"{TASKS_FILE}: {spec.task}.source.path", f"no such file: {source.path}"))
             shape = find_model(spec.model, f"{where}: model").shape
+            for name in spec.benchmarks:
+                if not (benchmark_folder(name) / "manifest.json").is_file():
+                    find_benchmark(name, f"{where}: benchmarks")
         except InputError as error:
             problems += error.problems
             continue
@@ -161,6 +169,10 @@ def check_fetched(spec: RunSpec) -> list[Problem]:
         problems.append(Problem("model", f"{spec.model} is not in {model}", f"run `peftscope fetch {spec.model}`"))
     if not (task / "manifest.json").is_file():
         problems.append(Problem("task", f"{spec.task} is not in {task}", f"run `peftscope make-task {spec.task}`"))
+    for name in spec.benchmarks:
+        if not (benchmark_folder(name) / "manifest.json").is_file():
+            remedy = f"run `peftscope make-benchmark {name}`"
+            problems.append(Problem("benchmarks", f"{name} is not in {benchmark_folder(name)}", remedy))
     return problems
 
 

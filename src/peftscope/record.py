@@ -129,6 +129,7 @@ class RunRecord(_Part):
         train_nll: Mean nll of response tokens, step by step; None where it was not finite.
         train_loss: What was minimised: the nll and, for AdaLoRA, its orthogonality term.
         train_batches_sha256: Of all training tokens in order: equal for runs that saw the same batches.
+        benchmarks: Scores of lm-eval's own benchmarks, by its names for them, and ``items``.
         method_metrics: Figures that one method alone can give.
         unavailable: Why each null field is null.
     """
@@ -146,6 +147,7 @@ class RunRecord(_Part):
     train_nll: list[float | None] = []
     train_loss: list[float | None] = []
     train_batches_sha256: str | None = None
+    benchmarks: dict[str, dict[str, float]] = {}
     method_metrics: dict[str, float] = {}
     unavailable: dict[str, str] = {}
     provenance: dict[str, Any] = {}

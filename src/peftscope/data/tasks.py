@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.experiment import EXPERIMENTS, problems_of, read_yaml
+from peftscope.hub import load_rows, tell_if_moved
 from peftscope.record import write_json
 
 TASKS_FILE = EXPERIMENTS / "tasks.yaml"
@@ -175,12 +176,20 @@ def make_task(name: str) -> Path:
         InputError: The source cannot be read, or a split would be empty.
     """
     folder = task_folder(name)
-    if (folder / "manifest.json").is_file():
-        return folder
     entry = find_task(name)
+    if (folder / "manifest.json").is_file():
+        if isinstance(entry.source, HubDataSource):
+            manifest = json.loads((folder / "manifest.json").read_text())
+            tell_if_moved(manifest, entry.source.dataset, entry.source.revision, "dataset", folder)
+        return folder
     pool: dict[str, Item] = {}
     read = 0
-    for item in _READERS[type(entry.source)](name, entry.source):
+    facts: dict[str, str] = {}
+    if isinstance(entry.source, HubDataSource):
+        found = _hub(name, entry.source, facts)
+    else:
+        found = _READERS[type(entry.source)](name, entry.source)
+    for item in found:
         read += 1
         pool.setdefault(item.prompt, item)
     splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
@@ -204,6 +213,7 @@ def make_task(name: str) -> Path:
             "name": name,
             "source": entry.source.model_dump(mode="json"),
             "licence": entry.licence,
+            **facts,
             "items": {split: len(items) for split, items in splits.items()},
             "duplicates_dropped": read - len(pool),
             "sha256": {s: hashlib.sha256((target / f"{s}.jsonl").read_bytes()).hexdigest() for s in SPLITS},
@@ -283,19 +293,20 @@ def _filler(name: str, source: FillerSource) -> Iterator[Item]:
         yield Item(prompt, response)
 
 
-def _hub(name: str, source: HubDataSource) -> Iterator[Item]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
-        for row in rows:
-            yield Item(str(row[source.prompt]), str(row[source.response]).strip())
-    except KeyError as error:
-        raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"the data set has no column {error}")) from None
-    except Exception as error:  # the hub client raises many kinds
-        raise InputError(
-            Problem(f"{TASKS_FILE}: {name}.source.dataset", f"cannot load it: {error}", "is a hub reachable?")
-        ) from error
+def _hub(name: str, source: HubDataSource, facts: dict[str, str]) -> Iterator[Item]:
+    """Yields a hub's items; ``facts`` learns where they came from."""
+    found = load_rows(source.dataset, source.config, source.split, source.revision)
+    columns = [column for column in (source.prompt, source.response, source.group) if column]
+    missing = [column for column in columns if column not in found.rows.column_names]
+    if missing:
+        remedy = f"it has {', '.join(found.rows.column_names)}"
+        raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"no such column: {', '.join(missing)}", remedy))
+    facts.update(found.facts)
+    for row in found.rows:
+        prompt, response = str(row[source.prompt]).strip(), str(row[source.response]).strip()
+        if source.longest is None or len(source.template) + len(prompt) + len(response) <= source.longest:
+            group = str(row[source.group]) if source.group else ""
+            yield Item(source.template.replace("{prompt}", prompt), response, group)
 
 
 _READERS: dict[type, Any] = {
@@ -303,5 +314,4 @@ _READERS: dict[type, Any] = {
     ReasoningGymSource: _reasoning_gym,
     JsonlSource: _jsonl,
     FillerSource: _filler,
-    HubDataSource: _hub,
 }

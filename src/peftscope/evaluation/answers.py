@@ -62,17 +62,8 @@ def score_answers(model: Any, tokenizer: Any, spec: RunSpec) -> list[dict[str, A
     answers depend on it.
     """
     manager = TaskManager(include_path=str(lm_eval_file(spec.task).parent), include_defaults=False)
-    language_model = (HFLM if spec.method.generates_from_cache else _UncachedLM)(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=spec.eval_batch_size,
-        add_bos_token=False,
-        # lm-eval opens an autocast context of its own, which would switch one around it off.
-        mixed_precision_dtype=torch.bfloat16 if spec.precision == "amp" else None,
-    )
-    language_model.logit_offset = spec.method.logit_offset()
     results = lm_eval.simple_evaluate(
-        model=language_model,
+        model=wrap(model, tokenizer, spec),
         tasks=[spec.task],
         task_manager=manager,
         limit=spec.generation_items,
@@ -90,3 +81,17 @@ def score_answers(model: Any, tokenizer: Any, spec: RunSpec) -> list[dict[str, A
         }
         for sample in sorted(results["samples"][spec.task], key=lambda sample: sample["doc_id"])
     ]
+
+
+def wrap(model: Any, tokenizer: Any, spec: RunSpec) -> HFLM:
+    """Returns a run's model as lm-eval wants it."""
+    language_model = (HFLM if spec.method.generates_from_cache else _UncachedLM)(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=spec.eval_batch_size,
+        add_bos_token=False,
+        # lm-eval opens an autocast context of its own, which would switch one around it off.
+        mixed_precision_dtype=torch.bfloat16 if spec.precision == "amp" else None,
+    )
+    language_model.logit_offset = spec.method.logit_offset()
+    return language_model
