@@ -24,7 +24,7 @@ READY := $(VENV)/.ready
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup report test test-faults test-slurm test-oldest test-newest smoke slow browser lint format schema lock \
+.PHONY: help setup report test test-faults test-slurm test-oldest test-newest smoke slow browser lint format schema docs lock \
         audit sbom publish benchmark benchmark-memory agreement gpu-check claims clean
 
 help:
@@ -40,6 +40,7 @@ help:
 	@echo "make test-slurm                  the smoke pipeline on a real Slurm, started on this machine"
 	@echo "make test-oldest | test-newest   the tests with the oldest and newest torch, transformers, peft"
 	@echo "make audit | sbom                known vulnerabilities of what is installed; a list of it"
+	@echo "make docs                        write what expand says of GPU experiments into docs/gpu.md"
 	@echo "make gpu-check                   predicted against measured memory, on a CUDA card"
 	@echo "make lint | slow | browser       checks; long tests; the report in a real browser"
 
@@ -100,6 +101,9 @@ format: $(READY)
 
 schema: $(READY)
 	$(BIN)/peftscope schema > experiments/spec.schema.json
+
+docs: $(READY)
+	$(BIN)/peftscope forecasts docs/gpu.md
 
 publish: $(READY)
 	$(BIN)/peftscope publish $(EXPERIMENT)

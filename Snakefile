@@ -26,6 +26,7 @@ wildcard_constraints:
     run_id=RUN_ID_PATTERN,
     model=r"[^/]+",
     task=r"[^/]+",
+    benchmark=r"[^/]+",
     field=r"[a-z0-9_]+",
 
 
@@ -76,11 +77,21 @@ rule make_task:
         "python -m peftscope make-task {wildcards.task:q} > {log:q} 2>&1"
 
 
+rule make_benchmark:
+    output:
+        "resources/benchmarks/{benchmark}/manifest.json",
+    log:
+        "resources/benchmarks/{benchmark}.log",
+    shell:
+        "python -m peftscope make-benchmark {wildcards.benchmark:q} > {log} 2>&1"
+
+
 rule train:
     input:
         # A model that is fetched again is the same model: its date must not make finished runs old.
         model=ancient(PLAN.model_manifest),
         task=ancient(PLAN.task_manifest),
+        benchmarks=ancient(PLAN.benchmark_manifests),
     output:
         spec="results/{experiment}/runs/{run_id}/spec.json",
         record="results/{experiment}/runs/{run_id}/record.json",
@@ -140,6 +151,7 @@ rule collect:
 rule tables:
     input:
         "results/{experiment}/runs.csv",
+        "src/peftscope/report/benchmarks.py",
         "src/peftscope/report/tables.py",
         "src/peftscope/stats.py",
     output:
@@ -161,6 +173,13 @@ rule tables:
             category="Tables",
             labels={"table": "predicted memory"},
         ),
+        report(
+            "results/{experiment}/tables/benchmarks.html",
+            caption="src/peftscope/report/captions/benchmarks.rst",
+            category="Tables",
+            labels={"table": "lm-eval's benchmarks"},
+        ),
+        "results/{experiment}/tables/benchmarks.csv",
         "results/{experiment}/tables/predictions.csv",
         "results/{experiment}/tables/methods.csv",
         "results/{experiment}/tables/methods.md",

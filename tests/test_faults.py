@@ -24,8 +24,7 @@ import psutil
 import pytest
 import torch
 
-from peftscope.inputs import read_manifest
-from peftscope.record import read_record, state_folder
+from peftscope.record import read_manifest, read_record, state_folder
 from peftscope.sweep import expand
 from peftscope.training import loop
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from peftscope.errors import InputError
-from peftscope.inputs import read_manifest, verify_inputs
+from peftscope.inputs import verify_inputs
 from peftscope.plan import check_unchanged
-from peftscope.record import file_sha256, write_json
+from peftscope.record import file_sha256, read_manifest, write_json
 
 
 @pytest.fixture

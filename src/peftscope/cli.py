@@ -93,8 +93,15 @@ def _read_spec(text: str) -> tuple[dict[str, Any], Path]:
 def expand_experiment(
     experiment: cli_rules.ExperimentName,
     brief: Annotated[bool, typer.Option("--brief", help="Only the totals.")] = False,
+    gpu: Annotated[str | None, typer.Option(help="On this card: rtx4090, a100, ..., or its memory: 24GB.")] = None,
 ) -> None:
-    """Show an experiment's runs, with an estimate of the time they will take."""
+    """Show an experiment's runs, with an estimate of the time and, for a card, of the memory that they will take."""
+    from peftscope.cli_forecast import card_of, show_forecast
+
+    card = card_of(experiment, gpu)
+    if card is not None:
+        show_forecast(experiment, card, brief=brief)
+        return
     from peftscope.estimate import estimate_seconds, spoken
     from peftscope.models.catalog import find_model
     from peftscope.plan import plan_experiment
@@ -140,6 +147,7 @@ def report(experiment: cli_rules.ExperimentName) -> None:
     """Make the tables, figures and report from the records that are there, finished sweep or not."""
     from peftscope.collect import collect_experiment
     from peftscope.plan import plan_experiment
+    from peftscope.report.benchmarks import write_benchmarks
     from peftscope.report.page import write_report
     from peftscope.report.plots import write_figures, write_ladder
     from peftscope.report.study import write_study
@@ -148,6 +156,7 @@ def report(experiment: cli_rules.ExperimentName) -> None:
     plan = plan_experiment(experiment)
     collect_experiment(plan.sweep)
     write_tables(experiment)
+    write_benchmarks(experiment)
     write_figures(experiment)
     for field in plan.ladders:
         write_ladder(experiment, field)
@@ -185,3 +194,13 @@ def make_task_command(task: Annotated[str, typer.Argument(help="A name in tasks.
     from peftscope.data.tasks import make_task
 
     print(make_task(task))
+
+
+@app.command("make-benchmark")
+def make_benchmark_command(
+    name: Annotated[str, typer.Argument(help="Of lm-eval: gsm8k, hellaswag, ...")],
+) -> None:
+    """Fetch the rows of one of lm-eval's own benchmarks."""
+    from peftscope.data.benchmarks import make_benchmark
+
+    print(make_benchmark(name))

@@ -10,10 +10,20 @@ from typing import Annotated
 import typer
 
 from peftscope.errors import InputError, Problem
+from peftscope.experiment import EXPERIMENTS
 
 app = typer.Typer()
 
-ExperimentName = Annotated[str, typer.Argument(help="The name of a file in experiments/, without .yaml.")]
+
+def experiment_name(text: str) -> str:
+    """Returns an experiment's name, for the name itself or the path of its file in experiments/."""
+    path = Path(text)
+    return path.stem if path.suffix == ".yaml" and path.parent.name == EXPERIMENTS.name else text
+
+
+ExperimentName = Annotated[
+    str, typer.Argument(help="The name or path of a file in experiments/.", callback=experiment_name)
+]
 
 
 @app.command(hidden=True)
@@ -37,9 +47,11 @@ def tune(experiment: ExperimentName) -> None:
 @app.command(hidden=True)
 def tables(experiment: ExperimentName) -> None:
     """Write the tables from runs.csv."""
+    from peftscope.report.benchmarks import write_benchmarks
     from peftscope.report.tables import write_tables
 
     write_tables(experiment)
+    write_benchmarks(experiment)
 
 
 @app.command(hidden=True)
@@ -108,6 +120,14 @@ def restore_command(experiment: ExperimentName) -> None:
     from peftscope.report.publish import restore
 
     print(f"{restore(experiment)} runs restored")
+
+
+@app.command("forecasts", hidden=True)
+def forecasts(document: Annotated[Path, typer.Argument(help="A Markdown file with blocks for it.")]) -> None:
+    """Write what `expand` says into a document."""
+    from peftscope.report.forecasts import refresh_forecasts
+
+    refresh_forecasts(document)
 
 
 @app.command(hidden=True)

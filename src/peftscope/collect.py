@@ -14,6 +14,23 @@ from peftscope.record import Damaged, RunRecord, recover_record
 from peftscope.spec import RunSpec
 from peftscope.sweep import Sweep
 
+BENCHMARK = "benchmark_"
+"""Begins the columns of benchmarks; the benchmark's name and the unit follow."""
+
+MAIN_SCORES = ("acc_norm,none", "acc,none", "exact_match,flexible-extract", "exact_match,none")
+"""Which of a benchmark's scores a table shows, the first that it has: for GSM8K the last number of an answer, however
+it was announced."""
+
+
+def main_score(scores: dict[str, float]) -> float | None:
+    """Returns the score of a benchmark that a table shows.
+
+    >>> main_score({"items": 8, "acc,none": 0.25, "acc_norm,none": 0.5})
+    0.5
+    """
+    named = [name for name in MAIN_SCORES if name in scores] or [name for name in scores if name != "items"]
+    return scores[named[0]] if named else None
+
 
 def results_folder(experiment: str) -> Path:
     """Returns the folder of an experiment's results.
@@ -89,6 +106,7 @@ def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
     targets = method.get("targets")
     if isinstance(targets, list):
         method["targets"] = "+".join(targets)
+    fields["benchmarks"] = " ".join(fields["benchmarks"])
     row |= fields | method
     if record is None:
         record = RunRecord(run_id="", status="interrupted", spec=spec)
@@ -110,6 +128,7 @@ def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
         "retention_bits_per_byte": quality.retention_bits_per_byte,
     }
     row |= {name: value for name, value in record.size}
+    row |= {f"{BENCHMARK}{name}_fraction": main_score(scores) for name, scores in record.benchmarks.items()}
     row |= record.method_metrics
     row["train_batches_sha256"] = record.train_batches_sha256
     code, hardware = record.provenance.get("code", {}), record.provenance.get("hardware", {})

@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+from peftscope.data.tasks import item_tokens
 from peftscope.estimate import estimate_seconds
 from peftscope.memory.answer import peaks_by_formula
 from peftscope.memory.question import Model, Question
@@ -17,6 +18,8 @@ PROCESS_BYTES = 2 * 2**30
 """A process that has imported torch, transformers and lm-eval, reads its data and writes its checkpoint."""
 MARGIN = 1.25
 """Of the tensors' peak: allocators keep freed memory, and generation has a cache."""
+LONGEST = 4
+"""Tokens of a task's longest item over those of a usual one; what takes more gets it at the next attempt."""
 SLOWER = 3
 """How much longer than estimated a job may take before it is stopped; it then goes on where it was."""
 SHORTEST_MINUTES = 20
@@ -56,5 +59,7 @@ def host_bytes(spec: RunSpec) -> int:
         return UNKNOWN_BYTES
     if spec.device == "cuda":
         return PROCESS_BYTES + 2 * 4 * shape.parameters
-    peaks = peaks_by_formula(Question(Model(spec.model, shape.to_config(), shape), spec, spec.seq_len, None, 1, ()))
+    length = spec.seq_len if spec.packing else min(spec.seq_len, math.ceil(LONGEST * item_tokens(spec.task)))
+    widest = spec.model_copy(update={"seq_len": length})
+    peaks = peaks_by_formula(Question(Model(spec.model, shape.to_config(), shape), widest, length, None, 1, ()))
     return PROCESS_BYTES + round(MARGIN * peaks.allocated_bytes)

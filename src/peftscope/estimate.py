@@ -35,6 +35,11 @@ def _measured() -> dict[tuple[str, str, str], dict[str, Any]]:
     return found
 
 
+def measured_runs() -> list[dict[str, Any]]:
+    """Returns one record each of a model, method and device that ended well, as JSON content."""
+    return list(_measured().values())
+
+
 def estimate_seconds(spec: RunSpec) -> float:
     """Returns the wall seconds that a run will take, to within a factor of about two on another machine."""
     work = spec.steps * spec.batch_size * spec.gradient_accumulation

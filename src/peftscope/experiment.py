@@ -46,9 +46,11 @@ class Study(BaseModel):
 
     Attributes:
         arms: Fields of each arm by its name, ``method`` among them.
-        learning_rates: What is tried for each arm, in ascending order; the best must not be the first or last.
+        learning_rates: What is tried for each arm, in ascending order.
+        ends: Whether a best rate that is the first or last of its list ends the study, or is kept and reported.
         tuning_seeds: Runs that only choose learning rates, by validation loss.
         seeds: Runs at the chosen rates; the same seed gives every arm the same batches and test items.
+        tuning: Fields of the tuning runs alone: what only the comparison needs is left out there.
         controls: For one arm at its chosen rate: ``again`` with other initialisation seeds, ``still`` at a learning
             rate of 0, ``shuffled`` with each other's responses.
     """
@@ -59,6 +61,8 @@ class Study(BaseModel):
     learning_rates: dict[str, Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3)]]
     tuning_seeds: Annotated[list[CountOrZero], Field(min_length=1)]
     seeds: Annotated[list[CountOrZero], Field(min_length=2)]
+    tuning: dict[str, Any] = {}
+    ends: Literal["refuse", "keep"] = "refuse"
     controls: dict[str, list[Literal["again", "still", "shuffled"]]] = {}
 
     @model_validator(mode="after")
@@ -77,7 +81,7 @@ class Study(BaseModel):
             )
         if unknown := set(self.controls) - set(self.arms):
             raise ValueError(f"controls name no arm: {', '.join(sorted(unknown))}")
-        for name, fields in self.arms.items():
+        for name, fields in {**self.arms, "tuning": self.tuning}.items():
             if "learning_rate" in fields or "seed" in fields:
                 raise ValueError(f"arm {name}: learning_rate and seed are the study's to set")
         return self
@@ -91,6 +95,7 @@ class Experiment(BaseModel):
     title: str = ""
     description: str = ""
     extends: str | None = None
+    card: Annotated[str | None, Field(description="that it is made for: what `expand` asks where there is none")] = None
     fixed: dict[str, Any] = {}
     methods: dict[str, dict[str, Any]] = {}
     axes: dict[str, Values] = {}

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from peftscope.data.tasks import make_task, task_folder
 from peftscope.errors import InputError, Problem
 from peftscope.models.catalog import model_folder
 from peftscope.models.fetch import fetch_model
 from peftscope.process import locked
-from peftscope.record import damaged_files
+from peftscope.record import damaged_files, read_manifest
 from peftscope.spec import RunSpec
 
 FETCH_SECONDS = 24 * 3600
 """How long a job waits while another one fetches the model that both need."""
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Returns the manifest of a model's or task's folder, None where it is missing or damaged."""
-    try:
-        content = json.loads((folder / "manifest.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    whole = isinstance(content, dict) and isinstance(content.get("sha256"), dict) and "source" in content
-    return content if whole else None
 
 
 def verify_inputs(spec: RunSpec) -> None:

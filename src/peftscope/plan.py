@@ -11,13 +11,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
+from peftscope.data.benchmarks import benchmark_folder, find_benchmark
 from peftscope.data.tasks import TASKS_FILE, JsonlSource, find_task, task_folder
 from peftscope.device import detect_device, find_compiler
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.experiment import experiment_path
-from peftscope.inputs import read_manifest
 from peftscope.models.catalog import MODELS_FILE, WheelSource, find_model, model_folder
-from peftscope.spec import RunSpec
+from peftscope.record import read_manifest
+from peftscope.spec import Device, RunSpec
 from peftscope.sweep import TUNING, Sweep, expand
 
 DEFAULT_EXPERIMENT = "quick"
@@ -95,6 +98,10 @@ class Plan:
         """Returns the file that says that the run's data are there."""
         return (task_folder(self.spec(wildcards).task) / "manifest.json").as_posix()
 
+    def benchmark_manifests(self, wildcards: Any) -> list[str]:
+        """Returns the files that say that the rows of the run's benchmarks are there."""
+        return [(benchmark_folder(name) / "manifest.json").as_posix() for name in self.spec(wildcards).benchmarks]
+
     @cached_property
     def _models(self) -> dict[str, tuple[str, str | None]]:
         used = {(spec.model, spec.revision) for spec in self.sweep.runs.values()}
@@ -125,9 +132,9 @@ def load_plan(config: dict[str, Any]) -> Plan:
     return plan
 
 
-def plan_experiment(name: str) -> Plan:
-    """Returns an experiment's plan after the checks that need more than its file."""
-    sweep = expand(name, detect_device())
+def plan_experiment(name: str, device: Device | None = None) -> Plan:
+    """Returns an experiment's plan after the checks that need more than its file; for this machine's device, or one."""
+    sweep = expand(name, device or detect_device())
     problems = check_runs(sweep.runs, str(experiment_path(name))) + check_compiler(sweep.runs)
     problems += [] if problems else check_unchanged(sweep.runs)
     if problems:
@@ -144,6 +151,9 @@ def check_runs(runs: dict[str, RunSpec], where: str) -> list[Problem]:
             if isinstance(source, JsonlSource) and not source.is_there():
                 problems.append(Problem(f"{TASKS_FILE}: {spec.task}.source.path", f"no such file: {source.path}"))
             shape = find_model(spec.model, f"{where}: model").shape
+            for name in spec.benchmarks:
+                if not (benchmark_folder(name) / "manifest.json").is_file():
+                    find_benchmark(name, f"{where}: benchmarks")
         except InputError as error:
             problems += error.problems
             continue
@@ -178,6 +188,10 @@ def check_fetched(spec: RunSpec) -> list[Problem]:
         problems.append(Problem("model", f"{spec.model} is not in {model}", f"run `peftscope fetch {spec.model}`"))
     if not (task / "manifest.json").is_file():
         problems.append(Problem("task", f"{spec.task} is not in {task}", f"run `peftscope make-task {spec.task}`"))
+    for name in spec.benchmarks:
+        if not (benchmark_folder(name) / "manifest.json").is_file():
+            remedy = f"run `peftscope make-benchmark {name}`"
+            problems.append(Problem("benchmarks", f"{name} is not in {benchmark_folder(name)}", remedy))
     return problems
 
 
@@ -186,18 +200,26 @@ def check_unchanged(runs: dict[str, RunSpec]) -> list[Problem]:
 
     Runs carry the name only, so old and new ones would mix.
     """
-    places: dict[str, tuple[Path, dict[str, Any]]] = {}
+    places: dict[str, tuple[Path, BaseModel]] = {}
     for spec in runs.values():
         model, task = find_model(spec.model).source, find_task(spec.task).source
-        places[f"{MODELS_FILE}: {spec.model}"] = model_folder(spec.model), model.model_dump(mode="json")
-        places[f"{TASKS_FILE}: {spec.task}"] = task_folder(spec.task), task.model_dump(mode="json")
+        places[f"{MODELS_FILE}: {spec.model}"] = model_folder(spec.model), model
+        places[f"{TASKS_FILE}: {spec.task}"] = task_folder(spec.task), task
     problems = []
     for where, (folder, source) in places.items():
         manifest = read_manifest(folder)  # a damaged one is put right by the run that meets it
-        if manifest and manifest["source"] != source:
+        if manifest and not _means(manifest["source"], source):
             remedy = f"give the new one a name of its own, or remove {folder} and the results that came from it"
             problems.append(Problem(f"{where}.source", "changed since it was fetched or made", remedy))
     return problems
+
+
+def _means(written: dict[str, Any], source: BaseModel) -> bool:
+    """Returns whether a manifest's source is this one; fields that it does not name have their defaults."""
+    try:
+        return type(source).model_validate(written) == source
+    except ValidationError:
+        return False
 
 
 def check_disk(runs: dict[str, RunSpec], free_bytes: int | None = None) -> list[Problem]:

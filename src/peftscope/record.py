@@ -180,6 +180,7 @@ class RunRecord(_Part):
         train_loss: What was minimised: the nll and, for AdaLoRA, its orthogonality term.
         train_batches_sha256: Of all training tokens in order: equal for runs that saw the same batches.
         files: SHA-256 of the run's other files, by their place in its folder.
+        benchmarks: Scores of lm-eval's own benchmarks, by its names for them, and ``items``.
         method_metrics: Figures that one method alone can give.
         unavailable: Why each null field is null.
     """
@@ -199,6 +200,7 @@ class RunRecord(_Part):
     train_loss: list[float | None] = []
     train_batches_sha256: str | None = None
     files: dict[str, str] = {}
+    benchmarks: dict[str, dict[str, float]] = {}
     method_metrics: dict[str, float] = {}
     unavailable: dict[str, str] = {}
     provenance: dict[str, Any] = {}
@@ -246,6 +248,16 @@ def file_sha256(path: Path) -> str:
 def damaged_files(folder: Path, sha256: dict[str, str]) -> list[str]:
     """Returns which of a folder's files are missing, or not what their checksums say."""
     return [name for name, digest in sha256.items() if not _is_whole(folder / name, digest)]
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Returns the manifest of a model's or task's folder, None where it is missing or damaged."""
+    try:
+        content = json.loads((folder / "manifest.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    whole = isinstance(content, dict) and isinstance(content.get("sha256"), dict) and "source" in content
+    return content if whole else None
 
 
 def _is_whole(path: Path, sha256: str) -> bool:

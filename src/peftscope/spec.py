@@ -92,6 +92,10 @@ class RunSpec(BaseModel):
     retention_tokens: Annotated[
         CountOrZero, Field(description="tokens of English prose, before and after; 0: none")
     ] = 1024
+    benchmarks: Annotated[
+        tuple[str, ...], Field(description="lm-eval's own tasks, scored after training; the base's run is the before")
+    ] = ()
+    benchmark_items: Annotated[Count | None, Field(description="of each benchmark; null: all")] = None
     untimed_steps: Annotated[CountOrZero, Field(description="first steps left out of the step times")] = 3
     probe_steps: Annotated[CountOrZero, Field(description="extra steps under the byte tracker (CPU); 0: none")] = 2
 

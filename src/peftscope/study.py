@@ -24,7 +24,10 @@ VALIDATION = "validation_nll_nats_per_token"
 
 @dataclass(frozen=True)
 class Rate:
-    """An arm's best learning rate between its neighbours among those that were tried, and all of them."""
+    """An arm's best learning rate between its neighbours among those that were tried, and all of them.
+
+    A best one at an end of its list, which a study may keep, is its own neighbour there.
+    """
 
     below: float
     best: float
@@ -69,11 +72,19 @@ class StudyResults:
             raise self._unfinished(f"it has no arm `{arm}`")
         return arms[arm]
 
+    @cached_property
+    def left_out(self) -> dict[str, str]:
+        """The arms that could not be tuned, each with the reason; empty before the tuning is done."""
+        path = self._folder / "tuned.json"
+        arms = json.loads(path.read_text())["arms"] if path.is_file() else {}
+        return {arm: chosen["reason"] for arm, chosen in arms.items() if chosen["learning_rate"] is None}
+
     @property
     def arms(self) -> list[str]:
-        """The names of the arms, in the order of the experiment file."""
+        """The names of the arms that could be tuned, in the order of the experiment file."""
         names = dict.fromkeys(name for cell in self.table["comparisons"] for name in cell.split())
-        return [name.removeprefix(TUNING) for name in names if name.startswith(TUNING)]
+        arms = [name.removeprefix(TUNING) for name in names if name.startswith(TUNING)]
+        return [arm for arm in arms if arm not in self.left_out]
 
     @property
     def labels(self) -> dict[str, str]:
@@ -95,7 +106,13 @@ class StudyResults:
         curve = {tried["learning_rate"]: tried["validation_nll"] for tried in chosen["tried"]}
         rates = list(curve)
         best = rates.index(chosen["learning_rate"])
-        return Rate(rates[best - 1], rates[best], rates[best + 1], curve)
+        return Rate(rates[max(0, best - 1)], rates[best], rates[min(best + 1, len(rates) - 1)], curve)
+
+    @property
+    def arms_at_an_end(self) -> list[str]:
+        """The arms whose best rate was the lowest or highest that was tried: a better one may lie beyond."""
+        found = {arm: self.rate(arm) for arm in self.arms}
+        return [arm for arm, rate in found.items() if rate.best in (rate.below, rate.above)]
 
     def tuning_runs(self, arm: str, learning_rate: float | None = None) -> pd.DataFrame:
         """Returns the runs that chose an arm's rate, one row each: all, or those at one rate."""

@@ -176,8 +176,10 @@ class Resolver:
         )
 
 
-def expand(name: str, device: Device = "cpu") -> Sweep:
+def expand(name: str, device: Device = "cpu", *, assume_rates: bool = False) -> Sweep:
     """Returns an experiment's runs and comparisons.
+
+    ``assume_rates`` adds the runs of a study whose learning rates are yet to be chosen, at the middle ones.
 
     Raises:
         InputError: All problems of the file at once.
@@ -200,6 +202,9 @@ def expand(name: str, device: Device = "cpu") -> Sweep:
         _, members = groups.get(f"{TUNING}{arm}", (set(), {}))
         chosen = tuned.get(arm, {"tried": []})
         tried = [run for rate in chosen["tried"] for run in rate["run_ids"]]
+        if assume_rates and members and experiment.study and tried != list(members):
+            rates = experiment.study.learning_rates[arm]
+            return rates[len(rates) // 2]
         return chosen["learning_rate"] if members and tried == list(members) else None
 
     tuned = _tuned(name)
@@ -366,7 +371,8 @@ def _study_cells(
         for i, rate in enumerate(study.learning_rates[arm]):
             places = origins | {"learning_rate": f"study.learning_rates.{arm}[{i}]"}
             for seed in study.tuning_seeds:
-                yield f"{TUNING}{arm}", {"learning_rate"}, {**fields, "learning_rate": rate, "seed": seed}, places
+                values = {**fields, **study.tuning, "learning_rate": rate, "seed": seed}
+                yield f"{TUNING}{arm}", {"learning_rate"}, values, places
     varies = {"learning_rate", *(key for fields in study.arms.values() for key in fields)}
     varies |= {key for settings in experiment.methods.values() for key in settings}
     for arm, fields in study.arms.items():

@@ -6,9 +6,10 @@ import hashlib
 import json
 import random
 import shutil
+import string
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,11 +20,14 @@ from peftscope.content import Count, CountOrZero, HubId, Name, check_characters,
 from peftscope.data.scoring import lm_eval_file, read_scoring
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.experiment import EXPERIMENTS, dotted, problems_of
-from peftscope.record import write_json
+from peftscope.hub import load_rows, tell_if_moved
+from peftscope.record import read_manifest, write_json
 from peftscope.spec import REVISION_PATTERN
 
 TASKS_FILE = EXPERIMENTS / "tasks.yaml"
 TASKS_FOLDER = Path("resources/tasks")
+USUAL_TOKENS = 64
+"""Of an item of which nothing is known yet."""
 SPLITS = ("train", "validation", "test")
 SHOWN_LINES = 20
 """Of a file, where more of them are broken."""
@@ -67,8 +71,29 @@ class JsonlSource(BaseModel):
             return False
 
 
+class FillerSource(BaseModel):
+    """Random letters, for runs that measure memory and speed alone: a prompt so long that it fills any sequence."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["filler"]
+    prompt_characters: Count
+    response_characters: Count
+    size: Count = 1000
+    seed: int = 0
+
+
 class HubDataSource(BaseModel):
-    """A data set of a Hugging Face hub; ``prompt`` and ``response`` name its columns."""
+    """A data set of a Hugging Face hub.
+
+    Attributes:
+        prompt: The column of the question.
+        response: The column of the answer.
+        group: A column that rows about the same thing share: they go into the same split.
+        template: How the question is asked.
+        longest: Characters of question and answer together; longer rows are left out.
+        size: Rows that are kept, a fair sample; None: all.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -79,6 +104,10 @@ class HubDataSource(BaseModel):
     split: str = "train"
     prompt: str
     response: str
+    group: str | None = None
+    template: Annotated[str, Field(pattern=r"\{prompt\}")] = "{prompt}"
+    longest: Count | None = None
+    size: Count | None = None
 
 
 class TaskEntry(BaseModel):
@@ -86,8 +115,11 @@ class TaskEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    source: Annotated[EnumerateSource | ReasoningGymSource | JsonlSource | HubDataSource, Field(discriminator="kind")]
+    source: Annotated[
+        EnumerateSource | ReasoningGymSource | JsonlSource | FillerSource | HubDataSource, Field(discriminator="kind")
+    ]
     licence: str = "unknown"
+    tokens: Annotated[Count | None, Field(description="of a usual item; for estimates before it is made")] = None
 
 
 class _Tasks(BaseModel):
@@ -98,10 +130,11 @@ class _Tasks(BaseModel):
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt and the response that is wanted."""
+    """One prompt and the response that is wanted; items of one group belong to the same split."""
 
     prompt: str
     response: str
+    group: str = field(default="", compare=False)
 
 
 @lru_cache
@@ -155,16 +188,25 @@ def make_task(name: str) -> Path:
     entry = find_task(name)
     folder = task_folder(name)
     if (folder / "manifest.json").is_file():
+        if isinstance(entry.source, HubDataSource):
+            manifest = read_manifest(folder) or {}
+            tell_if_moved(manifest, entry.source.dataset, entry.source.revision, "dataset", folder)
         return folder
     pool: dict[str, Item] = {}
     read = 0
-    for item in _READERS[type(entry.source)](name, entry.source):
+    facts: dict[str, str] = {}
+    if isinstance(entry.source, HubDataSource):
+        found = _hub(name, entry.source, facts)
+    else:
+        found = _READERS[type(entry.source)](name, entry.source)
+    for item in found:
         read += 1
         pool.setdefault(item.prompt, item)
     splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
     # Sorted by hash, so that the first items of a split are a fair sample of it.
-    for item in sorted(pool.values(), key=lambda item: hashlib.sha256(item.prompt.encode()).digest()[8:]):
-        splits[split_of(item.prompt)].append(item)
+    ordered = sorted(pool.values(), key=lambda item: hashlib.sha256(item.prompt.encode()).digest()[8:])
+    for item in ordered[: entry.source.size if isinstance(entry.source, HubDataSource) else None]:
+        splits[split_of(item.group or item.prompt)].append(item)
     empty = [split for split, items in splits.items() if not items]
     if empty:
         raise InputError(
@@ -181,6 +223,7 @@ def make_task(name: str) -> Path:
             "name": name,
             "source": entry.source.model_dump(mode="json"),
             "licence": entry.licence,
+            **facts,
             "items": {split: len(items) for split, items in splits.items()},
             "duplicates_dropped": read - len(pool),
             "sha256": {s: hashlib.sha256((target / f"{s}.jsonl").read_bytes()).hexdigest() for s in SPLITS},
@@ -245,6 +288,15 @@ def make_item(prompt: Any, response: Any) -> Item:
     return Item(str(prompt), str(response).strip())
 
 
+def item_tokens(name: str) -> float:
+    """Returns the tokens of a usual item: three characters each where it was made, else what its entry says."""
+    path = task_folder(name) / "test.jsonl"
+    if path.is_file():
+        items = read_split(name, "test")[:500]
+        return sum(len(item.prompt) + len(item.response) for item in items) / len(items) / 3 + 2
+    return find_task(name).tokens or USUAL_TOKENS
+
+
 def shuffle_responses(items: Sequence[Item], seed: int) -> list[Item]:
     """Returns the prompts with each other's responses: nothing about the task is left to learn but its form."""
     responses = [item.response for item in items]
@@ -275,30 +327,39 @@ def _jsonl(name: str, source: JsonlSource) -> Iterator[Item]:
     yield from read_items(source.path)
 
 
-def _hub(name: str, source: HubDataSource) -> Iterator[Item]:
-    from datasets import load_dataset
+def _filler(name: str, source: FillerSource) -> Iterator[Item]:
+    letters = random.Random(source.seed)
+    for _ in range(source.size):
+        prompt, response = (
+            "".join(letters.choices(string.ascii_lowercase + "  ", k=length))
+            for length in (source.prompt_characters, source.response_characters)
+        )
+        yield Item(prompt, response)
 
-    try:
-        rows = load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
-        for number, row in enumerate(rows, 1):
-            try:
-                item = make_item(row[source.prompt], row[source.response])
-            except ValueError as error:
-                raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"row {number}: {error}")) from None
-            yield item
-    except InputError:
-        raise
-    except KeyError as error:
-        raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"the data set has no column {error}")) from None
-    except Exception as error:  # the hub client raises many kinds
-        raise InputError(
-            Problem(f"{TASKS_FILE}: {name}.source.dataset", f"cannot load it: {error}", "is a hub reachable?")
-        ) from error
+
+def _hub(name: str, source: HubDataSource, facts: dict[str, str]) -> Iterator[Item]:
+    """Yields a hub's items; ``facts`` learns where they came from."""
+    found = load_rows(source.dataset, source.config, source.split, source.revision)
+    columns = [column for column in (source.prompt, source.response, source.group) if column]
+    missing = [column for column in columns if column not in found.rows.column_names]
+    if missing:
+        remedy = f"it has {', '.join(found.rows.column_names)}"
+        raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"no such column: {', '.join(missing)}", remedy))
+    facts.update(found.facts)
+    for number, row in enumerate(found.rows, 1):
+        try:
+            item = make_item(row[source.prompt], row[source.response])
+        except ValueError as error:
+            raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"row {number}: {error}")) from None
+        prompt = item.prompt.strip()
+        if source.longest is None or len(source.template) + len(prompt) + len(item.response) <= source.longest:
+            group = str(row[source.group]) if source.group else ""
+            yield Item(source.template.replace("{prompt}", prompt), item.response, group)
 
 
 _READERS: dict[type, Any] = {
     EnumerateSource: _two_digit_sums,
     ReasoningGymSource: _reasoning_gym,
     JsonlSource: _jsonl,
-    HubDataSource: _hub,
+    FillerSource: _filler,
 }

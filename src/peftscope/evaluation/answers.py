@@ -63,17 +63,8 @@ def score_answers(model: Any, tokenizer: Any, spec: RunSpec) -> list[dict[str, A
     ``generate_until``, greedy, exact match after white space is removed; the batch size is the spec's, because bf16
     answers depend on it.
     """
-    language_model = (HFLM if spec.method.generates_from_cache else _UncachedLM)(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=spec.eval_batch_size,
-        add_bos_token=False,
-        # lm-eval opens an autocast context of its own, which would switch one around it off.
-        mixed_precision_dtype=torch.bfloat16 if spec.precision == "amp" else None,
-    )
-    language_model.logit_offset = spec.method.logit_offset()
     results = lm_eval.simple_evaluate(
-        model=language_model,
+        model=wrap(model, tokenizer, spec),
         # As content, never as a file: lm-eval would run the Python that a file's `!function` names.
         tasks=[_task_config(spec.task)],
         task_manager=TaskManager(include_defaults=False),
@@ -106,3 +97,17 @@ def _task_config(task: str) -> dict[str, Any]:
 
     said = read_scoring(task).model_dump(exclude_none=True)
     return said | {"custom_dataset": items, "doc_to_text": "prompt", "doc_to_target": "response"}
+
+
+def wrap(model: Any, tokenizer: Any, spec: RunSpec) -> HFLM:
+    """Returns a run's model as lm-eval wants it."""
+    language_model = (HFLM if spec.method.generates_from_cache else _UncachedLM)(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=spec.eval_batch_size,
+        add_bos_token=False,
+        # lm-eval opens an autocast context of its own, which would switch one around it off.
+        mixed_precision_dtype=torch.bfloat16 if spec.precision == "amp" else None,
+    )
+    language_model.logit_offset = spec.method.logit_offset()
+    return language_model

@@ -64,6 +64,25 @@ GPUS: dict[str, Gpu] = {
 }
 """Totals as nvidia-smi shows them. Contexts: measured by the AgileRL project with torch 2.11."""
 
+PEAK_FLOPS: dict[str, float] = {
+    "rtx3090": 71e12,
+    "rtx4080": 97.5e12,
+    "rtx4090": 165.2e12,
+    "rtx5090": 209.5e12,
+    "a6000": 154.8e12,
+    "a10": 125e12,
+    "l4": 121e12,
+    "l40s": 362e12,
+    "a100": 312e12,
+    "a100-80gb": 312e12,
+    "h100": 989e12,
+    "h200": 989e12,
+}
+"""Of bf16 products summed in fp32, dense. Source: NVIDIA's data sheets and white papers."""
+
+USUAL_CARDS = ("rtx4080", "rtx4090", "a100", "a6000", "a100-80gb", "h200")
+"""Whose speed stands for a card of which only the memory is known: that of the nearest."""
+
 SMALLEST_MODEL_NUMBER = 1000
 """A number without a unit means GiB below, and the name of a card from here on."""
 
@@ -90,6 +109,18 @@ def find_gpu(text: str) -> Gpu:
             return gpu
     hint = f"{close_match(text.lower(), GPUS)}; or give its memory, as in 24GiB"
     raise InputError(Problem("gpu", f"unknown card (got {shown(text)})", hint))
+
+
+def speed_of(gpu: Gpu) -> tuple[float, str]:
+    """Returns a card's peak in floating-point operations a second, and the name of the card that it belongs to.
+
+    >>> speed_of(find_gpu("rtx4090")), speed_of(find_gpu("80GB"))[1]
+    ((165200000000000.0, 'RTX 4090'), 'A100 80 GB')
+    """
+    own = [name for name, card in GPUS.items() if card.name == gpu.name and name in PEAK_FLOPS]
+    nearest = min(USUAL_CARDS, key=lambda name: abs(GPUS[name].memory_bytes - gpu.memory_bytes))
+    name = own[0] if own else nearest
+    return PEAK_FLOPS[name], GPUS[name].name
 
 
 def known_card(device_name: str) -> Gpu | None:

@@ -6,13 +6,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from peftscope.content import CountOrZero, HubId, InnerPath, Name, check_hub_id, read_yaml
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.experiment import EXPERIMENTS, dotted, problems_of
 from peftscope.memory.presets import PRESETS
 from peftscope.memory.shapes import ModelShape
+from peftscope.spec import REVISION_PATTERN
 
 MODELS_FILE = EXPERIMENTS / "models.yaml"
 MODELS_FOLDER = Path("resources/models")
@@ -23,12 +24,19 @@ LOCAL: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "tru
 
 
 class RandomSource(BaseModel):
-    """Weights drawn once from a seed."""
+    """Weights drawn once from a seed; ``like`` a preset of the memory calculator, in bf16 and in pieces."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["random"]
     seed: CountOrZero = 0
+    like: str | None = None
+
+    @model_validator(mode="after")
+    def _like_a_preset(self) -> RandomSource:
+        if self.like is not None and self.like not in PRESETS:
+            raise ValueError(f"like={self.like!r} is no preset; {close_match(self.like, PRESETS)}")
+        return self
 
 
 class WheelSource(BaseModel):
@@ -45,12 +53,13 @@ class WheelSource(BaseModel):
 
 
 class HubSource(BaseModel):
-    """A model of a Hugging Face hub."""
+    """A model of a Hugging Face hub; a spec's own revision wins over the one that is pinned here."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["hub"]
     repository: HubId
+    revision: Annotated[str, Field(pattern=REVISION_PATTERN)] | None = None
 
 
 class BaseModelEntry(BaseModel):
@@ -87,15 +96,22 @@ def find_model(name: str, where: str = "model") -> BaseModelEntry:
     """
     entry = _catalog().get(name)
     if entry is not None:
-        return entry
+        return entry if entry.shape else entry.model_copy(update={"shape": _known_shape(entry.source)})
     if name in PRESETS:
         hub_id, shape = PRESETS[name]
         return BaseModelEntry(source=HubSource(kind="hub", repository=hub_id), shape=shape)
     if not _is_hub_id(name):
         hint = f"{close_match(name, [*_catalog(), *PRESETS])}; a hub id has the form org/name"
         raise InputError(Problem(where, f"unknown model (got {shown(name)})", hint))
-    shapes = dict(PRESETS.values())
-    return BaseModelEntry(source=HubSource(kind="hub", repository=name), shape=shapes.get(name))
+    source = HubSource(kind="hub", repository=name)
+    return BaseModelEntry(source=source, shape=_known_shape(source))
+
+
+def _known_shape(source: RandomSource | WheelSource | HubSource) -> ModelShape | None:
+    """Returns the shape of a source that the memory calculator knows by name."""
+    if isinstance(source, RandomSource) and source.like:
+        return PRESETS[source.like][1]
+    return dict(PRESETS.values()).get(source.repository) if isinstance(source, HubSource) else None
 
 
 def _is_hub_id(name: str) -> bool:

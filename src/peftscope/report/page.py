@@ -54,6 +54,7 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
         figures=figures,
         methods_table=(folder / "tables" / "methods.html").read_text(),
         runs_table=(folder / "tables" / "runs.html").read_text(),
+        benchmarks_table=_table_with_rows(folder / "tables" / "benchmarks"),
         predictions_table=(folder / "tables" / "predictions.html").read_text(),
         study=_study_pages(experiment, settings.study) if settings.study else None,
         memory=_memory_pages(),
@@ -66,6 +67,12 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html)
     return path
+
+
+def _table_with_rows(path: Path) -> str:
+    """Returns a table's HTML, nothing where it has no rows or was not made."""
+    csv, html = path.with_suffix(".csv"), path.with_suffix(".html")
+    return html.read_text() if csv.is_file() and html.is_file() and len(pd.read_csv(csv)) else ""
 
 
 def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:

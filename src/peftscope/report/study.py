@@ -185,6 +185,8 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
         "tuning_seeds": ", ".join(map(str, settings.tuning_seeds)),
         "seeds": len(settings.seeds),
         "chosen": ", ".join(f"{label} {study.rate(arm).best:g}" for arm, label in labels.items()),
+        "at_an_end": ", ".join(labels[arm] for arm in study.arms_at_an_end),
+        "left_out": ", ".join(f"{arm} ({reason})" for arm, reason in study.left_out.items()),
         "base_loss": f"{study.base_loss:.3f}",
         "nominal": f"{100 * (1 - CONFIDENCE):.0f}",
         "smallest_p": f"{2 / 2 ** len(settings.seeds):.3g}",

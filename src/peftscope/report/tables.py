@@ -47,6 +47,10 @@ PREDICTED: dict[str, str] = {
 """Peaks that were both predicted and measured; the prediction's column has ``predicted_`` before it."""
 
 
+ONLY_SCORED = ("seed", "method", "name", "benchmarks", "benchmark_items", "generation_items", "retention_tokens")
+"""Settings that make no variant of a method: they say what is measured, or are told otherwise."""
+
+
 def summarise(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Returns one row a combination of ``keys``: n, statuses, means with 95 % intervals of scores, medians of facts."""
     runs = runs.assign(
@@ -79,7 +83,7 @@ def factors_within_methods(runs: pd.DataFrame) -> list[str]:
     A setting that the method decides (full fine-tuning's precision, say) tells nothing beyond the method's name.
     """
     settings = [*RunSpec.model_fields, *(field for cls in METHODS.values() for field in cls.model_fields)]
-    known = dict.fromkeys(field for field in settings if field in runs and field not in ("seed", "method", "name"))
+    known = dict.fromkeys(field for field in settings if field in runs and field not in ONLY_SCORED)
     return [field for field in known if (runs.groupby("label")[field].nunique(dropna=False) > 1).any()]
 
 

@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from peftscope.card import find_card, other_processes, reading
+from peftscope.data.benchmarks import benchmark_folder
 from peftscope.data.tasks import task_folder
 from peftscope.device import processor_name
 from peftscope.evaluation.retention import PROSE_SHA256
@@ -59,6 +60,7 @@ def provenance(spec: RunSpec) -> dict[str, Any]:
         "card": _card() if spec.device == "cuda" else None,
         "model": _manifest(model_folder(spec.model, spec.revision)),
         "task": _manifest(task_folder(spec.task)),
+        "benchmarks": {name: _manifest(benchmark_folder(name)) for name in spec.benchmarks},
         "prose_sha256": PROSE_SHA256,
     }
 

@@ -164,6 +164,7 @@ def _run(
             if spec.method.trains:
                 check_loss(nll, vocab_size, spec, "on held-out items")
             answers = _answers(model, tokenizer, spec, record)
+            record.benchmarks = _benchmarks(model, tokenizer, spec)
         _write_items(folder / "items.jsonl", items, per_item, answers)
         record.quality.heldout_nll = nll
         record.quality.heldout_tokens = sum(count for _, count in per_item)
@@ -271,6 +272,14 @@ def _answers(model: Any, tokenizer: Any, spec: RunSpec, record: RunRecord) -> li
     record.quality.exact_match = sum(row["correct"] for row in answers) / len(answers)
     record.quality.exact_match_items = len(answers)
     return answers
+
+
+def _benchmarks(model: Any, tokenizer: Any, spec: RunSpec) -> dict[str, dict[str, float]]:
+    if not spec.benchmarks:
+        return {}
+    from peftscope.evaluation.benchmarks import score_benchmarks
+
+    return score_benchmarks(model, tokenizer, spec)
 
 
 def _write_items(path: Path, items: Any, per_item: Any, answers: list[dict[str, Any]]) -> None:

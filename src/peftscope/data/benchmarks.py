@@ -1,0 +1,128 @@
+"""lm-eval's own benchmarks: their data, fetched before any run needs them. No torch.
+
+How a benchmark asks and scores is lm-eval's; only where its rows are read from is changed, so that runs ask no hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import tempfile
+from functools import lru_cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peftscope.errors import InputError, Problem, close_match
+from peftscope.hub import load_rows
+from peftscope.record import write_json
+
+BENCHMARKS_FOLDER = Path("resources/benchmarks")
+BENCHMARK_PATTERN = r"[A-Za-z0-9_-]+"
+SPLIT_FIELDS = ("training_split", "validation_split", "test_split", "fewshot_split")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which ``!function`` and the like mean nothing."""
+
+
+_Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def benchmark_folder(name: str) -> Path:
+    """Returns the folder that holds a benchmark's rows after they were fetched."""
+    return BENCHMARKS_FOLDER / name
+
+
+def lm_eval_tasks() -> Path:
+    """Returns the folder of lm-eval's own task files."""
+    found = find_spec("lm_eval")
+    assert found is not None and found.submodule_search_locations
+    return Path(found.submodule_search_locations[0]) / "tasks"
+
+
+@lru_cache
+def find_benchmark(name: str, where: str = "benchmarks") -> Path:
+    """Returns the file of a benchmark among lm-eval's own.
+
+    Raises:
+        InputError: There is none of that name.
+    """
+    root = lm_eval_tasks()
+    if re.fullmatch(BENCHMARK_PATTERN, name):
+        # Most stand in a folder that is called like them; reading all fourteen thousand takes a second or more.
+        near = sorted(root.glob(f"{name.split('_')[0]}*/**/*.yaml"))
+        said = re.compile(rf"^task:\s*[\"']?{re.escape(name)}[\"']?\s*(#.*)?$", re.MULTILINE)
+        for path in near or []:
+            if said.search(path.read_text(errors="replace")):
+                return path
+        for path in sorted(root.rglob("*.yaml")):
+            if said.search(path.read_text(errors="replace")):
+                return path
+    names = [path.stem for path in root.rglob("*.yaml")]
+    raise InputError(Problem(where, f"lm-eval has no task of that name (got {name!r})", close_match(name, names)))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """Returns a task file's fields, with those of the file that it includes under them."""
+    content = yaml.load(path.read_text(), Loader=_Loader) or {}
+    parent = content.pop("include", None)
+    return {**_config(path.parent / parent), **content} if parent else content
+
+
+def make_benchmark(name: str) -> Path:
+    """Fetches a benchmark's rows if they are not there, and returns their folder.
+
+    Raises:
+        InputError: lm-eval does not know it, or its data cannot be had.
+    """
+    folder = benchmark_folder(name)
+    if (folder / "manifest.json").is_file():
+        return folder
+    file = find_benchmark(name)
+    config = _config(file)
+    splits = sorted({config[field] for field in SPLIT_FIELDS if config.get(field)})
+    if not splits or "dataset_path" not in config:
+        raise InputError(Problem(f"benchmark {name}", "its data are not a data set of a hub", "choose another one"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as temporary:
+        target = Path(temporary) / "benchmark"
+        target.mkdir()
+        facts, items = {}, {}
+        revision = (config.get("dataset_kwargs") or {}).get("revision")
+        for split in splits:
+            found = load_rows(config["dataset_path"], config.get("dataset_name"), split, revision)
+            found.rows.to_parquet(target / f"{split}.parquet")
+            facts, items[split] = found.facts, len(found.rows)
+        manifest = {
+            "name": name,
+            "lm_eval": version("lm_eval"),
+            "file": file.relative_to(lm_eval_tasks()).as_posix(),
+            "dataset": config["dataset_path"],
+            "config": config.get("dataset_name"),
+            **facts,
+            "items": items,
+            "sha256": {s: hashlib.sha256((target / f"{s}.parquet").read_bytes()).hexdigest() for s in splits},
+        }
+        write_json(target / "manifest.json", manifest)
+        shutil.rmtree(folder, ignore_errors=True)
+        target.rename(folder)
+    return folder
+
+
+def write_task_file(name: str, folder: Path) -> None:
+    """Writes an lm-eval task file into a folder: lm-eval's own one, with the rows that were fetched."""
+    own = benchmark_folder(name).resolve()
+    files = {path.stem: str(path) for path in sorted(own.glob("*.parquet"))}
+    content = {
+        "include": str(find_benchmark(name)),
+        "task": name,
+        "dataset_path": "parquet",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": files},
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))

@@ -1,0 +1,39 @@
+"""lm-eval's own benchmarks, on rows that were fetched before."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.tasks import TaskManager
+
+from peftscope.data.benchmarks import write_task_file
+from peftscope.evaluation.answers import wrap
+from peftscope.spec import RunSpec
+
+
+def score_benchmarks(model: Any, tokenizer: Any, spec: RunSpec) -> dict[str, dict[str, float]]:
+    """Returns each benchmark's scores by lm-eval's names for them (``METRIC,FILTER``), and ``items``, how many it saw.
+
+    The first ``spec.benchmark_items`` of each, with lm-eval's own worked examples before them.
+    """
+    with tempfile.TemporaryDirectory(prefix="peftscope-benchmarks-") as folder:
+        for name in spec.benchmarks:
+            write_task_file(name, Path(folder))
+        results = lm_eval.simple_evaluate(
+            model=wrap(model, tokenizer, spec),
+            tasks=list(spec.benchmarks),
+            task_manager=TaskManager(include_path=folder, include_defaults=False),
+            limit=spec.benchmark_items,
+            log_samples=False,
+            bootstrap_iters=0,
+            verbosity="ERROR",
+        )
+    scores = {}
+    for name in spec.benchmarks:
+        found = results["results"][name]
+        scores[name] = {key: float(v) for key, v in found.items() if isinstance(v, int | float) and "stderr" not in key}
+        scores[name]["items"] = float(results["n-samples"][name]["effective"])
+    return scores

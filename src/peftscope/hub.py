@@ -1,0 +1,137 @@
+"""What comes from a Hugging Face hub, or from a folder that stands in for one. No torch.
+
+Where ``PEFTSCOPE_HUB`` names a folder, ``FOLDER/org/name`` is looked up before the hub is asked, for models and data
+sets alike: a shared disk, or a machine without a network.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from peftscope.errors import InputError, Problem
+
+MIRROR = "PEFTSCOPE_HUB"
+TIMEOUT_SECONDS = 10.0
+
+REMEDY = (
+    f"check the id, the network, and `hf auth login` for gated ones; or put it into FOLDER/org/name, {MIRROR}=FOLDER"
+)
+
+Kind = Literal["model", "dataset"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a data set, and where they came from.
+
+    Attributes:
+        rows: One mapping each; of ``datasets``.
+        facts: ``commit`` of the hub, or ``mirror``: what a manifest keeps.
+    """
+
+    rows: Any
+    facts: dict[str, str]
+
+
+def mirrored(repository: str) -> Path | None:
+    """Returns the folder that stands in for a repository, if there is one.
+
+    Raises:
+        InputError: ``PEFTSCOPE_HUB`` is no folder.
+    """
+    root = os.environ.get(MIRROR)
+    if not root:
+        return None
+    if not Path(root).is_dir():
+        raise InputError(Problem(MIRROR, f"no such folder (got {root!r})", "unset it to use the hub"))
+    folder = Path(root) / repository
+    return folder if folder.is_dir() else None
+
+
+def commit_of(repository: str, revision: str | None, kind: Kind) -> str:
+    """Returns the commit that a revision stands for on the hub now.
+
+    Raises:
+        InputError: The hub does not say.
+    """
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().repo_info(repository, revision=revision, repo_type=kind, timeout=TIMEOUT_SECONDS)
+    except Exception as error:  # the hub client raises many kinds, none of which a user should meet as a traceback
+        message = f"cannot download it: {_first_line(error)}"
+        raise InputError(Problem(f"{kind} {repository}", message, REMEDY)) from error
+    return str(info.sha)
+
+
+def tell_if_moved(manifest: dict[str, Any], repository: str, revision: str | None, kind: Kind, folder: Path) -> None:
+    """Says on stderr that the hub now has another commit under a revision than the one that was fetched."""
+    before = manifest.get("commit")
+    if before is None or mirrored(repository):
+        return
+    try:
+        now = commit_of(repository, revision, kind)
+    except InputError:
+        return  # without a hub there is nothing to tell
+    if now != before:
+        what = f"{repository}@{revision or 'main'}"
+        print(
+            f"{folder} holds commit {before} of {what}, which is {now} now; remove it to have the new one",
+            file=sys.stderr,
+        )
+
+
+def fetch_files(repository: str, revision: str | None, patterns: Iterable[str], target: Path) -> dict[str, str]:
+    """Puts a model's files into a folder, as links where a mirror has them; returns where they came from.
+
+    Raises:
+        InputError: They cannot be had.
+    """
+    folder = mirrored(repository)
+    if folder:
+        for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+            (target / path.name).symlink_to(path.resolve())
+        return {"mirror": str(folder)}
+    from huggingface_hub import snapshot_download
+
+    commit = commit_of(repository, revision, "model")
+    try:
+        snapshot_download(repository, revision=commit, local_dir=target, allow_patterns=list(patterns))
+    except Exception as error:
+        raise InputError(Problem(f"model {repository}", f"cannot download it: {_first_line(error)}", REMEDY)) from error
+    return {"commit": commit}
+
+
+def load_rows(dataset: str, config: str | None, split: str, revision: str | None = None) -> Rows:
+    """Returns one split of a data set.
+
+    Raises:
+        InputError: It cannot be had.
+    """
+    from datasets import disable_progress_bars, load_dataset
+
+    disable_progress_bars()
+    folder = mirrored(dataset)
+    try:
+        if folder:
+            # Plain files, without a card that names configurations, have only one.
+            named = config if (folder / "README.md").is_file() else None
+            return Rows(load_dataset(str(folder), named, split=split), {"mirror": str(folder)})
+        commit = commit_of(dataset, revision, "dataset")
+        return Rows(load_dataset(dataset, config, split=split, revision=commit), {"commit": commit})
+    except InputError:
+        raise
+    except Exception as error:  # many kinds, here too
+        raise InputError(Problem(f"dataset {dataset}", f"cannot load it: {_first_line(error)}", REMEDY)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

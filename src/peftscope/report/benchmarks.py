@@ -1,0 +1,70 @@
+"""What training did to lm-eval's benchmarks: each method's scores beside those of its untouched base. No torch."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from peftscope.collect import BENCHMARK, read_runs, results_folder
+from peftscope.report.tables import formatted, html, variants
+from peftscope.stats import mean_interval
+
+UNIT = "_fraction"
+
+
+def benchmark_changes(runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns one row a benchmark and variant of a method: ``n``, ``before``, ``after`` and its interval, as shares.
+
+    Of the grid and of single runs. Before is the untouched base, in 4 bits for methods that train on it in 4 bits;
+    empty where no run measured it.
+    """
+    chosen = runs[runs["comparisons"].str.contains(r"\b(?:grid|runs)\b") & (runs["status"] == "ok")]
+    columns = [column for column in chosen if column.startswith(BENCHMARK) and column.endswith(UNIT)]
+    four_bit = chosen["quant_type"].notna() if "quant_type" in chosen else pd.Series(False, chosen.index)
+    weights = chosen["base_weights"] if "base_weights" in chosen else pd.Series("full", chosen.index)
+    untouched = chosen["method"] == "none"
+    names = variants(chosen)
+    rows = []
+    for column in columns:
+        name = column.removeprefix(BENCHMARK).removesuffix(UNIT)
+        trained = chosen[~untouched & chosen[column].notna()]
+        for label, group in trained.groupby(names[trained.index], sort=False):
+            base = untouched & (weights == ("nf4" if four_bit[group.index].any() else "full"))
+            base &= chosen["model"] == group["model"].iloc[0]
+            row = {"benchmark": name, "method": label, "n": len(group), "before": chosen.loc[base, column].mean()}
+            rows.append(row | _interval(list(group[column])))
+    return pd.DataFrame(rows, columns=["benchmark", "method", "n", "before", "after", "low", "high"])
+
+
+def _interval(values: list[float]) -> dict[str, float | None]:
+    found = mean_interval(values)
+    assert found is not None
+    return {"after": found.mean, "low": found.low, "high": found.high}
+
+
+def readable_benchmarks(found: pd.DataFrame) -> pd.DataFrame:
+    """Returns the changes as text for people, in percent, intervals in brackets."""
+    rows = []
+    for row in found.to_dict("records"):
+        # A Student interval knows nothing of the bounds of a share.
+        bounds = "" if pd.isna(row["low"]) else f" [{100 * max(0, row['low']):.1f}, {100 * min(1, row['high']):.1f}]"
+        change = row["after"] - row["before"]
+        rows.append(
+            {
+                "method": row["method"],
+                "benchmark": row["benchmark"],
+                "runs": f"n = {row['n']}",
+                "before (%)": formatted(row["before"], ".1f", 0.01),
+                "after (%)": f"{100 * row['after']:.1f}{bounds}",
+                "change (points)": formatted(change, "+.1f", 0.01),
+            }
+        )
+    return pd.DataFrame(rows, columns=None if rows else ["method"])
+
+
+def write_benchmarks(experiment: str) -> None:
+    """Writes an experiment's changes among its tables, as csv and html."""
+    folder = results_folder(experiment) / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    found = benchmark_changes(read_runs(experiment))
+    found.to_csv(folder / "benchmarks.csv", index=False)
+    (folder / "benchmarks.html").write_text(html(readable_benchmarks(found), "benchmarks"))

@@ -1,0 +1,32 @@
+"""Blocks of a document that show what ``peftscope expand`` says, written by it. No torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+BLOCK = re.compile(r"<!-- expand (?P<arguments>[^>]*?) -->\n.*?<!-- /expand -->", re.DOTALL)
+
+
+def refresh_forecasts(document: Path) -> None:
+    """Writes every block of a document again: ``<!-- expand ARGUMENTS -->`` ... ``<!-- /expand -->``."""
+    text = document.read_text()
+    document.write_text(BLOCK.sub(lambda found: _block(found["arguments"]), text))
+
+
+def _block(arguments: str) -> str:
+    """Returns a block, as a clone says it in which nothing was run."""
+    with tempfile.TemporaryDirectory(prefix="peftscope-forecast-") as folder:
+        for name in ("experiments", "results/published"):
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
+            (Path(folder) / name).symlink_to(Path(name).resolve())
+        command = [sys.executable, "-m", "peftscope", "expand", *arguments.split()]
+        environment = {**os.environ, "PEFTSCOPE_DEVICE": "cpu"}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    lines = [line.rstrip() for line in done.stdout.strip("\n").splitlines()]
+    text = "\n".join(lines)
+    return f"<!-- expand {arguments} -->\n```\n$ peftscope expand {arguments}\n{text}\n```\n<!-- /expand -->"

@@ -1,0 +1,119 @@
+"""What an experiment will take on a card, asked on a machine that has none."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from peftscope.cli import app
+from peftscope.cli_forecast import card_of
+from peftscope.forecast import SHARE, Forecaster, training_flops
+from peftscope.memory.hardware import GIB, find_gpu
+from peftscope.record import RunRecord, Seconds, write_record
+from peftscope.spec import run_id
+from peftscope.sweep import expand
+
+BIG = "fixed: {model: llama-2-7b, task: metamath, seq_len: 512, checkpointing: true, generation_items: 0}\n"
+
+
+def test_what_will_not_fit_is_marked_with_what_would(write_experiment) -> None:
+    write_experiment("mine", BIG + "methods: {full: {precision: bf16}}\naxes: {method: [full, qlora]}\n")
+    forecaster = Forecaster(find_gpu("24GiB"))
+    full, qlora = (forecaster.forecast(i, spec) for i, spec in expand("mine", "cuda").runs.items())
+    assert not full.fits and full.peak_device_bytes > 8 * 6.7e9  # weights, gradients and two states, two bytes each
+    assert "method: qlora" in full.advice
+    assert qlora.fits and qlora.advice == "" and qlora.peak_device_bytes < 24 * GIB
+    done = CliRunner().invoke(app, ["expand", "experiments/mine.yaml", "--gpu", "24GiB"])
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.output.splitlines() if line.strip().startswith("full-s0-cuda")]
+    assert re.search(r"does not fit \(needs [\d.]+ GiB\)", line)
+    assert re.search(r"about \d.* of GPU to go, peak at most [\d.]+ GiB", done.output)
+
+
+def test_memory_is_asked_once_for_runs_that_differ_in_nothing_that_matters_to_it(write_experiment) -> None:
+    axes = "axes: {method: [lora], learning_rate: [1.0e-4, 2.0e-4], alpha: [8, 16]}\nseeds: [0, 1]\n"
+    write_experiment("mine", BIG + axes)
+    forecaster = Forecaster(find_gpu("a100"))
+    found = [forecaster.forecast(i, spec) for i, spec in expand("mine", "cuda").runs.items()]
+    assert len(found) == 8 and len(forecaster._memory) == 1
+    assert len({f.peak_device_bytes for f in found}) == 1
+    write_experiment("mine", BIG + "axes: {method: [lora], rank: [4, 64]}\n")
+    small, large = (forecaster.forecast(i, spec) for i, spec in expand("mine", "cuda").runs.items())
+    assert small.peak_device_bytes < large.peak_device_bytes
+
+
+def test_a_caches_bytes_count_where_answers_are_generated(write_experiment) -> None:
+    """Of Llama-2-7B: keys and values of 32 layers, 4096 wide, two bytes each."""
+    write_experiment("mine", BIG.replace("generation_items: 0", "generation_items: 64, eval_batch_size: 32"))
+    (spec,) = expand("mine", "cuda").runs.values()
+    forecaster = Forecaster(find_gpu("80GiB"))
+    answered = forecaster.forecast("a", spec)
+    silent = forecaster.forecast("b", spec.model_copy(update={"generation_items": 0}))
+    assert answered.binding_phase == "generate"
+    assert answered.peak_device_bytes > silent.peak_device_bytes
+    assert answered.peak_device_bytes > 32 * (512 + 256) * 2 * 32 * 4096 * 2 + 2 * 6.7e9
+
+
+def test_operations_are_six_a_weight_and_token_for_full_fine_tuning_and_four_for_adapters(write_experiment) -> None:
+    text = BIG.replace("checkpointing: true", "steps: 10, batch_size: 4, packing: true")
+    write_experiment("mine", text + "methods: {full: {precision: bf16}}\naxes: {method: [full, lora]}\n")
+    full, lora = (training_flops(spec) for spec in expand("mine", "cuda").runs.values())
+    weights_and_tokens = 6.6e9 * 10 * 4 * 512  # the input embeddings are looked up
+    assert full == pytest.approx(6 * weights_and_tokens, rel=0.05)
+    assert lora == pytest.approx(4 * weights_and_tokens, rel=0.06)
+
+
+def test_a_record_of_the_card_takes_the_place_of_the_guess(write_experiment) -> None:
+    from peftscope import estimate
+
+    write_experiment("mine", BIG + "axes: {method: [lora]}\n")
+    (spec,) = expand("mine", "cuda").runs.values()
+    card, other = find_gpu("a100"), find_gpu("h100")
+    assert Forecaster(card).share(spec) == SHARE
+    seconds = training_flops(spec) / (0.5 * Forecaster(card).peak_flops)
+    provenance = {"hardware": {"gpu": "NVIDIA A100-SXM4-40GB"}}
+    record = RunRecord(run_id=run_id(spec), status="ok", spec=spec, seconds=Seconds(train=seconds, wall=seconds))
+    write_record(
+        Path("results/mine/runs") / run_id(spec) / "record.json", record.model_copy(update={"provenance": provenance})
+    )
+    estimate._measured.cache_clear()
+    try:
+        assert Forecaster(card).share(spec) == pytest.approx(0.5)
+        assert Forecaster(other).share(spec) == SHARE
+    finally:
+        estimate._measured.cache_clear()
+
+
+def test_the_runs_that_a_study_has_yet_to_choose_rates_for_are_counted() -> None:
+    known, assumed = expand("gpu-7b", "cuda").runs, expand("gpu-7b", "cuda", assume_rates=True).runs
+    study = expand("gpu-7b", "cuda").experiment.study
+    assert study is not None
+    more = len(study.arms) * len(study.seeds) + sum(map(len, study.controls.values())) * len(study.seeds)
+    assert len(assumed) == len(known) + more
+    assert len(Counter(assumed)) == len(assumed)
+
+
+def test_without_a_card_the_one_that_an_experiment_is_made_for_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert card_of("gpu-7b", None) == find_gpu("80GiB")
+    assert card_of("gpu-7b", "rtx4090") == find_gpu("rtx4090")
+    assert card_of("quick", None) is None
+
+
+def test_a_card_that_nobody_knows_is_said(write_experiment) -> None:
+    done = CliRunner().invoke(app, ["expand", "quick", "--gpu", "rtx9999x"])
+    assert "unknown card" in str(done.exception)
+
+
+@pytest.mark.parametrize("name", ["gpu-7b", "gpu-8b", "gpu-small", "gpu-medium"])
+def test_everything_of_a_hub_is_pinned_to_a_commit(name: str) -> None:
+    from peftscope.data.tasks import find_task
+    from peftscope.models.catalog import find_model
+
+    for spec in expand(name, "cuda").runs.values():
+        sources = find_model(spec.model).source, find_task(spec.task).source
+        assert all(re.fullmatch(r"[0-9a-f]{40}", str(source.revision)) for source in sources), json.dumps(spec.model)
