@@ -10,8 +10,8 @@ READY := .venv/.ready
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup report test smoke slow browser lint format schema lock publish benchmark benchmark-memory agreement \
-        gpu-check claims clean
+.PHONY: help setup report test smoke slow browser lint format schema lock publish benchmark benchmark-memory \
+        benchmark-scale agreement gpu-check claims clean
 
 help:
 	@echo "make report [EXPERIMENT=quick]   train, measure and write reports/EXPERIMENT/report.html"
@@ -21,6 +21,7 @@ help:
 	@echo "make claims                      measure what the literature claims; reports/EXPERIMENT/claims.html"
 	@echo "make benchmark                   our training step against the HF Trainer"
 	@echo "make benchmark-memory            the memory calculator's speed, beside accelerate's estimate"
+	@echo "make benchmark-scale             how the suite grows from 50 to 5,000 runs; docs/scale.md"
 	@echo "make agreement                   closed form against simulation, on random runs"
 	@echo "make gpu-check                   predicted against measured memory, on a CUDA card"
 	@echo "make lint | slow | browser       checks; long tests; the report in a real browser"
@@ -79,6 +80,9 @@ benchmark: $(READY)
 
 benchmark-memory: $(READY)
 	$(BIN)/python -m peftscope.memory.benchmark
+
+benchmark-scale: $(READY)
+	$(BIN)/python -m peftscope.report.benchmark
 
 agreement: $(READY)
 	$(BIN)/python -W ignore -m peftscope.memory.agreement

@@ -22,11 +22,14 @@ def results_folder(experiment: str) -> Path:
 def collect_experiment(sweep: Sweep) -> None:
     """Writes ``runs.csv`` and ``losses.csv`` of an experiment; runs without a record have the status ``missing``."""
     folder = results_folder(sweep.name)
+    member: dict[str, list[str]] = {identity: [] for identity in sweep.runs}
+    for comparison in sweep.comparisons:
+        for identity in comparison.runs:
+            member[identity].append(comparison.name)
     rows, losses = [], []
     for identity, spec in sweep.runs.items():
         record = _find_record(folder / "runs" / identity)
-        member = [c.name for c in sweep.comparisons if identity in c.runs]
-        rows.append({"run_id": identity, "comparisons": " ".join(member), **_row(spec, record)})
+        rows.append({"run_id": identity, "comparisons": " ".join(member[identity]), **_row(spec, record)})
         for step, nll in enumerate(record.train_nll if record else [], 1):
             losses.append({"run_id": identity, "step": step, "nll_nats_per_token": nll})
     folder.mkdir(parents=True, exist_ok=True)
