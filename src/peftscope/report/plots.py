@@ -25,6 +25,8 @@ from peftscope.report.tables import (
 )
 
 PHASES = {"load": "load and initialise", "train": "train", "evaluate": "evaluate"}
+RANGE = {"color": "0.3", "linewidth": 1.2}
+"""How the line looks that goes from the least of several runs to the most."""
 MOST_TICKS = 12
 """That have room to name every rung of a ladder."""
 LABELS = {
@@ -167,7 +169,7 @@ def draw_memory(axes: plt.Axes, runs: pd.DataFrame) -> None:
         hue="phase",
         hue_order=[phase for phase in PHASES.values() if (long["phase"] == phase).any()],
         errorbar=("pi", 100) if is_crowded(grid_runs(runs)) else None,
-        err_kws={"color": "0.3", "linewidth": 1.2},
+        err_kws=RANGE,
         ax=axes,
         palette="crest",
     )
@@ -176,38 +178,26 @@ def draw_memory(axes: plt.Axes, runs: pd.DataFrame) -> None:
 
 
 def draw_throughput(axes: plt.Axes, runs: pd.DataFrame) -> None:
-    """Draws tokens per second by method, one point a run; a box a method, where there are too many variants to name."""
+    """Draws tokens per second by method, one point a run; their range, where a bar stands for several variants."""
     grid = _with_names(grid_runs(runs)).dropna(subset=["tokens_per_second"])
     if grid.empty:
         return
-    axes.set(title="Throughput of training")
-    if is_crowded(grid_runs(runs)):
-        colours = palette(grid)
-        sns.boxplot(
-            grid,
-            x="tokens_per_second",
-            y="variant",
-            hue="variant",
-            palette=colours,
-            whis=(0, 100),
-            legend=False,
-            ax=axes,
-        )
-        axes.set(xlabel=LABELS["tokens"], ylabel="")
-        return
+    crowded = is_crowded(grid_runs(runs))
     sns.barplot(
         grid,
         x="tokens_per_second",
         y="variant",
         hue="variant",
-        errorbar=None,
+        errorbar=("pi", 100) if crowded else None,
+        err_kws=RANGE,
         ax=axes,
         palette=palette(grid),
         legend=False,
         alpha=0.6,
     )
-    sns.stripplot(grid, x="tokens_per_second", y="variant", color="0.2", size=4, jitter=False, ax=axes)
-    axes.set(xlabel=LABELS["tokens"], ylabel="")
+    if not crowded:
+        sns.stripplot(grid, x="tokens_per_second", y="variant", color="0.2", size=4, jitter=False, ax=axes)
+    axes.set(xlabel=LABELS["tokens"], ylabel="", title="Throughput of training")
 
 
 def draw_losses(axes: plt.Axes, runs: pd.DataFrame, losses: pd.DataFrame) -> None:

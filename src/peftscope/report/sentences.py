@@ -38,8 +38,8 @@ MEMORY = (
 THROUGHPUT = (
     "{{ fastest }} trained fastest, {{ fastest_rate }} tokens per second in the median; {{ slowest }} slowest, "
     "{{ slowest_rate }}. "
-    "{% if crowded %}Boxes hold the middle half of a method's runs, lines all of them; {% else %}Each point is a run, "
-    "{% endif %}padding not counted."
+    "{% if crowded %}Bars are means over the runs of a method, lines go from its slowest to its fastest"
+    "{% else %}Each point is a run{% endif %}, padding not counted."
 )
 LOSSES = (
     "{% if same_batches %}Every run of one seed saw the same batches in the same order. {% endif %}"
