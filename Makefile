@@ -24,8 +24,8 @@ READY := $(VENV)/.ready
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup report test test-faults test-slurm test-oldest test-newest smoke slow browser lint format schema docs lock \
-        audit sbom publish benchmark benchmark-memory agreement gpu-check claims clean
+.PHONY: help setup report test test-faults test-slurm test-oldest test-newest smoke slow browser lint format schema docs \
+        lock audit sbom publish benchmark benchmark-memory benchmark-scale agreement gpu-check claims clean
 
 help:
 	@echo "make report [EXPERIMENT=quick]   train, measure and write reports/EXPERIMENT/report.html"
@@ -35,6 +35,7 @@ help:
 	@echo "make claims                      measure what the literature claims; reports/EXPERIMENT/claims.html"
 	@echo "make benchmark                   our training step against the HF Trainer"
 	@echo "make benchmark-memory            the memory calculator's speed, beside accelerate's estimate"
+	@echo "make benchmark-scale             how the suite grows from 50 to 5,000 runs; docs/scale.md"
 	@echo "make agreement                   closed form against simulation, on random runs"
 	@echo "make test-faults                 kills, full disks, damaged files: what is lost (nothing)"
 	@echo "make test-slurm                  the smoke pipeline on a real Slurm, started on this machine"
@@ -113,6 +114,9 @@ benchmark: $(READY)
 
 benchmark-memory: $(READY)
 	$(BIN)/python -m peftscope.memory.benchmark
+
+benchmark-scale: $(READY)
+	$(BIN)/python -m peftscope.report.benchmark
 
 agreement: $(READY)
 	$(BIN)/python -W ignore -m peftscope.memory.agreement

@@ -49,6 +49,10 @@ def collect_experiment(sweep: Sweep) -> None:
         InputError: Records are damaged, all of which were set aside, or those of other runs or versions.
     """
     folder = results_folder(sweep.name)
+    member: dict[str, list[str]] = {identity: [] for identity in sweep.runs}
+    for comparison in sweep.comparisons:
+        for identity in comparison.runs:
+            member[identity].append(comparison.name)
     rows, losses, problems = [], [], []
     for identity, spec in sweep.runs.items():
         try:
@@ -56,8 +60,7 @@ def collect_experiment(sweep: Sweep) -> None:
         except Damaged as error:
             problems += error.problems
             continue
-        member = [c.name for c in sweep.comparisons if identity in c.runs]
-        rows.append({"run_id": identity, "comparisons": " ".join(member), **_row(spec, record)})
+        rows.append({"run_id": identity, "comparisons": " ".join(member[identity]), **_row(spec, record)})
         for step, nll in enumerate(record.train_nll if record else [], 1):
             losses.append({"run_id": identity, "step": step, "nll_nats_per_token": nll})
     if problems:

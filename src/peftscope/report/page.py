@@ -18,8 +18,9 @@ from peftscope.experiment import Study, experiment_path, read_experiment
 from peftscope.memory.grid import CENTRE, CHAPTER_RUN, MODEL
 from peftscope.report.memory import CARDS
 from peftscope.report.memory import FOLDER as MEMORY_FOLDER
-from peftscope.report.sentences import sentence
+from peftscope.report.sentences import listed, sentence
 from peftscope.report.study import study_facts
+from peftscope.report.tables import best_settings, method_summary, notable_runs
 from peftscope.stats import CONFIDENCE
 from peftscope.study import StudyResults
 
@@ -53,6 +54,7 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
         style=files("peftscope.report").joinpath("templates/report.css").read_text(),
         figures=figures,
         methods_table=(folder / "tables" / "methods.html").read_text(),
+        left_out=_left_out(runs),
         runs_table=(folder / "tables" / "runs.html").read_text(),
         benchmarks_table=_table_with_rows(folder / "tables" / "benchmarks"),
         predictions_table=(folder / "tables" / "predictions.html").read_text(),
@@ -73,6 +75,16 @@ def _table_with_rows(path: Path) -> str:
     """Returns a table's HTML, nothing where it has no rows or was not made."""
     csv, html = path.with_suffix(".csv"), path.with_suffix(".html")
     return html.read_text() if csv.is_file() and html.is_file() and len(pd.read_csv(csv)) else ""
+
+
+def _left_out(runs: pd.DataFrame) -> dict[str, tuple[int, int] | None]:
+    """Returns how many rows of how many the tables for people show, None where these are all."""
+    methods = method_summary(runs)
+    counts = {
+        "methods": (len(best_settings(methods)), len(methods)),
+        "runs": (len(notable_runs(runs)), len(runs)),
+    }
+    return {name: (shown, total) if shown < total else None for name, (shown, total) in counts.items()}
 
 
 def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
@@ -120,7 +132,7 @@ def _facts(runs: pd.DataFrame) -> list[tuple[str, str]]:
     """Returns the provenance that all runs should share, with every value that occurs."""
 
     def values(column: str) -> str:
-        return ", ".join(sorted({f"{v:g}" if isinstance(v, float) else str(v) for v in runs[column].dropna()})) or "-"
+        return listed(sorted(runs[column].dropna().unique())) or "-"
 
     memory = runs["host_memory_bytes"].dropna()
     return [

@@ -15,9 +15,21 @@ import seaborn as sns
 from peftscope.collect import read_runs, results_folder
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.methods import METHODS
-from peftscope.report.tables import MIB, ladder_summary, method_summary, predictions, variants
+from peftscope.report.tables import (
+    MIB,
+    grid_runs,
+    is_crowded,
+    ladder_summary,
+    method_summary,
+    predictions,
+    variants,
+)
 
 PHASES = {"load": "load and initialise", "train": "train", "evaluate": "evaluate"}
+RANGE = {"color": "0.3", "linewidth": 1.2}
+"""How the line looks that goes from the least of several runs to the most."""
+MOST_TICKS = 12
+"""That have room to name every rung of a ladder."""
 LABELS = {
     "heldout_nll": "held-out NLL (nats per response token)",
     "train_peak": "peak of live tensors in training (MiB)",
@@ -84,19 +96,33 @@ def save(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def _grid(runs: pd.DataFrame) -> pd.DataFrame:
-    grid = runs[(runs["status"] == "ok") & runs["comparisons"].str.contains(r"\bgrid\b")]
-    return grid.assign(variant=variants(grid))
+def _with_names(runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns rows with what a figure tells apart as ``variant``: only methods, where there are too many variants."""
+    return runs.assign(variant=runs["label"] if is_crowded(runs) else variants(runs))
 
 
 def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
-    """Draws held-out loss against the memory peak of training, one point a method, bars over seeds."""
+    """Draws held-out loss against the memory peak of training, one point a method, bars over seeds.
+
+    Where there are too many variants to name, a point is a variant and has its method's colour.
+    """
     methods = method_summary(runs)
     if methods.empty:
         return
-    trained = methods.assign(variant=variants(methods)).dropna(subset=["heldout_nll", "train_peak_bytes"])
+    crowded = is_crowded(methods)
+    trained = _with_names(methods).dropna(subset=["heldout_nll", "train_peak_bytes"])
     colours = palette(trained)
-    for row in trained.itertuples():
+    for variant, rows in trained.groupby("variant", sort=False) if crowded else []:
+        axes.plot(
+            rows["train_peak_bytes"] / MIB,
+            rows["heldout_nll"],
+            "o",
+            ms=4,
+            color=colours[variant],
+            label=variant,
+            alpha=0.5,
+        )
+    for row in () if crowded else trained.itertuples():
         bars = (
             None
             if pd.isna(row.heldout_nll_low)
@@ -112,8 +138,8 @@ def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
             color=colours[row.variant],
             label=row.variant,
         )
-    seeds = _grid(runs).dropna(subset=["heldout_nll_nats_per_token", "train_peak_tensor_bytes"])
-    for row in seeds.itertuples():
+    seeds = _with_names(grid_runs(runs)).dropna(subset=["heldout_nll_nats_per_token", "train_peak_tensor_bytes"])
+    for row in () if crowded else seeds.itertuples():
         axes.plot(
             row.train_peak_tensor_bytes / MIB,
             row.heldout_nll_nats_per_token,
@@ -126,7 +152,7 @@ def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
     plain_ticks(axes.xaxis)
     # Intervals of two or three seeds are many times wider than the points' spread: they may leave the frame.
     points = seeds["heldout_nll_nats_per_token"] if len(seeds) else trained["heldout_nll"]
-    if len(points):
+    if len(points) and not crowded:
         spread = float(points.max() - points.min()) or float(points.max()) / 10
         axes.set_ylim(float(points.min()) - spread, float(points.max()) + spread)
     if axes.get_legend_handles_labels()[0]:
@@ -134,8 +160,8 @@ def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
 
 
 def draw_memory(axes: plt.Axes, runs: pd.DataFrame) -> None:
-    """Draws the peak of live tensors by method and phase."""
-    grid = _grid(runs)
+    """Draws the peak of live tensors by method and phase; its range, where a bar stands for several variants."""
+    grid = _with_names(grid_runs(runs))
     columns = {f"{phase}_peak_tensor_bytes": label for phase, label in PHASES.items()}
     long = grid.melt(id_vars="variant", value_vars=list(columns), var_name="phase", value_name="bytes").dropna(
         subset=["bytes"]
@@ -149,7 +175,8 @@ def draw_memory(axes: plt.Axes, runs: pd.DataFrame) -> None:
         y="variant",
         hue="phase",
         hue_order=[phase for phase in PHASES.values() if (long["phase"] == phase).any()],
-        errorbar=None,
+        errorbar=("pi", 100) if is_crowded(grid_runs(runs)) else None,
+        err_kws=RANGE,
         ax=axes,
         palette="crest",
     )
@@ -158,34 +185,39 @@ def draw_memory(axes: plt.Axes, runs: pd.DataFrame) -> None:
 
 
 def draw_throughput(axes: plt.Axes, runs: pd.DataFrame) -> None:
-    """Draws tokens per second by method, one point a run."""
-    grid = _grid(runs).dropna(subset=["tokens_per_second"])
+    """Draws tokens per second by method, one point a run; their range, where a bar stands for several variants."""
+    grid = _with_names(grid_runs(runs)).dropna(subset=["tokens_per_second"])
     if grid.empty:
         return
+    crowded = is_crowded(grid_runs(runs))
     sns.barplot(
         grid,
         x="tokens_per_second",
         y="variant",
         hue="variant",
-        errorbar=None,
+        errorbar=("pi", 100) if crowded else None,
+        err_kws=RANGE,
         ax=axes,
         palette=palette(grid),
         legend=False,
         alpha=0.6,
     )
-    sns.stripplot(grid, x="tokens_per_second", y="variant", color="0.2", size=4, jitter=False, ax=axes)
+    if not crowded:
+        sns.stripplot(grid, x="tokens_per_second", y="variant", color="0.2", size=4, jitter=False, ax=axes)
     axes.set(xlabel=LABELS["tokens"], ylabel="", title="Throughput of training")
 
 
 def draw_losses(axes: plt.Axes, runs: pd.DataFrame, losses: pd.DataFrame) -> None:
-    """Draws the training loss by step: a line a method, a band over its seeds."""
-    grid = _grid(runs)
+    """Draws the training loss by step: a line a method, a band over its seeds.
+
+    Where there are too many variants to name, the line is the median of a method's runs, the band their middle half.
+    """
+    grid = _with_names(grid_runs(runs))
+    over = {"estimator": "median", "errorbar": ("pi", 50)} if is_crowded(grid_runs(runs)) else {"errorbar": ("pi", 100)}
     curves = losses.merge(grid[["run_id", "variant"]], on="run_id").dropna()
     if curves.empty:
         return
-    sns.lineplot(
-        curves, x="step", y="nll_nats_per_token", hue="variant", errorbar=("pi", 100), palette=palette(grid), ax=axes
-    )
+    sns.lineplot(curves, x="step", y="nll_nats_per_token", hue="variant", palette=palette(grid), ax=axes, **over)
     axes.set(yscale="log", xlabel="step", ylabel="training NLL (nats per response token)", title="Loss curves")
     plain_ticks(axes.yaxis)
     axes.legend(title="", fontsize=8)
@@ -258,8 +290,13 @@ def draw_ladder(axes: plt.Axes, runs: pd.DataFrame, field: str) -> None:
         )
     if is_number and (numeric > 0).all():
         axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted(set(numeric)), [f"{value:g}" for value in sorted(set(numeric))])
-        axes.minorticks_off()
+        rungs_at = sorted(set(numeric))
+        if len(rungs_at) <= MOST_TICKS:
+            axes.set_xticks(rungs_at, [f"{value:g}" for value in rungs_at])
+            axes.minorticks_off()
+        else:
+            axes.set_xscale("log")
+            plain_ticks(axes.xaxis)
     axes.set(
         xlabel=field.replace("_", " "), ylabel=LABELS["heldout_nll"], title=f"Ladder over {field.replace('_', ' ')}"
     )

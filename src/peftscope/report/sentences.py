@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
-from peftscope.report.tables import MIB, ladder_summary, method_summary, predictions, variants
+from peftscope.report.tables import (
+    MIB,
+    grid_runs,
+    is_crowded,
+    ladder_summary,
+    method_summary,
+    predictions,
+    variants,
+)
 from peftscope.stats import CONFIDENCE
 
 NOTHING = "No finished run has measured this."
@@ -17,23 +25,28 @@ PARETO = (
     "Lower and further left is better. {{ best }} reached the lowest held-out loss, {{ best_nll }} nats per token "
     "(the untouched base: {{ base_nll }}); {{ leanest }} trained in the least memory, {{ leanest_mib }} MiB, against "
     "{{ largest_mib }} MiB for {{ largest }}. "
+    "{% if crowded %}Each point is a setting, the mean of its runs; colours are methods. {% else %}"
     "Small points are runs, large ones means"
-    "{% if n > one %}, bars {{ confidence }} % intervals over {{ n }} seeds (cut at the frame){% endif %}. "
+    "{% if n > one %}, bars {{ confidence }} % intervals over {{ n }} seeds (cut at the frame){% endif %}. {% endif %}"
     "{% if n < needed %}n = {{ n }} is too few to call a difference: this figure ranks nothing.{% endif %}"
 )
 MEMORY = (
     "{{ largest }} needs the most memory in training, {{ largest_mib }} MiB of live tensors; {{ leanest }} the least, "
     "{{ leanest_mib }} MiB, a factor of {{ factor }}. Loading includes the method's initialisation."
+    "{% if crowded %} Bars are means over the runs of a method, lines go from its least to its most.{% endif %}"
 )
 THROUGHPUT = (
     "{{ fastest }} trained fastest, {{ fastest_rate }} tokens per second in the median; {{ slowest }} slowest, "
-    "{{ slowest_rate }}. Each point is a run, padding not counted."
+    "{{ slowest_rate }}. "
+    "{% if crowded %}Bars are means over the runs of a method, lines go from its slowest to its fastest"
+    "{% else %}Each point is a run{% endif %}, padding not counted."
 )
 LOSSES = (
     "{% if same_batches %}Every run of one seed saw the same batches in the same order. {% endif %}"
     "On the last step {{ lowest }} had the lowest "
     "training loss, {{ lowest_nll }} nats per token, and {{ highest }} the highest, {{ highest_nll }}; "
-    "bands span the seeds."
+    "{% if crowded %}lines are medians over the runs of a method, bands hold their middle half."
+    "{% else %}bands span the seeds.{% endif %}"
 )
 LADDER = (
     "Along {{ field }}, everything else held at the centre, the lowest held-out loss was {{ best_nll }} nats per token "
@@ -46,6 +59,7 @@ PREDICTION = (
     "was measured. Over {{ runs }} runs the peaks of training were {{ mean }} % off in the mean, {{ worst }} % at "
     "worst ({{ worst_run }}); on the line, prediction and measurement are equal."
 )
+MOST_LISTED = 12
 SEEDS_NEEDED = 6
 """Below six seeds an exact paired sign-flip test cannot reach p < 0.05 (two-sided: 2 / 2^n)."""
 
@@ -62,6 +76,17 @@ def sentence(figure: str, runs: pd.DataFrame, losses: pd.DataFrame) -> str:
     return _jinja.from_string(template).render(facts) if facts else NOTHING
 
 
+def listed(values: Iterable[Any]) -> str:
+    """Returns values in a row, the first of many.
+
+    >>> listed([1, 2, 3]), listed(range(100))
+    ('1, 2, 3', '0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 88 more')
+    """
+    names = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+    more = len(names) - MOST_LISTED
+    return ", ".join(names[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
 def pareto_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
     """Returns who is best and leanest, over methods that train."""
     trained, base = _trained(runs)
@@ -73,6 +98,7 @@ def pareto_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | N
         "best": best["label"],
         "best_nll": f"{best['heldout_nll']:.3f}",
         "base_nll": f"{base['heldout_nll'].iloc[0]:.3f}" if len(base) else "not run",
+        "crowded": is_crowded(method_summary(runs)),
         "n": int(trained["n"].min()),
         "needed": SEEDS_NEEDED,
         "one": 1,
@@ -83,7 +109,9 @@ def pareto_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | N
 def memory_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
     """Returns the extremes of training memory."""
     trained, _ = _trained(runs)
-    return _extremes(trained, "train_peak_bytes") if len(trained) else None
+    if trained.empty:
+        return None
+    return {**_extremes(trained, "train_peak_bytes"), "crowded": is_crowded(grid_runs(runs))}
 
 
 def throughput_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
@@ -101,12 +129,13 @@ def throughput_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any]
         "fastest_rate": f"{fast['tokens_per_second']:,.0f}",
         "slowest": slow["label"],
         "slowest_rate": f"{slow['tokens_per_second']:,.0f}",
+        "crowded": is_crowded(grid_runs(runs)),
     }
 
 
 def losses_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
     """Returns the extremes of the training loss at the last step, means over seeds."""
-    grid = runs[runs["comparisons"].str.contains(r"\bgrid\b") & (runs["status"] == "ok")]
+    grid = grid_runs(runs)
     grid = grid.assign(variant=variants(grid))
     curves = losses.merge(grid[["run_id", "variant"]], on="run_id").dropna()
     if curves.empty:
@@ -114,6 +143,7 @@ def losses_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | N
     last = curves[curves["step"] == curves.groupby("run_id")["step"].transform("max")]
     final = last.groupby("variant")["nll_nats_per_token"].mean()
     return {
+        "crowded": is_crowded(grid),
         "same_batches": bool((grid.groupby("seed")["train_batches_sha256"].nunique() == 1).all()),
         "lowest": final.idxmin(),
         "lowest_nll": f"{final.min():.3f}",

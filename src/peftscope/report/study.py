@@ -11,6 +11,7 @@ import seaborn as sns
 from peftscope.collect import results_folder
 from peftscope.experiment import Study
 from peftscope.report.plots import draw_figure, method_colours, plain_ticks
+from peftscope.report.sentences import listed
 from peftscope.report.tables import formatted, html
 from peftscope.stats import (
     CONFIDENCE,
@@ -182,7 +183,7 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
     return {
         "first": labels[study.arms[0]],
         "fewest_rates": min(len(rates) for rates in settings.learning_rates.values()),
-        "tuning_seeds": ", ".join(map(str, settings.tuning_seeds)),
+        "tuning_seeds": listed(settings.tuning_seeds),
         "seeds": len(settings.seeds),
         "chosen": ", ".join(f"{label} {study.rate(arm).best:g}" for arm, label in labels.items()),
         "at_an_end": ", ".join(labels[arm] for arm in study.arms_at_an_end),

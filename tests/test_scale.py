@@ -1,0 +1,112 @@
+"""Sweeps of thousands of runs: what people see stays small, what it takes stays in bounds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from peftscope.collect import collect_experiment, read_runs
+from peftscope.methods import METHODS
+from peftscope.report.benchmark import NO_OP, REPORT, Cost, Series, measure_experiment, missed_aims, render
+from peftscope.report.page import report_path
+from peftscope.report.plots import draw_losses, draw_pareto, draw_throughput
+from peftscope.report.sentences import sentence
+from peftscope.report.synthetic import STUDY, SWEEP, make_study, make_sweep, make_workspace
+from peftscope.report.tables import MOST_ROWS, best_settings, is_crowded, method_summary, notable_runs
+from peftscope.sweep import expand
+
+SLOWNESS = float(os.environ.get("PEFTSCOPE_SLOW_MACHINE", "1"))
+
+
+@pytest.fixture
+def scaled(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace without experiments of its own."""
+    make_workspace(tmp_path / "scaled", repository)
+    monkeypatch.chdir(tmp_path / "scaled")
+    return tmp_path / "scaled"
+
+
+@pytest.fixture
+def sweep(scaled: Path) -> pd.DataFrame:
+    """The runs of a finished sweep of 51 settings."""
+    assert make_sweep(500) == 501
+    collect_experiment(expand(SWEEP))
+    return read_runs(SWEEP)
+
+
+def test_figures_of_many_settings_name_methods(sweep: pd.DataFrame) -> None:
+    losses = pd.read_csv(f"results/{SWEEP}/losses.csv")
+    labels = {cls.label for cls in METHODS.values()}
+    assert is_crowded(sweep)
+    for draw in (draw_pareto, lambda axes, runs: draw_losses(axes, runs, losses)):
+        _, axes = plt.subplots()
+        draw(axes, sweep)
+        names = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert len(names) == len(set(names)) == 6
+        assert set(names) <= labels
+    _, axes = plt.subplots()
+    draw_throughput(axes, sweep)
+    assert {text.get_text() for text in axes.get_yticklabels()} == set(names)
+    plt.close("all")
+    for figure, said in {
+        "pareto": "colours are methods",
+        "losses": "medians",
+        "throughput": "slowest to its fastest",
+    }.items():
+        assert said in sentence(figure, sweep, losses)
+        few = sweep[(sweep["learning_rate"] == 1e-3) & (sweep["comparisons"] != "runs")]
+        assert not is_crowded(few)
+        assert said not in sentence(figure, few, losses)
+
+
+def test_tables_for_people_keep_every_method_and_every_bad_ending(sweep: pd.DataFrame) -> None:
+    methods = method_summary(sweep)
+    assert best_settings(methods) is methods
+    assert len(notable_runs(sweep)) == MOST_ROWS < len(sweep)
+    many = pd.concat([methods.assign(learning_rate=rate) for rate in range(20)], ignore_index=True)
+    many.loc[many["label"] == "DoRA", "heldout_nll"] = float("nan")
+    shown = best_settings(many)
+    assert len(shown) == MOST_ROWS
+    assert set(shown["label"]) == set(many["label"])
+    left = many.drop(shown.index)
+    for label, rows in left.groupby("label"):
+        assert rows["heldout_nll"].min() >= shown.loc[shown["label"] == label, "heldout_nll"].max() or label == "DoRA"
+    several = pd.concat([sweep, sweep.assign(run_id=sweep["run_id"] + "-again")], ignore_index=True)
+    seen = notable_runs(several)
+    assert len(seen) == MOST_ROWS
+    assert (several.drop(seen.index)["status"] == "ok").all()
+    assert several["heldout_nll_nats_per_token"].idxmin() in seen.index
+
+
+def test_a_study_that_is_made_up_is_finished(scaled: Path) -> None:
+    runs = make_study(500)
+    assert runs == len(expand(STUDY).runs) == len(list(Path(f"results/{STUDY}/runs").glob("*/record.json")))
+    assert any(c.name.startswith("arm-") for c in expand(STUDY).comparisons)
+
+
+def test_the_page_of_growth_says_what_was_missed() -> None:
+    fine = Series(
+        [50, 500], {name: [Cost(1, 1, 1 << 20), Cost(5, 9, 1 << 20)] for name in (NO_OP, "tables", REPORT)}, {}
+    )
+    assert missed_aims(fine) == []
+    slow = Series([50, 500], fine.costs | {NO_OP: [Cost(1, 1, 1 << 20), Cost(11, 20, 3 << 30)]}, {})
+    missed = missed_aims(slow)
+    assert [any(word in text for text in missed) for word in ("10 s", "2 GiB", "power 1.30")] == [True] * 3
+    page = render({SWEEP: fine, STUDY: slow})
+    assert "all met" in page
+    assert all(text in page for text in missed)
+
+
+@pytest.mark.slow
+def test_a_sweep_of_500_runs_stays_in_bounds(scaled: Path) -> None:
+    make_sweep(500)
+    costs = measure_experiment(SWEEP, lambda name: None)
+    assert max(cost.peak_bytes for cost in costs.values()) < 2 << 30
+    # A third of what 5,000 runs may take: an idle machine needs a quarter of these.
+    assert costs[NO_OP].processor_seconds < 10 * SLOWNESS
+    assert costs[REPORT].processor_seconds < 30 * SLOWNESS
+    assert report_path(SWEEP).stat().st_size < 5e6
