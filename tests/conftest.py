@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,20 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def in_workspace(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_workspace(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(workspace)
+    forget_files()
+    yield
+    forget_files()  # for fixtures of the session, which come before those of the next test
+
+
+def forget_files() -> None:
+    """Forgets what was read of models.yaml and tasks.yaml, which the next test may have others of."""
     from peftscope.data import tasks
     from peftscope.models import catalog
 
-    monkeypatch.chdir(workspace)
-    tasks._tasks.cache_clear()
-    tasks._scoring.cache_clear()
-    catalog._catalog.cache_clear()
+    for cached in (tasks._tasks, tasks._scoring, catalog._catalog):
+        cached.cache_clear()
 
 
 @pytest.fixture(scope="session")
@@ -86,18 +92,13 @@ def write_experiment(workspace: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     def write(name: str, text: str) -> Path:
         import shutil
 
-        from peftscope.data import tasks
-        from peftscope.models import catalog
-
         folder = tmp_path / "own"
         if not folder.exists():
             shutil.copytree(REPOSITORY / "experiments", folder / "experiments")
         monkeypatch.chdir(folder)
         path = Path("experiments") / f"{name}.yaml"
         path.write_text(text)
-        tasks._tasks.cache_clear()
-        tasks._scoring.cache_clear()
-        catalog._catalog.cache_clear()
+        forget_files()
         return path
 
     return write

@@ -15,11 +15,9 @@ from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from peftscope.data import tasks
 from peftscope.errors import InputError
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
-from peftscope.models import catalog
 from peftscope.spec import RunSpec
 
 MORE = int(os.environ.get("PEFTSCOPE_FUZZ", "1"))
@@ -54,11 +52,6 @@ def loads_or_refuses(load: Callable[[], Any]) -> Any:
         return error
     finally:
         assert time.monotonic() - began < LONGEST_SECONDS
-
-
-def forget_files() -> None:
-    for cached in (tasks._tasks, tasks._scoring, catalog._catalog):
-        cached.cache_clear()
 
 
 # Valid by construction.

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import forget_files
 from fuzzing import (
     TEXT,
     VALUES,
     cases,
     dumped,
-    forget_files,
     loads_or_refuses,
     mutated,
     specs,

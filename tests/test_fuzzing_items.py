@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import forget_files
 from fuzzing import (
     cases,
-    forget_files,
     loads_or_refuses,
 )
 from hypothesis import given
@@ -23,6 +23,7 @@ from peftscope.data.batching import IGNORED, collate, pack, tokenise
 from peftscope.data.tasks import SPLITS, Item, make_task, read_split
 from peftscope.errors import InputError
 from peftscope.models.load import load_tokenizer
+from peftscope.plan import plan_experiment
 from peftscope.training.run import _write_items
 
 ANYTHING = st.one_of(
@@ -149,3 +150,25 @@ def test_every_broken_line_is_named(broken: dict[int, bytes], own_folder: Path) 
     assert shown[: tasks.SHOWN_LINES] == wanted[: tasks.SHOWN_LINES]
     if len(wanted) > tasks.SHOWN_LINES:
         assert error.problems[-1].message == f"{len(wanted) - tasks.SHOWN_LINES} more lines hold no item"
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\x00b", "experiments", "/dev/zero", "nothing.jsonl"])
+def test_data_that_are_no_file(path: str, own_folder: Path) -> None:
+    write_task(own_folder, FILLING)
+    (own_folder / "experiments/tasks.yaml").write_text(
+        json.dumps({"mine": {"source": {"kind": "jsonl", "path": path}}})
+    )
+    (own_folder / "experiments/mine.yaml").write_text("fixed: {model: toy, task: mine}\n")
+    for load in (lambda: make_task("mine"), lambda: plan_experiment("mine")):
+        assert "no such file" in str(loads_or_refuses(load))
+
+
+def test_an_example_is_never_longer_than_a_sequence_and_has_a_prompt(tokenizer: Any) -> None:
+    for length in range(1, 30):
+        found = loads_or_refuses(lambda: tokenise([Item("question", "y" * length)], tokenizer, 20))  # noqa: B023
+        assert isinstance(found, InputError) == (length > 17)
+        if length <= 17:
+            assert len(found[0].tokens) <= 20
+            assert found[0].prompt_length >= 1
+    with pytest.raises(InputError, match="its prompt has no token"):
+        tokenise([Item("", "yes")], tokenizer, 20)

@@ -167,8 +167,11 @@ class TestWheels:
     def test_a_source_distribution_is_never_built(self, own: Callable[..., Path], index: Path, tmp_path: Path) -> None:
         mark = tmp_path / "mark"
         archive = index / "own-1.0.tar.gz"
+        backend = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+        about = "Metadata-Version: 2.1\nName: own\nVersion: 1.0\n"
         with tarfile.open(archive, "w:gz") as file:
-            for name, text in (("setup.py", MARK.format(str(mark))), ("PKG-INFO", "Name: own\nVersion: 1.0\n")):
+            texts = {"backend.py": MARK.format(str(mark)), "pyproject.toml": backend, "PKG-INFO": about}
+            for name, text in texts.items():
                 member = tarfile.TarInfo(f"own-1.0/{name}")
                 member.size = len(text)
                 file.addfile(member, io.BytesIO(text.encode()))

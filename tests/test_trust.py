@@ -23,7 +23,7 @@ import torch
 from peftscope.data.scoring import lm_eval_file, read_scoring
 from peftscope.data.tasks import make_task, task_folder
 from peftscope.errors import InputError
-from peftscope.models.catalog import model_folder
+from peftscope.models.catalog import LOCAL, model_folder
 from peftscope.models.load import load_base, load_tokenizer
 from peftscope.record import RunRecord, read_record, write_record
 from peftscope.spec import RunSpec, run_id
@@ -39,7 +39,6 @@ SOURCES = sorted((Path(__file__).parent.parent / "src/peftscope").rglob("*.py"))
 @cache
 def calls() -> list[tuple[Path, str, dict[str, Any]]]:
     """Every call in the sources, as (file, name, keywords); ``**LOCAL`` counts as what it holds."""
-    local = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     found = []
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -48,7 +47,7 @@ def calls() -> list[tuple[Path, str, dict[str, Any]]]:
             keywords: dict[str, Any] = {}
             for keyword in node.keywords:
                 if keyword.arg is None:
-                    keywords |= local if ast.unparse(keyword.value) == "LOCAL" else {}
+                    keywords |= LOCAL if ast.unparse(keyword.value) == "LOCAL" else {}
                 else:
                     keywords[keyword.arg] = ast.unparse(keyword.value)
             found.append((path, ast.unparse(node.func), {name: str(value) for name, value in keywords.items()}))
@@ -171,12 +170,16 @@ class TestModels:
     def test_native_code_of_a_hub_is_never_asked_for(
         self, own: Callable[..., Path], mark: Path, tmp_path: Path
     ) -> None:
+        from transformers.utils.import_utils import KERNELS_MIN_VERSION
+
         package = tmp_path / "site/kernels"
         package.mkdir(parents=True)
         (package / "__init__.py").write_text(MARK.format(str(mark)))
-        distribution = tmp_path / "site/kernels-0.15.2.dist-info"
+        distribution = tmp_path / f"site/kernels-{KERNELS_MIN_VERSION}.dist-info"
         distribution.mkdir()
-        (distribution / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.15.2\n")
+        (distribution / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n"
+        )
         paths = os.pathsep.join([str(tmp_path / "site"), *sys.path])
         loading = (
             "from pathlib import Path\n"

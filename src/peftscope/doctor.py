@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import socket
@@ -38,7 +37,6 @@ def examine() -> list[Finding]:
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
     reachable = not offline and _reachable()
     token = bool(os.environ.get("HF_TOKEN")) or (Path.home() / ".cache/huggingface/token").is_file()
-    kernels = importlib.util.find_spec("kernels") is not None
     return [
         Finding("processor", True, f"{psutil.cpu_count()} cores, {memory:.0f} GiB of memory"),
         Finding(
@@ -49,14 +47,6 @@ def examine() -> list[Finding]:
         ),
         Finding("torch", True, torch.__version__),
         _bitsandbytes(),
-        Finding(
-            "kernels package",
-            not kernels,
-            "installed" if kernels else "not installed",
-            "bitsandbytes would fetch 4-bit kernels from a hub, untested here: pip uninstall kernels"
-            if kernels
-            else "",
-        ),
         Finding(
             "model hub",
             reachable,
