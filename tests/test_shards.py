@@ -83,6 +83,10 @@ def assert_same_run(spec: RunSpec, folder: Path) -> None:
     assert max(held) <= 0.6 * 4 * one.size.total_parameters
     if not spec.method.trains:
         return
+    assert two.memory.train.peak_resident_bytes == max(rank.train.peak_resident_bytes for rank in two.memory.ranks)
+    assert two.memory.predicted.train_peak_tensor_bytes is None
+    assert two.unavailable["memory.predicted.train_peak_tensor_bytes"] == "the simulator knows a single process"
+    assert two.unavailable["memory.train.peak_tensor_bytes"] == "the byte tracker knows a single process"
     names = {path.name for path in (folder / "one" / "adapter").iterdir()}
     assert {path.name for path in (folder / "two" / "adapter").iterdir()} == names
     for name in names - {"README.md", "model.safetensors", "adapter_model.safetensors"}:
@@ -142,15 +146,6 @@ def test_dropout_differs_between_processes_and_runs_can_be_repeated(toy: Path, e
     spec = exact(method="lora", dropout=0.5, generation_items=0, shards=SHARDS)
     first, second = run_apart(spec, tmp_path / "first"), run_apart(spec, tmp_path / "second")
     assert first.train_nll == second.train_nll
-
-
-def test_what_a_record_cannot_say_has_its_reason(toy: Path, exact, tmp_path: Path) -> None:
-    record = run_apart(exact(method="lora", steps=2, generation_items=0, shards=SHARDS), tmp_path)
-    assert record.memory.predicted.train_peak_tensor_bytes is None
-    assert record.unavailable["memory.predicted.train_peak_tensor_bytes"] == "the simulator knows a single process"
-    assert record.unavailable["memory.train.peak_tensor_bytes"] == "the byte tracker knows a single process"
-    resident = [rank.train.peak_resident_bytes for rank in record.memory.ranks]
-    assert record.memory.train.peak_resident_bytes == max(resident)
 
 
 @pytest.mark.parametrize(
