@@ -95,7 +95,7 @@ def test_without_nvml_every_answer_is_none(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_card_that_others_use_is_recorded_and_said(nvml: None, capfd: pytest.CaptureFixture[str]) -> None:
-    facts = _card()
+    facts = _card(0)
     assert [other["pid"] for other in facts["other_processes"]] == [1, 2]
     assert facts["at_start"]["temperature_celsius"] == 41
     errors = capfd.readouterr().err

@@ -136,9 +136,9 @@ def resident_peak_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
-def pci_address() -> str:
-    """Returns where the current card is plugged in, as NVML writes it."""
-    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+def pci_address(index: int | None = None) -> str:
+    """Returns where one of torch's cards, by default the current one, is plugged in, as NVML writes it."""
+    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
     return f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"
 
 

@@ -37,8 +37,8 @@ PACKAGES = (
 )
 
 
-def provenance(spec: RunSpec) -> dict[str, Any]:
-    """Returns the facts that a reader needs to judge or repeat a run."""
+def provenance(spec: RunSpec, rank: int = 0) -> dict[str, Any]:
+    """Returns the facts that a reader needs to judge or repeat a run, before it uses its card: the one of its rank."""
     return {
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "code": git_state(),
@@ -57,7 +57,7 @@ def provenance(spec: RunSpec) -> dict[str, Any]:
                 "SLURM_JOB_ID",
             )
         },
-        "card": _card() if spec.device == "cuda" else None,
+        "card": _card(rank) if spec.device == "cuda" else None,
         "model": _manifest(model_folder(spec.model, spec.revision)),
         "task": _manifest(task_folder(spec.task)),
         "benchmarks": {name: _manifest(benchmark_folder(name)) for name in spec.benchmarks},
@@ -94,18 +94,18 @@ def hardware(device: str) -> dict[str, Any]:
     return found
 
 
-def _card() -> dict[str, Any]:
-    """Returns the card's state before the run uses it; a line says so if something else does."""
-    others = other_processes(find_card(pci_address()))
+def _card(index: int) -> dict[str, Any]:
+    """Returns a card's state before the run uses it; a line says so if something else does."""
+    others = other_processes(find_card(pci_address(index)))
     for other in others or []:
         used = "unknown memory" if other["used_bytes"] is None else f"{other['used_bytes'] / 2**30:.1f} GiB"
         print(f"process {other['pid']} uses the card as well ({used}): times and peaks include it", file=sys.stderr)
-    return {"at_start": card_reading(), "other_processes": others, "allocator_settings": allocator_settings()}
+    return {"at_start": card_reading(index), "other_processes": others, "allocator_settings": allocator_settings()}
 
 
-def card_reading() -> dict[str, float | None]:
-    """Returns clocks, power and temperature of the current card."""
-    return reading(find_card(pci_address()))
+def card_reading(index: int | None = None) -> dict[str, float | None]:
+    """Returns clocks, power and temperature of a card, by default the current one."""
+    return reading(find_card(pci_address(index)))
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

@@ -70,9 +70,9 @@ def execute(
     checkpoints = Checkpoints(state_folder(folder), spec, checkpoint_seconds)
     file = "record.json"
     try:
+        record.provenance = provenance(spec, rank)
         if spec.shards > 1:
             join(spec, rank, meeting)
-        record.provenance = provenance(spec)
         _run(spec, folder, record, log, phases, checkpoints)
     except Interrupted as error:
         record.status, record.reason, file = "interrupted", str(error), "interrupted.json"
