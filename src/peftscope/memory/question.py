@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from peftscope.errors import InputError, Problem, close_match
+from peftscope.hub import mirrored
 from peftscope.memory.hardware import CONTEXT_BYTES, CUBLAS_BYTES, MIB, Gpu
 from peftscope.memory.presets import PRESETS
 from peftscope.memory.shapes import ModelShape
@@ -114,6 +115,9 @@ def _catalogued(name: str) -> ModelShape | None:
 
 
 def _downloaded_config(hub_id: str) -> Path:
+    folder = mirrored(hub_id)
+    if folder is not None and (folder / "config.json").is_file():
+        return folder / "config.json"
     from huggingface_hub import hf_hub_download
 
     try:
