@@ -15,6 +15,7 @@ from peftscope.cli_forecast import card_of
 from peftscope.forecast import SHARE, Forecaster, training_flops
 from peftscope.memory.hardware import GIB, find_gpu
 from peftscope.record import RunRecord, Seconds, write_record
+from peftscope.report.forecasts import refresh_forecasts
 from peftscope.spec import run_id
 from peftscope.sweep import expand
 
@@ -117,3 +118,14 @@ def test_everything_of_a_hub_is_pinned_to_a_commit(name: str) -> None:
     for spec in expand(name, "cuda").runs.values():
         sources = find_model(spec.model).source, find_task(spec.task).source
         assert all(re.fullmatch(r"[0-9a-f]{40}", str(source.revision)) for source in sources), json.dumps(spec.model)
+
+
+@pytest.mark.slow
+def test_the_documentation_says_what_the_tool_says(repository: Path, tmp_path: Path) -> None:
+    """After ``make docs``."""
+    written = repository / "docs" / "gpu.md"
+    again = tmp_path / "gpu.md"
+    again.write_text(re.sub(r"```\n\$ peftscope.*?```\n", "", written.read_text(), flags=re.DOTALL))
+    assert again.read_text().count("<!-- expand ") == written.read_text().count("$ peftscope expand ") > 2
+    refresh_forecasts(again)
+    assert again.read_text() == written.read_text(), "run: make docs"

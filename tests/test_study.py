@@ -213,6 +213,56 @@ def test_an_arm_that_always_diverges_needs_lower_rates(write_study_file) -> None
         choose_rates(expand("mine"))
 
 
+def test_a_best_rate_at_an_end_is_kept_where_the_study_says_so_and_told(write_study_file) -> None:
+    write_study_file(ends="keep")
+    record_tuning(CURVE | {"lora": [0.4, 0.5, 0.7]})
+    choose_rates(expand("mine"))
+    record_comparison()
+    collect_experiment(expand("mine"))
+    study = StudyResults("mine")
+    assert (study.rate("lora").below, study.rate("lora").best) == (1e-4, 1e-4)
+    assert study.arms_at_an_end == ["lora"]
+    settings = expand("mine").experiment.study
+    assert settings is not None and study_facts(study, settings)["at_an_end"] == "LoRA"
+
+
+def test_an_arm_that_a_card_cannot_hold_is_left_out_and_told(write_study_file, monkeypatch) -> None:
+    write_study_file(controls={})
+    monkeypatch.setattr("peftscope.sweep.expand.__defaults__", ("cuda",))
+    record_tuning()
+    record(members("tune-full")[0], status="oom")
+    choose_rates(expand("mine"))
+    names = {c.name for c in expand("mine").comparisons}
+    assert "arm-full" not in names and {"arm-lora", "arm-thin"} <= names
+    record(members("runs")[0], heldout=BASE_LOSS)
+    for arm in ("lora", "thin"):
+        for run, gain in zip(members(f"arm-{arm}"), GAINS[arm], strict=True):
+            record(run, heldout=BASE_LOSS - gain)
+    collect_experiment(expand("mine"))
+    study = StudyResults("mine")
+    study.require_finished()
+    found = contrasts(study)
+    assert list(found["arm"]) == ["thin"] and set(found["against"]) == {"lora"}
+    settings = expand("mine").experiment.study
+    assert settings is not None and study_facts(study, settings)["left_out"] == "full (memory ran out)"
+    for arm in ("lora", "thin"):
+        record(members(f"tune-{arm}")[1], status="oom")
+    with pytest.raises(InputError, match="memory ran out in every one -> see `peftscope expand mine`"):
+        choose_rates(expand("mine"))
+
+
+def test_fields_of_the_tuning_runs_are_theirs_alone(write_study_file) -> None:
+    write_study_file(tuning={"heldout_items": 4})
+    record_tuning()
+    choose_rates(expand("mine"))
+    sweep = expand("mine")
+    items = {c.name.split("-")[0]: {sweep.runs[run].heldout_items for run in c.runs} for c in sweep.comparisons}
+    assert items == {"runs": {8}, "tune": {4}, "grid": {8}, "arm": {8}, "control": {8}}
+    write_study_file(tuning={"seed": 4})
+    with pytest.raises(InputError, match="seed are the study's to set"):
+        expand("mine")
+
+
 def test_tuning_needs_every_record_and_a_validation_loss(write_study_file) -> None:
     write_study_file()
     with pytest.raises(InputError, match="no record yet"):

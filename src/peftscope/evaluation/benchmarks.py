@@ -34,6 +34,6 @@ def score_benchmarks(model: Any, tokenizer: Any, spec: RunSpec) -> dict[str, dic
     scores = {}
     for name in spec.benchmarks:
         found = results["results"][name]
-        scores[name] = {key: float(v) for key, v in found.items() if isinstance(v, int | float) and "stderr" not in key}
+        scores[name] = {key: float(v) for key, v in found.items() if "," in key and "stderr" not in key}
         scores[name]["items"] = float(results["n-samples"][name]["effective"])
     return scores

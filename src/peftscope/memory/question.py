@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from peftscope.content import parse_json, read_text
 from peftscope.errors import InputError, Problem, close_match, shown
+from peftscope.hub import mirrored
 from peftscope.memory.hardware import CONTEXT_BYTES, CUBLAS_BYTES, MIB, Gpu
 from peftscope.memory.presets import PRESETS
 from peftscope.memory.shapes import ModelShape
@@ -121,6 +122,9 @@ def _catalogued(name: str) -> ModelShape | None:
 
 
 def _downloaded_config(hub_id: str) -> Path:
+    folder = mirrored(hub_id)
+    if folder is not None and (folder / "config.json").is_file():
+        return folder / "config.json"
     from huggingface_hub import hf_hub_download
 
     try:
