@@ -3,13 +3,14 @@
 PYTHON ?= python3
 EXPERIMENT ?= quick
 CORES ?= all
-# How to run: default, on this machine. slurm and kubernetes need plugins that slow every start, so that each has an
-# environment of its own.
+# How to run: on this machine, with so many cards, and cores for each job; or PROFILE=slurm, whose plugin slows every start
+# and has an environment of its own.
 PROFILE ?= default
+GPUS ?= 1
 
 ifeq ($(PROFILE),default)
 VENV := .venv
-PLACE := --cores $(CORES)
+PLACE := --cores $(CORES) --resources gpu=$(GPUS) $(if $(THREADS),--set-threads train=$(THREADS))
 else
 VENV := .venv-$(PROFILE)
 PLACE := --workflow-profile profiles/$(PROFILE)
@@ -24,8 +25,8 @@ READY := $(VENV)/.ready
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup report test test-faults test-slurm test-oldest test-newest smoke slow browser lint format schema docs \
-        lock audit sbom publish benchmark benchmark-memory benchmark-scale agreement gpu-check claims clean
+.PHONY: help setup report test test-faults test-slurm test-oldest test-newest smoke slow \
+        browser lint format schema docs lock audit sbom publish benchmark benchmark-memory benchmark-scale agreement gpu-check claims clean
 
 help:
 	@echo "make report [EXPERIMENT=quick]   train, measure and write reports/EXPERIMENT/report.html"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from peftscope.memory.presets import PRESETS
 from peftscope.sweep import expand
@@ -141,3 +142,24 @@ def test_a_lock_is_removed_only_when_nobody_holds_it(tiny: str) -> None:
     holder.communicate(b"\n")
     done = subprocess.run(unlock, check=True, capture_output=True, text=True)
     assert not lock.exists() and "removed" in done.stderr
+
+
+def test_the_kubernetes_job_asks_for_as_many_cards_as_it_uses(repository: Path) -> None:
+    job = yaml.safe_load((repository / "profiles" / "kubernetes" / "job.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    # Kubernetes hands out cards only where the request is the limit; memory, so that a neighbour is not killed.
+    assert container["resources"]["requests"] == container["resources"]["limits"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == environment["GPUS"]
+    assert pod["restartPolicy"] == "OnFailure"
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    told = subprocess.run(
+        ["make", "--dry-run", *container["command"][1:]],
+        cwd=repository,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "--resources gpu=1 --set-threads train=8 --config experiment=gpu-7b" in told
