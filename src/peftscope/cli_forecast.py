@@ -24,14 +24,14 @@ def card_of(experiment: str, wish: str | None) -> Gpu | None:
 
     None where there is none of these: the runs are for this machine's processor.
     """
-    from peftscope.device import detect_device, gpu_names
+    from peftscope.device import detect_device, gpu_memories, gpu_names
     from peftscope.experiment import experiment_path, read_experiment
-    from peftscope.memory.hardware import find_gpu, known_card
+    from peftscope.memory.hardware import Gpu, find_gpu, known_card
 
     if wish:
         return find_gpu(wish)
     if detect_device() == "cuda":
-        found = [card for card in map(known_card, gpu_names()) if card]
+        found = [known_card(name) or Gpu(name, size) for name, size in zip(gpu_names(), gpu_memories(), strict=False)]
         if found:
             return min(found, key=lambda card: card.memory_bytes)
     path = experiment_path(experiment)
@@ -46,7 +46,7 @@ def show_forecast(experiment: str, gpu: Gpu, *, brief: bool) -> None:
     """Prints what an experiment's runs will take on a card, run by run or method by method, and in all."""
     from peftscope.estimate import spoken
     from peftscope.forecast import SHARE, SHARE_FOUR_BIT, Forecaster
-    from peftscope.plan import plan_experiment
+    from peftscope.plan import disk_bytes, plan_experiment
     from peftscope.sweep import expand
 
     known = plan_experiment(experiment, "cuda").sweep.runs
@@ -63,6 +63,10 @@ def show_forecast(experiment: str, gpu: Gpu, *, brief: bool) -> None:
     console.print(
         f"{experiment} on {gpu.name} ({gpu.memory_bytes / GIB:.1f} GiB): {len(forecasts) + done} runs, {done} done, "
         f"about {spoken(hours)} of GPU to go, peak at most {_gib(_largest(forecasts))}.",
+        soft_wrap=True,
+    )
+    console.print(
+        f"Disk: {_gib(disk_bytes({f.run_id: f.spec for f in forecasts}))} for downloads and results.",
         soft_wrap=True,
     )
     missing = [f for f in forecasts if f.fits is False]

@@ -115,6 +115,18 @@ def find_compiler(device: Device) -> str | None:
     return next((found for name in ([wish] if wish else names) if (found := shutil.which(name))), None)
 
 
+def gpu_memories() -> list[int]:
+    """Returns the bytes of memory of the cards of ``gpu_names``; none where the driver does not say."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles]
+    except Exception:
+        return []
+
+
 def processor_name() -> str:
     """Returns the processor's model, as far as the system tells."""
     try:

