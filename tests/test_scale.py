@@ -16,7 +16,7 @@ from peftscope.report.page import report_path
 from peftscope.report.plots import draw_losses, draw_pareto, draw_throughput
 from peftscope.report.sentences import sentence
 from peftscope.report.synthetic import STUDY, SWEEP, make_study, make_sweep, make_workspace
-from peftscope.report.tables import MOST_ROWS, best_settings, is_crowded, method_summary, notable_runs
+from peftscope.report.tables import MOST_RUNS, MOST_SETTINGS, best_settings, is_crowded, method_summary, notable_runs
 from peftscope.sweep import expand
 
 SLOWNESS = float(os.environ.get("PEFTSCOPE_SLOW_MACHINE", "1"))
@@ -66,18 +66,18 @@ def test_figures_of_many_settings_name_methods(sweep: pd.DataFrame) -> None:
 def test_tables_for_people_keep_every_method_and_every_bad_ending(sweep: pd.DataFrame) -> None:
     methods = method_summary(sweep)
     assert best_settings(methods) is methods
-    assert len(notable_runs(sweep)) == MOST_ROWS < len(sweep)
+    assert len(notable_runs(sweep)) == MOST_RUNS < len(sweep)
     many = pd.concat([methods.assign(learning_rate=rate) for rate in range(20)], ignore_index=True)
     many.loc[many["label"] == "DoRA", "heldout_nll"] = float("nan")
     shown = best_settings(many)
-    assert len(shown) == MOST_ROWS
+    assert len(shown) == MOST_SETTINGS
     assert set(shown["label"]) == set(many["label"])
     left = many.drop(shown.index)
     for label, rows in left.groupby("label"):
         assert rows["heldout_nll"].min() >= shown.loc[shown["label"] == label, "heldout_nll"].max() or label == "DoRA"
     several = pd.concat([sweep, sweep.assign(run_id=sweep["run_id"] + "-again")], ignore_index=True)
     seen = notable_runs(several)
-    assert len(seen) == MOST_ROWS
+    assert len(seen) == MOST_RUNS
     assert (several.drop(seen.index)["status"] == "ok").all()
     assert several["heldout_nll_nats_per_token"].idxmin() in seen.index
 

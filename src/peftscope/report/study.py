@@ -160,7 +160,9 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
         if control == "again"
     ]
     for y, (_, colour, differences) in enumerate(rows):
-        axes.plot(differences, [y] * len(differences), ".", ms=9, color=colour, alpha=0.6)
+        # Hundreds of points fade, so that their mean stands out.
+        alpha = min(0.6, max(0.08, 10 / len(differences)))
+        axes.plot(differences, [y] * len(differences), ".", ms=9, color=colour, alpha=alpha)
         interval = mean_interval(differences)
         if interval is not None:
             low, high = interval.low, interval.high

@@ -17,8 +17,8 @@ from peftscope.spec import RunSpec
 from peftscope.stats import Interval, mean_interval
 
 MIB = 2**20
-MOST_ROWS = 500
-"""Of a table for people; the CSV files beside it have all."""
+MOST_SETTINGS, MOST_RUNS = 60, 500
+"""Rows of the tables for people; the CSV files beside them have all."""
 MOST_VARIANTS = 20
 """That a figure names; of more it shows methods."""
 
@@ -118,18 +118,18 @@ def is_crowded(runs: pd.DataFrame) -> bool:
 
 def best_settings(methods: pd.DataFrame) -> pd.DataFrame:
     """Returns the rows of the method table that people see: the lowest held-out losses of every method in turn."""
-    if len(methods) <= MOST_ROWS:
+    if len(methods) <= MOST_SETTINGS:
         return methods
     place = methods.groupby("label")["heldout_nll"].rank(method="first", na_option="bottom")
-    return methods.loc[place.nsmallest(MOST_ROWS).index.sort_values()]
+    return methods.loc[place.nsmallest(MOST_SETTINGS).index.sort_values()]
 
 
 def notable_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """Returns the runs that people see one by one: those that did not end well, then the lowest held-out losses."""
-    if len(runs) <= MOST_ROWS:
+    if len(runs) <= MOST_RUNS:
         return runs
     place = runs["heldout_nll_nats_per_token"].rank(method="first", na_option="bottom")
-    return runs.loc[place.where(runs["status"] == "ok", 0).nsmallest(MOST_ROWS).index.sort_values()]
+    return runs.loc[place.where(runs["status"] == "ok", 0).nsmallest(MOST_RUNS).index.sort_values()]
 
 
 def ladder_summary(runs: pd.DataFrame) -> pd.DataFrame:
