@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from peftscope.data.benchmarks import benchmark_folder, make_benchmark
 from peftscope.data.tasks import make_task, task_folder
 from peftscope.errors import InputError, Problem
 from peftscope.models.catalog import model_folder
@@ -20,13 +22,15 @@ FETCH_SECONDS = 24 * 3600
 
 
 def verify_inputs(spec: RunSpec) -> None:
-    """Compares a run's model and data with their checksums; a damaged folder is set aside and had again.
+    """Compares a run's model, data and benchmarks with their checksums; a damaged folder is set aside and had again.
 
     Raises:
         InputError: It cannot be had again, or came back different.
     """
     _verify(model_folder(spec.model, spec.revision), lambda: fetch_model(spec.model, spec.revision))
     _verify(task_folder(spec.task), lambda: make_task(spec.task), suffix=".jsonl")
+    for name in spec.benchmarks:
+        _verify(benchmark_folder(name), partial(make_benchmark, name), suffix=".parquet")
 
 
 def _verify(folder: Path, have_again: Callable[[], Path], suffix: str = "") -> None:
@@ -51,7 +55,7 @@ def _verify(folder: Path, have_again: Callable[[], Path], suffix: str = "") -> N
 
 
 def _digests(folder: Path, suffix: str) -> dict[str, str]:
-    """Returns checksums by file name; a task's manifest names splits instead of files."""
+    """Returns checksums by file name; those of tasks and benchmarks name splits instead of files."""
     manifest = read_manifest(folder)
     return {f"{name}{suffix}": digest for name, digest in manifest["sha256"].items()} if manifest else {}
 

@@ -209,13 +209,13 @@ def check_unchanged(runs: dict[str, RunSpec]) -> list[Problem]:
     problems = []
     for where, (folder, source) in places.items():
         manifest = read_manifest(folder)  # a damaged one is put right by the run that meets it
-        if manifest and not _means(manifest["source"], source):
+        if manifest and not _means(manifest.get("source"), source):
             remedy = f"give the new one a name of its own, or remove {folder} and the results that came from it"
             problems.append(Problem(f"{where}.source", "changed since it was fetched or made", remedy))
     return problems
 
 
-def _means(written: dict[str, Any], source: BaseModel) -> bool:
+def _means(written: Any, source: BaseModel) -> bool:
     """Returns whether a manifest's source is this one; fields that it does not name have their defaults."""
     try:
         return type(source).model_validate(written) == source

@@ -256,7 +256,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         content = json.loads((folder / "manifest.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    whole = isinstance(content, dict) and isinstance(content.get("sha256"), dict) and "source" in content
+    whole = isinstance(content, dict) and isinstance(content.get("sha256"), dict)
     return content if whole else None
 
 

@@ -6,6 +6,7 @@ So it never reads the file here: it is given what this module read.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,10 @@ from peftscope.errors import InputError, Problem
 from peftscope.experiment import EXPERIMENTS, dotted, problems_of
 
 Text = Annotated[str, Field(max_length=10_000)]
+
+
+_TARGET = re.compile(r"^(?:response|\{\{response(?:\.split\('([^'\\{}]{1,40})'\)\[-1\]\.strip\(\))?\}\})$")
+"""The response, or what stands in it after the last of some words: the one template that lm-eval need not render."""
 
 
 class _Part(BaseModel):
@@ -68,7 +73,7 @@ class Scoring(_Part):
     output_type: Literal["generate_until"] = "generate_until"
     # Training sees the prompt, a space and the response, so that is how it must be asked.
     doc_to_text: Literal["{{prompt}}", "prompt"] = "prompt"
-    doc_to_target: Literal["{{response}}", "response"] = "response"
+    doc_to_target: Annotated[str, Field(pattern=_TARGET.pattern)] = "response"
     target_delimiter: Literal[" "] = " "
     generation_kwargs: Generation = Generation()
     filter_list: Annotated[list[Filter], Field(min_length=1, max_length=1)] = [
@@ -76,6 +81,15 @@ class Scoring(_Part):
     ]
     metric_list: Annotated[list[Metric], Field(min_length=1, max_length=1)] = [Metric()]
     metadata: dict[str, Any] = {"version": 1}
+
+    def target_of(self, response: str) -> str:
+        """Returns what of a response an answer has to match.
+
+        >>> Scoring(task="sums", doc_to_target="{{response.split('####')[-1].strip()}}").target_of("2 + 2 #### 4")
+        '4'
+        """
+        found = _TARGET.match(self.doc_to_target)
+        return response.split(found[1])[-1].strip() if found and found[1] else response
 
 
 def lm_eval_file(name: str) -> Path:

@@ -91,12 +91,14 @@ def _task_config(task: str) -> dict[str, Any]:
     Prompt and target are columns, not templates: a template is code of its own, and lm-eval makes a list of a target in
     brackets. The items are given, not a file, of which Arrow would read dates as times, which no answer matches.
     """
+    scoring = read_scoring(task)
 
     def items(**_: Any) -> DatasetDict:
-        return DatasetDict({"test": Dataset.from_list([vars(item) for item in read_split(task, "test")])})
+        rows = [{"prompt": i.prompt, "target": scoring.target_of(i.response)} for i in read_split(task, "test")]
+        return DatasetDict({"test": Dataset.from_list(rows)})
 
-    said = read_scoring(task).model_dump(exclude_none=True)
-    return said | {"custom_dataset": items, "doc_to_text": "prompt", "doc_to_target": "response"}
+    said = scoring.model_dump(exclude_none=True)
+    return said | {"custom_dataset": items, "doc_to_text": "prompt", "doc_to_target": "target"}
 
 
 def wrap(model: Any, tokenizer: Any, spec: RunSpec) -> HFLM:
