@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from peftscope.errors import InputError
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
-from peftscope.spec import RunSpec
+from peftscope.spec import BENCHMARK_PATTERN, RunSpec
 
 MORE = int(os.environ.get("PEFTSCOPE_FUZZ", "1"))
 """How many times as many cases as usual; above one they are other ones each time."""
@@ -90,6 +90,7 @@ MODULES = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1,
 OWN_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "model": NAMES | st.builds("{}/{}".format, NAMES, NAMES),
     "task": NAMES,
+    "benchmarks": st.lists(st.from_regex(BENCHMARK_PATTERN, fullmatch=True), max_size=3),
     "revision": st.none() | REVISIONS,
     "targets": st.sampled_from(sorted(TARGET_PRESETS)) | MODULES,
 }
@@ -131,6 +132,11 @@ def specs(draw: st.DrawFn, names: tuple[str, ...] = tuple(METHODS)) -> RunSpec:
         top["precision"] = "amp" if top.get("precision") == "fp32" else top.get("precision", "bf16")
     if top.get("optimizer", "adamw") not in ("adamw", "sgd"):
         top.pop("optimizer_implementation", None)
+    if top.get("shards", 1) > 1:
+        if built.quantization() or not built.supports_shards or top.get("optimizer", "adamw") not in ("adamw", "sgd"):
+            top["shards"] = 1
+        else:
+            top["batch_size"] = top["shards"] * draw(st.integers(1, 20))
     return RunSpec(method=built, **top)
 
 

@@ -13,13 +13,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from peftscope.content import Count, CountOrZero
+from peftscope.content import LONGEST_NAME, Count, CountOrZero
 from peftscope.methods import AnyMethod
 
 SPEC_VERSION = 1
 """Part of every run id: raise it when the same spec starts to mean something else."""
 
 RUN_ID_PATTERN = r"[a-z0-9.-]+"
+MOST_SHARDS = 1024
+BENCHMARK_PATTERN = r"[A-Za-z0-9_-]+"
 REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,99}$"
 """Part of a folder's name, and of a command line."""
 
@@ -80,7 +82,10 @@ class RunSpec(BaseModel):
     compile: Annotated[bool, Field(description="torch.compile for every decoder layer, in training only")] = False
     shards: Annotated[
         Count,
-        Field(description="processes, a card each, that share the rows of a batch and every tensor of the training"),
+        Field(
+            le=MOST_SHARDS,
+            description="processes, a card each, that share the rows of a batch and every tensor of the training",
+        ),
     ] = 1
 
     eval_batch_size: Annotated[Count, Field(description="fixed: bf16 answers depend on it")] = 32
@@ -93,7 +98,8 @@ class RunSpec(BaseModel):
         CountOrZero, Field(description="tokens of English prose, before and after; 0: none")
     ] = 1024
     benchmarks: Annotated[
-        tuple[str, ...], Field(description="lm-eval's own tasks, scored after training; the base's run is the before")
+        tuple[Annotated[str, Field(pattern=f"^{BENCHMARK_PATTERN}$", max_length=LONGEST_NAME)], ...],
+        Field(description="lm-eval's own tasks, scored after training; the base's run is the before"),
     ] = ()
     benchmark_items: Annotated[Count | None, Field(description="of each benchmark; null: all")] = None
     untimed_steps: Annotated[CountOrZero, Field(description="first steps left out of the step times")] = 3

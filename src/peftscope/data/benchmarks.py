@@ -20,9 +20,9 @@ import yaml
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.hub import load_rows
 from peftscope.record import write_json
+from peftscope.spec import BENCHMARK_PATTERN
 
 BENCHMARKS_FOLDER = Path("resources/benchmarks")
-BENCHMARK_PATTERN = r"[A-Za-z0-9_-]+"
 SPLIT_FIELDS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
