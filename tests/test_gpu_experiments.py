@@ -44,7 +44,7 @@ study:
   learning_rates: {lora: [1.0e-4, 1.0e-3, 1.0e-2], qlora: [1.0e-4, 1.0e-3, 1.0e-2]}
   seeds: [0, 1]
   controls: {lora: []}
-ladders: [{centre: {method: lora, benchmarks: []}, seeds: [0], axes: {rank: [4, 16]}}]
+ladders: [{centre: {method: lora, benchmarks: [], generation_items: 0}, seeds: [0], axes: {rank: [4, 16]}}]
 exclude:
 """
 RULES = ["all", "fetch_model", "make_task", "make_benchmark", "train", "tune", "collect", "tables", "figures", "ladder"]

@@ -200,11 +200,17 @@ def missed_aims(series: Series) -> list[str]:
     return found + ([f"{name} grows with the power {power:.2f} of the runs"] if power > STEEPEST else [])
 
 
-def render(found: dict[str, Series]) -> str:
-    """Returns the page in Markdown."""
+def render(found: dict[str, Series], load: float) -> str:
+    """Returns the page in Markdown.
+
+    Args:
+        found: What was measured of each experiment.
+        load: Processes that wanted a core before it began: they make the seconds by the wall longer.
+    """
     cores, memory = psutil.cpu_count(), psutil.virtual_memory().total / 2**30
     parts = [processor_name(), f"{cores} cores", f"{memory:.0f} GiB", f"Python {platform.python_version()}"]
     parts += [f"{package} {version(package)}" for package in ("snakemake", "pandas", "great-tables", "matplotlib")]
+    parts.append(f"with a load of {load:.1f} when it began")
     aims = [f"{name} under {most} s" for name, most in MOST_SECONDS.items()]
     aims += [f"everything under {MOST_GIB} GiB", f"no power of the last step above {STEEPEST:g}"]
     sections = []
@@ -218,7 +224,11 @@ def render(found: dict[str, Series]) -> str:
 
 def _tables(series: Series) -> list[str]:
     seconds = [
-        [name, *(f"{c.seconds:.1f}" for c in costs), *_powers(series, [c.processor_seconds for c in costs])]
+        [
+            name,
+            *(f"{c.seconds:.1f} ({c.processor_seconds:.1f})" for c in costs),
+            *_powers(series, [c.processor_seconds for c in costs]),
+        ]
         for name, costs in series.costs.items()
     ]
     memory = [
@@ -230,7 +240,7 @@ def _tables(series: Series) -> list[str]:
         for name, sizes in series.files.items()
     ]
     columns = [*(f"{runs:,} runs" for runs in series.runs), "power, all", "power, last"]
-    tables = {"seconds": seconds, "peak memory (MiB)": memory, "files (MB)": files}
+    tables = {"seconds (of the processor)": seconds, "peak memory (MiB)": memory, "files (MB)": files}
     return [markdown(pd.DataFrame(rows, columns=[what, *columns])).rstrip() for what, rows in tables.items()]
 
 
@@ -248,6 +258,7 @@ def main() -> None:
         parser.error("growth needs two sizes or more")
     sizes = sorted(set(arguments.sizes))
     os.environ["PEFTSCOPE_DEVICE"] = "cpu"
+    load = os.getloadavg()[0]
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -266,7 +277,8 @@ def main() -> None:
             progress.update(task, advance=pending[0], description=f"{size:,} runs: {name}")
             pending[0] = work[size]
 
-        page = render({experiment: measure_sizes(experiment, sizes, begin) for experiment in (SWEEP, STUDY)})
+        found = {experiment: measure_sizes(experiment, sizes, begin) for experiment in (SWEEP, STUDY)}
+    page = render(found, load)
     arguments.page.parent.mkdir(parents=True, exist_ok=True)
     arguments.page.write_text(page)
     Console(width=None if sys.stdout.isatty() else 160).print(Markdown(page))
