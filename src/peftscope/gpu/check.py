@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from peftscope.gpu.latency import latencies, measure_latency
 from peftscope.gpu.memory import measure, predict, predict_by_formula, used_bytes
 from peftscope.gpu.page import write_page
 from peftscope.gpu.results import CARD_FILE, KINDS, read_facts, read_rows
-from peftscope.gpu.state import measure_state, other_processes
+from peftscope.gpu.state import PACKAGES, measure_state, other_processes
 from peftscope.gpu.steps import speed_of, time_steps
 from peftscope.memory.hardware import Gpu
 from peftscope.memory.question import find_model, library_versions
@@ -72,11 +73,13 @@ def code_id() -> str:
 
 def described(job: Job, device: str) -> dict[str, Any]:
     """Returns the first columns of a job's row."""
-    spec, gpu = job.question.spec, job.question.gpu
+    spec, gpu, method = job.question.spec, job.question.gpu, job.question.spec.method
     row = {
         "spec": job.label,
         "model": Path(job.question.model.name).stem if job.question.model.name.endswith(".json") else spec.model,
-        "method": spec.method.name,
+        "method": method.name,
+        "targets": getattr(method, "targets", None),
+        "rank": getattr(method, "rank", getattr(method, "init_r", None)),
         "batch_size": spec.batch_size,
         "seq_len": spec.seq_len,
         "checkpointing": spec.checkpointing,
@@ -143,7 +146,8 @@ def check_job(job: Job, device: str, used_before: int | None, matmul_rate: float
         row = _predicted(job) | {"status": "out of memory", "reason": reason}
     if job.kind == "fits":
         row["fits"] = fits(job, row)
-    return described(job, device) | row | {"seconds": round(time.perf_counter() - began, 2)}
+    versions = {f"{name}_version": version(name) for name in PACKAGES}
+    return described(job, device) | row | {"seconds": round(time.perf_counter() - began, 2)} | versions
 
 
 def _measured(job: Job, device: str, used_before: int | None, matmul_rate: float | None) -> dict[str, Any]:

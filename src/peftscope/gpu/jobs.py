@@ -143,6 +143,7 @@ def small_jobs(model: Model, gpu: Gpu) -> Iterator[Job]:
         yield make_job(model, gpu, {"method": method, **options, **small}, "fits", limit)
     for method in ("full", "lora", "dora", "adalora", "qlora"):
         yield make_job(model, gpu, {"method": method, **small}, "steps")
+    yield make_job(model, gpu, {"method": "lora", "rank": 12, **small}, "steps")
     for method in ("full", "lora"):
         yield make_job(model, gpu, {"method": method, **small, "batch_size": 8}, "steps")
     for method in ("lora", "dora"):

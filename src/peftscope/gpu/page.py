@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from peftscope.gpu.results import CARD_FILE, KINDS, read_facts, read_rows
 
+MEMORY = ("allocated", "reserved", "device")
 GIB, GIGA, TERA, MILLI = 2**30, 1e9, 1e12, 1e-3
 
 CAPTIONS = {
@@ -30,7 +31,10 @@ def write_page(output: Path, jobs: Sequence[tuple[str, str]]) -> Path:
     facts = read_facts(output / CARD_FILE)
     rows = {kind: read_rows(output / f"{kind}.json") for kind in KINDS}
     waiting = {kind: [label for of, label in jobs if of == kind and label not in rows[kind]] for kind in KINDS}
+    on_card = facts["device"] == "cuda"
     claims, why_no_claims = _judged(output)
+    for claim in claims if not on_card else []:
+        claim["reason"] = "waits for a CUDA card"
     environment = Environment(
         loader=PackageLoader("peftscope.gpu", "."),
         autoescape=True,
@@ -42,7 +46,7 @@ def write_page(output: Path, jobs: Sequence[tuple[str, str]]) -> Path:
     errors = [abs(row["allocated_error_percent"]) for row in _compared(rows)]
     text = environment.get_template("report.html.j2").render(
         facts=facts,
-        on_card=facts["device"] == "cuda",
+        on_card=on_card,
         tables={kind: _table(kind, list(rows[kind].values())) for kind in KINDS},
         captions=CAPTIONS,
         waiting=waiting,
@@ -124,40 +128,63 @@ UNITS = {
 
 
 def _table(kind: str, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Returns the cells of a kind's table."""
-    return [{"run": str(row["spec"]), **_cells(kind, row), "outcome": _outcome(row)} for row in rows]
+    """Returns the cells of a kind's table; kinds of memory that a processor does not have are left out."""
+    columns = {"latency": _latency_cells, "steps": lambda row: _step_cells(row, rows), "fits": _fit_cells}
+    cells = columns.get(kind, lambda row: {})
+    known = [name for name in MEMORY if any(row.get(f"measured_{name}_bytes") is not None for row in rows)]
+    return [
+        {"run": str(row["spec"]), **cells(row), **(_peak_cells(row, known) if kind != "latency" else {})}
+        | {"outcome": _outcome(row)}
+        for row in rows
+    ]
 
 
-def _cells(kind: str, row: dict[str, Any]) -> dict[str, str]:
-    if kind == "latency":
-        return {
-            **{
-                f"{name}, {state} (ms)": _shown(row.get(f"{state}_{name}_seconds"), MILLI)
-                for name in ("prompt", "token")
-                for state in ("base", "apart", "merged")
-            },
-            "prompt, apart/merged": _shown(row.get("prompt_apart_over_merged")),
-            "token, apart/merged": _shown(row.get("token_apart_over_merged")),
-            "token, merged/base": _shown(row.get("token_merged_over_base")),
-        }
+def _peak_cells(row: dict[str, Any], known: list[str]) -> dict[str, str]:
     cells = {}
-    for name in ("allocated", "reserved", "device"):
-        predicted, measured = row.get(f"predicted_{name}_bytes"), row.get(f"measured_{name}_bytes")
-        cells[f"{name}: predicted"] = _gib(predicted)
-        cells["measured" + " " * len(cells)] = _gib(measured)
-        cells["error" + " " * len(cells)] = _percent(row.get(f"{name}_error_percent"))
-    if kind == "fits":
-        return {"held to": f"{row['limit']}, {_gib(row['capacity_bytes'])}", **cells}
-    if kind == "steps":
-        share = row.get("matmul_share")
-        return {
-            "step (ms)": _shown(row.get("step_seconds"), MILLI),
-            "tokens/s": _shown(row.get("tokens_per_second")),
-            "of the matrix product": _shown(share, 0.01) + (" %" if share is not None else ""),
-            "power (W)": _shown(row.get("power_watts")),
-            **cells,
-        }
+    for name in known:
+        cells[f"{name}: predicted"] = _gib(row.get(f"predicted_{name}_bytes"))
+        cells[f"{name}: measured"] = _gib(row.get(f"measured_{name}_bytes"))
+        cells[f"{name}: error"] = _percent(row.get(f"{name}_error_percent"))
     return cells
+
+
+def _fit_cells(row: dict[str, Any]) -> dict[str, str]:
+    return {"held to": f"{row['limit']}, {_gib(row['capacity_bytes'])}"}
+
+
+def _latency_cells(row: dict[str, Any]) -> dict[str, str]:
+    cells = {
+        f"{name}, {state} (ms)": _shown(row.get(f"{state}_{name}_seconds"), MILLI)
+        for name in ("prompt", "token")
+        for state in ("base", "apart", "merged")
+    }
+    for ratio in ("prompt_apart_over_merged", "token_apart_over_merged", "token_merged_over_base"):
+        cells[ratio.replace("_", " ")] = _shown(row.get(ratio))
+    return cells
+
+
+def _step_cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, str]:
+    share, lora = row.get("matmul_share"), _lora_beside(row, rows)
+    return {
+        "step (ms)": _shown(row.get("step_seconds"), MILLI),
+        "step over LoRA's": _over(row, lora, "step_seconds"),
+        "peak over LoRA's": _over(row, lora, "measured_allocated_bytes"),
+        "tokens/s": _shown(row.get("tokens_per_second")),
+        "of the matrix product": _shown(share, 0.01) + (" %" if share is not None else ""),
+        "power (W)": _shown(row.get("power_watts")),
+    }
+
+
+def _lora_beside(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns LoRA's row in the same setting, of the same rank and targets; full fine-tuning has none of these."""
+    same = ["model", "batch_size", "seq_len", "checkpointing", "optimizer"]
+    same += ["rank", "targets"] if row["method"] != "full" else []
+    found = (other for other in rows if other["method"] == "lora" and all(other[key] == row[key] for key in same))
+    return next(found, {})
+
+
+def _over(row: dict[str, Any], other: dict[str, Any], key: str) -> str:
+    return f"{row[key] / other[key]:.3f}" if row.get(key) is not None and other.get(key) else "-"
 
 
 def _outcome(row: dict[str, Any]) -> str:
