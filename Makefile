@@ -43,7 +43,7 @@ help:
 	@echo "make test-oldest | test-newest   the tests with the oldest and newest torch, transformers, peft"
 	@echo "make audit | sbom                known vulnerabilities of what is installed; a list of it"
 	@echo "make docs                        write what expand says of GPU experiments into docs/gpu.md"
-	@echo "make gpu-check                   predicted against measured memory, on a CUDA card"
+	@echo "make gpu-check [DEVICE=cpu]      memory, fit, speed and latency on a CUDA card; what of the claims they decide"
 	@echo "make lint | slow | browser       checks; long tests; the report in a real browser"
 
 setup: $(READY)
@@ -127,8 +127,10 @@ claims: $(READY)
 	$(BIN)/peftscope fetch minilm
 	$(BIN)/peftscope claims --experiment $(EXPERIMENT)
 
+# In pieces of under nine minutes; the same command goes on. DEVICE=cpu: a small model shows the instrument.
+gpu-check: DEVICE ?= cuda
 gpu-check: $(READY)
-	$(BIN)/python -W ignore -m peftscope.memory.gpu_check
+	$(BIN)/python -W ignore -m peftscope.gpu.check --device $(DEVICE)
 
 # Every file of every package, for all systems. torch stays a range: pip then takes the build that fits the machine.
 lock:

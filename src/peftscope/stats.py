@@ -76,6 +76,22 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def median_ratio_interval(
+    above: Sequence[float], below: Sequence[float], resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Returns the ratio of two medians with the bounds of its 95 % percentile bootstrap.
+
+    The bounds are those of the spread within the two samples: repeated times of one process, say.
+
+    >>> median_ratio_interval([2.0, 2.0, 2.0], [1.0, 1.0, 1.0])
+    (2.0, 2.0, 2.0)
+    """
+    random = np.random.default_rng(seed)
+    draws = [np.median(random.choice(sample, (resamples, len(sample))), axis=1) for sample in (above, below)]
+    low, high = np.quantile(draws[0] / draws[1], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(np.median(above) / np.median(below)), float(low), float(high)
+
+
 def sign_flip_p(differences: Sequence[float]) -> float:
     """Returns the two-sided p of paired differences under flips of their signs; exact up to 16 pairs.
 

@@ -14,6 +14,7 @@ from peftscope.collect import collect_experiment, read_runs, results_folder
 from peftscope.errors import InputError, Problem
 from peftscope.estimate import spoken
 from peftscope.experiment import experiment_path
+from peftscope.gpu.results import CARD_FILE, is_of_card
 from peftscope.record import read_record, write_json
 from peftscope.report.claims import claims_path
 from peftscope.report.page import report_path
@@ -23,7 +24,7 @@ PUBLISHED_RESULTS = Path("results/published")
 PUBLISHED_REPORTS = Path("reports/published")
 LARGEST_BYTES = 5_000_000
 README = Path("README.md")
-COMPLETE = {"memory": ("grid.png", "bars.png", "chapter.csv"), "gpu": ("*/memory.csv",)}
+COMPLETE = {"memory": ("grid.png", "bars.png", "chapter.csv"), "gpu": ("*/card.json",)}
 """Folders of results that belong to no experiment, and the files without which they are not finished."""
 MADE_BY = {"memory": "make report", "gpu": "make gpu-check"}
 
@@ -40,7 +41,7 @@ def publish(name: str) -> list[Path]:
 def publish_folder(name: str) -> list[Path]:
     """Copies tables and figures to where they are committed, and returns the folders that were replaced.
 
-    Each card of the ``gpu`` check has a folder of its own; those of other cards stay.
+    Each card of the ``gpu`` check has a folder of its own; those of other cards stay. A processor's is not published.
 
     Raises:
         InputError: They are not finished, or one is too large to commit.
@@ -49,10 +50,14 @@ def publish_folder(name: str) -> list[Path]:
     missing = [pattern for pattern in COMPLETE[name] if not list(source.glob(pattern))]
     if missing:
         raise InputError(Problem(str(source), f"not finished: no {', '.join(missing)}", f"run {MADE_BY[name]}"))
-    folders = sorted(path.parent for path in source.glob("*/memory.csv")) if name == "gpu" else [source]
+    folders = [source] if name != "gpu" else sorted(p.parent for p in source.glob(f"*/{CARD_FILE}") if is_of_card(p))
+    if not folders:
+        raise InputError(
+            Problem(str(source), "only a processor's results, which decide nothing", f"run {MADE_BY[name]}")
+        )
     replaced = []
     for folder in folders:
-        wanted = [path for path in sorted(folder.rglob("*")) if path.suffix in (".csv", ".json", ".png")]
+        wanted = [path for path in sorted(folder.rglob("*")) if path.suffix in (".csv", ".json", ".png", ".html")]
         _check_sizes(wanted)
         replaced.append(target / folder.relative_to(source))
         _copy(wanted, folder, replaced[-1])

@@ -153,3 +153,13 @@ def paged_bytes(optimizer: torch.optim.Optimizer) -> int:
     states = [value for state in optimizer.state.values() for value in state.values()]
     paged = [value for value in states if isinstance(value, torch.Tensor) and getattr(value, "is_paged", False)]
     return sum(tensor.numel() * tensor.element_size() for tensor in paged)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error is the card's or the host's way to say that its memory is used up."""
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or "can't allocate memory" in str(error)
+        or "out of memory" in str(error)
+        or "ALLOC_FAILED" in str(error)
+    )

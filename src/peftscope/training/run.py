@@ -35,6 +35,7 @@ from peftscope.training.build import build_model, compiled_layers, seed_everythi
 from peftscope.training.ceilings import measure_ceilings
 from peftscope.training.checkpoint import Checkpoints
 from peftscope.training.loop import Diverged, TrainingLog, check_loss, train
+from peftscope.training.meter import is_out_of_memory
 from peftscope.training.phases import Phases
 from peftscope.training.predict import predict
 from peftscope.training.probe import probe_evaluation, probe_training
@@ -87,7 +88,7 @@ def execute(
             # Nothing that the run did: once there is room, it goes on from its last checkpoint.
             record.status, record.reason, file = "interrupted", reason, "interrupted.json"
             raise Interrupted(reason) from error
-        record.status = "oom" if _is_out_of_memory(error) else "failed"
+        record.status = "oom" if is_out_of_memory(error) else "failed"
         record.reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         traceback.print_exc()
     finally:
@@ -301,15 +302,6 @@ def _save(model: Any, spec: RunSpec, folder: Path, record: RunRecord) -> None:
         spec.method.save(model, adapter, state)
     record.size.adapter_bytes = sum(path.stat().st_size for path in adapter.glob("*.safetensors"))
     record.size.trained_parameters = spec.method.final_trainable_parameters(model)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return (
-        isinstance(error, torch.OutOfMemoryError | MemoryError)
-        or "can't allocate memory" in str(error)
-        or "out of memory" in str(error)
-        or "ALLOC_FAILED" in str(error)
-    )
 
 
 def _unavailable(record: RunRecord) -> dict[str, str]:

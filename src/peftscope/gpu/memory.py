@@ -1,7 +1,4 @@
-"""A run as the GPU check makes it: random weights of the right shape, two equal training steps and an evaluation.
-
-Its peaks, predicted and measured, phase by phase.
-"""
+"""Memory on a card: the peaks of two equal training steps and an evaluation, predicted and measured, phase by phase."""
 
 from __future__ import annotations
 
@@ -10,32 +7,21 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.quantizers import AutoHfQuantizer
 
 from peftscope import card
-from peftscope.data.batching import Batch, Example, collate
+from peftscope.gpu.model import config_of, random_base, random_batch
 from peftscope.memory.allocator import reserved_bytes
-from peftscope.memory.answer import peaks_of
+from peftscope.memory.answer import peaks_by_formula, peaks_of
 from peftscope.memory.hardware import CUBLAS_BYTES
 from peftscope.memory.question import Question
 from peftscope.memory.simulate import empty_batch, simulate
 from peftscope.memory.trace import PHASES, Peak
 from peftscope.memory.tracker import MemoryTracker, tensors_of
-from peftscope.models.load import (
-    DTYPES,
-    attention,
-    bitsandbytes_config,
-    disable_weight_repacking,
-    training_attention,
-)
+from peftscope.models.load import attention
 from peftscope.training.build import apply_method
 from peftscope.training.meter import pci_address
 from peftscope.training.probe import track_evaluation, track_steps
 from peftscope.training.step import make_optimizer
-
-WEIGHT_STD = 0.02
-"""Of random weights, as transformers draws them: large enough for a finite loss, and no size depends on it."""
 
 
 def predict(question: Question) -> dict[str, Any]:
@@ -45,7 +31,7 @@ def predict(question: Question) -> dict[str, Any]:
     cublas = question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES
     training, evaluation = simulate(
         spec,
-        _config_of(question),
+        config_of(question),
         [empty_batch(rows=spec.batch_size, width=width, responses=responses)] * 2,
         empty_batch(rows=spec.eval_batch_size, width=width, responses=responses),
         cublas,
@@ -57,6 +43,16 @@ def predict(question: Question) -> dict[str, Any]:
         "phases": {phase: peaks.phases[phase] for phase in PHASES},
         "reserved": reserved,
         "device": reserved + peaks.device_bytes - peaks.reserved_bytes,
+    }
+
+
+def predict_by_formula(question: Question) -> dict[str, Any]:
+    """Returns what ``predict`` does, by the closed form: at once, and less exact."""
+    peaks = peaks_by_formula(question)
+    return {
+        "phases": {phase: peaks.phases[phase] for phase in PHASES},
+        "reserved": peaks.reserved_bytes,
+        "device": peaks.device_bytes,
     }
 
 
@@ -101,60 +97,6 @@ def measure(question: Question, device: str) -> dict[str, Any]:
         "device": max(used, default=None),
         "workspace": _workspace_bytes(),
     }
-
-
-def random_base(question: Question, device: str) -> Any:
-    """Returns what ``load_base`` returns, with random weights; a 4-bit model is quantised layer by layer."""
-    spec = question.spec
-    quantization = spec.method.quantization()
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
-            _config_of(question), dtype=DTYPES[spec.precision], attn_implementation=training_attention(spec)
-        )
-    quantizer = AutoHfQuantizer.from_config(bitsandbytes_config(quantization)) if quantization else None
-    if quantizer:
-        quantizer.preprocess_model(model=base, device_map={"": device})
-    for module in base.modules():
-        if type(module).__name__ == "Linear4bit":
-            _quantise_random(module, device)
-        else:
-            module.to_empty(device=device, recurse=False)
-    base.init_weights()
-    if quantizer:
-        quantizer.postprocess_model(base)
-        disable_weight_repacking(base)
-    base.config.use_cache = False
-    return base
-
-
-def _quantise_random(layer: Any, device: str) -> None:
-    """Gives a 4-bit layer on ``meta`` random weights, as transformers gives it those of a checkpoint."""
-    from bitsandbytes.nn import Params4bit
-
-    empty = layer.weight
-    weight = torch.empty(empty.shape, dtype=torch.bfloat16, device=device).normal_(std=WEIGHT_STD)
-    layer.weight = Params4bit(weight, requires_grad=False, **vars(empty)).to(device)
-    if layer.bias is not None:
-        layer.bias = torch.nn.Parameter(torch.zeros(layer.bias.shape, dtype=torch.bfloat16, device=device), False)
-    layer._is_hf_initialized = True
-
-
-def random_batch(question: Question, rows: int) -> Batch:
-    """Returns a batch of random tokens, every row of the question's length with its number of response tokens.
-
-    One position is padding: without any, transformers leaves out the mask that padded batches have.
-    """
-    spec, vocabulary = question.spec, question.model.config["vocab_size"]
-    tokens = torch.randint(vocabulary, (rows, spec.seq_len)).tolist()
-    prompt = spec.seq_len - question.responses
-    batch = collate([Example(tuple(row), prompt) for row in tokens], pad_token_id=0)
-    batch.attention_mask[0, -1] = 0
-    return batch
-
-
-def _config_of(question: Question) -> Any:
-    fields = dict(question.model.config)
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
 class CudaPeaks(nullcontext[None]):

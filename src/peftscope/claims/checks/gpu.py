@@ -1,0 +1,283 @@
+"""What a card showed: rows of ``make gpu-check``, read and compared. Nothing is measured, and a CPU's rows never count.
+
+A run is given by the options of ``peftscope memory``, as ``peftscope.gpu.jobs`` has them. Where several cards measured
+it, the one where it is most extreme counts, and the others stand in the evidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from peftscope.claims.measurement import Measurement, NotRunError, Quantity
+from peftscope.gpu.results import PUBLISHED, Card, label_of, read_cards
+from peftscope.stats import median_ratio_interval
+
+GB, GIB = 10**9, 2**30
+MODEL = "llama-2-7b"
+
+Run = dict[str, Any]
+Extreme = Literal["smallest", "largest"]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One card's quantity in one setting, with its interval if it has one."""
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def fits(card: str, runs: list[Run], model: str = MODEL, headroom: float = 0, results: str = PUBLISHED) -> Measurement:
+    """Returns whether any of some runs fits into the memory of a card, wherever that was tried.
+
+    Args:
+        card: What the runs were held to, of ``peftscope.memory.hardware.GPUS``.
+        runs: Options; none fits only if all were tried.
+        model: The base.
+        headroom: Share of the card that stays free.
+        results: The folder of results.
+    """
+    labels = [label_of(model, run, card, headroom) for run in runs]
+    answers: dict[str, bool] = {}
+    evidence: dict[str, Quantity] = {}
+    for tried in _cards(results):
+        rows = {label: row for label in labels if (row := tried.find("fits", label)) is not None}
+        fit = any(row["fits"] for row in rows.values())
+        if not rows or (not fit and len(rows) < len(labels)):
+            continue
+        answers[tried.name] = fit
+        for label, row in rows.items():
+            peak = row.get("measured_device_bytes") or row.get("measured_reserved_bytes")
+            evidence[f"{label}, {tried.name}, GiB"] = peak / GIB if peak else row["status"]
+            evidence["of the card, GiB"] = row["capacity_bytes"] / GIB
+    if not answers:
+        raise _missing(labels, results)
+    return Measurement(all(answers.values()), evidence=evidence, n=len(answers), model=_on(model, answers))
+
+
+def peak(run: Run, model: str = MODEL, results: str = PUBLISHED) -> Measurement:
+    """Returns the peak of tensors in a training step, in GB."""
+    return _extreme([run], lambda row: row["measured_allocated_bytes"] / GB, "largest", model, results)
+
+
+def activations(run: Run, model: str = MODEL, results: str = PUBLISHED) -> Measurement:
+    """Returns what a training step takes at its peak beyond what is there between two steps, in GB.
+
+    With few trained parameters that is activations, logits and temporaries.
+    """
+
+    def beyond(row: Mapping[str, Any]) -> float:
+        return float(row["measured_allocated_bytes"] - row["resident_bytes"]) / GB
+
+    return _extreme([run], beyond, "largest", model, results)
+
+
+def peak_ratio(
+    run: Run,
+    against: Run,
+    batch_sizes: tuple[int, ...] = (1,),
+    extreme: Extreme = "largest",
+    model: str = MODEL,
+    results: str = PUBLISHED,
+) -> Measurement:
+    """Returns the ratio of the peaks of two runs at the batch size where it is most extreme.
+
+    Args:
+        run: Options of the one above the line.
+        against: Options of the one below.
+        batch_sizes: Where either ran out of memory there is no ratio, and that stands in the evidence.
+        extreme: Which end counts.
+        model: The base.
+        results: The folder of results.
+    """
+
+    def ratio(above: Mapping[str, Any], below: Mapping[str, Any]) -> tuple[float, None, None]:
+        return above["measured_allocated_bytes"] / below["measured_allocated_bytes"], None, None
+
+    return _compare(run, against, batch_sizes, ratio, extreme, model, results)
+
+
+def step_ratio(
+    run: Run,
+    against: Run,
+    batch_sizes: tuple[int, ...] = (1,),
+    extreme: Extreme = "largest",
+    model: str = MODEL,
+    results: str = PUBLISHED,
+) -> Measurement:
+    """Returns the ratio of two runs' step times, with the interval of its medians; arguments as for ``peak_ratio``."""
+
+    def ratio(above: Mapping[str, Any], below: Mapping[str, Any]) -> tuple[float, float, float]:
+        return median_ratio_interval(above["samples"]["step"], below["samples"]["step"])
+
+    return _compare(run, against, batch_sizes, ratio, extreme, model, results)
+
+
+def best_speed_ratio(
+    run: Run, against: Run, batch_sizes: tuple[int, ...], model: str = MODEL, results: str = PUBLISHED
+) -> Measurement:
+    """Returns tokens a second of one run over another's, each at the batch size where it is fastest.
+
+    Where several cards measured both, the smallest ratio counts.
+    """
+    ratios: list[_Found] = []
+    evidence: dict[str, Quantity] = {}
+    for card in _cards(results):
+        best: list[tuple[float, int]] = []
+        for options in (run, against):
+            rows = {size: card.find("steps", label_of(model, options | {"batch_size": size})) for size in batch_sizes}
+            if any(row is None for row in rows.values()):
+                break
+            speeds = [(row["tokens_per_second"], size) for size, row in rows.items() if row and row["status"] == "ok"]
+            best += [max(speeds)] if speeds else []
+        if len(best) == 2:
+            ratios.append(_Found(card.name, best[0][0] / best[1][0]))
+            for (speed, size), options in zip(best, (run, against), strict=True):
+                evidence[f"{card.name}, {options['method']}, batch {size}, tokens a second"] = speed
+    if not ratios:
+        raise _missing(
+            [label_of(model, options | {"batch_size": size}) for options in (run, against) for size in batch_sizes],
+            results,
+        )
+    return _of(ratios, "smallest", evidence, model, {found.name for found in ratios})
+
+
+def smallest_increase(runs: list[Run], model: str = MODEL, results: str = PUBLISHED) -> Measurement:
+    """Returns the smallest increase of the peak, in GB, from one run of a list to the next."""
+    labels = [label_of(model, run) for run in runs]
+    increases: list[_Found] = []
+    evidence: dict[str, Quantity] = {}
+    for card in _cards(results):
+        rows = [row for label in labels if (row := card.find("steps", label)) is not None and row["status"] == "ok"]
+        if len(rows) < len(labels):
+            continue
+        peaks = [row["measured_allocated_bytes"] / GB for row in rows]
+        evidence |= {f"{label}, {card.name}, GB": size for label, size in zip(labels, peaks, strict=True)}
+        increases.append(_Found(card.name, min(after - before for before, after in pairwise(peaks))))
+    if not increases:
+        raise _missing(labels, results)
+    return _of(increases, "smallest", evidence, model, {found.name for found in increases})
+
+
+def latency_ratio(
+    run: Run,
+    state: Literal["base", "apart", "merged"],
+    over: Literal["base", "apart", "merged"],
+    passes: tuple[Literal["prompt", "token"], ...],
+    batch_sizes: tuple[int, ...],
+    extreme: Extreme = "largest",
+    model: str = MODEL,
+    results: str = PUBLISHED,
+) -> Measurement:
+    """Returns the ratio of two latencies, with the interval of its medians, in the setting where it is most extreme.
+
+    Args:
+        run: Options of the adapter.
+        state: Above the line: the base alone, the adapter apart, or merged.
+        over: Below the line.
+        passes: A whole prompt, or one further token.
+        batch_sizes: Prompts at once.
+        extreme: Which end counts.
+        model: The base.
+        results: The folder of results.
+    """
+    labels = [label_of(model, run | {"batch_size": size}) for size in batch_sizes]
+    ratios: list[_Found] = []
+    names = set()
+    for card in _cards(results):
+        rows = [card.find("latency", label) for label in labels]
+        if any(row is None or row["status"] != "ok" for row in rows):
+            continue
+        names.add(card.name)
+        for size, row in zip(batch_sizes, rows, strict=True):
+            assert row is not None
+            for name in passes:
+                above, below = (row["samples"][which][name] for which in (state, over))
+                setting = f"{card.name}, {name}, batch {size}"
+                ratios.append(_Found(setting, *median_ratio_interval(above, below)))
+    if not ratios:
+        raise _missing(labels, results)
+    return _of(ratios, extreme, {}, model, names)
+
+
+def _extreme(
+    runs: list[Run], value: Callable[[Mapping[str, Any]], float], extreme: Extreme, model: str, results: str
+) -> Measurement:
+    labels = [label_of(model, run) for run in runs]
+    found: list[_Found] = []
+    for card in _cards(results):
+        rows = [card.find("steps", label) for label in labels]
+        found += [_Found(card.name, value(row)) for row in rows if row is not None and row["status"] == "ok"]
+    if not found:
+        raise _missing(labels, results)
+    return _of(found, extreme, {}, model, {item.name for item in found})
+
+
+def _compare(
+    run: Run,
+    against: Run,
+    batch_sizes: tuple[int, ...],
+    ratio: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[float, float | None, float | None]],
+    extreme: Extreme,
+    model: str,
+    results: str,
+) -> Measurement:
+    """Returns the most extreme ratio of two runs over batch sizes and cards; a card must have tried all of them."""
+    labels = {
+        size: [label_of(model, options | {"batch_size": size}) for options in (run, against)] for size in batch_sizes
+    }
+    ratios: list[_Found] = []
+    evidence: dict[str, Quantity] = {}
+    names = set()
+    for card in _cards(results):
+        rows = {size: [card.find("steps", label) for label in pair] for size, pair in labels.items()}
+        if any(row is None for pair in rows.values() for row in pair):
+            continue
+        for size, (above, below) in rows.items():
+            assert above is not None
+            assert below is not None
+            setting = f"{card.name}, batch {size}"
+            if above["status"] == below["status"] == "ok":
+                ratios.append(_Found(setting, *ratio(above, below)))
+                names.add(card.name)
+            else:
+                evidence[setting] = "out of memory"
+    if not ratios:
+        raise _missing([label for pair in labels.values() for label in pair], results)
+    return _of(ratios, extreme, evidence, model, names)
+
+
+def _of(
+    found: list[_Found], extreme: Extreme, evidence: dict[str, Quantity], model: str, cards: set[str]
+) -> Measurement:
+    chosen = (min if extreme == "smallest" else max)(found, key=lambda item: item.value)
+    shown = {item.name: item.value for item in found} if len(found) > 1 else {}
+    return Measurement(
+        chosen.value,
+        low=chosen.low,
+        high=chosen.high,
+        evidence={**shown, **evidence},
+        n=len(cards),
+        model=_on(model, cards),
+    )
+
+
+def _cards(results: str) -> list[Card]:
+    cards = read_cards(Path(results))
+    if not cards:
+        raise NotRunError(f"no card's results under {results}; run make gpu-check on a machine with a CUDA card")
+    return cards
+
+
+def _missing(labels: list[str], results: str) -> NotRunError:
+    return NotRunError(f"no card under {results} has measured {', '.join(dict.fromkeys(labels))}")
+
+
+def _on(model: str, cards: Any) -> str:
+    return f"random weights of {model}'s shape on {', '.join(sorted(cards))}"

@@ -1,0 +1,99 @@
+"""Speed of a training step: seconds, tokens a second, and their share of what the card reaches at a matrix product."""
+
+from __future__ import annotations
+
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from peftscope import card
+from peftscope.gpu.model import random_base, random_batch
+from peftscope.memory.question import Question
+from peftscope.training.build import apply_method
+from peftscope.training.ceilings import count_work
+from peftscope.training.meter import make_meter, pci_address
+from peftscope.training.probe import probe_training
+from peftscope.training.step import make_optimizer, train_step
+
+WARM_UP = 3
+TIMED = {"cuda": 20, "cpu": 5}
+BUDGET_SECONDS = 40.0
+"""After so long no further step is timed."""
+FEWEST = 3
+
+
+def time_steps(question: Question, device: str) -> dict[str, Any]:
+    """Returns the time and the peaks of training steps that are all alike, on random weights.
+
+    Peaks are those of one step after the warm-up, ``resident`` what is left between two of them; times come after, so
+    that nothing is asked of the card between its steps.
+
+    Raises:
+        torch.OutOfMemoryError: The card is too small.
+    """
+    spec = question.spec.model_copy(update={"device": device})
+    model, loss_function = apply_method(random_base(question, device), spec, spec.method.build_empty)
+    batch = random_batch(question, spec.batch_size).to(device)
+    tracked = probe_training(model, batch, spec, loss_function) if device == "cpu" else {}
+    optimizer, meter = make_optimizer(model, spec), make_meter(device)
+    model.train()
+
+    def step() -> None:
+        train_step(
+            model,
+            [batch],
+            optimizer,
+            spec,
+            loss_function,
+            # Half way through a run AdaLoRA rates, prunes and masks in every step.
+            after_optimizer_step=lambda: spec.method.after_optimizer_step(model, spec.steps // 2),
+        )
+
+    for _ in range(WARM_UP):
+        step()
+    meter.reset()
+    resident = torch.cuda.memory_allocated() if device == "cuda" else None
+    step()
+    meter.synchronise()
+    peaks = meter.peaks()
+    seconds: list[float] = []
+    while len(seconds) < FEWEST or (len(seconds) < TIMED[device] and sum(seconds) < BUDGET_SECONDS):
+        stop = meter.clock()
+        step()
+        seconds.append(stop())
+    state = card.reading(card.find_card(pci_address())) if device == "cuda" else {}
+    tokens, responses = int(batch.attention_mask.sum()), int(batch.response_tokens)
+    return {
+        "allocated": max(tracked.values()) if tracked else peaks["peak_tensor_bytes"],
+        "reserved": peaks.get("peak_reserved_bytes"),
+        "device": peaks.get("peak_device_bytes"),
+        "resident": resident,
+        "seconds": seconds,
+        "tokens": tokens,
+        "useful_flops": count_work(model).of_step(tokens, responses),
+        "state": state,
+    }
+
+
+def speed_of(found: dict[str, Any], matmul_flops_per_second: float | None) -> dict[str, Any]:
+    """Returns the columns of speed; the share is None where the card's own rate was not measured.
+
+    Args:
+        found: From ``time_steps``.
+        matmul_flops_per_second: The card's rate at a large matrix product.
+    """
+    seconds = found["seconds"]
+    lower, middle, upper = quantiles(seconds, n=4, method="inclusive")
+    rate = found["useful_flops"] / middle
+    return {
+        "step_seconds": middle,
+        "step_seconds_lower_quartile": lower,
+        "step_seconds_upper_quartile": upper,
+        "timed_steps": len(seconds),
+        "tokens_per_second": found["tokens"] / median(seconds),
+        "useful_flops_per_second": rate,
+        "matmul_share": rate / matmul_flops_per_second if matmul_flops_per_second else None,
+        **found["state"],
+        "samples": {"step": [float(f"{value:.6g}") for value in seconds]},
+    }
