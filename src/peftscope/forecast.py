@@ -108,7 +108,7 @@ class Forecaster:
         key = _memory_key(spec)
         if key not in self._memory:
             model = Model(spec.model, shape.to_config(), shape)
-            peaks = peaks_by_formula(Question(model, spec, spec.seq_len, self.gpu, 1, ()))
+            peaks = peaks_by_formula(Question(model, spec, spec.seq_len, self.gpu, spec.shards, ()))
             resident = sum(block.size for block in peaks.blocks["evaluate"] if block.kind in RESIDENT)
             self._memory[key] = _Memory(peaks.allocated_bytes, peaks.device_bytes, peaks.binding_phase, resident)
         memory, cache = self._memory[key], _cache_bytes(spec, shape)
