@@ -14,6 +14,7 @@ from peftscope.claims.evaluate import PartFinding, evaluate_part
 from peftscope.claims.ledger import Part, read_ledger
 from peftscope.claims.verdict import Verdict
 from peftscope.gpu.jobs import card_jobs
+from peftscope.gpu.page import write_page
 from peftscope.gpu.results import KINDS, label_of
 from peftscope.memory.hardware import GPUS
 
@@ -208,3 +209,33 @@ def test_what_claims_ask_for_is_what_a_card_measures(tmp_path: Path) -> None:
         asked = re.search(r"has measured (.*)", reason)
         assert asked is not None, reason
         assert set(asked.group(1).split(", ")) <= jobs
+
+
+def test_the_report_of_a_card_shows_what_it_decides_and_what_did_not_run(tmp_path: Path) -> None:
+    rows = {
+        label: row | {"spec": label, "limit": "rtx4090", "other_processes": 2}
+        for label, row in held((LORA, True), card="rtx4090").items()
+    }
+    write_card(tmp_path, "fits", rows)
+    named = {"spec": "another", "model": "m", "method": "dora"}
+    write_card(tmp_path, "steps", {"another": named | {"status": "failed: <why>"}})
+    facts = {
+        "device": "cuda",
+        "name": "a <card>",
+        "memory_bytes": 80 * GIB,
+        "ceilings": {"dtype": "bfloat16", "matmul_flops_per_second": 8e14, "copy_bytes_per_second": 3e12},
+        "idle": {"power_watts": 70.5, "sm_clock_mhz": None},
+        "loaded": {},
+        "other_processes": [{"pid": 7, "used_bytes": None}],
+        "cuda": "13.0",
+        "versions": {"torch": "2"},
+    }
+    (tmp_path / "card" / "card.json").write_text(json.dumps(facts))
+    waiting = next(job for job in card_jobs(GPUS["h100"]) if job.kind == "latency")
+    text = write_page(tmp_path / "card", [(waiting.kind, waiting.label)]).read_text()
+    decided = judged(part_of("S7"), tmp_path)
+    assert decided.verdict == Verdict.EXACT and text.count("<td>EXACT") == 1
+    assert "CPU" not in text and "800 TFLOP/s" in text and "70.5 W" in text and "process 7" in text
+    assert "fits, with 2 other processes on the card" in text
+    assert "failed: &lt;why&gt;" in text and "a &lt;card&gt;" in text
+    assert f"Not measured yet: {waiting.label}." in text

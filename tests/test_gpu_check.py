@@ -417,3 +417,27 @@ def test_one_process_with_few_packages(tmp_path: Path) -> None:
     row = json.loads(done.stdout.splitlines()[-1])
     assert row["status"] == "ok" and row["allocated_error_percent"] == 0
     assert row["measured_reserved_bytes"] is None and row["torch_version"]
+
+
+@pytest.mark.slow
+def test_the_command_goes_on_where_it_was_and_ends_with_a_report(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "peftscope.gpu.check",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path),
+    ]
+    first, second = (
+        subprocess.run([*command, "--kinds", "fits,latency"], capture_output=True, text=True) for _ in range(2)
+    )
+    assert first.returncode == second.returncode == 0, first.stderr
+    assert "0 of 7 done before" in first.stderr and "7 of 7 done before" in second.stderr
+    text = (tmp_path / "report.html").read_text()
+    assert "decides no claim" in text and "Not measured yet: " in text
+    done = subprocess.run([*command, "--kinds", "speed"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("--kinds: no such kind (got 'speed')")

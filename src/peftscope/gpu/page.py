@@ -15,7 +15,7 @@ GIB, GIGA, TERA, MILLI = 2**30, 1e9, 1e12, 1e-3
 
 CAPTIONS = {
     "fits": "Does it fit? Runs that are held to a smaller card's memory, the context taken off",
-    "steps": "Training steps: time, speed, and the peak of one step",
+    "steps": "Training steps: time, speed, and their peak",
     "latency": "Latency of one forward pass with the adapter apart, merged, and of the base alone",
     "memory": "Peaks of two training steps and an evaluation",
 }
