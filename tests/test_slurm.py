@@ -160,7 +160,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     for old, new in {"train=8": "train=1", "cores: 1000": "cores: 2", "=300": "=1", "checks: 20": "checks: 5"}.items():
         assert old in text
         text = text.replace(old, new)
-    profile.write_text(text.replace("latency-wait: 60", "latency-wait: 5"))
+    # In the profile, for on the command line it would take the place of the others. There are no cards here to be found.
+    profile.write_text(text.replace("latency-wait: 60", "latency-wait: 5") + "  - train:gpu=1\n")
     return place
 
 
@@ -183,7 +184,7 @@ def test_the_smoke_pipeline_survives_scancel_and_preemption(
     cluster: Path, folder: Path, request: pytest.FixtureRequest
 ) -> None:
     command = [sys.executable, "-m", "snakemake", "--workflow-profile", "profiles/slurm"]
-    command += ["--config", "experiment=smoke", "--set-resources", "train:gpu=1"]
+    command += ["--config", "experiment=smoke"]
     log = (folder / "workflow.log").open("w")
     workflow = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
     request.addfinalizer(workflow.kill)
