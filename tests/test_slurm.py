@@ -160,7 +160,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     for old, new in {"train=8": "train=1", "cores: 1000": "cores: 2", "=300": "=1", "checks: 20": "checks: 5"}.items():
         assert old in text
         text = text.replace(old, new)
-    # In the profile, for on the command line it would take the place of the others. There are no cards here to be found.
+    # In the profile, for on the command line it would take the place of the others. No cards are found here.
     profile.write_text(text.replace("latency-wait: 60", "latency-wait: 5") + "  - train:gpu=1\n")
     return place
 
