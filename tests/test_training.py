@@ -197,24 +197,40 @@ def test_an_interrupted_run_says_so_and_counts_as_not_done(wait: int, toy: Path,
     time.sleep(wait)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert not (tmp_path / "record.json").exists()
     record = read_record(tmp_path / "interrupted.json")
     assert (record.status, record.reason) == ("interrupted", "stopped by SIGTERM")
 
 
-def test_a_run_that_the_host_kills_is_out_of_memory(toy: Path, make_spec, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kills", "attempts_left", "code", "status"),
+    [(1, 0, 0, "oom"), (1, 1, 137, "interrupted"), (0, 0, 137, "interrupted"), (None, 0, 0, "oom")],
+    ids=["for memory", "for memory, to be tried with more", "from outside", "who knows"],
+)
+def test_a_run_that_is_killed_is_out_of_memory_if_the_kernel_says_so(
+    kills: int | None, attempts_left: int, code: int, status: str, toy: Path, make_spec, tmp_path: Path
+) -> None:
+    """The kernel's count before and after; `make test-faults` has it kill for real."""
     spec = make_spec(method="lora", steps=100_000)
-    command = [sys.executable, "-m", "peftscope", "run", json.dumps(spec.canonical()), "--output", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job = (
+        "import json, sys; from pathlib import Path; from peftscope import job; "
+        "from peftscope.spec import RunSpec; counts = iter(json.loads(sys.argv[3])); "
+        "job.host_kills = lambda: next(counts); "
+        "job.Job(RunSpec.model_validate(json.loads(sys.argv[1])), Path(sys.argv[2]), 1, 300, int(sys.argv[4])).start()"
+    )
+    counts = [None, None] if kills is None else [7, 7 + kills]
+    command = [sys.executable, "-c", job, json.dumps(spec.canonical()), str(tmp_path), json.dumps(counts)]
+    process = subprocess.Popen([*command, str(attempts_left)], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not psutil.Process(process.pid).children():
         time.sleep(0.05)
     psutil.Process(process.pid).children()[0].kill()
-    assert process.wait(timeout=30) == 0
-    record = read_record(tmp_path / "record.json")
-    assert record.status == "oom"
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code, errors
+    record = read_record(tmp_path / ("record.json" if status == "oom" else "interrupted.json"))
+    assert record.status == status
     assert "SIGKILL" in record.reason
 
 

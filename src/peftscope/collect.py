@@ -79,7 +79,8 @@ def read_runs(experiment: str) -> pd.DataFrame:
     path = results_folder(experiment) / "runs.csv"
     if not path.is_file():
         raise InputError(Problem(str(path), "no such file", f"make report EXPERIMENT={experiment}"))
-    return pd.read_csv(path, dtype={"comparisons": str}).fillna({"comparisons": ""})
+    # A copy is in one piece; pandas warns of a column that is added to more than a hundred.
+    return pd.read_csv(path, dtype={"comparisons": str}).fillna({"comparisons": ""}).copy()
 
 
 def _find_record(folder: Path) -> RunRecord | None:

@@ -85,6 +85,9 @@ class Job:
         killed = survive_child()
         if killed is None:
             return
+        if killed in (signal.SIGTERM, signal.SIGINT):  # before the child could listen to them
+            self._end_early("interrupted", f"stopped by {killed.name}")
+            sys.exit(INTERRUPTED_CODE)
         if killed != signal.SIGKILL:
             self._end_early("failed", f"crashed with {killed.name}")
             sys.exit(0)
@@ -118,9 +121,9 @@ class Job:
 
     def _run(self, began: float, verified_seconds: float) -> None:
         """Runs in this process, and in those beside it if the model is sharded; ends them all."""
-        raise_on_signals()
-        rank, watchers = fork_ranks(self.folder, self.spec.shards, self._end_for_all)
         try:
+            raise_on_signals()
+            rank, watchers = fork_ranks(self.folder, self.spec.shards, self._end_for_all)
             record = self._execute(began, verified_seconds, rank)
         except Interrupted as error:
             if not (self.folder / "interrupted.json").is_file():

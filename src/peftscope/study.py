@@ -60,7 +60,7 @@ class StudyResults:
     @cached_property
     def table(self) -> pd.DataFrame:
         """Every run, one row each."""
-        table = pd.read_csv(self._folder / "runs.csv", dtype={"comparisons": str})
+        table = pd.read_csv(self._folder / "runs.csv", dtype={"comparisons": str}).copy()
         return table.fillna({"comparisons": ""})
 
     def _chosen(self, arm: str) -> dict[str, Any]:
