@@ -102,7 +102,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     values = {"host": host, "user": user, "folder": folder, "memory": MEMORY_MB, "cards": CARDS}
     conf = SLURM_CONF.format(port=free_port(), node_port=free_port(), **values)
     # In its usual place: Snakemake's jobs do not inherit SLURM_CONF.
-    assert not (ETC / "slurm.conf").exists(), f"{ETC} describes a cluster already"
+    found = ETC / "slurm.conf"
+    assert not found.exists() or "ClusterName=peftscope" in found.read_text(), f"{ETC} describes another cluster"
     ETC.mkdir(exist_ok=True)
     (ETC / "slurm.conf").write_text(conf)
     (ETC / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
