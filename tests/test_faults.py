@@ -43,7 +43,7 @@ ENDINGS = SMALL.replace("ladders:", "runs: [{runs}]\nladders:").replace(
     "{method: full, learning_rate: 1.0e+30, max_grad_norm: null, precision: fp32}, "
     "{method: lora, batch_size: 300000, steps: 2}",
 )
-VARYING = r"_seconds|per_second|resident_bytes|started_at|git_|^step_seconds"
+VARYING = r"_seconds|per_second|matmul_share|resident_bytes|started_at|git_|^step_seconds"
 """Columns of times and of the process's memory, which no two runs have alike."""
 
 
