@@ -194,4 +194,4 @@ def test_gradients_that_stay_would_be_as_large_as_the_weights(monkeypatch: pytes
 def test_claims_on_a_7b_model_are_decided(claim_id: str) -> None:
     found = [evaluate_part(part) for part in claims()[claim_id].parts]
     assert found[-1].verdict not in UNDECIDED
-    assert all(part.found or part.part.waits_for for part in found)
+    assert all(part.found or part.part.waits_for or part.part.kind == "gpu" for part in found)
