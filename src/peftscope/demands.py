@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 from peftscope.data.tasks import item_tokens
 from peftscope.estimate import estimate_seconds
+from peftscope.forecast import memory_key
 from peftscope.memory.answer import peaks_by_formula
 from peftscope.memory.question import Model, Question
 from peftscope.models.catalog import find_model
@@ -25,7 +25,6 @@ SLOWER = 3
 SHORTEST_MINUTES = 20
 UNKNOWN_BYTES = 64 * 2**30
 """Of a model whose shape is not known before it is fetched."""
-_NO_MEMORY = ("seed", "init_seed", "learning_rate", "shuffled_targets", "steps", "schedule", "warmup_steps", "task")
 
 
 class JobDemands:
@@ -33,7 +32,7 @@ class JobDemands:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._bytes: dict[str, int] = {}
+        self._bytes: dict[tuple[str, str], int] = {}
 
     def memory_mb(self, wildcards: Any, attempt: int) -> int:
         """Returns the host memory that a run asks for, in megabytes."""
@@ -45,21 +44,21 @@ class JobDemands:
         return max(SHORTEST_MINUTES, math.ceil(SLOWER * seconds / 60)) * attempt
 
     def _host_bytes(self, spec: RunSpec) -> int:
-        matters = spec.canonical() | dict.fromkeys(_NO_MEMORY)
-        key = json.dumps(matters, sort_keys=True)
+        key = (memory_key(spec), spec.task)  # how long a task's items are counts here
         if key not in self._bytes:
             self._bytes[key] = host_bytes(spec)
         return self._bytes[key]
 
 
 def host_bytes(spec: RunSpec) -> int:
-    """Returns the host memory that a run needs: on a card only its model's weights pass through there."""
+    """Returns the host memory that a run needs: on a card, each of its processes loads the weights through there."""
     shape = find_model(spec.model).shape
     if shape is None:
         return UNKNOWN_BYTES
     if spec.device == "cuda":
-        return PROCESS_BYTES + 2 * 4 * shape.parameters
+        # In fp32 at most, and twice: as they are read, and as they are put together.
+        return spec.shards * (PROCESS_BYTES + 2 * 4 * shape.parameters)
     length = spec.seq_len if spec.packing else min(spec.seq_len, math.ceil(LONGEST * item_tokens(spec.task)))
     widest = spec.model_copy(update={"seq_len": length})
     peaks = peaks_by_formula(Question(Model(spec.model, shape.to_config(), shape), widest, length, None, 1, ()))
-    return PROCESS_BYTES + round(MARGIN * peaks.allocated_bytes)
+    return spec.shards * (PROCESS_BYTES + round(MARGIN * peaks.allocated_bytes))

@@ -105,7 +105,7 @@ class Forecaster:
 
     def _peak(self, spec: RunSpec, shape: ModelShape) -> tuple[int, str]:
         """Returns what the card needs at most, and the phase of that."""
-        key = _memory_key(spec)
+        key = memory_key(spec)
         if key not in self._memory:
             model = Model(spec.model, shape.to_config(), shape)
             peaks = peaks_by_formula(Question(model, spec, spec.seq_len, self.gpu, spec.shards, ()))
@@ -116,7 +116,7 @@ class Forecaster:
         return (memory.device_bytes + more, "generate") if cache and more > 0 else (memory.device_bytes, memory.phase)
 
     def _advice_once(self, spec: RunSpec, shape: ModelShape) -> str:
-        key = _memory_key(spec), _cache_bytes(spec, shape)
+        key = memory_key(spec), _cache_bytes(spec, shape)
         if key not in self._advised:
             self._advised[key] = self._advice(spec, shape)
         return self._advised[key]
@@ -177,7 +177,8 @@ _NO_MEMORY = {
 """Fields that change nothing in the closed form's memory; the scale alpha is the methods' own one."""
 
 
-def _memory_key(spec: RunSpec) -> str:
+def memory_key(spec: RunSpec) -> str:
+    """Returns what runs that take the same memory have in common."""
     fields = {name: value for name, value in spec.canonical().items() if name not in _NO_MEMORY}
     return json.dumps({**fields, "method": {**fields["method"], "alpha": None}}, sort_keys=True)
 

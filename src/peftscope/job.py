@@ -8,7 +8,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -27,9 +26,6 @@ from peftscope.process import (
 from peftscope.ranks import LAST_WORDS_SECONDS, fork_ranks, rank_folder
 from peftscope.record import RunRecord, Status, finished_record, read_record, state_folder, write_json, write_record
 from peftscope.spec import RunSpec, run_id
-
-if TYPE_CHECKING:
-    from peftscope.training.phases import Phases
 
 INTERRUPTED_CODE, KILLED_CODE = 130, 137
 KILLED = "killed by SIGKILL, most likely because the host ran out of memory"
@@ -158,7 +154,7 @@ class Job:
             import bitsandbytes  # noqa: F401
         if self.threads or spec.shards > 1:
             torch.set_num_threads(max(1, (self.threads or torch.get_num_threads()) // spec.shards))
-        phases: Phases = Phases(spec.device, began)
+        phases = Phases(spec.device, began)
         phases.mark_imported(verified_seconds)
         return execute(spec, self.folder, phases, self.checkpoint_seconds, rank)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -20,13 +21,13 @@ from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.experiment import experiment_path
 from peftscope.hub import mirrored
 from peftscope.models.catalog import MODELS_FILE, BaseModelEntry, HubSource, WheelSource, find_model, model_folder
+from peftscope.process import STORAGE_REMEDIES
 from peftscope.record import read_manifest
 from peftscope.spec import Device, RunSpec
 from peftscope.sweep import TUNING, Sweep, expand
 
 DEFAULT_EXPERIMENT = "quick"
 SPARE_BYTES = 1 << 30
-_WRITABLE = "make this folder writable for you, or work in another one"
 
 
 class Plan:
@@ -126,7 +127,11 @@ def load_plan(config: dict[str, Any]) -> Plan:
     """
     plan = plan_experiment(str(config.get("experiment", DEFAULT_EXPERIMENT)))
     runs = Path("results") / plan.name / "runs"
-    problems = [] if os.access(".", os.W_OK) else [Problem(str(Path.cwd()), "cannot be written", _WRITABLE)]
+    problems = (
+        []
+        if os.access(".", os.W_OK)
+        else [Problem(str(Path.cwd()), "cannot be written", STORAGE_REMEDIES[errno.EACCES])]
+    )
     problems += check_disk({i: spec for i, spec in plan.sweep.runs.items() if not (runs / i / "record.json").is_file()})
     if problems:
         raise InputError(problems)
