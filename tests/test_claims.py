@@ -67,6 +67,7 @@ def test_what_is_not_measured_says_why() -> None:
         ({"parts": []}, "claims[0].parts"),
         ({"parts": [ENTRY["parts"][0] | {"check": "counts.nothing"}]}, "S13.parts[0].check: no such check"),
         ({"parts": [ENTRY["parts"][0] | {"with": {"rows": 1}}]}, "S13.parts[0].with: missing a required argument"),
+        ({"parts": [ENTRY["parts"][0] | {"with": {"rows": 4, "columns": 4, "rank": -1}}]}, "S13.parts[0].with.rank"),
         ({"parts": [ENTRY["parts"][0] | {"rule": {"equals": 1, "at_least": 2}}]}, "must have one of"),
         ({"parts": [ENTRY["parts"][0] | {"rule": {"at_least": 3, "at_most": 2}}]}, "above at_most"),
         ({"parts": [ENTRY["parts"][0] | {"rule": {"equals": "a", "relative": 0.1}}]}, "a tolerance needs a number"),
@@ -170,6 +171,26 @@ def test_a_check_that_cannot_run_says_what_is_missing(monkeypatch: pytest.Monkey
     monkeypatch.setattr("peftscope.claims.evaluate.find_check", lambda name: missing)
     found = evaluate_part(part())
     assert (found.verdict, found.reason) == (Verdict.NOT_RUN, "no weights")
+
+
+@pytest.mark.parametrize(
+    ("claim", "values"),
+    [
+        ("S13", {"rank": 0}),
+        ("S14", {"factor": "C"}),
+        ("S38", {"rows": 0, "columns": 0}),
+        ("S71", {"rank": 0, "targets": "q_prj\x1b[2J"}),
+        ("P24", {"denominator": 0}),
+    ],
+)
+def test_values_that_a_check_cannot_take_cost_nothing_but_its_verdict(claim: str, values: dict[str, Any]) -> None:
+    parts = (part for entry in read_ledger() if entry.id == claim for part in entry.parts)
+    asked = next(part for part in parts if values.keys() <= part.with_.keys())
+    found = evaluate_part(asked.model_copy(update={"with_": asked.with_ | values}))
+    assert found.verdict == Verdict.NOT_RUN
+    assert f"{asked.check} stopped with " in found.reason
+    assert all(f"{name}={value!r}" in found.reason for name, value in values.items())
+    assert "\x1b" not in found.reason
 
 
 def test_what_is_written_is_the_same_every_time() -> None:

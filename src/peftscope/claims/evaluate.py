@@ -10,7 +10,7 @@ from typing import Any
 from peftscope.claims.ledger import DETERMINISTIC, Claim, Part, find_check
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 from peftscope.claims.verdict import UNDECIDED, Verdict, judge
-from peftscope.errors import InputError
+from peftscope.errors import InputError, printable, shown
 from peftscope.stats import holm, paired_p
 
 SIGNIFICANT_DIGITS = 6
@@ -149,6 +149,9 @@ def _measure(part: Part) -> Measurement | str:
         return str(error)
     except InputError as error:
         return "; ".join(map(str, error.problems))
+    except Exception as error:  # one check's values must not cost what the others found
+        given = ", ".join(f"{name}={shown(value)}" for name, value in part.with_.items())
+        return printable(f"{part.check} stopped with {type(error).__name__}: {error}; look at what it got: {given}")
 
 
 def _adjusted_p(part: Part, found: Measurement, family: Sequence[Part]) -> float | None:

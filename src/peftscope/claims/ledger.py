@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, create_model, model_validator
 
 from peftscope.claims import checks
 from peftscope.claims.measurement import Measurement
@@ -126,11 +126,14 @@ def _known_checks() -> dict[str, Callable[..., Measurement]]:
 
 @cache
 def _parameters(check: str) -> type[BaseModel]:
-    """Returns a model of a check's parameters, as its signature types them."""
+    """Returns a model of a check's parameters, as its signature types them; its whole numbers are counts."""
     function = _known_checks()[check]
     types = get_type_hints(function)
     fields: dict[str, Any] = {
-        name: (types[name], ... if parameter.default is parameter.empty else parameter.default)
+        name: (
+            NonNegativeInt if types[name] is int else types[name],
+            ... if parameter.default is parameter.empty else parameter.default,
+        )
         for name, parameter in inspect.signature(function).parameters.items()
     }
     return create_model(check, **fields)

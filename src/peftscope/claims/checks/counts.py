@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import meta_model, shape_of, tiny_llama, token_ids
 from peftscope.methods.fields import target_modules
 from peftscope.methods.lora import LoRA
+
+Trained = Literal["full", "lora", "dora", "adalora"]
 
 GB = 10**9
 MB = 10**6
@@ -191,7 +193,7 @@ def average_bits(preset: str, double_quant: bool = True, rest: str = "bfloat16")
     return Measurement(bits / _count(model), evidence=evidence, model=preset)
 
 
-def operations_ratio(method: str, against: str, width: int, rank: int, tokens: int = 512) -> Measurement:
+def operations_ratio(method: Trained, against: Trained, width: int, rank: int, tokens: int = 512) -> Measurement:
     """Returns the multiplications of a training step through one square layer, over those with another method.
 
     Args:
