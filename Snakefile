@@ -13,9 +13,10 @@ from peftscope.spec import RUN_ID_PATTERN
 min_version("9.0")
 # A plan of many jobs is millions of objects that stay: looking for garbage among them took a fifth of a dry run.
 gc.set_threshold(200_000)
-# The jobs use the Python that Snakemake itself runs on, whatever PATH says.
+# The jobs use the Python that Snakemake itself runs on, whatever PATH says. They are its own children (exec), and die
+# with it: those of a workflow that was killed must not write beside those of the next one.
 shell.prefix(
-    f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
+    f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH PEFTSCOPE_DIES_WITH_PARENT=1; exec "
 )
 
 PLAN = load_plan(config)
@@ -115,8 +116,7 @@ rule train:
     params:
         spec=PLAN.spec_json,
     shell:
-        # exec: the job is Snakemake's own child, and dies with it.
-        "exec python -m peftscope run {params.spec:q} --threads {threads} --output $(dirname {output.record:q}) --checkpoint-seconds {resources.checkpoint_seconds} --attempts-left {resources.attempts_left} > {log} 2>&1"
+        "python -m peftscope run {params.spec:q} --threads {threads} --output $(dirname {output.record:q}) --checkpoint-seconds {resources.checkpoint_seconds} --attempts-left {resources.attempts_left} > {log} 2>&1"
 
 
 # A study's learning rates: the runs that are compared at them follow from what the first ones found.

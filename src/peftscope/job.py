@@ -16,7 +16,6 @@ from peftscope.errors import InputError, Problem
 from peftscope.inputs import verify_inputs
 from peftscope.process import (
     Interrupted,
-    die_with_parent,
     host_kills,
     locked,
     raise_on_signals,
@@ -57,7 +56,6 @@ class Job:
             InputError: Another job makes it, or its model and data are damaged for good.
         """
         began = time.perf_counter() - seconds_since_process_start()
-        die_with_parent()
         identity = run_id(self.spec)
         with locked(state_folder(self.folder) / "lock"):
             write_json(self.folder / "spec.json", self.spec.model_dump(mode="json"))
