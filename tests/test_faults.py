@@ -302,8 +302,6 @@ def test_a_disk_that_takes_no_more(
         assert stopped.returncode != 0
         assert "free some space and start again" in stopped.stderr
         assert not (place / "record.json").exists()
-        again = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert "goes on after step" in again.stderr or what == "the adapter"
     finish(folder, "small")
     assert tables(folder, "small") == tables(undisturbed, "small")
     outcomes.add(f"no room for {what}", 1, 0)

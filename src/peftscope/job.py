@@ -120,7 +120,9 @@ class Job:
             rank, watchers = fork_ranks(self.folder, self.spec.shards, self._end_for_all)
             record = self._execute(began, verified_seconds, rank)
         except Interrupted as error:
-            if not (self.folder / "interrupted.json").is_file():
+            if (self.folder / "interrupted.json").is_file():
+                errors.print(f"{run_id(self.spec)}: interrupted, {error}", soft_wrap=True)
+            else:
                 self._end_early("interrupted", str(error))
             sys.exit(INTERRUPTED_CODE)
         if record.status in ("oom", "failed"):

@@ -69,7 +69,7 @@ class Checkpoints:
             unfinished.replace(self._folder / f"checkpoint-{len(log.nll):08d}-{_digest(unfinished)}.pt")
         except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
             unfinished.unlink(missing_ok=True)
-            print(f"no checkpoint at step {len(log.nll)}: {error}", file=sys.stderr)
+            print(f"no checkpoint at step {len(log.nll)}, training goes on: {error}", file=sys.stderr)
         self._saved_at = time.monotonic()
         for old in self._files()[KEPT:]:
             old.unlink()
