@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -85,14 +86,23 @@ class Job:
         if killed != signal.SIGKILL:
             self._end_early("failed", f"crashed with {killed.name}")
             sys.exit(0)
-        after = host_kills()
-        for_memory = before is None or after is None or after > before
+        sys.exit(self._end_killed(before))
+
+    def _end_killed(self, kills_before: int | None, whom: str = "") -> int:
+        """Puts on record that a process got SIGKILL, and returns the code to exit with: a result, or to try again.
+
+        Args:
+            kills_before: The kernel's count of those for want of memory, when the process began.
+            whom: What to say of it, if it is not the only one.
+        """
+        kills = host_kills()
+        for_memory = kills_before is None or kills is None or kills > kills_before
         if for_memory and not self.attempts_left:
-            self._end_early("oom", KILLED)
-            sys.exit(0)
+            self._end_early("oom", f"{whom}{KILLED}")
+            return 0
         outside = "killed by SIGKILL, and not by the kernel for want of memory"
-        self._end_early("interrupted", KILLED if for_memory else outside)
-        sys.exit(KILLED_CODE)
+        self._end_early("interrupted", f"{whom}{KILLED if for_memory else outside}")
+        return KILLED_CODE
 
     def _end_early(self, status: Status, reason: str) -> None:
         """Writes the record of a run that cannot write its own."""
@@ -100,7 +110,7 @@ class Job:
         write_record(self.folder / ("interrupted.json" if status == "interrupted" else "record.json"), record)
         errors.print(f"{record.run_id}: {status}, {reason}", soft_wrap=True)
 
-    def _end_for_all(self, rank: int, code: int) -> None:
+    def _end_for_all(self, kills_before: int | None, rank: int, code: int) -> None:
         """Ends a sharded run one of whose other processes failed."""
         which = f"process {rank} of {self.spec.shards}"
         try:
@@ -108,16 +118,15 @@ class Job:
             self._end_early(record.status, f"{record.reason} ({which})")
         except (InputError, OSError):
             if code == -signal.SIGKILL:
-                self._end_early("oom", f"{which} was {KILLED}")
-            else:
-                self._end_early("failed", f"{which} ended with code {code}")
+                os._exit(self._end_killed(kills_before, f"{which} was "))
+            self._end_early("failed", f"{which} ended with code {code}")
         os._exit(0)
 
     def _run(self, began: float, verified_seconds: float) -> None:
         """Runs in this process, and in those beside it if the model is sharded; ends them all."""
         try:
             raise_on_signals()
-            rank, watchers = fork_ranks(self.folder, self.spec.shards, self._end_for_all)
+            rank, watchers = fork_ranks(self.folder, self.spec.shards, partial(self._end_for_all, host_kills()))
             record = self._execute(began, verified_seconds, rank)
         except Interrupted as error:
             if (self.folder / "interrupted.json").is_file():
