@@ -186,8 +186,8 @@ def test_the_smoke_pipeline_survives_scancel_and_preemption(
 ) -> None:
     command = [sys.executable, "-m", "snakemake", "--workflow-profile", "profiles/slurm"]
     command += ["--config", "experiment=smoke"]
-    log = (folder / "workflow.log").open("w")
-    workflow = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+    with (folder / "workflow.log").open("w") as log:
+        workflow = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
     request.addfinalizer(workflow.kill)
 
     def said() -> str:
