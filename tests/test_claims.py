@@ -193,6 +193,11 @@ def test_values_that_a_check_cannot_take_cost_nothing_but_its_verdict(claim: str
     assert "\x1b" not in found.reason
 
 
+def test_no_check_stopped_when_the_published_verdicts_were_made(repository: Path) -> None:
+    files = list(repository.glob("results/published/*/claims.json"))
+    assert files and not [file for file in files if " stopped with " in file.read_text()]
+
+
 def test_what_is_written_is_the_same_every_time() -> None:
     first, second = (json.dumps(evaluate_part(part()).to_json(), sort_keys=True) for _ in range(2))
     assert first == second
