@@ -248,7 +248,8 @@ def test_processes_are_forked_watched_and_die_with_the_first(tmp_path: Path) -> 
         "if rank == 2: os._exit(3)\n"
         "if rank == 3: print(os.getpid(), flush=True); time.sleep(60)\n"
         "for watcher in watchers[:2]: watcher.join()\n"
-        "while not (log := (Path(sys.argv[1]) / 'state/rank-3/log')).read_text(): time.sleep(0.01)\n"
+        "log = Path(sys.argv[1]) / 'state/rank-3/log'\n"
+        "while not log.exists() or not log.read_text(): time.sleep(0.01)\n"
         "print(log.read_text())\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
