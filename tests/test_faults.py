@@ -165,8 +165,10 @@ def kill_one_of_its_jobs(workflow: subprocess.Popen[str], chance: random.Random)
 
 
 def kill_the_workflow(workflow: subprocess.Popen[str], chance: random.Random) -> None:
+    jobs = workers(workflow)
     workflow.kill()
     workflow.communicate()
+    assert not psutil.wait_procs(jobs, timeout=30)[1], "jobs went on without their workflow"
 
 
 def kill_everything(workflow: subprocess.Popen[str], chance: random.Random) -> None:

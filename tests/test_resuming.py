@@ -250,7 +250,8 @@ def test_a_job_dies_with_its_parent_and_leaves_a_checkpoint(toy: Path, short, tm
     spec = short(method="lora", steps=100_000)
     folder = tmp_path / "run"
     code = f"import subprocess; subprocess.run({command(spec, folder)!r})"
-    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    environment = os.environ | {"PEFTSCOPE_DIES_WITH_PARENT": "1"}
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, env=environment)
     job = wait_for(lambda: psutil.Process(parent.pid).children())[0]
     child = wait_for(job.children)[0]
     wait_for(lambda: child.cpu_times().user > 4 or not child.is_running())
