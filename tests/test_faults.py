@@ -470,6 +470,8 @@ def test_runs_that_cannot_end_well_do_not_stop_the_others(folder: Path, undistur
     reference = pd.read_csv(undisturbed / "results/small/runs.csv").set_index("run_id").loc[good.index]
     shared = [c for c in reference.dropna(axis=1, how="all").columns if not re.search(VARYING, c)]
     pd.testing.assert_frame_equal(good[shared], reference[shared], check_dtype=False, check_exact=True)
+    subprocess.run([sys.executable, "-m", "peftscope", "report", "endings"], cwd=folder, check=True)
+    assert "OOM" in (folder / "reports/endings/report.html").read_text()
     outcomes.add("out of memory (ulimit -v)", 1, 0)
     outcomes.add("a loss that is no number", 1, 0)
 

@@ -151,7 +151,8 @@ def _measure(part: Part) -> Measurement | str:
         return "; ".join(map(str, error.problems))
     except Exception as error:  # one check's values must not cost what the others found
         given = ", ".join(f"{name}={shown(value)}" for name, value in part.with_.items())
-        return printable(f"{part.check} stopped with {type(error).__name__}: {error}; look at what it got: {given}")
+        said = " ".join(str(error).split())  # one line, for tables
+        return printable(f"{part.check} stopped with {type(error).__name__}: {said}; look at what it got: {given}")
 
 
 def _adjusted_p(part: Part, found: Measurement, family: Sequence[Part]) -> float | None:
