@@ -20,7 +20,7 @@ import yaml
 from peftscope.data.tasks import task_folder
 from peftscope.experiment import read_yaml
 from peftscope.models.catalog import model_folder
-from peftscope.record import RunRecord
+from peftscope.record import RunRecord, read_record
 from peftscope.report.memory import FOLDER as MEMORY_FOLDER
 from peftscope.report.memory import write_chapter
 from peftscope.spec import RunSpec, run_id
@@ -116,8 +116,7 @@ def _write_missing(path: Path, content: dict[str, Any]) -> None:
 def _example(method: str) -> dict[str, Any]:
     """Returns the content of a published record of the method."""
     path = min((PUBLISHED / "quick/runs").glob(f"{method}-*/record.json"))
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content
+    return read_record(path).model_dump(mode="json")
 
 
 def draw_record(spec: RunSpec, unlucky: float = 0.0) -> RunRecord:
