@@ -230,14 +230,16 @@ def draw_prediction(axes: plt.Axes, runs: pd.DataFrame) -> None:
     found = found[(found["device"] != "cpu") | (found["peak"] != "training")]
     if found.empty:
         return
-    found = found.assign(predicted=found["predicted_bytes"] / MIB, measured=found["measured_bytes"] / MIB)
+    found = found.assign(
+        predicted=found["predicted_bytes"] / MIB, measured=found["measured_bytes"] / MIB, method=found["label"]
+    )
     sns.scatterplot(
         found,
         x="predicted",
         y="measured",
-        hue="label",
+        hue="method",
         style="peak",
-        palette=method_colours() | {str(n): "0.4" for n in found["label"] if n not in method_colours()},
+        palette=method_colours() | {str(n): "0.4" for n in found["method"] if n not in method_colours()},
         s=55,
         alpha=0.7,
         ax=axes,
