@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from peftscope.errors import InputError
 from peftscope.methods import METHODS
 from peftscope.plan import plan_experiment
-from peftscope.record import RunRecord, read_record
+from peftscope.ranks import rank_folder
+from peftscope.record import RunRecord, read_record, state_folder
 from peftscope.spec import RunSpec
 from peftscope.training.phases import Phases
 from peftscope.training.run import execute
@@ -216,6 +217,44 @@ def test_a_stopped_run_says_so_and_leaves_no_process(toy: Path, exact, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("method", "killed"), [("full", False), ("lora", True)], ids=["stopped", "killed"])
+def test_a_run_goes_on_from_what_all_have(method: str, killed: bool, toy: Path, exact, tmp_path: Path) -> None:
+    options = {} if method == "full" else {"dropout": 0.1}
+    spec = exact(method=method, steps=80, schedule="cosine", generation_items=0, shards=SHARDS, **options)
+    expected, folder = tmp_path / "undisturbed", tmp_path / "disturbed"
+    undisturbed = run_apart(spec, expected)
+    states = (state_folder(folder), state_folder(rank_folder(folder, 1)))
+    job = subprocess.Popen([*command(spec, folder), "--checkpoint-seconds", "0"], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(states[1].glob("checkpoint-*.pt"))) < 2:
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.005)
+    if killed:
+        psutil.Process(job.pid).children(recursive=True)[1].kill()
+        assert job.wait(timeout=30) == 137
+        newest = max(states[1].glob("checkpoint-*.pt"))
+        newest.write_bytes(b"damaged")  # so that this process has only the one before
+    else:
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(timeout=30) == 130
+        seen = read_record(folder / "interrupted.json").train_nll
+        assert undisturbed.train_nll[: len(seen)] == seen and 0 < len(seen) < spec.steps
+        assert {steps_of(max(state.glob("checkpoint-*.pt"))) for state in states} == {len(seen)}
+    resumed = subprocess.run(command(spec, folder), capture_output=True, text=True, check=True)
+    (done,) = map(int, re.findall(r"goes on after step (\d+)", resumed.stderr))
+    assert done == (steps_of(newest) - 1 if killed else len(seen))
+    record = read_record(folder / "record.json")
+    assert record.train_nll == undisturbed.train_nll and record.quality == undisturbed.quality
+    for path in [*(expected / "adapter").iterdir(), expected / "items.jsonl"]:
+        assert (folder / path.relative_to(expected)).read_bytes() == path.read_bytes(), path.name
+    assert not list(state_folder(folder).rglob("checkpoint-*.pt"))
+
+
+def steps_of(checkpoint: Path) -> int:
+    return int(checkpoint.stem.split("-")[1])
+
+
+@pytest.mark.slow
 def test_the_process_that_failed_first_gives_the_reason(toy: Path, exact, tmp_path: Path) -> None:
     code = (
         "import sys, torch\n"
@@ -238,16 +277,18 @@ def test_the_process_that_failed_first_gives_the_reason(toy: Path, exact, tmp_pa
 
 def test_processes_are_forked_watched_and_die_with_the_first(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time\n"
+        "import os, sys, threading, time\n"
         "from pathlib import Path\n"
         "from peftscope.ranks import fork_ranks\n"
+        "told = threading.Event()\n"
         "def tell(rank, code):\n"
         "    print(rank, code, flush=True)\n"
-        "rank, watchers = fork_ranks(Path(sys.argv[1]), 4, tell)\n"
+        "    told.set()\n"
+        "rank = fork_ranks(Path(sys.argv[1]), 4, tell)\n"
         "if rank == 1: os._exit(0)\n"
         "if rank == 2: os._exit(3)\n"
         "if rank == 3: print(os.getpid(), flush=True); time.sleep(60)\n"
-        "for watcher in watchers[:2]: watcher.join()\n"
+        "told.wait()\n"
         "log = Path(sys.argv[1]) / 'state/rank-3/log'\n"
         "while not log.exists() or not log.read_text(): time.sleep(0.01)\n"
         "print(log.read_text())\n"

@@ -112,31 +112,32 @@ class Job:
 
     def _end_for_all(self, kills_before: int | None, rank: int, code: int) -> None:
         """Ends a sharded run one of whose other processes failed."""
-        which = f"process {rank} of {self.spec.shards}"
+        which, stopped = f"process {rank} of {self.spec.shards}", code == INTERRUPTED_CODE
+        if stopped:
+            time.sleep(LAST_WORDS_SECONDS)  # all stop after the same step, and the first one's record says more
         try:
-            record = read_record(rank_folder(self.folder, rank) / "record.json")
+            file = "interrupted.json" if stopped else "record.json"
+            record = read_record(rank_folder(self.folder, rank) / file)
             self._end_early(record.status, f"{record.reason} ({which})")
         except (InputError, OSError):
             if code == -signal.SIGKILL:
                 os._exit(self._end_killed(kills_before, f"{which} was "))
-            self._end_early("failed", f"{which} ended with code {code}")
-        os._exit(0)
+            self._end_early("interrupted" if stopped else "failed", f"{which} ended with code {code}")
+        os._exit(INTERRUPTED_CODE if stopped else 0)
 
     def _run(self, began: float, verified_seconds: float) -> None:
         """Runs in this process, and in those beside it if the model is sharded; ends them all."""
+        rank = 0
         try:
             raise_on_signals()
-            rank, watchers = fork_ranks(self.folder, self.spec.shards, partial(self._end_for_all, host_kills()))
+            rank = fork_ranks(self.folder, self.spec.shards, partial(self._end_for_all, host_kills()))
             record = self._execute(began, verified_seconds, rank)
         except Interrupted as error:
-            if (self.folder / "interrupted.json").is_file():
+            if rank > 0 or (self.folder / "interrupted.json").is_file():
                 errors.print(f"{run_id(self.spec)}: interrupted, {error}", soft_wrap=True)
             else:
                 self._end_early("interrupted", str(error))
             sys.exit(INTERRUPTED_CODE)
-        if record.status in ("oom", "failed"):
-            for watcher in watchers:
-                watcher.join(LAST_WORDS_SECONDS)
         reason = f", {record.reason}" if record.reason else ""
         errors.print(f"{record.run_id}: {record.status}{reason}", soft_wrap=True)
         # Everything is written. Tearing down torch and its threads would add half a second that no phase accounts for.

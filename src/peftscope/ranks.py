@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from peftscope.process import die_with_parent
 from peftscope.record import state_folder
 
 LAST_WORDS_SECONDS = 2
-"""How long a process that fails waits for news that another failed first, which is then the reason."""
+"""How long the first process, if it fails, waits for news that another ended first, which is then the reason."""
 
 
 def rank_folder(run: Path, rank: int) -> Path:
@@ -26,20 +25,21 @@ def meeting_file(run: Path) -> Path:
     return state_folder(run) / "meeting"
 
 
-def fork_ranks(run: Path, count: int, when_one_fails: Callable[[int, int], None]) -> tuple[int, list[threading.Thread]]:
+def fork_ranks(run: Path, count: int, when_one_fails: Callable[[int, int], None]) -> int:
     """Forks ``count - 1`` processes beside this one; they die with it, and leave signals that ask to stop to it.
 
     Args:
-        run: The run's folder; what processes of an earlier attempt left there is removed.
+        run: The run's folder; what processes of an earlier attempt left there is removed, but for their checkpoints.
         count: How many there are then.
         when_one_fails: Called from a thread with the rank and the exit code (negative: a signal) of one that failed.
 
     Returns:
-        This process's rank, 0 in the first; and there the threads that watch the others.
+        This process's rank, 0 in the first, where threads watch the others.
     """
     meeting_file(run).unlink(missing_ok=True)
-    for folder in state_folder(run).glob("rank-*"):
-        shutil.rmtree(folder)
+    for path in state_folder(run).glob("rank-*/*"):
+        if path.is_file():
+            path.unlink()
     ranks: dict[int, int] = {}
     for rank in range(1, count):
         child = os.fork()
@@ -48,7 +48,7 @@ def fork_ranks(run: Path, count: int, when_one_fails: Callable[[int, int], None]
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
             _write_output_to(rank_folder(run, rank) / "log")
-            return rank, []
+            return rank
         ranks[child] = rank
 
     def watch(child: int) -> None:
@@ -56,10 +56,9 @@ def fork_ranks(run: Path, count: int, when_one_fails: Callable[[int, int], None]
         if code:
             when_one_fails(ranks[child], code)
 
-    watchers = [threading.Thread(target=watch, args=(child,), daemon=True) for child in ranks]
-    for watcher in watchers:
-        watcher.start()
-    return 0, watchers
+    for child in ranks:
+        threading.Thread(target=watch, args=(child,), daemon=True).start()
+    return 0
 
 
 def _write_output_to(file: Path) -> None:

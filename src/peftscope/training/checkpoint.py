@@ -1,6 +1,7 @@
 """The state of a run in mid-training, saved so that a restarted job ends as one that was never stopped.
 
-What follows from the spec is not saved: the base, what initialisation made of it, and the order of the batches.
+What follows from the spec is not saved: the base, what initialisation made of it, and the order of the batches. The
+processes of a sharded run save each its own share, all after the same step.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from peftscope.record import file_sha256
 from peftscope.spec import RunSpec, run_id
+from peftscope.training.shard import any_of, as_shares, from_all, own_share
 
 if TYPE_CHECKING:
     from peftscope.training.loop import TrainingLog
@@ -29,7 +31,7 @@ DIGEST_DIGITS = 16
 
 
 class Checkpoints:
-    """Saves and restores one run's training in ``folder``; a file's name holds its step and its checksum.
+    """Saves and restores one process's training in ``folder``; a file's name holds its step and its checksum.
 
     Args:
         folder: Where no rule of the workflow declares a file, for Snakemake removes those before it tries again.
@@ -49,16 +51,30 @@ class Checkpoints:
         return time.monotonic() - self._saved_at >= self._seconds
 
     def save(self, model: Any, optimizer: Any, schedule: Any, log: TrainingLog) -> None:
-        """Writes the state after as many steps as the log has; on a full disk it says so, and training goes on."""
+        """Writes the state after as many steps as the log has; on a full disk it says so, and training goes on.
+
+        Processes that share a run call it together: the state of a step is of use if all have it.
+        """
         state = {
             "run_id": run_id(self._spec),
-            "parameters": {name: p.data for name, p in model.named_parameters() if p.requires_grad},
+            "parameters": {name: own_share(p.data) for name, p in model.named_parameters() if p.requires_grad},
             "method": self._spec.method.training_state(model),
-            "optimizer": optimizer.state_dict(),
+            "optimizer": own_share(optimizer.state_dict()),
             "schedule": schedule.state_dict(),
             "log": asdict(log),
             "random": _random_states(self._spec.device),
         }
+        saved = self._write(state, len(log.nll))
+        self._saved_at = time.monotonic()
+        if any_of([saved is None], self._spec)[0]:
+            if saved:
+                saved.unlink()
+            return
+        for old in self._files()[KEPT:]:
+            old.unlink()
+
+    def _write(self, state: dict[str, Any], step: int) -> Path | None:
+        """Returns the new file, or nothing if it could not be written."""
         unfinished = self._folder / "checkpoint.unfinished"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -66,28 +82,39 @@ class Checkpoints:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
-            unfinished.replace(self._folder / f"checkpoint-{len(log.nll):08d}-{_digest(unfinished)}.pt")
+            return unfinished.replace(self._folder / f"checkpoint-{step:08d}-{_digest(unfinished)}.pt")
         except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
             unfinished.unlink(missing_ok=True)
-            print(f"no checkpoint at step {len(log.nll)}, training goes on: {error}", file=sys.stderr)
-        self._saved_at = time.monotonic()
-        for old in self._files()[KEPT:]:
-            old.unlink()
+            print(f"no checkpoint at step {step}, training goes on: {error}", file=sys.stderr)
+            return None
 
     def restore(self, model: Any, optimizer: Any, schedule: Any, log: TrainingLog) -> int:
         """Puts the newest sound state in place, and returns how many steps it has; 0 where there is none.
 
-        A damaged file is renamed to ``*.damaged``, with a line about it.
+        A damaged file is renamed to ``*.damaged``, with a line about it. Processes that share a run call it together,
+        and take the newest state that all of them have.
         """
-        for path in self._files():
+        while path := self._newest_of_all():
             state = self._read(path)
-            if state is not None:
-                self._put_in_place(state, model, optimizer, schedule, log)
-                print(f"goes on after step {len(log.nll)}, from {path.name}", file=sys.stderr)
-                return len(log.nll)
-            print(f"{path}: damaged or of another run, set aside", file=sys.stderr)
-            path.rename(path.with_suffix(".damaged"))
+            if state is None:
+                print(f"{path}: damaged or of another run, set aside", file=sys.stderr)
+                path.rename(path.with_suffix(".damaged"))
+            if any_of([state is None], self._spec)[0]:
+                continue
+            assert state is not None
+            self._put_in_place(state, model, optimizer, schedule, log)
+            print(f"goes on after step {len(log.nll)}, from {path.name}", file=sys.stderr)
+            for newer in self._files():
+                if _step(newer) > len(log.nll):
+                    newer.unlink()
+            return len(log.nll)
         return 0
+
+    def _newest_of_all(self) -> Path | None:
+        """Returns this process's file of the last step that every process has a file of."""
+        files = {_step(path): path for path in self._files()}
+        shared = set.intersection(*map(set, from_all(list(files), self._spec)))
+        return files[max(shared)] if shared else None
 
     def _read(self, path: Path) -> dict[str, Any] | None:
         """Returns a file's state, None if it is damaged or of another run."""
@@ -104,22 +131,27 @@ class Checkpoints:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    parameter.copy_(state["parameters"][name])
+                    own_share(parameter.data).copy_(state["parameters"][name])
         self._spec.method.load_training_state(model, state["method"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(as_shares(state["optimizer"], optimizer))
         schedule.load_state_dict(state["schedule"])
         for name, value in state["log"].items():
             setattr(log, name, value)
         _set_random_states(state["random"])
 
     def clear(self) -> None:
-        """Removes all checkpoints, of a run that is finished."""
-        for path in [*self._files(), *self._folder.glob("checkpoint.unfinished")]:
-            path.unlink()
+        """Removes all checkpoints of a run that is finished, and those of the processes whose folders are below."""
+        for pattern in ("checkpoint-*.pt", "checkpoint.unfinished"):
+            for path in self._folder.rglob(pattern):
+                path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
         """Returns all checkpoints, the newest first."""
         return sorted(self._folder.glob("checkpoint-*.pt"), reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.split("-")[1])
 
 
 def _digest(path: Path) -> str:
@@ -128,13 +160,13 @@ def _digest(path: Path) -> str:
 
 def _random_states(device: str) -> dict[str, Any]:
     version, words, gauss = random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if device == "cuda" else []
+    cuda = [torch.cuda.get_rng_state()] if device == "cuda" else []  # of this process's card
     return {"torch": torch.get_rng_state(), "cuda": cuda, "python": [version, list(words), gauss]}
 
 
 def _set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"].cpu())
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    for state in states["cuda"]:
+        torch.cuda.set_rng_state(state.cpu())
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))

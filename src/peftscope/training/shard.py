@@ -15,6 +15,7 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peftscope.data.batching import Batch
@@ -76,6 +77,13 @@ def summed(value: torch.Tensor, spec: RunSpec) -> torch.Tensor:
     return value
 
 
+def any_of(values: list[bool], spec: RunSpec) -> list[bool]:
+    """Returns of each value whether it is true in any process."""
+    if spec.shards == 1:
+        return values
+    return summed(torch.tensor(values, dtype=torch.float32, device=spec.device), spec).bool().tolist()
+
+
 def own_seed(seed: int, spec: RunSpec) -> int:
     """Returns a seed for this process's dropout, which no run's seed equals; the first one keeps the run's."""
     return seed if spec.shards == 1 else seed + (distributed.get_rank() << 32)
@@ -97,6 +105,32 @@ def trained_state(model: Any) -> dict[str, torch.Tensor]:
     return state
 
 
+def own_share(value: Any) -> Any:
+    """Returns a structure of dicts and lists with this process's share in place of every tensor that is spread."""
+    if isinstance(value, DTensor):
+        return value.to_local()
+    if isinstance(value, dict):
+        return {key: own_share(item) for key, item in value.items()}
+    return [own_share(item) for item in value] if isinstance(value, list) else value
+
+
+def as_shares(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Returns an optimizer's state of which each tensor is this process's share of one spread like its parameter."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def spread(value: Any, parameter: torch.Tensor) -> Any:
+        if not isinstance(parameter, DTensor) or not isinstance(value, torch.Tensor) or not value.dim():
+            return value
+        mesh, placements = parameter.device_mesh, parameter.placements
+        return DTensor.from_local(value, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+
+    found = {
+        index: {name: spread(value, parameters[index]) for name, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return state | {"state": found}
+
+
 def held_bytes(model: Any) -> int:
     """Returns the bytes of parameters that this process holds."""
     return sum(share.numel() * share.element_size() for share in (p.to_local() for p in model.parameters()))
@@ -104,6 +138,8 @@ def held_bytes(model: Any) -> int:
 
 def from_all(value: T, spec: RunSpec) -> list[T]:
     """Returns every process's value, in the order of ranks."""
+    if spec.shards == 1:
+        return [value]
     values: list[Any] = [None] * spec.shards
     distributed.all_gather_object(values, value)
     return values
