@@ -73,6 +73,21 @@ def adapter_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "adapter").iterdir())}
 
 
+def test_a_signal_during_a_save_stops_the_run_then(
+    toy: Path, short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Checkpoints.save
+
+    def save_and_stop(self: Checkpoints, *arguments: Any) -> None:
+        original(self, *arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        run(short(method="lora"), tmp_path)
+    assert len(read_record(tmp_path / "interrupted.json").train_nll) == 1
+
+
 @pytest.mark.parametrize("method", TRAINED)
 def test_a_stopped_run_ends_as_one_that_was_not(
     method: str, toy: Path, short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

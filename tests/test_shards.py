@@ -19,11 +19,13 @@ import torch
 from safetensors.torch import load_file
 
 from peftscope.errors import InputError
+from peftscope.job import Job
 from peftscope.methods import METHODS
 from peftscope.plan import plan_experiment
+from peftscope.process import host_kills
 from peftscope.ranks import rank_folder
-from peftscope.record import RunRecord, read_record, state_folder
-from peftscope.spec import RunSpec
+from peftscope.record import RunRecord, Status, read_record, state_folder, write_record
+from peftscope.spec import RunSpec, run_id
 from peftscope.training.phases import Phases
 from peftscope.training.run import execute
 
@@ -209,6 +211,8 @@ def test_a_killed_process_ends_the_run_to_be_tried_again(toy: Path, exact, tmp_p
 def test_a_stopped_run_says_so_and_leaves_no_process(toy: Path, exact, tmp_path: Path) -> None:
     job, processes = start(exact(method="lora", steps=100_000, shards=SHARDS), tmp_path)
     processes[2].terminate()  # left to the first one
+    time.sleep(0.5)
+    assert job.poll() is None
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=30) == 130
     assert not psutil.wait_procs(processes, timeout=10)[1]
@@ -275,19 +279,49 @@ def test_the_process_that_failed_first_gives_the_reason(toy: Path, exact, tmp_pa
     assert (record.status, record.reason) == ("oom", "OutOfMemoryError: card 1 is full (process 1 of 2)")
 
 
+@pytest.mark.parametrize(
+    ("ended", "code", "said"),
+    [
+        ({2: (1, "failed"), 1: (130, "interrupted")}, 130, "interrupted: reason of 1 (process 1 of 4)"),
+        ({2: (1, "failed"), 1: (1, "oom")}, 0, "oom: reason of 1 (process 1 of 4)"),
+        ({2: (1, "failed"), 1: (1, "failed")}, 0, "failed: reason of 2 (process 2 of 4)"),
+        ({2: (-9, "ok"), 1: (1, "failed")}, 137, "interrupted: process 2 of 4 was killed by SIGKILL, and not by"),
+        ({2: (1, None)}, 0, "failed: process 2 of 4 ended with code 1"),
+    ],
+    ids=["stopped", "oom", "failed", "killed", "without a record"],
+)
+def test_of_processes_that_ended_the_one_that_says_most_is_believed(
+    ended: dict[int, tuple[int, Status | None]], code: int, said: str, exact, tmp_path: Path
+) -> None:
+    job = Job(exact(method="lora", shards=4), tmp_path, threads=1, checkpoint_seconds=1, attempts_left=0)
+    for rank, (_, status) in ended.items():
+        record = RunRecord(run_id=run_id(job.spec), status=status or "ok", reason=f"reason of {rank}", spec=job.spec)
+        file = "interrupted.json" if status == "interrupted" else "record.json"
+        if status:
+            write_record(rank_folder(tmp_path, rank) / file, record)
+    checkpoint = state_folder(rank_folder(tmp_path, 3)) / "checkpoint-00000001-0.pt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    assert job._judge(host_kills(), {rank: code for rank, (code, _) in ended.items()}) == code
+    found = read_record(tmp_path / ("interrupted.json" if code else "record.json"))
+    assert f"{found.status}: {found.reason}".startswith(said)
+    assert checkpoint.exists() == bool(code)
+
+
 def test_processes_are_forked_watched_and_die_with_the_first(tmp_path: Path) -> None:
     code = (
-        "import os, sys, threading, time\n"
+        "import os, signal, sys, threading, time\n"
         "from pathlib import Path\n"
         "from peftscope.ranks import fork_ranks\n"
         "told = threading.Event()\n"
-        "def tell(rank, code):\n"
-        "    print(rank, code, flush=True)\n"
+        "def tell(codes):\n"
+        "    print(codes, flush=True)\n"
         "    told.set()\n"
-        "rank = fork_ranks(Path(sys.argv[1]), 4, tell)\n"
+        "rank = fork_ranks(Path(sys.argv[1]), 5, tell)\n"
         "if rank == 1: os._exit(0)\n"
         "if rank == 2: os._exit(3)\n"
         "if rank == 3: print(os.getpid(), flush=True); time.sleep(60)\n"
+        "if rank == 4: os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)\n"
         "told.wait()\n"
         "log = Path(sys.argv[1]) / 'state/rank-3/log'\n"
         "while not log.exists() or not log.read_text(): time.sleep(0.01)\n"
@@ -295,7 +329,7 @@ def test_processes_are_forked_watched_and_die_with_the_first(tmp_path: Path) -> 
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
     told, third = done.stdout.split("\n", 1)
-    assert told == "2 3"
+    assert told == "{2: 3, 4: -9}"
     deadline = time.monotonic() + 10
     while psutil.pid_exists(int(third)):
         assert time.monotonic() < deadline

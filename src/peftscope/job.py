@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import time
+import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,8 +25,17 @@ from peftscope.process import (
     seconds_since_process_start,
     survive_child,
 )
-from peftscope.ranks import LAST_WORDS_SECONDS, fork_ranks, rank_folder
-from peftscope.record import RunRecord, Status, finished_record, read_record, state_folder, write_json, write_record
+from peftscope.ranks import fork_ranks, rank_folder
+from peftscope.record import (
+    RunRecord,
+    Status,
+    clear_checkpoints,
+    finished_record,
+    read_record,
+    state_folder,
+    write_json,
+    write_record,
+)
 from peftscope.spec import RunSpec, run_id
 
 INTERRUPTED_CODE, KILLED_CODE = 130, 137
@@ -108,22 +119,42 @@ class Job:
         """Writes the record of a run that cannot write its own."""
         record = RunRecord(run_id=run_id(self.spec), status=status, reason=reason, spec=self.spec)
         write_record(self.folder / ("interrupted.json" if status == "interrupted" else "record.json"), record)
+        if status != "interrupted":
+            clear_checkpoints(self.folder)
         errors.print(f"{record.run_id}: {status}, {reason}", soft_wrap=True)
 
-    def _end_for_all(self, kills_before: int | None, rank: int, code: int) -> None:
-        """Ends a sharded run one of whose other processes failed."""
-        which, stopped = f"process {rank} of {self.spec.shards}", code == INTERRUPTED_CODE
-        if stopped:
-            time.sleep(LAST_WORDS_SECONDS)  # all stop after the same step, and the first one's record says more
+    def _end_for_all(self, kills_before: int | None, codes: dict[int, int]) -> None:
+        """Ends a sharded run some of whose other processes failed, with these codes by rank."""
+        code = INTERRUPTED_CODE
         try:
-            file = "interrupted.json" if stopped else "record.json"
-            record = read_record(rank_folder(self.folder, rank) / file)
-            self._end_early(record.status, f"{record.reason} ({which})")
-        except (InputError, OSError):
+            code = self._judge(kills_before, codes)
+        except BaseException:  # a full disk, for one: this process must not wait for those that are gone
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def _judge(self, kills_before: int | None, codes: dict[int, int]) -> int:
+        """Puts on record why the others failed, and returns the code to exit with.
+
+        A process that only missed another one says that it failed: what says more comes first.
+        """
+        which = {rank: f"process {rank} of {self.spec.shards}" for rank in codes}
+        for rank, code in codes.items():
             if code == -signal.SIGKILL:
-                os._exit(self._end_killed(kills_before, f"{which} was "))
-            self._end_early("interrupted" if stopped else "failed", f"{which} ended with code {code}")
-        os._exit(INTERRUPTED_CODE if stopped else 0)
+                return self._end_killed(kills_before, f"{which[rank]} was ")
+        records = {}
+        for rank, code in codes.items():
+            with suppress(InputError, OSError):
+                file = "interrupted.json" if code == INTERRUPTED_CODE else "record.json"
+                records[rank] = read_record(rank_folder(self.folder, rank) / file)
+        for status in ("interrupted", "oom", "failed"):
+            for rank, record in records.items():
+                if record.status == status:
+                    self._end_early(status, f"{record.reason} ({which[rank]})")
+                    return INTERRUPTED_CODE if status == "interrupted" else 0
+        rank, code = next(iter(codes.items()))
+        self._end_early("failed", f"{which[rank]} ended with code {code}")
+        return 0
 
     def _run(self, began: float, verified_seconds: float) -> None:
         """Runs in this process, and in those beside it if the model is sharded; ends them all."""
@@ -133,7 +164,9 @@ class Job:
             rank = fork_ranks(self.folder, self.spec.shards, partial(self._end_for_all, host_kills()))
             record = self._execute(began, verified_seconds, rank)
         except Interrupted as error:
-            if rank > 0 or (self.folder / "interrupted.json").is_file():
+            if rank > 0:
+                os._exit(INTERRUPTED_CODE)  # its own record says why; tearing down torch would keep the first waiting
+            if (self.folder / "interrupted.json").is_file():
                 errors.print(f"{run_id(self.spec)}: interrupted, {error}", soft_wrap=True)
             else:
                 self._end_early("interrupted", str(error))

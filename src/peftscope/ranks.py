@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from peftscope.process import die_with_parent
 from peftscope.record import state_folder
 
-LAST_WORDS_SECONDS = 2
-"""How long the first process, if it fails, waits for news that another ended first, which is then the reason."""
+SETTLE_SECONDS = 2
+"""After one process failed, others follow that only miss it: how long all of them are waited for."""
 
 
 def rank_folder(run: Path, rank: int) -> Path:
@@ -25,13 +26,14 @@ def meeting_file(run: Path) -> Path:
     return state_folder(run) / "meeting"
 
 
-def fork_ranks(run: Path, count: int, when_one_fails: Callable[[int, int], None]) -> int:
+def fork_ranks(run: Path, count: int, when_some_fail: Callable[[dict[int, int]], None]) -> int:
     """Forks ``count - 1`` processes beside this one; they die with it, and leave signals that ask to stop to it.
 
     Args:
         run: The run's folder; what processes of an earlier attempt left there is removed, but for their checkpoints.
         count: How many there are then.
-        when_one_fails: Called from a thread with the rank and the exit code (negative: a signal) of one that failed.
+        when_some_fail: Called once, from a thread, with the exit codes (negative: a signal) by rank of those that
+            failed, in the order in which they ended.
 
     Returns:
         This process's rank, 0 in the first, where threads watch the others.
@@ -45,16 +47,22 @@ def fork_ranks(run: Path, count: int, when_one_fails: Callable[[int, int], None]
         child = os.fork()
         if child == 0:
             die_with_parent(signal.SIGKILL)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)
+            # Blocked, not ignored, so that nothing in this process can listen to them after all.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
             _write_output_to(rank_folder(run, rank) / "log")
             return rank
         ranks[child] = rank
 
+    failed: dict[int, int] = {}
+    first = threading.Lock()
+
     def watch(child: int) -> None:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code:
-            when_one_fails(ranks[child], code)
+            failed[ranks[child]] = code
+            if first.acquire(blocking=False):
+                time.sleep(SETTLE_SECONDS)
+                when_some_fail(dict(failed))
 
     for child in ranks:
         threading.Thread(target=watch, args=(child,), daemon=True).start()

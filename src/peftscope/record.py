@@ -211,6 +211,13 @@ def state_folder(run: Path) -> Path:
     return run / "state"
 
 
+def clear_checkpoints(run: Path) -> None:
+    """Removes the checkpoints of a run that has ended, those of all its processes."""
+    for pattern in ("checkpoint-*.pt", "checkpoint.unfinished"):
+        for path in state_folder(run).rglob(pattern):
+            path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -94,8 +94,9 @@ class AdaLoRA(Method):
 
     def load_training_state(self, model: Any, state: dict[str, Any]) -> None:
         """Puts the scores and the ranks back."""
+        device = next(model.parameters()).device
         for name in IMPORTANCE:
-            setattr(model.base_model.rankallocator, name, state[name])
+            setattr(model.base_model.rankallocator, name, {key: score.to(device) for key, score in state[name].items()})
         model.peft_config["default"].rank_pattern = state["rank_pattern"]
 
     def _final_ranks(self, model: Any) -> dict[str, int]:

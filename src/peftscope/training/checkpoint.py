@@ -94,6 +94,7 @@ class Checkpoints:
         A damaged file is renamed to ``*.damaged``, with a line about it. Processes that share a run call it together,
         and take the newest state that all of them have.
         """
+        done = 0
         while path := self._newest_of_all():
             state = self._read(path)
             if state is None:
@@ -103,12 +104,13 @@ class Checkpoints:
                 continue
             assert state is not None
             self._put_in_place(state, model, optimizer, schedule, log)
-            print(f"goes on after step {len(log.nll)}, from {path.name}", file=sys.stderr)
-            for newer in self._files():
-                if _step(newer) > len(log.nll):
-                    newer.unlink()
-            return len(log.nll)
-        return 0
+            done = len(log.nll)
+            print(f"goes on after step {done}, from {path.name}", file=sys.stderr)
+            break
+        for path in self._files():
+            if _step(path) > done:  # another process has none of that step
+                path.unlink()
+        return done
 
     def _newest_of_all(self) -> Path | None:
         """Returns this process's file of the last step that every process has a file of."""
@@ -122,7 +124,7 @@ class Checkpoints:
             return None
         try:
             # Tensors and plain values only: nothing in the file is run.
-            state = torch.load(path, map_location=self._spec.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             return None
         return state if state.get("run_id") == run_id(self._spec) else None
@@ -138,12 +140,6 @@ class Checkpoints:
         for name, value in state["log"].items():
             setattr(log, name, value)
         _set_random_states(state["random"])
-
-    def clear(self) -> None:
-        """Removes all checkpoints of a run that is finished, and those of the processes whose folders are below."""
-        for pattern in ("checkpoint-*.pt", "checkpoint.unfinished"):
-            for path in self._folder.rglob(pattern):
-                path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
         """Returns all checkpoints, the newest first."""
@@ -165,8 +161,8 @@ def _random_states(device: str) -> dict[str, Any]:
 
 
 def _set_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"].cpu())
+    torch.set_rng_state(states["torch"])
     for state in states["cuda"]:
-        torch.cuda.set_rng_state(state.cpu())
+        torch.cuda.set_rng_state(state)
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))

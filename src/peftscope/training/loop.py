@@ -133,6 +133,7 @@ def train(
             stop, due = any_of([bool(stopped()), checkpoints.due], spec)
             if stop or due:
                 checkpoints.save(model, optimizer, schedule, log)
+                (stop,) = any_of([bool(stopped())], spec)
             if stop:
                 raise Interrupted(stopped() or "another process of the run was told to stop")
 

@@ -28,8 +28,18 @@ from peftscope.evaluation.retention import bits_per_byte
 from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.models.load import attention, load_base, load_tokenizer
 from peftscope.process import Interrupted, storage_problem
-from peftscope.ranks import LAST_WORDS_SECONDS, meeting_file, rank_folder
-from peftscope.record import FINAL, Ceilings, PredictedMemory, RunRecord, Size, file_sha256, state_folder, write_record
+from peftscope.ranks import SETTLE_SECONDS, meeting_file, rank_folder
+from peftscope.record import (
+    FINAL,
+    Ceilings,
+    PredictedMemory,
+    RunRecord,
+    Size,
+    clear_checkpoints,
+    file_sha256,
+    state_folder,
+    write_record,
+)
 from peftscope.spec import RunSpec, run_id
 from peftscope.training.build import build_model, compiled_layers, seed_everything
 from peftscope.training.ceilings import measure_ceilings
@@ -88,12 +98,12 @@ def execute(
             # Nothing that the run did: once there is room, it goes on from its last checkpoint.
             record.status, record.reason, file = "interrupted", reason, "interrupted.json"
             raise Interrupted(reason) from error
-        if spec.shards > 1 and rank == 0:
-            # What came here may be that another process is gone. The one that watches it then ends this one meanwhile.
-            time.sleep(LAST_WORDS_SECONDS)
         record.status = "oom" if is_out_of_memory(error) else "failed"
         record.reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         traceback.print_exc()
+        if spec.shards > 1 and rank == 0:
+            # Perhaps only another process is gone, and what watches it is about to end this one with the right reason.
+            time.sleep(2 * SETTLE_SECONDS)
     finally:
         record.train_nll, record.train_loss = log.nll, log.loss
         log.write_speed(record.speed, spec)
@@ -106,8 +116,8 @@ def execute(
             # First where no rule declares it: a job that is killed now has nothing left to do but to copy it.
             write_record(state_folder(folder) / file, record)
         write_record(folder / file, record)
-    if record.status in FINAL:
-        checkpoints.clear()
+    if rank == 0:
+        clear_checkpoints(folder)
     return record
 
 

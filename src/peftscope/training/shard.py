@@ -121,8 +121,8 @@ def as_shares(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[s
     def spread(value: Any, parameter: torch.Tensor) -> Any:
         if not isinstance(parameter, DTensor) or not isinstance(value, torch.Tensor) or not value.dim():
             return value
-        mesh, placements = parameter.device_mesh, parameter.placements
-        return DTensor.from_local(value, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+        share, shape, stride = value.to(parameter.device), parameter.shape, parameter.stride()
+        return DTensor.from_local(share, parameter.device_mesh, parameter.placements, shape=shape, stride=stride)
 
     found = {
         index: {name: spread(value, parameters[index]) for name, value in values.items()}
