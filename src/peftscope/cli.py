@@ -46,13 +46,13 @@ def main() -> None:
             errors.print(str(problem), markup=False, soft_wrap=True)
         sys.exit(2)
     except OSError as error:
-        from peftscope.process import storage_problem
+        from peftscope.process import STORAGE_CODE, storage_problem
 
         if not (said := storage_problem(error)):
             raise
         with suppress(OSError):  # it may be the log that cannot be written
             errors.print(said, markup=False, soft_wrap=True)
-        os._exit(2)
+        os._exit(STORAGE_CODE)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from peftscope.device import cards_claimed
 from peftscope.errors import InputError, Problem
 from peftscope.inputs import verify_inputs
 from peftscope.process import (
+    STORAGE_CODE,
     Interrupted,
     host_kills,
     locked,
@@ -119,8 +120,6 @@ class Job:
         """Writes the record of a run that cannot write its own."""
         record = RunRecord(run_id=run_id(self.spec), status=status, reason=reason, spec=self.spec)
         write_record(self.folder / ("interrupted.json" if status == "interrupted" else "record.json"), record)
-        if status != "interrupted":
-            clear_checkpoints(self.folder)
         errors.print(f"{record.run_id}: {status}, {reason}", soft_wrap=True)
 
     def _end_for_all(self, kills_before: int | None, codes: dict[int, int]) -> None:
@@ -142,18 +141,25 @@ class Job:
         for rank, code in codes.items():
             if code == -signal.SIGKILL:
                 return self._end_killed(kills_before, f"{which[rank]} was ")
+        again = {rank for rank, code in codes.items() if code in (INTERRUPTED_CODE, STORAGE_CODE)}
         records = {}
-        for rank, code in codes.items():
+        for rank in codes:
             with suppress(InputError, OSError):
-                file = "interrupted.json" if code == INTERRUPTED_CODE else "record.json"
+                file = "interrupted.json" if rank in again else "record.json"
                 records[rank] = read_record(rank_folder(self.folder, rank) / file)
-        for status in ("interrupted", "oom", "failed"):
-            for rank, record in records.items():
-                if record.status == status:
-                    self._end_early(status, f"{record.reason} ({which[rank]})")
-                    return INTERRUPTED_CODE if status == "interrupted" else 0
-        rank, code = next(iter(codes.items()))
-        self._end_early("failed", f"{which[rank]} ended with code {code}")
+        if again:
+            rank = min(again, key=lambda rank: rank not in records)
+            reason = records[rank].reason if rank in records else "could not say why it ended"
+            if not (self.folder / "interrupted.json").is_file():  # the first one's, if all stopped after the same step
+                self._end_early("interrupted", f"{reason} ({which[rank]})")
+            return INTERRUPTED_CODE
+        first = next((rank for rank, record in records.items() if record.status == "oom"), next(iter(codes)))
+        record = records.get(first)
+        if record is None or record.status not in ("oom", "failed"):
+            self._end_early("failed", f"{which[first]} ended with code {codes[first]}")
+            return 0
+        self._end_early(record.status, f"{record.reason} ({which[first]})")
+        clear_checkpoints(self.folder)
         return 0
 
     def _run(self, began: float, verified_seconds: float) -> None:
@@ -165,11 +171,13 @@ class Job:
             record = self._execute(began, verified_seconds, rank)
         except Interrupted as error:
             if rank > 0:
-                os._exit(INTERRUPTED_CODE)  # its own record says why; tearing down torch would keep the first waiting
+                os._exit(INTERRUPTED_CODE)  # its own record says why
             if (self.folder / "interrupted.json").is_file():
                 errors.print(f"{run_id(self.spec)}: interrupted, {error}", soft_wrap=True)
             else:
                 self._end_early("interrupted", str(error))
+            if self.spec.shards > 1:
+                os._exit(INTERRUPTED_CODE)  # tearing down torch would wait for processes that are gone
             sys.exit(INTERRUPTED_CODE)
         reason = f", {record.reason}" if record.reason else ""
         errors.print(f"{record.run_id}: {record.status}{reason}", soft_wrap=True)

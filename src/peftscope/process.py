@@ -25,6 +25,8 @@ LOCK_SECONDS = 30
 
 _FREE = "free some space and start again: what is finished stays, and a stopped run goes on"
 _ALLOW = "make this folder writable for you, or work in another one"
+STORAGE_CODE = 2
+"""With which a job ends whose own record could not be written."""
 STORAGE_REMEDIES = {
     errno.ENOSPC: _FREE,
     errno.EDQUOT: _FREE,

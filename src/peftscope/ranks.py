@@ -15,6 +15,8 @@ from peftscope.record import state_folder
 SETTLE_SECONDS = 2
 """After one process failed, others follow that only miss it: how long all of them are waited for."""
 
+_some_failed = threading.Event()
+
 
 def rank_folder(run: Path, rank: int) -> Path:
     """Returns where a process of a run keeps its files: the first one in the run's own folder."""
@@ -43,15 +45,16 @@ def fork_ranks(run: Path, count: int, when_some_fail: Callable[[dict[int, int]],
         if path.is_file():
             path.unlink()
     ranks: dict[int, int] = {}
+    # Blocked in the others for good, not ignored, for training puts handlers of its own in place.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     for rank in range(1, count):
         child = os.fork()
         if child == 0:
             die_with_parent(signal.SIGKILL)
-            # Blocked, not ignored, so that nothing in this process can listen to them after all.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
             _write_output_to(rank_folder(run, rank) / "log")
             return rank
         ranks[child] = rank
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     failed: dict[int, int] = {}
     first = threading.Lock()
@@ -60,6 +63,7 @@ def fork_ranks(run: Path, count: int, when_some_fail: Callable[[dict[int, int]],
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code:
             failed[ranks[child]] = code
+            _some_failed.set()
             if first.acquire(blocking=False):
                 time.sleep(SETTLE_SECONDS)
                 when_some_fail(dict(failed))
@@ -67,6 +71,16 @@ def fork_ranks(run: Path, count: int, when_some_fail: Callable[[dict[int, int]],
     for child in ranks:
         threading.Thread(target=watch, args=(child,), daemon=True).start()
     return 0
+
+
+def let_others_end_it() -> None:
+    """Called by the first process when it fails: returns if no other one failed before, which would be the reason.
+
+    Else it waits to be ended by what ``fork_ranks`` calls then.
+    """
+    if _some_failed.wait(SETTLE_SECONDS):
+        while True:
+            signal.pause()
 
 
 def _write_output_to(file: Path) -> None:

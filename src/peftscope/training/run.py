@@ -28,13 +28,14 @@ from peftscope.evaluation.retention import bits_per_byte
 from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.models.load import attention, load_base, load_tokenizer
 from peftscope.process import Interrupted, storage_problem
-from peftscope.ranks import SETTLE_SECONDS, meeting_file, rank_folder
+from peftscope.ranks import let_others_end_it, meeting_file, rank_folder
 from peftscope.record import (
     FINAL,
     Ceilings,
     PredictedMemory,
     RunRecord,
     Size,
+    Status,
     clear_checkpoints,
     file_sha256,
     state_folder,
@@ -98,12 +99,13 @@ def execute(
             # Nothing that the run did: once there is room, it goes on from its last checkpoint.
             record.status, record.reason, file = "interrupted", reason, "interrupted.json"
             raise Interrupted(reason) from error
-        record.status = "oom" if is_out_of_memory(error) else "failed"
-        record.reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         traceback.print_exc()
         if spec.shards > 1 and rank == 0:
-            # Perhaps only another process is gone, and what watches it is about to end this one with the right reason.
-            time.sleep(2 * SETTLE_SECONDS)
+            record.status, record.reason, file = "interrupted", "stopped while it failed", "interrupted.json"
+            let_others_end_it()
+        status: Status = "oom" if is_out_of_memory(error) else "failed"
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        record.status, record.reason, file = status, reason, "record.json"
     finally:
         record.train_nll, record.train_loss = log.nll, log.loss
         log.write_speed(record.speed, spec)
