@@ -148,7 +148,7 @@ class Job:
                 file = "interrupted.json" if rank in again else "record.json"
                 records[rank] = read_record(rank_folder(self.folder, rank) / file)
         if again:
-            rank = min(again, key=lambda rank: rank not in records)
+            rank = next((rank for rank in codes if rank in again and rank in records), min(again))
             reason = records[rank].reason if rank in records else "could not say why it ended"
             if not (self.folder / "interrupted.json").is_file():  # the first one's, if all stopped after the same step
                 self._end_early("interrupted", f"{reason} ({which[rank]})")

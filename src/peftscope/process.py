@@ -26,7 +26,7 @@ LOCK_SECONDS = 30
 _FREE = "free some space and start again: what is finished stays, and a stopped run goes on"
 _ALLOW = "make this folder writable for you, or work in another one"
 STORAGE_CODE = 2
-"""With which a job ends whose own record could not be written."""
+"""With which a process ends that could not write its own record."""
 STORAGE_REMEDIES = {
     errno.ENOSPC: _FREE,
     errno.EDQUOT: _FREE,

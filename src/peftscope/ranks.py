@@ -57,14 +57,14 @@ def fork_ranks(run: Path, count: int, when_some_fail: Callable[[dict[int, int]],
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     failed: dict[int, int] = {}
-    first = threading.Lock()
+    told = threading.Lock()
 
     def watch(child: int) -> None:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code:
             failed[ranks[child]] = code
             _some_failed.set()
-            if first.acquire(blocking=False):
+            if told.acquire(blocking=False):
                 time.sleep(SETTLE_SECONDS)
                 when_some_fail(dict(failed))
 

@@ -1,7 +1,8 @@
 """The state of a run in mid-training, saved so that a restarted job ends as one that was never stopped.
 
 What follows from the spec is not saved: the base, what initialisation made of it, and the order of the batches. The
-processes of a sharded run save each its own share, all after the same step.
+processes of a sharded run save each its own share, all after the same step. (``torch.distributed.checkpoint`` would do
+that too, but unpickles its metadata.)
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from peftscope.record import file_sha256
 from peftscope.spec import RunSpec, run_id
-from peftscope.training.shard import any_of, as_shares, from_all, own_share
+from peftscope.training.shard import anywhere, as_shares, from_all, own_share
 
 if TYPE_CHECKING:
     from peftscope.training.loop import TrainingLog
@@ -66,7 +67,7 @@ class Checkpoints:
         }
         saved = self._write(state, len(log.nll))
         self._saved_at = time.monotonic()
-        if any_of([saved is None], self._spec)[0]:
+        if anywhere(saved is None, self._spec):
             if saved:
                 saved.unlink()
             return
@@ -100,7 +101,7 @@ class Checkpoints:
             if state is None:
                 print(f"{path}: damaged or of another run, set aside", file=sys.stderr)
                 path.rename(path.with_suffix(".damaged"))
-            if any_of([state is None], self._spec)[0]:
+            if anywhere(state is None, self._spec):
                 continue
             assert state is not None
             self._put_in_place(state, model, optimizer, schedule, log)

@@ -21,7 +21,7 @@ from peftscope.spec import RunSpec
 from peftscope.training.ceilings import count_work
 from peftscope.training.checkpoint import Checkpoints
 from peftscope.training.meter import make_meter, paged_bytes
-from peftscope.training.shard import any_of, own_rows, summed
+from peftscope.training.shard import anywhere, own_rows, summed
 from peftscope.training.step import CausalLoss, make_optimizer, make_schedule, rehearse, train_step
 
 EXPLODED = 1.5
@@ -130,12 +130,10 @@ def train(
                 log.paged_state_bytes = paged_bytes(optimizer) if spec.device == "cuda" else None
                 if rehearsal is not None:
                     rehearse(model, own_rows(rehearsal, spec).to(spec.device), spec, loss_function)
-            stop, due = any_of([bool(stopped()), checkpoints.due], spec)
-            if stop or due:
+            if anywhere(bool(stopped()) or checkpoints.due, spec):
                 checkpoints.save(model, optimizer, schedule, log)
-                (stop,) = any_of([bool(stopped())], spec)
-            if stop:
-                raise Interrupted(stopped() or "another process of the run was told to stop")
+                if anywhere(bool(stopped()), spec):  # before the save, or while it lasted
+                    raise Interrupted(stopped() or "another process of the run was told to stop")
 
 
 def check_loss(nll: float, vocab_size: int, spec: RunSpec, where: str) -> None:

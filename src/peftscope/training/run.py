@@ -101,7 +101,7 @@ def execute(
             raise Interrupted(reason) from error
         traceback.print_exc()
         if spec.shards > 1 and rank == 0:
-            record.status, record.reason, file = "interrupted", "stopped while it failed", "interrupted.json"
+            record.status, record.reason, file = "interrupted", "stopped after a failure", "interrupted.json"
             let_others_end_it()
         status: Status = "oom" if is_out_of_memory(error) else "failed"
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

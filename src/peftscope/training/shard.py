@@ -77,11 +77,11 @@ def summed(value: torch.Tensor, spec: RunSpec) -> torch.Tensor:
     return value
 
 
-def any_of(values: list[bool], spec: RunSpec) -> list[bool]:
-    """Returns of each value whether it is true in any process."""
+def anywhere(value: bool, spec: RunSpec) -> bool:
+    """Returns whether a value is true in any process; all of them have to ask."""
     if spec.shards == 1:
-        return values
-    return summed(torch.tensor(values, dtype=torch.float32, device=spec.device), spec).bool().tolist()
+        return value
+    return bool(summed(torch.tensor(float(value), device=spec.device), spec))
 
 
 def own_seed(seed: int, spec: RunSpec) -> int:
