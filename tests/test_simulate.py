@@ -15,6 +15,7 @@ from test_methods import TRAINED, batches_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peftscope.data.tasks import make_task
+from peftscope.hardware.bf16 import Way, bf16_products
 from peftscope.memory.agreement import ARCHITECTURES, differences, random_questions
 from peftscope.memory.answer import AGREEMENT_FILE
 from peftscope.memory.presets import PRESETS
@@ -42,10 +43,12 @@ def both(spec: RunSpec) -> tuple[dict[str, int], dict[str, int]]:
 
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("amp", marks=pytest.mark.slow)])
-def test_every_method(name: str, precision: str, toy: Path, make_spec) -> None:
+@pytest.mark.parametrize("way", ["native", "fp32"])
+def test_every_method(name: str, precision: str, way: Way, toy: Path, make_spec) -> None:
     if precision == "amp" and name in ("qlora", "loftq"):
         pytest.skip("4-bit bases compute in bf16")
-    simulated, tracked = both(make_spec(method=name, precision=precision))
+    with bf16_products(way):
+        simulated, tracked = both(make_spec(method=name, precision=precision))
     assert simulated == tracked
     assert min(tracked.values()) > 0
 

@@ -109,13 +109,14 @@ def expand_experiment(
     from peftscope.estimate import estimate_seconds, spoken
     from peftscope.models.catalog import find_model
     from peftscope.plan import plan_experiment
+    from peftscope.training.ceilings import product_rate
 
     plan = plan_experiment(experiment)
     table = Table("run", "method", "trained parameters", "precision", "learning rate", "steps", "estimate", box=None)
     total, finished = 0.0, 0
     for identity, spec in plan.sweep.runs.items():
         done = Path(f"results/{experiment}/runs/{identity}/record.json").is_file()
-        seconds = 0.0 if done else estimate_seconds(spec)
+        seconds = 0.0 if done else estimate_seconds(spec, product_rate)
         total, finished = total + seconds, finished + done
         shape = find_model(spec.model).shape
         parameters = f"{spec.method.trainable_parameters(shape):,}" if shape else "?"

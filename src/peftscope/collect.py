@@ -141,6 +141,7 @@ def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
         "git_dirty": code.get("dirty"),
         "started_at": record.provenance.get("started_at"),
         "threads": record.provenance.get("threads"),
+        "bf16_products": _bf16_products(record),
         "cpu": hardware.get("cpu"),
         "cores": hardware.get("cores"),
         "host_memory_bytes": hardware.get("memory_bytes"),
@@ -148,3 +149,9 @@ def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
         "torch": record.provenance.get("packages", {}).get("torch"),
     }
     return row
+
+
+def _bf16_products(record: RunRecord) -> str | None:
+    """Returns how a processor computed bf16 products; records that do not say so are older than any other way."""
+    has_none = record.spec.device != "cpu" or record.spec.precision == "fp32" or not record.provenance
+    return None if has_none else record.provenance.get("bf16_products", "native")

@@ -12,7 +12,9 @@ from pathlib import Path
 import psutil
 
 from peftscope.device import gpu_names
+from peftscope.hardware.bf16 import VARIABLE, Way, chosen_way, has_native_bf16
 
+HOW: dict[Way, str] = {"native": "natively", "fp32": "in fp32"}
 HUB = ("huggingface.co", 443)
 
 
@@ -30,6 +32,8 @@ def examine() -> list[Finding]:
     """Returns the findings on processor, cards, torch, bitsandbytes, hub, disk and memory."""
     import torch
 
+    from peftscope.training.ceilings import bf16_rates
+
     cards = gpu_names()
     usable = torch.cuda.is_available()
     free = shutil.disk_usage(Path()).free / 2**30
@@ -46,6 +50,7 @@ def examine() -> list[Finding]:
             "" if usable or not cards else "torch is a CPU build or the driver is too old: reinstall torch with pip",
         ),
         Finding("torch", True, torch.__version__),
+        bf16_finding(chosen_way(), bf16_rates()),
         _bitsandbytes(),
         Finding(
             "model hub",
@@ -61,6 +66,25 @@ def examine() -> list[Finding]:
         ),
         Finding("disk", free > 5, f"{free:.0f} GiB free", "" if free > 5 else "quick needs about 5 GiB"),
     ]
+
+
+def bf16_finding(way: Way, rates: dict[Way, float]) -> Finding:
+    """Returns how products of bf16 matrices are computed here, with the rates of both ways in operations a second."""
+    other: Way = "fp32" if way == "native" else "native"
+    does = "has" if has_native_bf16() else "has no"
+    wish = f", as {VARIABLE} asks" if os.environ.get(VARIABLE) else ""
+    gigaflops = {way: f"{rate / 1e9:,.1f} GFLOP/s" for way, rate in rates.items()}
+    found = (
+        f"this processor {does} instructions for bf16; products of bf16 matrices are computed {HOW[way]}{wish}: "
+        f"{gigaflops[way]}, {HOW[other]} {gigaflops[other]}"
+    )
+    slower = rates[way] < rates[other]
+    return Finding(
+        "bf16",
+        not slower,
+        found,
+        f"computed {HOW[other]} they are faster here: set {VARIABLE}={other}" if slower else "",
+    )
 
 
 def _bitsandbytes() -> Finding:

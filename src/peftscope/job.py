@@ -16,6 +16,7 @@ from rich.console import Console
 
 from peftscope.device import cards_claimed
 from peftscope.errors import InputError, Problem
+from peftscope.hardware.bf16 import chosen_way
 from peftscope.inputs import verify_inputs
 from peftscope.process import (
     STORAGE_CODE,
@@ -69,6 +70,7 @@ class Job:
             InputError: Another job makes it, or its model and data are damaged for good.
         """
         began = time.perf_counter() - seconds_since_process_start()
+        chosen_way()  # raises for a wrong wish
         identity = run_id(self.spec)
         with locked(state_folder(self.folder) / "lock"):
             write_json(self.folder / "spec.json", self.spec.model_dump(mode="json"))

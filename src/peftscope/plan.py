@@ -19,6 +19,7 @@ from peftscope.data.tasks import TASKS_FILE, JsonlSource, find_task, task_folder
 from peftscope.device import detect_device, find_compiler
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.experiment import experiment_path
+from peftscope.hardware.bf16 import chosen_way
 from peftscope.hub import mirrored
 from peftscope.models.catalog import MODELS_FILE, BaseModelEntry, HubSource, WheelSource, find_model, model_folder
 from peftscope.process import STORAGE_REMEDIES
@@ -140,6 +141,7 @@ def load_plan(config: dict[str, Any]) -> Plan:
 
 def plan_experiment(name: str, device: Device | None = None) -> Plan:
     """Returns an experiment's plan after the checks that need more than its file; for this machine's device, or one."""
+    chosen_way()  # raises for a wrong wish before any run starts
     sweep = expand(name, device or detect_device())
     problems = check_runs(sweep.runs, str(experiment_path(name))) + check_compiler(sweep.runs)
     problems += [] if problems else check_unchanged(sweep.runs)

@@ -144,6 +144,7 @@ def _facts(runs: pd.DataFrame) -> list[tuple[str, str]]:
         ("Loss path", values("loss_path")),
         ("Adapter dtype", values("adapter_dtype") if "adapter_dtype" in runs else "-"),
         ("Processor", f"{values('cpu')}; cores: {values('cores')}; threads: {values('threads')}"),
+        ("Products of bf16 matrices", values("bf16_products")),
         ("Memory", f"{memory.iloc[0] / 2**30:.0f} GiB" if len(memory) else "-"),
         ("GPU", values("gpu")),
         ("torch", values("torch")),
@@ -160,6 +161,11 @@ def _warnings(runs: pd.DataFrame) -> list[str]:
         found.append("Some runs come from a tree with changes that were not committed.")
     if runs["cpu"].nunique() > 1 or runs["gpu"].nunique() > 1:
         found.append("These runs come from more than one kind of machine: their speeds do not compare.")
+    if runs["bf16_products"].nunique() > 1:
+        found.append(
+            "Some of these runs computed products of bf16 matrices natively, others in fp32: their losses differ by "
+            "rounding, and their speeds do not compare."
+        )
     unfinished = runs[runs["status"] != "ok"]
     if len(unfinished):
         found.append("Not every run ended well; see the table of all runs.")

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from peftscope.hardware.bf16 import Way, bf16_products
 from peftscope.record import Ceilings
 from peftscope.spec import RunSpec
 from peftscope.training.meter import make_meter
@@ -55,6 +56,23 @@ def count_work(model: Any) -> Work:
 def measure_ceilings(spec: RunSpec) -> Ceilings:
     """Returns the device's rates at the precision that a spec computes in, measured once a process."""
     return _measured(spec.device, torch.float32 if spec.precision == "fp32" else torch.bfloat16)
+
+
+def product_rate(spec: RunSpec) -> float | None:
+    """Returns the rate at which this processor would compute a spec's matrix products; None for a run on a card."""
+    if spec.device != "cpu":
+        return None
+    with bf16_products():
+        return measure_ceilings(spec).matmul_flops_per_second
+
+
+def bf16_rates() -> dict[Way, float]:
+    """Returns this processor's rate at a large product of bf16 matrices, computed in each way."""
+    rates: dict[Way, float] = {}
+    for way in get_args(Way):
+        with bf16_products(way):
+            rates[way] = _matmul_rate("cpu", torch.bfloat16)
+    return rates
 
 
 @cache

@@ -20,6 +20,7 @@ from peftscope.data.benchmarks import benchmark_folder
 from peftscope.data.tasks import task_folder
 from peftscope.device import processor_name
 from peftscope.evaluation.retention import PROSE_SHA256
+from peftscope.hardware.bf16 import chosen_way
 from peftscope.models.catalog import model_folder
 from peftscope.spec import RunSpec
 from peftscope.training.meter import allocator_settings, pci_address
@@ -46,6 +47,8 @@ def provenance(spec: RunSpec, rank: int = 0) -> dict[str, Any]:
         "packages": {name: version(name) for name in PACKAGES},
         "hardware": hardware(spec.device),
         "threads": torch.get_num_threads(),
+        # On a processor alone: products of a card and those of fp32 tensors have one way.
+        "bf16_products": chosen_way() if spec.device == "cpu" and spec.precision != "fp32" else None,
         "environment": {
             name: os.environ.get(name)
             for name in (

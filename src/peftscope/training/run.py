@@ -25,6 +25,7 @@ from peftscope.data.tasks import read_split, shuffle_responses
 from peftscope.errors import InputError
 from peftscope.evaluation.heldout import heldout_nll, mean_nll
 from peftscope.evaluation.retention import bits_per_byte
+from peftscope.hardware.bf16 import bf16_products
 from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.models.load import attention, load_base, load_tokenizer
 from peftscope.process import Interrupted, storage_problem
@@ -85,7 +86,8 @@ def execute(
         record.provenance = provenance(spec, rank)
         if spec.shards > 1:
             join(spec, rank, meeting)
-        _run(spec, folder, record, log, phases, checkpoints)
+        with bf16_products():
+            _run(spec, folder, record, log, phases, checkpoints)
     except Interrupted as error:
         record.status, record.reason, file = "interrupted", str(error), "interrupted.json"
         raise

@@ -1,0 +1,120 @@
+"""How a processor computes products of bf16 matrices: natively, or in fp32 with the result rounded to bf16.
+
+Without instructions for bf16, torch and oneDNN compute such products value by value: a training step then takes more
+than thirty times as long. A product in fp32 costs two casts more than one of fp32 tensors, and accumulates in fp32 as
+native instructions do. This module decides which way a process takes, and nothing else does. No torch until a product
+is computed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from peftscope.errors import InputError, Problem
+
+Way = Literal["native", "fp32"]
+
+CPUINFO = Path("/proc/cpuinfo")
+VARIABLE = "PEFTSCOPE_BF16"
+"""The environment variable that forces a way."""
+
+NATIVE_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+"""What ``CPUINFO`` calls the instructions: on x86 the first two, on Arm the last."""
+
+CAPS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+"""Environment variables that keep oneDNN, which computes torch's bf16 products, from newer instructions."""
+
+UNCAPPED = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")
+"""Parts of the values of these variables that leave it the instructions for bf16."""
+
+PRODUCTS = {
+    **{f"{name}{overload}": 1 for name in ("mm", "addmm", "bmm", "baddbmm") for overload in ("", ".out")},
+    "_scaled_dot_product_flash_attention_for_cpu": 1,  # the log-sum-exp, its second result, is fp32 either way
+    "_scaled_dot_product_flash_attention_for_cpu_backward": 3,
+}
+"""The operators of torch in which the matrix products of a model end, and how many of their first results have the
+precision of their inputs. Compiled layers call those that write into a given tensor (``mm.out``)."""
+
+
+def has_native_bf16() -> bool:
+    """Returns whether this processor has instructions for bf16 that torch uses; on macOS it uses none."""
+    return bool(NATIVE_FLAGS & _processor_flags()) and not _is_capped()
+
+
+def _processor_flags() -> set[str]:
+    if platform.system() != "Linux":
+        return set()
+    lines = CPUINFO.read_text().splitlines()
+    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()}
+
+
+def _is_capped() -> bool:
+    cap = next((os.environ[name].upper() for name in CAPS if os.environ.get(name)), "DEFAULT")
+    return not any(part in cap for part in UNCAPPED)
+
+
+def chosen_way() -> Way:
+    """Returns how this process computes bf16 products on its processor: by what the processor can, never by a timing.
+
+    Raises:
+        InputError: ``PEFTSCOPE_BF16`` names no way.
+    """
+    wish = os.environ.get(VARIABLE)
+    if not wish:
+        return "native" if has_native_bf16() else "fp32"
+    if wish not in get_args(Way):
+        raise InputError(Problem(VARIABLE, f"unknown way (got {wish!r})", f"use {' or '.join(get_args(Way))}"))
+    return wish  # type: ignore[return-value]
+
+
+@contextmanager
+def bf16_products(way: Way | None = None) -> Iterator[None]:
+    """Computes the bf16 products of a block on the processor in one way, by default the chosen one.
+
+    In fp32, the kernels of ``PRODUCTS`` are replaced for the whole process. Whatever watches operators from above, the
+    memory tracker among it, sees the same tensors either way: the fp32 copies live inside a kernel.
+    """
+    if (way or chosen_way()) == "native":
+        yield
+        return
+    import torch
+
+    kernels = torch.library.Library("aten", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Warning only once for all operators")  # torch tells of the replacement
+            for operator, narrowed in PRODUCTS.items():
+                native = torch.library.get_kernel(f"aten::{operator}", "CPU")
+                product = partial(_in_fp32, native, narrowed)
+                kernels.impl(operator, product, "CPU", with_keyset=True, allow_override=True)
+        yield
+    finally:
+        kernels._destroy()
+
+
+def _in_fp32(native: Any, narrowed: int, keys: Any, *inputs: Any, **options: Any) -> Any:
+    """Calls a native kernel in fp32 if its inputs are bf16; the first ``narrowed`` results are rounded to bf16."""
+    import torch
+
+    bf16, fp32 = torch.bfloat16, torch.float32
+
+    def widened(value: Any) -> Any:
+        return value.to(fp32) if isinstance(value, torch.Tensor) and value.dtype is bf16 else value
+
+    if inputs[0].dtype is not bf16:
+        return native.call_boxed(keys, *inputs, **options)
+    target = options.get("out")
+    options = {name: widened(value) for name, value in options.items()}
+    result = native.call_boxed(keys, *map(widened, inputs), **options)
+    if target is not None:
+        return target.copy_(result)
+    if isinstance(result, torch.Tensor):
+        return result.to(bf16)
+    return tuple(value.to(bf16) if index < narrowed else value for index, value in enumerate(result))
