@@ -111,16 +111,16 @@ publish: $(READY)
 	$(BIN)/peftscope publish $(EXPERIMENT)
 
 benchmark: $(READY)
-	$(BIN)/python -m peftscope.training.benchmark
+	$(BIN)/python -m benchmarks.step
 
 benchmark-memory: $(READY)
-	$(BIN)/python -m peftscope.memory.benchmark
+	$(BIN)/python -m benchmarks.calculator
 
 benchmark-scale: $(READY)
-	$(BIN)/python -m peftscope.report.benchmark
+	$(BIN)/python -m benchmarks.scale
 
 agreement: $(READY)
-	$(BIN)/python -W ignore -m peftscope.memory.agreement
+	$(BIN)/python -W ignore -m benchmarks.agreement
 
 claims: $(READY)
 	$(BIN)/peftscope fetch smollm2-135m

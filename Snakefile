@@ -5,9 +5,9 @@ from pathlib import Path
 
 from snakemake.utils import Paramspace, min_version
 
-from peftscope.demands import JobDemands
+from peftscope.planning.demands import JobDemands
 from peftscope.memory.grid import grid, sources
-from peftscope.plan import load_plan
+from peftscope.planning.plan import load_plan
 from peftscope.spec import RUN_ID_PATTERN
 
 min_version("9.0")
@@ -39,6 +39,7 @@ localrules:
     all,
     fetch_model,
     make_task,
+    make_benchmark,
     tune,
     collect,
     tables,
@@ -47,6 +48,7 @@ localrules:
     study,
     memory_curve,
     memory_figures,
+    memory_chapter,
     report,
     check,
 
@@ -126,7 +128,7 @@ checkpoint tune:
             "results/{{experiment}}/runs/{run_id}/record.json", run_id=PLAN.tuning_runs
         ),
         "experiments/{experiment}.yaml",
-        "src/peftscope/tuning.py",
+        "src/peftscope/analysis/tuning.py",
     output:
         "results/{experiment}/tuned.json",
     log:
@@ -139,7 +141,7 @@ rule collect:
     input:
         PLAN.records(checkpoints),
         "experiments/{experiment}.yaml",
-        "src/peftscope/collect.py",
+        "src/peftscope/analysis/collect.py",
     output:
         runs="results/{experiment}/runs.csv",
         losses="results/{experiment}/losses.csv",
@@ -156,7 +158,7 @@ rule tables:
         "results/{experiment}/runs.csv",
         "src/peftscope/report/benchmarks.py",
         "src/peftscope/report/tables.py",
-        "src/peftscope/stats.py",
+        "src/peftscope/analysis/stats.py",
     output:
         report(
             "results/{experiment}/tables/methods.html",
@@ -265,8 +267,8 @@ rule study:
     input:
         "results/{experiment}/runs.csv",
         "results/{experiment}/tuned.json",
-        "src/peftscope/study.py",
-        "src/peftscope/stats.py",
+        "src/peftscope/analysis/study.py",
+        "src/peftscope/analysis/stats.py",
         "src/peftscope/report/study.py",
         "src/peftscope/report/plots.py",
         "src/peftscope/report/tables.py",

@@ -64,8 +64,8 @@ def toy(workspace: Path) -> Path:
 @pytest.fixture
 def make_spec() -> Callable[..., Any]:
     """Specs of short runs on the toy model; keywords override."""
-    from peftscope.experiment import Experiment
-    from peftscope.sweep import Resolver
+    from peftscope.planning.experiment import Experiment
+    from peftscope.planning.sweep import Resolver
 
     def make(**values: Any) -> Any:
         short = {

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from peftscope.errors import InputError
+from peftscope.files.content import BENCHMARK_PATTERN
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
-from peftscope.spec import BENCHMARK_PATTERN, RunSpec
+from peftscope.spec import RunSpec
 
 MORE = int(os.environ.get("PEFTSCOPE_FUZZ", "1"))
 """How many times as many cases as usual; above one they are other ones each time."""

@@ -10,8 +10,8 @@ import pytest
 
 from peftscope.data.tasks import make_task
 from peftscope.errors import InputError
-from peftscope.plan import check_disk, plan_experiment
-from peftscope.sweep import expand
+from peftscope.planning.plan import check_disk, plan_experiment
+from peftscope.planning.sweep import expand
 
 CASES = {
     "unknown key": ("fixed: {model: toy, stepz: 3}", "fixed.stepz", "did you mean `steps`?"),

@@ -14,20 +14,20 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch.nn.functional import scaled_dot_product_attention
 
-from peftscope import estimate
-from peftscope.cli import app
-from peftscope.doctor import bf16_finding
+from peftscope.cli.doctor import bf16_finding
+from peftscope.cli.main import app
 from peftscope.errors import InputError
+from peftscope.execution.phases import Phases
+from peftscope.execution.run import execute
 from peftscope.hardware import bf16
 from peftscope.hardware.bf16 import PRODUCTS, bf16_products, chosen_way, has_native_bf16
 from peftscope.memory.tracker import MemoryTracker
-from peftscope.plan import plan_experiment
+from peftscope.planning import estimate
+from peftscope.planning.plan import plan_experiment
 from peftscope.record import read_record
 from peftscope.report.page import _warnings
 from peftscope.spec import RunSpec
 from peftscope.training.ceilings import bf16_rates
-from peftscope.training.phases import Phases
-from peftscope.training.run import execute
 
 Results = list[torch.Tensor]
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
+from peftscope.analysis.stats import mean_interval, paired_p
 from peftscope.claims.evaluate import Finding, PartFinding, evaluate, evaluate_part
 from peftscope.claims.ledger import Claim, Part, read_ledger
 from peftscope.claims.measurement import Measurement, NotRunError
 from peftscope.claims.verdict import Rule, Verdict, judge
-from peftscope.cli import main
+from peftscope.cli.main import main
 from peftscope.errors import InputError
-from peftscope.stats import mean_interval, paired_p
 
 ENTRY: dict[str, Any] = {
     "id": "S13",

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from peftscope.analysis.cards import KINDS, label_of
 from peftscope.claims.evaluate import PartFinding, evaluate_part
 from peftscope.claims.ledger import Part, read_ledger
 from peftscope.claims.verdict import Verdict
 from peftscope.gpu.jobs import card_jobs
 from peftscope.gpu.page import write_page
-from peftscope.gpu.results import KINDS, label_of
-from peftscope.memory.hardware import GPUS
+from peftscope.hardware.cards import GPUS
 
 GB, GIB = 10**9, 2**30
 LORA: dict[str, Any] = {"method": "lora", "targets": "attention"}

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from peftscope.device import find_compiler
 from peftscope.errors import InputError
+from peftscope.execution.phases import Phases
+from peftscope.execution.run import execute
+from peftscope.hardware.device import find_compiler
 from peftscope.methods import METHODS
-from peftscope.plan import check_compiler, plan_experiment
+from peftscope.planning.plan import check_compiler, plan_experiment
 from peftscope.record import RunRecord, read_record
 from peftscope.spec import RunSpec
 from peftscope.training import build
-from peftscope.training.phases import Phases
-from peftscope.training.run import execute
 
 # Of torch's own tracing, which looks at every tensor and function that a layer is given.
 pytestmark = [

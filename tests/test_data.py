@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from peftscope.content import read_yaml
 from peftscope.data.batching import (
     IGNORED,
     Batch,
@@ -26,9 +25,10 @@ from peftscope.data.batching import (
 from peftscope.data.scoring import lm_eval_file
 from peftscope.data.tasks import SPLITS, Item, make_task, read_split, task_folder
 from peftscope.errors import InputError
+from peftscope.files.content import read_yaml
 from peftscope.models.fetch import fetch_model
-from peftscope.models.load import load_base, load_tokenizer
 from peftscope.training.build import build_model
+from peftscope.training.load import load_base, load_tokenizer
 from peftscope.training.step import forward_loss
 
 TASKS = ["two-digit-sums", "family-relationships", "time-intervals"]

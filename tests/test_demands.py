@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from peftscope.demands import JobDemands, host_bytes
-from peftscope.plan import plan_experiment
+from peftscope.planning.demands import JobDemands, host_bytes
+from peftscope.planning.plan import plan_experiment
 from peftscope.record import RunRecord, read_record
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from peftscope.device import cards_claimed, visible_cards
 from peftscope.errors import InputError
+from peftscope.hardware.device import cards_claimed, visible_cards
 
 JOB = """
 import sys
 from pathlib import Path
-from peftscope.device import cards_claimed
+from peftscope.hardware.device import cards_claimed
 with cards_claimed(int(sys.argv[1]), Path(sys.argv[2])) as cards:
     print(*cards, flush=True)
     sys.stdin.readline()

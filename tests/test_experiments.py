@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from peftscope.experiment import NOT_EXPERIMENTS, experiment_names
 from peftscope.methods import METHODS
-from peftscope.plan import check_runs, plan_experiment
+from peftscope.planning.experiment import NOT_EXPERIMENTS, experiment_names
+from peftscope.planning.plan import check_runs, plan_experiment
+from peftscope.planning.sweep import RUN_FIELDS, Sweep, expand, spec_from
 from peftscope.spec import RUN_ID_PATTERN, RunSpec, run_id, spec_schema
-from peftscope.sweep import RUN_FIELDS, Sweep, expand, spec_from
 
 FILES = sorted((Path(__file__).parent.parent / "experiments").rglob("*.yaml"))
 

@@ -25,8 +25,9 @@ import psutil
 import pytest
 import torch
 
-from peftscope.record import read_manifest, read_record, state_folder
-from peftscope.sweep import expand
+from peftscope.files.manifest import read_manifest
+from peftscope.planning.sweep import expand
+from peftscope.record import read_record, state_folder
 from peftscope.training import loop
 
 pytestmark = pytest.mark.faults

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from peftscope.cli import app
-from peftscope.cli_forecast import card_of
-from peftscope.forecast import SHARE, Forecaster, training_flops
-from peftscope.memory.hardware import GIB, find_gpu
+from peftscope.cli.forecast import card_of
+from peftscope.cli.main import app
+from peftscope.hardware.cards import GIB, find_gpu
+from peftscope.planning.forecast import SHARE, Forecaster, training_flops
+from peftscope.planning.sweep import expand
 from peftscope.record import RunRecord, Seconds, write_record
 from peftscope.report.forecasts import refresh_forecasts
 from peftscope.spec import run_id
-from peftscope.sweep import expand
 
 BIG = "fixed: {model: llama-2-7b, task: metamath, seq_len: 512, checkpointing: true, generation_items: 0}\n"
 
@@ -70,7 +70,7 @@ def test_operations_are_six_a_weight_and_token_for_full_fine_tuning_and_four_for
 
 
 def test_a_record_of_the_card_takes_the_place_of_the_guess(write_experiment) -> None:
-    from peftscope import estimate
+    from peftscope.planning import estimate
 
     write_experiment("mine", BIG + "axes: {method: [lora]}\n")
     (spec,) = expand("mine", "cuda").runs.values()

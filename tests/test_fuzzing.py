@@ -25,23 +25,22 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from peftscope.claims.ledger import read_ledger
-from peftscope.content import LARGEST_BYTES, parse_json, read_yaml
 from peftscope.data import scoring, tasks
 from peftscope.data.tasks import find_task
 from peftscope.errors import InputError
+from peftscope.files.content import LARGEST_BYTES, parse_json, read_yaml
+from peftscope.hardware.cards import find_gpu
 from peftscope.memory.answer import answer_by_formula
-from peftscope.memory.hardware import find_gpu
-from peftscope.memory.presets import PRESETS
-from peftscope.memory.question import METHOD_OPTIONS, ask
-from peftscope.memory.question import find_model as find_described
+from peftscope.memory.question import METHOD_OPTIONS, ask, describe_model
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
 from peftscope.models import catalog
 from peftscope.models.catalog import find_model, model_folder
-from peftscope.plan import plan_experiment
+from peftscope.models.presets import PRESETS
+from peftscope.planning.plan import plan_experiment
+from peftscope.planning.sweep import LARGEST_SWEEP, expand, spec_from
 from peftscope.record import RunRecord, read_record, write_record
 from peftscope.spec import RUN_ID_PATTERN, RunSpec, run_id
-from peftscope.sweep import LARGEST_SWEEP, expand, spec_from
 
 
 def check_round_trip(spec: RunSpec) -> None:
@@ -325,7 +324,7 @@ JSONS: dict[str, tuple[Any, Callable[[Path], Any]]] = {
         lambda path: spec_from(parse_json(path.read_bytes().decode(errors="replace"), "spec"), Path("spec"), "cpu"),
     ),
     "record": (A_RECORD, read_record),
-    "config": (A_CONFIG, lambda path: answer(find_described(str(path)))),
+    "config": (A_CONFIG, lambda path: answer(describe_model(str(path)))),
 }
 
 
@@ -379,7 +378,7 @@ def test_broken_jsons(kind: str, own_folder: Path) -> None:
 @example("lora", {"batch_size": 2**31 - 1, "seq_len": 100}, None, 1)
 @example("full", {"rank": 3}, None, 10**40)
 def test_questions_about_memory(method: str, options: dict[str, Any], responses: int | None, gpus: int) -> None:
-    model = find_described("llama-3.2-1b")
+    model = describe_model("llama-3.2-1b")
 
     def load() -> None:
         answer_by_formula(ask(model, {"method": method, **options}, responses=responses, gpus=gpus)).to_json()
@@ -393,7 +392,7 @@ def test_questions_about_memory(method: str, options: dict[str, Any], responses:
 def test_cards_and_models_by_any_name(name: str) -> None:
     loads_or_refuses(lambda: find_gpu(name))
     if "/" not in name:  # such a name would be looked for on a hub
-        loads_or_refuses(lambda: find_described(name))
+        loads_or_refuses(lambda: describe_model(name))
     loads_or_refuses(lambda: find_model(name))
     loads_or_refuses(lambda: find_task(name))
     loads_or_refuses(lambda: expand(name))

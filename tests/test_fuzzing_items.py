@@ -22,9 +22,9 @@ from peftscope.data import scoring, tasks
 from peftscope.data.batching import IGNORED, collate, pack, tokenise
 from peftscope.data.tasks import SPLITS, Item, make_task, read_split
 from peftscope.errors import InputError
-from peftscope.models.load import load_tokenizer
-from peftscope.plan import plan_experiment
-from peftscope.training.run import _write_items
+from peftscope.execution.run import _write_items
+from peftscope.planning.plan import plan_experiment
+from peftscope.training.load import load_tokenizer
 
 ANYTHING = st.one_of(
     st.text(st.characters(), max_size=30),

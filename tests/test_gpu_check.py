@@ -18,6 +18,7 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from peftscope.analysis.cards import KINDS
 from peftscope.claims.ledger import read_ledger
 from peftscope.gpu import check as gpu_check
 from peftscope.gpu import fits as gpu_fits
@@ -34,20 +35,19 @@ from peftscope.gpu.check import (
     summary,
 )
 from peftscope.gpu.fits import hold
-from peftscope.gpu.jobs import Job, card_jobs, make_job, small_jobs, why_not_tried
+from peftscope.gpu.jobs import CardJob, card_jobs, make_job, small_jobs, why_not_tried
 from peftscope.gpu.memory import CudaPeaks, measure, predict
 from peftscope.gpu.model import random_base, random_batch
 from peftscope.gpu.page import write_page
-from peftscope.gpu.results import KINDS
 from peftscope.gpu.state import measure_state
 from peftscope.gpu.steps import speed_of
-from peftscope.memory.hardware import CONTEXT_BYTES, CUBLAS_HOPPER_BYTES, GPUS, MIB, Gpu
-from peftscope.memory.question import Model, find_model
-from peftscope.memory.shapes import ModelShape
+from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_HOPPER_BYTES, GPUS, MIB, Gpu
+from peftscope.memory.probe import track_steps
+from peftscope.memory.question import Model, describe_model
 from peftscope.memory.trace import PHASES
 from peftscope.methods import METHODS
+from peftscope.models.shapes import ModelShape
 from peftscope.training.build import apply_method
-from peftscope.training.probe import track_steps
 from peftscope.training.step import make_optimizer
 
 SHAPE = ModelShape(
@@ -66,7 +66,7 @@ TRAINED = [name for name, cls in METHODS.items() if cls.trains]
 NOT_THERE = ("pandas", "snakemake", "lm_eval", "seaborn", "great_tables", "matplotlib", "datasets", "reasoning_gym")
 
 
-def job_of(method: str, **options: Any) -> Job:
+def job_of(method: str, **options: Any) -> CardJob:
     return make_job(MODEL, CPU, {"method": method, "batch_size": 2, "seq_len": 32, **options})
 
 
@@ -133,7 +133,7 @@ def test_on_80_gb_everything_is_tried_and_on_24_gb_what_fits() -> None:
 
 
 def test_what_is_held_to_a_smaller_card_is_tried_whatever_is_predicted() -> None:
-    job = make_job(find_model("llama-2-7b"), GPUS["rtx4090"], {"method": "full"}, "fits", "rtx4060")
+    job = make_job(describe_model("llama-2-7b"), GPUS["rtx4090"], {"method": "full"}, "fits", "rtx4060")
     assert why_not_tried(job, "cuda") == ""
     job = make_job(MODEL, GPUS["rtx4090"], {"method": "lora"}, "fits", "a100")
     assert why_not_tried(job, "cuda") == "card too small" and why_not_tried(job, "cpu") == ""
@@ -288,7 +288,7 @@ def test_no_number_is_typed_into_the_report() -> None:
 def test_results_are_kept_and_not_measured_again(tmp_path: Path) -> None:
     jobs, seen = [job_of("lora"), job_of("full"), job_of("ia3")], []
 
-    def check(job: Job) -> dict[str, Any]:
+    def check(job: CardJob) -> dict[str, Any]:
         seen.append(job.label)
         failed = len(seen) == 2
         return {"spec": job.label, "status": "failed: once"} if failed else {"spec": job.label, "status": "ok", "n": 1}
@@ -306,7 +306,7 @@ def test_results_are_kept_and_not_measured_again(tmp_path: Path) -> None:
 def test_results_of_other_code_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs, seen = [job_of("lora")], []
 
-    def check(job: Job) -> dict[str, Any]:
+    def check(job: CardJob) -> dict[str, Any]:
         seen.append(job.label)
         return {"spec": job.label, "status": "ok"}
 

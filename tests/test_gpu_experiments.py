@@ -14,18 +14,18 @@ import pandas as pd
 import pytest
 import torch
 
-from peftscope import hub
 from peftscope.data.benchmarks import benchmark_folder, find_benchmark, make_benchmark
 from peftscope.data.tasks import SPLITS, make_task, read_split, split_of, task_folder
 from peftscope.errors import InputError
-from peftscope.memory.question import find_model as ask_model
-from peftscope.memory.shapes import ModelShape
+from peftscope.files import hub
+from peftscope.memory.question import describe_model
 from peftscope.models.catalog import find_model, model_folder
 from peftscope.models.fetch import fetch_model
-from peftscope.models.load import load_base
-from peftscope.plan import check_runs, check_unchanged, plan_experiment
+from peftscope.models.shapes import ModelShape
+from peftscope.planning.plan import check_runs, check_unchanged, plan_experiment
+from peftscope.planning.sweep import expand
 from peftscope.report.benchmarks import benchmark_changes, readable_benchmarks
-from peftscope.sweep import expand
+from peftscope.training.load import load_base
 
 COMMITS = "a" * 40, "b" * 40
 
@@ -214,7 +214,7 @@ def test_a_branch_that_moved_since_it_was_fetched_is_told(tmp_path: Path, monkey
 def test_the_calculator_reads_a_local_configuration_under_its_hub_name(mirror: Path) -> None:
     (mirror / "some").mkdir(exist_ok=True)
     (mirror / "some/model").symlink_to(mirror / "meta-llama/Llama-2-7b-hf")
-    shape = ask_model("some/model").shape
+    shape = describe_model("some/model").shape
     assert shape is not None and shape.hidden_size == find_model("toy").shape.hidden_size
 
 

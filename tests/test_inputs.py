@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from peftscope.errors import InputError
-from peftscope.inputs import verify_inputs
-from peftscope.plan import check_unchanged
-from peftscope.record import file_sha256, read_manifest, write_json
+from peftscope.execution.inputs import verify_inputs
+from peftscope.files.atomic import write_json
+from peftscope.files.manifest import file_sha256, read_manifest
+from peftscope.planning.plan import check_unchanged
 
 
 @pytest.fixture

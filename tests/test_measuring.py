@@ -12,21 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from peftscope import card
 from peftscope.data.batching import tokenise, training_batches
 from peftscope.data.tasks import read_split
-from peftscope.models.load import load_base, load_tokenizer
+from peftscope.execution.phases import Phases
+from peftscope.execution.provenance import _card
+from peftscope.execution.run import execute
+from peftscope.hardware.meter import CudaMeter, HostMeter, PeakSampler, paged_bytes
+from peftscope.hardware.nvml import find_card, other_processes, reading, used_bytes
 from peftscope.record import read_record
 from peftscope.spec import RunSpec
 from peftscope.training import meter as meters
 from peftscope.training.build import build_model, seed_everything
 from peftscope.training.ceilings import Work, count_work, measure_ceilings
 from peftscope.training.checkpoint import Checkpoints
+from peftscope.training.load import load_base, load_tokenizer
 from peftscope.training.loop import TrainingLog, train
-from peftscope.training.meter import CudaMeter, HostMeter, PeakSampler, paged_bytes
-from peftscope.training.phases import Phases
-from peftscope.training.provenance import _card
-from peftscope.training.run import execute
 
 MIB = 2**20
 
@@ -75,23 +75,23 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_card_says_is_read_and_what_it_does_not_say_is_none(nvml: None) -> None:
-    found = card.find_card(meters.pci_address())
-    assert card.used_bytes(found) == 7 * MIB
-    assert card.reading(found) == {
+    found = find_card(meters.pci_address())
+    assert used_bytes(found) == 7 * MIB
+    assert reading(found) == {
         "sm_clock_mhz": 1980,
         "memory_clock_mhz": 2619,
         "power_watts": None,
         "power_limit_watts": 700,
         "temperature_celsius": 41,
     }
-    assert card.other_processes(found) == [{"pid": 1, "used_bytes": 3 * 2**30}, {"pid": 2, "used_bytes": None}]
+    assert other_processes(found) == [{"pid": 1, "used_bytes": 3 * 2**30}, {"pid": 2, "used_bytes": None}]
 
 
 def test_without_nvml_every_answer_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    found = card.find_card("00000000:3B:00.0")
-    assert found is None and card.used_bytes(found) is None and card.other_processes(found) is None
-    assert set(card.reading(found).values()) == {None}
+    found = find_card("00000000:3B:00.0")
+    assert found is None and used_bytes(found) is None and other_processes(found) is None
+    assert set(reading(found).values()) == {None}
 
 
 def test_a_card_that_others_use_is_recorded_and_said(nvml: None, capfd: pytest.CaptureFixture[str]) -> None:

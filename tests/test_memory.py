@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peftscope.hardware.cards import CONTEXT_BYTES, GPUS, Gpu
 from peftscope.memory.answer import Answer, Term, answer_by_formula
 from peftscope.memory.formula import DIMENSIONS
-from peftscope.memory.hardware import CONTEXT_BYTES, GPUS, Gpu
-from peftscope.memory.presets import PRESETS
-from peftscope.memory.question import Model, ask, find_model
-from peftscope.memory.shapes import FAMILIES, ModelShape
+from peftscope.memory.question import Model, ask, describe_model
 from peftscope.memory.trace import KINDS, rounded
 from peftscope.methods import METHODS
+from peftscope.models.presets import PRESETS
+from peftscope.models.shapes import FAMILIES, ModelShape
 
 LARGE_STATE = 4096
 PAGED_FROM_VALUES = 100_000
@@ -40,7 +40,7 @@ def small_shape(**sizes: Any) -> ModelShape:
 
 
 def answer(model: Model | str, gpus: int = 1, **options: Any) -> Answer:
-    known = find_model(model) if isinstance(model, str) else model
+    known = describe_model(model) if isinstance(model, str) else model
     return answer_by_formula(ask(known, options, gpus=gpus))
 
 
@@ -226,7 +226,8 @@ def test_sharding_takes_less_on_each_card() -> None:
 
 def test_the_closed_form_never_loads_torch() -> None:
     code = (
-        "import sys; from peftscope.cli import main; sys.argv = ['peftscope', 'memory', 'llama-2-7b', '--explain']\n"
+        "import sys; from peftscope.cli.main import main\n"
+        "sys.argv = ['peftscope', 'memory', 'llama-2-7b', '--explain']\n"
         "try: main()\n"
         "except SystemExit as end: print(end.code, sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     )

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from test_memory import TRAINED, answer, letters_of, model_of, small_shape
 
-from peftscope.cli import main
+from peftscope.cli.main import main
+from peftscope.hardware.cards import CONTEXT_BYTES, GIB, MIB, Gpu
 from peftscope.memory.answer import peaks_by_formula
 from peftscope.memory.fit import ADVICE, Fit, fit_methods
 from peftscope.memory.formula import DIMENSIONS
-from peftscope.memory.hardware import CONTEXT_BYTES, GIB, MIB, Gpu
-from peftscope.memory.presets import PRESETS
-from peftscope.memory.question import ask, find_model
+from peftscope.memory.question import ask, describe_model
+from peftscope.models.presets import PRESETS
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -252,7 +252,7 @@ QWEN = """{
 def test_a_local_config_gives_the_presets_answer(peftscope: Command, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(QWEN)
-    assert find_model(str(path)).shape == PRESETS["qwen2.5-0.5b"][1]
+    assert describe_model(str(path)).shape == PRESETS["qwen2.5-0.5b"][1]
     by_name, by_file, by_folder, by_hub_id = (
         json.loads(peftscope("memory", name, "--method", "qlora", "--json")[1])
         for name in ("qwen2.5-0.5b", str(path), str(tmp_path), "Qwen/Qwen2.5-0.5B")

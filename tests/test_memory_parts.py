@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from test_memory import answer
 
 from peftscope.errors import InputError
+from peftscope.hardware.cards import GIB, GPUS, MIB, find_gpu
 from peftscope.memory.allocator import CachingAllocator, reserved_bytes
-from peftscope.memory.hardware import GIB, GPUS, MIB, find_gpu
-from peftscope.memory.presets import PRESETS
-from peftscope.memory.question import find_model
-from peftscope.memory.shapes import ModelShape
+from peftscope.memory.question import describe_model
 from peftscope.memory.trace import Block, Peak, Trace, by_kind, rounded
+from peftscope.models.presets import PRESETS
+from peftscope.models.shapes import ModelShape
 
 # Presets.
 
@@ -60,7 +60,12 @@ def test_a_preset_survives_its_own_config(name: str) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_found_by_its_hub_id_in_any_case(name: str) -> None:
     hub_id, shape = PRESETS[name]
-    assert find_model(hub_id).shape == find_model(hub_id.lower()).shape == find_model(name.upper()).shape == shape
+    assert (
+        describe_model(hub_id).shape
+        == describe_model(hub_id.lower()).shape
+        == describe_model(name.upper()).shape
+        == shape
+    )
 
 
 @pytest.mark.slow

@@ -13,14 +13,14 @@ import torch
 from peftscope.data.batching import Batch, tokenise, training_batches
 from peftscope.data.tasks import read_split
 from peftscope.errors import InputError
-from peftscope.memory.shapes import ModelShape
+from peftscope.execution.merge import base_of_adapter
 from peftscope.methods import METHODS
 from peftscope.methods.loftq import FloatWeights, best_rank_approximation
 from peftscope.models.catalog import find_model
-from peftscope.models.load import attention, load_base, load_tokenizer
+from peftscope.models.shapes import ModelShape
 from peftscope.spec import RunSpec
 from peftscope.training.build import build_model, seed_everything
-from peftscope.training.merge import base_of_adapter
+from peftscope.training.load import attention, load_base, load_tokenizer
 from peftscope.training.step import forward_loss, make_optimizer, train_step
 
 TRAINED = [name for name, cls in METHODS.items() if cls.trains]

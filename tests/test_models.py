@@ -14,7 +14,7 @@ from peftscope.methods.loftq import FloatWeights
 from peftscope.models import fetch
 from peftscope.models.catalog import find_model, model_folder
 from peftscope.models.fetch import fetch_model
-from peftscope.models.load import load_base, load_tokenizer
+from peftscope.training.load import load_base, load_tokenizer
 
 
 def test_the_toy_is_deterministic_and_its_manifest_true(toy: Path) -> None:

@@ -15,17 +15,17 @@ import torch
 from safetensors.torch import save_file
 from test_trust import MARK
 
-from peftscope.collect import read_runs
+from peftscope.analysis.collect import read_runs
 from peftscope.data.scoring import lm_eval_file
 from peftscope.data.tasks import find_task, make_task, task_folder
 from peftscope.errors import InputError
-from peftscope.experiment import read_experiment
+from peftscope.execution.merge import find_run
 from peftscope.models.catalog import find_model, model_folder
 from peftscope.models.fetch import fetch_model
+from peftscope.planning.experiment import read_experiment
+from peftscope.planning.sweep import expand
 from peftscope.report.publish import publish, restore
 from peftscope.report.tables import write_tables
-from peftscope.sweep import expand
-from peftscope.training.merge import find_run
 
 OUTSIDE = {
     "up": "../../x",

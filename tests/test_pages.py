@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from peftscope.analysis.collect import collect_experiment, read_runs
 from peftscope.claims.ledger import read_ledger
-from peftscope.collect import collect_experiment, read_runs
+from peftscope.planning.sweep import expand
 from peftscope.record import RunRecord, write_record
 from peftscope.report.claims import write_claims_page, write_findings
 from peftscope.report.page import write_report
 from peftscope.report.plots import write_figures, write_ladder
 from peftscope.report.tables import html, write_tables
-from peftscope.sweep import expand
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>'\"><b id=evil>| [x](javascript:alert(3))"
 

@@ -11,9 +11,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from peftscope.collect import collect_experiment, read_runs
+from peftscope.analysis.collect import collect_experiment, read_runs
 from peftscope.errors import InputError
+from peftscope.execution.phases import Phases
+from peftscope.execution.run import execute
 from peftscope.memory.grid import AXES, SIZES, bars, curve
+from peftscope.planning.sweep import expand
 from peftscope.report.memory import draw_bars, draw_grid
 from peftscope.report.page import FIXED_FIGURES, write_report
 from peftscope.report.plots import write_figures, write_ladder
@@ -29,9 +32,6 @@ from peftscope.report.tables import (
     variants,
     write_tables,
 )
-from peftscope.sweep import expand
-from peftscope.training.phases import Phases
-from peftscope.training.run import execute
 
 EXPERIMENT = """
 title: Report test

@@ -18,14 +18,15 @@ import pytest
 import torch
 
 from peftscope.errors import InputError
+from peftscope.execution.phases import Phases
+from peftscope.execution.run import execute
+from peftscope.files.lock import locked
 from peftscope.methods import METHODS
-from peftscope.process import Interrupted, locked
 from peftscope.record import RunRecord, read_record, state_folder
 from peftscope.spec import RunSpec
 from peftscope.training import loop
 from peftscope.training.checkpoint import Checkpoints
-from peftscope.training.phases import Phases
-from peftscope.training.run import execute
+from peftscope.training.signals import Interrupted
 
 STEPS, STOP = 10, 4
 TRAINED = [name for name, cls in METHODS.items() if cls.trains]
@@ -278,7 +279,7 @@ def test_a_job_dies_with_its_parent_and_leaves_a_checkpoint(toy: Path, short, tm
 
 
 def test_two_jobs_never_make_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peftscope.process.LOCK_SECONDS", 1)
+    monkeypatch.setattr("peftscope.files.lock.LOCK_SECONDS", 1)
     file = tmp_path / "run" / "state" / "lock"
     with (
         locked(file),

@@ -9,15 +9,15 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from peftscope.collect import collect_experiment, read_runs
+from benchmarks.scale import NO_OP, REPORT, Cost, Series, measure_experiment, missed_aims, render
+from benchmarks.synthetic import STUDY, SWEEP, make_study, make_sweep, make_workspace
+from peftscope.analysis.collect import collect_experiment, read_runs
+from peftscope.layout import report_path
 from peftscope.methods import METHODS
-from peftscope.report.benchmark import NO_OP, REPORT, Cost, Series, measure_experiment, missed_aims, render
-from peftscope.report.page import report_path
+from peftscope.planning.sweep import expand
 from peftscope.report.plots import draw_losses, draw_pareto, draw_throughput
 from peftscope.report.sentences import sentence
-from peftscope.report.synthetic import STUDY, SWEEP, make_study, make_sweep, make_workspace
 from peftscope.report.tables import MOST_RUNS, MOST_SETTINGS, best_settings, is_crowded, method_summary, notable_runs
-from peftscope.sweep import expand
 
 SLOWNESS = float(os.environ.get("PEFTSCOPE_SLOW_MACHINE", "1"))
 

@@ -19,15 +19,15 @@ import torch
 from safetensors.torch import load_file
 
 from peftscope.errors import InputError
-from peftscope.job import Job
+from peftscope.execution.job import Job
+from peftscope.execution.phases import Phases
+from peftscope.execution.process import host_kills
+from peftscope.execution.ranks import rank_folder
+from peftscope.execution.run import execute
 from peftscope.methods import METHODS
-from peftscope.plan import plan_experiment
-from peftscope.process import host_kills
-from peftscope.ranks import rank_folder
+from peftscope.planning.plan import plan_experiment
 from peftscope.record import RunRecord, Status, read_record, state_folder, write_record
 from peftscope.spec import RunSpec, run_id
-from peftscope.training.phases import Phases
-from peftscope.training.run import execute
 
 SHARDS = 2
 SHARDED = [name for name, cls in METHODS.items() if cls.supports_shards and not cls().quantization()]
@@ -262,7 +262,7 @@ def steps_of(checkpoint: Path) -> int:
 def test_the_process_that_failed_first_gives_the_reason(toy: Path, exact, tmp_path: Path) -> None:
     code = (
         "import sys, torch\n"
-        "from peftscope.cli import main\n"
+        "from peftscope.cli.main import main\n"
         "from peftscope.training import loop\n"
         "from torch import distributed\n"
         "original = loop.train_step\n"
@@ -313,7 +313,7 @@ def test_processes_are_forked_watched_and_die_with_the_first(tmp_path: Path) -> 
     code = (
         "import os, signal, sys, threading, time\n"
         "from pathlib import Path\n"
-        "from peftscope.ranks import fork_ranks\n"
+        "from peftscope.execution.ranks import fork_ranks\n"
         "told = threading.Event()\n"
         "def tell(codes):\n"
         "    print(codes, flush=True)\n"

@@ -14,21 +14,21 @@ import pytest
 from test_methods import TRAINED, batches_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.agreement import ARCHITECTURES, differences, random_questions
 from peftscope.data.tasks import make_task
 from peftscope.hardware.bf16 import Way, bf16_products
-from peftscope.memory.agreement import ARCHITECTURES, differences, random_questions
 from peftscope.memory.answer import AGREEMENT_FILE
-from peftscope.memory.presets import PRESETS
-from peftscope.memory.question import ask, find_model
-from peftscope.memory.shapes import FAMILIES, ModelShape
+from peftscope.memory.probe import probe_training
+from peftscope.memory.question import ask, describe_model
 from peftscope.memory.simulate import answer_by_simulation, simulate
 from peftscope.methods import METHODS
 from peftscope.models.catalog import model_folder
 from peftscope.models.fetch import fetch_model
-from peftscope.models.load import DTYPES, load_base, training_attention
+from peftscope.models.presets import PRESETS
+from peftscope.models.shapes import FAMILIES, ModelShape
 from peftscope.spec import RunSpec
 from peftscope.training.build import build_model
-from peftscope.training.probe import probe_training
+from peftscope.training.load import DTYPES, load_base, training_attention
 
 
 def both(spec: RunSpec) -> tuple[dict[str, int], dict[str, int]]:
@@ -162,7 +162,7 @@ LONGEST = 650
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row["source"])
 def test_published_peaks(row: dict[str, str]) -> None:
     options = {"method": row["method"], "seq_len": LONGEST, **json.loads(row["options"])}
-    answer = answer_by_simulation(ask(find_model(row["model"]), options))
+    answer = answer_by_simulation(ask(describe_model(row["model"]), options))
     measured = int(row["measured_bytes"])
     if row["kind"] == "out of memory":
         assert answer.peak_device_bytes > measured or row["reason"]
@@ -181,10 +181,10 @@ def test_a_large_model_needs_seconds_and_no_memory(model: str, method: str, aim:
     """`make benchmark-memory` measures the aims; on a shared machine twice as many seconds may be the neighbours'."""
     code = f"""
 import time, bitsandbytes, peft, transformers.models.llama.modeling_llama
-from peftscope.memory.question import ask, find_model
+from peftscope.memory.question import ask, describe_model
 from peftscope.memory.simulate import answer_by_simulation
-from peftscope.training.meter import resident_peak_bytes
-question = ask(find_model({model!r}), {{"method": {method!r}}})
+from peftscope.hardware.meter import resident_peak_bytes
+question = ask(describe_model({model!r}), {{"method": {method!r}}})
 began = time.process_time()
 answer = answer_by_simulation(question)
 print(time.process_time() - began, resident_peak_bytes(), answer.peak_allocated_bytes)

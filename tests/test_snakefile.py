@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from peftscope.memory.presets import PRESETS
-from peftscope.sweep import expand
+from peftscope.models.presets import PRESETS
+from peftscope.planning.sweep import expand
 
 TINY = """
 title: Tiny
@@ -163,3 +163,13 @@ def test_the_kubernetes_job_asks_for_as_many_cards_as_it_uses(repository: Path) 
         check=True,
     ).stdout
     assert "--resources gpu=1 --set-threads train=8 --config experiment=gpu-7b" in told
+
+
+def test_rules_that_need_the_network_are_local(repository: Path) -> None:
+    text = (repository / "Snakefile").read_text()
+    local = set(re.findall(r"\w+", text.split("localrules:")[1].split("\n\n")[0]))
+    commands = dict(re.findall(r"\n(?:rule|checkpoint) (\w+):.*?\"python -m peftscope ([\w-]+)", text, re.DOTALL))
+    fetching = {rule for rule, command in commands.items() if command in ("fetch", "make-task", "make-benchmark")}
+    assert fetching == {"fetch_model", "make_task", "make_benchmark"}
+    assert fetching <= local
+    assert "train" in commands and "train" not in local

@@ -11,7 +11,7 @@ from scipy import stats
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import ttost_paired
 
-from peftscope.stats import (
+from peftscope.analysis.stats import (
     bootstrap_interval,
     equivalence_interval,
     false_positives,
@@ -20,7 +20,6 @@ from peftscope.stats import (
     paired_p,
     pairs_needed,
     sign_flip_p,
-    trend_p,
 )
 
 
@@ -101,12 +100,6 @@ def test_equivalence_without_spread_or_with_one_value() -> None:
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([]) == []
-
-
-def test_a_trend_is_pages() -> None:
-    rows = [[1.0, 2.0, 3.0], [1.0, 3.0, 2.0], [1.0, 2.0, 4.0]]
-    assert trend_p(rows) == stats.page_trend_test(rows).pvalue
-    assert trend_p(rows) < 0.05 < trend_p([row[::-1] for row in rows])
 
 
 def test_pairs_that_are_needed_have_the_power() -> None:

@@ -15,19 +15,20 @@ import pytest
 import yaml
 from scipy import stats
 
+from peftscope.analysis.collect import collect_experiment
+from peftscope.analysis.study import StudyResults
+from peftscope.analysis.tuning import choose_rates
 from peftscope.claims.checks import training
 from peftscope.claims.evaluate import evaluate_part
 from peftscope.claims.ledger import Part
 from peftscope.claims.verdict import Rule, Verdict, judge
-from peftscope.cli import report
-from peftscope.collect import collect_experiment
+from peftscope.cli.main import report
 from peftscope.errors import InputError
-from peftscope.record import Quality, RunRecord, write_json, write_record
+from peftscope.files.atomic import write_json
+from peftscope.planning.sweep import OTHER_INITIALISATION, expand
+from peftscope.record import Quality, RunRecord, write_record
 from peftscope.report.publish import publish, restore
 from peftscope.report.study import CONTROLS, contrasts, controls, study_facts, write_study
-from peftscope.study import StudyResults
-from peftscope.sweep import OTHER_INITIALISATION, expand
-from peftscope.tuning import choose_rates
 
 STUDY: dict[str, Any] = {
     "fixed": {
@@ -228,7 +229,7 @@ def test_a_best_rate_at_an_end_is_kept_where_the_study_says_so_and_told(write_st
 
 def test_an_arm_that_a_card_cannot_hold_is_left_out_and_told(write_study_file, monkeypatch) -> None:
     write_study_file(controls={})
-    monkeypatch.setattr("peftscope.sweep.expand.__defaults__", ("cuda",))
+    monkeypatch.setattr("peftscope.planning.sweep.expand.__defaults__", ("cuda",))
     record_tuning()
     record(members("tune-full")[0], status="oom")
     choose_rates(expand("mine"))

@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from peftscope.errors import InputError
+from peftscope.execution.merge import find_run, merge_run
+from peftscope.execution.phases import Phases
+from peftscope.execution.run import execute
 from peftscope.memory.tracker import MemoryTracker, tensors_of
-from peftscope.models.load import MASK_FREE_SDPA, MASK_FREE_SDPA_CPU, load_base, training_attention
 from peftscope.record import RunRecord, read_record
 from peftscope.spec import RunSpec, run_id
-from peftscope.training.merge import find_run, merge_run
-from peftscope.training.phases import Phases
-from peftscope.training.run import execute
+from peftscope.training.load import MASK_FREE_SDPA, MASK_FREE_SDPA_CPU, load_base, training_attention
 
 QUICKLY = {"generation_items": 0, "retention_tokens": 0, "probe_steps": 0}
 
@@ -148,7 +148,7 @@ def test_what_cannot_be_simulated_is_trained_all_the_same(
     def fails(*_: object) -> None:
         raise NotImplementedError("no shape without data")
 
-    monkeypatch.setattr("peftscope.training.predict.simulate", fails)
+    monkeypatch.setattr("peftscope.memory.predict.simulate", fails)
     record = run_here(make_spec(method="lora", **QUICKLY), tmp_path)
     assert record.status == "ok"
     assert record.memory.predicted.train_peak_tensor_bytes is None
@@ -171,8 +171,8 @@ def test_out_of_memory_is_a_status(toy: Path, make_spec, tmp_path: Path) -> None
         "import json, resource, sys, psutil, torch\n"
         "from pathlib import Path\n"
         "from peftscope.spec import RunSpec\n"
-        "from peftscope.training.phases import Phases\n"
-        "from peftscope.training.run import execute\n"
+        "from peftscope.execution.phases import Phases\n"
+        "from peftscope.execution.run import execute\n"
         "square = torch.ones(512, 512, requires_grad=True)\n"
         "(square @ square).sum().backward()\n"  # starts the threads of forward and backward passes
         "limit = psutil.Process().memory_info().vms + 700 * 2**20\n"
@@ -215,7 +215,7 @@ def test_a_run_that_is_killed_is_out_of_memory_if_the_kernel_says_so(
     """The kernel's count before and after; `make test-faults` has it kill for real."""
     spec = make_spec(method="lora", steps=100_000)
     job = (
-        "import json, sys; from pathlib import Path; from peftscope import job; "
+        "import json, sys; from pathlib import Path; from peftscope.execution import job; "
         "from peftscope.spec import RunSpec; counts = iter(json.loads(sys.argv[3])); "
         "job.host_kills = lambda: next(counts); "
         "job.Job(RunSpec.model_validate(json.loads(sys.argv[1])), Path(sys.argv[2]), 1, 300, int(sys.argv[4])).start()"
@@ -257,7 +257,7 @@ def test_a_merged_model_computes_what_the_adapter_computes(method: str, toy: Pat
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from peftscope.training.merge import base_of_adapter
+    from peftscope.execution.merge import base_of_adapter
 
     precision = "bf16" if method in ("qlora", "loftq") else "fp32"
     spec = make_spec(method=method, precision=precision, learning_rate=1e-2, generation_items=0, probe_steps=0)

@@ -23,15 +23,15 @@ import torch
 from peftscope.data.scoring import lm_eval_file, read_scoring
 from peftscope.data.tasks import make_task, task_folder
 from peftscope.errors import InputError
+from peftscope.execution.merge import merge_run
+from peftscope.execution.phases import Phases
+from peftscope.execution.run import execute
 from peftscope.models.catalog import LOCAL, model_folder
-from peftscope.models.load import load_base, load_tokenizer
 from peftscope.record import RunRecord, read_record, write_record
 from peftscope.spec import RunSpec, run_id
 from peftscope.training.checkpoint import DIGEST_DIGITS, Checkpoints
+from peftscope.training.load import load_base, load_tokenizer
 from peftscope.training.loop import TrainingLog
-from peftscope.training.merge import merge_run
-from peftscope.training.phases import Phases
-from peftscope.training.run import execute
 
 SOURCES = sorted((Path(__file__).parent.parent / "src/peftscope").rglob("*.py"))
 
@@ -184,8 +184,8 @@ class TestModels:
         paths = os.pathsep.join([str(tmp_path / "site"), *sys.path])
         loading = (
             "from pathlib import Path\n"
-            "from peftscope.sweep import spec_from\n"
-            "from peftscope.models.load import load_base\n"
+            "from peftscope.planning.sweep import spec_from\n"
+            "from peftscope.training.load import load_base\n"
             "from transformers.utils import is_kernels_available\n"
             "import bitsandbytes\n"
             "model = load_base(spec_from({'model': 'toy', 'method': 'qlora'}, Path('spec'), 'cpu'))\n"

@@ -1,5 +1,5 @@
 """``python -m peftscope``: the same as the ``peftscope`` command."""
 
-from peftscope.cli import main
+from peftscope.cli.main import main
 
 main()

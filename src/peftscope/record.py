@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peftscope.errors import InputError, Problem
+from peftscope.files.atomic import write_json
+from peftscope.files.manifest import damaged_files
 from peftscope.spec import RunSpec
 
 SCHEMA_VERSION = 1
@@ -218,23 +218,6 @@ def clear_checkpoints(run: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def write_record(path: Path, record: RunRecord) -> None:
     """Writes a record with its own checksum, atomically."""
     content = _finite(record.model_dump(mode="json"))
@@ -244,31 +227,6 @@ def write_record(path: Path, record: RunRecord) -> None:
 def _content_sha256(content: dict[str, Any]) -> str:
     text = json.dumps({key: value for key, value in content.items() if key != CHECKSUM}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Returns a file's SHA-256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def damaged_files(folder: Path, sha256: dict[str, str]) -> list[str]:
-    """Returns which of a folder's files are missing, or not what their checksums say."""
-    return [name for name, digest in sha256.items() if not _is_whole(folder / name, digest)]
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Returns the manifest of a model's or task's folder, None where it is missing or damaged."""
-    try:
-        content = json.loads((folder / "manifest.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    whole = isinstance(content, dict) and isinstance(content.get("sha256"), dict)
-    return content if whole else None
-
-
-def _is_whole(path: Path, sha256: str) -> bool:
-    return path.is_file() and file_sha256(path) == sha256
 
 
 def _finite(value: Any) -> Any:

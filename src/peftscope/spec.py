@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from peftscope.content import LONGEST_NAME, Count, CountOrZero
+from peftscope.files.content import BENCHMARK_PATTERN, LONGEST_NAME, REVISION_PATTERN, Count, CountOrZero
+from peftscope.hardware.device import Device
 from peftscope.methods import AnyMethod
 
 SPEC_VERSION = 1
@@ -21,11 +22,6 @@ SPEC_VERSION = 1
 
 RUN_ID_PATTERN = r"[a-z0-9.-]+"
 MOST_SHARDS = 1024
-BENCHMARK_PATTERN = r"[A-Za-z0-9_-]+"
-REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,99}$"
-"""Part of a folder's name, and of a command line."""
-
-Device = Literal["cpu", "cuda"]
 
 
 class RunSpec(BaseModel):

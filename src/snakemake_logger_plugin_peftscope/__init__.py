@@ -13,7 +13,7 @@ from rich.progress import TextColumn, TimeRemainingColumn
 from snakemake_interface_logger_plugins.common import LogEvent
 from snakemake_logger_plugin_rich import LogHandler as RichLogHandler
 
-from peftscope.estimate import spoken
+from peftscope.planning.estimate import spoken
 
 LONGEST_RUN_SECONDS = 30 * 24 * 3600
 """Jobs take minutes: the speed has to be taken over the whole run, not over the last half minute."""

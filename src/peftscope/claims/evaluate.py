@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peftscope.analysis.stats import holm, paired_p
 from peftscope.claims.ledger import DETERMINISTIC, Claim, Part, find_check
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 from peftscope.claims.verdict import UNDECIDED, Verdict, judge
 from peftscope.errors import InputError, printable, shown
-from peftscope.stats import holm, paired_p
 
 SIGNIFICANT_DIGITS = 6
 """Of measured numbers, as they are written: what differs below comes from the order of sums."""

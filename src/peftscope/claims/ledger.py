@@ -16,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from peftscope.claims import checks
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.verdict import Rule
-from peftscope.content import read_yaml
 from peftscope.errors import InputError, Problem, close_match, shown
-from peftscope.experiment import EXPERIMENTS, dotted, experiment_path, problems_of, read_experiment
-
-CLAIMS_FILE = EXPERIMENTS / "claims.yaml"
+from peftscope.files.content import read_yaml
+from peftscope.files.problems import dotted, problems_of
+from peftscope.layout import CLAIMS_FILE
+from peftscope.planning.experiment import experiment_path, read_experiment
 
 Kind = Literal["software", "arithmetic", "numerics", "simulation", "training", "gpu", "literature"]
 DETERMINISTIC: tuple[Kind, ...] = ("software", "arithmetic", "numerics", "simulation")

@@ -79,7 +79,7 @@ def four_bit(model: Any) -> Any:
     import torch
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    from peftscope.models.load import disable_weight_repacking
+    from peftscope.training.load import disable_weight_repacking
 
     for path in linear_names(model):
         parent, _, name = path.rpartition(".")

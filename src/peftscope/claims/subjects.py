@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from peftscope.claims.measurement import NotRunError
-from peftscope.memory.presets import PRESETS
-from peftscope.memory.shapes import ModelShape
 from peftscope.models.catalog import model_folder
+from peftscope.models.presets import PRESETS
+from peftscope.models.shapes import ModelShape
 
 if TYPE_CHECKING:
     import torch

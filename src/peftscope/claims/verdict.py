@@ -7,8 +7,8 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
+from peftscope.analysis.stats import CONFIDENCE, equivalence_interval, paired_p, pairs_needed
 from peftscope.claims.measurement import Measurement
-from peftscope.stats import CONFIDENCE, equivalence_interval, paired_p, pairs_needed
 
 
 class Verdict(StrEnum):

@@ -18,11 +18,11 @@ from typing import Any
 import yaml
 
 from peftscope.errors import InputError, Problem, close_match
-from peftscope.hub import load_rows
-from peftscope.record import write_json
-from peftscope.spec import BENCHMARK_PATTERN
+from peftscope.files.atomic import write_json
+from peftscope.files.content import BENCHMARK_PATTERN
+from peftscope.files.hub import load_rows
+from peftscope.layout import BENCHMARKS_FOLDER
 
-BENCHMARKS_FOLDER = Path("resources/benchmarks")
 SPLIT_FIELDS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 

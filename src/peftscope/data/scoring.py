@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from peftscope.content import Count, read_yaml
 from peftscope.errors import InputError, Problem
-from peftscope.experiment import EXPERIMENTS, dotted, problems_of
+from peftscope.files.content import Count, read_yaml
+from peftscope.files.problems import dotted, problems_of
+from peftscope.layout import EXPERIMENTS
 
 Text = Annotated[str, Field(max_length=10_000)]
 

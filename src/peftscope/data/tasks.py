@@ -16,16 +16,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from peftscope.content import Count, CountOrZero, HubId, Name, check_characters, read_yaml
 from peftscope.data.scoring import lm_eval_file, read_scoring
 from peftscope.errors import InputError, Problem, close_match, shown
-from peftscope.experiment import EXPERIMENTS, dotted, problems_of
-from peftscope.hub import load_rows, tell_if_moved
-from peftscope.record import read_manifest, write_json
-from peftscope.spec import REVISION_PATTERN
+from peftscope.files.atomic import write_json
+from peftscope.files.content import REVISION_PATTERN, Count, CountOrZero, HubId, Name, check_characters, read_yaml
+from peftscope.files.hub import load_rows, tell_if_moved
+from peftscope.files.manifest import read_manifest
+from peftscope.files.problems import dotted, problems_of
+from peftscope.layout import TASKS_FILE, TASKS_FOLDER
 
-TASKS_FILE = EXPERIMENTS / "tasks.yaml"
-TASKS_FOLDER = Path("resources/tasks")
 USUAL_TOKENS = 64
 """Of an item of which nothing is known yet."""
 SPLITS = ("train", "validation", "test")

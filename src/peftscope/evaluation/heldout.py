@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from peftscope.data.batching import IGNORED, Batch, Example, evaluation_batches
-from peftscope.models.load import autocast
 from peftscope.spec import RunSpec
+from peftscope.training.load import autocast
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from peftscope.models.load import autocast
 from peftscope.spec import RunSpec
+from peftscope.training.load import autocast
 
 PROSE_SHA256 = "581b983304f5e052f63566da1961f656f81d1b73b9f3db74dbb38e0ed5da5e24"
 WINDOW_TOKENS = 256

@@ -25,21 +25,22 @@ from typing import Any
 import psutil
 import torch
 
-from peftscope.estimate import spoken
+from peftscope.analysis.cards import CARD_FILE, KINDS, read_facts, read_rows
+from peftscope.files.atomic import write_json
 from peftscope.gpu.fits import check_fit, fits
-from peftscope.gpu.jobs import Job, card_jobs, in_order, predicted_bytes, small_jobs, why_not_tried
+from peftscope.gpu.jobs import CardJob, card_jobs, in_order, predicted_bytes, small_jobs, why_not_tried
 from peftscope.gpu.latency import latencies, measure_latency
 from peftscope.gpu.memory import measure, predict, predict_by_formula, used_bytes
 from peftscope.gpu.page import write_page
-from peftscope.gpu.results import CARD_FILE, KINDS, read_facts, read_rows
 from peftscope.gpu.state import PACKAGES, measure_state, other_processes
 from peftscope.gpu.steps import speed_of, time_steps
-from peftscope.memory.hardware import Gpu
-from peftscope.memory.question import find_model, library_versions
+from peftscope.hardware.cards import Gpu
+from peftscope.hardware.meter import is_out_of_memory
+from peftscope.layout import CARDS_FOLDER
+from peftscope.memory.predict import found_card
+from peftscope.memory.question import describe_model, library_versions
 from peftscope.memory.trace import PHASES
-from peftscope.record import write_json
-from peftscope.training.meter import is_out_of_memory
-from peftscope.training.predict import found_card
+from peftscope.planning.estimate import spoken
 
 DONE = ("ok", "out of memory", "too large", "card too small")
 """Results with another status are tried again."""
@@ -71,7 +72,7 @@ def code_id() -> str:
     return digest.hexdigest()[:12]
 
 
-def described(job: Job, device: str) -> dict[str, Any]:
+def described(job: CardJob, device: str) -> dict[str, Any]:
     """Returns the first columns of a job's row."""
     spec, gpu, method = job.question.spec, job.question.gpu, job.question.spec.method
     row = {
@@ -127,7 +128,7 @@ def _allocated(peaks: dict[str, Any]) -> int:
     return max(peaks["phases"].values()) if "phases" in peaks else peaks["allocated"]
 
 
-def check_job(job: Job, device: str, used_before: int | None, matmul_rate: float | None = None) -> dict[str, Any]:
+def check_job(job: CardJob, device: str, used_before: int | None, matmul_rate: float | None = None) -> dict[str, Any]:
     """Measures and predicts a job in this process, and returns its row; running out of memory is a result.
 
     Args:
@@ -150,7 +151,7 @@ def check_job(job: Job, device: str, used_before: int | None, matmul_rate: float
     return described(job, device) | row | {"seconds": round(time.perf_counter() - began, 2)} | versions
 
 
-def _measured(job: Job, device: str, used_before: int | None, matmul_rate: float | None) -> dict[str, Any]:
+def _measured(job: CardJob, device: str, used_before: int | None, matmul_rate: float | None) -> dict[str, Any]:
     if job.kind == "latency":
         return latencies(measure_latency(job.question, device)["samples"])
     if job.kind == "steps":
@@ -160,7 +161,7 @@ def _measured(job: Job, device: str, used_before: int | None, matmul_rate: float
     return compared(_expected(job, device), found, used_before)
 
 
-def _expected(job: Job, device: str) -> dict[str, Any]:
+def _expected(job: CardJob, device: str) -> dict[str, Any]:
     """Returns the peaks to compare with: simulated, but on a card in closed form where memory is not all that counts.
 
     Simulating a large model takes longer than the job itself. Of small ones on a processor the closed form knows less.
@@ -173,11 +174,11 @@ def _expected(job: Job, device: str) -> dict[str, Any]:
     return predict_by_formula(job.question) if job.kind == "fits" else predicted_bytes(job)
 
 
-def _predicted(job: Job) -> dict[str, Any]:
+def _predicted(job: CardJob) -> dict[str, Any]:
     return {f"predicted_{name}_bytes": size for name, size in predicted_bytes(job).items()}
 
 
-def check_apart(job: Job, command: Sequence[str], device: str) -> dict[str, Any]:
+def check_apart(job: CardJob, command: Sequence[str], device: str) -> dict[str, Any]:
     """Runs ``command`` for a job in a process of its own, unless the closed form says that it does not fit.
 
     Returns:
@@ -193,7 +194,7 @@ def check_apart(job: Job, command: Sequence[str], device: str) -> dict[str, Any]
     return (content if content is not None else described(job, device) | {"status": f"failed: {reason}"}) | others
 
 
-def check_here(job: Job, device: str, matmul_rate: float) -> dict[str, Any]:
+def check_here(job: CardJob, device: str, matmul_rate: float) -> dict[str, Any]:
     """Returns a job's row, measured in this process; an error is its status."""
     try:
         return check_job(job, device, None, matmul_rate)
@@ -216,7 +217,7 @@ def run_apart(command: Sequence[str]) -> tuple[dict[str, Any] | None, str]:
 
 
 def check_all(
-    jobs: Sequence[Job], output: Path, minutes: float, check: Callable[[Job], dict[str, Any]], usual: float = 0
+    jobs: Sequence[CardJob], output: Path, minutes: float, check: Callable[[CardJob], dict[str, Any]], usual: float = 0
 ) -> int:
     """Checks the jobs that have no result of this code yet, and writes their kind's JSON and CSV after each.
 
@@ -329,7 +330,7 @@ def main() -> None:
         sys.exit("no CUDA card that this torch can use; make gpu-check DEVICE=cpu does the same on a small model")
     gpu = found_card() if device == "cuda" else Gpu("cpu", psutil.virtual_memory().total, cublas_bytes=0)
     model = arguments.model or ("toy" if device == "cpu" else None)
-    every = list(small_jobs(find_model(model), gpu) if model else card_jobs(gpu))
+    every = list(small_jobs(describe_model(model), gpu) if model else card_jobs(gpu))
     if arguments.one == "card":
         print(json.dumps(measure_state(gpu, device)))
         return
@@ -337,7 +338,7 @@ def main() -> None:
         (job,) = (job for job in every if f"{job.kind}/{job.label}" == arguments.one)
         print(json.dumps(check_job(job, device, arguments.used_before, arguments.matmul_rate)))
         return
-    output = arguments.output or Path("results/gpu") / slug(gpu.name)
+    output = arguments.output or CARDS_FOLDER / slug(gpu.name)
     command = [sys.executable, "-W", "ignore", "-m", "peftscope.gpu.check", "--device", device]
     command += ["--model", model] if model else []
     if device == "cpu":
@@ -349,7 +350,7 @@ def main() -> None:
     rate = facts["ceilings"]["matmul_flops_per_second"]
     command += ["--matmul-rate", str(rate)]
 
-    def check(job: Job) -> dict[str, Any]:
+    def check(job: CardJob) -> dict[str, Any]:
         return check_here(job, device, rate) if device == "cpu" else check_apart(job, command, device)
 
     left = check_all(in_order(iter(every), kinds), output, arguments.minutes, check, USUAL_SECONDS[device])

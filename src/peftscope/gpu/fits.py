@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from peftscope.gpu.jobs import Job
+from peftscope.gpu.jobs import CardJob
 from peftscope.gpu.memory import measure, used_bytes
-from peftscope.memory.hardware import CONTEXT_BYTES
+from peftscope.hardware.cards import CONTEXT_BYTES
 
 
-def hold(job: Job, used_before: int | None) -> dict[str, Any]:
+def hold(job: CardJob, used_before: int | None) -> dict[str, Any]:
     """Holds torch's allocator to what a job's card would have left for it, and returns the sizes behind that.
 
     Whatever the allocator takes beyond raises ``torch.OutOfMemoryError``. The CUDA context is not the allocator's: its
@@ -30,7 +30,7 @@ def hold(job: Job, used_before: int | None) -> dict[str, Any]:
     return {"assumed_context_bytes": context}
 
 
-def check_fit(job: Job, device: str, used_before: int | None) -> dict[str, Any]:
+def check_fit(job: CardJob, device: str, used_before: int | None) -> dict[str, Any]:
     """Returns the peaks of a job that is held to a card's memory, on the loading of the model as well.
 
     On a processor nothing is enforced.
@@ -42,7 +42,7 @@ def check_fit(job: Job, device: str, used_before: int | None) -> dict[str, Any]:
     return measure(job.question, device) | sizes
 
 
-def fits(job: Job, row: dict[str, Any]) -> bool:
+def fits(job: CardJob, row: dict[str, Any]) -> bool:
     """Returns whether a job that ended stayed within its card's memory: the largest peak that is known counts."""
     if row["status"] != "ok":
         return False

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from peftscope.gpu.results import KINDS, label_of
+from peftscope.analysis.cards import KINDS, label_of
+from peftscope.hardware.cards import GPUS, Gpu
 from peftscope.memory.answer import peaks_by_formula
-from peftscope.memory.hardware import GPUS, Gpu
-from peftscope.memory.question import Model, Question, ask, find_model
+from peftscope.memory.question import Model, Question, ask, describe_model
 from peftscope.methods import METHODS
 
 BIG, MIDDLE = "llama-2-7b", "llama-3.2-1b"
@@ -19,7 +19,7 @@ Options = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Job:
+class CardJob:
     """One measurement, in a process of its own.
 
     Attributes:
@@ -44,22 +44,22 @@ class Job:
 
 def make_job(
     model: Model, gpu: Gpu, options: Options, kind: str = "memory", limit: str = "", headroom: float = 0
-) -> Job:
+) -> CardJob:
     """Returns the job of a model with options of ``ask``, one sequence where no ``batch_size`` is given."""
     question = ask(model, options, gpu=gpu)
-    return Job(kind, label_of(model.name, options, limit, headroom), question, limit, headroom)
+    return CardJob(kind, label_of(model.name, options, limit, headroom), question, limit, headroom)
 
 
-def card_jobs(gpu: Gpu) -> Iterator[Job]:
+def card_jobs(gpu: Gpu) -> Iterator[CardJob]:
     """Yields the jobs for a card, kind by kind."""
     for model, limit, headroom, options in FITS:
-        yield make_job(find_model(model), gpu, options, "fits", limit, headroom)
+        yield make_job(describe_model(model), gpu, options, "fits", limit, headroom)
     for model, options in _steps():
-        yield make_job(find_model(model), gpu, options, "steps")
+        yield make_job(describe_model(model), gpu, options, "steps")
     for model, options in _latencies():
-        yield make_job(find_model(model), gpu, options, "latency")
+        yield make_job(describe_model(model), gpu, options, "latency")
     for model, options in _memory():
-        yield make_job(find_model(model), gpu, options)
+        yield make_job(describe_model(model), gpu, options)
 
 
 FITS: tuple[tuple[str, str, float, Options], ...] = (
@@ -132,7 +132,7 @@ def _memory() -> Iterator[tuple[str, Options]]:
         yield MIDDLE, {"method": "full", **options}
 
 
-def small_jobs(model: Model, gpu: Gpu) -> Iterator[Job]:
+def small_jobs(model: Model, gpu: Gpu) -> Iterator[CardJob]:
     """Yields small jobs of every kind on one model: what a processor can do too."""
     small: Options = {"batch_size": 2, "seq_len": 32}
     for method, limit, options in (
@@ -155,7 +155,7 @@ def small_jobs(model: Model, gpu: Gpu) -> Iterator[Job]:
             yield make_job(model, gpu, {"method": method, **small})
 
 
-def predicted_bytes(job: Job) -> dict[str, int]:
+def predicted_bytes(job: CardJob) -> dict[str, int]:
     """Returns the closed form's peaks of a job: of training, or of a forward pass where only latency is measured."""
     question = job.question
     if job.kind == "latency":
@@ -165,7 +165,7 @@ def predicted_bytes(job: Job) -> dict[str, int]:
     return {"allocated": peaks.allocated_bytes, "reserved": peaks.reserved_bytes, "device": peaks.device_bytes}
 
 
-def why_not_tried(job: Job, device: str) -> str:
+def why_not_tried(job: CardJob, device: str) -> str:
     """Returns the status of a job that this card is too small for, by the closed form; empty: it is tried.
 
     A job that is held to less is tried whatever the closed form says: running out of that is a result.
@@ -178,6 +178,6 @@ def why_not_tried(job: Job, device: str) -> str:
     return "too large" if predicted_bytes(job)["device"] > gpu.memory_bytes else ""
 
 
-def in_order(jobs: Iterator[Job], kinds: tuple[str, ...] = KINDS) -> list[Job]:
+def in_order(jobs: Iterator[CardJob], kinds: tuple[str, ...] = KINDS) -> list[CardJob]:
     """Returns the jobs of some kinds, kind by kind."""
     return sorted((job for job in jobs if job.kind in kinds), key=lambda job: KINDS.index(job.kind))

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from peftscope.gpu.model import random_base
+from peftscope.hardware.meter import Meter, make_meter
 from peftscope.memory.question import Question
 from peftscope.training.build import seed_everything
-from peftscope.training.meter import Meter, make_meter
 
 STATES = ("base", "apart", "merged")
 PASSES = ("prompt", "token")

@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from peftscope import card
 from peftscope.gpu.model import config_of, random_base, random_batch
+from peftscope.hardware import nvml
+from peftscope.hardware.cards import CUBLAS_BYTES
+from peftscope.hardware.meter import pci_address
 from peftscope.memory.allocator import reserved_bytes
 from peftscope.memory.answer import peaks_by_formula, peaks_of
-from peftscope.memory.hardware import CUBLAS_BYTES
+from peftscope.memory.probe import track_evaluation, track_steps
 from peftscope.memory.question import Question
 from peftscope.memory.simulate import empty_batch, simulate
 from peftscope.memory.trace import PHASES, Peak
 from peftscope.memory.tracker import MemoryTracker, tensors_of
-from peftscope.models.load import attention
 from peftscope.training.build import apply_method
-from peftscope.training.meter import pci_address
-from peftscope.training.probe import track_evaluation, track_steps
+from peftscope.training.load import attention
 from peftscope.training.step import make_optimizer
 
 
@@ -148,7 +148,7 @@ class CudaPeaks(nullcontext[None]):
 
 def used_bytes() -> int | None:
     """Returns the bytes in use on the card, whoever uses them; None: NVML gives no answer."""
-    return card.used_bytes(card.find_card(pci_address()))
+    return nvml.used_bytes(nvml.find_card(pci_address()))
 
 
 def _workspace_bytes() -> int:

@@ -10,7 +10,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from peftscope.data.batching import Batch, Example, collate
 from peftscope.memory.question import Question
-from peftscope.models.load import DTYPES, bitsandbytes_config, disable_weight_repacking, training_attention
+from peftscope.training.load import DTYPES, bitsandbytes_config, disable_weight_repacking, training_attention
 
 WEIGHT_STD = 0.02
 """Of random weights, as transformers draws them: large enough for a finite loss, and no size depends on it."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from peftscope.gpu.results import CARD_FILE, KINDS, read_facts, read_rows
+from peftscope.analysis.cards import CARD_FILE, KINDS, read_facts, read_rows
 
 MEMORY = ("allocated", "reserved", "device")
 GIB, GIGA, TERA, MILLI = 2**30, 1e9, 1e12, 1e-3
@@ -67,7 +67,8 @@ def _judged(output: Path) -> tuple[list[dict[str, Any]], str]:
     """Returns every part of a claim that a card decides, with its verdict by these results, or why there are none."""
     try:
         from peftscope.claims.evaluate import evaluate_part
-        from peftscope.claims.ledger import CLAIMS_FILE, read_ledger
+        from peftscope.claims.ledger import read_ledger
+        from peftscope.layout import CLAIMS_FILE
 
         if not CLAIMS_FILE.is_file():
             return [], f"there is no {CLAIMS_FILE} here"

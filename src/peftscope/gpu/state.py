@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from peftscope import card
-from peftscope.device import processor_name
-from peftscope.memory.hardware import Gpu
+from peftscope.hardware import nvml
+from peftscope.hardware.cards import Gpu
+from peftscope.hardware.device import processor_name
+from peftscope.hardware.meter import allocator_settings, pci_address
 from peftscope.spec import RunSpec
 from peftscope.training.ceilings import measure_ceilings
-from peftscope.training.meter import allocator_settings, pci_address
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
@@ -26,8 +26,8 @@ def measure_state(gpu: Gpu, device: str) -> dict[str, Any]:
         gpu: The card, or the processor that stands in for one.
         device: ``cuda`` or ``cpu``.
     """
-    handle = card.find_card(pci_address()) if device == "cuda" else None
-    idle = card.reading(handle)
+    handle = nvml.find_card(pci_address()) if device == "cuda" else None
+    idle = nvml.reading(handle)
     spec = RunSpec(model=gpu.name, task="memory", method={"name": "none"}, learning_rate=0, device=device)
     ceilings = measure_ceilings(spec).model_dump()
     return {
@@ -37,7 +37,7 @@ def measure_state(gpu: Gpu, device: str) -> dict[str, Any]:
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "ceilings": ceilings,
         "idle": idle,
-        "loaded": card.reading(handle),
+        "loaded": nvml.reading(handle),
         "allocator_settings": allocator_settings() if device == "cuda" else None,
         "cuda": torch.version.cuda if device == "cuda" else None,
         "versions": {name: version(name) for name in PACKAGES},
@@ -46,7 +46,7 @@ def measure_state(gpu: Gpu, device: str) -> dict[str, Any]:
 
 def other_processes(device: str) -> list[dict[str, int | None]]:
     """Returns who else computes on the card, and says so on standard error: times and peaks include them."""
-    found = card.other_processes(card.find_card(pci_address())) if device == "cuda" else None
+    found = nvml.other_processes(nvml.find_card(pci_address())) if device == "cuda" else None
     for other in found or []:
         used = "unknown memory" if other["used_bytes"] is None else f"{other['used_bytes'] / 2**30:.1f} GiB"
         print(f"process {other['pid']} uses the card as well ({used}): times and peaks include it", file=sys.stderr)

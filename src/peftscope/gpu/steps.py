@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from peftscope import card
 from peftscope.gpu.model import random_base, random_batch
+from peftscope.hardware import nvml
+from peftscope.hardware.meter import make_meter, pci_address
+from peftscope.memory.probe import probe_training
 from peftscope.memory.question import Question
 from peftscope.training.build import apply_method
 from peftscope.training.ceilings import count_work
-from peftscope.training.meter import make_meter, pci_address
-from peftscope.training.probe import probe_training
 from peftscope.training.step import make_optimizer, train_step
 
 WARM_UP = 3
@@ -65,7 +65,7 @@ def time_steps(question: Question, device: str) -> dict[str, Any]:
         stop = meter.clock()
         step()
         seconds.append(stop())
-    state = card.reading(card.find_card(pci_address())) if device == "cuda" else {}
+    state = nvml.reading(nvml.find_card(pci_address())) if device == "cuda" else {}
     tokens, responses = int(batch.attention_mask.sum()), int(batch.response_tokens)
     return {
         "allocated": max(tracked.values()) if tracked else peaks["peak_tensor_bytes"],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peftscope.errors import InputError, Problem
+from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES
 from peftscope.memory.allocator import reserved_bytes
 from peftscope.memory.formula import (
     OPTIMIZER_COPY,
@@ -18,7 +19,6 @@ from peftscope.memory.formula import (
     trace_evaluation,
     trace_training,
 )
-from peftscope.memory.hardware import CONTEXT_BYTES, CUBLAS_BYTES
 from peftscope.memory.question import Question
 from peftscope.memory.trace import KINDS, Block, Trace, by_kind
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from peftscope.hardware.cards import Gpu, find_gpu
 from peftscope.memory.answer import Answer, peaks_by_formula
 from peftscope.memory.fit import options_of_method
 from peftscope.memory.grid import CHAPTER_RUN, MODEL
-from peftscope.memory.hardware import Gpu, find_gpu
-from peftscope.memory.question import ask, find_model
+from peftscope.memory.question import ask, describe_model
 from peftscope.memory.simulate import answer_by_simulation
 
 GB = 10**9
@@ -50,7 +50,7 @@ class Line:
 
 @cache
 def _answer(model: str, options: tuple[tuple[str, Any], ...]) -> Answer:
-    return answer_by_simulation(ask(find_model(model), CHAPTER_RUN | dict(options)))
+    return answer_by_simulation(ask(describe_model(model), CHAPTER_RUN | dict(options)))
 
 
 def _simulated(options: dict[str, Any], model: str = MODEL) -> Answer:
@@ -89,7 +89,7 @@ def _cards(options: dict[str, Any], card: Gpu) -> Callable[[], str]:
     """Returns how many cards it takes when weights, gradients and states are sharded, in closed form."""
 
     def found() -> str:
-        model, chosen = find_model(MODEL), options_of_method(str(options["method"]), CHAPTER_RUN | options)
+        model, chosen = describe_model(MODEL), options_of_method(str(options["method"]), CHAPTER_RUN | options)
         for gpus in range(1, LARGEST_SHARDING + 1):
             if peaks_by_formula(ask(model, chosen, gpu=card, gpus=gpus)).device_bytes <= card.memory_bytes:
                 return f"{gpus} of {card.name}"
@@ -107,7 +107,7 @@ def _loaded(precision: str) -> Callable[[], str]:
 
 def _int8() -> str:
     """Returns the bytes with one for each weight of a linear layer and a 32-bit scale for each of its rows."""
-    shape = find_model(MODEL).shape
+    shape = describe_model(MODEL).shape
     assert shape is not None
     rows = shape.num_layers * sum(layer.outputs for layer in shape.block)
     return _gb(shape.linear_parameters + 4 * rows + 2 * (shape.parameters - shape.linear_parameters))

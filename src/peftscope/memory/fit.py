@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from peftscope.errors import InputError, Problem, close_match
+from peftscope.hardware.cards import Gpu
 from peftscope.memory.answer import Peaks, peaks_by_formula
-from peftscope.memory.hardware import Gpu
 from peftscope.memory.question import METHOD_OPTIONS, Model, Question, ask, narrowest_target
 from peftscope.memory.trace import by_kind
 from peftscope.methods import METHODS

@@ -9,7 +9,7 @@ import pandas as pd
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.memory.answer import peaks_by_formula
 from peftscope.memory.fit import options_of_method
-from peftscope.memory.question import ask, find_model
+from peftscope.memory.question import ask, describe_model
 from peftscope.memory.trace import by_kind
 from peftscope.methods import METHODS
 
@@ -54,7 +54,7 @@ def curve(method: str, axis: str) -> pd.DataFrame:
     for what, name, known in (("method", method, METHODS), ("axis", axis, AXES)):
         if name not in known:
             raise InputError(Problem(what, f"no such {what} (got {shown(name)})", close_match(name, known)))
-    model, rows = find_model(MODEL), []
+    model, rows = describe_model(MODEL), []
     for value in AXES[axis]:
         peaks = peaks_by_formula(ask(model, options_of_method(method, CENTRE | {axis: value})))
         rows.append(
@@ -74,7 +74,7 @@ def bars() -> pd.DataFrame:
     """Returns what is alive at the peak, in bytes: one row a model, method and kind."""
     rows = []
     for name in SIZES:
-        model = find_model(name)
+        model = describe_model(name)
         for options in BARS:
             method = str(options["method"])
             peaks = peaks_by_formula(ask(model, options_of_method(method, CENTRE | options)))

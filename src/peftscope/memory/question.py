@@ -11,14 +11,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from peftscope.content import parse_json, read_text
 from peftscope.errors import InputError, Problem, close_match, shown
-from peftscope.hub import mirrored
-from peftscope.memory.hardware import CONTEXT_BYTES, CUBLAS_BYTES, MIB, Gpu
-from peftscope.memory.presets import PRESETS
-from peftscope.memory.shapes import ModelShape
+from peftscope.files.content import parse_json, read_text
+from peftscope.files.hub import mirrored
+from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES, MIB, Gpu
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
+from peftscope.models.presets import PRESETS
+from peftscope.models.shapes import ModelShape
 from peftscope.spec import RunSpec
 
 METHOD_OPTIONS = (
@@ -80,7 +80,7 @@ class Question:
     assumptions: tuple[str, ...]
 
 
-def find_model(name: str) -> Model:
+def describe_model(name: str) -> Model:
     """Returns a model by preset, path of a ``config.json``, name in models.yaml, or hub id.
 
     Raises:

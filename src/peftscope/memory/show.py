@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
+from peftscope.hardware.cards import GIB, MIB, Gpu
 from peftscope.memory.answer import Answer
 from peftscope.memory.fit import Fit
 from peftscope.memory.formula import DIMENSIONS
-from peftscope.memory.hardware import GIB, MIB, Gpu
 
 
 def spoken_bytes(size: int) -> str:

@@ -16,17 +16,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from peftscope.data.batching import Batch
 from peftscope.errors import InputError, Problem
+from peftscope.hardware.cards import CUBLAS_BYTES
 from peftscope.memory.answer import Answer, answer_of, peaks_of
 from peftscope.memory.formula.step import PAGED_FROM_VALUES
-from peftscope.memory.hardware import CUBLAS_BYTES
+from peftscope.memory.probe import track_evaluation, track_steps
 from peftscope.memory.question import Question
 from peftscope.memory.trace import Block, Trace
 from peftscope.memory.tracker import MemoryTracker, quantisation_tensors, tensors_of
 from peftscope.methods.fields import Quantization
-from peftscope.models.load import DTYPES, MASK_FREE_SDPA, attention, training_attention
 from peftscope.spec import RunSpec
 from peftscope.training.build import apply_method
-from peftscope.training.probe import track_evaluation, track_steps
+from peftscope.training.load import DTYPES, MASK_FREE_SDPA, attention, training_attention
 from peftscope.training.step import CausalLoss, make_optimizer
 
 

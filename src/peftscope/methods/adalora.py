@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from peftscope.content import Count
+from peftscope.files.content import Count
 from peftscope.methods.fields import AdapterDtype, Alpha, Dropout, Method, Rank, Targets, target_modules
 
 if TYPE_CHECKING:
-    from peftscope.memory.shapes import ModelShape
+    from peftscope.models.shapes import ModelShape
     from peftscope.spec import RunSpec
 
 IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")

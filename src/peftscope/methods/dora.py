@@ -11,7 +11,7 @@ from peftscope.methods.fields import AdapterDtype, Alpha, Dropout, Method, Rank,
 from peftscope.methods.low_rank import low_rank_parameters, wrap_with_lora
 
 if TYPE_CHECKING:
-    from peftscope.memory.shapes import ModelShape
+    from peftscope.models.shapes import ModelShape
     from peftscope.spec import RunSpec
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from peftscope.content import Count
+from peftscope.files.content import Count
 
 if TYPE_CHECKING:
-    from peftscope.memory.shapes import ModelShape
+    from peftscope.models.shapes import ModelShape
     from peftscope.spec import RunSpec
 
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from peftscope.content import Count
+from peftscope.files.content import Count
 from peftscope.methods.fields import (
     AdapterDtype,
     Alpha,
@@ -30,7 +30,7 @@ from peftscope.methods.low_rank import low_rank_parameters, wrap_with_lora
 if TYPE_CHECKING:
     import torch
 
-    from peftscope.memory.shapes import ModelShape
+    from peftscope.models.shapes import ModelShape
     from peftscope.spec import RunSpec
 
 

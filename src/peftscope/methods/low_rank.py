@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from peftscope.methods.fields import target_modules
 
 if TYPE_CHECKING:
-    from peftscope.memory.shapes import ModelShape
+    from peftscope.models.shapes import ModelShape
 
 
 def low_rank_parameters(shape: ModelShape, targets: str | tuple[str, ...], rank: int) -> int:

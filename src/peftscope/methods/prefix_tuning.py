@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from peftscope.methods.fields import Method, VirtualTokens
 
 if TYPE_CHECKING:
-    from peftscope.memory.shapes import ModelShape
+    from peftscope.models.shapes import ModelShape
     from peftscope.spec import RunSpec
 
 

@@ -24,7 +24,7 @@ from peftscope.methods.fields import (
 from peftscope.methods.low_rank import low_rank_parameters, wrap_with_lora
 
 if TYPE_CHECKING:
-    from peftscope.memory.shapes import ModelShape
+    from peftscope.models.shapes import ModelShape
     from peftscope.spec import RunSpec
 
 

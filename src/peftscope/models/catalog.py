@@ -8,15 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from peftscope.content import CountOrZero, HubId, InnerPath, Name, check_hub_id, read_yaml
 from peftscope.errors import InputError, Problem, close_match, shown
-from peftscope.experiment import EXPERIMENTS, dotted, problems_of
-from peftscope.memory.presets import PRESETS
-from peftscope.memory.shapes import ModelShape
-from peftscope.spec import REVISION_PATTERN
-
-MODELS_FILE = EXPERIMENTS / "models.yaml"
-MODELS_FOLDER = Path("resources/models")
+from peftscope.files.content import REVISION_PATTERN, CountOrZero, HubId, InnerPath, Name, check_hub_id, read_yaml
+from peftscope.files.problems import dotted, problems_of
+from peftscope.layout import MODELS_FILE, MODELS_FOLDER
+from peftscope.models.presets import PRESETS
+from peftscope.models.shapes import ModelShape
 
 # Without the last one, transformers would ask whoever sits there whether to run a model's own code.
 LOCAL: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from peftscope.errors import InputError, Problem, shown
-from peftscope.hub import fetch_files, tell_if_moved
+from peftscope.files.atomic import write_json
+from peftscope.files.content import REVISION_PATTERN
+from peftscope.files.hub import fetch_files, tell_if_moved
+from peftscope.files.manifest import file_sha256, read_manifest
 from peftscope.models.catalog import BaseModelEntry, HubSource, RandomSource, WheelSource, find_model, model_folder
-from peftscope.record import file_sha256, read_manifest, write_json
-from peftscope.spec import REVISION_PATTERN
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md"]
 """Files of a model's folder that are kept; no pickles, no code."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
-from peftscope.collect import BENCHMARK, read_runs, results_folder
+from peftscope.analysis.collect import BENCHMARK, read_runs
+from peftscope.analysis.stats import mean_interval
+from peftscope.layout import results_folder
 from peftscope.report.tables import formatted, html, variants
-from peftscope.stats import mean_interval
 
 UNIT = "_fraction"
 

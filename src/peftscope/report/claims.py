@@ -15,8 +15,8 @@ from markupsafe import Markup
 
 from peftscope.claims.ledger import Claim
 from peftscope.claims.verdict import Verdict
-from peftscope.collect import results_folder
-from peftscope.record import write_json
+from peftscope.files.atomic import write_json
+from peftscope.layout import claims_path, results_folder
 from peftscope.report.tables import markdown_cell, markdown_text
 
 COLOURS = {
@@ -41,11 +41,6 @@ MEANINGS = {
     Verdict.NOT_RUN: "the runs that decide have not been made",
     Verdict.NOT_TESTABLE_HERE: "no machine of ours can test it; the entry says why",
 }
-
-
-def claims_path(experiment: str) -> Path:
-    """Returns where an experiment's claims page is."""
-    return Path("reports") / experiment / "claims.html"
 
 
 def write_findings(experiment: str, findings: list[dict[str, Any]]) -> Path:

@@ -9,6 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from peftscope.layout import EXPERIMENTS, PUBLISHED_RESULTS
+
 BLOCK = re.compile(r"<!-- expand (?P<arguments>[^>]*?) -->\n.*?<!-- /expand -->", re.DOTALL)
 
 
@@ -21,7 +23,7 @@ def refresh_forecasts(document: Path) -> None:
 def _block(arguments: str) -> str:
     """Returns a block, as a clone says it in which nothing was run."""
     with tempfile.TemporaryDirectory(prefix="peftscope-forecast-") as folder:
-        for name in ("experiments", "results/published"):
+        for name in (str(EXPERIMENTS), str(PUBLISHED_RESULTS)):
             (Path(folder) / name).parent.mkdir(exist_ok=True)
             (Path(folder) / name).symlink_to(Path(name).resolve())
         command = [sys.executable, "-m", "peftscope", "expand", *arguments.split()]

@@ -9,13 +9,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from peftscope.memory.hardware import GIB, find_gpu
+from peftscope.hardware.cards import GIB, find_gpu
+from peftscope.layout import MEMORY_FOLDER
 from peftscope.memory.trace import KINDS
 from peftscope.methods import METHODS
 from peftscope.report.plots import method_colours, save
 from peftscope.report.tables import html
 
-FOLDER = Path("results/memory")
 """Of no experiment: what is here follows from the code alone, and every report shows it."""
 CARDS = ("24GiB", "48GiB", "80GiB")
 AXIS_LABELS = {"rank": "rank", "seq_len": "tokens of a sequence", "batch_size": "sequences a batch"}
@@ -86,7 +86,7 @@ def _mark_cards(line: object) -> None:
         line(find_gpu(card).memory_bytes / GIB, color="0.5", linewidth=0.8, linestyle=":")  # type: ignore[operator]
 
 
-def write_chapter(rows: pd.DataFrame, folder: Path = FOLDER) -> None:
+def write_chapter(rows: pd.DataFrame, folder: Path = MEMORY_FOLDER) -> None:
     """Writes the introduction's table as CSV and HTML."""
     folder.mkdir(parents=True, exist_ok=True)
     rows.to_csv(folder / "chapter.csv", index=False)

@@ -11,25 +11,20 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from peftscope.collect import read_runs, results_folder
+from peftscope.analysis.collect import read_runs
+from peftscope.analysis.stats import CONFIDENCE
+from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError
-from peftscope.estimate import spoken
-from peftscope.experiment import Study, experiment_path, read_experiment
+from peftscope.layout import MEMORY_FOLDER, report_path, results_folder
 from peftscope.memory.grid import CENTRE, CHAPTER_RUN, MODEL
+from peftscope.planning.estimate import spoken
+from peftscope.planning.experiment import Study, experiment_path, read_experiment
 from peftscope.report.memory import CARDS
-from peftscope.report.memory import FOLDER as MEMORY_FOLDER
 from peftscope.report.sentences import listed, sentence
 from peftscope.report.study import study_facts
 from peftscope.report.tables import best_settings, method_summary, notable_runs
-from peftscope.stats import CONFIDENCE
-from peftscope.study import StudyResults
 
 FIXED_FIGURES = ("pareto", "memory", "throughput", "losses", "prediction")
-
-
-def report_path(experiment: str) -> Path:
-    """Returns where an experiment's report is."""
-    return Path("reports") / experiment / "report.html"
 
 
 def write_report(experiment: str, ladders: list[str]) -> Path:

@@ -12,8 +12,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from peftscope.collect import read_runs, results_folder
+from peftscope.analysis.collect import read_runs
 from peftscope.errors import InputError, Problem, close_match, shown
+from peftscope.layout import results_folder
 from peftscope.methods import METHODS
 from peftscope.report.tables import (
     MIB,

@@ -10,18 +10,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from peftscope.collect import collect_experiment, read_runs, results_folder
+from peftscope.analysis.cards import CARD_FILE, is_of_card
+from peftscope.analysis.collect import collect_experiment, read_runs
 from peftscope.errors import InputError, Problem
-from peftscope.estimate import spoken
-from peftscope.experiment import experiment_path
-from peftscope.gpu.results import CARD_FILE, is_of_card
-from peftscope.record import read_record, write_json
-from peftscope.report.claims import claims_path
-from peftscope.report.page import report_path
-from peftscope.sweep import expand, tuned_file
+from peftscope.files.atomic import write_json
+from peftscope.layout import PUBLISHED_REPORTS, PUBLISHED_RESULTS, claims_path, report_path, results_folder, tuned_path
+from peftscope.planning.estimate import spoken
+from peftscope.planning.experiment import experiment_path
+from peftscope.planning.sweep import expand
+from peftscope.record import read_record
 
-PUBLISHED_RESULTS = Path("results/published")
-PUBLISHED_REPORTS = Path("reports/published")
 LARGEST_BYTES = 5_000_000
 README = Path("README.md")
 COMPLETE = {"memory": ("grid.png", "bars.png", "chapter.csv"), "gpu": ("*/card.json",)}
@@ -46,7 +44,7 @@ def publish_folder(name: str) -> list[Path]:
     Raises:
         InputError: They are not finished, or one is too large to commit.
     """
-    source, target = Path("results") / name, PUBLISHED_RESULTS / name
+    source, target = results_folder(name), PUBLISHED_RESULTS / name
     missing = [pattern for pattern in COMPLETE[name] if not list(source.glob(pattern))]
     if missing:
         raise InputError(Problem(str(source), f"not finished: no {', '.join(missing)}", f"run {MADE_BY[name]}"))
@@ -72,12 +70,10 @@ def publish_experiment(experiment: str) -> list[Path]:
     """
     experiment_path(experiment)
     source, page = results_folder(experiment), report_path(experiment)
-    if tuned_file(experiment).is_file() and not (source / "all-runs-ended-well").is_file():
+    if tuned_path(experiment).is_file() and not (source / "all-runs-ended-well").is_file():
         return _publish_unfinished(experiment)
     if not (source / "all-runs-ended-well").is_file():
-        raise InputError(
-            Problem(f"results/{experiment}", "the experiment is not finished", f"make report EXPERIMENT={experiment}")
-        )
+        raise InputError(Problem(str(source), "the experiment is not finished", f"make report EXPERIMENT={experiment}"))
     wanted = [
         source / "runs.csv",
         source / "losses.csv",
@@ -88,8 +84,8 @@ def publish_experiment(experiment: str) -> list[Path]:
     for run in read_runs(experiment)["run_id"]:
         wanted += [source / "runs" / run / "record.json", *(source / "runs" / run).glob("items.jsonl")]
     pages = [page]
-    if tuned_file(experiment).is_file():
-        wanted.append(tuned_file(experiment))
+    if tuned_path(experiment).is_file():
+        wanted.append(tuned_path(experiment))
     if (source / "claims.json").is_file():
         wanted.append(source / "claims.json")
         pages += [claims_path(experiment), claims_path(experiment).with_suffix(".md")]
@@ -111,7 +107,7 @@ def _publish_unfinished(experiment: str) -> list[Path]:
     if lost:
         message = f"{len(lost)} published runs are not among these, {min(lost)} for one"
         raise InputError(Problem(str(source), message, f"peftscope restore {experiment}"))
-    wanted = [source / "runs.csv", source / "losses.csv", tuned_file(experiment)]
+    wanted = [source / "runs.csv", source / "losses.csv", tuned_path(experiment)]
     wanted += sorted(source.glob("runs/*/record.json")) + sorted(source.glob("runs/*/items.jsonl"))
     _check_sizes(wanted)
     _copy(wanted, source, results)

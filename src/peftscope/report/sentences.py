@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
+from peftscope.analysis.stats import CONFIDENCE
 from peftscope.report.tables import (
     MIB,
     grid_runs,
@@ -17,7 +18,6 @@ from peftscope.report.tables import (
     predictions,
     variants,
 )
-from peftscope.stats import CONFIDENCE
 
 NOTHING = "No finished run has measured this."
 

@@ -8,12 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from peftscope.collect import results_folder
-from peftscope.experiment import Study
-from peftscope.report.plots import draw_figure, method_colours, plain_ticks
-from peftscope.report.sentences import listed
-from peftscope.report.tables import formatted, html
-from peftscope.stats import (
+from peftscope.analysis.stats import (
     CONFIDENCE,
     bootstrap_interval,
     false_positives,
@@ -22,7 +17,12 @@ from peftscope.stats import (
     paired_p,
     sign_flip_p,
 )
-from peftscope.study import HELDOUT, StudyResults, paired
+from peftscope.analysis.study import HELDOUT, StudyResults, paired
+from peftscope.layout import results_folder
+from peftscope.planning.experiment import Study
+from peftscope.report.plots import draw_figure, method_colours, plain_ticks
+from peftscope.report.sentences import listed
+from peftscope.report.tables import formatted, html
 
 CONTROLS = {
     "again": "the same, initialised otherwise",

@@ -11,10 +11,11 @@ import pandas as pd
 from great_tables import GT
 from great_tables import html as as_label
 
-from peftscope.collect import read_runs, results_folder
+from peftscope.analysis.collect import read_runs
+from peftscope.analysis.stats import Interval, mean_interval
+from peftscope.layout import results_folder
 from peftscope.methods import METHODS
 from peftscope.spec import RunSpec
-from peftscope.stats import Interval, mean_interval
 
 MIB = 2**20
 MOST_SETTINGS, MOST_RUNS = 60, 500

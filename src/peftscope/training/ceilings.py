@@ -15,9 +15,9 @@ from typing import Any, get_args
 import torch
 
 from peftscope.hardware.bf16 import Way, bf16_products
+from peftscope.hardware.meter import make_meter
 from peftscope.record import Ceilings
 from peftscope.spec import RunSpec
-from peftscope.training.meter import make_meter
 
 SIDES = {"cuda": 8192, "cpu": 512}
 """Of the square matrices: large enough for a card's full rate, small enough for a tenth of a second on a processor."""

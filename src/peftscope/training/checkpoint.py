@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftscope.record import file_sha256
+from peftscope.files.manifest import file_sha256
 from peftscope.spec import RunSpec, run_id
 from peftscope.training.shard import anywhere, as_shares, from_all, own_share
 

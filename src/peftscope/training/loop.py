@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from peftscope.data.batching import Batch
-from peftscope.process import Interrupted, stops_between_steps
+from peftscope.hardware.meter import make_meter, paged_bytes
 from peftscope.record import Speed
 from peftscope.spec import RunSpec
 from peftscope.training.ceilings import count_work
 from peftscope.training.checkpoint import Checkpoints
-from peftscope.training.meter import make_meter, paged_bytes
 from peftscope.training.shard import anywhere, own_rows, summed
+from peftscope.training.signals import Interrupted, stops_between_steps
 from peftscope.training.step import CausalLoss, make_optimizer, make_schedule, rehearse, train_step
 
 EXPLODED = 1.5

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from peftscope.data.batching import Batch
-from peftscope.models.load import autocast
 from peftscope.spec import RunSpec
+from peftscope.training.load import autocast
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,7 @@ def _quantised(weight: torch.Tensor, *, double_quant: bool, compute_dtype: str) 
     """Returns a layer that bitsandbytes quantised these weights for.
 
     bitsandbytes 0.50 repacks weights in the first evaluation pass on CPUs with AVX512-BF16, and gradients after that
-    are wrong; see ``peftscope.models.load.disable_weight_repacking``.
+    are wrong; see ``peftscope.training.load.disable_weight_repacking``.
     """
     import torch
     from bitsandbytes.nn import Linear4bit, Params4bit

@@ -12,9 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from peftscope.analysis.cards import PUBLISHED, Card, label_of, read_cards
+from peftscope.analysis.stats import median_ratio_interval
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
-from peftscope.gpu.results import PUBLISHED, Card, label_of, read_cards
-from peftscope.stats import median_ratio_interval
 
 GB, GIB = 10**9, 2**30
 MODEL = "llama-2-7b"
@@ -37,7 +37,7 @@ def fits(card: str, runs: list[Run], model: str = MODEL, headroom: float = 0, re
     """Returns whether any of some runs fits into the memory of a card, wherever that was tried.
 
     Args:
-        card: What the runs were held to, of ``peftscope.memory.hardware.GPUS``.
+        card: What the runs were held to, of ``peftscope.hardware.cards.GPUS``.
         runs: Options; none fits only if all were tried.
         model: The base.
         headroom: Share of the card that stays free.

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import tiny_llama, token_ids
+from peftscope.hardware.cards import CONTEXT_BYTES, GIB, find_gpu
 from peftscope.memory.answer import Answer, Peaks, answer_by_formula, peaks_by_formula
 from peftscope.memory.fit import largest, options_of_method
-from peftscope.memory.hardware import CONTEXT_BYTES, GIB, find_gpu
-from peftscope.memory.question import Question, ask, find_model
+from peftscope.memory.question import Question, ask, describe_model
 
 GB = 10**9
 MODEL = "llama-2-7b"
@@ -57,7 +57,7 @@ def free(gpu: str, run: Run, model: str = MODEL, how: How = "simulation") -> Mea
     def taken(length: int) -> int:
         return _peaks(model, {**run, "seq_len": length}).device_bytes
 
-    longest = largest(taken, card.memory_bytes, int(find_model(model).config["max_position_embeddings"]))
+    longest = largest(taken, card.memory_bytes, int(describe_model(model).config["max_position_embeddings"]))
     evidence = _evidence(answer) | {"of the card, GiB": card.memory_bytes / GIB, "longest sequence": longest or 0}
     curves = _over_lengths(model, run, lambda peaks: peaks.device_bytes / GIB)
     axes = ("tokens in a sequence", f"on the card ({card.name}), GiB")
@@ -281,7 +281,7 @@ def adapter_bytes(method: Literal["lora", "adalora"], steps: int = 10) -> Measur
 
 def _question(model: str, run: Run, gpus: int = 1) -> Question:
     options = {**RUN, **run}
-    return ask(find_model(model), options_of_method(options["method"], options), gpus=gpus)
+    return ask(describe_model(model), options_of_method(options["method"], options), gpus=gpus)
 
 
 def _answer(model: str, run: Run, how: How = "simulation") -> Answer:

@@ -277,7 +277,7 @@ def _four_bit_llama() -> Any:
     import torch
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    from peftscope.models.load import disable_weight_repacking
+    from peftscope.training.load import disable_weight_repacking
 
     model = tiny_llama(dtype="bfloat16")
     for name, linear in list(model.model.named_modules()):

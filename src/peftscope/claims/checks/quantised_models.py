@@ -7,11 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftscope.analysis.stats import mean_interval
 from peftscope.claims.checks.codes import CodeBook
 from peftscope.claims.measurement import Measurement, NotRunError
 from peftscope.claims.subjects import weight_matrices
 from peftscope.models.catalog import LOCAL, model_folder
-from peftscope.stats import mean_interval
 
 if TYPE_CHECKING:
     import torch

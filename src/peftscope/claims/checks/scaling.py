@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from peftscope.analysis.stats import mean_interval
 from peftscope.claims.checks.adapters import scale
 from peftscope.claims.lora_subjects import (
     backward_steps,
@@ -18,7 +19,6 @@ from peftscope.claims.lora_subjects import (
 )
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import TINY, tiny_llama, token_ids
-from peftscope.stats import mean_interval
 
 
 def product_rank_excess(shapes: int) -> Measurement:

@@ -12,9 +12,9 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
+from peftscope.analysis.stats import bootstrap_interval, equivalence_interval, mean_interval, paired_p, sign_flip_p
+from peftscope.analysis.study import HELDOUT, VALIDATION, Rate, StudyResults, paired
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
-from peftscope.stats import bootstrap_interval, equivalence_interval, mean_interval, paired_p, sign_flip_p
-from peftscope.study import HELDOUT, VALIDATION, Rate, StudyResults, paired
 
 
 def learning_rate_ratio(study: str, arm: str, against: str) -> Measurement:

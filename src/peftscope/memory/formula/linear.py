@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from peftscope.memory.shapes import LinearLayer, ModelShape
 from peftscope.memory.tape import Dims, Gradients, Shaped, Tape
 from peftscope.memory.trace import Block
+from peftscope.models.shapes import LinearLayer, ModelShape
 from peftscope.spec import RunSpec
 
 WIDTHS = {"fp32": 4, "bf16": 2, "amp": 4}

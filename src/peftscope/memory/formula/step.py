@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 from peftscope.memory.formula.decoder import Decoder
 from peftscope.memory.formula.terms import OPTIMIZER_COPY, evaluation_sizes, sizes_of
-from peftscope.memory.shapes import ModelShape
 from peftscope.memory.tape import Shaped
 from peftscope.memory.trace import Trace
+from peftscope.models.shapes import ModelShape
 from peftscope.spec import RunSpec
 
 STATE_BLOCK = 256

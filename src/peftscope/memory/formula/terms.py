@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftscope.memory.shapes import ModelShape
+from peftscope.models.shapes import ModelShape
 from peftscope.spec import RunSpec
 
 DIMENSIONS = {

@@ -1,0 +1,106 @@
+"""How well the closed form agrees with the simulation, on random runs: ``python -m benchmarks.agreement``.
+
+Writes the largest difference of each method beside the closed form, which quotes it in every answer.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from peftscope.errors import InputError
+from peftscope.memory.answer import AGREEMENT_FILE, answer_by_formula
+from peftscope.memory.question import Model, Question, ask
+from peftscope.methods import METHODS
+from peftscope.models.presets import PRESETS
+
+ARCHITECTURES = ("llama-2-7b", "llama-3.2-1b", "qwen2.5-0.5b", "phi-3-mini", "gemma-2-2b", "mistral-7b")
+"""Two Llamas (with and without grouped keys), biases, fused layers, four norms and soft caps, a sliding window."""
+
+ROUNDS = 17
+"""Each round asks about every method once."""
+
+
+def random_question(method: str, source: random.Random) -> Question:
+    """Returns a question about a method on one of the architectures, with few layers so that it is simulated fast."""
+    while True:
+        name = source.choice(ARCHITECTURES)
+        shape = PRESETS[name][1].model_copy(update={"num_layers": source.randint(1, 4)})
+        options: dict[str, Any] = {
+            "method": method,
+            "batch_size": source.choice([1, 2, 4, 8]),
+            "seq_len": source.choice([64, 128, 200, 512, 1024]),
+            "precision": source.choice(["bf16", "bf16", "fp32", "amp"]),
+            "optimizer": source.choice(["adamw", "adamw", "sgd", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]),
+            "loss_path": source.choice(["hf", "response_only"]),
+            "checkpointing": source.choice([False, True]),
+            "packing": source.choice([False, False, True]),
+            "gradient_accumulation": source.choice([1, 1, 2]),
+        }
+        if options["optimizer"] in ("adamw", "sgd"):
+            options["optimizer_implementation"] = source.choice(["foreach", "fused", "single"])
+        if name != "gemma-2-2b":
+            options["attention"] = source.choice(["sdpa", "sdpa", "eager", "flash_attention_2"])
+        fields = METHODS[method].model_fields
+        rank = source.choice([2, 8, 32, 128])
+        ranks = {"rank": rank, "init_r": rank, "target_r": rank // 2, "virtual_tokens": source.choice([4, 32])}
+        options |= {name: value for name, value in ranks.items() if name in fields}
+        if "targets" in fields:
+            options["targets"] = source.choice(["minimal", "attention", "mlp", "all-linear"])
+        if "dropout" in fields:
+            options["dropout"] = source.choice([0.0, 0.0, 0.05])
+        if "adapter_dtype" in fields:
+            options["adapter_dtype"] = source.choice(["fp32", "fp32", "base"])
+        try:
+            return ask(Model(name, shape.to_config(), shape), options, responses=source.randint(1, options["seq_len"]))
+        except InputError:  # a combination that cannot be
+            continue
+
+
+def random_questions(seed: int, rounds: int = ROUNDS) -> Iterator[Question]:
+    """Yields random questions, each method in turn; the seed decides all of them."""
+    source = random.Random(seed)
+    for _ in range(rounds):
+        for method, description in METHODS.items():
+            if description.trains:
+                yield random_question(method, source)
+
+
+def differences(question: Question) -> dict[str, float]:
+    """Returns (closed form / simulation - 1) of each phase, of the peak over all, and of the reserved bytes."""
+    from peftscope.memory.simulate import answer_by_simulation
+
+    formula, simulation = answer_by_formula(question), answer_by_simulation(question)
+    phases = {phase: formula.phases[phase] / size - 1 for phase, size in simulation.phases.items()}
+    return phases | {
+        "peak": formula.peak_allocated_bytes / simulation.peak_allocated_bytes - 1,
+        "reserved": formula.peak_reserved_bytes / simulation.peak_reserved_bytes - 1,
+    }
+
+
+def main() -> None:
+    """Measures and writes the agreement."""
+    worst: dict[str, float] = defaultdict(float)
+    reserved = []
+    questions = list(random_questions(seed=0))
+    for question in track(questions, console=Console(stderr=True), description="simulating"):
+        found, method = differences(question), question.spec.method.name
+        worst[method] = max(worst[method], abs(100 * found["peak"]))
+        reserved.append(abs(100 * found["reserved"]))
+    content = {
+        "questions": len(questions),
+        "worst_percent": {method: round(value, 2) for method, value in sorted(worst.items())},
+        "worst_reserved_percent": round(max(reserved), 2),
+        "mean_reserved_percent": round(sum(reserved) / len(reserved), 2),
+    }
+    AGREEMENT_FILE.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

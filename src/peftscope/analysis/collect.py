@@ -1,0 +1,147 @@
+"""Records to tidy tables: ``runs.csv``, one row a run, and ``losses.csv``, one row a step. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from peftscope.errors import InputError, Problem
+from peftscope.layout import results_folder
+from peftscope.methods import METHODS
+from peftscope.planning.sweep import Sweep
+from peftscope.record import Damaged, RunRecord, recover_record
+from peftscope.spec import RunSpec
+
+BENCHMARK = "benchmark_"
+"""Begins the columns of benchmarks; the benchmark's name and the unit follow."""
+
+MAIN_SCORES = ("acc_norm,none", "acc,none", "exact_match,flexible-extract", "exact_match,none")
+"""Which of a benchmark's scores a table shows, the first that it has: for GSM8K the last number of an answer, however
+it was announced."""
+
+
+def main_score(scores: dict[str, float]) -> float | None:
+    """Returns the score of a benchmark that a table shows.
+
+    >>> main_score({"items": 8, "acc,none": 0.25, "acc_norm,none": 0.5})
+    0.5
+    """
+    named = [name for name in MAIN_SCORES if name in scores] or [name for name in scores if name != "items"]
+    return scores[named[0]] if named else None
+
+
+def collect_experiment(sweep: Sweep) -> None:
+    """Writes ``runs.csv`` and ``losses.csv`` of an experiment; runs without a record have the status ``missing``.
+
+    Raises:
+        InputError: Records are damaged, all of which were set aside, or those of other runs or versions.
+    """
+    folder = results_folder(sweep.name)
+    member: dict[str, list[str]] = {identity: [] for identity in sweep.runs}
+    for comparison in sweep.comparisons:
+        for identity in comparison.runs:
+            member[identity].append(comparison.name)
+    rows, losses, problems = [], [], []
+    for identity, spec in sweep.runs.items():
+        try:
+            record = _find_record(folder / "runs" / identity)
+        except Damaged as error:
+            problems += error.problems
+            continue
+        rows.append({"run_id": identity, "comparisons": " ".join(member[identity]), **_row(spec, record)})
+        for step, nll in enumerate(record.train_nll if record else [], 1):
+            losses.append({"run_id": identity, "step": step, "nll_nats_per_token": nll})
+    if problems:
+        raise InputError(problems)
+    folder.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
+    pd.DataFrame(losses, columns=["run_id", "step", "nll_nats_per_token"]).to_csv(folder / "losses.csv", index=False)
+
+
+def read_runs(experiment: str) -> pd.DataFrame:
+    """Returns ``runs.csv``; columns without a value anywhere stay, empty.
+
+    Raises:
+        InputError: There is none.
+    """
+    path = results_folder(experiment) / "runs.csv"
+    if not path.is_file():
+        raise InputError(Problem(str(path), "no such file", f"make report EXPERIMENT={experiment}"))
+    # A copy is in one piece; pandas warns of a column that is added to more than a hundred.
+    return pd.read_csv(path, dtype={"comparisons": str}).fillna({"comparisons": ""}).copy()
+
+
+def _find_record(folder: Path) -> RunRecord | None:
+    for name in ("record.json", "interrupted.json"):
+        if (folder / name).is_file():
+            record = recover_record(folder / name)
+            if record.run_id != folder.name:
+                raise InputError(
+                    Problem(str(folder / name), f"the record of another run, {record.run_id}", "remove it")
+                )
+            return record
+    return None
+
+
+def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
+    fields = spec.model_dump(mode="json")
+    method = fields.pop("method")
+    label = METHODS[method["name"]].label
+    if method["name"] == "none" and method["base_weights"] != "full":
+        label += f" in {method['base_weights'].upper()}"
+    row: dict[str, Any] = {
+        "status": record.status if record else "missing",
+        "reason": record.reason if record else "no record yet",
+        "label": label,
+        "method": method.pop("name"),
+    }
+    targets = method.get("targets")
+    if isinstance(targets, list):
+        method["targets"] = "+".join(targets)
+    fields["benchmarks"] = " ".join(fields["benchmarks"])
+    row |= fields | method
+    if record is None:
+        record = RunRecord(run_id="", status="interrupted", spec=spec)
+    row |= {f"{phase}_seconds": value for phase, value in record.seconds}
+    for phase in ("load", "train", "evaluate"):
+        row |= {f"{phase}_{name}": value for name, value in getattr(record.memory, phase)}
+    row |= {name: value for name, value in record.memory if name.endswith("_bytes")}
+    row |= {f"predicted_{name}": value for name, value in record.memory.predicted}
+    speed = record.speed
+    row |= {name: value for name, value in speed}
+    quality = record.quality
+    row |= {
+        "heldout_nll_nats_per_token": quality.heldout_nll,
+        "heldout_tokens": quality.heldout_tokens,
+        "validation_nll_nats_per_token": quality.validation_nll,
+        "exact_match_fraction": quality.exact_match,
+        "exact_match_items": quality.exact_match_items,
+        "retention_bits_per_byte_before": quality.retention_bits_per_byte_before,
+        "retention_bits_per_byte": quality.retention_bits_per_byte,
+    }
+    row |= {name: value for name, value in record.size}
+    row |= {f"{BENCHMARK}{name}_fraction": main_score(scores) for name, scores in record.benchmarks.items()}
+    row |= record.method_metrics
+    row["train_batches_sha256"] = record.train_batches_sha256
+    code, hardware = record.provenance.get("code", {}), record.provenance.get("hardware", {})
+    row |= {
+        "git_commit": code.get("commit"),
+        "git_dirty": code.get("dirty"),
+        "started_at": record.provenance.get("started_at"),
+        "threads": record.provenance.get("threads"),
+        "bf16_products": _bf16_products(record),
+        "cpu": hardware.get("cpu"),
+        "cores": hardware.get("cores"),
+        "host_memory_bytes": hardware.get("memory_bytes"),
+        "gpu": hardware.get("gpu"),
+        "torch": record.provenance.get("packages", {}).get("torch"),
+    }
+    return row
+
+
+def _bf16_products(record: RunRecord) -> str | None:
+    """Returns how a processor computed bf16 products; records that do not say so are older than any other way."""
+    has_none = record.spec.device != "cpu" or record.spec.precision == "fp32" or not record.provenance
+    return None if has_none else record.provenance.get("bf16_products", "native")

@@ -1,0 +1,115 @@
+"""What this machine can do, and what to do about what is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from peftscope.hardware.bf16 import VARIABLE, Way, chosen_way, has_native_bf16
+from peftscope.hardware.device import gpu_names
+
+HOW: dict[Way, str] = {"native": "natively", "fp32": "in fp32"}
+HUB = ("huggingface.co", 443)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    fine: bool
+    found: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Returns the findings on processor, cards, torch, bitsandbytes, hub, disk and memory."""
+    import torch
+
+    from peftscope.training.ceilings import bf16_rates
+
+    cards = gpu_names()
+    usable = torch.cuda.is_available()
+    free = shutil.disk_usage(Path()).free / 2**30
+    memory = psutil.virtual_memory().total / 2**30
+    offline = os.environ.get("HF_HUB_OFFLINE") == "1"
+    reachable = not offline and _reachable()
+    token = bool(os.environ.get("HF_TOKEN")) or (Path.home() / ".cache/huggingface/token").is_file()
+    return [
+        Finding("processor", True, f"{psutil.cpu_count()} cores, {memory:.0f} GiB of memory"),
+        Finding(
+            "CUDA",
+            usable or not cards,
+            ", ".join(cards) if cards else "no NVIDIA card; runs use the processor",
+            "" if usable or not cards else "torch is a CPU build or the driver is too old: reinstall torch with pip",
+        ),
+        Finding("torch", True, torch.__version__),
+        bf16_finding(chosen_way(), bf16_rates()),
+        _bitsandbytes(),
+        Finding(
+            "model hub",
+            reachable,
+            "reachable" if reachable else "switched off by HF_HUB_OFFLINE" if offline else "not reachable",
+            "" if reachable else "models of experiments/models.yaml that come from wheels work without it",
+        ),
+        Finding(
+            "hub token",
+            token or not reachable,
+            "found" if token else "none",
+            "" if token or not reachable else "only for gated models: hf auth login",
+        ),
+        Finding("disk", free > 5, f"{free:.0f} GiB free", "" if free > 5 else "quick needs about 5 GiB"),
+    ]
+
+
+def bf16_finding(way: Way, rates: dict[Way, float]) -> Finding:
+    """Returns how products of bf16 matrices are computed here, with the rates of both ways in operations a second."""
+    other: Way = "fp32" if way == "native" else "native"
+    does = "has" if has_native_bf16() else "has no"
+    wish = f", as {VARIABLE} asks" if os.environ.get(VARIABLE) else ""
+    gigaflops = {way: f"{rate / 1e9:,.1f} GFLOP/s" for way, rate in rates.items()}
+    found = (
+        f"this processor {does} instructions for bf16; products of bf16 matrices are computed {HOW[way]}{wish}: "
+        f"{gigaflops[way]}, {HOW[other]} {gigaflops[other]}"
+    )
+    slower = rates[way] < rates[other]
+    return Finding(
+        "bf16",
+        not slower,
+        found,
+        f"computed {HOW[other]} they are faster here: set {VARIABLE}={other}" if slower else "",
+    )
+
+
+def _bitsandbytes() -> Finding:
+    try:
+        found = version("bitsandbytes")
+    except PackageNotFoundError:
+        return Finding(
+            "bitsandbytes", False, "not installed", "pip install 'bitsandbytes>=0.50'; QLoRA and LoftQ need it"
+        )
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    values = torch.linspace(-1, 1, 64, device=device)
+    try:
+        packed, state = quantize_4bit(values, quant_type="nf4")
+        error = float((dequantize_4bit(packed, state) - values).abs().max())
+    except Exception as reason:  # whatever the native library raises, the user needs one line
+        return Finding("bitsandbytes", False, f"{found}, but 4-bit fails on {device}: {reason}", "upgrade bitsandbytes")
+    return Finding("bitsandbytes", error < 0.2, f"{found}, 4-bit works on {device}")
+
+
+def _reachable() -> bool:
+    try:
+        with socket.create_connection(HUB, timeout=2):
+            return True
+    except OSError:
+        return False

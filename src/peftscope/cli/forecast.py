@@ -1,0 +1,133 @@
+"""What ``peftscope expand`` says about an experiment on a card."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from peftscope.errors import InputError, Problem
+from peftscope.layout import record_path
+
+if TYPE_CHECKING:
+    from peftscope.hardware.cards import Gpu
+    from peftscope.planning.forecast import Forecast
+
+GIB = 2**30
+
+
+def card_of(experiment: str, wish: str | None) -> Gpu | None:
+    """Returns the card to forecast for: the one that is asked for, this machine's, or the one in the experiment's file.
+
+    None where there is none of these: the runs are for this machine's processor.
+    """
+    from peftscope.hardware.cards import Gpu, find_gpu, known_card
+    from peftscope.hardware.device import detect_device, gpu_memories, gpu_names
+    from peftscope.planning.experiment import experiment_path, read_experiment
+
+    if wish:
+        return find_gpu(wish)
+    if detect_device() == "cuda":
+        found = [known_card(name) or Gpu(name, size) for name, size in zip(gpu_names(), gpu_memories(), strict=False)]
+        if found:
+            return min(found, key=lambda card: card.memory_bytes)
+    path = experiment_path(experiment)
+    made_for = read_experiment(path).card
+    try:
+        return find_gpu(made_for) if made_for else None
+    except InputError as error:
+        raise InputError(Problem(f"{path}: card", p.message, p.remedy) for p in error.problems) from None
+
+
+def show_forecast(experiment: str, gpu: Gpu, *, brief: bool) -> None:
+    """Prints what an experiment's runs will take on a card, run by run or method by method, and in all."""
+    from peftscope.planning.estimate import spoken
+    from peftscope.planning.forecast import SHARE, SHARE_FOUR_BIT, Forecaster
+    from peftscope.planning.plan import disk_bytes, plan_experiment
+    from peftscope.planning.sweep import expand
+
+    known = plan_experiment(experiment, "cuda").sweep.runs
+    forecaster = Forecaster(gpu)
+    forecasts, done = [], 0
+    for identity, spec in expand(experiment, "cuda", assume_rates=True).runs.items():
+        if record_path(experiment, identity).is_file():
+            done += 1
+            continue
+        forecasts.append(forecaster.forecast(identity, spec, chosen=identity in known))
+    console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
+    console.print(_by_method(forecasts) if brief else _by_run(forecasts))
+    hours = sum(f.seconds for f in forecasts)
+    console.print(
+        f"{experiment} on {gpu.name} ({gpu.memory_bytes / GIB:.1f} GiB): {len(forecasts) + done} runs, {done} done, "
+        f"about {spoken(hours)} of GPU to go, peak at most {_gib(_largest(forecasts))}.",
+        soft_wrap=True,
+    )
+    console.print(
+        f"Disk: {_gib(disk_bytes({f.run_id: f.spec for f in forecasts}))} for downloads and results.",
+        soft_wrap=True,
+    )
+    missing = [f for f in forecasts if f.fits is False]
+    if missing:
+        console.print(
+            f"{len(missing)} runs will not fit; they end as OOM, which is a row in the tables. What would fit:",
+            soft_wrap=True,
+        )
+        for what, advice in dict.fromkeys((_name(f), f.advice) for f in missing):
+            console.print(f"  {what}: {advice}", soft_wrap=True, markup=False)
+    console.print(
+        f"Speed: of {forecaster.speed_name}, {forecaster.peak_flops / 1e12:g} TFLOP/s in bf16, of which runs on it "
+        f"reached a share, or without any {100 * SHARE:.0f} % ({100 * SHARE_FOUR_BIT:.0f} % with 4-bit weights). "
+        "Memory: every sequence of a batch as long as seq_len allows.",
+        soft_wrap=True,
+    )
+
+
+def _by_run(forecasts: Sequence[Forecast]) -> Table:
+    from peftscope.planning.estimate import spoken
+
+    table = Table("run", "method", "learning rate", "steps", "GPU time", "peak (GiB)", "phase", "", box=None)
+    for f in forecasts:
+        rate = "-" if not f.spec.method.trains else f"{f.spec.learning_rate:g}" if f.chosen else "to be chosen"
+        name = f.run_id if f.chosen else f.run_id.rpartition("-")[0]
+        peak = "?" if f.peak_device_bytes is None else f"{f.peak_device_bytes / GIB:.1f}"
+        steps = str(f.spec.steps) if f.spec.method.trains else "-"
+        table.add_row(name, f.spec.method.label, rate, steps, spoken(f.seconds), peak, f.binding_phase, _verdict([f]))
+    return table
+
+
+def _by_method(forecasts: Sequence[Forecast]) -> Table:
+    from peftscope.planning.estimate import spoken
+
+    table = Table("method", "runs", "GPU time", "peak (GiB)", "", box=None)
+    groups: dict[str, list[Forecast]] = {}
+    for f in forecasts:
+        groups.setdefault(_name(f), []).append(f)
+    for name, group in groups.items():
+        peak = _gib(_largest(group)).removesuffix(" GiB")
+        table.add_row(name, str(len(group)), spoken(sum(f.seconds for f in group)), peak, _verdict(group))
+    return table
+
+
+def _name(f: Forecast) -> str:
+    """Returns the model and method of a run, as far as they tell runs apart that fit from runs that do not."""
+    four_bit = " in NF4" if not f.spec.method.trains and f.spec.method.quantization() else ""
+    return f"{f.spec.model}, {f.spec.method.label}{four_bit}"
+
+
+def _verdict(group: Sequence[Forecast]) -> str:
+    small = [f for f in group if f.fits is False]
+    if not small:
+        return "fits" if all(f.fits for f in group) else "not known"
+    which = "" if len(small) == len(group) else f" for {len(small)}"
+    return f"does not fit{which} (needs {_gib(_largest(small))})"
+
+
+def _largest(forecasts: Sequence[Forecast]) -> int:
+    return max((f.peak_device_bytes or 0 for f in forecasts), default=0)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"

@@ -1,0 +1,212 @@
+"""The ``peftscope`` command. Heavy imports happen inside the commands that need them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from peftscope.cli import claims, memory, rules
+from peftscope.errors import InputError
+from peftscope.layout import record_path, run_folder
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Measure what LoRA and its relatives do to memory, speed and quality.",
+)
+app.add_typer(memory.app)
+app.add_typer(claims.app)
+app.add_typer(rules.app)
+errors = Console(stderr=True, highlight=False)
+
+
+Spec = Annotated[str, typer.Argument(help="A YAML or JSON file with the fields of a run, or the JSON itself.")]
+
+
+def main() -> None:
+    """Runs the command line; what is wrong with the input or the disk becomes a message and exit code 2."""
+    if "PEFTSCOPE_DIES_WITH_PARENT" in os.environ:  # the Snakefile's jobs
+        from peftscope.execution.process import die_with_parent
+
+        die_with_parent()
+    try:
+        app()
+    except InputError as error:
+        if len(error.problems) > 1:
+            errors.print(f"[bold red]{len(error.problems)} problems[/]")
+        for problem in error.problems:
+            errors.print(str(problem), markup=False, soft_wrap=True)
+        sys.exit(2)
+    except OSError as error:
+        from peftscope.files.storage import STORAGE_CODE, storage_problem
+
+        if not (said := storage_problem(error)):
+            raise
+        with suppress(OSError):  # it may be the log that cannot be written
+            errors.print(said, markup=False, soft_wrap=True)
+        os._exit(STORAGE_CODE)
+
+
+@app.command()
+def run(
+    spec: Spec,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; default results/single/runs/RUN_ID.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")] = 0,
+    checkpoint_seconds: Annotated[
+        float, typer.Option(min=0, help="Between two checkpoints; a stopped run goes on from the last one.")
+    ] = 300,
+    attempts_left: Annotated[
+        int, typer.Option(help="How often the caller tries again, each time with more host memory.")
+    ] = 0,
+) -> None:
+    """Train and measure one run; writes its record whatever happens."""
+    from peftscope.execution.job import Job
+    from peftscope.hardware.device import detect_device
+    from peftscope.planning.plan import check_compiler, check_disk, check_fetched, check_runs
+    from peftscope.planning.sweep import spec_from
+    from peftscope.spec import run_id
+
+    values, path = _read_spec(spec)
+    resolved = spec_from(values, path, detect_device())
+    identity = run_id(resolved)
+    runs = {identity: resolved}
+    problems = check_runs(runs, str(path)) or check_disk(runs) + check_fetched(resolved) + check_compiler(runs)
+    if problems:
+        raise InputError(problems)
+    folder = output or run_folder("single", identity)
+    Job(resolved, folder, threads, checkpoint_seconds, attempts_left).start()
+
+
+def _read_spec(text: str) -> tuple[dict[str, Any], Path]:
+    from peftscope.files.content import parse_json, read_yaml
+
+    if text.lstrip().startswith("{"):
+        return parse_json(text, "spec"), Path("spec")
+    return read_yaml(Path(text)), Path(text)
+
+
+@app.command("expand")
+def expand_experiment(
+    experiment: rules.ExperimentName,
+    brief: Annotated[bool, typer.Option("--brief", help="Only the totals.")] = False,
+    gpu: Annotated[str | None, typer.Option(help="On this card: rtx4090, a100, ..., or its memory: 24GB.")] = None,
+) -> None:
+    """Show an experiment's runs, with an estimate of the time and, for a card, of the memory that they will take."""
+    from peftscope.cli.forecast import card_of, show_forecast
+
+    card = card_of(experiment, gpu)
+    if card is not None:
+        show_forecast(experiment, card, brief=brief)
+        return
+    from peftscope.models.catalog import find_model
+    from peftscope.planning.estimate import estimate_seconds, spoken
+    from peftscope.planning.plan import plan_experiment
+    from peftscope.training.ceilings import product_rate
+
+    plan = plan_experiment(experiment)
+    table = Table("run", "method", "trained parameters", "precision", "learning rate", "steps", "estimate", box=None)
+    total, finished = 0.0, 0
+    for identity, spec in plan.sweep.runs.items():
+        done = record_path(experiment, identity).is_file()
+        seconds = 0.0 if done else estimate_seconds(spec, product_rate)
+        total, finished = total + seconds, finished + done
+        shape = find_model(spec.model).shape
+        parameters = f"{spec.method.trainable_parameters(shape):,}" if shape else "?"
+        when = "done" if done else spoken(seconds)
+        rate = f"{spec.learning_rate:g}" if spec.method.trains else "-"
+        table.add_row(identity, spec.method.label, parameters, spec.precision, rate, str(spec.steps), when)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if not brief:
+        console.print(table)
+    console.print(
+        f"{experiment}: {len(plan.run_ids)} runs, {finished} done, about {spoken(total)} to go "
+        f"on one {next(iter(plan.sweep.runs.values())).device} worker"
+    )
+
+
+@app.command()
+def merge(
+    run: Annotated[str, typer.Argument(help="The run's id.")],
+    output: Annotated[Path | None, typer.Option(help="Where the merged model goes; default RUN/merged.")] = None,
+) -> None:
+    """Fold a run's adapter into its base: a plain model, without PEFT."""
+    from peftscope.execution.merge import find_run, merge_run
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    folder = find_run(run)
+    target = output or folder / "merged"
+    merge_run(folder, target)
+    print(target)
+
+
+@app.command()
+def report(experiment: rules.ExperimentName) -> None:
+    """Make the tables, figures and report from the records that are there, finished sweep or not."""
+    from peftscope.analysis.collect import collect_experiment
+    from peftscope.planning.plan import plan_experiment
+    from peftscope.report.benchmarks import write_benchmarks
+    from peftscope.report.page import write_report
+    from peftscope.report.plots import write_figures, write_ladder
+    from peftscope.report.study import write_study
+    from peftscope.report.tables import write_tables
+
+    plan = plan_experiment(experiment)
+    collect_experiment(plan.sweep)
+    write_tables(experiment)
+    write_benchmarks(experiment)
+    write_figures(experiment)
+    for field in plan.ladders:
+        write_ladder(experiment, field)
+    if plan.is_study:
+        with suppress(InputError):  # not finished: the report says so
+            write_study(experiment)
+    print(write_report(experiment, plan.ladders))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can do, and what to do about what is missing."""
+    from peftscope.cli.doctor import examine
+
+    table = Table("what", "", "found", "remedy", box=None)
+    for finding in examine():
+        table.add_row(finding.what, "[green]ok[/]" if finding.fine else "[yellow]--[/]", finding.found, finding.remedy)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(help="A name in models.yaml, or a hub id.")],
+    revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
+) -> None:
+    """Fetch a base model, with its checksums and licence."""
+    from peftscope.models.fetch import fetch_model
+
+    print(fetch_model(model, revision))
+
+
+@app.command("make-task")
+def make_task_command(task: Annotated[str, typer.Argument(help="A name in tasks.yaml.")]) -> None:
+    """Make a task's train, validation and test items."""
+    from peftscope.data.tasks import make_task
+
+    print(make_task(task))
+
+
+@app.command("make-benchmark")
+def make_benchmark_command(
+    name: Annotated[str, typer.Argument(help="Of lm-eval: gsm8k, hellaswag, ...")],
+) -> None:
+    """Fetch the rows of one of lm-eval's own benchmarks."""
+    from peftscope.data.benchmarks import make_benchmark
+
+    print(make_benchmark(name))

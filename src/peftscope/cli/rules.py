@@ -1,0 +1,188 @@
+"""The commands that the Snakefile's rules run; hidden, for they make sense in that order only."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftscope.errors import InputError, Problem
+from peftscope.layout import EXPERIMENTS, MEMORY_FOLDER, run_folder
+
+app = typer.Typer()
+
+
+def experiment_name(text: str) -> str:
+    """Returns an experiment's name, for the name itself or the path of its file in experiments/."""
+    path = Path(text)
+    return path.stem if path.suffix == ".yaml" and path.parent.name == EXPERIMENTS.name else text
+
+
+ExperimentName = Annotated[
+    str, typer.Argument(help="The name or path of a file in experiments/.", callback=experiment_name)
+]
+
+
+@app.command(hidden=True)
+def collect(experiment: ExperimentName) -> None:
+    """Write runs.csv and losses.csv from the records."""
+    from peftscope.analysis.collect import collect_experiment
+    from peftscope.planning.plan import plan_experiment
+
+    collect_experiment(plan_experiment(experiment).sweep)
+
+
+@app.command(hidden=True)
+def tune(experiment: ExperimentName) -> None:
+    """Choose a study's learning rates from the records of its tuning runs."""
+    from peftscope.analysis.tuning import choose_rates
+    from peftscope.planning.plan import plan_experiment
+
+    print(choose_rates(plan_experiment(experiment).sweep))
+
+
+@app.command(hidden=True)
+def tables(experiment: ExperimentName) -> None:
+    """Write the tables from runs.csv."""
+    from peftscope.report.benchmarks import write_benchmarks
+    from peftscope.report.tables import write_tables
+
+    write_tables(experiment)
+    write_benchmarks(experiment)
+
+
+@app.command(hidden=True)
+def figures(experiment: ExperimentName) -> None:
+    """Draw the figures from runs.csv, the ladders apart."""
+    from peftscope.report.plots import write_figures
+
+    write_figures(experiment)
+
+
+@app.command(hidden=True)
+def ladder(experiment: ExperimentName, field: Annotated[str, typer.Argument(help="The field that varies.")]) -> None:
+    """Draw one ladder from runs.csv."""
+    from peftscope.report.plots import write_ladder
+
+    write_ladder(experiment, field)
+
+
+@app.command(hidden=True)
+def study(experiment: ExperimentName) -> None:
+    """Write a study's contrasts and controls, and draw them."""
+    from peftscope.report.study import write_study
+
+    write_study(experiment)
+
+
+@app.command(hidden=True)
+def page(experiment: ExperimentName) -> None:
+    """Write report.html from tables and figures."""
+    from peftscope.planning.plan import plan_experiment
+    from peftscope.report.page import write_report
+
+    print(write_report(experiment, plan_experiment(experiment).ladders))
+
+
+@app.command(hidden=True)
+def check(experiment: ExperimentName) -> None:
+    """Fail if a run failed: the last rule, after the report."""
+    from peftscope.analysis.collect import read_runs
+
+    runs = read_runs(experiment)
+    failed = runs[runs["status"].isin(["failed", "interrupted", "missing"])]
+    if len(failed):
+        raise InputError(
+            Problem(
+                str(run_folder(experiment, row.run_id)),
+                f"{row.status}: {row.reason}",
+                "see its train.log; remove its record.json to try again",
+            )
+            for row in failed.itertuples()
+        )
+
+
+@app.command("publish", hidden=True)
+def publish_command(name: Annotated[str, typer.Argument(help="An experiment, memory, or gpu.")]) -> None:
+    """Copy the small files of what is finished to results/published and reports/published."""
+    from peftscope.report.publish import publish
+
+    for path in publish(name):
+        print(path)
+
+
+@app.command("restore", hidden=True)
+def restore_command(experiment: ExperimentName) -> None:
+    """Put the published runs of a study back among its results, so that it goes on from there."""
+    from peftscope.report.publish import restore
+
+    print(f"{restore(experiment)} runs restored")
+
+
+@app.command("forecasts", hidden=True)
+def forecasts(document: Annotated[Path, typer.Argument(help="A Markdown file with blocks for it.")]) -> None:
+    """Write what `expand` says into a document."""
+    from peftscope.report.forecasts import refresh_forecasts
+
+    refresh_forecasts(document)
+
+
+@app.command(hidden=True)
+def unlock() -> None:
+    """Remove the lock that a killed Snakemake left in this folder; none that is held."""
+    import psutil
+
+    def is_here(process: psutil.Process) -> bool:
+        try:
+            return any("snakemake" in part for part in process.cmdline()[:4]) and process.cwd() == str(Path.cwd())
+        except psutil.Error:
+            return False
+
+    locks = list(Path(".snakemake/locks").glob("*.lock"))
+    if locks and not any(map(is_here, psutil.process_iter())):
+        for lock in locks:
+            lock.unlink()
+        print("the lock of a Snakemake that was killed: removed", file=sys.stderr)
+
+
+@app.command(hidden=True)
+def schema() -> None:
+    """Print the JSON schema of a run's spec."""
+    from peftscope.spec import spec_schema
+
+    print(json.dumps(spec_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command("memory-curve", hidden=True)
+def memory_curve(method: str, axis: str) -> None:
+    """Print a method's memory along one axis of the grid, as CSV."""
+    from peftscope.memory.grid import curve
+
+    curve(method, axis).to_csv(sys.stdout, index=False)
+
+
+@app.command("memory-figures", hidden=True)
+def memory_figures(curves: list[Path]) -> None:
+    """Draw the grid's curves, and the bars of large models."""
+    from peftscope.memory.grid import bars
+    from peftscope.report.memory import draw_bars, draw_grid
+
+    draw_grid(curves, MEMORY_FOLDER / "grid.png")
+    draw_bars(bars(), MEMORY_FOLDER / "bars.png")
+
+
+@app.command("memory-chapter", hidden=True)
+def memory_chapter() -> None:
+    """Simulate the table of an introduction, line by line; about a minute."""
+    from peftscope.cli.memory import quiet_libraries, with_progress
+    from peftscope.report.memory import write_chapter
+
+    quiet_libraries()
+    import pandas as pd
+
+    from peftscope.memory.chapter import lines, rebuild
+
+    write_chapter(pd.DataFrame(list(with_progress(rebuild(), len(lines()), "simulating"))))

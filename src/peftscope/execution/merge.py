@@ -1,0 +1,93 @@
+"""Merging a finished run's adapter into its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peftscope.errors import InputError, Problem, close_match
+from peftscope.layout import record_paths
+from peftscope.record import read_record
+from peftscope.spec import RunSpec
+
+
+def find_run(run: str) -> Path:
+    """Returns the folder of a finished run with an adapter, in whichever experiment it is.
+
+    Raises:
+        InputError: There is none.
+    """
+    folders = [path.parent for path in record_paths()]
+    mine = [folder for folder in folders if folder.name == run]
+    if not mine:
+        raise InputError(
+            Problem(f"run {run}", "no such run under results/", close_match(run, [f.name for f in folders]))
+        )
+    endings = {folder: read_record(folder / "record.json").status for folder in mine}
+    finished = [folder for folder, status in endings.items() if status == "ok"]
+    if not finished:
+        raise InputError(Problem(f"run {run}", f"it ended {endings[mine[0]]}", "choose a run that ended ok"))
+    return finished[0]
+
+
+def merge_run(folder: Path, target: Path) -> None:
+    """Writes the merged model and its tokenizer.
+
+    A 4-bit base is dequantised first and the adapter is added in bf16: the model that was trained, at full size.
+    (Adding it in 4 bits would quantise the sum again, which is another model.)
+
+    Raises:
+        InputError: The method has nothing to merge.
+    """
+    record = read_record(folder / "record.json")
+    method = record.spec.method
+    if not method.mergeable:
+        raise InputError(
+            Problem(f"run {record.run_id}", f"{method.label} cannot be merged", "load its adapter/ folder as it is")
+        )
+    if not (folder / "adapter" / "adapter_model.safetensors").is_file():
+        raise InputError(Problem(str(folder / "adapter"), "no adapter_model.safetensors", "run it again"))
+    import torch
+    from peft import PeftModel
+
+    from peftscope.training.load import load_tokenizer
+
+    spec = record.spec.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
+    base = base_of_adapter(spec)
+    if spec.method.quantization():
+        base = _dequantised(base, spec)
+    base.set_attn_implementation("sdpa")
+    merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
+    merged.save_pretrained(target)
+    load_tokenizer(record.spec).save_pretrained(target)
+
+
+def base_of_adapter(spec: RunSpec) -> Any:
+    """Returns the base that a spec's adapter is loaded onto; LoftQ's is its own, made again from the same weights."""
+    from peftscope.training.build import build_model
+    from peftscope.training.load import load_base
+
+    base = load_base(spec)
+    return build_model(base, spec)[0].unload() if spec.method.has_own_base else base
+
+
+def _dequantised(base: Any, spec: RunSpec) -> Any:
+    """Returns a bf16 model with the values that a 4-bit base stands for."""
+    import bitsandbytes as bnb
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from peftscope.models.catalog import LOCAL, model_folder
+
+    plain = AutoModelForCausalLM.from_pretrained(
+        model_folder(spec.model, spec.revision),
+        dtype=torch.bfloat16,
+        **LOCAL,
+    )
+    modules = dict(plain.named_modules())
+    with torch.no_grad():
+        for name, module in base.named_modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+                modules[name].weight.copy_(weight)
+    return plain

@@ -1,0 +1,116 @@
+"""Where a record comes from: code, versions, hardware, data."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from peftscope.data.benchmarks import benchmark_folder
+from peftscope.data.tasks import task_folder
+from peftscope.evaluation.retention import PROSE_SHA256
+from peftscope.hardware.bf16 import chosen_way
+from peftscope.hardware.device import processor_name
+from peftscope.hardware.meter import allocator_settings, pci_address
+from peftscope.hardware.nvml import find_card, other_processes, reading
+from peftscope.models.catalog import model_folder
+from peftscope.spec import RunSpec
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "lm_eval",
+    "numpy",
+    "tokenizers",
+    "peftscope",
+)
+
+
+def provenance(spec: RunSpec, rank: int = 0) -> dict[str, Any]:
+    """Returns the facts that a reader needs to judge or repeat a run, before it uses its card: the one of its rank."""
+    return {
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": git_state(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "hardware": hardware(spec.device),
+        "threads": torch.get_num_threads(),
+        # On a processor alone: products of a card and those of fp32 tensors have one way.
+        "bf16_products": chosen_way() if spec.device == "cpu" and spec.precision != "fp32" else None,
+        "environment": {
+            name: os.environ.get(name)
+            for name in (
+                "PYTORCH_ALLOC_CONF",
+                "PYTORCH_CUDA_ALLOC_CONF",
+                "CUDA_VISIBLE_DEVICES",
+                "OMP_NUM_THREADS",
+                "MKL_NUM_THREADS",
+                "SLURM_JOB_ID",
+            )
+        },
+        "card": _card(rank) if spec.device == "cuda" else None,
+        "model": _manifest(model_folder(spec.model, spec.revision)),
+        "task": _manifest(task_folder(spec.task)),
+        "benchmarks": {name: _manifest(benchmark_folder(name)) for name in spec.benchmarks},
+        "prose_sha256": PROSE_SHA256,
+    }
+
+
+def git_state() -> dict[str, Any]:
+    """Returns the commit and whether the tree differs from it; None where there is no repository."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """Returns the processor, its cores, memory, and the card if the run uses one."""
+    found: dict[str, Any] = {
+        "cpu": processor_name(),
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": platform.system(),
+        "gpu": None,
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    return found
+
+
+def _card(index: int) -> dict[str, Any]:
+    """Returns a card's state before the run uses it; a line says so if something else does."""
+    others = other_processes(find_card(pci_address(index)))
+    for other in others or []:
+        used = "unknown memory" if other["used_bytes"] is None else f"{other['used_bytes'] / 2**30:.1f} GiB"
+        print(f"process {other['pid']} uses the card as well ({used}): times and peaks include it", file=sys.stderr)
+    return {"at_start": card_reading(index), "other_processes": others, "allocator_settings": allocator_settings()}
+
+
+def card_reading(index: int | None = None) -> dict[str, float | None]:
+    """Returns clocks, power and temperature of a card, by default the current one."""
+    return reading(find_card(pci_address(index)))
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / "manifest.json"
+    return json.loads(path.read_text()) if path.is_file() else None

@@ -1,0 +1,33 @@
+"""Checksums of files, and the manifests that list them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+
+def file_sha256(path: Path) -> str:
+    """Returns a file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damaged_files(folder: Path, sha256: dict[str, str]) -> list[str]:
+    """Returns which of a folder's files are missing, or not what their checksums say."""
+    return [name for name, digest in sha256.items() if not _is_whole(folder / name, digest)]
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Returns the manifest of a model's or task's folder, None where it is missing or damaged."""
+    try:
+        content = json.loads((folder / "manifest.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    whole = isinstance(content, dict) and isinstance(content.get("sha256"), dict)
+    return content if whole else None
+
+
+def _is_whole(path: Path, sha256: str) -> bool:
+    return path.is_file() and file_sha256(path) == sha256

@@ -1,0 +1,138 @@
+"""What this machine is, and which device runs use on it, found without loading torch."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import random
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Literal
+
+from peftscope.errors import InputError, Problem
+
+Device = Literal["cpu", "cuda"]
+
+
+def detect_device() -> Device:
+    """Returns ``cuda`` where NVML sees a card that this process may use, else ``cpu``.
+
+    ``PEFTSCOPE_DEVICE`` decides it by hand.
+
+    Raises:
+        InputError: ``PEFTSCOPE_DEVICE`` is neither.
+    """
+    wish = os.environ.get("PEFTSCOPE_DEVICE")
+    if wish:
+        if wish not in ("cpu", "cuda"):
+            raise InputError(Problem("PEFTSCOPE_DEVICE", f"unknown device (got {wish!r})", "use cpu or cuda"))
+        return wish  # type: ignore[return-value]
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "cpu"
+    return "cuda" if gpu_names() else "cpu"
+
+
+def gpu_names() -> list[str]:
+    """Returns the names of the machine's NVIDIA cards; none where there is no driver."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+        names = [pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)]
+    except Exception:  # no library, no driver, no permission: no card for us
+        return []
+    return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+
+
+def visible_cards() -> list[str]:
+    """Returns the cards that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(index) for index in range(len(gpu_names()))]
+    return [card.strip() for card in visible.split(",") if card.strip() not in ("", "-1")]
+
+
+@contextmanager
+def cards_claimed(count: int, folder: Path | None = None) -> Iterator[list[str]]:
+    """Leaves only ``count`` cards visible, which no other job of this user on this machine has claimed.
+
+    Snakemake counts the cards of one machine but does not hand them out. Where no more cards are visible than are
+    needed there is nothing to choose: a cluster's scheduler has handed them out. A claim is a lock on a file, and ends
+    with the process however that ends.
+
+    Args:
+        count: How many are needed; must be decided before torch is imported.
+        folder: Of the locks, for tests.
+
+    Raises:
+        InputError: Fewer are visible.
+    """
+    cards = visible_cards() if count else []
+    if len(cards) < count:
+        message = f"the run needs {count} cards, {len(cards)} are visible (CUDA_VISIBLE_DEVICES, PEFTSCOPE_DEVICE)"
+        raise InputError(Problem("device", message, "ask the scheduler for more, or run it elsewhere"))
+    if len(cards) == count:
+        yield cards
+        return
+    folder = folder or Path(tempfile.gettempdir()) / f"peftscope-cards-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    with ExitStack() as claims:
+        mine: list[str] = []
+        while True:
+            for card in cards:
+                if len(mine) < count and card not in mine and _claim(folder / re.sub(r"\W", "-", card), claims):
+                    mine.append(card)
+            if len(mine) == count:
+                break
+            # Holding some while waiting for more, two jobs could wait for each other for ever.
+            claims.close()
+            mine.clear()
+            time.sleep(random.uniform(0.5, 1.5))
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+        yield mine
+
+
+def _claim(file: Path, claims: ExitStack) -> bool:
+    handle = file.open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        return False
+    claims.callback(handle.close)
+    return True
+
+
+def find_compiler(device: Device) -> str | None:
+    """Returns the compiler that torch.compile calls: of C++ on a processor, of C (by Triton) for a card; None: none."""
+    variable, names = ("CXX", ("g++", "clang++")) if device == "cpu" else ("CC", ("gcc", "clang"))
+    wish = os.environ.get(variable)
+    return next((found for name in ([wish] if wish else names) if (found := shutil.which(name))), None)
+
+
+def gpu_memories() -> list[int]:
+    """Returns the bytes of memory of the cards of ``gpu_names``; none where the driver does not say."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles]
+    except Exception:
+        return []
+
+
+def processor_name() -> str:
+    """Returns the processor's model, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

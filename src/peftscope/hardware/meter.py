@@ -1,0 +1,165 @@
+"""What a device is asked while a run is measured: peaks since a reset, the end of its work, seconds of a step."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from peftscope.hardware.nvml import find_card, used_bytes
+
+SAMPLE_SECONDS = 0.02
+
+
+class Meter(Protocol):
+    """The three questions, and a clock."""
+
+    def reset(self) -> None:
+        """Starts the peaks anew, from what is alive now."""
+
+    def peaks(self) -> dict[str, int | None]:
+        """Returns the fields of ``PhaseMemory`` that this device knows, since the last reset."""
+
+    def synchronise(self) -> None:
+        """Waits for all work that was given to the device."""
+
+    def clock(self) -> Callable[[], float]:
+        """Starts a clock and returns a function that waits for the device and returns the seconds since."""
+
+
+def make_meter(device: str) -> Meter:
+    """Returns the device's meter."""
+    return CudaMeter() if device == "cuda" else HostMeter()
+
+
+class HostMeter:
+    """The processor: nothing runs behind one's back, and the kernel keeps the peak of the process."""
+
+    def reset(self) -> None:
+        """Starts the process's resident peak anew, where the system lets it."""
+        with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is then the process's so far
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peaks(self) -> dict[str, int | None]:
+        """Returns the resident peak."""
+        return {"peak_resident_bytes": resident_peak_bytes()}
+
+    def synchronise(self) -> None:
+        """Does nothing."""
+
+    def clock(self) -> Callable[[], float]:
+        """Starts a wall clock."""
+        began = time.perf_counter()
+        return lambda: time.perf_counter() - began
+
+
+class CudaMeter:
+    """A card: torch's counters for its tensors, NVML for all of it, events for time."""
+
+    def __init__(self) -> None:
+        self._host = HostMeter()
+        self._sampler: PeakSampler | None = None
+
+    def reset(self) -> None:
+        """Empties the cache, which would count as reserved from the start, and starts all peaks anew."""
+        self._host.reset()
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        card = find_card(pci_address())
+        self._sampler = PeakSampler(lambda: used_bytes(card))
+
+    def peaks(self) -> dict[str, int | None]:
+        """Returns the peaks of tensors, of the allocator, of the card, and of the process on the host."""
+        assert self._sampler is not None
+        return self._host.peaks() | {
+            "peak_device_bytes": self._sampler.stop(),
+            "peak_tensor_bytes": torch.cuda.max_memory_allocated(),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        }
+
+    def synchronise(self) -> None:
+        """Waits for the card."""
+        torch.cuda.synchronize()
+
+    def clock(self) -> Callable[[], float]:
+        """Starts a clock on the card, once it has nothing left to do."""
+        torch.cuda.synchronize()
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+
+        def seconds() -> float:
+            ended.record()
+            ended.synchronize()
+            return began.elapsed_time(ended) / 1000
+
+        return seconds
+
+
+class PeakSampler:
+    """Asks for a value again and again, from a thread, until it is stopped; None as an answer ends it."""
+
+    def __init__(self, ask: Callable[[], int | None]) -> None:
+        self._ask = ask
+        self._peak: int | None = None
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+        self._thread.start()
+
+    def _poll(self) -> None:
+        while (value := self._ask()) is not None:
+            self._peak = max(self._peak or 0, value)
+            if self._done.wait(SAMPLE_SECONDS):
+                return
+
+    def stop(self) -> int | None:
+        """Returns the largest value seen, the one at the end included."""
+        self._done.set()
+        self._thread.join()
+        last = self._ask()
+        return self._peak if last is None else max(self._peak or 0, last)
+
+
+def resident_peak_bytes() -> int | None:
+    """Returns the most memory this process has held, by the kernel's own mark; None where there is none."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+
+
+def pci_address(index: int | None = None) -> str:
+    """Returns where one of torch's cards, by default the current one, is plugged in, as NVML writes it."""
+    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    return f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"
+
+
+def allocator_settings() -> str | None:
+    """Returns how torch's CUDA allocator is set, expandable segments among it; None: this torch does not say."""
+    ask = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
+    return ask() if ask else None
+
+
+def paged_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Returns the bytes of bitsandbytes' paged states: managed memory, which torch's counters do not see."""
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    paged = [value for value in states if isinstance(value, torch.Tensor) and getattr(value, "is_paged", False)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in paged)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error is the card's or the host's way to say that its memory is used up."""
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or "can't allocate memory" in str(error)
+        or "out of memory" in str(error)
+        or "ALLOC_FAILED" in str(error)
+    )

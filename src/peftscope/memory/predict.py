@@ -1,0 +1,55 @@
+"""What the simulator says that a run will take, from the very batches that it is going to see."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from peftscope.data.batching import Batch
+from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES, CUBLAS_HOPPER_BYTES, Gpu, known_card
+from peftscope.memory.allocator import reserved_bytes
+from peftscope.memory.simulate import simulate
+from peftscope.models.catalog import model_folder
+from peftscope.record import PredictedMemory
+from peftscope.spec import RunSpec
+
+
+def predict(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> PredictedMemory:
+    """Returns the predicted peaks of a run.
+
+    Args:
+        spec: The run; its base model was fetched.
+        widest: The training batch with the longest sequence; None: nothing is trained.
+        widest_heldout: The same of evaluation.
+    """
+    card = found_card() if spec.device == "cuda" else None
+    folder = model_folder(spec.model, spec.revision)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # As many steps as the probe takes. The optimizer's states appear in the first, so the second is the steady one.
+    steps = spec.probe_steps if spec.device == "cpu" and spec.probe_steps else 2
+    batches = [widest] * steps if widest is not None else []
+    training, evaluation = simulate(spec, config, batches, widest_heldout, card.cublas_bytes if card else 0)
+    peaks = {phase: peak.size for phase, peak in training.peaks(paged=card is None).items()}
+    assert evaluation is not None
+    predicted = PredictedMemory(
+        forward_peak_tensor_bytes=peaks.get("forward"),
+        backward_peak_tensor_bytes=peaks.get("backward"),
+        optimizer_peak_tensor_bytes=peaks.get("optimizer"),
+        train_peak_tensor_bytes=max(peaks.values(), default=None),
+        evaluate_peak_tensor_bytes=evaluation.peaks()["evaluate"].size,
+    )
+    if card and batches:
+        reserved = reserved_bytes(training)
+        predicted.train_peak_reserved_bytes = reserved
+        predicted.train_peak_device_bytes = reserved + (card.context_bytes or CONTEXT_BYTES) + training.paged_bytes()
+    return predicted
+
+
+def found_card() -> Gpu:
+    """Returns the first CUDA card, with what the calculator knows of its kind."""
+    properties: Any = torch.cuda.get_device_properties(0)
+    unknown = Gpu("", 0, cublas_bytes=CUBLAS_HOPPER_BYTES if properties.major == 9 else CUBLAS_BYTES)
+    return replace(known_card(properties.name) or unknown, name=properties.name, memory_bytes=properties.total_memory)

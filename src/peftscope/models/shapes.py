@@ -1,0 +1,161 @@
+"""The shape of a decoder-only model, and what follows from it by arithmetic. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from peftscope.errors import shown
+from peftscope.files.content import Count
+
+Family = Literal["llama", "mistral", "qwen2", "phi3", "gemma2"]
+"""``model_type`` of a ``config.json``: how the blocks are wired."""
+
+UNMODELLED: dict[str, Any] = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+"""Fields of a ``config.json`` that the closed form does not know, and the value at which they change nothing."""
+
+FAMILIES: tuple[str, ...] = ("llama", "mistral", "qwen2", "phi3", "gemma2")
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """One linear layer's name inside its block, its widths, and whether it has a bias."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Size of its matrix."""
+        return self.inputs * self.outputs
+
+
+class ModelShape(BaseModel):
+    """Sizes of a decoder, in the words of its ``config.json``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    family: Annotated[Family, Field(description="model_type of its config.json")] = "llama"
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_layers: Annotated[Count, Field(le=10_000)]
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    tied_embeddings: bool
+    max_seq_len: Annotated[Count | None, Field(description="max_position_embeddings; null: not checked")] = None
+    sliding_window: Annotated[Count | None, Field(description="tokens that a layer sees; null: all")] = None
+
+    @model_validator(mode="after")
+    def _heads_share_keys_evenly(self) -> ModelShape:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}")
+        return self
+
+    @cached_property
+    def block(self) -> tuple[LinearLayer, ...]:
+        """The linear layers of one transformer block, in the order of its parameters."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        if self.family == "phi3":
+            return (
+                LinearLayer("o_proj", queries, hidden),
+                LinearLayer("qkv_proj", hidden, queries + 2 * keys),
+                LinearLayer("gate_up_proj", hidden, 2 * inner),
+                LinearLayer("down_proj", inner, hidden),
+            )
+        bias = self.family == "qwen2"
+        return (
+            LinearLayer("q_proj", hidden, queries, bias),
+            LinearLayer("k_proj", hidden, keys, bias),
+            LinearLayer("v_proj", hidden, keys, bias),
+            LinearLayer("o_proj", queries, hidden),
+            LinearLayer("gate_proj", hidden, inner),
+            LinearLayer("up_proj", hidden, inner),
+            LinearLayer("down_proj", inner, hidden),
+        )
+
+    @property
+    def norms_per_block(self) -> int:
+        """RMSNorm vectors of one block."""
+        return 4 if self.family == "gemma2" else 2
+
+    def linear_layers(self, names: Sequence[str]) -> list[LinearLayer]:
+        """Returns the layers of the whole model with one of these names."""
+        return [layer for layer in self.block if layer.name in names] * self.num_layers
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of all block-internal linear layers, without biases: what 4-bit loading quantises."""
+        return self.num_layers * sum(layer.weights for layer in self.block)
+
+    @property
+    def parameters(self) -> int:
+        """All weights, tied ones once."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        biases = self.num_layers * sum(layer.outputs for layer in self.block if layer.bias)
+        norms = (self.norms_per_block * self.num_layers + 1) * self.hidden_size
+        return self.linear_parameters + biases + embeddings + norms
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> ModelShape:
+        """Returns the shape that a ``config.json`` describes.
+
+        Raises:
+            KeyError: A size is missing; its name is the argument.
+            ValueError: The family is not known.
+        """
+        family = config.get("model_type")
+        if family not in FAMILIES:
+            raise ValueError(f"model_type {shown(family)} is not one of {', '.join(FAMILIES)}")
+        for name, usual in UNMODELLED.items():
+            if config.get(name, usual) not in (usual, None):
+                raise ValueError(f"{name}={shown(config[name])} changes sizes that it does not model")
+        heads = config["num_attention_heads"]
+        return cls(
+            family=family,
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            tied_embeddings=config.get("tie_word_embeddings", family == "gemma2"),
+            max_seq_len=config.get("max_position_embeddings"),
+            sliding_window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        """Returns the fields of a ``config.json`` of this shape."""
+        config = {
+            "model_type": self.family,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "tie_word_embeddings": self.tied_embeddings,
+            "max_position_embeddings": self.max_seq_len or 4096,
+            "pad_token_id": None,
+        }
+        if self.family in ("mistral", "phi3", "gemma2"):
+            config["sliding_window"] = self.sliding_window
+        return config

@@ -1,0 +1,64 @@
+"""What a training job asks of a cluster's scheduler: host memory and minutes. No torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from peftscope.data.tasks import item_tokens
+from peftscope.memory.answer import peaks_by_formula
+from peftscope.memory.question import Model, Question
+from peftscope.models.catalog import find_model
+from peftscope.planning.estimate import estimate_seconds
+from peftscope.planning.forecast import memory_key
+from peftscope.planning.plan import Plan
+from peftscope.spec import RunSpec
+
+PROCESS_BYTES = 2 * 2**30
+"""A process that has imported torch, transformers and lm-eval, reads its data and writes its checkpoint."""
+MARGIN = 1.25
+"""Of the tensors' peak: allocators keep freed memory, and generation has a cache."""
+LONGEST = 4
+"""Tokens of a task's longest item over those of a usual one; what takes more gets it at the next attempt."""
+SLOWER = 3
+"""How much longer than estimated a job may take before it is stopped; it then goes on where it was."""
+SHORTEST_MINUTES = 20
+UNKNOWN_BYTES = 64 * 2**30
+"""Of a model whose shape is not known before it is fetched."""
+
+
+class JobDemands:
+    """Answers Snakemake about an experiment's training jobs; each further attempt asks for more."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._bytes: dict[tuple[str, str], int] = {}
+
+    def memory_mb(self, wildcards: Any, attempt: int) -> int:
+        """Returns the host memory that a run asks for, in megabytes."""
+        return math.ceil(self._host_bytes(self._plan.spec(wildcards)) * attempt / 10**6)
+
+    def minutes(self, wildcards: Any, attempt: int) -> int:
+        """Returns the minutes after which a run may be stopped."""
+        seconds = estimate_seconds(self._plan.spec(wildcards))
+        return max(SHORTEST_MINUTES, math.ceil(SLOWER * seconds / 60)) * attempt
+
+    def _host_bytes(self, spec: RunSpec) -> int:
+        key = (memory_key(spec), spec.task)  # how long a task's items are counts here
+        if key not in self._bytes:
+            self._bytes[key] = host_bytes(spec)
+        return self._bytes[key]
+
+
+def host_bytes(spec: RunSpec) -> int:
+    """Returns the host memory that a run needs: on a card, each of its processes loads the weights through there."""
+    shape = find_model(spec.model).shape
+    if shape is None:
+        return UNKNOWN_BYTES
+    if spec.device == "cuda":
+        # In fp32 at most, and twice: as they are read, and as they are put together.
+        return spec.shards * (PROCESS_BYTES + 2 * 4 * shape.parameters)
+    length = spec.seq_len if spec.packing else min(spec.seq_len, math.ceil(LONGEST * item_tokens(spec.task)))
+    widest = spec.model_copy(update={"seq_len": length})
+    peaks = peaks_by_formula(Question(Model(spec.model, shape.to_config(), shape), widest, length, None, 1, ()))
+    return spec.shards * (PROCESS_BYTES + round(MARGIN * peaks.allocated_bytes))

@@ -1,0 +1,173 @@
+"""Experiment files: what they may say, and reading them strictly. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from peftscope.errors import InputError, Problem, close_match
+from peftscope.files.content import CountOrZero, read_yaml
+from peftscope.files.problems import dotted, problems_of
+from peftscope.layout import EXPERIMENTS, check_experiment_name
+
+RESERVED_NAMES = ("published", "gpu", "single", "memory")
+NOT_EXPERIMENTS = ("defaults", "models", "tasks", "claims")
+
+Values = Annotated[list[Any], Field(min_length=1)]
+
+
+class Ladder(BaseModel):
+    """One factor at a time around a centre: every axis is varied alone."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    centre: dict[str, Any] = {}
+    axes: Annotated[dict[str, Values], Field(min_length=1)]
+    seeds: list[CountOrZero] | None = None
+
+
+class Exclusion(BaseModel):
+    """Combinations to leave out, and why."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    match: Annotated[dict[str, Any], Field(min_length=1)]
+    reason: Annotated[str, Field(min_length=1)]
+
+
+class Study(BaseModel):
+    """Arms that are compared at their own best learning rate: TUNE on seeds of its own, then PAIR over fresh ones.
+
+    Attributes:
+        arms: Fields of each arm by its name, ``method`` among them.
+        learning_rates: What is tried for each arm, in ascending order.
+        ends: Whether a best rate that is the first or last of its list ends the study, or is kept and reported.
+        tuning_seeds: Runs that only choose learning rates, by validation loss.
+        seeds: Runs at the chosen rates; the same seed gives every arm the same batches and test items.
+        tuning: Fields of the tuning runs alone: what only the comparison needs is left out there.
+        controls: For one arm at its chosen rate: ``again`` with other initialisation seeds, ``still`` at a learning
+            rate of 0, ``shuffled`` with each other's responses.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    arms: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], dict[str, Any]], Field(min_length=1)]
+    learning_rates: dict[str, Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3)]]
+    tuning_seeds: Annotated[list[CountOrZero], Field(min_length=1)]
+    seeds: Annotated[list[CountOrZero], Field(min_length=2)]
+    tuning: dict[str, Any] = {}
+    ends: Literal["refuse", "keep"] = "refuse"
+    controls: dict[str, list[Literal["again", "still", "shuffled"]]] = {}
+
+    @model_validator(mode="after")
+    def _arms_match(self) -> Study:
+        if set(self.learning_rates) != set(self.arms):
+            raise ValueError(f"learning_rates must name the arms: {', '.join(self.arms)}")
+        unsorted = [arm for arm, rates in self.learning_rates.items() if rates != sorted(set(rates))]
+        if unsorted:
+            raise ValueError(f"learning_rates of {', '.join(unsorted)} must ascend")
+        for name, seeds in (("tuning_seeds", self.tuning_seeds), ("seeds", self.seeds)):
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"{name} must differ")
+        if set(self.tuning_seeds) & set(self.seeds):
+            raise ValueError(
+                "tuning_seeds and seeds must not overlap: a rate is judged on seeds that did not choose it"
+            )
+        if unknown := set(self.controls) - set(self.arms):
+            raise ValueError(f"controls name no arm: {', '.join(sorted(unknown))}")
+        for name, fields in {**self.arms, "tuning": self.tuning}.items():
+            if "learning_rate" in fields or "seed" in fields:
+                raise ValueError(f"arm {name}: learning_rate and seed are the study's to set")
+        return self
+
+
+class Experiment(BaseModel):
+    """What an experiment file may say."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    title: str = ""
+    description: str = ""
+    extends: str | None = None
+    card: Annotated[str | None, Field(description="that it is made for: what `expand` asks where there is none")] = None
+    fixed: dict[str, Any] = {}
+    methods: dict[str, dict[str, Any]] = {}
+    axes: dict[str, Values] = {}
+    linked: list[Annotated[list[dict[str, Any]], Field(min_length=1)]] = []
+    ladders: list[Ladder] = []
+    runs: list[dict[str, Any]] = []
+    study: Study | None = None
+    exclude: list[Exclusion] = []
+    seeds: Annotated[list[CountOrZero], Field(min_length=1)] = [0]
+
+    @model_validator(mode="after")
+    def _study_has_its_base(self) -> Experiment:
+        bases = [run for run in self.runs if run.get("method") == "none" and run.get("base_weights", "full") == "full"]
+        if self.study and not bases:
+            raise ValueError("a study needs the untouched base, from which gains are counted: runs: [{method: none}]")
+        return self
+
+
+def deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Returns ``base`` with ``over`` laid on it; nested mappings are merged, lists are replaced.
+
+    >>> deep_merge({"a": {"x": 1, "y": 2}}, {"a": {"x": 3}})
+    {'a': {'x': 3, 'y': 2}}
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = deep_merge(merged[key], value) if both else value
+    return merged
+
+
+def experiment_path(name: str) -> Path:
+    """Returns the file of an experiment.
+
+    Raises:
+        InputError: The name is reserved or unknown.
+    """
+    if name in RESERVED_NAMES:
+        raise InputError(Problem(f"experiment={name}", "a reserved name", "rename the experiment file"))
+    check_experiment_name(name)
+    path = EXPERIMENTS / f"{name}.yaml"
+    if not path.is_file() or name in NOT_EXPERIMENTS:
+        if not EXPERIMENTS.is_dir():
+            raise InputError(
+                Problem(f"experiment={name}", "there is no experiments/ folder here", "run from the repository's root")
+            )
+        raise InputError(Problem(f"experiment={name}", f"no file {path}", close_match(name, experiment_names())))
+    return path
+
+
+def experiment_names() -> list[str]:
+    """Returns the names of all experiment files."""
+    return sorted(path.stem for path in EXPERIMENTS.glob("*.yaml") if path.stem not in NOT_EXPERIMENTS)
+
+
+def read_experiment(path: Path, _children: tuple[Path, ...] = ()) -> Experiment:
+    """Returns a file's experiment, merged onto what it extends.
+
+    Raises:
+        InputError: Every problem of the file's structure.
+    """
+    content = read_yaml(path)
+    parent = content.get("extends")
+    if isinstance(parent, str):
+        try:
+            parent_path = experiment_path(parent)
+        except InputError as error:
+            raise InputError(replace(problem, where=f"{path}: extends") for problem in error.problems) from None
+        if parent_path in (path, *_children):
+            raise InputError(Problem(f"{path}: extends", f"`{parent}` extends itself"))
+        base = read_experiment(parent_path, (path, *_children)).model_dump(exclude_unset=True)
+        content = deep_merge(base, content)
+    try:
+        return Experiment.model_validate(content)
+    except ValidationError as error:
+        raise InputError(
+            problems_of(error, lambda loc: f"{path}: {dotted(loc)}", set(Experiment.model_fields))
+        ) from None

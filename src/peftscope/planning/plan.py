@@ -1,0 +1,272 @@
+"""What the Snakefile asks: runs, paths, resources, and the checks that come before any job. No torch."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from peftscope.data.benchmarks import benchmark_folder, find_benchmark
+from peftscope.data.tasks import JsonlSource, find_task, task_folder
+from peftscope.errors import InputError, Problem, close_match, shown
+from peftscope.files.hub import mirrored
+from peftscope.files.manifest import read_manifest
+from peftscope.files.storage import STORAGE_REMEDIES
+from peftscope.hardware.bf16 import chosen_way
+from peftscope.hardware.device import Device, detect_device, find_compiler
+from peftscope.layout import MODELS_FILE, TASKS_FILE, record_path, results_folder
+from peftscope.models.catalog import BaseModelEntry, HubSource, WheelSource, find_model, model_folder
+from peftscope.planning.experiment import experiment_path
+from peftscope.planning.sweep import TUNING, Sweep, expand
+from peftscope.spec import RunSpec
+
+DEFAULT_EXPERIMENT = "quick"
+SPARE_BYTES = 1 << 30
+
+
+class Plan:
+    """One experiment as the workflow sees it. Methods take Snakemake's wildcards and are cheap: one lookup each."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self.name = sweep.name
+
+    @property
+    def run_ids(self) -> list[str]:
+        """Every run of the experiment, as far as it is known: a study's last ones follow from its first."""
+        return list(self.sweep.runs)
+
+    @cached_property
+    def tuning_runs(self) -> list[str]:
+        """The runs that choose a study's learning rates."""
+        return [run for c in self.sweep.comparisons if c.name.startswith(TUNING) for run in c.runs]
+
+    @property
+    def is_study(self) -> bool:
+        """Whether the experiment tunes learning rates and compares arms at them."""
+        return self.sweep.experiment.study is not None
+
+    def records(self, checkpoints: Any) -> Callable[[Any], list[str]]:
+        """Returns a function that returns every record; a study's are known after its ``tune`` checkpoint."""
+
+        def found(wildcards: Any) -> list[str]:
+            if self.is_study:
+                checkpoints.tune.get(experiment=self.name)
+                self.sweep = expand(self.name, detect_device())
+            return [str(record_path(self.name, run)) for run in self.sweep.runs]
+
+        return found
+
+    @cached_property
+    def ladders(self) -> list[str]:
+        """The fields that some ladder varies: each has a figure."""
+        return sorted({c.name.rpartition("-")[2] for c in self.sweep.comparisons if c.name.startswith("ladder-")})
+
+    def gpus(self, wildcards: Any) -> int:
+        """Returns how many cards a training job needs."""
+        spec = self.spec(wildcards)
+        return spec.shards if spec.device == "cuda" else 0
+
+    def spec(self, wildcards: Any) -> RunSpec:
+        """Returns the run's spec.
+
+        Raises:
+            InputError: The experiment has no such run.
+        """
+        if wildcards.run_id not in self.sweep.runs and self.is_study:
+            self.sweep = expand(self.name, detect_device())
+        try:
+            return self.sweep.runs[wildcards.run_id]
+        except KeyError:
+            hint = close_match(wildcards.run_id, self.sweep.runs) if len(self.sweep.runs) < 100 else ""
+            raise InputError(Problem(f"run {wildcards.run_id}", f"not a run of {self.name}", hint)) from None
+
+    def spec_json(self, wildcards: Any) -> str:
+        """Returns the run's spec for the command line; a changed spec is a changed parameter."""
+        return json.dumps(self.spec(wildcards).canonical(), sort_keys=True)
+
+    def model_manifest(self, wildcards: Any) -> str:
+        """Returns the file that says that the run's base model is there."""
+        spec = self.spec(wildcards)
+        return (model_folder(spec.model, spec.revision) / "manifest.json").as_posix()
+
+    def task_manifest(self, wildcards: Any) -> str:
+        """Returns the file that says that the run's data are there."""
+        return (task_folder(self.spec(wildcards).task) / "manifest.json").as_posix()
+
+    def benchmark_manifests(self, wildcards: Any) -> list[str]:
+        """Returns the files that say that the rows of the run's benchmarks are there."""
+        return [(benchmark_folder(name) / "manifest.json").as_posix() for name in self.spec(wildcards).benchmarks]
+
+    @cached_property
+    def _models(self) -> dict[str, tuple[str, str | None]]:
+        used = {(spec.model, spec.revision) for spec in self.sweep.runs.values()}
+        return {model_folder(name, revision).name: (name, revision) for name, revision in used}
+
+    def model_name(self, wildcards: Any) -> str:
+        """Returns the model's name in models.yaml, or its hub id, for the folder in the wildcard."""
+        return self._models[wildcards.model][0]
+
+    def model_revision(self, wildcards: Any) -> str:
+        """Returns the option that asks for the model's revision, if one was named."""
+        revision = self._models[wildcards.model][1]
+        return f"--revision {shlex.quote(revision)}" if revision else ""
+
+
+def load_plan(config: dict[str, Any]) -> Plan:
+    """Returns the plan for ``--config experiment=NAME`` (default: quick), checked.
+
+    Raises:
+        InputError: Everything that is wrong with the experiment on this machine.
+    """
+    plan = plan_experiment(str(config.get("experiment", DEFAULT_EXPERIMENT)))
+    runs = results_folder(plan.name) / "runs"
+    problems = (
+        []
+        if os.access(".", os.W_OK)
+        else [Problem(str(Path.cwd()), "cannot be written", STORAGE_REMEDIES[errno.EACCES])]
+    )
+    problems += check_disk({i: spec for i, spec in plan.sweep.runs.items() if not (runs / i / "record.json").is_file()})
+    if problems:
+        raise InputError(problems)
+    return plan
+
+
+def plan_experiment(name: str, device: Device | None = None) -> Plan:
+    """Returns an experiment's plan after the checks that need more than its file; for this machine's device, or one."""
+    chosen_way()  # raises for a wrong wish before any run starts
+    sweep = expand(name, device or detect_device())
+    problems = check_runs(sweep.runs, str(experiment_path(name))) + check_compiler(sweep.runs)
+    problems += [] if problems else check_unchanged(sweep.runs)
+    if problems:
+        raise InputError(problems)
+    return Plan(sweep)
+
+
+def check_runs(runs: dict[str, RunSpec], where: str) -> list[Problem]:
+    """Returns what is wrong between runs and the models and tasks that they name."""
+    problems = []
+    for spec in runs.values():
+        try:
+            source = find_task(spec.task, f"{where}: task").source
+            if isinstance(source, JsonlSource) and not source.is_there():
+                problems.append(Problem(f"{TASKS_FILE}: {spec.task}.source.path", f"no such file: {source.path}"))
+            shape = find_model(spec.model, f"{where}: model").shape
+            for name in spec.benchmarks:
+                if not (benchmark_folder(name) / "manifest.json").is_file():
+                    find_benchmark(name, f"{where}: benchmarks")
+        except InputError as error:
+            problems += error.problems
+            continue
+        known = [layer.name for layer in shape.block] if shape else []
+        for module in spec.method.modules_named() if shape else []:
+            if module not in known:
+                message = f"{spec.model} has no module of that name (got {shown(module)})"
+                problems.append(Problem(f"{where}: targets", message, close_match(module, known)))
+    return list(dict.fromkeys(problems))
+
+
+def check_compiler(runs: dict[str, RunSpec]) -> list[Problem]:
+    """Returns a problem if runs are to be compiled, and this machine has no compiler."""
+    devices = {spec.device for spec in runs.values() if spec.compile}
+    variable = {"cpu": "CXX", "cuda": "CC"}
+    return [
+        Problem(
+            "compile",
+            f"torch.compile finds no compiler for {device}",
+            f"install gcc, or name one in {variable[device]}",
+        )
+        for device in devices
+        if find_compiler(device) is None
+    ]
+
+
+def check_fetched(spec: RunSpec) -> list[Problem]:
+    """Returns what a run needs and was not fetched or made."""
+    problems = []
+    model, task = model_folder(spec.model, spec.revision), task_folder(spec.task)
+    if not (model / "manifest.json").is_file():
+        problems.append(Problem("model", f"{spec.model} is not in {model}", f"run `peftscope fetch {spec.model}`"))
+    if not (task / "manifest.json").is_file():
+        problems.append(Problem("task", f"{spec.task} is not in {task}", f"run `peftscope make-task {spec.task}`"))
+    for name in spec.benchmarks:
+        if not (benchmark_folder(name) / "manifest.json").is_file():
+            remedy = f"run `peftscope make-benchmark {name}`"
+            problems.append(Problem("benchmarks", f"{name} is not in {benchmark_folder(name)}", remedy))
+    return problems
+
+
+def check_unchanged(runs: dict[str, RunSpec]) -> list[Problem]:
+    """Returns a problem for each model and task whose entry was changed after it was fetched or made.
+
+    Runs carry the name only, so old and new ones would mix.
+    """
+    places: dict[str, tuple[Path, BaseModel]] = {}
+    for spec in runs.values():
+        model, task = find_model(spec.model).source, find_task(spec.task).source
+        places[f"{MODELS_FILE}: {spec.model}"] = model_folder(spec.model), model
+        places[f"{TASKS_FILE}: {spec.task}"] = task_folder(spec.task), task
+    problems = []
+    for where, (folder, source) in places.items():
+        manifest = read_manifest(folder)  # a damaged one is put right by the run that meets it
+        if manifest and not _means(manifest.get("source"), source):
+            remedy = f"give the new one a name of its own, or remove {folder} and the results that came from it"
+            problems.append(Problem(f"{where}.source", "changed since it was fetched or made", remedy))
+    return problems
+
+
+def _means(written: Any, source: BaseModel) -> bool:
+    """Returns whether a manifest's source is this one; fields that it does not name have their defaults."""
+    try:
+        return type(source).model_validate(written) == source
+    except ValidationError:
+        return False
+
+
+def disk_bytes(runs: dict[str, RunSpec]) -> int:
+    """Returns what downloads and results of runs will take, and some to spare."""
+    needed = SPARE_BYTES
+    for name in {spec.model for spec in runs.values()}:
+        try:
+            entry = find_model(name)
+        except InputError:
+            continue
+        if not (model_folder(name) / "manifest.json").is_file():
+            needed += _download_bytes(entry)
+        if entry.shape:
+            trained = [
+                (spec, spec.method.trainable_parameters(entry.shape)) for spec in runs.values() if spec.model == name
+            ]
+            needed += sum((2 if _saves_bf16(spec) else 4) * parameters for spec, parameters in trained)
+    return needed
+
+
+def _download_bytes(entry: BaseModelEntry) -> int:
+    parameters = entry.shape.parameters if entry.shape else 0
+    if isinstance(entry.source, WheelSource):
+        return 2 * entry.source.download_bytes + 4 * parameters
+    if isinstance(entry.source, HubSource) and mirrored(entry.source.repository):
+        return 0
+    return 2 * parameters
+
+
+def _saves_bf16(spec: RunSpec) -> bool:
+    return spec.method.name == "full" and spec.precision == "bf16"
+
+
+def check_disk(runs: dict[str, RunSpec], free_bytes: int | None = None) -> list[Problem]:
+    """Returns a problem if downloads and results would not fit on the disk."""
+    needed = disk_bytes(runs)
+    free = shutil.disk_usage(Path()).free if free_bytes is None else free_bytes
+    if free >= needed:
+        return []
+    message = f"{free / 2**30:.1f} GiB are free, downloads and results need about {needed / 2**30:.1f} GiB"
+    return [Problem("disk", message, "free some space, or run fewer full fine-tuning runs at once")]
