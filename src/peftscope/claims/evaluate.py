@@ -12,6 +12,7 @@ from peftscope.claims.ledger import DETERMINISTIC, Claim, Part, find_check
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 from peftscope.claims.verdict import UNDECIDED, Verdict, judge
 from peftscope.errors import InputError, printable, shown
+from peftscope.hardware.bf16 import bf16_products
 
 SIGNIFICANT_DIGITS = 6
 """Of measured numbers, as they are written: what differs below comes from the order of sums."""
@@ -144,7 +145,8 @@ def evaluate_part(part: Part, family: Sequence[Part] = ()) -> PartFinding:
 def _measure(part: Part) -> Measurement | str:
     """Returns what the check measures, or why it cannot."""
     try:
-        return find_check(part.check)(**part.with_)
+        with bf16_products():
+            return find_check(part.check)(**part.with_)
     except NotRunError as error:
         return str(error)
     except InputError as error:
