@@ -20,6 +20,8 @@ BENCHMARKS_FOLDER = RESOURCES / "benchmarks"
 """Rows of lm-eval's own benchmarks."""
 
 RESULTS = Path("results")
+RUNS = RESULTS / "runs"
+"""The store: one folder a run. Experiments list run ids."""
 REPORTS = Path("reports")
 PUBLISHED_RESULTS = RESULTS / "published"
 PUBLISHED_REPORTS = REPORTS / "published"
@@ -27,6 +29,10 @@ MEMORY_FOLDER = RESULTS / "memory"
 """What follows from the code alone: memory curves, bars, a chapter's table."""
 CARDS_FOLDER = RESULTS / "gpu"
 """What ``make gpu-check`` measured, in one folder a card."""
+
+CLAIMS_RESULTS = RESULTS / "claims.json"
+CLAIMS_PAGE = REPORTS / "claims.html"
+"""Its Markdown twin lies beside it."""
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,63}"
 
@@ -47,24 +53,24 @@ def results_folder(experiment: str) -> Path:
     return RESULTS / experiment
 
 
-def run_folder(experiment: str, run: str) -> Path:
-    """Returns the folder of one run of an experiment."""
-    return results_folder(experiment) / "runs" / run
+def run_folder(run: str) -> Path:
+    """Returns the folder of a run, whichever experiments list it."""
+    return RUNS / run
 
 
-def record_path(experiment: str, run: str) -> Path:
+def record_path(run: str) -> Path:
     """Returns where the record of a finished run is."""
-    return run_folder(experiment, run) / "record.json"
+    return run_folder(run) / "record.json"
 
 
 def record_paths() -> list[Path]:
-    """Returns the records of all experiments that were run here."""
-    return sorted(RESULTS.glob("*/runs/*/record.json"))
+    """Returns the records of all runs that ended here."""
+    return sorted(RUNS.glob("*/record.json"))
 
 
-def published_record_paths() -> list[Path]:
-    """Returns the published records of all experiments."""
-    return sorted(PUBLISHED_RESULTS.glob("*/runs/*/record.json"))
+def published_paths(name: str) -> list[Path]:
+    """Returns the published files of this name, one for each experiment that has it."""
+    return sorted(PUBLISHED_RESULTS.glob(f"*/{name}"))
 
 
 def tuned_path(experiment: str) -> Path:
@@ -75,8 +81,3 @@ def tuned_path(experiment: str) -> Path:
 def report_path(experiment: str) -> Path:
     """Returns where an experiment's report is."""
     return REPORTS / experiment / "report.html"
-
-
-def claims_path(experiment: str) -> Path:
-    """Returns where the page of an experiment's claims is."""
-    return REPORTS / experiment / "claims.html"

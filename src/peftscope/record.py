@@ -22,6 +22,9 @@ Status = Literal["ok", "oom", "diverged", "failed", "interrupted"]
 CHECKSUM = "sha256"
 """The key of a record's checksum, of all its other keys as compact JSON in order."""
 
+RESTORED = "restored.json"
+"""In a run's state: it says from which experiment's published results the run was restored."""
+
 FINAL: tuple[Status, ...] = ("ok", "oom", "diverged")
 """What another attempt would only find again."""
 
@@ -211,6 +214,16 @@ def state_folder(run: Path) -> Path:
     return run / "state"
 
 
+def is_restored(run: Path) -> bool:
+    """Returns whether a run's folder was filled by ``peftscope restore``, and so has no weights."""
+    return (state_folder(run) / RESTORED).is_file()
+
+
+def in_adapter(name: str) -> bool:
+    """Returns whether a file of a run's folder holds weights or describes them."""
+    return name.startswith("adapter/")
+
+
 def clear_checkpoints(run: Path) -> None:
     """Removes the checkpoints of a run that has ended, those of all its processes."""
     for pattern in ("checkpoint-*.pt", "checkpoint.unfinished"):
@@ -252,7 +265,8 @@ def finished_record(run: Path, identity: str) -> RunRecord | None:
         return None
     if record.run_id != identity or record.status not in FINAL:
         return None
-    damaged = damaged_files(run, record.files)
+    kept = {name: digest for name, digest in record.files.items() if not (is_restored(run) and in_adapter(name))}
+    damaged = damaged_files(run, kept)
     if damaged or (record.status == "ok" and not (run / "items.jsonl").is_file()):
         print(f"{run}: {', '.join(damaged) or 'items.jsonl'} damaged or missing; the run is made anew", file=sys.stderr)
         return None
@@ -281,7 +295,12 @@ def recover_record(path: Path) -> RunRecord:
 
 
 def read_record(path: Path) -> RunRecord:
-    """Returns a record.
+    """Returns the record in a file; it raises what ``parse_record`` raises."""
+    return parse_record(path.read_bytes(), str(path))
+
+
+def parse_record(text: str | bytes, where: str) -> RunRecord:
+    """Returns a record from its JSON text; ``where`` names the text in messages.
 
     Raises:
         Damaged: It is no record, or not the one that was written.
@@ -289,19 +308,19 @@ def read_record(path: Path) -> RunRecord:
     """
     again = "remove it to run again"
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(text)
         found = content.get("schema_version")
     except (ValueError, AttributeError, RecursionError):
-        raise Damaged(Problem(str(path), "not a record", again)) from None
+        raise Damaged(Problem(where, "not a record", again)) from None
     if found != SCHEMA_VERSION:
         message = f"a record of version {found}, this is {SCHEMA_VERSION}"
-        raise InputError(Problem(str(path), message, f"{again}, or use the version that wrote it"))
+        raise InputError(Problem(where, message, f"{again}, or use the version that wrote it"))
     # Records of before there were checksums have none.
     if content.pop(CHECKSUM, _content_sha256(content)) != _content_sha256(content):
-        raise Damaged(Problem(str(path), "damaged: it is not what its checksum says", again))
+        raise Damaged(Problem(where, "damaged: it is not what its checksum says", again))
     try:
         return RunRecord.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
-        raise Damaged(Problem(f"{path}: {field}", f"not a record: {first['msg']}", again)) from None
+        raise Damaged(Problem(f"{where}: {field}", f"not a record: {first['msg']}", again)) from None

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from peftscope.errors import InputError, Problem
-from peftscope.layout import results_folder
+from peftscope.layout import results_folder, run_folder
 from peftscope.methods import METHODS
 from peftscope.planning.sweep import Sweep
 from peftscope.record import Damaged, RunRecord, recover_record
@@ -46,7 +46,7 @@ def collect_experiment(sweep: Sweep) -> None:
     rows, losses, problems = [], [], []
     for identity, spec in sweep.runs.items():
         try:
-            record = _find_record(folder / "runs" / identity)
+            record = _find_record(run_folder(identity))
         except Damaged as error:
             problems += error.problems
             continue

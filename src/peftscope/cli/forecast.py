@@ -53,7 +53,7 @@ def show_forecast(experiment: str, gpu: Gpu, *, brief: bool) -> None:
     forecaster = Forecaster(gpu)
     forecasts, done = [], 0
     for identity, spec in expand(experiment, "cuda", assume_rates=True).runs.items():
-        if record_path(experiment, identity).is_file():
+        if record_path(identity).is_file():
             done += 1
             continue
         forecasts.append(forecaster.forecast(identity, spec, chosen=identity in known))

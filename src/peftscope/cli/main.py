@@ -59,7 +59,7 @@ def main() -> None:
 @app.command()
 def run(
     spec: Spec,
-    output: Annotated[Path | None, typer.Option(help="Folder of the run; default results/single/runs/RUN_ID.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; default results/runs/RUN_ID.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")] = 0,
     checkpoint_seconds: Annotated[
         float, typer.Option(min=0, help="Between two checkpoints; a stopped run goes on from the last one.")
@@ -82,7 +82,7 @@ def run(
     problems = check_runs(runs, str(path)) or check_disk(runs) + check_fetched(resolved) + check_compiler(runs)
     if problems:
         raise InputError(problems)
-    folder = output or run_folder("single", identity)
+    folder = output or run_folder(identity)
     Job(resolved, folder, threads, checkpoint_seconds, attempts_left).start()
 
 
@@ -116,7 +116,7 @@ def expand_experiment(
     table = Table("run", "method", "trained parameters", "precision", "learning rate", "steps", "estimate", box=None)
     total, finished = 0.0, 0
     for identity, spec in plan.sweep.runs.items():
-        done = record_path(experiment, identity).is_file()
+        done = record_path(identity).is_file()
         seconds = 0.0 if done else estimate_seconds(spec, product_rate)
         total, finished = total + seconds, finished + done
         shape = find_model(spec.model).shape

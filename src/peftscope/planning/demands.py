@@ -11,7 +11,7 @@ from peftscope.memory.question import Model, Question
 from peftscope.models.catalog import find_model
 from peftscope.planning.estimate import estimate_seconds
 from peftscope.planning.forecast import memory_key
-from peftscope.planning.plan import Plan
+from peftscope.planning.plan import Workflow
 from peftscope.spec import RunSpec
 
 PROCESS_BYTES = 2 * 2**30
@@ -28,19 +28,19 @@ UNKNOWN_BYTES = 64 * 2**30
 
 
 class JobDemands:
-    """Answers Snakemake about an experiment's training jobs; each further attempt asks for more."""
+    """Answers Snakemake about a workflow's training jobs; each further attempt asks for more."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, workflow: Workflow) -> None:
+        self._workflow = workflow
         self._bytes: dict[tuple[str, str], int] = {}
 
     def memory_mb(self, wildcards: Any, attempt: int) -> int:
         """Returns the host memory that a run asks for, in megabytes."""
-        return math.ceil(self._host_bytes(self._plan.spec(wildcards)) * attempt / 10**6)
+        return math.ceil(self._host_bytes(self._workflow.spec(wildcards)) * attempt / 10**6)
 
     def minutes(self, wildcards: Any, attempt: int) -> int:
         """Returns the minutes after which a run may be stopped."""
-        seconds = estimate_seconds(self._plan.spec(wildcards))
+        seconds = estimate_seconds(self._workflow.spec(wildcards))
         return max(SHORTEST_MINUTES, math.ceil(SLOWER * seconds / 60)) * attempt
 
     def _host_bytes(self, spec: RunSpec) -> int:
