@@ -21,7 +21,15 @@ from typing import Any
 
 import torch
 
-from peftscope.data.batching import Batch, Example, evaluation_batches, tokenise, training_batches, widest_batch
+from peftscope.data.batching import (
+    Batch,
+    Example,
+    digested,
+    evaluation_batches,
+    tokenise,
+    training_batches,
+    widest_batch,
+)
 from peftscope.data.tasks import Item, read_split, shuffle_responses
 from peftscope.errors import InputError
 from peftscope.evaluation.heldout import heldout_nll, mean_nll
@@ -235,7 +243,7 @@ def _train(run: _Run, trained: TrainedModel, data: _Data, widest: _Widest) -> No
     with run.phases.phase("train"), compiled_layers(trained.model, spec):
         seed_everything(own_seed(spec.seed if spec.init_seed is None else spec.init_seed, spec))
         rehearsal = widest.training if spec.device == "cuda" else None
-        train(trained, _digested(_batches(data, spec), digest), spec, run.log, run.checkpoints, rehearsal)
+        train(trained, digested(_batches(data, spec), digest), spec, run.log, run.checkpoints, rehearsal)
     if record.provenance["card"]:
         record.provenance["card"]["after_training"] = card_reading()
     record.train_batches_sha256 = digest.hexdigest()
@@ -296,13 +304,6 @@ def _batches(data: _Data, spec: RunSpec) -> Iterator[Batch]:
     return training_batches(
         data.training, seed=spec.seed, batch_size=spec.batch_size, pad_token_id=pad, pack_to=pack_to
     )
-
-
-def _digested(batches: Iterator[Batch], digest: hashlib._Hash) -> Iterator[Batch]:
-    """Yields the batches; the digest is that of their tokens in order."""
-    for batch in batches:
-        digest.update(batch.input_ids.numpy().tobytes())
-        yield batch
 
 
 @contextmanager
