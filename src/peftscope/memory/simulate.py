@@ -92,7 +92,7 @@ def _train(
                     if block and spec.optimizer.startswith("paged") and key in ("state1", "state2"):
                         block.paged = state.numel() >= PAGED_FROM_VALUES
 
-    before, fake = None, None
+    before: Batch | None = None
     for batch in batches:
         if batch is not before:
             before, fake = batch, _fake_batch(batch)
@@ -168,10 +168,9 @@ def answer_by_simulation(question: Question) -> Answer:
     """
     if question.gpus > 1:
         raise InputError(Problem("gpus", "sharding is known to the closed form only", "leave --simulate out"))
-    spec, packed = question.spec, question.spec.packing
-    sizes = {"width": spec.seq_len, "responses": question.responses}
-    batch = empty_batch(rows=spec.batch_size, packed=packed, **sizes)
-    evaluation_batch = empty_batch(rows=spec.eval_batch_size, **sizes)
+    spec, responses = question.spec, question.responses
+    batch = empty_batch(rows=spec.batch_size, width=spec.seq_len, responses=responses, packed=spec.packing)
+    evaluation_batch = empty_batch(rows=spec.eval_batch_size, width=spec.seq_len, responses=responses)
     fields = dict(question.model.config)
     try:
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)

@@ -109,8 +109,9 @@ def forward_loss(model: Any, batch: Batch, spec: RunSpec, response_tokens: torch
     """
     total = batch.response_tokens if response_tokens is None else response_tokens
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
-    if batch.position_ids is not None:
-        inputs |= {"attention_mask": _block_mask(batch, spec), "position_ids": batch.position_ids}
+    if batch.example_ids is not None:
+        mask = _block_mask(batch.example_ids, spec)
+        inputs |= {"attention_mask": mask, "position_ids": batch.position_ids}
     if spec.loss_path == "response_only":
         positions = batch.kept_positions + spec.method.logit_offset()
         inputs |= {"shift_labels": batch.kept_labels, "logits_to_keep": positions}
@@ -118,9 +119,8 @@ def forward_loss(model: Any, batch: Batch, spec: RunSpec, response_tokens: torch
         return model(**inputs, num_items_in_batch=total, use_cache=False)
 
 
-def _block_mask(batch: Batch, spec: RunSpec) -> torch.Tensor:
+def _block_mask(examples: torch.Tensor, spec: RunSpec) -> torch.Tensor:
     """Returns (B, 1, S, S): True where a position may look, or for eager attention what is added to its scores."""
-    examples = batch.example_ids
     same = examples[:, None, :, None] == examples[:, None, None, :]
     mask = same & torch.ones_like(same[:1]).tril()
     if spec.attention != "eager":
