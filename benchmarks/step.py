@@ -42,7 +42,7 @@ class _StepClock(TrainerCallback):
 
 def run_trainer(spec: RunSpec, examples: list[Example], pad: int) -> tuple[float, float]:
     """Returns (seconds a step, training loss of the last step) of a plain HF Trainer: HF loss, sdpa, its own loop."""
-    model, _ = build_model(load_base(spec), spec)
+    model = build_model(load_base(spec), spec).model
     clock = _StepClock()
 
     def collator(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -76,13 +76,13 @@ def run_trainer(spec: RunSpec, examples: list[Example], pad: int) -> tuple[float
 
 def run_ours(spec: RunSpec, examples: list[Example], pad: int) -> tuple[float, float]:
     """Returns (seconds a step, mean training loss) of the project's own step and batches."""
-    model, loss_function = build_model(load_base(spec), spec)
-    model.train()
-    optimizer = make_optimizer(model, spec)
+    trained = build_model(load_base(spec), spec)
+    trained.model.train()
+    optimizer = make_optimizer(trained.model, spec)
     batches = training_batches(examples, seed=spec.seed, batch_size=spec.batch_size, pad_token_id=pad)
     ends, losses = [], []
-    for batch in itertools.islice(batches, spec.steps):
-        losses.append(train_step(model, [batch], optimizer, spec, loss_function).loss.item())
+    for step, batch in enumerate(itertools.islice(batches, spec.steps)):
+        losses.append(train_step(trained, [batch], optimizer, spec, step).loss.item())
         ends.append(time.perf_counter())
     return _per_step(ends), statistics.fmean(losses)
 

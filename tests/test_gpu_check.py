@@ -391,11 +391,11 @@ def test_peaks_of_the_allocator_stand_in_for_the_tracker(one_thread: None, monke
     monkeypatch.setattr(gpu_memory, "used_bytes", lambda: next(used))
     question = job_of("lora").question
     spec = question.spec.model_copy(update={"device": "cpu"})
-    model, loss_function = apply_method(random_base(question, "cpu"), spec, spec.method.build_empty)
+    trained = apply_method(random_base(question, "cpu"), spec, spec.method.build_empty)
     batch = random_batch(question, 2)
     peaks = CudaPeaks()
     assert "empty_cache" in calls
-    track_steps(peaks, model, [batch, batch], make_optimizer(model, spec), spec, loss_function)
+    track_steps(peaks, trained, [batch, batch], make_optimizer(trained.model, spec), spec)
     assert {phase: peak.size for phase, peak in peaks.peaks().items()} == {"forward": 6, "backward": 9, "optimizer": 7}
     assert (peaks.reserved, peaks.requested, peaks.used) == (19, 8, 120)
     assert calls.count("reset_peak_memory_stats") == 8

@@ -29,7 +29,7 @@ from peftscope.execution.run import execute
 from peftscope.models.catalog import LOCAL, model_folder
 from peftscope.record import RunRecord, read_record, write_record
 from peftscope.spec import RunSpec, run_id
-from peftscope.training.checkpoint import DIGEST_DIGITS, Checkpoints
+from peftscope.training.checkpoint import DIGEST_DIGITS, Checkpoints, TrainingState
 from peftscope.training.load import load_base, load_tokenizer
 from peftscope.training.loop import TrainingLog
 
@@ -163,7 +163,7 @@ class TestModels:
         digest = hashlib.sha256((tmp_path / "x.pt").read_bytes()).hexdigest()[:DIGEST_DIGITS]
         (tmp_path / "x.pt").rename(tmp_path / f"checkpoint-00000003-{digest}.pt")
         checkpoints = Checkpoints(tmp_path, make_spec(method="lora"))
-        assert checkpoints.restore(None, None, None, TrainingLog()) == 0
+        assert checkpoints.restore(TrainingState(None, None, None, TrainingLog())) == 0
         assert not mark.exists()
         assert list(tmp_path.glob("*.damaged"))
 

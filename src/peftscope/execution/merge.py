@@ -67,7 +67,7 @@ def base_of_adapter(spec: RunSpec) -> Any:
     from peftscope.training.load import load_base
 
     base = load_base(spec)
-    return build_model(base, spec)[0].unload() if spec.method.has_own_base else base
+    return build_model(base, spec).model.unload() if spec.method.has_own_base else base
 
 
 def _dequantised(base: Any, spec: RunSpec) -> Any:
