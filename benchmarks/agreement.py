@@ -68,7 +68,7 @@ def random_questions(seed: int, rounds: int = ROUNDS) -> Iterator[Question]:
     source = random.Random(seed)
     for _ in range(rounds):
         for method, description in METHODS.items():
-            if description.trains:
+            if description.trains and description.closed_form:
                 yield random_question(method, source)
 
 
