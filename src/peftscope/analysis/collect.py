@@ -9,7 +9,6 @@ import pandas as pd
 
 from peftscope.errors import InputError, Problem
 from peftscope.layout import results_folder, run_folder
-from peftscope.methods import METHODS
 from peftscope.planning.sweep import Sweep
 from peftscope.record import Damaged, RunRecord, recover_record
 from peftscope.spec import RunSpec
@@ -88,13 +87,10 @@ def _find_record(folder: Path) -> RunRecord | None:
 def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
     fields = spec.model_dump(mode="json")
     method = fields.pop("method")
-    label = METHODS[method["name"]].label
-    if method["name"] == "none" and method["base_weights"] != "full":
-        label += f" in {method['base_weights'].upper()}"
     row: dict[str, Any] = {
         "status": record.status if record else "missing",
         "reason": record.reason if record else "no record yet",
-        "label": label,
+        "label": spec.method.full_label(),
         "method": method.pop("name"),
     }
     targets = method.get("targets")

@@ -91,7 +91,10 @@ def memory_command(
     depth: Annotated[int, typer.Option(help="Levels of the tree of modules.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a training run takes on a card, without one: allocated, reserved and device memory."""
+    """Say what a training run takes on a card, without one: allocated, reserved and device memory.
+
+    A method without a closed form is always simulated.
+    """
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.answer import answer_by_formula
     from peftscope.memory.question import ask, describe_model
@@ -103,6 +106,7 @@ def memory_command(
         gpu=find_gpu(gpu) if gpu else None,
         gpus=gpus,
     )
+    simulate = simulate or question.spec.method.closed_form is None
     answer = _simulated(question) if simulate else answer_by_formula(question)
     if as_json:
         print(json.dumps(answer.to_json(), ensure_ascii=False))
@@ -147,11 +151,14 @@ def fit(
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.fit import fit_methods, known_methods
     from peftscope.memory.question import describe_model
+    from peftscope.methods import METHODS
 
     names = [name.strip() for name in f"{model or ''},{models or ''}".split(",") if name.strip()]
     if not names:
         raise InputError(Problem("model", "none given", "peftscope fit --gpu 24GiB llama-2-7b"))
     card, chosen = find_gpu(gpu), known_methods(methods)
+    if any(METHODS[name].closed_form is None for name in chosen):
+        quiet_libraries()
     found = [describe_model(name) for name in names]
     fits = []
     for one in with_progress(

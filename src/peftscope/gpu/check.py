@@ -80,7 +80,7 @@ def described(job: CardJob, device: str) -> dict[str, Any]:
         "model": Path(job.question.model.name).stem if job.question.model.name.endswith(".json") else spec.model,
         "method": method.name,
         "targets": getattr(method, "targets", None),
-        "rank": getattr(method, "rank", getattr(method, "init_r", None)),
+        "rank": getattr(method, method.rank_field, None),
         "batch_size": spec.batch_size,
         "seq_len": spec.seq_len,
         "checkpointing": spec.checkpointing,

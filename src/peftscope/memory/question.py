@@ -241,7 +241,7 @@ def _check_model(model: Model, spec: RunSpec) -> None:
         if target not in modules:
             remedy = close_match(target, [*modules, *TARGET_PRESETS])
             raise InputError(Problem("targets", f"{model.name} has no `{target}`", remedy))
-    name = "init_r" if hasattr(spec.method, "init_r") else "rank"
+    name = spec.method.rank_field
     rank, narrowest = getattr(spec.method, name, None), narrowest_target(model, spec)
     if rank is not None and narrowest is not None and rank > narrowest:
         message = f"{rank} is more than the smallest adapted width, {narrowest}"
@@ -301,10 +301,9 @@ def _assumptions(spec: RunSpec, responses: int, gpu: Gpu | None, gpus: int) -> l
         taken.append("4-bit products dequantise one layer at a time in both passes, as large batches do on CUDA")
     if spec.optimizer.startswith("paged"):
         taken.append("paged optimizer states are all on the card: device counts them, allocated does not")
-    if spec.method.name == "adalora":
-        taken.append("before AdaLoRA prunes; masking frees nothing")
-    if spec.method.name in ("pissa", "loftq"):
-        taken.append(f"the load peak of {spec.method.label} is a formula, not a simulation")
+    if spec.method.closed_form is None:
+        taken.append(f"{spec.method.name} has no closed form: its peaks are simulated")
+    taken += spec.method.memory_assumptions
     if gpus > 1:
         taken.append(f"weights, gradients and states sharded over {gpus} cards (FSDP, ZeRO-3), batch_size on each")
     return taken

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peftscope.data.batching import Batch
 from peftscope.errors import InputError, Problem
 from peftscope.hardware.cards import CUBLAS_BYTES
-from peftscope.memory.answer import Answer, answer_of, peaks_of
+from peftscope.memory.answer import Answer, Peaks, answer_of, peaks_of
 from peftscope.memory.formula.step import PAGED_FROM_VALUES
 from peftscope.memory.probe import track_evaluation, track_steps
 from peftscope.memory.question import Question
@@ -166,27 +166,37 @@ def answer_by_simulation(question: Question) -> Answer:
     Raises:
         InputError: transformers does not know the model, or PEFT does not find the targets in it.
     """
+    return answer_of(question, peaks_by_simulation(question), "simulation")
+
+
+def peaks_by_simulation(question: Question, *, evaluation: bool = True) -> Peaks:
+    """Returns the simulation's peaks, with those of the evaluation or without.
+
+    Raises:
+        InputError: transformers does not know the model, or PEFT does not find the targets in it.
+    """
     if question.gpus > 1:
-        raise InputError(Problem("gpus", "sharding is known to the closed form only", "leave --simulate out"))
+        has_form = question.spec.method.closed_form is not None
+        message = "sharding is known to the closed form only"
+        message += "" if has_form else f", and {question.spec.method.name} has none"
+        raise InputError(Problem("gpus", message, "leave --simulate out" if has_form else "ask about one card"))
     spec, responses = question.spec, question.responses
     batch = empty_batch(rows=spec.batch_size, width=spec.seq_len, responses=responses, packed=spec.packing)
     evaluation_batch = empty_batch(rows=spec.eval_batch_size, width=spec.seq_len, responses=responses)
     fields = dict(question.model.config)
     try:
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        training, evaluation = simulate(
+        training, evaluated = simulate(
             spec,
             config,
             [batch, batch] if spec.method.trains else [],
-            evaluation_batch,
+            evaluation_batch if evaluation or not spec.method.trains else None,
             question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES,
         )
     except Exception as error:  # whatever a model of anyone's stumbles over, the user needs one line
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(Problem("model", f"{question.model.name} cannot be simulated: {reason}")) from error
-    assert evaluation is not None
-    peaks = peaks_of(question, training if spec.method.trains else None, evaluation)
-    return answer_of(question, peaks, "simulation")
+    return peaks_of(question, training if spec.method.trains else None, evaluated)
 
 
 def empty_batch(*, rows: int, width: int, responses: int, packed: bool = False) -> Batch:

@@ -8,6 +8,7 @@ from typing import Any
 from peftscope.data.tasks import item_tokens
 from peftscope.memory.answer import peaks_by_formula
 from peftscope.memory.question import Model, Question
+from peftscope.methods import METHODS
 from peftscope.models.catalog import find_model
 from peftscope.planning.estimate import estimate_seconds
 from peftscope.planning.forecast import memory_key
@@ -60,5 +61,8 @@ def host_bytes(spec: RunSpec) -> int:
         return spec.shards * (PROCESS_BYTES + 2 * 4 * shape.parameters)
     length = spec.seq_len if spec.packing else min(spec.seq_len, math.ceil(LONGEST * item_tokens(spec.task)))
     widest = spec.model_copy(update={"seq_len": length})
+    if spec.method.closed_form is None:
+        # Full fine-tuning stands in: it trains all of the base, and the next attempt asks for more.
+        widest = widest.model_copy(update={"method": METHODS["full"]()})
     peaks = peaks_by_formula(Question(Model(spec.model, shape.to_config(), shape), widest, length, None, 1, ()))
     return spec.shards * (PROCESS_BYTES + round(MARGIN * peaks.allocated_bytes))

@@ -315,7 +315,7 @@ def _download_bytes(entry: BaseModelEntry) -> int:
 
 
 def _saves_bf16(spec: RunSpec) -> bool:
-    return spec.method.name == "full" and spec.precision == "bf16"
+    return spec.method.trains_base and spec.precision == "bf16"
 
 
 def check_disk(runs: dict[str, RunSpec], free_bytes: int | None = None) -> list[Problem]:

@@ -1,8 +1,8 @@
 """Experiments to runs: merging with the defaults, axes, ladders, seeds. No torch.
 
 Values are merged in this order, the later one wins field by field:
-``defaults.yaml`` fixed < defaults' ``methods.<name>`` < the experiment's ``fixed`` < its ``methods.<name>`` < the axis,
-ladder or run value.
+``defaults.yaml`` fixed < the method's ``run_defaults`` < defaults' ``methods.<name>`` < the experiment's ``fixed`` <
+its ``methods.<name>`` < the axis, ladder or run value.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class _Layers:
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
 
-    def lay(self, values: dict[str, Any], origin: str) -> None:
+    def lay(self, values: Mapping[str, Any], origin: str) -> None:
         """Lays values over the earlier ones; ``origin`` is the mapping's own place."""
         for key, value in values.items():
             self.values[key] = value
@@ -113,6 +113,7 @@ class Resolver:
         name = self.method_name(values, (origins or {}).get("method", f"{origin}.method"))
         layers = _Layers()
         layers.lay(self.defaults.fixed, f"{DEFAULTS}: fixed")
+        layers.lay(METHODS[name].run_defaults, f"run_defaults of {name}")
         layers.lay(self.defaults.methods.get(name, {}), f"{DEFAULTS}: methods.{name}")
         layers.lay(self.experiment.fixed, f"{self.path}: fixed")
         layers.lay(self.experiment.methods.get(name, {}), f"{self.path}: methods.{name}")
@@ -168,9 +169,9 @@ class Resolver:
         if not owners:
             known = {*RUN_FIELDS, *(set(METHODS[method].model_fields) - {"name"})}
             return f"unknown key (got {shown(value)})", close_match(key, known)
-        if method == "full" and key in ("quant_type", "double_quant", "compute_dtype"):
+        if METHODS[method].trains_base and key in ("quant_type", "double_quant", "compute_dtype"):
             return (
-                f"method `full` cannot train 4-bit weights, they get no gradient (got {shown(value)})",
+                f"method `{method}` cannot train 4-bit weights, they get no gradient (got {shown(value)})",
                 "choose method `qlora`, or leave the quantisation out",
             )
         return (
