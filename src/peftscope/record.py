@@ -1,4 +1,4 @@
-"""RunRecord: what came out of one run. Written atomically, read everywhere after. No torch."""
+"""RunRecord: the result of one run, written atomically and read by everything after it. No torch."""
 
 from __future__ import annotations
 
