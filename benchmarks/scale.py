@@ -200,11 +200,11 @@ def missed_aims(series: Series) -> list[str]:
     return found + ([f"{name} grows with the power {power:.2f} of the runs"] if power > STEEPEST else [])
 
 
-def render(found: dict[str, Series], load: float) -> str:
+def render(measured: dict[str, Series], load: float) -> str:
     """Returns the page in Markdown.
 
     Args:
-        found: What was measured of each experiment.
+        measured: What was measured of each experiment.
         load: Processes that wanted a core before it began: they make the seconds by the wall longer.
     """
     cores, memory = psutil.cpu_count(), psutil.virtual_memory().total / 2**30
@@ -214,7 +214,7 @@ def render(found: dict[str, Series], load: float) -> str:
     aims = [f"{name} under {most} s" for name, most in MOST_SECONDS.items()]
     aims += [f"everything under {MOST_GIB} GiB", f"no power of the last step above {STEEPEST:g}"]
     sections = []
-    for experiment, series in found.items():
+    for experiment, series in measured.items():
         title, text = DESCRIPTIONS[experiment]
         sections.append({"title": title, "text": text, "missed": missed_aims(series), "tables": _tables(series)})
     environment = Environment(loader=PackageLoader("peftscope.report"), undefined=StrictUndefined, trim_blocks=True)

@@ -26,10 +26,10 @@ from peftscope.files.problems import dotted, problems_of
 from peftscope.layout import TASKS_FILE, TASKS_FOLDER
 
 USUAL_TOKENS = 64
-"""Of an item of which nothing is known yet."""
+"""The tokens that estimates expect of an item before its task was made."""
 SPLITS = ("train", "validation", "test")
 SHOWN_LINES = 20
-"""Of a file, where more of them are broken."""
+"""The most broken lines of a file that one message lists."""
 _LINE = 'a line is {"prompt": ..., "response": ...}'
 
 
@@ -63,7 +63,7 @@ class JsonlSource(BaseModel):
     path: Path
 
     def is_there(self) -> bool:
-        """Whether its file exists."""
+        """Returns whether its file exists."""
         try:
             return self.path.is_file()
         except OSError:  # a name that is too long for one

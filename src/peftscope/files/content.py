@@ -18,14 +18,14 @@ from pydantic import AfterValidator, Field
 from peftscope.errors import InputError, Problem, shown
 
 LARGEST_COUNT = 2**31 - 1
-"""Of anything that a run counts, and of seeds: beyond it torch, NumPy or a file format overflows."""
+"""The largest count or seed of a run: beyond it torch, NumPy or a file format overflows."""
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 CountOrZero = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 
 LONGEST_NAME = 96
 
 LARGEST_BYTES = 1_000_000
-"""Of a file: six times the ledger of claims, and up to twenty seconds of PyYAML."""
+"""The largest file that is read: six times the ledger of claims, and up to twenty seconds of PyYAML."""
 LARGEST_SIZE = 500_000
 """Values and keys of a file, aliases written out: a few lines of them can stand for a billion values."""
 DEEPEST = 20

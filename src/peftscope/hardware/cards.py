@@ -11,7 +11,7 @@ MIB = 2**20
 GIB = 2**30
 
 CONTEXT_BYTES = 501 * MIB
-"""Of a CUDA context where none was measured: the largest of those that were (an A100, torch 2.11)."""
+"""The size assumed for a CUDA context that was not measured: the largest that was (an A100, torch 2.11)."""
 CUBLAS_BYTES = 8_519_680
 """cuBLAS keeps a workspace of this size per stream (``:4096:2:16:8``). Source: torch's ``CublasHandlePool``."""
 CUBLAS_HOPPER_BYTES = 32 * MIB
@@ -78,7 +78,7 @@ PEAK_FLOPS: dict[str, float] = {
     "h100": 989e12,
     "h200": 989e12,
 }
-"""Of bf16 products summed in fp32, dense. Source: NVIDIA's data sheets and white papers."""
+"""Each card's rate for dense bf16 products summed in fp32. Source: NVIDIA's data sheets and white papers."""
 
 USUAL_CARDS = ("rtx4080", "rtx4090", "a100", "a6000", "a100-80gb", "h200")
 """Whose speed stands for a card of which only the memory is known: that of the nearest."""

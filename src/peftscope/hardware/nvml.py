@@ -49,11 +49,11 @@ def other_processes(card: Any | None) -> list[dict[str, int | None]] | None:
     In a container NVML may number processes as the host does: ask before this one has used the card.
     """
 
-    def found(nvml: Any) -> list[dict[str, int | None]]:
+    def list_others(nvml: Any) -> list[dict[str, int | None]]:
         processes = nvml.nvmlDeviceGetComputeRunningProcesses(card)
         return [{"pid": p.pid, "used_bytes": p.usedGpuMemory} for p in processes if p.pid != os.getpid()]
 
-    return _asked(card, found)
+    return _asked(card, list_others)
 
 
 def _asked(card: Any | None, question: Callable[[Any], T]) -> T | None:

@@ -48,7 +48,7 @@ class Checkpoints:
 
     @property
     def due(self) -> bool:
-        """Whether the last one is older than the interval."""
+        """Whether the last checkpoint is older than the interval."""
         return time.monotonic() - self._saved_at >= self._seconds
 
     def save(self, model: Any, optimizer: Any, schedule: Any, log: TrainingLog) -> None:
