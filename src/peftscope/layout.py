@@ -17,22 +17,22 @@ RESOURCES = Path("resources")
 MODELS_FOLDER = RESOURCES / "models"
 TASKS_FOLDER = RESOURCES / "tasks"
 BENCHMARKS_FOLDER = RESOURCES / "benchmarks"
-"""Rows of lm-eval's own benchmarks."""
+"""The folder with the rows of lm-eval's own benchmarks."""
 
 RESULTS = Path("results")
 REPORTS = Path("reports")
 PUBLISHED_RESULTS = RESULTS / "published"
 PUBLISHED_REPORTS = REPORTS / "published"
 MEMORY_FOLDER = RESULTS / "memory"
-"""What follows from the code alone: memory curves, bars, a chapter's table."""
+"""The folder of results that need no run: memory curves, bars, a chapter's table."""
 CARDS_FOLDER = RESULTS / "gpu"
-"""What ``make gpu-check`` measured, in one folder a card."""
+"""The results of ``make gpu-check``, with one folder per card."""
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,63}"
 
 
 def check_experiment_name(name: str) -> None:
-    """Raises InputError for what cannot be an experiment's name, such as a path."""
+    """Raises InputError if a text, such as a path, cannot be the name of an experiment."""
     if not re.fullmatch(NAME_PATTERN, name):
         raise InputError(Problem(f"experiment={name}", "not a name for an experiment", f"use {NAME_PATTERN}"))
 
@@ -41,7 +41,7 @@ def results_folder(experiment: str) -> Path:
     """Returns the folder of an experiment's results.
 
     Raises:
-        InputError: It cannot be an experiment's name.
+        InputError: The text cannot be the name of an experiment.
     """
     check_experiment_name(experiment)
     return RESULTS / experiment
@@ -53,30 +53,30 @@ def run_folder(experiment: str, run: str) -> Path:
 
 
 def record_path(experiment: str, run: str) -> Path:
-    """Returns where the record of a finished run is."""
+    """Returns the path of the record of a finished run."""
     return run_folder(experiment, run) / "record.json"
 
 
 def record_paths() -> list[Path]:
-    """Returns the records of all experiments that were run here."""
+    """Returns the paths of all records in this workspace."""
     return sorted(RESULTS.glob("*/runs/*/record.json"))
 
 
 def published_record_paths() -> list[Path]:
-    """Returns the published records of all experiments."""
+    """Returns the paths of the published records of all experiments."""
     return sorted(PUBLISHED_RESULTS.glob("*/runs/*/record.json"))
 
 
 def tuned_path(experiment: str) -> Path:
-    """Returns where the learning rates are that a study has chosen."""
+    """Returns the path of the learning rates that a study has chosen."""
     return results_folder(experiment) / "tuned.json"
 
 
 def report_path(experiment: str) -> Path:
-    """Returns where an experiment's report is."""
+    """Returns the path of an experiment's report."""
     return REPORTS / experiment / "report.html"
 
 
 def claims_path(experiment: str) -> Path:
-    """Returns where the page of an experiment's claims is."""
+    """Returns the path of the claims page of an experiment."""
     return REPORTS / experiment / "claims.html"

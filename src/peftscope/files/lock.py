@@ -1,4 +1,4 @@
-"""Locks that end with the process that holds them."""
+"""File locks, which the system releases when their process ends."""
 
 from __future__ import annotations
 
