@@ -17,11 +17,11 @@ from peftscope.data.tasks import read_split
 from peftscope.execution.phases import Phases
 from peftscope.execution.provenance import _card
 from peftscope.execution.run import execute
+from peftscope.hardware import meter as meters
 from peftscope.hardware.meter import CudaMeter, HostMeter, PeakSampler, paged_bytes
 from peftscope.hardware.nvml import find_card, other_processes, reading, used_bytes
 from peftscope.record import read_record
 from peftscope.spec import RunSpec
-from peftscope.training import meter as meters
 from peftscope.training.build import build_model, seed_everything
 from peftscope.training.ceilings import Work, count_work, measure_ceilings
 from peftscope.training.checkpoint import Checkpoints
