@@ -43,7 +43,7 @@ help:
 	@echo "make test-slurm                  the smoke pipeline on a real Slurm, started on this machine"
 	@echo "make test-oldest | test-newest   the tests with the oldest and newest torch, transformers, peft"
 	@echo "make audit | sbom                known vulnerabilities of what is installed; a list of it"
-	@echo "make docs                        write what expand says of GPU experiments into docs/gpu.md"
+	@echo "make docs                        write the generated parts of docs/gpu.md and docs/architecture.md"
 	@echo "make gpu-check [DEVICE=cpu]      memory, fit, speed and latency on a CUDA card; what of the claims they decide"
 	@echo "make lint | slow | browser       checks; long tests; the report in a real browser"
 
@@ -107,6 +107,7 @@ schema: $(READY)
 	$(BIN)/peftscope schema > experiments/spec.schema.json
 
 docs: $(READY)
+	$(BIN)/python -m benchmarks.architecture
 	$(BIN)/peftscope forecasts docs/gpu.md
 
 publish: $(READY)

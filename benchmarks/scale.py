@@ -40,9 +40,9 @@ MOST_GIB = 2
 DESCRIPTIONS = {
     SWEEP: (
         "A sweep",
-        "Six methods over ranks, learning rates and seeds, and two ladders; a few runs do not end well.",
+        "Six methods over ranks, learning rates and seeds, and two ladders. A few runs diverge or fail.",
     ),
-    STUDY: ("A study", "The one of `experiments/variants.yaml` with more seeds; half of the runs tune."),
+    STUDY: ("A study", "The study of `experiments/variants.yaml` with more seeds. Half of the runs are tuning runs."),
 }
 STEEPEST = 1.1
 """The power that still counts as linear: one measurement differs from the next by a few percent."""
@@ -200,21 +200,21 @@ def missed_aims(series: Series) -> list[str]:
     return found + ([f"{name} grows with the power {power:.2f} of the runs"] if power > STEEPEST else [])
 
 
-def render(found: dict[str, Series], load: float) -> str:
+def render(measured: dict[str, Series], load: float) -> str:
     """Returns the page in Markdown.
 
     Args:
-        found: What was measured of each experiment.
+        measured: What was measured of each experiment.
         load: Processes that wanted a core before it began: they make the seconds by the wall longer.
     """
     cores, memory = psutil.cpu_count(), psutil.virtual_memory().total / 2**30
     parts = [processor_name(), f"{cores} cores", f"{memory:.0f} GiB", f"Python {platform.python_version()}"]
     parts += [f"{package} {version(package)}" for package in ("snakemake", "pandas", "great-tables", "matplotlib")]
-    parts.append(f"with a load of {load:.1f} when it began")
+    parts.append(f"with a load of {load:.1f} at the start")
     aims = [f"{name} under {most} s" for name, most in MOST_SECONDS.items()]
     aims += [f"everything under {MOST_GIB} GiB", f"no power of the last step above {STEEPEST:g}"]
     sections = []
-    for experiment, series in found.items():
+    for experiment, series in measured.items():
         title, text = DESCRIPTIONS[experiment]
         sections.append({"title": title, "text": text, "missed": missed_aims(series), "tables": _tables(series)})
     environment = Environment(loader=PackageLoader("peftscope.report"), undefined=StrictUndefined, trim_blocks=True)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.architecture import PAGE, describe_room, draw_layers, read_layers, render, write_page
+
 NO_TORCH = [
     "layout",
     "files.content",
@@ -87,6 +89,35 @@ def test_the_lock_pins_every_dependency_with_hashes_and_leaves_torch_a_range(rep
 def test_ci_runs_the_readmes_test_command(repository: Path) -> None:
     assert "make test" in (repository / "README.md").read_text()
     assert "make test" in (repository / ".ci" / "run").read_text()
+
+
+def test_the_page_on_architecture_shows_the_import_contract_and_the_rooms(repository: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text((repository / PAGE).read_text())
+    write_page(render(repository), page)
+    assert page.read_text() == (repository / PAGE).read_text(), "run: python -m benchmarks.architecture"
+    layers = read_layers(repository / "pyproject.toml")
+    assert draw_layers(layers) in page.read_text()
+    assert draw_layers([*layers[1:], layers[0]]) not in page.read_text()
+
+
+def test_every_room_is_in_the_contract_and_says_what_it_is_for(repository: Path) -> None:
+    source = repository / "src"
+    rooms = {room for layer in read_layers(repository / "pyproject.toml") for room in layer}
+    modules = {path.parent.name for path in source.glob("peftscope/*/__init__.py")}
+    modules |= {path.stem for path in source.glob("peftscope/*.py") if not path.stem.startswith("__")}
+    assert rooms == modules
+    for room in rooms:
+        assert describe_room(room, source).endswith("."), room
+
+
+def test_the_page_on_architecture_names_files_that_exist(repository: Path) -> None:
+    text = (repository / PAGE).read_text()
+    paths = re.findall(r"`((?:src|experiments|profiles)/[\w./-]*|Snakefile)`", text)
+    links = [f"docs/{link}" for link in re.findall(r"\]\(([^)]+)\)", text)]
+    assert len(paths) > 10 and len(links) > 2
+    for path in [*paths, *links]:
+        assert (repository / path).exists(), path
 
 
 @pytest.mark.parametrize("folder", ["results", "reports"])

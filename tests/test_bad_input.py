@@ -44,7 +44,7 @@ CASES = {
     "missing model": ("fixed: {model: smollm3}", "mine.yaml: model:", "did you mean `smollm2-135m`?"),
     "missing task": ("fixed: {model: toy, task: two-digit-sumz}", "mine.yaml: task:", "did you mean `two-digit-sums`?"),
     "unknown method": ("axes: {method: [lora, qlra]}", "axes.method[1]", "did you mean `qlora`?"),
-    "a key twice": ("fixed: {model: toy}\nfixed: {model: toy}", "line 2", "stands twice"),
+    "a key twice": ("fixed: {model: toy}\nfixed: {model: toy}", "line 2", "appears twice"),
     "not YAML": ("fixed: [", "line", "not valid YAML"),
     "extends itself": ("extends: mine", "extends", "extends itself"),
     "a list for a method": ("fixed: {method: [lora]}", "method", "unknown method"),

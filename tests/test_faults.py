@@ -406,7 +406,7 @@ def test_damaged_records_and_their_copies(done: Path, undisturbed: Path, outcome
         change(path)
     (done / "results/small/runs.csv").unlink()
     said = fail(done, "small")
-    assert "damaged, set aside as record.damaged" in " ".join(said.split())
+    assert "damaged, moved to record.damaged" in " ".join(said.split())
     finish(done, "small")
     assert tables(done, "small") == tables(undisturbed, "small")
     del seen[one]

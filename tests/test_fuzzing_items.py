@@ -149,7 +149,7 @@ def test_every_broken_line_is_named(broken: dict[int, bytes], own_folder: Path) 
     shown = [problem.where for problem in error.problems]
     assert shown[: tasks.SHOWN_LINES] == wanted[: tasks.SHOWN_LINES]
     if len(wanted) > tasks.SHOWN_LINES:
-        assert error.problems[-1].message == f"{len(wanted) - tasks.SHOWN_LINES} more lines hold no item"
+        assert error.problems[-1].message == f"{len(wanted) - tasks.SHOWN_LINES} more lines are not items"
 
 
 @pytest.mark.parametrize("path", ["x" * 5000, "a\x00b", "experiments", "/dev/zero", "nothing.jsonl"])

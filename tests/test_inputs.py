@@ -45,7 +45,7 @@ def change(path: Path) -> None:
         "tasks/two-digit-sums/train.jsonl",
     ],
 )
-def test_what_is_damaged_is_set_aside_and_had_again(
+def test_a_damaged_folder_is_quarantined_and_fetched_again(
     own: Path, make_spec, capfd: pytest.CaptureFixture[str], file: str, damage
 ) -> None:
     spec, path = make_spec(), own / file
@@ -59,7 +59,7 @@ def test_what_is_damaged_is_set_aside_and_had_again(
     aside = path.parent.with_name(f"{path.parent.name}.damaged")
     # A checksum that was changed is seen at the file that it is of.
     name = "config.json" if (damage, path.name) == (change, "manifest.json") else path.name
-    assert f"{name} damaged or missing, set aside as {aside}" in capfd.readouterr().err
+    assert f"{name} damaged or missing; the folder was moved to {aside}" in capfd.readouterr().err
     assert (aside / path.name).is_file() == (left is not None)
     verify_inputs(spec)
     assert capfd.readouterr().err == ""

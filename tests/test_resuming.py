@@ -283,7 +283,7 @@ def test_two_jobs_never_make_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file = tmp_path / "run" / "state" / "lock"
     with (
         locked(file),
-        pytest.raises(InputError, match=rf"process {os.getpid()} makes this run at the moment"),
+        pytest.raises(InputError, match=rf"process {os.getpid()} is working on this run"),
         locked(file),
     ):
         pass

@@ -318,7 +318,7 @@ class TestMemoryTracker:
 def test_wrong_schema_versions_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     path.write_text('{"schema_version": 0}')
-    with pytest.raises(InputError, match="a record of version 0"):
+    with pytest.raises(InputError, match="the record has version 0"):
         read_record(path)
     path.write_text("half a rec")
     with pytest.raises(InputError, match="not a record"):

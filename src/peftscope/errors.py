@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LONGEST_PART = 1000
-"""Characters of a message's place, text or remedy: what people write can be of any length."""
+"""The most characters of a message's place, text or remedy, because people may write texts of any length."""
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 200
@@ -17,7 +17,7 @@ _REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 12
 
 
 def shown(value: Any) -> str:
-    """Returns a value as code, cut where it is long or deep.
+    """Returns a value as Python code, shortened if it is long or deep.
 
     >>> shown("q_prj"), shown(list(range(100)))
     ("'q_prj'", '[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ...]')
@@ -26,7 +26,7 @@ def shown(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Returns text that a terminal shows as it is: control characters and halves of surrogate pairs as escapes.
+    r"""Returns text that is safe in a terminal: control characters and halves of surrogate pairs become escapes.
 
     >>> printable("a\x1b[2Jb")
     'a\\x1b[2Jb'
@@ -37,7 +37,7 @@ def printable(text: str) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that a person has to mend.
+    """One thing that a person has to fix.
 
     Attributes:
         where: File and field, for example ``experiments/quick.yaml: axes.rank[1]``.
@@ -55,7 +55,7 @@ class Problem:
 
 
 class InputError(Exception):
-    """Bad input. Carries every problem that was found, not only the first."""
+    """Bad input. It holds all problems, not only the first one."""
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         found = [problems] if isinstance(problems, Problem) else list(problems)
@@ -64,7 +64,7 @@ class InputError(Exception):
 
 
 def close_match(word: str, known: Iterable[str]) -> str:
-    """Returns "did you mean ...?" for a misspelt word, or the list of known words.
+    """Returns "did you mean ...?" if a known word is close, and otherwise the list of known words.
 
     >>> close_match("rnak", ["rank", "alpha"])
     'did you mean `rank`?'

@@ -17,7 +17,7 @@ RESOURCES = Path("resources")
 MODELS_FOLDER = RESOURCES / "models"
 TASKS_FOLDER = RESOURCES / "tasks"
 BENCHMARKS_FOLDER = RESOURCES / "benchmarks"
-"""Rows of lm-eval's own benchmarks."""
+"""The folder with the rows of lm-eval's own benchmarks."""
 
 RESULTS = Path("results")
 RUNS = RESULTS / "runs"
@@ -26,9 +26,9 @@ REPORTS = Path("reports")
 PUBLISHED_RESULTS = RESULTS / "published"
 PUBLISHED_REPORTS = REPORTS / "published"
 MEMORY_FOLDER = RESULTS / "memory"
-"""What follows from the code alone: memory curves, bars, a chapter's table."""
+"""The folder of results that need no run: memory curves, bars, a chapter's table."""
 CARDS_FOLDER = RESULTS / "gpu"
-"""What ``make gpu-check`` measured, in one folder a card."""
+"""The results of ``make gpu-check``, with one folder per card."""
 
 CLAIMS_RESULTS = RESULTS / "claims.json"
 CLAIMS_PAGE = REPORTS / "claims.html"
@@ -38,7 +38,7 @@ NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,63}"
 
 
 def check_experiment_name(name: str) -> None:
-    """Raises InputError for what cannot be an experiment's name, such as a path."""
+    """Raises InputError if a text, such as a path, cannot be the name of an experiment."""
     if not re.fullmatch(NAME_PATTERN, name):
         raise InputError(Problem(f"experiment={name}", "not a name for an experiment", f"use {NAME_PATTERN}"))
 
@@ -47,7 +47,7 @@ def results_folder(experiment: str) -> Path:
     """Returns the folder of an experiment's results.
 
     Raises:
-        InputError: It cannot be an experiment's name.
+        InputError: The text cannot be the name of an experiment.
     """
     check_experiment_name(experiment)
     return RESULTS / experiment
@@ -59,12 +59,12 @@ def run_folder(run: str) -> Path:
 
 
 def record_path(run: str) -> Path:
-    """Returns where the record of a finished run is."""
+    """Returns the path of the record of a finished run."""
     return run_folder(run) / "record.json"
 
 
 def record_paths() -> list[Path]:
-    """Returns the records of all runs that ended here."""
+    """Returns the paths of the records of all runs in the store."""
     return sorted(RUNS.glob("*/record.json"))
 
 
@@ -74,10 +74,10 @@ def published_paths(name: str) -> list[Path]:
 
 
 def tuned_path(experiment: str) -> Path:
-    """Returns where the learning rates are that a study has chosen."""
+    """Returns the path of the learning rates that a study has chosen."""
     return results_folder(experiment) / "tuned.json"
 
 
 def report_path(experiment: str) -> Path:
-    """Returns where an experiment's report is."""
+    """Returns the path of an experiment's report."""
     return REPORTS / experiment / "report.html"

@@ -1,4 +1,4 @@
-"""RunRecord: what came out of one run. Written atomically, read everywhere after. No torch."""
+"""RunRecord: the result of one run, written atomically and read by everything after it. No torch."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ SCHEMA_VERSION = 1
 
 Status = Literal["ok", "oom", "diverged", "failed", "interrupted"]
 CHECKSUM = "sha256"
-"""The key of a record's checksum, of all its other keys as compact JSON in order."""
+"""The key of a record's checksum, which covers all other keys as JSON in sorted order."""
 
 RESTORED = "restored.json"
 """In a run's state: it says from which experiment's published results the run was restored."""
 
 FINAL: tuple[Status, ...] = ("ok", "oom", "diverged")
-"""What another attempt would only find again."""
+"""The statuses that another attempt would only repeat."""
 
 
 class Damaged(InputError):
-    """A file is not what was written."""
+    """A file differs from what was written."""
 
 
 class _Part(BaseModel):
@@ -38,14 +38,14 @@ class _Part(BaseModel):
 
 
 class PhaseMemory(_Part):
-    """Peaks of one phase, in bytes. None: this device cannot measure it.
+    """Peaks of one phase, in bytes. None means that this device cannot measure the value.
 
     Attributes:
-        peak_tensor_bytes: Live tensor bytes; on CUDA torch's ``max_memory_allocated``, on CPU the byte tracker. The
-            tracker's evaluation is the widest held-out batch, CUDA's also covers generation and retention.
+        peak_tensor_bytes: Live tensor bytes: ``max_memory_allocated`` on CUDA, the byte tracker's on CPU. In the
+            phase evaluate, the tracker covers only the widest held-out batch, CUDA also generation and retention.
         peak_reserved_bytes: CUDA only, ``max_memory_reserved``.
-        peak_device_bytes: CUDA only, by NVML: the whole card, whoever uses it.
-        peak_resident_bytes: Largest resident size of the process on the host.
+        peak_device_bytes: CUDA only, from NVML: the whole card, including other processes.
+        peak_resident_bytes: The largest resident size of the process on the host.
     """
 
     peak_tensor_bytes: int | None = None
@@ -55,9 +55,9 @@ class PhaseMemory(_Part):
 
 
 class PredictedMemory(_Part):
-    """What the simulator said before the first step, in bytes; on CUDA with what kernels take inside.
+    """The simulator's prediction before the first step, in bytes; on CUDA it includes the workspaces of kernels.
 
-    Reserved and device memory are CUDA's. AdaLoRA is predicted before it prunes, which frees nothing.
+    Reserved and device memory exist on CUDA only. AdaLoRA is predicted before it prunes; pruning frees nothing.
     """
 
     forward_peak_tensor_bytes: int | None = None
@@ -73,8 +73,8 @@ class Memory(_Part):
     """Peaks by phase; initialisation counts as load. The three parts of a step are CPU-only (byte tracker).
 
     Attributes:
-        paged_state_bytes: CUDA only: optimizer states in managed memory, which no peak of tensors counts.
-        ranks: Each process of a sharded run; the peaks by phase are then the largest of them.
+        paged_state_bytes: CUDA only: optimizer states in managed memory, which the peaks of tensors do not count.
+        ranks: The processes of a sharded run; the peaks by phase are then the largest among them.
     """
 
     load: PhaseMemory = PhaseMemory()
@@ -89,7 +89,7 @@ class Memory(_Part):
 
 
 class RankMemory(_Part):
-    """What one process of a sharded run held, in bytes: its share of the parameters, and its peaks."""
+    """The memory of one process of a sharded run, in bytes: its share of the parameters, and its peaks."""
 
     parameter_bytes: int
     load: PhaseMemory = PhaseMemory()
@@ -98,10 +98,10 @@ class RankMemory(_Part):
 
 
 class Seconds(_Part):
-    """Wall seconds of each phase. They cover the job from its process's start to the writing of the record.
+    """Wall seconds of each phase. Together they last from the start of the job's process to the writing of its record.
 
-    ``verify`` is for the checksums of model and data, ``load`` includes reading and tokenising the data, ``evaluate``
-    saving the adapter.
+    ``verify`` compares the checksums of model and data. ``load`` includes reading and tokenising the data, and
+    ``evaluate`` includes saving the adapter.
     """
 
     verify: float = 0.0
@@ -120,9 +120,9 @@ class Speed(_Part):
     """Step times after the warm-up steps; tokens per second at the median step.
 
     Attributes:
-        useful_flops_per_second: What the mathematics asks for (``training.ceilings``) over the time; median.
-        matmul_share: The same over the rate of a large matrix product on all devices of the run: the model's
-            utilisation of floating-point operations.
+        useful_flops_per_second: The useful work of a step (``training.ceilings``) divided by its time; the median.
+        matmul_share: The same divided by the rate of a large matrix product on all devices of the run. This is the
+            model's FLOP utilisation.
     """
 
     timed_steps: int = 0
@@ -138,12 +138,12 @@ class Speed(_Part):
 
 
 class Ceilings(_Part):
-    """What one device of the run does at best, measured after everything else.
+    """The best rates of one device of the run, measured after everything else.
 
     Attributes:
-        dtype: Of the matrix product: what the run computes in.
-        matmul_flops_per_second: Of a product of large square matrices.
-        copy_bytes_per_second: Of a large copy; every byte is read and written.
+        dtype: The precision of the matrix product, which is that of the run's computations.
+        matmul_flops_per_second: The rate at a product of large square matrices.
+        copy_bytes_per_second: The rate of a large copy, which reads and writes every byte.
     """
 
     dtype: str | None = None
@@ -152,9 +152,9 @@ class Ceilings(_Part):
 
 
 class Quality(_Part):
-    """Scores on the test split, on validation where a learning rate is chosen, and on English prose.
+    """Scores on the test split, on the validation split if it chooses a learning rate, and on English prose.
 
-    nll is nats per response token.
+    The unit of nll is nats per response token.
     """
 
     heldout_nll: float | None = None
@@ -167,7 +167,7 @@ class Quality(_Part):
 
 
 class Size(_Part):
-    """Parameters and bytes; ``trained_parameters`` is at the final budget, for AdaLoRA."""
+    """Parameters and bytes. For AdaLoRA, ``trained_parameters`` counts those of the final budget."""
 
     initial_trainable_parameters: int | None = None
     trained_parameters: int | None = None
@@ -179,13 +179,13 @@ class RunRecord(_Part):
     """One run: its spec, how it ended, and everything that was measured.
 
     Attributes:
-        train_nll: Mean nll of response tokens, step by step; None where it was not finite.
-        train_loss: What was minimised: the nll and, for AdaLoRA, its orthogonality term.
-        train_batches_sha256: Of all training tokens in order: equal for runs that saw the same batches.
-        files: SHA-256 of the run's other files, by their place in its folder.
-        benchmarks: Scores of lm-eval's own benchmarks, by its names for them, and ``items``.
-        method_metrics: Figures that one method alone can give.
-        unavailable: Why each null field is null.
+        train_nll: The mean nll of response tokens of each step; None if it was not finite.
+        train_loss: The minimised loss: the nll and, for AdaLoRA, its orthogonality term.
+        train_batches_sha256: The hash of all training tokens in order; runs that saw the same batches have the same.
+        files: The SHA-256 of the run's other files, by their path in its folder.
+        benchmarks: The scores of lm-eval's own benchmarks by lm-eval's names, and the number of ``items``.
+        method_metrics: Numbers that only one method has.
+        unavailable: The reason why a field is null, by field.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -210,7 +210,7 @@ class RunRecord(_Part):
 
 
 def state_folder(run: Path) -> Path:
-    """Returns where a run's folder keeps what outlives a job: checkpoints, the finished record, the lock."""
+    """Returns the folder of a run for files that outlive a job: checkpoints, the finished record, the lock."""
     return run / "state"
 
 
@@ -225,14 +225,14 @@ def in_adapter(name: str) -> bool:
 
 
 def clear_checkpoints(run: Path) -> None:
-    """Removes the checkpoints of a run that has ended, those of all its processes."""
+    """Removes the checkpoints of all processes of a run that has ended."""
     for pattern in ("checkpoint-*.pt", "checkpoint.unfinished"):
         for path in state_folder(run).rglob(pattern):
             path.unlink(missing_ok=True)
 
 
 def write_record(path: Path, record: RunRecord) -> None:
-    """Writes a record with its own checksum, atomically."""
+    """Writes a record and its checksum atomically."""
     content = _finite(record.model_dump(mode="json"))
     write_json(path, content | {CHECKSUM: _content_sha256(content)})
 
@@ -243,7 +243,7 @@ def _content_sha256(content: dict[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Returns JSON content with None in the place of NaN and infinity."""
+    """Returns JSON content in which None replaces NaN and infinity."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -252,14 +252,14 @@ def _finite(value: Any) -> Any:
 
 
 def finished_record(run: Path, identity: str) -> RunRecord | None:
-    """Returns the record of a run that ended in an earlier job, None if it did not or its files are damaged."""
+    """Returns the record of a run that an earlier job finished, or None if none did or its files are damaged."""
     path = state_folder(run) / "record.json"
     if not path.is_file():
         return None
     try:
         record = read_record(path)
     except Damaged as error:
-        print(f"{error}; the run is made anew", file=sys.stderr)
+        print(f"{error}; the run starts again", file=sys.stderr)
         return None
     except InputError:
         return None
@@ -268,17 +268,17 @@ def finished_record(run: Path, identity: str) -> RunRecord | None:
     kept = {name: digest for name, digest in record.files.items() if not (is_restored(run) and in_adapter(name))}
     damaged = damaged_files(run, kept)
     if damaged or (record.status == "ok" and not (run / "items.jsonl").is_file()):
-        print(f"{run}: {', '.join(damaged) or 'items.jsonl'} damaged or missing; the run is made anew", file=sys.stderr)
+        print(f"{run}: {', '.join(damaged) or 'items.jsonl'} damaged or missing; the run starts again", file=sys.stderr)
         return None
     return record
 
 
 def recover_record(path: Path) -> RunRecord:
-    """Returns a run's record; a damaged one is set aside, and the sound copy in the run's state takes its place.
+    """Returns a run's record. A damaged record is quarantined, and the copy in the run's state replaces it.
 
     Raises:
-        Damaged: There is no sound copy, so that the run has to be made again.
-        InputError: As ``read_record``.
+        Damaged: There is no sound copy, so the run has to be repeated.
+        InputError: The record has another schema version.
     """
     try:
         return read_record(path)
@@ -287,8 +287,8 @@ def recover_record(path: Path) -> RunRecord:
         path.replace(aside)
         record = finished_record(path.parent, path.parent.name)
         if record is None:
-            remedy = "the same command again makes the run anew"
-            raise Damaged(Problem(str(path), f"damaged, set aside as {aside.name}", remedy)) from None
+            remedy = "repeat the same command to run it again"
+            raise Damaged(Problem(str(path), f"damaged, moved to {aside.name}", remedy)) from None
         print(f"{error}; restored from its copy", file=sys.stderr)
         write_record(path, record)
         return record
@@ -303,24 +303,24 @@ def parse_record(text: str | bytes, where: str) -> RunRecord:
     """Returns a record from its JSON text; ``where`` names the text in messages.
 
     Raises:
-        Damaged: It is no record, or not the one that was written.
-        InputError: It is of another schema version.
+        Damaged: The file is not a record, or differs from what was written.
+        InputError: The record has another schema version.
     """
-    again = "remove it to run again"
+    remedy = "remove it to run again"
     try:
         content = json.loads(text)
         found = content.get("schema_version")
     except (ValueError, AttributeError, RecursionError):
-        raise Damaged(Problem(where, "not a record", again)) from None
+        raise Damaged(Problem(where, "not a record", remedy)) from None
     if found != SCHEMA_VERSION:
-        message = f"a record of version {found}, this is {SCHEMA_VERSION}"
-        raise InputError(Problem(where, message, f"{again}, or use the version that wrote it"))
-    # Records of before there were checksums have none.
+        message = f"the record has version {found}, this program reads {SCHEMA_VERSION}"
+        raise InputError(Problem(where, message, f"{remedy}, or use the version that wrote it"))
+    # The first records were written without a checksum.
     if content.pop(CHECKSUM, _content_sha256(content)) != _content_sha256(content):
-        raise Damaged(Problem(where, "damaged: it is not what its checksum says", again))
+        raise Damaged(Problem(where, "damaged: its checksum does not match", remedy))
     try:
         return RunRecord.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
-        raise Damaged(Problem(f"{where}: {field}", f"not a record: {first['msg']}", again)) from None
+        raise Damaged(Problem(f"{where}: {field}", f"not a record: {first['msg']}", remedy)) from None

@@ -1,7 +1,7 @@
 """RunSpec: everything that decides what a run does, and the id that follows from it. No torch.
 
-How a run is executed (threads, folders) is not here: that is the workflow profile's business. Over how many processes
-it is sharded is, because that decides what each of them holds, and the order in which sums are rounded.
+A spec does not say how a run is executed (threads, folders); workflow profiles do. It does say over how many processes
+a run is sharded, because that decides what each of them holds and in which order sums are rounded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peftscope.hardware.device import Device
 from peftscope.methods import AnyMethod
 
 SPEC_VERSION = 1
-"""Part of every run id: raise it when the same spec starts to mean something else."""
+"""This number is part of every run id. Raise it when the meaning of an existing spec changes."""
 
 RUN_ID_PATTERN = r"[a-z0-9.-]+"
 MOST_SHARDS = 1024
@@ -35,9 +35,9 @@ class RunSpec(BaseModel):
     ] = None
     task: Annotated[str, Field(min_length=1, description="a name in tasks.yaml")]
     method: AnyMethod
-    seed: Annotated[CountOrZero, Field(description="reaches adapter initialisation, dropout and data order")] = 0
+    seed: Annotated[CountOrZero, Field(description="seeds adapter initialisation, dropout and data order")] = 0
     init_seed: Annotated[
-        CountOrZero | None, Field(description="of adapter initialisation and dropout alone; null: the seed")
+        CountOrZero | None, Field(description="seeds adapter initialisation and dropout alone; null: same as seed")
     ] = None
     shuffled_targets: Annotated[
         bool, Field(description="a control: every training prompt gets the response of another one")
@@ -47,10 +47,10 @@ class RunSpec(BaseModel):
     batch_size: Annotated[Count, Field(description="sequences a forward pass")] = 16
     gradient_accumulation: Annotated[Count, Field(description="forward passes a step")] = 1
     packing: Annotated[
-        bool, Field(description="several examples a sequence, each seeing itself alone (a block-diagonal mask)")
+        bool, Field(description="several examples per sequence; each attends to itself only (a block-diagonal mask)")
     ] = False
     seq_len: Annotated[Count, Field(description="longest sequence in tokens; longer prompts lose their start")] = 256
-    learning_rate: Annotated[float, Field(ge=0, description="of the first parameter group; 0 is a control")]
+    learning_rate: Annotated[float, Field(ge=0, description="for the first parameter group; 0 is a control")]
     schedule: Annotated[Literal["constant", "linear", "cosine"], Field(description="after the warm-up")] = "constant"
     warmup_steps: Annotated[CountOrZero, Field(description="linear warm-up")] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -60,7 +60,8 @@ class RunSpec(BaseModel):
         Field(description="torch.optim, or bitsandbytes: 8-bit states, states that CUDA may page out to the host"),
     ] = "adamw"
     optimizer_implementation: Annotated[
-        Literal["foreach", "fused", "single"], Field(description="of torch.optim; foreach is what it chooses on CUDA")
+        Literal["foreach", "fused", "single"],
+        Field(description="an option of torch.optim; foreach is its choice on CUDA"),
     ] = "foreach"
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -80,11 +81,11 @@ class RunSpec(BaseModel):
         Count,
         Field(
             le=MOST_SHARDS,
-            description="processes, a card each, that share the rows of a batch and every tensor of the training",
+            description="processes, one per card, that share the rows of a batch and every tensor of the training",
         ),
     ] = 1
 
-    eval_batch_size: Annotated[Count, Field(description="fixed: bf16 answers depend on it")] = 32
+    eval_batch_size: Annotated[Count, Field(description="fixed, because bf16 answers depend on it")] = 32
     validation_items: Annotated[
         CountOrZero, Field(description="validation items for the loss that learning rates are chosen by; 0: none")
     ] = 0
@@ -95,9 +96,9 @@ class RunSpec(BaseModel):
     ] = 1024
     benchmarks: Annotated[
         tuple[Annotated[str, Field(pattern=f"^{BENCHMARK_PATTERN}$", max_length=LONGEST_NAME)], ...],
-        Field(description="lm-eval's own tasks, scored after training; the base's run is the before"),
+        Field(description="lm-eval's own tasks, scored after training; the run of the base gives the score before"),
     ] = ()
-    benchmark_items: Annotated[Count | None, Field(description="of each benchmark; null: all")] = None
+    benchmark_items: Annotated[Count | None, Field(description="items of each benchmark; null: all")] = None
     untimed_steps: Annotated[CountOrZero, Field(description="first steps left out of the step times")] = 3
     probe_steps: Annotated[CountOrZero, Field(description="extra steps under the byte tracker (CPU); 0: none")] = 2
 
@@ -116,10 +117,10 @@ class RunSpec(BaseModel):
         if self.attention == "flash_attention_2" and (self.device == "cpu" or self.precision == "fp32"):
             raise ValueError("attention=flash_attention_2 needs a CUDA card and 16-bit precision; use sdpa")
         if self.packing and self.attention == "flash_attention_2":
-            raise ValueError("packing passes an explicit mask, which flash_attention_2 does not take; use sdpa")
+            raise ValueError("packing passes an explicit mask, which flash_attention_2 does not accept; use sdpa")
         if self.packing and not self.method.supports_packing:
             raise ValueError(
-                f"packing does not work with {self.method.name}, whose virtual tokens stand before one prompt"
+                f"packing does not work with {self.method.name}, whose virtual tokens precede a single prompt"
             )
         if self.optimizer not in ("adamw", "sgd") and self.optimizer_implementation != "foreach":
             raise ValueError(
@@ -138,11 +139,13 @@ class RunSpec(BaseModel):
         if self.optimizer not in ("adamw", "sgd"):
             raise ValueError(f"shards={self.shards} needs an optimizer of torch (got {self.optimizer}); use adamw")
         if self.batch_size % self.shards:
-            raise ValueError(f"shards={self.shards} must divide batch_size={self.batch_size}: each takes as many rows")
+            raise ValueError(
+                f"shards={self.shards} must divide batch_size={self.batch_size}, so that all get equal rows"
+            )
         return self
 
     def canonical(self) -> dict[str, Any]:
-        """Returns the fields that differ from their defaults: what the id hashes, so that new fields rename nothing."""
+        """Returns the fields that differ from their defaults. The id hashes only these: a new field renames no run."""
         return {
             **self.model_dump(mode="json", exclude_defaults=True, exclude={"method"}),
             "method": {"name": self.method.name, **self.method.model_dump(mode="json", exclude_defaults=True)},
@@ -150,7 +153,7 @@ class RunSpec(BaseModel):
 
 
 def run_id(spec: RunSpec) -> str:
-    """Returns the run's name: a readable stem and a hash of everything that differs from the defaults."""
+    """Returns the run's id: a readable stem and a hash of every field that differs from its default."""
     parts = [spec.method.name, *spec.method.id_parts(), f"s{spec.seed}"]
     parts += [spec.device] if spec.device != "cpu" else []
     stem = re.sub(r"[^a-z0-9.-]+", "-", "-".join(parts).lower())[:80]
@@ -159,5 +162,5 @@ def run_id(spec: RunSpec) -> str:
 
 
 def spec_schema() -> dict[str, Any]:
-    """Returns the JSON schema of a spec, committed as ``experiments/spec.schema.json``."""
+    """Returns the JSON schema of a spec, which is committed as ``experiments/spec.schema.json``."""
     return RunSpec.model_json_schema()

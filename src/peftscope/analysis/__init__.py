@@ -1,1 +1,1 @@
-"""From records to tables, statistics and studies."""
+"""Records collected into tables, the statistics on them, and the comparisons of studies. No torch."""

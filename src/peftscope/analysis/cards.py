@@ -1,4 +1,4 @@
-"""What the check on a card leaves behind, and reading it: JSON alone. No torch."""
+"""Reads the JSON files that the check on a card writes. No torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftscope.files.content import parse_json, read_text
 from peftscope.layout import PUBLISHED_RESULTS
 
 KINDS = ("fits", "steps", "latency", "memory")
-"""Kinds of jobs, in their order: what decides most claims comes first. Each has a JSON file and a CSV file."""
+"""The kinds of jobs in their order; those that decide most claims come first. Each has a JSON and a CSV file."""
 
 CARD_FILE = "card.json"
 PUBLISHED = PUBLISHED_RESULTS / "gpu"
@@ -23,11 +23,11 @@ _NAMED = ("method", "batch_size", "seq_len", "checkpointing")
 
 @dataclass(frozen=True)
 class Card:
-    """One card's results.
+    """The results of one card.
 
     Attributes:
-        facts: Content of ``card.json``.
-        rows: By kind and label.
+        facts: The content of ``card.json``.
+        rows: The row of each job, by kind and label.
     """
 
     facts: dict[str, Any]
@@ -35,23 +35,23 @@ class Card:
 
     @property
     def name(self) -> str:
-        """As the driver says it."""
+        """The card's name according to its driver."""
         return str(self.facts["name"])
 
     def find(self, kind: str, label: str) -> dict[str, Any] | None:
-        """Returns the row of a job that was measured, or that ended out of memory; None: neither."""
+        """Returns the row of a job that was measured or ran out of memory, or None."""
         row = self.rows[kind].get(label)
         return row if row is not None and row["status"] in ("ok", "out of memory") else None
 
 
 def label_of(model: str, options: Mapping[str, Any], limit: str = "", headroom: float = 0) -> str:
-    """Returns the name of a job, which is how a claim finds its row.
+    """Returns the label of a job, by which a claim finds its row.
 
     Args:
-        model: A preset, or the file of a config.
-        options: Of ``peftscope.memory.question.ask``.
-        limit: The card whose memory the job is held to.
-        headroom: Share of that which stays free.
+        model: A preset, or the path of a ``config.json``.
+        options: The options of ``peftscope.memory.question.ask``.
+        limit: The card to whose memory the job is limited.
+        headroom: The share of this memory that stays free.
 
     >>> label_of("llama-2-7b", {"method": "lora", "targets": "attention", "checkpointing": True}, "rtx4090")
     'llama-2-7b-lora-1x512-checkpointing-attention-on-rtx4090'
@@ -68,7 +68,7 @@ def label_of(model: str, options: Mapping[str, Any], limit: str = "", headroom: 
 
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns the rows of one kind by their labels; none where there is no file.
+    """Returns the rows of one kind by their labels, or no rows if the file does not exist.
 
     Raises:
         InputError: The file is damaged.
@@ -82,7 +82,7 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_cards(folder: Path) -> list[Card]:
-    """Returns the results of CUDA cards in a folder or in the folders below; what a processor left is no card's.
+    """Returns the results of CUDA cards in a folder and its subfolders; results of processors are ignored.
 
     Raises:
         InputError: A file is damaged.
@@ -98,7 +98,7 @@ def read_cards(folder: Path) -> list[Card]:
 
 
 def is_of_card(path: Path) -> bool:
-    """Returns whether a ``card.json`` is a CUDA card's, and not that of a processor that stood in for one.
+    """Returns whether a ``card.json`` belongs to a CUDA card, not to a processor that stood in for one.
 
     Raises:
         InputError: The file is damaged.
@@ -112,7 +112,7 @@ def _of_cards(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """Returns a file's mapping.
+    """Returns the mapping that a JSON file holds.
 
     Raises:
         InputError: The file is damaged.

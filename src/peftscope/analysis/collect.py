@@ -1,4 +1,4 @@
-"""Records to tidy tables: ``runs.csv``, one row a run, and ``losses.csv``, one row a step. No torch."""
+"""Collects records into ``runs.csv`` with one row per run, and ``losses.csv`` with one row per step. No torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from peftscope.record import Damaged, RunRecord, recover_record
 from peftscope.spec import RunSpec
 
 BENCHMARK = "benchmark_"
-"""Begins the columns of benchmarks; the benchmark's name and the unit follow."""
+"""The prefix of the columns of benchmarks; the benchmark's name and the unit follow."""
 
 MAIN_SCORES = ("acc_norm,none", "acc,none", "exact_match,flexible-extract", "exact_match,none")
-"""Which of a benchmark's scores a table shows, the first that it has: for GSM8K the last number of an answer, however
-it was announced."""
+"""A table shows the first of these scores that a benchmark has. For GSM8K, that is the score of the last number of an
+answer, in whatever words the answer announces it."""
 
 
 def main_score(scores: dict[str, float]) -> float | None:
@@ -35,7 +35,7 @@ def collect_experiment(sweep: Sweep) -> None:
     """Writes ``runs.csv`` and ``losses.csv`` of an experiment; runs without a record have the status ``missing``.
 
     Raises:
-        InputError: Records are damaged, all of which were set aside, or those of other runs or versions.
+        InputError: Records are damaged, or belong to other runs or versions. The damaged ones were quarantined.
     """
     folder = results_folder(sweep.name)
     member: dict[str, list[str]] = {identity: [] for identity in sweep.runs}
@@ -60,15 +60,15 @@ def collect_experiment(sweep: Sweep) -> None:
 
 
 def read_runs(experiment: str) -> pd.DataFrame:
-    """Returns ``runs.csv``; columns without a value anywhere stay, empty.
+    """Returns ``runs.csv``, including columns that are empty throughout.
 
     Raises:
-        InputError: There is none.
+        InputError: The file does not exist.
     """
     path = results_folder(experiment) / "runs.csv"
     if not path.is_file():
         raise InputError(Problem(str(path), "no such file", f"make report EXPERIMENT={experiment}"))
-    # A copy is in one piece; pandas warns of a column that is added to more than a hundred.
+    # The copy is contiguous; without it, pandas warns when a column is added to more than a hundred.
     return pd.read_csv(path, dtype={"comparisons": str}).fillna({"comparisons": ""}).copy()
 
 
@@ -78,7 +78,7 @@ def _find_record(folder: Path) -> RunRecord | None:
             record = recover_record(folder / name)
             if record.run_id != folder.name:
                 raise InputError(
-                    Problem(str(folder / name), f"the record of another run, {record.run_id}", "remove it")
+                    Problem(str(folder / name), f"this is the record of another run, {record.run_id}", "remove it")
                 )
             return record
     return None
@@ -138,6 +138,6 @@ def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
 
 
 def _bf16_products(record: RunRecord) -> str | None:
-    """Returns how a processor computed bf16 products; records that do not say so are older than any other way."""
+    """Returns how a processor computed bf16 products. Records without the field are older than the fp32 way."""
     has_none = record.spec.device != "cpu" or record.spec.precision == "fp32" or not record.provenance
     return None if has_none else record.provenance.get("bf16_products", "native")

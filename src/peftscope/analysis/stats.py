@@ -1,6 +1,6 @@
 """Statistics: a thin layer over scipy and statsmodels. No torch.
 
-How often an interval covers the true mean of normal values, by simulation (a test repeats it):
+The table says how often an interval covers the true mean of normal values, by simulation (a test repeats it):
 
 ========  =================  ==============================  ==============================
  values    Student t, 95 %    expanded bootstrap, 95 %        between the equivalence bounds
@@ -10,8 +10,8 @@ How often an interval covers the true mean of normal values, by simulation (a te
     8           95 %                     94 %                             90 %
 ========  =================  ==============================  ==============================
 
-The t interval is the primary one. The bootstrap stands beside it, and is too narrow below eight values. Below six
-pairs no exact test can reach p < 0.05.
+The t interval is the primary one. The bootstrap is shown beside it, and is too narrow below eight values. Below six
+pairs, no exact test can reach p < 0.05.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from scipy import special, stats
 CONFIDENCE = 0.95
 MOST_PAIRS = 1_000_000
 FEWEST_PAIRS = 6
-"""Below, no exact test reaches p < 0.05, and resampled pairs repeat themselves too often to say anything."""
+"""With fewer pairs, no exact test reaches p < 0.05, and resamples repeat too often to be informative."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over n independent runs; the bounds are None where n = 1, or values without spread, give none."""
+    """The mean of n independent runs and its interval. The bounds are None if n = 1 or the values have no spread."""
 
     mean: float
     low: float | None
@@ -41,7 +41,7 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval | None:
-    """Returns the mean with its Student t interval, or None without values.
+    """Returns the mean of the values with its Student t interval, or None if there are no values.
 
     >>> interval = mean_interval([1.0, 2.0, 3.0])
     >>> round(interval.low, 3), interval.mean, round(interval.high, 3)
@@ -55,7 +55,7 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
         return Interval(mean, None, None, 1)
     if np.ptp(sample) == 0:
         return Interval(mean, None, None, int(sample.size))
-    # The quantile itself: scipy's distributions check their arguments for ten times as long as it takes.
+    # This computes the quantile directly: scipy's distributions spend ten times as long on checking arguments.
     reach = special.stdtrit(sample.size - 1, (1 + confidence) / 2) * sample.std(ddof=1) / math.sqrt(sample.size)
     return Interval(mean, float(mean - reach), float(mean + reach), int(sample.size))
 
@@ -65,7 +65,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Returns the bounds of the expanded percentile bootstrap of a mean.
 
-    The plain percentile interval is too narrow at few values. The expanded one takes wider percentiles, such that for
+    The plain percentile interval is too narrow for few values. The expanded one uses wider percentiles, so that for
     normal values it is about as wide as Student's. Source: Hesterberg 2015, arXiv 1411.5279, section 6.2.
     """
     sample = np.asarray(values, dtype=float)
@@ -81,7 +81,7 @@ def median_ratio_interval(
 ) -> tuple[float, float, float]:
     """Returns the ratio of two medians with the bounds of its 95 % percentile bootstrap.
 
-    The bounds are those of the spread within the two samples: repeated times of one process, say.
+    The bounds describe the spread within the two samples, for example of repeated times of one process.
 
     >>> median_ratio_interval([2.0, 2.0, 2.0], [1.0, 1.0, 1.0])
     (2.0, 2.0, 2.0)
@@ -93,13 +93,13 @@ def median_ratio_interval(
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
-    """Returns the two-sided p of paired differences under flips of their signs; exact up to 16 pairs.
+    """Returns the two-sided p of paired differences under sign flips, which is exact up to 16 pairs.
 
     >>> sign_flip_p([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     0.03125
     """
     sample = (np.asarray(differences, dtype=float),)
-    # All flips at once of a few hundred pairs take a gigabyte; a batch at a time they give the same p.
+    # For a few hundred pairs, all flips at once take a gigabyte. Batches give the same p.
     found = stats.permutation_test(
         sample, np.sum, permutation_type="samples", n_resamples=2**16, batch=1024, random_state=0
     )
@@ -109,9 +109,9 @@ def sign_flip_p(differences: Sequence[float]) -> float:
 def equivalence_interval(differences: Sequence[float], alpha: float = 1 - CONFIDENCE) -> tuple[float, float] | None:
     """Returns the interval that must lie between the margins for two one-sided t tests to pass at ``alpha``.
 
-    None for a single value. Values without spread are their own interval.
+    A single value has no interval (None). The interval of values without spread is their common value.
 
-    Source: Schuirmann 1987; the same decision as ``statsmodels.stats.weightstats.ttost_paired``.
+    Source: Schuirmann 1987. The decision equals that of ``statsmodels.stats.weightstats.ttost_paired``.
     """
     if len(differences) < 2:
         return None
@@ -124,7 +124,7 @@ def equivalence_interval(differences: Sequence[float], alpha: float = 1 - CONFID
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Returns p values adjusted for their number within one family. Source: Holm 1979."""
-    from statsmodels.stats.multitest import multipletests  # its import takes two seconds, which few commands need
+    from statsmodels.stats.multitest import multipletests  # this import takes two seconds, and few commands need it
 
     return [float(p) for p in multipletests(p_values, method="holm")[1]] if p_values else []
 
@@ -132,9 +132,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def pairs_needed(
     differences: Sequence[float], effect: float, power: float = 0.8, alpha: float = 1 - CONFIDENCE
 ) -> int | None:
-    """Returns how many pairs a two-sided t test needs to see ``effect`` with this power; None without any spread.
+    """Returns how many pairs a two-sided t test needs to detect ``effect`` with this power, at most ``MOST_PAIRS``.
 
-    At most ``MOST_PAIRS``.
+    Without spread or without an effect, the answer is None.
     """
     from statsmodels.stats.power import TTestPower
 
@@ -145,15 +145,15 @@ def pairs_needed(
 
     def reached(pairs: int) -> bool:
         found = TTestPower().power(abs(effect) / spread, pairs, alpha)
-        return not found < power  # not a number where even two pairs are more than enough
+        return not found < power  # the power is not a number if even two pairs are more than enough
 
     return 2 + bisect_left(range(2, MOST_PAIRS), True, key=reached)
 
 
 def paired_p(differences: Sequence[float]) -> float:
-    """Returns the two-sided p of a paired t test: below 0.05 exactly where the 95 % interval excludes 0.
+    """Returns the two-sided p of a paired t test, which is below 0.05 exactly if the 95 % interval excludes 0.
 
-    Differences without spread are no chance: 0 if they differ from 0, else 1.
+    For differences without spread, p is 0 if they differ from 0, and 1 otherwise.
 
     >>> round(paired_p([1.0, 2.0, 3.0]), 3)
     0.074
@@ -166,7 +166,7 @@ def paired_p(differences: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class FalsePositives:
-    """How often the paired t test would call an arm different from itself, and the range that chance allows."""
+    """The rate at which the paired t test calls an arm different from itself, and the range that chance allows."""
 
     rate: float
     low: float
@@ -174,16 +174,16 @@ class FalsePositives:
 
 
 def false_positives(differences: Sequence[float], resamples: int = 1000, seed: int = 0) -> FalsePositives | None:
-    """Returns how often our rule would call an arm different from itself; None below ``FEWEST_PAIRS``.
+    """Returns how often our rule would call an arm different from itself, or None below ``FEWEST_PAIRS``.
 
-    Each of the resamples draws as many pairs as there are, with replacement, and tosses a coin over which of the two
-    runs of a pair comes first: there is no difference left but chance. That few pairs stand for all makes the rate
-    vary from one study to the next; the range holds 95 % of the rates of as many normal pairs.
+    Each resample draws as many pairs as there are, with replacement, and decides by a coin which run of a pair comes
+    first, so that only chance differences remain. With few pairs, the rate varies from one study to the next. The range
+    holds 95 % of the rates that the same number of normal pairs would give.
 
     Args:
-        differences: Of runs of the same arm, one a seed; arms that always agree give a rate of 0.
-        resamples: How many samples of pairs.
-        seed: Of the draws.
+        differences: The differences between runs of the same arm, one per seed. If all are 0, the rate is 0.
+        resamples: The number of resamples.
+        seed: The seed of the draws.
     """
     n = len(differences)
     if n < FEWEST_PAIRS:
@@ -196,7 +196,7 @@ def false_positives(differences: Sequence[float], resamples: int = 1000, seed: i
 
 
 def _called_different(sample: np.ndarray, resamples: int, random: np.random.Generator) -> float:
-    """Returns the share of resamples of which ``paired_p`` is below the nominal level."""
+    """Returns the share of resamples whose ``paired_p`` is below the nominal level."""
     shape = (resamples, sample.size)
     draws = random.choice(sample, shape) * random.choice([-1.0, 1.0], shape)
     limit = stats.t.ppf((1 + CONFIDENCE) / 2, sample.size - 1)

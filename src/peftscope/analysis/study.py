@@ -1,8 +1,8 @@
-"""What a study found: learning rates, paired differences between arms at their best ones, controls. No torch.
+"""Reads the results of a study: learning rates, paired differences between tuned arms, and controls. No torch.
 
-Every arm of a study saw the same batches under the same seed, so that differences are taken seed by seed. Losses are
-nats per response token of held-out items. A run that diverged stays in its pair, with the loss of the untouched base:
-leaving it out would flatter its arm.
+With the same seed, all arms of a study see the same batches, so differences are paired by seed. Losses are nats per
+response token of held-out items. A run that diverged stays in its pair with the loss of the untouched base, because
+to leave it out would favour its arm.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ VALIDATION = "validation_nll_nats_per_token"
 
 @dataclass(frozen=True)
 class Rate:
-    """An arm's best learning rate between its neighbours among those that were tried, and all of them.
+    """An arm's best learning rate, its neighbours among the rates that were tried, and the losses of all of them.
 
-    A best one at an end of its list, which a study may keep, is its own neighbour there.
+    If the best rate is the lowest or highest of its list, which a study may allow, it is its own neighbour.
     """
 
     below: float
     best: float
     above: float
     curve: dict[float, float | None]
-    """Validation loss by learning rate; None where the run diverged."""
+    """The validation loss by learning rate; None if the run diverged."""
 
 
 class StudyResults:
-    """The tables of one study.
+    """The results of one study, from this workspace or from the published files.
 
     Args:
-        name: The experiment that is the study.
+        name: The name of the study's experiment.
 
     Raises:
-        InputError: Nothing of it was run, here or in what is published.
+        InputError: There are no results, neither here nor published.
     """
 
     def __init__(self, name: str) -> None:
@@ -59,7 +59,7 @@ class StudyResults:
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """Every run, one row each."""
+        """The table of all runs, one row per run."""
         table = pd.read_csv(self._folder / "runs.csv", dtype={"comparisons": str}).copy()
         return table.fillna({"comparisons": ""})
 
@@ -74,7 +74,7 @@ class StudyResults:
 
     @cached_property
     def left_out(self) -> dict[str, str]:
-        """The arms that could not be tuned, each with the reason; empty before the tuning is done."""
+        """The arms that could not be tuned, each with the reason. It is empty until the tuning is done."""
         path = self._folder / "tuned.json"
         arms = json.loads(path.read_text())["arms"] if path.is_file() else {}
         return {arm: chosen["reason"] for arm, chosen in arms.items() if chosen["learning_rate"] is None}
@@ -88,7 +88,7 @@ class StudyResults:
 
     @property
     def labels(self) -> dict[str, str]:
-        """The arms' names for people: their method's, with the arm's own where another arm has the same method."""
+        """The label of each arm: that of its method, followed by the arm's name if another arm has the same method."""
         found: dict[str, str] = {}
         for arm in self.arms:
             method = str(self.tuning_runs(arm)["label"].iloc[0])
@@ -97,11 +97,11 @@ class StudyResults:
 
     @property
     def subject(self) -> str:
-        """Model and task."""
+        """The model and the task of the study."""
         return f"{self.table['model'].iloc[0]}, {self.table['task'].iloc[0]}"
 
     def rate(self, arm: str) -> Rate:
-        """Returns the learning rate that was chosen for an arm."""
+        """Returns the learning rate of an arm, with its neighbours."""
         chosen = self._chosen(arm)
         curve = {tried["learning_rate"]: tried["validation_nll"] for tried in chosen["tried"]}
         rates = list(curve)
@@ -110,12 +110,12 @@ class StudyResults:
 
     @property
     def arms_at_an_end(self) -> list[str]:
-        """The arms whose best rate was the lowest or highest that was tried: a better one may lie beyond."""
+        """The arms whose best rate was the lowest or highest of its list, so that a better one may lie beyond."""
         found = {arm: self.rate(arm) for arm in self.arms}
         return [arm for arm, rate in found.items() if rate.best in (rate.below, rate.above)]
 
     def tuning_runs(self, arm: str, learning_rate: float | None = None) -> pd.DataFrame:
-        """Returns the runs that chose an arm's rate, one row each: all, or those at one rate."""
+        """Returns the tuning runs of an arm, one row per run: all of them, or those at one rate."""
         tried = self._chosen(arm)["tried"]
         names = [run for t in tried if learning_rate in (None, t["learning_rate"]) for run in t["run_ids"]]
         table = self.table.set_index("run_id", drop=False)
@@ -124,25 +124,25 @@ class StudyResults:
         return table.loc[names]
 
     def arm_runs(self, arm: str) -> pd.DataFrame:
-        """Returns an arm's runs at its chosen rate, one row a seed.
+        """Returns the runs of an arm at its chosen rate, one row per seed.
 
         Raises:
-            InputError: Some have not been made: nothing is concluded from half a study.
+            InputError: Some runs are missing. An unfinished study supports no conclusion.
         """
         return self._finished(f"{ARM}{arm}")
 
     def control_runs(self, control: str, arm: str) -> pd.DataFrame:
-        """Returns the runs of a control of an arm, one row a seed.
+        """Returns the runs of a control of an arm, one row per seed.
 
         Raises:
-            InputError: As for an arm's runs.
+            InputError: Some runs are missing.
         """
         runs = self._finished(f"{CONTROL}{control}-{arm}")
         return runs[~runs["run_id"].isin(self.arm_runs(arm)["run_id"])]
 
     @property
     def controls(self) -> list[tuple[str, str]]:
-        """The controls of the study, each with its arm."""
+        """The controls of the study, each paired with its arm."""
         names = dict.fromkeys(name for cell in self.table["comparisons"] for name in cell.split())
         return [tuple(name.split("-", 2)[1:]) for name in names if name.startswith(CONTROL)]
 
@@ -155,7 +155,7 @@ class StudyResults:
         return runs.fillna({HELDOUT: self.base_loss})
 
     def require_finished(self) -> None:
-        """Raises InputError while runs are missing: nothing is concluded from half a study."""
+        """Raises InputError if runs are missing, because an unfinished study supports no conclusion."""
         for arm in self.arms:
             self.arm_runs(arm)
         for control, arm in self.controls:
@@ -172,10 +172,10 @@ class StudyResults:
 
     @property
     def full_gain(self) -> float:
-        """What full fine-tuning gains over the base, in the mean: the yardstick of differences.
+        """The mean gain of full fine-tuning over the base, in which differences are expressed.
 
         Raises:
-            InputError: It gains nothing: there is no yardstick.
+            InputError: Full fine-tuning gains nothing, so there is no yardstick.
         """
         gain = self.base_loss - float(self.arm_runs("full")[HELDOUT].mean())
         if gain <= 0:
@@ -183,17 +183,17 @@ class StudyResults:
         return gain
 
     def training_losses(self) -> pd.Series:
-        """Returns each run's training loss, indexed by run id and step."""
+        """Returns the training losses of all runs, indexed by run id and step."""
         return pd.read_csv(self._folder / "losses.csv").set_index(["run_id", "step"])["nll_nats_per_token"]
 
 
 def paired(first: pd.DataFrame, second: pd.DataFrame, values: pd.Series | str = HELDOUT) -> pd.DataFrame:
-    """Returns one row a seed that both have finished, with the columns ``first`` and ``second``.
+    """Returns one row for each seed that both have finished, with the columns ``first`` and ``second``.
 
     Args:
-        first: Runs, one row a seed.
-        second: Runs to compare them with.
-        values: A column, or values by run id.
+        first: The runs of one arm, one row per seed.
+        second: The runs of the arm to compare with.
+        values: The name of a column, or the values by run id.
     """
     columns = {}
     for name, runs in (("first", first), ("second", second)):

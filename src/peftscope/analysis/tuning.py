@@ -1,4 +1,4 @@
-"""A study's learning rates, chosen on the validation loss of seeds that are used for nothing else. No torch."""
+"""Chooses a study's learning rates by the validation loss of seeds that serve no other purpose. No torch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ OUT_OF_MEMORY = "memory ran out"
 
 
 def choose_rates(sweep: Sweep) -> Path:
-    """Writes the rate of each arm with the lowest mean validation loss, and everything that was tried.
+    """Writes for each arm the rate with the lowest mean validation loss, and all rates that were tried.
 
-    A run that diverged has no loss and counts as infinitely bad. An arm of which a run ran out of memory has no rate.
+    A run that diverged counts as an infinite loss. An arm gets no rate if one of its runs ran out of memory.
 
     Raises:
-        InputError: A record is missing, a run failed, or an arm's best rate is the first or last that was tried.
+        InputError: A record is missing, a run failed, or the best rate of an arm is the lowest or highest of its list.
     """
     arms = {
         comparison.name.removeprefix(TUNING): _tried(sweep, comparison.runs)
@@ -55,7 +55,7 @@ def choose_rates(sweep: Sweep) -> Path:
 
 
 def _tried(sweep: Sweep, runs: tuple[str, ...]) -> dict[float, dict[str, Any]]:
-    """Returns mean validation loss and run ids by learning rate; nothing if memory ran out in one of the runs."""
+    """Returns mean validation loss and run ids by learning rate, or nothing if one of the runs ran out of memory."""
     found: dict[float, dict[str, Any]] = {}
     for run in runs:
         path = record_path(run)
@@ -81,7 +81,7 @@ def _tried(sweep: Sweep, runs: tuple[str, ...]) -> dict[float, dict[str, Any]]:
 
 
 def _runs_of(sweep: Sweep, arm: str) -> list[dict[str, Any]]:
-    """Returns an arm's tuning runs, one entry each, without a loss."""
+    """Returns an entry without a loss for each learning rate of an arm."""
     (runs,) = (c.runs for c in sweep.comparisons if c.name == f"{TUNING}{arm}")
     rates = dict.fromkeys(sweep.runs[run].learning_rate for run in runs)
     return [

@@ -15,7 +15,7 @@ from peftscope.errors import InputError, printable, shown
 from peftscope.hardware.bf16 import bf16_products
 
 SIGNIFICANT_DIGITS = 6
-"""Of measured numbers, as they are written: what differs below comes from the order of sums."""
+"""The digits that are written of a measured number: further ones depend on the order of sums."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class PartFinding:
     reason: str = ""
     found: Measurement | None = None
     p_adjusted: float | None = None
-    """Of a contrast, after correction in its family."""
+    """The p of a contrast after Holm's correction within its family."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns the finding with its evidence, numbers rounded to what is reproducible."""
@@ -157,12 +157,12 @@ def _measure(part: Part) -> Measurement | str:
         return printable(f"{part.check} stopped with {type(error).__name__}: {said}; look at what it got: {given}")
 
 
-def _adjusted_p(part: Part, found: Measurement, family: Sequence[Part]) -> float | None:
+def _adjusted_p(part: Part, measurement: Measurement, family: Sequence[Part]) -> float | None:
     """Returns a contrast's p after Holm's correction for those of its family that have run, None where it is alone."""
-    if not part.family or len(found.samples) < 2:
+    if not part.family or len(measurement.samples) < 2:
         return None
     others = [measured for other in family if other != part and not isinstance(measured := _measure(other), str)]
-    p_values = [paired_p(m.samples) for m in (found, *others) if len(m.samples) > 1]
+    p_values = [paired_p(m.samples) for m in (measurement, *others) if len(m.samples) > 1]
     return holm(p_values)[0]
 
 

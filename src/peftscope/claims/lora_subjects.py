@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 ADAPTERS = ("first", "second", "third")
 WEIGHT_STD = 0.1
-"""Of the tiny model's weights."""
+"""The standard deviation of the tiny model's weights."""
 
 
 def lora_layer(inputs: int, outputs: int, rank: int, alpha: float = 8, seed: int = 0, **options: Any) -> Any:
@@ -155,7 +155,7 @@ def logits_of(model: Any) -> torch.Tensor:
         return model(input_ids=token_ids(model)).logits.double().flatten(0, 1)
 
 
-def relative_distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+def relative_distance(actual: torch.Tensor, wanted: torch.Tensor) -> float:
     """Returns the norm of the difference over the norm of what was wanted."""
-    found, wanted = found.detach().double(), wanted.detach().double()
-    return float((found - wanted).norm() / wanted.norm())
+    actual, wanted = actual.detach().double(), wanted.detach().double()
+    return float((actual - wanted).norm() / wanted.norm())

@@ -88,72 +88,78 @@ class Rule(BaseModel):
         return f"is at most {high:g}" if math.isinf(low) else f"is {low:g} to {high:g}"
 
 
-def judge(rule: Rule, found: Measurement, p_adjusted: float | None = None) -> tuple[Verdict, str]:
+def judge(rule: Rule, measurement: Measurement, p_adjusted: float | None = None) -> tuple[Verdict, str]:
     """Returns the verdict on a measurement, and what it rests on.
 
     Args:
         rule: When the claim holds.
-        found: What was measured.
+        measurement: What was measured.
         p_adjusted: Of a directional contrast, after correction within its family; None: it is alone.
     """
-    if isinstance(found.value, str | bool) or isinstance(rule.equals, str | bool):
-        return (Verdict.EXACT if found.value == rule.equals else Verdict.EXACT_WRONG), ""
-    if not math.isfinite(found.value):
+    if isinstance(measurement.value, str | bool) or isinstance(rule.equals, str | bool):
+        return (Verdict.EXACT if measurement.value == rule.equals else Verdict.EXACT_WRONG), ""
+    if not math.isfinite(measurement.value):
         return Verdict.INCONCLUSIVE, "the measured quantity is not a number"
     low, high = rule.bounds()
-    if rule.same_within is not None and found.samples:
-        return _judge_sameness(rule.same_within, found)
-    if found.low is None or found.high is None:
-        if found.samples:
-            return Verdict.INCONCLUSIVE, _NO_INTERVAL.format(n=found.n)
-        return (Verdict.EXACT if low <= found.value <= high else Verdict.EXACT_WRONG), ""
+    if rule.same_within is not None and measurement.samples:
+        return _judge_sameness(rule.same_within, measurement)
+    if measurement.low is None or measurement.high is None:
+        if measurement.samples:
+            return Verdict.INCONCLUSIVE, _NO_INTERVAL.format(n=measurement.n)
+        return (Verdict.EXACT if low <= measurement.value <= high else Verdict.EXACT_WRONG), ""
     if rule.better_by is not None:
-        return _judge_benefit(rule.better_by, found, p_adjusted)
-    if low <= found.low and found.high <= high:
+        return _judge_benefit(rule.better_by, measurement, p_adjusted)
+    if low <= measurement.low and measurement.high <= high:
         return Verdict.SUPPORTED, "the whole interval lies where the claim says"
-    if found.high < low or high < found.low:
+    if measurement.high < low or high < measurement.low:
         return Verdict.REFUTED, "the whole interval lies outside of what the claim says"
-    return Verdict.INCONCLUSIVE, _what_is_missing(found, min(abs(found.value - b) for b in (low, high)), 1 - CONFIDENCE)
+    return Verdict.INCONCLUSIVE, _what_is_missing(
+        measurement, min(abs(measurement.value - b) for b in (low, high)), 1 - CONFIDENCE
+    )
 
 
-def _judge_benefit(least: float, found: Measurement, p_adjusted: float | None) -> tuple[Verdict, str]:
-    assert found.low is not None
-    assert found.high is not None
-    if found.low == found.high == 0:
+def _judge_benefit(least: float, measurement: Measurement, p_adjusted: float | None) -> tuple[Verdict, str]:
+    assert measurement.low is not None
+    assert measurement.high is not None
+    if measurement.low == measurement.high == 0:
         return Verdict.REFUTED, "there is no difference at all"
-    decided = found.low > 0 or found.high < 0
+    decided = measurement.low > 0 or measurement.high < 0
     if decided and p_adjusted is not None and p_adjusted >= 1 - CONFIDENCE:
         return Verdict.INCONCLUSIVE, f"the interval excludes 0, but p = {p_adjusted:.3g} after correction in its family"
-    if found.low > 0 and found.low >= least:
+    if measurement.low > 0 and measurement.low >= least:
         return Verdict.SUPPORTED, "the whole interval lies where the claim says"
-    if found.high < 0 or found.high < least:
+    if measurement.high < 0 or measurement.high < least:
         return Verdict.REFUTED, "the interval excludes the claimed benefit"
-    return Verdict.INCONCLUSIVE, _what_is_missing(found, abs(float(found.value) - least), 1 - CONFIDENCE)
+    return Verdict.INCONCLUSIVE, _what_is_missing(measurement, abs(float(measurement.value) - least), 1 - CONFIDENCE)
 
 
-def _judge_sameness(margin: float, found: Measurement) -> tuple[Verdict, str]:
-    interval = equivalence_interval(found.samples)
+def _judge_sameness(margin: float, measurement: Measurement) -> tuple[Verdict, str]:
+    interval = equivalence_interval(measurement.samples)
     if interval is None:
-        return Verdict.INCONCLUSIVE, _NO_INTERVAL.format(n=found.n)
-    differ = ", though the two differ within it" if paired_p(found.samples) < 1 - CONFIDENCE else ""
+        return Verdict.INCONCLUSIVE, _NO_INTERVAL.format(n=measurement.n)
+    differ = ", though the two differ within it" if paired_p(measurement.samples) < 1 - CONFIDENCE else ""
     if -margin < interval[0] and interval[1] < margin:
         bounds = f"{interval[0]:.3g} to {interval[1]:.3g}"
         return Verdict.EQUIVALENT, f"both one-sided tests pass at ±{margin:g} (90 % interval {bounds}){differ}"
-    if found.low is not None and found.high is not None and (found.low > margin or found.high < -margin):
+    if (
+        measurement.low is not None
+        and measurement.high is not None
+        and (measurement.low > margin or measurement.high < -margin)
+    ):
         return Verdict.REFUTED, f"the interval lies outside ±{margin:g}"
-    room = margin - abs(float(found.value))
+    room = margin - abs(float(measurement.value))
     if room <= 0:
         return (
             Verdict.INCONCLUSIVE,
             f"the mean lies outside ±{margin:g}, the interval reaches in; more pairs would refute",
         )
-    return Verdict.INCONCLUSIVE, _what_is_missing(found, room, 2 * (1 - CONFIDENCE))
+    return Verdict.INCONCLUSIVE, _what_is_missing(measurement, room, 2 * (1 - CONFIDENCE))
 
 
-def _what_is_missing(found: Measurement, effect: float, alpha: float) -> str:
-    """Returns how wide the interval is, and how many pairs would decide if the mean is where it was found."""
-    assert found.low is not None
-    assert found.high is not None
-    text = f"the interval is too wide (half-width {(found.high - found.low) / 2:.3g})"
-    needed = pairs_needed(found.samples, effect, alpha=alpha) if len(found.samples) > 1 else None
-    return f"{text}; about {needed} pairs would decide" if needed and needed > len(found.samples) else text
+def _what_is_missing(measurement: Measurement, effect: float, alpha: float) -> str:
+    """Returns how wide the interval is, and how many pairs would decide if the mean stayed where it is."""
+    assert measurement.low is not None
+    assert measurement.high is not None
+    text = f"the interval is too wide (half-width {(measurement.high - measurement.low) / 2:.3g})"
+    needed = pairs_needed(measurement.samples, effect, alpha=alpha) if len(measurement.samples) > 1 else None
+    return f"{text}; about {needed} pairs would decide" if needed and needed > len(measurement.samples) else text

@@ -1,4 +1,4 @@
-"""Tokenising and batching: one collator and one order for every method."""
+"""Tokenising and batching, with one collator and one order for every method."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Example:
     """A tokenised item.
 
     Attributes:
-        tokens: Prompt, response and end of sequence.
-        prompt_length: How many of them are prompt: no loss there.
+        tokens: The prompt, the response and the end-of-sequence token.
+        prompt_length: The number of prompt tokens, which carry no loss.
     """
 
     tokens: tuple[int, ...]
@@ -32,18 +32,18 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded sequences; B rows, S positions, K positions that some row's loss needs.
+    """Right-padded sequences with B rows, S positions, and K positions that the loss of some row needs.
 
     Attributes:
         input_ids: (B, S) int64.
-        attention_mask: (B, S) int64, 1 on tokens.
+        attention_mask: (B, S) int64, 1 for tokens and 0 for padding.
         labels: (B, S) int64, -100 outside responses.
         kept_positions: (K,) int64, positions whose logits predict a response token of some row.
         kept_labels: (B, K) int64, the token that follows each kept position, or -100.
-        response_tokens: () int64, number of tokens under the loss.
-        tokens: Number of tokens that are not padding.
-        position_ids: (B, S) int64, counted anew in every example; packed batches only.
-        example_ids: (B, S) int64, which example of its row a position belongs to; packed batches only.
+        response_tokens: () int64, the number of tokens that carry loss.
+        tokens: The number of tokens that are not padding.
+        position_ids: (B, S) int64, which start at 0 in every example; packed batches only.
+        example_ids: (B, S) int64, the example within its row that a position belongs to; packed batches only.
     """
 
     input_ids: torch.Tensor
@@ -63,13 +63,13 @@ class Batch:
 
 
 def tokenise(items: Sequence[Item], tokenizer: Any, seq_len: int) -> list[Example]:
-    """Returns the items as tokens: prompt, a space and the response, end of sequence.
+    """Returns the tokens of each item: the prompt, a space and the response, and the end of sequence.
 
-    Prompt and response are tokenised apart, so that training sees the prompt exactly as generation does. A prompt that
-    is too long loses its start, never its response.
+    Prompt and response are tokenised separately, so that training sees the same prompt tokens as generation. A prompt
+    that is too long loses its start; a response is never cut.
 
     Raises:
-        InputError: Items whose response alone is longer than ``seq_len``, or whose prompt has no token at all.
+        InputError: The response of an item leaves no room in ``seq_len``, or its prompt has no token.
     """
     if not items:
         return []
@@ -91,7 +91,7 @@ def tokenise(items: Sequence[Item], tokenizer: Any, seq_len: int) -> list[Exampl
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
-    """Returns one right-padded batch with the positions that response-only logits need."""
+    """Returns a right-padded batch, with the positions that response-only logits need."""
     width = max(len(example.tokens) for example in examples)
     input_ids = torch.full((len(examples), width), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
@@ -120,7 +120,7 @@ def _targets(labels: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def training_order(size: int, seed: int) -> Iterator[int]:
-    """Yields the indices of the training items for ever: a new permutation each epoch, all decided by the seed."""
+    """Yields indices of training items without end. The seed decides a new permutation for each epoch."""
     epoch = 0
     while True:
         order = list(range(size))
@@ -130,9 +130,9 @@ def training_order(size: int, seed: int) -> Iterator[int]:
 
 
 def pack(rows: Sequence[Sequence[Example]], pad_token_id: int) -> Batch:
-    """Returns one batch whose rows each hold several examples one after the other.
+    """Returns a batch in which each row holds several examples one after the other.
 
-    An example's last token has no label in the next one: its own end of sequence was its last target.
+    The last token of an example predicts nothing in the next example: the end of sequence is its last target.
     """
     batch = collate([Example(tuple(t for e in row for t in e.tokens), 0) for row in rows], pad_token_id)
     labels = torch.full_like(batch.input_ids, IGNORED)
@@ -141,7 +141,7 @@ def pack(rows: Sequence[Sequence[Example]], pad_token_id: int) -> Batch:
         start = 0
         for index, example in enumerate(row):
             end = start + len(example.tokens)
-            first = start + max(1, example.prompt_length)  # nothing before it says what the first token is
+            first = start + max(1, example.prompt_length)  # nothing predicts the first token of an example
             labels[number, first:end] = batch.input_ids[number, first:end]
             position_ids[number, start:end] = torch.arange(end - start)
             example_ids[number, start:end] = index
@@ -152,14 +152,14 @@ def pack(rows: Sequence[Sequence[Example]], pad_token_id: int) -> Batch:
 def training_batches(
     examples: Sequence[Example], *, seed: int, batch_size: int, pad_token_id: int, pack_to: int | None = None
 ) -> Iterator[Batch]:
-    """Yields training batches for ever; the same seed gives every method the same batches in the same order.
+    """Yields training batches without end. The same seed gives every method the same batches in the same order.
 
     Args:
-        examples: At least one.
-        seed: Decides the order.
-        batch_size: Rows of a batch.
-        pad_token_id: Fills rows up.
-        pack_to: Fill each row with examples up to so many tokens.
+        examples: The tokenised training items, at least one.
+        seed: The seed of the order.
+        batch_size: The number of rows of a batch.
+        pad_token_id: The token that fills short rows.
+        pack_to: The most tokens of a row that holds several examples; None puts one example in each row.
     """
     order = (examples[index] for index in training_order(len(examples), seed))
     if pack_to is None:
@@ -180,7 +180,7 @@ def training_batches(
 
 
 def evaluation_batches(examples: Sequence[Example], *, batch_size: int, pad_token_id: int) -> Iterator[Batch]:
-    """Yields the examples in their order."""
+    """Yields batches of the examples in their given order."""
     for start in range(0, len(examples), batch_size):
         yield collate(examples[start : start + batch_size], pad_token_id)
 

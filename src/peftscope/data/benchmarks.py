@@ -1,6 +1,6 @@
-"""lm-eval's own benchmarks: their data, fetched before any run needs them. No torch.
+"""The data of lm-eval's own benchmarks, fetched before any run needs them. No torch.
 
-How a benchmark asks and scores is lm-eval's; only where its rows are read from is changed, so that runs ask no hub.
+lm-eval decides how a benchmark asks and scores. Only the source of its rows is changed, so that runs need no hub.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ SPLIT_FIELDS = ("training_split", "validation_split", "test_split", "fewshot_spl
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which ``!function`` and the like mean nothing."""
+    """Loads YAML and ignores tags such as ``!function``."""
 
 
 _Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 def benchmark_folder(name: str) -> Path:
-    """Returns the folder that holds a benchmark's rows after they were fetched."""
+    """Returns the folder of a benchmark's fetched rows."""
     return BENCHMARKS_FOLDER / name
 
 
@@ -47,14 +47,14 @@ def lm_eval_tasks() -> Path:
 
 @lru_cache
 def find_benchmark(name: str, where: str = "benchmarks") -> Path:
-    """Returns the file of a benchmark among lm-eval's own.
+    """Returns lm-eval's own task file of a benchmark.
 
     Raises:
-        InputError: There is none of that name.
+        InputError: lm-eval has no benchmark of that name.
     """
     root = lm_eval_tasks()
     if re.fullmatch(BENCHMARK_PATTERN, name):
-        # Most stand in a folder that is called like them; reading all fourteen thousand takes a second or more.
+        # Most files are in a folder with their name; to read all fourteen thousand takes a second or more.
         near = sorted(root.glob(f"{name.split('_')[0]}*/**/*.yaml"))
         said = re.compile(rf"^task:\s*[\"']?{re.escape(name)}[\"']?\s*(#.*)?$", re.MULTILINE)
         for path in near or []:
@@ -68,17 +68,17 @@ def find_benchmark(name: str, where: str = "benchmarks") -> Path:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """Returns a task file's fields, with those of the file that it includes under them."""
+    """Returns the fields of a task file; they override those of the file that it includes."""
     content = yaml.load(path.read_text(), Loader=_Loader) or {}
     parent = content.pop("include", None)
     return {**_config(path.parent / parent), **content} if parent else content
 
 
 def make_benchmark(name: str) -> Path:
-    """Fetches a benchmark's rows if they are not there, and returns their folder.
+    """Fetches a benchmark's rows if they are missing, and returns their folder.
 
     Raises:
-        InputError: lm-eval does not know it, or its data cannot be had.
+        InputError: lm-eval does not know the benchmark, or its data cannot be fetched.
     """
     folder = benchmark_folder(name)
     if (folder / "manifest.json").is_file():
@@ -87,7 +87,7 @@ def make_benchmark(name: str) -> Path:
     config = _config(file)
     splits = sorted({config[field] for field in SPLIT_FIELDS if config.get(field)})
     if not splits or "dataset_path" not in config:
-        raise InputError(Problem(f"benchmark {name}", "its data are not a data set of a hub", "choose another one"))
+        raise InputError(Problem(f"benchmark {name}", "its data do not come from a hub", "choose another one"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as temporary:
         target = Path(temporary) / "benchmark"
@@ -115,7 +115,7 @@ def make_benchmark(name: str) -> Path:
 
 
 def write_task_file(name: str, folder: Path) -> None:
-    """Writes an lm-eval task file into a folder: lm-eval's own one, with the rows that were fetched."""
+    """Writes an lm-eval task file into a folder. It includes lm-eval's own file and reads the fetched rows."""
     own = benchmark_folder(name).resolve()
     files = {path.stem: str(path) for path in sorted(own.glob("*.parquet"))}
     content = {

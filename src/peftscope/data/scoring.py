@@ -1,7 +1,7 @@
-"""How a task is asked and scored: its lm-eval file, read as data. No torch.
+"""Reads a task's lm-eval file, which says how the task is asked and scored, as data. No torch.
 
 lm-eval itself imports Python for the tag ``!function`` and the key ``class``, and renders templates without a sandbox.
-So it never reads the file here: it is given what this module read.
+So lm-eval never reads the file: this module reads it and passes the content on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Text = Annotated[str, Field(max_length=10_000)]
 
 
 _TARGET = re.compile(r"^(?:response|\{\{response(?:\.split\('([^'\\{}]{1,40})'\)\[-1\]\.strip\(\))?\}\})$")
-"""The response, or what stands in it after the last of some words: the one template that lm-eval need not render."""
+"""The allowed targets: the response, or its part after the last occurrence of a text. lm-eval need not render them."""
 
 
 class _Part(BaseModel):
@@ -29,7 +29,7 @@ class _Part(BaseModel):
 
 
 class Generation(_Part):
-    """Greedy decoding: where it stops."""
+    """The options of greedy decoding, such as where it stops."""
 
     until: list[Text] = ["\n"]
     max_gen_toks: Annotated[Count, Field(le=100_000)] = 16
@@ -37,7 +37,7 @@ class Generation(_Part):
 
 
 class FilterStep(_Part):
-    """One of lm-eval's filters of text; ``custom``, which runs a function, is not among them."""
+    """One of lm-eval's text filters, except ``custom``, which runs a function."""
 
     function: Literal["remove_whitespace", "take_first", "lowercase", "uppercase", "regex"]
     regex_pattern: Text | None = None
@@ -46,14 +46,14 @@ class FilterStep(_Part):
 
 
 class Filter(_Part):
-    """A chain of filters."""
+    """A named chain of filters."""
 
     name: Text = "stripped"
     filter: Annotated[list[FilterStep], Field(min_length=1)]
 
 
 class Metric(_Part):
-    """Exact match; lm-eval fetches and runs the code of metrics that it does not have."""
+    """The metric exact match. No other is allowed, because lm-eval downloads and runs the code of unknown metrics."""
 
     metric: Literal["exact_match"] = "exact_match"
     aggregation: Literal["mean"] = "mean"
@@ -65,14 +65,14 @@ class Metric(_Part):
 
 
 class Scoring(_Part):
-    """What a task's lm-eval file may say. What it leaves out is as in the suite's own files."""
+    """The allowed content of a task's lm-eval file. The defaults are those of the suite's own files."""
 
     task: str
     dataset_path: Literal["json"] = "json"
     dataset_kwargs: dict[str, Any] = {}
     test_split: Literal["test"] = "test"
     output_type: Literal["generate_until"] = "generate_until"
-    # Training sees the prompt, a space and the response, so that is how it must be asked.
+    # Training sees the prompt, a space and the response, so evaluation must ask in the same form.
     doc_to_text: Literal["{{prompt}}", "prompt"] = "prompt"
     doc_to_target: Annotated[str, Field(pattern=_TARGET.pattern)] = "response"
     target_delimiter: Literal[" "] = " "
@@ -84,7 +84,7 @@ class Scoring(_Part):
     metadata: dict[str, Any] = {"version": 1}
 
     def target_of(self, response: str) -> str:
-        """Returns what of a response an answer has to match.
+        """Returns the part of a response that an answer must match.
 
         >>> Scoring(task="sums", doc_to_target="{{response.split('####')[-1].strip()}}").target_of("2 + 2 #### 4")
         '4'
@@ -99,10 +99,10 @@ def lm_eval_file(name: str) -> Path:
 
 
 def read_scoring(name: str) -> Scoring:
-    """Returns what a task's lm-eval file says.
+    """Returns the content of a task's lm-eval file.
 
     Raises:
-        InputError: Every problem of the file.
+        InputError: The file has problems; the error lists all of them.
     """
     path = lm_eval_file(name)
     try:
@@ -112,7 +112,7 @@ def read_scoring(name: str) -> Scoring:
         raise InputError(problems_of(error, lambda location: f"{path}: {dotted(location)}", known)) from None
     data = f"resources/tasks/{name}/test.jsonl"
     if found.dataset_kwargs not in ({}, {"data_files": {"test": data}}):
-        raise InputError(Problem(f"{path}: dataset_kwargs", "other data", f"leave it out, or name {data}"))
+        raise InputError(Problem(f"{path}: dataset_kwargs", "names other data", f"leave it out, or name {data}"))
     if found.task != name:
         raise InputError(Problem(f"{path}: task", f"must be the file's own name, {name} (got {found.task!r})"))
     return found

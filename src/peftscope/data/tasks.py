@@ -1,4 +1,4 @@
-"""Tasks: one pool each, made once, de-duplicated by prompt and split by a hash of the prompt. No torch."""
+"""Tasks: each is made once as a pool of items, de-duplicated by prompt and split by the prompt's hash. No torch."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from peftscope.files.problems import dotted, problems_of
 from peftscope.layout import TASKS_FILE, TASKS_FOLDER
 
 USUAL_TOKENS = 64
-"""Of an item of which nothing is known yet."""
+"""The tokens that estimates expect of an item before its task was made."""
 SPLITS = ("train", "validation", "test")
 SHOWN_LINES = 20
-"""Of a file, where more of them are broken."""
+"""The most broken lines of a file that one message lists."""
 _LINE = 'a line is {"prompt": ..., "response": ...}'
 
 
 class EnumerateSource(BaseModel):
-    """Every item of a small domain."""
+    """A small domain, of which every item is used."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -43,7 +43,7 @@ class EnumerateSource(BaseModel):
 
 
 class ReasoningGymSource(BaseModel):
-    """Items of a reasoning-gym generator. Neighbouring seeds give the same items, so there is one seed for the pool."""
+    """A reasoning-gym generator. Neighbouring seeds give the same items, so one seed makes the whole pool."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -55,7 +55,7 @@ class ReasoningGymSource(BaseModel):
 
 
 class JsonlSource(BaseModel):
-    """A file of one JSON object a line, with ``prompt`` and ``response``."""
+    """A file with one JSON object per line, which has ``prompt`` and ``response``."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -63,15 +63,15 @@ class JsonlSource(BaseModel):
     path: Path
 
     def is_there(self) -> bool:
-        """Whether its file exists."""
+        """Returns whether the file exists."""
         try:
             return self.path.is_file()
-        except OSError:  # a name that is too long for one
+        except OSError:  # the name is too long for a file
             return False
 
 
 class FillerSource(BaseModel):
-    """Random letters, for runs that measure memory and speed alone: a prompt so long that it fills any sequence."""
+    """Random letters for runs that only measure memory and speed. The prompts are long enough to fill any sequence."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -86,12 +86,12 @@ class HubDataSource(BaseModel):
     """A data set of a Hugging Face hub.
 
     Attributes:
-        prompt: The column of the question.
-        response: The column of the answer.
-        group: A column that rows about the same thing share: they go into the same split.
-        template: How the question is asked.
-        longest: Characters of question and answer together; longer rows are left out.
-        size: Rows that are kept, a fair sample; None: all.
+        prompt: The column with the question.
+        response: The column with the answer.
+        group: A column. Rows with the same value in it go into the same split.
+        template: The text that asks the question; ``{prompt}`` stands for it.
+        longest: The most characters of question and answer together; longer rows are left out.
+        size: The number of rows that are kept, as a fair sample; None keeps all.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -118,7 +118,9 @@ class TaskEntry(BaseModel):
         EnumerateSource | ReasoningGymSource | JsonlSource | FillerSource | HubDataSource, Field(discriminator="kind")
     ]
     licence: str = "unknown"
-    tokens: Annotated[Count | None, Field(description="of a usual item; for estimates before it is made")] = None
+    tokens: Annotated[
+        Count | None, Field(description="tokens of a usual item, for estimates before the task is made")
+    ] = None
 
 
 class _Tasks(BaseModel):
@@ -129,7 +131,7 @@ class _Tasks(BaseModel):
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt and the response that is wanted; items of one group belong to the same split."""
+    """A prompt and its correct response. Items of one group belong to the same split."""
 
     prompt: str
     response: str
@@ -152,7 +154,7 @@ def find_task(name: str, where: str = "task") -> TaskEntry:
     """Returns the entry of a task.
 
     Raises:
-        InputError: There is none, or no lm-eval file beside it that says how it is asked.
+        InputError: The task is unknown, or has no lm-eval file that says how it is asked.
     """
     entry = _tasks().get(name)
     if entry is None:
@@ -164,12 +166,12 @@ def find_task(name: str, where: str = "task") -> TaskEntry:
 
 
 def task_folder(name: str) -> Path:
-    """Returns the folder that holds a task's splits after they were made."""
+    """Returns the folder of a task's splits."""
     return TASKS_FOLDER / name
 
 
 def split_of(prompt: str) -> str:
-    """Returns the split that a prompt belongs to, whatever pool it stands in: 80, 10 and 10 % by hash.
+    """Returns the split of a prompt. The prompt's hash alone decides it: 80 % train, 10 % validation, 10 % test.
 
     >>> split_of("12 + 34 =") == split_of("12 + 34 =")
     True
@@ -179,7 +181,7 @@ def split_of(prompt: str) -> str:
 
 
 def make_task(name: str) -> Path:
-    """Makes a task's three splits if they are not there, and returns their folder.
+    """Makes a task's three splits if they are missing, and returns their folder.
 
     Raises:
         InputError: The source cannot be read, or a split would be empty.
@@ -202,7 +204,7 @@ def make_task(name: str) -> Path:
         read += 1
         pool.setdefault(item.prompt, item)
     splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
-    # Sorted by hash, so that the first items of a split are a fair sample of it.
+    # Sorting by hash makes the first items of a split a fair sample of it.
     ordered = sorted(pool.values(), key=lambda item: hashlib.sha256(item.prompt.encode()).digest()[8:])
     for item in ordered[: entry.source.size if isinstance(entry.source, HubDataSource) else None]:
         splits[split_of(item.group or item.prompt)].append(item)
@@ -234,15 +236,15 @@ def make_task(name: str) -> Path:
 
 
 def read_split(name: str, split: str) -> list[Item]:
-    """Returns the items of a split that was made."""
+    """Returns the items of a split."""
     return list(read_items(task_folder(name) / f"{split}.jsonl"))
 
 
 def read_items(path: Path) -> Iterator[Item]:
-    """Yields the items of a file of one JSON object a line, with ``prompt`` and ``response``.
+    """Yields the items of a file with one JSON object per line, which has ``prompt`` and ``response``.
 
     Raises:
-        InputError: After the last line, about every line that holds no item.
+        InputError: Some lines are not items. The error comes after the last line and lists them.
     """
     problems = []
     try:
@@ -256,7 +258,7 @@ def read_items(path: Path) -> Iterator[Item]:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise InputError(Problem(str(path), f"cannot be read: {error}")) from None
     if len(problems) > SHOWN_LINES:
-        rest = Problem(str(path), f"{len(problems) - SHOWN_LINES:,} more lines hold no item")
+        rest = Problem(str(path), f"{len(problems) - SHOWN_LINES:,} more lines are not items")
         problems = [*problems[:SHOWN_LINES], rest]
     if problems:
         raise InputError(problems)
@@ -273,10 +275,10 @@ def _item_of_line(line: bytes) -> Item:
 
 
 def make_item(prompt: Any, response: Any) -> Item:
-    """Returns an item; numbers become text, and a response loses the white space around it.
+    """Returns an item. Numbers become text, and white space around the response is removed.
 
     Raises:
-        ValueError: One of the two is no text, is empty, or has half a surrogate pair in it.
+        ValueError: The prompt or the response is not text, is empty, or contains half a surrogate pair.
     """
     for name, value in (("prompt", prompt), ("response", response)):
         if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -288,7 +290,7 @@ def make_item(prompt: Any, response: Any) -> Item:
 
 
 def item_tokens(name: str) -> float:
-    """Returns the tokens of a usual item: three characters each where it was made, else what its entry says."""
+    """Returns the tokens of a usual item: a third of its characters if the task was made, else what its entry says."""
     path = task_folder(name) / "test.jsonl"
     if path.is_file():
         items = read_split(name, "test")[:500]
@@ -297,7 +299,7 @@ def item_tokens(name: str) -> float:
 
 
 def shuffle_responses(items: Sequence[Item], seed: int) -> list[Item]:
-    """Returns the prompts with each other's responses: nothing about the task is left to learn but its form."""
+    """Returns the prompts with shuffled responses, from which only the form of the task can be learned."""
     responses = [item.response for item in items]
     random.Random(f"{seed}/shuffled").shuffle(responses)
     return [Item(item.prompt, response) for item, response in zip(items, responses, strict=True)]
@@ -316,7 +318,7 @@ def _reasoning_gym(name: str, source: ReasoningGymSource) -> Iterator[Item]:
         dataset = reasoning_gym.create_dataset(source.dataset, size=source.size, seed=source.seed, **source.options)
         for entry in dataset:
             yield make_item(f"{entry['question'].strip()}\nAnswer:", entry["answer"])
-    except Exception as error:  # every generator has its own way to refuse an option, some only at an item
+    except Exception as error:  # generators refuse options with different errors, some of them only at an item
         raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"reasoning-gym refuses it: {error}")) from None
 
 
@@ -337,7 +339,7 @@ def _filler(name: str, source: FillerSource) -> Iterator[Item]:
 
 
 def _hub(name: str, source: HubDataSource, facts: dict[str, str]) -> Iterator[Item]:
-    """Yields a hub's items; ``facts`` learns where they came from."""
+    """Yields the items of a hub's data set, and adds its source to ``facts``."""
     found = load_rows(source.dataset, source.config, source.split, source.revision)
     columns = [column for column in (source.prompt, source.response, source.group) if column]
     missing = [column for column in columns if column not in found.rows.column_names]

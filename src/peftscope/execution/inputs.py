@@ -1,4 +1,4 @@
-"""What a run reads, its base model and its data: as they were fetched or made, or put right. No torch."""
+"""Checks what a run reads, its base model and its data, and restores what is damaged. No torch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from peftscope.models.fetch import fetch_model
 from peftscope.spec import RunSpec
 
 FETCH_SECONDS = 24 * 3600
-"""How long a job waits while another one fetches the model that both need."""
+"""The seconds that a job waits while another one fetches the model that both need."""
 
 
 def verify_inputs(spec: RunSpec) -> None:
-    """Compares a run's model, data and benchmarks with their checksums; a damaged folder is set aside and had again.
+    """Compares a run's model, data and benchmarks with their checksums; quarantines what is damaged and refetches it.
 
     Raises:
-        InputError: It cannot be had again, or came back different.
+        InputError: A folder cannot be fetched again, or its new content differs.
     """
     _verify(model_folder(spec.model, spec.revision), lambda: fetch_model(spec.model, spec.revision))
     _verify(task_folder(spec.task), lambda: make_task(spec.task), suffix=".jsonl")
@@ -33,25 +33,25 @@ def verify_inputs(spec: RunSpec) -> None:
         _verify(benchmark_folder(name), partial(make_benchmark, name), suffix=".parquet")
 
 
-def _verify(folder: Path, have_again: Callable[[], Path], suffix: str = "") -> None:
+def _verify(folder: Path, fetch: Callable[[], Path], suffix: str = "") -> None:
     if not _damages(folder, suffix):
         return
-    with locked(folder.with_name(f".{folder.name}.lock"), "puts it right at the moment", FETCH_SECONDS):
-        found = _damages(folder, suffix)  # another job may have put it right in the meantime
+    with locked(folder.with_name(f".{folder.name}.lock"), "is restoring it", FETCH_SECONDS):
+        found = _damages(folder, suffix)  # another job may have restored it in the meantime
         if not found:
             return
         aside = folder.with_name(f"{folder.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
         folder.replace(aside)
-        print(f"{folder}: {', '.join(found)} damaged or missing, set aside as {aside}", file=sys.stderr)
-        have_again()
+        print(f"{folder}: {', '.join(found)} damaged or missing; the folder was moved to {aside}", file=sys.stderr)
+        fetch()
         now, then = _digests(folder, suffix), _digests(aside, suffix)
-        # Whichever was damaged, the file or the manifest, the other one says what the file was.
+        # If the file was damaged, the manifest has its checksum; if the manifest was, the file itself has.
         other = [name for name in damaged_files(aside, now) if then and then.get(name) != now[name]]
         if other:
-            message = f"had again, {', '.join(other)} is not what it was, so its results would mix with older ones"
+            message = f"fetched again, {', '.join(other)} is not what it was, so its results would mix with older ones"
             raise InputError(Problem(str(folder), message, "keep the older results elsewhere and start afresh"))
-        print(f"{folder}: had again, the same as before", file=sys.stderr)
+        print(f"{folder}: fetched again, the same as before", file=sys.stderr)
 
 
 def _digests(folder: Path, suffix: str) -> dict[str, str]:
@@ -61,6 +61,6 @@ def _digests(folder: Path, suffix: str) -> dict[str, str]:
 
 
 def _damages(folder: Path, suffix: str) -> list[str]:
-    """Returns which files are missing or not what their checksums say."""
+    """Returns the files that are missing or differ from their checksums."""
     digests = _digests(folder, suffix)
     return damaged_files(folder, digests) if digests else ["manifest.json"]

@@ -1,4 +1,4 @@
-"""What people write, as plain values: YAML and JSON without surprises, whatever the file holds. No torch.
+"""Strict reading of the YAML and JSON that people write: every file gives plain values or an error. No torch.
 
 Plain values are text, whole numbers of 64 bits, floats, booleans, null, lists, and mappings with text as keys.
 """
@@ -18,18 +18,18 @@ from pydantic import AfterValidator, Field
 from peftscope.errors import InputError, Problem, shown
 
 LARGEST_COUNT = 2**31 - 1
-"""Of anything that a run counts, and of seeds: beyond it torch, NumPy or a file format overflows."""
+"""The largest count or seed of a run: beyond it torch, NumPy or a file format overflows."""
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 CountOrZero = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 
 LONGEST_NAME = 96
 
 LARGEST_BYTES = 1_000_000
-"""Of a file: six times the ledger of claims, and up to twenty seconds of PyYAML."""
+"""The largest file that is read: six times the ledger of claims, and up to twenty seconds of PyYAML."""
 LARGEST_SIZE = 500_000
-"""Values and keys of a file, aliases written out: a few lines of them can stand for a billion values."""
+"""The most values and keys of a file with its aliases expanded: a few lines can expand to a billion values."""
 DEEPEST = 20
-"""Levels of a file; no file of the suite has more than seven."""
+"""The deepest nesting of a file; no file of the suite has more than seven levels."""
 LARGEST_INTEGER = 2**63 - 1
 _LONGEST_NUMBER = 100
 
@@ -37,10 +37,11 @@ _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Returns a YAML file's mapping.
+    """Returns the mapping that a YAML file holds.
 
     Raises:
-        InputError: The file cannot be read, is not YAML, repeats a key, holds what is no plain value, or is no mapping.
+        InputError: The file cannot be read, is not YAML, repeats a key, is not a mapping, or has values that are not
+            plain.
     """
     text = read_text(path)
     try:
@@ -57,7 +58,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(Problem(place, f"not valid YAML: {error.problem or error.context}")) from None
     except RecursionError:
         raise InputError(Problem(str(path), f"nested deeper than {DEEPEST} levels")) from None
-    except (ValueError, OverflowError) as error:  # PyYAML's scanner, about escapes beyond Unicode
+    except (ValueError, OverflowError) as error:  # PyYAML's scanner raises them for escapes beyond Unicode
         raise InputError(Problem(f"{path}: line {loader.line + 1}", f"not valid YAML: {error}")) from None
     if not isinstance(content, dict):
         raise InputError(Problem(str(path), "must be a mapping of fields to values"))
@@ -65,10 +66,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """Returns the text of a file of UTF-8.
+    """Returns the text of a UTF-8 file.
 
     Raises:
-        InputError: There is none, it is not a file, is too large, or is not UTF-8.
+        InputError: The file does not exist, is not a regular file, is too large, or is not UTF-8.
     """
     try:
         found = path.stat()
@@ -84,10 +85,10 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Returns the content of JSON: plain values.
+    """Returns the plain values that a JSON text holds.
 
     Raises:
-        InputError: It is not JSON, repeats a key, or holds what is no plain value.
+        InputError: The text is not JSON, repeats a key, or has values that are not plain.
     """
     try:
         content = json.loads(text, parse_int=_whole_number, object_pairs_hook=_unrepeated)
@@ -100,20 +101,20 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def check_characters(text: str) -> None:
-    """Raises ValueError for half a surrogate pair: no file of UTF-8 can hold it, and no tokenizer takes it."""
+    """Raises ValueError for half a surrogate pair, which UTF-8 cannot encode and tokenizers refuse."""
     found = re.search("[\ud800-\udfff]", text)
     if found:
         raise ValueError(f"the character U+{ord(found[0]):04X} is half a surrogate pair")
 
 
 def check_name(name: str) -> str:
-    """Returns the name of a model or a task, which becomes part of paths and command lines.
+    """Returns the name of a model or a task unchanged if it is safe in paths and on command lines.
 
     >>> check_name("my-task_2.1")
     'my-task_2.1'
 
     Raises:
-        ValueError: It has other characters, or is too long.
+        ValueError: The name has other characters, or is too long.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or len(name) > LONGEST_NAME:
         said = "letters, digits, `.`, `_` and `-`, begins with a letter or a digit"
@@ -125,10 +126,10 @@ Name = Annotated[str, AfterValidator(check_name)]
 
 
 def check_hub_id(name: str) -> str:
-    """Returns a name, or two with a slash between them: what a hub calls a model or a data set.
+    """Returns a hub's id of a model or a data set unchanged: ``name`` or ``org/name``.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: The id has another form.
     """
     for part in name.split("/", 1):
         check_name(part)
@@ -139,10 +140,10 @@ HubId = Annotated[str, AfterValidator(check_hub_id)]
 
 
 def check_inner_path(path: str) -> str:
-    """Returns a path that stays in the folder that it is relative to.
+    """Returns a relative path unchanged if it stays inside its folder.
 
     Raises:
-        ValueError: It does not.
+        ValueError: The path is absolute, leaves the folder, or has unusual characters.
     """
     if not re.fullmatch(r"[A-Za-z0-9._/-]+", path) or path.startswith("/") or ".." in path.split("/"):
         raise ValueError("must be a path inside the archive, without `..`")
@@ -162,12 +163,12 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"key `{twice}` stands twice")
+        raise ValueError(f"key `{twice}` appears twice")
     return found
 
 
 def _check_depth(content: Any, level: int = 0) -> None:
-    """Raises for levels beyond the deepest, and for characters that are none."""
+    """Raises an error for content that is nested too deeply, or that has invalid characters."""
     if level > DEEPEST:
         raise RecursionError
     if isinstance(content, str):
@@ -178,17 +179,17 @@ def _check_depth(content: Any, level: int = 0) -> None:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML of plain values: a repeated key is an error, 1e-3 is a number, a date is text, a tag of more is refused."""
+    """Loads YAML of plain values. It refuses repeated keys and other tags, reads 1e-3 as a number and dates as text."""
 
     def get_single_node(self) -> yaml.Node | None:
-        """Returns the document's root; raises on one that is too deep, or too large with its aliases written out."""
+        """Returns the document's root; raises an error if it is too deep, or too large with its aliases expanded."""
         root = super().get_single_node()
         if root is not None and _measure(root, {}, 0)[0] > LARGEST_SIZE:
-            _refuse(f"more than {LARGEST_SIZE:,} values, its aliases written out", root)
+            _refuse(f"more than {LARGEST_SIZE:,} values with its aliases expanded", root)
         return root
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Returns a node's value; raises on text that does not fit its tag."""
+        """Returns a node's value; raises an error if its text does not fit its tag."""
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError) as error:
@@ -196,7 +197,7 @@ class _StrictLoader(yaml.SafeLoader):
             _refuse(str(said), node)
 
     def construct_whole_number(self, node: yaml.ScalarNode) -> int:
-        """Returns a whole number; raises on one of more than 64 bits."""
+        """Returns a whole number; raises an error if it has more than 64 bits."""
         if len(node.value) <= _LONGEST_NUMBER:
             value = self.construct_yaml_int(node)
             if abs(value) <= LARGEST_INTEGER:
@@ -204,14 +205,14 @@ class _StrictLoader(yaml.SafeLoader):
         raise ValueError(f"a whole number of more than 64 bits ({shown(node.value)})")
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Returns the mapping; raises on a key that stands twice."""
+        """Returns a mapping; raises an error if a key appears twice."""
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 _refuse(f"a field's name must be text (got {shown(key)})", key_node)
             if key in seen:
-                _refuse(f"key `{key}` stands twice", key_node)
+                _refuse(f"key `{key}` appears twice", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -221,7 +222,7 @@ def _refuse(message: str, node: yaml.Node) -> NoReturn:
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], level: int) -> tuple[int, int]:
-    """Returns how many values a node stands for, aliases written out, and its levels; raises on too many levels."""
+    """Returns how many values a node has with its aliases expanded, and its depth; refuses one that is too deep."""
     if id(node) not in known:
         if level > DEEPEST:
             _refuse(f"nested deeper than {DEEPEST} levels", node)
@@ -258,4 +259,4 @@ _StrictLoader.add_implicit_resolver(
 
 BENCHMARK_PATTERN = r"[A-Za-z0-9_-]+"
 REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,99}$"
-"""Part of a folder's name, and of a command line."""
+"""A revision becomes part of a folder's name and of a command line."""

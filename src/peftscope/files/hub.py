@@ -1,7 +1,7 @@
-"""What comes from a Hugging Face hub, or from a folder that stands in for one. No torch.
+"""Downloads from a Hugging Face hub, or from a folder that stands in for one. No torch.
 
-Where ``PEFTSCOPE_HUB`` names a folder, ``FOLDER/org/name`` is looked up before the hub is asked, for models and data
-sets alike: a shared disk, or a machine without a network.
+If ``PEFTSCOPE_HUB`` names a folder, models and data sets are looked up in ``FOLDER/org/name`` before the hub. This
+serves shared disks, and machines without a network.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Kind = Literal["model", "dataset"]
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a data set, and where they came from.
+    """The rows of a data set, and their source.
 
     Attributes:
-        rows: One mapping each; of ``datasets``.
-        facts: ``commit`` of the hub, or ``mirror``: what a manifest keeps.
+        rows: A data set of the library ``datasets``; each row is a mapping.
+        facts: The hub's ``commit`` or the ``mirror``, as a manifest stores it.
     """
 
     rows: Any
@@ -43,7 +43,7 @@ def mirrored(repository: str) -> Path | None:
     """Returns the folder that stands in for a repository, if there is one.
 
     Raises:
-        InputError: ``PEFTSCOPE_HUB`` is no folder.
+        InputError: ``PEFTSCOPE_HUB`` does not name a folder.
     """
     root = os.environ.get(MIRROR)
     if not root:
@@ -55,10 +55,10 @@ def mirrored(repository: str) -> Path | None:
 
 
 def commit_of(repository: str, revision: str | None, kind: Kind) -> str:
-    """Returns the commit that a revision stands for on the hub now.
+    """Returns the commit to which a revision points on the hub now.
 
     Raises:
-        InputError: The hub does not say.
+        InputError: The hub does not answer, or does not know the revision.
     """
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
@@ -66,34 +66,34 @@ def commit_of(repository: str, revision: str | None, kind: Kind) -> str:
 
     try:
         info = HfApi().repo_info(repository, revision=revision, repo_type=kind, timeout=TIMEOUT_SECONDS)
-    except Exception as error:  # the hub client raises many kinds, none of which a user should meet as a traceback
+    except Exception as error:  # the hub's client raises many kinds; people should see none of them as a traceback
         message = f"cannot download it: {_first_line(error)}"
         raise InputError(Problem(f"{kind} {repository}", message, REMEDY)) from error
     return str(info.sha)
 
 
 def tell_if_moved(manifest: dict[str, Any], repository: str, revision: str | None, kind: Kind, folder: Path) -> None:
-    """Says on stderr that the hub now has another commit under a revision than the one that was fetched."""
+    """Prints a note on stderr if a revision on the hub no longer points to the commit that was fetched."""
     before = manifest.get("commit")
     if before is None or mirrored(repository):
         return
     try:
         now = commit_of(repository, revision, kind)
     except InputError:
-        return  # without a hub there is nothing to tell
+        return  # without a hub there is nothing to compare with
     if now != before:
         what = f"{repository}@{revision or 'main'}"
         print(
-            f"{folder} holds commit {before} of {what}, which is {now} now; remove it to have the new one",
+            f"{folder} holds commit {before} of {what}, which is {now} now; remove the folder to fetch the new one",
             file=sys.stderr,
         )
 
 
 def fetch_files(repository: str, revision: str | None, patterns: Iterable[str], target: Path) -> dict[str, str]:
-    """Puts a model's files into a folder, as links where a mirror has them; returns where they came from.
+    """Downloads a model's files into a folder, or links those of a mirror, and returns their source.
 
     Raises:
-        InputError: They cannot be had.
+        InputError: The files cannot be downloaded.
     """
     folder = mirrored(repository)
     if folder:
@@ -114,7 +114,7 @@ def load_rows(dataset: str, config: str | None, split: str, revision: str | None
     """Returns one split of a data set.
 
     Raises:
-        InputError: It cannot be had.
+        InputError: The data set cannot be loaded.
     """
     from datasets import disable_progress_bars, load_dataset
 
@@ -122,14 +122,14 @@ def load_rows(dataset: str, config: str | None, split: str, revision: str | None
     folder = mirrored(dataset)
     try:
         if folder:
-            # Plain files, without a card that names configurations, have only one.
+            # Plain files without a card that names configurations have one configuration only.
             named = config if (folder / "README.md").is_file() else None
             return Rows(load_dataset(str(folder), named, split=split), {"mirror": str(folder)})
         commit = commit_of(dataset, revision, "dataset")
         return Rows(load_dataset(dataset, config, split=split, revision=commit), {"commit": commit})
     except InputError:
         raise
-    except Exception as error:  # many kinds, here too
+    except Exception as error:  # the library raises many kinds of errors
         raise InputError(Problem(f"dataset {dataset}", f"cannot load it: {_first_line(error)}", REMEDY)) from error
 
 

@@ -1,4 +1,4 @@
-"""Locks that end with the process that holds them."""
+"""File locks, which the system releases when their process ends."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pathlib import Path
 from peftscope.errors import InputError, Problem
 
 LOCK_SECONDS = 30
-"""How long a job waits for one that is just ending."""
+"""The seconds that a job waits for another one that is about to end."""
 
 
 @contextmanager
-def locked(file: Path, does: str = "makes this run at the moment", seconds: int | None = None) -> Iterator[None]:
-    """Holds a file's lock, which ends with the process however that ends.
+def locked(file: Path, does: str = "is working on this run", seconds: int | None = None) -> Iterator[None]:
+    """Holds the lock of a file inside this context. The system releases it if the process dies.
 
     Args:
-        file: Comes to be, in a folder that may have to come to be.
-        does: What to say of a process that holds it, if it still does after ``seconds`` (default: LOCK_SECONDS).
-        seconds: How long to wait.
+        file: The lock file. It is created, with its folder, if needed.
+        does: What the message says of a process that still holds the lock after ``seconds``.
+        seconds: How long to wait; None means LOCK_SECONDS.
 
     Raises:
         InputError: Another process holds it.

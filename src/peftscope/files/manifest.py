@@ -15,12 +15,12 @@ def file_sha256(path: Path) -> str:
 
 
 def damaged_files(folder: Path, sha256: dict[str, str]) -> list[str]:
-    """Returns which of a folder's files are missing, or not what their checksums say."""
+    """Returns the names of a folder's files that are missing or differ from their checksums."""
     return [name for name, digest in sha256.items() if not _is_whole(folder / name, digest)]
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Returns the manifest of a model's or task's folder, None where it is missing or damaged."""
+    """Returns the manifest of a model's or a task's folder, or None if it is missing or damaged."""
     try:
         content = json.loads((folder / "manifest.json").read_bytes())
     except (OSError, ValueError, RecursionError):

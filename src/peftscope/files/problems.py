@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a file, as problems for people."""
+"""Pydantic's validation errors, translated into problems for people."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peftscope.errors import Problem, close_match, shown
 
 
 def dotted(location: tuple[str | int, ...]) -> str:
-    """Returns a place in a file as a path.
+    """Returns a location in a file as a dotted path.
 
     >>> dotted(("axes", "rank", 1))
     'axes.rank[1]'
@@ -24,7 +24,7 @@ def dotted(location: tuple[str | int, ...]) -> str:
 def problems_of(
     error: ValidationError, place: Callable[[tuple[str | int, ...]], str], known: set[str]
 ) -> list[Problem]:
-    """Returns a validation error as problems; ``place`` names the spot in the file, ``known`` the fields to suggest."""
+    """Returns a validation error as problems; ``place`` describes a location, ``known`` has the names to suggest."""
     found = []
     for item in error.errors():
         where, value = place(item["loc"]), item["input"]

@@ -1,4 +1,4 @@
-"""What to say of a disk that is full, read-only or broken."""
+"""Messages about a disk that is full, read-only or broken."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import errno
 import os
 import re
 
-_FREE = "free some space and start again: what is finished stays, and a stopped run goes on"
-_ALLOW = "make this folder writable for you, or work in another one"
+_FREE = "free some space and start again: finished runs are kept, and a stopped run resumes"
+_ALLOW = "get permission to write to this folder, or work in another one"
 STORAGE_CODE = 2
-"""With which a process ends that could not write its own record."""
+"""The exit code of a process that could not write its record."""
 STORAGE_REMEDIES = {
     errno.ENOSPC: _FREE,
     errno.EDQUOT: _FREE,
@@ -17,14 +17,14 @@ STORAGE_REMEDIES = {
     errno.EROFS: _ALLOW,
     errno.EACCES: _ALLOW,
     errno.EPERM: _ALLOW,
-    errno.EIO: "the disk reports errors: look after it before you start again",
+    errno.EIO: "the disk reports errors: check it before you start again",
 }
 
 
 def storage_problem(error: BaseException) -> str:
-    """Returns what to say if an error is the disk's, and nothing if it is not.
+    """Returns a message if the disk caused an error, and an empty string if it did not.
 
-    safetensors wraps the system's error in one of its own, which only its text gives away.
+    safetensors wraps the system's error in its own type, so only the text tells which one it was.
     """
     wrapped = re.search(r"\(os error (\d+)\)", str(error))
     number = error.errno if isinstance(error, OSError) else int(wrapped[1]) if wrapped else None

@@ -47,7 +47,7 @@ DONE = ("ok", "out of memory", "too large", "card too small")
 JOB_SECONDS = 300.0
 """A job that takes longer is ended."""
 USUAL_SECONDS = {"cuda": 35.0, "cpu": 3.0}
-"""Of a job, until some have been timed."""
+"""The seconds that a job is expected to take before any was timed."""
 NOT_DECISIVE = ("claims", "report", "cli")
 """Beginnings of what decides no row: a change there leaves results as they are."""
 

@@ -13,7 +13,7 @@ from peftscope.memory.question import Question
 from peftscope.training.load import DTYPES, bitsandbytes_config, disable_weight_repacking, training_attention
 
 WEIGHT_STD = 0.02
-"""Of random weights, as transformers draws them: large enough for a finite loss, and no size depends on it."""
+"""The standard deviation of random weights, as in transformers: the loss stays finite, and no size depends on it."""
 
 
 def random_base(question: Question, device: str) -> Any:

@@ -72,24 +72,24 @@ def time_steps(question: Question, device: str) -> dict[str, Any]:
     }
 
 
-def speed_of(found: dict[str, Any], matmul_flops_per_second: float | None) -> dict[str, Any]:
+def speed_of(timed: dict[str, Any], matmul_flops_per_second: float | None) -> dict[str, Any]:
     """Returns the columns of speed; the share is None where the card's own rate was not measured.
 
     Args:
-        found: From ``time_steps``.
+        timed: From ``time_steps``.
         matmul_flops_per_second: The card's rate at a large matrix product.
     """
-    seconds = found["seconds"]
+    seconds = timed["seconds"]
     lower, middle, upper = quantiles(seconds, n=4, method="inclusive")
-    rate = found["useful_flops"] / middle
+    rate = timed["useful_flops"] / middle
     return {
         "step_seconds": middle,
         "step_seconds_lower_quartile": lower,
         "step_seconds_upper_quartile": upper,
         "timed_steps": len(seconds),
-        "tokens_per_second": found["tokens"] / median(seconds),
+        "tokens_per_second": timed["tokens"] / median(seconds),
         "useful_flops_per_second": rate,
         "matmul_share": rate / matmul_flops_per_second if matmul_flops_per_second else None,
-        **found["state"],
+        **timed["state"],
         "samples": {"step": [float(f"{value:.6g}") for value in seconds]},
     }

@@ -1,1 +1,1 @@
-"""What the machine can do."""
+"""The machine: cards, processors and devices, what they can do, and meters that read them."""

@@ -1,9 +1,8 @@
 """How a processor computes products of bf16 matrices: natively, or in fp32 with the result rounded to bf16.
 
-Without instructions for bf16, torch and oneDNN compute such products value by value: a training step then takes more
-than thirty times as long. A product in fp32 costs two casts more than one of fp32 tensors, and accumulates in fp32 as
-native instructions do. This module decides which way a process takes, and nothing else does. No torch until a product
-is computed.
+Without bf16 instructions, torch and oneDNN compute such products value by value, and a training step takes more than
+thirty times as long. The fp32 way adds two casts to a product of fp32 tensors. It accumulates in fp32, as native
+instructions do. Only this module decides which way a process uses. It loads no torch until a product is computed.
 """
 
 from __future__ import annotations
@@ -26,25 +25,25 @@ VARIABLE = "PEFTSCOPE_BF16"
 """The environment variable that forces a way."""
 
 NATIVE_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
-"""What ``CPUINFO`` calls the instructions: on x86 the first two, on Arm the last."""
+"""The names of the instructions in ``CPUINFO``: the first two on x86, the last one on Arm."""
 
 CAPS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-"""Environment variables that keep oneDNN, which computes torch's bf16 products, from newer instructions."""
+"""Environment variables that forbid newer instructions to oneDNN, which computes torch's bf16 products."""
 
 UNCAPPED = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")
-"""Parts of the values of these variables that leave it the instructions for bf16."""
+"""Parts of the values of these variables that still allow bf16 instructions."""
 
 PRODUCTS = {
     **{f"{name}{overload}": 1 for name in ("mm", "addmm", "bmm", "baddbmm") for overload in ("", ".out")},
-    "_scaled_dot_product_flash_attention_for_cpu": 1,  # the log-sum-exp, its second result, is fp32 either way
+    "_scaled_dot_product_flash_attention_for_cpu": 1,  # its second result, the log-sum-exp, is fp32 either way
     "_scaled_dot_product_flash_attention_for_cpu_backward": 3,
 }
-"""The operators of torch in which the matrix products of a model end, and how many of their first results have the
-precision of their inputs. Compiled layers call those that write into a given tensor (``mm.out``)."""
+"""The torch operators that compute all matrix products of a model. The number says how many of an operator's first
+results have the precision of its inputs. Compiled layers call those that write into a given tensor (``mm.out``)."""
 
 
 def has_native_bf16() -> bool:
-    """Returns whether this processor has instructions for bf16 that torch uses; on macOS it uses none."""
+    """Returns whether this processor has bf16 instructions that torch uses. On macOS torch uses none."""
     return bool(NATIVE_FLAGS & _processor_flags()) and not _is_capped()
 
 
@@ -61,10 +60,10 @@ def _is_capped() -> bool:
 
 
 def chosen_way() -> Way:
-    """Returns how this process computes bf16 products on its processor: by what the processor can, never by a timing.
+    """Returns how this process computes bf16 products. The processor's instructions decide, never a timing.
 
     Raises:
-        InputError: ``PEFTSCOPE_BF16`` names no way.
+        InputError: ``PEFTSCOPE_BF16`` does not name a way.
     """
     wish = os.environ.get(VARIABLE)
     if not wish:
@@ -76,10 +75,10 @@ def chosen_way() -> Way:
 
 @contextmanager
 def bf16_products(way: Way | None = None) -> Iterator[None]:
-    """Computes the bf16 products of a block on the processor in one way, by default the chosen one.
+    """Computes bf16 products on the processor in one way inside this context; the default is the chosen way.
 
-    In fp32, the kernels of ``PRODUCTS`` are replaced for the whole process. Whatever watches operators from above, the
-    memory tracker among it, sees the same tensors either way: the fp32 copies live inside a kernel.
+    The fp32 way replaces the kernels of ``PRODUCTS`` for the whole process. Its fp32 copies live inside a kernel: code
+    that observes operators, such as the memory tracker, sees the same tensors either way.
     """
     if (way or chosen_way()) == "native":
         yield
@@ -89,7 +88,7 @@ def bf16_products(way: Way | None = None) -> Iterator[None]:
     kernels = torch.library.Library("aten", "IMPL")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Warning only once for all operators")  # torch tells of the replacement
+            warnings.filterwarnings("ignore", "Warning only once for all operators")  # torch warns of the replacement
             for operator, narrowed in PRODUCTS.items():
                 native = torch.library.get_kernel(f"aten::{operator}", "CPU")
                 product = partial(_in_fp32, native, narrowed)
@@ -100,7 +99,7 @@ def bf16_products(way: Way | None = None) -> Iterator[None]:
 
 
 def _in_fp32(native: Any, narrowed: int, keys: Any, *inputs: Any, **options: Any) -> Any:
-    """Calls a native kernel in fp32 if its inputs are bf16; the first ``narrowed`` results are rounded to bf16."""
+    """Calls a native kernel; with bf16 inputs, computes in fp32 and rounds the first ``narrowed`` results to bf16."""
     import torch
 
     bf16, fp32 = torch.bfloat16, torch.float32

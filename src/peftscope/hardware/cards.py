@@ -1,4 +1,4 @@
-"""Graphics cards: how much memory they have, and what CUDA takes of it before the first tensor. No torch."""
+"""Graphics cards: their memory, and the part that CUDA takes before the first tensor. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MIB = 2**20
 GIB = 2**30
 
 CONTEXT_BYTES = 501 * MIB
-"""Of a CUDA context where none was measured: the largest of those that were (an A100, torch 2.11)."""
+"""The size assumed for a CUDA context that was not measured: the largest that was (an A100, torch 2.11)."""
 CUBLAS_BYTES = 8_519_680
 """cuBLAS keeps a workspace of this size per stream (``:4096:2:16:8``). Source: torch's ``CublasHandlePool``."""
 CUBLAS_HOPPER_BYTES = 32 * MIB
@@ -22,10 +22,10 @@ class Gpu:
     """A card.
 
     Attributes:
-        name: As people say it.
-        memory_bytes: What ``nvidia-smi`` shows as its total.
-        context_bytes: Of a CUDA context, if it was measured.
-        cublas_bytes: cuBLAS's workspace, which counts as allocated.
+        name: The name that people use.
+        memory_bytes: The total that ``nvidia-smi`` shows.
+        context_bytes: The size of a CUDA context, if it was measured.
+        cublas_bytes: The size of cuBLAS's workspace, which counts as allocated.
     """
 
     name: str
@@ -62,7 +62,7 @@ GPUS: dict[str, Gpu] = {
     "h100": _gpu("H100 80 GB", 81559, hopper=True),
     "h200": _gpu("H200", 143771, hopper=True),
 }
-"""Totals as nvidia-smi shows them. Contexts: measured by the AgileRL project with torch 2.11."""
+"""The known cards. Totals are those of nvidia-smi; the AgileRL project measured the contexts with torch 2.11."""
 
 PEAK_FLOPS: dict[str, float] = {
     "rtx3090": 71e12,
@@ -78,19 +78,19 @@ PEAK_FLOPS: dict[str, float] = {
     "h100": 989e12,
     "h200": 989e12,
 }
-"""Of bf16 products summed in fp32, dense. Source: NVIDIA's data sheets and white papers."""
+"""Each card's rate for dense bf16 products summed in fp32. Source: NVIDIA's data sheets and white papers."""
 
 USUAL_CARDS = ("rtx4080", "rtx4090", "a100", "a6000", "a100-80gb", "h200")
-"""Whose speed stands for a card of which only the memory is known: that of the nearest."""
+"""If only the memory of a card is known, estimates use the speed of the one of these cards with the nearest memory."""
 
 SMALLEST_MODEL_NUMBER = 1000
-"""A number without a unit means GiB below, and the name of a card from here on."""
+"""A number without a unit means GiB if it is smaller than this, and the name of a card otherwise."""
 
 _UNITS = {"mib": MIB, "mb": 10**6, "gib": GIB, "gb": 10**9, "": GIB}
 
 
 def find_gpu(text: str) -> Gpu:
-    """Returns a card by its name, or by its memory.
+    """Returns the card with a name or a memory size.
 
     >>> find_gpu("24GiB").memory_bytes == find_gpu("24").memory_bytes == 24 * 2**30
     True
@@ -98,7 +98,7 @@ def find_gpu(text: str) -> Gpu:
     'RTX 4090'
 
     Raises:
-        InputError: Neither.
+        InputError: The text is neither a known name nor a size.
     """
     size = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([a-z]*)\s*", text.lower())
     if size and size[2] in _UNITS and float(size[1]) > 0 and (size[2] or float(size[1]) < SMALLEST_MODEL_NUMBER):
@@ -112,7 +112,7 @@ def find_gpu(text: str) -> Gpu:
 
 
 def speed_of(gpu: Gpu) -> tuple[float, str]:
-    """Returns a card's peak in floating-point operations a second, and the name of the card that it belongs to.
+    """Returns a card's peak in floating-point operations per second, and the name of the card that has this peak.
 
     >>> speed_of(find_gpu("rtx4090")), speed_of(find_gpu("80GB"))[1]
     ((165200000000000.0, 'RTX 4090'), 'A100 80 GB')
@@ -124,7 +124,7 @@ def speed_of(gpu: Gpu) -> tuple[float, str]:
 
 
 def known_card(device_name: str) -> Gpu | None:
-    """Returns the card that a driver's name for it contains.
+    """Returns the card whose name is part of the driver's name, or None.
 
     >>> known_card("NVIDIA GeForce RTX 4090").name, known_card("NVIDIA A100-SXM4-40GB").name, known_card("Something")
     ('RTX 4090', 'A100 40 GB', None)

@@ -1,4 +1,4 @@
-"""What this machine is, and which device runs use on it, found without loading torch."""
+"""This machine's cards, processor and compiler, and the device that runs use. No torch."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Device = Literal["cpu", "cuda"]
 
 
 def detect_device() -> Device:
-    """Returns ``cuda`` where NVML sees a card that this process may use, else ``cpu``.
+    """Returns ``cuda`` if NVML sees a card that this process may use, and ``cpu`` otherwise.
 
-    ``PEFTSCOPE_DEVICE`` decides it by hand.
+    ``PEFTSCOPE_DEVICE`` overrides the detection.
 
     Raises:
-        InputError: ``PEFTSCOPE_DEVICE`` is neither.
+        InputError: ``PEFTSCOPE_DEVICE`` is neither ``cpu`` nor ``cuda``.
     """
     wish = os.environ.get("PEFTSCOPE_DEVICE")
     if wish:
@@ -39,14 +39,14 @@ def detect_device() -> Device:
 
 
 def gpu_names() -> list[str]:
-    """Returns the names of the machine's NVIDIA cards; none where there is no driver."""
+    """Returns the names of the machine's NVIDIA cards, or an empty list without a driver."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
         count = pynvml.nvmlDeviceGetCount()
         names = [pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)]
-    except Exception:  # no library, no driver, no permission: no card for us
+    except Exception:  # no library, no driver or no permission: no card can be used
         return []
     return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
 
@@ -61,18 +61,18 @@ def visible_cards() -> list[str]:
 
 @contextmanager
 def cards_claimed(count: int, folder: Path | None = None) -> Iterator[list[str]]:
-    """Leaves only ``count`` cards visible, which no other job of this user on this machine has claimed.
+    """Claims ``count`` cards that no other job of this user on this machine holds, and makes only these visible.
 
-    Snakemake counts the cards of one machine but does not hand them out. Where no more cards are visible than are
-    needed there is nothing to choose: a cluster's scheduler has handed them out. A claim is a lock on a file, and ends
-    with the process however that ends.
+    Snakemake counts the cards of a machine but does not assign them to jobs. If only ``count`` cards are visible, a
+    cluster's scheduler has assigned them, and there is nothing to claim. A claim is a file lock, which the system
+    releases if the process dies.
 
     Args:
-        count: How many are needed; must be decided before torch is imported.
-        folder: Of the locks, for tests.
+        count: The number of cards to claim. Claim them before torch is imported.
+        folder: The folder of the lock files; tests use their own.
 
     Raises:
-        InputError: Fewer are visible.
+        InputError: Fewer cards are visible.
     """
     cards = visible_cards() if count else []
     if len(cards) < count:
@@ -91,7 +91,7 @@ def cards_claimed(count: int, folder: Path | None = None) -> Iterator[list[str]]
                     mine.append(card)
             if len(mine) == count:
                 break
-            # Holding some while waiting for more, two jobs could wait for each other for ever.
+            # Two jobs that each hold some cards while they wait for more would wait for each other for ever.
             claims.close()
             mine.clear()
             time.sleep(random.uniform(0.5, 1.5))
@@ -111,14 +111,14 @@ def _claim(file: Path, claims: ExitStack) -> bool:
 
 
 def find_compiler(device: Device) -> str | None:
-    """Returns the compiler that torch.compile calls: of C++ on a processor, of C (by Triton) for a card; None: none."""
+    """Returns the compiler that torch.compile calls, or None: C++ on a processor, C (called by Triton) for a card."""
     variable, names = ("CXX", ("g++", "clang++")) if device == "cpu" else ("CC", ("gcc", "clang"))
     wish = os.environ.get(variable)
     return next((found for name in ([wish] if wish else names) if (found := shutil.which(name))), None)
 
 
 def gpu_memories() -> list[int]:
-    """Returns the bytes of memory of the cards of ``gpu_names``; none where the driver does not say."""
+    """Returns the bytes of memory of each card of ``gpu_names``, or an empty list if the driver does not tell."""
     try:
         import pynvml
 
@@ -130,7 +130,7 @@ def gpu_memories() -> list[int]:
 
 
 def processor_name() -> str:
-    """Returns the processor's model, as far as the system tells."""
+    """Returns the name of the processor's model, or of its architecture if the system does not tell the model."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

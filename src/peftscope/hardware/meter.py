@@ -1,4 +1,4 @@
-"""What a device is asked while a run is measured: peaks since a reset, the end of its work, seconds of a step."""
+"""Meters of a device: memory peaks since a reset, and the seconds of a step."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ SAMPLE_SECONDS = 0.02
 
 
 class Meter(Protocol):
-    """The three questions, and a clock."""
+    """Measures peaks and times on one device."""
 
     def reset(self) -> None:
-        """Starts the peaks anew, from what is alive now."""
+        """Resets the peaks to the memory in use now."""
 
     def peaks(self) -> dict[str, int | None]:
-        """Returns the fields of ``PhaseMemory`` that this device knows, since the last reset."""
+        """Returns the peaks since the last reset: the fields of ``PhaseMemory`` that this device can measure."""
 
     def synchronise(self) -> None:
-        """Waits for all work that was given to the device."""
+        """Waits until the device has finished all submitted work."""
 
     def clock(self) -> Callable[[], float]:
-        """Starts a clock and returns a function that waits for the device and returns the seconds since."""
+        """Starts a clock. The returned function waits for the device and returns the elapsed seconds."""
 
 
 def make_meter(device: str) -> Meter:
-    """Returns the device's meter."""
+    """Returns the meter of a device."""
     return CudaMeter() if device == "cuda" else HostMeter()
 
 
 class HostMeter:
-    """The processor: nothing runs behind one's back, and the kernel keeps the peak of the process."""
+    """Measures the processor. It works synchronously, and the system's kernel records the peak of the process."""
 
     def reset(self) -> None:
-        """Starts the process's resident peak anew, where the system lets it."""
-        with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is then the process's so far
+        """Resets the process's resident peak, if the system allows it."""
+        with contextlib.suppress(OSError):  # not Linux, or no permission: the peak is then that since the start
             Path("/proc/self/clear_refs").write_text("5")
 
     def peaks(self) -> dict[str, int | None]:
@@ -60,14 +60,14 @@ class HostMeter:
 
 
 class CudaMeter:
-    """A card: torch's counters for its tensors, NVML for all of it, events for time."""
+    """Measures a card: tensors by torch's counters, the whole card by NVML, time by events."""
 
     def __init__(self) -> None:
         self._host = HostMeter()
         self._sampler: PeakSampler | None = None
 
     def reset(self) -> None:
-        """Empties the cache, which would count as reserved from the start, and starts all peaks anew."""
+        """Empties the cache, which would otherwise count as reserved, and resets all peaks."""
         self._host.reset()
         gc.collect()
         torch.cuda.synchronize()
@@ -90,7 +90,7 @@ class CudaMeter:
         torch.cuda.synchronize()
 
     def clock(self) -> Callable[[], float]:
-        """Starts a clock on the card, once it has nothing left to do."""
+        """Starts a clock on the card after the card has become idle."""
         torch.cuda.synchronize()
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record()
@@ -104,7 +104,7 @@ class CudaMeter:
 
 
 class PeakSampler:
-    """Asks for a value again and again, from a thread, until it is stopped; None as an answer ends it."""
+    """Polls a value from a thread until it is stopped, or until the value is None, and keeps the largest."""
 
     def __init__(self, ask: Callable[[], int | None]) -> None:
         self._ask = ask
@@ -120,7 +120,7 @@ class PeakSampler:
                 return
 
     def stop(self) -> int | None:
-        """Returns the largest value seen, the one at the end included."""
+        """Stops polling and returns the largest value, including one last reading."""
         self._done.set()
         self._thread.join()
         last = self._ask()
@@ -128,7 +128,7 @@ class PeakSampler:
 
 
 def resident_peak_bytes() -> int | None:
-    """Returns the most memory this process has held, by the kernel's own mark; None where there is none."""
+    """Returns the process's peak resident bytes as the kernel records them, or None if it does not."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -137,26 +137,26 @@ def resident_peak_bytes() -> int | None:
 
 
 def pci_address(index: int | None = None) -> str:
-    """Returns where one of torch's cards, by default the current one, is plugged in, as NVML writes it."""
+    """Returns the PCI address of one of torch's cards as NVML writes it; the default is the current card."""
     properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
     return f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"
 
 
 def allocator_settings() -> str | None:
-    """Returns how torch's CUDA allocator is set, expandable segments among it; None: this torch does not say."""
+    """Returns the settings of torch's CUDA allocator, such as expandable segments, or None if this torch hides them."""
     ask = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
     return ask() if ask else None
 
 
 def paged_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Returns the bytes of bitsandbytes' paged states: managed memory, which torch's counters do not see."""
+    """Returns the bytes of bitsandbytes' paged states. They are managed memory, which torch does not count."""
     states = [value for state in optimizer.state.values() for value in state.values()]
     paged = [value for value in states if isinstance(value, torch.Tensor) and getattr(value, "is_paged", False)]
     return sum(tensor.numel() * tensor.element_size() for tensor in paged)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error is the card's or the host's way to say that its memory is used up."""
+    """Returns whether an error says that the card or the host is out of memory."""
     return (
         isinstance(error, torch.OutOfMemoryError | MemoryError)
         or "can't allocate memory" in str(error)

@@ -1,6 +1,6 @@
-"""What NVML says of a CUDA card: bytes in use, clocks, other processes. It only reads. No torch.
+"""Readings of a CUDA card from NVML: bytes in use, clocks, other processes. Nothing is changed on the card. No torch.
 
-NVML is optional: without it, and for what a card does not tell, the answers are None.
+NVML is optional. Without it, and for values that a card does not report, the answers are None.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MILLI = 1000
 
 
 def find_card(address: str) -> Any | None:
-    """Returns NVML's handle of the card at a PCI address (``CUDA_VISIBLE_DEVICES`` renumbers torch's, not NVML's)."""
+    """Returns NVML's handle of the card at a PCI address (``CUDA_VISIBLE_DEVICES`` renumbers torch's cards only)."""
     try:
         import pynvml
 
@@ -26,7 +26,7 @@ def find_card(address: str) -> Any | None:
 
 
 def used_bytes(card: Any | None) -> int | None:
-    """Returns the bytes in use on a card, whoever uses them: torch's own counters miss the context and paged states."""
+    """Returns the bytes that all processes use on a card. torch's own counters miss the context and paged states."""
     return _asked(card, lambda nvml: int(nvml.nvmlDeviceGetMemoryInfo(card).used))
 
 
@@ -44,16 +44,17 @@ def reading(card: Any | None) -> dict[str, float | None]:
 
 
 def other_processes(card: Any | None) -> list[dict[str, int | None]] | None:
-    """Returns ``pid`` and ``used_bytes`` of every process that computes on a card, this one aside.
+    """Returns ``pid`` and ``used_bytes`` of every other process that computes on a card.
 
-    In a container NVML may number processes as the host does: ask before this one has used the card.
+    In a container, NVML may use the host's process numbers and then not recognise this process. Ask before it uses the
+    card.
     """
 
-    def found(nvml: Any) -> list[dict[str, int | None]]:
+    def list_others(nvml: Any) -> list[dict[str, int | None]]:
         processes = nvml.nvmlDeviceGetComputeRunningProcesses(card)
         return [{"pid": p.pid, "used_bytes": p.usedGpuMemory} for p in processes if p.pid != os.getpid()]
 
-    return _asked(card, found)
+    return _asked(card, list_others)
 
 
 def _asked(card: Any | None, question: Callable[[Any], T]) -> T | None:
@@ -63,5 +64,5 @@ def _asked(card: Any | None, question: Callable[[Any], T]) -> T | None:
         import pynvml
 
         return question(pynvml)
-    except Exception:  # not every card answers every question
+    except Exception:  # not every card reports every value
         return None

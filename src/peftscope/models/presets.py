@@ -1,4 +1,4 @@
-"""Shapes of well-known base models, so that nothing has to be downloaded to ask what fits. No torch.
+"""Shapes of well-known base models, so that the memory calculator need not download anything. No torch.
 
 Source: each model's ``config.json`` on its hub; a test compares the parameter counts with the published ones.
 """
@@ -71,4 +71,4 @@ PRESETS: dict[str, tuple[str, ModelShape]] = {
         _shape("gemma2", 256000, 2304, 9216, 26, 8, 4, 8192, head_dim=256, tied=True, window=4096),
     ),
 }
-"""Preset name to hub id and shape."""
+"""The hub id and the shape of each preset, by the preset's name."""

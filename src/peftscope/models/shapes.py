@@ -1,4 +1,4 @@
-"""The shape of a decoder-only model, and what follows from it by arithmetic. No torch."""
+"""The shape of a decoder-only model, and the sizes that follow from it by arithmetic. No torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftscope.errors import shown
 from peftscope.files.content import Count
 
 Family = Literal["llama", "mistral", "qwen2", "phi3", "gemma2"]
-"""``model_type`` of a ``config.json``: how the blocks are wired."""
+"""The ``model_type`` of a ``config.json``, which decides how the blocks are wired."""
 
 UNMODELLED: dict[str, Any] = {
     "attention_bias": False,
@@ -24,14 +24,14 @@ UNMODELLED: dict[str, Any] = {
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
-"""Fields of a ``config.json`` that the closed form does not know, and the value at which they change nothing."""
+"""Fields of a ``config.json`` that the closed form does not model, and the value at which they have no effect."""
 
 FAMILIES: tuple[str, ...] = ("llama", "mistral", "qwen2", "phi3", "gemma2")
 
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """One linear layer's name inside its block, its widths, and whether it has a bias."""
+    """A linear layer: its name inside its block, its widths, and whether it has a bias."""
 
     name: str
     inputs: int
@@ -40,12 +40,12 @@ class LinearLayer:
 
     @property
     def weights(self) -> int:
-        """Size of its matrix."""
+        """The number of values of the matrix."""
         return self.inputs * self.outputs
 
 
 class ModelShape(BaseModel):
-    """Sizes of a decoder, in the words of its ``config.json``."""
+    """The sizes of a decoder, named as in its ``config.json``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -64,7 +64,7 @@ class ModelShape(BaseModel):
     @model_validator(mode="after")
     def _heads_share_keys_evenly(self) -> ModelShape:
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}")
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         return self
 
     @cached_property
@@ -92,21 +92,21 @@ class ModelShape(BaseModel):
 
     @property
     def norms_per_block(self) -> int:
-        """RMSNorm vectors of one block."""
+        """The number of RMSNorm vectors of one block."""
         return 4 if self.family == "gemma2" else 2
 
     def linear_layers(self, names: Sequence[str]) -> list[LinearLayer]:
-        """Returns the layers of the whole model with one of these names."""
+        """Returns all layers of the model that have one of these names."""
         return [layer for layer in self.block if layer.name in names] * self.num_layers
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of all block-internal linear layers, without biases: what 4-bit loading quantises."""
+        """The weights of all linear layers inside blocks, without biases. 4-bit loading quantises these."""
         return self.num_layers * sum(layer.weights for layer in self.block)
 
     @property
     def parameters(self) -> int:
-        """All weights, tied ones once."""
+        """The number of all weights; tied weights count once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         biases = self.num_layers * sum(layer.outputs for layer in self.block if layer.bias)
         norms = (self.norms_per_block * self.num_layers + 1) * self.hidden_size
@@ -118,14 +118,14 @@ class ModelShape(BaseModel):
 
         Raises:
             KeyError: A size is missing; its name is the argument.
-            ValueError: The family is not known.
+            ValueError: The family is unknown, or the model has a feature that the closed form does not model.
         """
         family = config.get("model_type")
         if family not in FAMILIES:
             raise ValueError(f"model_type {shown(family)} is not one of {', '.join(FAMILIES)}")
         for name, usual in UNMODELLED.items():
             if config.get(name, usual) not in (usual, None):
-                raise ValueError(f"{name}={shown(config[name])} changes sizes that it does not model")
+                raise ValueError(f"{name}={shown(config[name])} changes sizes in a way that is not modelled")
         heads = config["num_attention_heads"]
         return cls(
             family=family,

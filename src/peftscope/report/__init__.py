@@ -1,1 +1,1 @@
-"""From ``runs.csv`` to tables, figures and the report. No torch."""
+"""Tables, figures and pages rendered from ``runs.csv`` and from claims. No torch."""

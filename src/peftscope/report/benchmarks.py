@@ -42,10 +42,10 @@ def _interval(values: list[float]) -> dict[str, float | None]:
     return {"after": found.mean, "low": found.low, "high": found.high}
 
 
-def readable_benchmarks(found: pd.DataFrame) -> pd.DataFrame:
+def readable_benchmarks(changes: pd.DataFrame) -> pd.DataFrame:
     """Returns the changes as text for people, in percent, intervals in brackets."""
     rows = []
-    for row in found.to_dict("records"):
+    for row in changes.to_dict("records"):
         # A Student interval knows nothing of the bounds of a share.
         bounds = "" if pd.isna(row["low"]) else f" [{100 * max(0, row['low']):.1f}, {100 * min(1, row['high']):.1f}]"
         change = row["after"] - row["before"]

@@ -17,7 +17,7 @@ BLOCK = re.compile(r"<!-- expand (?P<arguments>[^>]*?) -->\n.*?<!-- /expand -->"
 def refresh_forecasts(document: Path) -> None:
     """Writes every block of a document again: ``<!-- expand ARGUMENTS -->`` ... ``<!-- /expand -->``."""
     text = document.read_text()
-    document.write_text(BLOCK.sub(lambda found: _block(found["arguments"]), text))
+    document.write_text(BLOCK.sub(lambda match: _block(match["arguments"]), text))
 
 
 def _block(arguments: str) -> str:

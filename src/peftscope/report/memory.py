@@ -16,7 +16,6 @@ from peftscope.methods import METHODS
 from peftscope.report.plots import method_colours, save
 from peftscope.report.tables import html
 
-"""Of no experiment: what is here follows from the code alone, and every report shows it."""
 CARDS = ("24GiB", "48GiB", "80GiB")
 AXIS_LABELS = {"rank": "rank", "seq_len": "tokens of a sequence", "batch_size": "sequences a batch"}
 

@@ -28,9 +28,9 @@ from peftscope.report.tables import (
 
 PHASES = {"load": "load and initialise", "train": "train", "evaluate": "evaluate"}
 RANGE = {"color": "0.3", "linewidth": 1.2}
-"""How the line looks that goes from the least of several runs to the most."""
+"""The style of a line from the lowest to the highest of several runs."""
 MOST_TICKS = 12
-"""That have room to name every rung of a ladder."""
+"""The most rungs of a ladder that an axis labels one by one."""
 LABELS = {
     "heldout_nll": "held-out NLL (nats per response token)",
     "train_peak": "peak of live tensors in training (MiB)",

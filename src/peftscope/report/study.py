@@ -90,7 +90,7 @@ def _statistics(runs: pd.DataFrame, against: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def readable_contrasts(found: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
+def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     """Returns the contrasts as text for people."""
     rows = [
         {
@@ -102,12 +102,12 @@ def readable_contrasts(found: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
             "p, after Holm": formatted(row["holm_p"], ".3g"),
             "p, sign flips": formatted(row["sign_flip_p"], ".3g"),
         }
-        for row in found.to_dict("records")
+        for row in table.to_dict("records")
     ]
     return pd.DataFrame(rows, columns=None if rows else ["arm"])
 
 
-def readable_controls(found: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
+def readable_controls(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     """Returns the controls as text for people."""
     rows = [
         {
@@ -121,7 +121,7 @@ def readable_controls(found: pd.DataFrame, labels: dict[str, str]) -> pd.DataFra
             if pd.isna(row["called_different"])
             else " to ".join(formatted(row[f"called_different{end}"], ".1f", 0.01) for end in ENDS[1:]),
         }
-        for row in found.to_dict("records")
+        for row in table.to_dict("records")
     ]
     return pd.DataFrame(rows, columns=None if rows else ["control"])
 

@@ -21,7 +21,7 @@ MIB = 2**20
 MOST_SETTINGS, MOST_RUNS = 60, 500
 """Rows of the tables for people; the CSV files beside them have all."""
 MOST_VARIANTS = 20
-"""That a figure names; of more it shows methods."""
+"""The most settings that a figure labels one by one; with more, it groups them by method."""
 
 SCORES: dict[str, str] = {
     "heldout_nll": "heldout_nll_nats_per_token",
@@ -160,12 +160,12 @@ def predictions(runs: pd.DataFrame) -> pd.DataFrame:
     return found.assign(error_percent=100 * (found["predicted_bytes"] / found["measured_bytes"] - 1))
 
 
-def readable_predictions(found: pd.DataFrame) -> pd.DataFrame:
+def readable_predictions(compared: pd.DataFrame) -> pd.DataFrame:
     """Returns the mean and the worst absolute error of each method's predictions, in percent."""
     rows = []
-    for label, group in found.groupby("label", sort=False):
+    for label, group in compared.groupby("label", sort=False):
         row: dict[str, Any] = {"method": label, "runs": f"{group['run_id'].nunique()}"}
-        for peak in [name for name in PREDICTED if (found["peak"] == name).any()]:
+        for peak in [name for name in PREDICTED if (compared["peak"] == name).any()]:
             errors = group.loc[group["peak"] == peak, "error_percent"].abs()
             row[f"{peak} (%)"] = f"{errors.mean():.3f}, worst {errors.max():.3f}" if len(errors) else "-"
         rows.append(row)

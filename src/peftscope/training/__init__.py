@@ -1,1 +1,1 @@
-"""Training: the step, the loop, the probe, and the run that joins them."""
+"""Training: building the model, the step, the loop, checkpoints and shards."""

@@ -20,11 +20,11 @@ from peftscope.record import Ceilings
 from peftscope.spec import RunSpec
 
 SIDES = {"cuda": 8192, "cpu": 512}
-"""Of the square matrices: large enough for a card's full rate, small enough for a tenth of a second on a processor."""
+"""The sides of the square matrices: large enough for a card's full rate, a tenth of a second at most on a processor."""
 COPIED_BYTES = {"cuda": 1 << 28, "cpu": 1 << 26}
 WARM_UP, REPEATS = 3, 15
 BUDGET_SECONDS = 0.3
-"""After so long a processor that is busy otherwise is not asked again."""
+"""The seconds after which the measurement stops, so that a busy processor does not prolong it."""
 
 
 @dataclass(frozen=True)

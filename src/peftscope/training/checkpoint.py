@@ -58,7 +58,7 @@ class Checkpoints:
 
     @property
     def due(self) -> bool:
-        """Whether the last one is older than the interval."""
+        """Whether the last checkpoint is older than the interval."""
         return time.monotonic() - self._saved_at >= self._seconds
 
     def save(self, now: TrainingState) -> None:

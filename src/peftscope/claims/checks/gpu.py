@@ -256,10 +256,10 @@ def _compare(
 
 
 def _of(
-    found: list[_Found], extreme: Extreme, evidence: dict[str, Quantity], model: str, cards: set[str]
+    quantities: list[_Found], extreme: Extreme, evidence: dict[str, Quantity], model: str, cards: set[str]
 ) -> Measurement:
-    chosen = (min if extreme == "smallest" else max)(found, key=lambda item: item.value)
-    shown = {item.name: item.value for item in found} if len(found) > 1 else {}
+    chosen = (min if extreme == "smallest" else max)(quantities, key=lambda item: item.value)
+    shown = {item.name: item.value for item in quantities} if len(quantities) > 1 else {}
     return Measurement(
         chosen.value,
         low=chosen.low,

@@ -54,10 +54,10 @@ def free(gpu: str, run: Run, model: str = MODEL, how: How = "simulation") -> Mea
     """Returns the GiB that a run leaves on a card, CUDA context included; negative: what is missing."""
     answer, card = _answer(model, run, how), find_gpu(gpu)
 
-    def taken(length: int) -> int:
+    def bytes_at(length: int) -> int:
         return _peaks(model, {**run, "seq_len": length}).device_bytes
 
-    longest = largest(taken, card.memory_bytes, int(describe_model(model).config["max_position_embeddings"]))
+    longest = largest(bytes_at, card.memory_bytes, int(describe_model(model).config["max_position_embeddings"]))
     evidence = _evidence(answer) | {"of the card, GiB": card.memory_bytes / GIB, "longest sequence": longest or 0}
     curves = _over_lengths(model, run, lambda peaks: peaks.device_bytes / GIB)
     axes = ("tokens in a sequence", f"on the card ({card.name}), GiB")
@@ -307,11 +307,11 @@ def _scanned(model: str, run: str) -> Peaks:
     return peaks_by_formula(_question(model, json.loads(run)), evaluation=False)
 
 
-def _allocated(found: Answer | Peaks) -> int:
+def _allocated(answer: Answer | Peaks) -> int:
     """Returns what tensors take, paged states included."""
-    if isinstance(found, Answer):
-        return found.peak_allocated_bytes + found.peak_device_bytes - found.peak_reserved_bytes - CONTEXT_BYTES
-    return found.allocated_bytes + found.device_bytes - found.reserved_bytes - CONTEXT_BYTES
+    if isinstance(answer, Answer):
+        return answer.peak_allocated_bytes + answer.peak_device_bytes - answer.peak_reserved_bytes - CONTEXT_BYTES
+    return answer.allocated_bytes + answer.device_bytes - answer.reserved_bytes - CONTEXT_BYTES
 
 
 def _parts(answer: Answer) -> dict[str, int]:

@@ -233,9 +233,9 @@ def requantised_divergence_ratio(size: float) -> Measurement:
     )
 
 
-def _divergences(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """Returns each token's KL divergence of the found from the wanted distribution, in nats."""
-    p, q = wanted.log_softmax(-1), found.log_softmax(-1)
+def _divergences(wanted: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
+    """Returns each token's KL divergence of the actual from the wanted distribution, in nats."""
+    p, q = wanted.log_softmax(-1), actual.log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
 
 
