@@ -112,13 +112,15 @@ rule train:
         gpu=WORKFLOW.gpus,
         mem_mb=DEMANDS.memory_mb,
         runtime=DEMANDS.minutes,
-        # Profiles change these two: seconds between checkpoints, and whether another attempt has more memory.
+        # Profiles change these three: seconds between checkpoints, whether another attempt has more memory, and which
+        # trained weights stay (all, adapters or none).
         checkpoint_seconds=300,
         attempts_left=0,
+        keep_weights="adapters",
     params:
         spec=WORKFLOW.spec_json,
     shell:
-        "python -m peftscope run {params.spec:q} --threads {threads} --output $(dirname {output.record:q}) --checkpoint-seconds {resources.checkpoint_seconds} --attempts-left {resources.attempts_left} > {log} 2>&1"
+        "python -m peftscope run {params.spec:q} --threads {threads} --output $(dirname {output.record:q}) --checkpoint-seconds {resources.checkpoint_seconds} --attempts-left {resources.attempts_left} --keep-weights {resources.keep_weights} > {log} 2>&1"
 
 
 # A study's learning rates: the runs that are compared at them follow from what the first ones found.

@@ -31,6 +31,7 @@ from peftscope.planning.published import (
 from peftscope.planning.sweep import expand
 from peftscope.record import finished_record, is_restored, parse_record, write_record
 from peftscope.report.publish import processor_of, restore
+from peftscope.spec import run_id
 
 SHORT = "fixed: {model: toy, steps: 2, batch_size: 4, heldout_items: 8, generation_items: 0, retention_tokens: 64}\n"
 
@@ -137,3 +138,26 @@ def test_what_is_published_twice_on_one_kind_of_processor_agrees(
         losses.setdefault((run, processor_of(record)), []).append(record["train_nll"])
     assert len(losses) > 100
     assert all(each == seen[0] for seen in losses.values() for each in seen)
+
+
+@pytest.mark.parametrize(
+    ("method", "keep", "stays"),
+    [("lora", "adapters", True), ("lora", "none", False), ("full", "adapters", False), ("full", "all", True)],
+)
+def test_weights_stay_only_where_they_are_asked_for(
+    method: str, keep: Any, stays: bool, toy: Path, make_spec: Any, tmp_path: Path
+) -> None:
+    spec = make_spec(method=method, steps=2, generation_items=0)
+    phases = Phases("cpu", time.perf_counter())
+    phases.mark_imported()
+    folder = tmp_path / run_id(spec)
+    record = execute(spec, folder, phases, keep_weights=keep)
+    assert record.weights == ("kept" if stays else "dropped") and record.size.adapter_bytes > 0
+    assert (folder / "adapter").exists() == stays
+    assert any(name.startswith("adapter/") for name in record.files) == stays
+    # Without its weights the run is still done.
+    assert finished_record(folder, folder.name) == record
+    if not stays:
+        shutil.copytree(folder, run_folder(folder.name), dirs_exist_ok=True)
+        with pytest.raises(InputError, match="its weights were dropped"):
+            find_run(folder.name)

@@ -19,6 +19,8 @@ from peftscope.spec import RunSpec
 SCHEMA_VERSION = 1
 
 Status = Literal["ok", "oom", "diverged", "failed", "interrupted"]
+KeepWeights = Literal["all", "adapters", "none"]
+"""Which trained weights a finished run keeps: an adapter takes a few MB, a fully fine-tuned 135M model 514 MB."""
 CHECKSUM = "sha256"
 """The key of a record's checksum, which covers all other keys as JSON in sorted order."""
 
@@ -182,6 +184,7 @@ class RunRecord(_Part):
         train_nll: The mean nll of response tokens of each step; None if it was not finite.
         train_loss: The minimised loss: the nll and, for AdaLoRA, its orthogonality term.
         train_batches_sha256: The hash of all training tokens in order; runs that saw the same batches have the same.
+        weights: Whether the run's folder still has what was trained; None where nothing was.
         files: The SHA-256 of the run's other files, by their path in its folder.
         benchmarks: The scores of lm-eval's own benchmarks by lm-eval's names, and the number of ``items``.
         method_metrics: Numbers that only one method has.
@@ -202,6 +205,7 @@ class RunRecord(_Part):
     train_nll: list[float | None] = []
     train_loss: list[float | None] = []
     train_batches_sha256: str | None = None
+    weights: Literal["kept", "dropped"] | None = None
     files: dict[str, str] = {}
     benchmarks: dict[str, dict[str, float]] = {}
     method_metrics: dict[str, float] = {}

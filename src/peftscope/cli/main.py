@@ -6,14 +6,14 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from peftscope.cli import claims, memory, rules
-from peftscope.errors import InputError
+from peftscope.errors import InputError, Problem
 from peftscope.layout import record_path, run_folder
 
 app = typer.Typer(
@@ -67,12 +67,16 @@ def run(
     attempts_left: Annotated[
         int, typer.Option(help="How often the caller tries again, each time with more host memory.")
     ] = 0,
+    keep_weights: Annotated[
+        str, typer.Option(help="Which trained weights stay: all, adapters (not a fully fine-tuned model), or none.")
+    ] = "adapters",
 ) -> None:
     """Train and measure one run; writes its record whatever happens."""
     from peftscope.execution.job import Job
     from peftscope.hardware.device import detect_device
     from peftscope.planning.plan import check_compiler, check_disk, check_fetched, check_runs
     from peftscope.planning.sweep import spec_from
+    from peftscope.record import KeepWeights
     from peftscope.spec import run_id
 
     values, path = _read_spec(spec)
@@ -83,7 +87,10 @@ def run(
     if problems:
         raise InputError(problems)
     folder = output or run_folder(identity)
-    Job(resolved, folder, threads, checkpoint_seconds, attempts_left).start()
+    kept = next((choice for choice in get_args(KeepWeights) if choice == keep_weights), None)
+    if kept is None:
+        raise InputError(Problem("--keep-weights", f"unknown (got {keep_weights!r})", "use all, adapters or none"))
+    Job(resolved, folder, threads, checkpoint_seconds, attempts_left, kept).start()
 
 
 def _read_spec(text: str) -> tuple[dict[str, Any], Path]:

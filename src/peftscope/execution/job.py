@@ -24,6 +24,7 @@ from peftscope.files.storage import STORAGE_CODE
 from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.device import cards_claimed
 from peftscope.record import (
+    KeepWeights,
     RunRecord,
     Status,
     clear_checkpoints,
@@ -50,6 +51,7 @@ class Job:
         threads: Of the processor; 0 leaves the choice to torch.
         checkpoint_seconds: Between two checkpoints.
         attempts_left: How often the caller tries again, with more host memory each time.
+        keep_weights: Which trained weights stay when the run has ended.
     """
 
     spec: RunSpec
@@ -57,6 +59,7 @@ class Job:
     threads: int
     checkpoint_seconds: float
     attempts_left: int
+    keep_weights: KeepWeights = "adapters"
 
     def start(self) -> None:
         """Makes the run, or republishes the record of an attempt that finished it; ends the process if it ran.
@@ -204,7 +207,7 @@ class Job:
             torch.set_num_threads(max(1, (self.threads or torch.get_num_threads()) // spec.shards))
         phases = Phases(spec.device, began)
         phases.mark_imported(verified_seconds)
-        return execute(spec, self.folder, phases, self.checkpoint_seconds, rank)
+        return execute(spec, self.folder, phases, self.checkpoint_seconds, rank, self.keep_weights)
 
 
 def _check_cards(count: int) -> None:

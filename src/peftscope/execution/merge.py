@@ -21,11 +21,12 @@ def find_run(run: str) -> Path:
     if not (folder / "record.json").is_file():
         known = [path.parent.name for path in record_paths()]
         raise InputError(Problem(f"run {run}", f"no such run in {RUNS}", close_match(run, known)))
-    status = read_record(folder / "record.json").status
-    if status != "ok":
-        raise InputError(Problem(f"run {run}", f"it ended {status}", "choose a run that ended ok"))
-    if is_restored(folder):
-        raise InputError(Problem(f"run {run}", "restored without its weights", f"remove {folder} and run it again"))
+    record = read_record(folder / "record.json")
+    if record.status != "ok":
+        raise InputError(Problem(f"run {run}", f"it ended {record.status}", "choose a run that ended ok"))
+    if is_restored(folder) or record.weights == "dropped":
+        why = "restored without its weights" if is_restored(folder) else "its weights were dropped when it ended"
+        raise InputError(Problem(f"run {run}", why, f"remove {folder} and run it again (--keep-weights all)"))
     return folder
 
 

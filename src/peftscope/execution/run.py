@@ -47,6 +47,7 @@ from peftscope.memory.probe import probe_evaluation, probe_training
 from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.record import (
     FINAL,
+    KeepWeights,
     RunRecord,
     Size,
     Status,
@@ -74,6 +75,7 @@ class _Run:
     phases: Phases
     checkpoints: Checkpoints
     record: RunRecord
+    keep_weights: KeepWeights
     log: TrainingLog = field(default_factory=TrainingLog)
 
 
@@ -120,7 +122,12 @@ def _run_phases(run: _Run) -> None:
 
 
 def execute(
-    spec: RunSpec, folder: Path, phases: Phases, checkpoint_seconds: float = math.inf, rank: int = 0
+    spec: RunSpec,
+    folder: Path,
+    phases: Phases,
+    checkpoint_seconds: float = math.inf,
+    rank: int = 0,
+    keep_weights: KeepWeights = "adapters",
 ) -> RunRecord:
     """Runs a spec and writes ``record.json``, ``items.jsonl`` and ``adapter/`` into ``folder``.
 
@@ -130,6 +137,7 @@ def execute(
         phases: Started with the process, imports already marked.
         checkpoint_seconds: Between two checkpoints of the training, which an interrupted run goes on from.
         rank: Which of a sharded run's processes this is; all but the first write into a folder below.
+        keep_weights: Which trained weights stay; dropping them changes nothing that is measured.
 
     Returns:
         The record, whatever its status but ``interrupted``.
@@ -143,7 +151,7 @@ def execute(
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     record = RunRecord(run_id=run_id(spec), status="ok", spec=spec)
-    run = _Run(spec, folder, phases, Checkpoints(state_folder(folder), spec, checkpoint_seconds), record)
+    run = _Run(spec, folder, phases, Checkpoints(state_folder(folder), spec, checkpoint_seconds), record, keep_weights)
     file = "record.json"
     try:
         record.provenance = provenance(spec, rank)
@@ -278,6 +286,10 @@ def _save(run: _Run, model: Any) -> None:
             spec.method.save(model, adapter, state)
         record.size.adapter_bytes = sum(path.stat().st_size for path in adapter.glob("*.safetensors"))
         record.size.trained_parameters = spec.method.final_trainable_parameters(model)
+        keeps = run.keep_weights == "all" or (run.keep_weights == "adapters" and not spec.method.trains_base)
+        record.weights = "kept" if keeps else "dropped"
+        if not keeps:
+            shutil.rmtree(adapter, ignore_errors=True)
     written = [run.folder / "items.jsonl", *sorted(adapter.glob("*.*"))]
     record.files = {path.relative_to(run.folder).as_posix(): file_sha256(path) for path in written}
 

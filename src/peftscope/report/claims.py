@@ -46,7 +46,9 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
     """Writes ``claims.json``, renders ``claims.html`` and its Markdown twin, and returns the page's path."""
     write_json(CLAIMS_RESULTS, findings)
     by_id = {finding["id"]: finding for finding in findings}
-    entries = [{"claim": claim, "finding": by_id[claim.id]} for claim in claims if claim.id in by_id]
+    entries: list[dict[str, Any]] = [
+        {"claim": claim, "finding": by_id[claim.id]} for claim in claims if claim.id in by_id
+    ]
     for entry in entries:
         entry["found"] = spoken_finding(entry["finding"])
         entry["figures"] = [_figure(part) for part in entry["finding"]["parts"] if part["curves"]]
