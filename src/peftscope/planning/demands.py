@@ -61,8 +61,9 @@ def host_bytes(spec: RunSpec) -> int:
         return spec.shards * (PROCESS_BYTES + 2 * 4 * shape.parameters)
     length = spec.seq_len if spec.packing else min(spec.seq_len, math.ceil(LONGEST * item_tokens(spec.task)))
     widest = spec.model_copy(update={"seq_len": length})
-    if spec.method.closed_form is None:
-        # Full fine-tuning stands in: it trains all of the base, and the next attempt asks for more.
-        widest = widest.model_copy(update={"method": METHODS["full"]()})
-    peaks = peaks_by_formula(Question(Model(spec.model, shape.to_config(), shape), widest, length, None, 1, ()))
-    return spec.shards * (PROCESS_BYTES + round(MARGIN * peaks.allocated_bytes))
+    model = Model(spec.model, shape.to_config(), shape)
+    # For a method without a closed form two others stand in: one takes the most states, the other the most activations.
+    methods = [spec.method] if spec.method.closed_form else [METHODS["full"](), METHODS["dora"]()]
+    runs = [widest.model_copy(update={"method": method}) for method in methods]
+    allocated = max(peaks_by_formula(Question(model, run, length, None, 1, ())).allocated_bytes for run in runs)
+    return spec.shards * (PROCESS_BYTES + round(MARGIN * allocated))
