@@ -33,7 +33,25 @@ METHOD_OPTIONS = (
     "double_quant",
     "kbit_preparation",
 )
-"""Options that are fields of a method; the others are the spec's own."""
+"""Options that are fields of a method."""
+
+SPEC_OPTIONS = (
+    "batch_size",
+    "seq_len",
+    "gradient_accumulation",
+    "precision",
+    "optimizer",
+    "optimizer_implementation",
+    "loss_path",
+    "attention",
+    "checkpointing",
+    "packing",
+    "eval_batch_size",
+)
+"""Options that are fields of the spec."""
+
+DEFAULTS: dict[str, Any] = {"batch_size": 1, "seq_len": 512, "precision": "bf16", "loss_path": "hf"}
+"""What a plain PyTorch and PEFT script does where nothing is said; for other options, the field's own default."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +227,7 @@ def ask(
 
 
 def _defaults(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
-    defaults: dict[str, Any] = {"batch_size": 1, "seq_len": 512, "precision": "bf16", "loss_path": "hf"}
+    defaults = dict(DEFAULTS)
     if model.config["model_type"] == "gemma2":
         defaults["attention"] = "eager"
         if given.get("attention") == "sdpa":
