@@ -467,7 +467,7 @@ def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(tun
     Path("results/mine").rename("results/lost")
     write_json(Path("results/mine/tuned.json"), json.loads(Path("results/lost/tuned.json").read_text()))
     record(members("tune-lora")[0], validation=0.9)
-    with pytest.raises(InputError, match=r"9 published runs are not among these.*peftscope restore mine"):
+    with pytest.raises(InputError, match=r"9 published runs are missing here.*peftscope restore mine"):
         publish("mine")
     assert restore("mine") == 10
     after = {p.parent.name: p.read_bytes() for p in Path("results/mine/runs").glob("*/record.json")}

@@ -1,4 +1,4 @@
-"""The claims page: every claim with its verdict and evidence, as HTML and as Markdown. No torch."""
+"""Renders the claims page, which shows every claim with its verdict and evidence, as HTML and Markdown. No torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COLOURS = {
     Verdict.NOT_RUN: "#9aa0a6",
     Verdict.NOT_TESTABLE_HERE: "#c4c8cc",
 }
-"""In the order of the summary bar."""
+"""The colours of the verdicts, in the order of the summary bar."""
 
 MEANINGS = {
     Verdict.EXACT: "a deterministic check found what is claimed",
@@ -37,9 +37,9 @@ MEANINGS = {
     Verdict.EQUIVALENT: "the two are the same within the margin of the rule",
     Verdict.EXACT_WRONG: "a deterministic check found something else",
     Verdict.REFUTED: "the whole interval lies elsewhere",
-    Verdict.INCONCLUSIVE: "what was measured does not decide; the entry says what is missing",
+    Verdict.INCONCLUSIVE: "the measurement does not decide; the entry says what is missing",
     Verdict.NOT_RUN: "the runs that decide have not been made",
-    Verdict.NOT_TESTABLE_HERE: "no machine of ours can test it; the entry says why",
+    Verdict.NOT_TESTABLE_HERE: "none of our machines can test it; the entry says why",
 }
 
 
@@ -51,7 +51,7 @@ def write_findings(experiment: str, findings: list[dict[str, Any]]) -> Path:
 
 
 def write_claims_page(experiment: str, claims: tuple[Claim, ...]) -> Path:
-    """Renders ``claims.html`` and its Markdown twin from ``claims.json``, and returns the former's path."""
+    """Renders ``claims.html`` and ``claims.md`` from ``claims.json``, and returns the path of the HTML page."""
     findings = json.loads((results_folder(experiment) / "claims.json").read_text())
     by_id = {finding["id"]: finding for finding in findings}
     entries = [{"claim": claim, "finding": by_id[claim.id]} for claim in claims if claim.id in by_id]
@@ -92,7 +92,7 @@ def write_claims_page(experiment: str, claims: tuple[Claim, ...]) -> Path:
 
 
 def spoken_number(value: Any) -> str:
-    """Returns a measured quantity as people read it.
+    """Returns a measured quantity as text for people.
 
     >>> spoken_number(16777216), spoken_number(0.000123456), spoken_number(True), spoken_number(None)
     ('16,777,216', '0.0001235', 'yes', '-')
@@ -109,7 +109,7 @@ def spoken_number(value: Any) -> str:
 
 
 def spoken_finding(finding: dict[str, Any]) -> str:
-    """Returns what was found about a claim or one of its parts, with unit and interval."""
+    """Returns the measured value of a claim or a part as text, with unit and interval."""
     if finding["found"] is None:
         return "-"
     text = f"{spoken_number(finding['found'])} {finding['unit']}".strip()
@@ -119,7 +119,7 @@ def spoken_finding(finding: dict[str, Any]) -> str:
 
 
 def _figure(part: dict[str, Any]) -> Markup:
-    """Returns a small drawing of a part's curves as SVG."""
+    """Returns a small figure of a part's curves as SVG."""
     with sns.axes_style("whitegrid"), plt.rc_context({"svg.hashsalt": "claims", "svg.fonttype": "none"}):
         figure, axes = plt.subplots(figsize=(5.2, 2.9), layout="constrained")
         for name, curve in part["curves"].items():

@@ -1,6 +1,6 @@
-"""Publishing: the small files of a finished experiment, copied to where they are committed.
+"""Copies the small files of a finished experiment into the published folders, which are committed.
 
-No rule of the workflow writes or reads these folders, so a fresh clone runs the experiment instead of finding it done.
+No rule of the workflow writes or reads these folders, so a fresh clone runs the experiment and does not find it done.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from peftscope.record import read_record
 LARGEST_BYTES = 5_000_000
 README = Path("README.md")
 COMPLETE = {"memory": ("grid.png", "bars.png", "chapter.csv"), "gpu": ("*/card.json",)}
-"""Folders of results that belong to no experiment, and the files without which they are not finished."""
+"""The folders of results that belong to no experiment, and the files that a finished one must have."""
 MADE_BY = {"memory": "make report", "gpu": "make gpu-check"}
 
 
 def publish(name: str) -> list[Path]:
-    """Publishes an experiment, or the results of none: those of ``memory``, and of the ``gpu`` check.
+    """Publishes an experiment, or the results of ``memory`` or of the ``gpu`` check, which belong to no experiment.
 
     Raises:
         InputError: There is nothing to publish yet, or a file is too large to commit.
@@ -37,12 +37,13 @@ def publish(name: str) -> list[Path]:
 
 
 def publish_folder(name: str) -> list[Path]:
-    """Copies tables and figures to where they are committed, and returns the folders that were replaced.
+    """Copies tables and figures into the published folders, and returns the folders that were replaced.
 
-    Each card of the ``gpu`` check has a folder of its own; those of other cards stay. A processor's is not published.
+    Each card of the ``gpu`` check has its own folder; those of other cards stay. Results of processors are not
+    published.
 
     Raises:
-        InputError: They are not finished, or one is too large to commit.
+        InputError: The results are not finished, or a file is too large to commit.
     """
     source, target = results_folder(name), PUBLISHED_RESULTS / name
     missing = [pattern for pattern in COMPLETE[name] if not list(source.glob(pattern))]
@@ -98,14 +99,14 @@ def publish_experiment(experiment: str) -> list[Path]:
 
 
 def _publish_unfinished(experiment: str) -> list[Path]:
-    """Publishes the runs that a study has made so far, without report: ``restore`` lets it go on elsewhere."""
+    """Publishes the finished runs of an unfinished study without a report, so that ``restore`` can continue it."""
     collect_experiment(expand(experiment))
     source, results = results_folder(experiment), PUBLISHED_RESULTS / experiment
     lost = {path.parent.name for path in results.glob("runs/*/record.json")} - {
         path.parent.name for path in source.glob("runs/*/record.json")
     }
     if lost:
-        message = f"{len(lost)} published runs are not among these, {min(lost)} for one"
+        message = f"{len(lost)} published runs are missing here, such as {min(lost)}"
         raise InputError(Problem(str(source), message, f"peftscope restore {experiment}"))
     wanted = [source / "runs.csv", source / "losses.csv", tuned_path(experiment)]
     wanted += sorted(source.glob("runs/*/record.json")) + sorted(source.glob("runs/*/items.jsonl"))
@@ -115,14 +116,13 @@ def _publish_unfinished(experiment: str) -> list[Path]:
 
 
 def restore(experiment: str) -> int:
-    """Puts the published runs of an experiment back among its results, and returns how many were published.
+    """Copies the published runs of an experiment back into its results, and returns how many were published.
 
-    A run that is there already is left alone.
-
-    Only on demand, for a study that goes on in another sitting: the workflow itself never reads published files.
+    Runs that already exist are left alone. This happens only on demand, to continue an unfinished study: the workflow
+    itself never reads published files.
 
     Raises:
-        InputError: None were published, or there is no such experiment.
+        InputError: The experiment does not exist, or has no published runs.
     """
     experiment_path(experiment)
     source, target = PUBLISHED_RESULTS / experiment / "runs", results_folder(experiment) / "runs"
@@ -147,7 +147,7 @@ def _check_sizes(paths: list[Path]) -> None:
 
 
 def _copy(paths: list[Path], source: Path, target: Path) -> None:
-    """Puts files of one folder into another, in place of what was there."""
+    """Replaces the content of a folder by files of another one."""
     shutil.rmtree(target, ignore_errors=True)
     for path in paths:
         copy = target / path.relative_to(source)
@@ -156,7 +156,7 @@ def _copy(paths: list[Path], source: Path, target: Path) -> None:
 
 
 def _update_readme(experiment: str, results: Path) -> None:
-    """Puts the table, a figure and the machine between the README's markers for this experiment, if it has them."""
+    """Writes the table, a figure and the machine between the README's markers for this experiment, if it has them."""
     begin, end = f"<!-- published:{experiment} -->\n", f"<!-- /published:{experiment} -->"
     text = README.read_text()
     if begin not in text:
