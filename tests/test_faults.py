@@ -451,7 +451,7 @@ def test_damaged_models_and_data(
     path = done / "resources" / file
     damage(path)
     finish(done, "small")
-    assert "set aside as" in (done / "results/runs" / one / "train.log").read_text()
+    assert "the folder was moved to" in (done / "results/runs" / one / "train.log").read_text()
     assert path.parent.with_name(f"{path.parent.name}.damaged").is_dir()
     assert read_manifest(path.parent) == read_manifest(undisturbed / path.parent.relative_to(done))
     assert tables(done, "small") == tables(undisturbed, "small")

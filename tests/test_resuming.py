@@ -177,8 +177,8 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
     newest.write_bytes(content[: len(content) // 2] if damage == "cut" else content[:-200] + bytes(200))
     assert same_for_a_reader(run(spec, tmp_path / "run")) == same_for_a_reader(undisturbed)
     errors = capfd.readouterr().err
-    assert f"{newest}: damaged or of another run, set aside" in errors
-    assert f"goes on after step {STOP - 1}, from {older.name}" in errors
+    assert f"{newest}: damaged or of another run, renamed to *.damaged" in errors
+    assert f"resumed after step {STOP - 1}, from {older.name}" in errors
     assert newest.with_suffix(".damaged").is_file()
 
 
@@ -217,7 +217,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
 
     monkeypatch.setattr(torch, "save", full)
     assert run(short(method="lora"), tmp_path / "run").status == "ok"
-    assert "no checkpoint at step 1, training goes on: [Errno 28] No space left on device" in capfd.readouterr().err
+    assert "no checkpoint at step 1, training continues: [Errno 28] No space left on device" in capfd.readouterr().err
     assert not list(state_folder(tmp_path / "run").glob("checkpoint*"))
 
 
@@ -252,12 +252,12 @@ def test_a_killed_job_goes_on_and_a_finished_one_is_only_copied(toy: Path, short
     job.communicate()
     (folder / "record.json").unlink(missing_ok=True)  # of a child that was killed before its parent
     done = subprocess.run(command(spec, folder), capture_output=True, text=True, check=True)
-    assert re.search(r"goes on after step \d+", done.stderr)
+    assert re.search(r"resumed after step \d+", done.stderr)
     assert same_for_a_reader(read_record(folder / "record.json")) == same_for_a_reader(undisturbed)
     before = (folder / "record.json").read_bytes()
     (folder / "record.json").unlink()
     again = subprocess.run(command(spec, folder), capture_output=True, text=True, check=True)
-    assert "as an earlier job found" in again.stderr
+    assert "finished by an earlier job" in again.stderr
     assert (folder / "record.json").read_bytes() == before
 
 

@@ -205,7 +205,7 @@ def test_a_killed_process_ends_the_run_to_be_tried_again(toy: Path, exact, tmp_p
     assert job.wait(timeout=30) == 137
     assert not (tmp_path / "record.json").exists()
     reason = read_record(tmp_path / "interrupted.json").reason
-    assert reason == "process 1 of 2 was killed by SIGKILL, and not by the kernel for want of memory"
+    assert reason == "process 1 of 2 was killed by SIGKILL, but not by the kernel for lack of memory"
 
 
 @pytest.mark.slow
@@ -246,7 +246,7 @@ def test_a_run_goes_on_from_what_all_have(method: str, killed: bool, toy: Path, 
         assert undisturbed.train_nll[: len(seen)] == seen and 0 < len(seen) < spec.steps
         assert {steps_of(max(state.glob("checkpoint-*.pt"))) for state in states} == {len(seen)}
     resumed = subprocess.run(command(spec, folder), capture_output=True, text=True, check=True)
-    (done,) = map(int, re.findall(r"goes on after step (\d+)", resumed.stderr))
+    (done,) = map(int, re.findall(r"resumed after step (\d+)", resumed.stderr))
     assert done == (steps_of(newest) - 1 if killed else len(seen))
     record = read_record(folder / "record.json")
     assert record.train_nll == undisturbed.train_nll and record.quality == undisturbed.quality
@@ -286,9 +286,9 @@ def test_the_process_that_failed_first_gives_the_reason(toy: Path, exact, tmp_pa
         ({2: (1, "failed"), 1: (130, "interrupted")}, 130, "interrupted: reason of 1 (process 1 of 4)", True),
         ({2: (1, "failed"), 1: (1, "oom")}, 0, "oom: reason of 1 (process 1 of 4)", False),
         ({2: (1, "failed"), 1: (1, "failed")}, 0, "failed: reason of 2 (process 2 of 4)", False),
-        ({2: (-9, "ok"), 1: (1, "failed")}, 137, "interrupted: process 2 of 4 was killed by SIGKILL, and not by", True),
+        ({2: (-9, "ok"), 1: (1, "failed")}, 137, "interrupted: process 2 of 4 was killed by SIGKILL, but not by", True),
         ({2: (-11, None), 1: (1, "failed")}, 0, "failed: process 2 of 4 ended with code -11", True),
-        ({2: (2, None), 1: (1, "failed")}, 130, "interrupted: could not say why it ended (process 2 of 4)", True),
+        ({2: (2, None), 1: (1, "failed")}, 130, "interrupted: left no reason (process 2 of 4)", True),
     ],
     ids=["stopped", "oom", "failed", "killed", "crashed", "full disk"],
 )

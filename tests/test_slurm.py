@@ -221,7 +221,7 @@ def test_the_smoke_pipeline_survives_scancel_and_preemption(
 def went_on(folder: Path) -> bool:
     """Whether no run is stopped any more, and one has gone on from a checkpoint."""
     logs = [path.read_text() for path in folder.glob("results/runs/*/train.log")]
-    return not stopped(folder) and any("goes on after step" in log for log in logs)
+    return not stopped(folder) and any("resumed after step" in log for log in logs)
 
 
 def stopped(folder: Path) -> int:

@@ -466,7 +466,7 @@ def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(tun
     assert len(before) == 10
     Path("results/runs").rename("results/lost")
     record(members("tune-lora")[0], validation=0.9)
-    with pytest.raises(InputError, match=r"9 published runs are not among these.*peftscope restore mine"):
+    with pytest.raises(InputError, match=r"9 published runs are missing here.*peftscope restore mine"):
         publish("mine")
     assert restore("mine") == 10
     after = {p.parent.name: p.read_bytes() for p in Path("results/runs").glob("*/record.json")}

@@ -143,7 +143,6 @@ def fit(
     """Say which methods fit on a card, with what is left, the largest sizes, and what to do where nothing fits."""
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.fit import fit_methods, known_methods
-    from peftscope.methods import METHODS
 
     names = [name.strip() for name in f"{model or ''},{models or ''}".split(",") if name.strip()]
     if not names:

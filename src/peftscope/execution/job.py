@@ -1,4 +1,4 @@
-"""A run as a job: its processes are forked, watched and ended, and however they end, a record is written."""
+"""Runs one spec as a job: forks, watches and ends its processes, and writes a record however they end."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class Job:
 
     Attributes:
         spec: What to run.
-        folder: The run's own.
-        threads: Of the processor; 0 leaves the choice to torch.
-        checkpoint_seconds: Between two checkpoints.
-        attempts_left: How often the caller tries again, with more host memory each time.
-        keep_weights: Which trained weights stay when the run has ended.
+        folder: The folder of the run.
+        threads: The number of processor threads; 0 leaves the choice to torch.
+        checkpoint_seconds: The seconds between two checkpoints.
+        attempts_left: How many more times the caller will retry, with more host memory each time.
+        keep_weights: The trained weights that stay when the run has ended.
     """
 
     spec: RunSpec
@@ -62,13 +62,13 @@ class Job:
     keep_weights: KeepWeights = "adapters"
 
     def start(self) -> None:
-        """Makes the run, or republishes the record of an attempt that finished it; ends the process if it ran.
+        """Runs the spec and ends this process, or restores the record if an earlier job finished the run.
 
         Raises:
-            InputError: Another job makes it, or its model and data are damaged for good.
+            InputError: Another job is working on the run, or its model or data are damaged and cannot be restored.
         """
         began = time.perf_counter() - seconds_since_process_start()
-        chosen_way()  # raises for a wrong wish
+        chosen_way()  # raises an error if PEFTSCOPE_BF16 is wrong
         identity = run_id(self.spec)
         with locked(state_folder(self.folder) / "lock"):
             write_json(self.folder / "spec.json", self.spec.model_dump(mode="json"))
@@ -76,7 +76,7 @@ class Job:
             if record is not None:
                 write_record(self.folder / "record.json", record)
                 (self.folder / "interrupted.json").unlink(missing_ok=True)
-                said = f"{identity}: {record.status}, as an earlier job found; remove {self.folder} to run it again"
+                said = f"{identity}: {record.status}, finished by an earlier job; remove {self.folder} to run it again"
                 errors.print(said, soft_wrap=True)
                 return
             verifying = time.perf_counter()
@@ -87,12 +87,12 @@ class Job:
                 self._run(began, verified_seconds)
 
     def _survive(self) -> None:
-        """Forks; returns in the child, whose end the parent sees, and puts on record if it was killed."""
+        """Forks and returns in the child. The parent waits, and writes a record if a signal killed the child."""
         before = host_kills()
         killed = survive_child()
         if killed is None:
             return
-        if killed in (signal.SIGTERM, signal.SIGINT):  # before the child could listen to them
+        if killed in (signal.SIGTERM, signal.SIGINT):  # they came before the child had installed its handlers
             self._end_early("interrupted", f"stopped by {killed.name}")
             sys.exit(INTERRUPTED_CODE)
         if killed != signal.SIGKILL:
@@ -101,41 +101,41 @@ class Job:
         sys.exit(self._end_killed(before))
 
     def _end_killed(self, kills_before: int | None, whom: str = "") -> int:
-        """Puts on record that a process got SIGKILL, and returns the code to exit with: a result, or to try again.
+        """Records that SIGKILL ended a process. Returns the exit code, which says whether to retry.
 
         Args:
-            kills_before: The kernel's count of those for want of memory, when the process began.
-            whom: What to say of it, if it is not the only one.
+            kills_before: The kernel's count of processes killed because memory ran out, before the process began.
+            whom: The beginning of the reason, which names the process if there are several.
         """
         kills = host_kills()
         for_memory = kills_before is None or kills is None or kills > kills_before
         if for_memory and not self.attempts_left:
             self._end_early("oom", f"{whom}{KILLED}")
             return 0
-        outside = "killed by SIGKILL, and not by the kernel for want of memory"
+        outside = "killed by SIGKILL, but not by the kernel for lack of memory"
         self._end_early("interrupted", f"{whom}{KILLED if for_memory else outside}")
         return KILLED_CODE
 
     def _end_early(self, status: Status, reason: str) -> None:
-        """Writes the record of a run that cannot write its own."""
+        """Writes the record of a run whose process cannot write it."""
         record = RunRecord(run_id=run_id(self.spec), status=status, reason=reason, spec=self.spec)
         write_record(self.folder / ("interrupted.json" if status == "interrupted" else "record.json"), record)
         errors.print(f"{record.run_id}: {status}, {reason}", soft_wrap=True)
 
     def _end_for_all(self, kills_before: int | None, codes: dict[int, int]) -> None:
-        """Ends a sharded run some of whose other processes failed, with these codes by rank."""
+        """Ends a sharded run after some of its processes failed with these exit codes by rank."""
         code = INTERRUPTED_CODE
         try:
             code = self._judge(kills_before, codes)
-        except BaseException:  # a full disk, for one: this process must not wait for those that are gone
+        except BaseException:  # such as a full disk: this process must not wait for processes that are gone
             traceback.print_exc()
         finally:
             os._exit(code)
 
     def _judge(self, kills_before: int | None, codes: dict[int, int]) -> int:
-        """Puts on record why the others failed, and returns the code to exit with.
+        """Records why other processes failed, and returns the exit code.
 
-        A process that only missed another one says that it failed: what says more comes first.
+        A process that only lost its partners also fails, so signals, interruptions and memory errors count first.
         """
         which = {rank: f"process {rank} of {self.spec.shards}" for rank in codes}
         for rank, code in codes.items():
@@ -149,8 +149,10 @@ class Job:
                 records[rank] = read_record(rank_folder(self.folder, rank) / file)
         if again:
             rank = next((rank for rank in codes if rank in again and rank in records), min(again))
-            reason = records[rank].reason if rank in records else "could not say why it ended"
-            if not (self.folder / "interrupted.json").is_file():  # the first one's, if all stopped after the same step
+            reason = records[rank].reason if rank in records else "left no reason"
+            if not (
+                self.folder / "interrupted.json"
+            ).is_file():  # the first process wrote it if all stopped after the same step
                 self._end_early("interrupted", f"{reason} ({which[rank]})")
             return INTERRUPTED_CODE
         first = next((rank for rank, record in records.items() if record.status == "oom"), next(iter(codes)))
@@ -163,7 +165,7 @@ class Job:
         return 0
 
     def _run(self, began: float, verified_seconds: float) -> None:
-        """Runs in this process, and in those beside it if the model is sharded; ends them all."""
+        """Runs the spec in this process, and in forked ones if the model is sharded, and ends them all."""
         rank = 0
         try:
             raise_on_signals()
@@ -171,26 +173,26 @@ class Job:
             record = self._execute(began, verified_seconds, rank)
         except Interrupted as error:
             if rank > 0:
-                os._exit(INTERRUPTED_CODE)  # its own record says why
+                os._exit(INTERRUPTED_CODE)  # this process's own record says why
             if (self.folder / "interrupted.json").is_file():
                 errors.print(f"{run_id(self.spec)}: interrupted, {error}", soft_wrap=True)
             else:
                 self._end_early("interrupted", str(error))
             if self.spec.shards > 1:
-                os._exit(INTERRUPTED_CODE)  # tearing down torch would wait for processes that are gone
+                os._exit(INTERRUPTED_CODE)  # the teardown of torch would wait for processes that are gone
             sys.exit(INTERRUPTED_CODE)
         reason = f", {record.reason}" if record.reason else ""
         errors.print(f"{record.run_id}: {record.status}{reason}", soft_wrap=True)
-        # Everything is written. Tearing down torch and its threads would add half a second that no phase accounts for.
+        # Everything is written. The teardown of torch and its threads would add half a second that belongs to no phase.
         sys.stdout.flush()
         sys.stderr.flush()
-        # All processes diverge in the same step; the first one's record says so.
+        # All processes diverge in the same step, and the record of the first one says so.
         os._exit(int(rank > 0 and record.status in ("oom", "failed")))
 
     def _execute(self, began: float, verified_seconds: float, rank: int) -> RunRecord:
-        """Imports what the run needs, runs it and returns its record."""
+        """Imports the libraries that the run needs, runs it and returns its record."""
         spec = self.spec
-        # Nothing that a run reads comes from a hub: fetching is another command. Without this, libraries ask and wait.
+        # A run reads nothing from a hub: fetching is another command. Without this, libraries ask the hub and wait.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         import torch
 
@@ -200,7 +202,7 @@ class Job:
         from peftscope.execution.run import execute
 
         if spec.generation_items:
-            import peftscope.evaluation.answers  # noqa: F401  (its import is slow, and belongs to that phase)
+            import peftscope.evaluation.answers  # noqa: F401  (a slow import that belongs to the import phase)
         if spec.method.quantization():
             import bitsandbytes  # noqa: F401
         if self.threads or spec.shards > 1:
@@ -215,7 +217,7 @@ def _check_cards(count: int) -> None:
 
     if not torch.cuda.is_available():
         remedy = "see `peftscope doctor`; PEFTSCOPE_DEVICE=cpu uses the processor"
-        raise InputError(Problem("device", "there is a card, but this torch cannot use it", remedy))
+        raise InputError(Problem("device", "this machine has a card, but the installed torch cannot use it", remedy))
     if torch.cuda.device_count() < count:
-        message = f"needs as many cards, {torch.cuda.device_count()} are here (got {count})"
-        raise InputError(Problem("shards", message, "use fewer, or a machine with more"))
+        message = f"{count} shards need {count} cards, and this machine has {torch.cuda.device_count()}"
+        raise InputError(Problem("shards", message, "use fewer shards, or a machine with more cards"))

@@ -1,4 +1,4 @@
-"""The process of a run: when it began, and a parent that survives it. No torch."""
+"""The process of a run: its age, and a parent process that outlives it. No torch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _PR_SET_PDEATHSIG = 1
 def seconds_since_process_start() -> float:
     """Returns the age of this process.
 
-    On Linux by the clock that the kernel stamped it with: psutil's ``create_time`` adds a boot time in whole seconds
-    and is off by up to one, which is a fifth of a short run.
+    On Linux this uses the kernel's own time stamp. psutil's ``create_time`` adds a boot time in whole seconds and is
+    off by up to one second, which is a fifth of a short run.
     """
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
@@ -29,16 +29,16 @@ def seconds_since_process_start() -> float:
 
 
 def die_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
-    """Asks the kernel for a signal when the parent dies; only Linux can.
+    """Asks the kernel to send this process a signal when its parent dies. Only Linux can do this.
 
-    Without it, the jobs of a workflow that was killed go on, beside those of the next one.
+    Without it, the jobs of a killed workflow would continue beside those of the next one.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, by)
 
 
 def host_kills() -> int | None:
-    """Returns how many processes the kernel has killed for want of memory, None where it does not count them."""
+    """Returns how many processes the kernel has killed because memory ran out, or None if it does not count them."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:
@@ -47,10 +47,10 @@ def host_kills() -> int | None:
 
 
 def survive_child() -> signal.Signals | None:
-    """Forks; returns None in the child, and in the parent the signal that killed the child.
+    """Forks this process. Returns None in the child, and in the parent the signal that killed the child.
 
-    The parent hands on SIGTERM and SIGINT, and exits with the child's code where no signal killed it. It is there
-    because a host that runs out of memory kills without a chance to write a record.
+    The parent forwards SIGTERM and SIGINT. If no signal killed the child, the parent exits with the child's code. The
+    parent exists because a host that runs out of memory kills a process without a chance to write a record.
     """
     child = os.fork()
     if child == 0:

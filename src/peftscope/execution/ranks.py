@@ -1,4 +1,4 @@
-"""The processes of a sharded run: forked, watched, and ended together. No torch."""
+"""Forks, watches and ends the processes of a sharded run. No torch."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from peftscope.execution.process import die_with_parent
 from peftscope.record import state_folder
 
 SETTLE_SECONDS = 2
-"""After one process failed, others follow that only miss it: how long all of them are waited for."""
+"""When one process fails, others fail because they miss it. All of them get this long before they are judged."""
 
 _some_failed = threading.Event()
 
 
 def rank_folder(run: Path, rank: int) -> Path:
-    """Returns where a process of a run keeps its files: the first one in the run's own folder."""
+    """Returns the folder for the files of one process of a run. For the first process, it is the run's own folder."""
     return run if rank == 0 else state_folder(run) / f"rank-{rank}"
 
 
 def meeting_file(run: Path) -> Path:
-    """Returns the file by which the processes of a run find each other."""
+    """Returns the file through which the processes of a run find each other."""
     return state_folder(run) / "meeting"
 
 
 def fork_ranks(run: Path, count: int, when_some_fail: Callable[[dict[int, int]], None]) -> int:
-    """Forks ``count - 1`` processes beside this one; they die with it, and leave signals that ask to stop to it.
+    """Forks ``count - 1`` processes. They die with this one, and only this one handles SIGTERM and SIGINT.
 
     Args:
-        run: The run's folder; what processes of an earlier attempt left there is removed, but for their checkpoints.
-        count: How many there are then.
-        when_some_fail: Called once, from a thread, with the exit codes (negative: a signal) by rank of those that
-            failed, in the order in which they ended.
+        run: The run's folder. Files of an earlier attempt's processes are removed there, except checkpoints.
+        count: The number of processes, including this one.
+        when_some_fail: Called once, from a thread, if processes fail. It gets their exit codes (negative for a signal)
+            by rank, in the order in which they ended.
 
     Returns:
-        This process's rank, 0 in the first, where threads watch the others.
+        The rank of this process: 0 in the first one, where threads watch the others.
     """
     meeting_file(run).unlink(missing_ok=True)
     for path in state_folder(run).glob("rank-*/*"):
         if path.is_file():
             path.unlink()
     ranks: dict[int, int] = {}
-    # Blocked in the others for good, not ignored, for training puts handlers of its own in place.
+    # The forked processes keep these signals blocked. To ignore them is not enough: training installs its own handlers.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     for rank in range(1, count):
         child = os.fork()
@@ -74,9 +74,9 @@ def fork_ranks(run: Path, count: int, when_some_fail: Callable[[dict[int, int]],
 
 
 def let_others_end_it() -> None:
-    """Called by the first process when it fails: returns if no other one failed before, which would be the reason.
+    """Returns if no other process has failed. The first process calls this when it fails itself.
 
-    Else it waits to be ended by what ``fork_ranks`` calls then.
+    If another one failed before, that is the reason, and this call waits until ``when_some_fail`` ends the process.
     """
     if _some_failed.wait(SETTLE_SECONDS):
         while True:

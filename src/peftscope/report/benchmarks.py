@@ -1,4 +1,4 @@
-"""What training did to lm-eval's benchmarks: each method's scores beside those of its untouched base. No torch."""
+"""Compares each method's scores on lm-eval's benchmarks with those of its untouched base. No torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ UNIT = "_fraction"
 
 
 def benchmark_changes(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns one row a benchmark and variant of a method: ``n``, ``before``, ``after`` and its interval, as shares.
+    """Returns one row per benchmark and variant of a method: ``n``, ``before``, ``after`` and its interval, as shares.
 
-    Of the grid and of single runs. Before is the untouched base, in 4 bits for methods that train on it in 4 bits;
-    empty where no run measured it.
+    The rows cover the grid and single runs. The score before is that of the untouched base, in 4 bits for methods that
+    train on a 4-bit base. It is empty if no run measured it.
     """
     chosen = runs[runs["comparisons"].str.contains(r"\b(?:grid|runs)\b") & (runs["status"] == "ok")]
     columns = [column for column in chosen if column.startswith(BENCHMARK) and column.endswith(UNIT)]
@@ -43,10 +43,10 @@ def _interval(values: list[float]) -> dict[str, float | None]:
 
 
 def readable_benchmarks(changes: pd.DataFrame) -> pd.DataFrame:
-    """Returns the changes as text for people, in percent, intervals in brackets."""
+    """Returns the changes as text for people, in percent, with intervals in brackets."""
     rows = []
     for row in changes.to_dict("records"):
-        # A Student interval knows nothing of the bounds of a share.
+        # A Student interval may reach beyond the bounds of a share.
         bounds = "" if pd.isna(row["low"]) else f" [{100 * max(0, row['low']):.1f}, {100 * min(1, row['high']):.1f}]"
         change = row["after"] - row["before"]
         rows.append(
@@ -63,7 +63,7 @@ def readable_benchmarks(changes: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_benchmarks(experiment: str) -> None:
-    """Writes an experiment's changes among its tables, as csv and html."""
+    """Writes the changes of an experiment into its tables, as csv and html."""
     folder = results_folder(experiment) / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     found = benchmark_changes(read_runs(experiment))

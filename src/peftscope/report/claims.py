@@ -1,4 +1,4 @@
-"""The claims page: every claim with its verdict and evidence, as HTML and as Markdown. No torch."""
+"""Renders the claims page, which shows every claim with its verdict and evidence, as HTML and Markdown. No torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COLOURS = {
     Verdict.NOT_RUN: "#9aa0a6",
     Verdict.NOT_TESTABLE_HERE: "#c4c8cc",
 }
-"""In the order of the summary bar."""
+"""The colours of the verdicts, in the order of the summary bar."""
 
 MEANINGS = {
     Verdict.EXACT: "a deterministic check found what is claimed",
@@ -36,14 +36,14 @@ MEANINGS = {
     Verdict.EQUIVALENT: "the two are the same within the margin of the rule",
     Verdict.EXACT_WRONG: "a deterministic check found something else",
     Verdict.REFUTED: "the whole interval lies elsewhere",
-    Verdict.INCONCLUSIVE: "what was measured does not decide; the entry says what is missing",
+    Verdict.INCONCLUSIVE: "the measurement does not decide; the entry says what is missing",
     Verdict.NOT_RUN: "the runs that decide have not been made",
-    Verdict.NOT_TESTABLE_HERE: "no machine of ours can test it; the entry says why",
+    Verdict.NOT_TESTABLE_HERE: "none of our machines can test it; the entry says why",
 }
 
 
 def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]]) -> Path:
-    """Writes ``claims.json``, renders ``claims.html`` and its Markdown twin, and returns the page's path."""
+    """Writes ``claims.json``, renders ``claims.html`` and its Markdown copy, and returns the page's path."""
     write_json(CLAIMS_RESULTS, findings)
     by_id = {finding["id"]: finding for finding in findings}
     entries: list[dict[str, Any]] = [
@@ -85,7 +85,7 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
 
 
 def spoken_number(value: Any) -> str:
-    """Returns a measured quantity as people read it.
+    """Returns a measured quantity as text for people.
 
     >>> spoken_number(16777216), spoken_number(0.000123456), spoken_number(True), spoken_number(None)
     ('16,777,216', '0.0001235', 'yes', '-')
@@ -102,7 +102,7 @@ def spoken_number(value: Any) -> str:
 
 
 def spoken_finding(finding: dict[str, Any]) -> str:
-    """Returns what was found about a claim or one of its parts, with unit and interval."""
+    """Returns the measured value of a claim or a part as text, with unit and interval."""
     if finding["found"] is None:
         return "-"
     text = f"{spoken_number(finding['found'])} {finding['unit']}".strip()
@@ -112,7 +112,7 @@ def spoken_finding(finding: dict[str, Any]) -> str:
 
 
 def _figure(part: dict[str, Any]) -> Markup:
-    """Returns a small drawing of a part's curves as SVG."""
+    """Returns a small figure of a part's curves as SVG."""
     with sns.axes_style("whitegrid"), plt.rc_context({"svg.hashsalt": "claims", "svg.fonttype": "none"}):
         figure, axes = plt.subplots(figsize=(5.2, 2.9), layout="constrained")
         for name, curve in part["curves"].items():

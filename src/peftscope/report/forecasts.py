@@ -1,4 +1,4 @@
-"""Blocks of a document that show what ``peftscope expand`` says, written by it. No torch."""
+"""Writes the output of ``peftscope expand`` into marked blocks of a document. No torch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ BLOCK = re.compile(r"<!-- expand (?P<arguments>[^>]*?) -->\n.*?<!-- /expand -->"
 
 
 def refresh_forecasts(document: Path) -> None:
-    """Writes every block of a document again: ``<!-- expand ARGUMENTS -->`` ... ``<!-- /expand -->``."""
+    """Renews every block of a document between ``<!-- expand ARGUMENTS -->`` and ``<!-- /expand -->``."""
     text = document.read_text()
     document.write_text(BLOCK.sub(lambda match: _block(match["arguments"]), text))
 
 
 def _block(arguments: str) -> str:
-    """Returns a block, as a clone says it in which nothing was run."""
+    """Returns a block with the output that a clone without any runs gives."""
     with tempfile.TemporaryDirectory(prefix="peftscope-forecast-") as folder:
         for name in (str(EXPERIMENTS), str(PUBLISHED_RESULTS)):
             (Path(folder) / name).parent.mkdir(exist_ok=True)

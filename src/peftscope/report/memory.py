@@ -1,4 +1,4 @@
-"""The report's pages on what will fit: curves, the bars of large models, and the table of an introduction. No torch."""
+"""The report's section on memory: curves, the bars of large models, and an introduction's table. No torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AXIS_LABELS = {"rank": "rank", "seq_len": "tokens of a sequence", "batch_size": 
 
 
 def draw_grid(curves: Sequence[Path], path: Path) -> None:
-    """Draws what a card has to hold along each axis, one line a method."""
+    """Draws the memory that a card needs along each axis, with one line per method."""
     points = pd.concat([pd.read_csv(curve) for curve in curves])
     points = points.assign(
         gibibytes=points["device_bytes"] / GIB, label=points["method"].map(lambda name: METHODS[name].label)
@@ -57,7 +57,7 @@ def draw_grid(curves: Sequence[Path], path: Path) -> None:
 
 
 def draw_bars(bars: pd.DataFrame, path: Path) -> None:
-    """Draws what is alive at the peak, by kind: one bar a model, one panel a method."""
+    """Draws the bytes at the peak by kind, with one bar per model and one panel per method."""
     methods = list(dict.fromkeys(bars["method"]))
     colours = dict(zip(KINDS, sns.color_palette("colorblind", len(KINDS)), strict=True))
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)

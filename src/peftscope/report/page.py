@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML file, for a reader who has never seen the project."""
+"""Renders the report, one self-contained HTML file for a reader who has never seen the project."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
 
 
 def _table_with_rows(path: Path) -> str:
-    """Returns a table's HTML, nothing where it has no rows or was not made."""
+    """Returns a table's HTML, or nothing if the table has no rows or does not exist."""
     csv, html = path.with_suffix(".csv"), path.with_suffix(".html")
     return html.read_text() if csv.is_file() and html.is_file() and len(pd.read_csv(csv)) else ""
 
 
 def _left_out(runs: pd.DataFrame) -> dict[str, tuple[int, int] | None]:
-    """Returns how many rows of how many the tables for people show, None where these are all."""
+    """Returns for each table how many of its rows the page shows, and how many there are; None if it shows all."""
     methods = method_summary(runs)
     counts = {
         "methods": (len(best_settings(methods)), len(methods)),
@@ -83,7 +83,7 @@ def _left_out(runs: pd.DataFrame) -> dict[str, tuple[int, int] | None]:
 
 
 def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
-    """Returns the section of a study; while it is not finished, only why there is none."""
+    """Returns the content of a study's section. For an unfinished study, that is only the reason."""
     folder, study = results_folder(experiment), StudyResults(experiment)
     try:
         study.require_finished()
@@ -100,7 +100,7 @@ def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
 
 
 def _memory_pages() -> dict[str, str] | None:
-    """Returns what needs no run, None before the workflow has made it."""
+    """Returns the content of the memory section, which needs no run, or None before the workflow has made it."""
     if not all((MEMORY_FOLDER / name).is_file() for name in ("bars.png", "grid.png", "chapter.html")):
         return None
     return {
@@ -124,7 +124,7 @@ def _endings(runs: pd.DataFrame) -> str:
 
 
 def _facts(runs: pd.DataFrame) -> list[tuple[str, str]]:
-    """Returns the provenance that all runs should share, with every value that occurs."""
+    """Returns the facts that all runs should share, each with every value that occurs."""
 
     def values(column: str) -> str:
         return listed(sorted(runs[column].dropna().unique())) or "-"
@@ -151,15 +151,15 @@ def _facts(runs: pd.DataFrame) -> list[tuple[str, str]]:
 def _warnings(runs: pd.DataFrame) -> list[str]:
     found = []
     if runs["git_commit"].nunique() > 1:
-        found.append("These runs come from more than one commit of the code: compare them with care.")
+        found.append("These runs come from more than one commit of the code. Compare them with care.")
     if runs["git_dirty"].eq(True).any():
-        found.append("Some runs come from a tree with changes that were not committed.")
+        found.append("Some runs come from a working tree with uncommitted changes.")
     if runs["cpu"].nunique() > 1 or runs["gpu"].nunique() > 1:
-        found.append("These runs come from more than one kind of machine: their speeds do not compare.")
+        found.append("These runs come from more than one kind of machine. Their speeds are not comparable.")
     if runs["bf16_products"].nunique() > 1:
         found.append(
-            "Some of these runs computed products of bf16 matrices natively, others in fp32: their losses differ by "
-            "rounding, and their speeds do not compare."
+            "Some of these runs computed products of bf16 matrices natively, others in fp32. Their losses differ by "
+            "rounding, and their speeds are not comparable."
         )
     unfinished = runs[runs["status"] != "ok"]
     if len(unfinished):
@@ -168,7 +168,7 @@ def _warnings(runs: pd.DataFrame) -> list[str]:
 
 
 def _materials(folder: Path, runs: pd.DataFrame) -> list[dict[str, Any]]:
-    """Returns model and task with licence and note, from the first record that has them."""
+    """Returns the model and the task with licence and note, from the first record."""
     for run in runs["run_id"]:
         path = record_path(run)
         if path.is_file():

@@ -1,4 +1,4 @@
-"""Figures, drawn with seaborn from ``runs.csv`` and ``losses.csv``. No torch."""
+"""Draws figures with seaborn from ``runs.csv`` and ``losses.csv``. No torch."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ LABELS = {
 
 
 def method_colours() -> dict[str, tuple[float, float, float]]:
-    """Returns each method's own colour, by its label."""
+    """Returns the colour of each method by its label."""
     labels = [cls.label for cls in METHODS.values()]
     return dict(zip(labels, [*sns.color_palette("colorblind"), *sns.color_palette("dark")], strict=False))
 
 
 def palette(runs: pd.DataFrame) -> dict[str, tuple[float, float, float]]:
-    """Returns a colour for each variant in ``runs``: the method's own, the same in every figure, where it is alone."""
+    """Returns the colour of each variant in ``runs``. If every method has one variant, that is the method's colour."""
     own = method_colours()
     names = list(dict.fromkeys(runs["variant"]))
     if len(names) == runs["label"].nunique():
@@ -54,7 +54,7 @@ def palette(runs: pd.DataFrame) -> dict[str, tuple[float, float, float]]:
 
 
 def write_figures(experiment: str) -> None:
-    """Draws the figures of an experiment, its ladders apart."""
+    """Draws the figures of an experiment, except its ladders."""
     runs = read_runs(experiment)
     losses = pd.read_csv(results_folder(experiment) / "losses.csv")
     folder = results_folder(experiment) / "figures"
@@ -69,7 +69,7 @@ def write_ladder(experiment: str, field: str) -> None:
     """Draws the ladders over one field.
 
     Raises:
-        InputError: No run has such a field.
+        InputError: Runs have no such field.
     """
     runs = read_runs(experiment)
     if field not in runs:
@@ -80,7 +80,7 @@ def write_ladder(experiment: str, field: str) -> None:
 
 
 def draw_figure(path: Path, draw: Callable[[plt.Axes], None]) -> None:
-    """Draws on axes of its own, and writes them as PNG."""
+    """Draws on new axes, and writes them as PNG."""
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
     figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     draw(axes)
@@ -92,20 +92,20 @@ def draw_figure(path: Path, draw: Callable[[plt.Axes], None]) -> None:
 def save(figure: plt.Figure, path: Path) -> None:
     """Writes a figure as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # No software version in the file: the same data give the same bytes.
+    # Without a software version in the file, the same data give the same bytes.
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)
 
 
 def _with_names(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns rows with what a figure tells apart as ``variant``: only methods, where there are too many variants."""
+    """Returns the rows with a column ``variant``, which is only the method if there are too many variants."""
     return runs.assign(variant=runs["label"] if is_crowded(runs) else variants(runs))
 
 
 def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
-    """Draws held-out loss against the memory peak of training, one point a method, bars over seeds.
+    """Draws held-out loss against the memory peak of training, with a point per variant and bars over seeds.
 
-    Where there are too many variants to name, a point is a variant and has its method's colour.
+    If there are too many variants to label, each point has the colour of its method.
     """
     methods = method_summary(runs)
     if methods.empty:
@@ -151,7 +151,7 @@ def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
         )
     axes.set(xscale="log", xlabel=LABELS["train_peak"], ylabel=LABELS["heldout_nll"], title="Quality against memory")
     plain_ticks(axes.xaxis)
-    # Intervals of two or three seeds are many times wider than the points' spread: they may leave the frame.
+    # Intervals of two or three seeds are many times wider than the spread of points, so they may leave the frame.
     points = seeds["heldout_nll_nats_per_token"] if len(seeds) else trained["heldout_nll"]
     if len(points) and not crowded:
         spread = float(points.max() - points.min()) or float(points.max()) / 10
@@ -161,7 +161,7 @@ def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
 
 
 def draw_memory(axes: plt.Axes, runs: pd.DataFrame) -> None:
-    """Draws the peak of live tensors by method and phase; its range, where a bar stands for several variants."""
+    """Draws the peak of live tensors by method and phase. A bar for several variants also shows their range."""
     grid = _with_names(grid_runs(runs))
     columns = {f"{phase}_peak_tensor_bytes": label for phase, label in PHASES.items()}
     long = grid.melt(id_vars="variant", value_vars=list(columns), var_name="phase", value_name="bytes").dropna(
@@ -186,7 +186,7 @@ def draw_memory(axes: plt.Axes, runs: pd.DataFrame) -> None:
 
 
 def draw_throughput(axes: plt.Axes, runs: pd.DataFrame) -> None:
-    """Draws tokens per second by method, one point a run; their range, where a bar stands for several variants."""
+    """Draws tokens per second by method, with a point per run. A bar for several variants shows their range instead."""
     grid = _with_names(grid_runs(runs)).dropna(subset=["tokens_per_second"])
     if grid.empty:
         return
@@ -209,9 +209,9 @@ def draw_throughput(axes: plt.Axes, runs: pd.DataFrame) -> None:
 
 
 def draw_losses(axes: plt.Axes, runs: pd.DataFrame, losses: pd.DataFrame) -> None:
-    """Draws the training loss by step: a line a method, a band over its seeds.
+    """Draws the training loss by step, with a line per variant and a band over its seeds.
 
-    Where there are too many variants to name, the line is the median of a method's runs, the band their middle half.
+    If there are too many variants to label, a line is the median of a method's runs, and the band their middle half.
     """
     grid = _with_names(grid_runs(runs))
     over = {"estimator": "median", "errorbar": ("pi", 50)} if is_crowded(grid_runs(runs)) else {"errorbar": ("pi", 100)}
@@ -225,9 +225,9 @@ def draw_losses(axes: plt.Axes, runs: pd.DataFrame, losses: pd.DataFrame) -> Non
 
 
 def draw_prediction(axes: plt.Axes, runs: pd.DataFrame) -> None:
-    """Draws measured against predicted peaks, one point a run and peak; on the line they are equal."""
+    """Draws measured against predicted peaks, with a point per run and peak. On the line they are equal."""
     found = predictions(runs)
-    # On a CPU the peak of training is one of those of its phases.
+    # On a CPU, the peak of training equals the peak of one of its phases.
     found = found[(found["device"] != "cpu") | (found["peak"] != "training")]
     if found.empty:
         return
@@ -260,14 +260,14 @@ def draw_prediction(axes: plt.Axes, runs: pd.DataFrame) -> None:
 
 
 def plain_ticks(axis: mpl.axis.Axis) -> None:
-    """Writes a logarithmic axis' ticks as plain numbers."""
+    """Writes the ticks of a logarithmic axis as plain numbers."""
     for setter in (axis.set_major_formatter, axis.set_minor_formatter):
         setter(mpl.ticker.FormatStrFormatter("%g"))
     axis.set_tick_params(which="minor", labelsize=7)
 
 
 def draw_ladder(axes: plt.Axes, runs: pd.DataFrame, field: str) -> None:
-    """Draws held-out loss along one ladder, bars over seeds where there are several."""
+    """Draws held-out loss along one ladder, with bars over seeds if there are several."""
     ladder = ladder_summary(runs)
     ladder = ladder[ladder["field"] == field].dropna(subset=["heldout_nll"])
     if ladder.empty:
@@ -277,7 +277,7 @@ def draw_ladder(axes: plt.Axes, runs: pd.DataFrame, field: str) -> None:
     for (_, label), rungs in ladder.assign(x=numeric if is_number else ladder["value"]).groupby(
         ["ladder", "label"], sort=False
     ):
-        # Names have no order of their own and no line between them: they stand by size.
+        # Names have no natural order, so they are sorted by size and not joined by a line.
         rungs = rungs.sort_values("x" if is_number else "trained_parameters")
         bars = [
             (rungs["heldout_nll"] - rungs["heldout_nll_low"]).fillna(0),

@@ -1,6 +1,6 @@
-"""Publishing: the small files of a finished experiment, copied to where they are committed.
+"""Copies the small files of a finished experiment into the published folders, which are committed.
 
-No rule of the workflow writes or reads these folders, so a fresh clone runs the experiment instead of finding it done.
+No rule of the workflow writes or reads these folders, so a fresh clone runs the experiment and does not find it done.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from peftscope.record import RESTORED, parse_record, state_folder
 
 README = Path("README.md")
 COMPLETE = {"memory": ("grid.png", "bars.png", "chapter.csv"), "gpu": ("*/card.json",)}
-"""Folders of results that belong to no experiment, and the files without which they are not finished."""
+"""The folders of results that belong to no experiment, and the files that a finished one must have."""
 MADE_BY = {"memory": "make report", "gpu": "make gpu-check"}
 
 
 def publish(name: str) -> list[Path]:
-    """Publishes an experiment, or the results of none: ``claims``, ``memory``, and the ``gpu`` check.
+    """Publishes an experiment, or one of the results that belong to none: ``claims``, ``memory``, the ``gpu`` check.
 
     Raises:
         InputError: There is nothing to publish yet, or a file is too large to commit.
@@ -73,12 +73,13 @@ def publish_claims() -> list[Path]:
 
 
 def publish_folder(name: str) -> list[Path]:
-    """Copies tables and figures to where they are committed, and returns the folders that were replaced.
+    """Copies tables and figures into the published folders, and returns the folders that were replaced.
 
-    Each card of the ``gpu`` check has a folder of its own; those of other cards stay. A processor's is not published.
+    Each card of the ``gpu`` check has its own folder; those of other cards stay. Results of processors are not
+    published.
 
     Raises:
-        InputError: They are not finished, or one is too large to commit.
+        InputError: The results are not finished, or a file is too large to commit.
     """
     source, target = results_folder(name), PUBLISHED_RESULTS / name
     missing = [pattern for pattern in COMPLETE[name] if not list(source.glob(pattern))]
@@ -127,7 +128,7 @@ def publish_experiment(experiment: str) -> list[Path]:
 
 
 def _publish_unfinished(experiment: str) -> list[Path]:
-    """Publishes the runs that a study has made so far, without report: ``restore`` lets it go on elsewhere."""
+    """Publishes the finished runs of an unfinished study without a report, so that ``restore`` can continue it."""
     sweep = expand(experiment)
     collect_experiment(sweep)
     source, results = results_folder(experiment), PUBLISHED_RESULTS / experiment
@@ -135,7 +136,7 @@ def _publish_unfinished(experiment: str) -> list[Path]:
     before = published_records(experiment) if (results / RECORDS).is_file() else {}
     lost = set(before) - set(made)
     if lost:
-        message = f"{len(lost)} published runs are not among these, {min(lost)} for one"
+        message = f"{len(lost)} published runs are missing here, such as {min(lost)}"
         raise InputError(Problem(str(RUNS), message, f"peftscope restore {experiment}"))
     wanted = [source / "runs.csv", tuned_path(experiment)]
     _check_sizes(wanted)
@@ -198,7 +199,7 @@ def _check_sizes(paths: list[Path]) -> None:
 
 
 def _copy(paths: list[Path], source: Path, target: Path) -> None:
-    """Puts files of one folder into another, in place of what was there."""
+    """Replaces the content of a folder by files of another one."""
     shutil.rmtree(target, ignore_errors=True)
     for path in paths:
         copy = target / path.relative_to(source)
@@ -207,7 +208,7 @@ def _copy(paths: list[Path], source: Path, target: Path) -> None:
 
 
 def _update_readme(experiment: str, results: Path) -> None:
-    """Puts the table, a figure and the machine between the README's markers for this experiment, if it has them."""
+    """Writes the table, a figure and the machine between the README's markers for this experiment, if it has them."""
     begin, end = f"<!-- published:{experiment} -->\n", f"<!-- /published:{experiment} -->"
     text = README.read_text()
     if begin not in text:

@@ -1,4 +1,4 @@
-"""The sentence under each figure, rendered from the data: templates here hold words, never numbers."""
+"""Renders the sentence under each figure from the data. The templates hold words, never numbers."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ PARETO = (
 MEMORY = (
     "{{ largest }} needs the most memory in training, {{ largest_mib }} MiB of live tensors; {{ leanest }} the least, "
     "{{ leanest_mib }} MiB, a factor of {{ factor }}. Loading includes the method's initialisation."
-    "{% if crowded %} Bars are means over the runs of a method, lines go from its least to its most.{% endif %}"
+    "{% if crowded %} Bars are means over the runs of a method; lines go from its least to its most.{% endif %}"
 )
 THROUGHPUT = (
     "{{ fastest }} trained fastest, {{ fastest_rate }} tokens per second in the median; {{ slowest }} slowest, "
     "{{ slowest_rate }}. "
-    "{% if crowded %}Bars are means over the runs of a method, lines go from its slowest to its fastest"
-    "{% else %}Each point is a run{% endif %}, padding not counted."
+    "{% if crowded %}Bars are means over the runs of a method; lines go from its slowest to its fastest"
+    "{% else %}Each point is a run{% endif %}. Padding is not counted."
 )
 LOSSES = (
     "{% if same_batches %}Every run of one seed saw the same batches in the same order. {% endif %}"
@@ -49,25 +49,25 @@ LOSSES = (
     "{% else %}bands span the seeds.{% endif %}"
 )
 LADDER = (
-    "Along {{ field }}, everything else held at the centre, the lowest held-out loss was {{ best_nll }} nats per token "
-    "at {{ best }}, the highest {{ worst_nll }} at {{ worst }}. "
-    "{% if n == one %}One seed a rung (n = {{ n }}): no interval, no verdict."
-    "{% else %}n = {{ n }} seeds a rung.{% endif %}"
+    "Only {{ field }} varies, all else stays at the centre. The lowest held-out loss was {{ best_nll }} nats per "
+    "token at {{ best }}, the highest {{ worst_nll }} at {{ worst }}. "
+    "{% if n == one %}Each rung has one seed (n = {{ n }}), so there is no interval and no verdict."
+    "{% else %}Each rung has n = {{ n }} seeds.{% endif %}"
 )
 PREDICTION = (
-    "Before the first step of each run the simulator said what it would take, from shapes alone; after training, it "
-    "was measured. Over {{ runs }} runs the peaks of training were {{ mean }} % off in the mean, {{ worst }} % at "
-    "worst ({{ worst_run }}); on the line, prediction and measurement are equal."
+    "The simulator predicted the peak of each run before its first step, from shapes alone; the run then measured it. "
+    "Over {{ runs }} runs, the predicted peaks of training were off by {{ mean }} % on average and by {{ worst }} % at "
+    "worst ({{ worst_run }}). On the line, prediction and measurement are equal."
 )
 MOST_LISTED = 12
 SEEDS_NEEDED = 6
-"""Below six seeds an exact paired sign-flip test cannot reach p < 0.05 (two-sided: 2 / 2^n)."""
+"""With fewer than six seeds, an exact paired sign-flip test cannot reach p < 0.05 (two-sided: 2 / 2^n)."""
 
 _jinja = Environment(undefined=StrictUndefined, autoescape=False)
 
 
 def sentence(figure: str, runs: pd.DataFrame, losses: pd.DataFrame) -> str:
-    """Returns the sentence for a figure: its name in ``_FIGURES``, or ``ladder-FIELD``."""
+    """Returns the sentence for a figure, which is named as in ``_FIGURES`` or ``ladder-FIELD``."""
     if figure.startswith("ladder-"):
         template, facts = LADDER, ladder_facts(runs, figure.removeprefix("ladder-"))
     else:
@@ -77,7 +77,7 @@ def sentence(figure: str, runs: pd.DataFrame, losses: pd.DataFrame) -> str:
 
 
 def listed(values: Iterable[Any]) -> str:
-    """Returns values in a row, the first of many.
+    """Returns the values in a row; of many, only the first ones.
 
     >>> listed([1, 2, 3]), listed(range(100))
     ('1, 2, 3', '0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 88 more')
@@ -88,7 +88,7 @@ def listed(values: Iterable[Any]) -> str:
 
 
 def pareto_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
-    """Returns who is best and leanest, over methods that train."""
+    """Returns the methods with the lowest loss and with the least and most memory, among those that train."""
     trained, base = _trained(runs)
     if trained.empty:
         return None
@@ -107,7 +107,7 @@ def pareto_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | N
 
 
 def memory_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
-    """Returns the extremes of training memory."""
+    """Returns the methods with the least and the most memory in training."""
     trained, _ = _trained(runs)
     if trained.empty:
         return None
@@ -115,9 +115,9 @@ def memory_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | N
 
 
 def throughput_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
-    """Returns the extremes of training throughput."""
+    """Returns the fastest and the slowest method."""
     trained, _ = _trained(runs)
-    # Where every step is untimed there is no speed.
+    # A run whose steps are all untimed has no speed.
     trained = trained if trained.empty else trained.dropna(subset=["tokens_per_second"])
     if trained.empty:
         return None
@@ -134,7 +134,7 @@ def throughput_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any]
 
 
 def losses_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
-    """Returns the extremes of the training loss at the last step, means over seeds."""
+    """Returns the methods with the lowest and the highest training loss at the last step, averaged over seeds."""
     grid = grid_runs(runs)
     grid = grid.assign(variant=variants(grid))
     curves = losses.merge(grid[["run_id", "variant"]], on="run_id").dropna()
@@ -153,7 +153,7 @@ def losses_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | N
 
 
 def prediction_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
-    """Returns the errors of predicted training peaks, in percent."""
+    """Returns the errors of the predicted training peaks, in percent."""
     found = predictions(runs)
     training = found[found["peak"] == "training"]
     if training.empty:

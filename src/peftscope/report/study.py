@@ -1,4 +1,4 @@
-"""A study's page: how its learning rates were chosen, what the arms differ in, and what its controls say. No torch."""
+"""The tables and figures of a study: its learning rates, the differences between its arms, its controls. No torch."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from peftscope.report.sentences import listed
 from peftscope.report.tables import formatted, html
 
 CONTROLS = {
-    "again": "the same, initialised otherwise",
+    "again": "another initialisation seed (A/A)",
     "still": "a learning rate of zero",
-    "shuffled": "trained on each other's answers",
+    "shuffled": "trained on shuffled answers",
 }
 ENDS = ("", "_low", "_high")
 STATISTICS = ("n", "diverged", "gain", "gain_low", "gain_high", "bootstrap_low", "bootstrap_high", "t_p", "sign_flip_p")
 
 
 def contrasts(study: StudyResults) -> pd.DataFrame:
-    """Returns one row an arm: how much lower its held-out loss is than that of the first arm, in nats per token.
+    """Returns one row per arm: how much lower its held-out loss is than that of the first arm, in nats per token.
 
-    Paired by seed; ``holm_p`` is the t test's p, corrected for the number of arms.
+    Differences are paired by seed. ``holm_p`` is the p of the t test after Holm's correction for the number of arms.
     """
     first, *others = study.arms
     rows = [{"arm": arm, "against": first, **_statistics(study.arm_runs(arm), study.arm_runs(first))} for arm in others]
@@ -46,10 +46,10 @@ def contrasts(study: StudyResults) -> pd.DataFrame:
 
 
 def controls(study: StudyResults) -> pd.DataFrame:
-    """Returns one row a control: its gain over the arm itself, and that of both over the base, in nats per token.
+    """Returns one row per control: its gain over its arm, and the gain of both over the base, in nats per token.
 
-    For an arm against itself also how often the t test would call the two different, over resampled pairs, and the
-    range of that rate that chance allows.
+    The row of an A/A control also says how often the t test would call the two different over resampled pairs, and the
+    range of this rate that chance allows.
     """
     rows = []
     for control, arm in study.controls:
@@ -68,7 +68,7 @@ def controls(study: StudyResults) -> pd.DataFrame:
 
 
 def gains(runs: pd.DataFrame, against: pd.DataFrame) -> list[float]:
-    """Returns how much lower the held-out loss is than that of other runs, one value a seed, in nats per token."""
+    """Returns for each seed how much lower the held-out loss is than that of other runs, in nats per token."""
     both = paired(runs, against)
     return [float(value) for value in both["second"] - both["first"]]
 
@@ -136,7 +136,7 @@ def _bounds(row: dict[Any, Any], name: str) -> str:
 
 
 def draw_tuning(axes: plt.Axes, study: StudyResults) -> None:
-    """Draws each arm's validation loss over the learning rates that were tried; a ring marks the chosen one."""
+    """Draws the validation loss of each arm over its learning rates. A ring marks the chosen rate."""
     colours = _colours(study)
     for arm, label in study.labels.items():
         rate = study.rate(arm)
@@ -150,17 +150,17 @@ def draw_tuning(axes: plt.Axes, study: StudyResults) -> None:
 
 
 def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
-    """Draws each arm's gain over the first one, a point a seed and the mean's interval; and arms against themselves."""
+    """Draws each arm's gain over the first arm, and the A/A controls: a point per seed, and the mean's interval."""
     labels, colours = study.labels, _colours(study)
     first, *others = study.arms
     rows = [(labels[arm], colours[arm], gains(study.arm_runs(arm), study.arm_runs(first))) for arm in others]
     rows += [
-        (f"{labels[arm]} against itself", "0.45", gains(study.control_runs(control, arm), study.arm_runs(arm)))
+        (f"{labels[arm]} against itself (A/A)", "0.45", gains(study.control_runs(control, arm), study.arm_runs(arm)))
         for control, arm in study.controls
         if control == "again"
     ]
     for y, (_, colour, differences) in enumerate(rows):
-        # Hundreds of points fade, so that their mean stands out.
+        # If there are hundreds of points, they fade, so that their mean stands out.
         alpha = min(0.6, max(0.08, 10 / len(differences)))
         axes.plot(differences, [y] * len(differences), ".", ms=9, color=colour, alpha=alpha)
         interval = mean_interval(differences)
@@ -180,7 +180,7 @@ def _colours(study: StudyResults) -> dict[str, Any]:
 
 
 def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
-    """Returns what the sentences of the study's section say."""
+    """Returns the values for the sentences of the study's section."""
     labels = study.labels
     return {
         "first": labels[study.arms[0]],
@@ -197,7 +197,7 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
 
 
 def write_study(experiment: str) -> None:
-    """Writes contrasts and controls (csv, html), and draws the tuning and the differences.
+    """Writes the contrasts and controls (csv, html), and draws the tuning and the differences.
 
     Raises:
         InputError: The study is not finished.

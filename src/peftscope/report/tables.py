@@ -1,4 +1,4 @@
-"""Tables: one row a method with intervals over seeds, one row a rung of each ladder, one row a run."""
+"""Tables with one row per method with intervals over seeds, per rung of each ladder, and per run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peftscope.spec import RunSpec
 
 MIB = 2**20
 MOST_SETTINGS, MOST_RUNS = 60, 500
-"""Rows of the tables for people; the CSV files beside them have all."""
+"""The most rows of the tables for people. The CSV files have all rows."""
 MOST_VARIANTS = 20
 """The most settings that a figure labels one by one; with more, it groups them by method."""
 
@@ -28,7 +28,7 @@ SCORES: dict[str, str] = {
     "exact_match": "exact_match_fraction",
     "retention_change": "retention_change_bits_per_byte",
 }
-"""Columns that vary with the seed and get an interval, by their short names."""
+"""The columns that vary with the seed and get an interval, by their short names."""
 FACTS: dict[str, str] = {
     "load_peak_bytes": "load_peak_tensor_bytes",
     "train_peak_bytes": "train_peak_tensor_bytes",
@@ -39,7 +39,7 @@ FACTS: dict[str, str] = {
     "trained_parameters": "trained_parameters",
     "adapter_bytes": "adapter_bytes",
 }
-"""Columns of which the median over seeds is shown."""
+"""The columns of which tables show the median over seeds, by their short names."""
 PREDICTED: dict[str, str] = {
     "forward": "forward_peak_tensor_bytes",
     "backward": "backward_peak_tensor_bytes",
@@ -49,21 +49,21 @@ PREDICTED: dict[str, str] = {
     "training, reserved": "train_peak_reserved_bytes",
     "training, device": "train_peak_device_bytes",
 }
-"""Peaks that were both predicted and measured; the prediction's column has ``predicted_`` before it."""
+"""The columns of peaks that are both predicted and measured. The prediction's column has the prefix ``predicted_``."""
 
 
 ONLY_SCORED = ("seed", "method", "name", "benchmarks", "benchmark_items", "generation_items", "retention_tokens")
-"""Settings that make no variant of a method: they say what is measured, or are told otherwise."""
+"""The settings that do not make a variant of a method: they say what is measured, or are shown elsewhere."""
 
 
 def summarise(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """Returns one row a combination of ``keys``: n, statuses, means with 95 % intervals of scores, medians of facts."""
+    """Returns one row per combination of ``keys``: n, statuses, mean scores with 95 % intervals, and median facts."""
     runs = runs.assign(
         retention_change_bits_per_byte=runs["retention_bits_per_byte"] - runs["retention_bits_per_byte_before"]
     )
     is_good = runs["status"] == "ok"
     by = [runs[key] for key in keys]
-    # Whole columns at once: a frame of its own for every group takes a hundred times as long.
+    # Whole columns are aggregated at once, because one frame per group takes a hundred times as long.
     groups = runs[[*SCORES.values(), *FACTS.values()]].where(is_good).groupby(by, sort=False, dropna=False)
     table = is_good.groupby(by, sort=False, dropna=False).sum().to_frame("n")
     endings = runs["status"].where(~is_good).groupby(by, sort=False, dropna=False)
@@ -81,15 +81,15 @@ def summarise(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
 
 def method_summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns the summary of the grid and of single runs: what the comparison of methods shows."""
+    """Returns the summary of the grid and of single runs, which the comparison of methods shows."""
     chosen = runs[runs["comparisons"].str.contains(r"\b(?:grid|runs)\b")]
     return summarise(chosen, ["label", *factors_within_methods(chosen)]) if len(chosen) else pd.DataFrame()
 
 
 def factors_within_methods(runs: pd.DataFrame) -> list[str]:
-    """Returns the settings, the seed apart, that vary between runs of one method.
+    """Returns the settings, except the seed, that vary between runs of the same method.
 
-    A setting that the method decides (full fine-tuning's precision, say) tells nothing beyond the method's name.
+    A setting that the method decides, such as full fine-tuning's precision, says no more than the method's name.
     """
     settings = [*RunSpec.model_fields, *(field for cls in METHODS.values() for field in cls.model_fields)]
     known = dict.fromkeys(field for field in settings if field in runs and field not in ONLY_SCORED)
@@ -97,7 +97,10 @@ def factors_within_methods(runs: pd.DataFrame) -> list[str]:
 
 
 def variants(runs: pd.DataFrame) -> pd.Series:
-    """Returns each run's method, with the settings that tell it from the method's other runs: what may be pooled."""
+    """Returns the variant of each run: its method, with the settings that distinguish it from the method's other runs.
+
+    Runs of the same variant may be pooled.
+    """
     factors = factors_within_methods(runs)
 
     def name(row: pd.Series) -> str:
@@ -108,17 +111,17 @@ def variants(runs: pd.DataFrame) -> pd.Series:
 
 
 def grid_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns the runs of the grid that ended well: what most figures show."""
+    """Returns the runs of the grid with the status ``ok``, which most figures show."""
     return runs[(runs["status"] == "ok") & runs["comparisons"].str.contains(r"\bgrid\b")]
 
 
 def is_crowded(runs: pd.DataFrame) -> bool:
-    """Returns whether there are more variants than a figure can name."""
+    """Returns whether there are more variants than a figure can label."""
     return variants(runs).nunique() > MOST_VARIANTS
 
 
 def best_settings(methods: pd.DataFrame) -> pd.DataFrame:
-    """Returns the rows of the method table that people see: the lowest held-out losses of every method in turn."""
+    """Returns the rows of the method table that people see: equally many of each method, by held-out loss."""
     if len(methods) <= MOST_SETTINGS:
         return methods
     place = methods.groupby("label")["heldout_nll"].rank(method="first", na_option="bottom")
@@ -126,7 +129,7 @@ def best_settings(methods: pd.DataFrame) -> pd.DataFrame:
 
 
 def notable_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns the runs that people see one by one: those that did not end well, then the lowest held-out losses."""
+    """Returns the runs that people see one by one: those that are not ``ok``, then those with the lowest loss."""
     if len(runs) <= MOST_RUNS:
         return runs
     place = runs["heldout_nll_nats_per_token"].rank(method="first", na_option="bottom")
@@ -134,7 +137,7 @@ def notable_runs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def ladder_summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns one row a rung of every ladder: ``field``, ``value`` and the summary."""
+    """Returns one row per rung of every ladder: ``field``, ``value`` and the summary."""
     parts = []
     for name in sorted({n for names in runs["comparisons"] for n in names.split() if n.startswith("ladder-")}):
         field = name.rpartition("-")[2]
@@ -145,9 +148,9 @@ def ladder_summary(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def predictions(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns one row a finished run and peak: ``predicted_bytes``, ``measured_bytes``, and ``error_percent``.
+    """Returns one row per finished run and peak: ``predicted_bytes``, ``measured_bytes``, and ``error_percent``.
 
-    CUDA's evaluation is left out: its measured peak covers generation as well, its prediction one held-out batch.
+    CUDA's evaluation is left out: its measured peak also covers generation, its prediction only one held-out batch.
     """
     runs = runs[runs["status"] == "ok"]
     parts = []
@@ -190,7 +193,7 @@ def write_tables(experiment: str) -> None:
 
 
 def readable_methods(methods: pd.DataFrame) -> pd.DataFrame:
-    """Returns the method table as text for people: MiB, intervals in brackets, n = 1 where there is one run."""
+    """Returns the method table as text for people, with sizes in MiB and intervals in brackets."""
     if methods.empty:
         return pd.DataFrame({"method": []})
     factors = [c for c in methods.columns[: list(methods.columns).index("n")] if c != "label"]
@@ -200,7 +203,7 @@ def readable_methods(methods: pd.DataFrame) -> pd.DataFrame:
         shown["runs"] = f"n = {row['n']}" + (f" ({row['other_endings']})" if row["other_endings"] else "")
         shown |= {
             "held-out NLL (nats/token)": _interval(row, "heldout_nll", ".3f"),
-            # A Student interval knows nothing of the bounds of a share.
+            # A Student interval may reach beyond the bounds of a share.
             "exact match (%)": _interval(row, "exact_match", ".1f", lambda v: 100 * min(1.0, max(0.0, v))),
             "English, change (bits/byte)": _interval(row, "retention_change", "+.3f"),
             "peak tensors, train (MiB)": formatted(row["train_peak_bytes"], ",.0f", MIB),
@@ -216,7 +219,7 @@ def readable_methods(methods: pd.DataFrame) -> pd.DataFrame:
 
 
 def readable_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns runs as text for people, each with how it ended; a card that was too small shows as OOM."""
+    """Returns runs as text for people, each with its status. A run on too small a card ends as OOM."""
     ending = runs["status"].map(lambda status: "OOM" if status == "oom" else status)
     return pd.DataFrame(
         {
@@ -236,7 +239,7 @@ def readable_runs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """Returns a frame of text as a Markdown table, numbers to the right."""
+    """Returns a frame of text as a Markdown table with numbers aligned to the right."""
     columns = [markdown_cell(column) for column in frame.columns]
     lines = ["| " + " | ".join(columns) + " |", "|" + "|".join(["---", *["---:"] * (len(columns) - 1)]) + "|"]
     lines += [
@@ -246,12 +249,12 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """Returns text as it can stand in Markdown: on one line, without HTML."""
+    """Returns text that is safe in Markdown: on one line, without HTML."""
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text.replace("\n", " "))
 
 
 def markdown_cell(text: str) -> str:
-    """Returns text as it can stand in a cell of a Markdown table.
+    """Returns text that is safe in a cell of a Markdown table.
 
     >>> markdown_cell("a|b <script>, 1 < 2")
     'a\\\\|b &lt;script>, 1 < 2'
@@ -260,7 +263,7 @@ def markdown_cell(text: str) -> str:
 
 
 def html(frame: pd.DataFrame, name: str) -> str:
-    """Returns a frame of text as an HTML table; its name tells its styles from those of other tables on the page."""
+    """Returns a frame of text as an HTML table. The name keeps its styles apart from those of other tables."""
     table = GT(frame, id=name).cols_align("right", columns=list(frame.columns)[1:])
     table = table.cols_label({column: as_label(escape(column, quote=False)) for column in frame.columns})
     return str(table.tab_options(table_font_size="13px", data_row_padding="4px").as_raw_html())
@@ -271,7 +274,7 @@ def _plain(value: Any) -> str:
 
 
 def formatted(value: Any, form: str, unit: float = 1) -> str:
-    """Returns a number in this form and unit, or a dash where there is none."""
+    """Returns a number in this form and unit, or a dash if it is missing."""
     return "-" if pd.isna(value) else format(value / unit, form)
 
 

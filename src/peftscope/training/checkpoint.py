@@ -1,8 +1,8 @@
-"""The state of a run in mid-training, saved so that a restarted job ends as one that was never stopped.
+"""Saves and restores the state of training, so that a restarted job gives the same result as an uninterrupted one.
 
-What follows from the spec is not saved: the base, what initialisation made of it, and the order of the batches. The
-processes of a sharded run save each its own share, all after the same step. (``torch.distributed.checkpoint`` would do
-that too, but unpickles its metadata.)
+State that follows from the spec is not saved: the base, its initialisation, and the order of the batches. Each process
+of a sharded run saves its own share, all after the same step. (``torch.distributed.checkpoint`` would do that too, but
+it unpickles its metadata.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from peftscope.training.loop import TrainingLog
 
 KEPT = 2
-"""The newest one, and the one before it, for where the newest turns out damaged."""
+"""The number of checkpoints that are kept: the newest, and the one before in case the newest is damaged."""
 DIGEST_DIGITS = 16
 
 
@@ -42,12 +42,13 @@ class TrainingState:
 
 
 class Checkpoints:
-    """Saves and restores one process's training in ``folder``; a file's name holds its step and its checksum.
+    """Saves and restores the training of one process in ``folder``. A file's name holds its step and its checksum.
 
     Args:
-        folder: Where no rule of the workflow declares a file, for Snakemake removes those before it tries again.
-        spec: The run's; checkpoints of other runs are not taken.
-        seconds: Between two checkpoints.
+        folder: A folder in which no rule of the workflow declares files: Snakemake removes declared files before a
+            retry.
+        spec: The spec of the run. Checkpoints of other runs are refused.
+        seconds: The seconds between two checkpoints.
     """
 
     def __init__(self, folder: Path, spec: RunSpec, seconds: float = math.inf) -> None:
@@ -62,9 +63,9 @@ class Checkpoints:
         return time.monotonic() - self._saved_at >= self._seconds
 
     def save(self, now: TrainingState) -> None:
-        """Writes the state after as many steps as the log has; on a full disk it says so, and training goes on.
+        """Writes the state after the steps that are in the log. On a full disk, prints a note and training continues.
 
-        Processes that share a run call it together: the state of a step is of use if all have it.
+        The processes of a sharded run must call this together: a step can be restored only if all have saved it.
         """
         state = {
             "run_id": run_id(self._spec),
@@ -85,7 +86,7 @@ class Checkpoints:
             old.unlink()
 
     def _write(self, state: dict[str, Any], step: int) -> Path | None:
-        """Returns the new file, or nothing if it could not be written."""
+        """Returns the new file, or None if it could not be written."""
         unfinished = self._folder / "checkpoint.unfinished"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -96,45 +97,45 @@ class Checkpoints:
             return unfinished.replace(self._folder / f"checkpoint-{step:08d}-{_digest(unfinished)}.pt")
         except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
             unfinished.unlink(missing_ok=True)
-            print(f"no checkpoint at step {step}, training goes on: {error}", file=sys.stderr)
+            print(f"no checkpoint at step {step}, training continues: {error}", file=sys.stderr)
             return None
 
     def restore(self, now: TrainingState) -> int:
-        """Puts the newest sound state in place, and returns how many steps it has; 0 where there is none.
+        """Restores the newest sound state and returns its number of steps, or 0 if there is none.
 
-        A damaged file is renamed to ``*.damaged``, with a line about it. Processes that share a run call it together,
-        and take the newest state that all of them have.
+        A damaged file is renamed to ``*.damaged``, with a note. The processes of a sharded run must call this together;
+        they restore the newest state that all of them have.
         """
         done = 0
         while path := self._newest_of_all():
             state = self._read(path)
             if state is None:
-                print(f"{path}: damaged or of another run, set aside", file=sys.stderr)
+                print(f"{path}: damaged or of another run, renamed to *.damaged", file=sys.stderr)
                 path.rename(path.with_suffix(".damaged"))
             if anywhere(state is None, self._spec):
                 continue
             assert state is not None
             self._put_in_place(state, now)
             done = len(now.log.nll)
-            print(f"goes on after step {done}, from {path.name}", file=sys.stderr)
+            print(f"resumed after step {done}, from {path.name}", file=sys.stderr)
             break
         for path in self._files():
-            if _step(path) > done:  # another process has none of that step
+            if _step(path) > done:  # another process lacks this step
                 path.unlink()
         return done
 
     def _newest_of_all(self) -> Path | None:
-        """Returns this process's file of the last step that every process has a file of."""
+        """Returns this process's file of the last step that all processes have saved, or None."""
         files = {_step(path): path for path in self._files()}
         shared = set.intersection(*map(set, from_all(list(files), self._spec)))
         return files[max(shared)] if shared else None
 
     def _read(self, path: Path) -> dict[str, Any] | None:
-        """Returns a file's state, None if it is damaged or of another run."""
+        """Returns the state in a file, or None if the file is damaged or belongs to another run."""
         if _digest(path) != path.stem.rpartition("-")[2]:
             return None
         try:
-            # Tensors and plain values only: nothing in the file is run.
+            # This loads tensors and plain values only: no code in the file is run.
             state = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             return None
@@ -167,7 +168,7 @@ def _digest(path: Path) -> str:
 
 def _random_states(device: str) -> dict[str, Any]:
     version, words, gauss = random.getstate()
-    cuda = [torch.cuda.get_rng_state()] if device == "cuda" else []  # of this process's card
+    cuda = [torch.cuda.get_rng_state()] if device == "cuda" else []  # the state of this process's card
     return {"torch": torch.get_rng_state(), "cuda": cuda, "python": [version, list(words), gauss]}
 
 

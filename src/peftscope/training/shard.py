@@ -1,7 +1,7 @@
-"""One model over several processes: each holds its share of every weight, gradient and optimizer state.
+"""Shards one model over several processes: each holds a share of every weight, gradient and optimizer state.
 
-PyTorch's ``fully_shard`` gathers a layer's weights when the layer runs, and sums and scatters its gradients after.
-Every process makes the whole batch and takes its rows of it; what is evaluated, all evaluate alike.
+PyTorch's ``fully_shard`` gathers the weights of a layer when the layer runs, and then sums and scatters its gradients.
+Every process builds the whole batch and takes its own rows. In an evaluation, all processes evaluate everything.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from peftscope.data.batching import Batch
 from peftscope.spec import RunSpec
 
 PATIENCE = timedelta(hours=2)
-"""How long a process waits for the others, as while the first one saves a large model. A dead one is seen elsewhere."""
+"""How long a process waits for others, such as while the first saves a large model. Dead ones are noticed earlier."""
 
 T = TypeVar("T")
 
 
 def join(spec: RunSpec, rank: int, meeting: Path) -> None:
-    """Makes this process number ``rank`` of the run's; all meet in a file, which must not be there before."""
+    """Joins the processes of a run as number ``rank``. They meet through a file, which must not exist before."""
     if spec.device == "cuda":
         torch.cuda.set_device(rank)
     distributed.init_process_group(
@@ -41,26 +41,26 @@ def join(spec: RunSpec, rank: int, meeting: Path) -> None:
 
 
 def shard(model: Any, spec: RunSpec) -> None:
-    """Leaves each process its share of a model that all have built alike, and moves it to the device.
+    """Reduces a model that all processes have built to this process's share, and moves it to the device.
 
-    Layers are gathered one by one; what stands outside of them (embeddings, head) is gathered through a pass.
+    Layers are gathered one by one. Parameters outside of layers (embeddings, head) stay gathered during a pass.
     """
     mesh = init_device_mesh(spec.device, (spec.shards,))
     for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
         fully_shard(layer, mesh=mesh)
-    # By default it would stay gathered after an evaluation, and an optimizer made then would train the gathered copy.
+    # By default it stays gathered after an evaluation, and an optimizer made then would train the gathered copy.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    # It calls the layers without passing through the model's own forward.
+    # ``generate`` calls the layers without the model's own ``forward``.
     register_fsdp_forward_method(model, "generate")
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Each loss is a share of the mean over all response tokens already: gradients are summed, not averaged.
+            # Each process's loss is already its part of the mean over all response tokens, so gradients are summed.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
 def own_rows(batch: Batch, spec: RunSpec) -> Batch:
-    """Returns this process's rows of a batch; ``tokens`` and ``response_tokens`` stay those of the whole."""
+    """Returns this process's rows of a batch. ``tokens`` and ``response_tokens`` still count the whole batch."""
     if spec.shards == 1:
         return batch
     rows = len(batch.input_ids) // spec.shards
@@ -78,14 +78,14 @@ def summed(value: torch.Tensor, spec: RunSpec) -> torch.Tensor:
 
 
 def anywhere(value: bool, spec: RunSpec) -> bool:
-    """Returns whether a value is true in any process; all of them have to ask."""
+    """Returns whether a value is true in any process. All processes must call this together."""
     if spec.shards == 1:
         return value
     return bool(summed(torch.tensor(float(value), device=spec.device), spec))
 
 
 def own_seed(seed: int, spec: RunSpec) -> int:
-    """Returns a seed for this process's dropout, which no run's seed equals; the first one keeps the run's."""
+    """Returns the seed of this process's dropout: the run's seed in the first process, and in others no run's seed."""
     return seed if spec.shards == 1 else seed + (distributed.get_rank() << 32)
 
 
@@ -95,7 +95,7 @@ def is_first() -> bool:
 
 
 def trained_state(model: Any) -> dict[str, torch.Tensor]:
-    """Returns a sharded model's trained tensors by name, whole and on the host; empty but in the first process."""
+    """Returns a sharded model's trained tensors by name, whole and on the host; nothing outside the first process."""
     state = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -106,7 +106,7 @@ def trained_state(model: Any) -> dict[str, torch.Tensor]:
 
 
 def own_share(value: Any) -> Any:
-    """Returns a structure of dicts and lists with this process's share in place of every tensor that is spread."""
+    """Returns a structure of dicts and lists in which this process's share replaces every sharded tensor."""
     if isinstance(value, DTensor):
         return value.to_local()
     if isinstance(value, dict):
@@ -115,7 +115,7 @@ def own_share(value: Any) -> Any:
 
 
 def as_shares(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Returns an optimizer's state of which each tensor is this process's share of one spread like its parameter."""
+    """Returns an optimizer's state in which each tensor is this process's share, sharded like its parameter."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def spread(value: Any, parameter: torch.Tensor) -> Any:
@@ -132,12 +132,12 @@ def as_shares(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def held_bytes(model: Any) -> int:
-    """Returns the bytes of parameters that this process holds."""
+    """Returns the bytes of the parameters that this process holds."""
     return sum(share.numel() * share.element_size() for share in (p.to_local() for p in model.parameters()))
 
 
 def from_all(value: T, spec: RunSpec) -> list[T]:
-    """Returns every process's value, in the order of ranks."""
+    """Returns the values of all processes in the order of their ranks."""
     if spec.shards == 1:
         return [value]
     values: list[Any] = [None] * spec.shards
