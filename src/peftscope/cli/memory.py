@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -11,6 +10,7 @@ import typer
 from rich.console import Console
 
 from peftscope.errors import InputError, Problem
+from peftscope.libraries import offline
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -181,20 +181,8 @@ def _run_options(context: typer.Context) -> dict[str, Any]:
     return options
 
 
-def quiet_libraries() -> None:
-    """Silences what libraries say about their own next versions and their bars, and keeps them from asking a hub."""
-    import logging
-    import warnings
-
-    warnings.simplefilter("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
 def _simulated(question: Question) -> Answer:
-    quiet_libraries()
-    with Console(stderr=True).status("simulating two training steps, some seconds"):
+    with Console(stderr=True).status("simulating two training steps, some seconds"), offline():
         from peftscope.memory.simulate import answer_by_simulation
 
         return answer_by_simulation(question)

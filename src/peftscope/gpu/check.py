@@ -37,6 +37,7 @@ from peftscope.gpu.steps import speed_of, time_steps
 from peftscope.hardware.cards import Gpu
 from peftscope.hardware.meter import is_out_of_memory
 from peftscope.layout import CARDS_FOLDER
+from peftscope.libraries import without_hub_kernels
 from peftscope.memory.predict import found_card
 from peftscope.memory.question import describe_model, library_versions
 from peftscope.memory.trace import PHASES
@@ -310,6 +311,7 @@ def card_facts(output: Path, measure_card: Callable[[], dict[str, Any] | None], 
     return facts
 
 
+@without_hub_kernels()
 def main() -> None:
     """Checks what is left within the minutes, writes the report, and prints the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
