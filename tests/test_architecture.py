@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 NO_TORCH = [
+    "api",
     "layout",
+    "libraries",
     "files.content",
     "hardware.bf16",
     "hardware.device",

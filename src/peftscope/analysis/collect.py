@@ -60,13 +60,13 @@ def collect_experiment(sweep: Sweep) -> None:
     pd.DataFrame(losses, columns=["run_id", "step", "nll_nats_per_token"]).to_csv(folder / "losses.csv", index=False)
 
 
-def read_runs(experiment: str) -> pd.DataFrame:
-    """Returns ``runs.csv``; columns without a value anywhere stay, empty.
+def read_runs(experiment: str, folder: Path | None = None) -> pd.DataFrame:
+    """Returns ``runs.csv`` of an experiment's results, or of another folder; columns without any value stay, empty.
 
     Raises:
         InputError: There is none.
     """
-    path = results_folder(experiment) / "runs.csv"
+    path = (folder or results_folder(experiment)) / "runs.csv"
     if not path.is_file():
         raise InputError(Problem(str(path), "no such file", f"make report EXPERIMENT={experiment}"))
     # A copy is in one piece; pandas warns of a column that is added to more than a hundred.

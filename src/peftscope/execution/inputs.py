@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -27,16 +28,40 @@ def verify_inputs(spec: RunSpec) -> None:
     Raises:
         InputError: It cannot be had again, or came back different.
     """
-    _verify(model_folder(spec.model, spec.revision), lambda: fetch_model(spec.model, spec.revision))
-    _verify(task_folder(spec.task), lambda: make_task(spec.task), suffix=".jsonl")
-    for name in spec.benchmarks:
-        _verify(benchmark_folder(name), partial(make_benchmark, name), suffix=".parquet")
+    for folder, have_again, suffix in _inputs(spec):
+        _verify(folder, have_again, suffix)
 
 
-def _verify(folder: Path, have_again: Callable[[], Path], suffix: str = "") -> None:
+def fetch_inputs(spec: RunSpec) -> None:
+    """Fetches or makes those of a run's model, data and benchmarks that are not there.
+
+    Raises:
+        InputError: One cannot be had.
+    """
+    for folder, have, _ in _inputs(spec):
+        if not (folder / "manifest.json").is_file():
+            with _alone(folder, "fetches it at the moment"):
+                have()
+
+
+def _inputs(spec: RunSpec) -> list[tuple[Path, Callable[[], Path], str]]:
+    """Returns the folder of each, what puts it there, and how the files end that its checksums are of."""
+    return [
+        (model_folder(spec.model, spec.revision), partial(fetch_model, spec.model, spec.revision), ""),
+        (task_folder(spec.task), partial(make_task, spec.task), ".jsonl"),
+        *((benchmark_folder(name), partial(make_benchmark, name), ".parquet") for name in spec.benchmarks),
+    ]
+
+
+def _alone(folder: Path, does: str) -> AbstractContextManager[None]:
+    """Returns a context that one process at a time is in."""
+    return locked(folder.with_name(f".{folder.name}.lock"), does, FETCH_SECONDS)
+
+
+def _verify(folder: Path, have_again: Callable[[], Path], suffix: str) -> None:
     if not _damages(folder, suffix):
         return
-    with locked(folder.with_name(f".{folder.name}.lock"), "puts it right at the moment", FETCH_SECONDS):
+    with _alone(folder, "puts it right at the moment"):
         found = _damages(folder, suffix)  # another job may have put it right in the meantime
         if not found:
             return
