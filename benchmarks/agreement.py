@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from peftscope.errors import InputError
+from peftscope.libraries import without_hub_kernels
 from peftscope.memory.answer import AGREEMENT_FILE, answer_by_formula
 from peftscope.memory.question import Model, Question, ask
 from peftscope.methods import METHODS
@@ -84,6 +85,7 @@ def differences(question: Question) -> dict[str, float]:
     }
 
 
+@without_hub_kernels()
 def main() -> None:
     """Measures and writes the agreement."""
     found: dict[str, list[dict[str, float]]] = defaultdict(list)

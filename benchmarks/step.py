@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peftscope.data.batching import Example, collate, tokenise, training_batches, training_order
 from peftscope.data.tasks import make_task, read_split
+from peftscope.libraries import without_hub_kernels
 from peftscope.models.fetch import fetch_model
 from peftscope.planning.experiment import Experiment
 from peftscope.planning.sweep import Resolver
@@ -92,6 +93,7 @@ def _per_step(ends: list[float], warmup: int = 2) -> float:
     return (ends[-1] - ends[warmup - 1]) / (len(ends) - warmup)
 
 
+@without_hub_kernels()
 def main() -> None:
     """Runs the pairs and prints both ratios with their spread."""
     parser = argparse.ArgumentParser(description=__doc__)

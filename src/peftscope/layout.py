@@ -34,7 +34,25 @@ CLAIMS_RESULTS = RESULTS / "claims.json"
 CLAIMS_PAGE = REPORTS / "claims.html"
 """Its Markdown twin lies beside it."""
 
+REPOSITORY = Path(__file__).parent.parent.parent
+"""The repository, if this package is an editable install of it."""
+
 NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,63}"
+
+
+def shipped(path: Path) -> Path:
+    """Returns where a file of experiments/ is: in the working folder or, if that has no defaults, in the repository.
+
+    The repository is that of an editable install, so that a run can be asked for in any folder.
+
+    Raises:
+        InputError: There are no defaults in either.
+    """
+    for root in (Path(), REPOSITORY):
+        if (root / DEFAULTS).is_file():
+            return root / path
+    remedy = "run from the repository's root, or install the repository: pip install --editable ."
+    raise InputError(Problem(str(EXPERIMENTS), f"there is no {DEFAULTS} here", remedy))
 
 
 def check_experiment_name(name: str) -> None:

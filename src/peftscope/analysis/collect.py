@@ -59,13 +59,13 @@ def collect_experiment(sweep: Sweep) -> None:
     pd.DataFrame(losses, columns=["run_id", "step", "nll_nats_per_token"]).to_csv(folder / "losses.csv", index=False)
 
 
-def read_runs(experiment: str) -> pd.DataFrame:
-    """Returns ``runs.csv``, including columns that are empty throughout.
+def read_runs(experiment: str, folder: Path | None = None) -> pd.DataFrame:
+    """Returns ``runs.csv`` of an experiment's results or of another folder, including columns without any value.
 
     Raises:
         InputError: The file does not exist.
     """
-    path = results_folder(experiment) / "runs.csv"
+    path = (folder or results_folder(experiment)) / "runs.csv"
     if not path.is_file():
         raise InputError(Problem(str(path), "no such file", f"make report EXPERIMENT={experiment}"))
     # The copy is contiguous; without it, pandas warns when a column is added to more than a hundred.

@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from peftscope.cli.memory import quiet_libraries, with_progress
+from peftscope.cli.memory import with_progress
 from peftscope.errors import InputError, Problem, close_match
+from peftscope.execution.libraries import offline
 
 app = typer.Typer()
 
@@ -47,12 +48,10 @@ def claims(
     ]
     if not chosen:
         raise InputError(Problem("--kind", f"none of {', '.join(ids or [])} has a part of kind {kind}", "leave it out"))
-    quiet_libraries()
     hardware = processor_name()
-    found = [
-        finding.to_json(hardware)
-        for finding in with_progress(evaluate(chosen, ledger), len(chosen), "measuring claims")
-    ]
+    with offline():
+        measured = with_progress(evaluate(chosen, ledger), len(chosen), "measuring claims")
+        found = [finding.to_json(hardware) for finding in measured]
     if write:
         page = write_claims_page(ledger, found)
     if as_json:

@@ -6,15 +6,20 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from peftscope.cli import claims, memory, rules
-from peftscope.errors import InputError, Problem
+from peftscope.errors import InputError, Problem, printable
+from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
 from peftscope.layout import record_path, run_folder
+
+if TYPE_CHECKING:
+    from rich.status import Status
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,7 +44,8 @@ def main() -> None:
 
         die_with_parent()
     try:
-        app()
+        with without_hub_kernels():
+            app()
     except InputError as error:
         if len(error.problems) > 1:
             errors.print(f"[bold red]{len(error.problems)} problems[/]")
@@ -54,6 +60,13 @@ def main() -> None:
         with suppress(OSError):  # it may be the log that cannot be written
             errors.print(said, markup=False, soft_wrap=True)
         os._exit(STORAGE_CODE)
+
+
+@app.callback()
+def listen(context: typer.Context) -> None:
+    """Hides what libraries say, but for a run that nobody watches: there it is part of the run's log."""
+    if context.invoked_subcommand != "run" or sys.stderr.isatty():
+        context.with_resource(quiet_libraries())
 
 
 @app.command()
@@ -148,10 +161,10 @@ def merge(
     """Fold a run's adapter into its base: a plain model, without PEFT."""
     from peftscope.execution.merge import find_run, merge_run
 
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     folder = find_run(run)
     target = output or folder / "merged"
-    merge_run(folder, target)
+    with offline():
+        merge_run(folder, target)
     print(target)
 
 
@@ -190,6 +203,11 @@ def doctor() -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
+def _waiting(what: str) -> Status:
+    """Returns a context in which a terminal says what is done."""
+    return errors.status(escape(printable(what)))
+
+
 @app.command()
 def fetch(
     model: Annotated[str, typer.Argument(help="A name in models.yaml, or a hub id.")],
@@ -198,7 +216,9 @@ def fetch(
     """Fetch a base model, with its checksums and licence."""
     from peftscope.models.fetch import fetch_model
 
-    print(fetch_model(model, revision))
+    with _waiting(f"fetching {model}"):
+        folder = fetch_model(model, revision)
+    print(folder)
 
 
 @app.command("make-task")
@@ -206,7 +226,9 @@ def make_task_command(task: Annotated[str, typer.Argument(help="A name in tasks.
     """Make a task's train, validation and test items."""
     from peftscope.data.tasks import make_task
 
-    print(make_task(task))
+    with _waiting(f"making {task}"):
+        folder = make_task(task)
+    print(folder)
 
 
 @app.command("make-benchmark")
@@ -216,4 +238,6 @@ def make_benchmark_command(
     """Fetch the rows of one of lm-eval's own benchmarks."""
     from peftscope.data.benchmarks import make_benchmark
 
-    print(make_benchmark(name))
+    with _waiting(f"fetching {name}"):
+        folder = make_benchmark(name)
+    print(folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -14,6 +13,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from peftscope.errors import InputError, Problem
+from peftscope.execution.libraries import offline
 from peftscope.memory.question import DEFAULTS, METHOD_OPTIONS, SPEC_OPTIONS, Question, ask, describe_model
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
@@ -148,8 +148,6 @@ def fit(
     if not names:
         raise InputError(Problem("model", "none given", "peftscope fit --gpu 24GiB llama-2-7b"))
     card, chosen = find_gpu(gpu), known_methods(methods)
-    if any(METHODS[name].closed_form is None for name in chosen):
-        quiet_libraries()
     found = [describe_model(name) for name in names]
     fits = []
     for one in with_progress(fit_methods(found, chosen, options, card, gpus), len(found) * len(chosen), "fitting"):
@@ -162,20 +160,8 @@ def fit(
     show_fits(fits, card, _wide_console())
 
 
-def quiet_libraries() -> None:
-    """Silences what libraries say about their own next versions and their bars, and keeps them from asking a hub."""
-    import logging
-    import warnings
-
-    warnings.simplefilter("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
 def _simulated(question: Question) -> Answer:
-    quiet_libraries()
-    with Console(stderr=True).status("simulating two training steps, some seconds"):
+    with Console(stderr=True).status("simulating two training steps, some seconds"), offline():
         from peftscope.memory.simulate import answer_by_simulation
 
         return answer_by_simulation(question)

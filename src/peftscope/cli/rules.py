@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from peftscope.errors import InputError, Problem
+from peftscope.execution.libraries import offline
 from peftscope.layout import EXPERIMENTS, MEMORY_FOLDER, RUNS, run_folder
 
 app = typer.Typer()
@@ -197,12 +198,11 @@ def memory_figures(curves: list[Path]) -> None:
 @app.command("memory-chapter", hidden=True)
 def memory_chapter() -> None:
     """Simulate the table of an introduction, line by line; about a minute."""
-    from peftscope.cli.memory import quiet_libraries, with_progress
-    from peftscope.report.memory import write_chapter
-
-    quiet_libraries()
     import pandas as pd
 
+    from peftscope.cli.memory import with_progress
     from peftscope.memory.chapter import lines, rebuild
+    from peftscope.report.memory import write_chapter
 
-    write_chapter(pd.DataFrame(list(with_progress(rebuild(), len(lines()), "simulating"))))
+    with offline():
+        write_chapter(pd.DataFrame(list(with_progress(rebuild(), len(lines()), "simulating"))))

@@ -197,7 +197,7 @@ class Job:
         import torch
 
         if spec.device == "cuda" and rank == 0:
-            _check_cards(spec.shards)
+            check_cards(spec.shards)
         from peftscope.execution.phases import Phases
         from peftscope.execution.run import execute
 
@@ -212,7 +212,8 @@ class Job:
         return execute(spec, self.folder, phases, self.checkpoint_seconds, rank, self.keep_weights)
 
 
-def _check_cards(count: int) -> None:
+def check_cards(count: int) -> None:
+    """Raises InputError if torch cannot use so many cards."""
     import torch
 
     if not torch.cuda.is_available():

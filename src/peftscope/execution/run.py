@@ -144,6 +144,7 @@ def execute(
 
     Raises:
         Interrupted: After ``interrupted.json`` was written, so that the job counts as not done.
+        KeyboardInterrupt: Likewise, where the process has Python's own handler of SIGINT.
     """
     meeting, folder = meeting_file(folder), rank_folder(folder, rank)
     for name in ("record.json", "interrupted.json", "items.jsonl"):
@@ -159,8 +160,9 @@ def execute(
             join(spec, rank, meeting)
         with bf16_products():
             _run_phases(run)
-    except Interrupted as error:
-        record.status, record.reason, file = "interrupted", str(error), "interrupted.json"
+    except (Interrupted, KeyboardInterrupt) as error:
+        reason = str(error) or "stopped by SIGINT"
+        record.status, record.reason, file = "interrupted", reason, "interrupted.json"
         raise
     except Diverged as error:
         record.status, record.reason = "diverged", str(error)

@@ -26,6 +26,7 @@ import psutil
 import torch
 
 from peftscope.analysis.cards import CARD_FILE, KINDS, read_facts, read_rows
+from peftscope.execution.libraries import without_hub_kernels
 from peftscope.files.atomic import write_json
 from peftscope.gpu.fits import check_fit, fits
 from peftscope.gpu.jobs import CardJob, card_jobs, in_order, predicted_bytes, small_jobs, why_not_tried
@@ -310,6 +311,7 @@ def card_facts(output: Path, measure_card: Callable[[], dict[str, Any] | None], 
     return facts
 
 
+@without_hub_kernels()
 def main() -> None:
     """Checks what is left within the minutes, writes the report, and prints the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -128,13 +128,11 @@ def _is_folder(path: Path) -> bool:
 
 
 def _catalogued(name: str) -> ModelShape | None:
-    """Returns the shape of a model of the working directory's models.yaml."""
-    from peftscope.models import catalog
+    """Returns the shape of a model of models.yaml; None where there is no such file, or it does not say."""
+    from peftscope.models.catalog import find_model
 
-    if not catalog.MODELS_FILE.is_file():
-        return None
     try:
-        return catalog.find_model(name).shape
+        return find_model(name).shape
     except InputError:
         return None
 

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.problems import dotted, problems_of
 from peftscope.hardware.device import Device
-from peftscope.layout import DEFAULTS, tuned_path
+from peftscope.layout import DEFAULTS, shipped, tuned_path
 from peftscope.methods import METHODS
 from peftscope.planning.experiment import Experiment, Study, experiment_path, read_experiment
 from peftscope.spec import RunSpec, run_id
@@ -86,7 +86,8 @@ class Resolver:
 
     def __init__(self, experiment: Experiment, path: Path, device: Device = "cpu") -> None:
         self.experiment, self.path, self.device = experiment, path, device
-        self.defaults = read_experiment(DEFAULTS)
+        self.defaults_path = shipped(DEFAULTS)
+        self.defaults = read_experiment(self.defaults_path)
 
     def method_name(self, values: dict[str, Any], where: str) -> str:
         """Returns the method that a run with these values uses.
@@ -112,9 +113,9 @@ class Resolver:
         """
         name = self.method_name(values, (origins or {}).get("method", f"{origin}.method"))
         layers = _Layers()
-        layers.lay(self.defaults.fixed, f"{DEFAULTS}: fixed")
+        layers.lay(self.defaults.fixed, f"{self.defaults_path}: fixed")
         layers.lay(METHODS[name].run_defaults, f"run_defaults of {name}")
-        layers.lay(self.defaults.methods.get(name, {}), f"{DEFAULTS}: methods.{name}")
+        layers.lay(self.defaults.methods.get(name, {}), f"{self.defaults_path}: methods.{name}")
         layers.lay(self.experiment.fixed, f"{self.path}: fixed")
         layers.lay(self.experiment.methods.get(name, {}), f"{self.path}: methods.{name}")
         layers.lay(values, origin)
