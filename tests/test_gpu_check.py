@@ -250,7 +250,7 @@ def test_a_folder_is_one_devices_and_others_on_the_card_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(state, "pci_address", lambda: "unknown")
-    monkeypatch.setattr(state.card, "other_processes", lambda card: [{"pid": 7, "used_bytes": 3 * 2**30}])
+    monkeypatch.setattr(state.nvml, "other_processes", lambda card: [{"pid": 7, "used_bytes": 3 * 2**30}])
     measured: list[int] = []
     for _ in range(2):
         facts = card_facts(tmp_path, lambda: measured.append(1) or {"device": "cuda", "name": "a card"}, "cuda")
