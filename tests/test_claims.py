@@ -71,7 +71,7 @@ def test_what_is_not_measured_says_why() -> None:
         ({"parts": [ENTRY["parts"][0] | {"rule": {"equals": 1, "at_least": 2}}]}, "must have one of"),
         ({"parts": [ENTRY["parts"][0] | {"rule": {"at_least": 3, "at_most": 2}}]}, "above at_most"),
         ({"parts": [ENTRY["parts"][0] | {"rule": {"equals": "a", "relative": 0.1}}]}, "a tolerance needs a number"),
-        ({"parts": [ENTRY["parts"][0] | {"family": "mine"}]}, "a family is of contrasts with a direction"),
+        ({"parts": [ENTRY["parts"][0] | {"family": "mine"}]}, "a family holds contrasts with a direction"),
         ({"parts": [ENTRY["parts"][0] | {"waits_for": "a study"}]}, "must have one of: check"),
         ({"parts": [{"kind": "training", "measures": "a loss"}]}, "must have one of: check"),
         ({"parts": [{"kind": "magic", "measures": "a loss", "waits_for": "a study"}]}, "parts[0].kind"),
@@ -84,7 +84,7 @@ def test_a_wrong_entry_is_refused_with_its_place(change: dict[str, Any], said: s
 
 
 def test_two_entries_must_differ(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="stands 2 times"):
+    with pytest.raises(InputError, match="appears 2 times"):
         ledger_of(tmp_path, ENTRY, ENTRY)
 
 

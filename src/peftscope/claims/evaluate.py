@@ -1,4 +1,4 @@
-"""Running checks and turning what they measure into verdicts: one for every part, and the headline of every claim."""
+"""Runs checks and turns their measurements into verdicts: one for every part, and a headline for every claim."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIGNIFICANT_DIGITS = 6
 
 @dataclass(frozen=True)
 class PartFinding:
-    """What was found about one part of a claim."""
+    """The verdict on one part of a claim, with the measurement behind it."""
 
     part: Part
     verdict: Verdict
@@ -30,7 +30,7 @@ class PartFinding:
     """The p of a contrast after Holm's correction within its family."""
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the finding with its evidence, numbers rounded to what is reproducible."""
+        """Returns the finding with its evidence. Numbers are rounded to the digits that are reproducible."""
         found = self.found
         return {
             "kind": self.part.kind,
@@ -61,7 +61,7 @@ class PartFinding:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found about a claim; its last part decides."""
+    """The findings on all parts of a claim. The last part decides."""
 
     claim: Claim
     parts: tuple[PartFinding, ...]
@@ -75,7 +75,7 @@ class Finding:
     def headline(self) -> tuple[Verdict, str]:
         """Returns the claim's verdict and its reason.
 
-        A claim with parts that are decided, but not the one that counts, is inconclusive.
+        A claim is inconclusive if other parts are decided, but not the part that counts.
         """
         last = self.deciding
         others = [part for part in self.parts[:-1] if part.verdict not in UNDECIDED]
@@ -87,7 +87,7 @@ class Finding:
         """Returns one entry of claims.json.
 
         Args:
-            hardware: What the checks of deterministic kinds ran on.
+            hardware: The machine on which the checks of deterministic kinds ran.
         """
         verdict, reason = self.headline
         deciding = self.deciding.to_json()
@@ -108,11 +108,11 @@ class Finding:
 
 
 def evaluate(claims: Iterable[Claim], ledger: Iterable[Claim]) -> Iterator[Finding]:
-    """Yields what is found about each claim, one after the other.
+    """Yields the finding on each claim, one after the other.
 
     Args:
-        claims: What to measure.
-        ledger: All claims: the p of a contrast is corrected for all that belong to its family.
+        claims: The claims to measure.
+        ledger: All claims. The p of a contrast is corrected for all contrasts of its family.
     """
     families: dict[str, list[Part]] = {}
     for claim in ledger:
@@ -123,11 +123,11 @@ def evaluate(claims: Iterable[Claim], ledger: Iterable[Claim]) -> Iterator[Findi
 
 
 def evaluate_part(part: Part, family: Sequence[Part] = ()) -> PartFinding:
-    """Returns what is found about one part; a check that cannot run says why.
+    """Returns the finding on one part. If its check cannot run, the finding says why.
 
     Args:
-        part: What to measure.
-        family: The contrasts that were made with this one, itself among them.
+        part: The part to measure.
+        family: The contrasts that Holm's correction takes together, including this one.
     """
     if part.impossible:
         return PartFinding(part, Verdict.NOT_TESTABLE_HERE, part.impossible)
@@ -143,7 +143,7 @@ def evaluate_part(part: Part, family: Sequence[Part] = ()) -> PartFinding:
 
 
 def _measure(part: Part) -> Measurement | str:
-    """Returns what the check measures, or why it cannot."""
+    """Returns the check's measurement, or the reason why there is none."""
     try:
         with bf16_products():
             return find_check(part.check)(**part.with_)
@@ -151,14 +151,14 @@ def _measure(part: Part) -> Measurement | str:
         return str(error)
     except InputError as error:
         return "; ".join(map(str, error.problems))
-    except Exception as error:  # one check's values must not cost what the others found
+    except Exception as error:  # an error in one check must not lose the results of the others
         given = ", ".join(f"{name}={shown(value)}" for name, value in part.with_.items())
         said = " ".join(str(error).split())  # one line, for tables
         return printable(f"{part.check} stopped with {type(error).__name__}: {said}; look at what it got: {given}")
 
 
 def _adjusted_p(part: Part, measurement: Measurement, family: Sequence[Part]) -> float | None:
-    """Returns a contrast's p after Holm's correction for those of its family that have run, None where it is alone."""
+    """Returns a contrast's p after Holm's correction for the contrasts of its family that have run, or None."""
     if not part.family or len(measurement.samples) < 2:
         return None
     others = [measured for other in family if other != part and not isinstance(measured := _measure(other), str)]
@@ -167,7 +167,7 @@ def _adjusted_p(part: Part, measurement: Measurement, family: Sequence[Part]) ->
 
 
 def rounded(value: Quantity | None) -> Quantity | None:
-    """Returns a number with the digits that are reproducible, None for what is no number; anything else as it is.
+    """Returns a number with its reproducible digits, None for NaN and infinity, and any other value unchanged.
 
     >>> rounded(0.123456789), rounded(True), rounded("uint8"), rounded(16777216), rounded(math.nan)
     (0.123457, True, 'uint8', 16777216, None)

@@ -1,4 +1,4 @@
-"""The ledger of claims, ``experiments/claims.yaml``: what it may say, and reading it strictly. No torch."""
+"""The allowed content of the ledger of claims, ``experiments/claims.yaml``, and its strict reader. No torch."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from peftscope.planning.experiment import experiment_path, read_experiment
 
 Kind = Literal["software", "arithmetic", "numerics", "simulation", "training", "gpu", "literature"]
 DETERMINISTIC: tuple[Kind, ...] = ("software", "arithmetic", "numerics", "simulation")
-"""Kinds whose checks give the same quantity on every run."""
+"""The kinds whose checks give the same quantity on every run."""
 
 
 class Part(BaseModel):
-    """One quantity of a claim: how it is measured, and when the claim holds; or why it is not measured."""
+    """One quantity of a claim: how it is measured and when the claim holds, or why it is not measured."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -39,9 +39,9 @@ class Part(BaseModel):
     rule: Rule | None = None
     unit: str = ""
     scope: Annotated[str, Field(description="where the verdict holds, if narrower than the claim's scope")] = ""
-    family: Annotated[str, Field(description="of contrasts that Holm's correction takes together")] = ""
+    family: Annotated[str, Field(description="contrasts that Holm's correction takes together")] = ""
     waits_for: Annotated[str, Field(description="what has to be run first; the part is NOT-RUN")] = ""
-    impossible: Annotated[str, Field(description="why no machine of ours can test it; NOT-TESTABLE-HERE")] = ""
+    impossible: Annotated[str, Field(description="why none of our machines can test it; NOT-TESTABLE-HERE")] = ""
 
     @model_validator(mode="after")
     def _measured_or_excused(self) -> Part:
@@ -50,7 +50,7 @@ class Part(BaseModel):
         if bool(self.check) != (self.rule is not None):
             raise ValueError("a check needs a rule, and a rule a check")
         if self.family and (self.rule is None or self.rule.better_by is None):
-            raise ValueError("a family is of contrasts with a direction: the rule must be better_by")
+            raise ValueError("a family holds contrasts with a direction: the rule must be better_by")
         return self
 
 
@@ -78,10 +78,10 @@ class _Ledger(BaseModel):
 
 
 def read_ledger(path: Path | None = None) -> tuple[Claim, ...]:
-    """Returns all claims of a file in their order; by default those of experiments/claims.yaml.
+    """Returns all claims in the order of the file.
 
     Raises:
-        InputError: Every problem of the file.
+        InputError: The file has problems; the error lists all of them.
     """
     path = path or shipped(CLAIMS_FILE)
     try:
@@ -91,7 +91,7 @@ def read_ledger(path: Path | None = None) -> tuple[Claim, ...]:
         known |= set(Rule.model_fields)
         raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc)}", known)) from None
     problems = [
-        Problem(f"{path}: claims", f"{field} `{value}` stands {count} times", "every claim has its own")
+        Problem(f"{path}: claims", f"{field} `{value}` appears {count} times", "give every claim its own")
         for field in ("id", "slug")
         for value, count in Counter(getattr(claim, field) for claim in claims).items()
         if count > 1
@@ -106,10 +106,10 @@ def read_ledger(path: Path | None = None) -> tuple[Claim, ...]:
 
 
 def find_check(name: str) -> Callable[..., Measurement]:
-    """Returns the function behind ``module.function``.
+    """Returns the check with the name ``module.function``.
 
     Raises:
-        KeyError: There is none.
+        KeyError: There is no such check.
     """
     return _known_checks()[name]
 
@@ -127,7 +127,7 @@ def _known_checks() -> dict[str, Callable[..., Measurement]]:
 
 @cache
 def _parameters(check: str) -> type[BaseModel]:
-    """Returns a model of a check's parameters, as its signature types them; its whole numbers are counts."""
+    """Returns a pydantic model of a check's parameters from its signature. Whole numbers must not be negative."""
     function = _known_checks()[check]
     types = get_type_hints(function)
     fields: dict[str, Any] = {
@@ -158,7 +158,7 @@ def _problems_of_check(part: Part, where: str) -> list[Problem]:
 
 
 def _problems_of_study(part: Part, where: str) -> list[Problem]:
-    """Returns a problem for a study that there is not, and for arms that it does not have."""
+    """Returns a problem if the study does not exist, and one for every arm that it does not have."""
     try:
         study = read_experiment(experiment_path(str(part.with_["study"]))).study
     except InputError as error:

@@ -1,4 +1,4 @@
-"""PEFT's LoRA on small layers and models: what checks of adapters measure on, and what they read off it."""
+"""PEFT's LoRA on small layers and models, on which checks of adapters measure, and the quantities that they read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WEIGHT_STD = 0.1
 
 
 def lora_layer(inputs: int, outputs: int, rank: int, alpha: float = 8, seed: int = 0, **options: Any) -> Any:
-    """Returns one PEFT LoRA layer over a random linear layer; ``options`` go to ``LoraConfig``."""
+    """Returns a PEFT LoRA layer over a random linear layer. ``options`` go to ``LoraConfig``."""
     import torch
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -26,7 +26,7 @@ def lora_layer(inputs: int, outputs: int, rank: int, alpha: float = 8, seed: int
 
 
 def lora_model(base: Any, rank: int = 8, alpha: float = 16, seed: int = 1, **options: Any) -> Any:
-    """Returns a model with PEFT's LoRA on every linear layer of its blocks; ``options`` go to ``LoraConfig``."""
+    """Returns a model with PEFT's LoRA on every linear layer of its blocks. ``options`` go to ``LoraConfig``."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -49,9 +49,9 @@ def adapted_llama(
     dtype: str = "float32",
     **options: Any,
 ) -> Any:
-    """Returns a tiny Llama with adapters that each change every target by ``size`` of its norm; the first is active.
+    """Returns a tiny Llama with adapters that each change every target by ``size`` of its norm. The first is active.
 
-    An adapter's values depend on its name and shapes only.
+    An adapter's values depend only on its name and its shapes.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -75,7 +75,7 @@ def adapted_llama(
 
 
 def four_bit(model: Any) -> Any:
-    """Returns the model with the linear layers of its blocks in NF4 with double quantization, computing in fp32."""
+    """Returns the model with the linear layers of its blocks in double-quantized NF4, which compute in fp32."""
     import torch
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -99,7 +99,7 @@ def linear_names(model: Any) -> list[str]:
 
 
 def lora_layers(model: Any) -> dict[str, Any]:
-    """Returns the layers that PEFT wrapped, by the names that they have in the base model."""
+    """Returns the layers that PEFT wrapped, by their names in the base model."""
     from peft.tuners.lora import LoraLayer
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -107,17 +107,17 @@ def lora_layers(model: Any) -> dict[str, Any]:
 
 
 def factor_a(layer: Any) -> Any:
-    """Returns A, (rank, inputs)."""
+    """Returns the factor A, (rank, inputs)."""
     return layer.lora_A["default"].weight
 
 
 def factor_b(layer: Any) -> Any:
-    """Returns B, (outputs, rank)."""
+    """Returns the factor B, (outputs, rank)."""
     return layer.lora_B["default"].weight
 
 
 def update_of(layer: Any) -> Any:
-    """Returns ΔW as PEFT would merge it, (outputs, inputs)."""
+    """Returns the update ΔW that PEFT would merge, (outputs, inputs)."""
     return layer.get_delta_weight("default").detach()
 
 
@@ -132,7 +132,7 @@ def randomise_b(layer: Any, spread: float = 0.1, seed: int = 2) -> None:
 def backward_steps(
     model: Any, steps: int, learning_rate: float = 1e-3, optimizer: str = "AdamW", after: bool = False
 ) -> Iterator[int]:
-    """Yields each step's number, from 1, when its gradients are there; ``after``: when its update is done."""
+    """Yields each step's number, from 1, once its gradients exist, or with ``after`` once its update is done."""
     import torch
 
     ids = token_ids(model)
@@ -148,7 +148,7 @@ def backward_steps(
 
 
 def logits_of(model: Any) -> torch.Tensor:
-    """Returns (24, vocabulary) logits of fixed tokens in fp64."""
+    """Returns the (24, vocabulary) logits of fixed tokens in fp64."""
     import torch
 
     with torch.no_grad():
@@ -156,6 +156,6 @@ def logits_of(model: Any) -> torch.Tensor:
 
 
 def relative_distance(actual: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Returns the norm of the difference over the norm of what was wanted."""
+    """Returns the norm of the difference divided by the norm of the wanted tensor."""
     actual, wanted = actual.detach().double(), wanted.detach().double()
     return float((actual - wanted).norm() / wanted.norm())

@@ -1,4 +1,4 @@
-"""What a check returns: a measured quantity with its evidence, and never a verdict. No torch."""
+"""The result of a check: a measured quantity with its evidence, and never a verdict. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Quantity = float | int | bool | str
 
 
 class NotRunError(Exception):
-    """What a check reads is not there yet; the message says what is missing."""
+    """A check lacks its input. The message says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -17,16 +17,16 @@ class Measurement:
     """A measured quantity.
 
     Attributes:
-        value: The quantity that the claim's rule looks at, in the claim's unit.
-        low: Lower bound of its 95 % interval; None for deterministic quantities.
-        high: Upper bound.
-        n: Number of independent things behind it: seeds, matrices, settings.
-        samples: Paired differences behind an interval, one a seed; empty for deterministic quantities.
-        evidence: What else was measured and helps a reader to see why, by name.
-        curves: Small figure: {curve: {x: y}}.
-        axes: Labels of the figure's axes.
-        model: What it was measured on.
-        run_ids: Training runs behind it.
+        value: The quantity that the claim's rule judges, in the claim's unit.
+        low: The lower bound of its 95 % interval; None for deterministic quantities.
+        high: The upper bound.
+        n: The number of independent things behind it: seeds, matrices, settings.
+        samples: The paired differences behind an interval, one per seed; empty for deterministic quantities.
+        evidence: Other measured quantities that explain the value, by name.
+        curves: The curves of a small figure: {curve: {x: y}}.
+        axes: The labels of the figure's axes.
+        model: The model on which the value was measured.
+        run_ids: The training runs behind the value.
     """
 
     value: Quantity

@@ -1,4 +1,4 @@
-"""What checks measure on: small models with random weights, models without weights, real weight matrices."""
+"""The subjects of checks: small models with random weights, models without weights, real weight matrices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 TINY = "a Llama of two layers, 64 wide, with random weights"
-"""What ``tiny_llama`` gives, for readers."""
+"""The description of ``tiny_llama`` for readers."""
 
 BLOCK_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -25,7 +25,7 @@ def shape_of(preset: str) -> ModelShape:
 
 
 def tiny_llama(seed: int = 0, dtype: str = "float32", **sizes: Any) -> Any:
-    """Returns a Llama of two narrow layers with random weights, in evaluation mode; ``sizes`` go to its config."""
+    """Returns a Llama of two narrow layers with random weights, in evaluation mode. ``sizes`` override its config."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -49,7 +49,7 @@ def tiny_llama(seed: int = 0, dtype: str = "float32", **sizes: Any) -> Any:
 
 
 def meta_model(preset: str) -> Any:
-    """Returns a preset's model on ``meta``: every module and shape, no weights."""
+    """Returns a preset's model on ``meta``, with all modules and shapes but without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -67,7 +67,7 @@ def token_ids(model: Any, length: int = 12, batch: int = 2, seed: int = 0) -> to
 
 
 def weight_matrices(model: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields name and (out, in) fp32 weights of every linear layer inside the blocks of a fetched model.
+    """Yields the name and the (out, in) fp32 weights of every linear layer inside the blocks of a fetched model.
 
     Raises:
         NotRunError: The model was not fetched.
@@ -77,7 +77,7 @@ def weight_matrices(model: str) -> Iterator[tuple[str, torch.Tensor]]:
 
     path = model_folder(model) / "model.safetensors"
     if not path.is_file():
-        raise NotRunError(f"the weights of {model} are not there; run `peftscope fetch {model}`")
+        raise NotRunError(f"the weights of {model} are missing; run `peftscope fetch {model}`")
     with safe_open(path, "pt") as file:
         for name in sorted(file.keys()):
             if ".layer" in name and name.endswith(".weight") and "norm" not in name.lower():

@@ -1,4 +1,4 @@
-"""From a measured quantity and a rule to a verdict: the only place that decides. No torch."""
+"""Derives a verdict from a measured quantity and a rule. No other module decides. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftscope.claims.measurement import Measurement
 
 
 class Verdict(StrEnum):
-    """What is known of a claim."""
+    """The verdict on a claim."""
 
     EXACT = "EXACT"
     EXACT_WRONG = "EXACT-WRONG"
@@ -29,9 +29,9 @@ UNDECIDED = (Verdict.NOT_RUN, Verdict.NOT_TESTABLE_HERE)
 
 
 class Rule(BaseModel):
-    """When a claim holds: ``equals``, a range (``at_least``, ``at_most`` or both), ``better_by`` or ``same_within``.
+    """The rule for when a claim holds: ``equals``, ``at_least`` and ``at_most``, ``better_by``, or ``same_within``.
 
-    A quantity without an interval is decided by where it lies. One with an interval is decided only where the whole
+    A quantity without an interval is decided by its value. A quantity with an interval is decided only if the whole
     interval lies on one side.
     """
 
@@ -72,7 +72,7 @@ class Rule(BaseModel):
         return low, math.inf if self.at_most is None else self.at_most
 
     def __str__(self) -> str:
-        """Returns what follows "the claim holds if it"."""
+        """Returns the words that follow "the claim holds if it"."""
         if self.same_within is not None:
             return f"is within ±{self.same_within:g} of the other"
         if self.better_by is not None:
@@ -89,12 +89,12 @@ class Rule(BaseModel):
 
 
 def judge(rule: Rule, measurement: Measurement, p_adjusted: float | None = None) -> tuple[Verdict, str]:
-    """Returns the verdict on a measurement, and what it rests on.
+    """Returns the verdict on a measurement, and the reason for it.
 
     Args:
-        rule: When the claim holds.
-        measurement: What was measured.
-        p_adjusted: Of a directional contrast, after correction within its family; None: it is alone.
+        rule: The rule for when the claim holds.
+        measurement: The measured quantity.
+        p_adjusted: The p of a directional contrast after correction within its family; None without a family.
     """
     if isinstance(measurement.value, str | bool) or isinstance(rule.equals, str | bool):
         return (Verdict.EXACT if measurement.value == rule.equals else Verdict.EXACT_WRONG), ""

@@ -1,5 +1,5 @@
-"""What the ledger's checks measure, one module a family.
+"""The checks of the ledger, with one module per family.
 
-A check is a function whose keyword parameters stand in the ledger and that returns a ``Measurement``; it never decides
-anything. Heavy libraries are imported inside the functions, so that the ledger is read and validated without them.
+A check is a function that returns a ``Measurement`` and decides nothing. The ledger holds its keyword parameters. Heavy
+libraries are imported inside the functions, so that the ledger can be read and validated without them.
 """

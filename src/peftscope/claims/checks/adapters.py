@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers: names, shapes and defaults, where they start, how they are scaled, where dropout acts."""
+"""PEFT's LoRA layers: names, shapes, defaults, initial values, scale and dropout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from peftscope.models.catalog import LOCAL, model_folder
 
 
 def factor_shape(factor: str) -> Measurement:
-    """Returns the shape of PEFT's factor A or B in words, as torch stores it: outputs × inputs of a linear layer."""
+    """Returns the shape of PEFT's factor A or B as text, in torch's layout: outputs × inputs of a linear layer."""
     layer = lora_layer(inputs=48, outputs=80, rank=8)
     words = {48: "n", 80: "m", 8: "r"}
     shapes = {
@@ -77,7 +77,7 @@ def lora_default(name: str) -> Measurement:
 
 
 def default_targets() -> Measurement:
-    """Returns the modules that PEFT adapts in a Llama where none are named."""
+    """Returns the modules that PEFT adapts in a Llama by default."""
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM"))
@@ -86,7 +86,7 @@ def default_targets() -> Measurement:
 
 
 def targets_found(family: str, names: Sequence[str]) -> Measurement:
-    """Returns how many of these module names a model family has; one block, on ``meta``."""
+    """Returns how many of these module names one block of a model family has, on ``meta``."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -123,8 +123,8 @@ def distance_from_normal(init: bool | str, rank: int, inputs: int) -> Measuremen
 
     Args:
         init: PEFT's ``init_lora_weights``.
-        rank: Rows of A.
-        inputs: Columns of A.
+        rank: The rows of A.
+        inputs: The columns of A.
     """
     import math
 
@@ -151,15 +151,15 @@ def distance_from_normal(init: bool | str, rank: int, inputs: int) -> Measuremen
 
 
 def loss_jump(model: str, spread: float, rank: int = 8, alpha: float = 16) -> Measurement:
-    """Returns the rise of the loss in nats per token, before training, where B is random and not zero.
+    """Returns the rise of the loss in nats per token before training if B is random instead of zero.
 
     Measured on the first 256 tokens of the project's held-out English text.
 
     Args:
         model: A fetched base model.
-        spread: Standard deviation of B in units of 1/√rank; the figure has others.
-        rank: Of the update, on every linear layer.
-        alpha: Its scale's numerator.
+        spread: The standard deviation of B in units of 1/√rank; the figure also shows other values.
+        rank: The rank of the update on every linear layer.
+        alpha: The numerator of the update's scale.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -168,7 +168,7 @@ def loss_jump(model: str, spread: float, rank: int = 8, alpha: float = 16) -> Me
 
     folder = model_folder(model)
     if not (folder / "config.json").is_file():
-        raise NotRunError(f"{model} is not there; run `peftscope fetch {model}`")
+        raise NotRunError(f"{model} is missing; run `peftscope fetch {model}`")
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **LOCAL).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     ids = torch.tensor([tokenizer(prose(), add_special_tokens=False)["input_ids"][:256]])
@@ -189,7 +189,7 @@ def loss_jump(model: str, spread: float, rank: int = 8, alpha: float = 16) -> Me
 def zeros_in_factors(probability: float) -> Measurement:
     """Returns the share of zeros in A and B as they enter their products, with LoRA dropout in training mode.
 
-    Every call of ``torch.nn.functional.linear`` inside the layer is watched, and its two operands counted.
+    This watches every call of ``torch.nn.functional.linear`` inside the layer and counts zeros in both operands.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""Code books of four bits, and how far weights move when they are rounded to them.
+"""Code books of four bits, and the errors of weights that are rounded to them.
 
-Weights are cut into blocks. Every block is divided by its constant, its value of the largest magnitude, and each
-quotient goes to the nearest level of the code.
+Weights are cut into blocks. Every block is divided by its constant, which is its value of the largest magnitude, and
+each quotient is rounded to the nearest level of the code.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ CODES = ("nf4", "fp4", "e2m1", "e3m0", "int4", "int4-twos-complement")
 FLOATS = {"e2m1": (0.0, 0.5, 1, 1.5, 2, 3, 4, 6), "e3m0": (0.0, 0.25, 0.5, 1, 2, 4, 8, 16)}
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 LARGEST_OF_THE_KERNEL = 1024
-"""Block size up to which bitsandbytes dequantises with its own kernel on a CPU; above, it compiles torch code."""
+"""The largest block size that bitsandbytes' own CPU kernel dequantises; above, it compiles torch code."""
 
 CURVE_VALUES = 32768
-"""Values of each matrix behind curves over block sizes and behind the entropy of levels."""
+"""The values of each matrix that curves over block sizes and the entropy of levels are computed from."""
 
 
 class CodeBook:
-    """The levels of one code, ascending, the largest magnitude 1.
+    """The levels of one code in ascending order. The largest magnitude is 1.
 
     ``nf4``, ``fp4`` and ``int4`` (-7 to 7) are bitsandbytes' own; ``e2m1`` (the OCP Microscaling specification's) and
-    ``e3m0`` are floats of as many exponent and mantissa bits; ``int4-twos-complement`` has all integers from -8 to 7.
+    ``e3m0`` are floats with these numbers of exponent and mantissa bits; ``int4-twos-complement`` has all integers
+    from -8 to 7.
     """
 
     def __init__(self, name: str) -> None:
@@ -44,16 +45,16 @@ class CodeBook:
         elif name == "int4-twos-complement":
             levels = torch.tensor([(bits ^ 8) - 8 for bits in range(16)]) / 8
         elif name == "int4":
-            # Not get_4bit_type, which raises for this code in 0.50. Zero comes out as -3e-8.
+            # get_4bit_type of bitsandbytes 0.50 raises an error for this code. Zero comes out as -3e-8.
             levels = (functional.create_linear_map(signed=True, total_bits=4) * 7).round() / 7
         else:
             levels = functional.get_4bit_type(name, device="cpu")
         self.levels = levels.unique()
 
     def rounded(self, values: torch.Tensor, block: int) -> torch.Tensor:
-        """Returns the values after a round trip through the code: bitsandbytes' where it has one.
+        """Returns the values after a round trip through the code, with bitsandbytes' kernels if it has them.
 
-        Flat, because bitsandbytes 0.50 dequantises wrongly on CPUs where a block runs over the end of a row.
+        Values are flattened, because bitsandbytes 0.50 dequantises wrongly on CPUs if a block crosses the end of a row.
         """
         if self.name not in ("nf4", "fp4") or block > LARGEST_OF_THE_KERNEL:
             return self.rounded_by_definition(values, block)
@@ -63,14 +64,14 @@ class CodeBook:
         return functional.dequantize_4bit(packed, state).view_as(values)
 
     def rounded_by_definition(self, values: torch.Tensor, block: int) -> torch.Tensor:
-        """Returns the values after a round trip, for any code and block size."""
+        """Returns the values after a round trip through any code with any block size."""
         index, constants = self.encoded(values, block)
         return (self.levels[index] * constants).flatten()[: values.numel()].view_as(values)
 
     def encoded(self, values: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (blocks, block) indices of levels and (blocks, 1) constants; the last block is filled with zeros.
+        """Returns (blocks, block) indices of levels and (blocks, 1) constants. Zeros fill the last block.
 
-        A code that reaches only -1 gets a signed constant, so that the value of the largest magnitude lands there.
+        A code that reaches only -1 gets a signed constant, so that the value of the largest magnitude is mapped to -1.
         """
         import torch
 
@@ -88,7 +89,7 @@ class CodeBook:
 
 
 def levels_in_steps(code: str) -> Measurement:
-    """Returns the levels of a code in units of its smallest gap, written out."""
+    """Returns the levels of a code in units of its smallest gap, as text."""
     levels = CodeBook(code).levels
     gaps = levels.diff()
     in_steps = (levels / gaps.min()).tolist()
@@ -100,7 +101,7 @@ def levels_in_steps(code: str) -> Measurement:
 
 
 def gaps_that_do_not_widen(code: str) -> Measurement:
-    """Returns how many gaps between levels are no wider than their neighbour nearer to zero; 0: finest at zero."""
+    """Returns how many gaps between levels are not wider than their neighbour nearer to zero; 0 is finest at zero."""
     levels = CodeBook(code).levels
     negative, positive = -levels[levels <= 0].flip(0), levels[levels >= 0]
     sides = [side.diff().tolist() for side in (negative, positive)]
@@ -125,14 +126,14 @@ def gaps_that_do_not_widen(code: str) -> Measurement:
 
 
 def error_ratio(model: str, block: int, code: str, rival: str, metric: str = "rmse") -> Measurement:
-    """Returns the error of one code over that of a rival, means over matrices.
+    """Returns the error of one code divided by that of a rival; both are means over matrices.
 
     Args:
-        model: Whose linear weights are rounded, ``CURVE_VALUES`` of each matrix; ``gaussian`` stands for 16
-            matrices of normal values.
-        block: Weights per constant.
-        code: See ``CodeBook``.
-        rival: What it is compared with.
+        model: The model whose linear weights are rounded, ``CURVE_VALUES`` of each matrix; ``gaussian`` stands for
+            16 matrices of normal values.
+        block: The weights per constant.
+        code: The name of a ``CodeBook``.
+        rival: The code to compare with.
         metric: ``rmse`` or ``mae``, relative to the same norm of the weights.
     """
     samples = [matrix.flatten()[:CURVE_VALUES] for matrix in _matrices(model)]
@@ -152,13 +153,13 @@ def error_ratio(model: str, block: int, code: str, rival: str, metric: str = "rm
 def share_with_lower_error(
     model: str, block: int, code: str, rivals: Sequence[str], metric: str = "rmse"
 ) -> Measurement:
-    """Returns on which share of a model's matrices a code has a lower error than every rival.
+    """Returns the share of a model's matrices on which a code has a lower error than every rival.
 
     Args:
-        model: As for ``error_ratio``, with every weight.
-        block: Weights per constant.
-        code: See ``CodeBook``.
-        rivals: What it is compared with.
+        model: As for ``error_ratio``, but with all weights.
+        block: The weights per constant.
+        code: The name of a ``CodeBook``.
+        rivals: The codes to compare with.
         metric: ``rmse`` or ``mae``, relative to the same norm of the weights.
     """
     from scipy.stats import wilcoxon
@@ -185,8 +186,8 @@ def excess_of_non_normal_rows(model: str, rows: int = 32) -> Measurement:
     Source: Dettmers et al. 2023, appendix F, who test each neuron's weights this way.
 
     Args:
-        model: Whose linear weights are tested.
-        rows: Of each matrix, evenly spaced.
+        model: The model whose linear weights are tested.
+        rows: The number of evenly spaced rows of each matrix.
     """
     from scipy import stats
 
@@ -208,8 +209,8 @@ def likeness_of_rows_to_normal(model: str, rows: int = 32) -> Measurement:
     """Returns the squared correlation of a row's sorted weights with normal quantiles, median over rows.
 
     Args:
-        model: Whose linear weights are looked at.
-        rows: Of each matrix, evenly spaced.
+        model: The model whose linear weights are used.
+        rows: The number of evenly spaced rows of each matrix.
     """
     import numpy as np
     from scipy import stats
@@ -269,7 +270,7 @@ def _mean_error(samples: Sequence[torch.Tensor], book: CodeBook, block: int, met
 
 
 def _level_entropy(matrices: Iterator[torch.Tensor]) -> float:
-    """Returns the entropy of NF4's indices; 4 bits where all levels are used alike."""
+    """Returns the entropy of NF4's indices, which is 4 bits if all levels are used equally."""
     import torch
 
     book = CodeBook("nf4")

@@ -1,4 +1,4 @@
-"""Several adapters in one model: swapped, and summed as PEFT and LoraHub do it."""
+"""Several adapters in one model, swapped, and summed in the ways of PEFT and LoraHub."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def combination_error(
     """Returns the largest relative error of a combined adapter's change against the weighted sum of its parts' changes.
 
     Args:
-        combination: Of PEFT's ``add_weighted_adapter``: ``cat``, ``linear`` or ``svd``; one adapter is always
-            combined linearly.
-        weights: One for each adapter.
-        ranks: Of the adapters; all have alpha 8.
-        rank_stabilised: rsLoRA's scale, alpha over the rank's root.
+        combination: The option of PEFT's ``add_weighted_adapter``: ``cat``, ``linear`` or ``svd``. A single adapter
+            is always combined linearly.
+        weights: The weight of each adapter.
+        ranks: The rank of each adapter; all have alpha 8.
+        rank_stabilised: Whether the scale is rsLoRA's, alpha over the root of the rank.
     """
     names = ADAPTERS[: len(ranks)]
     model = adapted_llama(names, ranks=ranks, use_rslora=rank_stabilised)
@@ -96,7 +96,7 @@ def lorahub_error(weights: Sequence[float]) -> Measurement:
 
 
 def methods_known(names: Sequence[str]) -> Measurement:
-    """Returns how many of these methods PEFT has a configuration and an implementation of."""
+    """Returns for how many of these methods PEFT has a configuration and an implementation."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     known = {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} & {kind.value for kind in PEFT_TYPE_TO_TUNER_MAPPING}

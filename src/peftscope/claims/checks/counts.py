@@ -1,4 +1,4 @@
-"""Counts that follow from a model's sizes by arithmetic, and the same counted on the real libraries' modules."""
+"""Counts that follow from a model's sizes by arithmetic, and counts on the modules of the real libraries."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ Trained = Literal["full", "lora", "dora", "adalora"]
 GB = 10**9
 MB = 10**6
 BLOCK, SECOND_BLOCK = 64, 256
-"""Weights that share a constant, and constants that share one of their own. Source: Dettmers et al. 2023, section 3."""
+"""The weights that share a constant, and the constants that share one. Source: Dettmers et al. 2023, section 3."""
 
 
 def quotient(numerator: float, denominator: float) -> Measurement:
-    """Returns what two printed figures give together."""
+    """Returns the quotient of two printed figures."""
     return Measurement(numerator / denominator)
 
 
 def gigabytes(parameters: float | str, dtypes: dict[str, str]) -> Measurement:
-    """Returns the GB of values that are kept for every parameter, each in its own type of torch.
+    """Returns the GB of the values that training keeps for every parameter, each in its own torch dtype.
 
     Args:
-        parameters: Their number, or a preset, whose modules are counted.
-        dtypes: torch's name of the type of each value, by what it is.
+        parameters: The number of parameters, or a preset whose modules are counted.
+        dtypes: The torch dtype of each kept value, by the value's name.
     """
     import torch
 
@@ -40,18 +40,18 @@ def gigabytes(parameters: float | str, dtypes: dict[str, str]) -> Measurement:
 
 
 def full_to_low_rank_ratio(rows: int, columns: int, rank: int) -> Measurement:
-    """Returns how many times fewer values two thin matrices have than the one that they factor."""
+    """Returns how many times fewer values two thin matrices have than their product."""
     full, low_rank = rows * columns, rank * (rows + columns)
     return Measurement(full / low_rank, evidence={"full": full, "low rank": low_rank})
 
 
 def matrix_values(rows: int, columns: int) -> Measurement:
-    """Returns the values of a linear layer's weight, counted on torch's module."""
+    """Returns the number of values of a linear layer's weight, counted on torch's module."""
     return Measurement(_count(_linears(rows, columns)))
 
 
 def factor_values(rows: int, columns: int, rank: int) -> Measurement:
-    """Returns the values of the two factors that PEFT puts beside a linear layer."""
+    """Returns the number of values of the two factors that PEFT adds to a linear layer."""
     return Measurement(_lora_count(_linears(rows, columns), rank))
 
 
@@ -59,7 +59,7 @@ def factor_values_deviation(sizes: list[list[int]]) -> Measurement:
     """Returns the largest relative difference between PEFT's factors and rank x (rows + columns).
 
     Args:
-        sizes: Rows, columns and rank of each layer.
+        sizes: The rows, columns and rank of each layer.
     """
     evidence: dict[str, int] = {}
     worst = 0.0
@@ -67,7 +67,7 @@ def factor_values_deviation(sizes: list[list[int]]) -> Measurement:
         counted = _lora_count(_linears(rows, columns), rank)
         worst = max(worst, abs(counted / (rows * rank + rank * columns) - 1))
         evidence[f"values of {rows} × {columns}, rank {rank}"] = counted
-        # From this rank on the factors have as many values as their product.
+        # From this rank on, the factors have at least as many values as their product.
         evidence[f"smallest rank that saves nothing, {rows} × {columns}"] = -(-rows * columns // (rows + columns))
     return Measurement(worst, n=len(sizes), evidence=evidence)
 
@@ -90,13 +90,13 @@ def lora_percent(preset: str, rank: int, targets: str) -> Measurement:
 
 
 def lora_gigabytes(preset: str, rank: int, targets: str, dtypes: dict[str, str]) -> Measurement:
-    """Returns the GB of values that are kept for every parameter of a LoRA adapter.
+    """Returns the GB of the values that training keeps for every parameter of a LoRA adapter.
 
     Args:
-        preset: The base.
-        rank: Of the adapter.
-        targets: Which layers it adapts.
-        dtypes: torch's name of the type of each value, by what it is.
+        preset: The base model.
+        rank: The rank of the adapter.
+        targets: The layers that it adapts.
+        dtypes: The torch dtype of each kept value, by the value's name.
     """
     found = gigabytes(_lora_count(meta_model(preset), rank, target_modules(targets)), dtypes)
     half_gb_rank = rank * 0.5 / float(found.value)
@@ -105,15 +105,15 @@ def lora_gigabytes(preset: str, rank: int, targets: str, dtypes: dict[str, str])
 
 
 def lora_checkpoint(layers: int, width: int, matrices: int, rank: int, unit: int = MB, of: float = 0) -> Measurement:
-    """Returns the size of a 16-bit LoRA file of square matrices; or with ``of``, how many times smaller than it.
+    """Returns the size of a 16-bit LoRA file of square matrices, or how many times smaller it is than ``of`` bytes.
 
     Args:
-        layers: Of the model.
-        width: Of every adapted matrix, on both sides.
-        matrices: Adapted in each layer.
-        rank: Of the adapter.
-        unit: Bytes of the unit.
-        of: Bytes of what it is compared with; 0: the size itself.
+        layers: The number of layers of the model.
+        width: The rows and the columns of every adapted matrix.
+        matrices: The number of adapted matrices in each layer.
+        rank: The rank of the adapter.
+        unit: The bytes of the unit.
+        of: The bytes to compare with; 0 returns the size itself.
     """
     values = _lora_count(_linears(width, width, layers * matrices), rank)
     size = 2 * values
@@ -122,11 +122,11 @@ def lora_checkpoint(layers: int, width: int, matrices: int, rank: int, unit: int
 
 
 def stored_gigabytes(values: float, storage: str) -> Measurement:
-    """Returns the GB of so many weights, from the bytes of a matrix that is stored in this type; without constants.
+    """Returns the GB of a number of weights, from the bytes of a matrix in this storage type, without constants.
 
     Args:
-        values: Number of weights.
-        storage: A type of torch, or ``nf4`` as bitsandbytes packs it.
+        values: The number of weights.
+        storage: A torch dtype, or ``nf4`` as bitsandbytes packs it.
     """
     import torch
 
@@ -144,7 +144,7 @@ def stored_gigabytes(values: float, storage: str) -> Measurement:
 def packed_gigabytes(preset: str, rows: int, columns: int, double_quant: bool = True) -> Measurement:
     """Returns the GB of a model's linear layers in NF4, from the bytes of one layer that bitsandbytes packs.
 
-    Everything that the layer keeps counts: packed weights, block constants, code tables.
+    All tensors of the layer count: packed weights, block constants, code tables.
     """
     import torch
     from bitsandbytes.nn import Linear4bit
@@ -169,12 +169,12 @@ def packed_gigabytes(preset: str, rows: int, columns: int, double_quant: bool = 
 
 
 def average_bits(preset: str, double_quant: bool = True, rest: str = "bfloat16") -> Measurement:
-    """Returns the bits for each parameter of a model in NF4, with the weights that are not quantised.
+    """Returns the bits per parameter of a model in NF4, including the weights that are not quantised.
 
     Args:
-        preset: The model; every linear layer but its head is quantised, as transformers does it.
+        preset: The model. Every linear layer except its head is quantised, as in transformers.
         double_quant: Whether block constants are quantised too.
-        rest: torch's type of everything else.
+        rest: The torch dtype of all other weights.
     """
     import torch
 
@@ -194,21 +194,21 @@ def average_bits(preset: str, double_quant: bool = True, rest: str = "bfloat16")
 
 
 def operations_ratio(method: Trained, against: Trained, width: int, rank: int, tokens: int = 512) -> Measurement:
-    """Returns the multiplications of a training step through one square layer, over those with another method.
+    """Returns the operations of a training step through one square layer, divided by those of another method.
 
     Args:
         method: full, lora, dora or adalora.
-        against: The other.
-        width: Of the layer.
-        rank: Of the adapters.
-        tokens: Of a batch.
+        against: The method to compare with.
+        width: The rows and columns of the layer.
+        rank: The rank of the adapters.
+        tokens: The tokens of a batch.
     """
     this, other = (_training_operations(name, width, rank, tokens) for name in (method, against))
     return Measurement(this / other, evidence={f"operations, {method}": this, f"operations, {against}": other})
 
 
 def merged_operations(method: Literal["lora", "dora"]) -> Measurement:
-    """Returns how many more operations a forward pass takes after merging than the base's, in percent.
+    """Returns how many more operations a forward pass takes after merging than in the base, in percent.
 
     Args:
         method: lora or dora.
@@ -244,7 +244,7 @@ def _count(model: Any) -> int:
 
 
 def _linears(rows: int, columns: int, count: int = 1) -> Any:
-    """Returns so many linear layers without values."""
+    """Returns ``count`` linear layers on ``meta``, without values."""
     import torch
 
     with torch.device("meta"):
@@ -252,7 +252,7 @@ def _linears(rows: int, columns: int, count: int = 1) -> Any:
 
 
 def _lora_count(model: Any, rank: int, targets: list[str] | None = None) -> int:
-    """Returns the parameters that PEFT trains; ``model`` gets an adapter. Without targets every layer is one."""
+    """Adds an adapter to a model and returns the parameters that PEFT trains. The default targets are all layers."""
     from peft import LoraConfig, inject_adapter_in_model
 
     names = targets or [name for name, _ in model.named_children()]
@@ -277,7 +277,7 @@ def _training_operations(method: str, width: int, rank: int, tokens: int) -> int
     if method != "full":
         layer = inject_adapter_in_model(_peft_config(method, rank, ["0"]), layer)
     with FlopCounterMode(display=False) as counter:
-        # Layers below need the gradient of the input.
+        # The layers before this one need the gradient of its input.
         layer(torch.empty(tokens, width, device="meta", requires_grad=True)).sum().backward()
     return int(counter.get_total_flops())
 

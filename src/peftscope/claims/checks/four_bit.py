@@ -1,4 +1,4 @@
-"""What a 4-bit linear layer of bitsandbytes stores, and in which type it computes."""
+"""A 4-bit linear layer of bitsandbytes: the tensors that it stores, and the dtype in which it computes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK = 64
-"""Weights per constant, of QLoRA and bitsandbytes."""
+"""The weights per constant in QLoRA and bitsandbytes."""
 
 OUTER_BLOCK = 256
-"""Constants per second-level constant, of double quantization."""
+"""The constants per second-level constant in double quantization."""
 
 
 def dtype_of_constants(double_quant: bool) -> Measurement:
@@ -39,7 +39,7 @@ def weights_per_constant() -> Measurement:
 
 
 def bits_of_a_constant(double_quant: bool) -> Measurement:
-    """Returns the bits that a layer stores for each quantisation constant, second-level constants apart."""
+    """Returns the bits that a layer stores for each quantisation constant, without second-level constants."""
     state = _layer(256, 256, double_quant=double_quant).weight.quant_state
     evidence: dict[str, Any] = {"dtype": _name(state.absmax.dtype)}
     if state.nested:
@@ -53,7 +53,7 @@ def bits_of_a_constant(double_quant: bool) -> Measurement:
 
 
 def bits_by_formula(double_quant: bool) -> Measurement:
-    """Returns the bits per weight that NF4 needs by arithmetic, constants included.
+    """Returns the bits per weight that NF4 needs by arithmetic, including constants.
 
     Source: Dettmers et al. 2023, section 3, double quantization.
     """
@@ -88,7 +88,7 @@ def bits_per_weight(double_quant: bool, rows: int = 4096, columns: int = 4096) -
 
 
 def bits_saved(rows: int = 4096, columns: int = 4096) -> Measurement:
-    """Returns by how many bits per weight a layer gets smaller with double quantization, everything counted."""
+    """Returns the bits per weight that double quantization saves in a saved layer, with everything counted."""
     before, after = (float(bits_per_weight(double, rows, columns).value) for double in (False, True))
     return Measurement(
         before - after, evidence={"without": before, "with": after}, model=f"Linear4bit {rows} × {columns}"
@@ -96,7 +96,7 @@ def bits_saved(rows: int = 4096, columns: int = 4096) -> Measurement:
 
 
 def bits_of_the_stored_weight() -> Measurement:
-    """Returns the bits per weight that a layer holds between two forward passes, constants apart."""
+    """Returns the bits per weight that a layer holds between two forward passes, without constants."""
     layer = _layer(256, 256, double_quant=True)
     before = layer.weight.data.clone()
     layer(_inputs(256))
@@ -114,7 +114,7 @@ def quantisations_in_a_forward_pass(trains: bool = True) -> Measurement:
     """Returns how often a layer quantises its weight in one forward pass.
 
     Args:
-        trains: Whether the input carries a gradient, as behind a trained adapter.
+        trains: Whether the input needs a gradient, as it does after a trained adapter.
     """
     calls = _kernels(_layer(256, 256, double_quant=False), _inputs(256).requires_grad_(trains))
     return Measurement(
@@ -128,7 +128,7 @@ def bits_of_the_multiplied_weight(compute_dtype: str = "bfloat16") -> Measuremen
     """Returns the bits per value of the weight that enters a layer's matrix product.
 
     Args:
-        compute_dtype: That the layer is built with; QLoRA's is bfloat16.
+        compute_dtype: The dtype in which the layer computes; QLoRA uses bfloat16.
     """
     import torch
 
@@ -157,7 +157,7 @@ def bits_of_bfloat16() -> Measurement:
 
 
 def dtype_of_adapters(base_dtype: str = "bfloat16") -> Measurement:
-    """Returns the dtype of the adapters that PEFT adds, by its defaults, to a 4-bit base with the rest in BF16."""
+    """Returns the dtype of the adapters that PEFT adds by default to a 4-bit base whose other weights are BF16."""
     from tempfile import TemporaryDirectory
 
     import torch
@@ -190,8 +190,8 @@ def changed_base_bits(steps: int = 5, lr: float = 1e-2) -> Measurement:
     """Returns how many bits of the 4-bit weights and their constants differ after training LoRA on them.
 
     Args:
-        steps: Of AdamW.
-        lr: Large enough that adapters move far.
+        steps: The number of AdamW steps.
+        lr: The learning rate, large enough that adapters change much.
     """
     import torch
     from bitsandbytes.nn import Linear4bit
@@ -229,7 +229,7 @@ def changed_base_bits(steps: int = 5, lr: float = 1e-2) -> Measurement:
 
 
 def _layer(inputs: int, outputs: int, *, double_quant: bool, compute_dtype: str = "bfloat16", seed: int = 0) -> Any:
-    """Returns a NF4 layer of normal weights, kept in the layout that gradients are computed from."""
+    """Returns an NF4 layer of normal weights in the layout from which gradients are computed."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -238,10 +238,10 @@ def _layer(inputs: int, outputs: int, *, double_quant: bool, compute_dtype: str 
 
 
 def _quantised(weight: torch.Tensor, *, double_quant: bool, compute_dtype: str) -> Any:
-    """Returns a layer that bitsandbytes quantised these weights for.
+    """Returns a layer with these weights, quantised by bitsandbytes.
 
-    bitsandbytes 0.50 repacks weights in the first evaluation pass on CPUs with AVX512-BF16, and gradients after that
-    are wrong; see ``peftscope.training.load.disable_weight_repacking``.
+    bitsandbytes 0.50 repacks weights in the first evaluation pass on CPUs with AVX512-BF16, and later gradients are
+    wrong; see ``peftscope.training.load.disable_weight_repacking``.
     """
     import torch
     from bitsandbytes.nn import Linear4bit, Params4bit
@@ -290,7 +290,7 @@ def _dequantised(layer: Any) -> torch.Tensor:
 
 
 def _kernels(layer: Any, inputs: torch.Tensor) -> list[tuple[str, list[str]]]:
-    """Returns every kernel of a forward pass in its order, with the dtypes of its arguments."""
+    """Returns the kernels of a forward pass in order, each with the dtypes of its arguments."""
     import os
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces its start on stderr

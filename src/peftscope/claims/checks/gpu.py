@@ -1,7 +1,7 @@
-"""What a card showed: rows of ``make gpu-check``, read and compared. Nothing is measured, and a CPU's rows never count.
+"""Reads and compares rows of ``make gpu-check``. Nothing is measured here, and rows of a CPU never count.
 
-A run is given by the options of ``peftscope memory``, as ``peftscope.gpu.jobs`` has them. Where several cards measured
-it, the one where it is most extreme counts, and the others stand in the evidence.
+A run is given by the options of ``peftscope memory``, as in ``peftscope.gpu.jobs``. If several cards measured it, the
+most extreme value counts, and the evidence shows the others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Extreme = Literal["smallest", "largest"]
 
 @dataclass(frozen=True)
 class _Found:
-    """One card's quantity in one setting, with its interval if it has one."""
+    """The quantity of one card in one setting, with its interval if it has one."""
 
     name: str
     value: float
@@ -36,13 +36,13 @@ class _Found:
 def fits(
     card: str, runs: list[Run], model: str = MODEL, headroom: float = 0, results: str | Path = PUBLISHED
 ) -> Measurement:
-    """Returns whether any of some runs fits into the memory of a card, wherever that was tried.
+    """Returns whether any of the runs fits into the memory of a card, on whichever card that was tried.
 
     Args:
-        card: What the runs were held to, of ``peftscope.hardware.cards.GPUS``.
-        runs: Options; none fits only if all were tried.
-        model: The base.
-        headroom: Share of the card that stays free.
+        card: The card to whose memory the runs were limited, from ``peftscope.hardware.cards.GPUS``.
+        runs: The options of each run. The answer is no only if all were tried.
+        model: The base model.
+        headroom: The share of the card that stays free.
         results: The folder of results.
     """
     labels = [label_of(model, run, card, headroom) for run in runs]
@@ -69,9 +69,9 @@ def peak(run: Run, model: str = MODEL, results: str | Path = PUBLISHED) -> Measu
 
 
 def activations(run: Run, model: str = MODEL, results: str | Path = PUBLISHED) -> Measurement:
-    """Returns what a training step takes at its peak beyond what is there between two steps, in GB.
+    """Returns the GB of a training step's peak beyond the memory that is in use between two steps.
 
-    With few trained parameters that is activations, logits and temporaries.
+    With few trained parameters, these are activations, logits and temporaries.
     """
 
     def beyond(row: Mapping[str, Any]) -> float:
@@ -91,11 +91,11 @@ def peak_ratio(
     """Returns the ratio of the peaks of two runs at the batch size where it is most extreme.
 
     Args:
-        run: Options of the one above the line.
-        against: Options of the one below.
-        batch_sizes: Where either ran out of memory there is no ratio, and that stands in the evidence.
-        extreme: Which end counts.
-        model: The base.
+        run: The options of the numerator's run.
+        against: The options of the denominator's run.
+        batch_sizes: The batch sizes. If a run ran out of memory, there is no ratio, and the evidence says so.
+        extreme: Whether the smallest or the largest ratio counts.
+        model: The base model.
         results: The folder of results.
     """
 
@@ -113,7 +113,7 @@ def step_ratio(
     model: str = MODEL,
     results: str | Path = PUBLISHED,
 ) -> Measurement:
-    """Returns the ratio of two runs' step times, with the interval of its medians; arguments as for ``peak_ratio``."""
+    """Returns the ratio of two runs' median step times with its interval. Arguments are those of ``peak_ratio``."""
 
     def ratio(above: Mapping[str, Any], below: Mapping[str, Any]) -> tuple[float, float, float]:
         return median_ratio_interval(above["samples"]["step"], below["samples"]["step"])
@@ -124,9 +124,9 @@ def step_ratio(
 def best_speed_ratio(
     run: Run, against: Run, batch_sizes: tuple[int, ...], model: str = MODEL, results: str | Path = PUBLISHED
 ) -> Measurement:
-    """Returns tokens a second of one run over another's, each at the batch size where it is fastest.
+    """Returns the ratio of two runs' tokens per second, each at the batch size where it is fastest.
 
-    Where several cards measured both, the smallest ratio counts.
+    If several cards measured both, the smallest ratio counts.
     """
     ratios: list[_Found] = []
     evidence: dict[str, Quantity] = {}
@@ -177,16 +177,16 @@ def latency_ratio(
     model: str = MODEL,
     results: str | Path = PUBLISHED,
 ) -> Measurement:
-    """Returns the ratio of two latencies, with the interval of its medians, in the setting where it is most extreme.
+    """Returns the ratio of two median latencies with its interval, in the setting where it is most extreme.
 
     Args:
-        run: Options of the adapter.
-        state: Above the line: the base alone, the adapter apart, or merged.
-        over: Below the line.
+        run: The options of the adapter.
+        state: The numerator: the base alone, the adapter apart, or merged.
+        over: The denominator.
         passes: A whole prompt, or one further token.
-        batch_sizes: Prompts at once.
-        extreme: Which end counts.
-        model: The base.
+        batch_sizes: The numbers of prompts at once.
+        extreme: Whether the smallest or the largest ratio counts.
+        model: The base model.
         results: The folder of results.
     """
     labels = [label_of(model, run | {"batch_size": size}) for size in batch_sizes]
@@ -230,7 +230,7 @@ def _compare(
     model: str,
     results: str | Path,
 ) -> Measurement:
-    """Returns the most extreme ratio of two runs over batch sizes and cards; a card must have tried all of them."""
+    """Returns the most extreme ratio of two runs over batch sizes and cards. A card counts if it tried all of them."""
     labels = {
         size: [label_of(model, options | {"batch_size": size}) for options in (run, against)] for size in batch_sizes
     }

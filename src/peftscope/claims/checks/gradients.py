@@ -20,7 +20,7 @@ from peftscope.claims.subjects import TINY, tiny_llama
 
 
 def share_with_gradient(factor: str, step: int) -> Measurement:
-    """Returns the share of all A, or of all B, whose gradient in this step (the first is 1) is not zero throughout."""
+    """Returns the share of all A, or of all B, that have a nonzero gradient in this step (the first is 1)."""
     model = lora_model(tiny_llama())
     layers = list(lora_layers(model).values())
     norms: list[float] = []
@@ -31,7 +31,7 @@ def share_with_gradient(factor: str, step: int) -> Measurement:
 
 
 def update_size(steps: int) -> Measurement:
-    """Returns ‖ΔW‖ over ‖W₀‖, Frobenius, all layers together, after this many AdamW steps at a rate of 1e-3."""
+    """Returns ‖ΔW‖ / ‖W₀‖ (Frobenius, over all layers) after this many AdamW steps at a rate of 1e-3."""
     model = lora_model(tiny_llama())
     layers = list(lora_layers(model).values())
     base = sum(layer.get_base_layer().weight.square().sum().item() for layer in layers)
@@ -42,7 +42,7 @@ def update_size(steps: int) -> Measurement:
 
 
 def gradient_from_zero(steps: int) -> Measurement:
-    """Returns the largest gradient of any adapter value in this many steps, where A and B both start at zero."""
+    """Returns the largest gradient of any adapter value in this many steps if A and B both start at zero."""
     import torch
 
     model = lora_model(tiny_llama())
@@ -63,9 +63,9 @@ def gradient_from_zero(steps: int) -> Measurement:
 
 
 def rank_from_equal_rows(steps: int, rank: int, equal: bool) -> Measurement:
-    """Returns the largest numerical rank of ΔW after training, where all rows of A start equal (or as PEFT draws them).
+    """Returns the largest numerical rank of ΔW after training if all rows of A start equal (or as PEFT draws them).
 
-    Singular values below 1e-6 of the largest count as zero; plain gradient descent in fp64.
+    Training is plain gradient descent in fp64. Singular values below 1e-6 of the largest count as zero.
     """
     import torch
 
@@ -126,9 +126,10 @@ def gradient_past_adapter() -> Measurement:
 
 
 def cosine_without_base_path(steps: int) -> Measurement:
-    """Returns the cosine of the first block's adapter gradient with, and without, the way back through frozen weights.
+    """Returns the cosine between the first block's adapter gradients with and without the path through frozen weights.
 
-    After training steps on a 4-bit base; without: every frozen layer's input is detached, the adapters' are not.
+    The model has first trained some steps on a 4-bit base. To cut the path, the inputs of frozen layers are detached,
+    but not those of adapters.
     """
     import torch
 

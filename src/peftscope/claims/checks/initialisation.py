@@ -1,6 +1,6 @@
-"""Where LoftQ and PiSSA start on a 4-bit base, and the spectra of random updates that trained ones are compared with.
+"""The initial errors of LoftQ and PiSSA on a 4-bit base, and the spectra of random updates.
 
-Measured on the float weights of a fetched model; quantised to NF4 in blocks of 64 with fp32 constants, by bitsandbytes.
+Checks use the float weights of a fetched model. bitsandbytes quantises them to NF4 in blocks of 64 with fp32 constants.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def loftq_error_ratio(model: str, rank: int, alpha: float, iterations: int, by: 
     """Returns the error of LoftQ's start over NF4's, ‖W − (Q + sBA)‖ / ‖W − NF4(W)‖: the median over matrices.
 
     Args:
-        model: Whose weights.
-        rank: Of B A.
-        alpha: s is alpha over rank, as a LoRA layer applies it.
-        iterations: Alternations of quantising and approximating.
+        model: The model with the weights.
+        rank: The rank of B A.
+        alpha: The numerator of the scale s = alpha / rank, as in a LoRA layer.
+        iterations: The number of alternations of quantising and approximating.
         by: ``peft`` for PEFT's own initialisation, ``peftscope`` for this project's, which keeps the scale.
-        matrices: How many, evenly spread over the model; 0 for all.
+        matrices: The number of matrices, evenly spread over the model; 0 means all.
     """
     start = {"peft": _peft_start, "peftscope": _own_start}[by]
     ratios = []
@@ -72,7 +72,7 @@ def loftq_excess_error(model: str, rank: int, matrices: int) -> Measurement:
         best = torch.linalg.svdvals((weight - _nf4(weight)).double())[rank:].norm()
         reached = (weight - _own_start(weight, rank, float(rank), 1)).double().norm()
         excess.append(float(reached / best - 1))
-    # Six decimals: below is fp32's own rounding.
+    # Six decimals, because further digits are fp32's own rounding.
     return Measurement(round(max(map(abs, excess)), 6), n=len(excess), model=model)
 
 
@@ -83,9 +83,9 @@ def loftq_output_error_ratio(model: str, ranks: list[int], rank: int, iterations
 
     Args:
         model: A fetched encoder.
-        ranks: Of the figure.
-        rank: Of the value; alpha equals it, so that the scale is 1.
-        iterations: Of LoftQ.
+        ranks: The ranks of the figure.
+        rank: The rank of the value. alpha equals it, so that the scale is 1.
+        iterations: The iterations of LoftQ.
     """
     import torch
 
@@ -117,11 +117,11 @@ def qpissa_error_ratio(model: str, rank: int, iterations: int, norm: str, matric
     one iteration both alternate. Source: Meng et al. 2024, arXiv 2404.02948, table 4, which takes the nuclear norm.
 
     Args:
-        model: Whose weights.
-        rank: Of B A.
-        iterations: Of either method.
+        model: The model with the weights.
+        rank: The rank of B A.
+        iterations: The iterations of both methods.
         norm: ``nuclear`` (sum of singular values) or ``frobenius`` (root of the sum of their squares).
-        matrices: How many, evenly spread over the model; 0 for all.
+        matrices: The number of matrices, evenly spread over the model; 0 means all.
     """
     import torch
 
@@ -161,11 +161,11 @@ def intruders_of_random_updates(model: str, rank: int, sizes: list[float], size:
     W stays below 0.5. Source: Shuttleworth et al. 2024, arXiv 2410.21228.
 
     Args:
-        model: Whose weights.
-        rank: Of the low-rank update.
-        sizes: ‖U‖/‖W‖ (Frobenius), for the figure.
-        size: The one of the value.
-        matrices: How many, evenly spread over the model; 0 for all.
+        model: The model with the weights.
+        rank: The rank of the low-rank update.
+        sizes: The values of ‖U‖/‖W‖ (Frobenius) of the figure.
+        size: The size of the value.
+        matrices: The number of matrices, evenly spread over the model; 0 means all.
     """
     import torch
 
@@ -204,7 +204,7 @@ def _median(ratios: list[float], model: str) -> Measurement:
 
 
 def _nf4(weight: torch.Tensor) -> torch.Tensor:
-    """Returns a matrix quantised to NF4 and dequantised again."""
+    """Returns a matrix after a round trip through NF4."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     packed, state = quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4")
@@ -248,7 +248,7 @@ def _peft_start(weight: torch.Tensor, rank: int, alpha: float, iterations: int) 
 
 @contextmanager
 def _peft_loftq_on_cpu() -> Iterator[None]:
-    """Lets PEFT's LoftQ run without an accelerator: its source names ``cuda``, which is read as ``cpu`` here."""
+    """Lets PEFT's LoftQ run without an accelerator by replacing the ``cuda`` in its source with ``cpu``."""
     from peft.tuners.lora import layer
     from peft.utils import loftq_utils
 
@@ -262,7 +262,7 @@ def _peft_loftq_on_cpu() -> Iterator[None]:
 
 
 def _qpissa(weight: torch.Tensor, rank: int, iterations: int) -> torch.Tensor:
-    """Returns Q + BA, where BA comes first and Q is what is left of W, quantised."""
+    """Returns Q + BA, where BA is computed first and Q is the quantised rest of W."""
     import torch
 
     dequantised = torch.zeros_like(weight)
@@ -273,14 +273,14 @@ def _qpissa(weight: torch.Tensor, rank: int, iterations: int) -> torch.Tensor:
 
 
 def _answers(model: str, change: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
-    """Returns an encoder's last token vectors, a sentence each, with the matrices of its blocks changed."""
+    """Returns an encoder's last token vectors for each sentence, with the matrices of its blocks changed."""
     import torch
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
     folder = model_folder(model)
     if not (folder / "model.safetensors").is_file():
-        raise NotRunError(f"the weights of {model} are not there; run `peftscope fetch {model}`")
+        raise NotRunError(f"the weights of {model} are missing; run `peftscope fetch {model}`")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

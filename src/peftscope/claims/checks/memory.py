@@ -1,8 +1,8 @@
-"""What training takes in memory: the simulator asked over stated settings, and bytes counted on real optimizers.
+"""The memory of training: simulated in stated settings, and counted on real optimizers.
 
-A run is given by the options of ``peftscope memory``; where it says nothing else, one sequence of 512 tokens. Ranges
-are scanned in closed form, the setting that decides is simulated. Numbers are those of torch's allocator on CUDA with
-paged states on the card; ``device`` adds what the allocator holds in reserve and the CUDA context.
+A run is given by the options of ``peftscope memory``; the default is one sequence of 512 tokens. Ranges are scanned in
+closed form, and the setting that decides is simulated. Numbers are those of torch's allocator on CUDA with paged states
+on the card; ``device`` adds the allocator's reserve and the CUDA context.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def at_peak(kinds: list[str], run: Run, model: str = MODEL, how: How = "simulati
     """Returns the GB of some kinds of tensors at the peak of a training step.
 
     Args:
-        kinds: Of ``peftscope.memory.trace.KINDS``.
-        run: Options.
-        model: The base.
-        how: Simulated, or in closed form.
+        kinds: Some of ``peftscope.memory.trace.KINDS``.
+        run: The options of the run.
+        model: The base model.
+        how: By simulation or in closed form.
     """
     answer = _answer(model, run, how)
     return Measurement(sum(_parts(answer).get(kind, 0) for kind in kinds) / GB, evidence=_evidence(answer), model=model)
@@ -51,7 +51,7 @@ def peak(run: Run, model: str = MODEL, how: How = "simulation") -> Measurement:
 
 
 def free(gpu: str, run: Run, model: str = MODEL, how: How = "simulation") -> Measurement:
-    """Returns the GiB that a run leaves on a card, CUDA context included; negative: what is missing."""
+    """Returns the GiB that a run leaves free on a card, after the CUDA context. A negative value is missing memory."""
     answer, card = _answer(model, run, how), find_gpu(gpu)
 
     def bytes_at(length: int) -> int:
@@ -66,14 +66,14 @@ def free(gpu: str, run: Run, model: str = MODEL, how: How = "simulation") -> Mea
 
 
 def fewest_cards(gpu: str, regimes: dict[str, Run], run: Run, model: str = MODEL, headroom: float = 0) -> Measurement:
-    """Returns the fewest cards that hold a run in any of some regimes, everything sharded as FSDP and ZeRO-3 do.
+    """Returns the fewest cards that hold a run in any of the regimes, with everything sharded as in FSDP and ZeRO-3.
 
     Args:
         gpu: The card.
-        regimes: Options that differ, by name.
-        run: Options that all have.
-        model: The base.
-        headroom: Share of each card that stays free.
+        regimes: The options in which regimes differ, by the regime's name.
+        run: The options that all regimes share.
+        model: The base model.
+        headroom: The share of each card that stays free.
     """
     capacity = (1 - headroom) * find_gpu(gpu).memory_bytes
     counts: dict[str, int] = {}
@@ -99,11 +99,11 @@ def smallest_peak_ratio(
     """Returns the ratio of the peaks of two runs at the batch size where it is smallest.
 
     Args:
-        run: Options of the one above the line.
-        against: Options of the one below.
-        batch_sizes: What is scanned, in closed form.
-        model: The base.
-        how: Where it is smallest it is simulated, or in closed form as well.
+        run: The options of the numerator's run.
+        against: The options of the denominator's run.
+        batch_sizes: The batch sizes that are scanned in closed form.
+        model: The base model.
+        how: Whether the smallest ratio is then simulated, or taken in closed form as well.
     """
 
     def ratio(size: int) -> float:
@@ -143,9 +143,9 @@ def smallest_increase(changes: list[Run], run: Run, model: str = MODEL, how: How
 
 
 def largest_distance(run: Run, gigabytes: float, model: str = MODEL) -> Measurement:
-    """Returns how far the peak is from a figure over ``LENGTHS``, where it is furthest, in percent of the figure.
+    """Returns the largest distance of the peak from a figure over ``LENGTHS``, in percent of the figure.
 
-    Scanned in closed form; where it is furthest it is simulated.
+    Lengths are scanned in closed form, and the one with the largest distance is simulated.
     """
     peaks = {length: _allocated(_peaks(model, {**run, "seq_len": length})) / GB for length in LENGTHS}
     furthest = max(peaks, key=lambda length: abs(peaks[length] - gigabytes))
@@ -158,9 +158,9 @@ def largest_distance(run: Run, gigabytes: float, model: str = MODEL) -> Measurem
 def share_in_range(
     kinds: list[str], run: Run, low: float, high: float, batch_sizes: tuple[int, ...], model: str = MODEL
 ) -> Measurement:
-    """Returns the share of settings in which kinds of tensors take ``low`` to ``high`` GB at the peak; closed form.
+    """Returns the share of settings in which kinds of tensors take ``low`` to ``high`` GB at the peak, in closed form.
 
-    Over ``LENGTHS``, the batch sizes, and activations kept or recomputed.
+    The settings are ``LENGTHS`` times the batch sizes, with activations kept and recomputed.
     """
     curves: dict[str, dict[float, float]] = {}
     for size in batch_sizes:
@@ -178,12 +178,12 @@ def share_in_range(
 
 
 def savings(without: dict[str, Run], run: Run, model: str = MODEL) -> Measurement:
-    """Returns how many parts of a recipe make torch's peak smaller by themselves; closed form.
+    """Returns how many parts of a recipe each reduce torch's peak by themselves, in closed form.
 
     Args:
-        without: What is done where a part is left out, by the part's name.
-        run: The whole recipe.
-        model: The base.
+        without: The options that replace a part, by the part's name.
+        run: The options of the whole recipe.
+        model: The base model.
     """
     whole = _peaks(model, run).allocated_bytes
     saved = {name: _peaks(model, run | changes).allocated_bytes - whole for name, changes in without.items()}
@@ -196,7 +196,7 @@ def optimizer_bytes(optimizer: str, dtype: str) -> Measurement:
 
     Args:
         optimizer: A class of ``torch.optim`` or ``bitsandbytes.optim``, with its module.
-        dtype: torch's type of the parameters.
+        dtype: The torch dtype of the parameters.
     """
     import bitsandbytes.optim
     import torch
@@ -207,14 +207,14 @@ def optimizer_bytes(optimizer: str, dtype: str) -> Measurement:
     parameter.grad = torch.ones_like(parameter)
     made.step()
     state = {key: v for key, v in made.state[parameter].items() if torch.is_tensor(v)}
-    # Of the two moments and their scales: code tables and counters do not grow with the parameters.
+    # Only the moments and their scales count: code tables and counters do not grow with the parameters.
     own = {key: v for key, v in state.items() if "qmap" not in key and v.numel() > 1}
     evidence = {f"type of {key}": str(v.dtype).removeprefix("torch.") for key, v in own.items()}
     return Measurement(sum(v.nbytes for v in own.values()) / parameter.numel(), evidence=evidence)
 
 
 def gradients_alive(layers: int = 16) -> Measurement:
-    """Returns the largest share of all gradients that lives at once where each is used and freed in the backward pass.
+    """Returns the largest share of all gradients that is alive at once if each is used and freed in the backward pass.
 
     Source: torch's tutorial "How to save memory by fusing the optimizer step into the backward pass".
     """
@@ -237,9 +237,9 @@ def gradients_alive(layers: int = 16) -> Measurement:
 
 
 def adapter_bytes(method: Literal["lora", "adalora"], steps: int = 10) -> Measurement:
-    """Returns the most bytes that PEFT's adapter takes in a training step for each of its parameters, all in 32 bits.
+    """Returns the most bytes per parameter that PEFT's adapter takes in a training step, all in 32 bits.
 
-    Parameters, gradients, both moments of AdamW, and what AdaLoRA keeps to rate them.
+    The bytes are those of parameters, gradients, both moments of AdamW, and AdaLoRA's importance scores.
     """
     import torch
     from peft import AdaLoraConfig, LoraConfig, get_peft_model
@@ -308,14 +308,14 @@ def _scanned(model: str, run: str) -> Peaks:
 
 
 def _allocated(answer: Answer | Peaks) -> int:
-    """Returns what tensors take, paged states included."""
+    """Returns the bytes of tensors, including paged states."""
     if isinstance(answer, Answer):
         return answer.peak_allocated_bytes + answer.peak_device_bytes - answer.peak_reserved_bytes - CONTEXT_BYTES
     return answer.allocated_bytes + answer.device_bytes - answer.reserved_bytes - CONTEXT_BYTES
 
 
 def _parts(answer: Answer) -> dict[str, int]:
-    """Returns the bytes of each kind at the peak, paged states included."""
+    """Returns the bytes of each kind at the peak, including paged states."""
     paged = _allocated(answer) - answer.peak_allocated_bytes
     return {**answer.components, "optimizer states": answer.components.get("optimizer states", 0) + paged}
 
@@ -326,7 +326,7 @@ def _evidence(answer: Answer) -> dict[str, float]:
 
 
 def _over_lengths(model: str, run: Run, value: Any) -> dict[str, dict[float, float]]:
-    """Returns a figure over the length of a sequence, with and without recomputed activations; closed form."""
+    """Returns curves over the length of a sequence, with activations kept and recomputed, in closed form."""
     return {
         name: {float(n): value(_peaks(model, {**run, "seq_len": n, "checkpointing": again})) for n in LENGTHS}
         for name, again in (("activations kept", False), ("activations recomputed", True))

@@ -1,4 +1,4 @@
-"""An adapter beside its base, merged into it, and taken out again."""
+"""An adapter that is applied beside its base, merged into it, and removed from it."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def merged_logit_error() -> Measurement:
 
 
 def merged_structure_differences() -> Measurement:
-    """Returns how many modules (by name and class) and parameters (by name, shape, type) tell a merged from a base."""
+    """Returns how many modules (by name, class) and parameters (by name, shape, dtype) differ after merging."""
 
     def structure(model: Any) -> set[tuple[Any, ...]]:
         modules = {(name, type(module)) for name, module in model.named_modules()}
@@ -137,7 +137,7 @@ def change_left_after_undoing(way: str, dtype: str) -> Measurement:
     Args:
         way: ``unmerge_adapter`` (PEFT's, after ``merge_adapter``), or ``subtract``: from a model that went through
             ``merge_and_unload``, the product that is computed from the adapter's factors.
-        dtype: Of the base's weights; adapters are fp32, PEFT's default.
+        dtype: The dtype of the base's weights. Adapters are fp32, which is PEFT's default.
     """
     sizes = (0.01, 0.02, 0.05, 0.1, 0.2)
     found = {size: _undo(way, dtype, size) for size in sizes}
@@ -213,7 +213,7 @@ def requantised_divergence_ratio(size: float) -> Measurement:
     After merging into 4 bits, over after merging into the dequantised weights in bf16.
 
     Args:
-        size: Of the adapter's change, as a share of the weights' norm.
+        size: The norm of the adapter's change as a share of the weights' norm.
     """
     apart = adapted_llama(base=_four_bit_llama(), size=size)
     logits = logits_of(apart)
@@ -245,14 +245,14 @@ def _flops(model: Any) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     token = torch.ones(1, 1, dtype=torch.long, device="meta")
-    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="meta")  # a finished one: transformers looks at no values
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="meta")  # complete: transformers does not read its values
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(input_ids=token, attention_mask=mask, use_cache=False)
     return counter.get_total_flops()
 
 
 def _undo(way: str, dtype: str, size: float) -> tuple[float, float, float]:
-    """Returns what is left of the change and the share of weights that differ, both in %, and the largest error."""
+    """Returns the rest of the change and the share of weights that differ, both in %, and the largest error."""
     import torch
 
     model = adapted_llama(dtype=dtype, size=size)
@@ -273,7 +273,7 @@ def _undo(way: str, dtype: str, size: float) -> tuple[float, float, float]:
 
 
 def _four_bit_llama() -> Any:
-    """Returns the tiny Llama in bf16, its blocks' matrices stored as a QLoRA base stores them."""
+    """Returns the tiny Llama in bf16 with the matrices of its blocks stored as in a QLoRA base."""
     import torch
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -291,7 +291,7 @@ def _four_bit_llama() -> Any:
 
 
 def _dequantised_llama() -> Any:
-    """Returns the tiny Llama in bf16 with the values that the 4-bit one stands for."""
+    """Returns the tiny Llama in bf16 with the dequantised values of the 4-bit one."""
     from peft.utils.integrations import dequantize_module_weight
 
     model = tiny_llama(dtype="bfloat16")
@@ -302,14 +302,14 @@ def _dequantised_llama() -> Any:
 
 
 def _merged(model: Any) -> Any:
-    """Returns a 4-bit model with its adapter merged; PEFT's warning about it is what is measured here."""
+    """Returns a 4-bit model with its adapter merged, without PEFT's warning about the error that is measured here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Merge lora module to 4-bit linear", UserWarning)
         return model.merge_and_unload()
 
 
 def _merge_into_four_bits(size: float) -> tuple[float, float]:
-    """Returns the error, and what is kept along the adapter's change, both in % of the change."""
+    """Returns the error, and the part that is kept along the adapter's change, both in % of the change."""
     import torch
     from peft.utils.integrations import dequantize_module_weight
 

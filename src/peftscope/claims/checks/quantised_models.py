@@ -1,4 +1,4 @@
-"""What rounding a model's weights to four bits does to its output; nothing is trained here."""
+"""The effect of four-bit weights on a model's output. Nothing is trained here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 WINDOW_TOKENS = 128
 BLOCK = 64
-"""Weights per constant."""
+"""The weights per constant."""
 
 UNTOUCHED = "not rounded"
 DOUBLE = "nf4 with double quantization"
@@ -28,9 +28,9 @@ def loss_added_by_rivals(model: str, code: str, rivals: Sequence[str]) -> Measur
     """Returns by how much more the nearest rival raises a language model's loss on prose than a code does, in nats.
 
     Args:
-        model: Whose linear weights inside the blocks are rounded.
-        code: See ``CodeBook``.
-        rivals: What it is compared with.
+        model: The model whose linear weights inside the blocks are rounded.
+        code: The name of a ``CodeBook``.
+        rivals: The codes to compare with.
     """
     losses = {name: _losses(model, name) for name in (UNTOUCHED, code, *rivals)}
     nearest = min(rivals, key=lambda name: sum(losses[name]))
@@ -43,19 +43,19 @@ def loss_added_by_double_quantization(model: str) -> Measurement:
 
 
 def error_added_by_double_quantization(model: str) -> Measurement:
-    """Returns NF4's relative RMSE with double quantization over that without, mean over a model's matrices."""
+    """Returns the ratio of NF4's relative RMSE with double quantization to that without, mean over matrices."""
     plain, double = _rounding("nf4"), _rounding(DOUBLE)
     ratios = [float((w - double(w)).norm() / (w - plain(w)).norm()) for _, w in weight_matrices(model)]
     return Measurement(sum(ratios) / len(ratios), n=len(ratios), evidence={"largest": max(ratios)}, model=model)
 
 
 def embedding_error_ratio(model: str, code: str, rivals: Sequence[str]) -> Measurement:
-    """Returns how far a code moves an encoder's sentence embeddings, over how far the nearest rival does.
+    """Returns how far a code moves an encoder's sentence embeddings, divided by the distance of the nearest rival.
 
     Args:
-        model: Whose linear weights inside the blocks are rounded.
-        code: See ``CodeBook``.
-        rivals: What it is compared with.
+        model: The model whose linear weights inside the blocks are rounded.
+        code: The name of a ``CodeBook``.
+        rivals: The codes to compare with.
     """
     import torch
     from transformers import AutoModel, AutoTokenizer
@@ -135,7 +135,7 @@ def _rounding(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 def _folder(model: str) -> Path:
     folder = model_folder(model)
     if not (folder / "model.safetensors").is_file():
-        raise NotRunError(f"the weights of {model} are not there; run `peftscope fetch {model}`")
+        raise NotRunError(f"the weights of {model} are missing; run `peftscope fetch {model}`")
     return folder
 
 

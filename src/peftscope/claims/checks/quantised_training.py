@@ -1,4 +1,4 @@
-"""Training weights that are stored in four bits, on a regression small enough to do many times."""
+"""Training of weights that are stored in four bits, on a regression small enough to repeat many times."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ STEPS, BATCH, RANK, TRUE_RANK = 300, 16, 8, 4
 
 
 def share_of_lora_gain(shift: float, seeds: int = 2) -> Measurement:
-    """Returns how much of LoRA's gain SGD on 4-bit weights reaches that are rounded again after each step.
+    """Returns the share of LoRA's gain that SGD reaches on 4-bit weights that are rounded after each step.
 
-    A linear map of 64 inputs, whose variances fall like 1/index, is to learn a change of rank 4 from noiseless batches.
-    All arms start from the same NF4 weights, run plain SGD, are scored by their exact expected loss and take the best
-    of 15 learning rates. Rounding computes each block's constant anew or keeps it; the better of the two counts. Shadow
-    weights are kept in full precision and rounded for each gradient.
+    A linear map of 64 inputs, whose variances fall like 1/index, learns a change of rank 4 from noiseless batches. All
+    arms start from the same NF4 weights and run plain SGD at the best of 15 learning rates; the score is their exact
+    expected loss. Rounding either recomputes each block's constant or keeps it, and the better of the two counts.
+    Shadow weights are kept in full precision and rounded for each gradient.
 
     Args:
-        shift: Norm of the change, over that of the weights; one of ``SHIFTS``.
-        seeds: Regressions to average over.
+        shift: The norm of the change divided by that of the weights; one of ``SHIFTS``.
+        seeds: The number of regressions to average over.
     """
     import torch
 
     gains: dict[str, dict[float, float]] = {name: {} for name in (*ROUNDED, LORA, SHADOW)}
     moved: dict[float, float] = {}
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # matrices this small lose more to waiting for each other than they gain
+    torch.set_num_threads(1)  # for matrices this small, threads cost more time than they save
     for size in SHIFTS:
         runs = [_train(size, seed) for seed in range(seeds)]
         for name, by_shift in gains.items():
@@ -60,14 +60,14 @@ def share_of_lora_gain(shift: float, seeds: int = 2) -> Measurement:
 
 @cache
 def _train(shift: float, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Returns each arm's loss after training, over that before, for every rate.
+    """Returns for every rate each arm's loss after training divided by that before, and the share of moved weights.
 
-    Beside it, which share of weights ever changes its level, for every rate, with constants kept.
+    The second result is the share of weights that ever change their level, with constants kept.
     """
     import torch
 
     book = CodeBook("nf4")
-    book.levels = book.levels.double()  # single precision would make results hang on the number of threads
+    book.levels = book.levels.double()  # in single precision, results would depend on the number of threads
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:

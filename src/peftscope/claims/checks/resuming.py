@@ -1,4 +1,4 @@
-"""Training that goes on from a saved adapter."""
+"""Training that resumes from a saved adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def reloaded_logit_difference() -> Measurement:
-    """Returns the largest difference of logits between a trained adapter and the same saved, and loaded anew."""
+    """Returns the largest difference of logits between a trained adapter and the same adapter saved and reloaded."""
     from peft import PeftModel
 
     model = adapted_llama()
@@ -27,15 +27,15 @@ def reloaded_logit_difference() -> Measurement:
 
 
 def resumed_run_difference(restored: Sequence[str], steps: int = 24) -> Measurement:
-    """Returns how far an interrupted and resumed run ends from an uninterrupted one.
+    """Returns how far a resumed run ends from an uninterrupted one, in % of the distance of the run's second half.
 
-    In % of the way that the second half of the run goes. A few sequences, order and dropout from torch's generator,
-    AdamW, a learning rate that falls linearly to zero.
+    The run trains on a few sequences with AdamW and a learning rate that falls linearly to zero. Order and dropout come
+    from torch's generator.
 
     Args:
-        restored: What the new process gets besides the adapter: ``optimizer``, ``schedule``, ``rng``. Without
-            ``rng`` it starts as the first did, with the same seed.
-        steps: Of the whole run; it stops half-way.
+        restored: The states that are restored besides the adapter: ``optimizer``, ``schedule``, ``rng``. Without
+            ``rng``, the new process starts with the seed of the first one.
+        steps: The steps of the whole run, which is interrupted half-way.
     """
     import torch
 
@@ -66,7 +66,7 @@ def resumed_run_difference(restored: Sequence[str], steps: int = 24) -> Measurem
 
 
 class _Run:
-    """A small LoRA training whose state lies open."""
+    """A small LoRA training whose whole state can be saved and restored."""
 
     def __init__(self, steps: int, folder: str = "") -> None:
         import torch

@@ -1,4 +1,4 @@
-"""Rank, alpha and learning rate: what they bound, what they scale, and which changes of them cancel."""
+"""Rank, alpha and learning rate: their bounds, their scales, and the changes of them that cancel."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def factorisation_error(shapes: int) -> Measurement:
     """Returns the largest relative error (Frobenius) of rank-r matrices rebuilt from two thin factors.
 
     The factors are r of the matrix's own columns, chosen by a pivoted QR, and the coefficients of all columns in them.
-    Given as the next power of ten: the digits of rounding errors differ between machines.
+    The value is the next power of ten, because the digits of rounding errors differ between machines.
     """
     import torch
     from scipy.linalg import qr
@@ -56,12 +56,12 @@ def trajectory_gap(
     which the second run's settings differ from the first's. Source: Schulman et al. 2025, LoRA Without Regret.
 
     Args:
-        alpha: Of the scale's numerator.
-        init_a: Of A at the start.
-        rate_a: Of A's learning rate.
-        rate_b: Of B's.
-        epsilon: Adam's, of both runs; 0 divides zero by zero, since A has no gradient in the first step.
-        steps: Length of both runs.
+        alpha: The factor of the scale's numerator.
+        init_a: The factor of the initial A.
+        rate_a: The factor of A's learning rate.
+        rate_b: The factor of B's learning rate.
+        epsilon: Adam's epsilon in both runs; 0 divides zero by zero, since A has no gradient in the first step.
+        steps: The length of both runs.
     """
     runs = zip(
         _trajectory(1, 1, 1, 1, epsilon, steps), _trajectory(alpha, init_a, rate_a, rate_b, epsilon, steps), strict=True
@@ -115,7 +115,7 @@ def factor_error(ranks: Sequence[int], alphas: Sequence[float]) -> Measurement:
 
 
 def trained_rank(ranks: Sequence[int], alpha_over_rank: float, steps: int) -> Measurement:
-    """Returns the largest ratio of the numerical rank of ΔW, after training, to the rank that was set.
+    """Returns the largest ratio of the numerical rank of ΔW after training to the configured rank.
 
     Singular values below 1e-9 of the largest count as zero.
     """

@@ -17,14 +17,14 @@ model = AutoModelForCausalLM.from_pretrained(base)
 model = PeftModel.from_pretrained(model, adapter)
 model.merge_and_unload().save_pretrained(merged)
 """
-"""What the chapter prints, with names in place of its hub ids and folders; that import is its only one."""
+"""The chapter's code, with names in place of its hub ids and folders. It has no other import."""
 
 
 def exception_of_snippet(also_imported: Sequence[str]) -> Measurement:
     """Returns the name of the exception that the snippet raises.
 
     Args:
-        also_imported: Names of transformers that are imported before it.
+        also_imported: The names that are imported from transformers before it.
     """
     import transformers
     from peft import LoraConfig, get_peft_model

@@ -1,4 +1,4 @@
-"""What studies found: best learning rates, and paired differences between arms. Reads tables, trains nothing.
+"""Reads the results of studies: best learning rates, and paired differences between arms. Nothing is trained.
 
 Gains are shares of what full fine-tuning gains over the base in held-out loss.
 """
@@ -18,10 +18,10 @@ from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 
 
 def learning_rate_ratio(study: str, arm: str, against: str) -> Measurement:
-    """Returns the best learning rate of one arm over another's.
+    """Returns the ratio of the best learning rates of two arms.
 
-    The bounds are no confidence interval: they place each best rate between its neighbours among those that were tried.
-    The optimum of a parabola through these three, over the logarithm of the rate, stands in the evidence.
+    The bounds are not a confidence interval: they place each best rate between its neighbours among the tried rates.
+    The evidence also has the optimum of a parabola through these three over the logarithm of the rate.
     """
     results = StudyResults(study)
     mine, other = results.rate(arm), results.rate(against)
@@ -60,14 +60,15 @@ def heldout_gain(study: str, arm: str, against: str) -> Measurement:
 
 
 def furthest(study: str, arms: dict[str, str], margin: float) -> Measurement:
-    """Returns the held-out gain, over an arm of its own, of the arm that speaks most against sameness within a margin.
+    """Returns the held-out gain of the arm that contradicts sameness within a margin most.
 
-    That is one whose interval lies outside of it, if there is one, else the one that reaches furthest.
+    That is an arm whose interval lies outside of the margin, if there is one, and otherwise the one that reaches
+    furthest.
 
     Args:
-        study: The experiment.
-        arms: Each arm with what it is compared with.
-        margin: As a share of full fine-tuning's gain.
+        study: The study's experiment.
+        arms: Each arm with the arm that it is compared with.
+        margin: The margin as a share of full fine-tuning's gain.
     """
     found = {arm: heldout_gain(study, arm, against) for arm, against in arms.items()}
 
@@ -87,9 +88,9 @@ def furthest(study: str, arms: dict[str, str], margin: float) -> Measurement:
 
 
 def training_gain(study: str, arm: str, against: str) -> Measurement:
-    """Returns how much lower an arm's loss is in the mean over all steps, each on batches that it had not yet seen.
+    """Returns how much lower an arm's mean loss over all steps is, each on batches that it had not yet seen.
 
-    What the arm began with is in it: a better start counts as well as faster learning.
+    A better start counts as well as faster learning.
     """
     results = StudyResults(study)
     mine, other = results.arm_runs(arm), results.arm_runs(against)
@@ -105,7 +106,7 @@ def training_gain(study: str, arm: str, against: str) -> Measurement:
 def steps_saved(study: str, arm: str, against: str, window: int) -> Measurement:
     """Returns how many steps an arm saves on the way to another's last training loss, as a share of the other's steps.
 
-    Losses are means over ``window`` steps; an arm that does not get there needs all steps.
+    Losses are means over ``window`` steps. An arm that does not reach the loss needs all steps.
     """
     results = StudyResults(study)
     smooth = results.training_losses().groupby("run_id").rolling(window).mean().droplevel(0).dropna()
@@ -120,9 +121,10 @@ def steps_saved(study: str, arm: str, against: str, window: int) -> Measurement:
 
 
 def tuning_of_one_arm(study: str, arm: str, against: str, learning_rate: float) -> Measurement:
-    """Returns an arm's gain over another at one rate for both, less its gain at the best rate of each.
+    """Returns an arm's gain over another at one common rate, minus its gain at the best rate of each.
 
-    From the tuning runs, by the validation loss that chose the best rates: what was chosen looks a little too good.
+    Both come from the tuning runs and their validation loss. This loss chose the best rates, so they look a little too
+    good.
     """
     results = StudyResults(study)
 
@@ -156,7 +158,7 @@ def _over_seeds(
 
 
 def _fitted_optimum(rate: Rate) -> float:
-    """Returns the minimum of the parabola through the best rate and its neighbours; the best where one has no loss."""
+    """Returns the minimum of the parabola through the best rate and its neighbours; the best rate if one diverged."""
     rates = (rate.below, rate.best, rate.above)
     losses = [loss for x in rates if (loss := rate.curve[x]) is not None]
     if len(losses) < len(rates):

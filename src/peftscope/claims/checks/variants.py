@@ -1,4 +1,4 @@
-"""LoRA+, DoRA and AdaLoRA as PEFT runs them, and what follows from a rank by arithmetic."""
+"""LoRA+, DoRA and AdaLoRA as PEFT runs them, and quantities that follow from a rank by arithmetic."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def dora_start(rank: int, alpha: float) -> Measurement:
 def dora_column_norms(rank: int, alpha: float) -> Measurement:
     """Returns the largest relative difference between the norms of DoRA's weight vectors and their magnitudes m.
 
-    B and m are moved away from their start at random. A layer's weight is read off its answers to unit vectors. Norms
-    are taken over the inputs of each output, a row in PyTorch's layout.
+    B and m are changed at random from their initial values. A layer's weight is read from its outputs for unit vectors.
+    Norms are taken over the inputs of each output, which is a row in PyTorch's layout.
     Source: Liu et al. 2024, arXiv 2402.09353, equation 5.
     """
     import torch
@@ -157,7 +157,7 @@ def adalora_rank_spread(steps: int, init_rank: int, target_rank: int) -> Measure
 def adalora_decompositions(steps: int, init_rank: int, target_rank: int) -> Measurement:
     """Returns how many singular value decompositions PyTorch carries out in a training run with AdaLoRA.
 
-    Counted below Python, as operators. PiSSA's initialisation, which does decompose, is counted beside it.
+    Operators are counted below Python. PiSSA's initialisation, which does use them, is counted as a control.
     """
     with _operator_counter() as counter:
         trained = _train_adalora(steps, init_rank, target_rank)
@@ -176,8 +176,8 @@ def adalora_decompositions(steps: int, init_rank: int, target_rank: int) -> Meas
 def adalora_kept_by_size(steps: int, init_rank: int, target_rank: int) -> Measurement:
     """Returns the share of the kept triplets that a ranking by the size of lambda would have kept too.
 
-    Lambda stands where an SVD has its singular values. All pruning is done in one allocation: pruning in every step
-    sets lambdas to zero again and again, after which any rule agrees with their size.
+    Lambda has the place of an SVD's singular values. All pruning is done in one allocation, because pruning in every
+    step sets lambdas to zero repeatedly, and then any rule agrees with their size.
     """
     import torch
 
@@ -195,7 +195,7 @@ def adalora_kept_by_size(steps: int, init_rank: int, target_rank: int) -> Measur
 
 
 def _with_lora(rank: int, alpha: float, **options: Any) -> Any:
-    """Returns the tiny Llama with LoRA on every linear layer of its blocks; ``options`` go to ``LoraConfig``."""
+    """Returns the tiny Llama with LoRA on every linear layer of its blocks. ``options`` go to ``LoraConfig``."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -205,7 +205,7 @@ def _with_lora(rank: int, alpha: float, **options: Any) -> Any:
 
 
 def _moved_dora_layers(rank: int, alpha: float) -> list[Any]:
-    """Returns DoRA layers whose B and magnitudes are no longer those of the start."""
+    """Returns DoRA layers whose B and magnitudes differ from their initial values."""
     import torch
     from peft.tuners.lora import LoraLayer
 
@@ -219,9 +219,9 @@ def _moved_dora_layers(rank: int, alpha: float) -> list[Any]:
 
 
 def _train_adalora(steps: int, init_rank: int, target_rank: int, allocate_every: int = 1) -> dict[str, Any]:
-    """Returns the ranks after a short training run with PEFT's AdaLoRA, and what the last allocation chose from.
+    """Returns the ranks after a short training run with PEFT's AdaLoRA, and the candidates of the last allocation.
 
-    PEFT updates its scores only where ``update_and_allocate`` is called, after the step and before ``zero_grad``.
+    PEFT updates its scores only when ``update_and_allocate`` is called, after the step and before ``zero_grad``.
     """
     import torch
     from peft import AdaLoraConfig, get_peft_model
@@ -261,7 +261,7 @@ def _train_adalora(steps: int, init_rank: int, target_rank: int, allocate_every:
 
 
 def _operator_counter() -> Any:
-    """Returns a context that counts the operators which PyTorch runs inside it, by name."""
+    """Returns a context that counts by name the operators that PyTorch runs inside it."""
     from collections import Counter
 
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -288,5 +288,5 @@ def _flat(tensors: Any) -> Any:
 
 
 def _to_fp32(relative_error: float) -> float:
-    """Returns a relative error without the digits that are below fp32's own rounding and differ between machines."""
+    """Returns a relative error without the digits below fp32's rounding, which differ between machines."""
     return round(relative_error, 6)
