@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from peftscope.errors import InputError
-from peftscope.libraries import without_hub_kernels
+from peftscope.execution.libraries import without_hub_kernels
 from peftscope.memory.answer import AGREEMENT_FILE, answer_by_formula
 from peftscope.memory.question import Model, Question, ask
 from peftscope.methods import METHODS

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peftscope.data.batching import Example, collate, tokenise, training_batches, training_order
 from peftscope.data.tasks import make_task, read_split
-from peftscope.libraries import without_hub_kernels
+from peftscope.execution.libraries import without_hub_kernels
 from peftscope.models.fetch import fetch_model
 from peftscope.planning.experiment import Experiment
 from peftscope.planning.sweep import Resolver

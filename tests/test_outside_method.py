@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from peftscope.layout import record_path
 from peftscope.memory.show import spoken_bytes
 from peftscope.models.catalog import find_model
 
@@ -170,10 +171,9 @@ def test_it_runs_and_is_reported_and_its_memory_is_simulated(install, python: Co
     code += "print(json.dumps({i: s.canonical() for i, s in expand('mine').runs.items()}))"
     ((run, spec),) = json.loads(python("-c", code).stdout).items()
     assert run.startswith("vera-r4-all-linear-s0-")
-    folder = Path("results/mine/runs") / run
-    done = python("-m", "peftscope", "run", json.dumps(spec), "--output", str(folder), "--threads", "1")
+    done = python("-m", "peftscope", "run", json.dumps(spec), "--threads", "1")
     assert done.returncode == 0, done.stdout + done.stderr
-    record = json.loads((folder / "record.json").read_text())
+    record = json.loads(record_path(run).read_text())
     assert (record["status"], record["reason"]) == ("ok", None)
     assert record["spec"]["method"] == {"name": "vera", "rank": 4, "targets": "all-linear", "dropout": 0.0}
     assert record["provenance"]["packages"]["peftscope-vera"] == "0.1"

@@ -1,5 +1,24 @@
-"""``python -m peftscope``: the same as the ``peftscope`` command."""
+"""``python -m peftscope``, and the ``peftscope`` command."""
 
-from peftscope.cli.main import main
+from __future__ import annotations
 
-main()
+import sys
+
+from peftscope.errors import InputError
+
+
+def main() -> None:
+    """Runs the command line; a method of another package that cannot be used becomes a message and exit code 2.
+
+    The options come from the fields of all methods, so that this shows as soon as the commands are imported.
+    """
+    try:
+        from peftscope.cli.main import main as run_command
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    run_command()
+
+
+if __name__ == "__main__":
+    main()

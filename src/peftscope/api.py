@@ -129,7 +129,7 @@ def memory(
         model: A preset (``llama-2-7b``, ...), the path of a ``config.json``, a name in models.yaml, or a hub id.
         method: ``full``, ``lora``, ``qlora``, ``dora``, ...
         simulate: Whether the training step itself is run on tensors without data, which loads torch and takes
-            seconds; otherwise the closed form answers.
+            seconds; otherwise the closed form answers, where the method has one.
         response_len: Positions of a sequence that carry a loss, for ``loss_path="response_only"``; default: half.
         gpu: The card, for its CUDA context: ``rtx4090``, ``a100``, ..., or its memory, as in ``24GiB``.
         gpus: Cards over which weights, gradients and states are sharded.
@@ -150,7 +150,7 @@ def memory(
     card = find_gpu(gpu) if gpu else None
     options["method"] = method
     question = ask(describe_model(model), options, responses=response_len, gpu=card, gpus=gpus)
-    if not simulate:
+    if not simulate and question.spec.method.closed_form is not None:
         return answer_by_formula(question)
     with quiet_libraries(), without_hub_kernels():
         from peftscope.memory.simulate import answer_by_simulation
