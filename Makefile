@@ -29,11 +29,12 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
         browser lint format schema docs lock audit sbom publish benchmark benchmark-memory benchmark-scale agreement gpu-check claims clean
 
 help:
-	@echo "make report [EXPERIMENT=quick]   train, measure and write reports/EXPERIMENT/report.html"
+	@echo "make report [EXPERIMENT=quick]   train, measure and write reports/EXPERIMENT/report.html; \"a b\" for two"
+	@echo "make report RESUME=1             the same, from the published runs on"
 	@echo "make test                        the tests and the smoke pipeline"
 	@echo "make setup                       .venv with the locked dependencies and peftscope itself"
-	@echo "make publish EXPERIMENT=quick    copy a finished run's small files to where they are committed (or memory, gpu)"
-	@echo "make claims                      measure what the literature claims; reports/EXPERIMENT/claims.html"
+	@echo "make publish EXPERIMENT=quick    copy a finished run's small files to where they are committed (or claims, memory, gpu)"
+	@echo "make claims                      measure what the literature claims; reports/claims.html"
 	@echo "make benchmark                   our training step against the HF Trainer"
 	@echo "make benchmark-memory            the memory calculator's speed, beside accelerate's estimate"
 	@echo "make benchmark-scale             how the suite grows from 50 to 5,000 runs; docs/scale.md"
@@ -59,10 +60,11 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 report: $(READY)
-	@$(BIN)/peftscope expand $(EXPERIMENT) --brief
+	@for name in $(EXPERIMENT); do \
+	  $(if $(RESUME),$(BIN)/peftscope restore $$name &&) $(BIN)/peftscope expand $$name --brief || exit; done
 	@$(BIN)/peftscope unlock
-	@$(BIN)/snakemake $(PLACE) --config experiment=$(EXPERIMENT)
-	@echo "The report: $(CURDIR)/reports/$(EXPERIMENT)/report.html"
+	@$(BIN)/snakemake $(PLACE) --config experiment="$(EXPERIMENT)"
+	@for name in $(EXPERIMENT); do echo "The report: $(CURDIR)/reports/$$name/report.html"; done
 
 smoke: $(READY)
 	@$(MAKE) --no-print-directory report EXPERIMENT=smoke
@@ -126,7 +128,7 @@ agreement: $(READY)
 claims: $(READY)
 	$(BIN)/peftscope fetch smollm2-135m
 	$(BIN)/peftscope fetch minilm
-	$(BIN)/peftscope claims --experiment $(EXPERIMENT)
+	$(BIN)/peftscope claims --write
 
 # In pieces of under nine minutes; the same command goes on. DEVICE=cpu: a small model shows the instrument.
 gpu-check: DEVICE ?= cuda

@@ -7,7 +7,7 @@ from snakemake.utils import Paramspace, min_version
 
 from peftscope.planning.demands import JobDemands
 from peftscope.memory.grid import grid, sources
-from peftscope.planning.plan import load_plan
+from peftscope.planning.plan import load_workflow
 from peftscope.spec import RUN_ID_PATTERN
 
 min_version("9.0")
@@ -19,8 +19,8 @@ shell.prefix(
     f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH PEFTSCOPE_DIES_WITH_PARENT=1; exec "
 )
 
-PLAN = load_plan(config)
-DEMANDS = JobDemands(PLAN)
+WORKFLOW = load_workflow(config)
+DEMANDS = JobDemands(WORKFLOW)
 GRID = Paramspace(grid())
 CALCULATOR = sources()
 
@@ -55,7 +55,7 @@ localrules:
 
 rule all:
     input:
-        expand("results/{experiment}/all-runs-ended-well", experiment=PLAN.name),
+        expand("results/{experiment}/all-runs-ended-well", experiment=WORKFLOW.names),
 
 
 rule fetch_model:
@@ -66,8 +66,8 @@ rule fetch_model:
     benchmark:
         "resources/models/{model}.benchmark.tsv"
     params:
-        name=PLAN.model_name,
-        revision=PLAN.model_revision,
+        name=WORKFLOW.model_name,
+        revision=WORKFLOW.model_revision,
     shell:
         "python -m peftscope fetch {params.name:q} {params.revision} > {log:q} 2>&1"
 
@@ -95,38 +95,38 @@ rule make_benchmark:
 rule train:
     input:
         # A model that is fetched again is the same model: its date must not make finished runs old.
-        model=ancient(PLAN.model_manifest),
-        task=ancient(PLAN.task_manifest),
-        benchmarks=ancient(PLAN.benchmark_manifests),
+        model=ancient(WORKFLOW.model_manifest),
+        task=ancient(WORKFLOW.task_manifest),
+        benchmarks=ancient(WORKFLOW.benchmark_manifests),
     output:
-        spec="results/{experiment}/runs/{run_id}/spec.json",
-        record="results/{experiment}/runs/{run_id}/record.json",
+        spec="results/runs/{run_id}/spec.json",
+        record="results/runs/{run_id}/record.json",
     log:
-        "results/{experiment}/runs/{run_id}/train.log",
+        "results/runs/{run_id}/train.log",
     benchmark:
-        "results/{experiment}/benchmarks/train/{run_id}.tsv"
+        "results/runs/{run_id}/train.tsv"
     # For jobs that are killed from outside; whatever else happens in a run is a status in its record.
     retries: 2
     threads: workflow.cores
     resources:
-        gpu=PLAN.gpus,
+        gpu=WORKFLOW.gpus,
         mem_mb=DEMANDS.memory_mb,
         runtime=DEMANDS.minutes,
-        # Profiles change these two: seconds between checkpoints, and whether another attempt has more memory.
+        # Profiles change these three: seconds between checkpoints, whether another attempt has more memory, and which
+        # trained weights stay (all, adapters or none).
         checkpoint_seconds=300,
         attempts_left=0,
+        keep_weights="adapters",
     params:
-        spec=PLAN.spec_json,
+        spec=WORKFLOW.spec_json,
     shell:
-        "python -m peftscope run {params.spec:q} --threads {threads} --output $(dirname {output.record:q}) --checkpoint-seconds {resources.checkpoint_seconds} --attempts-left {resources.attempts_left} > {log} 2>&1"
+        "python -m peftscope run {params.spec:q} --threads {threads} --output $(dirname {output.record:q}) --checkpoint-seconds {resources.checkpoint_seconds} --attempts-left {resources.attempts_left} --keep-weights {resources.keep_weights} > {log} 2>&1"
 
 
 # A study's learning rates: the runs that are compared at them follow from what the first ones found.
 checkpoint tune:
     input:
-        expand(
-            "results/{{experiment}}/runs/{run_id}/record.json", run_id=PLAN.tuning_runs
-        ),
+        WORKFLOW.tuning_records,
         "experiments/{experiment}.yaml",
         "src/peftscope/analysis/tuning.py",
     output:
@@ -139,7 +139,7 @@ checkpoint tune:
 
 rule collect:
     input:
-        PLAN.records(checkpoints),
+        WORKFLOW.records(checkpoints),
         "experiments/{experiment}.yaml",
         "src/peftscope/analysis/collect.py",
     output:
@@ -367,8 +367,7 @@ rule report:
         rules.memory_chapter.output,
         rules.tables.output,
         rules.figures.output,
-        expand("results/{{experiment}}/figures/ladder-{field}.png", field=PLAN.ladders),
-        rules.study.output if PLAN.is_study else [],
+        WORKFLOW.figures,
         "src/peftscope/report/page.py",
         "src/peftscope/report/memory.py",
         "src/peftscope/report/sentences.py",

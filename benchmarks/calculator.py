@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from peftscope.execution.libraries import without_hub_kernels
 from peftscope.hardware.cards import GIB
 from peftscope.memory.question import ask, describe_model
 
@@ -87,6 +88,7 @@ def time_simulation(model: str, options: dict[str, Any]) -> dict[str, float]:
     }
 
 
+@without_hub_kernels()
 def main() -> None:
     """Times every job and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)

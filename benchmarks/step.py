@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peftscope.data.batching import Example, collate, tokenise, training_batches, training_order
 from peftscope.data.tasks import make_task, read_split
+from peftscope.execution.libraries import without_hub_kernels
 from peftscope.models.fetch import fetch_model
 from peftscope.planning.experiment import Experiment
 from peftscope.planning.sweep import Resolver
@@ -42,7 +43,7 @@ class _StepClock(TrainerCallback):
 
 def run_trainer(spec: RunSpec, examples: list[Example], pad: int) -> tuple[float, float]:
     """Returns (seconds a step, training loss of the last step) of a plain HF Trainer: HF loss, sdpa, its own loop."""
-    model, _ = build_model(load_base(spec), spec)
+    model = build_model(load_base(spec), spec).model
     clock = _StepClock()
 
     def collator(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -76,13 +77,13 @@ def run_trainer(spec: RunSpec, examples: list[Example], pad: int) -> tuple[float
 
 def run_ours(spec: RunSpec, examples: list[Example], pad: int) -> tuple[float, float]:
     """Returns (seconds a step, mean training loss) of the project's own step and batches."""
-    model, loss_function = build_model(load_base(spec), spec)
-    model.train()
-    optimizer = make_optimizer(model, spec)
+    trained = build_model(load_base(spec), spec)
+    trained.model.train()
+    optimizer = make_optimizer(trained.model, spec)
     batches = training_batches(examples, seed=spec.seed, batch_size=spec.batch_size, pad_token_id=pad)
     ends, losses = [], []
-    for batch in itertools.islice(batches, spec.steps):
-        losses.append(train_step(model, [batch], optimizer, spec, loss_function).loss.item())
+    for step, batch in enumerate(itertools.islice(batches, spec.steps)):
+        losses.append(train_step(trained, [batch], optimizer, spec, step).loss.item())
         ends.append(time.perf_counter())
     return _per_step(ends), statistics.fmean(losses)
 
@@ -92,6 +93,7 @@ def _per_step(ends: list[float], warmup: int = 2) -> float:
     return (ends[-1] - ends[warmup - 1]) / (len(ends) - warmup)
 
 
+@without_hub_kernels()
 def main() -> None:
     """Runs the pairs and prints both ratios with their spread."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -19,11 +19,12 @@ import yaml
 
 from peftscope.analysis.tuning import choose_rates
 from peftscope.data.tasks import task_folder
-from peftscope.layout import MEMORY_FOLDER
+from peftscope.layout import MEMORY_FOLDER, run_folder
 from peftscope.models.catalog import model_folder
 from peftscope.planning.experiment import read_yaml
+from peftscope.planning.published import published_records
 from peftscope.planning.sweep import expand
-from peftscope.record import RunRecord, read_record
+from peftscope.record import RunRecord, parse_record
 from peftscope.report.memory import write_chapter
 from peftscope.spec import RunSpec, run_id
 
@@ -98,7 +99,7 @@ def _write_runs(experiment: str, unlucky: float = 0.0) -> int:
     runs = expand(experiment).runs
     for identity, spec in runs.items():
         record = draw_record(spec, unlucky)
-        folder = Path("results") / experiment / "runs" / identity
+        folder = run_folder(identity)
         _write_missing(model_folder(spec.model, spec.revision) / "manifest.json", record.provenance["model"])
         _write_missing(task_folder(spec.task) / "manifest.json", record.provenance["task"])
         _write_missing(folder / "spec.json", spec.model_dump(mode="json"))
@@ -115,8 +116,9 @@ def _write_missing(path: Path, content: dict[str, Any]) -> None:
 @lru_cache
 def _example(method: str) -> dict[str, Any]:
     """Returns the content of a published record of the method."""
-    path = min((PUBLISHED / "quick/runs").glob(f"{method}-*/record.json"))
-    return read_record(path).model_dump(mode="json")
+    records = published_records("quick")
+    run = min(run for run in records if run.startswith(f"{method}-"))
+    return parse_record(records[run], run).model_dump(mode="json")
 
 
 def draw_record(spec: RunSpec, unlucky: float = 0.0) -> RunRecord:

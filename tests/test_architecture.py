@@ -14,7 +14,9 @@ import yaml
 from benchmarks.architecture import PAGE, describe_room, draw_layers, read_layers, render, write_page
 
 NO_TORCH = [
+    "api",
     "layout",
+    "execution.libraries",
     "files.content",
     "hardware.bf16",
     "hardware.device",

@@ -24,6 +24,7 @@ from peftscope.hardware.bf16 import PRODUCTS, bf16_products, chosen_way, has_nat
 from peftscope.memory.tracker import MemoryTracker
 from peftscope.planning import estimate
 from peftscope.planning.plan import plan_experiment
+from peftscope.planning.published import published_records
 from peftscope.record import read_record
 from peftscope.report.page import _warnings
 from peftscope.spec import RunSpec
@@ -241,8 +242,8 @@ def test_doctor_says_the_rates_of_both_ways_and_warns_of_the_slower() -> None:
 
 
 def published(name: str) -> dict[str, Any]:
-    (path,) = Path("results/published/quick/runs").glob(f"{name}*/record.json")
-    return json.loads(path.read_text())
+    (text,) = (text for run, text in published_records("quick").items() if run.startswith(name))
+    return json.loads(text)
 
 
 def test_estimates_follow_the_rate_of_this_machine(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def test_report_opens_without_errors(path: str, open_page: Open, tmp_path: Path)
     assert (tmp_path / "report.png").stat().st_size > 50_000
 
 
-CLAIMS = "reports/published/quick/claims.html"
+CLAIMS = "reports/published/claims.html"
 
 
 def test_claims_are_filtered(open_page: Open) -> None:

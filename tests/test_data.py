@@ -137,7 +137,7 @@ def test_packing_changes_no_loss_and_no_gradient(attention: str, loss_path: str,
 
     def gradients(batch: Batch, changes: dict[str, Any]) -> tuple[float, torch.Tensor]:
         changed = spec.model_copy(update=changes)
-        model, _ = build_model(load_base(changed), changed)
+        model = build_model(load_base(changed), changed).model
         loss = forward_loss(model, batch, changed).loss
         loss.backward()
         return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from peftscope.planning.demands import JobDemands, host_bytes
-from peftscope.planning.plan import plan_experiment
-from peftscope.record import RunRecord, read_record
+from peftscope.planning.plan import Workflow, plan_experiment
+from peftscope.planning.published import published_records
+from peftscope.record import RunRecord, parse_record
 
 
 def held(record: RunRecord) -> int:
@@ -19,9 +20,12 @@ def held(record: RunRecord) -> int:
 
 
 @pytest.mark.parametrize("experiment", ["quick", "kin"])
-def test_published_runs_would_have_had_enough(experiment: str, repository: Path) -> None:
-    paths = (repository / "results" / "published" / experiment / "runs").glob("*/record.json")
-    records = [record for record in map(read_record, paths) if record.status == "ok"]
+def test_published_runs_would_have_had_enough(
+    experiment: str, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+    texts = published_records(experiment)
+    records = [record for run, text in texts.items() if (record := parse_record(text, run)).status == "ok"]
     assert len(records) > 5
     for record in records:
         assert held(record) < host_bytes(record.spec) < 8 * held(record), record.run_id
@@ -29,7 +33,7 @@ def test_published_runs_would_have_had_enough(experiment: str, repository: Path)
 
 def test_each_attempt_asks_for_more() -> None:
     plan = plan_experiment("smoke")
-    demands, run = JobDemands(plan), SimpleNamespace(run_id=plan.run_ids[0])
+    demands, run = JobDemands(Workflow([plan])), SimpleNamespace(run_id=plan.run_ids[0])
     memory = [demands.memory_mb(run, attempt) for attempt in (1, 2, 3)]
     assert memory == pytest.approx([memory[0], 2 * memory[0], 3 * memory[0]], abs=2)
     minutes = [demands.minutes(run, attempt) for attempt in (1, 2, 3)]

@@ -12,7 +12,7 @@ import yaml
 
 from peftscope.methods import METHODS
 from peftscope.planning.experiment import NOT_EXPERIMENTS, experiment_names
-from peftscope.planning.plan import check_runs, plan_experiment
+from peftscope.planning.plan import Workflow, check_runs, plan_experiment
 from peftscope.planning.sweep import RUN_FIELDS, Sweep, expand, spec_from
 from peftscope.spec import RUN_ID_PATTERN, RunSpec, run_id, spec_schema
 
@@ -142,7 +142,7 @@ def test_what_a_job_is_given_is_the_spec_of_its_id(write_experiment) -> None:
     write_experiment("mine", "fixed: {model: toy}\nmethods: {full: {precision: bf16}}\naxes: {method: [full, pissa]}\n")
     plan = plan_experiment("mine")
     for identity, spec in plan.sweep.runs.items():
-        given = json.loads(plan.spec_json(SimpleNamespace(run_id=identity)))
+        given = json.loads(Workflow([plan]).spec_json(SimpleNamespace(run_id=identity)))
         assert spec_from(given, Path("spec"), "cpu") == spec
     assert {s.precision for s in plan.sweep.runs.values()} == {"bf16"}
 
@@ -157,4 +157,4 @@ def test_the_plan_asks_for_a_card_only_on_a_gpu_machine(monkeypatch: pytest.Monk
     for device, cards in (("cpu", 0), ("cuda", 1)):
         monkeypatch.setenv("PEFTSCOPE_DEVICE", device)
         plan = plan_experiment("smoke")
-        assert {plan.gpus(SimpleNamespace(run_id=run)) for run in plan.run_ids} == {cards}
+        assert {Workflow([plan]).gpus(SimpleNamespace(run_id=run)) for run in plan.run_ids} == {cards}

@@ -119,7 +119,7 @@ def without_times(table: pd.DataFrame) -> str:
 def finished(folder: Path, name: str) -> dict[str, str]:
     """When each run that is finished began, by its id; from the copy that outlives a job."""
     found = {}
-    for path in (folder / "results" / name / "runs").glob("*/state/record.json"):
+    for path in (folder / "results" / "runs").glob("*/state/record.json"):
         found[path.parts[-3]] = read_record(path).provenance["started_at"]
     return found
 
@@ -213,7 +213,7 @@ def test_sigkill_at_random_moments(
         again += lost(seen, finished(place, "smoke"))
         reference = reference or undisturbed_smoke(repository, toy, tmp_path, place)
         assert tables(place, "smoke") == tables(reference, "smoke")
-        assert not list(place.glob("results/smoke/runs/*/state/checkpoint*"))
+        assert not list(place.glob("results/runs/*/state/checkpoint*"))
         if sum(kills.values()) == KILLS:
             break
     for kill, times in kills.items():
@@ -295,7 +295,7 @@ def test_a_disk_that_takes_no_more(
 ) -> None:
     monkeypatch.chdir(folder)
     identity, spec = next(iter(expand("small").runs.items()))
-    place = Path("results/small/runs") / identity
+    place = Path("results/runs") / identity
     command = [sys.executable, "-m", "peftscope", "run", json.dumps(spec.canonical()), "--output", str(place)]
     command += ["--checkpoint-seconds", "1", "--threads", "2"]
     stopped = subprocess.run(
@@ -390,19 +390,19 @@ def change(path: Path) -> None:
 @pytest.mark.parametrize("damage", [cut, change])
 def test_damaged_records(damage: Callable[[Path], None], done: Path, undisturbed: Path, outcomes: Outcomes) -> None:
     seen = finished(done, "small")
-    for record in done.glob("results/small/runs/*/record.json"):
+    for record in done.glob("results/runs/*/record.json"):
         damage(record)
     (done / "results/small/runs.csv").unlink()
     finish(done, "small")
     assert tables(done, "small") == tables(undisturbed, "small")
-    assert len(list(done.glob("results/small/runs/*/record.damaged"))) == len(seen)
+    assert len(list(done.glob("results/runs/*/record.damaged"))) == len(seen)
     outcomes.add(f"records, {damage.__name__}", len(seen), lost(seen, finished(done, "small")))
 
 
 def test_damaged_records_and_their_copies(done: Path, undisturbed: Path, outcomes: Outcomes) -> None:
     seen = finished(done, "small")
     one = min(seen)
-    for path in (done / "results/small/runs" / one).rglob("record.json"):
+    for path in (done / "results/runs" / one).rglob("record.json"):
         change(path)
     (done / "results/small/runs.csv").unlink()
     said = fail(done, "small")
@@ -420,7 +420,7 @@ def test_damaged_checkpoints(folder: Path, undisturbed: Path, outcomes: Outcomes
     file = profile / "default" / "profile.yaml"
     file.write_text(file.read_text() + "set-resources:\n  - train:checkpoint_seconds=0\n")
     workflow = start(folder, "small")
-    (newest, *_) = wait_for(lambda: sorted(folder.glob("results/small/runs/*/state/checkpoint-*.pt"), reverse=True))
+    (newest, *_) = wait_for(lambda: sorted(folder.glob("results/runs/*/state/checkpoint-*.pt"), reverse=True))
     kill_everything(workflow, random.Random())
     shutil.copy(undisturbed / "profiles" / "default" / "profile.yaml", file)
     state = newest.parent
@@ -434,7 +434,7 @@ def test_damaged_checkpoints(folder: Path, undisturbed: Path, outcomes: Outcomes
 
 def forget_one(folder: Path) -> str:
     """Removes a run and the tables with it, and returns its id."""
-    runs = folder / "results" / "small" / "runs"
+    runs = folder / "results" / "runs"
     one = min(finished(folder, "small"))
     shutil.rmtree(runs / one)
     (runs.parent / "runs.csv").unlink()
@@ -451,7 +451,7 @@ def test_damaged_models_and_data(
     path = done / "resources" / file
     damage(path)
     finish(done, "small")
-    assert "the folder was moved to" in (done / "results/small/runs" / one / "train.log").read_text()
+    assert "the folder was moved to" in (done / "results/runs" / one / "train.log").read_text()
     assert path.parent.with_name(f"{path.parent.name}.damaged").is_dir()
     assert read_manifest(path.parent) == read_manifest(undisturbed / path.parent.relative_to(done))
     assert tables(done, "small") == tables(undisturbed, "small")

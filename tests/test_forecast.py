@@ -80,7 +80,7 @@ def test_a_record_of_the_card_takes_the_place_of_the_guess(write_experiment) -> 
     provenance = {"hardware": {"gpu": "NVIDIA A100-SXM4-40GB"}}
     record = RunRecord(run_id=run_id(spec), status="ok", spec=spec, seconds=Seconds(train=seconds, wall=seconds))
     write_record(
-        Path("results/mine/runs") / run_id(spec) / "record.json", record.model_copy(update={"provenance": provenance})
+        Path("results/runs") / run_id(spec) / "record.json", record.model_copy(update={"provenance": provenance})
     )
     estimate._measured.cache_clear()
     try:

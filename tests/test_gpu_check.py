@@ -250,7 +250,7 @@ def test_a_folder_is_one_devices_and_others_on_the_card_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(state, "pci_address", lambda: "unknown")
-    monkeypatch.setattr(state.card, "other_processes", lambda card: [{"pid": 7, "used_bytes": 3 * 2**30}])
+    monkeypatch.setattr(state.nvml, "other_processes", lambda card: [{"pid": 7, "used_bytes": 3 * 2**30}])
     measured: list[int] = []
     for _ in range(2):
         facts = card_facts(tmp_path, lambda: measured.append(1) or {"device": "cuda", "name": "a card"}, "cuda")
@@ -391,11 +391,11 @@ def test_peaks_of_the_allocator_stand_in_for_the_tracker(one_thread: None, monke
     monkeypatch.setattr(gpu_memory, "used_bytes", lambda: next(used))
     question = job_of("lora").question
     spec = question.spec.model_copy(update={"device": "cpu"})
-    model, loss_function = apply_method(random_base(question, "cpu"), spec, spec.method.build_empty)
+    trained = apply_method(random_base(question, "cpu"), spec, spec.method.build_empty)
     batch = random_batch(question, 2)
     peaks = CudaPeaks()
     assert "empty_cache" in calls
-    track_steps(peaks, model, [batch, batch], make_optimizer(model, spec), spec, loss_function)
+    track_steps(peaks, trained, [batch, batch], make_optimizer(trained.model, spec), spec)
     assert {phase: peak.size for phase, peak in peaks.peaks().items()} == {"forward": 6, "backward": 9, "optimizer": 7}
     assert (peaks.reserved, peaks.requested, peaks.used) == (19, 8, 120)
     assert calls.count("reset_peak_memory_stats") == 8

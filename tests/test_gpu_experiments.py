@@ -131,7 +131,7 @@ def test_the_7b_experiment_runs_to_its_report_on_local_folders(
     page = Path("reports/short/report.html").read_text()
     assert "Llama-2-7B on MetaMathQA" in page and "<h2>Benchmarks</h2>" in page
 
-    record = json.loads(next(Path("results/short/runs").glob("lora-*/record.json")).read_text())
+    record = json.loads(next(Path("results/runs").glob("lora-*/record.json")).read_text())
     assert record["provenance"]["model"]["mirror"] == str(mirror / "meta-llama/Llama-2-7b-hf")
     assert record["provenance"]["model"]["source"]["revision"] == find_model("llama-2-7b").source.revision
 

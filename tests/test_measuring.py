@@ -27,6 +27,7 @@ from peftscope.training.ceilings import Work, count_work, measure_ceilings
 from peftscope.training.checkpoint import Checkpoints
 from peftscope.training.load import load_base, load_tokenizer
 from peftscope.training.loop import TrainingLog, train
+from peftscope.training.step import TrainedModel
 
 MIB = 2**20
 
@@ -177,7 +178,7 @@ def test_paged_states_are_counted_and_others_are_not() -> None:
     assert paged_bytes(optimizer) == 800
 
 
-def model_of(spec: RunSpec) -> tuple[Any, Any]:
+def model_of(spec: RunSpec) -> TrainedModel:
     return build_model(load_base(spec), spec)
 
 
@@ -185,11 +186,11 @@ def test_useful_work_counts_weights_by_what_is_done_with_them(toy: Path, make_sp
     base = load_base(make_spec(method="none"))
     head = base.lm_head.weight.numel()
     body = sum(p.numel() for name, p in base.named_parameters() if "layers." in name and p.dim() == 2)
-    assert count_work(model_of(make_spec(method="full"))[0]) == Work(6 * body, 6 * head)
-    lora, _ = model_of(make_spec(method="lora"))
+    assert count_work(model_of(make_spec(method="full")).model) == Work(6 * body, 6 * head)
+    lora = model_of(make_spec(method="lora")).model
     trained = sum(p.numel() for p in lora.parameters() if p.requires_grad)
     assert count_work(lora) == Work(4 * body + 6 * trained, 4 * head)
-    assert count_work(model_of(make_spec(method="qlora"))[0]) == count_work(lora)
+    assert count_work(model_of(make_spec(method="qlora")).model) == count_work(lora)
     assert Work(10, 3).of_step(tokens=7, response_tokens=2) == 76
 
 
@@ -208,7 +209,7 @@ def test_a_record_says_how_much_of_the_device_was_used(toy: Path, make_spec, tmp
     phases.mark_imported()
     execute(spec, tmp_path, phases)
     record = read_record(tmp_path / "record.json")
-    speed, work = record.speed, count_work(model_of(spec)[0])
+    speed, work = record.speed, count_work(model_of(spec).model)
     assert speed.useful_flops_per_second > 0
     # Every token is at least in the body; the head adds its part for some.
     per_token = speed.useful_flops_per_second / speed.tokens_per_second
@@ -227,7 +228,8 @@ def test_a_rehearsal_changes_nothing(method: str, toy: Path, make_spec, tmp_path
     for rehearsal in (False, True):
         batches = training_batches(examples, seed=0, batch_size=spec.batch_size, pad_token_id=tokenizer.pad_token_id)
         batch = next(training_batches(examples, seed=9, batch_size=32, pad_token_id=tokenizer.pad_token_id))
-        model, loss_function = model_of(spec)
+        trained = model_of(spec)
+        model = trained.model
         seen: list[int] = []
         model.register_forward_pre_hook(
             lambda _, args, inputs, seen=seen: seen.append(len(inputs["input_ids"])), with_kwargs=True
@@ -235,7 +237,7 @@ def test_a_rehearsal_changes_nothing(method: str, toy: Path, make_spec, tmp_path
         log = TrainingLog()
         seed_everything(0)
         checkpoints = Checkpoints(tmp_path, spec)
-        train(model, batches, spec, loss_function, 260, log, checkpoints, batch if rehearsal else None)
+        train(trained, batches, spec, log, checkpoints, batch if rehearsal else None)
         # After the first step, whose gradients are gone: its two passes, as in an accumulation.
         assert seen[2:4] == ([32, 32] if rehearsal else [8, 8])
         losses.append((log.nll, torch.cat([p.detach().float().flatten() for p in model.parameters()])))

@@ -26,7 +26,7 @@ LARGE_STATE = 4096
 PAGED_FROM_VALUES = 100_000
 """bitsandbytes: tensors of so many values have 8-bit states, or paged ones."""
 
-TRAINED = [name for name, method in METHODS.items() if method.trains]
+TRAINED = [name for name, method in METHODS.items() if method.trains and method.closed_form]
 
 
 def model_of(shape: ModelShape, name: str = "a model") -> Model:

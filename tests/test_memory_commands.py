@@ -13,7 +13,7 @@ from test_memory import TRAINED, answer, letters_of, model_of, small_shape
 
 from peftscope.cli.main import main
 from peftscope.hardware.cards import CONTEXT_BYTES, GIB, MIB, Gpu
-from peftscope.memory.answer import peaks_by_formula
+from peftscope.memory.answer import AGREEMENT_FILE, peaks_by_formula
 from peftscope.memory.fit import ADVICE, Fit, fit_methods
 from peftscope.memory.formula import DIMENSIONS
 from peftscope.memory.question import ask, describe_model
@@ -236,6 +236,18 @@ def test_an_answer_says_the_lengths_and_switches(peftscope: Command) -> None:
         "226 MiB",
     ):
         assert words in said
+
+
+def test_an_answer_quotes_the_agreement_of_its_own_method() -> None:
+    measured = json.loads(AGREEMENT_FILE.read_text())["methods"]
+    assert set(measured) == set(TRAINED)
+    for method, figures in measured.items():
+        said = answer("smollm2-135m", method=method).agreement
+        allocated, reserved = figures["allocated_percent"], figures["reserved_percent"]
+        assert f" simulations of {method}: allocated off by {allocated['mean']:.2f} % on average" in said
+        assert f" {allocated['worst']:.2f} % at worst, " in said
+        assert said.endswith(f"reserved by {reserved['mean']:.2f} % and {reserved['worst']:.2f} %")
+    assert answer("smollm2-135m", method="none").agreement == ""
 
 
 QWEN = """{

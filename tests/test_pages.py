@@ -14,7 +14,7 @@ from peftscope.analysis.collect import collect_experiment, read_runs
 from peftscope.claims.ledger import read_ledger
 from peftscope.planning.sweep import expand
 from peftscope.record import RunRecord, write_record
-from peftscope.report.claims import write_claims_page, write_findings
+from peftscope.report.claims import write_claims_page
 from peftscope.report.page import write_report
 from peftscope.report.plots import write_figures, write_ladder
 from peftscope.report.tables import html, write_tables
@@ -76,7 +76,7 @@ class TestPages:
             record.quality.heldout_nll = 1.0 + number
             record.memory.train.peak_tensor_bytes = record.memory.load.peak_tensor_bytes = 2**20 * (number + 1)
             record.train_nll = [3.0, 2.0, 1.0]
-            write_record(Path("results/mine/runs") / identity / "record.json", record)
+            write_record(Path("results/runs") / identity / "record.json", record)
         collect_experiment(sweep)
         return "mine"
 
@@ -120,8 +120,7 @@ class TestPages:
             "run_ids": [EVIL],
         }
         finding = {**found, "id": "S1", "slug": "x", "hardware": EVIL, "claimed": EVIL, "parts": [found]}
-        write_findings("mine", [finding])
-        path = write_claims_page("mine", ledger)
+        path = write_claims_page(ledger, [finding])
         Elements(path.read_text()).check()
         text = path.with_suffix(".md").read_text()
         assert "<script" not in text and "<img" not in text

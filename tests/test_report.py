@@ -65,7 +65,7 @@ def finished(toy: Path, write_experiment, made: dict[str, Path], tmp_path_factor
             folder = tmp_path_factory.mktemp("made") / identity
             execute(spec, folder, phases)
             made[identity] = folder
-        shutil.copytree(made[identity], Path("results/mine/runs") / identity)
+        shutil.copytree(made[identity], Path("results/runs") / identity)
     collect_experiment(sweep)
     return "mine"
 

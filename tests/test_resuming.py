@@ -25,7 +25,7 @@ from peftscope.methods import METHODS
 from peftscope.record import RunRecord, read_record, state_folder
 from peftscope.spec import RunSpec
 from peftscope.training import loop
-from peftscope.training.checkpoint import Checkpoints
+from peftscope.training.checkpoint import Checkpoints, TrainingState
 from peftscope.training.signals import Interrupted
 
 STEPS, STOP = 10, 4
@@ -139,7 +139,7 @@ def test_each_part_of_the_state_is_needed(
             run(spec, tmp_path / "stopped")
     original = Checkpoints._put_in_place
 
-    def without(self: Checkpoints, state: dict[str, Any], model: Any, optimizer: Any, schedule: Any, log: Any) -> None:
+    def without(self: Checkpoints, state: dict[str, Any], now: TrainingState) -> None:
         fresh = {
             "method": {"ipt": {}, "exp_avg_ipt": {}, "exp_avg_unc": {}, "rank_pattern": None},
             "random": {
@@ -147,10 +147,10 @@ def test_each_part_of_the_state_is_needed(
                 "cuda": [],
                 "python": state["random"]["python"],
             },
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
+            "optimizer": now.optimizer.state_dict(),
+            "schedule": now.schedule.state_dict(),
         }
-        original(self, {**state, left_out: fresh[left_out]}, model, optimizer, schedule, log)
+        original(self, {**state, left_out: fresh[left_out]}, now)
 
     monkeypatch.setattr(Checkpoints, "_put_in_place", without)
     resumed = run(spec, tmp_path / "stopped")

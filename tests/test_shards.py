@@ -25,7 +25,7 @@ from peftscope.execution.process import host_kills
 from peftscope.execution.ranks import rank_folder
 from peftscope.execution.run import execute
 from peftscope.methods import METHODS
-from peftscope.planning.plan import plan_experiment
+from peftscope.planning.plan import Workflow, plan_experiment
 from peftscope.record import RunRecord, Status, read_record, state_folder, write_record
 from peftscope.spec import RunSpec, run_id
 
@@ -177,7 +177,8 @@ def test_a_job_asks_for_as_many_cards(write_experiment, monkeypatch: pytest.Monk
     for device, cards in (("cpu", {1: 0, 4: 0}), ("cuda", {1: 1, 4: 4})):
         monkeypatch.setenv("PEFTSCOPE_DEVICE", device)
         plan = plan_experiment("cards")
-        found = {spec.shards: plan.gpus(SimpleNamespace(run_id=run)) for run, spec in plan.sweep.runs.items()}
+        workflow = Workflow([plan])
+        found = {spec.shards: workflow.gpus(SimpleNamespace(run_id=run)) for run, spec in plan.sweep.runs.items()}
         assert found == cards
 
 

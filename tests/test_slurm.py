@@ -173,7 +173,7 @@ def trainings(state: str = "RUNNING") -> list[str]:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    return any(folder.glob("results/smoke/runs/*/state/checkpoint-*.pt"))
+    return any(folder.glob("results/runs/*/state/checkpoint-*.pt"))
 
 
 def test_slurm_hands_out_its_cards(cluster: Path) -> None:
@@ -213,18 +213,18 @@ def test_the_smoke_pipeline_survives_scancel_and_preemption(
     runs = pd.read_csv(folder / "results/smoke/runs.csv")
     assert set(runs["status"]) == {"ok"}
     assert (folder / "reports/smoke/report.html").stat().st_size > 100_000
-    for record in map(read_record, folder.glob("results/smoke/runs/*/record.json")):
+    for record in map(read_record, folder.glob("results/runs/*/record.json")):
         assert record.provenance["environment"]["CUDA_VISIBLE_DEVICES"] in ("0", "1")
         assert record.provenance["environment"]["SLURM_JOB_ID"]
 
 
 def went_on(folder: Path) -> bool:
     """Whether no run is stopped any more, and one has gone on from a checkpoint."""
-    logs = [path.read_text() for path in folder.glob("results/smoke/runs/*/train.log")]
+    logs = [path.read_text() for path in folder.glob("results/runs/*/train.log")]
     return not stopped(folder) and any("resumed after step" in log for log in logs)
 
 
 def stopped(folder: Path) -> int:
     """How many runs said that they were stopped by a signal."""
-    found = list(folder.glob("results/smoke/runs/*/interrupted.json"))
+    found = list(folder.glob("results/runs/*/interrupted.json"))
     return sum(read_record(path).reason == f"stopped by {signal.SIGTERM.name}" for path in found)

@@ -24,9 +24,9 @@ from peftscope.claims.ledger import Part
 from peftscope.claims.verdict import Rule, Verdict, judge
 from peftscope.cli.main import report
 from peftscope.errors import InputError
-from peftscope.files.atomic import write_json
+from peftscope.planning.published import published_items, published_records
 from peftscope.planning.sweep import OTHER_INITIALISATION, expand
-from peftscope.record import Quality, RunRecord, write_record
+from peftscope.record import Quality, RunRecord, parse_record, write_record
 from peftscope.report.publish import publish, restore
 from peftscope.report.study import CONTROLS, contrasts, controls, study_facts, write_study
 
@@ -85,7 +85,7 @@ def record(
     spec = expand("mine").runs[run]
     quality = Quality(validation_nll=validation, heldout_nll=heldout)
     losses = losses or [3.0, 2.0, 2.0 if heldout is None else heldout]
-    path = Path("results/mine/runs") / run / "record.json"
+    path = Path("results/runs") / run / "record.json"
     write_record(path, RunRecord(run_id=run, status=status, spec=spec, quality=quality, train_nll=losses))
 
 
@@ -397,7 +397,7 @@ def test_nothing_is_concluded_from_half_a_study(tuned: None) -> None:
     assert evaluate_part(part).verdict == Verdict.NOT_RUN
     assert "`mine`: not run" in evaluate_part(part).reason
     record_comparison()
-    (Path("results/mine/runs") / members("arm-lora")[0] / "record.json").unlink()
+    (Path("results/runs") / members("arm-lora")[0] / "record.json").unlink()
     collect_experiment(expand("mine"))
     assert evaluate_part(part).verdict == Verdict.NOT_RUN
     assert "5 of 6 runs done" in evaluate_part(part).reason
@@ -462,19 +462,18 @@ def test_the_report_of_half_a_study_says_so(tuned: None, toy: Path) -> None:
 def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(tuned: None) -> None:
     record(members("arm-lora")[0], heldout=1.0)
     publish("mine")
-    before = {p.parent.name: p.read_bytes() for p in Path("results/mine/runs").glob("*/record.json")}
+    before = {p.parent.name: p.read_bytes() for p in Path("results/runs").glob("*/record.json")}
     assert len(before) == 10
-    Path("results/mine").rename("results/lost")
-    write_json(Path("results/mine/tuned.json"), json.loads(Path("results/lost/tuned.json").read_text()))
+    Path("results/runs").rename("results/lost")
     record(members("tune-lora")[0], validation=0.9)
     with pytest.raises(InputError, match=r"9 published runs are missing here.*peftscope restore mine"):
         publish("mine")
     assert restore("mine") == 10
-    after = {p.parent.name: p.read_bytes() for p in Path("results/mine/runs").glob("*/record.json")}
+    after = {p.parent.name: p.read_bytes() for p in Path("results/runs").glob("*/record.json")}
     # What is there already is left alone.
     assert [run for run in before if after[run] != before[run]] == [members("tune-lora")[0]]
     spec = expand("mine").runs[members("tune-lora")[1]]
-    assert json.loads((Path("results/mine/runs") / members("tune-lora")[1] / "spec.json").read_text()) == json.loads(
+    assert json.loads((Path("results/runs") / members("tune-lora")[1] / "spec.json").read_text()) == json.loads(
         spec.model_dump_json()
     )
     with pytest.raises(InputError, match="no published runs"):
@@ -490,7 +489,9 @@ def test_a_finished_study_is_published_with_runs_that_diverged(finished: StudyRe
     published = Path("results/published/mine")
     assert (published / "tuned.json").is_file() and (published / "tables" / "controls.csv").is_file()
     diverged = members("tune-full")[2]
-    assert [path.name for path in (published / "runs" / diverged).iterdir()] == ["record.json"]
+    assert parse_record(published_records("mine")[diverged], diverged).status == "diverged"
+    assert diverged not in published_items("mine")
+    assert len(list(published.rglob("*.*"))) <= 20
 
 
 @pytest.mark.slow
@@ -510,7 +511,7 @@ def test_the_whole_study_in_one_workflow(write_experiment, repository: Path, toy
     command.append("results/mine/tables/contrasts.csv")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(list(Path("results/mine/runs").glob("*/record.json"))) == 1 + 6 + 4
+    assert len(list(Path("results/runs").glob("*/record.json"))) == 1 + 6 + 4
     found = pd.read_csv("results/mine/tables/contrasts.csv")
     wanted = training.heldout_gain("mine", "lora", "full")
     assert found["gain"].tolist() == pytest.approx([float(wanted.value) * StudyResults("mine").full_gain])

@@ -261,7 +261,7 @@ def test_a_merged_model_computes_what_the_adapter_computes(method: str, toy: Pat
 
     precision = "bf16" if method in ("qlora", "loftq") else "fp32"
     spec = make_spec(method=method, precision=precision, learning_rate=1e-2, generation_items=0, probe_steps=0)
-    folder = Path("results/tests/runs") / run_id(spec)
+    folder = Path("results/runs") / run_id(spec)
     run_here(spec, folder)
     assert find_run(run_id(spec)) == folder
     merge_run(folder, tmp_path)

@@ -29,7 +29,7 @@ from peftscope.execution.run import execute
 from peftscope.models.catalog import LOCAL, model_folder
 from peftscope.record import RunRecord, read_record, write_record
 from peftscope.spec import RunSpec, run_id
-from peftscope.training.checkpoint import DIGEST_DIGITS, Checkpoints
+from peftscope.training.checkpoint import DIGEST_DIGITS, Checkpoints, TrainingState
 from peftscope.training.load import load_base, load_tokenizer
 from peftscope.training.loop import TrainingLog
 
@@ -163,7 +163,7 @@ class TestModels:
         digest = hashlib.sha256((tmp_path / "x.pt").read_bytes()).hexdigest()[:DIGEST_DIGITS]
         (tmp_path / "x.pt").rename(tmp_path / f"checkpoint-00000003-{digest}.pt")
         checkpoints = Checkpoints(tmp_path, make_spec(method="lora"))
-        assert checkpoints.restore(None, None, None, TrainingLog()) == 0
+        assert checkpoints.restore(TrainingState(None, None, None, TrainingLog())) == 0
         assert not mark.exists()
         assert list(tmp_path.glob("*.damaged"))
 
@@ -184,22 +184,36 @@ class TestModels:
         paths = os.pathsep.join([str(tmp_path / "site"), *sys.path])
         loading = (
             "from pathlib import Path\n"
-            "from peftscope.planning.sweep import spec_from\n"
-            "from peftscope.training.load import load_base\n"
-            "from transformers.utils import is_kernels_available\n"
-            "import bitsandbytes\n"
-            "model = load_base(spec_from({'model': 'toy', 'method': 'qlora'}, Path('spec'), 'cpu'))\n"
+            "from peftscope.execution.libraries import without_hub_kernels\n"
+            "with without_hub_kernels():\n"
+            "    from peftscope.planning.sweep import spec_from\n"
+            "    from peftscope.training.load import load_base\n"
+            "    from transformers.utils import is_kernels_available\n"
+            "    import bitsandbytes\n"
+            "    model = load_base(spec_from({'model': 'toy', 'method': 'qlora'}, Path('spec'), 'cpu'))\n"
             "print(any(isinstance(m, bitsandbytes.nn.Linear4bit) for m in model.modules()), is_kernels_available())\n"
         )
+        fields = {"model": "toy", "method": "qlora", "steps": 2, "heldout_items": 4, "generation_items": 0}
+        running = (
+            "import peftscope, sys\n"
+            f"record = peftscope.run({fields}, 'run')\n"
+            "import bitsandbytes\n"
+            "from transformers.utils import is_kernels_available\n"
+            "print(record.status == 'ok', is_kernels_available(), 'kernels' in sys.modules)\n"
+        )
 
-        def run(code: str) -> str:
+        def run(*arguments: str) -> str:
             environment = {**os.environ, "PYTHONPATH": paths}
-            command = [sys.executable, "-c", code]
+            command = [sys.executable, *arguments]
             return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
-        assert run(loading).strip() == "True False"
+        assert run("-c", loading).strip() == "True False"
+        assert run("-c", running).strip() == "True False False"
+        run("-m", "peftscope", "run", json.dumps(fields), "--output", "job")
+        assert read_record(Path("job/record.json")).status == "ok"
+        assert "4-bit works" in run("-m", "peftscope", "doctor")
         assert not mark.exists()
-        run("import kernels")  # The mark is left where anything does import it.
+        run("-c", "import kernels")  # The mark is left where anything does import it.
         assert mark.exists()
 
 

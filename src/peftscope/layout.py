@@ -20,6 +20,8 @@ BENCHMARKS_FOLDER = RESOURCES / "benchmarks"
 """The folder with the rows of lm-eval's own benchmarks."""
 
 RESULTS = Path("results")
+RUNS = RESULTS / "runs"
+"""The store: one folder a run. Experiments list run ids."""
 REPORTS = Path("reports")
 PUBLISHED_RESULTS = RESULTS / "published"
 PUBLISHED_REPORTS = REPORTS / "published"
@@ -28,7 +30,29 @@ MEMORY_FOLDER = RESULTS / "memory"
 CARDS_FOLDER = RESULTS / "gpu"
 """The results of ``make gpu-check``, with one folder per card."""
 
+CLAIMS_RESULTS = RESULTS / "claims.json"
+CLAIMS_PAGE = REPORTS / "claims.html"
+"""Its Markdown twin lies beside it."""
+
+REPOSITORY = Path(__file__).parent.parent.parent
+"""The repository, if this package is an editable install of it."""
+
 NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,63}"
+
+
+def shipped(path: Path) -> Path:
+    """Returns where a file of experiments/ is: in the working folder or, if that has no defaults, in the repository.
+
+    The repository is that of an editable install, so that a run can be asked for in any folder.
+
+    Raises:
+        InputError: There are no defaults in either.
+    """
+    for root in (Path(), REPOSITORY):
+        if (root / DEFAULTS).is_file():
+            return root / path
+    remedy = "run from the repository's root, or install the repository: pip install --editable ."
+    raise InputError(Problem(str(EXPERIMENTS), f"there is no {DEFAULTS} here", remedy))
 
 
 def check_experiment_name(name: str) -> None:
@@ -47,24 +71,24 @@ def results_folder(experiment: str) -> Path:
     return RESULTS / experiment
 
 
-def run_folder(experiment: str, run: str) -> Path:
-    """Returns the folder of one run of an experiment."""
-    return results_folder(experiment) / "runs" / run
+def run_folder(run: str) -> Path:
+    """Returns the folder of a run, whichever experiments list it."""
+    return RUNS / run
 
 
-def record_path(experiment: str, run: str) -> Path:
+def record_path(run: str) -> Path:
     """Returns the path of the record of a finished run."""
-    return run_folder(experiment, run) / "record.json"
+    return run_folder(run) / "record.json"
 
 
 def record_paths() -> list[Path]:
-    """Returns the paths of all records in this workspace."""
-    return sorted(RESULTS.glob("*/runs/*/record.json"))
+    """Returns the paths of the records of all runs in the store."""
+    return sorted(RUNS.glob("*/record.json"))
 
 
-def published_record_paths() -> list[Path]:
-    """Returns the paths of the published records of all experiments."""
-    return sorted(PUBLISHED_RESULTS.glob("*/runs/*/record.json"))
+def published_paths(name: str) -> list[Path]:
+    """Returns the published files of this name, one for each experiment that has it."""
+    return sorted(PUBLISHED_RESULTS.glob(f"*/{name}"))
 
 
 def tuned_path(experiment: str) -> Path:
@@ -75,8 +99,3 @@ def tuned_path(experiment: str) -> Path:
 def report_path(experiment: str) -> Path:
     """Returns the path of an experiment's report."""
     return REPORTS / experiment / "report.html"
-
-
-def claims_path(experiment: str) -> Path:
-    """Returns the path of the claims page of an experiment."""
-    return REPORTS / experiment / "claims.html"

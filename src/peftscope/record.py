@@ -19,8 +19,13 @@ from peftscope.spec import RunSpec
 SCHEMA_VERSION = 1
 
 Status = Literal["ok", "oom", "diverged", "failed", "interrupted"]
+KeepWeights = Literal["all", "adapters", "none"]
+"""Which trained weights a finished run keeps: an adapter takes a few MB, a fully fine-tuned 135M model 514 MB."""
 CHECKSUM = "sha256"
 """The key of a record's checksum, which covers all other keys as JSON in sorted order."""
+
+RESTORED = "restored.json"
+"""In a run's state: it says from which experiment's published results the run was restored."""
 
 FINAL: tuple[Status, ...] = ("ok", "oom", "diverged")
 """The statuses that another attempt would only repeat."""
@@ -179,6 +184,7 @@ class RunRecord(_Part):
         train_nll: The mean nll of response tokens of each step; None if it was not finite.
         train_loss: The minimised loss: the nll and, for AdaLoRA, its orthogonality term.
         train_batches_sha256: The hash of all training tokens in order; runs that saw the same batches have the same.
+        weights: Whether the run's folder still has what was trained; None where nothing was.
         files: The SHA-256 of the run's other files, by their path in its folder.
         benchmarks: The scores of lm-eval's own benchmarks by lm-eval's names, and the number of ``items``.
         method_metrics: Numbers that only one method has.
@@ -199,6 +205,7 @@ class RunRecord(_Part):
     train_nll: list[float | None] = []
     train_loss: list[float | None] = []
     train_batches_sha256: str | None = None
+    weights: Literal["kept", "dropped"] | None = None
     files: dict[str, str] = {}
     benchmarks: dict[str, dict[str, float]] = {}
     method_metrics: dict[str, float] = {}
@@ -209,6 +216,16 @@ class RunRecord(_Part):
 def state_folder(run: Path) -> Path:
     """Returns the folder of a run for files that outlive a job: checkpoints, the finished record, the lock."""
     return run / "state"
+
+
+def is_restored(run: Path) -> bool:
+    """Returns whether a run's folder was filled by ``peftscope restore``, and so has no weights."""
+    return (state_folder(run) / RESTORED).is_file()
+
+
+def in_adapter(name: str) -> bool:
+    """Returns whether a file of a run's folder holds weights or describes them."""
+    return name.startswith("adapter/")
 
 
 def clear_checkpoints(run: Path) -> None:
@@ -252,7 +269,8 @@ def finished_record(run: Path, identity: str) -> RunRecord | None:
         return None
     if record.run_id != identity or record.status not in FINAL:
         return None
-    damaged = damaged_files(run, record.files)
+    kept = {name: digest for name, digest in record.files.items() if not (is_restored(run) and in_adapter(name))}
+    damaged = damaged_files(run, kept)
     if damaged or (record.status == "ok" and not (run / "items.jsonl").is_file()):
         print(f"{run}: {', '.join(damaged) or 'items.jsonl'} damaged or missing; the run starts again", file=sys.stderr)
         return None
@@ -281,7 +299,12 @@ def recover_record(path: Path) -> RunRecord:
 
 
 def read_record(path: Path) -> RunRecord:
-    """Returns the record in a file.
+    """Returns the record in a file; it raises what ``parse_record`` raises."""
+    return parse_record(path.read_bytes(), str(path))
+
+
+def parse_record(text: str | bytes, where: str) -> RunRecord:
+    """Returns a record from its JSON text; ``where`` names the text in messages.
 
     Raises:
         Damaged: The file is not a record, or differs from what was written.
@@ -289,19 +312,19 @@ def read_record(path: Path) -> RunRecord:
     """
     remedy = "remove it to run again"
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(text)
         found = content.get("schema_version")
     except (ValueError, AttributeError, RecursionError):
-        raise Damaged(Problem(str(path), "not a record", remedy)) from None
+        raise Damaged(Problem(where, "not a record", remedy)) from None
     if found != SCHEMA_VERSION:
         message = f"the record has version {found}, this program reads {SCHEMA_VERSION}"
-        raise InputError(Problem(str(path), message, f"{remedy}, or use the version that wrote it"))
+        raise InputError(Problem(where, message, f"{remedy}, or use the version that wrote it"))
     # The first records were written without a checksum.
     if content.pop(CHECKSUM, _content_sha256(content)) != _content_sha256(content):
-        raise Damaged(Problem(str(path), "damaged: its checksum does not match", remedy))
+        raise Damaged(Problem(where, "damaged: its checksum does not match", remedy))
     try:
         return RunRecord.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
-        raise Damaged(Problem(f"{path}: {field}", f"not a record: {first['msg']}", remedy)) from None
+        raise Damaged(Problem(f"{where}: {field}", f"not a record: {first['msg']}", remedy)) from None

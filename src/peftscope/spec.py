@@ -154,16 +154,8 @@ class RunSpec(BaseModel):
 
 def run_id(spec: RunSpec) -> str:
     """Returns the run's id: a readable stem and a hash of every field that differs from its default."""
-    method = spec.method.model_dump(mode="json")
-    parts: list[str] = [spec.method.name]
-    if spec.method.name == "none":
-        parts.append(method["base_weights"])
-    for field, prefix in (("rank", "r"), ("init_r", "r"), ("virtual_tokens", "v"), ("alpha", "a")):
-        if field in method:
-            parts.append(f"{prefix}{method[field]:g}")
-    if "targets" in method:
-        parts.append(method["targets"] if isinstance(method["targets"], str) else "-".join(method["targets"]))
-    parts += [f"s{spec.seed}"] + ([spec.device] if spec.device != "cpu" else [])
+    parts = [spec.method.name, *spec.method.id_parts(), f"s{spec.seed}"]
+    parts += [spec.device] if spec.device != "cpu" else []
     stem = re.sub(r"[^a-z0-9.-]+", "-", "-".join(parts).lower())[:80]
     text = json.dumps([SPEC_VERSION, spec.canonical()], sort_keys=True, separators=(",", ":"))
     return f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -8,8 +8,7 @@ from typing import Any
 import pandas as pd
 
 from peftscope.errors import InputError, Problem
-from peftscope.layout import results_folder
-from peftscope.methods import METHODS
+from peftscope.layout import results_folder, run_folder
 from peftscope.planning.sweep import Sweep
 from peftscope.record import Damaged, RunRecord, recover_record
 from peftscope.spec import RunSpec
@@ -46,7 +45,7 @@ def collect_experiment(sweep: Sweep) -> None:
     rows, losses, problems = [], [], []
     for identity, spec in sweep.runs.items():
         try:
-            record = _find_record(folder / "runs" / identity)
+            record = _find_record(run_folder(identity))
         except Damaged as error:
             problems += error.problems
             continue
@@ -60,13 +59,13 @@ def collect_experiment(sweep: Sweep) -> None:
     pd.DataFrame(losses, columns=["run_id", "step", "nll_nats_per_token"]).to_csv(folder / "losses.csv", index=False)
 
 
-def read_runs(experiment: str) -> pd.DataFrame:
-    """Returns ``runs.csv``, including columns that are empty throughout.
+def read_runs(experiment: str, folder: Path | None = None) -> pd.DataFrame:
+    """Returns ``runs.csv`` of an experiment's results or of another folder, including columns without any value.
 
     Raises:
         InputError: The file does not exist.
     """
-    path = results_folder(experiment) / "runs.csv"
+    path = (folder or results_folder(experiment)) / "runs.csv"
     if not path.is_file():
         raise InputError(Problem(str(path), "no such file", f"make report EXPERIMENT={experiment}"))
     # The copy is contiguous; without it, pandas warns when a column is added to more than a hundred.
@@ -88,13 +87,10 @@ def _find_record(folder: Path) -> RunRecord | None:
 def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
     fields = spec.model_dump(mode="json")
     method = fields.pop("method")
-    label = METHODS[method["name"]].label
-    if method["name"] == "none" and method["base_weights"] != "full":
-        label += f" in {method['base_weights'].upper()}"
     row: dict[str, Any] = {
         "status": record.status if record else "missing",
         "reason": record.reason if record else "no record yet",
-        "label": label,
+        "label": spec.method.full_label(),
         "method": method.pop("name"),
     }
     targets = method.get("targets")

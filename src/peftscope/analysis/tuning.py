@@ -58,7 +58,7 @@ def _tried(sweep: Sweep, runs: tuple[str, ...]) -> dict[float, dict[str, Any]]:
     """Returns mean validation loss and run ids by learning rate, or nothing if one of the runs ran out of memory."""
     found: dict[float, dict[str, Any]] = {}
     for run in runs:
-        path = record_path(sweep.name, run)
+        path = record_path(run)
         if not path.is_file():
             raise InputError(Problem(str(path), "no record yet", f"make report EXPERIMENT={sweep.name}"))
         record = recover_record(path)

@@ -19,7 +19,7 @@ from peftscope.claims.verdict import Rule
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import read_yaml
 from peftscope.files.problems import dotted, problems_of
-from peftscope.layout import CLAIMS_FILE
+from peftscope.layout import CLAIMS_FILE, shipped
 from peftscope.planning.experiment import experiment_path, read_experiment
 
 Kind = Literal["software", "arithmetic", "numerics", "simulation", "training", "gpu", "literature"]
@@ -77,12 +77,13 @@ class _Ledger(BaseModel):
     claims: list[Claim]
 
 
-def read_ledger(path: Path = CLAIMS_FILE) -> tuple[Claim, ...]:
-    """Returns all claims in the order of the file.
+def read_ledger(path: Path | None = None) -> tuple[Claim, ...]:
+    """Returns all claims of a file in their order. The default file is ``experiments/claims.yaml``.
 
     Raises:
         InputError: The file has problems; the error lists all of them.
     """
+    path = path or shipped(CLAIMS_FILE)
     try:
         claims = _Ledger.model_validate(read_yaml(path)).claims
     except ValidationError as error:

@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from peftscope.cli.memory import quiet_libraries, with_progress
+from peftscope.cli.memory import with_progress
 from peftscope.errors import InputError, Problem, close_match
+from peftscope.execution.libraries import offline
 
 app = typer.Typer()
 
@@ -20,9 +21,7 @@ app = typer.Typer()
 def claims(
     ids: Annotated[list[str] | None, typer.Option("--id", help="Only this claim, as in S64; may be repeated.")] = None,
     kind: Annotated[str | None, typer.Option(help="Only claims with a part of this kind, as in numerics.")] = None,
-    experiment: Annotated[
-        str | None, typer.Option(help="Write results/EXPERIMENT/claims.json and reports/EXPERIMENT/claims.html.")
-    ] = None,
+    write: Annotated[bool, typer.Option("--write", help="Write results/claims.json and reports/claims.html.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: what claims.json holds.")] = False,
 ) -> None:
     """Measure what the literature claims, and print each claim's verdict."""
@@ -31,8 +30,7 @@ def claims(
     from peftscope.claims.evaluate import evaluate
     from peftscope.claims.ledger import Kind, read_ledger
     from peftscope.hardware.device import processor_name
-    from peftscope.planning.experiment import experiment_path
-    from peftscope.report.claims import spoken_finding, write_claims_page, write_findings
+    from peftscope.report.claims import spoken_finding, write_claims_page
 
     ledger = read_ledger()
     known = {claim.id: claim for claim in ledger}
@@ -41,10 +39,8 @@ def claims(
             raise InputError(Problem("--id", f"no such claim (got {name!r})", close_match(name, known)))
     if kind is not None and kind not in get_args(Kind):
         raise InputError(Problem("--kind", f"no such kind (got {kind!r})", close_match(kind, get_args(Kind))))
-    if experiment is not None:
-        if ids or kind:
-            raise InputError(Problem("--experiment", "writes all claims", "leave --id and --kind out"))
-        experiment_path(experiment)
+    if write and (ids or kind):
+        raise InputError(Problem("--write", "writes all claims", "leave --id and --kind out"))
     chosen = [
         claim
         for claim in ledger
@@ -52,15 +48,12 @@ def claims(
     ]
     if not chosen:
         raise InputError(Problem("--kind", f"none of {', '.join(ids or [])} has a part of kind {kind}", "leave it out"))
-    quiet_libraries()
     hardware = processor_name()
-    found = [
-        finding.to_json(hardware)
-        for finding in with_progress(evaluate(chosen, ledger), len(chosen), "measuring claims")
-    ]
-    if experiment is not None:
-        write_findings(experiment, found)
-        page = write_claims_page(experiment, ledger)
+    with offline():
+        measured = with_progress(evaluate(chosen, ledger), len(chosen), "measuring claims")
+        found = [finding.to_json(hardware) for finding in measured]
+    if write:
+        page = write_claims_page(ledger, found)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
         return
@@ -80,5 +73,5 @@ def claims(
             console.print(text, markup=False)
             for name, value in part["evidence"].items():
                 console.print(f"  {name}: {value}", markup=False)
-    if experiment is not None:
+    if write:
         console.print(f"The page: {page}")

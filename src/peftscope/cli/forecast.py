@@ -53,7 +53,7 @@ def show_forecast(experiment: str, gpu: Gpu, *, brief: bool) -> None:
     forecaster = Forecaster(gpu)
     forecasts, done = [], 0
     for identity, spec in expand(experiment, "cuda", assume_rates=True).runs.items():
-        if record_path(experiment, identity).is_file():
+        if record_path(identity).is_file():
             done += 1
             continue
         forecasts.append(forecaster.forecast(identity, spec, chosen=identity in known))
@@ -62,7 +62,7 @@ def show_forecast(experiment: str, gpu: Gpu, *, brief: bool) -> None:
     hours = sum(f.seconds for f in forecasts)
     console.print(
         f"{experiment} on {gpu.name} ({gpu.memory_bytes / GIB:.1f} GiB): {len(forecasts) + done} runs, {done} done, "
-        f"about {spoken(hours)} of GPU to go, peak at most {_gib(_largest(forecasts))}.",
+        f"about {spoken(hours)} of GPU to go, {_peaks(forecasts)}.",
         soft_wrap=True,
     )
     console.print(
@@ -106,23 +106,30 @@ def _by_method(forecasts: Sequence[Forecast]) -> Table:
     for f in forecasts:
         groups.setdefault(_name(f), []).append(f)
     for name, group in groups.items():
-        peak = _gib(_largest(group)).removesuffix(" GiB")
+        peak = "?" if all(f.unknown for f in group) else _gib(_largest(group)).removesuffix(" GiB")
         table.add_row(name, str(len(group)), spoken(sum(f.seconds for f in group)), peak, _verdict(group))
     return table
 
 
 def _name(f: Forecast) -> str:
     """Returns the model and method of a run, as far as they tell runs apart that fit from runs that do not."""
-    four_bit = " in NF4" if not f.spec.method.trains and f.spec.method.quantization() else ""
-    return f"{f.spec.model}, {f.spec.method.label}{four_bit}"
+    return f"{f.spec.model}, {f.spec.method.full_label()}"
 
 
 def _verdict(group: Sequence[Forecast]) -> str:
     small = [f for f in group if f.fits is False]
     if not small:
-        return "fits" if all(f.fits for f in group) else "not known"
+        unknown = ", ".join(dict.fromkeys(f.unknown for f in group if f.unknown))
+        return f"not known: {unknown}" if unknown else "fits"
     which = "" if len(small) == len(group) else f" for {len(small)}"
     return f"does not fit{which} (needs {_gib(_largest(small))})"
+
+
+def _peaks(forecasts: Sequence[Forecast]) -> str:
+    """Returns what is known of the runs' peaks, and of how many nothing is."""
+    unknown = sum(bool(f.unknown) for f in forecasts)
+    said = [] if forecasts and unknown == len(forecasts) else [f"peak at most {_gib(_largest(forecasts))}"]
+    return ", ".join([*said, f"peak not known of {unknown} (`peftscope memory` simulates it)"] if unknown else said)
 
 
 def _largest(forecasts: Sequence[Forecast]) -> int:

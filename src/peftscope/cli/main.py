@@ -6,15 +6,20 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from peftscope.cli import claims, memory, rules
-from peftscope.errors import InputError
+from peftscope.errors import InputError, Problem, printable
+from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
 from peftscope.layout import record_path, run_folder
+
+if TYPE_CHECKING:
+    from rich.status import Status
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,7 +44,8 @@ def main() -> None:
 
         die_with_parent()
     try:
-        app()
+        with without_hub_kernels():
+            app()
     except InputError as error:
         if len(error.problems) > 1:
             errors.print(f"[bold red]{len(error.problems)} problems[/]")
@@ -56,10 +62,17 @@ def main() -> None:
         os._exit(STORAGE_CODE)
 
 
+@app.callback()
+def listen(context: typer.Context) -> None:
+    """Hides what libraries say, but for a run that nobody watches: there it is part of the run's log."""
+    if context.invoked_subcommand != "run" or sys.stderr.isatty():
+        context.with_resource(quiet_libraries())
+
+
 @app.command()
 def run(
     spec: Spec,
-    output: Annotated[Path | None, typer.Option(help="Folder of the run; default results/single/runs/RUN_ID.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; default results/runs/RUN_ID.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")] = 0,
     checkpoint_seconds: Annotated[
         float, typer.Option(min=0, help="Between two checkpoints; a stopped run goes on from the last one.")
@@ -67,12 +80,16 @@ def run(
     attempts_left: Annotated[
         int, typer.Option(help="How often the caller tries again, each time with more host memory.")
     ] = 0,
+    keep_weights: Annotated[
+        str, typer.Option(help="Which trained weights stay: all, adapters (not a fully fine-tuned model), or none.")
+    ] = "adapters",
 ) -> None:
     """Train and measure one run; writes its record whatever happens."""
     from peftscope.execution.job import Job
     from peftscope.hardware.device import detect_device
     from peftscope.planning.plan import check_compiler, check_disk, check_fetched, check_runs
     from peftscope.planning.sweep import spec_from
+    from peftscope.record import KeepWeights
     from peftscope.spec import run_id
 
     values, path = _read_spec(spec)
@@ -82,8 +99,11 @@ def run(
     problems = check_runs(runs, str(path)) or check_disk(runs) + check_fetched(resolved) + check_compiler(runs)
     if problems:
         raise InputError(problems)
-    folder = output or run_folder("single", identity)
-    Job(resolved, folder, threads, checkpoint_seconds, attempts_left).start()
+    folder = output or run_folder(identity)
+    kept = next((choice for choice in get_args(KeepWeights) if choice == keep_weights), None)
+    if kept is None:
+        raise InputError(Problem("--keep-weights", f"unknown (got {keep_weights!r})", "use all, adapters or none"))
+    Job(resolved, folder, threads, checkpoint_seconds, attempts_left, kept).start()
 
 
 def _read_spec(text: str) -> tuple[dict[str, Any], Path]:
@@ -116,7 +136,7 @@ def expand_experiment(
     table = Table("run", "method", "trained parameters", "precision", "learning rate", "steps", "estimate", box=None)
     total, finished = 0.0, 0
     for identity, spec in plan.sweep.runs.items():
-        done = record_path(experiment, identity).is_file()
+        done = record_path(identity).is_file()
         seconds = 0.0 if done else estimate_seconds(spec, product_rate)
         total, finished = total + seconds, finished + done
         shape = find_model(spec.model).shape
@@ -141,10 +161,10 @@ def merge(
     """Fold a run's adapter into its base: a plain model, without PEFT."""
     from peftscope.execution.merge import find_run, merge_run
 
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     folder = find_run(run)
     target = output or folder / "merged"
-    merge_run(folder, target)
+    with offline():
+        merge_run(folder, target)
     print(target)
 
 
@@ -183,6 +203,11 @@ def doctor() -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
+def _waiting(what: str) -> Status:
+    """Returns a context in which a terminal says what is done."""
+    return errors.status(escape(printable(what)))
+
+
 @app.command()
 def fetch(
     model: Annotated[str, typer.Argument(help="A name in models.yaml, or a hub id.")],
@@ -191,7 +216,9 @@ def fetch(
     """Fetch a base model, with its checksums and licence."""
     from peftscope.models.fetch import fetch_model
 
-    print(fetch_model(model, revision))
+    with _waiting(f"fetching {model}"):
+        folder = fetch_model(model, revision)
+    print(folder)
 
 
 @app.command("make-task")
@@ -199,7 +226,9 @@ def make_task_command(task: Annotated[str, typer.Argument(help="A name in tasks.
     """Make a task's train, validation and test items."""
     from peftscope.data.tasks import make_task
 
-    print(make_task(task))
+    with _waiting(f"making {task}"):
+        folder = make_task(task)
+    print(folder)
 
 
 @app.command("make-benchmark")
@@ -209,4 +238,6 @@ def make_benchmark_command(
     """Fetch the rows of one of lm-eval's own benchmarks."""
     from peftscope.data.benchmarks import make_benchmark
 
-    print(make_benchmark(name))
+    with _waiting(f"fetching {name}"):
+        folder = make_benchmark(name)
+    print(folder)

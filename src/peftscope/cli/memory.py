@@ -2,107 +2,122 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 
 from peftscope.errors import InputError, Problem
+from peftscope.execution.libraries import offline
+from peftscope.memory.question import DEFAULTS, METHOD_OPTIONS, SPEC_OPTIONS, Question, ask, describe_model
+from peftscope.methods import METHODS
+from peftscope.methods.fields import TARGET_PRESETS
+from peftscope.spec import RunSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
     from peftscope.memory.answer import Answer
-    from peftscope.memory.question import Question
 
 app = typer.Typer()
 
 T = TypeVar("T")
+Command = TypeVar("Command", bound=Callable[..., None])
 
 MemoryModel = Annotated[
     str, typer.Argument(help="A preset (llama-2-7b, qwen2.5-0.5b, ...), a config.json, or a hub id.")
 ]
-Rank = Annotated[int | None, typer.Option(help="Rank of the adapter.")]
-Alpha = Annotated[float | None, typer.Option(help="Changes nothing in memory.")]
-InitR = Annotated[int | None, typer.Option(help="AdaLoRA's initial rank.")]
-TargetR = Annotated[int | None, typer.Option(help="AdaLoRA's final mean rank.")]
-VirtualTokens = Annotated[int | None, typer.Option(help="Virtual tokens of prompt and prefix tuning.")]
-Dropout = Annotated[float | None, typer.Option(help="Dropout on the input of A.")]
-AdapterDtype = Annotated[str | None, typer.Option(help="fp32 (PEFT's default) or base.")]
-DoubleQuant = Annotated[
-    bool | None, typer.Option("--double-quant/--no-double-quant", help="Quantise the block constants (default).")
-]
-KbitPreparation = Annotated[
-    bool | None,
-    typer.Option("--kbit-preparation/--no-kbit-preparation", help="Cast what is not quantised to fp32 (default: no)."),
-]
-Accumulation = Annotated[int | None, typer.Option(help="Forward passes a step.")]
-Targets = Annotated[str | None, typer.Option(help="minimal, attention, mlp, all-linear, or a list: q_proj,v_proj.")]
-BatchSize = Annotated[int | None, typer.Option(help="Sequences a forward pass; default 1.")]
-SequenceLength = Annotated[int | None, typer.Option(help="Tokens of the longest batch's sequences; default 512.")]
-Precision = Annotated[str | None, typer.Option(help="bf16 (default), fp32, or amp: fp32 weights under autocast.")]
-Optimizer = Annotated[str | None, typer.Option(help="adamw (default), sgd, adamw_8bit, paged_adamw, paged_adamw_8bit.")]
-LossPath = Annotated[str | None, typer.Option(help="hf (default): logits everywhere; response_only.")]
-Attention = Annotated[str | None, typer.Option(help="sdpa (default), eager, flash_attention_2.")]
-Checkpointing = Annotated[
-    bool | None, typer.Option("--checkpointing/--no-checkpointing", help="Recompute activations.")
-]
-Packing = Annotated[bool | None, typer.Option("--packed/--padded", help="Several examples a sequence (default: one).")]
 Gpus = Annotated[int, typer.Option(help="Shard weights, gradients and states over so many cards.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs; the keys are stable.")]
 
+PANEL = "Fields of the run and its method"
+"""The heading of their options in the help."""
+SWITCHES = {"packing": "--packed/--padded"}
+"""Names of switches that differ from their field's."""
+SAID_DEFAULTS = DEFAULTS | {"eval_batch_size": "that of --batch-size"}
+"""What the help says where the default is not the field's own."""
+NOT_OF_FIT = ("optimizer_implementation", "eval_batch_size")
+"""Options that the command ``fit`` does not have."""
+
+
+def run_options(*names: str) -> Callable[[Command], Command]:
+    """Returns a decorator that gives a command an option for each field of a run or a method that is named.
+
+    The command takes them as ``**options``; None: not given.
+    """
+
+    def add(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        options = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name))
+            for name in names
+        ]
+        command.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+        return command
+
+    return add
+
+
+def _option(name: str) -> Any:
+    """Returns a field's option as typer wants it; what values it takes is checked with the rest of the run."""
+    owners: tuple[type[BaseModel], ...] = (RunSpec, *METHODS.values())
+    fields = [owner.model_fields[name] for owner in owners if name in owner.model_fields]
+    annotation = fields[0].annotation
+    said = [fields[0].description or ""]
+    if get_origin(annotation) is Literal:
+        said.append(f"one of {', '.join(get_args(annotation))}")
+    defaults = {SAID_DEFAULTS.get(name, field.default) for field in fields}
+    if len(defaults) == 1:  # else it differs from method to method
+        (default,) = defaults
+        said.append(f"default {('off', 'on')[default] if annotation is bool else default}")
+    flag = name.replace("_", "-")
+    return Annotated[
+        (annotation if annotation in (bool, int, float) else str) | None,
+        typer.Option(
+            *([SWITCHES.get(name, f"--{flag}/--no-{flag}")] if annotation is bool else []),
+            help="; ".join(said),
+            callback=_preset_or_modules if name == "targets" else None,
+            rich_help_panel=PANEL,
+        ),
+    ]
+
+
+def _preset_or_modules(text: str | None) -> str | list[str] | None:
+    """Returns the name of a preset, or the modules that are listed, separated by commas."""
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    return text if not text else names[0] if len(names) == 1 and names[0] in TARGET_PRESETS else names
+
 
 @app.command("memory")
+@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS)
 def memory_command(
-    context: typer.Context,
     model: MemoryModel,
     method: Annotated[str, typer.Option(help="full, lora, qlora, dora, adalora, loftq, ...")] = "lora",
-    rank: Rank = None,
-    alpha: Alpha = None,
-    init_r: InitR = None,
-    target_r: TargetR = None,
-    targets: Targets = None,
-    virtual_tokens: VirtualTokens = None,
-    dropout: Dropout = None,
-    adapter_dtype: AdapterDtype = None,
-    double_quant: DoubleQuant = None,
-    kbit_preparation: KbitPreparation = None,
-    batch_size: BatchSize = None,
-    seq_len: SequenceLength = None,
-    gradient_accumulation: Accumulation = None,
-    precision: Precision = None,
-    optimizer: Optimizer = None,
-    optimizer_implementation: Annotated[str | None, typer.Option(help="foreach, fused or single.")] = None,
-    loss_path: LossPath = None,
     response_len: Annotated[
         int | None, typer.Option(help="Positions with a loss, for response_only; default half of --seq-len.")
     ] = None,
-    attention: Attention = None,
-    checkpointing: Checkpointing = None,
-    packing: Packing = None,
-    eval_batch_size: Annotated[int | None, typer.Option(help="Default --batch-size.")] = None,
     gpu: Annotated[str | None, typer.Option(help="For its CUDA context: rtx4090, a100, ..., or 24GiB.")] = None,
     gpus: Gpus = 1,
     simulate: Annotated[bool, typer.Option("--simulate", help="Run the step itself on tensors without data.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Every term with its formula and source.")] = False,
     depth: Annotated[int, typer.Option(help="Levels of the tree of modules.")] = 0,
     as_json: AsJson = False,
+    **options: Any,
 ) -> None:
-    """Say what a training run takes on a card, without one: allocated, reserved and device memory."""
+    """Say what a training run takes on a card, without one: allocated, reserved and device memory.
+
+    A method without a closed form is always simulated.
+    """
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.answer import answer_by_formula
-    from peftscope.memory.question import ask, describe_model
 
-    question = ask(
-        describe_model(model),
-        _run_options(context),
-        responses=response_len,
-        gpu=find_gpu(gpu) if gpu else None,
-        gpus=gpus,
-    )
+    card = find_gpu(gpu) if gpu else None
+    question = ask(describe_model(model), {"method": method, **options}, responses=response_len, gpu=card, gpus=gpus)
+    simulate = simulate or question.spec.method.closed_form is None
     answer = _simulated(question) if simulate else answer_by_formula(question)
     if as_json:
         print(json.dumps(answer.to_json(), ensure_ascii=False))
@@ -113,40 +128,21 @@ def memory_command(
 
 
 @app.command()
+@run_options(*METHOD_OPTIONS, *(name for name in SPEC_OPTIONS if name not in NOT_OF_FIT))
 def fit(
-    context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="A preset, a config.json, or a hub id.")] = None,
     gpu: Annotated[str, typer.Option(help="rtx4090, a100, ..., or its memory, as in 24GiB.")] = ...,  # type: ignore[assignment]
     models: Annotated[str | None, typer.Option(help="Several models, separated by commas.")] = None,
     methods: Annotated[
         str | None, typer.Option("--methods", "--method", help="Only these methods, separated by commas.")
     ] = None,
-    rank: Rank = None,
-    alpha: Alpha = None,
-    init_r: InitR = None,
-    target_r: TargetR = None,
-    targets: Targets = None,
-    virtual_tokens: VirtualTokens = None,
-    dropout: Dropout = None,
-    adapter_dtype: AdapterDtype = None,
-    double_quant: DoubleQuant = None,
-    kbit_preparation: KbitPreparation = None,
-    batch_size: BatchSize = None,
-    seq_len: SequenceLength = None,
-    gradient_accumulation: Accumulation = None,
-    precision: Precision = None,
-    optimizer: Optimizer = None,
-    loss_path: LossPath = None,
-    attention: Attention = None,
-    checkpointing: Checkpointing = None,
-    packing: Packing = None,
     gpus: Gpus = 1,
     as_json: AsJson = False,
+    **options: Any,
 ) -> None:
     """Say which methods fit on a card, with what is left, the largest sizes, and what to do where nothing fits."""
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.fit import fit_methods, known_methods
-    from peftscope.memory.question import describe_model
 
     names = [name.strip() for name in f"{model or ''},{models or ''}".split(",") if name.strip()]
     if not names:
@@ -154,9 +150,7 @@ def fit(
     card, chosen = find_gpu(gpu), known_methods(methods)
     found = [describe_model(name) for name in names]
     fits = []
-    for one in with_progress(
-        fit_methods(found, chosen, _run_options(context), card, gpus), len(found) * len(chosen), "fitting"
-    ):
+    for one in with_progress(fit_methods(found, chosen, options, card, gpus), len(found) * len(chosen), "fitting"):
         fits.append(one)
     if as_json:
         print(json.dumps([one.to_json() for one in fits], ensure_ascii=False))
@@ -166,35 +160,8 @@ def fit(
     show_fits(fits, card, _wide_console())
 
 
-def _run_options(context: typer.Context) -> dict[str, Any]:
-    """Returns the options of a command that are fields of a run or of its method."""
-    from peftscope.memory.question import METHOD_OPTIONS
-    from peftscope.methods.fields import TARGET_PRESETS
-    from peftscope.spec import RunSpec
-
-    known = {*METHOD_OPTIONS, *RunSpec.model_fields} - {"model"}
-    options = {name: value for name, value in context.params.items() if name in known}
-    targets = options.get("targets")
-    if targets:
-        names = [name.strip() for name in targets.split(",") if name.strip()]
-        options["targets"] = names[0] if len(names) == 1 and names[0] in TARGET_PRESETS else names
-    return options
-
-
-def quiet_libraries() -> None:
-    """Silences what libraries say about their own next versions and their bars, and keeps them from asking a hub."""
-    import logging
-    import warnings
-
-    warnings.simplefilter("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
 def _simulated(question: Question) -> Answer:
-    quiet_libraries()
-    with Console(stderr=True).status("simulating two training steps, some seconds"):
+    with Console(stderr=True).status("simulating two training steps, some seconds"), offline():
         from peftscope.memory.simulate import answer_by_simulation
 
         return answer_by_simulation(question)

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from peftscope.errors import InputError, Problem
-from peftscope.layout import EXPERIMENTS, MEMORY_FOLDER, run_folder
+from peftscope.execution.libraries import offline
+from peftscope.layout import EXPERIMENTS, MEMORY_FOLDER, RUNS, run_folder
 
 app = typer.Typer()
 
@@ -97,7 +98,7 @@ def check(experiment: ExperimentName) -> None:
     if len(failed):
         raise InputError(
             Problem(
-                str(run_folder(experiment, row.run_id)),
+                str(run_folder(row.run_id)),
                 f"{row.status}: {row.reason}",
                 "see its train.log; remove its record.json to try again",
             )
@@ -114,12 +115,32 @@ def publish_command(name: Annotated[str, typer.Argument(help="An experiment, mem
         print(path)
 
 
-@app.command("restore", hidden=True)
+@app.command("restore")
 def restore_command(experiment: ExperimentName) -> None:
-    """Put the published runs of a study back among its results, so that it goes on from there."""
+    """Copy an experiment's published runs into the store, where they count as done; they have no weights."""
     from peftscope.report.publish import restore
 
-    print(f"{restore(experiment)} runs restored")
+    print(f"{restore(experiment)} published runs are in the store")
+
+
+@app.command("records")
+def records_command(experiment: ExperimentName) -> None:
+    """Print an experiment's published records, one JSON object a line."""
+    from peftscope.planning.experiment import experiment_path
+    from peftscope.planning.published import published_records
+
+    experiment_path(experiment)
+    for text in published_records(experiment).values():
+        print(json.dumps(json.loads(text), ensure_ascii=False, sort_keys=True))
+
+
+@app.command("move-runs")
+def move_runs_command() -> None:
+    """Move finished runs of older versions into the store, results/runs; they are not trained again."""
+    from peftscope.execution.store import move_runs
+
+    moved, stay = move_runs()
+    print(f"{len(moved)} runs moved to {RUNS}" + (f", {len(stay)} were there already and stay" if stay else ""))
 
 
 @app.command("forecasts", hidden=True)
@@ -177,12 +198,11 @@ def memory_figures(curves: list[Path]) -> None:
 @app.command("memory-chapter", hidden=True)
 def memory_chapter() -> None:
     """Simulate the table of an introduction, line by line; about a minute."""
-    from peftscope.cli.memory import quiet_libraries, with_progress
-    from peftscope.report.memory import write_chapter
-
-    quiet_libraries()
     import pandas as pd
 
+    from peftscope.cli.memory import with_progress
     from peftscope.memory.chapter import lines, rebuild
+    from peftscope.report.memory import write_chapter
 
-    write_chapter(pd.DataFrame(list(with_progress(rebuild(), len(lines()), "simulating"))))
+    with offline():
+        write_chapter(pd.DataFrame(list(with_progress(rebuild(), len(lines()), "simulating"))))

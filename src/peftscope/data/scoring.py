@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from peftscope.errors import InputError, Problem
 from peftscope.files.content import Count, read_yaml
 from peftscope.files.problems import dotted, problems_of
-from peftscope.layout import EXPERIMENTS
+from peftscope.layout import EXPERIMENTS, shipped
 
 Text = Annotated[str, Field(max_length=10_000)]
 
@@ -95,7 +95,7 @@ class Scoring(_Part):
 
 def lm_eval_file(name: str) -> Path:
     """Returns the path of a task's lm-eval file."""
-    return EXPERIMENTS / "tasks" / f"{name}.yaml"
+    return shipped(EXPERIMENTS / "tasks" / f"{name}.yaml")
 
 
 def read_scoring(name: str) -> Scoring:

@@ -23,7 +23,7 @@ from peftscope.files.content import REVISION_PATTERN, Count, CountOrZero, HubId,
 from peftscope.files.hub import load_rows, tell_if_moved
 from peftscope.files.manifest import read_manifest
 from peftscope.files.problems import dotted, problems_of
-from peftscope.layout import TASKS_FILE, TASKS_FOLDER
+from peftscope.layout import TASKS_FILE, TASKS_FOLDER, shipped
 
 USUAL_TOKENS = 64
 """The tokens that estimates expect of an item before its task was made."""
@@ -140,11 +140,12 @@ class Item:
 
 @lru_cache
 def _tasks() -> dict[str, TaskEntry]:
+    path = shipped(TASKS_FILE)
     try:
-        return _Tasks(tasks=read_yaml(TASKS_FILE)).tasks
+        return _Tasks(tasks=read_yaml(path)).tasks
     except ValidationError as error:
         fields = set(TaskEntry.model_fields)
-        raise InputError(problems_of(error, lambda loc: f"{TASKS_FILE}: {dotted(loc[1:])}", fields)) from None
+        raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc[1:])}", fields)) from None
 
 
 _scoring = lru_cache(read_scoring)

@@ -6,11 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 from lm_eval.tasks import TaskManager
 
 from peftscope.data.benchmarks import write_task_file
-from peftscope.evaluation.answers import wrap
+from peftscope.evaluation.answers import evaluate, wrap
 from peftscope.spec import RunSpec
 
 
@@ -22,14 +21,12 @@ def score_benchmarks(model: Any, tokenizer: Any, spec: RunSpec) -> dict[str, dic
     with tempfile.TemporaryDirectory(prefix="peftscope-benchmarks-") as folder:
         for name in spec.benchmarks:
             write_task_file(name, Path(folder))
-        results = lm_eval.simple_evaluate(
+        results = evaluate(
             model=wrap(model, tokenizer, spec),
             tasks=list(spec.benchmarks),
             task_manager=TaskManager(include_path=folder, include_defaults=False),
             limit=spec.benchmark_items,
             log_samples=False,
-            bootstrap_iters=0,
-            verbosity="ERROR",
         )
     scores = {}
     for name in spec.benchmarks:

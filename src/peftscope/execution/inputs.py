@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -27,16 +28,40 @@ def verify_inputs(spec: RunSpec) -> None:
     Raises:
         InputError: A folder cannot be fetched again, or its new content differs.
     """
-    _verify(model_folder(spec.model, spec.revision), lambda: fetch_model(spec.model, spec.revision))
-    _verify(task_folder(spec.task), lambda: make_task(spec.task), suffix=".jsonl")
-    for name in spec.benchmarks:
-        _verify(benchmark_folder(name), partial(make_benchmark, name), suffix=".parquet")
+    for folder, fetch, suffix in _inputs(spec):
+        _verify(folder, fetch, suffix)
 
 
-def _verify(folder: Path, fetch: Callable[[], Path], suffix: str = "") -> None:
+def fetch_inputs(spec: RunSpec) -> None:
+    """Fetches or makes those of a run's model, data and benchmarks that are not there.
+
+    Raises:
+        InputError: One of them cannot be fetched.
+    """
+    for folder, fetch, _ in _inputs(spec):
+        if not (folder / "manifest.json").is_file():
+            with _alone(folder, "is fetching it"):
+                fetch()
+
+
+def _inputs(spec: RunSpec) -> list[tuple[Path, Callable[[], Path], str]]:
+    """Returns the folder of each input, the function that fetches it, and the suffix of the files with checksums."""
+    return [
+        (model_folder(spec.model, spec.revision), partial(fetch_model, spec.model, spec.revision), ""),
+        (task_folder(spec.task), partial(make_task, spec.task), ".jsonl"),
+        *((benchmark_folder(name), partial(make_benchmark, name), ".parquet") for name in spec.benchmarks),
+    ]
+
+
+def _alone(folder: Path, does: str) -> AbstractContextManager[None]:
+    """Returns a context that one process at a time can be in."""
+    return locked(folder.with_name(f".{folder.name}.lock"), does, FETCH_SECONDS)
+
+
+def _verify(folder: Path, fetch: Callable[[], Path], suffix: str) -> None:
     if not _damages(folder, suffix):
         return
-    with locked(folder.with_name(f".{folder.name}.lock"), "is restoring it", FETCH_SECONDS):
+    with _alone(folder, "is restoring it"):
         found = _damages(folder, suffix)  # another job may have restored it in the meantime
         if not found:
             return

@@ -24,6 +24,7 @@ from peftscope.files.storage import STORAGE_CODE
 from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.device import cards_claimed
 from peftscope.record import (
+    KeepWeights,
     RunRecord,
     Status,
     clear_checkpoints,
@@ -50,6 +51,7 @@ class Job:
         threads: The number of processor threads; 0 leaves the choice to torch.
         checkpoint_seconds: The seconds between two checkpoints.
         attempts_left: How many more times the caller will retry, with more host memory each time.
+        keep_weights: The trained weights that stay when the run has ended.
     """
 
     spec: RunSpec
@@ -57,6 +59,7 @@ class Job:
     threads: int
     checkpoint_seconds: float
     attempts_left: int
+    keep_weights: KeepWeights = "adapters"
 
     def start(self) -> None:
         """Runs the spec and ends this process, or restores the record if an earlier job finished the run.
@@ -194,7 +197,7 @@ class Job:
         import torch
 
         if spec.device == "cuda" and rank == 0:
-            _check_cards(spec.shards)
+            check_cards(spec.shards)
         from peftscope.execution.phases import Phases
         from peftscope.execution.run import execute
 
@@ -206,10 +209,11 @@ class Job:
             torch.set_num_threads(max(1, (self.threads or torch.get_num_threads()) // spec.shards))
         phases = Phases(spec.device, began)
         phases.mark_imported(verified_seconds)
-        return execute(spec, self.folder, phases, self.checkpoint_seconds, rank)
+        return execute(spec, self.folder, phases, self.checkpoint_seconds, rank, self.keep_weights)
 
 
-def _check_cards(count: int) -> None:
+def check_cards(count: int) -> None:
+    """Raises InputError if torch cannot use so many cards."""
     import torch
 
     if not torch.cuda.is_available():

@@ -6,28 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from peftscope.errors import InputError, Problem, close_match
-from peftscope.layout import record_paths
-from peftscope.record import read_record
+from peftscope.layout import RUNS, record_paths, run_folder
+from peftscope.record import is_restored, read_record
 from peftscope.spec import RunSpec
 
 
 def find_run(run: str) -> Path:
-    """Returns the folder of a finished run with an adapter, in whichever experiment it is.
+    """Returns the folder of a finished run that has its weights.
 
     Raises:
         InputError: There is none.
     """
-    folders = [path.parent for path in record_paths()]
-    mine = [folder for folder in folders if folder.name == run]
-    if not mine:
-        raise InputError(
-            Problem(f"run {run}", "no such run under results/", close_match(run, [f.name for f in folders]))
-        )
-    endings = {folder: read_record(folder / "record.json").status for folder in mine}
-    finished = [folder for folder, status in endings.items() if status == "ok"]
-    if not finished:
-        raise InputError(Problem(f"run {run}", f"it ended {endings[mine[0]]}", "choose a run that ended ok"))
-    return finished[0]
+    folder = run_folder(run)
+    if not (folder / "record.json").is_file():
+        known = [path.parent.name for path in record_paths()]
+        raise InputError(Problem(f"run {run}", f"no such run in {RUNS}", close_match(run, known)))
+    record = read_record(folder / "record.json")
+    if record.status != "ok":
+        raise InputError(Problem(f"run {run}", f"it ended {record.status}", "choose a run that ended ok"))
+    if is_restored(folder) or record.weights == "dropped":
+        why = "restored without its weights" if is_restored(folder) else "its weights were dropped when it ended"
+        raise InputError(Problem(f"run {run}", why, f"remove {folder} and run it again (--keep-weights all)"))
+    return folder
 
 
 def merge_run(folder: Path, target: Path) -> None:
@@ -68,7 +68,7 @@ def base_of_adapter(spec: RunSpec) -> Any:
     from peftscope.training.load import load_base
 
     base = load_base(spec)
-    return build_model(base, spec)[0].unload() if spec.method.has_own_base else base
+    return build_model(base, spec).model.unload() if spec.method.has_own_base else base
 
 
 def _dequantised(base: Any, spec: RunSpec) -> Any:

@@ -22,6 +22,7 @@ from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.device import processor_name
 from peftscope.hardware.meter import allocator_settings, pci_address
 from peftscope.hardware.nvml import find_card, other_processes, reading
+from peftscope.methods import versions_of
 from peftscope.models.catalog import model_folder
 from peftscope.spec import RunSpec
 
@@ -44,7 +45,7 @@ def provenance(spec: RunSpec, rank: int = 0) -> dict[str, Any]:
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "code": git_state(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES} | versions_of(spec.method.name),
         "hardware": hardware(spec.device),
         "threads": torch.get_num_threads(),
         # On a processor alone: products of a card and those of fp32 tensors have one way.

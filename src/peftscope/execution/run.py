@@ -1,4 +1,4 @@
-"""One run, from its spec to its record: load, initialise, train, evaluate, save, probe.
+"""One run, from its spec to its record: load, prepare, train, evaluate, save, probe.
 
 However it ends, a record is written: failure is data.
 """
@@ -12,33 +12,42 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from peftscope.data.batching import Batch, Example, evaluation_batches, tokenise, training_batches
-from peftscope.data.tasks import read_split, shuffle_responses
+from peftscope.data.batching import (
+    Batch,
+    Example,
+    digested,
+    evaluation_batches,
+    tokenise,
+    training_batches,
+    widest_batch,
+)
+from peftscope.data.tasks import Item, read_split, shuffle_responses
 from peftscope.errors import InputError
 from peftscope.evaluation.heldout import heldout_nll, mean_nll
 from peftscope.evaluation.retention import bits_per_byte
 from peftscope.execution.phases import Phases
 from peftscope.execution.provenance import card_reading, provenance
 from peftscope.execution.ranks import let_others_end_it, meeting_file, rank_folder
+from peftscope.execution.unavailable import why_unavailable
 from peftscope.files.manifest import file_sha256
 from peftscope.files.storage import storage_problem
 from peftscope.hardware.bf16 import bf16_products
 from peftscope.hardware.meter import is_out_of_memory
-from peftscope.memory.predict import predict
+from peftscope.memory.predict import predict_or_nothing
 from peftscope.memory.probe import probe_evaluation, probe_training
 from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.record import (
     FINAL,
-    Ceilings,
-    PredictedMemory,
+    KeepWeights,
     RunRecord,
     Size,
     Status,
@@ -54,10 +63,71 @@ from peftscope.training.load import attention, load_base, load_tokenizer
 from peftscope.training.loop import Diverged, TrainingLog, check_loss, train
 from peftscope.training.shard import from_all, held_bytes, is_first, join, own_seed, shard, trained_state
 from peftscope.training.signals import Interrupted
+from peftscope.training.step import TrainedModel
+
+
+@dataclass
+class _Run:
+    """A run under way: what is asked for, where it writes, and what it found so far."""
+
+    spec: RunSpec
+    folder: Path
+    phases: Phases
+    checkpoints: Checkpoints
+    record: RunRecord
+    keep_weights: KeepWeights
+    log: TrainingLog = field(default_factory=TrainingLog)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What a run reads beside its base model; ``items`` are those behind ``heldout``."""
+
+    tokenizer: Any
+    training: list[Example]
+    validation: list[Example]
+    items: list[Item]
+    heldout: list[Example]
+
+
+@dataclass(frozen=True)
+class _Widest:
+    """The batches that take the most memory; of training None where nothing is trained."""
+
+    training: Batch | None
+    heldout: Batch
+
+
+def _run_phases(run: _Run) -> None:
+    """Takes a run from its base model to its last figure; each part writes what it finds into the record."""
+    phase, quality, trains = run.phases.phase, run.record.quality, run.spec.method.trains
+    with phase("load"):
+        data, base = _load(run)
+    trained = _prepare(run, base)
+    quality.retention_bits_per_byte_before = _score_retention(run, trained.model, data)
+    with phase("predict"):
+        widest = _predict(run, data)
+    if trains:
+        _train(run, trained, data, widest)
+    with phase("evaluate"):
+        _evaluate(run, trained, data)
+        _save(run, trained.model)
+    before = quality.retention_bits_per_byte_before
+    quality.retention_bits_per_byte = _score_retention(run, trained.model, data) if trains else before
+    _probe(run, trained, widest)
+    if trains:
+        # A card that the model fills has no room for the largest product; the run is good all the same.
+        with phase("ceilings"), suppress(torch.OutOfMemoryError):
+            run.record.ceilings = measure_ceilings(run.spec)
 
 
 def execute(
-    spec: RunSpec, folder: Path, phases: Phases, checkpoint_seconds: float = math.inf, rank: int = 0
+    spec: RunSpec,
+    folder: Path,
+    phases: Phases,
+    checkpoint_seconds: float = math.inf,
+    rank: int = 0,
+    keep_weights: KeepWeights = "adapters",
 ) -> RunRecord:
     """Runs a spec and writes ``record.json``, ``items.jsonl`` and ``adapter/`` into ``folder``.
 
@@ -67,12 +137,14 @@ def execute(
         phases: Started with the process, imports already marked.
         checkpoint_seconds: Between two checkpoints of the training, which an interrupted run goes on from.
         rank: Which of a sharded run's processes this is; all but the first write into a folder below.
+        keep_weights: Which trained weights stay; dropping them changes nothing that is measured.
 
     Returns:
         The record, whatever its status but ``interrupted``.
 
     Raises:
         Interrupted: After ``interrupted.json`` was written, so that the job counts as not done.
+        KeyboardInterrupt: Likewise, where the process has Python's own handler of SIGINT.
     """
     meeting, folder = meeting_file(folder), rank_folder(folder, rank)
     for name in ("record.json", "interrupted.json", "items.jsonl"):
@@ -80,17 +152,17 @@ def execute(
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     record = RunRecord(run_id=run_id(spec), status="ok", spec=spec)
-    log = TrainingLog()
-    checkpoints = Checkpoints(state_folder(folder), spec, checkpoint_seconds)
+    run = _Run(spec, folder, phases, Checkpoints(state_folder(folder), spec, checkpoint_seconds), record, keep_weights)
     file = "record.json"
     try:
         record.provenance = provenance(spec, rank)
         if spec.shards > 1:
             join(spec, rank, meeting)
         with bf16_products():
-            _run(spec, folder, record, log, phases, checkpoints)
-    except Interrupted as error:
-        record.status, record.reason, file = "interrupted", str(error), "interrupted.json"
+            _run_phases(run)
+    except (Interrupted, KeyboardInterrupt) as error:
+        reason = str(error) or "stopped by SIGINT"
+        record.status, record.reason, file = "interrupted", reason, "interrupted.json"
         raise
     except Diverged as error:
         record.status, record.reason = "diverged", str(error)
@@ -110,13 +182,13 @@ def execute(
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         record.status, record.reason, file = status, reason, "record.json"
     finally:
-        record.train_nll, record.train_loss = log.nll, log.loss
-        log.write_speed(record.speed, spec)
+        record.train_nll, record.train_loss = run.log.nll, run.log.loss
+        run.log.write_speed(record.speed, spec)
         record.speed.matmul_share = _matmul_share(record)
         phases.finish()
         record.seconds, record.memory = phases.seconds, phases.memory
-        record.memory.paged_state_bytes = log.paged_state_bytes
-        record.unavailable = _unavailable(record)
+        record.memory.paged_state_bytes = run.log.paged_state_bytes
+        record.unavailable = why_unavailable(record)
         if record.status in FINAL:
             # First where no rule declares it: a job that is killed now has nothing left to do but to copy it.
             write_record(state_folder(folder) / file, record)
@@ -126,134 +198,133 @@ def execute(
     return record
 
 
-def _run(
-    spec: RunSpec, folder: Path, record: RunRecord, log: TrainingLog, phases: Phases, checkpoints: Checkpoints
-) -> None:
-    with phases.phase("load"):
-        tokenizer = load_tokenizer(spec)
-        pad = tokenizer.pad_token_id
-        examples = read_split(spec.task, "train") if spec.method.trains else []
-        if spec.shuffled_targets:
-            examples = shuffle_responses(examples, spec.seed)
-        training = tokenise(examples, tokenizer, spec.seq_len)
-        validation = tokenise(read_split(spec.task, "validation")[: spec.validation_items], tokenizer, spec.seq_len)
-        items = read_split(spec.task, "test")[: spec.heldout_items]
-        heldout = tokenise(items, tokenizer, spec.seq_len)
-        with _tracked_load(spec, phases) as loaded:
-            base = load_base(spec)
-            loaded.append(base)
-        vocab_size = base.config.vocab_size
-    with phases.phase("initialise"), _tracked_load(spec, phases, base) as loaded:
-        model, loss_function = build_model(base, spec)
-        loaded.append(model)
-    record.size = _initial_size(model)
-    if spec.shards > 1:
-        with phases.phase("initialise"):
-            shard(model, spec)
+def _load(run: _Run) -> tuple[_Data, Any]:
+    """Returns the data, tokenised, and the base model."""
+    spec = run.spec
+    tokenizer = load_tokenizer(spec)
+    examples = read_split(spec.task, "train") if spec.method.trains else []
+    if spec.shuffled_targets:
+        examples = shuffle_responses(examples, spec.seed)
+    items = read_split(spec.task, "test")[: spec.heldout_items]
+    data = _Data(
+        tokenizer=tokenizer,
+        training=tokenise(examples, tokenizer, spec.seq_len),
+        validation=tokenise(read_split(spec.task, "validation")[: spec.validation_items], tokenizer, spec.seq_len),
+        items=items,
+        heldout=tokenise(items, tokenizer, spec.seq_len),
+    )
+    with _tracked_load(run) as loaded:
+        base = load_base(spec)
+        loaded.append(base)
+    return data, base
 
-    def evaluate_retention() -> float | None:
-        model.eval()
-        with phases.phase("evaluate"), attention(model, spec.attention):
-            return bits_per_byte(model, tokenizer, spec) if spec.retention_tokens else None
 
-    record.quality.retention_bits_per_byte_before = evaluate_retention()
-    with phases.phase("predict"):
-        batches = islice(_batches(training, spec, pad), spec.steps * spec.gradient_accumulation)
-        widest = _widest(batches) if spec.method.trains else None
-        widest_heldout = _widest(evaluation_batches(heldout, batch_size=spec.eval_batch_size, pad_token_id=pad))
-        phases.memory.predicted = _predicted(spec, widest, widest_heldout)
+def _prepare(run: _Run, base: Any) -> TrainedModel:
+    """Returns the model to train, spread over the run's processes if there are several."""
+    with run.phases.phase("initialise"), _tracked_load(run, base) as loaded:
+        trained = build_model(base, run.spec)
+        loaded.append(trained.model)
+    run.record.size = _initial_size(trained.model)
+    if run.spec.shards > 1:
+        with run.phases.phase("initialise"):
+            shard(trained.model, run.spec)
+    return trained
+
+
+def _score_retention(run: _Run, model: Any, data: _Data) -> float | None:
+    model.eval()
+    with run.phases.phase("evaluate"), attention(model, run.spec.attention):
+        return bits_per_byte(model, data.tokenizer, run.spec) if run.spec.retention_tokens else None
+
+
+def _predict(run: _Run, data: _Data) -> _Widest:
+    """Puts the predicted peaks into the record, and returns the batches that they are of."""
+    spec, pad = run.spec, data.tokenizer.pad_token_id
+    seen = islice(_batches(data, spec), spec.steps * spec.gradient_accumulation)
+    training = widest_batch(seen) if spec.method.trains else None
+    heldout = widest_batch(evaluation_batches(data.heldout, batch_size=spec.eval_batch_size, pad_token_id=pad))
+    run.phases.memory.predicted = predict_or_nothing(spec, training, heldout)
+    return _Widest(training, heldout)
+
+
+def _train(run: _Run, trained: TrainedModel, data: _Data, widest: _Widest) -> None:
+    spec, record = run.spec, run.record
+    digest = hashlib.sha256()
+    with run.phases.phase("train"), compiled_layers(trained.model, spec):
+        seed_everything(own_seed(spec.seed if spec.init_seed is None else spec.init_seed, spec))
+        rehearsal = widest.training if spec.device == "cuda" else None
+        train(trained, digested(_batches(data, spec), digest), spec, run.log, run.checkpoints, rehearsal)
+    if record.provenance["card"]:
+        record.provenance["card"]["after_training"] = card_reading()
+    record.train_batches_sha256 = digest.hexdigest()
+    record.method_metrics = spec.method.metrics(trained.model)
+
+
+def _evaluate(run: _Run, trained: TrainedModel, data: _Data) -> None:
+    """Puts the scores into the record, and those of each item into ``items.jsonl``."""
+    spec, record, model = run.spec, run.record, trained.model
+    pad = data.tokenizer.pad_token_id
+    model.eval()
+    with attention(model, spec.attention):
+        if data.validation:
+            record.quality.validation_nll = mean_nll(heldout_nll(model, data.validation, spec, pad))
+        per_item = heldout_nll(model, data.heldout, spec, pad)
+        nll = mean_nll(per_item)
+        if spec.method.trains:
+            check_loss(nll, trained.vocab_size, spec, "on held-out items")
+        answers = _answers(model, data.tokenizer, spec, record)
+        record.benchmarks = _benchmarks(model, data.tokenizer, spec)
+    _write_items(run.folder / "items.jsonl", data.items, per_item, answers)
+    record.quality.heldout_nll = nll
+    record.quality.heldout_tokens = sum(count for _, count in per_item)
+
+
+def _save(run: _Run, model: Any) -> None:
+    """Writes what was trained, and the checksums of all that the run wrote into the record."""
+    spec, record, adapter = run.spec, run.record, run.folder / "adapter"
     if spec.method.trains:
-        digest = hashlib.sha256()
-        with phases.phase("train"), compiled_layers(model, spec):
-            seed_everything(own_seed(spec.seed if spec.init_seed is None else spec.init_seed, spec))
-            batches = _digested(_batches(training, spec, pad), digest)
-            rehearsal = widest if spec.device == "cuda" else None
-            train(model, batches, spec, loss_function, vocab_size, log, checkpoints, rehearsal)
-        if record.provenance["card"]:
-            record.provenance["card"]["after_training"] = card_reading()
-        record.train_batches_sha256 = digest.hexdigest()
-    record.method_metrics = spec.method.metrics(model)
-    with phases.phase("evaluate"):
-        model.eval()
-        with attention(model, spec.attention):
-            if validation:
-                chosen_by = heldout_nll(model, validation, spec, pad)
-                record.quality.validation_nll = mean_nll(chosen_by)
-            per_item = heldout_nll(model, heldout, spec, pad)
-            nll = mean_nll(per_item)
-            if spec.method.trains:
-                check_loss(nll, vocab_size, spec, "on held-out items")
-            answers = _answers(model, tokenizer, spec, record)
-            record.benchmarks = _benchmarks(model, tokenizer, spec)
-        _write_items(folder / "items.jsonl", items, per_item, answers)
-        record.quality.heldout_nll = nll
-        record.quality.heldout_tokens = sum(count for _, count in per_item)
-        _save(model, spec, folder, record)
-        written = [folder / "items.jsonl", *sorted(folder.glob("adapter/*.*"))]
-        record.files = {path.relative_to(folder).as_posix(): file_sha256(path) for path in written}
-    before = record.quality.retention_bits_per_byte_before
-    record.quality.retention_bits_per_byte = evaluate_retention() if spec.method.trains else before
+        state = trained_state(model) if spec.shards > 1 else None
+        if is_first():
+            spec.method.save(model, adapter, state)
+        record.size.adapter_bytes = sum(path.stat().st_size for path in adapter.glob("*.safetensors"))
+        record.size.trained_parameters = spec.method.final_trainable_parameters(model)
+        keeps = run.keep_weights == "all" or (run.keep_weights == "adapters" and not spec.method.trains_base)
+        record.weights = "kept" if keeps else "dropped"
+        if not keeps:
+            shutil.rmtree(adapter, ignore_errors=True)
+    written = [run.folder / "items.jsonl", *sorted(adapter.glob("*.*"))]
+    record.files = {path.relative_to(run.folder).as_posix(): file_sha256(path) for path in written}
+
+
+def _probe(run: _Run, trained: TrainedModel, widest: _Widest) -> None:
+    """Puts into the record what only a probe knows: peaks of tensors on a processor, or each process's share."""
+    spec, memory = run.spec, run.phases.memory
     if spec.shards > 1:
-        phases.gather_ranks(held_bytes(model), lambda mine: from_all(mine, spec))
+        run.phases.gather_ranks(held_bytes(trained.model), lambda mine: from_all(mine, spec))
     elif spec.device == "cpu" and spec.probe_steps:
-        with phases.phase("probe"):
-            with attention(model, spec.attention):
-                phases.memory.evaluate.peak_tensor_bytes = probe_evaluation(model, widest_heldout, spec)
-            if spec.method.trains and not spec.compile:
-                assert widest is not None
-                peaks = probe_training(model, widest, spec, loss_function)
-                phases.memory.train.peak_tensor_bytes = max(peaks.values())
-                phases.memory.forward_peak_tensor_bytes = peaks["forward"]
-                phases.memory.backward_peak_tensor_bytes = peaks["backward"]
-                phases.memory.optimizer_peak_tensor_bytes = peaks["optimizer"]
-    if spec.method.trains:
-        # A card that the model fills has no room for the largest product; the run is good all the same.
-        with phases.phase("ceilings"), suppress(torch.OutOfMemoryError):
-            record.ceilings = measure_ceilings(spec)
+        with run.phases.phase("probe"):
+            with attention(trained.model, spec.attention):
+                memory.evaluate.peak_tensor_bytes = probe_evaluation(trained.model, widest.heldout, spec)
+            if widest.training is not None and not spec.compile:
+                peaks = probe_training(trained, widest.training, spec)
+                memory.train.peak_tensor_bytes = max(peaks.values())
+                memory.forward_peak_tensor_bytes = peaks["forward"]
+                memory.backward_peak_tensor_bytes = peaks["backward"]
+                memory.optimizer_peak_tensor_bytes = peaks["optimizer"]
 
 
-def _predicted(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> PredictedMemory:
-    """Returns the predicted peaks, or none: a model that cannot be simulated can still be trained."""
-    if _not_simulated(spec):
-        return PredictedMemory()
-    try:
-        return predict(spec, widest, widest_heldout)
-    except Exception:
-        traceback.print_exc()
-        return PredictedMemory()
-
-
-def _not_simulated(spec: RunSpec) -> str:
-    """Returns why the simulator does not know runs of this kind; empty if it does."""
-    if spec.shards > 1:
-        return "the simulator knows a single process"
-    return "the simulator does not know what compiled layers keep" if spec.compile else ""
-
-
-def _batches(examples: Sequence[Example], spec: RunSpec, pad_token_id: int) -> Iterator[Batch]:
-    pack_to = spec.seq_len if spec.packing else None
+def _batches(data: _Data, spec: RunSpec) -> Iterator[Batch]:
+    pack_to, pad = spec.seq_len if spec.packing else None, data.tokenizer.pad_token_id
     return training_batches(
-        examples, seed=spec.seed, batch_size=spec.batch_size, pad_token_id=pad_token_id, pack_to=pack_to
+        data.training, seed=spec.seed, batch_size=spec.batch_size, pad_token_id=pad, pack_to=pack_to
     )
 
 
-def _widest(batches: Iterator[Batch]) -> Batch:
-    """Returns the first of the batches with the longest sequence, and of these with the most logits."""
-    return max(batches, key=lambda batch: (batch.input_ids.shape[1], batch.kept_positions.numel()))
-
-
-def _digested(batches: Iterator[Batch], digest: hashlib._Hash) -> Iterator[Batch]:
-    """Yields the batches; the digest is that of their tokens in order."""
-    for batch in batches:
-        digest.update(batch.input_ids.numpy().tobytes())
-        yield batch
-
-
 @contextmanager
-def _tracked_load(spec: RunSpec, phases: Phases, *alive: Any) -> Iterator[list[Any]]:
+def _tracked_load(run: _Run, *alive: Any) -> Iterator[list[Any]]:
     """Tracks live bytes while a model comes to be; the block appends it, so that its storages are counted."""
     loaded: list[Any] = []
-    if spec.device != "cpu":
+    if run.spec.device != "cpu":
         yield loaded
         return
     tracker = MemoryTracker(tensors_of(*alive))
@@ -261,7 +332,7 @@ def _tracked_load(spec: RunSpec, phases: Phases, *alive: Any) -> Iterator[list[A
         yield loaded
     for tensor in tensors_of(*loaded):
         tracker.add(tensor)
-    load = phases.memory.load
+    load = run.phases.memory.load
     load.peak_tensor_bytes = max(load.peak_tensor_bytes or 0, tracker.peak_bytes)
 
 
@@ -310,60 +381,3 @@ def _write_items(path: Path, items: Any, per_item: Any, answers: list[dict[str, 
         answer = by_item.get(index)
         rows.append(row | ({"answer": answer["answer"], "correct": answer["correct"]} if answer else {}))
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _save(model: Any, spec: RunSpec, folder: Path, record: RunRecord) -> None:
-    if not spec.method.trains:
-        return
-    adapter = folder / "adapter"
-    state = trained_state(model) if spec.shards > 1 else None
-    if is_first():
-        spec.method.save(model, adapter, state)
-    record.size.adapter_bytes = sum(path.stat().st_size for path in adapter.glob("*.safetensors"))
-    record.size.trained_parameters = spec.method.final_trainable_parameters(model)
-
-
-def _unavailable(record: RunRecord) -> dict[str, str]:
-    """Returns why each null field is null."""
-    reasons: dict[str, str] = {}
-    cpu = record.spec.device == "cpu"
-    for phase in ("load", "train", "evaluate"):
-        for field, value in getattr(record.memory, phase):
-            if value is None:
-                cuda_only = cpu and field in ("peak_reserved_bytes", "peak_device_bytes")
-                reasons[f"memory.{phase}.{field}"] = "CUDA only" if cuda_only else _why_missing(record, phase, field)
-    for phase in ("forward", "backward", "optimizer"):
-        if getattr(record.memory, f"{phase}_peak_tensor_bytes") is None:
-            missing = _why_missing(record, "train", "peak_tensor_bytes")
-            reasons[f"memory.{phase}_peak_tensor_bytes"] = missing if cpu else "CPU only"
-    failed = record.status == "ok" and all(value is None for _, value in record.memory.predicted)
-    for field, value in record.memory.predicted:
-        if failed:
-            reason = _not_simulated(record.spec) or "the simulation failed, see train.log"
-            reasons[f"memory.predicted.{field}"] = reason
-        elif value is None:
-            cuda_only = cpu and field.endswith(("reserved_bytes", "device_bytes"))
-            reasons[f"memory.predicted.{field}"] = "CUDA only" if cuda_only else _why_missing(record, "train")
-    if record.memory.paged_state_bytes is None:
-        reasons["memory.paged_state_bytes"] = "CUDA only" if cpu else _why_missing(record, "train")
-    for part in ("speed", "ceilings", "quality", "size"):
-        for field, value in getattr(record, part):
-            if value is None:
-                reasons[f"{part}.{field}"] = _why_missing(record, "evaluate" if part == "quality" else "train", field)
-    return reasons
-
-
-def _why_missing(record: RunRecord, phase: str, field: str = "") -> str:
-    if record.status != "ok":
-        return f"the run ended: {record.status}"
-    if field == "peak_device_bytes":
-        return "NVML gave no answer"
-    if phase == "train" and not record.spec.method.trains:
-        return "nothing is trained"
-    if field in ("matmul_share", *Ceilings.model_fields) and record.speed.timed_steps:
-        return "the model left no room to measure the device's rates"
-    if field == "peak_tensor_bytes" and record.spec.shards > 1:
-        return "the byte tracker knows a single process"
-    if field == "peak_tensor_bytes" and record.spec.compile:
-        return "the byte tracker does not see into compiled layers"
-    return "switched off in the spec"

@@ -26,6 +26,7 @@ import psutil
 import torch
 
 from peftscope.analysis.cards import CARD_FILE, KINDS, read_facts, read_rows
+from peftscope.execution.libraries import without_hub_kernels
 from peftscope.files.atomic import write_json
 from peftscope.gpu.fits import check_fit, fits
 from peftscope.gpu.jobs import CardJob, card_jobs, in_order, predicted_bytes, small_jobs, why_not_tried
@@ -80,7 +81,7 @@ def described(job: CardJob, device: str) -> dict[str, Any]:
         "model": Path(job.question.model.name).stem if job.question.model.name.endswith(".json") else spec.model,
         "method": method.name,
         "targets": getattr(method, "targets", None),
-        "rank": getattr(method, "rank", getattr(method, "init_r", None)),
+        "rank": getattr(method, method.rank_field, None),
         "batch_size": spec.batch_size,
         "seq_len": spec.seq_len,
         "checkpointing": spec.checkpointing,
@@ -310,6 +311,7 @@ def card_facts(output: Path, measure_card: Callable[[], dict[str, Any] | None], 
     return facts
 
 
+@without_hub_kernels()
 def main() -> None:
     """Checks what is left within the minutes, writes the report, and prints the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

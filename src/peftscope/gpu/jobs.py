@@ -110,7 +110,7 @@ def _latencies() -> Iterator[tuple[str, Options]]:
 
 def _memory() -> Iterator[tuple[str, Options]]:
     """Yields every method on a 7B model, full fine-tuning on smaller ones too, and variants."""
-    adapters = [name for name, cls in METHODS.items() if cls.trains and name != "full"]
+    adapters = [name for name, cls in METHODS.items() if cls.trains and cls.closed_form and not cls.trains_base]
     for method in adapters:
         yield BIG, {"method": method, "seq_len": 512}
     for model in (BIG, "llama-3.2-3b", MIDDLE, "qwen2.5-0.5b"):
@@ -151,7 +151,7 @@ def small_jobs(model: Model, gpu: Gpu) -> Iterator[CardJob]:
             served: Options = {"batch_size": batch_size, "seq_len": 32, "adapter_dtype": "base"}
             yield make_job(model, gpu, {"method": method, **served}, "latency")
     for method, cls in METHODS.items():
-        if cls.trains:
+        if cls.trains and cls.closed_form:
             yield make_job(model, gpu, {"method": method, **small})
 
 

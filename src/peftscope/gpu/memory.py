@@ -73,14 +73,15 @@ def measure(question: Question, device: str) -> dict[str, Any]:
         torch.OutOfMemoryError: The card is too small.
     """
     spec = question.spec.model_copy(update={"device": device})
-    model, loss_function = apply_method(random_base(question, device), spec, spec.method.build_empty)
+    trained = apply_method(random_base(question, device), spec, spec.method.build_empty)
+    model = trained.model
     batch = random_batch(question, spec.batch_size).to(device)
     training: Any = MemoryTracker(tensors_of(model, batch)) if device == "cpu" else CudaPeaks()
     optimizer = make_optimizer(model, spec)
-    track_steps(training, model, [batch, batch], optimizer, spec, loss_function)
+    track_steps(training, trained, [batch, batch], optimizer, spec)
     # An evaluation is predicted for a model without anything of its training.
     del optimizer, batch
-    loss_function.nll = None
+    trained.loss_function.nll = None
     batch = random_batch(question, spec.eval_batch_size).to(device)
     evaluation: Any = MemoryTracker(tensors_of(model)) if device == "cpu" else CudaPeaks()
     with attention(model, spec.attention):

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from peftscope.analysis.cards import CARD_FILE, KINDS, read_facts, read_rows
+from peftscope.errors import InputError
 
 MEMORY = ("allocated", "reserved", "device")
 GIB, GIGA, TERA, MILLI = 2**30, 1e9, 1e12, 1e-3
@@ -68,12 +69,13 @@ def _judged(output: Path) -> tuple[list[dict[str, Any]], str]:
     try:
         from peftscope.claims.evaluate import evaluate_part
         from peftscope.claims.ledger import read_ledger
-        from peftscope.layout import CLAIMS_FILE
 
-        if not CLAIMS_FILE.is_file():
-            return [], f"there is no {CLAIMS_FILE} here"
+        try:
+            ledger = read_ledger()
+        except InputError as error:
+            return [], str(error)
         judged = []
-        for claim in read_ledger():
+        for claim in ledger:
             for part in (part for part in claim.parts if part.kind == "gpu"):
                 mine = part.model_copy(update={"with_": part.with_ | {"results": str(output)}}) if part.check else part
                 found = evaluate_part(mine).to_json()

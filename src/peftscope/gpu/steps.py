@@ -35,22 +35,15 @@ def time_steps(question: Question, device: str) -> dict[str, Any]:
         torch.OutOfMemoryError: The card is too small.
     """
     spec = question.spec.model_copy(update={"device": device})
-    model, loss_function = apply_method(random_base(question, device), spec, spec.method.build_empty)
+    trained = apply_method(random_base(question, device), spec, spec.method.build_empty)
     batch = random_batch(question, spec.batch_size).to(device)
-    tracked = probe_training(model, batch, spec, loss_function) if device == "cpu" else {}
-    optimizer, meter = make_optimizer(model, spec), make_meter(device)
-    model.train()
+    tracked = probe_training(trained, batch, spec) if device == "cpu" else {}
+    optimizer, meter = make_optimizer(trained.model, spec), make_meter(device)
+    trained.model.train()
 
     def step() -> None:
-        train_step(
-            model,
-            [batch],
-            optimizer,
-            spec,
-            loss_function,
-            # Half way through a run AdaLoRA rates, prunes and masks in every step.
-            after_optimizer_step=lambda: spec.method.after_optimizer_step(model, spec.steps // 2),
-        )
+        # Half way through a run AdaLoRA rates, prunes and masks in every step.
+        train_step(trained, [batch], optimizer, spec, step=spec.steps // 2)
 
     for _ in range(WARM_UP):
         step()
@@ -74,7 +67,7 @@ def time_steps(question: Question, device: str) -> dict[str, Any]:
         "resident": resident,
         "seconds": seconds,
         "tokens": tokens,
-        "useful_flops": count_work(model).of_step(tokens, responses),
+        "useful_flops": count_work(trained.model).of_step(tokens, responses),
         "state": state,
     }
 

@@ -111,9 +111,11 @@ def peaks_by_formula(question: Question, *, evaluation: bool = True) -> Peaks:
     """Returns the closed form's peaks, with those of the evaluation or without.
 
     Raises:
-        InputError: The model's family is not one that it knows.
+        InputError: It does not know the model's family, or the method.
     """
     model, spec = question.model, question.spec
+    if spec.method.closed_form is None:
+        raise InputError(Problem("method", f"{spec.method.name} has no closed form", "use --simulate"))
     if model.shape is None:
         remedy = "use --simulate, which takes any causal model of transformers"
         raise InputError(Problem("model", f"no closed form: {model.why_no_shape}", remedy))
@@ -128,7 +130,7 @@ def answer_by_formula(question: Question) -> Answer:
     """Returns the closed form's answer.
 
     Raises:
-        InputError: The model's family is not one that it knows.
+        InputError: It does not know the model's family, or the method.
     """
     return answer_of(question, peaks_by_formula(question), "formula")
 
@@ -197,17 +199,8 @@ def _while_loading(question: Question, trace: Trace) -> list[Block]:
     if shape is None:
         return stays
     layers = [layer for layer in shape.block if not method.targets_of() or layer.name in method.targets_of()]
-    largest = max(layers or shape.block, key=lambda layer: layer.weights)
-    whole, square = largest.weights, min(largest.inputs, largest.outputs)
-    if method.name == "pissa":
-        size = 4 * (3 * whole + square * (largest.inputs + largest.outputs))
-        return [*stays, Block(size, "temporaries", term="singular value decomposition of the largest target")]
-    if method.name == "loftq":
-        size = 4 * (4 * whole + square * square)
-        return [*stays, Block(size, "temporaries", term="LoftQ's initialisation of the largest target")]
-    if method.quantization():
-        return [*stays, Block(2 * whole, "temporaries", term="largest layer before it is quantised")]
-    return stays
+    more = method.loading_temporary(max(layers or shape.block, key=lambda layer: layer.weights))
+    return [*stays, Block(more[0], "temporaries", term=more[1])] if more else stays
 
 
 def _share(phase: str, blocks: list[Block], gpus: int) -> list[Block]:
@@ -260,12 +253,18 @@ def _name_of(block: Block) -> str:
 
 
 def _agreement(question: Question, peaks: Peaks) -> str:
-    """Returns how far the closed form was from the simulation at most; empty for what is not simulated."""
+    """Returns how far the closed form was from simulations of this method; empty for what is not simulated."""
     if question.gpus > 1 or peaks.binding_phase == "load":
         return ""
     try:
-        measured = json.loads(AGREEMENT_FILE.read_text())
+        measured = json.loads(AGREEMENT_FILE.read_text())["methods"].get(question.spec.method.name)
     except OSError:
         return ""
-    worst, reserved = max(measured["worst_percent"].values()), measured["mean_reserved_percent"]
-    return f"checked against simulation, ±{worst:.1f} %; reserved within {reserved:.1f} % on average"
+    if measured is None:
+        return "not checked against simulation" if question.spec.method.trains else ""
+    allocated, reserved = measured["allocated_percent"], measured["reserved_percent"]
+    return (
+        f"against {measured['questions']} simulations of {question.spec.method.name}: allocated off by "
+        f"{allocated['mean']:.2f} % on average and {allocated['worst']:.2f} % at worst, "
+        f"reserved by {reserved['mean']:.2f} % and {reserved['worst']:.2f} %"
+    )

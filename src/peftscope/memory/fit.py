@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.hardware.cards import Gpu
@@ -39,6 +39,7 @@ class Fit:
     Attributes:
         model: As it was asked for.
         method: Its name.
+        how: Closed form, or simulation where the method has none; then no largest size is searched for.
         fits: Whether it does.
         peak_allocated_bytes: Of torch's allocator.
         peak_reserved_bytes: Segments that the allocator holds.
@@ -59,6 +60,7 @@ class Fit:
     method: str
     capacity_bytes: int
     fits: bool
+    how: Literal["formula", "simulation"] = "formula"
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     peak_device_bytes: int | None = None
@@ -129,16 +131,11 @@ def options_of_method(method: str, options: Mapping[str, Any]) -> dict[str, Any]
     """Returns those of the options that a method has, and its name; rank means AdaLoRA's initial rank, too."""
     fields = METHODS[method].model_fields
     found = {k: v for k, v in options.items() if v is not None and (k not in METHOD_OPTIONS or k in fields)}
-    if method == "adalora" and options.get("rank"):
-        found |= _adalora_ranks(options["rank"])
+    if "rank" not in fields and options.get("rank"):
+        found |= METHODS[method].with_rank(options["rank"])
     if not METHODS[method].supports_checkpointing:
         found.pop("checkpointing", None)
     return {**found, "method": method}
-
-
-def _adalora_ranks(rank: int) -> dict[str, int]:
-    """Returns initial and target rank; the initial one is at least 2, for there must be something to prune."""
-    return {"init_r": max(2, rank), "target_r": max(1, rank // 2)}
 
 
 @dataclass(frozen=True)
@@ -159,13 +156,29 @@ class _Search:
         """
         options = options_of_method(self.method, self.asked)
         question = self._question(options)
+        if question.spec.method.closed_form is None:
+            return self._simulated(question)
         peaks = self._peaks(options)
-        taken, capacity = peaks.device_bytes, self.gpu.memory_bytes
+        capacity = self.gpu.memory_bytes
         longest = self.model.max_seq_len or LONGEST_SEQUENCE
 
         def most(field: str, limit: int) -> int | None:
             return largest(lambda value: self._peaks({**options, field: value}).device_bytes, capacity, limit)
 
+        return replace(
+            self._fit_of(question, peaks),
+            largest_batch_size=most("batch_size", LARGEST_BATCH_SIZE),
+            largest_seq_len=most("seq_len", longest - getattr(question.spec.method, "virtual_tokens", 0)),
+            largest_rank=self._largest_rank(options, narrowest_target(self.model, question.spec) or LARGEST_RANK),
+        )
+
+    def _simulated(self, question: Question) -> Fit:
+        from peftscope.memory.simulate import peaks_by_simulation
+
+        return replace(self._fit_of(question, peaks_by_simulation(question, evaluation=False)), how="simulation")
+
+    def _fit_of(self, question: Question, peaks: Peaks) -> Fit:
+        taken, capacity = peaks.device_bytes, self.gpu.memory_bytes
         return Fit(
             model=self.model.name,
             method=self.method,
@@ -178,9 +191,6 @@ class _Search:
             phases=peaks.phases,
             components=by_kind(peaks.blocks[peaks.binding_phase]),
             headroom_bytes=capacity - taken,
-            largest_batch_size=most("batch_size", LARGEST_BATCH_SIZE),
-            largest_seq_len=most("seq_len", longest - getattr(question.spec.method, "virtual_tokens", 0)),
-            largest_rank=self._largest_rank(options, narrowest_target(self.model, question.spec) or LARGEST_RANK),
             advice="" if taken <= capacity else self._advice(),
             assumptions=question.assumptions,
         )
@@ -193,15 +203,14 @@ class _Search:
         return peaks_by_formula(self._question(options), evaluation=False)
 
     def _largest_rank(self, options: Mapping[str, Any], narrowest: int) -> int | None:
-        fields, limit = METHODS[self.method].model_fields, min(LARGEST_RANK, narrowest)
-        if "rank" not in fields and "init_r" not in fields:
+        method = METHODS[self.method]
+        if not method.with_rank(1):
             return None
 
         def taken(rank: int) -> int:
-            changes = {"rank": rank} if "rank" in fields else _adalora_ranks(rank)
-            return self._peaks({**options, **changes}).device_bytes
+            return self._peaks({**options, **method.with_rank(rank)}).device_bytes
 
-        return largest(taken, self.gpu.memory_bytes, limit)
+        return largest(taken, self.gpu.memory_bytes, min(LARGEST_RANK, narrowest))
 
     def _advice(self) -> str:
         for changes in ADVICE:

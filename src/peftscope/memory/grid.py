@@ -38,13 +38,12 @@ def sources() -> list[str]:
 
 def grid() -> pd.DataFrame:
     """Returns the curves of the grid: one row each, with its method and the axis that it varies."""
-    has_rank = {"rank", "init_r"}
     return pd.DataFrame(
         [
             {"method": method, "axis": axis}
             for method in METHOD_NAMES
             for axis in AXES
-            if axis != "rank" or has_rank & METHODS[method].model_fields.keys()
+            if axis != "rank" or METHODS[method].with_rank(1)
         ]
     )
 

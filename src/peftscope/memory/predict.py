@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,24 @@ from peftscope.memory.simulate import simulate
 from peftscope.models.catalog import model_folder
 from peftscope.record import PredictedMemory
 from peftscope.spec import RunSpec
+
+
+def predict_or_nothing(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> PredictedMemory:
+    """Returns the predicted peaks, or none: a model that cannot be simulated can still be trained."""
+    if why_not_simulated(spec):
+        return PredictedMemory()
+    try:
+        return predict(spec, widest, widest_heldout)
+    except Exception:
+        traceback.print_exc()
+        return PredictedMemory()
+
+
+def why_not_simulated(spec: RunSpec) -> str:
+    """Returns why the simulator does not know runs of this kind; empty if it does."""
+    if spec.shards > 1:
+        return "the simulator knows a single process"
+    return "the simulator does not know what compiled layers keep" if spec.compile else ""
 
 
 def predict(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> PredictedMemory:

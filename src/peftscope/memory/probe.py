@@ -11,27 +11,26 @@ from peftscope.data.batching import Batch
 from peftscope.evaluation.heldout import heldout_losses
 from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.spec import RunSpec
-from peftscope.training.step import CausalLoss, make_optimizer, train_step
+from peftscope.training.step import TrainedModel, make_optimizer, train_step
 
 
-def probe_training(model: Any, batch: Batch, spec: RunSpec, loss_function: CausalLoss) -> dict[str, int]:
+def probe_training(trained: TrainedModel, batch: Batch, spec: RunSpec) -> dict[str, int]:
     """Returns the peak of live tensor bytes in ``forward``, ``backward`` and ``optimizer``.
 
     The optimizer's states appear at the first of ``spec.probe_steps`` steps, so the second is the steady one; the
     larger peak counts. Runs after everything else, with an optimizer of its own: it changes the weights.
     """
-    tracker = MemoryTracker(tensors_of(model, batch))
-    track_steps(tracker, model, [batch] * spec.probe_steps, make_optimizer(model, spec), spec, loss_function)
+    tracker = MemoryTracker(tensors_of(trained.model, batch))
+    track_steps(tracker, trained, [batch] * spec.probe_steps, make_optimizer(trained.model, spec), spec)
     return {phase: peak.size for phase, peak in tracker.trace.peaks().items()}
 
 
 def track_steps(
     tracker: MemoryTracker,
-    model: Any,
+    trained: TrainedModel,
     batches: Sequence[Batch],
     optimizer: torch.optim.Optimizer,
     spec: RunSpec,
-    loss_function: CausalLoss,
     before_phase: Callable[[str], None] = lambda phase: None,
 ) -> None:
     """Takes a training step on each batch (the same one throughout a gradient accumulation) under a tracker."""
@@ -40,19 +39,11 @@ def track_steps(
         before_phase(phase)
         tracker.trace.begin(phase)
 
-    model.train()
+    trained.model.train()
     with tracker:
         for batch in batches:
-            train_step(
-                model,
-                [batch] * spec.gradient_accumulation,
-                optimizer,
-                spec,
-                loss_function,
-                # Step 0 is before any pruning: AdaLoRA then updates its importance scores and changes no rank.
-                after_optimizer_step=lambda: spec.method.after_optimizer_step(model, 0),
-                at_phase=begin,
-            )
+            # Step 0 is before any pruning: AdaLoRA then updates its importance scores and changes no rank.
+            train_step(trained, [batch] * spec.gradient_accumulation, optimizer, spec, step=0, at_phase=begin)
             begin("")
 
 

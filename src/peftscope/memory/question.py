@@ -33,7 +33,25 @@ METHOD_OPTIONS = (
     "double_quant",
     "kbit_preparation",
 )
-"""Options that are fields of a method; the others are the spec's own."""
+"""Options that are fields of a method."""
+
+SPEC_OPTIONS = (
+    "batch_size",
+    "seq_len",
+    "gradient_accumulation",
+    "precision",
+    "optimizer",
+    "optimizer_implementation",
+    "loss_path",
+    "attention",
+    "checkpointing",
+    "packing",
+    "eval_batch_size",
+)
+"""Options that are fields of the spec."""
+
+DEFAULTS: dict[str, Any] = {"batch_size": 1, "seq_len": 512, "precision": "bf16", "loss_path": "hf"}
+"""What a plain PyTorch and PEFT script does where nothing is said; for other options, the field's own default."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +128,11 @@ def _is_folder(path: Path) -> bool:
 
 
 def _catalogued(name: str) -> ModelShape | None:
-    """Returns the shape of a model of the working directory's models.yaml."""
-    from peftscope.models import catalog
+    """Returns the shape of a model of models.yaml; None where there is no such file, or it does not say."""
+    from peftscope.models.catalog import find_model
 
-    if not catalog.MODELS_FILE.is_file():
-        return None
     try:
-        return catalog.find_model(name).shape
+        return find_model(name).shape
     except InputError:
         return None
 
@@ -209,7 +225,7 @@ def ask(
 
 
 def _defaults(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
-    defaults: dict[str, Any] = {"batch_size": 1, "seq_len": 512, "precision": "bf16", "loss_path": "hf"}
+    defaults = dict(DEFAULTS)
     if model.config["model_type"] == "gemma2":
         defaults["attention"] = "eager"
         if given.get("attention") == "sdpa":
@@ -241,8 +257,10 @@ def _check_model(model: Model, spec: RunSpec) -> None:
         if target not in modules:
             remedy = close_match(target, [*modules, *TARGET_PRESETS])
             raise InputError(Problem("targets", f"{model.name} has no `{target}`", remedy))
-    name = "init_r" if hasattr(spec.method, "init_r") else "rank"
+    name = spec.method.rank_field
     rank, narrowest = getattr(spec.method, name, None), narrowest_target(model, spec)
+    if spec.method.closed_form is None:  # what the rank of any method means is not known
+        return
     if rank is not None and narrowest is not None and rank > narrowest:
         message = f"{rank} is more than the smallest adapted width, {narrowest}"
         raise InputError(Problem(name, message, f"use at most {narrowest}"))
@@ -301,10 +319,9 @@ def _assumptions(spec: RunSpec, responses: int, gpu: Gpu | None, gpus: int) -> l
         taken.append("4-bit products dequantise one layer at a time in both passes, as large batches do on CUDA")
     if spec.optimizer.startswith("paged"):
         taken.append("paged optimizer states are all on the card: device counts them, allocated does not")
-    if spec.method.name == "adalora":
-        taken.append("before AdaLoRA prunes; masking frees nothing")
-    if spec.method.name in ("pissa", "loftq"):
-        taken.append(f"the load peak of {spec.method.label} is a formula, not a simulation")
+    if spec.method.closed_form is None:
+        taken.append(f"{spec.method.name} has no closed form: its peaks are simulated")
+    taken += spec.method.memory_assumptions
     if gpus > 1:
         taken.append(f"weights, gradients and states sharded over {gpus} cards (FSDP, ZeRO-3), batch_size on each")
     return taken

@@ -13,6 +13,7 @@ from peftscope.hardware.cards import GIB, MIB, Gpu
 from peftscope.memory.answer import Answer
 from peftscope.memory.fit import Fit
 from peftscope.memory.formula import DIMENSIONS
+from peftscope.methods import METHODS
 
 
 def spoken_bytes(size: int) -> str:
@@ -27,6 +28,8 @@ def spoken_bytes(size: int) -> str:
 def show_answer(answer: Answer, console: Console, *, explain: bool, depth: int) -> None:
     """Prints an answer: peaks, phases, what is alive at the peak, and what they rest on."""
     how = "closed form" if answer.how == "formula" else "simulated on tensors without data"
+    if METHODS[answer.method].closed_form is None:
+        how += f", for {answer.method} has no closed form"
     known = f" ({answer.agreement})" if answer.agreement else ""
     console.print(f"[bold]{answer.model}, {answer.method}[/]: {how}{known}")
     if answer.parameters is not None:
@@ -91,11 +94,15 @@ def _module_tree(modules: dict[str, Any], depth: int) -> Tree:
 def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
     """Prints which methods fit, with what is left, and the largest batch, length and rank that still fit."""
     console.print(f"on {gpu.name}, {spoken_bytes(gpu.memory_bytes)}; closed form")
+    simulated = sorted({fit.method for fit in fits if fit.how == "simulation"})
     table = Table("model", "method", "device peak", "fits", "left", "batch", "length", "rank", "what to do", box=None)
     for fit in fits:
         mark = "[green]yes[/]" if fit.fits else "[red]no[/]"
-        largest = [str(value) if value else "-" for value in (fit.largest_batch_size, fit.largest_seq_len)]
-        rank = str(fit.largest_rank) if fit.largest_rank else "-"
+        none = "?" if fit.how == "simulation" else "-"
+        sizes = (fit.largest_batch_size, fit.largest_seq_len, fit.largest_rank)
+        largest = [str(value) if value else none for value in sizes]
         device, left = (spoken_bytes(b) if b is not None else "-" for b in (fit.peak_device_bytes, fit.headroom_bytes))
-        table.add_row(fit.model, fit.method, device, mark, left, *largest, rank, fit.advice)
+        table.add_row(fit.model, fit.method, device, mark, left, *largest, fit.advice)
     console.print(table)
+    for name in simulated:
+        console.print(f"{name} has no closed form: its peak is simulated as asked, and no largest size is searched for")

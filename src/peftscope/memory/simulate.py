@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peftscope.data.batching import Batch
 from peftscope.errors import InputError, Problem
 from peftscope.hardware.cards import CUBLAS_BYTES
-from peftscope.memory.answer import Answer, answer_of, peaks_of
+from peftscope.memory.answer import Answer, Peaks, answer_of, peaks_of
 from peftscope.memory.formula.step import PAGED_FROM_VALUES
 from peftscope.memory.probe import track_evaluation, track_steps
 from peftscope.memory.question import Question
@@ -27,7 +27,7 @@ from peftscope.methods.fields import Quantization
 from peftscope.spec import RunSpec
 from peftscope.training.build import apply_method
 from peftscope.training.load import DTYPES, MASK_FREE_SDPA, attention, training_attention
-from peftscope.training.step import CausalLoss, make_optimizer
+from peftscope.training.step import TrainedModel, make_optimizer
 
 
 def simulate(
@@ -50,14 +50,15 @@ def simulate(
         evaluation_batch: Of its shape is the evaluation's, if it is wanted.
         cublas_bytes: Size of cuBLAS's workspace; above 0 the traces also have what kernels take inside on CUDA.
     """
-    model, loss_function = _empty_model(spec, config)
+    trained = _empty_model(spec, config)
+    model = trained.model
     # Fake tensors are CPU tensors whatever device they stand for, and autocast asks the spec for it.
     on_cpu = spec.model_copy(update={"device": "cpu"})
     if cublas_bytes:
         _drop_as_on_cuda(model)
-    with FakeTensorMode(allow_non_fake_inputs=True), _Owners(model, loss_function) as owners:
+    with FakeTensorMode(allow_non_fake_inputs=True), _Owners(trained) as owners:
         _fill_with_fakes(model, spec.method.quantization())
-        trace = _train(model, loss_function, owners, on_cpu, batches, cublas_bytes) if batches else Trace()
+        trace = _train(trained, owners, on_cpu, batches, cublas_bytes) if batches else Trace()
         if evaluation_batch is None:
             return trace, None
         tracker = _tracker_of(model, owners, cublas_bytes)
@@ -69,13 +70,13 @@ def simulate(
 
 
 def _train(
-    model: Any,
-    loss_function: CausalLoss,
+    trained: TrainedModel,
     owners: _Owners,
     spec: RunSpec,
     batches: Sequence[Batch],
     cublas_bytes: int,
 ) -> Trace:
+    model = trained.model
     tracker = _tracker_of(model, owners, cublas_bytes)
     with unset_fake_temporarily():  # bitsandbytes makes its code tables value by value
         optimizer = make_optimizer(model, spec)
@@ -91,13 +92,13 @@ def _train(
                     if block and spec.optimizer.startswith("paged") and key in ("state1", "state2"):
                         block.paged = state.numel() >= PAGED_FROM_VALUES
 
-    before, fake = None, None
+    before: Batch | None = None
     for batch in batches:
         if batch is not before:
             before, fake = batch, _fake_batch(batch)
             for tensor in tensors_of(fake):
                 tracker.add(tensor).kind = "temporaries"
-        track_steps(tracker, model, [fake], optimizer, spec, loss_function, before_phase=mark)
+        track_steps(tracker, trained, [fake], optimizer, spec, before_phase=mark)
     tracker.trace.name_open_blocks()
     return tracker.trace
 
@@ -165,28 +166,37 @@ def answer_by_simulation(question: Question) -> Answer:
     Raises:
         InputError: transformers does not know the model, or PEFT does not find the targets in it.
     """
+    return answer_of(question, peaks_by_simulation(question), "simulation")
+
+
+def peaks_by_simulation(question: Question, *, evaluation: bool = True) -> Peaks:
+    """Returns the simulation's peaks, with those of the evaluation or without.
+
+    Raises:
+        InputError: transformers does not know the model, or PEFT does not find the targets in it.
+    """
     if question.gpus > 1:
-        raise InputError(Problem("gpus", "sharding is known to the closed form only", "leave --simulate out"))
-    spec, packed = question.spec, question.spec.packing
-    sizes = {"width": spec.seq_len, "responses": question.responses}
-    batch = empty_batch(rows=spec.batch_size, packed=packed, **sizes)
-    evaluation_batch = empty_batch(rows=spec.eval_batch_size, **sizes)
+        has_form = question.spec.method.closed_form is not None
+        message = "sharding is known to the closed form only"
+        message += "" if has_form else f", and {question.spec.method.name} has none"
+        raise InputError(Problem("gpus", message, "leave --simulate out" if has_form else "ask about one card"))
+    spec, responses = question.spec, question.responses
+    batch = empty_batch(rows=spec.batch_size, width=spec.seq_len, responses=responses, packed=spec.packing)
+    evaluation_batch = empty_batch(rows=spec.eval_batch_size, width=spec.seq_len, responses=responses)
     fields = dict(question.model.config)
     try:
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        training, evaluation = simulate(
+        training, evaluated = simulate(
             spec,
             config,
             [batch, batch] if spec.method.trains else [],
-            evaluation_batch,
+            evaluation_batch if evaluation or not spec.method.trains else None,
             question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES,
         )
     except Exception as error:  # whatever a model of anyone's stumbles over, the user needs one line
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(Problem("model", f"{question.model.name} cannot be simulated: {reason}")) from error
-    assert evaluation is not None
-    peaks = peaks_of(question, training if spec.method.trains else None, evaluation)
-    return answer_of(question, peaks, "simulation")
+    return peaks_of(question, training if spec.method.trains else None, evaluated)
 
 
 def empty_batch(*, rows: int, width: int, responses: int, packed: bool = False) -> Batch:
@@ -211,14 +221,14 @@ def _fake_batch(batch: Batch) -> Batch:
     return Batch(**{**vars(batch), **tensors})
 
 
-def _empty_model(spec: RunSpec, config: Any) -> tuple[Any, CausalLoss]:
+def _empty_model(spec: RunSpec, config: Any) -> TrainedModel:
     quantization = spec.method.quantization()
     base = _empty_base(spec, config, quantization)
     with torch.device("meta"):
-        model, loss_function = apply_method(base, spec, spec.method.build_empty)
+        trained = apply_method(base, spec, spec.method.build_empty)
     if getattr(spec.method, "adapter_dtype", "fp32") == "base":
         # PEFT gives adapters the base's dtype when it moves them to its device, and moves nothing on meta.
-        for parameter in model.parameters():
+        for parameter in trained.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(DTYPES[spec.precision])
     # bitsandbytes makes these tables value by value, which fake tensors cannot.
@@ -226,7 +236,7 @@ def _empty_model(spec: RunSpec, config: Any) -> tuple[Any, CausalLoss]:
         from bitsandbytes.functional import create_dynamic_map, name2qmap
 
         name2qmap.setdefault("dynamic", create_dynamic_map())
-    return model, loss_function
+    return trained
 
 
 def _empty_base(spec: RunSpec, config: Any, quantization: Quantization | None) -> Any:
@@ -300,11 +310,11 @@ def _fake_like(old: torch.Tensor, quantization: Quantization | None) -> torch.Te
 class _Owners:
     """Knows which module a new block belongs to: the one that runs, or the one whose backward pass runs."""
 
-    def __init__(self, model: torch.nn.Module, loss_function: CausalLoss) -> None:
-        self._names = {id(module): self.clean(name) for name, module in model.named_modules()}
+    def __init__(self, trained: TrainedModel) -> None:
+        self._names = {id(module): self.clean(name) for name, module in trained.model.named_modules()}
         self._stack: list[str] = []
         self._of_node: dict[int, str] = {}
-        self._loss_function = loss_function
+        self._loss_function = trained.loss_function
         self.outside = ""
 
     @staticmethod

@@ -1,11 +1,19 @@
-"""The methods of the suite: one file each, one line each in ``METHODS``. Importing this needs no torch."""
+"""The methods of the suite: one file each, one line each in ``OwnMethod``. Importing this needs no torch.
+
+A package of anyone's adds methods by entry points of the group ``peftscope.methods``. They are looked for when
+``METHODS`` or ``AnyMethod`` is first asked for, so that their modules can import ``peftscope.methods.fields``.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from functools import cache, reduce
+from importlib.metadata import Distribution, EntryPoint, entry_points
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import Field
 
+from peftscope.errors import InputError, Problem, shown
 from peftscope.methods.adalora import AdaLoRA
 from peftscope.methods.dora import DoRA
 from peftscope.methods.fields import Method
@@ -21,7 +29,10 @@ from peftscope.methods.prompt_tuning import PromptTuning
 from peftscope.methods.qlora import QLoRA
 from peftscope.methods.rslora import RsLoRA
 
-AnyMethod = Annotated[
+GROUP = "peftscope.methods"
+"""The group of entry points by which other packages add methods."""
+
+OwnMethod = (
     Untouched
     | Full
     | LoRA
@@ -34,12 +45,86 @@ AnyMethod = Annotated[
     | PiSSA
     | IA3
     | PromptTuning
-    | PrefixTuning,
-    Field(discriminator="name"),
-]
+    | PrefixTuning
+)
+"""This package's methods, in the order of tables."""
 
-METHODS: dict[str, type[Method]] = {
-    cls.model_fields["name"].default: cls
-    for cls in AnyMethod.__origin__.__args__  # type: ignore[attr-defined]
-}
-"""Every method by its name in specs, in the order of tables."""
+if TYPE_CHECKING:
+    AnyMethod = Annotated[OwnMethod, Field(discriminator="name")]
+    METHODS: dict[str, type[Method]]
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Returns ``METHODS``, every method by its name in specs, or ``AnyMethod``, the type of any of them.
+
+        Raises:
+            InputError: A method of another package cannot be used.
+        """
+        if name == "METHODS":
+            return _methods()
+        if name == "AnyMethod":
+            return Annotated[reduce(or_, _methods().values()), Field(discriminator="name")]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@cache
+def _methods() -> dict[str, type[Method]]:
+    """Returns every method by its name: this package's in the order of tables, then those of others by name."""
+    return _own() | {name: cls for name, (cls, _) in _outside().items()}
+
+
+def _own() -> dict[str, type[Method]]:
+    return {cls.model_fields["name"].default: cls for cls in get_args(OwnMethod)}
+
+
+@cache
+def _outside() -> dict[str, tuple[type[Method], Distribution]]:
+    """Returns the methods of other packages by name, each with its distribution."""
+    found: dict[str, tuple[type[Method], Distribution]] = {}
+    problems = []
+    for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, _owner(point), point.value)):
+        owners = {name: "peftscope" for name in _own()} | {name: _said(of) for name, (_, of) in found.items()}
+        if point.name in owners:
+            method, wrong = None, f"the name {point.name!r} belongs to a method of {owners[point.name]}"
+        else:
+            method, wrong = _load(point)
+        if method is not None and point.dist is not None:
+            found[point.name] = method, point.dist
+        else:
+            where = f"entry point {point.name} = {point.value} of {_owner(point)}"
+            problems.append(Problem(where, wrong, "mend or uninstall it"))
+    if problems:
+        raise InputError(problems)
+    return found
+
+
+def _load(point: EntryPoint) -> tuple[type[Method] | None, str]:
+    """Returns the method behind an entry point; where it is none, why."""
+    try:
+        method = point.load()
+    except Exception as error:  # whatever a module of anyone's stumbles over, the user needs one line
+        return None, f"cannot be loaded: {type(error).__name__}: {error}"
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        return None, f"is no subclass of peftscope.methods.fields.Method (got {shown(method)})"
+    name = method.model_fields.get("name")
+    if name is None or name.default != point.name or get_args(name.annotation) != (point.name,):
+        return None, f'needs the field `name: Literal["{point.name}"] = "{point.name}"`, the name of its entry point'
+    if not isinstance(getattr(method, "label", None), str):
+        return None, "needs a `label`, its name in tables"
+    return method, ""
+
+
+def _owner(point: EntryPoint) -> str:
+    return _said(point.dist) if point.dist is not None else "an unknown distribution"
+
+
+def _said(distribution: Distribution) -> str:
+    return f"{distribution.name} {distribution.version}"
+
+
+def versions_of(name: str) -> dict[str, str]:
+    """Returns the distribution that a method comes from, with its version; nothing for this package's own."""
+    if name not in _outside():
+        return {}
+    distribution = _outside()[name][1]
+    return {distribution.name: distribution.version}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from peftscope.files.content import Count
-from peftscope.methods.fields import AdapterDtype, Alpha, Dropout, Method, Rank, Targets, target_modules
+from peftscope.methods.fields import AdapterDtype, Alpha, ClosedForm, Dropout, Method, Rank, Targets, target_modules
 
 if TYPE_CHECKING:
     from peftscope.models.shapes import ModelShape
@@ -26,8 +26,11 @@ class AdaLoRA(Method):
     """Adaptive budget allocation over P E Q triplets."""
 
     label: ClassVar[str] = "AdaLoRA"
+    closed_form: ClassVar[ClosedForm] = ClosedForm(layer="triplets", orthogonality_term=True, scores=len(IMPORTANCE))
     min_steps: ClassVar[int] = 3
     supports_shards: ClassVar[bool] = False
+    rank_field: ClassVar[str] = "init_r"
+    memory_assumptions: ClassVar[tuple[str, ...]] = ("before AdaLoRA prunes; masking frees nothing",)
 
     name: Literal["adalora"] = "adalora"
     init_r: Rank = 12
@@ -48,6 +51,11 @@ class AdaLoRA(Method):
         if self.warmup_share + self.final_share >= 1:
             raise ValueError("warmup_share + final_share must stay below 1, or no step is left to prune in")
         return self
+
+    @classmethod
+    def with_rank(cls, rank: int) -> dict[str, int]:
+        """Returns initial and target rank; the initial one is at least 2, for there must be something to prune."""
+        return {"init_r": max(2, rank), "target_r": max(1, rank // 2)}
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Returns init_r * (in + out + 1), summed over the targets: what is trained before the first pruning."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftscope.methods.fields import AdapterDtype, Alpha, Dropout, Method, Rank, Targets, target_modules
+from peftscope.methods.fields import AdapterDtype, Alpha, ClosedForm, Dropout, Method, Rank, Targets, target_modules
 from peftscope.methods.low_rank import low_rank_parameters, wrap_with_lora
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ class DoRA(Method):
     """Weight-decomposed low-rank adaptation."""
 
     label: ClassVar[str] = "DoRA"
+    closed_form: ClassVar[ClosedForm] = ClosedForm(layer="decomposed")
 
     name: Literal["dora"] = "dora"
     rank: Rank = 8

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -11,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from peftscope.files.content import Count
 
 if TYPE_CHECKING:
-    from peftscope.models.shapes import ModelShape
+    from peftscope.models.shapes import LinearLayer, ModelShape
     from peftscope.spec import RunSpec
 
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
@@ -79,6 +80,25 @@ class Quantization(BaseModel):
     compute_dtype: ComputeDtype = "bf16"
 
 
+@dataclass(frozen=True)
+class ClosedForm:
+    """What the closed form of memory (``memory/formula``) has to know of a method that it was written for.
+
+    Attributes:
+        layer: The formula of an adapted layer: LoRA's, AdaLoRA's P E Q, DoRA's, or IA3's.
+        rescaled_inputs: The layers of which IA3 rescales the input; of the others it rescales the output.
+        orthogonality_term: Whether the loss has a term of each A and each B.
+        scores: How many values the method keeps of each trained value from the first optimizer step on.
+        own_group: The adapter matrices that are a parameter group of their own.
+    """
+
+    layer: Literal["low-rank", "triplets", "decomposed", "rescaled"] = "low-rank"
+    rescaled_inputs: tuple[str, ...] = ()
+    orthogonality_term: bool = False
+    scores: int = 0
+    own_group: str = ""
+
+
 class Method(BaseModel):
     """The contract of a method: its parameters as fields, and what a run asks of it.
 
@@ -98,6 +118,8 @@ class Method(BaseModel):
     """Whether its adapter fits only a base that ``build`` changed, which must be made again to load it."""
     starts_at_base: ClassVar[bool] = True
     """Whether the model computes what its (quantised) base computes before the first step."""
+    draws_start: ClassVar[bool] = True
+    """Whether the seed decides where training starts; False where that follows from the base alone."""
     generates_from_cache: ClassVar[bool] = True
     """Whether ``generate`` with a key-value cache gives what the model's forward pass gives."""
     supports_checkpointing: ClassVar[bool] = True
@@ -110,6 +132,16 @@ class Method(BaseModel):
     """The shortest run that its schedule fits."""
     mergeable: ClassVar[bool] = True
     """Whether the result can become a plain model of the base's shape."""
+    trains_base: ClassVar[bool] = False
+    """Whether the base's own weights are trained."""
+    rank_field: ClassVar[str] = "rank"
+    """The field that holds the rank at the start, in methods that have one."""
+    run_defaults: ClassVar[Mapping[str, Any]] = {}
+    """What experiments start from where ``defaults.yaml`` does not name the method: at least its learning rate."""
+    closed_form: ClassVar[ClosedForm | None] = None
+    """What the closed form of memory has to know; None: it does not cover the method, whose memory is simulated."""
+    memory_assumptions: ClassVar[tuple[str, ...]] = ()
+    """What an answer about its memory rests on beside what holds for all, one sentence each."""
 
     def quantization(self) -> Quantization | None:
         """Returns how the base is quantised when it is loaded, or None."""
@@ -124,6 +156,34 @@ class Method(BaseModel):
         """Returns the module names that the spec lists itself; a model must have them, a preset takes what is there."""
         targets = getattr(self, "targets", "")
         return [] if isinstance(targets, str) else list(targets)
+
+    def full_label(self) -> str:
+        """Returns the label, with what tells two rows of this method apart that are no settings of one another."""
+        return self.label
+
+    def id_parts(self) -> list[str]:
+        """Returns what the readable part of a run id says of the method after its name."""
+        fields = self.model_dump(mode="json")
+        named = (("rank", "r"), ("init_r", "r"), ("virtual_tokens", "v"), ("alpha", "a"))
+        parts = [f"{prefix}{fields[field]:g}" for field, prefix in named if field in fields]
+        if "targets" in fields:
+            parts.append(fields["targets"] if isinstance(fields["targets"], str) else "-".join(fields["targets"]))
+        return parts
+
+    @classmethod
+    def with_rank(cls, rank: int) -> dict[str, int]:
+        """Returns the fields of a method of this rank; none where it has no rank."""
+        return {cls.rank_field: rank} if cls.rank_field in cls.model_fields else {}
+
+    def loading_temporary(self, largest: LinearLayer) -> tuple[int, str] | None:
+        """Returns the bytes that loading and initialising the largest layer take for a while, and what they hold."""
+        if self.quantization():
+            return 2 * largest.weights, "largest layer before it is quantised"
+        return None
+
+    def initialisation_seconds(self, shape: ModelShape) -> float:
+        """Returns the seconds that ``build`` computes on a card before the first step."""
+        return 0.0
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Returns the number of values that require gradients when the run starts."""

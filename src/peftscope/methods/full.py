@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftscope.methods.fields import Method
+from peftscope.methods.fields import ClosedForm, Method
 
 if TYPE_CHECKING:
     from peftscope.models.shapes import ModelShape
@@ -19,7 +19,10 @@ class Full(Method):
     """All weights, no adapter."""
 
     label: ClassVar[str] = "full fine-tuning"
+    closed_form: ClassVar[ClosedForm] = ClosedForm()
+    draws_start: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
+    trains_base: ClassVar[bool] = True
 
     name: Literal["full"] = "full"
 

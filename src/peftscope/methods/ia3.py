@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftscope.methods.fields import AdapterDtype, Method, with_fused
+from peftscope.methods.fields import AdapterDtype, ClosedForm, Method, with_fused
 
 if TYPE_CHECKING:
     from peftscope.models.shapes import ModelShape
@@ -21,6 +21,8 @@ class IA3(Method):
     """Infused adapter by inhibiting and amplifying inner activations."""
 
     label: ClassVar[str] = "IA³"
+    draws_start: ClassVar[bool] = False
+    closed_form: ClassVar[ClosedForm] = ClosedForm(layer="rescaled", rescaled_inputs=tuple(RESCALED_INPUTS))
 
     name: Literal["ia3"] = "ia3"
     adapter_dtype: AdapterDtype = "fp32"

@@ -16,6 +16,7 @@ from peftscope.files.content import Count
 from peftscope.methods.fields import (
     AdapterDtype,
     Alpha,
+    ClosedForm,
     ComputeDtype,
     DoubleQuant,
     Dropout,
@@ -25,20 +26,26 @@ from peftscope.methods.fields import (
     Rank,
     Targets,
 )
-from peftscope.methods.low_rank import low_rank_parameters, wrap_with_lora
+from peftscope.methods.low_rank import decompositions, low_rank_parameters, wrap_with_lora
 
 if TYPE_CHECKING:
     import torch
 
-    from peftscope.models.shapes import ModelShape
+    from peftscope.models.shapes import LinearLayer, ModelShape
     from peftscope.spec import RunSpec
+
+ITERATION_SECONDS = 0.5
+"""Of one matrix of 4096 x 4096 on a card: a guess."""
 
 
 class LoftQ(Method):
     """LoRA-fine-tuning-aware quantisation."""
 
     label: ClassVar[str] = "LoftQ"
+    memory_assumptions: ClassVar[tuple[str, ...]] = ("the load peak of LoftQ is a formula, not a simulation",)
+    closed_form: ClassVar[ClosedForm] = ClosedForm()
     has_own_base: ClassVar[bool] = True
+    draws_start: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
 
     name: Literal["loftq"] = "loftq"
@@ -57,6 +64,15 @@ class LoftQ(Method):
         return Quantization(
             quant_type=self.quant_type, double_quant=self.double_quant, compute_dtype=self.compute_dtype
         )
+
+    def loading_temporary(self, largest: LinearLayer) -> tuple[int, str]:
+        """Returns the size of the alternation in 32 bits: four matrices and a Gram matrix."""
+        square = min(largest.inputs, largest.outputs)
+        return 4 * (4 * largest.weights + square * square), "LoftQ's initialisation of the largest target"
+
+    def initialisation_seconds(self, shape: ModelShape) -> float:
+        """Returns the seconds of all iterations over all targets."""
+        return ITERATION_SECONDS * self.iterations * decompositions(shape, self.targets)
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Returns the same count as LoRA."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftscope.methods.fields import AdapterDtype, Alpha, Dropout, Method, Rank, Targets
+from peftscope.methods.fields import AdapterDtype, Alpha, ClosedForm, Dropout, Method, Rank, Targets
 from peftscope.methods.low_rank import low_rank_parameters, wrap_with_lora
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ class LoRA(Method):
     """Low-rank adaptation; B starts at zero, so the first step starts from the base."""
 
     label: ClassVar[str] = "LoRA"
+    closed_form: ClassVar[ClosedForm] = ClosedForm()
 
     name: Literal["lora"] = "lora"
     rank: Rank = 8

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from peftscope.methods.fields import AdapterDtype, Alpha, Dropout, Method, Rank, Targets
+from peftscope.methods.fields import AdapterDtype, Alpha, ClosedForm, Dropout, Method, Rank, Targets
 from peftscope.methods.low_rank import low_rank_parameters, wrap_with_lora
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ class LoRAPlus(Method):
     """LoRA with two learning rates; ``learning_rate`` is that of A."""
 
     label: ClassVar[str] = "LoRA+"
+    closed_form: ClassVar[ClosedForm] = ClosedForm(own_group="lora_B")
 
     name: Literal["lora-plus"] = "lora-plus"
     rank: Rank = 8

@@ -18,6 +18,15 @@ def low_rank_parameters(shape: ModelShape, targets: str | tuple[str, ...], rank:
     return sum(rank * (layer.inputs + layer.outputs) for layer in shape.linear_layers(target_modules(targets)))
 
 
+def decompositions(shape: ModelShape, targets: str | tuple[str, ...]) -> float:
+    """Returns how many 4096 x 4096 matrices take as long to decompose as all targets.
+
+    The time grows with the third power of the smaller width.
+    """
+    narrow = [min(layer.inputs, layer.outputs) for layer in shape.linear_layers(target_modules(targets))]
+    return float(sum((width / 4096) ** 3 for width in narrow))
+
+
 def wrap_with_lora(
     model: Any,
     *,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftscope.methods.fields import Method, Quantization
+from peftscope.methods.fields import ClosedForm, Method, Quantization
 
 if TYPE_CHECKING:
     from peftscope.models.shapes import ModelShape
@@ -16,6 +16,7 @@ class Untouched(Method):
 
     trains: ClassVar[bool] = False
     label: ClassVar[str] = "base"
+    closed_form: ClassVar[ClosedForm] = ClosedForm()
     mergeable: ClassVar[bool] = False
 
     name: Literal["none"] = "none"
@@ -24,6 +25,14 @@ class Untouched(Method):
     def quantization(self) -> Quantization | None:
         """Returns NF4 with double quantization for the base's 4-bit copy."""
         return Quantization() if self.base_weights == "nf4" else None
+
+    def full_label(self) -> str:
+        """Returns the label, which says where the base is its 4-bit copy."""
+        return self.label if self.base_weights == "full" else f"{self.label} in {self.base_weights.upper()}"
+
+    def id_parts(self) -> list[str]:
+        """Returns how the base is stored."""
+        return [self.base_weights]
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Returns 0."""

@@ -9,18 +9,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftscope.methods.fields import AdapterDtype, Alpha, Dropout, Method, Rank, Targets
-from peftscope.methods.low_rank import low_rank_parameters, wrap_with_lora
+from peftscope.methods.fields import AdapterDtype, Alpha, ClosedForm, Dropout, Method, Rank, Targets
+from peftscope.methods.low_rank import decompositions, low_rank_parameters, wrap_with_lora
 
 if TYPE_CHECKING:
-    from peftscope.models.shapes import ModelShape
+    from peftscope.models.shapes import LinearLayer, ModelShape
     from peftscope.spec import RunSpec
+
+DECOMPOSITION_SECONDS = 5.0
+"""Of one matrix of 4096 x 4096 on a card: a guess."""
 
 
 class PiSSA(Method):
     """LoRA initialised by a singular value decomposition of each target."""
 
     label: ClassVar[str] = "PiSSA"
+    draws_start: ClassVar[bool] = False
+    memory_assumptions: ClassVar[tuple[str, ...]] = ("the load peak of PiSSA is a formula, not a simulation",)
+    closed_form: ClassVar[ClosedForm] = ClosedForm()
 
     name: Literal["pissa"] = "pissa"
     rank: Rank = 8
@@ -28,6 +34,16 @@ class PiSSA(Method):
     targets: Targets = "all-linear"
     dropout: Dropout = 0.0
     adapter_dtype: AdapterDtype = "fp32"
+
+    def loading_temporary(self, largest: LinearLayer) -> tuple[int, str]:
+        """Returns the size of the decomposition in 32 bits: three matrices, and both sets of singular vectors."""
+        square = min(largest.inputs, largest.outputs)
+        size = 4 * (3 * largest.weights + square * (largest.inputs + largest.outputs))
+        return size, "singular value decomposition of the largest target"
+
+    def initialisation_seconds(self, shape: ModelShape) -> float:
+        """Returns the seconds of a singular value decomposition of each target."""
+        return DECOMPOSITION_SECONDS * decompositions(shape, self.targets)
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Returns the same count as LoRA."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftscope.methods.fields import Method, VirtualTokens
+from peftscope.methods.fields import ClosedForm, Method, VirtualTokens
 
 if TYPE_CHECKING:
     from peftscope.models.shapes import ModelShape
@@ -18,6 +18,7 @@ class PrefixTuning(Method):
     """Trained key-value cache entries."""
 
     label: ClassVar[str] = "prefix tuning"
+    closed_form: ClassVar[ClosedForm] = ClosedForm()
     supports_checkpointing: ClassVar[bool] = False
     generates_from_cache: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False

@@ -12,6 +12,7 @@ from pydantic import Field
 from peftscope.methods.fields import (
     AdapterDtype,
     Alpha,
+    ClosedForm,
     ComputeDtype,
     DoubleQuant,
     Dropout,
@@ -32,6 +33,7 @@ class QLoRA(Method):
     """LoRA on a 4-bit base."""
 
     label: ClassVar[str] = "QLoRA"
+    closed_form: ClassVar[ClosedForm] = ClosedForm()
 
     name: Literal["qlora"] = "qlora"
     rank: Rank = 8

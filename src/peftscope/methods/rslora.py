@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftscope.methods.fields import AdapterDtype, Alpha, Dropout, Method, Rank, Targets
+from peftscope.methods.fields import AdapterDtype, Alpha, ClosedForm, Dropout, Method, Rank, Targets
 from peftscope.methods.low_rank import low_rank_parameters, wrap_with_lora
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ class RsLoRA(Method):
     """LoRA with a rank-stabilised scale."""
 
     label: ClassVar[str] = "rsLoRA"
+    closed_form: ClassVar[ClosedForm] = ClosedForm()
 
     name: Literal["rslora"] = "rslora"
     rank: Rank = 8

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import REVISION_PATTERN, CountOrZero, HubId, InnerPath, Name, check_hub_id, read_yaml
 from peftscope.files.problems import dotted, problems_of
-from peftscope.layout import MODELS_FILE, MODELS_FOLDER
+from peftscope.layout import MODELS_FILE, MODELS_FOLDER, shipped
 from peftscope.models.presets import PRESETS
 from peftscope.models.shapes import ModelShape
 
@@ -78,11 +78,12 @@ class _Catalog(BaseModel):
 
 @lru_cache
 def _catalog() -> dict[str, BaseModelEntry]:
+    path = shipped(MODELS_FILE)
     try:
-        return _Catalog(models=read_yaml(MODELS_FILE)).models
+        return _Catalog(models=read_yaml(path)).models
     except ValidationError as error:
         fields = set(BaseModelEntry.model_fields) | set(ModelShape.model_fields)
-        raise InputError(problems_of(error, lambda loc: f"{MODELS_FILE}: {dotted(loc[1:])}", fields)) from None
+        raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc[1:])}", fields)) from None
 
 
 def find_model(name: str, where: str = "model") -> BaseModelEntry:

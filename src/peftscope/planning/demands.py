@@ -8,10 +8,11 @@ from typing import Any
 from peftscope.data.tasks import item_tokens
 from peftscope.memory.answer import peaks_by_formula
 from peftscope.memory.question import Model, Question
+from peftscope.methods import METHODS
 from peftscope.models.catalog import find_model
 from peftscope.planning.estimate import estimate_seconds
 from peftscope.planning.forecast import memory_key
-from peftscope.planning.plan import Plan
+from peftscope.planning.plan import Workflow
 from peftscope.spec import RunSpec
 
 PROCESS_BYTES = 2 * 2**30
@@ -28,19 +29,19 @@ UNKNOWN_BYTES = 64 * 2**30
 
 
 class JobDemands:
-    """Answers Snakemake about an experiment's training jobs; each further attempt asks for more."""
+    """Answers Snakemake about a workflow's training jobs; each further attempt asks for more."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, workflow: Workflow) -> None:
+        self._workflow = workflow
         self._bytes: dict[tuple[str, str], int] = {}
 
     def memory_mb(self, wildcards: Any, attempt: int) -> int:
         """Returns the host memory that a run asks for, in megabytes."""
-        return math.ceil(self._host_bytes(self._plan.spec(wildcards)) * attempt / 10**6)
+        return math.ceil(self._host_bytes(self._workflow.spec(wildcards)) * attempt / 10**6)
 
     def minutes(self, wildcards: Any, attempt: int) -> int:
         """Returns the minutes after which a run may be stopped."""
-        seconds = estimate_seconds(self._plan.spec(wildcards))
+        seconds = estimate_seconds(self._workflow.spec(wildcards))
         return max(SHORTEST_MINUTES, math.ceil(SLOWER * seconds / 60)) * attempt
 
     def _host_bytes(self, spec: RunSpec) -> int:
@@ -60,5 +61,9 @@ def host_bytes(spec: RunSpec) -> int:
         return spec.shards * (PROCESS_BYTES + 2 * 4 * shape.parameters)
     length = spec.seq_len if spec.packing else min(spec.seq_len, math.ceil(LONGEST * item_tokens(spec.task)))
     widest = spec.model_copy(update={"seq_len": length})
-    peaks = peaks_by_formula(Question(Model(spec.model, shape.to_config(), shape), widest, length, None, 1, ()))
-    return spec.shards * (PROCESS_BYTES + round(MARGIN * peaks.allocated_bytes))
+    model = Model(spec.model, shape.to_config(), shape)
+    # For a method without a closed form two others stand in: one takes the most states, the other the most activations.
+    methods = [spec.method] if spec.method.closed_form else [METHODS["full"](), METHODS["dora"]()]
+    runs = [widest.model_copy(update={"method": method}) for method in methods]
+    allocated = max(peaks_by_formula(Question(model, run, length, None, 1, ())).allocated_bytes for run in runs)
+    return spec.shards * (PROCESS_BYTES + round(MARGIN * allocated))

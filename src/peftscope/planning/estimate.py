@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from peftscope.errors import InputError
-from peftscope.layout import published_record_paths, record_paths
+from peftscope.layout import record_paths
 from peftscope.models.catalog import find_model
+from peftscope.planning.published import all_published_records
 from peftscope.spec import RunSpec
 
 PRODUCTS = 1.3
@@ -38,22 +38,22 @@ EVALUATION = ("validation_items", "heldout_items", "generation_items", "retentio
 def _measured() -> dict[tuple[Any, ...], dict[str, Any]]:
     """Returns the best record of each kind of run (model, method, device), and of each kind and evaluation."""
     records: dict[tuple[Any, ...], dict[str, Any]] = {}
-    published = map(_ended_well, published_record_paths())
-    own = sorted(record_paths(), key=lambda path: path.stat().st_mtime)
+    published = (_ended_well(text) for *_, text in all_published_records())
+    own = (_ended_well(path.read_text()) for path in sorted(record_paths(), key=lambda path: path.stat().st_mtime))
     # The last one stays: this machine's latest; of the published ones, one that says how fast its machine was.
-    for record in [*sorted(filter(None, published), key=_has_rate), *filter(None, map(_ended_well, own))]:
+    for record in [*sorted(filter(None, published), key=_has_rate), *filter(None, own)]:
         kind, evaluation = _kind(record["spec"])
         records[kind] = records[kind + evaluation] = record
     return records
 
 
-def _ended_well(path: Path) -> dict[str, Any] | None:
-    """Returns a record as JSON content; None where it cannot be read or did not end well."""
+def _ended_well(text: str) -> dict[str, Any] | None:
+    """Returns a record as JSON content; None where it is damaged or did not end well."""
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
+        record: dict[str, Any] = json.loads(text)
         _kind(record["spec"])
         return record if record["status"] == "ok" else None
-    except (OSError, ValueError, KeyError):
+    except (ValueError, KeyError):
         return None
 
 

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.files.content import CountOrZero, read_yaml
 from peftscope.files.problems import dotted, problems_of
-from peftscope.layout import EXPERIMENTS, check_experiment_name
+from peftscope.layout import EXPERIMENTS, check_experiment_name, shipped
 
-RESERVED_NAMES = ("published", "gpu", "single", "memory")
+RESERVED_NAMES = ("published", "runs", "gpu", "single", "memory", "processors")
 NOT_EXPERIMENTS = ("defaults", "models", "tasks", "claims")
 
 Values = Annotated[list[Any], Field(min_length=1)]
@@ -133,19 +133,15 @@ def experiment_path(name: str) -> Path:
     if name in RESERVED_NAMES:
         raise InputError(Problem(f"experiment={name}", "a reserved name", "rename the experiment file"))
     check_experiment_name(name)
-    path = EXPERIMENTS / f"{name}.yaml"
+    path = shipped(EXPERIMENTS / f"{name}.yaml")
     if not path.is_file() or name in NOT_EXPERIMENTS:
-        if not EXPERIMENTS.is_dir():
-            raise InputError(
-                Problem(f"experiment={name}", "there is no experiments/ folder here", "run from the repository's root")
-            )
         raise InputError(Problem(f"experiment={name}", f"no file {path}", close_match(name, experiment_names())))
     return path
 
 
 def experiment_names() -> list[str]:
     """Returns the names of all experiment files."""
-    return sorted(path.stem for path in EXPERIMENTS.glob("*.yaml") if path.stem not in NOT_EXPERIMENTS)
+    return sorted(path.stem for path in shipped(EXPERIMENTS).glob("*.yaml") if path.stem not in NOT_EXPERIMENTS)
 
 
 def read_experiment(path: Path, _children: tuple[Path, ...] = ()) -> Experiment:

@@ -46,8 +46,6 @@ CHOICES, CHOICE_TOKENS = 4, 100
 """Sequences that a multiple-choice item takes, and their usual length."""
 GENERATING = ("gsm8k",)
 """Benchmarks whose answers are generated."""
-MATRIX_SECONDS = {"pissa": 5.0, "loftq": 0.5}
-"""Of initialising one matrix of 4096 x 4096, an iteration of LoftQ's; it grows with the third power of the width."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,11 @@ class Forecast:
         spec: The run.
         chosen: False where its learning rate is yet to be chosen by the study, and stands for a middle one.
         seconds: On the card.
-        peak_device_bytes: What the card needs at most; None where the model's shape is not known.
+        peak_device_bytes: What the card needs at most; None where it is not known.
         binding_phase: Where that is; ``generate`` is the evaluation's, with its key-value cache.
         fits: Whether the card has that; None where it is not known.
         advice: What would fit, where it does not.
+        unknown: Why the peak is not known; empty where it is.
     """
 
     run_id: str
@@ -73,6 +72,7 @@ class Forecast:
     binding_phase: str
     fits: bool | None
     advice: str
+    unknown: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,10 @@ class Forecaster:
     def forecast(self, identity: str, spec: RunSpec, *, chosen: bool = True) -> Forecast:
         """Returns what a run will take."""
         shape = find_model(spec.model).shape
-        if shape is None:
-            return Forecast(identity, spec, chosen, self.seconds(spec), None, "", None, "")
+        unknown = "" if shape else f"the shape of {spec.model} is not known"
+        unknown = unknown or ("" if spec.method.closed_form else f"{spec.method.name} has no closed form")
+        if shape is None or unknown:
+            return Forecast(identity, spec, chosen, self.seconds(spec), None, "", None, "", unknown)
         peak, phase = self._peak(spec, shape)
         advice = "" if peak <= self.gpu.memory_bytes else self._advice_once(spec, shape)
         return Forecast(identity, spec, chosen, self.seconds(spec), peak, phase, peak <= self.gpu.memory_bytes, advice)
@@ -162,11 +164,7 @@ class Forecaster:
         seconds = START_SECONDS + 2 * shape.parameters / LOAD_BYTES_PER_SECOND
         seconds += training_flops(spec) / speed + _evaluation_flops(spec, shape) / speed
         seconds += _answers(spec) / spec.eval_batch_size * ANSWER_TOKENS * _token_seconds(spec, shape, speed)
-        if spec.method.name in MATRIX_SECONDS:
-            narrow = [min(layer.inputs, layer.outputs) for layer in shape.linear_layers(spec.method.targets_of())]
-            each = MATRIX_SECONDS[spec.method.name] * getattr(spec.method, "iterations", 1)
-            seconds += each * sum((width / 4096) ** 3 for width in narrow)
-        return seconds
+        return seconds + spec.method.initialisation_seconds(shape)
 
 
 _NO_MEMORY = {
@@ -206,7 +204,7 @@ def training_flops(spec: RunSpec) -> float:
     length = min(spec.seq_len, PADDING * item_tokens(spec.task))
     tokens = spec.steps * spec.gradient_accumulation * spec.batch_size * (spec.seq_len if spec.packing else length)
     trained = spec.method.trainable_parameters(shape)
-    full = spec.method.name == "full"
+    full = spec.method.trains_base
     passes = 3 if full else 2
     matrices = shape.linear_parameters + shape.vocab_size * shape.hidden_size
     each: float = 2 * passes * matrices + (0 if full else 6 * trained)

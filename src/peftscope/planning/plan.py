@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,19 @@ from peftscope.spec import RunSpec
 
 DEFAULT_EXPERIMENT = "quick"
 SPARE_BYTES = 1 << 30
+STUDY_FILES = [
+    "figures/tuning.png",
+    "figures/differences.png",
+    "tables/contrasts.html",
+    "tables/controls.html",
+    "tables/contrasts.csv",
+    "tables/controls.csv",
+]
+"""What the report of a study shows beside that of a sweep."""
 
 
 class Plan:
-    """One experiment as the workflow sees it. Methods take Snakemake's wildcards and are cheap: one lookup each."""
+    """One experiment: its runs, and what of its report depends on its kind."""
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
@@ -54,21 +63,59 @@ class Plan:
         """Whether the experiment tunes learning rates and compares arms at them."""
         return self.sweep.experiment.study is not None
 
-    def records(self, checkpoints: Any) -> Callable[[Any], list[str]]:
-        """Returns a function that returns every record; a study's are known after its ``tune`` checkpoint."""
-
-        def found(wildcards: Any) -> list[str]:
-            if self.is_study:
-                checkpoints.tune.get(experiment=self.name)
-                self.sweep = expand(self.name, detect_device())
-            return [str(record_path(self.name, run)) for run in self.sweep.runs]
-
-        return found
-
     @cached_property
     def ladders(self) -> list[str]:
         """The fields that some ladder varies: each has a figure."""
         return sorted({c.name.rpartition("-")[2] for c in self.sweep.comparisons if c.name.startswith("ladder-")})
+
+    def expand_again(self) -> None:
+        """Expands the experiment again, which adds the runs of a study whose rates were chosen in the meantime."""
+        self.sweep = expand(self.name, detect_device())
+
+
+class Workflow:
+    """The experiments of one workflow as the Snakefile sees them.
+
+    A run that several of them list is one job. Methods take Snakemake's wildcards and are cheap: one lookup each.
+    """
+
+    def __init__(self, plans: Iterable[Plan]) -> None:
+        self.plans = {plan.name: plan for plan in plans}
+        self._runs: dict[str, RunSpec] = {}
+        self._gather()
+
+    def _gather(self) -> None:
+        for plan in self.plans.values():
+            self._runs |= plan.sweep.runs
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the experiments."""
+        return list(self.plans)
+
+    def tuning_records(self, wildcards: Any) -> list[str]:
+        """Returns the records that a study's learning rates are chosen from."""
+        return _records(self.plans[wildcards.experiment].tuning_runs)
+
+    def records(self, checkpoints: Any) -> Callable[[Any], list[str]]:
+        """Returns a function that lists an experiment's records; a study's are known after its ``tune`` checkpoint."""
+
+        def records_of(wildcards: Any) -> list[str]:
+            plan = self.plans[wildcards.experiment]
+            if plan.is_study:
+                checkpoints.tune.get(experiment=plan.name)
+                plan.expand_again()
+                self._gather()
+            return _records(plan.run_ids)
+
+        return records_of
+
+    def figures(self, wildcards: Any) -> list[str]:
+        """Returns the files of an experiment's report that only experiments of its kind have."""
+        plan = self.plans[wildcards.experiment]
+        names = [f"figures/ladder-{field}.png" for field in plan.ladders]
+        names += STUDY_FILES if plan.is_study else []
+        return [(results_folder(plan.name) / name).as_posix() for name in names]
 
     def gpus(self, wildcards: Any) -> int:
         """Returns how many cards a training job needs."""
@@ -79,15 +126,19 @@ class Plan:
         """Returns the run's spec.
 
         Raises:
-            InputError: The experiment has no such run.
+            InputError: No experiment has such a run.
         """
-        if wildcards.run_id not in self.sweep.runs and self.is_study:
-            self.sweep = expand(self.name, detect_device())
+        if wildcards.run_id not in self._runs:
+            for plan in self.plans.values():
+                if plan.is_study:
+                    plan.expand_again()
+            self._gather()
         try:
-            return self.sweep.runs[wildcards.run_id]
+            return self._runs[wildcards.run_id]
         except KeyError:
-            hint = close_match(wildcards.run_id, self.sweep.runs) if len(self.sweep.runs) < 100 else ""
-            raise InputError(Problem(f"run {wildcards.run_id}", f"not a run of {self.name}", hint)) from None
+            hint = close_match(wildcards.run_id, self._runs) if len(self._runs) < 100 else ""
+            message = f"not a run of {', '.join(self.plans)}"
+            raise InputError(Problem(f"run {wildcards.run_id}", message, hint)) from None
 
     def spec_json(self, wildcards: Any) -> str:
         """Returns the run's spec for the command line; a changed spec is a changed parameter."""
@@ -108,7 +159,7 @@ class Plan:
 
     @cached_property
     def _models(self) -> dict[str, tuple[str, str | None]]:
-        used = {(spec.model, spec.revision) for spec in self.sweep.runs.values()}
+        used = {(spec.model, spec.revision) for spec in self._runs.values()}
         return {model_folder(name, revision).name: (name, revision) for name, revision in used}
 
     def model_name(self, wildcards: Any) -> str:
@@ -121,23 +172,28 @@ class Plan:
         return f"--revision {shlex.quote(revision)}" if revision else ""
 
 
-def load_plan(config: dict[str, Any]) -> Plan:
-    """Returns the plan for ``--config experiment=NAME`` (default: quick), checked.
+def _records(runs: Iterable[str]) -> list[str]:
+    return [record_path(run).as_posix() for run in runs]
+
+
+def load_workflow(config: dict[str, Any]) -> Workflow:
+    """Returns the workflow for ``--config experiment="NAME ..."`` (default: quick), checked.
 
     Raises:
-        InputError: Everything that is wrong with the experiment on this machine.
+        InputError: Everything that is wrong with the experiments on this machine.
     """
-    plan = plan_experiment(str(config.get("experiment", DEFAULT_EXPERIMENT)))
-    runs = results_folder(plan.name) / "runs"
+    names = str(config.get("experiment", "")).split() or [DEFAULT_EXPERIMENT]
+    plans = [plan_experiment(name) for name in dict.fromkeys(names)]
     problems = (
         []
         if os.access(".", os.W_OK)
         else [Problem(str(Path.cwd()), "cannot be written", STORAGE_REMEDIES[errno.EACCES])]
     )
-    problems += check_disk({i: spec for i, spec in plan.sweep.runs.items() if not (runs / i / "record.json").is_file()})
+    runs = {identity: spec for plan in plans for identity, spec in plan.sweep.runs.items()}
+    problems += check_disk({identity: spec for identity, spec in runs.items() if not record_path(identity).is_file()})
     if problems:
         raise InputError(problems)
-    return plan
+    return Workflow(plans)
 
 
 def plan_experiment(name: str, device: Device | None = None) -> Plan:
@@ -259,7 +315,7 @@ def _download_bytes(entry: BaseModelEntry) -> int:
 
 
 def _saves_bf16(spec: RunSpec) -> bool:
-    return spec.method.name == "full" and spec.precision == "bf16"
+    return spec.method.trains_base and spec.precision == "bf16"
 
 
 def check_disk(runs: dict[str, RunSpec], free_bytes: int | None = None) -> list[Problem]:

@@ -1,8 +1,8 @@
 """Experiments to runs: merging with the defaults, axes, ladders, seeds. No torch.
 
 Values are merged in this order, the later one wins field by field:
-``defaults.yaml`` fixed < defaults' ``methods.<name>`` < the experiment's ``fixed`` < its ``methods.<name>`` < the axis,
-ladder or run value.
+``defaults.yaml`` fixed < the method's ``run_defaults`` < defaults' ``methods.<name>`` < the experiment's ``fixed`` <
+its ``methods.<name>`` < the axis, ladder or run value.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from pydantic import ValidationError
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.problems import dotted, problems_of
 from peftscope.hardware.device import Device
-from peftscope.layout import DEFAULTS, tuned_path
+from peftscope.layout import DEFAULTS, shipped, tuned_path
 from peftscope.methods import METHODS
-from peftscope.planning.experiment import Experiment, experiment_path, read_experiment
+from peftscope.planning.experiment import Experiment, Study, experiment_path, read_experiment
 from peftscope.spec import RunSpec, run_id
 
 LARGEST_SWEEP = 100_000
@@ -74,7 +74,7 @@ class _Layers:
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
 
-    def lay(self, values: dict[str, Any], origin: str) -> None:
+    def lay(self, values: Mapping[str, Any], origin: str) -> None:
         """Lays values over the earlier ones; ``origin`` is the mapping's own place."""
         for key, value in values.items():
             self.values[key] = value
@@ -86,7 +86,8 @@ class Resolver:
 
     def __init__(self, experiment: Experiment, path: Path, device: Device = "cpu") -> None:
         self.experiment, self.path, self.device = experiment, path, device
-        self.defaults = read_experiment(DEFAULTS)
+        self.defaults_path = shipped(DEFAULTS)
+        self.defaults = read_experiment(self.defaults_path)
 
     def method_name(self, values: dict[str, Any], where: str) -> str:
         """Returns the method that a run with these values uses.
@@ -112,8 +113,9 @@ class Resolver:
         """
         name = self.method_name(values, (origins or {}).get("method", f"{origin}.method"))
         layers = _Layers()
-        layers.lay(self.defaults.fixed, f"{DEFAULTS}: fixed")
-        layers.lay(self.defaults.methods.get(name, {}), f"{DEFAULTS}: methods.{name}")
+        layers.lay(self.defaults.fixed, f"{self.defaults_path}: fixed")
+        layers.lay(METHODS[name].run_defaults, f"run_defaults of {name}")
+        layers.lay(self.defaults.methods.get(name, {}), f"{self.defaults_path}: methods.{name}")
         layers.lay(self.experiment.fixed, f"{self.path}: fixed")
         layers.lay(self.experiment.methods.get(name, {}), f"{self.path}: methods.{name}")
         layers.lay(values, origin)
@@ -168,15 +170,92 @@ class Resolver:
         if not owners:
             known = {*RUN_FIELDS, *(set(METHODS[method].model_fields) - {"name"})}
             return f"unknown key (got {shown(value)})", close_match(key, known)
-        if method == "full" and key in ("quant_type", "double_quant", "compute_dtype"):
+        if METHODS[method].trains_base and key in ("quant_type", "double_quant", "compute_dtype"):
             return (
-                f"method `full` cannot train 4-bit weights, they get no gradient (got {shown(value)})",
+                f"method `{method}` cannot train 4-bit weights, they get no gradient (got {shown(value)})",
                 "choose method `qlora`, or leave the quantisation out",
             )
         return (
             f"method `{method}` has no such field (got {shown(value)})",
             f"write it under methods.<name> for: {', '.join(owners)}",
         )
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One place of a sweep, which becomes a run.
+
+    Attributes:
+        group: The comparison that it belongs to.
+        varies: Fields in which runs of that comparison may differ.
+        values: Flat fields of the run.
+        origins: The place in the file of each value that a message may name.
+    """
+
+    group: str
+    varies: set[str]
+    values: dict[str, Any]
+    origins: dict[str, str] = field(default_factory=dict)
+
+
+class _Expansion:
+    """Makes runs and comparisons of cells, and collects all problems on the way."""
+
+    def __init__(self, resolver: Resolver) -> None:
+        self._resolver, self._experiment, self._path = resolver, resolver.experiment, resolver.path
+        self._problems = _misplaced(resolver.experiment, resolver.path)
+        self._runs: dict[str, RunSpec] = {}
+        self._groups: dict[str, tuple[set[str], dict[str, None]]] = {}
+        self._excluded = [0] * len(resolver.experiment.exclude)
+
+    def add(self, cells: Iterable[_Cell]) -> None:
+        """Adds the runs of cells that no rule excludes."""
+        for cell in cells:
+            exact = {key: f"{self._path}: {place}" for key, place in cell.origins.items()}
+            try:
+                values = _without_absent(cell.values, cell.origins, self._resolver, self._path)
+                spec = self._resolver.spec(values, f"{self._path}: {cell.group}", exact)
+            except InputError as error:
+                self._problems += error.problems
+                continue
+            if not self._excludes(spec):
+                identity = run_id(spec)
+                self._runs[identity] = spec
+                varies, members = self._groups.setdefault(cell.group, (set(), {}))
+                varies |= cell.varies
+                members[identity] = None
+
+    def _excludes(self, spec: RunSpec) -> bool:
+        fields = flat_fields(spec) if self._excluded else {}
+        matches = [all(fields.get(k) == v for k, v in rule.match.items()) for rule in self._experiment.exclude]
+        self._excluded = [count + match for count, match in zip(self._excluded, matches, strict=True)]
+        return any(matches)
+
+    def members(self, group: str) -> list[str]:
+        """Returns the ids of a comparison's runs so far."""
+        return list(self._groups[group][1]) if group in self._groups else []
+
+    def sweep(self, name: str) -> Sweep:
+        """Returns the sweep of everything that was added.
+
+        Raises:
+            InputError: All problems at once.
+        """
+        problems = self._problems or self._unused_rules()
+        if not problems and not self._runs:
+            problems = [Problem(str(self._path), "describes no run", "give it axes, ladders or runs")]
+        if problems:
+            raise InputError(problems)
+        comparisons = [Comparison(group, frozenset(v), tuple(runs)) for group, (v, runs) in self._groups.items()]
+        return Sweep(name, self._experiment, self._runs, tuple(comparisons))
+
+    def _unused_rules(self) -> list[Problem]:
+        path, rules = self._path, zip(self._experiment.exclude, self._excluded, strict=True)
+        return [
+            Problem(f"{path}: exclude[{index}].match", f"matches no run (got {shown(rule.match)})", "mend or remove it")
+            for index, (rule, count) in enumerate(rules)
+            if not count
+        ]
 
 
 def expand(name: str, device: Device = "cpu", *, assume_rates: bool = False) -> Sweep:
@@ -189,60 +268,26 @@ def expand(name: str, device: Device = "cpu", *, assume_rates: bool = False) -> 
     """
     path = experiment_path(name)
     experiment = read_experiment(path)
+    _check_size(experiment, path)
+    expansion = _Expansion(Resolver(experiment, path, device))
+    expansion.add(_listed_cells(experiment))
+    if experiment.axes or experiment.linked or not (experiment.runs or experiment.ladders or experiment.study):
+        expansion.add(_grid_cells(experiment))
+    expansion.add(_ladder_cells(experiment))
+    if study := experiment.study:
+        expansion.add(_tuning_cells(study))
+        tuned = _tuned(name)
+        rates = {arm: _chosen_rate(study, arm, tuned, expansion, assume_rates) for arm in study.arms}
+        expansion.add(_arm_cells(experiment, study, rates))
+    return expansion.sweep(name)
+
+
+def _check_size(experiment: Experiment, path: Path) -> None:
     cells = count_cells(experiment)
     if cells > LARGEST_SWEEP:
         said = f"{cells:,}" if cells < 10**15 else f"10^{math.log10(cells):.0f}"
         remedy = "shorten axes, linked values, ladders or seeds"
         raise InputError(Problem(str(path), f"describes {said} runs, more than {LARGEST_SWEEP:,}", remedy))
-    resolver = Resolver(experiment, path, device)
-    problems = _misplaced(experiment, path)
-    runs: dict[str, RunSpec] = {}
-    groups: dict[str, tuple[set[str], dict[str, None]]] = {}
-    excluded = [0] * len(experiment.exclude)
-
-    def chosen_rate(arm: str) -> float | None:
-        """Returns an arm's rate, if it was chosen from the runs that are described now."""
-        _, members = groups.get(f"{TUNING}{arm}", (set(), {}))
-        chosen = tuned.get(arm, {"tried": []})
-        tried = [run for rate in chosen["tried"] for run in rate["run_ids"]]
-        if assume_rates and members and experiment.study and tried != list(members):
-            rates = experiment.study.learning_rates[arm]
-            return rates[len(rates) // 2]
-        return chosen["learning_rate"] if members and tried == list(members) else None
-
-    tuned = _tuned(name)
-    for group, varies, values, origins in itertools.chain(_cells(experiment), _study_cells(experiment, chosen_rate)):
-        exact = {key: f"{path}: {place}" for key, place in origins.items()}
-        try:
-            spec = resolver.spec(_without_absent(values, origins, resolver, path), f"{path}: {group}", exact)
-        except InputError as error:
-            problems += error.problems
-            continue
-        matches = [all(flat_fields(spec).get(k) == v for k, v in rule.match.items()) for rule in experiment.exclude]
-        if any(matches):
-            excluded = [count + match for count, match in zip(excluded, matches, strict=True)]
-            continue
-        identity = run_id(spec)
-        runs[identity] = spec
-        fields, members = groups.setdefault(group, (set(), {}))
-        fields |= varies
-        members[identity] = None
-    if not problems:
-        problems += [
-            Problem(f"{path}: exclude[{index}].match", f"matches no run (got {shown(rule.match)})", "mend or remove it")
-            for index, (rule, count) in enumerate(zip(experiment.exclude, excluded, strict=True))
-            if not count
-        ]
-    if not problems and not runs:
-        problems.append(Problem(str(path), "describes no run", "give it axes, ladders or runs"))
-    if problems:
-        raise InputError(problems)
-    return Sweep(
-        name,
-        experiment,
-        runs,
-        tuple(Comparison(group, frozenset(fields), tuple(members)) for group, (fields, members) in groups.items()),
-    )
 
 
 def _misplaced(experiment: Experiment, path: Path) -> list[Problem]:
@@ -300,39 +345,49 @@ def count_cells(experiment: Experiment) -> int:
     return count
 
 
-def _cells(experiment: Experiment) -> Iterator[tuple[str, set[str], dict[str, Any], dict[str, str]]]:
-    """Yields (comparison, fields it varies, flat values, place of each value) for every cell of the sweep."""
+def _listed_cells(experiment: Experiment) -> Iterator[_Cell]:
+    """Yields the cells of ``runs``: each one as it stands."""
     for index, values in enumerate(experiment.runs):
-        yield "runs", set(values), {"seed": experiment.seeds[0], **values}, {k: f"runs[{index}].{k}" for k in values}
+        origins = {key: f"runs[{index}].{key}" for key in values}
+        yield _Cell("runs", set(values), {"seed": experiment.seeds[0], **values}, origins)
 
-    if experiment.axes or experiment.linked or not (experiment.runs or experiment.ladders or experiment.study):
-        factors: list[list[tuple[dict[str, Any], dict[str, str]]]] = [
-            [({key: value}, {key: f"axes.{key}[{i}]"}) for i, value in enumerate(values)]
-            for key, values in experiment.axes.items()
-        ]
-        factors += [
-            [(dict(row), {key: f"linked[{n}][{i}].{key}" for key in row}) for i, row in enumerate(rows)]
-            for n, rows in enumerate(experiment.linked)
-        ]
-        if not any("seed" in values for factor in factors for values, _ in factor):
-            factors.append([({"seed": seed}, {"seed": f"seeds[{i}]"}) for i, seed in enumerate(experiment.seeds)])
-        varies = {key for factor in factors for values, _ in factor for key in values}
-        if "method" in varies:
-            varies |= {key for settings in experiment.methods.values() for key in settings}
-        for cell in itertools.product(*factors):
-            values, origins = {}, {}
-            for part, places in cell:
-                values.update(part)
-                origins.update(places)
-            yield "grid", varies, values, origins
 
+def _grid_cells(experiment: Experiment) -> Iterator[_Cell]:
+    """Yields the cross product of ``axes``, ``linked`` and ``seeds``."""
+    factors: list[list[tuple[dict[str, Any], dict[str, str]]]] = [
+        [({key: value}, {key: f"axes.{key}[{i}]"}) for i, value in enumerate(values)]
+        for key, values in experiment.axes.items()
+    ]
+    factors += [
+        [(dict(row), {key: f"linked[{n}][{i}].{key}" for key in row}) for i, row in enumerate(rows)]
+        for n, rows in enumerate(experiment.linked)
+    ]
+    if not any("seed" in values for factor in factors for values, _ in factor):
+        factors.append([({"seed": seed}, {"seed": f"seeds[{i}]"}) for i, seed in enumerate(experiment.seeds)])
+    varies = {key for factor in factors for values, _ in factor for key in values}
+    if "method" in varies:
+        varies |= _method_settings(experiment)
+    for parts in itertools.product(*factors):
+        values, origins = {}, {}
+        for part, places in parts:
+            values.update(part)
+            origins.update(places)
+        yield _Cell("grid", varies, values, origins)
+
+
+def _ladder_cells(experiment: Experiment) -> Iterator[_Cell]:
+    """Yields the cells of ``ladders``: one field at a time around the centre."""
     for n, ladder in enumerate(experiment.ladders):
+        centre = {key: f"ladders[{n}].centre.{key}" for key in ladder.centre}
         for key, steps in ladder.axes.items():
             for i, step in enumerate(steps):
+                origins = {**centre, key: f"ladders[{n}].axes.{key}[{i}]"}
                 for seed in ladder.seeds or experiment.seeds:
-                    origins = {k: f"ladders[{n}].centre.{k}" for k in ladder.centre}
-                    origins[key] = f"ladders[{n}].axes.{key}[{i}]"
-                    yield f"ladder-{n}-{key}", {key}, {"seed": seed, **ladder.centre, key: step}, origins
+                    yield _Cell(f"ladder-{n}-{key}", {key}, {"seed": seed, **ladder.centre, key: step}, origins)
+
+
+def _method_settings(experiment: Experiment) -> set[str]:
+    return {key for settings in experiment.methods.values() for key in settings}
 
 
 TUNING = "tune-"
@@ -348,48 +403,61 @@ OTHER_INITIALISATION = 1000
 """Added to a run's seed for the initialisation of the control that is the same arm again."""
 
 
-def _tuned(experiment: str) -> dict[str, Any]:
-    """Returns what was chosen for each arm of a study; empty before the tuning is done."""
-    path = tuned_path(experiment)
-    return json.loads(path.read_text())["arms"] if path.is_file() else {}
-
-
-def _study_cells(
-    experiment: Experiment, chosen_rate: Callable[[str], float | None]
-) -> Iterator[tuple[str, set[str], dict[str, Any], dict[str, str]]]:
-    """Yields a study's cells: what tunes, and once rates were chosen, what is compared at them.
-
-    ``chosen_rate`` is asked after all tuning cells were taken.
-    """
-    study = experiment.study
-    if study is None:
-        return
+def _tuning_cells(study: Study) -> Iterator[_Cell]:
+    """Yields the cells that choose each arm's learning rate."""
     for arm, fields in study.arms.items():
         origins = {key: f"study.arms.{arm}.{key}" for key in fields}
         for i, rate in enumerate(study.learning_rates[arm]):
             places = origins | {"learning_rate": f"study.learning_rates.{arm}[{i}]"}
             for seed in study.tuning_seeds:
                 values = {**fields, **study.tuning, "learning_rate": rate, "seed": seed}
-                yield f"{TUNING}{arm}", {"learning_rate"}, values, places
+                yield _Cell(f"{TUNING}{arm}", {"learning_rate"}, values, places)
+
+
+def _tuned(experiment: str) -> dict[str, Any]:
+    """Returns what was chosen for each arm of a study; empty before the tuning is done."""
+    path = tuned_path(experiment)
+    return json.loads(path.read_text())["arms"] if path.is_file() else {}
+
+
+def _chosen_rate(
+    study: Study, arm: str, tuned: dict[str, Any], expansion: _Expansion, assume_rates: bool
+) -> float | None:
+    """Returns an arm's rate, None unless it was chosen from the runs that tune the arm now, or is to be assumed."""
+    members = expansion.members(f"{TUNING}{arm}")
+    if not members:
+        return None
+    if arm in tuned and [run for rate in tuned[arm]["tried"] for run in rate["run_ids"]] == members:
+        return tuned[arm]["learning_rate"]
+    rates = study.learning_rates[arm]
+    return rates[len(rates) // 2] if assume_rates else None
+
+
+def _arm_cells(experiment: Experiment, study: Study, rates: dict[str, float | None]) -> Iterator[_Cell]:
+    """Yields what a study compares: each arm whose rate was chosen, and beside it its controls."""
     varies = {"learning_rate", *(key for fields in study.arms.values() for key in fields)}
-    varies |= {key for settings in experiment.methods.values() for key in settings}
+    varies |= _method_settings(experiment)
     for arm, fields in study.arms.items():
-        chosen = chosen_rate(arm)
-        if chosen is None:
+        if rates[arm] is None:
             continue
         for seed in study.seeds:
-            values = {**fields, "learning_rate": chosen, "seed": seed}
-            changes: dict[str, dict[str, Any]] = {
-                "again": {"init_seed": seed + OTHER_INITIALISATION},
-                "still": {"learning_rate": 0},
-                "shuffled": {"shuffled_targets": True},
-            }
-            yield "grid", varies, values, {}
-            yield f"{ARM}{arm}", {"seed"}, values, {}
+            values = {**fields, "learning_rate": rates[arm], "seed": seed}
+            yield _Cell("grid", varies, values)
+            yield _Cell(f"{ARM}{arm}", {"seed"}, values)
             for control in study.controls.get(arm, []):
-                group = f"{CONTROL}{control}-{arm}"
-                yield group, set(changes[control]), values, {}
-                yield group, set(changes[control]), {**values, **changes[control]}, {}
+                yield from _control_cells(control, arm, values)
+
+
+def _control_cells(control: str, arm: str, values: dict[str, Any]) -> Iterator[_Cell]:
+    """Yields a run of an arm, and the same run with the one change that makes it a control."""
+    changes: dict[str, dict[str, Any]] = {
+        "again": {"init_seed": values["seed"] + OTHER_INITIALISATION},
+        "still": {"learning_rate": 0},
+        "shuffled": {"shuffled_targets": True},
+    }
+    change, group = changes[control], f"{CONTROL}{control}-{arm}"
+    yield _Cell(group, set(change), values)
+    yield _Cell(group, set(change), {**values, **change})
 
 
 def spec_from(values: Any, path: Path, device: Device) -> RunSpec:

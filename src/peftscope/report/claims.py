@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from markupsafe import Markup
 from peftscope.claims.ledger import Claim
 from peftscope.claims.verdict import Verdict
 from peftscope.files.atomic import write_json
-from peftscope.layout import claims_path, results_folder
+from peftscope.layout import CLAIMS_PAGE, CLAIMS_RESULTS
 from peftscope.report.tables import markdown_cell, markdown_text
 
 COLOURS = {
@@ -43,24 +42,18 @@ MEANINGS = {
 }
 
 
-def write_findings(experiment: str, findings: list[dict[str, Any]]) -> Path:
-    """Writes ``claims.json`` and returns its path."""
-    path = results_folder(experiment) / "claims.json"
-    write_json(path, findings)
-    return path
-
-
-def write_claims_page(experiment: str, claims: tuple[Claim, ...]) -> Path:
-    """Renders ``claims.html`` and ``claims.md`` from ``claims.json``, and returns the path of the HTML page."""
-    findings = json.loads((results_folder(experiment) / "claims.json").read_text())
+def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]]) -> Path:
+    """Writes ``claims.json``, renders ``claims.html`` and its Markdown copy, and returns the page's path."""
+    write_json(CLAIMS_RESULTS, findings)
     by_id = {finding["id"]: finding for finding in findings}
-    entries = [{"claim": claim, "finding": by_id[claim.id]} for claim in claims if claim.id in by_id]
+    entries: list[dict[str, Any]] = [
+        {"claim": claim, "finding": by_id[claim.id]} for claim in claims if claim.id in by_id
+    ]
     for entry in entries:
         entry["found"] = spoken_finding(entry["finding"])
         entry["figures"] = [_figure(part) for part in entry["finding"]["parts"] if part["curves"]]
     counts = {v: sum(finding["verdict"] == v for finding in findings) for v in COLOURS}
     content = {
-        "experiment": experiment,
         "entries": entries,
         "sections": list(dict.fromkeys(claim.section for claim in claims)),
         "kinds": sorted({part["kind"] for finding in findings for part in finding["parts"]}),
@@ -73,7 +66,7 @@ def write_claims_page(experiment: str, claims: tuple[Claim, ...]) -> Path:
         "spoken": spoken_number,
         "spoken_finding": spoken_finding,
     }
-    path = claims_path(experiment)
+    path = CLAIMS_PAGE
     path.parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {
         "loader": PackageLoader("peftscope.report"),

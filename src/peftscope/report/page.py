@@ -15,7 +15,7 @@ from peftscope.analysis.collect import read_runs
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError
-from peftscope.layout import MEMORY_FOLDER, report_path, results_folder
+from peftscope.layout import MEMORY_FOLDER, record_path, report_path, results_folder
 from peftscope.memory.grid import CENTRE, CHAPTER_RUN, MODEL
 from peftscope.planning.estimate import spoken
 from peftscope.planning.experiment import Study, experiment_path, read_experiment
@@ -170,7 +170,7 @@ def _warnings(runs: pd.DataFrame) -> list[str]:
 def _materials(folder: Path, runs: pd.DataFrame) -> list[dict[str, Any]]:
     """Returns the model and the task with licence and note, from the first record."""
     for run in runs["run_id"]:
-        path = folder / "runs" / run / "record.json"
+        path = record_path(run)
         if path.is_file():
             provenance = json.loads(path.read_text())["provenance"]
             return [m for m in (provenance.get("model"), provenance.get("task")) if m]

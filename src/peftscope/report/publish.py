@@ -5,8 +5,10 @@ No rule of the workflow writes or reads these folders, so a fresh clone runs the
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -14,13 +16,31 @@ from peftscope.analysis.cards import CARD_FILE, is_of_card
 from peftscope.analysis.collect import collect_experiment, read_runs
 from peftscope.errors import InputError, Problem
 from peftscope.files.atomic import write_json
-from peftscope.layout import PUBLISHED_REPORTS, PUBLISHED_RESULTS, claims_path, report_path, results_folder, tuned_path
+from peftscope.layout import (
+    CLAIMS_PAGE,
+    CLAIMS_RESULTS,
+    PUBLISHED_REPORTS,
+    PUBLISHED_RESULTS,
+    RUNS,
+    record_path,
+    report_path,
+    results_folder,
+    run_folder,
+    tuned_path,
+)
 from peftscope.planning.estimate import spoken
 from peftscope.planning.experiment import experiment_path
+from peftscope.planning.published import (
+    LARGEST_BYTES,
+    RECORDS,
+    all_published_records,
+    published_items,
+    published_records,
+    write_runs,
+)
 from peftscope.planning.sweep import expand
-from peftscope.record import read_record
+from peftscope.record import RESTORED, parse_record, state_folder
 
-LARGEST_BYTES = 5_000_000
 README = Path("README.md")
 COMPLETE = {"memory": ("grid.png", "bars.png", "chapter.csv"), "gpu": ("*/card.json",)}
 """The folders of results that belong to no experiment, and the files that a finished one must have."""
@@ -28,12 +48,28 @@ MADE_BY = {"memory": "make report", "gpu": "make gpu-check"}
 
 
 def publish(name: str) -> list[Path]:
-    """Publishes an experiment, or the results of ``memory`` or of the ``gpu`` check, which belong to no experiment.
+    """Publishes an experiment, or one of the results that belong to none: ``claims``, ``memory``, the ``gpu`` check.
 
     Raises:
         InputError: There is nothing to publish yet, or a file is too large to commit.
     """
+    if name == "claims":
+        return publish_claims()
     return publish_folder(name) if name in COMPLETE else publish_experiment(name)
+
+
+def publish_claims() -> list[Path]:
+    """Copies the verdicts and their page to where they are committed, and returns the copies.
+
+    Raises:
+        InputError: They were not measured yet, or one is too large to commit.
+    """
+    pages = [CLAIMS_PAGE, CLAIMS_PAGE.with_suffix(".md")]
+    targets = {CLAIMS_RESULTS: PUBLISHED_RESULTS, **dict.fromkeys(pages, PUBLISHED_REPORTS)}
+    if not all(path.is_file() for path in targets):
+        raise InputError(Problem(str(CLAIMS_RESULTS), "not finished", "run make claims"))
+    _check_sizes(list(targets))
+    return [Path(shutil.copyfile(path, folder / path.name)) for path, folder in targets.items()]
 
 
 def publish_folder(name: str) -> list[Path]:
@@ -64,7 +100,7 @@ def publish_folder(name: str) -> list[Path]:
 
 
 def publish_experiment(experiment: str) -> list[Path]:
-    """Copies records, items, tables, figures, report and claims, updates the README, and returns the two folders.
+    """Copies runs, tables, figures and report, updates the README, and returns the two folders.
 
     Raises:
         InputError: The experiment is not finished, or a file is too large to commit.
@@ -77,67 +113,83 @@ def publish_experiment(experiment: str) -> list[Path]:
         raise InputError(Problem(str(source), "the experiment is not finished", f"make report EXPERIMENT={experiment}"))
     wanted = [
         source / "runs.csv",
-        source / "losses.csv",
+        *filter(Path.is_file, [tuned_path(experiment)]),
         *sorted(source.glob("tables/*.csv")),
         *sorted(source.glob("tables/*.md")),
         *sorted(source.glob("figures/*")),
     ]
-    for run in read_runs(experiment)["run_id"]:
-        wanted += [source / "runs" / run / "record.json", *(source / "runs" / run).glob("items.jsonl")]
-    pages = [page]
-    if tuned_path(experiment).is_file():
-        wanted.append(tuned_path(experiment))
-    if (source / "claims.json").is_file():
-        wanted.append(source / "claims.json")
-        pages += [claims_path(experiment), claims_path(experiment).with_suffix(".md")]
     results, report = PUBLISHED_RESULTS / experiment, PUBLISHED_REPORTS / experiment
-    _check_sizes([*pages, *wanted])
-    _copy(pages, page.parent, report)
+    _check_sizes([page, *wanted])
+    _copy([page], page.parent, report)
     _copy(wanted, source, results)
+    write_runs(results, map(run_folder, read_runs(experiment)["run_id"]))
     _update_readme(experiment, results)
     return [results, report]
 
 
 def _publish_unfinished(experiment: str) -> list[Path]:
     """Publishes the finished runs of an unfinished study without a report, so that ``restore`` can continue it."""
-    collect_experiment(expand(experiment))
+    sweep = expand(experiment)
+    collect_experiment(sweep)
     source, results = results_folder(experiment), PUBLISHED_RESULTS / experiment
-    lost = {path.parent.name for path in results.glob("runs/*/record.json")} - {
-        path.parent.name for path in source.glob("runs/*/record.json")
-    }
+    made = [run for run in sweep.runs if record_path(run).is_file()]
+    before = published_records(experiment) if (results / RECORDS).is_file() else {}
+    lost = set(before) - set(made)
     if lost:
         message = f"{len(lost)} published runs are missing here, such as {min(lost)}"
-        raise InputError(Problem(str(source), message, f"peftscope restore {experiment}"))
-    wanted = [source / "runs.csv", source / "losses.csv", tuned_path(experiment)]
-    wanted += sorted(source.glob("runs/*/record.json")) + sorted(source.glob("runs/*/items.jsonl"))
+        raise InputError(Problem(str(RUNS), message, f"peftscope restore {experiment}"))
+    wanted = [source / "runs.csv", tuned_path(experiment)]
     _check_sizes(wanted)
     _copy(wanted, source, results)
+    write_runs(results, map(run_folder, made))
     return [results]
 
 
 def restore(experiment: str) -> int:
-    """Copies the published runs of an experiment back into its results, and returns how many were published.
+    """Copies the published runs of an experiment into the store, and returns how many were published.
 
-    Runs that already exist are left alone. This happens only on demand, to continue an unfinished study: the workflow
-    itself never reads published files.
+    They count as done, without weights. A run that is there already is left alone. Only on demand, for an experiment
+    that continues in another checkout: the workflow itself never reads published files.
 
     Raises:
-        InputError: The experiment does not exist, or has no published runs.
+        InputError: None were published, there is no such experiment, or another one published a run with other losses.
     """
     experiment_path(experiment)
-    source, target = PUBLISHED_RESULTS / experiment / "runs", results_folder(experiment) / "runs"
-    records = sorted(source.glob("*/record.json"))
-    if not records:
-        raise InputError(Problem(str(source), "no published runs"))
-    for path in records:
-        folder = target / path.parent.name
+    records, items = published_records(experiment), published_items(experiment)
+    _check_agreement(experiment, records)
+    for run, text in records.items():
+        folder = run_folder(run)
         if (folder / "record.json").is_file():
             continue
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "spec.json", read_record(path).spec.model_dump(mode="json"))
-        for file in sorted(path.parent.iterdir()):
-            shutil.copyfile(file, folder / file.name)
+        record = parse_record(text, f"{PUBLISHED_RESULTS / experiment / RECORDS}: {run}")
+        write_json(folder / "spec.json", record.spec.model_dump(mode="json"))
+        if run in items:
+            (folder / "items.jsonl").write_text(items[run])
+        state = state_folder(folder)
+        write_json(state / RESTORED, {"experiment": experiment})
+        for path in (state / "record.json", folder / "record.json"):
+            path.write_text(text)
     return len(records)
+
+
+def _check_agreement(experiment: str, records: dict[str, str]) -> None:
+    """Raises InputError if another experiment published a run with other losses, from the same kind of processor.
+
+    Processors of two makers round differently, so their losses differ after a few steps.
+    """
+    for other, run, text in all_published_records():
+        if run in records and other != experiment:
+            mine, theirs = json.loads(records[run]), json.loads(text)
+            if processor_of(mine) == processor_of(theirs) and mine["train_nll"] != theirs["train_nll"]:
+                message = f"published by {experiment} and by {other}, with different losses"
+                raise InputError(Problem(run, message, "publish the two from one store of runs"))
+
+
+def processor_of(record: dict[str, Any]) -> tuple[Any, ...]:
+    """Returns what decides how a run's sums are rounded: processor, way of bf16 products, and torch."""
+    provenance = record["provenance"]
+    hardware, packages = provenance.get("hardware", {}), provenance.get("packages", {})
+    return hardware.get("cpu"), hardware.get("gpu"), provenance.get("bf16_products", "native"), packages.get("torch")
 
 
 def _check_sizes(paths: list[Path]) -> None:

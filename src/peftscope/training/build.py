@@ -11,7 +11,7 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peftscope.spec import RunSpec
-from peftscope.training.step import CausalLoss
+from peftscope.training.step import CausalLoss, TrainedModel
 
 COMPILER = "inductor"
 """What makes kernels of the graphs that torch.compile finds: torch's own."""
@@ -23,12 +23,8 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def build_model(base: Any, spec: RunSpec) -> tuple[Any, CausalLoss]:
-    """Applies the spec's method to a loaded base.
-
-    Returns:
-        The model to train, and the loss function inside it.
-    """
+def build_model(base: Any, spec: RunSpec) -> TrainedModel:
+    """Returns the model to train: a loaded base with the spec's method applied."""
     seed_everything(spec.seed if spec.init_seed is None else spec.init_seed)
     return apply_method(base, spec, spec.method.build)
 
@@ -50,8 +46,8 @@ def compiled_layers(model: Any, spec: RunSpec) -> Iterator[None]:
             layer._compiled_call_impl = None
 
 
-def apply_method(base: Any, spec: RunSpec, build: Callable[[Any, RunSpec], Any]) -> tuple[Any, CausalLoss]:
-    """Returns what ``build`` makes of a base, with everything else that the spec asks of a model, and its loss."""
+def apply_method(base: Any, spec: RunSpec, build: Callable[[Any, RunSpec], Any]) -> TrainedModel:
+    """Returns what ``build`` makes of a base, with everything else that the spec asks of a model."""
     loss_function = CausalLoss()
     base.loss_function = loss_function
     base.requires_grad_(False)
@@ -59,4 +55,4 @@ def apply_method(base: Any, spec: RunSpec, build: Callable[[Any, RunSpec], Any])
     if spec.checkpointing:
         # Reentrant checkpointing would give adapters no gradient, because the frozen embeddings' output needs none.
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    return model, loss_function
+    return TrainedModel(model, loss_function)

@@ -13,7 +13,7 @@ import pickle
 import random
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,16 @@ if TYPE_CHECKING:
 KEPT = 2
 """The number of checkpoints that are kept: the newest, and the one before in case the newest is damaged."""
 DIGEST_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What changes from step to step: what a checkpoint is made from, and put back into."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    log: TrainingLog
 
 
 class Checkpoints:
@@ -52,21 +62,21 @@ class Checkpoints:
         """Whether the last checkpoint is older than the interval."""
         return time.monotonic() - self._saved_at >= self._seconds
 
-    def save(self, model: Any, optimizer: Any, schedule: Any, log: TrainingLog) -> None:
+    def save(self, now: TrainingState) -> None:
         """Writes the state after the steps that are in the log. On a full disk, prints a note and training continues.
 
         The processes of a sharded run must call this together: a step can be restored only if all have saved it.
         """
         state = {
             "run_id": run_id(self._spec),
-            "parameters": {name: own_share(p.data) for name, p in model.named_parameters() if p.requires_grad},
-            "method": self._spec.method.training_state(model),
-            "optimizer": own_share(optimizer.state_dict()),
-            "schedule": schedule.state_dict(),
-            "log": asdict(log),
+            "parameters": {name: own_share(p.data) for name, p in now.model.named_parameters() if p.requires_grad},
+            "method": self._spec.method.training_state(now.model),
+            "optimizer": own_share(now.optimizer.state_dict()),
+            "schedule": now.schedule.state_dict(),
+            "log": asdict(now.log),
             "random": _random_states(self._spec.device),
         }
-        saved = self._write(state, len(log.nll))
+        saved = self._write(state, len(now.log.nll))
         self._saved_at = time.monotonic()
         if anywhere(saved is None, self._spec):
             if saved:
@@ -90,7 +100,7 @@ class Checkpoints:
             print(f"no checkpoint at step {step}, training continues: {error}", file=sys.stderr)
             return None
 
-    def restore(self, model: Any, optimizer: Any, schedule: Any, log: TrainingLog) -> int:
+    def restore(self, now: TrainingState) -> int:
         """Restores the newest sound state and returns its number of steps, or 0 if there is none.
 
         A damaged file is renamed to ``*.damaged``, with a note. The processes of a sharded run must call this together;
@@ -105,8 +115,8 @@ class Checkpoints:
             if anywhere(state is None, self._spec):
                 continue
             assert state is not None
-            self._put_in_place(state, model, optimizer, schedule, log)
-            done = len(log.nll)
+            self._put_in_place(state, now)
+            done = len(now.log.nll)
             print(f"resumed after step {done}, from {path.name}", file=sys.stderr)
             break
         for path in self._files():
@@ -131,16 +141,16 @@ class Checkpoints:
             return None
         return state if state.get("run_id") == run_id(self._spec) else None
 
-    def _put_in_place(self, state: dict[str, Any], model: Any, optimizer: Any, schedule: Any, log: TrainingLog) -> None:
+    def _put_in_place(self, state: dict[str, Any], now: TrainingState) -> None:
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for name, parameter in now.model.named_parameters():
                 if parameter.requires_grad:
                     own_share(parameter.data).copy_(state["parameters"][name])
-        self._spec.method.load_training_state(model, state["method"])
-        optimizer.load_state_dict(as_shares(state["optimizer"], optimizer))
-        schedule.load_state_dict(state["schedule"])
+        self._spec.method.load_training_state(now.model, state["method"])
+        now.optimizer.load_state_dict(as_shares(state["optimizer"], now.optimizer))
+        now.schedule.load_state_dict(state["schedule"])
         for name, value in state["log"].items():
-            setattr(log, name, value)
+            setattr(now.log, name, value)
         _set_random_states(state["random"])
 
     def _files(self) -> list[Path]:

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +18,10 @@ from peftscope.hardware.meter import make_meter, paged_bytes
 from peftscope.record import Speed
 from peftscope.spec import RunSpec
 from peftscope.training.ceilings import count_work
-from peftscope.training.checkpoint import Checkpoints
+from peftscope.training.checkpoint import Checkpoints, TrainingState
 from peftscope.training.shard import anywhere, own_rows, summed
 from peftscope.training.signals import Interrupted, stops_between_steps
-from peftscope.training.step import CausalLoss, make_optimizer, make_schedule, rehearse, train_step
+from peftscope.training.step import TrainedModel, make_optimizer, make_schedule, rehearse, train_step
 
 EXPLODED = 1.5
 """A loss above this many times ln(vocabulary), what a uniform guess costs, counts as diverged."""
@@ -64,11 +63,9 @@ class TrainingLog:
 
 
 def train(
-    model: Any,
+    trained: TrainedModel,
     batches: Iterator[Batch],
     spec: RunSpec,
-    loss_function: CausalLoss,
-    vocab_size: int,
     log: TrainingLog,
     checkpoints: Checkpoints,
     rehearsal: Batch | None = None,
@@ -82,10 +79,12 @@ def train(
         Diverged: The loss is not finite or worse than 1.5 times a uniform guess.
         Interrupted: A signal came; a checkpoint was saved.
     """
+    model = trained.model
     model.train()
     optimizer = make_optimizer(model, spec)
     schedule = make_schedule(optimizer, spec)
-    done = checkpoints.restore(model, optimizer, schedule, log)
+    state = TrainingState(model, optimizer, schedule, log)
+    done = checkpoints.restore(state)
     meter, work = make_meter(spec.device), count_work(model)
     for _ in itertools.islice(batches, done * spec.gradient_accumulation):
         pass  # seen before
@@ -106,14 +105,7 @@ def train(
             accumulated = [own_rows(batch, spec).to(spec.device) for batch in whole]
             stop_clock = meter.clock()
             ready = time.perf_counter()
-            output = train_step(
-                model,
-                accumulated,
-                optimizer,
-                spec,
-                loss_function,
-                after_optimizer_step=lambda step=step: spec.method.after_optimizer_step(model, step),  # type: ignore[misc]
-            )
+            output = train_step(trained, accumulated, optimizer, spec, step)
             schedule.step()
             log.step_seconds.append(stop_clock())
             log.data_seconds += ready - began
@@ -125,13 +117,13 @@ def train(
             log.nll.append(nll if math.isfinite(nll) else None)
             log.loss.append(loss if math.isfinite(loss) else None)
             progress.update(bar, advance=1, description=f"nll {nll:.3f}", refresh=True)
-            check_loss(nll if math.isfinite(loss) else loss, vocab_size, spec, f"at step {step + 1}")
+            check_loss(nll if math.isfinite(loss) else loss, trained.vocab_size, spec, f"at step {step + 1}")
             if step == done:
                 log.paged_state_bytes = paged_bytes(optimizer) if spec.device == "cuda" else None
                 if rehearsal is not None:
-                    rehearse(model, own_rows(rehearsal, spec).to(spec.device), spec, loss_function)
+                    rehearse(trained, own_rows(rehearsal, spec).to(spec.device), spec)
             if anywhere(bool(stopped()) or checkpoints.due, spec):
-                checkpoints.save(model, optimizer, schedule, log)
+                checkpoints.save(state)
                 if anywhere(bool(stopped()), spec):  # before the save, or while it lasted
                     raise Interrupted(stopped() or "another process of the run was told to stop")
 

@@ -66,8 +66,8 @@ def own_rows(batch: Batch, spec: RunSpec) -> Batch:
     rows = len(batch.input_ids) // spec.shards
     mine = slice(rows * distributed.get_rank(), rows * (distributed.get_rank() + 1))
     by_row = ("input_ids", "attention_mask", "labels", "kept_labels", "position_ids", "example_ids")
-    found = {name: getattr(batch, name) for name in by_row}
-    return replace(batch, **{name: None if value is None else value[mine] for name, value in found.items()})
+    rows_of: dict[str, Any] = {name: value[mine] for name in by_row if (value := getattr(batch, name)) is not None}
+    return replace(batch, **rows_of)
 
 
 def summed(value: torch.Tensor, spec: RunSpec) -> torch.Tensor:

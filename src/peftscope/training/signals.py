@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,10 +27,15 @@ def raise_on_signals() -> None:
 def stops_between_steps() -> Iterator[Callable[[], str]]:
     """Within, a first SIGINT or SIGTERM waits for the next question about it; a second one raises ``Interrupted``.
 
+    Only the main thread of a process can listen to signals; in another one, none is waited for.
+
     Yields:
         A function that returns what to say about the signal that came, or nothing.
     """
     came: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: ""
+        return
 
     def note(number: int, frame: Any) -> None:
         said = f"stopped by {signal.Signals(number).name}"

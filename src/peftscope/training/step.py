@@ -78,6 +78,24 @@ class CausalLoss:
         return loss
 
 
+@dataclass(frozen=True)
+class TrainedModel:
+    """The model that a run trains, from ``build_model``.
+
+    Attributes:
+        model: With the method applied; always called through its outermost wrapper.
+        loss_function: The one inside it.
+    """
+
+    model: Any
+    loss_function: CausalLoss
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model chooses from."""
+        return self.model.config.vocab_size
+
+
 def forward_loss(model: Any, batch: Batch, spec: RunSpec, response_tokens: torch.Tensor | None = None) -> Any:
     """Returns the wrapper's output with its loss: the sum over response tokens over ``response_tokens``.
 
@@ -91,8 +109,9 @@ def forward_loss(model: Any, batch: Batch, spec: RunSpec, response_tokens: torch
     """
     total = batch.response_tokens if response_tokens is None else response_tokens
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
-    if batch.position_ids is not None:
-        inputs |= {"attention_mask": _block_mask(batch, spec), "position_ids": batch.position_ids}
+    if batch.example_ids is not None:
+        mask = _block_mask(batch.example_ids, spec)
+        inputs |= {"attention_mask": mask, "position_ids": batch.position_ids}
     if spec.loss_path == "response_only":
         positions = batch.kept_positions + spec.method.logit_offset()
         inputs |= {"shift_labels": batch.kept_labels, "logits_to_keep": positions}
@@ -100,9 +119,8 @@ def forward_loss(model: Any, batch: Batch, spec: RunSpec, response_tokens: torch
         return model(**inputs, num_items_in_batch=total, use_cache=False)
 
 
-def _block_mask(batch: Batch, spec: RunSpec) -> torch.Tensor:
+def _block_mask(examples: torch.Tensor, spec: RunSpec) -> torch.Tensor:
     """Returns (B, 1, S, S): True where a position may look, or for eager attention what is added to its scores."""
-    examples = batch.example_ids
     same = examples[:, None, :, None] == examples[:, None, None, :]
     mask = same & torch.ones_like(same[:1]).tril()
     if spec.attention != "eager":
@@ -112,36 +130,34 @@ def _block_mask(batch: Batch, spec: RunSpec) -> torch.Tensor:
 
 
 def train_step(
-    model: Any,
+    trained: TrainedModel,
     batches: Sequence[Batch],
     optimizer: torch.optim.Optimizer,
     spec: RunSpec,
-    loss_function: CausalLoss,
-    after_optimizer_step: Callable[[], None] = lambda: None,
+    step: int,
     at_phase: Callable[[str], None] = lambda phase: None,
 ) -> StepOutput:
     """Runs one optimizer step over the batches of a gradient accumulation, and returns its losses.
 
     Args:
-        model: From ``build_model``.
+        trained: The model and its loss.
         batches: One or more; the loss is the mean over all their response tokens.
         optimizer: From ``make_optimizer``.
         spec: Says how.
-        loss_function: The one that ``build_model`` put into the model.
-        after_optimizer_step: Runs between the update and the clearing of the gradients.
+        step: Its number in the run, from 0: what the method does after an update depends on it.
         at_phase: Told when ``forward``, ``backward`` and ``optimizer`` begin.
     """
     total = torch.stack([batch.response_tokens for batch in batches]).sum()
     losses, nlls = [], []
     for batch in batches:
         at_phase("forward")
-        output = forward_loss(model, batch, spec, total)
+        output = forward_loss(trained.model, batch, spec, total)
         loss = output.loss
         if spec.loss_path != "hf":
             # The logits are not needed any more. A plain script keeps its output until the next one, and so does `hf`.
             del output
-        assert loss_function.nll is not None
-        nlls.append(loss_function.nll)
+        assert trained.loss_function.nll is not None
+        nlls.append(trained.loss_function.nll)
         losses.append(loss.detach())
         at_phase("backward")
         loss.backward()
@@ -150,12 +166,12 @@ def train_step(
     if spec.max_grad_norm is not None:
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], spec.max_grad_norm)
     optimizer.step()
-    after_optimizer_step()
+    spec.method.after_optimizer_step(trained.model, step)
     optimizer.zero_grad(set_to_none=True)
     return StepOutput(loss=torch.stack(losses).sum(), nll=torch.stack(nlls).sum())
 
 
-def rehearse(model: Any, batch: Batch, spec: RunSpec, loss_function: CausalLoss) -> None:
+def rehearse(trained: TrainedModel, batch: Batch, spec: RunSpec) -> None:
     """Takes the forward and backward passes of a step on a batch, and leaves everything as it was.
 
     Two at most, where gradients are accumulated: from the second on, gradients are there from the start.
@@ -163,6 +179,6 @@ def rehearse(model: Any, batch: Batch, spec: RunSpec, loss_function: CausalLoss)
     devices = [torch.cuda.current_device()] if spec.device == "cuda" else []
     with torch.random.fork_rng(devices):
         for _ in range(min(2, spec.gradient_accumulation)):
-            forward_loss(model, batch, spec).loss.backward()
-    model.zero_grad(set_to_none=True)
-    loss_function.nll = None
+            forward_loss(trained.model, batch, spec).loss.backward()
+    trained.model.zero_grad(set_to_none=True)
+    trained.loss_function.nll = None

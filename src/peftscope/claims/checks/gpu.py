@@ -33,7 +33,9 @@ class _Found:
     high: float | None = None
 
 
-def fits(card: str, runs: list[Run], model: str = MODEL, headroom: float = 0, results: str = PUBLISHED) -> Measurement:
+def fits(
+    card: str, runs: list[Run], model: str = MODEL, headroom: float = 0, results: str | Path = PUBLISHED
+) -> Measurement:
     """Returns whether any of the runs fits into the memory of a card, on whichever card that was tried.
 
     Args:
@@ -61,12 +63,12 @@ def fits(card: str, runs: list[Run], model: str = MODEL, headroom: float = 0, re
     return Measurement(all(answers.values()), evidence=evidence, n=len(answers), model=_on(model, answers))
 
 
-def peak(run: Run, model: str = MODEL, results: str = PUBLISHED) -> Measurement:
+def peak(run: Run, model: str = MODEL, results: str | Path = PUBLISHED) -> Measurement:
     """Returns the peak of tensors in a training step, in GB."""
     return _extreme([run], lambda row: row["measured_allocated_bytes"] / GB, "largest", model, results)
 
 
-def activations(run: Run, model: str = MODEL, results: str = PUBLISHED) -> Measurement:
+def activations(run: Run, model: str = MODEL, results: str | Path = PUBLISHED) -> Measurement:
     """Returns the GB of a training step's peak beyond the memory that is in use between two steps.
 
     With few trained parameters, these are activations, logits and temporaries.
@@ -84,7 +86,7 @@ def peak_ratio(
     batch_sizes: tuple[int, ...] = (1,),
     extreme: Extreme = "largest",
     model: str = MODEL,
-    results: str = PUBLISHED,
+    results: str | Path = PUBLISHED,
 ) -> Measurement:
     """Returns the ratio of the peaks of two runs at the batch size where it is most extreme.
 
@@ -109,7 +111,7 @@ def step_ratio(
     batch_sizes: tuple[int, ...] = (1,),
     extreme: Extreme = "largest",
     model: str = MODEL,
-    results: str = PUBLISHED,
+    results: str | Path = PUBLISHED,
 ) -> Measurement:
     """Returns the ratio of two runs' median step times with its interval. Arguments are those of ``peak_ratio``."""
 
@@ -120,7 +122,7 @@ def step_ratio(
 
 
 def best_speed_ratio(
-    run: Run, against: Run, batch_sizes: tuple[int, ...], model: str = MODEL, results: str = PUBLISHED
+    run: Run, against: Run, batch_sizes: tuple[int, ...], model: str = MODEL, results: str | Path = PUBLISHED
 ) -> Measurement:
     """Returns the ratio of two runs' tokens per second, each at the batch size where it is fastest.
 
@@ -148,7 +150,7 @@ def best_speed_ratio(
     return _of(ratios, "smallest", evidence, model, {found.name for found in ratios})
 
 
-def smallest_increase(runs: list[Run], model: str = MODEL, results: str = PUBLISHED) -> Measurement:
+def smallest_increase(runs: list[Run], model: str = MODEL, results: str | Path = PUBLISHED) -> Measurement:
     """Returns the smallest increase of the peak, in GB, from one run of a list to the next."""
     labels = [label_of(model, run) for run in runs]
     increases: list[_Found] = []
@@ -173,7 +175,7 @@ def latency_ratio(
     batch_sizes: tuple[int, ...],
     extreme: Extreme = "largest",
     model: str = MODEL,
-    results: str = PUBLISHED,
+    results: str | Path = PUBLISHED,
 ) -> Measurement:
     """Returns the ratio of two median latencies with its interval, in the setting where it is most extreme.
 
@@ -207,7 +209,7 @@ def latency_ratio(
 
 
 def _extreme(
-    runs: list[Run], value: Callable[[Mapping[str, Any]], float], extreme: Extreme, model: str, results: str
+    runs: list[Run], value: Callable[[Mapping[str, Any]], float], extreme: Extreme, model: str, results: str | Path
 ) -> Measurement:
     labels = [label_of(model, run) for run in runs]
     found: list[_Found] = []
@@ -226,7 +228,7 @@ def _compare(
     ratio: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[float, float | None, float | None]],
     extreme: Extreme,
     model: str,
-    results: str,
+    results: str | Path,
 ) -> Measurement:
     """Returns the most extreme ratio of two runs over batch sizes and cards. A card counts if it tried all of them."""
     labels = {
@@ -268,14 +270,14 @@ def _of(
     )
 
 
-def _cards(results: str) -> list[Card]:
+def _cards(results: str | Path) -> list[Card]:
     cards = read_cards(Path(results))
     if not cards:
         raise NotRunError(f"no card's results under {results}; run make gpu-check on a machine with a CUDA card")
     return cards
 
 
-def _missing(labels: list[str], results: str) -> NotRunError:
+def _missing(labels: list[str], results: str | Path) -> NotRunError:
     return NotRunError(f"no card under {results} has measured {', '.join(dict.fromkeys(labels))}")
 
 

@@ -223,13 +223,13 @@ class Decoder(Linears):
         """Stands for the embedding of tokens, with virtual ones before them."""
         tape, weight = self.tape, self.weights["embed_tokens"]
         tape.module = "embed_tokens"
-        tokens = "U" if self.method.name == "prompt-tuning" else "T"
+        tokens = "U" if self.prompt else "T"
         x = tape.op([weight], (tokens, "h"), weight.width, term="embedded tokens")
         if self.shape.family == "gemma2":
             x = tape.scale(x)
         if self.spec.checkpointing and tape.training and not self.full:
             tape.require_grad(x)  # peft's enable_input_require_grads
-        if self.method.name == "prompt-tuning":
+        if self.prompt:
             tape.module = "prompt_encoder"
             prompts = tape.op([self.weights["prompt_encoder"]], ("B", "v", "h"), 4)
             prompts = tape.cast(prompts, x.width)

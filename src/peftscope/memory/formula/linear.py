@@ -41,7 +41,10 @@ class Linears:
     def __init__(self, spec: RunSpec, shape: ModelShape, sizes: dict[str, int], cublas_bytes: int) -> None:
         self.spec, self.shape, self.method = spec, shape, spec.method
         self.values: dict[str, Any] = spec.method.model_dump()
-        self.prefix = self.method.name == "prefix-tuning"
+        assert self.method.closed_form is not None
+        self.form = self.method.closed_form
+        self.prompt = self.method.logit_offset() > 0
+        self.prefix = sizes["v"] > 0 and not self.prompt
         self.sizes = sizes
         self.tape = Tape(self.sizes)
         self.tape.autocast = spec.precision == "amp"
@@ -50,7 +53,7 @@ class Linears:
         self.quantization = spec.method.quantization()
         self.adapter_width = self.width if self.values.get("adapter_dtype") == "base" else 4
         self.targets = spec.method.targets_of()
-        self.full = self.method.name == "full"
+        self.full = self.method.trains_base
         self.weights: dict[str, Shaped] = {}
         self.grouped = shape.num_heads != shape.num_kv_heads
         self.on_cuda = cublas_bytes > 0
@@ -77,9 +80,9 @@ class Linears:
             for layer in shape.block:
                 if layer.name in self.targets:
                     self._adapter_weights(self._path(index, layer.name), layer)
-        if self.method.name == "prompt-tuning":
+        if self.prompt:
             self._adapter("prompt_encoder", ("v", "h"), 4)
-        elif self.method.name == "prefix-tuning":
+        elif self.prefix:
             self._adapter("prompt_encoder", ("v", "L", "k", "2"), 4)
 
     def _norms(self) -> tuple[str, ...]:
@@ -117,14 +120,14 @@ class Linears:
     def _adapter_weights(self, path: str, layer: LinearLayer) -> None:
         inputs, outputs = LINEAR_DIMS[layer.name]
         width = self.adapter_width
-        if self.method.name == "ia3":
-            self._adapter(f"{path}.ia3_l", (inputs if layer.name == "down_proj" else outputs,), width)
+        if self.form.layer == "rescaled":
+            self._adapter(f"{path}.ia3_l", (inputs if layer.name in self.form.rescaled_inputs else outputs,), width)
             return
         self._adapter(f"{path}.lora_A", ("r", inputs), width)
         self._adapter(f"{path}.lora_B", (outputs, "r"), width)
-        if self.method.name == "adalora":
+        if self.form.layer == "triplets":
             self._adapter(f"{path}.lora_E", ("r",), width)
-        if self.method.name == "dora":
+        if self.form.layer == "decomposed":
             self._adapter(f"{path}.magnitude", (outputs,), width)
 
     def _linear(self, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
@@ -133,10 +136,11 @@ class Linears:
         if layer.name not in self.targets:
             return self._base_linear(path, layer, x)
         return {
-            "ia3": self._ia3_linear,
-            "adalora": self._adalora_linear,
-            "dora": self._dora_linear,
-        }.get(self.method.name, self._lora_linear)(path, layer, x)
+            "low-rank": self._lora_linear,
+            "triplets": self._adalora_linear,
+            "decomposed": self._dora_linear,
+            "rescaled": self._ia3_linear,
+        }[self.form.layer](path, layer, x)
 
     def _base_linear(self, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
         """Stands for ``torch.nn.Linear``, or ``bitsandbytes.nn.Linear4bit``."""
@@ -261,7 +265,7 @@ class Linears:
         """Stands for ``peft.tuners.ia3.layer.Linear``."""
         tape, before = self.tape, x.width
         scaling = tape.scale(self.weights[f"{path}.ia3_l"])
-        if layer.name == "down_proj":
+        if layer.name in self.form.rescaled_inputs:
             x = self._adapter_input(x)
             rescaled = tape.cast(tape.multiply(x, scaling, "rescaled input"), before)
             return self._base_linear(path, layer, rescaled)

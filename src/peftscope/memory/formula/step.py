@@ -64,7 +64,7 @@ class _Step(Decoder):
         wide = tape.cast(logits, 4, "logits in 32 bits")
         logs = self._with_saved_output([wide], ("N", "V"), 4, "log-softmax of the logits")
         loss = tape.scale(tape.op([logs], (), 4, None, (logs,)))
-        if self.method.name != "adalora":
+        if not self.form.orthogonality_term:
             return loss
         # Its gradients come first in the backward pass, and wait until those of the model come.
         tape.module = ""
@@ -115,18 +115,17 @@ class _Step(Decoder):
         if self.spec.optimizer != "sgd":
             for weight in trained:
                 states += self._moments(weight)
-        if self.method.name == "adalora":
-            states += [self._state(w, w.width, "importance scores of AdaLoRA") for w in trained for _ in range(3)]
-        return states
+        scores = range(self.form.scores)
+        return states + [self._state(w, w.width, "importance scores of AdaLoRA") for w in trained for _ in scores]
 
     def _optimize(self, trained: list[Shaped]) -> None:
         """Stands for what ``optimizer.step`` takes for itself; bitsandbytes and fused implementations take nothing."""
         tape, spec = self.tape, self.spec
         if spec.optimizer not in ("adamw", "sgd") or (spec.optimizer == "sgd" and not spec.weight_decay):
             return
-        groups = [trained]
-        if self.method.name == "lora-plus":
-            groups = [[w for w in trained if ("lora_B" in w.node.name) == second] for second in (False, True)]
+        groups, apart = [trained], self.form.own_group
+        if apart:
+            groups = [[w for w in trained if (apart in w.node.name) == second] for second in (False, True)]
         for group in groups:
             shapes = [(weight.dims, weight.width) for weight in group]
             if spec.optimizer_implementation == "foreach":

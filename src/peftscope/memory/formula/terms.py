@@ -74,9 +74,8 @@ SOURCES = {
 def sizes_of(spec: RunSpec, shape: ModelShape, responses: int, batch_size: int | None = None) -> dict[str, int]:
     """Returns the value of every named dimension, for sequences of ``spec.seq_len`` tokens."""
     batch = spec.batch_size if batch_size is None else batch_size
-    values = spec.method.model_dump()
-    virtual = values.get("virtual_tokens", 0)
-    prefix = virtual if spec.method.name == "prefix-tuning" else 0
+    virtual = getattr(spec.method, "virtual_tokens", 0)
+    prefix = virtual - spec.method.logit_offset()
     length = spec.seq_len + virtual - prefix
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     return {
@@ -98,7 +97,7 @@ def sizes_of(spec: RunSpec, shape: ModelShape, responses: int, batch_size: int |
         "I": shape.intermediate_size,
         "2I": 2 * shape.intermediate_size,
         "V": shape.vocab_size,
-        "r": values.get("init_r", values.get("rank", 1)),
+        "r": getattr(spec.method, spec.method.rank_field, 1),
         "v": virtual,
     }
 

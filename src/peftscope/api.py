@@ -1,0 +1,227 @@
+"""The API: what ``import peftscope`` gives. No torch, pandas or transformers until a function needs them.
+
+Every function leaves the process as it found it, but for the libraries that it imported. Paths are relative to the
+working folder; where that has no ``experiments/``, those of the repository that peftscope is installed from are read.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftscope.errors import InputError, Problem, close_match
+from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
+from peftscope.record import RunRecord
+from peftscope.spec import RunSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from peftscope.hardware.device import Device
+    from peftscope.memory.answer import Answer
+    from peftscope.memory.fit import Fit
+
+__all__ = ["InputError", "RunRecord", "RunSpec", "fit", "load_results", "memory", "run"]
+
+
+def run(spec: RunSpec | Mapping[str, Any], folder: str | Path) -> RunRecord:
+    """Trains and measures one run in this process, and returns its record.
+
+    The model, the task and the benchmarks are fetched into ``resources/`` if they are not there. A run that has ended
+    in this folder is not made again, and one that was stopped goes on from its checkpoint.
+
+    Args:
+        spec: The run, or its fields as an experiment file has them: ``{"model": "toy", "method": "lora", "rank": 4}``.
+            What they leave out comes from ``experiments/defaults.yaml``, the device from this machine.
+        folder: The run's own; gets ``record.json``, ``spec.json``, ``items.jsonl`` (one row a test item) and
+            ``adapter/``.
+
+    Returns:
+        The record: losses in nats a token, memory in bytes, times in seconds from this call on. ``status`` is ``ok``,
+        ``oom``, ``diverged`` or ``failed``, with a ``reason``. ``peak_resident_bytes`` is that of the whole process.
+
+    Raises:
+        InputError: The fields, this machine, or the files that the run reads are not as they should be.
+        KeyboardInterrupt: The run was stopped, after ``interrupted.json`` was written.
+        OSError: The disk is full, or does not let the run write; ``interrupted.json`` says so where it could.
+    """
+    began = time.perf_counter()
+    from peftscope.execution.inputs import fetch_inputs, verify_inputs
+    from peftscope.execution.job import check_cards
+    from peftscope.files.atomic import write_json
+    from peftscope.files.lock import locked
+    from peftscope.hardware.bf16 import chosen_way
+    from peftscope.hardware.device import detect_device
+    from peftscope.planning.plan import check_compiler, check_disk, check_runs
+    from peftscope.planning.sweep import spec_from
+    from peftscope.record import finished_record, state_folder, write_record
+    from peftscope.spec import run_id
+    from peftscope.training.signals import Interrupted
+
+    if not isinstance(spec, RunSpec):
+        spec = spec_from(dict(spec), Path("spec"), detect_device())
+    if spec.shards > 1:
+        message = f"a run of {spec.shards} processes cannot be made in one"
+        raise InputError(Problem("shards", message, "use shards=1, or the command `peftscope run`"))
+    chosen_way()  # raises for a wrong wish
+    runs = {run_id(spec): spec}
+    if problems := check_runs(runs, "spec") or check_disk(runs) + check_compiler(runs):
+        raise InputError(problems)
+    folder = Path(folder)
+    with quiet_libraries(), without_hub_kernels(), locked(state_folder(folder) / "lock"):
+        write_json(folder / "spec.json", spec.model_dump(mode="json"))
+        if record := finished_record(folder, run_id(spec)):
+            write_record(folder / "record.json", record)
+            return record
+        with _generators_kept(spec.device):
+            # Before libraries are kept offline: one that is first imported then would stay so.
+            from peftscope.execution.phases import Phases
+            from peftscope.execution.run import execute
+
+            if spec.generation_items or spec.benchmarks:
+                import peftscope.evaluation.benchmarks  # noqa: F401
+            if spec.device == "cuda":
+                check_cards(1)
+            fetch_inputs(spec)
+            verifying = time.perf_counter()
+            verify_inputs(spec)
+            phases = Phases(spec.device, began)
+            phases.mark_imported(time.perf_counter() - verifying)
+            try:
+                with offline():
+                    return execute(spec, folder, phases)
+            except Interrupted as stopped:
+                raise stopped.__cause__ or KeyboardInterrupt(str(stopped)) from None
+
+
+@contextmanager
+def _generators_kept(device: Device) -> Iterator[None]:
+    """Puts the states of the random generators of Python, NumPy and torch back after this context."""
+    import numpy
+    import torch
+
+    python, arrays = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(None if device == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(arrays)
+
+
+def memory(
+    model: str,
+    method: str = "lora",
+    *,
+    simulate: bool = False,
+    response_len: int | None = None,
+    gpu: str | None = None,
+    gpus: int = 1,
+    **options: Any,
+) -> Answer:
+    """Returns what a training run takes on a card, without one, as ``peftscope memory`` does.
+
+    Args:
+        model: A preset (``llama-2-7b``, ...), the path of a ``config.json``, a name in models.yaml, or a hub id.
+        method: ``full``, ``lora``, ``qlora``, ``dora``, ...
+        simulate: Whether the training step itself is run on tensors without data, which loads torch and takes
+            seconds; otherwise the closed form answers.
+        response_len: Positions of a sequence that carry a loss, for ``loss_path="response_only"``; default: half.
+        gpu: The card, for its CUDA context: ``rtx4090``, ``a100``, ..., or its memory, as in ``24GiB``.
+        gpus: Cards over which weights, gradients and states are sharded.
+        options: Fields of the method (``rank``, ``targets``, ...) and of a run (``batch_size``, ``seq_len``,
+            ``precision``, ``optimizer``, ``checkpointing``, ...).
+
+    Returns:
+        The answer: peaks in bytes, the phase in which the allocated one is, and its parts, which add up to it.
+
+    Raises:
+        InputError: An option is unknown or does not fit, or the closed form does not know the model's family.
+    """
+    from peftscope.hardware.cards import find_gpu
+    from peftscope.memory.answer import answer_by_formula
+    from peftscope.memory.question import ask, describe_model
+
+    _check_options(options)
+    card = find_gpu(gpu) if gpu else None
+    options["method"] = method
+    question = ask(describe_model(model), options, responses=response_len, gpu=card, gpus=gpus)
+    if not simulate:
+        return answer_by_formula(question)
+    with quiet_libraries(), without_hub_kernels():
+        from peftscope.memory.simulate import answer_by_simulation
+
+        with offline():
+            return answer_by_simulation(question)
+
+
+def fit(
+    gpu: str,
+    models: str | Sequence[str] | None = None,
+    methods: str | Sequence[str] | None = None,
+    *,
+    gpus: int = 1,
+    **options: Any,
+) -> list[Fit]:
+    """Returns which methods fit on a card, as ``peftscope fit`` does; some seconds for all methods of a model.
+
+    Args:
+        gpu: The card: ``rtx4090``, ``a100``, ..., or its memory, as in ``24GiB``.
+        models: One model or several, as ``memory`` takes them; None: every preset.
+        methods: One method or several; None: all that train.
+        gpus: Cards over which weights, gradients and states are sharded.
+        options: As of ``memory``; an option of a method goes only to methods that have it.
+
+    Returns:
+        One fit for each model and method, in their order: peaks and headroom in bytes, the largest batch, length and
+        rank that fit, and what would help where it does not.
+
+    Raises:
+        InputError: A name or an option is unknown, or nothing can run as asked.
+    """
+    from peftscope.hardware.cards import find_gpu
+    from peftscope.memory.fit import fit_methods, known_methods
+    from peftscope.memory.question import describe_model
+    from peftscope.models.presets import PRESETS
+
+    _check_options(options)
+    names = [models] if isinstance(models, str) else list(PRESETS if models is None else models)
+    chosen = known_methods(methods if methods is None or isinstance(methods, str) else ",".join(methods))
+    return list(fit_methods([describe_model(name) for name in names], chosen, options, find_gpu(gpu), gpus))
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raises InputError for names that are no field of a run or a method that memory depends on."""
+    from peftscope.memory.question import METHOD_OPTIONS
+
+    known = {*METHOD_OPTIONS, *RunSpec.model_fields} - {"model", "task", "method", "device", "learning_rate"}
+    if unknown := [Problem(name, "unknown option", close_match(name, known)) for name in options if name not in known]:
+        raise InputError(unknown)
+
+
+def load_results(name: str) -> pd.DataFrame:
+    """Returns the runs of an experiment, one row each, from ``runs.csv``.
+
+    Args:
+        name: The experiment. The file is that of ``results/NAME/`` or, if there is none, of
+            ``results/published/NAME/``.
+
+    Returns:
+        The table. Units end the names of columns (``peak_tensor_bytes``, ``train_seconds``, ...); ``attrs["source"]``
+        is the path of the file.
+
+    Raises:
+        InputError: There is no such file, or it cannot be an experiment's name.
+    """
+    from peftscope.analysis.collect import read_runs
+    from peftscope.layout import PUBLISHED_RESULTS, results_folder
+
+    own, published = results_folder(name), PUBLISHED_RESULTS / name
+    folder = published if (published / "runs.csv").is_file() and not (own / "runs.csv").is_file() else own
+    runs = read_runs(name, folder)
+    runs.attrs["source"] = (folder / "runs.csv").as_posix()
+    return runs

@@ -1,0 +1,25 @@
+"""The store of runs: moving runs of older versions into it, which kept them in a folder of each experiment."""
+
+from __future__ import annotations
+
+from peftscope.layout import PUBLISHED_RESULTS, RESULTS, run_folder
+
+
+def move_runs() -> tuple[list[str], list[str]]:
+    """Moves finished runs from ``results/EXPERIMENT/runs`` into the store.
+
+    Returns:
+        The ids of the runs that were moved, and of those that stay because the store has them already.
+    """
+    moved, stay = [], []
+    for record in sorted(RESULTS.glob("*/runs/*/record.json")):
+        if record.is_relative_to(PUBLISHED_RESULTS):
+            continue
+        target = run_folder(record.parent.name)
+        if target.exists():
+            stay.append(target.name)
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        record.parent.rename(target)
+        moved.append(target.name)
+    return moved, stay

@@ -1,0 +1,52 @@
+"""Why a field of a record is null."""
+
+from __future__ import annotations
+
+from peftscope.memory.predict import why_not_simulated
+from peftscope.record import Ceilings, RunRecord
+
+
+def why_unavailable(record: RunRecord) -> dict[str, str]:
+    """Returns why each null field is null."""
+    reasons: dict[str, str] = {}
+    cpu = record.spec.device == "cpu"
+    for phase in ("load", "train", "evaluate"):
+        for field, value in getattr(record.memory, phase):
+            if value is None:
+                cuda_only = cpu and field in ("peak_reserved_bytes", "peak_device_bytes")
+                reasons[f"memory.{phase}.{field}"] = "CUDA only" if cuda_only else _why_missing(record, phase, field)
+    for phase in ("forward", "backward", "optimizer"):
+        if getattr(record.memory, f"{phase}_peak_tensor_bytes") is None:
+            missing = _why_missing(record, "train", "peak_tensor_bytes")
+            reasons[f"memory.{phase}_peak_tensor_bytes"] = missing if cpu else "CPU only"
+    failed = record.status == "ok" and all(value is None for _, value in record.memory.predicted)
+    for field, value in record.memory.predicted:
+        if failed:
+            reason = why_not_simulated(record.spec) or "the simulation failed, see train.log"
+            reasons[f"memory.predicted.{field}"] = reason
+        elif value is None:
+            cuda_only = cpu and field.endswith(("reserved_bytes", "device_bytes"))
+            reasons[f"memory.predicted.{field}"] = "CUDA only" if cuda_only else _why_missing(record, "train")
+    if record.memory.paged_state_bytes is None:
+        reasons["memory.paged_state_bytes"] = "CUDA only" if cpu else _why_missing(record, "train")
+    for part in ("speed", "ceilings", "quality", "size"):
+        for field, value in getattr(record, part):
+            if value is None:
+                reasons[f"{part}.{field}"] = _why_missing(record, "evaluate" if part == "quality" else "train", field)
+    return reasons
+
+
+def _why_missing(record: RunRecord, phase: str, field: str = "") -> str:
+    if record.status != "ok":
+        return f"the run ended: {record.status}"
+    if field == "peak_device_bytes":
+        return "NVML gave no answer"
+    if phase == "train" and not record.spec.method.trains:
+        return "nothing is trained"
+    if field in ("matmul_share", *Ceilings.model_fields) and record.speed.timed_steps:
+        return "the model left no room to measure the device's rates"
+    if field == "peak_tensor_bytes" and record.spec.shards > 1:
+        return "the byte tracker knows a single process"
+    if field == "peak_tensor_bytes" and record.spec.compile:
+        return "the byte tracker does not see into compiled layers"
+    return "switched off in the spec"

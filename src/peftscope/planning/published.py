@@ -1,0 +1,95 @@
+"""Published runs: three Parquet files an experiment, ``records``, ``items`` and ``losses``.
+
+No rule of the workflow reads them. Estimates do, and ``peftscope restore``, which copies runs into the store.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from peftscope.errors import InputError, Problem
+from peftscope.layout import PUBLISHED_RESULTS, published_paths
+
+RECORDS, ITEMS, LOSSES = "records.parquet", "items.parquet", "losses.parquet"
+LARGEST_BYTES = 5_000_000
+"""Of a published file: a larger one is not committed."""
+
+_ITEM_FIELDS = ("item", "prompt", "target", "nll", "tokens", "answer", "correct")
+
+
+def write_runs(folder: Path, runs: Iterable[Path]) -> list[Path]:
+    """Writes the Parquet files of finished runs and returns their paths.
+
+    A record's JSON text is kept as it is, so that its checksum stays true.
+
+    Args:
+        folder: Where to.
+        runs: Folders of the runs, each with ``record.json`` and, unless the run failed, ``items.jsonl``.
+
+    Raises:
+        InputError: A file would be too large to commit.
+    """
+    records: list[dict[str, Any]] = []
+    items: list[dict[str, Any]] = []
+    losses: list[dict[str, Any]] = []
+    for run in runs:
+        text = (run / "record.json").read_text()
+        records.append({"run_id": run.name, "record": text})
+        steps = enumerate(json.loads(text)["train_nll"], 1)
+        losses += [{"run_id": run.name, "step": step, "nll_nats_per_token": nll} for step, nll in steps]
+        if (run / "items.jsonl").is_file():
+            for line in (run / "items.jsonl").read_text().splitlines():
+                items.append({"run_id": run.name, **dict.fromkeys(_ITEM_FIELDS), **json.loads(line)})
+    written = [_write(folder / name, rows) for name, rows in ((RECORDS, records), (ITEMS, items), (LOSSES, losses))]
+    for path in written:
+        if path.stat().st_size > LARGEST_BYTES:
+            raise InputError(Problem(str(path), f"over {LARGEST_BYTES:,} bytes, too large to commit"))
+    return written
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, compression="zstd")
+    return path
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet
+
+    rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+    return rows
+
+
+def published_records(experiment: str) -> dict[str, str]:
+    """Returns the text of an experiment's published records by run id.
+
+    Raises:
+        InputError: None were published.
+    """
+    path = PUBLISHED_RESULTS / experiment / RECORDS
+    if not path.is_file():
+        raise InputError(Problem(str(path), "no published runs"))
+    return {row["run_id"]: row["record"] for row in _rows(path)}
+
+
+def all_published_records() -> Iterator[tuple[str, str, str]]:
+    """Yields (experiment, run id, text of the record) of everything published."""
+    for path in published_paths(RECORDS):
+        yield from ((path.parent.name, row["run_id"], row["record"]) for row in _rows(path))
+
+
+def published_items(experiment: str) -> dict[str, str]:
+    """Returns the text of ``items.jsonl`` of each published run, to the byte as the run wrote it."""
+    lines: dict[str, list[str]] = {}
+    for row in _rows(PUBLISHED_RESULTS / experiment / ITEMS):
+        fields = {
+            name: row[name] for name in _ITEM_FIELDS if name not in ("answer", "correct") or row["correct"] is not None
+        }
+        lines.setdefault(row["run_id"], []).append(json.dumps(fields, ensure_ascii=False) + "\n")
+    return {run: "".join(text) for run, text in lines.items()}

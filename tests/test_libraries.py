@@ -1,0 +1,87 @@
+"""Other libraries: quiet, offline and without a hub's code while peftscope works, and as they were after it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from tqdm import tqdm
+
+from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
+
+
+def talk() -> None:
+    warnings.warn("of the next version", FutureWarning, stacklevel=1)
+    logging.getLogger("some_library").warning("a warning")
+    logging.getLogger("some_library").error("an error")
+    for _ in tqdm(range(3), desc="a bar", disable=False):
+        pass
+
+
+def test_libraries_are_quiet_but_for_errors(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+
+    def state() -> tuple[object, ...]:
+        bars = vars(tqdm)["__init__"], tqdm.monitor_interval
+        return list(warnings.filters), bars, logging.root.manager.disable
+
+    before = state()
+    with quiet_libraries():
+        talk()
+    assert [record.message for record in caplog.records] == ["an error"]
+    assert capsys.readouterr().err == ""
+    assert state() == before
+    caplog.clear()
+    with pytest.warns(FutureWarning, match="of the next version"):
+        talk()
+    assert [record.message for record in caplog.records] == ["a warning", "an error"]
+    assert "a bar: 100%" in capsys.readouterr().err
+
+
+def test_warnings_that_were_asked_for_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "warnoptions", ["default"])
+    with quiet_libraries(), pytest.warns(FutureWarning):
+        talk()
+
+
+def test_libraries_are_offline_only_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ZeroDivisionError), offline():
+        assert constants.is_offline_mode() and os.environ["HF_HUB_OFFLINE"] == "1"
+        raise ZeroDivisionError
+    assert not constants.is_offline_mode() and "HF_HUB_OFFLINE" not in os.environ
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with offline():
+        assert not constants.is_offline_mode() and os.environ["HF_HUB_OFFLINE"] == "0"
+
+
+@pytest.mark.parametrize("found", [{}, {"kernels": sys}], ids=["not imported", "imported"])
+def test_the_kernels_package_is_barred_only_inside(found: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    for name, module in found.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(ZeroDivisionError), without_hub_kernels():
+        with pytest.raises(ImportError, match="kernels"):
+            import kernels  # noqa: F401
+        raise ZeroDivisionError
+    assert {name: sys.modules[name] for name in sys.modules if name == "kernels"} == found
+
+
+@pytest.mark.parametrize(
+    "arguments", ["doctor", "fetch toy", "make-task two-digit-sums", "memory toy --method qlora --simulate"]
+)
+def test_a_command_says_only_what_is_its_own(arguments: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "peftscope", *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stderr == ""
+    assert done.stdout.count("\n") >= 1
+    for word in ("Warning", "Failed to load", "kernels-community", "it/s]", "%|"):
+        assert word not in done.stdout

@@ -1,0 +1,163 @@
+"""The store of runs: one folder a run, whichever experiments list it; published runs come back to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from peftscope.cli.main import app
+from peftscope.errors import InputError
+from peftscope.execution.merge import find_run
+from peftscope.execution.phases import Phases
+from peftscope.execution.run import execute
+from peftscope.execution.store import move_runs
+from peftscope.layout import PUBLISHED_RESULTS, record_path, results_folder, run_folder
+from peftscope.planning.plan import Workflow, load_workflow, plan_experiment
+from peftscope.planning.published import (
+    LARGEST_BYTES,
+    all_published_records,
+    published_items,
+    published_records,
+    write_runs,
+)
+from peftscope.planning.sweep import expand
+from peftscope.record import finished_record, is_restored, parse_record, write_record
+from peftscope.report.publish import processor_of, restore
+from peftscope.spec import run_id
+
+SHORT = "fixed: {model: toy, steps: 2, batch_size: 4, heldout_items: 8, generation_items: 0, retention_tokens: 64}\n"
+
+
+@pytest.fixture
+def finished(own: Any) -> tuple[str, dict[str, Any]]:
+    """An experiment with one finished run, a LoRA: its name and the run's id and record."""
+    own("mine", SHORT + "seeds: [0]\nruns: [{method: lora}]\n")
+    ((identity, spec),) = expand("mine").runs.items()
+    phases = Phases("cpu", time.perf_counter())
+    phases.mark_imported()
+    record = execute(spec, run_folder(identity), phases)
+    assert record.status == "ok"
+    return identity, record
+
+
+def test_restored_runs_count_as_done_without_weights(finished: tuple[str, Any]) -> None:
+    identity, record = finished
+    folder = run_folder(identity)
+    write_runs(PUBLISHED_RESULTS / "mine", [folder])
+    before = {
+        name: (folder / name).read_bytes()
+        for name in ("record.json", "items.jsonl", "spec.json")
+        if (folder / name).is_file()
+    }
+    assert find_run(identity) == folder
+    shutil.rmtree(folder)
+    assert finished_record(folder, identity) is None
+    assert restore("mine") == 1
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert not (folder / "adapter").exists() and is_restored(folder)
+    again = finished_record(folder, identity)
+    assert again is not None and again.train_nll == record.train_nll
+    with pytest.raises(InputError, match=f"run {identity}: restored without its weights"):
+        find_run(identity)
+    # Its items still have to be what the record says.
+    (folder / "items.jsonl").write_text("{}\n")
+    assert finished_record(folder, identity) is None
+
+
+def test_a_run_that_two_experiments_published_has_one_set_of_losses(finished: tuple[str, Any]) -> None:
+    identity, record = finished
+    write_runs(PUBLISHED_RESULTS / "mine", [run_folder(identity)])
+    write_runs(PUBLISHED_RESULTS / "other", [run_folder(identity)])
+    restore("mine")
+    write_record(record_path(identity), record.model_copy(update={"train_nll": [0.5, 0.25]}))
+    write_runs(PUBLISHED_RESULTS / "other", [run_folder(identity)])
+    with pytest.raises(InputError, match=f"{identity}: published by mine and by other, with different losses"):
+        restore("mine")
+
+
+def test_older_folders_are_moved_into_the_store(finished: tuple[str, Any]) -> None:
+    identity, _ = finished
+    old = results_folder("mine") / "runs" / identity
+    old.parent.mkdir(parents=True)
+    run_folder(identity).rename(old)
+    assert move_runs() == ([identity], [])
+    assert finished_record(run_folder(identity), identity) is not None and not old.exists()
+    shutil.copytree(run_folder(identity), old)
+    result = CliRunner().invoke(app, ["move-runs"])
+    assert "0 runs moved to results/runs, 1 were there already and stay" in result.output
+    assert old.is_dir()
+
+
+def test_a_run_of_two_experiments_is_one_job(own: Any) -> None:
+    own("one", SHORT + "seeds: [0]\naxes: {method: [lora, full]}\n")
+    own("two", SHORT + "seeds: [0]\naxes: {method: [lora, ia3]}\n")
+    workflow = load_workflow({"experiment": "one two"})
+    assert workflow.names == ["one", "two"]
+    records = {name: set(workflow.records(None)(SimpleNamespace(experiment=name))) for name in workflow.names}
+    assert len(records["one"] & records["two"]) == 1 and len(records["one"] | records["two"]) == 3
+    shared = Path((records["one"] & records["two"]).pop()).parent.name
+    assert workflow.spec(SimpleNamespace(run_id=shared)).method.name == "lora"
+    assert Workflow([plan_experiment("one")]).names == ["one"]
+    with pytest.raises(InputError, match="not a run of one, two"):
+        workflow.spec(SimpleNamespace(run_id="lora-none"))
+
+
+@pytest.mark.parametrize("experiment", ["quick", "kin", "variants"])
+def test_published_runs_are_few_small_whole_files(
+    experiment: str, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+    files = [path for path in (PUBLISHED_RESULTS / experiment).rglob("*") if path.is_file()]
+    assert 10 < len(files) <= 20 and max(path.stat().st_size for path in files) < LARGEST_BYTES
+    items = published_items(experiment)
+    for run, text in published_records(experiment).items():
+        record = parse_record(text, run)  # checks its checksum, if it has one
+        assert record.run_id == run
+        if "items.jsonl" in record.files:
+            assert hashlib.sha256(items[run].encode()).hexdigest() == record.files["items.jsonl"]
+    result = CliRunner().invoke(app, ["records", experiment])
+    lines = [json.loads(line) for line in result.output.splitlines()]
+    assert [line["run_id"] for line in lines] == list(published_records(experiment))
+
+
+def test_what_is_published_twice_on_one_kind_of_processor_agrees(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+    losses: dict[Any, list[Any]] = {}
+    for _, run, text in all_published_records():
+        record = json.loads(text)
+        losses.setdefault((run, processor_of(record)), []).append(record["train_nll"])
+    assert len(losses) > 100
+    assert all(each == seen[0] for seen in losses.values() for each in seen)
+
+
+@pytest.mark.parametrize(
+    ("method", "keep", "stays"),
+    [("lora", "adapters", True), ("lora", "none", False), ("full", "adapters", False), ("full", "all", True)],
+)
+def test_weights_stay_only_where_they_are_asked_for(
+    method: str, keep: Any, stays: bool, toy: Path, make_spec: Any, tmp_path: Path
+) -> None:
+    spec = make_spec(method=method, steps=2, generation_items=0)
+    phases = Phases("cpu", time.perf_counter())
+    phases.mark_imported()
+    folder = tmp_path / run_id(spec)
+    record = execute(spec, folder, phases, keep_weights=keep)
+    assert record.weights == ("kept" if stays else "dropped") and record.size.adapter_bytes > 0
+    assert (folder / "adapter").exists() == stays
+    assert any(name.startswith("adapter/") for name in record.files) == stays
+    # Without its weights the run is still done.
+    assert finished_record(folder, folder.name) == record
+    if not stays:
+        shutil.copytree(folder, run_folder(folder.name), dirs_exist_ok=True)
+        with pytest.raises(InputError, match="its weights were dropped"):
+            find_run(folder.name)
