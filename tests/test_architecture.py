@@ -16,7 +16,7 @@ from benchmarks.architecture import PAGE, describe_room, draw_layers, read_layer
 NO_TORCH = [
     "api",
     "layout",
-    "libraries",
+    "execution.libraries",
     "files.content",
     "hardware.bf16",
     "hardware.device",

@@ -21,7 +21,7 @@ BENCHMARKS_FOLDER = RESOURCES / "benchmarks"
 
 RESULTS = Path("results")
 RUNS = RESULTS / "runs"
-"""The store: one folder a run. Experiments list run ids."""
+"""The store, with one folder per run. Experiments list the ids of their runs."""
 REPORTS = Path("reports")
 PUBLISHED_RESULTS = RESULTS / "published"
 PUBLISHED_REPORTS = REPORTS / "published"
@@ -32,7 +32,7 @@ CARDS_FOLDER = RESULTS / "gpu"
 
 CLAIMS_RESULTS = RESULTS / "claims.json"
 CLAIMS_PAGE = REPORTS / "claims.html"
-"""Its Markdown twin lies beside it."""
+"""The claims page. Its Markdown version is in the same folder."""
 
 REPOSITORY = Path(__file__).parent.parent.parent
 """The repository, if this package is an editable install of it."""
@@ -41,12 +41,12 @@ NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,63}"
 
 
 def shipped(path: Path) -> Path:
-    """Returns where a file of experiments/ is: in the working folder or, if that has no defaults, in the repository.
+    """Returns the path of a file of experiments/ in the working folder or, if that has no defaults, in the repository.
 
-    The repository is that of an editable install, so that a run can be asked for in any folder.
+    The repository is that of an editable install, so that runs can be started in any folder.
 
     Raises:
-        InputError: There are no defaults in either.
+        InputError: Neither has defaults.
     """
     for root in (Path(), REPOSITORY):
         if (root / DEFAULTS).is_file():
@@ -87,7 +87,7 @@ def record_paths() -> list[Path]:
 
 
 def published_paths(name: str) -> list[Path]:
-    """Returns the published files of this name, one for each experiment that has it."""
+    """Returns the published files with this name, one per experiment that has it."""
     return sorted(PUBLISHED_RESULTS.glob(f"*/{name}"))
 
 

@@ -78,7 +78,7 @@ class _Ledger(BaseModel):
 
 
 def read_ledger(path: Path | None = None) -> tuple[Claim, ...]:
-    """Returns all claims in the order of the file.
+    """Returns all claims of a file in their order. The default file is ``experiments/claims.yaml``.
 
     Raises:
         InputError: The file has problems; the error lists all of them.
