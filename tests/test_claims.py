@@ -236,7 +236,6 @@ def test_a_contrast_is_corrected_for_its_family_even_when_it_is_measured_alone(
         (["--id", "S130"], "--id: no such claim (got 'S130') -> did you mean"),
         (["--kind", "numeric"], "--kind: no such kind (got 'numeric') -> did you mean `numerics`?"),
         (["--write", "--id", "S64"], "--write: writes all claims -> leave --id and --kind out"),
-        (["--experiment", "quik"], "did you mean `quick`?"),
     ],
 )
 def test_a_wrong_question_is_answered_with_a_hint(
