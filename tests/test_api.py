@@ -141,7 +141,7 @@ class TestRun:
         assert (bare / "run/items.jsonl").stat().st_mtime_ns == began
 
     def test_a_stopped_one_goes_on(self, bare: Path) -> None:
-        fields, usual = {**FIELDS, "steps": 400}, signal.getsignal(signal.SIGINT)
+        fields, usual = {**FIELDS, "steps": 120}, signal.getsignal(signal.SIGINT)
 
         def stop_the_training() -> None:
             while signal.getsignal(signal.SIGINT) is usual:
@@ -156,7 +156,7 @@ class TestRun:
         assert not (bare / "run/record.json").exists()
         assert list(state_folder(bare / "run").glob("checkpoint-*.pt"))
         record = peftscope.run(fields, "run")
-        assert (record.status, len(record.train_nll)) == ("ok", 400)
+        assert (record.status, len(record.train_nll)) == ("ok", 120)
         assert not (bare / "run/interrupted.json").exists()
 
     def test_one_that_is_stopped_while_it_loads_is_not_done(self, bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,9 +229,9 @@ class TestAnswers:
         assert simulated.peak_allocated_bytes == pytest.approx(formula, rel=0.02)
 
     def test_fit_is_the_commands(self, command: Any) -> None:
-        found = peftscope.fit("8GiB", ["toy", "qwen2.5-0.5b"], "lora", seq_len=64)
-        assert [fit.model for fit in found] == ["toy", "qwen2.5-0.5b"]
-        options = ["--models", "toy,qwen2.5-0.5b", "--methods", "lora", "--seq-len", "64", "--gpu", "8GiB"]
+        found = peftscope.fit("8GiB", ["qwen2.5-0.5b"], "lora", seq_len=64)
+        assert [(fit.model, fit.method) for fit in found] == [("qwen2.5-0.5b", "lora")]
+        options = ["--models", "qwen2.5-0.5b", "--methods", "lora", "--seq-len", "64", "--gpu", "8GiB"]
         assert json.loads(json.dumps([fit.to_json() for fit in found])) == command("fit", *options)
 
     @pytest.mark.parametrize(
