@@ -137,7 +137,16 @@ def load_plan(config: dict[str, Any]) -> Plan:
     problems += check_disk({i: spec for i, spec in plan.sweep.runs.items() if not (runs / i / "record.json").is_file()})
     if problems:
         raise InputError(problems)
+    _loaded.append(plan)
     return plan
+
+
+_loaded: list[Plan] = []
+
+
+def loaded_plan() -> Plan | None:
+    """Returns the plan that this process's Snakefile loaded; None: it loaded none."""
+    return _loaded[-1] if _loaded else None
 
 
 def plan_experiment(name: str, device: Device | None = None) -> Plan:
