@@ -7,13 +7,17 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_memory import answer
+from test_memory import answer, model_of
 
 from peftscope.errors import InputError
 from peftscope.hardware.cards import GIB, GPUS, MIB, find_gpu
-from peftscope.memory.allocator import CachingAllocator, reserved_bytes
-from peftscope.memory.question import describe_model
+from peftscope.memory import allocator as books
+from peftscope.memory.allocator import reserved_bytes
+from peftscope.memory.fit import fit_methods, known_methods, options_of_method
+from peftscope.memory.formula import TrainingTraces, step, trace_training
+from peftscope.memory.question import ask, describe_model
 from peftscope.memory.trace import Block, Peak, Trace, by_kind, rounded
+from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
 from peftscope.models.shapes import ModelShape
 
@@ -82,6 +86,22 @@ def test_transformers_builds_a_preset_with_as_many_parameters(name: str) -> None
 
 
 # The allocator.
+
+
+class CachingAllocator(books.CachingAllocator):
+    """Names blocks by their addresses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: dict[int, books.Piece] = {}
+
+    def allocate(self, size: int) -> int:
+        piece = super().allocate(size)
+        self.pieces[piece.offset] = piece
+        return piece.offset
+
+    def free(self, address: int) -> None:
+        super().free(self.pieces.pop(address))
 
 
 def test_up_to_one_mib_comes_from_segments_of_two() -> None:
@@ -426,3 +446,26 @@ def test_blocks_are_named_by_what_becomes_of_them() -> None:
         (2048, "temporaries"),
         (4096, "temporaries"),
     ]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit"])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.trains and method.closed_form])
+def test_a_trace_that_is_kept_and_resized_is_the_trace_of_those_sizes(method: str, optimizer: str) -> None:
+    """The sizes lie on both sides of the ranks from which bitsandbytes keeps 8-bit states and pages them."""
+    model, traces = model_of(PRESETS["llama-3.2-1b"][1].model_copy(update={"num_layers": 2})), TrainingTraces()
+    assert model.shape is not None
+    for batch_size, seq_len, rank in [(1, 512, 8), (3, 100, 1), (2, 999, 64), (1, 512, 8)]:
+        options = {"batch_size": batch_size, "seq_len": seq_len, "rank": rank, "optimizer": optimizer}
+        question = ask(model, options_of_method(method, options))
+        sizes = question.spec, model.shape, question.responses, 8 * MIB
+        assert traces.trace(*sizes) == trace_training(*sizes)
+        assert traces.reserved_bytes(traces.trace(*sizes)) == reserved_bytes(trace_training(*sizes))
+
+
+def test_the_search_for_the_largest_sizes_asks_the_allocator_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve methods and three sizes of each: a replay takes most of a question's time."""
+    replays = []
+    monkeypatch.setattr(step, "reserved_bytes", lambda trace: replays.append(1) or reserved_bytes(trace))
+    fits = list(fit_methods([model_of(PRESETS["llama-3.2-1b"][1])], known_methods(None), {}, find_gpu("8GiB")))
+    assert len(fits) == 12
+    assert len(replays) < 3 * 36

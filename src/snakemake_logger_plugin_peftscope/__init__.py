@@ -8,15 +8,112 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from statistics import fmean
+from types import SimpleNamespace
+from typing import Any
 
-from rich.progress import TextColumn, TimeRemainingColumn
+from rich.progress import Task, TimeRemainingColumn
+from rich.text import Text
 from snakemake_interface_logger_plugins.common import LogEvent
 from snakemake_logger_plugin_rich import LogHandler as RichLogHandler
 
-from peftscope.planning.estimate import spoken
+from peftscope.layout import record_path
+from peftscope.planning.estimate import estimate_seconds, spoken
+from peftscope.planning.plan import Workflow, loaded_workflow
+from peftscope.spec import RunSpec
 
-LONGEST_RUN_SECONDS = 30 * 24 * 3600
-"""Jobs take minutes: the speed has to be taken over the whole run, not over the last half minute."""
+SHORT_SECONDS = 2.5
+"""Of a job that trains nothing: 0.7 to 3.1 in the quick experiment's benchmarks on two cores, mostly to start."""
+RULE_SECONDS = {"memory_chapter": 100.0}
+"""Of rules that simulate: the processor's seconds on two cores."""
+TRUST = 0.1
+"""The plan's estimate counts as much as this share of it that was done in just as many seconds."""
+TOTAL = "Total Progress"
+
+
+class TimeLeft:
+    """What the jobs that are left will take: as estimated, times what those that ended took of their estimate.
+
+    Args:
+        workflow: What is run; None: nobody knows, and every training counts as a short job.
+        clock: Returns seconds.
+    """
+
+    def __init__(self, workflow: Workflow | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._runs: Mapping[str, RunSpec] = workflow.runs if workflow else {}
+        self._clock = clock
+        self._began = self._last = clock()
+        self._left: Counter[str] = Counter()
+        self._rules: dict[int, tuple[str, str | None]] = {}
+        self._ended: set[str] = set()
+        self._estimates: dict[str, float] = {}
+        self._done = 0.0
+
+    def begin(self, jobs: Mapping[str, int]) -> None:
+        """Takes the number of jobs of each rule."""
+        self._left = Counter(jobs)
+        self._ended |= {run for run in self._runs if record_path(run).is_file()}
+
+    def start(self, job: int, rule: str, run_id: str | None) -> None:
+        """Takes what a job is that starts, or starts again."""
+        self._rules[job] = rule, run_id
+
+    def finish(self, job: int) -> None:
+        """Takes the end of a job."""
+        rule, run_id = self._rules.pop(job, ("", None))
+        self._done += self._seconds(rule, run_id)
+        self._left[rule] = max(0, self._left[rule] - 1)
+        if run_id:
+            self._ended.add(run_id)
+        self._last = self._clock()
+
+    def progress(self, left: int) -> None:
+        """Takes the number of jobs that are left; those that nobody counted come from a study's tuning and train."""
+        self._left["train"] += max(0, left - self._left.total())
+
+    def seconds(self) -> float:
+        """Returns the seconds until the end."""
+        left = sum(number * self._seconds(rule) for rule, number in self._left.items())
+        trusted = TRUST * (self._done + left)
+        slower = (self._last - self._began + trusted) / (self._done + trusted) if trusted else 1.0
+        return max(0.0, slower * left - (self._clock() - self._last))
+
+    def _seconds(self, rule: str, run_id: str | None = None) -> float:
+        """Returns the estimate of a job; of a training of which nobody knows which it is, the mean of those to come."""
+        if not self._runs or rule != "train":
+            return RULE_SECONDS.get(rule, SHORT_SECONDS)
+        if run_id is None:
+            runs = [run for run in self._runs if run not in self._ended] or self._runs
+            return fmean(self._seconds(rule, run) for run in runs)
+        if run_id not in self._estimates:
+            self._estimates[run_id] = estimate_seconds(self._runs[run_id], _product_rate)
+        return self._estimates[run_id]
+
+
+def _product_rate(spec: RunSpec) -> float | None:
+    """Returns this machine's rate at a spec's matrix products; None where there is no torch, as on a login node."""
+    try:
+        from peftscope.training.ceilings import product_rate
+    except ImportError:
+        return None
+    return product_rate(spec)
+
+
+class TimeLeftColumn(TimeRemainingColumn):
+    """The time that is left of the whole workflow; nothing beside the bars of single rules."""
+
+    def __init__(self, left: Callable[[], float]) -> None:
+        super().__init__()
+        self._left = left
+
+    def render(self, task: Task) -> Text:
+        """Returns the time of rich's own column, by our estimate."""
+        if task.description != TOTAL:
+            return Text("")
+        shown: Any = SimpleNamespace(finished=task.finished, total=task.total, time_remaining=self._left())
+        return super().render(shown).append(" left")
 
 
 class LogHandler(RichLogHandler):
@@ -25,15 +122,27 @@ class LogHandler(RichLogHandler):
     def __post_init__(self) -> None:
         """Adds the time left to the bars."""
         super().__post_init__()
-        self.progress.speed_estimate_period = LONGEST_RUN_SECONDS
-        self.progress.columns = (*self.progress.columns, TimeRemainingColumn(), TextColumn("left"))
-        self._began = time.monotonic()
+        self.left = TimeLeft()
+        self.progress.columns = (*self.progress.columns, TimeLeftColumn(lambda: self.left.seconds()))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Hands the record on; after each job, says how far the workflow is where no bar can be drawn."""
+        if not self.common_settings.dryrun:
+            self._follow(record)
         super().emit(record)
         if getattr(record, "event", None) == LogEvent.PROGRESS and not self.console.is_terminal:
             done, total = record.done, record.total  # type: ignore[attr-defined]
-            left = (time.monotonic() - self._began) / done * (total - done) if done else None
-            about = f", about {spoken(left)} left" if left else ""
+            about = f", about {spoken(self.left.seconds())} left" if done < total else ""
             self.console.print(f"{done} of {total} jobs{about}", highlight=False)
+
+    def _follow(self, record: Any) -> None:
+        match getattr(record, "event", None):
+            case LogEvent.RUN_INFO:
+                self.left = TimeLeft(loaded_workflow())
+                self.left.begin({rule: number for rule, number in record.stats.items() if rule != "total"})
+            case LogEvent.JOB_INFO:
+                self.left.start(record.jobid, record.rule_name, (record.wildcards or {}).get("run_id"))
+            case LogEvent.JOB_FINISHED:
+                self.left.finish(record.job_id)
+            case LogEvent.PROGRESS:
+                self.left.progress(record.total - record.done)

@@ -19,16 +19,28 @@ MIDDLE_SEGMENT = 20 << 20
 LARGE_ROUNDING = 2 << 20
 
 
-class _Piece:
+def segment_share(size: int) -> float:
+    """Returns the bytes of a segment that a block takes up where many blocks of its size lie side by side.
+
+    >>> segment_share(7 << 20) / 2**20, segment_share(11 << 20) / 2**20
+    (10.0, 12.0)
+    """
+    if size >= MIDDLE_REQUEST:
+        return -(-size // LARGE_ROUNDING) * LARGE_ROUNDING
+    segment = SMALL_SEGMENT if size <= SMALL_REQUEST else MIDDLE_SEGMENT
+    return segment / (segment // size)
+
+
+class Piece:
     """A part of a segment; neighbours are linked."""
 
-    __slots__ = ("after", "before", "free", "offset", "size", "small")
+    __slots__ = ("after", "before", "free", "offset", "pool", "size")
 
-    def __init__(self, offset: int, size: int, small: bool) -> None:
-        self.offset, self.size, self.small = offset, size, small
+    def __init__(self, offset: int, size: int, pool: list[tuple[int, int, Piece]]) -> None:
+        self.offset, self.size, self.pool = offset, size, pool
         self.free = False
-        self.before: _Piece | None = None
-        self.after: _Piece | None = None
+        self.before: Piece | None = None
+        self.after: Piece | None = None
 
 
 class CachingAllocator:
@@ -40,85 +52,71 @@ class CachingAllocator:
 
     def __init__(self) -> None:
         self.reserved_bytes = 0
-        # Free pieces by (size, address), one pool for small requests and one for the others.
-        self._pools: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-        self._at: dict[int, _Piece] = {}
+        # Free pieces by size and address, one pool for small requests and one for the others.
+        self._small: list[tuple[int, int, Piece]] = []
+        self._large: list[tuple[int, int, Piece]] = []
 
-    def allocate(self, size: int) -> int:
-        """Returns the address of a block for a request of ``size`` bytes (a multiple of 512)."""
+    def allocate(self, size: int) -> Piece:
+        """Returns a block for a request of ``size`` bytes (a multiple of 512)."""
         small = size <= SMALL_REQUEST
-        pool = self._pools[small]
-        place = bisect_left(pool, (size, 0))
+        pool = self._small if small else self._large
+        place = bisect_left(pool, (size,))
         if place < len(pool):
-            _, offset = pool.pop(place)
-            piece = self._at[offset]
+            piece = pool.pop(place)[2]
             piece.free = False
         else:
-            piece = self._new_segment(size, small)
+            piece = Piece(self.reserved_bytes, self._new_segment(size), pool)
         rest = piece.size - size
         if rest >= ROUNDING_BYTES if small else rest > SMALL_REQUEST:
-            self._split(piece, size)
-        return piece.offset
-
-    def free(self, offset: int) -> None:
-        """Gives a block back, and joins it with free neighbours."""
-        piece = self._at[offset]
-        pool = self._pools[piece.small]
-        before, after = piece.before, piece.after
-        if after is not None and after.free:
-            self._take(pool, after)
-            del self._at[after.offset]
-            piece.size += after.size
-            piece.after = after.after
+            offset = piece.offset + size
+            left = Piece(offset, rest, pool)
+            left.free, left.before, left.after = True, piece, piece.after
             if piece.after is not None:
-                piece.after.before = piece
+                piece.after.before = left
+            piece.size, piece.after = size, left
+            insort(pool, (rest, offset, left))
+        return piece
+
+    def free(self, piece: Piece) -> None:
+        """Gives a block back, and joins it with free neighbours."""
+        pool, before, after = piece.pool, piece.before, piece.after
+        if after is not None and after.free:
+            del pool[bisect_left(pool, (after.size, after.offset))]
+            piece.size += after.size
+            after = piece.after = after.after
+            if after is not None:
+                after.before = piece
         if before is not None and before.free:
-            self._take(pool, before)
-            del self._at[piece.offset]
+            del pool[bisect_left(pool, (before.size, before.offset))]
             before.size += piece.size
-            before.after = piece.after
-            if before.after is not None:
-                before.after.before = before
+            before.after = after
+            if after is not None:
+                after.before = before
             piece = before
         piece.free = True
-        insort(pool, (piece.size, piece.offset))
+        insort(pool, (piece.size, piece.offset, piece))
 
-    def _new_segment(self, size: int, small: bool) -> _Piece:
-        if small:
+    def _new_segment(self, size: int) -> int:
+        if size <= SMALL_REQUEST:
             length = SMALL_SEGMENT
         elif size < MIDDLE_REQUEST:
             length = MIDDLE_SEGMENT
         else:
             length = -(-size // LARGE_ROUNDING) * LARGE_ROUNDING
-        piece = _Piece(self.reserved_bytes, length, small)
-        self._at[piece.offset] = piece
         self.reserved_bytes += length
-        return piece
-
-    def _split(self, piece: _Piece, size: int) -> None:
-        rest = _Piece(piece.offset + size, piece.size - size, piece.small)
-        rest.free, rest.before, rest.after = True, piece, piece.after
-        if rest.after is not None:
-            rest.after.before = rest
-        piece.size, piece.after = size, rest
-        self._at[rest.offset] = rest
-        insort(self._pools[piece.small], (rest.size, rest.offset))
-
-    @staticmethod
-    def _take(pool: list[tuple[int, int]], piece: _Piece) -> None:
-        del pool[bisect_left(pool, (piece.size, piece.offset))]
+        return length
 
 
 def reserved_bytes(trace: Trace) -> int:
     """Returns the bytes that the allocator holds after a trace; paged blocks are not its own."""
     allocator = CachingAllocator()
-    addresses: dict[int, int] = {}
+    allocate, free, sizes = allocator.allocate, allocator.free, trace.sizes(paged=False)
+    pieces: dict[int, Piece] = {}
     last = trace.marks[-1][0] if trace.marks else len(trace.events)
     for event in trace.events[:last]:  # what goes after the last step changes nothing
         if event >= 0:
-            block = trace.blocks[event]
-            if block.size and not block.paged:
-                addresses[event] = allocator.allocate(block.size)
-        elif ~event in addresses:
-            allocator.free(addresses.pop(~event))
+            if size := sizes[event]:
+                pieces[event] = allocate(size)
+        elif sizes[~event]:
+            free(pieces.pop(~event))
     return allocator.reserved_bytes

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ from peftscope.memory.allocator import reserved_bytes
 from peftscope.memory.formula import (
     OPTIMIZER_COPY,
     SOURCES,
+    TrainingTraces,
     evaluation_sizes,
     sizes_of,
     trace_evaluation,
@@ -97,18 +100,26 @@ class Answer:
 
 @dataclass(frozen=True)
 class Peaks:
-    """The three peaks, the phases' own, and the blocks that are alive in each."""
+    """The three peaks, the phases' own, and a function that returns the blocks that are alive in one of them."""
 
     allocated_bytes: int
     reserved_bytes: int
     device_bytes: int
     binding_phase: str
     phases: dict[str, int]
-    blocks: dict[str, list[Block]]
+    alive: Callable[[str], list[Block]]
 
 
-def peaks_by_formula(question: Question, *, evaluation: bool = True) -> Peaks:
+def peaks_by_formula(
+    question: Question, *, evaluation: bool = True, traces: TrainingTraces | None = None, enough: float = inf
+) -> Peaks:
     """Returns the closed form's peaks, with those of the evaluation or without.
+
+    Args:
+        question: What is asked.
+        evaluation: Whether the evaluation counts.
+        traces: Those of earlier questions; ``alive`` then answers until the next question only.
+        enough: Where tensors alone take more than so many bytes, nobody asks what the allocator holds beyond.
 
     Raises:
         InputError: It does not know the model's family, or the method.
@@ -120,10 +131,11 @@ def peaks_by_formula(question: Question, *, evaluation: bool = True) -> Peaks:
         remedy = "use --simulate, which takes any causal model of transformers"
         raise InputError(Problem("model", f"no closed form: {model.why_no_shape}", remedy))
     cublas = question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES
-    training = trace_training(spec, model.shape, question.responses, cublas) if spec.method.trains else None
+    trace = traces.trace if traces else trace_training
+    training = trace(spec, model.shape, question.responses, cublas) if spec.method.trains else None
     evaluates = evaluation or training is None
     evaluated = trace_evaluation(spec, model.shape, question.responses, cublas) if evaluates else None
-    return peaks_of(question, training, evaluated)
+    return peaks_of(question, training, evaluated, traces.reserved_bytes if traces else reserved_bytes, enough)
 
 
 def answer_by_formula(question: Question) -> Answer:
@@ -135,31 +147,44 @@ def answer_by_formula(question: Question) -> Answer:
     return answer_of(question, peaks_by_formula(question), "formula")
 
 
-def peaks_of(question: Question, training: Trace | None, evaluation: Trace | None) -> Peaks:
+def peaks_of(
+    question: Question,
+    training: Trace | None,
+    evaluation: Trace | None,
+    reserves: Callable[[Trace], int] = reserved_bytes,
+    enough: float = inf,
+) -> Peaks:
     """Returns the peaks that traces give."""
     traces = [trace for trace in (training, evaluation) if trace is not None]
-    blocks = {"load": _while_loading(question, traces[0])}
+    loading = _while_loading(question, traces[0])
+    phases = {"load": sum(block.size for block in loading)}
+    places: dict[str, tuple[Trace, int]] = {}
     for trace in traces:
         for phase, peak in trace.peaks(paged=False).items():
-            blocks[phase] = [block for block in trace.alive(peak.position) if not block.paged]
+            phases[phase], places[phase] = peak.size, (trace, peak.position)
+
+    def alive(phase: str) -> list[Block]:
+        trace, position = places.get(phase, (traces[0], 0))
+        blocks = loading if phase == "load" else [block for block in trace.alive(position) if not block.paged]
+        return blocks if question.gpus == 1 else _share(phase, blocks, question.gpus)
+
     paged = training.paged_bytes() if training else 0
-    reserved = max(reserved_bytes(trace) for trace in traces)
+    whole = max(phases.values())
+    reserved = max(reserves(trace) for trace in traces) if whole <= enough or question.gpus > 1 else whole
     if question.gpus > 1:
-        whole = max(sum(block.size for block in alive) for alive in blocks.values())
-        blocks = {phase: _share(phase, alive, question.gpus) for phase, alive in blocks.items()}
+        phases = {phase: sum(block.size for block in alive(phase)) for phase in phases}
         # What the allocator holds on top of tensors is in proportion.
-        reserved = round(reserved / whole * max(sum(b.size for b in alive) for alive in blocks.values()))
+        reserved = round(reserved / whole * max(phases.values()))
         paged //= question.gpus
-    phases = {phase: sum(block.size for block in alive) for phase, alive in blocks.items()}
     binding = max(phases, key=lambda phase: phases[phase])
     reserved = max(reserved, phases[binding])
     context = question.gpu.context_bytes if question.gpu and question.gpu.context_bytes else CONTEXT_BYTES
-    return Peaks(phases[binding], reserved, reserved + context + paged, binding, phases, blocks)
+    return Peaks(phases[binding], reserved, reserved + context + paged, binding, phases, alive)
 
 
 def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulation"]) -> Answer:
     """Returns the answer with these peaks."""
-    method, shape, alive = question.spec.method, question.model.shape, peaks.blocks[peaks.binding_phase]
+    method, shape, alive = question.spec.method, question.model.shape, peaks.alive(peaks.binding_phase)
     return Answer(
         model=question.model.name,
         method=method.name,

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.hardware.cards import Gpu
+from peftscope.memory.allocator import segment_share
 from peftscope.memory.answer import Peaks, peaks_by_formula
-from peftscope.memory.question import METHOD_OPTIONS, Model, Question, ask, narrowest_target
+from peftscope.memory.formula import TrainingTraces, sizes_of, without_collector
+from peftscope.memory.question import METHOD_OPTIONS, Model, Question, ask, narrowest_target, usual_responses
+from peftscope.memory.tape import bytes_of, factors
 from peftscope.memory.trace import by_kind
 from peftscope.methods import METHODS
 
@@ -113,10 +122,12 @@ def fit_methods(
     """
     problems: list[Problem] = []
     some = False
+    traces = TrainingTraces()
     for model in models:
         for method in methods:
             try:
-                fit = _Search(model, method, options, gpu, gpus).fit()
+                with without_collector():
+                    fit = Search(model, method, options, gpu, gpus, traces).fit()
                 some = True
             except InputError as error:
                 problems += error.problems
@@ -138,123 +149,193 @@ def options_of_method(method: str, options: Mapping[str, Any]) -> dict[str, Any]
     return {**found, "method": method}
 
 
-@dataclass(frozen=True)
-class _Search:
-    """Asks about one model and method again and again, with some of the options changed."""
+class Search:
+    """Asks about one model and method again and again, with some of the options changed.
 
-    model: Model
-    method: str
-    asked: Mapping[str, Any]
-    gpu: Gpu
-    gpus: int
+    A method without a closed form is simulated once, as asked: a simulation takes too long to be asked again and again.
+
+    Args:
+        model: The base.
+        method: Its name.
+        asked: Options; those that the method does not have are left out.
+        gpu: The card.
+        gpus: Number of them.
+        traces: What searches share.
+
+    Raises:
+        InputError: It cannot run as asked.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        method: str,
+        asked: Mapping[str, Any],
+        gpu: Gpu,
+        gpus: int = 1,
+        traces: TrainingTraces | None = None,
+    ) -> None:
+        self.model, self.method, self.asked, self.gpu, self.gpus = model, method, asked, gpu, gpus
+        self._traces = traces or TrainingTraces()
+        self._options = options_of_method(method, asked)
+        self._question = ask(model, self._options, gpu=gpu, gpus=gpus)
+        simulated = self._question.spec.method.closed_form is None
+        self._how: Literal["formula", "simulation"] = "simulation" if simulated else "formula"
+        self._asked_peaks = self._simulated_peaks() if simulated else self._peaks(self._question)
+        alive = self._asked_peaks.alive(self._asked_peaks.binding_phase)
+        self._components = by_kind(alive)
+        formulas = Counter(block.formula for block in alive if block.formula)
+        self._line: list[tuple[float, list[str], int]] = [
+            (*factors(formula), number) for formula, number in formulas.items()
+        ]
 
     def fit(self) -> Fit:
-        """Returns whether it fits, and the largest sizes that do.
-
-        Raises:
-            InputError: It cannot run as asked.
-        """
-        options = options_of_method(self.method, self.asked)
-        question = self._question(options)
-        if question.spec.method.closed_form is None:
-            return self._simulated(question)
-        peaks = self._peaks(options)
-        capacity = self.gpu.memory_bytes
-        longest = self.model.max_seq_len or LONGEST_SEQUENCE
-
-        def most(field: str, limit: int) -> int | None:
-            return largest(lambda value: self._peaks({**options, field: value}).device_bytes, capacity, limit)
-
-        return replace(
-            self._fit_of(question, peaks),
-            largest_batch_size=most("batch_size", LARGEST_BATCH_SIZE),
-            largest_seq_len=most("seq_len", longest - getattr(question.spec.method, "virtual_tokens", 0)),
-            largest_rank=self._largest_rank(options, narrowest_target(self.model, question.spec) or LARGEST_RANK),
-        )
-
-    def _simulated(self, question: Question) -> Fit:
-        from peftscope.memory.simulate import peaks_by_simulation
-
-        return replace(self._fit_of(question, peaks_by_simulation(question, evaluation=False)), how="simulation")
-
-    def _fit_of(self, question: Question, peaks: Peaks) -> Fit:
-        taken, capacity = peaks.device_bytes, self.gpu.memory_bytes
-        return Fit(
+        """Returns whether it fits, and the largest sizes that do."""
+        peaks, capacity = self._asked_peaks, self.gpu.memory_bytes
+        taken = peaks.device_bytes
+        fit = Fit(
             model=self.model.name,
             method=self.method,
             capacity_bytes=capacity,
             fits=taken <= capacity,
+            how=self._how,
             peak_allocated_bytes=peaks.allocated_bytes,
             peak_reserved_bytes=peaks.reserved_bytes,
             peak_device_bytes=taken,
             binding_phase=peaks.binding_phase,
             phases=peaks.phases,
-            components=by_kind(peaks.blocks[peaks.binding_phase]),
+            components=self._components,
             headroom_bytes=capacity - taken,
             advice="" if taken <= capacity else self._advice(),
-            assumptions=question.assumptions,
+            assumptions=self._question.assumptions,
+        )
+        if self._how == "simulation":
+            return fit
+        return replace(
+            fit,
+            largest_batch_size=self.largest("batch_size", LARGEST_BATCH_SIZE),
+            largest_seq_len=self.largest("seq_len", self.longest()),
+            largest_rank=self._largest_rank(),
         )
 
-    def _question(self, options: Mapping[str, Any]) -> Question:
-        return ask(self.model, options, gpu=self.gpu, gpus=self.gpus)
+    def longest(self) -> int:
+        """Returns the longest sequence that the model takes."""
+        longest = self.model.max_seq_len or LONGEST_SEQUENCE
+        return longest - getattr(self._question.spec.method, "virtual_tokens", 0)
 
-    def _peaks(self, options: Mapping[str, Any]) -> Peaks:
+    def largest(self, field: str, limit: int) -> int | None:
+        """Returns the largest value of a field that fits, with everything else as asked; None: not even 1.
+
+        Args:
+            field: ``batch_size``, ``seq_len`` or ``rank``.
+            limit: The largest value that is asked about.
+
+        Raises:
+            InputError: The method has no closed form.
+        """
+
+        def takes(value: int) -> int:
+            options = {**self._options, **self._changes(field, value)}
+            question = ask(self.model, options, gpu=self.gpu, gpus=self.gpus)
+            return self._peaks(question, self.gpu.memory_bytes).device_bytes
+
+        def expected(value: int) -> float:
+            return self._expected(field, value)
+
+        spec = self._question.spec
+        start = getattr(spec.method, spec.method.rank_field) if field == "rank" else getattr(spec, field)
+        return largest(takes, expected, self.gpu.memory_bytes, limit, start)
+
+    def _changes(self, field: str, value: int) -> dict[str, int]:
+        return METHODS[self.method].with_rank(value) if field == "rank" else {field: value}
+
+    def _peaks(self, question: Question, enough: float = inf) -> Peaks:
         # An evaluation of the same batch keeps nothing for a backward pass, so that it does not decide.
-        return peaks_by_formula(self._question(options), evaluation=False)
+        return peaks_by_formula(question, evaluation=False, traces=self._traces, enough=enough)
 
-    def _largest_rank(self, options: Mapping[str, Any], narrowest: int) -> int | None:
-        method = METHODS[self.method]
-        if not method.with_rank(1):
+    def _simulated_peaks(self) -> Peaks:
+        from peftscope.memory.simulate import peaks_by_simulation
+
+        return peaks_by_simulation(self._question, evaluation=False)
+
+    def _expected(self, field: str, value: int) -> float:
+        """Returns the bytes of what is alive at the peak of what was asked, with another value of a field."""
+        spec, shape, changes = self._question.spec, self.model.shape, self._changes(field, value)
+        assert shape is not None
+        spec = spec.model_copy(
+            update={"method": spec.method.model_copy(update=changes)} if field == "rank" else changes
+        )
+        sizes = {**sizes_of(spec, shape, usual_responses(spec.seq_len)), "1/G": 1 / self.gpus}
+        return sum(number * segment_share(bytes_of(width, names, sizes)) for width, names, number in self._line)
+
+    def _largest_rank(self) -> int | None:
+        if not METHODS[self.method].with_rank(1):
             return None
-
-        def taken(rank: int) -> int:
-            return self._peaks({**options, **method.with_rank(rank)}).device_bytes
-
-        return largest(taken, self.gpu.memory_bytes, min(LARGEST_RANK, narrowest))
+        narrowest = narrowest_target(self.model, self._question.spec) or LARGEST_RANK
+        return self.largest("rank", min(LARGEST_RANK, narrowest))
 
     def _advice(self) -> str:
-        for changes in ADVICE:
-            options = options_of_method(changes.get("method", self.method), self.asked)
-            try:
-                taken = self._peaks({**options, **changes}).device_bytes
-            except InputError:
-                continue
-            if taken <= self.gpu.memory_bytes:
-                return " ".join(
-                    f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-                    for name, value in changes.items()
-                )
-        return "a smaller model, a larger card, or --gpus"
+        def fits(changes: Mapping[str, Any]) -> bool:
+            method = changes.get("method", self.method)
+            options = {**options_of_method(method, self.asked), **changes}
+            question = ask(self.model, options, gpu=self.gpu, gpus=self.gpus)
+            return self._peaks(question, self.gpu.memory_bytes).device_bytes <= self.gpu.memory_bytes
+
+        changes = mildest_change(fits)
+        if changes is None:
+            return "a smaller model, a larger card, or --gpus"
+        return " ".join(
+            f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in changes.items()
+        )
 
 
-def largest(takes: Callable[[int], int], capacity: int, limit: int) -> int | None:
+def mildest_change(fits: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any] | None:
+    """Returns the mildest of the changes in ``ADVICE`` that fits; None: none does.
+
+    Args:
+        fits: Says whether a run fits with these changes; an ``InputError`` or ``ValidationError`` means that they
+            cannot be made.
+    """
+    for changes in ADVICE:
+        with suppress(InputError, ValidationError):
+            if fits(changes):
+                return changes
+    return None
+
+
+def largest(
+    takes: Callable[[int], float], expected: Callable[[int], float], capacity: int, limit: int, start: int
+) -> int | None:
     """Returns a number up to ``limit`` whose bytes fit while those of one more do not; None if those of 1 do not fit.
 
     It is the largest where more never takes less. Reserved bytes fall now and then, where a length fragments less, so
-    that some number beyond may fit as well. Bytes are nearly a straight line, so that a guess along it is close.
+    that some number beyond may fit as well.
 
-    >>> largest(lambda n: 10 + 3 * n, 100, 1000), largest(lambda n: 10 + 3 * n, 12, 1000), largest(lambda n: n, 100, 50)
-    (30, None, 50)
+    Args:
+        takes: The bytes of a number; dear.
+        expected: The same but for something that changes little from number to number; cheap, and never falling.
+        capacity: The bytes that there are.
+        limit: The largest number.
+        start: Where the search begins.
+
+    >>> largest(lambda n: 10 + 3 * n, lambda n: 2 * n, 100, 1000, 1), largest(lambda n: 10 + 3 * n, float, 12, 1000, 8)
+    (30, None)
     """
-    low, low_bytes = 1, takes(1)
-    if low_bytes > capacity:
-        return None
-    high, high_bytes = limit + 1, 0
-    step = 1.0
+    low, high = 0, limit + 1
+    value = min(start, limit)
     while high - low > 1:
-        if high_bytes:
-            step = (high_bytes - low_bytes) / (high - low)
-            guess = low + int((capacity - low_bytes) / step)
+        size = takes(value)
+        fits, crept = size <= capacity, value == low + 1 or value == high - 1 < limit
+        low, high = (value, high) if fits else (low, value)
+        # What is left for the part that is expected, if the rest stays as it is here.
+        left = capacity - size + expected(value)
+        guess = bisect_right(range(limit + 1), left, lo=1, key=expected) - 1
+        if fits and guess == low and not crept:
+            value = low + 1  # which settles most searches
+        elif low < guess < high and not crept:
+            value = guess
+        elif low == 0 or high > limit:
+            value = min(max(guess, low + 1), high - 1)  # nothing was tried on that side
         else:
-            guess = 2 if low == 1 else low + int((capacity - low_bytes) / step)
-        # Never only one end: a guess just above what fits settles most searches.
-        guess = min(max(guess, low + 1), high - 1)
-        size = takes(guess)
-        if size <= capacity:
-            step = max(1.0, (size - low_bytes) / (guess - low))
-            low, low_bytes = guess, size
-            if low + 1 < high and takes(low + 1) > capacity:
-                return low
-        else:
-            high, high_bytes = guess, size
-    return low
+            value = (low + high) // 2  # both sides were tried, and this one does not foresee the other
+    return low or None

@@ -77,6 +77,6 @@ def bars() -> pd.DataFrame:
         for options in BARS:
             method = str(options["method"])
             peaks = peaks_by_formula(ask(model, options_of_method(method, CENTRE | options)))
-            for kind, size in by_kind(peaks.blocks[peaks.binding_phase]).items():
+            for kind, size in by_kind(peaks.alive(peaks.binding_phase)).items():
                 rows.append({"model": name, "method": method, "kind": kind, "bytes": size})
     return pd.DataFrame(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,7 @@ def ask(
         follows = {"eval_batch_size"} - given.keys()
         raise InputError(p for p in _problems(error) if p.where not in follows) from None
     _check_model(model, spec)
-    kept = responses if responses is not None else max(1, spec.seq_len // 2)
+    kept = responses if responses is not None else usual_responses(spec.seq_len)
     if not 1 <= kept <= spec.seq_len:
         raise InputError(Problem("response_len", f"must lie between 1 and seq_len={spec.seq_len} (got {kept})"))
     if gpus < 1:
@@ -266,6 +267,11 @@ def _check_model(model: Model, spec: RunSpec) -> None:
         raise InputError(Problem(name, message, f"use at most {narrowest}"))
 
 
+def usual_responses(seq_len: int) -> int:
+    """Returns the positions of a sequence that carry a loss where nobody says."""
+    return max(1, seq_len // 2)
+
+
 def narrowest_target(model: Model, spec: RunSpec) -> int | None:
     """Returns the smallest width of the adapted layers; None where the model's shape is not known, or none is adapted.
 
@@ -276,6 +282,7 @@ def narrowest_target(model: Model, spec: RunSpec) -> int | None:
     return min((min(layer.inputs, layer.outputs) for layer in block if layer.name in targets), default=None)
 
 
+@cache
 def library_versions() -> str:
     """Returns the libraries whose code decides what is kept, as they are installed."""
     found = []

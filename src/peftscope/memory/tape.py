@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import heapq
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -114,6 +115,26 @@ def _spoken_width(width: float) -> str:
     return f"{width:g}" if width >= 0.1 else str(Fraction(width).limit_denominator(2**20))
 
 
+def bytes_of(width: float, dims: Iterable[str], sizes: Mapping[str, float]) -> int:
+    """Returns the bytes of a tensor, rounded as the allocator does.
+
+    >>> bytes_of(0.5, ["h", "h"], {"h": 64})
+    2048
+    """
+    return rounded(int(-(-prod(sizes[name] for name in dims) * width // 1)))
+
+
+@cache
+def factors(formula: str) -> tuple[float, list[str]]:
+    """Returns the bytes an element and the named dimensions of a block's formula.
+
+    >>> factors("1/64·h·q")
+    (0.015625, ['h', 'q'])
+    """
+    width, *names = formula.split("·")
+    return float(Fraction(width)), names
+
+
 def _needs_gradient(inputs: Sequence[Shaped]) -> bool:
     return any(tensor.node is not None for tensor in inputs)
 
@@ -169,11 +190,8 @@ class Tape:
         """Returns the bytes of a tensor, rounded as the allocator does, and the formula that gives them."""
         known = self._known.get((dims, width))
         if known is None:
-            size = prod(self.sizes[name] for name in dims)
-            known = (
-                rounded(int(-(-size * width // 1))),
-                "·".join([_spoken_width(width), *sorted(dims, key=_LETTERS.index)]),
-            )
+            formula = "·".join([_spoken_width(width), *sorted(dims, key=_LETTERS.index)])
+            known = (bytes_of(width, dims, self.sizes), formula)
             self._known[dims, width] = known
         return known
 

@@ -7,9 +7,9 @@ allocator read either.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 ROUNDING_BYTES = 512
 """The CUDA caching allocator rounds every block up to a multiple of this."""
@@ -105,11 +105,21 @@ class Trace:
         self.events += again
         self.blocks += self.blocks[first:]
 
+    def resize(self, sizes: Mapping[str, int]) -> None:
+        """Gives every block that has a formula the bytes that the formula has now."""
+        for block in self.blocks:
+            if block.formula:
+                block.size = sizes[block.formula]
+
     def segments(self) -> Iterator[tuple[str, int, int]]:
         """Yields (phase, first event, last event + 1) in order; the empty phase covers what lies outside."""
         edges = [(0, ""), *self.marks, (len(self.events), "")]
         for (first, phase), (last, _) in pairwise(edges):
             yield phase, first, last
+
+    def sizes(self, *, paged: bool = True) -> list[int]:
+        """Returns the bytes of every block; those of paged ones are 0 if they don't count."""
+        return [block.size if paged or not block.paged else 0 for block in self.blocks]
 
     def peaks(self, *, paged: bool = True) -> dict[str, Peak]:
         """Returns the largest peak of each phase that occurs.
@@ -117,19 +127,14 @@ class Trace:
         Args:
             paged: Whether paged blocks count.
         """
-        sizes = [block.size if paged or not block.paged else 0 for block in self.blocks]
+        sizes = self.sizes(paged=paged)
+        # ~index counts from the end, where the same sizes stand with a minus.
+        changes = [*sizes, *(-size for size in reversed(sizes))]
+        live = [0, *accumulate(map(changes.__getitem__, self.events))]
         found: dict[str, Peak] = {}
-        live = 0
         for phase, first, last in self.segments():
-            best, position = live, first
-            for at in range(first, last):
-                event = self.events[at]
-                if event >= 0:
-                    live += sizes[event]
-                    if live > best:
-                        best, position = live, at + 1
-                else:
-                    live -= sizes[~event]
+            best = max(live[first : last + 1])
+            position = live.index(best, first)
             if phase and (phase not in found or best > found[phase].size):
                 found[phase] = Peak(best, position)
         return found
@@ -157,12 +162,15 @@ class Trace:
 
     def paged_bytes(self) -> int:
         """Returns the bytes that lie in managed memory when the last phase ends."""
+        if not any(block.paged for block in self.blocks):
+            return 0
         return sum(block.size for block in self.alive(self.marks[-1][0]) if block.paged)
 
     def alive(self, position: int) -> list[Block]:
         """Returns the blocks that live after the first ``position`` events."""
-        lives = set(self.events[:position])
-        return [self.blocks[event] for event in sorted(lives) if event >= 0 and ~event not in lives]
+        events = self.events[:position]
+        gone = {~event for event in events if event < 0}
+        return [self.blocks[event] for event in events if event >= 0 and event not in gone]
 
 
 @dataclass(frozen=True, slots=True)

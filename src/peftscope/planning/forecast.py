@@ -7,7 +7,7 @@ Seconds follow from floating-point operations at a share of the card's peak: a g
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -18,7 +18,7 @@ from peftscope.data.tasks import item_tokens
 from peftscope.errors import InputError, Problem
 from peftscope.hardware.cards import Gpu, known_card, speed_of
 from peftscope.memory.answer import RESIDENT, peaks_by_formula
-from peftscope.memory.fit import ADVICE
+from peftscope.memory.fit import mildest_change
 from peftscope.memory.question import Model, Question
 from peftscope.models.catalog import find_model
 from peftscope.models.shapes import ModelShape
@@ -111,7 +111,7 @@ class Forecaster:
         if key not in self._memory:
             model = Model(spec.model, shape.to_config(), shape)
             peaks = peaks_by_formula(Question(model, spec, spec.seq_len, self.gpu, spec.shards, ()))
-            resident = sum(block.size for block in peaks.blocks["evaluate"] if block.kind in RESIDENT)
+            resident = sum(block.size for block in peaks.alive("evaluate") if block.kind in RESIDENT)
             self._memory[key] = _Memory(peaks.allocated_bytes, peaks.device_bytes, peaks.binding_phase, resident)
         memory, cache = self._memory[key], _cache_bytes(spec, shape)
         more = memory.resident_bytes + cache - memory.allocated_bytes
@@ -124,21 +124,26 @@ class Forecaster:
         return self._advised[key]
 
     def _advice(self, spec: RunSpec, shape: ModelShape) -> str:
-        for changes in ADVICE:
+        def fields_of(changes: Mapping[str, Any]) -> dict[str, Any]:
             fields = dict(changes)
             if "batch_size" in fields:
                 fields["eval_batch_size"] = 1
-            method = spec.method.model_dump(mode="json")
-            if "method" in fields:
-                method = {"name": fields.pop("method")}
+            if fields.pop("method", None):
                 fields["precision"] = "bf16"  # what a 4-bit base computes in
-            try:
-                changed = RunSpec.model_validate({**spec.model_dump(mode="json"), **fields, "method": method})
-                if changed != spec and self._peak(changed, shape)[0] <= self.gpu.memory_bytes:
-                    return ", ".join(f"{k}: {json.dumps(v).strip(chr(34))}" for k, v in (changes | fields).items())
-            except (InputError, ValidationError):
-                continue
-        return "a larger card"
+            return fields
+
+        def fits(changes: Mapping[str, Any]) -> bool:
+            method = spec.method.model_dump(mode="json")
+            if "method" in changes:
+                method = {"name": changes["method"]}
+            fields = spec.model_dump(mode="json") | fields_of(changes)
+            changed = RunSpec.model_validate({**fields, "method": method})
+            return changed != spec and self._peak(changed, shape)[0] <= self.gpu.memory_bytes
+
+        changes = mildest_change(fits)
+        if changes is None:
+            return "a larger card"
+        return ", ".join(f"{k}: {json.dumps(v).strip(chr(34))}" for k, v in (changes | fields_of(changes)).items())
 
     def share(self, spec: RunSpec) -> float:
         """Returns the share of the card's peak that training reaches: measured on this kind of card, or a guess."""

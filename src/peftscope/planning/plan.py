@@ -76,17 +76,18 @@ class Plan:
 class Workflow:
     """The experiments of one workflow as the Snakefile sees them.
 
-    A run that several of them list is one job. Methods take Snakemake's wildcards and are cheap: one lookup each.
+    A run that several of them list is one job. ``runs`` has the specs of the runs that are known by now. Methods take
+    Snakemake's wildcards and are cheap: one lookup each.
     """
 
     def __init__(self, plans: Iterable[Plan]) -> None:
         self.plans = {plan.name: plan for plan in plans}
-        self._runs: dict[str, RunSpec] = {}
+        self.runs: dict[str, RunSpec] = {}
         self._gather()
 
     def _gather(self) -> None:
         for plan in self.plans.values():
-            self._runs |= plan.sweep.runs
+            self.runs |= plan.sweep.runs
 
     @property
     def names(self) -> list[str]:
@@ -128,15 +129,15 @@ class Workflow:
         Raises:
             InputError: No experiment has such a run.
         """
-        if wildcards.run_id not in self._runs:
+        if wildcards.run_id not in self.runs:
             for plan in self.plans.values():
                 if plan.is_study:
                     plan.expand_again()
             self._gather()
         try:
-            return self._runs[wildcards.run_id]
+            return self.runs[wildcards.run_id]
         except KeyError:
-            hint = close_match(wildcards.run_id, self._runs) if len(self._runs) < 100 else ""
+            hint = close_match(wildcards.run_id, self.runs) if len(self.runs) < 100 else ""
             message = f"not a run of {', '.join(self.plans)}"
             raise InputError(Problem(f"run {wildcards.run_id}", message, hint)) from None
 
@@ -159,7 +160,7 @@ class Workflow:
 
     @cached_property
     def _models(self) -> dict[str, tuple[str, str | None]]:
-        used = {(spec.model, spec.revision) for spec in self._runs.values()}
+        used = {(spec.model, spec.revision) for spec in self.runs.values()}
         return {model_folder(name, revision).name: (name, revision) for name, revision in used}
 
     def model_name(self, wildcards: Any) -> str:
@@ -193,7 +194,16 @@ def load_workflow(config: dict[str, Any]) -> Workflow:
     problems += check_disk({identity: spec for identity, spec in runs.items() if not record_path(identity).is_file()})
     if problems:
         raise InputError(problems)
-    return Workflow(plans)
+    _loaded.append(Workflow(plans))
+    return _loaded[-1]
+
+
+_loaded: list[Workflow] = []
+
+
+def loaded_workflow() -> Workflow | None:
+    """Returns the workflow that this process's Snakefile loaded; None: it loaded none."""
+    return _loaded[-1] if _loaded else None
 
 
 def plan_experiment(name: str, device: Device | None = None) -> Plan:

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import tiny_llama, token_ids
-from peftscope.hardware.cards import CONTEXT_BYTES, GIB, find_gpu
+from peftscope.hardware.cards import CONTEXT_BYTES, GIB, Gpu, find_gpu
 from peftscope.memory.answer import Answer, Peaks, answer_by_formula, peaks_by_formula
-from peftscope.memory.fit import largest, options_of_method
+from peftscope.memory.fit import Search, options_of_method
 from peftscope.memory.question import Question, ask, describe_model
 
 GB = 10**9
@@ -53,11 +53,10 @@ def peak(run: Run, model: str = MODEL, how: How = "simulation") -> Measurement:
 def free(gpu: str, run: Run, model: str = MODEL, how: How = "simulation") -> Measurement:
     """Returns the GiB that a run leaves free on a card, after the CUDA context. A negative value is missing memory."""
     answer, card = _answer(model, run, how), find_gpu(gpu)
-
-    def bytes_at(length: int) -> int:
-        return _peaks(model, {**run, "seq_len": length}).device_bytes
-
-    longest = largest(bytes_at, card.memory_bytes, int(describe_model(model).config["max_position_embeddings"]))
+    options = {**RUN, **run}
+    # A context of the usual size, as in the answer: not this card's own.
+    search = Search(describe_model(model), str(options["method"]), options, Gpu(card.name, card.memory_bytes))
+    longest = search.largest("seq_len", search.longest())
     evidence = _evidence(answer) | {"of the card, GiB": card.memory_bytes / GIB, "longest sequence": longest or 0}
     curves = _over_lengths(model, run, lambda peaks: peaks.device_bytes / GIB)
     axes = ("tokens in a sequence", f"on the card ({card.name}), GiB")

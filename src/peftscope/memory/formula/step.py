@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from peftscope.memory.allocator import reserved_bytes
 from peftscope.memory.formula.decoder import Decoder
 from peftscope.memory.formula.terms import OPTIMIZER_COPY, evaluation_sizes, sizes_of
-from peftscope.memory.tape import Shaped
+from peftscope.memory.tape import Shaped, bytes_of, factors
 from peftscope.memory.trace import Trace
 from peftscope.models.shapes import ModelShape
 from peftscope.spec import RunSpec
@@ -32,18 +34,69 @@ def trace_training(spec: RunSpec, shape: ModelShape, responses: int, cublas_byte
         responses: Positions of a sequence that carry a loss.
         cublas_bytes: Size of cuBLAS's workspace; above 0 the trace also has what kernels take inside on CUDA.
     """
-    with _without_collector():
+    with without_collector():
         return _Step(spec, shape, sizes_of(spec, shape, responses), cublas_bytes).train()
+
+
+class TrainingTraces:
+    """The traces of runs that are asked about again and again with other sizes.
+
+    Runs that differ in batch size, length or rank alone do the same operations, so that one trace with other sizes
+    serves them all. A trace is what was asked for until the next one is asked for.
+    """
+
+    def __init__(self) -> None:
+        self._traces: dict[str, tuple[Trace, int]] = {}
+        self._numbers: dict[Any, int] = {}
+        self._formulas: list[set[str]] = []
+        self._reserved: dict[Any, int] = {}
+        self._last: tuple[Trace, Any] | None = None
+
+    def trace(self, spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0) -> Trace:
+        """Returns what ``trace_training`` returns."""
+        key = f"{_operations(spec)} {shape!r} {cublas_bytes}"
+        if key not in self._traces:
+            trace = trace_training(spec, shape, responses, cublas_bytes)
+            # Methods that do the same operations on the same tensors, as LoRA and rsLoRA do, share what is reserved.
+            same = tuple(trace.events), tuple((b.formula or b.size, b.paged) for b in trace.blocks)
+            number = self._numbers.setdefault(same, len(self._numbers))
+            if number == len(self._formulas):
+                self._formulas.append({block.formula for block in trace.blocks if block.formula})
+            self._traces[key] = trace, number
+        trace, number = self._traces[key]
+        sizes = sizes_of(spec, shape, responses)
+        formulas = {formula: bytes_of(*factors(formula), sizes) for formula in self._formulas[number]}
+        trace.resize(formulas)
+        self._last = trace, (number, tuple(sorted(formulas.items())))
+        return trace
+
+    def reserved_bytes(self, trace: Trace) -> int:
+        """Returns what the allocator reserves for a trace; for the last one of here, what it did for the same sizes."""
+        if self._last is None or trace is not self._last[0]:
+            return reserved_bytes(trace)
+        _, key = self._last
+        if key not in self._reserved:
+            self._reserved[key] = reserved_bytes(trace)
+        return self._reserved[key]
+
+
+def _operations(spec: RunSpec) -> str:
+    """Returns what decides which operations a run's training step does."""
+    ranks = {"rank", "init_r", "target_r", "alpha"}
+    # A rank decides which states bitsandbytes keeps in 8 bits or pages.
+    sizes = ranks if spec.optimizer in ("adamw", "sgd") else set()
+    batch = {"batch_size", "eval_batch_size", "seq_len", "method"}
+    return f"{spec.model_dump_json(exclude=batch)} {spec.method.model_dump_json(exclude=sizes)}"
 
 
 def trace_evaluation(spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0) -> Trace:
     """Returns the trace of the held-out loss on ``spec.eval_batch_size`` sequences of ``spec.seq_len`` tokens."""
-    with _without_collector():
+    with without_collector():
         return _Step(spec, shape, evaluation_sizes(spec, shape, responses), cublas_bytes).evaluate()
 
 
 @contextmanager
-def _without_collector() -> Iterator[None]:
+def without_collector() -> Iterator[None]:
     """Blocks end when their last reference goes; looking for cycles among so many objects takes half of the time."""
     enabled = gc.isenabled()
     gc.disable()

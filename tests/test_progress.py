@@ -1,0 +1,142 @@
+"""The time that `make report` says is left, from made events in a made order."""
+
+from __future__ import annotations
+
+import io
+import logging
+from typing import Any
+
+import pytest
+from rich.console import Console
+from snakemake.settings.types import OutputSettings
+from snakemake_interface_logger_plugins.common import LogEvent
+
+import snakemake_logger_plugin_peftscope as plugin
+from peftscope.planning.estimate import estimate_seconds
+from peftscope.planning.plan import Workflow, load_workflow
+from peftscope.training.ceilings import product_rate
+
+SHORT = 30
+
+
+class Clock:
+    """Shows what it was told."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def workflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Workflow:
+    """The quick experiment, of which nothing was run."""
+    monkeypatch.setattr(plugin, "record_path", lambda _: tmp_path / "no record")
+    return load_workflow({"experiment": "quick"})
+
+
+@pytest.fixture
+def estimates(workflow: Workflow) -> dict[str, float]:
+    return {run: estimate_seconds(spec, product_rate) for run, spec in workflow.runs.items()}
+
+
+def begun(workflow: Workflow | None, clock: Clock) -> plugin.TimeLeft:
+    left = plugin.TimeLeft(workflow, clock)
+    left.begin({"tables": SHORT, "train": len(workflow.runs) if workflow else 3})
+    return left
+
+
+def end(left: plugin.TimeLeft, clock: Clock, job: int, rule: str, seconds: float, run: str | None = None) -> None:
+    left.start(job, rule, run)
+    clock.now += seconds
+    left.finish(job)
+
+
+def test_after_all_short_jobs_the_trainings_are_left(workflow: Workflow, estimates: dict[str, float]) -> None:
+    clock = Clock()
+    left = begun(workflow, clock)
+    for job in range(SHORT):
+        end(left, clock, job, "tables", 1.0)
+    assert left.seconds() == pytest.approx(sum(estimates.values()), rel=0.3)
+    assert left.seconds() > 10 * SHORT
+
+
+def test_at_first_it_is_what_the_plan_says(workflow: Workflow, estimates: dict[str, float]) -> None:
+    said = begun(workflow, Clock()).seconds()
+    assert said == pytest.approx(sum(estimates.values()) + SHORT * plugin.SHORT_SECONDS)
+
+
+def test_the_runs_of_all_experiments_of_a_workflow_count(workflow: Workflow, estimates: dict[str, float]) -> None:
+    both = load_workflow({"experiment": "quick smoke"})
+    added = [estimate_seconds(both.runs[run], product_rate) for run in both.runs.keys() - workflow.runs.keys()]
+    said = begun(both, Clock()).seconds()
+    assert added
+    assert said == pytest.approx(sum(estimates.values()) + sum(added) + SHORT * plugin.SHORT_SECONDS)
+
+
+@pytest.mark.parametrize("times", [0.5, 1.0, 4.0])
+def test_what_takes_longer_than_estimated_is_expected_to_go_on_so(
+    workflow: Workflow, estimates: dict[str, float], times: float
+) -> None:
+    clock = Clock()
+    left = begun(workflow, clock)
+    for job in range(SHORT):
+        end(left, clock, job, "tables", times * plugin.SHORT_SECONDS)
+    runs = list(workflow.runs)
+    half = runs[: len(runs) // 2]
+    for job, run in enumerate(half):
+        end(left, clock, job, "train", times * estimates[run], run)
+    to_come = times * sum(seconds for run, seconds in estimates.items() if run not in half)
+    assert left.seconds() == pytest.approx(to_come, rel=0.2)
+    clock.now += to_come / 10
+    assert left.seconds() == pytest.approx(0.9 * to_come, rel=0.2)
+    for job, run in enumerate(runs[len(half) :]):
+        end(left, clock, job, "train", times * estimates[run], run)
+    assert left.seconds() == 0
+
+
+def test_a_retried_job_counts_once(workflow: Workflow) -> None:
+    run, once, twice = next(iter(workflow.runs)), begun(workflow, Clock()), begun(workflow, Clock())
+    twice.start(1, "train", run)
+    for left in (once, twice):
+        end(left, Clock(), 1, "train", 0.0, run)
+    assert once.seconds() == pytest.approx(twice.seconds(), rel=0.01)
+
+
+def test_what_a_checkpoint_adds_is_counted(workflow: Workflow) -> None:
+    left = begun(workflow, Clock())
+    before = left.seconds()
+    left.progress(SHORT + len(workflow.runs) + 5)
+    assert left.seconds() > 1.1 * before
+
+
+def record(event: LogEvent, **fields: Any) -> logging.LogRecord:
+    made = logging.LogRecord("snakemake", logging.INFO, "", 0, "", None, None)
+    vars(made).update(event=event, **fields)
+    return made
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_line_and_the_bar_show_this_number(
+    workflow: Workflow, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(plugin, "loaded_workflow", lambda: workflow)
+    monkeypatch.setattr(plugin.TimeLeft.__init__, "__defaults__", (None, clock))
+    handler = plugin.LogHandler(OutputSettings(), None)
+    handler.console = console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
+    total = 2 + len(workflow.runs)
+    handler.emit(record(LogEvent.RUN_INFO, stats={"tables": 2, "train": len(workflow.runs), "total": total}))
+    handler.emit(record(LogEvent.JOB_INFO, jobid=7, rule_name="tables", wildcards={}))
+    clock.now += 3
+    handler.emit(record(LogEvent.JOB_FINISHED, job_id=7))
+    handler.emit(record(LogEvent.PROGRESS, done=1, total=total))
+    seconds = handler.left.seconds()
+    assert seconds > 60
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert (f"1 of {total} jobs, about {plugin.spoken(seconds)} left" in said) is not terminal
+    bar = next(task for task in handler.progress.tasks if task.description == "Total Progress")
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    assert handler.progress.columns[-1].render(bar).plain == f"{hours}:{minutes:02}:{rest:02} left"  # type: ignore[union-attr]
+    handler.event_handler.progress_display.live_display.stop()
