@@ -158,7 +158,7 @@ def run_id(spec: RunSpec) -> str:
     for field, prefix in (("rank", "r"), ("init_r", "r"), ("virtual_tokens", "v"), ("alpha", "a")):
         if field in method:
             parts.append(f"{prefix}{method[field]:g}")
-    if "targets" in method:
+    if method.get("targets"):
         parts.append(method["targets"] if isinstance(method["targets"], str) else "-".join(method["targets"]))
     parts += [f"s{spec.seed}"] + ([spec.device] if spec.device != "cpu" else [])
     stem = re.sub(r"[^a-z0-9.-]+", "-", "-".join(parts).lower())[:80]

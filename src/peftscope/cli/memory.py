@@ -41,6 +41,10 @@ KbitPreparation = Annotated[
 ]
 Accumulation = Annotated[int | None, typer.Option(help="Forward passes a step.")]
 Targets = Annotated[str | None, typer.Option(help="minimal, attention, mlp, all-linear, or a list: q_proj,v_proj.")]
+Feedforward = Annotated[
+    str | None,
+    typer.Option(help="Of IA3: a list of targets whose input is rescaled, not their output; default down_proj."),
+]
 BatchSize = Annotated[int | None, typer.Option(help="Sequences a forward pass; default 1.")]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens of the longest batch's sequences; default 512.")]
 Precision = Annotated[str | None, typer.Option(help="bf16 (default), fp32, or amp: fp32 weights under autocast.")]
@@ -65,6 +69,7 @@ def memory_command(
     init_r: InitR = None,
     target_r: TargetR = None,
     targets: Targets = None,
+    feedforward: Feedforward = None,
     virtual_tokens: VirtualTokens = None,
     dropout: Dropout = None,
     adapter_dtype: AdapterDtype = None,
@@ -126,6 +131,7 @@ def fit(
     init_r: InitR = None,
     target_r: TargetR = None,
     targets: Targets = None,
+    feedforward: Feedforward = None,
     virtual_tokens: VirtualTokens = None,
     dropout: Dropout = None,
     adapter_dtype: AdapterDtype = None,
@@ -178,6 +184,8 @@ def _run_options(context: typer.Context) -> dict[str, Any]:
     if targets:
         names = [name.strip() for name in targets.split(",") if name.strip()]
         options["targets"] = names[0] if len(names) == 1 and names[0] in TARGET_PRESETS else names
+    if options.get("feedforward") is not None:
+        options["feedforward"] = [name.strip() for name in options["feedforward"].split(",") if name.strip()]
     return options
 
 

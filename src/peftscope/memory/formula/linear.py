@@ -118,7 +118,7 @@ class Linears:
         inputs, outputs = LINEAR_DIMS[layer.name]
         width = self.adapter_width
         if self.method.name == "ia3":
-            self._adapter(f"{path}.ia3_l", (inputs if layer.name == "down_proj" else outputs,), width)
+            self._adapter(f"{path}.ia3_l", (inputs if self.method.rescales_input(layer.name) else outputs,), width)
             return
         self._adapter(f"{path}.lora_A", ("r", inputs), width)
         self._adapter(f"{path}.lora_B", (outputs, "r"), width)
@@ -259,9 +259,10 @@ class Linears:
 
     def _ia3_linear(self, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
         """Stands for ``peft.tuners.ia3.layer.Linear``."""
+        assert self.method.name == "ia3"
         tape, before = self.tape, x.width
         scaling = tape.scale(self.weights[f"{path}.ia3_l"])
-        if layer.name == "down_proj":
+        if self.method.rescales_input(layer.name):
             x = self._adapter_input(x)
             rescaled = tape.cast(tape.multiply(x, scaling, "rescaled input"), before)
             return self._base_linear(path, layer, rescaled)
