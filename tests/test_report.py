@@ -225,6 +225,33 @@ def test_a_folder_of_results_is_published_whole_or_not_at_all(tmp_path: Path, mo
     assert not (tmp_path / "results" / "published" / "memory").exists()
 
 
+def test_published_claims_stay_until_there_are_new_ones(finished: str) -> None:
+    source, page = Path("results") / finished, Path("reports") / finished / "report.html"
+    runs = read_runs(finished)
+    runs[runs["status"] != "missing"].to_csv(source / "runs.csv", index=False)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    for path in (page, source / "all-runs-ended-well", Path("README.md")):
+        path.write_text("")
+    claims = [source / "claims.json", page.with_name("claims.html"), page.with_name("claims.md")]
+    for path in claims:
+        path.write_text("first")
+    results, report = publish(finished)
+    published = [results / "claims.json", report / "claims.html", report / "claims.md"]
+    assert [path.read_text() for path in published] == ["first"] * 3
+    for path in (*claims, source / "losses.csv"):
+        path.unlink() if path in claims else path.write_text("new")
+    (results / "figures").mkdir(exist_ok=True)
+    (results / "figures" / "old.png").write_text("")
+    publish(finished)
+    assert [path.read_text() for path in published] == ["first"] * 3
+    assert (results / "losses.csv").read_text() == "new"
+    assert not (results / "figures" / "old.png").exists()
+    for path in claims:
+        path.write_text("second")
+    publish(finished)
+    assert [path.read_text() for path in published] == ["second"] * 3
+
+
 def test_published_files_are_small_and_hold_no_paths_of_a_machine(repository: Path) -> None:
     files = [
         p for folder in ("results", "reports") for p in (repository / folder / "published").rglob("*") if p.is_file()

@@ -6,6 +6,7 @@ No rule of the workflow writes or reads these folders, so a fresh clone runs the
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +22,7 @@ from peftscope.planning.sweep import expand
 from peftscope.record import read_record
 
 LARGEST_BYTES = 5_000_000
+CLAIMS = "claims.json"
 README = Path("README.md")
 COMPLETE = {"memory": ("grid.png", "bars.png", "chapter.csv"), "gpu": ("*/card.json",)}
 """Folders of results that belong to no experiment, and the files without which they are not finished."""
@@ -86,13 +88,15 @@ def publish_experiment(experiment: str) -> list[Path]:
     pages = [page]
     if tuned_path(experiment).is_file():
         wanted.append(tuned_path(experiment))
-    if (source / "claims.json").is_file():
-        wanted.append(source / "claims.json")
-        pages += [claims_path(experiment), claims_path(experiment).with_suffix(".md")]
+    claims = [claims_path(experiment), claims_path(experiment).with_suffix(".md")]
+    if (source / CLAIMS).is_file():
+        wanted.append(source / CLAIMS)
+        pages += claims
     results, report = PUBLISHED_RESULTS / experiment, PUBLISHED_REPORTS / experiment
     _check_sizes([*pages, *wanted])
-    _copy(pages, page.parent, report)
-    _copy(wanted, source, results)
+    # Claims are measured on their own, and seldom: those of before stay until there are new ones.
+    _copy(pages, page.parent, report, keep=[path.name for path in claims])
+    _copy(wanted, source, results, keep=[CLAIMS])
     _update_readme(experiment, results)
     return [results, report]
 
@@ -110,7 +114,7 @@ def _publish_unfinished(experiment: str) -> list[Path]:
     wanted = [source / "runs.csv", source / "losses.csv", tuned_path(experiment)]
     wanted += sorted(source.glob("runs/*/record.json")) + sorted(source.glob("runs/*/items.jsonl"))
     _check_sizes(wanted)
-    _copy(wanted, source, results)
+    _copy(wanted, source, results, keep=[CLAIMS])
     return [results]
 
 
@@ -146,9 +150,13 @@ def _check_sizes(paths: list[Path]) -> None:
         raise InputError(Problem(str(path), f"over {LARGEST_BYTES} bytes, too large to commit") for path in large)
 
 
-def _copy(paths: list[Path], source: Path, target: Path) -> None:
-    """Puts files of one folder into another, in place of what was there."""
-    shutil.rmtree(target, ignore_errors=True)
+def _copy(paths: list[Path], source: Path, target: Path, keep: Sequence[str] = ()) -> None:
+    """Puts files of one folder into another, in place of what was there but for files whose names are to be kept."""
+    for old in target.iterdir() if target.is_dir() else ():
+        if old.is_dir():
+            shutil.rmtree(old)
+        elif old.name not in keep:
+            old.unlink()
     for path in paths:
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
