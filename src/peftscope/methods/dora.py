@@ -19,6 +19,7 @@ class DoRA(Method):
     """Weight-decomposed low-rank adaptation."""
 
     label: ClassVar[str] = "DoRA"
+    compiles_recomputation: ClassVar[bool] = False
 
     name: Literal["dora"] = "dora"
     rank: Rank = 8

@@ -102,6 +102,8 @@ class Method(BaseModel):
     """Whether ``generate`` with a key-value cache gives what the model's forward pass gives."""
     supports_checkpointing: ClassVar[bool] = True
     """Whether activations can be recomputed in the backward pass."""
+    compiles_recomputation: ClassVar[bool] = True
+    """Whether torch.compile makes a graph of a decoder layer whose activations are recomputed."""
     supports_packing: ClassVar[bool] = True
     """Whether several examples can share a sequence."""
     supports_shards: ClassVar[bool] = True
