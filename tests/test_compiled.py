@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_methods import batches_of
 from torch._dynamo.utils import counters
 
 from peftscope.errors import InputError
@@ -19,6 +20,9 @@ from peftscope.planning.plan import check_compiler, plan_experiment
 from peftscope.record import RunRecord, read_record
 from peftscope.spec import RunSpec
 from peftscope.training import build
+from peftscope.training.build import build_model, compiled_layers
+from peftscope.training.load import load_base
+from peftscope.training.step import make_optimizer, train_step
 
 # Of torch's own tracing, which looks at every tensor and function that a layer is given.
 pytestmark = [
@@ -73,6 +77,27 @@ def test_compiled_layers_learn_the_same(
         "the byte tracker does not see into compiled layers"
     )
     assert compiled.memory.evaluate.peak_tensor_bytes == plain.memory.evaluate.peak_tensor_bytes
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dora", *(pytest.param(n, marks=pytest.mark.slow) for n in METHODS if METHODS[n].trains and n != "dora")],
+)
+def test_with_checkpointing_a_method_is_compiled_or_refused(
+    name: str, toy: Path, make_spec, without_kernels: None
+) -> None:
+    if not METHODS[name].supports_checkpointing:
+        pytest.skip("no checkpointing")
+    spec = make_spec(method=name, checkpointing=True, precision="bf16")
+    compiled = spec.model_copy(update={"compile": True})  # which checks nothing
+    model, loss_function = build_model(load_base(spec), spec)
+    with compiled_layers(model.train(), compiled):
+        train_step(model, batches_of(spec, 1), make_optimizer(model, spec), spec, loss_function)
+    if counters["stats"]["unique_graphs"]:
+        assert RunSpec.model_validate(compiled.model_dump()) == compiled
+    else:
+        with pytest.raises(InputError, match=f"compile does nothing with checkpointing and {name}"):
+            make_spec(method=name, checkpointing=True, precision="bf16", compile=True)
 
 
 def test_evaluation_is_not_compiled(toy: Path, make_spec, tmp_path: Path, without_kernels: None) -> None:

@@ -88,7 +88,8 @@ def test_defaults_name_every_field_once_with_its_default() -> None:
         assert settings["learning_rate"] >= 0
         for field, info in cls.model_fields.items():
             if field != "name":
-                assert settings[field] == info.default, (name, field)
+                # What a method chooses by itself unless told (null) needs no line.
+                assert settings.get(field) == info.default, (name, field)
 
 
 def test_schema_is_in_step() -> None:

@@ -352,6 +352,34 @@ def test_answers_are_the_models_own(name: str, spec_of) -> None:
             assert row["answer"].strip() == wanted.strip()
 
 
+IA3_FIELDS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "the paper's": ({}, {"down_proj"}),
+    "as written out": ({"targets": ["k_proj", "v_proj", "down_proj"], "feedforward": ["down_proj"]}, {"down_proj"}),
+    "everywhere": ({"targets": "all-linear"}, {"down_proj"}),
+    "other inputs": ({"targets": "all-linear", "feedforward": ["up_proj", "o_proj"]}, {"up_proj", "o_proj"}),
+    "outputs alone": ({"targets": "mlp", "feedforward": []}, set()),
+}
+
+
+@pytest.mark.parametrize("fields", IA3_FIELDS)
+def test_ia3_rescales_what_the_spec_says(fields: str, spec_of) -> None:
+    chosen, inputs = IA3_FIELDS[fields]
+    spec = spec_of("ia3", **chosen)
+    model, losses = trained(spec, 4)
+    layers = {n.rpartition(".")[2]: m for n, m in model.named_modules() if hasattr(m, "ia3_l") and "layers.0." in n}
+    assert {name for name, layer in layers.items() if layer.is_feedforward} == inputs
+    shape = find_model("toy").shape
+    assert shape is not None
+    assert layers.keys() == {layer.name for layer in shape.block} & set(spec.method.targets_of())
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == spec.method.trainable_parameters(shape)
+    assert losses[-1] < losses[0]
+
+
+def test_ia3_refuses_inputs_of_what_is_no_target(make_spec) -> None:
+    with pytest.raises(InputError, match="up_proj"):
+        make_spec(method="ia3", targets="attention", feedforward=["up_proj"])
+
+
 def test_formulas_give_the_published_sizes() -> None:
     """Llama-2-7B: 6,738,415,616 parameters; LoRA r=8 on q,k,v,o: 8,388,608 (its config.json; Hu et al. 2021, 4.2)."""
     shape = ModelShape(

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.agreement import ARCHITECTURES, differences, random_questions
 from peftscope.data.tasks import make_task
 from peftscope.hardware.bf16 import Way, bf16_products
-from peftscope.memory.answer import AGREEMENT_FILE
+from peftscope.memory.answer import AGREEMENT_FILE, answer_by_formula
 from peftscope.memory.probe import probe_training
 from peftscope.memory.question import ask, describe_model
 from peftscope.memory.simulate import answer_by_simulation, simulate
@@ -50,6 +50,18 @@ def test_every_method(name: str, precision: str, way: Way, toy: Path, make_spec)
         simulated, tracked = both(make_spec(method=name, precision=precision))
     assert simulated == tracked
     assert min(tracked.values()) > 0
+
+
+@pytest.mark.parametrize(
+    "fields", [{"targets": "all-linear"}, {"targets": "all-linear", "feedforward": ["o_proj"]}, {"targets": "mlp"}]
+)
+def test_every_choice_of_ia3(fields: dict[str, Any], toy: Path, make_spec) -> None:
+    simulated, tracked = both(make_spec(method="ia3", precision="bf16", **fields))
+    assert simulated == tracked
+    model = describe_model("toy")
+    question = ask(model, {"method": "ia3", **fields})
+    closed, simulation = answer_by_formula(question), answer_by_simulation(question)
+    assert closed.phases == pytest.approx(simulation.phases, rel=0.02)
 
 
 @pytest.mark.slow

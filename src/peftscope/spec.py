@@ -128,6 +128,11 @@ class RunSpec(BaseModel):
             )
         if self.checkpointing and not self.method.supports_checkpointing:
             raise ValueError(f"checkpointing does not work with {self.method.name}, which fills the key-value cache")
+        if self.compile and self.checkpointing and not self.method.compiles_recomputation:
+            raise ValueError(
+                f"compile does nothing with checkpointing and {self.method.name}, whose layers torch.compile leaves as "
+                "they are, without a word; leave out one of the two"
+            )
         return self
 
     @model_validator(mode="after")

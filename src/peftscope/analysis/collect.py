@@ -93,9 +93,7 @@ def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
         "label": spec.method.full_label(),
         "method": method.pop("name"),
     }
-    targets = method.get("targets")
-    if isinstance(targets, list):
-        method["targets"] = "+".join(targets)
+    method = {name: "+".join(value) if isinstance(value, list) else value for name, value in method.items()}
     fields["benchmarks"] = " ".join(fields["benchmarks"])
     row |= fields | method
     if record is None:

@@ -80,7 +80,7 @@ def _option(name: str) -> Any:
         typer.Option(
             *([SWITCHES.get(name, f"--{flag}/--no-{flag}")] if annotation is bool else []),
             help="; ".join(said),
-            callback=_preset_or_modules if name == "targets" else None,
+            callback=_preset_or_modules if name in ("targets", "feedforward") else None,
             rich_help_panel=PANEL,
         ),
     ]

@@ -28,6 +28,7 @@ METHOD_OPTIONS = (
     "init_r",
     "target_r",
     "targets",
+    "feedforward",
     "virtual_tokens",
     "dropout",
     "adapter_dtype",
@@ -292,13 +293,16 @@ def library_versions() -> str:
     return ", ".join(found)
 
 
+def _said(fields: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in fields.items() if name != "name" and value is not None]
+
+
 def _assumptions(spec: RunSpec, responses: int, gpu: Gpu | None, gpus: int) -> list[str]:
     """Returns what the answer rests on, asked for or by default, one sentence each."""
     masked = spec.loss_path == "hf" and spec.attention == "sdpa"
     cublas = (gpu.cublas_bytes if gpu else CUBLAS_BYTES) / MIB
     taken = [
-        f"method {spec.method.name}: "
-        + ", ".join(f"{k}={v}" for k, v in spec.method.model_dump(mode="json").items() if k != "name"),
+        f"method {spec.method.name}: " + ", ".join(f"{k}={v}" for k, v in _said(spec.method.model_dump(mode="json"))),
         f"batch_size={spec.batch_size}, seq_len={spec.seq_len} for every sequence (the longest batch decides), "
         f"gradient_accumulation={spec.gradient_accumulation}",
         f"precision={spec.precision}, optimizer={spec.optimizer}"

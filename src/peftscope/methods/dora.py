@@ -20,6 +20,7 @@ class DoRA(Method):
 
     label: ClassVar[str] = "DoRA"
     closed_form: ClassVar[ClosedForm] = ClosedForm(layer="decomposed")
+    compiles_recomputation: ClassVar[bool] = False
 
     name: Literal["dora"] = "dora"
     rank: Rank = 8

@@ -86,14 +86,12 @@ class ClosedForm:
 
     Attributes:
         layer: The formula of an adapted layer: LoRA's, AdaLoRA's P E Q, DoRA's, or IA3's.
-        rescaled_inputs: The layers of which IA3 rescales the input; of the others it rescales the output.
         orthogonality_term: Whether the loss has a term of each A and each B.
         scores: How many values the method keeps of each trained value from the first optimizer step on.
         own_group: The adapter matrices that are a parameter group of their own.
     """
 
     layer: Literal["low-rank", "triplets", "decomposed", "rescaled"] = "low-rank"
-    rescaled_inputs: tuple[str, ...] = ()
     orthogonality_term: bool = False
     scores: int = 0
     own_group: str = ""
@@ -124,6 +122,8 @@ class Method(BaseModel):
     """Whether ``generate`` with a key-value cache gives what the model's forward pass gives."""
     supports_checkpointing: ClassVar[bool] = True
     """Whether activations can be recomputed in the backward pass."""
+    compiles_recomputation: ClassVar[bool] = True
+    """Whether torch.compile makes a graph of a decoder layer whose activations are recomputed."""
     supports_packing: ClassVar[bool] = True
     """Whether several examples can share a sequence."""
     supports_shards: ClassVar[bool] = True
@@ -166,9 +166,13 @@ class Method(BaseModel):
         fields = self.model_dump(mode="json")
         named = (("rank", "r"), ("init_r", "r"), ("virtual_tokens", "v"), ("alpha", "a"))
         parts = [f"{prefix}{fields[field]:g}" for field, prefix in named if field in fields]
-        if "targets" in fields:
+        if fields.get("targets"):
             parts.append(fields["targets"] if isinstance(fields["targets"], str) else "-".join(fields["targets"]))
         return parts
+
+    def rescales_input(self, module: str) -> bool:
+        """Returns whether the method rescales a module's input, as IA3 may, rather than its output."""
+        return False
 
     @classmethod
     def with_rank(cls, rank: int) -> dict[str, int]:

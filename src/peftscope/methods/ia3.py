@@ -5,16 +5,24 @@ Source: Liu et al. 2022, arXiv 2205.05638.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from peftscope.methods.fields import AdapterDtype, ClosedForm, Method, with_fused
+from pydantic import AfterValidator, Field, model_validator
+
+from peftscope.methods.fields import AdapterDtype, ClosedForm, Method, Targets, target_modules, with_fused
 
 if TYPE_CHECKING:
     from peftscope.models.shapes import ModelShape
     from peftscope.spec import RunSpec
 
-RESCALED_OUTPUTS = with_fused(["k_proj", "v_proj"])
 RESCALED_INPUTS = ["down_proj"]
+RESCALED = with_fused(["k_proj", "v_proj"]) + RESCALED_INPUTS
+
+Feedforward = Annotated[
+    tuple[str, ...] | None,
+    AfterValidator(lambda names: names and tuple(sorted(set(names)))),
+    Field(description="targets whose input is rescaled, not their output; null: down, if it is a target"),
+]
 
 
 class IA3(Method):
@@ -22,26 +30,47 @@ class IA3(Method):
 
     label: ClassVar[str] = "IA³"
     draws_start: ClassVar[bool] = False
-    closed_form: ClassVar[ClosedForm] = ClosedForm(layer="rescaled", rescaled_inputs=tuple(RESCALED_INPUTS))
+    closed_form: ClassVar[ClosedForm] = ClosedForm(layer="rescaled")
 
     name: Literal["ia3"] = "ia3"
     adapter_dtype: AdapterDtype = "fp32"
+    targets: Annotated[Targets | None, Field(description="as LoRA's; null: k, v and down, as in the paper")] = None
+    feedforward: Feedforward = None
+
+    @model_validator(mode="after")
+    def _feedforward_is_targeted(self) -> IA3:
+        missing = set(self.feedforward or ()) - set(self.targets_of())
+        if missing:
+            raise ValueError(f"feedforward names what is no target: {', '.join(sorted(missing))}")
+        return self
 
     def targets_of(self) -> list[str]:
         """Returns the rescaled modules."""
-        return RESCALED_OUTPUTS + RESCALED_INPUTS
+        return RESCALED if self.targets is None else target_modules(self.targets)
+
+    def rescales_input(self, module: str) -> bool:
+        """Returns whether a module's input is rescaled, not its output."""
+        return module in (RESCALED_INPUTS if self.feedforward is None else self.feedforward)
+
+    def modules_named(self) -> list[str]:
+        """Returns the module names that the spec lists itself."""
+        return list(self.targets) if isinstance(self.targets, tuple) else []
 
     def trainable_parameters(self, shape: ModelShape) -> int:
-        """Returns one value per output of k and v and per input of down."""
-        return sum(layer.outputs for layer in shape.linear_layers(RESCALED_OUTPUTS)) + sum(
-            layer.inputs for layer in shape.linear_layers(RESCALED_INPUTS)
+        """Returns one value per output of each target, or per input where that is rescaled."""
+        return sum(
+            layer.inputs if self.rescales_input(layer.name) else layer.outputs
+            for layer in shape.linear_layers(self.targets_of())
         )
 
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the base wrapped with PEFT's IA3."""
         from peft import IA3Config, TaskType, get_peft_model
 
+        targets = self.targets_of()
         config = IA3Config(
-            task_type=TaskType.CAUSAL_LM, target_modules=self.targets_of(), feedforward_modules=RESCALED_INPUTS
+            task_type=TaskType.CAUSAL_LM,
+            target_modules=targets,
+            feedforward_modules=[name for name in targets if self.rescales_input(name)],
         )
         return get_peft_model(model, config, autocast_adapter_dtype=self.adapter_dtype == "fp32")

@@ -121,7 +121,7 @@ class Linears:
         inputs, outputs = LINEAR_DIMS[layer.name]
         width = self.adapter_width
         if self.form.layer == "rescaled":
-            self._adapter(f"{path}.ia3_l", (inputs if layer.name in self.form.rescaled_inputs else outputs,), width)
+            self._adapter(f"{path}.ia3_l", (inputs if self.method.rescales_input(layer.name) else outputs,), width)
             return
         self._adapter(f"{path}.lora_A", ("r", inputs), width)
         self._adapter(f"{path}.lora_B", (outputs, "r"), width)
@@ -265,7 +265,7 @@ class Linears:
         """Stands for ``peft.tuners.ia3.layer.Linear``."""
         tape, before = self.tape, x.width
         scaling = tape.scale(self.weights[f"{path}.ia3_l"])
-        if layer.name in self.form.rescaled_inputs:
+        if self.method.rescales_input(layer.name):
             x = self._adapter_input(x)
             rescaled = tape.cast(tape.multiply(x, scaling, "rescaled input"), before)
             return self._base_linear(path, layer, rescaled)

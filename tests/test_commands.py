@@ -1,0 +1,133 @@
+"""Every command that the documents show in a block of shell is one that works, as far as it can be tried cheaply."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peftscope.models.presets import PRESETS
+
+REPOSITORY = Path(__file__).parent.parent
+DOCUMENTS = [
+    "README.md",
+    "experiments/README.md",
+    *sorted(f"docs/{p.name}" for p in (REPOSITORY / "docs").glob("*.md")),
+]
+
+TREATMENTS = {
+    # Whole: an answer within seconds.
+    r"peftscope (memory|fit|expand|doctor|claims --id) ?.*": "whole",
+    # These train, measure or need what was trained: their options are read, and nothing more.
+    r"peftscope (run|merge|report|claims --kind) .*": "help",
+    r"python -W ignore -m peftscope\.gpu\.check .*": "help",
+    r"hf auth login": "help",
+    # Says what it would do.
+    r"make (setup|test|report|publish|claims|gpu-check)( [A-Z]+=\S+)*": "dry",
+    r"snakemake --cores all( --config experiment=\S+)?": "dry",
+    # Has nothing to report on before the first run, and says so once its options are right.
+    r"snakemake --cores all --report report\.zip": "nothing yet",
+    # Other machines' programs: the files that they name are there.
+    r"(sudo apt-get|git clone|kubectl) .*": "files",
+}
+"""How a command is tried, by a pattern of all of it."""
+
+SLOW = {"memory", "fit", "expand", "doctor", "claims", "snakemake", "-m"}
+"""Programs, or their commands, that take over ten seconds together."""
+
+
+def commands() -> list[str]:
+    """Returns the commands of all documents, once each, without comments."""
+    found: dict[str, None] = {}
+    for name in DOCUMENTS:
+        for block in re.findall(r"^```sh\n(.*?)^```", (REPOSITORY / name).read_text(), re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words:
+                    found[shlex.join(words)] = None
+    return list(found)
+
+
+def plain(command: str) -> tuple[dict[str, str], list[str]]:
+    """Returns a command's environment and words, with programs by their bare names."""
+    words, environment = shlex.split(command), {}
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        environment[name] = value
+    words[0] = words[0].removeprefix(".venv/bin/").replace("python3", "python")
+    return environment, words
+
+
+def treatment(command: str) -> str:
+    """Returns how a command is tried.
+
+    Raises:
+        LookupError: The table does not say.
+    """
+    text = " ".join(plain(command)[1])
+    for pattern, how in TREATMENTS.items():
+        if re.fullmatch(pattern, text):
+            return how
+    raise LookupError(f"no treatment for `{command}`: add it to the table")
+
+
+def is_slow(command: str) -> bool:
+    _, words = plain(command)
+    return not SLOW.isdisjoint(words)
+
+
+def run(words: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    programs = {
+        "peftscope": [sys.executable, "-m", "peftscope"],
+        "snakemake": [sys.executable, "-m", "snakemake"],
+        "python": [sys.executable],
+        "hf": [str(Path(sys.executable).with_name("hf"))],
+    }
+    return subprocess.run(
+        [*programs.get(words[0], words[:1]), *words[1:]],
+        cwd=folder,
+        env={**os.environ, **environment, "PYTHONPATH": str(REPOSITORY / "src"), "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_documents_show_commands() -> None:
+    assert len(commands()) > 30
+
+
+def test_a_command_that_nobody_thought_of_is_found() -> None:
+    with pytest.raises(LookupError, match="add it to the table"):
+        treatment("make coffee")
+
+
+@pytest.mark.parametrize("command", [pytest.param(c, marks=pytest.mark.slow) if is_slow(c) else c for c in commands()])
+def test_command(command: str, workspace: Path, repository: Path) -> None:
+    how = treatment(command)
+    environment, words = plain(command)
+    if how == "files":
+        named = [word for word in words if (repository / word.split("/")[0]).is_dir() and "/" in word]
+        assert all((repository / word).is_file() for word in named), named
+        return
+    if "path/to/config.json" in words:
+        config = PRESETS["smollm2-135m"][1].model_copy(update={"num_layers": 2}).to_config()
+        (workspace / "config.json").write_text(json.dumps(config))
+        words[words.index("path/to/config.json")] = "config.json"
+    # A dry run of make writes nothing; the others run where nothing is a user's.
+    folder = repository if words[0] == "make" else workspace
+    more = {"help": ["--help"], "dry": ["-n"]}.get(how, [])
+    done = run(
+        [words[0], *more, *words[1:]] if words[0] in ("make", "snakemake") else words + more, folder, environment
+    )
+    said = done.stdout + done.stderr
+    if how == "nothing yet":
+        assert "marked for report but does not exist" in said, said
+    else:
+        assert done.returncode == 0, said
