@@ -53,7 +53,9 @@ def random_question(method: str, source: random.Random) -> Question:
         ranks = {"rank": rank, "init_r": rank, "target_r": rank // 2, "virtual_tokens": source.choice([4, 32])}
         options |= {name: value for name, value in ranks.items() if name in fields}
         if "targets" in fields:
-            options["targets"] = source.choice(["minimal", "attention", "mlp", "all-linear"])
+            # IA3 got the field later: the other methods' questions stay those whose differences were published.
+            chooser = random.Random(rank) if method == "ia3" else source
+            options["targets"] = chooser.choice(["minimal", "attention", "mlp", "all-linear"])
         if "dropout" in fields:
             options["dropout"] = source.choice([0.0, 0.0, 0.05])
         if "adapter_dtype" in fields:
