@@ -94,6 +94,7 @@ OWN_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "benchmarks": st.lists(st.from_regex(BENCHMARK_PATTERN, fullmatch=True), max_size=3),
     "revision": st.none() | REVISIONS,
     "targets": st.sampled_from(sorted(TARGET_PRESETS)) | MODULES,
+    "feedforward": st.none() | MODULES,
 }
 
 
@@ -116,6 +117,8 @@ def specs(draw: st.DrawFn, names: tuple[str, ...] = tuple(METHODS)) -> RunSpec:
         method["init_r"] = max(method.get("init_r", 12), 2)
         method["target_r"] = min(method.get("target_r", 8), method["init_r"] - 1)
         method.pop("warmup_share", None)
+    if method.get("feedforward"):
+        method["targets"] = method["feedforward"]
     try:
         built = cls(**method)
     except ValidationError:  # AdaLoRA's shares
@@ -128,6 +131,8 @@ def specs(draw: st.DrawFn, names: tuple[str, ...] = tuple(METHODS)) -> RunSpec:
         top["packing"] = False
     if not built.supports_checkpointing:
         top["checkpointing"] = False
+    if top.get("checkpointing") and not built.compiles_recomputation:
+        top["compile"] = False
     if top.get("attention") == "flash_attention_2":
         top |= {"device": "cuda", "packing": False}
         top["precision"] = "amp" if top.get("precision") == "fp32" else top.get("precision", "bf16")

@@ -90,9 +90,9 @@ def test_with_checkpointing_a_method_is_compiled_or_refused(
         pytest.skip("no checkpointing")
     spec = make_spec(method=name, checkpointing=True, precision="bf16")
     compiled = spec.model_copy(update={"compile": True})  # which checks nothing
-    model, loss_function = build_model(load_base(spec), spec)
-    with compiled_layers(model.train(), compiled):
-        train_step(model, batches_of(spec, 1), make_optimizer(model, spec), spec, loss_function)
+    trained = build_model(load_base(spec), spec)
+    with compiled_layers(trained.model.train(), compiled):
+        train_step(trained, batches_of(spec, 1), make_optimizer(trained.model, spec), spec)
     if counters["stats"]["unique_graphs"]:
         assert RunSpec.model_validate(compiled.model_dump()) == compiled
     else:

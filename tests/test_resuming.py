@@ -46,7 +46,7 @@ def short(make_spec) -> Callable[..., RunSpec]:
 def run(spec: RunSpec, folder: Path, checkpoint_seconds: float = 0) -> RunRecord:
     phases = Phases(spec.device, time.perf_counter())
     phases.mark_imported()
-    execute(spec, folder, phases, checkpoint_seconds)
+    execute(spec, folder, phases, checkpoint_seconds, keep_weights="all")
     return read_record(folder / "record.json")
 
 
@@ -227,7 +227,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
 def command(spec: RunSpec, folder: Path, *options: str) -> list[str]:
     return [
         *(sys.executable, "-m", "peftscope", "run", json.dumps(spec.canonical())),
-        *("--output", str(folder), "--threads", "1", *options),
+        *("--output", str(folder), "--threads", "1", "--keep-weights", "all", *options),
     ]
 
 

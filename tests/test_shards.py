@@ -42,14 +42,14 @@ def exact(make_spec) -> Callable[..., RunSpec]:
 def command(spec: RunSpec, folder: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "peftscope", "run", json.dumps(spec.canonical())),
-        *("--output", str(folder), "--threads", str(spec.shards)),
+        *("--output", str(folder), "--threads", str(spec.shards), "--keep-weights", "all"),
     ]
 
 
 def run_here(spec: RunSpec, folder: Path) -> RunRecord:
     phases = Phases(spec.device, time.perf_counter())
     phases.mark_imported()
-    execute(spec, folder, phases)
+    execute(spec, folder, phases, keep_weights="all")
     return read_record(folder / "record.json")
 
 

@@ -170,7 +170,12 @@ def test_the_kubernetes_job_asks_for_as_many_cards_as_it_uses(repository: Path) 
 def test_rules_that_need_the_network_are_local(repository: Path) -> None:
     text = (repository / "Snakefile").read_text()
     local = set(re.findall(r"\w+", text.split("localrules:")[1].split("\n\n")[0]))
-    commands = dict(re.findall(r"\n(?:rule|checkpoint) (\w+):.*?\"python -m peftscope ([\w-]+)", text, re.DOTALL))
+    rules = re.split(r"\n(?:rule|checkpoint) (\w+):", text)[1:]
+    commands = {
+        name: found[1]
+        for name, body in zip(rules[::2], rules[1::2], strict=True)
+        if (found := re.search(r"python -m peftscope ([\w-]+)", body))
+    }
     fetching = {rule for rule, command in commands.items() if command in ("fetch", "make-task", "make-benchmark")}
     assert fetching == {"fetch_model", "make_task", "make_benchmark"}
     assert fetching <= local

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-MODULES = 37
+MODULES = 38
 """Modules that a run of LoRA passes through."""
 
 RETURNS = 43
