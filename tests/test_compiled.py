@@ -92,7 +92,7 @@ def test_with_checkpointing_a_method_is_compiled_or_refused(
     compiled = spec.model_copy(update={"compile": True})  # which checks nothing
     trained = build_model(load_base(spec), spec)
     with compiled_layers(trained.model.train(), compiled):
-        train_step(trained, batches_of(spec, 1), make_optimizer(trained.model, spec), spec)
+        train_step(trained, batches_of(spec, 1), make_optimizer(trained.model, spec), spec, step=0)
     if counters["stats"]["unique_graphs"]:
         assert RunSpec.model_validate(compiled.model_dump()) == compiled
     else:
