@@ -332,14 +332,14 @@ def test_a_small_disk_that_is_full(
     size: str, repository: Path, toy: Path, undisturbed: Path, tmp_path: Path, outcomes: Outcomes
 ) -> None:
     folder = make_folder(tmp_path / "own", repository, toy, {"small": SMALL})
-    with mounted(folder / "results" / "small", "-t", "tmpfs", "-o", f"size={size}", "tmpfs") as permitted:
+    with mounted(folder / "results" / "runs", "-t", "tmpfs", "-o", f"size={size}", "tmpfs") as permitted:
         if not permitted:
             outcomes.add("disk full (a small tmpfs: not permitted here)", 0, 0)
             return
         said = fail(folder, "small")
         assert "o space left on device" in said
         seen = finished(folder, "small")
-        subprocess.run(["mount", "-o", "remount,size=100m", str(folder / "results" / "small")], check=True)
+        subprocess.run(["mount", "-o", "remount,size=100m", str(folder / "results" / "runs")], check=True)
         finish(folder, "small")
         assert tables(folder, "small") == tables(undisturbed, "small")
         outcomes.add(f"disk full ({size})", 1, lost(seen, finished(folder, "small")))
@@ -362,7 +362,7 @@ def test_a_folder_that_cannot_be_written(done: Path, undisturbed: Path, outcomes
             [sys.executable, "-m", "peftscope", "report", "small"], cwd=done, capture_output=True, text=True
         )
         assert own.returncode != 0
-        assert "make this folder writable" in own.stderr
+        assert "get permission to write to this folder" in own.stderr
         assert "Traceback" not in own.stderr
     finally:
         if os.geteuid() == 0:
@@ -434,10 +434,9 @@ def test_damaged_checkpoints(folder: Path, undisturbed: Path, outcomes: Outcomes
 
 def forget_one(folder: Path) -> str:
     """Removes a run and the tables with it, and returns its id."""
-    runs = folder / "results" / "runs"
     one = min(finished(folder, "small"))
-    shutil.rmtree(runs / one)
-    (runs.parent / "runs.csv").unlink()
+    shutil.rmtree(folder / "results" / "runs" / one)
+    (folder / "results" / "small" / "runs.csv").unlink()
     return one
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from peftscope.errors import InputError
+from peftscope.execution.process import die_with_parent
 
 
 def main() -> None:
@@ -12,6 +14,8 @@ def main() -> None:
 
     The options come from the fields of all methods, so that this shows as soon as the commands are imported.
     """
+    if "PEFTSCOPE_DIES_WITH_PARENT" in os.environ:  # the Snakefile's jobs; before the slow imports
+        die_with_parent()
     try:
         from peftscope.cli.main import main as run_command
     except InputError as error:

@@ -39,10 +39,6 @@ Spec = Annotated[str, typer.Argument(help="A YAML or JSON file with the fields o
 
 def main() -> None:
     """Runs the command line; what is wrong with the input or the disk becomes a message and exit code 2."""
-    if "PEFTSCOPE_DIES_WITH_PARENT" in os.environ:  # the Snakefile's jobs
-        from peftscope.execution.process import die_with_parent
-
-        die_with_parent()
     try:
         with without_hub_kernels():
             app()
