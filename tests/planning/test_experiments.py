@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from conftest import REPOSITORY
 
 from peftscope.methods import METHODS
 from peftscope.planning.experiment import NOT_EXPERIMENTS, experiment_names
@@ -16,7 +17,7 @@ from peftscope.planning.plan import Workflow, check_runs, plan_experiment
 from peftscope.planning.sweep import RUN_FIELDS, Sweep, expand, spec_from
 from peftscope.spec import RUN_ID_PATTERN, RunSpec, run_id, spec_schema
 
-FILES = sorted((Path(__file__).parent.parent / "experiments").rglob("*.yaml"))
+FILES = sorted((REPOSITORY / "experiments").rglob("*.yaml"))
 
 
 def test_every_yaml_file_is_covered() -> None:

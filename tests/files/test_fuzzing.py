@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import forget_files
+from conftest import REPOSITORY, forget_files
 from fuzzing import (
     TEXT,
     VALUES,
@@ -133,7 +133,7 @@ def test_experiments_expand_into_unique_runs(experiment: dict[str, Any], own_fol
 
 # Broken files.
 
-FOLDER = Path(__file__).parent.parent / "experiments"
+FOLDER = REPOSITORY / "experiments"
 
 
 def tree_of(name: str) -> Any:

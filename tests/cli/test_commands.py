@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
 from peftscope.models.presets import PRESETS
 
-REPOSITORY = Path(__file__).parent.parent
 DOCUMENTS = [
     "README.md",
     "experiments/README.md",
