@@ -40,6 +40,7 @@ localrules:
     fetch_model,
     make_task,
     make_benchmark,
+    tune_coarse,
     tune,
     collect,
     tables,
@@ -107,7 +108,7 @@ rule train:
         "results/runs/{run_id}/train.tsv"
     # For jobs that are killed from outside; whatever else happens in a run is a status in its record.
     retries: 2
-    threads: workflow.cores
+    threads: WORKFLOW.threads
     resources:
         gpu=WORKFLOW.gpus,
         mem_mb=DEMANDS.memory_mb,
@@ -119,15 +120,30 @@ rule train:
         keep_weights="adapters",
     params:
         spec=WORKFLOW.spec_json,
+        shared=WORKFLOW.shared,
     shell:
-        "python -m peftscope run {params.spec:q} --threads {threads} --output $(dirname {output.record:q}) --checkpoint-seconds {resources.checkpoint_seconds} --attempts-left {resources.attempts_left} --keep-weights {resources.keep_weights} > {log} 2>&1"
+        "python -m peftscope run {params.spec:q} --threads {threads} --output $(dirname {output.record:q}) --checkpoint-seconds {resources.checkpoint_seconds} --attempts-left {resources.attempts_left} --keep-weights {resources.keep_weights} {params.shared} > {log} 2>&1"
 
 
-# A study's learning rates: the runs that are compared at them follow from what the first ones found.
+# A study's learning rates, in two steps: the rates of fine grids follow from the listed ones, and the runs that are
+# compared from all.
+checkpoint tune_coarse:
+    input:
+        WORKFLOW.coarse_records,
+        WORKFLOW.experiment_file,
+        "src/peftscope/analysis/tuning.py",
+    output:
+        "results/{experiment}/coarse.json",
+    log:
+        "results/{experiment}/logs/tune-coarse.log",
+    shell:
+        "python -m peftscope tune {wildcards.experiment} --coarse 2>&1 | tee {log}"
+
+
 checkpoint tune:
     input:
-        WORKFLOW.tuning_records,
-        "experiments/{experiment}.yaml",
+        WORKFLOW.tuning_records(checkpoints),
+        WORKFLOW.experiment_file,
         "src/peftscope/analysis/tuning.py",
     output:
         "results/{experiment}/tuned.json",
@@ -140,7 +156,7 @@ checkpoint tune:
 rule collect:
     input:
         WORKFLOW.records(checkpoints),
-        "experiments/{experiment}.yaml",
+        WORKFLOW.experiment_file,
         "src/peftscope/analysis/collect.py",
     output:
         runs="results/{experiment}/runs.csv",

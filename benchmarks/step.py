@@ -23,7 +23,7 @@ from peftscope.data.tasks import make_task, read_split
 from peftscope.execution.libraries import without_hub_kernels
 from peftscope.models.fetch import fetch_model
 from peftscope.planning.experiment import Experiment
-from peftscope.planning.sweep import Resolver
+from peftscope.planning.resolve import Resolver
 from peftscope.spec import RunSpec
 from peftscope.training.build import build_model
 from peftscope.training.load import load_base, load_tokenizer

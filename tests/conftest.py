@@ -67,7 +67,7 @@ def toy(workspace: Path) -> Path:
 def make_spec() -> Callable[..., Any]:
     """Specs of short runs on the toy model; keywords override."""
     from peftscope.planning.experiment import Experiment
-    from peftscope.planning.sweep import Resolver
+    from peftscope.planning.resolve import Resolver
 
     def make(**values: Any) -> Any:
         short = {

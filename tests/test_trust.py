@@ -186,7 +186,7 @@ class TestModels:
             "from pathlib import Path\n"
             "from peftscope.execution.libraries import without_hub_kernels\n"
             "with without_hub_kernels():\n"
-            "    from peftscope.planning.sweep import spec_from\n"
+            "    from peftscope.planning.resolve import spec_from\n"
             "    from peftscope.training.load import load_base\n"
             "    from transformers.utils import is_kernels_available\n"
             "    import bitsandbytes\n"

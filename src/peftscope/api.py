@@ -57,7 +57,7 @@ def run(spec: RunSpec | Mapping[str, Any], folder: str | Path) -> RunRecord:
     from peftscope.hardware.bf16 import chosen_way
     from peftscope.hardware.device import detect_device
     from peftscope.planning.plan import check_compiler, check_disk, check_runs
-    from peftscope.planning.sweep import spec_from
+    from peftscope.planning.resolve import spec_from
     from peftscope.record import finished_record, state_folder, write_record
     from peftscope.spec import run_id
     from peftscope.training.signals import Interrupted

@@ -8,6 +8,7 @@ from pathlib import Path
 from peftscope.errors import InputError, Problem
 
 EXPERIMENTS = Path("experiments")
+STUDIES = EXPERIMENTS / "studies"
 DEFAULTS = EXPERIMENTS / "defaults.yaml"
 MODELS_FILE = EXPERIMENTS / "models.yaml"
 TASKS_FILE = EXPERIMENTS / "tasks.yaml"
@@ -89,6 +90,11 @@ def record_paths() -> list[Path]:
 def published_paths(name: str) -> list[Path]:
     """Returns the published files with this name, one per experiment that has it."""
     return sorted(PUBLISHED_RESULTS.glob(f"*/{name}"))
+
+
+def coarse_path(experiment: str) -> Path:
+    """Returns the path of the rates that a study's fine grids lie around."""
+    return results_folder(experiment) / "coarse.json"
 
 
 def tuned_path(experiment: str) -> Path:

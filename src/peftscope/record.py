@@ -157,10 +157,14 @@ class Quality(_Part):
     """Scores on the test split, on the validation split if it chooses a learning rate, and on English prose.
 
     The unit of nll is nats per response token.
+
+    Attributes:
+        validation_curve: The validation nll along the training, by the number of steps done.
     """
 
     heldout_nll: float | None = None
     validation_nll: float | None = None
+    validation_curve: dict[int, float] = {}
     heldout_tokens: int | None = None
     exact_match: float | None = None
     exact_match_items: int | None = None

@@ -89,6 +89,9 @@ class RunSpec(BaseModel):
     validation_items: Annotated[
         CountOrZero, Field(description="validation items for the loss that learning rates are chosen by; 0: none")
     ] = 0
+    validation_every: Annotated[
+        CountOrZero, Field(description="steps between losses on the validation items while it trains; 0: none")
+    ] = 0
     heldout_items: Annotated[Count, Field(description="test items for the held-out loss")] = 256
     generation_items: Annotated[CountOrZero, Field(description="test items that lm-eval answers; 0: none")] = 64
     retention_tokens: Annotated[
@@ -114,6 +117,8 @@ class RunSpec(BaseModel):
             raise ValueError(
                 f"generation_items={self.generation_items} must not exceed heldout_items={self.heldout_items}"
             )
+        if self.validation_every and not self.validation_items:
+            raise ValueError(f"validation_every={self.validation_every} needs validation_items above 0")
         if self.attention == "flash_attention_2" and (self.device == "cpu" or self.precision == "fp32"):
             raise ValueError("attention=flash_attention_2 needs a CUDA card and 16-bit precision; use sdpa")
         if self.packing and self.attention == "flash_attention_2":

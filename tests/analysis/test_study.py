@@ -24,8 +24,9 @@ from peftscope.claims.ledger import Part
 from peftscope.claims.verdict import Rule, Verdict, judge
 from peftscope.cli.main import report
 from peftscope.errors import InputError
+from peftscope.planning.experiment import A_A_SHIFT
 from peftscope.planning.published import published_items, published_records
-from peftscope.planning.sweep import OTHER_INITIALISATION, expand
+from peftscope.planning.sweep import expand
 from peftscope.record import Quality, RunRecord, parse_record, write_record
 from peftscope.report.publish import publish, restore
 from peftscope.report.study import CONTROLS, contrasts, controls, study_facts, write_study
@@ -49,7 +50,7 @@ STUDY: dict[str, Any] = {
         "learning_rates": {"full": [1e-5, 1e-4, 1e-3], "lora": [1e-4, 1e-3, 1e-2], "thin": [1e-4, 1e-3, 1e-2]},
         "tuning_seeds": [100],
         "seeds": [0, 1, 2, 3, 4, 5],
-        "controls": {"lora": ["again", "still", "shuffled"]},
+        "controls": {"lora": ["a-a", "zero-lr", "shuffled-labels"]},
     },
 }
 BASE_LOSS = 3.0
@@ -104,7 +105,7 @@ def record_comparison(gains_of: dict[str, list[float]] = GAINS) -> None:
     for arm, gains in gains_of.items():
         for run, gain in zip(members(f"arm-{arm}"), gains, strict=True):
             record(run, heldout=BASE_LOSS - gain)
-    for control, gains in (("again", AGAIN), ("still", [0.0] * 6), ("shuffled", [0.5, 0.4, 0.6] * 2)):
+    for control, gains in (("a-a", AGAIN), ("zero-lr", [0.0] * 6), ("shuffled-labels", [0.5, 0.4, 0.6] * 2)):
         runs = [run for run in members(f"control-{control}-lora") if run not in members("arm-lora")]
         for run, gain in zip(runs, gains, strict=True):
             record(run, heldout=BASE_LOSS - gain)
@@ -147,9 +148,9 @@ def test_a_control_changes_one_thing(tuned: None) -> None:
     runs = expand("mine").runs
     own = {runs[run].seed: runs[run].canonical() for run in members("arm-lora")}
     for control, change in (
-        ("again", lambda seed: {"init_seed": seed + OTHER_INITIALISATION}),
-        ("still", lambda seed: {"learning_rate": 0}),
-        ("shuffled", lambda seed: {"shuffled_targets": True}),
+        ("a-a", lambda seed: {"init_seed": seed + A_A_SHIFT}),
+        ("zero-lr", lambda seed: {"learning_rate": 0}),
+        ("shuffled-labels", lambda seed: {"shuffled_targets": True}),
     ):
         controls_of = [runs[run] for run in members(f"control-{control}-lora") if run not in members("arm-lora")]
         assert len(controls_of) == 6
@@ -170,7 +171,7 @@ def test_a_control_changes_one_thing(tuned: None) -> None:
         ({"seeds": [0]}, "study.seeds"),
         ({"seeds": [0, 1, 1]}, "seeds must differ"),
         ({"arms": {"full": {"method": "full"}, "a b": {"method": "lora"}}}, "study.arms"),
-        ({"controls": {"dora": ["again"]}}, "controls name no arm: dora"),
+        ({"controls": {"dora": ["again"]}}, "controls and a_a name no arm: dora"),
         ({"controls": {"lora": ["twice"]}}, "study.controls.lora[0]"),
         ({"arms": STUDY["study"]["arms"] | {"lora": {"method": "lora", "seed": 3}}}, "the study's to set"),
         ({"arms": STUDY["study"]["arms"] | {"lora": {"method": "lora", "rnk": 3}}}, "did you mean `rank`?"),
@@ -297,11 +298,11 @@ def test_contrasts_are_paired_by_seed_and_corrected_for_their_number(finished: S
 def test_controls_say_what_the_comparison_makes_of_no_difference(finished: StudyResults) -> None:
     found = controls(finished).set_index("control")
     assert found["control_over_base"].to_dict() == pytest.approx(
-        {"again": sum(AGAIN) / 6, "still": 0, "shuffled": 0.5}, abs=1e-12
+        {"a-a": sum(AGAIN) / 6, "zero-lr": 0, "shuffled-labels": 0.5}, abs=1e-12
     )
     assert found["arm_over_base"].tolist() == pytest.approx([sum(GAINS["lora"]) / 6] * 3)
-    assert found["gain"]["again"] == pytest.approx((sum(AGAIN) - sum(GAINS["lora"])) / 6)
-    again = found.loc["again"]
+    assert found["gain"]["a-a"] == pytest.approx((sum(AGAIN) - sum(GAINS["lora"])) / 6)
+    again = found.loc["a-a"]
     assert again["called_different_low"] <= again["called_different"] <= again["called_different_high"]
     assert found["called_different"].isna().tolist() == [False, True, True]
 
@@ -309,11 +310,11 @@ def test_controls_say_what_the_comparison_makes_of_no_difference(finished: Study
 def test_a_control_without_any_spread_is_no_difference(tuned: None) -> None:
     record_comparison()
     own = members("arm-lora")
-    again = [run for run in members("control-again-lora") if run not in own]
+    again = [run for run in members("control-a-a-lora") if run not in own]
     for run, gain in zip(again, GAINS["lora"], strict=True):
         record(run, heldout=BASE_LOSS - gain)
     collect_experiment(expand("mine"))
-    row = controls(StudyResults("mine")).set_index("control").loc["again"]
+    row = controls(StudyResults("mine")).set_index("control").loc["a-a"]
     assert (row["gain"], row["gain_low"], row["t_p"], row["called_different"]) == (0, 0, 1, 0)
 
 

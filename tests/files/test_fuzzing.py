@@ -38,7 +38,8 @@ from peftscope.models import catalog
 from peftscope.models.catalog import find_model, model_folder
 from peftscope.models.presets import PRESETS
 from peftscope.planning.plan import plan_experiment
-from peftscope.planning.sweep import LARGEST_SWEEP, expand, spec_from
+from peftscope.planning.resolve import spec_from
+from peftscope.planning.sweep import LARGEST_SWEEP, expand
 from peftscope.record import RunRecord, read_record, write_record
 from peftscope.spec import RUN_ID_PATTERN, RunSpec, run_id
 

@@ -14,7 +14,8 @@ from conftest import REPOSITORY
 from peftscope.methods import METHODS
 from peftscope.planning.experiment import NOT_EXPERIMENTS, experiment_names
 from peftscope.planning.plan import Workflow, check_runs, plan_experiment
-from peftscope.planning.sweep import RUN_FIELDS, Sweep, expand, spec_from
+from peftscope.planning.resolve import RUN_FIELDS, spec_from
+from peftscope.planning.sweep import Sweep, expand
 from peftscope.spec import RUN_ID_PATTERN, RunSpec, run_id, spec_schema
 
 FILES = sorted((REPOSITORY / "experiments").rglob("*.yaml"))
@@ -22,7 +23,7 @@ FILES = sorted((REPOSITORY / "experiments").rglob("*.yaml"))
 
 def test_every_yaml_file_is_covered() -> None:
     assert len(FILES) > 5
-    names = {path.stem for path in FILES if path.parent.name == "experiments"}
+    names = {path.stem for path in FILES if path.parent.name in ("experiments", "studies")}
     assert names == {*experiment_names(), *NOT_EXPERIMENTS}
 
 

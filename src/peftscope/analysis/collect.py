@@ -10,11 +10,14 @@ import pandas as pd
 from peftscope.errors import InputError, Problem
 from peftscope.layout import results_folder, run_folder
 from peftscope.planning.sweep import Sweep
-from peftscope.record import Damaged, RunRecord, recover_record
+from peftscope.record import Damaged, Quality, RunRecord, recover_record
 from peftscope.spec import RunSpec
 
 BENCHMARK = "benchmark_"
 """The prefix of the columns of benchmarks; the benchmark's name and the unit follow."""
+
+VALIDATION = "validation_nll_nats_per_token"
+"""The column of the loss on validation items: in ``runs.csv`` at the end, in ``losses.csv`` along the training."""
 
 MAIN_SCORES = ("acc_norm,none", "acc,none", "exact_match,flexible-extract", "exact_match,none")
 """A table shows the first of these scores that a benchmark has. For GSM8K, that is the score of the last number of an
@@ -51,12 +54,14 @@ def collect_experiment(sweep: Sweep) -> None:
             continue
         rows.append({"run_id": identity, "comparisons": " ".join(member[identity]), **_row(spec, record)})
         for step, nll in enumerate(record.train_nll if record else [], 1):
-            losses.append({"run_id": identity, "step": step, "nll_nats_per_token": nll})
+            along = record.quality.validation_curve.get(step) if record else None
+            losses.append({"run_id": identity, "step": step, "nll_nats_per_token": nll, VALIDATION: along})
     if problems:
         raise InputError(problems)
     folder.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
-    pd.DataFrame(losses, columns=["run_id", "step", "nll_nats_per_token"]).to_csv(folder / "losses.csv", index=False)
+    columns = ["run_id", "step", "nll_nats_per_token", VALIDATION]
+    pd.DataFrame(losses, columns=columns).to_csv(folder / "losses.csv", index=False)
 
 
 def read_runs(experiment: str, folder: Path | None = None) -> pd.DataFrame:
@@ -109,7 +114,8 @@ def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
     row |= {
         "heldout_nll_nats_per_token": quality.heldout_nll,
         "heldout_tokens": quality.heldout_tokens,
-        "validation_nll_nats_per_token": quality.validation_nll,
+        VALIDATION: quality.validation_nll,
+        "lowest_validation_nll_nats_per_token": _lowest(quality),
         "exact_match_fraction": quality.exact_match,
         "exact_match_items": quality.exact_match_items,
         "retention_bits_per_byte_before": quality.retention_bits_per_byte_before,
@@ -133,6 +139,12 @@ def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
         "torch": record.provenance.get("packages", {}).get("torch"),
     }
     return row
+
+
+def _lowest(quality: Quality) -> float | None:
+    """Returns the lowest validation loss along a run, its end included; None if none was measured along it."""
+    curve = list(quality.validation_curve.values())
+    return min([*curve, quality.validation_nll]) if curve and quality.validation_nll is not None else None
 
 
 def _bf16_products(record: RunRecord) -> str | None:

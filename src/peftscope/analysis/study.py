@@ -8,6 +8,7 @@ to leave it out would favour its arm.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,10 +17,26 @@ import pandas as pd
 
 from peftscope.errors import InputError, Problem
 from peftscope.layout import PUBLISHED_RESULTS, results_folder
-from peftscope.planning.sweep import ARM, CONTROL, TUNING
+from peftscope.planning.cells import ARM, CONTROL, TUNING
+from peftscope.planning.experiment import OLD_CONTROLS
 
 HELDOUT = "heldout_nll_nats_per_token"
 VALIDATION = "validation_nll_nats_per_token"
+
+
+_CONTROL = re.compile(rf"{CONTROL}({'|'.join(OLD_CONTROLS.values())})-(.+)")
+
+
+def _renamed(comparison: str) -> str:
+    """Returns a comparison's name with today's name of its control.
+
+    >>> _renamed("control-again-lora"), _renamed("control-shuffled-labels-lora")
+    ('control-a-a-lora', 'control-shuffled-labels-lora')
+    """
+    for old, new in OLD_CONTROLS.items():
+        if comparison.startswith(f"{CONTROL}{old}-") and not _CONTROL.fullmatch(comparison):
+            return f"{CONTROL}{new}-{comparison.removeprefix(f'{CONTROL}{old}-')}"
+    return comparison
 
 
 @dataclass(frozen=True)
@@ -61,7 +78,8 @@ class StudyResults:
     def table(self) -> pd.DataFrame:
         """The table of all runs, one row per run."""
         table = pd.read_csv(self._folder / "runs.csv", dtype={"comparisons": str}).copy()
-        return table.fillna({"comparisons": ""})
+        table["comparisons"] = [" ".join(map(_renamed, cell.split())) for cell in table["comparisons"].fillna("")]
+        return table
 
     def _chosen(self, arm: str) -> dict[str, Any]:
         path = self._folder / "tuned.json"
@@ -144,7 +162,7 @@ class StudyResults:
     def controls(self) -> list[tuple[str, str]]:
         """The controls of the study, each paired with its arm."""
         names = dict.fromkeys(name for cell in self.table["comparisons"] for name in cell.split())
-        return [tuple(name.split("-", 2)[1:]) for name in names if name.startswith(CONTROL)]
+        return [(match[1], match[2]) for name in names if (match := _CONTROL.fullmatch(name))]
 
     def _finished(self, comparison: str) -> pd.DataFrame:
         runs = self.table[self.table["comparisons"].str.split().map(lambda names: comparison in names)]

@@ -1,69 +1,188 @@
-"""Chooses a study's learning rates by the validation loss of seeds that serve no other purpose. No torch."""
+"""Chooses a study's learning rates by the validation loss of seeds that serve no other purpose. No torch.
+
+Where a study has fine grids, a parabola over the log of the rate is fitted to the log of the losses around the best
+listed rate, with one more constant for the seeds of the fine grid. The rate is where the parabola is lowest. Residuals
+of the fit, drawn anew, say how much worse the chosen rate may be than the best: its regret.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from peftscope.errors import InputError, Problem
 from peftscope.files.atomic import write_json
-from peftscope.layout import record_path, tuned_path
-from peftscope.planning.experiment import experiment_path
-from peftscope.planning.sweep import TUNING, Sweep
+from peftscope.layout import coarse_path, record_path, tuned_path
+from peftscope.planning.cells import FINE, TUNING, rounded
+from peftscope.planning.experiment import FINE_STEP, Study, experiment_path
+from peftscope.planning.sweep import Sweep
 from peftscope.record import recover_record
 
 OUT_OF_MEMORY = "memory ran out"
+WINDOW = 3.5
+"""The fit takes the rates within this factor of the best listed one: itself, its neighbours, and the fine grid."""
+DRAWS = 1000
+"""Bootstrap samples of a fit's residuals."""
+SEED = 0
 
 
-def choose_rates(sweep: Sweep) -> Path:
-    """Writes for each arm the rate with the lowest mean validation loss, and all rates that were tried.
+@dataclass(frozen=True)
+class Fit:
+    """A local fit of an arm's validation loss over its learning rate.
 
-    A run that diverged counts as an infinite loss. An arm gets no rate if one of its runs ran out of memory.
+    Attributes:
+        learning_rate: Where the fit is lowest, within the fine grid, with two significant digits.
+        lowest: The fitted loss there, in nats per token, on the seeds of the fine grid.
+        at_half, at_twice: The fitted loss at half and at twice that rate.
+        regret: The mean of how much worse the chosen rate is than the best, over fits to redrawn residuals, in nats
+            per token.
+        regret_rms: The square root of the mean square of it; intervals that rest on the rate grow by it.
+        is_convex: Whether the fit has a lowest point. If not, the best rate of the fine grid is chosen.
+    """
+
+    learning_rate: float
+    lowest: float
+    at_half: float
+    at_twice: float
+    regret: float
+    regret_rms: float
+    is_convex: bool
+
+
+def fit_rate(runs: list[tuple[float, float, bool]], centre: float) -> Fit | None:
+    """Returns the local fit of losses around a rate; None if there are too few to fit.
+
+    Args:
+        runs: The learning rate of each run that did not diverge, its validation loss in nats per token, and whether it
+            belongs to the fine grid, which has seeds of its own.
+        centre: The best listed rate.
+    """
+    near = [(rate / centre, loss, fine) for rate, loss, fine in runs if 1 / WINDOW <= rate / centre <= WINDOW]
+    x, y = (np.log([run[i] for run in near]) for i in (0, 1))
+    fine = np.array([run[2] for run in near], dtype=float)
+    design = np.stack([np.ones_like(x), fine, x, x**2], axis=1)
+    freedom = len(near) - design.shape[1]
+    if freedom < 1 or fine.sum() < 2 or np.linalg.matrix_rank(design) < design.shape[1]:
+        return None
+    edge = math.log(FINE_STEP)
+    own = x[fine == 1]
+    fallback = float(own[np.argmin(y[fine == 1])])
+
+    def solved(values: np.ndarray) -> np.ndarray:
+        return np.linalg.lstsq(design, values, rcond=None)[0]
+
+    def lowest_at(coefficients: np.ndarray, otherwise: float) -> float:
+        slope, curvature = coefficients[2:]
+        return float(np.clip(-slope / (2 * curvature), -edge, edge)) if curvature > 0 else otherwise
+
+    coefficients = solved(y)
+    chosen = math.log(rounded(centre * math.exp(lowest_at(coefficients, fallback))) / centre)
+
+    def loss_at(position: float) -> float:
+        return float(np.exp(coefficients @ [1.0, 1.0, position, position**2]))
+
+    fitted = design @ coefficients
+    residuals = (y - fitted) * math.sqrt(len(near) / freedom)
+    generator = np.random.default_rng(SEED)
+    redrawn = [solved(fitted + generator.choice(residuals, len(near))) for _ in range(DRAWS)]
+    # Each draw is a world in which the rate was chosen by other residuals; the fit says what that choice costs.
+    costs = np.array([max(0.0, loss_at(lowest_at(c, fallback)) - loss_at(chosen)) for c in redrawn])
+    half, twice = (loss_at(chosen + math.log(factor)) for factor in (0.5, 2.0))
+    convex = bool(coefficients[3] > 0)
+    rms = float(np.sqrt(np.mean(costs**2)))
+    return Fit(rounded(centre * math.exp(chosen)), loss_at(chosen), half, twice, float(costs.mean()), rms, convex)
+
+
+def choose_rates(sweep: Sweep, *, coarse: bool = False) -> Path:
+    """Writes each arm's learning rate, and all rates that were tried.
+
+    It is the one with the lowest mean validation loss or, where the study has fine grids, the lowest point of a local
+    fit. A run that diverged counts as an infinite loss. An arm gets no rate if one of its runs ran out of memory.
+
+    Args:
+        sweep: The study.
+        coarse: Chooses among the listed rates, around which the fine grids lie.
 
     Raises:
         InputError: A record is missing, a run failed, or the best rate of an arm is the lowest or highest of its list.
     """
-    arms = {
-        comparison.name.removeprefix(TUNING): _tried(sweep, comparison.runs)
-        for comparison in sweep.comparisons
-        if comparison.name.startswith(TUNING)
-    }
+    study = sweep.experiment.study
+    assert study is not None
+    runs = {comparison.name: comparison.runs for comparison in sweep.comparisons}
     chosen: dict[str, Any] = {}
-    problems = []
-    keep_ends = sweep.experiment.study is not None and sweep.experiment.study.ends == "keep"
-    for arm, tried in arms.items():
-        if not tried:
-            chosen[arm] = {"learning_rate": None, "reason": OUT_OF_MEMORY, "tried": _runs_of(sweep, arm)}
+    problems: list[Problem] = []
+    for entrant in study.entrants:
+        listed = _tried(sweep, runs[TUNING + entrant.name])
+        fine = {} if coarse else _tried(sweep, runs.get(FINE + entrant.name, ()))
+        if listed is None or fine is None:
+            stages = (TUNING,) if coarse else (TUNING, FINE)
+            tried = [entry for stage in stages for entry in _runs_of(sweep, runs.get(stage + entrant.name, ()))]
+            chosen[entrant.name] = {"learning_rate": None, "reason": OUT_OF_MEMORY, "tried": tried}
             continue
-        best = min(tried, key=lambda rate: tried[rate]["validation_nll"])
-        rates = sorted(tried)
-        where = f"{experiment_path(sweep.name)}: study.learning_rates.{arm}"
-        if math.isinf(tried[best]["validation_nll"]):
-            problems.append(Problem(where, f"training diverged at all {len(rates)}", "add lower ones"))
-        elif best in (rates[0], rates[-1]) and not keep_ends:
-            end, remedy = ("lowest", "a lower") if best == rates[0] else ("highest", "a higher")
-            problems.append(Problem(where, f"the best of {len(rates)} is the {end}, {best:g}", f"add {remedy} one"))
-        chosen[arm] = {"learning_rate": best, "tried": [{"learning_rate": r, **_finite(tried[r])} for r in rates]}
+        best, problem = _best(sweep, study, entrant.arm, listed)
+        problems += [problem] if problem else []
+        entry: dict[str, Any] = {"learning_rate": best, "tried": _entries(listed)}
+        if fine:
+            entry = _refined(entry, listed, fine)
+        chosen[entrant.name] = entry
     if not problems and not any(entry["learning_rate"] for entry in chosen.values()):
         remedy = f"see `peftscope expand {sweep.name}` for what would fit"
         problems.append(Problem(f"{experiment_path(sweep.name)}: study.arms", "memory ran out in every one", remedy))
     if problems:
         raise InputError(problems)
-    write_json(tuned_path(sweep.name), {"arms": chosen})
-    return tuned_path(sweep.name)
+    path = coarse_path(sweep.name) if coarse else tuned_path(sweep.name)
+    write_json(path, {"arms": chosen})
+    return path
 
 
-def _tried(sweep: Sweep, runs: tuple[str, ...]) -> dict[float, dict[str, Any]]:
-    """Returns mean validation loss and run ids by learning rate, or nothing if one of the runs ran out of memory."""
-    found: dict[float, dict[str, Any]] = {}
+def _best(sweep: Sweep, study: Study, arm: str, tried: dict[float, dict[str, Any]]) -> tuple[float, Problem | None]:
+    """Returns the rate with the lowest mean validation loss, and a problem if it cannot be used."""
+    best = min(tried, key=lambda rate: tried[rate]["validation_nll"])
+    rates = sorted(tried)
+    where = f"{experiment_path(sweep.name)}: study.learning_rates.{arm}"
+    if math.isinf(tried[best]["validation_nll"]):
+        return best, Problem(where, f"training diverged at all {len(rates)}", "add lower ones")
+    if best in (rates[0], rates[-1]) and study.ends == "refuse":
+        end, remedy = ("lowest", "a lower") if best == rates[0] else ("highest", "a higher")
+        return best, Problem(where, f"the best of {len(rates)} is the {end}, {best:g}", f"add {remedy} one")
+    return best, None
+
+
+def _refined(
+    entry: dict[str, Any], listed: dict[float, dict[str, Any]], fine: dict[float, dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns an arm's entry with the rate that a local fit over listed and fine rates chooses."""
+    runs = [
+        (rate, loss, stage is fine)
+        for stage in (listed, fine)
+        for rate, tried in stage.items()
+        for loss in tried["losses"]
+        if math.isfinite(loss)
+    ]
+    fit = fit_rate(runs, entry["learning_rate"])
+    rate = fit.learning_rate if fit else min(fine, key=lambda rate: fine[rate]["validation_nll"])
+    return {
+        "learning_rate": rate,
+        "coarse": entry["learning_rate"],
+        "fit": asdict(fit) if fit else None,
+        "tried": [*entry["tried"], *({**tried, "fine": True} for tried in _entries(fine))],
+    }
+
+
+def _tried(sweep: Sweep, runs: tuple[str, ...]) -> dict[float, dict[str, Any]] | None:
+    """Returns mean validation loss and run ids by learning rate, or None if one of the runs ran out of memory."""
+    tried: dict[float, dict[str, Any]] = {}
     for run in runs:
         path = record_path(run)
         if not path.is_file():
             raise InputError(Problem(str(path), "no record yet", f"make report EXPERIMENT={sweep.name}"))
         record = recover_record(path)
         if record.status == "oom" and record.spec.device == "cuda":
-            return {}
+            return None
         if record.status not in ("ok", "diverged"):
             remedy = "see its train.log; remove its record.json to try again (and state/, if it ran out of memory)"
             raise InputError(Problem(str(path), f"{record.status}: {record.reason}", remedy))
@@ -71,18 +190,30 @@ def _tried(sweep: Sweep, runs: tuple[str, ...]) -> dict[float, dict[str, Any]]:
         if nll is None and record.status == "ok":
             where = f"{experiment_path(sweep.name)}: fixed.validation_items"
             raise InputError(Problem(where, "a study chooses by validation loss", "give it a number above 0"))
-        entry = found.setdefault(sweep.runs[run].learning_rate, {"losses": [], "run_ids": []})
+        entry = tried.setdefault(sweep.runs[run].learning_rate, {"losses": [], "run_ids": []})
         entry["losses"].append(math.inf if nll is None else nll)
         entry["run_ids"].append(run)
     return {
-        rate: {"validation_nll": sum(e["losses"]) / len(e["losses"]), "run_ids": e["run_ids"]}
-        for rate, e in found.items()
+        rate: {"validation_nll": sum(e["losses"]) / len(e["losses"]), "losses": e["losses"], "run_ids": e["run_ids"]}
+        for rate, e in tried.items()
     }
 
 
-def _runs_of(sweep: Sweep, arm: str) -> list[dict[str, Any]]:
-    """Returns an entry without a loss for each learning rate of an arm."""
-    (runs,) = (c.runs for c in sweep.comparisons if c.name == f"{TUNING}{arm}")
+def _entries(tried: dict[float, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns what was tried as JSON content, the rates in ascending order; None stands for an infinite loss."""
+    return [
+        {
+            "learning_rate": rate,
+            "validation_nll": _finite(tried[rate]["validation_nll"]),
+            "losses": [_finite(loss) for loss in tried[rate]["losses"]],
+            "run_ids": tried[rate]["run_ids"],
+        }
+        for rate in sorted(tried)
+    ]
+
+
+def _runs_of(sweep: Sweep, runs: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Returns an entry without a loss for each learning rate of some runs."""
     rates = dict.fromkeys(sweep.runs[run].learning_rate for run in runs)
     return [
         {
@@ -95,5 +226,5 @@ def _runs_of(sweep: Sweep, arm: str) -> list[dict[str, Any]]:
     ]
 
 
-def _finite(tried: dict[str, Any]) -> dict[str, Any]:
-    return {**tried, "validation_nll": tried["validation_nll"] if math.isfinite(tried["validation_nll"]) else None}
+def _finite(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None

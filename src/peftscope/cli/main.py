@@ -79,12 +79,13 @@ def run(
     keep_weights: Annotated[
         str, typer.Option(help="Which trained weights stay: all, adapters (not a fully fine-tuned model), or none.")
     ] = "adapters",
+    shared: Annotated[bool, typer.Option(help="Other runs share the machine: speed is not measured.")] = False,
 ) -> None:
     """Train and measure one run; writes its record whatever happens."""
     from peftscope.execution.job import Job
     from peftscope.hardware.device import detect_device
     from peftscope.planning.plan import check_compiler, check_disk, check_fetched, check_runs
-    from peftscope.planning.sweep import spec_from
+    from peftscope.planning.resolve import spec_from
     from peftscope.record import KeepWeights
     from peftscope.spec import run_id
 
@@ -99,7 +100,7 @@ def run(
     kept = next((choice for choice in get_args(KeepWeights) if choice == keep_weights), None)
     if kept is None:
         raise InputError(Problem("--keep-weights", f"unknown (got {keep_weights!r})", "use all, adapters or none"))
-    Job(resolved, folder, threads, checkpoint_seconds, attempts_left, kept).start()
+    Job(resolved, folder, threads, checkpoint_seconds, attempts_left, kept, not shared).start()
 
 
 def _read_spec(text: str) -> tuple[dict[str, Any], Path]:

@@ -37,12 +37,15 @@ def collect(experiment: ExperimentName) -> None:
 
 
 @app.command(hidden=True)
-def tune(experiment: ExperimentName) -> None:
+def tune(
+    experiment: ExperimentName,
+    coarse: Annotated[bool, typer.Option("--coarse", help="Choose among the listed rates only.")] = False,
+) -> None:
     """Choose a study's learning rates from the records of its tuning runs."""
     from peftscope.analysis.tuning import choose_rates
     from peftscope.planning.plan import plan_experiment
 
-    print(choose_rates(plan_experiment(experiment).sweep))
+    print(choose_rates(plan_experiment(experiment).sweep, coarse=coarse))
 
 
 @app.command(hidden=True)

@@ -52,6 +52,7 @@ class Job:
         checkpoint_seconds: The seconds between two checkpoints.
         attempts_left: How many more times the caller will retry, with more host memory each time.
         keep_weights: The trained weights that stay when the run has ended.
+        alone: Whether no other run shares the machine; only then are speed and the device's rates measured.
     """
 
     spec: RunSpec
@@ -60,6 +61,7 @@ class Job:
     checkpoint_seconds: float
     attempts_left: int
     keep_weights: KeepWeights = "adapters"
+    alone: bool = True
 
     def start(self) -> None:
         """Runs the spec and ends this process, or restores the record if an earlier job finished the run.
@@ -209,7 +211,7 @@ class Job:
             torch.set_num_threads(max(1, (self.threads or torch.get_num_threads()) // spec.shards))
         phases = Phases(spec.device, began)
         phases.mark_imported(verified_seconds)
-        return execute(spec, self.folder, phases, self.checkpoint_seconds, rank, self.keep_weights)
+        return execute(spec, self.folder, phases, self.checkpoint_seconds, rank, self.keep_weights, self.alone)
 
 
 def check_cards(count: int) -> None:

@@ -76,6 +76,7 @@ class _Run:
     checkpoints: Checkpoints
     record: RunRecord
     keep_weights: KeepWeights
+    alone: bool
     log: TrainingLog = field(default_factory=TrainingLog)
 
 
@@ -115,7 +116,7 @@ def _run_phases(run: _Run) -> None:
     before = quality.retention_bits_per_byte_before
     quality.retention_bits_per_byte = _score_retention(run, trained.model, data) if trains else before
     _probe(run, trained, widest)
-    if trains:
+    if trains and run.alone:
         # A card that the model fills has no room for the largest product; the run is good all the same.
         with phase("ceilings"), suppress(torch.OutOfMemoryError):
             run.record.ceilings = measure_ceilings(run.spec)
@@ -128,6 +129,7 @@ def execute(
     checkpoint_seconds: float = math.inf,
     rank: int = 0,
     keep_weights: KeepWeights = "adapters",
+    alone: bool = True,
 ) -> RunRecord:
     """Runs a spec and writes ``record.json``, ``items.jsonl`` and ``adapter/`` into ``folder``.
 
@@ -138,6 +140,7 @@ def execute(
         checkpoint_seconds: Between two checkpoints of the training, which an interrupted run goes on from.
         rank: Which of a sharded run's processes this is; all but the first write into a folder below.
         keep_weights: Which trained weights stay; dropping them changes nothing that is measured.
+        alone: Whether no other run shares the machine; only then are speed and the device's rates measured.
 
     Returns:
         The record, whatever its status but ``interrupted``.
@@ -152,10 +155,11 @@ def execute(
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     record = RunRecord(run_id=run_id(spec), status="ok", spec=spec)
-    run = _Run(spec, folder, phases, Checkpoints(state_folder(folder), spec, checkpoint_seconds), record, keep_weights)
+    checkpoints = Checkpoints(state_folder(folder), spec, checkpoint_seconds)
+    run = _Run(spec, folder, phases, checkpoints, record, keep_weights, alone)
     file = "record.json"
     try:
-        record.provenance = provenance(spec, rank)
+        record.provenance = provenance(spec, rank) | {"alone": alone}
         if spec.shards > 1:
             join(spec, rank, meeting)
         with bf16_products():
@@ -183,7 +187,9 @@ def execute(
         record.status, record.reason, file = status, reason, "record.json"
     finally:
         record.train_nll, record.train_loss = run.log.nll, run.log.loss
-        run.log.write_speed(record.speed, spec)
+        record.quality.validation_curve = run.log.validation_nll
+        if alone:
+            run.log.write_speed(record.speed, spec)
         record.speed.matmul_share = _matmul_share(record)
         phases.finish()
         record.seconds, record.memory = phases.seconds, phases.memory
@@ -253,11 +259,18 @@ def _train(run: _Run, trained: TrainedModel, data: _Data, widest: _Widest) -> No
     with run.phases.phase("train"), compiled_layers(trained.model, spec):
         seed_everything(own_seed(spec.seed if spec.init_seed is None else spec.init_seed, spec))
         rehearsal = widest.training if spec.device == "cuda" else None
-        train(trained, digested(_batches(data, spec), digest), spec, run.log, run.checkpoints, rehearsal)
+        batches = digested(_batches(data, spec), digest)
+        train(trained, batches, spec, run.log, run.checkpoints, rehearsal, lambda: _validate(trained, data, spec))
     if record.provenance["card"]:
         record.provenance["card"]["after_training"] = card_reading()
     record.train_batches_sha256 = digest.hexdigest()
     record.method_metrics = spec.method.metrics(trained.model)
+
+
+def _validate(trained: TrainedModel, data: _Data, spec: RunSpec) -> float:
+    """Returns the mean nll of the validation items, in nats per response token."""
+    with attention(trained.model, spec.attention):
+        return mean_nll(heldout_nll(trained.model, data.validation, spec, data.tokenizer.pad_token_id))
 
 
 def _evaluate(run: _Run, trained: TrainedModel, data: _Data) -> None:
@@ -265,9 +278,9 @@ def _evaluate(run: _Run, trained: TrainedModel, data: _Data) -> None:
     spec, record, model = run.spec, run.record, trained.model
     pad = data.tokenizer.pad_token_id
     model.eval()
+    if data.validation:
+        record.quality.validation_nll = _validate(trained, data, spec)
     with attention(model, spec.attention):
-        if data.validation:
-            record.quality.validation_nll = mean_nll(heldout_nll(model, data.validation, spec, pad))
         per_item = heldout_nll(model, data.heldout, spec, pad)
         nll = mean_nll(per_item)
         if spec.method.trains:

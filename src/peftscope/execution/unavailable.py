@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftscope.memory.predict import why_not_simulated
-from peftscope.record import Ceilings, RunRecord
+from peftscope.record import Ceilings, RunRecord, Speed
 
 
 def why_unavailable(record: RunRecord) -> dict[str, str]:
@@ -43,6 +43,8 @@ def _why_missing(record: RunRecord, phase: str, field: str = "") -> str:
         return "NVML gave no answer"
     if phase == "train" and not record.spec.method.trains:
         return "nothing is trained"
+    if field in (*Speed.model_fields, *Ceilings.model_fields) and not record.provenance.get("alone", True):
+        return "other runs shared the machine"
     if field in ("matmul_share", *Ceilings.model_fields) and record.speed.timed_steps:
         return "the model left no room to measure the device's rates"
     if field == "peak_tensor_bytes" and record.spec.shards > 1:

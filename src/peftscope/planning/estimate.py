@@ -30,7 +30,14 @@ FALLBACK_SECONDS_PER_PARAMETER = 1.5e-7
 """Loading, evaluation and probe."""
 
 
-EVALUATION = ("validation_items", "heldout_items", "generation_items", "retention_tokens", "probe_steps")
+EVALUATION = (
+    "validation_items",
+    "validation_every",
+    "heldout_items",
+    "generation_items",
+    "retention_tokens",
+    "probe_steps",
+)
 """Fields of a spec that decide how long a run takes beside its training."""
 
 
@@ -63,7 +70,7 @@ def _has_rate(record: dict[str, Any]) -> bool:
 
 def _kind(spec: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Returns model, method and device of a run, and how it is evaluated."""
-    return (spec["model"], spec["method"]["name"], spec["device"]), tuple(spec.get(field) for field in EVALUATION)
+    return (spec["model"], spec["method"]["name"], spec["device"]), tuple(spec.get(field, 0) for field in EVALUATION)
 
 
 def measured_runs() -> list[dict[str, Any]]:

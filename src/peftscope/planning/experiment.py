@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.files.content import CountOrZero, read_yaml
 from peftscope.files.problems import dotted, problems_of
-from peftscope.layout import EXPERIMENTS, check_experiment_name, shipped
+from peftscope.layout import EXPERIMENTS, STUDIES, check_experiment_name, shipped
 
 RESERVED_NAMES = ("published", "runs", "gpu", "single", "memory", "processors")
 NOT_EXPERIMENTS = ("defaults", "models", "tasks", "claims")
@@ -38,18 +38,42 @@ class Exclusion(BaseModel):
     reason: Annotated[str, Field(min_length=1)]
 
 
+FINE_STEP = 3**0.5
+"""The factor between the three rates of a fine grid; a coarse grid has factors of about 3."""
+
+A_A = "-a-a"
+"""Ends the name of the arm that enters a study a second time."""
+
+A_A_SHIFT = 1000
+"""Added to the seeds of an arm that enters again: its own tuning seeds, and other initialisation seeds."""
+
+OLD_CONTROLS = {"again": "a-a", "still": "zero-lr", "shuffled": "shuffled-labels"}
+"""Names of controls in files and results of older versions."""
+
+Control = Annotated[
+    Literal["a-a", "zero-lr", "shuffled-labels"],
+    BeforeValidator(lambda name: OLD_CONTROLS.get(name, name) if isinstance(name, str) else name),
+]
+
+
 class Study(BaseModel):
     """Arms that are compared at their own best learning rate: TUNE on seeds of its own, then PAIR over fresh ones.
 
     Attributes:
-        arms: Fields of each arm by its name, ``method`` among them.
+        arms: Fields of each arm by its name, ``method`` among them. The first is the reference, which the others are
+            compared with.
         learning_rates: What is tried for each arm, in ascending order.
         ends: Whether a best rate that is the first or last of its list ends the study, or is kept and reported.
         tuning_seeds: Runs that only choose learning rates, by validation loss.
+        fine_seeds: Where given, three more rates around each arm's best are tried on these seeds, and the rate is read
+            from a local fit over all.
         seeds: Runs at the chosen rates; the same seed gives every arm the same batches and test items.
         tuning: Fields of the tuning runs alone: what only the comparison needs is left out there.
-        controls: For one arm at its chosen rate: ``again`` with other initialisation seeds, ``still`` at a learning
-            rate of 0, ``shuffled`` with each other's responses.
+        a_a: An arm that enters a second time as ``ARM-a-a``, tuned on seeds of its own and initialised otherwise.
+            What it differs by is what no difference between methods can be told from.
+        controls: For one arm at its chosen rate: ``a-a`` with other initialisation seeds, ``zero-lr`` at a learning
+            rate of 0, ``shuffled-labels`` with each other's responses.
+        control_seeds: The seeds that controls run on; null: all.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -57,10 +81,13 @@ class Study(BaseModel):
     arms: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], dict[str, Any]], Field(min_length=1)]
     learning_rates: dict[str, Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3)]]
     tuning_seeds: Annotated[list[CountOrZero], Field(min_length=1)]
+    fine_seeds: list[CountOrZero] = []
     seeds: Annotated[list[CountOrZero], Field(min_length=2)]
     tuning: dict[str, Any] = {}
     ends: Literal["refuse", "keep"] = "refuse"
-    controls: dict[str, list[Literal["again", "still", "shuffled"]]] = {}
+    a_a: str | None = None
+    controls: dict[str, list[Control]] = {}
+    control_seeds: list[CountOrZero] | None = None
 
     @model_validator(mode="after")
     def _arms_match(self) -> Study:
@@ -69,19 +96,52 @@ class Study(BaseModel):
         unsorted = [arm for arm, rates in self.learning_rates.items() if rates != sorted(set(rates))]
         if unsorted:
             raise ValueError(f"learning_rates of {', '.join(unsorted)} must ascend")
-        for name, seeds in (("tuning_seeds", self.tuning_seeds), ("seeds", self.seeds)):
+        for name, seeds in (
+            ("tuning_seeds and fine_seeds", self.tuning_seeds + self.fine_seeds),
+            ("seeds", self.seeds),
+        ):
             if len(set(seeds)) < len(seeds):
                 raise ValueError(f"{name} must differ")
-        if set(self.tuning_seeds) & set(self.seeds):
+        if set(self.tuning_seeds + self.fine_seeds) & set(self.seeds):
             raise ValueError(
                 "tuning_seeds and seeds must not overlap: a rate is judged on seeds that did not choose it"
             )
-        if unknown := set(self.controls) - set(self.arms):
-            raise ValueError(f"controls name no arm: {', '.join(sorted(unknown))}")
+        if strange := set(self.control_seeds or ()) - set(self.seeds):
+            raise ValueError(f"control_seeds must be among the seeds (got {', '.join(map(str, sorted(strange)))})")
+        if unknown := (set(self.controls) | ({self.a_a} if self.a_a else set())) - set(self.arms):
+            raise ValueError(f"controls and a_a name no arm: {', '.join(sorted(unknown))}")
         for name, fields in {**self.arms, "tuning": self.tuning}.items():
             if "learning_rate" in fields or "seed" in fields:
                 raise ValueError(f"arm {name}: learning_rate and seed are the study's to set")
         return self
+
+    @property
+    def reference(self) -> str:
+        """The arm that the others are compared with: the first."""
+        return next(iter(self.arms))
+
+    @property
+    def entrants(self) -> list[Entrant]:
+        """All that is tuned and compared: the arms, and the one that enters again."""
+        arms = [Entrant(arm, arm, fields) for arm, fields in self.arms.items()]
+        return arms + ([Entrant(self.a_a + A_A, self.a_a, self.arms[self.a_a], A_A_SHIFT)] if self.a_a else [])
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One that is tuned and compared in a study.
+
+    Attributes:
+        name: Its name in results.
+        arm: The arm of the file.
+        fields: The arm's fields.
+        shift: Added to its tuning seeds and, for the initialisation alone, to its seeds.
+    """
+
+    name: str
+    arm: str
+    fields: dict[str, Any]
+    shift: int = 0
 
 
 class Experiment(BaseModel):
@@ -133,15 +193,18 @@ def experiment_path(name: str) -> Path:
     if name in RESERVED_NAMES:
         raise InputError(Problem(f"experiment={name}", "a reserved name", "rename the experiment file"))
     check_experiment_name(name)
-    path = shipped(EXPERIMENTS / f"{name}.yaml")
-    if not path.is_file() or name in NOT_EXPERIMENTS:
-        raise InputError(Problem(f"experiment={name}", f"no file {path}", close_match(name, experiment_names())))
-    return path
+    for folder in (EXPERIMENTS, STUDIES):
+        path = shipped(folder / f"{name}.yaml")
+        if path.is_file() and name not in NOT_EXPERIMENTS:
+            return path
+    where = shipped(EXPERIMENTS / f"{name}.yaml")
+    raise InputError(Problem(f"experiment={name}", f"no file {where}", close_match(name, experiment_names())))
 
 
 def experiment_names() -> list[str]:
     """Returns the names of all experiment files."""
-    return sorted(path.stem for path in shipped(EXPERIMENTS).glob("*.yaml") if path.stem not in NOT_EXPERIMENTS)
+    files = [path for folder in (EXPERIMENTS, STUDIES) for path in shipped(folder).glob("*.yaml")]
+    return sorted(path.stem for path in files if path.stem not in NOT_EXPERIMENTS)
 
 
 def read_experiment(path: Path, _children: tuple[Path, ...] = ()) -> Experiment:

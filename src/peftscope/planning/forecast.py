@@ -174,7 +174,15 @@ class Forecaster:
 
 _NO_MEMORY = {
     *("seed", "init_seed", "learning_rate", "shuffled_targets", "steps", "schedule", "warmup_steps", "task"),
-    *("validation_items", "heldout_items", "generation_items", "benchmarks", "benchmark_items", "retention_tokens"),
+    *(
+        "validation_items",
+        "validation_every",
+        "heldout_items",
+        "generation_items",
+        "benchmarks",
+        "benchmark_items",
+        "retention_tokens",
+    ),
     *("untimed_steps", "probe_steps"),
 }
 """Fields that change nothing in the closed form's memory; the scale alpha is the methods' own one."""
@@ -219,7 +227,10 @@ def training_flops(spec: RunSpec) -> float:
 
 def _evaluation_flops(spec: RunSpec, shape: ModelShape) -> float:
     length = min(spec.seq_len, item_tokens(spec.task))
-    tokens = (spec.validation_items + spec.heldout_items + spec.generation_items) * length + 2 * spec.retention_tokens
+    validations = 1 + (spec.steps - 1) // spec.validation_every if spec.validation_every else 1
+    tokens = (
+        validations * spec.validation_items + spec.heldout_items + spec.generation_items
+    ) * length + 2 * spec.retention_tokens
     items = spec.benchmark_items or BENCHMARK_ITEMS
     tokens += sum(
         items * (BENCHMARK_TOKENS if name in GENERATING else CHOICES * CHOICE_TOKENS) for name in spec.benchmarks

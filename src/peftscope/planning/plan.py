@@ -24,12 +24,14 @@ from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.device import Device, detect_device, find_compiler
 from peftscope.layout import MODELS_FILE, TASKS_FILE, record_path, results_folder
 from peftscope.models.catalog import BaseModelEntry, HubSource, WheelSource, find_model, model_folder
+from peftscope.planning.cells import FINE, TUNING
 from peftscope.planning.experiment import experiment_path
-from peftscope.planning.sweep import TUNING, Sweep, expand
+from peftscope.planning.sweep import Sweep, expand
 from peftscope.spec import RunSpec
 
 DEFAULT_EXPERIMENT = "quick"
 SPARE_BYTES = 1 << 30
+MOST_THREADS = 1024
 STUDY_FILES = [
     "figures/tuning.png",
     "figures/differences.png",
@@ -53,15 +55,19 @@ class Plan:
         """Every run of the experiment, as far as it is known: a study's last ones follow from its first."""
         return list(self.sweep.runs)
 
-    @cached_property
-    def tuning_runs(self) -> list[str]:
-        """The runs that choose a study's learning rates."""
-        return [run for c in self.sweep.comparisons if c.name.startswith(TUNING) for run in c.runs]
+    def tuning_runs(self, *stages: str) -> list[str]:
+        """Returns the runs that choose a study's learning rates, in the stages ``tune-`` and ``fine-``."""
+        return [run for c in self.sweep.comparisons if c.name.startswith(stages) for run in c.runs]
 
     @property
     def is_study(self) -> bool:
         """Whether the experiment tunes learning rates and compares arms at them."""
         return self.sweep.experiment.study is not None
+
+    @property
+    def has_fine_grids(self) -> bool:
+        """Whether the experiment is a study that tries more rates around the best of its first ones."""
+        return self.sweep.experiment.study is not None and bool(self.sweep.experiment.study.fine_seeds)
 
     @cached_property
     def ladders(self) -> list[str]:
@@ -94,9 +100,28 @@ class Workflow:
         """The names of the experiments."""
         return list(self.plans)
 
-    def tuning_records(self, wildcards: Any) -> list[str]:
-        """Returns the records that a study's learning rates are chosen from."""
-        return _records(self.plans[wildcards.experiment].tuning_runs)
+    def experiment_file(self, wildcards: Any) -> str:
+        """Returns the file of an experiment."""
+        return experiment_path(wildcards.experiment).as_posix()
+
+    def coarse_records(self, wildcards: Any) -> list[str]:
+        """Returns the records of the learning rates that a study lists."""
+        return _records(self.plans[wildcards.experiment].tuning_runs(TUNING))
+
+    def tuning_records(self, checkpoints: Any) -> Callable[[Any], list[str]]:
+        """Returns a function that lists all records that a study's learning rates are chosen from.
+
+        Those of fine grids are known after the ``tune_coarse`` checkpoint.
+        """
+
+        def records_of(wildcards: Any) -> list[str]:
+            plan = self.plans[wildcards.experiment]
+            if plan.has_fine_grids:
+                checkpoints.tune_coarse.get(experiment=plan.name)
+                self._expand_again(plan)
+            return _records(plan.tuning_runs(TUNING, FINE))
+
+        return records_of
 
     def records(self, checkpoints: Any) -> Callable[[Any], list[str]]:
         """Returns a function that lists an experiment's records; a study's are known after its ``tune`` checkpoint."""
@@ -105,11 +130,30 @@ class Workflow:
             plan = self.plans[wildcards.experiment]
             if plan.is_study:
                 checkpoints.tune.get(experiment=plan.name)
-                plan.expand_again()
-                self._gather()
+                self._expand_again(plan)
             return _records(plan.run_ids)
 
         return records_of
+
+    def _expand_again(self, plan: Plan) -> None:
+        plan.expand_again()
+        self._gather()
+
+    def threads(self, wildcards: Any) -> int:
+        """Returns the threads of a training job: one for a study's, of which as many run at once as there are cores.
+
+        Two runs of one thread do 28 % more steps a second than one run of two, with the same losses. A run that is to
+        measure speed has the machine to itself. Snakemake lowers the number to the cores that there are.
+        """
+        return 1 if self._shares_machine(wildcards) else MOST_THREADS
+
+    def shared(self, wildcards: Any) -> str:
+        """Returns the option of a run that shares the machine."""
+        return "--shared" if self._shares_machine(wildcards) else ""
+
+    def _shares_machine(self, wildcards: Any) -> bool:
+        plans = [plan for plan in self.plans.values() if wildcards.run_id in plan.sweep.runs]
+        return self.spec(wildcards).device == "cpu" and all(plan.is_study for plan in plans)
 
     def figures(self, wildcards: Any) -> list[str]:
         """Returns the files of an experiment's report that only experiments of its kind have."""

@@ -25,9 +25,9 @@ from peftscope.report.sentences import listed
 from peftscope.report.tables import formatted, html
 
 CONTROLS = {
-    "again": "another initialisation seed (A/A)",
-    "still": "a learning rate of zero",
-    "shuffled": "trained on shuffled answers",
+    "a-a": "another initialisation seed (A/A)",
+    "zero-lr": "a learning rate of zero",
+    "shuffled-labels": "trained on shuffled answers",
 }
 ENDS = ("", "_low", "_high")
 STATISTICS = ("n", "diverged", "gain", "gain_low", "gain_high", "bootstrap_low", "bootstrap_high", "t_p", "sign_flip_p")
@@ -57,7 +57,7 @@ def controls(study: StudyResults) -> pd.DataFrame:
         row: dict[str, Any] = {"arm": arm, "control": control, **_statistics(runs, own)}
         row["control_over_base"] = study.base_loss - float(runs[HELDOUT].mean())
         row["arm_over_base"] = study.base_loss - float(own[HELDOUT].mean())
-        found = false_positives(gains(runs, own)) if control == "again" else None
+        found = false_positives(gains(runs, own)) if control == "a-a" else None
         if found is not None:
             row |= {
                 f"called_different{end}": v for end, v in zip(ENDS, (found.rate, found.low, found.high), strict=True)
@@ -157,7 +157,7 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
     rows += [
         (f"{labels[arm]} against itself (A/A)", "0.45", gains(study.control_runs(control, arm), study.arm_runs(arm)))
         for control, arm in study.controls
-        if control == "again"
+        if control == "a-a"
     ]
     for y, (_, colour, differences) in enumerate(rows):
         # If there are hundreds of points, they fade, so that their mean stands out.

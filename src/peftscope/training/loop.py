@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,6 +41,7 @@ class TrainingLog:
     tokens: list[int] = field(default_factory=list)
     padded_tokens: list[int] = field(default_factory=list)
     useful_flops: list[int] = field(default_factory=list)
+    validation_nll: dict[int, float] = field(default_factory=dict)
     paged_state_bytes: int | None = None
     data_seconds: float = 0.0
 
@@ -69,11 +70,13 @@ def train(
     log: TrainingLog,
     checkpoints: Checkpoints,
     rehearsal: Batch | None = None,
+    validate: Callable[[], float] | None = None,
 ) -> None:
     """Trains for ``spec.steps`` steps and writes into ``log`` as it goes, so that a failed run keeps its curve.
 
     It goes on from the last checkpoint, if there is one. A batch to rehearse, the widest one, is tried out of turn once
-    the optimizer's states are there, so that what is going to run out of memory does so early.
+    the optimizer's states are there, so that what is going to run out of memory does so early. ``validate`` returns the
+    loss on the validation items, which is asked every ``spec.validation_every`` steps before the last.
 
     Raises:
         Diverged: The loss is not finite or worse than 1.5 times a uniform guess.
@@ -122,6 +125,10 @@ def train(
                 log.paged_state_bytes = paged_bytes(optimizer) if spec.device == "cuda" else None
                 if rehearsal is not None:
                     rehearse(trained, own_rows(rehearsal, spec).to(spec.device), spec)
+            if validate and spec.validation_every and (step + 1) % spec.validation_every == 0 and step + 1 < spec.steps:
+                model.eval()
+                log.validation_nll[step + 1] = validate()
+                model.train()
             if anywhere(bool(stopped()) or checkpoints.due, spec):
                 checkpoints.save(state)
                 if anywhere(bool(stopped()), spec):  # before the save, or while it lasted

@@ -52,7 +52,7 @@ def heldout_gain(study: str, arm: str, against: str) -> Measurement:
         "runs that diverged": int((pd.concat([mine, other])["status"] == "diverged").sum()),
     }
     for control, of in results.controls:
-        if control == "shuffled":
+        if control == "shuffled-labels":
             gained = results.base_loss - float(results.control_runs(control, of)[HELDOUT].mean())
             evidence[f"share of full's gain that {of} reaches on shuffled answers"] = gained / results.full_gain
     differences = (both["second"] - both["first"]) / results.full_gain

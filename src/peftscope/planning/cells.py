@@ -1,0 +1,171 @@
+"""The cells of an experiment, each of which becomes a run: listed runs, grids, ladders and studies. No torch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from peftscope.planning.experiment import A_A_SHIFT, FINE_STEP, Entrant, Experiment, Study
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of a sweep, which becomes a run.
+
+    Attributes:
+        group: The comparison that it belongs to.
+        varies: Fields in which runs of that comparison may differ.
+        values: Flat fields of the run.
+        origins: The place in the file of each value that a message may name.
+    """
+
+    group: str
+    varies: set[str]
+    values: dict[str, Any]
+    origins: dict[str, str] = field(default_factory=dict)
+
+
+def count_cells(experiment: Experiment) -> int:
+    """Returns how many cells an experiment has, without making them: exclusions and a study's controls apart.
+
+    >>> count_cells(Experiment(axes={"rank": [2, 4, 8]}, linked=[[{"alpha": 1}, {"alpha": 2}]], seeds=[0, 1]))
+    12
+    """
+    count = len(experiment.runs)
+    if experiment.axes or experiment.linked:
+        grid = math.prod(len(factor) for factor in [*experiment.axes.values(), *experiment.linked])
+        seeded = "seed" in experiment.axes or any("seed" in row for rows in experiment.linked for row in rows)
+        count += grid * (1 if seeded else len(experiment.seeds))
+    for ladder in experiment.ladders:
+        count += sum(map(len, ladder.axes.values())) * len(ladder.seeds or experiment.seeds)
+    if experiment.study:
+        study = experiment.study
+        trials = sum(len(study.learning_rates[entrant.arm]) for entrant in study.entrants) * len(study.tuning_seeds)
+        count += trials + len(study.entrants) * (3 * len(study.fine_seeds) + len(study.seeds))
+    return count
+
+
+def listed_cells(experiment: Experiment) -> Iterator[Cell]:
+    """Yields the cells of ``runs``: each one as it stands."""
+    for index, values in enumerate(experiment.runs):
+        origins = {key: f"runs[{index}].{key}" for key in values}
+        yield Cell("runs", set(values), {"seed": experiment.seeds[0], **values}, origins)
+
+
+def grid_cells(experiment: Experiment) -> Iterator[Cell]:
+    """Yields the cross product of ``axes``, ``linked`` and ``seeds``."""
+    factors: list[list[tuple[dict[str, Any], dict[str, str]]]] = [
+        [({key: value}, {key: f"axes.{key}[{i}]"}) for i, value in enumerate(values)]
+        for key, values in experiment.axes.items()
+    ]
+    factors += [
+        [(dict(row), {key: f"linked[{n}][{i}].{key}" for key in row}) for i, row in enumerate(rows)]
+        for n, rows in enumerate(experiment.linked)
+    ]
+    if not any("seed" in values for factor in factors for values, _ in factor):
+        factors.append([({"seed": seed}, {"seed": f"seeds[{i}]"}) for i, seed in enumerate(experiment.seeds)])
+    varies = {key for factor in factors for values, _ in factor for key in values}
+    if "method" in varies:
+        varies |= _method_settings(experiment)
+    for parts in itertools.product(*factors):
+        values, origins = {}, {}
+        for part, places in parts:
+            values.update(part)
+            origins.update(places)
+        yield Cell("grid", varies, values, origins)
+
+
+def ladder_cells(experiment: Experiment) -> Iterator[Cell]:
+    """Yields the cells of ``ladders``: one field at a time around the centre."""
+    for n, ladder in enumerate(experiment.ladders):
+        centre = {key: f"ladders[{n}].centre.{key}" for key in ladder.centre}
+        for key, steps in ladder.axes.items():
+            for i, step in enumerate(steps):
+                origins = {**centre, key: f"ladders[{n}].axes.{key}[{i}]"}
+                for seed in ladder.seeds or experiment.seeds:
+                    yield Cell(f"ladder-{n}-{key}", {key}, {"seed": seed, **ladder.centre, key: step}, origins)
+
+
+def _method_settings(experiment: Experiment) -> set[str]:
+    return {key for settings in experiment.methods.values() for key in settings}
+
+
+TUNING = "tune-"
+"""Begins the names of a study's comparisons that try learning rates; the arm's name follows."""
+
+FINE = "fine-"
+"""Begins the names of the comparisons that try three more rates around the best; the arm's name follows."""
+
+ARM = "arm-"
+"""Begins the names of the comparisons that hold one arm's runs at its chosen rate; the arm's name follows."""
+
+CONTROL = "control-"
+"""Begins the names of an arm beside one of its controls; the control and the arm follow."""
+
+
+def tuning_cells(study: Study) -> Iterator[Cell]:
+    """Yields the cells that try each arm's learning rates."""
+    for entrant in study.entrants:
+        listed = enumerate(study.learning_rates[entrant.arm])
+        rates = {rate: f"study.learning_rates.{entrant.arm}[{i}]" for i, rate in listed}
+        yield from _trial_cells(study, entrant, TUNING, rates, study.tuning_seeds)
+
+
+def fine_cells(study: Study, best: dict[str, float | None]) -> Iterator[Cell]:
+    """Yields the cells that try three more rates around the best one of each arm, where that is known."""
+    for entrant in study.entrants:
+        if centre := best.get(entrant.name):
+            rates = {rounded(centre * factor): "study.fine_seeds" for factor in (1 / FINE_STEP, 1, FINE_STEP)}
+            yield from _trial_cells(study, entrant, FINE, rates, study.fine_seeds)
+
+
+def _trial_cells(
+    study: Study, entrant: Entrant, stage: str, rates: dict[float, str], seeds: list[int]
+) -> Iterator[Cell]:
+    origins = {key: f"study.arms.{entrant.arm}.{key}" for key in entrant.fields}
+    for rate, place in rates.items():
+        for seed in seeds:
+            values = {**entrant.fields, **study.tuning, "learning_rate": rate, "seed": seed + entrant.shift}
+            yield Cell(f"{stage}{entrant.name}", {"learning_rate"}, values, origins | {"learning_rate": place})
+
+
+def rounded(rate: float) -> float:
+    """Returns a learning rate with two significant digits.
+
+    >>> rounded(0.00057735)
+    0.00058
+    """
+    return float(f"{rate:.1e}")
+
+
+def arm_cells(experiment: Experiment, study: Study, rates: dict[str, float | None]) -> Iterator[Cell]:
+    """Yields what a study compares: each arm whose rate was chosen, and beside it its controls."""
+    varies = {"learning_rate", *(key for fields in study.arms.values() for key in fields)}
+    varies |= _method_settings(experiment) | ({"init_seed"} if study.a_a else set())
+    for entrant in study.entrants:
+        if rates[entrant.name] is None:
+            continue
+        for seed in study.seeds:
+            values = {**entrant.fields, "learning_rate": rates[entrant.name], "seed": seed}
+            if entrant.shift:
+                values["init_seed"] = seed + entrant.shift
+            yield Cell("grid", varies, values)
+            yield Cell(f"{ARM}{entrant.name}", {"seed", "init_seed"} if entrant.shift else {"seed"}, values)
+            if entrant.name in study.controls and seed in (study.control_seeds or study.seeds):
+                for control in study.controls[entrant.name]:
+                    yield from _control_cells(control, entrant.name, values)
+
+
+def _control_cells(control: str, arm: str, values: dict[str, Any]) -> Iterator[Cell]:
+    """Yields a run of an arm, and the same run with the one change that makes it a control."""
+    changes: dict[str, dict[str, Any]] = {
+        "a-a": {"init_seed": values["seed"] + A_A_SHIFT},
+        "zero-lr": {"learning_rate": 0},
+        "shuffled-labels": {"shuffled_targets": True},
+    }
+    change, group = changes[control], f"{CONTROL}{control}-{arm}"
+    yield Cell(group, set(change), values)
+    yield Cell(group, set(change), {**values, **change})
