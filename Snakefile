@@ -283,6 +283,7 @@ rule study:
     input:
         "results/{experiment}/runs.csv",
         "results/{experiment}/tuned.json",
+        "src/peftscope/analysis/compare.py",
         "src/peftscope/analysis/study.py",
         "src/peftscope/analysis/stats.py",
         "src/peftscope/report/study.py",
@@ -313,8 +314,15 @@ rule study:
             category="Study",
             labels={"table": "controls"},
         ),
+        report(
+            "results/{experiment}/tables/tuning.html",
+            caption="src/peftscope/report/captions/tuning.rst",
+            category="Study",
+            labels={"table": "learning rates that were tried"},
+        ),
         "results/{experiment}/tables/contrasts.csv",
         "results/{experiment}/tables/controls.csv",
+        "results/{experiment}/tables/tuning.csv",
     log:
         "results/{experiment}/logs/study.log",
     benchmark:

@@ -14,7 +14,6 @@ from statsmodels.stats.weightstats import ttost_paired
 from peftscope.analysis.stats import (
     bootstrap_interval,
     equivalence_interval,
-    false_positives,
     holm,
     mean_interval,
     paired_p,
@@ -118,21 +117,3 @@ def test_the_paired_p_is_scipys_and_agrees_with_the_interval() -> None:
         interval = mean_interval(sample)
         assert (paired_p(sample) < 0.05) == (interval.low > 0 or interval.high < 0)
     assert (paired_p([0.0, 0.0]), paired_p([0.1, 0.1])) == (1, 0)
-
-
-def test_an_arm_against_itself_is_called_different_at_the_nominal_rate() -> None:
-    random = np.random.default_rng(0)
-    found = [false_positives(random.normal(size=6), 200, seed) for seed in range(60)]
-    assert np.mean([f.rate for f in found]) == pytest.approx(0.05, abs=0.01)
-    inside = sum(f.low <= f.rate <= f.high for f in found)
-    assert inside >= 52  # of 60, where 57 are expected
-    # What the pairs have in common does not count, for a coin says which run comes first; nor what never varies.
-    assert false_positives([1.0, 1.1, 0.9, 1.05, 0.95, 1.0]).rate < 0.1
-    assert false_positives([0.0] * 6).rate == 0
-    assert false_positives([1.0] * 5) is None
-
-
-def test_the_rate_is_that_of_the_test_whose_p_is_reported() -> None:
-    sample, random = np.array([0.3, -0.1, 0.4, 0.2, -0.5, 0.05]), np.random.default_rng(1)
-    draws = random.choice(sample, (2000, 6)) * random.choice([-1.0, 1.0], (2000, 6))
-    assert np.mean([paired_p(draw) < 0.05 for draw in draws]) == pytest.approx(false_positives(sample).rate, abs=0.02)

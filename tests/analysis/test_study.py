@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from scipy import stats
 
 from peftscope.analysis.collect import collect_experiment
 from peftscope.analysis.study import StudyResults
-from peftscope.analysis.tuning import choose_rates
+from peftscope.analysis.tuning import choose_rates, fit_rate
 from peftscope.claims.checks import training
 from peftscope.claims.evaluate import evaluate_part
 from peftscope.claims.ledger import Part
@@ -60,6 +61,8 @@ GAINS = {
     "thin": [1.5, 1.4, 1.6, 1.55, 1.45, 1.5],
 }
 """Of every arm over the base, by seed."""
+TASK_GAIN = sum(GAINS["lora"]) / 6 - 0.5
+"""What LoRA gains beyond the half nat that shuffled labels teach."""
 AGAIN = [1.88, 2.0, 1.9, 2.1, 1.85, 1.95]
 CURVE = {"full": [0.6, 0.4, None], "lora": [0.9, 0.5, 0.7], "thin": [0.95, 0.8, 0.85]}
 """Validation loss of every arm, by learning rate; None diverged."""
@@ -82,9 +85,10 @@ def record(
     heldout: float | None = None,
     status: str = "ok",
     losses: list[float] | None = None,
+    curve: dict[int, float] | None = None,
 ) -> None:
     spec = expand("mine").runs[run]
-    quality = Quality(validation_nll=validation, heldout_nll=heldout)
+    quality = Quality(validation_nll=validation, heldout_nll=heldout, validation_curve=curve or {})
     losses = losses or [3.0, 2.0, 2.0 if heldout is None else heldout]
     path = Path("results/runs") / run / "record.json"
     write_record(path, RunRecord(run_id=run, status=status, spec=spec, quality=quality, train_nll=losses))
@@ -278,6 +282,81 @@ def test_tuning_needs_every_record_and_a_validation_loss(write_study_file) -> No
         choose_rates(expand("mine"))
 
 
+# Two stages, and an arm that enters again.
+
+FINE = {
+    "learning_rates": dict.fromkeys(STUDY["study"]["arms"], [1e-4, 1e-3, 1e-2]),
+    "fine_seeds": [101],
+    "a_a": "lora",
+    "controls": {"lora": ["shuffled-labels"]},
+    "control_seeds": [0, 1],
+}
+
+
+def record_stage(stage: str, arms: tuple[str, ...], loss_of: Callable[[float], float | None]) -> None:
+    for arm in arms:
+        for run in members(f"{stage}{arm}"):
+            loss = loss_of(expand("mine").runs[run].learning_rate)
+            record(run, validation=loss, heldout=loss, status="ok" if loss is not None else "diverged")
+
+
+def test_fine_rates_lie_around_the_best_listed_one_on_seeds_of_their_own(write_study_file) -> None:
+    write_study_file(**FINE)
+    arms = ("full", "lora", "thin", "lora-a-a")
+    assert {spec.seed for run, spec in expand("mine").runs.items() if run in members("tune-lora-a-a")} == {1100}
+    record_stage("tune-", arms, lambda rate: 0.5 + math.log(rate / 1.2e-3) ** 2 / 50)
+    choose_rates(expand("mine"), coarse=True)
+    sweep = expand("mine")
+    fine = [sweep.runs[run] for run in members("fine-lora")]
+    assert [(spec.learning_rate, spec.seed) for spec in fine] == [(0.00058, 101), (0.001, 101), (0.0017, 101)]
+    assert {sweep.runs[run].seed for run in members("fine-lora-a-a")} == {1101}
+    assert not any(c.name.startswith("arm-") for c in sweep.comparisons)
+    record_stage("fine-", arms, lambda rate: 0.45 + math.log(rate / 1.2e-3) ** 2 / 50)
+    choose_rates(expand("mine"))
+    entry = json.loads(Path("results/mine/tuned.json").read_text())["arms"]["lora"]
+    assert entry["coarse"] == 1e-3 and entry["learning_rate"] == pytest.approx(1.2e-3, rel=0.1)
+    assert len(entry["tried"]) == 6
+    sweep = expand("mine")
+    again = [sweep.runs[run] for run in members("arm-lora-a-a")]
+    assert [(spec.seed, spec.init_seed) for spec in again] == [(seed, seed + A_A_SHIFT) for seed in range(6)]
+    shuffled = [sweep.runs[run] for run in members("control-shuffled-labels-lora")]
+    assert sorted(spec.seed for spec in shuffled if spec.shuffled_targets) == [0, 1]
+
+
+def test_a_rate_is_chosen_off_the_cliff() -> None:
+    coarse = [(3e-4, 0.35, False), (1e-3, 0.19, False), (3e-3, 0.90, False)]
+    fine = [(5.8e-4, 0.21, True), (1e-3, 0.185, True), (1.7e-3, 0.18, True)]
+    fit = fit_rate(coarse + fine, 1e-3)
+    assert fit is not None and fit.is_convex
+    # The lowest loss of all is at 1.7e-3, but twice the rate is already bad.
+    assert 5.8e-4 <= fit.learning_rate < 1.3e-3
+    assert fit.at_twice > fit.lowest < fit.at_half
+    assert 0 < fit.regret <= fit.regret_rms
+
+
+def test_a_smooth_curve_has_no_regret_and_too_few_losses_no_fit() -> None:
+    runs = [(rate, math.exp(math.log(rate / 1e-3) ** 2) / 5, rate > 5e-4) for rate in (3e-4, 4e-4, 1e-3, 1.7e-3, 2e-3)]
+    fit = fit_rate(runs, 1e-3)
+    assert fit is not None and fit.learning_rate == 1e-3 and fit.regret_rms < 1e-9
+    assert fit_rate(runs[:4], 1e-3) is None
+
+
+def test_the_lowest_loss_along_shuffled_runs_is_what_the_form_explains(tuned: None) -> None:
+    record_comparison()
+    own = set(members("arm-lora"))
+    for run in members("control-shuffled-labels-lora"):
+        if run not in own:
+            record(run, heldout=2.9, validation=2.8, curve={1: 2.7, 2: 2.4})
+    for run in own:
+        record(run, heldout=1.0, validation=1.1, curve={1: 2.0, 2: 1.5})
+    collect_experiment(expand("mine"))
+    study = StudyResults("mine")
+    assert study.form_loss == pytest.approx(2.4) and study.task_gain == pytest.approx(2.4 - 1.1)
+    # Batches of four; 1.3 lies half way between the losses after the second and the third step.
+    assert study.samples_to(1.3, "lora") == pytest.approx([10.0] * 6)
+    assert study.samples_to(1.0, "lora") == [math.inf] * 6
+
+
 # What is concluded.
 
 
@@ -286,10 +365,12 @@ def test_contrasts_are_paired_by_seed_and_corrected_for_their_number(finished: S
     assert list(found.index) == ["lora", "thin"] and set(found["against"]) == {"full"}
     for arm in found.index:
         wanted = stats.ttest_rel(GAINS[arm], GAINS["full"])
-        assert found["gain"][arm] == pytest.approx(sum(GAINS[arm]) / 6 - 2.0)
+        assert found["difference"][arm] == pytest.approx(2.0 - sum(GAINS[arm]) / 6)
+        assert found["percent"][arm] == pytest.approx(100 * found["difference"][arm] / TASK_GAIN)
         assert found["t_p"][arm] == pytest.approx(wanted.pvalue)
         low, high = wanted.confidence_interval(0.95)
-        assert (found["gain_low"][arm], found["gain_high"][arm]) == pytest.approx((low, high))
+        assert (found["difference_low"][arm], found["difference_high"][arm]) == pytest.approx((-high, -low))
+    assert found["outcome"].tolist() == ["differs, size open", "differs by more than the margin"]
     assert found["sign_flip_p"]["thin"] == 2 / 2**6  # of six pairs on one side
     smaller, larger = sorted(found["t_p"])
     assert sorted(found["holm_p"]) == pytest.approx([2 * smaller, max(2 * smaller, larger)])
@@ -301,10 +382,7 @@ def test_controls_say_what_the_comparison_makes_of_no_difference(finished: Study
         {"a-a": sum(AGAIN) / 6, "zero-lr": 0, "shuffled-labels": 0.5}, abs=1e-12
     )
     assert found["arm_over_base"].tolist() == pytest.approx([sum(GAINS["lora"]) / 6] * 3)
-    assert found["gain"]["a-a"] == pytest.approx((sum(AGAIN) - sum(GAINS["lora"])) / 6)
-    again = found.loc["a-a"]
-    assert again["called_different_low"] <= again["called_different"] <= again["called_different_high"]
-    assert found["called_different"].isna().tolist() == [False, True, True]
+    assert found["difference"]["a-a"] == pytest.approx((sum(GAINS["lora"]) - sum(AGAIN)) / 6)
 
 
 def test_a_control_without_any_spread_is_no_difference(tuned: None) -> None:
@@ -315,7 +393,7 @@ def test_a_control_without_any_spread_is_no_difference(tuned: None) -> None:
         record(run, heldout=BASE_LOSS - gain)
     collect_experiment(expand("mine"))
     row = controls(StudyResults("mine")).set_index("control").loc["a-a"]
-    assert (row["gain"], row["gain_low"], row["t_p"], row["called_different"]) == (0, 0, 1, 0)
+    assert (row["difference"], row["difference_low"], row["difference_high"]) == (0, 0, 0)
 
 
 def test_the_section_of_the_report_has_its_tables_and_figures(finished: StudyResults) -> None:
@@ -331,9 +409,11 @@ def test_the_section_of_the_report_has_its_tables_and_figures(finished: StudyRes
     assert (facts["seeds"], facts["fewest_rates"], facts["base_loss"]) == (6, 3, "3.000")
 
 
-def test_claims_measure_shares_of_what_full_fine_tuning_gains(finished: StudyResults) -> None:
+def test_claims_measure_shares_of_the_task_gain(finished: StudyResults) -> None:
     found = training.heldout_gain("mine", "lora", "full")
-    assert found.samples == pytest.approx([(a - b) / 2 for a, b in zip(GAINS["lora"], GAINS["full"], strict=True)])
+    assert found.samples == pytest.approx(
+        [(a - b) / TASK_GAIN for a, b in zip(GAINS["lora"], GAINS["full"], strict=True)]
+    )
     assert found.low < found.value < found.high and found.n == 6
     assert set(found.run_ids) == {*members("arm-lora"), *members("arm-full")}
     # Losses of 3, 2 and the held-out loss: a third of the held-out difference.
@@ -381,7 +461,7 @@ def test_claims_know_a_best_rate_up_to_its_neighbours(finished: StudyResults) ->
 
 def test_claims_compare_one_rate_for_both_with_the_best_of_each(finished: StudyResults) -> None:
     found = training.tuning_of_one_arm("mine", "thin", "lora", 1e-4)
-    assert found.value == pytest.approx(((0.9 - 0.95) - (0.5 - 0.8)) / 2)
+    assert found.value == pytest.approx(((0.9 - 0.95) - (0.5 - 0.8)) / TASK_GAIN)
     assert (found.n, found.low) == (1, None)
 
 
@@ -411,7 +491,7 @@ def test_a_run_that_diverged_stays_in_its_pair_as_the_untouched_base(tuned: None
     study = StudyResults("mine")
     row = contrasts(study).set_index("arm").loc["lora"]
     assert (row["n"], row["diverged"]) == (6, 1)
-    assert row["gain"] == pytest.approx((sum(GAINS["lora"]) - GAINS["lora"][2]) / 6 - 2.0)
+    assert row["difference"] == pytest.approx(2.0 - (sum(GAINS["lora"]) - GAINS["lora"][2]) / 6)
     assert training.heldout_gain("mine", "lora", "full").evidence["runs that diverged"] == 1
 
 
@@ -424,10 +504,10 @@ def test_a_run_that_was_cut_off_is_still_to_be_made(status: str, tuned: None) ->
         contrasts(StudyResults("mine"))
 
 
-def test_without_a_gain_of_full_fine_tuning_there_is_no_yardstick(tuned: None) -> None:
-    record_comparison(GAINS | {"full": [-0.1] * 6})
+def test_without_a_task_gain_there_is_no_yardstick(tuned: None) -> None:
+    record_comparison(GAINS | {"lora": [0.4] * 6})
     collect_experiment(expand("mine"))
-    with pytest.raises(InputError, match="full fine-tuning is no better than the base"):
+    with pytest.raises(InputError, match="lora learned no more than shuffled labels teach"):
         training.heldout_gain("mine", "lora", "full")
 
 
@@ -514,7 +594,7 @@ def test_the_whole_study_in_one_workflow(write_experiment, repository: Path, toy
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(Path("results/runs").glob("*/record.json"))) == 1 + 6 + 4
     found = pd.read_csv("results/mine/tables/contrasts.csv")
-    wanted = training.heldout_gain("mine", "lora", "full")
-    assert found["gain"].tolist() == pytest.approx([float(wanted.value) * StudyResults("mine").full_gain])
+    study = StudyResults("mine")
+    assert found["difference"].tolist() == pytest.approx([study.difference("lora", "full").mean])
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "Nothing to be done" in again.stdout + again.stderr

@@ -26,8 +26,6 @@ from scipy import special, stats
 
 CONFIDENCE = 0.95
 MOST_PAIRS = 1_000_000
-FEWEST_PAIRS = 6
-"""With fewer pairs, no exact test reaches p < 0.05, and resamples repeat too often to be informative."""
 
 
 @dataclass(frozen=True)
@@ -162,42 +160,3 @@ def paired_p(differences: Sequence[float]) -> float:
     if np.ptp(sample) == 0:
         return float(sample[0] == 0)
     return float(stats.ttest_1samp(sample, 0).pvalue)
-
-
-@dataclass(frozen=True)
-class FalsePositives:
-    """The rate at which the paired t test calls an arm different from itself, and the range that chance allows."""
-
-    rate: float
-    low: float
-    high: float
-
-
-def false_positives(differences: Sequence[float], resamples: int = 1000, seed: int = 0) -> FalsePositives | None:
-    """Returns how often our rule would call an arm different from itself, or None below ``FEWEST_PAIRS``.
-
-    Each resample draws as many pairs as there are, with replacement, and decides by a coin which run of a pair comes
-    first, so that only chance differences remain. With few pairs, the rate varies from one study to the next. The range
-    holds 95 % of the rates that the same number of normal pairs would give.
-
-    Args:
-        differences: The differences between runs of the same arm, one per seed. If all are 0, the rate is 0.
-        resamples: The number of resamples.
-        seed: The seed of the draws.
-    """
-    n = len(differences)
-    if n < FEWEST_PAIRS:
-        return None
-    random = np.random.default_rng(seed)
-    rates = [_called_different(random.normal(size=n), resamples, random) for _ in range(500)]
-    low, high = np.quantile(rates, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    rate = _called_different(np.asarray(differences, dtype=float), resamples, random)
-    return FalsePositives(rate, float(low), float(high))
-
-
-def _called_different(sample: np.ndarray, resamples: int, random: np.random.Generator) -> float:
-    """Returns the share of resamples whose ``paired_p`` is below the nominal level."""
-    shape = (resamples, sample.size)
-    draws = random.choice(sample, shape) * random.choice([-1.0, 1.0], shape)
-    limit = stats.t.ppf((1 + CONFIDENCE) / 2, sample.size - 1)
-    return float(np.mean(np.abs(draws.mean(axis=1)) > limit * stats.sem(draws, axis=1)))

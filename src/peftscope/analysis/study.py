@@ -8,20 +8,26 @@ to leave it out would favour its arm.
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from peftscope.analysis.collect import VALIDATION
+from peftscope.analysis.compare import Difference, compare
 from peftscope.errors import InputError, Problem
 from peftscope.layout import PUBLISHED_RESULTS, results_folder
 from peftscope.planning.cells import ARM, CONTROL, TUNING
-from peftscope.planning.experiment import OLD_CONTROLS
+from peftscope.planning.experiment import A_A, OLD_CONTROLS
 
 HELDOUT = "heldout_nll_nats_per_token"
-VALIDATION = "validation_nll_nats_per_token"
+LOWEST = "lowest_validation_nll_nats_per_token"
+MARGIN = 0.05
+"""Arms whose losses differ by less than this share of the task gain count as the same, unless a claim has its own."""
 
 
 _CONTROL = re.compile(rf"{CONTROL}({'|'.join(OLD_CONTROLS.values())})-(.+)")
@@ -41,16 +47,25 @@ def _renamed(comparison: str) -> str:
 
 @dataclass(frozen=True)
 class Rate:
-    """An arm's best learning rate, its neighbours among the rates that were tried, and the losses of all of them.
+    """An arm's chosen learning rate, and what was tried.
 
-    If the best rate is the lowest or highest of its list, which a study may allow, it is its own neighbour.
+    Attributes:
+        below, above: The nearest lower and higher rate that was tried; the chosen rate itself if there is none.
+        best: The chosen rate, which a local fit may place between those that were tried.
+        curve: The mean validation loss by learning rate; None if training diverged.
+        fit: The local fit that chose the rate, see ``analysis.tuning``; None if the lowest loss chose it.
     """
 
     below: float
     best: float
     above: float
     curve: dict[float, float | None]
-    """The validation loss by learning rate; None if the run diverged."""
+    fit: dict[str, float] | None = None
+
+    @property
+    def regret(self) -> float:
+        """The standard error that the choice of the rate adds to the arm's loss, in nats per token."""
+        return self.fit["regret_rms"] if self.fit else 0.0
 
 
 class StudyResults:
@@ -105,12 +120,20 @@ class StudyResults:
         return [arm for arm in arms if arm not in self.left_out]
 
     @property
+    def reference(self) -> str:
+        """The arm that the others are compared with: the first."""
+        return self.arms[0]
+
+    @property
     def labels(self) -> dict[str, str]:
         """The label of each arm: that of its method, followed by the arm's name if another arm has the same method."""
         found: dict[str, str] = {}
         for arm in self.arms:
             method = str(self.tuning_runs(arm)["label"].iloc[0])
-            found[arm] = f"{method}, {arm}" if method in found.values() else method
+            if arm.endswith(A_A):
+                found[arm] = f"{found[arm.removesuffix(A_A)]} against itself (A/A)"
+            else:
+                found[arm] = f"{method}, {arm}" if method in found.values() else method
         return found
 
     @property
@@ -121,16 +144,24 @@ class StudyResults:
     def rate(self, arm: str) -> Rate:
         """Returns the learning rate of an arm, with its neighbours."""
         chosen = self._chosen(arm)
-        curve = {tried["learning_rate"]: tried["validation_nll"] for tried in chosen["tried"]}
-        rates = list(curve)
-        best = rates.index(chosen["learning_rate"])
-        return Rate(rates[max(0, best - 1)], rates[best], rates[min(best + 1, len(rates) - 1)], curve)
+        losses: dict[float, list[float | None]] = {}
+        for tried in chosen["tried"]:
+            losses.setdefault(tried["learning_rate"], []).append(tried["validation_nll"])
+        curve = {rate: _mean(losses[rate]) for rate in sorted(losses)}
+        best = chosen["learning_rate"]
+        below, above = [rate for rate in curve if rate < best], [rate for rate in curve if rate > best]
+        return Rate(below[-1] if below else best, best, above[0] if above else best, curve, chosen.get("fit"))
 
     @property
     def arms_at_an_end(self) -> list[str]:
         """The arms whose best rate was the lowest or highest of its list, so that a better one may lie beyond."""
-        found = {arm: self.rate(arm) for arm in self.arms}
-        return [arm for arm, rate in found.items() if rate.best in (rate.below, rate.above)]
+
+        def is_at_an_end(arm: str) -> bool:
+            chosen = self._chosen(arm)
+            listed = [tried["learning_rate"] for tried in chosen["tried"] if not tried.get("fine")]
+            return chosen.get("coarse", chosen["learning_rate"]) in (min(listed), max(listed))
+
+        return [arm for arm in self.arms if is_at_an_end(arm)]
 
     def tuning_runs(self, arm: str, learning_rate: float | None = None) -> pd.DataFrame:
         """Returns the tuning runs of an arm, one row per run: all of them, or those at one rate."""
@@ -188,21 +219,96 @@ class StudyResults:
             raise self._unfinished("no run of the untouched base")
         return float(runs[HELDOUT].iloc[0])
 
-    @property
-    def full_gain(self) -> float:
-        """The mean gain of full fine-tuning over the base, in which differences are expressed.
+    @cached_property
+    def form_loss(self) -> float:
+        """The loss that the form of an answer explains, in nats per token: that of training on shuffled labels.
+
+        It is the lowest along the runs, if it was measured along them, because with epochs they learn wrong answers.
 
         Raises:
-            InputError: Full fine-tuning gains nothing, so there is no yardstick.
+            InputError: The study has no such control.
         """
-        gain = self.base_loss - float(self.arm_runs("full")[HELDOUT].mean())
+        return self._form[0]
+
+    @cached_property
+    def task_gain(self) -> float:
+        """What the task itself teaches the arm of the control on shuffled labels, in nats per token: the yardstick.
+
+        Raises:
+            InputError: The study has no such control, or the arm learned no more than the form of an answer.
+        """
+        form, column, arm = self._form
+        gain = form - float(self.arm_runs(arm)[column].mean())
         if gain <= 0:
-            raise self._unfinished(f"full fine-tuning is no better than the base ({gain:.3g} nats per token)")
+            raise self._unfinished(f"{arm} learned no more than shuffled labels teach ({gain:.3g} nats per token)")
         return gain
+
+    @property
+    def yardstick(self) -> float:
+        """The task gain; not a number in a study without a control on shuffled labels."""
+        return self.task_gain if any(control == "shuffled-labels" for control, _ in self.controls) else math.nan
+
+    @cached_property
+    def _form(self) -> tuple[float, str, str]:
+        """The loss after training on shuffled labels, the column of the same loss of other runs, and the arm."""
+        for control, arm in self.controls:
+            if control == "shuffled-labels":
+                runs = self.control_runs(control, arm)
+                along = LOWEST in runs and runs[LOWEST].notna().all()
+                return float(runs[LOWEST if along else HELDOUT].mean()), VALIDATION if along else HELDOUT, arm
+        raise self._unfinished("it has no control on shuffled labels, so its task gain is not known")
+
+    def tuning_error(self, *arms: str) -> float:
+        """Returns the standard error that the choice of the learning rates of some arms adds, in nats per token."""
+        return math.hypot(*(self.rate(arm).regret for arm in arms))
+
+    def difference(self, arm: str, against: str, margin: float = MARGIN) -> Difference:
+        """Returns an arm's held-out loss minus another's, over pairs of seeds, in nats per token.
+
+        Args:
+            arm: The arm; below 0 it is the better one.
+            against: The arm to compare with.
+            margin: Of sameness, as a share of the task gain.
+        """
+        both = paired(self.arm_runs(arm), self.arm_runs(against))
+        differences = list(both["first"] - both["second"])
+        return compare(differences, margin * self.yardstick, self.tuning_error(arm, against))
+
+    def losses(self) -> pd.DataFrame:
+        """Returns the losses of all runs, indexed by run id and step."""
+        return pd.read_csv(self._folder / "losses.csv").set_index(["run_id", "step"])
 
     def training_losses(self) -> pd.Series:
         """Returns the training losses of all runs, indexed by run id and step."""
-        return pd.read_csv(self._folder / "losses.csv").set_index(["run_id", "step"])["nll_nats_per_token"]
+        return self.losses()["nll_nats_per_token"]
+
+    def samples_to(self, loss: float, arm: str) -> list[float]:
+        """Returns for each seed of an arm how many samples it saw before its validation loss reached another.
+
+        Losses between two measurements are interpolated; infinite if the loss was not reached.
+        """
+        curves = self.losses()
+        if VALIDATION not in curves or curves[VALIDATION].isna().all():
+            return []
+        runs = self.arm_runs(arm).set_index("run_id")
+        reached = []
+        for run, row in runs.iterrows():
+            curve = curves.loc[run, VALIDATION].dropna()
+            curve.loc[int(row["steps"])] = row[VALIDATION]
+            each = row["batch_size"] * row["gradient_accumulation"]
+            below = np.flatnonzero(curve.to_numpy() <= loss)
+            if len(curve) < 2 or not len(below):
+                reached.append(math.inf)
+                continue
+            last = max(1, int(below[0]))
+            steps, losses = curve.index[last - 1 : last + 1], curve.to_numpy()[last - 1 : last + 1]
+            reached.append(float(each * np.interp(-loss, -losses, steps)))
+        return reached
+
+
+def _mean(losses: list[float | None]) -> float | None:
+    reached = [loss for loss in losses if loss is not None]
+    return sum(reached) / len(reached) if len(reached) == len(losses) else None
 
 
 def paired(first: pd.DataFrame, second: pd.DataFrame, values: pd.Series | str = HELDOUT) -> pd.DataFrame:

@@ -69,32 +69,32 @@ def fit_rate(runs: list[tuple[float, float, bool]], centre: float) -> Fit | None
     if freedom < 1 or fine.sum() < 2 or np.linalg.matrix_rank(design) < design.shape[1]:
         return None
     edge = math.log(FINE_STEP)
-    own = x[fine == 1]
-    fallback = float(own[np.argmin(y[fine == 1])])
+    fallback = x[fine == 1][np.argmin(y[fine == 1])]
 
-    def solved(values: np.ndarray) -> np.ndarray:
-        return np.linalg.lstsq(design, values, rcond=None)[0]
-
-    def lowest_at(coefficients: np.ndarray, otherwise: float) -> float:
+    def lowest_at(coefficients: np.ndarray) -> np.ndarray:
+        """Returns where parabolas, one a column, are lowest within the fine grid; its best rate for those without."""
         slope, curvature = coefficients[2:]
-        return float(np.clip(-slope / (2 * curvature), -edge, edge)) if curvature > 0 else otherwise
+        vertex = -slope / np.where(curvature > 0, 2 * curvature, np.nan)
+        return np.where(curvature > 0, np.clip(vertex, -edge, edge), fallback)
 
-    coefficients = solved(y)
-    chosen = math.log(rounded(centre * math.exp(lowest_at(coefficients, fallback))) / centre)
+    coefficients = np.linalg.lstsq(design, y, rcond=None)[0]
+    rate = rounded(centre * math.exp(lowest_at(coefficients)))
+    chosen = math.log(rate / centre)
 
-    def loss_at(position: float) -> float:
-        return float(np.exp(coefficients @ [1.0, 1.0, position, position**2]))
+    def loss_at(position: Any) -> Any:
+        level, seeds, slope, curvature = coefficients
+        return np.exp(level + seeds + slope * position + curvature * position**2)
 
     fitted = design @ coefficients
     residuals = (y - fitted) * math.sqrt(len(near) / freedom)
-    generator = np.random.default_rng(SEED)
-    redrawn = [solved(fitted + generator.choice(residuals, len(near))) for _ in range(DRAWS)]
+    draws = np.random.default_rng(SEED).choice(residuals, (len(near), DRAWS))
     # Each draw is a world in which the rate was chosen by other residuals; the fit says what that choice costs.
-    costs = np.array([max(0.0, loss_at(lowest_at(c, fallback)) - loss_at(chosen)) for c in redrawn])
-    half, twice = (loss_at(chosen + math.log(factor)) for factor in (0.5, 2.0))
-    convex = bool(coefficients[3] > 0)
-    rms = float(np.sqrt(np.mean(costs**2)))
-    return Fit(rounded(centre * math.exp(chosen)), loss_at(chosen), half, twice, float(costs.mean()), rms, convex)
+    elsewhere = lowest_at(np.linalg.lstsq(design, fitted[:, None] + draws, rcond=None)[0])
+    costs = np.maximum(0.0, loss_at(elsewhere) - loss_at(chosen))
+    half, here, twice = (float(loss_at(chosen + math.log(factor))) for factor in (0.5, 1, 2))
+    return Fit(
+        rate, here, half, twice, float(costs.mean()), float(np.sqrt(np.mean(costs**2))), bool(coefficients[3] > 0)
+    )
 
 
 def choose_rates(sweep: Sweep, *, coarse: bool = False) -> Path:

@@ -37,8 +37,10 @@ STUDY_FILES = [
     "figures/differences.png",
     "tables/contrasts.html",
     "tables/controls.html",
+    "tables/tuning.html",
     "tables/contrasts.csv",
     "tables/controls.csv",
+    "tables/tuning.csv",
 ]
 """What the report of a study shows beside that of a sweep."""
 

@@ -96,6 +96,7 @@ def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
         "differences": _embedded(folder / "figures" / "differences.png"),
         "contrasts": (folder / "tables" / "contrasts.html").read_text(),
         "controls": (folder / "tables" / "controls.html").read_text(),
+        "tuning_table": (folder / "tables" / "tuning.html").read_text(),
     }
 
 

@@ -1,25 +1,20 @@
-"""The tables and figures of a study: its learning rates, the differences between its arms, its controls. No torch."""
+"""The tables, figures and sentences of a study: what it answers, and whether it could. No torch."""
 
 from __future__ import annotations
 
+import math
+from statistics import median
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from peftscope.analysis.stats import (
-    CONFIDENCE,
-    bootstrap_interval,
-    false_positives,
-    holm,
-    mean_interval,
-    paired_p,
-    sign_flip_p,
-)
-from peftscope.analysis.study import HELDOUT, StudyResults, paired
+from peftscope.analysis.compare import Difference
+from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, holm, mean_interval, paired_p, sign_flip_p
+from peftscope.analysis.study import HELDOUT, MARGIN, VALIDATION, StudyResults, paired
 from peftscope.layout import results_folder
-from peftscope.planning.experiment import Study
+from peftscope.planning.experiment import A_A, Study
 from peftscope.report.plots import draw_figure, method_colours, plain_ticks
 from peftscope.report.sentences import listed
 from peftscope.report.tables import formatted, html
@@ -29,81 +24,179 @@ CONTROLS = {
     "zero-lr": "a learning rate of zero",
     "shuffled-labels": "trained on shuffled answers",
 }
-ENDS = ("", "_low", "_high")
-STATISTICS = ("n", "diverged", "gain", "gain_low", "gain_high", "bootstrap_low", "bootstrap_high", "t_p", "sign_flip_p")
+FEWEST_FOR_BOOTSTRAP = 8
+"""Pairs below which the bootstrap is too narrow to be shown, see ``analysis.stats``."""
+ACCURACY = "exact_match_fraction"
+NARROW = 2 * CONFIDENCE - 1
+"""The confidence of the interval that decides sameness: two one-sided tests at 5 %."""
 
 
 def contrasts(study: StudyResults) -> pd.DataFrame:
-    """Returns one row per arm: how much lower its held-out loss is than that of the first arm, in nats per token.
+    """Returns one row per arm: its held-out loss minus the reference's, in nats per token and in % of the task gain.
 
-    Differences are paired by seed. ``holm_p`` is the p of the t test after Holm's correction for the number of arms.
+    Differences are paired by seed, and their intervals include the tuning of both arms. ``holm_p`` is the p of the t
+    test after Holm's correction for the number of arms, A/A apart.
     """
-    first, *others = study.arms
-    rows = [{"arm": arm, "against": first, **_statistics(study.arm_runs(arm), study.arm_runs(first))} for arm in others]
-    table = pd.DataFrame(rows, columns=["arm", "against", *STATISTICS])
-    tested = table["t_p"].notna()
-    return table.assign(holm_p=pd.Series(holm(list(table.loc[tested, "t_p"])), table.index[tested], dtype=float))
+    reference = study.reference
+    target = float(study.arm_runs(reference)[VALIDATION].mean()) if VALIDATION in study.table else math.nan
+    rows = [_contrast(study, arm, target) for arm in study.arms if arm != reference]
+    table = pd.DataFrame(rows, columns=None if rows else ["arm"])
+    if rows:
+        tested = ~table["arm"].str.endswith(A_A)
+        table["holm_p"] = pd.Series(holm(list(table.loc[tested, "t_p"])), table.index[tested], dtype=float)
+    return table
+
+
+def _contrast(study: StudyResults, arm: str, target: float) -> dict[str, Any]:
+    mine, other = study.arm_runs(arm), study.arm_runs(study.reference)
+    difference = study.difference(arm, study.reference)
+    scale = 100 / study.yardstick
+    low, high = difference.interval()
+    pairs = paired(mine, other)
+    sample = list(pairs["first"] - pairs["second"])
+    row: dict[str, Any] = {
+        "arm": arm,
+        "against": study.reference,
+        "n": difference.n,
+        "diverged": sum(int((side["status"] == "diverged").sum()) for side in (mine, other)),
+        "difference": difference.mean,
+        "difference_low": low,
+        "difference_high": high,
+        "percent": scale * difference.mean,
+        "percent_low": scale * low,
+        "percent_high": scale * high,
+        "margin_percent": 100 * MARGIN,
+        "half_width_percent": scale * difference.half_width(NARROW),
+        "tuning_error_percent": scale * difference.tuning_error,
+        "spread": difference.spread,
+        "outcome": difference.outcome,
+        "pairs_to_decide": (difference.outcome == "open" and difference.pairs_to_decide()) or math.nan,
+        "t_p": paired_p(sample),
+        "sign_flip_p": sign_flip_p(sample),
+    }
+    if difference.n >= FEWEST_FOR_BOOTSTRAP:
+        row["bootstrap_low"], row["bootstrap_high"] = bootstrap_interval(sample)
+    if ACCURACY in mine and mine[ACCURACY].notna().any():
+        both = paired(mine, other, ACCURACY)
+        accuracy = mean_interval(list(100 * (both["first"] - both["second"])))
+        if accuracy is not None:
+            row |= {"accuracy": accuracy.mean, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
+    if samples := study.samples_to(target, arm):
+        row["samples_to_reference"] = median(samples)
+    return row
 
 
 def controls(study: StudyResults) -> pd.DataFrame:
-    """Returns one row per control: its gain over its arm, and the gain of both over the base, in nats per token.
-
-    The row of an A/A control also says how often the t test would call the two different over resampled pairs, and the
-    range of this rate that chance allows.
-    """
+    """Returns one row per control: its loss minus its arm's, and the gain of both over the base, in nats per token."""
     rows = []
     for control, arm in study.controls:
         runs, own = study.control_runs(control, arm), study.arm_runs(arm)
-        row: dict[str, Any] = {"arm": arm, "control": control, **_statistics(runs, own)}
-        row["control_over_base"] = study.base_loss - float(runs[HELDOUT].mean())
-        row["arm_over_base"] = study.base_loss - float(own[HELDOUT].mean())
-        found = false_positives(gains(runs, own)) if control == "a-a" else None
-        if found is not None:
-            row |= {
-                f"called_different{end}": v for end, v in zip(ENDS, (found.rate, found.low, found.high), strict=True)
+        pairs = paired(runs, own)
+        interval = mean_interval(list(pairs["first"] - pairs["second"]))
+        assert interval is not None  # a study has two seeds or more
+        rows.append(
+            {
+                "arm": arm,
+                "control": control,
+                "n": interval.n,
+                "diverged": int((runs["status"] == "diverged").sum()),
+                "difference": interval.mean,
+                "difference_low": interval.mean if interval.low is None else interval.low,
+                "difference_high": interval.mean if interval.high is None else interval.high,
+                "control_over_base": study.base_loss - float(runs[HELDOUT].mean()),
+                "arm_over_base": study.base_loss - float(own[HELDOUT].mean()),
             }
-        rows.append(row)
-    columns = ["control_over_base", "arm_over_base", *(f"called_different{end}" for end in ENDS)]
-    return pd.DataFrame(rows, columns=["arm", "control", *STATISTICS, *columns])
+        )
+    return pd.DataFrame(rows, columns=None if rows else ["arm", "control"])
 
 
-def gains(runs: pd.DataFrame, against: pd.DataFrame) -> list[float]:
-    """Returns for each seed how much lower the held-out loss is than that of other runs, in nats per token."""
-    both = paired(runs, against)
-    return [float(value) for value in both["second"] - both["first"]]
+def tuning(study: StudyResults) -> pd.DataFrame:
+    """Returns one row per arm: its learning rate, and the loss around it as the local fit has it."""
+    rows = []
+    for arm in study.arms:
+        rate = study.rate(arm)
+        fit = rate.fit or {}
+        rows.append(
+            {
+                "arm": arm,
+                "tried": len(rate.curve),
+                "diverged": sum(loss is None for loss in rate.curve.values()),
+                "learning_rate": rate.best,
+                "loss_at_half": fit.get("at_half"),
+                "loss": fit.get("lowest"),
+                "loss_at_twice": fit.get("at_twice"),
+                "regret": fit.get("regret"),
+                "is_convex": fit.get("is_convex"),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
-def _statistics(runs: pd.DataFrame, against: pd.DataFrame) -> dict[str, Any]:
-    differences = gains(runs, against)
-    interval = mean_interval(differences)
-    assert interval is not None  # a study has two seeds or more
-    diverged = sum(int((side["status"] == "diverged").sum()) for side in (runs, against))
-    found: dict[str, Any] = {"n": interval.n, "diverged": diverged, "gain": interval.mean}
-    below, above = bootstrap_interval(differences)
-    return found | {
-        "gain_low": interval.mean if interval.low is None else interval.low,
-        "gain_high": interval.mean if interval.high is None else interval.high,
-        "bootstrap_low": below,
-        "bootstrap_high": above,
-        "t_p": paired_p(differences),
-        "sign_flip_p": sign_flip_p(differences),
+def spoken_difference(row: dict[Any, Any], labels: dict[str, str]) -> str:
+    """Returns a comparison in words, as one sentence without its full stop.
+
+    >>> row = dict(arm="dora", against="lora", n=3, difference=-0.038, difference_low=-0.095, difference_high=0.019)
+    >>> row |= dict(percent=-4.1, percent_low=-10.3, percent_high=2.1, margin_percent=5, outcome="open")
+    >>> row |= dict(pairs_to_decide=40)
+    >>> spoken_difference(row, {"dora": "DoRA", "lora": "LoRA"})
+    'DoRA − LoRA: −0.0380 nats per token [−0.0950, +0.0190], −4.1 %: open at 3 pairs, about 40 would decide'
+    """
+    name = labels[row["arm"]] if row["arm"].endswith(A_A) else f"{labels[row['arm']]} − {labels[row['against']]}"
+    text = f"{name}: {_signed(row, 'difference', '.4f', ' nats per token')}"
+    if not math.isnan(row["percent"]):
+        text += f", {_number(row['percent'], '.1f')} %"
+    outcome = row["outcome"]
+    side = "lower" if row["difference"] < 0 else "higher"
+    words = {
+        "same": f"the same within {row['margin_percent']:g} %",
+        "same, but differs": f"the same within {row['margin_percent']:g} %, though {side}",
+        "differs by more than the margin": f"{side} by more than {row['margin_percent']:g} %",
+        "differs, size open": f"{side}, but by how much is open at {row['n']} pairs",
+        "open": f"open at {row['n']} pairs",
     }
+    pairs = row["pairs_to_decide"]
+    more = f", about {int(pairs)} would decide" if outcome == "open" and not math.isnan(pairs) else ""
+    return f"{text}: {words[outcome]}{more}"
+
+
+def _number(value: float, spec: str) -> str:
+    return format(value, f"+{spec}").replace("-", "−")
+
+
+def _signed(row: dict[Any, Any], name: str, spec: str, unit: str = "") -> str:
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    bounds = "" if low is None or pd.isna(low) else f" [{_number(low, spec)}, {_number(high, spec)}]"
+    return f"{_number(row[name], spec)}{unit}{bounds}"
 
 
 def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     """Returns the contrasts as text for people."""
-    rows = [
-        {
+    rows = []
+    for row in table.to_dict("records"):
+        text = {
             "arm": labels[row["arm"]],
-            "pairs": f"n = {row['n']}" + (f", {row['diverged']} diverged" if row["diverged"] else ""),
-            f"gain over {labels[row['against']]} (nats/token)": _interval(row, "gain"),
-            "bootstrap": _bounds(row, "bootstrap"),
+            "pairs": _pairs(row),
+            f"loss minus {labels[row['against']]}'s (nats/token)": _signed(row, "difference", ".4f"),
+            "in % of the task gain": _signed(row, "percent", ".1f"),
+            "outcome": row["outcome"],
+            "90 % half-width (%)": formatted(row["half_width_percent"], ".1f"),
+            "of it tuning (%)": formatted(row["tuning_error_percent"], ".1f"),
+        }
+        if "accuracy" in row:
+            text["exact match (points)"] = _signed(row, "accuracy", ".1f")
+        if "samples_to_reference" in row:
+            samples = row["samples_to_reference"]
+            text["samples to the reference's loss"] = (
+                "not reached" if samples == math.inf else formatted(samples, ",.0f")
+            )
+        text |= {
             "p, t test": formatted(row["t_p"], ".3g"),
             "p, after Holm": formatted(row["holm_p"], ".3g"),
             "p, sign flips": formatted(row["sign_flip_p"], ".3g"),
         }
-        for row in table.to_dict("records")
-    ]
+        if "bootstrap_low" in row:
+            text["bootstrap"] = f"[{_number(row['bootstrap_low'], '.4f')}, {_number(row['bootstrap_high'], '.4f')}]"
+        rows.append(text)
     return pd.DataFrame(rows, columns=None if rows else ["arm"])
 
 
@@ -112,27 +205,35 @@ def readable_controls(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFra
     rows = [
         {
             "control": f"{labels[row['arm']]}, {CONTROLS[row['control']]}",
-            "pairs": f"n = {row['n']}" + (f", {row['diverged']} diverged" if row["diverged"] else ""),
-            "gain over the arm (nats/token)": _interval(row, "gain"),
+            "pairs": _pairs(row),
+            "loss minus the arm's (nats/token)": _signed(row, "difference", ".4f"),
             "gain over the base": formatted(row["control_over_base"], ".4f"),
             "the arm's own": formatted(row["arm_over_base"], ".4f"),
-            "called different (%)": formatted(row["called_different"], ".1f", 0.01),
-            "chance allows (%)": "-"
-            if pd.isna(row["called_different"])
-            else " to ".join(formatted(row[f"called_different{end}"], ".1f", 0.01) for end in ENDS[1:]),
         }
         for row in table.to_dict("records")
     ]
     return pd.DataFrame(rows, columns=None if rows else ["control"])
 
 
-def _interval(row: dict[Any, Any], name: str) -> str:
-    return f"{formatted(row[name], '+.4f')} {_bounds(row, name)}".strip()
+def readable_tuning(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
+    """Returns the tuning of each arm as text for people."""
+    rows = [
+        {
+            "arm": labels[row["arm"]],
+            "rates tried": str(row["tried"]) + (f", {row['diverged']} diverged" if row["diverged"] else ""),
+            "chosen": f"{row['learning_rate']:g}",
+            "fitted loss there": formatted(row["loss"], ".3f"),
+            "at half the rate": formatted(row["loss_at_half"], ".3f"),
+            "at twice the rate": formatted(row["loss_at_twice"], ".3f"),
+            "regret (nats/token)": formatted(row["regret"], ".4f"),
+        }
+        for row in table.to_dict("records")
+    ]
+    return pd.DataFrame(rows)
 
 
-def _bounds(row: dict[Any, Any], name: str) -> str:
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return "" if pd.isna(low) else f"[{low:+.4f}, {high:+.4f}]"
+def _pairs(row: dict[Any, Any]) -> str:
+    return f"n = {row['n']}" + (f", {row['diverged']} diverged" if row["diverged"] else "")
 
 
 def draw_tuning(axes: plt.Axes, study: StudyResults) -> None:
@@ -142,7 +243,8 @@ def draw_tuning(axes: plt.Axes, study: StudyResults) -> None:
         rate = study.rate(arm)
         reached = {x: y for x, y in rate.curve.items() if y is not None}
         axes.plot(list(reached), list(reached.values()), "o-", ms=4, color=colours[arm], label=label)
-        axes.plot(rate.best, rate.curve[rate.best], "o", ms=11, mfc="none", mec=colours[arm], mew=1.6)
+        height = rate.fit["lowest"] if rate.fit else rate.curve[rate.best]
+        axes.plot(rate.best, height, "o", ms=11, mfc="none", mec=colours[arm], mew=1.6)
     axes.set(xscale="log", yscale="log", title="Learning rates that were tried")
     axes.set(xlabel="learning rate", ylabel="validation NLL (nats per response token)")
     plain_ticks(axes.yaxis)
@@ -150,28 +252,30 @@ def draw_tuning(axes: plt.Axes, study: StudyResults) -> None:
 
 
 def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
-    """Draws each arm's gain over the first arm, and the A/A controls: a point per seed, and the mean's interval."""
+    """Draws each arm's loss minus the reference's: a point per seed, the mean's interval, the margin, the A/A band."""
     labels, colours = study.labels, _colours(study)
-    first, *others = study.arms
-    rows = [(labels[arm], colours[arm], gains(study.arm_runs(arm), study.arm_runs(first))) for arm in others]
-    rows += [
-        (f"{labels[arm]} against itself (A/A)", "0.45", gains(study.control_runs(control, arm), study.arm_runs(arm)))
-        for control, arm in study.controls
-        if control == "a-a"
-    ]
-    for y, (_, colour, differences) in enumerate(rows):
+    arms = [arm for arm in study.arms if arm != study.reference]
+    scale = 100 / study.yardstick if not math.isnan(study.yardstick) else 1.0
+    for y, arm in enumerate(arms):
+        both = paired(study.arm_runs(arm), study.arm_runs(study.reference))
+        sample = scale * (both["first"] - both["second"])
+        colour = "0.35" if arm.endswith(A_A) else colours[arm]
         # If there are hundreds of points, they fade, so that their mean stands out.
-        alpha = min(0.6, max(0.08, 10 / len(differences)))
-        axes.plot(differences, [y] * len(differences), ".", ms=9, color=colour, alpha=alpha)
-        interval = mean_interval(differences)
-        if interval is not None:
-            low, high = interval.low, interval.high
-            bars = None if low is None or high is None else [[interval.mean - low], [high - interval.mean]]
-            axes.errorbar(interval.mean, y, xerr=bars, fmt="D", ms=6, capsize=4, color=colour)
+        axes.plot(sample, [y] * len(sample), ".", ms=9, color=colour, alpha=min(0.6, max(0.08, 10 / len(sample))))
+        difference = study.difference(arm, study.reference)
+        mean, reach = scale * difference.mean, scale * difference.half_width()
+        axes.errorbar(mean, y, xerr=reach, fmt="D", ms=6, capsize=4, color=colour)
+        if arm.endswith(A_A):
+            axes.axvspan(mean - reach, mean + reach, color="0.85", zorder=0, label="LoRA against itself")
+    if not math.isnan(study.yardstick):
+        for side in (-1, 1):
+            axes.axvline(side * 100 * MARGIN, color="0.3", linestyle="--", linewidth=0.9)
     axes.axvline(0, color="0.3", linewidth=0.9)
-    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set(xlabel="held-out loss below the other's (nats per response token)", title=f"Gain over {labels[first]}")
+    axes.set_yticks(range(len(arms)), [labels[arm] for arm in arms])
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    unit = "nats per response token" if math.isnan(study.yardstick) else "% of the task gain"
+    axes.set(xlabel=f"held-out loss minus {labels[study.reference]}'s ({unit}); further left is better")
+    axes.set_title(f"Against {labels[study.reference]}")
 
 
 def _colours(study: StudyResults) -> dict[str, Any]:
@@ -179,25 +283,74 @@ def _colours(study: StudyResults) -> dict[str, Any]:
     return {arm: own.get(label, spare[i]) for i, (arm, label) in enumerate(study.labels.items())}
 
 
+OUTCOMES = (
+    ("are the same as {reference} within {margin} % of the task gain", ("same", "same, but differs")),
+    ("differ by more than that", ("differs by more than the margin",)),
+    ("differ by an open amount", ("differs, size open",)),
+    ("are open", ("open",)),
+)
+
+
+def answer(table: pd.DataFrame, labels: dict[str, str]) -> str:
+    """Returns what a study's comparisons say, in one sentence; empty without any."""
+    own = table[~table["arm"].str.endswith(A_A)]
+    if own.empty:
+        return ""
+    first = own.iloc[0]
+    parts = []
+    for words, outcomes in OUTCOMES:
+        rows = own[own["outcome"].isin(outcomes)]
+        if len(rows):
+            named = listed([labels[arm] for arm in rows["arm"]])
+            said = words.format(reference=labels[first["against"]], margin=f"{first['margin_percent']:g}")
+            parts.append(f"{len(rows)} of {len(own)} arms {said} ({named})")
+    return "; ".join(parts) + "."
+
+
+def power(study: StudyResults) -> dict[str, Any]:
+    """Returns what the study could see: its yardstick, the half-widths of its intervals, and the arms that miss."""
+    arms = [arm for arm in study.arms if arm != study.reference]
+    found: dict[str, Difference] = {arm: study.difference(arm, study.reference) for arm in arms}
+    scale = 100 / study.yardstick
+    widths = {arm: scale * difference.half_width(NARROW) for arm, difference in found.items()}
+    return {
+        "task_gain": formatted(study.yardstick, ".3f"),
+        "margin": f"{100 * MARGIN:g}",
+        "margin_nats": formatted(MARGIN * study.yardstick, ".4f"),
+        "half_margin": f"{50 * MARGIN:g}",
+        "widths": f"{min(widths.values()):.1f} to {max(widths.values()):.1f}" if widths else "",
+        "missed": ", ".join(
+            f"{study.labels[arm]} (±{widths[arm]:.1f} %)" for arm, one in found.items() if not one.is_precise
+        ),
+    }
+
+
 def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
     """Returns the values for the sentences of the study's section."""
-    labels = study.labels
+    labels, table = study.labels, contrasts(study)
+    rows = table.to_dict("records")
+    a_a = [row for row in rows if row["arm"].endswith(A_A)]
     return {
-        "first": labels[study.arms[0]],
+        "first": labels[study.reference],
+        "subject": study.subject,
+        "answer": answer(table, labels) if rows and not math.isnan(study.yardstick) else "",
+        "sentences": [spoken_difference(row, labels) for row in rows],
+        "a_a_fails": any(row["difference_low"] > 0 or row["difference_high"] < 0 for row in a_a),
+        "power": power(study) if not math.isnan(study.yardstick) else None,
         "fewest_rates": min(len(rates) for rates in settings.learning_rates.values()),
-        "tuning_seeds": listed(settings.tuning_seeds),
+        "fine": bool(settings.fine_seeds),
+        "tuning_seeds": listed([*settings.tuning_seeds, *settings.fine_seeds]),
         "seeds": len(settings.seeds),
         "chosen": ", ".join(f"{label} {study.rate(arm).best:g}" for arm, label in labels.items()),
         "at_an_end": ", ".join(labels[arm] for arm in study.arms_at_an_end),
         "left_out": ", ".join(f"{arm} ({reason})" for arm, reason in study.left_out.items()),
         "base_loss": f"{study.base_loss:.3f}",
-        "nominal": f"{100 * (1 - CONFIDENCE):.0f}",
         "smallest_p": f"{2 / 2 ** len(settings.seeds):.3g}",
     }
 
 
 def write_study(experiment: str) -> None:
-    """Writes the contrasts and controls (csv, html), and draws the tuning and the differences.
+    """Writes contrasts, controls and tuning (csv, html), and draws the tuning and the differences.
 
     Raises:
         InputError: The study is not finished.
@@ -206,12 +359,13 @@ def write_study(experiment: str) -> None:
     study.require_finished()
     tables, figures = (results_folder(experiment) / name for name in ("tables", "figures"))
     tables.mkdir(parents=True, exist_ok=True)
-    found, checked = contrasts(study), controls(study)
-    for name, frame, shown in (
-        ("contrasts", found, readable_contrasts(found, study.labels)),
-        ("controls", checked, readable_controls(checked, study.labels)),
+    for name, make, readable in (
+        ("contrasts", contrasts, readable_contrasts),
+        ("controls", controls, readable_controls),
+        ("tuning", tuning, readable_tuning),
     ):
+        frame = make(study)
         frame.to_csv(tables / f"{name}.csv", index=False)
-        (tables / f"{name}.html").write_text(html(shown, name))
+        (tables / f"{name}.html").write_text(html(readable(frame, study.labels), name))
     draw_figure(figures / "tuning.png", lambda axes: draw_tuning(axes, study))
     draw_figure(figures / "differences.png", lambda axes: draw_differences(axes, study))

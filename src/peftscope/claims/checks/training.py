@@ -1,6 +1,6 @@
 """Reads the results of studies: best learning rates, and paired differences between arms. Nothing is trained.
 
-Gains are shares of what full fine-tuning gains over the base in held-out loss.
+Gains are shares of the task gain: what the task itself teaches, beyond the form of an answer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from peftscope.analysis.stats import bootstrap_interval, equivalence_interval, mean_interval, paired_p, sign_flip_p
-from peftscope.analysis.study import HELDOUT, VALIDATION, Rate, StudyResults, paired
+from peftscope.analysis.study import VALIDATION, Rate, StudyResults, paired
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 
 
@@ -51,11 +51,7 @@ def heldout_gain(study: str, arm: str, against: str) -> Measurement:
         f"mean loss of {against}": float(both["second"].mean()),
         "runs that diverged": int((pd.concat([mine, other])["status"] == "diverged").sum()),
     }
-    for control, of in results.controls:
-        if control == "shuffled-labels":
-            gained = results.base_loss - float(results.control_runs(control, of)[HELDOUT].mean())
-            evidence[f"share of full's gain that {of} reaches on shuffled answers"] = gained / results.full_gain
-    differences = (both["second"] - both["first"]) / results.full_gain
+    differences = (both["second"] - both["first"]) / results.task_gain
     return _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]))
 
 
@@ -68,7 +64,7 @@ def furthest(study: str, arms: dict[str, str], margin: float) -> Measurement:
     Args:
         study: The study's experiment.
         arms: Each arm with the arm that it is compared with.
-        margin: The margin as a share of full fine-tuning's gain.
+        margin: The margin as a share of the task gain.
     """
     found = {arm: heldout_gain(study, arm, against) for arm, against in arms.items()}
 
@@ -82,7 +78,7 @@ def furthest(study: str, arms: dict[str, str], margin: float) -> Measurement:
     chosen = max(found, key=against_sameness)
     evidence: dict[str, Quantity] = {"shown": f"{chosen} against {arms[chosen]}", **found[chosen].evidence}
     evidence |= {f"mean gain of {arm} over {against}": found[arm].value for arm, against in arms.items()}
-    evidence["margin, nats per token"] = margin * StudyResults(study).full_gain
+    evidence["margin, nats per token"] = margin * StudyResults(study).task_gain
     runs = dict.fromkeys(run for gain in found.values() for run in gain.run_ids)
     return replace(found[chosen], evidence=evidence, run_ids=tuple(runs))
 
@@ -99,7 +95,7 @@ def training_gain(study: str, arm: str, against: str) -> Measurement:
         f"mean loss of {arm}": float(both["first"].mean()),
         f"mean loss of {against}": float(both["second"].mean()),
     }
-    differences = (both["second"] - both["first"]) / results.full_gain
+    differences = (both["second"] - both["first"]) / results.task_gain
     return _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]))
 
 
@@ -130,7 +126,7 @@ def tuning_of_one_arm(study: str, arm: str, against: str, learning_rate: float) 
 
     def gains(rate: float, other: float) -> pd.Series:
         both = paired(results.tuning_runs(arm, rate), results.tuning_runs(against, other), VALIDATION)
-        return (both["second"] - both["first"]) / results.full_gain
+        return (both["second"] - both["first"]) / results.task_gain
 
     fixed = gains(learning_rate, learning_rate)
     tuned = gains(results.rate(arm).best, results.rate(against).best)
@@ -146,7 +142,7 @@ def _over_seeds(
     interval = mean_interval(sample)
     if interval is None:
         raise NotRunError(f"the study `{results.name}` has no such runs")
-    evidence = {**evidence, "full fine-tuning's gain, nats per token": results.full_gain}
+    evidence = {**evidence, "task gain, nats per token": results.task_gain}
     low, high = interval.low, interval.high
     if interval.n > 1:
         if low is None:  # no spread at all

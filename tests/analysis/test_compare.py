@@ -1,0 +1,73 @@
+"""What paired differences say, and how often the whole rule says something wrong."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.error_rates import Setting, error_rates
+from peftscope.analysis.compare import Difference, compare
+
+MARGIN = 1.0
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread", "outcome"),
+    [
+        (0.0, 0.5, "same"),
+        (0.5, 0.3, "same, but differs"),
+        (2.0, 0.5, "differs by more than the margin"),
+        (1.0, 0.5, "differs, size open"),
+        (0.5, 2.0, "open"),
+        (-2.0, 0.5, "differs by more than the margin"),
+    ],
+)
+def test_every_outcome_is_reached(mean: float, spread: float, outcome: str) -> None:
+    assert Difference(mean, spread, 0.0, 8, MARGIN).outcome == outcome
+
+
+def test_intervals_are_students_and_grow_by_the_tuning() -> None:
+    sample = np.random.default_rng(0).normal(0.2, 1, 8)
+    difference = compare(list(sample), MARGIN)
+    wanted = stats.ttest_1samp(sample, 0).confidence_interval(0.95)
+    assert difference.interval() == pytest.approx((wanted.low, wanted.high))
+    wider = compare(list(sample), MARGIN, tuning_error=float(stats.sem(sample)))
+    assert wider.half_width() == pytest.approx(math.sqrt(2) * difference.half_width())
+
+
+def test_the_pairs_to_decide_are_those_at_which_it_is_decided() -> None:
+    difference = Difference(0.4, 2.0, 0.0, 8, MARGIN)
+    needed = difference.pairs_to_decide()
+    assert needed is not None and difference.outcome == "open"
+    assert Difference(0.4, 2.0, 0.0, needed, MARGIN).is_same
+    assert not Difference(0.4, 2.0, 0.0, needed - 1, MARGIN).is_same
+    assert Difference(0.4, 2.0, 5.0, 8, MARGIN).pairs_to_decide() is None  # the tuning alone leaves too much open
+
+
+def test_without_a_yardstick_nothing_is_the_same() -> None:
+    assert Difference(0.0, 0.1, 0.0, 8, math.nan).outcome == "open"
+    assert Difference(1.0, 0.1, 0.0, 8, math.nan).outcome == "differs, size open"
+
+
+def test_power_as_planned() -> None:
+    """A spread of 0.013 of single runs and a task gain of 0.92: eight pairs see 1.3 %, within half of the margin."""
+    planned = Difference(0.0, math.sqrt(2) * 0.013, 0.0, 8, 0.05 * 0.92)
+    assert 100 * planned.half_width(0.9) / 0.92 == pytest.approx(1.3, abs=0.05) and planned.is_precise
+    assert not Difference(0.0, math.sqrt(2) * 0.03, 0.0, 8, 0.05 * 0.92).is_precise
+    assert Difference(0.0, math.sqrt(2) * 0.03, 0.0, 16, 0.05 * 0.92).is_precise
+
+
+def test_the_whole_rule_errs_as_seldom_as_it_says() -> None:
+    fixed = error_rates([Setting(0.0, tuned=False), Setting(1.0, tuned=False)], draws=2000)
+    assert fixed["differs"][0] <= 0.05 + 3 * fixed["standard error"][0]
+    assert fixed["same"][1] <= 0.065
+    assert fixed["same"][0] > 0.99  # and it finds out what is the same
+
+
+def test_tuning_makes_the_rule_less_sure_and_no_bolder() -> None:
+    tuned = error_rates([Setting(0.0, tuned=True), Setting(1.0, tuned=True), Setting(3.0, tuned=True)], draws=300)
+    assert tuned["differs"][0] < 0.2 and tuned["same"][1] < 0.12
+    assert tuned["beyond the margin"][2] > 0.9
