@@ -92,9 +92,8 @@ def fit_rate(runs: list[tuple[float, float, bool]], centre: float) -> Fit | None
     elsewhere = lowest_at(np.linalg.lstsq(design, fitted[:, None] + draws, rcond=None)[0])
     costs = np.maximum(0.0, loss_at(elsewhere) - loss_at(chosen))
     half, here, twice = (float(loss_at(chosen + math.log(factor))) for factor in (0.5, 1, 2))
-    return Fit(
-        rate, here, half, twice, float(costs.mean()), float(np.sqrt(np.mean(costs**2))), bool(coefficients[3] > 0)
-    )
+    regret, root = float(costs.mean()), float(np.sqrt(np.mean(costs**2)))
+    return Fit(rate, here, half, twice, regret, root, bool(coefficients[3] > 0))
 
 
 def choose_rates(sweep: Sweep, *, coarse: bool = False) -> Path:
