@@ -285,7 +285,7 @@ def test_tuning_needs_every_record_and_a_validation_loss(write_study_file) -> No
 # Two stages, and an arm that enters again.
 
 FINE: dict[str, Any] = {
-    "learning_rates": {arm: [1e-4, 1e-3, 1e-2] for arm in STUDY["study"]["arms"]},
+    "learning_rates": {arm: [3e-4, 1e-3, 3e-3] for arm in STUDY["study"]["arms"]},
     "fine_seeds": [101],
     "a_a": "lora",
     "controls": {"lora": ["shuffled-labels"]},
