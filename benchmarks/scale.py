@@ -42,7 +42,10 @@ DESCRIPTIONS = {
         "A sweep",
         "Six methods over ranks, learning rates and seeds, and two ladders. A few runs diverge or fail.",
     ),
-    STUDY: ("A study", "The study of `experiments/variants.yaml` with more seeds. Half of the runs are tuning runs."),
+    STUDY: (
+        "A study",
+        "The study `variants-60` with more seeds. Half of the runs are tuning runs.",
+    ),
 }
 STEEPEST = 1.1
 """The power that still counts as linear: one measurement differs from the next by a few percent."""

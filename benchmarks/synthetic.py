@@ -28,7 +28,7 @@ from peftscope.record import RunRecord, parse_record
 from peftscope.report.memory import write_chapter
 from peftscope.spec import RunSpec, run_id
 
-SWEEP, STUDY = "sweep", "variants"
+SWEEP, STUDY = "sweep", "variants-60"
 """The two experiments; the claims' checks read a study of that name."""
 PUBLISHED = Path("results/published")
 STEPS = 60

@@ -51,7 +51,7 @@ def open_page(chromium: str, repository: Path) -> Iterator[Open]:
 
 @pytest.mark.parametrize(
     "path",
-    ["reports/smoke/report.html", "reports/published/quick/report.html", "reports/published/variants/report.html"],
+    ["reports/smoke/report.html", "reports/published/quick/report.html", "reports/published/variants-60/report.html"],
 )
 def test_report_opens_without_errors(path: str, open_page: Open, tmp_path: Path) -> None:
     page = open_page(path)

@@ -124,30 +124,40 @@ def expand_experiment(
     if card is not None:
         show_forecast(experiment, card, brief=brief)
         return
+    from peftscope.hardware.device import detect_device
     from peftscope.models.catalog import find_model
     from peftscope.planning.estimate import estimate_seconds, spoken
     from peftscope.planning.plan import plan_experiment
+    from peftscope.planning.sweep import expand
     from peftscope.training.ceilings import product_rate
 
     plan = plan_experiment(experiment)
+    sweep = expand(experiment, detect_device(), assume_rates=True) if plan.is_study else plan.sweep
     table = Table("run", "method", "trained parameters", "precision", "learning rate", "steps", "estimate", box=None)
     total, finished = 0.0, 0
-    for identity, spec in plan.sweep.runs.items():
+    for identity, spec in sweep.runs.items():
+        chosen = identity in plan.sweep.runs
         done = record_path(identity).is_file()
         seconds = 0.0 if done else estimate_seconds(spec, product_rate)
         total, finished = total + seconds, finished + done
         shape = find_model(spec.model).shape
         parameters = f"{spec.method.trainable_parameters(shape):,}" if shape else "?"
         when = "done" if done else spoken(seconds)
-        rate = f"{spec.learning_rate:g}" if spec.method.trains else "-"
-        table.add_row(identity, spec.method.label, parameters, spec.precision, rate, str(spec.steps), when)
+        rate = ("" if chosen else "about ") + f"{spec.learning_rate:g}" if spec.method.trains else "-"
+        name = identity if chosen else identity.rpartition("-")[0]
+        table.add_row(name, spec.method.label, parameters, spec.precision, rate, str(spec.steps), when)
     console = Console(width=None if sys.stdout.isatty() else 160)
     if not brief:
         console.print(table)
     console.print(
-        f"{experiment}: {len(plan.run_ids)} runs, {finished} done, about {spoken(total)} to go "
-        f"on one {next(iter(plan.sweep.runs.values())).device} worker"
+        f"{experiment}: {len(sweep.runs)} runs, {finished} done, about {spoken(total)} to go "
+        f"on one {next(iter(sweep.runs.values())).device} worker"
     )
+    if plan.is_study:
+        from peftscope.cli.study import describe
+
+        for line in describe(sweep):
+            console.print(line, soft_wrap=True)
 
 
 @app.command()

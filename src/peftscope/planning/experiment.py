@@ -74,6 +74,7 @@ class Study(BaseModel):
         controls: For one arm at its chosen rate: ``a-a`` with other initialisation seeds, ``zero-lr`` at a learning
             rate of 0, ``shuffled-labels`` with each other's responses.
         control_seeds: The seeds that controls run on; null: all.
+        pilot: The study whose A/A pairs say beforehand what the planned pairs can see; null: this one.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -88,6 +89,7 @@ class Study(BaseModel):
     a_a: str | None = None
     controls: dict[str, list[Control]] = {}
     control_seeds: list[CountOrZero] | None = None
+    pilot: str | None = None
 
     @model_validator(mode="after")
     def _arms_match(self) -> Study:

@@ -1,0 +1,45 @@
+"""What `expand` says of a study before it runs: its stages, and what its pairs will be able to see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peftscope.analysis.compare import Difference
+from peftscope.analysis.study import MARGIN, StudyResults
+from peftscope.errors import InputError
+from peftscope.layout import record_path
+from peftscope.planning.experiment import A_A, Study
+from peftscope.planning.stages import runs_by_stage
+from peftscope.planning.sweep import Sweep
+
+
+def describe(sweep: Sweep) -> Iterator[str]:
+    """Yields the stages of a study with their runs, and its power."""
+    study = sweep.experiment.study
+    assert study is not None
+    stages = [
+        f"{stage} {len(runs)} ({sum(record_path(run).is_file() for run in runs)} done)"
+        for stage, runs in runs_by_stage(sweep).items()
+        if runs
+    ]
+    yield f"Stages: {', '.join(stages)}. {len(study.entrants)} arms, {len(study.seeds)} pairs each."
+    yield _power(sweep.name, study)
+
+
+def _power(name: str, study: Study) -> str:
+    """Returns what the planned pairs can see, from the A/A pairs of the pilot."""
+    pilot = study.pilot or name
+    try:
+        results = StudyResults(pilot)
+        pairs = results.difference(results.reference + A_A, results.reference)
+        gain = results.task_gain
+    except InputError as error:
+        return f"Power: not known before the A/A pairs of its pilot: {error.problems[0]}."
+    planned = Difference(0.0, pairs.spread, pairs.tuning_error, len(study.seeds), MARGIN * gain)
+    width, margin = 100 * planned.half_width(0.9) / gain, 100 * MARGIN
+    plan = f"the ±{margin / 2:g} % that a study plans for"
+    enough = f"within {plan}" if planned.is_precise else f"more than {plan}: add pairs"
+    return (
+        f"Power: {pairs.n} A/A pairs of `{pilot}` spread by {pairs.spread:.4f} nats; {len(study.seeds)} pairs then see "
+        f"±{width:.1f} % of the task gain of {gain:.3f} nats (90 %), {enough}. The margin is {margin:g} %."
+    )
