@@ -1,12 +1,14 @@
 """How often the whole rule of a study says something wrong: simulated studies, tuning included.
 
-``python -m benchmarks.error_rates`` writes ``results/published/error-rates.csv``, which docs/statistics.md shows.
+``python -m benchmarks.error_rates`` writes ``results/published/error-rates.csv`` and the table of docs/studies.md.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,6 +26,7 @@ standard deviation of single runs that differ in their seed."""
 CURVATURE = 0.35
 """How much the log of the loss rises with the square of the log of the rate: by half at three times the best rate."""
 COARSE_STEP = 3.0
+PUBLISHED, PAGE = PUBLISHED_RESULTS / "error-rates.csv", Path("docs/studies.md")
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,33 @@ SETTINGS = [
 ]
 
 
+def rendered(table: pd.DataFrame) -> str:
+    """Returns the table of the page as Markdown."""
+    names = ["same", "differs", "beyond the margin", "open"]
+    head = ["pairs", "spread (nats)", "rates", "true difference", *names]
+    lines = ["| " + " | ".join(head) + " |", "|---:" * len(head) + "|"]
+    for row in table.to_dict("records"):
+        first = [
+            f"{row['pairs']}",
+            f"{row['spread']:g}",
+            "tuned" if row["tuned"] else "known",
+            f"{row['difference']:g}",
+        ]
+        lines.append("| " + " | ".join([*first, *(f"{100 * row[name]:.1f}" for name in names)]) + " |")
+    draws, error = table["draws"].iloc[0], 100 * table["standard error"].iloc[0]
+    return "\n".join([*lines, "", f"{draws:,} studies a line; at 5 % the standard error is {error:.1f} points."])
+
+
+def with_table(page: str, table: pd.DataFrame) -> str:
+    """Returns the page with the table between its marks."""
+    return re.sub(r"(<!-- error rates: .* -->\n).*(<!-- end -->)", rf"\1{rendered(table)}\n\2", page, flags=re.DOTALL)
+
+
 def main() -> None:
-    """Writes the error rates of all settings."""
-    path = PUBLISHED_RESULTS / "error-rates.csv"
-    error_rates(SETTINGS, draws=4000).to_csv(path, index=False, float_format="%.4f")
-    print(path)
+    """Writes the error rates of all settings, and the page."""
+    error_rates(SETTINGS, draws=4000).to_csv(PUBLISHED, index=False, float_format="%.4f")
+    PAGE.write_text(with_table(PAGE.read_text(), pd.read_csv(PUBLISHED)))
+    print(PUBLISHED)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
-from benchmarks.error_rates import Setting, error_rates
+from benchmarks.error_rates import PAGE, PUBLISHED, Setting, error_rates, with_table
 from peftscope.analysis.compare import Difference, compare
 
 MARGIN = 1.0
@@ -71,3 +73,8 @@ def test_tuning_makes_the_rule_less_sure_and_no_bolder() -> None:
     tuned = error_rates([Setting(0.0, tuned=True), Setting(1.0, tuned=True), Setting(3.0, tuned=True)], draws=300)
     assert tuned["differs"][0] < 0.2 and tuned["same"][1] < 0.12
     assert tuned["beyond the margin"][2] > 0.9
+
+
+def test_the_page_shows_the_published_rates(repository: Path) -> None:
+    page = (repository / PAGE).read_text()
+    assert page == with_table(page, pd.read_csv(repository / PUBLISHED)) and "| tuned |" in page
