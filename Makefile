@@ -10,7 +10,9 @@ GPUS ?= 1
 
 ifeq ($(PROFILE),default)
 VENV := .venv
-PLACE := --cores $(CORES) --resources gpu=$(GPUS) $(if $(THREADS),--set-threads train=$(THREADS))
+# Runs that share the machine stay within 80 % of the memory that is free.
+FREE := import psutil; print(int(0.8e-6 * psutil.virtual_memory().available))
+PLACE = --cores $(CORES) --resources gpu=$(GPUS) mem_mb=$$($(BIN)/python -c '$(FREE)') $(if $(THREADS),--set-threads train=$(THREADS))
 else
 VENV := .venv-$(PROFILE)
 PLACE := --workflow-profile profiles/$(PROFILE)

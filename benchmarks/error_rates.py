@@ -112,13 +112,9 @@ def rendered(table: pd.DataFrame) -> str:
     head = ["pairs", "spread (nats)", "rates", "true difference", *names]
     lines = ["| " + " | ".join(head) + " |", "|---:" * len(head) + "|"]
     for row in table.to_dict("records"):
-        first = [
-            f"{row['pairs']}",
-            f"{row['spread']:g}",
-            "tuned" if row["tuned"] else "known",
-            f"{row['difference']:g}",
-        ]
-        lines.append("| " + " | ".join([*first, *(f"{100 * row[name]:.1f}" for name in names)]) + " |")
+        rates = "tuned" if row["tuned"] else "known"
+        setting = [str(row["pairs"]), f"{row['spread']:g}", rates, f"{row['difference']:g}"]
+        lines.append("| " + " | ".join([*setting, *(f"{100 * row[name]:.1f}" for name in names)]) + " |")
     draws, error = table["draws"].iloc[0], 100 * table["standard error"].iloc[0]
     return "\n".join([*lines, "", f"{draws:,} studies a line; at 5 % the standard error is {error:.1f} points."])
 
