@@ -133,12 +133,14 @@ def expand_experiment(
 
     plan = plan_experiment(experiment)
     sweep = expand(experiment, detect_device(), assume_rates=True) if plan.is_study else plan.sweep
+    # A study's runs share a processor, one thread each.
+    at_once = (os.cpu_count() or 1) if plan.is_study and detect_device() == "cpu" else 1
     table = Table("run", "method", "trained parameters", "precision", "learning rate", "steps", "estimate", box=None)
     total, finished = 0.0, 0
     for identity, spec in sweep.runs.items():
         chosen = identity in plan.sweep.runs
         done = record_path(identity).is_file()
-        seconds = 0.0 if done else estimate_seconds(spec, product_rate)
+        seconds = 0.0 if done else estimate_seconds(spec, product_rate, one_thread=at_once > 1)
         total, finished = total + seconds, finished + done
         shape = find_model(spec.model).shape
         parameters = f"{spec.method.trainable_parameters(shape):,}" if shape else "?"
@@ -150,8 +152,8 @@ def expand_experiment(
     if not brief:
         console.print(table)
     console.print(
-        f"{experiment}: {len(sweep.runs)} runs, {finished} done, about {spoken(total)} to go "
-        f"on one {next(iter(sweep.runs.values())).device} worker"
+        f"{experiment}: {len(sweep.runs)} runs, {finished} done, about {spoken(total / at_once)} to go "
+        + (f"with {at_once} at once" if at_once > 1 else f"on one {next(iter(sweep.runs.values())).device} worker")
     )
     if plan.is_study:
         from peftscope.cli.study import describe

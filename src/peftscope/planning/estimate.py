@@ -30,6 +30,9 @@ FALLBACK_SECONDS_PER_PARAMETER = 1.5e-7
 """Loading, evaluation and probe."""
 
 
+ONE_THREAD = ("one thread",)
+ONE_THREAD_SLOWER = 1.55
+"""How many times as long as on two threads a step takes on one of two cores, while the other has a run as well."""
 EVALUATION = (
     "validation_items",
     "validation_every",
@@ -51,6 +54,8 @@ def _measured() -> dict[tuple[Any, ...], dict[str, Any]]:
     for record in [*sorted(filter(None, published), key=_has_rate), *filter(None, own)]:
         kind, evaluation = _kind(record["spec"])
         records[kind] = records[kind + evaluation] = record
+        if record.get("provenance", {}).get("threads") == 1:
+            records[ONE_THREAD + kind] = records[ONE_THREAD + kind + evaluation] = record
     return records
 
 
@@ -78,23 +83,31 @@ def measured_runs() -> list[dict[str, Any]]:
     return [record for key, record in _measured().items() if len(key) == 3]
 
 
-def estimate_seconds(spec: RunSpec, rate_of: Callable[[RunSpec], float | None] = lambda spec: None) -> float:
+def estimate_seconds(
+    spec: RunSpec, rate_of: Callable[[RunSpec], float | None] = lambda spec: None, *, one_thread: bool = False
+) -> float:
     """Returns the wall seconds that a run will take, to within a factor of about 1.5.
 
     Args:
         spec: The run.
         rate_of: Returns the rate of a large matrix product on this machine as the run computes it, in operations a
             second; None takes the machine of the record for this one.
+        one_thread: Whether the run has one thread, beside as many others as there are cores. Records of such runs come
+            first; of the others, the computing takes longer.
     """
     work = spec.steps * spec.batch_size * spec.gradient_accumulation
     kind, evaluation = _kind(spec.model_dump(mode="json"))
-    record = _measured().get(kind + evaluation) or _measured().get(kind)
+    records, slower = _measured(), 1.0
+    record = records.get(kind + evaluation) or records.get(kind)
+    if one_thread:
+        own = records.get(ONE_THREAD + kind + evaluation) or records.get(ONE_THREAD + kind)
+        record, slower = (own, 1.0) if own else (record, ONE_THREAD_SLOWER)
     if record:
         seconds, before = record["seconds"], record["spec"]
         scale = work / (before["steps"] * before["batch_size"] * before["gradient_accumulation"])
         computing = scale * seconds["train"] + seconds["evaluate"] + seconds["probe"]
         rest = seconds["wall"] - seconds["train"] - seconds["evaluate"] - seconds["probe"]
-        return float(rest + computing * _slower(record, rate_of(spec)))
+        return float(rest + slower * computing * (1.0 if one_thread else _slower(record, rate_of(spec))))
     try:
         shape = find_model(spec.model).shape
     except InputError:
