@@ -19,7 +19,7 @@ from peftscope.errors import InputError, Problem
 from peftscope.hardware.cards import Gpu, known_card, speed_of
 from peftscope.memory.answer import RESIDENT, peaks_by_formula
 from peftscope.memory.fit import mildest_change
-from peftscope.memory.question import Model, Question
+from peftscope.memory.question import Model, Question, memory_key
 from peftscope.models.catalog import find_model
 from peftscope.models.shapes import ModelShape
 from peftscope.planning.estimate import measured_runs
@@ -170,20 +170,6 @@ class Forecaster:
         seconds += training_flops(spec) / speed + _evaluation_flops(spec, shape) / speed
         seconds += _answers(spec) / spec.eval_batch_size * ANSWER_TOKENS * _token_seconds(spec, shape, speed)
         return seconds + spec.method.initialisation_seconds(shape)
-
-
-_NO_MEMORY = {
-    *("seed", "init_seed", "learning_rate", "shuffled_targets", "steps", "schedule", "warmup_steps", "task"),
-    *("validation_items", "heldout_items", "generation_items", "benchmarks", "benchmark_items", "retention_tokens"),
-    *("untimed_steps", "probe_steps"),
-}
-"""Fields that change nothing in the closed form's memory; the scale alpha is the methods' own one."""
-
-
-def memory_key(spec: RunSpec) -> str:
-    """Returns what runs that take the same memory have in common."""
-    fields = {name: value for name, value in spec.canonical().items() if name not in _NO_MEMORY}
-    return json.dumps({**fields, "method": {**fields["method"], "alpha": None}}, sort_keys=True)
 
 
 def _measured_specs() -> Iterator[tuple[dict[str, Any], RunSpec]]:
