@@ -16,17 +16,17 @@ from transformers import AutoConfig
 
 from peftscope.data.batching import Batch
 from peftscope.files.atomic import write_json
-from peftscope.files.manifest import file_sha256
 from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES, CUBLAS_HOPPER_BYTES, Gpu, known_card
 from peftscope.layout import PREDICTIONS_FOLDER
 from peftscope.memory.allocator import reserved_bytes
-from peftscope.memory.question import library_versions, memory_key
+from peftscope.memory.question import library_versions
 from peftscope.memory.simulate import simulate
 from peftscope.models.catalog import model_folder
 from peftscope.record import PredictedMemory
-from peftscope.spec import RunSpec
+from peftscope.spec import RunSpec, memory_key
 
+PACKAGE = Path(__file__).parents[1]
 ROOMS = ("data", "evaluation", "hardware", "memory", "methods", "models", "training", "spec.py")
 """The parts of this package whose code decides a prediction."""
 
@@ -54,8 +54,8 @@ def predict_or_nothing(spec: RunSpec, widest: Batch | None, widest_heldout: Batc
 def _key(spec: RunSpec, *batches: Batch | None) -> str:
     """Returns a hash of all that a prediction depends on: the run, shapes of batches, model, card and code."""
     shapes = [[(n, v.shape) for n, v in vars(b).items() if torch.is_tensor(v)] if b else None for b in batches]
-    config = file_sha256(model_folder(spec.model, spec.revision) / "config.json")
-    method = file_sha256(Path(inspect.getfile(type(spec.method))))  # which may be of another package
+    config = (model_folder(spec.model, spec.revision) / "config.json").read_bytes()
+    method = Path(inspect.getfile(type(spec.method))).read_bytes()  # which may be of another package
     card = found_card() if spec.device == "cuda" else None
     parts = memory_key(spec), spec.probe_steps, shapes, config, method, card, chosen_way(), _code()
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
@@ -64,9 +64,9 @@ def _key(spec: RunSpec, *batches: Batch | None) -> str:
 @cache
 def _code() -> str:
     """Returns a hash of the libraries' versions and of this package's code."""
-    digest, package = hashlib.sha256(library_versions().encode()), Path(__file__).parents[1]
-    for path in sorted(package.rglob("*.py")):
-        if path.relative_to(package).parts[0] in ROOMS:
+    digest = hashlib.sha256(library_versions().encode())
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.relative_to(PACKAGE).parts[0] in ROOMS:
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

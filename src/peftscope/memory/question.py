@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -292,20 +291,6 @@ def library_versions() -> str:
         with contextlib.suppress(PackageNotFoundError):
             found.append(f"{name} {version(name)}")
     return ", ".join(found)
-
-
-_NO_MEMORY = {
-    *("seed", "init_seed", "learning_rate", "shuffled_targets", "steps", "schedule", "warmup_steps", "task"),
-    *("validation_items", "heldout_items", "generation_items", "benchmarks", "benchmark_items", "retention_tokens"),
-    *("untimed_steps", "probe_steps"),
-}
-"""Fields that change no shape, and so no memory; a method's scale alpha is another."""
-
-
-def memory_key(spec: RunSpec) -> str:
-    """Returns what runs that take the same memory have in common."""
-    fields = {name: value for name, value in spec.canonical().items() if name not in _NO_MEMORY}
-    return json.dumps({**fields, "method": {**fields["method"], "alpha": None}}, sort_keys=True)
 
 
 def _said(fields: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -19,11 +19,11 @@ from peftscope.errors import InputError, Problem
 from peftscope.hardware.cards import Gpu, known_card, speed_of
 from peftscope.memory.answer import RESIDENT, peaks_by_formula
 from peftscope.memory.fit import mildest_change
-from peftscope.memory.question import Model, Question, memory_key
+from peftscope.memory.question import Model, Question
 from peftscope.models.catalog import find_model
 from peftscope.models.shapes import ModelShape
 from peftscope.planning.estimate import measured_runs
-from peftscope.spec import RunSpec
+from peftscope.spec import RunSpec, memory_key
 
 SHARE, SHARE_FOUR_BIT, SHARE_FP32 = 0.3, 0.2, 0.03
 """Of the card's bf16 peak that training reaches, where nothing was measured: guesses; 4-bit weights are dequantised in
