@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from peftscope.errors import GIB
 from peftscope.execution.libraries import without_hub_kernels
-from peftscope.hardware.cards import GIB
 from peftscope.memory.question import ask, describe_model
 
 JOBS: tuple[tuple[str, dict[str, Any]], ...] = (

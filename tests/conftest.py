@@ -64,6 +64,17 @@ def toy(workspace: Path) -> Path:
 
 
 @pytest.fixture
+def unpredicted(toy: Path) -> Path:
+    """The workspace with the toy model, where no memory was predicted before."""
+    import shutil
+
+    from peftscope.layout import PREDICTIONS_FOLDER
+
+    shutil.rmtree(toy / PREDICTIONS_FOLDER, ignore_errors=True)
+    return toy
+
+
+@pytest.fixture
 def make_spec() -> Callable[..., Any]:
     """Specs of short runs on the toy model; keywords override."""
     from peftscope.planning.experiment import Experiment

@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from peftscope.analysis.cards import KINDS
 from peftscope.claims.ledger import read_ledger
+from peftscope.errors import MIB
 from peftscope.gpu import check as gpu_check
 from peftscope.gpu import fits as gpu_fits
 from peftscope.gpu import latency, state
@@ -41,7 +42,7 @@ from peftscope.gpu.model import random_base, random_batch
 from peftscope.gpu.page import write_page
 from peftscope.gpu.state import measure_state
 from peftscope.gpu.steps import speed_of
-from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_HOPPER_BYTES, GPUS, MIB, Gpu
+from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_HOPPER_BYTES, GPUS, Gpu
 from peftscope.memory.probe import track_steps
 from peftscope.memory.question import Model, describe_model
 from peftscope.memory.trace import PHASES

@@ -50,7 +50,7 @@ def run(spec: RunSpec | Mapping[str, Any], folder: str | Path) -> RunRecord:
         OSError: The disk is full, or does not let the run write; ``interrupted.json`` says so where it could.
     """
     began = time.perf_counter()
-    from peftscope.execution.inputs import fetch_inputs, verify_inputs
+    from peftscope.execution.inputs import inputs
     from peftscope.execution.job import check_cards
     from peftscope.files.atomic import write_json
     from peftscope.files.lock import locked
@@ -86,9 +86,12 @@ def run(spec: RunSpec | Mapping[str, Any], folder: str | Path) -> RunRecord:
                 import peftscope.evaluation.benchmarks  # noqa: F401
             if spec.device == "cuda":
                 check_cards(1)
-            fetch_inputs(spec)
+            resources = inputs(spec)
+            for resource in resources:
+                resource.fetch()
             verifying = time.perf_counter()
-            verify_inputs(spec)
+            for resource in resources:
+                resource.verify()
             phases = Phases(spec.device, began)
             phases.mark_imported(time.perf_counter() - verifying)
             try:

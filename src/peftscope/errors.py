@@ -11,6 +11,8 @@ from typing import Any
 LONGEST_PART = 1000
 """The most characters of a message's place, text or remedy, because people may write texts of any length."""
 
+MIB, GIB = 2**20, 2**30
+
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 200
 _REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 12
@@ -61,6 +63,15 @@ class InputError(Exception):
         found = [problems] if isinstance(problems, Problem) else list(problems)
         self.problems = list(dict.fromkeys(found))
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def spoken_bytes(size: float, digits: int = 2) -> str:
+    """Returns bytes as people read them: in GiB with so many digits, or in MiB.
+
+    >>> spoken_bytes(3 * 2**30), spoken_bytes(5 * 2**20), spoken_bytes(-(2**34), 0)
+    ('3.00 GiB', '5.0 MiB', '-16 GiB')
+    """
+    return f"{size / GIB:.{digits}f} GiB" if abs(size) >= GIB / 10 else f"{size / MIB:.1f} MiB"
 
 
 def close_match(word: str, known: Iterable[str]) -> str:

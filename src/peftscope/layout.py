@@ -20,6 +20,9 @@ TASKS_FOLDER = RESOURCES / "tasks"
 BENCHMARKS_FOLDER = RESOURCES / "benchmarks"
 """The folder with the rows of lm-eval's own benchmarks."""
 
+PREDICTIONS_FOLDER = RESOURCES / "predictions"
+"""Predicted memory, with one file for all runs of one code that take the same."""
+
 RESULTS = Path("results")
 RUNS = RESULTS / "runs"
 """The store, with one folder per run. Experiments list the ids of their runs."""

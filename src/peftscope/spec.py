@@ -171,6 +171,20 @@ def run_id(spec: RunSpec) -> str:
     return f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
+_NO_MEMORY = {
+    *("seed", "init_seed", "learning_rate", "shuffled_targets", "steps", "schedule", "warmup_steps", "task"),
+    *("validation_items", "validation_every", "heldout_items", "generation_items", "retention_tokens"),
+    *("benchmarks", "benchmark_items", "untimed_steps", "probe_steps"),
+}
+"""Fields that change no shape, and so no memory; a method's scale alpha is another."""
+
+
+def memory_key(spec: RunSpec) -> str:
+    """Returns what runs that take the same memory have in common."""
+    fields = {name: value for name, value in spec.canonical().items() if name not in _NO_MEMORY}
+    return json.dumps({**fields, "method": {**fields["method"], "alpha": None}}, sort_keys=True)
+
+
 def spec_schema() -> dict[str, Any]:
     """Returns the JSON schema of a spec, which is committed as ``experiments/spec.schema.json``."""
     return RunSpec.model_json_schema()

@@ -12,7 +12,8 @@ import pytest
 from test_memory import TRAINED, answer, letters_of, model_of, small_shape
 
 from peftscope.cli.main import main
-from peftscope.hardware.cards import CONTEXT_BYTES, GIB, MIB, Gpu
+from peftscope.errors import GIB, MIB
+from peftscope.hardware.cards import CONTEXT_BYTES, Gpu
 from peftscope.memory.answer import AGREEMENT_FILE, peaks_by_formula
 from peftscope.memory.fit import ADVICE, Fit, fit_methods
 from peftscope.memory.formula import DIMENSIONS

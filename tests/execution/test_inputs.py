@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from peftscope.errors import InputError
-from peftscope.execution.inputs import verify_inputs
+from peftscope.execution.inputs import inputs
 from peftscope.files.atomic import write_json
 from peftscope.files.manifest import file_sha256, read_manifest
 from peftscope.planning.plan import check_unchanged
+from peftscope.spec import RunSpec
 
 
 @pytest.fixture
@@ -22,6 +23,11 @@ def own(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path / "own")
     Path("experiments").symlink_to(toy / "experiments")
     return Path("resources")
+
+
+def verify(spec: RunSpec) -> None:
+    for resource in inputs(spec):
+        resource.verify()
 
 
 def cut(path: Path) -> None:
@@ -49,24 +55,24 @@ def test_a_damaged_folder_is_quarantined_and_fetched_again(
     own: Path, make_spec, capfd: pytest.CaptureFixture[str], file: str, damage
 ) -> None:
     spec, path = make_spec(), own / file
-    verify_inputs(spec)
+    verify(spec)
     assert capfd.readouterr().err == ""
     before = path.read_bytes()
     damage(path)
     left = path.read_bytes() if path.is_file() else None
-    verify_inputs(spec)
+    verify(spec)
     assert path.read_bytes() == before
     aside = path.parent.with_name(f"{path.parent.name}.damaged")
     # A checksum that was changed is seen at the file that it is of.
     name = "config.json" if (damage, path.name) == (change, "manifest.json") else path.name
     assert f"{name} damaged or missing; the folder was moved to {aside}" in capfd.readouterr().err
     assert (aside / path.name).is_file() == (left is not None)
-    verify_inputs(spec)
+    verify(spec)
     assert capfd.readouterr().err == ""
 
 
 def test_data_that_come_back_different_stop_the_run(own: Path, make_spec) -> None:
-    verify_inputs(make_spec())
+    verify(make_spec())
     train = own / "tasks/two-digit-sums/train.jsonl"
     manifest = train.parent / "manifest.json"
     # As an earlier version of the generator might have made them.
@@ -74,10 +80,10 @@ def test_data_that_come_back_different_stop_the_run(own: Path, make_spec) -> Non
     content = read_manifest(train.parent)
     assert content is not None
     write_json(manifest, content | {"sha256": content["sha256"] | {"train": file_sha256(train)}})
-    verify_inputs(make_spec())
+    verify(make_spec())
     cut(train)
     with pytest.raises(InputError, match=r"train.jsonl is not what it was, so its results would mix"):
-        verify_inputs(make_spec())
+        verify(make_spec())
 
 
 def test_a_damaged_manifest_is_no_changed_source(own: Path, make_spec) -> None:

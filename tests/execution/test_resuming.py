@@ -289,3 +289,27 @@ def test_two_jobs_never_make_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         pass
     with locked(file):
         assert file.read_text() == str(os.getpid())
+
+
+def test_a_lock_is_held_until_the_last_fork_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftscope.files.lock.LOCK_SECONDS", 1)
+    file = tmp_path / "lock"
+    code = f"""
+import os, sys
+from pathlib import Path
+from peftscope.files.lock import locked
+with locked(Path({str(file)!r})):
+    if os.fork():
+        os._exit(0)  # as if it were killed
+    print("forked", flush=True)
+    sys.stdin.read()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "forked\n"
+    process.wait()
+    with pytest.raises(InputError, match=f"process {process.pid} is working on this run"), locked(file):
+        pass
+    process.communicate("")
+    monkeypatch.setattr("peftscope.files.lock.LOCK_SECONDS", 30)
+    with locked(file):
+        pass

@@ -20,10 +20,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-MODULES = 38
+MODULES = 39
 """Modules that a run of LoRA passes through."""
 
-RETURNS = 43
+RETURNS = 46
 """Times that a run comes back to a module where it was before."""
 
 UPWARDS = {
@@ -68,7 +68,7 @@ def rooms(repository: Path) -> dict[str, int]:
 
 
 def test_a_run_goes_down_and_seldom_comes_back(
-    toy: Path, make_spec: Callable[..., Any], repository: Path, tmp_path: Path
+    unpredicted: Path, make_spec: Callable[..., Any], repository: Path, tmp_path: Path
 ) -> None:
     spec = make_spec(method="lora", steps=2)
     command = [sys.executable, __file__, json.dumps(spec.canonical()), str(tmp_path / "run")]

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_memory import answer, model_of
 
-from peftscope.errors import InputError
-from peftscope.hardware.cards import GIB, GPUS, MIB, find_gpu
+from peftscope.errors import GIB, MIB, InputError
+from peftscope.hardware.cards import GPUS, find_gpu
 from peftscope.memory import allocator as books
 from peftscope.memory.allocator import reserved_bytes
 from peftscope.memory.fit import fit_methods, known_methods, options_of_method

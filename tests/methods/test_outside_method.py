@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from peftscope.errors import spoken_bytes
 from peftscope.layout import record_path
-from peftscope.memory.show import spoken_bytes
 from peftscope.models.catalog import find_model
 
 VERA = '''

@@ -11,7 +11,6 @@ import torch
 
 from peftscope.errors import InputError
 from peftscope.methods.loftq import FloatWeights
-from peftscope.models import fetch
 from peftscope.models.catalog import find_model, model_folder
 from peftscope.models.fetch import fetch_model
 from peftscope.training.load import load_base, load_tokenizer
@@ -35,7 +34,7 @@ def test_an_interrupted_fetch_leaves_nothing_behind(write_experiment, monkeypatc
     def broken(path: Path, content: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fetch, "write_json", broken)
+    monkeypatch.setattr("peftscope.files.resource.write_json", broken)
     with pytest.raises(KeyboardInterrupt):
         fetch_model("toy")
     assert list(Path("resources/models").iterdir()) == []

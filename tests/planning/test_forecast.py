@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from peftscope.cli.forecast import card_of
 from peftscope.cli.main import app
-from peftscope.hardware.cards import GIB, find_gpu
+from peftscope.errors import GIB
+from peftscope.hardware.cards import find_gpu
 from peftscope.planning.forecast import SHARE, Forecaster, training_flops
 from peftscope.planning.sweep import expand
 from peftscope.record import RunRecord, Seconds, write_record

@@ -19,6 +19,7 @@ from peftscope.errors import InputError
 from peftscope.execution.merge import find_run, merge_run
 from peftscope.execution.phases import Phases
 from peftscope.execution.run import execute
+from peftscope.layout import PREDICTIONS_FOLDER
 from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.record import RunRecord, read_record
 from peftscope.spec import RunSpec, run_id
@@ -102,7 +103,7 @@ def test_learning_rate_zero_changes_nothing(toy: Path, make_spec, tmp_path: Path
 
 
 @pytest.mark.parametrize("method", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
-def test_two_runs_of_one_spec_are_identical(method: str, toy: Path, make_spec, tmp_path: Path) -> None:
+def test_two_runs_of_one_spec_are_identical(method: str, unpredicted: Path, make_spec, tmp_path: Path) -> None:
     outcomes = []
     for hash_seed in ("1", "2"):
         folder = tmp_path / hash_seed
@@ -111,7 +112,9 @@ def test_two_runs_of_one_spec_are_identical(method: str, toy: Path, make_spec, t
         record = read_record(folder / "record.json")
         files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((folder / "adapter").iterdir())}
         items = (folder / "items.jsonl").read_text()
-        outcomes.append((record.train_nll, record.quality, record.size, record.method_metrics, files, items))
+        known = (record.memory.predicted, record.size, record.method_metrics)
+        outcomes.append((record.train_nll, record.quality, *known, files, items))
+        assert len(list((unpredicted / PREDICTIONS_FOLDER).iterdir())) == 1  # the second run reads it
     assert outcomes[0] == outcomes[1]
 
 
@@ -143,7 +146,7 @@ def test_failure_is_a_status_and_the_job_goes_on(toy: Path, make_spec, tmp_path:
 
 
 def test_what_cannot_be_simulated_is_trained_all_the_same(
-    toy: Path, make_spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unpredicted: Path, make_spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:
         raise NotImplementedError("no shape without data")

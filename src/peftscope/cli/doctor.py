@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from peftscope.errors import GIB, spoken_bytes
 from peftscope.hardware.bf16 import VARIABLE, Way, chosen_way, has_native_bf16
 from peftscope.hardware.device import gpu_names
 
@@ -36,13 +37,13 @@ def examine() -> list[Finding]:
 
     cards = gpu_names()
     usable = torch.cuda.is_available()
-    free = shutil.disk_usage(Path()).free / 2**30
-    memory = psutil.virtual_memory().total / 2**30
+    free, memory = shutil.disk_usage(Path()).free, psutil.virtual_memory().total
+    room = free > 5 * GIB
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
     reachable = not offline and _reachable()
     token = bool(os.environ.get("HF_TOKEN")) or (Path.home() / ".cache/huggingface/token").is_file()
     return [
-        Finding("processor", True, f"{psutil.cpu_count()} cores, {memory:.0f} GiB of memory"),
+        Finding("processor", True, f"{psutil.cpu_count()} cores, {spoken_bytes(memory, 0)} of memory"),
         Finding(
             "CUDA",
             usable or not cards,
@@ -64,7 +65,7 @@ def examine() -> list[Finding]:
             "found" if token else "none",
             "" if token or not reachable else "only for gated models: hf auth login",
         ),
-        Finding("disk", free > 5, f"{free:.0f} GiB free", "" if free > 5 else "quick needs about 5 GiB"),
+        Finding("disk", room, f"{spoken_bytes(free, 0)} free", "" if room else "quick needs about 5 GiB"),
     ]
 
 

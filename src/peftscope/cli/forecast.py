@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from peftscope.errors import InputError, Problem
+from peftscope.errors import GIB, InputError, Problem, spoken_bytes
 from peftscope.layout import record_path
 
 if TYPE_CHECKING:
     from peftscope.hardware.cards import Gpu
     from peftscope.planning.forecast import Forecast
-
-GIB = 2**30
 
 
 def card_of(experiment: str, wish: str | None) -> Gpu | None:
@@ -61,12 +59,12 @@ def show_forecast(experiment: str, gpu: Gpu, *, brief: bool) -> None:
     console.print(_by_method(forecasts) if brief else _by_run(forecasts))
     hours = sum(f.seconds for f in forecasts)
     console.print(
-        f"{experiment} on {gpu.name} ({gpu.memory_bytes / GIB:.1f} GiB): {len(forecasts) + done} runs, {done} done, "
+        f"{experiment} on {gpu.name} ({spoken_bytes(gpu.memory_bytes, 1)}): {len(forecasts) + done} runs, {done} done, "
         f"about {spoken(hours)} of GPU to go, {_peaks(forecasts)}.",
         soft_wrap=True,
     )
     console.print(
-        f"Disk: {_gib(disk_bytes({f.run_id: f.spec for f in forecasts}))} for downloads and results.",
+        f"Disk: {spoken_bytes(disk_bytes({f.run_id: f.spec for f in forecasts}), 1)} for downloads and results.",
         soft_wrap=True,
     )
     missing = [f for f in forecasts if f.fits is False]
@@ -106,7 +104,7 @@ def _by_method(forecasts: Sequence[Forecast]) -> Table:
     for f in forecasts:
         groups.setdefault(_name(f), []).append(f)
     for name, group in groups.items():
-        peak = "?" if all(f.unknown for f in group) else _gib(_largest(group)).removesuffix(" GiB")
+        peak = "?" if all(f.unknown for f in group) else f"{_largest(group) / GIB:.1f}"
         table.add_row(name, str(len(group)), spoken(sum(f.seconds for f in group)), peak, _verdict(group))
     return table
 
@@ -122,19 +120,15 @@ def _verdict(group: Sequence[Forecast]) -> str:
         unknown = ", ".join(dict.fromkeys(f.unknown for f in group if f.unknown))
         return f"not known: {unknown}" if unknown else "fits"
     which = "" if len(small) == len(group) else f" for {len(small)}"
-    return f"does not fit{which} (needs {_gib(_largest(small))})"
+    return f"does not fit{which} (needs {spoken_bytes(_largest(small), 1)})"
 
 
 def _peaks(forecasts: Sequence[Forecast]) -> str:
     """Returns what is known of the runs' peaks, and of how many nothing is."""
     unknown = sum(bool(f.unknown) for f in forecasts)
-    said = [] if forecasts and unknown == len(forecasts) else [f"peak at most {_gib(_largest(forecasts))}"]
+    said = [] if forecasts and unknown == len(forecasts) else [f"peak at most {spoken_bytes(_largest(forecasts), 1)}"]
     return ", ".join([*said, f"peak not known of {unknown} (`peftscope memory` simulates it)"] if unknown else said)
 
 
 def _largest(forecasts: Sequence[Forecast]) -> int:
     return max((f.peak_device_bytes or 0 for f in forecasts), default=0)
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"

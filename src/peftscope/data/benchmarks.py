@@ -5,11 +5,8 @@ lm-eval decides how a benchmark asks and scores. Only the source of its rows is 
 
 from __future__ import annotations
 
-import hashlib
 import re
-import shutil
-import tempfile
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,9 +15,9 @@ from typing import Any
 import yaml
 
 from peftscope.errors import InputError, Problem, close_match
-from peftscope.files.atomic import write_json
 from peftscope.files.content import BENCHMARK_PATTERN
 from peftscope.files.hub import load_rows
+from peftscope.files.resource import Resource
 from peftscope.layout import BENCHMARKS_FOLDER
 
 SPLIT_FIELDS = ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -80,38 +77,36 @@ def make_benchmark(name: str) -> Path:
     Raises:
         InputError: lm-eval does not know the benchmark, or its data cannot be fetched.
     """
-    folder = benchmark_folder(name)
-    if (folder / "manifest.json").is_file():
-        return folder
+    return benchmark_resource(name).fetch()
+
+
+def benchmark_resource(name: str) -> Resource:
+    """Returns the folder of a benchmark's rows, fetched or not."""
+    return Resource(benchmark_folder(name), partial(_fill, name), ".parquet")
+
+
+def _fill(name: str, target: Path) -> dict[str, Any]:
+    """Fetches a benchmark's rows into a folder, and returns their source."""
     file = find_benchmark(name)
     config = _config(file)
     splits = sorted({config[field] for field in SPLIT_FIELDS if config.get(field)})
     if not splits or "dataset_path" not in config:
         raise InputError(Problem(f"benchmark {name}", "its data do not come from a hub", "choose another one"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as temporary:
-        target = Path(temporary) / "benchmark"
-        target.mkdir()
-        facts, items = {}, {}
-        revision = (config.get("dataset_kwargs") or {}).get("revision")
-        for split in splits:
-            found = load_rows(config["dataset_path"], config.get("dataset_name"), split, revision)
-            found.rows.to_parquet(target / f"{split}.parquet")
-            facts, items[split] = found.facts, len(found.rows)
-        manifest = {
-            "name": name,
-            "lm_eval": version("lm_eval"),
-            "file": file.relative_to(lm_eval_tasks()).as_posix(),
-            "dataset": config["dataset_path"],
-            "config": config.get("dataset_name"),
-            **facts,
-            "items": items,
-            "sha256": {s: hashlib.sha256((target / f"{s}.parquet").read_bytes()).hexdigest() for s in splits},
-        }
-        write_json(target / "manifest.json", manifest)
-        shutil.rmtree(folder, ignore_errors=True)
-        target.rename(folder)
-    return folder
+    facts, items = {}, {}
+    revision = (config.get("dataset_kwargs") or {}).get("revision")
+    for split in splits:
+        found = load_rows(config["dataset_path"], config.get("dataset_name"), split, revision)
+        found.rows.to_parquet(target / f"{split}.parquet")
+        facts, items[split] = found.facts, len(found.rows)
+    return {
+        "name": name,
+        "lm_eval": version("lm_eval"),
+        "file": file.relative_to(lm_eval_tasks()).as_posix(),
+        "dataset": config["dataset_path"],
+        "config": config.get("dataset_name"),
+        **facts,
+        "items": items,
+    }
 
 
 def write_task_file(name: str, folder: Path) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shutil
 import string
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peftscope.data.scoring import lm_eval_file, read_scoring
 from peftscope.errors import InputError, Problem, close_match, shown
-from peftscope.files.atomic import write_json
 from peftscope.files.content import REVISION_PATTERN, Count, CountOrZero, HubId, Name, check_characters, read_yaml
 from peftscope.files.hub import load_rows, tell_if_moved
 from peftscope.files.manifest import read_manifest
 from peftscope.files.problems import dotted, problems_of
+from peftscope.files.resource import Resource
 from peftscope.layout import TASKS_FILE, TASKS_FOLDER, shipped
 
 USUAL_TOKENS = 64
@@ -188,12 +186,21 @@ def make_task(name: str) -> Path:
         InputError: The source cannot be read, or a split would be empty.
     """
     entry = find_task(name)
-    folder = task_folder(name)
-    if (folder / "manifest.json").is_file():
-        if isinstance(entry.source, HubDataSource):
-            manifest = read_manifest(folder) or {}
-            tell_if_moved(manifest, entry.source.dataset, entry.source.revision, "dataset", folder)
-        return folder
+    resource = task_resource(name)
+    if resource.is_there() and isinstance(entry.source, HubDataSource):
+        manifest = read_manifest(resource.folder) or {}
+        tell_if_moved(manifest, entry.source.dataset, entry.source.revision, "dataset", resource.folder)
+    return resource.fetch()
+
+
+def task_resource(name: str) -> Resource:
+    """Returns the folder of a task's splits, made or not."""
+    return Resource(task_folder(name), partial(_fill, name), ".jsonl")
+
+
+def _fill(name: str, target: Path) -> dict[str, Any]:
+    """Writes a task's splits into a folder, and returns where they are from and how many items they have."""
+    entry = find_task(name)
     pool: dict[str, Item] = {}
     read = 0
     facts: dict[str, str] = {}
@@ -214,26 +221,17 @@ def make_task(name: str) -> Path:
         raise InputError(
             Problem(f"task {name}", f"{len(pool)} different prompts leave {', '.join(empty)} empty", "use more items")
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as temporary:
-        target = Path(temporary) / "task"
-        target.mkdir()
-        for split, items in splits.items():
-            lines = [json.dumps({"prompt": i.prompt, "response": i.response}, ensure_ascii=False) for i in items]
-            (target / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-        manifest = {
-            "name": name,
-            "source": entry.source.model_dump(mode="json"),
-            "licence": entry.licence,
-            **facts,
-            "items": {split: len(items) for split, items in splits.items()},
-            "duplicates_dropped": read - len(pool),
-            "sha256": {s: hashlib.sha256((target / f"{s}.jsonl").read_bytes()).hexdigest() for s in SPLITS},
-        }
-        write_json(target / "manifest.json", manifest)
-        shutil.rmtree(folder, ignore_errors=True)
-        target.rename(folder)
-    return folder
+    for split, items in splits.items():
+        lines = [json.dumps({"prompt": i.prompt, "response": i.response}, ensure_ascii=False) for i in items]
+        (target / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return {
+        "name": name,
+        "source": entry.source.model_dump(mode="json"),
+        "licence": entry.licence,
+        **facts,
+        "items": {split: len(items) for split, items in splits.items()},
+        "duplicates_dropped": read - len(pool),
+    }
 
 
 def read_split(name: str, split: str) -> list[Item]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from peftscope.errors import InputError, Problem
-from peftscope.execution.inputs import verify_inputs
+from peftscope.execution.inputs import inputs
 from peftscope.execution.process import host_kills, seconds_since_process_start, survive_child
 from peftscope.execution.ranks import fork_ranks, rank_folder
 from peftscope.files.atomic import write_json
@@ -82,7 +82,8 @@ class Job:
                 errors.print(said, soft_wrap=True)
                 return
             verifying = time.perf_counter()
-            verify_inputs(self.spec)
+            for resource in inputs(self.spec):
+                resource.verify()
             verified_seconds = time.perf_counter() - verifying
             with cards_claimed(self.spec.shards if self.spec.device == "cuda" else 0):
                 self._survive()

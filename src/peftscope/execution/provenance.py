@@ -17,6 +17,7 @@ import torch
 
 from peftscope.data.benchmarks import benchmark_folder
 from peftscope.data.tasks import task_folder
+from peftscope.errors import spoken_bytes
 from peftscope.evaluation.retention import PROSE_SHA256
 from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.device import processor_name
@@ -102,7 +103,7 @@ def _card(index: int) -> dict[str, Any]:
     """Returns a card's state before the run uses it; a line says so if something else does."""
     others = other_processes(find_card(pci_address(index)))
     for other in others or []:
-        used = "unknown memory" if other["used_bytes"] is None else f"{other['used_bytes'] / 2**30:.1f} GiB"
+        used = "unknown memory" if other["used_bytes"] is None else spoken_bytes(other["used_bytes"], 1)
         print(f"process {other['pid']} uses the card as well ({used}): times and peaks include it", file=sys.stderr)
     return {"at_start": card_reading(index), "other_processes": others, "allocator_settings": allocator_settings()}
 

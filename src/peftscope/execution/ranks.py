@@ -12,6 +12,8 @@ from pathlib import Path
 from peftscope.execution.process import die_with_parent
 from peftscope.record import state_folder
 
+# torch.distributed.run cannot replace this. It ends all workers when one fails, before another can say that memory ran
+# out; it signals each, not the first, so that they stop after different steps; and workers of a killed agent live on.
 SETTLE_SECONDS = 2
 """When one process fails, others fail because they miss it. All of them get this long before they are judged."""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from peftscope.errors import InputError, Problem
 
@@ -17,7 +17,7 @@ LOCK_SECONDS = 30
 
 @contextmanager
 def locked(file: Path, does: str = "is working on this run", seconds: int | None = None) -> Iterator[None]:
-    """Holds the lock of a file inside this context. The system releases it if the process dies.
+    """Holds the lock of a file inside this context. The system releases it if the process and its forks die.
 
     Args:
         file: The lock file. It is created, with its folder, if needed.
@@ -28,18 +28,18 @@ def locked(file: Path, does: str = "is working on this run", seconds: int | None
         InputError: Another process holds it.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a+") as handle:
-        for _ in range(LOCK_SECONDS if seconds is None else seconds):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                time.sleep(1)
-        else:
-            handle.seek(0)
-            message = f"process {handle.read().strip() or '?'} {does}"
-            raise InputError(Problem(str(file), message, "wait for it, or stop it"))
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
+    # filelock closes its descriptor in a forked process. A copy stays open there: the lock outlives a killed parent.
+    copies: list[int] = []
+    wait = LOCK_SECONDS if seconds is None else seconds
+    lock = FileLock(file, timeout=wait, poll_interval=0.5, on_acquired=lambda held: copies.append(os.dup(held)))
+    try:
+        lock.acquire()
+    except Timeout:
+        message = f"process {file.read_text().strip() or '?'} {does}"
+        raise InputError(Problem(str(file), message, "wait for it, or stop it")) from None
+    try:
+        file.write_text(str(os.getpid()))
         yield
+    finally:
+        lock.release()
+        os.close(copies[0])

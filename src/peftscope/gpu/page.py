@@ -9,10 +9,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from peftscope.analysis.cards import CARD_FILE, KINDS, read_facts, read_rows
-from peftscope.errors import InputError
+from peftscope.errors import InputError, spoken_bytes
 
 MEMORY = ("allocated", "reserved", "device")
-GIB, GIGA, TERA, MILLI = 2**30, 1e9, 1e12, 1e-3
+GIGA, TERA, MILLI = 1e9, 1e12, 1e-3
 
 CAPTIONS = {
     "fits": "Does it fit? Runs that are held to a smaller card's memory, the context taken off",
@@ -43,7 +43,7 @@ def write_page(output: Path, jobs: Sequence[tuple[str, str]]) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"gib": _gib, "shown": _shown, "percent": _percent}
+    environment.filters |= {"gib": _spoken_bytes, "shown": _shown, "percent": _percent}
     errors = [abs(row["allocated_error_percent"]) for row in _compared(rows)]
     text = environment.get_template("report.html.j2").render(
         facts=facts,
@@ -107,7 +107,7 @@ def _state(facts: dict[str, Any]) -> dict[str, str]:
     """Returns what is known of the card, in words; what it does not tell is left out."""
     ceilings = facts["ceilings"]
     state = {
-        "memory": _gib(facts["memory_bytes"]),
+        "memory": _spoken_bytes(facts["memory_bytes"]),
         f"matrix product ({ceilings['dtype']})": f"{ceilings['matmul_flops_per_second'] / TERA:,.4g} TFLOP/s",
         "copy": f"{ceilings['copy_bytes_per_second'] / GIGA:,.4g} GB/s",
     }
@@ -145,14 +145,14 @@ def _table(kind: str, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 def _peak_cells(row: dict[str, Any], known: list[str]) -> dict[str, str]:
     cells = {}
     for name in known:
-        cells[f"{name}: predicted"] = _gib(row.get(f"predicted_{name}_bytes"))
-        cells[f"{name}: measured"] = _gib(row.get(f"measured_{name}_bytes"))
+        cells[f"{name}: predicted"] = _spoken_bytes(row.get(f"predicted_{name}_bytes"))
+        cells[f"{name}: measured"] = _spoken_bytes(row.get(f"measured_{name}_bytes"))
         cells[f"{name}: error"] = _percent(row.get(f"{name}_error_percent"))
     return cells
 
 
 def _fit_cells(row: dict[str, Any]) -> dict[str, str]:
-    return {"held to": f"{row['limit']}, {_gib(row['capacity_bytes'])}"}
+    return {"held to": f"{row['limit']}, {_spoken_bytes(row['capacity_bytes'])}"}
 
 
 def _latency_cells(row: dict[str, Any]) -> dict[str, str]:
@@ -198,11 +198,8 @@ def _outcome(row: dict[str, Any]) -> str:
     return text + (f", with {others} other processes on the card" if others else "")
 
 
-def _gib(size: int | None) -> str:
-    """Returns bytes as people read them."""
-    if size is None:
-        return "-"
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:.2f} MiB"
+def _spoken_bytes(size: int | None) -> str:
+    return "-" if size is None else spoken_bytes(size)
 
 
 def _percent(value: float | None) -> str:

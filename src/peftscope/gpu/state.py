@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from peftscope.errors import spoken_bytes
 from peftscope.hardware import nvml
 from peftscope.hardware.cards import Gpu
 from peftscope.hardware.device import processor_name
@@ -48,6 +49,6 @@ def other_processes(device: str) -> list[dict[str, int | None]]:
     """Returns who else computes on the card, and says so on standard error: times and peaks include them."""
     found = nvml.other_processes(nvml.find_card(pci_address())) if device == "cuda" else None
     for other in found or []:
-        used = "unknown memory" if other["used_bytes"] is None else f"{other['used_bytes'] / 2**30:.1f} GiB"
+        used = "unknown memory" if other["used_bytes"] is None else spoken_bytes(other["used_bytes"], 1)
         print(f"process {other['pid']} uses the card as well ({used}): times and peaks include it", file=sys.stderr)
     return found or []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import random
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from peftscope.errors import InputError, Problem
+from peftscope.files.lock import locked
 
 Device = Literal["cpu", "cuda"]
 
@@ -100,13 +100,10 @@ def cards_claimed(count: int, folder: Path | None = None) -> Iterator[list[str]]
 
 
 def _claim(file: Path, claims: ExitStack) -> bool:
-    handle = file.open("w")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.close()
+        claims.enter_context(locked(file, seconds=0))
+    except InputError:
         return False
-    claims.callback(handle.close)
     return True
 
 

@@ -2,31 +2,73 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import traceback
+from contextlib import suppress
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig
 
 from peftscope.data.batching import Batch
+from peftscope.files.atomic import write_json
+from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES, CUBLAS_HOPPER_BYTES, Gpu, known_card
+from peftscope.layout import PREDICTIONS_FOLDER
 from peftscope.memory.allocator import reserved_bytes
+from peftscope.memory.question import library_versions
 from peftscope.memory.simulate import simulate
 from peftscope.models.catalog import model_folder
 from peftscope.record import PredictedMemory
-from peftscope.spec import RunSpec
+from peftscope.spec import RunSpec, memory_key
+
+PACKAGE = Path(__file__).parents[1]
+ROOMS = ("data", "evaluation", "hardware", "memory", "methods", "models", "training", "spec.py")
+"""The parts of this package whose code decides a prediction."""
 
 
 def predict_or_nothing(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> PredictedMemory:
-    """Returns the predicted peaks, or none: a model that cannot be simulated can still be trained."""
+    """Returns the predicted peaks, or none: a model that cannot be simulated can still be trained.
+
+    Runs that take the same memory are simulated once: neither a seed nor a learning rate changes a shape.
+    """
     if why_not_simulated(spec):
         return PredictedMemory()
     try:
-        return predict(spec, widest, widest_heldout)
+        file = PREDICTIONS_FOLDER / f"{_key(spec, widest, widest_heldout)}.json"
+        with suppress(OSError, ValueError):  # there is none yet, or it is damaged
+            return PredictedMemory.model_validate_json(file.read_bytes())
+        predicted = predict(spec, widest, widest_heldout)
+        with suppress(OSError):
+            write_json(file, predicted.model_dump())
+        return predicted
     except Exception:
         traceback.print_exc()
         return PredictedMemory()
+
+
+def _key(spec: RunSpec, *batches: Batch | None) -> str:
+    """Returns a hash of all that a prediction depends on: the run, shapes of batches, model, card and code."""
+    shapes = [[(n, v.shape) for n, v in vars(b).items() if torch.is_tensor(v)] if b else None for b in batches]
+    config = (model_folder(spec.model, spec.revision) / "config.json").read_bytes()
+    method = Path(inspect.getfile(type(spec.method))).read_bytes()  # which may be of another package
+    card = found_card() if spec.device == "cuda" else None
+    parts = memory_key(spec), spec.probe_steps, shapes, config, method, card, chosen_way(), _code()
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+@cache
+def _code() -> str:
+    """Returns a hash of the libraries' versions and of this package's code."""
+    digest = hashlib.sha256(library_versions().encode())
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.relative_to(PACKAGE).parts[0] in ROOMS:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def why_not_simulated(spec: RunSpec) -> str:

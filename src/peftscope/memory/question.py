@@ -12,10 +12,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from peftscope.errors import InputError, Problem, close_match, shown
+from peftscope.errors import MIB, InputError, Problem, close_match, shown
 from peftscope.files.content import parse_json, read_text
 from peftscope.files.hub import mirrored
-from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES, MIB, Gpu
+from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES, Gpu
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
 from peftscope.models.presets import PRESETS

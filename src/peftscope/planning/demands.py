@@ -6,16 +6,16 @@ import math
 from typing import Any
 
 from peftscope.data.tasks import item_tokens
+from peftscope.errors import GIB
 from peftscope.memory.answer import peaks_by_formula
 from peftscope.memory.question import Model, Question
 from peftscope.methods import METHODS
 from peftscope.models.catalog import find_model
 from peftscope.planning.estimate import estimate_seconds
-from peftscope.planning.forecast import memory_key
 from peftscope.planning.plan import Workflow
-from peftscope.spec import RunSpec
+from peftscope.spec import RunSpec, memory_key
 
-PROCESS_BYTES = 2 * 2**30
+PROCESS_BYTES = 2 * GIB
 """A process that has imported torch, transformers and lm-eval, reads its data and writes its checkpoint."""
 MARGIN = 1.25
 """Of the tensors' peak: allocators keep freed memory, and generation has a cache."""
@@ -24,7 +24,7 @@ LONGEST = 4
 SLOWER = 3
 """How much longer than estimated a job may take before it is stopped; it then goes on where it was."""
 SHORTEST_MINUTES = 20
-UNKNOWN_BYTES = 64 * 2**30
+UNKNOWN_BYTES = 64 * GIB
 """Of a model whose shape is not known before it is fetched."""
 
 

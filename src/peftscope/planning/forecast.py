@@ -23,7 +23,7 @@ from peftscope.memory.question import Model, Question
 from peftscope.models.catalog import find_model
 from peftscope.models.shapes import ModelShape
 from peftscope.planning.estimate import measured_runs
-from peftscope.spec import RunSpec
+from peftscope.spec import RunSpec, memory_key
 
 SHARE, SHARE_FOUR_BIT, SHARE_FP32 = 0.3, 0.2, 0.03
 """Of the card's bf16 peak that training reaches, where nothing was measured: guesses; 4-bit weights are dequantised in
@@ -172,28 +172,6 @@ class Forecaster:
         return seconds + spec.method.initialisation_seconds(shape)
 
 
-_NO_MEMORY = {
-    *("seed", "init_seed", "learning_rate", "shuffled_targets", "steps", "schedule", "warmup_steps", "task"),
-    *(
-        "validation_items",
-        "validation_every",
-        "heldout_items",
-        "generation_items",
-        "benchmarks",
-        "benchmark_items",
-        "retention_tokens",
-    ),
-    *("untimed_steps", "probe_steps"),
-}
-"""Fields that change nothing in the closed form's memory; the scale alpha is the methods' own one."""
-
-
-def memory_key(spec: RunSpec) -> str:
-    """Returns what runs that take the same memory have in common."""
-    fields = {name: value for name, value in spec.canonical().items() if name not in _NO_MEMORY}
-    return json.dumps({**fields, "method": {**fields["method"], "alpha": None}}, sort_keys=True)
-
-
 def _measured_specs() -> Iterator[tuple[dict[str, Any], RunSpec]]:
     """Yields the measured runs that trained, with their specs; records of older specs are left out."""
     for record in measured_runs():
@@ -228,9 +206,8 @@ def training_flops(spec: RunSpec) -> float:
 def _evaluation_flops(spec: RunSpec, shape: ModelShape) -> float:
     length = min(spec.seq_len, item_tokens(spec.task))
     validations = 1 + (spec.steps - 1) // spec.validation_every if spec.validation_every else 1
-    tokens = (
-        validations * spec.validation_items + spec.heldout_items + spec.generation_items
-    ) * length + 2 * spec.retention_tokens
+    scored = validations * spec.validation_items + spec.heldout_items + spec.generation_items
+    tokens = scored * length + 2 * spec.retention_tokens
     items = spec.benchmark_items or BENCHMARK_ITEMS
     tokens += sum(
         items * (BENCHMARK_TOKENS if name in GENERATING else CHOICES * CHOICE_TOKENS) for name in spec.benchmarks

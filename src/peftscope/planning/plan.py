@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from peftscope.data.benchmarks import benchmark_folder, find_benchmark
 from peftscope.data.tasks import JsonlSource, find_task, task_folder
-from peftscope.errors import InputError, Problem, close_match, shown
+from peftscope.errors import GIB, InputError, Problem, close_match, shown, spoken_bytes
 from peftscope.files.hub import mirrored
 from peftscope.files.manifest import read_manifest
 from peftscope.files.storage import STORAGE_REMEDIES
@@ -30,7 +30,7 @@ from peftscope.planning.sweep import Sweep, expand
 from peftscope.spec import RunSpec
 
 DEFAULT_EXPERIMENT = "quick"
-SPARE_BYTES = 1 << 30
+SPARE_BYTES = GIB
 MOST_THREADS = 1024
 STUDY_FILES = [
     "figures/tuning.png",
@@ -380,5 +380,5 @@ def check_disk(runs: dict[str, RunSpec], free_bytes: int | None = None) -> list[
     free = shutil.disk_usage(Path()).free if free_bytes is None else free_bytes
     if free >= needed:
         return []
-    message = f"{free / 2**30:.1f} GiB are free, downloads and results need about {needed / 2**30:.1f} GiB"
+    message = f"{spoken_bytes(free, 1)} are free, downloads and results need about {spoken_bytes(needed, 1)}"
     return [Problem("disk", message, "free some space, or run fewer full fine-tuning runs at once")]

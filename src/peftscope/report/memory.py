@@ -9,7 +9,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from peftscope.hardware.cards import GIB, find_gpu
+from peftscope.errors import GIB
+from peftscope.hardware.cards import find_gpu
 from peftscope.layout import MEMORY_FOLDER
 from peftscope.memory.trace import KINDS
 from peftscope.methods import METHODS

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from peftscope.analysis.collect import read_runs
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
-from peftscope.errors import InputError
+from peftscope.errors import InputError, spoken_bytes
 from peftscope.layout import MEMORY_FOLDER, record_path, report_path, results_folder
 from peftscope.memory.grid import CENTRE, CHAPTER_RUN, MODEL
 from peftscope.planning.estimate import spoken
@@ -141,7 +141,7 @@ def _facts(runs: pd.DataFrame) -> list[tuple[str, str]]:
         ("Adapter dtype", values("adapter_dtype") if "adapter_dtype" in runs else "-"),
         ("Processor", f"{values('cpu')}; cores: {values('cores')}; threads: {values('threads')}"),
         ("Products of bf16 matrices", values("bf16_products")),
-        ("Memory", f"{memory.iloc[0] / 2**30:.0f} GiB" if len(memory) else "-"),
+        ("Memory", spoken_bytes(memory.iloc[0], 0) if len(memory) else "-"),
         ("GPU", values("gpu")),
         ("torch", values("torch")),
         ("Commit", values("git_commit")),

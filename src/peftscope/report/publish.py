@@ -14,7 +14,7 @@ import pandas as pd
 
 from peftscope.analysis.cards import CARD_FILE, is_of_card
 from peftscope.analysis.collect import collect_experiment, read_runs
-from peftscope.errors import InputError, Problem
+from peftscope.errors import InputError, Problem, spoken_bytes
 from peftscope.files.atomic import write_json
 from peftscope.layout import (
     CLAIMS_PAGE,
@@ -220,7 +220,7 @@ def _update_readme(experiment: str, results: Path) -> None:
         f"![Quality against memory](results/published/{experiment}/figures/pareto.png)\n\n"
         + (results / "tables" / "methods.md").read_text()
         + f"\n{len(runs)} runs on {first['model']}, made on {first['cpu']}, {first['cores']:g} cores, "
-        f"{first['host_memory_bytes'] / 2**30:.0f} GiB, {first['gpu'] if pd.notna(first['gpu']) else 'no GPU'}, "
+        f"{spoken_bytes(first['host_memory_bytes'], 0)}, {first['gpu'] if pd.notna(first['gpu']) else 'no GPU'}, "
         f"torch {first['torch']}, in {work} of work.\n"
     )
     before, _, rest = text.partition(begin)

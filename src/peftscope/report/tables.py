@@ -13,11 +13,11 @@ from great_tables import html as as_label
 
 from peftscope.analysis.collect import read_runs
 from peftscope.analysis.stats import Interval, mean_interval
+from peftscope.errors import MIB
 from peftscope.layout import results_folder
 from peftscope.methods import METHODS
 from peftscope.spec import RunSpec
 
-MIB = 2**20
 MOST_SETTINGS, MOST_RUNS = 60, 500
 """The most rows of the tables for people. The CSV files have all rows."""
 MOST_VARIANTS = 20

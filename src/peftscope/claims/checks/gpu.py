@@ -15,8 +15,9 @@ from typing import Any, Literal
 from peftscope.analysis.cards import PUBLISHED, Card, label_of, read_cards
 from peftscope.analysis.stats import median_ratio_interval
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
+from peftscope.errors import GIB
 
-GB, GIB = 10**9, 2**30
+GB = 10**9
 MODEL = "llama-2-7b"
 
 Run = dict[str, Any]

@@ -5,11 +5,10 @@ Checks use the float weights of a fetched model. bitsandbytes quantises them to 
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -241,24 +240,27 @@ def _peft_start(weight: torch.Tensor, rank: int, alpha: float, iterations: int) 
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=["0"], init_lora_weights="loftq", loftq_config=quantised
     )
-    with _peft_loftq_on_cpu():
+    with _on_processor():
         layer = get_peft_model(torch.nn.Sequential(linear), config).base_model.model[0]
     return layer.get_base_layer().weight.detach() + layer.get_delta_weight("default").detach()
 
 
-@contextmanager
-def _peft_loftq_on_cpu() -> Iterator[None]:
-    """Lets PEFT's LoftQ run without an accelerator by replacing the ``cuda`` in its source with ``cpu``."""
-    from peft.tuners.lora import layer
-    from peft.utils import loftq_utils
+def _on_processor() -> AbstractContextManager[Any]:
+    """Returns a context in which what is sent to an accelerator stays on the processor. PEFT's LoftQ asks for one."""
+    import torch
+    from torch.overrides import TorchFunctionMode
 
-    namespace = dict(vars(loftq_utils))
-    exec(inspect.getsource(loftq_utils.loftq_init).replace('"cuda"', '"cpu"'), namespace)
-    original, layer.loftq_init = layer.loftq_init, namespace["loftq_init"]
-    try:
-        yield
-    finally:
-        layer.loftq_init = original
+    def on_processor(value: Any) -> Any:
+        return "cpu" if isinstance(value, str | torch.device) else value
+
+    class OnProcessor(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.Tensor.to:
+                args = [on_processor(value) for value in args]
+                kwargs = {name: on_processor(value) for name, value in (kwargs or {}).items()}
+            return function(*args, **(kwargs or {}))
+
+    return OnProcessor()
 
 
 def _qpissa(weight: torch.Tensor, rank: int, iterations: int) -> torch.Tensor:

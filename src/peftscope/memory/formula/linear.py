@@ -30,8 +30,8 @@ LINEAR_BLOCK = 64
 """Weights that share one block constant in bitsandbytes' 4-bit storage; 256 such constants share one in turn."""
 
 
-class Linears:
-    """A model's weights on a tape, and its linear layers with whatever adapter they have.
+class TapedModel:
+    """A model with its weights on a tape, and what its operations ask about it.
 
     Attributes:
         tape: What runs is written there.
@@ -62,217 +62,227 @@ class Linears:
                 self.tape.trace.born(Block(cublas_bytes, "kernel workspace", term="cuBLAS workspace"))
         self.past: Any = None  # of prefix tuning: its keys and values
         self.cache: list[Shaped] = []  # and what transformers' cache keeps as long as its output lives
-        self._make_weights()
+        _make_weights(self)
 
-    def _make_weights(self) -> None:
-        """Makes what stays: the base's weights, then the adapter's."""
-        shape, other = self.shape, self.other
-        self._weight("embed_tokens", ("V", "h"), other)
-        for index in range(shape.num_layers):
-            for layer in shape.block:
-                self._linear_weight(self._path(index, layer.name), layer)
-            for name in self._norms():
-                self._weight(f"layers.{index}.{name}", ("h",), other)
-        self._weight("norm", ("h",), other)
-        if not shape.tied_embeddings:
-            self._weight("lm_head", ("V", "h"), other)
-        for index in range(shape.num_layers):
-            for layer in shape.block:
-                if layer.name in self.targets:
-                    self._adapter_weights(self._path(index, layer.name), layer)
-        if self.prompt:
-            self._adapter("prompt_encoder", ("v", "h"), 4)
-        elif self.prefix:
-            self._adapter("prompt_encoder", ("v", "L", "k", "2"), 4)
 
-    def _norms(self) -> tuple[str, ...]:
-        around = ("input_layernorm", "post_attention_layernorm")
-        inside = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-        return around + inside if self.shape.family == "gemma2" else around
+def _make_weights(model: TapedModel) -> None:
+    """Makes what stays: the base's weights, then the adapter's."""
+    shape, other = model.shape, model.other
+    _weight(model, "embed_tokens", ("V", "h"), other)
+    for index in range(shape.num_layers):
+        for layer in shape.block:
+            _linear_weight(model, _path(index, layer.name), layer)
+        for name in _norms(model):
+            _weight(model, f"layers.{index}.{name}", ("h",), other)
+    _weight(model, "norm", ("h",), other)
+    if not shape.tied_embeddings:
+        _weight(model, "lm_head", ("V", "h"), other)
+    for index in range(shape.num_layers):
+        for layer in shape.block:
+            if layer.name in model.targets:
+                _adapter_weights(model, _path(index, layer.name), layer)
+    if model.prompt:
+        _adapter(model, "prompt_encoder", ("v", "h"), 4)
+    elif model.prefix:
+        _adapter(model, "prompt_encoder", ("v", "L", "k", "2"), 4)
 
-    @staticmethod
-    def _path(index: int, layer: str) -> str:
-        part = "mlp" if layer in ("gate_proj", "up_proj", "gate_up_proj", "down_proj") else "self_attn"
-        return f"layers.{index}.{part}.{layer}"
 
-    def _weight(self, name: str, dims: Dims, width: float) -> None:
-        self.weights[name] = self.tape.parameter(name, dims, width, "weights", _last(name), trained=self.full)
+def _norms(model: TapedModel) -> tuple[str, ...]:
+    around = ("input_layernorm", "post_attention_layernorm")
+    inside = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+    return around + inside if model.shape.family == "gemma2" else around
 
-    def _adapter(self, name: str, dims: Dims, width: float) -> None:
-        self.weights[name] = self.tape.parameter(name, dims, width, "adapters", _last(name), trained=True)
 
-    def _linear_weight(self, path: str, layer: LinearLayer) -> None:
-        inputs, outputs = LINEAR_DIMS[layer.name]
-        if not self.quantization:
-            self._weight(path, (outputs, inputs), self.width)
-        else:
-            nested = self.quantization.double_quant
-            parts = {"4-bit weights": 0.5, "block constants": (1 if nested else 4) / LINEAR_BLOCK}
-            if nested:
-                parts["constants of block constants"] = 4 / LINEAR_BLOCK / 256
-            for term, width in parts.items():
-                self.weights[f"{path}.{term}"] = self.tape.parameter(
-                    path, (outputs, inputs), width, "quantised weights", term, trained=False
-                )
-        if layer.bias:
-            self._weight(f"{path}.bias", (outputs,), self.other)
+def _path(index: int, layer: str) -> str:
+    part = "mlp" if layer in ("gate_proj", "up_proj", "gate_up_proj", "down_proj") else "self_attn"
+    return f"layers.{index}.{part}.{layer}"
 
-    def _adapter_weights(self, path: str, layer: LinearLayer) -> None:
-        inputs, outputs = LINEAR_DIMS[layer.name]
-        width = self.adapter_width
-        if self.form.layer == "rescaled":
-            self._adapter(f"{path}.ia3_l", (inputs if self.method.rescales_input(layer.name) else outputs,), width)
-            return
-        self._adapter(f"{path}.lora_A", ("r", inputs), width)
-        self._adapter(f"{path}.lora_B", (outputs, "r"), width)
-        if self.form.layer == "triplets":
-            self._adapter(f"{path}.lora_E", ("r",), width)
-        if self.form.layer == "decomposed":
-            self._adapter(f"{path}.magnitude", (outputs,), width)
 
-    def _linear(self, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
-        """Stands for a linear layer with whatever adapter it has."""
-        self.tape.module = path
-        if layer.name not in self.targets:
-            return self._base_linear(path, layer, x)
-        return {
-            "low-rank": self._lora_linear,
-            "triplets": self._adalora_linear,
-            "decomposed": self._dora_linear,
-            "rescaled": self._ia3_linear,
-        }[self.form.layer](path, layer, x)
+def _weight(model: TapedModel, name: str, dims: Dims, width: float) -> None:
+    model.weights[name] = model.tape.parameter(name, dims, width, "weights", _last(name), trained=model.full)
 
-    def _base_linear(self, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
-        """Stands for ``torch.nn.Linear``, or ``bitsandbytes.nn.Linear4bit``."""
-        tape, (inputs, outputs) = self.tape, LINEAR_DIMS[layer.name]
-        dims = (*x.dims[:-1], outputs)
-        if not self.quantization:
-            return tape.matmul(x, self.weights[path], dims, f"output of {layer.name}")
-        compute = WIDTHS[self.quantization.compute_dtype]
-        nested = self.quantization.double_quant
 
-        def backward(grads: list[Any], _: Sequence[Any]) -> Gradients:
-            constants = tape.new((outputs, inputs), 4 / LINEAR_BLOCK, term="dequantised constants") if nested else None
-            weight = tape.new((outputs, inputs), 2, term="dequantised weights of one layer")
-            del constants
-            if compute == 4:
-                weight = tape.new((outputs, inputs), 4, term="dequantised weights of one layer")
-            result = tape.new(x_dims, compute)
-            del weight
-            return [result]
+def _adapter(model: TapedModel, name: str, dims: Dims, width: float) -> None:
+    model.weights[name] = model.tape.parameter(name, dims, width, "adapters", _last(name), trained=True)
 
-        x_dims = x.dims
-        output = tape.op([tape.cast(x, compute)], dims, compute, backward, term=f"output of {layer.name}")
-        if self.on_cuda:
-            size, formula = tape.measure((outputs, inputs), 2)
-            tape.trace.pass_by(Block(size, "kernel workspace", path, "dequantised weights of one layer", formula))
-        return tape.cast(output, x.width)
 
-    def _lora_path(self, path: str, x: Shaped, outputs: str) -> Shaped:
-        """Stands for ``lora_B(lora_A(dropout(x)))``."""
-        return self._low_rank(path, self._dropped(x), outputs)
+def _linear_weight(model: TapedModel, path: str, layer: LinearLayer) -> None:
+    inputs, outputs = LINEAR_DIMS[layer.name]
+    if not model.quantization:
+        _weight(model, path, (outputs, inputs), model.width)
+    else:
+        nested = model.quantization.double_quant
+        parts = {"4-bit weights": 0.5, "block constants": (1 if nested else 4) / LINEAR_BLOCK}
+        if nested:
+            parts["constants of block constants"] = 4 / LINEAR_BLOCK / 256
+        for term, width in parts.items():
+            model.weights[f"{path}.{term}"] = model.tape.parameter(
+                path, (outputs, inputs), width, "quantised weights", term, trained=False
+            )
+    if layer.bias:
+        _weight(model, f"{path}.bias", (outputs,), model.other)
 
-    def _low_rank(self, path: str, x: Shaped, outputs: str) -> Shaped:
-        tape = self.tape
-        down = tape.matmul(x, self.weights[f"{path}.lora_A"], (*x.dims[:-1], "r"), "output of A")
-        return tape.matmul(down, self.weights[f"{path}.lora_B"], (*x.dims[:-1], outputs), "output of B")
 
-    def _drops(self) -> bool:
-        return bool(self.values.get("dropout")) and self.tape.training
+def _adapter_weights(model: TapedModel, path: str, layer: LinearLayer) -> None:
+    inputs, outputs = LINEAR_DIMS[layer.name]
+    width = model.adapter_width
+    if model.form.layer == "rescaled":
+        _adapter(model, f"{path}.ia3_l", (inputs if model.method.rescales_input(layer.name) else outputs,), width)
+        return
+    _adapter(model, f"{path}.lora_A", ("r", inputs), width)
+    _adapter(model, f"{path}.lora_B", (outputs, "r"), width)
+    if model.form.layer == "triplets":
+        _adapter(model, f"{path}.lora_E", ("r",), width)
+    if model.form.layer == "decomposed":
+        _adapter(model, f"{path}.magnitude", (outputs,), width)
 
-    def _dropped(self, x: Shaped) -> Shaped:
-        """Stands for ``torch.nn.Dropout``: CUDA keeps one byte an element for the backward pass, a CPU the factors."""
-        if not self._drops():
-            return x
-        mask = self.tape.new(x.dims, 1 if self.on_cuda else x.width, term="dropout mask")
-        return self.tape.multiply(x, mask, "input of A after dropout")
 
-    def _adapter_input(self, x: Shaped) -> Shaped:
-        """Stands for PEFT's ``_cast_input_dtype``: every adapted layer makes a copy of its own."""
-        return self.tape.cast(
-            x, self.adapter_width, "copy of the input of each adapted layer in the adapter's precision"
-        )
+def linear(model: TapedModel, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
+    """Stands for a linear layer with whatever adapter it has."""
+    model.tape.module = path
+    if layer.name not in model.targets:
+        return _base_linear(model, path, layer, x)
+    return _ADAPTED[model.form.layer](model, path, layer, x)
 
-    def _lora_linear(self, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
-        """Stands for ``peft.tuners.lora``: ``layer.Linear`` or ``bnb.Linear4bit``."""
-        tape, outputs = self.tape, LINEAR_DIMS[layer.name][1]
-        result = self._base_linear(path, layer, x)
-        before = result.width
-        if self.quantization:
-            result = tape.scale(result)  # the clone; its gradient passes through
-            x = self._adapter_input(x)
-            update = tape.scale(self._lora_path(path, x, outputs))
-            update = tape.cast(update, before)
-            return tape.add(result, update)
-        x = self._adapter_input(x)
-        result = tape.add(result, tape.scale(self._lora_path(path, x, outputs)))
-        return tape.cast(result, before)
 
-    def _dora_linear(self, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
-        """Stands for ``peft.tuners.lora.dora.DoraLinearLayer``."""
-        tape, (inputs, outputs) = self.tape, LINEAR_DIMS[layer.name]
-        result = self._base_linear(path, layer, x)
-        before = result.width
-        x = self._adapter_input(x)  # lives on in PEFT's frame beside what dropout makes of it
-        dropped = self._dropped(x)
-        result = tape.add(result, self._dora_update(path, dropped, result, inputs, outputs))
-        return tape.cast(result, before)
+def _base_linear(model: TapedModel, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
+    """Stands for ``torch.nn.Linear``, or ``bitsandbytes.nn.Linear4bit``."""
+    tape, (inputs, outputs) = model.tape, LINEAR_DIMS[layer.name]
+    dims = (*x.dims[:-1], outputs)
+    if not model.quantization:
+        return tape.matmul(x, model.weights[path], dims, f"output of {layer.name}")
+    compute = WIDTHS[model.quantization.compute_dtype]
+    nested = model.quantization.double_quant
 
-    def _dora_update(self, path: str, x: Shaped, result: Shaped, inputs: str, outputs: str) -> Shaped:
-        tape, weight = self.tape, self.weights[path]
-        a, b = self.weights[f"{path}.lora_A"], self.weights[f"{path}.lora_B"]
-        identity = tape.new((inputs, inputs), self.adapter_width, term="identity matrix of DoRA")
-        down = tape.matmul(identity, a, (inputs, "r"))
-        product = tape.matmul(down, b, (inputs, outputs), "B·A of DoRA")
-        del identity, down  # the tape still holds them, if there is a backward pass to come
-        product = tape.cast(product, x.width)
-        wide = tape.new((outputs, inputs), x.width, term="weight in the adapter's precision (DoRA)")
-        if weight.width == x.width:
-            wide = weight
-        scaled = tape.new((outputs, inputs), x.width, term="temporary of DoRA's norm")
-        total = tape.new((outputs, inputs), x.width, term="temporary of DoRA's norm")
-        del scaled
-        norm = tape.new((outputs,), x.width)
-        del total
-        magnitude = self.weights[f"{path}.magnitude"]
-        ratio = tape.op([magnitude], (outputs,), magnitude.width, None, (norm,))
-        update = self._low_rank(path, x, outputs)
-        if self._drops():  # the base's output was for the input before dropout
-            result = tape.matmul(x, wide, (*x.dims[:-1], outputs), "output of the base after dropout (DoRA)")
-        change = tape.op([ratio], (outputs,), ratio.width)
-        kept = tape.multiply(change, result)
-        added = tape.scale(tape.multiply(ratio, update))
-        del product, wide
-        return tape.add(kept, added)
+    def backward(grads: list[Any], _: Sequence[Any]) -> Gradients:
+        constants = tape.new((outputs, inputs), 4 / LINEAR_BLOCK, term="dequantised constants") if nested else None
+        weight = tape.new((outputs, inputs), 2, term="dequantised weights of one layer")
+        del constants
+        if compute == 4:
+            weight = tape.new((outputs, inputs), 4, term="dequantised weights of one layer")
+        result = tape.new(x_dims, compute)
+        del weight
+        return [result]
 
-    def _adalora_linear(self, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
-        """Stands for ``peft.tuners.adalora.layer.SVDLinear``."""
-        tape, outputs = self.tape, LINEAR_DIMS[layer.name][1]
-        result = self._base_linear(path, layer, x)
-        x = self._adapter_input(x)
-        x = self._dropped(x)
-        triplets = tape.multiply(self.weights[f"{path}.lora_A"], self.weights[f"{path}.lora_E"])
-        down = tape.matmul(x, triplets, (*x.dims[:-1], "r"), "output of A")
-        update = tape.matmul(down, self.weights[f"{path}.lora_B"], (*x.dims[:-1], outputs), "output of B")
-        update = tape.scale(tape.cast(update, 4))
-        ranks = tape.new(("1",), 4)
-        update = tape.op([update], update.dims, update.width, None, (ranks,))  # divided by the number of ranks
-        # In place: the sum stays in the block of the base's output.
-        tape.record([result, update], [result], lambda grads, _: [grads[0], grads[0]])
-        return result
+    x_dims = x.dims
+    output = tape.op([tape.cast(x, compute)], dims, compute, backward, term=f"output of {layer.name}")
+    if model.on_cuda:
+        size, formula = tape.measure((outputs, inputs), 2)
+        tape.trace.pass_by(Block(size, "kernel workspace", path, "dequantised weights of one layer", formula))
+    return tape.cast(output, x.width)
 
-    def _ia3_linear(self, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
-        """Stands for ``peft.tuners.ia3.layer.Linear``."""
-        tape, before = self.tape, x.width
-        scaling = tape.scale(self.weights[f"{path}.ia3_l"])
-        if self.method.rescales_input(layer.name):
-            x = self._adapter_input(x)
-            rescaled = tape.cast(tape.multiply(x, scaling, "rescaled input"), before)
-            return self._base_linear(path, layer, rescaled)
-        result = self._base_linear(path, layer, x)
-        before = result.width
-        return tape.cast(tape.multiply(result, scaling, "rescaled output"), before)
+
+def _low_rank(model: TapedModel, path: str, x: Shaped, outputs: str) -> Shaped:
+    """Stands for ``lora_B(lora_A(x))``."""
+    tape = model.tape
+    down = tape.matmul(x, model.weights[f"{path}.lora_A"], (*x.dims[:-1], "r"), "output of A")
+    return tape.matmul(down, model.weights[f"{path}.lora_B"], (*x.dims[:-1], outputs), "output of B")
+
+
+def _drops(model: TapedModel) -> bool:
+    return bool(model.values.get("dropout")) and model.tape.training
+
+
+def _dropped(model: TapedModel, x: Shaped) -> Shaped:
+    """Stands for ``torch.nn.Dropout``: CUDA keeps one byte an element for the backward pass, a CPU the factors."""
+    if not _drops(model):
+        return x
+    mask = model.tape.new(x.dims, 1 if model.on_cuda else x.width, term="dropout mask")
+    return model.tape.multiply(x, mask, "input of A after dropout")
+
+
+def _adapter_input(model: TapedModel, x: Shaped) -> Shaped:
+    """Stands for PEFT's ``_cast_input_dtype``: every adapted layer makes a copy of its own."""
+    return model.tape.cast(x, model.adapter_width, "copy of the input of each adapted layer in the adapter's precision")
+
+
+def _lora_linear(model: TapedModel, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
+    """Stands for ``peft.tuners.lora``: ``layer.Linear`` or ``bnb.Linear4bit``."""
+    tape, outputs = model.tape, LINEAR_DIMS[layer.name][1]
+    result = _base_linear(model, path, layer, x)
+    before = result.width
+    if model.quantization:
+        result = tape.scale(result)  # the clone; its gradient passes through
+        x = _adapter_input(model, x)
+        update = tape.scale(_low_rank(model, path, _dropped(model, x), outputs))
+        update = tape.cast(update, before)
+        return tape.add(result, update)
+    x = _adapter_input(model, x)
+    result = tape.add(result, tape.scale(_low_rank(model, path, _dropped(model, x), outputs)))
+    return tape.cast(result, before)
+
+
+def _dora_linear(model: TapedModel, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
+    """Stands for ``peft.tuners.lora.dora.DoraLinearLayer``."""
+    tape, (inputs, outputs) = model.tape, LINEAR_DIMS[layer.name]
+    result = _base_linear(model, path, layer, x)
+    before = result.width
+    x = _adapter_input(model, x)  # lives on in PEFT's frame beside what dropout makes of it
+    dropped = _dropped(model, x)
+    result = tape.add(result, _dora_update(model, path, dropped, result, inputs, outputs))
+    return tape.cast(result, before)
+
+
+def _dora_update(model: TapedModel, path: str, x: Shaped, result: Shaped, inputs: str, outputs: str) -> Shaped:
+    tape, weight = model.tape, model.weights[path]
+    a, b = model.weights[f"{path}.lora_A"], model.weights[f"{path}.lora_B"]
+    identity = tape.new((inputs, inputs), model.adapter_width, term="identity matrix of DoRA")
+    down = tape.matmul(identity, a, (inputs, "r"))
+    product = tape.matmul(down, b, (inputs, outputs), "B·A of DoRA")
+    del identity, down  # the tape still holds them, if there is a backward pass to come
+    product = tape.cast(product, x.width)
+    wide = tape.new((outputs, inputs), x.width, term="weight in the adapter's precision (DoRA)")
+    if weight.width == x.width:
+        wide = weight
+    scaled = tape.new((outputs, inputs), x.width, term="temporary of DoRA's norm")
+    total = tape.new((outputs, inputs), x.width, term="temporary of DoRA's norm")
+    del scaled
+    norm = tape.new((outputs,), x.width)
+    del total
+    magnitude = model.weights[f"{path}.magnitude"]
+    ratio = tape.op([magnitude], (outputs,), magnitude.width, None, (norm,))
+    update = _low_rank(model, path, x, outputs)
+    if _drops(model):  # the base's output was for the input before dropout
+        result = tape.matmul(x, wide, (*x.dims[:-1], outputs), "output of the base after dropout (DoRA)")
+    change = tape.op([ratio], (outputs,), ratio.width)
+    kept = tape.multiply(change, result)
+    added = tape.scale(tape.multiply(ratio, update))
+    del product, wide
+    return tape.add(kept, added)
+
+
+def _adalora_linear(model: TapedModel, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
+    """Stands for ``peft.tuners.adalora.layer.SVDLinear``."""
+    tape, outputs = model.tape, LINEAR_DIMS[layer.name][1]
+    result = _base_linear(model, path, layer, x)
+    x = _adapter_input(model, x)
+    x = _dropped(model, x)
+    triplets = tape.multiply(model.weights[f"{path}.lora_A"], model.weights[f"{path}.lora_E"])
+    down = tape.matmul(x, triplets, (*x.dims[:-1], "r"), "output of A")
+    update = tape.matmul(down, model.weights[f"{path}.lora_B"], (*x.dims[:-1], outputs), "output of B")
+    update = tape.scale(tape.cast(update, 4))
+    ranks = tape.new(("1",), 4)
+    update = tape.op([update], update.dims, update.width, None, (ranks,))  # divided by the number of ranks
+    # In place: the sum stays in the block of the base's output.
+    tape.record([result, update], [result], lambda grads, _: [grads[0], grads[0]])
+    return result
+
+
+def _ia3_linear(model: TapedModel, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
+    """Stands for ``peft.tuners.ia3.layer.Linear``."""
+    tape, before = model.tape, x.width
+    scaling = tape.scale(model.weights[f"{path}.ia3_l"])
+    if model.method.rescales_input(layer.name):
+        x = _adapter_input(model, x)
+        rescaled = tape.cast(tape.multiply(x, scaling, "rescaled input"), before)
+        return _base_linear(model, path, layer, rescaled)
+    result = _base_linear(model, path, layer, x)
+    before = result.width
+    return tape.cast(tape.multiply(result, scaling, "rescaled output"), before)
 
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+_ADAPTED = {"low-rank": _lora_linear, "triplets": _adalora_linear, "decomposed": _dora_linear, "rescaled": _ia3_linear}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 from peftscope.memory.allocator import reserved_bytes
-from peftscope.memory.formula.decoder import Decoder
+from peftscope.memory.formula.decoder import run_decoder, run_head
+from peftscope.memory.formula.linear import TapedModel
 from peftscope.memory.formula.terms import OPTIMIZER_COPY, evaluation_sizes, sizes_of
 from peftscope.memory.tape import Shaped, bytes_of, factors
 from peftscope.memory.trace import Trace
@@ -35,7 +37,7 @@ def trace_training(spec: RunSpec, shape: ModelShape, responses: int, cublas_byte
         cublas_bytes: Size of cuBLAS's workspace; above 0 the trace also has what kernels take inside on CUDA.
     """
     with without_collector():
-        return _Step(spec, shape, sizes_of(spec, shape, responses), cublas_bytes).train()
+        return _train(TapedModel(spec, shape, sizes_of(spec, shape, responses), cublas_bytes))
 
 
 class TrainingTraces:
@@ -92,7 +94,7 @@ def _operations(spec: RunSpec) -> str:
 def trace_evaluation(spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0) -> Trace:
     """Returns the trace of the held-out loss on ``spec.eval_batch_size`` sequences of ``spec.seq_len`` tokens."""
     with without_collector():
-        return _Step(spec, shape, evaluation_sizes(spec, shape, responses), cublas_bytes).evaluate()
+        return _evaluate(TapedModel(spec, shape, evaluation_sizes(spec, shape, responses), cublas_bytes))
 
 
 @contextmanager
@@ -107,124 +109,125 @@ def without_collector() -> Iterator[None]:
             gc.enable()
 
 
-class _Step(Decoder):
-    """A model, and what happens to it in a step."""
+def _loss(model: TapedModel, logits: Shaped) -> Shaped:
+    """Stands for ``ForCausalLMLoss``: logits in 32 bits, then log-softmax and negative log likelihood."""
+    tape = model.tape
+    tape.module = "loss"
+    wide = tape.cast(logits, 4, "logits in 32 bits")
+    logs = tape.with_saved_output([wide], ("N", "V"), 4, "log-softmax of the logits")
+    loss = tape.scale(tape.op([logs], (), 4, None, (logs,)))
+    if not model.form.orthogonality_term:
+        return loss
+    # Its gradients come first in the backward pass, and wait until those of the model come.
+    tape.module = ""
+    matrices = [w for name, w in model.weights.items() if name.endswith(("lora_A", "lora_B"))]
+    return tape.op([loss, *(tape.op([w, w], ("r", "r"), 4, None, (w,)) for w in matrices)], (), 4)
 
-    def _loss(self, logits: Shaped) -> Shaped:
-        """Stands for ``ForCausalLMLoss``: logits in 32 bits, then log-softmax and negative log likelihood."""
-        tape = self.tape
-        tape.module = "loss"
-        wide = tape.cast(logits, 4, "logits in 32 bits")
-        logs = self._with_saved_output([wide], ("N", "V"), 4, "log-softmax of the logits")
-        loss = tape.scale(tape.op([logs], (), 4, None, (logs,)))
-        if not self.form.orthogonality_term:
-            return loss
-        # Its gradients come first in the backward pass, and wait until those of the model come.
-        tape.module = ""
-        matrices = [w for name, w in self.weights.items() if name.endswith(("lora_A", "lora_B"))]
-        return tape.op([loss, *(tape.op([w, w], ("r", "r"), 4, None, (w,)) for w in matrices)], (), 4)
 
-    def train(self) -> Trace:
-        """Returns the trace of two steps: optimizer states appear in the first, the second is the steady one."""
-        tape, spec = self.tape, self.spec
-        batch = [tape.new(("T",), 8, "temporaries", "batch") for _ in range(3)]
-        trained = [w for w in self.weights.values() if w.node is not None]
-        masked = spec.packing or spec.loss_path == "hf" or not self.method.mask_free_attention
-        masked = (masked and spec.attention != "flash_attention_2") or spec.attention == "eager"
-        start = len(tape.trace.events)
-        held: Shaped | None = None
-        for _ in range(spec.gradient_accumulation):
-            tape.trace.begin("forward")
-            before, self.cache = self.cache, []  # the last outputs, with their cache, live until there are new ones
-            hidden = self._backbone(masked=masked)
-            logits = self._logits(hidden, kept=spec.loss_path == "response_only")
-            loss = self._loss(logits)
-            held = logits if spec.loss_path == "hf" else None
-            before.clear()
-            tape.casts.clear()
-            if held is None or self.shape.family not in RETURNS_CACHE:
-                self.cache.clear()
-            del hidden, logits
-            tape.trace.begin("backward")
-            tape.backward(loss)
-            del loss
-        tape.trace.begin("optimizer")
-        tape.module = ""
-        states = self._states_of(trained)
-        self._optimize(trained)
-        for weight in trained:
-            weight.node.grad = None
-        del held
-        self.cache.clear()
-        tape.trace.begin("")
-        tape.trace.name_open_blocks()
-        tape.trace.repeat(start, {state.storage.index for state in states})
-        del batch
-        return tape.trace
-
-    def _states_of(self, trained: list[Shaped]) -> list[Shaped]:
-        """Returns what the first optimizer step makes and keeps."""
-        states: list[Shaped] = []
-        if self.spec.optimizer != "sgd":
-            for weight in trained:
-                states += self._moments(weight)
-        scores = range(self.form.scores)
-        return states + [self._state(w, w.width, "importance scores of AdaLoRA") for w in trained for _ in scores]
-
-    def _optimize(self, trained: list[Shaped]) -> None:
-        """Stands for what ``optimizer.step`` takes for itself; bitsandbytes and fused implementations take nothing."""
-        tape, spec = self.tape, self.spec
-        if spec.optimizer not in ("adamw", "sgd") or (spec.optimizer == "sgd" and not spec.weight_decay):
-            return
-        groups, apart = [trained], self.form.own_group
-        if apart:
-            groups = [[w for w in trained if (apart in w.node.name) == second] for second in (False, True)]
-        for group in groups:
-            shapes = [(weight.dims, weight.width) for weight in group]
-            if spec.optimizer_implementation == "foreach":
-                copies = [tape.new(*shape, "temporaries", OPTIMIZER_COPY) for shape in shapes]
-                copies.clear()
-            elif spec.optimizer_implementation == "single":
-                for shape in shapes:
-                    copies = [tape.new(*shape, "temporaries", OPTIMIZER_COPY) for _ in range(2)]
-                    copies.clear()
-
-    def _moments(self, weight: Shaped) -> list[Shaped]:
-        values = 1
-        for name in weight.dims:
-            values *= self.sizes[name]
-        optimizer = self.spec.optimizer
-        paged = optimizer.startswith("paged") and values >= PAGED_FROM_VALUES
-        if optimizer.endswith("8bit") and values >= LARGE_STATE:
-            widths = [1.0, 1.0, 4 / STATE_BLOCK, 4 / STATE_BLOCK]
-        else:
-            widths = [float(weight.width)] * 2 if optimizer == "adamw" else [4.0] * 2
-        states = [self._state(weight, width, "first and second moments") for width in widths]
-        for state in states[:2]:
-            state.storage.block.paged = paged
-        return states
-
-    def _state(self, weight: Shaped, width: float, term: str) -> Shaped:
-        state = self.tape.new(weight.dims, width, "optimizer states", term)
-        state.storage.block.module = weight.node.name
-        return state
-
-    def evaluate(self) -> Trace:
-        """Returns the trace of the held-out loss on one batch."""
-        tape = self.tape
-        tape.training = False
-        for weight in self.weights.values():
-            weight.node = None
-        tape.trace.begin("evaluate")
-        hidden = self._backbone(masked=self.spec.attention != "flash_attention_2")
-        logits = self._logits(hidden, kept=True)
-        del hidden
+def _train(model: TapedModel) -> Trace:
+    """Returns the trace of two steps: optimizer states appear in the first, the second is the steady one."""
+    tape, spec = model.tape, model.spec
+    batch = [tape.new(("T",), 8, "temporaries", "batch") for _ in range(3)]
+    trained = [w for w in model.weights.values() if w.node is not None]
+    masked = spec.packing or spec.loss_path == "hf" or not model.method.mask_free_attention
+    masked = (masked and spec.attention != "flash_attention_2") or spec.attention == "eager"
+    start = len(tape.trace.events)
+    held: Shaped | None = None
+    for _ in range(spec.gradient_accumulation):
+        tape.trace.begin("forward")
+        before, model.cache = model.cache, []  # the last outputs, with their cache, live until there are new ones
+        hidden = run_decoder(model, masked=masked)
+        logits = run_head(model, hidden, kept=spec.loss_path == "response_only")
+        loss = _loss(model, logits)
+        held = logits if spec.loss_path == "hf" else None
+        before.clear()
         tape.casts.clear()
-        self.cache.clear()
-        tape.module = "loss"
-        wide = tape.cast(logits, 4, "logits in 32 bits")
-        logs = tape.new(("N", "V"), 4, term="log-softmax of the logits")
-        del logits, wide, logs
-        tape.trace.begin("")
-        tape.trace.name_open_blocks()
-        return tape.trace
+        if held is None or model.shape.family not in RETURNS_CACHE:
+            model.cache.clear()
+        del hidden, logits
+        tape.trace.begin("backward")
+        tape.backward(loss)
+        del loss
+    tape.trace.begin("optimizer")
+    tape.module = ""
+    states = _states_of(model, trained)
+    _optimize(model, trained)
+    for weight in trained:
+        weight.node.grad = None
+    del held
+    model.cache.clear()
+    tape.trace.begin("")
+    tape.trace.name_open_blocks()
+    tape.trace.repeat(start, {state.storage.index for state in states})
+    del batch
+    return tape.trace
+
+
+def _states_of(model: TapedModel, trained: list[Shaped]) -> list[Shaped]:
+    """Returns what the first optimizer step makes and keeps."""
+    states: list[Shaped] = []
+    if model.spec.optimizer != "sgd":
+        for weight in trained:
+            states += _moments(model, weight)
+    scores = range(model.form.scores)
+    return states + [_state(model, w, w.width, "importance scores of AdaLoRA") for w in trained for _ in scores]
+
+
+def _optimize(model: TapedModel, trained: list[Shaped]) -> None:
+    """Stands for what ``optimizer.step`` takes for itself; bitsandbytes and fused implementations take nothing."""
+    tape, spec = model.tape, model.spec
+    if spec.optimizer not in ("adamw", "sgd") or (spec.optimizer == "sgd" and not spec.weight_decay):
+        return
+    groups, apart = [trained], model.form.own_group
+    if apart:
+        groups = [[w for w in trained if (apart in w.node.name) == second] for second in (False, True)]
+    for group in groups:
+        shapes = [(weight.dims, weight.width) for weight in group]
+        if spec.optimizer_implementation == "foreach":
+            copies = [tape.new(*shape, "temporaries", OPTIMIZER_COPY) for shape in shapes]
+            copies.clear()
+        elif spec.optimizer_implementation == "single":
+            for shape in shapes:
+                copies = [tape.new(*shape, "temporaries", OPTIMIZER_COPY) for _ in range(2)]
+                copies.clear()
+
+
+def _moments(model: TapedModel, weight: Shaped) -> list[Shaped]:
+    values = prod(model.sizes[name] for name in weight.dims)
+    optimizer = model.spec.optimizer
+    paged = optimizer.startswith("paged") and values >= PAGED_FROM_VALUES
+    if optimizer.endswith("8bit") and values >= LARGE_STATE:
+        widths = [1.0, 1.0, 4 / STATE_BLOCK, 4 / STATE_BLOCK]
+    else:
+        widths = [float(weight.width)] * 2 if optimizer == "adamw" else [4.0] * 2
+    states = [_state(model, weight, width, "first and second moments") for width in widths]
+    for state in states[:2]:
+        state.storage.block.paged = paged
+    return states
+
+
+def _state(model: TapedModel, weight: Shaped, width: float, term: str) -> Shaped:
+    state = model.tape.new(weight.dims, width, "optimizer states", term)
+    state.storage.block.module = weight.node.name
+    return state
+
+
+def _evaluate(model: TapedModel) -> Trace:
+    """Returns the trace of the held-out loss on one batch."""
+    tape = model.tape
+    tape.training = False
+    for weight in model.weights.values():
+        weight.node = None
+    tape.trace.begin("evaluate")
+    hidden = run_decoder(model, masked=model.spec.attention != "flash_attention_2")
+    logits = run_head(model, hidden, kept=True)
+    del hidden
+    tape.casts.clear()
+    model.cache.clear()
+    tape.module = "loss"
+    wide = tape.cast(logits, 4, "logits in 32 bits")
+    logs = tape.new(("N", "V"), 4, term="log-softmax of the logits")
+    del logits, wide, logs
+    tape.trace.begin("")
+    tape.trace.name_open_blocks()
+    return tape.trace
