@@ -129,7 +129,10 @@ def test_without_it_the_name_is_unknown_and_nothing_else_changes(python: Command
 
 WRONG = {
     "a name of ours": ({"lora": "vera_method:VeRA"}, "the name 'lora' belongs to a method of peftscope"),
-    "no class": ({"vera": "vera_method:no_class"}, "is no subclass of peftscope.methods.fields.Method (got <function"),
+    "no class": (
+        {"vera": "vera_method:no_class"},
+        "is not a subclass of peftscope.methods.fields.Method (got <function",
+    ),
     "no name": ({"vera": "vera_method:Anonymous"}, 'needs the field `name: Literal["vera"] = "vera"`'),
     "another name": ({"very": "vera_method:VeRA"}, 'needs the field `name: Literal["very"] = "very"`'),
     "no label": ({"vera": "vera_method:Unlabelled"}, "needs a `label`"),
