@@ -110,7 +110,7 @@ def test_a_run_of_two_experiments_is_one_job(own: Any) -> None:
         workflow.spec(SimpleNamespace(run_id="lora-none"))
 
 
-@pytest.mark.parametrize("experiment", ["quick", "kin", "variants"])
+@pytest.mark.parametrize("experiment", ["quick", "all-methods", "variants"])
 def test_published_runs_are_few_small_whole_files(
     experiment: str, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.files.content import CountOrZero, read_yaml
 from peftscope.files.problems import dotted, problems_of
-from peftscope.layout import EXPERIMENTS, check_experiment_name, shipped
+from peftscope.layout import EXPERIMENTS, RENAMED, check_experiment_name, shipped
 
 RESERVED_NAMES = ("published", "runs", "gpu", "single", "memory", "processors")
 NOT_EXPERIMENTS = ("defaults", "models", "tasks", "claims")
@@ -135,7 +135,8 @@ def experiment_path(name: str) -> Path:
     check_experiment_name(name)
     path = shipped(EXPERIMENTS / f"{name}.yaml")
     if not path.is_file() or name in NOT_EXPERIMENTS:
-        raise InputError(Problem(f"experiment={name}", f"no file {path}", close_match(name, experiment_names())))
+        remedy = f"it is now called {RENAMED[name]}" if name in RENAMED else close_match(name, experiment_names())
+        raise InputError(Problem(f"experiment={name}", f"no file {path}", remedy))
     return path
 
 
