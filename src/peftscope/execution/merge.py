@@ -26,7 +26,7 @@ def find_run(run: str) -> Path:
         raise InputError(Problem(f"run {run}", f"its status is {record.status}", "choose a run with the status ok"))
     if is_restored(folder) or record.weights == "dropped":
         why = "it was restored without its weights" if is_restored(folder) else "its weights were dropped when it ended"
-        raise InputError(Problem(f"run {run}", why, f"remove {folder} and run it again (--keep-weights all)"))
+        raise InputError(Problem(f"run {run}", why, f"remove {folder} and repeat the run with --keep-weights all"))
     return folder
 
 
