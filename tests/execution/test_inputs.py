@@ -76,7 +76,7 @@ def test_data_that_come_back_different_stop_the_run(own: Path, make_spec) -> Non
     write_json(manifest, content | {"sha256": content["sha256"] | {"train": file_sha256(train)}})
     verify_inputs(make_spec())
     cut(train)
-    with pytest.raises(InputError, match=r"train.jsonl changed when it was fetched again, so new results would mix"):
+    with pytest.raises(InputError, match=r"train.jsonl is not what it was, so its results would mix"):
         verify_inputs(make_spec())
 
 

@@ -74,8 +74,8 @@ def _verify(folder: Path, fetch: Callable[[], Path], suffix: str) -> None:
         # If the file was damaged, the manifest has its checksum; if the manifest was, the file itself has.
         other = [name for name in damaged_files(aside, now) if then and then.get(name) != now[name]]
         if other:
-            message = f"{', '.join(other)} changed when it was fetched again, so new results would mix with older ones"
-            raise InputError(Problem(str(folder), message, "move the older results elsewhere and start anew"))
+            message = f"fetched again, {', '.join(other)} is not what it was, so its results would mix with older ones"
+            raise InputError(Problem(str(folder), message, "keep the older results elsewhere and start afresh"))
         print(f"{folder}: fetched again, the same as before", file=sys.stderr)
 
 
