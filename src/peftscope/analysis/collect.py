@@ -67,9 +67,8 @@ def read_runs(experiment: str, folder: Path | None = None) -> pd.DataFrame:
     """
     path = (folder or results_folder(experiment)) / "runs.csv"
     if not path.is_file():
-        raise InputError(
-            Problem(str(path), "no such file", f"make report EXPERIMENT={RENAMED.get(experiment, experiment)}")
-        )
+        remedy = f"make report EXPERIMENT={RENAMED.get(experiment, experiment)}"
+        raise InputError(Problem(str(path), "no such file", remedy))
     # The copy is contiguous; without it, pandas warns when a column is added to more than a hundred.
     return pd.read_csv(path, dtype={"comparisons": str}).fillna({"comparisons": ""}).copy()
 

@@ -42,9 +42,7 @@ class LoftQ(Method):
     """LoRA-fine-tuning-aware quantisation."""
 
     label: ClassVar[str] = "LoftQ"
-    memory_assumptions: ClassVar[tuple[str, ...]] = (
-        "the load peak of LoftQ follows from a formula, not from a simulation",
-    )
+    memory_assumptions: ClassVar[tuple[str, ...]] = ("the load peak of LoftQ comes from a formula, not a simulation",)
     closed_form: ClassVar[ClosedForm] = ClosedForm()
     has_own_base: ClassVar[bool] = True
     draws_start: ClassVar[bool] = False

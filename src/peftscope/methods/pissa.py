@@ -25,9 +25,7 @@ class PiSSA(Method):
 
     label: ClassVar[str] = "PiSSA"
     draws_start: ClassVar[bool] = False
-    memory_assumptions: ClassVar[tuple[str, ...]] = (
-        "the load peak of PiSSA follows from a formula, not from a simulation",
-    )
+    memory_assumptions: ClassVar[tuple[str, ...]] = ("the load peak of PiSSA comes from a formula, not a simulation",)
     closed_form: ClassVar[ClosedForm] = ClosedForm()
 
     name: Literal["pissa"] = "pissa"
