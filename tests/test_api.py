@@ -260,7 +260,10 @@ class TestResults:
         own = peftscope.load_results("quick")
         assert (own.attrs["source"], len(own)) == ("results/quick/runs.csv", 1)
 
-    @pytest.mark.parametrize(("name", "said"), [("quick", "no such file"), ("../quick", "not a name")])
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [("quick", "no such file"), ("kin", "make report EXPERIMENT=all-methods"), ("../quick", "not a name")],
+    )
     def test_there_are_none(self, name: str, said: str, bare: Path) -> None:
         with pytest.raises(InputError, match=said):
             peftscope.load_results(name)

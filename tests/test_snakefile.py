@@ -53,7 +53,7 @@ def test_lint_asks_only_for_conda_environments(tiny: str) -> None:
 
 
 def test_dry_run_of_every_experiment(tiny: str) -> None:
-    for name in ("quick", "smoke", "kin", tiny):
+    for name in ("quick", "smoke", "all-methods", tiny):
         done = snakemake("-n", "--config", f"experiment={name}")
         assert done.returncode == 0, done.stdout + done.stderr
 

@@ -42,6 +42,8 @@ REPOSITORY = Path(__file__).parent.parent.parent
 """The repository, if this package is an editable install of it."""
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,63}"
+RENAMED = {"kin": "all-methods"}
+"""The new names of experiments, by their old names."""
 
 
 def shipped(path: Path) -> Path:

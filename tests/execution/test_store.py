@@ -65,7 +65,7 @@ def test_restored_runs_count_as_done_without_weights(finished: tuple[str, Any]) 
     assert not (folder / "adapter").exists() and is_restored(folder)
     again = finished_record(folder, identity)
     assert again is not None and again.train_nll == record.train_nll
-    with pytest.raises(InputError, match=f"run {identity}: restored without its weights"):
+    with pytest.raises(InputError, match=f"run {identity}: it was restored without its weights"):
         find_run(identity)
     # Its items still have to be what the record says.
     (folder / "items.jsonl").write_text("{}\n")
@@ -110,7 +110,7 @@ def test_a_run_of_two_experiments_is_one_job(own: Any) -> None:
         workflow.spec(SimpleNamespace(run_id="lora-none"))
 
 
-@pytest.mark.parametrize("experiment", ["quick", "kin", "variants-60"])
+@pytest.mark.parametrize("experiment", ["quick", "all-methods", "variants-60"])
 def test_published_runs_are_few_small_whole_files(
     experiment: str, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

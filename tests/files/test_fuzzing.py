@@ -168,7 +168,7 @@ def load_tasks() -> None:
 KINDS: dict[str, tuple[str, Any, Callable[[], Any]]] = {
     "smoke": ("mine.yaml", tree_of("smoke.yaml"), lambda: plan_experiment("mine")),
     "quick": ("mine.yaml", tree_of("quick.yaml"), lambda: plan_experiment("mine")),
-    "kin": ("mine.yaml", tree_of("kin.yaml") | {"extends": "smoke"}, lambda: plan_experiment("mine")),
+    "all-methods": ("mine.yaml", tree_of("all-methods.yaml") | {"extends": "smoke"}, lambda: plan_experiment("mine")),
     "study": ("mine.yaml", tree_of("variants-60.yaml"), lambda: plan_experiment("mine")),
     "defaults": ("defaults.yaml", tree_of("defaults.yaml"), lambda: plan_experiment("smoke")),
     "models": ("models.yaml", tree_of("models.yaml"), load_models),

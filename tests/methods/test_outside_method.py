@@ -129,7 +129,10 @@ def test_without_it_the_name_is_unknown_and_nothing_else_changes(python: Command
 
 WRONG = {
     "a name of ours": ({"lora": "vera_method:VeRA"}, "the name 'lora' belongs to a method of peftscope"),
-    "no class": ({"vera": "vera_method:no_class"}, "is no subclass of peftscope.methods.fields.Method (got <function"),
+    "no class": (
+        {"vera": "vera_method:no_class"},
+        "is not a subclass of peftscope.methods.fields.Method (got <function",
+    ),
     "no name": ({"vera": "vera_method:Anonymous"}, 'needs the field `name: Literal["vera"] = "vera"`'),
     "another name": ({"very": "vera_method:VeRA"}, 'needs the field `name: Literal["very"] = "very"`'),
     "no label": ({"vera": "vera_method:Unlabelled"}, "needs a `label`"),
@@ -198,12 +201,12 @@ def test_questions_about_its_memory_are_simulated_and_say_so(install, python: Co
     widest = [max(getattr(layer, side) for layer in shape.block) for side in ("inputs", "outputs")]
     assert found["components"]["weights"] >= 2 * found["parameters"] + 4 * 4 * sum(widest)  # both matrices, in 32 bits
     said = python(*ask).stdout
-    assert said.startswith("toy, vera: simulated on tensors without data, for vera has no closed form\n")
+    assert said.startswith("toy, vera: simulated on tensors without data, because vera has no closed form\n")
     for phase, size in found["phases"].items():
         assert re.search(rf"^ {phase} +{re.escape(spoken_bytes(size))} ", said, re.MULTILINE), phase
     done = python(*ask, "--gpus", "2")
     assert done.returncode == 2
-    assert "sharding is known to the closed form only, and vera has none" in done.stderr
+    assert "only the closed form can answer for several cards, and vera has none" in done.stderr
     fit = ["-m", "peftscope", "fit", "toy", "--gpu", "4GiB", "--methods", "lora,vera", "--seq-len", "64"]
     lora, vera = json.loads(python(*fit, "--rank", "4", "--json").stdout)
     assert (lora["how"], vera["how"]) == ("formula", "simulation")

@@ -19,7 +19,7 @@ def held(record: RunRecord) -> int:
     return max(phase.peak_resident_bytes or 0 for phase in (memory.load, memory.train, memory.evaluate))
 
 
-@pytest.mark.parametrize("experiment", ["quick", "kin"])
+@pytest.mark.parametrize("experiment", ["quick", "all-methods"])
 def test_published_runs_would_have_had_enough(
     experiment: str, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,12 +53,12 @@ def find_benchmark(name: str, where: str = "benchmarks") -> Path:
     if re.fullmatch(BENCHMARK_PATTERN, name):
         # Most files are in a folder with their name; to read all fourteen thousand takes a second or more.
         near = sorted(root.glob(f"{name.split('_')[0]}*/**/*.yaml"))
-        said = re.compile(rf"^task:\s*[\"']?{re.escape(name)}[\"']?\s*(#.*)?$", re.MULTILINE)
+        names_it = re.compile(rf"^task:\s*[\"']?{re.escape(name)}[\"']?\s*(#.*)?$", re.MULTILINE)
         for path in near or []:
-            if said.search(path.read_text(errors="replace")):
+            if names_it.search(path.read_text(errors="replace")):
                 return path
         for path in sorted(root.rglob("*.yaml")):
-            if said.search(path.read_text(errors="replace")):
+            if names_it.search(path.read_text(errors="replace")):
                 return path
     names = [path.stem for path in root.rglob("*.yaml")]
     raise InputError(Problem(where, f"lm-eval has no task of that name (got {name!r})", close_match(name, names)))

@@ -20,14 +20,14 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 class _UncachedLM(HFLM):
-    """Greedy decoding by whole forward passes, right-padded as in training.
+    """Greedy decoding without a cache, on right-padded sequences as in training.
 
-    PEFT 0.21 with transformers 5.24 loses virtual tokens once there is a cache, without a word, and left padding puts
-    a gap between them and the prompt: prompt tuning answered none of 64 sums at a held-out loss of 0.28 nats.
+    With a cache, PEFT 0.21 and transformers 5.24 lose virtual tokens without a warning, and left padding puts a gap
+    between them and the prompt: prompt tuning answered none of 64 sums at a held-out loss of 0.28 nats.
     """
 
     logit_offset = 0
-    """Positions that the wrapper puts before the tokens."""
+    """The number of positions that the wrapper adds before the tokens."""
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
@@ -61,12 +61,12 @@ class _UncachedLM(HFLM):
 def score_answers(model: Any, tokenizer: Any, spec: RunSpec) -> list[dict[str, Any]]:
     """Returns one row for each of the first ``spec.generation_items`` test items: prompt, target, answer, correct.
 
-    ``generate_until``, greedy, exact match after white space is removed; the batch size is the spec's, because bf16
-    answers depend on it.
+    lm-eval generates greedily and scores by exact match after removing white space. The batch size is the spec's,
+    because bf16 answers depend on it.
     """
     results = evaluate(
         model=wrap(model, tokenizer, spec),
-        # As content, never as a file: lm-eval would run the Python that a file's `!function` names.
+        # The task is passed as content, because lm-eval runs the Python that `!function` names in a file.
         tasks=[_task_config(spec.task)],
         task_manager=TaskManager(include_defaults=False),
         limit=spec.generation_items,
@@ -85,19 +85,21 @@ def score_answers(model: Any, tokenizer: Any, spec: RunSpec) -> list[dict[str, A
 
 
 def evaluate(**options: Any) -> dict[str, Any]:
-    """Returns what lm-eval finds, without intervals.
+    """Returns lm-eval's results, without intervals.
 
-    Where there is no repository, git would say so on stderr: lm-eval asks for the commit, and a record has it anyway.
+    lm-eval also asks git for the commit, which prints an error outside of a repository. The record has the commit
+    anyway, so this is skipped.
     """
     with patch("lm_eval.evaluator.get_git_commit_hash", str):
         return lm_eval.simple_evaluate(**options, bootstrap_iters=0, verbosity="ERROR")
 
 
 def _task_config(task: str) -> dict[str, Any]:
-    """Returns what lm-eval has to know of a task.
+    """Returns the task's configuration for lm-eval.
 
-    Prompt and target are columns, not templates: a template is code of its own, and lm-eval makes a list of a target in
-    brackets. The items are given, not a file, of which Arrow would read dates as times, which no answer matches.
+    Prompt and target are columns, not templates, because a template is code, and because lm-eval turns a target in
+    brackets into a list. The items are passed as objects: from a file, Arrow would read dates as times, which no answer
+    matches.
     """
     scoring = read_scoring(task)
 
@@ -105,18 +107,18 @@ def _task_config(task: str) -> dict[str, Any]:
         rows = [{"prompt": i.prompt, "target": scoring.target_of(i.response)} for i in read_split(task, "test")]
         return DatasetDict({"test": Dataset.from_list(rows)})
 
-    said = scoring.model_dump(exclude_none=True)
-    return said | {"custom_dataset": items, "doc_to_text": "prompt", "doc_to_target": "target"}
+    config = scoring.model_dump(exclude_none=True)
+    return config | {"custom_dataset": items, "doc_to_text": "prompt", "doc_to_target": "target"}
 
 
 def wrap(model: Any, tokenizer: Any, spec: RunSpec) -> HFLM:
-    """Returns a run's model as lm-eval wants it."""
+    """Returns a run's model in lm-eval's wrapper."""
     language_model = (HFLM if spec.method.generates_from_cache else _UncachedLM)(
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=spec.eval_batch_size,
         add_bos_token=False,
-        # lm-eval opens an autocast context of its own, which would switch one around it off.
+        # lm-eval opens an autocast context of its own, which would override ours.
         mixed_precision_dtype=torch.bfloat16 if spec.precision == "amp" else None,
     )
     language_model.logit_offset = spec.method.logit_offset()

@@ -1,4 +1,4 @@
-"""lm-eval's own benchmarks, on rows that were fetched before."""
+"""Scores lm-eval's own benchmarks, on rows that were fetched before the run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from peftscope.spec import RunSpec
 
 
 def score_benchmarks(model: Any, tokenizer: Any, spec: RunSpec) -> dict[str, dict[str, float]]:
-    """Returns each benchmark's scores by lm-eval's names for them (``METRIC,FILTER``), and ``items``, how many it saw.
+    """Returns each benchmark's scores by lm-eval's names (``METRIC,FILTER``), and the number of scored ``items``.
 
-    The first ``spec.benchmark_items`` of each, with lm-eval's own worked examples before them.
+    These are the first ``spec.benchmark_items`` of each benchmark, with lm-eval's own worked examples before them.
     """
     with tempfile.TemporaryDirectory(prefix="peftscope-benchmarks-") as folder:
         for name in spec.benchmarks:
@@ -30,7 +30,7 @@ def score_benchmarks(model: Any, tokenizer: Any, spec: RunSpec) -> dict[str, dic
         )
     scores = {}
     for name in spec.benchmarks:
-        found = results["results"][name]
-        scores[name] = {key: float(v) for key, v in found.items() if "," in key and "stderr" not in key}
+        result = results["results"][name]
+        scores[name] = {key: float(v) for key, v in result.items() if "," in key and "stderr" not in key}
         scores[name]["items"] = float(results["n-samples"][name]["effective"])
     return scores

@@ -1,4 +1,4 @@
-"""Held-out loss on response tokens: the low-variance score, measured for every run."""
+"""The held-out loss on response tokens, a score with low variance that every run measures."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from peftscope.training.load import autocast
 
 @torch.no_grad()
 def heldout_losses(model: Any, batch: Batch, spec: RunSpec) -> torch.Tensor:
-    """Returns (B, K) fp32 nll in nats at the kept positions, 0 where a row has no response token there.
+    """Returns the nll at the kept positions in nats, (B, K) fp32, with 0 where a row has no response token.
 
-    Logits are computed at response positions only, and the loss in fp32, whatever the spec's training path.
+    Logits are computed at response positions only and the loss in fp32, whatever path training takes.
     """
     with autocast(spec):
         logits = model(
@@ -31,7 +31,7 @@ def heldout_losses(model: Any, batch: Batch, spec: RunSpec) -> torch.Tensor:
 
 
 def heldout_nll(model: Any, examples: Sequence[Example], spec: RunSpec, pad_token_id: int) -> list[tuple[float, int]]:
-    """Returns (summed nll in nats, number of response tokens) of each example, in their order."""
+    """Returns (summed nll in nats, number of response tokens) for each example, in order."""
     results = []
     for batch in evaluation_batches(examples, batch_size=spec.eval_batch_size, pad_token_id=pad_token_id):
         batch = batch.to(spec.device)

@@ -1,6 +1,6 @@
 """Retention: bits per byte on held-out English prose, before and after training.
 
-The text is the project's own, so that no base model has seen it.
+The text was written for this project, so no base model has seen it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def prose() -> str:
     """Returns the held-out text.
 
     Raises:
-        RuntimeError: It is not the text that records were made with.
+        RuntimeError: The text differs from the one that all records were made with.
     """
     content = files("peftscope.evaluation").joinpath("prose.txt").read_bytes()
     if hashlib.sha256(content).hexdigest() != PROSE_SHA256:
@@ -33,9 +33,10 @@ def prose() -> str:
 
 @torch.no_grad()
 def bits_per_byte(model: Any, tokenizer: Any, spec: RunSpec) -> float:
-    """Returns the code length of the first ``spec.retention_tokens`` tokens of the prose, per byte of their text.
+    """Returns the code length of the first ``spec.retention_tokens`` tokens of the prose, per byte of text.
 
-    Windows of 256 tokens, each scored from its second token on; the bytes are those of the scored tokens.
+    The prose is split into windows of ``WINDOW_TOKENS``, each scored from its second token on. Only the bytes of scored
+    tokens count.
     """
     ids = tokenizer(prose(), add_special_tokens=False)["input_ids"][: spec.retention_tokens]
     windows = [ids[start : start + WINDOW_TOKENS] for start in range(0, len(ids), WINDOW_TOKENS)]

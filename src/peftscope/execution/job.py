@@ -78,8 +78,8 @@ class Job:
             if record is not None:
                 write_record(self.folder / "record.json", record)
                 (self.folder / "interrupted.json").unlink(missing_ok=True)
-                said = f"{identity}: {record.status}, finished by an earlier job; remove {self.folder} to run it again"
-                errors.print(said, soft_wrap=True)
+                message = f"{identity}: {record.status}, finished by an earlier job; to repeat it, remove {self.folder}"
+                errors.print(message, soft_wrap=True)
                 return
             verifying = time.perf_counter()
             for resource in inputs(self.spec):

@@ -1,6 +1,6 @@
-"""What other libraries may do while peftscope works: no talk to its user, no code and no files from a hub. No torch.
+"""Contexts that keep other libraries quiet, and keep them from loading code or files from a hub. No torch.
 
-Each context leaves the process as it found it, so that a notebook may use peftscope beside anything else.
+Each context restores the process when it ends, so that a notebook can use peftscope beside anything else.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from contextlib import contextmanager
 from typing import Any
 
 OFFLINE = "HF_HUB_OFFLINE"
-"""The environment variable that keeps Hugging Face's libraries from asking a hub; who sets it decides."""
+"""The environment variable that keeps Hugging Face's libraries from asking a hub. If the user sets it, it is kept."""
 
 
 @contextmanager
 def without_hub_kernels() -> Iterator[None]:
     """Makes the import of the package ``kernels`` an error inside this context.
 
-    bitsandbytes, as it is imported, and transformers ask that package, where it is installed, for native code from a
-    hub, which nobody checked. A library that is first imported inside this context does without that code for the rest
-    of the process; what the process had imported before stays as it is.
+    If that package is installed, transformers and bitsandbytes use it to load native code from a hub, which nobody
+    checked. A library that is first imported inside this context does without this code for the rest of the process. A
+    library that was imported before keeps what it loaded.
     """
-    found = {"kernels": sys.modules["kernels"]} if "kernels" in sys.modules else {}
+    before = {"kernels": sys.modules["kernels"]} if "kernels" in sys.modules else {}
     sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
         yield
     finally:
         del sys.modules["kernels"]
-        sys.modules.update(found)
+        sys.modules.update(before)
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Hides warnings, log messages below errors, and tqdm's progress bars inside this context.
 
-    Warnings that were asked for (``python -W default -m peftscope ...``) are shown all the same.
+    Warnings that the user asks for (``python -W default -m peftscope ...``) are still shown.
     """
     from tqdm import tqdm
 
@@ -52,7 +52,7 @@ def quiet_libraries() -> Iterator[None]:
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
         logging.disable(max(disabled, logging.WARNING))
-        tqdm.__init__, tqdm.monitor_interval = begin_hidden, 0  # no thread that looks after bars
+        tqdm.__init__, tqdm.monitor_interval = begin_hidden, 0  # no thread that monitors bars
         try:
             yield
         finally:
@@ -62,8 +62,8 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Keeps Hugging Face's libraries from asking a hub inside this context: without it, they ask and wait."""
-    from huggingface_hub import constants  # it reads the variable once, as it is imported
+    """Keeps Hugging Face's libraries from asking a hub, and waiting for its answer, inside this context."""
+    from huggingface_hub import constants  # it reads the variable only once, at its import
 
     if OFFLINE in os.environ:
         yield

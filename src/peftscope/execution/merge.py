@@ -1,4 +1,4 @@
-"""Merging a finished run's adapter into its base."""
+"""Merges a finished run's adapter into its base."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def find_run(run: str) -> Path:
     """Returns the folder of a finished run that has its weights.
 
     Raises:
-        InputError: There is none.
+        InputError: There is no such run, it did not end ``ok``, or its weights are gone.
     """
     folder = run_folder(run)
     if not (folder / "record.json").is_file():
@@ -23,21 +23,21 @@ def find_run(run: str) -> Path:
         raise InputError(Problem(f"run {run}", f"no such run in {RUNS}", close_match(run, known)))
     record = read_record(folder / "record.json")
     if record.status != "ok":
-        raise InputError(Problem(f"run {run}", f"it ended {record.status}", "choose a run that ended ok"))
+        raise InputError(Problem(f"run {run}", f"its status is {record.status}", "choose a run with the status ok"))
     if is_restored(folder) or record.weights == "dropped":
-        why = "restored without its weights" if is_restored(folder) else "its weights were dropped when it ended"
-        raise InputError(Problem(f"run {run}", why, f"remove {folder} and run it again (--keep-weights all)"))
+        why = "it was restored without its weights" if is_restored(folder) else "its weights were dropped when it ended"
+        raise InputError(Problem(f"run {run}", why, f"remove {folder} and repeat the run with --keep-weights all"))
     return folder
 
 
 def merge_run(folder: Path, target: Path) -> None:
     """Writes the merged model and its tokenizer.
 
-    A 4-bit base is dequantised first and the adapter is added in bf16: the model that was trained, at full size.
-    (Adding it in 4 bits would quantise the sum again, which is another model.)
+    A 4-bit base is dequantised first, and the adapter is added in bf16. This is the trained model at full size. (To add
+    the adapter in 4 bits would quantise the sum a second time and give another model.)
 
     Raises:
-        InputError: The method has nothing to merge.
+        InputError: The method cannot be merged, or the run has no adapter.
     """
     record = read_record(folder / "record.json")
     method = record.spec.method
@@ -46,7 +46,7 @@ def merge_run(folder: Path, target: Path) -> None:
             Problem(f"run {record.run_id}", f"{method.label} cannot be merged", "load its adapter/ folder as it is")
         )
     if not (folder / "adapter" / "adapter_model.safetensors").is_file():
-        raise InputError(Problem(str(folder / "adapter"), "no adapter_model.safetensors", "run it again"))
+        raise InputError(Problem(str(folder / "adapter"), "no adapter_model.safetensors", "repeat the run"))
     import torch
     from peft import PeftModel
 
@@ -63,7 +63,7 @@ def merge_run(folder: Path, target: Path) -> None:
 
 
 def base_of_adapter(spec: RunSpec) -> Any:
-    """Returns the base that a spec's adapter is loaded onto; LoftQ's is its own, made again from the same weights."""
+    """Returns the base that a spec's adapter is loaded onto. For LoftQ this is a rebuilt base of the run's own."""
     from peftscope.training.build import build_model
     from peftscope.training.load import load_base
 
@@ -72,7 +72,7 @@ def base_of_adapter(spec: RunSpec) -> Any:
 
 
 def _dequantised(base: Any, spec: RunSpec) -> Any:
-    """Returns a bf16 model with the values that a 4-bit base stands for."""
+    """Returns a bf16 model with the dequantised values of a 4-bit base."""
     import bitsandbytes as bnb
     import torch
     from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""Phases of a run: their seconds and their memory peaks, reset between phases and kept apart."""
+"""Measures the seconds and the memory peaks of each phase of a run separately."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from peftscope.record import Memory, PhaseMemory, RankMemory, Seconds
 
 
 class Phases:
-    """Measures a run phase by phase; a phase that is entered twice adds its seconds and keeps its larger peak.
+    """Measures a run phase by phase. If a phase is entered twice, its seconds add up and the larger peak counts.
 
     Attributes:
-        seconds: Wall seconds, ``importing`` counted from the process's start.
-        memory: Peaks; ``load`` and ``initialise`` both count as load.
+        seconds: The wall seconds. ``importing`` counts from the start of the process.
+        memory: The peaks. ``load`` and ``initialise`` both count as load.
     """
 
     def __init__(self, device: str, began: float) -> None:
-        """Starts from ``began``, the ``perf_counter`` of the process's start."""
+        """Starts at ``began``, the ``perf_counter`` at the start of the process."""
         self.meter = make_meter(device)
         self.seconds = Seconds()
         self.memory = Memory()
         self._began = began
 
     def mark_imported(self, verified_seconds: float = 0.0) -> None:
-        """Ends the phase that began with the process, of which ``verified_seconds`` went into checksums."""
+        """Ends the phase that began with the process. ``verified_seconds`` of it were spent on checksums."""
         self.seconds.verify = verified_seconds
         self.seconds.importing = time.perf_counter() - self._began - verified_seconds
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measures a block as (part of) a phase of ``Seconds``."""
+        """Measures this context as a phase of ``Seconds``, or as a part of it."""
         self.meter.reset()
         began = time.perf_counter()
         try:
@@ -46,11 +46,11 @@ class Phases:
                 keep_larger(getattr(self.memory, target), peaks)
 
     def gather_ranks(self, parameter_bytes: int, from_all: Callable[[RankMemory], list[RankMemory]]) -> None:
-        """Notes what each process of a sharded run held, and raises the peaks to the largest.
+        """Records the peaks of each process of a sharded run, and raises the run's peaks to the largest of them.
 
         Args:
-            parameter_bytes: What this process holds of the model.
-            from_all: Returns what every process gives to it.
+            parameter_bytes: The bytes of the model that this process holds.
+            from_all: Returns the values that all processes pass to it.
         """
         peaks = {phase: getattr(self.memory, phase).model_copy() for phase in ("load", "train", "evaluate")}
         self.memory.ranks = from_all(RankMemory(parameter_bytes=parameter_bytes, **peaks))
@@ -64,7 +64,7 @@ class Phases:
 
 
 def keep_larger(memory: PhaseMemory, peaks: dict[str, int | None]) -> None:
-    """Raises the peaks of ``memory`` to those given."""
+    """Raises each peak of ``memory`` to the given one if that is larger."""
     for field, value in peaks.items():
         if value is not None:
             setattr(memory, field, max(value, getattr(memory, field) or 0))

@@ -1,4 +1,4 @@
-"""Where a record comes from: code, versions, hardware, data."""
+"""The provenance of a record: its code, versions, hardware and data."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PACKAGES = (
 
 
 def provenance(spec: RunSpec, rank: int = 0) -> dict[str, Any]:
-    """Returns the facts that a reader needs to judge or repeat a run, before it uses its card: the one of its rank."""
+    """Returns the facts that a reader needs to judge or repeat a run. Call this before the run uses its card."""
     return {
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "code": git_state(),
@@ -49,7 +49,7 @@ def provenance(spec: RunSpec, rank: int = 0) -> dict[str, Any]:
         "packages": {name: version(name) for name in PACKAGES} | versions_of(spec.method.name),
         "hardware": hardware(spec.device),
         "threads": torch.get_num_threads(),
-        # On a processor alone: products of a card and those of fp32 tensors have one way.
+        # Only bf16 on a processor has two ways to compute products.
         "bf16_products": chosen_way() if spec.device == "cpu" and spec.precision != "fp32" else None,
         "environment": {
             name: os.environ.get(name)
@@ -71,7 +71,7 @@ def provenance(spec: RunSpec, rank: int = 0) -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any]:
-    """Returns the commit and whether the tree differs from it; None where there is no repository."""
+    """Returns the commit, and whether the working tree differs from it; both are None outside of a repository."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -85,8 +85,8 @@ def git_state() -> dict[str, Any]:
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """Returns the processor, its cores, memory, and the card if the run uses one."""
-    found: dict[str, Any] = {
+    """Returns the processor, the number of cores, the memory, and the card if the run uses one."""
+    facts: dict[str, Any] = {
         "cpu": processor_name(),
         "cores": psutil.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
@@ -95,12 +95,12 @@ def hardware(device: str) -> dict[str, Any]:
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
-    return found
+        facts |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    return facts
 
 
 def _card(index: int) -> dict[str, Any]:
-    """Returns a card's state before the run uses it; a line says so if something else does."""
+    """Returns a card's state before the run uses it, and warns on stderr of other processes that use it."""
     others = other_processes(find_card(pci_address(index)))
     for other in others or []:
         used = "unknown memory" if other["used_bytes"] is None else spoken_bytes(other["used_bytes"], 1)
@@ -109,7 +109,7 @@ def _card(index: int) -> dict[str, Any]:
 
 
 def card_reading(index: int | None = None) -> dict[str, float | None]:
-    """Returns clocks, power and temperature of a card, by default the current one."""
+    """Returns the clocks, the power and the temperature of a card, by default of the current one."""
     return reading(find_card(pci_address(index)))
 
 

@@ -1,6 +1,6 @@
-"""One run, from its spec to its record: load, prepare, train, evaluate, save, probe.
+"""Executes one run, from its spec to its record: load, prepare, train, evaluate, save, probe.
 
-However it ends, a record is written: failure is data.
+A run writes a record however it ends, because a failure is a result too.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ from peftscope.training.step import TrainedModel
 
 @dataclass
 class _Run:
-    """A run under way: what is asked for, where it writes, and what it found so far."""
+    """The state of a run: its spec, where it writes, and what it has measured so far."""
 
     spec: RunSpec
     folder: Path
@@ -82,7 +82,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Data:
-    """What a run reads beside its base model; ``items`` are those behind ``heldout``."""
+    """The data of a run. ``heldout`` holds the tokenised ``items``."""
 
     tokenizer: Any
     training: list[Example]
@@ -93,14 +93,14 @@ class _Data:
 
 @dataclass(frozen=True)
 class _Widest:
-    """The batches that take the most memory; of training None where nothing is trained."""
+    """The batches that take the most memory. ``training`` is None if nothing is trained."""
 
     training: Batch | None
     heldout: Batch
 
 
 def _run_phases(run: _Run) -> None:
-    """Takes a run from its base model to its last figure; each part writes what it finds into the record."""
+    """Runs all phases. Each one writes its measurements into the record."""
     phase, quality, trains = run.phases.phase, run.record.quality, run.spec.method.trains
     with phase("load"):
         data, base = _load(run)
@@ -117,7 +117,7 @@ def _run_phases(run: _Run) -> None:
     quality.retention_bits_per_byte = _score_retention(run, trained.model, data) if trains else before
     _probe(run, trained, widest)
     if trains and run.alone:
-        # A card that the model fills has no room for the largest product; the run is good all the same.
+        # A model may leave no room on the card for this measurement. The run is valid without it.
         with phase("ceilings"), suppress(torch.OutOfMemoryError):
             run.record.ceilings = measure_ceilings(run.spec)
 
@@ -134,20 +134,21 @@ def execute(
     """Runs a spec and writes ``record.json``, ``items.jsonl`` and ``adapter/`` into ``folder``.
 
     Args:
-        spec: What to run.
-        folder: The run's own folder; what an earlier attempt left there is removed.
-        phases: Started with the process, imports already marked.
-        checkpoint_seconds: Between two checkpoints of the training, which an interrupted run goes on from.
-        rank: Which of a sharded run's processes this is; all but the first write into a folder below.
-        keep_weights: Which trained weights stay; dropping them changes nothing that is measured.
-        alone: Whether no other run shares the machine; only then are speed and the device's rates measured.
+        spec: The run.
+        folder: The run's own folder. Outputs of an earlier attempt are removed.
+        phases: The meter of the phases, started with the process, with imports already marked.
+        checkpoint_seconds: The seconds between two checkpoints. An interrupted run resumes from the last one.
+        rank: The rank of this process in a sharded run. All but the first write into a folder below.
+        keep_weights: The trained weights to keep. Dropping them changes no measurement.
+        alone: Whether no other run shares the machine. Only then are speed and the device's rates measured.
 
     Returns:
-        The record, whatever its status but ``interrupted``.
+        The record, with any status except ``interrupted``.
 
     Raises:
-        Interrupted: After ``interrupted.json`` was written, so that the job counts as not done.
-        KeyboardInterrupt: Likewise, where the process has Python's own handler of SIGINT.
+        Interrupted: A signal or a full disk stopped the run. ``interrupted.json`` is then written, and the job counts
+            as not done.
+        KeyboardInterrupt: The same, in a process that has Python's own handler of SIGINT.
     """
     meeting, folder = meeting_file(folder), rank_folder(folder, rank)
     for name in ("record.json", "interrupted.json", "items.jsonl"):
@@ -175,7 +176,7 @@ def execute(
         print(error, file=sys.stderr)
     except Exception as error:
         if reason := storage_problem(error):
-            # Nothing that the run did: once there is room, it goes on from its last checkpoint.
+            # The disk failed, not the run: once there is room, the run resumes from its last checkpoint.
             record.status, record.reason, file = "interrupted", reason, "interrupted.json"
             raise Interrupted(reason) from error
         traceback.print_exc()
@@ -196,7 +197,7 @@ def execute(
         record.memory.paged_state_bytes = run.log.paged_state_bytes
         record.unavailable = why_unavailable(record)
         if record.status in FINAL:
-            # First where no rule declares it: a job that is killed now has nothing left to do but to copy it.
+            # First into a folder that no rule declares: if the job is killed now, its retry only copies the record.
             write_record(state_folder(folder) / file, record)
         write_record(folder / file, record)
     if rank == 0:
@@ -205,7 +206,7 @@ def execute(
 
 
 def _load(run: _Run) -> tuple[_Data, Any]:
-    """Returns the data, tokenised, and the base model."""
+    """Returns the tokenised data and the base model."""
     spec = run.spec
     tokenizer = load_tokenizer(spec)
     examples = read_split(spec.task, "train") if spec.method.trains else []
@@ -226,7 +227,7 @@ def _load(run: _Run) -> tuple[_Data, Any]:
 
 
 def _prepare(run: _Run, base: Any) -> TrainedModel:
-    """Returns the model to train, spread over the run's processes if there are several."""
+    """Returns the model to train, sharded if the run has several processes."""
     with run.phases.phase("initialise"), _tracked_load(run, base) as loaded:
         trained = build_model(base, run.spec)
         loaded.append(trained.model)
@@ -244,7 +245,7 @@ def _score_retention(run: _Run, model: Any, data: _Data) -> float | None:
 
 
 def _predict(run: _Run, data: _Data) -> _Widest:
-    """Puts the predicted peaks into the record, and returns the batches that they are of."""
+    """Writes the predicted peaks into the record, and returns the batches behind them."""
     spec, pad = run.spec, data.tokenizer.pad_token_id
     seen = islice(_batches(data, spec), spec.steps * spec.gradient_accumulation)
     training = widest_batch(seen) if spec.method.trains else None
@@ -274,7 +275,7 @@ def _validate(trained: TrainedModel, data: _Data, spec: RunSpec) -> float:
 
 
 def _evaluate(run: _Run, trained: TrainedModel, data: _Data) -> None:
-    """Puts the scores into the record, and those of each item into ``items.jsonl``."""
+    """Writes the scores into the record, and the scores of each item into ``items.jsonl``."""
     spec, record, model = run.spec, run.record, trained.model
     pad = data.tokenizer.pad_token_id
     model.eval()
@@ -293,7 +294,7 @@ def _evaluate(run: _Run, trained: TrainedModel, data: _Data) -> None:
 
 
 def _save(run: _Run, model: Any) -> None:
-    """Writes what was trained, and the checksums of all that the run wrote into the record."""
+    """Writes the trained weights, and writes the checksums of the run's files into the record."""
     spec, record, adapter = run.spec, run.record, run.folder / "adapter"
     if spec.method.trains:
         state = trained_state(model) if spec.shards > 1 else None
@@ -310,7 +311,7 @@ def _save(run: _Run, model: Any) -> None:
 
 
 def _probe(run: _Run, trained: TrainedModel, widest: _Widest) -> None:
-    """Puts into the record what only a probe knows: peaks of tensors on a processor, or each process's share."""
+    """Writes into the record what only a probe measures: tensor peaks on a processor, or each process's share."""
     spec, memory = run.spec, run.phases.memory
     if spec.shards > 1:
         run.phases.gather_ranks(held_bytes(trained.model), lambda mine: from_all(mine, spec))
@@ -335,7 +336,7 @@ def _batches(data: _Data, spec: RunSpec) -> Iterator[Batch]:
 
 @contextmanager
 def _tracked_load(run: _Run, *alive: Any) -> Iterator[list[Any]]:
-    """Tracks live bytes while a model comes to be; the block appends it, so that its storages are counted."""
+    """Tracks live bytes while the block makes a model. The block appends the model to the list to have it counted."""
     loaded: list[Any] = []
     if run.spec.device != "cpu":
         yield loaded
@@ -351,7 +352,7 @@ def _tracked_load(run: _Run, *alive: Any) -> Iterator[list[Any]]:
 
 def _initial_size(model: Any) -> Size:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # A 4-bit parameter packs two values a byte; its quantisation state knows the real shape.
+    # A 4-bit parameter packs two values per byte. Its quantisation state has the real shape.
     total = sum(
         p.quant_state.shape.numel() if getattr(p, "quant_state", None) is not None else p.numel()
         for p in model.parameters()
@@ -367,7 +368,7 @@ def _matmul_share(record: RunRecord) -> float | None:
 def _answers(model: Any, tokenizer: Any, spec: RunSpec, record: RunRecord) -> list[dict[str, Any]]:
     if not spec.generation_items:
         return []
-    # Its import is slow, and only these runs need it.
+    # This import is slow, and only these runs need it.
     from peftscope.evaluation.answers import score_answers
 
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The store of runs: moving runs of older versions into it, which kept them in a folder of each experiment."""
+"""Moves runs into the store from the experiments' folders, where older versions kept them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def move_runs() -> tuple[list[str], list[str]]:
     """Moves finished runs from ``results/EXPERIMENT/runs`` into the store.
 
     Returns:
-        The ids of the runs that were moved, and of those that stay because the store has them already.
+        The ids of the moved runs, and of the runs that stay because the store already has them.
     """
     moved, stay = [], []
     for record in sorted(RESULTS.glob("*/runs/*/record.json")):

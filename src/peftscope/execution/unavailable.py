@@ -1,4 +1,4 @@
-"""Why a field of a record is null."""
+"""Gives the reason why a field of a record is null."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from peftscope.record import Ceilings, RunRecord, Speed
 
 
 def why_unavailable(record: RunRecord) -> dict[str, str]:
-    """Returns why each null field is null."""
+    """Returns the reason for each field that is null, by the field's path."""
     reasons: dict[str, str] = {}
     cpu = record.spec.device == "cpu"
     for phase in ("load", "train", "evaluate"):

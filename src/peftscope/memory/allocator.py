@@ -1,9 +1,11 @@
-"""What CUDA's caching allocator reserves for a trace: the trace replayed through a model of the allocator. No torch.
+"""A model of CUDA's caching allocator, which replays a trace and counts the bytes that are reserved. No torch.
 
-Source: ``c10/cuda/CUDACachingAllocator.cpp`` of torch 2: requests are rounded to 512 bytes; up to 1 MiB they are served
-from segments of 2 MiB, up to 10 MiB from segments of 20 MiB, and above from segments of their own, rounded up to 2 MiB.
-A request takes the smallest free block that is large enough, and the rest of the block stays free if it is worth
-keeping; neighbours that are free become one block again. Segments are not given back.
+The allocator rounds requests up to 512 bytes. It serves requests up to 1 MiB from segments of 2 MiB, and requests below
+10 MiB from segments of 20 MiB. A larger request gets a segment of its own, rounded up to 2 MiB. A request gets the
+smallest free block that is large enough. The rest of that block stays free if it is large enough to be useful.
+Neighbouring free blocks are merged. Segments are never given back to CUDA.
+
+Source: ``c10/cuda/CUDACachingAllocator.cpp`` of torch 2.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ LARGE_ROUNDING = 2 << 20
 
 
 def segment_share(size: int) -> float:
-    """Returns the bytes of a segment that a block takes up where many blocks of its size lie side by side.
+    """Returns a block's share of its segment, in bytes, if the segment is full of blocks of this size.
 
     >>> segment_share(7 << 20) / 2**20, segment_share(11 << 20) / 2**20
     (10.0, 12.0)
@@ -32,7 +34,7 @@ def segment_share(size: int) -> float:
 
 
 class Piece:
-    """A part of a segment; neighbours are linked."""
+    """A block inside a segment, linked to its neighbours."""
 
     __slots__ = ("after", "before", "free", "offset", "pool", "size")
 
@@ -44,15 +46,15 @@ class Piece:
 
 
 class CachingAllocator:
-    """The allocator's books for one stream.
+    """The allocator's segments and free blocks for one stream.
 
     Attributes:
-        reserved_bytes: Bytes of all segments; they only grow.
+        reserved_bytes: The bytes of all segments. They only grow.
     """
 
     def __init__(self) -> None:
         self.reserved_bytes = 0
-        # Free pieces by size and address, one pool for small requests and one for the others.
+        # Free pieces by size and address: one pool for small requests, one for all others.
         self._small: list[tuple[int, int, Piece]] = []
         self._large: list[tuple[int, int, Piece]] = []
 
@@ -78,7 +80,7 @@ class CachingAllocator:
         return piece
 
     def free(self, piece: Piece) -> None:
-        """Gives a block back, and joins it with free neighbours."""
+        """Frees a block and merges it with free neighbours."""
         pool, before, after = piece.pool, piece.before, piece.after
         if after is not None and after.free:
             del pool[bisect_left(pool, (after.size, after.offset))]
@@ -108,12 +110,12 @@ class CachingAllocator:
 
 
 def reserved_bytes(trace: Trace) -> int:
-    """Returns the bytes that the allocator holds after a trace; paged blocks are not its own."""
+    """Returns the bytes that the allocator holds after a trace. It does not hold paged blocks."""
     allocator = CachingAllocator()
     allocate, free, sizes = allocator.allocate, allocator.free, trace.sizes(paged=False)
     pieces: dict[int, Piece] = {}
     last = trace.marks[-1][0] if trace.marks else len(trace.events)
-    for event in trace.events[:last]:  # what goes after the last step changes nothing
+    for event in trace.events[:last]:  # later events only free blocks
         if event >= 0:
             if size := sizes[event]:
                 pieces[event] = allocate(size)

@@ -1,4 +1,4 @@
-"""The answer to a question about memory: three peaks, the phase that binds, and what is alive in it. No torch."""
+"""The answer to a question about memory: three peaks, the phase that has them, and what is alive then. No torch."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from peftscope.memory.question import Question
 from peftscope.memory.trace import KINDS, Block, Trace, by_kind
 
 AGREEMENT_FILE = Path(__file__).with_name("agreement.json")
-"""Differences between closed form and simulation; written by ``make agreement``."""
+"""The differences between closed form and simulation. ``make agreement`` writes this file."""
 
 RESIDENT = ("weights", "quantised weights", "adapters", "gradients", "optimizer states")
-"""Kinds that stay from step to step; FSDP and ZeRO-3 spread them over the cards."""
+"""Kinds of blocks that persist from step to step. FSDP and ZeRO-3 shard them over the cards."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Term:
     Attributes:
         kind: One of ``KINDS``.
         name: What the blocks hold.
-        count: How many.
-        formula: Bytes of one, in named dimensions.
-        bytes: Of all of them.
-        source: The code that makes them.
+        count: The number of blocks.
+        formula: The bytes of one block, as a product of named dimensions.
+        bytes: The bytes of all of them.
+        source: The code that allocates them.
     """
 
     kind: str
@@ -55,25 +55,25 @@ class Term:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a training run takes.
+    """The memory that a training run takes.
 
     Attributes:
-        model: As it was asked for.
-        method: Its name.
-        how: Closed form, or simulation.
-        parameters: Of the base; None where its family has no closed form.
-        trainable_parameters: Before any pruning; None likewise.
-        peak_allocated_bytes: Of torch's allocator: tensors and kernel workspaces.
-        peak_reserved_bytes: Segments that the allocator holds for them.
-        peak_device_bytes: Reserved, the CUDA context and paged states: what nvidia-smi shows.
-        binding_phase: Where the allocated peak is.
-        phases: Allocated peak of each phase.
-        components: What is alive at the peak, by kind; they add up to it.
-        modules: The same by module: {name: {"bytes": ..., "modules": {...}}}, to any depth.
-        terms: The same, line by line.
-        dimensions: Value of every letter in the terms' formulas.
-        assumptions: What the peaks rest on.
-        agreement: How well the closed form is known to agree with the simulation.
+        model: The model's name, as the question gave it.
+        method: The name of the method.
+        how: The way in which the answer was computed.
+        parameters: The parameters of the base; None if the closed form does not know its family.
+        trainable_parameters: The trained parameters before any pruning; None for the same reason.
+        peak_allocated_bytes: The peak that torch's allocator counts: tensors and kernel workspaces.
+        peak_reserved_bytes: The peak of the segments that the allocator holds for them.
+        peak_device_bytes: Reserved bytes, the CUDA context and paged states: what nvidia-smi shows.
+        binding_phase: The phase that has the allocated peak.
+        phases: The allocated peak of each phase.
+        components: The bytes that are alive at the peak, by kind. They add up to the peak.
+        modules: The same bytes by module: {name: {"bytes": ..., "modules": {...}}}, to any depth.
+        terms: The same bytes, line by line.
+        dimensions: The value of every letter in the formulas of the terms.
+        assumptions: The assumptions behind the peaks, one sentence each.
+        agreement: How closely the closed form agreed with simulations of this method; empty if nobody compared them.
     """
 
     model: str
@@ -94,13 +94,13 @@ class Answer:
     dimensions: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the answer as JSON content; the keys are stable."""
+        """Returns the answer as JSON content. The keys are stable."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """The three peaks, the phases' own, and a function that returns the blocks that are alive in one of them."""
+    """The three peaks, the peaks of the phases, and a function that returns the blocks alive at a phase's peak."""
 
     allocated_bytes: int
     reserved_bytes: int
@@ -113,22 +113,23 @@ class Peaks:
 def peaks_by_formula(
     question: Question, *, evaluation: bool = True, traces: TrainingTraces | None = None, enough: float = inf
 ) -> Peaks:
-    """Returns the closed form's peaks, with those of the evaluation or without.
+    """Returns the peaks by the closed form.
 
     Args:
-        question: What is asked.
-        evaluation: Whether the evaluation counts.
-        traces: Those of earlier questions; ``alive`` then answers until the next question only.
-        enough: Where tensors alone take more than so many bytes, nobody asks what the allocator holds beyond.
+        question: The run, the model and the card.
+        evaluation: Whether the evaluation counts. It always counts for a method that trains nothing.
+        traces: Traces to reuse from earlier questions. ``alive`` is then valid only until the next question.
+        enough: If tensors alone take more bytes than this, the allocator is not replayed, and reserved bytes are those
+            of the tensors.
 
     Raises:
-        InputError: It does not know the model's family, or the method.
+        InputError: The closed form does not cover the model's family or the method.
     """
     model, spec = question.model, question.spec
     if spec.method.closed_form is None:
         raise InputError(Problem("method", f"{spec.method.name} has no closed form", "use --simulate"))
     if model.shape is None:
-        remedy = "use --simulate, which takes any causal model of transformers"
+        remedy = "use --simulate, which works for every causal model of transformers"
         raise InputError(Problem("model", f"no closed form: {model.why_no_shape}", remedy))
     cublas = question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES
     trace = traces.trace if traces else trace_training
@@ -139,10 +140,10 @@ def peaks_by_formula(
 
 
 def answer_by_formula(question: Question) -> Answer:
-    """Returns the closed form's answer.
+    """Returns the answer by the closed form.
 
     Raises:
-        InputError: It does not know the model's family, or the method.
+        InputError: The closed form does not cover the model's family or the method.
     """
     return answer_of(question, peaks_by_formula(question), "formula")
 
@@ -154,7 +155,7 @@ def peaks_of(
     reserves: Callable[[Trace], int] = reserved_bytes,
     enough: float = inf,
 ) -> Peaks:
-    """Returns the peaks that traces give."""
+    """Returns the peaks of a training trace and an evaluation trace, of which one may be missing."""
     traces = [trace for trace in (training, evaluation) if trace is not None]
     loading = _while_loading(question, traces[0])
     phases = {"load": sum(block.size for block in loading)}
@@ -173,7 +174,7 @@ def peaks_of(
     reserved = max(reserves(trace) for trace in traces) if whole <= enough or question.gpus > 1 else whole
     if question.gpus > 1:
         phases = {phase: sum(block.size for block in alive(phase)) for phase in phases}
-        # What the allocator holds on top of tensors is in proportion.
+        # The bytes that the allocator holds on top of tensors shrink in proportion.
         reserved = round(reserved / whole * max(phases.values()))
         paged //= question.gpus
     binding = max(phases, key=lambda phase: phases[phase])
@@ -183,7 +184,7 @@ def peaks_of(
 
 
 def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulation"]) -> Answer:
-    """Returns the answer with these peaks."""
+    """Returns the answer that reports these peaks."""
     method, shape, alive = question.spec.method, question.model.shape, peaks.alive(peaks.binding_phase)
     return Answer(
         model=question.model.name,
@@ -215,9 +216,9 @@ def _dimensions(question: Question, phase: str) -> dict[str, float]:
 
 
 def _while_loading(question: Question, trace: Trace) -> list[Block]:
-    """Returns what is alive at the peak of loading and initialising, by formula.
+    """Returns the blocks that are alive at the peak of loading and initialising, by formula.
 
-    What stays is there before the first step; on its way there the largest layer takes more.
+    These are the blocks that persist when the first step begins, and the temporaries of the largest layer.
     """
     stays = [block for block in trace.alive(trace.marks[0][0]) if block.kind in RESIDENT]
     method, shape = question.spec.method, question.model.shape
@@ -229,7 +230,7 @@ def _while_loading(question: Question, trace: Trace) -> list[Block]:
 
 
 def _share(phase: str, blocks: list[Block], gpus: int) -> list[Block]:
-    """Returns one card's share: sharded kinds divided, and where the model runs two of its blocks gathered for use."""
+    """Returns the blocks on one card: its shares of sharded kinds, and two gathered layers while the model runs."""
     share: list[Block] = []
     gathered: dict[str, int] = defaultdict(int)
     for block in blocks:
@@ -260,7 +261,7 @@ def _tree(blocks: list[Block]) -> dict[str, Any]:
 
 
 def _terms(blocks: list[Block]) -> list[Term]:
-    """Returns the blocks in groups of one kind, name and formula; largest first within each kind."""
+    """Returns the blocks grouped by kind, name and formula, with the largest group of each kind first."""
     groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for block in blocks:
         groups[block.kind, block.term or _name_of(block), block.formula].append(block.size)
@@ -272,13 +273,13 @@ def _terms(blocks: list[Block]) -> list[Term]:
 
 
 def _name_of(block: Block) -> str:
-    """Returns a name for blocks that have no term: the last parts of their module."""
+    """Returns a name for a block that has no term: the last parts of its module's path."""
     parts = [part for part in block.module.split(".") if not part.isdigit() and part not in ("layers", "default")]
     return " ".join(parts[-2:]) or block.kind
 
 
 def _agreement(question: Question, peaks: Peaks) -> str:
-    """Returns how far the closed form was from simulations of this method; empty for what is not simulated."""
+    """Returns how far the closed form was from simulations of this method; empty if nobody compared them."""
     if question.gpus > 1 or peaks.binding_phase == "load":
         return ""
     try:

@@ -1,7 +1,7 @@
-"""Figures that introductions to LoRA and QLoRA give for the memory of a 7B model, line by line, beside our own.
+"""A table that compares figures from introductions to LoRA and QLoRA, on the memory of a 7B model, with our own.
 
-Each line is what is said, and how to ask for the same thing here. Every number of ours is computed: simulated where
-tensors of a step are asked for, by arithmetic or in closed form where the line says so.
+Each line has a statement, the claimed figure, and the question that gives our figure. Our figures are simulated, unless
+the line says that they come from arithmetic or from the closed form.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Line:
     """One line of the table.
 
     Attributes:
-        statement: What is said, in our words.
-        theirs: The figure that is claimed.
-        ours: Computes what is found, with its unit.
-        setting: The run behind it.
-        why: Why the two differ, or what was counted.
+        statement: The statement, in our words.
+        theirs: The claimed figure.
+        ours: A function that computes our figure, with its unit.
+        setting: The run behind our figure.
+        why: The reason why the two differ, or what was counted.
     """
 
     statement: str
@@ -58,55 +58,55 @@ def _simulated(options: dict[str, Any], model: str = MODEL) -> Answer:
 
 
 def _kind(options: dict[str, Any], *kinds: str) -> Callable[[], str]:
-    """Returns what is alive of some kinds at the peak."""
+    """Returns a function that gives the bytes of some kinds at the peak."""
     return lambda: _gb(sum(_simulated(options).components.get(kind, 0) for kind in kinds))
 
 
 def _adapter_states() -> str:
-    """Returns the bytes of QLoRA's gradients and optimizer states: three 32-bit values a trained parameter."""
+    """Returns the bytes of QLoRA's gradients and optimizer states: three 32-bit values for each trained parameter."""
     trained = _simulated(QLORA).trainable_parameters
     assert trained is not None
     return _gb(3 * 4 * trained)
 
 
 def _total(options: dict[str, Any], model: str = MODEL) -> Callable[[], str]:
-    def found() -> str:
+    def total() -> str:
         answer = _simulated(options, model)
         return f"{_gb(answer.peak_allocated_bytes)} allocated, {_gb(answer.peak_device_bytes)} on the card"
 
-    return found
+    return total
 
 
 def _fits(options: dict[str, Any], card: Gpu, model: str = MODEL) -> Callable[[], str]:
-    def found() -> str:
+    def verdict() -> str:
         left = card.memory_bytes - _simulated(options, model).peak_device_bytes
         return f"{'fits' if left >= 0 else 'does not fit'}: {_gb(abs(left))} {'left' if left >= 0 else 'missing'}"
 
-    return found
+    return verdict
 
 
 def _cards(options: dict[str, Any], card: Gpu) -> Callable[[], str]:
-    """Returns how many cards it takes when weights, gradients and states are sharded, in closed form."""
+    """Returns a function that gives the number of cards, with weights, gradients and states sharded, in closed form."""
 
-    def found() -> str:
+    def count() -> str:
         model, chosen = describe_model(MODEL), options_of_method(str(options["method"]), CHAPTER_RUN | options)
         for gpus in range(1, LARGEST_SHARDING + 1):
             if peaks_by_formula(ask(model, chosen, gpu=card, gpus=gpus)).device_bytes <= card.memory_bytes:
                 return f"{gpus} of {card.name}"
         return f"more than {LARGEST_SHARDING} of {card.name}"
 
-    return found
+    return count
 
 
 def _loaded(precision: str) -> Callable[[], str]:
-    """Returns the bytes of all weights as they are loaded."""
+    """Returns a function that gives the bytes of all weights after loading."""
     if precision == "nf4":
         return _kind(QLORA, "weights", "quantised weights")
     return _kind({"method": "lora", "targets": "attention", "precision": precision}, "weights")
 
 
 def _int8() -> str:
-    """Returns the bytes with one for each weight of a linear layer and a 32-bit scale for each of its rows."""
+    """Returns the bytes of an 8-bit model: one for each weight of a linear layer, and a 32-bit scale for each row."""
     shape = describe_model(MODEL).shape
     assert shape is not None
     rows = shape.num_layers * sum(layer.outputs for layer in shape.block)
@@ -118,7 +118,7 @@ def _gb(size: int) -> str:
 
 
 def lines() -> tuple[Line, ...]:
-    """Returns every line."""
+    """Returns all lines of the table."""
     a100, rtx4090 = find_gpu("a100-80gb"), find_gpu("rtx4090")
     card8, card48 = find_gpu("8GiB"), find_gpu("48GiB")
     bf16, amp, seven = "full, pure BF16", "full, 32-bit weights under autocast", "LoRA on attention, r = 8"
@@ -145,14 +145,14 @@ def lines() -> tuple[Line, ...]:
             "84 GB and more",
             _total(FULL),
             bf16,
-            "States are half of what is claimed; a temporary copy of the optimizer comes on top.",
+            "The states are half of the claim; a temporary copy that the optimizer makes comes on top.",
         ),
         Line(
             "Full fine-tuning: total",
             "84 GB and more",
             _total(FULL_AMP),
             amp,
-            "No single regime of torch gives the claimed sum: it adds 16-bit weights to 32-bit states.",
+            "No single setting of torch gives the claimed sum, which adds 16-bit weights and 32-bit states.",
         ),
         Line("Full fine-tuning: cards", "at least 4 A100 80 GB", _cards(FULL, a100), bf16, "Sharded; closed form."),
         Line("Full fine-tuning: cards", "at least 4 A100 80 GB", _cards(FULL_AMP, a100), amp, "Sharded; closed form."),
@@ -163,7 +163,7 @@ def lines() -> tuple[Line, ...]:
             "3.5 GB",
             _kind(QLORA, "quantised weights"),
             qlora,
-            "Half a byte a weight and its block constants, for linear layers only.",
+            "Half a byte per weight and the block constants, for linear layers only.",
         ),
         Line(
             "QLoRA: base with what stays in 16 bits",
@@ -172,40 +172,40 @@ def lines() -> tuple[Line, ...]:
             qlora,
             "Embeddings, head and norms are not quantised.",
         ),
-        Line("QLoRA: adapters in BF16", "0.1 GB", _kind(QLORA_BF16, "adapters"), qlora, "Attention only: smaller."),
+        Line("QLoRA: adapters in BF16", "0.1 GB", _kind(QLORA_BF16, "adapters"), qlora, "Only attention has them."),
         Line("QLoRA: adapters", "0.1 GB", _kind(QLORA, "adapters"), qlora, "PEFT keeps adapters in 32 bits."),
         Line(
             "QLoRA: gradients and states",
             "0.5 GB",
             _adapter_states,
             "by arithmetic",
-            "Three 32-bit values an adapter weight, which need not be at the peak together.",
+            "Three 32-bit values per adapter weight; they need not all be alive at the peak.",
         ),
         Line(
             "QLoRA: activations",
             "2 to 3 GB",
             _kind(QLORA, "saved activations", "logits and loss", "temporaries"),
             qlora,
-            "Saved activations, logits and temporaries at the peak; in proportion to the tokens of a batch.",
+            "Saved activations, logits and temporaries at the peak, which grow with the tokens of a batch.",
         ),
         Line(
             "QLoRA: activations",
             "2 to 3 GB",
             _kind(QLORA_CHECKPOINTED, "saved activations", "logits and loss", "temporaries"),
             checkpointed,
-            "Recomputed in the backward pass, most of them go.",
+            "Checkpointing recomputes most of them in the backward pass.",
         ),
         Line("QLoRA: total", "6 to 7 GB", _total(QLORA), qlora, "Depends on the length, which is not stated."),
-        Line("QLoRA: total", "6 to 7 GB", _total(QLORA_CHECKPOINTED), checkpointed, "The same with recomputation."),
+        Line("QLoRA: total", "6 to 7 GB", _total(QLORA_CHECKPOINTED), checkpointed, "The same with checkpointing."),
         Line("QLoRA on 8 GB", "fits", _fits(QLORA, card8), qlora, "The device peak, with the CUDA context."),
-        Line("QLoRA on 8 GB", "fits", _fits(QLORA_CHECKPOINTED, card8), checkpointed, "The same with recomputation."),
-        Line("QLoRA of 65B on 48 GB", "fits", _fits(QLORA, card48, "llama-65b"), qlora, "LLaMA-65B, one of 512."),
+        Line("QLoRA on 8 GB", "fits", _fits(QLORA_CHECKPOINTED, card8), checkpointed, "The same with checkpointing."),
+        Line("QLoRA of 65B on 48 GB", "fits", _fits(QLORA, card48, "llama-65b"), qlora, "One sequence of 512."),
         Line(
             "QLoRA of 65B on 48 GB",
             "fits",
             _fits(QLORA_CHECKPOINTED, card48, "llama-65b"),
             checkpointed,
-            "LLaMA-65B, one of 512, as the QLoRA paper does it.",
+            "One sequence of 512 tokens, checkpointed as in the QLoRA paper.",
         ),
         Line("Weights in FP32", "28 GB", _loaded("fp32"), "loaded", "The model has fewer than 7·10⁹."),
         Line("Weights in BF16", "14 GB", _loaded("bf16"), "loaded", "The model has fewer than 7·10⁹."),
@@ -214,20 +214,20 @@ def lines() -> tuple[Line, ...]:
             "7 GB",
             _int8,
             "by arithmetic",
-            "Embeddings and norms keep 16 bits; scales on top.",
+            "Embeddings and norms keep 16 bits; the scales come on top.",
         ),
         Line(
             "Weights in NF4",
             "3.5 GB",
             _loaded("nf4"),
             "loaded",
-            "Embeddings and norms keep 16 bits; constants on top.",
+            "Embeddings and norms keep 16 bits; the block constants come on top.",
         ),
     )
 
 
 def rebuild() -> Iterator[dict[str, str]]:
-    """Yields the table's rows; the model is ``MODEL`` and the run ``CHAPTER_RUN``, where nothing else is said."""
+    """Yields the rows of the table. A line that does not say otherwise is about ``MODEL`` and ``CHAPTER_RUN``."""
     for line in lines():
         yield {
             "what": line.statement,

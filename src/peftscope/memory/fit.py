@@ -1,4 +1,4 @@
-"""What fits on a card: each method with its headroom, the largest sizes that still fit, and advice. No torch."""
+"""Which methods fit on a card: their headroom, the largest sizes that still fit, and advice. No torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from peftscope.methods import METHODS
 LARGEST_BATCH_SIZE = 4096
 LARGEST_RANK = 1024
 LONGEST_SEQUENCE = 131_072
-"""Of models that do not state theirs."""
+"""The longest sequence that is tried with a model that states no limit."""
 
 ADVICE: tuple[dict[str, Any], ...] = (
     {"checkpointing": True},
@@ -38,31 +38,32 @@ ADVICE: tuple[dict[str, Any], ...] = (
     {"method": "qlora", "checkpointing": True, "batch_size": 1},
     {"method": "qlora", "checkpointing": True, "batch_size": 1, "seq_len": 256},
 )
-"""What may help where something does not fit, mildest first."""
+"""Changes that may make a run fit, the mildest first."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether one method fits. All peaks are without an evaluation; None where the method cannot run as asked.
+    """The answer whether one method fits. Peaks do not include an evaluation. They are None if the method cannot run.
 
     Attributes:
-        model: As it was asked for.
-        method: Its name.
-        how: Closed form, or simulation where the method has none; then no largest size is searched for.
-        fits: Whether it does.
-        peak_allocated_bytes: Of torch's allocator.
-        peak_reserved_bytes: Segments that the allocator holds.
-        peak_device_bytes: What the card needs.
-        binding_phase: Where the allocated peak is.
-        phases: Allocated peak of each phase.
-        components: What is alive at the peak, by kind.
-        capacity_bytes: What the card has.
-        headroom_bytes: What is left; negative: what is missing.
-        largest_batch_size: Up to ``LARGEST_BATCH_SIZE``, with everything else as asked; None: not even 1.
+        model: The model's name, as the question gave it.
+        method: The name of the method.
+        how: The closed form, or the simulation for a method without one. A simulation finds no largest sizes.
+        fits: Whether the method fits.
+        peak_allocated_bytes: The peak that torch's allocator counts.
+        peak_reserved_bytes: The peak of the segments that the allocator holds.
+        peak_device_bytes: The bytes that the card needs.
+        binding_phase: The phase that has the allocated peak.
+        phases: The allocated peak of each phase.
+        components: The bytes that are alive at the peak, by kind.
+        capacity_bytes: The bytes that the card has.
+        headroom_bytes: The bytes that are left. A negative number says how many are missing.
+        largest_batch_size: The largest batch size that fits, up to ``LARGEST_BATCH_SIZE``, with all else unchanged.
+            None means that not even 1 fits.
         largest_seq_len: The same for the length of a sequence, up to the model's limit.
-        largest_rank: The same for the rank; None also where there is none.
-        advice: The mildest change that makes it fit, or why it cannot run as asked; empty if it fits.
-        assumptions: What the peaks rest on.
+        largest_rank: The same for the rank. None also for a method without a rank.
+        advice: The mildest change that makes the method fit, or the reason why it cannot run; empty if it fits.
+        assumptions: The assumptions behind the peaks, one sentence each.
     """
 
     model: str
@@ -89,10 +90,10 @@ class Fit:
 
 
 def known_methods(names: str | None) -> list[str]:
-    """Returns the methods of a list with commas, or all that train.
+    """Returns the methods of a comma-separated list, or all that train if the list is empty.
 
     Raises:
-        InputError: One is not known.
+        InputError: A method is unknown.
     """
     trained = [name for name, method in METHODS.items() if method.trains]
     chosen = [name.strip() for name in (names or "").split(",") if name.strip()]
@@ -113,12 +114,12 @@ def fit_methods(
     gpu: Gpu,
     gpus: int = 1,
 ) -> Iterator[Fit]:
-    """Yields one fit per model and method; an option of a method goes only to methods that have it.
+    """Yields one fit per model and method. An option of a method is passed only to methods that have it.
 
-    A method that cannot run as asked gets a row that says why.
+    For a method that cannot run with the options, the fit says why.
 
     Raises:
-        InputError: After the rows: nothing can run as asked.
+        InputError: No method can run with the options. The error comes after the last fit.
     """
     problems: list[Problem] = []
     some = False
@@ -139,31 +140,31 @@ def fit_methods(
 
 
 def options_of_method(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns those of the options that a method has, and its name; rank means AdaLoRA's initial rank, too."""
+    """Returns the options that a method has, and its name. ``rank`` also sets AdaLoRA's initial rank."""
     fields = METHODS[method].model_fields
-    found = {k: v for k, v in options.items() if v is not None and (k not in METHOD_OPTIONS or k in fields)}
+    own = {k: v for k, v in options.items() if v is not None and (k not in METHOD_OPTIONS or k in fields)}
     if "rank" not in fields and options.get("rank"):
-        found |= METHODS[method].with_rank(options["rank"])
+        own |= METHODS[method].with_rank(options["rank"])
     if not METHODS[method].supports_checkpointing:
-        found.pop("checkpointing", None)
-    return {**found, "method": method}
+        own.pop("checkpointing", None)
+    return {**own, "method": method}
 
 
 class Search:
-    """Asks about one model and method again and again, with some of the options changed.
+    """Asks about one model and method repeatedly, each time with some options changed.
 
-    A method without a closed form is simulated once, as asked: a simulation takes too long to be asked again and again.
+    A method without a closed form is simulated only once, with the given options, because a simulation is slow.
 
     Args:
         model: The base.
-        method: Its name.
-        asked: Options; those that the method does not have are left out.
+        method: The name of the method.
+        asked: The options. Those that the method does not have are left out.
         gpu: The card.
-        gpus: Number of them.
-        traces: What searches share.
+        gpus: The number of cards.
+        traces: Traces that several searches share.
 
     Raises:
-        InputError: It cannot run as asked.
+        InputError: The method cannot run with the options.
     """
 
     def __init__(
@@ -190,23 +191,23 @@ class Search:
         ]
 
     def fit(self) -> Fit:
-        """Returns whether it fits, and the largest sizes that do."""
+        """Returns whether the method fits, and the largest sizes that fit."""
         peaks, capacity = self._asked_peaks, self.gpu.memory_bytes
-        taken = peaks.device_bytes
+        needed = peaks.device_bytes
         fit = Fit(
             model=self.model.name,
             method=self.method,
             capacity_bytes=capacity,
-            fits=taken <= capacity,
+            fits=needed <= capacity,
             how=self._how,
             peak_allocated_bytes=peaks.allocated_bytes,
             peak_reserved_bytes=peaks.reserved_bytes,
-            peak_device_bytes=taken,
+            peak_device_bytes=needed,
             binding_phase=peaks.binding_phase,
             phases=peaks.phases,
             components=self._components,
-            headroom_bytes=capacity - taken,
-            advice="" if taken <= capacity else self._advice(),
+            headroom_bytes=capacity - needed,
+            advice="" if needed <= capacity else self._advice(),
             assumptions=self._question.assumptions,
         )
         if self._how == "simulation":
@@ -219,16 +220,16 @@ class Search:
         )
 
     def longest(self) -> int:
-        """Returns the longest sequence that the model takes."""
+        """Returns the longest sequence that the model accepts."""
         longest = self.model.max_seq_len or LONGEST_SEQUENCE
         return longest - getattr(self._question.spec.method, "virtual_tokens", 0)
 
     def largest(self, field: str, limit: int) -> int | None:
-        """Returns the largest value of a field that fits, with everything else as asked; None: not even 1.
+        """Returns the largest value of a field that fits, with all else unchanged, or None if not even 1 fits.
 
         Args:
             field: ``batch_size``, ``seq_len`` or ``rank``.
-            limit: The largest value that is asked about.
+            limit: The largest value to try.
 
         Raises:
             InputError: The method has no closed form.
@@ -250,7 +251,7 @@ class Search:
         return METHODS[self.method].with_rank(value) if field == "rank" else {field: value}
 
     def _peaks(self, question: Question, enough: float = inf) -> Peaks:
-        # An evaluation of the same batch keeps nothing for a backward pass, so that it does not decide.
+        # An evaluation of the same batch keeps nothing for a backward pass, so it never has the larger peak.
         return peaks_by_formula(question, evaluation=False, traces=self._traces, enough=enough)
 
     def _simulated_peaks(self) -> Peaks:
@@ -259,7 +260,7 @@ class Search:
         return peaks_by_simulation(self._question, evaluation=False)
 
     def _expected(self, field: str, value: int) -> float:
-        """Returns the bytes of what is alive at the peak of what was asked, with another value of a field."""
+        """Returns the bytes of the blocks that are alive at the peak, recomputed for another value of a field."""
         spec, shape, changes = self._question.spec, self.model.shape, self._changes(field, value)
         assert shape is not None
         spec = spec.model_copy(
@@ -290,11 +291,11 @@ class Search:
 
 
 def mildest_change(fits: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any] | None:
-    """Returns the mildest of the changes in ``ADVICE`` that fits; None: none does.
+    """Returns the mildest change in ``ADVICE`` that makes a run fit, or None if none does.
 
     Args:
-        fits: Says whether a run fits with these changes; an ``InputError`` or ``ValidationError`` means that they
-            cannot be made.
+        fits: Returns whether a run fits with these changes. It raises ``InputError`` or ``ValidationError`` if they are
+            not possible.
     """
     for changes in ADVICE:
         with suppress(InputError, ValidationError):
@@ -306,17 +307,18 @@ def mildest_change(fits: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any] 
 def largest(
     takes: Callable[[int], float], expected: Callable[[int], float], capacity: int, limit: int, start: int
 ) -> int | None:
-    """Returns a number up to ``limit`` whose bytes fit while those of one more do not; None if those of 1 do not fit.
+    """Returns a number up to ``limit`` that fits while the next larger one does not, or None if 1 does not fit.
 
-    It is the largest where more never takes less. Reserved bytes fall now and then, where a length fragments less, so
-    that some number beyond may fit as well.
+    If bytes never fall as the number grows, this is the largest number that fits. Reserved bytes do fall sometimes,
+    because some lengths fragment less, so a larger number may fit as well.
 
     Args:
-        takes: The bytes of a number; dear.
-        expected: The same but for something that changes little from number to number; cheap, and never falling.
-        capacity: The bytes that there are.
-        limit: The largest number.
-        start: Where the search begins.
+        takes: Returns the bytes that a number takes. It is slow.
+        expected: Returns an estimate of these bytes that is off by about the same amount for every number. It is fast
+            and never falls.
+        capacity: The bytes that are available.
+        limit: The largest number to try.
+        start: The number to try first.
 
     >>> largest(lambda n: 10 + 3 * n, lambda n: 2 * n, 100, 1000, 1), largest(lambda n: 10 + 3 * n, float, 12, 1000, 8)
     (30, None)
@@ -327,15 +329,15 @@ def largest(
         size = takes(value)
         fits, crept = size <= capacity, value == low + 1 or value == high - 1 < limit
         low, high = (value, high) if fits else (low, value)
-        # What is left for the part that is expected, if the rest stays as it is here.
+        # The bytes that the expected part may take, if the rest is as large as here.
         left = capacity - size + expected(value)
         guess = bisect_right(range(limit + 1), left, lo=1, key=expected) - 1
         if fits and guess == low and not crept:
-            value = low + 1  # which settles most searches
+            value = low + 1  # this ends most searches
         elif low < guess < high and not crept:
             value = guess
         elif low == 0 or high > limit:
-            value = min(max(guess, low + 1), high - 1)  # nothing was tried on that side
+            value = min(max(guess, low + 1), high - 1)  # no number on that side was tried yet
         else:
-            value = (low + high) // 2  # both sides were tried, and this one does not foresee the other
+            value = (low + high) // 2  # the estimate failed: bisect
     return low or None

@@ -1,4 +1,4 @@
-"""Memory over rank, sequence length, batch size and method, in closed form: the points of the report's figures."""
+"""Memory over rank, sequence length, batch size and method, in closed form, for the figures of the report."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from peftscope.methods import METHODS
 MODEL = "llama-2-7b"
 CENTRE = {"rank": 8, "seq_len": 512, "batch_size": 1, "targets": "all-linear"}
 CHAPTER_RUN = {"batch_size": 1, "seq_len": 512}
-"""What the table of ``chapter`` is made for, where a line says nothing else."""
+"""The run behind the lines of ``chapter`` that do not say otherwise."""
 AXES: dict[str, tuple[int, ...]] = {
     "rank": (2, 8, 32, 128, 512),
     "seq_len": (128, 256, 512, 1024, 2048, 4096),
     "batch_size": (1, 2, 4, 8, 16),
 }
-"""One leaves its place in the centre at a time."""
+"""The values of each axis. A curve varies one axis and keeps the others at the centre."""
 METHOD_NAMES = ("full", "lora", "qlora", "dora", "adalora", "loftq")
 
 SIZES = ("llama-2-7b", "llama-2-13b", "llama-33b", "codellama-34b", "llama-65b", "llama-2-70b")
 BARS = ({"method": "full"}, {"method": "lora"}, {"method": "qlora", "checkpointing": True})
-"""The QLoRA paper's bars, and those of what it replaces."""
+"""The bars of the QLoRA paper, and bars for the methods that it replaces."""
 
 
 def sources() -> list[str]:
-    """Returns the files that the grid and the introduction's table follow from, from the repository's root."""
+    """Returns the source files behind the grid and the table of ``chapter``, relative to the repository's root."""
     package = Path("src/peftscope")
     return sorted(str(path) for folder in ("memory", "methods") for path in (package / folder).rglob("*.py"))
 
 
 def grid() -> pd.DataFrame:
-    """Returns the curves of the grid: one row each, with its method and the axis that it varies."""
+    """Returns the curves of the grid: one row per curve, with its method and the axis that it varies."""
     return pd.DataFrame(
         [
             {"method": method, "axis": axis}
@@ -49,7 +49,11 @@ def grid() -> pd.DataFrame:
 
 
 def curve(method: str, axis: str) -> pd.DataFrame:
-    """Returns the peaks of a method along an axis, in bytes: one row a value."""
+    """Returns the peaks of a method along an axis, in bytes: one row per value.
+
+    Raises:
+        InputError: The method or the axis is unknown.
+    """
     for what, name, known in (("method", method, METHODS), ("axis", axis, AXES)):
         if name not in known:
             raise InputError(Problem(what, f"no such {what} (got {shown(name)})", close_match(name, known)))
@@ -70,7 +74,7 @@ def curve(method: str, axis: str) -> pd.DataFrame:
 
 
 def bars() -> pd.DataFrame:
-    """Returns what is alive at the peak, in bytes: one row a model, method and kind."""
+    """Returns the bytes that are alive at the peak: one row per model, method and kind."""
     rows = []
     for name in SIZES:
         model = describe_model(name)

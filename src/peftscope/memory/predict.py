@@ -1,4 +1,4 @@
-"""What the simulator says that a run will take, from the very batches that it is going to see."""
+"""Predicts the memory of a run by simulation, with the batches that the run will use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROOMS = ("data", "evaluation", "hardware", "memory", "methods", "models", "train
 
 
 def predict_or_nothing(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> PredictedMemory:
-    """Returns the predicted peaks, or none: a model that cannot be simulated can still be trained.
+    """Returns the predicted peaks. If the simulation fails, they are empty, because the model can still be trained.
 
     Runs that take the same memory are simulated once: neither a seed nor a learning rate changes a shape.
     """
@@ -72,7 +72,7 @@ def _code() -> str:
 
 
 def why_not_simulated(spec: RunSpec) -> str:
-    """Returns why the simulator does not know runs of this kind; empty if it does."""
+    """Returns why the simulator cannot predict a run of this kind; empty if it can."""
     if spec.shards > 1:
         return "the simulator knows a single process"
     return "the simulator does not know what compiled layers keep" if spec.compile else ""
@@ -82,14 +82,14 @@ def predict(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> Predi
     """Returns the predicted peaks of a run.
 
     Args:
-        spec: The run; its base model was fetched.
-        widest: The training batch with the longest sequence; None: nothing is trained.
-        widest_heldout: The same of evaluation.
+        spec: The run. Its base model must have been fetched.
+        widest: The training batch with the longest sequence, or None if nothing is trained.
+        widest_heldout: The evaluation batch with the longest sequence.
     """
     card = found_card() if spec.device == "cuda" else None
     folder = model_folder(spec.model, spec.revision)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    # As many steps as the probe takes. The optimizer's states appear in the first, so the second is the steady one.
+    # As many steps as the probe takes. Optimizer states are allocated in the first, so the second is a typical step.
     steps = spec.probe_steps if spec.device == "cpu" and spec.probe_steps else 2
     batches = [widest] * steps if widest is not None else []
     training, evaluation = simulate(spec, config, batches, widest_heldout, card.cublas_bytes if card else 0)
@@ -110,7 +110,7 @@ def predict(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> Predi
 
 
 def found_card() -> Gpu:
-    """Returns the first CUDA card, with what the calculator knows of its kind."""
+    """Returns the first CUDA card: its own memory and name, and the workspace and context of its type."""
     properties: Any = torch.cuda.get_device_properties(0)
     unknown = Gpu("", 0, cublas_bytes=CUBLAS_HOPPER_BYTES if properties.major == 9 else CUBLAS_BYTES)
     return replace(known_card(properties.name) or unknown, name=properties.name, memory_bytes=properties.total_memory)

@@ -1,4 +1,4 @@
-"""The memory probe: the same step, a few times, under the byte tracker. For devices that keep no peak."""
+"""The memory probe: a few training steps under the byte tracker, for devices that record no peak."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from peftscope.training.step import TrainedModel, make_optimizer, train_step
 def probe_training(trained: TrainedModel, batch: Batch, spec: RunSpec) -> dict[str, int]:
     """Returns the peak of live tensor bytes in ``forward``, ``backward`` and ``optimizer``.
 
-    The optimizer's states appear at the first of ``spec.probe_steps`` steps, so the second is the steady one; the
-    larger peak counts. Runs after everything else, with an optimizer of its own: it changes the weights.
+    The larger peak of all ``spec.probe_steps`` steps counts. Optimizer states are allocated in the first step, so the
+    second is a typical one. The probe changes the weights, so it must run last. It makes its own optimizer.
     """
     tracker = MemoryTracker(tensors_of(trained.model, batch))
     track_steps(tracker, trained, [batch] * spec.probe_steps, make_optimizer(trained.model, spec), spec)
@@ -33,7 +33,7 @@ def track_steps(
     spec: RunSpec,
     before_phase: Callable[[str], None] = lambda phase: None,
 ) -> None:
-    """Takes a training step on each batch (the same one throughout a gradient accumulation) under a tracker."""
+    """Runs a training step on each batch under a tracker. A gradient accumulation uses the same batch throughout."""
 
     def begin(phase: str) -> None:
         before_phase(phase)
@@ -42,20 +42,20 @@ def track_steps(
     trained.model.train()
     with tracker:
         for batch in batches:
-            # Step 0 is before any pruning: AdaLoRA then updates its importance scores and changes no rank.
+            # In step 0, AdaLoRA updates its importance scores but prunes nothing.
             train_step(trained, [batch] * spec.gradient_accumulation, optimizer, spec, step=0, at_phase=begin)
             begin("")
 
 
 def probe_evaluation(model: Any, batch: Batch, spec: RunSpec) -> int:
-    """Returns the peak of live tensor bytes over a held-out batch."""
+    """Returns the peak of live tensor bytes while a held-out batch is scored."""
     tracker = MemoryTracker(tensors_of(model))
     track_evaluation(tracker, model, batch, spec)
     return tracker.peak_bytes
 
 
 def track_evaluation(tracker: MemoryTracker, model: Any, batch: Batch, spec: RunSpec) -> None:
-    """Computes the losses of a held-out batch under a tracker; the model is left in evaluation mode."""
+    """Computes the losses of a held-out batch under a tracker. The model stays in evaluation mode."""
     model.eval()
     for tensor in tensors_of(batch):
         tracker.add(tensor)

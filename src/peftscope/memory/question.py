@@ -1,4 +1,4 @@
-"""A question about memory: which model, which run, which card. No torch."""
+"""A question about memory: the model, the run and the card. No torch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ METHOD_OPTIONS = (
     "double_quant",
     "kbit_preparation",
 )
-"""Options that are fields of a method."""
+"""The options that are fields of a method."""
 
 SPEC_OPTIONS = (
     "batch_size",
@@ -50,21 +50,21 @@ SPEC_OPTIONS = (
     "packing",
     "eval_batch_size",
 )
-"""Options that are fields of the spec."""
+"""The options that are fields of the spec."""
 
 DEFAULTS: dict[str, Any] = {"batch_size": 1, "seq_len": 512, "precision": "bf16", "loss_path": "hf"}
-"""What a plain PyTorch and PEFT script does where nothing is said; for other options, the field's own default."""
+"""What a plain PyTorch and PEFT script does. All other options have the default of their field."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A base model as far as memory goes.
+    """A base model, as far as it decides memory.
 
     Attributes:
-        name: As it was asked for.
-        config: Its ``config.json``.
-        shape: Its sizes, if its family is one that the closed form knows.
-        why_no_shape: Why there is none.
+        name: The name, as the question gave it.
+        config: The content of its ``config.json``.
+        shape: Its sizes, or None if the closed form does not know its family.
+        why_no_shape: The reason why there is no shape.
     """
 
     name: str
@@ -74,22 +74,22 @@ class Model:
 
     @property
     def max_seq_len(self) -> int | None:
-        """Longest sequence that its position embeddings know; None: it does not say."""
+        """The longest sequence that its positions allow, or None if its configuration states no limit."""
         limits = [self.config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
         return next((limit for limit in limits if isinstance(limit, int)), None)
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked.
+    """A question about the memory of a run.
 
     Attributes:
         model: The base.
-        spec: The run; its ``seq_len`` is the length of every sequence of the longest batch.
-        responses: Positions of a sequence that carry a loss.
-        gpu: The card, if one was named.
-        gpus: Cards over which weights, gradients and states are sharded.
-        assumptions: What the answer rests on, one sentence each.
+        spec: The run. Every sequence of the longest batch has the length ``seq_len``.
+        responses: The number of positions of a sequence that carry a loss.
+        gpu: The card, or None if none was named.
+        gpus: The number of cards over which weights, gradients and states are sharded.
+        assumptions: The assumptions behind the answer, one sentence each.
     """
 
     model: Model
@@ -101,10 +101,10 @@ class Question:
 
 
 def describe_model(name: str) -> Model:
-    """Returns a model by preset, path of a ``config.json``, name in models.yaml, or hub id.
+    """Returns the model with this name: a preset, the path of a ``config.json``, a name in models.yaml, or a hub id.
 
     Raises:
-        InputError: It is none of these, or cannot be read.
+        InputError: The name is none of these, or the model's configuration cannot be read.
     """
     by_hub_id = {hub_id.lower(): shape for hub_id, shape in PRESETS.values()}
     shape = PRESETS[name.lower()][1] if name.lower() in PRESETS else by_hub_id.get(name.lower())
@@ -125,12 +125,12 @@ def describe_model(name: str) -> Model:
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except OSError:  # a name that is too long for one
+    except OSError:  # the name is too long for a path
         return False
 
 
 def _catalogued(name: str) -> ModelShape | None:
-    """Returns the shape of a model of models.yaml; None where there is no such file, or it does not say."""
+    """Returns the shape of a model of models.yaml, or None if the file is missing or does not know the shape."""
     from peftscope.models.catalog import find_model
 
     try:
@@ -147,10 +147,10 @@ def _downloaded_config(hub_id: str) -> Path:
 
     try:
         return Path(hf_hub_download(hub_id, "config.json"))
-    except Exception as error:  # whatever the network or the hub answers, the user needs one line
+    except Exception as error:  # network and hub fail in many ways, and the user needs one line
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = f"use a preset ({', '.join(PRESETS)}) or the path of a config.json"
-        raise InputError(Problem("model", f"could not get config.json of {hub_id!r}: {reason}", remedy)) from None
+        raise InputError(Problem("model", f"cannot fetch the config.json of {hub_id!r}: {reason}", remedy)) from None
 
 
 def _read_config(name: str, path: Path) -> Model:
@@ -172,7 +172,7 @@ def _read_config(name: str, path: Path) -> Model:
     except ValueError as error:
         return Model(name, config, None, str(error))
     except (TypeError, ZeroDivisionError):
-        remedy = "see that its sizes are whole numbers above 0"
+        remedy = "check that all its sizes are whole numbers above 0"
         raise InputError(Problem("model", f"{path} does not describe a model", remedy)) from None
 
 
@@ -184,17 +184,17 @@ def ask(
     gpu: Gpu | None = None,
     gpus: int = 1,
 ) -> Question:
-    """Returns a question, with what a plain PyTorch and PEFT script does where an option is not given.
+    """Returns a question. Options that are not given have the values of a plain PyTorch and PEFT script.
 
     Args:
         model: The base.
-        options: Fields of the spec and of the method; None: not given.
-        responses: Positions of a sequence that carry a loss.
+        options: Fields of the spec and of the method. None means that an option is not given.
+        responses: The number of positions of a sequence that carry a loss.
         gpu: The card.
-        gpus: Number of them.
+        gpus: The number of cards.
 
     Raises:
-        InputError: An option is wrong, or does not fit the others or the model.
+        InputError: An option is wrong, or contradicts another option or the model.
     """
     given = {name: value for name, value in options.items() if value is not None}
     name = given.pop("method", "lora")
@@ -206,14 +206,14 @@ def ask(
             method[option] = given.pop(option)
             if option not in METHODS[name].model_fields:
                 fields = [field for field in METHODS[name].model_fields if field in METHOD_OPTIONS]
-                remedy = f"{name} has {', '.join(fields)}" if fields else f"{name} has no such options"
-                raise InputError(Problem(option, f"does not fit the method {name}", remedy))
+                remedy = f"{name} has {', '.join(fields)}" if fields else f"{name} has no options of its own"
+                raise InputError(Problem(option, f"is not an option of the method {name}", remedy))
     defaults = _defaults(model, given)
     values = {**defaults, **given, "eval_batch_size": given.get("eval_batch_size", given.get("batch_size", 1))}
     try:
         spec = RunSpec(model=model.name, task="memory", device="cuda", learning_rate=1e-4, method=method, **values)
     except ValidationError as error:
-        # Where nobody gave an evaluation's batch size, it follows the training's.
+        # Without a value of its own, the evaluation's batch size follows that of training.
         follows = {"eval_batch_size"} - given.keys()
         raise InputError(p for p in _problems(error) if p.where not in follows) from None
     _check_model(model, spec)
@@ -231,19 +231,19 @@ def _defaults(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
     if model.config["model_type"] == "gemma2":
         defaults["attention"] = "eager"
         if given.get("attention") == "sdpa":
-            message = "sdpa does not know the soft cap of Gemma-2's scores"
+            message = "sdpa does not apply the soft cap of Gemma-2's attention scores"
             raise InputError(Problem("attention", message, "use eager or flash_attention_2"))
     return defaults
 
 
 def _problems(error: ValidationError) -> list[Problem]:
-    found = []
+    problems = []
     for item in error.errors():
         names = [str(part) for part in item["loc"] if part not in ("method", *METHODS)]
         where = ".".join(names) or "options"
         got = "" if isinstance(item["input"], dict | list) or not names else f" (got {shown(item['input'])})"
-        found.append(Problem(where, item["msg"].removeprefix("Value error, ") + got))
-    return found
+        problems.append(Problem(where, item["msg"].removeprefix("Value error, ") + got))
+    return problems
 
 
 def _check_model(model: Model, spec: RunSpec) -> None:
@@ -261,7 +261,7 @@ def _check_model(model: Model, spec: RunSpec) -> None:
             raise InputError(Problem("targets", f"{model.name} has no `{target}`", remedy))
     name = spec.method.rank_field
     rank, narrowest = getattr(spec.method, name, None), narrowest_target(model, spec)
-    if spec.method.closed_form is None:  # what the rank of any method means is not known
+    if spec.method.closed_form is None:  # a method of another package may mean something else by its rank
         return
     if rank is not None and narrowest is not None and rank > narrowest:
         message = f"{rank} is more than the smallest adapted width, {narrowest}"
@@ -269,14 +269,14 @@ def _check_model(model: Model, spec: RunSpec) -> None:
 
 
 def usual_responses(seq_len: int) -> int:
-    """Returns the positions of a sequence that carry a loss where nobody says."""
+    """Returns the number of positions that carry a loss if the question does not say."""
     return max(1, seq_len // 2)
 
 
 def narrowest_target(model: Model, spec: RunSpec) -> int | None:
-    """Returns the smallest width of the adapted layers; None where the model's shape is not known, or none is adapted.
+    """Returns the smallest width of the adapted layers; None if the shape is unknown or no layer is adapted.
 
-    More rank than that adds nothing that a product of two matrices could express.
+    A rank above this width adds nothing that the product of the two matrices could express.
     """
     targets = spec.method.targets_of()
     block = model.shape.block if model.shape else ()
@@ -285,54 +285,52 @@ def narrowest_target(model: Model, spec: RunSpec) -> int | None:
 
 @cache
 def library_versions() -> str:
-    """Returns the libraries whose code decides what is kept, as they are installed."""
-    found = []
+    """Returns the installed versions of the libraries whose code decides what a step keeps."""
+    versions = []
     for name in ("torch", "transformers", "peft", "bitsandbytes"):
         with contextlib.suppress(PackageNotFoundError):
-            found.append(f"{name} {version(name)}")
-    return ", ".join(found)
+            versions.append(f"{name} {version(name)}")
+    return ", ".join(versions)
 
 
-def _said(fields: dict[str, Any]) -> list[tuple[str, Any]]:
+def _given(fields: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in fields.items() if name != "name" and value is not None]
 
 
 def _assumptions(spec: RunSpec, responses: int, gpu: Gpu | None, gpus: int) -> list[str]:
-    """Returns what the answer rests on, asked for or by default, one sentence each."""
+    """Returns the assumptions behind the answer, given or by default, one sentence each."""
     masked = spec.loss_path == "hf" and spec.attention == "sdpa"
     cublas = (gpu.cublas_bytes if gpu else CUBLAS_BYTES) / MIB
-    taken = [
-        f"method {spec.method.name}: " + ", ".join(f"{k}={v}" for k, v in _said(spec.method.model_dump(mode="json"))),
+    lines = [
+        f"method {spec.method.name}: " + ", ".join(f"{k}={v}" for k, v in _given(spec.method.model_dump(mode="json"))),
         f"batch_size={spec.batch_size}, seq_len={spec.seq_len} for every sequence (the longest batch decides), "
         f"gradient_accumulation={spec.gradient_accumulation}",
         f"precision={spec.precision}, optimizer={spec.optimizer}"
         + (f" ({spec.optimizer_implementation})" if spec.optimizer in ("adamw", "sgd") else ""),
-        "loss_path=hf: logits of every position, which the script keeps until its next step"
+        "loss_path=hf: logits of every position, kept until the next step as in a plain script"
         if spec.loss_path == "hf"
-        else f"loss_path=response_only: logits of {responses} positions a sequence",
+        else f"loss_path=response_only: logits of {responses} positions per sequence",
         "packing=True: a block-diagonal mask"
         if spec.packing
-        else f"packing=False: padded batches{', for which SDPA gets a mask' if masked else ''}",
+        else f"packing=False: padded batches{', with a mask for SDPA' if masked else ''}",
         f"attention={spec.attention}, checkpointing={spec.checkpointing}",
         f"evaluation with batch_size={spec.eval_batch_size}, without optimizer states",
-        "reserved: two steps of that batch through a model of torch's caching allocator, without expandable segments",
+        "reserved: two steps of that batch in a model of torch's caching allocator, without expandable segments",
         f"cuBLAS workspace of {cublas:.1f} MiB{', one for each pass' if spec.method.trains else ''}",
-        "allocated: what tensors ask for, in multiples of 512 bytes; torch's count can be up to 1 MiB a block above it",
-        f"code of {library_versions()}",
+        "allocated: the sizes of tensors in multiples of 512 bytes; torch may count up to 1 MiB more per block",
+        f"the code of {library_versions()}",
     ]
     if gpu is None or gpu.context_bytes is None:
-        taken.append(
-            f"CUDA context {CONTEXT_BYTES / MIB:.0f} MiB, as measured on an A100; it differs from card to card"
-        )
+        lines.append(f"CUDA context of {CONTEXT_BYTES / MIB:.0f} MiB, measured on an A100; other cards differ")
     else:
-        taken.append(f"CUDA context {gpu.context_bytes / MIB:.0f} MiB, as measured on this card")
+        lines.append(f"CUDA context of {gpu.context_bytes / MIB:.0f} MiB, measured on this type of card")
     if spec.method.quantization():
-        taken.append("4-bit products dequantise one layer at a time in both passes, as large batches do on CUDA")
+        lines.append("4-bit products dequantise one layer at a time in both passes, as on CUDA with large batches")
     if spec.optimizer.startswith("paged"):
-        taken.append("paged optimizer states are all on the card: device counts them, allocated does not")
+        lines.append("all paged optimizer states are on the card: device includes them, allocated does not")
     if spec.method.closed_form is None:
-        taken.append(f"{spec.method.name} has no closed form: its peaks are simulated")
-    taken += spec.method.memory_assumptions
+        lines.append(f"{spec.method.name} has no closed form: its peaks are simulated")
+    lines += spec.method.memory_assumptions
     if gpus > 1:
-        taken.append(f"weights, gradients and states sharded over {gpus} cards (FSDP, ZeRO-3), batch_size on each")
-    return taken
+        lines.append(f"weights, gradients and states sharded over {gpus} cards (FSDP, ZeRO-3), batch_size rows on each")
+    return lines

@@ -1,4 +1,4 @@
-"""Answers about memory as tables for people. No torch."""
+"""Prints answers about memory as tables. No torch."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from peftscope.methods import METHODS
 
 
 def show_answer(answer: Answer, console: Console, *, explain: bool, depth: int) -> None:
-    """Prints an answer: peaks, phases, what is alive at the peak, and what they rest on."""
+    """Prints an answer: its peaks, its phases, what is alive at the peak, and its assumptions."""
     how = "closed form" if answer.how == "formula" else "simulated on tensors without data"
     if METHODS[answer.method].closed_form is None:
-        how += f", for {answer.method} has no closed form"
+        how += f", because {answer.method} has no closed form"
     known = f" ({answer.agreement})" if answer.agreement else ""
     console.print(f"[bold]{answer.model}, {answer.method}[/]: {how}{known}")
     if answer.parameters is not None:
         console.print(f"{answer.parameters:,} parameters, {answer.trainable_parameters:,} trained")
     peaks = Table(box=None, show_header=False)
-    peaks.add_row("allocated", spoken_bytes(answer.peak_allocated_bytes), "tensors and workspaces (torch counts them)")
+    peaks.add_row("allocated", spoken_bytes(answer.peak_allocated_bytes), "tensors and workspaces that torch counts")
     peaks.add_row("reserved", spoken_bytes(answer.peak_reserved_bytes), "segments that the allocator holds for them")
     peaks.add_row("device", spoken_bytes(answer.peak_device_bytes), "with the CUDA context: what nvidia-smi shows")
     console.print(peaks)
@@ -84,7 +84,7 @@ def _module_tree(modules: dict[str, Any], depth: int) -> Tree:
 
 
 def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
-    """Prints which methods fit, with what is left, and the largest batch, length and rank that still fit."""
+    """Prints which methods fit, the bytes that are left, and the largest batch, length and rank that still fit."""
     console.print(f"on {gpu.name}, {spoken_bytes(gpu.memory_bytes)}; closed form")
     simulated = sorted({fit.method for fit in fits if fit.how == "simulation"})
     table = Table("model", "method", "device peak", "fits", "left", "batch", "length", "rank", "what to do", box=None)
@@ -97,4 +97,4 @@ def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
         table.add_row(fit.model, fit.method, device, mark, left, *largest, fit.advice)
     console.print(table)
     for name in simulated:
-        console.print(f"{name} has no closed form: its peak is simulated as asked, and no largest size is searched for")
+        console.print(f"{name} has no closed form: its peak is simulated, and largest sizes are not searched")

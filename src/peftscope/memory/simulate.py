@@ -1,7 +1,7 @@
-"""The memory of training steps without data: the same model code and the same step, on tensors with only shapes.
+"""Simulates the memory of training steps: the same model code and the same step, on tensors that have only a shape.
 
-The base is built on ``meta``, the method is applied there, and every parameter is replaced by a fake tensor; then the
-project's own step runs under the byte tracker. Nothing is fitted, nothing is drawn: a 65B model needs no memory.
+The base is built on ``meta``, the method is applied there, and a fake tensor replaces every parameter. Then the
+project's own step runs under the byte tracker. No values are computed, so even a 65B model takes no memory.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ def simulate(
     evaluation_batch: Batch | None = None,
     cublas_bytes: int = 0,
 ) -> tuple[Trace, Trace | None]:
-    """Returns the traces of one training step per batch, and of the evaluation of another batch.
+    """Returns the trace of training steps, one per batch, and the trace of an evaluation.
 
-    Equal to the byte to what the probe tracks on a real CPU run of as many steps; optimizer states appear in the first.
-    AdaLoRA is simulated before it prunes, which frees nothing. Initialisations that compute (PiSSA, LoftQ) are not part
-    of a step.
+    The training trace equals, to the byte, the trace of the probe in a real CPU run with as many steps. The first step
+    allocates the optimizer states. AdaLoRA is simulated before it prunes; pruning frees nothing. The computations that
+    initialise PiSSA and LoftQ are not part of a step.
 
     Args:
         spec: The run.
         config: The transformers configuration of its base model.
-        batches: Only their shapes count; none: no training.
-        evaluation_batch: Of its shape is the evaluation's, if it is wanted.
-        cublas_bytes: Size of cuBLAS's workspace; above 0 the traces also have what kernels take inside on CUDA.
+        batches: The training batches, of which only the shapes count. Without any, nothing is trained.
+        evaluation_batch: A batch with the shape of the evaluation's, or None for no evaluation.
+        cublas_bytes: The size of cuBLAS's workspace. Above 0, the traces also contain the workspaces of CUDA kernels.
     """
     trained = _empty_model(spec, config)
     model = trained.model
-    # Fake tensors are CPU tensors whatever device they stand for, and autocast asks the spec for it.
+    # Fake tensors are CPU tensors, and autocast takes its device from the spec.
     on_cpu = spec.model_copy(update={"device": "cpu"})
     if cublas_bytes:
         _drop_as_on_cuda(model)
@@ -62,7 +62,7 @@ def simulate(
         if evaluation_batch is None:
             return trace, None
         tracker = _tracker_of(model, owners, cublas_bytes)
-        owners.outside = "loss"  # all that an evaluation computes outside of the model
+        owners.outside = "loss"  # everything that an evaluation computes outside the model
         with attention(model, _on_cpu(spec.attention)):
             track_evaluation(tracker, model, _fake_batch(evaluation_batch), on_cpu)
         tracker.trace.name_open_blocks()
@@ -78,12 +78,12 @@ def _train(
 ) -> Trace:
     model = trained.model
     tracker = _tracker_of(model, owners, cublas_bytes)
-    with unset_fake_temporarily():  # bitsandbytes makes its code tables value by value
+    with unset_fake_temporarily():  # bitsandbytes computes its code tables value by value
         optimizer = make_optimizer(model, spec)
     parameters = {owners.clean(name): p for name, p in model.named_parameters() if p.requires_grad}
 
     def mark(phase: str) -> None:
-        """Names gradients before they are used, and the optimizer's states after they came to be."""
+        """Labels the gradients before a phase uses them, and the optimizer states after the optimizer made them."""
         for name, parameter in parameters.items():
             _name(tracker, parameter.grad, "gradients", name)
             if phase == "" and parameter in optimizer.state:
@@ -104,7 +104,7 @@ def _train(
 
 
 class _CudaDropout(torch.autograd.Function):
-    """Keeps what ``aten::native_dropout`` keeps on CUDA: a mask of one byte an element. A CPU keeps the factors."""
+    """Saves what ``aten::native_dropout`` saves on CUDA: a mask with one byte per element. A CPU saves the factors."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -114,7 +114,7 @@ class _CudaDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        """Returns another."""
+        """Returns a gradient with the shape and dtype of the output's gradient."""
         return torch.empty_like(grads[0])
 
 
@@ -125,7 +125,7 @@ def _drop_as_on_cuda(model: torch.nn.Module) -> None:
 
 
 def _dequantised_bytes(function: Any, arguments: Any) -> int:
-    """Returns what bitsandbytes' 4-bit product takes inside on CUDA: all weights of the layer in 16 bits."""
+    """Returns what a 4-bit product of bitsandbytes takes for itself on CUDA: the layer's weights in 16 bits."""
     if str(function) != "bitsandbytes.gemm_4bit.default":
         return 0
     rows, columns = arguments[2]
@@ -140,11 +140,11 @@ def _name(tracker: MemoryTracker, tensor: Any, kind: str, module: str) -> Block 
 
 
 def _tracker_of(model: torch.nn.Module, owners: _Owners, cublas_bytes: int) -> MemoryTracker:
-    """Returns a tracker that knows the model: frozen weights first, as they are loaded before an adapter is made."""
+    """Returns a tracker that has counted the model: frozen weights first, as they are loaded before the adapter."""
     on_cuda = cublas_bytes > 0
     tracker = MemoryTracker(owner_of_now=owners.now, workspace_of=_dequantised_bytes if on_cuda else lambda *_: 0)
     named = list(model.named_parameters())
-    if on_cuda:  # the backward pass has a thread of its own, with a handle and a workspace of its own
+    if on_cuda:  # the backward pass runs in a thread with its own cuBLAS handle and workspace
         for _ in range(2 if any(parameter.requires_grad for _, parameter in named) else 1):
             tracker.trace.born(Block(cublas_bytes, "kernel workspace", term="cuBLAS workspace"))
     adapts = not all(parameter.requires_grad for _, parameter in named)
@@ -161,7 +161,7 @@ def _tracker_of(model: torch.nn.Module, owners: _Owners, cublas_bytes: int) -> M
 
 
 def answer_by_simulation(question: Question) -> Answer:
-    """Returns the simulation's answer.
+    """Returns the answer by simulation.
 
     Raises:
         InputError: transformers does not know the model, or PEFT does not find the targets in it.
@@ -170,16 +170,17 @@ def answer_by_simulation(question: Question) -> Answer:
 
 
 def peaks_by_simulation(question: Question, *, evaluation: bool = True) -> Peaks:
-    """Returns the simulation's peaks, with those of the evaluation or without.
+    """Returns the peaks by simulation, with or without an evaluation.
 
     Raises:
-        InputError: transformers does not know the model, or PEFT does not find the targets in it.
+        InputError: The question names several cards, transformers does not know the model, or PEFT does not find the
+            targets in it.
     """
     if question.gpus > 1:
         has_form = question.spec.method.closed_form is not None
-        message = "sharding is known to the closed form only"
+        message = "only the closed form can answer for several cards"
         message += "" if has_form else f", and {question.spec.method.name} has none"
-        raise InputError(Problem("gpus", message, "leave --simulate out" if has_form else "ask about one card"))
+        raise InputError(Problem("gpus", message, "leave out --simulate" if has_form else "ask about one card"))
     spec, responses = question.spec, question.responses
     batch = empty_batch(rows=spec.batch_size, width=spec.seq_len, responses=responses, packed=spec.packing)
     evaluation_batch = empty_batch(rows=spec.eval_batch_size, width=spec.seq_len, responses=responses)
@@ -193,14 +194,14 @@ def peaks_by_simulation(question: Question, *, evaluation: bool = True) -> Peaks
             evaluation_batch if evaluation or not spec.method.trains else None,
             question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES,
         )
-    except Exception as error:  # whatever a model of anyone's stumbles over, the user needs one line
+    except Exception as error:  # any model may fail in its own way, and the user needs one line
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(Problem("model", f"{question.model.name} cannot be simulated: {reason}")) from error
     return peaks_of(question, training if spec.method.trains else None, evaluated)
 
 
 def empty_batch(*, rows: int, width: int, responses: int, packed: bool = False) -> Batch:
-    """Returns a batch on ``meta``: rows x width tokens, of which ``responses`` positions a row carry a loss."""
+    """Returns a batch on ``meta`` of rows x width tokens. In each row, ``responses`` positions carry a loss."""
     with torch.device("meta"):
         ids = torch.empty(rows, width, dtype=torch.int64)
         return Batch(
@@ -227,11 +228,11 @@ def _empty_model(spec: RunSpec, config: Any) -> TrainedModel:
     with torch.device("meta"):
         trained = apply_method(base, spec, spec.method.build_empty)
     if getattr(spec.method, "adapter_dtype", "fp32") == "base":
-        # PEFT gives adapters the base's dtype when it moves them to its device, and moves nothing on meta.
+        # PEFT casts adapters to the base's dtype when it moves them to a device, and on meta it moves nothing.
         for parameter in trained.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(DTYPES[spec.precision])
-    # bitsandbytes makes these tables value by value, which fake tensors cannot.
+    # bitsandbytes computes this table value by value, which is impossible with fake tensors.
     if quantization:
         from bitsandbytes.functional import create_dynamic_map, name2qmap
 
@@ -268,12 +269,12 @@ def _empty_base(spec: RunSpec, config: Any, quantization: Quantization | None) -
 
 
 def _on_cpu(attention: str) -> str:
-    """Returns the CPU's stand-in: flash attention keeps what SDPA without a mask keeps, output and log-sum-exp."""
+    """Returns an attention for the CPU: SDPA without a mask saves what flash attention saves (output, log-sum-exp)."""
     return MASK_FREE_SDPA if attention == "flash_attention_2" else attention
 
 
 def _fill_with_fakes(model: torch.nn.Module, quantization: Quantization | None) -> None:
-    """Replaces every parameter and buffer by an empty one; ties stay tied, 4-bit weights get their packed form."""
+    """Replaces every parameter and buffer by a fake tensor. Tied weights stay tied; 4-bit weights are packed."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -308,7 +309,7 @@ def _fake_like(old: torch.Tensor, quantization: Quantization | None) -> torch.Te
 
 
 class _Owners:
-    """Knows which module a new block belongs to: the one that runs, or the one whose backward pass runs."""
+    """Tells which module owns a new block: the one that runs, or the one whose backward pass runs."""
 
     def __init__(self, trained: TrainedModel) -> None:
         self._names = {id(module): self.clean(name) for name, module in trained.model.named_modules()}
@@ -319,7 +320,7 @@ class _Owners:
 
     @staticmethod
     def clean(name: str) -> str:
-        """Returns a dotted path without the wrapper's own part."""
+        """Returns a dotted path without the parts that the wrapper adds."""
         return name.removeprefix("base_model.").removeprefix("model.").replace("model.", "")
 
     def __enter__(self) -> _Owners:
@@ -327,7 +328,7 @@ class _Owners:
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
         ]
-        # The loss is no module: it gets a name of its own for as long as it runs.
+        # The loss is not a module, so no hook sees it: this wrapper names its blocks.
         self._loss = self._loss_function._loss
         self._loss_function._loss = self._named_loss
         return self
@@ -351,12 +352,12 @@ class _Owners:
             self._stack.pop()
 
     def now(self) -> tuple[str, str]:
-        """Returns the module, and the kind of the block as far as it can be known yet."""
+        """Returns the module of a new block, and its kind if that is already known."""
         node = torch._C._current_autograd_node()
         if node is None:
             name, kind = (self._stack[-1] if self._stack else self.outside), ""
             self._of_node[torch._C._autograd._get_sequence_nr() - 1] = name
-        elif self._stack:  # gradient checkpointing runs modules again inside the backward pass
+        elif self._stack:  # gradient checkpointing reruns modules inside the backward pass
             name, kind = self._stack[-1], "saved activations"
         else:
             name, kind = self._of_node.get(node._sequence_nr(), ""), "temporaries"

@@ -1,8 +1,8 @@
-"""Tensors that are only shapes, with a gradient tape: arithmetic on sizes that keeps track of who is alive. No torch.
+"""Tensors without values, and a gradient tape for them: arithmetic on sizes that tracks which blocks live. No torch.
 
-It mirrors what matters of torch's autograd for memory: an operation saves a tensor only if some gradient needs it, the
-backward pass visits operations in the reverse of their order, and a saved tensor goes when its operation is done. A
-tensor's block lives exactly as long as Python holds the tensor.
+The tape mirrors the parts of torch's autograd that decide memory. An operation saves a tensor only if a gradient needs
+it. The backward pass visits operations in reverse order, and frees what an operation saved once it is done. A tensor's
+block lives exactly as long as Python holds the tensor.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from peftscope.memory.trace import Block, Trace, rounded
 Dims = tuple[str, ...]
 
 _LETTERS = ["1", "2", "L", "B", "S", "P", "T", "U", "N", "v", "a", "d", "r", "h", "q", "k", "q+2k", "I", "2I", "V"]
-"""The order in which a formula names dimensions."""
+"""The order of the dimensions in a formula."""
 
 
 class Storage:
-    """A block that ends when nothing refers to it any more."""
+    """A block that is freed when nothing refers to it."""
 
     __slots__ = ("block", "index", "trace")
 
@@ -38,7 +38,7 @@ class Storage:
 
 
 class Shaped:
-    """A tensor: named dimensions, bytes an element, and the operation that its gradient flows back to (None: none)."""
+    """A tensor: its named dimensions, bytes per element, and the node that its gradient goes to (None: no gradient)."""
 
     __slots__ = ("dims", "node", "slot", "storage", "width")
 
@@ -46,7 +46,7 @@ class Shaped:
         self.storage, self.dims, self.width, self.node, self.slot = storage, dims, width, node, slot
 
     def view(self, dims: Dims) -> Shaped:
-        """Returns the same block under other dimensions."""
+        """Returns a tensor of other dimensions that shares the block."""
         return Shaped(self.storage, dims, self.width, self.node, self.slot)
 
 
@@ -55,7 +55,7 @@ Backward = Callable[[list[Any], Sequence[Any]], Gradients]
 
 
 class _Leaf:
-    """Where a trained parameter's gradient gathers: the sum over its uses waits until all of them have come."""
+    """A trained parameter. It sums the gradients of its uses, and has a gradient once all of them have arrived."""
 
     __slots__ = ("arrived", "grad", "name", "uses", "variable", "waiting")
 
@@ -67,7 +67,7 @@ class _Leaf:
 
 
 class _Node:
-    """An operation on the tape: where gradients go, what it saved, and how it computes them."""
+    """An operation on the tape: where its gradients go, what it saved, and how it computes the gradients."""
 
     __slots__ = ("__weakref__", "backward", "edges", "frame", "module", "order", "outputs", "saved")
 
@@ -81,16 +81,16 @@ class _Node:
 
 
 class _Frame:
-    """A checkpointed block: its operations saved nothing, and running it again gives them what they need.
+    """A checkpointed layer. Its operations save nothing; a rerun in the backward pass gives them what they need.
 
-    It lives, and the block's input with it, until the last operation that needs something saved is done.
+    The frame and the layer's input live until the last operation that needs a saved tensor is done.
 
     Attributes:
-        run: The block.
-        inputs: What it runs on.
-        nodes: Its operations in their order; those that no gradient will reach are gone.
-        last: Place of the last operation that needs something saved: running again ends there.
-        kept: While it runs again, what the operation at the same place saves.
+        run: The layer.
+        inputs: The layer's input.
+        nodes: Its operations in order. A reference is dead if no gradient will reach the operation.
+        last: The place of the last operation that needs a saved tensor, where the rerun ends.
+        kept: What each operation of the rerun saves, for the operation at the same place in the first run.
     """
 
     __slots__ = ("inputs", "kept", "last", "nodes", "run")
@@ -103,11 +103,11 @@ class _Frame:
 
 
 class _RecomputedError(Exception):
-    """Ends a second run when all that is needed was saved, as torch's ``_StopRecomputationError`` does."""
+    """Ends a rerun once everything needed was saved, as torch's ``_StopRecomputationError`` does."""
 
 
 def _spoken_width(width: float) -> str:
-    """Returns bytes an element; those of shared constants as a fraction.
+    """Returns the bytes per element as text. Shared constants take less than a byte and are shown as a fraction.
 
     >>> _spoken_width(2), _spoken_width(0.5), _spoken_width(1 / 64)
     ('2', '0.5', '1/64')
@@ -116,7 +116,7 @@ def _spoken_width(width: float) -> str:
 
 
 def bytes_of(width: float, dims: Iterable[str], sizes: Mapping[str, float]) -> int:
-    """Returns the bytes of a tensor, rounded as the allocator does.
+    """Returns the bytes of a tensor, rounded up as the allocator does.
 
     >>> bytes_of(0.5, ["h", "h"], {"h": 64})
     2048
@@ -126,7 +126,7 @@ def bytes_of(width: float, dims: Iterable[str], sizes: Mapping[str, float]) -> i
 
 @cache
 def factors(formula: str) -> tuple[float, list[str]]:
-    """Returns the bytes an element and the named dimensions of a block's formula.
+    """Returns the bytes per element and the named dimensions of a block's formula.
 
     >>> factors("1/64·h·q")
     (0.015625, ['h', 'q'])
@@ -140,7 +140,7 @@ def _needs_gradient(inputs: Sequence[Shaped]) -> bool:
 
 
 def _count_uses(root: _Node) -> None:
-    """Tells every parameter how many gradients will arrive."""
+    """Counts for every parameter how many gradients will arrive."""
     seen, stack = {root}, [root]
     while stack:
         for edge in stack.pop().edges:
@@ -157,13 +157,13 @@ class Tape:
     """Runs operations on shapes and writes their trace.
 
     Attributes:
-        sizes: Value of every named dimension.
-        trace: What came and went.
-        module: Dotted path of the module that runs now.
-        autocast: Matrix products and attention compute in 16 bits whatever their inputs are.
-        training: Whether gradients are wanted at all.
-        trained: Names of trained parameters.
-        casts: Their 16-bit copies, for as long as a pass under autocast lasts; to be cleared after it.
+        sizes: The value of every named dimension.
+        trace: The blocks that were allocated and freed.
+        module: The dotted path of the module that runs now.
+        autocast: Whether matrix products and attention compute in 16 bits, whatever their inputs are.
+        training: Whether the tape records gradients at all.
+        trained: The names of the trained parameters.
+        casts: The 16-bit copies of trained parameters that autocast made in this pass. Clear it after the pass.
     """
 
     def __init__(self, sizes: dict[str, int]) -> None:
@@ -177,17 +177,17 @@ class Tape:
         self._order = 0
         self._kind = ""
         self._frame: _Frame | None = None
-        self._again: _Frame | None = None
+        self._rerun: _Frame | None = None
         self._known: dict[tuple[Dims, float], tuple[int, str]] = {}
 
     def new(self, dims: Dims, width: float, kind: str = "", term: str = "") -> Shaped:
-        """Returns a tensor in a block of its own."""
+        """Returns a tensor in a new block."""
         kind = kind or ("logits and loss" if self.module in ("lm_head", "loss") else self._kind)
         size, formula = self.measure(dims, width)
         return Shaped(Storage(self.trace, Block(size, kind, self.module, term, formula)), dims, width)
 
     def measure(self, dims: Dims, width: float) -> tuple[int, str]:
-        """Returns the bytes of a tensor, rounded as the allocator does, and the formula that gives them."""
+        """Returns the bytes of a tensor, rounded up as the allocator does, and their formula."""
         known = self._known.get((dims, width))
         if known is None:
             formula = "·".join([_spoken_width(width), *sorted(dims, key=_LETTERS.index)])
@@ -196,7 +196,7 @@ class Tape:
         return known
 
     def parameter(self, name: str, dims: Dims, width: float, kind: str, term: str, *, trained: bool) -> Shaped:
-        """Returns a weight."""
+        """Returns a weight. A trained one collects a gradient."""
         tensor = self.new(dims, width, kind, term)
         tensor.storage.block.module = name
         if trained:
@@ -205,7 +205,7 @@ class Tape:
         return tensor
 
     def require_grad(self, x: Shaped) -> None:
-        """Makes a computed tensor a leaf of the tape: it lives, and so does its gradient, as long as the tape does."""
+        """Makes a computed tensor a leaf. The tensor and its gradient then live as long as the tape."""
         x.node = _Leaf(self.module, x.storage)
 
     def op(
@@ -220,14 +220,15 @@ class Tape:
         """Returns the output of an operation.
 
         Args:
-            inputs: What it reads.
-            dims: Of the output.
-            width: Bytes an element of the output.
-            backward: (gradients of the outputs, saved tensors) to one gradient per input; by default a new tensor each.
-            saves: What the backward pass needs, kept only if there will be one.
-            term: What the output is called in an explanation.
+            inputs: The tensors that the operation reads.
+            dims: The dimensions of the output.
+            width: The bytes per element of the output.
+            backward: Maps (gradients of the outputs, saved tensors) to one gradient per input. By default,
+                each of these is a new tensor.
+            saves: The tensors that the backward pass needs. They are kept only if there will be a backward pass.
+            term: The name of the output in an explanation.
         """
-        if self._again is not None and len(self._again.kept) == self._again.last and _needs_gradient(inputs):
+        if self._rerun is not None and len(self._rerun.kept) == self._rerun.last and _needs_gradient(inputs):
             self._keep(saves)
         output = self.new(dims, width, term=term)
         self.record(inputs, [output], backward, saves)
@@ -240,7 +241,7 @@ class Tape:
         backward: Backward | None,
         saves: Sequence[Any] = (),
     ) -> None:
-        """Puts an operation with its outputs on the tape, if any input needs a gradient."""
+        """Records an operation and its outputs on the tape if any input needs a gradient."""
         if not self.training:
             return
         edges = [(t.node, t.slot, t.width) if t.node is not None else None for t in inputs]
@@ -254,7 +255,7 @@ class Tape:
                 return [self.new(*shape) if shape else None for shape in shapes]
 
         node = _Node(self._order, self.module, edges, backward, len(outputs))
-        if self._again is not None:
+        if self._rerun is not None:
             self._keep(saves)
             node.saved = saves
         elif self._frame is not None:
@@ -267,12 +268,12 @@ class Tape:
             output.node, output.slot = node, slot
 
     def _keep(self, saves: Sequence[Any]) -> None:
-        """Gives what is saved in a second run to the operation at the same place of the first.
+        """Keeps what an operation of a rerun saves, for the operation at the same place in the first run.
 
         Raises:
-            _RecomputedError: It was the last one that needs anything.
+            _RecomputedError: This was the last operation that needs a saved tensor.
         """
-        frame = self._again
+        frame = self._rerun
         assert frame is not None
         place = len(frame.kept)
         frame.kept.append(saves if frame.nodes[place]() is not None else ())
@@ -280,18 +281,18 @@ class Tape:
             raise _RecomputedError
 
     def checkpoint(self, run: Callable[[Shaped], Shaped], inputs: Shaped) -> Shaped:
-        """Returns ``run(inputs)`` without keeping what its operations save; the backward pass runs it again."""
+        """Returns ``run(inputs)`` without what its operations would save. The backward pass runs it a second time."""
         self._frame = _Frame(run, inputs)
         output = run(inputs)
         self._frame = None
         return output
 
-    def _run_again(self, frame: _Frame) -> None:
+    def _recompute(self, frame: _Frame) -> None:
         before = self.module, self._kind, self._order
-        self._again, self._kind = frame, "saved activations"
+        self._rerun, self._kind = frame, "saved activations"
         with suppress(_RecomputedError):
             frame.run(frame.inputs)
-        self._again = None
+        self._rerun = None
         self.casts.clear()
         self.module, self._kind, self._order = before
         for reference, saves in zip(frame.nodes, frame.kept, strict=False):
@@ -301,7 +302,7 @@ class Tape:
         frame.nodes, frame.kept = [], []
 
     def backward(self, loss: Shaped) -> None:
-        """Runs the backward pass of a scalar; parameters end up with their gradients."""
+        """Runs the backward pass from a scalar, after which all parameters have their gradients."""
         root = loss.node
         _count_uses(root)
         pending: dict[_Node, list[Any]] = {root: [self.new((), 4)]}
@@ -313,7 +314,7 @@ class Tape:
             grads = pending.pop(node)
             self.module = node.module
             if node.frame is not None and node.frame.nodes:
-                self._run_again(node.frame)
+                self._recompute(node.frame)
             results = node.backward(grads, node.saved)
             node.saved, node.backward, node.frame = (), None, None
             del grads
@@ -341,27 +342,27 @@ class Tape:
         leaf.waiting = grad if leaf.waiting is None else self.new(grad.dims, grad.width)
         if leaf.arrived < leaf.uses:
             return
-        if leaf.grad is None:  # else the sum is added in place
+        if leaf.grad is None:  # otherwise the sum is added in place
             leaf.grad = leaf.waiting
             block = leaf.grad.storage.block
             block.kind, block.module = "gradients", leaf.name
         leaf.waiting, leaf.arrived, leaf.uses = None, 0, 0
 
-    # What several models and methods are made of.
+    # Operations that several models and methods share.
 
     def cast(self, x: Shaped, width: float, term: str = "") -> Shaped:
-        """Returns ``x`` in another precision, itself if it has it already."""
+        """Returns ``x`` in another precision, or ``x`` itself if it already has this precision."""
         if x.width == width:
             return x
         dims, before = x.dims, x.width
         return self.op([x], dims, width, lambda *_: [self.new(dims, before)], term=term)
 
     def add(self, a: Shaped, b: Shaped) -> Shaped:
-        """Returns the sum; its gradient passes to both without a copy."""
+        """Returns the sum. Its gradient passes to both inputs without a copy."""
         return self.op([a, b], a.dims, max(a.width, b.width), lambda grads, _: [grads[0], grads[0]])
 
     def scale(self, x: Shaped) -> Shaped:
-        """Returns ``x`` times a number."""
+        """Returns ``x`` multiplied by a number."""
         return self.op([x], x.dims, x.width)
 
     def contiguous(self, x: Shaped, term: str) -> Shaped:
@@ -375,7 +376,7 @@ class Tape:
         return output
 
     def multiply(self, a: Shaped, b: Shaped, term: str = "") -> Shaped:
-        """Returns the elementwise product; the smaller factor is spread out, and its gradient summed up again."""
+        """Returns the elementwise product. The smaller factor is broadcast, and its gradient is summed accordingly."""
         dims = a.dims if len(a.dims) >= len(b.dims) else b.dims
         width = max(a.width, b.width)
         shapes = [t.dims if t.node is not None else None for t in (a, b)]
@@ -388,7 +389,7 @@ class Tape:
         return self.op([a, b], dims, width, backward, saves, term)
 
     def _cast_weight(self, weight: Shaped) -> Shaped:
-        """Returns 16-bit weights; autocast makes those of trained parameters once a pass."""
+        """Returns a weight in 16 bits. Autocast casts a trained parameter only once in a pass."""
         if weight.storage.block.module not in self.trained:
             return self.cast(weight, 2, "16-bit weights (autocast)")
         key = weight.storage.index
@@ -397,7 +398,7 @@ class Tape:
         return self.casts[key]
 
     def matmul(self, x: Shaped, weight: Shaped, dims: Dims, term: str = "") -> Shaped:
-        """Returns a matrix product; each factor is kept for the other one's gradient."""
+        """Returns a matrix product. Each factor is saved if the other one needs a gradient."""
         if self.autocast:
             x, weight = self.cast(x, 2, "16-bit copy of an input (autocast)"), self._cast_weight(weight)
         saves = (x if weight.node is not None else None, weight if x.node is not None else None)

@@ -1,7 +1,7 @@
-"""The life of every block of memory during a few training steps, and what follows from it. No torch.
+"""A trace: every block of memory during a few training steps, in the order of allocations and frees. No torch.
 
-The tracker writes a trace from tensors, the closed form from arithmetic; peaks, breakdowns and the replay through the
-allocator read either.
+The tracker writes traces from tensors, the closed form writes them from arithmetic. Peaks, breakdowns and the replay in
+the allocator are computed from either.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROUNDING_BYTES = 512
 
 STEP_PHASES = ("forward", "backward", "optimizer")
 PHASES = (*STEP_PHASES, "evaluate")
-"""What a trace can contain. Loading comes before it and is a formula."""
+"""The phases that a trace can contain. Loading comes before them and is a formula."""
 
 KINDS = (
     "weights",
@@ -29,11 +29,11 @@ KINDS = (
     "temporaries",
     "kernel workspace",
 )
-"""What a block can hold, in the order of tables; the last is what operators take inside, which no trace sees."""
+"""The kinds of content of a block, in the order of tables. The last kind is memory that kernels take for themselves."""
 
 
 def rounded(size: int) -> int:
-    """Returns the bytes that the allocator gives for a request.
+    """Returns the bytes that the allocator hands out for a request.
 
     >>> rounded(1), rounded(512), rounded(0)
     (512, 512, 0)
@@ -46,12 +46,12 @@ class Block:
     """One block of memory.
 
     Attributes:
-        size: Bytes, rounded as the allocator does.
+        size: The bytes, rounded up as the allocator does.
         kind: One of ``KINDS``.
-        module: Dotted path of the module that it belongs to; empty: to none.
-        term: What it is, in words that an explanation groups by.
-        formula: Its size as a formula of named dimensions.
-        paged: On CUDA it lies in managed memory, outside torch's allocator.
+        module: The dotted path of the module that owns it; empty if none does.
+        term: The description by which an explanation groups blocks.
+        formula: The size as a product of named dimensions.
+        paged: Whether it lies in managed memory on CUDA, outside torch's allocator.
     """
 
     size: int
@@ -64,12 +64,12 @@ class Block:
 
 @dataclass(slots=True)
 class Trace:
-    """Blocks, and the order in which they came and went.
+    """Blocks, and the order in which they were allocated and freed.
 
     Attributes:
         blocks: Every block that ever lived.
-        events: Index of a block that came, or its complement (``~index``) when it went.
-        marks: (position in ``events``, phase) where a phase began; the empty phase is the time between steps.
+        events: The index of each block that was allocated, and the complement (``~index``) of each that was freed.
+        marks: (position in ``events``, phase) where a phase began. The empty phase is the time between steps.
     """
 
     blocks: list[Block] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Trace:
         return index
 
     def pass_by(self, block: Block) -> None:
-        """Records a block that comes and goes at once."""
+        """Records a block that is allocated and freed at once."""
         self.events.append(~self.born(block))
 
     def begin(self, phase: str) -> None:
@@ -92,33 +92,33 @@ class Trace:
         self.marks.append((len(self.events), phase))
 
     def repeat(self, start: int, lasting: set[int]) -> None:
-        """Appends everything since an event once more, except for the blocks that lasted from then on."""
+        """Appends a copy of all events since ``start``, except those of the blocks in ``lasting``."""
         first = min(event for event in self.events[start:] if event >= 0)
         shift = len(self.blocks) - first
-        again: list[int] = []
+        copies: list[int] = []
         moved_to = {start: len(self.events)}
         for position, event in enumerate(self.events[start:], start + 1):
             if event not in lasting:
-                again.append(event + shift if event >= 0 else event - shift)
-            moved_to[position] = len(self.events) + len(again)
+                copies.append(event + shift if event >= 0 else event - shift)
+            moved_to[position] = len(self.events) + len(copies)
         self.marks += [(moved_to[position], phase) for position, phase in self.marks if position >= start]
-        self.events += again
+        self.events += copies
         self.blocks += self.blocks[first:]
 
     def resize(self, sizes: Mapping[str, int]) -> None:
-        """Gives every block that has a formula the bytes that the formula has now."""
+        """Sets the size of every block that has a formula to the formula's current value."""
         for block in self.blocks:
             if block.formula:
                 block.size = sizes[block.formula]
 
     def segments(self) -> Iterator[tuple[str, int, int]]:
-        """Yields (phase, first event, last event + 1) in order; the empty phase covers what lies outside."""
+        """Yields (phase, first event, last event + 1) in order. The empty phase covers the time outside of phases."""
         edges = [(0, ""), *self.marks, (len(self.events), "")]
         for (first, phase), (last, _) in pairwise(edges):
             yield phase, first, last
 
     def sizes(self, *, paged: bool = True) -> list[int]:
-        """Returns the bytes of every block; those of paged ones are 0 if they don't count."""
+        """Returns the bytes of every block. Paged blocks have 0 if they do not count."""
         return [block.size if paged or not block.paged else 0 for block in self.blocks]
 
     def peaks(self, *, paged: bool = True) -> dict[str, Peak]:
@@ -128,21 +128,22 @@ class Trace:
             paged: Whether paged blocks count.
         """
         sizes = self.sizes(paged=paged)
-        # ~index counts from the end, where the same sizes stand with a minus.
+        # ~index counts from the end, where the list has the same sizes with a minus sign.
         changes = [*sizes, *(-size for size in reversed(sizes))]
         live = [0, *accumulate(map(changes.__getitem__, self.events))]
-        found: dict[str, Peak] = {}
+        peaks: dict[str, Peak] = {}
         for phase, first, last in self.segments():
             best = max(live[first : last + 1])
             position = live.index(best, first)
-            if phase and (phase not in found or best > found[phase].size):
-                found[phase] = Peak(best, position)
-        return found
+            if phase and (phase not in peaks or best > peaks[phase].size):
+                peaks[phase] = Peak(best, position)
+        return peaks
 
     def name_open_blocks(self) -> None:
-        """Names the blocks that a forward pass left without a kind by what became of them.
+        """Gives a kind to the blocks that have none yet.
 
-        What lives on when the backward pass begins was saved for it; the rest was temporary.
+        A block of a forward pass that still lives when the backward pass begins was saved for it. All others were
+        temporary.
         """
         open_blocks: list[Block] = []
         for phase, first, last in self.segments():
@@ -161,7 +162,7 @@ class Trace:
             open_blocks = [block for block in open_blocks if not block.kind]
 
     def paged_bytes(self) -> int:
-        """Returns the bytes that lie in managed memory when the last phase ends."""
+        """Returns the bytes in managed memory at the end of the last phase."""
         if not any(block.paged for block in self.blocks):
             return 0
         return sum(block.size for block in self.alive(self.marks[-1][0]) if block.paged)
@@ -175,7 +176,7 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The most bytes alive in a phase, and the number of events after which that is so."""
+    """The most bytes alive in a phase, and the number of events after which they are alive."""
 
     size: int
     position: int

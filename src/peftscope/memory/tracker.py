@@ -1,7 +1,7 @@
-"""A tracker of live tensor bytes, for devices whose allocator keeps no peak: the CPU, and tensors without data.
+"""A tracker of live tensor bytes, for devices that record no peak: the CPU, and tensors without data.
 
-Every storage that an operator returns is counted once, and again subtracted when the last tensor on it dies. Bytes are
-rounded up to 512, as the CUDA allocator does. Memory inside operators and outside torch is not seen.
+The tracker counts every storage that an operator returns once, and subtracts it when its last tensor dies. Sizes are
+rounded up to 512 bytes, as the CUDA allocator does. The tracker does not see memory inside operators or outside torch.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from peftscope.memory.trace import Block, Trace, rounded
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Writes the trace of live storages while it is entered.
+    """Records the trace of live storages inside its context.
 
     Attributes:
-        trace: Every block that it saw, and the order in which they came and went.
-        live_bytes: Bytes alive now.
-        peak_bytes: Largest ``live_bytes`` so far.
+        trace: All blocks that it has seen, in the order in which they were allocated and freed.
+        live_bytes: The bytes that are alive now.
+        peak_bytes: The largest ``live_bytes`` so far.
     """
 
     def __init__(
@@ -32,12 +32,13 @@ class MemoryTracker(TorchDispatchMode):
         owner_of_now: Callable[[], tuple[str, str]] = lambda: ("", ""),
         workspace_of: Callable[[Any, Any], int] = lambda function, arguments: 0,
     ) -> None:
-        """Starts from tensors that are alive already.
+        """Starts with the tensors that are already alive.
 
         Args:
-            alive: Those tensors.
-            owner_of_now: Gives new blocks their module and kind.
-            workspace_of: Bytes that an operator with these arguments is known to take inside, on another device.
+            alive: These tensors.
+            owner_of_now: Returns the module and kind of a new block.
+            workspace_of: Returns the bytes that an operator with these arguments takes for itself on the device that is
+                simulated.
         """
         super().__init__()
         self.trace = Trace()
@@ -50,7 +51,7 @@ class MemoryTracker(TorchDispatchMode):
             self.add(tensor)
 
     def add(self, tensor: torch.Tensor) -> Block:
-        """Counts a tensor's storage, unless it is counted already, and returns its block."""
+        """Counts a tensor's storage unless it is already counted, and returns its block."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
@@ -70,7 +71,7 @@ class MemoryTracker(TorchDispatchMode):
         return block
 
     def block_of(self, tensor: torch.Tensor) -> Block | None:
-        """Returns the block of a tensor's storage, None if it was never seen."""
+        """Returns the block of a tensor's storage, or None if the tracker has not seen it."""
         known = self._known.get(tensor.untyped_storage()._cdata)
         return known[1] if known else None
 
@@ -87,25 +88,25 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def tensors_of(*owners: Any) -> list[torch.Tensor]:
-    """Returns the tensors that models and optimizers hold: parameters, buffers, quantisation states, gradients."""
-    found: list[torch.Tensor] = []
+    """Returns the tensors of models (with gradients and quantisation states), optimizers and batches."""
+    tensors: list[torch.Tensor] = []
     for owner in owners:
         if isinstance(owner, torch.nn.Module):
             for parameter in owner.parameters():
-                found.append(parameter.data)
+                tensors.append(parameter.data)
                 if parameter.grad is not None:
-                    found.append(parameter.grad)
-                found += quantisation_tensors(parameter)
-            found += list(owner.buffers())
+                    tensors.append(parameter.grad)
+                tensors += quantisation_tensors(parameter)
+            tensors += list(owner.buffers())
         elif isinstance(owner, torch.optim.Optimizer):
-            found += [v for state in owner.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+            tensors += [v for state in owner.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
         else:
-            found += [v for v in vars(owner).values() if isinstance(v, torch.Tensor)]
-    return found
+            tensors += [v for v in vars(owner).values() if isinstance(v, torch.Tensor)]
+    return tensors
 
 
 def quantisation_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:
-    """Returns the block constants and code tables of a 4-bit parameter, none of another."""
+    """Returns the block constants and code tables of a 4-bit parameter; nothing for another parameter."""
     return _of_state(getattr(parameter, "quant_state", None))
 
 

@@ -1,7 +1,7 @@
 """The methods of the suite: one file each, one line each in ``OwnMethod``. Importing this needs no torch.
 
-A package of anyone's adds methods by entry points of the group ``peftscope.methods``. They are looked for when
-``METHODS`` or ``AnyMethod`` is first asked for, so that their modules can import ``peftscope.methods.fields``.
+Other packages add methods through entry points of the group ``peftscope.methods``. The entry points are loaded when
+``METHODS`` or ``AnyMethod`` is first used, so that their modules can import ``peftscope.methods.fields``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from peftscope.methods.qlora import QLoRA
 from peftscope.methods.rslora import RsLoRA
 
 GROUP = "peftscope.methods"
-"""The group of entry points by which other packages add methods."""
+"""The group of entry points through which other packages add methods."""
 
 OwnMethod = (
     Untouched
@@ -47,7 +47,7 @@ OwnMethod = (
     | PromptTuning
     | PrefixTuning
 )
-"""This package's methods, in the order of tables."""
+"""The methods of this package, in the order of tables."""
 
 if TYPE_CHECKING:
     AnyMethod = Annotated[OwnMethod, Field(discriminator="name")]
@@ -69,7 +69,7 @@ else:
 
 @cache
 def _methods() -> dict[str, type[Method]]:
-    """Returns every method by its name: this package's in the order of tables, then those of others by name."""
+    """Returns all methods by name: those of this package in the order of tables, then all others by name."""
     return _own() | {name: cls for name, (cls, _) in _outside().items()}
 
 
@@ -80,32 +80,32 @@ def _own() -> dict[str, type[Method]]:
 @cache
 def _outside() -> dict[str, tuple[type[Method], Distribution]]:
     """Returns the methods of other packages by name, each with its distribution."""
-    found: dict[str, tuple[type[Method], Distribution]] = {}
+    methods: dict[str, tuple[type[Method], Distribution]] = {}
     problems = []
     for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, _owner(point), point.value)):
-        owners = {name: "peftscope" for name in _own()} | {name: _said(of) for name, (_, of) in found.items()}
+        owners = {name: "peftscope" for name in _own()} | {name: _release(of) for name, (_, of) in methods.items()}
         if point.name in owners:
             method, wrong = None, f"the name {point.name!r} belongs to a method of {owners[point.name]}"
         else:
             method, wrong = _load(point)
         if method is not None and point.dist is not None:
-            found[point.name] = method, point.dist
+            methods[point.name] = method, point.dist
         else:
             where = f"entry point {point.name} = {point.value} of {_owner(point)}"
-            problems.append(Problem(where, wrong, "mend or uninstall it"))
+            problems.append(Problem(where, wrong, "repair or uninstall it"))
     if problems:
         raise InputError(problems)
-    return found
+    return methods
 
 
 def _load(point: EntryPoint) -> tuple[type[Method] | None, str]:
-    """Returns the method behind an entry point; where it is none, why."""
+    """Returns the method behind an entry point, or None and what is wrong with it."""
     try:
         method = point.load()
-    except Exception as error:  # whatever a module of anyone's stumbles over, the user needs one line
+    except Exception as error:  # any module may fail in its own way, and the user needs one line
         return None, f"cannot be loaded: {type(error).__name__}: {error}"
     if not (isinstance(method, type) and issubclass(method, Method)):
-        return None, f"is no subclass of peftscope.methods.fields.Method (got {shown(method)})"
+        return None, f"is not a subclass of peftscope.methods.fields.Method (got {shown(method)})"
     name = method.model_fields.get("name")
     if name is None or name.default != point.name or get_args(name.annotation) != (point.name,):
         return None, f'needs the field `name: Literal["{point.name}"] = "{point.name}"`, the name of its entry point'
@@ -115,15 +115,15 @@ def _load(point: EntryPoint) -> tuple[type[Method] | None, str]:
 
 
 def _owner(point: EntryPoint) -> str:
-    return _said(point.dist) if point.dist is not None else "an unknown distribution"
+    return _release(point.dist) if point.dist is not None else "an unknown distribution"
 
 
-def _said(distribution: Distribution) -> str:
+def _release(distribution: Distribution) -> str:
     return f"{distribution.name} {distribution.version}"
 
 
 def versions_of(name: str) -> dict[str, str]:
-    """Returns the distribution that a method comes from, with its version; nothing for this package's own."""
+    """Returns the distribution that a method comes from, and its version; nothing for the methods of this package."""
     if name not in _outside():
         return {}
     distribution = _outside()[name][1]

@@ -1,6 +1,6 @@
-"""AdaLoRA: every matrix starts at ``init_r``; unimportant singular triplets are masked until ``target_r`` is the mean.
+"""AdaLoRA: every matrix starts at rank ``init_r``, and triplets are masked until the mean rank is ``target_r``.
 
-Source: Zhang et al. 2023, arXiv 2303.10512. The schedule is given as shares of the run, so that a short run prunes too.
+Source: Zhang et al. 2023, arXiv 2303.10512. The schedule is given in shares of the run, so that short runs prune too.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from peftscope.spec import RunSpec
 
 IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-"""What PEFT's rank allocator keeps of every trained value."""
+"""The scores that PEFT's rank allocator keeps for every trained value."""
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AdaLoRA(Method):
-    """Adaptive budget allocation over P E Q triplets."""
+    """Adaptive allocation of a rank budget over P E Q triplets, the most important ones first."""
 
     label: ClassVar[str] = "AdaLoRA"
     closed_form: ClassVar[ClosedForm] = ClosedForm(layer="triplets", orthogonality_term=True, scores=len(IMPORTANCE))
     min_steps: ClassVar[int] = 3
     supports_shards: ClassVar[bool] = False
     rank_field: ClassVar[str] = "init_r"
-    memory_assumptions: ClassVar[tuple[str, ...]] = ("before AdaLoRA prunes; masking frees nothing",)
+    memory_assumptions: ClassVar[tuple[str, ...]] = ("AdaLoRA before it prunes; masking frees nothing",)
 
     name: Literal["adalora"] = "adalora"
     init_r: Rank = 12
@@ -54,18 +54,18 @@ class AdaLoRA(Method):
 
     @classmethod
     def with_rank(cls, rank: int) -> dict[str, int]:
-        """Returns initial and target rank; the initial one is at least 2, for there must be something to prune."""
+        """Returns the initial and the target rank. The initial rank is at least 2, to leave something to prune."""
         return {"init_r": max(2, rank), "target_r": max(1, rank // 2)}
 
     def trainable_parameters(self, shape: ModelShape) -> int:
-        """Returns init_r * (in + out + 1), summed over the targets: what is trained before the first pruning."""
+        """Returns init_r * (in + out + 1), summed over the targets: the trained values before the first pruning."""
         return sum(
             self.init_r * (layer.inputs + layer.outputs + 1)
             for layer in shape.linear_layers(target_modules(self.targets))
         )
 
     def build(self, model: Any, spec: RunSpec) -> Any:
-        """Returns the base wrapped with PEFT's AdaLoRA, the schedule scaled to ``spec.steps``."""
+        """Returns the base wrapped with PEFT's AdaLoRA, with the schedule scaled to ``spec.steps``."""
         from peft import AdaLoraConfig, TaskType, get_peft_model
 
         tfinal = max(1, round(spec.steps * self.final_share))
@@ -79,29 +79,29 @@ class AdaLoRA(Method):
             tinit=min(round(spec.steps * self.warmup_share), spec.steps - tfinal - 1),
             tfinal=tfinal,
             deltaT=self.allocate_every,
-            # PEFT adds the term to the loss of every forward pass, also of each in a gradient accumulation.
+            # PEFT adds the term to the loss of every forward pass, so each pass of an accumulation gets its share.
             orth_reg_weight=self.orthogonal_weight / spec.gradient_accumulation,
             total_step=spec.steps,
         )
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=self.adapter_dtype == "fp32")
         for name, parameter in wrapped.named_parameters():
             if ".ranknum." in name:
-                # PEFT 0.21 makes it trainable when it casts the adapter of a bf16 base to fp32.
+                # PEFT 0.21 makes this trainable when it casts the adapter of a bf16 base to fp32.
                 parameter.requires_grad_(False)
         return wrapped
 
     def after_optimizer_step(self, model: Any, step: int) -> None:
-        """Lets PEFT update the importance scores and mask triplets; the HF Trainer does not call this."""
+        """Lets PEFT update the importance scores and mask triplets. The HF Trainer never calls this."""
         model.base_model.update_and_allocate(step)
 
     def training_state(self, model: Any) -> dict[str, Any]:
-        """Returns PEFT's importance scores and the ranks that it kept last."""
+        """Returns PEFT's importance scores and the ranks that it kept at the last allocation."""
         allocator = model.base_model.rankallocator
         scores = {name: getattr(allocator, name) for name in IMPORTANCE}
         return {**scores, "rank_pattern": model.peft_config["default"].rank_pattern}
 
     def load_training_state(self, model: Any, state: dict[str, Any]) -> None:
-        """Puts the scores and the ranks back."""
+        """Restores the scores and the ranks."""
         device = next(model.parameters()).device
         for name in IMPORTANCE:
             setattr(model.base_model.rankallocator, name, {key: score.to(device) for key, score in state[name].items()})
@@ -112,7 +112,7 @@ class AdaLoRA(Method):
         return {name.partition(".lora_E")[0]: sum(kept) for name, kept in pattern.items()}
 
     def final_trainable_parameters(self, model: Any) -> int:
-        """Returns the size of the triplets that the last allocation kept."""
+        """Returns the number of values in the triplets that the last allocation kept."""
         ranks = self._final_ranks(model)
         if not ranks:
             return super().final_trainable_parameters(model)
@@ -120,6 +120,6 @@ class AdaLoRA(Method):
         return sum(rank * (modules[name].in_features + modules[name].out_features + 1) for name, rank in ranks.items())
 
     def metrics(self, model: Any) -> dict[str, float]:
-        """Returns the sum of the ranks that were kept and the budget that was asked for."""
+        """Returns the sum of the ranks that were kept, and the budget for it."""
         ranks = self._final_ranks(model)
         return {"final_rank_sum": sum(ranks.values()), "rank_budget": self.target_r * len(ranks)} if ranks else {}

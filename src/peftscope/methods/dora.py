@@ -1,6 +1,6 @@
-"""DoRA: the weight's direction gets a low-rank update, its column magnitudes are trained apart.
+"""DoRA: the direction of a weight gets a low-rank update, and its magnitudes are trained separately.
 
-Source: Liu et al. 2024, arXiv 2402.09353, equation 5 (the norm is detached, as in their section 4.3).
+Source: Liu et al. 2024, arXiv 2402.09353, equation 5, with the norm detached as in section 4.3.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class DoRA(Method):
     adapter_dtype: AdapterDtype = "fp32"
 
     def trainable_parameters(self, shape: ModelShape) -> int:
-        """Returns LoRA's count plus one magnitude per output of each target."""
+        """Returns LoRA's count plus one magnitude for each output of each target."""
         magnitudes = sum(layer.outputs for layer in shape.linear_layers(target_modules(self.targets)))
         return low_rank_parameters(shape, self.targets, self.rank) + magnitudes
 
     def build(self, model: Any, spec: RunSpec) -> Any:
-        """Returns the base wrapped with PEFT's LoRA, ``use_dora=True``."""
+        """Returns the base wrapped with PEFT's LoRA and ``use_dora=True``."""
         return wrap_with_lora(model, **self.model_dump(exclude={"name"}), use_dora=True)

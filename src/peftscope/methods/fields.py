@@ -1,4 +1,4 @@
-"""The types that method parameters share: ranges, units and descriptions are stated once."""
+"""The contract of a method, and the types of the fields that methods share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FUSED_MODULES = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
 }
-"""Where some families (Phi-3) keep these modules: a preset means whichever of the two a model has."""
+"""The fused modules that replace these in some families (Phi-3). A preset means the ones that a model has."""
 
 
 def _preset_or_modules(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
@@ -48,7 +48,7 @@ def target_modules(targets: str | tuple[str, ...]) -> list[str]:
 
 
 def with_fused(modules: Sequence[str]) -> list[str]:
-    """Returns module names, and the fused modules that stand for them in some families."""
+    """Returns module names, followed by the fused modules that replace them in some families."""
     return [*modules, *dict.fromkeys(FUSED_MODULES[name] for name in modules if name in FUSED_MODULES)]
 
 
@@ -71,7 +71,7 @@ VirtualTokens = Annotated[Count, Field(description="trainable positions before t
 
 
 class Quantization(BaseModel):
-    """How the linear layers of a frozen base are stored: every bitsandbytes option, none left to its default."""
+    """How the linear layers of a frozen base are stored. Every option of bitsandbytes is set; no default applies."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -82,13 +82,13 @@ class Quantization(BaseModel):
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """What the closed form of memory (``memory/formula``) has to know of a method that it was written for.
+    """What the closed form of memory (``memory/formula``) must know about a method that it covers.
 
     Attributes:
-        layer: The formula of an adapted layer: LoRA's, AdaLoRA's P E Q, DoRA's, or IA3's.
-        orthogonality_term: Whether the loss has a term of each A and each B.
-        scores: How many values the method keeps of each trained value from the first optimizer step on.
-        own_group: The adapter matrices that are a parameter group of their own.
+        layer: The formula of an adapted layer: that of LoRA, of AdaLoRA's P E Q, of DoRA or of IA3.
+        orthogonality_term: Whether the loss has a term for each A and each B.
+        scores: The number of values that the method keeps per trained value from the first optimizer step on.
+        own_group: The adapter matrices that form a parameter group of their own.
     """
 
     layer: Literal["low-rank", "triplets", "decomposed", "rescaled"] = "low-rank"
@@ -98,71 +98,71 @@ class ClosedForm:
 
 
 class Method(BaseModel):
-    """The contract of a method: its parameters as fields, and what a run asks of it.
+    """The contract of a method: its settings are fields, and its methods are what a run calls.
 
-    A subclass overrides what differs. Methods do not inherit from each other. Modules of this package import
-    torch and peft inside functions only, so that specs can be read without them.
+    A subclass overrides only what differs. Methods do not inherit from each other. The modules of this package import
+    torch and peft inside functions, so that specs can be read without them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     trains: ClassVar[bool] = True
-    """False for the untouched base."""
+    """Whether anything is trained. False for the untouched base."""
     label: ClassVar[str]
     """The name in tables and plots."""
     mask_free_attention: ClassVar[bool] = True
-    """False where a mask-free causal kernel would be wrong, as with a prefix in the key-value cache."""
+    """Whether a causal kernel without a mask is exact. It is not with a prefix in the key-value cache."""
     has_own_base: ClassVar[bool] = False
-    """Whether its adapter fits only a base that ``build`` changed, which must be made again to load it."""
+    """Whether its adapter fits only a base that ``build`` changed, which must be rebuilt to load the adapter."""
     starts_at_base: ClassVar[bool] = True
-    """Whether the model computes what its (quantised) base computes before the first step."""
+    """Whether the model gives the outputs of its (quantised) base before the first step."""
     draws_start: ClassVar[bool] = True
-    """Whether the seed decides where training starts; False where that follows from the base alone."""
+    """Whether the seed decides the initial adapter. False if the base alone decides it."""
     generates_from_cache: ClassVar[bool] = True
-    """Whether ``generate`` with a key-value cache gives what the model's forward pass gives."""
+    """Whether ``generate`` with a key-value cache agrees with the model's forward pass."""
     supports_checkpointing: ClassVar[bool] = True
     """Whether activations can be recomputed in the backward pass."""
     compiles_recomputation: ClassVar[bool] = True
-    """Whether torch.compile makes a graph of a decoder layer whose activations are recomputed."""
+    """Whether torch.compile can compile a decoder layer whose activations are recomputed."""
     supports_packing: ClassVar[bool] = True
     """Whether several examples can share a sequence."""
     supports_shards: ClassVar[bool] = True
-    """Whether its tensors can be spread over processes (an unquantised base taken for granted)."""
+    """Whether its tensors can be sharded over processes, if the base is not quantised."""
     min_steps: ClassVar[int] = 1
-    """The shortest run that its schedule fits."""
+    """The fewest steps that its schedule works with."""
     mergeable: ClassVar[bool] = True
-    """Whether the result can become a plain model of the base's shape."""
+    """Whether the result can be merged into a plain model with the base's shape."""
     trains_base: ClassVar[bool] = False
     """Whether the base's own weights are trained."""
     rank_field: ClassVar[str] = "rank"
-    """The field that holds the rank at the start, in methods that have one."""
+    """The field that holds the initial rank, in methods that have a rank."""
     run_defaults: ClassVar[Mapping[str, Any]] = {}
-    """What experiments start from where ``defaults.yaml`` does not name the method: at least its learning rate."""
+    """The settings of a method that ``defaults.yaml`` does not name: at least its learning rate."""
     closed_form: ClassVar[ClosedForm | None] = None
-    """What the closed form of memory has to know; None: it does not cover the method, whose memory is simulated."""
+    """What the closed form of memory must know. None means that the method is simulated instead."""
     memory_assumptions: ClassVar[tuple[str, ...]] = ()
-    """What an answer about its memory rests on beside what holds for all, one sentence each."""
+    """Assumptions behind answers about its memory, beyond those for all methods, one sentence each."""
 
     def quantization(self) -> Quantization | None:
-        """Returns how the base is quantised when it is loaded, or None."""
+        """Returns how the base is quantised while it is loaded, or None if it is not."""
         return None
 
     def targets_of(self) -> list[str]:
-        """Returns the names of the modules that the method adapts (empty: none, or all)."""
+        """Returns the names of the adapted modules. An empty list means none, or all."""
         targets = getattr(self, "targets", None)
         return target_modules(targets) if targets is not None else []
 
     def modules_named(self) -> list[str]:
-        """Returns the module names that the spec lists itself; a model must have them, a preset takes what is there."""
+        """Returns the module names that the spec lists itself. A preset takes whatever the model has."""
         targets = getattr(self, "targets", "")
         return [] if isinstance(targets, str) else list(targets)
 
     def full_label(self) -> str:
-        """Returns the label, with what tells two rows of this method apart that are no settings of one another."""
+        """Returns the label, with an addition if two rows of a table would otherwise have the same label."""
         return self.label
 
     def id_parts(self) -> list[str]:
-        """Returns what the readable part of a run id says of the method after its name."""
+        """Returns the parts of a run id that describe the method, after its name."""
         fields = self.model_dump(mode="json")
         named = (("rank", "r"), ("init_r", "r"), ("virtual_tokens", "v"), ("alpha", "a"))
         parts = [f"{prefix}{fields[field]:g}" for field, prefix in named if field in fields]
@@ -171,34 +171,34 @@ class Method(BaseModel):
         return parts
 
     def rescales_input(self, module: str) -> bool:
-        """Returns whether the method rescales a module's input, as IA3 may, rather than its output."""
+        """Returns whether the method rescales the input of a module (as IA3 may) instead of its output."""
         return False
 
     @classmethod
     def with_rank(cls, rank: int) -> dict[str, int]:
-        """Returns the fields of a method of this rank; none where it has no rank."""
+        """Returns the fields that give the method this rank; none if it has no rank."""
         return {cls.rank_field: rank} if cls.rank_field in cls.model_fields else {}
 
     def loading_temporary(self, largest: LinearLayer) -> tuple[int, str] | None:
-        """Returns the bytes that loading and initialising the largest layer take for a while, and what they hold."""
+        """Returns the temporary bytes of loading and initialising the largest layer, and their description."""
         if self.quantization():
             return 2 * largest.weights, "largest layer before it is quantised"
         return None
 
     def initialisation_seconds(self, shape: ModelShape) -> float:
-        """Returns the seconds that ``build`` computes on a card before the first step."""
+        """Returns the seconds of computation that ``build`` takes on a card."""
         return 0.0
 
     def trainable_parameters(self, shape: ModelShape) -> int:
-        """Returns the number of values that require gradients when the run starts."""
+        """Returns the number of values that require gradients at the start of a run."""
         raise NotImplementedError
 
     def build(self, model: Any, spec: RunSpec) -> Any:
-        """Returns the model that is trained; ``model`` is the loaded base and may be changed in place."""
+        """Returns the model to train. ``model`` is the loaded base, which this may change in place."""
         raise NotImplementedError
 
     def build_empty(self, model: Any, spec: RunSpec) -> Any:
-        """Returns a model of the same tensors as ``build`` on a base without values, where nothing can be computed."""
+        """Returns a model with the same tensors as ``build`` makes, but from a base whose tensors have no values."""
         return self.build(model, spec)
 
     def optimizer_groups(self, model: Any, spec: RunSpec) -> list[dict[str, Any]]:
@@ -206,40 +206,40 @@ class Method(BaseModel):
         return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": spec.learning_rate}]
 
     def logit_offset(self) -> int:
-        """Returns how many positions the wrapper puts before the tokens whose logits it returns."""
+        """Returns the number of positions that the wrapper adds before the logits of the tokens."""
         return 0
 
     def after_optimizer_step(self, model: Any, step: int) -> None:
-        """Runs after ``optimizer.step`` and before ``zero_grad``; ``step`` counts from 0."""
+        """Runs after ``optimizer.step`` and before ``zero_grad``. ``step`` counts from 0."""
 
     def training_state(self, model: Any) -> dict[str, Any]:
-        """Returns what training changes beside trained parameters: tensors and plain values, for a checkpoint."""
+        """Returns the state beside parameters that training changes: tensors and plain values for a checkpoint."""
         return {}
 
     def load_training_state(self, model: Any, state: dict[str, Any]) -> None:
-        """Puts back what ``training_state`` returned."""
+        """Restores what ``training_state`` returned."""
 
     def final_trainable_parameters(self, model: Any) -> int:
         """Returns the number of trained values that the finished model uses."""
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     def metrics(self, model: Any) -> dict[str, float]:
-        """Returns further figures that this method alone can give, for the record."""
+        """Returns figures for the record that only this method has."""
         return {}
 
     def save(self, model: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
-        """Writes what was trained: an adapter in PEFT's format (or, for full fine-tuning, the model).
+        """Writes the trained weights: an adapter in PEFT's format or, for full fine-tuning, the model.
 
         Args:
-            model: The trained one.
-            folder: Where to.
-            state: Its tensors by name; None: those in the model, which holds all of them unless it is sharded.
+            model: The trained model.
+            folder: The folder to write into.
+            state: The tensors by name, for a sharded model. None means the tensors of the model itself.
         """
         modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         for config in getattr(model, "peft_config", {}).values():
-            # PEFT keeps names as sets and would write them in an order that changes from process to process.
+            # PEFT stores names in sets, and would write them in an order that changes from process to process.
             for name, value in vars(config).items():
                 if isinstance(value, set):
-                    # A preset names the fused modules of other families as well.
+                    # A preset also names the fused modules of other families.
                     setattr(config, name, sorted(value & modules if name == "target_modules" else value))
         model.save_pretrained(folder, state_dict=state)

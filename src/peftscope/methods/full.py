@@ -1,7 +1,7 @@
-"""Full fine-tuning: every weight is trained.
+"""Full fine-tuning: all weights are trained.
 
-In pure bf16 most AdamW updates are smaller than the spacing of the weights and round away, so quality comparisons
-use ``precision: amp`` or ``fp32`` (fp32 master weights); ``bf16`` is an arm of its own, for memory and speed.
+In pure bf16, most AdamW updates are smaller than the spacing of the weights and are lost in rounding. Comparisons of
+quality therefore use ``precision: amp`` or ``fp32`` (fp32 master weights), and ``bf16`` serves for memory and speed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Full(Method):
-    """All weights, no adapter."""
+    """Training of all weights, without an adapter."""
 
     label: ClassVar[str] = "full fine-tuning"
     closed_form: ClassVar[ClosedForm] = ClosedForm()
@@ -27,7 +27,7 @@ class Full(Method):
     name: Literal["full"] = "full"
 
     def trainable_parameters(self, shape: ModelShape) -> int:
-        """Returns the size of the model, tied weights once."""
+        """Returns the number of all weights. Tied weights count once."""
         return shape.parameters
 
     def build(self, model: Any, spec: RunSpec) -> Any:

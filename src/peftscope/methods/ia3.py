@@ -1,4 +1,4 @@
-"""IA3: trained vectors rescale keys, values and the inner activations of the feed-forward block.
+"""IA3: trained vectors rescale the keys, the values and the inner activations of the feed-forward block.
 
 Source: Liu et al. 2022, arXiv 2205.05638.
 """
@@ -41,7 +41,7 @@ class IA3(Method):
     def _feedforward_is_targeted(self) -> IA3:
         missing = set(self.feedforward or ()) - set(self.targets_of())
         if missing:
-            raise ValueError(f"feedforward names what is no target: {', '.join(sorted(missing))}")
+            raise ValueError(f"feedforward names modules that are not targets: {', '.join(sorted(missing))}")
         return self
 
     def targets_of(self) -> list[str]:
@@ -49,15 +49,15 @@ class IA3(Method):
         return RESCALED if self.targets is None else target_modules(self.targets)
 
     def rescales_input(self, module: str) -> bool:
-        """Returns whether a module's input is rescaled, not its output."""
+        """Returns whether the input of a module is rescaled instead of its output."""
         return module in (RESCALED_INPUTS if self.feedforward is None else self.feedforward)
 
     def modules_named(self) -> list[str]:
-        """Returns the module names that the spec lists itself."""
+        """Returns the module names that the spec lists itself; none for a preset."""
         return list(self.targets) if isinstance(self.targets, tuple) else []
 
     def trainable_parameters(self, shape: ModelShape) -> int:
-        """Returns one value per output of each target, or per input where that is rescaled."""
+        """Returns one value per output of each target, or per input if the input is rescaled."""
         return sum(
             layer.inputs if self.rescales_input(layer.name) else layer.outputs
             for layer in shape.linear_layers(self.targets_of())

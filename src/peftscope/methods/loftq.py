@@ -1,7 +1,7 @@
-"""LoftQ: QLoRA whose adapters start by absorbing the base's quantisation error.
+"""LoftQ: QLoRA with adapters that initially approximate the base's quantisation error.
 
-Source: Li et al. 2023, arXiv 2310.08659, algorithm 1: quantise W - s B A, take the best rank-r approximation of what
-is lost, and repeat. PEFT's own initialisations need CUDA and leave out the scale s = alpha/rank; this one keeps it.
+Source: Li et al. 2023, arXiv 2310.08659, algorithm 1: quantise W - s B A, set A and B to the best rank-r approximation
+of the error, and repeat. PEFT's own initialisation needs CUDA and omits the scale s = alpha/rank. This one includes it.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from peftscope.spec import RunSpec
 
 ITERATION_SECONDS = 0.5
-"""Of one matrix of 4096 x 4096 on a card: a guess."""
+"""The seconds of one iteration on a matrix of 4096 x 4096 on a card: a guess."""
 
 
 class LoftQ(Method):
     """LoRA-fine-tuning-aware quantisation."""
 
     label: ClassVar[str] = "LoftQ"
-    memory_assumptions: ClassVar[tuple[str, ...]] = ("the load peak of LoftQ is a formula, not a simulation",)
+    memory_assumptions: ClassVar[tuple[str, ...]] = ("the load peak of LoftQ comes from a formula, not a simulation",)
     closed_form: ClassVar[ClosedForm] = ClosedForm()
     has_own_base: ClassVar[bool] = True
     draws_start: ClassVar[bool] = False
@@ -66,7 +66,7 @@ class LoftQ(Method):
         )
 
     def loading_temporary(self, largest: LinearLayer) -> tuple[int, str]:
-        """Returns the size of the alternation in 32 bits: four matrices and a Gram matrix."""
+        """Returns the bytes of the initialisation in 32 bits: four matrices and a Gram matrix."""
         square = min(largest.inputs, largest.outputs)
         return 4 * (4 * largest.weights + square * square), "LoftQ's initialisation of the largest target"
 
@@ -79,10 +79,10 @@ class LoftQ(Method):
         return low_rank_parameters(shape, self.targets, self.rank)
 
     def build(self, model: Any, spec: RunSpec) -> Any:
-        """Returns the 4-bit base wrapped with LoRA, both replaced by LoftQ's starting point.
+        """Returns the 4-bit base wrapped with LoRA, both initialised by LoftQ.
 
         Raises:
-            RuntimeError: A layer's error did not shrink.
+            RuntimeError: The quantisation error of a layer did not shrink.
         """
         from peft.tuners.lora import LoraLayer
 
@@ -99,7 +99,7 @@ class LoftQ(Method):
         return wrapped
 
     def build_empty(self, model: Any, spec: RunSpec) -> Any:
-        """Returns the 4-bit base wrapped with LoRA: the alternation leaves the same tensors."""
+        """Returns the 4-bit base wrapped with LoRA, which has the same tensors before and after the initialisation."""
         return wrap_with_lora(
             model,
             rank=self.rank,
@@ -110,7 +110,7 @@ class LoftQ(Method):
         )
 
     def _initialise(self, layer: Any, weight: torch.Tensor) -> float:
-        """Sets one layer's 4-bit weight, A and B; returns ‖W - (Q + sBA)‖ / ‖W - quantised(W)‖ (Frobenius)."""
+        """Sets a layer's 4-bit weight, A and B. Returns ‖W - (Q + sBA)‖ / ‖W - quantised(W)‖ (Frobenius norms)."""
         import torch
         from bitsandbytes.functional import dequantize_4bit
         from bitsandbytes.nn import Params4bit
@@ -146,12 +146,12 @@ class LoftQ(Method):
         return float(torch.linalg.norm(weight - reached) / plain_error)
 
     def metrics(self, model: Any) -> dict[str, float]:
-        """Returns the mean over layers of the quantisation error that is left."""
+        """Returns the share of the quantisation error that remains, as a mean over layers."""
         return {"loftq_error_ratio": model.loftq_error_ratio}
 
 
 class FloatWeights:
-    """Reads single tensors of a fetched model in full precision, without loading the rest."""
+    """Reads single tensors of a fetched model in full precision without loading the others."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -167,10 +167,10 @@ class FloatWeights:
 
 
 def best_rank_approximation(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns L (out x rank) and R (rank x in), balanced, whose product is the closest rank-``rank`` matrix.
+    """Returns L (out x rank) and R (rank x in) with equal norms, whose product is the closest matrix of this rank.
 
-    Singular vectors come from the smaller Gram matrix: a fifth of the time of a full SVD at 576 x 1536, and the
-    product is the projection of ``matrix`` onto them, so that rounding in the vectors has a second-order effect.
+    The singular vectors come from the smaller Gram matrix, in a fifth of the time of a full SVD at 576 x 1536. The
+    product is the projection of ``matrix`` onto them, so rounding errors in the vectors have a second-order effect.
     """
     import torch
 

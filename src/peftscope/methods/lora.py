@@ -1,4 +1,4 @@
-"""LoRA: a frozen weight plus a trained low-rank update, W + (alpha/rank) B A.
+"""LoRA: a frozen weight plus a trained update of low rank, W + (alpha/rank) B A.
 
 Source: Hu et al. 2021, arXiv 2106.09685.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class LoRA(Method):
-    """Low-rank adaptation; B starts at zero, so the first step starts from the base."""
+    """Low-rank adaptation. B starts at zero, so the first step starts from the base."""
 
     label: ClassVar[str] = "LoRA"
     closed_form: ClassVar[ClosedForm] = ClosedForm()

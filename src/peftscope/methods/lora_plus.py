@@ -1,6 +1,6 @@
-"""LoRA+: LoRA whose B matrices learn faster than its A matrices.
+"""LoRA+: LoRA with a higher learning rate for B than for A.
 
-Source: Hayou et al. 2024, arXiv 2402.12354; the default ratio of 16 is theirs.
+Source: Hayou et al. 2024, arXiv 2402.12354, which also proposes the default ratio of 16.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class LoRAPlus(Method):
-    """LoRA with two learning rates; ``learning_rate`` is that of A."""
+    """LoRA with two learning rates. ``learning_rate`` is the rate of A."""
 
     label: ClassVar[str] = "LoRA+"
     closed_form: ClassVar[ClosedForm] = ClosedForm(own_group="lora_B")
@@ -40,7 +40,7 @@ class LoRAPlus(Method):
         return wrap_with_lora(model, **self.model_dump(exclude={"name", "lr_ratio"}))
 
     def optimizer_groups(self, model: Any, spec: RunSpec) -> list[dict[str, Any]]:
-        """Returns two groups: A at the learning rate, B at ``lr_ratio`` times it."""
+        """Returns two groups: A with the learning rate, and B with ``lr_ratio`` times that rate."""
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         return [
             {"params": [p for name, p in trained if ".lora_B." not in name], "lr": spec.learning_rate},

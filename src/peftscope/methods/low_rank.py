@@ -1,4 +1,4 @@
-"""What LoRA and its variants share: the parameter count and PEFT's configuration."""
+"""The parameter count and the PEFT configuration that LoRA and its variants share."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def low_rank_parameters(shape: ModelShape, targets: str | tuple[str, ...], rank:
 
 
 def decompositions(shape: ModelShape, targets: str | tuple[str, ...]) -> float:
-    """Returns how many 4096 x 4096 matrices take as long to decompose as all targets.
+    """Returns the number of 4096 x 4096 matrices that take as long to decompose as all targets together.
 
-    The time grows with the third power of the smaller width.
+    The time of a decomposition grows with the third power of the smaller width.
     """
     narrow = [min(layer.inputs, layer.outputs) for layer in shape.linear_layers(target_modules(targets))]
     return float(sum((width / 4096) ** 3 for width in narrow))
@@ -37,7 +37,7 @@ def wrap_with_lora(
     adapter_dtype: str,
     **options: Any,
 ) -> Any:
-    """Returns ``model`` with LoRA layers on every target; ``options`` go to PEFT's ``LoraConfig``."""
+    """Returns ``model`` with a LoRA layer on every target. ``options`` are passed to PEFT's ``LoraConfig``."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     config = LoraConfig(

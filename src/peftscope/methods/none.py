@@ -1,4 +1,4 @@
-"""The untouched base, or its 4-bit copy: evaluated once, never trained; the row that every table starts from."""
+"""The untouched base, or its 4-bit copy. It is evaluated and never trained, and is the first row of every table."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class Untouched(Method):
     base_weights: Literal["full", "nf4"] = "full"
 
     def quantization(self) -> Quantization | None:
-        """Returns NF4 with double quantization for the base's 4-bit copy."""
+        """Returns NF4 with double quantisation for the 4-bit copy, and None for the base itself."""
         return Quantization() if self.base_weights == "nf4" else None
 
     def full_label(self) -> str:
-        """Returns the label, which says where the base is its 4-bit copy."""
+        """Returns the label, which names the 4-bit copy as such."""
         return self.label if self.base_weights == "full" else f"{self.label} in {self.base_weights.upper()}"
 
     def id_parts(self) -> list[str]:
-        """Returns how the base is stored."""
+        """Returns the storage of the base."""
         return [self.base_weights]
 
     def trainable_parameters(self, shape: ModelShape) -> int:
-        """Returns 0."""
+        """Returns 0, because nothing is trained."""
         return 0
 
     def build(self, model: Any, spec: RunSpec) -> Any:

@@ -1,8 +1,8 @@
-"""PiSSA: LoRA that starts from the principal singular vectors of W and freezes the rest.
+"""PiSSA: LoRA that trains the principal singular vectors of W and freezes the rest of W.
 
-Source: Meng et al. 2024, arXiv 2404.02948. The frozen weight becomes W minus the principal part, which is rounded
-to the base's dtype: in bf16 the first step starts close to the base, in fp32 on it. A saved adapter repeats the
-decomposition when PEFT loads it onto the original base.
+Source: Meng et al. 2024, arXiv 2404.02948. The frozen weight is W minus its principal part, rounded to the base's
+dtype. So the first step starts exactly from the base in fp32, and close to it in bf16. When PEFT loads a saved adapter
+onto the original base, it repeats the decomposition.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from peftscope.spec import RunSpec
 
 DECOMPOSITION_SECONDS = 5.0
-"""Of one matrix of 4096 x 4096 on a card: a guess."""
+"""The seconds of decomposing one matrix of 4096 x 4096 on a card: a guess."""
 
 
 class PiSSA(Method):
@@ -25,7 +25,7 @@ class PiSSA(Method):
 
     label: ClassVar[str] = "PiSSA"
     draws_start: ClassVar[bool] = False
-    memory_assumptions: ClassVar[tuple[str, ...]] = ("the load peak of PiSSA is a formula, not a simulation",)
+    memory_assumptions: ClassVar[tuple[str, ...]] = ("the load peak of PiSSA comes from a formula, not a simulation",)
     closed_form: ClassVar[ClosedForm] = ClosedForm()
 
     name: Literal["pissa"] = "pissa"
@@ -36,7 +36,7 @@ class PiSSA(Method):
     adapter_dtype: AdapterDtype = "fp32"
 
     def loading_temporary(self, largest: LinearLayer) -> tuple[int, str]:
-        """Returns the size of the decomposition in 32 bits: three matrices, and both sets of singular vectors."""
+        """Returns the bytes of the decomposition in 32 bits: three matrices and both sets of singular vectors."""
         square = min(largest.inputs, largest.outputs)
         size = 4 * (3 * largest.weights + square * (largest.inputs + largest.outputs))
         return size, "singular value decomposition of the largest target"
@@ -50,9 +50,9 @@ class PiSSA(Method):
         return low_rank_parameters(shape, self.targets, self.rank)
 
     def build(self, model: Any, spec: RunSpec) -> Any:
-        """Returns the base wrapped with PEFT's LoRA, ``init_lora_weights="pissa"`` (exact SVD)."""
+        """Returns the base wrapped with PEFT's LoRA and ``init_lora_weights="pissa"``, an exact SVD."""
         return wrap_with_lora(model, **self.model_dump(exclude={"name"}), init_lora_weights="pissa")
 
     def build_empty(self, model: Any, spec: RunSpec) -> Any:
-        """Returns plain LoRA: the decomposition leaves the same tensors."""
+        """Returns the base wrapped with plain LoRA, which has the same tensors."""
         return wrap_with_lora(model, **self.model_dump(exclude={"name"}))

@@ -1,6 +1,6 @@
-"""Prefix tuning: trained keys and values stand before the prompt in every layer.
+"""Prefix tuning: trained keys and values precede the prompt in every layer.
 
-Source: Li and Liang 2021, arXiv 2101.00190 (without their reparametrisation network).
+Source: Li and Liang 2021, arXiv 2101.00190, without the reparametrisation network.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class PrefixTuning(Method):
-    """Trained key-value cache entries."""
+    """Training of entries in the key-value cache."""
 
     label: ClassVar[str] = "prefix tuning"
     closed_form: ClassVar[ClosedForm] = ClosedForm()
@@ -31,7 +31,7 @@ class PrefixTuning(Method):
     virtual_tokens: VirtualTokens = 8
 
     def trainable_parameters(self, shape: ModelShape) -> int:
-        """Returns a key and a value per virtual token, layer and key-value head."""
+        """Returns the values of a key and a value for each virtual token, layer and key-value head."""
         return self.virtual_tokens * shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim
 
     def build(self, model: Any, spec: RunSpec) -> Any:

@@ -1,4 +1,4 @@
-"""Prompt tuning: trained embeddings stand before the prompt, nothing else changes.
+"""Prompt tuning: trained embeddings precede the prompt, and nothing else changes.
 
 Source: Lester et al. 2021, arXiv 2104.08691.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class PromptTuning(Method):
-    """Trained input embeddings."""
+    """Training of input embeddings."""
 
     label: ClassVar[str] = "prompt tuning"
     closed_form: ClassVar[ClosedForm] = ClosedForm()
@@ -29,15 +29,15 @@ class PromptTuning(Method):
     virtual_tokens: VirtualTokens = 8
 
     def trainable_parameters(self, shape: ModelShape) -> int:
-        """Returns one embedding per virtual token."""
+        """Returns the values of one embedding per virtual token."""
         return self.virtual_tokens * shape.hidden_size
 
     def logit_offset(self) -> int:
-        """Returns the number of virtual tokens: they are part of the sequence."""
+        """Returns the number of virtual tokens, because they are part of the sequence."""
         return self.virtual_tokens
 
     def build(self, model: Any, spec: RunSpec) -> Any:
-        """Returns the base wrapped with PEFT's prompt tuning, embeddings sampled from the vocabulary's."""
+        """Returns the base wrapped with PEFT's prompt tuning. The embeddings start as samples from the vocabulary."""
         from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 
         config = PromptTuningConfig(

@@ -1,6 +1,6 @@
-"""QLoRA: LoRA over a base whose linear weights are stored in 4 bits and dequantised for each product.
+"""QLoRA: LoRA on a base whose linear layers are stored in 4 bits and dequantised for each product.
 
-Source: Dettmers et al. 2023, arXiv 2305.14314: NF4, double quantization, bf16 compute.
+Source: Dettmers et al. 2023, arXiv 2305.14314: NF4, double quantisation, products in bf16.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class QLoRA(Method):
         if self.kbit_preparation:
             from peft import prepare_model_for_kbit_training
 
-            # Checkpointing is the spec's decision, for every method alike.
+            # The spec decides on checkpointing, for every method alike.
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         return wrap_with_lora(
             model,

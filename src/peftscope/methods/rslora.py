@@ -1,4 +1,4 @@
-"""rsLoRA: LoRA with the scale alpha/sqrt(rank), so that the update does not shrink as the rank grows.
+"""rsLoRA: LoRA with the scale alpha/sqrt(rank), so that updates do not shrink as the rank grows.
 
 Source: Kalajdzievski 2023, arXiv 2312.03732.
 """
@@ -33,5 +33,5 @@ class RsLoRA(Method):
         return low_rank_parameters(shape, self.targets, self.rank)
 
     def build(self, model: Any, spec: RunSpec) -> Any:
-        """Returns the base wrapped with PEFT's LoRA, ``use_rslora=True``."""
+        """Returns the base wrapped with PEFT's LoRA and ``use_rslora=True``."""
         return wrap_with_lora(model, **self.model_dump(exclude={"name"}), use_rslora=True)

@@ -1,1 +1,1 @@
-"""From an experiment's file to its runs, and what they will take."""
+"""From an experiment's file to its runs, with the time and memory that they will take."""

@@ -1,7 +1,7 @@
-"""How long runs will take, from records of the same model and method; this machine's come before published ones.
+"""Estimates how long runs take, from records of the same model and method. This machine's records come first.
 
-A record's matrix products are scaled by the rate of a large product, there and here. The rest, mostly the overhead of
-many small operators, is taken as it was: it differs less from one processor to another.
+The time of a record's matrix products is scaled by the rates of a large product on both machines. The remaining time is
+mostly the overhead of many small operators. It is not scaled, because it differs less between processors.
 """
 
 from __future__ import annotations
@@ -18,39 +18,35 @@ from peftscope.planning.published import all_published_records
 from peftscope.spec import RunSpec
 
 PRODUCTS = 1.3
-"""A run's matrix products take this many times what its useful work takes at the rate of a large product: 1.28 in
+"""The time of a run's matrix products, over the time of its useful work at the rate of a large product. It was 1.28 in
 training and 1.22 in evaluation, from LoRA's seconds at two rates of one processor (1,300 and 303 GFLOP/s)."""
 FALLBACK_SHARE = 0.3
-"""Of the rate of a large product that a step of a small model reaches, where no such run was recorded."""
+"""The share of the rate of a large product that a step of a small model is assumed to reach without a record."""
 FALLBACK_FLOPS = 1.2e11
-"""Floating-point operations a second of a step, where no rate was measured either."""
+"""The floating-point operations per second of a step that are assumed if no rate was measured either."""
 FALLBACK_TOKENS = 16
 FALLBACK_OVERHEAD_SECONDS = 6.0
 FALLBACK_SECONDS_PER_PARAMETER = 1.5e-7
-"""Loading, evaluation and probe."""
+"""The assumed time of loading, evaluation and probe."""
 
 
 ONE_THREAD = ("one thread",)
 ONE_THREAD_SLOWER = 1.55
 """How many times as long as on two threads a step takes on one of two cores, while the other has a run as well."""
 EVALUATION = (
-    "validation_items",
-    "validation_every",
-    "heldout_items",
-    "generation_items",
-    "retention_tokens",
-    "probe_steps",
+    *("validation_items", "validation_every", "heldout_items"),
+    *("generation_items", "retention_tokens", "probe_steps"),
 )
-"""Fields of a spec that decide how long a run takes beside its training."""
+"""The fields of a spec that decide how long a run takes outside of training."""
 
 
 @lru_cache
 def _measured() -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Returns the best record of each kind of run (model, method, device), and of each kind and evaluation."""
+    """Returns the best record of each kind of run (model, method, device), and of each kind with each evaluation."""
     records: dict[tuple[Any, ...], dict[str, Any]] = {}
     published = (_ended_well(text) for *_, text in all_published_records())
     own = (_ended_well(path.read_text()) for path in sorted(record_paths(), key=lambda path: path.stat().st_mtime))
-    # The last one stays: this machine's latest; of the published ones, one that says how fast its machine was.
+    # The last record wins: this machine's latest, or else a published one, if possible one with its machine's rate.
     for record in [*sorted(filter(None, published), key=_has_rate), *filter(None, own)]:
         kind, evaluation = _kind(record["spec"])
         records[kind] = records[kind + evaluation] = record
@@ -60,7 +56,7 @@ def _measured() -> dict[tuple[Any, ...], dict[str, Any]]:
 
 
 def _ended_well(text: str) -> dict[str, Any] | None:
-    """Returns a record as JSON content; None where it is damaged or did not end well."""
+    """Returns a record as JSON content, or None if it is damaged or did not end ``ok``."""
     try:
         record: dict[str, Any] = json.loads(text)
         _kind(record["spec"])
@@ -74,26 +70,26 @@ def _has_rate(record: dict[str, Any]) -> bool:
 
 
 def _kind(spec: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Returns model, method and device of a run, and how it is evaluated."""
+    """Returns (model, method, device) of a run, and the values of its ``EVALUATION`` fields."""
     return (spec["model"], spec["method"]["name"], spec["device"]), tuple(spec.get(field, 0) for field in EVALUATION)
 
 
 def measured_runs() -> list[dict[str, Any]]:
-    """Returns one record each of a model, method and device that ended well, as JSON content."""
+    """Returns one record, as JSON content, for each model, method and device with a run that ended ``ok``."""
     return [record for key, record in _measured().items() if len(key) == 3]
 
 
 def estimate_seconds(
     spec: RunSpec, rate_of: Callable[[RunSpec], float | None] = lambda spec: None, *, one_thread: bool = False
 ) -> float:
-    """Returns the wall seconds that a run will take, to within a factor of about 1.5.
+    """Returns the estimated wall seconds of a run, to within a factor of about 1.5.
 
     Args:
         spec: The run.
-        rate_of: Returns the rate of a large matrix product on this machine as the run computes it, in operations a
-            second; None takes the machine of the record for this one.
+        rate_of: Returns the rate of a large matrix product on this machine, at the run's precision, in operations per
+            second. None means that this machine is assumed to be as fast as the record's.
         one_thread: Whether the run has one thread, beside as many others as there are cores. Records of such runs come
-            first; of the others, the computing takes longer.
+            first; with others, the computing takes longer.
     """
     work = spec.steps * spec.batch_size * spec.gradient_accumulation
     kind, evaluation = _kind(spec.model_dump(mode="json"))
@@ -120,7 +116,7 @@ def estimate_seconds(
 
 
 def _slower(record: dict[str, Any], rate: float | None) -> float:
-    """Returns how many times a record's seconds its computing takes at another rate of a large matrix product."""
+    """Returns the factor by which a record's computing time changes at another rate of a large matrix product."""
     before = record.get("ceilings", {}).get("matmul_flops_per_second")
     share = record["speed"].get("matmul_share")
     if not (rate and before and share):
@@ -130,7 +126,7 @@ def _slower(record: dict[str, Any], rate: float | None) -> float:
 
 
 def spoken(seconds: float) -> str:
-    """Returns a duration as people say it.
+    """Returns a duration as text.
 
     >>> spoken(75), spoken(7300)
     ('1 min 15 s', '2 h 1 min')

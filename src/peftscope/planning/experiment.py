@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.files.content import CountOrZero, read_yaml
 from peftscope.files.problems import dotted, problems_of
-from peftscope.layout import EXPERIMENTS, STUDIES, check_experiment_name, shipped
+from peftscope.layout import EXPERIMENTS, RENAMED, STUDIES, check_experiment_name, shipped
 
 RESERVED_NAMES = ("published", "runs", "gpu", "single", "memory", "processors")
 NOT_EXPERIMENTS = ("defaults", "models", "tasks", "claims")
@@ -199,8 +199,8 @@ def experiment_path(name: str) -> Path:
         path = shipped(folder / f"{name}.yaml")
         if path.is_file() and name not in NOT_EXPERIMENTS:
             return path
-    where = shipped(EXPERIMENTS / f"{name}.yaml")
-    raise InputError(Problem(f"experiment={name}", f"no file {where}", close_match(name, experiment_names())))
+    remedy = f"it is now called {RENAMED[name]}" if name in RENAMED else close_match(name, experiment_names())
+    raise InputError(Problem(f"experiment={name}", f"no file {shipped(EXPERIMENTS / f'{name}.yaml')}", remedy))
 
 
 def experiment_names() -> list[str]:

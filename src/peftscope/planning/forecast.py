@@ -1,7 +1,7 @@
-"""What an experiment will take on a card, before anything starts: GPU hours and peak memory, run by run. No torch.
+"""Forecasts the GPU hours and the peak memory of every run of an experiment on a card. No torch.
 
-Memory is the closed form's, for batches in which every sequence is as long as it may be, so that real runs take less.
-Seconds follow from floating-point operations at a share of the card's peak: a guess, until the card has records.
+Memory comes from the closed form, for batches in which every sequence has the largest allowed length. Real runs take
+less. Seconds are floating-point operations over a share of the card's peak rate, a guess until the card has records.
 """
 
 from __future__ import annotations
@@ -26,42 +26,42 @@ from peftscope.planning.estimate import measured_runs
 from peftscope.spec import RunSpec, memory_key
 
 SHARE, SHARE_FOUR_BIT, SHARE_FP32 = 0.3, 0.2, 0.03
-"""Of the card's bf16 peak that training reaches, where nothing was measured: guesses; 4-bit weights are dequantised in
-every pass, and fp32 products do not use the fast units."""
+"""Guesses of the share of the card's bf16 peak that training reaches. 4-bit weights are dequantised in every pass, and
+fp32 products do not use the fast units."""
 PADDING = 1.5
-"""Longest sequence of a small batch over its mean."""
+"""The length of the longest sequence of a small batch, over the mean length."""
 START_SECONDS = 40.0
-"""Of a job: imports, tokenising, the memory prediction."""
+"""The seconds before a job's model is loaded: imports, tokenising, the memory prediction."""
 LOAD_BYTES_PER_SECOND = 1e9
-"""From disk to card."""
+"""The rate at which weights go from disk to card."""
 TOKEN_SECONDS_PER_LAYER = 1e-3
-"""Of one generated token of a batch: kernels are small, and starting them is what takes the time."""
+"""The seconds of one generated token of a batch. Kernels are so small that starting them takes most of the time."""
 ANSWER_TOKENS = 256
-"""Generated for each item, most of them in vain: lm-eval's usual limit."""
+"""The tokens that are generated for each item, most of them after the answer: lm-eval's usual limit."""
 BENCHMARK_TOKENS = 1024
-"""Of the longest usual question, GSM8K's with five worked examples."""
+"""The tokens of the longest usual question: GSM8K's, with five worked examples."""
 BENCHMARK_ITEMS = 1319
-"""Of GSM8K's test split, where no limit is set."""
+"""The number of items if no limit is set: that of GSM8K's test split."""
 CHOICES, CHOICE_TOKENS = 4, 100
-"""Sequences that a multiple-choice item takes, and their usual length."""
+"""The number of sequences of a multiple-choice item, and their usual length."""
 GENERATING = ("gsm8k",)
-"""Benchmarks whose answers are generated."""
+"""The benchmarks with generated answers."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one run will take.
+    """The time and the memory that one run will take.
 
     Attributes:
-        run_id: Its name.
+        run_id: The id of the run.
         spec: The run.
-        chosen: False where its learning rate is yet to be chosen by the study, and stands for a middle one.
-        seconds: On the card.
-        peak_device_bytes: What the card needs at most; None where it is not known.
-        binding_phase: Where that is; ``generate`` is the evaluation's, with its key-value cache.
-        fits: Whether the card has that; None where it is not known.
-        advice: What would fit, where it does not.
-        unknown: Why the peak is not known; empty where it is.
+        chosen: Whether its learning rate is final. If the study has yet to choose it, the forecast uses a middle one.
+        seconds: The seconds on the card.
+        peak_device_bytes: The most bytes that the card needs, or None if unknown.
+        binding_phase: The phase of this peak. ``generate`` is the part of the evaluation that has a key-value cache.
+        fits: Whether the card has these bytes, or None if unknown.
+        advice: A change that would make the run fit; empty if it fits.
+        unknown: The reason why the peak is unknown; empty if it is known.
     """
 
     run_id: str
@@ -77,7 +77,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class _Memory:
-    """The closed form's peaks, and what of the model is alive in an evaluation."""
+    """The peaks by the closed form, and the bytes of the model that are alive in an evaluation."""
 
     allocated_bytes: int
     device_bytes: int
@@ -86,7 +86,7 @@ class _Memory:
 
 
 class Forecaster:
-    """Forecasts runs on one card; memory is computed once for all runs that differ in nothing that matters to it."""
+    """Forecasts runs on one card. Memory is computed only once for all runs that take the same memory."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
@@ -95,7 +95,7 @@ class Forecaster:
         self._advised: dict[tuple[str, int], str] = {}
 
     def forecast(self, identity: str, spec: RunSpec, *, chosen: bool = True) -> Forecast:
-        """Returns what a run will take."""
+        """Returns the forecast of a run."""
         shape = find_model(spec.model).shape
         unknown = "" if shape else f"the shape of {spec.model} is not known"
         unknown = unknown or ("" if spec.method.closed_form else f"{spec.method.name} has no closed form")
@@ -106,7 +106,7 @@ class Forecaster:
         return Forecast(identity, spec, chosen, self.seconds(spec), peak, phase, peak <= self.gpu.memory_bytes, advice)
 
     def _peak(self, spec: RunSpec, shape: ModelShape) -> tuple[int, str]:
-        """Returns what the card needs at most, and the phase of that."""
+        """Returns the most bytes that the card needs, and the phase in which it needs them."""
         key = memory_key(spec)
         if key not in self._memory:
             model = Model(spec.model, shape.to_config(), shape)
@@ -129,7 +129,7 @@ class Forecaster:
             if "batch_size" in fields:
                 fields["eval_batch_size"] = 1
             if fields.pop("method", None):
-                fields["precision"] = "bf16"  # what a 4-bit base computes in
+                fields["precision"] = "bf16"  # a 4-bit base computes in bf16
             return fields
 
         def fits(changes: Mapping[str, Any]) -> bool:
@@ -146,7 +146,7 @@ class Forecaster:
         return ", ".join(f"{k}: {json.dumps(v).strip(chr(34))}" for k, v in (changes | fields_of(changes)).items())
 
     def share(self, spec: RunSpec) -> float:
-        """Returns the share of the card's peak that training reaches: measured on this kind of card, or a guess."""
+        """Returns the share of the card's peak rate that training reaches: measured on such a card, or a guess."""
         here = [
             (record, before)
             for record, before in _measured_specs()
@@ -161,10 +161,14 @@ class Forecaster:
         return SHARE_FOUR_BIT if spec.method.quantization() else SHARE
 
     def seconds(self, spec: RunSpec) -> float:
-        """Returns the seconds that a run will take on the card, to within a factor of about two."""
+        """Returns the estimated seconds of a run on the card, to within a factor of about two.
+
+        Raises:
+            InputError: The shape of the model is unknown.
+        """
         shape = find_model(spec.model).shape
         if shape is None:
-            raise InputError(Problem("model", f"{spec.model}: its shape is not known", "give it one in models.yaml"))
+            raise InputError(Problem("model", f"the shape of {spec.model} is not known", "add it to models.yaml"))
         speed = self.share(spec) * self.peak_flops
         seconds = START_SECONDS + 2 * shape.parameters / LOAD_BYTES_PER_SECOND
         seconds += training_flops(spec) / speed + _evaluation_flops(spec, shape) / speed
@@ -173,7 +177,7 @@ class Forecaster:
 
 
 def _measured_specs() -> Iterator[tuple[dict[str, Any], RunSpec]]:
-    """Yields the measured runs that trained, with their specs; records of older specs are left out."""
+    """Yields the measured runs that trained, with their specs. Records with an outdated spec are skipped."""
     for record in measured_runs():
         try:
             spec = RunSpec.model_validate(record["spec"])
@@ -184,10 +188,10 @@ def _measured_specs() -> Iterator[tuple[dict[str, Any], RunSpec]]:
 
 
 def training_flops(spec: RunSpec) -> float:
-    """Returns the floating-point operations of a run's training, padding included.
+    """Returns the floating-point operations of a run's training, including those on padding.
 
-    Two for each weight and token forward, two more for the gradients of activations, two for those of the weights that
-    are trained, two for recomputing; attention is causal.
+    A token takes two operations per weight in the forward pass and two for the gradients of activations. It takes two
+    more per trained weight for their gradients, and two per weight for recomputing. Attention is causal.
     """
     shape = find_model(spec.model).shape
     if shape is None or not spec.method.trains:
@@ -216,26 +220,26 @@ def _evaluation_flops(spec: RunSpec, shape: ModelShape) -> float:
 
 
 def _answers(spec: RunSpec) -> int:
-    """Returns how many answers are generated."""
+    """Returns the number of generated answers."""
     items = spec.benchmark_items or BENCHMARK_ITEMS
     return spec.generation_items + items * sum(name in GENERATING for name in spec.benchmarks)
 
 
 def _token_seconds(spec: RunSpec, shape: ModelShape, speed: float) -> float:
-    """Returns the seconds of one more token of a batch; without a cache everything before it is computed again."""
+    """Returns the seconds of one more token of a batch. Without a cache, all tokens before it are recomputed."""
     if spec.method.generates_from_cache:
         return TOKEN_SECONDS_PER_LAYER * shape.num_layers
     return 2 * shape.parameters * spec.eval_batch_size * _context(spec) / speed
 
 
 def _context(spec: RunSpec) -> int:
-    """Returns the tokens of the longest question that is answered."""
+    """Returns the number of tokens of the longest question."""
     long = any(name in GENERATING for name in spec.benchmarks)
     return max(BENCHMARK_TOKENS if long else 0, spec.seq_len if spec.generation_items else 0)
 
 
 def _cache_bytes(spec: RunSpec, shape: ModelShape) -> int:
-    """Returns the bytes of the key-value cache at the end of the longest answer, and of its next token's logits."""
+    """Returns the bytes of the key-value cache after the longest answer, and of the logits of one more token."""
     if not _answers(spec) or not spec.method.generates_from_cache:
         return 0
     width = 4 if spec.precision == "fp32" else 2

@@ -1,6 +1,6 @@
-"""Published runs: three Parquet files an experiment, ``records``, ``items`` and ``losses``.
+"""Published runs: three Parquet files per experiment, with ``records``, ``items`` and ``losses``.
 
-No rule of the workflow reads them. Estimates do, and ``peftscope restore``, which copies runs into the store.
+No rule of the workflow reads them. Estimates read them, and ``peftscope restore`` copies runs from them into the store.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from peftscope.layout import PUBLISHED_RESULTS, published_paths
 
 RECORDS, ITEMS, LOSSES = "records.parquet", "items.parquet", "losses.parquet"
 LARGEST_BYTES = 5_000_000
-"""Of a published file: a larger one is not committed."""
+"""The size limit of a published file, above which it must not be committed."""
 
 _ITEM_FIELDS = ("item", "prompt", "target", "nll", "tokens", "answer", "correct")
 
@@ -26,11 +26,11 @@ def write_runs(folder: Path, runs: Iterable[Path]) -> list[Path]:
     A record's JSON text is kept as it is, so that its checksum stays true.
 
     Args:
-        folder: Where to.
-        runs: Folders of the runs, each with ``record.json`` and, unless the run failed, ``items.jsonl``.
+        folder: The folder to write into.
+        runs: The folders of the runs, each with ``record.json`` and, unless the run failed, ``items.jsonl``.
 
     Raises:
-        InputError: A file would be too large to commit.
+        InputError: A file is too large to commit.
     """
     records: list[dict[str, Any]] = []
     items: list[dict[str, Any]] = []
@@ -46,7 +46,7 @@ def write_runs(folder: Path, runs: Iterable[Path]) -> list[Path]:
     written = [_write(folder / name, rows) for name, rows in ((RECORDS, records), (ITEMS, items), (LOSSES, losses))]
     for path in written:
         if path.stat().st_size > LARGEST_BYTES:
-            raise InputError(Problem(str(path), f"over {LARGEST_BYTES:,} bytes, too large to commit"))
+            raise InputError(Problem(str(path), f"is over {LARGEST_BYTES:,} bytes, which is too large to commit"))
     return written
 
 
@@ -67,10 +67,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def published_records(experiment: str) -> dict[str, str]:
-    """Returns the text of an experiment's published records by run id.
+    """Returns the JSON text of an experiment's published records, by run id.
 
     Raises:
-        InputError: None were published.
+        InputError: The experiment has no published runs.
     """
     path = PUBLISHED_RESULTS / experiment / RECORDS
     if not path.is_file():
@@ -79,13 +79,13 @@ def published_records(experiment: str) -> dict[str, str]:
 
 
 def all_published_records() -> Iterator[tuple[str, str, str]]:
-    """Yields (experiment, run id, text of the record) of everything published."""
+    """Yields (experiment, run id, JSON text of the record) for all published runs."""
     for path in published_paths(RECORDS):
         yield from ((path.parent.name, row["run_id"], row["record"]) for row in _rows(path))
 
 
 def published_items(experiment: str) -> dict[str, str]:
-    """Returns the text of ``items.jsonl`` of each published run, to the byte as the run wrote it."""
+    """Returns the text of ``items.jsonl`` of each published run, byte for byte as the run wrote it."""
     lines: dict[str, list[str]] = {}
     for row in _rows(PUBLISHED_RESULTS / experiment / ITEMS):
         fields = {

@@ -1,4 +1,4 @@
-"""Building the model that a spec describes."""
+"""Builds the model that a spec describes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftscope.spec import RunSpec
 from peftscope.training.step import CausalLoss, TrainedModel
 
 COMPILER = "inductor"
-"""What makes kernels of the graphs that torch.compile finds: torch's own."""
+"""The backend of torch.compile that turns graphs into kernels: torch's own."""
 
 
 def seed_everything(seed: int) -> None:
@@ -31,10 +31,10 @@ def build_model(base: Any, spec: RunSpec) -> TrainedModel:
 
 @contextmanager
 def compiled_layers(model: Any, spec: RunSpec) -> Iterator[None]:
-    """Compiles each decoder layer for the time of the block, if the spec says so.
+    """Compiles each decoder layer inside this context, if the spec asks for it.
 
-    What stands around the layers takes little time and changes its ways from method to method. Evaluation stays as it
-    is for every run, so that scores are compared and not kernels.
+    The code around the layers takes little time and differs from method to method, so it is not compiled. Nor is
+    evaluation, so that differences between scores never come from kernels.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     try:
@@ -47,7 +47,7 @@ def compiled_layers(model: Any, spec: RunSpec) -> Iterator[None]:
 
 
 def apply_method(base: Any, spec: RunSpec, build: Callable[[Any, RunSpec], Any]) -> TrainedModel:
-    """Returns what ``build`` makes of a base, with everything else that the spec asks of a model."""
+    """Returns the model that ``build`` makes from a base, with the loss and the checkpointing of the spec."""
     loss_function = CausalLoss()
     base.loss_function = loss_function
     base.requires_grad_(False)

@@ -1,8 +1,8 @@
-"""How fast this device can be: its rate at one large matrix product and at one large copy, and what a step uses of it.
+"""Measures the rates of this device at a large matrix product and a large copy, and counts the useful work of a step.
 
-Useful work is what the mathematics asks for: two operations a weight and token forward, two for the gradient of its
-input, two for its own if it is trained. The head counts at response positions. Attention's own products, padding and
-recomputation are not counted.
+Useful work is what the mathematics requires: for each weight and token, two operations in the forward pass, two for the
+gradient of the input, and two for the gradient of the weight if it is trained. The head counts at response positions
+only. The products inside attention, padding and recomputation do not count.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ class Work:
 
 
 def count_work(model: Any) -> Work:
-    """Returns the work of a model as it is trained now: its linear layers, adapters among them."""
+    """Returns the work of a model: that of its linear layers, including adapters, with the weights that train now."""
     head = model.get_output_embeddings()
     counts = {"body": 0, "head": 0}
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             weight = module.weight
             state = getattr(weight, "quant_state", None)
-            # A 4-bit weight packs two values a byte; its quantisation state knows the real shape.
+            # A 4-bit weight packs two values per byte. Its quantisation state has the real shape.
             size = state.shape.numel() if state is not None else weight.numel()
             counts["head" if module is head else "body"] += size * (6 if weight.requires_grad else 4)
     return Work(counts["body"], counts["head"])
 
 
 def measure_ceilings(spec: RunSpec) -> Ceilings:
-    """Returns the device's rates at the precision that a spec computes in, measured once a process."""
+    """Returns the device's rates in the precision of a spec, measured once per process."""
     return _measured(spec.device, torch.float32 if spec.precision == "fp32" else torch.bfloat16)
 
 
 def product_rate(spec: RunSpec) -> float | None:
-    """Returns the rate at which this processor would compute a spec's matrix products; None for a run on a card."""
+    """Returns this processor's rate at the matrix products of a spec, or None for a run on a card."""
     if spec.device != "cpu":
         return None
     with bf16_products():
@@ -67,7 +67,7 @@ def product_rate(spec: RunSpec) -> float | None:
 
 
 def bf16_rates() -> dict[Way, float]:
-    """Returns this processor's rate at a large product of bf16 matrices, computed in each way."""
+    """Returns this processor's rate at a large product of bf16 matrices, for each way to compute it."""
     rates: dict[Way, float] = {}
     for way in get_args(Way):
         with bf16_products(way):
@@ -86,7 +86,7 @@ def _measured(device: str, dtype: torch.dtype) -> Ceilings:
 
 def _matmul_rate(device: str, dtype: torch.dtype) -> float:
     side, generator = SIDES[device], torch.Generator(device).manual_seed(0)
-    # Random values: a card draws less power on zeros, and clocks higher.
+    # Random values, because a card draws less power on zeros and then clocks higher.
     left, right = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
     product = torch.empty_like(left)
     return 2 * side**3 / _best_seconds(device, lambda: torch.mm(left, right, out=product))
@@ -106,4 +106,4 @@ def _best_seconds(device: str, work: Callable[[], Any]) -> float:
         stop = meter.clock()
         work()
         seconds.append(stop())
-    return min(seconds[WARM_UP:])  # what else the machine does only adds to it
+    return min(seconds[WARM_UP:])  # other work of the machine can only add time

@@ -1,4 +1,4 @@
-"""Loading a base model as a spec asks for it: precision, quantisation, attention."""
+"""Loads a base model in the precision, quantisation and attention of a spec."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from peftscope.models.catalog import LOCAL, model_folder
 from peftscope.spec import RunSpec
 
 MASK_FREE_SDPA = "sdpa_mask_free"
-"""SDPA under a name for which transformers builds no mask: exact for right-padded causal batches, and only there."""
+"""SDPA under a name for which transformers builds no mask. It is exact only for right-padded causal batches."""
 
 MASK_FREE_SDPA_CPU = "sdpa_mask_free_cpu"
-"""The same for bf16 models on a CPU: short sequences are computed in fp32."""
+"""The same for bf16 models on a CPU, with short sequences computed in fp32."""
 
 SHORT_SEQUENCE = 128
-"""Up to here torch's CPU attention is faster in fp32: its bf16 backward takes 4.2 ms a layer at 16 x 12 tokens against
-0.7 ms, 5.2 against 4.7 at 4 x 128, and 4.2 against 5.3 at 2 x 256 (2 cores with AMX, torch 2.13)."""
+"""The longest sequence for which torch's CPU attention is faster in fp32. A layer's backward pass takes 4.2 ms in bf16
+and 0.7 ms in fp32 at 16 x 12 tokens, 5.2 and 4.7 at 4 x 128, 4.2 and 5.3 at 2 x 256 (2 cores with AMX, torch 2.13)."""
 
 
 def _sdpa_short_in_fp32(
@@ -42,16 +42,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "amp": torch.float32}
 
 
 def load_base(spec: RunSpec) -> Any:
-    """Returns the base model in its precision and storage, without gradients or dropout set up.
+    """Returns the base model in the precision and storage of a spec.
 
-    It is on the spec's device, or on the host if it is going to be sharded.
+    It is on the spec's device, or on the host if it will be sharded.
 
     Raises:
         OSError: The model was not fetched, or has no safetensors.
-        ValueError: Its own code would be needed to load it.
+        ValueError: The model can be loaded only with code of its own.
     """
     options: dict[str, Any] = {"dtype": DTYPES[spec.precision], "attn_implementation": training_attention(spec)}
-    # No card holds all of a model that is to be sharded: its shares move there layer by layer.
+    # No card can hold a whole model that needs sharding. Its shares move to the cards layer by layer.
     device = spec.device if spec.shards == 1 else "cpu"
     quantization = spec.method.quantization()
     if quantization:
@@ -78,7 +78,7 @@ def load_tokenizer(spec: RunSpec) -> Any:
 
 
 def bitsandbytes_config(quantization: Quantization) -> BitsAndBytesConfig:
-    """Returns the 4-bit configuration with every option set; the library's own defaults are fp4 and fp32 compute."""
+    """Returns the 4-bit configuration with every option set; bitsandbytes' own defaults are fp4 and fp32 compute."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.quant_type,
@@ -89,10 +89,10 @@ def bitsandbytes_config(quantization: Quantization) -> BitsAndBytesConfig:
 
 
 def disable_weight_repacking(model: torch.nn.Module) -> None:
-    """Keeps 4-bit weights in the layout that gradients are computed from.
+    """Keeps 4-bit weights in the layout from which gradients are computed.
 
-    bitsandbytes 0.50 repacks them in the first evaluation pass on CPUs with AVX512-BF16, and every gradient after
-    that is wrong by a factor of about ten, without a word.
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the weights in the first evaluation pass. From then on, every
+    gradient is wrong by a factor of about ten, without a warning.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -104,7 +104,7 @@ def disable_weight_repacking(model: torch.nn.Module) -> None:
 def training_attention(spec: RunSpec) -> str:
     """Returns the attention implementation for training and probing.
 
-    The ``hf`` loss path keeps what a plain script gets. The fast path leaves the mask out where that is exact.
+    The ``hf`` loss path uses what a plain script uses. The other path omits the mask if that is exact.
     """
     exact = spec.attention == "sdpa" and spec.method.mask_free_attention and not spec.packing
     if not exact or spec.loss_path == "hf":
@@ -113,16 +113,16 @@ def training_attention(spec: RunSpec) -> str:
 
 
 def autocast(spec: RunSpec) -> Any:
-    """Returns the context that forward passes of the spec's precision run in."""
+    """Returns the context in which the spec's forward passes run."""
     if spec.precision != "amp":
         return nullcontext()
-    # The cache keeps a bf16 copy of every weight that was gathered until the pass ends: all that sharding saves.
+    # The cache would keep a bf16 copy of every gathered weight until the pass ends, and undo what sharding saves.
     return torch.autocast(spec.device, torch.bfloat16, cache_enabled=spec.shards == 1)
 
 
 @contextmanager
 def attention(model: Any, implementation: str) -> Iterator[None]:
-    """Runs a block under another attention implementation, then goes back."""
+    """Switches to another attention implementation inside this context."""
     config = model.config
     before = config._attn_implementation
     config._attn_implementation = implementation

@@ -1,4 +1,4 @@
-"""The training loop: data, steps, step times, and the watch for divergence."""
+"""The training loop: it feeds data, runs steps, measures them, and stops when the loss diverges."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from peftscope.training.signals import Interrupted, stops_between_steps
 from peftscope.training.step import TrainedModel, make_optimizer, make_schedule, rehearse, train_step
 
 EXPLODED = 1.5
-"""A loss above this many times ln(vocabulary), what a uniform guess costs, counts as diverged."""
+"""A loss above this many times ln(vocabulary), the loss of a uniform guess, counts as diverged."""
 
 
 class Diverged(Exception):
-    """The loss is not finite, or exploded."""
+    """The loss is not finite, or is far above that of a uniform guess."""
 
 
 @dataclass
 class TrainingLog:
-    """What the loop saw, step by step."""
+    """The measurements of the loop, step by step."""
 
     nll: list[float | None] = field(default_factory=list)
     loss: list[float | None] = field(default_factory=list)
@@ -46,7 +46,7 @@ class TrainingLog:
     data_seconds: float = 0.0
 
     def write_speed(self, speed: Speed, spec: RunSpec) -> None:
-        """Writes the step times after the untimed steps into ``speed``, with quartiles; nothing if there are none."""
+        """Writes median and quartiles of the timed steps into ``speed``. Without timed steps, it writes nothing."""
         timed = slice(spec.untimed_steps, None)
         seconds = np.array(self.step_seconds[timed])
         if seconds.size == 0:
@@ -58,7 +58,7 @@ class TrainingLog:
         speed.step_seconds_upper_quartile = float(upper)
         speed.tokens_per_second = float(np.median(np.array(self.tokens[timed]) / seconds))
         speed.padded_tokens_per_second = float(np.median(np.array(self.padded_tokens[timed]) / seconds))
-        if len(self.useful_flops) == len(self.step_seconds):  # else a checkpoint of older code had none
+        if len(self.useful_flops) == len(self.step_seconds):  # not so if a checkpoint of older code had none
             speed.useful_flops_per_second = float(np.median(np.array(self.useful_flops[timed]) / seconds))
         speed.data_seconds = self.data_seconds
 
@@ -72,15 +72,16 @@ def train(
     rehearsal: Batch | None = None,
     validate: Callable[[], float] | None = None,
 ) -> None:
-    """Trains for ``spec.steps`` steps and writes into ``log`` as it goes, so that a failed run keeps its curve.
+    """Trains for ``spec.steps`` steps and logs each of them, so that a failed run keeps its loss curve.
 
-    It goes on from the last checkpoint, if there is one. A batch to rehearse, the widest one, is tried out of turn once
-    the optimizer's states are there, so that what is going to run out of memory does so early. ``validate`` returns the
-    loss on the validation items, which is asked every ``spec.validation_every`` steps before the last.
+    Training resumes from the last checkpoint if there is one. ``rehearsal`` is the widest batch. It is tried right
+    after the first step, when the optimizer has its states, so that a run that will be out of memory fails early.
+    ``validate`` returns the loss on the validation items. It is called every ``spec.validation_every`` steps before the
+    last one.
 
     Raises:
-        Diverged: The loss is not finite or worse than 1.5 times a uniform guess.
-        Interrupted: A signal came; a checkpoint was saved.
+        Diverged: The loss is not finite, or above ``EXPLODED`` times the loss of a uniform guess.
+        Interrupted: A signal arrived. A checkpoint was saved.
     """
     model = trained.model
     model.train()
@@ -90,7 +91,7 @@ def train(
     done = checkpoints.restore(state)
     meter, work = make_meter(spec.device), count_work(model)
     for _ in itertools.islice(batches, done * spec.gradient_accumulation):
-        pass  # seen before
+        pass  # the checkpoint has trained on these
     columns = (
         TextColumn("train"),
         BarColumn(),
@@ -98,7 +99,7 @@ def train(
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    # Refreshed between steps, not by a thread of its own that would run inside the timed ones.
+    # Refreshed between steps: a thread that refreshes it would run during timed steps.
     display = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
     with display as progress, stops_between_steps() as stopped:
         bar = progress.add_task("", total=spec.steps, completed=done)
@@ -131,12 +132,12 @@ def train(
                 model.train()
             if anywhere(bool(stopped()) or checkpoints.due, spec):
                 checkpoints.save(state)
-                if anywhere(bool(stopped()), spec):  # before the save, or while it lasted
+                if anywhere(bool(stopped()), spec):  # a signal came before or during the save
                     raise Interrupted(stopped() or "another process of the run was told to stop")
 
 
 def check_loss(nll: float, vocab_size: int, spec: RunSpec, where: str) -> None:
-    """Raises Diverged if a loss in nats per token is not finite, or far worse than guessing any token alike."""
+    """Raises Diverged if a loss in nats per token is not finite, or far above that of a uniform guess."""
     guess = math.log(vocab_size)
     if not nll <= EXPLODED * guess:
         raise Diverged(

@@ -124,11 +124,11 @@ def as_shares(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[s
         share, shape, stride = value.to(parameter.device), parameter.shape, parameter.stride()
         return DTensor.from_local(share, parameter.device_mesh, parameter.placements, shape=shape, stride=stride)
 
-    found = {
+    states = {
         index: {name: spread(value, parameters[index]) for name, value in values.items()}
         for index, values in state["state"].items()
     }
-    return state | {"state": found}
+    return state | {"state": states}
 
 
 def held_bytes(model: Any) -> int:

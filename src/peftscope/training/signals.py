@@ -1,4 +1,4 @@
-"""How a training stops when its process is told to: between two steps. No torch."""
+"""Handles SIGINT and SIGTERM, so that training stops between two steps. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Interrupted(BaseException):
-    """The process was told to stop (SIGINT or SIGTERM)."""
+    """The process received SIGINT or SIGTERM."""
 
 
 def raise_on_signals() -> None:
@@ -25,27 +25,27 @@ def raise_on_signals() -> None:
 
 @contextmanager
 def stops_between_steps() -> Iterator[Callable[[], str]]:
-    """Within, a first SIGINT or SIGTERM waits for the next question about it; a second one raises ``Interrupted``.
+    """Defers the first SIGINT or SIGTERM inside this context. A second one raises ``Interrupted``.
 
-    Only the main thread of a process can listen to signals; in another one, none is waited for.
+    Only the main thread can handle signals. In any other thread, this context changes nothing.
 
     Yields:
-        A function that returns what to say about the signal that came, or nothing.
+        A function that returns a reason to stop if a signal has arrived, and an empty text otherwise.
     """
-    came: list[str] = []
+    reasons: list[str] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: ""
         return
 
     def note(number: int, frame: Any) -> None:
-        said = f"stopped by {signal.Signals(number).name}"
-        if came:
-            raise Interrupted(said)
-        came.append(said)
+        reason = f"stopped by {signal.Signals(number).name}"
+        if reasons:
+            raise Interrupted(reason)
+        reasons.append(reason)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: came[0] if came else ""
+        yield lambda: reasons[0] if reasons else ""
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,6 +1,6 @@
-"""THE training step. The loop runs it on data, the probe under a byte tracker, a simulator on fake tensors.
+"""The one training step. The loop runs it on data, the probe under a byte tracker, the simulator on fake tensors.
 
-Nothing here looks at a value: no ``item()``, no ``if`` on a tensor.
+Fake tensors have no values, so nothing here reads one: no ``item()``, no ``if`` on a tensor.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from peftscope.training.load import autocast
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step gives back, both () fp32 and detached.
+    """The losses of a step, both () fp32 and detached.
 
     Attributes:
-        loss: What was minimised, regularisers included.
-        nll: Mean negative log likelihood of response tokens, in nats.
+        loss: The minimised loss, including regularisers.
+        nll: The mean negative log likelihood of the response tokens, in nats.
     """
 
     loss: torch.Tensor
@@ -43,7 +43,7 @@ def make_optimizer(model: Any, spec: RunSpec) -> torch.optim.Optimizer:
 
         names = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
         optimizer = getattr(bitsandbytes.optim, names[spec.optimizer])(groups, **adam)
-        # On a CPU there is nothing to page out to, and bitsandbytes says so at every start.
+        # On a CPU nothing can be paged out. Without this, bitsandbytes warns of it at every start.
         optimizer._cpu_paged_warned = True
         return optimizer
     implementation = {"foreach": spec.optimizer_implementation == "foreach"}
@@ -63,7 +63,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, spec: RunSpec) -> torch.opti
 
 
 class CausalLoss:
-    """transformers' causal loss, which also keeps the plain nll before a wrapper adds a regulariser to it."""
+    """The causal loss of transformers. It also keeps the plain nll, before a wrapper adds a regulariser to the loss."""
 
     def __init__(self) -> None:
         from transformers.loss.loss_utils import ForCausalLMLoss
@@ -72,7 +72,7 @@ class CausalLoss:
         self.nll: torch.Tensor | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Returns the loss; ``nll`` holds a detached copy, since wrappers change the tensor in place."""
+        """Returns the loss. ``nll`` holds a detached copy, because wrappers change the loss in place."""
         loss = self._loss(*args, **kwargs)
         self.nll = loss.detach().clone()
         return loss
@@ -83,8 +83,8 @@ class TrainedModel:
     """The model that a run trains, from ``build_model``.
 
     Attributes:
-        model: With the method applied; always called through its outermost wrapper.
-        loss_function: The one inside it.
+        model: The model with the method applied. It is always called through its outermost wrapper.
+        loss_function: The loss that the model calls.
     """
 
     model: Any
@@ -92,20 +92,20 @@ class TrainedModel:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the model chooses from."""
+        """The number of tokens in the model's vocabulary."""
         return self.model.config.vocab_size
 
 
 def forward_loss(model: Any, batch: Batch, spec: RunSpec, response_tokens: torch.Tensor | None = None) -> Any:
-    """Returns the wrapper's output with its loss: the sum over response tokens over ``response_tokens``.
+    """Returns the model's output, whose loss is the sum over response tokens divided by ``response_tokens``.
 
-    The model is always called through its outermost wrapper, so that virtual tokens and regularisers take part.
+    The model is always called through its outermost wrapper, so that virtual tokens and regularisers take effect.
 
     Args:
-        model: The trained model; of its outputs, ``loss`` is () and ``logits`` (B, K or S, vocabulary).
+        model: The trained model. In its output, ``loss`` is () and ``logits`` is (B, K or S, vocabulary).
         batch: Right-padded sequences.
-        spec: Its loss path decides which logits are computed.
-        response_tokens: () divisor, larger than the batch's own count under gradient accumulation.
+        spec: The run, whose loss path decides which logits are computed.
+        response_tokens: The divisor, (). Under gradient accumulation it is larger than the batch's own count.
     """
     total = batch.response_tokens if response_tokens is None else response_tokens
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
@@ -120,7 +120,7 @@ def forward_loss(model: Any, batch: Batch, spec: RunSpec, response_tokens: torch
 
 
 def _block_mask(examples: torch.Tensor, spec: RunSpec) -> torch.Tensor:
-    """Returns (B, 1, S, S): True where a position may look, or for eager attention what is added to its scores."""
+    """Returns (B, 1, S, S): True where a position may attend, or the term that eager attention adds to its scores."""
     same = examples[:, None, :, None] == examples[:, None, None, :]
     mask = same & torch.ones_like(same[:1]).tril()
     if spec.attention != "eager":
@@ -141,11 +141,11 @@ def train_step(
 
     Args:
         trained: The model and its loss.
-        batches: One or more; the loss is the mean over all their response tokens.
-        optimizer: From ``make_optimizer``.
-        spec: Says how.
-        step: Its number in the run, from 0: what the method does after an update depends on it.
-        at_phase: Told when ``forward``, ``backward`` and ``optimizer`` begin.
+        batches: The batches, at least one. The loss is the mean over all their response tokens.
+        optimizer: The optimizer, from ``make_optimizer``.
+        spec: The run.
+        step: The number of the step, from 0. Some methods depend on it after an update.
+        at_phase: Called when ``forward``, ``backward`` and ``optimizer`` begin.
     """
     total = torch.stack([batch.response_tokens for batch in batches]).sum()
     losses, nlls = [], []
@@ -154,7 +154,7 @@ def train_step(
         output = forward_loss(trained.model, batch, spec, total)
         loss = output.loss
         if spec.loss_path != "hf":
-            # The logits are not needed any more. A plain script keeps its output until the next one, and so does `hf`.
+            # Frees the logits. A plain script keeps them until its next step, and so does `hf`.
             del output
         assert trained.loss_function.nll is not None
         nlls.append(trained.loss_function.nll)
@@ -172,9 +172,9 @@ def train_step(
 
 
 def rehearse(trained: TrainedModel, batch: Batch, spec: RunSpec) -> None:
-    """Takes the forward and backward passes of a step on a batch, and leaves everything as it was.
+    """Runs the forward and backward passes of a step on a batch, and leaves everything unchanged.
 
-    Two at most, where gradients are accumulated: from the second on, gradients are there from the start.
+    With gradient accumulation it runs two passes, because the second one starts with gradients in memory.
     """
     devices = [torch.cuda.current_device()] if spec.device == "cuda" else []
     with torch.random.fork_rng(devices):
