@@ -16,6 +16,7 @@ import pandas as pd
 
 from peftscope.errors import InputError, Problem
 from peftscope.layout import PUBLISHED_RESULTS, results_folder
+from peftscope.planning.published import LOSSES
 from peftscope.planning.sweep import ARM, CONTROL, TUNING
 
 HELDOUT = "heldout_nll_nats_per_token"
@@ -184,7 +185,9 @@ class StudyResults:
 
     def training_losses(self) -> pd.Series:
         """Returns the training losses of all runs, indexed by run id and step."""
-        return pd.read_csv(self._folder / "losses.csv").set_index(["run_id", "step"])["nll_nats_per_token"]
+        published = self._folder / LOSSES
+        losses = pd.read_parquet(published) if published.is_file() else pd.read_csv(self._folder / "losses.csv")
+        return losses.set_index(["run_id", "step"])["nll_nats_per_token"]
 
 
 def paired(first: pd.DataFrame, second: pd.DataFrame, values: pd.Series | str = HELDOUT) -> pd.DataFrame:

@@ -39,3 +39,20 @@ class Measurement:
     axes: tuple[str, str] = ("", "")
     model: str = ""
     run_ids: tuple[str, ...] = ()
+
+
+def spoken_number(value: Quantity | None) -> str:
+    """Returns a measured quantity as text for people.
+
+    >>> spoken_number(16777216), spoken_number(0.000123456), spoken_number(True), spoken_number(None)
+    ('16,777,216', '0.0001235', 'yes', '-')
+    """
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
+    if float(value).is_integer() and abs(value) < 1e12:
+        return f"{int(value):,}"
+    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
