@@ -18,7 +18,8 @@ from peftscope.claims.stored import read_findings, stored_measurements, unexplai
 from peftscope.claims.verdict import Rule, Verdict, compare, judge
 from peftscope.cli.main import main
 from peftscope.errors import InputError
-from peftscope.report.claims import sentence
+from peftscope.report.claims import sentence, write_claims_page
+from peftscope.report.publish import publish
 
 ENTRY: dict[str, Any] = {
     "id": "S13",
@@ -299,6 +300,33 @@ def test_what_decides_changes_only_with_an_entry(tmp_path: Path) -> None:
         assert changed(entry, early, late) == []
     del published["parts"][0]["judged"]  # older files do not hold the rule, only what was measured
     assert (changed(kinder), changed(other)) == ([], ["S13"])
+
+
+def test_verdicts_are_published_only_with_reasons_for_what_changed(own_folder: Path) -> None:
+    kinder = ENTRY | {"parts": [ENTRY["parts"][0] | {"rule": {"equals": 255, "relative": 0.01}}]}
+    Path("results/published").mkdir(parents=True)
+    Path("reports/published").mkdir(parents=True)
+
+    def write(entry: dict[str, Any], changes: list[dict[str, str]]) -> None:
+        Path("experiments/claims.yaml").write_text(yaml.safe_dump({"claims": [entry]}))
+        Path("experiments/claims-history.yaml").write_text(yaml.safe_dump({"changes": changes}))
+        ledger = read_ledger()
+        write_claims_page(ledger, [finding.to_json("", read_history()) for finding in evaluate(ledger, ledger)])
+
+    write(ENTRY, [])
+    publish("claims")
+    write(kinder, [])
+    with pytest.raises(InputError, match=r"S13: is decided otherwise .* -> say why in experiments/claims-history"):
+        publish("claims")
+    change = {"claim": "S13", "date": "2026-01-01", "was": "Exactly.", "became": "Within 1 %.", "why": "It is rounded."}
+    write(kinder, [change])
+    publish("claims")
+    page = Path("reports/published/claims.html").read_text()
+    assert "Holds: values of the matrix over values of its factors, found 256, where 255 ± 1 % counts as right" in page
+    assert "It was: Exactly. It became: Within 1 %. Why: It is rounded." in page
+    write(kinder | {"parts": ENTRY["parts"]}, [change])
+    with pytest.raises(InputError, match="S13"):
+        publish("claims")
 
 
 def test_every_change_since_the_last_published_verdicts_is_explained(repository: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from peftscope.claims.checks import memory
 from peftscope.claims.evaluate import evaluate_part
 from peftscope.claims.ledger import Claim, read_ledger
-from peftscope.claims.verdict import UNDECIDED, Verdict
+from peftscope.claims.verdict import Verdict
 
 LORA = {"method": "lora", "targets": "attention"}
 QLORA = {"method": "qlora", "targets": "attention"}
@@ -193,5 +193,5 @@ def test_gradients_that_stay_would_be_as_large_as_the_weights(monkeypatch: pytes
 @pytest.mark.parametrize("claim_id", ["S1", "S5", "S7", "S49", "S57", "S60"])
 def test_claims_on_a_7b_model_are_decided(claim_id: str) -> None:
     found = [evaluate_part(part) for part in claims()[claim_id].parts]
-    assert found[-1].verdict not in UNDECIDED
+    assert found[-1].verdict is not Verdict.NOT_RUN
     assert all(part.found or part.part.waits_for or part.part.kind == "gpu" for part in found)

@@ -23,6 +23,9 @@ KNOWN_BY: dict[Kind, str] = {
 }
 """How the result of a check is known. With an interval, a computed quantity is an estimate, and sampled."""
 
+_STATED = ("kind", "role", "quotes", "declared", "measures", "unit", "check", "scope", "family")
+_NOTHING = Measurement("", n=0)
+
 
 @dataclass(frozen=True)
 class PartFinding:
@@ -49,37 +52,24 @@ class PartFinding:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the finding with its evidence. Numbers are rounded to the digits that are reproducible."""
-        found = self.found
+        found = self.found or _NOTHING
+        rule = self.part.rule
         return {
-            "kind": self.part.kind,
-            "role": self.part.role,
-            "quotes": self.part.quotes,
-            "declared": self.part.declared,
-            "measures": self.part.measures,
-            "verdict": self.verdict.value,
-            "known": self.known,
-            "found": rounded(found.value) if found else None,
-            "low": rounded(found.low) if found else None,
-            "high": rounded(found.high) if found else None,
-            "unit": self.part.unit,
-            "n": found.n if found else 0,
-            "rule": self.part.rule.words(self.part.unit) if self.part.rule else "",
-            "judged": self.part.rule.model_dump(exclude_defaults=True) if self.part.rule else {},
-            "check": self.part.check,
+            **{name: getattr(self.part, name) for name in _STATED},
             "with": self.part.with_,
-            "scope": self.part.scope,
-            "model": found.model if found else "",
-            "run_ids": list(found.run_ids) if found else [],
-            "samples": list(map(rounded, found.samples)) if found else [],
-            "evidence": {name: rounded(value) for name, value in found.evidence.items()} if found else {},
-            "family": self.part.family,
-            "p_adjusted": rounded(self.p_adjusted),
-            "curves": {
-                name: {f"{x:g}": rounded(y) for x, y in curve.items()}
-                for name, curve in (found.curves if found else {}).items()
-            },
-            "axes": list(found.axes) if found else [],
+            "rule": rule.words(self.part.unit) if rule else "",
+            "judged": rule.model_dump(exclude_defaults=True) if rule else {},
+            "verdict": self.verdict.value,
             "reason": self.reason,
+            "known": self.known,
+            "found": rounded(found.value) if self.found else None,
+            **{name: rounded(getattr(found, name)) for name in ("low", "high", "n", "model")},
+            "p_adjusted": rounded(self.p_adjusted),
+            "samples": list(map(rounded, found.samples)),
+            "evidence": {name: rounded(value) for name, value in found.evidence.items()},
+            "curves": {name: {f"{x:g}": rounded(y) for x, y in curve.items()} for name, curve in found.curves.items()},
+            "axes": list(found.axes),
+            "run_ids": list(found.run_ids),
         }
 
 

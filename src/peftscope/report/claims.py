@@ -112,7 +112,8 @@ def _deciding(finding: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _clause(part: dict[str, Any], alone: bool) -> str:
     """Returns what one part found and what would have counted as right, or what it waits for."""
-    subject = part["measures"] + (f" ({part['scope']})" if part["scope"] and not alone else "")
+    narrower = part["scope"] and part["scope"] not in part["measures"]
+    subject = part["measures"] + (f" ({part['scope']})" if narrower else "")
     if part["found"] is None:
         said = f"{subject}, {'not measured:' if part['check'] else 'which waits for'} {part['reason']}"
     else:
