@@ -272,7 +272,7 @@ def test_the_report_of_a_processor_says_that_it_decides_nothing(tmp_path: Path, 
     text = write_page(tmp_path, names).read_text()
     assert "shows the instrument, decides no claim" in text and "Not measured yet" not in text
     parts = [(claim.id, part) for claim in read_ledger() for part in claim.parts if part.kind == "gpu"]
-    assert text.count("NOT-RUN") == len(parts) and all(f"<strong>{claim}</strong>" in text for claim, _ in parts)
+    assert text.count("not run") == len(parts) and all(f"<strong>{claim}</strong>" in text for claim, _ in parts)
     assert "http" not in text and "nan" not in text
     for kind in KINDS:
         rows = json.loads((tmp_path / f"{kind}.json").read_text())

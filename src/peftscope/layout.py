@@ -13,6 +13,7 @@ DEFAULTS = EXPERIMENTS / "defaults.yaml"
 MODELS_FILE = EXPERIMENTS / "models.yaml"
 TASKS_FILE = EXPERIMENTS / "tasks.yaml"
 CLAIMS_FILE = EXPERIMENTS / "claims.yaml"
+CLAIMS_HISTORY = EXPERIMENTS / "claims-history.yaml"
 
 RESOURCES = Path("resources")
 MODELS_FOLDER = RESOURCES / "models"

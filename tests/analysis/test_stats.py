@@ -11,9 +11,9 @@ from scipy import stats
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import ttost_paired
 
+from peftscope.analysis.compare import compare
 from peftscope.analysis.stats import (
     bootstrap_interval,
-    equivalence_interval,
     holm,
     mean_interval,
     paired_p,
@@ -57,7 +57,7 @@ def test_coverage_is_what_the_docs_say(n: int, student: float, bootstrap: float)
     found = [mean_interval(sample) for sample in samples]
     assert coverage([(i.low, i.high) for i in found]) == pytest.approx(student, abs=0.03)
     assert coverage([bootstrap_interval(s, resamples=500) for s in samples]) == pytest.approx(bootstrap, abs=0.03)
-    assert coverage([equivalence_interval(s) for s in samples]) == pytest.approx(0.90, abs=0.03)
+    assert coverage([compare(s, 1.0).interval(0.9) for s in samples]) == pytest.approx(0.90, abs=0.03)
 
 
 def test_the_bootstrap_is_expanded_as_hesterberg_says() -> None:
@@ -86,14 +86,12 @@ def test_more_pairs_than_can_be_counted_are_sampled() -> None:
 @pytest.mark.parametrize("margin", [0.05, 0.1, 0.2])
 def test_equivalence_decides_as_two_one_sided_tests_do(margin: float) -> None:
     sample = np.array([0.02, -0.05, 0.04, 0.07, -0.03, 0.01])
-    low, high = equivalence_interval(sample)
     p, *_ = ttost_paired(sample, np.zeros(6), -margin, margin)
-    assert (-margin < low and high < margin) == (p < 0.05)
+    assert compare(list(sample), margin).is_same == (p < 0.05)
 
 
-def test_equivalence_without_spread_or_with_one_value() -> None:
-    assert equivalence_interval([0.0, 0.0, 0.0]) == (0.0, 0.0)
-    assert equivalence_interval([1.0]) is None
+def test_equivalence_without_spread() -> None:
+    assert compare([0.0, 0.0, 0.0], 0.1).outcome == "same"
 
 
 def test_holm_by_hand() -> None:

@@ -436,7 +436,7 @@ def test_a_narrow_difference_outside_the_margin_speaks_louder_than_a_wide_one(tu
     assert max(-lora.low, lora.high) > max(-thin.low, thin.high)
     found = training.furthest("mine", {"lora": "full", "thin": "full"}, 0.05)
     assert found.samples == thin.samples
-    assert judge(Rule(same_within=0.05), found)[0] == Verdict.REFUTED
+    assert judge(Rule(same_within=0.05), found)[0] == Verdict.WRONG
 
 
 def test_claims_count_the_steps_to_the_others_last_loss(tuned: None) -> None:
@@ -448,7 +448,7 @@ def test_claims_count_the_steps_to_the_others_last_loss(tuned: None) -> None:
     earlier = training.steps_saved("mine", "lora", "full", window=1)
     assert earlier.samples == pytest.approx([1 - 2 / 3] * 6) and earlier.low == earlier.high
     never = training.steps_saved("mine", "thin", "full", window=1)
-    assert never.value == 0 and judge(Rule(better_by=0), never)[0] == Verdict.REFUTED
+    assert never.value == 0 and judge(Rule(better_by=0), never)[0] == Verdict.WRONG
     # Means over two steps: 2, 0.95 against 2.5, 1.5.
     assert training.steps_saved("mine", "lora", "full", window=2).value == 0
 
@@ -573,6 +573,9 @@ def test_a_finished_study_is_published_with_runs_that_diverged(finished: StudyRe
     assert parse_record(published_records("mine")[diverged], diverged).status == "diverged"
     assert diverged not in published_items("mine")
     assert len(list(published.rglob("*.*"))) <= 20
+    here = training.training_gain("mine", "thin", "lora")
+    Path("results/mine").rename("results/gone")
+    assert training.training_gain("mine", "thin", "lora") == here
 
 
 @pytest.mark.slow

@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 import yaml
 
+from peftscope.analysis.compare import compare
 from peftscope.analysis.stats import mean_interval, paired_p
-from peftscope.claims.evaluate import Finding, PartFinding, evaluate, evaluate_part
-from peftscope.claims.ledger import Claim, Part, read_ledger
+from peftscope.claims.evaluate import Finding, PartFinding, check_key, evaluate, evaluate_part
+from peftscope.claims.ledger import Change, Claim, Part, read_history, read_ledger
 from peftscope.claims.measurement import Measurement, NotRunError
-from peftscope.claims.verdict import Rule, Verdict, judge
+from peftscope.claims.stored import read_findings, stored_measurements, unexplained_changes
+from peftscope.claims.verdict import Rule, Verdict, judge, spoken_outcome
 from peftscope.cli.main import main
 from peftscope.errors import InputError
+from peftscope.report.claims import sentence, write_claims_page
+from peftscope.report.publish import publish
 
 ENTRY: dict[str, Any] = {
     "id": "S13",
@@ -29,6 +33,8 @@ ENTRY: dict[str, Any] = {
     "parts": [
         {
             "kind": "arithmetic",
+            "role": "assertion",
+            "quotes": "255 times fewer",
             "measures": "values of the matrix over values of its factors",
             "check": "counts.full_to_low_rank_ratio",
             "with": {"rows": 4096, "columns": 4096, "rank": 8},
@@ -55,7 +61,7 @@ def test_every_claim_of_the_chapter_and_the_papers_has_an_entry() -> None:
 def test_what_is_not_measured_says_why() -> None:
     for claim in read_ledger():
         for part in claim.parts:
-            assert part.check or len(part.waits_for or part.impossible) > 20, claim.id
+            assert part.check or len(part.waits_for) > 20, claim.id
 
 
 @pytest.mark.parametrize(
@@ -74,6 +80,12 @@ def test_what_is_not_measured_says_why() -> None:
         ({"parts": [ENTRY["parts"][0] | {"family": "mine"}]}, "a family holds contrasts with a direction"),
         ({"parts": [ENTRY["parts"][0] | {"waits_for": "a study"}]}, "must have one of: check"),
         ({"parts": [{"kind": "training", "measures": "a loss"}]}, "must have one of: check"),
+        ({"parts": [ENTRY["parts"][0] | {"quotes": "256 times"}]}, "not in the source's sentence"),
+        ({"sentence": "255x smaller!"}, "not in the source's sentence"),
+        ({"parts": [ENTRY["parts"][0] | {"quotes": ""}]}, "quotes the words that it tests"),
+        ({"parts": [ENTRY["parts"][0] | {"role": "beside"}]}, "quotes the words that it tests"),
+        ({"parts": [ENTRY["parts"][0] | {"role": "beside", "quotes": ""}]}, "needs a part with the role assertion"),
+        ({"parts": [ENTRY["parts"][0] | {"role": "condition"}]}, "says where it was declared"),
         ({"parts": [{"kind": "magic", "measures": "a loss", "waits_for": "a study"}]}, "parts[0].kind"),
     ],
 )
@@ -97,33 +109,33 @@ WIDE = {"low": -1.0, "high": 3.0, "n": 3, "samples": (-0.5, 1.0, 2.5)}
 @pytest.mark.parametrize(
     ("rule", "found", "verdict"),
     [
-        ({"equals": 256}, {"value": 256.0}, Verdict.EXACT),
-        ({"equals": 255}, {"value": 256.0}, Verdict.EXACT_WRONG),
-        ({"equals": 255, "relative": 0.01}, {"value": 256.0}, Verdict.EXACT),
-        ({"equals": 0, "absolute": 1e-6}, {"value": 1e-7}, Verdict.EXACT),
-        ({"equals": 0, "absolute": 1e-6}, {"value": 1e-5}, Verdict.EXACT_WRONG),
-        ({"equals": "uint8"}, {"value": "uint8"}, Verdict.EXACT),
-        ({"equals": "uint8"}, {"value": "float16"}, Verdict.EXACT_WRONG),
-        ({"equals": True}, {"value": False}, Verdict.EXACT_WRONG),
-        ({"at_least": 0.95}, {"value": 0.95}, Verdict.EXACT),
-        ({"at_least": 0.95}, {"value": 0.94}, Verdict.EXACT_WRONG),
-        ({"at_most": 4}, {"value": 4.1}, Verdict.EXACT_WRONG),
-        ({"at_least": 2, "at_most": 3}, {"value": 2.5}, Verdict.EXACT),
-        ({"at_least": 2, "at_most": 3}, {"value": 3.5}, Verdict.EXACT_WRONG),
-        ({"at_least": 0.5}, {"value": float("nan")}, Verdict.INCONCLUSIVE),
-        ({"at_least": 0.5}, {"value": 1.0, **NARROW}, Verdict.SUPPORTED),
-        ({"at_least": 2.0}, {"value": 1.0, **NARROW}, Verdict.REFUTED),
-        ({"at_least": 1.0}, {"value": 1.0, **NARROW}, Verdict.INCONCLUSIVE),
-        ({"at_least": 0.5, "at_most": 2}, {"value": 1.0, **NARROW}, Verdict.SUPPORTED),
-        ({"better_by": 0}, {"value": 1.0, **NARROW}, Verdict.SUPPORTED),
-        ({"better_by": 0}, {"value": -1.0, "low": -1.1, "high": -0.9, "samples": (-1.0, -1.1)}, Verdict.REFUTED),
-        ({"better_by": 0}, {"value": 1.0, **WIDE}, Verdict.INCONCLUSIVE),
-        ({"better_by": 2}, {"value": 1.0, **NARROW}, Verdict.REFUTED),
-        ({"same_within": 2}, {"value": 1.0, **NARROW}, Verdict.EQUIVALENT),
-        ({"same_within": 0.5}, {"value": 1.0, **NARROW}, Verdict.REFUTED),
-        ({"same_within": 1.05}, {"value": 1.0, **NARROW}, Verdict.INCONCLUSIVE),
-        ({"same_within": 1}, {"value": 0.0, "n": 3, "samples": (0.0, 0.0, 0.0)}, Verdict.EQUIVALENT),
-        ({"same_within": 1}, {"value": 0.2, "n": 1, "samples": (0.2,)}, Verdict.INCONCLUSIVE),
+        ({"equals": 256}, {"value": 256.0}, Verdict.HOLDS),
+        ({"equals": 255}, {"value": 256.0}, Verdict.WRONG),
+        ({"equals": 255, "relative": 0.01}, {"value": 256.0}, Verdict.HOLDS),
+        ({"equals": 0, "absolute": 1e-6}, {"value": 1e-7}, Verdict.HOLDS),
+        ({"equals": 0, "absolute": 1e-6}, {"value": 1e-5}, Verdict.WRONG),
+        ({"equals": "uint8"}, {"value": "uint8"}, Verdict.HOLDS),
+        ({"equals": "uint8"}, {"value": "float16"}, Verdict.WRONG),
+        ({"equals": True}, {"value": False}, Verdict.WRONG),
+        ({"at_least": 0.95}, {"value": 0.95}, Verdict.HOLDS),
+        ({"at_least": 0.95}, {"value": 0.94}, Verdict.WRONG),
+        ({"at_most": 4}, {"value": 4.1}, Verdict.WRONG),
+        ({"at_least": 2, "at_most": 3}, {"value": 2.5}, Verdict.HOLDS),
+        ({"at_least": 2, "at_most": 3}, {"value": 3.5}, Verdict.WRONG),
+        ({"at_least": 0.5}, {"value": float("nan")}, Verdict.OPEN),
+        ({"at_least": 0.5}, {"value": 1.0, **NARROW}, Verdict.HOLDS),
+        ({"at_least": 2.0}, {"value": 1.0, **NARROW}, Verdict.WRONG),
+        ({"at_least": 1.0}, {"value": 1.0, **NARROW}, Verdict.OPEN),
+        ({"at_least": 0.5, "at_most": 2}, {"value": 1.0, **NARROW}, Verdict.HOLDS),
+        ({"better_by": 0}, {"value": 1.0, **NARROW}, Verdict.HOLDS),
+        ({"better_by": 0}, {"value": -1.0, "low": -1.1, "high": -0.9, "samples": (-1.0, -1.1)}, Verdict.WRONG),
+        ({"better_by": 0}, {"value": 1.0, **WIDE}, Verdict.OPEN),
+        ({"better_by": 2}, {"value": 1.0, **NARROW}, Verdict.WRONG),
+        ({"same_within": 2}, {"value": 1.0, **NARROW}, Verdict.HOLDS),
+        ({"same_within": 0.5}, {"value": 1.0, **NARROW}, Verdict.WRONG),
+        ({"same_within": 1.05}, {"value": 1.0, **NARROW}, Verdict.OPEN),
+        ({"same_within": 1}, {"value": 0.0, "n": 3, "samples": (0.0, 0.0, 0.0)}, Verdict.HOLDS),
+        ({"same_within": 1}, {"value": 0.2, "n": 1, "samples": (0.2,)}, Verdict.OPEN),
     ],
 )
 def test_every_rule_reaches_every_verdict(rule: dict[str, Any], found: dict[str, Any], verdict: Verdict) -> None:
@@ -132,12 +144,12 @@ def test_every_rule_reaches_every_verdict(rule: dict[str, Any], found: dict[str,
 
 def test_a_benefit_must_outlast_the_correction_for_its_family() -> None:
     found = Measurement(1.0, **NARROW)
-    assert judge(Rule(better_by=0), found, p_adjusted=0.04)[0] == Verdict.SUPPORTED
+    assert judge(Rule(better_by=0), found, p_adjusted=0.04)[0] == Verdict.HOLDS
     verdict, reason = judge(Rule(better_by=0), found, p_adjusted=0.06)
-    assert verdict == Verdict.INCONCLUSIVE and "0.06" in reason
+    assert verdict == Verdict.OPEN and "0.06" in reason
 
 
-def test_inconclusive_says_what_would_decide() -> None:
+def test_an_open_verdict_says_what_would_decide() -> None:
     _, reason = judge(Rule(better_by=0), Measurement(1.0, **WIDE))
     assert "half-width 2" in reason and "pairs would decide" in reason
 
@@ -149,19 +161,183 @@ def part(**changes: Any) -> Part:
     return Part.model_validate(ENTRY["parts"][0] | changes)
 
 
-def finding_of(*verdicts: Verdict) -> tuple[Verdict, str]:
-    claim = Claim.model_validate(ENTRY)
-    return Finding(claim, tuple(PartFinding(part(), verdict, "because") for verdict in verdicts)).headline
+@pytest.mark.parametrize(
+    ("verdicts", "whole"),
+    [
+        ("holds", "holds"),
+        ("holds, holds", "holds"),
+        ("wrong, wrong", "wrong"),
+        ("holds, wrong", "holds in part"),
+        ("holds, wrong, not run, open", "holds in part"),
+        ("holds, open", "open"),
+        ("wrong, open, not run", "open"),
+        ("holds, not run", "not run"),
+        ("wrong, not run", "not run"),
+    ],
+)
+def test_all_assertions_and_conditions_decide_and_nothing_beside_them(verdicts: str, whole: str) -> None:
+    beside = part(role="beside", quotes="")
+    condition = part(role="condition", declared="a plan")
+    first, *others = (Verdict(word) for word in verdicts.split(", "))
+    parts = [PartFinding(part(), first), *(PartFinding(condition, verdict) for verdict in others)]
+    for other in Verdict:
+        found = Finding(Claim.model_validate(ENTRY), (*parts, PartFinding(beside, other)))
+        assert found.verdict == whole
 
 
-def test_the_last_part_decides_and_until_it_has_run_nothing_is_decided() -> None:
-    assert finding_of(Verdict.EXACT_WRONG, Verdict.EXACT)[0] == Verdict.EXACT
-    assert finding_of(Verdict.EXACT, Verdict.NOT_RUN) == (
-        Verdict.INCONCLUSIVE,
-        "the part that decides is NOT-RUN: because",
+def test_it_says_how_it_is_known() -> None:
+    def known(kind: str, **found: Any) -> str:
+        return PartFinding(part(kind=kind), Verdict.HOLDS, found=Measurement(1.0, **found)).known
+
+    assert known("arithmetic") == known("software") == known("literature") == "computed"
+    assert known("numerics", low=0.9, high=1.1, n=8) == known("sampling", n=8) == "sampled, n = 8"
+    assert (known("simulation"), known("gpu", low=0.9, high=1.1)) == ("simulated", "on a card")
+    assert known("training", model="toy, sums", **NARROW) == "trained, 6 pairs on toy, sums"
+    assert PartFinding(part(), Verdict.NOT_RUN).known == ""
+
+
+def test_no_estimate_is_called_computed(repository: Path) -> None:
+    for finding in read_findings(repository / "results/published/claims.json"):
+        for found in finding["parts"]:
+            assert found["low"] is None or not found["known"].startswith("computed"), finding["id"]
+
+
+def test_a_verdict_can_be_said_aloud(tmp_path: Path) -> None:
+    condition = ENTRY["parts"][0] | {"role": "condition", "declared": "a plan", "scope": "rank 4", "unit": "×"}
+    condition |= {"with": {"rows": 4096, "columns": 4096, "rank": 4}, "rule": {"equals": 512, "relative": 0.01}}
+    (claim,) = ledger_of(tmp_path, ENTRY | {"parts": [*ENTRY["parts"], condition]})
+    (finding,) = evaluate([claim], [claim])
+    assert sentence(finding.to_json("a processor")) == (
+        "Holds in part: “255 times fewer” fails: values of the matrix over values of its factors, found 256, where 255 "
+        "counts as right; “255 times fewer” holds: values of the matrix over values of its factors (rank 4), found "
+        "512 ×, where 512 × ± 1 % counts as right (computed; arithmetic)."
     )
-    assert finding_of(Verdict.NOT_RUN)[0] == Verdict.NOT_RUN
-    assert finding_of(Verdict.NOT_RUN, Verdict.NOT_TESTABLE_HERE)[0] == Verdict.NOT_TESTABLE_HERE
+
+
+# Comparisons.
+
+
+@pytest.mark.parametrize(
+    ("differences", "said"),
+    [
+        ((0.1, -0.1, 0.05, -0.05, 0.0), "the same within ±1"),
+        ((0.30, 0.31, 0.29, 0.30, 0.30), "the same within ±1, and above zero"),
+        ((-0.30, -0.31, -0.29, -0.30, -0.30), "the same within ±1, and below zero"),
+        ((2.0, 2.1, 1.9, 2.0, 2.05), "differs by more than the margin of 1"),
+        ((0.9, 1.2, 0.8, 1.3, 0.7), "differs, size open"),
+        ((1.5, -1.0, 0.6, -0.9, 1.1), "open"),
+        ((0.5, 0.5, 0.5), "the same within ±1, and above zero"),
+    ],
+)
+def test_a_comparison_has_four_outcomes_and_says_two_where_both_are_true(
+    differences: tuple[float, ...], said: str
+) -> None:
+    outcome = compare(differences, 1)
+    assert spoken_outcome(outcome) == said
+    swapped = compare([-value for value in differences], 1)
+    assert (swapped.is_same, swapped.differs, swapped.exceeds_margin) == (
+        outcome.is_same,
+        outcome.differs,
+        outcome.exceeds_margin,
+    )
+
+
+# Older files, and changes of what decides.
+
+
+@pytest.mark.parametrize(
+    ("older", "word"),
+    [
+        *dict.fromkeys(("EXACT", "SUPPORTED", "EQUIVALENT", "holds"), "holds").items(),
+        *dict.fromkeys(("EXACT-WRONG", "REFUTED", "wrong"), "wrong").items(),
+        *dict.fromkeys(("NOT-RUN", "NOT-TESTABLE-HERE", "not run"), "not run").items(),
+        *{"INCONCLUSIVE": "open", "holds in part": "holds in part"}.items(),
+    ],
+)
+def test_older_verdicts_are_read(older: str, word: str, tmp_path: Path) -> None:
+    new = ("role", "quotes", "declared", "known", "judged", "samples")
+    found = evaluate_part(part()).to_json()
+    old = {key: value for key, value in found.items() if key not in new} | {"verdict": "EXACT"}
+    path = tmp_path / "claims.json"
+    path.write_text(json.dumps([{"id": "S13", "verdict": older, "parts": [old, old]}]))
+    (finding,) = findings = read_findings(path)
+    assert finding["verdict"] == word
+    assert [(p["verdict"], p["role"]) for p in finding["parts"]] == [("holds", "beside"), ("holds", "assertion")]
+    assert evaluate_part(part(), stored=stored_measurements(findings)).to_json() == found
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '[{"verdict": "yes", "parts": []}]', '{"a": 1}'])
+def test_another_file_is_refused_as_claims(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "claims.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"claims\.json"):
+        read_findings(path)
+
+
+def test_a_stored_measurement_is_judged_and_not_made_again() -> None:
+    stored = {check_key("counts.full_to_low_rank_ratio", ENTRY["parts"][0]["with"]): Measurement(255.0)}
+    assert evaluate_part(part(), stored=stored).verdict == Verdict.HOLDS
+    assert evaluate_part(part(), stored={}).verdict == Verdict.WRONG
+
+
+def test_what_decides_changes_only_with_an_entry(tmp_path: Path) -> None:
+    def changed(entry: dict[str, Any], *entries: Change) -> list[str]:
+        return list(unexplained_changes(ledger_of(tmp_path, entry), entries, [published]))
+
+    early = Change(claim="S13", date="2026-01-01", was="one rule.", became="another.", why="a reason.")
+    late = early.model_copy(update={"date": "2026-02-01"})
+    (claim,) = ledger_of(tmp_path, ENTRY)
+    (finding,) = evaluate([claim], [claim])
+    published = finding.to_json("", [early])
+    kinder = ENTRY | {"parts": [ENTRY["parts"][0] | {"rule": {"equals": 255, "relative": 0.01}}]}
+    other = ENTRY | {"parts": [ENTRY["parts"][0] | {"with": {"rows": 8, "columns": 8, "rank": 1}}]}
+    more = ENTRY | {"parts": [*ENTRY["parts"], {"kind": "training", "measures": "a loss", "waits_for": "a study"}]}
+    promoted = ENTRY | {"parts": [*ENTRY["parts"], more["parts"][1] | {"role": "assertion", "quotes": "fewer"}]}
+    assert changed(ENTRY) == changed(more) == []
+    for entry in (kinder, other, promoted):
+        assert changed(entry) == changed(entry, early) == ["S13"]
+        assert changed(entry, early, late) == []
+    del published["parts"][0]["judged"]  # older files do not hold the rule, only what was measured
+    assert (changed(kinder), changed(other)) == ([], ["S13"])
+
+
+def test_verdicts_are_published_only_with_reasons_for_what_changed(own_folder: Path) -> None:
+    kinder = ENTRY | {"parts": [ENTRY["parts"][0] | {"rule": {"equals": 255, "relative": 0.01}}]}
+    Path("results/published").mkdir(parents=True)
+    Path("reports/published").mkdir(parents=True)
+
+    def write(entry: dict[str, Any], changes: list[dict[str, str]]) -> None:
+        Path("experiments/claims.yaml").write_text(yaml.safe_dump({"claims": [entry]}))
+        Path("experiments/claims-history.yaml").write_text(yaml.safe_dump({"changes": changes}))
+        ledger = read_ledger()
+        write_claims_page(ledger, [finding.to_json("", read_history()) for finding in evaluate(ledger, ledger)])
+
+    write(ENTRY, [])
+    publish("claims")
+    write(kinder, [])
+    with pytest.raises(InputError, match=r"S13: is decided otherwise .* -> say why in experiments/claims-history"):
+        publish("claims")
+    change = {"claim": "S13", "date": "2026-01-01", "was": "Exactly.", "became": "Within 1 %.", "why": "It is rounded."}
+    write(kinder, [change])
+    publish("claims")
+    page = Path("reports/published/claims.html").read_text()
+    assert "Holds: values of the matrix over values of its factors, found 256, where 255 ± 1 % counts as right" in page
+    assert "It was: Exactly. It became: Within 1 %. Why: It is rounded." in page
+    write(kinder | {"parts": ENTRY["parts"]}, [change])
+    with pytest.raises(InputError, match="S13"):
+        publish("claims")
+
+
+def test_every_change_since_the_last_published_verdicts_is_explained(repository: Path) -> None:
+    published = read_findings(repository / "results/published/claims.json")
+    assert list(unexplained_changes(read_ledger(), read_history(), published)) == []
+
+
+def test_the_history_is_of_claims_and_in_order() -> None:
+    history = read_history()
+    assert {change.claim for change in history} <= {claim.id for claim in read_ledger()}
+    assert [change.date for change in history] == sorted(change.date for change in history)
+    assert {"S6", "S59", "S45", "S51", "S102", "S25", "S79"} <= {change.claim for change in history}
 
 
 def test_a_check_that_cannot_run_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,10 +399,10 @@ def test_a_contrast_is_corrected_for_its_family_even_when_it_is_measured_alone(
     def verdict(family: str) -> tuple[Verdict, str]:
         ledger = claims(family)
         (finding,) = evaluate(ledger[:1], ledger)
-        return finding.headline
+        return finding.verdict, finding.parts[0].reason
 
-    assert verdict("")[0] == Verdict.SUPPORTED
-    assert verdict("variants")[0] == Verdict.INCONCLUSIVE
+    assert verdict("")[0] == Verdict.HOLDS
+    assert verdict("variants")[0] == Verdict.OPEN
     assert "after correction in its family" in verdict("variants")[1]
 
 
@@ -236,6 +412,7 @@ def test_a_contrast_is_corrected_for_its_family_even_when_it_is_measured_alone(
         (["--id", "S130"], "--id: no such claim (got 'S130') -> did you mean"),
         (["--kind", "numeric"], "--kind: no such kind (got 'numeric') -> did you mean `numerics`?"),
         (["--write", "--id", "S64"], "--write: writes all claims -> leave --id and --kind out"),
+        (["--reuse", "none.json"], "none.json: no such file"),
     ],
 )
 def test_a_wrong_question_is_answered_with_a_hint(
@@ -268,5 +445,6 @@ def test_one_claim_is_measured_and_shown_with_its_evidence(
         "scope",
         "run_ids",
         "reason",
+        "known",
     }
-    assert asked <= finding.keys() and (finding["id"], finding["verdict"]) == ("S13", "EXACT-WRONG")
+    assert asked <= finding.keys() and (finding["id"], finding["verdict"]) == ("S13", "wrong")

@@ -190,30 +190,30 @@ def test_a_model_that_was_not_fetched_is_asked_for() -> None:
 
 
 def test_a_library_that_starts_b_at_random_refutes_the_unchanged_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("S19") is Verdict.EXACT
-    assert verdict("S22", part=0) is Verdict.EXACT
-    assert verdict("S21", part=0) is Verdict.EXACT_WRONG
+    assert verdict("S19") is Verdict.HOLDS
+    assert verdict("S22", part=0) is Verdict.HOLDS
+    assert verdict("S21", part=0) is Verdict.WRONG
 
     def random_b(self: Any, adapter_name: str, init_lora_weights: Any) -> None:
         torch.nn.init.normal_(self.lora_B[adapter_name].weight, std=0.1)
 
     monkeypatch.setattr(peft_layer.LoraLayer, "reset_lora_parameters", random_b)
-    assert verdict("S19") is Verdict.EXACT_WRONG
-    assert verdict("S22", part=0) is Verdict.EXACT_WRONG
-    assert verdict("S21", part=0) is Verdict.EXACT
+    assert verdict("S19") is Verdict.WRONG
+    assert verdict("S22", part=0) is Verdict.WRONG
+    assert verdict("S21", part=0) is Verdict.HOLDS
 
 
 def test_a_library_that_draws_normal_values_confirms_the_normal_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("S20") is Verdict.EXACT_WRONG
+    assert verdict("S20") is Verdict.WRONG
     monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, **_: torch.nn.init.normal_(tensor, std=0.02))
-    assert verdict("S20") is Verdict.EXACT
+    assert verdict("S20") is Verdict.HOLDS
 
 
 def test_a_library_that_ignores_the_scale_refutes_alpha_and_confirms_the_bare_formula(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert verdict("S29") is Verdict.EXACT
-    assert verdict("S18") is Verdict.EXACT_WRONG
+    assert verdict("S29") is Verdict.HOLDS
+    assert verdict("S18") is Verdict.WRONG
     original = peft_layer.LoraLayer.update_layer
 
     def unscaled(self: Any, adapter_name: str, *args: Any, **options: Any) -> None:
@@ -221,14 +221,14 @@ def test_a_library_that_ignores_the_scale_refutes_alpha_and_confirms_the_bare_fo
         self.scaling[adapter_name] = 1.0
 
     monkeypatch.setattr(peft_layer.LoraLayer, "update_layer", unscaled)
-    assert verdict("S29") is Verdict.EXACT_WRONG
-    assert verdict("S33", part=0) is Verdict.EXACT_WRONG
-    assert verdict("S18") is Verdict.EXACT
-    assert verdict("S102", part=1) is Verdict.EXACT_WRONG
+    assert verdict("S29") is Verdict.WRONG
+    assert verdict("S33", part=0) is Verdict.WRONG
+    assert verdict("S18") is Verdict.HOLDS
+    assert verdict("S102", part=1) is Verdict.WRONG
 
 
 def test_a_library_that_drops_the_matrices_confirms_dropout_on_the_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("S44") is Verdict.EXACT_WRONG
+    assert verdict("S44") is Verdict.WRONG
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         linear, dropout = torch.nn.functional.linear, self.lora_dropout["default"]
@@ -236,15 +236,15 @@ def test_a_library_that_drops_the_matrices_confirms_dropout_on_the_matrices(monk
         return self.base_layer(x) + linear(low, dropout(self.lora_B["default"].weight)) * self.scaling["default"]
 
     monkeypatch.setattr(peft_layer.Linear, "forward", forward)
-    assert verdict("S44") is Verdict.EXACT
+    assert verdict("S44") is Verdict.HOLDS
 
 
 def test_a_library_that_trains_the_norms_refutes_that_only_adapters_are_updated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert verdict("S53") is Verdict.EXACT
+    assert verdict("S53") is Verdict.HOLDS
     monkeypatch.setattr(BaseTuner, "_mark_only_adapters_as_trainable", lambda self, model: None)
-    assert verdict("S53") is Verdict.EXACT_WRONG
+    assert verdict("S53") is Verdict.WRONG
 
 
 def test_a_library_that_stops_gradients_at_4_bit_weights_confirms_the_chapters_backward_pass(
@@ -252,18 +252,18 @@ def test_a_library_that_stops_gradients_at_4_bit_weights_confirms_the_chapters_b
 ) -> None:
     from bitsandbytes.nn import Linear4bit
 
-    assert verdict("S55") is Verdict.EXACT_WRONG
-    assert verdict("S55", part=0) is Verdict.EXACT_WRONG
+    assert verdict("S55") is Verdict.WRONG
+    assert verdict("S55", part=0) is Verdict.WRONG
     original = Linear4bit.forward
     monkeypatch.setattr(Linear4bit, "forward", lambda self, x: original(self, x.detach()))
-    assert verdict("S55") is Verdict.EXACT
-    assert verdict("S55", part=0) is Verdict.EXACT
+    assert verdict("S55") is Verdict.HOLDS
+    assert verdict("S55", part=0) is Verdict.HOLDS
 
 
 def test_a_library_with_another_default_rank_refutes_rank_8(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft import LoraConfig
 
-    assert verdict("S36", part=0) is Verdict.EXACT
+    assert verdict("S36", part=0) is Verdict.HOLDS
     original = LoraConfig.__init__
     monkeypatch.setattr(LoraConfig, "__init__", lambda self, *a, **k: original(self, *a, **{"r": 16, **k}))
-    assert verdict("S36", part=0) is Verdict.EXACT_WRONG
+    assert verdict("S36", part=0) is Verdict.WRONG

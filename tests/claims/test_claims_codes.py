@@ -137,30 +137,30 @@ def test_normal_rows_are_not_called_anything_else(toy: Path) -> None:
 def test_rows_with_heavy_tails_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codes, "weight_matrices", lambda model: [("cubed", normal(64, 256) ** 3)])
     assert codes.excess_of_non_normal_rows("any", rows=64).value == pytest.approx(95)
-    assert evaluate_part(part("S62", model="any")).verdict == Verdict.EXACT_WRONG
+    assert evaluate_part(part("S62", model="any")).verdict == Verdict.WRONG
     monkeypatch.setattr(codes, "weight_matrices", lambda model: [("normal", normal(64, 256))])
-    assert evaluate_part(part("S62", model="any")).verdict == Verdict.EXACT
+    assert evaluate_part(part("S62", model="any")).verdict == Verdict.HOLDS
 
 
 def test_an_evenly_spaced_nf4_would_refute_the_claims_on_it(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert evaluate_part(part("S63")).verdict == Verdict.EXACT
+    assert evaluate_part(part("S63")).verdict == Verdict.HOLDS
     monkeypatch.setattr(functional, "get_4bit_type", evenly_spaced)
-    assert evaluate_part(part("S63")).verdict == Verdict.EXACT_WRONG
+    assert evaluate_part(part("S63")).verdict == Verdict.WRONG
 
 
 def test_a_worse_nf4_quantiser_would_refute_its_lower_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codes, "weight_matrices", lambda model: [(str(s), normal(128, 128, seed=s)) for s in range(3)])
-    assert evaluate_part(part("S64", model="any")).verdict == Verdict.EXACT
+    assert evaluate_part(part("S64", model="any")).verdict == Verdict.HOLDS
     quantise = functional.quantize_4bit
     monkeypatch.setattr(functional, "quantize_4bit", lambda values, **options: quantise(values + 0.1, **options))
-    assert evaluate_part(part("S64", model="any")).verdict == Verdict.EXACT_WRONG
+    assert evaluate_part(part("S64", model="any")).verdict == Verdict.WRONG
 
 
 def test_the_integers_of_bitsandbytes_would_refute_minus_eight(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert evaluate_part(part("S61")).verdict == Verdict.EXACT
-    assert evaluate_part(part("S61", 0)).verdict == Verdict.EXACT_WRONG
+    assert evaluate_part(part("S61")).verdict == Verdict.HOLDS
+    assert evaluate_part(part("S61", 0)).verdict == Verdict.WRONG
     monkeypatch.setattr(functional, "create_linear_map", lambda signed, total_bits: torch.arange(-8, 8) / 7)
-    assert evaluate_part(part("S61", 0)).verdict == Verdict.EXACT
+    assert evaluate_part(part("S61", 0)).verdict == Verdict.HOLDS
 
 
 def test_weights_that_were_not_fetched_are_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,11 +211,11 @@ def test_double_quantization_with_coarse_constants_would_not_be_harmless(
 ) -> None:
     """Constants of two values instead of 256."""
     monkeypatch.setattr(quantised_models, "weight_matrices", lambda model: [("normal", normal(512, 512))])
-    assert evaluate_part(part("S69", 0, model="any")).verdict == Verdict.EXACT
+    assert evaluate_part(part("S69", 0, model="any")).verdict == Verdict.HOLDS
     before = quantised_models.loss_added_by_double_quantization("toy").value
     monkeypatch.setitem(functional.name2qmap, "dynamic", torch.tensor([-1.0, 1.0]).repeat_interleave(128))
     quantised_models._losses.cache_clear()
-    assert evaluate_part(part("S69", 0, model="any")).verdict == Verdict.EXACT_WRONG
+    assert evaluate_part(part("S69", 0, model="any")).verdict == Verdict.WRONG
     assert abs(quantised_models.loss_added_by_double_quantization("toy").value) > 3 * abs(before)
 
 
@@ -234,10 +234,10 @@ def test_training_of_4_bit_weights() -> None:
 def test_finer_codes_would_refute_that_4_bit_training_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """With 4,096 levels, rounding swallows nothing, and the weights learn as well as shadow weights."""
     monkeypatch.setattr(quantised_training, "SHIFTS", (0.05,))
-    assert evaluate_part(part("S51", 1, seeds=1)).verdict == Verdict.EXACT
+    assert evaluate_part(part("S51", 1, seeds=1)).verdict == Verdict.HOLDS
     monkeypatch.setattr(functional, "get_4bit_type", lambda name, device: torch.linspace(-1, 1, 4097))
     quantised_training._train.cache_clear()
-    assert evaluate_part(part("S51", 1, seeds=1)).verdict == Verdict.EXACT_WRONG
+    assert evaluate_part(part("S51", 1, seeds=1)).verdict == Verdict.WRONG
 
 
 @pytest.mark.slow
@@ -246,7 +246,7 @@ def test_nf4_on_real_weights(workspace: Path) -> None:
     from peftscope.models.fetch import fetch_model
 
     fetch_model("minilm")
-    assert evaluate_part(CLAIMS["S64"].parts[-1]).verdict == Verdict.EXACT
+    assert evaluate_part(CLAIMS["S64"].parts[-1]).verdict == Verdict.HOLDS
     assert codes.share_with_lower_error("minilm", 64, "nf4", ["int4"]).n == 36
     embeddings = quantised_models.embedding_error_ratio("minilm", "nf4", ["int4"])
     assert 0.3 < embeddings.value < 1

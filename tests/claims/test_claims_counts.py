@@ -143,15 +143,15 @@ def test_merging_leaves_no_operation_behind() -> None:
 def test_a_bias_in_the_factors_refutes_their_count(monkeypatch: pytest.MonkeyPatch) -> None:
     import peft
 
-    assert verdict("S11") is Verdict.EXACT
+    assert verdict("S11") is Verdict.HOLDS
     monkeypatch.setattr(peft, "LoraConfig", partial(peft.LoraConfig, lora_bias=True))
-    assert verdict("S11") is Verdict.EXACT_WRONG
+    assert verdict("S11") is Verdict.WRONG
 
 
 def test_a_library_that_skips_a_target_refutes_the_count_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     import peft
 
-    assert verdict("S40") is verdict("S41") is Verdict.EXACT
+    assert verdict("S40") is verdict("S41") is Verdict.HOLDS
     inject = peft.inject_adapter_in_model
 
     def without_output(config: Any, model: Any) -> Any:
@@ -159,13 +159,13 @@ def test_a_library_that_skips_a_target_refutes_the_count_of_parameters(monkeypat
         return inject(config, model)
 
     monkeypatch.setattr(peft, "inject_adapter_in_model", without_output)
-    assert verdict("S40") is verdict("S41") is Verdict.EXACT_WRONG
+    assert verdict("S40") is verdict("S41") is Verdict.WRONG
 
 
 def test_weights_that_are_not_packed_refute_half_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     from bitsandbytes import functional
 
-    assert verdict("S48") is Verdict.EXACT
+    assert verdict("S48") is Verdict.HOLDS
     quantize: Callable[..., Any] = functional.quantize_4bit
 
     def unpacked(weight: Any, **options: Any) -> Any:
@@ -173,12 +173,12 @@ def test_weights_that_are_not_packed_refute_half_a_byte(monkeypatch: pytest.Monk
         return packed.repeat(2, 1), state
 
     monkeypatch.setattr(functional, "quantize_4bit", unpacked)
-    assert verdict("S48") is Verdict.EXACT_WRONG
+    assert verdict("S48") is Verdict.WRONG
 
 
 def test_an_adapter_that_stays_after_merging_refutes_free_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft.tuners.lora import LoraModel
 
-    assert verdict("P21") is Verdict.EXACT
+    assert verdict("P21") is Verdict.HOLDS
     monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self: self.model)
-    assert verdict("P21") is Verdict.EXACT_WRONG
+    assert verdict("P21") is Verdict.WRONG

@@ -132,7 +132,7 @@ def test_different_bits_are_counted() -> None:
 
 
 def test_constants_in_half_precision_would_refute_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("S65") == Verdict.EXACT
+    assert verdict("S65") == Verdict.HOLDS
     quantise = functional.quantize_4bit
 
     def half(*args: Any, **options: Any) -> Any:
@@ -141,30 +141,30 @@ def test_constants_in_half_precision_would_refute_fp32(monkeypatch: pytest.Monke
         return packed, state
 
     monkeypatch.setattr(functional, "quantize_4bit", half)
-    assert verdict("S65") == Verdict.EXACT_WRONG
+    assert verdict("S65") == Verdict.WRONG
     assert four_bit.bits_per_weight(False, 1024, 1024).value == pytest.approx(4.25, rel=0.005)
 
 
 def test_larger_blocks_would_refute_a_constant_per_64(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("S65", 0) == Verdict.EXACT
+    assert verdict("S65", 0) == Verdict.HOLDS
     monkeypatch.setattr(four_bit, "BLOCK", 128)
-    assert verdict("S65", 0) == Verdict.EXACT_WRONG
+    assert verdict("S65", 0) == Verdict.WRONG
 
 
 def test_double_quantization_that_is_ignored_would_refute_the_claims_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     claims = ("S66", "S67")
-    assert [verdict(claim) for claim in claims] == [Verdict.EXACT] * 2
+    assert [verdict(claim) for claim in claims] == [Verdict.HOLDS] * 2
     quantise = functional.quantize_4bit
     monkeypatch.setattr(
         functional,
         "quantize_4bit",
         lambda *args, **options: quantise(*args, **options | {"compress_statistics": False}),
     )
-    assert [verdict(claim) for claim in claims] == [Verdict.EXACT_WRONG] * 2
+    assert [verdict(claim) for claim in claims] == [Verdict.WRONG] * 2
 
 
 def test_4_37_bits_would_need_other_constants(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("S68") == Verdict.EXACT_WRONG
+    assert verdict("S68") == Verdict.WRONG
     quantise = functional.quantize_4bit
 
     def with_more(*args: Any, **options: Any) -> Any:
@@ -173,11 +173,11 @@ def test_4_37_bits_would_need_other_constants(monkeypatch: pytest.MonkeyPatch) -
         return packed, state
 
     monkeypatch.setattr(functional, "quantize_4bit", with_more)
-    assert verdict("S68") == Verdict.EXACT
+    assert verdict("S68") == Verdict.HOLDS
 
 
 def test_a_layer_that_quantised_just_in_time_would_support_the_claim(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("S54", 1) == Verdict.EXACT_WRONG
+    assert verdict("S54", 1) == Verdict.WRONG
     multiply = bitsandbytes.matmul_4bit
 
     def just_in_time(inputs: torch.Tensor, weight: Params4bit, bias: Any = None, quant_state: Any = None) -> Any:
@@ -186,18 +186,18 @@ def test_a_layer_that_quantised_just_in_time_would_support_the_claim(monkeypatch
         return multiply(inputs, packed, bias=bias, quant_state=state)
 
     monkeypatch.setattr(bitsandbytes, "matmul_4bit", just_in_time)
-    assert verdict("S54", 1) == Verdict.EXACT
+    assert verdict("S54", 1) == Verdict.HOLDS
 
 
 def test_adapters_in_the_base_s_type_would_support_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("S52") == Verdict.EXACT_WRONG
+    assert verdict("S52") == Verdict.WRONG
     wrap = peft.get_peft_model
     monkeypatch.setattr(peft, "get_peft_model", lambda *args: wrap(*args, autocast_adapter_dtype=False))
-    assert verdict("S52") == Verdict.EXACT
+    assert verdict("S52") == Verdict.HOLDS
 
 
 def test_a_layer_that_writes_to_its_weight_would_refute_a_frozen_base(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("S56") == Verdict.EXACT
+    assert verdict("S56") == Verdict.HOLDS
     forward = Linear4bit.forward
 
     def writes(layer: Linear4bit, inputs: torch.Tensor) -> torch.Tensor:
@@ -205,4 +205,4 @@ def test_a_layer_that_writes_to_its_weight_would_refute_a_frozen_base(monkeypatc
         return forward(layer, inputs)
 
     monkeypatch.setattr(Linear4bit, "forward", writes)
-    assert verdict("S56") == Verdict.EXACT_WRONG
+    assert verdict("S56") == Verdict.WRONG

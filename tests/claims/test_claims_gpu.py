@@ -104,37 +104,37 @@ PLAIN = {"method": "lora", **EVERYWHERE}
 @pytest.mark.parametrize(
     ("claim", "number", "kind", "rows", "verdict"),
     [
-        ("S5", 0, "fits", held((FULL_2048, False), (EIGHT_BIT, True), card="a100-80gb", headroom=0.1), "EXACT-WRONG"),
-        ("S5", 0, "fits", held((FULL_2048, False), (EIGHT_BIT, False), card="a100-80gb", headroom=0.1), "EXACT"),
-        ("S5", 0, "fits", held((FULL_2048, False), card="a100-80gb", headroom=0.1), "NOT-RUN"),
-        ("S7", -1, "fits", held((LORA, True), card="rtx4090"), "EXACT"),
-        ("S7", -1, "fits", held((LORA, False), card="rtx4090"), "EXACT-WRONG"),
-        ("S7", -1, "fits", held((LORA, True), card="rtx3090"), "NOT-RUN"),
-        ("S60", -1, "fits", held((BASE_TYPE, True), card="rtx4060"), "EXACT"),
-        ("S6", 0, "steps", steps((LORA, 15, ONE)), "EXACT"),
-        ("S6", 0, "steps", steps((LORA, 18, ONE)), "EXACT-WRONG"),
-        ("S59", 0, "steps", steps(({**LORA, "method": "qlora"}, 6.5, ONE)), "EXACT"),
-        ("S59", 0, "steps", steps(({**LORA, "method": "qlora"}, 7.5, ONE)), "EXACT-WRONG"),
-        ("S8", 0, "steps", both(WHOLE, LORA | AGAIN, (50, 10), (ONE, ONE)), "EXACT"),
-        ("S8", 0, "steps", both(WHOLE, LORA | AGAIN, (30, 10), (ONE, ONE)), "EXACT-WRONG"),
-        ("S88", 0, "steps", both(DORA, PLAIN, (1, 1), (SLOWER, ONE)), "REFUTED"),
-        ("S88", 0, "steps", both(DORA, PLAIN, (1, 1), (ONE, ONE)), "INCONCLUSIVE"),
-        ("S88", 0, "steps", both(DORA, PLAIN, (1, 1), (ONE, SLOWER)), "SUPPORTED"),
-        ("S88", 1, "steps", both(DORA, PLAIN, (1.3, 1), (ONE, ONE)), "EXACT-WRONG"),
-        ("S95", 0, "steps", both(ADALORA, PLAIN | {"rank": 12}, (1.01, 1), (ONE, ONE)), "EXACT"),
-        ("P22", 0, "steps", both(ADALORA, PLAIN | {"rank": 12}, (1, 1), (SLOWER, ONE)), "REFUTED"),
-        ("P12", -1, "steps", both(WHOLE, LORA | AGAIN, (1, 1), (SLOWER, ONE)), "SUPPORTED"),
-        ("P12", -1, "steps", both(WHOLE, LORA | AGAIN, (1, 1), (ONE, SLOWER)), "REFUTED"),
-        ("P12", -1, "steps", both(WHOLE, LORA | AGAIN, (1, 1), (WIDE, ONE)), "INCONCLUSIVE"),
-        ("P12", 0, "steps", both(WHOLE, LORA | AGAIN, (1, 1), (SLOWER, ONE)), "EXACT"),
-        ("P12", 0, "steps", both(WHOLE, LORA | AGAIN, (1, 1), (ONE, ONE)), "EXACT-WRONG"),
-        ("S71", -1, "latency", latencies("lora", ABIT, ONE, ONE), "SUPPORTED"),
-        ("S71", -1, "latency", latencies("lora", SLOWER, ONE, ONE), "REFUTED"),
-        ("S71", -1, "latency", latencies("lora", WIDE, ONE, ONE), "INCONCLUSIVE"),
-        ("S74", -1, "latency", latencies("lora", SLOWER, (1.0,) * 3, (1.0,) * 3), "SUPPORTED"),
-        ("S74", -1, "latency", latencies("lora", ONE, SLOWER, ONE), "REFUTED"),
-        ("P21", -1, "latency", latencies("dora", SLOWER, (1.0,) * 3, (1.0,) * 3), "SUPPORTED"),
-        ("P21", -1, "latency", latencies("lora", SLOWER, (1.0,) * 3, (1.0,) * 3), "NOT-RUN"),
+        ("S5", 0, "fits", held((FULL_2048, False), (EIGHT_BIT, True), card="a100-80gb", headroom=0.1), "wrong"),
+        ("S5", 0, "fits", held((FULL_2048, False), (EIGHT_BIT, False), card="a100-80gb", headroom=0.1), "holds"),
+        ("S5", 0, "fits", held((FULL_2048, False), card="a100-80gb", headroom=0.1), "not run"),
+        ("S7", -1, "fits", held((LORA, True), card="rtx4090"), "holds"),
+        ("S7", -1, "fits", held((LORA, False), card="rtx4090"), "wrong"),
+        ("S7", -1, "fits", held((LORA, True), card="rtx3090"), "not run"),
+        ("S60", -1, "fits", held((BASE_TYPE, True), card="rtx4060"), "holds"),
+        ("S6", 0, "steps", steps((LORA, 15, ONE)), "holds"),
+        ("S6", 0, "steps", steps((LORA, 18, ONE)), "wrong"),
+        ("S59", 0, "steps", steps(({**LORA, "method": "qlora"}, 6.5, ONE)), "holds"),
+        ("S59", 0, "steps", steps(({**LORA, "method": "qlora"}, 7.5, ONE)), "wrong"),
+        ("S8", 0, "steps", both(WHOLE, LORA | AGAIN, (50, 10), (ONE, ONE)), "holds"),
+        ("S8", 0, "steps", both(WHOLE, LORA | AGAIN, (30, 10), (ONE, ONE)), "wrong"),
+        ("S88", 0, "steps", both(DORA, PLAIN, (1, 1), (SLOWER, ONE)), "wrong"),
+        ("S88", 0, "steps", both(DORA, PLAIN, (1, 1), (ONE, ONE)), "open"),
+        ("S88", 0, "steps", both(DORA, PLAIN, (1, 1), (ONE, SLOWER)), "holds"),
+        ("S88", 1, "steps", both(DORA, PLAIN, (1.3, 1), (ONE, ONE)), "wrong"),
+        ("S95", 0, "steps", both(ADALORA, PLAIN | {"rank": 12}, (1.01, 1), (ONE, ONE)), "holds"),
+        ("P22", 0, "steps", both(ADALORA, PLAIN | {"rank": 12}, (1, 1), (SLOWER, ONE)), "wrong"),
+        ("P12", -1, "steps", both(WHOLE, LORA | AGAIN, (1, 1), (SLOWER, ONE)), "holds"),
+        ("P12", -1, "steps", both(WHOLE, LORA | AGAIN, (1, 1), (ONE, SLOWER)), "wrong"),
+        ("P12", -1, "steps", both(WHOLE, LORA | AGAIN, (1, 1), (WIDE, ONE)), "open"),
+        ("P12", 0, "steps", both(WHOLE, LORA | AGAIN, (1, 1), (SLOWER, ONE)), "holds"),
+        ("P12", 0, "steps", both(WHOLE, LORA | AGAIN, (1, 1), (ONE, ONE)), "wrong"),
+        ("S71", -1, "latency", latencies("lora", ABIT, ONE, ONE), "holds"),
+        ("S71", -1, "latency", latencies("lora", SLOWER, ONE, ONE), "wrong"),
+        ("S71", -1, "latency", latencies("lora", WIDE, ONE, ONE), "open"),
+        ("S74", -1, "latency", latencies("lora", SLOWER, (1.0,) * 3, (1.0,) * 3), "holds"),
+        ("S74", -1, "latency", latencies("lora", ONE, SLOWER, ONE), "wrong"),
+        ("P21", -1, "latency", latencies("dora", SLOWER, (1.0,) * 3, (1.0,) * 3), "holds"),
+        ("P21", -1, "latency", latencies("lora", SLOWER, (1.0,) * 3, (1.0,) * 3), "not run"),
     ],
 )
 def test_rows_of_a_card_reach_every_verdict(
@@ -148,7 +148,7 @@ def test_rows_of_a_card_reach_every_verdict(
 
 
 def test_growth_from_one_set_of_layers_to_the_next(tmp_path: Path) -> None:
-    for sizes, verdict in (((14, 15, 17), Verdict.EXACT), ((14, 15, 15), Verdict.EXACT_WRONG)):
+    for sizes, verdict in (((14, 15, 17), Verdict.HOLDS), ((14, 15, 15), Verdict.WRONG)):
         named = zip(("minimal", "attention", "all-linear"), sizes, strict=True)
         write_card(tmp_path, "steps", steps(*(({"method": "lora", "targets": t}, gb, ONE) for t, gb in named)))
         found = judged(part_of("S42"), tmp_path)
@@ -166,7 +166,7 @@ def test_a_processors_results_never_decide(tmp_path: Path) -> None:
     found = judged(part_of("S7"), tmp_path)
     assert found.verdict == Verdict.NOT_RUN and "no card under" in found.reason
     write_card(tmp_path, "fits", rows)
-    assert judged(part_of("S7"), tmp_path).verdict == Verdict.EXACT
+    assert judged(part_of("S7"), tmp_path).verdict == Verdict.HOLDS
 
 
 def test_without_results_it_says_what_to_run(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_the_report_of_a_card_shows_what_it_decides_and_what_did_not_run(tmp_pat
     waiting = next(job for job in card_jobs(GPUS["h100"]) if job.kind == "latency")
     text = write_page(tmp_path / "card", [(waiting.kind, waiting.label)]).read_text()
     decided = judged(part_of("S7"), tmp_path)
-    assert decided.verdict == Verdict.EXACT and text.count("<td>EXACT") == 1
+    assert decided.verdict == Verdict.HOLDS and text.count("<td>holds") == 1
     assert "CPU" not in text and "800 TFLOP/s" in text and "70.5 W" in text and "process 7" in text
     assert "fits, with 2 other processes on the card" in text
     assert "failed: &lt;why&gt;" in text and "a &lt;card&gt;" in text

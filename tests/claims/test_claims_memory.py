@@ -10,7 +10,7 @@ import pytest
 from peftscope.claims.checks import memory
 from peftscope.claims.evaluate import evaluate_part
 from peftscope.claims.ledger import Claim, read_ledger
-from peftscope.claims.verdict import UNDECIDED, Verdict
+from peftscope.claims.verdict import Verdict
 
 LORA = {"method": "lora", "targets": "attention"}
 QLORA = {"method": "qlora", "targets": "attention"}
@@ -156,23 +156,23 @@ def test_optimizer_states_in_the_weights_type_refute_eight_bytes(monkeypatch: py
     import torch
     from bitsandbytes.optim.optimizer import Optimizer8bit
 
-    assert verdict("S3") is Verdict.EXACT
+    assert verdict("S3") is Verdict.HOLDS
     monkeypatch.setattr(Optimizer8bit, "get_state_buffer", lambda self, p, dtype=None: torch.zeros_like(p))
-    assert verdict("S3") is Verdict.EXACT_WRONG
+    assert verdict("S3") is Verdict.WRONG
 
 
 def test_adalora_without_its_importance_scores_would_be_as_small_as_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft import AdaLoraModel
 
-    assert verdict("S95") is Verdict.EXACT_WRONG
+    assert verdict("S95") is Verdict.WRONG
     monkeypatch.setattr(AdaLoraModel, "update_and_allocate", lambda self, step: None)
-    assert verdict("S95") is Verdict.EXACT
+    assert verdict("S95") is Verdict.HOLDS
 
 
 def test_gradients_that_stay_would_be_as_large_as_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    assert verdict("S2", part=1) is Verdict.EXACT_WRONG
+    assert verdict("S2", part=1) is Verdict.WRONG
     register = torch.nn.Parameter.register_post_accumulate_grad_hook
 
     def after_all(self: Any, hook: Any) -> Any:
@@ -186,12 +186,12 @@ def test_gradients_that_stay_would_be_as_large_as_the_weights(monkeypatch: pytes
         return register(self, keeping)
 
     monkeypatch.setattr(torch.nn.Parameter, "register_post_accumulate_grad_hook", after_all)
-    assert verdict("S2", part=1) is Verdict.EXACT
+    assert verdict("S2", part=1) is Verdict.HOLDS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("claim_id", ["S1", "S5", "S7", "S49", "S57", "S60"])
 def test_claims_on_a_7b_model_are_decided(claim_id: str) -> None:
     found = [evaluate_part(part) for part in claims()[claim_id].parts]
-    assert found[-1].verdict not in UNDECIDED
+    assert found[-1].verdict is not Verdict.NOT_RUN
     assert all(part.found or part.part.waits_for or part.part.kind == "gpu" for part in found)

@@ -21,7 +21,7 @@ from peftscope.claims.lora_subjects import WEIGHT_STD, adapted_llama, logits_of,
 from peftscope.claims.subjects import BLOCK_LINEAR, tiny_llama
 from peftscope.claims.verdict import Verdict
 
-EXACT, WRONG = Verdict.EXACT, Verdict.EXACT_WRONG
+HOLDS, WRONG = Verdict.HOLDS, Verdict.WRONG
 
 
 @cache
@@ -149,7 +149,7 @@ def test_resuming_with_less_than_all_is_another_run() -> None:
 
 
 def test_formula_follows_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("S70", 0) is EXACT
+    assert verdict("S70", 0) is HOLDS
     original = Linear.forward
 
     def unscaled(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -165,20 +165,20 @@ def test_formula_follows_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_merging_follows_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (verdict("S73", 0), verdict("S73")) == (WRONG, EXACT)
+    assert (verdict("S73", 0), verdict("S73")) == (WRONG, HOLDS)
     original = Linear.get_delta_weight
     monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: original(self, name) / self.scaling[name])
-    assert (verdict("S73", 0), verdict("S73")) == (EXACT, WRONG)
+    assert (verdict("S73", 0), verdict("S73")) == (HOLDS, WRONG)
 
 
 def test_swapping_follows_set_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("S72") is EXACT
+    assert verdict("S72") is HOLDS
     monkeypatch.setattr(peft.PeftModel, "set_adapter", lambda self, name: None)
     assert verdict("S72") is WRONG
 
 
 def test_overhead_follows_merging(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("S74") is EXACT
+    assert verdict("S74") is HOLDS
     monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self: self.model)
     assert verdict("S74") is WRONG
 
@@ -186,7 +186,7 @@ def test_overhead_follows_merging(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_undoing_follows_unmerging(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (verdict("S75", 0), verdict("S75"), verdict("S77", 0)) == (WRONG, WRONG, WRONG)
     monkeypatch.setattr(LoraModel, "unmerge_adapter", lambda self: None)
-    assert (verdict("S75", 0), verdict("S75")) == (EXACT, EXACT)
+    assert (verdict("S75", 0), verdict("S75")) == (HOLDS, HOLDS)
 
 
 def test_undoing_follows_what_was_merged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,24 +198,24 @@ def test_undoing_follows_what_was_merged(monkeypatch: pytest.MonkeyPatch) -> Non
         self.base_layer.weight.data += self.get_delta_weight("first")
 
     monkeypatch.setattr(Linear, "merge", twice)
-    assert verdict("S75", 1) is EXACT
+    assert verdict("S75", 1) is HOLDS
 
 
 def test_snippet_follows_its_imports(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (verdict("S76", 0), verdict("S76")) == (EXACT, WRONG)
+    assert (verdict("S76", 0), verdict("S76")) == (HOLDS, WRONG)
     assert snippet.exception_of_snippet([]).value == "NameError"
     monkeypatch.setattr(builtins, "AutoModelForCausalLM", AutoModelForCausalLM, raising=False)
-    assert verdict("S76") is EXACT
+    assert verdict("S76") is HOLDS
 
 
 def test_losing_the_base_follows_merging(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("S77") is EXACT
+    assert verdict("S77") is HOLDS
     monkeypatch.setattr(Linear, "merge", lambda self, safe_merge=False, adapter_names=None: None)
-    assert verdict("S77") is not EXACT
+    assert verdict("S77") is not HOLDS
 
 
 def test_requantising_follows_the_storage(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (verdict("S78", 1), verdict("S78")) == (EXACT, EXACT)
+    assert (verdict("S78", 1), verdict("S78")) == (HOLDS, HOLDS)
 
     def into_bf16(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         plain = torch.nn.Linear(self.in_features, self.out_features, bias=False)
@@ -227,13 +227,13 @@ def test_requantising_follows_the_storage(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_resuming_follows_the_optimizer_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (verdict("S79", 1), verdict("S79")) == (EXACT, EXACT)
+    assert (verdict("S79", 1), verdict("S79")) == (HOLDS, HOLDS)
     monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda self, state: None)
     assert verdict("S79", 1) is WRONG
 
 
 def test_sums_follow_the_combination(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [verdict("S81", part) for part in (1, 2, 3, 4, 5)] == [EXACT, WRONG, WRONG, EXACT, EXACT]
+    assert [verdict("S81", part) for part in (1, 2, 3, 4, 5)] == [HOLDS, WRONG, WRONG, HOLDS, HOLDS]
     original = LoraModel.add_weighted_adapter
 
     def keeps_the_old_scale(self: Any, adapters: Any, weights: Any, name: str, **kwargs: Any) -> None:
@@ -249,10 +249,10 @@ def test_sums_follow_the_combination(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lorahub_is_the_sum_where_there_is_nothing_to_add(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (verdict("S82", 0), verdict("S82")) == (WRONG, WRONG)
     part = part_of("S82").model_copy(update={"with_": {"weights": [1, 0]}})
-    assert evaluate_part(part).verdict is EXACT
+    assert evaluate_part(part).verdict is HOLDS
 
 
 def test_methods_follow_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("S83") is EXACT
+    assert verdict("S83") is HOLDS
     monkeypatch.delitem(peft.PEFT_TYPE_TO_CONFIG_MAPPING, peft.PeftType.IA3)
     assert verdict("S83") is WRONG

@@ -45,7 +45,7 @@ def test_epsilon_of_zero_gives_no_number() -> None:
     """Trap 22 of the ledger: A has no gradient in the first step, and Adam divides zero by zero."""
     found = scaling.trajectory_gap(1 / 16, 2, 2, 8, epsilon=0, steps=2)
     assert math.isnan(float(found.value))
-    assert judge(Rule(at_most=1e-8), found)[0] is Verdict.INCONCLUSIVE
+    assert judge(Rule(at_most=1e-8), found)[0] is Verdict.OPEN
 
 
 def test_alpha_is_the_learning_rate_of_b_alone() -> None:
@@ -95,16 +95,16 @@ def test_settings_are_counted() -> None:
 
 
 def test_an_adam_that_is_plain_gradient_descent_breaks_the_invariance(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("P25", part=1, steps=20) is Verdict.EXACT
-    assert verdict("P25", steps=20) is Verdict.EXACT
-    assert verdict("S31", steps=20) is Verdict.EXACT_WRONG
+    assert verdict("P25", part=1, steps=20) is Verdict.HOLDS
+    assert verdict("P25", steps=20) is Verdict.HOLDS
+    assert verdict("S31", steps=20) is Verdict.WRONG
     monkeypatch.setattr(torch.optim, "Adam", lambda groups, eps, **_: torch.optim.SGD(groups))
-    assert verdict("P25", part=1, steps=20) is Verdict.EXACT_WRONG
-    assert verdict("P25", steps=20) is Verdict.EXACT_WRONG
+    assert verdict("P25", part=1, steps=20) is Verdict.WRONG
+    assert verdict("P25", steps=20) is Verdict.WRONG
 
 
 def test_a_library_that_ignores_the_scale_breaks_the_rank_stabilised_slope(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("P9") is Verdict.SUPPORTED
+    assert verdict("P9") is Verdict.HOLDS
     original = peft_layer.LoraLayer.update_layer
 
     def unscaled(self: Any, adapter_name: str, *args: Any, **options: Any) -> None:
@@ -112,14 +112,14 @@ def test_a_library_that_ignores_the_scale_breaks_the_rank_stabilised_slope(monke
         self.scaling[adapter_name] = 1.0
 
     monkeypatch.setattr(peft_layer.LoraLayer, "update_layer", unscaled)
-    assert verdict("P9") is Verdict.REFUTED
-    assert verdict("S101", part=0) is Verdict.EXACT_WRONG
+    assert verdict("P9") is Verdict.WRONG
+    assert verdict("S101", part=0) is Verdict.WRONG
 
 
 def test_a_library_with_full_rank_updates_refutes_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("S34") is Verdict.EXACT
+    assert verdict("S34") is Verdict.HOLDS
     original = peft_layer.Linear.get_delta_weight
     monkeypatch.setattr(
         peft_layer.Linear, "get_delta_weight", lambda self, name: original(self, name) + self.base_layer.weight
     )
-    assert verdict("S34") is Verdict.EXACT_WRONG
+    assert verdict("S34") is Verdict.WRONG

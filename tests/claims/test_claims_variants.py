@@ -85,7 +85,7 @@ def test_both_loraplus_optimizers_give_b_the_higher_rate() -> None:
 
 
 def test_an_optimizer_that_ignores_the_ratio_refutes_s84(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert found("S84").verdict is Verdict.EXACT
+    assert found("S84").verdict is Verdict.HOLDS
     from peft import optimizers
 
     create = optimizers.create_loraplus_optimizer
@@ -94,7 +94,7 @@ def test_an_optimizer_that_ignores_the_ratio_refutes_s84(monkeypatch: pytest.Mon
         return create(*args, loraplus_lr_ratio=1, **kwargs)
 
     monkeypatch.setattr(optimizers, "create_loraplus_optimizer", one_rate)
-    assert found("S84").verdict is Verdict.EXACT_WRONG
+    assert found("S84").verdict is Verdict.WRONG
 
 
 # --- DoRA
@@ -118,25 +118,25 @@ def test_the_gradient_check_can_tell_a_constant_norm_from_one_with_a_gradient() 
 def test_a_dora_that_does_not_divide_by_the_norm_refutes_s86(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft.tuners.lora.dora import DoraLinearLayer
 
-    assert found("S86").verdict is Verdict.EXACT
+    assert found("S86").verdict is Verdict.HOLDS
 
     def without_update(self: Any, weight: Any, lora_weight: Any, scaling: Any, adapter_name: Any = None) -> Any:
         return torch.linalg.norm(weight, dim=1)
 
     monkeypatch.setattr(DoraLinearLayer, "get_weight_norm", without_update)
-    assert found("S86", 0).verdict is Verdict.EXACT
-    assert found("S86").verdict is Verdict.EXACT_WRONG
+    assert found("S86", 0).verdict is Verdict.HOLDS
+    assert found("S86").verdict is Verdict.WRONG
 
 
 def test_a_dora_norm_with_a_gradient_flips_the_part_that_says_it_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft.tuners.lora import dora
 
-    assert found("S86", 1).verdict is Verdict.EXACT
+    assert found("S86", 1).verdict is Verdict.HOLDS
     source = inspect.getsource(dora.DoraLinearLayer.forward).replace(".detach()", "")
     namespace = dict(vars(dora))
     exec(textwrap.dedent(source), namespace)
     monkeypatch.setattr(dora.DoraLinearLayer, "forward", namespace["forward"])
-    assert found("S86", 1).verdict is Verdict.EXACT_WRONG
+    assert found("S86", 1).verdict is Verdict.WRONG
 
 
 # --- AdaLoRA
@@ -155,15 +155,15 @@ def test_adalora_without_its_call_prunes_nothing(monkeypatch: pytest.MonkeyPatch
     """Trap 3: nothing happens unless ``update_and_allocate`` is called in every step."""
     from peft import AdaLoraModel
 
-    assert found("S92").verdict is Verdict.EXACT
+    assert found("S92").verdict is Verdict.HOLDS
     monkeypatch.setattr(AdaLoraModel, "update_and_allocate", lambda self, step: None)
-    assert found("S92").verdict is Verdict.EXACT_WRONG
-    assert found("S92", 0).verdict is Verdict.EXACT_WRONG
+    assert found("S92").verdict is Verdict.WRONG
+    assert found("S92", 0).verdict is Verdict.WRONG
 
 
 def test_adalora_decomposes_nothing_and_the_counter_would_have_seen_it() -> None:
     judged = found("S93")
-    assert judged.verdict is Verdict.EXACT_WRONG
+    assert judged.verdict is Verdict.WRONG
     assert (counted := judged.found) is not None
     assert counted.value == 0
     assert counted.evidence["for comparison, in PiSSA's initialisation"] == 14
@@ -191,13 +191,13 @@ def test_an_adalora_that_scores_by_svd_confirms_s93(monkeypatch: pytest.MonkeyPa
         return score(self, name)
 
     monkeypatch.setattr(RankAllocator, "_element_score", with_svd)
-    assert found("S93").verdict is Verdict.EXACT
+    assert found("S93").verdict is Verdict.HOLDS
 
 
 def test_an_adalora_that_scores_by_size_confirms_the_kind_reading_of_s93(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft.tuners.adalora.layer import RankAllocator
 
-    assert found("S93", 0).verdict is Verdict.EXACT_WRONG
+    assert found("S93", 0).verdict is Verdict.WRONG
 
     def by_size(self: Any, name: str) -> Any:
         return self.sizes[name] if ".lora_E." in name else torch.zeros_like(self.sizes[name])
@@ -210,7 +210,7 @@ def test_an_adalora_that_scores_by_size_confirms_the_kind_reading_of_s93(monkeyp
 
     monkeypatch.setattr(RankAllocator, "mask_to_budget", scored)
     monkeypatch.setattr(RankAllocator, "_element_score", by_size)
-    assert found("S93", 0).verdict is Verdict.EXACT
+    assert found("S93", 0).verdict is Verdict.HOLDS
 
 
 # --- LoftQ and PiSSA
@@ -272,7 +272,7 @@ def test_a_peft_that_keeps_the_scale_confirms_its_loftq(
 ) -> None:
     from peft.tuners.lora import Linear
 
-    assert found("S90", 0).verdict is Verdict.EXACT_WRONG
+    assert found("S90", 0).verdict is Verdict.WRONG
     original = Linear.loftq_init
 
     def scaled(self: Any, adapter_name: str, config: Any) -> None:
@@ -281,7 +281,7 @@ def test_a_peft_that_keeps_the_scale_confirms_its_loftq(
             factor[adapter_name].weight.data /= math.sqrt(self.scaling[adapter_name])
 
     monkeypatch.setattr(Linear, "loftq_init", scaled)
-    assert found("S90", 0).verdict is Verdict.EXACT
+    assert found("S90", 0).verdict is Verdict.HOLDS
 
 
 def test_a_loftq_that_ignores_the_scale_refutes_s90(
@@ -289,12 +289,12 @@ def test_a_loftq_that_ignores_the_scale_refutes_s90(
 ) -> None:
     from peftscope.methods import loftq
 
-    assert found("S90", 3).verdict is Verdict.EXACT
+    assert found("S90", 3).verdict is Verdict.HOLDS
     source = inspect.getsource(loftq.LoftQ._initialise).replace(" / scale**0.5", "")
     namespace = dict(vars(loftq))
     exec(textwrap.dedent(source), namespace)
     monkeypatch.setattr(loftq.LoftQ, "_initialise", namespace["_initialise"])
-    assert found("S90", 3).verdict is Verdict.EXACT_WRONG
+    assert found("S90", 3).verdict is Verdict.WRONG
 
 
 def test_a_loftq_that_is_not_the_best_correction_refutes_s89(
@@ -302,7 +302,7 @@ def test_a_loftq_that_is_not_the_best_correction_refutes_s89(
 ) -> None:
     from peftscope.methods import loftq
 
-    assert found("S89").verdict is Verdict.EXACT
+    assert found("S89").verdict is Verdict.HOLDS
     best = loftq.best_rank_approximation
 
     def poorer(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -311,7 +311,7 @@ def test_a_loftq_that_is_not_the_best_correction_refutes_s89(
         return left, right
 
     monkeypatch.setattr(loftq, "best_rank_approximation", poorer)
-    assert found("S89").verdict is Verdict.EXACT_WRONG
+    assert found("S89").verdict is Verdict.WRONG
 
 
 def test_weights_that_were_not_fetched_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

@@ -103,23 +103,41 @@ class TestPages:
     def test_claims(self, own: Callable[..., Path]) -> None:
         part = {
             "kind": "arithmetic",
-            "measures": EVIL,
+            **{"role": "condition", "quotes": EVIL, "declared": EVIL, "measures": EVIL},
             "unit": EVIL,
             "scope": EVIL,
             "check": "counts.full_to_low_rank_ratio",
             "with": {"rows": 4096, "columns": 4096, "rank": 8},
             "rule": {"equals": 3},
         }
-        texts = dict.fromkeys(("statement", "source", "section", "claimed", "scope", "note", "correction"), EVIL)
-        own("claims", json.dumps({"claims": [{"id": "S1", "slug": "x", **texts, "parts": [part]}]}))
+        texts = dict.fromkeys(
+            ("statement", "sentence", "source", "section", "claimed", "scope", "note", "correction"), EVIL
+        )
+        own(
+            "claims",
+            json.dumps(
+                {
+                    "claims": [
+                        {
+                            "id": "S1",
+                            "slug": "x",
+                            **texts,
+                            "parts": [part, part | {"role": "assertion", "declared": ""}],
+                        }
+                    ]
+                }
+            ),
+        )
         ledger = read_ledger()
         found = {
             **{"kind": EVIL, "measures": EVIL, "scope": EVIL, "unit": EVIL, "rule": EVIL, "model": EVIL, "check": EVIL},
-            **{"found": 1, "low": None, "high": None, "n": 1, "verdict": "REFUTED", "reason": EVIL, "family": EVIL},
+            **{"found": 1, "low": None, "high": None, "n": 1, "verdict": "wrong", "reason": EVIL, "family": EVIL},
             **{"p_adjusted": 0.1, "evidence": {EVIL: EVIL}, "curves": {EVIL: {"1": 1, "2": 3}}, "axes": [EVIL, EVIL]},
-            "run_ids": [EVIL],
+            **{"run_ids": [EVIL], "role": "condition", "quotes": EVIL, "declared": EVIL, "known": EVIL},
         }
-        finding = {**found, "id": "S1", "slug": "x", "hardware": EVIL, "claimed": EVIL, "parts": [found]}
+        history = [{"claim": "S1", "date": "2026-01-01", "was": EVIL, "became": EVIL, "why": EVIL}]
+        finding = {**found, "id": "S1", "slug": "x", "hardware": EVIL, "claimed": EVIL, "parts": [found, found]}
+        finding["history"] = history
         path = write_claims_page(ledger, [finding])
         Elements(path.read_text()).check()
         text = path.with_suffix(".md").read_text()

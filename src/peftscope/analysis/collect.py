@@ -9,15 +9,13 @@ import pandas as pd
 
 from peftscope.errors import InputError, Problem
 from peftscope.layout import RENAMED, results_folder, run_folder
+from peftscope.planning.published import VALIDATION, loss_rows
 from peftscope.planning.sweep import Sweep
 from peftscope.record import Damaged, Quality, RunRecord, recover_record
 from peftscope.spec import RunSpec
 
 BENCHMARK = "benchmark_"
 """The prefix of the columns of benchmarks; the benchmark's name and the unit follow."""
-
-VALIDATION = "validation_nll_nats_per_token"
-"""The column of the loss on validation items: in ``runs.csv`` at the end, in ``losses.csv`` along the training."""
 
 MAIN_SCORES = ("acc_norm,none", "acc,none", "exact_match,flexible-extract", "exact_match,none")
 """A table shows the first of these scores that a benchmark has. For GSM8K, that is the score of the last number of an
@@ -53,9 +51,8 @@ def collect_experiment(sweep: Sweep) -> None:
             problems += error.problems
             continue
         rows.append({"run_id": identity, "comparisons": " ".join(member[identity]), **_row(spec, record)})
-        for step, nll in enumerate(record.train_nll if record else [], 1):
-            along = record.quality.validation_curve.get(step) if record else None
-            losses.append({"run_id": identity, "step": step, "nll_nats_per_token": nll, VALIDATION: along})
+        rows_of_run = loss_rows(record.model_dump(mode="json")) if record else []
+        losses += [{"run_id": identity, **row} for row in rows_of_run]
     if problems:
         raise InputError(problems)
     folder.mkdir(parents=True, exist_ok=True)

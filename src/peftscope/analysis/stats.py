@@ -104,22 +104,6 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     return float(found.pvalue)
 
 
-def equivalence_interval(differences: Sequence[float], alpha: float = 1 - CONFIDENCE) -> tuple[float, float] | None:
-    """Returns the interval that must lie between the margins for two one-sided t tests to pass at ``alpha``.
-
-    A single value has no interval (None). The interval of values without spread is their common value.
-
-    Source: Schuirmann 1987. The decision equals that of ``statsmodels.stats.weightstats.ttost_paired``.
-    """
-    if len(differences) < 2:
-        return None
-    interval = mean_interval(differences, 1 - 2 * alpha)
-    assert interval is not None
-    if interval.low is None or interval.high is None:
-        return interval.mean, interval.mean
-    return interval.low, interval.high
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Returns p values adjusted for their number within one family. Source: Holm 1979."""
     from statsmodels.stats.multitest import multipletests  # this import takes two seconds, and few commands need it

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peftscope.analysis.collect import VALIDATION
 from peftscope.analysis.compare import Difference, compare
 from peftscope.errors import InputError, Problem
 from peftscope.layout import PUBLISHED_RESULTS, results_folder
 from peftscope.planning.cells import ARM, CONTROL, TUNING
 from peftscope.planning.experiment import A_A, OLD_CONTROLS
+from peftscope.planning.published import LOSSES, VALIDATION
 
 HELDOUT = "heldout_nll_nats_per_token"
 LOWEST = "lowest_validation_nll_nats_per_token"
@@ -276,7 +276,9 @@ class StudyResults:
 
     def losses(self) -> pd.DataFrame:
         """Returns the losses of all runs, indexed by run id and step."""
-        return pd.read_csv(self._folder / "losses.csv").set_index(["run_id", "step"])
+        published = self._folder / LOSSES
+        losses = pd.read_parquet(published) if published.is_file() else pd.read_csv(self._folder / "losses.csv")
+        return losses.set_index(["run_id", "step"])
 
     def training_losses(self) -> pd.Series:
         """Returns the training losses of all runs, indexed by run id and step."""

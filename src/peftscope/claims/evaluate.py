@@ -1,21 +1,30 @@
-"""Runs checks and turns their measurements into verdicts: one for every part, and a headline for every claim."""
+"""Runs checks and turns their measurements into verdicts: one for every part, and one for every claim."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peftscope.analysis.stats import holm, paired_p
-from peftscope.claims.ledger import DETERMINISTIC, Claim, Part, find_check
+from peftscope.claims.ledger import DETERMINISTIC, Change, Claim, Kind, Part, find_check
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
-from peftscope.claims.verdict import UNDECIDED, Verdict, judge
+from peftscope.claims.verdict import Verdict, combine, judge
 from peftscope.errors import InputError, printable, shown
 from peftscope.hardware.bf16 import bf16_products
 
 SIGNIFICANT_DIGITS = 6
 """The digits that are written of a measured number: further ones depend on the order of sums."""
+KNOWN_BY: dict[Kind, str] = {
+    **dict.fromkeys(("software", "arithmetic", "numerics", "literature"), "computed"),
+    **{"sampling": "sampled", "simulation": "simulated", "training": "trained", "gpu": "on a card"},
+}
+"""How the result of a check is known. With an interval, a computed quantity is an estimate, and sampled."""
+
+_STATED = ("kind", "role", "quotes", "declared", "measures", "unit", "check", "scope", "family")
+_NOTHING = Measurement("", n=0)
 
 
 @dataclass(frozen=True)
@@ -29,121 +38,137 @@ class PartFinding:
     p_adjusted: float | None = None
     """The p of a contrast after Holm's correction within its family."""
 
+    @property
+    def known(self) -> str:
+        """Returns how the result is known, with the size of a sample; empty if there is none."""
+        if not self.found:
+            return ""
+        word = KNOWN_BY[self.part.kind]
+        if word == "trained":
+            pairs = f", {self.found.n} pair{'s' * (self.found.n != 1)}" if self.found.samples else ""
+            return f"trained{pairs} on {self.found.model}"
+        sampled = word == "sampled" or (word == "computed" and self.found.low is not None)
+        return f"sampled, n = {self.found.n}" if sampled else word
+
     def to_json(self) -> dict[str, Any]:
         """Returns the finding with its evidence. Numbers are rounded to the digits that are reproducible."""
-        found = self.found
+        found = self.found or _NOTHING
+        rule = self.part.rule
         return {
-            "kind": self.part.kind,
-            "measures": self.part.measures,
-            "verdict": self.verdict.value,
-            "found": rounded(found.value) if found else None,
-            "low": rounded(found.low) if found else None,
-            "high": rounded(found.high) if found else None,
-            "unit": self.part.unit,
-            "n": found.n if found else 0,
-            "rule": str(self.part.rule) if self.part.rule else "",
-            "check": self.part.check,
+            **{name: getattr(self.part, name) for name in _STATED},
             "with": self.part.with_,
-            "scope": self.part.scope,
-            "model": found.model if found else "",
-            "run_ids": list(found.run_ids) if found else [],
-            "evidence": {name: rounded(value) for name, value in found.evidence.items()} if found else {},
-            "family": self.part.family,
-            "p_adjusted": rounded(self.p_adjusted),
-            "curves": {
-                name: {f"{x:g}": rounded(y) for x, y in curve.items()}
-                for name, curve in (found.curves if found else {}).items()
-            },
-            "axes": list(found.axes) if found else [],
+            "rule": rule.words(self.part.unit) if rule else "",
+            "judged": rule.model_dump(exclude_defaults=True) if rule else {},
+            "verdict": self.verdict.value,
             "reason": self.reason,
+            "known": self.known,
+            "found": rounded(found.value) if self.found else None,
+            **{name: rounded(getattr(found, name)) for name in ("low", "high", "n", "model")},
+            "p_adjusted": rounded(self.p_adjusted),
+            "samples": list(map(rounded, found.samples)),
+            "tuning_error": rounded(found.tuning_error),
+            "evidence": {name: rounded(value) for name, value in found.evidence.items()},
+            "curves": {name: {f"{x:g}": rounded(y) for x, y in curve.items()} for name, curve in found.curves.items()},
+            "axes": list(found.axes),
+            "run_ids": list(found.run_ids),
         }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The findings on all parts of a claim. The last part decides."""
+    """The findings on all parts of a claim. Its assertions and conditions decide."""
 
     claim: Claim
     parts: tuple[PartFinding, ...]
 
     @property
-    def deciding(self) -> PartFinding:
-        """Returns the part that the headline rests on."""
-        return self.parts[-1]
+    def deciding(self) -> tuple[PartFinding, ...]:
+        """Returns the parts that the verdict rests on."""
+        return tuple(part for part in self.parts if part.part.decides)
 
     @property
-    def headline(self) -> tuple[Verdict, str]:
-        """Returns the claim's verdict and its reason.
+    def verdict(self) -> Verdict:
+        """Returns the claim's verdict."""
+        return combine([part.verdict for part in self.deciding])
 
-        A claim is inconclusive if other parts are decided, but not the part that counts.
-        """
-        last = self.deciding
-        others = [part for part in self.parts[:-1] if part.verdict not in UNDECIDED]
-        if last.verdict in UNDECIDED and others:
-            return Verdict.INCONCLUSIVE, f"the part that decides is {last.verdict}: {last.reason}"
-        return last.verdict, last.reason
-
-    def to_json(self, hardware: str) -> dict[str, Any]:
-        """Returns one entry of claims.json.
+    def to_json(self, hardware: str, history: Sequence[Change] = ()) -> dict[str, Any]:
+        """Returns one entry of claims.json; its numbers are those of the first part that has the claim's verdict.
 
         Args:
             hardware: The machine on which the checks of deterministic kinds ran.
+            history: The changes of what decides claims.
         """
-        verdict, reason = self.headline
-        deciding = self.deciding.to_json()
+        first = next((part for part in self.deciding if part.verdict == self.verdict), self.deciding[0])
+        deciding = first.to_json()
         return {
             "id": self.claim.id,
             "slug": self.claim.slug,
-            "verdict": verdict.value,
+            "verdict": self.verdict.value,
+            "known": "; ".join(dict.fromkeys(part.known for part in self.deciding if part.known)) * bool(first.found),
             "claimed": self.claim.claimed,
             **{key: deciding[key] for key in ("found", "low", "high", "unit", "n", "rule")},
             "scope": self.claim.scope,
             "run_ids": sorted({run_id for part in self.parts if part.found for run_id in part.found.run_ids}),
-            "reason": reason,
-            "kind": self.deciding.part.kind,
+            "reason": deciding["reason"],
+            "kind": first.part.kind,
             "model": deciding["model"],
-            "hardware": hardware if self.deciding.part.kind in DETERMINISTIC and self.deciding.found else "",
+            "hardware": hardware if first.part.kind in DETERMINISTIC and first.found else "",
+            "history": [change.model_dump() for change in history if change.claim == self.claim.id],
             "parts": [part.to_json() for part in self.parts],
         }
 
 
-def evaluate(claims: Iterable[Claim], ledger: Iterable[Claim]) -> Iterator[Finding]:
+def evaluate(
+    claims: Iterable[Claim], ledger: Iterable[Claim], stored: Mapping[str, Measurement] | None = None
+) -> Iterator[Finding]:
     """Yields the finding on each claim, one after the other.
 
     Args:
-        claims: The claims to measure.
+        claims: The claims to judge.
         ledger: All claims. The p of a contrast is corrected for all contrasts of its family.
+        stored: Measurements that are not made again, each under the ``check_key`` of its check.
     """
     families: dict[str, list[Part]] = {}
     for claim in ledger:
         for part in claim.parts:
             families.setdefault(part.family, []).append(part)
     for claim in claims:
-        yield Finding(claim, tuple(evaluate_part(part, families.get(part.family, ())) for part in claim.parts))
+        yield Finding(
+            claim, tuple(evaluate_part(part, families.get(part.family, ()), stored or {}) for part in claim.parts)
+        )
 
 
-def evaluate_part(part: Part, family: Sequence[Part] = ()) -> PartFinding:
+def evaluate_part(
+    part: Part, family: Sequence[Part] = (), stored: Mapping[str, Measurement] | None = None
+) -> PartFinding:
     """Returns the finding on one part. If its check cannot run, the finding says why.
 
     Args:
-        part: The part to measure.
+        part: The part to judge.
         family: The contrasts that Holm's correction takes together, including this one.
+        stored: Measurements that are not made again, each under the ``check_key`` of its check.
     """
-    if part.impossible:
-        return PartFinding(part, Verdict.NOT_TESTABLE_HERE, part.impossible)
     if part.waits_for:
         return PartFinding(part, Verdict.NOT_RUN, part.waits_for)
-    found = _measure(part)
+    stored = stored or {}
+    found = _measure(part, stored)
     if isinstance(found, str):
         return PartFinding(part, Verdict.NOT_RUN, found)
     assert part.rule is not None
-    p_adjusted = _adjusted_p(part, found, family)
+    p_adjusted = _adjusted_p(part, found, family, stored)
     verdict, reason = judge(part.rule, found, p_adjusted)
     return PartFinding(part, verdict, reason, found, p_adjusted)
 
 
-def _measure(part: Part) -> Measurement | str:
+def check_key(check: str, parameters: Mapping[str, Any]) -> str:
+    """Returns one text for a check with its parameters."""
+    return f"{check} {json.dumps(parameters, sort_keys=True)}"
+
+
+def _measure(part: Part, stored: Mapping[str, Measurement]) -> Measurement | str:
     """Returns the check's measurement, or the reason why there is none."""
+    if measured := stored.get(check_key(part.check, part.with_)):
+        return measured
     try:
         with bf16_products():
             return find_check(part.check)(**part.with_)
@@ -157,12 +182,15 @@ def _measure(part: Part) -> Measurement | str:
         return printable(f"{part.check} stopped with {type(error).__name__}: {said}; look at what it got: {given}")
 
 
-def _adjusted_p(part: Part, measurement: Measurement, family: Sequence[Part]) -> float | None:
+def _adjusted_p(
+    part: Part, measurement: Measurement, family: Sequence[Part], stored: Mapping[str, Measurement]
+) -> float | None:
     """Returns a contrast's p after Holm's correction for the contrasts of its family that have run, or None."""
     if not part.family or len(measurement.samples) < 2:
         return None
-    others = [measured for other in family if other != part and not isinstance(measured := _measure(other), str)]
-    p_values = [paired_p(m.samples) for m in (measurement, *others) if len(m.samples) > 1]
+    others = [_measure(other, stored) for other in family if other != part]
+    measured = [measurement, *(other for other in others if not isinstance(other, str))]
+    p_values = [paired_p(m.samples) for m in measured if len(m.samples) > 1]
     return holm(p_values)[0]
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, create_model, model_validator
 
@@ -19,12 +19,16 @@ from peftscope.claims.verdict import Rule
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import read_yaml
 from peftscope.files.problems import dotted, problems_of
-from peftscope.layout import CLAIMS_FILE, shipped
+from peftscope.layout import CLAIMS_FILE, CLAIMS_HISTORY, shipped
 from peftscope.planning.experiment import experiment_path, read_experiment
 
-Kind = Literal["software", "arithmetic", "numerics", "simulation", "training", "gpu", "literature"]
-DETERMINISTIC: tuple[Kind, ...] = ("software", "arithmetic", "numerics", "simulation")
-"""The kinds whose checks give the same quantity on every run."""
+Content = TypeVar("Content", bound=BaseModel)
+Kind = Literal["software", "arithmetic", "numerics", "sampling", "simulation", "training", "gpu", "literature"]
+DETERMINISTIC: tuple[Kind, ...] = ("software", "arithmetic", "numerics", "sampling", "simulation")
+"""The kinds whose checks give the same quantity on every run of one machine."""
+Role = Literal["assertion", "condition", "beside"]
+"""An assertion tests words of the claim. A condition tests them elsewhere, on a grid that was declared before any
+measurement. What stands beside decides nothing."""
 
 
 class Part(BaseModel):
@@ -33,6 +37,9 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Kind
+    role: Role = "beside"
+    quotes: Annotated[str, Field(description="the words of the source that this part tests, if it decides")] = ""
+    declared: Annotated[str, Field(description="where a condition was declared before it was measured")] = ""
     measures: Annotated[str, Field(min_length=1, description="the quantity, in words")]
     check: Annotated[str, Field(description="module.function below peftscope.claims.checks")] = ""
     with_: Annotated[dict[str, Any], Field(alias="with", description="the function's parameters")] = {}
@@ -40,18 +47,38 @@ class Part(BaseModel):
     unit: str = ""
     scope: Annotated[str, Field(description="where the verdict holds, if narrower than the claim's scope")] = ""
     family: Annotated[str, Field(description="contrasts that Holm's correction takes together")] = ""
-    waits_for: Annotated[str, Field(description="what has to be run first; the part is NOT-RUN")] = ""
-    impossible: Annotated[str, Field(description="why none of our machines can test it; NOT-TESTABLE-HERE")] = ""
+    waits_for: Annotated[str, Field(description="what has to be run first")] = ""
 
     @model_validator(mode="after")
     def _measured_or_excused(self) -> Part:
-        if sum(map(bool, (self.check, self.waits_for, self.impossible))) != 1:
-            raise ValueError("must have one of: check, waits_for, impossible")
+        if bool(self.check) == bool(self.waits_for):
+            raise ValueError("must have one of: check, waits_for")
         if bool(self.check) != (self.rule is not None):
             raise ValueError("a check needs a rule, and a rule a check")
         if self.family and (self.rule is None or self.rule.better_by is None):
             raise ValueError("a family holds contrasts with a direction: the rule must be better_by")
+        if bool(self.quotes) != self.decides:
+            raise ValueError("an assertion or a condition quotes the words that it tests, and no other part does")
+        if bool(self.declared) != (self.role == "condition"):
+            raise ValueError("a condition says where it was declared, and no other part does")
         return self
+
+    @property
+    def decides(self) -> bool:
+        """Whether the claim's verdict rests on this part."""
+        return self.role != "beside"
+
+
+class Change(BaseModel):
+    """A change of what decides a claim."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    claim: str
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
+    was: Annotated[str, Field(min_length=1, description="what decided, and its verdict if one was published")]
+    became: Annotated[str, Field(min_length=1)]
+    why: Annotated[str, Field(min_length=1)]
 
 
 class Claim(BaseModel):
@@ -62,19 +89,35 @@ class Claim(BaseModel):
     id: Annotated[str, Field(pattern=r"^[SP]\d{1,3}$")]
     slug: Annotated[str, Field(pattern=r"^[A-Za-z0-9]+(-[A-Za-z0-9]+)*$")]
     statement: Annotated[str, Field(min_length=1, description="what is claimed, in our words")]
+    sentence: Annotated[str, Field(description="the source's own words, if they are not the statement")] = ""
     source: Annotated[str, Field(min_length=1, description="section of the chapter, or paper with table")]
     section: Annotated[str, Field(min_length=1, description="heading on the page")]
     claimed: Annotated[str, Field(min_length=1, description="the figure, or the word, that is claimed")]
     scope: Annotated[str, Field(min_length=1, description="model, task and setting that the verdict holds for")]
     note: Annotated[str, Field(description="what was tested where the source contradicts itself; what we found")] = ""
     correction: Annotated[str, Field(description="what to remember instead, if the claim turns out wrong")] = ""
-    parts: Annotated[tuple[Part, ...], Field(min_length=1, description="the last one decides the headline")]
+    parts: Annotated[tuple[Part, ...], Field(min_length=1, description="all assertions and conditions decide")]
+
+    @model_validator(mode="after")
+    def _decided_by_its_words(self) -> Claim:
+        if not any(part.role == "assertion" for part in self.parts):
+            raise ValueError("needs a part with the role assertion")
+        for part in self.parts:
+            if part.quotes not in (self.sentence or self.statement):
+                raise ValueError(f"these words are not in the source's sentence: {shown(part.quotes)}")
+        return self
 
 
 class _Ledger(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     claims: list[Claim]
+
+
+class _History(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    changes: list[Change]
 
 
 def read_ledger(path: Path | None = None) -> tuple[Claim, ...]:
@@ -84,12 +127,8 @@ def read_ledger(path: Path | None = None) -> tuple[Claim, ...]:
         InputError: The file has problems; the error lists all of them.
     """
     path = path or shipped(CLAIMS_FILE)
-    try:
-        claims = _Ledger.model_validate(read_yaml(path)).claims
-    except ValidationError as error:
-        known = set(Claim.model_fields) | {field.alias or name for name, field in Part.model_fields.items()}
-        known |= set(Rule.model_fields)
-        raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc)}", known)) from None
+    known = set(Claim.model_fields) | {field.alias or name for name, field in Part.model_fields.items()}
+    claims = _read(path, _Ledger, known | set(Rule.model_fields)).claims
     problems = [
         Problem(f"{path}: claims", f"{field} `{value}` appears {count} times", "give every claim its own")
         for field in ("id", "slug")
@@ -103,6 +142,22 @@ def read_ledger(path: Path | None = None) -> tuple[Claim, ...]:
     if problems:
         raise InputError(problems)
     return tuple(claims)
+
+
+def read_history(path: Path | None = None) -> tuple[Change, ...]:
+    """Returns all changes of what decides claims. The default file is ``experiments/claims-history.yaml``.
+
+    Raises:
+        InputError: The file has problems; the error lists all of them.
+    """
+    return tuple(_read(path or shipped(CLAIMS_HISTORY), _History, set(Change.model_fields)).changes)
+
+
+def _read(path: Path, content: type[Content], known: set[str]) -> Content:
+    try:
+        return content.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc)}", known)) from None
 
 
 def find_check(name: str) -> Callable[..., Measurement]:

@@ -3,29 +3,50 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
-from peftscope.analysis.stats import CONFIDENCE, equivalence_interval, paired_p, pairs_needed
-from peftscope.claims.measurement import Measurement
+from peftscope.analysis.compare import Difference, compare
+from peftscope.analysis.stats import CONFIDENCE, pairs_needed
+from peftscope.claims.measurement import Measurement, spoken_number
+
+ALPHA = 1 - CONFIDENCE
 
 
 class Verdict(StrEnum):
-    """The verdict on a claim."""
+    """The verdict on a claim, or on one of its parts, which never holds in part."""
 
-    EXACT = "EXACT"
-    EXACT_WRONG = "EXACT-WRONG"
-    SUPPORTED = "SUPPORTED"
-    REFUTED = "REFUTED"
-    EQUIVALENT = "EQUIVALENT"
-    INCONCLUSIVE = "INCONCLUSIVE"
-    NOT_RUN = "NOT-RUN"
-    NOT_TESTABLE_HERE = "NOT-TESTABLE-HERE"
+    HOLDS = "holds"
+    IN_PART = "holds in part"
+    WRONG = "wrong"
+    OPEN = "open"
+    NOT_RUN = "not run"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Verdict | None:
+        """Returns the verdict that an older ``claims.json`` states in other words."""
+        return _OLDER_WORDS.get(value)
 
 
-_NO_INTERVAL = "n = {n} gives no interval"
-UNDECIDED = (Verdict.NOT_RUN, Verdict.NOT_TESTABLE_HERE)
+_OLDER_WORDS: dict[object, Verdict] = {
+    **dict.fromkeys(("EXACT", "SUPPORTED", "EQUIVALENT"), Verdict.HOLDS),
+    **dict.fromkeys(("EXACT-WRONG", "REFUTED"), Verdict.WRONG),
+    "INCONCLUSIVE": Verdict.OPEN,
+    **dict.fromkeys(("NOT-RUN", "NOT-TESTABLE-HERE"), Verdict.NOT_RUN),
+}
+
+
+def combine(verdicts: Collection[Verdict]) -> Verdict:
+    """Returns the verdict on a claim from those on the parts that decide.
+
+    >>> [str(combine(parts)) for parts in (["holds", "wrong", "open"], ["wrong", "wrong"], ["holds", "not run"])]
+    ['holds in part', 'wrong', 'not run']
+    """
+    if {Verdict.HOLDS, Verdict.WRONG} <= set(verdicts):
+        return Verdict.IN_PART
+    return next(verdict for verdict in (Verdict.OPEN, Verdict.NOT_RUN, *Verdict) if verdict in verdicts)
 
 
 class Rule(BaseModel):
@@ -64,102 +85,104 @@ class Rule(BaseModel):
         if self.same_within is not None:
             return -self.same_within, self.same_within
         if self.better_by is not None:
-            return 0.0, math.inf
+            return self.better_by, math.inf
         if isinstance(self.equals, float | int):
             slack = max(self.absolute, self.relative * abs(self.equals))
             return self.equals - slack, self.equals + slack
         low = -math.inf if self.at_least is None else self.at_least
         return low, math.inf if self.at_most is None else self.at_most
 
-    def __str__(self) -> str:
-        """Returns the words that follow "the claim holds if it"."""
-        if self.same_within is not None:
-            return f"is within ±{self.same_within:g} of the other"
-        if self.better_by is not None:
-            return "is better" + (f" by {self.better_by:g} or more" if self.better_by else "")
+    def words(self, unit: str = "") -> str:
+        """Returns what counts as right, with its tolerance and unit.
+
+        >>> Rule(equals=14, relative=0.05).words("GB"), Rule(at_least=0.5).words(), Rule(equals=True).words()
+        ('14 GB ± 5 %', 'at least 0.5', 'yes')
+        """
+        tolerance = (
+            f"± {100 * self.relative:g} %"
+            if self.relative
+            else f"± {spoken_number(self.absolute)}" * bool(self.absolute)
+        )
         if self.equals is not None:
-            if isinstance(self.equals, bool | str):
-                return f"is {str(self.equals).lower() if isinstance(self.equals, bool) else self.equals}"
-            tolerance = f" ± {self.absolute:g}" if self.absolute else ""
-            return f"is {self.equals:g}" + (f" ± {100 * self.relative:g} %" if self.relative else tolerance)
-        low, high = self.bounds()
-        if math.isinf(high):
-            return f"is at least {low:g}"
-        return f"is at most {high:g}" if math.isinf(low) else f"is {low:g} to {high:g}"
+            return " ".join(filter(None, (spoken_number(self.equals), unit, tolerance)))
+        low, high = map(spoken_number, self.bounds())
+        if self.same_within is not None:
+            text = f"a difference within ±{high}"
+        elif self.better_by is not None:
+            text = f"at least {low}" if self.better_by else "above 0"
+        elif self.at_most is None:
+            text = f"at least {low}"
+        else:
+            text = f"at most {high}" if self.at_least is None else f"{low} to {high}"
+        return f"{text} {unit}".strip()
+
+
+def spoken_outcome(difference: Difference) -> str:
+    """Returns what a comparison of pairs says. Two arms can be the same within the margin and differ from zero at once.
+
+    >>> spoken_outcome(compare([0.30, 0.31, 0.29], 1)), spoken_outcome(compare([2.0, 2.1, 1.9], 1))
+    ('the same within ±1, and above zero', 'differs by more than the margin of 1')
+    """
+    if difference.exceeds_margin:
+        return f"differs by more than the margin of {difference.margin:g}"
+    if difference.is_same:
+        sign = f", and {'above' if difference.mean > 0 else 'below'} zero" if difference.differs else ""
+        return f"the same within ±{difference.margin:g}{sign}"
+    return difference.outcome
 
 
 def judge(rule: Rule, measurement: Measurement, p_adjusted: float | None = None) -> tuple[Verdict, str]:
-    """Returns the verdict on a measurement, and the reason for it.
+    """Returns the verdict on a measurement, and what a reader must know beside the numbers.
 
     Args:
         rule: The rule for when the claim holds.
         measurement: The measured quantity.
         p_adjusted: The p of a directional contrast after correction within its family; None without a family.
     """
-    if isinstance(measurement.value, str | bool) or isinstance(rule.equals, str | bool):
-        return (Verdict.EXACT if measurement.value == rule.equals else Verdict.EXACT_WRONG), ""
-    if not math.isfinite(measurement.value):
-        return Verdict.INCONCLUSIVE, "the measured quantity is not a number"
-    low, high = rule.bounds()
+    value, low, high = measurement.value, measurement.low, measurement.high
+    if isinstance(value, str | bool) or isinstance(rule.equals, str | bool):
+        return (Verdict.HOLDS if value == rule.equals else Verdict.WRONG), ""
+    if not math.isfinite(value):
+        return Verdict.OPEN, "the measured quantity is not a number"
+    if measurement.samples and len(measurement.samples) < 2:
+        return Verdict.OPEN, f"n = {measurement.n} gives no interval"
     if rule.same_within is not None and measurement.samples:
-        return _judge_sameness(rule.same_within, measurement)
-    if measurement.low is None or measurement.high is None:
-        if measurement.samples:
-            return Verdict.INCONCLUSIVE, _NO_INTERVAL.format(n=measurement.n)
-        return (Verdict.EXACT if low <= measurement.value <= high else Verdict.EXACT_WRONG), ""
+        return _judge_sameness(compare(measurement.samples, rule.same_within, measurement.tuning_error), measurement)
+    least, most = rule.bounds()
+    if low is None or high is None:
+        low = high = value
     if rule.better_by is not None:
-        return _judge_benefit(rule.better_by, measurement, p_adjusted)
-    if low <= measurement.low and measurement.high <= high:
-        return Verdict.SUPPORTED, "the whole interval lies where the claim says"
-    if measurement.high < low or high < measurement.low:
-        return Verdict.REFUTED, "the whole interval lies outside of what the claim says"
-    return Verdict.INCONCLUSIVE, _what_is_missing(
-        measurement, min(abs(measurement.value - b) for b in (low, high)), 1 - CONFIDENCE
-    )
+        if low == high == 0:
+            return Verdict.WRONG, "there is no difference at all"
+        if (low > 0 or high < 0) and p_adjusted is not None and p_adjusted >= ALPHA:
+            return Verdict.OPEN, f"the interval excludes 0, but p = {p_adjusted:.3g} after correction in its family"
+        if high < 0 or high < least:
+            return Verdict.WRONG, ""
+        if low > 0:
+            return (Verdict.HOLDS, "") if low >= least else (Verdict.OPEN, _spans(measurement, "differs, size open"))
+    elif high < least or most < low:
+        return Verdict.WRONG, ""
+    elif least <= low and high <= most:
+        return Verdict.HOLDS, ""
+    nearest = min((bound for bound in (least, most) if math.isfinite(bound)), key=lambda bound: abs(value - bound))
+    pairs = pairs_needed(measurement.samples, value - nearest) if measurement.samples else None
+    return Verdict.OPEN, _spans(measurement, f"{nearest:g} lies within the interval", pairs)
 
 
-def _judge_benefit(least: float, measurement: Measurement, p_adjusted: float | None) -> tuple[Verdict, str]:
+def _judge_sameness(difference: Difference, measurement: Measurement) -> tuple[Verdict, str]:
+    outcome = spoken_outcome(difference)
+    if difference.exceeds_margin:
+        return Verdict.WRONG, outcome
+    if not difference.is_same:
+        outcome = f"{outcome}, with a margin of {difference.margin:g}"
+        return Verdict.OPEN, _spans(measurement, outcome, difference.pairs_to_decide())
+    low, high = difference.interval(2 * CONFIDENCE - 1)
+    return Verdict.HOLDS, f"{outcome} (90 % interval {low:.3g} to {high:.3g})"
+
+
+def _spans(measurement: Measurement, outcome: str, pairs: int | None = None) -> str:
+    """Returns an outcome with the half-width of the interval, and with the pairs that would decide."""
     assert measurement.low is not None
     assert measurement.high is not None
-    if measurement.low == measurement.high == 0:
-        return Verdict.REFUTED, "there is no difference at all"
-    decided = measurement.low > 0 or measurement.high < 0
-    if decided and p_adjusted is not None and p_adjusted >= 1 - CONFIDENCE:
-        return Verdict.INCONCLUSIVE, f"the interval excludes 0, but p = {p_adjusted:.3g} after correction in its family"
-    if measurement.low > 0 and measurement.low >= least:
-        return Verdict.SUPPORTED, "the whole interval lies where the claim says"
-    if measurement.high < 0 or measurement.high < least:
-        return Verdict.REFUTED, "the interval excludes the claimed benefit"
-    return Verdict.INCONCLUSIVE, _what_is_missing(measurement, abs(float(measurement.value) - least), 1 - CONFIDENCE)
-
-
-def _judge_sameness(margin: float, measurement: Measurement) -> tuple[Verdict, str]:
-    interval = equivalence_interval(measurement.samples)
-    if interval is None:
-        return Verdict.INCONCLUSIVE, _NO_INTERVAL.format(n=measurement.n)
-    differ = ", though the two differ within it" if paired_p(measurement.samples) < 1 - CONFIDENCE else ""
-    if -margin < interval[0] and interval[1] < margin:
-        bounds = f"{interval[0]:.3g} to {interval[1]:.3g}"
-        return Verdict.EQUIVALENT, f"both one-sided tests pass at ±{margin:g} (90 % interval {bounds}){differ}"
-    if (
-        measurement.low is not None
-        and measurement.high is not None
-        and (measurement.low > margin or measurement.high < -margin)
-    ):
-        return Verdict.REFUTED, f"the interval lies outside ±{margin:g}"
-    room = margin - abs(float(measurement.value))
-    if room <= 0:
-        return (
-            Verdict.INCONCLUSIVE,
-            f"the mean lies outside ±{margin:g}, the interval reaches in; more pairs would refute",
-        )
-    return Verdict.INCONCLUSIVE, _what_is_missing(measurement, room, 2 * (1 - CONFIDENCE))
-
-
-def _what_is_missing(measurement: Measurement, effect: float, alpha: float) -> str:
-    """Returns how wide the interval is, and how many pairs would decide if the mean stayed where it is."""
-    assert measurement.low is not None
-    assert measurement.high is not None
-    text = f"the interval is too wide (half-width {(measurement.high - measurement.low) / 2:.3g})"
-    needed = pairs_needed(measurement.samples, effect, alpha=alpha) if len(measurement.samples) > 1 else None
-    return f"{text}; about {needed} pairs would decide" if needed and needed > len(measurement.samples) else text
+    text = f"{outcome} (half-width {(measurement.high - measurement.low) / 2:.3g})"
+    return f"{text}; about {pairs} pairs would decide" if pairs and pairs > len(measurement.samples) else text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,14 +24,18 @@ def claims(
     kind: Annotated[str | None, typer.Option(help="Only claims with a part of this kind, as in numerics.")] = None,
     write: Annotated[bool, typer.Option("--write", help="Write results/claims.json and reports/claims.html.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: what claims.json holds.")] = False,
+    reuse: Annotated[
+        Path | None, typer.Option(help="Judge what this claims.json measured; measure only --id and what it lacks.")
+    ] = None,
 ) -> None:
     """Measure what the literature claims, and print each claim's verdict."""
     from typing import get_args
 
     from peftscope.claims.evaluate import evaluate
-    from peftscope.claims.ledger import Kind, read_ledger
+    from peftscope.claims.ledger import Kind, read_history, read_ledger
+    from peftscope.claims.stored import read_findings, stored_measurements
     from peftscope.hardware.device import processor_name
-    from peftscope.report.claims import spoken_finding, write_claims_page
+    from peftscope.report.claims import sentence, spoken_finding, write_claims_page
 
     ledger = read_ledger()
     known = {claim.id: claim for claim in ledger}
@@ -39,34 +44,40 @@ def claims(
             raise InputError(Problem("--id", f"no such claim (got {name!r})", close_match(name, known)))
     if kind is not None and kind not in get_args(Kind):
         raise InputError(Problem("--kind", f"no such kind (got {kind!r})", close_match(kind, get_args(Kind))))
-    if write and (ids or kind):
+    if write and (kind or (ids and not reuse)):
         raise InputError(Problem("--write", "writes all claims", "leave --id and --kind out"))
     chosen = [
         claim
         for claim in ledger
-        if (not ids or claim.id in ids) and (kind is None or any(part.kind == kind for part in claim.parts))
+        if (not ids or write or claim.id in ids) and (kind is None or any(part.kind == kind for part in claim.parts))
     ]
     if not chosen:
         raise InputError(Problem("--kind", f"none of {', '.join(ids or [])} has a part of kind {kind}", "leave it out"))
-    hardware = processor_name()
+    here, history = processor_name(), read_history()
+    kept = [finding for finding in read_findings(reuse) if finding["id"] not in (ids or ())] if reuse else []
+    hardware = {finding["id"]: finding["hardware"] for finding in kept}
     with offline():
-        measured = with_progress(evaluate(chosen, ledger), len(chosen), "measuring claims")
-        found = [finding.to_json(hardware) for finding in measured]
+        measured = with_progress(evaluate(chosen, ledger, stored_measurements(kept)), len(chosen), "measuring claims")
+        found = [finding.to_json(hardware.get(finding.claim.id) or here, history) for finding in measured]
     if write:
         page = write_claims_page(ledger, found)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
         return
-    table = Table("id", "verdict", "claimed", "found", "claim", box=None)
+    table = Table("id", "verdict", "claimed", "found", "claim", "holds for", box=None)
     for finding in found:
+        verdict = finding["verdict"] + (f" ({finding['known']})" if finding["known"] else "")
         statement = known[finding["id"]].statement
-        table.add_row(finding["id"], finding["verdict"], finding["claimed"], spoken_finding(finding), statement)
+        table.add_row(finding["id"], verdict, finding["claimed"], spoken_finding(finding), statement, finding["scope"])
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(table)
     if len(found) == 1:
+        console.print(sentence(found[0]), markup=False)
         for part in found[0]["parts"]:
-            rule = f"; the claim holds if it {part['rule']}" if part["rule"] else ""
-            said = [f"{part['measures']}: {spoken_finding(part)}, {part['verdict']}{rule}", part["reason"]]
+            words = f", tests “{part['quotes']}”" if part["quotes"] else ""
+            rule = f"; {part['rule']} counts as right" if part["rule"] else ""
+            said = [f"{part['role']}{words}: {part['measures']}: {spoken_finding(part)}, {part['verdict']}{rule}"]
+            said.append(part["reason"])
             if part["p_adjusted"] is not None:
                 said.append(f"p = {part['p_adjusted']:.3g} after Holm's correction among {part['family']}")
             text = ". ".join(filter(None, said))

@@ -13,6 +13,8 @@ from typing import Any
 from peftscope.errors import InputError, Problem
 from peftscope.layout import PUBLISHED_RESULTS, published_paths
 
+VALIDATION = "validation_nll_nats_per_token"
+"""The column of the loss on validation items: at the end of a run, or along its training."""
 RECORDS, ITEMS, LOSSES = "records.parquet", "items.parquet", "losses.parquet"
 LARGEST_BYTES = 5_000_000
 """The size limit of a published file, above which it must not be committed."""
@@ -38,8 +40,7 @@ def write_runs(folder: Path, runs: Iterable[Path]) -> list[Path]:
     for run in runs:
         text = (run / "record.json").read_text()
         records.append({"run_id": run.name, "record": text})
-        steps = enumerate(json.loads(text)["train_nll"], 1)
-        losses += [{"run_id": run.name, "step": step, "nll_nats_per_token": nll} for step, nll in steps]
+        losses += [{"run_id": run.name, **row} for row in loss_rows(json.loads(text))]
         if (run / "items.jsonl").is_file():
             for line in (run / "items.jsonl").read_text().splitlines():
                 items.append({"run_id": run.name, **dict.fromkeys(_ITEM_FIELDS), **json.loads(line)})
@@ -48,6 +49,15 @@ def write_runs(folder: Path, runs: Iterable[Path]) -> list[Path]:
         if path.stat().st_size > LARGEST_BYTES:
             raise InputError(Problem(str(path), f"is over {LARGEST_BYTES:,} bytes, which is too large to commit"))
     return written
+
+
+def loss_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns one row per training step of a record: its training loss and, where measured, its validation loss."""
+    along = record["quality"].get("validation_curve", {})
+    return [
+        {"step": step, "nll_nats_per_token": nll, VALIDATION: along.get(str(step))}
+        for step, nll in enumerate(record["train_nll"], 1)
+    ]
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -13,33 +13,32 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from peftscope.claims.ledger import Claim
+from peftscope.claims.measurement import spoken_number
 from peftscope.claims.verdict import Verdict
 from peftscope.files.atomic import write_json
 from peftscope.layout import CLAIMS_PAGE, CLAIMS_RESULTS
 from peftscope.report.tables import markdown_cell, markdown_text
 
 COLOURS = {
-    Verdict.EXACT: "#2a7f4f",
-    Verdict.SUPPORTED: "#5fae7b",
-    Verdict.EQUIVALENT: "#4a90b8",
-    Verdict.EXACT_WRONG: "#b03a2e",
-    Verdict.REFUTED: "#d9765f",
-    Verdict.INCONCLUSIVE: "#d8a520",
+    Verdict.HOLDS: "#2a7f4f",
+    Verdict.IN_PART: "#4a90b8",
+    Verdict.WRONG: "#b03a2e",
+    Verdict.OPEN: "#d8a520",
     Verdict.NOT_RUN: "#9aa0a6",
-    Verdict.NOT_TESTABLE_HERE: "#c4c8cc",
 }
 """The colours of the verdicts, in the order of the summary bar."""
 
 MEANINGS = {
-    Verdict.EXACT: "a deterministic check found what is claimed",
-    Verdict.SUPPORTED: "the whole interval lies where the claim says",
-    Verdict.EQUIVALENT: "the two are the same within the margin of the rule",
-    Verdict.EXACT_WRONG: "a deterministic check found something else",
-    Verdict.REFUTED: "the whole interval lies elsewhere",
-    Verdict.INCONCLUSIVE: "the measurement does not decide; the entry says what is missing",
-    Verdict.NOT_RUN: "the runs that decide have not been made",
-    Verdict.NOT_TESTABLE_HERE: "none of our machines can test it; the entry says why",
+    Verdict.HOLDS: "every part that decides holds, under every condition that was declared before",
+    Verdict.IN_PART: "some of what the claim says holds and some fails; the entry says which",
+    Verdict.WRONG: "every part that decides fails",
+    Verdict.OPEN: "measured, and the interval lies on both sides; the entry says what would decide",
+    Verdict.NOT_RUN: "what decides was not measured; the entry says what it waits for",
 }
+
+
+SAID = {Verdict.HOLDS: "holds", Verdict.WRONG: "fails", Verdict.OPEN: "is open", Verdict.NOT_RUN: "was not run"}
+"""The verdict on one of several parts, as a verb."""
 
 
 def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]]) -> Path:
@@ -51,7 +50,9 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
     ]
     for entry in entries:
         entry["found"] = spoken_finding(entry["finding"])
-        entry["figures"] = [_figure(part) for part in entry["finding"]["parts"] if part["curves"]]
+        entry["sentence"] = sentence(entry["finding"])
+        entry["parts"] = sorted(entry["finding"]["parts"], key=lambda part: part["role"] == "beside")
+        entry["figures"] = [_figure(part) for part in entry["parts"] if part["curves"]]
     counts = {v: sum(finding["verdict"] == v for finding in findings) for v in COLOURS}
     content = {
         "entries": entries,
@@ -61,8 +62,8 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
         "total": len(findings),
         "colours": COLOURS,
         "meanings": MEANINGS,
-        "wrong": [e for e in entries if e["finding"]["verdict"] in (Verdict.EXACT_WRONG, Verdict.REFUTED)],
-        "hardware": next((finding["hardware"] for finding in findings if finding["hardware"]), "-"),
+        "wrong": [e for e in entries if e["finding"]["verdict"] in (Verdict.WRONG, Verdict.IN_PART)],
+        "hardware": " and ".join(sorted({finding["hardware"] for finding in findings} - {""})) or "-",
         "spoken": spoken_number,
         "spoken_finding": spoken_finding,
     }
@@ -84,31 +85,41 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
     return path
 
 
-def spoken_number(value: Any) -> str:
-    """Returns a measured quantity as text for people.
-
-    >>> spoken_number(16777216), spoken_number(0.000123456), spoken_number(True), spoken_number(None)
-    ('16,777,216', '0.0001235', 'yes', '-')
-    """
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, str):
-        return value
-    if float(value).is_integer() and abs(value) < 1e12:
-        return f"{int(value):,}"
-    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-
-
 def spoken_finding(finding: dict[str, Any]) -> str:
-    """Returns the measured value of a claim or a part as text, with unit and interval."""
+    """Returns what was measured of a claim's deciding parts, or of one part, with unit and interval."""
+    if "parts" in finding:
+        measured = [spoken_finding(part) for part in _deciding(finding) if part["found"] is not None]
+        return "; ".join(dict.fromkeys(measured)) or "-"
     if finding["found"] is None:
         return "-"
     text = f"{spoken_number(finding['found'])} {finding['unit']}".strip()
     if finding["low"] is not None:
         text += f" ({spoken_number(finding['low'])} to {spoken_number(finding['high'])})"
     return text
+
+
+def sentence(finding: dict[str, Any]) -> str:
+    """Returns a claim's verdict as one sentence: every number that decides, how it is known, and its scope."""
+    deciding = _deciding(finding)
+    basis = "; ".join(filter(None, (finding["known"], finding["scope"])))
+    clauses = "; ".join(_clause(part, alone=len(deciding) == 1) for part in deciding)
+    return f"{finding['verdict'].capitalize()}: {clauses} ({basis})."
+
+
+def _deciding(finding: dict[str, Any]) -> list[dict[str, Any]]:
+    return [part for part in finding["parts"] if part["role"] != "beside"]
+
+
+def _clause(part: dict[str, Any], alone: bool) -> str:
+    """Returns what one part found and what would have counted as right, or what it waits for."""
+    narrower = part["scope"] and part["scope"] not in part["measures"]
+    subject = part["measures"] + (f" ({part['scope']})" if narrower else "")
+    if part["found"] is None:
+        said = f"{subject}, {'not measured:' if part['check'] else 'which waits for'} {part['reason']}"
+    else:
+        said = f"{subject}, found {spoken_finding(part)}, where {part['rule']} counts as right"
+        said += f", {part['reason']}" if part["reason"] else ""
+    return said if alone else f"“{part['quotes']}” {SAID[Verdict(part['verdict'])]}: {said}"
 
 
 def _figure(part: dict[str, Any]) -> Markup:

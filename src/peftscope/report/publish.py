@@ -14,9 +14,12 @@ import pandas as pd
 
 from peftscope.analysis.cards import CARD_FILE, is_of_card
 from peftscope.analysis.collect import collect_experiment, read_runs
+from peftscope.claims.ledger import read_history, read_ledger
+from peftscope.claims.stored import read_findings, unexplained_changes
 from peftscope.errors import InputError, Problem, spoken_bytes
 from peftscope.files.atomic import write_json
 from peftscope.layout import (
+    CLAIMS_HISTORY,
     CLAIMS_PAGE,
     CLAIMS_RESULTS,
     PUBLISHED_REPORTS,
@@ -62,13 +65,21 @@ def publish_claims() -> list[Path]:
     """Copies the verdicts and their page to where they are committed, and returns the copies.
 
     Raises:
-        InputError: They were not measured yet, or one is too large to commit.
+        InputError: They were not measured yet, one is too large to commit, or a claim is decided otherwise than in the
+            published file and its history does not say why.
     """
     pages = [CLAIMS_PAGE, CLAIMS_PAGE.with_suffix(".md")]
     targets = {CLAIMS_RESULTS: PUBLISHED_RESULTS, **dict.fromkeys(pages, PUBLISHED_REPORTS)}
     if not all(path.is_file() for path in targets):
         raise InputError(Problem(str(CLAIMS_RESULTS), "not finished", "run make claims"))
     _check_sizes(list(targets))
+    published = PUBLISHED_RESULTS / CLAIMS_RESULTS.name
+    changed = (
+        unexplained_changes(read_ledger(), read_history(), read_findings(published)) if published.is_file() else ()
+    )
+    message, remedy = "is decided otherwise than in the published file", f"say why in {CLAIMS_HISTORY}"
+    if problems := [Problem(claim, message, remedy) for claim in changed]:
+        raise InputError(problems)
     return [Path(shutil.copyfile(path, folder / path.name)) for path, folder in targets.items()]
 
 

@@ -12,7 +12,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from peftscope.analysis.stats import bootstrap_interval, equivalence_interval, mean_interval, paired_p, sign_flip_p
+from peftscope.analysis.compare import compare
+from peftscope.analysis.stats import paired_p, sign_flip_p
 from peftscope.analysis.study import VALIDATION, Rate, StudyResults, paired
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 
@@ -52,7 +53,8 @@ def heldout_gain(study: str, arm: str, against: str) -> Measurement:
         "runs that diverged": int((pd.concat([mine, other])["status"] == "diverged").sum()),
     }
     differences = (both["second"] - both["first"]) / results.task_gain
-    return _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]))
+    error = results.tuning_error(arm, against) / results.task_gain
+    return _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]), error)
 
 
 def furthest(study: str, arms: dict[str, str], margin: float) -> Measurement:
@@ -72,7 +74,7 @@ def furthest(study: str, arms: dict[str, str], margin: float) -> Measurement:
         gain = found[arm]
         assert gain.low is not None
         assert gain.high is not None
-        reach = equivalence_interval(gain.samples) or (gain.low, gain.high)
+        reach = compare(gain.samples, margin, gain.tuning_error).interval(0.9)
         return max(0.0, gain.low - margin, -gain.high - margin), max(map(abs, reach))
 
     chosen = max(found, key=against_sameness)
@@ -136,21 +138,27 @@ def tuning_of_one_arm(study: str, arm: str, against: str, learning_rate: float) 
 
 
 def _over_seeds(
-    results: StudyResults, values: pd.Series, evidence: Mapping[str, Quantity], runs: tuple[str, ...]
+    results: StudyResults,
+    values: pd.Series,
+    evidence: Mapping[str, Quantity],
+    runs: tuple[str, ...],
+    tuning_error: float = 0.0,
 ) -> Measurement:
+    """Returns the mean of values, one per seed, with its interval, which includes the error that tuning adds."""
     sample = tuple(map(float, values))
-    interval = mean_interval(sample)
-    if interval is None:
+    if not sample:
         raise NotRunError(f"the study `{results.name}` has no such runs")
     evidence = {**evidence, "task gain, nats per token": results.task_gain}
-    low, high = interval.low, interval.high
-    if interval.n > 1:
-        if low is None:  # no spread at all
-            low = high = interval.mean
-        below, above = bootstrap_interval(sample)
-        evidence |= {"bootstrap, lower": below, "bootstrap, upper": above}
-        evidence |= {"paired t, p": paired_p(sample), "sign flips, p": sign_flip_p(sample)}
-    return Measurement(interval.mean, low, high, interval.n, sample, evidence, model=results.subject, run_ids=runs)
+    if len(sample) == 1:
+        return Measurement(sample[0], n=1, samples=sample, evidence=evidence, model=results.subject, run_ids=runs)
+    difference = compare(sample, math.inf, tuning_error)
+    evidence |= {"paired t, p": paired_p(sample), "sign flips, p": sign_flip_p(sample)}
+    if tuning_error:
+        evidence["standard error from tuning"] = tuning_error
+    low, high = difference.interval()
+    return Measurement(
+        difference.mean, low, high, difference.n, sample, tuning_error, evidence, model=results.subject, run_ids=runs
+    )
 
 
 def _fitted_optimum(rate: Rate) -> float:

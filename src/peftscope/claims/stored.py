@@ -1,0 +1,86 @@
+"""Reads ``claims.json`` files, older ones too: their measurements, and what decided each claim. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from peftscope.claims.evaluate import check_key
+from peftscope.claims.ledger import Change, Claim, Part
+from peftscope.claims.measurement import Measurement
+from peftscope.claims.verdict import Verdict
+from peftscope.errors import InputError, Problem
+from peftscope.files.content import parse_json, read_text
+
+
+def read_findings(path: Path) -> list[dict[str, Any]]:
+    """Returns the entries of a ``claims.json`` in today's words. In older files the last part decided each claim.
+
+    Raises:
+        InputError: The file cannot be read, or is no ``claims.json``.
+    """
+    findings: list[dict[str, Any]] = parse_json(read_text(path), str(path))
+    try:
+        for finding in findings:
+            finding["verdict"] = Verdict(finding["verdict"]).value
+            finding.setdefault("history", [])
+            for part in finding["parts"]:
+                part["verdict"] = Verdict(part["verdict"]).value
+                part.setdefault("role", "assertion" if part is finding["parts"][-1] else "beside")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            Problem(str(path), f"not a claims.json: {error!r}", "give the file that `--write` made")
+        ) from None
+    return findings
+
+
+def stored_measurements(findings: Iterable[dict[str, Any]]) -> dict[str, Measurement]:
+    """Returns the measurements of findings, each under its ``check_key``.
+
+    A comparison of pairs is left out if the file has not stored its differences, as older ones have not.
+    """
+    return {
+        check_key(part["check"], part["with"]): Measurement(
+            part["found"],
+            **{name: part[name] for name in ("low", "high", "n", "evidence", "model")},
+            samples=tuple(part.get("samples", ())),
+            tuning_error=part.get("tuning_error", 0.0),
+            curves={name: {float(x): y for x, y in curve.items()} for name, curve in part["curves"].items()},
+            axes=tuple(part["axes"]),
+            run_ids=tuple(part["run_ids"]),
+        )
+        for finding in findings
+        for part in finding["parts"]
+        if part["found"] is not None and ("samples" in part or (part["kind"] != "training" and part["low"] is None))
+    }
+
+
+def unexplained_changes(
+    claims: Sequence[Claim], history: Sequence[Change], published: Iterable[dict[str, Any]]
+) -> Iterator[str]:
+    """Yields the id of every claim that is decided otherwise than in a published file, without a new entry for it.
+
+    Args:
+        claims: The ledger.
+        history: All entries of its history.
+        published: The findings of the published file, each with the entries that it had then.
+    """
+    before = {finding["id"]: finding for finding in published}
+    for claim in claims:
+        if claim.id not in before:
+            continue
+        deciding = [part for part in claim.parts if part.decides]
+        decided = [part for part in before[claim.id]["parts"] if part["role"] != "beside"]
+        same = len(deciding) == len(decided) and all(map(_decides_alike, deciding, decided))
+        entries = [change.model_dump() for change in history if change.claim == claim.id]
+        if not same and all(entry in before[claim.id]["history"] for entry in entries):
+            yield claim.id
+
+
+def _decides_alike(part: Part, stored: dict[str, Any]) -> bool:
+    """Returns whether a part measures and asks what a stored one did. Older files say only what it measured."""
+    if part.rule is None:
+        return not stored["check"] and part.measures == stored["measures"]
+    judged = part.rule.model_dump(exclude_defaults=True)
+    return (part.check, part.with_) == (stored["check"], stored["with"]) and stored.get("judged", judged) == judged
