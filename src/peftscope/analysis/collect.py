@@ -105,6 +105,8 @@ def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
     row |= {f"predicted_{name}": value for name, value in record.memory.predicted}
     speed = record.speed
     row |= {name: value for name, value in speed}
+    for name, timing in (record.latency or {}).items():
+        row |= {f"latency_{name}_{field}": value for field, value in timing}
     quality = record.quality
     row |= {
         "heldout_nll_nats_per_token": quality.heldout_nll,
@@ -130,6 +132,8 @@ def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
         "cores": hardware.get("cores"),
         "host_memory_bytes": hardware.get("memory_bytes"),
         "gpu": hardware.get("gpu"),
+        "gpu_memory_bytes": hardware.get("gpu_memory_bytes"),
+        "gpu_used_before_bytes": (record.provenance.get("card") or {}).get("used_bytes"),
         "torch": record.provenance.get("packages", {}).get("torch"),
     }
     return row

@@ -1,32 +1,74 @@
-"""The memory probe: the same step, a few times, under the byte tracker. For devices that keep no peak."""
+"""The memory probe: the same step, a few times, with the peak of each phase: by the byte tracker, or by the allocator."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from peftscope.data.batching import Batch
 from peftscope.evaluation.heldout import heldout_losses
+from peftscope.memory.trace import Peak
 from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.spec import RunSpec
 from peftscope.training.step import TrainedModel, make_optimizer, train_step
 
 
+class AllocatorPeaks(nullcontext[None]):
+    """Stands in for a ``MemoryTracker`` and its trace on a card, whose allocator keeps the peak of tensors itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._phase = ""
+        self._peaks: dict[str, Peak] = {}
+
+    @property
+    def trace(self) -> AllocatorPeaks:
+        """Itself."""
+        return self
+
+    @property
+    def live_bytes(self) -> int:
+        """The bytes of the tensors that are alive now."""
+        return torch.cuda.memory_allocated()
+
+    def begin(self, phase: str) -> None:
+        """Ends a phase and begins another; the empty one is the time between steps."""
+        torch.cuda.synchronize()
+        peak = Peak(torch.cuda.max_memory_allocated(), 0)
+        if self._phase and (self._phase not in self._peaks or peak.size > self._peaks[self._phase].size):
+            self._peaks[self._phase] = peak
+        torch.cuda.reset_peak_memory_stats()
+        self._phase = phase
+
+    def peaks(self) -> dict[str, Peak]:
+        """Returns the largest peak of each phase."""
+        return self._peaks
+
+
 def probe_training(trained: TrainedModel, batch: Batch, spec: RunSpec) -> dict[str, int]:
-    """Returns the peak of live tensor bytes in ``forward``, ``backward`` and ``optimizer``.
+    """Returns the peak of live tensor bytes in ``forward``, ``backward`` and ``optimizer``, and the ``resident`` bytes.
 
     The optimizer's states appear at the first of ``spec.probe_steps`` steps, so the second is the steady one; the
-    larger peak counts. Runs after everything else, with an optimizer of its own: it changes the weights.
+    larger peak counts. Resident bytes are those between two steps. Runs after everything else, with an optimizer of its
+    own: it changes the weights.
     """
-    tracker = MemoryTracker(tensors_of(trained.model, batch))
-    track_steps(tracker, trained, [batch] * spec.probe_steps, make_optimizer(trained.model, spec), spec)
-    return {phase: peak.size for phase, peak in tracker.trace.peaks().items()}
+    tracker = AllocatorPeaks() if spec.device == "cuda" else MemoryTracker(tensors_of(trained.model, batch))
+    resident = []
+
+    def note(phase: str) -> None:
+        if not phase:
+            resident.append(tracker.live_bytes)
+
+    optimizer = make_optimizer(trained.model, spec)
+    track_steps(tracker, trained, [batch] * spec.probe_steps, optimizer, spec, before_phase=note)
+    return {phase: peak.size for phase, peak in tracker.trace.peaks().items()} | {"resident": max(resident)}
 
 
 def track_steps(
-    tracker: MemoryTracker,
+    tracker: MemoryTracker | AllocatorPeaks,
     trained: TrainedModel,
     batches: Sequence[Batch],
     optimizer: torch.optim.Optimizer,

@@ -7,6 +7,7 @@ Seconds follow from floating-point operations at a share of the card's peak: a g
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 
 from peftscope.data.tasks import item_tokens
 from peftscope.errors import InputError, Problem
-from peftscope.hardware.cards import Gpu, known_card, speed_of
+from peftscope.hardware.cards import GIB, Gpu, known_card, speed_of
 from peftscope.memory.answer import RESIDENT, peaks_by_formula
 from peftscope.memory.fit import mildest_change
 from peftscope.memory.question import Model, Question
@@ -102,8 +103,13 @@ class Forecaster:
         if shape is None or unknown:
             return Forecast(identity, spec, chosen, self.seconds(spec), None, "", None, "", unknown)
         peak, phase = self._peak(spec, shape)
-        advice = "" if peak <= self.gpu.memory_bytes else self._advice_once(spec, shape)
-        return Forecast(identity, spec, chosen, self.seconds(spec), peak, phase, peak <= self.gpu.memory_bytes, advice)
+        fits = peak <= self._capacity(spec)
+        advice = "" if fits else self._advice_once(spec, shape)
+        return Forecast(identity, spec, chosen, self.seconds(spec), peak, phase, fits, advice)
+
+    def _capacity(self, spec: RunSpec) -> float:
+        """Returns the bytes that the run may take: those of the card, or of the smaller one that it is limited to."""
+        return min(self.gpu.memory_bytes, (spec.memory_limit_gib or math.inf) * GIB)
 
     def _peak(self, spec: RunSpec, shape: ModelShape) -> tuple[int, str]:
         """Returns what the card needs at most, and the phase of that."""
@@ -138,7 +144,7 @@ class Forecaster:
                 method = {"name": changes["method"]}
             fields = spec.model_dump(mode="json") | fields_of(changes)
             changed = RunSpec.model_validate({**fields, "method": method})
-            return changed != spec and self._peak(changed, shape)[0] <= self.gpu.memory_bytes
+            return changed != spec and self._peak(changed, shape)[0] <= self._capacity(spec)
 
         changes = mildest_change(fits)
         if changes is None:
@@ -175,7 +181,7 @@ class Forecaster:
 _NO_MEMORY = {
     *("seed", "init_seed", "learning_rate", "shuffled_targets", "steps", "schedule", "warmup_steps", "task"),
     *("validation_items", "heldout_items", "generation_items", "benchmarks", "benchmark_items", "retention_tokens"),
-    *("untimed_steps", "probe_steps"),
+    *("untimed_steps", "probe_steps", "latency_tokens"),
 }
 """Fields that change nothing in the closed form's memory; the scale alpha is the methods' own one."""
 
