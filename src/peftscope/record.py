@@ -198,8 +198,8 @@ class RunRecord(_Part):
         train_batches_sha256: The hash of all training tokens in order; runs that saw the same batches have the same.
         weights: Whether the run's folder still has what was trained; None where nothing was.
         files: The SHA-256 of the run's other files, by their path in its folder.
-        latency: The times of a forward pass, by the state of the model (``base``, ``apart``, ``merged``) and what passes:
-            ``base_prompt``, ``apart_token``, ... None: the spec does not ask for them.
+        latency: The times of a forward pass by the model's state and what passes: ``base_prompt``, ``apart_prompt``,
+            ``merged_prompt``, ``base_token``, ... None: the spec does not ask for them.
         benchmarks: The scores of lm-eval's own benchmarks by lm-eval's names, and the number of ``items``.
         method_metrics: Numbers that only one method has.
         unavailable: The reason why a field is null, by field.

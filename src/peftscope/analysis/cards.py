@@ -55,24 +55,28 @@ def find_run(
         rows: The rows of one card.
         model: The preset whose shape the run's model has.
         options: The options of ``peftscope.memory.question.ask``; the others have the defaults that they have there.
+            With ``latency_tokens``, the latency of a prompt of so many tokens is meant, whatever the run trained on.
         limit: The run's memory limit in GiB.
         measured: A column that the row must have, unless the run ran out of memory.
     """
     wanted = _wanted(model, options) | {"memory_limit_gib": limit}
     for row in rows:
-        if all(_same(row.get(name), value) for name, value in wanted.items()):
-            if row["status"] == "oom" or row.get(measured) is not None:
-                return row
+        has_value = row["status"] == "oom" or row.get(measured) is not None
+        if has_value and all(_same(row.get(name), value) for name, value in wanted.items()):
+            return row
     return None
 
 
 def _wanted(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the columns that tell apart what takes other memory or time, with the values of a run."""
-    spec = ask(describe_model(model), options).spec
+    known_as = {name: value for name, value in options.items() if name != "latency_tokens"}
+    spec = ask(describe_model(model), known_as).spec
     fields = spec.method.model_dump(mode="json") | spec.model_dump(mode="json", exclude={"method"})
     known = {name: fields[name] for name in (*METHOD_OPTIONS, *SPEC_OPTIONS) if name in fields}
-    known = {name: value for name, value in known.items() if name not in ("alpha", "eval_batch_size") or name in options}
-    return {"model": PREFIX + model, "method": spec.method.name, **known}
+    tokens = options.get("latency_tokens", 0)
+    open_fields = {"alpha", "eval_batch_size", *(["seq_len"] if tokens else [])} - options.keys()
+    known = {name: value for name, value in known.items() if name not in open_fields}
+    return {"model": PREFIX + model, "method": spec.method.name, "latency_tokens": tokens, **known}
 
 
 def _same(found: Any, wanted: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The memory probe: the same step, a few times, with the peak of each phase: by the byte tracker, or by the allocator."""
+"""The memory probe: the same step, a few times, with the peak of each phase from the byte tracker or the allocator."""
 
 from __future__ import annotations
 

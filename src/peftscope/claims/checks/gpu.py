@@ -77,7 +77,7 @@ def _fits(row: Row, limit: float) -> bool:
 
 
 def _peak(row: Row) -> float:
-    """Returns the largest number of bytes that a run took of its card, or that its allocator did where NVML is silent."""
+    """Returns the most bytes that a run took of its card, or those of its allocator where NVML gave no answer."""
     used = [value for phase in PHASES if (value := row[f"{phase}_peak_device_bytes"]) is not None]
     if used:
         return float(max(used) - (row["gpu_used_before_bytes"] or 0))
@@ -117,7 +117,8 @@ def best_speed_ratio(
 
     If several cards measured both, the smallest ratio counts.
     """
-    count, runs = len(batch_sizes), [options | {"batch_size": size} for options in (run, against) for size in batch_sizes]
+    count = len(batch_sizes)
+    runs = [options | {"batch_size": size} for options in (run, against) for size in batch_sizes]
 
     def ratio(rows: list[Row]) -> float | None:
         speeds = [row["tokens_per_second"] if row["status"] == "ok" else 0.0 for row in rows]
@@ -192,8 +193,11 @@ def latency_ratio(
     """
 
     def ratios(row: Row) -> list[_Found]:
-        times = [(name, *(quartiles(row, f"latency_{which}_{name}") for which in (state, over))) for name in passes]
-        return [_Found(f", {name}", *median_ratio_interval(above, below)) for name, above, below in times]
+        found = []
+        for name in passes:
+            above, below = (quartiles(row, f"latency_{which}_{name}") for which in (state, over))
+            found.append(_Found(f", {name}", *median_ratio_interval(above, below)))
+        return found
 
     measured = f"latency_{state}_token_repeats"
     return _over_batches([run], batch_sizes, ratios, extreme, model, results, measured)
