@@ -18,7 +18,8 @@ from peftscope.execution.phases import Phases
 from peftscope.execution.provenance import _card
 from peftscope.execution.run import execute
 from peftscope.hardware import meter as meters
-from peftscope.hardware.meter import CudaMeter, HostMeter, PeakSampler, paged_bytes
+from peftscope.hardware.cards import CONTEXT_BYTES, GIB
+from peftscope.hardware.meter import CudaMeter, HostMeter, PeakSampler, limit_memory, paged_bytes
 from peftscope.hardware.nvml import find_card, other_processes, reading, used_bytes
 from peftscope.record import read_record
 from peftscope.spec import RunSpec
@@ -243,3 +244,33 @@ def test_a_rehearsal_changes_nothing(method: str, toy: Path, make_spec, tmp_path
         losses.append((log.nll, torch.cat([p.detach().float().flatten() for p in model.parameters()])))
     assert losses[0][0] == losses[1][0]
     assert torch.equal(losses[0][1], losses[1][1])
+
+
+@pytest.mark.parametrize(
+    ("used", "context"),
+    [((100 * MIB, 800 * MIB), 698 * MIB), ((100 * MIB, 300 * MIB), CONTEXT_BYTES), ((None, None), CONTEXT_BYTES)],
+)
+def test_a_run_is_limited_to_a_smaller_card_less_the_context(
+    used: tuple[int | None, int | None], context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float] = []
+    answers = iter(used)
+    monkeypatch.setattr(meters, "pci_address", lambda: "unknown")
+    monkeypatch.setattr(meters, "used_bytes", lambda card: next(answers))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2 * MIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=80 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    assert limit_memory(12 * GIB) == 12 * GIB - context
+    assert shares[0] * 80 * GIB == pytest.approx(12 * GIB - context)
+
+
+def test_a_limit_above_the_card_or_below_the_context_is_a_share_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+    monkeypatch.setattr(meters, "pci_address", lambda: "unknown")
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=80 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    for limit in (200 * GIB, MIB):
+        limit_memory(limit)
+    assert shares == [1, 0]

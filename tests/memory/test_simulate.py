@@ -34,7 +34,7 @@ from peftscope.training.load import DTYPES, load_base, training_attention
 def both(spec: RunSpec) -> tuple[dict[str, int], dict[str, int]]:
     (batch,) = batches_of(spec, 1)
     assert batch.attention_mask.min() == 0  # padded, so that the real run needs its masks as well
-    tracked = probe_training(build_model(load_base(spec), spec), batch, spec)
+    tracked, _ = probe_training(build_model(load_base(spec), spec), batch, spec)
     config = AutoConfig.from_pretrained(model_folder(spec.model))
     trace, _ = simulate(spec, config, [batch] * spec.probe_steps)
     return {phase: peak.size for phase, peak in trace.peaks().items()}, tracked
@@ -124,7 +124,7 @@ def test_every_family(family: str, method: str, loss_path: str, precision: str, 
         config, dtype=DTYPES[precision], attn_implementation=training_attention(spec)
     )
     base.config.use_cache = False
-    tracked = probe_training(build_model(base, spec), batch, spec)
+    tracked, _ = probe_training(build_model(base, spec), batch, spec)
     trace, _ = simulate(spec, config, [batch] * spec.probe_steps)
     assert {phase: peak.size for phase, peak in trace.peaks().items()} == tracked
 

@@ -49,7 +49,7 @@ def collect_experiment(sweep: Sweep) -> None:
         except Damaged as error:
             problems += error.problems
             continue
-        rows.append({"run_id": identity, "comparisons": " ".join(member[identity]), **_row(spec, record)})
+        rows.append({"run_id": identity, "comparisons": " ".join(member[identity]), **row_of(spec, record)})
         for step, nll in enumerate(record.train_nll if record else [], 1):
             losses.append({"run_id": identity, "step": step, "nll_nats_per_token": nll})
     if problems:
@@ -84,7 +84,8 @@ def _find_record(folder: Path) -> RunRecord | None:
     return None
 
 
-def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
+def row_of(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
+    """Returns the columns of a run that do not depend on the experiment; None: it has no record yet."""
     fields = spec.model_dump(mode="json")
     method = fields.pop("method")
     row: dict[str, Any] = {

@@ -48,12 +48,11 @@ class AllocatorPeaks(nullcontext[None]):
         return self._peaks
 
 
-def probe_training(trained: TrainedModel, batch: Batch, spec: RunSpec) -> dict[str, int]:
-    """Returns the peak of live tensor bytes in ``forward``, ``backward`` and ``optimizer``, and the ``resident`` bytes.
+def probe_training(trained: TrainedModel, batch: Batch, spec: RunSpec) -> tuple[dict[str, int], int]:
+    """Returns the peak of live tensor bytes in ``forward``, ``backward`` and ``optimizer``, and those between two steps.
 
     The optimizer's states appear at the first of ``spec.probe_steps`` steps, so the second is the steady one; the
-    larger peak counts. Resident bytes are those between two steps. Runs after everything else, with an optimizer of its
-    own: it changes the weights.
+    larger peak counts. Runs after everything else, with an optimizer of its own: it changes the weights.
     """
     tracker = AllocatorPeaks() if spec.device == "cuda" else MemoryTracker(tensors_of(trained.model, batch))
     resident = []
@@ -64,7 +63,7 @@ def probe_training(trained: TrainedModel, batch: Batch, spec: RunSpec) -> dict[s
 
     optimizer = make_optimizer(trained.model, spec)
     track_steps(tracker, trained, [batch] * spec.probe_steps, optimizer, spec, before_phase=note)
-    return {phase: peak.size for phase, peak in tracker.trace.peaks().items()} | {"resident": max(resident)}
+    return {phase: peak.size for phase, peak in tracker.trace.peaks().items()}, max(resident)
 
 
 def track_steps(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -38,7 +39,9 @@ EVALUATION = ("validation_items", "heldout_items", "generation_items", "retentio
 def _measured() -> dict[tuple[Any, ...], dict[str, Any]]:
     """Returns the best record of each kind of run (model, method, device), and of each kind and evaluation."""
     records: dict[tuple[Any, ...], dict[str, Any]] = {}
-    published = (_ended_well(text) for *_, text in all_published_records())
+    published: list[dict[str, Any] | None] = []
+    with suppress(ImportError):  # without pyarrow, as a sweep may be, published records cannot be read
+        published = [_ended_well(text) for *_, text in all_published_records()]
     own = (_ended_well(path.read_text()) for path in sorted(record_paths(), key=lambda path: path.stat().st_mtime))
     # The last one stays: this machine's latest; of the published ones, one that says how fast its machine was.
     for record in [*sorted(filter(None, published), key=_has_rate), *filter(None, own)]:
