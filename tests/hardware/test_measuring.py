@@ -19,7 +19,7 @@ from peftscope.execution.provenance import _card
 from peftscope.execution.run import execute
 from peftscope.hardware import meter as meters
 from peftscope.hardware.cards import CONTEXT_BYTES, GIB
-from peftscope.hardware.meter import CudaMeter, HostMeter, PeakSampler, limit_memory, paged_bytes
+from peftscope.hardware.meter import CudaMeter, HostMeter, PeakSampler, limited_memory, paged_bytes
 from peftscope.hardware.nvml import find_card, other_processes, reading, used_bytes
 from peftscope.record import read_record
 from peftscope.spec import RunSpec
@@ -261,8 +261,12 @@ def test_a_run_is_limited_to_a_smaller_card_less_the_context(
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2 * MIB)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=80 * GIB))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
-    assert limit_memory(12 * GIB) == 12 * GIB - context
-    assert shares[0] * 80 * GIB == pytest.approx(12 * GIB - context)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(torch.OutOfMemoryError), limited_memory(12 * GIB) as left:
+        assert left == 12 * GIB - context
+        assert [share * 80 * GIB for share in shares] == [pytest.approx(left)]
+        raise torch.OutOfMemoryError
+    assert shares[1:] == [1.0]  # what the process does next has the whole card
 
 
 def test_a_limit_above_the_card_or_below_the_context_is_a_share_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +275,8 @@ def test_a_limit_above_the_card_or_below_the_context_is_a_share_of_the_card(monk
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=80 * GIB))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for limit in (200 * GIB, MIB):
-        limit_memory(limit)
-    assert shares == [1, 0]
+        with limited_memory(limit):
+            pass
+    assert shares == [1, 1, 0, 1]

@@ -43,7 +43,7 @@ from peftscope.execution.unavailable import NOT_LIMITED, why_unavailable
 from peftscope.files.manifest import file_sha256
 from peftscope.files.storage import storage_problem
 from peftscope.hardware.bf16 import bf16_products
-from peftscope.hardware.meter import is_out_of_memory, limit_memory
+from peftscope.hardware.meter import is_out_of_memory, limited_memory
 from peftscope.memory.predict import predict_or_nothing
 from peftscope.memory.probe import probe_evaluation, probe_training
 from peftscope.memory.tracker import MemoryTracker, tensors_of
@@ -160,10 +160,9 @@ def execute(
     file = "record.json"
     try:
         record.provenance = provenance(spec, rank)
-        _limit_memory(record)
         if spec.shards > 1:
             join(spec, rank, meeting)
-        with bf16_products():
+        with bf16_products(), _limited_memory(record):
             _run_phases(run)
     except (Interrupted, KeyboardInterrupt) as error:
         reason = str(error) or "stopped by SIGINT"
@@ -203,13 +202,18 @@ def execute(
     return record
 
 
-def _limit_memory(record: RunRecord) -> None:
+@contextmanager
+def _limited_memory(record: RunRecord) -> Iterator[None]:
     """Limits the run to the memory that its spec asks for, and says in the record what is left to tensors."""
     limit = record.spec.memory_limit_gib
-    if limit and record.spec.device == "cuda":
-        record.provenance["card"]["limited_to_bytes"] = limit_memory(int(limit * 2**30))
-    elif limit:
+    if limit is not None and record.spec.device == "cuda":
+        with limited_memory(int(limit * 2**30)) as left:
+            record.provenance["card"]["limited_to_bytes"] = left
+            yield
+        return
+    if limit is not None:
         print(f"memory_limit_gib={limit:g}: {NOT_LIMITED}", file=sys.stderr)
+    yield
 
 
 def _load(run: _Run) -> tuple[_Data, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from peftscope.errors import InputError, Problem
 from peftscope.execution.inputs import fetch_inputs
+from peftscope.files.storage import STORAGE_CODE
 from peftscope.layout import run_folder
 from peftscope.planning.estimate import spoken
 from peftscope.planning.plan import Plan, check_disk, plan_experiment
@@ -155,7 +156,7 @@ def _status(folder: Path, code: int) -> str:
     """Returns the status that a process wrote into its record; without a record, it shows the end of its log.
 
     Raises:
-        InputError: The run was refused, as every other one would be.
+        InputError: The run was refused, or the disk is full: the other runs would end in the same way.
     """
     record, log = folder / "record.json", folder / "train.log"
     if code == 0 and record.is_file():
@@ -164,7 +165,7 @@ def _status(folder: Path, code: int) -> str:
             _say(f"  {found.reason}")
         return found.status
     last = next(reversed(log.read_text(errors="replace").split("\n")[:-1]), f"exit code {code}")
-    if code == 2:
+    if code == STORAGE_CODE:  # that of refused input as well
         raise InputError(Problem(str(folder), last, f"see {log}"))
     _say(f"  {last}")
     return "interrupted"

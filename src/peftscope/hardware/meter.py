@@ -6,7 +6,7 @@ import contextlib
 import gc
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -143,8 +143,9 @@ def pci_address(index: int | None = None) -> str:
     return f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"
 
 
-def limit_memory(limit_bytes: int) -> int:
-    """Limits torch's allocator to what a smaller card would leave to it, and returns the bytes that this is.
+@contextlib.contextmanager
+def limited_memory(limit_bytes: int) -> Iterator[int]:
+    """Limits torch's allocator, inside this context, to what a smaller card would leave to it: the bytes it yields.
 
     What the allocator takes beyond raises ``torch.OutOfMemoryError``. The CUDA context is not the allocator's, so its
     size is subtracted: that of this process, or of the worst card so far, whichever is larger.
@@ -158,9 +159,12 @@ def limit_memory(limit_bytes: int) -> int:
     used = used_bytes(card)
     context = used - before - torch.cuda.memory_reserved() if used is not None and before is not None else 0
     left = limit_bytes - max(context, CONTEXT_BYTES)
-    total = torch.cuda.get_device_properties(0).total_memory
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, left / total)))
-    return left
+    try:
+        yield left
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def allocator_settings() -> str | None:
