@@ -49,7 +49,7 @@ class AllocatorPeaks(nullcontext[None]):
 
 
 def probe_training(trained: TrainedModel, batch: Batch, spec: RunSpec) -> tuple[dict[str, int], int]:
-    """Returns the peak of live tensor bytes in ``forward``, ``backward`` and ``optimizer``, and the bytes between steps.
+    """Returns the peak of live tensor bytes in ``forward``, ``backward`` and ``optimizer``, and those between steps.
 
     The optimizer's states appear at the first of ``spec.probe_steps`` steps, so the second is the steady one; the
     larger peak counts. Runs after everything else, with an optimizer of its own: it changes the weights.
