@@ -35,7 +35,17 @@ study:
   seeds: [0, 1]
 runs: [{{method: none}}]
 """
-NOT_THERE = ("pandas", "snakemake", "lm_eval", "seaborn", "great_tables", "matplotlib", "datasets", "reasoning_gym")
+NOT_THERE = (
+    "pandas",
+    "pyarrow",
+    "snakemake",
+    "lm_eval",
+    "seaborn",
+    "great_tables",
+    "matplotlib",
+    "datasets",
+    "reasoning_gym",
+)
 
 
 class Runs:

@@ -79,12 +79,12 @@ def _wanted(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": PREFIX + model, "method": spec.method.name, "latency_tokens": tokens, **known}
 
 
-def _same(found: Any, wanted: Any) -> bool:
-    if found is None or wanted is None:
-        return found is wanted
+def _same(value: Any, wanted: Any) -> bool:
+    if value is None or wanted is None:
+        return value is wanted
     if isinstance(wanted, list):
         wanted = "+".join(wanted)
-    return bool(found == wanted)
+    return bool(value == wanted)
 
 
 def quartiles(row: Row, name: str) -> tuple[float, float, float, int]:
