@@ -46,7 +46,7 @@ def simulate(
     Args:
         spec: The run.
         config: The transformers configuration of its base model.
-        batches: Only their shapes count; none: no training.
+        batches: Only their shapes count, and whether they have padding; none: no training.
         evaluation_batch: Of its shape is the evaluation's, if it is wanted.
         cublas_bytes: Size of cuBLAS's workspace; above 0 the traces also have what kernels take inside on CUDA.
     """
@@ -56,14 +56,17 @@ def simulate(
     on_cpu = spec.model_copy(update={"device": "cpu"})
     if cublas_bytes:
         _drop_as_on_cuda(model)
+    in_training = _stand_in(training_attention(spec), spec, [] if spec.packing else batches)
+    in_evaluation = _stand_in(spec.attention, spec, [evaluation_batch] if evaluation_batch else [])
     with FakeTensorMode(allow_non_fake_inputs=True), _Owners(trained) as owners:
         _fill_with_fakes(model, spec.method.quantization())
-        trace = _train(trained, owners, on_cpu, batches, cublas_bytes) if batches else Trace()
+        with attention(model, in_training):
+            trace = _train(trained, owners, on_cpu, batches, cublas_bytes) if batches else Trace()
         if evaluation_batch is None:
             return trace, None
         tracker = _tracker_of(model, owners, cublas_bytes)
         owners.outside = "loss"  # all that an evaluation computes outside of the model
-        with attention(model, _on_cpu(spec.attention)):
+        with attention(model, in_evaluation):
             track_evaluation(tracker, model, _fake_batch(evaluation_batch), on_cpu)
         tracker.trace.name_open_blocks()
         return trace, tracker.trace
@@ -242,7 +245,7 @@ def _empty_model(spec: RunSpec, config: Any) -> TrainedModel:
 def _empty_base(spec: RunSpec, config: Any, quantization: Quantization | None) -> Any:
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(
-            config, dtype=DTYPES[spec.precision], attn_implementation=_on_cpu(training_attention(spec))
+            config, dtype=DTYPES[spec.precision], attn_implementation=_stand_in(training_attention(spec), spec, [])
         )
     base.config.use_cache = False
     if quantization:
@@ -267,9 +270,16 @@ def _empty_base(spec: RunSpec, config: Any, quantization: Quantization | None) -
     return base
 
 
-def _on_cpu(attention: str) -> str:
-    """Returns the CPU's stand-in: flash attention keeps what SDPA without a mask keeps, output and log-sum-exp."""
-    return MASK_FREE_SDPA if attention == "flash_attention_2" else attention
+def _stand_in(implementation: str, spec: RunSpec, batches: Sequence[Batch]) -> str:
+    """Returns the attention to simulate with: that of the spec, or SDPA without a mask for what keeps as much.
+
+    Flash attention keeps the same, output and log-sum-exp. For batches without padding transformers leaves the mask
+    out, but it cannot know that of fake ones.
+    """
+    masks = [batch.attention_mask for batch in batches if spec.method.mask_free_attention]
+    unpadded = bool(masks) and not any(mask.is_meta or (mask == 0).any() for mask in masks)
+    skips = implementation == "flash_attention_2" or (implementation == "sdpa" and unpadded)
+    return MASK_FREE_SDPA if skips else implementation
 
 
 def _fill_with_fakes(model: torch.nn.Module, quantization: Quantization | None) -> None:
