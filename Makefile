@@ -35,7 +35,7 @@ help:
 	@echo "make report RESUME=1             the same, from the published runs on"
 	@echo "make test                        the tests and the smoke pipeline"
 	@echo "make setup                       .venv with the locked dependencies and peftscope itself"
-	@echo "make publish EXPERIMENT=quick    copy a finished run's small files to where they are committed (or claims, memory, gpu)"
+	@echo "make publish EXPERIMENT=quick    copy a finished run's small files to where they are committed (or claims, memory)"
 	@echo "make claims                      measure what the literature claims; reports/claims.html"
 	@echo "make benchmark                   our training step against the HF Trainer"
 	@echo "make benchmark-memory            the memory calculator's speed, beside accelerate's estimate"
@@ -46,7 +46,7 @@ help:
 	@echo "make test-oldest | test-newest   the tests with the oldest and newest torch, transformers, peft"
 	@echo "make audit | sbom                known vulnerabilities of what is installed; a list of it"
 	@echo "make docs                        write the generated parts of docs/gpu.md and docs/architecture.md"
-	@echo "make gpu-check [DEVICE=cpu]      memory, fit, speed and latency on a CUDA card; what of the claims they decide"
+	@echo "make gpu-check [DEVICE=cpu]      memory, fit, speed and latency on a CUDA card, for the claims that they decide"
 	@echo "make lint | slow | browser       checks; long tests; the report in a real browser"
 
 setup: $(READY)
@@ -134,8 +134,11 @@ claims: $(READY)
 
 # In pieces of under nine minutes; the same command goes on. DEVICE=cpu: a small model shows the instrument.
 gpu-check: DEVICE ?= cuda
+gpu-check: export PEFTSCOPE_DEVICE = $(DEVICE)
+gpu-check: CHECK = gpu-check$(if $(filter cpu,$(DEVICE)),-cpu)
 gpu-check: $(READY)
-	$(BIN)/python -W ignore -m peftscope.gpu.check --device $(DEVICE)
+	$(BIN)/peftscope sweep $(CHECK) --minutes 8
+	$(BIN)/peftscope report $(CHECK)
 
 # Every file of every package, for all systems. torch stays a range: pip then takes the build that fits the machine.
 lock:

@@ -395,6 +395,7 @@ rule report:
         "src/peftscope/report/page.py",
         "src/peftscope/report/memory.py",
         "src/peftscope/report/sentences.py",
+        "src/peftscope/report/serving.py",
         "src/peftscope/report/templates/report.html.j2",
         "src/peftscope/report/templates/report.css",
     output:

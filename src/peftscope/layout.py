@@ -32,8 +32,6 @@ PUBLISHED_RESULTS = RESULTS / "published"
 PUBLISHED_REPORTS = REPORTS / "published"
 MEMORY_FOLDER = RESULTS / "memory"
 """The folder of results that need no run: memory curves, bars, a chapter's table."""
-CARDS_FOLDER = RESULTS / "gpu"
-"""The results of ``make gpu-check``, with one folder per card."""
 
 CLAIMS_RESULTS = RESULTS / "claims.json"
 CLAIMS_PAGE = REPORTS / "claims.html"

@@ -72,9 +72,10 @@ class PredictedMemory(_Part):
 
 
 class Memory(_Part):
-    """Peaks by phase; initialisation counts as load. The three parts of a step are CPU-only (byte tracker).
+    """Peaks by phase; initialisation counts as load. Extra steps after the training give the three parts of a step.
 
     Attributes:
+        resident_tensor_bytes: Live tensor bytes between two of these steps: weights, states, and what is not yet freed.
         paged_state_bytes: CUDA only: optimizer states in managed memory, which the peaks of tensors do not count.
         ranks: The processes of a sharded run; the peaks by phase are then the largest among them.
     """
@@ -85,6 +86,7 @@ class Memory(_Part):
     forward_peak_tensor_bytes: int | None = None
     backward_peak_tensor_bytes: int | None = None
     optimizer_peak_tensor_bytes: int | None = None
+    resident_tensor_bytes: int | None = None
     paged_state_bytes: int | None = None
     predicted: PredictedMemory = PredictedMemory()
     ranks: list[RankMemory] = []
@@ -114,6 +116,7 @@ class Seconds(_Part):
     train: float = 0.0
     evaluate: float = 0.0
     probe: float = 0.0
+    latency: float = 0.0
     ceilings: float = 0.0
     wall: float = 0.0
 
@@ -137,6 +140,15 @@ class Speed(_Part):
     matmul_share: float | None = None
     data_seconds: float | None = None
     generation_seconds: float | None = None
+
+
+class Timing(_Part):
+    """The seconds of one piece of work that was repeated: their median and quartiles."""
+
+    repeats: int
+    seconds_median: float
+    seconds_lower_quartile: float
+    seconds_upper_quartile: float
 
 
 class Ceilings(_Part):
@@ -190,6 +202,8 @@ class RunRecord(_Part):
         train_batches_sha256: The hash of all training tokens in order; runs that saw the same batches have the same.
         weights: Whether the run's folder still has what was trained; None where nothing was.
         files: The SHA-256 of the run's other files, by their path in its folder.
+        latency: The times of a forward pass by the model's state and what passes: ``base_prompt``, ``apart_prompt``,
+            ``merged_prompt``, ``base_token``, ... None: the spec does not ask for them.
         benchmarks: The scores of lm-eval's own benchmarks by lm-eval's names, and the number of ``items``.
         method_metrics: Numbers that only one method has.
         unavailable: The reason why a field is null, by field.
@@ -211,6 +225,7 @@ class RunRecord(_Part):
     train_batches_sha256: str | None = None
     weights: Literal["kept", "dropped"] | None = None
     files: dict[str, str] = {}
+    latency: dict[str, Timing] | None = None
     benchmarks: dict[str, dict[str, float]] = {}
     method_metrics: dict[str, float] = {}
     unavailable: dict[str, str] = {}

@@ -103,7 +103,20 @@ class RunSpec(BaseModel):
     ] = ()
     benchmark_items: Annotated[Count | None, Field(description="items of each benchmark; null: all")] = None
     untimed_steps: Annotated[CountOrZero, Field(description="first steps left out of the step times")] = 3
-    probe_steps: Annotated[CountOrZero, Field(description="extra steps under the byte tracker (CPU); 0: none")] = 2
+    probe_steps: Annotated[
+        CountOrZero, Field(description="extra steps whose peaks are measured phase by phase; 0: none")
+    ] = 2
+    latency_tokens: Annotated[
+        CountOrZero,
+        Field(
+            description="tokens of prompts, batch_size at once, whose latency is timed on the base, with the adapter "
+            "apart, and merged; 0: none"
+        ),
+    ] = 0
+    memory_limit_gib: Annotated[
+        float | None,
+        Field(gt=0, description="memory of the smaller card that the run is limited to (CUDA), context included"),
+    ] = None
 
     device: Annotated[Device, Field(description="set by the machine, not by experiment files")] = "cpu"
 
@@ -137,6 +150,11 @@ class RunSpec(BaseModel):
             raise ValueError(
                 f"compile does nothing with checkpointing and {self.method.name}, whose layers torch.compile leaves as "
                 "they are, without a word; leave out one of the two"
+            )
+        if self.latency_tokens and (not self.method.mergeable or self.shards > 1):
+            raise ValueError(
+                f"latency_tokens={self.latency_tokens} compares an adapter that is apart with a merged one, which "
+                f"{self.method.name} with shards={self.shards} does not have; use 0"
             )
         return self
 
@@ -174,7 +192,7 @@ def run_id(spec: RunSpec) -> str:
 _NO_MEMORY = {
     *("seed", "init_seed", "learning_rate", "shuffled_targets", "steps", "schedule", "warmup_steps", "task"),
     *("validation_items", "validation_every", "heldout_items", "generation_items", "retention_tokens"),
-    *("benchmarks", "benchmark_items", "untimed_steps", "probe_steps"),
+    *("benchmarks", "benchmark_items", "untimed_steps", "probe_steps", "latency_tokens"),
 }
 """Fields that change no shape, and so no memory; a method's scale alpha is another."""
 

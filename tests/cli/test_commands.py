@@ -25,8 +25,7 @@ TREATMENTS = {
     # Whole: an answer within seconds.
     r"peftscope (memory|fit|expand|doctor|claims --id) ?.*": "whole",
     # These train, measure or need what was trained: their options are read, and nothing more.
-    r"peftscope (run|merge|report|claims --kind) .*": "help",
-    r"python -W ignore -m peftscope\.gpu\.check .*": "help",
+    r"(python -m )?peftscope (run|sweep|merge|report|claims --kind) .*": "help",
     r"hf auth login": "help",
     # Says what it would do.
     r"make (setup|test|report|publish|claims|gpu-check)( [A-Z]+=\S+)*": "dry",

@@ -92,7 +92,7 @@ def test_a_task_that_changed_after_it_was_made(write_experiment) -> None:
         plan_experiment("mine")
 
 
-@pytest.mark.parametrize("name", ["published", "gpu", "My_Study"])
+@pytest.mark.parametrize("name", ["published", "memory", "My_Study"])
 def test_reserved_and_impossible_names(name: str) -> None:
     with pytest.raises(InputError, match=r"reserved|not a name"):
         expand(name)

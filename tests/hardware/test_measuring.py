@@ -18,7 +18,8 @@ from peftscope.execution.phases import Phases
 from peftscope.execution.provenance import _card
 from peftscope.execution.run import execute
 from peftscope.hardware import meter as meters
-from peftscope.hardware.meter import CudaMeter, HostMeter, PeakSampler, paged_bytes
+from peftscope.hardware.cards import CONTEXT_BYTES, GIB
+from peftscope.hardware.meter import CudaMeter, HostMeter, PeakSampler, limited_memory, paged_bytes
 from peftscope.hardware.nvml import find_card, other_processes, reading, used_bytes
 from peftscope.record import read_record
 from peftscope.spec import RunSpec
@@ -243,3 +244,39 @@ def test_a_rehearsal_changes_nothing(method: str, toy: Path, make_spec, tmp_path
         losses.append((log.nll, torch.cat([p.detach().float().flatten() for p in model.parameters()])))
     assert losses[0][0] == losses[1][0]
     assert torch.equal(losses[0][1], losses[1][1])
+
+
+@pytest.mark.parametrize(
+    ("used", "context"),
+    [((100 * MIB, 800 * MIB), 698 * MIB), ((100 * MIB, 300 * MIB), CONTEXT_BYTES), ((None, None), CONTEXT_BYTES)],
+)
+def test_a_run_is_limited_to_a_smaller_card_less_the_context(
+    used: tuple[int | None, int | None], context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float] = []
+    answers = iter(used)
+    monkeypatch.setattr(meters, "pci_address", lambda: "unknown")
+    monkeypatch.setattr(meters, "used_bytes", lambda card: next(answers))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2 * MIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=80 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(torch.OutOfMemoryError), limited_memory(12 * GIB) as left:
+        assert left == 12 * GIB - context
+        assert [share * 80 * GIB for share in shares] == [pytest.approx(left)]
+        raise torch.OutOfMemoryError
+    assert shares[1:] == [1.0]  # what the process does next has the whole card
+
+
+def test_a_limit_above_the_card_or_below_the_context_is_a_share_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+    monkeypatch.setattr(meters, "pci_address", lambda: "unknown")
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=80 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for limit in (200 * GIB, MIB):
+        with limited_memory(limit):
+            pass
+    assert shares == [1, 1, 0, 1]

@@ -15,10 +15,11 @@ from test_methods import TRAINED, batches_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.agreement import ARCHITECTURES, differences, random_questions
+from peftscope.data.batching import Example, collate
 from peftscope.data.tasks import make_task
 from peftscope.hardware.bf16 import Way, bf16_products
 from peftscope.memory.answer import AGREEMENT_FILE, answer_by_formula
-from peftscope.memory.probe import probe_training
+from peftscope.memory.probe import probe_evaluation, probe_training
 from peftscope.memory.question import ask, describe_model
 from peftscope.memory.simulate import answer_by_simulation, simulate
 from peftscope.methods import METHODS
@@ -28,16 +29,30 @@ from peftscope.models.presets import PRESETS
 from peftscope.models.shapes import FAMILIES, ModelShape
 from peftscope.spec import RunSpec
 from peftscope.training.build import build_model
-from peftscope.training.load import DTYPES, load_base, training_attention
+from peftscope.training.load import DTYPES, attention, load_base, training_attention
 
 
 def both(spec: RunSpec) -> tuple[dict[str, int], dict[str, int]]:
     (batch,) = batches_of(spec, 1)
     assert batch.attention_mask.min() == 0  # padded, so that the real run needs its masks as well
-    tracked = probe_training(build_model(load_base(spec), spec), batch, spec)
+    tracked, _ = probe_training(build_model(load_base(spec), spec), batch, spec)
     config = AutoConfig.from_pretrained(model_folder(spec.model))
     trace, _ = simulate(spec, config, [batch] * spec.probe_steps)
     return {phase: peak.size for phase, peak in trace.peaks().items()}, tracked
+
+
+@pytest.mark.parametrize("name", ["lora", "full", "prefix-tuning"])
+def test_without_padding_there_is_no_mask(name: str, toy: Path, make_spec) -> None:
+    spec = make_spec(method=name, loss_path="hf", batch_size=1, generation_items=0, retention_tokens=0)
+    batch = collate([Example(tuple(range(3, 43)), 20)] * 2, pad_token_id=0)
+    assert batch.attention_mask.min() == 1
+    trained = build_model(load_base(spec), spec)
+    with attention(trained.model, spec.attention):
+        evaluated = probe_evaluation(trained.model, batch, spec)
+    tracked, _ = probe_training(trained, batch, spec)
+    training, evaluation = simulate(spec, AutoConfig.from_pretrained(model_folder("toy")), [batch] * 2, batch)
+    assert {phase: peak.size for phase, peak in training.peaks().items()} == tracked
+    assert evaluation.peaks()["evaluate"].size == evaluated
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -124,7 +139,7 @@ def test_every_family(family: str, method: str, loss_path: str, precision: str, 
         config, dtype=DTYPES[precision], attn_implementation=training_attention(spec)
     )
     base.config.use_cache = False
-    tracked = probe_training(build_model(base, spec), batch, spec)
+    tracked, _ = probe_training(build_model(base, spec), batch, spec)
     trace, _ = simulate(spec, config, [batch] * spec.probe_steps)
     assert {phase: peak.size for phase, peak in trace.peaks().items()} == tracked
 

@@ -37,6 +37,14 @@ def test_what_will_not_fit_is_marked_with_what_would(write_experiment) -> None:
     assert re.search(r"about \d.* of GPU to go, peak at most [\d.]+ GiB", done.output)
 
 
+def test_a_run_that_is_limited_to_a_smaller_card_has_to_fit_there() -> None:
+    forecaster, runs = Forecaster(find_gpu("h200")), expand("gpu-check", "cuda").runs
+    limited = [forecaster.forecast(run, spec) for run, spec in runs.items() if spec.memory_limit_gib]
+    assert [f.fits for f in limited if f.spec.batch_size == 4] == [False]
+    assert all(f.fits == (f.peak_device_bytes <= f.spec.memory_limit_gib * 2**30) for f in limited)
+    assert all(bool(f.advice) != f.fits for f in limited)
+
+
 def test_memory_is_asked_once_for_runs_that_differ_in_nothing_that_matters_to_it(write_experiment) -> None:
     axes = "axes: {method: [lora], learning_rate: [1.0e-4, 2.0e-4], alpha: [8, 16]}\nseeds: [0, 1]\n"
     write_experiment("mine", BIG + axes)

@@ -1,123 +1,94 @@
-"""Reads the JSON files that the check on a card writes. No torch."""
+"""Finds runs that a CUDA card measured on random weights, by the options of ``peftscope memory``. No torch."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peftscope.errors import InputError, Problem
-from peftscope.files.content import parse_json, read_text
-from peftscope.layout import PUBLISHED_RESULTS
+import pandas as pd
 
-KINDS = ("fits", "steps", "latency", "memory")
-"""The kinds of jobs in their order; those that decide most claims come first. Each has a JSON and a CSV file."""
+from peftscope.hardware.cards import GPUS
+from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, ask, describe_model
 
-CARD_FILE = "card.json"
-PUBLISHED = PUBLISHED_RESULTS / "gpu"
+GIB = 2**30
+TASK = "filler"
+"""The task of such runs: every sequence is as long as ``seq_len`` allows."""
+PREFIX = "random-"
+"""Begins the names of models that have the shape of a preset and random weights."""
 
-_NAMED = ("method", "batch_size", "seq_len", "checkpointing")
-
-
-@dataclass(frozen=True)
-class Card:
-    """The results of one card.
-
-    Attributes:
-        facts: The content of ``card.json``.
-        rows: The row of each job, by kind and label.
-    """
-
-    facts: dict[str, Any]
-    rows: dict[str, dict[str, dict[str, Any]]]
-
-    @property
-    def name(self) -> str:
-        """The card's name according to its driver."""
-        return str(self.facts["name"])
-
-    def find(self, kind: str, label: str) -> dict[str, Any] | None:
-        """Returns the row of a job that was measured or ran out of memory, or None."""
-        row = self.rows[kind].get(label)
-        return row if row is not None and row["status"] in ("ok", "out of memory") else None
+Row = dict[str, Any]
 
 
-def label_of(model: str, options: Mapping[str, Any], limit: str = "", headroom: float = 0) -> str:
-    """Returns the label of a job, by which a claim finds its row.
+def read_cards(folders: Iterable[Path]) -> dict[str, list[Row]]:
+    """Returns the rows of runs on random weights by the name of their card; rows of processors are ignored.
 
     Args:
-        model: A preset, or the path of a ``config.json``.
-        options: The options of ``peftscope.memory.question.ask``.
-        limit: The card to whose memory the job is limited.
-        headroom: The share of this memory that stays free.
-
-    >>> label_of("llama-2-7b", {"method": "lora", "targets": "attention", "checkpointing": True}, "rtx4090")
-    'llama-2-7b-lora-1x512-checkpointing-attention-on-rtx4090'
+        folders: The folders whose subfolders have a ``runs.csv``. A run that two of them have counts once.
     """
-    parts = [Path(model).stem if model.endswith(".json") else model, str(options.get("method", "lora"))]
-    parts.append(f"{options.get('batch_size', 1)}x{options.get('seq_len', 512)}")
-    parts += ["checkpointing"] if options.get("checkpointing") else []
-    for name, value in sorted(options.items()):
-        if name not in _NAMED:
-            parts.append(value if isinstance(value, str) else f"{name}={json.dumps(value)}")
-    parts += [f"on-{limit}"] if limit else []
-    parts += [f"headroom={headroom:g}"] if headroom else []
-    return "-".join(parts)
-
-
-def read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns the rows of one kind by their labels, or no rows if the file does not exist.
-
-    Raises:
-        InputError: The file is damaged.
-    """
-    if not path.is_file():
-        return {}
-    rows = read_facts(path)
-    if not all(isinstance(row, dict) and isinstance(row.get("status"), str) for row in rows.values()):
-        raise InputError(Problem(str(path), "not rows of the check on a card", "remove it and run make gpu-check"))
-    return rows
-
-
-def read_cards(folder: Path) -> list[Card]:
-    """Returns the results of CUDA cards in a folder and its subfolders; results of processors are ignored.
-
-    Raises:
-        InputError: A file is damaged.
-    """
-    cards = []
-    for path in sorted([*folder.glob(CARD_FILE), *folder.glob(f"*/{CARD_FILE}")]):
-        if not is_of_card(path):
+    cards: dict[str, dict[str, Row]] = {}
+    for path in (path for folder in folders for path in sorted(folder.glob("*/runs.csv"))):
+        table = pd.read_csv(path)
+        if "device" not in table or not (table["device"] == "cuda").any():
             continue
-        facts = read_facts(path)
-        rows = {kind: read_rows(path.with_name(f"{kind}.json")) for kind in KINDS}
-        cards.append(Card(facts, {kind: _of_cards(found) for kind, found in rows.items()}))
-    return cards
+        table = table[(table["device"] == "cuda") & (table["task"] == TASK) & table["status"].isin(["ok", "oom"])]
+        for row in table.astype(object).where(table.notna(), None).to_dict("records"):
+            cards.setdefault(str(row["gpu"]), {}).setdefault(str(row["run_id"]), row)
+    return {card: list(rows.values()) for card, rows in sorted(cards.items())}
 
 
-def is_of_card(path: Path) -> bool:
-    """Returns whether a ``card.json`` belongs to a CUDA card, not to a processor that stood in for one.
+def limit_of(card: str, headroom: float = 0) -> float:
+    """Returns the memory limit in GiB of a run that has to fit on a card of which a share stays free.
 
-    Raises:
-        InputError: The file is damaged.
+    >>> limit_of("a100-80gb", 0.1)
+    72.0
     """
-    facts = read_facts(path)
-    return facts.get("device") == "cuda" and "name" in facts
+    return round((1 - headroom) * GPUS[card].memory_bytes / GIB, 3)
 
 
-def _of_cards(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {label: row for label, row in rows.items() if row.get("device") == "cuda"}
+def find_run(
+    rows: Iterable[Row], model: str, options: Mapping[str, Any], limit: float | None = None, measured: str = "status"
+) -> Row | None:
+    """Returns the row of a run, or None.
 
-
-def read_facts(path: Path) -> dict[str, Any]:
-    """Returns the mapping that a JSON file holds.
-
-    Raises:
-        InputError: The file is damaged.
+    Args:
+        rows: The rows of one card.
+        model: The preset whose shape the run's model has.
+        options: The options of ``peftscope.memory.question.ask``; the others have the defaults that they have there.
+            With ``latency_tokens``, the latency of a prompt of so many tokens is meant, whatever the run trained on.
+        limit: The run's memory limit in GiB.
+        measured: A column that the row must have, unless the run ran out of memory.
     """
-    content = parse_json(read_text(path), str(path))
-    if not isinstance(content, dict):
-        raise InputError(Problem(str(path), "not a mapping", "remove it and run make gpu-check"))
-    return content
+    wanted = _wanted(model, options) | {"memory_limit_gib": limit}
+    for row in rows:
+        has_value = row["status"] == "oom" or row.get(measured) is not None
+        if has_value and all(_same(row.get(name), value) for name, value in wanted.items()):
+            return row
+    return None
+
+
+def _wanted(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the columns that tell apart what takes other memory or time, with the values of a run."""
+    known_as = {name: value for name, value in options.items() if name != "latency_tokens"}
+    spec = ask(describe_model(model), known_as).spec
+    fields = spec.method.model_dump(mode="json") | spec.model_dump(mode="json", exclude={"method"})
+    known = {name: fields[name] for name in (*METHOD_OPTIONS, *SPEC_OPTIONS) if name in fields}
+    tokens = options.get("latency_tokens", 0)
+    open_fields = {"alpha", "eval_batch_size", *(["seq_len"] if tokens else [])} - options.keys()
+    known = {name: value for name, value in known.items() if name not in open_fields}
+    return {"model": PREFIX + model, "method": spec.method.name, "latency_tokens": tokens, **known}
+
+
+def _same(value: Any, wanted: Any) -> bool:
+    if value is None or wanted is None:
+        return value is wanted
+    if isinstance(wanted, list):
+        wanted = "+".join(wanted)
+    return bool(value == wanted)
+
+
+def quartiles(row: Row, name: str) -> tuple[float, float, float, int]:
+    """Returns lower quartile, median, upper quartile and number of a row's times, of ``step`` or of ``latency_...``."""
+    count = "timed_steps" if name == "step" else f"{name}_repeats"
+    lower, middle, upper = (row[f"{name}_seconds_{which}"] for which in ("lower_quartile", "median", "upper_quartile"))
+    return lower, middle, upper, int(row[count])

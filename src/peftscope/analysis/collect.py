@@ -50,7 +50,7 @@ def collect_experiment(sweep: Sweep) -> None:
         except Damaged as error:
             problems += error.problems
             continue
-        rows.append({"run_id": identity, "comparisons": " ".join(member[identity]), **_row(spec, record)})
+        rows.append({"run_id": identity, "comparisons": " ".join(member[identity]), **row_of(spec, record)})
         rows_of_run = loss_rows(record.model_dump(mode="json")) if record else []
         losses += [{"run_id": identity, **row} for row in rows_of_run]
     if problems:
@@ -87,7 +87,8 @@ def _find_record(folder: Path) -> RunRecord | None:
     return None
 
 
-def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
+def row_of(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
+    """Returns the columns of a run that do not depend on the experiment; None: it has no record yet."""
     fields = spec.model_dump(mode="json")
     method = fields.pop("method")
     row: dict[str, Any] = {
@@ -108,6 +109,8 @@ def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
     row |= {f"predicted_{name}": value for name, value in record.memory.predicted}
     speed = record.speed
     row |= {name: value for name, value in speed}
+    for name, timing in (record.latency or {}).items():
+        row |= {f"latency_{name}_{field}": value for field, value in timing}
     quality = record.quality
     row |= {
         "heldout_nll_nats_per_token": quality.heldout_nll,
@@ -134,6 +137,8 @@ def _row(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
         "cores": hardware.get("cores"),
         "host_memory_bytes": hardware.get("memory_bytes"),
         "gpu": hardware.get("gpu"),
+        "gpu_memory_bytes": hardware.get("gpu_memory_bytes"),
+        "gpu_used_before_bytes": (record.provenance.get("card") or {}).get("used_bytes"),
         "torch": record.provenance.get("packages", {}).get("torch"),
     }
     return row

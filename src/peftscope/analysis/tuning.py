@@ -138,6 +138,17 @@ def choose_rates(sweep: Sweep, *, coarse: bool = False) -> Path:
     return path
 
 
+def choose_next(sweep: Sweep) -> Path:
+    """Chooses among the listed rates if a study's fine grids are still to come, and otherwise each arm's rate.
+
+    Raises:
+        InputError: See ``choose_rates``.
+    """
+    study = sweep.experiment.study
+    has_fine_runs = any(comparison.name.startswith(FINE) for comparison in sweep.comparisons)
+    return choose_rates(sweep, coarse=study is not None and bool(study.fine_seeds) and not has_fine_runs)
+
+
 def _best(sweep: Sweep, study: Study, arm: str, tried: dict[float, dict[str, Any]]) -> tuple[float, Problem | None]:
     """Returns the rate with the lowest mean validation loss, and a problem if it cannot be used."""
     best = min(tried, key=lambda rate: tried[rate]["validation_nll"])

@@ -19,7 +19,11 @@ from peftscope.execution.libraries import offline, quiet_libraries, without_hub_
 from peftscope.layout import record_path, run_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.status import Status
+
+    from peftscope.spec import RunSpec
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -160,6 +164,38 @@ def expand_experiment(
 
         for line in describe(sweep):
             console.print(line, soft_wrap=True)
+
+
+@app.command()
+def sweep(
+    experiment: rules.ExperimentName,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so long; the same command goes on. Default: at the end.")
+    ] = None,
+) -> None:
+    """Run what is left of an experiment, one run after the other: no Snakemake, and lm-eval only for runs that ask."""
+    from functools import partial
+
+    from peftscope.analysis.tuning import choose_next
+    from peftscope.cli.forecast import card_of
+    from peftscope.execution.job import check_cards
+    from peftscope.execution.sweep import run_sweep
+    from peftscope.hardware.device import detect_device
+    from peftscope.planning.estimate import estimate_seconds
+    from peftscope.planning.forecast import Forecaster
+    from peftscope.training.ceilings import product_rate
+
+    seconds_of: Callable[[RunSpec], float] = partial(estimate_seconds, rate_of=product_rate)
+    if detect_device() == "cuda":
+        check_cards(1)
+        card = card_of(experiment, None)
+        seconds_of = Forecaster(card).seconds if card else seconds_of
+    outcome = run_sweep(experiment, seconds_of, choose_next, minutes)
+    if outcome.left:
+        print(f"{outcome.left} runs left: repeat the command to go on")
+    if outcome.failed:
+        print(f"{len(outcome.failed)} failed, see train.log in {', '.join(str(run_folder(r)) for r in outcome.failed)}")
+        sys.exit(1)
 
 
 @app.command()

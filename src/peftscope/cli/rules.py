@@ -110,7 +110,7 @@ def check(experiment: ExperimentName) -> None:
 
 
 @app.command("publish", hidden=True)
-def publish_command(name: Annotated[str, typer.Argument(help="An experiment, memory, or gpu.")]) -> None:
+def publish_command(name: Annotated[str, typer.Argument(help="An experiment, claims, or memory.")]) -> None:
     """Copy the small files of what is finished to results/published and reports/published."""
     from peftscope.report.publish import publish
 

@@ -220,8 +220,8 @@ def check_cards(count: int) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        remedy = "see `peftscope doctor`; PEFTSCOPE_DEVICE=cpu uses the processor"
-        raise InputError(Problem("device", "this machine has a card, but the installed torch cannot use it", remedy))
+        remedy = "see `peftscope doctor`; PEFTSCOPE_DEVICE=cpu (for make gpu-check DEVICE=cpu) uses the processor"
+        raise InputError(Problem("device", "the installed torch finds no CUDA card that it can use", remedy))
     if torch.cuda.device_count() < count:
         message = f"{count} shards need {count} cards, and this machine has {torch.cuda.device_count()}"
         raise InputError(Problem("shards", message, "use fewer shards, or a machine with more cards"))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from peftscope.evaluation.retention import PROSE_SHA256
 from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.device import processor_name
 from peftscope.hardware.meter import allocator_settings, pci_address
-from peftscope.hardware.nvml import find_card, other_processes, reading
+from peftscope.hardware.nvml import find_card, other_processes, reading, used_bytes
 from peftscope.methods import versions_of
 from peftscope.models.catalog import model_folder
 from peftscope.spec import RunSpec
@@ -46,7 +46,7 @@ def provenance(spec: RunSpec, rank: int = 0) -> dict[str, Any]:
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "code": git_state(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES} | versions_of(spec.method.name),
+        "packages": {name: _version(name) for name in PACKAGES} | versions_of(spec.method.name),
         "hardware": hardware(spec.device),
         "threads": torch.get_num_threads(),
         # Only bf16 on a processor has two ways to compute products.
@@ -68,6 +68,14 @@ def provenance(spec: RunSpec, rank: int = 0) -> dict[str, Any]:
         "benchmarks": {name: _manifest(benchmark_folder(name)) for name in spec.benchmarks},
         "prose_sha256": PROSE_SHA256,
     }
+
+
+def _version(package: str) -> str | None:
+    """Returns a package's version, or None if it is not installed: a sweep needs neither lm-eval nor an install."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def git_state() -> dict[str, Any]:
@@ -101,16 +109,22 @@ def hardware(device: str) -> dict[str, Any]:
 
 def _card(index: int) -> dict[str, Any]:
     """Returns a card's state before the run uses it, and warns on stderr of other processes that use it."""
-    others = other_processes(find_card(pci_address(index)))
+    card = find_card(pci_address(index))
+    others = other_processes(card)
     for other in others or []:
         used = "unknown memory" if other["used_bytes"] is None else spoken_bytes(other["used_bytes"], 1)
         print(f"process {other['pid']} uses the card as well ({used}): times and peaks include it", file=sys.stderr)
-    return {"at_start": card_reading(index), "other_processes": others, "allocator_settings": allocator_settings()}
+    return {
+        "at_start": reading(card),
+        "used_bytes": used_bytes(card),
+        "other_processes": others,
+        "allocator_settings": allocator_settings(),
+    }
 
 
-def card_reading(index: int | None = None) -> dict[str, float | None]:
-    """Returns the clocks, the power and the temperature of a card, by default of the current one."""
-    return reading(find_card(pci_address(index)))
+def card_reading() -> dict[str, float | None]:
+    """Returns the clocks, the power and the temperature of the current card."""
+    return reading(find_card(pci_address()))
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

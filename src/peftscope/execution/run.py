@@ -12,8 +12,9 @@ import shutil
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -33,15 +34,16 @@ from peftscope.data.batching import (
 from peftscope.data.tasks import Item, read_split, shuffle_responses
 from peftscope.errors import InputError
 from peftscope.evaluation.heldout import heldout_nll, mean_nll
+from peftscope.evaluation.latency import time_passes
 from peftscope.evaluation.retention import bits_per_byte
 from peftscope.execution.phases import Phases
 from peftscope.execution.provenance import card_reading, provenance
 from peftscope.execution.ranks import let_others_end_it, meeting_file, rank_folder
-from peftscope.execution.unavailable import why_unavailable
+from peftscope.execution.unavailable import NOT_LIMITED, why_unavailable
 from peftscope.files.manifest import file_sha256
 from peftscope.files.storage import storage_problem
 from peftscope.hardware.bf16 import bf16_products
-from peftscope.hardware.meter import is_out_of_memory
+from peftscope.hardware.meter import is_out_of_memory, limited_memory
 from peftscope.memory.predict import predict_or_nothing
 from peftscope.memory.probe import probe_evaluation, probe_training
 from peftscope.memory.tracker import MemoryTracker, tensors_of
@@ -104,6 +106,7 @@ def _run_phases(run: _Run) -> None:
     phase, quality, trains = run.phases.phase, run.record.quality, run.spec.method.trains
     with phase("load"):
         data, base = _load(run)
+    _time_latency(run, base, "base")
     trained = _prepare(run, base)
     quality.retention_bits_per_byte_before = _score_retention(run, trained.model, data)
     with phase("predict"):
@@ -116,6 +119,7 @@ def _run_phases(run: _Run) -> None:
     before = quality.retention_bits_per_byte_before
     quality.retention_bits_per_byte = _score_retention(run, trained.model, data) if trains else before
     _probe(run, trained, widest)
+    _time_latency(run, trained.model, "apart", "merged")
     if trains and run.alone:
         # A model may leave no room on the card for this measurement. The run is valid without it.
         with phase("ceilings"), suppress(torch.OutOfMemoryError):
@@ -163,7 +167,7 @@ def execute(
         record.provenance = provenance(spec, rank) | {"alone": alone}
         if spec.shards > 1:
             join(spec, rank, meeting)
-        with bf16_products():
+        with bf16_products(), _limited_memory(record):
             _run_phases(run)
     except (Interrupted, KeyboardInterrupt) as error:
         reason = str(error) or "stopped by SIGINT"
@@ -203,6 +207,20 @@ def execute(
     if rank == 0:
         clear_checkpoints(folder)
     return record
+
+
+@contextmanager
+def _limited_memory(record: RunRecord) -> Iterator[None]:
+    """Limits the run to the memory that its spec asks for, and says in the record what is left to tensors."""
+    limit = record.spec.memory_limit_gib
+    if limit is not None and record.spec.device == "cuda":
+        with limited_memory(int(limit * 2**30)) as left:
+            record.provenance["card"]["limited_to_bytes"] = left
+            yield
+        return
+    if limit is not None:
+        print(f"memory_limit_gib={limit:g}: {NOT_LIMITED}", file=sys.stderr)
+    yield
 
 
 def _load(run: _Run) -> tuple[_Data, Any]:
@@ -311,20 +329,39 @@ def _save(run: _Run, model: Any) -> None:
 
 
 def _probe(run: _Run, trained: TrainedModel, widest: _Widest) -> None:
-    """Writes into the record what only a probe measures: tensor peaks on a processor, or each process's share."""
+    """Writes into the record what only a probe measures: the peaks of a step's parts, or each process's share."""
     spec, memory = run.spec, run.phases.memory
     if spec.shards > 1:
         run.phases.gather_ranks(held_bytes(trained.model), lambda mine: from_all(mine, spec))
-    elif spec.device == "cpu" and spec.probe_steps:
-        with run.phases.phase("probe"):
+        return
+    if not spec.probe_steps:
+        return
+    on_cpu = spec.device == "cpu"
+    # A full card may have no room for another optimizer; the run is good all the same.
+    with run.phases.phase("probe"), nullcontext() if on_cpu else suppress(torch.OutOfMemoryError):
+        if on_cpu:
             with attention(trained.model, spec.attention):
                 memory.evaluate.peak_tensor_bytes = probe_evaluation(trained.model, widest.heldout, spec)
-            if widest.training is not None and not spec.compile:
-                peaks = probe_training(trained, widest.training, spec)
+        if widest.training is not None and not spec.compile:
+            peaks, memory.resident_tensor_bytes = probe_training(trained, widest.training, spec)
+            if on_cpu:
                 memory.train.peak_tensor_bytes = max(peaks.values())
-                memory.forward_peak_tensor_bytes = peaks["forward"]
-                memory.backward_peak_tensor_bytes = peaks["backward"]
-                memory.optimizer_peak_tensor_bytes = peaks["optimizer"]
+            memory.forward_peak_tensor_bytes = peaks["forward"]
+            memory.backward_peak_tensor_bytes = peaks["backward"]
+            memory.optimizer_peak_tensor_bytes = peaks["optimizer"]
+
+
+def _time_latency(run: _Run, model: Any, *states: str) -> None:
+    """Puts the latency of a model into the record, as it is and merged; merging ends the model."""
+    if not run.spec.latency_tokens:
+        return
+    latency = run.record.latency = run.record.latency or {}
+    with run.phases.phase("latency"):
+        for state in states:
+            if state == "merged":
+                with warnings.catch_warnings(action="ignore"):  # of 4-bit sums: here, only their time counts
+                    model = model.merge_and_unload()
+            latency |= {f"{state}_{name}": timing for name, timing in time_passes(model, run.spec).items()}
 
 
 def _batches(data: _Data, spec: RunSpec) -> Iterator[Batch]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from peftscope.memory.predict import why_not_simulated
 from peftscope.record import Ceilings, RunRecord, Speed
 
+NOT_LIMITED = "not enforced: only the allocator of a CUDA card can be limited"
+
 
 def why_unavailable(record: RunRecord) -> dict[str, str]:
     """Returns the reason for each field that is null, by the field's path."""
@@ -17,8 +19,7 @@ def why_unavailable(record: RunRecord) -> dict[str, str]:
                 reasons[f"memory.{phase}.{field}"] = "CUDA only" if cuda_only else _why_missing(record, phase, field)
     for phase in ("forward", "backward", "optimizer"):
         if getattr(record.memory, f"{phase}_peak_tensor_bytes") is None:
-            missing = _why_missing(record, "train", "peak_tensor_bytes")
-            reasons[f"memory.{phase}_peak_tensor_bytes"] = missing if cpu else "CPU only"
+            reasons[f"memory.{phase}_peak_tensor_bytes"] = _why_missing(record, "train", "peak_tensor_bytes")
     failed = record.status == "ok" and all(value is None for _, value in record.memory.predicted)
     for field, value in record.memory.predicted:
         if failed:
@@ -29,6 +30,8 @@ def why_unavailable(record: RunRecord) -> dict[str, str]:
             reasons[f"memory.predicted.{field}"] = "CUDA only" if cuda_only else _why_missing(record, "train")
     if record.memory.paged_state_bytes is None:
         reasons["memory.paged_state_bytes"] = "CUDA only" if cpu else _why_missing(record, "train")
+    if cpu and record.spec.memory_limit_gib:
+        reasons["spec.memory_limit_gib"] = NOT_LIMITED
     for part in ("speed", "ceilings", "quality", "size"):
         for field, value in getattr(record, part):
             if value is None:
@@ -51,4 +54,6 @@ def _why_missing(record: RunRecord, phase: str, field: str = "") -> str:
         return "the byte tracker knows a single process"
     if field == "peak_tensor_bytes" and record.spec.compile:
         return "the byte tracker does not see into compiled layers"
+    if field == "peak_tensor_bytes" and record.spec.device == "cuda" and record.spec.probe_steps:
+        return "the model left no room for further steps"
     return "switched off in the spec"

@@ -6,12 +6,13 @@ import contextlib
 import gc
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from peftscope.hardware.cards import CONTEXT_BYTES
 from peftscope.hardware.nvml import find_card, used_bytes
 
 SAMPLE_SECONDS = 0.02
@@ -140,6 +141,30 @@ def pci_address(index: int | None = None) -> str:
     """Returns the PCI address of one of torch's cards as NVML writes it; the default is the current card."""
     properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
     return f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"
+
+
+@contextlib.contextmanager
+def limited_memory(limit_bytes: int) -> Iterator[int]:
+    """Limits torch's allocator, inside this context, to what a smaller card would leave to it: the bytes it yields.
+
+    What the allocator takes beyond raises ``torch.OutOfMemoryError``. The CUDA context is not the allocator's, so its
+    size is subtracted: that of this process, or of the worst card so far, whichever is larger.
+
+    Args:
+        limit_bytes: The memory of the smaller card. A limit above this card's own memory limits nothing.
+    """
+    card = find_card(pci_address())
+    before = used_bytes(card)
+    torch.empty(1, device="cuda")  # creates the context
+    used = used_bytes(card)
+    context = used - before - torch.cuda.memory_reserved() if used is not None and before is not None else 0
+    left = limit_bytes - max(context, CONTEXT_BYTES)
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, left / total)))
+    try:
+        yield left
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def allocator_settings() -> str | None:

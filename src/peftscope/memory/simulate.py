@@ -46,7 +46,8 @@ def simulate(
     Args:
         spec: The run.
         config: The transformers configuration of its base model.
-        batches: The training batches, of which only the shapes count. Without any, nothing is trained.
+        batches: The training batches, of which only the shapes count, and whether they have padding. Without any,
+            nothing is trained.
         evaluation_batch: A batch with the shape of the evaluation's, or None for no evaluation.
         cublas_bytes: The size of cuBLAS's workspace. Above 0, the traces also contain the workspaces of CUDA kernels.
     """
@@ -56,14 +57,17 @@ def simulate(
     on_cpu = spec.model_copy(update={"device": "cpu"})
     if cublas_bytes:
         _drop_as_on_cuda(model)
+    in_training = _stand_in(training_attention(spec), spec, [] if spec.packing else batches)
+    in_evaluation = _stand_in(spec.attention, spec, [evaluation_batch] if evaluation_batch else [])
     with FakeTensorMode(allow_non_fake_inputs=True), _Owners(trained) as owners:
         _fill_with_fakes(model, spec.method.quantization())
-        trace = _train(trained, owners, on_cpu, batches, cublas_bytes) if batches else Trace()
+        with attention(model, in_training):
+            trace = _train(trained, owners, on_cpu, batches, cublas_bytes) if batches else Trace()
         if evaluation_batch is None:
             return trace, None
         tracker = _tracker_of(model, owners, cublas_bytes)
         owners.outside = "loss"  # everything that an evaluation computes outside the model
-        with attention(model, _on_cpu(spec.attention)):
+        with attention(model, in_evaluation):
             track_evaluation(tracker, model, _fake_batch(evaluation_batch), on_cpu)
         tracker.trace.name_open_blocks()
         return trace, tracker.trace
@@ -243,7 +247,7 @@ def _empty_model(spec: RunSpec, config: Any) -> TrainedModel:
 def _empty_base(spec: RunSpec, config: Any, quantization: Quantization | None) -> Any:
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(
-            config, dtype=DTYPES[spec.precision], attn_implementation=_on_cpu(training_attention(spec))
+            config, dtype=DTYPES[spec.precision], attn_implementation=_stand_in(training_attention(spec), spec, [])
         )
     base.config.use_cache = False
     if quantization:
@@ -268,9 +272,16 @@ def _empty_base(spec: RunSpec, config: Any, quantization: Quantization | None) -
     return base
 
 
-def _on_cpu(attention: str) -> str:
-    """Returns an attention for the CPU: SDPA without a mask saves what flash attention saves (output, log-sum-exp)."""
-    return MASK_FREE_SDPA if attention == "flash_attention_2" else attention
+def _stand_in(implementation: str, spec: RunSpec, batches: Sequence[Batch]) -> str:
+    """Returns the attention to simulate with: that of the spec, or SDPA without a mask for what keeps as much.
+
+    Flash attention keeps the same: output and log-sum-exp. For batches without padding, transformers leaves the mask
+    out, but it cannot know that of fake batches.
+    """
+    masks = [batch.attention_mask for batch in batches if spec.method.mask_free_attention]
+    unpadded = bool(masks) and not any(mask.is_meta or (mask == 0).any() for mask in masks)
+    skips = implementation == "flash_attention_2" or (implementation == "sdpa" and unpadded)
+    return MASK_FREE_SDPA if skips else implementation
 
 
 def _fill_with_fakes(model: torch.nn.Module, quantization: Quantization | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -44,7 +45,9 @@ EVALUATION = (
 def _measured() -> dict[tuple[Any, ...], dict[str, Any]]:
     """Returns the best record of each kind of run (model, method, device), and of each kind with each evaluation."""
     records: dict[tuple[Any, ...], dict[str, Any]] = {}
-    published = (_ended_well(text) for *_, text in all_published_records())
+    published: list[dict[str, Any] | None] = []
+    with suppress(ImportError):  # without pyarrow, as a sweep may be, published records cannot be read
+        published = [_ended_well(text) for *_, text in all_published_records()]
     own = (_ended_well(path.read_text()) for path in sorted(record_paths(), key=lambda path: path.stat().st_mtime))
     # The last record wins: this machine's latest, or else a published one, if possible one with its machine's rate.
     for record in [*sorted(filter(None, published), key=_has_rate), *filter(None, own)]:

@@ -7,6 +7,7 @@ less. Seconds are floating-point operations over a share of the card's peak rate
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 
 from peftscope.data.tasks import item_tokens
 from peftscope.errors import InputError, Problem
-from peftscope.hardware.cards import Gpu, known_card, speed_of
+from peftscope.hardware.cards import GIB, Gpu, known_card, speed_of
 from peftscope.memory.answer import RESIDENT, peaks_by_formula
 from peftscope.memory.fit import mildest_change
 from peftscope.memory.question import Model, Question
@@ -102,8 +103,13 @@ class Forecaster:
         if shape is None or unknown:
             return Forecast(identity, spec, chosen, self.seconds(spec), None, "", None, "", unknown)
         peak, phase = self._peak(spec, shape)
-        advice = "" if peak <= self.gpu.memory_bytes else self._advice_once(spec, shape)
-        return Forecast(identity, spec, chosen, self.seconds(spec), peak, phase, peak <= self.gpu.memory_bytes, advice)
+        fits = peak <= self._capacity(spec)
+        advice = "" if fits else self._advice_once(spec, shape)
+        return Forecast(identity, spec, chosen, self.seconds(spec), peak, phase, fits, advice)
+
+    def _capacity(self, spec: RunSpec) -> float:
+        """Returns the bytes that the run may take: those of the card, or of the smaller one that it is limited to."""
+        return min(self.gpu.memory_bytes, (spec.memory_limit_gib or math.inf) * GIB)
 
     def _peak(self, spec: RunSpec, shape: ModelShape) -> tuple[int, str]:
         """Returns the most bytes that the card needs, and the phase in which it needs them."""
@@ -138,7 +144,7 @@ class Forecaster:
                 method = {"name": changes["method"]}
             fields = spec.model_dump(mode="json") | fields_of(changes)
             changed = RunSpec.model_validate({**fields, "method": method})
-            return changed != spec and self._peak(changed, shape)[0] <= self.gpu.memory_bytes
+            return changed != spec and self._peak(changed, shape)[0] <= self._capacity(spec)
 
         changes = mildest_change(fits)
         if changes is None:

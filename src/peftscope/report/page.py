@@ -21,8 +21,9 @@ from peftscope.planning.estimate import spoken
 from peftscope.planning.experiment import Study, experiment_path, read_experiment
 from peftscope.report.memory import CARDS
 from peftscope.report.sentences import listed, sentence
+from peftscope.report.serving import latencies, limited_runs
 from peftscope.report.study import study_facts
-from peftscope.report.tables import best_settings, method_summary, notable_runs
+from peftscope.report.tables import best_settings, html, method_summary, notable_runs
 
 FIXED_FIGURES = ("pareto", "memory", "throughput", "losses", "prediction")
 
@@ -41,7 +42,7 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
         loader=PackageLoader("peftscope.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True
     )
     settings = read_experiment(experiment_path(experiment))
-    html = environment.get_template("report.html.j2").render(
+    page = environment.get_template("report.html.j2").render(
         experiment=experiment,
         confidence=f"{100 * CONFIDENCE:g}",
         title=settings.title or experiment,
@@ -52,6 +53,8 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
         left_out=_left_out(runs),
         runs_table=(folder / "tables" / "runs.html").read_text(),
         benchmarks_table=_table_with_rows(folder / "tables" / "benchmarks"),
+        limits_table=_html_with_rows(limited_runs(runs), "limits"),
+        latency_table=_html_with_rows(latencies(runs), "latency"),
         predictions_table=(folder / "tables" / "predictions.html").read_text(),
         study=_study_pages(experiment, settings.study) if settings.study else None,
         memory=_memory_pages(),
@@ -62,7 +65,7 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
     )
     path = report_path(experiment)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html)
+    path.write_text(page)
     return path
 
 
@@ -70,6 +73,10 @@ def _table_with_rows(path: Path) -> str:
     """Returns a table's HTML, or nothing if the table has no rows or does not exist."""
     csv, html = path.with_suffix(".csv"), path.with_suffix(".html")
     return html.read_text() if csv.is_file() and html.is_file() and len(pd.read_csv(csv)) else ""
+
+
+def _html_with_rows(frame: pd.DataFrame, name: str) -> str:
+    return html(frame, name) if len(frame) else ""
 
 
 def _left_out(runs: pd.DataFrame) -> dict[str, tuple[int, int] | None]:

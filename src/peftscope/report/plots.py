@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib as mpl
 
@@ -31,6 +32,8 @@ RANGE = {"color": "0.3", "linewidth": 1.2}
 """The style of a line from the lowest to the highest of several runs."""
 MOST_TICKS = 12
 """The most rungs of a ladder that an axis labels one by one."""
+LABEL_WIDTH = 45
+"""The most characters in a line of a variant's name."""
 LABELS = {
     "heldout_nll": "held-out NLL (nats per response token)",
     "train_peak": "peak of live tensors in training (MiB)",
@@ -99,7 +102,8 @@ def save(figure: plt.Figure, path: Path) -> None:
 
 def _with_names(runs: pd.DataFrame) -> pd.DataFrame:
     """Returns the rows with a column ``variant``, which is only the method if there are too many variants."""
-    return runs.assign(variant=runs["label"] if is_crowded(runs) else variants(runs))
+    names = runs["label"] if is_crowded(runs) else variants(runs)
+    return runs.assign(variant=names.map(lambda name: fill(name, LABEL_WIDTH)))
 
 
 def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:

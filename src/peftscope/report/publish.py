@@ -12,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 
-from peftscope.analysis.cards import CARD_FILE, is_of_card
 from peftscope.analysis.collect import collect_experiment, read_runs
 from peftscope.claims.ledger import read_history, read_ledger
 from peftscope.claims.stored import read_findings, unexplained_changes
@@ -22,6 +21,7 @@ from peftscope.layout import (
     CLAIMS_HISTORY,
     CLAIMS_PAGE,
     CLAIMS_RESULTS,
+    MEMORY_FOLDER,
     PUBLISHED_REPORTS,
     PUBLISHED_RESULTS,
     RUNS,
@@ -45,20 +45,19 @@ from peftscope.planning.sweep import expand
 from peftscope.record import RESTORED, parse_record, state_folder
 
 README = Path("README.md")
-COMPLETE = {"memory": ("grid.png", "bars.png", "chapter.csv"), "gpu": ("*/card.json",)}
-"""The folders of results that belong to no experiment, and the files that a finished one must have."""
-MADE_BY = {"memory": "make report", "gpu": "make gpu-check"}
+MEMORY_FILES = ("grid.png", "bars.png", "chapter.csv")
+"""The files that finished results without a run must have."""
 
 
 def publish(name: str) -> list[Path]:
-    """Publishes an experiment, or one of the results that belong to none: ``claims``, ``memory``, the ``gpu`` check.
+    """Publishes an experiment, or one of the results that belong to none: ``claims`` and ``memory``.
 
     Raises:
         InputError: There is nothing to publish yet, or a file is too large to commit.
     """
     if name == "claims":
         return publish_claims()
-    return publish_folder(name) if name in COMPLETE else publish_experiment(name)
+    return publish_memory() if name == MEMORY_FOLDER.name else publish_experiment(name)
 
 
 def publish_claims() -> list[Path]:
@@ -83,31 +82,19 @@ def publish_claims() -> list[Path]:
     return [Path(shutil.copyfile(path, folder / path.name)) for path, folder in targets.items()]
 
 
-def publish_folder(name: str) -> list[Path]:
-    """Copies tables and figures into the published folders, and returns the folders that were replaced.
-
-    Each card of the ``gpu`` check has its own folder; those of other cards stay. Results of processors are not
-    published.
+def publish_memory() -> list[Path]:
+    """Copies the tables and figures that need no run into the published folder, and returns it.
 
     Raises:
         InputError: The results are not finished, or a file is too large to commit.
     """
-    source, target = results_folder(name), PUBLISHED_RESULTS / name
-    missing = [pattern for pattern in COMPLETE[name] if not list(source.glob(pattern))]
+    missing = [name for name in MEMORY_FILES if not (MEMORY_FOLDER / name).is_file()]
     if missing:
-        raise InputError(Problem(str(source), f"not finished: no {', '.join(missing)}", f"run {MADE_BY[name]}"))
-    folders = [source] if name != "gpu" else sorted(p.parent for p in source.glob(f"*/{CARD_FILE}") if is_of_card(p))
-    if not folders:
-        raise InputError(
-            Problem(str(source), "only a processor's results, which decide nothing", f"run {MADE_BY[name]}")
-        )
-    replaced = []
-    for folder in folders:
-        wanted = [path for path in sorted(folder.rglob("*")) if path.suffix in (".csv", ".json", ".png", ".html")]
-        _check_sizes(wanted)
-        replaced.append(target / folder.relative_to(source))
-        _copy(wanted, folder, replaced[-1])
-    return replaced
+        raise InputError(Problem(str(MEMORY_FOLDER), f"not finished: no {', '.join(missing)}", "run make report"))
+    wanted = [path for path in sorted(MEMORY_FOLDER.rglob("*")) if path.suffix in (".csv", ".json", ".png", ".html")]
+    _check_sizes(wanted)
+    _copy(wanted, MEMORY_FOLDER, PUBLISHED_RESULTS / MEMORY_FOLDER.name)
+    return [PUBLISHED_RESULTS / MEMORY_FOLDER.name]
 
 
 def publish_experiment(experiment: str) -> list[Path]:

@@ -52,7 +52,10 @@ PREDICTED: dict[str, str] = {
 """The columns of peaks that are both predicted and measured. The prediction's column has the prefix ``predicted_``."""
 
 
-ONLY_SCORED = ("seed", "method", "name", "benchmarks", "benchmark_items", "generation_items", "retention_tokens")
+ONLY_SCORED = (
+    *("seed", "method", "name", "benchmarks", "benchmark_items", "generation_items", "retention_tokens"),
+    "latency_tokens",
+)
 """The settings that do not make a variant of a method: they say what is measured, or are shown elsewhere."""
 
 

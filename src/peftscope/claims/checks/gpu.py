@@ -1,24 +1,28 @@
-"""Reads and compares rows of ``make gpu-check``. Nothing is measured here, and rows of a CPU never count.
+"""Compares runs of ``experiments/gpu-check.yaml`` on CUDA cards. Nothing is measured here; rows of a CPU never count.
 
-A run is given by the options of ``peftscope memory``, as in ``peftscope.gpu.jobs``. If several cards measured it, the
-most extreme value counts, and the evidence shows the others.
+A run is given by the options of ``peftscope memory``. If several cards measured it, the most extreme value counts, and
+the evidence shows the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from peftscope.analysis.cards import PUBLISHED, Card, label_of, read_cards
+from peftscope.analysis.cards import Row, find_run, limit_of, quartiles, read_cards
 from peftscope.analysis.stats import median_ratio_interval
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 from peftscope.errors import GIB
+from peftscope.layout import PUBLISHED_RESULTS, RESULTS
 
 GB = 10**9
 MODEL = "llama-2-7b"
+FOLDERS = (str(RESULTS), str(PUBLISHED_RESULTS))
+"""The folders of results of this machine and of the published ones."""
+PHASES = ("load", "train", "evaluate")
 
 Run = dict[str, Any]
 Extreme = Literal["smallest", "largest"]
@@ -35,7 +39,7 @@ class _Found:
 
 
 def fits(
-    card: str, runs: list[Run], model: str = MODEL, headroom: float = 0, results: str | Path = PUBLISHED
+    card: str, runs: list[Run], model: str = MODEL, headroom: float = 0, results: tuple[str, ...] = FOLDERS
 ) -> Measurement:
     """Returns whether any of the runs fits into the memory of a card, on whichever card that was tried.
 
@@ -44,41 +48,85 @@ def fits(
         runs: The options of each run. The answer is no only if all were tried.
         model: The base model.
         headroom: The share of the card that stays free.
-        results: The folder of results.
+        results: The folders of results.
     """
-    labels = [label_of(model, run, card, headroom) for run in runs]
+    limit = limit_of(card, headroom)
     answers: dict[str, bool] = {}
     evidence: dict[str, Quantity] = {}
-    for tried in _cards(results):
-        rows = {label: row for label in labels if (row := tried.find("fits", label)) is not None}
-        fit = any(row["fits"] for row in rows.values())
-        if not rows or (not fit and len(rows) < len(labels)):
+    for name, rows in _cards(results).items():
+        found = [find_run(rows, model, run, limit) for run in runs]
+        tried = [row for row in found if row is not None and (row["status"] == "ok" or _is_enough(row, limit))]
+        fit = any(_fits(row, limit) for row in tried)
+        if not tried or (not fit and len(tried) < len(runs)):
             continue
-        answers[tried.name] = fit
-        for label, row in rows.items():
-            peak = row.get("measured_device_bytes") or row.get("measured_reserved_bytes")
-            evidence[f"{label}, {tried.name}, GiB"] = peak / GIB if peak else row["status"]
-            evidence["of the card, GiB"] = row["capacity_bytes"] / GIB
+        answers[name] = fit
+        evidence["of the card, GiB"] = limit
+        for row in tried:
+            evidence[f"{row['run_id']}, {name}, GiB"] = _peak(row) / GIB if row["status"] == "ok" else "out of memory"
     if not answers:
-        raise _missing(labels, results)
+        raise _missing(model, runs, limit)
     return Measurement(all(answers.values()), evidence=evidence, n=len(answers), model=_on(model, answers))
 
 
-def peak(run: Run, model: str = MODEL, results: str | Path = PUBLISHED) -> Measurement:
+def _is_enough(row: Row, limit: float) -> bool:
+    """Returns whether the card that measured had the memory of the limit: running out of less decides nothing."""
+    return float(row["gpu_memory_bytes"] or 0) >= limit * GIB
+
+
+def _fits(row: Row, limit: float) -> bool:
+    return row["status"] == "ok" and _peak(row) <= limit * GIB
+
+
+def _peak(row: Row) -> float:
+    """Returns the most bytes that a run took of its card, or those of its allocator where NVML gave no answer."""
+    used = [value for phase in PHASES if (value := row[f"{phase}_peak_device_bytes"]) is not None]
+    if used:
+        return float(max(used) - (row["gpu_used_before_bytes"] or 0))
+    return float(max(row[f"{phase}_peak_reserved_bytes"] or 0 for phase in PHASES))
+
+
+def peak(run: Run, model: str = MODEL, results: tuple[str, ...] = FOLDERS) -> Measurement:
     """Returns the peak of tensors in a training step, in GB."""
-    return _extreme([run], lambda row: row["measured_allocated_bytes"] / GB, "largest", model, results)
+    return _over_cards([run], lambda rows: _tensors(rows[0]), "largest", model, results)
 
 
-def activations(run: Run, model: str = MODEL, results: str | Path = PUBLISHED) -> Measurement:
+def activations(run: Run, model: str = MODEL, results: tuple[str, ...] = FOLDERS) -> Measurement:
     """Returns the GB of a training step's peak beyond the memory that is in use between two steps.
 
     With few trained parameters, these are activations, logits and temporaries.
     """
 
-    def beyond(row: Mapping[str, Any]) -> float:
-        return float(row["measured_allocated_bytes"] - row["resident_bytes"]) / GB
+    def beyond(rows: list[Row]) -> float:
+        return _tensors(rows[0]) - rows[0]["resident_tensor_bytes"] / GB
 
-    return _extreme([run], beyond, "largest", model, results)
+    return _over_cards([run], beyond, "largest", model, results, measured="resident_tensor_bytes")
+
+
+def smallest_increase(runs: list[Run], model: str = MODEL, results: tuple[str, ...] = FOLDERS) -> Measurement:
+    """Returns the smallest increase of the peak, in GB, from one run of a list to the next."""
+
+    def increase(rows: list[Row]) -> float:
+        return min(after - before for before, after in pairwise(map(_tensors, rows)))
+
+    return _over_cards(runs, increase, "smallest", model, results)
+
+
+def best_speed_ratio(
+    run: Run, against: Run, batch_sizes: tuple[int, ...], model: str = MODEL, results: tuple[str, ...] = FOLDERS
+) -> Measurement:
+    """Returns the ratio of two runs' tokens per second, each at the batch size where it is fastest.
+
+    If several cards measured both, the smallest ratio counts.
+    """
+    count = len(batch_sizes)
+    runs = [options | {"batch_size": size} for options in (run, against) for size in batch_sizes]
+
+    def ratio(rows: list[Row]) -> float | None:
+        speeds = [row["tokens_per_second"] if row["status"] == "ok" else 0.0 for row in rows]
+        mine, other = max(speeds[:count]), max(speeds[count:])
+        return mine / other if mine and other else None
+
+    return _over_cards(runs, ratio, "smallest", model, results, with_oom=True)
 
 
 def peak_ratio(
@@ -87,7 +135,7 @@ def peak_ratio(
     batch_sizes: tuple[int, ...] = (1,),
     extreme: Extreme = "largest",
     model: str = MODEL,
-    results: str | Path = PUBLISHED,
+    results: tuple[str, ...] = FOLDERS,
 ) -> Measurement:
     """Returns the ratio of the peaks of two runs at the batch size where it is most extreme.
 
@@ -97,13 +145,13 @@ def peak_ratio(
         batch_sizes: The batch sizes. If a run ran out of memory, there is no ratio, and the evidence says so.
         extreme: Whether the smallest or the largest ratio counts.
         model: The base model.
-        results: The folder of results.
+        results: The folders of results.
     """
 
-    def ratio(above: Mapping[str, Any], below: Mapping[str, Any]) -> tuple[float, None, None]:
-        return above["measured_allocated_bytes"] / below["measured_allocated_bytes"], None, None
+    def ratio(above: Row, below: Row) -> list[_Found]:
+        return [_Found("", _tensors(above) / _tensors(below))]
 
-    return _compare(run, against, batch_sizes, ratio, extreme, model, results)
+    return _over_batches([run, against], batch_sizes, ratio, extreme, model, results)
 
 
 def step_ratio(
@@ -112,60 +160,14 @@ def step_ratio(
     batch_sizes: tuple[int, ...] = (1,),
     extreme: Extreme = "largest",
     model: str = MODEL,
-    results: str | Path = PUBLISHED,
+    results: tuple[str, ...] = FOLDERS,
 ) -> Measurement:
     """Returns the ratio of two runs' median step times with its interval. Arguments are those of ``peak_ratio``."""
 
-    def ratio(above: Mapping[str, Any], below: Mapping[str, Any]) -> tuple[float, float, float]:
-        return median_ratio_interval(above["samples"]["step"], below["samples"]["step"])
+    def ratio(above: Row, below: Row) -> list[_Found]:
+        return [_Found("", *median_ratio_interval(quartiles(above, "step"), quartiles(below, "step")))]
 
-    return _compare(run, against, batch_sizes, ratio, extreme, model, results)
-
-
-def best_speed_ratio(
-    run: Run, against: Run, batch_sizes: tuple[int, ...], model: str = MODEL, results: str | Path = PUBLISHED
-) -> Measurement:
-    """Returns the ratio of two runs' tokens per second, each at the batch size where it is fastest.
-
-    If several cards measured both, the smallest ratio counts.
-    """
-    ratios: list[_Found] = []
-    evidence: dict[str, Quantity] = {}
-    for card in _cards(results):
-        best: list[tuple[float, int]] = []
-        for options in (run, against):
-            rows = {size: card.find("steps", label_of(model, options | {"batch_size": size})) for size in batch_sizes}
-            if any(row is None for row in rows.values()):
-                break
-            speeds = [(row["tokens_per_second"], size) for size, row in rows.items() if row and row["status"] == "ok"]
-            best += [max(speeds)] if speeds else []
-        if len(best) == 2:
-            ratios.append(_Found(card.name, best[0][0] / best[1][0]))
-            for (speed, size), options in zip(best, (run, against), strict=True):
-                evidence[f"{card.name}, {options['method']}, batch {size}, tokens a second"] = speed
-    if not ratios:
-        raise _missing(
-            [label_of(model, options | {"batch_size": size}) for options in (run, against) for size in batch_sizes],
-            results,
-        )
-    return _of(ratios, "smallest", evidence, model, {found.name for found in ratios})
-
-
-def smallest_increase(runs: list[Run], model: str = MODEL, results: str | Path = PUBLISHED) -> Measurement:
-    """Returns the smallest increase of the peak, in GB, from one run of a list to the next."""
-    labels = [label_of(model, run) for run in runs]
-    increases: list[_Found] = []
-    evidence: dict[str, Quantity] = {}
-    for card in _cards(results):
-        rows = [row for label in labels if (row := card.find("steps", label)) is not None and row["status"] == "ok"]
-        if len(rows) < len(labels):
-            continue
-        peaks = [row["measured_allocated_bytes"] / GB for row in rows]
-        evidence |= {f"{label}, {card.name}, GB": size for label, size in zip(labels, peaks, strict=True)}
-        increases.append(_Found(card.name, min(after - before for before, after in pairwise(peaks))))
-    if not increases:
-        raise _missing(labels, results)
-    return _of(increases, "smallest", evidence, model, {found.name for found in increases})
+    return _over_batches([run, against], batch_sizes, ratio, extreme, model, results)
 
 
 def latency_ratio(
@@ -176,7 +178,7 @@ def latency_ratio(
     batch_sizes: tuple[int, ...],
     extreme: Extreme = "largest",
     model: str = MODEL,
-    results: str | Path = PUBLISHED,
+    results: tuple[str, ...] = FOLDERS,
 ) -> Measurement:
     """Returns the ratio of two median latencies with its interval, in the setting where it is most extreme.
 
@@ -188,75 +190,78 @@ def latency_ratio(
         batch_sizes: The numbers of prompts at once.
         extreme: Whether the smallest or the largest ratio counts.
         model: The base model.
-        results: The folder of results.
+        results: The folders of results.
     """
-    labels = [label_of(model, run | {"batch_size": size}) for size in batch_sizes]
-    ratios: list[_Found] = []
-    names = set()
-    for card in _cards(results):
-        rows = [card.find("latency", label) for label in labels]
-        if any(row is None or row["status"] != "ok" for row in rows):
-            continue
-        names.add(card.name)
-        for size, row in zip(batch_sizes, rows, strict=True):
-            assert row is not None
-            for name in passes:
-                above, below = (row["samples"][which][name] for which in (state, over))
-                setting = f"{card.name}, {name}, batch {size}"
-                ratios.append(_Found(setting, *median_ratio_interval(above, below)))
-    if not ratios:
-        raise _missing(labels, results)
-    return _of(ratios, extreme, {}, model, names)
+
+    def ratios(row: Row) -> list[_Found]:
+        found = []
+        for name in passes:
+            above, below = (quartiles(row, f"latency_{which}_{name}") for which in (state, over))
+            found.append(_Found(f", {name}", *median_ratio_interval(above, below)))
+        return found
+
+    measured = f"latency_{state}_token_repeats"
+    return _over_batches([run], batch_sizes, ratios, extreme, model, results, measured)
 
 
-def _extreme(
-    runs: list[Run], value: Callable[[Mapping[str, Any]], float], extreme: Extreme, model: str, results: str | Path
-) -> Measurement:
-    labels = [label_of(model, run) for run in runs]
-    found: list[_Found] = []
-    for card in _cards(results):
-        rows = [card.find("steps", label) for label in labels]
-        found += [_Found(card.name, value(row)) for row in rows if row is not None and row["status"] == "ok"]
-    if not found:
-        raise _missing(labels, results)
-    return _of(found, extreme, {}, model, {item.name for item in found})
+def _tensors(row: Row) -> float:
+    return float(row["train_peak_tensor_bytes"]) / GB
 
 
-def _compare(
-    run: Run,
-    against: Run,
-    batch_sizes: tuple[int, ...],
-    ratio: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[float, float | None, float | None]],
+def _over_cards(
+    runs: list[Run],
+    value: Callable[[list[Row]], float | None],
     extreme: Extreme,
     model: str,
-    results: str | Path,
+    results: tuple[str, ...],
+    measured: str = "status",
+    with_oom: bool = False,
 ) -> Measurement:
-    """Returns the most extreme ratio of two runs over batch sizes and cards. A card counts if it tried all of them."""
-    labels = {
-        size: [label_of(model, options | {"batch_size": size}) for options in (run, against)] for size in batch_sizes
-    }
-    ratios: list[_Found] = []
+    """Returns the most extreme value of all cards that measured every run."""
+    found: list[_Found] = []
+    for card, rows in _cards(results).items():
+        mine = [row for run in runs if (row := find_run(rows, model, run, measured=measured)) is not None]
+        if len(mine) == len(runs) and (with_oom or all(row["status"] == "ok" for row in mine)):
+            quantity = value(mine)
+            found += [_Found(card, quantity)] if quantity is not None else []
+    if not found:
+        raise _missing(model, runs)
+    return _most(found, extreme, {}, model, {item.name for item in found})
+
+
+def _over_batches(
+    runs: list[Run],
+    batch_sizes: tuple[int, ...],
+    compare: Callable[..., list[_Found]],
+    extreme: Extreme,
+    model: str,
+    results: tuple[str, ...],
+    measured: str = "status",
+) -> Measurement:
+    """Returns the most extreme ratio over batch sizes and cards. A card counts if it tried every run at every size."""
+    found: list[_Found] = []
     evidence: dict[str, Quantity] = {}
-    names = set()
-    for card in _cards(results):
-        rows = {size: [card.find("steps", label) for label in pair] for size, pair in labels.items()}
-        if any(row is None for pair in rows.values() for row in pair):
+    cards = set()
+    for card, rows in _cards(results).items():
+        tried = {
+            size: [find_run(rows, model, run | {"batch_size": size}, measured=measured) for run in runs]
+            for size in batch_sizes
+        }
+        if any(row is None for group in tried.values() for row in group):
             continue
-        for size, (above, below) in rows.items():
-            assert above is not None
-            assert below is not None
-            setting = f"{card.name}, batch {size}"
-            if above["status"] == below["status"] == "ok":
-                ratios.append(_Found(setting, *ratio(above, below)))
-                names.add(card.name)
+        for size, group in tried.items():
+            setting = f"{card}, batch {size}"
+            if all(row is not None and row["status"] == "ok" for row in group):
+                found += [_Found(setting + item.name, item.value, item.low, item.high) for item in compare(*group)]
+                cards.add(card)
             else:
                 evidence[setting] = "out of memory"
-    if not ratios:
-        raise _missing([label for pair in labels.values() for label in pair], results)
-    return _of(ratios, extreme, evidence, model, names)
+    if not found:
+        raise _missing(model, [run | {"batch_size": size} for run in runs for size in batch_sizes])
+    return _most(found, extreme, evidence, model, cards)
 
 
-def _of(
+def _most(
     quantities: list[_Found], extreme: Extreme, evidence: dict[str, Quantity], model: str, cards: set[str]
 ) -> Measurement:
     chosen = (min if extreme == "smallest" else max)(quantities, key=lambda item: item.value)
@@ -271,15 +276,17 @@ def _of(
     )
 
 
-def _cards(results: str | Path) -> list[Card]:
-    cards = read_cards(Path(results))
+def _cards(results: tuple[str, ...]) -> dict[str, list[Row]]:
+    cards = read_cards(map(Path, results))
     if not cards:
-        raise NotRunError(f"no card's results under {results}; run make gpu-check on a machine with a CUDA card")
+        raise NotRunError("no run on a CUDA card; run make gpu-check on a machine with one")
     return cards
 
 
-def _missing(labels: list[str], results: str | Path) -> NotRunError:
-    return NotRunError(f"no card under {results} has measured {', '.join(dict.fromkeys(labels))}")
+def _missing(model: str, runs: list[Run], limit: float | None = None) -> NotRunError:
+    named = [", ".join(f"{name} {value}" for name, value in run.items()) for run in runs]
+    limited = f" within {limit:g} GiB" if limit else ""
+    return NotRunError(f"no card has measured {model}{limited}: {'; '.join(named)}; run make gpu-check")
 
 
 def _on(model: str, cards: Any) -> str:

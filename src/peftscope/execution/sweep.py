@@ -1,0 +1,176 @@
+"""Works off an experiment's runs one after the other, each in a process of its own, without Snakemake."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peftscope.errors import InputError, Problem
+from peftscope.execution.inputs import inputs
+from peftscope.files.storage import STORAGE_CODE
+from peftscope.layout import run_folder
+from peftscope.planning.estimate import spoken
+from peftscope.planning.plan import Plan, check_disk, plan_experiment
+from peftscope.planning.sweep import Sweep, expand
+from peftscope.record import finished_record, read_record
+from peftscope.spec import RunSpec
+
+STOP_SECONDS = 50.0
+"""The seconds that a run gets for its checkpoint once its time is up."""
+
+
+@dataclass
+class Outcome:
+    """How a sweep ended.
+
+    Attributes:
+        left: The number of runs that another call goes on with.
+        failed: The ids of the runs that failed in this call.
+    """
+
+    left: int = 0
+    failed: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Pace:
+    """Estimates seconds, corrected by the runs of this call: how long they took over what was estimated for them."""
+
+    seconds_of: Callable[[RunSpec], float]
+    estimated: float = 0.0
+    taken: float = 0.0
+
+    def add(self, spec: RunSpec, seconds: float) -> None:
+        self.estimated += self.seconds_of(spec)
+        self.taken += seconds
+
+    def seconds(self, *specs: RunSpec) -> float:
+        factor = self.taken / self.estimated if self.estimated else 1.0
+        return factor * sum(map(self.seconds_of, specs))
+
+
+def run_sweep(
+    name: str,
+    seconds_of: Callable[[RunSpec], float],
+    choose: Callable[[Sweep], object],
+    minutes: float | None = None,
+) -> Outcome:
+    """Runs what is left of an experiment: finished runs are skipped, and interrupted ones continue.
+
+    When the minutes are over, the run under way stops after a checkpoint. No run is started that would last longer,
+    unless it is the first of this call.
+
+    Args:
+        name: The experiment.
+        seconds_of: Estimates the seconds of a run.
+        choose: Chooses what a study's further runs follow from; it is called when all runs that are known have ended.
+        minutes: The minutes of this call; None: until nothing is left.
+
+    Raises:
+        InputError: Something is wrong with the experiment, with what it needs, or with the runs to choose from.
+    """
+    deadline = time.monotonic() + 60 * minutes if minutes is not None else math.inf
+    plan, pace, outcome = plan_experiment(name), _Pace(seconds_of), Outcome()
+    ended, expected = _finished(plan), _expected(plan)
+    _say(f"{name}: {len(ended)} of {len(expected)} runs done before")
+    while True:
+        for identity in [identity for identity in plan.run_ids if identity not in ended]:
+            spec, left = plan.sweep.runs[identity], [expected[run] for run in expected if run not in ended]
+            room = deadline - time.monotonic()
+            if room <= 0 or (pace.taken and pace.seconds(spec) > room):
+                outcome.left += len(left)
+                return outcome
+            _say(f"{len(ended) + 1}/{len(ended) + len(left)} {identity} (about {spoken(pace.seconds(*left))} to go)")
+            began = time.monotonic()
+            status = _run(identity, spec, deadline)
+            pace.add(spec, time.monotonic() - began)
+            ended.add(identity)
+            _say(f"  {status} after {spoken(time.monotonic() - began)}")
+            outcome.failed += [identity] if status == "failed" else []
+            outcome.left += status == "interrupted"
+        if not plan.is_study or outcome.left:
+            return outcome
+        choose(plan.sweep)
+        plan.expand_again()
+        ended, expected = ended | _finished(plan), _expected(plan)
+        if ended.issuperset(plan.run_ids):
+            return outcome
+
+
+def _finished(plan: Plan) -> set[str]:
+    return {run for run in plan.run_ids if finished_record(run_folder(run), run)}
+
+
+def _expected(plan: Plan) -> dict[str, RunSpec]:
+    """Returns the runs of an experiment, with assumed rates for those that a study has not chosen yet."""
+    device = next(iter(plan.sweep.runs.values())).device
+    return plan.sweep.runs | (expand(plan.name, device, assume_rates=True).runs if plan.is_study else {})
+
+
+def _run(identity: str, spec: RunSpec, deadline: float) -> str:
+    """Executes a run in a process of its own, and returns its status."""
+    if problems := check_disk({identity: spec}):
+        raise InputError(problems)
+    for resource in inputs(spec):
+        resource.fetch()
+    folder = run_folder(identity)
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = ["run", json.dumps(spec.canonical(), sort_keys=True), "--output", str(folder)]
+    with (folder / "train.log").open("wb") as log:
+        # In a session of its own: Ctrl-C reaches the run once, from here. It dies with this process all the same.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "peftscope", *arguments],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PEFTSCOPE_DIES_WITH_PARENT": "1"},
+            start_new_session=True,
+        )
+        try:
+            process.wait(None if math.isinf(deadline) else max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _stop(process)
+        except BaseException:
+            _stop(process)
+            raise
+    return _status(folder, process.returncode)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Lets a run write its checkpoint, and kills it if that takes too long."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _status(folder: Path, code: int) -> str:
+    """Returns the status that a process wrote into its record; without a record, it shows the end of its log.
+
+    Raises:
+        InputError: The run was refused, or the disk is full: the other runs would end in the same way.
+    """
+    record, log = folder / "record.json", folder / "train.log"
+    if code == 0 and record.is_file():
+        found = read_record(record)
+        if found.reason:
+            _say(f"  {found.reason}")
+        return found.status
+    last = next(reversed(log.read_text(errors="replace").split("\n")[:-1]), f"exit code {code}")
+    if code == STORAGE_CODE:  # that of refused input as well
+        raise InputError(Problem(str(folder), last, f"see {log}"))
+    _say(f"  {last}")
+    return "interrupted"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

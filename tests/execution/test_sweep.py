@@ -1,0 +1,217 @@
+"""A sweep without Snakemake: what it skips, where it stops, how it goes on, and what it does without."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftscope.analysis.tuning import choose_rates
+from peftscope.errors import InputError
+from peftscope.execution import provenance, sweep
+from peftscope.execution.inputs import fetch_inputs
+from peftscope.execution.sweep import run_sweep
+from peftscope.layout import record_path, run_folder
+from peftscope.planning.plan import plan_experiment
+from peftscope.record import Quality, RunRecord, Status, read_record, state_folder, write_record
+from peftscope.spec import RunSpec
+
+SHORT = """
+fixed: {model: toy, steps: 4, batch_size: 4, heldout_items: 8, generation_items: 0, retention_tokens: 0,
+  eval_batch_size: 8, untimed_steps: 1, probe_steps: 0}
+"""
+THREE = f"{SHORT}axes: {{method: [lora, ia3, full]}}\n"
+STUDY = f"""{SHORT}
+study:
+  arms: {{small: {{method: lora, rank: 2}}, large: {{method: lora, rank: 8}}}}
+  learning_rates: {{small: [1.0e-4, 1.0e-3, 1.0e-2], large: [1.0e-4, 1.0e-3, 1.0e-2]}}
+  tuning_seeds: [10]
+  seeds: [0, 1]
+runs: [{{method: none}}]
+"""
+NOT_THERE = (
+    "pandas",
+    "pyarrow",
+    "snakemake",
+    "lm_eval",
+    "seaborn",
+    "great_tables",
+    "matplotlib",
+    "datasets",
+    "reasoning_gym",
+)
+
+
+class Runs:
+    """Stands in for the processes of runs: each writes its record as a job does, and takes so long."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float = 0, **endings: Status) -> None:
+        self.seen: list[str] = []
+        self.now, self.seconds, self.endings = 0.0, seconds, endings
+        monkeypatch.setattr(sweep, "_run", self.run)
+        monkeypatch.setattr(sweep.time, "monotonic", lambda: self.now)
+
+    def run(self, identity: str, spec: RunSpec, deadline: float) -> Status:
+        self.seen.append(spec.method.name)
+        self.now += self.seconds
+        status = self.endings.get(spec.method.name, "ok")
+        quality = Quality(validation_nll=abs(spec.learning_rate - 1e-3))
+        record = RunRecord(run_id=identity, status=status, spec=spec, quality=quality)
+        folder = run_folder(identity)
+        state_folder(folder).mkdir(parents=True, exist_ok=True)
+        (folder / "items.jsonl").write_text("")
+        for path in (folder / "record.json", state_folder(folder) / "record.json"):
+            write_record(path, record)
+        return status
+
+
+def one_second(spec: RunSpec) -> float:
+    return 1.0
+
+
+def refuse(_: Any) -> None:
+    pytest.fail("there is nothing to choose")
+
+
+def test_finished_runs_are_skipped_and_failed_ones_are_tried_again(
+    write_experiment, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_experiment("mine", THREE)
+    runs = Runs(monkeypatch, ia3="failed", full="oom")
+    outcome = run_sweep("mine", one_second, refuse)
+    assert runs.seen == ["lora", "ia3", "full"] and outcome.left == 0
+    assert [run.partition("-")[0] for run in outcome.failed] == ["ia3"]
+    runs.endings, runs.seen = {}, []
+    outcome = run_sweep("mine", one_second, refuse)
+    assert runs.seen == ["ia3"] and not outcome.failed
+    said = capfd.readouterr().err
+    assert "mine: 0 of 3 runs done before" in said and "mine: 2 of 3 runs done before" in said
+
+
+def test_no_run_begins_that_would_end_too_late_but_the_first(write_experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_experiment("mine", THREE)
+    runs = Runs(monkeypatch, seconds=40)
+    # The estimate says a second each; after the first run it says 40.
+    for minutes, done in ((0, []), (1, ["lora"]), (1.4, ["lora", "ia3", "full"])):
+        left = run_sweep("mine", one_second, refuse, minutes).left
+        assert (runs.seen, left) == (done, 3 - len(done))
+
+
+def test_the_time_left_follows_what_runs_took(
+    write_experiment, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_experiment("mine", THREE)
+    Runs(monkeypatch, seconds=90)
+    run_sweep("mine", lambda spec: {"lora": 10.0, "ia3": 20.0, "full": 30.0}[spec.method.name], refuse)
+    said = capfd.readouterr().err
+    assert [line.rpartition("(")[2] for line in said.splitlines() if "to go" in line] == [
+        "about 1 min 0 s to go)",
+        "about 7 min 30 s to go)",
+        "about 3 min 0 s to go)",
+    ]
+
+
+def test_a_study_goes_on_with_the_runs_that_follow_from_what_was_chosen(
+    write_experiment, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_experiment("mine", STUDY)
+    runs = Runs(monkeypatch)
+    assert run_sweep("mine", one_second, choose_rates).left == 0
+    plan = plan_experiment("mine")
+    assert len(runs.seen) == len(plan.run_ids) == 1 + 2 * 3 + 2 * 2
+    assert all(record_path(run).is_file() for run in plan.run_ids)
+    said = capfd.readouterr().err
+    assert "0 of 11 runs done before" in said and "11/11" in said
+    run_sweep("mine", one_second, choose_rates)
+    assert len(runs.seen) == 11
+
+
+def test_a_study_does_not_choose_from_runs_that_failed(write_experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_experiment("mine", STUDY)
+    Runs(monkeypatch, lora="failed")
+    with pytest.raises(InputError, match="failed: None"):
+        run_sweep("mine", one_second, choose_rates)
+
+
+def test_a_sweep_leaves_the_records_of_the_workflow(own) -> None:
+    own("mine", f"{SHORT}axes: {{method: [lora]}}\n")
+    assert run_sweep("mine", one_second, refuse).left == 0
+    (identity,) = plan_experiment("mine").run_ids
+    record = read_record(record_path(identity))
+    assert record.status == "ok" and len(record.train_nll) == 4
+    assert {path.name for path in run_folder(identity).iterdir()} >= {
+        "spec.json",
+        "items.jsonl",
+        "adapter",
+        "train.log",
+    }
+
+
+def test_a_run_that_is_refused_ends_the_sweep(own, monkeypatch: pytest.MonkeyPatch) -> None:
+    own("mine", f"{SHORT}axes: {{method: [lora]}}\n")
+    monkeypatch.setenv("PEFTSCOPE_BF16", "native")
+    (identity,) = plan_experiment("mine").run_ids
+    spec = plan_experiment("mine").sweep.runs[identity]
+    monkeypatch.setenv("PEFTSCOPE_BF16", "sideways")
+    with pytest.raises(InputError, match=r"PEFTSCOPE_BF16.*train\.log"):
+        sweep._run(identity, spec, time.monotonic() + 600)
+
+
+def test_a_process_that_does_not_stop_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "STOP_SECONDS", 0.2)
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        sweep._stop(process)
+        assert process.returncode == -9
+
+
+def test_a_package_that_is_not_there_has_no_version() -> None:
+    assert provenance._version("lm-evil") is None and provenance._version("torch")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_in_training_goes_on_from_its_checkpoint(own) -> None:
+    own("mine", f"{SHORT.replace('steps: 4', 'steps: 3000')}axes: {{method: [lora]}}\n")
+    (identity,) = plan_experiment("mine").run_ids
+    spec, folder = plan_experiment("mine").sweep.runs[identity], run_folder(identity)
+    fetch_inputs(spec)
+    assert sweep._run(identity, spec, time.monotonic() + 25) == "interrupted"
+    assert list(state_folder(folder).glob("checkpoint-*.pt")) and not record_path(identity).exists()
+    assert run_sweep("mine", one_second, refuse).left == 0
+    assert len(read_record(record_path(identity)).train_nll) == 3000
+
+
+@pytest.mark.slow
+def test_the_check_of_a_card_on_a_processor_with_few_packages(own, repository: Path, tmp_path: Path) -> None:
+    """A borrowed card may have torch, transformers and PEFT, and little else: neither Snakemake nor lm-eval."""
+    own("mine", "extends: gpu-check-cpu\nfixed: {steps: 6}\n")
+    Path("results").mkdir()
+    Path("results/published").symlink_to(repository / "results/published")
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({NOT_THERE!r}))\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "peftscope", "sweep", "mine"]
+    first = subprocess.run([*command, "--minutes", "0.2"], capture_output=True, text=True, env=environment)
+    assert first.returncode == 0 and "runs left: repeat the command to go on" in first.stdout, first.stderr
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    records = [json.loads(path.read_text()) for path in Path("results/runs").glob("*/record.json")]
+    assert len(records) == 10 and {record["status"] for record in records} == {"ok"}
+    assert {record["spec"]["device"] for record in records} == {"cpu"}
+    limited = [record for record in records if record["spec"]["memory_limit_gib"]]
+    assert {"not enforced" in record["unavailable"]["spec.memory_limit_gib"] for record in limited} == {True}
+    assert sum(record["latency"] is not None for record in records) == 2
+    memory = [record["memory"] for record in records]
+    assert all(part["train"]["peak_tensor_bytes"] == part["predicted"]["train_peak_tensor_bytes"] for part in memory)
+    # The whole environment makes the report of them, which says what it is.
+    page = subprocess.run([sys.executable, "-m", "peftscope", "report", "mine"], capture_output=True, text=True)
+    text = Path(page.stdout.strip()).read_text()
+    assert "shows the instrument, decides no claim" in text and "not enforced on a processor" in text
+    assert "Does it fit?" in text and "apart over merged" in text
