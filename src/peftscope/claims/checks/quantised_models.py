@@ -102,7 +102,7 @@ def _rounded(model: Any, rounding: str) -> Any:
 
     rounded = _rounding(rounding)
     for name, module in model.named_modules():
-        if ".layer" in name and isinstance(module, torch.nn.Linear):
+        if "layer" in name and isinstance(module, torch.nn.Linear):
             module.weight.data = rounded(module.weight.data)
     return model.eval()
 
@@ -123,9 +123,7 @@ def _rounding(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     return doubly
 
 
-def _paired(
-    model: str, values: dict[str, tuple[float, ...]], before: str, after: str, quantity: str
-) -> Measurement:
+def _paired(model: str, values: dict[str, tuple[float, ...]], before: str, after: str, quantity: str) -> Measurement:
     """Returns the mean rise of a quantity from one rounding to another, paired by window."""
     rises = tuple(b - a for a, b in zip(values[before], values[after], strict=True))
     return mean_of(

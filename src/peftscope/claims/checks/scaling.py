@@ -194,7 +194,9 @@ def smallest_growth(alphas: list[float], rank: int, steps: int) -> Measurement:
         model = lora_model(tiny_llama(), rank=rank, alpha=alpha)
         for _ in backward_steps(model, steps, after=True):
             pass
-        sizes[float(alpha)] = sum(float(update_of(layer).square().sum()) for layer in lora_layers(model).values()) ** 0.5
+        sizes[float(alpha)] = (
+            sum(float(update_of(layer).square().sum()) for layer in lora_layers(model).values()) ** 0.5
+        )
     ratios = [later / earlier for earlier, later in pairwise(sizes.values())]
     return Measurement(
         min(ratios), n=len(ratios), curves={"‖ΔW‖": sizes}, axes=("alpha", "‖ΔW‖ after training"), model=TINY

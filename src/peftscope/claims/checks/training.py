@@ -47,7 +47,9 @@ def learning_rate_ratio(study: str, arm: str, against: str, resamples: int = 200
     best = {name: float(fit.optima(np.zeros((1, len(fit.x))))[0]) for name, fit in fits.items()}
     evidence: dict[str, Quantity] = {f"best rate of {name}": math.exp(value) for name, value in best.items()}
     evidence["spread of the residuals, nats per token"] = float(pool.std())
-    curves = {name: table.groupby("learning_rate")[VALIDATION].mean().dropna().to_dict() for name, table in runs.items()}
+    curves = {
+        name: table.groupby("learning_rate")[VALIDATION].mean().dropna().to_dict() for name, table in runs.items()
+    }
     return Measurement(
         math.exp(best[arm] - best[against]),
         low=float(low),
