@@ -20,7 +20,7 @@ COARSE = [10 ** (-k / 2) for k in range(4, 11)]
 
 
 def write_study(best: dict[str, float], noise: float, seed: int = 0, fine: bool = True, spread: float = 0.1) -> None:
-    """Writes tuning runs of arms whose loss is a parabola over the logarithm of the rate, with its minimum at ``best``."""
+    """Writes tuning runs of arms whose loss is a parabola over the logarithm of the rate, lowest at ``best``."""
     random = np.random.default_rng(seed)
     rows, arms = [], {}
     for arm, optimum in best.items():

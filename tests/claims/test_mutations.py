@@ -424,10 +424,10 @@ ELSEWHERE = {
     "merging.merged_weight_error": "test_merging_follows_the_scale",
     "merging.requantisation_error": "test_requantising_follows_the_storage",
     "merging.requantised_divergence_ratio": "test_requantising_follows_the_storage",
-    "quantised_models.loss_added_by_double_quantization": "test_what_rounding_does_to_a_model_decides_the_claims_on_it",
-    "quantised_models.loss_added_by_rivals": "test_what_rounding_does_to_a_model_decides_the_claims_on_it",
-    "quantised_models.shift_added_by_double_quantization": "test_what_rounding_does_to_a_model_decides_the_claims_on_it",
-    "quantised_models.shift_added_by_rivals": "test_what_rounding_does_to_a_model_decides_the_claims_on_it",
+    "quantised_models.loss_added_by_double_quantization": "test_rounding_a_model_decides_the_claims_on_it",
+    "quantised_models.loss_added_by_rivals": "test_rounding_a_model_decides_the_claims_on_it",
+    "quantised_models.shift_added_by_double_quantization": "test_rounding_a_model_decides_the_claims_on_it",
+    "quantised_models.shift_added_by_rivals": "test_rounding_a_model_decides_the_claims_on_it",
     "quantised_training.share_of_lora_gain": "test_finer_codes_would_refute_that_4_bit_training_fails",
     "resuming.resumed_run_difference": "test_resuming_follows_the_optimizer_state",
     "scaling.gradient_slope": "test_a_library_that_ignores_the_scale_breaks_the_rank_stabilised_slope",
@@ -498,7 +498,7 @@ NF4_AS_A_RIVAL = {"code": "e3m0", "rivals": ["nf4"]}
         ("P14", "shift_added_by_rivals", nothing, NF4_AS_A_RIVAL),
     ],
 )
-def test_what_rounding_does_to_a_model_decides_the_claims_on_it(
+def test_rounding_a_model_decides_the_claims_on_it(
     claim: str, check: str, world: World, changed: dict[str, Any], toy: Path, monkeypatch: Any
 ) -> None:
     def forget() -> None:

@@ -107,7 +107,8 @@ def start_shift(variant: str) -> Measurement:
     """Returns how far a wrapped model's logits are from its base's before training, relative to the largest logit.
 
     Args:
-        variant: lora, dora, adalora, pissa, loftq, swapped (A = 0, B random), or random (PEFT's start with both random).
+        variant: lora, dora, adalora, pissa, loftq, swapped (A = 0, B random), or random (PEFT's start with A and B
+            random).
     """
     import torch
 
@@ -125,7 +126,7 @@ def start_shift(variant: str) -> Measurement:
 def distance_from_normal(init: bool | str, rank: int, inputs: int) -> Measurement:
     """Returns the Kolmogorov–Smirnov distance of a fresh A to the normal distribution of the same spread.
 
-    The bounds are those of the distance of a sample to its distribution (Dvoretzky, Kiefer and Wolfowitz, Massart 1990).
+    The bounds are those of a sample's distance to its distribution (Dvoretzky, Kiefer and Wolfowitz; Massart 1990).
 
     Args:
         init: PEFT's ``init_lora_weights``.

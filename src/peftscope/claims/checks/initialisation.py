@@ -65,8 +65,8 @@ def loftq_error_ratio(model: str, rank: int, alpha: float, iterations: int, by: 
 def loftq_output_error_ratio(model: str, ranks: list[int], rank: int, iterations: int) -> Measurement:
     """Returns the error of an encoder's answers at LoftQ's start over their error with NF4 weights alone.
 
-    The error is the Frobenius norm of the change of the last layer's token vectors. The value is the geometric mean over
-    a few sentences, with its interval.
+    The error is the Frobenius norm of the change of the last layer's token vectors. The value is the geometric mean
+    over a few sentences, with its interval.
 
     Args:
         model: A fetched encoder.
@@ -127,7 +127,8 @@ def qpissa_error_ratio(model: str, rank: int, iterations: int, norm: str, matric
 def noise_rank_share(rows: int, columns: int, energy: float, matrices: int = 4) -> Measurement:
     """Returns how many singular values hold that share of a Gaussian matrix's energy, as a share of all of them.
 
-    The value is the mean over some random matrices, with its interval. Energy is the sum of squared singular values, called variance by Biderman et al. 2024, arXiv 2405.09673.
+    The value is the mean over some random matrices, with its interval. Energy is the sum of squared singular values,
+    called variance by Biderman et al. 2024, arXiv 2405.09673.
     """
     import torch
 
@@ -184,7 +185,7 @@ def _some(model: str, matrices: int) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _median(ratios: list[float], model: str, matrices: int) -> Measurement:
-    """Returns the median; if only some of the model's matrices were taken, with the interval of its order statistics."""
+    """Returns the median, with its interval if only some of the model's matrices were taken."""
     found = Measurement(
         statistics.median(ratios),
         n=len(ratios),
