@@ -124,24 +124,27 @@ def step_ratio(
 def best_speed_ratio(
     run: Run, against: Run, batch_sizes: tuple[int, ...], model: str = MODEL, results: str | Path = PUBLISHED
 ) -> Measurement:
-    """Returns the ratio of two runs' tokens per second, each at the batch size where it is fastest.
+    """Returns the ratio of two runs' tokens per second, each at its fastest batch size, with its interval.
 
     If several cards measured both, the smallest ratio counts.
     """
     ratios: list[_Found] = []
     evidence: dict[str, Quantity] = {}
     for card in _cards(results):
-        best: list[tuple[float, int]] = []
+        best: list[Mapping[str, Any]] = []
         for options in (run, against):
             rows = {size: card.find("steps", label_of(model, options | {"batch_size": size})) for size in batch_sizes}
             if any(row is None for row in rows.values()):
                 break
-            speeds = [(row["tokens_per_second"], size) for size, row in rows.items() if row and row["status"] == "ok"]
-            best += [max(speeds)] if speeds else []
+            ok = [{**row, "size": size} for size, row in rows.items() if row and row["status"] == "ok"]
+            best += [max(ok, key=lambda row: row["tokens_per_second"])] if ok else []
         if len(best) == 2:
-            ratios.append(_Found(card.name, best[0][0] / best[1][0]))
-            for (speed, size), options in zip(best, (run, against), strict=True):
-                evidence[f"{card.name}, {options['method']}, batch {size}, tokens a second"] = speed
+            ratio = best[0]["tokens_per_second"] / best[1]["tokens_per_second"]
+            times, *bounds = median_ratio_interval(best[1]["samples"]["step"], best[0]["samples"]["step"])
+            ratios.append(_Found(card.name, ratio, *(ratio * bound / times for bound in bounds)))
+            for row, options in zip(best, (run, against), strict=True):
+                name = f"{card.name}, {options['method']}, batch {row['size']}, tokens a second"
+                evidence[name] = row["tokens_per_second"]
     if not ratios:
         raise _missing(
             [label_of(model, options | {"batch_size": size}) for options in (run, against) for size in batch_sizes],
