@@ -178,7 +178,7 @@ def test_a_random_b_changes_the_loss_the_more_the_wider_it_is(toy: Path) -> None
     jumps = [abs(jump) for jump in found.curves["rise"].values()]
     assert list(found.curves["rise"]) == list(adapters.SPREADS)
     assert jumps == sorted(jumps)
-    assert found.value == pytest.approx(0, abs=1e-3)
+    assert found.value == pytest.approx(0, abs=5e-3)
     assert found.n == len(found.samples) == 8 and found.low < found.value < found.high
 
 

@@ -186,6 +186,7 @@ def test_overhead_follows_merging(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_undoing_follows_unmerging(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (verdict("S75", 0), verdict("S75"), verdict("S77", 0)) == (WRONG, WRONG, WRONG)
     monkeypatch.setattr(LoraModel, "unmerge_adapter", lambda self: None)
+    monkeypatch.setattr(peft.PeftModel, "set_adapter", lambda self, name: None)
     assert (verdict("S75", 0), verdict("S75"), verdict("S77", 0)) == (EXACT, EXACT, EXACT)
 
 
