@@ -22,6 +22,7 @@ from peftscope.analysis.tuning import choose_rates, fit_rate
 from peftscope.claims.checks import training
 from peftscope.claims.evaluate import evaluate_part
 from peftscope.claims.ledger import Part
+from peftscope.claims.measurement import NotRunError
 from peftscope.claims.verdict import Rule, Verdict, judge
 from peftscope.cli.main import report
 from peftscope.errors import InputError
@@ -453,10 +454,9 @@ def test_claims_count_the_steps_to_the_others_last_loss(tuned: None) -> None:
     assert training.steps_saved("mine", "lora", "full", window=2).value == 0
 
 
-def test_claims_know_a_best_rate_up_to_its_neighbours(finished: StudyResults) -> None:
-    found = training.learning_rate_ratio("mine", "lora", "full")
-    assert (found.value, found.low, found.high) == pytest.approx((10, 0.1, 1000))
-    assert len(found.run_ids) == 6 and list(found.curves["full"]) == [1e-5, 1e-4]
+def test_three_rates_give_no_interval_of_the_best_one(finished: StudyResults) -> None:
+    with pytest.raises(NotRunError, match="`lora` has fewer than four rates"):
+        training.learning_rate_ratio("mine", "lora", "full")
 
 
 def test_claims_compare_one_rate_for_both_with_the_best_of_each(finished: StudyResults) -> None:

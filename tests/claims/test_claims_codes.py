@@ -79,11 +79,13 @@ def test_a_block_of_zeros_stays_zero_and_levels_stay_themselves(code: str) -> No
 
 
 def test_int4_is_two_codes() -> None:
-    """bitsandbytes' INT4 has 15 levels, two's complement 16."""
-    symmetric, full = (codes.levels_in_steps(name) for name in ("int4", "int4-twos-complement"))
-    assert symmetric.value == ", ".join(map(str, range(-7, 8)))
-    assert full.value == ", ".join(map(str, range(-8, 8)))
-    assert symmetric.evidence["widest gap over narrowest"] == pytest.approx(1)
+    """bitsandbytes' INT4 has 15 levels, gguf's 16, and both are those of the code books."""
+    for library, name, lowest in (("bitsandbytes", "int4", -7), ("gguf", "int4-twos-complement", -8)):
+        found = codes.levels_in_steps(library)
+        assert found.value == ", ".join(map(str, range(lowest, 8)))
+        assert found.evidence["widest gap over narrowest"] == pytest.approx(1, abs=0.002)
+        levels = CodeBook(name).levels
+        assert [round(level) for level in (levels / levels.diff().min()).tolist()] == list(range(lowest, 8))
 
 
 def test_gaps_of_nf4_are_those_of_its_table() -> None:
@@ -127,19 +129,23 @@ def test_shares_and_ratios_of_the_toy_model(toy: Path) -> None:
 def test_normal_rows_are_not_called_anything_else(toy: Path) -> None:
     """The toy model's weights were drawn from a normal distribution."""
     found = codes.excess_of_non_normal_rows("toy", rows=64)
-    assert abs(found.value) < 2.5
+    assert abs(found.value) < 2.5 and found.n == 14 and found.low < 0 < found.high
     assert found.evidence["entropy of NF4's levels in blocks of 64, bits"] == pytest.approx(3.884, abs=0.01)
     likeness = codes.likeness_of_rows_to_normal("toy", rows=64)
     assert likeness.value > 0.98
-    assert likeness.evidence["weights within one standard deviation, % (normal: 68.3)"] == pytest.approx(68.3, abs=0.7)
+    for deviations in (1, 3):
+        within = codes.share_of_weights("toy", deviations, rows=64)
+        assert within.value == pytest.approx(within.evidence["of normal weights"], abs=0.007)
 
 
 def test_rows_with_heavy_tails_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codes, "weight_matrices", lambda model: [("cubed", normal(64, 256) ** 3)])
     assert codes.excess_of_non_normal_rows("any", rows=64).value == pytest.approx(95)
-    assert evaluate_part(part("S62", model="any")).verdict == Verdict.WRONG
-    monkeypatch.setattr(codes, "weight_matrices", lambda model: [("normal", normal(64, 256))])
-    assert evaluate_part(part("S62", model="any")).verdict == Verdict.HOLDS
+    matrices = [(str(seed), normal(64, 512, seed=seed)) for seed in range(4)]
+    monkeypatch.setattr(codes, "weight_matrices", lambda model: [(name, matrix**3) for name, matrix in matrices])
+    assert [evaluate_part(part("S62", i, model="any")).verdict for i in (-1, -2)] == [Verdict.WRONG] * 2
+    monkeypatch.setattr(codes, "weight_matrices", lambda model: matrices)
+    assert [evaluate_part(part("S62", i, model="any")).verdict for i in (-1, -2)] == [Verdict.HOLDS] * 2
 
 
 def test_an_evenly_spaced_nf4_would_refute_the_claims_on_it(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,11 +162,17 @@ def test_a_worse_nf4_quantiser_would_refute_its_lower_error(monkeypatch: pytest.
     assert evaluate_part(part("S64", model="any")).verdict == Verdict.WRONG
 
 
-def test_the_integers_of_bitsandbytes_would_refute_minus_eight(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert evaluate_part(part("S61")).verdict == Verdict.HOLDS
-    assert evaluate_part(part("S61", 0)).verdict == Verdict.WRONG
-    monkeypatch.setattr(functional, "create_linear_map", lambda signed, total_bits: torch.arange(-8, 8) / 7)
+def test_integers_that_are_spaced_otherwise_flip_the_claim_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gguf import quants
+
     assert evaluate_part(part("S61", 0)).verdict == Verdict.HOLDS
+    assert evaluate_part(part("S61", 1)).verdict == Verdict.WRONG
+    code = (torch.arange(-8, 8) / 8).repeat(16).sort().values
+    monkeypatch.setattr(functional, "create_linear_map", lambda signed, total_bits: code)
+    assert evaluate_part(part("S61", 1)).verdict == Verdict.HOLDS
+    dequantise = quants.dequantize
+    monkeypatch.setattr(quants, "dequantize", lambda *given: dequantise(*given) ** 3)
+    assert evaluate_part(part("S61", 0)).verdict == Verdict.WRONG
 
 
 def test_weights_that_were_not_fetched_are_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,37 +110,6 @@ def test_fewer_cards_hold_a_regime_that_takes_less() -> None:
     assert int(tight.value) > int(found.value)
 
 
-def test_parts_of_qlora_each_save_what_they_are_for() -> None:
-    run = {"method": "qlora", "rank": 8, "optimizer": "paged_adamw", "checkpointing": True}
-    without = {"4-bit weights": {"method": "lora"}, "nothing": {"alpha": 32}}
-    found = memory.savings(without=without, run=run)
-    assert found.value == 1
-    saved = 6_476_005_376 * (16 - 4 - 8 / 64 - 32 / 64 / 256) / 8 / 1e9
-    assert found.evidence["saved by 4-bit weights, GB"] == pytest.approx(saved, rel=0.03)
-
-
-def test_a_figure_is_compared_where_the_peak_is_furthest_from_it() -> None:
-    run = {**LORA, "checkpointing": True}
-    near = memory.largest_distance(run=run, gigabytes=14, model="llama-2-7b")
-    assert near.evidence["furthest at, tokens"] == 2048
-    assert near.value == pytest.approx(100 * abs(float(near.evidence["simulated there, GB"]) / 14 - 1))
-    far = memory.largest_distance(run=run, gigabytes=40, model="llama-2-7b")
-    assert far.evidence["furthest at, tokens"] == 256 and float(far.value) > float(near.value)
-
-
-def test_settings_in_a_range_are_counted() -> None:
-    def share(low: float, high: float) -> memory.Measurement:
-        run = {"method": "qlora", "targets": "attention"}
-        return memory.share_in_range(["saved activations"], run, low, high, batch_sizes=(1, 4))
-
-    everything = share(0, 1e3)
-    assert (everything.value, everything.n) == (1, 16)
-    smallest = float(everything.evidence["smallest, GB"])
-    assert share(0, smallest).value == 1 / 16
-    sizes = everything.curves["batch 4, kept"]
-    assert sizes[512.0] == pytest.approx(4 * everything.curves["batch 1, kept"][512.0], rel=1e-3)
-
-
 @pytest.mark.slow
 def test_ratio_is_simulated_where_the_closed_form_has_its_smallest() -> None:
     options: dict[str, Any] = {"checkpointing": True, "seq_len": 256}
@@ -156,9 +125,9 @@ def test_optimizer_states_in_the_weights_type_refute_eight_bytes(monkeypatch: py
     import torch
     from bitsandbytes.optim.optimizer import Optimizer8bit
 
-    assert verdict("S3") is Verdict.HOLDS
+    assert (verdict("S3"), verdict("S3", part=-2)) == (Verdict.WRONG, Verdict.HOLDS)
     monkeypatch.setattr(Optimizer8bit, "get_state_buffer", lambda self, p, dtype=None: torch.zeros_like(p))
-    assert verdict("S3") is Verdict.WRONG
+    assert verdict("S3", part=-2) is Verdict.WRONG
 
 
 def test_adalora_without_its_importance_scores_would_be_as_small_as_claimed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,7 +186,8 @@ def test_overhead_follows_merging(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_undoing_follows_unmerging(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (verdict("S75", 0), verdict("S75"), verdict("S77", 0)) == (WRONG, WRONG, WRONG)
     monkeypatch.setattr(LoraModel, "unmerge_adapter", lambda self: None)
-    assert (verdict("S75", 0), verdict("S75")) == (HOLDS, HOLDS)
+    monkeypatch.setattr(peft.PeftModel, "set_adapter", lambda self, name: None)
+    assert (verdict("S75", 0), verdict("S75"), verdict("S77", 0)) == (HOLDS, HOLDS, HOLDS)
 
 
 def test_undoing_follows_what_was_merged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,10 +209,9 @@ def test_snippet_follows_its_imports(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdict("S76") is HOLDS
 
 
-def test_losing_the_base_follows_merging(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("S77") is HOLDS
-    monkeypatch.setattr(Linear, "merge", lambda self, safe_merge=False, adapter_names=None: None)
-    assert verdict("S77") is not HOLDS
+def test_the_adapters_file_leads_back_from_a_merged_model() -> None:
+    found = merging.distance_after_merging("merge_and_unload")
+    assert max(found.evidence["to the base"], found.evidence["to another adapter"]) == found.value < 1e-4
 
 
 def test_requantising_follows_the_storage(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,10 +85,29 @@ def test_trained_update_has_exactly_the_rank_that_was_set() -> None:
 
 
 def test_settings_are_counted() -> None:
-    found = scaling.share_of_settings({"a": 1, "b": 8, "c": 2, "d": 0.25}, low=1, high=2)
-    assert (found.value, found.n) == (0.5, 4)
-    beyond = scaling.placements_beyond({"qv": ["q", "v"], "q": ["q"], "qk": ["q", "k"]}, ["q", "v"])
-    assert (beyond.value, beyond.evidence["they are"]) == (1, "qk")
+    """PEFT's own default, 8/8, is a setting like the others; the interval is that of a sample of practice."""
+    settings = [
+        scaling.Setting(name=n, source="a paper, table 1", value=v) for n, v in {"a": 8, "c": 2, "d": 0.25}.items()
+    ]
+    found = scaling.share_of_settings(settings, low=1, high=2, default="lora_alpha/r")
+    assert (found.value, found.n, found.evidence["PEFT's default (LoraConfig)"]) == (0.5, 4, 1)
+    assert 0.1 < found.low < 0.5 < found.high < 0.9
+    matrices = {"qv": ["q", "v"], "q": ["q"], "qk": ["q", "k"]}
+    placements = [scaling.Placement(name=n, source="a paper, table 1", matrices=m) for n, m in matrices.items()]
+    beyond = scaling.placements_beyond(placements, ["q", "v"])
+    assert (beyond.value, beyond.evidence["qk (a paper, table 1)"]) == (1, "q, k")
+
+
+@pytest.mark.parametrize("claim", ["S26", "S30", "S45"])
+def test_a_listed_setting_without_its_place_is_refused(claim: str) -> None:
+    from pydantic import ValidationError
+
+    for part in next(each for each in read_ledger() if each.id == claim).parts:
+        for name, model in (("settings", scaling.Setting), ("placements", scaling.Placement)):
+            for entry in part.with_.get(name, []):
+                model.model_validate(entry)
+                with pytest.raises(ValidationError):
+                    model.model_validate({key: value for key, value in entry.items() if key != "source"})
 
 
 # Mutations: the library behaves otherwise, and the verdict follows.

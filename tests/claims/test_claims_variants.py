@@ -77,7 +77,7 @@ def test_both_loraplus_optimizers_give_b_the_higher_rate() -> None:
 
     from peftscope.methods.lora_plus import LoRAPlus
 
-    assert variants.loraplus_rate_ratio(ratio=4).value == pytest.approx(4)
+    assert variants.loraplus_step_ratio(ratio=4).value == pytest.approx(4, rel=1e-3)
     model = variants._with_lora(rank=4, alpha=8)
     groups = LoRAPlus(lr_ratio=16).optimizer_groups(model, SimpleNamespace(learning_rate=1e-4))  # type: ignore[arg-type]
     assert groups[1]["lr"] / groups[0]["lr"] == pytest.approx(16)
@@ -228,7 +228,6 @@ def test_loftq_of_one_iteration_leaves_what_an_svd_leaves(noise: list[tuple[str,
     expected = sorted(float((s[8:].square().sum() / s.square().sum()).sqrt()) for s in spectra)[1]
     assert ratio("peftscope", 16, 1) == pytest.approx(expected, rel=1e-4)
     assert ratio("peft", 8, 1) == pytest.approx(expected, rel=1e-4)
-    assert initialisation.loftq_excess_error("noise", 8, 0).value < 1e-4
 
 
 def test_peft_ignores_the_scale(noise: list[tuple[str, torch.Tensor]]) -> None:
@@ -272,7 +271,8 @@ def test_a_peft_that_keeps_the_scale_confirms_its_loftq(
 ) -> None:
     from peft.tuners.lora import Linear
 
-    assert found("S90", 0).verdict is Verdict.WRONG
+    before = found("S90", 0)
+    assert before.verdict is Verdict.WRONG and before.found.low <= before.found.value <= before.found.high
     original = Linear.loftq_init
 
     def scaled(self: Any, adapter_name: str, config: Any) -> None:
@@ -295,23 +295,6 @@ def test_a_loftq_that_ignores_the_scale_refutes_s90(
     exec(textwrap.dedent(source), namespace)
     monkeypatch.setattr(loftq.LoftQ, "_initialise", namespace["_initialise"])
     assert found("S90", 3).verdict is Verdict.WRONG
-
-
-def test_a_loftq_that_is_not_the_best_correction_refutes_s89(
-    noise: list[tuple[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from peftscope.methods import loftq
-
-    assert found("S89").verdict is Verdict.HOLDS
-    best = loftq.best_rank_approximation
-
-    def poorer(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        left, right = best(matrix, rank)
-        left[:, 0] = 0
-        return left, right
-
-    monkeypatch.setattr(loftq, "best_rank_approximation", poorer)
-    assert found("S89").verdict is Verdict.WRONG
 
 
 def test_weights_that_were_not_fetched_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

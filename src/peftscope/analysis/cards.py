@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 
+from peftscope.errors import GIB
 from peftscope.hardware.cards import GPUS
 from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, ask, describe_model
 
-GIB = 2**30
 TASK = "filler"
 """The task of such runs: every sequence is as long as ``seq_len`` allows."""
 PREFIX = "random-"

@@ -74,6 +74,29 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Returns the two order statistics between which the median lies with at least this confidence.
+
+    Fewer than six values have no such pair at 95 %, and their range is returned. No shape of the values is assumed.
+
+    >>> median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0])
+    (2.0, 8.0)
+    """
+    ordered = sorted(values)
+    beyond = max(0, int(stats.binom.ppf((1 - confidence) / 2, len(ordered), 0.5)) - 1)
+    return ordered[beyond], ordered[-1 - beyond]
+
+
+def share_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Returns the bounds of a share. Source: Wilson 1927.
+
+    >>> [round(bound, 3) for bound in share_interval(8, 12)]
+    [0.391, 0.862]
+    """
+    found = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return float(found.low), float(found.high)
+
+
 def median_ratio_interval(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
     """Returns the ratio of two medians and the bounds of its 95 % interval.
 

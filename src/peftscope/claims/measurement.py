@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from peftscope.analysis.stats import mean_interval
 
 Quantity = float | int | bool | str
 
@@ -58,3 +62,24 @@ def spoken_number(value: Quantity | None) -> str:
     if float(value).is_integer() and abs(value) < 1e12:
         return f"{int(value):,}"
     return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def mean_of(values: Sequence[float], **fields: Any) -> Measurement:
+    """Returns the mean of a sample as a measurement with its interval. ``fields`` are further ones of the measurement.
+
+    Both bounds of values without spread are their common value.
+    """
+    interval = mean_interval(values)
+    if interval is None:
+        raise ValueError("there are no values")
+    low, high = interval.low, interval.high
+    if interval.n > 1 and low is None:
+        low = high = interval.mean
+    return Measurement(interval.mean, low, high, interval.n, **fields)
+
+
+def geometric_mean_of(logarithms: Sequence[float], **fields: Any) -> Measurement:
+    """Returns the geometric mean of a sample of ratios, given by their logarithms, with its interval."""
+    found = mean_of(logarithms, **fields)
+    low, high = (None if bound is None else math.exp(bound) for bound in (found.low, found.high))
+    return replace(found, value=math.exp(float(found.value)), low=low, high=high)

@@ -1,12 +1,15 @@
-"""The subjects of checks: small models with random weights, models without weights, real weight matrices."""
+"""The subjects of checks: small models with random weights, models without weights, real weights, English text."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftscope.claims.measurement import NotRunError
-from peftscope.models.catalog import model_folder
+from peftscope.models.catalog import LOCAL, model_folder
 from peftscope.models.presets import PRESETS
 from peftscope.models.shapes import ModelShape
 
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
 
 TINY = "a Llama of two layers, 64 wide, with random weights"
 """The description of ``tiny_llama`` for readers."""
+
+STORY_SHA256 = "e9048bcd282207d6f093bff92b3ad7c94689352205105c3716f0fdf5e245a25c"
+WINDOW_TOKENS = 128
 
 BLOCK_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -75,10 +81,78 @@ def weight_matrices(model: str) -> Iterator[tuple[str, torch.Tensor]]:
     import torch
     from safetensors import safe_open
 
-    path = model_folder(model) / "model.safetensors"
-    if not path.is_file():
-        raise NotRunError(f"the weights of {model} are missing; run `peftscope fetch {model}`")
-    with safe_open(path, "pt") as file:
+    with safe_open(fetched(model) / "model.safetensors", "pt") as file:
         for name in sorted(file.keys()):
             if ".layer" in name and name.endswith(".weight") and "norm" not in name.lower():
                 yield name.removesuffix(".weight"), file.get_tensor(name).to(torch.float32)
+
+
+def fetched(model: str) -> Path:
+    """Returns the folder of a fetched model.
+
+    Raises:
+        NotRunError: The model was not fetched.
+    """
+    folder = model_folder(model)
+    if not (folder / "model.safetensors").is_file():
+        raise NotRunError(f"the weights of {model} are missing; run `peftscope fetch {model}`")
+    return folder
+
+
+@cache
+def english() -> str:
+    """Returns the project's held-out prose, followed by a story of 1889 that the package reasoning-gym has.
+
+    The story is "In the Year 2889" by Michel and Jules Verne, in the public domain (Project Gutenberg 19362). Lines of
+    a paragraph are joined.
+
+    Raises:
+        NotRunError: The package has another edition of the story.
+    """
+    from importlib.resources import files
+
+    from peftscope.evaluation.retention import prose
+
+    content = files("reasoning_gym.data").joinpath("in_the_year_2889.txt").read_bytes()
+    if hashlib.sha256(content).hexdigest() != STORY_SHA256:
+        raise NotRunError("the installed reasoning-gym has another text; install the version of requirements.lock")
+    # Project Gutenberg's own words stand before and after the story.
+    story = content.decode().replace("\r", "").partition("IN THE YEAR 2889.\n")[2].partition("End of Project")[0]
+    return (
+        prose().strip()
+        + "\n\n"
+        + "\n\n".join(" ".join(lines.split()) for lines in story.split("\n\n") if lines.strip())
+    )
+
+
+def text_windows(model: str, count: int) -> torch.Tensor:
+    """Returns the first (count, ``WINDOW_TOKENS``) tokens of ``english`` under a fetched model's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(fetched(model), local_files_only=True, trust_remote_code=False)
+    ids = tokenizer(english(), add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < count * WINDOW_TOKENS:
+        raise NotRunError(f"the text has {len(ids) // WINDOW_TOKENS} windows for {model}, not {count}")
+    return torch.tensor(ids[: count * WINDOW_TOKENS]).view(count, WINDOW_TOKENS)
+
+
+def fetched_model(model: str, auto_class: str) -> Any:
+    """Returns a fetched model in fp32 and evaluation mode.
+
+    Args:
+        model: The model's name.
+        auto_class: The class of transformers that loads it, ``AutoModelForCausalLM`` or ``AutoModel``.
+    """
+    import torch
+    import transformers
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        loaded = getattr(transformers, auto_class).from_pretrained(fetched(model), dtype=torch.float32, **LOCAL)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return loaded.eval()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
+from peftscope.analysis.stats import CONFIDENCE
 from peftscope.claims.lora_subjects import (
     factor_a,
     factor_b,
@@ -16,9 +18,11 @@ from peftscope.claims.lora_subjects import (
     randomise_b,
     update_of,
 )
-from peftscope.claims.measurement import Measurement, NotRunError
-from peftscope.claims.subjects import BLOCK_LINEAR, TINY, tiny_llama, token_ids
-from peftscope.models.catalog import LOCAL, model_folder
+from peftscope.claims.measurement import Measurement, mean_of
+from peftscope.claims.subjects import BLOCK_LINEAR, TINY, fetched_model, text_windows, tiny_llama, token_ids
+
+SPREADS = (0.01, 0.1, 0.577, 1.0)
+"""Standard deviations of a random B × √rank; torch draws a linear layer, and PEFT an A, with 0.577."""
 
 
 def factor_shape(factor: str) -> Measurement:
@@ -103,7 +107,8 @@ def start_shift(variant: str) -> Measurement:
     """Returns how far a wrapped model's logits are from its base's before training, relative to the largest logit.
 
     Args:
-        variant: lora, dora, adalora, pissa, loftq, or swapped (A = 0, B random).
+        variant: lora, dora, adalora, pissa, loftq, swapped (A = 0, B random), or random (PEFT's start with A and B
+            random).
     """
     import torch
 
@@ -121,6 +126,8 @@ def start_shift(variant: str) -> Measurement:
 def distance_from_normal(init: bool | str, rank: int, inputs: int) -> Measurement:
     """Returns the Kolmogorov–Smirnov distance of a fresh A to the normal distribution of the same spread.
 
+    The bounds are those of a sample's distance to its distribution (Dvoretzky, Kiefer and Wolfowitz; Massart 1990).
+
     Args:
         init: PEFT's ``init_lora_weights``.
         rank: The rows of A.
@@ -135,8 +142,13 @@ def distance_from_normal(init: bool | str, rank: int, inputs: int) -> Measuremen
     }
     sample, spread = values[rank].numpy(), values[rank].std().item()
     bound = math.sqrt(3) * spread
+    distance = float(stats.kstest(sample, "norm", args=(0, spread)).statistic)
+    reach = math.sqrt(math.log(2 / (1 - CONFIDENCE)) / (2 * sample.size))
     return Measurement(
-        float(stats.kstest(sample, "norm", args=(0, spread)).statistic),
+        distance,
+        low=max(0.0, distance - reach),
+        high=distance + reach,
+        n=sample.size,
         evidence={
             "distance to the uniform distribution of this spread": float(
                 stats.kstest(sample, "uniform", args=(-bound, 2 * bound)).statistic
@@ -144,46 +156,50 @@ def distance_from_normal(init: bool | str, rank: int, inputs: int) -> Measuremen
             "spread × √inputs": spread * math.sqrt(inputs),
             "spread × rank": spread * rank,
             "spread at rank 1 over spread at rank 64": (values[1].std() / values[64].std()).item(),
-            "distance that 5 % of normal samples exceed": 1.358 / math.sqrt(sample.size),
         },
         model=f"A of {rank} × {inputs}",
     )
 
 
 def loss_jump(model: str, spread: float, rank: int = 8, alpha: float = 16) -> Measurement:
-    """Returns the rise of the loss in nats per token before training if B is random instead of zero.
-
-    Measured on the first 256 tokens of the project's held-out English text.
+    """Returns the rise of the loss in nats per token before training if B is random instead of zero, paired by window.
 
     Args:
         model: A fetched base model.
-        spread: The standard deviation of B in units of 1/√rank; the figure also shows other values.
+        spread: The standard deviation of B in units of 1/√rank; one of ``SPREADS``.
         rank: The rank of the update on every linear layer.
         alpha: The numerator of the update's scale.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from peftscope.evaluation.retention import prose
-
-    folder = model_folder(model)
-    if not (folder / "config.json").is_file():
-        raise NotRunError(f"{model} is missing; run `peftscope fetch {model}`")
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **LOCAL).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    ids = torch.tensor([tokenizer(prose(), add_special_tokens=False)["input_ids"][:256]])
-    wrapped = lora_model(base, rank=rank, alpha=alpha)
-    curve = {}
-    with torch.no_grad():
-        start = wrapped(input_ids=ids, labels=ids).loss.item()
-        for width in sorted({0.01, 0.1, 1.0, spread}):
-            for index, layer in enumerate(lora_layers(wrapped).values()):
-                randomise_b(layer, spread=width / rank**0.5, seed=index)
-            curve[width] = wrapped(input_ids=ids, labels=ids).loss.item() - start
-    axes = ("spread of B × √rank", "rise of the loss, nats per token")
-    return Measurement(
-        curve[spread], evidence={"loss with B = 0": start}, curves={"rise": curve}, axes=axes, model=model
+    start, rises = _loss_jumps(model, rank, alpha)
+    return mean_of(
+        rises[spread],
+        samples=rises[spread],
+        evidence={"loss with B = 0": start},
+        curves={"rise": {width: sum(each) / len(each) for width, each in rises.items()}},
+        axes=("spread of B × √rank", "rise of the loss, nats per token"),
+        model=model,
     )
+
+
+@cache
+def _loss_jumps(model: str, rank: int, alpha: float) -> tuple[float, dict[float, tuple[float, ...]]]:
+    """Returns the loss with B = 0, and by the spread of B the rise of every window's loss."""
+    import torch
+
+    wrapped = lora_model(fetched_model(model, "AutoModelForCausalLM"), rank=rank, alpha=alpha)
+    windows = text_windows(model, 8)
+
+    def losses() -> torch.Tensor:
+        with torch.no_grad():
+            logits = wrapped(input_ids=windows).logits[:, :-1].transpose(1, 2)
+        return torch.nn.functional.cross_entropy(logits, windows[:, 1:], reduction="none").double().mean(1)
+
+    start, rises = losses(), {}
+    for spread in SPREADS:
+        for index, layer in enumerate(lora_layers(wrapped).values()):
+            randomise_b(layer, spread=spread / rank**0.5, seed=index)
+        rises[spread] = tuple((losses() - start).tolist())
+    return float(start.mean()), rises
 
 
 def zeros_in_factors(probability: float) -> Measurement:
@@ -222,7 +238,11 @@ def _variant(base: Any, name: str) -> Any:
         for layer, weight in zip(lora_layers(model).values(), weights, strict=True):
             LoftQ(alpha=8)._initialise(layer, weight)
         return model.eval()
-    options: dict[str, dict[str, Any]] = {"dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}
+    options: dict[str, dict[str, Any]] = {
+        "dora": {"use_dora": True},
+        "pissa": {"init_lora_weights": "pissa"},
+        "random": {"init_lora_weights": False},
+    }
     model = lora_model(base, **options.get(name, {}))
     if name == "swapped":
         for layer in lora_layers(model).values():

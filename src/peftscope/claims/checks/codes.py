@@ -6,11 +6,12 @@ each quotient is rounded to the nearest level of the code.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from peftscope.claims.measurement import Measurement
+from peftscope.claims.measurement import Measurement, geometric_mean_of, mean_of
 from peftscope.claims.subjects import weight_matrices
 
 if TYPE_CHECKING:
@@ -88,15 +89,31 @@ class CodeBook:
         return torch.bucketize(values, (self.levels[1:] + self.levels[:-1]) / 2)
 
 
-def levels_in_steps(code: str) -> Measurement:
-    """Returns the levels of a code in units of its smallest gap, as text."""
-    levels = CodeBook(code).levels
+def levels_in_steps(library: Literal["bitsandbytes", "gguf"]) -> Measurement:
+    """Returns the levels that a library's 4-bit integers reach, in units of their smallest gap, as text.
+
+    They are read off a ramp of 32 values, which both take as one block, after a round trip.
+    """
+    import torch
+
+    ramp = torch.linspace(-1, 1, 32) if library == "bitsandbytes" else torch.linspace(-8, 7.5, 32)
+    if library == "bitsandbytes":
+        from bitsandbytes import functional
+
+        code = functional.create_linear_map(signed=True, total_bits=4)
+        found = functional.dequantize_blockwise(*functional.quantize_blockwise(ramp, code=code, blocksize=64))
+    else:
+        from gguf import GGMLQuantizationType, quants
+
+        packed = quants.quantize(ramp.numpy(), GGMLQuantizationType.Q4_0)
+        found = torch.from_numpy(quants.dequantize(packed, GGMLQuantizationType.Q4_0))
+    levels = ((found / found.abs().max()) * 2**12).round().unique() / 2**12
     gaps = levels.diff()
-    in_steps = (levels / gaps.min()).tolist()
+    in_steps = (levels / gaps.min()).round(decimals=1).tolist()
     return Measurement(
-        ", ".join(f"{level:.4g}" for level in in_steps),
+        ", ".join(f"{level + 0.0:.4g}" for level in in_steps),
         evidence={"levels": len(in_steps), "widest gap over narrowest": float(gaps.max() / gaps.min())},
-        model=code,
+        model=f"{library}'s 4-bit integers",
     )
 
 
@@ -126,7 +143,7 @@ def gaps_that_do_not_widen(code: str) -> Measurement:
 
 
 def error_ratio(model: str, block: int, code: str, rival: str, metric: str = "rmse") -> Measurement:
-    """Returns the error of one code divided by that of a rival; both are means over matrices.
+    """Returns the error of one code divided by that of a rival, the geometric mean over matrices with its interval.
 
     Args:
         model: The model whose linear weights are rounded, ``CURVE_VALUES`` of each matrix; ``gaussian`` stands for
@@ -140,9 +157,10 @@ def error_ratio(model: str, block: int, code: str, rival: str, metric: str = "rm
     curves = {
         name: {float(size): _mean_error(samples, CodeBook(name), size, metric) for size in BLOCKS} for name in CODES
     }
-    return Measurement(
-        curves[code][block] / curves[rival][block],
-        n=len(samples),
+    own, other = CodeBook(code), CodeBook(rival)
+    logs = [math.log(_error(s, own, block, metric) / _error(s, other, block, metric)) for s in samples]
+    return geometric_mean_of(
+        logs,
         evidence={f"{metric} of {name}": curve[block] for name, curve in curves.items()},
         curves=curves,
         axes=("block size", f"relative {metric.upper()}"),
@@ -183,6 +201,7 @@ def share_with_lower_error(
 def excess_of_non_normal_rows(model: str, rows: int = 32) -> Measurement:
     """Returns by how many percentage points more rows fail a Shapiro-Wilk test at 5 % than normal ones would.
 
+    The interval is over matrices, since rows of one matrix are alike.
     Source: Dettmers et al. 2023, appendix F, who test each neuron's weights this way.
 
     Args:
@@ -191,22 +210,17 @@ def excess_of_non_normal_rows(model: str, rows: int = 32) -> Measurement:
     """
     from scipy import stats
 
-    p_values = [float(stats.shapiro(row).pvalue) for row in _rows(model, rows)]
-    failed = sum(p < 0.05 for p in p_values) / len(p_values)
-    return Measurement(
-        100 * (failed - 0.05),
-        n=len(p_values),
-        evidence={
-            "rows that fail, %": 100 * failed,
-            "entropy of NF4's levels in blocks of 64, bits": _level_entropy(_matrices(model)),
-            "the same for normal values, bits": _level_entropy(_matrices("gaussian")),
-        },
-        model=model,
-    )
+    failed = [[stats.shapiro(row).pvalue < 0.05 for row in taken] for taken in _rows(model, rows)]
+    evidence = {
+        "rows": sum(map(len, failed)),
+        "entropy of NF4's levels in blocks of 64, bits": _level_entropy(_matrices(model)),
+        "the same for normal values, bits": _level_entropy(_matrices("gaussian")),
+    }
+    return mean_of([100 * (sum(each) / len(each) - 0.05) for each in failed], evidence=evidence, model=model)
 
 
 def likeness_of_rows_to_normal(model: str, rows: int = 32) -> Measurement:
-    """Returns the squared correlation of a row's sorted weights with normal quantiles, median over rows.
+    """Returns the squared correlation of a row's sorted weights with normal quantiles, mean of the matrices' medians.
 
     Args:
         model: The model whose linear weights are used.
@@ -215,35 +229,44 @@ def likeness_of_rows_to_normal(model: str, rows: int = 32) -> Measurement:
     import numpy as np
     from scipy import stats
 
-    taken = list(_rows(model, rows))
-    quantiles = {n: stats.norm.ppf((np.arange(n) + 0.5) / n) for n in {len(row) for row in taken}}
-    fits = [np.corrcoef(np.sort(row), quantiles[len(row)])[0, 1] ** 2 for row in taken]
-    scores = np.concatenate([(row - row.mean()) / row.std() for row in taken])
+    medians, lowest, scores = [], 1.0, []
+    for taken in _rows(model, rows):
+        quantiles = stats.norm.ppf((np.arange(len(taken[0])) + 0.5) / len(taken[0]))
+        fits = [float(np.corrcoef(np.sort(row), quantiles)[0, 1] ** 2) for row in taken]
+        medians.append(float(np.median(fits)))
+        lowest = min(lowest, *fits)
+        scores.append(_in_deviations(taken))
     edges = np.linspace(-4, 4, 33)
     middles = (edges[1:] + edges[:-1]) / 2
-    density = np.histogram(scores, edges)[0] / len(scores) / np.diff(edges)
-    return Measurement(
-        float(np.median(fits)),
-        n=len(fits),
-        evidence={
-            "lowest of all rows": float(np.min(fits)),
-            "excess kurtosis of a row, median (normal: 0)": float(np.median([stats.kurtosis(row) for row in taken])),
-            "weights within one standard deviation, % (normal: 68.3)": 100 * float(np.mean(np.abs(scores) < 1)),
-            "weights beyond three, % (normal: 0.27)": 100 * float(np.mean(np.abs(scores) > 3)),
-        },
-        curves={
-            model: dict(zip(middles.tolist(), density.tolist(), strict=True)),
-            "normal": dict(zip(middles.tolist(), stats.norm.pdf(middles).tolist(), strict=True)),
-        },
-        axes=("weight, in standard deviations of its row", "density"),
-        model=model,
-    )
+    pooled = np.concatenate(scores)
+    density = np.histogram(pooled, edges)[0] / len(pooled) / np.diff(edges)
+    curves = {
+        model: dict(zip(middles.tolist(), density.tolist(), strict=True)),
+        "normal": dict(zip(middles.tolist(), stats.norm.pdf(middles).tolist(), strict=True)),
+    }
+    axes = ("weight, in standard deviations of its row", "density")
+    return mean_of(medians, evidence={"lowest of all rows": lowest}, curves=curves, axes=axes, model=model)
+
+
+def share_of_weights(model: str, deviations: float, rows: int = 32) -> Measurement:
+    """Returns the share of weights within this many standard deviations of their row's mean, mean over matrices."""
+    import numpy as np
+    from scipy import stats
+
+    shares = [float(np.mean(np.abs(_in_deviations(taken)) < deviations)) for taken in _rows(model, rows)]
+    normal = float(stats.norm.cdf(deviations) - stats.norm.cdf(-deviations))
+    return mean_of(shares, evidence={"of normal weights": normal}, model=model)
 
 
 def _rows(model: str, count: int) -> Iterator[Any]:
-    """Yields evenly spaced rows of every matrix, as fp64 arrays."""
+    """Yields evenly spaced rows of every matrix, as one fp64 array for each."""
     for matrix in _matrices(model):
-        yield from matrix[:: max(1, len(matrix) // count)][:count].double().numpy()
+        yield matrix[:: max(1, len(matrix) // count)][:count].double().numpy()
+
+
+def _in_deviations(rows: Any) -> Any:
+    """Returns all values of the rows, each in standard deviations from its row's mean."""
+    return ((rows - rows.mean(1, keepdims=True)) / rows.std(1, keepdims=True)).ravel()
 
 
 def _gaps(levels: torch.Tensor) -> tuple[list[float], list[float]]:

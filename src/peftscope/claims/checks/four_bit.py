@@ -139,7 +139,7 @@ def bits_of_the_multiplied_weight(compute_dtype: str = "bfloat16") -> Measuremen
     difference = (layer(inputs) - torch.nn.functional.linear(inputs, weight)).abs().max()
     dtype = getattr(torch, operands[1])
     return Measurement(
-        torch.finfo(dtype).bits,
+        torch.finfo(dtype).bits // (2 if operands[1].endswith("x2") else 1),  # these hold two values
         evidence={
             "dtype of the weight": operands[1],
             "dtype of the input": operands[0],

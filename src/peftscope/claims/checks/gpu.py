@@ -7,7 +7,7 @@ the evidence shows the others.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -114,17 +114,23 @@ def smallest_increase(runs: list[Run], model: str = MODEL, results: tuple[str, .
 def best_speed_ratio(
     run: Run, against: Run, batch_sizes: tuple[int, ...], model: str = MODEL, results: tuple[str, ...] = FOLDERS
 ) -> Measurement:
-    """Returns the ratio of two runs' tokens per second, each at the batch size where it is fastest.
+    """Returns the ratio of two runs' tokens per second with its interval, each at the batch size where it is fastest.
 
     If several cards measured both, the smallest ratio counts.
     """
     count = len(batch_sizes)
     runs = [options | {"batch_size": size} for options in (run, against) for size in batch_sizes]
 
-    def ratio(rows: list[Row]) -> float | None:
-        speeds = [row["tokens_per_second"] if row["status"] == "ok" else 0.0 for row in rows]
-        mine, other = max(speeds[:count]), max(speeds[count:])
-        return mine / other if mine and other else None
+    def ratio(rows: list[Row]) -> _Found | None:
+        best = []
+        for tried in (rows[:count], rows[count:]):
+            ok = [row for row in tried if row["status"] == "ok"]
+            best += [max(ok, key=lambda row: row["tokens_per_second"])] if ok else []
+        if len(best) < 2:
+            return None
+        value = best[0]["tokens_per_second"] / best[1]["tokens_per_second"]
+        middle, low, high = median_ratio_interval(*(quartiles(row, "step") for row in reversed(best)))
+        return _Found("", value, value * low / middle, value * high / middle)
 
     return _over_cards(runs, ratio, "smallest", model, results, with_oom=True)
 
@@ -210,7 +216,7 @@ def _tensors(row: Row) -> float:
 
 def _over_cards(
     runs: list[Run],
-    value: Callable[[list[Row]], float | None],
+    value: Callable[[list[Row]], float | _Found | None],
     extreme: Extreme,
     model: str,
     results: tuple[str, ...],
@@ -223,7 +229,8 @@ def _over_cards(
         mine = [row for run in runs if (row := find_run(rows, model, run, measured=measured)) is not None]
         if len(mine) == len(runs) and (with_oom or all(row["status"] == "ok" for row in mine)):
             quantity = value(mine)
-            found += [_Found(card, quantity)] if quantity is not None else []
+            if quantity is not None:
+                found.append(replace(quantity, name=card) if isinstance(quantity, _Found) else _Found(card, quantity))
     if not found:
         raise _missing(model, runs)
     return _most(found, extreme, {}, model, {item.name for item in found})

@@ -30,15 +30,31 @@ def share_with_gradient(factor: str, step: int) -> Measurement:
     return Measurement(share, n=len(norms), evidence={"largest gradient norm": max(norms)}, model=TINY)
 
 
-def update_size(steps: int) -> Measurement:
-    """Returns ‖ΔW‖ / ‖W₀‖ (Frobenius, over all layers) after this many AdamW steps at a rate of 1e-3."""
+def update_before_training() -> Measurement:
+    """Returns ‖ΔW‖ / ‖W₀‖ (Frobenius, over all layers) before the first step."""
+    return Measurement(_relative_size(list(lora_layers(lora_model(tiny_llama())).values())), model=TINY)
+
+
+def share_of_growing_steps(steps: int) -> Measurement:
+    """Returns the share of AdamW steps, at a rate of 1e-3, that change every B and make ‖ΔW‖ larger."""
     model = lora_model(tiny_llama())
     layers = list(lora_layers(model).values())
-    base = sum(layer.get_base_layer().weight.square().sum().item() for layer in layers)
-    curve = {0.0: _relative_size(layers, base)}
+    curve, grew = {0.0: _relative_size(layers)}, 0
+    before = [factor_b(layer).detach().clone() for layer in layers]
     for step in backward_steps(model, steps, after=True):
-        curve[float(step)] = _relative_size(layers, base)
-    return Measurement(curve[float(steps)], curves={"‖ΔW‖ / ‖W₀‖": curve}, axes=("step", "‖ΔW‖ / ‖W₀‖"), model=TINY)
+        after = [factor_b(layer).detach().clone() for layer in layers]
+        curve[float(step)] = _relative_size(layers)
+        changed = not any(old.equal(new) for old, new in zip(before, after, strict=True))
+        grew += changed and curve[float(step)] > curve[float(step - 1)]
+        before = after
+    return Measurement(
+        grew / steps,
+        n=steps,
+        evidence={"‖ΔW‖ / ‖W₀‖ after the last step": curve[float(steps)]},
+        curves={"‖ΔW‖ / ‖W₀‖": curve},
+        axes=("step", "‖ΔW‖ / ‖W₀‖"),
+        model=TINY,
+    )
 
 
 def gradient_from_zero(steps: int) -> Measurement:
@@ -161,5 +177,6 @@ def _tensors(model: Any) -> Iterator[tuple[str, Any]]:
             yield f"{name}.absmax", parameter.quant_state.absmax
 
 
-def _relative_size(layers: Sequence[Any], base: float) -> float:
+def _relative_size(layers: Sequence[Any]) -> float:
+    base = sum(layer.get_base_layer().weight.square().sum().item() for layer in layers)
     return (sum(update_of(layer).square().sum().item() for layer in layers) / base) ** 0.5

@@ -6,16 +6,18 @@ Checks use the float weights of a fetched model. bitsandbytes quantises them to 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from peftscope.claims.measurement import Measurement, NotRunError
-from peftscope.claims.subjects import weight_matrices
+from peftscope.analysis.stats import median_interval
+from peftscope.claims.measurement import Measurement, geometric_mean_of, mean_of
+from peftscope.claims.subjects import fetched, fetched_model, weight_matrices
 from peftscope.methods.loftq import LoftQ, best_rank_approximation
-from peftscope.models.catalog import LOCAL, model_folder
 
 if TYPE_CHECKING:
     import torch
@@ -56,29 +58,14 @@ def loftq_error_ratio(model: str, rank: int, alpha: float, iterations: int, by: 
     for _, weight in _some(model, matrices):
         error = weight - start(weight, rank, alpha, iterations)
         ratios.append(float(error.norm() / (weight - _nf4(weight)).norm()))
-    return _median(ratios, model)
-
-
-def loftq_excess_error(model: str, rank: int, matrices: int) -> Measurement:
-    """Returns how far LoftQ of one iteration is from the best rank-r correction of NF4's error, in the worst matrix.
-
-    The best is what is left without the r largest singular values of the error (Eckart and Young 1936).
-    """
-    import torch
-
-    excess = []
-    for _, weight in _some(model, matrices):
-        best = torch.linalg.svdvals((weight - _nf4(weight)).double())[rank:].norm()
-        reached = (weight - _own_start(weight, rank, float(rank), 1)).double().norm()
-        excess.append(float(reached / best - 1))
-    # Six decimals, because further digits are fp32's own rounding.
-    return Measurement(round(max(map(abs, excess)), 6), n=len(excess), model=model)
+    return _median(ratios, model, matrices)
 
 
 def loftq_output_error_ratio(model: str, ranks: list[int], rank: int, iterations: int) -> Measurement:
     """Returns the error of an encoder's answers at LoftQ's start over their error with NF4 weights alone.
 
-    The error is the Frobenius norm of the change of the last layer's token vectors, over a few sentences.
+    The error is the Frobenius norm of the change of the last layer's token vectors. The value is the geometric mean
+    over a few sentences, with its interval.
 
     Args:
         model: A fetched encoder.
@@ -86,25 +73,21 @@ def loftq_output_error_ratio(model: str, ranks: list[int], rank: int, iterations
         rank: The rank of the value. alpha equals it, so that the scale is 1.
         iterations: The iterations of LoftQ.
     """
-    import torch
-
     exact = _answers(model, lambda weight: weight)
     plain = [float((found - true).norm()) for found, true in zip(_answers(model, _nf4), exact, strict=True)]
-    curve, shares = {}, {}
+    curve, logs = {}, {}
     for each in ranks:
         started = _answers(model, partial(_own_start, rank=each, alpha=float(each), iterations=iterations))
         left = [float((found - true).norm()) for found, true in zip(started, exact, strict=True)]
-        curve[float(each)] = float(torch.tensor(left).norm() / torch.tensor(plain).norm())
-        shares[each] = sum(a < b for a, b in zip(left, plain, strict=True)) / len(plain)
-    relative = float(torch.tensor(plain).norm() / torch.stack([true.norm() for true in exact]).norm())
-    evidence = {"share of sentences that are closer": shares[rank], "error of NF4, relative": relative}
-    name = f"{iterations} iteration{'s' if iterations > 1 else ''}"
-    return Measurement(
-        curve[float(rank)],
-        n=len(plain),
+        logs[each] = [math.log(a / b) for a, b in zip(left, plain, strict=True)]
+        curve[float(each)] = math.exp(statistics.mean(logs[each]))
+    relative = math.hypot(*plain) / math.hypot(*(float(true.norm()) for true in exact))
+    closer = sum(log < 0 for log in logs[rank]) / len(plain)
+    return geometric_mean_of(
+        logs[rank],
         model=model,
-        evidence=evidence,
-        curves={name: curve},
+        evidence={"share of sentences that are closer": closer, "error of NF4, relative": relative},
+        curves={f"{iterations} iteration{'s' if iterations > 1 else ''}": curve},
         axes=("rank", "error over NF4's"),
     )
 
@@ -132,25 +115,28 @@ def qpissa_error_ratio(model: str, rank: int, iterations: int, norm: str, matric
         ratios.append(pissa / loftq)
         pissa_saves.append(1 - pissa / plain)
         loftq_saves.append(1 - loftq / plain)
-    found = _median(ratios, model)
+    found = _median(ratios, model, matrices)
     saved = {
         "QPiSSA removes of NF4's error": statistics.mean(pissa_saves),
         "LoftQ removes of NF4's error": statistics.mean(loftq_saves),
     }
-    return Measurement(found.value, n=found.n, model=model, evidence={**found.evidence, **saved})
+    return replace(found, evidence={**found.evidence, **saved})
 
 
-def noise_rank_share(rows: int, columns: int, energy: float) -> Measurement:
+def noise_rank_share(rows: int, columns: int, energy: float, matrices: int = 4) -> Measurement:
     """Returns how many singular values hold that share of a Gaussian matrix's energy, as a share of all of them.
 
-    Energy is the sum of squared singular values, called variance by Biderman et al. 2024, arXiv 2405.09673.
+    The value is the mean over some random matrices, with its interval. Energy is the sum of squared singular values,
+    called variance by Biderman et al. 2024, arXiv 2405.09673.
     """
     import torch
 
     torch.manual_seed(0)
-    squares = torch.linalg.svdvals(torch.randn(rows, columns)).square()
-    needed = int((squares.cumsum(0) / squares.sum() < energy).sum()) + 1
-    return Measurement(needed / len(squares), evidence={"singular values": needed, "of": len(squares)})
+    shares = []
+    for _ in range(matrices):
+        squares = torch.linalg.svdvals(torch.randn(rows, columns)).square()
+        shares.append((int((squares.cumsum(0) / squares.sum() < energy).sum()) + 1) / len(squares))
+    return mean_of(shares, evidence={"singular values": min(rows, columns)})
 
 
 def intruders_of_random_updates(model: str, rank: int, sizes: list[float], size: float, matrices: int) -> Measurement:
@@ -186,8 +172,8 @@ def intruders_of_random_updates(model: str, rank: int, sizes: list[float], size:
     means = {kind: {each: statistics.mean(n) for each, n in by_size.items()} for kind, by_size in counts.items()}
     evidence = {f"after a {kind} update": by_size[size] for kind, by_size in means.items()}
     axes = ("size of the update over the weight's", "intruders among ten")
-    found = means["low rank"][size] - means["full rank"][size]
-    return Measurement(found, n=len(counts["low rank"][size]), model=model, evidence=evidence, curves=means, axes=axes)
+    differences = [a - b for a, b in zip(counts["low rank"][size], counts["full rank"][size], strict=True)]
+    return mean_of(differences, evidence=evidence, curves=means, axes=axes, model=model)
 
 
 def _some(model: str, matrices: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -197,9 +183,18 @@ def _some(model: str, matrices: int) -> Iterator[tuple[str, torch.Tensor]]:
     yield from found[::step][: matrices or None]
 
 
-def _median(ratios: list[float], model: str) -> Measurement:
-    evidence = {"smallest": min(ratios), "largest": max(ratios)}
-    return Measurement(statistics.median(ratios), n=len(ratios), model=model, evidence=evidence)
+def _median(ratios: list[float], model: str, matrices: int) -> Measurement:
+    """Returns the median, with its interval if only some of the model's matrices were taken."""
+    found = Measurement(
+        statistics.median(ratios),
+        n=len(ratios),
+        model=model,
+        evidence={"smallest": min(ratios), "largest": max(ratios)},
+    )
+    if not matrices:
+        return found
+    low, high = median_interval(ratios)
+    return replace(found, low=low, high=high)
 
 
 def _nf4(weight: torch.Tensor) -> torch.Tensor:
@@ -277,18 +272,10 @@ def _qpissa(weight: torch.Tensor, rank: int, iterations: int) -> torch.Tensor:
 def _answers(model: str, change: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
     """Returns an encoder's last token vectors for each sentence, with the matrices of its blocks changed."""
     import torch
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoTokenizer
 
-    folder = model_folder(model)
-    if not (folder / "model.safetensors").is_file():
-        raise NotRunError(f"the weights of {model} are missing; run `peftscope fetch {model}`")
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, **LOCAL).eval()
-    if shown:
-        logging.enable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(fetched(model), local_files_only=True, trust_remote_code=False)
+    encoder = fetched_model(model, "AutoModel")
     for name, module in encoder.named_modules():
         if isinstance(module, torch.nn.Linear) and ".layer." in name:
             module.weight.data = change(module.weight.data)

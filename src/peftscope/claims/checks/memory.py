@@ -142,55 +142,6 @@ def smallest_increase(changes: list[Run], run: Run, model: str = MODEL, how: How
     return Measurement(min(steps) / GB, evidence=evidence, n=len(steps), model=model)
 
 
-def largest_distance(run: Run, gigabytes: float, model: str = MODEL) -> Measurement:
-    """Returns the largest distance of the peak from a figure over ``LENGTHS``, in percent of the figure.
-
-    Lengths are scanned in closed form, and the one with the largest distance is simulated.
-    """
-    peaks = {length: _allocated(_peaks(model, {**run, "seq_len": length})) / GB for length in LENGTHS}
-    furthest = max(peaks, key=lambda length: abs(peaks[length] - gigabytes))
-    simulated = _allocated(_answer(model, {**run, "seq_len": furthest})) / GB
-    evidence = {f"peak, {length} tokens, GB": peak for length, peak in peaks.items()}
-    evidence |= {"furthest at, tokens": furthest, "simulated there, GB": simulated}
-    return Measurement(100 * abs(simulated / gigabytes - 1), evidence=evidence, n=len(LENGTHS), model=model)
-
-
-def share_in_range(
-    kinds: list[str], run: Run, low: float, high: float, batch_sizes: tuple[int, ...], model: str = MODEL
-) -> Measurement:
-    """Returns the share of settings in which kinds of tensors take ``low`` to ``high`` GB at the peak, in closed form.
-
-    The settings are ``LENGTHS`` times the batch sizes, with activations kept and recomputed.
-    """
-    curves: dict[str, dict[float, float]] = {}
-    for size in batch_sizes:
-        for name, again in (("kept", False), ("recomputed", True)):
-            settings = {float(n): {**run, "batch_size": size, "seq_len": n, "checkpointing": again} for n in LENGTHS}
-            curves[f"batch {size}, {name}"] = {
-                n: sum(_parts(_answer(model, options, "formula")).get(kind, 0) for kind in kinds) / GB
-                for n, options in settings.items()
-            }
-    sizes = [size for curve in curves.values() for size in curve.values()]
-    share = sum(low <= size <= high for size in sizes) / len(sizes)
-    evidence = {"smallest, GB": min(sizes), "largest, GB": max(sizes)}
-    axes = ("tokens in a sequence", "at the peak, GB")
-    return Measurement(share, evidence=evidence, curves=curves, axes=axes, n=len(sizes), model=model)
-
-
-def savings(without: dict[str, Run], run: Run, model: str = MODEL) -> Measurement:
-    """Returns how many parts of a recipe each reduce torch's peak by themselves, in closed form.
-
-    Args:
-        without: The options that replace a part, by the part's name.
-        run: The options of the whole recipe.
-        model: The base model.
-    """
-    whole = _peaks(model, run).allocated_bytes
-    saved = {name: _peaks(model, run | changes).allocated_bytes - whole for name, changes in without.items()}
-    evidence = {f"saved by {name}, GB": size / GB for name, size in saved.items()}
-    return Measurement(sum(size > 0 for size in saved.values()), evidence=evidence, model=model)
-
-
 def optimizer_bytes(optimizer: str, dtype: str) -> Measurement:
     """Returns the bytes of state that an optimizer keeps for each parameter, counted after a step.
 

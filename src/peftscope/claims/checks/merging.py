@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from peftscope.claims.lora_subjects import adapted_llama, logits_of, lora_layers, relative_distance
@@ -153,20 +152,20 @@ def change_left_after_undoing(way: str, dtype: str) -> Measurement:
 
 
 def distance_after_merging(way: str) -> Measurement:
-    """Returns how far a merged model stays from the base and from another adapter's model, the nearer of the two.
+    """Returns how far a merged model stays from the base and from another adapter's model, the farther of the two.
 
     In units of the distance right after merging: 1 means no step towards it, 0 that it is reached.
 
     Args:
         way: How the first adapter is merged. After ``merge_adapter``, PEFT's ``unmerge_adapter``, ``disable_adapter``
-            and ``set_adapter`` are used; after ``merge_and_unload``, what transformers offers: ``disable_adapters``,
-            and the other adapter put on top.
+            and ``set_adapter`` are used. After ``merge_and_unload``, which leaves no adapter in the model, its file is
+            loaded again, with the weight -1, and then the other adapter's beside it, with the weight 1.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    other = adapted_llama(("second",))
-    wanted = {"the base": logits_of(tiny_llama()), "another adapter": logits_of(other)}
+    wanted = {"the base": logits_of(tiny_llama()), "another adapter": logits_of(adapted_llama(("second",)))}
     model = adapted_llama(("first", "second"))
+    files = {name: get_peft_model_state_dict(model, adapter_name=name) for name in ("first", "second")}
     found = {}
     if way == "merge_adapter":
         model.merge_adapter(["first"])
@@ -179,14 +178,15 @@ def distance_after_merging(way: str) -> Measurement:
     else:
         plain = model.merge_and_unload(adapter_names=["first"])
         merged = logits_of(plain)
-        with suppress(ValueError):
-            plain.disable_adapters()
-        found["the base"] = logits_of(plain)
-        on_top = adapted_llama(("second",), base=plain)
-        set_peft_model_state_dict(on_top, get_peft_model_state_dict(other, adapter_name="second"), "second")
-        found["another adapter"] = logits_of(on_top)
+        model = adapted_llama(("first", "second"), base=plain)
+        for name, file in files.items():
+            set_peft_model_state_dict(model, file, name)
+        for goal, weights in (("the base", [-1.0, 0.0]), ("another adapter", [-1.0, 1.0])):
+            model.add_weighted_adapter(list(files), weights, goal, combination_type="cat")
+            model.set_adapter(goal)
+            found[goal] = logits_of(model)
     distances = {f"to {n}": float((found[n] - w).norm() / (merged - w).norm()) for n, w in wanted.items()}
-    return Measurement(min(distances.values()), n=2, evidence=distances, model=TINY)
+    return Measurement(max(distances.values()), n=2, evidence=distances, model=TINY)
 
 
 def requantisation_error() -> Measurement:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftscope.analysis.stats import mean_interval
 from peftscope.claims.checks.codes import CodeBook
-from peftscope.claims.measurement import Measurement, NotRunError
-from peftscope.claims.subjects import weight_matrices
-from peftscope.models.catalog import LOCAL, model_folder
+from peftscope.claims.measurement import Measurement, mean_of
+from peftscope.claims.subjects import fetched_model, text_windows, weight_matrices
 
 if TYPE_CHECKING:
     import torch
 
-WINDOW_TOKENS = 128
+WINDOWS = 48
+AT_ONCE = 8
+"""The windows of one forward pass: the logits of all would take a gigabyte."""
 BLOCK = 64
 """The weights per constant."""
 
@@ -34,12 +33,12 @@ def loss_added_by_rivals(model: str, code: str, rivals: Sequence[str]) -> Measur
     """
     losses = {name: _losses(model, name) for name in (UNTOUCHED, code, *rivals)}
     nearest = min(rivals, key=lambda name: sum(losses[name]))
-    return _rise(model, losses, code, nearest)
+    return _paired(model, losses, code, nearest, "loss")
 
 
 def loss_added_by_double_quantization(model: str) -> Measurement:
     """Returns by how much a language model's loss on prose rises when NF4's constants are quantised too, in nats."""
-    return _rise(model, {name: _losses(model, name) for name in (UNTOUCHED, "nf4", DOUBLE)}, "nf4", DOUBLE)
+    return _paired(model, {name: _losses(model, name) for name in (UNTOUCHED, "nf4", DOUBLE)}, "nf4", DOUBLE, "loss")
 
 
 def error_added_by_double_quantization(model: str) -> Measurement:
@@ -49,60 +48,52 @@ def error_added_by_double_quantization(model: str) -> Measurement:
     return Measurement(sum(ratios) / len(ratios), n=len(ratios), evidence={"largest": max(ratios)}, model=model)
 
 
-def embedding_error_ratio(model: str, code: str, rivals: Sequence[str]) -> Measurement:
-    """Returns how far a code moves an encoder's sentence embeddings, divided by the distance of the nearest rival.
+def shift_added_by_rivals(model: str, code: str, rivals: Sequence[str]) -> Measurement:
+    """Returns by how much further the nearest rival moves an encoder's embeddings than a code does, in %.
+
+    An embedding is the mean of a window's token vectors; its shift is told in % of its norm.
 
     Args:
-        model: The model whose linear weights inside the blocks are rounded.
+        model: The encoder whose linear weights inside the blocks are rounded.
         code: The name of a ``CodeBook``.
         rivals: The codes to compare with.
     """
-    import torch
-    from transformers import AutoModel, AutoTokenizer
+    shifts = {name: _shifts(model, name) for name in (code, *rivals)}
+    return _paired(model, shifts, code, min(rivals, key=lambda name: sum(shifts[name])), "shift in %")
 
-    from peftscope.evaluation.retention import prose
 
-    folder = _folder(model)
-    sentences = [line for line in prose().splitlines() if line.strip()]
-    tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)(
-        sentences, return_tensors="pt", padding=True, truncation=True, max_length=WINDOW_TOKENS
-    )
-    mask = tokens["attention_mask"].unsqueeze(-1)
-
-    def embeddings(rounding: str) -> torch.Tensor:
-        encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, **LOCAL)
-        with torch.no_grad():
-            return (_rounded(encoder, rounding)(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1)
-
-    exact = embeddings(UNTOUCHED)
-    moved = {}
-    for name in (code, *rivals):
-        moved[name] = float(((embeddings(name) - exact).norm(dim=1) / exact.norm(dim=1)).mean())
-    return Measurement(
-        moved[code] / min(moved[name] for name in rivals),
-        n=len(sentences),
-        evidence={f"relative change, {name}": value for name, value in moved.items()},
-        model=model,
-    )
+def shift_added_by_double_quantization(model: str) -> Measurement:
+    """Returns by how much further NF4 moves an encoder's embeddings when its constants are quantised too, in %."""
+    return _paired(model, {name: _shifts(model, name) for name in ("nf4", DOUBLE)}, "nf4", DOUBLE, "shift in %")
 
 
 @cache
 def _losses(model: str, rounding: str) -> tuple[float, ...]:
-    """Returns the mean loss of every window of the held-out prose."""
+    """Returns the mean loss of every window of text."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from peftscope.evaluation.retention import prose
-
-    folder = _folder(model)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    ids = tokenizer(prose(), add_special_tokens=False)["input_ids"]
-    windows = torch.tensor(ids[: len(ids) // WINDOW_TOKENS * WINDOW_TOKENS]).view(-1, WINDOW_TOKENS)
-    language_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **LOCAL)
-    with torch.no_grad():
-        logits = _rounded(language_model, rounding)(windows).logits[:, :-1].transpose(1, 2)
+    language_model = _rounded(fetched_model(model, "AutoModelForCausalLM"), rounding)
+    found: list[float] = []
+    for windows in text_windows(model, WINDOWS).split(AT_ONCE):
+        with torch.no_grad():
+            logits = language_model(windows).logits[:, :-1].transpose(1, 2)
         each = torch.nn.functional.cross_entropy(logits, windows[:, 1:], reduction="none")
-    return tuple(round(loss, 6) for loss in each.double().mean(1).tolist())
+        found += each.double().mean(1).tolist()
+    return tuple(round(loss, 6) for loss in found)
+
+
+@cache
+def _shifts(model: str, rounding: str) -> tuple[float, ...]:
+    """Returns how far each window's embedding moves, in % of its norm."""
+    exact, moved = (_embeddings(model, name) for name in (UNTOUCHED, rounding))
+    return tuple((100 * (moved - exact).norm(dim=1) / exact.norm(dim=1)).tolist())
+
+
+def _embeddings(model: str, rounding: str) -> torch.Tensor:
+    import torch
+
+    with torch.no_grad():
+        return _rounded(fetched_model(model, "AutoModel"), rounding)(text_windows(model, WINDOWS))[0].mean(1)
 
 
 def _rounded(model: Any, rounding: str) -> Any:
@@ -111,7 +102,7 @@ def _rounded(model: Any, rounding: str) -> Any:
 
     rounded = _rounding(rounding)
     for name, module in model.named_modules():
-        if ".layer" in name and isinstance(module, torch.nn.Linear):
+        if "layer" in name and isinstance(module, torch.nn.Linear):
             module.weight.data = rounded(module.weight.data)
     return model.eval()
 
@@ -132,25 +123,13 @@ def _rounding(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     return doubly
 
 
-def _folder(model: str) -> Path:
-    folder = model_folder(model)
-    if not (folder / "model.safetensors").is_file():
-        raise NotRunError(f"the weights of {model} are missing; run `peftscope fetch {model}`")
-    return folder
-
-
-def _rise(model: str, losses: dict[str, tuple[float, ...]], before: str, after: str) -> Measurement:
-    """Returns the mean rise of the loss from one rounding to another, paired by window."""
-    rises = tuple(b - a for a, b in zip(losses[before], losses[after], strict=True))
-    interval = mean_interval(rises)
-    assert interval is not None
-    return Measurement(
-        interval.mean,
-        low=interval.low,
-        high=interval.high,
-        n=len(rises),
+def _paired(model: str, values: dict[str, tuple[float, ...]], before: str, after: str, quantity: str) -> Measurement:
+    """Returns the mean rise of a quantity from one rounding to another, paired by window."""
+    rises = tuple(b - a for a, b in zip(values[before], values[after], strict=True))
+    return mean_of(
+        rises,
         samples=rises,
-        evidence={f"loss, {name}": sum(each) / len(each) for name, each in losses.items()}
+        evidence={f"{quantity}, {name}": sum(each) / len(each) for name, each in values.items()}
         | {"measured against": after},
         model=model,
     )

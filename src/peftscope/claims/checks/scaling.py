@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated, Any
 
-from peftscope.analysis.stats import mean_interval
+from pydantic import BaseModel, ConfigDict, Field
+
+from peftscope.analysis.stats import share_interval
 from peftscope.claims.checks.adapters import scale
 from peftscope.claims.lora_subjects import (
     backward_steps,
@@ -17,7 +20,7 @@ from peftscope.claims.lora_subjects import (
     lora_model,
     update_of,
 )
-from peftscope.claims.measurement import Measurement
+from peftscope.claims.measurement import Measurement, mean_of
 from peftscope.claims.subjects import TINY, tiny_llama, token_ids
 
 
@@ -135,17 +138,68 @@ def trained_rank(ranks: Sequence[int], alpha_over_rank: float, steps: int) -> Me
     )
 
 
-def share_of_settings(values: Mapping[str, float], low: float, high: float) -> Measurement:
-    """Returns the share of published settings that lie in a range."""
+class Setting(BaseModel):
+    """A setting that a paper prints."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    source: Annotated[str, Field(min_length=8, description="paper, and table, section or script")]
+    value: float
+
+
+class Placement(BaseModel):
+    """The matrices that a paper's LoRA run adapts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    source: Annotated[str, Field(min_length=8, description="paper, and table, section or script")]
+    matrices: list[str]
+
+
+def share_of_settings(settings: list[Setting], low: float, high: float, default: str) -> Measurement:
+    """Returns the share of published settings that lie in a range, with its interval as a sample of practice.
+
+    Args:
+        settings: The settings of papers.
+        low: The lower end of the range.
+        high: Its upper end.
+        default: The options of PEFT's ``LoraConfig`` whose default is a further setting: one, or two with a slash for
+            their ratio.
+    """
+    from peft import LoraConfig
+
+    above, _, below = default.partition("/")
+    config = LoraConfig()
+    values = {f"{each.name} ({each.source})": each.value for each in map(Setting.model_validate, settings)}
+    values["PEFT's default (LoraConfig)"] = getattr(config, above) / (getattr(config, below) if below else 1)
     inside = sum(low <= value <= high for value in values.values())
-    return Measurement(inside / len(values), n=len(values), evidence=dict(values), model="published settings")
+    bounds = share_interval(inside, len(values))
+    return Measurement(inside / len(values), *bounds, n=len(values), evidence=values, model="published settings")
 
 
-def placements_beyond(placements: Mapping[str, Sequence[str]], described: Sequence[str]) -> Measurement:
-    """Returns how many published settings adapt a matrix that is not among the described ones."""
-    beyond = [name for name, matrices in placements.items() if set(matrices) - set(described)]
+def placements_beyond(placements: list[Placement], described: list[str]) -> Measurement:
+    """Returns how many published runs adapt a matrix that is not among the described ones."""
+    listed = list(map(Placement.model_validate, placements))
+    beyond = [each for each in listed if set(each.matrices) - set(described)]
+    evidence = {f"{each.name} ({each.source})": ", ".join(each.matrices) for each in listed}
+    return Measurement(len(beyond), n=len(listed), evidence=evidence, model="published runs")
+
+
+def smallest_growth(alphas: list[float], rank: int, steps: int) -> Measurement:
+    """Returns the smallest ratio of ‖ΔW‖ at one alpha to that at the alpha before it, after AdamW steps at one rate."""
+    sizes = {}
+    for alpha in alphas:
+        model = lora_model(tiny_llama(), rank=rank, alpha=alpha)
+        for _ in backward_steps(model, steps, after=True):
+            pass
+        sizes[float(alpha)] = (
+            sum(float(update_of(layer).square().sum()) for layer in lora_layers(model).values()) ** 0.5
+        )
+    ratios = [later / earlier for earlier, later in pairwise(sizes.values())]
     return Measurement(
-        len(beyond), n=len(placements), evidence={"they are": ", ".join(beyond)}, model="published settings"
+        min(ratios), n=len(ratios), curves={"‖ΔW‖": sizes}, axes=("alpha", "‖ΔW‖ after training"), model=TINY
     )
 
 
@@ -202,13 +256,8 @@ def _slope(norm: Any, rank_stabilised: bool, ranks: Sequence[int], seeds: int, n
             layer = lora_layer(576, 576, rank=rank, alpha=16, seed=seed, use_rslora=rank_stabilised)
             norms[seed, index] = norm(layer, x, target)
     slopes = np.polyfit(np.log(ranks), np.log(norms).T, 1)[0]
-    interval = mean_interval(slopes.tolist())
-    assert interval is not None
-    return Measurement(
-        interval.mean,
-        low=interval.low,
-        high=interval.high,
-        n=seeds,
+    return mean_of(
+        slopes.tolist(),
         samples=tuple(slopes.tolist()),
         curves={name: {float(rank): float(value) for rank, value in zip(ranks, norms.mean(axis=0), strict=True)}},
         axes=("rank", name),

@@ -7,38 +7,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from peftscope.analysis.compare import compare
-from peftscope.analysis.stats import paired_p, sign_flip_p
-from peftscope.analysis.study import VALIDATION, Rate, StudyResults, paired
+from peftscope.analysis.stats import CONFIDENCE, paired_p, sign_flip_p
+from peftscope.analysis.study import VALIDATION, StudyResults, paired
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 
+REACH = 10.0
+"""The factor around the best rate within which a parabola describes the loss; farther out it rises more steeply."""
 
-def learning_rate_ratio(study: str, arm: str, against: str) -> Measurement:
-    """Returns the ratio of the best learning rates of two arms.
 
-    The bounds are not a confidence interval: they place each best rate between its neighbours among the tried rates.
-    The evidence also has the optimum of a parabola through these three over the logarithm of the rate.
+def learning_rate_ratio(study: str, arm: str, against: str, resamples: int = 2000) -> Measurement:
+    """Returns the ratio of the best learning rates of two arms with the 95 % interval of a bootstrap.
+
+    An arm's best rate is the minimum of a parabola, fitted to the validation losses of its tuning runs over the
+    logarithm of the rate, within a factor of ``REACH`` of the rate with the lowest mean. The bootstrap draws the
+    residuals of both arms' fits from one pool and fits anew. A minimum is sought only among the rates that were tried.
+
+    Raises:
+        NotRunError: An arm has too few rates around its best for a fit with residuals.
     """
     results = StudyResults(study)
-    mine, other = results.rate(arm), results.rate(against)
-    evidence = {f"best rate of {arm}": mine.best, f"best rate of {against}": other.best}
-    fitted = [_fitted_optimum(rate) for rate in (mine, other)]
-    evidence |= {"ratio of fitted optima": fitted[0] / fitted[1], "bounds are the neighbours that were tried": True}
-    curves = {name: rate.curve for name, rate in ((arm, mine), (against, other))}
+    runs = {name: results.tuning_runs(name) for name in (arm, against)}
+    fits = {name: _Fit.of(name, table) for name, table in runs.items()}
+    pool = np.concatenate([fit.residuals for fit in fits.values()])
+    random = np.random.default_rng(0)
+    draws = {name: fit.optima(random.choice(pool, (resamples, len(fit.x)))) for name, fit in fits.items()}
+    low, high = np.exp(np.quantile(draws[arm] - draws[against], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
+    best = {name: float(fit.optima(np.zeros((1, len(fit.x))))[0]) for name, fit in fits.items()}
+    evidence: dict[str, Quantity] = {f"best rate of {name}": math.exp(value) for name, value in best.items()}
+    evidence["spread of the residuals, nats per token"] = float(pool.std())
+    curves = {
+        name: table.groupby("learning_rate")[VALIDATION].mean().dropna().to_dict() for name, table in runs.items()
+    }
     return Measurement(
-        mine.best / other.best,
-        low=mine.below / other.above,
-        high=mine.above / other.below,
+        math.exp(best[arm] - best[against]),
+        low=float(low),
+        high=float(high),
+        n=len(pool),
         evidence=evidence,
-        curves={name: {x: y for x, y in curve.items() if y is not None} for name, curve in curves.items()},
+        curves=curves,
         axes=("learning rate", "validation loss, nats per token"),
         model=results.subject,
-        run_ids=tuple(results.tuning_runs(arm)["run_id"]) + tuple(results.tuning_runs(against)["run_id"]),
+        run_ids=tuple(run for table in runs.values() for run in table["run_id"]),
     )
 
 
@@ -161,11 +176,35 @@ def _over_seeds(
     )
 
 
-def _fitted_optimum(rate: Rate) -> float:
-    """Returns the minimum of the parabola through the best rate and its neighbours; the best rate if one diverged."""
-    rates = (rate.below, rate.best, rate.above)
-    losses = [loss for x in rates if (loss := rate.curve[x]) is not None]
-    if len(losses) < len(rates):
-        return rate.best
-    curvature, slope, _ = np.polyfit([math.log(x) for x in rates], losses, 2)
-    return math.exp(-slope / (2 * curvature))
+@dataclass(frozen=True)
+class _Fit:
+    """A parabola through an arm's losses near its best rate.
+
+    Attributes:
+        x: The logarithm of each run's learning rate.
+        fitted: The parabola's loss there.
+        residuals: The differences of the losses from it, widened for the three values that the fit takes.
+    """
+
+    x: np.ndarray
+    fitted: np.ndarray
+    residuals: np.ndarray
+
+    @classmethod
+    def of(cls, arm: str, runs: pd.DataFrame) -> _Fit:
+        """Returns the fit of an arm. Runs that diverged have no loss and are left out."""
+        losses = runs.dropna(subset=[VALIDATION])
+        best = losses.groupby("learning_rate")[VALIDATION].mean().idxmin()
+        rates = losses["learning_rate"] / best
+        near = losses[(rates <= REACH) & (rates >= 1 / REACH)]
+        if near["learning_rate"].nunique() < 4:
+            raise NotRunError(f"`{arm}` has fewer than four rates within a factor of {REACH:g} of its best")
+        x, y = np.log(near["learning_rate"].to_numpy()), near[VALIDATION].to_numpy()
+        fitted = np.polyval(np.polyfit(x, y, 2), x)
+        return cls(x, fitted, (y - fitted) * math.sqrt(len(x) / (len(x) - 3)))
+
+    def optima(self, noise: np.ndarray) -> np.ndarray:
+        """Returns the logarithm of the best rate for each row of noise that is added to the fitted losses."""
+        curvature, slope, offset = np.polyfit(self.x, (self.fitted + noise).T, 2)
+        grid = np.linspace(self.x.min(), self.x.max(), 401)
+        return grid[np.argmin(np.outer(curvature, grid**2) + np.outer(slope, grid) + offset[:, None], axis=1)]

@@ -54,21 +54,31 @@ def times_fewer_parameters(preset: str, rank: int, targets: str) -> Measurement:
     return Measurement(base / trained, model=preset, evidence={"trained": trained, "model": base})
 
 
-def loraplus_rate_ratio(ratio: float) -> Measurement:
-    """Returns the learning rate of the B matrices over that of the A matrices in PEFT's LoRA+ optimizer.
+def loraplus_step_ratio(ratio: float) -> Measurement:
+    """Returns how many times further B moves than A, a value, in its first step with PEFT's LoRA+ optimizer.
 
-    The lowest rate of any B over the highest of any A. Source: Hayou et al. 2024, arXiv 2402.12354.
+    Adam's first step moves every value by its learning rate. B moves in step 1, and A, which has no gradient there, in
+    step 2. Over matrices, the smallest step of B stands against the largest of A.
+    Source: Hayou et al. 2024, arXiv 2402.12354.
     """
     import torch
     from peft.optimizers import create_loraplus_optimizer
 
     model = _with_lora(rank=4, alpha=8)
-    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=ratio)
-    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-    of_a = [rates[id(parameter)] for name, parameter in model.named_parameters() if ".lora_A." in name]
-    of_b = [rates[id(parameter)] for name, parameter in model.named_parameters() if ".lora_B." in name]
-    evidence = {"learning rate of A": max(of_a), "learning rate of B": min(of_b), "matrices": len(of_a) + len(of_b)}
-    return Measurement(min(of_b) / max(of_a), model=TINY, evidence=evidence)
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=ratio, betas=(0.0, 0.0), weight_decay=0.0
+    )
+    ids = token_ids(model)
+    steps: dict[str, list[float]] = {}
+    for letter in "BA":
+        factors = [parameter for name, parameter in model.named_parameters() if f".lora_{letter}." in name]
+        before = [factor.detach().clone() for factor in factors]
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        steps[letter] = [float((now - old).detach().abs().median()) for now, old in zip(factors, before, strict=True)]
+    evidence = {"step of A": max(steps["A"]), "step of B": min(steps["B"]), "matrices": sum(map(len, steps.values()))}
+    return Measurement(min(steps["B"]) / max(steps["A"]), model=TINY, evidence=evidence)
 
 
 def dora_start(rank: int, alpha: float) -> Measurement:

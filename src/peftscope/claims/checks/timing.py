@@ -1,0 +1,132 @@
+"""Times on this machine's processor: two kinds of work in turns, so that what slows the machine slows both.
+
+Weights are random. Each pair times both works, and every second pair begins with the other one. The quantity is the
+median of the pairs' ratios, with the interval of its order statistics. Run these checks on an idle machine.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+from peftscope.analysis.stats import median_interval
+from peftscope.claims.measurement import Measurement
+from peftscope.hardware.device import processor_name
+from peftscope.memory.fit import options_of_method
+from peftscope.memory.question import Question, ask, describe_model
+
+MODEL = "smollm2-135m"
+RUN = {"batch_size": 1, "seq_len": 128, "precision": "fp32"}
+WARM_UP = 2
+Work = Callable[[], Any]
+
+
+def step_ratio(run: dict[str, Any], against: dict[str, Any], model: str = MODEL, pairs: int = 12) -> Measurement:
+    """Returns the time of a training step over that of another run's.
+
+    Args:
+        run: The options of the numerator's run, as in ``peftscope memory``, beside those of ``RUN``.
+        against: The options of the denominator's run.
+        model: The base model whose shape both have.
+        pairs: The number of pairs.
+    """
+    return _paired(_training_step(model, run), _training_step(model, against), pairs, model)
+
+
+def latency_ratio(
+    run: dict[str, Any], work: Literal["prompt", "token"], model: str = MODEL, pairs: int = 30
+) -> Measurement:
+    """Returns the time of a forward pass with PEFT's adapter apart over that with the adapter merged.
+
+    Args:
+        run: The options of the adapter, as in ``peftscope memory``, beside those of ``RUN``.
+        work: A whole prompt, or one further token with a key-value cache.
+        model: The base model whose shape both have.
+        pairs: The number of pairs.
+    """
+    apart, merged = (_forward(model, run, work, merge) for merge in (False, True))
+    return _paired(apart, merged, pairs, model)
+
+
+def _paired(above: Work, below: Work, pairs: int, model: str) -> Measurement:
+    """Returns the median ratio of two works' times over pairs of turns."""
+    import torch
+
+    for work in (above, below) * WARM_UP:
+        work()
+    seconds: dict[Work, list[float]] = {above: [], below: []}
+    for pair in range(pairs):
+        for work in (above, below) if pair % 2 == 0 else (below, above):
+            began = time.perf_counter()
+            work()
+            seconds[work].append(time.perf_counter() - began)
+    ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
+    low, high = median_interval(ratios)
+    evidence = {
+        "above the line, seconds, median": statistics.median(seconds[above]),
+        "below the line, seconds, median": statistics.median(seconds[below]),
+        "threads": torch.get_num_threads(),
+        "processor": processor_name(),
+    }
+    named = f"random weights of {model}'s shape"
+    return Measurement(statistics.median(ratios), low, high, pairs, evidence=evidence, model=named)
+
+
+def _question(model: str, run: dict[str, Any]) -> Question:
+    options = {**RUN, **run}
+    return ask(describe_model(model), options_of_method(options["method"], options))
+
+
+def _random_base(question: Question) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = dict(question.model.config)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+
+
+def _training_step(model: str, run: dict[str, Any]) -> Work:
+    import torch
+
+    from peftscope.data.batching import Example, collate
+    from peftscope.training.build import apply_method
+    from peftscope.training.step import make_optimizer, train_step
+
+    question = _question(model, run)
+    spec = question.spec
+    trained = apply_method(_random_base(question), spec, spec.method.build_empty)
+    rows = torch.randint(question.model.config["vocab_size"], (spec.batch_size, spec.seq_len)).tolist()
+    batch = collate([Example(tuple(row), spec.seq_len - question.responses) for row in rows], pad_token_id=0)
+    optimizer = make_optimizer(trained.model, spec)
+    trained.model.train()
+    # Half way through a run AdaLoRA rates, prunes and masks in every step.
+    return lambda: train_step(trained, [batch], optimizer, spec, step=spec.steps // 2)
+
+
+def _forward(model: str, run: dict[str, Any], work: str, merge: bool) -> Work:
+    import torch
+
+    question = _question(model, run)
+    spec = question.spec
+    adapted = spec.method.build(_random_base(question).requires_grad_(False), spec).eval()
+    served = adapted.merge_and_unload() if merge else adapted
+    tokens = torch.randint(question.model.config["vocab_size"], (spec.batch_size, spec.seq_len))
+
+    @torch.inference_mode()
+    def prompt() -> None:
+        served(input_ids=tokens, use_cache=False, logits_to_keep=1)
+
+    if work == "prompt":
+        return prompt
+    with torch.inference_mode():
+        cache = served(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+
+    @torch.inference_mode()
+    def token() -> None:
+        served(input_ids=tokens[:, -1:], past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    return token
