@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pandas as pd
@@ -53,9 +54,8 @@ def test_lint_asks_only_for_conda_environments(tiny: str) -> None:
 
 
 def test_dry_run_of_every_experiment(tiny: str) -> None:
-    for name in ("quick", "smoke", "all-methods", tiny):
-        done = snakemake("-n", "--config", f"experiment={name}")
-        assert done.returncode == 0, done.stdout + done.stderr
+    done = snakemake("-n", "--config", f"experiment=quick smoke all-methods {tiny}")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -67,6 +67,11 @@ def test_real_run_then_nothing_to_do_then_only_what_changed(tiny: str) -> None:
     check_introductions_table()
     again = snakemake("--config", f"experiment={tiny}")
     assert "Nothing to be done" in again.stdout + again.stderr
+    done = snakemake("--report", "report.zip", "--config", f"experiment={tiny}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    with zipfile.ZipFile("report.zip") as archive:
+        pages = [archive.read(name).decode() for name in archive.namelist() if name.endswith((".js", ".html"))]
+    assert any(re.search(r'"experiment": "tiny"', page) for page in pages)
 
     records = {path: path.stat().st_mtime_ns for path in Path("results/runs").glob("*/record.json")}
     path = Path("experiments/tiny.yaml")

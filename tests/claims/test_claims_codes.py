@@ -243,6 +243,7 @@ def test_training_of_4_bit_weights() -> None:
         assert 0 < losses[name].argmin() < len(RATES) - 1, f"the best rate of {name} is at the grid's end"
 
 
+@pytest.mark.slow
 def test_finer_codes_would_refute_that_4_bit_training_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """With 4,096 levels, rounding swallows nothing, and the weights learn as well as shadow weights."""
     monkeypatch.setattr(quantised_training, "SHIFTS", (0.05,))

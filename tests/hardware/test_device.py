@@ -41,7 +41,7 @@ def test_four_jobs_on_four_cards_get_one_each_and_the_fifth_waits(tmp_path: Path
     assert sorted(cards) == [["0"], ["1"], ["3"], ["GPU-8f2c"]]
     fifth = start(tmp_path)
     with pytest.raises(subprocess.TimeoutExpired):
-        fifth.wait(timeout=3)
+        fifth.wait(timeout=1.5)
     jobs[2].send_signal(signal.SIGKILL)
     assert claimed(fifth) == cards[2]
     for job in (*jobs, fifth):

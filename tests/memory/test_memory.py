@@ -236,6 +236,8 @@ def test_the_closed_form_never_loads_torch() -> None:
     assert done.stdout.splitlines()[-1] == "0 []"
 
 
+@pytest.mark.slow
+@pytest.mark.alone
 def test_an_answer_takes_a_fraction_of_a_second() -> None:
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

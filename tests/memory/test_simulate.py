@@ -55,9 +55,19 @@ def test_without_padding_there_is_no_mask(name: str, toy: Path, make_spec) -> No
     assert evaluation.peaks()["evaluate"].size == evaluated
 
 
-@pytest.mark.parametrize("name", TRAINED)
+def fast_if(fast: bool, *values: Any) -> Any:
+    return pytest.param(*values, marks=() if fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        fast_if(way == "native" or name in ("lora", "qlora"), name, way)
+        for name in TRAINED
+        for way in ("native", "fp32")
+    ],
+)
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("amp", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("way", ["native", "fp32"])
 def test_every_method(name: str, precision: str, way: Way, toy: Path, make_spec) -> None:
     if precision == "amp" and name in ("qlora", "loftq"):
         pytest.skip("4-bit bases compute in bf16")
@@ -68,7 +78,12 @@ def test_every_method(name: str, precision: str, way: Way, toy: Path, make_spec)
 
 
 @pytest.mark.parametrize(
-    "fields", [{"targets": "all-linear"}, {"targets": "all-linear", "feedforward": ["o_proj"]}, {"targets": "mlp"}]
+    "fields",
+    [
+        pytest.param({"targets": "all-linear"}, marks=pytest.mark.slow),
+        {"targets": "all-linear", "feedforward": ["o_proj"]},
+        pytest.param({"targets": "mlp"}, marks=pytest.mark.slow),
+    ],
 )
 def test_every_choice_of_ia3(fields: dict[str, Any], toy: Path, make_spec) -> None:
     simulated, tracked = both(make_spec(method="ia3", precision="bf16", **fields))
@@ -127,8 +142,14 @@ TINY = {
         pytest.param("hf", "amp", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        fast_if(method == "lora" or family == "llama", family, method)
+        for family in FAMILIES
+        for method in ("full", "lora")
+    ],
+)
 def test_every_family(family: str, method: str, loss_path: str, precision: str, toy: Path, make_spec) -> None:
     shape = ModelShape(family=family, tied_embeddings=family == "qwen2", **TINY)
     config = AutoConfig.for_model(**shape.to_config())

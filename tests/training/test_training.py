@@ -118,6 +118,8 @@ def test_two_runs_of_one_spec_are_identical(method: str, unpredicted: Path, make
     assert outcomes[0] == outcomes[1]
 
 
+@pytest.mark.slow
+@pytest.mark.alone
 def test_seconds_add_up_to_the_jobs_wall_time(toy: Path, make_spec, tmp_path: Path) -> None:
     began = time.perf_counter()
     run_command(make_spec(method="lora", heldout_items=512), tmp_path)
@@ -138,7 +140,7 @@ def test_divergence_is_a_status(toy: Path, make_spec, tmp_path: Path) -> None:
 
 
 def test_failure_is_a_status_and_the_job_goes_on(toy: Path, make_spec, tmp_path: Path) -> None:
-    done = run_command(make_spec(method="lora", seq_len=2), tmp_path)
+    done = run_command(make_spec(method="lora", seq_len=2, generation_items=0), tmp_path)
     assert done.returncode == 0
     record = read_record(tmp_path / "record.json")
     assert record.status == "failed"
@@ -169,7 +171,7 @@ def test_prediction_and_probe_take_as_many_steps(steps: int, toy: Path, make_spe
 def test_out_of_memory_is_a_status(toy: Path, make_spec, tmp_path: Path) -> None:
     # The first activation alone is larger than the limit leaves, so that nothing smaller (a thread's stack, a library's
     # workspace) meets the limit first and crashes instead of raising.
-    spec = make_spec(method="full", precision="fp32", batch_size=200_000, probe_steps=0, retention_tokens=0)
+    spec = make_spec(method="full", precision="fp32", batch_size=100_000, steps=1, probe_steps=0, retention_tokens=0)
     script = (
         "import json, resource, sys, psutil, torch\n"
         "from pathlib import Path\n"
@@ -178,7 +180,7 @@ def test_out_of_memory_is_a_status(toy: Path, make_spec, tmp_path: Path) -> None
         "from peftscope.execution.run import execute\n"
         "square = torch.ones(512, 512, requires_grad=True)\n"
         "(square @ square).sum().backward()\n"  # starts the threads of forward and backward passes
-        "limit = psutil.Process().memory_info().vms + 700 * 2**20\n"
+        "limit = psutil.Process().memory_info().vms + 350 * 2**20\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
         "execute(RunSpec.model_validate(json.loads(sys.argv[1])), Path(sys.argv[2]), Phases('cpu', 0.0))\n"
     )
@@ -238,14 +240,11 @@ def test_a_run_that_is_killed_is_out_of_memory_if_the_kernel_says_so(
 
 
 def test_every_method_of_a_seed_sees_the_same_batches(toy: Path, make_spec, tmp_path: Path) -> None:
-    seen = {
-        (method, seed): run_here(make_spec(method=method, seed=seed, **QUICKLY), tmp_path / f"{method}{seed}")
-        for method in ("full", "lora", "qlora", "prompt-tuning")
-        for seed in (0, 1)
-    }
-    digests = {seed: {record.train_batches_sha256 for (_, s), record in seen.items() if s == seed} for seed in (0, 1)}
-    assert [len(digests[seed]) for seed in (0, 1)] == [1, 1]
-    assert digests[0] != digests[1]
+    def digest(method: str, seed: int) -> str | None:
+        return run_here(make_spec(method=method, seed=seed, **QUICKLY), tmp_path).train_batches_sha256
+
+    (same,) = {digest(method, seed=0) for method in ("full", "lora", "qlora", "prompt-tuning")}
+    assert same != digest("lora", seed=1)
 
 
 def test_a_loss_that_explodes_in_the_last_step_is_divergence(toy: Path, make_spec, tmp_path: Path) -> None:
