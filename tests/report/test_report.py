@@ -200,7 +200,7 @@ def test_a_folder_of_results_is_published_whole_or_not_at_all(tmp_path: Path, mo
     with pytest.raises(InputError, match="not finished"):
         publish("memory")
     half = tmp_path / "results" / "memory" / "bars.png"
-    half.parent.mkdir()
+    half.parent.mkdir(parents=True)
     half.write_text("")
     with pytest.raises(InputError, match=r"no grid\.png, chapter\.csv"):
         publish("memory")

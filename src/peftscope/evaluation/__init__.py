@@ -1,1 +1,1 @@
-"""Evaluation: held-out loss, generated answers scored by lm-eval, and retention of English."""
+"""Evaluation: held-out loss, generated answers scored by lm-eval, retention of English, and latency."""
