@@ -169,7 +169,7 @@ def test_the_kubernetes_job_asks_for_as_many_cards_as_it_uses(repository: Path) 
         text=True,
         check=True,
     ).stdout
-    assert '--resources gpu=1 --set-threads train=8 --config experiment="gpu-7b"' in told
+    assert re.search(r'--resources gpu=1 mem_mb=\S+ .* --set-threads train=8 --config experiment="gpu-7b"', told)
 
 
 def test_rules_that_need_the_network_are_local(repository: Path) -> None:

@@ -447,7 +447,7 @@ def test_claims_count_the_steps_to_the_others_last_loss(tuned: None) -> None:
             record(run, heldout=1.0, losses=losses)
     collect_experiment(expand("mine"))
     earlier = training.steps_saved("mine", "lora", "full", window=1)
-    assert earlier.samples == pytest.approx([1 - 2 / 3] * 6) and earlier.low == earlier.high
+    assert earlier.samples == pytest.approx([1 - 2 / 3] * 6) and earlier.low == pytest.approx(earlier.high)
     never = training.steps_saved("mine", "thin", "full", window=1)
     assert never.value == 0 and judge(Rule(better_by=0), never)[0] == Verdict.WRONG
     # Means over two steps: 2, 0.95 against 2.5, 1.5.

@@ -15,7 +15,7 @@ import pytest
 from peftscope.analysis.tuning import choose_rates
 from peftscope.errors import InputError
 from peftscope.execution import provenance, sweep
-from peftscope.execution.inputs import fetch_inputs
+from peftscope.execution.inputs import inputs
 from peftscope.execution.sweep import run_sweep
 from peftscope.layout import record_path, run_folder
 from peftscope.planning.plan import plan_experiment
@@ -182,7 +182,8 @@ def test_a_run_that_is_stopped_in_training_goes_on_from_its_checkpoint(own) -> N
     own("mine", f"{SHORT.replace('steps: 4', 'steps: 3000')}axes: {{method: [lora]}}\n")
     (identity,) = plan_experiment("mine").run_ids
     spec, folder = plan_experiment("mine").sweep.runs[identity], run_folder(identity)
-    fetch_inputs(spec)
+    for resource in inputs(spec):
+        resource.fetch()
     assert sweep._run(identity, spec, time.monotonic() + 25) == "interrupted"
     assert list(state_folder(folder).glob("checkpoint-*.pt")) and not record_path(identity).exists()
     assert run_sweep("mine", one_second, refuse).left == 0

@@ -219,7 +219,7 @@ def draw_losses(axes: plt.Axes, runs: pd.DataFrame, losses: pd.DataFrame) -> Non
     """
     grid = _with_names(grid_runs(runs))
     over = {"estimator": "median", "errorbar": ("pi", 50)} if is_crowded(grid_runs(runs)) else {"errorbar": ("pi", 100)}
-    curves = losses.merge(grid[["run_id", "variant"]], on="run_id").dropna()
+    curves = losses.merge(grid[["run_id", "variant"]], on="run_id").dropna(subset=["nll_nats_per_token"])
     if curves.empty:
         return
     sns.lineplot(curves, x="step", y="nll_nats_per_token", hue="variant", palette=palette(grid), ax=axes, **over)

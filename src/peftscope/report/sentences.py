@@ -137,7 +137,7 @@ def losses_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | N
     """Returns the methods with the lowest and the highest training loss at the last step, averaged over seeds."""
     grid = grid_runs(runs)
     grid = grid.assign(variant=variants(grid))
-    curves = losses.merge(grid[["run_id", "variant"]], on="run_id").dropna()
+    curves = losses.merge(grid[["run_id", "variant"]], on="run_id").dropna(subset=["nll_nats_per_token"])
     if curves.empty:
         return None
     last = curves[curves["step"] == curves.groupby("run_id")["step"].transform("max")]

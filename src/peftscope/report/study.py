@@ -318,6 +318,7 @@ def power(study: StudyResults) -> dict[str, Any]:
         "margin": f"{100 * MARGIN:g}",
         "margin_nats": formatted(MARGIN * study.yardstick, ".4f"),
         "half_margin": f"{50 * MARGIN:g}",
+        "narrow": f"{100 * NARROW:g}",
         "widths": f"{min(widths.values()):.1f} to {max(widths.values()):.1f}" if widths else "",
         "missed": ", ".join(
             f"{study.labels[arm]} (±{widths[arm]:.1f} %)" for arm, one in found.items() if not one.is_precise
