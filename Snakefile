@@ -158,6 +158,7 @@ rule collect:
         WORKFLOW.records(checkpoints),
         WORKFLOW.experiment_file,
         "src/peftscope/analysis/collect.py",
+        "src/peftscope/planning/published.py",
     output:
         runs="results/{experiment}/runs.csv",
         losses="results/{experiment}/losses.csv",
@@ -285,6 +286,7 @@ rule ladder:
 rule study:
     input:
         "results/{experiment}/runs.csv",
+        "results/{experiment}/losses.csv",
         "results/{experiment}/tuned.json",
         "src/peftscope/analysis/compare.py",
         "src/peftscope/analysis/study.py",
@@ -327,7 +329,7 @@ rule study:
             "results/{experiment}/tables/tuning.html",
             caption="src/peftscope/report/captions/tuning.rst",
             category="Study",
-            labels={"table": "learning rates that were tried"},
+            labels={"experiment": "{experiment}", "table": "learning rates that were tried"},
         ),
         "results/{experiment}/tables/contrasts.csv",
         "results/{experiment}/tables/controls.csv",

@@ -143,7 +143,7 @@ def specs(draw: st.DrawFn, names: tuple[str, ...] = tuple(METHODS)) -> RunSpec:
             top["shards"] = 1
         else:
             top["batch_size"] = top["shards"] * draw(st.integers(1, 20))
-    if not top.get("validation_items"):
+    if not top.get("validation_items") or top.get("compile"):
         top["validation_every"] = 0
     if not built.mergeable or top.get("shards", 1) > 1:
         top["latency_tokens"] = 0

@@ -132,6 +132,8 @@ class RunSpec(BaseModel):
             )
         if self.validation_every and not self.validation_items:
             raise ValueError(f"validation_every={self.validation_every} needs validation_items above 0")
+        if self.validation_every and self.compile:
+            raise ValueError("validation_every does not work with compile, which compiles training only; use 0")
         if self.attention == "flash_attention_2" and (self.device == "cpu" or self.precision == "fp32"):
             raise ValueError("attention=flash_attention_2 needs a CUDA card and 16-bit precision; use sdpa")
         if self.packing and self.attention == "flash_attention_2":

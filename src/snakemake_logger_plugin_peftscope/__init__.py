@@ -42,6 +42,7 @@ class TimeLeft:
     """
 
     def __init__(self, workflow: Workflow | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._workflow = workflow
         self._runs: Mapping[str, RunSpec] = workflow.runs if workflow else {}
         self._clock = clock
         self._began = self._last = clock()
@@ -57,7 +58,7 @@ class TimeLeft:
         self._ended |= {run for run in self._runs if record_path(run).is_file()}
 
     def start(self, job: int, rule: str, run_id: str | None) -> None:
-        """Takes what a job is that starts, or starts again."""
+        """Notes the rule and the run of a job that starts, or is retried."""
         self._rules[job] = rule, run_id
 
     def finish(self, job: int) -> None:
@@ -88,7 +89,8 @@ class TimeLeft:
             runs = [run for run in self._runs if run not in self._ended] or self._runs
             return fmean(self._seconds(rule, run) for run in runs)
         if run_id not in self._estimates:
-            self._estimates[run_id] = estimate_seconds(self._runs[run_id], _product_rate)
+            one_thread = self._workflow is not None and self._workflow.shares_machine(run_id)
+            self._estimates[run_id] = estimate_seconds(self._runs[run_id], _product_rate, one_thread=one_thread)
         return self._estimates[run_id]
 
 
@@ -117,7 +119,7 @@ class TimeLeftColumn(TimeRemainingColumn):
 
 
 class LogHandler(RichLogHandler):
-    """The rich handler, told to estimate."""
+    """The rich handler with a column for the time left."""
 
     def __post_init__(self) -> None:
         """Adds the time left to the bars."""

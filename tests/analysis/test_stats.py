@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
-from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import ttost_paired
 
 from peftscope.analysis.compare import compare
@@ -16,8 +15,6 @@ from peftscope.analysis.stats import (
     bootstrap_interval,
     holm,
     mean_interval,
-    paired_p,
-    pairs_needed,
     sign_flip_p,
 )
 
@@ -43,7 +40,6 @@ def test_one_value_has_no_interval_and_none_has_nothing() -> None:
 @pytest.mark.parametrize("value", [2.0, 0.1])  # the mean of three times 0.1 is not 0.1
 def test_values_without_spread_say_nothing_of_their_uncertainty(value: float) -> None:
     assert (mean_interval([value] * 3).low, mean_interval([value] * 3).n) == (None, 3)
-    assert pairs_needed([value] * 3, 0.1) is None
 
 
 @pytest.mark.parametrize(("n", "student", "bootstrap"), [(3, 0.95, 0.76), (5, 0.95, 0.92), (8, 0.95, 0.94)])
@@ -99,19 +95,10 @@ def test_holm_by_hand() -> None:
     assert holm([]) == []
 
 
-def test_pairs_that_are_needed_have_the_power() -> None:
-    sample, effect = [0.1, -0.2, 0.3, 0.05], 0.1
-    needed = pairs_needed(sample, effect)
-    size = effect / np.std(sample, ddof=1)
-    powers = [TTestPower().power(size, n, 0.05) for n in (needed - 1, needed)]
-    assert powers[0] < 0.8 <= powers[1]
-    assert pairs_needed([0.2, 0.2], 0.1) is None
-
-
 def test_the_paired_p_is_scipys_and_agrees_with_the_interval() -> None:
     random = np.random.default_rng(0)
     for sample in (random.normal(0.8, 1, size=6) for _ in range(50)):
-        assert paired_p(sample) == pytest.approx(stats.ttest_rel(sample, np.zeros(6)).pvalue)
+        assert compare(sample, 1.0).p == pytest.approx(stats.ttest_rel(sample, np.zeros(6)).pvalue)
         interval = mean_interval(sample)
-        assert (paired_p(sample) < 0.05) == (interval.low > 0 or interval.high < 0)
-    assert (paired_p([0.0, 0.0]), paired_p([0.1, 0.1])) == (1, 0)
+        assert (compare(sample, 1.0).p < 0.05) == (interval.low > 0 or interval.high < 0)
+    assert (compare([0.0, 0.0], 1.0).p, compare([0.1, 0.1], 1.0).p) == (1, 0)

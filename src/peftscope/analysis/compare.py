@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 from scipy import special
@@ -12,6 +13,16 @@ from scipy import special
 from peftscope.analysis.stats import CONFIDENCE
 
 LARGEST_PAIRS = 10_000
+
+
+class Outcome(StrEnum):
+    """What a comparison says."""
+
+    SAME = "same"
+    SAME_BUT_DIFFERS = "same, but differs"
+    MORE = "differs by more than the margin"
+    DIFFERS = "differs, size open"
+    OPEN = "open"
 
 
 @dataclass(frozen=True)
@@ -37,8 +48,10 @@ class Difference:
         n = pairs or self.n
         if n < 2:
             return math.inf
-        error = math.sqrt(self.spread**2 / n + self.tuning_error**2)
-        return float(special.stdtrit(n - 1, (1 + confidence) / 2)) * error
+        return float(special.stdtrit(n - 1, (1 + confidence) / 2)) * self._error(n)
+
+    def _error(self, n: int) -> float:
+        return math.sqrt(self.spread**2 / n + self.tuning_error**2)
 
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
         """Returns the bounds of the interval of the mean."""
@@ -72,23 +85,38 @@ class Difference:
         return self.half_width(2 * CONFIDENCE - 1) <= self.margin / 2
 
     @property
-    def outcome(self) -> str:
-        """One of: same; same, but differs; differs by more than the margin; differs, size open; open."""
+    def p(self) -> float:
+        """The two-sided p of a t test, which is below 0.05 exactly if the 95 % interval excludes 0."""
+        error = self._error(self.n)
+        if error == 0:
+            return float(self.mean == 0)
+        return float(2 * special.stdtr(self.n - 1, -abs(self.mean) / error))
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the comparison says."""
+        return self.outcome_at(self.p)
+
+    def outcome_at(self, p: float) -> Outcome:
+        """Returns what the comparison says, given its p after correction for the comparisons of its family."""
+        differs = p < 1 - CONFIDENCE
         if self.is_same:
-            return "same, but differs" if self.differs else "same"
-        if self.exceeds_margin:
-            return "differs by more than the margin"
-        return "differs, size open" if self.differs else "open"
+            return Outcome.SAME_BUT_DIFFERS if differs else Outcome.SAME
+        if differs:
+            return Outcome.MORE if self.exceeds_margin else Outcome.DIFFERS
+        return Outcome.OPEN
 
     def pairs_to_decide(self) -> int | None:
         """Returns how many pairs would decide between same and more than the margin if the mean stayed where it is.
 
         None if ``LARGEST_PAIRS`` would not: the tuning alone leaves too much open, or the mean is at the margin.
         """
-        room = abs(self.margin - abs(self.mean))
-        confidence = 2 * CONFIDENCE - 1 if abs(self.mean) < self.margin else CONFIDENCE
-        sizes = range(2, LARGEST_PAIRS)
-        return next((n for n in sizes if self.half_width(confidence, n) < room), None)
+        inside = abs(self.mean) < self.margin
+        return self.pairs_to_reach(abs(self.margin - abs(self.mean)), 2 * CONFIDENCE - 1 if inside else CONFIDENCE)
+
+    def pairs_to_reach(self, half_width: float, confidence: float = CONFIDENCE) -> int | None:
+        """Returns how many pairs would make the interval narrower than this to either side; None: too many."""
+        return next((n for n in range(2, LARGEST_PAIRS) if self.half_width(confidence, n) < half_width), None)
 
 
 def compare(differences: Sequence[float], margin: float, tuning_error: float = 0.0) -> Difference:
@@ -99,8 +127,8 @@ def compare(differences: Sequence[float], margin: float, tuning_error: float = 0
         margin: Of sameness, in the same unit.
         tuning_error: The standard error that the choice of both learning rates adds.
 
-    >>> compare([0.1, 0.2, 0.3], margin=1).outcome, compare([5.0, 5.1, 5.2], margin=1).outcome
-    ('same', 'differs by more than the margin')
+    >>> [str(compare(values, margin=1).outcome) for values in ([0.1, 0.2, 0.3], [5.0, 5.1, 5.2])]
+    ['same', 'differs by more than the margin']
     """
     sample = np.asarray(differences, dtype=float)
     return Difference(float(sample.mean()), float(sample.std(ddof=1)), tuning_error, int(sample.size), margin)

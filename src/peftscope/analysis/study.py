@@ -50,22 +50,16 @@ class Rate:
     """An arm's chosen learning rate, and what was tried.
 
     Attributes:
-        below, above: The nearest lower and higher rate that was tried; the chosen rate itself if there is none.
         best: The chosen rate, which a local fit may place between those that were tried.
-        curve: The mean validation loss by learning rate; None if training diverged.
+        curve: The mean validation loss by learning rate, ascending; None if training diverged.
         fit: The local fit that chose the rate, see ``analysis.tuning``; None if the lowest loss chose it.
+        regret: The standard error that the choice of the rate adds to the arm's loss, in nats per token.
     """
 
-    below: float
     best: float
-    above: float
     curve: dict[float, float | None]
     fit: dict[str, float] | None = None
-
-    @property
-    def regret(self) -> float:
-        """The standard error that the choice of the rate adds to the arm's loss, in nats per token."""
-        return self.fit["regret_rms"] if self.fit else 0.0
+    regret: float = 0.0
 
 
 class StudyResults:
@@ -115,14 +109,24 @@ class StudyResults:
     @property
     def arms(self) -> list[str]:
         """The names of the arms that could be tuned, in the order of the experiment file."""
+        return [arm for arm in self._tuned if not {arm, arm.removesuffix(A_A)} & set(self.left_out)]
+
+    @cached_property
+    def _tuned(self) -> list[str]:
         names = dict.fromkeys(name for cell in self.table["comparisons"] for name in cell.split())
-        arms = [name.removeprefix(TUNING) for name in names if name.startswith(TUNING)]
-        return [arm for arm in arms if arm not in self.left_out]
+        return [name.removeprefix(TUNING) for name in names if name.startswith(TUNING)]
 
     @property
     def reference(self) -> str:
-        """The arm that the others are compared with: the first."""
-        return self.arms[0]
+        """The arm that the others are compared with: the first.
+
+        Raises:
+            InputError: It could not be tuned.
+        """
+        first = next(iter(self._tuned))
+        if first in self.left_out:
+            raise self._unfinished(f"its reference arm `{first}` is left out ({self.left_out[first]})")
+        return first
 
     @property
     def labels(self) -> dict[str, str]:
@@ -148,25 +152,28 @@ class StudyResults:
         for tried in chosen["tried"]:
             losses.setdefault(tried["learning_rate"], []).append(tried["validation_nll"])
         curve = {rate: _mean(losses[rate]) for rate in sorted(losses)}
-        best = chosen["learning_rate"]
-        below, above = [rate for rate in curve if rate < best], [rate for rate in curve if rate > best]
-        return Rate(below[-1] if below else best, best, above[0] if above else best, curve, chosen.get("fit"))
+        return Rate(chosen["learning_rate"], curve, chosen.get("fit"), chosen.get("regret_rms", 0.0))
+
+    def listed_rate(self, arm: str) -> float:
+        """Returns the best of the rates that the study lists for an arm."""
+        chosen = self._chosen(arm)
+        return float(chosen.get("coarse", chosen["learning_rate"]))
 
     @property
     def arms_at_an_end(self) -> list[str]:
         """The arms whose best rate was the lowest or highest of its list, so that a better one may lie beyond."""
 
         def is_at_an_end(arm: str) -> bool:
-            chosen = self._chosen(arm)
-            listed = [tried["learning_rate"] for tried in chosen["tried"] if not tried.get("fine")]
-            return chosen.get("coarse", chosen["learning_rate"]) in (min(listed), max(listed))
+            listed = [tried["learning_rate"] for tried in self._chosen(arm)["tried"] if not tried.get("fine")]
+            return self.listed_rate(arm) in (min(listed), max(listed))
 
         return [arm for arm in self.arms if is_at_an_end(arm)]
 
     def tuning_runs(self, arm: str, learning_rate: float | None = None) -> pd.DataFrame:
-        """Returns the tuning runs of an arm, one row per run: all of them, or those at one rate."""
+        """Returns the tuning runs of an arm, one row per run: all of them, or those at one of the listed rates."""
         tried = self._chosen(arm)["tried"]
-        names = [run for t in tried if learning_rate in (None, t["learning_rate"]) for run in t["run_ids"]]
+        at_rate = [t for t in tried if t["learning_rate"] == learning_rate and not t.get("fine")]
+        names = [run for t in (tried if learning_rate is None else at_rate) for run in t["run_ids"]]
         table = self.table.set_index("run_id", drop=False)
         if not set(names) <= set(table.index):
             raise self._unfinished("its learning rates were chosen under other settings")
@@ -219,43 +226,42 @@ class StudyResults:
             raise self._unfinished("no run of the untouched base")
         return float(runs[HELDOUT].iloc[0])
 
-    @cached_property
-    def form_loss(self) -> float:
-        """The loss that the form of an answer explains, in nats per token: that of training on shuffled labels.
-
-        It is the lowest along the runs, if it was measured along them, because with epochs they learn wrong answers.
-
-        Raises:
-            InputError: The study has no such control.
-        """
-        return self._form[0]
+    @property
+    def base_accuracy(self) -> float:
+        """The exact match of the untouched base, as a fraction; 0 if it was not measured."""
+        runs = self.table[(self.table["method"] == "none") & (self.table.get("base_weights") == "full")]
+        return float(runs["exact_match_fraction"].fillna(0.0).iloc[0])
 
     @cached_property
     def task_gain(self) -> float:
         """What the task itself teaches the arm of the control on shuffled labels, in nats per token: the yardstick.
 
+        It is the loss after training on shuffled labels less that on the right ones. Of the shuffled runs the lowest
+        loss along the training counts, if it was measured, because with epochs they learn wrong answers.
+
         Raises:
             InputError: The study has no such control, or the arm learned no more than the form of an answer.
         """
-        form, column, arm = self._form
-        gain = form - float(self.arm_runs(arm)[column].mean())
-        if gain <= 0:
-            raise self._unfinished(f"{arm} learned no more than shuffled labels teach ({gain:.3g} nats per token)")
-        return gain
+        if self._gain <= 0:
+            message = f"it learned no more than shuffled labels teach ({self._gain:.3g} nats per token)"
+            remedy = "train for more steps, or take a task that the base can learn"
+            raise InputError(Problem(f"the study `{self.name}`", message, remedy))
+        return self._gain
 
     @property
     def yardstick(self) -> float:
-        """The task gain; not a number in a study without a control on shuffled labels."""
-        return self.task_gain if any(control == "shuffled-labels" for control, _ in self.controls) else math.nan
+        """The task gain; not a number without a control on shuffled labels, or if nothing but the form was learned."""
+        has_control = any(control == "shuffled-labels" for control, _ in self.controls)
+        return self._gain if has_control and self._gain > 0 else math.nan
 
     @cached_property
-    def _form(self) -> tuple[float, str, str]:
-        """The loss after training on shuffled labels, the column of the same loss of other runs, and the arm."""
+    def _gain(self) -> float:
         for control, arm in self.controls:
             if control == "shuffled-labels":
-                runs = self.control_runs(control, arm)
-                along = LOWEST in runs and runs[LOWEST].notna().all()
-                return float(runs[LOWEST if along else HELDOUT].mean()), VALIDATION if along else HELDOUT, arm
+                shuffled, own = self.control_runs(control, arm), self.arm_runs(arm)
+                if LOWEST in shuffled and shuffled[LOWEST].notna().all():
+                    return float(shuffled[LOWEST].mean() - own[VALIDATION].mean())
+                return float(shuffled[HELDOUT].mean() - own[HELDOUT].mean())
         raise self._unfinished("it has no control on shuffled labels, so its task gain is not known")
 
     def tuning_error(self, *arms: str) -> float:

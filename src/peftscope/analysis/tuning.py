@@ -18,12 +18,12 @@ from peftscope.errors import InputError, Problem
 from peftscope.files.atomic import write_json
 from peftscope.layout import coarse_path, record_path, tuned_path
 from peftscope.planning.cells import FINE, TUNING, rounded
-from peftscope.planning.experiment import FINE_STEP, Study, experiment_path
+from peftscope.planning.experiment import FINE_STEP, LARGEST_STEP, Study, experiment_path
 from peftscope.planning.sweep import Sweep
 from peftscope.record import recover_record
 
 OUT_OF_MEMORY = "memory ran out"
-WINDOW = 3.5
+WINDOW = LARGEST_STEP
 """The fit takes the rates within this factor of the best listed one: itself, its neighbours, and the fine grid."""
 DRAWS = 1000
 """Bootstrap samples of a fit's residuals."""
@@ -56,51 +56,63 @@ class Fit:
 def fit_rate(runs: list[tuple[float, float, bool]], centre: float) -> Fit | None:
     """Returns the local fit of losses around a rate; None if there are too few to fit.
 
+    The chosen rate stays within the fine grid and below every rate at which training diverged.
+
     Args:
-        runs: The learning rate of each run that did not diverge, its validation loss in nats per token, and whether it
-            belongs to the fine grid, which has seeds of its own.
+        runs: The learning rate of each run, its validation loss, infinite if it diverged, and whether it belongs to
+            the fine grid, which has seeds of its own.
         centre: The best listed rate.
     """
-    near = [(rate / centre, loss, fine) for rate, loss, fine in runs if 1 / WINDOW <= rate / centre <= WINDOW]
+    near = [
+        (rate / centre, loss, fine)
+        for rate, loss, fine in runs
+        if 1 / WINDOW <= rate / centre <= WINDOW and math.isfinite(loss)
+    ]
     x, y = (np.log([run[i] for run in near]) for i in (0, 1))
     fine = np.array([run[2] for run in near], dtype=float)
     design = np.stack([np.ones_like(x), fine, x, x**2], axis=1)
     freedom = len(near) - design.shape[1]
     if freedom < 1 or fine.sum() < 2 or np.linalg.matrix_rank(design) < design.shape[1]:
         return None
-    edge = math.log(FINE_STEP)
-    fallback = x[fine == 1][np.argmin(y[fine == 1])]
+    cliff = min((rate for rate, loss, _ in runs if not math.isfinite(loss)), default=math.inf)
+    below = max(rate for rate, loss, _ in runs if rate < cliff)
+    edges = -math.log(FINE_STEP), min(math.log(FINE_STEP), math.log(below / centre))
+    rates = np.unique(x[fine == 1])
 
-    def lowest_at(coefficients: np.ndarray) -> np.ndarray:
-        """Returns where parabolas, one a column, are lowest within the fine grid; its best rate for those without."""
+    def lowest_at(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns where the fits to columns of losses are lowest, and their coefficients.
+
+        A fit without a lowest point gives the fine rate with the lowest mean.
+        """
+        coefficients = np.linalg.lstsq(design, losses, rcond=None)[0]
         slope, curvature = coefficients[2:]
         vertex = -slope / np.where(curvature > 0, 2 * curvature, np.nan)
-        return np.where(curvature > 0, np.clip(vertex, -edge, edge), fallback)
+        means = np.stack([losses[(fine == 1) & (x == rate)].mean(axis=0) for rate in rates])
+        return np.clip(np.where(curvature > 0, vertex, rates[np.argmin(means, axis=0)]), *edges), coefficients
 
-    coefficients = np.linalg.lstsq(design, y, rcond=None)[0]
-    rate = rounded(centre * math.exp(lowest_at(coefficients)))
+    lowest, (level, seeds, slope, curvature) = lowest_at(y)
+    rate = rounded(centre * math.exp(lowest))
     chosen = math.log(rate / centre)
 
     def loss_at(position: Any) -> Any:
-        level, seeds, slope, curvature = coefficients
         return np.exp(level + seeds + slope * position + curvature * position**2)
 
-    fitted = design @ coefficients
+    fitted = design @ np.array([level, seeds, slope, curvature])
     residuals = (y - fitted) * math.sqrt(len(near) / freedom)
     draws = np.random.default_rng(SEED).choice(residuals, (len(near), DRAWS))
-    # Each draw is a world in which the rate was chosen by other residuals; the fit says what that choice costs.
-    elsewhere = lowest_at(np.linalg.lstsq(design, fitted[:, None] + draws, rcond=None)[0])
-    costs = np.maximum(0.0, loss_at(elsewhere) - loss_at(chosen))
+    # Each draw is a world in which the rate was chosen by other residuals; the fit says what the choice changes.
+    elsewhere, _ = lowest_at(fitted[:, None] + draws)
+    costs = np.abs(loss_at(elsewhere) - loss_at(chosen))
     half, here, twice = (float(loss_at(chosen + math.log(factor))) for factor in (0.5, 1, 2))
     regret, root = float(costs.mean()), float(np.sqrt(np.mean(costs**2)))
-    return Fit(rate, here, half, twice, regret, root, bool(coefficients[3] > 0))
+    return Fit(rate, here, half, twice, regret, root, bool(curvature > 0))
 
 
 def choose_rates(sweep: Sweep, *, coarse: bool = False) -> Path:
     """Writes each arm's learning rate, and all rates that were tried.
 
     It is the one with the lowest mean validation loss or, where the study has fine grids, the lowest point of a local
-    fit. A run that diverged counts as an infinite loss. An arm gets no rate if one of its runs ran out of memory.
+    fit, below every rate at which training diverged. An arm gets no rate if one of its runs ran out of memory.
 
     Args:
         sweep: The study.
@@ -171,14 +183,17 @@ def _refined(
         for stage in (listed, fine)
         for rate, tried in stage.items()
         for loss in tried["losses"]
-        if math.isfinite(loss)
     ]
     fit = fit_rate(runs, entry["learning_rate"])
-    rate = fit.learning_rate if fit else min(fine, key=lambda rate: fine[rate]["validation_nll"])
+    means = {rate: tried["validation_nll"] for rate, tried in fine.items() if math.isfinite(tried["validation_nll"])}
+    rate = fit.learning_rate if fit else min(means, key=lambda rate: means[rate], default=entry["learning_rate"])
+    # Without a fit, all that is known of the regret is how much the losses of the fine grid spread.
+    regret = fit.regret_rms if fit else max(means.values(), default=0.0) - min(means.values(), default=0.0)
     return {
         "learning_rate": rate,
         "coarse": entry["learning_rate"],
         "fit": asdict(fit) if fit else None,
+        "regret_rms": regret,
         "tried": [*entry["tried"], *({**tried, "fine": True} for tried in _entries(fine))],
     }
 

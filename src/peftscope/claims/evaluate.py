@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftscope.analysis.stats import holm, paired_p
+from peftscope.analysis.compare import compare
+from peftscope.analysis.stats import holm
 from peftscope.claims.ledger import DETERMINISTIC, Change, Claim, Kind, Part, find_check
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 from peftscope.claims.verdict import Verdict, combine, judge
@@ -190,7 +191,7 @@ def _adjusted_p(
         return None
     others = [_measure(other, stored) for other in family if other != part]
     measured = [measurement, *(other for other in others if not isinstance(other, str))]
-    p_values = [paired_p(m.samples) for m in measured if len(m.samples) > 1]
+    p_values = [compare(m.samples, math.inf, m.tuning_error).p for m in measured if len(m.samples) > 1]
     return holm(p_values)[0]
 
 

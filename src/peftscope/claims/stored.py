@@ -59,7 +59,7 @@ def stored_measurements(findings: Iterable[dict[str, Any]]) -> dict[str, Measure
 def unexplained_changes(
     claims: Sequence[Claim], history: Sequence[Change], published: Iterable[dict[str, Any]]
 ) -> Iterator[str]:
-    """Yields the id of every claim that is decided otherwise than in a published file, without a new entry for it.
+    """Yields the id of every claim that is gone, or decided otherwise than in a published file, without a new entry.
 
     Args:
         claims: The ledger.
@@ -67,6 +67,7 @@ def unexplained_changes(
         published: The findings of the published file, each with the entries that it had then.
     """
     before = {finding["id"]: finding for finding in published}
+    yield from before.keys() - {claim.id for claim in claims} - {change.claim for change in history}
     for claim in claims:
         if claim.id not in before:
             continue

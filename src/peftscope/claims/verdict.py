@@ -9,7 +9,7 @@ from enum import StrEnum
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from peftscope.analysis.compare import Difference, compare
-from peftscope.analysis.stats import CONFIDENCE, pairs_needed
+from peftscope.analysis.stats import CONFIDENCE
 from peftscope.claims.measurement import Measurement, spoken_number
 
 ALPHA = 1 - CONFIDENCE
@@ -128,7 +128,7 @@ def spoken_outcome(difference: Difference) -> str:
     if difference.is_same:
         sign = f", and {'above' if difference.mean > 0 else 'below'} zero" if difference.differs else ""
         return f"the same within ±{difference.margin:g}{sign}"
-    return difference.outcome
+    return str(difference.outcome)
 
 
 def judge(rule: Rule, measurement: Measurement, p_adjusted: float | None = None) -> tuple[Verdict, str]:
@@ -165,7 +165,9 @@ def judge(rule: Rule, measurement: Measurement, p_adjusted: float | None = None)
     elif least <= low and high <= most:
         return Verdict.HOLDS, ""
     nearest = min((bound for bound in (least, most) if math.isfinite(bound)), key=lambda bound: abs(value - bound))
-    pairs = pairs_needed(measurement.samples, value - nearest) if measurement.samples else None
+    samples = measurement.samples
+    comparison = compare(samples, math.inf, measurement.tuning_error) if samples else None
+    pairs = comparison.pairs_to_reach(abs(value - nearest)) if comparison else None
     return Verdict.OPEN, _spans(measurement, f"{nearest:g} lies within the interval", pairs)
 
 

@@ -11,7 +11,7 @@ import typer
 
 from peftscope.errors import InputError, Problem
 from peftscope.execution.libraries import offline
-from peftscope.layout import EXPERIMENTS, MEMORY_FOLDER, RUNS, run_folder
+from peftscope.layout import EXPERIMENTS, MEMORY_FOLDER, RUNS, STUDIES, run_folder
 
 app = typer.Typer()
 
@@ -19,7 +19,7 @@ app = typer.Typer()
 def experiment_name(text: str) -> str:
     """Returns an experiment's name, for the name itself or the path of its file in experiments/."""
     path = Path(text)
-    return path.stem if path.suffix == ".yaml" and path.parent.name == EXPERIMENTS.name else text
+    return path.stem if path.suffix == ".yaml" and path.parent.name in (EXPERIMENTS.name, STUDIES.name) else text
 
 
 ExperimentName = Annotated[

@@ -23,12 +23,12 @@ def describe(sweep: Sweep) -> Iterator[str]:
         if runs
     ]
     yield f"Stages: {', '.join(stages)}. {len(study.entrants)} arms, {len(study.seeds)} pairs each."
-    yield _power(sweep.name, study)
+    yield _power(sweep, study)
 
 
-def _power(name: str, study: Study) -> str:
+def _power(sweep: Sweep, study: Study) -> str:
     """Returns what the planned pairs can see, from the A/A pairs of the pilot."""
-    pilot = study.pilot or name
+    pilot = study.pilot or sweep.name
     try:
         results = StudyResults(pilot)
         pairs = results.difference(results.reference + A_A, results.reference)
@@ -39,7 +39,10 @@ def _power(name: str, study: Study) -> str:
     width, margin = 100 * planned.half_width(0.9) / gain, 100 * MARGIN
     plan = f"the ±{margin / 2:g} % that a study plans for"
     enough = f"within {plan}" if planned.is_precise else f"more than {plan}: add pairs"
+    fixed = sweep.experiment.fixed
+    here = f"{fixed.get('model')}, {fixed.get('task')}"
+    other = "" if results.subject == here else f" It was measured on {results.subject}: run A/A pairs of your own."
     return (
         f"Power: {pairs.n} A/A pairs of `{pilot}` spread by {pairs.spread:.4f} nats; {len(study.seeds)} pairs then see "
-        f"±{width:.1f} % of the task gain of {gain:.3f} nats (90 %), {enough}. The margin is {margin:g} %."
+        f"±{width:.1f} % of the task gain of {gain:.3f} nats (90 %), {enough}. The margin is {margin:g} %.{other}"
     )

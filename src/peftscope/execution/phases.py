@@ -45,6 +45,16 @@ class Phases:
             if target:
                 keep_larger(getattr(self.memory, target), peaks)
 
+    @contextmanager
+    def aside(self, of: str, name: str) -> Iterator[None]:
+        """Measures a block inside a phase as part of another one, so that neither has the other's seconds and peaks."""
+        keep_larger(getattr(self.memory, of), self.meter.peaks())
+        began = time.perf_counter()
+        with self.phase(name):
+            yield
+        setattr(self.seconds, of, getattr(self.seconds, of) - (time.perf_counter() - began))
+        self.meter.reset()
+
     def gather_ranks(self, parameter_bytes: int, from_all: Callable[[RankMemory], list[RankMemory]]) -> None:
         """Records the peaks of each process of a sharded run, and raises the run's peaks to the largest of them.
 

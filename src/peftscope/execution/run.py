@@ -279,7 +279,12 @@ def _train(run: _Run, trained: TrainedModel, data: _Data, widest: _Widest) -> No
         seed_everything(own_seed(spec.seed if spec.init_seed is None else spec.init_seed, spec))
         rehearsal = widest.training if spec.device == "cuda" else None
         batches = digested(_batches(data, spec), digest)
-        train(trained, batches, spec, run.log, run.checkpoints, rehearsal, lambda: _validate(trained, data, spec))
+
+        def validate() -> float:
+            with run.phases.aside("train", "evaluate"):
+                return _validate(trained, data, spec)
+
+        train(trained, batches, spec, run.log, run.checkpoints, rehearsal, validate)
     if record.provenance["card"]:
         record.provenance["card"]["after_training"] = card_reading()
     record.train_batches_sha256 = digest.hexdigest()
@@ -410,7 +415,8 @@ def _answers(model: Any, tokenizer: Any, spec: RunSpec, record: RunRecord) -> li
 
     began = time.perf_counter()
     answers = score_answers(model, tokenizer, spec)
-    record.speed.generation_seconds = time.perf_counter() - began
+    if record.provenance["alone"]:
+        record.speed.generation_seconds = time.perf_counter() - began
     record.quality.exact_match = sum(row["correct"] for row in answers) / len(answers)
     record.quality.exact_match_items = len(answers)
     return answers

@@ -35,7 +35,8 @@ def locked(file: Path, does: str = "is working on this run", seconds: int | None
     try:
         lock.acquire()
     except Timeout:
-        message = f"process {file.read_text().strip() or '?'} {does}"
+        holder = file.read_text().strip() if file.is_file() else ""
+        message = f"process {holder or '?'} {does}"
         raise InputError(Problem(str(file), message, "wait for it, or stop it")) from None
     try:
         file.write_text(str(os.getpid()))

@@ -63,8 +63,9 @@ class Resource:
             if not damages:
                 return
             aside = self.folder.with_name(f"{self.folder.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            self.folder.replace(aside)
+            if self.folder.exists():  # else an earlier attempt to fetch it again failed half-way
+                shutil.rmtree(aside, ignore_errors=True)
+                self.folder.replace(aside)
             message = f"{', '.join(damages)} damaged or missing; the folder was moved to {aside}"
             print(f"{self.folder}: {message}", file=sys.stderr)
             self._fetch()
@@ -85,7 +86,8 @@ class Resource:
             try:
                 yield
             finally:
-                file.unlink()  # whoever waits for it locks a new file
+                # Whoever waits for it locks a new file: filelock sees that this one is gone, and tries again.
+                file.unlink(missing_ok=True)
 
     def _fetch(self) -> None:
         self.folder.parent.mkdir(parents=True, exist_ok=True)

@@ -52,12 +52,20 @@ def predict_or_nothing(spec: RunSpec, widest: Batch | None, widest_heldout: Batc
 
 
 def _key(spec: RunSpec, *batches: Batch | None) -> str:
-    """Returns a hash of all that a prediction depends on: the run, shapes of batches, model, card and code."""
-    shapes = [[(n, v.shape) for n, v in vars(b).items() if torch.is_tensor(v)] if b else None for b in batches]
+    """Returns a hash of all that a prediction depends on: the run, shapes of batches, model, card and code.
+
+    Whether a batch has padding counts as well, because without any, attention gets no mask.
+    """
+    shapes = [
+        ([(n, v.shape) for n, v in vars(b).items() if torch.is_tensor(v)], bool((b.attention_mask == 0).any()))
+        for b in batches
+        if b
+    ]
     config = (model_folder(spec.model, spec.revision) / "config.json").read_bytes()
     method = Path(inspect.getfile(type(spec.method))).read_bytes()  # which may be of another package
     card = found_card() if spec.device == "cuda" else None
-    parts = memory_key(spec), spec.probe_steps, shapes, config, method, card, chosen_way(), _code()
+    run = memory_key(spec), spec.probe_steps, [b is None for b in batches], shapes
+    parts = run, config, method, card, chosen_way(), _code()
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

@@ -18,14 +18,14 @@ from peftscope.spec import RunSpec, memory_key
 PROCESS_BYTES = 2 * GIB
 """A process that has imported torch, transformers and lm-eval, reads its data and writes its checkpoint."""
 MARGIN = 1.25
-"""Of the tensors' peak: allocators keep freed memory, and generation has a cache."""
+"""What a job asks for, over the peak of its tensors: allocators keep freed memory, and generation has a cache."""
 LONGEST = 4
-"""Tokens of a task's longest item over those of a usual one; what takes more gets it at the next attempt."""
+"""Tokens of a task's longest item over those of a usual one. A job that runs out of memory is retried with more."""
 SLOWER = 3
 """How much longer than estimated a job may take before it is stopped; it then goes on where it was."""
 SHORTEST_MINUTES = 20
 UNKNOWN_BYTES = 64 * GIB
-"""Of a model whose shape is not known before it is fetched."""
+"""What a job asks for if the shape of its model is not known before it is fetched."""
 
 
 class JobDemands:
@@ -41,7 +41,8 @@ class JobDemands:
 
     def minutes(self, wildcards: Any, attempt: int) -> int:
         """Returns the minutes after which a run may be stopped."""
-        seconds = estimate_seconds(self._workflow.spec(wildcards))
+        one_thread = self._workflow.shares_machine(wildcards.run_id)
+        seconds = estimate_seconds(self._workflow.spec(wildcards), one_thread=one_thread)
         return max(SHORTEST_MINUTES, math.ceil(SLOWER * seconds / 60)) * attempt
 
     def _host_bytes(self, spec: RunSpec) -> int:

@@ -52,9 +52,13 @@ def _measured() -> dict[tuple[Any, ...], dict[str, Any]]:
     # The last record wins: this machine's latest, or else a published one, if possible one with its machine's rate.
     for record in [*sorted(filter(None, published), key=_has_rate), *filter(None, own)]:
         kind, evaluation = _kind(record["spec"])
-        records[kind] = records[kind + evaluation] = record
-        if record.get("provenance", {}).get("threads") == 1:
-            records[ONE_THREAD + kind] = records[ONE_THREAD + kind + evaluation] = record
+        is_one_thread = record.get("provenance", {}).get("threads") == 1
+        for key in (kind, kind + evaluation):
+            if is_one_thread:
+                records[ONE_THREAD + key] = record
+                records.setdefault(key, record)
+            else:
+                records[key] = record
     return records
 
 

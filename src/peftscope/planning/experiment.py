@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +42,11 @@ class Exclusion(BaseModel):
 FINE_STEP = 3**0.5
 """The factor between the three rates of a fine grid; a coarse grid has factors of about 3."""
 
+LARGEST_STEP = 3.5
+"""The largest factor between listed rates around which a fit can be made."""
+
+MOST_PAIRS = 20
+
 A_A = "-a-a"
 """Ends the name of the arm that enters a study a second time."""
 
@@ -69,10 +75,10 @@ class Study(BaseModel):
             from a local fit over all.
         seeds: Runs at the chosen rates; the same seed gives every arm the same batches and test items.
         tuning: Fields of the tuning runs alone: what only the comparison needs is left out there.
-        a_a: An arm that enters a second time as ``ARM-a-a``, tuned on seeds of its own and initialised otherwise.
-            What it differs by is what no difference between methods can be told from.
-        controls: For one arm at its chosen rate: ``a-a`` with other initialisation seeds, ``zero-lr`` at a learning
-            rate of 0, ``shuffled-labels`` with each other's responses.
+        a_a: The reference, if it enters a second time as ``ARM-a-a``, tuned on seeds of its own and with other
+            initialisation seeds. A difference between methods that is no larger than its own means nothing.
+        controls: Controls of an arm at its chosen rate: ``a-a`` with other initialisation seeds, ``zero-lr`` at a
+            learning rate of 0, ``shuffled-labels`` with the response of another prompt.
         control_seeds: The seeds that controls run on; null: all.
         pilot: The study whose A/A pairs say beforehand what the planned pairs can see; null: this one.
     """
@@ -112,6 +118,13 @@ class Study(BaseModel):
             raise ValueError(f"control_seeds must be among the seeds (got {', '.join(map(str, sorted(strange)))})")
         if unknown := (set(self.controls) | ({self.a_a} if self.a_a else set())) - set(self.arms):
             raise ValueError(f"controls and a_a name no arm: {', '.join(sorted(unknown))}")
+        if self.a_a and self.a_a != self.reference:
+            raise ValueError(f"a_a must be the reference, the first arm {self.reference} (got {self.a_a})")
+        if len(self.seeds) > MOST_PAIRS:
+            raise ValueError(f"seeds: at most {MOST_PAIRS} pairs, decided before the differences are seen")
+        for arm, rates in self.learning_rates.items() if self.fine_seeds else ():
+            if any(above / below > LARGEST_STEP for below, above in pairwise(rates)):
+                raise ValueError(f"learning_rates of {arm}: with fine_seeds, steps of at most {LARGEST_STEP:g}")
         for name, fields in {**self.arms, "tuning": self.tuning}.items():
             if "learning_rate" in fields or "seed" in fields:
                 raise ValueError(f"arm {name}: learning_rate and seed are the study's to set")
@@ -154,7 +167,10 @@ class Experiment(BaseModel):
     title: str = ""
     description: str = ""
     extends: str | None = None
-    card: Annotated[str | None, Field(description="that it is made for: what `expand` asks where there is none")] = None
+    card: Annotated[
+        str | None,
+        Field(description="the card that it is made for, which `expand` takes where there is none"),
+    ] = None
     fixed: dict[str, Any] = {}
     methods: dict[str, dict[str, Any]] = {}
     axes: dict[str, Values] = {}

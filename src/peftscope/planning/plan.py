@@ -147,15 +147,16 @@ class Workflow:
         Two runs of one thread do 28 % more steps a second than one run of two, with the same losses. A run that is to
         measure speed has the machine to itself. Snakemake lowers the number to the cores that there are.
         """
-        return 1 if self._shares_machine(wildcards) else MOST_THREADS
+        return 1 if self.shares_machine(wildcards.run_id) else MOST_THREADS
 
     def shared(self, wildcards: Any) -> str:
         """Returns the option of a run that shares the machine."""
-        return "--shared" if self._shares_machine(wildcards) else ""
+        return "--shared" if self.shares_machine(wildcards.run_id) else ""
 
-    def _shares_machine(self, wildcards: Any) -> bool:
-        plans = [plan for plan in self.plans.values() if wildcards.run_id in plan.sweep.runs]
-        return self.spec(wildcards).device == "cpu" and all(plan.is_study for plan in plans)
+    def shares_machine(self, run: str) -> bool:
+        """Returns whether a run has one thread, beside as many others as there are cores: only studies list it."""
+        plans = [plan for plan in self.plans.values() if run in plan.sweep.runs]
+        return all(plan.is_study and plan.sweep.runs[run].device == "cpu" for plan in plans)
 
     def figures(self, wildcards: Any) -> list[str]:
         """Returns the files of an experiment's report that only experiments of its kind have."""
@@ -354,10 +355,12 @@ def disk_bytes(runs: dict[str, RunSpec]) -> int:
         if not (model_folder(name) / "manifest.json").is_file():
             needed += _download_bytes(entry)
         if entry.shape:
-            trained = [
-                (spec, spec.method.trainable_parameters(entry.shape)) for spec in runs.values() if spec.model == name
-            ]
-            needed += sum((2 if _saves_bf16(spec) else 4) * parameters for spec, parameters in trained)
+            mine = [spec for spec in runs.values() if spec.model == name]
+            sizes = [spec.method.trainable_parameters(entry.shape) * (2 if _saves_bf16(spec) else 4) for spec in mine]
+            saved = [(spec.method.trains_base, size) for spec, size in zip(mine, sizes, strict=True)]
+            # Adapters stay. The weights of a fully fine-tuned model are measured and removed again.
+            needed += sum(size for whole, size in saved if not whole)
+            needed += max((size for whole, size in saved if whole), default=0)
     return needed
 
 

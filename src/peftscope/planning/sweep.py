@@ -30,7 +30,7 @@ from peftscope.planning.resolve import RUN_FIELDS, Resolver, flat_fields
 from peftscope.spec import RunSpec, run_id
 
 LARGEST_SWEEP = 100_000
-"""Runs of an experiment: twenty times what the workflow was tried with."""
+"""The most runs of an experiment. The workflow was tried with a twentieth of them."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from peftscope.analysis.compare import Difference
-from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, holm, mean_interval, paired_p, sign_flip_p
+from peftscope.analysis.compare import Difference, Outcome
+from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, holm, mean_interval, sign_flip_p
 from peftscope.analysis.study import HELDOUT, MARGIN, VALIDATION, StudyResults, paired
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A, Study
@@ -34,22 +34,21 @@ NARROW = 2 * CONFIDENCE - 1
 def contrasts(study: StudyResults) -> pd.DataFrame:
     """Returns one row per arm: its held-out loss minus the reference's, in nats per token and in % of the task gain.
 
-    Differences are paired by seed, and their intervals include the tuning of both arms. ``holm_p`` is the p of the t
-    test after Holm's correction for the number of arms, A/A apart.
+    Differences are paired by seed. Intervals and p include what the tuning of both arms adds, where it is known.
+    ``holm_p`` is the p after Holm's correction for the number of arms, A/A apart, and decides whether arms differ.
     """
     reference = study.reference
-    target = float(study.arm_runs(reference)[VALIDATION].mean()) if VALIDATION in study.table else math.nan
-    rows = [_contrast(study, arm, target) for arm in study.arms if arm != reference]
-    table = pd.DataFrame(rows, columns=None if rows else ["arm"])
-    if rows:
-        tested = ~table["arm"].str.endswith(A_A)
-        table["holm_p"] = pd.Series(holm(list(table.loc[tested, "t_p"])), table.index[tested], dtype=float)
-    return table
+    arms = [arm for arm in study.arms if arm != reference]
+    found = {arm: study.difference(arm, reference) for arm in arms}
+    tested = [arm for arm in arms if not arm.endswith(A_A)]
+    adjusted = dict(zip(tested, holm([found[arm].p for arm in tested]), strict=True))
+    rows = [_contrast(study, arm, found[arm], adjusted.get(arm)) for arm in arms]
+    return pd.DataFrame(rows, columns=None if rows else ["arm"])
 
 
-def _contrast(study: StudyResults, arm: str, target: float) -> dict[str, Any]:
+def _contrast(study: StudyResults, arm: str, difference: Difference, holm_p: float | None) -> dict[str, Any]:
     mine, other = study.arm_runs(arm), study.arm_runs(study.reference)
-    difference = study.difference(arm, study.reference)
+    outcome = difference.outcome_at(difference.p if holm_p is None else holm_p)
     scale = 100 / study.yardstick
     low, high = difference.interval()
     pairs = paired(mine, other)
@@ -69,18 +68,22 @@ def _contrast(study: StudyResults, arm: str, target: float) -> dict[str, Any]:
         "half_width_percent": scale * difference.half_width(NARROW),
         "tuning_error_percent": scale * difference.tuning_error,
         "spread": difference.spread,
-        "outcome": difference.outcome,
-        "pairs_to_decide": (difference.outcome == "open" and difference.pairs_to_decide()) or math.nan,
-        "t_p": paired_p(sample),
+        "outcome": str(outcome),
+        "pairs_to_decide": (outcome == Outcome.OPEN and difference.pairs_to_decide()) or math.nan,
+        "t_p": difference.p,
+        "holm_p": math.nan if holm_p is None else holm_p,
         "sign_flip_p": sign_flip_p(sample),
     }
     if difference.n >= FEWEST_FOR_BOOTSTRAP:
         row["bootstrap_low"], row["bootstrap_high"] = bootstrap_interval(sample)
     if ACCURACY in mine and mine[ACCURACY].notna().any():
-        both = paired(mine, other, ACCURACY)
+        # A run that diverged counts with the exact match of the untouched base.
+        filled = [runs.fillna({ACCURACY: study.base_accuracy}) for runs in (mine, other)]
+        both = paired(filled[0], filled[1], ACCURACY)
         accuracy = mean_interval(list(100 * (both["first"] - both["second"])))
         if accuracy is not None:
             row |= {"accuracy": accuracy.mean, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
+    target = float(other[VALIDATION].mean()) + MARGIN * study.yardstick if VALIDATION in other else math.nan
     if samples := study.samples_to(target, arm):
         row["samples_to_reference"] = median(samples)
     return row
@@ -93,7 +96,7 @@ def controls(study: StudyResults) -> pd.DataFrame:
         runs, own = study.control_runs(control, arm), study.arm_runs(arm)
         pairs = paired(runs, own)
         interval = mean_interval(list(pairs["first"] - pairs["second"]))
-        assert interval is not None  # a study has two seeds or more
+        assert interval is not None  # a control has one seed or more
         rows.append(
             {
                 "arm": arm,
@@ -125,7 +128,7 @@ def tuning(study: StudyResults) -> pd.DataFrame:
                 "loss_at_half": fit.get("at_half"),
                 "loss": fit.get("lowest"),
                 "loss_at_twice": fit.get("at_twice"),
-                "regret": fit.get("regret"),
+                "regret": rate.regret,
                 "is_convex": fit.get("is_convex"),
             }
         )
@@ -137,25 +140,25 @@ def spoken_difference(row: dict[Any, Any], labels: dict[str, str]) -> str:
 
     >>> row = dict(arm="dora", against="lora", n=3, difference=-0.038, difference_low=-0.095, difference_high=0.019)
     >>> row |= dict(percent=-4.1, percent_low=-10.3, percent_high=2.1, margin_percent=5, outcome="open")
-    >>> row |= dict(pairs_to_decide=40)
+    >>> row |= dict(pairs_to_decide=math.nan)
     >>> spoken_difference(row, {"dora": "DoRA", "lora": "LoRA"})
-    'DoRA − LoRA: −0.0380 nats per token [−0.0950, +0.0190], −4.1 %: open at 3 pairs, about 40 would decide'
+    'DoRA − LoRA: −0.038 nats per token [−0.095, +0.019], −4.1 % of the task gain: open at 3 pairs'
     """
     name = labels[row["arm"]] if row["arm"].endswith(A_A) else f"{labels[row['arm']]} − {labels[row['against']]}"
-    text = f"{name}: {_signed(row, 'difference', '.4f', ' nats per token')}"
+    text = f"{name}: {_signed(row, 'difference', '.3f', ' nats per token')}"
     if not math.isnan(row["percent"]):
-        text += f", {_number(row['percent'], '.1f')} %"
-    outcome = row["outcome"]
+        text += f", {_number(row['percent'], '.1f')} % of the task gain"
+    outcome = Outcome(row["outcome"])
     side = "lower" if row["difference"] < 0 else "higher"
     words = {
-        "same": f"the same within {row['margin_percent']:g} %",
-        "same, but differs": f"the same within {row['margin_percent']:g} %, though {side}",
-        "differs by more than the margin": f"{side} by more than {row['margin_percent']:g} %",
-        "differs, size open": f"{side}, but by how much is open at {row['n']} pairs",
-        "open": f"open at {row['n']} pairs",
+        Outcome.SAME: f"the same within {row['margin_percent']:g} %",
+        Outcome.SAME_BUT_DIFFERS: f"the same within {row['margin_percent']:g} %, though {side}",
+        Outcome.MORE: f"{side} by more than {row['margin_percent']:g} %",
+        Outcome.DIFFERS: f"{side}, but by how much is open at {row['n']} pairs",
+        Outcome.OPEN: f"open at {row['n']} pairs",
     }
     pairs = row["pairs_to_decide"]
-    more = f", about {int(pairs)} would decide" if outcome == "open" and not math.isnan(pairs) else ""
+    more = f", about {int(pairs)} would decide" if outcome == Outcome.OPEN and not math.isnan(pairs) else ""
     return f"{text}: {words[outcome]}{more}"
 
 
@@ -186,7 +189,7 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
             text["exact match (points)"] = _signed(row, "accuracy", ".1f")
         if "samples_to_reference" in row:
             samples = row["samples_to_reference"]
-            text["samples to the reference's loss"] = (
+            text["samples to the reference's loss and the margin"] = (
                 "not reached" if samples == math.inf else formatted(samples, ",.0f")
             )
         text |= {
@@ -225,7 +228,12 @@ def readable_tuning(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame
             "fitted loss there": formatted(row["loss"], ".3f"),
             "at half the rate": formatted(row["loss_at_half"], ".3f"),
             "at twice the rate": formatted(row["loss_at_twice"], ".3f"),
-            "regret (nats/token)": formatted(row["regret"], ".4f"),
+            "fit": "-"
+            if pd.isna(row["is_convex"])
+            else "has a lowest point"
+            if row["is_convex"]
+            else "no lowest point",
+            "error from tuning (nats/token)": formatted(row["regret"], ".4f"),
         }
         for row in table.to_dict("records")
     ]
@@ -266,7 +274,7 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
         mean, reach = scale * difference.mean, scale * difference.half_width()
         axes.errorbar(mean, y, xerr=reach, fmt="D", ms=6, capsize=4, color=colour)
         if arm.endswith(A_A):
-            axes.axvspan(mean - reach, mean + reach, color="0.85", zorder=0, label="LoRA against itself")
+            axes.axvspan(mean - reach, mean + reach, color="0.85", zorder=0)
     if not math.isnan(study.yardstick):
         for side in (-1, 1):
             axes.axvline(side * 100 * MARGIN, color="0.3", linestyle="--", linewidth=0.9)
@@ -283,12 +291,12 @@ def _colours(study: StudyResults) -> dict[str, Any]:
     return {arm: own.get(label, spare[i]) for i, (arm, label) in enumerate(study.labels.items())}
 
 
-OUTCOMES = (
-    ("are the same as {reference} within {margin} % of the task gain", ("same", "same, but differs")),
-    ("differ by more than that", ("differs by more than the margin",)),
-    ("differ by an open amount", ("differs, size open",)),
-    ("are open", ("open",)),
-)
+CLAUSES = {
+    "the same as {reference} within {margin} % of the task gain": (Outcome.SAME, Outcome.SAME_BUT_DIFFERS),
+    "more than {margin} % of the task gain from {reference}": (Outcome.MORE,),
+    "apart from {reference} by an amount that is open": (Outcome.DIFFERS,),
+    "open": (Outcome.OPEN,),
+}
 
 
 def answer(table: pd.DataFrame, labels: dict[str, str]) -> str:
@@ -298,13 +306,13 @@ def answer(table: pd.DataFrame, labels: dict[str, str]) -> str:
         return ""
     first = own.iloc[0]
     parts = []
-    for words, outcomes in OUTCOMES:
-        rows = own[own["outcome"].isin(outcomes)]
+    for words, outcomes in CLAUSES.items():
+        rows = own[own["outcome"].isin(list(outcomes))]
         if len(rows):
-            named = listed([labels[arm] for arm in rows["arm"]])
-            said = words.format(reference=labels[first["against"]], margin=f"{first['margin_percent']:g}")
-            parts.append(f"{len(rows)} of {len(own)} arms {said} ({named})")
-    return "; ".join(parts) + "."
+            each = [f"{labels[row['arm']]} {_signed(row, 'percent', '.1f')}" for row in rows.to_dict("records")]
+            clause = words.format(reference=labels[first["against"]], margin=f"{first['margin_percent']:g}")
+            parts.append(f"{len(rows)} of {len(own)} {'is' if len(rows) == 1 else 'are'} {clause} ({listed(each)})")
+    return "Of the arms, " + "; ".join(parts) + "."
 
 
 def power(study: StudyResults) -> dict[str, Any]:
@@ -336,6 +344,8 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
         "subject": study.subject,
         "answer": answer(table, labels) if rows and not math.isnan(study.yardstick) else "",
         "sentences": [spoken_difference(row, labels) for row in rows],
+        "a_a": bool(a_a),
+        "no_gain": math.isnan(study.yardstick) and any(name == "shuffled-labels" for name, _ in study.controls),
         "a_a_fails": any(row["difference_low"] > 0 or row["difference_high"] < 0 for row in a_a),
         "power": power(study) if not math.isnan(study.yardstick) else None,
         "fewest_rates": min(len(rates) for rates in settings.learning_rates.values()),

@@ -128,8 +128,10 @@ def train(
                     rehearse(trained, own_rows(rehearsal, spec).to(spec.device), spec)
             if validate and spec.validation_every and (step + 1) % spec.validation_every == 0 and step + 1 < spec.steps:
                 model.eval()
-                log.validation_nll[step + 1] = validate()
+                validated = validate()
                 model.train()
+                check_loss(validated, trained.vocab_size, spec, f"on validation items after step {step + 1}")
+                log.validation_nll[step + 1] = validated
             if anywhere(bool(stopped()) or checkpoints.due, spec):
                 checkpoints.save(state)
                 if anywhere(bool(stopped()), spec):  # a signal came before or during the save

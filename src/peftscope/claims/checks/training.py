@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from peftscope.analysis.compare import compare
-from peftscope.analysis.stats import CONFIDENCE, paired_p, sign_flip_p
+from peftscope.analysis.stats import CONFIDENCE, sign_flip_p
 from peftscope.analysis.study import VALIDATION, StudyResults, paired
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 
@@ -113,13 +113,15 @@ def training_gain(study: str, arm: str, against: str) -> Measurement:
         f"mean loss of {against}": float(both["second"].mean()),
     }
     differences = (both["second"] - both["first"]) / results.task_gain
-    return _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]))
+    error = results.tuning_error(arm, against) / results.task_gain
+    return _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]), error)
 
 
 def steps_saved(study: str, arm: str, against: str, window: int) -> Measurement:
     """Returns how many steps an arm saves on the way to another's last training loss, as a share of the other's steps.
 
-    Losses are means over ``window`` steps. An arm that does not reach the loss needs all steps.
+    Losses are means over ``window`` steps. An arm that does not reach the loss needs all steps. The interval leaves out
+    what the choice of the learning rates adds.
     """
     results = StudyResults(study)
     smooth = results.training_losses().groupby("run_id").rolling(window).mean().droplevel(0).dropna()
@@ -136,8 +138,8 @@ def steps_saved(study: str, arm: str, against: str, window: int) -> Measurement:
 def tuning_of_one_arm(study: str, arm: str, against: str, learning_rate: float) -> Measurement:
     """Returns an arm's gain over another at one common rate, minus its gain at the best rate of each.
 
-    Both come from the tuning runs and their validation loss. This loss chose the best rates, so they look a little too
-    good.
+    Both come from the runs at the listed rates and their validation loss. This loss chose the best of them, so that
+    they look a little too good.
     """
     results = StudyResults(study)
 
@@ -146,7 +148,7 @@ def tuning_of_one_arm(study: str, arm: str, against: str, learning_rate: float) 
         return (both["second"] - both["first"]) / results.task_gain
 
     fixed = gains(learning_rate, learning_rate)
-    tuned = gains(results.rate(arm).best, results.rate(against).best)
+    tuned = gains(results.listed_rate(arm), results.listed_rate(against))
     evidence = {"gain at one rate": float(fixed.mean()), "gain at tuned rates": float(tuned.mean())}
     runs = (*results.tuning_runs(arm)["run_id"], *results.tuning_runs(against)["run_id"])
     return _over_seeds(results, fixed - tuned, evidence, runs)
@@ -167,7 +169,7 @@ def _over_seeds(
     if len(sample) == 1:
         return Measurement(sample[0], n=1, samples=sample, evidence=evidence, model=results.subject, run_ids=runs)
     difference = compare(sample, math.inf, tuning_error)
-    evidence |= {"paired t, p": paired_p(sample), "sign flips, p": sign_flip_p(sample)}
+    evidence |= {"paired t, p": difference.p, "sign flips, p": sign_flip_p(sample)}
     if tuning_error:
         evidence["standard error from tuning"] = tuning_error
     low, high = difference.interval()
@@ -183,12 +185,14 @@ class _Fit:
     Attributes:
         x: The logarithm of each run's learning rate.
         fitted: The parabola's loss there.
-        residuals: The differences of the losses from it, widened for the three values that the fit takes.
+        residuals: The differences of the losses from it, widened for the values that the fit takes.
+        design: The terms of the fit: the parabola, and a constant for each tuning seed.
     """
 
     x: np.ndarray
     fitted: np.ndarray
     residuals: np.ndarray
+    design: np.ndarray
 
     @classmethod
     def of(cls, arm: str, runs: pd.DataFrame) -> _Fit:
@@ -200,11 +204,13 @@ class _Fit:
         if near["learning_rate"].nunique() < 4:
             raise NotRunError(f"`{arm}` has fewer than four rates within a factor of {REACH:g} of its best")
         x, y = np.log(near["learning_rate"].to_numpy()), near[VALIDATION].to_numpy()
-        fitted = np.polyval(np.polyfit(x, y, 2), x)
-        return cls(x, fitted, (y - fitted) * math.sqrt(len(x) / (len(x) - 3)))
+        seeds = pd.get_dummies(near["seed"]).to_numpy(dtype=float)
+        design = np.column_stack([x**2, x, seeds])
+        fitted = design @ np.linalg.lstsq(design, y, rcond=None)[0]
+        return cls(x, fitted, (y - fitted) * math.sqrt(len(x) / (len(x) - design.shape[1])), design)
 
     def optima(self, noise: np.ndarray) -> np.ndarray:
         """Returns the logarithm of the best rate for each row of noise that is added to the fitted losses."""
-        curvature, slope, offset = np.polyfit(self.x, (self.fitted + noise).T, 2)
+        curvature, slope = np.linalg.lstsq(self.design, (self.fitted + noise).T, rcond=None)[0][:2]
         grid = np.linspace(self.x.min(), self.x.max(), 401)
-        return grid[np.argmin(np.outer(curvature, grid**2) + np.outer(slope, grid) + offset[:, None], axis=1)]
+        return grid[np.argmin(np.outer(curvature, grid**2) + np.outer(slope, grid), axis=1)]
