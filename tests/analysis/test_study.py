@@ -237,23 +237,27 @@ def test_an_arm_that_a_card_cannot_hold_is_left_out_and_told(write_study_file, m
     write_study_file(controls={})
     monkeypatch.setattr("peftscope.planning.sweep.expand.__defaults__", ("cuda",))
     record_tuning()
-    record(members("tune-full")[0], status="oom")
+    record(members("tune-thin")[0], status="oom")
     choose_rates(expand("mine"))
     names = {c.name for c in expand("mine").comparisons}
-    assert "arm-full" not in names and {"arm-lora", "arm-thin"} <= names
+    assert "arm-thin" not in names and {"arm-full", "arm-lora"} <= names
     record(members("runs")[0], heldout=BASE_LOSS)
-    for arm in ("lora", "thin"):
+    for arm in ("full", "lora"):
         for run, gain in zip(members(f"arm-{arm}"), GAINS[arm], strict=True):
             record(run, heldout=BASE_LOSS - gain)
     collect_experiment(expand("mine"))
     study = StudyResults("mine")
     study.require_finished()
     found = contrasts(study)
-    assert list(found["arm"]) == ["thin"] and set(found["against"]) == {"lora"}
+    assert list(found["arm"]) == ["lora"] and set(found["against"]) == {"full"}
     settings = expand("mine").experiment.study
-    assert settings is not None and study_facts(study, settings)["left_out"] == "full (memory ran out)"
-    for arm in ("lora", "thin"):
-        record(members(f"tune-{arm}")[1], status="oom")
+    assert settings is not None and study_facts(study, settings)["left_out"] == "thin (memory ran out)"
+    record(members("tune-full")[1], status="oom")
+    choose_rates(expand("mine"))
+    collect_experiment(expand("mine"))
+    with pytest.raises(InputError, match="its reference arm `full` is left out"):
+        contrasts(StudyResults("mine"))
+    record(members("tune-lora")[1], status="oom")
     with pytest.raises(InputError, match="memory ran out in every one -> see `peftscope expand mine`"):
         choose_rates(expand("mine"))
 
@@ -288,7 +292,7 @@ def test_tuning_needs_every_record_and_a_validation_loss(write_study_file) -> No
 FINE: dict[str, Any] = {
     "learning_rates": {arm: [3e-4, 1e-3, 3e-3] for arm in STUDY["study"]["arms"]},
     "fine_seeds": [101],
-    "a_a": "lora",
+    "a_a": "full",
     "controls": {"lora": ["shuffled-labels"]},
     "control_seeds": [0, 1],
 }
@@ -303,14 +307,14 @@ def record_stage(stage: str, arms: tuple[str, ...], loss_of: Callable[[float], f
 
 def test_fine_rates_lie_around_the_best_listed_one_on_seeds_of_their_own(write_study_file) -> None:
     write_study_file(**FINE)
-    arms = ("full", "lora", "thin", "lora-a-a")
-    assert {spec.seed for run, spec in expand("mine").runs.items() if run in members("tune-lora-a-a")} == {1100}
+    arms = ("full", "lora", "thin", "full-a-a")
+    assert {spec.seed for run, spec in expand("mine").runs.items() if run in members("tune-full-a-a")} == {1100}
     record_stage("tune-", arms, lambda rate: 0.5 + math.log(rate / 1.2e-3) ** 2 / 50)
     choose_rates(expand("mine"), coarse=True)
     sweep = expand("mine")
     fine = [sweep.runs[run] for run in members("fine-lora")]
     assert [(spec.learning_rate, spec.seed) for spec in fine] == [(0.00058, 101), (0.001, 101), (0.0017, 101)]
-    assert {sweep.runs[run].seed for run in members("fine-lora-a-a")} == {1101}
+    assert {sweep.runs[run].seed for run in members("fine-full-a-a")} == {1101}
     assert not any(c.name.startswith("arm-") for c in sweep.comparisons)
     record_stage("fine-", arms, lambda rate: 0.45 + math.log(rate / 1.2e-3) ** 2 / 50)
     choose_rates(expand("mine"))
@@ -318,7 +322,7 @@ def test_fine_rates_lie_around_the_best_listed_one_on_seeds_of_their_own(write_s
     assert entry["coarse"] == 1e-3 and entry["learning_rate"] == pytest.approx(1.2e-3, rel=0.1)
     assert len(entry["tried"]) == 6
     sweep = expand("mine")
-    again = [sweep.runs[run] for run in members("arm-lora-a-a")]
+    again = [sweep.runs[run] for run in members("arm-full-a-a")]
     assert [(spec.seed, spec.init_seed) for spec in again] == [(seed, seed + A_A_SHIFT) for seed in range(6)]
     shuffled = [sweep.runs[run] for run in members("control-shuffled-labels-lora")]
     assert sorted(spec.seed for spec in shuffled if spec.shuffled_targets) == [0, 1]

@@ -93,7 +93,7 @@ class Finding:
         return combine([part.verdict for part in self.deciding])
 
     def to_json(self, hardware: str, history: Sequence[Change] = ()) -> dict[str, Any]:
-        """Returns one entry of claims.json; its numbers are those of the first part that has the claim's verdict.
+        """Returns one entry of claims.json, with the numbers of every part.
 
         Args:
             hardware: The machine on which the checks of deterministic kinds ran.

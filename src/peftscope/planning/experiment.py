@@ -45,8 +45,6 @@ FINE_STEP = 3**0.5
 LARGEST_STEP = 3.5
 """The largest factor between listed rates around which a fit can be made."""
 
-MOST_PAIRS = 20
-
 A_A = "-a-a"
 """Ends the name of the arm that enters a study a second time."""
 
@@ -120,8 +118,6 @@ class Study(BaseModel):
             raise ValueError(f"controls and a_a name no arm: {', '.join(sorted(unknown))}")
         if self.a_a and self.a_a != self.reference:
             raise ValueError(f"a_a must be the reference, the first arm {self.reference} (got {self.a_a})")
-        if len(self.seeds) > MOST_PAIRS:
-            raise ValueError(f"seeds: at most {MOST_PAIRS} pairs, decided before the differences are seen")
         for arm, rates in self.learning_rates.items() if self.fine_seeds else ():
             if any(above / below > LARGEST_STEP for below, above in pairwise(rates)):
                 raise ValueError(f"learning_rates of {arm}: with fine_seeds, steps of at most {LARGEST_STEP:g}")
