@@ -228,12 +228,8 @@ def readable_tuning(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame
             "fitted loss there": formatted(row["loss"], ".3f"),
             "at half the rate": formatted(row["loss_at_half"], ".3f"),
             "at twice the rate": formatted(row["loss_at_twice"], ".3f"),
-            "fit": "-"
-            if pd.isna(row["is_convex"])
-            else "has a lowest point"
-            if row["is_convex"]
-            else "no lowest point",
-            "error from tuning (nats/token)": formatted(row["regret"], ".4f"),
+            "has a lowest point": {True: "yes", False: "no"}.get(row["is_convex"], "-"),
+            "error from tuning (nats/token)": formatted(row["regret"] or math.nan, ".4f"),
         }
         for row in table.to_dict("records")
     ]
