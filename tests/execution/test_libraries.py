@@ -77,7 +77,13 @@ def test_the_kernels_package_is_barred_only_inside(found: dict, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    "arguments", ["doctor", "fetch toy", "make-task two-digit-sums", "memory toy --method qlora --simulate"]
+    "arguments",
+    [
+        "doctor",
+        "make-task two-digit-sums",
+        pytest.param("fetch toy", marks=pytest.mark.slow),
+        pytest.param("memory toy --method qlora --simulate", marks=pytest.mark.slow),
+    ],
 )
 def test_a_command_says_only_what_is_its_own(arguments: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "peftscope", *arguments.split()]

@@ -29,7 +29,7 @@ from peftscope.training.checkpoint import Checkpoints, TrainingState
 from peftscope.training.signals import Interrupted
 
 STEPS, STOP = 10, 4
-ALIKE = ("rslora", "pissa", "loftq")
+ALIKE = ("rslora", "pissa", "loftq", "lora-plus", "dora")
 """Methods that train and save as LoRA or QLoRA do, and only begin otherwise."""
 TRAINED = [name for name, cls in METHODS.items() if cls.trains]
 
@@ -117,9 +117,9 @@ def test_a_stopped_run_ends_as_one_that_was_not(
     [
         {"optimizer": "sgd"},
         {"optimizer": "adamw_8bit"},
-        {"gradient_accumulation": 2},
-        {"packing": True},
-        {"precision": "amp", "schedule": "cosine", "warmup_steps": 3},
+        pytest.param({"gradient_accumulation": 2}, marks=pytest.mark.slow),
+        pytest.param({"packing": True}, marks=pytest.mark.slow),
+        pytest.param({"precision": "amp", "schedule": "cosine", "warmup_steps": 3}, marks=pytest.mark.slow),
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )

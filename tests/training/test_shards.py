@@ -107,7 +107,10 @@ def assert_same_run(spec: RunSpec, folder: Path) -> None:
     [
         # SGD, for AdamW forgives gradients of a wrong scale: unclipped it shows the scale, clipped the norm.
         ("full", {"optimizer": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.1}),
-        ("lora", {"optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": None, "validation_items": 4}),
+        pytest.param(
+            *("lora", {"optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": None, "validation_items": 4}),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["full", "lora"],
 )

@@ -102,7 +102,8 @@ def test_learning_rate_zero_changes_nothing(toy: Path, make_spec, tmp_path: Path
     assert control.quality.retention_bits_per_byte == base.quality.retention_bits_per_byte
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_two_runs_of_one_spec_are_identical(method: str, unpredicted: Path, make_spec, tmp_path: Path) -> None:
     outcomes = []
     for hash_seed in ("1", "2"):
@@ -168,6 +169,7 @@ def test_prediction_and_probe_take_as_many_steps(steps: int, toy: Path, make_spe
         assert getattr(memory.predicted, name) == getattr(memory, name)
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_a_status(toy: Path, make_spec, tmp_path: Path) -> None:
     # The first activation alone is larger than the limit leaves, so that nothing smaller (a thread's stack, a library's
     # workspace) meets the limit first and crashes instead of raising.
