@@ -261,5 +261,5 @@ def test_nf4_on_real_weights(workspace: Path) -> None:
     fetch_model("minilm")
     assert evaluate_part(CLAIMS["S64"].parts[-1]).verdict == Verdict.HOLDS
     assert codes.share_with_lower_error("minilm", 64, "nf4", ["int4"]).n == 36
-    embeddings = quantised_models.embedding_error_ratio("minilm", "nf4", ["int4"])
-    assert 0.3 < embeddings.value < 1
+    added = quantised_models.shift_added_by_rivals("minilm", "nf4", ["int4"])
+    assert added.low is not None and added.low > 0

@@ -127,6 +127,8 @@ def choose_rates(sweep: Sweep, *, coarse: bool = False) -> Path:
     chosen: dict[str, Any] = {}
     problems: list[Problem] = []
     for entrant in study.entrants:
+        if TUNING + entrant.name not in runs:
+            continue  # the experiment excludes all of its runs
         listed = _tried(sweep, runs[TUNING + entrant.name])
         fine = {} if coarse else _tried(sweep, runs.get(FINE + entrant.name, ()))
         if listed is None or fine is None:
