@@ -329,7 +329,10 @@ rule study:
             "results/{experiment}/tables/tuning.html",
             caption="src/peftscope/report/captions/tuning.rst",
             category="Study",
-            labels={"experiment": "{experiment}", "table": "learning rates that were tried"},
+            labels={
+                "experiment": "{experiment}",
+                "table": "learning rates that were tried",
+            },
         ),
         "results/{experiment}/tables/contrasts.csv",
         "results/{experiment}/tables/controls.csv",
