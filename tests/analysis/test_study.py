@@ -565,6 +565,15 @@ def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(tun
         restore("smoke")
 
 
+def test_the_first_runs_of_a_study_are_published_before_a_rate_is_chosen(write_study_file) -> None:
+    write_study_file()
+    with pytest.raises(InputError, match="not finished"):
+        publish("mine")
+    record(members("tune-lora")[1], validation=0.5)
+    publish("mine")
+    assert list(published_records("mine")) == [members("tune-lora")[1]]
+
+
 def test_a_finished_study_is_published_with_runs_that_diverged(finished: StudyResults) -> None:
     write_study("mine")
     report("mine")

@@ -25,6 +25,7 @@ from peftscope.layout import (
     PUBLISHED_REPORTS,
     PUBLISHED_RESULTS,
     RUNS,
+    coarse_path,
     record_path,
     report_path,
     results_folder,
@@ -41,7 +42,7 @@ from peftscope.planning.published import (
     published_records,
     write_runs,
 )
-from peftscope.planning.sweep import expand
+from peftscope.planning.sweep import Sweep, expand
 from peftscope.record import RESTORED, parse_record, state_folder
 
 README = Path("README.md")
@@ -105,9 +106,10 @@ def publish_experiment(experiment: str) -> list[Path]:
     """
     experiment_path(experiment)
     source, page = results_folder(experiment), report_path(experiment)
-    if tuned_path(experiment).is_file() and not (source / "all-runs-ended-well").is_file():
-        return _publish_unfinished(experiment)
     if not (source / "all-runs-ended-well").is_file():
+        sweep = expand(experiment)
+        if sweep.experiment.study and any(record_path(run).is_file() for run in sweep.runs):
+            return _publish_unfinished(sweep)
         raise InputError(Problem(str(source), "the experiment is not finished", f"make report EXPERIMENT={experiment}"))
     wanted = [
         source / "runs.csv",
@@ -125,9 +127,9 @@ def publish_experiment(experiment: str) -> list[Path]:
     return [results, report]
 
 
-def _publish_unfinished(experiment: str) -> list[Path]:
+def _publish_unfinished(sweep: Sweep) -> list[Path]:
     """Publishes the finished runs of an unfinished study without a report, so that ``restore`` can continue it."""
-    sweep = expand(experiment)
+    experiment = sweep.name
     collect_experiment(sweep)
     source, results = results_folder(experiment), PUBLISHED_RESULTS / experiment
     made = [run for run in sweep.runs if record_path(run).is_file()]
@@ -136,7 +138,7 @@ def _publish_unfinished(experiment: str) -> list[Path]:
     if lost:
         message = f"{len(lost)} published runs are missing here, such as {min(lost)}"
         raise InputError(Problem(str(RUNS), message, f"peftscope restore {experiment}"))
-    wanted = [source / "runs.csv", tuned_path(experiment)]
+    wanted = [source / "runs.csv", *filter(Path.is_file, [coarse_path(experiment), tuned_path(experiment)])]
     _check_sizes(wanted)
     _copy(wanted, source, results)
     write_runs(results, map(run_folder, made))
