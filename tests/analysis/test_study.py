@@ -339,6 +339,18 @@ def test_a_rate_is_chosen_off_the_cliff() -> None:
     assert 0 < fit.regret <= fit.regret_rms
 
 
+def test_a_rate_stays_below_those_that_diverged() -> None:
+    coarse = [(3e-4, 0.35, False), (1e-3, 0.19, False), (3e-3, 0.17, False)]
+    fine = [(5.8e-4, 0.25, True), (1e-3, 0.19, True), (1.7e-3, 0.16, True)]
+    free = fit_rate(coarse + fine, 1e-3)
+    held = fit_rate([*coarse, *fine[:2], (1.7e-3, math.inf, True)], 1e-3)
+    assert free is not None and held is not None
+    assert held.learning_rate <= 1e-3 < free.learning_rate
+    # A divergence at the lowest rate of all says nothing of a cliff above.
+    odd = fit_rate([(1e-4, math.inf, False), *coarse, *fine], 1e-3)
+    assert odd is not None and odd.learning_rate <= 1e-3
+
+
 def test_a_smooth_curve_has_no_regret_and_too_few_losses_no_fit() -> None:
     runs = [(rate, math.exp(math.log(rate / 1e-3) ** 2) / 5, rate > 5e-4) for rate in (3e-4, 4e-4, 1e-3, 1.7e-3, 2e-3)]
     fit = fit_rate(runs, 1e-3)

@@ -38,8 +38,8 @@ class Fit:
         learning_rate: Where the fit is lowest, within the fine grid, with two significant digits.
         lowest: The fitted loss there, in nats per token, on the seeds of the fine grid.
         at_half, at_twice: The fitted loss at half and at twice that rate.
-        regret: The mean of how much worse the chosen rate is than the best, over fits to redrawn residuals, in nats
-            per token.
+        regret: The mean of how much the fitted loss changes with the rate that a fit to redrawn residuals chooses, in
+            nats per token.
         regret_rms: The square root of the mean square of it; intervals that rest on the rate grow by it.
         is_convex: Whether the fit has a lowest point. If not, the best rate of the fine grid is chosen.
     """
@@ -75,7 +75,7 @@ def fit_rate(runs: list[tuple[float, float, bool]], centre: float) -> Fit | None
     if freedom < 1 or fine.sum() < 2 or np.linalg.matrix_rank(design) < design.shape[1]:
         return None
     cliff = min((rate for rate, loss, _ in runs if not math.isfinite(loss)), default=math.inf)
-    below = max(rate for rate, loss, _ in runs if rate < cliff)
+    below = max((rate for rate, _, _ in runs if rate < cliff), default=centre)  # the lowest one may have diverged
     edges = -math.log(FINE_STEP), min(math.log(FINE_STEP), math.log(below / centre))
     rates = np.unique(x[fine == 1])
 
