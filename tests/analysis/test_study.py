@@ -374,6 +374,41 @@ def test_the_lowest_loss_along_shuffled_runs_is_what_the_form_explains(tuned: No
     assert study.samples_to(1.0, "lora") == [math.inf] * 6
 
 
+def test_an_arm_may_have_a_given_rate_or_that_of_another(write_study_file) -> None:
+    arms = STUDY["study"]["arms"] | {"paper": {"method": "dora"}, "short": {"method": "lora", "steps": 2}}
+    borrowed = {"short": {"arm": "lora", "times": 3}}
+    write_study_file(arms=arms, given_rates={"paper": 2e-5}, borrowed_rates=borrowed)
+    assert not any(name.endswith(("paper", "short")) for name in (c.name for c in expand("mine").comparisons[:4]))
+    record_tuning()
+    choose_rates(expand("mine"))
+    sweep = expand("mine")
+    assert {sweep.runs[run].learning_rate for run in members("arm-paper")} == {2e-5}
+    assert {sweep.runs[run].learning_rate for run in members("arm-short")} == {3e-3}
+    record_comparison(GAINS | {"paper": GAINS["thin"], "short": GAINS["lora"]})
+    collect_experiment(expand("mine"))
+    study = StudyResults("mine")
+    assert study.arms == ["full", "lora", "thin", "paper", "short"]
+    assert study.rate("paper").best == 2e-5 and study.rate("short").regret == 0
+    with pytest.raises(InputError, match="the arm `paper` was not tuned: its rate was given"):
+        study.tuning_runs("paper")
+    write_study("mine")
+    assert "given" in Path("results/mine/tables/tuning.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"given_rates": {"lora": 1e-4}}, "learning_rates must name the arms: full, lora, thin; an arm may stand in"),
+        ({"given_rates": {"lora": 0}}, "given_rates.lora"),
+        ({"borrowed_rates": {"thin": {"arm": "lora", "time": 2}}}, "borrowed_rates.thin.time"),
+    ],
+)
+def test_wrong_rates_are_named(write_study_file, changes: dict[str, Any], message: str) -> None:
+    write_study_file(**changes)
+    with pytest.raises(InputError, match=message):
+        expand("mine")
+
+
 # What is concluded.
 
 

@@ -51,7 +51,8 @@ class Rate:
 
     Attributes:
         best: The chosen rate, which a local fit may place between those that were tried.
-        curve: The mean validation loss by learning rate, ascending; None if training diverged.
+        curve: The mean validation loss by learning rate, ascending; None if training diverged. It is empty if the
+            rate was given.
         fit: The local fit that chose the rate, see ``analysis.tuning``; None if the lowest loss chose it.
         regret: The standard error that the choice of the rate adds to the arm's loss, in nats per token.
     """
@@ -90,14 +91,21 @@ class StudyResults:
         table["comparisons"] = [" ".join(map(_renamed, cell.split())) for cell in table["comparisons"].fillna("")]
         return table
 
-    def _chosen(self, arm: str) -> dict[str, Any]:
+    @cached_property
+    def _chosen(self) -> dict[str, Any]:
+        """What was tried and chosen for each arm that was tuned."""
         path = self._folder / "tuned.json"
         if not path.is_file():
             raise self._unfinished("its learning rates are not chosen")
         arms: dict[str, Any] = json.loads(path.read_text())["arms"]
-        if arm not in arms:
-            raise self._unfinished(f"it has no arm `{arm}`")
-        return arms[arm]
+        return arms
+
+    def _tuning_of(self, arm: str) -> dict[str, Any]:
+        if arm not in self._chosen:
+            what = "was not tuned: its rate was given" if arm in self._entered else "is not in it"
+            raise self._unfinished(f"the arm `{arm}` {what}")
+        found: dict[str, Any] = self._chosen[arm]
+        return found
 
     @cached_property
     def left_out(self) -> dict[str, str]:
@@ -109,12 +117,15 @@ class StudyResults:
     @property
     def arms(self) -> list[str]:
         """The names of the arms that could be tuned, in the order of the experiment file."""
-        return [arm for arm in self._tuned if not {arm, arm.removesuffix(A_A)} & set(self.left_out)]
+        return [arm for arm in self._entered if not {arm, arm.removesuffix(A_A)} & set(self.left_out)]
 
     @cached_property
-    def _tuned(self) -> list[str]:
+    def _entered(self) -> list[str]:
+        """The arms that were tuned, and after them those whose rates were given."""
         names = dict.fromkeys(name for cell in self.table["comparisons"] for name in cell.split())
-        return [name.removeprefix(TUNING) for name in names if name.startswith(TUNING)]
+
+        entered = [name.removeprefix(stage) for stage in (TUNING, ARM) for name in names if name.startswith(stage)]
+        return list(dict.fromkeys(entered))
 
     @property
     def reference(self) -> str:
@@ -123,7 +134,7 @@ class StudyResults:
         Raises:
             InputError: It could not be tuned.
         """
-        first = next(iter(self._tuned))
+        first = next(iter(self._entered))
         if first in self.left_out:
             raise self._unfinished(f"its reference arm `{first}` is left out ({self.left_out[first]})")
         return first
@@ -133,7 +144,7 @@ class StudyResults:
         """The label of each arm: that of its method, followed by the arm's name if another arm has the same method."""
         found: dict[str, str] = {}
         for arm in self.arms:
-            method = str(self.tuning_runs(arm)["label"].iloc[0])
+            method = str(self._members(TUNING + arm, ARM + arm)["label"].iloc[0])
             if arm.endswith(A_A):
                 found[arm] = f"{found[arm.removesuffix(A_A)]} against itself (A/A)"
             else:
@@ -146,8 +157,10 @@ class StudyResults:
         return f"{self.table['model'].iloc[0]}, {self.table['task'].iloc[0]}"
 
     def rate(self, arm: str) -> Rate:
-        """Returns the learning rate of an arm, with its neighbours."""
-        chosen = self._chosen(arm)
+        """Returns the learning rate of an arm, with its neighbours if it was tuned."""
+        if arm in self._entered and arm not in self._chosen:
+            return Rate(float(self.arm_runs(arm)["learning_rate"].iloc[0]), {})
+        chosen = self._tuning_of(arm)
         losses: dict[float, list[float | None]] = {}
         for tried in chosen["tried"]:
             losses.setdefault(tried["learning_rate"], []).append(tried["validation_nll"])
@@ -156,7 +169,7 @@ class StudyResults:
 
     def listed_rate(self, arm: str) -> float:
         """Returns the best of the rates that the study lists for an arm."""
-        chosen = self._chosen(arm)
+        chosen = self._tuning_of(arm)
         return float(chosen.get("coarse", chosen["learning_rate"]))
 
     @property
@@ -164,14 +177,14 @@ class StudyResults:
         """The arms whose best rate was the lowest or highest of its list, so that a better one may lie beyond."""
 
         def is_at_an_end(arm: str) -> bool:
-            listed = [tried["learning_rate"] for tried in self._chosen(arm)["tried"] if not tried.get("fine")]
+            listed = [tried["learning_rate"] for tried in self._tuning_of(arm)["tried"] if not tried.get("fine")]
             return self.listed_rate(arm) in (min(listed), max(listed))
 
-        return [arm for arm in self.arms if is_at_an_end(arm)]
+        return [arm for arm in self.arms if arm in self._chosen and is_at_an_end(arm)]
 
     def tuning_runs(self, arm: str, learning_rate: float | None = None) -> pd.DataFrame:
         """Returns the tuning runs of an arm, one row per run: all of them, or those at one of the listed rates."""
-        tried = self._chosen(arm)["tried"]
+        tried = self._tuning_of(arm)["tried"]
         at_rate = [t for t in tried if t["learning_rate"] == learning_rate and not t.get("fine")]
         names = [run for t in (tried if learning_rate is None else at_rate) for run in t["run_ids"]]
         table = self.table.set_index("run_id", drop=False)
@@ -202,8 +215,12 @@ class StudyResults:
         names = dict.fromkeys(name for cell in self.table["comparisons"] for name in cell.split())
         return [(match[1], match[2]) for name in names if (match := _CONTROL.fullmatch(name))]
 
+    def _members(self, *comparisons: str) -> pd.DataFrame:
+        """Returns the runs of some comparisons."""
+        return self.table[self.table["comparisons"].str.split().map(lambda names: bool({*comparisons} & {*names}))]
+
     def _finished(self, comparison: str) -> pd.DataFrame:
-        runs = self.table[self.table["comparisons"].str.split().map(lambda names: comparison in names)]
+        runs = self._members(comparison)
         ended = runs["status"].isin(["ok", "diverged"])
         if not ended.all() or runs.empty:
             done = f"{ended.sum()} of {len(runs)} runs done" if len(runs) else "its last runs have not begun"

@@ -17,8 +17,8 @@ import numpy as np
 from peftscope.errors import InputError, Problem
 from peftscope.files.atomic import write_json
 from peftscope.layout import coarse_path, record_path, tuned_path
-from peftscope.planning.cells import FINE, TUNING, rounded
-from peftscope.planning.experiment import FINE_STEP, LARGEST_STEP, Study, experiment_path
+from peftscope.planning.cells import FINE, TUNING
+from peftscope.planning.experiment import FINE_STEP, LARGEST_STEP, Study, experiment_path, rounded
 from peftscope.planning.sweep import Sweep
 from peftscope.record import recover_record
 
@@ -128,7 +128,7 @@ def choose_rates(sweep: Sweep, *, coarse: bool = False) -> Path:
     problems: list[Problem] = []
     for entrant in study.entrants:
         if TUNING + entrant.name not in runs:
-            continue  # the experiment excludes all of its runs
+            continue  # it is not tuned, or the experiment excludes all of its runs
         listed = _tried(sweep, runs[TUNING + entrant.name])
         fine = {} if coarse else _tried(sweep, runs.get(FINE + entrant.name, ()))
         if listed is None or fine is None:

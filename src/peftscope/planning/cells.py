@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from peftscope.planning.experiment import A_A_SHIFT, FINE_STEP, Entrant, Experiment, Study
+from peftscope.planning.experiment import A_A_SHIFT, FINE_STEP, Entrant, Experiment, Study, rounded
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ def count_cells(experiment: Experiment) -> int:
         count += sum(map(len, ladder.axes.values())) * len(ladder.seeds or experiment.seeds)
     if experiment.study:
         study = experiment.study
-        trials = sum(len(study.learning_rates[entrant.arm]) for entrant in study.entrants) * len(study.tuning_seeds)
-        count += trials + len(study.entrants) * (3 * len(study.fine_seeds) + len(study.seeds))
+        tuned = [study.learning_rates[entrant.arm] for entrant in study.entrants if entrant.arm in study.learning_rates]
+        count += sum(map(len, tuned)) * len(study.tuning_seeds) + 3 * len(tuned) * len(study.fine_seeds)
+        count += len(study.entrants) * len(study.seeds)
     return count
 
 
@@ -109,7 +110,7 @@ CONTROL = "control-"
 def tuning_cells(study: Study) -> Iterator[Cell]:
     """Yields the cells that try each arm's learning rates."""
     for entrant in study.entrants:
-        listed = enumerate(study.learning_rates[entrant.arm])
+        listed = enumerate(study.learning_rates.get(entrant.arm, ()))
         rates = {rate: f"study.learning_rates.{entrant.arm}[{i}]" for i, rate in listed}
         yield from _trial_cells(study, entrant, TUNING, rates, study.tuning_seeds)
 
@@ -130,15 +131,6 @@ def _trial_cells(
         for seed in seeds:
             values = {**entrant.fields, **study.tuning, "learning_rate": rate, "seed": seed + entrant.shift}
             yield Cell(f"{stage}{entrant.name}", {"learning_rate"}, values, origins | {"learning_rate": place})
-
-
-def rounded(rate: float) -> float:
-    """Returns a learning rate with two significant digits.
-
-    >>> rounded(0.00057735)
-    0.00058
-    """
-    return float(f"{rate:.1e}")
 
 
 def arm_cells(experiment: Experiment, study: Study, rates: dict[str, float | None]) -> Iterator[Cell]:

@@ -60,13 +60,29 @@ Control = Annotated[
 ]
 
 
+class BorrowedRate(BaseModel):
+    """The learning rate of another arm, whatever it will be.
+
+    Attributes:
+        arm: The arm whose chosen rate is taken.
+        times: What it is multiplied by.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    arm: str
+    times: Annotated[float, Field(gt=0)] = 1.0
+
+
 class Study(BaseModel):
     """Arms that are compared at their own best learning rate: TUNE on seeds of its own, then PAIR over fresh ones.
 
     Attributes:
         arms: Fields of each arm by its name, ``method`` among them. The first is the reference, which the others are
             compared with.
-        learning_rates: What is tried for each arm, in ascending order.
+        learning_rates: What is tried for each arm that is tuned, in ascending order.
+        given_rates: The rate of each arm that is compared at a rate that was given, as in a paper.
+        borrowed_rates: The rate of each arm that is compared at the rate of another one.
         ends: Whether a best rate that is the first or last of its list ends the study, or is kept and reported.
         tuning_seeds: Runs that only choose learning rates, by validation loss.
         fine_seeds: Where given, three more rates around each arm's best are tried on these seeds, and the rate is read
@@ -85,6 +101,8 @@ class Study(BaseModel):
 
     arms: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], dict[str, Any]], Field(min_length=1)]
     learning_rates: dict[str, Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3)]]
+    given_rates: dict[str, Annotated[float, Field(gt=0)]] = {}
+    borrowed_rates: dict[str, BorrowedRate] = {}
     tuning_seeds: Annotated[list[CountOrZero], Field(min_length=1)]
     fine_seeds: list[CountOrZero] = []
     seeds: Annotated[list[CountOrZero], Field(min_length=2)]
@@ -97,8 +115,16 @@ class Study(BaseModel):
 
     @model_validator(mode="after")
     def _arms_match(self) -> Study:
-        if set(self.learning_rates) != set(self.arms):
-            raise ValueError(f"learning_rates must name the arms: {', '.join(self.arms)}")
+        named = [*self.learning_rates, *self.given_rates, *self.borrowed_rates]
+        if sorted(named) != sorted(self.arms):
+            raise ValueError(
+                f"learning_rates must name the arms: {', '.join(self.arms)}; an arm may stand in given_rates or "
+                "borrowed_rates instead"
+            )
+        if self.reference not in self.learning_rates:
+            raise ValueError(f"learning_rates must have the reference, the first arm {self.reference}")
+        if lost := {rate.arm for rate in self.borrowed_rates.values()} - set(self.learning_rates):
+            raise ValueError(f"borrowed_rates take the rate of an arm that is not tuned: {', '.join(sorted(lost))}")
         unsorted = [arm for arm, rates in self.learning_rates.items() if rates != sorted(set(rates))]
         if unsorted:
             raise ValueError(f"learning_rates of {', '.join(unsorted)} must ascend")
@@ -131,11 +157,25 @@ class Study(BaseModel):
         """The arm that the others are compared with: the first."""
         return next(iter(self.arms))
 
+    def rates_beside(self, tuned: dict[str, float | None]) -> dict[str, float | None]:
+        """Returns the rate of each arm that is not tuned; None where it follows from one that is not chosen."""
+        lent = {arm: (tuned[rate.arm], rate.times) for arm, rate in self.borrowed_rates.items()}
+        return self.given_rates | {arm: rate and rounded(rate * times) for arm, (rate, times) in lent.items()}
+
     @property
     def entrants(self) -> list[Entrant]:
         """All that is tuned and compared: the arms, and the one that enters again."""
         arms = [Entrant(arm, arm, fields) for arm, fields in self.arms.items()]
         return arms + ([Entrant(self.a_a + A_A, self.a_a, self.arms[self.a_a], A_A_SHIFT)] if self.a_a else [])
+
+
+def rounded(rate: float) -> float:
+    """Returns a learning rate with two significant digits.
+
+    >>> rounded(0.00057735)
+    0.00058
+    """
+    return float(f"{rate:.1e}")
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,8 @@ def _add_study(expansion: _Expansion, name: str, experiment: Experiment, study: 
         arms = json.loads(path.read_text())["arms"] if path.is_file() else {}
         rates: dict[str, float | None] = {}
         for entrant in study.entrants:
+            if entrant.arm not in study.learning_rates:
+                continue
             runs = {run for stage in stages for run in expansion.members(stage + entrant.name)}
             entry = arms.get(entrant.name, {"tried": []})
             listed = study.learning_rates[entrant.arm]
@@ -161,8 +163,8 @@ def _add_study(expansion: _Expansion, name: str, experiment: Experiment, study: 
     if study.fine_seeds:
         expansion.add(fine_cells(study, chosen(coarse_path(name), stages)))
         stages = (TUNING, FINE)
-    rates = chosen(tuned_path(name), stages)
-    expansion.add(arm_cells(experiment, study, rates))
+    tuned = chosen(tuned_path(name), stages)
+    expansion.add(arm_cells(experiment, study, study.rates_beside(tuned) | tuned))
 
 
 def _check_size(experiment: Experiment, path: Path) -> None:

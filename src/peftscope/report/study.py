@@ -223,7 +223,8 @@ def readable_tuning(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame
     rows = [
         {
             "arm": labels[row["arm"]],
-            "rates tried": str(row["tried"]) + (f", {row['diverged']} diverged" if row["diverged"] else ""),
+            "rates tried": (str(row["tried"]) if row["tried"] else "given")
+            + (f", {row['diverged']} diverged" if row["diverged"] else ""),
             "chosen": f"{row['learning_rate']:g}",
             "fitted loss there": formatted(row["loss"], ".3f"),
             "at half the rate": formatted(row["loss_at_half"], ".3f"),
@@ -245,6 +246,8 @@ def draw_tuning(axes: plt.Axes, study: StudyResults) -> None:
     colours = _colours(study)
     for arm, label in study.labels.items():
         rate = study.rate(arm)
+        if not rate.curve:
+            continue  # its rate was given
         reached = {x: y for x, y in rate.curve.items() if y is not None}
         axes.plot(list(reached), list(reached.values()), "o-", ms=4, color=colours[arm], label=label)
         height = rate.fit["lowest"] if rate.fit else rate.curve[rate.best]
