@@ -491,6 +491,48 @@ def test_a_narrow_difference_outside_the_margin_speaks_louder_than_a_wide_one(tu
     assert judge(Rule(same_within=0.05), found)[0] == Verdict.WRONG
 
 
+def test_claims_compare_gains_with_gains(finished: StudyResults) -> None:
+    found = training.difference_of_gains("mine", ["thin", "lora"], ["full", "lora"])
+    assert found.samples == pytest.approx(
+        [(thin - full) / TASK_GAIN for thin, full in zip(GAINS["thin"], GAINS["full"], strict=True)]
+    )
+    assert judge(Rule(better_by=0), found)[0] == Verdict.WRONG
+    other_way = training.difference_of_gains("mine", ["full", "lora"], ["thin", "lora"])
+    assert judge(Rule(better_by=0), other_way)[0] == Verdict.HOLDS
+
+
+def test_claims_find_the_smallest_rank_that_is_enough(tuned: None) -> None:
+    level = [2.0, 2.01, 1.99, 2.0, 2.01, 1.99]
+    ranks = {"thin": 2, "lora": 8, "full": 64}
+
+    def smallest(thin: float, noise: float) -> training.Measurement:
+        record_comparison({"full": level, "lora": level[::-1], "thin": [thin + noise * (-1) ** k for k in range(6)]})
+        collect_experiment(expand("mine"))
+        return training.smallest_rank("mine", ranks, 0.05)
+
+    behind = smallest(1.5, 0.01)
+    assert (behind.low, behind.value, behind.high) == (8, 8, 8)
+    assert judge(Rule(at_most=8), behind)[0] == Verdict.HOLDS and judge(Rule(at_most=4), behind)[0] == Verdict.WRONG
+    enough = smallest(1.98, 0.01)
+    assert (enough.low, enough.value, enough.high) == (2, 2, 2)
+    unsure = smallest(1.98, 0.5)
+    assert (unsure.low, unsure.value, unsure.high) == (2, 2, 8) and judge(Rule(at_most=4), unsure)[0] == Verdict.OPEN
+
+
+def test_claims_count_answers_in_points(tuned: None) -> None:
+    record_comparison()
+    for arm, right in (("lora", [0.5, 0.6, 0.55, 0.5, 0.6, 0.55]), ("full", [0.4] * 6)):
+        for run, share in zip(members(f"arm-{arm}"), right, strict=True):
+            found = parse_record((Path("results/runs") / run / "record.json").read_bytes(), run)
+            found.quality.exact_match = share
+            write_record(Path("results/runs") / run / "record.json", found)
+    collect_experiment(expand("mine"))
+    found = training.accuracy_gain("mine", "lora", "full")
+    assert found.samples == pytest.approx([10, 20, 15, 10, 20, 15])
+    assert judge(Rule(better_by=0), found)[0] == Verdict.HOLDS
+    assert judge(Rule(better_by=0), training.accuracy_gain("mine", "full", "lora"))[0] == Verdict.WRONG
+
+
 def test_claims_count_the_steps_to_the_others_last_loss(tuned: None) -> None:
     record_comparison()
     for arm, losses in (("lora", [3.0, 1.0, 0.9]), ("full", [3.0, 2.0, 1.0]), ("thin", [3.0, 2.5, 2.5])):

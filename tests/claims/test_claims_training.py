@@ -13,7 +13,7 @@ import pytest
 from peftscope.analysis.study import VALIDATION
 from peftscope.claims.checks import training
 from peftscope.claims.measurement import NotRunError
-from peftscope.claims.verdict import Rule, judge
+from peftscope.claims.verdict import Rule, Verdict, judge
 from peftscope.layout import results_folder
 
 COARSE = [10 ** (-k / 2) for k in range(4, 11)]
@@ -68,6 +68,16 @@ def test_a_ratio_of_best_rates_is_judged_with_its_interval() -> None:
     wide = ratio()
     assert wide.high / wide.low > 3 * found.high / found.low
     assert judge(rule, wide)[0] != supported
+
+
+def test_a_spread_of_best_rates_is_told_from_noise() -> None:
+    rule, arms = Rule(at_most=2), ["r4", "r16", "r64"]
+    write_study(dict.fromkeys(arms, 2e-4), noise=0.003)
+    same = training.learning_rate_spread("synthetic", arms, resamples=300)
+    assert 1 <= same.low <= same.high < 2 and judge(rule, same)[0] == Verdict.HOLDS
+    write_study({"r4": 2e-4, "r16": 4e-4, "r64": 1e-3}, noise=0.003)
+    apart = training.learning_rate_spread("synthetic", arms, resamples=300)
+    assert apart.value == pytest.approx(5, rel=0.15) and judge(rule, apart)[0] == Verdict.WRONG
 
 
 def test_intervals_of_the_ratio_cover_the_truth() -> None:

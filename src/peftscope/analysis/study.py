@@ -25,6 +25,7 @@ from peftscope.planning.experiment import A_A, OLD_CONTROLS
 from peftscope.planning.published import LOSSES, VALIDATION
 
 HELDOUT = "heldout_nll_nats_per_token"
+ACCURACY = "exact_match_fraction"
 LOWEST = "lowest_validation_nll_nats_per_token"
 MARGIN = 0.05
 """Arms whose losses differ by less than this share of the task gain count as the same, unless a claim has its own."""
@@ -247,7 +248,7 @@ class StudyResults:
     def base_accuracy(self) -> float:
         """The exact match of the untouched base, as a fraction; 0 if it was not measured."""
         runs = self.table[(self.table["method"] == "none") & (self.table.get("base_weights") == "full")]
-        return float(runs["exact_match_fraction"].fillna(0.0).iloc[0])
+        return float(runs[ACCURACY].fillna(0.0).iloc[0])
 
     @cached_property
     def task_gain(self) -> float:

@@ -12,7 +12,7 @@ import seaborn as sns
 
 from peftscope.analysis.compare import Difference, Outcome
 from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, holm, mean_interval, sign_flip_p
-from peftscope.analysis.study import HELDOUT, MARGIN, VALIDATION, StudyResults, paired
+from peftscope.analysis.study import ACCURACY, HELDOUT, MARGIN, VALIDATION, StudyResults, paired
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A, Study
 from peftscope.report.plots import draw_figure, method_colours, plain_ticks
@@ -26,7 +26,6 @@ CONTROLS = {
 }
 FEWEST_FOR_BOOTSTRAP = 8
 """Pairs below which the bootstrap is too narrow to be shown, see ``analysis.stats``."""
-ACCURACY = "exact_match_fraction"
 NARROW = 2 * CONFIDENCE - 1
 """The confidence of the interval that decides sameness: two one-sided tests at 5 %."""
 

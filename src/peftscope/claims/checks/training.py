@@ -6,7 +6,7 @@ Gains are shares of the task gain: what the task itself teaches, beyond the form
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ import pandas as pd
 
 from peftscope.analysis.compare import compare
 from peftscope.analysis.stats import CONFIDENCE, sign_flip_p
-from peftscope.analysis.study import VALIDATION, StudyResults, paired
+from peftscope.analysis.study import ACCURACY, HELDOUT, VALIDATION, StudyResults, paired
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 
 REACH = 10.0
@@ -31,21 +31,44 @@ def learning_rate_ratio(study: str, arm: str, against: str, resamples: int = 200
     Raises:
         NotRunError: An arm has too few rates around its best for a fit with residuals.
     """
-    results = StudyResults(study)
-    runs = {name: results.tuning_runs(name) for name in (arm, against)}
+    return _over_rates(StudyResults(study), (arm, against), lambda best: best[0] - best[1], resamples)
+
+
+def learning_rate_spread(study: str, arms: list[str], resamples: int = 2000) -> Measurement:
+    """Returns the largest over the smallest best learning rate of some arms; see ``learning_rate_ratio``.
+
+    The spread of rates that are all the same is above 1, because each is known only roughly. The interval has it too.
+    """
+    return _over_rates(StudyResults(study), tuple(arms), lambda best: best.max(axis=0) - best.min(axis=0), resamples)
+
+
+def _over_rates(
+    results: StudyResults, arms: tuple[str, ...], combine: Callable[[np.ndarray], np.ndarray], resamples: int
+) -> Measurement:
+    """Returns a combination of the best learning rates of some arms, with the interval of a bootstrap.
+
+    Args:
+        results: The study.
+        arms: The arms.
+        combine: Gives the logarithm of the quantity from those of the rates, of shape (arms, samples).
+        resamples: The number of samples.
+    """
+    runs = {name: results.tuning_runs(name) for name in arms}
     fits = {name: _Fit.of(name, table) for name, table in runs.items()}
     pool = np.concatenate([fit.residuals for fit in fits.values()])
     random = np.random.default_rng(0)
-    draws = {name: fit.optima(random.choice(pool, (resamples, len(fit.x)))) for name, fit in fits.items()}
-    low, high = np.exp(np.quantile(draws[arm] - draws[against], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
-    best = {name: float(fit.optima(np.zeros((1, len(fit.x))))[0]) for name, fit in fits.items()}
-    evidence: dict[str, Quantity] = {f"best rate of {name}": math.exp(value) for name, value in best.items()}
+    draws = np.stack([fit.optima(random.choice(pool, (resamples, len(fit.x)))) for fit in fits.values()])
+    low, high = np.exp(np.quantile(combine(draws), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
+    best = np.stack([fit.optima(np.zeros((1, len(fit.x)))) for fit in fits.values()])
+    evidence: dict[str, Quantity] = {
+        f"best rate of {name}": math.exp(value) for name, value in zip(arms, best[:, 0], strict=True)
+    }
     evidence["spread of the residuals, nats per token"] = float(pool.std())
     curves = {
         name: table.groupby("learning_rate")[VALIDATION].mean().dropna().to_dict() for name, table in runs.items()
     }
     return Measurement(
-        math.exp(best[arm] - best[against]),
+        math.exp(combine(best)[0]),
         low=float(low),
         high=float(high),
         n=len(pool),
@@ -70,6 +93,72 @@ def heldout_gain(study: str, arm: str, against: str) -> Measurement:
     differences = (both["second"] - both["first"]) / results.task_gain
     error = results.tuning_error(arm, against) / results.task_gain
     return _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]), error)
+
+
+def difference_of_gains(study: str, first: list[str], second: list[str]) -> Measurement:
+    """Returns how much larger one gain in held-out loss is than another.
+
+    Args:
+        study: The study's experiment.
+        first: An arm and the arm whose loss less its own is the first gain.
+        second: The same for the second gain.
+    """
+    results = StudyResults(study)
+    runs = [results.arm_runs(arm) for arm in (*first, *second)]
+    both = [paired(mine, other) for mine, other in (runs[:2], runs[2:])]
+    gains = [(pair["second"] - pair["first"]) / results.task_gain for pair in both]
+    names = [f"mean gain of {arm} over {against}" for arm, against in (first, second)]
+    evidence: dict[str, Quantity] = {name: float(gain.mean()) for name, gain in zip(names, gains, strict=True)}
+    error = results.tuning_error(*dict.fromkeys((*first, *second))) / results.task_gain
+    ids = dict.fromkeys(run for table in runs for run in table["run_id"])
+    return _over_seeds(results, (gains[0] - gains[1]).dropna(), evidence, tuple(ids), error)
+
+
+def accuracy_gain(study: str, arm: str, against: str) -> Measurement:
+    """Returns how many more held-out questions an arm answers exactly right than another, in percentage points.
+
+    A run that diverged counts with the exact match of the untouched base.
+    """
+    results = StudyResults(study)
+    mine, other = (results.arm_runs(name).fillna({ACCURACY: results.base_accuracy}) for name in (arm, against))
+    both = 100 * paired(mine, other, ACCURACY)
+    evidence: dict[str, Quantity] = {
+        f"exact match of {arm}, %": float(both["first"].mean()),
+        f"exact match of {against}, %": float(both["second"].mean()),
+    }
+    return _over_seeds(results, both["first"] - both["second"], evidence, (*mine["run_id"], *other["run_id"]))
+
+
+def smallest_rank(study: str, ranks: dict[str, int], margin: float) -> Measurement:
+    """Returns the smallest rank whose held-out loss is the same as the best rank's.
+
+    The interval goes from the smallest rank that is not worse by more than the margin to the smallest that was shown to
+    be the same. The value is the smallest whose mean is within the margin.
+
+    Args:
+        study: The study's experiment.
+        ranks: The rank of each arm.
+        margin: The margin as a share of the task gain.
+    """
+    results = StudyResults(study)
+    ordered = sorted(ranks, key=lambda arm: ranks[arm])
+    best = min(ordered, key=lambda arm: float(results.arm_runs(arm)[HELDOUT].mean()))
+    found = {arm: results.difference(arm, best, margin) for arm in ordered if arm != best}
+    behind = {arm: found[arm].mean / results.task_gain if arm in found else 0.0 for arm in ordered}
+    runs = tuple(run for arm in ordered for run in results.arm_runs(arm)["run_id"])
+
+    def first(is_enough: Callable[[str], bool]) -> int:
+        return next(ranks[arm] for arm in ordered if arm == best or is_enough(arm))
+
+    return Measurement(
+        first(lambda arm: behind[arm] <= margin),
+        low=first(lambda arm: not (found[arm].exceeds_margin and behind[arm] > 0)),
+        high=first(lambda arm: found[arm].is_same),
+        n=min((one.n for one in found.values()), default=1),
+        evidence={f"rank {ranks[arm]}: loss above the best's, of the task gain": behind[arm] for arm in ordered},
+        model=results.subject,
+        run_ids=runs,
+    )
 
 
 def furthest(study: str, arms: dict[str, str], margin: float) -> Measurement:
