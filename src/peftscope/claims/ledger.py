@@ -212,6 +212,21 @@ def _problems_of_check(part: Part, where: str) -> list[Problem]:
     return _problems_of_study(part, f"{where}.with") if "study" in part.with_ else []
 
 
+NAME_ARMS = ("arms", "arm", "against", "first", "second", "ranks")
+"""The parameters of checks that name arms of a study: one, several, or a mapping of them."""
+
+
+def _items(value: Any) -> list[Any]:
+    """Returns the names in a parameter of a check.
+
+    >>> _items("lora"), _items(["r1", "r4"]), _items({"loftq": "qlora"}), _items({"r4": 4})
+    (['lora'], ['r1', 'r4'], ['loftq', 'qlora'], ['r4'])
+    """
+    if isinstance(value, dict):
+        return [*value, *(name for name in value.values() if not isinstance(name, int))]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def _problems_of_study(part: Part, where: str) -> list[Problem]:
     """Returns a problem if the study does not exist, and one for every arm that it does not have."""
     try:
@@ -220,9 +235,7 @@ def _problems_of_study(part: Part, where: str) -> list[Problem]:
         return [Problem(f"{where}.study", str(problem)) for problem in error.problems]
     if study is None:
         return [Problem(f"{where}.study", f"{part.with_['study']} is an experiment without a study")]
-    pairs = part.with_.get("arms", {})
-    named = [arm for pair in pairs.items() for arm in pair] if isinstance(pairs, dict) else [pairs]
-    named += [part.with_[key] for key in ("arm", "against") if key in part.with_]
+    named = [arm for key in NAME_ARMS for arm in _items(part.with_.get(key, ()))]
     return [
         Problem(where, f"{part.with_['study']} has no such arm (got {shown(arm)})", close_match(str(arm), study.arms))
         for arm in named

@@ -189,6 +189,15 @@ def furthest(study: str, arms: dict[str, str], margin: float) -> Measurement:
     return replace(found[chosen], evidence=evidence, run_ids=tuple(runs))
 
 
+def closest(study: str, arms: list[str], against: str) -> Measurement:
+    """Returns how far the one of some arms that comes closest to another's held-out loss is behind it."""
+    found = {arm: heldout_gain(study, against, arm) for arm in arms}
+    chosen = min(found, key=lambda arm: float(found[arm].value))
+    evidence: dict[str, Quantity] = {"shown": chosen, **found[chosen].evidence}
+    evidence |= {f"{arm} behind {against}": gain.value for arm, gain in found.items()}
+    return replace(found[chosen], evidence=evidence)
+
+
 def training_gain(study: str, arm: str, against: str) -> Measurement:
     """Returns how much lower an arm's mean loss over all steps is, each on batches that it had not yet seen.
 
@@ -204,43 +213,6 @@ def training_gain(study: str, arm: str, against: str) -> Measurement:
     differences = (both["second"] - both["first"]) / results.task_gain
     error = results.tuning_error(arm, against) / results.task_gain
     return _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]), error)
-
-
-def steps_saved(study: str, arm: str, against: str, window: int) -> Measurement:
-    """Returns how many steps an arm saves on the way to another's last training loss, as a share of the other's steps.
-
-    Losses are means over ``window`` steps. An arm that does not reach the loss needs all steps. The interval leaves out
-    what the choice of the learning rates adds.
-    """
-    results = StudyResults(study)
-    smooth = results.training_losses().groupby("run_id").rolling(window).mean().droplevel(0).dropna()
-    runs = [results.arm_runs(name).set_index("seed")["run_id"] for name in (arm, against)]
-    saved = {}
-    for seed in runs[0].index.intersection(runs[1].index):
-        mine, other = (smooth.xs(of[seed], level="run_id") for of in runs)
-        reached = [curve.index[curve <= other.iloc[-1]] for curve in (mine, other)]
-        needed = [steps.min() if len(steps) else mine.index.max() for steps in reached]
-        saved[seed] = 1 - needed[0] / needed[1]
-    return _over_seeds(results, pd.Series(saved), {}, (*runs[0], *runs[1]))
-
-
-def tuning_of_one_arm(study: str, arm: str, against: str, learning_rate: float) -> Measurement:
-    """Returns an arm's gain over another at one common rate, minus its gain at the best rate of each.
-
-    Both come from the runs at the listed rates and their validation loss. This loss chose the best of them, so that
-    they look a little too good.
-    """
-    results = StudyResults(study)
-
-    def gains(rate: float, other: float) -> pd.Series:
-        both = paired(results.tuning_runs(arm, rate), results.tuning_runs(against, other), VALIDATION)
-        return (both["second"] - both["first"]) / results.task_gain
-
-    fixed = gains(learning_rate, learning_rate)
-    tuned = gains(results.listed_rate(arm), results.listed_rate(against))
-    evidence = {"gain at one rate": float(fixed.mean()), "gain at tuned rates": float(tuned.mean())}
-    runs = (*results.tuning_runs(arm)["run_id"], *results.tuning_runs(against)["run_id"])
-    return _over_seeds(results, fixed - tuned, evidence, runs)
 
 
 def _over_seeds(
