@@ -28,7 +28,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup report test test-faults test-slurm test-oldest test-newest smoke slow \
-        browser lint format schema docs lock audit sbom publish benchmark benchmark-memory benchmark-scale agreement gpu-check claims clean
+        browser lint format schema docs lock audit sbom publish benchmark benchmark-memory benchmark-scale agreement verify gpu-check claims clean
 
 help:
 	@echo "make report [EXPERIMENT=quick]   train, measure and write reports/EXPERIMENT/report.html; \"a b\" for two"
@@ -36,6 +36,7 @@ help:
 	@echo "make test                        the tests and the smoke pipeline"
 	@echo "make setup                       .venv with the locked dependencies and peftscope itself"
 	@echo "make publish EXPERIMENT=quick    copy a finished run's small files to where they are committed (or claims, memory)"
+	@echo "make verify [EXPERIMENT=quick]   run published runs again: which numbers come out the same"
 	@echo "make claims                      measure what the literature claims; reports/claims.html"
 	@echo "make benchmark                   our training step against the HF Trainer"
 	@echo "make benchmark-memory            the memory calculator's speed, beside accelerate's estimate"
@@ -131,6 +132,10 @@ claims: $(READY)
 	$(BIN)/peftscope fetch smollm2-135m
 	$(BIN)/peftscope fetch minilm
 	$(BIN)/peftscope claims --write
+
+# RUNS=20: only so many, drawn at random.
+verify: $(READY)
+	$(BIN)/peftscope verify $(EXPERIMENT) $(if $(RUNS),--runs $(RUNS))
 
 # In pieces of under nine minutes; the same command goes on. DEVICE=cpu: a small model shows the instrument.
 gpu-check: DEVICE ?= cuda

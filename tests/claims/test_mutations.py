@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -525,13 +526,15 @@ def test_a_wide_b_damages_and_a_narrow_one_does_not(toy: Path, monkeypatch: Any)
 
 
 def test_a_work_that_takes_longer_flips_the_claim_on_its_time(monkeypatch: Any) -> None:
-    import time
+    clock = [0.0]
 
-    naps = {"full": 0.004, "lora": 0.002, "adalora": 0.0022}
-    monkeypatch.setattr(timing, "_training_step", lambda model, run: lambda: time.sleep(naps[run["method"]]))
-    monkeypatch.setattr(
-        timing, "_forward", lambda model, run, work, merge: lambda: time.sleep(0.004 if merge else 0.002)
-    )
+    def work(seconds: float) -> Callable[[], None]:
+        return lambda: clock.append(clock[-1] + seconds)
+
+    naps = {"full": 4.0, "lora": 2.0, "adalora": 2.2}
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[-1]))
+    monkeypatch.setattr(timing, "_training_step", lambda model, run: work(naps[run["method"]]))
+    monkeypatch.setattr(timing, "_forward", lambda model, run, kind, merge: work(4.0 if merge else 2.0))
     parts = [part_with("P12", "timing.step_ratio"), part_with("S71", "timing.latency_ratio", work="token")]
     before = [found_with(part, pairs=10).verdict for part in parts]
     swapped_times(monkeypatch)

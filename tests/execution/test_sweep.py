@@ -54,16 +54,15 @@ class Runs:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float = 0, **endings: Status) -> None:
         self.seen: list[str] = []
         self.now, self.seconds, self.endings = 0.0, seconds, endings
-        monkeypatch.setattr(sweep, "_run", self.run)
+        monkeypatch.setattr(sweep, "run_apart", self.run)
         monkeypatch.setattr(sweep.time, "monotonic", lambda: self.now)
 
-    def run(self, identity: str, spec: RunSpec, deadline: float) -> Status:
+    def run(self, identity: str, spec: RunSpec, folder: Path, *, deadline: float) -> Status:
         self.seen.append(spec.method.name)
         self.now += self.seconds
         status = self.endings.get(spec.method.name, "ok")
         quality = Quality(validation_nll=abs(spec.learning_rate - 1e-3))
         record = RunRecord(run_id=identity, status=status, spec=spec, quality=quality)
-        folder = run_folder(identity)
         state_folder(folder).mkdir(parents=True, exist_ok=True)
         (folder / "items.jsonl").write_text("")
         for path in (folder / "record.json", state_folder(folder) / "record.json"):

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from peftscope.cli import claims, memory, rules
+from peftscope.cli import claims, memory, rules, verify
 from peftscope.errors import InputError, Problem, printable
 from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
 from peftscope.layout import record_path, run_folder
@@ -35,6 +35,7 @@ app = typer.Typer(
 app.add_typer(memory.app)
 app.add_typer(claims.app)
 app.add_typer(rules.app)
+app.add_typer(verify.app)
 errors = Console(stderr=True, highlight=False)
 
 

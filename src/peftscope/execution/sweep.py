@@ -90,7 +90,7 @@ def run_sweep(
                 return outcome
             _say(f"{len(ended) + 1}/{len(ended) + len(left)} {identity} (about {spoken(pace.seconds(*left))} to go)")
             began = time.monotonic()
-            status = _run(identity, spec, deadline)
+            status = run_apart(identity, spec, run_folder(identity), deadline=deadline)
             pace.add(spec, time.monotonic() - began)
             ended.add(identity)
             _say(f"  {status} after {spoken(time.monotonic() - began)}")
@@ -115,15 +115,25 @@ def _expected(plan: Plan) -> dict[str, RunSpec]:
     return plan.sweep.runs | (expand(plan.name, device, assume_rates=True).runs if plan.is_study else {})
 
 
-def _run(identity: str, spec: RunSpec, deadline: float) -> str:
-    """Executes a run in a process of its own, and returns its status."""
+def run_apart(identity: str, spec: RunSpec, folder: Path, *options: str, deadline: float = math.inf) -> str:
+    """Executes a run in a process of its own, and returns its status.
+
+    Args:
+        identity: The run's id.
+        spec: The run.
+        folder: The folder to write into.
+        options: Further options of ``peftscope run``.
+        deadline: When the run has to stop, on the monotonic clock in seconds.
+
+    Raises:
+        InputError: The run was refused, or the disk is full.
+    """
     if problems := check_disk({identity: spec}):
         raise InputError(problems)
     for resource in inputs(spec):
         resource.fetch()
-    folder = run_folder(identity)
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = ["run", json.dumps(spec.canonical(), sort_keys=True), "--output", str(folder)]
+    arguments = ["run", json.dumps(spec.canonical(), sort_keys=True), "--output", str(folder), *options]
     with (folder / "train.log").open("wb") as log:
         # In a session of its own: Ctrl-C reaches the run once, from here. It dies with this process all the same.
         process = subprocess.Popen(

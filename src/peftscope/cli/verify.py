@@ -1,0 +1,60 @@
+"""The command that runs published runs again and says whether they give the same."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer()
+
+
+@app.command()
+def verify(
+    experiments: Annotated[list[str] | None, typer.Argument(help="Published experiments; default: all.")] = None,
+    runs: Annotated[int | None, typer.Option(min=1, help="How many runs, drawn at random; default: all.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+) -> None:
+    """Run published runs again, and say which of their numbers come out the same to the last digit.
+
+    Another processor, or other versions, may give other last digits: this is said, and is no failure.
+    """
+    from peftscope.execution.verify import COMPARED, Repeat, choose_published, repeat_runs
+    from peftscope.planning.estimate import spoken
+
+    chosen = choose_published(experiments or [], runs, seed)
+    console, screen = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True, highlight=False)
+    table = Table("run", *COMPARED, "made on", box=None)
+    done: list[Repeat] = []
+
+    def cell(repeat: Repeat, name: str) -> str:
+        if name not in repeat.equal:
+            return "-"
+        return (
+            "equal"
+            if repeat.equal[name]
+            else f"within {repeat.largest[name]:.1e}"
+            if name in repeat.largest
+            else "other"
+        )
+
+    screen.print(f"{len(chosen)} runs to repeat")
+    for repeat in repeat_runs(chosen):
+        done.append(repeat)
+        changed = ", ".join(f"{name}: {change}" for name, change in repeat.elsewhere.items())
+        table.add_row(repeat.run, *(cell(repeat, name) for name in COMPARED), changed or "the same")
+        left = sum(each.seconds for each in done) / len(done) * (len(chosen) - len(done))
+        verdict = "equal" if repeat.is_equal else "differs"
+        screen.print(f"{len(done)}/{len(chosen)} {repeat.run}: {verdict} (about {spoken(left)} to go)")
+    console.print(table)
+    equal, failed = sum(repeat.is_equal for repeat in done), [repeat for repeat in done if repeat.is_failure]
+    moved = len(done) - equal - len(failed)
+    console.print(
+        f"{equal} of {len(done)} runs are equal in everything that both have"
+        + (f"; {moved} differ, made on another machine or with other versions" if moved else "")
+        + (f"; {len(failed)} differ although the machine and the versions are the same" if failed else "")
+    )
+    sys.exit(bool(failed))

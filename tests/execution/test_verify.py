@@ -1,0 +1,58 @@
+"""Published runs that are run again: what counts as equal, and what a difference means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from peftscope.cli.main import app
+from peftscope.errors import InputError
+from peftscope.execution.verify import choose_published, compare_records, repeat_runs
+from peftscope.layout import PUBLISHED_RESULTS, run_folder
+from peftscope.planning.published import write_runs
+from peftscope.planning.sweep import expand
+from peftscope.record import RunRecord, read_record, write_record
+
+SHORT = "fixed: {model: toy, steps: 2, batch_size: 4, heldout_items: 8, generation_items: 0, retention_tokens: 0}\n"
+
+
+@pytest.fixture
+def published(own: Any) -> RunRecord:
+    """An experiment `mine` with one published run, which ran in a process of its own."""
+    own("mine", SHORT + "runs: [{method: lora}]\n")
+    assert CliRunner().invoke(app, ["sweep", "mine"]).exit_code == 0
+    (identity,) = expand("mine").runs
+    write_runs(PUBLISHED_RESULTS / "mine", [run_folder(identity)])
+    return read_record(run_folder(identity) / "record.json")
+
+
+def test_a_run_gives_its_published_numbers_again(published: RunRecord) -> None:
+    (repeat,) = repeat_runs(choose_published(["mine"], None, 0))
+    assert repeat.run == published.run_id and repeat.is_equal and not repeat.elsewhere
+    assert set(repeat.equal) == {"losses", "scores", "answers", "weights", "peaks", "batches"}
+    with pytest.raises(InputError, match="minne: has no published runs -> did you mean `mine`"):
+        choose_published(["minne"], None, 0)
+
+
+def test_the_command_fails_for_a_published_number_that_does_not_come_out_again(published: RunRecord) -> None:
+    changed = published.model_copy(deep=True)
+    assert changed.train_nll[1] is not None
+    changed.train_nll[1] *= 1 + 1e-6
+    write_record(run_folder(published.run_id) / "record.json", changed)
+    write_runs(PUBLISHED_RESULTS / "mine", [run_folder(published.run_id)])
+    found = CliRunner().invoke(app, ["verify", "mine", "--runs", "1"])
+    assert found.exit_code == 1
+    assert "within 1.0e-06" in found.output and "differ although the machine" in found.output
+
+
+def test_a_difference_on_another_processor_is_no_failure(published: RunRecord) -> None:
+    here = published.model_copy(deep=True)
+    here.quality.heldout_nll = 1.01 * (published.quality.heldout_nll or 0)
+    here.provenance["hardware"]["cpu"] = "another"
+    repeat = compare_records("mine", published, here)
+    assert not repeat.is_equal and not repeat.is_failure and "processor" in repeat.elsewhere
+    assert repeat.largest["scores"] == pytest.approx(0.01 / 1.01) and repeat.equal["losses"]
+    here.provenance = published.provenance
+    assert compare_records("mine", published, here).is_failure
