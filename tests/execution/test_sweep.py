@@ -159,7 +159,7 @@ def test_a_run_that_is_refused_ends_the_sweep(own, monkeypatch: pytest.MonkeyPat
     spec = plan_experiment("mine").sweep.runs[identity]
     monkeypatch.setenv("PEFTSCOPE_BF16", "sideways")
     with pytest.raises(InputError, match=r"PEFTSCOPE_BF16.*train\.log"):
-        sweep._run(identity, spec, time.monotonic() + 600)
+        sweep.run_apart(identity, spec, run_folder(identity), deadline=time.monotonic() + 600)
 
 
 def test_a_process_that_does_not_stop_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +183,7 @@ def test_a_run_that_is_stopped_in_training_goes_on_from_its_checkpoint(own) -> N
     spec, folder = plan_experiment("mine").sweep.runs[identity], run_folder(identity)
     for resource in inputs(spec):
         resource.fetch()
-    assert sweep._run(identity, spec, time.monotonic() + 25) == "interrupted"
+    assert sweep.run_apart(identity, spec, run_folder(identity), deadline=time.monotonic() + 25) == "interrupted"
     assert list(state_folder(folder).glob("checkpoint-*.pt")) and not record_path(identity).exists()
     assert run_sweep("mine", one_second, refuse).left == 0
     assert len(read_record(record_path(identity)).train_nll) == 3000
