@@ -171,9 +171,16 @@ class Quality(_Part):
     The unit of nll is nats per response token.
 
     Attributes:
+        judged_on: The items of ``heldout_nll``: those of the test split or, where the task says so, those that the run
+            trained on.
+        judged_items: The number of these items.
+        judged_entropy_bits: The entropy of all their responses; 0 where the task does not know it.
         validation_curve: The validation nll along the training, by the number of steps done.
     """
 
+    judged_on: Literal["test", "train"] = "test"
+    judged_items: int | None = None
+    judged_entropy_bits: float = 0.0
     heldout_nll: float | None = None
     validation_nll: float | None = None
     validation_curve: dict[int, float] = {}

@@ -39,6 +39,9 @@ class RunSpec(BaseModel):
     init_seed: Annotated[
         CountOrZero | None, Field(description="seeds adapter initialisation and dropout alone; null: same as seed")
     ] = None
+    train_items: Annotated[
+        Count | None, Field(description="training items, of which the seed draws as many; null: all there are")
+    ] = None
     shuffled_targets: Annotated[
         bool, Field(description="a control: every training prompt gets the response of another one")
     ] = False
@@ -92,7 +95,9 @@ class RunSpec(BaseModel):
     validation_every: Annotated[
         CountOrZero, Field(description="steps between losses on the validation items while it trains; 0: none")
     ] = 0
-    heldout_items: Annotated[Count, Field(description="test items for the held-out loss")] = 256
+    heldout_items: Annotated[
+        Count, Field(description="test items for the held-out loss; trained items where the task says so")
+    ] = 256
     generation_items: Annotated[CountOrZero, Field(description="test items that lm-eval answers; 0: none")] = 64
     retention_tokens: Annotated[
         CountOrZero, Field(description="tokens of English prose, before and after; 0: none")
@@ -192,7 +197,17 @@ def run_id(spec: RunSpec) -> str:
 
 
 _NO_MEMORY = {
-    *("seed", "init_seed", "learning_rate", "shuffled_targets", "steps", "schedule", "warmup_steps", "task"),
+    *(
+        "seed",
+        "init_seed",
+        "learning_rate",
+        "train_items",
+        "shuffled_targets",
+        "steps",
+        "schedule",
+        "warmup_steps",
+        "task",
+    ),
     *("validation_items", "validation_every", "heldout_items", "generation_items", "retention_tokens"),
     *("benchmarks", "benchmark_items", "untimed_steps", "probe_steps", "latency_tokens"),
 }

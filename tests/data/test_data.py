@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +25,16 @@ from peftscope.data.batching import (
     training_order,
 )
 from peftscope.data.scoring import lm_eval_file
-from peftscope.data.tasks import SPLITS, Item, make_task, read_split, task_folder
+from peftscope.data.tasks import (
+    SPLITS,
+    Item,
+    RandomStringsSource,
+    draw_items,
+    find_task,
+    make_task,
+    read_split,
+    task_folder,
+)
 from peftscope.errors import InputError
 from peftscope.files.content import read_yaml
 from peftscope.models.fetch import fetch_model
@@ -31,7 +42,7 @@ from peftscope.training.build import build_model
 from peftscope.training.load import load_base, load_tokenizer
 from peftscope.training.step import forward_loss
 
-TASKS = ["two-digit-sums", "family-relationships", "time-intervals"]
+TASKS = ["two-digit-sums", "family-relationships", "time-intervals", "memorise"]
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -72,6 +83,46 @@ def test_seeds_share_no_batch_and_one_seed_is_one_order() -> None:
 
 def test_an_epoch_sees_every_item_once() -> None:
     assert sorted(itertools.islice(training_order(10, 3), 10)) == list(range(10))
+
+
+def test_a_run_draws_its_training_items_by_its_seed() -> None:
+    items = [Item(str(n), "x") for n in range(50)]
+    assert draw_items(items, None, seed=0) == items
+    few, more = (draw_items(items, count, seed=0) for count in (8, 20))
+    assert len(set(more)) == 20 and more[:8] == few
+    assert set(draw_items(items, 8, seed=1)) != set(few)
+    with pytest.raises(InputError, match=r"train_items: the task has 50 training items \(got 51\)"):
+        draw_items(items, 51, seed=0)
+
+
+def test_random_strings_have_the_entropy_that_they_state() -> None:
+    make_task("memorise")
+    source = find_task("memorise").source
+    assert isinstance(source, RandomStringsSource)
+    responses = [item.response for split in SPLITS for item in read_split("memorise", split)]
+    counted = 0.0
+    for place in range(source.response_symbols):
+        counts = Counter(response[place] for response in responses).values()
+        counted -= sum(count * math.log2(count / len(responses)) for count in counts) / len(responses)
+    assert {len(response) for response in responses} == {source.response_symbols}
+    assert counted == pytest.approx(source.entropy_bits, rel=1e-3)
+    assert len(set(responses)) == len(responses)
+
+
+@pytest.mark.parametrize("model", ["toy", "smollm2-135m"])
+def test_each_symbol_of_a_random_string_is_a_token(
+    model: str, toy: Path, repository: Path, make_spec, monkeypatch
+) -> None:
+    make_task("memorise")
+    items = read_split("memorise", "test")[:200]
+    if model != "toy":
+        monkeypatch.chdir(repository)
+        if not Path("resources/models", model, "tokenizer.json").is_file():
+            pytest.skip(f"{model} was not fetched")
+    for example in tokenise(items, load_tokenizer(make_spec(method="none", model=model)), 64):
+        assert example.prompt_length == 6
+        # The end of the sequence and, in bytes, the space before the response: they are form and carry no entropy.
+        assert len(example.tokens) - example.prompt_length == 16 + (2 if model == "toy" else 1)
 
 
 def test_collator_marks_the_positions_that_predict_responses(toy: Path, make_spec) -> None:

@@ -23,8 +23,8 @@ from typing import Any
 MODULES = 39
 """Modules that a run of LoRA passes through."""
 
-RETURNS = 46
-"""Times that a run comes back to a module where it was before."""
+RETURNS = 47
+"""Times that a run comes back to a module where it was before; one of them asks the task what it is judged on."""
 
 UPWARDS = {
     # The loss is no module of torch, whose hooks would name its blocks: the simulator puts itself around it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from peftscope.data.tasks import draw_items, make_task, read_split
 from peftscope.errors import InputError
 from peftscope.execution.merge import find_run, merge_run
 from peftscope.execution.phases import Phases
@@ -93,6 +95,25 @@ def test_the_untouched_base_is_evaluated_and_not_trained(toy: Path, make_spec, t
     assert record.quality.heldout_nll > 0
     assert record.unavailable["speed.step_seconds_median"] == "nothing is trained"
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_task_that_is_judged_on_trained_items_says_which(toy: Path, make_spec, tmp_path: Path) -> None:
+    make_task("memorise")
+    fields = {"task": "memorise", "train_items": 12, "heldout_items": 12, "validation_items": 4, "generation_items": 3}
+    record = run_here(make_spec(method="lora", seed=5, batch_size=4, steps=6, **fields), tmp_path)
+    drawn = draw_items(read_split("memorise", "train"), 12, seed=5)
+    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    assert [item["prompt"] for item in items] == [item.prompt for item in drawn]
+    assert all(item["target"] == drawn[n].response for n, item in enumerate(items) if "answer" in item)
+    quality = record.quality
+    assert (quality.judged_on, quality.judged_items) == ("train", 12)
+    assert quality.judged_entropy_bits == pytest.approx(12 * 8 * math.log2(52 * 10))
+    assert quality.exact_match_items == 3
+    # The untouched base is judged on the same strings, and costs more than their entropy: it does not know their form.
+    base = run_here(make_spec(method="none", seed=5, **fields | {"generation_items": 0}), tmp_path / "base").quality
+    assert (base.judged_on, base.heldout_tokens) == ("train", quality.heldout_tokens)
+    assert base.heldout_nll * base.heldout_tokens / math.log(2) > base.judged_entropy_bits
+    assert run_here(make_spec(method="none"), tmp_path / "sums").quality.judged_on == "test"
 
 
 def test_learning_rate_zero_changes_nothing(toy: Path, make_spec, tmp_path: Path) -> None:

@@ -113,6 +113,9 @@ def row_of(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
         row |= {f"latency_{name}_{field}": value for field, value in timing}
     quality = record.quality
     row |= {
+        "judged_on": quality.judged_on,
+        "judged_items": quality.judged_items,
+        "judged_entropy_bits": quality.judged_entropy_bits,
         "heldout_nll_nats_per_token": quality.heldout_nll,
         "heldout_tokens": quality.heldout_tokens,
         VALIDATION: quality.validation_nll,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import string
 from collections.abc import Iterator, Sequence
@@ -80,6 +81,41 @@ class FillerSource(BaseModel):
     seed: int = 0
 
 
+class RandomStringsSource(BaseModel):
+    """Pairs of random strings, of which a model can know nothing but what it was trained on.
+
+    Letters and digits alternate. Tokenizers that read words and single digits give each symbol a token of its own, and
+    so do tokenizers of bytes.
+
+    Attributes:
+        prompt_symbols: The symbols of the string that asks for another.
+        response_symbols: The symbols of the string that it asks for.
+        size: The number of pairs.
+        seed: The seed of the draws.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["random_strings"]
+    prompt_symbols: Count
+    response_symbols: Count
+    size: Annotated[Count, Field(le=1_000_000)]
+    seed: CountOrZero
+
+    @property
+    def entropy_bits(self) -> float:
+        """The entropy of a response, which is the sum of those of its symbols.
+
+        >>> strings = {"kind": "random_strings", "prompt_symbols": 6, "response_symbols": 2, "size": 9, "seed": 0}
+        >>> round(RandomStringsSource.model_validate(strings).entropy_bits, 3)
+        9.022
+        """
+        return sum(math.log2(len(_ALPHABETS[place % 2])) for place in range(self.response_symbols))
+
+
+_ALPHABETS = string.ascii_letters, string.digits
+
+
 class HubDataSource(BaseModel):
     """A data set of a Hugging Face hub.
 
@@ -113,8 +149,13 @@ class TaskEntry(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     source: Annotated[
-        EnumerateSource | ReasoningGymSource | JsonlSource | FillerSource | HubDataSource, Field(discriminator="kind")
+        EnumerateSource | ReasoningGymSource | JsonlSource | FillerSource | RandomStringsSource | HubDataSource,
+        Field(discriminator="kind"),
     ]
+    judged_on: Annotated[
+        Literal["test", "train"],
+        Field(description="the items of the held-out loss: test items, or those that the run trained on"),
+    ] = "test"
     licence: str = "unknown"
     tokens: Annotated[
         Count | None, Field(description="tokens of a usual item, for estimates before the task is made")
@@ -297,6 +338,23 @@ def item_tokens(name: str) -> float:
     return find_task(name).tokens or USUAL_TOKENS
 
 
+def draw_items(items: Sequence[Item], count: int | None, seed: int) -> list[Item]:
+    """Returns as many training items as a run uses, drawn by its seed; None returns all.
+
+    A smaller draw of the same seed is part of a larger one.
+
+    Raises:
+        InputError: There are fewer items.
+    """
+    if count is None:
+        return list(items)
+    if count > len(items):
+        raise InputError(Problem("train_items", f"the task has {len(items):,} training items (got {count:,})"))
+    order = list(range(len(items)))
+    random.Random(f"{seed}/items").shuffle(order)
+    return [items[index] for index in order[:count]]
+
+
 def shuffle_responses(items: Sequence[Item], seed: int) -> list[Item]:
     """Returns the prompts with shuffled responses, from which only the form of the task can be learned."""
     responses = [item.response for item in items]
@@ -337,6 +395,16 @@ def _filler(name: str, source: FillerSource) -> Iterator[Item]:
         yield Item(prompt, response)
 
 
+def _random_strings(name: str, source: RandomStringsSource) -> Iterator[Item]:
+    draws = random.Random(source.seed)
+    for _ in range(source.size):
+        prompt, response = (
+            "".join(draws.choice(_ALPHABETS[place % 2]) for place in range(length))
+            for length in (source.prompt_symbols, source.response_symbols)
+        )
+        yield Item(prompt, response)
+
+
 def _hub(name: str, source: HubDataSource, facts: dict[str, str]) -> Iterator[Item]:
     """Yields the items of a hub's data set, and adds its source to ``facts``."""
     found = load_rows(source.dataset, source.config, source.split, source.revision)
@@ -362,4 +430,5 @@ _READERS: dict[type, Any] = {
     ReasoningGymSource: _reasoning_gym,
     JsonlSource: _jsonl,
     FillerSource: _filler,
+    RandomStringsSource: _random_strings,
 }

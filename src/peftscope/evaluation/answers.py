@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -13,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from peftscope.data.scoring import read_scoring
-from peftscope.data.tasks import read_split
+from peftscope.data.tasks import Item, read_split
 from peftscope.spec import RunSpec
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -58,8 +59,12 @@ class _UncachedLM(HFLM):
         return torch.cat([context, filled], dim=1)
 
 
-def score_answers(model: Any, tokenizer: Any, spec: RunSpec) -> list[dict[str, Any]]:
-    """Returns one row for each of the first ``spec.generation_items`` test items: prompt, target, answer, correct.
+def score_answers(
+    model: Any, tokenizer: Any, spec: RunSpec, items: Sequence[Item] | None = None
+) -> list[dict[str, Any]]:
+    """Returns one row for each of the first ``spec.generation_items`` items: prompt, target, answer, correct.
+
+    The items are those of the test split unless others are given.
 
     lm-eval generates greedily and scores by exact match after removing white space. The batch size is the spec's,
     because bf16 answers depend on it.
@@ -67,7 +72,7 @@ def score_answers(model: Any, tokenizer: Any, spec: RunSpec) -> list[dict[str, A
     results = evaluate(
         model=wrap(model, tokenizer, spec),
         # The task is passed as content, because lm-eval runs the Python that `!function` names in a file.
-        tasks=[_task_config(spec.task)],
+        tasks=[_task_config(spec.task, read_split(spec.task, "test") if items is None else items)],
         task_manager=TaskManager(include_defaults=False),
         limit=spec.generation_items,
         log_samples=True,
@@ -94,7 +99,7 @@ def evaluate(**options: Any) -> dict[str, Any]:
         return lm_eval.simple_evaluate(**options, bootstrap_iters=0, verbosity="ERROR")
 
 
-def _task_config(task: str) -> dict[str, Any]:
+def _task_config(task: str, asked: Sequence[Item]) -> dict[str, Any]:
     """Returns the task's configuration for lm-eval.
 
     Prompt and target are columns, not templates, because a template is code, and because lm-eval turns a target in
@@ -104,7 +109,7 @@ def _task_config(task: str) -> dict[str, Any]:
     scoring = read_scoring(task)
 
     def items(**_: Any) -> DatasetDict:
-        rows = [{"prompt": i.prompt, "target": scoring.target_of(i.response)} for i in read_split(task, "test")]
+        rows = [{"prompt": i.prompt, "target": scoring.target_of(i.response)} for i in asked]
         return DatasetDict({"test": Dataset.from_list(rows)})
 
     config = scoring.model_dump(exclude_none=True)

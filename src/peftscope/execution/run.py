@@ -31,7 +31,7 @@ from peftscope.data.batching import (
     training_batches,
     widest_batch,
 )
-from peftscope.data.tasks import Item, read_split, shuffle_responses
+from peftscope.data.tasks import Item, RandomStringsSource, draw_items, find_task, read_split, shuffle_responses
 from peftscope.errors import InputError
 from peftscope.evaluation.heldout import heldout_nll, mean_nll
 from peftscope.evaluation.latency import time_passes
@@ -227,13 +227,17 @@ def _load(run: _Run) -> tuple[_Data, Any]:
     """Returns the tokenised data and the base model."""
     spec = run.spec
     tokenizer = load_tokenizer(spec)
-    examples = read_split(spec.task, "train") if spec.method.trains else []
+    task, quality = find_task(spec.task), run.record.quality
+    examples = draw_items(read_split(spec.task, "train"), spec.train_items, spec.seed)
     if spec.shuffled_targets:
         examples = shuffle_responses(examples, spec.seed)
-    items = read_split(spec.task, "test")[: spec.heldout_items]
+    items = (examples if task.judged_on == "train" else read_split(spec.task, "test"))[: spec.heldout_items]
+    quality.judged_on, quality.judged_items = task.judged_on, len(items)
+    if isinstance(task.source, RandomStringsSource):
+        quality.judged_entropy_bits = len(items) * task.source.entropy_bits
     data = _Data(
         tokenizer=tokenizer,
-        training=tokenise(examples, tokenizer, spec.seq_len),
+        training=tokenise(examples, tokenizer, spec.seq_len) if spec.method.trains else [],
         validation=tokenise(read_split(spec.task, "validation")[: spec.validation_items], tokenizer, spec.seq_len),
         items=items,
         heldout=tokenise(items, tokenizer, spec.seq_len),
@@ -309,7 +313,7 @@ def _evaluate(run: _Run, trained: TrainedModel, data: _Data) -> None:
         nll = mean_nll(per_item)
         if spec.method.trains:
             check_loss(nll, trained.vocab_size, spec, "on held-out items")
-        answers = _answers(model, data.tokenizer, spec, record)
+        answers = _answers(model, data, spec, record)
         record.benchmarks = _benchmarks(model, data.tokenizer, spec)
     _write_items(run.folder / "items.jsonl", data.items, per_item, answers)
     record.quality.heldout_nll = nll
@@ -407,14 +411,14 @@ def _matmul_share(record: RunRecord) -> float | None:
     return useful / (rate * record.spec.shards) if useful is not None and rate else None
 
 
-def _answers(model: Any, tokenizer: Any, spec: RunSpec, record: RunRecord) -> list[dict[str, Any]]:
+def _answers(model: Any, data: _Data, spec: RunSpec, record: RunRecord) -> list[dict[str, Any]]:
     if not spec.generation_items:
         return []
     # This import is slow, and only these runs need it.
     from peftscope.evaluation.answers import score_answers
 
     began = time.perf_counter()
-    answers = score_answers(model, tokenizer, spec)
+    answers = score_answers(model, data.tokenizer, spec, data.items)
     if record.provenance["alone"]:
         record.speed.generation_seconds = time.perf_counter() - began
     record.quality.exact_match = sum(row["correct"] for row in answers) / len(answers)

@@ -224,8 +224,8 @@ def _while_loading(question: Question, trace: Trace) -> list[Block]:
     method, shape = question.spec.method, question.model.shape
     if shape is None:
         return stays
-    layers = [layer for layer in shape.block if not method.targets_of() or layer.name in method.targets_of()]
-    more = method.loading_temporary(max(layers or shape.block, key=lambda layer: layer.weights))
+    layers = shape.linear_layers(method.targets_of()) or shape.block
+    more = method.loading_temporary(max(layers, key=lambda layer: layer.weights))
     return [*stays, Block(more[0], "temporaries", term=more[1])] if more else stays
 
 

@@ -256,7 +256,7 @@ def _check_model(model: Model, spec: RunSpec) -> None:
         return
     modules = [layer.name for layer in model.shape.block]
     for target in spec.method.modules_named():
-        if target not in modules:
+        if not model.shape.linear_layers([target]):
             remedy = close_match(target, [*modules, *TARGET_PRESETS])
             raise InputError(Problem("targets", f"{model.name} has no `{target}`", remedy))
     name = spec.method.rank_field
@@ -279,8 +279,8 @@ def narrowest_target(model: Model, spec: RunSpec) -> int | None:
     A rank above this width adds nothing that the product of the two matrices could express.
     """
     targets = spec.method.targets_of()
-    block = model.shape.block if model.shape else ()
-    return min((min(layer.inputs, layer.outputs) for layer in block if layer.name in targets), default=None)
+    layers = model.shape.linear_layers(targets) if model.shape else ()
+    return min((min(layer.inputs, layer.outputs) for layer in layers), default=None)
 
 
 @cache

@@ -57,7 +57,7 @@ Alpha = Annotated[float, Field(gt=0, description="numerator of the scale alpha/r
 Targets = Annotated[
     str | tuple[str, ...],
     AfterValidator(_preset_or_modules),
-    Field(description="minimal (q,v), attention (q,k,v,o), mlp, all-linear, or a list of module names"),
+    Field(description="minimal (q,v), attention (q,k,v,o), mlp, all-linear, or a list of modules' names"),
 ]
 Dropout = Annotated[float, Field(ge=0, lt=1, description="dropout on the input of A")]
 AdapterDtype = Annotated[

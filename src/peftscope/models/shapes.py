@@ -44,6 +44,25 @@ class LinearLayer:
         return self.inputs * self.outputs
 
 
+def module_path(index: int, layer: str) -> str:
+    """Returns the path of a linear layer in a block.
+
+    >>> module_path(12, "down_proj")
+    'layers.12.mlp.down_proj'
+    """
+    part = "mlp" if layer in ("gate_proj", "up_proj", "gate_up_proj", "down_proj") else "self_attn"
+    return f"layers.{index}.{part}.{layer}"
+
+
+def is_named(path: str, names: Sequence[str]) -> bool:
+    """Returns whether one of the names means a module: it is the end of the module's path, as PEFT matches targets.
+
+    >>> is_named("layers.12.mlp.down_proj", ["down_proj"]), is_named("layers.12.mlp.down_proj", ["2.mlp.down_proj"])
+    (True, False)
+    """
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
 class ModelShape(BaseModel):
     """The sizes of a decoder, named as in its ``config.json``."""
 
@@ -96,8 +115,9 @@ class ModelShape(BaseModel):
         return 4 if self.family == "gemma2" else 2
 
     def linear_layers(self, names: Sequence[str]) -> list[LinearLayer]:
-        """Returns all layers of the model that have one of these names."""
-        return [layer for layer in self.block if layer.name in names] * self.num_layers
+        """Returns all layers of the model that these names mean, see ``is_named``."""
+        paths = [(module_path(index, layer.name), layer) for index in range(self.num_layers) for layer in self.block]
+        return [layer for path, layer in paths if is_named(path, names)]
 
     @property
     def linear_parameters(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shlex
 import shutil
@@ -45,6 +46,10 @@ STUDY_FILES = [
 """What the report of a study shows beside that of a sweep."""
 
 
+CAPACITY_FILES = ["figures/capacity.png", "tables/capacity.html", "tables/capacity.csv", "tables/stored.csv"]
+"""What the report of an experiment on random strings shows beside."""
+
+
 class Plan:
     """One experiment: its runs, and what of its report depends on its kind."""
 
@@ -65,6 +70,12 @@ class Plan:
     def is_study(self) -> bool:
         """Whether the experiment tunes learning rates and compares arms at them."""
         return self.sweep.experiment.study is not None
+
+    @cached_property
+    def measures_capacity(self) -> bool:
+        """Whether the experiment measures what is stored of random strings."""
+        sources = {find_task(task).source.kind for task in {spec.task for spec in self.sweep.runs.values()}}
+        return "random_strings" in sources
 
     @property
     def has_fine_grids(self) -> bool:
@@ -154,15 +165,19 @@ class Workflow:
         return "--shared" if self.shares_machine(wildcards.run_id) else ""
 
     def shares_machine(self, run: str) -> bool:
-        """Returns whether a run has one thread, beside as many others as there are cores: only studies list it."""
+        """Returns whether a run has one thread, beside as many others as there are cores.
+
+        That holds if only studies list it, or experiments on random strings: they measure no speed.
+        """
         plans = [plan for plan in self.plans.values() if run in plan.sweep.runs]
-        return all(plan.is_study and plan.sweep.runs[run].device == "cpu" for plan in plans)
+        return all((plan.is_study or plan.measures_capacity) and plan.sweep.runs[run].device == "cpu" for plan in plans)
 
     def figures(self, wildcards: Any) -> list[str]:
         """Returns the files of an experiment's report that only experiments of its kind have."""
         plan = self.plans[wildcards.experiment]
         names = [f"figures/ladder-{field}.png" for field in plan.ladders]
         names += STUDY_FILES if plan.is_study else []
+        names += CAPACITY_FILES if plan.measures_capacity else []
         return [(results_folder(plan.name) / name).as_posix() for name in names]
 
     def gpus(self, wildcards: Any) -> int:
@@ -269,9 +284,13 @@ def check_runs(runs: dict[str, RunSpec], where: str) -> list[Problem]:
     problems = []
     for spec in runs.values():
         try:
-            source = find_task(spec.task, f"{where}: task").source
+            task = find_task(spec.task, f"{where}: task")
+            source = task.source
             if isinstance(source, JsonlSource) and not source.is_there():
                 problems.append(Problem(f"{TASKS_FILE}: {spec.task}.source.path", f"no such file: {source.path}"))
+            if task.judged_on == "train" and not (spec.train_items or math.inf) <= spec.heldout_items:
+                message = f"{spec.task} is judged on all items that a run trains on"
+                problems.append(Problem(f"{where}: train_items", message, "give a number, at most heldout_items"))
             shape = find_model(spec.model, f"{where}: model").shape
             for name in spec.benchmarks:
                 if not (benchmark_folder(name) / "manifest.json").is_file():
@@ -281,7 +300,7 @@ def check_runs(runs: dict[str, RunSpec], where: str) -> list[Problem]:
             continue
         known = [layer.name for layer in shape.block] if shape else []
         for module in spec.method.modules_named() if shape else []:
-            if module not in known:
+            if shape and not shape.linear_layers([module]):
                 message = f"{spec.model} has no module of that name (got {shown(module)})"
                 problems.append(Problem(f"{where}: targets", message, close_match(module, known)))
     return list(dict.fromkeys(problems))

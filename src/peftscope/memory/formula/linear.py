@@ -7,7 +7,7 @@ from typing import Any
 
 from peftscope.memory.tape import Dims, Gradients, Shaped, Tape
 from peftscope.memory.trace import Block
-from peftscope.models.shapes import LinearLayer, ModelShape
+from peftscope.models.shapes import LinearLayer, ModelShape, is_named, module_path
 from peftscope.spec import RunSpec
 
 WIDTHS = {"fp32": 4, "bf16": 2, "amp": 4}
@@ -71,7 +71,7 @@ def _make_weights(model: TapedModel) -> None:
     _weight(model, "embed_tokens", ("V", "h"), other)
     for index in range(shape.num_layers):
         for layer in shape.block:
-            _linear_weight(model, _path(index, layer.name), layer)
+            _linear_weight(model, module_path(index, layer.name), layer)
         for name in _norms(model):
             _weight(model, f"layers.{index}.{name}", ("h",), other)
     _weight(model, "norm", ("h",), other)
@@ -79,8 +79,8 @@ def _make_weights(model: TapedModel) -> None:
         _weight(model, "lm_head", ("V", "h"), other)
     for index in range(shape.num_layers):
         for layer in shape.block:
-            if layer.name in model.targets:
-                _adapter_weights(model, _path(index, layer.name), layer)
+            if is_named(path := module_path(index, layer.name), model.targets):
+                _adapter_weights(model, path, layer)
     if model.prompt:
         _adapter(model, "prompt_encoder", ("v", "h"), 4)
     elif model.prefix:
@@ -91,11 +91,6 @@ def _norms(model: TapedModel) -> tuple[str, ...]:
     around = ("input_layernorm", "post_attention_layernorm")
     inside = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
     return around + inside if model.shape.family == "gemma2" else around
-
-
-def _path(index: int, layer: str) -> str:
-    part = "mlp" if layer in ("gate_proj", "up_proj", "gate_up_proj", "down_proj") else "self_attn"
-    return f"layers.{index}.{part}.{layer}"
 
 
 def _weight(model: TapedModel, name: str, dims: Dims, width: float) -> None:
@@ -140,7 +135,7 @@ def _adapter_weights(model: TapedModel, path: str, layer: LinearLayer) -> None:
 def linear(model: TapedModel, path: str, layer: LinearLayer, x: Shaped) -> Shaped:
     """Stands for a linear layer with whatever adapter it has."""
     model.tape.module = path
-    if layer.name not in model.targets:
+    if not is_named(path, model.targets):
         return _base_linear(model, path, layer, x)
     return _ADAPTED[model.form.layer](model, path, layer, x)
 
