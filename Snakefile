@@ -47,6 +47,7 @@ localrules:
     figures,
     ladder,
     study,
+    capacity,
     memory_curve,
     memory_figures,
     memory_chapter,
@@ -343,6 +344,35 @@ rule study:
         "results/{experiment}/benchmarks/study.tsv"
     shell:
         "python -m peftscope study {wildcards.experiment} > {log} 2>&1"
+
+
+# Only experiments on random strings have these.
+rule capacity:
+    input:
+        "results/{experiment}/runs.csv",
+        "src/peftscope/analysis/capacity.py",
+        "src/peftscope/report/capacity.py",
+    output:
+        report(
+            "results/{experiment}/figures/capacity.png",
+            caption="src/peftscope/report/captions/capacity.rst",
+            category="Figures",
+            labels={"experiment": "{experiment}", "figure": "bits stored"},
+        ),
+        report(
+            "results/{experiment}/tables/capacity.html",
+            caption="src/peftscope/report/captions/capacity.rst",
+            category="Tables",
+            labels={"experiment": "{experiment}", "table": "bits stored"},
+        ),
+        "results/{experiment}/tables/capacity.csv",
+        "results/{experiment}/tables/stored.csv",
+    log:
+        "results/{experiment}/logs/capacity.log",
+    benchmark:
+        "results/{experiment}/benchmarks/capacity.tsv"
+    shell:
+        "python -m peftscope capacity {wildcards.experiment} > {log} 2>&1"
 
 
 # What follows from the code alone is made once for all experiments.

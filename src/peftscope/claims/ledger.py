@@ -209,6 +209,8 @@ def _problems_of_check(part: Part, where: str) -> list[Problem]:
         _parameters(part.check).model_validate(part.with_)
     except ValidationError as error:
         return problems_of(error, lambda location: f"{where}.with.{dotted(location)}", set(signature.parameters))
+    if "experiment" in part.with_:
+        return _problems_of_name(part.with_["experiment"], f"{where}.with.experiment")
     return _problems_of_study(part, f"{where}.with") if "study" in part.with_ else []
 
 
@@ -225,6 +227,15 @@ def _items(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return [*value, *(name for name in value.values() if not isinstance(name, int))]
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _problems_of_name(experiment: Any, where: str) -> list[Problem]:
+    """Returns a problem if there is no such experiment."""
+    try:
+        experiment_path(str(experiment))
+    except InputError as error:
+        return [Problem(where, str(problem)) for problem in error.problems]
+    return []
 
 
 def _problems_of_study(part: Part, where: str) -> list[Problem]:

@@ -220,6 +220,7 @@ def report(experiment: rules.ExperimentName) -> None:
     from peftscope.analysis.collect import collect_experiment
     from peftscope.planning.plan import plan_experiment
     from peftscope.report.benchmarks import write_benchmarks
+    from peftscope.report.capacity import write_capacity
     from peftscope.report.page import write_report
     from peftscope.report.plots import write_figures, write_ladder
     from peftscope.report.study import write_study
@@ -235,6 +236,8 @@ def report(experiment: rules.ExperimentName) -> None:
     if plan.is_study:
         with suppress(InputError):  # not finished: the report says so
             write_study(experiment)
+    if plan.measures_capacity:
+        write_capacity(experiment)
     print(write_report(experiment, plan.ladders))
 
 

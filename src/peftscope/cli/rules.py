@@ -83,6 +83,14 @@ def study(experiment: ExperimentName) -> None:
 
 
 @app.command(hidden=True)
+def capacity(experiment: ExperimentName) -> None:
+    """Write what runs stored of random strings, and draw it."""
+    from peftscope.report.capacity import write_capacity
+
+    write_capacity(experiment)
+
+
+@app.command(hidden=True)
 def page(experiment: ExperimentName) -> None:
     """Write report.html from tables and figures."""
     from peftscope.planning.plan import plan_experiment

@@ -19,6 +19,7 @@ from peftscope.layout import MEMORY_FOLDER, record_path, report_path, results_fo
 from peftscope.memory.grid import CENTRE, CHAPTER_RUN, MODEL
 from peftscope.planning.estimate import spoken
 from peftscope.planning.experiment import Study, experiment_path, read_experiment
+from peftscope.report.capacity import capacity_facts
 from peftscope.report.memory import CARDS
 from peftscope.report.sentences import listed, sentence
 from peftscope.report.serving import latencies, limited_runs
@@ -57,6 +58,7 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
         latency_table=_html_with_rows(latencies(runs), "latency"),
         predictions_table=(folder / "tables" / "predictions.html").read_text(),
         study=_study_pages(experiment, settings.study) if settings.study else None,
+        capacity=_capacity_pages(folder, experiment),
         memory=_memory_pages(),
         endings=_endings(runs),
         facts=_facts(runs),
@@ -105,6 +107,12 @@ def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
         "controls": (folder / "tables" / "controls.html").read_text(),
         "tuning_table": (folder / "tables" / "tuning.html").read_text(),
     }
+
+
+def _capacity_pages(folder: Path, experiment: str) -> dict[str, str] | None:
+    """Returns the content of the section on what is stored of random strings, or None for other tasks."""
+    figure = folder / "figures" / "capacity.png"
+    return {**capacity_facts(experiment), "figure": _embedded(figure)} if figure.is_file() else None
 
 
 def _memory_pages() -> dict[str, str] | None:

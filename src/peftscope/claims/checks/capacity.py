@@ -1,0 +1,116 @@
+"""Reads what runs stored of random strings. Nothing is trained."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from peftscope.analysis.capacity import breaks, stored_bits
+from peftscope.analysis.collect import read_runs
+from peftscope.claims.measurement import Measurement, NotRunError, Quantity, geometric_mean_of, mean_of
+from peftscope.layout import PUBLISHED_RESULTS, results_folder
+
+FULL = "full fine-tuning"
+
+
+def bits_per_parameter(experiment: str, model: str) -> Measurement:
+    """Returns the bits given at which storing stops following, for each trained parameter of LoRA.
+
+    It is the geometric mean over the ranks that the experiment has for a model, with the interval over them.
+
+    Raises:
+        NotRunError: The experiment's sizes do not enclose the break of a rank. Leaving it out would bias the mean.
+    """
+    table = _stored(experiment, model)
+    found = breaks(table[table["arm"] != FULL])
+    if len(found) < 2:
+        raise NotRunError(f"`{experiment}` has fewer than two ranks of {model} with three sizes")
+    for row in found.to_dict("records"):
+        if not row["is_bounded"]:
+            raise NotRunError(f"the sizes of `{experiment}` do not enclose the break of {row['arm']} on {model}")
+    evidence: dict[str, Quantity] = {}
+    for row in found.to_dict("records"):
+        evidence[f"break of {row['arm']}, bits"] = row["break_bits"]
+        evidence[f"most stored by {row['arm']}, bits for each parameter"] = row["most_stored"] / row["parameters"]
+        evidence[f"times that {row['arm']} saw each string at its break"] = row["exposures_at_break"]
+    evidence["largest share stored of strings not trained on"] = max(0.0, float(found["largest_fresh_share"].max()))
+    curves = {
+        str(arm): own.groupby("given")["stored"].mean().to_dict() for arm, own in table.groupby("arm", sort=False)
+    }
+    return geometric_mean_of(
+        [math.log(value) for value in found["break_per_parameter"]],
+        evidence=evidence,
+        curves=curves,
+        axes=("bits given", "bits stored"),
+        model=f"{model}, random strings",
+        run_ids=tuple(table["run_id"]),
+    )
+
+
+def share_of_full(experiment: str, model: str, rank: int, items: int) -> Measurement:
+    """Returns the bits that LoRA of a rank stores over those that full fine-tuning stores, of the same strings."""
+    table = _stored(experiment, model)
+    pairs = pd.DataFrame({"lora": _by_seed(table, f"LoRA, rank {rank}", items), "full": _by_seed(table, FULL, items)})
+    shares = (pairs.dropna()["lora"] / pairs.dropna()["full"]).tolist()
+    evidence: dict[str, Quantity] = {"bits given for each parameter of the model": _load(table, items)}
+    return _over_seeds(shares, table, items, evidence)
+
+
+def furthest_ranks(experiment: str, model: str, ranks: list[int], items: int) -> Measurement:
+    """Returns how much more one rank stores than another, as a share of what is given, of the two that differ most."""
+    table = _stored(experiment, model)
+    given = float(table.loc[table["items"] == items, "given"].max())
+    stored = {rank: _by_seed(table, f"LoRA, rank {rank}", items) for rank in ranks}
+    differences = {
+        (high, low): ((stored[high] - stored[low]) / given).dropna() for low, high in itertools.combinations(ranks, 2)
+    }
+    chosen = max(differences, key=lambda pair: abs(differences[pair].mean()))
+    evidence: dict[str, Quantity] = {"shown": f"rank {chosen[0]} over rank {chosen[1]}"}
+    evidence |= {f"mean share stored by rank {rank}": float(stored[rank].mean()) / given for rank in ranks}
+    return _over_seeds(differences[chosen].tolist(), table, items, evidence)
+
+
+def _stored(experiment: str, model: str) -> pd.DataFrame:
+    """Returns the stored bits of a model's runs, of this workspace or as they were published.
+
+    Raises:
+        NotRunError: The experiment has not run, or not to its end.
+    """
+    folders = [results_folder(experiment), PUBLISHED_RESULTS / experiment]
+    folder = next((folder for folder in folders if (folder / "runs.csv").is_file()), None)
+    if folder is None:
+        raise NotRunError(f"the experiment `{experiment}` has not run -> make report EXPERIMENT={experiment}")
+    runs = read_runs(experiment, folder)
+    ended = runs["status"].isin(["ok", "diverged"])
+    if not ended.all():
+        raise NotRunError(f"the experiment `{experiment}` is not finished ({ended.sum()} of {len(runs)} runs done)")
+    table = stored_bits(runs)
+    return table[table["model"] == model]
+
+
+def _by_seed(table: pd.DataFrame, arm: str, items: int) -> pd.Series:
+    """Returns the bits that an arm stored of so many strings, by seed."""
+    rows = table[(table["arm"] == arm) & (table["items"] == items)]
+    if rows.empty:
+        raise NotRunError(f"no run of {arm} on {items} strings")
+    return rows.set_index("seed")["stored"]
+
+
+def _load(table: pd.DataFrame, items: int) -> float:
+    """Returns the bits of so many strings for each parameter of full fine-tuning."""
+    rows = table[(table["arm"] == FULL) & (table["items"] == items)]
+    return float((rows["given"] / rows["parameters"]).mean())
+
+
+def _over_seeds(
+    values: Sequence[float], table: pd.DataFrame, items: int, evidence: Mapping[str, Quantity]
+) -> Measurement:
+    rows = table[table["items"] == items]
+    evidence = {**evidence, "bits given": float(rows["given"].max())}
+    model = f"{table['model'].iloc[0]}, random strings"
+    return mean_of(
+        values, samples=tuple(values), evidence=evidence, model=model, run_ids=tuple(rows["run_id"].astype(str))
+    )

@@ -1,0 +1,98 @@
+"""The table, figure and sentence of an experiment on what is stored of random strings. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+
+from peftscope.analysis.capacity import ARM, breaks, stored_bits
+from peftscope.analysis.collect import read_runs
+from peftscope.layout import results_folder
+from peftscope.report.plots import draw_figure
+from peftscope.report.tables import formatted, html
+
+BEYOND = "beyond the sizes that were tried"
+
+
+def draw_capacity(axes: plt.Axes, table: pd.DataFrame) -> None:
+    """Draws the bits stored over the bits given, with a line per arm and its break, beside storing everything."""
+    if table.empty:
+        return
+    found = breaks(table).set_index(ARM) if len(breaks(table)) else None
+    groups = list(table.groupby(ARM, sort=False))
+    styles = dict(zip(table["model"].unique(), ("-", "--", ":", "-."), strict=False))
+    for colour, ((model, arm), own) in zip(sns.color_palette("husl", len(groups)), groups, strict=True):
+        mean = own.groupby("given")["stored"].mean()
+        axes.plot(mean.index, mean, styles.get(model, "-"), color=colour, label=f"{model}: {arm}")
+        axes.plot(own["given"], own["stored"], ".", ms=5, color=colour, alpha=0.6)
+        if found is not None and (model, arm) in found.index and found.loc[(model, arm), "is_bounded"]:
+            row = found.loc[(model, arm)]
+            reach = [[row["break_bits"] - row["break_low"]], [row["break_high"] - row["break_bits"]]]
+            axes.errorbar(row["break_bits"], row["plateau_bits"], xerr=reach, fmt="D", ms=7, capsize=4, color=colour)
+    ends = [table["given"].min(), table["given"].max()]
+    axes.plot(ends, ends, color="0.4", linewidth=0.9, zorder=0)
+    axes.set(xscale="log", xlabel="bits given", ylabel="bits stored", title="What is stored")
+    axes.set_yscale("symlog", linthresh=ends[0] / 10)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def readable_breaks(found: pd.DataFrame) -> pd.DataFrame:
+    """Returns the breaks as text for people."""
+    rows = [
+        {
+            "arm": f"{row['model']}: {row['arm']}",
+            "trained parameters": formatted(row["parameters"], ",.0f"),
+            "runs": str(row["runs"]),
+            "break (bits given)": _break(row),
+            "for each parameter": formatted(row["break_per_parameter"], ".2f") if row["is_bounded"] else "-",
+            "stored of what is given, up to there": formatted(row["followed_share"], ".0%"),
+            "most bits stored": formatted(row["most_stored"], ",.0f"),
+            "for each parameter, at most": formatted(row["most_stored"] / row["parameters"], ".2f"),
+            "times that each string was seen at the break": formatted(row["exposures_at_break"], ",.0f"),
+            "stored of strings not trained on": formatted(max(0.0, row["largest_fresh_share"]), ".0%"),
+        }
+        for row in found.to_dict("records")
+    ]
+    return pd.DataFrame(rows, columns=None if rows else ["arm"])
+
+
+def _break(row: dict[Any, Any]) -> str:
+    if not row["is_bounded"]:
+        return BEYOND
+    return f"{row['break_bits']:,.0f} [{row['break_low']:,.0f}, {row['break_high']:,.0f}]"
+
+
+def answer(found: pd.DataFrame) -> str:
+    """Returns what an experiment says of the break, in one sentence; empty without any."""
+    bounded = found[found["is_bounded"].astype(bool)]
+    if bounded.empty:
+        return ""
+    each = bounded["break_per_parameter"]
+    span = f"{each.min():.2f}" if len(bounded) == 1 else f"{each.min():.2f} to {each.max():.2f}"
+    arms = "one arm" if len(bounded) == 1 else f"{len(bounded)} arms"
+    return (
+        f"Storing stops following what is given at {span} bits for each trained parameter, in the {arms} of "
+        f"{len(found)} whose break the sizes enclose."
+    )
+
+
+def write_capacity(experiment: str) -> None:
+    """Writes the stored bits of each run (csv) and the breaks (csv, html), and draws both."""
+    table = stored_bits(read_runs(experiment))
+    found = breaks(table)
+    folder = results_folder(experiment)
+    (folder / "tables").mkdir(parents=True, exist_ok=True)
+    table.to_csv(folder / "tables" / "stored.csv", index=False)
+    found.to_csv(folder / "tables" / "capacity.csv", index=False)
+    (folder / "tables" / "capacity.html").write_text(html(readable_breaks(found), "capacity"))
+    draw_figure(folder / "figures" / "capacity.png", lambda axes: draw_capacity(axes, table))
+
+
+def capacity_facts(experiment: str) -> dict[str, str]:
+    """Returns the sentence and the table of an experiment's section."""
+    found = breaks(stored_bits(read_runs(experiment)))
+    return {"answer": answer(found), "table": html(readable_breaks(found), "capacity")}

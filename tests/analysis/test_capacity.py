@@ -1,0 +1,181 @@
+"""Bits stored of random strings, the break beyond which no more is stored, and the claims on it."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from peftscope.analysis.capacity import breaks, fit_break, stored_bits
+from peftscope.analysis.study import HELDOUT
+from peftscope.claims.evaluate import PartFinding, evaluate_part
+from peftscope.claims.ledger import Part, read_ledger
+from peftscope.claims.verdict import Verdict
+from peftscope.layout import results_folder
+from peftscope.planning.published import VALIDATION
+from peftscope.report.capacity import capacity_facts, write_capacity
+
+BITS, TOKENS = 72.0, 18
+"""Of one string, and of its response with what belongs to its form."""
+RANKS = {1: 1000, 4: 4000, 16: 16_000}
+FULL = 40_000
+Capacity = Callable[[str, int], float]
+
+
+def row(arm: str, parameters: int, items: int, stored: float, seed: int = 0, **changed: Any) -> dict[str, Any]:
+    """Returns a row of runs.csv of a run that stored so many bits of so many strings."""
+    code_bits = (items * BITS - stored) / items
+    lora = arm != "full fine-tuning"
+    return {
+        "run_id": f"{arm}-{items}-{seed}",
+        "comparisons": "ladder-0-train_items",
+        "status": "ok",
+        "label": "LoRA" if lora else arm,
+        "method": "lora" if lora else "full",
+        "rank": float(arm.rpartition(" ")[2]) if lora else math.nan,
+        "model": "toy",
+        "seed": seed,
+        "learning_rate": 1e-2,
+        "train_items": items,
+        "steps": 100,
+        "batch_size": 8,
+        "gradient_accumulation": 1,
+        "trained_parameters": parameters,
+        "judged_on": "train",
+        "judged_items": items,
+        "judged_entropy_bits": items * BITS,
+        "heldout_tokens": items * TOKENS,
+        HELDOUT: code_bits * math.log(2) / TOKENS,
+        VALIDATION: 1.2 * BITS * math.log(2) / TOKENS,
+        **changed,
+    }
+
+
+def write_runs(
+    per_parameter: float, ceiling: Capacity | None = None, sizes: tuple[int, ...] = (4, 16, 64, 256, 1024)
+) -> None:
+    """Writes runs that store all they are given, up to so many bits for each parameter or to an arm's own ceiling."""
+    noise = np.random.default_rng(0)
+    rows = []
+    for arm, parameters in [*((f"LoRA, rank {rank}", n) for rank, n in RANKS.items()), ("full fine-tuning", FULL)]:
+        most = ceiling(arm, parameters) if ceiling else per_parameter * parameters
+        for items in sizes:
+            for seed in range(3):
+                stored = min(items * BITS, most) * (1 - 0.02 * noise.random())
+                rows.append(row(arm, parameters, items, stored, seed))
+    folder = results_folder("capacity")
+    folder.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
+
+
+@pytest.fixture
+def here(own_folder: Path) -> Path:
+    return own_folder
+
+
+def test_stored_is_entropy_less_code_length_and_never_less_than_nothing() -> None:
+    runs = pd.DataFrame(
+        [
+            row("LoRA, rank 1", 1000, 10, 500.0),
+            row("LoRA, rank 1", 1000, 10, 300.0, learning_rate=1e-3),  # a worse rate of the same run
+            row("LoRA, rank 1", 1000, 20, -400.0),
+            row("LoRA, rank 1", 1000, 40, 900.0, judged_on="test"),
+            row("LoRA, rank 1", math.nan, 80, 0.0, status="diverged", heldout_tokens=math.nan, **{HELDOUT: math.nan}),
+        ]
+    )
+    table = stored_bits(runs).set_index("items")
+    assert table["stored"].to_dict() == pytest.approx({10: 500.0, 20: 0.0, 80: 0.0})
+    assert table["given"].to_dict() == pytest.approx({10: 720.0, 20: 1440.0, 80: 5760.0})
+    assert table.loc[10, "learning_rate"] == 1e-2
+    assert table["parameters"].tolist() == [1000] * 3
+    # Strings that were not trained on take more than their entropy: nothing of them is stored.
+    assert table.loc[10, "fresh_bits"] == pytest.approx(-0.2 * 720)
+    assert table["exposures"].to_dict() == pytest.approx({10: 80, 20: 40, 80: 10})
+
+
+def test_a_break_is_found_with_an_interval_that_covers_it() -> None:
+    given = np.repeat([500.0, 1000, 2000, 4000, 8000, 16_000], 2)
+    covered = 0
+    for seed in range(20):
+        noise = 0.03 * np.random.default_rng(seed).standard_normal(len(given))
+        found = fit_break(given, 0.9 * np.minimum(given, 3000) + given * noise)
+        covered += found.low <= 3000 <= found.high
+        assert found.is_bounded and found.share == pytest.approx(0.9, abs=0.1)
+    assert covered >= 15
+
+
+@pytest.mark.parametrize("true", [300.0, 1e6])
+def test_sizes_on_one_side_of_a_break_do_not_bound_it(true: float) -> None:
+    given = np.repeat([500.0, 1000, 2000, 4000], 2)
+    noise = 0.01 * np.random.default_rng(0).standard_normal(len(given))
+    assert not fit_break(given, np.minimum(given, true) + given * noise).is_bounded
+
+
+def part_on(claim: str, check: str, **given: Any) -> Part:
+    parts = next(claim_ for claim_ in read_ledger() if claim_.id == claim).parts
+    return next(part for part in parts if part.check == check and given.items() <= part.with_.items())
+
+
+def found(claim: str, check: str, **given: Any) -> PartFinding:
+    return evaluate_part(part_on(claim, check, **given))
+
+
+def test_the_claim_on_two_bits_follows_the_break(here: Path) -> None:
+    part = part_on("P5", "capacity.bits_per_parameter", model="toy")
+    assert evaluate_part(part).verdict is Verdict.NOT_RUN
+    write_runs(2.0)
+    about_two = evaluate_part(part)
+    assert about_two.verdict is Verdict.HOLDS
+    assert about_two.found is not None and about_two.found.value == pytest.approx(2.0, rel=0.05)
+    assert about_two.found.n == len(RANKS)
+    write_runs(0.3)
+    assert evaluate_part(part).verdict is Verdict.WRONG
+    write_runs(2.0, sizes=(4, 8, 16))
+    assert "do not enclose the break of LoRA, rank 1" in evaluate_part(part).reason
+    write_runs(2.0)
+    runs = pd.read_csv(results_folder("capacity") / "runs.csv")
+    runs.loc[0, "status"] = "missing"
+    runs.to_csv(results_folder("capacity") / "runs.csv", index=False)
+    assert "not finished (59 of 60 runs done)" in evaluate_part(part).reason
+
+
+def test_claims_on_ranks_follow_what_they_store(here: Path) -> None:
+    questions = {
+        "S37": ("capacity.share_of_full", {"rank": 16}),
+        "S39": ("capacity.share_of_full", {"rank": 4}),
+        "P16": ("capacity.furthest_ranks", {}),
+    }
+
+    def verdicts() -> list[Verdict]:
+        return [
+            evaluate_part(part.model_copy(update={"with_": {**part.with_, **ranks}})).verdict
+            for name, (check, given) in questions.items()
+            for part in [part_on(name, check, **given)]
+            for ranks in [{"ranks": [1, 4, 16]} if name == "P16" else {}]
+        ]
+
+    write_runs(0.0, lambda arm, parameters: 1e9)
+    assert verdicts() == [Verdict.HOLDS] * 3
+    write_runs(1.0)
+    assert verdicts() == [Verdict.WRONG] * 3
+
+
+def test_the_section_of_the_report_names_what_is_not_enclosed(here: Path) -> None:
+    write_runs(2.0, lambda arm, parameters: 1e9 if arm == "full fine-tuning" else 2.0 * parameters)
+    write_capacity("capacity")
+    folder = results_folder("capacity")
+    assert (folder / "figures" / "capacity.png").stat().st_size > 10_000
+    table = pd.read_csv(folder / "tables" / "capacity.csv").set_index("arm")
+    assert table["is_bounded"].to_dict() == {"LoRA, rank 1": True, "LoRA, rank 4": True, "LoRA, rank 16": True} | {
+        "full fine-tuning": False
+    }
+    facts = capacity_facts("capacity")
+    assert "in the 3 arms of 4 whose break" in facts["answer"]
+    assert "beyond the sizes that were tried" in html.unescape(facts["table"])
+    assert breaks(stored_bits(pd.read_csv(folder / "runs.csv")).head(2)).empty

@@ -1,0 +1,146 @@
+"""Claims on overfitting, on synthetic results of the study of few examples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from peftscope.analysis.study import HELDOUT, LOWEST
+from peftscope.claims.evaluate import evaluate_part
+from peftscope.claims.ledger import Part, read_ledger
+from peftscope.claims.verdict import Verdict
+from peftscope.layout import results_folder
+from peftscope.planning.published import VALIDATION
+
+STEPS = 40
+SEEDS = range(6)
+GAIN = 1.0
+"""Shuffled labels reach 1.5 nats, the reference 0.5."""
+OVERFITS: dict[str, Any] = {"train": (1.0, 0.1), "validation": (1.0, 0.8, 1.2)}
+"""The first and last training loss, and the validation loss at half of the steps, the lowest, and at the end."""
+MILD: dict[str, Any] = {"train": (1.0, 0.6), "validation": (1.0, 0.8, 0.81)}
+
+
+def write(**worlds: dict[str, Any]) -> None:
+    """Writes the results of the study; keywords replace what a ladder's rung or an arm does."""
+    rungs = {"train_items_64": OVERFITS, "train_items_256": MILD, "dropout_0.1": MILD, "steps_80": MILD}
+    arms = {"full_64": OVERFITS, "r8_64": MILD, "r64_64": MILD, "full_256": MILD, "r8_256": MILD}
+    arms |= {"full_1000": MILD, "r8_1000": MILD, "lora": {"train": (1.0, 0.4), "validation": (0.9, 0.6, 0.5)}}
+    rows: list[dict[str, Any]] = []
+    losses: list[dict[str, Any]] = []
+
+    def run(name: str, comparisons: str, world: dict[str, Any], **fields: Any) -> None:
+        for seed in SEEDS:
+            middle, lowest, last = (value + 0.01 * seed for value in world["validation"])
+            identity = f"{name}-{seed}"
+            first, end = world["train"]
+            for step in range(1, STEPS + 1):
+                along = {10: middle, 20: lowest, 30: lowest + (last - lowest) / 2}.get(step)
+                nll = first + (end - first) * step / STEPS
+                losses.append({"run_id": identity, "step": step, "nll_nats_per_token": nll, VALIDATION: along})
+            rows.append(
+                {
+                    "run_id": identity,
+                    "comparisons": comparisons,
+                    "status": "ok",
+                    "label": "LoRA",
+                    "method": "lora",
+                    "base_weights": None,
+                    "model": "toy",
+                    "task": "sums",
+                    "seed": seed,
+                    "steps": STEPS,
+                    "batch_size": 16,
+                    "gradient_accumulation": 1,
+                    "train_items": 64,
+                    "dropout": 0.0,
+                    VALIDATION: last,
+                    LOWEST: min(middle, lowest, last),
+                    HELDOUT: last,
+                    **fields,
+                }
+            )
+
+    for rung, world in (rungs | {k: v for k, v in worlds.items() if k in rungs}).items():
+        field, _, value = rung.rpartition("_")
+        run(rung, f"ladder-0-{field}", world, **{field: float(value)})
+    tuned = {}
+    for name, world in (arms | {k: v for k, v in worlds.items() if k in arms}).items():
+        arm = name.replace("_", "-")
+        run(name, f"tune-{arm} arm-{arm}" + (" control-shuffled-labels-lora" if arm == "lora" else ""), world)
+        tuned[arm] = {"learning_rate": 1e-3, "tried": [], "regret_rms": 0.0}
+    run("none", "runs", MILD, method="none", base_weights="full", **{HELDOUT: 4.0})
+    run("shuffled", "control-shuffled-labels-lora", {"train": (2.0, 1.5), "validation": (1.6, 1.5, 1.55)})
+    folder = results_folder("small-data")
+    folder.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
+    pd.DataFrame(losses).to_csv(folder / "losses.csv", index=False)
+    (folder / "tuned.json").write_text(json.dumps({"arms": tuned}))
+
+
+CLAIMS = {claim.id: claim for claim in read_ledger()}
+
+
+def deciding(claim: str) -> list[Part]:
+    return [part for part in CLAIMS[claim].parts if part.decides]
+
+
+def verdicts(claim: str) -> list[Verdict]:
+    return [evaluate_part(part).verdict for part in deciding(claim)]
+
+
+@pytest.fixture(autouse=True)
+def workspace_of_its_own(own_folder: Path) -> None:
+    pass
+
+
+def test_a_rise_of_the_validation_loss_is_overfitting_where_the_training_loss_falls() -> None:
+    assert verdicts("S98") == [Verdict.NOT_RUN]
+    write()
+    found = evaluate_part(deciding("S98")[0])
+    assert found.verdict is Verdict.HOLDS
+    assert found.found is not None and found.found.value == pytest.approx(0.4 / GAIN)
+    write(train_items_64=MILD)
+    assert verdicts("S98") == [Verdict.WRONG]
+    # A training that goes wrong raises both losses.
+    write(train_items_64=OVERFITS | {"train": (0.5, 1.5)})
+    assert verdicts("S98") == [Verdict.WRONG]
+
+
+def test_each_remedy_is_judged_on_its_own() -> None:
+    write()
+    assert verdicts("S99") == [Verdict.HOLDS] * 3
+    found = evaluate_part(deciding("S99")[0]).found
+    # The training loss of the last epoch, four steps, is a little above that of the last one.
+    assert found is not None and found.value == pytest.approx((1.2 - 0.1) - (0.81 - 0.6), abs=0.05)
+    write(**{"dropout_0.1": OVERFITS, "steps_80": {"train": (1.0, 0.05), "validation": (1.0, 0.8, 1.3)}})
+    assert verdicts("S99") == [Verdict.WRONG, Verdict.WRONG, Verdict.HOLDS]
+
+
+def test_less_overfitting_than_full_fine_tuning_is_a_smaller_gap() -> None:
+    write()
+    assert verdicts("S100") == [Verdict.HOLDS] * 2
+    write(full_64=MILD, r64_64=OVERFITS)
+    assert verdicts("S100") == [Verdict.WRONG] * 2
+
+
+def test_low_data_compares_losses_at_two_sizes() -> None:
+    write()
+    assert verdicts("P27") == [Verdict.HOLDS] * 2
+    write(full_64=MILD, full_1000=OVERFITS)
+    assert verdicts("P27") == [Verdict.WRONG] * 2
+
+
+def test_a_rung_without_all_its_runs_is_not_judged() -> None:
+    write()
+    path = results_folder("small-data") / "runs.csv"
+    runs = pd.read_csv(path)
+    runs.loc[runs["run_id"] == "dropout_0.1-3", "status"] = "diverged"
+    runs.to_csv(path, index=False)
+    found = evaluate_part(deciding("S99")[0])
+    assert found.verdict is Verdict.NOT_RUN
+    assert "5 of 6 runs of its ladder at dropout = 0.1" in found.reason
