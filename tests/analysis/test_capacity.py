@@ -177,5 +177,5 @@ def test_the_section_of_the_report_names_what_is_not_enclosed(here: Path) -> Non
     }
     facts = capacity_facts("capacity")
     assert "in the 3 arms of 4 whose break" in facts["answer"]
-    assert "beyond the sizes that were tried" in html.unescape(facts["table"])
+    assert "outside the sizes that were tried" in html.unescape(facts["table"])
     assert breaks(stored_bits(pd.read_csv(folder / "runs.csv")).head(2)).empty

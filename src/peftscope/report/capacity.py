@@ -14,21 +14,21 @@ from peftscope.layout import results_folder
 from peftscope.report.plots import draw_figure
 from peftscope.report.tables import formatted, html
 
-BEYOND = "beyond the sizes that were tried"
+OUTSIDE = "outside the sizes that were tried"
 
 
 def draw_capacity(axes: plt.Axes, table: pd.DataFrame) -> None:
     """Draws the bits stored over the bits given, with a line per arm and its break, beside storing everything."""
     if table.empty:
         return
-    found = breaks(table).set_index(ARM) if len(breaks(table)) else None
+    found = breaks(table).set_index(ARM)
     groups = list(table.groupby(ARM, sort=False))
     styles = dict(zip(table["model"].unique(), ("-", "--", ":", "-."), strict=False))
     for colour, ((model, arm), own) in zip(sns.color_palette("husl", len(groups)), groups, strict=True):
         mean = own.groupby("given")["stored"].mean()
         axes.plot(mean.index, mean, styles.get(model, "-"), color=colour, label=f"{model}: {arm}")
         axes.plot(own["given"], own["stored"], ".", ms=5, color=colour, alpha=0.6)
-        if found is not None and (model, arm) in found.index and found.loc[(model, arm), "is_bounded"]:
+        if (model, arm) in found.index and found.loc[(model, arm), "is_bounded"]:
             row = found.loc[(model, arm)]
             reach = [[row["break_bits"] - row["break_low"]], [row["break_high"] - row["break_bits"]]]
             axes.errorbar(row["break_bits"], row["plateau_bits"], xerr=reach, fmt="D", ms=7, capsize=4, color=colour)
@@ -40,7 +40,7 @@ def draw_capacity(axes: plt.Axes, table: pd.DataFrame) -> None:
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def readable_breaks(found: pd.DataFrame) -> pd.DataFrame:
+def readable_breaks(table: pd.DataFrame) -> pd.DataFrame:
     """Returns the breaks as text for people."""
     rows = [
         {
@@ -55,20 +55,20 @@ def readable_breaks(found: pd.DataFrame) -> pd.DataFrame:
             "times that each string was seen at the break": formatted(row["exposures_at_break"], ",.0f"),
             "stored of strings not trained on": formatted(max(0.0, row["largest_fresh_share"]), ".0%"),
         }
-        for row in found.to_dict("records")
+        for row in table.to_dict("records")
     ]
     return pd.DataFrame(rows, columns=None if rows else ["arm"])
 
 
 def _break(row: dict[Any, Any]) -> str:
     if not row["is_bounded"]:
-        return BEYOND
+        return OUTSIDE
     return f"{row['break_bits']:,.0f} [{row['break_low']:,.0f}, {row['break_high']:,.0f}]"
 
 
-def answer(found: pd.DataFrame) -> str:
+def answer(table: pd.DataFrame) -> str:
     """Returns what an experiment says of the break, in one sentence; empty without any."""
-    bounded = found[found["is_bounded"].astype(bool)]
+    bounded = table[table["is_bounded"].astype(bool)]
     if bounded.empty:
         return ""
     each = bounded["break_per_parameter"]
@@ -76,7 +76,7 @@ def answer(found: pd.DataFrame) -> str:
     arms = "one arm" if len(bounded) == 1 else f"{len(bounded)} arms"
     return (
         f"Storing stops following what is given at {span} bits for each trained parameter, in the {arms} of "
-        f"{len(found)} whose break the sizes enclose."
+        f"{len(table)} whose break the sizes enclose."
     )
 
 

@@ -16,18 +16,18 @@ from peftscope.layout import PUBLISHED_RESULTS, results_folder
 FULL = "full fine-tuning"
 
 
-def bits_per_parameter(experiment: str, model: str) -> Measurement:
+def bits_per_parameter(experiment: str, model: str, ranks: list[int]) -> Measurement:
     """Returns the bits given at which storing stops following, for each trained parameter of LoRA.
 
-    It is the geometric mean over the ranks that the experiment has for a model, with the interval over them.
+    It is the geometric mean over ranks, with the interval over them.
 
     Raises:
         NotRunError: The experiment's sizes do not enclose the break of a rank. Leaving it out would bias the mean.
     """
     table = _stored(experiment, model)
-    found = breaks(table[table["arm"] != FULL])
-    if len(found) < 2:
-        raise NotRunError(f"`{experiment}` has fewer than two ranks of {model} with three sizes")
+    found = breaks(table[table["arm"].isin([f"LoRA, rank {rank}" for rank in ranks])])
+    if len(found) < len(ranks):
+        raise NotRunError(f"`{experiment}` has {len(found)} of {len(ranks)} ranks of {model} with three sizes")
     for row in found.to_dict("records"):
         if not row["is_bounded"]:
             raise NotRunError(f"the sizes of `{experiment}` do not enclose the break of {row['arm']} on {model}")
