@@ -18,6 +18,7 @@ from peftscope.methods import METHODS
 from peftscope.methods.loftq import FloatWeights, best_rank_approximation
 from peftscope.models.catalog import find_model
 from peftscope.models.shapes import ModelShape
+from peftscope.planning.plan import check_runs
 from peftscope.spec import RunSpec
 from peftscope.training.build import build_model, seed_everything
 from peftscope.training.load import attention, load_base, load_tokenizer
@@ -373,6 +374,19 @@ def test_ia3_rescales_what_the_spec_says(fields: str, spec_of) -> None:
     assert layers.keys() == {layer.name for layer in shape.block} & set(spec.method.targets_of())
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == spec.method.trainable_parameters(shape)
     assert losses[-1] < losses[0]
+
+
+def test_a_target_may_be_the_module_of_one_layer(spec_of) -> None:
+    spec = spec_of("lora", rank=2, targets=["1.mlp.down_proj", "k_proj"])
+    model = build_model(load_base(spec), spec).model
+    adapted = {name.partition("layers.")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == {"1.mlp.down_proj", "0.self_attn.k_proj", "1.self_attn.k_proj"}
+    shape = find_model("toy").shape
+    assert shape is not None
+    trained_values = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained_values == spec.method.trainable_parameters(shape) == 2 * (192 + 64) + 2 * 2 * (64 + 32)
+    refused = check_runs({"run": spec_of("lora", targets=["7.mlp.down_proj"])}, "mine.yaml")
+    assert "no module of that name (got '7.mlp.down_proj')" in str(refused[0])
 
 
 def test_ia3_refuses_inputs_of_what_is_no_target(make_spec) -> None:
