@@ -61,7 +61,7 @@ def vera_parameters(preset: str, rank: int, against_rank: int = 0) -> Measuremen
     def count(config: Any) -> int:
         return int(get_peft_model(meta_model(preset), config).get_nb_trainable_parameters()[0])
 
-    vera = count(VeraConfig(r=rank, target_modules=list(BLOCK_LINEAR), save_projection=False))
+    vera = count(VeraConfig(r=rank, target_modules=list(BLOCK_LINEAR)))
     if not against_rank:
         return Measurement(vera, model=preset)
     lora = count(LoraConfig(r=against_rank, target_modules=list(BLOCK_LINEAR)))

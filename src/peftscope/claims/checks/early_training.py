@@ -1,0 +1,155 @@
+"""What the first training steps of a LoRA layer do as its rank or its width grows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from peftscope.claims.lora_subjects import factor_a, factor_b, lora_layer
+from peftscope.claims.measurement import Measurement, mean_of
+
+WIDTH = 256
+"""The inputs and outputs of the layer whose rank grows."""
+EXAMPLES = 8
+FEATURE_CHANGE = 0.5
+"""The root mean square of each part of the change of a feature at rates that count as efficient."""
+
+
+def loss_drop_slope(rank_stabilised: bool, ranks: Sequence[int], seeds: int, steps: int) -> Measurement:
+    """Returns the log-log slope of how far the loss falls in the first steps against the rank, at fixed alpha.
+
+    Squared error to random targets, Adam at a rate of 1e-4; one slope for each seed of the data and of A.
+    Source: Schulman et al. 2025, LoRA Without Regret.
+    """
+    import torch
+
+    drops = []
+    for seed in range(seeds):
+        x, target = _data(seed)
+        drops.append([])
+        for rank in ranks:
+            layer = lora_layer(WIDTH, WIDTH, rank=rank, alpha=16, seed=seed, use_rslora=rank_stabilised)
+            before = float((layer(x) - target).square().mean())
+            _train(layer, x, target, torch.optim.Adam(_factors(layer), lr=1e-4), steps)
+            drops[-1].append(before - float((layer(x) - target).square().mean()))
+    return _log_slope(ranks, drops, "fall of the loss", "rank")
+
+
+def moment_slope(
+    where: Literal["output", "input gradient"],
+    rank_stabilised: bool,
+    optimizer: Literal["SGD", "Adam"],
+    ranks: Sequence[int],
+    seeds: int,
+    starts: int,
+    steps: int = 5,
+) -> Measurement:
+    """Returns the log-log slope of an adapter's output, or of the gradient at its input, against the rank.
+
+    The root mean square is taken after training, over the training inputs, of the mean over ``starts`` random A, since
+    the theorem is one in expectation over A. Source: Kalajdzievski 2023, arXiv 2312.03732, theorem 3.2.
+
+    Args:
+        where: The adapter's output s B A x, or the gradient s Aᵀ Bᵀ v at its input, v as before training.
+        rank_stabilised: Whether s is alpha / √rank instead of alpha / rank.
+        optimizer: Plain gradient descent, as in the theorem's proof, or Adam.
+        ranks: The ranks.
+        seeds: The number of data sets, each of which gives one slope.
+        starts: The number of random A that are averaged; 1 shows the size for a single A.
+        steps: The training steps.
+    """
+    import torch
+
+    sizes = []
+    for seed in range(seeds):
+        x, target = _data(seed)
+        sizes.append([])
+        for rank in ranks:
+            total = torch.zeros(EXAMPLES, WIDTH)
+            for start in range(starts):
+                layer = lora_layer(
+                    WIDTH, WIDTH, rank=rank, alpha=16, seed=1000 * seed + start, use_rslora=rank_stabilised
+                )
+                above = (layer(x) - target).detach()
+                update = getattr(torch.optim, optimizer)(_factors(layer), lr=1e-3 if optimizer == "SGD" else 1e-4)
+                _train(layer, x, target, update, steps)
+                a, b, scale = factor_a(layer).detach(), factor_b(layer).detach(), layer.scaling["default"]
+                total += scale * (x @ a.T @ b.T if where == "output" else above @ b @ a)
+            sizes[-1].append(float((total / starts).square().mean().sqrt()))
+    return _log_slope(ranks, sizes, f"root mean square of the {where}", "rank")
+
+
+def efficient_rate_slope(widths: Sequence[int], seeds: int, steps: int = 10) -> Measurement:
+    """Returns the log-log slope of the ratio of B's to A's efficient learning rate against the width, under Adam.
+
+    Rates are efficient if both factors move the layer's features by an amount that does not depend on the width:
+    B A₀ x and B (A − A₀) x both have a root mean square of ``FEATURE_CHANGE`` after training. Both rates are solved for.
+    Source: Hayou et al. 2024, arXiv 2402.12354.
+    """
+    ratios = []
+    for seed in range(seeds):
+        ratios.append([])
+        for width in widths:
+            rate_a, rate_b = 1 / width, 0.1
+            for _ in range(12):
+                by_a, by_b = _feature_changes(width, seed, rate_a, rate_b, steps)
+                rate_a, rate_b = rate_a * math.sqrt(by_b / by_a), rate_b * math.sqrt(FEATURE_CHANGE / by_b)
+            ratios[-1].append(rate_b / rate_a)
+    return _log_slope(widths, ratios, "rate of B over rate of A", "width")
+
+
+def _feature_changes(width: int, seed: int, rate_a: float, rate_b: float, steps: int) -> tuple[float, float]:
+    """Returns the sizes of both parts of the features' change: through A's update, and through B alone."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(EXAMPLES, width, generator=generator)
+    head = torch.randn(width, generator=generator) / width**0.5
+    labels = torch.randn(EXAMPLES, generator=generator).sign()
+    layer = lora_layer(width, width, rank=4, alpha=4, seed=seed)
+    start = factor_a(layer).detach().clone()
+    groups = [{"params": [factor_a(layer)], "lr": rate_a}, {"params": [factor_b(layer)], "lr": rate_b}]
+    optimizer = torch.optim.Adam(groups, eps=1e-30)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (-(layer(x) @ head) * labels).mean().backward()
+        optimizer.step()
+    left = factor_b(layer).detach()
+    parts = ((factor_a(layer).detach() - start), start)
+    by_a, by_b = (float((x @ right.T @ left.T).square().mean().sqrt()) for right in parts)
+    return by_a, by_b
+
+
+def _data(seed: int) -> tuple[Any, Any]:
+    import torch
+
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return tuple(torch.randn(2, EXAMPLES, WIDTH, generator=generator))
+
+
+def _factors(layer: Any) -> list[Any]:
+    return [factor_a(layer), factor_b(layer)]
+
+
+def _train(layer: Any, x: Any, target: Any, optimizer: Any, steps: int) -> None:
+    """Trains on the sum of squared errors of each example, whose gradient at the outputs is of order 1."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        ((layer(x) - target).square().sum() / 2).backward()
+        optimizer.step()
+
+
+def _log_slope(sizes: Sequence[int], rows: list[list[float]], quantity: str, axis: str) -> Measurement:
+    """Returns the mean slope of log(values) over log(sizes), one slope for each row of values, with its interval."""
+    import numpy as np
+
+    slopes = np.polyfit(np.log(sizes), np.log(np.array(rows)).T, 1)[0].tolist()
+    means = np.array(rows).mean(axis=0).tolist()
+    return mean_of(
+        slopes,
+        samples=tuple(slopes),
+        curves={quantity: dict(zip(map(float, sizes), means, strict=True))},
+        axes=(axis, quantity),
+        model="a linear layer" if axis == "width" else f"a linear layer, {WIDTH} × {WIDTH}",
+    )
