@@ -13,7 +13,11 @@ WIDTH = 256
 """The inputs and outputs of the layer whose rank grows."""
 EXAMPLES = 8
 FEATURE_CHANGE = 0.5
-"""The root mean square of each part of the change of a feature at rates that count as efficient."""
+"""The root mean square of each part of the features' change at rates that count as efficient."""
+
+
+RATES = {"SGD": 1e-5, "Adam": 1e-4}
+"""Rates at which training changes outputs a little. Plain gradient descent at 1e-3 diverges with the factor α/√r."""
 
 
 def loss_drop_slope(rank_stabilised: bool, ranks: Sequence[int], seeds: int, steps: int) -> Measurement:
@@ -30,9 +34,9 @@ def loss_drop_slope(rank_stabilised: bool, ranks: Sequence[int], seeds: int, ste
         drops.append([])
         for rank in ranks:
             layer = lora_layer(WIDTH, WIDTH, rank=rank, alpha=16, seed=seed, use_rslora=rank_stabilised)
-            before = float((layer(x) - target).square().mean())
+            before = _loss(layer, x, target)
             _train(layer, x, target, torch.optim.Adam(_factors(layer), lr=1e-4), steps)
-            drops[-1].append(before - float((layer(x) - target).square().mean()))
+            drops[-1].append(before - _loss(layer, x, target))
     return _log_slope(ranks, drops, "fall of the loss", "rank")
 
 
@@ -72,7 +76,7 @@ def moment_slope(
                     WIDTH, WIDTH, rank=rank, alpha=16, seed=1000 * seed + start, use_rslora=rank_stabilised
                 )
                 above = (layer(x) - target).detach()
-                update = getattr(torch.optim, optimizer)(_factors(layer), lr=1e-3 if optimizer == "SGD" else 1e-4)
+                update = getattr(torch.optim, optimizer)(_factors(layer), lr=RATES[optimizer])
                 _train(layer, x, target, update, steps)
                 a, b, scale = factor_a(layer).detach(), factor_b(layer).detach(), layer.scaling["default"]
                 total += scale * (x @ a.T @ b.T if where == "output" else above @ b @ a)
@@ -92,7 +96,7 @@ def efficient_rate_slope(widths: Sequence[int], seeds: int, steps: int = 10) -> 
         ratios.append([])
         for width in widths:
             rate_a, rate_b = 1 / width, 0.1
-            for _ in range(12):
+            for _ in range(8):
                 by_a, by_b = _feature_changes(width, seed, rate_a, rate_b, steps)
                 rate_a, rate_b = rate_a * math.sqrt(by_b / by_a), rate_b * math.sqrt(FEATURE_CHANGE / by_b)
             ratios[-1].append(rate_b / rate_a)
@@ -130,6 +134,10 @@ def _data(seed: int) -> tuple[Any, Any]:
 
 def _factors(layer: Any) -> list[Any]:
     return [factor_a(layer), factor_b(layer)]
+
+
+def _loss(layer: Any, x: Any, target: Any) -> float:
+    return float((layer(x) - target).detach().square().mean())
 
 
 def _train(layer: Any, x: Any, target: Any, optimizer: Any, steps: int) -> None:
