@@ -55,7 +55,7 @@ def moment_slope(
     the theorem is one in expectation over A. Source: Kalajdzievski 2023, arXiv 2312.03732, theorem 3.2.
 
     Args:
-        where: The adapter's output s B A x, or the gradient s Aᵀ Bᵀ v at its input, v as before training.
+        where: The adapter's output s B A x, or s Aᵀ Bᵀ v, the gradient at its input, v as at first.
         rank_stabilised: Whether s is alpha / √rank instead of alpha / rank.
         optimizer: Plain gradient descent, as in the theorem's proof, or Adam.
         ranks: The ranks.
@@ -70,7 +70,7 @@ def moment_slope(
         x, target = _data(seed)
         sizes.append([])
         for rank in ranks:
-            total = torch.zeros(EXAMPLES, WIDTH)
+            total, squares = torch.zeros(EXAMPLES, WIDTH), 0.0
             for start in range(starts):
                 layer = lora_layer(
                     WIDTH, WIDTH, rank=rank, alpha=16, seed=1000 * seed + start, use_rslora=rank_stabilised
@@ -79,8 +79,13 @@ def moment_slope(
                 update = getattr(torch.optim, optimizer)(_factors(layer), lr=RATES[optimizer])
                 _train(layer, x, target, update, steps)
                 a, b, scale = factor_a(layer).detach(), factor_b(layer).detach(), layer.scaling["default"]
-                total += scale * (x @ a.T @ b.T if where == "output" else above @ b @ a)
-            sizes[-1].append(float((total / starts).square().mean().sqrt()))
+                found = scale * (x @ a.T @ b.T if where == "output" else above @ b @ a)
+                total += found
+                squares += float(found.square().mean()) / starts
+            square = float((total / starts).square().mean())
+            if starts > 1:  # without the variance that so few starts leave in their mean
+                square -= (squares - square) / (starts - 1)
+            sizes[-1].append(math.sqrt(square))
     return _log_slope(ranks, sizes, f"root mean square of the {where}", "rank")
 
 

@@ -43,6 +43,21 @@ def at_peak(kinds: list[str], run: Run, model: str = MODEL, how: How = "simulati
     return Measurement(sum(_parts(answer).get(kind, 0) for kind in kinds) / GB, evidence=_evidence(answer), model=model)
 
 
+def ratio_at_peak(kinds: list[str], run: Run, over: Run, model: str = MODEL, how: How = "simulation") -> Measurement:
+    """Returns some kinds of tensors at the peak of a run over the same kinds at that of another run.
+
+    Args:
+        kinds: Some of ``peftscope.memory.trace.KINDS``.
+        run: The options of the numerator's run.
+        over: The options of the denominator's run.
+        model: The base model.
+        how: By simulation or in closed form.
+    """
+    above, below = (float(at_peak(kinds, options, model, how).value) for options in (run, over))
+    evidence = {"above the line, GB": above, "below the line, GB": below}
+    return Measurement(above / below, evidence=evidence, model=model)
+
+
 def peak(run: Run, model: str = MODEL, how: How = "simulation") -> Measurement:
     """Returns the peak of a training run in GB."""
     answer = _answer(model, run, how)
