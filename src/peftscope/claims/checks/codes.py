@@ -258,6 +258,73 @@ def share_of_weights(model: str, deviations: float, rows: int = 32) -> Measureme
     return mean_of(shares, evidence={"of normal weights": normal}, model=model)
 
 
+def entropy_of_levels(code: str, model: str, block: int) -> Measurement:
+    """Returns the entropy in bits of a code's levels, mean over matrices; 4 bits if all sixteen are used equally.
+
+    Source: Yoshida 2023, arXiv 2306.06965.
+
+    Args:
+        code: The name of a ``CodeBook``.
+        model: As for ``error_ratio``, ``CURVE_VALUES`` of each matrix.
+        block: The weights per constant.
+    """
+    book = CodeBook(code)
+    entropies = [_entropy([book.encoded(m.flatten()[:CURVE_VALUES], block)[0]]) for m in _matrices(model)]
+    by_block = {
+        float(size): _entropy([book.encoded(m.flatten()[:CURVE_VALUES], size)[0] for m in _matrices(model)])
+        for size in BLOCKS
+    }
+    axes = ("block size", "entropy of the levels, bits")
+    return mean_of(entropies, curves={code: by_block}, axes=axes, model=model)
+
+
+def spread_of_quotients(model: str, block: int, over: int) -> Measurement:
+    """Returns the standard deviation of quotients in blocks of one size over that in blocks of another.
+
+    A quotient is a weight over its block's constant. The value is the geometric mean over matrices, with its interval.
+    """
+
+    def deviation(matrix: torch.Tensor, size: int) -> float:
+        blocks = matrix.flatten()[:CURVE_VALUES].view(-1, size)
+        return float((blocks / blocks.abs().amax(1, keepdim=True)).std())
+
+    logs = [math.log(deviation(m, block) / deviation(m, over)) for m in _matrices(model)]
+    return geometric_mean_of(logs, model=model)
+
+
+def error_of_fitted_code(model: str, block: int) -> Measurement:
+    """Returns the mean absolute error of the code that is best for normal values in such blocks, over that of NF4.
+
+    The code is fitted to other normal values: each level is the median of the quotients nearest to it, and -1, 0 and 1
+    are kept. The value is the geometric mean over matrices, with its interval. Source: Yoshida 2023, arXiv 2306.06965.
+
+    Args:
+        model: As for ``error_ratio``, ``CURVE_VALUES`` of each matrix.
+        block: The weights per constant.
+    """
+    fitted, nf4 = _fitted(block), CodeBook("nf4")
+    samples = [matrix.flatten()[:CURVE_VALUES] for matrix in _matrices(model)]
+    logs = [math.log(_error(s, fitted, block, "mae") / _error(s, nf4, block, "mae")) for s in samples]
+    evidence = {f"level {index}": float(level) for index, level in enumerate(fitted.levels)}
+    return geometric_mean_of(logs, evidence=evidence, model=model)
+
+
+def _fitted(block: int, rounds: int = 40) -> CodeBook:
+    """Returns the code with the lowest mean absolute error on normal values in blocks of this size."""
+    import torch
+
+    values = torch.randn(2**18 // block, block, generator=torch.Generator().manual_seed(1))
+    quotients = (values / values.abs().amax(1, keepdim=True)).flatten()
+    book = CodeBook("nf4")
+    book.name = "fitted"
+    kept = (book.levels.abs() == 1) | (book.levels == 0)
+    for _ in range(rounds):
+        nearest = book.nearest(quotients)
+        medians = torch.stack([quotients[nearest == index].median() for index in range(len(book.levels))])
+        book.levels = torch.where(kept, book.levels, medians)
+    return book
+
+
 def _rows(model: str, count: int) -> Iterator[Any]:
     """Yields evenly spaced rows of every matrix, as one fp64 array for each."""
     for matrix in _matrices(model):
@@ -294,11 +361,13 @@ def _mean_error(samples: Sequence[torch.Tensor], book: CodeBook, block: int, met
 
 def _level_entropy(matrices: Iterator[torch.Tensor]) -> float:
     """Returns the entropy of NF4's indices, which is 4 bits if all levels are used equally."""
+    book = CodeBook("nf4")
+    return _entropy([book.encoded(matrix.flatten()[:CURVE_VALUES], 64)[0] for matrix in matrices])
+
+
+def _entropy(indices: Sequence[torch.Tensor]) -> float:
+    """Returns the entropy in bits of the levels that these indices name."""
     import torch
 
-    book = CodeBook("nf4")
-    indices = (book.encoded(matrix.flatten()[:CURVE_VALUES], 64)[0].flatten() for matrix in matrices)
-    counts = sum(index.bincount(minlength=len(book.levels)) for index in indices)
-    assert isinstance(counts, torch.Tensor)
-    shares = counts / counts.sum()
-    return float(torch.special.entr(shares).sum() / torch.log(torch.tensor(2.0)))
+    counts = torch.cat([index.flatten() for index in indices]).bincount()
+    return float(torch.special.entr(counts / counts.sum()).sum() / math.log(2))

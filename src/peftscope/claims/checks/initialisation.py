@@ -61,6 +61,29 @@ def loftq_error_ratio(model: str, rank: int, alpha: float, iterations: int, by: 
     return _median(ratios, model, matrices)
 
 
+def loftq_error_after(model: str, rank: int, iterations: int, over: int, matrices: int) -> Measurement:
+    """Returns the error of LoftQ's start after some iterations over that after fewer: the median over matrices.
+
+    The error is the Frobenius norm of W − (Q + BA) at scale 1. Source: Li et al. 2023, arXiv 2310.08659, section 4.4.
+
+    Args:
+        model: The model with the weights.
+        rank: The rank of B A.
+        iterations: The iterations of the numerator, and the last of the figure.
+        over: The iterations of the denominator; 0 is NF4 alone.
+        matrices: The number of matrices, evenly spread over the model; 0 means all.
+    """
+    errors = []
+    for _, weight in _some(model, matrices):
+        starts = [_nf4(weight), *(_own_start(weight, rank, float(rank), n) for n in range(1, iterations + 1))]
+        errors.append([float((weight - start).norm()) for start in starts])
+    found = _median([each[iterations] / each[over] for each in errors], model, matrices)
+    curve = {float(n): statistics.median(each[n] / each[0] for each in errors) for n in range(iterations + 1)}
+    fell = sum(later < earlier for each in errors for earlier, later in itertools.pairwise(each))
+    evidence = {**found.evidence, "share of iterations that lower the error": fell / (len(errors) * iterations)}
+    return replace(found, evidence=evidence, curves={"median": curve}, axes=("iterations", "error over NF4's"))
+
+
 def loftq_output_error_ratio(model: str, ranks: list[int], rank: int, iterations: int) -> Measurement:
     """Returns the error of an encoder's answers at LoftQ's start over their error with NF4 weights alone.
 
