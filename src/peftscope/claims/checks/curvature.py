@@ -1,0 +1,86 @@
+"""The sharpness of the loss in an adapter's parameters before training."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from peftscope.claims.measurement import Measurement, NotRunError, geometric_mean_of
+from peftscope.claims.subjects import fetched, fetched_model
+from peftscope.data.batching import collate, tokenise
+from peftscope.data.tasks import read_split, task_folder
+from peftscope.methods import METHODS
+from peftscope.spec import RunSpec
+
+Start = Literal["lora", "pissa"]
+
+
+def sharpness_ratio(
+    model: str, task: str, method: Start, against: Start, alpha: float, batches: int, items: int, steps: int
+) -> Measurement:
+    """Returns the largest eigenvalue of the loss's Hessian at one method's start over that at another's.
+
+    The Hessian is that of the mean loss of response tokens, in all parameters of the adapters (rank 8 on all linear
+    layers). The value is the geometric mean over batches, with its interval. Source: Lee et al. 2026, arXiv 2602.04998.
+
+    Args:
+        model: A fetched base model.
+        task: The task with the items.
+        method: The numerator's method.
+        against: The denominator's method.
+        alpha: The alpha of both, so that both have one scale.
+        batches: The number of batches.
+        items: The items of a batch.
+        steps: The steps of Lanczos' iteration; its largest value approaches the eigenvalue from below.
+    """
+    from transformers import AutoTokenizer
+
+    if not (task_folder(task) / "train.jsonl").is_file():
+        raise NotRunError(f"the items of {task} are missing; run `peftscope make-task {task}`")
+    tokenizer = AutoTokenizer.from_pretrained(fetched(model), local_files_only=True, trust_remote_code=False)
+    examples = tokenise(read_split(task, "train")[: batches * items], tokenizer, 128)
+    groups = [collate(examples[start : start + items], 0) for start in range(0, batches * items, items)]
+    found: dict[str, list[float]] = {}
+    for name in (method, against):
+        base = fetched_model(model, "AutoModelForCausalLM")
+        base.set_attn_implementation("eager")  # fused attention has no second derivative
+        base.requires_grad_(False)
+        spec = RunSpec(model=model, task=task, method={"name": name, "alpha": alpha})
+        adapted = METHODS[name](alpha=alpha).build(base, spec)
+        found[name] = [_largest_eigenvalue(adapted, batch, steps) for batch in groups]
+    logs = [math.log(a / b) for a, b in zip(found[method], found[against], strict=True)]
+    evidence = {f"mean of {name}": sum(each) / len(each) for name, each in found.items()}
+    return geometric_mean_of(logs, evidence=evidence, model=f"{model}, {task}")
+
+
+def _largest_eigenvalue(model: Any, batch: Any, steps: int) -> float:
+    """Returns the largest Ritz value of the Hessian after some steps of Lanczos' iteration from a random direction."""
+    import torch
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.enable_grad():
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+        gradient = _flat(torch.autograd.grad(loss, parameters, create_graph=True))
+
+    def product(vector: Any) -> Any:
+        found = torch.autograd.grad(gradient @ vector, parameters, retain_graph=True, allow_unused=True)
+        return _flat([torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)])
+
+    vector = torch.randn(len(gradient), generator=torch.Generator().manual_seed(0))
+    basis = [vector / vector.norm()]
+    rows = torch.zeros(steps, steps, dtype=torch.float64)
+    for step in range(steps):
+        image = product(basis[-1]).detach()
+        for index, other in enumerate(basis):
+            rows[index, step] = rows[step, index] = float(image @ other)
+        for other in basis:
+            image = image - (image @ other) * other
+        basis.append(image / image.norm())
+    return float(torch.linalg.eigvalsh(rows)[-1])
+
+
+def _flat(tensors: Any) -> Any:
+    import torch
+
+    return torch.cat([tensor.flatten() for tensor in tensors])
