@@ -106,6 +106,11 @@ def tuned_path(experiment: str) -> Path:
     return results_folder(experiment) / "tuned.json"
 
 
+def directions_path(experiment: str) -> Path:
+    """Returns the path of what claims have measured on a study's adapters."""
+    return results_folder(experiment) / "directions.json"
+
+
 def report_path(experiment: str) -> Path:
     """Returns the path of an experiment's report."""
     return REPORTS / experiment / "report.html"

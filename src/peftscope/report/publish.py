@@ -26,6 +26,7 @@ from peftscope.layout import (
     PUBLISHED_RESULTS,
     RUNS,
     coarse_path,
+    directions_path,
     record_path,
     report_path,
     results_folder,
@@ -113,7 +114,7 @@ def publish_experiment(experiment: str) -> list[Path]:
         raise InputError(Problem(str(source), "the experiment is not finished", f"make report EXPERIMENT={experiment}"))
     wanted = [
         source / "runs.csv",
-        *filter(Path.is_file, [tuned_path(experiment)]),
+        *filter(Path.is_file, [tuned_path(experiment), directions_path(experiment)]),
         *sorted(source.glob("tables/*.csv")),
         *sorted(source.glob("tables/*.md")),
         *sorted(source.glob("figures/*")),

@@ -92,7 +92,7 @@ def moment_slope(
 def efficient_rate_slope(widths: Sequence[int], seeds: int, steps: int = 10) -> Measurement:
     """Returns the log-log slope of the ratio of B's to A's efficient learning rate against the width, under Adam.
 
-    Rates are efficient if both factors move the layer's features by an amount that does not depend on the width:
+    Rates are efficient if both factors move the features by an amount that does not depend on the width:
     B A₀ x and B (A − A₀) x both have a root mean square of ``FEATURE_CHANGE`` after training. Both rates are solved for.
     Source: Hayou et al. 2024, arXiv 2402.12354.
     """
