@@ -284,6 +284,31 @@ def swapped_times(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(timing, "_paired", lambda above, below, *rest: original(below, above, *rest))
 
 
+def rates_over_the_width(patch: pytest.MonkeyPatch) -> None:
+    """Adam divides the rate of every matrix by its number of inputs."""
+    original = torch.optim.Adam
+
+    def adam(groups: Any, **options: Any) -> torch.optim.Adam:
+        scaled = [group | {"lr": 64 * group["lr"] / group["params"][0].shape[1]} for group in groups[:1]]
+        return original([*scaled, *groups[1:]], **options)
+
+    patch.setattr(torch.optim, "Adam", adam)
+
+
+def even_levels_for_even_values(patch: pytest.MonkeyPatch) -> None:
+    even_nf4(patch)
+    patch.setattr(codes, "_matrices", lambda model: [2 * torch.rand(256, 256) - 1 for _ in range(4)])
+
+
+def nothing_to_fit(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(codes, "_fitted", lambda block: codes.CodeBook("nf4"))
+
+
+def one_iteration_of_loftq(patch: pytest.MonkeyPatch) -> None:
+    original = initialisation._own_start
+    patch.setattr(initialisation, "_own_start", lambda weight, rank, alpha, _: original(weight, rank, alpha, 1))
+
+
 def nothing(patch: pytest.MonkeyPatch) -> None:
     """The libraries are as they are; the ledger's numbers differ."""
 
@@ -317,7 +342,23 @@ FLIPS: list[tuple[str, str, dict[str, Any], World, dict[str, Any]]] = [
     ("S54", "four_bit.bits_of_the_multiplied_weight", {}, products_of_4_bit_floats, {}),
     ("S54", "four_bit.bits_of_the_stored_weight", {}, unpacked_weights, {}),
     ("S86", "variants.dora_start", {}, moved_dora, {}),
+    ("P34", "early_training.loss_drop_slope", {"steps": 1, "rank_stabilised": False}, scale_by(0.5), {}),
+    ("P35", "early_training.moment_slope", {"where": "output", "starts": 32, "optimizer": "Adam"}, scale_by(2), {}),
+    ("P36", "early_training.efficient_rate_slope", {}, rates_over_the_width, {}),
+    ("P40", "codes.entropy_of_levels", {"model": "gaussian"}, even_levels_for_even_values, {"block": 32}),
+    ("P41", "codes.error_of_fitted_code", {"block": 4096, "model": "gaussian"}, nothing_to_fit, {}),
     # Numbers of the ledger.
+    ("P30", "trained_parameters.vera_parameters", {"against_rank": 64}, nothing, {"against_rank": 4}),
+    ("P31", "trained_parameters.percent_of_virtual_tokens", {}, nothing, {"tokens": 100}),
+    ("P33", "trained_parameters.share_of_biases", {"of": "biases"}, nothing, {"names": ["query"]}),
+    (
+        "P37",
+        "memory.ratio_at_peak",
+        {},
+        nothing,
+        {"over": {"method": "qlora", "targets": "all-linear", "seq_len": 8192}},
+    ),
+    ("P40", "codes.spread_of_quotients", {}, nothing, {"block": 64}),
     ("S1", "counts.gigabytes", {}, nothing, {"dtypes": {"weights": "float32"}}),
     ("P24", "counts.lora_checkpoint", {"of": 350.0e9}, nothing, {"layers": 48}),
     ("P24", "counts.quotient", {}, nothing, {"numerator": 2.2e12}),
@@ -354,6 +395,12 @@ FLIPS: list[tuple[str, str, dict[str, Any], World, dict[str, Any]]] = [
     ("P6", "initialisation.noise_rank_share", {}, nothing, {"rows": 64, "columns": 64, "energy": 0.5}),
 ]
 QUICKER = {
+    "early_training.loss_drop_slope": {"ranks": [4, 32], "seeds": 3},
+    "early_training.moment_slope": {"ranks": [4, 32], "seeds": 3, "starts": 4},
+    "early_training.efficient_rate_slope": {"widths": [32, 512], "seeds": 3},
+    "memory.ratio_at_peak": {"model": "smollm2-135m", "how": "formula"},
+    "trained_parameters.percent_of_virtual_tokens": {"models": ["gpt2-medium"]},
+    "trained_parameters.vera_parameters": {"preset": "smollm2-135m"},
     "gradients.share_of_growing_steps": {"steps": 5},
     "merging.extra_flops": {"preset": "smollm2-135m"},
     "counts.packed_gigabytes": {"rows": 512, "columns": 512},
@@ -372,9 +419,15 @@ ON_RANDOM_WEIGHTS: list[tuple[str, str, dict[str, Any], World, dict[str, Any]]] 
     ("P17", "initialisation.qpissa_error_ratio", {"norm": "frobenius"}, perfect_qpissa, {}),
     ("S89", "initialisation.loftq_error_ratio", {"rank": 8}, nothing, {"rank": 64, "alpha": 64}),
     ("S69", "quantised_models.error_added_by_double_quantization", {}, large_constants, {}),
+    ("P42", "initialisation.loftq_error_after", {"over": 1}, one_iteration_of_loftq, {}),
 ]
 
 ELSEWHERE = {
+    "altered_methods.most_saved_by_frozen_a": "test_frozen_factors_and_constant_norms_save_what_they_need_not_keep",
+    "altered_methods.saved_by_constant_norm": "test_frozen_factors_and_constant_norms_save_what_they_need_not_keep",
+    "curvature.sharpness_ratio": "test_sharpness_is_the_hessians_largest_eigenvalue",
+    "directions.amplification": "test_adapters_in_a_common_direction_share_it_and_others_do_not",
+    "directions.shared_direction": "test_adapters_in_a_common_direction_share_it_and_others_do_not",
     "adapters.distance_from_normal": "test_a_library_that_draws_normal_values_confirms_the_normal_start",
     "adapters.lora_default": "test_a_library_with_another_default_rank_refutes_rank_8",
     "adapters.loss_jump": "test_a_wide_b_damages_and_a_narrow_one_does_not",

@@ -54,7 +54,7 @@ def sharpness_ratio(
 
 
 def _largest_eigenvalue(model: Any, batch: Any, steps: int) -> float:
-    """Returns the largest Ritz value of the Hessian after some steps of Lanczos' iteration from a random direction."""
+    """Returns the largest Ritz value of the loss's Hessian in the trained parameters."""
     import torch
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -63,15 +63,21 @@ def _largest_eigenvalue(model: Any, batch: Any, steps: int) -> float:
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
         gradient = _flat(torch.autograd.grad(loss, parameters, create_graph=True))
 
-    def product(vector: Any) -> Any:
-        found = torch.autograd.grad(gradient @ vector, parameters, retain_graph=True, allow_unused=True)
-        return _flat([torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)])
+    return largest_ritz_value(gradient, parameters, steps)
+
+
+def largest_ritz_value(gradient: Any, parameters: list[Any], steps: int) -> float:
+    """Returns the largest Ritz value of the Jacobian of a gradient, which approaches its largest eigenvalue from below.
+
+    Lanczos' iteration starts from a random direction, and every new direction is made orthogonal to all before it.
+    """
+    import torch
 
     vector = torch.randn(len(gradient), generator=torch.Generator().manual_seed(0))
     basis = [vector / vector.norm()]
     rows = torch.zeros(steps, steps, dtype=torch.float64)
     for step in range(steps):
-        image = product(basis[-1]).detach()
+        image = _flat(torch.autograd.grad(gradient @ basis[-1], parameters, retain_graph=True, materialize_grads=True))
         for index, other in enumerate(basis):
             rows[index, step] = rows[step, index] = float(image @ other)
         for other in basis:

@@ -93,7 +93,7 @@ def efficient_rate_slope(widths: Sequence[int], seeds: int, steps: int = 10) -> 
     """Returns the log-log slope of the ratio of B's to A's efficient learning rate against the width, under Adam.
 
     Rates are efficient if both factors move the features by an amount that does not depend on the width:
-    B A₀ x and B (A − A₀) x both have a root mean square of ``FEATURE_CHANGE`` after training. Both rates are solved for.
+    B A₀ x and B (A − A₀) x both have a root mean square of ``FEATURE_CHANGE`` after training. Both are solved for.
     Source: Hayou et al. 2024, arXiv 2402.12354.
     """
     ratios = []
