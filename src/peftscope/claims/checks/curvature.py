@@ -45,8 +45,8 @@ def sharpness_ratio(
         base = fetched_model(model, "AutoModelForCausalLM")
         base.set_attn_implementation("eager")  # fused attention has no second derivative
         base.requires_grad_(False)
-        spec = RunSpec(model=model, task=task, method={"name": name, "alpha": alpha})
-        adapted = METHODS[name](alpha=alpha).build(base, spec)
+        spec = RunSpec(model=model, task=task, learning_rate=1e-4, method=METHODS[name](alpha=alpha))
+        adapted = spec.method.build(base, spec)
         found[name] = [_largest_eigenvalue(adapted, batch, steps) for batch in groups]
     logs = [math.log(a / b) for a, b in zip(found[method], found[against], strict=True)]
     evidence = {f"mean of {name}": sum(each) / len(each) for name, each in found.items()}
