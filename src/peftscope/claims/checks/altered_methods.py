@@ -70,7 +70,7 @@ def _dora_norm(constant: bool) -> Iterator[None]:
     def forward(
         self: Any, x: Any, *, lora_A: Any, lora_B: Any, scaling: float, base_layer: Any, base_result: Any, **_: Any
     ) -> Any:
-        update = (lora_B.weight @ lora_A.weight).to(x.dtype)
+        update = (lora_B.weight @ lora_A.weight).to(base_layer.weight.dtype)
         norm = torch.linalg.norm(base_layer.weight + scaling * update, dim=1)
         factor = (self.weight / (norm.detach() if constant else norm)).view(1, -1)
         return (factor - 1) * base_result + factor * lora_B(lora_A(x)) * scaling
