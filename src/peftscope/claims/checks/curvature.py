@@ -37,6 +37,8 @@ def sharpness_ratio(
 
     if not (task_folder(task) / "train.jsonl").is_file():
         raise NotRunError(f"the items of {task} are missing; run `peftscope make-task {task}`")
+    from peftscope.training.build import seed_everything
+
     tokenizer = AutoTokenizer.from_pretrained(fetched(model), local_files_only=True, trust_remote_code=False)
     examples = tokenise(read_split(task, "train")[: batches * items], tokenizer, 128)
     groups = [collate(examples[start : start + items], 0) for start in range(0, batches * items, items)]
@@ -46,6 +48,7 @@ def sharpness_ratio(
         base.set_attn_implementation("eager")  # fused attention has no second derivative
         base.requires_grad_(False)
         spec = RunSpec(model=model, task=task, learning_rate=1e-4, method=METHODS[name](alpha=alpha))
+        seed_everything(0)
         adapted = spec.method.build(base, spec)
         found[name] = [_largest_eigenvalue(adapted, batch, steps) for batch in groups]
     logs = [math.log(a / b) for a, b in zip(found[method], found[against], strict=True)]
