@@ -44,7 +44,8 @@ def most_saved_by_frozen_a(run: Run, batch_sizes: tuple[int, ...], model: str = 
         batch_sizes: The batch sizes.
         model: The base model.
     """
-    ratios, evidence = {}, {}
+    ratios: dict[float, float] = {}
+    evidence: dict[str, float] = {}
     for size in batch_sizes:
         both = _peak_bytes(model, {**run, "batch_size": size})
         with _frozen_a():

@@ -47,7 +47,9 @@ def sharpness_ratio(
         base = fetched_model(model, "AutoModelForCausalLM")
         base.set_attn_implementation("eager")  # fused attention has no second derivative
         base.requires_grad_(False)
-        spec = RunSpec(model=model, task=task, learning_rate=1e-4, method=METHODS[name](alpha=alpha))
+        spec = RunSpec(
+            model=model, task=task, learning_rate=1e-4, method=METHODS[name].model_validate({"alpha": alpha})
+        )
         seed_everything(0)
         adapted = spec.method.build(base, spec)
         found[name] = [_largest_eigenvalue(adapted, batch, steps) for batch in groups]

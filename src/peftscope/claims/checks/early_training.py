@@ -28,7 +28,7 @@ def loss_drop_slope(rank_stabilised: bool, ranks: Sequence[int], seeds: int, ste
     """
     import torch
 
-    drops = []
+    drops: list[list[float]] = []
     for seed in range(seeds):
         x, target = _data(seed)
         drops.append([])
@@ -65,7 +65,7 @@ def moment_slope(
     """
     import torch
 
-    sizes = []
+    sizes: list[list[float]] = []
     for seed in range(seeds):
         x, target = _data(seed)
         sizes.append([])
@@ -96,7 +96,7 @@ def efficient_rate_slope(widths: Sequence[int], seeds: int, steps: int = 10) -> 
     B A₀ x and B (A − A₀) x both have a root mean square of ``FEATURE_CHANGE`` after training. Both are solved for.
     Source: Hayou et al. 2024, arXiv 2402.12354.
     """
-    ratios = []
+    ratios: list[list[float]] = []
     for seed in range(seeds):
         ratios.append([])
         for width in widths:
