@@ -35,13 +35,13 @@ def part_of(claim: str, index: int, **changed: Any) -> Part:
 def test_frozen_factors_and_constant_norms_save_what_they_need_not_keep(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A norm with a gradient keeps each adapted weight once more, in 16 bits; its backward pass needs a few beside."""
+    """A norm with a gradient keeps nearly every adapted weight once more, in 16 bits, until the backward pass."""
     run = {"method": "dora", "batch_size": 1, "seq_len": 16, "targets": "mlp"}
     found = altered_methods.saved_by_constant_norm(run, "toy")
     followed, constant = found.evidence.values()
     kept = 1e9 * (float(followed) - float(constant))
     weights = 2 * 2 * 3 * 64 * 192  # bytes, layers, matrices
-    assert weights <= kept < 2 * weights
+    assert 0.8 * weights < kept <= weights  # at the peak, a constant norm has one of them too
     dora = part_of("P38", 0, model="toy", run=run)
     dora = dora.model_copy(update={"rule": dora.rule.model_copy(update={"equals": found.value})})
     lora = part_of("P39", 0, model="toy", run={"method": "lora", "seq_len": 64}, batch_sizes=(1, 64))
