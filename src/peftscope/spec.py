@@ -211,13 +211,14 @@ _NO_MEMORY = {
     *("validation_items", "validation_every", "heldout_items", "generation_items", "retention_tokens"),
     *("benchmarks", "benchmark_items", "untimed_steps", "probe_steps", "latency_tokens"),
 }
-"""Fields that change no shape, and so no memory; a method's scale alpha is another."""
+"""Fields that change no shape, and so no memory; a method's scale alpha and its start are others."""
 
 
 def memory_key(spec: RunSpec) -> str:
     """Returns what runs that take the same memory have in common."""
     fields = {name: value for name, value in spec.canonical().items() if name not in _NO_MEMORY}
-    return json.dumps({**fields, "method": {**fields["method"], "alpha": None}}, sort_keys=True)
+    method = {name: value for name, value in fields["method"].items() if name != "start"}
+    return json.dumps({**fields, "method": {**method, "alpha": None}}, sort_keys=True)
 
 
 def spec_schema() -> dict[str, Any]:

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from peftscope.analysis.study import VALIDATION
-from peftscope.claims.checks import training
+from peftscope.analysis.study import HELDOUT, VALIDATION
+from peftscope.claims.checks import subspaces, training
 from peftscope.claims.measurement import NotRunError
 from peftscope.claims.verdict import Rule, Verdict, judge
 from peftscope.layout import results_folder
@@ -19,7 +19,14 @@ from peftscope.layout import results_folder
 COARSE = [10 ** (-k / 2) for k in range(4, 11)]
 
 
-def write_study(best: dict[str, float], noise: float, seed: int = 0, fine: bool = True, spread: float = 0.1) -> None:
+def write_study(
+    best: dict[str, float],
+    noise: float,
+    seed: int = 0,
+    fine: bool = True,
+    spread: float = 0.1,
+    alphas: dict[str, float] | None = None,
+) -> None:
     """Writes tuning runs of arms whose loss is a parabola over the logarithm of the rate, lowest at ``best``."""
     random = np.random.default_rng(seed)
     rows, arms = [], {}
@@ -31,7 +38,7 @@ def write_study(best: dict[str, float], noise: float, seed: int = 0, fine: bool 
             seed_of_run = 100 if rate in COARSE else 101  # whose losses lie higher, which the fit has to allow for
             loss = 1 + spread * math.log(rate / optimum) ** 2 + noise * random.standard_normal() + (rate not in COARSE)
             row = {"run_id": f"{arm}-{index}", "learning_rate": rate, VALIDATION: loss, "seed": seed_of_run}
-            rows.append(row | {"comparisons": ""})
+            rows.append(row | {"comparisons": "", "alpha": (alphas or {}).get(arm, 16)})
             tried.append({"learning_rate": rate, "validation_nll": loss, "run_ids": [f"{arm}-{index}"]})
         arms[arm] = {
             "learning_rate": min(tried, key=lambda each: each["validation_nll"])["learning_rate"],
@@ -97,3 +104,114 @@ def test_too_few_rates_around_the_best_give_no_interval() -> None:
     runs.to_csv(results_folder("synthetic") / "runs.csv", index=False)
     with pytest.raises(NotRunError, match="fewer than four rates"):
         ratio()
+
+
+ALPHAS = {"a2": 2, "a8": 8, "a16": 16, "a32": 32}
+
+
+def correlation() -> training.Measurement:
+    return training.rate_correlation("synthetic", list(ALPHAS), "alpha", resamples=300)
+
+
+def test_best_rates_that_fall_as_alpha_rises_support_s32_and_others_do_not() -> None:
+    rule = Rule(at_most=-0.1)
+    write_study({arm: 1e-2 / alpha for arm, alpha in ALPHAS.items()}, noise=0.01, alphas=ALPHAS)
+    found = correlation()
+    assert found.value == pytest.approx(-1) and judge(rule, found)[0] is Verdict.HOLDS
+    write_study({arm: 1e-4 * alpha for arm, alpha in ALPHAS.items()}, noise=0.01, alphas=ALPHAS)
+    assert correlation().value == pytest.approx(1) and judge(rule, correlation())[0] is Verdict.WRONG
+    write_study(dict.fromkeys(ALPHAS, 1e-3), noise=0.05, alphas=ALPHAS)
+    assert correlation().low < -0.5 and judge(rule, correlation())[0] is Verdict.OPEN
+
+
+def test_a_product_explains_the_loss_only_where_it_decides_the_best_rate() -> None:
+    """With the same best rate at every alpha, the rate alone explains what the product does not."""
+
+    def explained() -> tuple[float, float]:
+        found = training.explained_by_product("synthetic", list(ALPHAS), "alpha")
+        return float(found.value), float(found.evidence["share that the learning rate alone explains"])
+
+    write_study({arm: 1e-2 / alpha for arm, alpha in ALPHAS.items()}, noise=0.01, alphas=ALPHAS)
+    assert explained()[0] > 0.95 > 0.8 > explained()[1]
+    write_study(dict.fromkeys(ALPHAS, 1e-3), noise=0.01, alphas=ALPHAS)
+    assert explained()[1] > 0.95 > 0.8 > explained()[0]
+
+
+DIMENSIONS = [10, 100, 1000, 10_000, 100_000]
+
+
+def write_subspaces(middle: float, noise: float = 0.005) -> None:
+    """Writes the arms of a study whose share of full fine-tuning's gain rises over log d, to a half at ``middle``.
+
+    Shuffled labels reach 1.1 nats, LoRA 0.2 and full fine-tuning 0.1.
+    """
+    random = np.random.default_rng(1)
+    losses = {"arm-lora": 0.2, "arm-full": 0.1, "control-shuffled-labels-lora": 1.1}
+    for d in DIMENSIONS:
+        losses[f"arm-d{d}"] = 1.1 - 1 / (1 + (middle / d) ** 2)
+    rows = [
+        {
+            "run_id": f"{name}-{seed}",
+            "comparisons": name,
+            "seed": seed,
+            HELDOUT: loss + noise * random.standard_normal(),
+        }
+        | {"status": "ok", "method": "x", "base_weights": "", "dimension": float(name[5:]) if name[4] == "d" else None}
+        for name, loss in losses.items()
+        for seed in range(3)
+    ]
+    rows += [
+        {"run_id": "base", "comparisons": "runs", "seed": 0, HELDOUT: 3.6, "method": "none", "base_weights": "full"}
+    ]
+    rows += [
+        {"run_id": f"tune-{name}", "comparisons": f"tune-{name[4:]}", "seed": 100} for name in losses if "arm" in name
+    ]
+    table = pd.DataFrame(rows).assign(model="toy", task="sums")
+    lora = table["comparisons"] == "arm-lora"
+    table.loc[lora, "comparisons"] += " control-shuffled-labels-lora"
+    folder = results_folder("synthetic")
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(folder / "runs.csv", index=False)
+    tuned = {name[4:]: {"learning_rate": 1e-2, "tried": [], "regret_rms": 0.005} for name in losses if "arm" in name}
+    (folder / "tuned.json").write_text(json.dumps({"arms": tuned}))
+
+
+def test_a_gain_that_comes_late_moves_the_intrinsic_dimension_out_of_its_range() -> None:
+    """Nine tenths are reached at three times the middle; bounds of what was tried stand for what lies beyond."""
+    rule = Rule(at_least=100, at_most=10_000)
+
+    def found(over: str = "task") -> training.Measurement:
+        arms = [f"d{d}" for d in DIMENSIONS]
+        return subspaces.intrinsic_dimension("synthetic", arms, "full", 0.9, over, resamples=300)
+
+    write_subspaces(middle=300)
+    task = found()
+    assert 500 < task.low < task.value < task.high < 2000 and judge(rule, task)[0] is Verdict.HOLDS
+    assert found("base").value < task.value
+    write_subspaces(middle=20_000)
+    assert found().value > 40_000 and judge(rule, found())[0] is Verdict.WRONG
+    write_subspaces(middle=1e7)
+    never = found()
+    assert never.value == 100_000 and never.evidence["whether the share is reached"] is False
+    write_subspaces(middle=0.1)
+    assert found().value == 10 and judge(rule, found())[0] is Verdict.WRONG
+    write_subspaces(middle=300, noise=0.3)
+    assert judge(rule, found())[0] is Verdict.OPEN
+
+
+def test_a_destroyed_base_leaves_open_what_a_sound_one_decides() -> None:
+    """The toy model's vocabulary of 260 makes a uniform guess cost 5.56 nats."""
+
+    def verdict(**losses: float) -> tuple[Verdict, str]:
+        write_subspaces(middle=300)
+        table = pd.read_csv(results_folder("synthetic") / "runs.csv")
+        base = {"run_id": "rounded", "comparisons": "runs", "seed": 0, "model": "toy", "task": "sums", "method": "none"}
+        rows = [base | {"base_weights": code, HELDOUT: loss} for code, loss in losses.items()]
+        pd.concat([table, pd.DataFrame(rows)]).to_csv(results_folder("synthetic") / "runs.csv", index=False)
+        return judge(Rule(at_least=-0.95), training.heldout_gain_on_base("synthetic", "full", "lora", "nf2"))
+
+    assert verdict(nf2=5.0)[0] is Verdict.HOLDS
+    state, reason = verdict(nf2=6.0)
+    assert state is Verdict.OPEN and reason.startswith("base destroyed: in nf2 it costs 6 nats")
+    with pytest.raises(NotRunError, match="no run of the untouched base in nf2"):
+        verdict(nf3=5.0)

@@ -17,9 +17,10 @@ from peftscope.execution.merge import base_of_adapter
 from peftscope.methods import METHODS
 from peftscope.methods.loftq import FloatWeights, best_rank_approximation
 from peftscope.models.catalog import find_model
+from peftscope.models.rounding import linear_layers, normal_float_levels, rounded
 from peftscope.models.shapes import ModelShape
 from peftscope.planning.plan import check_runs
-from peftscope.spec import RunSpec
+from peftscope.spec import RunSpec, memory_key, run_id
 from peftscope.training.build import build_model, seed_everything
 from peftscope.training.load import attention, load_base, load_tokenizer
 from peftscope.training.step import forward_loss, make_optimizer, train_step
@@ -129,7 +130,7 @@ class TestContract:
         (batch,) = batches_of(spec, 1)
         wanted = logits_of(load_base(spec), batch)
         found = logits_of(build_model(load_base(spec), spec).model, batch)[:, spec.method.logit_offset() :]
-        if spec.method.starts_at_base:
+        if spec.method.starts_at_base():
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
         else:  # LoftQ by design (its error is tested apart), virtual tokens by nature
             assert not torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
@@ -138,12 +139,75 @@ class TestContract:
         def start(seed: int) -> list[torch.Tensor]:
             spec = spec_of(name, seed=seed)
             model = build_model(load_base(spec), spec).model
-            return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+            return [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
 
         same = [torch.equal(a, b) for a, b in zip(start(0), start(0), strict=True)]
         assert all(same)
         others = [torch.equal(a, b) for a, b in zip(start(0), start(1), strict=True)]
         assert all(others) != METHODS[name].draws_start
+
+
+@pytest.mark.parametrize(("start", "zero"), [("b-zero", {"lora_B"}), ("a-zero", {"lora_A"}), ("both-random", set())])
+def test_loras_start_is_the_specs(start: str, zero: set[str], spec_of, tmp_path: Path) -> None:
+    """The factor that is not zero is as wide as torch draws it, in the first step only the zero one gets a gradient."""
+    from peft import PeftModel
+
+    spec = spec_of("lora", start=start)
+    assert spec.method.starts_at_base() == bool(zero)
+    (batch,) = batches_of(spec, 1)
+    wanted = logits_of(load_base(spec), batch)
+    model = build_model(load_base(spec), spec).model
+    assert torch.allclose(logits_of(model, batch), wanted, rtol=1e-4, atol=1e-4) == bool(zero)
+    found = set()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            letter = name.split(".")[-3]
+            spread = float(parameter.detach().std()) * (3 * parameter.shape[1]) ** 0.5
+            found |= {letter} if spread == 0 else set()
+            assert spread == 0 or spread == pytest.approx(1, abs=0.2)
+    assert found == zero
+    model.train()
+    forward_loss(model, batch, spec).loss.backward()
+    moving = {n.split(".")[-3] for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moving == (zero or {"lora_A", "lora_B"})
+    model, _ = trained(spec, 2)
+    wanted = logits_of(model, batch)
+    spec.method.save(model, tmp_path)
+    assert torch.equal(logits_of(PeftModel.from_pretrained(load_base(spec), tmp_path), batch), wanted)
+
+
+@pytest.mark.parametrize("dimension", [1, 10, 1000])
+def test_a_random_subspace_is_linear_keeps_lengths_and_reaches_every_weight(dimension: int, spec_of) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    spec = spec_of("random-subspace", dimension=dimension)
+    model = build_model(load_base(spec), spec).model
+    (coordinates,) = (p for p in model.parameters() if p.requires_grad)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+    def change(values: torch.Tensor) -> torch.Tensor:
+        coordinates.data = values
+        return torch.cat([layer.get_delta_weight("default").detach().flatten() for layer in layers])
+
+    first, second = torch.randn(2, dimension, generator=torch.Generator().manual_seed(3))
+    assert not change(torch.zeros(dimension)).any()
+    torch.testing.assert_close(change(first) + 2 * change(second), change(first + 2 * second), rtol=1e-4, atol=1e-6)
+    assert change(first).norm() == pytest.approx(float(first.norm()), rel=0.1)
+    assert change(torch.eye(dimension)[0]).count_nonzero() / change(first).numel() > min(0.99, 4 / dimension)
+    assert (change(torch.ones(dimension)) != 0).all()
+
+
+def test_a_subspace_has_no_more_dimensions_than_values_to_deal_out(spec_of) -> None:
+    spec = spec_of("random-subspace", dimension=100_000)
+    with pytest.raises(InputError, match="raise the rank"):
+        build_model(load_base(spec), spec)
+
+
+def test_the_usual_start_renames_no_run_and_no_start_takes_memory_of_its_own(make_spec) -> None:
+    usual, other = make_spec(method="lora", start="b-zero"), make_spec(method="lora", start="a-zero")
+    assert "start" not in usual.canonical()["method"]
+    assert run_id(other).startswith("lora-r8-a16-all-linear-a-zero-s0-")
+    assert memory_key(usual) == memory_key(other)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -222,6 +286,79 @@ def test_4_bit_weights_agree_with_a_quantiser_written_from_the_paper(spec_of) ->
     scale = blocks.abs().amax(dim=1, keepdim=True)
     nearest = codes[(blocks / scale).unsqueeze(-1).sub(codes).abs().argmin(dim=-1)] * scale
     torch.testing.assert_close(dequantize_4bit(packed, state).view(-1, 64), nearest, rtol=0, atol=1e-6)
+
+
+def test_normal_float_codes_of_four_bits_are_bitsandbytes_own_and_rounding_twice_changes_nothing() -> None:
+    from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
+
+    torch.testing.assert_close(
+        torch.tensor(normal_float_levels(4)), get_4bit_type("nf4", device="cpu"), rtol=0, atol=1e-4
+    )
+    weight = torch.randn(96, 40, generator=torch.Generator().manual_seed(0))
+    packed, state = quantize_4bit(weight.flatten(), quant_type="nf4", blocksize=64, compress_statistics=False)
+    torch.testing.assert_close(rounded(weight, "nf4"), dequantize_4bit(packed, state).view(96, 40), rtol=0, atol=1e-3)
+    for code, levels in (("nf2", 4), ("nf3", 8)):
+        once = rounded(weight, code)
+        assert torch.equal(rounded(once, code), once)
+        assert max(len(block.unique()) for block in once.flatten().split(64)) <= levels
+    assert len(rounded(torch.randn(70), "nf2")) == 70
+
+
+@pytest.mark.parametrize("name", ["qlora", "loftq", "none"])
+def test_a_base_of_two_bits_is_on_its_grid_and_fits_its_saved_adapter(name: str, spec_of, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    spec = make_two_bits(name, spec_of)
+    assert spec.method.quantization() is None
+    built = build_model(load_base(spec), spec).model
+    inner = built.base_model.model if name != "none" else built
+    layers = linear_layers(inner) if name == "none" else [m.get_base_layer() for m in lora_layers(inner)]
+    assert len(layers) == 14
+    assert all(torch.equal(rounded(layer.weight, "nf2"), layer.weight) for layer in layers)
+    assert not torch.equal(rounded(inner.get_output_embeddings().weight, "nf2"), inner.get_output_embeddings().weight)
+    if name == "none":
+        return
+    model, _ = trained(spec, 2)
+    (batch,) = batches_of(spec, 1)
+    spec.method.save(model, tmp_path)
+    assert torch.equal(
+        logits_of(PeftModel.from_pretrained(base_of_adapter(spec), tmp_path), batch), logits_of(model, batch)
+    )
+
+
+def make_two_bits(name: str, spec_of) -> RunSpec:
+    return spec_of(name, **{"base_weights" if name == "none" else "quant_type": "nf2"})
+
+
+def lora_layers(model: Any) -> list[Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+@pytest.mark.parametrize("iterations", [1, 5])
+def test_loftq_reduces_the_error_of_two_bits(iterations: int, spec_of) -> None:
+    spec = spec_of("loftq", quant_type="nf2", iterations=iterations)
+    model = build_model(load_base(spec), spec).model
+    weights = FloatWeights(model.base_model.model.config._name_or_path)
+    for name, layer in model.base_model.model.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            weight = weights[f"{name}.weight"]
+            reached = layer.get_base_layer().weight.float() + layer.get_delta_weight("default").float()
+            assert (weight - reached).norm() < 0.95 * (weight - rounded(weight, "nf2")).norm()
+
+
+def test_directly_trained_weights_stay_on_their_grid_and_nothing_else_moves(spec_of) -> None:
+    """Small steps of Adam are rounded away; large ones are not."""
+    for rate, moves in ((1e-5, False), (1e-1, True)):
+        spec = spec_of("rounded", quant_type="nf2", learning_rate=rate)
+        before = load_base(spec)
+        model, _ = trained(spec, 2)
+        pairs = list(zip(linear_layers(before), linear_layers(model), strict=True))
+        assert all(torch.equal(rounded(new.weight, "nf2"), new.weight) for _, new in pairs)
+        changed = [bool(((old.weight - new.weight).abs() > 1e-3).any()) for old, new in pairs]
+        assert any(changed) == moves
+        assert torch.equal(before.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
 @pytest.mark.parametrize("alpha", [4, 16, 64])

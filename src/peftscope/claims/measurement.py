@@ -32,6 +32,7 @@ class Measurement:
         axes: The labels of the figure's axes.
         model: The model on which the value was measured.
         run_ids: The training runs behind the value.
+        spoiled_by: Why the value says nothing about the claim, which leaves the verdict open; empty if it does.
     """
 
     value: Quantity
@@ -45,6 +46,7 @@ class Measurement:
     axes: tuple[str, str] = ("", "")
     model: str = ""
     run_ids: tuple[str, ...] = ()
+    spoiled_by: str = ""
 
 
 def spoken_number(value: Quantity | None) -> str:

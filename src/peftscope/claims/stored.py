@@ -49,6 +49,7 @@ def stored_measurements(findings: Iterable[dict[str, Any]]) -> dict[str, Measure
             curves={name: {float(x): y for x, y in curve.items()} for name, curve in part["curves"].items()},
             axes=tuple(part["axes"]),
             run_ids=tuple(part["run_ids"]),
+            spoiled_by=part.get("spoiled_by", ""),
         )
         for finding in findings
         for part in finding["parts"]

@@ -139,6 +139,8 @@ def judge(rule: Rule, measurement: Measurement, p_adjusted: float | None = None)
         measurement: The measured quantity.
         p_adjusted: The p of a directional contrast after correction within its family; None without a family.
     """
+    if measurement.spoiled_by:
+        return Verdict.OPEN, measurement.spoiled_by
     value, low, high = measurement.value, measurement.low, measurement.high
     if isinstance(value, str | bool) or isinstance(rule.equals, str | bool):
         return (Verdict.HOLDS if value == rule.equals else Verdict.WRONG), ""

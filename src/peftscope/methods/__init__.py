@@ -27,6 +27,8 @@ from peftscope.methods.pissa import PiSSA
 from peftscope.methods.prefix_tuning import PrefixTuning
 from peftscope.methods.prompt_tuning import PromptTuning
 from peftscope.methods.qlora import QLoRA
+from peftscope.methods.random_subspace import RandomSubspace
+from peftscope.methods.rounded import Rounded
 from peftscope.methods.rslora import RsLoRA
 
 GROUP = "peftscope.methods"
@@ -46,6 +48,8 @@ OwnMethod = (
     | IA3
     | PromptTuning
     | PrefixTuning
+    | RandomSubspace
+    | Rounded
 )
 """The methods of this package, in the order of tables."""
 

@@ -64,7 +64,15 @@ AdapterDtype = Annotated[
     Literal["fp32", "base"],
     Field(description="fp32 is PEFT's default (autocast_adapter_dtype); base keeps the base model's dtype"),
 ]
-QuantType = Annotated[Literal["nf4", "fp4"], Field(description="code book of the 4-bit weights")]
+QuantType = Annotated[
+    Literal["nf4", "fp4", "nf3", "nf2"],
+    Field(
+        description="code book of the 4-bit weights; nf3 and nf2 are simulated: weights lie on a grid of 3 or 2 bits, "
+        "in blocks of 64 with exact constants, and keep their dtype"
+    ),
+]
+SIMULATED = ("nf3", "nf2")
+"""Codes that no kernel stores; the base is rounded to them when it is loaded."""
 DoubleQuant = Annotated[bool, Field(description="quantise the fp32 block constants to 8 bit as well")]
 ComputeDtype = Annotated[Literal["bf16", "fp32"], Field(description="dtype of the dequantised product")]
 VirtualTokens = Annotated[Count, Field(description="trainable positions before the prompt")]
@@ -114,8 +122,6 @@ class Method(BaseModel):
     """Whether a causal kernel without a mask is exact. It is not with a prefix in the key-value cache."""
     has_own_base: ClassVar[bool] = False
     """Whether its adapter fits only a base that ``build`` changed, which must be rebuilt to load the adapter."""
-    starts_at_base: ClassVar[bool] = True
-    """Whether the model gives the outputs of its (quantised) base before the first step."""
     draws_start: ClassVar[bool] = True
     """Whether the seed decides the initial adapter. False if the base alone decides it."""
     generates_from_cache: ClassVar[bool] = True
@@ -142,6 +148,10 @@ class Method(BaseModel):
     """What the closed form of memory must know. None means that the method is simulated instead."""
     memory_assumptions: ClassVar[tuple[str, ...]] = ()
     """Assumptions behind answers about its memory, beyond those for all methods, one sentence each."""
+
+    def starts_at_base(self) -> bool:
+        """Returns whether the model gives the outputs of its (quantised) base before the first step."""
+        return True
 
     def quantization(self) -> Quantization | None:
         """Returns how the base is quantised while it is loaded, or None if it is not."""
@@ -178,6 +188,10 @@ class Method(BaseModel):
     def with_rank(cls, rank: int) -> dict[str, int]:
         """Returns the fields that give the method this rank; none if it has no rank."""
         return {cls.rank_field: rank} if cls.rank_field in cls.model_fields else {}
+
+    def rounding(self) -> str | None:
+        """Returns the code that the base's linear weights are rounded to while it is loaded, without being packed."""
+        return None
 
     def loading_temporary(self, largest: LinearLayer) -> tuple[int, str] | None:
         """Returns the temporary bytes of loading and initialising the largest layer, and their description."""

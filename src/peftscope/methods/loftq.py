@@ -14,6 +14,7 @@ from pydantic import Field
 
 from peftscope.files.content import Count
 from peftscope.methods.fields import (
+    SIMULATED,
     AdapterDtype,
     Alpha,
     ClosedForm,
@@ -27,6 +28,7 @@ from peftscope.methods.fields import (
     Targets,
 )
 from peftscope.methods.low_rank import decompositions, low_rank_parameters, wrap_with_lora
+from peftscope.models.rounding import rounded
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +48,6 @@ class LoftQ(Method):
     closed_form: ClassVar[ClosedForm] = ClosedForm()
     has_own_base: ClassVar[bool] = True
     draws_start: ClassVar[bool] = False
-    starts_at_base: ClassVar[bool] = False
 
     name: Literal["loftq"] = "loftq"
     rank: Rank = 8
@@ -59,11 +60,17 @@ class LoftQ(Method):
     compute_dtype: ComputeDtype = "bf16"
     iterations: Annotated[Count, Field(description="alternations of quantising and approximating")] = 5
 
-    def quantization(self) -> Quantization:
-        """Returns the storage of the base."""
+    def quantization(self) -> Quantization | None:
+        """Returns the storage of the base, or None if its code is simulated."""
+        if self.quant_type in SIMULATED:
+            return None
         return Quantization(
             quant_type=self.quant_type, double_quant=self.double_quant, compute_dtype=self.compute_dtype
         )
+
+    def rounding(self) -> str | None:
+        """Returns the code if it is simulated."""
+        return self.quant_type if self.quant_type in SIMULATED else None
 
     def loading_temporary(self, largest: LinearLayer) -> tuple[int, str]:
         """Returns the bytes of the initialisation in 32 bits: four matrices and a Gram matrix."""
@@ -73,6 +80,10 @@ class LoftQ(Method):
     def initialisation_seconds(self, shape: ModelShape) -> float:
         """Returns the seconds of all iterations over all targets."""
         return ITERATION_SECONDS * self.iterations * decompositions(shape, self.targets)
+
+    def starts_at_base(self) -> bool:
+        """Returns False: the adapter approximates the error of the quantised base."""
+        return False
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Returns the same count as LoRA."""
@@ -110,7 +121,7 @@ class LoftQ(Method):
         )
 
     def _initialise(self, layer: Any, weight: torch.Tensor) -> float:
-        """Sets a layer's 4-bit weight, A and B. Returns ‖W - (Q + sBA)‖ / ‖W - quantised(W)‖ (Frobenius norms)."""
+        """Sets a layer's quantised weight, A and B. Returns ‖W - (Q + sBA)‖ / ‖W - quantised(W)‖ (Frobenius norms)."""
         import torch
         from bitsandbytes.functional import dequantize_4bit
         from bitsandbytes.nn import Params4bit
@@ -119,7 +130,10 @@ class LoftQ(Method):
         scale = layer.scaling["default"]
         weight = weight.to(base.weight.device, torch.float32)
 
-        def quantised(values: torch.Tensor) -> tuple[Params4bit, torch.Tensor]:
+        def quantised(values: torch.Tensor) -> tuple[torch.nn.Parameter, torch.Tensor]:
+            if code := self.rounding():
+                simulated = rounded(values.to(base.weight.dtype), code)
+                return torch.nn.Parameter(simulated, requires_grad=False), simulated.float()
             packed = Params4bit(
                 values.to(base.compute_dtype),
                 requires_grad=False,

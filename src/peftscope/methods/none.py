@@ -1,10 +1,10 @@
-"""The untouched base, or its 4-bit copy. It is evaluated and never trained, and is the first row of every table."""
+"""The untouched base, or a copy of few bits. It is evaluated and never trained, and is the first row of every table."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftscope.methods.fields import ClosedForm, Method, Quantization
+from peftscope.methods.fields import SIMULATED, ClosedForm, Method, Quantization
 
 if TYPE_CHECKING:
     from peftscope.models.shapes import ModelShape
@@ -20,15 +20,21 @@ class Untouched(Method):
     mergeable: ClassVar[bool] = False
 
     name: Literal["none"] = "none"
-    base_weights: Literal["full", "nf4"] = "full"
+    base_weights: Literal["full", "nf4", "nf3", "nf2"] = "full"
 
     def quantization(self) -> Quantization | None:
         """Returns NF4 with double quantisation for the 4-bit copy, and None for the base itself."""
         return Quantization() if self.base_weights == "nf4" else None
 
+    def rounding(self) -> str | None:
+        """Returns the code if it is simulated."""
+        return self.base_weights if self.base_weights in SIMULATED else None
+
     def full_label(self) -> str:
-        """Returns the label, which names the 4-bit copy as such."""
-        return self.label if self.base_weights == "full" else f"{self.label} in {self.base_weights.upper()}"
+        """Returns the label, which names a copy of few bits as such."""
+        if self.base_weights == "full":
+            return self.label
+        return f"{self.label} in {self.base_weights.upper()}" + " (simulated)" * (self.base_weights in SIMULATED)
 
     def id_parts(self) -> list[str]:
         """Returns the storage of the base."""

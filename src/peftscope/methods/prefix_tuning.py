@@ -21,7 +21,6 @@ class PrefixTuning(Method):
     closed_form: ClassVar[ClosedForm] = ClosedForm()
     supports_checkpointing: ClassVar[bool] = False
     generates_from_cache: ClassVar[bool] = False
-    starts_at_base: ClassVar[bool] = False
     supports_packing: ClassVar[bool] = False
     supports_shards: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
@@ -29,6 +28,10 @@ class PrefixTuning(Method):
 
     name: Literal["prefix-tuning"] = "prefix-tuning"
     virtual_tokens: VirtualTokens = 8
+
+    def starts_at_base(self) -> bool:
+        """Returns False: the virtual tokens change the outputs at once."""
+        return False
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Returns the values of a key and a value for each virtual token, layer and key-value head."""

@@ -20,13 +20,16 @@ class PromptTuning(Method):
     label: ClassVar[str] = "prompt tuning"
     closed_form: ClassVar[ClosedForm] = ClosedForm()
     generates_from_cache: ClassVar[bool] = False
-    starts_at_base: ClassVar[bool] = False
     supports_packing: ClassVar[bool] = False
     supports_shards: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
 
     name: Literal["prompt-tuning"] = "prompt-tuning"
     virtual_tokens: VirtualTokens = 8
+
+    def starts_at_base(self) -> bool:
+        """Returns False: the virtual tokens change the outputs at once."""
+        return False
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Returns the values of one embedding per virtual token."""

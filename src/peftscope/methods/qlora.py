@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftscope.methods.fields import (
+    SIMULATED,
     AdapterDtype,
     Alpha,
     ClosedForm,
@@ -49,11 +50,17 @@ class QLoRA(Method):
         Field(description="cast all weights that are not quantised to fp32 (peft.prepare_model_for_kbit_training)"),
     ] = False
 
-    def quantization(self) -> Quantization:
-        """Returns the storage of the base."""
+    def quantization(self) -> Quantization | None:
+        """Returns the storage of the base, or None if its code is simulated."""
+        if self.quant_type in SIMULATED:
+            return None
         return Quantization(
             quant_type=self.quant_type, double_quant=self.double_quant, compute_dtype=self.compute_dtype
         )
+
+    def rounding(self) -> str | None:
+        """Returns the code if it is simulated."""
+        return self.quant_type if self.quant_type in SIMULATED else None
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Returns the same count as LoRA."""

@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from peftscope.methods.fields import Quantization
 from peftscope.models.catalog import LOCAL, model_folder
+from peftscope.models.rounding import round_linear_weights
 from peftscope.spec import RunSpec
 
 MASK_FREE_SDPA = "sdpa_mask_free"
@@ -64,6 +65,8 @@ def load_base(spec: RunSpec) -> Any:
     )
     if quantization:
         disable_weight_repacking(model)
+    if code := spec.method.rounding():
+        round_linear_weights(model, code)
     model.config.use_cache = False
     return model
 

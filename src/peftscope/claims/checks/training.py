@@ -8,14 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import rankdata
 
 from peftscope.analysis.compare import compare
 from peftscope.analysis.stats import CONFIDENCE, sign_flip_p
 from peftscope.analysis.study import ACCURACY, HELDOUT, VALIDATION, StudyResults, paired
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
+from peftscope.models.catalog import find_model
 
 REACH = 10.0
 """The factor around the best rate within which a parabola describes the loss; farther out it rises more steeply."""
@@ -42,8 +45,58 @@ def learning_rate_spread(study: str, arms: list[str], resamples: int = 2000) -> 
     return _over_rates(StudyResults(study), tuple(arms), lambda best: best.max(axis=0) - best.min(axis=0), resamples)
 
 
+def rate_correlation(study: str, arms: list[str], setting: str, resamples: int = 2000) -> Measurement:
+    """Returns Spearman's correlation over arms of the best learning rate with a setting; see ``learning_rate_ratio``.
+
+    Equal best rates of all arms, which an end of the lists can make of them, count as a correlation of 0.
+
+    Args:
+        study: The study's experiment.
+        arms: The arms, each with another value of the setting.
+        setting: A field of the runs, such as ``alpha``.
+        resamples: The samples of the bootstrap.
+    """
+    results = StudyResults(study)
+    values = [float(results.tuning_runs(arm)[setting].iloc[0]) for arm in arms]
+    return _over_rates(results, tuple(arms), lambda best: _spearman(values, best.T), resamples, lambda value: value)
+
+
+def explained_by_product(study: str, arms: list[str], setting: str) -> Measurement:
+    """Returns the share of the losses' variation that the product of a setting and the learning rate explains.
+
+    All tuning runs of the arms whose product lies within a factor of ``REACH`` of the best one are fitted by one
+    parabola over its logarithm. Variation is that within the runs of one seed. Runs that diverged are left out.
+
+    Args:
+        study: The study's experiment.
+        arms: The arms, each with another value of the setting.
+        setting: A field of the runs, such as ``alpha``.
+    """
+    results = StudyResults(study)
+    runs = pd.concat([results.tuning_runs(arm) for arm in arms]).dropna(subset=[VALIDATION])
+    explained = {}
+    for name, factor in (("product", runs[setting]), ("learning rate alone", 1.0)):
+        fit = _Fit.of(name, runs.assign(learning_rate=runs["learning_rate"] * factor))
+        seeds = fit.design[:, 2:]
+        unscaled = fit.residuals / math.sqrt(len(fit.x) / (len(fit.x) - fit.design.shape[1]))
+        losses = fit.fitted + unscaled
+        around = losses - seeds @ np.linalg.lstsq(seeds, losses, rcond=None)[0]
+        explained[name] = 1 - float(np.sum(unscaled**2) / np.sum(around**2))
+    return Measurement(
+        explained["product"],
+        n=len(runs),
+        evidence={"share that the learning rate alone explains": explained["learning rate alone"]},
+        model=results.subject,
+        run_ids=tuple(runs["run_id"]),
+    )
+
+
 def _over_rates(
-    results: StudyResults, arms: tuple[str, ...], combine: Callable[[np.ndarray], np.ndarray], resamples: int
+    results: StudyResults,
+    arms: tuple[str, ...],
+    combine: Callable[[np.ndarray], np.ndarray],
+    resamples: int,
+    finish: Callable[[Any], Any] = np.exp,
 ) -> Measurement:
     """Returns a combination of the best learning rates of some arms, with the interval of a bootstrap.
 
@@ -52,13 +105,14 @@ def _over_rates(
         arms: The arms.
         combine: Gives the logarithm of the quantity from those of the rates, of shape (arms, samples).
         resamples: The number of samples.
+        finish: Gives the quantity from what ``combine`` gives.
     """
     runs = {name: results.tuning_runs(name) for name in arms}
     fits = {name: _Fit.of(name, table) for name, table in runs.items()}
     pool = np.concatenate([fit.residuals for fit in fits.values()])
     random = np.random.default_rng(0)
     draws = np.stack([fit.optima(random.choice(pool, (resamples, len(fit.x)))) for fit in fits.values()])
-    low, high = np.exp(np.quantile(combine(draws), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
+    low, high = finish(np.quantile(combine(draws), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
     best = np.stack([fit.optima(np.zeros((1, len(fit.x)))) for fit in fits.values()])
     evidence: dict[str, Quantity] = {
         f"best rate of {name}": math.exp(value) for name, value in zip(arms, best[:, 0], strict=True)
@@ -68,7 +122,7 @@ def _over_rates(
         name: table.groupby("learning_rate")[VALIDATION].mean().dropna().to_dict() for name, table in runs.items()
     }
     return Measurement(
-        math.exp(combine(best)[0]),
+        float(finish(combine(best)[0])),
         low=float(low),
         high=float(high),
         n=len(pool),
@@ -93,6 +147,38 @@ def heldout_gain(study: str, arm: str, against: str) -> Measurement:
     differences = (both["second"] - both["first"]) / results.task_gain
     error = results.tuning_error(arm, against) / results.task_gain
     return _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]), error)
+
+
+def heldout_gain_on_base(study: str, arm: str, against: str, base_weights: str) -> Measurement:
+    """Returns how much lower an arm's held-out loss is than another's, if the arm's untouched base is sound.
+
+    The base is destroyed, and nothing follows from training on it, if its loss on the held-out items is that of a
+    uniform guess over the vocabulary or above it.
+
+    Args:
+        study: The study's experiment, which has a run of the untouched base in these weights.
+        arm: The arm that trains on this base.
+        against: The arm to compare with.
+        base_weights: The weights of the untouched base, such as ``nf2``.
+
+    Raises:
+        NotRunError: The study has no such run of the base.
+    """
+    results, found = StudyResults(study), heldout_gain(study, arm, against)
+    table = results.table
+    bases = table[(table["method"] == "none") & (table["base_weights"] == base_weights)].dropna(subset=[HELDOUT])
+    if bases.empty:
+        raise NotRunError(f"the study `{study}` has no run of the untouched base in {base_weights}")
+    shape = find_model(str(table["model"].iloc[0])).shape
+    assert shape is not None
+    loss, guess = float(bases[HELDOUT].iloc[0]), math.log(shape.vocab_size)
+    evidence = {
+        **found.evidence,
+        f"loss of the untouched base in {base_weights}": loss,
+        "loss of a uniform guess": guess,
+    }
+    spoiled = f"base destroyed: in {base_weights} it costs {loss:.3g} nats a token, a uniform guess {guess:.3g}"
+    return replace(found, evidence=evidence, spoiled_by=spoiled if loss >= guess else "")
 
 
 def difference_of_gains(study: str, first: list[str], second: list[str]) -> Measurement:
@@ -237,6 +323,14 @@ def _over_seeds(
     return Measurement(
         difference.mean, low, high, difference.n, sample, tuning_error, evidence, model=results.subject, run_ids=runs
     )
+
+
+def _spearman(values: list[float], rows: np.ndarray) -> np.ndarray:
+    """Returns the rank correlation of every row with the values, 0 for a row of equal numbers."""
+    first, second = rankdata(values), rankdata(rows, axis=1)
+    first, second = first - first.mean(), second - second.mean(axis=1, keepdims=True)
+    norms = np.linalg.norm(first) * np.linalg.norm(second, axis=1)
+    return np.divide(second @ first, norms, out=np.zeros(len(rows)), where=norms > 0)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,88 @@
+"""Reads from a study of random subspaces how many dimensions fine-tuning needs. Nothing is trained."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+
+from peftscope.analysis.stats import CONFIDENCE
+from peftscope.analysis.study import HELDOUT, StudyResults
+from peftscope.claims.measurement import Measurement
+
+
+def intrinsic_dimension(
+    study: str, arms: list[str], against: str, share: float, over: Literal["task", "base"], resamples: int = 2000
+) -> Measurement:
+    """Returns the smallest dimension at which a share of full fine-tuning's gain is reached, and its 95 % interval.
+
+    Gains are mean held-out losses below that of training on shuffled labels (``task``), or below the untouched base's.
+    Shares are interpolated over the logarithm of the dimension. If not even the largest dimension reaches the share, or
+    the smallest one does, the result is that dimension, and the evidence says so. The bootstrap draws the losses' seeds
+    anew from the residuals of all arms, and an error of each arm's learning rate with them.
+
+    Args:
+        study: The study's experiment.
+        arms: Arms of random subspaces, in ascending order of their dimension.
+        against: The arm of full fine-tuning.
+        share: The share of its gain.
+        over: What gains are counted from.
+
+    Source: Aghajanyan et al. 2020, arXiv 2012.13255, section 3.1, where the share is 0.9.
+    """
+    results = StudyResults(study)
+    runs = {name: results.arm_runs(name) for name in (*arms, against)}
+    dimensions = np.array([float(runs[arm]["dimension"].iloc[0]) for arm in arms])
+    means = np.array([table[HELDOUT].mean() for table in runs.values()])
+    start = results.base_loss
+    if over == "task":
+        start = results.task_gain + float(results.arm_runs(results.reference)[HELDOUT].mean())
+    counts = [len(table) for table in runs.values()]
+    pool = np.concatenate(
+        [
+            (table[HELDOUT] - table[HELDOUT].mean()) * math.sqrt(len(table) / max(1, len(table) - 1))
+            for table in runs.values()
+        ]
+    )
+    random = np.random.default_rng(0)
+    errors = np.stack([random.choice(pool, (resamples, count)).mean(axis=1) for count in counts], axis=1)
+    errors += random.normal(size=errors.shape) * [results.rate(name).regret for name in runs]
+
+    def shares_of(losses: np.ndarray) -> np.ndarray:
+        return (start - losses[..., :-1]) / (start - losses[..., -1:])
+
+    found = _first_reach(dimensions, shares_of(means), share)
+    drawn = [_first_reach(dimensions, each, share) for each in shares_of(means + errors)]
+    low, high = map(float, np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
+    reached = shares_of(means)
+    return Measurement(
+        found,
+        low,
+        high,
+        n=min(counts),
+        evidence={
+            f"held-out loss of {against}": float(means[-1]),
+            "loss from which gains are counted": start,
+            "largest share reached": float(reached.max()),
+            "whether the share is reached": bool((reached >= share).any()),
+            "spread of single losses, nats per token": float(pool.std()),
+        },
+        curves={"share of full fine-tuning's gain": dict(zip(dimensions.tolist(), reached.tolist(), strict=True))},
+        axes=("trained dimensions", "share of full fine-tuning's gain"),
+        model=results.subject,
+        run_ids=tuple(run for table in runs.values() for run in table["run_id"]),
+    )
+
+
+def _first_reach(dimensions: np.ndarray, shares: np.ndarray, wanted: float) -> float:
+    """Returns where the shares first reach one that is wanted, at the ends of the dimensions if they do not cross it.
+
+    >>> round(_first_reach(np.array([10.0, 100, 1000]), np.array([0.1, 0.8, 1.0]), 0.9))
+    316
+    """
+    at = int(np.argmax(shares >= wanted)) if (shares >= wanted).any() else len(shares)
+    if at in (0, len(shares)):
+        return float(dimensions[min(at, len(shares) - 1)])
+    logs = np.log(dimensions[at - 1 : at + 1])
+    return float(np.exp(np.interp(wanted, shares[at - 1 : at + 1], logs)))
