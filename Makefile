@@ -77,7 +77,7 @@ test: $(READY)
 	@$(MAKE) --no-print-directory smoke
 
 slow: $(READY)
-	$(PYTEST) -m "slow and not alone"
+	$(PYTEST) --durations 15 -m "slow and not alone"
 	$(BIN)/pytest -m alone
 
 # One at a time: they measure nothing, but time their faults by what a free machine does.

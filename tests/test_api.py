@@ -60,6 +60,7 @@ class TestThePage:
     def test_lists_every_name(self, page: str) -> None:
         assert sorted(re.findall(r"^\| `(\w+)", page, re.MULTILINE)) == sorted(peftscope.__all__)
 
+    @pytest.mark.slow
     def test_its_code_runs_where_nothing_was_fetched(self, page: str, repository: Path, tmp_path: Path) -> None:
         (tmp_path / "results").mkdir()
         (tmp_path / "results/published").symlink_to(repository / "results/published")

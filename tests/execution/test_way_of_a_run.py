@@ -67,6 +67,7 @@ def rooms(repository: Path) -> dict[str, int]:
     return {room.strip(): height for height, layer in enumerate(reversed(layers)) for room in layer.split("|")}
 
 
+@pytest.mark.slow
 def test_a_run_goes_down_and_seldom_comes_back(
     unpredicted: Path, make_spec: Callable[..., Any], repository: Path, tmp_path: Path
 ) -> None:

@@ -468,7 +468,10 @@ def join(one: Batch, other: Batch) -> Batch:
     return collate(examples, 2)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("lora", "prompt-tuning") else pytest.param(name, marks=pytest.mark.slow) for name in TRAINED],
+)
 def test_answers_are_the_models_own(name: str, spec_of) -> None:
     """What lm-eval is given, by batches with padding, is the greedy continuation that single forward passes give."""
     from peftscope.evaluation.answers import score_answers

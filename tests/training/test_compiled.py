@@ -52,11 +52,11 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("method", "checkpointing"),
     [
-        ("lora", False),
-        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("full", "qlora", "dora", "prefix-tuning")),
-        pytest.param("lora", True, marks=pytest.mark.slow),
+        *((name, False) for name in ("lora", "full", "qlora", "dora", "prefix-tuning")),
+        ("lora", True),
     ],
 )
+@pytest.mark.slow
 def test_compiled_layers_learn_the_same(
     method: str, checkpointing: bool, toy: Path, make_spec, tmp_path: Path, without_kernels: None
 ) -> None:

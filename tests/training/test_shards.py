@@ -107,13 +107,11 @@ def assert_same_run(spec: RunSpec, folder: Path) -> None:
     [
         # SGD, for AdamW forgives gradients of a wrong scale: unclipped it shows the scale, clipped the norm.
         ("full", {"optimizer": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.1}),
-        pytest.param(
-            *("lora", {"optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": None, "validation_items": 4}),
-            marks=pytest.mark.slow,
-        ),
+        ("lora", {"optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": None, "validation_items": 4}),
     ],
     ids=["full", "lora"],
 )
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(method: str, options: dict[str, Any], toy: Path, exact, tmp_path: Path) -> None:
     """An evaluation comes before the training here, after which nothing may stay gathered."""
     assert_same_run(exact(method=method, generation_items=0, gradient_accumulation=2, **options), tmp_path)

@@ -262,6 +262,7 @@ def test_a_run_that_is_killed_is_out_of_memory_if_the_kernel_says_so(
     assert "SIGKILL" in record.reason
 
 
+@pytest.mark.slow
 def test_every_method_of_a_seed_sees_the_same_batches(toy: Path, make_spec, tmp_path: Path) -> None:
     def digest(method: str, seed: int) -> str | None:
         return run_here(make_spec(method=method, seed=seed, **QUICKLY), tmp_path).train_batches_sha256
@@ -277,7 +278,14 @@ def test_a_loss_that_explodes_in_the_last_step_is_divergence(toy: Path, make_spe
     assert "on held-out items" in record.reason
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "pissa", "ia3", "qlora", "loftq"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "lora",
+        "qlora",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "adalora", "pissa", "ia3", "loftq")),
+    ],
+)
 def test_a_merged_model_computes_what_the_adapter_computes(method: str, toy: Path, make_spec, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
