@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
+
 MODULES = 39
 """Modules that a run of LoRA passes through."""
 
