@@ -14,6 +14,7 @@ MODELS_FILE = EXPERIMENTS / "models.yaml"
 TASKS_FILE = EXPERIMENTS / "tasks.yaml"
 CLAIMS_FILE = EXPERIMENTS / "claims.yaml"
 CLAIMS_HISTORY = EXPERIMENTS / "claims-history.yaml"
+FINDINGS_FILE = EXPERIMENTS / "findings.yaml"
 
 RESOURCES = Path("resources")
 MODELS_FOLDER = RESOURCES / "models"
@@ -35,6 +36,7 @@ MEMORY_FOLDER = RESULTS / "memory"
 
 CLAIMS_RESULTS = RESULTS / "claims.json"
 CLAIMS_PAGE = REPORTS / "claims.html"
+FINDINGS_PAGE = REPORTS / "findings.md"
 """The claims page. Its Markdown version is in the same folder."""
 
 REPOSITORY = Path(__file__).parent.parent.parent

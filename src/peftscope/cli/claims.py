@@ -36,6 +36,7 @@ def claims(
     from peftscope.claims.stored import read_findings, stored_measurements
     from peftscope.hardware.device import processor_name
     from peftscope.report.claims import sentence, spoken_finding, write_claims_page
+    from peftscope.report.findings import write_findings
 
     ledger = read_ledger()
     known = {claim.id: claim for claim in ledger}
@@ -61,6 +62,7 @@ def claims(
         found = [finding.to_json(hardware.get(finding.claim.id) or here, history) for finding in measured]
     if write:
         page = write_claims_page(ledger, found)
+        write_findings(ledger, found)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
         return

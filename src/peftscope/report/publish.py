@@ -21,6 +21,7 @@ from peftscope.layout import (
     CLAIMS_HISTORY,
     CLAIMS_PAGE,
     CLAIMS_RESULTS,
+    FINDINGS_PAGE,
     MEMORY_FOLDER,
     PUBLISHED_REPORTS,
     PUBLISHED_RESULTS,
@@ -69,7 +70,7 @@ def publish_claims() -> list[Path]:
         InputError: They were not measured yet, one is too large to commit, or a claim is decided otherwise than in the
             published file and its history does not say why.
     """
-    pages = [CLAIMS_PAGE, CLAIMS_PAGE.with_suffix(".md")]
+    pages = [CLAIMS_PAGE, CLAIMS_PAGE.with_suffix(".md"), FINDINGS_PAGE]
     targets = {CLAIMS_RESULTS: PUBLISHED_RESULTS, **dict.fromkeys(pages, PUBLISHED_REPORTS)}
     if not all(path.is_file() for path in targets):
         raise InputError(Problem(str(CLAIMS_RESULTS), "not finished", "run make claims"))

@@ -1,0 +1,140 @@
+"""Renders the page of findings: what the studies say by topic, what each study cost, and what it decided. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from peftscope.claims.ledger import Claim
+from peftscope.claims.verdict import Verdict
+from peftscope.errors import InputError, Problem, close_match
+from peftscope.files.content import read_yaml
+from peftscope.files.problems import dotted, problems_of
+from peftscope.layout import FINDINGS_FILE, FINDINGS_PAGE, PUBLISHED_RESULTS, results_folder, shipped
+from peftscope.planning.estimate import spoken
+from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
+from peftscope.report.claims import spoken_finding
+from peftscope.report.tables import markdown_cell, markdown_text
+
+ORDER = [Verdict.WRONG, Verdict.IN_PART, Verdict.HOLDS, Verdict.OPEN]
+"""What surprises comes first."""
+
+
+class Topic(BaseModel):
+    """One part of the page.
+
+    Attributes:
+        title: The question.
+        claims: The ids of the claims that answer it.
+        larger: What a larger model might change, and why.
+        papers: Where the papers say something else, or measure otherwise.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    title: str
+    claims: list[str]
+    larger: str
+    papers: str
+
+
+class _Topics(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    topics: list[Topic]
+
+
+def read_topics(known: Sequence[str]) -> list[Topic]:
+    """Returns the topics of ``experiments/findings.yaml``.
+
+    Raises:
+        InputError: The file has problems, or names a claim that is not known.
+    """
+    path = shipped(FINDINGS_FILE)
+    try:
+        topics = _Topics.model_validate(read_yaml(path)).topics
+    except ValidationError as error:
+        raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc)}", set(Topic.model_fields))) from None
+    lost = [
+        Problem(f"{path}: {topic.title}", f"no such claim (got {name})", close_match(name, known))
+        for topic in topics
+        for name in topic.claims
+        if name not in known
+    ]
+    if lost:
+        raise InputError(lost)
+    return topics
+
+
+def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]]) -> Path:
+    """Renders ``findings.md`` from the verdicts on all claims and the results of the studies, and returns its path."""
+    by_id = {finding["id"]: finding for finding in findings}
+    environment = Environment(
+        loader=PackageLoader("peftscope.report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: markdown_text(str(value)),
+    )
+    environment.filters["cell"] = markdown_cell
+    page = environment.get_template("findings.md.j2").render(
+        topics=[_topic(topic, by_id) for topic in read_topics([claim.id for claim in claims])],
+        studies=[_study(name, findings) for name in experiment_names() if _is_judged(name, findings)],
+        statements={claim.id: claim.statement for claim in claims},
+    )
+    FINDINGS_PAGE.parent.mkdir(parents=True, exist_ok=True)
+    FINDINGS_PAGE.write_text(page)
+    return FINDINGS_PAGE
+
+
+def _topic(topic: Topic, by_id: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    found = [by_id[name] for name in topic.claims if name in by_id]
+    decided = [finding for finding in found if finding["verdict"] in ORDER]
+    return {
+        **topic.model_dump(),
+        "found": [
+            {
+                "id": finding["id"],
+                "verdict": finding["verdict"].capitalize(),
+                "found": spoken_finding(finding),
+                "basis": "; ".join(filter(None, (finding["known"], finding["scope"]))),
+            }
+            for finding in sorted(decided, key=lambda finding: ORDER.index(finding["verdict"]))
+        ],
+        "waiting": [finding["id"] for finding in found if finding["verdict"] == Verdict.NOT_RUN],
+    }
+
+
+def _parts_on(experiment: str, finding: dict[str, Any]) -> bool:
+    """Returns whether a part that decides a claim rests on the runs of an experiment."""
+    return any(
+        experiment in (part["with"].get("study"), part["with"].get("experiment"))
+        for part in finding["parts"]
+        if part["role"] != "beside"
+    )
+
+
+def _is_judged(experiment: str, findings: list[dict[str, Any]]) -> bool:
+    is_study = read_experiment(experiment_path(experiment)).study is not None
+    return is_study or any(_parts_on(experiment, finding) for finding in findings)
+
+
+def _study(name: str, findings: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns one row of the table of studies: its question, what it cost, and the claims that rest on it."""
+    settings = read_experiment(experiment_path(name))
+    paths = [folder / "runs.csv" for folder in (results_folder(name), PUBLISHED_RESULTS / name)]
+    runs = next((pd.read_csv(path) for path in paths if path.is_file()), pd.DataFrame({"status": []}))
+    ended = runs[runs["status"].isin(["ok", "diverged", "oom"])]
+    return {
+        "name": name,
+        "title": settings.title,
+        "runs": len(ended),
+        "listed": len(runs),
+        "work": spoken(float(ended["wall_seconds"].sum())) if len(ended) else "-",
+        "claims": ", ".join(f"{f['id']} {f['verdict']}" for f in findings if _parts_on(name, f)) or "-",
+    }

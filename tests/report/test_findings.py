@@ -1,0 +1,38 @@
+"""The page of findings: topics name real claims, what surprises comes first, and studies show what they decide."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from peftscope.claims.ledger import read_ledger
+from peftscope.claims.stored import read_findings
+from peftscope.errors import InputError
+from peftscope.report.findings import read_topics, write_findings
+
+
+def test_the_page_says_what_was_found_and_what_waits(own_folder: Path, repository: Path) -> None:
+    findings = read_findings(repository / "results/published/claims.json")
+    by_id = {finding["id"]: finding for finding in findings}
+    topic = {"title": "One topic", "claims": ["S34", "S97", "S6"], "larger": "More.", "papers": "Other."}
+    Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic]}))
+    by_id["S34"]["verdict"], by_id["S97"]["verdict"], by_id["S6"]["verdict"] = "holds", "not run", "wrong"
+    page = write_findings(read_ledger(), findings).read_text()
+    assert page.index("**S6**") < page.index("**S34**") < page.index("Not run yet: S97")
+    assert "**Wrong**" in page and "**Holds**" in page
+    (row,) = [line for line in page.splitlines() if line.startswith("| variants-60 |")]
+    deciding = [
+        f["id"]
+        for f in findings
+        if any(p["with"].get("study") == "variants-60" and p["role"] != "beside" for p in f["parts"])
+    ]
+    assert all(f"{name} {by_id[name]['verdict']}" in row for name in deciding)
+
+
+def test_a_topic_that_names_no_claim_is_refused(own_folder: Path) -> None:
+    topic = {"title": "One topic", "claims": ["S3456"], "larger": "More.", "papers": "Other."}
+    Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic]}))
+    with pytest.raises(InputError, match=r"findings\.yaml: One topic: no such claim \(got S3456\)"):
+        read_topics([claim.id for claim in read_ledger()])
