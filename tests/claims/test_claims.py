@@ -20,6 +20,7 @@ from peftscope.claims.verdict import Rule, Verdict, judge, spoken_outcome
 from peftscope.cli.main import main
 from peftscope.errors import InputError
 from peftscope.report.claims import sentence, write_claims_page
+from peftscope.report.findings import write_findings
 from peftscope.report.publish import publish
 
 ENTRY: dict[str, Any] = {
@@ -310,8 +311,11 @@ def test_verdicts_are_published_only_with_reasons_for_what_changed(own_folder: P
         Path("experiments/claims.yaml").write_text(yaml.safe_dump({"claims": [entry]}))
         Path("experiments/claims-history.yaml").write_text(yaml.safe_dump({"changes": changes}))
         ledger = read_ledger()
-        write_claims_page(ledger, [finding.to_json("", read_history()) for finding in evaluate(ledger, ledger)])
+        findings = [finding.to_json("", read_history()) for finding in evaluate(ledger, ledger)]
+        write_claims_page(ledger, findings)
+        write_findings(ledger, findings)
 
+    Path("experiments/findings.yaml").write_text("topics: []")
     write(ENTRY, [])
     publish("claims")
     write(kinder, [])
