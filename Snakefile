@@ -121,9 +121,9 @@ rule train:
         keep_weights="adapters",
     params:
         spec=WORKFLOW.spec_json,
-        shared=WORKFLOW.shared,
+        options=WORKFLOW.options,
     shell:
-        "python -m peftscope run {params.spec:q} --threads {threads} --output $(dirname {output.record:q}) --checkpoint-seconds {resources.checkpoint_seconds} --attempts-left {resources.attempts_left} --keep-weights {resources.keep_weights} {params.shared} > {log} 2>&1"
+        "python -m peftscope run {params.spec:q} --threads {threads} --output $(dirname {output.record:q}) --checkpoint-seconds {resources.checkpoint_seconds} --attempts-left {resources.attempts_left} --keep-weights {resources.keep_weights} {params.options} > {log} 2>&1"
 
 
 # A study's learning rates, in two steps: the rates of fine grids follow from the listed ones, and the runs that are

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -252,6 +253,35 @@ def is_restored(run: Path) -> bool:
 def in_adapter(name: str) -> bool:
     """Returns whether a file of a run's folder holds weights or describes them."""
     return name.startswith("adapter/")
+
+
+def steps_at(shares: Sequence[float], steps: int) -> list[int]:
+    """Returns the steps at shares of a training, in ascending order and at least 1.
+
+    >>> steps_at([0.25, 1], 160), steps_at([0.01, 0.02], 10)
+    ([40, 160], [1])
+    """
+    return sorted({max(1, round(share * steps)) for share in shares})
+
+
+def kept_path(run: Path, step: int) -> Path:
+    """Returns the file of the trained weights that a run keeps after a step."""
+    return run / "kept" / f"step-{step:06d}.safetensors"
+
+
+def measured_path(run: Path) -> Path:
+    """Returns the file of what was measured on the weights that a run keeps."""
+    return run / "weights.csv"
+
+
+def lacks_kept(run: Path, record: RunRecord, shares: Sequence[float]) -> bool:
+    """Returns whether a run that ended well has to be repeated, for the weights at shares of its training.
+
+    It has not if its weights were measured, or if it was restored from published results.
+    """
+    if record.status != "ok" or is_restored(run) or measured_path(run).is_file():
+        return False
+    return not all(kept_path(run, step).is_file() for step in steps_at(shares, record.spec.steps))
 
 
 def clear_checkpoints(run: Path) -> None:

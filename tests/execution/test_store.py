@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from peftscope.cli.main import app
@@ -19,7 +20,8 @@ from peftscope.execution.merge import find_run
 from peftscope.execution.phases import Phases
 from peftscope.execution.run import execute
 from peftscope.execution.store import move_runs
-from peftscope.layout import PUBLISHED_RESULTS, record_path, results_folder, run_folder
+from peftscope.files.atomic import write_json
+from peftscope.layout import PUBLISHED_RESULTS, record_path, results_folder, run_folder, tuned_path
 from peftscope.planning.plan import Workflow, load_workflow, plan_experiment
 from peftscope.planning.published import (
     LARGEST_BYTES,
@@ -29,7 +31,15 @@ from peftscope.planning.published import (
     write_runs,
 )
 from peftscope.planning.sweep import expand
-from peftscope.record import finished_record, is_restored, parse_record, write_record
+from peftscope.record import (
+    finished_record,
+    is_restored,
+    kept_path,
+    lacks_kept,
+    measured_path,
+    parse_record,
+    write_record,
+)
 from peftscope.report.publish import processor_of, restore
 from peftscope.spec import run_id
 
@@ -161,3 +171,69 @@ def test_weights_stay_only_where_they_are_asked_for(
         shutil.copytree(folder, run_folder(folder.name), dirs_exist_ok=True)
         with pytest.raises(InputError, match="its weights were dropped"):
             find_run(folder.name)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_keeping_weights_along_a_training_changes_no_byte_of_it(
+    method: str, toy: Path, make_spec: Any, tmp_path: Path
+) -> None:
+    """Dropout draws from the generators that a write must leave alone."""
+    from safetensors.torch import load_file
+
+    dropout = {"dropout": 0.1} if method == "lora" else {}
+    spec = make_spec(method=method, steps=4, generation_items=0, validation_items=8, validation_every=2, **dropout)
+    records = {}
+    for name, shares in {"plain": (), "kept": (0.25, 1)}.items():
+        phases = Phases("cpu", time.perf_counter())
+        phases.mark_imported()
+        records[name] = execute(spec, tmp_path / name, phases, keep_weights="all", keep_at=shares)
+    plain, kept = records["plain"], records["kept"]
+    # Among the files are the items' losses and the trained weights.
+    assert (kept.train_nll, kept.quality, kept.files) == (plain.train_nll, plain.quality, plain.files)
+    files = sorted((tmp_path / "kept" / "kept").iterdir())
+    assert files == [kept_path(tmp_path / "kept", step) for step in (1, 4)]
+    assert not (tmp_path / "plain" / "kept").exists()
+    first, last = map(load_file, files)
+    saved = next((tmp_path / "kept" / "adapter").glob("*.safetensors"))
+    final = {name.replace(".default", ""): tensor for name, tensor in last.items()}
+    assert all(torch.equal(tensor, final[name]) for name, tensor in load_file(saved).items())
+    assert not all(torch.equal(last[name], tensor) for name, tensor in first.items())
+    # A finished run is repeated for weights that it lacks, unless they were measured.
+    assert lacks_kept(tmp_path / "plain", plain, (1,)) and lacks_kept(tmp_path / "kept", kept, (0.5,))
+    assert not lacks_kept(tmp_path / "kept", kept, (1,)) and not lacks_kept(tmp_path / "plain", plain, ())
+    measured_path(tmp_path / "plain").write_text("")
+    assert not lacks_kept(tmp_path / "plain", plain, (1,))
+
+
+def test_a_study_keeps_the_weights_of_its_pairs_and_not_of_its_tuning(own: Any) -> None:
+    study = """
+keep_at: [0.5, 1]
+runs: [{method: none}, {method: full}]
+study:
+  arms: {lora: {method: lora}}
+  learning_rates: {lora: [1.0e-4, 1.0e-3, 1.0e-2]}
+  tuning_seeds: [10]
+  seeds: [0, 1]
+  controls: {lora: [zero-lr]}
+"""
+    own("mine", SHORT + study)
+    own("other", SHORT + "seeds: [0]\naxes: {method: [full]}\n")
+    write_json(coarse := tuned_path("mine"), {"arms": {}})
+    tried = [{"learning_rate": s.learning_rate, "run_ids": [r]} for r, s in expand("mine").runs.items() if s.seed == 10]
+    write_json(coarse, {"arms": {"lora": {"learning_rate": 0.001, "tried": tried}}})
+    workflow = load_workflow({"experiment": "mine other"})
+    options = {run: workflow.options(SimpleNamespace(run_id=run)) for run in workflow.runs}
+    keeping = {run for run, said in options.items() if "--keep-at 0.5,1" in said}
+    specs = {(s.method.name, s.seed, s.learning_rate) for s in map(workflow.runs.__getitem__, keeping)}
+    assert specs == {("full", 0, workflow.runs[next(r for r in keeping if r.startswith("full"))].learning_rate)} | {
+        ("lora", seed, 0.001) for seed in (0, 1)
+    }
+    # The run of `other` has the machine to itself, and keeps its weights because `mine` asks for them.
+    assert sorted(options[run] for run in keeping) == ["--keep-at 0.5,1", *["--shared --keep-at 0.5,1"] * 2]
+
+
+@pytest.mark.parametrize("shares", ["0.5,x", "0", "1.5", "nan"])
+def test_shares_that_are_none_are_refused(shares: str, toy: Path, make_spec: Any) -> None:
+    spec = json.dumps(make_spec().canonical())
+    result = CliRunner().invoke(app, ["run", spec, "--keep-at", shares])
+    assert result.exit_code != 0 and "--keep-at: not a share of the training" in str(result.exception)

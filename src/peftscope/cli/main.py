@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from contextlib import suppress
@@ -84,6 +85,9 @@ def run(
     keep_weights: Annotated[
         str, typer.Option(help="Which trained weights stay: all, adapters (not a fully fine-tuned model), or none.")
     ] = "adapters",
+    keep_at: Annotated[
+        str, typer.Option(help="Shares of the training after which the trained weights are written, as in 0.5,1.")
+    ] = "",
     shared: Annotated[bool, typer.Option(help="Other runs share the machine: speed is not measured.")] = False,
 ) -> None:
     """Train and measure one run; writes its record whatever happens."""
@@ -105,7 +109,22 @@ def run(
     kept = next((choice for choice in get_args(KeepWeights) if choice == keep_weights), None)
     if kept is None:
         raise InputError(Problem("--keep-weights", f"unknown (got {keep_weights!r})", "use all, adapters or none"))
-    Job(resolved, folder, threads, checkpoint_seconds, attempts_left, kept, not shared).start()
+    shares = _read_shares(keep_at)
+    if shares and resolved.shards > 1:
+        raise InputError(Problem("--keep-at", f"does not work with shards={resolved.shards}", "leave it out"))
+    Job(resolved, folder, threads, checkpoint_seconds, attempts_left, kept, not shared, shares).start()
+
+
+def _read_shares(text: str) -> list[float]:
+    shares = []
+    for part in filter(None, text.split(",")):
+        try:
+            shares.append(float(part))
+        except ValueError:
+            shares.append(math.nan)
+        if not 0 < shares[-1] <= 1:
+            raise InputError(Problem("--keep-at", f"not a share of the training (got {part!r})", "as in 0.25,0.5,1"))
+    return shares
 
 
 def _read_spec(text: str) -> tuple[dict[str, Any], Path]:

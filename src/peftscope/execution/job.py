@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from peftscope.record import (
     Status,
     clear_checkpoints,
     finished_record,
+    lacks_kept,
     read_record,
     state_folder,
     write_record,
@@ -53,6 +55,7 @@ class Job:
         attempts_left: How many more times the caller will retry, with more host memory each time.
         keep_weights: The trained weights that stay when the run has ended.
         alone: Whether no other run shares the machine; only then are speed and the device's rates measured.
+        keep_at: The shares of the training after which the trained weights are written.
     """
 
     spec: RunSpec
@@ -62,6 +65,7 @@ class Job:
     attempts_left: int
     keep_weights: KeepWeights = "adapters"
     alone: bool = True
+    keep_at: Sequence[float] = ()
 
     def start(self) -> None:
         """Runs the spec and ends this process, or restores the record if an earlier job finished the run.
@@ -75,7 +79,7 @@ class Job:
         with locked(state_folder(self.folder) / "lock"):
             write_json(self.folder / "spec.json", self.spec.model_dump(mode="json"))
             record = finished_record(self.folder, identity)
-            if record is not None:
+            if record is not None and not lacks_kept(self.folder, record, self.keep_at):
                 write_record(self.folder / "record.json", record)
                 (self.folder / "interrupted.json").unlink(missing_ok=True)
                 message = f"{identity}: {record.status}, finished by an earlier job; to repeat it, remove {self.folder}"
@@ -212,7 +216,9 @@ class Job:
             torch.set_num_threads(max(1, (self.threads or torch.get_num_threads()) // spec.shards))
         phases = Phases(spec.device, began)
         phases.mark_imported(verified_seconds)
-        return execute(spec, self.folder, phases, self.checkpoint_seconds, rank, self.keep_weights, self.alone)
+        return execute(
+            spec, self.folder, phases, self.checkpoint_seconds, rank, self.keep_weights, self.alone, self.keep_at
+        )
 
 
 def check_cards(count: int) -> None:

@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -54,7 +54,9 @@ from peftscope.record import (
     Size,
     Status,
     clear_checkpoints,
+    kept_path,
     state_folder,
+    steps_at,
     write_record,
 )
 from peftscope.spec import RunSpec, run_id
@@ -79,6 +81,7 @@ class _Run:
     record: RunRecord
     keep_weights: KeepWeights
     alone: bool
+    keep_at: Sequence[float] = ()
     log: TrainingLog = field(default_factory=TrainingLog)
 
 
@@ -134,6 +137,7 @@ def execute(
     rank: int = 0,
     keep_weights: KeepWeights = "adapters",
     alone: bool = True,
+    keep_at: Sequence[float] = (),
 ) -> RunRecord:
     """Runs a spec and writes ``record.json``, ``items.jsonl`` and ``adapter/`` into ``folder``.
 
@@ -145,6 +149,7 @@ def execute(
         rank: The rank of this process in a sharded run. All but the first write into a folder below.
         keep_weights: The trained weights to keep. Dropping them changes no measurement.
         alone: Whether no other run shares the machine. Only then are speed and the device's rates measured.
+        keep_at: The shares of the training after which the trained weights are written. It changes no measurement.
 
     Returns:
         The record, with any status except ``interrupted``.
@@ -161,7 +166,7 @@ def execute(
     folder.mkdir(parents=True, exist_ok=True)
     record = RunRecord(run_id=run_id(spec), status="ok", spec=spec)
     checkpoints = Checkpoints(state_folder(folder), spec, checkpoint_seconds)
-    run = _Run(spec, folder, phases, checkpoints, record, keep_weights, alone)
+    run = _Run(spec, folder, phases, checkpoints, record, keep_weights, alone, keep_at)
     file = "record.json"
     try:
         record.provenance = provenance(spec, rank) | {"alone": alone}
@@ -288,11 +293,30 @@ def _train(run: _Run, trained: TrainedModel, data: _Data, widest: _Widest) -> No
             with run.phases.aside("train", "evaluate"):
                 return _validate(trained, data, spec)
 
-        train(trained, batches, spec, run.log, run.checkpoints, rehearsal, validate)
+        kept_steps = steps_at(run.keep_at, spec.steps)
+
+        def keep(step: int) -> None:
+            if step in kept_steps:
+                with run.phases.aside("train", "evaluate"):
+                    _keep(run, trained.model, step)
+
+        train(trained, batches, spec, run.log, run.checkpoints, rehearsal, validate, keep)
     if record.provenance["card"]:
         record.provenance["card"]["after_training"] = card_reading()
     record.train_batches_sha256 = digest.hexdigest()
     record.method_metrics = spec.method.metrics(trained.model)
+
+
+def _keep(run: _Run, model: Any, step: int) -> None:
+    """Writes the trained weights as they are after a step, for later measurements on them."""
+    from safetensors.torch import save_file
+
+    path = kept_path(run.folder, step)
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    save_file(weights, unfinished)
+    unfinished.replace(path)
 
 
 def _validate(trained: TrainedModel, data: _Data, spec: RunSpec) -> float:

@@ -20,7 +20,7 @@ from peftscope.layout import run_folder
 from peftscope.planning.estimate import spoken
 from peftscope.planning.plan import Plan, check_disk, plan_experiment
 from peftscope.planning.sweep import Sweep, expand
-from peftscope.record import finished_record, read_record
+from peftscope.record import finished_record, lacks_kept, read_record
 from peftscope.spec import RunSpec
 
 STOP_SECONDS = 50.0
@@ -90,7 +90,9 @@ def run_sweep(
                 return outcome
             _say(f"{len(ended) + 1}/{len(ended) + len(left)} {identity} (about {spoken(pace.seconds(*left))} to go)")
             began = time.monotonic()
-            status = run_apart(identity, spec, run_folder(identity), deadline=deadline)
+            shares = ",".join(map(str, plan.keep_at(identity)))
+            options = ["--keep-at", shares] if shares else []
+            status = run_apart(identity, spec, run_folder(identity), *options, deadline=deadline)
             pace.add(spec, time.monotonic() - began)
             ended.add(identity)
             _say(f"  {status} after {spoken(time.monotonic() - began)}")
@@ -106,7 +108,8 @@ def run_sweep(
 
 
 def _finished(plan: Plan) -> set[str]:
-    return {run for run in plan.run_ids if finished_record(run_folder(run), run)}
+    records = {run: finished_record(run_folder(run), run) for run in plan.run_ids}
+    return {run for run, r in records.items() if r and not lacks_kept(run_folder(run), r, plan.keep_at(run))}
 
 
 def _expected(plan: Plan) -> dict[str, RunSpec]:

@@ -216,6 +216,10 @@ class Experiment(BaseModel):
     study: Study | None = None
     exclude: list[Exclusion] = []
     seeds: Annotated[list[CountOrZero], Field(min_length=1)] = [0]
+    keep_at: Annotated[
+        list[Annotated[float, Field(gt=0, le=1)]],
+        Field(description="shares of the training after which a study's pairs, and single runs, keep their weights"),
+    ] = []
 
     @model_validator(mode="after")
     def _study_has_its_base(self) -> Experiment:

@@ -8,7 +8,7 @@ import math
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.device import Device, detect_device, find_compiler
 from peftscope.layout import MODELS_FILE, TASKS_FILE, record_path, results_folder
 from peftscope.models.catalog import BaseModelEntry, HubSource, WheelSource, find_model, model_folder
-from peftscope.planning.cells import FINE, TUNING
+from peftscope.planning.cells import ARM, FINE, TUNING
 from peftscope.planning.experiment import experiment_path
 from peftscope.planning.sweep import Sweep, expand
 from peftscope.spec import RunSpec
@@ -81,6 +81,14 @@ class Plan:
     def has_fine_grids(self) -> bool:
         """Whether the experiment is a study that tries more rates around the best of its first ones."""
         return self.sweep.experiment.study is not None and bool(self.sweep.experiment.study.fine_seeds)
+
+    def keep_at(self, run: str) -> list[float]:
+        """Returns the shares of its training after which a run keeps its weights: of a study, not if it tunes."""
+        spec, shares = self.sweep.runs.get(run), self.sweep.experiment.keep_at
+        if not shares or spec is None or not spec.method.trains:
+            return []
+        groups = [c.name for c in self.sweep.comparisons if run in c.runs]
+        return shares if not self.is_study or any(name == "runs" or name.startswith(ARM) for name in groups) else []
 
     @cached_property
     def ladders(self) -> list[str]:
@@ -160,9 +168,11 @@ class Workflow:
         """
         return 1 if self.shares_machine(wildcards.run_id) else MOST_THREADS
 
-    def shared(self, wildcards: Any) -> str:
-        """Returns the option of a run that shares the machine."""
-        return "--shared" if self.shares_machine(wildcards.run_id) else ""
+    def options(self, wildcards: Any) -> str:
+        """Returns the options of a run that shares the machine, or keeps weights along its training."""
+        shares = {share for plan in self.plans.values() for share in plan.keep_at(wildcards.run_id)}
+        kept = f"--keep-at {','.join(f'{share:g}' for share in sorted(shares))}" if shares else ""
+        return " ".join(filter(None, ["--shared" if self.shares_machine(wildcards.run_id) else "", kept]))
 
     def shares_machine(self, run: str) -> bool:
         """Returns whether a run has one thread, beside as many others as there are cores.
@@ -253,7 +263,9 @@ def load_workflow(config: dict[str, Any]) -> Workflow:
         else [Problem(str(Path.cwd()), "cannot be written", STORAGE_REMEDIES[errno.EACCES])]
     )
     runs = {identity: spec for plan in plans for identity, spec in plan.sweep.runs.items()}
-    problems += check_disk({identity: spec for identity, spec in runs.items() if not record_path(identity).is_file()})
+    to_do = {identity: spec for identity, spec in runs.items() if not record_path(identity).is_file()}
+    kept = {identity: max(len(plan.keep_at(identity)) for plan in plans) for identity in to_do}
+    problems += check_disk(to_do, kept=kept)
     if problems:
         raise InputError(problems)
     _loaded.append(Workflow(plans))
@@ -363,8 +375,11 @@ def _means(written: Any, source: BaseModel) -> bool:
         return False
 
 
-def disk_bytes(runs: dict[str, RunSpec]) -> int:
-    """Returns what downloads and results of runs will take, and some to spare."""
+def disk_bytes(runs: dict[str, RunSpec], kept: Mapping[str, int] | None = None) -> int:
+    """Returns what downloads and results of runs will take, and some to spare.
+
+    ``kept`` says of runs how many times they write their trained weights along the training.
+    """
     needed = SPARE_BYTES
     for name in {spec.model for spec in runs.values()}:
         try:
@@ -377,6 +392,8 @@ def disk_bytes(runs: dict[str, RunSpec]) -> int:
             mine = [spec for spec in runs.values() if spec.model == name]
             sizes = [spec.method.trainable_parameters(entry.shape) * (2 if _saves_bf16(spec) else 4) for spec in mine]
             saved = [(spec.method.trains_base, size) for spec, size in zip(mine, sizes, strict=True)]
+            points = [(kept or {}).get(identity, 0) for identity, spec in runs.items() if spec.model == name]
+            needed += sum(count * size for count, (_, size) in zip(points, saved, strict=True))
             # Adapters stay. The weights of a fully fine-tuned model are measured and removed again.
             needed += sum(size for whole, size in saved if not whole)
             needed += max((size for whole, size in saved if whole), default=0)
@@ -396,9 +413,11 @@ def _saves_bf16(spec: RunSpec) -> bool:
     return spec.method.trains_base and spec.precision == "bf16"
 
 
-def check_disk(runs: dict[str, RunSpec], free_bytes: int | None = None) -> list[Problem]:
-    """Returns a problem if downloads and results would not fit on the disk."""
-    needed = disk_bytes(runs)
+def check_disk(
+    runs: dict[str, RunSpec], free_bytes: int | None = None, kept: Mapping[str, int] | None = None
+) -> list[Problem]:
+    """Returns a problem if downloads and results would not fit on the disk; ``kept`` as in ``disk_bytes``."""
+    needed = disk_bytes(runs, kept)
     free = shutil.disk_usage(Path()).free if free_bytes is None else free_bytes
     if free >= needed:
         return []

@@ -71,13 +71,14 @@ def train(
     checkpoints: Checkpoints,
     rehearsal: Batch | None = None,
     validate: Callable[[], float] | None = None,
+    keep: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Trains for ``spec.steps`` steps and logs each of them, so that a failed run keeps its loss curve.
 
     Training resumes from the last checkpoint if there is one. ``rehearsal`` is the widest batch. It is tried right
     after the first step, when the optimizer has its states, so that a run that will be out of memory fails early.
     ``validate`` returns the loss on the validation items. It is called every ``spec.validation_every`` steps before the
-    last one.
+    last one. ``keep`` is called after every step, with the number of steps done.
 
     Raises:
         Diverged: The loss is not finite, or above ``EXPLODED`` times the loss of a uniform guess.
@@ -132,6 +133,7 @@ def train(
                 model.train()
                 check_loss(validated, trained.vocab_size, spec, f"on validation items after step {step + 1}")
                 log.validation_nll[step + 1] = validated
+            keep(step + 1)
             if anywhere(bool(stopped()) or checkpoints.due, spec):
                 checkpoints.save(state)
                 if anywhere(bool(stopped()), spec):  # a signal came before or during the save
