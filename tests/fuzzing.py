@@ -145,6 +145,8 @@ def specs(draw: st.DrawFn, names: tuple[str, ...] = tuple(METHODS)) -> RunSpec:
             top["batch_size"] = top["shards"] * draw(st.integers(1, 20))
     if not top.get("validation_items") or top.get("compile"):
         top["validation_every"] = 0
+    if not top.get("retention_tokens", 1) or top.get("compile"):
+        top["retention_every"] = 0
     if not built.mergeable or top.get("shards", 1) > 1:
         top["latency_tokens"] = 0
     return RunSpec(method=built, **top)

@@ -177,6 +177,7 @@ class Quality(_Part):
         judged_items: The number of these items.
         judged_entropy_bits: The entropy of all their responses; 0 where the task does not know it.
         validation_curve: The validation nll along the training, by the number of steps done.
+        retention_curve: The bits per byte on prose along the training, by the number of steps done.
     """
 
     judged_on: Literal["test", "train"] = "test"
@@ -190,6 +191,7 @@ class Quality(_Part):
     exact_match_items: int | None = None
     retention_bits_per_byte_before: float | None = None
     retention_bits_per_byte: float | None = None
+    retention_curve: dict[int, float] = {}
 
 
 class Size(_Part):

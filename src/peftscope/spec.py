@@ -102,6 +102,9 @@ class RunSpec(BaseModel):
     retention_tokens: Annotated[
         CountOrZero, Field(description="tokens of English prose, before and after; 0: none")
     ] = 1024
+    retention_every: Annotated[
+        CountOrZero, Field(description="steps between scores on English prose while it trains; 0: none")
+    ] = 0
     benchmarks: Annotated[
         tuple[Annotated[str, Field(pattern=f"^{BENCHMARK_PATTERN}$", max_length=LONGEST_NAME)], ...],
         Field(description="lm-eval's own tasks, scored after training; the run of the base gives the score before"),
@@ -137,8 +140,11 @@ class RunSpec(BaseModel):
             )
         if self.validation_every and not self.validation_items:
             raise ValueError(f"validation_every={self.validation_every} needs validation_items above 0")
-        if self.validation_every and self.compile:
-            raise ValueError("validation_every does not work with compile, which compiles training only; use 0")
+        if self.retention_every and not self.retention_tokens:
+            raise ValueError(f"retention_every={self.retention_every} needs retention_tokens above 0")
+        for name in ("validation_every", "retention_every"):
+            if getattr(self, name) and self.compile:
+                raise ValueError(f"{name} does not work with compile, which compiles training only; use 0")
         if self.attention == "flash_attention_2" and (self.device == "cpu" or self.precision == "fp32"):
             raise ValueError("attention=flash_attention_2 needs a CUDA card and 16-bit precision; use sdpa")
         if self.packing and self.attention == "flash_attention_2":
@@ -209,7 +215,7 @@ _NO_MEMORY = {
         "task",
     ),
     *("validation_items", "validation_every", "heldout_items", "generation_items", "retention_tokens"),
-    *("benchmarks", "benchmark_items", "untimed_steps", "probe_steps", "latency_tokens"),
+    *("retention_every", "benchmarks", "benchmark_items", "untimed_steps", "probe_steps", "latency_tokens"),
 }
 """Fields that change no shape, and so no memory; a method's scale alpha and its start are others."""
 

@@ -116,7 +116,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(
     "options",
     [
         {"optimizer": "adamw_8bit"},
-        pytest.param({"optimizer": "sgd"}, marks=pytest.mark.slow),
+        pytest.param({"optimizer": "sgd", "retention_tokens": 64, "retention_every": 2}, marks=pytest.mark.slow),
         pytest.param({"gradient_accumulation": 2}, marks=pytest.mark.slow),
         pytest.param({"packing": True}, marks=pytest.mark.slow),
         pytest.param({"precision": "amp", "schedule": "cosine", "warmup_steps": 3}, marks=pytest.mark.slow),

@@ -23,6 +23,7 @@ from peftscope.execution.phases import Phases
 from peftscope.execution.run import execute
 from peftscope.layout import PREDICTIONS_FOLDER
 from peftscope.memory.tracker import MemoryTracker, tensors_of
+from peftscope.planning.published import RETENTION, loss_rows
 from peftscope.record import RunRecord, read_record
 from peftscope.spec import RunSpec, run_id
 from peftscope.training.load import MASK_FREE_SDPA, MASK_FREE_SDPA_CPU, load_base, training_attention
@@ -55,6 +56,19 @@ def run_command(spec: RunSpec, folder: Path, hash_seed: str = "0") -> subprocess
         text=True,
         check=False,
     )
+
+
+def test_prose_is_scored_along_a_training_without_changing_it(toy: Path, make_spec, tmp_path: Path) -> None:
+    options = {"method": "lora", "dropout": 0.1, "learning_rate": 1e-2, "generation_items": 0, "probe_steps": 0}
+    plain, along = (run_here(make_spec(**options, retention_every=every), tmp_path / str(every)) for every in (0, 2))
+    assert along.train_nll == plain.train_nll and along.quality.heldout_nll == plain.quality.heldout_nll
+    assert along.quality.retention_bits_per_byte == plain.quality.retention_bits_per_byte
+    curve = along.quality.retention_curve
+    assert list(curve) == [2, 4] and plain.quality.retention_curve == {}
+    before, after = along.quality.retention_bits_per_byte_before, along.quality.retention_bits_per_byte
+    assert len({before, *curve.values(), after}) == 4
+    rows = loss_rows(along.model_dump(mode="json"))
+    assert [row[RETENTION] for row in rows] == [None, curve[2], None, curve[4], None, None]
 
 
 def test_a_record_holds_everything_that_a_cpu_can_measure(toy: Path, make_spec, tmp_path: Path) -> None:

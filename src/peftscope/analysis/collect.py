@@ -9,7 +9,7 @@ import pandas as pd
 
 from peftscope.errors import InputError, Problem
 from peftscope.layout import RENAMED, results_folder, run_folder
-from peftscope.planning.published import VALIDATION, loss_rows
+from peftscope.planning.published import RETENTION, VALIDATION, loss_rows
 from peftscope.planning.sweep import Sweep
 from peftscope.record import Damaged, Quality, RunRecord, recover_record
 from peftscope.spec import RunSpec
@@ -57,7 +57,7 @@ def collect_experiment(sweep: Sweep) -> None:
         raise InputError(problems)
     folder.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
-    columns = ["run_id", "step", "nll_nats_per_token", VALIDATION]
+    columns = ["run_id", "step", "nll_nats_per_token", VALIDATION, RETENTION]
     pd.DataFrame(losses, columns=columns).to_csv(folder / "losses.csv", index=False)
 
 
@@ -123,7 +123,7 @@ def row_of(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
         "exact_match_fraction": quality.exact_match,
         "exact_match_items": quality.exact_match_items,
         "retention_bits_per_byte_before": quality.retention_bits_per_byte_before,
-        "retention_bits_per_byte": quality.retention_bits_per_byte,
+        RETENTION: quality.retention_bits_per_byte,
     }
     row |= {name: value for name, value in record.size}
     row |= {f"{BENCHMARK}{name}_fraction": main_score(scores) for name, scores in record.benchmarks.items()}

@@ -6,16 +6,15 @@ A run writes a record however it ends, because a failure is a result too.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from peftscope.evaluation.retention import bits_per_byte
 from peftscope.execution.phases import Phases
 from peftscope.execution.provenance import card_reading, provenance
 from peftscope.execution.ranks import let_others_end_it, meeting_file, rank_folder
+from peftscope.execution.scores import score_answers, score_benchmarks, write_items
 from peftscope.execution.unavailable import NOT_LIMITED, why_unavailable
 from peftscope.files.manifest import file_sha256
 from peftscope.files.storage import storage_problem
@@ -63,6 +63,7 @@ from peftscope.spec import RunSpec, run_id
 from peftscope.training.build import build_model, compiled_layers, seed_everything
 from peftscope.training.ceilings import measure_ceilings
 from peftscope.training.checkpoint import Checkpoints
+from peftscope.training.kept import write_kept
 from peftscope.training.load import attention, load_base, load_tokenizer
 from peftscope.training.loop import Diverged, TrainingLog, check_loss, train
 from peftscope.training.shard import from_all, held_bytes, is_first, join, own_seed, shard, trained_state
@@ -198,6 +199,7 @@ def execute(
     finally:
         record.train_nll, record.train_loss = run.log.nll, run.log.loss
         record.quality.validation_curve = run.log.validation_nll
+        record.quality.retention_curve = run.log.retention
         if alone:
             run.log.write_speed(record.speed, spec)
         record.speed.matmul_share = _matmul_share(record)
@@ -288,35 +290,44 @@ def _train(run: _Run, trained: TrainedModel, data: _Data, widest: _Widest) -> No
         seed_everything(own_seed(spec.seed if spec.init_seed is None else spec.init_seed, spec))
         rehearsal = widest.training if spec.device == "cuda" else None
         batches = digested(_batches(data, spec), digest)
-
-        def validate() -> float:
-            with run.phases.aside("train", "evaluate"):
-                return _validate(trained, data, spec)
-
-        kept_steps = steps_at(run.keep_at, spec.steps)
-
-        def keep(step: int) -> None:
-            if step in kept_steps:
-                with run.phases.aside("train", "evaluate"):
-                    _keep(run, trained.model, step)
-
-        train(trained, batches, spec, run.log, run.checkpoints, rehearsal, validate, keep)
+        train(trained, batches, spec, run.log, run.checkpoints, rehearsal, partial(_follow, run, trained, data))
     if record.provenance["card"]:
         record.provenance["card"]["after_training"] = card_reading()
     record.train_batches_sha256 = digest.hexdigest()
     record.method_metrics = spec.method.metrics(trained.model)
 
 
-def _keep(run: _Run, model: Any, step: int) -> None:
-    """Writes the trained weights as they are after a step, for later measurements on them."""
-    from safetensors.torch import save_file
+def _follow(run: _Run, trained: TrainedModel, data: _Data, step: int) -> None:
+    """Measures what the spec asks for along the training, and keeps weights, after a step.
 
-    path = kept_path(run.folder, step)
-    path.parent.mkdir(exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    save_file(weights, unfinished)
-    unfinished.replace(path)
+    Raises:
+        Diverged: The loss on the validation items is not finite, or far above that of a uniform guess.
+    """
+    spec, model = run.spec, trained.model
+
+    def is_due(every: int) -> bool:
+        return bool(every) and step % every == 0 and step < spec.steps
+
+    if is_due(spec.validation_every):
+        with _evaluating(run, model):
+            nll = _validate(trained, data, spec)
+        check_loss(nll, trained.vocab_size, spec, f"on validation items after step {step}")
+        run.log.validation_nll[step] = nll
+    if is_due(spec.retention_every):
+        with _evaluating(run, model), attention(model, spec.attention):
+            run.log.retention[step] = bits_per_byte(model, data.tokenizer, spec)
+    if step in steps_at(run.keep_at, spec.steps):
+        with run.phases.aside("train", "evaluate"):
+            write_kept(kept_path(run.folder, step), model)
+
+
+@contextmanager
+def _evaluating(run: _Run, model: Any) -> Iterator[None]:
+    """Evaluates inside this context, in the middle of the training, and counts it to the phase ``evaluate``."""
+    model.eval()
+    with run.phases.aside("train", "evaluate"):
+        yield
+    model.train()
 
 
 def _validate(trained: TrainedModel, data: _Data, spec: RunSpec) -> float:
@@ -337,9 +348,9 @@ def _evaluate(run: _Run, trained: TrainedModel, data: _Data) -> None:
         nll = mean_nll(per_item)
         if spec.method.trains:
             check_loss(nll, trained.vocab_size, spec, "on held-out items")
-        answers = _answers(model, data, spec, record)
-        record.benchmarks = _benchmarks(model, data.tokenizer, spec)
-    _write_items(run.folder / "items.jsonl", data.items, per_item, answers)
+        answers = score_answers(model, data.tokenizer, spec, record, data.items)
+        record.benchmarks = score_benchmarks(model, data.tokenizer, spec)
+    write_items(run.folder / "items.jsonl", data.items, per_item, answers)
     record.quality.heldout_nll = nll
     record.quality.heldout_tokens = sum(count for _, count in per_item)
 
@@ -433,36 +444,3 @@ def _initial_size(model: Any) -> Size:
 def _matmul_share(record: RunRecord) -> float | None:
     useful, rate = record.speed.useful_flops_per_second, record.ceilings.matmul_flops_per_second
     return useful / (rate * record.spec.shards) if useful is not None and rate else None
-
-
-def _answers(model: Any, data: _Data, spec: RunSpec, record: RunRecord) -> list[dict[str, Any]]:
-    if not spec.generation_items:
-        return []
-    # This import is slow, and only these runs need it.
-    from peftscope.evaluation.answers import score_answers
-
-    began = time.perf_counter()
-    answers = score_answers(model, data.tokenizer, spec, data.items)
-    if record.provenance["alone"]:
-        record.speed.generation_seconds = time.perf_counter() - began
-    record.quality.exact_match = sum(row["correct"] for row in answers) / len(answers)
-    record.quality.exact_match_items = len(answers)
-    return answers
-
-
-def _benchmarks(model: Any, tokenizer: Any, spec: RunSpec) -> dict[str, dict[str, float]]:
-    if not spec.benchmarks:
-        return {}
-    from peftscope.evaluation.benchmarks import score_benchmarks
-
-    return score_benchmarks(model, tokenizer, spec)
-
-
-def _write_items(path: Path, items: Any, per_item: Any, answers: list[dict[str, Any]]) -> None:
-    by_item = {row["item"]: row for row in answers}
-    rows = []
-    for index, (item, (nll, tokens)) in enumerate(zip(items, per_item, strict=True)):
-        row = {"item": index, "prompt": item.prompt, "target": item.response, "nll": nll, "tokens": tokens}
-        answer = by_item.get(index)
-        rows.append(row | ({"answer": answer["answer"], "correct": answer["correct"]} if answer else {}))
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -36,7 +36,7 @@ ONE_THREAD_SLOWER = 1.55
 """How many times as long as on two threads a step takes on one of two cores, while the other has a run as well."""
 EVALUATION = (
     *("validation_items", "validation_every", "heldout_items"),
-    *("generation_items", "retention_tokens", "probe_steps"),
+    *("generation_items", "retention_tokens", "retention_every", "probe_steps"),
 )
 """The fields of a spec that decide how long a run takes outside of training."""
 

@@ -217,7 +217,8 @@ def _evaluation_flops(spec: RunSpec, shape: ModelShape) -> float:
     length = min(spec.seq_len, item_tokens(spec.task))
     validations = 1 + (spec.steps - 1) // spec.validation_every if spec.validation_every else 1
     scored = validations * spec.validation_items + spec.heldout_items + spec.generation_items
-    tokens = scored * length + 2 * spec.retention_tokens
+    retentions = 2 + ((spec.steps - 1) // spec.retention_every if spec.retention_every else 0)
+    tokens = scored * length + retentions * spec.retention_tokens
     items = spec.benchmark_items or BENCHMARK_ITEMS
     tokens += sum(
         items * (BENCHMARK_TOKENS if name in GENERATING else CHOICES * CHOICE_TOKENS) for name in spec.benchmarks

@@ -15,6 +15,8 @@ from peftscope.layout import PUBLISHED_RESULTS, published_paths
 
 VALIDATION = "validation_nll_nats_per_token"
 """The column of the loss on validation items: at the end of a run, or along its training."""
+RETENTION = "retention_bits_per_byte"
+"""The column of the score on English prose."""
 RECORDS, ITEMS, LOSSES = "records.parquet", "items.parquet", "losses.parquet"
 LARGEST_BYTES = 5_000_000
 """The size limit of a published file, above which it must not be committed."""
@@ -52,10 +54,10 @@ def write_runs(folder: Path, runs: Iterable[Path]) -> list[Path]:
 
 
 def loss_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns one row per training step of a record: its training loss and, where measured, its validation loss."""
-    along = record["quality"].get("validation_curve", {})
+    """Returns one row per training step of a record: its training loss and, where measured, what else was scored."""
+    along, prose = (record["quality"].get(f"{name}_curve", {}) for name in ("validation", "retention"))
     return [
-        {"step": step, "nll_nats_per_token": nll, VALIDATION: along.get(str(step))}
+        {"step": step, "nll_nats_per_token": nll, VALIDATION: along.get(str(step)), RETENTION: prose.get(str(step))}
         for step, nll in enumerate(record["train_nll"], 1)
     ]
 

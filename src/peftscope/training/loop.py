@@ -42,6 +42,7 @@ class TrainingLog:
     padded_tokens: list[int] = field(default_factory=list)
     useful_flops: list[int] = field(default_factory=list)
     validation_nll: dict[int, float] = field(default_factory=dict)
+    retention: dict[int, float] = field(default_factory=dict)
     paged_state_bytes: int | None = None
     data_seconds: float = 0.0
 
@@ -70,15 +71,13 @@ def train(
     log: TrainingLog,
     checkpoints: Checkpoints,
     rehearsal: Batch | None = None,
-    validate: Callable[[], float] | None = None,
-    keep: Callable[[int], None] = lambda step: None,
+    after_step: Callable[[int], None] = lambda steps: None,
 ) -> None:
     """Trains for ``spec.steps`` steps and logs each of them, so that a failed run keeps its loss curve.
 
     Training resumes from the last checkpoint if there is one. ``rehearsal`` is the widest batch. It is tried right
     after the first step, when the optimizer has its states, so that a run that will be out of memory fails early.
-    ``validate`` returns the loss on the validation items. It is called every ``spec.validation_every`` steps before the
-    last one. ``keep`` is called after every step, with the number of steps done.
+    ``after_step`` is called after every step, outside of its time, with the number of steps done.
 
     Raises:
         Diverged: The loss is not finite, or above ``EXPLODED`` times the loss of a uniform guess.
@@ -127,13 +126,7 @@ def train(
                 log.paged_state_bytes = paged_bytes(optimizer) if spec.device == "cuda" else None
                 if rehearsal is not None:
                     rehearse(trained, own_rows(rehearsal, spec).to(spec.device), spec)
-            if validate and spec.validation_every and (step + 1) % spec.validation_every == 0 and step + 1 < spec.steps:
-                model.eval()
-                validated = validate()
-                model.train()
-                check_loss(validated, trained.vocab_size, spec, f"on validation items after step {step + 1}")
-                log.validation_nll[step + 1] = validated
-            keep(step + 1)
+            after_step(step + 1)
             if anywhere(bool(stopped()) or checkpoints.due, spec):
                 checkpoints.save(state)
                 if anywhere(bool(stopped()), spec):  # a signal came before or during the save
