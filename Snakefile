@@ -48,6 +48,8 @@ localrules:
     ladder,
     study,
     capacity,
+    weights,
+    forgetting,
     memory_curve,
     memory_figures,
     memory_chapter,
@@ -100,6 +102,7 @@ rule train:
         model=ancient(WORKFLOW.model_manifest),
         task=ancient(WORKFLOW.task_manifest),
         benchmarks=ancient(WORKFLOW.benchmark_manifests),
+        start=ancient(WORKFLOW.start_record),
     output:
         spec="results/runs/{run_id}/spec.json",
         record="results/runs/{run_id}/record.json",
@@ -373,6 +376,71 @@ rule capacity:
         "results/{experiment}/benchmarks/capacity.tsv"
     shell:
         "python -m peftscope capacity {wildcards.experiment} > {log} 2>&1"
+
+
+# Only experiments that keep weights along the training have these two.
+rule measure:
+    input:
+        # A run that is trained again has the same weights.
+        ancient("results/runs/{run_id}/record.json"),
+    output:
+        "results/runs/{run_id}/weights.csv",
+    log:
+        "results/runs/{run_id}/measure.log",
+    benchmark:
+        "results/runs/{run_id}/measure.tsv"
+    resources:
+        mem_mb=4000,
+    shell:
+        "python -m peftscope measure {wildcards.run_id} > {log} 2>&1"
+
+
+rule weights:
+    input:
+        WORKFLOW.measured(checkpoints),
+        "results/{experiment}/runs.csv",
+        "src/peftscope/analysis/weights.py",
+        "src/peftscope/report/weights.py",
+    output:
+        "results/{experiment}/tables/weights.parquet",
+        report(
+            "results/{experiment}/figures/spectrum.png",
+            caption="src/peftscope/report/captions/spectrum.rst",
+            category="Figures",
+            labels={"experiment": "{experiment}", "figure": "spectrum of updates"},
+        ),
+    log:
+        "results/{experiment}/logs/weights.log",
+    benchmark:
+        "results/{experiment}/benchmarks/weights.tsv"
+    shell:
+        "python -m peftscope weights {wildcards.experiment} > {log} 2>&1"
+
+
+# Only studies that score prose along the training have this.
+rule forgetting:
+    input:
+        "results/{experiment}/runs.csv",
+        "results/{experiment}/losses.csv",
+        "results/{experiment}/tuned.json",
+        "src/peftscope/analysis/forgetting.py",
+        "src/peftscope/report/forgetting.py",
+    output:
+        report(
+            "results/{experiment}/figures/forgetting.png",
+            caption="src/peftscope/report/captions/forgetting.rst",
+            category="Study",
+            labels={
+                "experiment": "{experiment}",
+                "figure": "task loss against prose",
+            },
+        ),
+    log:
+        "results/{experiment}/logs/forgetting.log",
+    benchmark:
+        "results/{experiment}/benchmarks/forgetting.tsv"
+    shell:
+        "python -m peftscope forgetting {wildcards.experiment} > {log} 2>&1"
 
 
 # What follows from the code alone is made once for all experiments.

@@ -147,6 +147,10 @@ def specs(draw: st.DrawFn, names: tuple[str, ...] = tuple(METHODS)) -> RunSpec:
         top["validation_every"] = 0
     if not top.get("retention_tokens", 1) or top.get("compile"):
         top["retention_every"] = 0
+    if not built.continues or top.get("shards", 1) > 1:
+        top["start_from"] = None
+    if top.get("start_from") is None:
+        top["start_as"] = "adapter"
     if not built.mergeable or top.get("shards", 1) > 1:
         top["latency_tokens"] = 0
     return RunSpec(method=built, **top)

@@ -56,8 +56,10 @@ def run(spec: RunSpec | Mapping[str, Any], folder: str | Path) -> RunRecord:
     from peftscope.files.lock import locked
     from peftscope.hardware.bf16 import chosen_way
     from peftscope.hardware.device import detect_device
-    from peftscope.planning.plan import check_compiler, check_disk, check_runs
+    from peftscope.planning.disk import check_disk
+    from peftscope.planning.plan import check_compiler, check_runs
     from peftscope.planning.resolve import spec_from
+    from peftscope.planning.starts import check_starts
     from peftscope.record import finished_record, state_folder, write_record
     from peftscope.spec import run_id
     from peftscope.training.signals import Interrupted
@@ -69,7 +71,8 @@ def run(spec: RunSpec | Mapping[str, Any], folder: str | Path) -> RunRecord:
         raise InputError(Problem("shards", message, "use shards=1, or the command `peftscope run`"))
     chosen_way()  # raises for a wrong wish
     runs = {run_id(spec): spec}
-    if problems := check_runs(runs, "spec") or check_disk(runs) + check_compiler(runs):
+    problems = check_runs(runs, "spec") + check_starts(runs, "spec", planned=False)
+    if problems := problems or check_disk(runs) + check_compiler(runs):
         raise InputError(problems)
     folder = Path(folder)
     with quiet_libraries(), without_hub_kernels(), locked(state_folder(folder) / "lock"):

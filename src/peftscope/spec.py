@@ -42,6 +42,18 @@ class RunSpec(BaseModel):
     train_items: Annotated[
         Count | None, Field(description="training items, of which the seed draws as many; null: all there are")
     ] = None
+    start_from: Annotated[
+        str | None,
+        Field(
+            pattern=f"^{RUN_ID_PATTERN}$",
+            description="the run whose adapter the training starts from; in experiment files also fields in which that "
+            "run differs from this one; null: the base alone",
+        ),
+    ] = None
+    start_as: Annotated[
+        Literal["adapter", "merged"],
+        Field(description="train that adapter on, or merge it into the base first and start with a fresh one"),
+    ] = "adapter"
     shuffled_targets: Annotated[
         bool, Field(description="a control: every training prompt gets the response of another one")
     ] = False
@@ -172,6 +184,19 @@ class RunSpec(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _start_fits(self) -> RunSpec:
+        if self.start_from is None:
+            if self.start_as == "merged":
+                raise ValueError("start_as=merged needs start_from, the run whose adapter is merged")
+            return self
+        if self.shards > 1 or not self.method.continues:
+            raise ValueError(
+                f"start_from does not work with {self.method.name} and shards={self.shards}; use lora, rslora, "
+                "lora-plus or dora, and shards: 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _shards_fit(self) -> RunSpec:
         if self.shards == 1:
             return self
@@ -209,6 +234,8 @@ _NO_MEMORY = {
         "learning_rate",
         "train_items",
         "shuffled_targets",
+        "start_from",
+        "start_as",
         "steps",
         "schedule",
         "warmup_steps",

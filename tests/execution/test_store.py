@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
+import re
 import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from peftscope.analysis.weights import weights_path
 from peftscope.cli.main import app
 from peftscope.errors import InputError
 from peftscope.execution.merge import find_run
@@ -21,7 +25,7 @@ from peftscope.execution.phases import Phases
 from peftscope.execution.run import execute
 from peftscope.execution.store import move_runs
 from peftscope.files.atomic import write_json
-from peftscope.layout import PUBLISHED_RESULTS, record_path, results_folder, run_folder, tuned_path
+from peftscope.layout import PUBLISHED_RESULTS, record_path, report_path, results_folder, run_folder, tuned_path
 from peftscope.planning.plan import Workflow, load_workflow, plan_experiment
 from peftscope.planning.published import (
     LARGEST_BYTES,
@@ -40,7 +44,7 @@ from peftscope.record import (
     parse_record,
     write_record,
 )
-from peftscope.report.publish import processor_of, restore
+from peftscope.report.publish import processor_of, publish, restore
 from peftscope.spec import run_id
 
 SHORT = "fixed: {model: toy, steps: 2, batch_size: 4, heldout_items: 8, generation_items: 0, retention_tokens: 64}\n"
@@ -237,3 +241,31 @@ def test_shares_that_are_none_are_refused(shares: str, toy: Path, make_spec: Any
     spec = json.dumps(make_spec().canonical())
     result = CliRunner().invoke(app, ["run", spec, "--keep-at", shares])
     assert result.exit_code != 0 and "--keep-at: not a share of the training" in str(result.exception)
+
+
+def test_measured_weights_stand_on_the_page_and_come_back_from_published_files(own: Any) -> None:
+    own("mine", SHORT + "seeds: [0]\naxes: {method: [lora, full]}\nkeep_at: [0.5, 1]\n")
+    plan = plan_experiment("mine")
+    for identity, spec in plan.sweep.runs.items():
+        phases = Phases("cpu", time.perf_counter())
+        phases.mark_imported()
+        execute(spec, run_folder(identity), phases, keep_at=plan.keep_at(identity))
+    result = CliRunner().invoke(app, ["report", "mine"])
+    assert result.exit_code == 0, result.output
+    assert (results_folder("mine") / "figures" / "spectrum.png").stat().st_size > 10_000
+    page = html.unescape(report_path("mine").read_text())
+    assert re.search(r"90 % are held by [\d.]+ \(LoRA\), [\d.]+ \(full fine-tuning\)", page)
+    table = pd.read_parquet(weights_path(results_folder("mine")))
+    counts = table.groupby(["run_id", "kind"]).size().groupby("kind").apply(list).to_dict()
+    assert counts == {"cut": [8], "matrix": [28, 28]}
+
+    (results_folder("mine") / "all-runs-ended-well").touch()
+    Path("README.md").touch()
+    publish("mine")
+    for identity in plan.run_ids:
+        shutil.rmtree(run_folder(identity))
+    assert restore("mine") == 2
+    again = CliRunner().invoke(app, ["weights", "mine"])
+    assert again.exit_code == 0, again.output
+    restored = pd.read_parquet(weights_path(results_folder("mine")))
+    pd.testing.assert_frame_equal(restored, table, check_dtype=False)

@@ -10,7 +10,8 @@ import pytest
 
 from peftscope.data.tasks import make_task
 from peftscope.errors import InputError
-from peftscope.planning.plan import check_disk, plan_experiment
+from peftscope.planning.disk import check_disk
+from peftscope.planning.plan import plan_experiment
 from peftscope.planning.sweep import expand
 
 CASES = {

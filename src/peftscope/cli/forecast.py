@@ -42,9 +42,10 @@ def card_of(experiment: str, wish: str | None) -> Gpu | None:
 
 def show_forecast(experiment: str, gpu: Gpu, *, brief: bool) -> None:
     """Prints what an experiment's runs will take on a card, run by run or method by method, and in all."""
+    from peftscope.planning.disk import disk_bytes
     from peftscope.planning.estimate import spoken
     from peftscope.planning.forecast import SHARE, SHARE_FOUR_BIT, Forecaster
-    from peftscope.planning.plan import disk_bytes, plan_experiment
+    from peftscope.planning.plan import plan_experiment
     from peftscope.planning.sweep import expand
 
     known = plan_experiment(experiment, "cuda").sweep.runs

@@ -93,8 +93,10 @@ def run(
     """Train and measure one run; writes its record whatever happens."""
     from peftscope.execution.job import Job
     from peftscope.hardware.device import detect_device
-    from peftscope.planning.plan import check_compiler, check_disk, check_fetched, check_runs
+    from peftscope.planning.disk import check_disk
+    from peftscope.planning.plan import check_compiler, check_fetched, check_runs
     from peftscope.planning.resolve import spec_from
+    from peftscope.planning.starts import check_starts
     from peftscope.record import KeepWeights
     from peftscope.spec import run_id
 
@@ -102,7 +104,8 @@ def run(
     resolved = spec_from(values, path, detect_device())
     identity = run_id(resolved)
     runs = {identity: resolved}
-    problems = check_runs(runs, str(path)) or check_disk(runs) + check_fetched(resolved) + check_compiler(runs)
+    problems = check_runs(runs, str(path)) + check_starts(runs, str(path), planned=False)
+    problems = problems or check_disk(runs) + check_fetched(resolved) + check_compiler(runs)
     if problems:
         raise InputError(problems)
     folder = output or run_folder(identity)
@@ -237,13 +240,16 @@ def merge(
 def report(experiment: rules.ExperimentName) -> None:
     """Make the tables, figures and report from the records that are there, finished sweep or not."""
     from peftscope.analysis.collect import collect_experiment
+    from peftscope.analysis.weights import collect_weights
     from peftscope.planning.plan import plan_experiment
     from peftscope.report.benchmarks import write_benchmarks
     from peftscope.report.capacity import write_capacity
+    from peftscope.report.forgetting import write_forgetting
     from peftscope.report.page import write_report
     from peftscope.report.plots import write_figures, write_ladder
     from peftscope.report.study import write_study
     from peftscope.report.tables import write_tables
+    from peftscope.report.weights import write_spectrum
 
     plan = plan_experiment(experiment)
     collect_experiment(plan.sweep)
@@ -255,9 +261,29 @@ def report(experiment: rules.ExperimentName) -> None:
     if plan.is_study:
         with suppress(InputError):  # not finished: the report says so
             write_study(experiment)
+            if plan.follows_prose:
+                write_forgetting(experiment)
+    if measured := _measured(plan.measured_runs):
+        collect_weights(experiment, measured)
+        write_spectrum(experiment)
     if plan.measures_capacity:
         write_capacity(experiment)
     print(write_report(experiment, plan.ladders))
+
+
+def _measured(runs: list[str]) -> list[str]:
+    """Returns the finished ones of runs that keep weights, which are measured if they were not yet."""
+    from peftscope.record import measured_path
+
+    finished = [run for run in runs if record_path(run).is_file()]
+    to_measure = [run for run in finished if not measured_path(run_folder(run)).is_file()]
+    if to_measure:
+        from peftscope.execution.weights import measure_weights
+
+        with offline():
+            for run in to_measure:
+                measure_weights(run_folder(run))
+    return finished
 
 
 @app.command()

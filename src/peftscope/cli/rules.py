@@ -91,6 +91,34 @@ def capacity(experiment: ExperimentName) -> None:
 
 
 @app.command(hidden=True)
+def measure(run: Annotated[str, typer.Argument(help="The run's id.")]) -> None:
+    """Measure the weights that a run keeps along its training."""
+    from peftscope.execution.weights import measure_weights
+
+    with offline():
+        measure_weights(run_folder(run))
+
+
+@app.command(hidden=True)
+def weights(experiment: ExperimentName) -> None:
+    """Collect what was measured on an experiment's weights, and draw the spectra of updates."""
+    from peftscope.analysis.weights import collect_weights
+    from peftscope.planning.plan import plan_experiment
+    from peftscope.report.weights import write_spectrum
+
+    collect_weights(experiment, plan_experiment(experiment).measured_runs)
+    write_spectrum(experiment)
+
+
+@app.command(hidden=True)
+def forgetting(experiment: ExperimentName) -> None:
+    """Draw a study's loss on the task against that on prose, along the training."""
+    from peftscope.report.forgetting import write_forgetting
+
+    write_forgetting(experiment)
+
+
+@app.command(hidden=True)
 def page(experiment: ExperimentName) -> None:
     """Write report.html from tables and figures."""
     from peftscope.planning.plan import plan_experiment

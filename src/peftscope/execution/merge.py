@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peftscope.errors import InputError, Problem, close_match
+from peftscope.execution.start import merged_start
 from peftscope.layout import RUNS, record_paths, run_folder
 from peftscope.record import is_restored, read_record
 from peftscope.spec import RunSpec
@@ -63,11 +64,14 @@ def merge_run(folder: Path, target: Path) -> None:
 
 
 def base_of_adapter(spec: RunSpec) -> Any:
-    """Returns the base that a spec's adapter is loaded onto. For LoftQ this is a rebuilt base of the run's own."""
+    """Returns the base that a spec's adapter is loaded onto.
+
+    For LoftQ this is a rebuilt base of the run's own, and it has the adapter of an earlier run that was merged first.
+    """
     from peftscope.training.build import build_model
     from peftscope.training.load import load_base
 
-    base = load_base(spec)
+    base = merged_start(load_base(spec), spec)
     return build_model(base, spec).model.unload() if spec.method.has_own_base else base
 
 

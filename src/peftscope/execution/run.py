@@ -39,6 +39,7 @@ from peftscope.execution.phases import Phases
 from peftscope.execution.provenance import card_reading, provenance
 from peftscope.execution.ranks import let_others_end_it, meeting_file, rank_folder
 from peftscope.execution.scores import score_answers, score_benchmarks, write_items
+from peftscope.execution.start import continue_adapter, merged_start, start_provenance
 from peftscope.execution.unavailable import NOT_LIMITED, why_unavailable
 from peftscope.files.manifest import file_sha256
 from peftscope.files.storage import storage_problem
@@ -170,7 +171,7 @@ def execute(
     run = _Run(spec, folder, phases, checkpoints, record, keep_weights, alone, keep_at)
     file = "record.json"
     try:
-        record.provenance = provenance(spec, rank) | {"alone": alone}
+        record.provenance = provenance(spec, rank) | {"alone": alone, "start": start_provenance(spec)}
         if spec.shards > 1:
             join(spec, rank, meeting)
         with bf16_products(), _limited_memory(record):
@@ -258,7 +259,8 @@ def _load(run: _Run) -> tuple[_Data, Any]:
 def _prepare(run: _Run, base: Any) -> TrainedModel:
     """Returns the model to train, sharded if the run has several processes."""
     with run.phases.phase("initialise"), _tracked_load(run, base) as loaded:
-        trained = build_model(base, run.spec)
+        trained = build_model(merged_start(base, run.spec), run.spec)
+        continue_adapter(trained.model, run.spec)
         loaded.append(trained.model)
     run.record.size = _initial_size(trained.model)
     if run.spec.shards > 1:

@@ -17,8 +17,9 @@ from peftscope.errors import InputError, Problem
 from peftscope.execution.inputs import inputs
 from peftscope.files.storage import STORAGE_CODE
 from peftscope.layout import run_folder
+from peftscope.planning.disk import check_disk
 from peftscope.planning.estimate import spoken
-from peftscope.planning.plan import Plan, check_disk, plan_experiment
+from peftscope.planning.plan import Plan, plan_experiment
 from peftscope.planning.sweep import Sweep, expand
 from peftscope.record import finished_record, lacks_kept, read_record
 from peftscope.spec import RunSpec

@@ -26,6 +26,7 @@ class AdaLoRA(Method):
     """Adaptive allocation of a rank budget over P E Q triplets, the most important ones first."""
 
     label: ClassVar[str] = "AdaLoRA"
+    plain_update: ClassVar[bool] = True
     closed_form: ClassVar[ClosedForm] = ClosedForm(layer="triplets", orthogonality_term=True, scores=len(IMPORTANCE))
     min_steps: ClassVar[int] = 3
     supports_shards: ClassVar[bool] = False
@@ -106,6 +107,14 @@ class AdaLoRA(Method):
         for name in IMPORTANCE:
             setattr(model.base_model.rankallocator, name, {key: score.to(device) for key, score in state[name].items()})
         model.peft_config["default"].rank_pattern = state["rank_pattern"]
+
+    def kept_ranks(self, model: Any) -> dict[str, int]:
+        """Returns the number of triplets with a value other than zero, for each adapted matrix."""
+        values = {name: p for name, p in model.named_parameters() if ".lora_E." in name}
+        return {
+            name.removeprefix("base_model.model.").partition(".lora_E")[0]: int((p != 0).sum())
+            for name, p in values.items()
+        }
 
     def _final_ranks(self, model: Any) -> dict[str, int]:
         pattern = model.peft_config["default"].rank_pattern or {}

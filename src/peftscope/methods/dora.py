@@ -19,6 +19,8 @@ class DoRA(Method):
     """Weight-decomposed low-rank adaptation."""
 
     label: ClassVar[str] = "DoRA"
+    plain_update: ClassVar[bool] = True
+    continues: ClassVar[bool] = True
     closed_form: ClassVar[ClosedForm] = ClosedForm(layer="decomposed")
     compiles_recomputation: ClassVar[bool] = False
 

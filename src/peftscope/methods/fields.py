@@ -138,6 +138,10 @@ class Method(BaseModel):
     """The fewest steps that its schedule works with."""
     mergeable: ClassVar[bool] = True
     """Whether the result can be merged into a plain model with the base's shape."""
+    plain_update: ClassVar[bool] = False
+    """Whether what it trains is a matrix that is added to the base's own weight, with or without DoRA's norms."""
+    continues: ClassVar[bool] = False
+    """Whether a run can start from the adapter of another one: its saved adapter is all that it trains, on any base."""
     trains_base: ClassVar[bool] = False
     """Whether the base's own weights are trained."""
     rank_field: ClassVar[str] = "rank"

@@ -28,6 +28,8 @@ class LoRA(Method):
     """
 
     label: ClassVar[str] = "LoRA"
+    plain_update: ClassVar[bool] = True
+    continues: ClassVar[bool] = True
     closed_form: ClassVar[ClosedForm] = ClosedForm()
 
     name: Literal["lora"] = "lora"

@@ -21,6 +21,8 @@ class LoRAPlus(Method):
     """LoRA with two learning rates. ``learning_rate`` is the rate of A."""
 
     label: ClassVar[str] = "LoRA+"
+    plain_update: ClassVar[bool] = True
+    continues: ClassVar[bool] = True
     closed_form: ClassVar[ClosedForm] = ClosedForm(own_group="lora_B")
 
     name: Literal["lora-plus"] = "lora-plus"

@@ -19,6 +19,8 @@ class RsLoRA(Method):
     """LoRA with a rank-stabilised scale."""
 
     label: ClassVar[str] = "rsLoRA"
+    plain_update: ClassVar[bool] = True
+    continues: ClassVar[bool] = True
     closed_form: ClassVar[ClosedForm] = ClosedForm()
 
     name: Literal["rslora"] = "rslora"

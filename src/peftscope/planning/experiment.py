@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.files.content import CountOrZero, read_yaml
@@ -54,8 +54,9 @@ A_A_SHIFT = 1000
 OLD_CONTROLS = {"again": "a-a", "still": "zero-lr", "shuffled": "shuffled-labels"}
 """Names of controls in files and results of older versions."""
 
+ControlName = Literal["a-a", "zero-lr", "shuffled-labels", "four-times-lr"]
 Control = Annotated[
-    Literal["a-a", "zero-lr", "shuffled-labels"],
+    ControlName,
     BeforeValidator(lambda name: OLD_CONTROLS.get(name, name) if isinstance(name, str) else name),
 ]
 
@@ -79,7 +80,8 @@ class Study(BaseModel):
 
     Attributes:
         arms: Fields of each arm by its name, ``method`` among them. The first is the reference, which the others are
-            compared with.
+            compared with. A file that extends another leaves out an arm of that one with ``ARM: null`` here and under
+            ``learning_rates`` and ``controls``.
         learning_rates: What is tried for each arm that is tuned, in ascending order.
         given_rates: The rate of each arm that is compared at a rate that was given, as in a paper.
         borrowed_rates: The rate of each arm that is compared at the rate of another one.
@@ -92,7 +94,8 @@ class Study(BaseModel):
         a_a: The reference, if it enters a second time as ``ARM-a-a``, tuned on seeds of its own and with other
             initialisation seeds. A difference between methods that is no larger than its own means nothing.
         controls: Controls of an arm at its chosen rate: ``a-a`` with other initialisation seeds, ``zero-lr`` at a
-            learning rate of 0, ``shuffled-labels`` with the response of another prompt.
+            learning rate of 0, ``four-times-lr`` at four times the rate, ``shuffled-labels`` with the response of
+            another prompt.
         control_seeds: The seeds that controls run on; null: all.
         pilot: The study whose A/A pairs say beforehand what the planned pairs can see; null: this one.
     """
@@ -112,6 +115,11 @@ class Study(BaseModel):
     controls: dict[str, list[Control]] = {}
     control_seeds: list[CountOrZero] | None = None
     pilot: str | None = None
+
+    @field_validator("arms", "learning_rates", "controls", mode="before")
+    @classmethod
+    def _without_arms_left_out(cls, named: Any) -> Any:
+        return {arm: value for arm, value in named.items() if value is not None} if isinstance(named, dict) else named
 
     @model_validator(mode="after")
     def _arms_match(self) -> Study:

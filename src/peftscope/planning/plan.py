@@ -7,8 +7,7 @@ import json
 import math
 import os
 import shlex
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,22 @@ from pydantic import BaseModel, ValidationError
 
 from peftscope.data.benchmarks import benchmark_folder, find_benchmark
 from peftscope.data.tasks import JsonlSource, find_task, task_folder
-from peftscope.errors import GIB, InputError, Problem, close_match, shown, spoken_bytes
-from peftscope.files.hub import mirrored
+from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.manifest import read_manifest
 from peftscope.files.storage import STORAGE_REMEDIES
 from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.device import Device, detect_device, find_compiler
-from peftscope.layout import MODELS_FILE, TASKS_FILE, record_path, results_folder
-from peftscope.models.catalog import BaseModelEntry, HubSource, WheelSource, find_model, model_folder
+from peftscope.layout import MODELS_FILE, TASKS_FILE, record_path, results_folder, run_folder
+from peftscope.models.catalog import find_model, model_folder
 from peftscope.planning.cells import ARM, FINE, TUNING
+from peftscope.planning.disk import check_disk
 from peftscope.planning.experiment import experiment_path
+from peftscope.planning.starts import check_starts
 from peftscope.planning.sweep import Sweep, expand
+from peftscope.record import measured_path
 from peftscope.spec import RunSpec
 
 DEFAULT_EXPERIMENT = "quick"
-SPARE_BYTES = GIB
 MOST_THREADS = 1024
 STUDY_FILES = [
     "figures/tuning.png",
@@ -48,6 +48,7 @@ STUDY_FILES = [
 
 CAPACITY_FILES = ["figures/capacity.png", "tables/capacity.html", "tables/capacity.csv", "tables/stored.csv"]
 """What the report of an experiment on random strings shows beside."""
+SPECTRUM, FORGETTING = "figures/spectrum.png", "figures/forgetting.png"
 
 
 class Plan:
@@ -89,6 +90,16 @@ class Plan:
             return []
         groups = [c.name for c in self.sweep.comparisons if run in c.runs]
         return shares if not self.is_study or any(name == "runs" or name.startswith(ARM) for name in groups) else []
+
+    @property
+    def measured_runs(self) -> list[str]:
+        """The runs whose weights are kept and measured, as far as they are known."""
+        return [run for run in self.run_ids if self.keep_at(run)]
+
+    @property
+    def follows_prose(self) -> bool:
+        """Whether the experiment is a study that scores prose along its runs."""
+        return self.is_study and bool(self.sweep.experiment.fixed.get("retention_every"))
 
     @cached_property
     def ladders(self) -> list[str]:
@@ -156,6 +167,16 @@ class Workflow:
 
         return records_of
 
+    def measured(self, checkpoints: Any) -> Callable[[Any], list[str]]:
+        """Returns a function that lists what is measured on the weights that an experiment's runs keep."""
+        records = self.records(checkpoints)
+
+        def measured_of(wildcards: Any) -> list[str]:
+            records(wildcards)
+            return [measured_path(run_folder(run)).as_posix() for run in self.plans[wildcards.experiment].measured_runs]
+
+        return measured_of
+
     def _expand_again(self, plan: Plan) -> None:
         plan.expand_again()
         self._gather()
@@ -188,6 +209,8 @@ class Workflow:
         names = [f"figures/ladder-{field}.png" for field in plan.ladders]
         names += STUDY_FILES if plan.is_study else []
         names += CAPACITY_FILES if plan.measures_capacity else []
+        names += [SPECTRUM] if plan.sweep.experiment.keep_at else []
+        names += [FORGETTING] if plan.follows_prose else []
         return [(results_folder(plan.name) / name).as_posix() for name in names]
 
     def gpus(self, wildcards: Any) -> int:
@@ -225,6 +248,11 @@ class Workflow:
     def task_manifest(self, wildcards: Any) -> str:
         """Returns the file that says that the run's data are there."""
         return (task_folder(self.spec(wildcards).task) / "manifest.json").as_posix()
+
+    def start_record(self, wildcards: Any) -> list[str]:
+        """Returns the record of the run that this one starts from, if it starts from one."""
+        start = self.spec(wildcards).start_from
+        return _records([start] if start else [])
 
     def benchmark_manifests(self, wildcards: Any) -> list[str]:
         """Returns the files that say that the rows of the run's benchmarks are there."""
@@ -284,7 +312,8 @@ def plan_experiment(name: str, device: Device | None = None) -> Plan:
     """Returns an experiment's plan after the checks that need more than its file; for this machine's device, or one."""
     chosen_way()  # raises for a wrong wish before any run starts
     sweep = expand(name, device or detect_device())
-    problems = check_runs(sweep.runs, str(experiment_path(name))) + check_compiler(sweep.runs)
+    where = str(experiment_path(name))
+    problems = check_runs(sweep.runs, where) + check_compiler(sweep.runs) + check_starts(sweep.runs, where)
     problems += [] if problems else check_unchanged(sweep.runs)
     if problems:
         raise InputError(problems)
@@ -373,53 +402,3 @@ def _means(written: Any, source: BaseModel) -> bool:
         return type(source).model_validate(written) == source
     except ValidationError:
         return False
-
-
-def disk_bytes(runs: dict[str, RunSpec], kept: Mapping[str, int] | None = None) -> int:
-    """Returns what downloads and results of runs will take, and some to spare.
-
-    ``kept`` says of runs how many times they write their trained weights along the training.
-    """
-    needed = SPARE_BYTES
-    for name in {spec.model for spec in runs.values()}:
-        try:
-            entry = find_model(name)
-        except InputError:
-            continue
-        if not (model_folder(name) / "manifest.json").is_file():
-            needed += _download_bytes(entry)
-        if entry.shape:
-            mine = [spec for spec in runs.values() if spec.model == name]
-            sizes = [spec.method.trainable_parameters(entry.shape) * (2 if _saves_bf16(spec) else 4) for spec in mine]
-            saved = [(spec.method.trains_base, size) for spec, size in zip(mine, sizes, strict=True)]
-            points = [(kept or {}).get(identity, 0) for identity, spec in runs.items() if spec.model == name]
-            needed += sum(count * size for count, (_, size) in zip(points, saved, strict=True))
-            # Adapters stay. The weights of a fully fine-tuned model are measured and removed again.
-            needed += sum(size for whole, size in saved if not whole)
-            needed += max((size for whole, size in saved if whole), default=0)
-    return needed
-
-
-def _download_bytes(entry: BaseModelEntry) -> int:
-    parameters = entry.shape.parameters if entry.shape else 0
-    if isinstance(entry.source, WheelSource):
-        return 2 * entry.source.download_bytes + 4 * parameters
-    if isinstance(entry.source, HubSource) and mirrored(entry.source.repository):
-        return 0
-    return 2 * parameters
-
-
-def _saves_bf16(spec: RunSpec) -> bool:
-    return spec.method.trains_base and spec.precision == "bf16"
-
-
-def check_disk(
-    runs: dict[str, RunSpec], free_bytes: int | None = None, kept: Mapping[str, int] | None = None
-) -> list[Problem]:
-    """Returns a problem if downloads and results would not fit on the disk; ``kept`` as in ``disk_bytes``."""
-    needed = disk_bytes(runs, kept)
-    free = shutil.disk_usage(Path()).free if free_bytes is None else free_bytes
-    if free >= needed:
-        return []
-    message = f"{spoken_bytes(free, 1)} are free, downloads and results need about {spoken_bytes(needed, 1)}"
-    return [Problem("disk", message, "free some space, or run fewer full fine-tuning runs at once")]

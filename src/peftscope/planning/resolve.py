@@ -21,7 +21,7 @@ from peftscope.hardware.device import Device
 from peftscope.layout import DEFAULTS, shipped
 from peftscope.methods import METHODS
 from peftscope.planning.experiment import Experiment, read_experiment
-from peftscope.spec import RunSpec
+from peftscope.spec import RunSpec, run_id
 
 RUN_FIELDS = tuple(name for name in RunSpec.model_fields if name not in ("method", "seed", "device"))
 
@@ -57,6 +57,8 @@ class Resolver:
         self.experiment, self.path, self.device = experiment, path, device
         self.defaults_path = shipped(DEFAULTS)
         self.defaults = read_experiment(self.defaults_path)
+        self.starts: dict[str, RunSpec] = {}
+        """The runs that others start from, by their ids."""
 
     def method_name(self, values: dict[str, Any], where: str) -> str:
         """Returns the method that a run with these values uses.
@@ -90,6 +92,8 @@ class Resolver:
         layers.lay(values, origin)
         layers.origins.update(origins or {})
         layers.values.pop("method", None)
+        if isinstance(start := layers.values.get("start_from"), dict):
+            layers.values["start_from"] = self._start(values, start, layers.origins["start_from"])
 
         method_fields = set(METHODS[name].model_fields) - {"name"}
         top: dict[str, Any] = {"device": self.device}
@@ -130,6 +134,12 @@ class Resolver:
         if problems:
             raise InputError(problems)
         return spec
+
+    def _start(self, values: dict[str, Any], differs: dict[str, Any], origin: str) -> str:
+        """Returns the id of the run that another one starts from, which has that one's fields but for some."""
+        spec = self.spec({**values, "start_from": None, "start_as": "adapter", **differs}, origin)
+        self.starts[run_id(spec)] = spec
+        return run_id(spec)
 
     @staticmethod
     def _unknown_field(key: str, value: Any, method: str) -> tuple[str, str]:

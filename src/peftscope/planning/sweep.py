@@ -80,10 +80,17 @@ class _Expansion:
                 continue
             if not self._excludes(spec):
                 identity = run_id(spec)
+                self._add_start(spec)
                 self._runs[identity] = spec
                 varies, members = self._groups.setdefault(cell.group, (set(), {}))
                 varies |= cell.varies
                 members[identity] = None
+
+    def _add_start(self, spec: RunSpec) -> None:
+        """Adds the run that another one starts from, before it and in no comparison, and so on."""
+        if start := self._resolver.starts.get(spec.start_from or ""):
+            self._add_start(start)
+            self._runs.setdefault(run_id(start), start)
 
     def _excludes(self, spec: RunSpec) -> bool:
         fields = flat_fields(spec) if self._excluded else {}

@@ -20,12 +20,16 @@ from peftscope.memory.grid import CENTRE, CHAPTER_RUN, MODEL
 from peftscope.planning.estimate import spoken
 from peftscope.planning.experiment import Study, experiment_path, read_experiment
 from peftscope.report.capacity import capacity_facts
+from peftscope.report.forgetting import forgetting_sentence
 from peftscope.report.memory import CARDS
 from peftscope.report.sentences import listed, sentence
 from peftscope.report.serving import latencies, limited_runs
 from peftscope.report.study import study_facts
 from peftscope.report.tables import best_settings, html, method_summary, notable_runs
+from peftscope.report.weights import spectrum_sentence
 
+MORE_FIGURES = {"spectrum": spectrum_sentence, "forgetting": forgetting_sentence}
+"""The figures that only some experiments have, each with what says in words what it shows."""
 FIXED_FIGURES = ("pareto", "memory", "throughput", "losses", "prediction")
 
 
@@ -39,6 +43,9 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
         {"name": name, "image": _embedded(folder / "figures" / f"{name}.png"), "sentence": sentence(name, runs, losses)}
         for name in names
     ]
+    for name, say in MORE_FIGURES.items():
+        if (path := folder / "figures" / f"{name}.png").is_file():
+            figures.append({"name": name, "image": _embedded(path), "sentence": say(experiment)})
     environment = Environment(
         loader=PackageLoader("peftscope.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True
     )

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from peftscope.analysis.collect import collect_experiment, read_runs
+from peftscope.analysis.weights import measured_runs, weights_path
 from peftscope.claims.ledger import read_history, read_ledger
 from peftscope.claims.stored import read_findings, unexplained_changes
 from peftscope.errors import InputError, Problem, spoken_bytes
@@ -45,7 +46,7 @@ from peftscope.planning.published import (
     write_runs,
 )
 from peftscope.planning.sweep import Sweep, expand
-from peftscope.record import RESTORED, parse_record, state_folder
+from peftscope.record import RESTORED, measured_path, parse_record, state_folder
 
 README = Path("README.md")
 MEMORY_FILES = ("grid.png", "bars.png", "chapter.csv")
@@ -117,6 +118,7 @@ def publish_experiment(experiment: str) -> list[Path]:
         source / "runs.csv",
         *filter(Path.is_file, [tuned_path(experiment), directions_path(experiment)]),
         *sorted(source.glob("tables/*.csv")),
+        *sorted(source.glob("tables/*.parquet")),
         *sorted(source.glob("tables/*.md")),
         *sorted(source.glob("figures/*")),
     ]
@@ -140,7 +142,8 @@ def _publish_unfinished(sweep: Sweep) -> list[Path]:
     if lost:
         message = f"{len(lost)} published runs are missing here, such as {min(lost)}"
         raise InputError(Problem(str(RUNS), message, f"peftscope restore {experiment}"))
-    wanted = [source / "runs.csv", *filter(Path.is_file, [coarse_path(experiment), tuned_path(experiment)])]
+    found = [coarse_path(experiment), tuned_path(experiment), weights_path(source)]
+    wanted = [source / "runs.csv", *filter(Path.is_file, found)]
     _check_sizes(wanted)
     _copy(wanted, source, results)
     write_runs(results, map(run_folder, made))
@@ -150,14 +153,16 @@ def _publish_unfinished(sweep: Sweep) -> list[Path]:
 def restore(experiment: str) -> int:
     """Copies the published runs of an experiment into the store, and returns how many were published.
 
-    They count as done, without weights. A run that is there already is left alone. Only on demand, for an experiment
-    that continues in another checkout: the workflow itself never reads published files.
+    They count as done, without weights; what was measured on weights comes too. A run that is there already is left
+    alone. Only on demand, for an experiment that continues in another checkout: the workflow itself never reads
+    published files.
 
     Raises:
         InputError: None were published, there is no such experiment, or another one published a run with other losses.
     """
     experiment_path(experiment)
     records, items = published_records(experiment), published_items(experiment)
+    measured = measured_runs(weights_path(PUBLISHED_RESULTS / experiment))
     _check_agreement(experiment, records)
     for run, text in records.items():
         folder = run_folder(run)
@@ -167,6 +172,8 @@ def restore(experiment: str) -> int:
         write_json(folder / "spec.json", record.spec.model_dump(mode="json"))
         if run in items:
             (folder / "items.jsonl").write_text(items[run])
+        if run in measured:
+            measured[run].to_csv(measured_path(folder), index=False)
         state = state_folder(folder)
         write_json(state / RESTORED, {"experiment": experiment})
         for path in (state / "record.json", folder / "record.json"):

@@ -1,0 +1,57 @@
+"""What a run forgets while it learns: English prose against the loss on the task, along the training. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from peftscope.analysis.study import StudyResults
+from peftscope.errors import InputError, Problem
+from peftscope.planning.published import RETENTION, VALIDATION
+
+
+def curves(study: StudyResults, runs: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame]]:
+    """Yields for each run its seed, and its validation loss (``task``) and rise on prose (``rise``) by step.
+
+    The rise is in bits per byte, from before the training. Step 0 is the base. Runs that diverged are left out.
+
+    Raises:
+        InputError: The study did not score both along the training.
+    """
+    base = study.table[study.table["method"] == "none"][VALIDATION].iloc[0]
+    along = study.losses()
+    for row in runs[runs["status"] == "ok"].to_dict("records"):
+        before = row[f"{RETENTION}_before"]
+        mine = along.loc[row["run_id"]]
+        points = mine[[VALIDATION, RETENTION]].dropna() if RETENTION in mine else mine.iloc[:0]
+        if points.empty or pd.isna(before):
+            remedy = "set retention_every and validation_every to the same steps"
+            raise InputError(Problem(f"the study `{study.name}`", "prose was not scored along its training", remedy))
+        points.loc[0], points.loc[int(row["steps"])] = (base, before), (row[VALIDATION], row[RETENTION])
+        points = points.sort_index()
+        yield row["seed"], pd.DataFrame({"task": points[VALIDATION], "rise": points[RETENTION] - before})
+
+
+def rise_at(curve: pd.DataFrame, loss: float) -> float:
+    """Returns the rise on prose where a curve first reaches a loss on the task, between two measurements interpolated.
+
+    >>> rise_at(pd.DataFrame({"task": [4.0, 2.0, 1.0], "rise": [0.0, 0.2, 0.6]}), 1.5)
+    0.4
+    """
+    task, rise = curve["task"].to_numpy(), curve["rise"].to_numpy()
+    reached = np.flatnonzero(task <= loss)
+    if not len(reached):
+        return float("nan")
+    last = reached[0]
+    if last == 0:
+        return float(rise[0])
+    share = (task[last - 1] - loss) / (task[last - 1] - task[last])
+    return float(rise[last - 1] + share * (rise[last] - rise[last - 1]))
+
+
+def matched_rises(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float, float]:
+    """Returns the lowest loss on the task that both curves reach, and the rise on prose of each where it reaches it."""
+    loss = max(first["task"].min(), second["task"].min())
+    return loss, rise_at(first, loss), rise_at(second, loss)

@@ -1,0 +1,55 @@
+"""What was measured on the weights that runs keep: one table an experiment, and its rows by arm. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from peftscope.errors import InputError, Problem
+from peftscope.layout import PUBLISHED_RESULTS, results_folder, run_folder
+from peftscope.record import measured_path
+
+
+def weights_path(results: Path) -> Path:
+    """Returns the table of measured weights in a folder of results."""
+    return results / "tables" / "weights.parquet"
+
+
+def collect_weights(experiment: str, runs: Sequence[str]) -> None:
+    """Writes one table of what was measured on the weights of runs: a row for each step and matrix, and each cut."""
+    tables = [pd.read_csv(measured_path(run_folder(run))).assign(run_id=run) for run in runs]
+    path = weights_path(results_folder(experiment))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
+    table.to_parquet(path, index=False, compression="zstd")
+
+
+def read_weights(experiment: str) -> pd.DataFrame:
+    """Returns the table of an experiment, from this workspace or from the published files.
+
+    Raises:
+        InputError: There is none.
+    """
+    for folder in (results_folder(experiment), PUBLISHED_RESULTS / experiment):
+        if weights_path(folder).is_file():
+            return pd.read_parquet(weights_path(folder))
+    message, remedy = "its weights were not measured", f"make report EXPERIMENT={experiment}"
+    raise InputError(Problem(f"the study `{experiment}`", message, remedy))
+
+
+def measured_runs(path: Path) -> dict[str, pd.DataFrame]:
+    """Returns the rows of each run in a table of weights, without columns that have no value; empty without a table."""
+    if not path.is_file():
+        return {}
+    return {
+        str(run): rows.drop(columns="run_id").dropna(axis="columns", how="all")
+        for run, rows in pd.read_parquet(path).groupby("run_id", sort=False)
+    }
+
+
+def after_training(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the rows of matrices after the last step of each run."""
+    matrices = table[table["kind"] == "matrix"]
+    return matrices[matrices["step"] == matrices.groupby("run_id")["step"].transform("max")]

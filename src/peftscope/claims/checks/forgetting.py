@@ -1,0 +1,51 @@
+"""Reads what studies say of forgetting: the loss on English prose, where two arms have learned the same."""
+
+from __future__ import annotations
+
+import math
+
+from peftscope.analysis.compare import compare
+from peftscope.analysis.forgetting import curves, matched_rises
+from peftscope.analysis.study import StudyResults
+from peftscope.claims.measurement import Measurement, NotRunError, Quantity
+
+
+def less_forgotten(study: str, arm: str, against: str, control: str = "") -> Measurement:
+    """Returns how much less an arm has forgotten than another where both have the same loss on the task.
+
+    That is the lowest loss on validation items that both reach along the training, and the rise of the code length of
+    English prose in bits per byte at that point, interpolated between two measurements. Runs are paired by seed.
+
+    Args:
+        study: The study's experiment.
+        arm: The arm.
+        against: The arm to compare with.
+        control: A control of the arm, which takes its place.
+    """
+    results = StudyResults(study)
+    runs = results.control_runs(control, arm) if control else results.arm_runs(arm)
+    other = results.arm_runs(against)
+    mine, theirs = dict(curves(results, runs)), dict(curves(results, other))
+    matched = {seed: matched_rises(mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())}
+    if not matched:
+        raise NotRunError(f"the study `{study}` has no pair of runs that scored prose along the training")
+    sample = tuple(second - first for _, first, second in matched.values())
+    count = len(sample)
+    evidence: dict[str, Quantity] = {
+        "matched loss on the task, nats per token": sum(loss for loss, *_ in matched.values()) / count,
+        f"rise on prose there, {arm}": sum(first for _, first, _ in matched.values()) / count,
+        f"rise on prose there, {against}": sum(second for *_, second in matched.values()) / count,
+        "difference at the end of the training": sum(
+            float(theirs[seed]["rise"].iloc[-1] - mine[seed]["rise"].iloc[-1]) for seed in matched
+        )
+        / count,
+        "runs that diverged": int(runs["status"].eq("diverged").sum() + other["status"].eq("diverged").sum()),
+    }
+    run_ids = (*runs["run_id"], *other["run_id"])
+    if count == 1:
+        return Measurement(sample[0], n=1, samples=sample, evidence=evidence, model=results.subject, run_ids=run_ids)
+    difference = compare(sample, math.inf)
+    low, high = difference.interval()
+    return Measurement(
+        difference.mean, low, high, count, sample, evidence=evidence, model=results.subject, run_ids=run_ids
+    )

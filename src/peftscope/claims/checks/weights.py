@@ -1,0 +1,234 @@
+"""Reads what was measured on the weights of a study's runs: updates, cut or whole, and their directions.
+
+The weights themselves are not needed: a table of the study's results, or of the published ones, holds the measurements.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from peftscope.analysis.study import HELDOUT, StudyResults, paired
+from peftscope.analysis.weights import after_training, read_weights
+from peftscope.claims.measurement import Measurement, NotRunError, Quantity, mean_of
+
+AXES = ("largest singular values", "share of the energy, median matrix")
+
+
+def update_rank(study: str, arm: str, over: float = 1, of_side: bool = False) -> Measurement:
+    """Returns how many singular values hold 90 % of the energy of an update, in the median matrix; the mean over seeds.
+
+    Args:
+        study: The study's experiment.
+        arm: The arm.
+        over: What the number is divided by.
+        of_side: Whether it is also divided by the matrix's smaller side.
+    """
+    results, table = _after(study, arm)
+    side = table[["rows", "columns"]].min(axis="columns") if of_side else 1
+    evidence = _medians(table, ["rank_90", "stable_rank", "gaussian_rank_90", "grid_rank_90", "gaussian_stable_rank"])
+    evidence |= _medians(table, [name for name in table if name.startswith("energy_")])
+    for part, modules in (("attention", "[qkvo]_proj"), ("feed-forward", "(gate|up|down)_proj")):
+        evidence[f"rank_90 in {part}"] = float(table[table["module"].str.fullmatch(modules)]["rank_90"].median())
+    evidence |= _along(results, study, arm, "rank_90")
+    return _over_seeds(results, (table["rank_90"] / side / over).groupby(table["seed"]).median(), evidence, table)
+
+
+def update_size(study: str, arm: str) -> Measurement:
+    """Returns the norm of an update over that of the pretrained matrix, in the median matrix; the mean over seeds."""
+    results, table = _after(study, arm)
+    evidence: dict[str, Quantity] = {
+        "smallest matrix": float(table["relative_size"].min()),
+        "largest matrix": float(table["relative_size"].max()),
+        **_along(results, study, arm, "relative_size"),
+    }
+    return _over_seeds(results, table.groupby("seed")["relative_size"].median(), evidence, table)
+
+
+def amplification_ratio(study: str, arm: str, against: str) -> Measurement:
+    """Returns the amplification of one arm over that of another, each in the median matrix; the mean over seeds.
+
+    Amplification is the norm of an update over that of the pretrained matrix in the update's own directions, which are
+    as many as its rank. Source: Hu et al. 2021, section 7.3.
+    """
+    results, mine = _after(study, arm)
+    _, other = _after(study, against)
+    medians = [table.groupby("seed")["amplification"].median() for table in (mine, other)]
+    evidence: dict[str, Quantity] = {
+        f"amplification of {name}": float(values.mean()) for name, values in zip((arm, against), medians, strict=True)
+    }
+    return _over_seeds(results, (medians[0] / medians[1]).dropna(), evidence, pd.concat([mine, other]))
+
+
+def share_left_after_cut(study: str, arm: str, rank: int) -> Measurement:
+    """Returns the share of an arm's task gain that is left when every update of a matrix is cut to a rank.
+
+    The arm's task gain is the reference's, plus how much lower its own loss is than the reference's mean.
+    """
+    results = StudyResults(study)
+    runs, table = results.arm_runs(arm), read_weights(study)
+    cuts = table[table["kind"] == "cut"]
+    reference = float(results.arm_runs(results.reference)[HELDOUT].mean())
+    own = runs.set_index("run_id")
+    losses = cuts.pivot_table(index="run_id", columns="cut_rank", values="heldout_nll")
+    losses = losses.loc[losses.index.intersection(own.index)]
+    if rank not in losses:
+        raise NotRunError(f"the study `{study}` has no update of `{arm}` that was cut to rank {rank}")
+    whole = own.loc[losses.index, HELDOUT]
+    gain = results.task_gain + reference - whole
+    left = losses.rsub(whole, axis="index").div(gain, axis="index") + 1
+    evidence: dict[str, Quantity] = {f"cut to rank {cut:g}": float(left[cut].mean()) for cut in left}
+    evidence["mean loss, whole"] = float(whole.mean())
+    evidence["mean loss, cut"] = float(losses[rank].mean())
+    seeds = left[rank].set_axis(own.loc[left.index, "seed"])
+    return _over_seeds(results, seeds, evidence, runs)
+
+
+def intruders(study: str, arm: str, against: str, learning_rate: float | None = None) -> Measurement:
+    """Returns the intruders of an arm minus those of another: leading vectors that resemble no pretrained one.
+
+    An intruder is one of the ten leading left singular vectors of the trained matrix whose cosine with every left
+    singular vector of the pretrained one stays below 0.5. The number is the mean over matrices, paired by seed.
+    Source: Shuttleworth et al. 2024, arXiv 2410.21228.
+
+    Args:
+        study: The study's experiment.
+        arm: The arm.
+        against: The arm to compare with.
+        learning_rate: The common rate of the study's single runs of the two arms' methods. None means that both arms
+            have their own best rates.
+    """
+    results = StudyResults(study)
+    runs = {name: _runs_of(results, name, learning_rate) for name in (arm, against)}
+    last = after_training(read_weights(study))
+    means = {
+        cosine: last.groupby("run_id")[f"intruders_{cosine}"].mean().rename(f"intruders_{cosine}")
+        for cosine in (30, 50, 70)
+    }
+    evidence: dict[str, Quantity] = {
+        f"{name}, cosine below 0.{cosine // 10}": float(runs[name]["run_id"].map(values).mean())
+        for cosine, values in means.items()
+        for name in runs
+    }
+    sizes = last.groupby("run_id")["relative_size"].median()
+    evidence |= {
+        f"size of the update over the weight's, {name}": float(r["run_id"].map(sizes).mean())
+        for name, r in runs.items()
+    }
+    both = paired(runs[arm], runs[against], means[50])
+    return _over_seeds(results, both["first"] - both["second"], evidence, pd.concat(list(runs.values())))
+
+
+def magnitude_with_direction(study: str, arm: str, module: str) -> Measurement:
+    """Returns the correlation of the changes of magnitude and of direction over layers and steps; the mean over seeds.
+
+    Source: Liu et al. 2024, arXiv 2402.09353, section 3.2, which shows it for query matrices at four steps.
+
+    Args:
+        study: The study's experiment.
+        arm: The arm.
+        module: The matrices, one in each layer.
+    """
+    results = StudyResults(study)
+    runs, table = results.arm_runs(arm), read_weights(study)
+    points = table[(table["kind"] == "matrix") & table["run_id"].isin(runs["run_id"])]
+    if points.empty:
+        raise NotRunError(f"the study `{study}` has not measured the weights of `{arm}`")
+    seeds = points["run_id"].map(runs.set_index("run_id")["seed"])
+
+    def correlations(chosen: pd.Series) -> pd.Series:
+        return (
+            points[chosen]
+            .groupby(seeds[chosen])
+            .apply(lambda rows: float(np.corrcoef(rows["magnitude_change"], rows["direction_change"])[0, 1]))
+        )
+
+    mine = correlations(points["module"] == module)
+    evidence: dict[str, Quantity] = {
+        f"in {name}": float(correlations(points["module"] == name).mean()) for name in sorted(points["module"].unique())
+    }
+    evidence["steps"] = points["step"].nunique()
+    last = points[(points["module"] == module) & (points["step"] == points["step"].max())]
+    evidence["after the last step only"] = float(
+        last.groupby(seeds[last.index])
+        .apply(lambda rows: float(np.corrcoef(rows["magnitude_change"], rows["direction_change"])[0, 1]))
+        .mean()
+    )
+    return _over_seeds(results, mine, evidence, runs)
+
+
+def rank_with_worth(study: str, arm: str, kept: bool = False) -> Measurement:
+    """Returns Spearman's correlation over matrices of the rank that AdaLoRA kept and the worth of the update.
+
+    The worth is the rise of the held-out loss when that update alone is set to zero. The mean is over seeds.
+
+    Args:
+        study: The study's experiment.
+        arm: The arm.
+        kept: Whether to leave out matrices without any rank, whose worth is zero by definition.
+    """
+    results, table = _after(study, arm)
+    if "worth" not in table or table["worth"].isna().all():
+        raise NotRunError(f"the study `{study}` has not measured the worth of the updates of `{arm}`")
+    table = table[table["rank_kept"] > 0] if kept else table
+    each = {
+        seed: float(rows["rank_kept"].corr(rows["worth"], method="spearman")) for seed, rows in table.groupby("seed")
+    }
+    by_module = table.groupby("module")[["rank_kept", "worth"]].mean()
+    evidence: dict[str, Quantity] = {
+        f"{what}, {module}": float(row[name])
+        for name, what in (("rank_kept", "mean rank"), ("worth", "mean worth in nats per token"))
+        for module, row in by_module.iterrows()
+    }
+    evidence["matrices without rank, a run"] = float((table["rank_kept"] == 0).groupby(table["seed"]).sum().mean())
+    return _over_seeds(results, pd.Series(each), evidence, table)
+
+
+def _after(study: str, arm: str) -> tuple[StudyResults, pd.DataFrame]:
+    """Returns a study's results, and the matrices of an arm's runs after the training, each with its seed."""
+    results = StudyResults(study)
+    runs = results.arm_runs(arm)
+    table = after_training(read_weights(study))
+    table = table.assign(seed=table["run_id"].map(runs.set_index("run_id")["seed"])).dropna(subset=["seed"])
+    if table.empty:
+        raise NotRunError(f"the study `{study}` has not measured the weights of `{arm}`")
+    return results, table
+
+
+def _runs_of(results: StudyResults, arm: str, learning_rate: float | None) -> pd.DataFrame:
+    """Returns the runs of an arm at its chosen rate, or the single runs of its settings at another one."""
+    runs = results.arm_runs(arm)
+    if learning_rate is None:
+        return runs
+    single = results.table[results.table["comparisons"].str.split().map(lambda names: "runs" in names)]
+    alike = (single["learning_rate"] == learning_rate) & (single["label"] == runs["label"].iloc[0])
+    for field in {"rank", "alpha", "targets"} & set(runs.columns):
+        expected = runs[field].iloc[0]
+        alike &= single[field].isna() if pd.isna(expected) else single[field] == expected
+    if not alike.any():
+        raise NotRunError(f"the study `{results.name}` has no single run of `{arm}` at {learning_rate:g}")
+    return single[alike]
+
+
+def _medians(table: pd.DataFrame, names: list[str]) -> dict[str, Quantity]:
+    return {f"{name}, median matrix": float(table[name].median()) for name in names if name in table}
+
+
+def _along(results: StudyResults, study: str, arm: str, name: str) -> dict[str, Quantity]:
+    """Returns a quantity in the median matrix after each kept step."""
+    table, runs = read_weights(study), results.arm_runs(arm)
+    mine = table[(table["kind"] == "matrix") & table["run_id"].isin(runs["run_id"])]
+    return {f"{name} after step {step:g}": float(value) for step, value in mine.groupby("step")[name].median().items()}
+
+
+def _over_seeds(
+    results: StudyResults, values: pd.Series, evidence: dict[str, Quantity], runs: pd.DataFrame
+) -> Measurement:
+    """Returns the mean of values, one per seed, with its interval and the runs behind it."""
+    sample = tuple(map(float, values))
+    if not sample:
+        raise NotRunError(f"the study `{results.name}` has no such runs")
+    ids = tuple(dict.fromkeys(runs["run_id"]))
+    if len(sample) == 1:
+        return Measurement(sample[0], n=1, samples=sample, evidence=evidence, model=results.subject, run_ids=ids)
+    return mean_of(sample, samples=sample, evidence=evidence, model=results.subject, run_ids=ids)

@@ -1,0 +1,58 @@
+"""The figure of a study that scores prose along the training: what is forgotten against what is learned. No torch."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+
+from peftscope.analysis.forgetting import curves
+from peftscope.analysis.study import StudyResults
+from peftscope.layout import results_folder
+from peftscope.report.plots import draw_figure
+from peftscope.report.study import CONTROLS
+
+
+def write_forgetting(experiment: str) -> None:
+    """Draws the rise on prose against the loss on the task, along the training.
+
+    Raises:
+        InputError: The study is not finished, or did not score both.
+    """
+    means = mean_curves(StudyResults(experiment))
+    path = results_folder(experiment) / "figures" / "forgetting.png"
+    draw_figure(path, lambda axes: draw_forgetting(axes, means))
+
+
+def mean_curves(study: StudyResults) -> dict[str, pd.DataFrame]:
+    """Returns the mean curve over seeds of each arm, and of each arm at four times its rate."""
+    runs = {study.labels[arm]: study.arm_runs(arm) for arm in study.arms}
+    for control, arm in study.controls:
+        if control == "four-times-lr":
+            runs[f"{study.labels[arm]}, {CONTROLS[control]}"] = study.control_runs(control, arm)
+    found = {name: [curve for _, curve in curves(study, table)] for name, table in runs.items()}
+    return {name: sum(each) / len(each) for name, each in found.items() if each}
+
+
+def draw_forgetting(axes: plt.Axes, means: dict[str, pd.DataFrame]) -> None:
+    """Draws a line for each arm, from the base on the left to the end of the training."""
+    for (name, curve), colour in zip(means.items(), sns.color_palette("colorblind", len(means)), strict=True):
+        axes.plot(curve["task"], curve["rise"], marker="o", markersize=4, color=colour, label=name)
+        axes.plot(curve["task"].iloc[-1], curve["rise"].iloc[-1], marker="D", markersize=8, color=colour)
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.invert_xaxis()
+    axes.set(
+        xlabel="validation loss on the task (nats per response token)", ylabel="English prose, rise (bits per byte)"
+    )
+    if means:
+        axes.legend()
+
+
+def forgetting_sentence(experiment: str) -> str:
+    """Returns what the figure says in words: the rise on prose at the end of the training, by arm."""
+    ends = {name: curve["rise"].iloc[-1] for name, curve in mean_curves(StudyResults(experiment)).items()}
+    said = ", ".join(f"{rise:+.3f} ({name})" for name, rise in ends.items())
+    return (
+        "What is forgotten against what is learned, along the training from the base on the left: the mean over seeds, "
+        f"with diamonds at the end. There, the code length of English prose has changed by {said} bits per byte."
+    )

@@ -1,0 +1,67 @@
+"""The figure of what was measured on weights: how an update's energy is spread over its singular values. No torch."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+
+from peftscope.analysis.collect import read_runs
+from peftscope.analysis.weights import after_training, read_weights
+from peftscope.layout import results_folder
+from peftscope.report.plots import draw_figure, method_colours, plain_ticks
+
+CONTROLS = {"gaussian_energy_": "a Gaussian matrix", "grid_energy_": "rounding to a 4-bit grid"}
+
+
+def write_spectrum(experiment: str) -> None:
+    """Draws the share of an update's energy over the number of singular values that hold it."""
+    table = _with_labels(experiment)
+    draw_figure(results_folder(experiment) / "figures" / "spectrum.png", lambda axes: draw_spectrum(axes, table))
+
+
+def _with_labels(experiment: str) -> pd.DataFrame:
+    """Returns the matrices after the training, each with its method's label, and with the rank if there are several."""
+    table, runs = after_training(read_weights(experiment)), read_runs(experiment).set_index("run_id")
+    names = runs["label"].astype(str)
+    if "rank" in runs:
+        several = runs.groupby("label")["rank"].transform("nunique") > 1
+        names = names.where(~several, names + ", rank " + runs["rank"].map("{:g}".format))
+    return table.assign(variant=table["run_id"].map(names), label=table["run_id"].map(runs["label"]))
+
+
+def draw_spectrum(axes: plt.Axes, table: pd.DataFrame) -> None:
+    """Draws a line for each variant, the median over matrices and seeds, and dotted lines for noise of these shapes."""
+    ranks = sorted(int(name.rpartition("_")[2]) for name in table if name.startswith("energy_"))
+    own = method_colours()
+    variants = table.groupby("variant", sort=False)
+    spare = sns.color_palette("husl", max(1, variants.ngroups))
+    crowded = table["variant"].nunique() > table["label"].nunique()
+    for index, (variant, rows) in enumerate(variants):
+        colour = spare[index] if crowded else own.get(rows["label"].iloc[0], spare[index])
+        axes.plot(ranks, _shares(rows, "energy_", ranks), marker="o", color=colour, label=str(variant))
+    for prefix, name in CONTROLS.items():
+        if ranks and f"{prefix}{ranks[0]}" in table:
+            axes.plot(ranks, _shares(table, prefix, ranks), linestyle=":", color="0.4", label=name)
+    axes.axhline(0.9, color="0.6", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    plain_ticks(axes.xaxis)
+    axes.set(xlabel="largest singular values of the update", ylabel="share of the update's energy", ylim=(0, 1.02))
+    axes.legend()
+
+
+def _shares(rows: pd.DataFrame, prefix: str, ranks: list[int]) -> list[float]:
+    """Returns the median share at each rank; a matrix whose smaller side is not larger has all of its energy there."""
+    return [float(rows[f"{prefix}{rank}"].fillna(1.0).median()) for rank in ranks]
+
+
+def spectrum_sentence(experiment: str) -> str:
+    """Returns what the figure says in words: the rank that holds 90 % of the energy, by variant."""
+    table = _with_labels(experiment)
+    ranks = table.groupby("variant", sort=False)["rank_90"].median()
+    said = ", ".join(f"{rank:g} ({variant})" for variant, rank in ranks.items())
+    noise = f", and {table['gaussian_rank_90'].median():g} for a Gaussian matrix" if len(table) else ""
+    return (
+        "The update of a matrix, by how many of its largest singular values hold how much of its energy: the median "
+        f"over matrices and seeds. 90 % are held by {said}{noise}."
+    )

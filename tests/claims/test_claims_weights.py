@@ -1,0 +1,292 @@
+"""Claims on the weights of runs and on forgetting: a world in which each holds, and a changed one that flips it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from peftscope.analysis.weights import collect_weights, measured_runs, weights_path
+from peftscope.claims.checks import forgetting
+from peftscope.claims.evaluate import Finding, evaluate
+from peftscope.claims.ledger import read_ledger
+from peftscope.layout import PUBLISHED_RESULTS, results_folder, run_folder
+from peftscope.record import measured_path
+
+LEDGER = {claim.id: claim for claim in read_ledger()}
+SEEDS = range(8, 13)
+LAYERS = range(6)
+MODULES = ("q_proj", "down_proj")
+
+Change = Callable[[pd.DataFrame], Any]
+
+
+@pytest.fixture(autouse=True)
+def workspace_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def judged(claim: str) -> Finding:
+    (finding,) = evaluate([LEDGER[claim]], LEDGER.values())
+    return finding
+
+
+def verdicts(claim: str) -> list[str]:
+    """Returns the verdicts on the parts that decide."""
+    return [str(part.verdict) for part in judged(claim).deciding]
+
+
+def write_runs(study: str, arms: dict[str, dict[str, Any]], extra: list[dict[str, Any]] = ()) -> pd.DataFrame:
+    """Writes the runs of a study whose arms have these columns, each on all seeds; returns the runs of the arms."""
+    rows = [{"run_id": "base", "comparisons": "runs", "method": "none", "base_weights": "full", "heldout_nll": 3.6}]
+    for arm, columns in arms.items():
+        for seed in SEEDS:
+            rows.append(
+                {
+                    "run_id": f"{arm}-s{seed}",
+                    "comparisons": f"tune-{arm} arm-{arm}",
+                    "seed": seed,
+                    "label": arm,
+                    **columns,
+                }
+            )
+            rows[-1]["heldout_nll"] = columns.get("heldout_nll", 0.2) + 0.001 * (seed % 3)
+    for row in extra:
+        rows.append({"label": row["method"], **row})
+    table = pd.DataFrame(rows).assign(model="toy", task="sums", status="ok", steps=160)
+    table = table.rename(columns={"heldout_nll": "heldout_nll_nats_per_token"})
+    table["validation_nll_nats_per_token"] = table["heldout_nll_nats_per_token"]
+    folder = results_folder(study)
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(folder / "runs.csv", index=False)
+    chosen = {"learning_rate": 1e-3, "tried": []}
+    (folder / "tuned.json").write_text(json.dumps({"arms": {arm: chosen for arm in arms}}))
+    return table
+
+
+def write_weights(study: str, runs: pd.DataFrame, change: Change = lambda table: None, steps: Any = (40, 160)) -> None:
+    """Writes what was measured on the weights of runs, each changed by ``change`` before it is written."""
+    random = np.random.default_rng(0)
+    for run, label in zip(runs["run_id"], runs["label"], strict=True):
+        rows = [
+            {
+                **{
+                    "kind": "matrix",
+                    "step": step,
+                    "matrix": f"layers.{layer}.{module}",
+                    "module": module,
+                    "arm": label,
+                },
+                **{"rows": 576, "columns": 576, "relative_size": 0.01 * (1 + layer), "rank_90": 10, "energy_8": 0.85},
+                **{"stable_rank": 3, "gaussian_rank_90": 400, "intruders_30": 0, "intruders_50": 0, "intruders_70": 1},
+                **{"amplification": 9.0, "magnitude_change": layer, "direction_change": layer + random.random()},
+                **{"rank_kept": layer, "worth": layer + random.random()},
+            }
+            for step in steps
+            for layer in LAYERS
+            for module in MODULES
+        ]
+        rows += [{"kind": "cut", "arm": label, "cut_rank": rank, "heldout_nll": 0.21} for rank in (8, 10**6)]
+        table = pd.DataFrame(rows)
+        change(table)
+        run_folder(run).mkdir(parents=True, exist_ok=True)
+        table.drop(columns="arm").to_csv(measured_path(run_folder(run)), index=False)
+    collect_weights(study, list(runs["run_id"]))
+
+
+def of(arm: str, column: str, value: Any) -> Change:
+    """Returns a change of a column in the rows of an arm; a value may depend on the old ones."""
+
+    def change(table: pd.DataFrame) -> None:
+        mine = table["arm"] == arm
+        table.loc[mine, column] = value(table.loc[mine, column]) if callable(value) else value
+
+    return change
+
+
+def weights_world(*changes: Change) -> None:
+    """Writes the study `weights` in a world where every claim on it holds, with changes."""
+    arms = {"lora": {"rank": 8}, "full": {}, "r64": {"rank": 64}, "dora": {"rank": 8}}
+    shuffled = [
+        {"run_id": f"x{seed}", "comparisons": "control-shuffled-labels-lora", "seed": seed, "method": "lora"}
+        | {"heldout_nll": 1.2, "rank": 8}
+        for seed in SEEDS
+    ]
+    single = [
+        {"run_id": f"{arm}-at-{seed}", "comparisons": "runs", "seed": seed, "method": arm, "learning_rate": 3e-4}
+        | ({"rank": 8} if arm == "lora" else {})
+        for seed in SEEDS
+        for arm in ("lora", "full")
+    ]
+    runs = write_runs("weights", arms, shuffled + single)
+    measured = runs[runs["comparisons"].str.contains("arm-") | runs["run_id"].str.contains("-at-")]
+
+    def change(table: pd.DataFrame) -> None:
+        for each in (
+            of("lora", "intruders_50", 2),
+            of("full", "magnitude_change", lambda values: -values),
+            of("dora", "magnitude_change", lambda values: -values),
+            *changes,
+        ):
+            each(table)
+
+    write_weights("weights", measured, change)
+
+
+def test_low_rank_is_asked_of_the_update_and_of_what_a_cut_leaves() -> None:
+    weights_world()
+    assert verdicts("S15") == ["holds"] * 3
+    assert judged("S15").deciding[2].found.value == pytest.approx(1 - 0.009 / 0.999, abs=0.002)
+    weights_world(of("full", "rank_90", 30))
+    assert verdicts("S15") == ["wrong", "holds", "holds"]  # 5 % of the side
+    weights_world(of("full", "rank_90", 300), of("full", "heldout_nll", 0.5))
+    assert verdicts("S15") == ["wrong"] * 3
+    assert judged("S15").deciding[2].found.value == pytest.approx(0.7, abs=0.01)
+
+
+def test_the_rank_of_an_update_is_told_in_ranks_of_lora() -> None:
+    weights_world(of("full", "rank_90", 320))
+    assert verdicts("P6") == ["holds"] and judged("P6").deciding[0].found.value == 20
+    weights_world(of("full", "rank_90", 100))
+    assert verdicts("P6") == ["wrong"]
+    # The median matrix counts, and the last step.
+    weights_world(of("full", "rank_90", lambda values: [320 if i % 12 < 7 else 1 for i in range(len(values))]))
+    assert judged("P6").deciding[0].found.value == 20
+
+    def early(table: pd.DataFrame) -> None:
+        table.loc[table["step"] == 40, "rank_90"] = 1
+
+    weights_world(of("full", "rank_90", 320), early)
+    assert verdicts("P6") == ["holds"]
+
+
+def test_a_small_adjustment_is_one_whose_norm_is_small() -> None:
+    weights_world()
+    assert verdicts("S17") == ["holds"] and judged("S17").deciding[0].found.value == pytest.approx(0.035)
+    weights_world(of("full", "relative_size", lambda values: 10 * values))
+    assert verdicts("S17") == ["wrong"]
+    ratio = judged("S17").parts[-1]
+    assert ratio.found.value == 1
+    weights_world(of("r64", "amplification", 3.0))
+    assert judged("S17").parts[-1].found.value == 3
+
+
+def test_intruders_are_compared_by_seed_and_at_one_rate_too() -> None:
+    weights_world()
+    assert verdicts("P8") == ["holds"] and judged("P8").deciding[0].found.value == 2
+    beside = judged("P8").parts[-1]
+    assert beside.found.value == 2 and set(beside.found.run_ids) == {
+        f"{a}-at-{s}" for a in ("lora", "full") for s in SEEDS
+    }
+    weights_world(of("full", "intruders_50", 3))
+    assert verdicts("P8") == ["wrong"] and str(judged("P8").parts[-1].verdict) == "wrong"
+    weights_world(of("lora", "intruders_50", 0))
+    assert verdicts("P8") == ["wrong"]
+
+
+def test_magnitude_and_direction_are_correlated_over_layers_and_steps() -> None:
+    weights_world()
+    assert verdicts("P28") == ["holds"] * 3
+    weights_world(of("lora", "magnitude_change", lambda values: -values))
+    assert verdicts("P28") == ["holds", "holds", "wrong"]
+    weights_world(of("dora", "magnitude_change", abs), of("full", "magnitude_change", abs))
+    assert verdicts("P28") == ["wrong", "wrong", "holds"]
+
+
+def test_ranks_are_set_against_a_worth_of_their_own() -> None:
+    runs = write_runs("adalora", {"adalora": {}})
+    mine = runs[runs["seed"].notna()]
+    write_weights("adalora", mine, steps=(160,))
+    assert verdicts("S94") == ["holds"]
+    assert judged("S94").deciding[0].found.value > 0.9
+    write_weights("adalora", mine, lambda table: of("adalora", "worth", lambda values: -values)(table), (160,))
+    assert verdicts("S94") == ["wrong"]
+    # Where only matrices without rank are worth nothing, the correlation among the others says so.
+    flat = [0.0, 1.3, 1.1, 1.2, 1.0, 1.4]
+    write_weights(
+        "adalora", mine, of("adalora", "worth", lambda values: np.resize(np.repeat(flat, 2), len(values))), (160,)
+    )
+    kept = judged("S94").parts[-1]
+    assert kept.found.value < judged("S94").deciding[0].found.value
+
+
+def test_published_measurements_give_the_same_verdicts_without_weights() -> None:
+    weights_world()
+    before = {claim: judged(claim).to_json("") for claim in ("S15", "S17", "P6", "P8", "P28")}
+    folder = results_folder("weights")
+    published = PUBLISHED_RESULTS / "weights"
+    published.parent.mkdir(parents=True)
+    rows = measured_runs(weights_path(folder))
+    folder.rename(published)
+    assert {claim: judged(claim).to_json("") for claim in before} == before
+    # What comes back to the store gives the same table again.
+    for run, table in rows.items():
+        table.to_csv(measured_path(run_folder(run)), index=False)
+    collect_weights("weights", list(rows))
+    found, theirs = (pd.read_parquet(weights_path(each)) for each in (results_folder("weights"), published))
+    pd.testing.assert_frame_equal(found, theirs, check_dtype=False, check_like=True)
+
+
+def forgetting_world(prose: dict[str, Callable[[float], float]]) -> None:
+    """Writes the study `forgetting`: each arm's rise on prose is a function of its loss on the task."""
+    runs = write_runs("forgetting", {"lora": {}, "full": {}, "r64": {}})
+    fast = [
+        {
+            "run_id": f"fast-s{seed}",
+            "comparisons": "control-four-times-lr-lora",
+            "seed": seed,
+            "method": "lora",
+            "label": "fast",
+        }
+        for seed in SEEDS
+    ]
+    runs = pd.concat([runs, pd.DataFrame(fast).assign(model="toy", task="sums", status="ok", steps=160)])
+    losses = []
+    ends = {"lora": 0.2, "r64": 0.2, "full": 0.5, "fast": 0.3}
+    for row in runs[runs["seed"].notna()].to_dict("records"):
+        jitter = 0.001 * (row["seed"] % 3)
+        for step, task in ((40, 2.0), (80, 1.0), (120, 0.6)):
+            score = 1.0 + prose[row["label"]](task) + jitter
+            losses.append({"run_id": row["run_id"], "step": step, "nll_nats_per_token": task})
+            losses[-1] |= {"validation_nll_nats_per_token": task, "retention_bits_per_byte": score}
+        mine, end = runs["run_id"] == row["run_id"], ends[row["label"]]
+        runs.loc[mine, "validation_nll_nats_per_token"] = end
+        runs.loc[mine, "retention_bits_per_byte"] = 1.0 + prose[row["label"]](end) + jitter
+    runs["retention_bits_per_byte_before"] = 1.0
+    runs.to_csv(results_folder("forgetting") / "runs.csv", index=False)
+    pd.DataFrame(losses).to_csv(results_folder("forgetting") / "losses.csv", index=False)
+
+
+def line(slope: float) -> Callable[[float], float]:
+    return lambda task: slope * (3.6 - task)
+
+
+def test_what_is_forgotten_is_compared_where_the_same_was_learned() -> None:
+    arms = {"lora": line(0.1), "r64": line(0.1), "full": line(0.2), "fast": line(0.15)}
+    forgetting_world(arms)
+    assert verdicts("P7") == ["holds", "holds"]
+    found = judged("P7").deciding[0].found
+    # Full fine-tuning ends at 0.5, which LoRA passed on its way to 0.2.
+    assert found.evidence["matched loss on the task, nats per token"] == pytest.approx(0.5)
+    assert found.value == pytest.approx(0.1 * 3.1, abs=0.002)
+    forgetting_world(arms | {"fast": line(0.4)})
+    assert verdicts("P7") == ["holds", "wrong"]
+    # At its end LoRA has forgotten more, because it has learned more.
+    forgetting_world(arms | {"lora": line(0.195)})
+    found = judged("P7").deciding[0].found
+    assert found.value > 0 > found.evidence["difference at the end of the training"]
+    forgetting_world(arms | {"lora": line(0.3), "fast": line(0.4)})
+    assert verdicts("P7") == ["wrong", "wrong"]
+
+
+def test_a_study_that_scored_no_prose_says_so() -> None:
+    forgetting_world(dict.fromkeys(("lora", "r64", "full", "fast"), line(0.1)))
+    path = results_folder("forgetting") / "losses.csv"
+    pd.read_csv(path).assign(retention_bits_per_byte=np.nan).to_csv(path, index=False)
+    with pytest.raises(Exception, match="prose was not scored along its training"):
+        forgetting.less_forgotten("forgetting", "lora", "full")
