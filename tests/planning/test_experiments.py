@@ -161,3 +161,16 @@ def test_the_plan_asks_for_a_card_only_on_a_gpu_machine(monkeypatch: pytest.Monk
         monkeypatch.setenv("PEFTSCOPE_DEVICE", device)
         plan = plan_experiment("smoke")
         assert {Workflow([plan]).gpus(SimpleNamespace(run_id=run)) for run in plan.run_ids} == {cards}
+
+
+def test_studies_tune_shared_arms_on_the_same_runs() -> None:
+    """Weights are kept and prose is scored in their pairs only, so that nothing is tuned twice."""
+
+    def tuning(study: str) -> dict[str, tuple[str, ...]]:
+        comparisons = {c.name: c.runs for c in expand(study).comparisons}
+        return {name.removeprefix("tune-"): runs for name, runs in comparisons.items() if name.startswith("tune-")}
+
+    known = tuning("variants") | tuning("ranks")
+    for study, arms in {"weights": 4, "adalora": 1, "forgetting": 3}.items():
+        found = tuning(study)
+        assert len(found) == arms and all(runs == known[arm] for arm, runs in found.items())

@@ -132,7 +132,8 @@ def _add_worth(rows: list[dict[str, Any]], model: Any, spec: RunSpec, folder: Pa
     """Adds to each matrix of the last step the rank that it kept, and the rise of the loss without its update."""
     examples, pad = _heldout(spec, folder, WORTH_ITEMS)
     whole = _loss(model, examples, spec, pad)
-    ranks = spec.method.kept_ranks(model)
+    method: Any = spec.method
+    ranks = method.kept_ranks(model)
     modules = dict(model.named_modules())
     last = max(row["step"] for row in rows)
     for row in rows:

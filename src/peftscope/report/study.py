@@ -279,7 +279,7 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
             axes.axvline(side * 100 * MARGIN, color="0.3", linestyle="--", linewidth=0.9)
     axes.axvline(0, color="0.3", linewidth=0.9)
     axes.set_yticks(range(len(arms)), [labels[arm] for arm in arms])
-    axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.set_ylim(max(1, len(arms)) - 0.5, -0.5)
     unit = "nats per response token" if math.isnan(study.yardstick) else "% of the task gain"
     axes.set(xlabel=f"held-out loss minus {labels[study.reference]}'s ({unit}); further left is better")
     axes.set_title(f"Against {labels[study.reference]}")

@@ -9,9 +9,11 @@ import seaborn as sns
 from peftscope.analysis.collect import read_runs
 from peftscope.analysis.weights import after_training, read_weights
 from peftscope.layout import results_folder
+from peftscope.planning.cells import ARM
 from peftscope.report.plots import draw_figure, method_colours, plain_ticks
 
-CONTROLS = {"gaussian_energy_": "a Gaussian matrix", "grid_energy_": "rounding to a 4-bit grid"}
+CONTROLS = {"gaussian_energy_": ("a Gaussian matrix", ":"), "grid_energy_": ("rounding to a 4-bit grid", "--")}
+"""The noise beside the updates, by the beginning of its columns: its name and the style of its line."""
 
 
 def write_spectrum(experiment: str) -> None:
@@ -21,8 +23,14 @@ def write_spectrum(experiment: str) -> None:
 
 
 def _with_labels(experiment: str) -> pd.DataFrame:
-    """Returns the matrices after the training, each with its method's label, and with the rank if there are several."""
+    """Returns the matrices after the training, each with its method's label, and with the rank if there are several.
+
+    Of a study, these are the runs at the chosen rates.
+    """
     table, runs = after_training(read_weights(experiment)), read_runs(experiment).set_index("run_id")
+    arms = runs["comparisons"].str.contains(ARM)
+    if arms.any():
+        table = table[table["run_id"].isin(runs.index[arms])]
     names = runs["label"].astype(str)
     if "rank" in runs:
         several = runs.groupby("label")["rank"].transform("nunique") > 1
@@ -40,9 +48,9 @@ def draw_spectrum(axes: plt.Axes, table: pd.DataFrame) -> None:
     for index, (variant, rows) in enumerate(variants):
         colour = spare[index] if crowded else own.get(rows["label"].iloc[0], spare[index])
         axes.plot(ranks, _shares(rows, "energy_", ranks), marker="o", color=colour, label=str(variant))
-    for prefix, name in CONTROLS.items():
+    for prefix, (name, style) in CONTROLS.items():
         if ranks and f"{prefix}{ranks[0]}" in table:
-            axes.plot(ranks, _shares(table, prefix, ranks), linestyle=":", color="0.4", label=name)
+            axes.plot(ranks, _shares(table, prefix, ranks), linestyle=style, color="0.4", label=name)
     axes.axhline(0.9, color="0.6", linewidth=0.8)
     axes.set_xscale("log", base=2)
     plain_ticks(axes.xaxis)
