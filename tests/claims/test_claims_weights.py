@@ -112,23 +112,19 @@ def of(arm: str, column: str, value: Any) -> Change:
 def weights_world(*changes: Change) -> None:
     """Writes the study `weights` in a world where every claim on it holds, with changes."""
     arms = {"lora": {"rank": 8}, "full": {}, "r64": {"rank": 64}, "dora": {"rank": 8}}
+    arms |= {"lora-3e-4": {"rank": 8}, "full-3e-4": {}}
     shuffled = [
         {"run_id": f"x{seed}", "comparisons": "control-shuffled-labels-lora", "seed": seed, "method": "lora"}
         | {"heldout_nll": 1.2, "rank": 8}
         for seed in SEEDS
     ]
-    single = [
-        {"run_id": f"{arm}-at-{seed}", "comparisons": "runs", "seed": seed, "method": arm, "learning_rate": 3e-4}
-        | ({"rank": 8} if arm == "lora" else {})
-        for seed in SEEDS
-        for arm in ("lora", "full")
-    ]
-    runs = write_runs("weights", arms, shuffled + single)
-    measured = runs[runs["comparisons"].str.contains("arm-") | runs["run_id"].str.contains("-at-")]
+    runs = write_runs("weights", arms, shuffled)
+    measured = runs[runs["comparisons"].str.contains("arm-")]
 
     def change(table: pd.DataFrame) -> None:
         for each in (
             of("lora", "intruders_50", 2),
+            of("lora-3e-4", "intruders_50", 1),
             of("full", "magnitude_change", lambda values: -values),
             of("dora", "magnitude_change", lambda values: -values),
             *changes,
@@ -179,11 +175,8 @@ def test_a_small_adjustment_is_one_whose_norm_is_small() -> None:
 def test_intruders_are_compared_by_seed_and_at_one_rate_too() -> None:
     weights_world()
     assert verdicts("P8") == ["holds"] and judged("P8").deciding[0].found.value == 2
-    beside = judged("P8").parts[-1]
-    assert beside.found.value == 2 and set(beside.found.run_ids) == {
-        f"{a}-at-{s}" for a in ("lora", "full") for s in SEEDS
-    }
-    weights_world(of("full", "intruders_50", 3))
+    assert judged("P8").parts[-1].found.value == 1
+    weights_world(of("full", "intruders_50", 3), of("full-3e-4", "intruders_50", 3))
     assert verdicts("P8") == ["wrong"] and str(judged("P8").parts[-1].verdict) == "wrong"
     weights_world(of("lora", "intruders_50", 0))
     assert verdicts("P8") == ["wrong"]
@@ -234,20 +227,9 @@ def test_published_measurements_give_the_same_verdicts_without_weights() -> None
 
 def forgetting_world(prose: dict[str, Callable[[float], float]]) -> None:
     """Writes the study `forgetting`: each arm's rise on prose is a function of its loss on the task."""
-    runs = write_runs("forgetting", {"lora": {}, "full": {}, "r64": {}})
-    fast = [
-        {
-            "run_id": f"fast-s{seed}",
-            "comparisons": "control-four-times-lr-lora",
-            "seed": seed,
-            "method": "lora",
-            "label": "fast",
-        }
-        for seed in SEEDS
-    ]
-    runs = pd.concat([runs, pd.DataFrame(fast).assign(model="toy", task="sums", status="ok", steps=160)])
+    runs = write_runs("forgetting", {"lora": {}, "full": {}, "r64": {}, "lora-fast": {}})
     losses = []
-    ends = {"lora": 0.2, "r64": 0.2, "full": 0.5, "fast": 0.3}
+    ends = {"lora": 0.2, "r64": 0.2, "full": 0.5, "lora-fast": 0.3}
     for row in runs[runs["seed"].notna()].to_dict("records"):
         jitter = 0.001 * (row["seed"] % 3)
         for step, task in ((40, 2.0), (80, 1.0), (120, 0.6)):
@@ -267,25 +249,25 @@ def line(slope: float) -> Callable[[float], float]:
 
 
 def test_what_is_forgotten_is_compared_where_the_same_was_learned() -> None:
-    arms = {"lora": line(0.1), "r64": line(0.1), "full": line(0.2), "fast": line(0.15)}
+    arms = {"lora": line(0.1), "r64": line(0.1), "full": line(0.2), "lora-fast": line(0.15)}
     forgetting_world(arms)
     assert verdicts("P7") == ["holds", "holds"]
     found = judged("P7").deciding[0].found
     # Full fine-tuning ends at 0.5, which LoRA passed on its way to 0.2.
     assert found.evidence["matched loss on the task, nats per token"] == pytest.approx(0.5)
     assert found.value == pytest.approx(0.1 * 3.1, abs=0.002)
-    forgetting_world(arms | {"fast": line(0.4)})
+    forgetting_world(arms | {"lora-fast": line(0.4)})
     assert verdicts("P7") == ["holds", "wrong"]
     # At its end LoRA has forgotten more, because it has learned more.
     forgetting_world(arms | {"lora": line(0.195)})
     found = judged("P7").deciding[0].found
     assert found.value > 0 > found.evidence["difference at the end of the training"]
-    forgetting_world(arms | {"lora": line(0.3), "fast": line(0.4)})
+    forgetting_world(arms | {"lora": line(0.3), "lora-fast": line(0.4)})
     assert verdicts("P7") == ["wrong", "wrong"]
 
 
 def test_a_study_that_scored_no_prose_says_so() -> None:
-    forgetting_world(dict.fromkeys(("lora", "r64", "full", "fast"), line(0.1)))
+    forgetting_world(dict.fromkeys(("lora", "r64", "full", "lora-fast"), line(0.1)))
     path = results_folder("forgetting") / "losses.csv"
     pd.read_csv(path).assign(retention_bits_per_byte=np.nan).to_csv(path, index=False)
     with pytest.raises(Exception, match="prose was not scored along its training"):

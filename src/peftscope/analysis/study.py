@@ -12,7 +12,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ from peftscope.analysis.compare import Difference, compare
 from peftscope.errors import InputError, Problem
 from peftscope.layout import PUBLISHED_RESULTS, results_folder
 from peftscope.planning.cells import ARM, CONTROL, TUNING
-from peftscope.planning.experiment import A_A, OLD_CONTROLS, ControlName
+from peftscope.planning.experiment import A_A, OLD_CONTROLS
 from peftscope.planning.published import LOSSES, VALIDATION
 
 HELDOUT = "heldout_nll_nats_per_token"
@@ -31,7 +31,7 @@ MARGIN = 0.05
 """Arms whose losses differ by less than this share of the task gain count as the same, unless a claim has its own."""
 
 
-_CONTROL = re.compile(rf"{CONTROL}({'|'.join(get_args(ControlName))})-(.+)")
+_CONTROL = re.compile(rf"{CONTROL}({'|'.join(OLD_CONTROLS.values())})-(.+)")
 
 
 def _renamed(comparison: str) -> str:

@@ -156,7 +156,6 @@ def _control_cells(control: str, arm: str, values: dict[str, Any]) -> Iterator[C
     changes: dict[str, dict[str, Any]] = {
         "a-a": {"init_seed": values["seed"] + A_A_SHIFT},
         "zero-lr": {"learning_rate": 0},
-        "four-times-lr": {"learning_rate": rounded(4 * values["learning_rate"])},
         "shuffled-labels": {"shuffled_targets": True},
     }
     change, group = changes[control], f"{CONTROL}{control}-{arm}"

@@ -54,9 +54,8 @@ A_A_SHIFT = 1000
 OLD_CONTROLS = {"again": "a-a", "still": "zero-lr", "shuffled": "shuffled-labels"}
 """Names of controls in files and results of older versions."""
 
-ControlName = Literal["a-a", "zero-lr", "shuffled-labels", "four-times-lr"]
 Control = Annotated[
-    ControlName,
+    Literal["a-a", "zero-lr", "shuffled-labels"],
     BeforeValidator(lambda name: OLD_CONTROLS.get(name, name) if isinstance(name, str) else name),
 ]
 
@@ -94,8 +93,7 @@ class Study(BaseModel):
         a_a: The reference, if it enters a second time as ``ARM-a-a``, tuned on seeds of its own and with other
             initialisation seeds. A difference between methods that is no larger than its own means nothing.
         controls: Controls of an arm at its chosen rate: ``a-a`` with other initialisation seeds, ``zero-lr`` at a
-            learning rate of 0, ``four-times-lr`` at four times the rate, ``shuffled-labels`` with the response of
-            another prompt.
+            learning rate of 0, ``shuffled-labels`` with the response of another prompt.
         control_seeds: The seeds that controls run on; null: all.
         pilot: The study whose A/A pairs say beforehand what the planned pairs can see; null: this one.
     """

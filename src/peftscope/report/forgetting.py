@@ -10,7 +10,6 @@ from peftscope.analysis.forgetting import curves
 from peftscope.analysis.study import StudyResults
 from peftscope.layout import results_folder
 from peftscope.report.plots import draw_figure
-from peftscope.report.study import CONTROLS
 
 
 def write_forgetting(experiment: str) -> None:
@@ -25,12 +24,8 @@ def write_forgetting(experiment: str) -> None:
 
 
 def mean_curves(study: StudyResults) -> dict[str, pd.DataFrame]:
-    """Returns the mean curve over seeds of each arm, and of each arm at four times its rate."""
-    runs = {study.labels[arm]: study.arm_runs(arm) for arm in study.arms}
-    for control, arm in study.controls:
-        if control == "four-times-lr":
-            runs[f"{study.labels[arm]}, {CONTROLS[control]}"] = study.control_runs(control, arm)
-    found = {name: [curve for _, curve in curves(study, table)] for name, table in runs.items()}
+    """Returns the mean curve over seeds of each arm, by its label."""
+    found = {study.labels[arm]: [curve for _, curve in curves(study, study.arm_runs(arm))] for arm in study.arms}
     return {name: sum(each) / len(each) for name, each in found.items() if each}
 
 

@@ -22,7 +22,6 @@ from peftscope.report.tables import formatted, html
 CONTROLS = {
     "a-a": "another initialisation seed (A/A)",
     "zero-lr": "a learning rate of zero",
-    "four-times-lr": "four times its learning rate",
     "shuffled-labels": "trained on shuffled answers",
 }
 FEWEST_FOR_BOOTSTRAP = 8

@@ -23,18 +23,19 @@ def write_spectrum(experiment: str) -> None:
 
 
 def _with_labels(experiment: str) -> pd.DataFrame:
-    """Returns the matrices after the training, each with its method's label, and with the rank if there are several.
+    """Returns the matrices after the training, each with its method's label, and what tells it from others of it.
 
-    Of a study, these are the runs at the chosen rates.
+    That is the arm in a study, whose other runs are left out, and otherwise the rank.
     """
     table, runs = after_training(read_weights(experiment)), read_runs(experiment).set_index("run_id")
-    arms = runs["comparisons"].str.contains(ARM)
-    if arms.any():
-        table = table[table["run_id"].isin(runs.index[arms])]
-    names = runs["label"].astype(str)
-    if "rank" in runs:
-        several = runs.groupby("label")["rank"].transform("nunique") > 1
-        names = names.where(~several, names + ", rank " + runs["rank"].map("{:g}".format))
+    apart = runs["comparisons"].str.extract(rf"\b{ARM}(\S+)")[0]
+    if apart.notna().any():
+        runs = runs[apart.notna()]
+        table = table[table["run_id"].isin(runs.index)]
+    elif "rank" in runs:
+        apart = "rank " + runs["rank"].map("{:g}".format)
+    several = apart.groupby(runs["label"]).transform("nunique") > 1
+    names = runs["label"].where(~several, runs["label"] + ", " + apart)
     return table.assign(variant=table["run_id"].map(names), label=table["run_id"].map(runs["label"]))
 
 

@@ -10,7 +10,7 @@ from peftscope.analysis.study import StudyResults
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 
 
-def less_forgotten(study: str, arm: str, against: str, control: str = "") -> Measurement:
+def less_forgotten(study: str, arm: str, against: str) -> Measurement:
     """Returns how much less an arm has forgotten than another where both have the same loss on the task.
 
     That is the lowest loss on validation items that both reach along the training, and the rise of the code length of
@@ -20,11 +20,9 @@ def less_forgotten(study: str, arm: str, against: str, control: str = "") -> Mea
         study: The study's experiment.
         arm: The arm.
         against: The arm to compare with.
-        control: A control of the arm, which takes its place.
     """
     results = StudyResults(study)
-    runs = results.control_runs(control, arm) if control else results.arm_runs(arm)
-    other = results.arm_runs(against)
+    runs, other = results.arm_runs(arm), results.arm_runs(against)
     mine, theirs = dict(curves(results, runs)), dict(curves(results, other))
     matched = {seed: matched_rises(mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())}
     if not matched:

@@ -84,22 +84,15 @@ def share_left_after_cut(study: str, arm: str, rank: int) -> Measurement:
     return _over_seeds(results, seeds, evidence, runs)
 
 
-def intruders(study: str, arm: str, against: str, learning_rate: float | None = None) -> Measurement:
+def intruders(study: str, arm: str, against: str) -> Measurement:
     """Returns the intruders of an arm minus those of another: leading vectors that resemble no pretrained one.
 
     An intruder is one of the ten leading left singular vectors of the trained matrix whose cosine with every left
     singular vector of the pretrained one stays below 0.5. The number is the mean over matrices, paired by seed.
     Source: Shuttleworth et al. 2024, arXiv 2410.21228.
-
-    Args:
-        study: The study's experiment.
-        arm: The arm.
-        against: The arm to compare with.
-        learning_rate: The common rate of the study's single runs of the two arms' methods. None means that both arms
-            have their own best rates.
     """
     results = StudyResults(study)
-    runs = {name: _runs_of(results, name, learning_rate) for name in (arm, against)}
+    runs = {name: results.arm_runs(name) for name in (arm, against)}
     last = after_training(read_weights(study))
     means = {
         cosine: last.groupby("run_id")[f"intruders_{cosine}"].mean().rename(f"intruders_{cosine}")
@@ -193,21 +186,6 @@ def _after(study: str, arm: str) -> tuple[StudyResults, pd.DataFrame]:
     if table.empty:
         raise NotRunError(f"the study `{study}` has not measured the weights of `{arm}`")
     return results, table
-
-
-def _runs_of(results: StudyResults, arm: str, learning_rate: float | None) -> pd.DataFrame:
-    """Returns the runs of an arm at its chosen rate, or the single runs of its settings at another one."""
-    runs = results.arm_runs(arm)
-    if learning_rate is None:
-        return runs
-    single = results.table[results.table["comparisons"].str.split().map(lambda names: "runs" in names)]
-    alike = (single["learning_rate"] == learning_rate) & (single["label"] == runs["label"].iloc[0])
-    for field in {"rank", "alpha", "targets"} & set(runs.columns):
-        expected = runs[field].iloc[0]
-        alike &= single[field].isna() if pd.isna(expected) else single[field] == expected
-    if not alike.any():
-        raise NotRunError(f"the study `{results.name}` has no single run of `{arm}` at {learning_rate:g}")
-    return single[alike]
 
 
 def _medians(table: pd.DataFrame, names: list[str]) -> dict[str, Quantity]:
