@@ -6,6 +6,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
@@ -28,7 +29,7 @@ T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., None])
 
 MemoryModel = Annotated[
-    str, typer.Argument(help="A preset (llama-2-7b, qwen2.5-0.5b, ...), a config.json, or a hub id.")
+    str | None, typer.Argument(help="A preset (llama-2-7b, qwen2.5-0.5b, ...), a config.json, or a hub id.")
 ]
 Gpus = Annotated[int, typer.Option(help="Shard weights, gradients and states over so many cards.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs; the keys are stable.")]
@@ -95,13 +96,24 @@ def _preset_or_modules(text: str | None) -> str | list[str] | None:
 @app.command("memory")
 @run_options(*METHOD_OPTIONS, *SPEC_OPTIONS)
 def memory_command(
-    model: MemoryModel,
-    method: Annotated[str, typer.Option(help="full, lora, qlora, dora, adalora, loftq, ...")] = "lora",
+    model: MemoryModel = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of axolotl, LLaMA-Factory, TRL, alignment-handbook or torchtune, or an adapter_config.json. "
+            "Other options replace what it says; with --gpu, exit code 1 says that it does not fit."
+        ),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="full, lora, qlora, dora, adalora, loftq, ...; default lora.")
+    ] = None,
     response_len: Annotated[
         int | None, typer.Option(help="Positions with a loss, for response_only; default half of --seq-len.")
     ] = None,
     gpu: Annotated[str | None, typer.Option(help="For its CUDA context: rtx4090, a100, ..., or 24GiB.")] = None,
-    gpus: Gpus = 1,
+    gpus: Annotated[
+        int | None, typer.Option(help="Shard weights, gradients and states over so many cards; default 1.")
+    ] = None,
     simulate: Annotated[bool, typer.Option("--simulate", help="Run the step itself on tensors without data.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Every term with its formula and source.")] = False,
     depth: Annotated[int, typer.Option(help="Levels of the tree of modules.")] = 0,
@@ -114,17 +126,36 @@ def memory_command(
     """
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.answer import answer_by_formula
+    from peftscope.memory.config_file import question_of, read_config
 
-    card = find_gpu(gpu) if gpu else None
-    question = ask(describe_model(model), {"method": method, **options}, responses=response_len, gpu=card, gpus=gpus)
+    card, given = find_gpu(gpu) if gpu else None, {"method": method, **options}
+    reading = read_config(config, given, model) if config else None
+    if reading:
+        question = question_of(reading, responses=response_len, gpu=card, gpus=gpus)
+    elif model:
+        shards = 1 if gpus is None else gpus
+        question = ask(describe_model(model), given, responses=response_len, gpu=card, gpus=shards)
+    else:
+        raise InputError(
+            Problem("model", "none given", "peftscope memory llama-2-7b, or peftscope memory --config FILE")
+        )
     simulate = simulate or question.spec.method.closed_form is None
     answer = _simulated(question) if simulate else answer_by_formula(question)
+    left = card.memory_bytes - answer.peak_device_bytes if card and reading else None
     if as_json:
-        print(json.dumps(answer.to_json(), ensure_ascii=False))
-        return
-    from peftscope.memory.show import show_answer
+        more = {"config": reading.to_json(), "headroom_bytes": left} if reading else {}
+        print(json.dumps({**answer.to_json(), **more}, ensure_ascii=False))
+    else:
+        from peftscope.memory.show import show_answer, show_headroom, show_reading
 
-    show_answer(answer, _wide_console(), explain=explain, depth=depth)
+        console = _wide_console()
+        if reading:
+            show_reading(reading, console)
+        show_answer(answer, console, explain=explain, depth=depth)
+        if card and left is not None:
+            show_headroom(card, left, console)
+    if left is not None and left < 0:
+        raise typer.Exit(1)
 
 
 @app.command()

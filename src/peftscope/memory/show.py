@@ -12,9 +12,36 @@ from rich.tree import Tree
 from peftscope.errors import spoken_bytes
 from peftscope.hardware.cards import Gpu
 from peftscope.memory.answer import Answer
+from peftscope.memory.config_file import Reading
 from peftscope.memory.fit import Fit
 from peftscope.memory.formula import DIMENSIONS
 from peftscope.methods import METHODS
+
+
+def show_reading(reading: Reading, console: Console) -> None:
+    """Prints what was understood, ignored and assumed of a trainer's file, and what is not modelled."""
+    console.print(f"{reading.path}: a file of {reading.trainer}", markup=False)
+    lists = {
+        "understood": reading.understood,
+        "ignored": [", ".join(reading.ignored)] if reading.ignored else [],
+        "assumed, because the file does not say it": reading.assumed,
+        "not modelled": reading.not_modelled,
+    }
+    for title, lines in lists.items():
+        if lines:
+            console.print(f"{title}:")
+        for line in lines:
+            console.print(f"  {line}", markup=False)
+    console.print()
+
+
+def show_headroom(gpu: Gpu, left_bytes: int, console: Console) -> None:
+    """Prints whether a run fits on a card, and what is left or missing."""
+    size = f"{gpu.name}, {spoken_bytes(gpu.memory_bytes)}"
+    if left_bytes < 0:
+        console.print(f"[red]does not fit[/] on {size}: {spoken_bytes(-left_bytes)} are missing")
+    else:
+        console.print(f"[green]fits[/] on {size}: {spoken_bytes(left_bytes)} are left")
 
 
 def show_answer(answer: Answer, console: Console, *, explain: bool, depth: int) -> None:
