@@ -29,6 +29,7 @@ NO_TORCH = [
     "memory.fit",
     "memory.show",
     "memory.grid",
+    "memory.trainers",
     "planning.demands",
     "planning.forecast",
     "execution.job",

@@ -302,8 +302,11 @@ def _with_key(reading: Reading, problem: Problem) -> Problem:
     option = problem.where.split(".")[0]
     if reading.given.get(option) is not None:
         return problem
-    key = reading.keys.get(option)
-    return replace(problem, where=f"{reading.path}: {key} ({option})" if key else f"{reading.path}: {problem.where}")
+    key, flag = reading.keys.get(option), option.replace("_", "-")
+    if key is None:
+        return replace(problem, where=f"{reading.path}: {problem.where}")
+    remedy = problem.remedy or f"correct it, or give --{flag}"
+    return replace(problem, where=f"{reading.path}: {key} ({option})", remedy=remedy)
 
 
 def _model_of(reading: Reading) -> Model:

@@ -1,0 +1,338 @@
+"""Questions about memory from trainers' files: what is understood, ignored, assumed and refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from peftscope.cli.main import main
+from peftscope.errors import InputError
+from peftscope.memory.config_file import Reading, question_of, read_config
+from peftscope.memory.question import Question, ask, describe_model
+
+FILES: dict[str, dict[str, Any]] = {
+    "axolotl": {
+        "base_model": "NousResearch/Meta-Llama-3-8B",
+        "load_in_8bit": False,
+        "load_in_4bit": True,
+        "adapter": "qlora",
+        "lora_model_dir": None,
+        "sequence_len": 4096,
+        "sample_packing": True,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "lora_r": 32,
+        "lora_alpha": 16,
+        "lora_target_linear": True,
+        "optimizer": "paged_adamw_32bit",
+        "learning_rate": "2e-5",
+        "bf16": "auto",
+        "gradient_checkpointing": True,
+        "attn_implementation": "flash_attention_2",
+        "special_tokens": {"pad_token": "<|end_of_text|>"},
+    },
+    "LLaMA-Factory": {
+        "model_name_or_path": "Qwen/Qwen2.5-1.5B-Instruct",
+        "stage": "sft",
+        "finetuning_type": "lora",
+        "lora_rank": "8",
+        "template": "qwen",
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 8,
+        "bf16": True,
+    },
+    "TRL": {"model_name_or_path": "Qwen/Qwen2.5-0.5B", "dataset_name": "stanfordnlp/imdb", "learning_rate": 0.0001},
+    "alignment-handbook": {
+        "model_name_or_path": "mistralai/Mistral-7B-v0.1",
+        "torch_dtype": "bfloat16",
+        "attn_implementation": "flash_attention_2",
+        "load_in_4bit": True,
+        "use_peft": True,
+        "lora_r": 16,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "dataset_mixture": {"test_split_size": 1000},
+        "max_seq_length": 2048,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 2,
+        "eval_strategy": "epoch",
+    },
+    "torchtune": {
+        "model": {
+            "_component_": "torchtune.models.llama3_1.qlora_llama3_1_8b",
+            "lora_attn_modules": ["q_proj", "output_proj"],
+            "apply_lora_to_mlp": True,
+        },
+        "tokenizer": {"path": "tokenizer.model", "max_seq_len": 1024},
+        "dataset": {"packed": False},
+        "batch_size": 2,
+        "run_val_every_n_steps": 10,
+        "batch_size_val": "${batch_size}",
+        "optimizer": {"_component_": "torch.optim.AdamW", "fused": True, "lr": "3e-4"},
+        "loss": {"_component_": "torchtune.modules.loss.LinearCrossEntropyLoss"},
+        "dtype": "bf16",
+        "enable_activation_checkpointing": True,
+    },
+    "PEFT": {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "meta-llama/Llama-3.2-3B",
+        "r": 32,
+        "target_modules": None,
+    },
+}
+
+ASKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "axolotl": (
+        "llama-3-8b",
+        {"method": "qlora", "rank": 32, "alpha": 16, "batch_size": 2, "seq_len": 4096, "gradient_accumulation": 4}
+        | {"optimizer": "paged_adamw", "checkpointing": True, "attention": "flash_attention_2"},
+    ),
+    "LLaMA-Factory": (
+        "qwen2.5-1.5b",
+        {"method": "lora", "rank": 8, "alpha": 16, "seq_len": 2048, "gradient_accumulation": 8}
+        | {"checkpointing": True, "optimizer_implementation": "fused"},
+    ),
+    "TRL": (
+        "qwen2.5-0.5b",
+        {"method": "full", "precision": "amp", "batch_size": 8, "seq_len": 1024, "checkpointing": True}
+        | {"optimizer_implementation": "fused"},
+    ),
+    "alignment-handbook": (
+        "mistral-7b",
+        {
+            "method": "qlora",
+            "rank": 16,
+            "alpha": 32,
+            "dropout": 0.05,
+            "targets": ["q_proj", "v_proj"],
+            "double_quant": False,
+        }
+        | {"batch_size": 4, "eval_batch_size": 2, "seq_len": 2048, "checkpointing": True}
+        | {"attention": "flash_attention_2", "optimizer_implementation": "fused"},
+    ),
+    "torchtune": (
+        "llama-3.1-8b",
+        {"method": "qlora", "adapter_dtype": "base", "batch_size": 2, "eval_batch_size": 2, "seq_len": 1024}
+        | {"targets": ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "checkpointing": True}
+        | {"optimizer_implementation": "fused"},
+    ),
+    "PEFT": (
+        "llama-3.2-3b",
+        {"method": "lora", "rank": 32, "alpha": 8, "targets": "minimal", "batch_size": 4, "seq_len": 768},
+    ),
+}
+"""The question that each file asks, as one would ask it by hand."""
+
+NEEDED: dict[str, dict[str, Any]] = {"PEFT": {"batch_size": 4, "seq_len": 768}}
+"""The options that a trainer's file never has."""
+
+
+def read(folder: Path, content: Any, given: dict[str, Any] | None = None, name: str = "run.yaml") -> Reading:
+    path = folder / name
+    path.write_text(json.dumps(content) if name.endswith(".json") else yaml.safe_dump(content, sort_keys=False))
+    return read_config(path, given or {})
+
+
+def question(folder: Path, content: Any, gpus: int | None = None, **given: Any) -> Question:
+    return question_of(read(folder, content, given), gpus=gpus)
+
+
+def complaint(folder: Path, content: Any, **given: Any) -> str:
+    with pytest.raises(InputError) as error:
+        question(folder, content, **given)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("trainer", FILES)
+def test_a_file_asks_what_one_would_ask_by_hand(trainer: str, tmp_path: Path) -> None:
+    reading = read(tmp_path, FILES[trainer], NEEDED.get(trainer))
+    assert reading.trainer == trainer
+    spec = question_of(reading, gpus=None).spec
+    model, options = ASKED[trainer]
+    by_hand = ask(describe_model(model), options).spec
+    assert spec.model_dump(exclude={"model"}) == by_hand.model_dump(exclude={"model"})
+
+
+@pytest.mark.parametrize("trainer", FILES)
+def test_every_key_is_understood_or_ignored_by_name(trainer: str, tmp_path: Path) -> None:
+    reading = read(tmp_path, FILES[trainer], NEEDED.get(trainer))
+    understood = {line.split(":")[0] for line in reading.understood}
+    assert not understood & set(reading.ignored)
+    assert set(reading.values) <= understood | set(reading.ignored)
+
+
+def test_what_a_file_does_not_say_is_assumed_with_its_source(tmp_path: Path) -> None:
+    reading = read(tmp_path, FILES["LLaMA-Factory"])
+    assert any("seq_len=2048" in line and "data_args.py" in line for line in reading.assumed)
+    assert not any("seq_len" in line for line in read(tmp_path, FILES["LLaMA-Factory"], {"seq_len": 512}).assumed)
+    assert "template" in reading.ignored
+    assert "lora_rank: 8 (rank)" in reading.understood
+
+
+def test_the_command_line_replaces_the_file(tmp_path: Path) -> None:
+    spec = question(tmp_path, FILES["axolotl"], seq_len=1024, method="full", optimizer="sgd").spec
+    assert (spec.seq_len, spec.method.name, spec.optimizer) == (1024, "full", "sgd")
+
+
+def test_flash_attention_packs_without_a_mask_and_sdpa_with_one(tmp_path: Path) -> None:
+    assert not question(tmp_path, FILES["axolotl"]).spec.packing
+    assert question(tmp_path, FILES["axolotl"] | {"attn_implementation": "sdpa"}).spec.packing
+
+
+def test_a_saving_that_is_not_modelled_is_said(tmp_path: Path) -> None:
+    assert "loss._component_" in read(tmp_path, FILES["torchtune"]).not_modelled[0]
+    assert not read(tmp_path, FILES["TRL"] | {"use_liger_kernel": False}).not_modelled
+    assert "use_liger_kernel" in read(tmp_path, FILES["TRL"] | {"use_liger_kernel": True}).not_modelled[0]
+
+
+def test_full_fine_tuning_of_llama_factory_has_fp32_weights_unless_pure(tmp_path: Path) -> None:
+    full = FILES["LLaMA-Factory"] | {"finetuning_type": "full"}
+    assert question(tmp_path, full).spec.precision == "amp"
+    assert question(tmp_path, full | {"pure_bf16": True}).spec.precision == "bf16"
+
+
+def test_adapters_of_peft(tmp_path: Path) -> None:
+    def method(**keys: Any) -> Any:
+        return question(tmp_path, FILES["PEFT"] | keys, **NEEDED["PEFT"]).spec.method
+
+    assert method(use_dora=True).name == "dora"
+    assert method(init_lora_weights="pissa_niter_4").name == "pissa"
+    assert method(peft_type="PROMPT_TUNING", num_virtual_tokens=20).virtual_tokens == 20
+    qwen = method(peft_type="IA3", base_model_name_or_path="Qwen/Qwen2.5-7B")
+    assert qwen.targets == ("down_proj", "q_proj", "v_proj")
+    assert "bias" in complaint(tmp_path, FILES["PEFT"] | {"bias": "all"}, **NEEDED["PEFT"])
+    phi = FILES["PEFT"] | {"base_model_name_or_path": "microsoft/Phi-3-mini-4k-instruct"}
+    assert "--targets" in complaint(tmp_path, phi, **NEEDED["PEFT"])
+
+
+def test_companions_of_an_adapter_lie_beside_and_above(tmp_path: Path) -> None:
+    folder = tmp_path / "experiments" / "lora"
+    folder.mkdir(parents=True)
+    defaults = {"model_id": "meta-llama/Llama-3.2-3B", "max_seq_length": 768, "batch_size": 4, "dtype": "float32"}
+    (tmp_path / "default_training_params.json").write_text(json.dumps(defaults))
+    (folder / "training_params.json").write_text(json.dumps({"batch_size": 2, "optimizer_kwargs": {"lr": "1e-3"}}))
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": None, "r": 4, "target_modules": None}
+    spec = question_of(read(folder, adapter, name="adapter_config.json"), gpus=None).spec
+    assert (spec.batch_size, spec.seq_len, spec.precision, spec.method.name) == (2, 768, "fp32", "lora")
+    (folder / "adapter_config.json").unlink()
+    assert question_of(read_config(folder / "training_params.json", {}), gpus=None).spec.method.name == "full"
+
+
+def test_cards_come_from_a_companion_or_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "ds").mkdir()
+    zero = {"zero_optimization": {"stage": 3}}
+    (tmp_path / "ds" / "zero3.json").write_text(json.dumps(zero))
+    sharded = FILES["LLaMA-Factory"] | {"deepspeed": "ds/zero3.json"}
+    assert "deepspeed: shards over cards" in complaint(tmp_path, sharded)
+    assert "--gpus" in complaint(tmp_path, FILES["LLaMA-Factory"] | {"deepspeed": zero})
+    assert question(tmp_path, sharded, gpus=4).gpus == 4
+    assert "no such file" in complaint(tmp_path, FILES["LLaMA-Factory"] | {"deepspeed": "zero3.json"})
+    accelerate = {"distributed_type": "FSDP", "num_processes": 8, "fsdp_config": {"fsdp_offload_params": True}}
+    (tmp_path / "fsdp.yaml").write_text(yaml.safe_dump(accelerate))
+    reading = read(tmp_path, FILES["TRL"] | {"accelerate_config": "fsdp.yaml"})
+    assert question_of(reading, gpus=None).gpus == 8
+    assert "offloaded" in reading.not_modelled[0]
+    fsdp = FILES["axolotl"] | {"fsdp": ["full_shard", "auto_wrap"]}
+    assert "fsdp: shards over cards" in complaint(tmp_path, fsdp)
+    tune = FILES["torchtune"] | {"custom_sharded_layers": ["output"]}
+    assert "--gpus" in complaint(tmp_path, tune)
+
+
+def test_a_local_model_lies_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    shape = describe_model("qwen2.5-0.5b").config
+    (tmp_path / "base" / "config.json").write_text(json.dumps(shape))
+    assert question(tmp_path, FILES["TRL"] | {"model_name_or_path": "./base"}).model.shape is not None
+    (tmp_path / "base" / "config.json").write_text(json.dumps(shape | {"num_experts": 8}))
+    assert "mixture of experts" in complaint(tmp_path, FILES["TRL"] | {"model_name_or_path": "./base"})
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "8-bit base": (FILES["axolotl"] | {"load_in_8bit": True}, "load_in_8bit: an 8-bit base"),
+    "8 bits of LLaMA-Factory": (FILES["LLaMA-Factory"] | {"quantization_bit": 8}, "quantization_bit"),
+    "Adam-mini": (FILES["LLaMA-Factory"] | {"use_adam_mini": True}, "use_adam_mini: Adam-mini"),
+    "GaLore": (FILES["LLaMA-Factory"] | {"use_galore": "true"}, "use_galore: GaLore"),
+    "GaLore as an optimizer": (FILES["axolotl"] | {"optimizer": "galore_adamw"}, "optimizer: an optimizer"),
+    "experts": (FILES["axolotl"] | {"base_model": "mistralai/Mixtral-8x7B-v0.1"}, "base_model: a mixture"),
+    "modules beside": (FILES["axolotl"] | {"lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save"),
+    "preferences": (FILES["LLaMA-Factory"] | {"stage": "dpo"}, "stage: not modelled"),
+    "QDoRA": (FILES["alignment-handbook"] | {"use_dora": True}, "use_dora: DoRA on a 4-bit base"),
+    "no length": (FILES["torchtune"] | {"tokenizer": {"max_seq_len": None}}, "give --seq-len"),
+    "a pattern": (FILES["alignment-handbook"] | {"lora_target_modules": r".*\.q_proj"}, "--targets"),
+    "no rank": ({**FILES["axolotl"], "lora_r": None}, "give --rank"),
+    "length 0": (FILES["axolotl"] | {"sequence_len": 0}, "sequence_len (seq_len)"),
+    "a length that is no number": (FILES["axolotl"] | {"sequence_len": "long"}, "sequence_len (seq_len)"),
+    "a rank that is a switch": (FILES["axolotl"] | {"lora_r": True}, "lora_r: must be a value"),
+    "no such module": (FILES["alignment-handbook"] | {"lora_target_modules": ["q_prj"]}, "`q_proj`?"),
+    "unknown model of torchtune": (
+        FILES["torchtune"] | {"model": {"_component_": "torchtune.models.own_5b"}},
+        "peftscope memory MODEL --config",
+    ),
+    "a model's config.json": ({"model_type": "llama", "hidden_size": 64}, "give it as MODEL"),
+    "accelerate's file": ({"distributed_type": "FSDP", "num_processes": 2}, "the trainer's file"),
+    "another framework": ({"trainer": {"devices": 8}, "exp_manager": {}}, "not the file of a known trainer"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_answered_is_refused_by_key(what: str, tmp_path: Path) -> None:
+    content, message = REFUSED[what]
+    said = complaint(tmp_path, content)
+    assert message in said
+    assert "->" in said
+
+
+def test_all_that_is_needed_is_asked_for_at_once(tmp_path: Path) -> None:
+    said = complaint(tmp_path, {"peft_type": "LORA", "r": 8})
+    assert all(part in said for part in ("--seq-len", "--batch-size", "names no base model"))
+
+
+@pytest.fixture
+def peftscope(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs ``peftscope memory`` in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["peftscope", "memory", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def test_the_command_is_a_check_before_a_run(peftscope: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(FILES["alignment-handbook"] | {"max_seq_length": 256}))
+    code, text, _ = peftscope("--config", str(path), "--gpu", "80GiB")
+    assert code == 0
+    assert all(part in text for part in ("understood:", "ignored:", "assumed", "fits on", "allocated"))
+    code, text, _ = peftscope("--config", str(path), "--gpu", "4GiB", "--json")
+    content = json.loads(text)
+    assert (code, content["config"]["trainer"]) == (1, "alignment-handbook")
+    assert content["headroom_bytes"] == 4 * 2**30 - content["peak_device_bytes"] < 0
+    assert peftscope("--config", str(path))[0] == 0
+    assert peftscope("mistral-7b", "--gpu", "4GiB")[0] == 0  # the check belongs to files
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base_model: [", "line 1: not valid YAML"),
+        ("", "must be a mapping"),
+        ("a: 1\na: 2\n", "key `a` appears twice"),
+        ("- a\n- b\n", "must be a mapping"),
+    ],
+)
+def test_a_broken_file_is_a_sentence(peftscope: Any, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    code, _, said = peftscope("--config", str(tmp_path / "run.yaml"))
+    assert (code, message in said) == (2, True)
+    assert peftscope("--config", str(tmp_path / "none.yaml"))[0] == 2
+    assert peftscope()[0] == 2
