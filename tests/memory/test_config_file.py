@@ -287,6 +287,24 @@ def test_what_cannot_be_answered_is_refused_by_key(what: str, tmp_path: Path) ->
     assert "->" in said
 
 
+ODD = ([1], [[]], {"a": [1]}, True, "x" * 300, -1, 1e12)
+
+
+@pytest.mark.parametrize("trainer", FILES)
+def test_odd_values_are_answered_or_refused_in_words(trainer: str, tmp_path: Path) -> None:
+    more = {"fsdp", "fsdp_config", "deepspeed", "accelerate_config", "optim", "optimizer_type", "flash_attn", "dtype"}
+    refused = 0
+    for key in sorted({*FILES[trainer], *more, "peft_type", "bias", "feedforward_modules", "val_size", "packing"}):
+        for value in ODD:
+            try:
+                odd = read(tmp_path, FILES[trainer] | {key: value}, NEEDED.get(trainer, {}), "run.json")
+                question_of(odd, gpus=None)
+            except InputError as error:
+                refused += 1
+                assert all(problem.where and problem.message for problem in error.problems)
+    assert refused > len(ODD)
+
+
 def test_all_that_is_needed_is_asked_for_at_once(tmp_path: Path) -> None:
     said = complaint(tmp_path, {"peft_type": "LORA", "r": 8})
     assert all(part in said for part in ("--seq-len", "--batch-size", "names no base model"))

@@ -55,6 +55,7 @@ class Reading:
         assumed: What the file does not say, with the source of each default.
         not_modelled: Keys that change memory in a way that the calculator does not model.
         problems: What a person has to fix.
+        used: The keys that were read.
     """
 
     path: Path
@@ -146,7 +147,7 @@ class Reading:
         if not isinstance(value, str):
             return value
         path = self.path.parent / value
-        if not path.is_file():
+        if not _exists(path):
             problem = Problem(f"{self.path}: {key}", f"no such file: {path}", "put it there, or remove the key")
             raise InputError(problem)
         self.understood.append(f"{key}: read {path}")
@@ -313,7 +314,7 @@ def _model_of(reading: Reading) -> Model:
     name, key = reading.model or "", reading.keys.get("model", "model")
     local = reading.path.parent / name
     try:
-        if key != "model" and (local.is_dir() or local.is_file()):
+        if key != "model" and _exists(local):
             return describe_model(str(local))
         same = None if _is_preset(name) or key == "model" else _same_shape(name)
         if same is None:
@@ -326,6 +327,13 @@ def _model_of(reading: Reading) -> Model:
             replace(p, where=f"{reading.path}: {key}", remedy=f"{p.remedy}; {remedy}") for p in error.problems
         )
         raise InputError(problems if key != "model" else error.problems) from None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # the name is too long for a path
+        return False
 
 
 def _is_preset(name: str) -> bool:

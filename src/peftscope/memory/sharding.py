@@ -23,7 +23,7 @@ def read_sharding(reading: Reading) -> None:
         InputError: A companion file is missing or cannot be read.
     """
     named = reading.values.get("accelerate_config")
-    if named in NAMED_STAGES:
+    if isinstance(named, str) and named in NAMED_STAGES:
         reading.get("accelerate_config")
         _note_stage(reading, "accelerate_config", NAMED_STAGES[named])
     elif named is not None:

@@ -69,7 +69,7 @@ def read_checkpointing(reading: Reading, *, default: bool, source: str) -> None:
 def read_attention(reading: Reading, key: str) -> None:
     """Reads the attention kernel. Without one, the family of the model decides."""
     name = reading.get(key)
-    if name in ATTENTION:
+    if isinstance(name, str) and name in ATTENTION:
         reading.options["attention"], reading.keys["attention"] = ATTENTION[name], key
     elif name not in (None, "auto"):
         reading.refuse(key, f"not modelled (got {shown(name)})", f"use {', '.join(ATTENTION)}, or give --attention")

@@ -300,7 +300,7 @@ def read_torchtune(reading: Reading) -> None:
         reading.take("dropout", "model.lora_dropout", default=0.0, source=f"{TORCHTUNE}, model builders")
         modules = reading.get("model.lora_attn_modules")
         if isinstance(modules, list):
-            modules = [TORCHTUNE_MODULES.get(name, name) for name in modules]
+            modules = [TORCHTUNE_MODULES.get(str(name), name) for name in modules]
             modules += ["gate_proj", "up_proj", "down_proj"] if reading.get("model.apply_lora_to_mlp") else []
             read_targets(reading, "model.lora_attn_modules", modules)
         reading.need("targets", "model.lora_attn_modules is not set, and torchtune has no default")
@@ -369,7 +369,7 @@ def read_peft(reading: Reading) -> None:
         reading.options["adapter_dtype"] = "base"
     optimizer = reading.get("optimizer_type")
     if optimizer is not None:
-        set_optimizer(reading, "optimizer_type", {"AdamW": ("adamw", "foreach")}.get(optimizer), str(optimizer))
+        set_optimizer(reading, "optimizer_type", {"AdamW": ("adamw", "foreach")}.get(str(optimizer)), str(optimizer))
     if reading.get("batch_size_eval"):
         reading.assumed.append("evaluation has the batch of the training: batch_size_eval is for generating answers")
 
