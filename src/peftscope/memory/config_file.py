@@ -22,9 +22,9 @@ from peftscope.models.presets import PRESETS
 SWITCHES = ("checkpointing", "packing", "double_quant", "kbit_preparation")
 """Options whose values are true or false."""
 
-LORA_DEFAULTS = ("llama", "mistral", "gemma2", "qwen2", "qwen3")
+LORA_DEFAULTS = ("llama", "mistral", "gemma2", "gemma3_text", "qwen2", "qwen3")
 """Families for which PEFT 0.21's LoRA takes q_proj and v_proj by default. Source: ``peft/utils/constants.py``."""
-IA3_DEFAULTS = {"llama": "k_proj", "mistral": "k_proj", "gemma2": "q_proj", "qwen2": "q_proj", "qwen3": "q_proj"}
+IA3_DEFAULTS = dict.fromkeys(LORA_DEFAULTS, "q_proj") | {"llama": "k_proj", "mistral": "k_proj"}
 """The module that PEFT 0.21's IA3 rescales beside v_proj and down_proj by default, by family. Source: the same."""
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -337,13 +337,13 @@ def _exists(path: Path) -> bool:
 
 
 def _is_preset(name: str) -> bool:
-    return name.lower() in PRESETS or name.lower() in {hub_id.lower() for hub_id, _ in PRESETS.values()}
+    return name.lower() in PRESETS or name.lower() in {preset[0].lower() for preset in PRESETS.values()}
 
 
 def _same_shape(name: str) -> str | None:
     """Returns the preset whose name, or whose hub id without its owner, differs only by the kind of tuning."""
     bare = _bare(name)
-    return next((preset for preset, (hub_id, _) in PRESETS.items() if bare in (_bare(preset), _bare(hub_id))), None)
+    return next((name for name, preset in PRESETS.items() if bare in (_bare(name), _bare(preset[0]))), None)
 
 
 def _bare(name: str) -> str:

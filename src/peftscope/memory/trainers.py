@@ -134,7 +134,8 @@ def read_axolotl(reading: Reading) -> None:
             read_targets(reading, "lora_target_linear" if linear else "lora_target_modules", "all" if linear else named)
         read_variant(reading, four_bit, dora="peft_use_dora", rslora="peft_use_rslora")
         if four_bit:
-            reading.assume("double_quant", True, "axolotl sets bnb_4bit_use_double_quant, loaders/model.py")
+            key, source = "bnb_config_kwargs.bnb_4bit_use_double_quant", "axolotl at ae7395e, loaders/model.py"
+            reading.take("double_quant", key, default=True, source=source)
     else:
         reading.options["method"] = "full"
         if four_bit:
