@@ -126,11 +126,13 @@ def memory_command(
     """
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.answer import answer_by_formula
-    from peftscope.memory.config_file import question_of, read_config
 
     card, given = find_gpu(gpu) if gpu else None, {"method": method, **options}
-    reading = read_config(config, given, model) if config else None
-    if reading:
+    reading = None
+    if config:
+        from peftscope.memory.config_file import question_of, read_config
+
+        reading = read_config(config, given, model)
         question = question_of(reading, responses=response_len, gpu=card, gpus=gpus)
     elif model:
         shards = 1 if gpus is None else gpus

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,10 +12,12 @@ from rich.tree import Tree
 from peftscope.errors import spoken_bytes
 from peftscope.hardware.cards import Gpu
 from peftscope.memory.answer import Answer
-from peftscope.memory.config_file import Reading
 from peftscope.memory.fit import Fit
 from peftscope.memory.formula import DIMENSIONS
 from peftscope.methods import METHODS
+
+if TYPE_CHECKING:
+    from peftscope.memory.config_file import Reading
 
 
 def show_reading(reading: Reading, console: Console) -> None:
