@@ -41,12 +41,13 @@ TORCHTUNE_MODULES = {"output_proj": "o_proj"}
 """torchtune's names of modules that have another name in transformers."""
 
 AUTOCAST = "bf16 autocast over weights in 16 bits is answered as precision=bf16, which has no casts of its own"
-AXOLOTL = "axolotl at 002a637, utils/schemas"
-FACTORY = "LLaMA-Factory at ff6d4d1, hparams"
+# A commit stands where the default was read in the code itself; the others come from documentation and excerpts.
+AXOLOTL = "axolotl, utils/schemas"
+FACTORY = "LLaMA-Factory, hparams"
 TRL_MODEL = "TRL at bc13ae6, trainer/model_config.py"
 TRL_BASE = "TRL at 13e421b, trainer/base_config.py"
-TRL_SFT = "TRL at f2cd577, trainer/sft_config.py"
-TORCHTUNE = "torchtune 0.6, docs.pytorch.org/torchtune"
+TRL_SFT = "TRL, trainer/sft_config.py"
+TORCHTUNE = "torchtune, docs.pytorch.org/torchtune"
 PEFT = "PEFT 0.21, tuners/lora/config.py"
 
 TRAINED_MODULES = "training whole modules beside the adapter"
