@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,10 @@ NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory={memory} Gres=gpu:{cards} S
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=20 MaxTime=60
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
+
+
+TRIES = 5
+"""How often a running job is stopped, at most, until one was met before it ended by itself."""
 
 
 def free_port() -> int:
@@ -197,16 +202,29 @@ def test_the_smoke_pipeline_survives_scancel_and_preemption(
         assert workflow.poll() is None, said()[-4000:]
         return trainings() if has_checkpoint(folder) else []
 
-    cancelled = wait_for(training, "a training job with a checkpoint")[0]
-    slurm("scancel", cancelled)
-    wait_for(lambda: stopped(folder), "word of the job that was cancelled")
+    def cancel(job: str) -> Callable[[], bool]:
+        """Cancels a job, and returns a function that says whether it has left the queue."""
+        slurm("scancel", job)
+        return lambda: job not in slurm("squeue", "--noheader", "--format=%i").split()
 
-    wait_for(lambda: went_on(folder), "its next attempt")
-    wait_for(training, "another training job with a checkpoint")
-    urgent = slurm("sbatch", "--parsable", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
-    wait_for(lambda: stopped(folder), "word of the job that was preempted")
-    wait_for(lambda: not slurm("squeue", "--noheader", f"--job={urgent.strip()}", "--states=PD,R"), "the urgent job")
-    wait_for(lambda: went_on(folder), "its next attempt")
+    def preempt(_: str) -> Callable[[], bool]:
+        """Submits an urgent job, and returns a function that says whether it is over."""
+        urgent = slurm(
+            "sbatch", "--parsable", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 5"
+        )
+        return lambda: not slurm("squeue", "--noheader", f"--job={urgent.strip()}", "--states=PD,R")
+
+    for interrupt in (cancel, preempt):
+        for _ in range(TRIES):  # a job may end by itself just before
+            is_over = interrupt(wait_for(training, "a training job with a checkpoint")[0])
+            wait_for(lambda over=is_over: stopped(folder) or over(), f"the end of {interrupt.__name__}")
+            with suppress(AssertionError):
+                wait_for(lambda: stopped(folder), "word of the job that was stopped", seconds=5)
+                break
+        else:
+            raise AssertionError(f"{interrupt.__name__} met no job in {TRIES} tries")
+        wait_for(is_over, f"the end of {interrupt.__name__}")
+        wait_for(lambda: went_on(folder), "its next attempt")
 
     workflow.wait(timeout=1500)
     assert workflow.returncode == 0, said()[-6000:]
