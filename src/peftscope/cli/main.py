@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from peftscope.cli import claims, memory, rules, verify
+from peftscope.cli import claims, memory, rules, verify, why
 from peftscope.errors import InputError, Problem, printable
 from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
 from peftscope.layout import record_path, run_folder
@@ -34,6 +34,7 @@ app = typer.Typer(
     help="Measure what LoRA and its relatives do to memory, speed and quality.",
 )
 app.add_typer(memory.app)
+app.add_typer(why.app)
 app.add_typer(claims.app)
 app.add_typer(rules.app)
 app.add_typer(verify.app)

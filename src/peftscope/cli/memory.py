@@ -150,7 +150,7 @@ def memory_command(
     else:
         from peftscope.memory.show import show_answer, show_headroom, show_reading
 
-        console = _wide_console()
+        console = wide_console()
         if reading:
             show_reading(reading, console)
         show_answer(answer, console, explain=explain, depth=depth)
@@ -190,7 +190,7 @@ def fit(
         return
     from peftscope.memory.show import show_fits
 
-    show_fits(fits, card, _wide_console())
+    show_fits(fits, card, wide_console())
 
 
 def _simulated(question: Question) -> Answer:
@@ -207,5 +207,6 @@ def with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     yield from track(items, description=what, total=total, console=Console(stderr=True), transient=True)
 
 
-def _wide_console() -> Console:
+def wide_console() -> Console:
+    """Returns a console whose tables are not folded when a program reads them."""
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False)

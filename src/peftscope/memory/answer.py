@@ -201,12 +201,12 @@ def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulat
         modules=_tree(alive),
         assumptions=list(question.assumptions),
         agreement=_agreement(question, peaks) if how == "formula" else "",
-        terms=_terms(alive),
-        dimensions=_dimensions(question, peaks.binding_phase),
+        terms=terms_of(alive),
+        dimensions=dimensions_of(question, peaks.binding_phase),
     )
 
 
-def _dimensions(question: Question, phase: str) -> dict[str, float]:
+def dimensions_of(question: Question, phase: str) -> dict[str, float]:
     """Returns the value of every letter in the formulas of a phase."""
     shape = question.model.shape
     if shape is None:
@@ -260,11 +260,11 @@ def _tree(blocks: list[Block]) -> dict[str, Any]:
     return root
 
 
-def _terms(blocks: list[Block]) -> list[Term]:
+def terms_of(blocks: list[Block]) -> list[Term]:
     """Returns the blocks grouped by kind, name and formula, with the largest group of each kind first."""
     groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for block in blocks:
-        groups[block.kind, block.term or _name_of(block), block.formula].append(block.size)
+        groups[block.kind, block.term or name_of(block), block.formula].append(block.size)
     terms = [
         Term(kind, name, len(sizes), formula, sum(sizes), SOURCES.get(name, SOURCES.get(kind, "")))
         for (kind, name, formula), sizes in groups.items()
@@ -272,7 +272,7 @@ def _terms(blocks: list[Block]) -> list[Term]:
     return sorted(terms, key=lambda term: (KINDS.index(term.kind), -term.bytes))
 
 
-def _name_of(block: Block) -> str:
+def name_of(block: Block) -> str:
     """Returns a name for a block that has no term: the last parts of its module's path."""
     parts = [part for part in block.module.split(".") if not part.isdigit() and part not in ("layers", "default")]
     return " ".join(parts[-2:]) or block.kind

@@ -14,6 +14,7 @@ from peftscope.hardware.cards import Gpu
 from peftscope.memory.answer import Answer
 from peftscope.memory.fit import Fit
 from peftscope.memory.formula import DIMENSIONS
+from peftscope.memory.why import Why
 from peftscope.methods import METHODS
 
 if TYPE_CHECKING:
@@ -127,3 +128,28 @@ def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
     console.print(table)
     for name in simulated:
         console.print(f"{name} has no closed form: its peak is simulated, and largest sizes are not searched")
+
+
+def show_why(why: Why, console: Console) -> None:
+    """Prints a difference: the sentences, then every term of it, and the two peaks as its sums."""
+    for sentence in why.sentences:
+        console.print(sentence, markup=False)
+    table = Table("term", "of", why.second, why.first, "difference", box=None)
+    large = [change for change in why.changes if abs(change.bytes) > why.notable_bytes / 50]
+    for change in large:
+        sizes = [change.second_bytes, change.first_bytes]
+        table.add_row(change.name, change.kind, *map(spoken_bytes, sizes), _signed(change.bytes))
+    small = why.changes[len(large) :]
+    for name, rest in (("smaller differences", small), ("the same in both", why.unchanged)):
+        if rest:
+            sizes = [sum(change.second_bytes for change in rest), sum(change.first_bytes for change in rest)]
+            table.add_row(name, "", *map(spoken_bytes, sizes), _signed(sizes[1] - sizes[0]))
+    table.add_row("peak", "", spoken_bytes(why.second_bytes), spoken_bytes(why.first_bytes), _signed(why.bytes))
+    console.print(table)
+    console.print("assumptions of both:")
+    for line in why.assumptions:
+        console.print(f"  {line}", markup=False)
+
+
+def _signed(size: int) -> str:
+    return f"{'+' if size > 0 else ''}{spoken_bytes(size)}"

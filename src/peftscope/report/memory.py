@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from peftscope.errors import GIB
+from peftscope.errors import GIB, spoken_bytes
 from peftscope.hardware.cards import find_gpu
 from peftscope.layout import MEMORY_FOLDER
 from peftscope.memory.trace import KINDS
+from peftscope.memory.why import Why
 from peftscope.methods import METHODS
 from peftscope.report.plots import method_colours, save
 from peftscope.report.tables import html
@@ -78,6 +81,37 @@ def draw_bars(bars: pd.DataFrame, path: Path) -> None:
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     shown = [kind for kind in KINDS if kind in handles]
     figure.legend([handles[kind] for kind in shown], shown, loc="outside lower center", ncols=5, fontsize=8)
+    save(figure, path)
+
+
+def waterfall(why: Why) -> list[tuple[str, int]]:
+    """Returns the steps from the second peak to the first, in bytes. Changes that are not notable are one step."""
+    large = [change for change in why.changes if abs(change.bytes) > why.notable_bytes]
+    rest = why.bytes - sum(change.bytes for change in large)
+    return [(change.name, change.bytes) for change in large] + ([("all other terms", rest)] if rest else [])
+
+
+def draw_waterfall(why: Why, path: Path) -> None:
+    """Draws a difference as bars that lead from the second peak to the first, with one bar per term."""
+    steps = waterfall(why)
+    names = [why.second, *(name for name, _ in steps), why.first]
+    starts = [0, *accumulate((size for _, size in steps), initial=why.second_bytes)]
+    starts[-1] = 0
+    sizes = [why.second_bytes, *(size for _, size in steps), why.first_bytes]
+    less, more = sns.color_palette("colorblind")[2:4]
+    colours = ["0.5", *(more if size > 0 else less for _, size in steps), "0.5"]
+    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.45 * len(names)), layout="constrained")
+    places = range(len(names))
+    axes.barh(places, [size / GIB for size in sizes], left=[start / GIB for start in starts], color=colours)
+    for place, start, size in zip(places, starts, sizes, strict=True):
+        text = f" {spoken_bytes(size)}" if place in (0, len(names) - 1) else f" {size / GIB:+.2f} GiB"
+        axes.text(max(start, start + size) / GIB, place, text, va="center", fontsize=8)
+    axes.set_yticks(places, [fill(name, 45) for name in names])
+    axes.set_xlim(0, 1.12 * max(max(start, start + size) for start, size in zip(starts, sizes, strict=True)) / GIB)
+    axes.grid(visible=False, axis="y")
+    axes.invert_yaxis()
+    axes.set(xlabel="allocated at the peak (GiB)")
     save(figure, path)
 
 

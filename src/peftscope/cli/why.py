@@ -1,0 +1,201 @@
+"""``peftscope why``: what settings, runs and spec files differ by at the peak."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from peftscope.cli.memory import AsJson, Gpus, run_options, wide_console
+from peftscope.errors import InputError, Problem, close_match
+from peftscope.execution.libraries import offline
+from peftscope.layout import record_path
+from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Question, ask, describe_model
+from peftscope.methods import METHODS
+
+if TYPE_CHECKING:
+    from peftscope.hardware.cards import Gpu
+    from peftscope.memory.answer import Peaks
+    from peftscope.spec import RunSpec
+
+app = typer.Typer()
+_settings = typer.Typer(add_completion=False)
+
+SharedModel = Annotated[str | None, typer.Option("--model", help="A preset, a config.json, or a hub id.")]
+GpuName = Annotated[str | None, typer.Option(help="For its CUDA context: rtx4090, a100, ..., or 24GiB.")]
+UsageError: Any = typer.BadParameter.__mro__[1]
+"""What typer raises for wrong words: newer versions carry a click of their own."""
+SPEC_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a person asks about: a model, or None if none was named, and options as ``ask`` takes them."""
+
+    model: str | None
+    options: dict[str, Any]
+    gpus: int | None = None
+
+
+@_settings.command()
+@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS)
+def _parse(method: str = typer.Argument("lora"), model: SharedModel = None, **options: Any) -> dict[str, Any]:
+    """Return the words of a setting as options."""
+    return {"model": model, "method": method, **options}
+
+
+def read_setting(text: str) -> Setting | None:
+    """Returns what a text stands for: a setting, a run of the store or a published one, or a file with a spec.
+
+    None means that it is none of these, such as the name of a model.
+
+    Raises:
+        InputError: The text is a setting with a mistake, or a file that is not a spec.
+    """
+    first = text.split(maxsplit=1)[0] if text.strip() else ""
+    if first in METHODS or first.startswith("--"):
+        return _of_words(text)
+    if Path(text).suffix in SPEC_SUFFIXES and Path(text).is_file():
+        return _of_file(Path(text))
+    if " " in text.strip():
+        raise InputError(Problem(text, f"{first!r} is not a method", close_match(first, METHODS)))
+    record = _record(text)
+    return _of_spec(record, text) if record is not None else None
+
+
+def _of_words(text: str) -> Setting:
+    try:
+        command = typer.main.get_command(_settings)
+        found = command.main(shlex.split(text), prog_name="setting", standalone_mode=False)
+    except UsageError as error:
+        raise InputError(Problem(text, error.format_message(), "see peftscope why --help")) from None
+    except ValueError as error:
+        raise InputError(Problem(text, f"cannot be read: {error}")) from None
+    if not isinstance(found, dict):  # it was asked for help
+        raise InputError(Problem(text, "is not a setting", 'for example "qlora --rank 64"'))
+    model = found.pop("model")
+    return Setting(model, {name: value for name, value in found.items() if value is not None})
+
+
+def _of_file(path: Path) -> Setting | None:
+    from peftscope.files.content import parse_json, read_text, read_yaml
+
+    values = read_yaml(path) if path.suffix != ".json" else parse_json(read_text(path), str(path))
+    if isinstance(values, dict) and "model_type" in values:
+        return None  # the config.json of a model
+    return _of_spec(values, str(path))
+
+
+def _of_spec(values: Any, where: str) -> Setting:
+    from peftscope.planning.resolve import spec_from
+
+    if isinstance(values, dict) and isinstance(values.get("method"), dict):
+        values = {**values, "device": "cuda"}
+    spec: RunSpec = spec_from(values, Path(where), "cuda")
+    options = {name: getattr(spec, name) for name in SPEC_OPTIONS}
+    options |= {name: getattr(spec.method, name) for name in METHOD_OPTIONS if hasattr(spec.method, name)}
+    return Setting(spec.model, {"method": spec.method.name, **options}, spec.shards)
+
+
+def _record(run: str) -> dict[str, Any] | None:
+    """Returns the spec in the record of a run, of the store or published; None if there is no such run."""
+    import re
+
+    from peftscope.files.content import parse_json, read_text
+    from peftscope.planning.published import all_published_records
+    from peftscope.spec import RUN_ID_PATTERN
+
+    if not re.fullmatch(RUN_ID_PATTERN, run) or not re.search(r"-[0-9a-f]{8}$", run):
+        return None
+    path = record_path(run)
+    texts = [read_text(path)] if path.is_file() else [text for _, name, text in all_published_records() if name == run]
+    if not texts:
+        raise InputError(Problem(run, "no such run, in the store or published", "see results/runs"))
+    spec: dict[str, Any] = parse_json(texts[0], run)["spec"]
+    return spec
+
+
+def asked(setting: Setting, model: str | None, shared: Mapping[str, Any], gpu: Gpu | None, gpus: int) -> Question:
+    """Returns the question about a setting. Its own words win over what is shared.
+
+    Raises:
+        InputError: No model was named, or an option is wrong.
+    """
+    name = setting.model or model
+    if name is None:
+        raise InputError(Problem("model", "none given", "peftscope why llama-2-7b qlora lora, or --model llama-2-7b"))
+    method = setting.options["method"]
+    common = {
+        option: value
+        for option, value in shared.items()
+        if value is not None and (option not in METHOD_OPTIONS or option in METHODS[method].model_fields)
+    }
+    return ask(describe_model(name), common | setting.options, gpu=gpu, gpus=setting.gpus or gpus)
+
+
+def peaks_of_question(question: Question) -> Peaks:
+    """Returns the peaks by the closed form, or by simulation where there is none."""
+    from peftscope.memory.answer import peaks_by_formula
+
+    if question.spec.method.closed_form is not None and question.model.shape is not None:
+        return peaks_by_formula(question)
+    with Console(stderr=True).status("no closed form: simulating two training steps, some seconds"), offline():
+        from peftscope.memory.simulate import peaks_by_simulation
+
+        return peaks_by_simulation(question)
+
+
+@app.command()
+@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS)
+def why(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[MODEL] A [B]",
+            help='A and B: settings ("qlora --rank 64"), run ids, or spec files. Without B: why a phase has the peak.',
+        ),
+    ],
+    model: SharedModel = None,
+    gpu: GpuName = None,
+    gpus: Gpus = 1,
+    figure: Annotated[Path | None, typer.Option(help="Draw the difference as a waterfall, as PNG.")] = None,
+    as_json: AsJson = False,
+    **options: Any,
+) -> None:
+    """Say why A takes other memory at its peak than B, term by term; or why a phase of A has the peak.
+
+    Options hold for both, unless a setting says otherwise.
+    """
+    from peftscope.hardware.cards import find_gpu
+    from peftscope.memory.why import compare, explain
+
+    found = [read_setting(word) for word in words]
+    if found[0] is None and len(found) > 1 and model is None:
+        model, found, words = words[0], found[1:], words[1:]
+    unknown = [word for word, setting in zip(words, found, strict=True) if setting is None]
+    if unknown:
+        raise InputError(
+            Problem(word, "is no setting, run id or spec file", 'as in "qlora --rank 64"') for word in unknown
+        )
+    if len(found) > 2:
+        raise InputError(Problem("why", f"compares two settings (got {len(found)})", 'quote each: "qlora --rank 64"'))
+    card = find_gpu(gpu) if gpu else None
+    questions = [asked(setting, model, options, card, gpus) for setting in found if setting]
+    runs = [(question, peaks_of_question(question)) for question in questions]
+    answer = explain(runs[0]) if len(runs) == 1 else compare(runs[0], runs[1])
+    if figure:
+        from peftscope.report.memory import draw_waterfall
+
+        draw_waterfall(answer, figure)
+    if as_json:
+        print(json.dumps(answer.to_json(), ensure_ascii=False))
+        return
+    from peftscope.memory.show import show_why
+
+    show_why(answer, wide_console())

@@ -1,0 +1,108 @@
+"""``peftscope why``: settings, runs and files, and what is said about wrong ones."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from peftscope.cli.main import main
+
+Command = Callable[..., tuple[int, str, str]]
+MODEL = "smollm2-135m"
+SIZES = {"batch_size": 2, "eval_batch_size": 2, "seq_len": 64}
+
+
+@pytest.fixture
+def peftscope(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command in this process: (exit code, stdout, stderr). A traceback is an error of the test."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["peftscope", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def told(peftscope: Command, *arguments: str) -> dict:
+    code, output, message = peftscope("why", *arguments, "--json")
+    assert (code, message) == (0, "")
+    return json.loads(output)
+
+
+def test_settings_files_and_runs_are_compared_alike(peftscope: Command, tmp_path: Path, repository: Path) -> None:
+    words = "qlora --rank 16 --loss-path response_only", "lora --rank 16 --loss-path response_only"
+    by_words = told(peftscope, MODEL, *words, "--batch-size", "2", "--seq-len", "64", "--optimizer", "adamw")
+    assert by_words["first"] == "QLoRA"
+    terms = by_words["changes"] + by_words["unchanged"]
+    sums = [sum(change[side] for change in terms) for side in ("first_bytes", "second_bytes")]
+    assert sums == [by_words["first_bytes"], by_words["second_bytes"]]
+    found = []
+    for method, suffix in (("qlora", "json"), ("lora", "yaml")):
+        spec = {
+            "model": MODEL,
+            "task": "x",
+            "learning_rate": 1e-4,
+            "batch_size": 2,
+            "eval_batch_size": 2,
+            "seq_len": 64,
+        }
+        path = tmp_path / f"{method}.{suffix}"
+        path.write_text(json.dumps({**spec, "method": {"name": method, "rank": 16}}))
+        found.append(str(path))
+    assert told(peftscope, *found)["changes"] == by_words["changes"]
+    run = Path("results/runs/lora-r16-s0-0123abcd")
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "record.json").write_text(json.dumps({"spec": json.loads(Path(found[0]).read_text())}))
+    assert told(peftscope, run.name, found[1])["changes"] == by_words["changes"]
+    assert "smollm2-135m" in told(peftscope, "lora", f"lora --model {MODEL}", "--model", "qwen2.5-0.5b")["second"]
+
+
+def test_the_text_has_the_sentences_the_table_and_the_figure(peftscope: Command, tmp_path: Path) -> None:
+    figure = tmp_path / "why.png"
+    words = [MODEL, "lora --checkpointing", "lora"]
+    code, output, _ = peftscope("why", *words, "--figure", str(figure))
+    why = told(peftscope, *words)
+    assert code == 0
+    assert figure.is_file()
+    flat = " ".join(output.split())
+    assert all(sentence in flat for sentence in why["sentences"])
+    assert "the same in both" in flat
+    assert "has the peak" in peftscope("why", MODEL, "lora")[1]
+
+
+WRONG = {
+    "no model": (["qlora", "lora"], "model: none given", "--model llama-2-7b"),
+    "unknown method": ([MODEL, "qlra --rank 8", "lora"], "'qlra' is not a method", "`qlora`?"),
+    "unknown option": ([MODEL, "qlora --rnak 8", "lora"], "No such option: --rnak", "--rank"),
+    "wrong value": ([MODEL, "qlora --rank eight"], "--rank", "why --help"),
+    "another method's option": ([MODEL, "full --rank 8", "lora"], "rank: is not an option of the method full", ""),
+    "three settings": ([MODEL, "lora", "full", "dora"], "compares two settings (got 3)", "quote each"),
+    "unknown model": (["lama-2-7b", "lora", "full"], "unknown model (got 'lama-2-7b')", "`llama-2-7b`?"),
+    "no such run": (["lora-r8-s0-01234567", "lora"], "no such run", "results/runs"),
+    "no setting": ([MODEL, "lora", "nothing"], "nothing: is no setting, run id or spec file", "qlora --rank 64"),
+    "half a quote": ([MODEL, "lora --targets 'mlp"], "cannot be read", ""),
+}
+
+
+@pytest.mark.parametrize(("words", "what", "remedy"), WRONG.values(), ids=WRONG)
+def test_a_wrong_comparison_gets_one_line(words: list[str], what: str, remedy: str, peftscope: Command) -> None:
+    code, output, message = peftscope("why", *words)
+    assert (code, output) == (2, "")
+    assert len(message.splitlines()) == 1
+    assert what in message
+    assert remedy in message
+
+
+def test_a_broken_file_gets_one_line(peftscope: Command, tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("method: [")
+    code, output, message = peftscope("why", MODEL, str(path))
+    assert (code, output) == (2, "")
+    assert len(message.splitlines()) == 1
+    assert str(path) in message
