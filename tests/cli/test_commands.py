@@ -23,7 +23,7 @@ DOCUMENTS = [
 
 TREATMENTS = {
     # Whole: an answer within seconds.
-    r"peftscope (memory|fit|expand|doctor|claims --id) ?.*": "whole",
+    r"peftscope (memory|fit|why|oom|expand|doctor|claims --id) ?.*": "whole",
     # These train, measure or need what was trained: their options are read, and nothing more.
     r"(python -m )?peftscope (run|sweep|merge|report|claims --kind) .*": "help",
     r"hf auth login": "help",
@@ -37,7 +37,7 @@ TREATMENTS = {
 }
 """How a command is tried, by a pattern of all of it."""
 
-SLOW = {"memory", "fit", "expand", "doctor", "claims", "snakemake", "-m"}
+SLOW = {"memory", "fit", "why", "oom", "expand", "doctor", "claims", "snakemake", "-m"}
 """Programs, or their commands, that take over ten seconds together."""
 
 

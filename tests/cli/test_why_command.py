@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -106,3 +107,27 @@ def test_a_broken_file_gets_one_line(peftscope: Command, tmp_path: Path) -> None
     assert (code, output) == (2, "")
     assert len(message.splitlines()) == 1
     assert str(path) in message
+
+
+ERROR = (
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 768.00 MiB. GPU 0 has a total capacity of "
+    "3.00 GiB of which 45.75 MiB is free. Of the allocated memory 2.40 GiB is allocated by PyTorch, and 10.00 MiB is "
+    "reserved by PyTorch but unallocated."
+)
+
+
+def test_an_error_is_read_from_an_argument_a_file_and_stdin(
+    peftscope: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--batch-size", "8", "--checkpointing"]
+    code, output, _ = peftscope("oom", MODEL, ERROR, *options)
+    assert code == 0
+    assert "logits in 32 bits" in output
+    assert "fits with: " in output
+    path = tmp_path / "train.log"
+    path.write_text(f"step 3\n{ERROR}\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(ERROR))
+    assert output == peftscope("oom", MODEL, str(path), *options)[1] == peftscope("oom", MODEL, *options)[1]
+    code, _, message = peftscope("oom", MODEL, "no-such-file.log")
+    assert (code, len(message.splitlines())) == (2, 1)
+    assert "paste torch's message" in message

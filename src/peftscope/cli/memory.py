@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 T = TypeVar("T")
-Command = TypeVar("Command", bound=Callable[..., None])
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 MemoryModel = Annotated[
     str | None, typer.Argument(help="A preset (llama-2-7b, qwen2.5-0.5b, ...), a config.json, or a hub id.")

@@ -1,10 +1,13 @@
-"""``peftscope why``: what settings, runs and spec files differ by at the peak."""
+"""``peftscope why`` and ``peftscope oom``: what two runs differ by, and what an out-of-memory error was about."""
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -105,8 +108,6 @@ def _of_spec(values: Any, where: str) -> Setting:
 
 def _record(run: str) -> dict[str, Any] | None:
     """Returns the spec in the record of a run, of the store or published; None if there is no such run."""
-    import re
-
     from peftscope.files.content import parse_json, read_text
     from peftscope.planning.published import all_published_records
     from peftscope.spec import RUN_ID_PATTERN
@@ -199,3 +200,40 @@ def why(
     from peftscope.memory.show import show_why
 
     show_why(answer, wide_console())
+
+
+@app.command()
+@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS)
+def oom(
+    model: Annotated[str, typer.Argument(help="A preset, a config.json, a hub id, a run id, or a spec file.")],
+    error: Annotated[str, typer.Argument(help="torch's message, a file that has it, or - for stdin.")] = "-",
+    method: Annotated[str, typer.Option(help="full, lora, qlora, dora, adalora, loftq, ...")] = "lora",
+    gpu: GpuName = None,
+    as_json: AsJson = False,
+    **options: Any,
+) -> None:
+    """Say what torch's out-of-memory error was about: which allocations match, and the smallest changes that fit."""
+    from peftscope.hardware.cards import find_gpu
+    from peftscope.memory.oom import diagnose, read_refusal
+    from peftscope.memory.show import show_diagnosis
+
+    refusal = read_refusal(_error_text(error))
+    setting = read_setting(model) or Setting(model, {"method": method})
+    answer = diagnose(asked(setting, None, options, find_gpu(gpu) if gpu else None, 1), refusal)
+    if as_json:
+        print(json.dumps(answer.to_json(), ensure_ascii=False))
+        return
+    show_diagnosis(answer, wide_console())
+
+
+def _error_text(error: str) -> str:
+    from peftscope.files.content import read_text
+
+    if error == "-":
+        if sys.stdin.isatty():
+            raise InputError(Problem("error", "no text given", "give it as an argument, a file, or on stdin"))
+        return sys.stdin.read()
+    with suppress(OSError, ValueError):  # a text may be too long for a path
+        if Path(error).is_file():
+            return read_text(Path(error))
+    return error

@@ -21,16 +21,25 @@ MIDDLE_SEGMENT = 20 << 20
 LARGE_ROUNDING = 2 << 20
 
 
+def segment_bytes(size: int) -> int:
+    """Returns the segment that the allocator asks CUDA for, if no free block is large enough for a request.
+
+    >>> segment_bytes(1), segment_bytes(7 << 20) >> 20, segment_bytes(11 << 20) >> 20
+    (2097152, 20, 12)
+    """
+    if size >= MIDDLE_REQUEST:
+        return -(-size // LARGE_ROUNDING) * LARGE_ROUNDING
+    return SMALL_SEGMENT if size <= SMALL_REQUEST else MIDDLE_SEGMENT
+
+
 def segment_share(size: int) -> float:
     """Returns a block's share of its segment, in bytes, if the segment is full of blocks of this size.
 
     >>> segment_share(7 << 20) / 2**20, segment_share(11 << 20) / 2**20
     (10.0, 12.0)
     """
-    if size >= MIDDLE_REQUEST:
-        return -(-size // LARGE_ROUNDING) * LARGE_ROUNDING
-    segment = SMALL_SEGMENT if size <= SMALL_REQUEST else MIDDLE_SEGMENT
-    return segment / (segment // size)
+    segment = segment_bytes(size)
+    return segment if size >= MIDDLE_REQUEST else segment / (segment // size)
 
 
 class Piece:

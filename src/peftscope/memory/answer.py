@@ -22,7 +22,9 @@ from peftscope.memory.formula import (
     trace_evaluation,
     trace_training,
 )
+from peftscope.memory.formula.linear import WIDTHS
 from peftscope.memory.question import Question
+from peftscope.memory.tape import factors
 from peftscope.memory.trace import KINDS, Block, Trace, by_kind
 
 AGREEMENT_FILE = Path(__file__).with_name("agreement.json")
@@ -270,6 +272,21 @@ def terms_of(blocks: list[Block]) -> list[Term]:
         for (kind, name, formula), sizes in groups.items()
     ]
     return sorted(terms, key=lambda term: (KINDS.index(term.kind), -term.bytes))
+
+
+def prepared_bytes(question: Question, block: Block) -> int:
+    """Returns the part of a weight that k-bit preparation added: the bytes beyond the model's own precision."""
+    spec = question.spec
+    if not getattr(spec.method, "kbit_preparation", False) or block.kind != "weights" or not block.formula:
+        return 0
+    width, own = factors(block.formula)[0], WIDTHS[spec.precision]
+    return block.size - int(block.size * own // width) if width > own else 0
+
+
+def term_of(block: Block) -> str:
+    """Returns what a block holds: its term or, without one, its kind and its module."""
+    name = name_of(block)
+    return block.term or (block.kind if name in block.kind else f"{block.kind} of {name}")
 
 
 def name_of(block: Block) -> str:

@@ -14,7 +14,8 @@ from peftscope.hardware.cards import Gpu
 from peftscope.memory.answer import Answer
 from peftscope.memory.fit import Fit
 from peftscope.memory.formula import DIMENSIONS
-from peftscope.memory.why import Why
+from peftscope.memory.oom import SHOWN, Diagnosis
+from peftscope.memory.why import Why, largest_parts
 from peftscope.methods import METHODS
 
 if TYPE_CHECKING:
@@ -149,6 +150,25 @@ def show_why(why: Why, console: Console) -> None:
     console.print("assumptions of both:")
     for line in why.assumptions:
         console.print(f"  {line}", markup=False)
+
+
+def show_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
+    """Prints what an out-of-memory error was about: the sentences, the candidates, and what would fit."""
+    for sentence in diagnosis.sentences:
+        console.print(sentence, markup=False)
+    table = Table("phase", "what", "bytes of one", "size", "count", "alive before", "mostly", "source", box=None)
+    for one in diagnosis.candidates[:SHOWN]:
+        live = "?" if one.live_bytes is None else spoken_bytes(one.live_bytes)
+        live = f"up to {live}" if one.phase == "load" else live
+        mostly = ", ".join(f"{kind} {spoken_bytes(size)}" for kind, size in largest_parts(one.alive)[:2])
+        size = spoken_bytes(one.size_bytes)
+        table.add_row(one.phase, one.name, one.formula, size, str(one.count), live, mostly, one.source)
+    if diagnosis.candidates:
+        console.print(table)
+    if len(diagnosis.candidates) > SHOWN:
+        console.print(f"and {len(diagnosis.candidates) - SHOWN} more (--json)")
+    for number, change in enumerate(diagnosis.changes):
+        console.print(f"{'or' if number else 'fits with'}: {change}", markup=False)
 
 
 def _signed(size: int) -> str:

@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from peftscope.errors import spoken_bytes
-from peftscope.memory.answer import Peaks, Term, dimensions_of, name_of, terms_of
+from peftscope.memory.answer import Peaks, Term, dimensions_of, prepared_bytes, term_of, terms_of
 from peftscope.memory.formula import DIMENSIONS, SOURCES
-from peftscope.memory.formula.linear import WIDTHS
 from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Question
 from peftscope.memory.tape import factors
 from peftscope.memory.trace import KINDS, by_kind
@@ -155,23 +154,21 @@ def explain(run: tuple[Question, Peaks]) -> Why:
     order = sorted(peaks.phases, key=lambda phase: -peaks.phases[phase])
     one, other = (Side(PHASE_NAMES[phase], question, peaks, phase) for phase in (peaks.binding_phase, order[1]))
     alive = by_kind(peaks.alive(one.phase))
-    parts = [f"{spoken_bytes(size)} of {kind}" for kind, size in _largest(alive) if size > NOTABLE * one.bytes]
+    parts = [f"{spoken_bytes(size)} of {kind}" for kind, size in largest_parts(alive) if size > NOTABLE * one.bytes]
     lead = f"{one.name} has the peak, {spoken_bytes(one.bytes)}; {other.name} comes next with"
     return _why(one, other, [f"{lead} {spoken_bytes(other.bytes)}.", f"At the peak it holds {_listed(parts)}."])
 
 
 def distinct_names(first: Question, second: Question) -> tuple[str, str]:
     """Returns a name for each of two runs that says in what they differ."""
-    both, names = (first, second), ("", "")
+    both = first, second
     methods = [question.spec.method for question in both]
-    if first.model.name != second.model.name:
-        names = first.model.name, second.model.name
+    words = [question.model.name for question in both] if first.model.name != second.model.name else ["", ""]
     if methods[0].name != methods[1].name:
-        labels = [METHODS[method.name].label for method in methods]
-        names = tuple(f"{name} {label}".strip() for name, label in zip(names, labels, strict=True))  # type: ignore[assignment]
-    parts: list[list[str]] = [[names[0]] if names[0] else [], [names[1]] if names[1] else []]
-    owners = [(name, first.spec, second.spec) for name in SPEC_OPTIONS]
-    owners += [(name, *methods) for name in METHOD_OPTIONS]  # type: ignore[arg-type]
+        words = [f"{word} {METHODS[method.name].label}" for word, method in zip(words, methods, strict=True)]
+    parts = [[word.strip()] if word else [] for word in words]
+    owners: list[tuple[str, Any, Any]] = [(name, first.spec, second.spec) for name in SPEC_OPTIONS]
+    owners += [(name, methods[0], methods[1]) for name in METHOD_OPTIONS]
     own_batch = any(q.spec.eval_batch_size != q.spec.batch_size for q in both)
     missing = object()
     for name, *two in owners:
@@ -230,8 +227,6 @@ def _changes(one: Side, other: Side) -> tuple[list[Change], list[Change]]:
 
 def _named(side: Side) -> dict[tuple[str, str], tuple[int, str]]:
     """Returns the bytes and the source of each term of a side, by kind and name."""
-    spec = side.question.spec
-    prepared = getattr(spec.method, "kbit_preparation", False)
     sums: dict[tuple[str, str], tuple[int, str]] = {}
 
     def add(kind: str, name: str, size: int, source: str) -> None:
@@ -239,17 +234,14 @@ def _named(side: Side) -> dict[tuple[str, str], tuple[int, str]]:
         sums[kind, name] = before[0] + size, source if source == before[1] else ""
 
     for block in side.peaks.alive(side.phase):
-        own = block.size
-        width = factors(block.formula)[0] if block.formula else 0
-        if prepared and block.kind == "weights" and width > WIDTHS[spec.precision]:
-            own = int(block.size * WIDTHS[spec.precision] // width)
-            add("weights", PREPARED, block.size - own, PREPARATION)
+        if more := prepared_bytes(side.question, block):
+            add("weights", PREPARED, more, PREPARATION)
         if block.kind in WHOLE:
             kind = "weights" if block.kind == "quantised weights" else block.kind
-            add(kind, kind, own, SOURCES.get(block.kind, ""))
+            add(kind, kind, block.size - more, SOURCES.get(block.kind, ""))
         else:
-            name = block.term or f"{block.kind} of {name_of(block)}"
-            add(block.kind, name, own, SOURCES.get(name, SOURCES.get(block.kind, "")))
+            name = term_of(block)
+            add(block.kind, name, block.size, SOURCES.get(name, SOURCES.get(block.kind, "")))
     return {key: value for key, value in sorted(sums.items(), key=lambda item: KINDS.index(item[0][0]))}
 
 
@@ -307,7 +299,8 @@ def _letters(term: Term) -> Sequence[str]:
     return factors(term.formula)[1] if term.formula else []
 
 
-def _largest(sizes: Mapping[str, int]) -> list[tuple[str, int]]:
+def largest_parts(sizes: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Returns the kinds of what is alive, the largest first."""
     return sorted(sizes.items(), key=lambda item: -item[1])
 
 
