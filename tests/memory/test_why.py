@@ -61,6 +61,9 @@ def test_qlora_saves_weights_and_spends_on_preparation() -> None:
     saved = -named(why, "weights").bytes
     assert f"QLoRA saves {spoken_bytes(saved)} of weights" in "\n".join(why.sentences)
     assert f"QLoRA spends {spoken_bytes(2 * values)} on {PREPARED} (LoRA has none" in "\n".join(why.sentences)
+    widened = [text for text in why.sentences if "in other precision, 4 bytes a value against 2" in text]
+    assert len(widened) == 1
+    assert widened[0].endswith(" more.")
     plain = run_of("llama-3-8b", method="qlora", rank=64)
     assert PREPARED not in "\n".join(compare(plain, run_of("llama-3-8b", rank=64)).sentences)
     assert [c.name for c in compare(prepared, plain).changes if c.kind == "weights"] == [PREPARED]
@@ -82,6 +85,8 @@ def test_recomputation_that_changes_nothing_is_hidden_behind_another_phase() -> 
         text for text in why.sentences if text.startswith("The peak of the forward pass falls from 40.70 GiB to ")
     ]
     assert said.endswith("but the optimizer step had the larger peak.")
+    alike = compare(run_of("llama-2-7b", method="qlora"), run_of("llama-2-7b", method="qlora", rank=9))
+    assert not any("had the larger peak" in text for text in alike.sentences)  # all phases changed alike
     helps = compare(run_of("llama-2-7b", checkpointing=True), run_of("llama-2-7b"))
     assert not any("had the larger peak" in text for text in helps.sentences)
 

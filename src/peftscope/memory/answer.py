@@ -286,6 +286,8 @@ def prepared_bytes(question: Question, block: Block) -> int:
 def term_of(block: Block) -> str:
     """Returns what a block holds: its term or, without one, its kind and its module."""
     name = name_of(block)
+    if name == block.kind:  # a sum of residuals, for example
+        name = "layers themselves"
     return block.term or (block.kind if name in block.kind else f"{block.kind} of {name}")
 
 

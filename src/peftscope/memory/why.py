@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +19,7 @@ NOTABLE = 0.05
 """A term gets a sentence above this share of the difference; of the larger peak, where the difference is below it."""
 
 FAINT = 0.01
-"""A phase that does not have the peak is told about above this share of the larger peak."""
+"""A phase without the peak is told about if it changed by this share of the larger peak more than the peak did."""
 
 PREPARED = "fp32 copies that k-bit preparation makes"
 PREPARATION = "peft prepare_model_for_kbit_training: what exceeds the model's own precision"
@@ -194,7 +195,7 @@ def _why(one: Side, other: Side, lead: list[str]) -> Why:
     changes, unchanged = _changes(one, other)
     scale = _scale(one.bytes, other.bytes)
     told = [change for change in changes if abs(change.bytes) > NOTABLE * scale] or changes[:1]
-    sentences = [*lead, *(_sentence(change, one, other) for change in told)]
+    sentences = [*lead, *_widened(one, other, NOTABLE * scale), *(_sentence(change, one, other) for change in told)]
     largest = max(one.bytes, other.bytes)
     same = [change for change in unchanged if change.first_bytes > NOTABLE * largest]
     if same:
@@ -264,10 +265,10 @@ def _sentence(change: Change, one: Side, other: Side) -> str:
 
 def _hidden(one: Side, other: Side) -> Iterator[str]:
     """Yields a sentence for each phase that changed, although the peak, which another phase has, hardly did."""
-    largest = max(one.bytes, other.bytes)
+    largest, change = max(one.bytes, other.bytes), abs(one.bytes - other.bytes)
     for phase in one.peaks.phases:
         before, after = other.peaks.phases.get(phase), one.peaks.phases[phase]
-        if before is None or phase in (one.phase, other.phase) or abs(after - before) <= FAINT * largest:
+        if before is None or phase in (one.phase, other.phase) or abs(after - before) - change <= FAINT * largest:
             continue
         binding = " and ".join(dict.fromkeys(PHASE_NAMES[side.phase] for side in (one, other)))
         moved = "falls" if after < before else "grows"
@@ -275,6 +276,30 @@ def _hidden(one: Side, other: Side) -> Iterator[str]:
             f"The peak of {PHASE_NAMES[phase]} {moved} from {spoken_bytes(before)} to {spoken_bytes(after)}, but "
             f"{binding} had the larger peak."
         )
+
+
+def _widened(one: Side, other: Side, notable: float) -> Iterator[str]:
+    """Yields a sentence for each pair of precisions in which both sides hold the same tensors."""
+    held = []
+    for side in (one, other):
+        tensors: dict[tuple[str, str, tuple[str, ...]], list[Term]] = defaultdict(list)
+        for term in side.terms():
+            if term.formula and term.kind not in WHOLE:
+                tensors[term.kind, term.name, tuple(_letters(term))].append(term)
+        held.append({key: terms[0] for key, terms in tensors.items() if len(terms) == 1})
+    changes: dict[tuple[float, float], int] = defaultdict(int)
+    for key in held[0].keys() & held[1].keys():
+        first, second = held[0][key], held[1][key]
+        widths = factors(first.formula)[0], factors(second.formula)[0]
+        if widths[0] != widths[1] and first.count == second.count:
+            changes[widths] += first.bytes - second.bytes
+    for (width, before), size in changes.items():
+        if abs(size) > notable:
+            more = "more" if size > 0 else "less"
+            yield (
+                f"{one.name} holds the same activations in other precision, {width:g} bytes a value against "
+                f"{before:g}: {spoken_bytes(abs(size))} {more}."
+            )
 
 
 def _grows(one: Side, other: Side) -> list[str]:
