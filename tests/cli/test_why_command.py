@@ -64,6 +64,15 @@ def test_settings_files_and_runs_are_compared_alike(peftscope: Command, tmp_path
     assert "smollm2-135m" in told(peftscope, "lora", f"lora --model {MODEL}", "--model", "qwen2.5-0.5b")["second"]
 
 
+def test_a_trainers_file_is_a_setting(peftscope: Command, tmp_path: Path) -> None:
+    file = {"model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "stage": "sft", "finetuning_type": "lora"}
+    path = tmp_path / "llama-factory.yaml"
+    path.write_text(json.dumps({**file, "lora_rank": 16, "lora_target": "all", "cutoff_len": 128, "bf16": True}))
+    why = told(peftscope, str(path), f"lora --model {MODEL} --rank 8 --seq-len 128")
+    assert "rank 16" in why["first"]
+    assert "rank 8" in why["second"]
+
+
 def test_the_text_has_the_sentences_the_table_and_the_figure(peftscope: Command, tmp_path: Path) -> None:
     figure = tmp_path / "why.png"
     words = [MODEL, "lora --checkpointing", "lora"]

@@ -19,7 +19,7 @@ from peftscope.cli.memory import AsJson, Gpus, run_options, wide_console
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.execution.libraries import offline
 from peftscope.layout import record_path
-from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Question, ask, describe_model
+from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Model, Question, ask, describe_model
 from peftscope.methods import METHODS
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ SPEC_SUFFIXES = (".yaml", ".yml", ".json")
 class Setting:
     """What a person asks about: a model, or None if none was named, and options as ``ask`` takes them."""
 
-    model: str | None
+    model: Model | str | None
     options: dict[str, Any]
     gpus: int | None = None
 
@@ -54,7 +54,7 @@ def _parse(method: str = typer.Argument("lora"), model: SharedModel = None, **op
 
 
 def read_setting(text: str) -> Setting | None:
-    """Returns what a text stands for: a setting, a run of the store or a published one, or a file with a spec.
+    """Returns what a text stands for: a setting, a run of the store or published, a spec file or a trainer's file.
 
     None means that it is none of these, such as the name of a model.
 
@@ -92,7 +92,24 @@ def _of_file(path: Path) -> Setting | None:
     values = read_yaml(path) if path.suffix != ".json" else parse_json(read_text(path), str(path))
     if isinstance(values, dict) and "model_type" in values:
         return None  # the config.json of a model
+    if isinstance(values, dict) and "method" not in values and not values.keys() <= _spec_fields():
+        from peftscope.memory.config_file import question_of, read_config
+
+        question = question_of(read_config(path, {}), gpus=None)
+        return Setting(question.model, _options_of(question.spec), question.gpus)
     return _of_spec(values, str(path))
+
+
+def _spec_fields() -> set[str]:
+    from peftscope.spec import RunSpec
+
+    return set(RunSpec.model_fields).union(*(method.model_fields for method in METHODS.values()))
+
+
+def _options_of(spec: RunSpec) -> dict[str, Any]:
+    options = {name: getattr(spec, name) for name in SPEC_OPTIONS}
+    options |= {name: getattr(spec.method, name) for name in METHOD_OPTIONS if hasattr(spec.method, name)}
+    return {"method": spec.method.name, **options}
 
 
 def _of_spec(values: Any, where: str) -> Setting:
@@ -100,10 +117,8 @@ def _of_spec(values: Any, where: str) -> Setting:
 
     if isinstance(values, dict) and isinstance(values.get("method"), dict):
         values = {**values, "device": "cuda"}
-    spec: RunSpec = spec_from(values, Path(where), "cuda")
-    options = {name: getattr(spec, name) for name in SPEC_OPTIONS}
-    options |= {name: getattr(spec.method, name) for name in METHOD_OPTIONS if hasattr(spec.method, name)}
-    return Setting(spec.model, {"method": spec.method.name, **options}, spec.shards)
+    spec = spec_from(values, Path(where), "cuda")
+    return Setting(spec.model, _options_of(spec), spec.shards)
 
 
 def _record(run: str) -> dict[str, Any] | None:
@@ -137,7 +152,8 @@ def asked(setting: Setting, model: str | None, shared: Mapping[str, Any], gpu: G
         for option, value in shared.items()
         if value is not None and (option not in METHOD_OPTIONS or option in METHODS[method].model_fields)
     }
-    return ask(describe_model(name), common | setting.options, gpu=gpu, gpus=setting.gpus or gpus)
+    base = name if isinstance(name, Model) else describe_model(name)
+    return ask(base, common | setting.options, gpu=gpu, gpus=setting.gpus or gpus)
 
 
 def peaks_of_question(question: Question) -> Peaks:

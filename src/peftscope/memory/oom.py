@@ -38,8 +38,6 @@ PATTERNS = {
 MATH_SCORES = "scores of one layer, if SDPA takes its math kernel"
 FAR = 0.1
 """Above this share of the text's allocated bytes, a candidate's are called far from them."""
-SHOWN = 8
-"""As many candidates stand in a table."""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,15 @@ from peftscope.hardware.cards import Gpu
 from peftscope.memory.answer import Answer
 from peftscope.memory.fit import Fit
 from peftscope.memory.formula import DIMENSIONS
-from peftscope.memory.oom import SHOWN, Diagnosis
-from peftscope.memory.why import Why, largest_parts
 from peftscope.methods import METHODS
 
 if TYPE_CHECKING:
     from peftscope.memory.config_file import Reading
+    from peftscope.memory.oom import Diagnosis
+    from peftscope.memory.why import Why
+
+SHOWN = 8
+"""As many candidates stand in a table."""
 
 
 def show_reading(reading: Reading, console: Console) -> None:
@@ -160,7 +163,8 @@ def show_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     for one in diagnosis.candidates[:SHOWN]:
         live = "?" if one.live_bytes is None else spoken_bytes(one.live_bytes)
         live = f"up to {live}" if one.phase == "load" else live
-        mostly = ", ".join(f"{kind} {spoken_bytes(size)}" for kind, size in largest_parts(one.alive)[:2])
+        largest = sorted(one.alive.items(), key=lambda part: -part[1])[:2]
+        mostly = ", ".join(f"{kind} {spoken_bytes(size)}" for kind, size in largest)
         size = spoken_bytes(one.size_bytes)
         table.add_row(one.phase, one.name, one.formula, size, str(one.count), live, mostly, one.source)
     if diagnosis.candidates:

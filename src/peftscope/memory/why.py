@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -154,8 +154,8 @@ def explain(run: tuple[Question, Peaks]) -> Why:
     question, peaks = run
     order = sorted(peaks.phases, key=lambda phase: -peaks.phases[phase])
     one, other = (Side(PHASE_NAMES[phase], question, peaks, phase) for phase in (peaks.binding_phase, order[1]))
-    alive = by_kind(peaks.alive(one.phase))
-    parts = [f"{spoken_bytes(size)} of {kind}" for kind, size in largest_parts(alive) if size > NOTABLE * one.bytes]
+    largest = sorted(by_kind(peaks.alive(one.phase)).items(), key=lambda part: -part[1])
+    parts = [f"{spoken_bytes(size)} of {kind}" for kind, size in largest if size > NOTABLE * one.bytes]
     lead = f"{one.name} has the peak, {spoken_bytes(one.bytes)}; {other.name} comes next with"
     return _why(one, other, [f"{lead} {spoken_bytes(other.bytes)}.", f"At the peak it holds {_listed(parts)}."])
 
@@ -322,11 +322,6 @@ def _grows(one: Side, other: Side) -> list[str]:
 
 def _letters(term: Term) -> Sequence[str]:
     return factors(term.formula)[1] if term.formula else []
-
-
-def largest_parts(sizes: Mapping[str, int]) -> list[tuple[str, int]]:
-    """Returns the kinds of what is alive, the largest first."""
-    return sorted(sizes.items(), key=lambda item: -item[1])
 
 
 def _listed(parts: Sequence[str]) -> str:
