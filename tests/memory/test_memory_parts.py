@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -42,6 +43,36 @@ PUBLISHED = {
     "phi-3-mini": 3_821_079_552,
     "gemma-2-2b": 2_614_341_888,
     "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "smollm3-3b": 3_075_098_624,
+    "llama-3.3-70b": 70_553_706_496,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "mistral-nemo-12b": 12_247_782_400,
+    "mistral-small-24b": 23_572_403_200,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "phi-4": 14_659_507_200,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-2-27b": 27_227_128_320,
+    "gemma-3-1b": 999_885_952,
+    # The hub's totals less SigLIP's 416,866,032 and a projector of 1152·(hidden size + 1).
+    "gemma-3-4b": 4_300_079_472 - 416_866_032 - 1152 * 2561,
+    "gemma-3-12b": 12_187_325_040 - 416_866_032 - 1152 * 3841,
+    "gemma-3-27b": 27_432_406_640 - 416_866_032 - 1152 * 5377,
+    "olmo-2-1b": 1_484_916_736,
+    "olmo-2-7b": 7_298_617_344,
+    "olmo-2-13b": 13_716_198_400,
+    "olmo-2-32b": 32_234_279_936,
+    "granite-3.1-2b": 2_533_531_648,
+    "granite-3.1-8b": 8_170_848_256,
 }
 
 
@@ -55,6 +86,11 @@ def test_a_preset_has_the_published_parameters(name: str, parameters: int) -> No
     assert answer(name).parameters == parameters
 
 
+def test_a_preset_names_code_file_and_commit() -> None:
+    without = {name for name, preset in PRESETS.items() if not re.search(r"^\S+/\S+ \S+ @ [0-9a-f]{40}", preset.source)}
+    assert without == {"llama-65b", "granite-3.1-2b"}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_survives_its_own_config(name: str) -> None:
     shape = PRESETS[name][1]
@@ -63,7 +99,7 @@ def test_a_preset_survives_its_own_config(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_found_by_its_hub_id_in_any_case(name: str) -> None:
-    hub_id, shape = PRESETS[name]
+    hub_id, shape, _ = PRESETS[name]
     assert (
         describe_model(hub_id).shape
         == describe_model(hub_id.lower()).shape

@@ -122,7 +122,7 @@ def memory_command(
 ) -> None:
     """Say what a training run takes on a card, without one: allocated, reserved and device memory.
 
-    A method without a closed form is always simulated.
+    A method or a model without a closed form is always simulated.
     """
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.answer import answer_by_formula
@@ -141,7 +141,7 @@ def memory_command(
         raise InputError(
             Problem("model", "none given", "peftscope memory llama-2-7b, or peftscope memory --config FILE")
         )
-    simulate = simulate or question.spec.method.closed_form is None
+    simulate = simulate or not question.has_closed_form
     answer = _simulated(question) if simulate else answer_by_formula(question)
     left = card.memory_bytes - answer.peak_device_bytes if card and reading else None
     if as_json:
@@ -158,6 +158,27 @@ def memory_command(
             show_headroom(card, left, console)
     if left is not None and left < 0:
         raise typer.Exit(1)
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """List the models that are known by name: size, kind, and the public code that lists their shape."""
+    from peftscope.memory.show import show_models
+    from peftscope.models.presets import PRESETS
+
+    if as_json:
+        rows = [
+            {
+                "name": name,
+                "parameters": preset.shape.parameters,
+                **preset._asdict(),
+                "shape": preset.shape.model_dump(),
+            }
+            for name, preset in PRESETS.items()
+        ]
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    show_models(_wide_console())
 
 
 @app.command()

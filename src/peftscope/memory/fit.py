@@ -180,7 +180,7 @@ class Search:
         self._traces = traces or TrainingTraces()
         self._options = options_of_method(method, asked)
         self._question = ask(model, self._options, gpu=gpu, gpus=gpus)
-        simulated = self._question.spec.method.closed_form is None
+        simulated = not self._question.has_closed_form
         self._how: Literal["formula", "simulation"] = "simulation" if simulated else "formula"
         self._asked_peaks = self._simulated_peaks() if simulated else self._peaks(self._question)
         alive = self._asked_peaks.alive(self._asked_peaks.binding_phase)

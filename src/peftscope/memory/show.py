@@ -15,6 +15,8 @@ from peftscope.memory.answer import Answer
 from peftscope.memory.fit import Fit
 from peftscope.memory.formula import DIMENSIONS
 from peftscope.methods import METHODS
+from peftscope.models.presets import PRESETS
+from peftscope.models.shapes import FAMILIES
 
 if TYPE_CHECKING:
     from peftscope.memory.config_file import Reading
@@ -51,6 +53,8 @@ def show_answer(answer: Answer, console: Console, *, explain: bool, depth: int) 
     how = "closed form" if answer.how == "formula" else "simulated on tensors without data"
     if METHODS[answer.method].closed_form is None:
         how += f", because {answer.method} has no closed form"
+    elif answer.parameters is None:
+        how += f", because {answer.model} has no closed form"
     known = f" ({answer.agreement})" if answer.agreement else ""
     console.print(f"[bold]{answer.model}, {answer.method}[/]: {how}{known}")
     if answer.parameters is not None:
@@ -112,10 +116,27 @@ def _module_tree(modules: dict[str, Any], depth: int) -> Tree:
     return root
 
 
+def show_models(console: Console) -> None:
+    """Prints the models that are known by name, and the public code that lists each one's shape."""
+    table = Table("name", "parameters", "kind", "hub id", box=None)
+    sources: dict[str, list[str]] = {}
+    for name, preset in PRESETS.items():
+        table.add_row(name, f"{preset.shape.parameters:,}", preset.shape.family, preset.hub_id)
+        sources.setdefault(preset.source, []).append(name)
+    console.print(table)
+    console.print("Their shapes are listed in")
+    for source, names in sources.items():
+        console.print(f"  {source}: {', '.join(names)}", markup=False)
+    kinds = ", ".join(FAMILIES)
+    console.print(f"The closed form knows the kinds {kinds}. Give any other model's config.json: it is simulated.")
+
+
 def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
     """Prints which methods fit, the bytes that are left, and the largest batch, length and rank that still fit."""
     console.print(f"on {gpu.name}, {spoken_bytes(gpu.memory_bytes)}; closed form")
-    simulated = sorted({fit.method for fit in fits if fit.how == "simulation"})
+    simulated = sorted(
+        {fit.model if METHODS[fit.method].closed_form else fit.method for fit in fits if fit.how == "simulation"}
+    )
     table = Table("model", "method", "device peak", "fits", "left", "batch", "length", "rank", "what to do", box=None)
     for fit in fits:
         mark = "[green]yes[/]" if fit.fits else "[red]no[/]"

@@ -21,7 +21,7 @@ STATE_BLOCK = 256
 """Values that share one constant in bitsandbytes' 8-bit optimizer states."""
 LARGE_STATE = 4096
 """Tensors smaller than this keep 32-bit states."""
-RETURNS_CACHE = ("llama", "gemma2")
+RETURNS_CACHE = ("llama", "gemma2", "gemma3_text", "granite", "olmo2")
 """Families whose output has the cache even where ``use_cache`` is false."""
 PAGED_FROM_VALUES = 100_000
 """bitsandbytes pages the states of tensors with at least so many values."""
