@@ -13,9 +13,10 @@ from test_memory import answer, model_of
 from peftscope.errors import GIB, MIB, InputError
 from peftscope.hardware.cards import GPUS, find_gpu
 from peftscope.memory import allocator as books
+from peftscope.memory import answer as answers
 from peftscope.memory.allocator import reserved_bytes
 from peftscope.memory.fit import fit_methods, known_methods, options_of_method
-from peftscope.memory.formula import TrainingTraces, step, trace_training
+from peftscope.memory.formula import TrainingTraces, trace_training
 from peftscope.memory.question import ask, describe_model
 from peftscope.memory.trace import Block, Peak, Trace, by_kind, rounded
 from peftscope.methods import METHODS
@@ -495,13 +496,15 @@ def test_a_trace_that_is_kept_and_resized_is_the_trace_of_those_sizes(method: st
         question = ask(model, options_of_method(method, options))
         sizes = question.spec, model.shape, question.responses, 8 * MIB
         assert traces.trace(*sizes) == trace_training(*sizes)
-        assert traces.reserved_bytes(traces.trace(*sizes)) == reserved_bytes(trace_training(*sizes))
+        assert traces.measure(reserved_bytes, traces.trace(*sizes)) == reserved_bytes(trace_training(*sizes))
 
 
 def test_the_search_for_the_largest_sizes_asks_the_allocator_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve methods and three sizes of each: a replay takes most of a question's time."""
     replays = []
-    monkeypatch.setattr(step, "reserved_bytes", lambda trace: replays.append(1) or reserved_bytes(trace))
+    monkeypatch.setattr(
+        answers, "reserved_bytes", lambda trace, *limits: replays.append(1) or reserved_bytes(trace, *limits)
+    )
     shape = PRESETS["llama-3.2-1b"][1].model_copy(update={"num_layers": 2})
     fits = list(fit_methods([model_of(shape)], known_methods(None), {}, find_gpu("3GiB")))
     assert len(fits) == 12

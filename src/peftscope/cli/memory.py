@@ -38,7 +38,10 @@ PANEL = "Fields of the run and its method"
 """The heading of their options in the help."""
 SWITCHES = {"packing": "--packed/--padded"}
 """Names of switches that differ from their field's."""
-SAID_DEFAULTS = DEFAULTS | {"eval_batch_size": "that of --batch-size"}
+SAID_DEFAULTS = DEFAULTS | {
+    "eval_batch_size": "that of --batch-size",
+    "loss_path": "hf, as in a plain script; in runs of this project response_only",
+}
 """What the help says where the default is not the field's own."""
 NOT_OF_FIT = ("optimizer_implementation", "eval_batch_size")
 """Options that the command ``fit`` does not have."""

@@ -312,7 +312,8 @@ def _assumptions(model: Model, spec: RunSpec, responses: int, gpu: Gpu | None, g
         f"gradient_accumulation={spec.gradient_accumulation}",
         f"precision={spec.precision}, optimizer={spec.optimizer}"
         + (f" ({spec.optimizer_implementation})" if spec.optimizer in ("adamw", "sgd") else ""),
-        "loss_path=hf: logits of every position, kept until the next step as in a plain script"
+        "loss_path=hf: logits of every position, kept until the next step as in a plain script; runs of this "
+        "project compute only those of responses"
         if spec.loss_path == "hf"
         else f"loss_path=response_only: logits of {responses} positions per sequence",
         "packing=True: a block-diagonal mask"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from rich.tree import Tree
 from peftscope.errors import spoken_bytes
 from peftscope.hardware.cards import Gpu
 from peftscope.memory.answer import Answer
-from peftscope.memory.fit import Fit
+from peftscope.memory.fit import TIGHT_SHARE, Fit
 from peftscope.memory.formula import DIMENSIONS
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
@@ -131,20 +132,43 @@ def show_models(console: Console) -> None:
     console.print(f"The closed form knows the kinds {kinds}. Give any other model's config.json: it is simulated.")
 
 
+STATE_COLOURS = {"yes": "green", "tight": "yellow", "no": "red"}
+
+
+def _assumed(fits: Sequence[Fit]) -> list[str]:
+    """Returns what was asked about, in a line for all methods, and what the words of the table mean."""
+    ran = [fit for fit in fits if fit.assumed]
+    if not ran:
+        return []
+    asked, ranks = ran[0].assumed, {fit.method: fit.assumed["rank"] for fit in ran if fit.assumed["rank"]}
+    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else None
+    others = "".join(f", {method} {rank}" for method, rank in ranks.items() if rank != usual)
+    said = [f"{name}={asked[name]}" for name in ("batch_size", "seq_len", "precision", "loss_path")]
+    said += [f"rank={usual}{others}"] if usual else []
+    return [f"assuming {', '.join(said)}; largest sizes with all else as assumed; tight: under {TIGHT_SHARE:.0%} left"]
+
+
 def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
     """Prints which methods fit, the bytes that are left, and the largest batch, length and rank that still fit."""
-    console.print(f"on {gpu.name}, {spoken_bytes(gpu.memory_bytes)}; closed form")
+    kept = (
+        f", of which CUDA can use {spoken_bytes(gpu.usable_bytes)} ({gpu.reserve_source})" if gpu.reserve_bytes else ""
+    )
+    console.print(f"on {gpu.name}, {spoken_bytes(gpu.memory_bytes)}{kept}; closed form")
+    for line in _assumed(fits):
+        console.print(line, markup=False)
     simulated = sorted(
         {fit.model if METHODS[fit.method].closed_form else fit.method for fit in fits if fit.how == "simulation"}
     )
-    table = Table("model", "method", "device peak", "fits", "left", "batch", "length", "rank", "what to do", box=None)
+    largest_of = ("largest batch", "largest length", "largest rank")
+    table = Table("model", "method", "device peak", "fits", "left", *largest_of, "what to do", "peak then", box=None)
     for fit in fits:
-        mark = "[green]yes[/]" if fit.fits else "[red]no[/]"
+        mark = f"[{STATE_COLOURS[fit.state]}]{fit.state}[/]"
         none = "?" if fit.how == "simulation" else "-"
         sizes = (fit.largest_batch_size, fit.largest_seq_len, fit.largest_rank)
         largest = [str(value) if value else none for value in sizes]
+        then = spoken_bytes(fit.advised_device_bytes) if fit.advised_device_bytes is not None else ""
         device, left = (spoken_bytes(b) if b is not None else "-" for b in (fit.peak_device_bytes, fit.headroom_bytes))
-        table.add_row(fit.model, fit.method, device, mark, left, *largest, fit.advice)
+        table.add_row(fit.model, fit.method, device, mark, left, *largest, fit.advice, then)
     console.print(table)
     for name in simulated:
         console.print(f"{name} has no closed form: its peak is simulated, and largest sizes are not searched")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any
 
-from peftscope.memory.allocator import reserved_bytes
 from peftscope.memory.formula.decoder import run_decoder, run_head
 from peftscope.memory.formula.linear import TapedModel
 from peftscope.memory.formula.terms import OPTIMIZER_COPY, evaluation_sizes, sizes_of
@@ -51,7 +50,7 @@ class TrainingTraces:
         self._traces: dict[str, tuple[Trace, int]] = {}
         self._numbers: dict[Any, int] = {}
         self._formulas: list[set[str]] = []
-        self._reserved: dict[Any, int] = {}
+        self._measured: dict[Any, Any] = {}
         self._last: tuple[Trace, Any] | None = None
 
     def trace(self, spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0) -> Trace:
@@ -72,14 +71,14 @@ class TrainingTraces:
         self._last = trace, (number, tuple(sorted(formulas.items())))
         return trace
 
-    def reserved_bytes(self, trace: Trace) -> int:
-        """Returns what the allocator reserves for a trace; for the last one of here, what it did for the same sizes."""
+    def measure(self, what: Callable[..., Any], trace: Trace, *arguments: Any) -> Any:
+        """Returns ``what(trace, *arguments)``; for the last trace of here, what it was for the same sizes."""
         if self._last is None or trace is not self._last[0]:
-            return reserved_bytes(trace)
-        _, key = self._last
-        if key not in self._reserved:
-            self._reserved[key] = reserved_bytes(trace)
-        return self._reserved[key]
+            return what(trace, *arguments)
+        key = (*self._last[1], what, arguments)
+        if key not in self._measured:
+            self._measured[key] = what(trace, *arguments)
+        return self._measured[key]
 
 
 def _operations(spec: RunSpec) -> str:
@@ -133,7 +132,7 @@ def _train(model: TapedModel) -> Trace:
     masked = (masked and spec.attention != "flash_attention_2") or spec.attention == "eager"
     start = len(tape.trace.events)
     held: Shaped | None = None
-    for _ in range(spec.gradient_accumulation):
+    for _ in range(min(spec.gradient_accumulation, 2)):  # any later one is like the second
         tape.trace.begin("forward")
         before, model.cache = model.cache, []  # the last outputs, with their cache, live until there are new ones
         hidden = run_decoder(model, masked=masked)
