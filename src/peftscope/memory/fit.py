@@ -377,21 +377,21 @@ def largest(
      + 3 * n, lambda n: 2 * n, 100, 1000, 1), largest(lambda n: 10 + 3 * n, float, 12, 1000, 8)
     (30, None)
     """
-    low, high = 0, limit + 1
+    low, high, stride = 0, limit + 1, 1
     value = min(start, limit)
     while high - low > 1:
         size = takes(value, value == low + 1)  # that it does not fit would end the search
-        fits, crept = size <= capacity, value == low + 1 or value == high - 1 < limit
+        fits, crept = size <= capacity, value == high - 1 < limit
         low, high = (value, high) if fits else (low, value)
         # The bytes that the expected part may take, if the rest is as large as here.
         left = capacity - size + expected(value)
         guess = bisect_right(range(limit + 1), left, lo=1, key=expected) - 1
-        if fits and guess == low and not crept:
-            value = low + 1  # this ends most searches
-        elif low < guess < high and not crept:
-            value = guess
+        if fits and guess < low + stride:
+            value, stride = min(low + stride, high - 1), 2 * stride  # the first of these steps ends most searches
         elif low == 0 or high > limit:
-            value = min(max(guess, low + 1), high - 1)  # no number on that side was tried yet
+            value, stride = min(max(guess, low + 1), high - 1), 1  # no number on that side was tried yet
+        elif low < guess < high and not crept:
+            value, stride = guess, 1
         else:
-            value = (low + high) // 2  # the estimate failed: bisect
+            value, stride = (low + high) // 2, 1  # the estimate failed: bisect
     return low or None

@@ -12,7 +12,7 @@ from peftscope.memory.formula.decoder import run_decoder, run_head
 from peftscope.memory.formula.linear import TapedModel
 from peftscope.memory.formula.terms import OPTIMIZER_COPY, evaluation_sizes, sizes_of
 from peftscope.memory.tape import Shaped, bytes_of, factors
-from peftscope.memory.trace import Trace
+from peftscope.memory.trace import Block, Trace
 from peftscope.models.shapes import ModelShape
 from peftscope.spec import RunSpec
 
@@ -47,7 +47,7 @@ class TrainingTraces:
     """
 
     def __init__(self) -> None:
-        self._traces: dict[str, tuple[Trace, int]] = {}
+        self._traces: dict[str, tuple[Trace, int, list[Block]]] = {}
         self._numbers: dict[Any, int] = {}
         self._formulas: list[set[str]] = []
         self._measured: dict[Any, Any] = {}
@@ -63,11 +63,13 @@ class TrainingTraces:
             number = self._numbers.setdefault(same, len(self._numbers))
             if number == len(self._formulas):
                 self._formulas.append({block.formula for block in trace.blocks if block.formula})
-            self._traces[key] = trace, number
-        trace, number = self._traces[key]
+            once = {id(block): block for block in trace.blocks if block.formula}  # both steps share theirs
+            self._traces[key] = trace, number, list(once.values())
+        trace, number, blocks = self._traces[key]
         sizes = sizes_of(spec, shape, responses)
         formulas = {formula: bytes_of(*factors(formula), sizes) for formula in self._formulas[number]}
-        trace.resize(formulas)
+        for block in blocks:
+            block.size = formulas[block.formula]
         self._last = trace, (number, tuple(sorted(formulas.items())))
         return trace
 
