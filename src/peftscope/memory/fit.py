@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from math import inf
 from typing import Any, Literal
 
@@ -308,7 +309,8 @@ class Search:
 
         A change that leaves room is preferred to a milder one after which it is tight.
         """
-        spec, needs = self._question.spec, {}
+        spec = self._question.spec
+        needs: dict[str, int] = {}
 
         def needed(changes: Mapping[str, Any]) -> int:
             key = str(changes)
@@ -318,10 +320,13 @@ class Search:
                 needs[key] = self._peaks(question, self.gpu.usable_bytes).device_bytes
             return needs[key]
 
+        def within(limit: float, changes: Mapping[str, Any]) -> bool:
+            return needed(changes) <= limit
+
         asked = {**spec.model_dump(), "method": self.method}
         for share in (1 - TIGHT_SHARE, 1):
             limit = share * self.gpu.usable_bytes
-            changes = mildest_change(lambda changes, limit=limit: needed(changes) <= limit, asked)
+            changes = mildest_change(partial(within, limit), asked)
             if changes is not None:
                 words = (
                     f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
