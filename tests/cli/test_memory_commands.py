@@ -18,7 +18,6 @@ from peftscope.memory.answer import AGREEMENT_FILE, peaks_by_formula
 from peftscope.memory.fit import ADVICE, Fit, fit_methods, mildest_change
 from peftscope.memory.formula import DIMENSIONS
 from peftscope.memory.question import ask, describe_model
-from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
 
 Command = Callable[..., tuple[int, str, str]]

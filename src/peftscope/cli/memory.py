@@ -146,7 +146,7 @@ def memory_command(
         )
     simulate = simulate or not question.has_closed_form
     answer = _simulated(question) if simulate else answer_by_formula(question)
-    left = card.memory_bytes - answer.peak_device_bytes if card and reading else None
+    left = card.usable_bytes - answer.peak_device_bytes if card and reading else None
     if as_json:
         more = {"config": reading.to_json(), "headroom_bytes": left} if reading else {}
         print(json.dumps({**answer.to_json(), **more}, ensure_ascii=False))
@@ -191,7 +191,10 @@ def fit(
     gpu: Annotated[str, typer.Option(help="rtx4090, a100, ..., or its memory, as in 24GiB.")] = ...,  # type: ignore[assignment]
     models: Annotated[str | None, typer.Option(help="Several models, separated by commas.")] = None,
     methods: Annotated[
-        str | None, typer.Option("--methods", "--method", help="Only these methods, separated by commas.")
+        str | None,
+        typer.Option(
+            "--methods", "--method", help="These methods, separated by commas; default all with a closed form."
+        ),
     ] = None,
     gpus: Gpus = 1,
     as_json: AsJson = False,
@@ -199,7 +202,7 @@ def fit(
 ) -> None:
     """Say which methods fit on a card, with what is left, the largest sizes, and what to do where nothing fits."""
     from peftscope.hardware.cards import find_gpu
-    from peftscope.memory.fit import fit_methods, known_methods
+    from peftscope.memory.fit import fit_methods, known_methods, not_searched
 
     names = [name.strip() for name in f"{model or ''},{models or ''}".split(",") if name.strip()]
     if not names:
@@ -214,7 +217,10 @@ def fit(
         return
     from peftscope.memory.show import show_fits
 
-    show_fits(fits, card, _wide_console())
+    console = _wide_console()
+    show_fits(fits, card, console)
+    if not methods and (others := not_searched()):
+        console.print(f"simulated when asked for by --methods, because they have no closed form: {', '.join(others)}")
 
 
 def _simulated(question: Question) -> Answer:

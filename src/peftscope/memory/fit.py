@@ -104,7 +104,9 @@ class Fit:
 
 
 def known_methods(names: str | None) -> list[str]:
-    """Returns the methods of a comma-separated list, or all that train if the list is empty.
+    """Returns the methods of a comma-separated list, or all that train and have a closed form if the list is empty.
+
+    A method without one takes as long to simulate as all others together; ``not_searched`` names them.
 
     Raises:
         InputError: A method is unknown.
@@ -112,13 +114,18 @@ def known_methods(names: str | None) -> list[str]:
     trained = [name for name, method in METHODS.items() if method.trains]
     chosen = [name.strip() for name in (names or "").split(",") if name.strip()]
     if not chosen:
-        return trained
+        return [name for name in trained if METHODS[name].closed_form]
     unknown = [name for name in chosen if name not in trained]
     if unknown:
         raise InputError(
             Problem("methods", f"unknown method (got {name!r})", close_match(name, trained)) for name in unknown
         )
     return chosen
+
+
+def not_searched() -> list[str]:
+    """Returns the methods that train and have no closed form."""
+    return [name for name, method in METHODS.items() if method.trains and not method.closed_form]
 
 
 def fit_methods(
