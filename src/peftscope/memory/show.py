@@ -42,7 +42,7 @@ def show_reading(reading: Reading, console: Console) -> None:
 
 def show_headroom(gpu: Gpu, left_bytes: int, console: Console) -> None:
     """Prints whether a run fits on a card, and what is left or missing."""
-    size = f"{gpu.name}, {spoken_bytes(gpu.memory_bytes)}"
+    size = f"{gpu.name}, {spoken_bytes(gpu.usable_bytes)}{' for CUDA' if gpu.reserve_bytes else ''}"
     if left_bytes < 0:
         console.print(f"[red]does not fit[/] on {size}: {spoken_bytes(-left_bytes)} are missing")
     else:
