@@ -82,6 +82,9 @@ def values_of(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
             allow_nan=False,
             allow_infinity=False,
         )
+    if annotation is str:
+        (pattern,) = [rule.pattern for rule in metadata if getattr(rule, "pattern", None)]
+        return st.from_regex(pattern, fullmatch=True)
     raise AssertionError(f"no strategy for {annotation}")
 
 

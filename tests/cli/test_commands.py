@@ -23,7 +23,7 @@ DOCUMENTS = [
 
 TREATMENTS = {
     # Whole: an answer within seconds.
-    r"peftscope (memory|fit|why|oom|expand|doctor|claims --id) ?.*": "whole",
+    r"peftscope (memory|fit|models|why|oom|expand|doctor|claims --id) ?.*": "whole",
     # These train, measure or need what was trained: their options are read, and nothing more.
     r"(python -m )?peftscope (run|sweep|merge|report|claims --kind) .*": "help",
     r"hf auth login": "help",

@@ -162,7 +162,7 @@ def children_fit(node: dict[str, Any]) -> bool:
     return node["bytes"] >= sum(child["bytes"] for child in inside) and all(map(children_fit, inside))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.closed_form])
 def test_everything_adds_up(method: str) -> None:
     @given(shapes(), st.integers(1, 4), st.sampled_from([None, *GPUS.values()]), st.integers(1, 8), st.data())
     @settings(max_examples=30, deadline=None, database=None)

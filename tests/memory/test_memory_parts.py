@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -12,9 +13,10 @@ from test_memory import answer, model_of
 from peftscope.errors import GIB, MIB, InputError
 from peftscope.hardware.cards import GPUS, find_gpu
 from peftscope.memory import allocator as books
+from peftscope.memory import answer as answers
 from peftscope.memory.allocator import reserved_bytes
 from peftscope.memory.fit import fit_methods, known_methods, options_of_method
-from peftscope.memory.formula import TrainingTraces, step, trace_training
+from peftscope.memory.formula import TrainingTraces, trace_training
 from peftscope.memory.question import ask, describe_model
 from peftscope.memory.trace import Block, Peak, Trace, by_kind, rounded
 from peftscope.methods import METHODS
@@ -42,6 +44,36 @@ PUBLISHED = {
     "phi-3-mini": 3_821_079_552,
     "gemma-2-2b": 2_614_341_888,
     "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "smollm3-3b": 3_075_098_624,
+    "llama-3.3-70b": 70_553_706_496,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "mistral-nemo-12b": 12_247_782_400,
+    "mistral-small-24b": 23_572_403_200,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "phi-4": 14_659_507_200,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-2-27b": 27_227_128_320,
+    "gemma-3-1b": 999_885_952,
+    # The hub's totals less SigLIP's 416,866,032 and a projector of 1152·(hidden size + 1).
+    "gemma-3-4b": 4_300_079_472 - 416_866_032 - 1152 * 2561,
+    "gemma-3-12b": 12_187_325_040 - 416_866_032 - 1152 * 3841,
+    "gemma-3-27b": 27_432_406_640 - 416_866_032 - 1152 * 5377,
+    "olmo-2-1b": 1_484_916_736,
+    "olmo-2-7b": 7_298_617_344,
+    "olmo-2-13b": 13_716_198_400,
+    "olmo-2-32b": 32_234_279_936,
+    "granite-3.1-2b": 2_533_531_648,
+    "granite-3.1-8b": 8_170_848_256,
 }
 
 
@@ -55,6 +87,11 @@ def test_a_preset_has_the_published_parameters(name: str, parameters: int) -> No
     assert answer(name).parameters == parameters
 
 
+def test_a_preset_names_code_file_and_commit() -> None:
+    without = {name for name, preset in PRESETS.items() if not re.search(r"^\S+/\S+ \S+ @ [0-9a-f]{40}", preset.source)}
+    assert without == {"llama-65b", "granite-3.1-2b"}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_survives_its_own_config(name: str) -> None:
     shape = PRESETS[name][1]
@@ -63,7 +100,7 @@ def test_a_preset_survives_its_own_config(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_found_by_its_hub_id_in_any_case(name: str) -> None:
-    hub_id, shape = PRESETS[name]
+    hub_id, shape, _ = PRESETS[name]
     assert (
         describe_model(hub_id).shape
         == describe_model(hub_id.lower()).shape
@@ -459,13 +496,15 @@ def test_a_trace_that_is_kept_and_resized_is_the_trace_of_those_sizes(method: st
         question = ask(model, options_of_method(method, options))
         sizes = question.spec, model.shape, question.responses, 8 * MIB
         assert traces.trace(*sizes) == trace_training(*sizes)
-        assert traces.reserved_bytes(traces.trace(*sizes)) == reserved_bytes(trace_training(*sizes))
+        assert traces.measure(reserved_bytes, traces.trace(*sizes)) == reserved_bytes(trace_training(*sizes))
 
 
 def test_the_search_for_the_largest_sizes_asks_the_allocator_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve methods and three sizes of each: a replay takes most of a question's time."""
     replays = []
-    monkeypatch.setattr(step, "reserved_bytes", lambda trace: replays.append(1) or reserved_bytes(trace))
+    monkeypatch.setattr(
+        answers, "reserved_bytes", lambda trace, *limits: replays.append(1) or reserved_bytes(trace, *limits)
+    )
     shape = PRESETS["llama-3.2-1b"][1].model_copy(update={"num_layers": 2})
     fits = list(fit_methods([model_of(shape)], known_methods(None), {}, find_gpu("3GiB")))
     assert len(fits) == 12

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from peftscope.data.tasks import make_task
 from peftscope.hardware.bf16 import Way, bf16_products
 from peftscope.memory.answer import AGREEMENT_FILE, answer_by_formula
 from peftscope.memory.probe import probe_evaluation, probe_training
-from peftscope.memory.question import ask, describe_model
+from peftscope.memory.question import Model, ask, describe_model
 from peftscope.memory.simulate import answer_by_simulation, simulate
 from peftscope.methods import METHODS
 from peftscope.models.catalog import model_folder
@@ -163,6 +164,39 @@ def test_every_family(family: str, method: str, loss_path: str, precision: str, 
     tracked, _ = probe_training(build_model(base, spec), batch, spec)
     trace, _ = simulate(spec, config, [batch] * spec.probe_steps)
     assert {phase: peak.size for phase, peak in trace.peaks().items()} == tracked
+
+
+CUT = {
+    "lora": {"method": "lora", "targets": "all-linear"},
+    "qlora": {"method": "qlora", "checkpointing": True},
+    "full": {"method": "full", "loss_path": "response_only"},
+}
+"""Settings in which models that are cut to few layers are compared."""
+
+
+def closeness(name: str, options: dict[str, Any]) -> list[float]:
+    """The relative differences between closed form and simulation at the peaks of the steps, for few layers."""
+    layers = {"smollm3": 4, "gemma3_text": 6}  # so that every kind of layer is there
+    shape = PRESETS[name].shape
+    shape = shape.model_copy(update={"num_layers": layers.get(shape.family, 2)})
+    question = ask(Model(name, shape.to_config(), shape), {"batch_size": 2, "seq_len": 256, **options})
+    closed, simulation = answer_by_formula(question), answer_by_simulation(question)
+    assert closed.parameters == shape.parameters
+    steps = [phase for phase in simulation.phases if phase != "load"]
+    return [closed.phases[phase] / simulation.phases[phase] - 1 for phase in steps]
+
+
+@pytest.mark.parametrize("name", ["qwen3-0.6b", fast_if(False, "gemma-3-1b"), fast_if(False, "olmo-2-1b")])
+def test_a_model_that_is_cut_agrees_with_its_simulation(name: str) -> None:
+    assert max(map(abs, closeness(name, CUT["lora"]))) < 0.01
+
+
+@pytest.mark.slow
+def test_every_preset_that_is_cut_agrees_with_its_simulation() -> None:
+    found = {(name, kind): closeness(name, options) for name in PRESETS for kind, options in CUT.items()}
+    assert max(abs(one) for differences in found.values() for one in differences) < 0.02, found
+    averages = [statistics.fmean(map(abs, differences)) for differences in found.values()]
+    assert statistics.fmean(averages) < 0.005
 
 
 @pytest.mark.slow

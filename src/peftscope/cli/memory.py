@@ -38,7 +38,10 @@ PANEL = "Fields of the run and its method"
 """The heading of their options in the help."""
 SWITCHES = {"packing": "--packed/--padded"}
 """Names of switches that differ from their field's."""
-SAID_DEFAULTS = DEFAULTS | {"eval_batch_size": "that of --batch-size"}
+SAID_DEFAULTS = DEFAULTS | {
+    "eval_batch_size": "that of --batch-size",
+    "loss_path": "hf, as in a plain script; in runs of this project response_only",
+}
 """What the help says where the default is not the field's own."""
 NOT_OF_FIT = ("optimizer_implementation", "eval_batch_size")
 """Options that the command ``fit`` does not have."""
@@ -122,7 +125,7 @@ def memory_command(
 ) -> None:
     """Say what a training run takes on a card, without one: allocated, reserved and device memory.
 
-    A method without a closed form is always simulated.
+    A method or a model without a closed form is always simulated.
     """
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.answer import answer_by_formula
@@ -141,9 +144,9 @@ def memory_command(
         raise InputError(
             Problem("model", "none given", "peftscope memory llama-2-7b, or peftscope memory --config FILE")
         )
-    simulate = simulate or question.spec.method.closed_form is None
+    simulate = simulate or not question.has_closed_form
     answer = _simulated(question) if simulate else answer_by_formula(question)
-    left = card.memory_bytes - answer.peak_device_bytes if card and reading else None
+    left = card.usable_bytes - answer.peak_device_bytes if card and reading else None
     if as_json:
         more = {"config": reading.to_json(), "headroom_bytes": left} if reading else {}
         print(json.dumps({**answer.to_json(), **more}, ensure_ascii=False))
@@ -161,13 +164,37 @@ def memory_command(
 
 
 @app.command()
+def models(as_json: AsJson = False) -> None:
+    """List the models that are known by name: size, kind, and the public code that lists their shape."""
+    from peftscope.memory.show import show_models
+    from peftscope.models.presets import PRESETS
+
+    if as_json:
+        rows = [
+            {
+                "name": name,
+                "parameters": preset.shape.parameters,
+                **preset._asdict(),
+                "shape": preset.shape.model_dump(),
+            }
+            for name, preset in PRESETS.items()
+        ]
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    show_models(_wide_console())
+
+
+@app.command()
 @run_options(*METHOD_OPTIONS, *(name for name in SPEC_OPTIONS if name not in NOT_OF_FIT))
 def fit(
     model: Annotated[str | None, typer.Argument(help="A preset, a config.json, or a hub id.")] = None,
     gpu: Annotated[str, typer.Option(help="rtx4090, a100, ..., or its memory, as in 24GiB.")] = ...,  # type: ignore[assignment]
     models: Annotated[str | None, typer.Option(help="Several models, separated by commas.")] = None,
     methods: Annotated[
-        str | None, typer.Option("--methods", "--method", help="Only these methods, separated by commas.")
+        str | None,
+        typer.Option(
+            "--methods", "--method", help="These methods, separated by commas; default all with a closed form."
+        ),
     ] = None,
     gpus: Gpus = 1,
     as_json: AsJson = False,
@@ -175,7 +202,7 @@ def fit(
 ) -> None:
     """Say which methods fit on a card, with what is left, the largest sizes, and what to do where nothing fits."""
     from peftscope.hardware.cards import find_gpu
-    from peftscope.memory.fit import fit_methods, known_methods
+    from peftscope.memory.fit import fit_methods, known_methods, not_searched
 
     names = [name.strip() for name in f"{model or ''},{models or ''}".split(",") if name.strip()]
     if not names:
@@ -190,7 +217,10 @@ def fit(
         return
     from peftscope.memory.show import show_fits
 
-    show_fits(fits, card, wide_console())
+    console = wide_console()
+    show_fits(fits, card, console)
+    if not methods and (others := not_searched()):
+        console.print(f"simulated when asked for by --methods, because they have no closed form: {', '.join(others)}")
 
 
 def _simulated(question: Question) -> Answer:

@@ -23,17 +23,48 @@ class Gpu:
         memory_bytes: The total that ``nvidia-smi`` shows.
         context_bytes: The size of a CUDA context, if it was measured.
         cublas_bytes: The size of cuBLAS's workspace, which counts as allocated.
+        reserve_bytes: The part that the driver keeps from CUDA. A card that is given by its size has none.
+        reserve_source: Where the reserve was read.
     """
 
     name: str
     memory_bytes: int
     context_bytes: int | None = None
     cublas_bytes: int = CUBLAS_BYTES
+    reserve_bytes: int = 0
+    reserve_source: str = ""
+
+    @property
+    def usable_bytes(self) -> int:
+        """The bytes that CUDA can hand out, its own contexts included."""
+        return self.memory_bytes - self.reserve_bytes
+
+
+RESERVE_SHARE = 0.03
+"""The share assumed for a driver's reserve that nobody reported: about the largest of those that were."""
+
+REPORTED_GIB: dict[str, tuple[float, str]] = {
+    "RTX 3090": (23.69, "ucwxb/GraphAvatar issue 4"),
+    "RTX 4060": (7.75, "ESRSchao/EdgeRegNet issue 2"),
+    "RTX 4090": (23.52, "Soul-AILab/SoulX-FlashTalk issue 5"),
+    "RTX 5090": (31.36, "TrajectoryCrafter/TrajectoryCrafter issue 20"),
+    "T4": (14.56, "AlphaGPU/leetgpu-challenges issue 52"),
+    "V100 32 GB": (31.74, "liucongg/ChatGLM-Finetuning issue 73"),
+    "A10": (21.99, "zai-org/CogVLM issue 236"),
+    "L40S": (44.42, "stepfun-ai/Step-Video-T2V issue 8"),
+    "A100 40 GB": (39.38, "QwenLM/Qwen3-VL issue 881"),
+    "A100 80 GB": (79.25, "wbfwonderful/Vad-R1 issue 11"),
+    "H100 80 GB": (79.11, "vllm-project/vllm issue 27508"),
+}
+"""The total that torch's OutOfMemoryError named on a card, and the public thread that quotes it. Where threads differ
+with the driver, it is the smallest."""
 
 
 def _gpu(name: str, mib: int, context_mib: int | None = None, *, hopper: bool = False) -> Gpu:
     context = context_mib * MIB if context_mib else None
-    return Gpu(name, mib * MIB, context, CUBLAS_HOPPER_BYTES if hopper else CUBLAS_BYTES)
+    cublas = CUBLAS_HOPPER_BYTES if hopper else CUBLAS_BYTES
+    usable, source = REPORTED_GIB.get(name, (mib / 1024 * (1 - RESERVE_SHARE), f"assumed: {RESERVE_SHARE:.0%}"))
+    return Gpu(name, mib * MIB, context, cublas, mib * MIB - int(usable * GIB), source)
 
 
 GPUS: dict[str, Gpu] = {

@@ -11,6 +11,7 @@ Source: ``c10/cuda/CUDACachingAllocator.cpp`` of torch 2.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from math import inf
 
 from peftscope.memory.trace import ROUNDING_BYTES, Trace
 
@@ -118,8 +119,13 @@ class CachingAllocator:
         return length
 
 
-def reserved_bytes(trace: Trace) -> int:
-    """Returns the bytes that the allocator holds after a trace. It does not hold paged blocks."""
+def reserved_bytes(trace: Trace, enough: float = inf) -> int:
+    """Returns the bytes that the allocator holds after a trace. It does not hold paged blocks.
+
+    Args:
+        trace: The trace.
+        enough: Above so many bytes the replay ends early, with the bytes that are held by then.
+    """
     allocator = CachingAllocator()
     allocate, free, sizes = allocator.allocate, allocator.free, trace.sizes(paged=False)
     pieces: dict[int, Piece] = {}
@@ -128,6 +134,8 @@ def reserved_bytes(trace: Trace) -> int:
         if event >= 0:
             if size := sizes[event]:
                 pieces[event] = allocate(size)
+                if allocator.reserved_bytes > enough:
+                    break
         elif sizes[~event]:
             free(pieces.pop(~event))
     return allocator.reserved_bytes

@@ -25,7 +25,7 @@ from peftscope.memory.formula import (
 from peftscope.memory.formula.linear import WIDTHS
 from peftscope.memory.question import Question
 from peftscope.memory.tape import factors
-from peftscope.memory.trace import KINDS, Block, Trace, by_kind
+from peftscope.memory.trace import KINDS, Block, Peak, Trace, by_kind
 
 AGREEMENT_FILE = Path(__file__).with_name("agreement.json")
 """The differences between closed form and simulation. ``make agreement`` writes this file."""
@@ -113,7 +113,12 @@ class Peaks:
 
 
 def peaks_by_formula(
-    question: Question, *, evaluation: bool = True, traces: TrainingTraces | None = None, enough: float = inf
+    question: Question,
+    *,
+    evaluation: bool = True,
+    traces: TrainingTraces | None = None,
+    enough: float = inf,
+    only_whether: bool = False,
 ) -> Peaks:
     """Returns the peaks by the closed form.
 
@@ -123,6 +128,7 @@ def peaks_by_formula(
         traces: Traces to reuse from earlier questions. ``alive`` is then valid only until the next question.
         enough: If tensors alone take more bytes than this, the allocator is not replayed, and reserved bytes are those
             of the tensors.
+        only_whether: Whether it suffices to know that reserved bytes are more than ``enough``, not how many more.
 
     Raises:
         InputError: The closed form does not cover the model's family or the method.
@@ -138,7 +144,12 @@ def peaks_by_formula(
     training = trace(spec, model.shape, question.responses, cublas) if spec.method.trains else None
     evaluates = evaluation or training is None
     evaluated = trace_evaluation(spec, model.shape, question.responses, cublas) if evaluates else None
-    return peaks_of(question, training, evaluated, traces.reserved_bytes if traces else reserved_bytes, enough)
+    measure = traces.measure if traces else _measure
+    return peaks_of(question, training, evaluated, measure, enough, only_whether=only_whether)
+
+
+def _measure(what: Callable[..., Any], trace: Trace, *arguments: Any) -> Any:
+    return what(trace, *arguments)
 
 
 def answer_by_formula(question: Question) -> Answer:
@@ -154,16 +165,27 @@ def peaks_of(
     question: Question,
     training: Trace | None,
     evaluation: Trace | None,
-    reserves: Callable[[Trace], int] = reserved_bytes,
+    measure: Callable[..., Any] = _measure,
     enough: float = inf,
+    *,
+    only_whether: bool = False,
 ) -> Peaks:
-    """Returns the peaks of a training trace and an evaluation trace, of which one may be missing."""
+    """Returns the peaks of a training trace and an evaluation trace, of which one may be missing.
+
+    Args:
+        question: The run, the model and the card.
+        training: The training trace.
+        evaluation: The evaluation trace.
+        measure: Called with a function of a trace, a trace and further arguments; may know the result already.
+        enough: As of ``peaks_by_formula``.
+        only_whether: As of ``peaks_by_formula``.
+    """
     traces = [trace for trace in (training, evaluation) if trace is not None]
     loading = _while_loading(question, traces[0])
     phases = {"load": sum(block.size for block in loading)}
     places: dict[str, tuple[Trace, int]] = {}
     for trace in traces:
-        for phase, peak in trace.peaks(paged=False).items():
+        for phase, peak in measure(_unpaged_peaks, trace).items():
             phases[phase], places[phase] = peak.size, (trace, peak.position)
 
     def alive(phase: str) -> list[Block]:
@@ -171,9 +193,11 @@ def peaks_of(
         blocks = loading if phase == "load" else [block for block in trace.alive(position) if not block.paged]
         return blocks if question.gpus == 1 else _share(phase, blocks, question.gpus)
 
-    paged = training.paged_bytes() if training else 0
+    paged = training.paged_bytes() if training and question.spec.optimizer.startswith("paged") else 0
     whole = max(phases.values())
-    reserved = max(reserves(trace) for trace in traces) if whole <= enough or question.gpus > 1 else whole
+    reserved, limits = whole, [enough] if only_whether and question.gpus == 1 else []
+    if whole <= enough or question.gpus > 1:
+        reserved = max(measure(reserved_bytes, trace, *limits) for trace in traces)
     if question.gpus > 1:
         phases = {phase: sum(block.size for block in alive(phase)) for phase in phases}
         # The bytes that the allocator holds on top of tensors shrink in proportion.
@@ -183,6 +207,10 @@ def peaks_of(
     reserved = max(reserved, phases[binding])
     context = question.gpu.context_bytes if question.gpu and question.gpu.context_bytes else CONTEXT_BYTES
     return Peaks(phases[binding], reserved, reserved + context + paged, binding, phases, alive)
+
+
+def _unpaged_peaks(trace: Trace) -> dict[str, Peak]:
+    return trace.peaks(paged=False)
 
 
 def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulation"]) -> Answer:

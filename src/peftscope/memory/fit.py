@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from math import inf
 from typing import Any, Literal
 
@@ -27,18 +28,25 @@ LARGEST_RANK = 1024
 LONGEST_SEQUENCE = 131_072
 """The longest sequence that is tried with a model that states no limit."""
 
+TIGHT_SHARE = 0.05
+"""A run that leaves a smaller share of the card than this fits only tightly: drivers, kernels and data differ."""
+
+_LOSS: dict[str, Any] = {"loss_path": "response_only"}
+_LESS = _LOSS | {"checkpointing": True}
 ADVICE: tuple[dict[str, Any], ...] = (
+    _LOSS,
     {"checkpointing": True},
+    _LESS,
     {"batch_size": 1},
-    {"checkpointing": True, "batch_size": 1},
+    _LESS | {"batch_size": 1},
     {"optimizer": "adamw_8bit"},
-    {"checkpointing": True, "batch_size": 1, "optimizer": "adamw_8bit"},
+    _LESS | {"batch_size": 1, "optimizer": "adamw_8bit"},
     {"method": "qlora"},
-    {"method": "qlora", "checkpointing": True},
-    {"method": "qlora", "checkpointing": True, "batch_size": 1},
-    {"method": "qlora", "checkpointing": True, "batch_size": 1, "seq_len": 256},
+    _LESS | {"method": "qlora"},
+    _LESS | {"method": "qlora", "batch_size": 1},
+    _LESS | {"method": "qlora", "batch_size": 1, "seq_len": 256},
 )
-"""Changes that may make a run fit, the mildest first."""
+"""Changes that may make a run fit, the mildest first: those that change nothing that is learned come before others."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +58,22 @@ class Fit:
         method: The name of the method.
         how: The closed form, or the simulation for a method without one. A simulation finds no largest sizes.
         fits: Whether the method fits.
+        state: The same in three words: it does not fit, or fits with less than ``TIGHT_SHARE`` of the card left.
         peak_allocated_bytes: The peak that torch's allocator counts.
         peak_reserved_bytes: The peak of the segments that the allocator holds.
         peak_device_bytes: The bytes that the card needs.
         binding_phase: The phase that has the allocated peak.
         phases: The allocated peak of each phase.
         components: The bytes that are alive at the peak, by kind.
-        capacity_bytes: The bytes that the card has.
+        capacity_bytes: The bytes of the card that CUDA can hand out.
         headroom_bytes: The bytes that are left. A negative number says how many are missing.
         largest_batch_size: The largest batch size that fits, up to ``LARGEST_BATCH_SIZE``, with all else unchanged.
             None means that not even 1 fits.
         largest_seq_len: The same for the length of a sequence, up to the model's limit.
         largest_rank: The same for the rank. None also for a method without a rank.
         advice: The mildest change that makes the method fit, or the reason why it cannot run; empty if it fits.
+        advised_device_bytes: The bytes that the card needs after that change; None without one.
+        assumed: The batch size, length, rank, precision and loss path that were asked about.
         assumptions: The assumptions behind the peaks, one sentence each.
     """
 
@@ -70,6 +81,7 @@ class Fit:
     method: str
     capacity_bytes: int
     fits: bool
+    state: Literal["yes", "tight", "no"] = "no"
     how: Literal["formula", "simulation"] = "formula"
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
@@ -82,6 +94,8 @@ class Fit:
     largest_seq_len: int | None = None
     largest_rank: int | None = None
     advice: str = ""
+    advised_device_bytes: int | None = None
+    assumed: dict[str, Any] = field(default_factory=dict)
     assumptions: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -90,7 +104,9 @@ class Fit:
 
 
 def known_methods(names: str | None) -> list[str]:
-    """Returns the methods of a comma-separated list, or all that train if the list is empty.
+    """Returns the methods of a comma-separated list, or all that train and have a closed form if the list is empty.
+
+    A method without one takes as long to simulate as all others together; ``not_searched`` names them.
 
     Raises:
         InputError: A method is unknown.
@@ -98,13 +114,18 @@ def known_methods(names: str | None) -> list[str]:
     trained = [name for name, method in METHODS.items() if method.trains]
     chosen = [name.strip() for name in (names or "").split(",") if name.strip()]
     if not chosen:
-        return trained
+        return [name for name in trained if METHODS[name].closed_form]
     unknown = [name for name in chosen if name not in trained]
     if unknown:
         raise InputError(
             Problem("methods", f"unknown method (got {name!r})", close_match(name, trained)) for name in unknown
         )
     return chosen
+
+
+def not_searched() -> list[str]:
+    """Returns the methods that train and have no closed form."""
+    return [name for name, method in METHODS.items() if method.trains and not method.closed_form]
 
 
 def fit_methods(
@@ -133,7 +154,7 @@ def fit_methods(
             except InputError as error:
                 problems += error.problems
                 reason = "; ".join(f"{problem.where}: {problem.message}" for problem in error.problems)
-                fit = Fit(model.name, method, gpu.memory_bytes, fits=False, advice=f"cannot run as asked: {reason}")
+                fit = Fit(model.name, method, gpu.usable_bytes, fits=False, advice=f"cannot run as asked: {reason}")
             yield fit
     if not some:
         raise InputError(problems)
@@ -180,7 +201,7 @@ class Search:
         self._traces = traces or TrainingTraces()
         self._options = options_of_method(method, asked)
         self._question = ask(model, self._options, gpu=gpu, gpus=gpus)
-        simulated = self._question.spec.method.closed_form is None
+        simulated = not self._question.has_closed_form
         self._how: Literal["formula", "simulation"] = "simulation" if simulated else "formula"
         self._asked_peaks = self._simulated_peaks() if simulated else self._peaks(self._question)
         alive = self._asked_peaks.alive(self._asked_peaks.binding_phase)
@@ -192,13 +213,16 @@ class Search:
 
     def fit(self) -> Fit:
         """Returns whether the method fits, and the largest sizes that fit."""
-        peaks, capacity = self._asked_peaks, self.gpu.memory_bytes
+        peaks, capacity, spec = self._asked_peaks, self.gpu.usable_bytes, self._question.spec
         needed = peaks.device_bytes
+        roomy = needed <= (1 - TIGHT_SHARE) * capacity
+        advice, advised = ("", None) if needed <= capacity else self._advice()
         fit = Fit(
             model=self.model.name,
             method=self.method,
             capacity_bytes=capacity,
             fits=needed <= capacity,
+            state="yes" if roomy else "tight" if needed <= capacity else "no",
             how=self._how,
             peak_allocated_bytes=peaks.allocated_bytes,
             peak_reserved_bytes=peaks.reserved_bytes,
@@ -207,7 +231,15 @@ class Search:
             phases=peaks.phases,
             components=self._components,
             headroom_bytes=capacity - needed,
-            advice="" if needed <= capacity else self._advice(),
+            advice=advice,
+            advised_device_bytes=advised,
+            assumed={
+                "batch_size": spec.batch_size,
+                "seq_len": spec.seq_len,
+                "rank": getattr(spec.method, spec.method.rank_field, None),
+                "precision": spec.precision,
+                "loss_path": spec.loss_path,
+            },
             assumptions=self._question.assumptions,
         )
         if self._how == "simulation":
@@ -235,24 +267,28 @@ class Search:
             InputError: The method has no closed form.
         """
 
-        def takes(value: int) -> int:
+        def takes(value: int, only_whether: bool) -> int:
+            if value == start:
+                return self._asked_peaks.device_bytes
             options = {**self._options, **self._changes(field, value)}
             question = ask(self.model, options, gpu=self.gpu, gpus=self.gpus)
-            return self._peaks(question, self.gpu.memory_bytes).device_bytes
+            return self._peaks(question, self.gpu.usable_bytes, only_whether=only_whether).device_bytes
 
         def expected(value: int) -> float:
             return self._expected(field, value)
 
         spec = self._question.spec
         start = getattr(spec.method, spec.method.rank_field) if field == "rank" else getattr(spec, field)
-        return largest(takes, expected, self.gpu.memory_bytes, limit, start)
+        return largest(takes, expected, self.gpu.usable_bytes, limit, start)
 
     def _changes(self, field: str, value: int) -> dict[str, int]:
         return METHODS[self.method].with_rank(value) if field == "rank" else {field: value}
 
-    def _peaks(self, question: Question, enough: float = inf) -> Peaks:
+    def _peaks(self, question: Question, enough: float = inf, *, only_whether: bool = False) -> Peaks:
         # An evaluation of the same batch keeps nothing for a backward pass, so it never has the larger peak.
-        return peaks_by_formula(question, evaluation=False, traces=self._traces, enough=enough)
+        return peaks_by_formula(
+            question, evaluation=False, traces=self._traces, enough=enough, only_whether=only_whether
+        )
 
     def _simulated_peaks(self) -> Peaks:
         from peftscope.memory.simulate import peaks_by_simulation
@@ -275,29 +311,58 @@ class Search:
         narrowest = narrowest_target(self.model, self._question.spec) or LARGEST_RANK
         return self.largest("rank", min(LARGEST_RANK, narrowest))
 
-    def _advice(self) -> str:
-        def fits(changes: Mapping[str, Any]) -> bool:
-            method = changes.get("method", self.method)
-            options = {**options_of_method(method, self.asked), **changes}
-            question = ask(self.model, options, gpu=self.gpu, gpus=self.gpus)
-            return self._peaks(question, self.gpu.memory_bytes).device_bytes <= self.gpu.memory_bytes
+    def _advice(self) -> tuple[str, int | None]:
+        """Returns the mildest change after which the method fits, and the bytes that the card then needs.
 
-        changes = mildest_change(fits)
-        if changes is None:
-            return "a smaller model, a larger card, or --gpus"
-        return " ".join(
-            f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in changes.items()
-        )
+        A change that leaves room is preferred to a milder one after which it is tight.
+        """
+        spec = self._question.spec
+        needs: dict[str, int] = {}
+
+        def needed(changes: Mapping[str, Any]) -> int:
+            key = str(changes)
+            if key not in needs:
+                options = {**options_of_method(changes.get("method", self.method), self.asked), **changes}
+                question = ask(self.model, options, gpu=self.gpu, gpus=self.gpus)
+                needs[key] = self._peaks(question, self.gpu.usable_bytes).device_bytes
+            return needs[key]
+
+        def within(limit: float, changes: Mapping[str, Any]) -> bool:
+            return needed(changes) <= limit
+
+        asked = {**spec.model_dump(), "method": self.method}
+        for share in (1 - TIGHT_SHARE, 1):
+            limit = share * self.gpu.usable_bytes
+            changes = mildest_change(partial(within, limit), asked)
+            if changes is not None:
+                words = (
+                    f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+                    for name, value in changes.items()
+                )
+                return " ".join(words), needed(changes)
+        return "a smaller model, a larger card, or --gpus", None
 
 
-def mildest_change(fits: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any] | None:
+def mildest_change(fits: Callable[[Mapping[str, Any]], bool], asked: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns the mildest change in ``ADVICE`` that makes a run fit, or None if none does.
+
+    A smaller batch comes with as many more accumulated ones, so that a step learns from as many examples.
 
     Args:
         fits: Returns whether a run fits with these changes. It raises ``InputError`` or ``ValidationError`` if they are
             not possible.
+        asked: The fields of the run as they are. What would not change is left out.
     """
-    for changes in ADVICE:
+    tried: list[dict[str, Any]] = []
+    for advice in ADVICE:
+        changes = {name: value for name, value in advice.items() if asked[name] != value}
+        if changes.get("seq_len", 0) > asked["seq_len"]:
+            del changes["seq_len"]
+        if "batch_size" in changes:
+            changes["gradient_accumulation"] = asked["gradient_accumulation"] * asked["batch_size"]
+        if not changes or changes in tried:
+            continue
+        tried.append(changes)
         with suppress(InputError, ValidationError):
             if fits(changes):
                 return changes
@@ -305,7 +370,7 @@ def mildest_change(fits: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any] 
 
 
 def largest(
-    takes: Callable[[int], float], expected: Callable[[int], float], capacity: int, limit: int, start: int
+    takes: Callable[[int, bool], float], expected: Callable[[int], float], capacity: int, limit: int, start: int
 ) -> int | None:
     """Returns a number up to ``limit`` that fits while the next larger one does not, or None if 1 does not fit.
 
@@ -313,31 +378,32 @@ def largest(
     because some lengths fragment less, so a larger number may fit as well.
 
     Args:
-        takes: Returns the bytes that a number takes. It is slow.
+        takes: Returns the bytes that a number takes. It is slow. Told to say only whether the number fits, it may
+            return any number over the capacity if it does not.
         expected: Returns an estimate of these bytes that is off by about the same amount for every number. It is fast
             and never falls.
         capacity: The bytes that are available.
         limit: The largest number to try.
         start: The number to try first.
 
-    >>> largest(lambda n: 10 + 3 * n, lambda n: 2 * n, 100, 1000, 1), largest(lambda n: 10 + 3 * n, float, 12, 1000, 8)
+     + 3 * n, lambda n: 2 * n, 100, 1000, 1), largest(lambda n: 10 + 3 * n, float, 12, 1000, 8)
     (30, None)
     """
-    low, high = 0, limit + 1
+    low, high, stride = 0, limit + 1, 1
     value = min(start, limit)
     while high - low > 1:
-        size = takes(value)
-        fits, crept = size <= capacity, value == low + 1 or value == high - 1 < limit
+        size = takes(value, value == low + 1)  # that it does not fit would end the search
+        fits, crept = size <= capacity, value == high - 1 < limit
         low, high = (value, high) if fits else (low, value)
         # The bytes that the expected part may take, if the rest is as large as here.
         left = capacity - size + expected(value)
         guess = bisect_right(range(limit + 1), left, lo=1, key=expected) - 1
-        if fits and guess == low and not crept:
-            value = low + 1  # this ends most searches
-        elif low < guess < high and not crept:
-            value = guess
+        if fits and guess < low + stride:
+            value, stride = min(low + stride, high - 1), 2 * stride  # the first of these steps ends most searches
         elif low == 0 or high > limit:
-            value = min(max(guess, low + 1), high - 1)  # no number on that side was tried yet
+            value, stride = min(max(guess, low + 1), high - 1), 1  # no number on that side was tried yet
+        elif low < guess < high and not crept:
+            value, stride = guess, 1
         else:
-            value = (low + high) // 2  # the estimate failed: bisect
+            value, stride = (low + high) // 2, 1  # the estimate failed: bisect
     return low or None

@@ -99,6 +99,11 @@ class Question:
     gpus: int
     assumptions: tuple[str, ...]
 
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether the closed form knows both the method and the model's kind; the rest is simulated."""
+        return self.spec.method.closed_form is not None and self.model.shape is not None
+
 
 def describe_model(name: str) -> Model:
     """Returns the model with this name: a preset, the path of a ``config.json``, a name in models.yaml, or a hub id.
@@ -106,8 +111,8 @@ def describe_model(name: str) -> Model:
     Raises:
         InputError: The name is none of these, or the model's configuration cannot be read.
     """
-    by_hub_id = {hub_id.lower(): shape for hub_id, shape in PRESETS.values()}
-    shape = PRESETS[name.lower()][1] if name.lower() in PRESETS else by_hub_id.get(name.lower())
+    by_hub_id = {preset.hub_id.lower(): preset.shape for preset in PRESETS.values()}
+    shape = PRESETS[name.lower()].shape if name.lower() in PRESETS else by_hub_id.get(name.lower())
     if shape is not None:
         return Model(name, shape.to_config(), shape)
     path = Path(name)
@@ -222,7 +227,7 @@ def ask(
         raise InputError(Problem("response_len", f"must lie between 1 and seq_len={spec.seq_len} (got {kept})"))
     if gpus < 1:
         raise InputError(Problem("gpus", f"must be at least 1 (got {gpus})"))
-    assumptions = _assumptions(spec, kept, gpu, gpus)
+    assumptions = _assumptions(model, spec, kept, gpu, gpus)
     return Question(model, spec, kept, gpu, gpus, tuple(assumptions))
 
 
@@ -297,7 +302,7 @@ def _given(fields: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in fields.items() if name != "name" and value is not None]
 
 
-def _assumptions(spec: RunSpec, responses: int, gpu: Gpu | None, gpus: int) -> list[str]:
+def _assumptions(model: Model, spec: RunSpec, responses: int, gpu: Gpu | None, gpus: int) -> list[str]:
     """Returns the assumptions behind the answer, given or by default, one sentence each."""
     masked = spec.loss_path == "hf" and spec.attention == "sdpa"
     cublas = (gpu.cublas_bytes if gpu else CUBLAS_BYTES) / MIB
@@ -307,7 +312,8 @@ def _assumptions(spec: RunSpec, responses: int, gpu: Gpu | None, gpus: int) -> l
         f"gradient_accumulation={spec.gradient_accumulation}",
         f"precision={spec.precision}, optimizer={spec.optimizer}"
         + (f" ({spec.optimizer_implementation})" if spec.optimizer in ("adamw", "sgd") else ""),
-        "loss_path=hf: logits of every position, kept until the next step as in a plain script"
+        "loss_path=hf: logits of every position, kept until the next step as in a plain script; runs of this "
+        "project compute only those of responses"
         if spec.loss_path == "hf"
         else f"loss_path=response_only: logits of {responses} positions per sequence",
         "packing=True: a block-diagonal mask"
@@ -330,6 +336,8 @@ def _assumptions(spec: RunSpec, responses: int, gpu: Gpu | None, gpus: int) -> l
         lines.append("all paged optimizer states are on the card: device includes them, allocated does not")
     if spec.method.closed_form is None:
         lines.append(f"{spec.method.name} has no closed form: its peaks are simulated")
+    elif model.shape is None:
+        lines.append(f"{model.name} has no closed form, because {model.why_no_shape}: its peaks are simulated")
     lines += spec.method.memory_assumptions
     if gpus > 1:
         lines.append(f"weights, gradients and states sharded over {gpus} cards (FSDP, ZeRO-3), batch_size rows on each")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,11 @@ from rich.tree import Tree
 from peftscope.errors import spoken_bytes
 from peftscope.hardware.cards import Gpu
 from peftscope.memory.answer import Answer
-from peftscope.memory.fit import Fit
+from peftscope.memory.fit import TIGHT_SHARE, Fit
 from peftscope.memory.formula import DIMENSIONS
 from peftscope.methods import METHODS
+from peftscope.models.presets import PRESETS
+from peftscope.models.shapes import FAMILIES
 
 if TYPE_CHECKING:
     from peftscope.memory.config_file import Reading
@@ -44,7 +47,7 @@ def show_reading(reading: Reading, console: Console) -> None:
 
 def show_headroom(gpu: Gpu, left_bytes: int, console: Console) -> None:
     """Prints whether a run fits on a card, and what is left or missing."""
-    size = f"{gpu.name}, {spoken_bytes(gpu.memory_bytes)}"
+    size = f"{gpu.name}, {spoken_bytes(gpu.usable_bytes)}{' for CUDA' if gpu.reserve_bytes else ''}"
     if left_bytes < 0:
         console.print(f"[red]does not fit[/] on {size}: {spoken_bytes(-left_bytes)} are missing")
     else:
@@ -56,6 +59,8 @@ def show_answer(answer: Answer, console: Console, *, explain: bool, depth: int) 
     how = "closed form" if answer.how == "formula" else "simulated on tensors without data"
     if METHODS[answer.method].closed_form is None:
         how += f", because {answer.method} has no closed form"
+    elif answer.parameters is None:
+        how += f", because {answer.model} has no closed form"
     known = f" ({answer.agreement})" if answer.agreement else ""
     console.print(f"[bold]{answer.model}, {answer.method}[/]: {how}{known}")
     if answer.parameters is not None:
@@ -117,18 +122,58 @@ def _module_tree(modules: dict[str, Any], depth: int) -> Tree:
     return root
 
 
+def show_models(console: Console) -> None:
+    """Prints the models that are known by name, and the public code that lists each one's shape."""
+    table = Table("name", "parameters", "kind", "hub id", box=None)
+    sources: dict[str, list[str]] = {}
+    for name, preset in PRESETS.items():
+        table.add_row(name, f"{preset.shape.parameters:,}", preset.shape.family, preset.hub_id)
+        sources.setdefault(preset.source, []).append(name)
+    console.print(table)
+    console.print("Their shapes are listed in")
+    for source, names in sources.items():
+        console.print(f"  {source}: {', '.join(names)}", markup=False)
+    kinds = ", ".join(FAMILIES)
+    console.print(f"The closed form knows the kinds {kinds}. Give any other model's config.json: it is simulated.")
+
+
+STATE_COLOURS = {"yes": "green", "tight": "yellow", "no": "red"}
+
+
+def _assumed(fits: Sequence[Fit]) -> list[str]:
+    """Returns what was asked about, in a line for all methods, and what the words of the table mean."""
+    ran = [fit for fit in fits if fit.assumed]
+    if not ran:
+        return []
+    asked, ranks = ran[0].assumed, {fit.method: fit.assumed["rank"] for fit in ran if fit.assumed["rank"]}
+    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else None
+    others = "".join(f", {method} {rank}" for method, rank in ranks.items() if rank != usual)
+    said = [f"{name}={asked[name]}" for name in ("batch_size", "seq_len", "precision", "loss_path")]
+    said += [f"rank={usual}{others}"] if usual else []
+    return [f"assuming {', '.join(said)}; largest sizes with all else as assumed; tight: under {TIGHT_SHARE:.0%} left"]
+
+
 def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
     """Prints which methods fit, the bytes that are left, and the largest batch, length and rank that still fit."""
-    console.print(f"on {gpu.name}, {spoken_bytes(gpu.memory_bytes)}; closed form")
-    simulated = sorted({fit.method for fit in fits if fit.how == "simulation"})
-    table = Table("model", "method", "device peak", "fits", "left", "batch", "length", "rank", "what to do", box=None)
+    kept = (
+        f", of which CUDA can use {spoken_bytes(gpu.usable_bytes)} ({gpu.reserve_source})" if gpu.reserve_bytes else ""
+    )
+    console.print(f"on {gpu.name}, {spoken_bytes(gpu.memory_bytes)}{kept}; closed form")
+    for line in _assumed(fits):
+        console.print(line, markup=False)
+    simulated = sorted(
+        {fit.model if METHODS[fit.method].closed_form else fit.method for fit in fits if fit.how == "simulation"}
+    )
+    largest_of = ("largest batch", "largest length", "largest rank")
+    table = Table("model", "method", "device peak", "fits", "left", *largest_of, "what to do", "peak then", box=None)
     for fit in fits:
-        mark = "[green]yes[/]" if fit.fits else "[red]no[/]"
+        mark = f"[{STATE_COLOURS[fit.state]}]{fit.state}[/]"
         none = "?" if fit.how == "simulation" else "-"
         sizes = (fit.largest_batch_size, fit.largest_seq_len, fit.largest_rank)
         largest = [str(value) if value else none for value in sizes]
+        then = spoken_bytes(fit.advised_device_bytes) if fit.advised_device_bytes is not None else ""
         device, left = (spoken_bytes(b) if b is not None else "-" for b in (fit.peak_device_bytes, fit.headroom_bytes))
-        table.add_row(fit.model, fit.method, device, mark, left, *largest, fit.advice)
+        table.add_row(fit.model, fit.method, device, mark, left, *largest, fit.advice, then)
     console.print(table)
     for name in simulated:
         console.print(f"{name} has no closed form: its peak is simulated, and largest sizes are not searched")

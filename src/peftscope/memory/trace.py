@@ -7,7 +7,7 @@ the allocator are computed from either.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
@@ -104,12 +104,6 @@ class Trace:
         self.marks += [(moved_to[position], phase) for position, phase in self.marks if position >= start]
         self.events += copies
         self.blocks += self.blocks[first:]
-
-    def resize(self, sizes: Mapping[str, int]) -> None:
-        """Sets the size of every block that has a formula to the formula's current value."""
-        for block in self.blocks:
-            if block.formula:
-                block.size = sizes[block.formula]
 
     def segments(self) -> Iterator[tuple[str, int, int]]:
         """Yields (phase, first event, last event + 1) in order. The empty phase covers the time outside of phases."""

@@ -96,8 +96,8 @@ def find_model(name: str, where: str = "model") -> BaseModelEntry:
     if entry is not None:
         return entry if entry.shape else entry.model_copy(update={"shape": _known_shape(entry.source)})
     if name in PRESETS:
-        hub_id, shape = PRESETS[name]
-        return BaseModelEntry(source=HubSource(kind="hub", repository=hub_id), shape=shape)
+        preset = PRESETS[name]
+        return BaseModelEntry(source=HubSource(kind="hub", repository=preset.hub_id), shape=preset.shape)
     if not _is_hub_id(name):
         hint = f"{close_match(name, [*_catalog(), *PRESETS])}; a hub id has the form org/name"
         raise InputError(Problem(where, f"unknown model (got {shown(name)})", hint))
@@ -108,8 +108,9 @@ def find_model(name: str, where: str = "model") -> BaseModelEntry:
 def _known_shape(source: RandomSource | WheelSource | HubSource) -> ModelShape | None:
     """Returns the shape of a source that is a preset of the memory calculator, or None."""
     if isinstance(source, RandomSource) and source.like:
-        return PRESETS[source.like][1]
-    return dict(PRESETS.values()).get(source.repository) if isinstance(source, HubSource) else None
+        return PRESETS[source.like].shape
+    shapes = {preset.hub_id: preset.shape for preset in PRESETS.values()}
+    return shapes.get(source.repository) if isinstance(source, HubSource) else None
 
 
 def _is_hub_id(name: str) -> bool:

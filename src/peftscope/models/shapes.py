@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from peftscope.errors import shown
 from peftscope.files.content import Count
 
-Family = Literal["llama", "mistral", "qwen2", "phi3", "gemma2"]
+Family = Literal["llama", "mistral", "qwen2", "phi3", "gemma2", "qwen3", "smollm3", "granite", "olmo2", "gemma3_text"]
 """The ``model_type`` of a ``config.json``, which decides how the blocks are wired."""
 
 UNMODELLED: dict[str, Any] = {
@@ -23,10 +23,22 @@ UNMODELLED: dict[str, Any] = {
     "embd_pdrop": 0.0,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
+    "no_rope_layer_interval": 4,
+    "sliding_window_pattern": 6,
 }
 """Fields of a ``config.json`` that the closed form does not model, and the value at which they have no effect."""
 
-FAMILIES: tuple[str, ...] = ("llama", "mistral", "qwen2", "phi3", "gemma2")
+FAMILIES: tuple[Family, ...] = get_args(Family)
+
+ROTATED_OF_FOUR = 3
+"""SmolLM3 rotates the heads of the first three layers of every four. Source: transformers, ``SmolLM3Config``."""
+LOCAL_OF_SIX = 5
+"""Gemma 3 has five layers with a sliding window before one without. Source: transformers, ``Gemma3TextConfig``."""
+
+HEAD_DIMS: dict[str, int] = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}
+"""The width of a head where a ``config.json`` does not state it and transformers does not divide."""
+TIED_BY_DEFAULT = ("gemma2", "gemma3_text", "smollm3")
+"""Families whose head has the weights of the embedding unless a ``config.json`` says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +122,27 @@ class ModelShape(BaseModel):
         )
 
     @property
-    def norms_per_block(self) -> int:
-        """The number of RMSNorm vectors of one block."""
-        return 4 if self.family == "gemma2" else 2
+    def norms(self) -> tuple[str, ...]:
+        """The names of a block's norms of its whole width, in the order in which they run."""
+        if self.family in ("gemma2", "gemma3_text"):
+            inside = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+            return ("input_layernorm", "post_attention_layernorm", *inside)
+        if self.family == "olmo2":
+            return ("post_attention_layernorm", "post_feedforward_layernorm")
+        return ("input_layernorm", "post_attention_layernorm")
+
+    @property
+    def head_norms(self) -> tuple[int, int] | None:
+        """The widths of the norms of queries and keys: of one head, or of all; None without such norms."""
+        if self.family in ("qwen3", "gemma3_text"):
+            return self.head_dim, self.head_dim
+        if self.family == "olmo2":
+            return self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return None
+
+    def rotates(self, index: int) -> bool:
+        """Returns whether a layer rotates its queries and keys; some layers of SmolLM3 see no positions."""
+        return self.family != "smollm3" or index % 4 < ROTATED_OF_FOUR
 
     def linear_layers(self, names: Sequence[str]) -> list[LinearLayer]:
         """Returns all layers of the model that these names mean, see ``is_named``."""
@@ -129,7 +159,8 @@ class ModelShape(BaseModel):
         """The number of all weights; tied weights count once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         biases = self.num_layers * sum(layer.outputs for layer in self.block if layer.bias)
-        norms = (self.norms_per_block * self.num_layers + 1) * self.hidden_size
+        norms = (len(self.norms) * self.num_layers + 1) * self.hidden_size
+        norms += self.num_layers * sum(self.head_norms or ())
         return self.linear_parameters + biases + embeddings + norms
 
     @classmethod
@@ -147,6 +178,7 @@ class ModelShape(BaseModel):
             if config.get(name, usual) not in (usual, None):
                 raise ValueError(f"{name}={shown(config[name])} changes sizes in a way that is not modelled")
         heads = config["num_attention_heads"]
+        usual_head = HEAD_DIMS.get(family) or config["hidden_size"] // heads
         return cls(
             family=family,
             vocab_size=config["vocab_size"],
@@ -155,8 +187,8 @@ class ModelShape(BaseModel):
             num_layers=config["num_hidden_layers"],
             num_heads=heads,
             num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            tied_embeddings=config.get("tie_word_embeddings", family == "gemma2"),
+            head_dim=config.get("head_dim") or usual_head,
+            tied_embeddings=config.get("tie_word_embeddings", family in TIED_BY_DEFAULT),
             max_seq_len=config.get("max_position_embeddings"),
             sliding_window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
         )
@@ -176,6 +208,6 @@ class ModelShape(BaseModel):
             "max_position_embeddings": self.max_seq_len or 4096,
             "pad_token_id": None,
         }
-        if self.family in ("mistral", "phi3", "gemma2"):
+        if self.family in ("mistral", "phi3", "gemma2", "gemma3_text"):
             config["sliding_window"] = self.sliding_window
         return config

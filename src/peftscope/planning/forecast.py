@@ -109,7 +109,7 @@ class Forecaster:
 
     def _capacity(self, spec: RunSpec) -> float:
         """Returns the bytes that the run may take: those of the card, or of the smaller one that it is limited to."""
-        return min(self.gpu.memory_bytes, (spec.memory_limit_gib or math.inf) * GIB)
+        return min(self.gpu.usable_bytes, (spec.memory_limit_gib or math.inf) * GIB)
 
     def _peak(self, spec: RunSpec, shape: ModelShape) -> tuple[int, str]:
         """Returns the most bytes that the card needs, and the phase in which it needs them."""
@@ -146,7 +146,7 @@ class Forecaster:
             changed = RunSpec.model_validate({**fields, "method": method})
             return changed != spec and self._peak(changed, shape)[0] <= self._capacity(spec)
 
-        changes = mildest_change(fits)
+        changes = mildest_change(fits, {**spec.model_dump(), "method": spec.method.name})
         if changes is None:
             return "a larger card"
         return ", ".join(f"{k}: {json.dumps(v).strip(chr(34))}" for k, v in (changes | fields_of(changes)).items())

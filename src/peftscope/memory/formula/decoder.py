@@ -8,14 +8,33 @@ from typing import Any
 
 from peftscope.memory.formula.linear import TapedModel, linear
 from peftscope.memory.tape import Dims, Gradients, Shaped, Tape
+from peftscope.models.shapes import LOCAL_OF_SIX
+
+GEMMAS = ("gemma2", "gemma3_text")
+"""Families with norms before and after attention and feed-forward layers, scaled embeddings and two masks."""
+
+_BEFORE = ("before attention", "before feed-forward")
+_AFTER = ("after attention", "after feed-forward")
+NORM_PLACES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(GEMMAS, (_BEFORE[0], _AFTER[0], _BEFORE[1], _AFTER[1])),
+    "olmo2": _AFTER,
+}
+"""Where the norms of a block run, in their order; elsewhere before attention and before the feed-forward layers."""
 
 
-def _norm(model: TapedModel, name: str, x: Shaped) -> Shaped:
-    """Stands for ``LlamaRMSNorm`` and ``Gemma2RMSNorm``."""
+def _norm(model: TapedModel, name: str, x: Shaped, groups: str = "1") -> Shaped:
+    """Stands for ``LlamaRMSNorm``, ``Gemma2RMSNorm``, ``Gemma3RMSNorm`` and ``Olmo2RMSNorm``.
+
+    Args:
+        model: The model.
+        name: Of the norm.
+        x: Its input.
+        groups: The number of parts of a token that are each divided by a root of their own, as a named dimension.
+    """
     tape, weight, before = model.tape, model.weights[name], x.width
     tape.module = name
     x = tape.cast(x, 4, "32-bit copy of a norm's input")
-    dims, narrow = x.dims, (*x.dims[:-1], "1")
+    dims, narrow = x.dims, (*x.dims[:-1], groups)
 
     def square_backward(_: list[Any], __: Sequence[Any]) -> Gradients:
         power = tape.new(dims, 4)
@@ -29,18 +48,22 @@ def _norm(model: TapedModel, name: str, x: Shaped) -> Shaped:
     del square
     root = tape.op([mean], narrow, 4, None, ())
     scaled = tape.multiply(x, root, "normalised input")
-    if model.shape.family == "gemma2":
-        gain = tape.op([tape.cast(weight, 4)], ("h",), 4)
+    if model.shape.family in GEMMAS:
+        gain = tape.op([tape.cast(weight, 4)], weight.dims, 4)
         return tape.cast(tape.multiply(scaled, gain), before)
+    if model.shape.family == "olmo2":
+        return tape.cast(tape.multiply(scaled, weight), before)
     return tape.multiply(tape.cast(scaled, before, "normalised input"), weight)
 
 
 def _rotate(model: TapedModel, x: Shaped, cos: Shaped, sin: Shaped) -> Shaped:
     """Stands for ``apply_rotary_pos_emb`` on queries or keys."""
-    tape = model.tape
+    tape, before = model.tape, x.width
     straight = tape.multiply(x, cos)
     rotated = tape.multiply(_rotate_half(tape, x), sin)
     total = tape.add(straight, rotated)
+    del straight, rotated
+    total = tape.cast(total, before)  # OLMo 2 rotates in 32 bits
     if model.shape.family == "phi3":
         total = tape.contiguous(total, "rotated heads")
     total.storage.block.term = "rotated heads"
@@ -74,9 +97,14 @@ def _attention(
         del joined
     else:
         query, key, value = (linear(model, f"{module}.{n}", block[n], x) for n in ("q_proj", "k_proj", "v_proj"))
+    if model.shape.head_norms:
+        heads = ("1", "1") if model.shape.family == "olmo2" else ("a", "g")
+        query = _norm(model, f"{module}.q_norm", query, heads[0])
+        key = _norm(model, f"{module}.k_norm", key, heads[1])
     tape.module = module
-    query = _rotate(model, query, *rotary)
-    key = _rotate(model, key, *rotary)
+    if model.shape.rotates(index):
+        query = _rotate(model, query, *rotary)
+        key = _rotate(model, key, *rotary)
     if model.prefix:
         key, value = _with_prefix(model, key), _with_prefix(model, value)
         if index == model.shape.num_layers - 1:
@@ -197,20 +225,21 @@ def _activation(tape: Tape, gate: Shaped) -> Shaped:
 
 def _layer(model: TapedModel, index: int, x: Shaped, rotary: tuple[Shaped, Shaped], mask: Shaped | None) -> Shaped:
     """Stands for a decoder layer."""
-    tape, path, gemma = model.tape, f"layers.{index}", model.shape.family == "gemma2"
+    tape, path, family = model.tape, f"layers.{index}", model.shape.family
+    norms = dict(zip(NORM_PLACES.get(family, _BEFORE), model.shape.norms, strict=True))
+
+    def normed(place: str, x: Shaped) -> Shaped:
+        x = _norm(model, f"{path}.{norms[place]}", x) if place in norms else x
+        tape.module = path
+        return tape.scale(x) if family == "granite" and place.startswith("after") else x
+
     residual = x
-    x = _norm(model, f"{path}.input_layernorm", x)
-    x, probabilities = _attention(model, index, x, rotary, mask)
-    if gemma:
-        x = _norm(model, f"{path}.post_attention_layernorm", x)
-    tape.module = path
+    x, probabilities = _attention(model, index, normed("before attention", x), rotary, mask)
+    x = normed("after attention", x)
     x = tape.add(residual, x)
     residual = x
-    x = _norm(model, f"{path}.{'pre_feedforward' if gemma else 'post_attention'}_layernorm", x)
-    x = _mlp(model, index, x)
-    if gemma:
-        x = _norm(model, f"{path}.post_feedforward_layernorm", x)
-    tape.module = path
+    x = _mlp(model, index, normed("before feed-forward", x))
+    x = normed("after feed-forward", x)
     x = tape.add(residual, x)
     x.storage.block.term = "output of each layer"
     del probabilities  # transformers' local variable keeps them for as long
@@ -223,7 +252,7 @@ def _embed(model: TapedModel) -> Shaped:
     tape.module = "embed_tokens"
     tokens = "U" if model.prompt else "T"
     x = tape.op([weight], (tokens, "h"), weight.width, term="embedded tokens")
-    if model.shape.family == "gemma2":
+    if model.shape.family in GEMMAS:
         x = tape.scale(x)
     if model.spec.checkpointing and tape.training and not model.full:
         tape.require_grad(x)  # peft's enable_input_require_grads
@@ -242,26 +271,29 @@ def _embed(model: TapedModel) -> Shaped:
 
 def run_decoder(model: TapedModel, *, masked: bool) -> Shaped:
     """Stands for the decoder without its head."""
-    tape, spec = model.tape, model.spec
-    embedded = x = _embed(model)
+    tape, spec, shape = model.tape, model.spec, model.shape
+    embedded = x = tape.scale(_embed(model)) if shape.family == "granite" else _embed(model)
     tape.module = ""
     eager = spec.attention == "eager"
     seen = tape.new(("B", "S", "P"), 1, term="mask") if masked else None
     added = 2 if spec.packing and tape.training and spec.precision == "amp" else model.width
     mask = tape.new(("B", "S", "P"), added, term="mask") if eager else seen
+    # One mask for layers with a window and one for the others, and in Gemma 3 angles for each as well.
+    other_mask = tape.new(mask.dims, mask.width, term="mask") if mask and shape.family in GEMMAS else None
+    pairs = 2 if shape.family == "gemma3_text" and shape.num_layers > LOCAL_OF_SIX else 1
     if model.prefix:
         past = tape.op([model.weights["prompt_encoder"]], ("B", "v", "L", "k", "2"), 4)
         if spec.precision != "amp":
             past = tape.cast(past, model.width)
         model.past = past.view(("B", "v", "k"))
         del past
-    cos = tape.new(("S", "d"), x.width, term="rotary embedding")
-    sin = tape.new(("S", "d"), x.width, term="rotary embedding")
-    for index in range(model.shape.num_layers):
-        run = partial(_layer, model, index, rotary=(cos, sin), mask=mask)
+    angle_width = 4 if shape.family == "olmo2" else x.width
+    angles = [tape.new(("S", "d"), angle_width, term="rotary embedding") for _ in range(2 * pairs)]
+    for index in range(shape.num_layers):
+        run = partial(_layer, model, index, rotary=(angles[0], angles[1]), mask=mask)
         x = tape.checkpoint(run, x) if spec.checkpointing and tape.training else run(x)
     x = _norm(model, "norm", x)
-    del embedded  # transformers' local variable keeps it for as long
+    del embedded, other_mask  # transformers' local variables keep them for as long
     return x
 
 
@@ -277,6 +309,8 @@ def run_head(model: TapedModel, x: Shaped, *, kept: bool) -> Shaped:
     if model.shape.family == "gemma2":
         logits = tape.scale(logits)
         logits = tape.with_saved_output([logits], logits.dims, logits.width, "logits after the soft cap")  # tanh
+        logits = tape.scale(logits)
+    if model.shape.family == "granite":
         logits = tape.scale(logits)
     tape.module = ""
     return logits

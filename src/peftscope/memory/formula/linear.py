@@ -26,6 +26,9 @@ LINEAR_DIMS: dict[str, Dims] = {
 }
 """Inputs and outputs of each linear layer, as named dimensions."""
 
+HEAD_NORM_DIMS: dict[str, tuple[str, str]] = {"qwen3": ("d", "d"), "gemma3_text": ("d", "d"), "olmo2": ("q", "k")}
+"""The widths of the norms of queries and keys, as named dimensions: of one head, or of all."""
+
 LINEAR_BLOCK = 64
 """Weights that share one block constant in bitsandbytes' 4-bit storage; 256 such constants share one in turn."""
 
@@ -72,8 +75,11 @@ def _make_weights(model: TapedModel) -> None:
     for index in range(shape.num_layers):
         for layer in shape.block:
             _linear_weight(model, module_path(index, layer.name), layer)
-        for name in _norms(model):
+        for name in shape.norms:
             _weight(model, f"layers.{index}.{name}", ("h",), other)
+        if shape.head_norms:
+            for name, dim in zip(("q_norm", "k_norm"), HEAD_NORM_DIMS[shape.family], strict=True):
+                _weight(model, f"layers.{index}.self_attn.{name}", (dim,), other)
     _weight(model, "norm", ("h",), other)
     if not shape.tied_embeddings:
         _weight(model, "lm_head", ("V", "h"), other)
@@ -85,12 +91,6 @@ def _make_weights(model: TapedModel) -> None:
         _adapter(model, "prompt_encoder", ("v", "h"), 4)
     elif model.prefix:
         _adapter(model, "prompt_encoder", ("v", "L", "k", "2"), 4)
-
-
-def _norms(model: TapedModel) -> tuple[str, ...]:
-    around = ("input_layernorm", "post_attention_layernorm")
-    inside = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-    return around + inside if model.shape.family == "gemma2" else around
 
 
 def _weight(model: TapedModel, name: str, dims: Dims, width: float) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any
 
-from peftscope.memory.allocator import reserved_bytes
 from peftscope.memory.formula.decoder import run_decoder, run_head
 from peftscope.memory.formula.linear import TapedModel
 from peftscope.memory.formula.terms import OPTIMIZER_COPY, evaluation_sizes, sizes_of
 from peftscope.memory.tape import Shaped, bytes_of, factors
-from peftscope.memory.trace import Trace
+from peftscope.memory.trace import Block, Trace
 from peftscope.models.shapes import ModelShape
 from peftscope.spec import RunSpec
 
@@ -21,7 +20,7 @@ STATE_BLOCK = 256
 """Values that share one constant in bitsandbytes' 8-bit optimizer states."""
 LARGE_STATE = 4096
 """Tensors smaller than this keep 32-bit states."""
-RETURNS_CACHE = ("llama", "gemma2")
+RETURNS_CACHE = ("llama", "gemma2", "gemma3_text", "granite", "olmo2")
 """Families whose output has the cache even where ``use_cache`` is false."""
 PAGED_FROM_VALUES = 100_000
 """bitsandbytes pages the states of tensors with at least so many values."""
@@ -48,10 +47,10 @@ class TrainingTraces:
     """
 
     def __init__(self) -> None:
-        self._traces: dict[str, tuple[Trace, int]] = {}
+        self._traces: dict[str, tuple[Trace, int, list[Block]]] = {}
         self._numbers: dict[Any, int] = {}
         self._formulas: list[set[str]] = []
-        self._reserved: dict[Any, int] = {}
+        self._measured: dict[Any, Any] = {}
         self._last: tuple[Trace, Any] | None = None
 
     def trace(self, spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0) -> Trace:
@@ -64,22 +63,24 @@ class TrainingTraces:
             number = self._numbers.setdefault(same, len(self._numbers))
             if number == len(self._formulas):
                 self._formulas.append({block.formula for block in trace.blocks if block.formula})
-            self._traces[key] = trace, number
-        trace, number = self._traces[key]
+            once = {id(block): block for block in trace.blocks if block.formula}  # both steps share theirs
+            self._traces[key] = trace, number, list(once.values())
+        trace, number, blocks = self._traces[key]
         sizes = sizes_of(spec, shape, responses)
         formulas = {formula: bytes_of(*factors(formula), sizes) for formula in self._formulas[number]}
-        trace.resize(formulas)
+        for block in blocks:
+            block.size = formulas[block.formula]
         self._last = trace, (number, tuple(sorted(formulas.items())))
         return trace
 
-    def reserved_bytes(self, trace: Trace) -> int:
-        """Returns what the allocator reserves for a trace; for the last one of here, what it did for the same sizes."""
+    def measure(self, what: Callable[..., Any], trace: Trace, *arguments: Any) -> Any:
+        """Returns ``what(trace, *arguments)``; for the last trace of here, what it was for the same sizes."""
         if self._last is None or trace is not self._last[0]:
-            return reserved_bytes(trace)
-        _, key = self._last
-        if key not in self._reserved:
-            self._reserved[key] = reserved_bytes(trace)
-        return self._reserved[key]
+            return what(trace, *arguments)
+        key = (*self._last[1], what, arguments)
+        if key not in self._measured:
+            self._measured[key] = what(trace, *arguments)
+        return self._measured[key]
 
 
 def _operations(spec: RunSpec) -> str:
@@ -133,7 +134,7 @@ def _train(model: TapedModel) -> Trace:
     masked = (masked and spec.attention != "flash_attention_2") or spec.attention == "eager"
     start = len(tape.trace.events)
     held: Shaped | None = None
-    for _ in range(spec.gradient_accumulation):
+    for _ in range(min(spec.gradient_accumulation, 2)):  # any later one is like the second
         tape.trace.begin("forward")
         before, model.cache = model.cache, []  # the last outputs, with their cache, live until there are new ones
         hidden = run_decoder(model, masked=masked)
