@@ -181,7 +181,7 @@ def models(as_json: AsJson = False) -> None:
         ]
         print(json.dumps(rows, ensure_ascii=False))
         return
-    show_models(_wide_console())
+    show_models(wide_console())
 
 
 @app.command()
