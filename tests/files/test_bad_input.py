@@ -42,7 +42,7 @@ CASES = {
         "fixed.precision: precision=fp32",
         "use bf16",
     ),
-    "missing model": ("fixed: {model: smollm3}", "mine.yaml: model:", "did you mean `smollm2-135m`?"),
+    "missing model": ("fixed: {model: smollm-135m}", "mine.yaml: model:", "did you mean `smollm2-135m`?"),
     "missing task": ("fixed: {model: toy, task: two-digit-sumz}", "mine.yaml: task:", "did you mean `two-digit-sums`?"),
     "unknown method": ("axes: {method: [lora, qlra]}", "axes.method[1]", "did you mean `qlora`?"),
     "a key twice": ("fixed: {model: toy}\nfixed: {model: toy}", "line 2", "appears twice"),

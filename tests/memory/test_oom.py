@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 
 from peftscope.errors import GIB, MIB, InputError
 from peftscope.memory.allocator import segment_bytes
@@ -164,8 +165,8 @@ def test_changes_make_it_fit(options: dict[str, Any]) -> None:
     found = diagnose(run_of("llama-3-8b", **options), refusal)
     assert found.changes
     for change in found.changes:
-        words = change.removeprefix("--").split(" --")
-        changed = {w.split()[0].replace("-", "_"): int(w.split()[1]) if " " in w else True for w in words}
+        flags = [words.split() for words in change.removeprefix("--").split(" --")]
+        changed = {name.replace("-", "_"): yaml.safe_load(value[0]) if value else True for name, *value in flags}
         assert peaks_by_formula(run_of("llama-3-8b", **options | changed)).device_bytes <= 24 * GIB
     assert "they do not fit" in found.sentences[-1]
 
