@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-MODULES = 39
+MODULES = 41
 """Modules that a run of LoRA passes through."""
 
 RETURNS = 47

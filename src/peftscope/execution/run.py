@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -292,7 +291,11 @@ def _train(run: _Run, trained: TrainedModel, data: _Data, widest: _Widest) -> No
         seed_everything(own_seed(spec.seed if spec.init_seed is None else spec.init_seed, spec))
         rehearsal = widest.training if spec.device == "cuda" else None
         batches = digested(_batches(data, spec), digest)
-        train(trained, batches, spec, run.log, run.checkpoints, rehearsal, partial(_follow, run, trained, data))
+
+        def after_step(step: int) -> None:
+            _follow(run, trained, data, step)
+
+        train(trained, batches, spec, run.log, run.checkpoints, rehearsal, after_step)
     if record.provenance["card"]:
         record.provenance["card"]["after_training"] = card_reading()
     record.train_batches_sha256 = digest.hexdigest()
