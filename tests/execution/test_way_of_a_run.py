@@ -25,8 +25,8 @@ import pytest
 MODULES = 41
 """Modules that a run of LoRA passes through."""
 
-RETURNS = 47
-"""Times that a run comes back to a module where it was before; one of them asks the task what it is judged on."""
+RETURNS = 49
+"""Times that a run comes back to a module where it was before: the task says what it is judged on, and how it is scored."""
 
 UPWARDS = {
     # The loss is no module of torch, whose hooks would name its blocks: the simulator puts itself around it.
