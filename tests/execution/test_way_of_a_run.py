@@ -26,7 +26,7 @@ MODULES = 41
 """Modules that a run of LoRA passes through."""
 
 RETURNS = 49
-"""Times that a run comes back to a module where it was before: the task says what it is judged on, and how it is scored."""
+"""Times that a run comes back to a module where it was: the task says what it is judged on, and how it is scored."""
 
 UPWARDS = {
     # The loss is no module of torch, whose hooks would name its blocks: the simulator puts itself around it.
