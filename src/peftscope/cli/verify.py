@@ -33,13 +33,9 @@ def verify(
     def cell(repeat: Repeat, name: str) -> str:
         if name not in repeat.equal:
             return "-"
-        return (
-            "equal"
-            if repeat.equal[name]
-            else f"within {repeat.largest[name]:.1e}"
-            if name in repeat.largest
-            else "other"
-        )
+        if repeat.equal[name]:
+            return "equal"
+        return f"within {repeat.largest[name]:.1e}" if name in repeat.largest else "other"
 
     screen.print(f"{len(chosen)} runs to repeat")
     for repeat in repeat_runs(chosen):

@@ -60,7 +60,7 @@ from peftscope.record import (
     write_record,
 )
 from peftscope.spec import RunSpec, run_id
-from peftscope.training.build import build_model, compiled_layers, seed_everything
+from peftscope.training.build import build_model, compiled_layers, count_parameters, seed_everything
 from peftscope.training.ceilings import measure_ceilings
 from peftscope.training.checkpoint import Checkpoints
 from peftscope.training.kept import write_kept
@@ -261,7 +261,8 @@ def _prepare(run: _Run, base: Any) -> TrainedModel:
         trained = build_model(merged_start(base, run.spec), run.spec)
         continue_adapter(trained.model, run.spec)
         loaded.append(trained.model)
-    run.record.size = _initial_size(trained.model)
+    trainable, total = count_parameters(trained.model)
+    run.record.size = Size(initial_trainable_parameters=trainable, total_parameters=total)
     if run.spec.shards > 1:
         with run.phases.phase("initialise"):
             shard(trained.model, run.spec)
@@ -434,16 +435,6 @@ def _tracked_load(run: _Run, *alive: Any) -> Iterator[list[Any]]:
         tracker.add(tensor)
     load = run.phases.memory.load
     load.peak_tensor_bytes = max(load.peak_tensor_bytes or 0, tracker.peak_bytes)
-
-
-def _initial_size(model: Any) -> Size:
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # A 4-bit parameter packs two values per byte. Its quantisation state has the real shape.
-    total = sum(
-        p.quant_state.shape.numel() if getattr(p, "quant_state", None) is not None else p.numel()
-        for p in model.parameters()
-    )
-    return Size(initial_trainable_parameters=trainable, total_parameters=total)
 
 
 def _matmul_share(record: RunRecord) -> float | None:

@@ -56,3 +56,14 @@ def apply_method(base: Any, spec: RunSpec, build: Callable[[Any, RunSpec], Any])
         # Reentrant checkpointing would give adapters no gradient, because the frozen embeddings' output needs none.
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return TrainedModel(model, loss_function)
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Returns the number of values that require gradients, and of all values of a model."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # A 4-bit parameter packs two values per byte. Its quantisation state has the real shape.
+    total = sum(
+        p.quant_state.shape.numel() if getattr(p, "quant_state", None) is not None else p.numel()
+        for p in model.parameters()
+    )
+    return trainable, total
