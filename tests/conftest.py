@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.modules["kernels"] = None  # as in every command: tests call what is below them
 
 REPOSITORY = Path(__file__).parent.parent
+Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +62,20 @@ def toy(workspace: Path) -> Path:
     finally:
         os.chdir(before)
     return workspace
+
+
+@pytest.fixture
+def peftscope(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command in this process: (exit code, stdout, stderr). A traceback is an error of the test."""
+    from peftscope.cli.main import main
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["peftscope", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture

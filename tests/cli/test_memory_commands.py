@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Command
 from test_memory import TRAINED, answer, letters_of, model_of, small_shape
 
-from peftscope.cli.main import main
 from peftscope.errors import GIB, MIB
 from peftscope.hardware.cards import CONTEXT_BYTES, GPUS, Gpu
 from peftscope.memory.answer import AGREEMENT_FILE, peaks_by_formula
@@ -19,21 +18,6 @@ from peftscope.memory.fit import ADVICE, Fit, fit_methods, mildest_change
 from peftscope.memory.formula import DIMENSIONS
 from peftscope.memory.question import ask, describe_model
 from peftscope.models.presets import PRESETS
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def peftscope(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command in this process: (exit code, stdout, stderr). A traceback is an error of the test."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peftscope", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -5,29 +5,13 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Command
 
-from peftscope.cli.main import main
-
-Command = Callable[..., tuple[int, str, str]]
 MODEL = "smollm2-135m"
 SIZES = {"batch_size": 2, "eval_batch_size": 2, "seq_len": 64}
-
-
-@pytest.fixture
-def peftscope(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command in this process: (exit code, stdout, stderr). A traceback is an error of the test."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peftscope", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 def told(peftscope: Command, *arguments: str) -> dict:

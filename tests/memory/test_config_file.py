@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from conftest import Command
 
-from peftscope.cli.main import main
 from peftscope.errors import InputError
 from peftscope.memory.config_file import Reading, question_of, read_config
 from peftscope.memory.question import Question, ask, describe_model
@@ -310,33 +308,18 @@ def test_all_that_is_needed_is_asked_for_at_once(tmp_path: Path) -> None:
     assert all(part in said for part in ("--seq-len", "--batch-size", "names no base model"))
 
 
-@pytest.fixture
-def peftscope(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs ``peftscope memory`` in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peftscope", "memory", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return run
-
-
-def test_the_command_is_a_check_before_a_run(peftscope: Any, tmp_path: Path) -> None:
+def test_the_command_is_a_check_before_a_run(peftscope: Command, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(FILES["alignment-handbook"] | {"max_seq_length": 256}))
-    code, text, _ = peftscope("--config", str(path), "--gpu", "80GiB")
+    code, text, _ = peftscope("memory", "--config", str(path), "--gpu", "80GiB")
     assert code == 0
     assert all(part in text for part in ("understood:", "ignored:", "assumed", "fits on", "allocated"))
-    code, text, _ = peftscope("--config", str(path), "--gpu", "4GiB", "--json")
+    code, text, _ = peftscope("memory", "--config", str(path), "--gpu", "4GiB", "--json")
     content = json.loads(text)
     assert (code, content["config"]["trainer"]) == (1, "alignment-handbook")
     assert content["headroom_bytes"] == 4 * 2**30 - content["peak_device_bytes"] < 0
-    assert peftscope("--config", str(path))[0] == 0
-    assert peftscope("mistral-7b", "--gpu", "4GiB")[0] == 0  # the check belongs to files
+    assert peftscope("memory", "--config", str(path))[0] == 0
+    assert peftscope("memory", "mistral-7b", "--gpu", "4GiB")[0] == 0  # the check belongs to files
 
 
 @pytest.mark.parametrize(
@@ -348,9 +331,9 @@ def test_the_command_is_a_check_before_a_run(peftscope: Any, tmp_path: Path) -> 
         ("- a\n- b\n", "must be a mapping"),
     ],
 )
-def test_a_broken_file_is_a_sentence(peftscope: Any, tmp_path: Path, text: str, message: str) -> None:
+def test_a_broken_file_is_a_sentence(peftscope: Command, tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "run.yaml").write_text(text)
-    code, _, said = peftscope("--config", str(tmp_path / "run.yaml"))
+    code, _, said = peftscope("memory", "--config", str(tmp_path / "run.yaml"))
     assert (code, message in said) == (2, True)
-    assert peftscope("--config", str(tmp_path / "none.yaml"))[0] == 2
-    assert peftscope()[0] == 2
+    assert peftscope("memory", "--config", str(tmp_path / "none.yaml"))[0] == 2
+    assert peftscope("memory")[0] == 2
