@@ -145,6 +145,23 @@ def test_low_rank_is_asked_of_the_update_and_of_what_a_cut_leaves() -> None:
     assert judged("S15").deciding[2].found.value == pytest.approx(0.7, abs=0.01)
 
 
+def at(step: int, module: str, rank: int) -> Change:
+    """Returns a change of the rank of a module's updates at a step."""
+
+    def change(table: pd.DataFrame) -> None:
+        table.loc[(table["step"] == step) & (table["module"] == module), "rank_90"] = rank
+
+    return change
+
+
+def test_rank_grows_with_training_and_is_compared_between_the_parts_of_a_block() -> None:
+    weights_world(at(160, "q_proj", 20), at(160, "down_proj", 40))
+    assert verdicts("P48") == ["holds", "holds"]
+    assert [part.found.value for part in judged("P48").deciding] == [3, 2]
+    weights_world(at(160, "q_proj", 9), at(160, "down_proj", 8))
+    assert verdicts("P48") == ["wrong", "wrong"]
+
+
 def test_the_rank_of_an_update_is_told_in_ranks_of_lora() -> None:
     weights_world(of("full", "rank_90", 320))
     assert verdicts("P6") == ["holds"] and judged("P6").deciding[0].found.value == 20

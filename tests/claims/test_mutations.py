@@ -509,6 +509,8 @@ ELSEWHERE = {
     "weights.amplification_ratio": "test_a_small_adjustment_is_one_whose_norm_is_small",
     "weights.intruders": "test_intruders_are_compared_by_seed_and_at_one_rate_too",
     "weights.magnitude_with_direction": "test_magnitude_and_direction_are_correlated_over_layers_and_steps",
+    "weights.rank_across_parts": "test_rank_grows_with_training_and_is_compared_between_the_parts_of_a_block",
+    "weights.rank_growth": "test_rank_grows_with_training_and_is_compared_between_the_parts_of_a_block",
     "weights.rank_with_worth": "test_ranks_are_set_against_a_worth_of_their_own",
     "weights.share_left_after_cut": "test_low_rank_is_asked_of_the_update_and_of_what_a_cut_leaves",
     "weights.update_rank": "test_the_rank_of_an_update_is_told_in_ranks_of_lora",

@@ -13,6 +13,8 @@ from peftscope.analysis.weights import after_training, read_weights
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity, mean_of
 
 AXES = ("largest singular values", "share of the energy, median matrix")
+PARTS = {"attention": "[qkvo]_proj", "feed-forward": "(gate|up|down)_proj"}
+"""The modules of a block's two parts, as patterns."""
 
 
 def update_rank(study: str, arm: str, over: float = 1, of_side: bool = False) -> Measurement:
@@ -28,10 +30,50 @@ def update_rank(study: str, arm: str, over: float = 1, of_side: bool = False) ->
     side = table[["rows", "columns"]].min(axis="columns") if of_side else 1
     evidence = _medians(table, ["rank_90", "stable_rank", "gaussian_rank_90", "grid_rank_90", "gaussian_stable_rank"])
     evidence |= _medians(table, [name for name in table if name.startswith("energy_")])
-    for part, modules in (("attention", "[qkvo]_proj"), ("feed-forward", "(gate|up|down)_proj")):
+    for part, modules in PARTS.items():
         evidence[f"rank_90 in {part}"] = float(table[table["module"].str.fullmatch(modules)]["rank_90"].median())
     evidence |= _along(results, study, arm, "rank_90")
     return _over_seeds(results, (table["rank_90"] / side / over).groupby(table["seed"]).median(), evidence, table)
+
+
+def rank_growth(study: str, arm: str) -> Measurement:
+    """Returns the rank of an arm's updates after training over that at the first kept step, in the median matrix.
+
+    The rank is the number of singular values that hold 90 % of the energy. The mean is over seeds.
+    Source: Biderman et al. 2024, arXiv 2405.09673, section 4.6.
+    """
+    results, last = _after(study, arm)
+    table = read_weights(study)
+    points = table[(table["kind"] == "matrix") & table["run_id"].isin(last["run_id"])]
+    first = points[points["step"] == points["step"].min()]
+    if first["step"].min() == last["step"].max():
+        raise NotRunError(f"the study `{study}` has kept the weights of `{arm}` at one step only")
+    ranks = [part.groupby("run_id")["rank_90"].median() for part in (first, last)]
+    seeds = last.drop_duplicates("run_id").set_index("run_id")["seed"]
+    return _over_seeds(results, (ranks[1] / ranks[0]).rename(seeds), _along(results, study, arm, "rank_90"), last)
+
+
+def rank_across_parts(study: str, arm: str, part: str, over: str) -> Measurement:
+    """Returns the rank of the updates in one part of the blocks over that in the other; the mean over seeds.
+
+    The rank is the number of singular values that hold 90 % of the energy, as a share of the matrix's smaller side,
+    mean over matrices. Source: Biderman et al. 2024, arXiv 2405.09673, section 4.6.
+
+    Args:
+        study: The study's experiment.
+        arm: The arm.
+        part: ``attention`` or ``feed-forward``.
+        over: The other one.
+    """
+    results, table = _after(study, arm)
+    shares = table["rank_90"] / table[["rows", "columns"]].min(axis="columns")
+    chosen = [table["module"].str.fullmatch(PARTS[name]) for name in (part, over)]
+    means = [shares[rows].groupby(table["seed"][rows]).mean() for rows in chosen]
+    evidence: dict[str, Quantity] = {
+        f"share of all singular values, {module}": float(values.mean())
+        for module, values in shares.groupby(table["module"])
+    }
+    return _over_seeds(results, (means[0] / means[1]).dropna(), evidence, table)
 
 
 def update_size(study: str, arm: str) -> Measurement:
