@@ -655,7 +655,6 @@ def test_a_finished_study_is_published_with_runs_that_diverged(finished: StudyRe
     write_study("mine")
     report("mine")
     Path("results/mine/all-runs-ended-well").touch()
-    Path("README.md").touch()
     publish("mine")
     published = Path("results/published/mine")
     assert (published / "tuned.json").is_file() and (published / "tables" / "controls.csv").is_file()

@@ -260,7 +260,6 @@ def test_measured_weights_stand_on_the_page_and_come_back_from_published_files(o
     assert counts == {"cut": [8], "matrix": [28, 28]}
 
     (results_folder("mine") / "all-runs-ended-well").touch()
-    Path("README.md").touch()
     publish("mine")
     for identity in plan.run_ids:
         shutil.rmtree(run_folder(identity))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import yaml
 from peftscope.claims.ledger import read_ledger
 from peftscope.claims.stored import read_findings
 from peftscope.errors import InputError
-from peftscope.report.findings import read_topics, write_findings
+from peftscope.report.findings import read_surprises, read_topics, write_findings
+from peftscope.report.front import show_claims
 
 
 def test_the_page_says_what_was_found_and_what_waits(own_folder: Path, repository: Path) -> None:
@@ -36,3 +38,40 @@ def test_a_topic_that_names_no_claim_is_refused(own_folder: Path) -> None:
     Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic]}))
     with pytest.raises(InputError, match=r"findings\.yaml: One topic: no such claim \(got S3456\)"):
         read_topics([claim.id for claim in read_ledger()])
+
+
+def test_the_readme_shows_the_published_verdicts(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = (repository / "README.md").read_text()
+    linked = re.findall(r"\]\(((?:results|reports|docs|experiments)/[^)#]+)", shown)
+    assert len(linked) > 10
+    assert all((repository / file).is_file() for file in linked)
+    anchors = re.findall(r"claims\.md#([SP]\d+)", shown)
+    assert len(anchors) == 6
+    page = (repository / "reports/published/claims.md").read_text()
+    assert all(f'<a id="{anchor}">' in page for anchor in anchors)
+
+    findings = read_findings(repository / "results/published/claims.json")
+    surprises = read_surprises([claim.id for claim in read_ledger()])
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text(shown)
+    Path("results/published").mkdir(parents=True)
+    show_claims(findings, surprises)
+    assert Path("README.md").read_text() == shown
+
+    (changed,) = [finding for finding in findings if finding["id"] == anchors[0]]
+    changed["verdict"] = "holds"
+    show_claims(findings, surprises)
+    assert re.findall(r"claims\.md#([SP]\d+)", Path("README.md").read_text()) == anchors[1:]
+
+
+def test_a_sentence_that_does_not_fit_its_claim_is_refused(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    findings = read_findings(repository / "results/published/claims.json")
+    first, *_ = read_surprises([claim.id for claim in read_ledger()])
+    monkeypatch.chdir(tmp_path)
+    Path("results/published").mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"{first.claim}: the sentence does not fit the claim's numbers"):
+        show_claims(findings, [first.model_copy(update={"says": "It takes {7:.2f} times."})])

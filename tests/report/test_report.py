@@ -176,18 +176,6 @@ def test_no_number_is_typed_into_prose(repository: Path) -> None:
         assert not re.search(r"\d", prose), name
 
 
-def test_readme_shows_the_published_table_and_figure(repository: Path) -> None:
-    readme = (repository / "README.md").read_text()
-    published = repository / "results" / "published" / "quick"
-    assert (published / "tables" / "methods.md").read_text() in readme
-    linked = re.findall(r"\]\(((?:results|reports)/published/[^)]+)\)", readme)
-    assert len(linked) > 3
-    assert all((repository / file).is_file() for file in linked)
-    runs = pd.read_csv(published / "runs.csv")
-    assert set(runs["status"]) == {"ok"}
-    assert set(runs["cpu"]) == {re.search(r"made on (.*?), ", readme).group(1)}
-
-
 def test_every_published_run_of_quick_took_what_was_predicted(repository: Path) -> None:
     runs = pd.read_csv(repository / "results" / "published" / "quick" / "runs.csv")
     found = predictions(runs)

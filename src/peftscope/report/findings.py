@@ -19,6 +19,7 @@ from peftscope.layout import FINDINGS_FILE, FINDINGS_PAGE, PUBLISHED_RESULTS, re
 from peftscope.planning.estimate import spoken
 from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
 from peftscope.report.claims import spoken_finding
+from peftscope.report.front import Surprise
 from peftscope.report.tables import markdown_cell, markdown_text
 
 ORDER = [Verdict.WRONG, Verdict.IN_PART, Verdict.HOLDS, Verdict.OPEN]
@@ -43,9 +44,10 @@ class Topic(BaseModel):
     papers: str
 
 
-class _Topics(BaseModel):
+class _Findings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+    first: list[Surprise] = []
     topics: list[Topic]
 
 
@@ -55,20 +57,35 @@ def read_topics(known: Sequence[str]) -> list[Topic]:
     Raises:
         InputError: The file has problems, or names a claim that is not known.
     """
+    return _read_findings(known).topics
+
+
+def read_surprises(known: Sequence[str]) -> list[Surprise]:
+    """Returns the findings that the README shows first, of ``experiments/findings.yaml``.
+
+    Raises:
+        InputError: The file has problems, or names a claim that is not known.
+    """
+    return _read_findings(known).first
+
+
+def _read_findings(known: Sequence[str]) -> _Findings:
     path = shipped(FINDINGS_FILE)
+    names = set(Topic.model_fields) | set(Surprise.model_fields)
     try:
-        topics = _Topics.model_validate(read_yaml(path)).topics
+        content = _Findings.model_validate(read_yaml(path))
     except ValidationError as error:
-        raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc)}", set(Topic.model_fields))) from None
+        raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc)}", names)) from None
+    claims = [(topic.title, name) for topic in content.topics for name in topic.claims]
+    claims += [("first", surprise.claim) for surprise in content.first]
     lost = [
-        Problem(f"{path}: {topic.title}", f"no such claim (got {name})", close_match(name, known))
-        for topic in topics
-        for name in topic.claims
+        Problem(f"{path}: {where}", f"no such claim (got {name})", close_match(name, known))
+        for where, name in claims
         if name not in known
     ]
     if lost:
         raise InputError(lost)
-    return topics
+    return content
 
 
 def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]]) -> Path:

@@ -10,13 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from peftscope.analysis.collect import collect_experiment, read_runs
 from peftscope.analysis.weights import measured_runs, weights_path
 from peftscope.claims.ledger import read_history, read_ledger
 from peftscope.claims.stored import read_findings, unexplained_changes
-from peftscope.errors import InputError, Problem, spoken_bytes
+from peftscope.errors import InputError, Problem
 from peftscope.files.atomic import write_json
 from peftscope.layout import (
     CLAIMS_HISTORY,
@@ -35,7 +33,6 @@ from peftscope.layout import (
     run_folder,
     tuned_path,
 )
-from peftscope.planning.estimate import spoken
 from peftscope.planning.experiment import experiment_path
 from peftscope.planning.published import (
     LARGEST_BYTES,
@@ -47,8 +44,9 @@ from peftscope.planning.published import (
 )
 from peftscope.planning.sweep import Sweep, expand
 from peftscope.record import RESTORED, measured_path, parse_record, state_folder
+from peftscope.report.findings import read_surprises
+from peftscope.report.front import show_claims
 
-README = Path("README.md")
 MEMORY_FILES = ("grid.png", "bars.png", "chapter.csv")
 """The files that finished results without a run must have."""
 
@@ -65,7 +63,7 @@ def publish(name: str) -> list[Path]:
 
 
 def publish_claims() -> list[Path]:
-    """Copies the verdicts and their page to where they are committed, and returns the copies.
+    """Copies the verdicts and their pages to where they are committed, updates the README, and returns the copies.
 
     Raises:
         InputError: They were not measured yet, one is too large to commit, or a claim is decided otherwise than in the
@@ -83,7 +81,9 @@ def publish_claims() -> list[Path]:
     message, remedy = "is decided otherwise than in the published file", f"say why in {CLAIMS_HISTORY}"
     if problems := [Problem(claim, message, remedy) for claim in changed]:
         raise InputError(problems)
-    return [Path(shutil.copyfile(path, folder / path.name)) for path, folder in targets.items()]
+    copies = [Path(shutil.copyfile(path, folder / path.name)) for path, folder in targets.items()]
+    show_claims(read_findings(published), read_surprises([claim.id for claim in read_ledger()]))
+    return copies
 
 
 def publish_memory() -> list[Path]:
@@ -102,7 +102,7 @@ def publish_memory() -> list[Path]:
 
 
 def publish_experiment(experiment: str) -> list[Path]:
-    """Copies runs, tables, figures and report, updates the README, and returns the two folders.
+    """Copies runs, tables, figures and report, and returns the two folders.
 
     Raises:
         InputError: The experiment is not finished, or a file is too large to commit.
@@ -127,7 +127,6 @@ def publish_experiment(experiment: str) -> list[Path]:
     _copy([page], page.parent, report)
     _copy(wanted, source, results)
     write_runs(results, map(run_folder, read_runs(experiment)["run_id"]))
-    _update_readme(experiment, results)
     return [results, report]
 
 
@@ -214,23 +213,3 @@ def _copy(paths: list[Path], source: Path, target: Path) -> None:
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
-
-
-def _update_readme(experiment: str, results: Path) -> None:
-    """Writes the table, a figure and the machine between the README's markers for this experiment, if it has them."""
-    begin, end = f"<!-- published:{experiment} -->\n", f"<!-- /published:{experiment} -->"
-    text = README.read_text()
-    if begin not in text:
-        return
-    runs = pd.read_csv(results / "runs.csv")
-    first = runs.iloc[0]
-    work = spoken(float(runs["wall_seconds"].sum()))
-    shown = (
-        f"![Quality against memory](results/published/{experiment}/figures/pareto.png)\n\n"
-        + (results / "tables" / "methods.md").read_text()
-        + f"\n{len(runs)} runs on {first['model']}, made on {first['cpu']}, {first['cores']:g} cores, "
-        f"{spoken_bytes(first['host_memory_bytes'], 0)}, {first['gpu'] if pd.notna(first['gpu']) else 'no GPU'}, "
-        f"torch {first['torch']}, in {work} of work.\n"
-    )
-    before, _, rest = text.partition(begin)
-    README.write_text(before + begin + shown + end + rest.partition(end)[2])

@@ -1,0 +1,83 @@
+"""Renders the README's first screen: the bar of verdicts, and findings that surprise. No torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from pydantic import BaseModel, ConfigDict
+
+from peftscope.claims.verdict import Verdict
+from peftscope.errors import InputError, Problem
+from peftscope.layout import FINDINGS_FILE, PUBLISHED_REPORTS, PUBLISHED_RESULTS
+from peftscope.report.claims import COLOURS
+
+README = Path("README.md")
+BAR = PUBLISHED_RESULTS / "claims.svg"
+BEGIN, END = "<!-- published:claims -->\n", "<!-- /published:claims -->"
+GREY = "#77808a"
+"""A grey that can be read on white and on black."""
+
+
+class Surprise(BaseModel):
+    """One finding of the README's first screen.
+
+    Attributes:
+        claim: The id of the claim that it tells.
+        verdict: The verdict with which the sentence is true. Under any other it is not shown.
+        says: The sentence. ``{0}``, ``{1}`` and so on stand for the numbers of the parts that decide, in their order.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    claim: str
+    verdict: Verdict
+    says: str
+
+
+def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> None:
+    """Draws the bar of verdicts, and writes it with the findings that surprise into the README."""
+    counts = {verdict: sum(finding["verdict"] == verdict for finding in findings) for verdict in COLOURS}
+    _draw_bar(counts)
+    words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    page = PUBLISHED_REPORTS / "claims.md"
+    by_id = {finding["id"]: finding for finding in findings}
+    lines = [
+        f"- {_told(surprise, finding)} ([{surprise.claim}]({page}#{surprise.claim}); {finding['known']}: "
+        f"{finding['scope']})"
+        for surprise in surprises
+        if (finding := by_id.get(surprise.claim)) and finding["verdict"] == surprise.verdict
+    ]
+    shown = f"![{len(findings)} claims: {words}]({BAR})\n\n" + "\n".join(lines) + "\n"
+    before, begin, rest = README.read_text().partition(BEGIN)
+    README.write_text(before + begin + shown + END + rest.partition(END)[2])
+
+
+def _told(surprise: Surprise, finding: dict[str, Any]) -> str:
+    numbers = [part["found"] for part in finding["parts"] if part["role"] != "beside"]
+    try:
+        return re.sub(r"(?<=\d)%", " %", surprise.says.format(*numbers))
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        message = f"the sentence does not fit the claim's numbers ({error})"
+        raise InputError(Problem(f"{FINDINGS_FILE}: {surprise.claim}", message, f"its numbers are {numbers}")) from None
+
+
+def _draw_bar(counts: dict[Verdict, int]) -> None:
+    """Draws how many claims have each verdict, as one bar, for light and dark pages."""
+    with plt.rc_context({"svg.hashsalt": "claims", "svg.fonttype": "none", "font.size": 11}):
+        figure, axes = plt.subplots(figsize=(8, 0.9), layout="constrained")
+        left = 0
+        for verdict, count in counts.items():
+            if not count:
+                continue
+            axes.barh(0, count, left=left, color=COLOURS[verdict], height=0.8)
+            axes.text(left + count / 2, 0, str(count), ha="center", va="center", color="white", weight="bold")
+            axes.text(left + count / 2, -0.75, verdict, ha="center", va="center", color=GREY)
+            left += count
+        axes.set_xlim(0, left)
+        axes.set_ylim(-1, 0.45)
+        axes.axis("off")
+        figure.savefig(BAR, transparent=True, metadata={"Date": None})
+        plt.close(figure)
