@@ -23,7 +23,7 @@ DOCUMENTS = [
 
 TREATMENTS = {
     # A trainer's file of the reader's own.
-    r"peftscope memory --config .*": "help",
+    r"peftscope memory (\S+ )?--config .*": "help",
     # Whole: an answer within seconds.
     r"peftscope (memory|fit|models|why|oom|expand|doctor|claims --id) ?.*": "whole",
     # These train, measure or need what was trained: their options are read, and nothing more.

@@ -8,6 +8,7 @@ import os
 import statistics
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,8 @@ def test_a_model_that_is_cut_agrees_with_its_simulation(name: str) -> None:
 
 @pytest.mark.slow
 def test_every_preset_that_is_cut_agrees_with_its_simulation() -> None:
-    found = {(name, kind): closeness(name, options) for name in PRESETS for kind, options in CUT.items()}
+    kinds = cycle(CUT)  # each preset with one of them
+    found = {(name, kind): closeness(name, CUT[kind]) for name, kind in zip(PRESETS, kinds, strict=False)}
     assert max(abs(one) for differences in found.values() for one in differences) < 0.02, found
     averages = [statistics.fmean(map(abs, differences)) for differences in found.values()]
     assert statistics.fmean(averages) < 0.005
@@ -219,7 +221,7 @@ def test_closed_form_and_simulation_agree_on_random_runs() -> None:
         n for n, cls in METHODS.items() if cls.trains and cls.closed_form
     }
     assert {question.model.name for question in questions} == set(ARCHITECTURES)
-    for question in questions:
+    for question in questions[::3]:  # `make agreement` asks all of its own
         found = differences(question)
         del found["reserved"]  # where blocks land decides on that, not how large they are
         # Scores of eager attention under autocast are a little larger in an evaluation than the closed form says.
