@@ -261,6 +261,15 @@ class TestResults:
         own = peftscope.load_results("quick")
         assert (own.attrs["source"], len(own)) == ("results/quick/runs.csv", 1)
 
+    def test_a_comparison_is_taken_by_its_name(self, repository: Path, bare: Path) -> None:
+        published = Path("results/published/quick")
+        shutil.copytree(repository / published, published)
+        ladder = peftscope.load_results("quick", "ladder-0-rank")
+        assert ladder["rank"].is_unique and len(ladder) > 2
+        assert peftscope.load_results("quick")["rank"].value_counts().max() > 1
+        with pytest.raises(InputError, match=r"no such comparison \(got 'rank'\) -> known: grid, ladder-0-alpha"):
+            peftscope.load_results("quick", "rank")
+
     @pytest.mark.parametrize(
         ("name", "said"),
         [("quick", "no such file"), ("kin", "make report EXPERIMENT=all-methods"), ("../quick", "not a name")],

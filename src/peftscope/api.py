@@ -209,19 +209,21 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise InputError(unknown)
 
 
-def load_results(name: str) -> pd.DataFrame:
+def load_results(name: str, comparison: str | None = None) -> pd.DataFrame:
     """Returns the runs of an experiment, one row each, from ``runs.csv``.
 
     Args:
         name: The experiment. The file is that of ``results/NAME/`` or, if there is none, of
             ``results/published/NAME/``.
+        comparison: Only the runs of this comparison: ``grid``, ``ladder-0-rank``, ``arm-lora``, ... A mean over a whole
+            table mixes comparisons.
 
     Returns:
         The table. Units end the names of columns (``peak_tensor_bytes``, ``train_seconds``, ...); ``attrs["source"]``
         is the path of the file.
 
     Raises:
-        InputError: There is no such file, or it cannot be an experiment's name.
+        InputError: There is no such file or comparison, or the name cannot be an experiment's.
     """
     from peftscope.analysis.collect import read_runs
     from peftscope.layout import PUBLISHED_RESULTS, results_folder
@@ -229,5 +231,12 @@ def load_results(name: str) -> pd.DataFrame:
     own, published = results_folder(name), PUBLISHED_RESULTS / name
     folder = published if (published / "runs.csv").is_file() and not (own / "runs.csv").is_file() else own
     runs = read_runs(name, folder)
+    if comparison is not None:
+        members = runs["comparisons"].str.split()
+        known = sorted(set(members.sum()))
+        if comparison not in known:
+            path = str(folder / "runs.csv")
+            raise InputError(Problem(path, f"no such comparison (got '{comparison}')", f"known: {', '.join(known)}"))
+        runs = runs[[comparison in names for names in members]]
     runs.attrs["source"] = (folder / "runs.csv").as_posix()
     return runs

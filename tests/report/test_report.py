@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pandas as pd
@@ -174,6 +175,16 @@ def test_no_number_is_typed_into_prose(repository: Path) -> None:
     for name, text in texts.items():
         prose = re.sub(r"\{\{.*?\}\}|\{%.*?%\}|<[^>]*>", "", text, flags=re.DOTALL)
         assert not re.search(r"\d", prose), name
+
+
+def test_the_dictionary_of_published_results_has_every_column(repository: Path) -> None:
+    published = repository / "results" / "published"
+    text = (published / "README.md").read_text().partition("## Columns")[2]
+    patterns = re.findall(r"`([\w*]+)`", text)
+    files = [*published.glob("*/runs.csv")]
+    assert len(files) > 3
+    columns = {column for path in files for column in pd.read_csv(path, nrows=0)}
+    assert not [name for name in columns if not any(fnmatch(name, pattern) for pattern in patterns)]
 
 
 def test_every_published_run_of_quick_took_what_was_predicted(repository: Path) -> None:
