@@ -15,7 +15,16 @@ from rich.console import Console
 
 from peftscope.errors import InputError, Problem
 from peftscope.execution.libraries import offline
-from peftscope.memory.question import DEFAULTS, METHOD_OPTIONS, SPEC_OPTIONS, Question, ask, describe_model
+from peftscope.memory.question import (
+    BATCH_OPTIONS,
+    DEFAULTS,
+    METHOD_OPTIONS,
+    SPEC_OPTIONS,
+    LongestBatch,
+    Question,
+    ask,
+    describe_model,
+)
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
 from peftscope.spec import RunSpec
@@ -68,7 +77,7 @@ def run_options(*names: str) -> Callable[[Command], Command]:
 
 def _option(name: str) -> Any:
     """Returns a field's option as typer wants it; what values it takes is checked with the rest of the run."""
-    owners: tuple[type[BaseModel], ...] = (RunSpec, *METHODS.values())
+    owners: tuple[type[BaseModel], ...] = (RunSpec, *METHODS.values(), LongestBatch)
     fields = [owner.model_fields[name] for owner in owners if name in owner.model_fields]
     annotation = fields[0].annotation
     said = [fields[0].description or ""]
@@ -97,7 +106,7 @@ def _preset_or_modules(text: str | None) -> str | list[str] | None:
 
 
 @app.command("memory")
-@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS)
+@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BATCH_OPTIONS)
 def memory_command(
     model: MemoryModel = None,
     config: Annotated[
@@ -185,7 +194,7 @@ def models(as_json: AsJson = False) -> None:
 
 
 @app.command()
-@run_options(*METHOD_OPTIONS, *(name for name in SPEC_OPTIONS if name not in NOT_OF_FIT))
+@run_options(*METHOD_OPTIONS, *(name for name in SPEC_OPTIONS if name not in NOT_OF_FIT), *BATCH_OPTIONS)
 def fit(
     model: Annotated[str | None, typer.Argument(help="A preset, a config.json, or a hub id.")] = None,
     gpu: Annotated[str, typer.Option(help="rtx4090, a100, ..., or its memory, as in 24GiB.")] = ...,  # type: ignore[assignment]

@@ -19,7 +19,7 @@ from peftscope.cli.memory import AsJson, Gpus, run_options, wide_console
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.execution.libraries import offline
 from peftscope.layout import record_path
-from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Model, Question, ask, describe_model
+from peftscope.memory.question import BATCH_OPTIONS, METHOD_OPTIONS, SPEC_OPTIONS, Model, Question, ask, describe_model
 from peftscope.methods import METHODS
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Setting:
 
 
 @_settings.command()
-@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS)
+@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BATCH_OPTIONS)
 def _parse(method: str = typer.Argument("lora"), model: SharedModel = None, **options: Any) -> dict[str, Any]:
     """Return the words of a setting as options."""
     return {"model": model, "method": method, **options}
@@ -169,7 +169,7 @@ def peaks_of_question(question: Question) -> Peaks:
 
 
 @app.command()
-@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS)
+@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BATCH_OPTIONS)
 def why(
     words: Annotated[
         list[str],
@@ -219,7 +219,7 @@ def why(
 
 
 @app.command()
-@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS)
+@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BATCH_OPTIONS)
 def oom(
     model: Annotated[str, typer.Argument(help="A preset, a config.json, a hub id, a run id, or a spec file.")],
     error: Annotated[str, typer.Argument(help="torch's message, a file that has it, or - for stdin.")] = "-",

@@ -141,9 +141,10 @@ def peaks_by_formula(
         raise InputError(Problem("model", f"no closed form: {model.why_no_shape}", remedy))
     cublas = question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES
     trace = traces.trace if traces else trace_training
-    training = trace(spec, model.shape, question.responses, cublas) if spec.method.trains else None
+    about = spec, model.shape, question.responses, cublas
+    training = trace(*about, padded=question.padded) if spec.method.trains else None
     evaluates = evaluation or training is None
-    evaluated = trace_evaluation(spec, model.shape, question.responses, cublas) if evaluates else None
+    evaluated = trace_evaluation(*about, padded=question.padded) if evaluates else None
     measure = traces.measure if traces else _measure
     return peaks_of(question, training, evaluated, measure, enough, only_whether=only_whether)
 

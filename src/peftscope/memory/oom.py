@@ -18,7 +18,7 @@ from peftscope.memory.allocator import MIDDLE_SEGMENT, SMALL_SEGMENT, segment_by
 from peftscope.memory.answer import Peaks, dimensions_of, name_of, peaks_by_formula, peaks_of, prepared_bytes, term_of
 from peftscope.memory.fit import Fit, Search
 from peftscope.memory.formula import SOURCES, trace_evaluation, trace_training
-from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Question
+from peftscope.memory.question import BATCH_OPTIONS, METHOD_OPTIONS, SPEC_OPTIONS, Question
 from peftscope.memory.tape import bytes_of
 from peftscope.memory.trace import Block, Trace, by_kind
 
@@ -167,8 +167,9 @@ def diagnose(question: Question, refusal: Refusal) -> Diagnosis:
     if question.gpus > 1:
         raise InputError(Problem("gpus", f"allocations are known on one card only (got {question.gpus})"))
     cublas = question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES
-    training = trace_training(spec, model.shape, question.responses, cublas) if spec.method.trains else None
-    evaluation = trace_evaluation(spec, model.shape, question.responses, cublas)
+    about = spec, model.shape, question.responses, cublas
+    training = trace_training(*about, padded=question.padded) if spec.method.trains else None
+    evaluation = trace_evaluation(*about, padded=question.padded)
     peaks = peaks_of(question, training, evaluation)
     every = [
         *_loaded(question, peaks),
@@ -308,6 +309,7 @@ def _fit(question: Question, capacity: int) -> Fit:
     """Returns what fits on the card of the text."""
     spec = question.spec
     options = {name: getattr(spec, name) for name in SPEC_OPTIONS}
+    options |= {name: getattr(question, name) for name in BATCH_OPTIONS}
     options |= {name: getattr(spec.method, name) for name in METHOD_OPTIONS if hasattr(spec.method, name)}
     card = replace(question.gpu, memory_bytes=capacity) if question.gpu else Gpu("the card", capacity)
     return Search(question.model, spec.method.name, options, card).fit()

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from peftscope.errors import MIB, InputError, Problem, close_match, shown
 from peftscope.files.content import parse_json, read_text
@@ -52,6 +52,18 @@ SPEC_OPTIONS = (
 )
 """The options that are fields of the spec."""
 
+class LongestBatch(BaseModel):
+    """What decides memory and is no field of a run: it depends on the data."""
+
+    padding: Annotated[
+        Literal["none", "some"],
+        Field(description="padding in the longest batch; without any, transformers drops the mask"),
+    ] = "some"
+
+
+BATCH_OPTIONS = tuple(LongestBatch.model_fields)
+"""The options that describe the longest batch."""
+
 DEFAULTS: dict[str, Any] = {"batch_size": 1, "seq_len": 512, "precision": "bf16", "loss_path": "hf"}
 """What a plain PyTorch and PEFT script does. All other options have the default of their field."""
 
@@ -90,6 +102,7 @@ class Question:
         gpu: The card, or None if none was named.
         gpus: The number of cards over which weights, gradients and states are sharded.
         assumptions: The assumptions behind the answer, one sentence each.
+        padding: Whether the longest batch has padding: none or some.
     """
 
     model: Model
@@ -98,6 +111,12 @@ class Question:
     gpu: Gpu | None
     gpus: int
     assumptions: tuple[str, ...]
+    padding: Literal["none", "some"] = "some"
+
+    @property
+    def padded(self) -> bool:
+        """Whether the longest batch has padding."""
+        return self.padding == "some"
 
     @property
     def has_closed_form(self) -> bool:
@@ -193,7 +212,7 @@ def ask(
 
     Args:
         model: The base.
-        options: Fields of the spec and of the method. None means that an option is not given.
+        options: Fields of the spec, of the method and of the longest batch. None means that an option is not given.
         responses: The number of positions of a sequence that carry a loss.
         gpu: The card.
         gpus: The number of cards.
@@ -213,9 +232,11 @@ def ask(
                 fields = [field for field in METHODS[name].model_fields if field in METHOD_OPTIONS]
                 remedy = f"{name} has {', '.join(fields)}" if fields else f"{name} has no options of its own"
                 raise InputError(Problem(option, f"is not an option of the method {name}", remedy))
+    batch = {name: given.pop(name) for name in BATCH_OPTIONS if name in given}
     defaults = _defaults(model, given)
     values = {**defaults, **given, "eval_batch_size": given.get("eval_batch_size", given.get("batch_size", 1))}
     try:
+        padding = LongestBatch.model_validate(batch).padding
         spec = RunSpec(model=model.name, task="memory", device="cuda", learning_rate=1e-4, method=method, **values)
     except ValidationError as error:
         # Without a value of its own, the evaluation's batch size follows that of training.
@@ -227,8 +248,8 @@ def ask(
         raise InputError(Problem("response_len", f"must lie between 1 and seq_len={spec.seq_len} (got {kept})"))
     if gpus < 1:
         raise InputError(Problem("gpus", f"must be at least 1 (got {gpus})"))
-    assumptions = _assumptions(model, spec, kept, gpu, gpus)
-    return Question(model, spec, kept, gpu, gpus, tuple(assumptions))
+    question = Question(model, spec, kept, gpu, gpus, (), padding)
+    return replace(question, assumptions=tuple(_assumptions(question)))
 
 
 def _defaults(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,9 +323,18 @@ def _given(fields: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in fields.items() if name != "name" and value is not None]
 
 
-def _assumptions(model: Model, spec: RunSpec, responses: int, gpu: Gpu | None, gpus: int) -> list[str]:
+def _assumptions(question: Question) -> list[str]:
     """Returns the assumptions behind the answer, given or by default, one sentence each."""
-    masked = spec.loss_path == "hf" and spec.attention == "sdpa"
+    model, spec, responses, gpu, gpus = (
+        question.model,
+        question.spec,
+        question.responses,
+        question.gpu,
+        question.gpus,
+    )
+    padding = "padded batches" if question.padded else "no padding in the longest batch"
+    if spec.loss_path == "hf" and spec.attention == "sdpa":
+        padding += ", with a mask for SDPA" if question.padded else ", and so no mask"
     cublas = (gpu.cublas_bytes if gpu else CUBLAS_BYTES) / MIB
     lines = [
         f"method {spec.method.name}: " + ", ".join(f"{k}={v}" for k, v in _given(spec.method.model_dump(mode="json"))),
@@ -318,7 +348,7 @@ def _assumptions(model: Model, spec: RunSpec, responses: int, gpu: Gpu | None, g
         else f"loss_path=response_only: logits of {responses} positions per sequence",
         "packing=True: a block-diagonal mask"
         if spec.packing
-        else f"packing=False: padded batches{', with a mask for SDPA' if masked else ''}",
+        else f"packing=False: {padding}",
         f"attention={spec.attention}, checkpointing={spec.checkpointing}",
         f"evaluation with batch_size={spec.eval_batch_size}, without optimizer states",
         "reserved: two steps of that batch in a model of torch's caching allocator, without expandable segments",

@@ -7,6 +7,7 @@ project's own step runs under the byte tracker. No values are computed, so even 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from peftscope.data.batching import Batch
 from peftscope.errors import InputError, Problem
 from peftscope.hardware.cards import CUBLAS_BYTES
 from peftscope.memory.answer import Answer, Peaks, answer_of, peaks_of
+from peftscope.memory.as_on_cuda import as_on_cuda, dequantised_bytes, drop_as_on_cuda
 from peftscope.memory.formula.step import PAGED_FROM_VALUES
 from peftscope.memory.probe import track_evaluation, track_steps
 from peftscope.memory.question import Question
@@ -56,10 +58,11 @@ def simulate(
     # Fake tensors are CPU tensors, and autocast takes its device from the spec.
     on_cpu = spec.model_copy(update={"device": "cpu"})
     if cublas_bytes:
-        _drop_as_on_cuda(model)
+        drop_as_on_cuda(model)
     in_training = _stand_in(training_attention(spec), spec, [] if spec.packing else batches)
     in_evaluation = _stand_in(spec.attention, spec, [evaluation_batch] if evaluation_batch else [])
-    with FakeTensorMode(allow_non_fake_inputs=True), _Owners(trained) as owners:
+    choices = as_on_cuda() if cublas_bytes else nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True), choices, _Owners(trained) as owners:
         _fill_with_fakes(model, spec.method.quantization())
         with attention(model, in_training):
             trace = _train(trained, owners, on_cpu, batches, cublas_bytes) if batches else Trace()
@@ -107,35 +110,6 @@ def _train(
     return tracker.trace
 
 
-class _CudaDropout(torch.autograd.Function):
-    """Saves what ``aten::native_dropout`` saves on CUDA: a mask with one byte per element. A CPU saves the factors."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        """Returns a tensor of the input's shape and dtype."""
-        ctx.save_for_backward(torch.empty(x.shape, dtype=torch.bool))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        """Returns a gradient with the shape and dtype of the output's gradient."""
-        return torch.empty_like(grads[0])
-
-
-def _drop_as_on_cuda(model: torch.nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout) and module.p:
-            module.forward = lambda x, owner=module: _CudaDropout.apply(x) if owner.training else x
-
-
-def _dequantised_bytes(function: Any, arguments: Any) -> int:
-    """Returns what a 4-bit product of bitsandbytes takes for itself on CUDA: the layer's weights in 16 bits."""
-    if str(function) != "bitsandbytes.gemm_4bit.default":
-        return 0
-    rows, columns = arguments[2]
-    return int(2 * rows * columns)
-
-
 def _name(tracker: MemoryTracker, tensor: Any, kind: str, module: str) -> Block | None:
     block = tracker.block_of(tensor) if isinstance(tensor, torch.Tensor) else None
     if block:
@@ -146,7 +120,7 @@ def _name(tracker: MemoryTracker, tensor: Any, kind: str, module: str) -> Block 
 def _tracker_of(model: torch.nn.Module, owners: _Owners, cublas_bytes: int) -> MemoryTracker:
     """Returns a tracker that has counted the model: frozen weights first, as they are loaded before the adapter."""
     on_cuda = cublas_bytes > 0
-    tracker = MemoryTracker(owner_of_now=owners.now, workspace_of=_dequantised_bytes if on_cuda else lambda *_: 0)
+    tracker = MemoryTracker(owner_of_now=owners.now, workspace_of=dequantised_bytes if on_cuda else lambda *_: 0)
     named = list(model.named_parameters())
     if on_cuda:  # the backward pass runs in a thread with its own cuBLAS handle and workspace
         for _ in range(2 if any(parameter.requires_grad for _, parameter in named) else 1):
@@ -186,8 +160,9 @@ def peaks_by_simulation(question: Question, *, evaluation: bool = True) -> Peaks
         message += "" if has_form else f", and {question.spec.method.name} has none"
         raise InputError(Problem("gpus", message, "leave out --simulate" if has_form else "ask about one card"))
     spec, responses = question.spec, question.responses
-    batch = empty_batch(rows=spec.batch_size, width=spec.seq_len, responses=responses, packed=spec.packing)
-    evaluation_batch = empty_batch(rows=spec.eval_batch_size, width=spec.seq_len, responses=responses)
+    sizes: dict[str, Any] = {"width": spec.seq_len, "responses": responses, "padded": question.padded}
+    batch = empty_batch(rows=spec.batch_size, packed=spec.packing, **sizes)
+    evaluation_batch = empty_batch(rows=spec.eval_batch_size, **sizes)
     fields = dict(question.model.config)
     try:
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
@@ -204,13 +179,17 @@ def peaks_by_simulation(question: Question, *, evaluation: bool = True) -> Peaks
     return peaks_of(question, training if spec.method.trains else None, evaluated)
 
 
-def empty_batch(*, rows: int, width: int, responses: int, packed: bool = False) -> Batch:
-    """Returns a batch on ``meta`` of rows x width tokens. In each row, ``responses`` positions carry a loss."""
+def empty_batch(*, rows: int, width: int, responses: int, packed: bool = False, padded: bool = True) -> Batch:
+    """Returns a batch on ``meta`` of rows x width tokens. In each row, ``responses`` positions carry a loss.
+
+    A mask on ``meta`` counts as padded. Without padding, it has values.
+    """
+    full = torch.ones(rows, width, dtype=torch.int64)
     with torch.device("meta"):
         ids = torch.empty(rows, width, dtype=torch.int64)
         return Batch(
             input_ids=ids,
-            attention_mask=torch.empty_like(ids),
+            attention_mask=torch.empty_like(ids) if padded else full,
             labels=torch.empty_like(ids),
             kept_positions=torch.empty(responses, dtype=torch.int64),
             kept_labels=torch.empty(rows, responses, dtype=torch.int64),

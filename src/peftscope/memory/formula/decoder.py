@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from peftscope.memory.formula.linear import TapedModel, linear
+from peftscope.memory.kernels import attention_kernel
 from peftscope.memory.tape import Dims, Gradients, Shaped, Tape
 from peftscope.models.shapes import LOCAL_OF_SIX
 
@@ -63,7 +64,8 @@ def _rotate(model: TapedModel, x: Shaped, cos: Shaped, sin: Shaped) -> Shaped:
     rotated = tape.multiply(_rotate_half(tape, x), sin)
     total = tape.add(straight, rotated)
     del straight, rotated
-    total = tape.cast(total, before)  # OLMo 2 rotates in 32 bits
+    if model.shape.family == "olmo2":  # it alone returns to the width of its input
+        total = tape.cast(total, before)
     if model.shape.family == "phi3":
         total = tape.contiguous(total, "rotated heads")
     total.storage.block.term = "rotated heads"
@@ -157,6 +159,9 @@ def _sdpa(model: TapedModel, query: Shaped, key: Shaped, value: Shaped, mask: Sh
         key, value = _repeat(model, key, "keys for every head"), _repeat(model, value, "values for every head")
     if tape.autocast:
         query, key, value = (tape.cast(x, 2, "16-bit copy (autocast)") for x in (query, key, value))
+    grouped, head_dim = model.grouped and mask is None, model.shape.head_dim
+    if model.on_cuda and "math" == attention_kernel(query.width, head_dim, masked=mask is not None, grouped=grouped):
+        return _math_attention(model, query, key, value, mask)
     if mask is not None:
         additive = tape.new(mask.dims, query.width, term="additive mask of each layer")
     output = tape.new(query.dims, query.width, term="output of attention")
@@ -164,6 +169,25 @@ def _sdpa(model: TapedModel, query: Shaped, key: Shaped, value: Shaped, mask: Sh
     saves = (query, key, value, output.storage, sums, additive)
     tape.record([query, key, value], [output], None, saves)
     return output
+
+
+def _math_attention(model: TapedModel, query: Shaped, key: Shaped, value: Shaped, mask: Shaped | None) -> Shaped:
+    """Stands for ``_scaled_dot_product_attention_math``: 32-bit scores of every pair of positions."""
+    tape, before = model.tape, query.width
+    query, key, value = (tape.cast(x, 4) for x in (query, key, value))
+    query = tape.scale(query)
+    additive = tape.new(mask.dims if mask else ("S", "P"), 4, term="additive mask of each layer")
+    if mask is None:
+        key, value = _repeat(model, key, "keys for every head"), _repeat(model, value, "values for every head")
+    key = tape.scale(key)
+    key.storage.block.term = "keys for every head"
+    query = tape.contiguous(query, "contiguous queries")
+    scores = tape.matmul(query, key, ("B", "a", "S", "P"), "scores")
+    scores = tape.op([scores], scores.dims, 4, lambda grads, _: [grads[0]])
+    scores = tape.with_saved_output([scores], scores.dims, 4, "attention probabilities in 32 bits")
+    output = tape.cast(tape.matmul(scores, value, query.dims, "output of attention"), before)
+    del additive
+    return tape.contiguous(output, "output of attention")
 
 
 def _eager_attention(
@@ -278,6 +302,7 @@ def run_decoder(model: TapedModel, *, masked: bool) -> Shaped:
     seen = tape.new(("B", "S", "P"), 1, term="mask") if masked else None
     added = 2 if spec.packing and tape.training and spec.precision == "amp" else model.width
     mask = tape.new(("B", "S", "P"), added, term="mask") if eager else seen
+    del seen
     # One mask for layers with a window and one for the others, and in Gemma 3 angles for each as well.
     other_mask = tape.new(mask.dims, mask.width, term="mask") if mask and shape.family in GEMMAS else None
     pairs = 2 if shape.family == "gemma3_text" and shape.num_layers > LOCAL_OF_SIX else 1

@@ -26,7 +26,9 @@ PAGED_FROM_VALUES = 100_000
 """bitsandbytes pages the states of tensors with at least so many values."""
 
 
-def trace_training(spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0) -> Trace:
+def trace_training(
+    spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0, *, padded: bool = True
+) -> Trace:
     """Returns the trace of two training steps on batches of ``spec.batch_size`` sequences of ``spec.seq_len`` tokens.
 
     Args:
@@ -34,9 +36,10 @@ def trace_training(spec: RunSpec, shape: ModelShape, responses: int, cublas_byte
         shape: Of its base model.
         responses: Positions of a sequence that carry a loss.
         cublas_bytes: Size of cuBLAS's workspace; above 0 the trace also has what kernels take inside on CUDA.
+        padded: Whether the batch has padding.
     """
     with without_collector():
-        return _train(TapedModel(spec, shape, sizes_of(spec, shape, responses), cublas_bytes))
+        return _train(TapedModel(spec, shape, sizes_of(spec, shape, responses), cublas_bytes), padded=padded)
 
 
 class TrainingTraces:
@@ -53,11 +56,13 @@ class TrainingTraces:
         self._measured: dict[Any, Any] = {}
         self._last: tuple[Trace, Any] | None = None
 
-    def trace(self, spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0) -> Trace:
+    def trace(
+        self, spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0, *, padded: bool = True
+    ) -> Trace:
         """Returns what ``trace_training`` returns."""
-        key = f"{_operations(spec)} {shape!r} {cublas_bytes}"
+        key = f"{_operations(spec)} {shape!r} {cublas_bytes} {padded}"
         if key not in self._traces:
-            trace = trace_training(spec, shape, responses, cublas_bytes)
+            trace = trace_training(spec, shape, responses, cublas_bytes, padded=padded)
             # Methods that do the same operations on the same tensors, as LoRA and rsLoRA do, share what is reserved.
             same = tuple(trace.events), tuple((b.formula or b.size, b.paged) for b in trace.blocks)
             number = self._numbers.setdefault(same, len(self._numbers))
@@ -92,10 +97,13 @@ def _operations(spec: RunSpec) -> str:
     return f"{spec.model_dump_json(exclude=batch)} {spec.method.model_dump_json(exclude=sizes)}"
 
 
-def trace_evaluation(spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0) -> Trace:
+def trace_evaluation(
+    spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0, *, padded: bool = True
+) -> Trace:
     """Returns the trace of the held-out loss on ``spec.eval_batch_size`` sequences of ``spec.seq_len`` tokens."""
     with without_collector():
-        return _evaluate(TapedModel(spec, shape, evaluation_sizes(spec, shape, responses), cublas_bytes))
+        model = TapedModel(spec, shape, evaluation_sizes(spec, shape, responses), cublas_bytes)
+        return _evaluate(model, padded=padded)
 
 
 @contextmanager
@@ -125,13 +133,18 @@ def _loss(model: TapedModel, logits: Shaped) -> Shaped:
     return tape.op([loss, *(tape.op([w, w], ("r", "r"), 4, None, (w,)) for w in matrices)], (), 4)
 
 
-def _train(model: TapedModel) -> Trace:
+def _masked(model: TapedModel, needed: bool) -> bool:
+    """Returns whether attention gets a mask: eager always, flash never, SDPA where it is needed or there is a prefix."""
+    kernel = model.spec.attention
+    return kernel == "eager" or (kernel == "sdpa" and (needed or not model.method.mask_free_attention))
+
+
+def _train(model: TapedModel, *, padded: bool) -> Trace:
     """Returns the trace of two steps: optimizer states appear in the first, the second is the steady one."""
     tape, spec = model.tape, model.spec
     batch = [tape.new(("T",), 8, "temporaries", "batch") for _ in range(3)]
     trained = [w for w in model.weights.values() if w.node is not None]
-    masked = spec.packing or spec.loss_path == "hf" or not model.method.mask_free_attention
-    masked = (masked and spec.attention != "flash_attention_2") or spec.attention == "eager"
+    masked = _masked(model, spec.packing or (spec.loss_path == "hf" and padded))
     start = len(tape.trace.events)
     held: Shaped | None = None
     for _ in range(min(spec.gradient_accumulation, 2)):  # any later one is like the second
@@ -213,14 +226,14 @@ def _state(model: TapedModel, weight: Shaped, width: float, term: str) -> Shaped
     return state
 
 
-def _evaluate(model: TapedModel) -> Trace:
+def _evaluate(model: TapedModel, *, padded: bool) -> Trace:
     """Returns the trace of the held-out loss on one batch."""
     tape = model.tape
     tape.training = False
     for weight in model.weights.values():
         weight.node = None
     tape.trace.begin("evaluate")
-    hidden = run_decoder(model, masked=model.spec.attention != "flash_attention_2")
+    hidden = run_decoder(model, masked=_masked(model, padded))
     logits = run_head(model, hidden, kept=True)
     del hidden
     tape.casts.clear()

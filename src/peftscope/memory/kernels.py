@@ -1,0 +1,36 @@
+"""Which attention kernel torch runs on CUDA, which decides what attention keeps. No torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Kernel = Literal["flash", "efficient", "math"]
+
+WIDEST_HEAD = 256
+"""The widest head of the flash kernel."""
+ALIGNMENT_BYTES = 16
+"""The efficient kernel reads heads in units of so many bytes."""
+
+
+def attention_kernel(width: float, head_dim: int, *, masked: bool, grouped: bool) -> Kernel:
+    """Returns the first kernel that takes the inputs of ``scaled_dot_product_attention`` on CUDA.
+
+    The flash kernel takes 16-bit numbers without a mask; cuDNN's, which some cards prefer, keeps as much. The efficient
+    kernel takes any numbers and masks, but a key for every query head. What is left goes to the math kernel, which keeps
+    the scores of every pair of positions in 32 bits.
+
+    Source: torch 2.13, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp: can_use_flash_attention,
+    can_use_mem_efficient_attention (``check_batch_size_and_num_heads_dense<false>``), priority_order.
+
+    Args:
+        width: Bytes of a number.
+        head_dim: The width of a head.
+        masked: Whether an explicit mask is given.
+        grouped: Whether several query heads share a key (``enable_gqa``).
+
+    >>> attention_kernel(2, 128, masked=False, grouped=True), attention_kernel(4, 128, masked=False, grouped=True)
+    ('flash', 'math')
+    """
+    if width == 2 and not masked and head_dim <= WIDEST_HEAD:
+        return "flash"
+    return "math" if grouped or head_dim * width % ALIGNMENT_BYTES else "efficient"
