@@ -85,10 +85,20 @@ class RunSpec(BaseModel):
     precision: Annotated[
         Literal["fp32", "bf16", "amp"], Field(description="amp: fp32 master weights under bf16 autocast")
     ] = "bf16"
+    autocast: Annotated[
+        bool, Field(description="matrix products in bf16, whatever the precision of their inputs; amp has it on")
+    ] = False
     loss_path: Annotated[
         Literal["response_only", "hf"],
         Field(description="logits at response positions only, or the full logits that HF computes; the same loss"),
     ] = "response_only"
+    keep_logits: Annotated[
+        bool | None,
+        Field(
+            description="the output lives until the next step, as in a plain script, or only until the backward pass; "
+            "null: kept with loss_path hf"
+        ),
+    ] = None
     checkpointing: Annotated[bool, Field(description="recompute activations in the backward pass")] = False
     attention: Annotated[Literal["sdpa", "eager", "flash_attention_2"], Field(description="attention kernel")] = "sdpa"
     compile: Annotated[bool, Field(description="torch.compile for every decoder layer, in training only")] = False
@@ -143,7 +153,12 @@ class RunSpec(BaseModel):
     @model_validator(mode="after")
     def _regime_fits_method(self) -> RunSpec:
         if self.method.quantization() and self.precision != "bf16":
-            raise ValueError(f"precision={self.precision} does not fit a 4-bit base, which computes in bf16; use bf16")
+            remedy = "bf16 with autocast" if self.precision == "amp" else "bf16"
+            raise ValueError(
+                f"precision={self.precision} does not fit a 4-bit base, which computes in bf16; use {remedy}"
+            )
+        if self.autocast and self.precision != "bf16":
+            raise ValueError("autocast is for bf16 weights: precision=amp is fp32 weights under autocast; use amp")
         if self.steps < self.method.min_steps:
             raise ValueError(f"steps={self.steps}: {self.method.name} needs at least {self.method.min_steps}")
         if self.generation_items > self.heldout_items:
@@ -209,6 +224,16 @@ class RunSpec(BaseModel):
                 f"shards={self.shards} must divide batch_size={self.batch_size}, so that all get equal rows"
             )
         return self
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether matrix products are in bf16 whatever the precision of their inputs."""
+        return self.autocast or self.precision == "amp"
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether the output lives until the next step."""
+        return self.loss_path == "hf" if self.keep_logits is None else self.keep_logits
 
     def canonical(self) -> dict[str, Any]:
         """Returns the fields that differ from their defaults. The id hashes only these: a new field renames no run."""

@@ -124,7 +124,7 @@ def wrap(model: Any, tokenizer: Any, spec: RunSpec) -> HFLM:
         batch_size=spec.eval_batch_size,
         add_bos_token=False,
         # lm-eval opens an autocast context of its own, which would override ours.
-        mixed_precision_dtype=torch.bfloat16 if spec.precision == "amp" else None,
+        mixed_precision_dtype=torch.bfloat16 if spec.autocasts else None,
     )
     language_model.logit_offset = spec.method.logit_offset()
     return language_model

@@ -306,7 +306,7 @@ def terms_of(blocks: list[Block]) -> list[Term]:
 def prepared_bytes(question: Question, block: Block) -> int:
     """Returns the part of a weight that k-bit preparation added: the bytes beyond the model's own precision."""
     spec = question.spec
-    if not getattr(spec.method, "kbit_preparation", False) or block.kind != "weights" or not block.formula:
+    if getattr(spec.method, "kbit_preparation", "none") == "none" or block.kind != "weights" or not block.formula:
         return 0
     width, own = factors(block.formula)[0], WIDTHS[spec.precision]
     return block.size - int(block.size * own // width) if width > own else 0

@@ -8,8 +8,25 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from peftscope.memory.kernels import attention_kernel
+
+
+FLASH_STAND_IN = "sdpa_in_16_bits"
+"""SDPA in place of flash attention: it keeps the same, and like transformers it gets 16-bit numbers and no mask."""
+
+
+def _flash_stand_in(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **options: Any
+) -> tuple[torch.Tensor, None]:
+    query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))
+    output, _ = sdpa_attention_forward(module, query, key, value, None, **options)
+    return output, None
+
+
+AttentionInterface.register(FLASH_STAND_IN, _flash_stand_in)
 
 
 class _CudaDropout(torch.autograd.Function):
@@ -44,15 +61,16 @@ def dequantised_bytes(function: Any, arguments: Any) -> int:
 
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Lets attention inside this context run the math kernel where it would on CUDA.
+    """Lets attention inside this context run the math kernel where it would on CUDA, and PEFT see autocast.
 
-    A CPU's flash kernel takes what CUDA's refuses, and keeps as much as CUDA's flash and efficient kernels.
+    A CPU's flash kernel takes what CUDA's refuses, and keeps as much as CUDA's flash and efficient kernels. PEFT's 4-bit
+    layers ask only for the state of CUDA's autocast, under which they leave out casts.
     """
     functional: Any = torch.nn.functional
-    attend = functional.scaled_dot_product_attention
+    attend, enabled = functional.scaled_dot_product_attention, torch.is_autocast_enabled
 
     def choose(query: torch.Tensor, *others: torch.Tensor, **options: Any) -> torch.Tensor:
-        width = 2 if torch.is_autocast_enabled("cpu") else query.element_size()
+        width = 2 if enabled("cpu") else query.element_size()
         masked, grouped = options.get("attn_mask") is not None, bool(options.get("enable_gqa"))
         kernel = attention_kernel(width, query.shape[-1], masked=masked, grouped=grouped)
         with sdpa_kernel(SDPBackend.MATH) if kernel == "math" else nullcontext():
@@ -60,7 +78,9 @@ def as_on_cuda() -> Iterator[None]:
 
     # A mode for functions would be off in the backward pass, where layers are recomputed.
     functional.scaled_dot_product_attention = choose
+    torch.is_autocast_enabled = lambda device="cpu": enabled(device)
     try:
         yield
     finally:
         functional.scaled_dot_product_attention = attend
+        torch.is_autocast_enabled = enabled

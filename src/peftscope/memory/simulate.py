@@ -19,7 +19,7 @@ from peftscope.data.batching import Batch
 from peftscope.errors import InputError, Problem
 from peftscope.hardware.cards import CUBLAS_BYTES
 from peftscope.memory.answer import Answer, Peaks, answer_of, peaks_of
-from peftscope.memory.as_on_cuda import as_on_cuda, dequantised_bytes, drop_as_on_cuda
+from peftscope.memory.as_on_cuda import FLASH_STAND_IN, as_on_cuda, dequantised_bytes, drop_as_on_cuda
 from peftscope.memory.formula.step import PAGED_FROM_VALUES
 from peftscope.memory.probe import track_evaluation, track_steps
 from peftscope.memory.question import Question
@@ -257,10 +257,11 @@ def _stand_in(implementation: str, spec: RunSpec, batches: Sequence[Batch]) -> s
     Flash attention keeps the same: output and log-sum-exp. For batches without padding, transformers leaves the mask
     out, but it cannot know that of fake batches.
     """
+    if implementation == "flash_attention_2":
+        return FLASH_STAND_IN
     masks = [batch.attention_mask for batch in batches if spec.method.mask_free_attention]
     unpadded = bool(masks) and not any(mask.is_meta or (mask == 0).any() for mask in masks)
-    skips = implementation == "flash_attention_2" or (implementation == "sdpa" and unpadded)
-    return MASK_FREE_SDPA if skips else implementation
+    return MASK_FREE_SDPA if implementation == "sdpa" and unpadded else implementation
 
 
 def _fill_with_fakes(model: torch.nn.Module, quantization: Quantization | None) -> None:

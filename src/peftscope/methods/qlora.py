@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, PlainSerializer
 
 from peftscope.methods.fields import (
     SIMULATED,
@@ -30,6 +30,36 @@ if TYPE_CHECKING:
     from peftscope.spec import RunSpec
 
 
+def _spelled(value: bool | str) -> str:
+    return {True: "peft", False: "none"}[value] if isinstance(value, bool) else value
+
+
+KbitPreparation = Annotated[
+    Literal["none", "peft", "trl"],
+    BeforeValidator(_spelled, json_schema_input_type=Literal["none", "peft", "trl"] | bool),
+    # The ids of runs from before there was a choice hash this spelling.
+    PlainSerializer(lambda value: True if value == "peft" else value, when_used="json"),
+    Field(
+        description="peft: cast all weights that are not quantised to fp32 (prepare_model_for_kbit_training); trl: then "
+        "cast embeddings and head back to bf16, so that norms and biases stay in fp32; true means peft"
+    ),
+]
+
+
+def _cast_back(model: Any) -> None:
+    """Casts embeddings and head to bf16 and norms to fp32, as TRL up to 0.24 does in peft_module_casting_to_bf16.
+
+    Source: trl 0.24.0, trl/models/utils.py, lines 503 to 510.
+    """
+    import torch
+
+    for name, module in model.named_modules():
+        if "norm" in name:
+            module.to(torch.float32)
+        elif any(part in name for part in ("lm_head", "embed_tokens", "wte", "wpe")) and hasattr(module, "weight"):
+            module.to(torch.bfloat16)
+
+
 class QLoRA(Method):
     """LoRA on a 4-bit base."""
 
@@ -45,10 +75,7 @@ class QLoRA(Method):
     quant_type: QuantType = "nf4"
     double_quant: DoubleQuant = True
     compute_dtype: ComputeDtype = "bf16"
-    kbit_preparation: Annotated[
-        bool,
-        Field(description="cast all weights that are not quantised to fp32 (peft.prepare_model_for_kbit_training)"),
-    ] = False
+    kbit_preparation: KbitPreparation = "none"
 
     def quantization(self) -> Quantization | None:
         """Returns the storage of the base, or None if its code is simulated."""
@@ -68,11 +95,13 @@ class QLoRA(Method):
 
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the 4-bit base wrapped with PEFT's LoRA."""
-        if self.kbit_preparation:
+        if self.kbit_preparation != "none":
             from peft import prepare_model_for_kbit_training
 
             # The spec decides on checkpointing, for every method alike.
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        if self.kbit_preparation == "trl":
+            _cast_back(model)
         return wrap_with_lora(
             model,
             rank=self.rank,

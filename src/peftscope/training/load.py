@@ -117,7 +117,7 @@ def training_attention(spec: RunSpec) -> str:
 
 def autocast(spec: RunSpec) -> Any:
     """Returns the context in which the spec's forward passes run."""
-    if spec.precision != "amp":
+    if not spec.autocasts:
         return nullcontext()
     # The cache would keep a bf16 copy of every gathered weight until the pass ends, and undo what sharding saves.
     return torch.autocast(spec.device, torch.bfloat16, cache_enabled=spec.shards == 1)

@@ -153,8 +153,7 @@ def train_step(
         at_phase("forward")
         output = forward_loss(trained.model, batch, spec, total)
         loss = output.loss
-        if spec.loss_path != "hf":
-            # Frees the logits. A plain script keeps them until its next step, and so does `hf`.
+        if not spec.keeps_logits:
             del output
         assert trained.loss_function.nll is not None
         nlls.append(trained.loss_function.nll)

@@ -157,8 +157,8 @@ def _sdpa(model: TapedModel, query: Shaped, key: Shaped, value: Shaped, mask: Sh
     tape, additive = model.tape, None
     if mask is not None:
         key, value = _repeat(model, key, "keys for every head"), _repeat(model, value, "values for every head")
-    if tape.autocast:
-        query, key, value = (tape.cast(x, 2, "16-bit copy (autocast)") for x in (query, key, value))
+    if tape.autocast or model.spec.attention == "flash_attention_2":
+        query, key, value = (tape.cast(x, 2, "16-bit copy for the attention kernel") for x in (query, key, value))
     grouped, head_dim = model.grouped and mask is None, model.shape.head_dim
     if model.on_cuda and "math" == attention_kernel(query.width, head_dim, masked=mask is not None, grouped=grouped):
         return _math_attention(model, query, key, value, mask)
@@ -300,7 +300,7 @@ def run_decoder(model: TapedModel, *, masked: bool) -> Shaped:
     tape.module = ""
     eager = spec.attention == "eager"
     seen = tape.new(("B", "S", "P"), 1, term="mask") if masked else None
-    added = 2 if spec.packing and tape.training and spec.precision == "amp" else model.width
+    added = 2 if spec.packing and tape.training and spec.precision != "fp32" else model.embedded
     mask = tape.new(("B", "S", "P"), added, term="mask") if eager else seen
     del seen
     # One mask for layers with a window and one for the others, and in Gemma 3 angles for each as well.

@@ -50,9 +50,11 @@ class TapedModel:
         self.prefix = sizes["v"] > 0 and not self.prompt
         self.sizes = sizes
         self.tape = Tape(self.sizes)
-        self.tape.autocast = spec.precision == "amp"
+        self.tape.autocast = spec.autocasts
         self.width = WIDTHS[spec.precision]
-        self.other = 4 if self.values.get("kbit_preparation") else self.width  # of what is not quantised
+        prepared = self.values.get("kbit_preparation", "none")
+        self.other = self.width if prepared == "none" else 4  # of what is not quantised
+        self.embedded = 4 if prepared == "peft" else self.width
         self.quantization = spec.method.quantization()
         self.adapter_width = self.width if self.values.get("adapter_dtype") == "base" else 4
         self.targets = spec.method.targets_of()
@@ -71,7 +73,7 @@ class TapedModel:
 def _make_weights(model: TapedModel) -> None:
     """Makes what stays: the base's weights, then the adapter's."""
     shape, other = model.shape, model.other
-    _weight(model, "embed_tokens", ("V", "h"), other)
+    _weight(model, "embed_tokens", ("V", "h"), model.embedded)
     for index in range(shape.num_layers):
         for layer in shape.block:
             _linear_weight(model, module_path(index, layer.name), layer)
@@ -82,7 +84,7 @@ def _make_weights(model: TapedModel) -> None:
                 _weight(model, f"layers.{index}.self_attn.{name}", (dim,), other)
     _weight(model, "norm", ("h",), other)
     if not shape.tied_embeddings:
-        _weight(model, "lm_head", ("V", "h"), other)
+        _weight(model, "lm_head", ("V", "h"), model.embedded)
     for index in range(shape.num_layers):
         for layer in shape.block:
             if is_named(path := module_path(index, layer.name), model.targets):
@@ -198,9 +200,11 @@ def _lora_linear(model: TapedModel, path: str, layer: LinearLayer, x: Shaped) ->
     before = result.width
     if model.quantization:
         result = tape.scale(result)  # the clone; its gradient passes through
-        x = _adapter_input(model, x)
+        # PEFT asks for the state of CUDA's autocast, whatever the device.
+        converts = not (tape.autocast and model.on_cuda)
+        x = _adapter_input(model, x) if converts else x
         update = tape.scale(_low_rank(model, path, _dropped(model, x), outputs))
-        update = tape.cast(update, before)
+        update = tape.cast(update, before) if converts else update
         return tape.add(result, update)
     x = _adapter_input(model, x)
     result = tape.add(result, tape.scale(_low_rank(model, path, _dropped(model, x), outputs)))

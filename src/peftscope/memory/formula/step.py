@@ -153,7 +153,7 @@ def _train(model: TapedModel, *, padded: bool) -> Trace:
         hidden = run_decoder(model, masked=masked)
         logits = run_head(model, hidden, kept=spec.loss_path == "response_only")
         loss = _loss(model, logits)
-        held = logits if spec.loss_path == "hf" else None
+        held = logits if spec.keeps_logits else None
         before.clear()
         tape.casts.clear()
         if held is None or model.shape.family not in RETURNS_CACHE:

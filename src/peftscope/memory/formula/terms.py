@@ -68,6 +68,8 @@ SOURCES = {
     "weight in the adapter's precision (DoRA)": "peft DoraLinearLayer.forward",
     "16-bit weights (autocast)": "torch.autocast",
     "16-bit copy of an input (autocast)": "torch.autocast",
+    "16-bit copy for the attention kernel": "torch.autocast, or transformers get_target_dtype for flash attention",
+    "attention probabilities in 32 bits": "transformers eager_attention_forward, or torch's math kernel",
 }
 """The code that each term, or else each kind, stands for."""
 
