@@ -202,9 +202,15 @@ def fit(
 
 def _check_options(options: Mapping[str, Any]) -> None:
     """Raises InputError for names that are no field of a run or a method that memory depends on."""
-    from peftscope.memory.question import METHOD_OPTIONS
+    from peftscope.memory.question import BESIDE_OPTIONS, METHOD_OPTIONS
 
-    known = {*METHOD_OPTIONS, *RunSpec.model_fields} - {"model", "task", "method", "device", "learning_rate"}
+    known = {*METHOD_OPTIONS, *BESIDE_OPTIONS, *RunSpec.model_fields} - {
+        "model",
+        "task",
+        "method",
+        "device",
+        "learning_rate",
+    }
     if unknown := [Problem(name, "unknown option", close_match(name, known)) for name in options if name not in known]:
         raise InputError(unknown)
 

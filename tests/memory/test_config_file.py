@@ -88,17 +88,18 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
     "axolotl": (
         "llama-3-8b",
         {"method": "qlora", "rank": 32, "alpha": 16, "batch_size": 2, "seq_len": 4096, "gradient_accumulation": 4}
-        | {"optimizer": "paged_adamw", "checkpointing": True, "attention": "flash_attention_2"},
+        | {"optimizer": "paged_adamw", "checkpointing": True, "attention": "flash_attention_2"}
+        | {"autocast": True, "keep_logits": False},
     ),
     "LLaMA-Factory": (
         "qwen2.5-1.5b",
         {"method": "lora", "rank": 8, "alpha": 16, "seq_len": 2048, "gradient_accumulation": 8}
-        | {"checkpointing": True, "optimizer_implementation": "fused"},
+        | {"checkpointing": True, "optimizer_implementation": "fused", "autocast": True, "keep_logits": False},
     ),
     "TRL": (
         "qwen2.5-0.5b",
         {"method": "full", "precision": "amp", "batch_size": 8, "seq_len": 1024, "checkpointing": True}
-        | {"optimizer_implementation": "fused"},
+        | {"optimizer_implementation": "fused", "keep_logits": False},
     ),
     "alignment-handbook": (
         "mistral-7b",
@@ -111,13 +112,14 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
             "double_quant": False,
         }
         | {"batch_size": 4, "eval_batch_size": 2, "seq_len": 2048, "checkpointing": True}
-        | {"attention": "flash_attention_2", "optimizer_implementation": "fused"},
+        | {"attention": "flash_attention_2", "optimizer_implementation": "fused"}
+        | {"autocast": True, "kbit_preparation": "trl", "keep_logits": False},
     ),
     "torchtune": (
         "llama-3.1-8b",
         {"method": "qlora", "adapter_dtype": "base", "batch_size": 2, "eval_batch_size": 2, "seq_len": 1024}
         | {"targets": ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "checkpointing": True}
-        | {"optimizer_implementation": "fused"},
+        | {"optimizer_implementation": "fused", "keep_logits": False},
     ),
     "PEFT": (
         "llama-3.2-3b",

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import typer
 from pydantic import BaseModel
 from rich.console import Console
+from typer.core import TyperCommand
 
 from peftscope.errors import InputError, Problem
 from peftscope.execution.libraries import offline
 from peftscope.memory.question import (
-    BATCH_OPTIONS,
+    BESIDE_OPTIONS,
     DEFAULTS,
     METHOD_OPTIONS,
     SPEC_OPTIONS,
-    LongestBatch,
+    Beside,
     Question,
     ask,
     describe_model,
@@ -45,11 +46,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="For programs; the keys are
 
 PANEL = "Fields of the run and its method"
 """The heading of their options in the help."""
-SWITCHES = {"packing": "--packed/--padded"}
-"""Names of switches that differ from their field's."""
+FLAGS = {"packing": "--packed/--padded", "as_trainer": "--as"}
+"""Names of options that differ from their field's."""
 SAID_DEFAULTS = DEFAULTS | {
     "eval_batch_size": "that of --batch-size",
     "loss_path": "hf, as in a plain script; in runs of this project response_only",
+    "keep_logits": "on with loss_path hf",
 }
 """What the help says where the default is not the field's own."""
 NOT_OF_FIT = ("optimizer_implementation", "eval_batch_size")
@@ -75,23 +77,38 @@ def run_options(*names: str) -> Callable[[Command], Command]:
     return add
 
 
+class RunCommand(TyperCommand):
+    """A command with options of a run. ``--kbit-preparation`` without a value means PEFT's."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Reads the words of a command line."""
+        flag, choices = "--kbit-preparation", ("none", "peft", "trl")
+        spelled: list[str] = []
+        for word, following in zip(args, [*args, ""][1:], strict=True):
+            spelled += [flag, "none"] if word == f"--no-{flag[2:]}" else [word]
+            spelled += ["peft"] if word == flag and following not in choices else []
+        return super().parse_args(ctx, spelled)
+
+
 def _option(name: str) -> Any:
     """Returns a field's option as typer wants it; what values it takes is checked with the rest of the run."""
-    owners: tuple[type[BaseModel], ...] = (RunSpec, *METHODS.values(), LongestBatch)
+    owners: tuple[type[BaseModel], ...] = (RunSpec, *METHODS.values(), Beside)
     fields = [owner.model_fields[name] for owner in owners if name in owner.model_fields]
-    annotation = fields[0].annotation
+    kinds = [kind for kind in get_args(fields[0].annotation) if kind is not type(None)]
+    annotation = kinds[0] if fields[0].default is None and len(kinds) == 1 else fields[0].annotation
     said = [fields[0].description or ""]
     if get_origin(annotation) is Literal:
         said.append(f"one of {', '.join(get_args(annotation))}")
     defaults = {SAID_DEFAULTS.get(name, field.default) for field in fields}
     if len(defaults) == 1:  # else it differs from method to method
         (default,) = defaults
-        said.append(f"default {('off', 'on')[default] if annotation is bool else default}")
-    flag = name.replace("_", "-")
+        said.append(f"default {('off', 'on')[default] if isinstance(default, bool) else default}")
+    flag = f"--{name.replace('_', '-')}"
+    names = FLAGS.get(name, f"{flag}/--no-{flag[2:]}" if annotation is bool else "")
     return Annotated[
         (annotation if annotation in (bool, int, float) else str) | None,
         typer.Option(
-            *([SWITCHES.get(name, f"--{flag}/--no-{flag}")] if annotation is bool else []),
+            *([names] if names else []),
             help="; ".join(said),
             callback=_preset_or_modules if name in ("targets", "feedforward") else None,
             rich_help_panel=PANEL,
@@ -105,8 +122,8 @@ def _preset_or_modules(text: str | None) -> str | list[str] | None:
     return text if not text else names[0] if len(names) == 1 and names[0] in TARGET_PRESETS else names
 
 
-@app.command("memory")
-@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BATCH_OPTIONS)
+@app.command("memory", cls=RunCommand)
+@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
 def memory_command(
     model: MemoryModel = None,
     config: Annotated[
@@ -193,8 +210,8 @@ def models(as_json: AsJson = False) -> None:
     show_models(wide_console())
 
 
-@app.command()
-@run_options(*METHOD_OPTIONS, *(name for name in SPEC_OPTIONS if name not in NOT_OF_FIT), *BATCH_OPTIONS)
+@app.command(cls=RunCommand)
+@run_options(*METHOD_OPTIONS, *(name for name in SPEC_OPTIONS if name not in NOT_OF_FIT), *BESIDE_OPTIONS)
 def fit(
     model: Annotated[str | None, typer.Argument(help="A preset, a config.json, or a hub id.")] = None,
     gpu: Annotated[str, typer.Option(help="rtx4090, a100, ..., or its memory, as in 24GiB.")] = ...,  # type: ignore[assignment]

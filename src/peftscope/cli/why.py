@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from peftscope.cli.memory import AsJson, Gpus, run_options, wide_console
+from peftscope.cli.memory import AsJson, Gpus, RunCommand, run_options, wide_console
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.execution.libraries import offline
 from peftscope.layout import record_path
-from peftscope.memory.question import BATCH_OPTIONS, METHOD_OPTIONS, SPEC_OPTIONS, Model, Question, ask, describe_model
+from peftscope.memory.question import BESIDE_OPTIONS, METHOD_OPTIONS, SPEC_OPTIONS, Model, Question, ask, describe_model
 from peftscope.methods import METHODS
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class Setting:
     gpus: int | None = None
 
 
-@_settings.command()
-@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BATCH_OPTIONS)
+@_settings.command(cls=RunCommand)
+@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
 def _parse(method: str = typer.Argument("lora"), model: SharedModel = None, **options: Any) -> dict[str, Any]:
     """Return the words of a setting as options."""
     return {"model": model, "method": method, **options}
@@ -168,8 +168,8 @@ def peaks_of_question(question: Question) -> Peaks:
         return peaks_by_simulation(question)
 
 
-@app.command()
-@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BATCH_OPTIONS)
+@app.command(cls=RunCommand)
+@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
 def why(
     words: Annotated[
         list[str],
@@ -218,8 +218,8 @@ def why(
     show_why(answer, wide_console())
 
 
-@app.command()
-@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BATCH_OPTIONS)
+@app.command(cls=RunCommand)
+@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
 def oom(
     model: Annotated[str, typer.Argument(help="A preset, a config.json, a hub id, a run id, or a spec file.")],
     error: Annotated[str, typer.Argument(help="torch's message, a file that has it, or - for stdin.")] = "-",

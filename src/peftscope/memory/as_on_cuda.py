@@ -13,7 +13,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from peftscope.memory.kernels import attention_kernel
 
-
 FLASH_STAND_IN = "sdpa_in_16_bits"
 """SDPA in place of flash attention: it keeps the same, and like transformers it gets 16-bit numbers and no mask."""
 

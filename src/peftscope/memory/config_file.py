@@ -19,7 +19,7 @@ from peftscope.memory.question import METHOD_OPTIONS, Model, Question, ask, desc
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
 
-SWITCHES = ("checkpointing", "packing", "double_quant", "kbit_preparation")
+SWITCHES = ("checkpointing", "packing", "double_quant")
 """Options whose values are true or false."""
 
 LORA_DEFAULTS = ("llama", "mistral", "gemma2", "gemma3_text", "qwen2", "qwen3")

@@ -18,7 +18,7 @@ from peftscope.memory.allocator import MIDDLE_SEGMENT, SMALL_SEGMENT, segment_by
 from peftscope.memory.answer import Peaks, dimensions_of, name_of, peaks_by_formula, peaks_of, prepared_bytes, term_of
 from peftscope.memory.fit import Fit, Search
 from peftscope.memory.formula import SOURCES, trace_evaluation, trace_training
-from peftscope.memory.question import BATCH_OPTIONS, METHOD_OPTIONS, SPEC_OPTIONS, Question
+from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Question
 from peftscope.memory.tape import bytes_of
 from peftscope.memory.trace import Block, Trace, by_kind
 
@@ -309,7 +309,7 @@ def _fit(question: Question, capacity: int) -> Fit:
     """Returns what fits on the card of the text."""
     spec = question.spec
     options = {name: getattr(spec, name) for name in SPEC_OPTIONS}
-    options |= {name: getattr(question, name) for name in BATCH_OPTIONS}
+    options["padding"] = question.padding
     options |= {name: getattr(spec.method, name) for name in METHOD_OPTIONS if hasattr(spec.method, name)}
     card = replace(question.gpu, memory_bytes=capacity) if question.gpu else Gpu("the card", capacity)
     return Search(question.model, spec.method.name, options, card).fit()

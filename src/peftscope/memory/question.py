@@ -16,6 +16,7 @@ from peftscope.errors import MIB, InputError, Problem, close_match, shown
 from peftscope.files.content import parse_json, read_text
 from peftscope.files.hub import mirrored
 from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES, Gpu
+from peftscope.memory.regimes import REGIMES, Trainer, settings_of
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
 from peftscope.models.presets import PRESETS
@@ -54,17 +55,22 @@ SPEC_OPTIONS = (
 )
 """The options that are fields of the spec."""
 
-class LongestBatch(BaseModel):
-    """What decides memory and is no field of a run: it depends on the data."""
 
+class Beside(BaseModel):
+    """What a question says beside the fields of a run and its method."""
+
+    as_trainer: Annotated[
+        Trainer | None,
+        Field(description="the precision, preparation and output that a trainer has by default, where not given"),
+    ] = None
     padding: Annotated[
         Literal["none", "some"],
         Field(description="padding in the longest batch; without any, transformers drops the mask"),
     ] = "some"
 
 
-BATCH_OPTIONS = tuple(LongestBatch.model_fields)
-"""The options that describe the longest batch."""
+BESIDE_OPTIONS = tuple(Beside.model_fields)
+"""The options that are neither fields of the spec nor of a method."""
 
 DEFAULTS: dict[str, Any] = {"batch_size": 1, "seq_len": 512, "precision": "bf16", "loss_path": "hf"}
 """What a plain PyTorch and PEFT script does. All other options have the default of their field."""
@@ -214,7 +220,7 @@ def ask(
 
     Args:
         model: The base.
-        options: Fields of the spec, of the method and of the longest batch. None means that an option is not given.
+        options: Fields of the spec, of the method and of ``Beside``. None means that an option is not given.
         responses: The number of positions of a sequence that carry a loss.
         gpu: The card.
         gpus: The number of cards.
@@ -226,6 +232,12 @@ def ask(
     name = given.pop("method", "lora")
     if name not in METHODS:
         raise InputError(Problem("method", f"unknown method (got {name!r})", close_match(name, METHODS)))
+    try:
+        beside = Beside.model_validate({name: given.pop(name) for name in BESIDE_OPTIONS if name in given})
+    except ValidationError as error:
+        raise InputError(_problems(error)) from None
+    regime = settings_of(beside.as_trainer, name, given) if beside.as_trainer else {}
+    given = {option: value for option, (value, _) in regime.items()} | given
     method: dict[str, Any] = {"name": name}
     for option in METHOD_OPTIONS:
         if option in given:
@@ -234,11 +246,9 @@ def ask(
                 fields = [field for field in METHODS[name].model_fields if field in METHOD_OPTIONS]
                 remedy = f"{name} has {', '.join(fields)}" if fields else f"{name} has no options of its own"
                 raise InputError(Problem(option, f"is not an option of the method {name}", remedy))
-    batch = {name: given.pop(name) for name in BATCH_OPTIONS if name in given}
     defaults = _defaults(model, given)
     values = {**defaults, **given, "eval_batch_size": given.get("eval_batch_size", given.get("batch_size", 1))}
     try:
-        padding = LongestBatch.model_validate(batch).padding
         spec = RunSpec(model=model.name, task="memory", device="cuda", learning_rate=1e-4, method=method, **values)
     except ValidationError as error:
         # Without a value of its own, the evaluation's batch size follows that of training.
@@ -250,8 +260,12 @@ def ask(
         raise InputError(Problem("response_len", f"must lie between 1 and seq_len={spec.seq_len} (got {kept})"))
     if gpus < 1:
         raise InputError(Problem("gpus", f"must be at least 1 (got {gpus})"))
-    question = Question(model, spec, kept, gpu, gpus, (), padding)
-    return replace(question, assumptions=tuple(_assumptions(question)))
+    question = Question(model, spec, kept, gpu, gpus, (), beside.padding)
+    said = [f"as {beside.as_trainer}: {option}={value} ({source})" for option, (value, source) in regime.items()]
+    if beside.as_trainer:
+        version, more = REGIMES[beside.as_trainer].version, REGIMES[beside.as_trainer].beside
+        said.insert(0, f"as {beside.as_trainer}, read from {version}{f'; {more}' if more else ''}")
+    return replace(question, assumptions=(*_assumptions(question), *said))
 
 
 def _defaults(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -321,8 +335,10 @@ def library_versions() -> str:
     return ", ".join(versions)
 
 
-def _given(fields: dict[str, Any]) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in fields.items() if name != "name" and value is not None]
+def _given(method: Any) -> list[tuple[str, Any]]:
+    fields = method.model_dump(mode="json", exclude={"name"})
+    fields |= {name: value for name in fields if isinstance(value := getattr(method, name), str)}
+    return [(name, value) for name, value in fields.items() if value is not None]
 
 
 def _assumptions(question: Question) -> list[str]:
@@ -334,23 +350,21 @@ def _assumptions(question: Question) -> list[str]:
         question.gpu,
         question.gpus,
     )
+    kept = "kept until the next step as in a plain script" if spec.keeps_logits else "freed before the backward pass"
     padding = "padded batches" if question.padded else "no padding in the longest batch"
     if spec.loss_path == "hf" and spec.attention == "sdpa":
         padding += ", with a mask for SDPA" if question.padded else ", and so no mask"
     cublas = (gpu.cublas_bytes if gpu else CUBLAS_BYTES) / MIB
     lines = [
-        f"method {spec.method.name}: " + ", ".join(f"{k}={v}" for k, v in _given(spec.method.model_dump(mode="json"))),
+        f"method {spec.method.name}: " + ", ".join(f"{k}={v}" for k, v in _given(spec.method)),
         f"batch_size={spec.batch_size}, seq_len={spec.seq_len} for every sequence (the longest batch decides), "
         f"gradient_accumulation={spec.gradient_accumulation}",
-        f"precision={spec.precision}, optimizer={spec.optimizer}"
+        f"precision={spec.precision}{', autocast' if spec.autocast else ''}, optimizer={spec.optimizer}"
         + (f" ({spec.optimizer_implementation})" if spec.optimizer in ("adamw", "sgd") else ""),
-        "loss_path=hf: logits of every position, kept until the next step as in a plain script; runs of this "
-        "project compute only those of responses"
+        f"loss_path=hf: logits of every position, {kept}; runs of this project compute only those of responses"
         if spec.loss_path == "hf"
         else f"loss_path=response_only: logits of {responses} positions per sequence",
-        "packing=True: a block-diagonal mask"
-        if spec.packing
-        else f"packing=False: {padding}",
+        "packing=True: a block-diagonal mask" if spec.packing else f"packing=False: {padding}",
         f"attention={spec.attention}, checkpointing={spec.checkpointing}",
         f"evaluation with batch_size={spec.eval_batch_size}, without optimizer states",
         "reserved: two steps of that batch in a model of torch's caching allocator, without expandable segments",

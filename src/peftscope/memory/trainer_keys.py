@@ -6,6 +6,7 @@ from typing import Any
 
 from peftscope.errors import shown
 from peftscope.memory.config_file import Reading
+from peftscope.memory.regimes import REGIMES, Trainer, settings_of
 
 HUGGING_FACE_OPTIMIZERS: dict[str, tuple[str, str | None]] = {
     "adamw_torch": ("adamw", "foreach"),
@@ -145,6 +146,15 @@ def read_half(reading: Reading, *, default: str) -> bool:
         reading.assumed.append(default)
         return True
     return brain in (True, "auto", "full", "true")
+
+
+def read_regime(reading: Reading, trainer: Trainer, *, autocast: bool) -> None:
+    """Sets what the trainer does to precision and output, beside the keys of its file."""
+    names = ("autocast", "kbit_preparation", "keep_logits") if autocast else ("keep_logits",)
+    decided = reading.options | {name: value for name, value in reading.given.items() if value is not None}
+    for name, (value, source) in settings_of(trainer, decided.get("method", "lora"), decided).items():
+        if name in names:
+            reading.assume(name, value, f"{REGIMES[trainer].version}, {source}")
 
 
 SAVINGS = {

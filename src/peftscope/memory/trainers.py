@@ -23,6 +23,7 @@ from peftscope.memory.trainer_keys import (
     read_model,
     read_optimizer,
     read_packing,
+    read_regime,
     read_savings,
     read_targets,
     read_variant,
@@ -40,7 +41,6 @@ TORCHTUNE_OPTIMIZERS: dict[str, tuple[str, str | None]] = {
 TORCHTUNE_MODULES = {"output_proj": "o_proj"}
 """torchtune's names of modules that have another name in transformers."""
 
-AUTOCAST = "bf16 autocast over weights in 16 bits is answered as precision=bf16, which has no casts of its own"
 # A commit stands where the default was read in the code itself; the others come from documentation and excerpts.
 AXOLOTL = "axolotl, utils/schemas"
 FACTORY = "LLaMA-Factory, hparams"
@@ -143,8 +143,7 @@ def read_axolotl(reading: Reading) -> None:
             reading.refuse("load_in_4bit", "a 4-bit base needs an adapter", "set adapter: qlora")
     half = read_half(reading, default="axolotl's default is bf16: auto")
     reading.options["precision"] = "bf16" if half else "fp32"
-    if half and reading.values.get("bf16") != "full":
-        reading.assumed.append(AUTOCAST)
+    read_regime(reading, "axolotl", autocast=half and reading.values.get("bf16") != "full")
     read_sharding(reading)
     read_savings(reading)
 
@@ -216,8 +215,9 @@ def read_llama_factory(reading: Reading) -> None:
         reading.options["precision"] = "bf16"
         if pure and kind == "lora":
             reading.options["adapter_dtype"] = "base"
-        if not pure:
-            reading.assumed.append(AUTOCAST if half else "precision=bf16: the base keeps the dtype of its checkpoint")
+        if not pure and not half:
+            reading.assumed.append("precision=bf16: the base keeps the dtype of its checkpoint")
+    read_regime(reading, "llama-factory", autocast=half and not pure)
     read_sharding(reading)
     read_savings(reading)
 
@@ -267,8 +267,7 @@ def read_trl(reading: Reading) -> None:
         reading.assumed.append("weights in fp32: the file gives no dtype, and versions differ; --precision bf16 if not")
     narrow = four_bit or weights in ("bfloat16", "float16", "auto")
     reading.options["precision"] = "bf16" if narrow else "amp" if half else "fp32"
-    if half and narrow:
-        reading.assumed.append(AUTOCAST)
+    read_regime(reading, "trl", autocast=half and narrow)
     read_sharding(reading)
     read_savings(reading)
 
@@ -312,6 +311,7 @@ def read_torchtune(reading: Reading) -> None:
             reading.assume("double_quant", True, "torchao's NF4Tensor quantises its scales")
     else:
         reading.options["method"] = "full"
+    read_regime(reading, "torchtune", autocast=False)
     width = reading.get("dtype") or "bf16"
     if width not in ("bf16", "fp32"):
         reading.refuse("dtype", f"must be bf16 or fp32 (got {shown(width)})")

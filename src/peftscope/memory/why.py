@@ -10,7 +10,7 @@ from typing import Any
 from peftscope.errors import spoken_bytes
 from peftscope.memory.answer import Peaks, Term, dimensions_of, prepared_bytes, term_of, terms_of
 from peftscope.memory.formula import DIMENSIONS, SOURCES
-from peftscope.memory.question import BATCH_OPTIONS, METHOD_OPTIONS, SPEC_OPTIONS, Question
+from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Question
 from peftscope.memory.tape import factors
 from peftscope.memory.trace import KINDS, by_kind
 from peftscope.methods import METHODS
@@ -170,7 +170,7 @@ def distinct_names(first: Question, second: Question) -> tuple[str, str]:
     parts = [[word.strip()] if word else [] for word in words]
     owners: list[tuple[str, Any, Any]] = [(name, first.spec, second.spec) for name in SPEC_OPTIONS]
     owners += [(name, methods[0], methods[1]) for name in METHOD_OPTIONS]
-    owners += [(name, first, second) for name in BATCH_OPTIONS]
+    owners.append(("padding", first, second))
     own_batch = any(q.spec.eval_batch_size != q.spec.batch_size for q in both)
     missing = object()
     for name, *two in owners:

@@ -160,7 +160,8 @@ def _sdpa(model: TapedModel, query: Shaped, key: Shaped, value: Shaped, mask: Sh
     if tape.autocast or model.spec.attention == "flash_attention_2":
         query, key, value = (tape.cast(x, 2, "16-bit copy for the attention kernel") for x in (query, key, value))
     grouped, head_dim = model.grouped and mask is None, model.shape.head_dim
-    if model.on_cuda and "math" == attention_kernel(query.width, head_dim, masked=mask is not None, grouped=grouped):
+    kernel = attention_kernel(query.width, head_dim, masked=mask is not None, grouped=grouped)
+    if model.on_cuda and kernel == "math":
         return _math_attention(model, query, key, value, mask)
     if mask is not None:
         additive = tape.new(mask.dims, query.width, term="additive mask of each layer")

@@ -134,7 +134,7 @@ def _loss(model: TapedModel, logits: Shaped) -> Shaped:
 
 
 def _masked(model: TapedModel, needed: bool) -> bool:
-    """Returns whether attention gets a mask: eager always, flash never, SDPA where it is needed or there is a prefix."""
+    """Returns whether attention gets a mask: eager always, flash never, SDPA if it is needed or there is a prefix."""
     kernel = model.spec.attention
     return kernel == "eager" or (kernel == "sdpa" and (needed or not model.method.mask_free_attention))
 

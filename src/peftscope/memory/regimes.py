@@ -1,0 +1,104 @@
+"""The precision, preparation and output of trainers, as they are by default. No torch.
+
+``--as`` asks about a trainer's regime. Batch, length, rank and targets are what a person chooses, and stay theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from peftscope.methods import METHODS
+
+Trainer = Literal["trl", "axolotl", "llama-factory", "torchtune", "peft"]
+
+
+@dataclass(frozen=True)
+class Regime:
+    """What a trainer does by default.
+
+    Attributes:
+        version: The release that was read.
+        settings: Options, their values, and the lines that say so, in the release unless they name another.
+        beside: What else it does, which the options cannot say; empty if nothing.
+    """
+
+    version: str
+    settings: Mapping[str, tuple[Any, str]]
+    beside: str = ""
+
+
+_HUGGING_FACE: dict[str, tuple[Any, str]] = {
+    "keep_logits": (False, "transformers 5.24.0, trainer.py:2217: compute_loss returns the loss alone"),
+    "optimizer_implementation": ("fused", "transformers 5.24.0, training_args.py:811: adamw_torch_fused"),
+}
+
+REGIMES: dict[Trainer, Regime] = {
+    "trl": Regime(
+        "TRL 0.24.0",
+        {
+            "autocast": (True, "trl/trainer/sft_config.py:261: bf16 unless fp16"),
+            "kbit_preparation": ("trl", "trl/models/utils.py:503 and 560: peft_module_casting_to_bf16"),
+            "checkpointing": (True, "trl/trainer/sft_config.py:116"),
+            **_HUGGING_FACE,
+            "keep_logits": (False, "trl/trainer/sft_trainer.py:1180: compute_loss returns the loss alone"),
+        },
+        "TRL 1.16 prepares nothing, has adapters in bf16 on a 4-bit base, and computes the loss over chunks of the tokens",
+    ),
+    "axolotl": Regime(
+        "axolotl 0.19.0",
+        {
+            "autocast": (
+                True,
+                "axolotl/utils/schemas/config.py:561: bf16, which transformers' Trainer runs as autocast",
+            ),
+            "kbit_preparation": (
+                "none",
+                "axolotl/loaders/model.py:471 and 1173: what PEFT prepared goes back to bf16, norms included",
+            ),
+            **_HUGGING_FACE,
+        },
+    ),
+    "llama-factory": Regime(
+        "LLaMA-Factory 0.9.5",
+        {
+            "autocast": (True, "hparams/parser.py:438 recommends bf16: true, as in all its examples"),
+            "kbit_preparation": ("none", "hparams/model_args.py:153: upcast_layernorm is off"),
+            "adapter_dtype": ("fp32", "model/adapter.py:325: trained weights are cast to fp32"),
+            "checkpointing": (True, "hparams/model_args.py:145: on unless disable_gradient_checkpointing"),
+            **_HUGGING_FACE,
+        },
+    ),
+    "torchtune": Regime(
+        "torchtune 0.6.1",
+        {
+            "autocast": (False, "recipes/lora_finetune_single_device.py:67: dtype=bf16 for activations, too"),
+            "kbit_preparation": ("none", "recipes/lora_finetune_single_device.py:431: all in one dtype"),
+            "adapter_dtype": ("base", "recipes/lora_finetune_single_device.py:431: all in one dtype"),
+            "checkpointing": (True, "recipes/configs/llama3/8B_qlora_single_device.yaml:88"),
+            "keep_logits": (False, "recipes/lora_finetune_single_device.py:659: del logits"),
+            "optimizer_implementation": ("fused", "recipes/configs/llama3/8B_qlora_single_device.yaml:59"),
+        },
+        "its configurations compute the loss over chunks of the tokens, which is not modelled: an upper bound",
+    ),
+    "peft": Regime(
+        "PEFT 0.21.2",
+        {
+            "autocast": (False, "a plain loop enters no autocast"),
+            "kbit_preparation": ("peft", "peft/utils/other.py:158: prepare_model_for_kbit_training"),
+            "adapter_dtype": ("fp32", "peft/mapping_func.py: autocast_adapter_dtype=True"),
+            "keep_logits": (True, "a plain loop keeps its output until the next step"),
+        },
+    ),
+}
+
+
+def settings_of(trainer: Trainer, method: str, given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Returns what a trainer sets for a method beside the options that are given, with the lines that say so."""
+    foreign = {"adapter_dtype", "kbit_preparation"} - METHODS[method].model_fields.keys()
+    foreign |= set() if METHODS[method].supports_checkpointing else {"checkpointing"}
+    foreign |= set() if given.get("precision", "bf16") == "bf16" else {"autocast"}
+    foreign |= set() if given.get("optimizer", "adamw") in ("adamw", "sgd") else {"optimizer_implementation"}
+    settings = REGIMES[trainer].settings
+    return {name: said for name, said in settings.items() if name not in foreign and name not in given}
