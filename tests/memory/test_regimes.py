@@ -103,7 +103,7 @@ def test_padding_changes_nothing_for_kernels_without_a_mask() -> None:
 
 
 def test_unknown_padding_is_a_sentence() -> None:
-    with pytest.raises(InputError, match="padding: .*'none' or 'some'"):
+    with pytest.raises(InputError, match=r"padding: .*'none' or 'some'"):
         ask(describe_model("qwen2.5-0.5b"), {"padding": "all"})
 
 

@@ -62,8 +62,8 @@ def dequantised_bytes(function: Any, arguments: Any) -> int:
 def as_on_cuda() -> Iterator[None]:
     """Lets attention inside this context run the math kernel where it would on CUDA, and PEFT see autocast.
 
-    A CPU's flash kernel takes what CUDA's refuses, and keeps as much as CUDA's flash and efficient kernels. PEFT's 4-bit
-    layers ask only for the state of CUDA's autocast, under which they leave out casts.
+    A CPU's flash kernel takes what CUDA's refuses, and keeps as much as CUDA's flash and efficient kernels. PEFT's
+    4-bit layers ask only for the state of CUDA's autocast, under which they leave out casts.
     """
     functional: Any = torch.nn.functional
     attend, enabled = functional.scaled_dot_product_attention, torch.is_autocast_enabled

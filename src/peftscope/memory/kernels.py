@@ -15,9 +15,9 @@ ALIGNMENT_BYTES = 16
 def attention_kernel(width: float, head_dim: int, *, masked: bool, grouped: bool) -> Kernel:
     """Returns the first kernel that takes the inputs of ``scaled_dot_product_attention`` on CUDA.
 
-    The flash kernel takes 16-bit numbers without a mask; cuDNN's, which some cards prefer, keeps as much. The efficient
-    kernel takes any numbers and masks, but needs a key for every query head. What is left goes to the math kernel, which
-    keeps the scores of every pair of positions in 32 bits.
+    The flash kernel takes 16-bit numbers without a mask; cuDNN's, which some cards prefer, keeps as much. The
+    efficient kernel takes any numbers and masks, but needs a key for every query head. What is left goes to the math
+    kernel, which keeps the scores of every pair of positions in 32 bits.
 
     Source: torch 2.13, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp: can_use_flash_attention,
     can_use_mem_efficient_attention (``check_batch_size_and_num_heads_dense<false>``), priority_order.

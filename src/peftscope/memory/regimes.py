@@ -44,7 +44,7 @@ REGIMES: dict[Trainer, Regime] = {
             **_HUGGING_FACE,
             "keep_logits": (False, "trl/trainer/sft_trainer.py:1180: compute_loss returns the loss alone"),
         },
-        "TRL 1.16 prepares nothing, has adapters in bf16 on a 4-bit base, and computes the loss over chunks of the tokens",
+        "TRL 1.16 prepares nothing, has adapters in bf16 on a 4-bit base, and computes the loss over chunks of tokens",
     ),
     "axolotl": Regime(
         "axolotl 0.19.0",

@@ -40,8 +40,8 @@ KbitPreparation = Annotated[
     # The ids of runs from before there was a choice hash this spelling.
     PlainSerializer(lambda value: True if value == "peft" else value, when_used="json"),
     Field(
-        description="peft: cast all weights that are not quantised to fp32 (prepare_model_for_kbit_training); trl: then "
-        "cast embeddings and head back to bf16, so that norms and biases stay in fp32; true means peft"
+        description="peft: cast all weights that are not quantised to fp32 (prepare_model_for_kbit_training); trl: "
+        "then cast embeddings and head back to bf16, so that norms and biases stay in fp32; true means peft"
     ),
 ]
 
