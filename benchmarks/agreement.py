@@ -60,6 +60,13 @@ def random_question(method: str, source: random.Random) -> Question:
             options["dropout"] = source.choice([0.0, 0.0, 0.05])
         if "adapter_dtype" in fields:
             options["adapter_dtype"] = source.choice(["fp32", "fp32", "base"])
+        # Later options have a generator of their own, so that they leave the other choices as they were.
+        later = random.Random(repr(sorted(options.items())))
+        options["padding"] = later.choice(["some", "some", "none"])
+        options["keep_logits"] = later.choice([None, None, True, False])
+        options["autocast"] = options["precision"] == "bf16" and later.choice([False, False, True])
+        if "kbit_preparation" in fields:
+            options["kbit_preparation"] = later.choice(["none", "peft", "trl"])
         try:
             return ask(Model(name, shape.to_config(), shape), options, responses=source.randint(1, options["seq_len"]))
         except InputError:  # a combination that cannot be

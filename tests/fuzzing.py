@@ -137,7 +137,7 @@ def specs(draw: st.DrawFn, names: tuple[str, ...] = tuple(METHODS)) -> RunSpec:
     if top.get("checkpointing") and not built.compiles_recomputation:
         top["compile"] = False
     if top.get("attention") == "flash_attention_2":
-        top |= {"device": "cuda", "packing": False}
+        top["device"] = "cuda"
         top["precision"] = "amp" if top.get("precision") == "fp32" else top.get("precision", "bf16")
     if top.get("optimizer", "adamw") not in ("adamw", "sgd"):
         top.pop("optimizer_implementation", None)

@@ -62,7 +62,11 @@ class RunSpec(BaseModel):
     batch_size: Annotated[Count, Field(description="sequences a forward pass")] = 16
     gradient_accumulation: Annotated[Count, Field(description="forward passes a step")] = 1
     packing: Annotated[
-        bool, Field(description="several examples per sequence; each attends to itself only (a block-diagonal mask)")
+        bool,
+        Field(
+            description="several examples per sequence; each attends to itself only (a block-diagonal mask; with "
+            "flash_attention_2 their positions, and all rows end to end)"
+        ),
     ] = False
     seq_len: Annotated[Count, Field(description="longest sequence in tokens; longer prompts lose their start")] = 256
     learning_rate: Annotated[float, Field(ge=0, description="for the first parameter group; 0 is a control")]
@@ -174,8 +178,6 @@ class RunSpec(BaseModel):
                 raise ValueError(f"{name} does not work with compile, which compiles training only; use 0")
         if self.attention == "flash_attention_2" and (self.device == "cpu" or self.precision == "fp32"):
             raise ValueError("attention=flash_attention_2 needs a CUDA card and 16-bit precision; use sdpa")
-        if self.packing and self.attention == "flash_attention_2":
-            raise ValueError("packing passes an explicit mask, which flash_attention_2 does not accept; use sdpa")
         if self.packing and not self.method.supports_packing:
             raise ValueError(
                 f"packing does not work with {self.method.name}, whose virtual tokens precede a single prompt"

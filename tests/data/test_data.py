@@ -202,6 +202,19 @@ def test_packing_changes_no_loss_and_no_gradient(attention: str, loss_path: str,
     assert gradients(seen, {"packing": True})[0] != pytest.approx(apart[0], rel=1e-3)
 
 
+@pytest.mark.parametrize("loss_path", ["response_only", "hf"])
+def test_examples_end_to_end_without_a_mask_have_each_its_own_loss(loss_path: str, toy: Path, make_spec) -> None:
+    # What flash attention is given; on a CPU, transformers makes SDPA's mask from the same positions.
+    spec = make_spec(method="full", precision="fp32", loss_path="hf", packing=True)
+    model = build_model(load_base(spec), spec).model
+    examples = tokenise(read_split("two-digit-sums", "train")[:5], load_tokenizer(spec), spec.seq_len)
+    flash = spec.model_copy(update={"attention": "flash_attention_2", "loss_path": loss_path})
+    total = torch.tensor(1)
+    together = forward_loss(model, pack([examples[:3], examples[3:]], 0), flash, total).loss
+    apart = [forward_loss(model, collate([example], 0), spec, total).loss for example in examples]
+    assert together.item() == pytest.approx(sum(loss.item() for loss in apart), rel=1e-5)
+
+
 def together_width(examples: Sequence[Example]) -> int:
     return max(sum(len(e.tokens) for e in row) for row in (examples[:3], examples[3:]))
 

@@ -80,7 +80,7 @@ def runs(draw: st.DrawFn, method: str, family: str) -> dict[str, Any]:
     if options["optimizer"] in ("adamw", "sgd"):
         options["optimizer_implementation"] = draw(st.sampled_from(["foreach", "fused", "single"]))
     kernels = ["eager"] if family == "gemma2" else ["sdpa", "eager"]
-    if options["precision"] != "fp32" and not options["packing"]:
+    if options["precision"] != "fp32":
         kernels.append("flash_attention_2")
     options["attention"] = draw(st.sampled_from(kernels))
     choices = {

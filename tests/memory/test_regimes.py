@@ -199,3 +199,19 @@ def test_autocast_has_one_spelling_for_wide_weights() -> None:
         asked("qwen2.5-0.5b", method="lora", precision="fp32", autocast=True)
     with pytest.raises(InputError, match="use bf16 with autocast"):
         asked("qwen2.5-0.5b", method="qlora", precision="amp")
+
+
+@pytest.mark.parametrize("loss_path", ["hf", pytest.param("response_only", marks=pytest.mark.slow)])
+def test_packing_with_flash_attention_is_simulated_without_a_mask(loss_path: str) -> None:
+    run = {"method": "lora", "packing": True, "loss_path": loss_path, "batch_size": 2, "seq_len": 512}
+    packed = asked("qwen2.5-0.5b", 2, attention="flash_attention_2", **run)
+    assert off(packed) < 0.005
+    assert any("SDPA without a mask stands in" in line for line in packed.assumptions)
+    masked = asked("qwen2.5-0.5b", 2, attention="sdpa", **run)
+    assert answer_by_formula(packed).phases["backward"] < answer_by_formula(masked).phases["backward"]
+
+
+def test_a_missing_kernel_is_a_sentence(toy: Path, make_spec: Any) -> None:
+    spec = make_spec(method="lora").model_copy(update={"attention": "flash_attention_2"})
+    with pytest.raises(InputError, match=r"flash-attn, whose kernel is missing on this machine -> .*use sdpa"):
+        load_base(spec)

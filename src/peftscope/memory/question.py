@@ -351,6 +351,9 @@ def _assumptions(question: Question) -> list[str]:
         question.gpus,
     )
     kept = "kept until the next step as in a plain script" if spec.keeps_logits else "freed before the backward pass"
+    packed = "a block-diagonal mask"
+    if spec.attention == "flash_attention_2":
+        packed = "rows end to end, without a mask; SDPA without a mask stands in for the kernel, which keeps as much"
     padding = "padded batches" if question.padded else "no padding in the longest batch"
     if spec.loss_path == "hf" and spec.attention == "sdpa":
         padding += ", with a mask for SDPA" if question.padded else ", and so no mask"
@@ -364,7 +367,7 @@ def _assumptions(question: Question) -> list[str]:
         f"loss_path=hf: logits of every position, {kept}; runs of this project compute only those of responses"
         if spec.loss_path == "hf"
         else f"loss_path=response_only: logits of {responses} positions per sequence",
-        "packing=True: a block-diagonal mask" if spec.packing else f"packing=False: {padding}",
+        f"packing=True: {packed}" if spec.packing else f"packing=False: {padding}",
         f"attention={spec.attention}, checkpointing={spec.checkpointing}",
         f"evaluation with batch_size={spec.eval_batch_size}, without optimizer states",
         "reserved: two steps of that batch in a model of torch's caching allocator, without expandable segments",

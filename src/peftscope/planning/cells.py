@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from peftscope.planning.experiment import A_A_SHIFT, FINE_STEP, Entrant, Experiment, Study, rounded
 
@@ -34,7 +34,7 @@ def count_cells(experiment: Experiment) -> int:
     >>> count_cells(Experiment(axes={"rank": [2, 4, 8]}, linked=[[{"alpha": 1}, {"alpha": 2}]], seeds=[0, 1]))
     12
     """
-    count = len(experiment.runs)
+    count = len(experiment.runs) + len(experiment.card_runs)
     if experiment.axes or experiment.linked:
         grid = math.prod(len(factor) for factor in [*experiment.axes.values(), *experiment.linked])
         seeded = "seed" in experiment.axes or any("seed" in row for rows in experiment.linked for row in rows)
@@ -49,11 +49,11 @@ def count_cells(experiment: Experiment) -> int:
     return count
 
 
-def listed_cells(experiment: Experiment) -> Iterator[Cell]:
-    """Yields the cells of ``runs``: each one as it stands."""
-    for index, values in enumerate(experiment.runs):
-        origins = {key: f"runs[{index}].{key}" for key in values}
-        yield Cell("runs", set(values), {"seed": experiment.seeds[0], **values}, origins)
+def listed_cells(experiment: Experiment, key: Literal["runs", "card_runs"] = "runs") -> Iterator[Cell]:
+    """Yields the cells of ``runs``, or of ``card_runs``: each one as it stands."""
+    for index, values in enumerate(getattr(experiment, key)):
+        origins = {name: f"{key}[{index}].{name}" for name in values}
+        yield Cell(key, set(values), {"seed": experiment.seeds[0], **values}, origins)
 
 
 def grid_cells(experiment: Experiment) -> Iterator[Cell]:

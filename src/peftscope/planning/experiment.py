@@ -219,6 +219,9 @@ class Experiment(BaseModel):
     linked: list[Annotated[list[dict[str, Any]], Field(min_length=1)]] = []
     ladders: list[Ladder] = []
     runs: list[dict[str, Any]] = []
+    card_runs: Annotated[
+        list[dict[str, Any]], Field(description="more runs, which only a CUDA card can do; left out on a processor")
+    ] = []
     study: Study | None = None
     exclude: list[Exclusion] = []
     seeds: Annotated[list[CountOrZero], Field(min_length=1)] = [0]

@@ -141,6 +141,8 @@ def expand(name: str, device: Device = "cpu", *, assume_rates: bool = False) -> 
     if experiment.axes or experiment.linked or not (experiment.runs or experiment.ladders or experiment.study):
         expansion.add(grid_cells(experiment))
     expansion.add(ladder_cells(experiment))
+    if device == "cuda":
+        expansion.add(listed_cells(experiment, "card_runs"))
     if study := experiment.study:
         _add_study(expansion, name, experiment, study, assume_rates)
     return expansion.sweep(name)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import is_flash_attn_2_available
 
+from peftscope.errors import InputError, Problem
 from peftscope.methods.fields import Quantization
 from peftscope.models.catalog import LOCAL, model_folder
 from peftscope.models.rounding import round_linear_weights
@@ -48,9 +50,13 @@ def load_base(spec: RunSpec) -> Any:
     It is on the spec's device, or on the host if it will be sharded.
 
     Raises:
+        InputError: The package of the attention kernel is missing.
         OSError: The model was not fetched, or has no safetensors.
         ValueError: The model can be loaded only with code of its own.
     """
+    if spec.attention == "flash_attention_2" and not is_flash_attn_2_available():
+        message = "flash_attention_2 needs the package flash-attn, whose kernel is missing on this machine"
+        raise InputError(Problem("attention", message, "install flash-attn, or use sdpa"))
     options: dict[str, Any] = {"dtype": DTYPES[spec.precision], "attn_implementation": training_attention(spec)}
     # No card can hold a whole model that needs sharding. Its shares move to the cards layer by layer.
     device = spec.device if spec.shards == 1 else "cpu"

@@ -109,14 +109,30 @@ def forward_loss(model: Any, batch: Batch, spec: RunSpec, response_tokens: torch
     """
     total = batch.response_tokens if response_tokens is None else response_tokens
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
-    if batch.example_ids is not None:
-        mask = _block_mask(batch.example_ids, spec)
-        inputs |= {"attention_mask": mask, "position_ids": batch.position_ids}
     if spec.loss_path == "response_only":
         positions = batch.kept_positions + spec.method.logit_offset()
         inputs |= {"shift_labels": batch.kept_labels, "logits_to_keep": positions}
+    if batch.example_ids is not None and spec.attention == "flash_attention_2":
+        inputs = _end_to_end({**inputs, "position_ids": batch.position_ids})
+    elif batch.example_ids is not None:
+        mask = _block_mask(batch.example_ids, spec)
+        inputs |= {"attention_mask": mask, "position_ids": batch.position_ids}
     with autocast(spec):
         return model(**inputs, num_items_in_batch=total, use_cache=False)
+
+
+def _end_to_end(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the inputs as one row, (1, B·S), without a mask.
+
+    Flash attention tells examples apart by their positions, and only if there is a single row. Source: transformers
+    5.24, ``_is_packed_sequence``. The first token of an example carries no loss, so none crosses the end of a row.
+    """
+    rows, width = inputs["input_ids"].shape
+    if "logits_to_keep" in inputs:
+        starts = torch.arange(rows, device=inputs["input_ids"].device)[:, None] * width
+        inputs["logits_to_keep"] = (starts + inputs["logits_to_keep"]).flatten()
+    names = ("input_ids", "labels", "position_ids", "shift_labels")
+    return inputs | {name: inputs[name].view(1, -1) for name in names if name in inputs} | {"attention_mask": None}
 
 
 def _block_mask(examples: torch.Tensor, spec: RunSpec) -> torch.Tensor:

@@ -314,7 +314,8 @@ def run_decoder(model: TapedModel, *, masked: bool) -> Shaped:
         model.past = past.view(("B", "v", "k"))
         del past
     angle_width = 4 if shape.family == "olmo2" else x.width
-    angles = [tape.new(("S", "d"), angle_width, term="rotary embedding") for _ in range(2 * pairs)]
+    positions = "T" if spec.packing and tape.training else "S"  # packed rows count their positions each for itself
+    angles = [tape.new((positions, "d"), angle_width, term="rotary embedding") for _ in range(2 * pairs)]
     for index in range(shape.num_layers):
         run = partial(_layer, model, index, rotary=(angles[0], angles[1]), mask=mask)
         x = tape.checkpoint(run, x) if spec.checkpointing and tape.training else run(x)
