@@ -241,7 +241,7 @@ class RunSpec(BaseModel):
         """Returns the fields that differ from their defaults. The id hashes only these: a new field renames no run."""
         return {
             **self.model_dump(mode="json", exclude_defaults=True, exclude={"method"}),
-            "method": {"name": self.method.name, **self.method.model_dump(mode="json", exclude_defaults=True)},
+            "method": self.method.canonical(),
         }
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 from peftscope.errors import GIB
 from peftscope.hardware.cards import GPUS
 from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, ask, describe_model
+from peftscope.spec import RunSpec
 
 TASK = "filler"
 """The task of such runs: every sequence is as long as ``seq_len`` allows."""
@@ -62,9 +63,13 @@ def find_run(
     wanted = _wanted(model, options) | {"memory_limit_gib": limit}
     for row in rows:
         has_value = row["status"] == "oom" or row.get(measured) is not None
-        if has_value and all(_same(row.get(name), value) for name, value in wanted.items()):
+        # A field that a table has no column for came later, and had its default.
+        if has_value and all(_same(row.get(name, _DEFAULTS.get(name)), value) for name, value in wanted.items()):
             return row
     return None
+
+
+_DEFAULTS = {name: field.default for name, field in RunSpec.model_fields.items()}
 
 
 def _wanted(model: str, options: Mapping[str, Any]) -> dict[str, Any]:

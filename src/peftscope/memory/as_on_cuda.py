@@ -73,7 +73,7 @@ def as_on_cuda() -> Iterator[None]:
         masked, grouped = options.get("attn_mask") is not None, bool(options.get("enable_gqa"))
         kernel = attention_kernel(width, query.shape[-1], masked=masked, grouped=grouped)
         with sdpa_kernel(SDPBackend.MATH) if kernel == "math" else nullcontext():
-            return attend(query, *others, **options)  # type: ignore[no-any-return]
+            return attend(query, *others, **options)
 
     # A mode for functions would be off in the backward pass, where layers are recomputed.
     functional.scaled_dot_product_attention = choose

@@ -335,10 +335,8 @@ def library_versions() -> str:
     return ", ".join(versions)
 
 
-def _given(method: Any) -> list[tuple[str, Any]]:
-    fields = method.model_dump(mode="json", exclude={"name"})
-    fields |= {name: value for name in fields if isinstance(value := getattr(method, name), str)}
-    return [(name, value) for name, value in fields.items() if value is not None]
+def _given(fields: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in fields.items() if name != "name" and value is not None]
 
 
 def _assumptions(question: Question) -> list[str]:
@@ -359,7 +357,7 @@ def _assumptions(question: Question) -> list[str]:
         padding += ", with a mask for SDPA" if question.padded else ", and so no mask"
     cublas = (gpu.cublas_bytes if gpu else CUBLAS_BYTES) / MIB
     lines = [
-        f"method {spec.method.name}: " + ", ".join(f"{k}={v}" for k, v in _given(spec.method)),
+        f"method {spec.method.name}: " + ", ".join(f"{k}={v}" for k, v in _given(spec.method.model_dump(mode="json"))),
         f"batch_size={spec.batch_size}, seq_len={spec.seq_len} for every sequence (the longest batch decides), "
         f"gradient_accumulation={spec.gradient_accumulation}",
         f"precision={spec.precision}{', autocast' if spec.autocast else ''}, optimizer={spec.optimizer}"

@@ -153,6 +153,10 @@ class Method(BaseModel):
     memory_assumptions: ClassVar[tuple[str, ...]] = ()
     """Assumptions behind answers about its memory, beyond those for all methods, one sentence each."""
 
+    def canonical(self) -> dict[str, Any]:
+        """Returns the name, and the fields that differ from their defaults. A run's id hashes only these."""
+        return {"name": self.__dict__["name"], **self.model_dump(mode="json", exclude_defaults=True)}
+
     def starts_at_base(self) -> bool:
         """Returns whether the model gives the outputs of its (quantised) base before the first step."""
         return True

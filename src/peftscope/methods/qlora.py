@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer
+from pydantic import BeforeValidator, Field
 
 from peftscope.methods.fields import (
     SIMULATED,
@@ -37,8 +37,6 @@ def _spelled(value: bool | str) -> str:
 KbitPreparation = Annotated[
     Literal["none", "peft", "trl"],
     BeforeValidator(_spelled, json_schema_input_type=Literal["none", "peft", "trl"] | bool),
-    # The ids of runs from before there was a choice hash this spelling.
-    PlainSerializer(lambda value: True if value == "peft" else value, when_used="json"),
     Field(
         description="peft: cast all weights that are not quantised to fp32 (prepare_model_for_kbit_training); trl: "
         "then cast embeddings and head back to bf16, so that norms and biases stay in fp32; true means peft"
@@ -76,6 +74,11 @@ class QLoRA(Method):
     double_quant: DoubleQuant = True
     compute_dtype: ComputeDtype = "bf16"
     kbit_preparation: KbitPreparation = "none"
+
+    def canonical(self) -> dict[str, Any]:
+        """Returns the fields for a run's id, which spells PEFT's preparation as it did when there was no other."""
+        fields = super().canonical()
+        return fields | {"kbit_preparation": True} if self.kbit_preparation == "peft" else fields
 
     def quantization(self) -> Quantization | None:
         """Returns the storage of the base, or None if its code is simulated."""
