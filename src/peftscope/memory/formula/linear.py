@@ -259,9 +259,9 @@ def _adalora_linear(model: TapedModel, path: str, layer: LinearLayer, x: Shaped)
     triplets = tape.multiply(model.weights[f"{path}.lora_A"], model.weights[f"{path}.lora_E"])
     down = tape.matmul(x, triplets, (*x.dims[:-1], "r"), "output of A")
     update = tape.matmul(down, model.weights[f"{path}.lora_B"], (*x.dims[:-1], outputs), "output of B")
-    update = tape.scale(tape.cast(update, 4))
+    update = tape.scale(update)
     ranks = tape.new(("1",), 4)
-    update = tape.op([update], update.dims, update.width, None, (ranks,))  # divided by the number of ranks
+    update = tape.op([update], update.dims, 4, None, (ranks,))  # divided by the number of ranks, which has 32 bits
     # In place: the sum stays in the block of the base's output.
     tape.record([result, update], [result], lambda grads, _: [grads[0], grads[0]])
     return result
