@@ -215,3 +215,34 @@ def test_a_missing_kernel_is_a_sentence(toy: Path, make_spec: Any) -> None:
     spec = make_spec(method="lora").model_copy(update={"attention": "flash_attention_2"})
     with pytest.raises(InputError, match=r"flash-attn, whose kernel is missing on this machine -> .*use sdpa"):
         load_base(spec)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "lora"},
+        pytest.param({"method": "full"}, marks=pytest.mark.slow),
+        pytest.param(FIELD, marks=pytest.mark.slow),
+        pytest.param({"method": "full", "precision": "amp"}, marks=pytest.mark.slow),
+        pytest.param({"method": "lora", "loss_path": "response_only", "checkpointing": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_stand_in_for_ligers_loss_is_simulated(options: dict[str, Any]) -> None:
+    question = asked("llama-3.2-1b", 2, loss="liger", batch_size=2, seq_len=512, **options)
+    assert off(question) < 0.005
+    assert any("loss=liger (stand-in)" in line for line in question.assumptions)
+
+
+def test_a_fused_loss_holds_no_logits_of_all_positions() -> None:
+    run = {"method": "lora", "batch_size": 4, "seq_len": 2048, "checkpointing": True}
+    plain, *fused = (
+        answer_by_formula(asked("llama-3.2-1b", 2, loss=loss, **run))
+        for loss in ("plain", "liger", "cut-cross-entropy")
+    )
+    every = 4 * 4 * 2048 * PRESETS["llama-3.2-1b"].shape.vocab_size
+    assert all(answer.phases["backward"] < plain.phases["backward"] - 2 * every for answer in fused)
+    with pytest.raises(InputError, match="known to the closed form only"):
+        answer_by_simulation(asked("llama-3.2-1b", 2, loss="cut-cross-entropy", **run))
+    with pytest.raises(InputError, match="not modelled for gemma2"):
+        asked("gemma-2-2b", loss="liger", **run)

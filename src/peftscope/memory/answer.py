@@ -142,7 +142,7 @@ def peaks_by_formula(
     cublas = question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES
     trace = traces.trace if traces else trace_training
     about = spec, model.shape, question.responses, cublas
-    training = trace(*about, padded=question.padded) if spec.method.trains else None
+    training = trace(*about, padded=question.padded, loss=question.loss) if spec.method.trains else None
     evaluates = evaluation or training is None
     evaluated = trace_evaluation(*about, padded=question.padded) if evaluates else None
     measure = traces.measure if traces else _measure

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from peftscope.memory.kernels import attention_kernel
+from peftscope.memory.kernels import attention_kernel, liger_chunk
 
 FLASH_STAND_IN = "sdpa_in_16_bits"
 """SDPA in place of flash attention: it keeps the same, and like transformers it gets 16-bit numbers and no mask."""
@@ -41,6 +41,45 @@ class _CudaDropout(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         """Returns a gradient with the shape and dtype of the output's gradient."""
         return torch.empty_like(grads[0])
+
+
+class _LigerLoss(torch.autograd.Function):
+    """Allocates what ``LigerFusedLinearCrossEntropyFunction`` does: gradients in the forward pass, logits in chunks.
+
+    Source: liger-kernel 0.8.5, liger_kernel/ops/fused_linear_cross_entropy.py.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Returns a loss, (), for hidden states (N, h) and a head (V, h)."""
+        rows = liger_chunk(x.shape[0], *weight.shape)
+        gradients = [torch.empty_like(x), torch.empty_like(weight) if weight.requires_grad else None]
+        losses = torch.empty(x.shape[0])
+        if x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu"):
+            torch.mm(x[:rows], weight.t(), out=torch.empty(rows, weight.shape[0], dtype=x.dtype))
+        else:
+            for _ in range(min(2, -(-x.shape[0] // rows))):
+                logits = x[:rows] @ weight.t()
+            del logits
+        ctx.save_for_backward(*gradients)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        """Returns the gradients that the forward pass made."""
+        return ctx.saved_tensors
+
+
+def fuse_loss(model: torch.nn.Module, loss_function: Any) -> None:
+    """Replaces head and loss by Liger's in training."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    project = head.forward
+    head.forward = lambda x: x if model.training else project(x)
+
+    def fused(logits: torch.Tensor, labels: Any, vocab_size: int, num_items_in_batch: Any, **_: Any) -> torch.Tensor:
+        return _LigerLoss.apply(logits.view(-1, logits.shape[-1]), head.weight) / num_items_in_batch
+
+    loss_function._loss = fused
 
 
 def drop_as_on_cuda(model: torch.nn.Module) -> None:

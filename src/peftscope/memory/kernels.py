@@ -1,4 +1,4 @@
-"""Which attention kernel torch runs on CUDA, which decides what attention keeps. No torch."""
+"""Which kernels run on CUDA, and in which pieces: that decides what a step keeps. No torch."""
 
 from __future__ import annotations
 
@@ -34,3 +34,15 @@ def attention_kernel(width: float, head_dim: int, *, masked: bool, grouped: bool
     if width == 2 and not masked and head_dim <= WIDEST_HEAD:
         return "flash"
     return "math" if grouped or head_dim * width % ALIGNMENT_BYTES else "efficient"
+
+
+def liger_chunk(tokens: int, vocabulary: int, hidden: int) -> int:
+    """Returns how many positions Liger's loss computes logits of at a time.
+
+    Source: liger-kernel 0.8.5, liger_kernel/ops/fused_linear_cross_entropy.py, lines 111 to 113.
+
+    >>> liger_chunk(16384, 32000, 4096)
+    2048
+    """
+    share = -(-tokens // -(-vocabulary // hidden))
+    return min(1 << (share - 1).bit_length(), tokens)

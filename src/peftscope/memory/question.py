@@ -67,6 +67,12 @@ class Beside(BaseModel):
         Literal["none", "some"],
         Field(description="padding in the longest batch; without any, transformers drops the mask"),
     ] = "some"
+    loss: Annotated[
+        Literal["plain", "liger", "cut-cross-entropy"],
+        Field(
+            description="implementation of the loss: transformers', or one that never holds the logits of all tokens"
+        ),
+    ] = "plain"
 
 
 BESIDE_OPTIONS = tuple(Beside.model_fields)
@@ -111,6 +117,7 @@ class Question:
         gpus: The number of cards over which weights, gradients and states are sharded.
         assumptions: The assumptions behind the answer, one sentence each.
         padding: Whether the longest batch has padding: none or some.
+        loss: The implementation of the loss.
     """
 
     model: Model
@@ -120,6 +127,7 @@ class Question:
     gpus: int
     assumptions: tuple[str, ...]
     padding: Literal["none", "some"] = "some"
+    loss: str = "plain"
 
     @property
     def padded(self) -> bool:
@@ -260,7 +268,8 @@ def ask(
         raise InputError(Problem("response_len", f"must lie between 1 and seq_len={spec.seq_len} (got {kept})"))
     if gpus < 1:
         raise InputError(Problem("gpus", f"must be at least 1 (got {gpus})"))
-    question = Question(model, spec, kept, gpu, gpus, (), beside.padding)
+    _check_loss(model, beside.loss)
+    question = Question(model, spec, kept, gpu, gpus, (), beside.padding, beside.loss)
     said = [f"as {beside.as_trainer}: {option}={value} ({source})" for option, (value, source) in regime.items()]
     if beside.as_trainer:
         version, more = REGIMES[beside.as_trainer].version, REGIMES[beside.as_trainer].beside
@@ -308,6 +317,16 @@ def _check_model(model: Model, spec: RunSpec) -> None:
     if rank is not None and narrowest is not None and rank > narrowest:
         message = f"{rank} is more than the smallest adapted width, {narrowest}"
         raise InputError(Problem(name, message, f"use at most {narrowest}"))
+
+
+SCALED_LOGITS = ("gemma2", "granite")
+"""Families whose logits are scaled or capped after the head, which the fused losses here do not do."""
+
+
+def _check_loss(model: Model, loss: str) -> None:
+    family = model.config["model_type"]
+    if loss != "plain" and family in SCALED_LOGITS:
+        raise InputError(Problem("loss", f"{loss} is not modelled for {family}, which changes its logits", "use plain"))
 
 
 def usual_responses(seq_len: int) -> int:
@@ -377,6 +396,12 @@ def _assumptions(question: Question) -> list[str]:
         lines.append(f"CUDA context of {CONTEXT_BYTES / MIB:.0f} MiB, measured on an A100; other cards differ")
     else:
         lines.append(f"CUDA context of {gpu.context_bytes / MIB:.0f} MiB, measured on this type of card")
+    if question.loss == "liger":
+        lines.append(
+            "loss=liger (stand-in): allocates what liger-kernel 0.8.5 allocates, ops/fused_linear_cross_entropy.py"
+        )
+    if question.loss == "cut-cross-entropy":
+        lines.append("loss=cut-cross-entropy (formula only): cut-cross-entropy 25.1.1, cce.py and cce_backward.py")
     if spec.method.quantization():
         lines.append("4-bit products dequantise one layer at a time in both passes, as on CUDA with large batches")
     if spec.optimizer.startswith("paged"):

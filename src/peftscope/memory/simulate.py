@@ -19,7 +19,7 @@ from peftscope.data.batching import Batch
 from peftscope.errors import InputError, Problem
 from peftscope.hardware.cards import CUBLAS_BYTES
 from peftscope.memory.answer import Answer, Peaks, answer_of, peaks_of
-from peftscope.memory.as_on_cuda import FLASH_STAND_IN, as_on_cuda, dequantised_bytes, drop_as_on_cuda
+from peftscope.memory.as_on_cuda import FLASH_STAND_IN, as_on_cuda, dequantised_bytes, drop_as_on_cuda, fuse_loss
 from peftscope.memory.formula.step import PAGED_FROM_VALUES
 from peftscope.memory.probe import track_evaluation, track_steps
 from peftscope.memory.question import Question
@@ -38,6 +38,7 @@ def simulate(
     batches: Sequence[Batch],
     evaluation_batch: Batch | None = None,
     cublas_bytes: int = 0,
+    loss: str = "plain",
 ) -> tuple[Trace, Trace | None]:
     """Returns the trace of training steps, one per batch, and the trace of an evaluation.
 
@@ -52,9 +53,13 @@ def simulate(
             nothing is trained.
         evaluation_batch: A batch with the shape of the evaluation's, or None for no evaluation.
         cublas_bytes: The size of cuBLAS's workspace. Above 0, the traces also contain the workspaces of CUDA kernels.
+        loss: plain, or liger for a stand-in that allocates what Liger's loss allocates.
     """
     trained = _empty_model(spec, config)
     model = trained.model
+    if loss == "liger":
+        fuse_loss(model, trained.loss_function)
+        spec = spec.model_copy(update={"keep_logits": False})  # there are none
     # Fake tensors are CPU tensors, and autocast takes its device from the spec.
     on_cpu = spec.model_copy(update={"device": "cpu"})
     if cublas_bytes:
@@ -159,6 +164,9 @@ def peaks_by_simulation(question: Question, *, evaluation: bool = True) -> Peaks
         message = "only the closed form can answer for several cards"
         message += "" if has_form else f", and {question.spec.method.name} has none"
         raise InputError(Problem("gpus", message, "leave out --simulate" if has_form else "ask about one card"))
+    if question.loss == "cut-cross-entropy":
+        remedy = "leave out --simulate"
+        raise InputError(Problem("loss", "cut-cross-entropy is known to the closed form only", remedy))
     spec, responses = question.spec, question.responses
     sizes: dict[str, Any] = {"width": spec.seq_len, "responses": responses, "padded": question.padded}
     batch = empty_batch(rows=spec.batch_size, packed=spec.packing, **sizes)
@@ -172,6 +180,7 @@ def peaks_by_simulation(question: Question, *, evaluation: bool = True) -> Peaks
             [batch, batch] if spec.method.trains else [],
             evaluation_batch if evaluation or not spec.method.trains else None,
             question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES,
+            question.loss,
         )
     except Exception as error:  # any model may fail in its own way, and the user needs one line
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

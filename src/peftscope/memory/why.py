@@ -170,7 +170,7 @@ def distinct_names(first: Question, second: Question) -> tuple[str, str]:
     parts = [[word.strip()] if word else [] for word in words]
     owners: list[tuple[str, Any, Any]] = [(name, first.spec, second.spec) for name in SPEC_OPTIONS]
     owners += [(name, methods[0], methods[1]) for name in METHOD_OPTIONS]
-    owners.append(("padding", first, second))
+    owners += [(name, first, second) for name in ("padding", "loss")]
     own_batch = any(q.spec.eval_batch_size != q.spec.batch_size for q in both)
     missing = object()
     for name, *two in owners:

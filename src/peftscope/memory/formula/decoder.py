@@ -324,12 +324,16 @@ def run_decoder(model: TapedModel, *, masked: bool) -> Shaped:
     return x
 
 
+def keep_positions(model: TapedModel, x: Shaped) -> Shaped:
+    """Stands for the slice of hidden states whose logits are needed."""
+    tape, dims, width = model.tape, x.dims, x.width
+    return tape.op([x], ("N", "h"), width, lambda grads, _: [tape.new(dims, width)])
+
+
 def run_head(model: TapedModel, x: Shaped, *, kept: bool) -> Shaped:
     """Stands for the language-model head, at the positions that are kept or at all of them."""
     tape = model.tape
-    if kept:
-        dims, width = x.dims, x.width
-        x = tape.op([x], ("N", "h"), width, lambda grads, _: [tape.new(dims, width)])
+    x = keep_positions(model, x) if kept else x
     tape.module = "lm_head"
     head = model.weights["embed_tokens" if model.shape.tied_embeddings else "lm_head"]
     logits = tape.matmul(x, head, ("N", "V"), "logits")

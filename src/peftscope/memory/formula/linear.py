@@ -39,6 +39,7 @@ class TapedModel:
     Attributes:
         tape: What runs is written there.
         weights: By name.
+        loss: The implementation of the loss of a training step: plain, liger or cut-cross-entropy.
     """
 
     def __init__(self, spec: RunSpec, shape: ModelShape, sizes: dict[str, int], cublas_bytes: int) -> None:
@@ -65,6 +66,7 @@ class TapedModel:
         if self.on_cuda:  # the backward pass has a thread of its own, with a handle and a workspace of its own
             for _ in range(2 if spec.method.trains else 1):
                 self.tape.trace.born(Block(cublas_bytes, "kernel workspace", term="cuBLAS workspace"))
+        self.loss = "plain"
         self.past: Any = None  # of prefix tuning: its keys and values
         self.cache: list[Shaped] = []  # and what transformers' cache keeps as long as its output lives
         _make_weights(self)
@@ -162,10 +164,12 @@ def _base_linear(model: TapedModel, path: str, layer: LinearLayer, x: Shaped) ->
         return [result]
 
     x_dims = x.dims
-    output = tape.op([tape.cast(x, compute)], dims, compute, backward, term=f"output of {layer.name}")
+    narrow = tape.cast(x, compute)  # lives while the kernel runs
+    output = tape.op([narrow], dims, compute, backward, term=f"output of {layer.name}")
     if model.on_cuda:
         size, formula = tape.measure((outputs, inputs), 2)
         tape.trace.pass_by(Block(size, "kernel workspace", path, "dequantised weights of one layer", formula))
+    del narrow
     return tape.cast(output, x.width)
 
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from math import prod
 from typing import Any
 
-from peftscope.memory.formula.decoder import run_decoder, run_head
+from peftscope.memory.formula.decoder import keep_positions, run_decoder, run_head
+from peftscope.memory.formula.fused import fused_loss
 from peftscope.memory.formula.linear import TapedModel
 from peftscope.memory.formula.terms import OPTIMIZER_COPY, evaluation_sizes, sizes_of
 from peftscope.memory.tape import Shaped, bytes_of, factors
@@ -27,7 +28,13 @@ PAGED_FROM_VALUES = 100_000
 
 
 def trace_training(
-    spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0, *, padded: bool = True
+    spec: RunSpec,
+    shape: ModelShape,
+    responses: int,
+    cublas_bytes: int = 0,
+    *,
+    padded: bool = True,
+    loss: str = "plain",
 ) -> Trace:
     """Returns the trace of two training steps on batches of ``spec.batch_size`` sequences of ``spec.seq_len`` tokens.
 
@@ -37,9 +44,12 @@ def trace_training(
         responses: Positions of a sequence that carry a loss.
         cublas_bytes: Size of cuBLAS's workspace; above 0 the trace also has what kernels take inside on CUDA.
         padded: Whether the batch has padding.
+        loss: The implementation of the loss: plain, liger or cut-cross-entropy.
     """
     with without_collector():
-        return _train(TapedModel(spec, shape, sizes_of(spec, shape, responses), cublas_bytes), padded=padded)
+        model = TapedModel(spec, shape, sizes_of(spec, shape, responses), cublas_bytes)
+        model.loss = loss
+        return _train(model, padded=padded)
 
 
 class TrainingTraces:
@@ -56,13 +66,11 @@ class TrainingTraces:
         self._measured: dict[Any, Any] = {}
         self._last: tuple[Trace, Any] | None = None
 
-    def trace(
-        self, spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0, *, padded: bool = True
-    ) -> Trace:
+    def trace(self, spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0, **batch: Any) -> Trace:
         """Returns what ``trace_training`` returns."""
-        key = f"{_operations(spec)} {shape!r} {cublas_bytes} {padded}"
+        key = f"{_operations(spec)} {shape!r} {cublas_bytes} {batch}"
         if key not in self._traces:
-            trace = trace_training(spec, shape, responses, cublas_bytes, padded=padded)
+            trace = trace_training(spec, shape, responses, cublas_bytes, **batch)
             # Methods that do the same operations on the same tensors, as LoRA and rsLoRA do, share what is reserved.
             same = tuple(trace.events), tuple((b.formula or b.size, b.paged) for b in trace.blocks)
             number = self._numbers.setdefault(same, len(self._numbers))
@@ -124,7 +132,12 @@ def _loss(model: TapedModel, logits: Shaped) -> Shaped:
     tape.module = "loss"
     wide = tape.cast(logits, 4, "logits in 32 bits")
     logs = tape.with_saved_output([wide], ("N", "V"), 4, "log-softmax of the logits")
-    loss = tape.scale(tape.op([logs], (), 4, None, (logs,)))
+    return tape.scale(tape.op([logs], (), 4, None, (logs,)))
+
+
+def _regularised(model: TapedModel, loss: Shaped) -> Shaped:
+    """Stands for the term that a method adds to the loss."""
+    tape = model.tape
     if not model.form.orthogonality_term:
         return loss
     # Its gradients come first in the backward pass, and wait until those of the model come.
@@ -151,14 +164,19 @@ def _train(model: TapedModel, *, padded: bool) -> Trace:
         tape.trace.begin("forward")
         before, model.cache = model.cache, []  # the last outputs, with their cache, live until there are new ones
         hidden = run_decoder(model, masked=masked)
-        logits = run_head(model, hidden, kept=spec.loss_path == "response_only")
-        loss = _loss(model, logits)
-        held = logits if spec.keeps_logits else None
+        kept = spec.loss_path == "response_only"
+        if model.loss == "plain":
+            logits = run_head(model, hidden, kept=kept)
+            loss = _regularised(model, _loss(model, logits))
+            held = logits if spec.keeps_logits else None
+            del logits
+        else:
+            loss = _regularised(model, fused_loss(model, keep_positions(model, hidden) if kept else hidden))
         before.clear()
         tape.casts.clear()
         if held is None or model.shape.family not in RETURNS_CACHE:
             model.cache.clear()
-        del hidden, logits
+        del hidden
         tape.trace.begin("backward")
         tape.backward(loss)
         del loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from peftscope.memory.kernels import liger_chunk
 from peftscope.models.shapes import ModelShape
 from peftscope.spec import RunSpec
 
@@ -12,6 +13,7 @@ DIMENSIONS = {
     "T": "tokens of a batch, B·S",
     "U": "tokens of a batch without virtual tokens",
     "N": "positions of a batch whose logits are computed",
+    "c": "positions whose logits are computed at a time",
     "L": "layers",
     "h": "hidden size",
     "q": "width of all queries",
@@ -41,6 +43,11 @@ SOURCES = {
     "logits and loss": "transformers ForCausalLMLoss, and its gradients",
     "logits": "transformers ForCausalLM.forward",
     "logits in 32 bits": "transformers ForCausalLMLoss",
+    "logits of a chunk (Liger)": "stand-in: liger-kernel 0.8.5 fused_linear_cross_entropy_forward",
+    "gradient of the hidden states (Liger)": "stand-in: liger-kernel 0.8.5, made in the forward pass",
+    "gradient of the head (Liger)": "stand-in: liger-kernel 0.8.5, made in the forward pass",
+    "16-bit copy for the fused loss": "formula only: cut-cross-entropy 25.1.1 takes 16-bit numbers",
+    "log-sum-exp of the logits": "formula only: cut-cross-entropy 25.1.1, LinearCrossEntropyFunction",
     "log-softmax of the logits": "torch cross_entropy keeps it for its gradient",
     "32-bit copy of a norm's input": "transformers RMSNorm.forward: .to(torch.float32)",
     "normalised input": "transformers RMSNorm.forward",
@@ -80,6 +87,7 @@ def sizes_of(spec: RunSpec, shape: ModelShape, responses: int, batch_size: int |
     virtual = getattr(spec.method, "virtual_tokens", 0)
     prefix = virtual - spec.method.logit_offset()
     length = spec.seq_len + virtual - prefix
+    kept = batch * (responses if spec.loss_path == "response_only" else length)
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     return {
         "1": 1,
@@ -89,7 +97,8 @@ def sizes_of(spec: RunSpec, shape: ModelShape, responses: int, batch_size: int |
         "P": length + prefix,
         "T": batch * length,
         "U": batch * spec.seq_len,
-        "N": batch * (responses if spec.loss_path == "response_only" else length),
+        "N": kept,
+        "c": liger_chunk(kept, shape.vocab_size, shape.hidden_size),
         "L": shape.num_layers,
         "h": shape.hidden_size,
         "q": queries,

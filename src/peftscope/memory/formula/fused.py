@@ -1,0 +1,51 @@
+"""Losses that never hold the logits of all positions, on a tape. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftscope.memory.formula.linear import TapedModel
+from peftscope.memory.tape import Shaped
+
+
+def fused_loss(model: TapedModel, x: Shaped) -> Shaped:
+    """Stands for head and loss in one operation, on hidden states (N, h)."""
+    head = model.weights["embed_tokens" if model.shape.tied_embeddings else "lm_head"]
+    model.tape.module = "loss"
+    loss = _liger(model, x, head) if model.loss == "liger" else _cut(model, x, head)
+    model.tape.module = ""
+    return loss
+
+
+def _liger(model: TapedModel, x: Shaped, head: Shaped) -> Shaped:
+    """Stands for ``LigerFusedLinearCrossEntropyFunction``, whose forward pass already has the gradients."""
+    tape = model.tape
+    gradients = [tape.new(x.dims, x.width, term="gradient of the hidden states (Liger)")]
+    trains = head.node is not None
+    gradients += [tape.new(head.dims, head.width, term="gradient of the head (Liger)")] if trains else []
+    losses = tape.new(("N",), 4)
+    width = 2 if tape.autocast else max(x.width, head.width)
+    copy = tape.new(head.dims, width, term="16-bit weights (autocast)") if head.width != width else None
+    # Without casts, each chunk is written into the same block; otherwise the last one lives until the next is there.
+    one_block = not tape.autocast and x.width == head.width
+    several = model.sizes["c"] < model.sizes["N"]
+    chunks = [
+        tape.new(("c", "V"), width, term="logits of a chunk (Liger)") for _ in range(1 if one_block else 1 + several)
+    ]
+    del chunks, copy, losses
+    loss = tape.new((), 4)
+    tape.record([x, head], [loss], lambda _, saved: [*saved, None][:2], gradients)
+    return loss
+
+
+def _cut(model: TapedModel, x: Shaped, head: Shaped) -> Shaped:
+    """Stands for cut-cross-entropy's ``LinearCrossEntropyFunction``, which keeps hidden states and log-sum-exps."""
+    tape, width = model.tape, head.width
+    x = tape.cast(x, 2, "16-bit copy for the fused loss")
+    sums = tape.new(("N",), 4, term="log-sum-exp of the logits")
+    trains = head.node is not None
+
+    def backward(_: list[Any], __: Any) -> list[Any]:
+        return [tape.new(x.dims, 2), tape.new(head.dims, width) if trains else None]
+
+    return tape.op([x, head], (), 4, backward, (x, head, sums))
