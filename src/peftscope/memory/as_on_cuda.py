@@ -72,7 +72,7 @@ class _LigerLoss(torch.autograd.Function):
 
 def fuse_loss(model: torch.nn.Module, loss_function: Any) -> None:
     """Replaces head and loss by Liger's in training."""
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()
     project = head.forward
     head.forward = lambda x: x if model.training else project(x)
 
