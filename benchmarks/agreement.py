@@ -9,6 +9,7 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import cycle, islice
 from typing import Any
 
 from rich.console import Console
@@ -21,18 +22,38 @@ from peftscope.memory.question import Model, Question, ask
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
 
-ARCHITECTURES = ("llama-2-7b", "llama-3.2-1b", "qwen2.5-0.5b", "phi-3-mini", "gemma-2-2b", "mistral-7b")
-"""Two Llamas (with and without grouped keys), biases, fused layers, four norms and soft caps, a sliding window."""
+ARCHITECTURES = (
+    "llama-2-7b",
+    "llama-3.2-1b",
+    "qwen2.5-0.5b",
+    "qwen3-0.6b",
+    "phi-3-mini",
+    "gemma-2-2b",
+    "gemma-3-1b",
+    "mistral-7b",
+    "olmo-2-1b",
+    "smollm2-1.7b",
+    "smollm3-3b",
+    "granite-3.1-2b",
+)
+"""One for each kind of layer that closed forms know: grouped keys, biases, norms of queries and keys, fused layers,
+soft caps, sliding windows, tied embeddings, norms after a layer, layers without positions, multipliers."""
+FEWEST_LAYERS = {"smollm3-3b": 4, "gemma-3-1b": 6}
+"""Models whose layers differ have one of each kind; the others have two to four layers."""
 
 ROUNDS = 17
 """Each round asks about every method once."""
+FULL_DEPTH = 20
+"""The number of questions about whole models."""
 
 
-def random_question(method: str, source: random.Random) -> Question:
-    """Returns a question about a method on one of the architectures, with few layers so that it is simulated fast."""
+def random_question(method: str, source: random.Random, whole: bool = False) -> Question:
+    """Returns a question about a method on one of the architectures, cut to few layers so that it is simulated fast."""
     while True:
         name = source.choice(ARCHITECTURES)
-        shape = PRESETS[name][1].model_copy(update={"num_layers": source.randint(1, 4)})
+        shape = PRESETS[name].shape
+        if not whole:
+            shape = shape.model_copy(update={"num_layers": FEWEST_LAYERS.get(name) or source.randint(2, 4)})
         options: dict[str, Any] = {
             "method": method,
             "batch_size": source.choice([1, 2, 4, 8]),
@@ -40,33 +61,29 @@ def random_question(method: str, source: random.Random) -> Question:
             "precision": source.choice(["bf16", "bf16", "fp32", "amp"]),
             "optimizer": source.choice(["adamw", "adamw", "sgd", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]),
             "loss_path": source.choice(["hf", "response_only"]),
+            "keep_logits": source.choice([None, None, True, False]),
             "checkpointing": source.choice([False, True]),
             "packing": source.choice([False, False, True]),
+            "padding": source.choice(["some", "some", "none"]),
             "gradient_accumulation": source.choice([1, 1, 2]),
         }
+        options["autocast"] = options["precision"] == "bf16" and source.choice([False, False, True])
         if options["optimizer"] in ("adamw", "sgd"):
             options["optimizer_implementation"] = source.choice(["foreach", "fused", "single"])
         if name != "gemma-2-2b":
             options["attention"] = source.choice(["sdpa", "sdpa", "eager", "flash_attention_2"])
-        fields = METHODS[method].model_fields
         rank = source.choice([2, 8, 32, 128])
-        ranks = {"rank": rank, "init_r": rank, "target_r": rank // 2, "virtual_tokens": source.choice([4, 32])}
-        options |= {name: value for name, value in ranks.items() if name in fields}
-        if "targets" in fields:
-            # IA3 got the field later: the other methods' questions stay those whose differences were published.
-            chooser = random.Random(rank) if method == "ia3" else source
-            options["targets"] = chooser.choice(["minimal", "attention", "mlp", "all-linear"])
-        if "dropout" in fields:
-            options["dropout"] = source.choice([0.0, 0.0, 0.05])
-        if "adapter_dtype" in fields:
-            options["adapter_dtype"] = source.choice(["fp32", "fp32", "base"])
-        # Later options have a generator of their own, so that they leave the other choices as they were.
-        later = random.Random(repr(sorted(options.items())))
-        options["padding"] = later.choice(["some", "some", "none"])
-        options["keep_logits"] = later.choice([None, None, True, False])
-        options["autocast"] = options["precision"] == "bf16" and later.choice([False, False, True])
-        if "kbit_preparation" in fields:
-            options["kbit_preparation"] = later.choice(["none", "peft", "trl"])
+        of_method = {
+            "rank": rank,
+            "init_r": rank,
+            "target_r": rank // 2,
+            "virtual_tokens": source.choice([4, 32]),
+            "targets": source.choice(["minimal", "attention", "mlp", "all-linear"]),
+            "dropout": source.choice([0.0, 0.0, 0.05]),
+            "adapter_dtype": source.choice(["fp32", "fp32", "base"]),
+            "kbit_preparation": source.choice(["none", "peft", "trl"]),
+        }
+        options |= {option: value for option, value in of_method.items() if option in METHODS[method].model_fields}
         try:
             return ask(Model(name, shape.to_config(), shape), options, responses=source.randint(1, options["seq_len"]))
         except InputError:  # a combination that cannot be
@@ -80,6 +97,14 @@ def random_questions(seed: int, rounds: int = ROUNDS) -> Iterator[Question]:
         for method, description in METHODS.items():
             if description.trains and description.closed_form:
                 yield random_question(method, source)
+
+
+def whole_questions(seed: int) -> Iterator[Question]:
+    """Yields random questions about models at their full depth, the methods in turn."""
+    source = random.Random(seed)
+    methods = cycle(name for name, description in METHODS.items() if description.trains and description.closed_form)
+    for method in islice(methods, FULL_DEPTH):
+        yield random_question(method, source, whole=True)
 
 
 def differences(question: Question) -> dict[str, float]:
@@ -98,9 +123,11 @@ def differences(question: Question) -> dict[str, float]:
 def main() -> None:
     """Measures and writes the agreement."""
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
-    questions = list(random_questions(seed=0))
-    for question in track(questions, console=Console(stderr=True), description="simulating"):
+    questions, wholes = list(random_questions(seed=0)), list(whole_questions(seed=0))
+    console = Console(stderr=True)
+    for question in track(questions, console=console, description="simulating cut models"):
         found[question.spec.method.name].append(differences(question))
+    whole = [differences(question) for question in track(wholes, console=console, description="whole models")]
     methods: dict[str, dict[str, Any]] = {
         method: {
             "questions": len(found[method]),
@@ -110,8 +137,15 @@ def main() -> None:
         for method in sorted(found)
     }
     reserved = _mean_and_worst(one["reserved"] for ones in found.values() for one in ones)
+    allocated = _mean_and_worst(one["peak"] for ones in found.values() for one in ones)
     content = {
         "questions": len(questions),
+        "allocated_percent": allocated,
+        "whole_models": {
+            "questions": len(whole),
+            "allocated_percent": _mean_and_worst(one["peak"] for one in whole),
+            "reserved_percent": _mean_and_worst(one["reserved"] for one in whole),
+        },
         "worst_percent": {method: figures["allocated_percent"]["worst"] for method, figures in methods.items()},
         "worst_reserved_percent": reserved["worst"],
         "mean_reserved_percent": reserved["mean"],

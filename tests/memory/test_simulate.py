@@ -230,7 +230,9 @@ def test_closed_form_and_simulation_agree_on_random_runs() -> None:
 def test_the_agreement_that_answers_quote_is_within_two_percent() -> None:
     measured = json.loads(AGREEMENT_FILE.read_text())
     assert set(measured["worst_percent"]) == {name for name, cls in METHODS.items() if cls.trains and cls.closed_form}
-    assert measured["questions"] >= 200
+    assert measured["questions"] >= 200 and measured["whole_models"]["questions"] >= 20
+    for figures in (measured["allocated_percent"], measured["whole_models"]["allocated_percent"]):
+        assert figures["mean"] < 0.5 and figures["worst"] < 2
     assert max(measured["worst_percent"].values()) < 2
     methods = measured["methods"]
     assert sum(figures["questions"] for figures in methods.values()) == measured["questions"]
