@@ -1,0 +1,294 @@
+"""Predicts the peaks that others published, with our methods and with estimators of others: ``make scorecard``.
+
+Writes ``results/published/scorecard/`` and the tables of ``docs/scorecard.md``. Simulations and the answers of others are
+kept in ``results/scorecard/`` and computed again only if what decides them changed.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.estimators import ESTIMATORS, answers_of
+from benchmarks.points import RULE, Point, by_formula, by_simulation, question_of, read_points, why_out
+from peftscope.errors import GIB
+from peftscope.execution.libraries import without_hub_kernels
+from peftscope.hardware.cards import find_gpu
+from peftscope.report.plots import save
+
+PUBLISHED = Path("results/published/scorecard")
+PAGE = Path("docs/scorecard.md")
+OURS = ("closed form", "simulation")
+SIZES = ((1e9, "under 1B"), (4e9, "1B to 4B"), (1e12, "over 4B"))
+"""The groups of models, by the largest number of parameters."""
+MISSED = 0.05
+"""An error of the closed form beyond this is listed by name."""
+
+
+def score(points: list[Point]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Returns all predictions, one row for each point, and the estimators of others with their versions."""
+    asked = [point for point in points if point.asked and point.kind not in ("resident", "device")]
+    predicted: dict[str, dict[str, int | str]] = {name: {} for name in OURS}
+    for point in track(asked, console=Console(stderr=True), description="ours"):
+        predicted["closed form"][point.id] = by_formula(point)
+        predicted["simulation"][point.id] = by_simulation(point)
+    tools = []
+    for one in track(ESTIMATORS, console=Console(stderr=True), description="others"):
+        try:
+            predicted[one.name], installed = answers_of(one, asked), "yes"
+        except subprocess.CalledProcessError as error:
+            predicted[one.name], installed = {}, f"no: {error}"
+        tools.append((one.name, one.version, one.models_activations, one.total, installed))
+    rows = []
+    for point in points:
+        question, unasked = question_of(point) if point.asked else (None, [])
+        shape = question.model.shape if question else None
+        row = {
+            "id": point.id,
+            "source": point.source,
+            "run": point.run,
+            "what": _what(point),
+            "method": point.asked.get("method", ""),
+            "parameters": shape.parameters if shape else None,
+            "kind": point.kind,
+            "capacity_bytes": find_gpu(point.gpu).usable_bytes if point.gpu else None,
+            "measured_bytes": point.measured_bytes,
+            "out_of_scope": why_out(point),
+            "not_asked": " ".join(unasked),
+        }
+        sizes = {f"{name}_bytes": values.get(point.id) for name, values in predicted.items()}
+        rows.append(row | {name: size if isinstance(size, int) else None for name, size in sizes.items()})
+    frame = pd.DataFrame(rows)
+    whole = [name for name in frame if name.endswith("_bytes") or name == "parameters"]
+    frame[whole] = frame[whole].astype("Int64")
+    return frame, pd.DataFrame(tools, columns=["name", "version", "models_activations", "total", "installed"])
+
+
+def _what(point: Point) -> str:
+    """Returns a run in a few words: model, method, batch and length."""
+    asked = point.asked
+    if not asked:
+        return f"{point.model}, {point.method}"
+    rank = f" r{asked['rank']}" if "rank" in asked else ""
+    said = f"{point.preset}, {asked['method']}{rank}, {asked['batch_size']} × {asked['seq_len']}"
+    return said + (", recomputed" if asked.get("checkpointing") else "")
+
+
+def read_scores(folder: Path = PUBLISHED) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Returns what ``score`` found, as it was published."""
+    scores = pd.read_csv(folder / "scorecard.csv", keep_default_na=False, na_values={})
+    for name in scores:
+        if name.endswith("_bytes") or name == "parameters":
+            scores[name] = pd.to_numeric(scores[name]).astype("Int64")
+    return scores, pd.read_csv(folder / "estimators.csv")
+
+
+def in_scope(scores: pd.DataFrame) -> pd.DataFrame:
+    """Returns the points in scope that have a measured size."""
+    return scores[(scores["out_of_scope"] == "") & scores["measured_bytes"].notna()]
+
+
+def one_a_run(scores: pd.DataFrame) -> pd.DataFrame:
+    """Returns one point of each run: what was reserved or, if nobody published that, what was allocated."""
+    return scores.sort_values("kind", ascending=False, kind="stable").drop_duplicates("run").sort_index()
+
+
+def errors(scores: pd.DataFrame, name: str) -> pd.Series:
+    """Returns the signed errors of an estimator, as shares of what was measured."""
+    return (scores[f"{name}_bytes"].astype(float) / scores["measured_bytes"].astype(float) - 1).dropna()
+
+
+def render(scores: pd.DataFrame, tools: pd.DataFrame) -> str:
+    """Returns the scorecard as Markdown: the rule, errors by method and size, and every point."""
+    usual = [*OURS, *tools.loc[tools["models_activations"], "name"]]
+    bare = list(tools.loc[~tools["models_activations"], "name"])
+    inside, outside = in_scope(scores), scores[scores["out_of_scope"] != ""]
+    full = scores[(scores["out_of_scope"] == "") & (scores["kind"] == "out of memory")]
+    versions = ", ".join(f"{tool.name} {tool.version}" for tool in tools.itertuples() if tool.installed == "yes")
+    absent = [
+        f"{tool.name} {tool.version} ({tool.installed})" for tool in tools.itertuples() if tool.installed != "yes"
+    ]
+    asked = outside[outside["closed form_bytes"].notna()]
+    lines = [
+        f"A point is in scope if all of this holds ({len(inside)} of {len(scores)} figures, from {inside['run'].nunique()} "
+        f"runs, and {len(full)} runs out of memory):",
+        "",
+        *(f"{number}. {sentence}" for number, sentence in enumerate(RULE, 1)),
+        "",
+        f"Estimators: {versions}. Not installed: {', '.join(absent) or 'none'}.",
+        "",
+        "| estimator | the number that is compared |",
+        "|---|---|",
+        *(f"| {tool.name} | {tool.total} |" for tool in tools.itertuples()),
+        "",
+        "## By method and size",
+        "",
+        "Each run counts once: with what was reserved or, if nobody published that, what was allocated. A cell has the "
+        "mean size of the errors, and the worst error with its sign.",
+        "",
+        *_summary(one_a_run(inside), usual),
+        "",
+        "The closed form and the simulation tell tensors (allocated) from segments (reserved):",
+        "",
+        *_by_kind(inside),
+        "",
+        f"The closed form is off by more than {MISSED:.0%} at {_missed(inside)}.",
+        "",
+        "## Every point in scope",
+        "",
+        f"Errors in %. {', '.join(bare)} models no activations: with full fine-tuning its number is that of training with "
+        "Adam, with an adapter that of the weights. *Not asked* are settings that the calculator does not know.",
+        "",
+        *_table(inside, usual, bare),
+        "",
+        "## Out of memory",
+        "",
+        *_full(full, usual),
+        "",
+        "## Out of scope",
+        "",
+        "| why | figures |",
+        "|---|---:|",
+        *(f"| {reason} | {count} |" for reason, count in outside.groupby("out_of_scope", sort=False).size().items()),
+        "",
+        "Those that state enough to ask all the same:",
+        "",
+        *_table(asked[asked["measured_bytes"].notna()], usual, bare, reason=True),
+    ]
+    return "\n".join(lines)
+
+
+def _percent(error: float) -> str:
+    return "-" if pd.isna(error) else f"{100 * error:+.1f}"
+
+
+def _cell(scores: pd.DataFrame, name: str) -> str:
+    """Returns the mean size of an estimator's errors, and the worst of them."""
+    found = errors(scores, name)
+    if found.empty:
+        return "-"
+    return f"{100 * found.abs().mean():.1f} ({_percent(found[found.abs().idxmax()])})"
+
+
+def _summary(scores: pd.DataFrame, names: list[str]) -> list[str]:
+    lines = [f"| method | model | runs | {' | '.join(names)} |", f"|---|---|---:|{'---:|' * len(names)}"]
+    for method, group in [*scores.groupby("method", sort=True), ("all", scores)]:
+        smallest = 0.0
+        for largest, label in SIZES if method != "all" else [(float("inf"), "all")]:
+            sizes = group["parameters"].astype(float)
+            part = group[(sizes >= smallest) & (sizes < largest)]
+            smallest = largest
+            if len(part):
+                cells = " | ".join(_cell(part, name) for name in names)
+                lines.append(f"| {method} | {label} | {len(part)} | {cells} |")
+    return lines
+
+
+def _by_kind(scores: pd.DataFrame) -> list[str]:
+    lines = ["| method | counted | points | closed form | simulation |", "|---|---|---:|---:|---:|"]
+    for (method, kind), part in scores.groupby(["method", "kind"]):
+        lines.append(f"| {method} | {kind} | {len(part)} | {' | '.join(_cell(part, name) for name in OURS)} |")
+    return lines
+
+
+def _missed(scores: pd.DataFrame) -> str:
+    found = errors(scores, "closed form")
+    rows = scores.loc[found[found.abs() > MISSED].index]
+    return (
+        f"{len(rows)} of {len(scores)} points: "
+        + "; ".join(
+            f"{row['what']}, {row['kind']} ({_percent(found[index])} %"
+            + (f", {row['not_asked']} not asked" if row["not_asked"] else "")
+            + ")"
+            for index, row in rows.iterrows()
+        )
+        if len(rows)
+        else "no point"
+    )
+
+
+def _table(scores: pd.DataFrame, names: list[str], bare: list[str], *, reason: bool = False) -> list[str]:
+    more = "why out of scope" if reason else "not asked"
+    last = [f"*{name}*" for name in bare]
+    lines = [f"| run | counted | GiB | {' | '.join([*names, *last])} | {more} | source |"]
+    lines.append(f"|---|---|---:|{'---:|' * len([*names, *last])}---|---|")
+    for index, row in scores.iterrows():
+        sizes = [errors(scores.loc[[index]], name) for name in (*names, *bare)]
+        cells = " | ".join(_percent(size.iloc[0]) if len(size) else "-" for size in sizes)
+        told = row["out_of_scope"] if reason else row["not_asked"].replace(" ", ", ")
+        source = re.split(r"[ #;]", row["source"])[0]
+        lines.append(
+            f"| {row['what']} | {row['kind']} | {row['measured_bytes'] / GIB:.2f} | {cells} | {told} | {source} |"
+        )
+    return lines
+
+
+def _full(scores: pd.DataFrame, names: list[str]) -> list[str]:
+    lines = [f"| run | card (GiB) | {' | '.join(names)} |", f"|---|---:|{'---:|' * len(names)}"]
+    for _, row in scores.iterrows():
+        cells = [
+            f"{row[f'{name}_bytes'] / GIB:.0f}{'' if row[f'{name}_bytes'] > row['capacity_bytes'] else ' (fits)'}"
+            for name in names
+        ]
+        lines.append(f"| {row['what']} | {row['capacity_bytes'] / GIB:.1f} | {' | '.join(cells)} |")
+    return lines
+
+
+def draw(scores: pd.DataFrame, tools: pd.DataFrame, path: Path) -> None:
+    """Draws the signed errors of every run, with one row for each estimator that models activations."""
+    names = [*OURS, *tools.loc[tools["models_activations"], "name"]]
+    runs = one_a_run(in_scope(scores))
+    long = pd.concat(
+        [
+            pd.DataFrame({"estimator": name, "error": 100 * errors(runs, name), "method": runs["method"]})
+            for name in names
+        ]
+    )
+    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
+    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    methods = sorted(set(runs["method"]))
+    palette = dict(zip(methods, sns.color_palette("colorblind"), strict=False))
+    sns.stripplot(
+        long,
+        x="error",
+        y="estimator",
+        hue="method",
+        hue_order=methods,
+        palette=palette,
+        jitter=False,
+        dodge=True,
+        ax=axes,
+    )
+    axes.axvline(0, color="0.3", linewidth=0.8)
+    axes.set(xlabel="error (% of what was measured)", ylabel="", xlim=(-100, 100))
+    axes.legend(title="", fontsize=8)
+    save(figure, path)
+
+
+def write_page(text: str, page: Path = PAGE) -> None:
+    """Writes the tables between the page's markers."""
+    parts = re.split(r"(?<=<!-- scorecard -->\n)(.*)(?=<!-- /scorecard -->)", page.read_text(), flags=re.DOTALL)
+    page.write_text(f"{parts[0]}{text}\n{parts[2]}")
+
+
+@without_hub_kernels()
+def main() -> None:
+    """Predicts every point and writes the tables, the figure and the page."""
+    scores, tools = score(read_points())
+    PUBLISHED.mkdir(parents=True, exist_ok=True)
+    scores.to_csv(PUBLISHED / "scorecard.csv", index=False)
+    tools.to_csv(PUBLISHED / "estimators.csv", index=False)
+    scores, tools = read_scores()
+    draw(scores, tools, PUBLISHED / "errors.png")
+    write_page(render(scores, tools))
+
+
+if __name__ == "__main__":
+    main()
