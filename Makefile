@@ -130,7 +130,7 @@ benchmark-scale: $(READY)
 agreement: $(READY)
 	$(BIN)/python -W ignore -m benchmarks.agreement
 
-# What others estimate is asked in environments of their own; about 3 GB the first time.
+# What others estimate is asked in environments of their own; over 1 GB the first time.
 scorecard: $(READY)
 	$(BIN)/python -W ignore -m benchmarks.scorecard
 

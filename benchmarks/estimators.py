@@ -31,6 +31,9 @@ FUSED = ("sdpa", "flash_attention_2")
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 ALL_LINEAR = ATTENTION | {"gate_proj", "up_proj", "down_proj"}
 
+TOLD = ("method", "rank", "targets", "batch_size", "seq_len", "checkpointing", "optimizer", "attention")
+"""The settings of a run that others are told."""
+
 Answers = dict[str, int | str]
 """Bytes by point, or the reason why there is no answer."""
 
@@ -182,7 +185,8 @@ def answers_of(estimator: Estimator, points: list[Point]) -> Answers:
     Raises:
         subprocess.CalledProcessError: Its environment cannot be installed.
     """
-    asked = [(point.id, point.hub_id, point.gpu, point.asked) for point in points]
+    told = [{name: point.asked[name] for name in TOLD if name in point.asked} for point in points]
+    asked = [(point.id, point.hub_id, point.gpu, run) for point, run in zip(points, told, strict=True)]
     scripts = [Path(__file__), *sorted(OTHERS.glob("*.py"))]
     key = [estimator.requirements, asked, [path.read_text() for path in scripts]]
 

@@ -37,7 +37,7 @@ RULE = (
     "The number is the peak of a training run on one card that torch counted, allocated or reserved; or the run ended "
     "out of memory on a card of a stated size.",
     "The source states all that decides the peak: model, method, rank and targets, batch, the tokens of the longest "
-    "batch (a limit alone does not), optimizer, attention and recomputation. What its public code sets counts as stated.",
+    "batch (a limit alone does not), optimizer, attention and recomputation. What its public code sets counts.",
     "The step is that of transformers with PEFT, and bitsandbytes or an optimizer of torch: no fused kernels, no "
     "compiled layers, no plugin or trainer with model code of its own, no mixture of experts.",
 )
@@ -121,6 +121,7 @@ def question_of(point: Point) -> tuple[Question, list[str]]:
     """Returns the question about a point's run, and the settings that the calculator cannot be asked about."""
     method = METHODS[point.asked["method"]]
     known = {"method", *SPEC_OPTIONS, *(set(METHOD_OPTIONS) & set(method.model_fields))}
+    known |= {"padding"} & set(Question.__dataclass_fields__)
     options = {name: value for name, value in point.asked.items() if name in known}
     preparation = method.model_fields.get("kbit_preparation")
     if preparation is not None and preparation.annotation is bool:

@@ -1,7 +1,7 @@
 """Predicts the peaks that others published, with our methods and with estimators of others: ``make scorecard``.
 
-Writes ``results/published/scorecard/`` and the tables of ``docs/scorecard.md``. Simulations and the answers of others are
-kept in ``results/scorecard/`` and computed again only if what decides them changed.
+Writes ``results/published/scorecard/`` and the tables of ``docs/scorecard.md``. Simulations and the answers of others
+are kept in ``results/scorecard/`` and computed again only if what decides them changed.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def render(scores: pd.DataFrame, tools: pd.DataFrame) -> str:
     ]
     asked = outside[outside["closed form_bytes"].notna()]
     lines = [
-        f"A point is in scope if all of this holds ({len(inside)} of {len(scores)} figures, from {inside['run'].nunique()} "
-        f"runs, and {len(full)} runs out of memory):",
+        f"A point is in scope if all of this holds. This is so for {len(inside)} of {len(scores)} figures, from "
+        f"{inside['run'].nunique()} runs, and for {len(full)} runs out of memory.",
         "",
         *(f"{number}. {sentence}" for number, sentence in enumerate(RULE, 1)),
         "",
@@ -143,8 +143,8 @@ def render(scores: pd.DataFrame, tools: pd.DataFrame) -> str:
         "",
         "## Every point in scope",
         "",
-        f"Errors in %. {', '.join(bare)} models no activations: with full fine-tuning its number is that of training with "
-        "Adam, with an adapter that of the weights. *Not asked* are settings that the calculator does not know.",
+        f"Errors in %. {', '.join(bare)} models no activations: with full fine-tuning its number is that of training "
+        "with Adam, with an adapter that of the weights. *Not asked* are settings that the calculator does not know.",
         "",
         *_table(inside, usual, bare),
         "",

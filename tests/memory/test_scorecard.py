@@ -61,7 +61,7 @@ def test_the_closed_form_still_says_what_was_published(name: str, published: tup
 
 
 def test_the_closed_form_is_within_a_percent_of_tensors(published: tuple[pd.DataFrame, pd.DataFrame]) -> None:
-    """LoRA and QLoRA of all sizes with recomputation, where the calculator can be asked about everything but padding."""
+    """LoRA and QLoRA of all sizes with recomputation, where everything but padding can be asked."""
     inside = in_scope(published[0])
     known = inside[inside["not_asked"].isin(["", "padding"]) & inside["what"].str.contains("recomputed")]
     found = errors(known[known["kind"] == "allocated"], "closed form")
