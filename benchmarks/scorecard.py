@@ -38,7 +38,8 @@ def score(points: list[Point]) -> tuple[pd.DataFrame, pd.DataFrame]:
     predicted: dict[str, dict[str, int | str]] = {name: {} for name in OURS}
     for point in track(asked, console=Console(stderr=True), description="ours"):
         predicted["closed form"][point.id] = by_formula(point)
-        predicted["simulation"][point.id] = by_simulation(point)
+        if point.measured_bytes and not why_out(point):
+            predicted["simulation"][point.id] = by_simulation(point)
     tools = []
     for one in track(ESTIMATORS, console=Console(stderr=True), description="others"):
         try:
@@ -150,6 +151,8 @@ def render(scores: pd.DataFrame, tools: pd.DataFrame) -> str:
         "",
         "## Out of memory",
         "",
+        "What the card would have needed, in GiB. These runs were not simulated.",
+        "",
         *_full(full, usual),
         "",
         "## Out of scope",
@@ -231,12 +234,12 @@ def _table(scores: pd.DataFrame, names: list[str], bare: list[str], *, reason: b
 
 
 def _full(scores: pd.DataFrame, names: list[str]) -> list[str]:
+    """Returns the runs that ended out of memory, with what the card would have needed, in GiB."""
+    names = [name for name in names if scores[f"{name}_bytes"].notna().any()]
     lines = [f"| run | card (GiB) | {' | '.join(names)} |", f"|---|---:|{'---:|' * len(names)}"]
     for _, row in scores.iterrows():
-        cells = [
-            f"{row[f'{name}_bytes'] / GIB:.0f}{'' if row[f'{name}_bytes'] > row['capacity_bytes'] else ' (fits)'}"
-            for name in names
-        ]
+        sizes = [row[f"{name}_bytes"] for name in names]
+        cells = [f"{size / GIB:.0f}{'' if size > row['capacity_bytes'] else ' (fits)'}" for size in sizes]
         lines.append(f"| {row['what']} | {row['capacity_bytes'] / GIB:.1f} | {' | '.join(cells)} |")
     return lines
 
