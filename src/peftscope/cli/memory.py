@@ -197,7 +197,13 @@ def memory_command(
     from peftscope.memory.answer import answer_by_formula
 
     card, given = find_gpu(gpu) if gpu else None, {"method": method, **options}
-    own = {"fields": fields, "tokenizer": tokenizer, "steps": steps, "seed": seed, "drop_last": drop_last}
+    own: dict[str, Any] = {
+        "fields": fields,
+        "tokenizer": tokenizer,
+        "steps": steps,
+        "seed": seed,
+        "drop_last": drop_last,
+    }
     own |= {"group_by_length": group_by_length, "figure": figure}
     items = items_asked(lengths, data, model, own)
     if items and not config and options["seq_len"] is None:

@@ -279,8 +279,9 @@ def answer_lengths(
     asked: Arrangement = "packed" if spec.packing else "grouped by length" if grouped else "shuffled"
 
     def shapes_of(arrangement: Arrangement, epoch: int = 0) -> list[Shape]:
-        sizes = {"row_tokens": spec.seq_len, "drop_last": drop_last, "seed": seed, "epoch": epoch}
-        return epoch_shapes(cut, rows, arrangement, **sizes)
+        return epoch_shapes(
+            cut, rows, arrangement, row_tokens=spec.seq_len, drop_last=drop_last, seed=seed, epoch=epoch
+        )
 
     first = shapes_of(asked)
     if not first:
@@ -330,14 +331,15 @@ def _batches_taken(steps: int, batches: int, per_step: int) -> tuple[int, int]:
 def _count(asker: _Asker, lengths: Sequence[int], rows: int, whole: int, rest: int, *, drop_last: bool) -> Epochs:
     """Returns what shuffled epochs give, over all orders."""
     widths, longest, last = widths_by_counting(lengths, rows), max(lengths), len(lengths) % rows
-    befores = [0.0, *(share for _, share in widths)]
-    expected = sum(width * (share - before) for (width, share), before in zip(widths, befores, strict=False))
+    shares_before = [0.0, *(share for _, share in widths)]
+    expected = sum(width * (share - before) for (width, share), before in zip(widths, shares_before, strict=False))
     batches = len(lengths) // rows + bool(last and not drop_last)
     fits, chance = asker.fits_width(rows, longest, "shuffled"), None
     if fits is not None:
         fits_last = asker.fits_width(last, longest, "shuffled") if last and fits < longest else longest
-        fitting = {"fits": fits, "fits_last": fits_last or 0, "drop_last": drop_last}
-        chance = chance_of_a_wide_batch(lengths, rows, whole * batches + rest, **fitting)
+        chance = chance_of_a_wide_batch(
+            lengths, rows, whole * batches + rest, fits=fits, fits_last=fits_last or 0, drop_last=drop_last
+        )
     padding = 1 - sum(lengths) / len(lengths) / expected
     quantiles = asker.quantiles(rows, widths, "shuffled")
     return Epochs("shuffled", "counted over all orders", batches, padding, quantiles, fits, chance)

@@ -218,9 +218,9 @@ def show_lengths(answer: LengthsAnswer, console: Console) -> None:
     chances = [f"not fitting in {answer.steps:,} steps"] if asked.chance is not None else []
     table = Table("batches", "in an epoch", "padding", "median device", "largest", *chances, "how", box=None)
     for way in answer.epochs:
-        sizes = (next(one.peak_device_bytes for one in way.quantiles if one.share == share) for share in (0.5, 1.0))
+        peaks = [next(one.peak_device_bytes for one in way.quantiles if one.share == share) for share in (0.5, 1.0)]
         chance = [_percent(way.chance)] if way.chance is not None else []
-        spoken = map(spoken_bytes, sizes)
+        spoken = map(spoken_bytes, peaks)
         table.add_row(way.arrangement, f"{way.batches:,}", f"{way.padding_share:.1%}", *spoken, *chance, way.how)
     console.print(table)
     console.print("assumptions:")
