@@ -77,8 +77,9 @@ def _what(point: Point) -> str:
     asked = point.asked
     if not asked:
         return f"{point.model}, {point.method}"
-    rank = f" r{asked['rank']}" if "rank" in asked else ""
-    said = f"{point.preset}, {asked['method']}{rank}, {asked['batch_size']} × {asked['seq_len']}"
+    on = ", ".join(name.removesuffix("_proj") for name in asked.get("targets", []))
+    adapter = f" r{asked['rank']} on {on}" if on else ""
+    said = f"{point.preset}, {asked['method']}{adapter}, {asked['batch_size']} × {asked['seq_len']}"
     return said + (", recomputed" if asked.get("checkpointing") else "")
 
 
@@ -140,7 +141,7 @@ def render(scores: pd.DataFrame, tools: pd.DataFrame) -> str:
         "",
         *_by_kind(inside),
         "",
-        f"The closed form is off by more than {MISSED:.0%} at {_missed(inside)}.",
+        *_missed(inside),
         "",
         "## Every point in scope",
         "",
@@ -201,23 +202,19 @@ def _by_kind(scores: pd.DataFrame) -> list[str]:
     return lines
 
 
-def _missed(scores: pd.DataFrame) -> str:
+def _missed(scores: pd.DataFrame) -> list[str]:
+    """Returns the points where the closed form is far off, the largest error first, and what it was not asked."""
     found = errors(scores, "closed form")
-    rows = scores.loc[found[found.abs() > MISSED].index]
-    return (
-        f"{len(rows)} of {len(scores)} points: "
-        + "; ".join(
-            f"{row['what']}, {row['kind']} ({_percent(found[index])} %"
-            + (f", {row['not_asked']} not asked" if row["not_asked"] else "")
-            + ")"
-            for index, row in rows.iterrows()
-        )
-        if len(rows)
-        else "no point"
-    )
+    rows = scores.loc[found[found.abs() > MISSED].abs().sort_values(ascending=False).index]
+    lines = [f"The closed form is off by more than {MISSED:.0%} at {len(rows)} of {len(scores)} points.", ""]
+    for index, row in rows.iterrows():
+        unasked = f" (not asked: {row['not_asked'].replace(' ', ', ')})" if row["not_asked"] else ""
+        lines.append(f"- {_percent(found[index])} %: {row['what']}, {row['kind']}{unasked}")
+    return lines
 
 
 def _table(scores: pd.DataFrame, names: list[str], bare: list[str], *, reason: bool = False) -> list[str]:
+    names = [name for name in names if scores[f"{name}_bytes"].notna().any()]
     more = "why out of scope" if reason else "not asked"
     last = [f"*{name}*" for name in bare]
     lines = [f"| run | counted | GiB | {' | '.join([*names, *last])} | {more} | source |"]
