@@ -142,8 +142,13 @@ def by_formula(point: Point) -> int:
     return size_of(point, peaks_by_formula(question_of(point)[0], evaluation=False))
 
 
-def by_simulation(point: Point) -> int:
-    """Returns the simulation's prediction; computed once for each run and state of the code."""
+def by_simulation(point: Point, *, known_only: bool = False) -> int | None:
+    """Returns the simulation's prediction; computed once for each run and state of the code.
+
+    Args:
+        point: The point.
+        known_only: Whether nothing is computed, so that the prediction is None if it was not before.
+    """
     question = question_of(point)[0]
     run = [
         question.spec.model_dump_json(),
@@ -159,16 +164,22 @@ def by_simulation(point: Point) -> int:
         peaks = peaks_by_simulation(question, evaluation=False)
         return {name: getattr(peaks, name) for name in ("allocated_bytes", "reserved_bytes", "device_bytes")}
 
+    if known_only and not _path_of("simulation", key).is_file():
+        return None
     found = once("simulation", key, simulated)
     return size_of(point, Peaks(**found, binding_phase="", phases={}, alive=lambda _: []))
 
 
 def once(name: str, key: Any, compute: Callable[[], Any]) -> Any:
     """Returns what was computed for this key before, or computes and keeps it."""
-    path = CACHE / name / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.json"
+    path = _path_of(name, key)
     if not path.is_file():
         write_json(path, compute())
     return json.loads(path.read_text())
+
+
+def _path_of(name: str, key: Any) -> Path:
+    return CACHE / name / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.json"
 
 
 @cache
