@@ -16,11 +16,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
+import peftscope
 from peftscope.files.atomic import write_json
 from peftscope.hardware.cards import find_gpu
 from peftscope.memory.answer import Peaks, peaks_by_formula
-from peftscope.memory.predict import PACKAGE
-from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Question, ask, describe_model, library_versions
+from peftscope.memory.question import (
+    BESIDE_OPTIONS,
+    METHOD_OPTIONS,
+    SPEC_OPTIONS,
+    Question,
+    ask,
+    describe_model,
+    library_versions,
+)
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
 
@@ -43,9 +51,13 @@ RULE = (
 )
 """The rule of scope. It says nothing about how well anybody predicts a point."""
 
+PACKAGE = Path(peftscope.__file__).parent
+COMPUTED_BY = ("hardware", "memory", "methods", "models", "spec.py")
+"""The parts of the package whose code decides an answer of the closed form."""
 SIMULATED_BY = (
     *("data", "evaluation", "hardware", "methods", "models", "training", "spec.py", "memory/simulate.py"),
     *("memory/tracker.py", "memory/probe.py", "memory/trace.py", "memory/allocator.py", "memory/answer.py"),
+    "memory/kernels.py",
 )
 """The parts of the package whose code decides a simulation."""
 
@@ -120,26 +132,20 @@ def why_out(point: Point) -> str:
 def question_of(point: Point) -> tuple[Question, list[str]]:
     """Returns the question about a point's run, and the settings that the calculator cannot be asked about."""
     method = METHODS[point.asked["method"]]
-    known = {"method", *SPEC_OPTIONS, *(set(METHOD_OPTIONS) & set(method.model_fields))}
-    known |= {"padding"} & set(Question.__dataclass_fields__)
+    known = {"method", *SPEC_OPTIONS, *BESIDE_OPTIONS, *(set(METHOD_OPTIONS) & set(method.model_fields))}
     options = {name: value for name, value in point.asked.items() if name in known}
-    preparation = method.model_fields.get("kbit_preparation")
-    if preparation is not None and preparation.annotation is bool:
-        options["kbit_preparation"] = options.get("kbit_preparation", "none") != "none"
     gpu = find_gpu(point.gpu) if point.gpu else None
     return ask(describe_model(point.preset), options, gpu=gpu), sorted(set(point.asked) - known)
 
 
-def size_of(point: Point, peaks: Peaks) -> int:
-    """Returns the peak of the kind that was measured; for a run out of memory what the card would need."""
-    if point.kind == "allocated":
-        return peaks.allocated_bytes
-    return peaks.device_bytes if point.kind == "out of memory" else peaks.reserved_bytes
-
-
 def by_formula(point: Point) -> int:
-    """Returns the closed form's prediction. Evaluations do not count: none of these runs had one."""
-    return size_of(point, peaks_by_formula(question_of(point)[0], evaluation=False))
+    """Returns the closed form's prediction; computed once for each run and state of the code.
+
+    Evaluations do not count: none of these runs had one.
+    """
+    question = question_of(point)[0]
+    key = [*_run(question), code_digest(COMPUTED_BY)]
+    return _size(point, once("closed form", key, lambda: _sizes(peaks_by_formula(question, evaluation=False))))
 
 
 def by_simulation(point: Point, *, known_only: bool = False) -> int | None:
@@ -150,24 +156,32 @@ def by_simulation(point: Point, *, known_only: bool = False) -> int | None:
         known_only: Whether nothing is computed, so that the prediction is None if it was not before.
     """
     question = question_of(point)[0]
-    run = [
-        question.spec.model_dump_json(),
-        repr(question.model.shape),
-        question.responses,
-        vars(question).get("padding"),
-    ]
-    key = [*run, question.gpu.cublas_bytes if question.gpu else None, code_digest()]
+    key = [*_run(question), code_digest(SIMULATED_BY)]
 
     def simulated() -> dict[str, int]:
         from peftscope.memory.simulate import peaks_by_simulation
 
-        peaks = peaks_by_simulation(question, evaluation=False)
-        return {name: getattr(peaks, name) for name in ("allocated_bytes", "reserved_bytes", "device_bytes")}
+        return _sizes(peaks_by_simulation(question, evaluation=False))
 
     if known_only and not _path_of("simulation", key).is_file():
         return None
-    found = once("simulation", key, simulated)
-    return size_of(point, Peaks(**found, binding_phase="", phases={}, alive=lambda _: []))
+    return _size(point, once("simulation", key, simulated))
+
+
+def _run(question: Question) -> list[Any]:
+    """Returns all that decides the peaks of a run beside the code."""
+    cublas = question.gpu.cublas_bytes if question.gpu else None
+    spec, shape = question.spec.model_dump_json(), repr(question.model.shape)
+    return [spec, shape, question.responses, question.padding, cublas]
+
+
+def _sizes(peaks: Peaks) -> dict[str, int]:
+    return {"allocated": peaks.allocated_bytes, "reserved": peaks.reserved_bytes, "device": peaks.device_bytes}
+
+
+def _size(point: Point, sizes: dict[str, int]) -> int:
+    """Returns the peak of the kind that was measured; for a run out of memory what the card would need."""
+    return sizes[{"allocated": "allocated", "out of memory": "device"}.get(point.kind, "reserved")]
 
 
 def once(name: str, key: Any, compute: Callable[[], Any]) -> Any:
@@ -183,10 +197,10 @@ def _path_of(name: str, key: Any) -> Path:
 
 
 @cache
-def code_digest() -> str:
-    """Returns a hash of the libraries' versions and of the code that decides a simulation."""
+def code_digest(parts: tuple[str, ...]) -> str:
+    """Returns a hash of the libraries' versions and of the code in these parts of the package."""
     digest = hashlib.sha256(library_versions().encode())
-    for part in SIMULATED_BY:
+    for part in parts:
         for path in sorted((PACKAGE / part).rglob("*.py")) or [PACKAGE / part]:
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -143,6 +143,18 @@ def test_steps_take_batches_of_their_epoch_alone() -> None:
     assert chance(accumulated, 4) == chance(question, 11)
 
 
+def test_a_batch_of_one_row_has_no_padding() -> None:
+    asked = {"batch_size": 1, "seq_len": 420, "attention": "sdpa"}
+    for padding in ("none", "some"):
+        (widest,) = [
+            one for one in answer_lengths(question_of(**asked, padding=padding), [420]).epochs[0].quantiles[-1:]
+        ]
+        alone = peaks_by_formula(question_of(**asked, padding="none"), evaluation=False)
+        assert widest.peak_allocated_bytes == alone.allocated_bytes
+    padded = peaks_by_formula(question_of(**asked, padding="some"), evaluation=False)
+    assert padded.allocated_bytes > alone.allocated_bytes
+
+
 def test_what_is_longer_than_a_row_is_cut() -> None:
     question = question_of(seq_len=100)
     answer = answer_lengths(question, LENGTHS)
