@@ -254,14 +254,14 @@ def _full(scores: pd.DataFrame, names: list[str]) -> list[str]:
 
 def draw(scores: pd.DataFrame, tools: pd.DataFrame, path: Path) -> None:
     """Draws the signed errors of every run, with one row for each estimator that models activations."""
-    names = [*OURS, *tools.loc[tools["models_activations"], "name"]]
     runs = one_a_run(in_scope(scores))
-    long = pd.concat(
-        [
-            pd.DataFrame({"estimator": name, "error": 100 * errors(runs, name), "method": runs["method"]})
-            for name in names
-        ]
-    )
+    names = [*OURS, *tools.loc[tools["models_activations"], "name"]]
+    parts = [
+        pd.DataFrame({"estimator": name, "error": 100 * found, "method": runs["method"].loc[found.index]})
+        for name in names
+        if len(found := errors(runs, name))
+    ]
+    long = pd.concat(parts, ignore_index=True)
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
     figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
     methods = sorted(set(runs["method"]))
