@@ -22,15 +22,15 @@ DOCUMENTS = [
 ]
 
 TREATMENTS = {
-    # A trainer's file of the reader's own.
-    r"peftscope memory (\S+ )?--config .*": "help",
+    # A trainer's file, or a data set, of the reader's own.
+    r"peftscope memory (\S+ )?--(config|data) .*": "help",
     # Whole: an answer within seconds.
     r"peftscope (memory|fit|models|why|oom|expand|doctor|claims --id) ?.*": "whole",
     # These train, measure or need what was trained: their options are read, and nothing more.
     r"(python -m )?peftscope (run|sweep|merge|report|claims --kind) .*": "help",
     r"hf auth login": "help",
     # Says what it would do.
-    r"make (setup|test|report|publish|claims|gpu-check)( [A-Z]+=\S+)*": "dry",
+    r"make (setup|test|report|publish|claims|gpu-check|scorecard)( [A-Z]+=\S+)*": "dry",
     r"snakemake --cores all( --config experiment=\S+)?": "dry",
     # Has nothing to report on before the first run, and says so once its options are right.
     r"snakemake --cores all --report report\.zip": "nothing yet",
@@ -121,6 +121,8 @@ def test_command(command: str, workspace: Path, repository: Path) -> None:
         config = PRESETS["smollm2-135m"][1].model_copy(update={"num_layers": 2}).to_config()
         (workspace / "config.json").write_text(json.dumps(config))
         words[words.index("path/to/config.json")] = "config.json"
+    if "lengths.txt" in words and how == "whole":
+        (workspace / "lengths.txt").write_text("\n".join(str(40 + 7 * number) for number in range(100)))
     # A dry run of make writes nothing; the others run where nothing is a user's.
     folder = repository if words[0] == "make" else workspace
     more = {"help": ["--help"], "dry": ["-n"]}.get(how, [])

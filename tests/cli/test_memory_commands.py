@@ -487,3 +487,118 @@ def test_advice_fits_whoever_follows_it() -> None:
 
 def test_advice_keeps_the_rank_that_was_asked_for() -> None:
     assert len(follow_advice("full", batch_size=4, seq_len=100, rank=128)) > 2
+
+
+WRONG_DATA = {
+    "zero": ("--lengths", "12\n0\n", "line 2: is not a whole number above 0 (got '0')", "one length in tokens on each"),
+    "negative": (
+        "--lengths",
+        "-3\n",
+        "line 1: is not a whole number above 0 (got '-3')",
+        "one length in tokens on each",
+    ),
+    "text": ("--lengths", "7\n\nlong\n", "line 3: is not a whole number above 0 (got 'long')", "one length in tokens"),
+    "fraction": ("--lengths", "1.5\n", "line 1: is not a whole number above 0 (got '1.5')", "one length in tokens"),
+    "empty": ("--lengths", "\n", "is empty", "one length in tokens on each line"),
+    "no file": ("--lengths", None, "no such file", "give the path"),
+    "no field": (
+        "--data",
+        '{"prompt": "a"}\n',
+        "line 1: has no field `text`; known: prompt",
+        "--fields prompt,response",
+    ),
+    "number": ("--data", '{"text": "a"}\n{"text": 3}\n', "line 2: `text` is not text (got 3)", "--fields"),
+    "no object": ("--data", "[1]\n", "line 1: is not a JSON object (got [1])", "--fields"),
+    "no JSON": ("--data", "{text}\n", "line 1: is not valid JSON", "--fields"),
+    "no items": ("--data", "", "is empty", "--fields"),
+}
+
+
+@pytest.mark.parametrize(("option", "content", "what", "remedy"), WRONG_DATA.values(), ids=WRONG_DATA)
+def test_a_wrong_data_set_gets_one_line(
+    option: str, content: str | None, what: str, remedy: str, peftscope: Command, tmp_path: Path, tokenizer_folder: str
+) -> None:
+    path = tmp_path / "items.txt"
+    if content is not None:
+        path.write_text(content)
+    more = ["--tokenizer", tokenizer_folder] if option == "--data" else []
+    code, output, message = peftscope("memory", "smollm2-135m", option, str(path), *more)
+    assert (code, output) == (2, "")
+    assert len(message.splitlines()) == 1
+    assert message.startswith(f"{path}: ")
+    assert what in message
+    assert remedy in message
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tokenizer of words, which has no special tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"?": 0, "a": 1}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = str(tmp_path_factory.mktemp("tokenizer"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "what", "remedy"),
+    [
+        (["--steps", "3"], "steps: is about a data set", "--lengths or --data"),
+        (["--lengths", "l.txt", "--data", "d.jsonl"], "lengths: --data was given as well", "leave out one"),
+        (["--lengths", "l.txt", "--explain"], "explain: is about one batch", "leave it out"),
+        (["--lengths", "l.txt", "--steps", "0"], "steps: must be at least 1 (got 0)", ""),
+        (["--data", "d.jsonl", "--tokenizer", "nowhere"], "tokenizer: nowhere is no folder", "tokenizer.json"),
+        (["--data", "d.jsonl", "--tokenizer", "."], "tokenizer: none can be loaded from .", "tokenizer.json"),
+        (["--lengths", "long.txt"], "seq_len: 9000 is over the model's limit of 8192 tokens", "at most 8192"),
+    ],
+)
+def test_options_about_a_data_set_that_do_not_fit(
+    options: list[str], what: str, remedy: str, peftscope: Command, workspace: Path
+) -> None:
+    for name, content in {"l.txt": "7\n9\n", "d.jsonl": '{"text": "a"}\n', "long.txt": "9000\n"}.items():
+        (workspace / name).write_text(content)
+    code, output, message = peftscope("memory", "smollm2-135m", *options)
+    assert (code, output) == (2, "")
+    assert len(message.splitlines()) == 1
+    assert what in message
+    assert remedy in message
+
+
+def test_a_data_set_is_answered_by_its_lengths_or_its_texts(
+    peftscope: Command, workspace: Path, tokenizer_folder: str
+) -> None:
+    (workspace / "d.jsonl").write_text('{"prompt": "a a a", "response": "a"}\n{"prompt": "a", "response": "b c"}\n')
+    (workspace / "l.txt").write_text("5\n4\n")  # and an end of sequence each
+    options = ["--batch-size", "2", "--gpu", "24GiB", "--steps", "5"]
+    texts = ["--data", "d.jsonl", "--fields", "prompt,response", "--tokenizer", tokenizer_folder]
+    by_text, by_length = (
+        json.loads(peftscope("memory", "smollm2-135m", *options, *data, "--json")[1])
+        for data in (texts, ["--lengths", "l.txt"])
+    )
+    assert by_text == by_length
+    assert (by_text["longest"], by_text["items"], by_text["steps"]) == (5, 2, 5)
+    assert by_text["first_epoch"] == [{"rows": 2, "width": 5, "tokens": 9}]
+    assert by_text["epochs"][0]["chance"] == 0
+    code, output, _ = peftscope("memory", "smollm2-135m", *options, "--lengths", "l.txt", "--figure", "figure.png")
+    assert code == 0
+    assert (workspace / "figure.png").is_file()
+    said = " ".join(output.split())
+    assert "the chance that 5 steps meet a batch that does not fit: 0% (counted over all orders)" in said
+    assert "shuffled, seed 0, last batch full" in said
+    for arrangement in ("grouped by length", "packed"):
+        assert arrangement in said
+
+
+def test_a_file_of_a_trainer_that_may_not_fit_is_refused(peftscope: Command, workspace: Path) -> None:
+    file = {"model_name_or_path": "HuggingFaceTB/SmolLM2-135M", "stage": "sft", "finetuning_type": "lora"}
+    file |= {"lora_target": "all", "cutoff_len": 512, "per_device_train_batch_size": 2, "bf16": True}
+    (workspace / "file.yaml").write_text(json.dumps(file))
+    (workspace / "l.txt").write_text("60\n" * 9 + "512\n")
+    asked = ["memory", "--config", "file.yaml", "--lengths", "l.txt", "--steps", "1"]
+    assert peftscope(*asked, "--gpu", "24GiB")[0] == 0
+    code, output, _ = peftscope(*asked, "--gpu", "1.5GiB", "--json")
+    assert code == 1
+    assert json.loads(output)["epochs"][0]["chance"] == pytest.approx(0.2)

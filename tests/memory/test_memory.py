@@ -7,6 +7,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from math import ceil, prod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,15 +225,17 @@ def test_sharding_takes_less_on_each_card() -> None:
 # Without torch, and at once.
 
 
-def test_the_closed_form_never_loads_torch() -> None:
+@pytest.mark.parametrize("options", [["--explain"], ["--lengths", "lengths.txt", "--gpu", "24GiB"]], ids=" ".join)
+def test_the_closed_form_never_loads_torch(options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "lengths.txt").write_text("30\n20\n")
     code = (
         "import sys; from peftscope.cli.main import main\n"
-        "sys.argv = ['peftscope', 'memory', 'llama-2-7b', '--explain']\n"
+        f"sys.argv = ['peftscope', 'memory', 'llama-2-7b', *{options}]\n"
         "try: main()\n"
         "except SystemExit as end:\n"
         "    print(end.code, sorted({'torch', 'transformers', 'peft', 'pandas'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "0 []"
 
 

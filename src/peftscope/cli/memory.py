@@ -46,6 +46,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="For programs; the keys are
 
 PANEL = "Fields of the run and its method"
 """The heading of their options in the help."""
+DATA_PANEL = "Batches of a data set"
+"""The heading of the options that a question about a data set has."""
 FLAGS = {"packing": "--packed/--padded", "as_trainer": "--as"}
 """Names of options that differ from their field's."""
 SAID_DEFAULTS = DEFAULTS | {
@@ -147,16 +149,65 @@ def memory_command(
     explain: Annotated[bool, typer.Option("--explain", help="Every term with its formula and source.")] = False,
     depth: Annotated[int, typer.Option(help="Levels of the tree of modules.")] = 0,
     as_json: AsJson = False,
+    lengths: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with the tokens of an item on each line: the peaks of the batches that these items make.",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="The same for a JSONL file, counted with a local tokenizer.", rich_help_panel=DATA_PANEL),
+    ] = None,
+    fields: Annotated[
+        str | None,
+        typer.Option(help="Its fields that are text, as in prompt,response; default text.", rich_help_panel=DATA_PANEL),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A folder with it; default that of the model.", rich_help_panel=DATA_PANEL)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps of the run; default one epoch.", rich_help_panel=DATA_PANEL)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the order of the items; default 0.", rich_help_panel=DATA_PANEL)
+    ] = None,
+    drop_last: Annotated[
+        bool, typer.Option("--drop-last", help="Leave out a smaller last batch.", rich_help_panel=DATA_PANEL)
+    ] = False,
+    group_by_length: Annotated[
+        bool,
+        typer.Option(
+            "--group-by-length", help="Batch items of similar length, as transformers does.", rich_help_panel=DATA_PANEL
+        ),
+    ] = False,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw the shares of batches over their peaks.", rich_help_panel=DATA_PANEL)
+    ] = None,
     **options: Any,
 ) -> None:
     """Say what a training run takes on a card, without one: allocated, reserved and device memory.
 
-    A method or a model without a closed form is always simulated.
+    A method or a model without a closed form is always simulated. With --lengths or --data, say what the batches of a
+    data set take, and how likely one of them does not fit.
     """
+    from peftscope.cli.lengths import items_asked, tell_lengths
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.answer import answer_by_formula
 
     card, given = find_gpu(gpu) if gpu else None, {"method": method, **options}
+    own: dict[str, Any] = {
+        "fields": fields,
+        "tokenizer": tokenizer,
+        "steps": steps,
+        "seed": seed,
+        "drop_last": drop_last,
+    }
+    own |= {"group_by_length": group_by_length, "figure": figure}
+    items = items_asked(lengths, data, model, own)
+    if items and not config and options["seq_len"] is None:
+        given["seq_len"] = max(items)
     reading = None
     if config:
         from peftscope.memory.config_file import question_of, read_config
@@ -170,6 +221,16 @@ def memory_command(
         raise InputError(
             Problem("model", "none given", "peftscope memory llama-2-7b, or peftscope memory --config FILE")
         )
+    if items:
+        if simulate or explain or depth:
+            name = "simulate" if simulate else "explain" if explain else "depth"
+            raise InputError(Problem(name, "is about one batch, not about a data set", "leave it out, or the data set"))
+        if reading and not as_json:
+            from peftscope.memory.show import show_reading
+
+            show_reading(reading, wide_console())
+        chance = tell_lengths(question, items, own, wide_console(), as_json=as_json)
+        raise typer.Exit(1 if reading and chance else 0)
     simulate = simulate or not question.has_closed_form
     answer = _simulated(question) if simulate else answer_by_formula(question)
     left = card.usable_bytes - answer.peak_device_bytes if card and reading else None

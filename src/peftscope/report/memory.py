@@ -14,6 +14,7 @@ import seaborn as sns
 from peftscope.errors import GIB, spoken_bytes
 from peftscope.hardware.cards import find_gpu
 from peftscope.layout import MEMORY_FOLDER
+from peftscope.memory.lengths import LengthsAnswer
 from peftscope.memory.trace import KINDS
 from peftscope.memory.why import Why
 from peftscope.methods import METHODS
@@ -112,6 +113,22 @@ def draw_waterfall(why: Why, path: Path) -> None:
     axes.grid(visible=False, axis="y")
     axes.invert_yaxis()
     axes.set(xlabel="allocated at the peak (GiB)")
+    save(figure, path)
+
+
+def draw_lengths(answer: LengthsAnswer, path: Path) -> None:
+    """Draws the share of an epoch's batches over the memory that they need, with one line for each way to batch."""
+    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for way, style in zip(answer.epochs, ("-", "--", ":"), strict=False):
+        sizes = [one.peak_device_bytes / GIB for one in way.quantiles]
+        shares = [100 * one.share for one in way.quantiles]
+        axes.plot(sizes, shares, linestyle=style, marker=".", label=way.arrangement)
+    if answer.capacity_bytes is not None:
+        axes.axvline(answer.capacity_bytes / GIB, color="0.5", linewidth=0.8)
+        axes.annotate(" the card", (answer.capacity_bytes / GIB, 2), fontsize=8)
+    axes.set(xlabel="peak on the card (GiB)", ylabel="batches of an epoch (%)", ylim=(0, 102))
+    axes.legend(title="", fontsize=8)
     save(figure, path)
 
 

@@ -1,0 +1,206 @@
+"""Peaks that others published, which of them are in scope, and what this project predicts for them.
+
+``published_points.csv`` holds the figures as they were published, with their settings and their source. Its columns
+from ``kind`` on are our reading of them.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+import peftscope
+from peftscope.files.atomic import write_json
+from peftscope.hardware.cards import find_gpu
+from peftscope.memory.answer import Peaks, peaks_by_formula
+from peftscope.memory.question import (
+    BESIDE_OPTIONS,
+    METHOD_OPTIONS,
+    SPEC_OPTIONS,
+    Question,
+    ask,
+    describe_model,
+    library_versions,
+)
+from peftscope.methods import METHODS
+from peftscope.models.presets import PRESETS
+
+POINTS_FILE = Path("benchmarks/published_points.csv")
+CACHE = Path("results/scorecard")
+"""What was computed once: simulations, and the answers of others."""
+
+NOT_PEAKS = {
+    "resident": "what stays between steps, not a peak",
+    "device": "what nvidia-smi shows: the CUDA context, other programs, and what torch has freed",
+    "unknown": "whether tensors or segments were counted is not stated",
+}
+RULE = (
+    "The number is the peak of a training run on one card that torch counted, allocated or reserved; or the run ended "
+    "out of memory on a card of a stated size.",
+    "The source states all that decides the peak: model, method, rank and targets, batch, the tokens of the longest "
+    "batch (a limit alone does not), optimizer, attention and recomputation. What its public code sets counts.",
+    "The step is that of transformers with PEFT, and bitsandbytes or an optimizer of torch: no fused kernels, no "
+    "compiled layers, no plugin or trainer with model code of its own, no mixture of experts.",
+)
+"""The rule of scope. It says nothing about how well anybody predicts a point."""
+
+PACKAGE = Path(peftscope.__file__).parent
+COMPUTED_BY = ("hardware", "memory", "methods", "models", "spec.py")
+"""The parts of the package whose code decides an answer of the closed form."""
+SIMULATED_BY = (
+    *("data", "evaluation", "hardware", "methods", "models", "training", "spec.py", "memory/simulate.py"),
+    *("memory/tracker.py", "memory/probe.py", "memory/trace.py", "memory/allocator.py", "memory/answer.py"),
+    "memory/kernels.py",
+)
+"""The parts of the package whose code decides a simulation."""
+
+Kind = Literal["allocated", "reserved", "out of memory", "resident", "device", "unknown"]
+Json = BeforeValidator(lambda text: json.loads(text or "{}"))
+
+
+class Point(BaseModel):
+    """A figure that somebody published.
+
+    Attributes:
+        id: A name for it.
+        source: Where it was published.
+        model: The model, in the source's words.
+        method: The method, in the source's words.
+        settings: The settings, in the source's words.
+        metric: The quantity and its unit.
+        value: The figure.
+        kind: What was counted.
+        measured_bytes: The figure in bytes; None if the run ended out of memory.
+        preset: The name of the model here; empty if its shape is not known.
+        gpu: The card, as ``find_gpu`` takes it.
+        asked: The run as options; empty if too little is stated to ask at all. Settings that the calculator does not
+            know may be among them.
+        unstated: What decides the peak and is not stated.
+        not_modelled: What the run did that the calculator does not model.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    source: str
+    model: str
+    method: str
+    settings: str
+    metric: str
+    value: str
+    kind: Kind
+    measured_bytes: Annotated[int | None, BeforeValidator(lambda text: text or None)]
+    preset: str
+    gpu: str
+    asked: Annotated[dict[str, Any], Json]
+    unstated: str
+    not_modelled: str
+
+    @property
+    def run(self) -> str:
+        """The name of the run, which several points may share."""
+        return self.id.removesuffix(f"-{self.kind.replace(' ', '-')}")
+
+    @property
+    def hub_id(self) -> str:
+        """The model's id on a hub."""
+        return self.model if "/" in self.model else PRESETS[self.preset].hub_id
+
+
+def read_points(path: Path = POINTS_FILE) -> list[Point]:
+    """Returns the published points."""
+    with path.open(newline="") as file:
+        return [Point.model_validate(row) for row in csv.DictReader(file)]
+
+
+def why_out(point: Point) -> str:
+    """Returns why a point is out of scope; empty if it is in scope."""
+    if point.kind in NOT_PEAKS:
+        return NOT_PEAKS[point.kind]
+    if point.not_modelled:
+        return f"not modelled: {point.not_modelled}"
+    return f"not stated: {point.unstated}" if point.unstated else ""
+
+
+def question_of(point: Point) -> tuple[Question, list[str]]:
+    """Returns the question about a point's run, and the settings that the calculator cannot be asked about."""
+    method = METHODS[point.asked["method"]]
+    known = {"method", *SPEC_OPTIONS, *BESIDE_OPTIONS, *(set(METHOD_OPTIONS) & set(method.model_fields))}
+    options = {name: value for name, value in point.asked.items() if name in known}
+    gpu = find_gpu(point.gpu) if point.gpu else None
+    return ask(describe_model(point.preset), options, gpu=gpu), sorted(set(point.asked) - known)
+
+
+def by_formula(point: Point) -> int:
+    """Returns the closed form's prediction; computed once for each run and state of the code.
+
+    Evaluations do not count: none of these runs had one.
+    """
+    question = question_of(point)[0]
+    key = [*_run(question), code_digest(COMPUTED_BY)]
+    return _size(point, once("closed form", key, lambda: _sizes(peaks_by_formula(question, evaluation=False))))
+
+
+def by_simulation(point: Point, *, known_only: bool = False) -> int | None:
+    """Returns the simulation's prediction; computed once for each run and state of the code.
+
+    Args:
+        point: The point.
+        known_only: Whether nothing is computed, so that the prediction is None if it was not before.
+    """
+    question = question_of(point)[0]
+    key = [*_run(question), code_digest(SIMULATED_BY)]
+
+    def simulated() -> dict[str, int]:
+        from peftscope.memory.simulate import peaks_by_simulation
+
+        return _sizes(peaks_by_simulation(question, evaluation=False))
+
+    if known_only and not _path_of("simulation", key).is_file():
+        return None
+    return _size(point, once("simulation", key, simulated))
+
+
+def _run(question: Question) -> list[Any]:
+    """Returns all that decides the peaks of a run beside the code."""
+    cublas = question.gpu.cublas_bytes if question.gpu else None
+    spec, shape = question.spec.model_dump_json(), repr(question.model.shape)
+    return [spec, shape, question.responses, question.padding, cublas]
+
+
+def _sizes(peaks: Peaks) -> dict[str, int]:
+    return {"allocated": peaks.allocated_bytes, "reserved": peaks.reserved_bytes, "device": peaks.device_bytes}
+
+
+def _size(point: Point, sizes: dict[str, int]) -> int:
+    """Returns the peak of the kind that was measured; for a run out of memory what the card would need."""
+    return sizes[{"allocated": "allocated", "out of memory": "device"}.get(point.kind, "reserved")]
+
+
+def once(name: str, key: Any, compute: Callable[[], Any]) -> Any:
+    """Returns what was computed for this key before, or computes and keeps it."""
+    path = _path_of(name, key)
+    if not path.is_file():
+        write_json(path, compute())
+    return json.loads(path.read_text())
+
+
+def _path_of(name: str, key: Any) -> Path:
+    return CACHE / name / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.json"
+
+
+@cache
+def code_digest(parts: tuple[str, ...]) -> str:
+    """Returns a hash of the libraries' versions and of the code in these parts of the package."""
+    digest = hashlib.sha256(library_versions().encode())
+    for part in parts:
+        for path in sorted((PACKAGE / part).rglob("*.py")) or [PACKAGE / part]:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

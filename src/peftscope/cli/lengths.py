@@ -1,0 +1,82 @@
+"""``peftscope memory --lengths`` and ``--data``: the peaks of the batches that a data set really makes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from peftscope.errors import InputError, Problem
+from peftscope.memory.lengths import answer_lengths, count_tokens, read_lengths
+
+if TYPE_CHECKING:
+    from peftscope.memory.question import Question
+
+OWN_OPTIONS = ("fields", "tokenizer", "steps", "seed", "drop_last", "group_by_length", "figure")
+"""The options that only a question about a data set has."""
+
+
+def items_asked(lengths: Path | None, data: Path | None, model: str | None, own: Mapping[str, Any]) -> list[int]:
+    """Returns the lengths of the data set that was named; empty if none was.
+
+    Raises:
+        InputError: The file is wrong, two were named, or an option needs one and none was.
+    """
+    if lengths and data:
+        raise InputError(Problem("lengths", "--data was given as well", "leave out one of the two"))
+    if lengths:
+        return read_lengths(lengths)
+    if data:
+        fields = [field.strip() for field in (own["fields"] or "text").split(",")]
+        return count_tokens(data, fields, _load_tokenizer(own["tokenizer"] or model))
+    stray = [name for name in OWN_OPTIONS if own[name]]
+    if stray:
+        raise InputError(Problem(stray[0], "is about a data set", "give its --lengths or --data"))
+    return []
+
+
+def _load_tokenizer(name: str | None) -> Any:
+    """Returns the tokenizer in a folder, or of a model of models.yaml that was fetched."""
+    from peftscope.models.catalog import model_folder
+
+    remedy = "give --tokenizer with a folder that has a tokenizer.json, or --lengths"
+    if name is None:
+        raise InputError(Problem("tokenizer", "none given", remedy))
+    folder = Path(name) if Path(name).is_dir() else model_folder(name)
+    if not folder.is_dir():
+        raise InputError(Problem("tokenizer", f"{name} is no folder, and no model that was fetched", remedy))
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # it fails in many ways, and the user needs one line
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(Problem("tokenizer", f"none can be loaded from {folder}: {reason}", remedy)) from None
+
+
+def tell_lengths(
+    question: Question, items: list[int], own: Mapping[str, Any], console: Console, *, as_json: bool
+) -> float | None:
+    """Prints the answer about a data set, draws its figure, and returns the chance of a batch that does not fit."""
+    answer = answer_lengths(
+        question,
+        items,
+        steps=own["steps"],
+        seed=own["seed"] or 0,
+        drop_last=bool(own["drop_last"]),
+        grouped=bool(own["group_by_length"]),
+    )
+    if own["figure"]:
+        from peftscope.report.memory import draw_lengths
+
+        draw_lengths(answer, own["figure"])
+    if as_json:
+        print(json.dumps(answer.to_json(), ensure_ascii=False))
+    else:
+        from peftscope.memory.show import show_lengths
+
+        show_lengths(answer, console)
+    return answer.epochs[0].chance

@@ -1,0 +1,97 @@
+"""The scorecard: its scope follows its rule, its page its table, and its table the calculator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from benchmarks.estimators import ESTIMATORS
+from benchmarks.points import RULE, Point, by_formula, question_of, read_points, why_out
+from benchmarks.scorecard import errors, in_scope, one_a_run, read_scores, render
+
+POINTS = {point.id: point for point in read_points(Path(__file__).parents[2] / "benchmarks" / "published_points.csv")}
+
+
+@pytest.fixture(scope="module")
+def published() -> tuple[pd.DataFrame, pd.DataFrame]:
+    return read_scores(Path(__file__).parents[2] / "results" / "published" / "scorecard")
+
+
+def test_the_page_shows_the_published_table(repository: Path, published: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    page = (repository / "docs" / "scorecard.md").read_text()
+    text = render(*published)
+    assert f"<!-- scorecard -->\n{text}\n<!-- /scorecard -->\n" in page
+    assert all(sentence in text for sentence in RULE)
+    scores, tools = published
+    changed = scores.assign(**{"closed form_bytes": scores["closed form_bytes"] * 2})
+    assert render(changed, tools) != text
+    assert "Not installed: ftuneai 0.4.1 (no: pip)" in render(
+        scores, tools.assign(installed=["no: pip" if name == "ftuneai" else "yes" for name in tools["name"]])
+    )
+
+
+def test_every_point_is_there_and_every_run_in_scope_is_predicted(
+    published: tuple[pd.DataFrame, pd.DataFrame], repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)  # where the requirements of the estimators are
+    scores, tools = published
+    assert list(scores["id"]) == list(POINTS)
+    assert list(scores["out_of_scope"]) == [why_out(point) for point in POINTS.values()]
+    assert list(tools["version"]) == [one.version for one in ESTIMATORS]
+    inside = in_scope(scores)
+    assert len(inside) > 30
+    assert inside["closed form_bytes"].notna().all()
+    ratio = inside["simulation_bytes"].astype(float) / inside["closed form_bytes"].astype(float)
+    assert ratio.dropna().between(0.98, 1.02).all()
+    assert one_a_run(inside)["run"].is_unique
+    assert {"full", "lora", "qlora"} == set(inside["method"])
+
+
+REPRODUCED = (
+    "fms-mistral-7b-lora-b4-allocated",
+    "canifinetune-qwen2.5-1.5b-qlora-b1-s1024-allocated",
+    "canifinetune-qwen2.5-0.5b-lora-b1-s1024-reserved",
+)
+
+
+@pytest.mark.parametrize("name", REPRODUCED)
+def test_the_closed_form_still_says_what_was_published(name: str, published: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    row = published[0].set_index("id").loc[name]
+    assert by_formula(POINTS[name]) == row["closed form_bytes"]
+
+
+def test_the_closed_form_is_within_a_percent_of_tensors(published: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    """LoRA and QLoRA of 0.5B to 7B by one author, with recomputation and 16 ranks."""
+    inside = in_scope(published[0])
+    known = inside[inside["id"].str.startswith("canifinetune") & inside["what"].str.contains("recomputed")]
+    found = errors(known[known["kind"] == "allocated"], "closed form")
+    assert len(found) == 10
+    assert found.abs().max() < 0.005
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, ""),
+        ({"kind": "device"}, "nvidia-smi"),
+        ({"kind": "resident"}, "not a peak"),
+        ({"not_modelled": "fused kernels"}, "not modelled: fused kernels"),
+        ({"unstated": "the batch"}, "not stated: the batch"),
+        ({"measured_bytes": 1}, ""),
+    ],
+)
+def test_the_rule_looks_at_settings_and_never_at_errors(change: dict[str, Any], reason: str) -> None:
+    point = POINTS["fms-mistral-7b-lora-b4-allocated"].model_copy(update=change)
+    assert reason in why_out(point)
+    assert bool(reason) == bool(why_out(point))
+
+
+@pytest.mark.parametrize("point", [p for p in POINTS.values() if p.asked], ids=lambda point: point.id)
+def test_a_point_can_be_asked_and_says_what_cannot(point: Point) -> None:
+    question, unasked = question_of(point)
+    assert question.has_closed_form
+    assert question.spec.batch_size == point.asked["batch_size"]
+    assert set(unasked) <= set(point.asked)
