@@ -28,7 +28,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup report test test-faults test-slurm test-oldest test-newest smoke slow \
-        browser lint format schema docs lock audit sbom publish benchmark benchmark-memory benchmark-scale agreement verify gpu-check claims clean
+        browser lint format schema docs lock audit sbom publish benchmark benchmark-memory benchmark-scale agreement verify gpu-check claims site clean
 
 help:
 	@echo "make report [EXPERIMENT=quick]   train, measure and write reports/EXPERIMENT/report.html; \"a b\" for two"
@@ -38,6 +38,7 @@ help:
 	@echo "make publish EXPERIMENT=quick    copy a finished run's small files to where they are committed (or claims, memory)"
 	@echo "make verify [EXPERIMENT=quick]   run published runs again: which numbers come out the same"
 	@echo "make claims                      measure what the literature claims; reports/claims.html"
+	@echo "make site                        the memory calculator as a page, in site/calculator/ (needs npm)"
 	@echo "make benchmark                   our training step against the HF Trainer"
 	@echo "make benchmark-memory            the memory calculator's speed, beside accelerate's estimate"
 	@echo "make benchmark-scale             how the suite grows from 50 to 5,000 runs; docs/scale.md"
@@ -128,6 +129,10 @@ benchmark-scale: $(READY)
 agreement: $(READY)
 	$(BIN)/python -W ignore -m benchmarks.agreement
 
+# Pyodide and wheels are fetched with npm and pip, by checksums.
+site: $(READY)
+	$(BIN)/python -m calculator.build
+
 claims: $(READY)
 	$(BIN)/peftscope fetch smollm2-135m
 	$(BIN)/peftscope fetch minilm
@@ -176,4 +181,4 @@ test-oldest test-newest:
 	  -m "not slow and not browser and not faults and not slurm"
 
 clean:
-	rm -rf .snakemake results/smoke reports/smoke
+	rm -rf .snakemake results/smoke reports/smoke site
