@@ -171,6 +171,7 @@ function fromAddress() {
 // Asking.
 
 let worker, timer, began;
+let job = 0; // answers to earlier ones are dropped
 
 function changed() {
   for (const side of SIDES) adapt(find(`#${side}`));
@@ -189,7 +190,7 @@ function ask() {
   find("#fits > p").textContent = all[0].gpu ? "" : "Choose a card in the settings.";
   find("#fits tbody").replaceChildren();
   began = performance.now();
-  worker.postMessage({ settings: all.map((given) => JSON.stringify(given)), fits: find("#fits").open && Boolean(all[0].gpu) });
+  worker.postMessage({ job: ++job, settings: all.map((given) => JSON.stringify(given)), fits: find("#fits").open && Boolean(all[0].gpu) });
 }
 
 const say = (text) => (find("#status").textContent = text);
@@ -199,7 +200,8 @@ function heard({ data }) {
     performance.mark("ready");
     say("Python is there. Loading the calculator …");
   }
-  if (data.failed) say(`The calculator could not start: ${data.failed}`);
+  if (data.failed) say(`The calculator failed: ${data.failed}`);
+  if (data.job !== job) return;
   if (data.answers) {
     showAnswers(data.answers);
     main.setAttribute("aria-busy", "false");

@@ -1,5 +1,6 @@
 // Runs the calculator's Python, so that the page never freezes. Gets the settings of the page as
-// {settings: [JSON, ...], fits: boolean}; sends {ready}, {answers: [...]}, {why}, {fit} one by one, {done}, {failed}.
+// {job, settings: [JSON, ...], fits: boolean}; sends {ready} or {failed}, and then for each job {answers: [...]}, {why},
+// one {fit} after the other, and {done}. A newer job ends the one before.
 
 import { loadPyodide } from "./pyodide/pyodide.mjs";
 
@@ -9,12 +10,14 @@ let calculator = null;
 
 onmessage = ({ data }) => {
   latest = data;
-  if (calculator) reply(data);
+  if (calculator) start(data);
 };
+
+const start = (job) => reply(job).catch((error) => postMessage({ failed: String(error) }));
 
 async function reply(job) {
   const send = async (message) => {
-    postMessage(message);
+    postMessage({ job: job.job, ...message });
     await pause(); // lets newer settings in
     return latest === job;
   };
@@ -27,7 +30,7 @@ async function reply(job) {
     const fits = calculator.fits(job.settings[0]);
     for (const fit of fits) if (!(await send({ fit: JSON.parse(fit) }))) return;
   }
-  postMessage({ done: true });
+  postMessage({ job: job.job, done: true });
 }
 
 try {
@@ -43,7 +46,7 @@ gc.freeze()
 gc.enable()
 page
 `);
-  if (latest) reply(latest);
+  if (latest) start(latest);
 } catch (error) {
   postMessage({ failed: String(error) });
 }

@@ -88,9 +88,13 @@ def _told(reply: Callable[..., Any]) -> Callable[..., str]:
             with without_collector():
                 return json.dumps(reply(*settings))
         except InputError as error:
-            return json.dumps({"problems": [asdict(problem) for problem in error.problems]})
+            return _problems(error)
 
     return told
+
+
+def _problems(error: InputError) -> str:
+    return json.dumps({"problems": [asdict(problem) for problem in error.problems]})
 
 
 def _read(settings: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -140,13 +144,16 @@ def why(first: str, second: str) -> dict[str, Any]:
 
 def fits(settings: str) -> Iterator[str]:
     """Yields for each method whether it fits on the setting's card, with the largest sizes and advice."""
-    options, rest = _read(settings)
-    options.pop("method", None)
-    if rest["gpu"] is None:
-        return
+    told = False
     try:
+        options, rest = _read(settings)
+        options.pop("method", None)
+        if rest["gpu"] is None:
+            return
         model = describe_model(rest["model"])
         for fit in fit_methods([model], known_methods(None), options, rest["gpu"], rest["gpus"]):
+            told = True
             yield json.dumps({**fit.to_json(), "label": METHODS[fit.method].label})
     except InputError as error:
-        yield json.dumps({"problems": [asdict(problem) for problem in error.problems]})
+        if not told:  # else the rows of the methods say it
+            yield _problems(error)
