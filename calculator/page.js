@@ -99,16 +99,17 @@ function fillForm(side, offer) {
 // Shows the fields that the method has, each with its default.
 function adapt(own) {
   const method = own.elements.method.value;
+  const trainer = own.elements.as_trainer.value ? ", or the trainer's" : "";
   own.elements.config.parentElement.hidden = own.elements.model.value !== "";
   for (const label of own.querySelectorAll("label")) {
     if (!label.field) continue;
     const { name, kind, defaults } = label.field;
     const owner = method in defaults ? method : "";
     label.hidden = !(owner in defaults);
-    const value = kind === "switch" ? (defaults[owner] ? "on" : "off") : defaults[owner];
+    const value = defaults[owner];
     const control = own.elements[name];
-    const said = value === null || value === undefined ? "" : String(value);
-    if (control.tagName === "SELECT") control.options[0].text = said ? `${said}, the default` : "";
+    const said = value === null || value === undefined ? "" : kind === "switch" ? (value ? "on" : "off") : String(value);
+    if (control.tagName === "SELECT") control.options[0].text = said ? `${said}, the default${trainer}` : "";
     else control.placeholder = said;
   }
 }

@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 import pytest
 
 from peftscope.memory import page as asked
-from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS
+from peftscope.memory.question import BESIDE_OPTIONS, METHOD_OPTIONS, SPEC_OPTIONS
 from peftscope.methods import METHODS
 from peftscope.spec import RunSpec
 
@@ -45,7 +45,7 @@ def test_the_form_has_every_option_of_a_run_and_its_method() -> None:
     form = asked.form()
     fields = {field["name"]: field for field in form["fields"]}
     offered = {name: METHODS[name] for name in form["methods"]}
-    assert set(fields) == set(SPEC_OPTIONS) | {
+    assert set(fields) == {*SPEC_OPTIONS, *BESIDE_OPTIONS} | {
         name for name in METHOD_OPTIONS if any(name in method.model_fields for method in offered.values())
     }
     for name in METHOD_OPTIONS:
@@ -164,10 +164,10 @@ def test_the_first_answer_comes_soon_and_from_this_host_alone(visit: Visit) -> N
 
 
 SETTINGS: list[dict[str, Any]] = [
-    {"model": "llama-2-7b", "method": "lora"},
+    {"model": "llama-2-7b", "method": "qlora", "as_trainer": "trl", "padding": "none"},
     {"model": "llama-2-7b", "method": "qlora", "rank": 64, "gpu": "rtx4090"},
     {"model": "llama-2-7b", "method": "full", "optimizer": "adamw_8bit", "gpus": 4},
-    {"model": "llama-3-8b", "method": "qlora", "kbit_preparation": True, "checkpointing": True, "seq_len": 2048},
+    {"model": "llama-3-8b", "method": "qlora", "kbit_preparation": "peft", "checkpointing": True, "seq_len": 2048},
     {"model": "qwen2.5-0.5b", "method": "lora", "targets": "attention", "batch_size": 8, "dropout": 0.1},
     {"model": "qwen2.5-0.5b", "method": "lora", "targets": "q_proj,down_proj", "precision": "amp"},
     {"model": "qwen2.5-0.5b", "method": "full", "precision": "fp32", "optimizer": "sgd"},
@@ -187,10 +187,13 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+FLAGS = {"packing": "--packed", "as_trainer": "--as"}
+
+
 def words_of(settings: dict[str, Any]) -> list[str]:
     words = []
     for name, value in settings.items():
-        flag = "--packed" if name == "packing" else f"--{'' if value is not False else 'no-'}{name.replace('_', '-')}"
+        flag = FLAGS.get(name, f"--{'' if value is not False else 'no-'}{name.replace('_', '-')}")
         words += [] if name == "model" else [flag] if isinstance(value, bool) else [flag, str(value)]
     return words
 

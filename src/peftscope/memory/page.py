@@ -18,9 +18,11 @@ from peftscope.memory.answer import Peaks, answer_of, peaks_by_formula
 from peftscope.memory.fit import fit_methods, known_methods
 from peftscope.memory.formula import without_collector
 from peftscope.memory.question import (
+    BESIDE_OPTIONS,
     DEFAULTS,
     METHOD_OPTIONS,
     SPEC_OPTIONS,
+    Beside,
     Question,
     ask,
     describe_model,
@@ -43,22 +45,28 @@ TARGETS = ("targets", "feedforward")
 def form() -> dict[str, Any]:
     """Returns what the form offers: models, methods and cards by name, and a field for each option of a run."""
     methods = {name: METHODS[name] for name in known_methods(None)}
-    owners: dict[str, type[BaseModel]] = {**methods, "": RunSpec}
+    owners: dict[str, list[type[BaseModel]]] = {**{name: [own] for name, own in methods.items()}, "": [RunSpec, Beside]}
+    options = (*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
     return {
         "models": {name: preset.shape.parameters for name, preset in PRESETS.items()},
         "methods": {name: method.label for name, method in methods.items()},
         "cards": {name: gpu.name for name, gpu in GPUS.items()},
-        "fields": [field for name in (*METHOD_OPTIONS, *SPEC_OPTIONS) if (field := _field(name, owners))],
+        "fields": [field for name in options if (field := _field(name, owners))],
         "kinds": KINDS,
     }
 
 
-def _field(name: str, owners: dict[str, type[BaseModel]]) -> dict[str, Any] | None:
+def _field(name: str, owners: dict[str, list[type[BaseModel]]]) -> dict[str, Any] | None:
     """Returns the form's field for an option, with its default by method; the run's own has the method ''.
 
     None means that no method of the form has the option.
     """
-    found = {owner: model.model_fields[name] for owner, model in owners.items() if name in model.model_fields}
+    found = {
+        owner: model.model_fields[name]
+        for owner, models in owners.items()
+        for model in models
+        if name in model.model_fields
+    }
     if not found:
         return None
     first = next(iter(found.values()))
