@@ -36,6 +36,8 @@ WHEELS = "--no-deps --require-hashes --only-binary :all: --platform pyemscripten
 
 def main() -> None:
     """Fetches what is not there yet, builds the page, and says what a visitor loads."""
+    if missing := [name for name in ("node", "npm") if not shutil.which(name)]:
+        sys.exit(f"make site needs {' and '.join(missing)}: apt-get install nodejs npm")
     fetch()
     build()
     size = compressed_bytes()
@@ -58,7 +60,9 @@ def fetch() -> None:
     FETCHED.mkdir(parents=True)
     for name in PINS[:2]:
         shutil.copy(HERE / name, FETCHED)
-    subprocess.run(["npm", "ci", "--silent", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=FETCHED, check=True)
+    subprocess.run(
+        ["npm", "ci", "--loglevel=error", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=FETCHED, check=True
+    )
     pip = [sys.executable, "-m", "pip", "download", "--quiet", *WHEELS.split(), "--python-version", "3.14"]
     subprocess.run([*pip, "--abi", "cp314", "-r", HERE / "requirements.txt", "-d", FETCHED], check=True)
     stamp.write_text(pins)

@@ -1,4 +1,4 @@
-// Compiles the Python modules that an answer imports. A browser would compile them at every visit, in most of the time
+// Compiles the Python modules that an answer imports. A browser would compile them at every visit, in half of the time
 // until the first answer. All other modules stay as they are, so that none is missing.
 //
 // node compile.mjs PYODIDE ARCHIVE PAGE

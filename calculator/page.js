@@ -99,7 +99,7 @@ function fillForm(side, offer) {
 // Shows the fields that the method has, each with its default.
 function adapt(own) {
   const method = own.elements.method.value;
-  const trainer = own.elements.as_trainer.value ? ", or the trainer's" : "";
+  const trainer = own.elements.as_trainer?.value ? ", or the trainer's" : "";
   own.elements.config.parentElement.hidden = own.elements.model.value !== "";
   for (const label of own.querySelectorAll("label")) {
     if (!label.field) continue;
@@ -337,7 +337,7 @@ function showFit(fit) {
 if (typeof WebAssembly === "undefined") {
   say("This browser has no WebAssembly, which the calculator needs: use a current browser, or the command peftscope memory.");
 } else {
-  say("Loading Python, 9 MB at the first visit …");
+  say("Loading Python, up to 10 MB at the first visit …");
   worker = new Worker("worker.js", { type: "module" });
   worker.onmessage = heard;
   worker.onerror = () => say("The calculator's files could not be loaded: reload the page.");
