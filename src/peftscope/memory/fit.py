@@ -149,11 +149,11 @@ def fit_methods(
     some = False
     traces = TrainingTraces()
     for model in models:
-        found: dict[str, list[int]] = defaultdict(list)
+        earlier: dict[str, list[int]] = defaultdict(list)
         for method in methods:
             try:
                 with without_collector():
-                    fit = Search(model, method, options, gpu, gpus, traces, found).fit()
+                    fit = Search(model, method, options, gpu, gpus, traces, earlier).fit()
                 some = True
             except InputError as error:
                 problems += error.problems
@@ -187,7 +187,7 @@ class Search:
         gpu: The card.
         gpus: The number of cards.
         traces: Traces that several searches share.
-        found: The largest sizes that other methods of the model had, by field. Those near an estimate are tried first.
+        earlier: The largest sizes that other methods of the model had, by field. Those near an estimate are tried first.
 
     Raises:
         InputError: The method cannot run with the options.
@@ -201,11 +201,11 @@ class Search:
         gpu: Gpu,
         gpus: int = 1,
         traces: TrainingTraces | None = None,
-        found: dict[str, list[int]] | None = None,
+        earlier: dict[str, list[int]] | None = None,
     ) -> None:
         self.model, self.method, self.asked, self.gpu, self.gpus = model, method, asked, gpu, gpus
         self._traces = traces or TrainingTraces()
-        self._found = defaultdict(list) if found is None else found
+        self._earlier = defaultdict(list) if earlier is None else earlier
         self._options = options_of_method(method, asked)
         self._question = ask(model, self._options, gpu=gpu, gpus=gpus)
         simulated = not self._question.has_closed_form
@@ -286,8 +286,8 @@ class Search:
 
         spec = self._question.spec
         start = getattr(spec.method, spec.method.rank_field) if field == "rank" else getattr(spec, field)
-        found = largest(takes, expected, self.gpu.usable_bytes, limit, start, self._found[field])
-        self._found[field] += [found] if found else []
+        found = largest(takes, expected, self.gpu.usable_bytes, limit, start, self._earlier[field])
+        self._earlier[field] += [found] if found else []
         return found
 
     def _changes(self, field: str, value: int) -> dict[str, int]:
