@@ -187,7 +187,8 @@ class Search:
         gpu: The card.
         gpus: The number of cards.
         traces: Traces that several searches share.
-        earlier: The largest sizes that other methods of the model had, by field. Those near an estimate are tried first.
+        earlier: The largest sizes that other methods of the model had, by field. Those near an estimate are tried
+            first.
 
     Raises:
         InputError: The method cannot run with the options.
@@ -408,6 +409,8 @@ def largest(
     ...     return 10 + 3 * n
     >>> largest(takes, lambda n: 2 * n, 100, 1000, 1), largest(takes, float, 12, 1000, 8)
     (30, None)
+    >>> [largest(takes, lambda n: 2.9 * n, 100, 1000, 1, [likely]) for likely in (5, 27, 30, 32)]
+    [30, 30, 30, 30]
     """
     low, high, stride, asked = 0, limit + 1, 1, False
     value = min(start, limit)
