@@ -29,7 +29,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup report test test-faults test-slurm test-oldest test-newest smoke slow \
         browser lint format schema docs lock audit sbom publish benchmark benchmark-memory benchmark-scale agreement scorecard \
-        verify gpu-check claims clean
+        verify gpu-check claims site clean
 
 help:
 	@echo "make report [EXPERIMENT=quick]   train, measure and write reports/EXPERIMENT/report.html; \"a b\" for two"
@@ -39,6 +39,7 @@ help:
 	@echo "make publish EXPERIMENT=quick    copy a finished run's small files to where they are committed (or claims, memory)"
 	@echo "make verify [EXPERIMENT=quick]   run published runs again: which numbers come out the same"
 	@echo "make claims                      measure what the literature claims; reports/claims.html"
+	@echo "make site                        the memory calculator as a page, in site/calculator/ (needs npm)"
 	@echo "make benchmark                   our training step against the HF Trainer"
 	@echo "make benchmark-memory            the memory calculator's speed, beside accelerate's estimate"
 	@echo "make benchmark-scale             how the suite grows from 50 to 5,000 runs; docs/scale.md"
@@ -135,6 +136,10 @@ agreement: $(READY)
 scorecard: $(READY)
 	$(BIN)/python -W ignore -m benchmarks.scorecard $(if $(MINUTES),--minutes $(MINUTES))
 
+# Pyodide and wheels are fetched with npm and pip, by checksums.
+site: $(READY)
+	$(BIN)/python -m calculator.build
+
 claims: $(READY)
 	$(BIN)/peftscope fetch smollm2-135m
 	$(BIN)/peftscope fetch minilm
@@ -183,4 +188,4 @@ test-oldest test-newest:
 	  -m "not slow and not browser and not faults and not slurm"
 
 clean:
-	rm -rf .snakemake results/smoke reports/smoke
+	rm -rf .snakemake results/smoke reports/smoke site

@@ -150,3 +150,14 @@ def own(toy: Path, write_experiment: Callable[[str, str], Path]) -> Callable[[st
     write_experiment("mine", "fixed: {model: toy}\n")
     shutil.copytree(toy / "resources", "resources")
     return write_experiment
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    import shutil
+
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        found = shutil.which(name)
+        if found:
+            return found
+    pytest.skip("no Chromium: apt-get install chromium")

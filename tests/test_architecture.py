@@ -29,6 +29,7 @@ NO_TORCH = [
     "memory.fit",
     "memory.show",
     "memory.grid",
+    "memory.page",
     "memory.trainers",
     "planning.demands",
     "planning.forecast",

@@ -20,7 +20,7 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 def sources(root: Path) -> list[Path]:
     package = root / "src" / "peftscope"
-    return sorted([*package.rglob("*.py"), *(root / "benchmarks").glob("*.py")])
+    return sorted([*package.rglob("*.py"), *(root / "benchmarks").glob("*.py"), *(root / "calculator").glob("*.py")])
 
 
 def docstrings(tree: ast.Module) -> Iterator[tuple[int, bool, str]]:

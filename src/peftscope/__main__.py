@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -16,11 +17,14 @@ def main() -> None:
     """
     if "PEFTSCOPE_DIES_WITH_PARENT" in os.environ:  # the Snakefile's jobs; before the slow imports
         die_with_parent()
+    gc.disable()  # what imports make stays: looking for cycles in it takes a tenth of the start
     try:
         from peftscope.cli.main import main as run_command
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    gc.freeze()
+    gc.enable()
     run_command()
 
 

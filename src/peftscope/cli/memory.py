@@ -25,9 +25,9 @@ from peftscope.memory.question import (
     Question,
     ask,
     describe_model,
+    preset_or_modules,
 )
 from peftscope.methods import METHODS
-from peftscope.methods.fields import TARGET_PRESETS
 from peftscope.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -112,16 +112,10 @@ def _option(name: str) -> Any:
         typer.Option(
             *([names] if names else []),
             help="; ".join(said),
-            callback=_preset_or_modules if name in ("targets", "feedforward") else None,
+            callback=preset_or_modules if name in ("targets", "feedforward") else None,
             rich_help_panel=PANEL,
         ),
     ]
-
-
-def _preset_or_modules(text: str | None) -> str | list[str] | None:
-    """Returns the name of a preset, or the modules that are listed, separated by commas."""
-    names = [name.strip() for name in (text or "").split(",") if name.strip()]
-    return text if not text else names[0] if len(names) == 1 and names[0] in TARGET_PRESETS else names
 
 
 @app.command("memory", cls=RunCommand)

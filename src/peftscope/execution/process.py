@@ -10,8 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 _PR_SET_PDEATHSIG = 1
 
 
@@ -25,6 +23,8 @@ def seconds_since_process_start() -> float:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError):
+        import psutil
+
         return time.time() - psutil.Process().create_time()
 
 

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from peftscope.errors import InputError, Problem
 
 LOCK_SECONDS = 30
@@ -27,6 +25,8 @@ def locked(file: Path, does: str = "is working on this run", seconds: int | None
     Raises:
         InputError: Another process holds it.
     """
+    from filelock import FileLock, Timeout  # not needed by the many commands that only read
+
     file.parent.mkdir(parents=True, exist_ok=True)
     # filelock closes its descriptor in a forked process. A copy stays open there: the lock outlives a killed parent.
     copies: list[int] = []

@@ -21,6 +21,7 @@ from peftscope.memory.formula import (
     sizes_of,
     trace_evaluation,
     trace_training,
+    without_collector,
 )
 from peftscope.memory.formula.linear import WIDTHS
 from peftscope.memory.question import Question
@@ -159,7 +160,8 @@ def answer_by_formula(question: Question) -> Answer:
     Raises:
         InputError: The closed form does not cover the model's family or the method.
     """
-    return answer_of(question, peaks_by_formula(question), "formula")
+    with without_collector():
+        return answer_of(question, peaks_by_formula(question), "formula")
 
 
 def peaks_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.hardware.cards import Gpu
 from peftscope.memory.allocator import segment_share
-from peftscope.memory.answer import Peaks, peaks_by_formula
+from peftscope.memory.answer import RESIDENT, Peaks, peaks_by_formula
 from peftscope.memory.formula import TrainingTraces, sizes_of, without_collector
 from peftscope.memory.question import METHOD_OPTIONS, Model, Question, ask, narrowest_target, usual_responses
 from peftscope.memory.tape import bytes_of, factors
@@ -27,6 +27,9 @@ LARGEST_BATCH_SIZE = 4096
 LARGEST_RANK = 1024
 LONGEST_SEQUENCE = 131_072
 """The longest sequence that is tried with a model that states no limit."""
+
+NEAR_SHARE = 0.15
+"""An estimate is trusted less than another method's answer that is no farther from it than this."""
 
 TIGHT_SHARE = 0.05
 """A run that leaves a smaller share of the card than this fits only tightly: drivers, kernels and data differ."""
@@ -146,10 +149,11 @@ def fit_methods(
     some = False
     traces = TrainingTraces()
     for model in models:
+        earlier: dict[str, list[int]] = defaultdict(list)
         for method in methods:
             try:
                 with without_collector():
-                    fit = Search(model, method, options, gpu, gpus, traces).fit()
+                    fit = Search(model, method, options, gpu, gpus, traces, earlier).fit()
                 some = True
             except InputError as error:
                 problems += error.problems
@@ -183,6 +187,8 @@ class Search:
         gpu: The card.
         gpus: The number of cards.
         traces: Traces that several searches share.
+        earlier: The largest sizes that other methods of the model had, by field. Those near an estimate are tried
+            first.
 
     Raises:
         InputError: The method cannot run with the options.
@@ -196,9 +202,11 @@ class Search:
         gpu: Gpu,
         gpus: int = 1,
         traces: TrainingTraces | None = None,
+        earlier: dict[str, list[int]] | None = None,
     ) -> None:
         self.model, self.method, self.asked, self.gpu, self.gpus = model, method, asked, gpu, gpus
         self._traces = traces or TrainingTraces()
+        self._earlier = defaultdict(list) if earlier is None else earlier
         self._options = options_of_method(method, asked)
         self._question = ask(model, self._options, gpu=gpu, gpus=gpus)
         simulated = not self._question.has_closed_form
@@ -279,7 +287,9 @@ class Search:
 
         spec = self._question.spec
         start = getattr(spec.method, spec.method.rank_field) if field == "rank" else getattr(spec, field)
-        return largest(takes, expected, self.gpu.usable_bytes, limit, start)
+        found = largest(takes, expected, self.gpu.usable_bytes, limit, start, self._earlier[field])
+        self._earlier[field] += [found] if found else []
+        return found
 
     def _changes(self, field: str, value: int) -> dict[str, int]:
         return METHODS[self.method].with_rank(value) if field == "rank" else {field: value}
@@ -318,8 +328,11 @@ class Search:
         """
         spec = self._question.spec
         needs: dict[str, int] = {}
+        stays = sum(block.size for block in self._asked_peaks.alive("optimizer") if block.kind in RESIDENT)
 
         def needed(changes: Mapping[str, Any]) -> int:
+            if stays > self.gpu.usable_bytes and not changes.keys() & {"method", "optimizer"}:
+                return stays  # weights and states alone are too many, and these changes shrink none of them
             key = str(changes)
             if key not in needs:
                 options = {**options_of_method(changes.get("method", self.method), self.asked), **changes}
@@ -370,7 +383,12 @@ def mildest_change(fits: Callable[[Mapping[str, Any]], bool], asked: Mapping[str
 
 
 def largest(
-    takes: Callable[[int, bool], float], expected: Callable[[int], float], capacity: int, limit: int, start: int
+    takes: Callable[[int, bool], float],
+    expected: Callable[[int], float],
+    capacity: int,
+    limit: int,
+    start: int,
+    likely: Sequence[int] = (),
 ) -> int | None:
     """Returns a number up to ``limit`` that fits while the next larger one does not, or None if 1 does not fit.
 
@@ -385,11 +403,16 @@ def largest(
         capacity: The bytes that are available.
         limit: The largest number to try.
         start: The number to try first.
+        likely: Numbers one of which may be the answer. The one nearest to the estimate after ``start`` is tried next.
 
-     + 3 * n, lambda n: 2 * n, 100, 1000, 1), largest(lambda n: 10 + 3 * n, float, 12, 1000, 8)
+    >>> def takes(n, only_whether):
+    ...     return 10 + 3 * n
+    >>> largest(takes, lambda n: 2 * n, 100, 1000, 1), largest(takes, float, 12, 1000, 8)
     (30, None)
+    >>> [largest(takes, lambda n: 2.9 * n, 100, 1000, 1, [likely]) for likely in (5, 27, 30, 32)]
+    [30, 30, 30, 30]
     """
-    low, high, stride = 0, limit + 1, 1
+    low, high, stride, asked = 0, limit + 1, 1, False
     value = min(start, limit)
     while high - low > 1:
         size = takes(value, value == low + 1)  # that it does not fit would end the search
@@ -398,7 +421,10 @@ def largest(
         # The bytes that the expected part may take, if the rest is as large as here.
         left = capacity - size + expected(value)
         guess = bisect_right(range(limit + 1), left, lo=1, key=expected) - 1
-        if fits and guess < low + stride:
+        near = min(likely, key=lambda number: abs(number - guess), default=0)
+        if low < near < high and abs(near - guess) <= NEAR_SHARE * guess:
+            value, likely, asked = near, [] if asked else [near + 1], True
+        elif fits and guess < low + stride:
             value, stride = min(low + stride, high - 1), 2 * stride  # the first of these steps ends most searches
         elif low == 0 or high > limit:
             value, stride = min(max(guess, low + 1), high - 1), 1  # no number on that side was tried yet

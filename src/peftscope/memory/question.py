@@ -277,6 +277,12 @@ def ask(
     return replace(question, assumptions=(*_assumptions(question), *said))
 
 
+def preset_or_modules(text: str | None) -> str | list[str] | None:
+    """Returns the name of a preset of target modules, or the modules that are listed, separated by commas."""
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    return text if not text else names[0] if len(names) == 1 and names[0] in TARGET_PRESETS else names
+
+
 def _defaults(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
     defaults = dict(DEFAULTS)
     if model.config["model_type"] == "gemma2":
@@ -390,8 +396,8 @@ def _assumptions(question: Question) -> list[str]:
         "reserved: two steps of that batch in a model of torch's caching allocator, without expandable segments",
         f"cuBLAS workspace of {cublas:.1f} MiB{', one for each pass' if spec.method.trains else ''}",
         "allocated: the sizes of tensors in multiples of 512 bytes; torch may count up to 1 MiB more per block",
-        f"the code of {library_versions()}",
     ]
+    lines += [f"the code of {versions}"] if (versions := library_versions()) else []
     if gpu is None or gpu.context_bytes is None:
         lines.append(f"CUDA context of {CONTEXT_BYTES / MIB:.0f} MiB, measured on an A100; other cards differ")
     else:

@@ -86,14 +86,17 @@ class TrainingTraces:
         self._last = trace, (number, tuple(sorted(formulas.items())))
         return trace
 
-    def measure(self, what: Callable[..., Any], trace: Trace, *arguments: Any) -> Any:
-        """Returns ``what(trace, *arguments)``; for the last trace of here, what it was for the same sizes."""
+    def measure(self, what: Callable[..., Any], trace: Trace, *enough: float) -> Any:
+        """Returns ``what(trace, *enough)``; for the last trace of here, what it was for the same sizes."""
         if self._last is None or trace is not self._last[0]:
-            return what(trace, *arguments)
-        key = (*self._last[1], what, arguments)
-        if key not in self._measured:
-            self._measured[key] = what(trace, *arguments)
-        return self._measured[key]
+            return what(trace, *enough)
+        whole, part = (*self._last[1], what), (*self._last[1], what, *enough)
+        if whole in self._measured or part in self._measured:
+            return self._measured.get(whole, self._measured.get(part))
+        found = what(trace, *enough)
+        # What did not reach its limit is what there is without one.
+        self._measured[part if enough and found > enough[0] else whole] = found
+        return found
 
 
 def _operations(spec: RunSpec) -> str:
