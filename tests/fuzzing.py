@@ -139,6 +139,8 @@ def specs(draw: st.DrawFn, names: tuple[str, ...] = tuple(METHODS)) -> RunSpec:
     if top.get("attention") == "flash_attention_2":
         top["device"] = "cuda"
         top["precision"] = "amp" if top.get("precision") == "fp32" else top.get("precision", "bf16")
+    if top.get("precision", "bf16") != "bf16":
+        top["autocast"] = False
     if top.get("optimizer", "adamw") not in ("adamw", "sgd"):
         top.pop("optimizer_implementation", None)
     if top.get("shards", 1) > 1:

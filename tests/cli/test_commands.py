@@ -30,7 +30,7 @@ TREATMENTS = {
     r"(python -m )?peftscope (run|sweep|merge|report|claims --kind) .*": "help",
     r"hf auth login": "help",
     # Says what it would do.
-    r"make (setup|test|report|publish|claims|gpu-check|scorecard)( [A-Z]+=\S+)*": "dry",
+    r"make (setup|test|report|publish|claims|gpu-check|scorecard|site)( [A-Z]+=\S+)*": "dry",
     r"snakemake --cores all( --config experiment=\S+)?": "dry",
     # Has nothing to report on before the first run, and says so once its options are right.
     r"snakemake --cores all --report report\.zip": "nothing yet",

@@ -38,7 +38,7 @@ class Surprise(BaseModel):
 
 
 def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> None:
-    """Draws the bar of verdicts, and writes it with the findings that surprise into the README."""
+    """Draws the bar of verdicts, and writes it with the findings that surprise between the README's markers, if any."""
     counts = {verdict: sum(finding["verdict"] == verdict for finding in findings) for verdict in COLOURS}
     _draw_bar(counts)
     words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
@@ -51,8 +51,10 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
         if (finding := by_id.get(surprise.claim)) and finding["verdict"] == surprise.verdict
     ]
     shown = f"![{len(findings)} claims: {words}]({BAR})\n\n" + "\n".join(lines) + "\n"
-    before, begin, rest = README.read_text().partition(BEGIN)
-    README.write_text(before + begin + shown + END + rest.partition(END)[2])
+    text = README.read_text() if README.is_file() else ""
+    if BEGIN in text:
+        before, _, rest = text.partition(BEGIN)
+        README.write_text(before + BEGIN + shown + END + rest.partition(END)[2])
 
 
 def _told(surprise: Surprise, finding: dict[str, Any]) -> str:
