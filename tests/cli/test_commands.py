@@ -28,6 +28,8 @@ TREATMENTS = {
     r"peftscope (memory|fit|models|why|oom|expand|doctor|claims --id) ?.*": "whole",
     # These train, measure or need what was trained: their options are read, and nothing more.
     r"(python -m )?peftscope (run|sweep|merge|report|claims --kind) .*": "help",
+    # A server runs until it is stopped.
+    r"python -m http\.server .*": "help",
     r"hf auth login": "help",
     # Says what it would do.
     r"make (setup|test|report|publish|claims|gpu-check|scorecard|site)( [A-Z]+=\S+)*": "dry",

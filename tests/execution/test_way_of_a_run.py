@@ -22,11 +22,12 @@ from typing import Any
 
 import pytest
 
-MODULES = 41
+MODULES = 42
 """Modules that a run of LoRA passes through."""
 
-RETURNS = 49
-"""Times that a run comes back to a module where it was: the task says what it is judged on, and how it is scored."""
+RETURNS = 53
+"""Times that a run comes back to a module where it was: the task says what it is judged on, and how it is scored; the
+spec says whether autocast is on, and whether the output is kept."""
 
 UPWARDS = {
     # The loss is no module of torch, whose hooks would name its blocks: the simulator puts itself around it.
