@@ -204,13 +204,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
     """Raises InputError for names that are no field of a run or a method that memory depends on."""
     from peftscope.memory.question import BESIDE_OPTIONS, METHOD_OPTIONS
 
-    known = {*METHOD_OPTIONS, *BESIDE_OPTIONS, *RunSpec.model_fields} - {
-        "model",
-        "task",
-        "method",
-        "device",
-        "learning_rate",
-    }
+    apart = {"model", "task", "method", "device", "learning_rate"}
+    known = {*METHOD_OPTIONS, *BESIDE_OPTIONS, *RunSpec.model_fields} - apart
     if unknown := [Problem(name, "unknown option", close_match(name, known)) for name in options if name not in known]:
         raise InputError(unknown)
 
@@ -239,7 +234,7 @@ def load_results(name: str, comparison: str | None = None) -> pd.DataFrame:
     runs = read_runs(name, folder)
     if comparison is not None:
         members = runs["comparisons"].str.split()
-        known = sorted(set(members.sum()))
+        known = sorted(members.explode().dropna().unique())
         if comparison not in known:
             path = str(folder / "runs.csv")
             raise InputError(Problem(path, f"no such comparison (got '{comparison}')", f"known: {', '.join(known)}"))

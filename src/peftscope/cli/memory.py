@@ -197,8 +197,9 @@ def memory_command(
         "steps": steps,
         "seed": seed,
         "drop_last": drop_last,
+        "group_by_length": group_by_length,
+        "figure": figure,
     }
-    own |= {"group_by_length": group_by_length, "figure": figure}
     items = items_asked(lengths, data, model, own)
     if items and not config and options["seq_len"] is None:
         given["seq_len"] = max(items)

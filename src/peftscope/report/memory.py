@@ -126,7 +126,7 @@ def draw_lengths(answer: LengthsAnswer, path: Path) -> None:
         axes.plot(sizes, shares, linestyle=style, marker=".", label=way.arrangement)
     if answer.capacity_bytes is not None:
         axes.axvline(answer.capacity_bytes / GIB, color="0.5", linewidth=0.8)
-        axes.annotate(" the card", (answer.capacity_bytes / GIB, 2), fontsize=8)
+        axes.annotate(" the card", (answer.capacity_bytes / GIB, 96), fontsize=8)  # above the curves, which begin low
     axes.set(xlabel="peak on the card (GiB)", ylabel="batches of an epoch (%)", ylim=(0, 102))
     axes.legend(title="", fontsize=8)
     save(figure, path)
