@@ -57,13 +57,21 @@ def test_the_readme_shows_the_published_verdicts(
     monkeypatch.chdir(tmp_path)
     Path("README.md").write_text(shown)
     Path("results/published").mkdir(parents=True)
+    Path("paper").mkdir()
+    paper = (repository / "paper/paper.md").read_text()
+    Path("paper/paper.md").write_text(paper)
     show_claims(findings, surprises)
     assert Path("README.md").read_text() == shown
+    assert Path("paper/paper.md").read_text() == paper
 
     (changed,) = [finding for finding in findings if finding["id"] == anchors[0]]
+    assert changed["verdict"] == "wrong"
     changed["verdict"] = "holds"
     show_claims(findings, surprises)
     assert re.findall(r"claims\.md#([SP]\d+)", Path("README.md").read_text()) == anchors[1:]
+    wrong = sum(finding["verdict"] == "wrong" for finding in findings)
+    assert f"<!--wrong-->{wrong}<!--/-->" in Path("paper/paper.md").read_text()
+    assert f"<!--wrong-->{wrong + 1}<!--/-->" in paper
 
 
 def test_a_sentence_that_does_not_fit_its_claim_is_refused(

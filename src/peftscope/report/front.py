@@ -1,7 +1,8 @@
-"""Renders the README's first screen: the bar of verdicts, and findings that surprise. No torch."""
+"""Renders the README's first screen (the bar of verdicts, findings that surprise) and the paper's numbers. No torch."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,13 @@ from pydantic import BaseModel, ConfigDict
 from peftscope.claims.verdict import Verdict
 from peftscope.errors import InputError, Problem
 from peftscope.layout import FINDINGS_FILE, PUBLISHED_REPORTS, PUBLISHED_RESULTS
+from peftscope.memory.answer import AGREEMENT_FILE
 from peftscope.report.claims import COLOURS
 
 README = Path("README.md")
+PAPER = Path("paper/paper.md")
+NUMBER = re.compile(r"<!--([a-z ]+)-->[^<]*<!--/-->")
+"""A number of the paper, between comments that name it."""
 BAR = PUBLISHED_RESULTS / "claims.svg"
 BEGIN, END = "<!-- published:claims -->\n", "<!-- /published:claims -->"
 GREY = "#77808a"
@@ -38,7 +43,10 @@ class Surprise(BaseModel):
 
 
 def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> None:
-    """Draws the bar of verdicts, and writes it with the findings that surprise between the README's markers, if any."""
+    """Draws the bar of verdicts; writes it with the findings that surprise into the README, and numbers into the paper.
+
+    Only what stands between the files' markers changes.
+    """
     counts = {verdict: sum(finding["verdict"] == verdict for finding in findings) for verdict in COLOURS}
     _draw_bar(counts)
     words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
@@ -55,6 +63,16 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
     if BEGIN in text:
         before, _, rest = text.partition(BEGIN)
         README.write_text(before + BEGIN + shown + END + rest.partition(END)[2])
+    if PAPER.is_file():
+        agreement = json.loads(AGREEMENT_FILE.read_text())
+        numbers = {
+            "claims": len(findings),
+            **counts,
+            "questions": agreement["questions"],
+            "mean difference": agreement["allocated_percent"]["mean"],
+            "worst difference": agreement["allocated_percent"]["worst"],
+        }
+        PAPER.write_text(NUMBER.sub(lambda m: f"<!--{m[1]}-->{numbers[m[1]]}<!--/-->", PAPER.read_text()))
 
 
 def _told(surprise: Surprise, finding: dict[str, Any]) -> str:
