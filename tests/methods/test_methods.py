@@ -408,6 +408,19 @@ def test_adalora_prunes_to_its_budget_and_keeps_its_term_apart(spec_of) -> None:
     assert masked == (12 - 8) * 14
 
 
+def test_adalora_by_magnitude_keeps_the_largest_singular_values(spec_of) -> None:
+    spec = spec_of("adalora", score="magnitude")
+    model = build_model(load_base(spec), spec).model.base_model
+    values = {n: p for n, p in model.model.named_parameters() if ".lora_E." in n}
+    with torch.no_grad():
+        for seed, value in enumerate(values.values()):
+            value.normal_(generator=torch.Generator().manual_seed(seed))
+    sizes = torch.cat([v.detach().abs().flatten() for v in values.values()])
+    smallest_kept = sizes.sort(descending=True).values[8 * 14 - 1]
+    expected = {n: (v.detach().abs() >= smallest_kept).flatten().tolist() for n, v in values.items()}
+    assert model.rankallocator.mask_to_budget(model.model, 8 * 14) == expected
+
+
 def test_ranknum_stays_frozen_on_a_bf16_base(toy: Path, make_spec) -> None:
     spec = make_spec(method="adalora")
     model = build_model(load_base(spec), spec).model

@@ -44,6 +44,10 @@ class AdaLoRA(Method):
     final_share: Share = 0.3
     allocate_every: Annotated[Count, Field(description="steps between two allocations")] = 1
     orthogonal_weight: Annotated[float, Field(ge=0, description="gamma of the orthogonality term")] = 0.1
+    score: Annotated[
+        Literal["sensitivity", "magnitude"],
+        Field(description="what ranks the triplets: the paper's sensitivity of their values, or |lambda| alone"),
+    ] = "sensitivity"
 
     @model_validator(mode="after")
     def _budget_shrinks(self) -> AdaLoRA:
@@ -89,6 +93,8 @@ class AdaLoRA(Method):
             if ".ranknum." in name:
                 # PEFT 0.21 makes this trainable when it casts the adapter of a bf16 base to fp32.
                 parameter.requires_grad_(False)
+        if self.score == "magnitude":
+            _score_by_magnitude(wrapped)
         return wrapped
 
     def after_optimizer_step(self, model: Any, step: int) -> None:
@@ -132,3 +138,16 @@ class AdaLoRA(Method):
         """Returns the sum of the ranks that were kept, and the budget for it."""
         ranks = self._final_ranks(model)
         return {"final_rank_sum": sum(ranks.values()), "rank_budget": self.target_r * len(ranks)} if ranks else {}
+
+
+def _score_by_magnitude(model: Any) -> None:
+    """Makes PEFT's allocator score a triplet by the size of its singular value, the rival of the paper's score.
+
+    PEFT adds up the scores of the value and of its two vectors, so the vectors score nothing.
+    """
+    import torch
+
+    values = dict(model.base_model.model.named_parameters())
+    model.base_model.rankallocator._element_score = lambda name: (
+        values[name].detach().abs() if ".lora_E." in name else torch.zeros_like(values[name])
+    )
