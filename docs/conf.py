@@ -1,4 +1,4 @@
-"""Builds the site: ``make site``. Its folders are those of the repository, so that links between files stay as they are."""
+"""Settings of Sphinx for ``make site``. The site's folders are the repository's, so that links between files hold."""
 
 from __future__ import annotations
 
@@ -7,70 +7,66 @@ import shutil
 from pathlib import Path
 
 from docutils import nodes
+from pygments.lexers.special import TextLexer
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.highlighting import lexers
 from sphinx.util.osutil import relative_uri
 
 ROOT = Path(__file__).parents[1]
-REPORTS = Path("reports/published")
+REPORTS = "reports/published"
+TITLE = re.compile("<title>(.*?)(?: - peftscope)?</title>")
 
 project = "peftscope"
 author = "the peftscope authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-include_patterns = ["index.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "SECURITY.md", "CHANGELOG.md", "docs/*.md"]
-include_patterns += ["experiments/README.md", "results/published/README.md", "reports/published/findings.md"]
-exclude_patterns = [".*", "site", "src", "tests", "resources", "results/runs"]
-"""Folders that are never looked into; all but the first for speed alone."""
-myst_enable_extensions = ["colon_fence"]
+include_patterns = ["*.md", "docs/*.md", "experiments/*.md", "results/published/*.md", f"{REPORTS}/findings.md"]
+exclude_patterns = ["README.md", ".*", "resources", "results/[!p]*", "site", "src", "tests"]
+"""README.md is shown in index.md; the folders are left out because they take long to look through."""
 myst_heading_anchors = 3
-autodoc_member_order = "bysource"
+lexers["mermaid"] = TextLexer()
+"""Hosts of code draw such a block. What draws it in a page comes from another host, so the site shows its text."""
+add_module_names = False
 autodoc_typehints = "description"
 
 html_theme = "furo"
 html_title = "peftscope"
+html_favicon = "theme/icon.svg"
 html_static_path = ["theme/site.css"]
 html_css_files = ["site.css"]
 html_copy_source = False
 templates_path = ["theme"]
-html_sidebars = {
-    "**": [f"sidebar/{part}.html" for part in ("brand", "search", "scroll-start")]
-    + ["pages.html"]
-    + [f"sidebar/{part}.html" for part in ("navigation", "scroll-end")]
-}
-html_context = {
-    "studies": [
-        (path.relative_to(ROOT).as_posix(), re.search("<title>(.*?)( - peftscope)?</title>", path.read_text())[1])
-        for path in sorted((ROOT / REPORTS).glob("*/report.html"))
-    ]
-}
+html_sidebars = {"**": ["sidebar/brand.html", "sidebar/search.html", "sidebar/scroll-start.html", "beside.html"]}
+html_sidebars["**"] += ["sidebar/navigation.html", "sidebar/scroll-end.html"]
+studies = sorted(ROOT.glob(f"{REPORTS}/*/report.html"))
+html_context = {"studies": {f"{path.relative_to(ROOT)}": TITLE.search(path.read_text())[1] for path in studies}}
 
 
-def keep_links(app: Sphinx, doctree: nodes.document) -> None:
-    """Keeps links to files that are no page of Sphinx's, and puts these files beside the pages.
+def keep_links(app: Sphinx, document: nodes.document) -> None:
+    """Keeps links to files that are no page of Sphinx's, and copies these files to the same place in the site.
 
-    ``claims.md`` and ``claims.html`` say the same: links to the first go to the second.
+    Links to ``claims.md`` go to ``claims.html``, which says the same with figures and a search.
     """
-    for node in list(doctree.findall(lambda node: node.get("reftype") == "myst" if isinstance(node, nodes.Element) else False)):
-        page = node["refdoc"]
-        if isinstance(node, addnodes.download_reference):
-            path = (ROOT / page).parent / node["reftarget"]
-            target = path.resolve().relative_to(ROOT)
-            (app.outdir / target).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / target, app.outdir / target)
-            address = node["reftarget"]
-        elif node["reftarget"] == f"{REPORTS}/claims":
-            address = relative_uri(page, f"{REPORTS}/claims.html") + (f"#{node['reftargetid']}" if node["reftargetid"] else "")
+    for link in [*document.findall(addnodes.download_reference), *document.findall(addnodes.pending_xref)]:
+        page, target = app.env.docname, link["reftarget"]
+        if isinstance(link, addnodes.download_reference):
+            path = (ROOT / page).parent.joinpath(target).resolve().relative_to(ROOT)
+            (app.outdir / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / path, app.outdir / path)
+        elif target == f"{REPORTS}/claims":
+            target = relative_uri(page, f"{REPORTS}/claims.html")
+            target += f"#{link['reftargetid']}" if link["reftargetid"] else ""
         else:
             continue
-        node.replace_self(nodes.reference("", "", *node.children, refuri=address))
+        link.replace_self(nodes.reference("", "", *link.children, refuri=target))
 
 
 def copy_reports(app: Sphinx) -> None:
-    """Copies the reports and the page of claims, each one file, to the same place in the site."""
+    """Copies the page of claims and the reports, each one file, to the same place in the site."""
     shutil.copytree(ROOT / REPORTS, app.outdir / REPORTS, ignore=shutil.ignore_patterns("*.md"), dirs_exist_ok=True)
 
 
 def setup(app: Sphinx) -> None:
-    """Connects the two steps above; the first before Sphinx gives downloads addresses of its own."""
+    """Connects these two steps, the first before Sphinx gives downloads addresses of its own."""
     app.connect("builder-inited", copy_reports)
     app.connect("doctree-read", keep_links, priority=400)
