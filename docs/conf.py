@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from docutils import nodes
+from pydantic import BaseModel
 from pygments.lexers.special import TextLexer
 from sphinx import addnodes
 from sphinx.application import Sphinx
@@ -28,6 +30,7 @@ lexers["mermaid"] = TextLexer()
 """Hosts of code draw such a block. What draws it in a page comes from another host, so the site shows its text."""
 add_module_names = False
 autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
 
 html_theme = "furo"
 html_title = "peftscope"
@@ -66,7 +69,23 @@ def copy_reports(app: Sphinx) -> None:
     shutil.copytree(ROOT / REPORTS, app.outdir / REPORTS, ignore=shutil.ignore_patterns("*.md"), dirs_exist_ok=True)
 
 
+def list_fields(app: Sphinx, what: str, name: str, described: Any, options: Any, lines: list[str]) -> None:
+    """Adds the fields of a spec to its docstring, each with its description and its default."""
+    if what == "class" and issubclass(described, BaseModel):
+        for field, info in described.model_fields.items():
+            if info.description:
+                default = "" if info.is_required() else f" Default: ``{info.default!r}``."
+                lines.append(f"* ``{field}``: {info.description}.{default}")
+
+
+def leave_out_fields(app: Sphinx, what: str, name: str, described: Any, *_: Any) -> tuple[str, None] | None:
+    """Returns an empty signature for a spec or a record, whose fields would fill a screen."""
+    return ("", None) if what == "class" and issubclass(described, BaseModel) else None
+
+
 def setup(app: Sphinx) -> None:
-    """Connects these two steps, the first before Sphinx gives downloads addresses of its own."""
+    """Connects these steps; links are kept before Sphinx gives downloads addresses of its own."""
     app.connect("builder-inited", copy_reports)
     app.connect("doctree-read", keep_links, priority=400)
+    app.connect("autodoc-process-docstring", list_fields)
+    app.connect("autodoc-process-signature", leave_out_fields)
