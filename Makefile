@@ -39,7 +39,7 @@ help:
 	@echo "make publish EXPERIMENT=quick    copy a finished run's small files to where they are committed (or claims, memory)"
 	@echo "make verify [EXPERIMENT=quick]   run published runs again: which numbers come out the same"
 	@echo "make claims                      measure what the literature claims; reports/claims.html"
-	@echo "make site                        the memory calculator as a page, in site/calculator/ (needs npm)"
+	@echo "make site                        findings, claims, reports, calculator, how-to pages: site/index.html (needs npm)"
 	@echo "make benchmark                   our training step against the HF Trainer"
 	@echo "make benchmark-memory            the memory calculator's speed, beside accelerate's estimate"
 	@echo "make benchmark-scale             how the suite grows from 50 to 5,000 runs; docs/scale.md"
@@ -136,9 +136,11 @@ agreement: $(READY)
 scorecard: $(READY)
 	$(BIN)/python -W ignore -m benchmarks.scorecard $(if $(MINUTES),--minutes $(MINUTES))
 
-# Pyodide and wheels are fetched with npm and pip, by checksums.
+# Pyodide and wheels are fetched with npm and pip, by checksums. A link that leads nowhere fails.
 site: $(READY)
+	rm -rf site
 	$(BIN)/python -m calculator.build
+	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --conf-dir docs --doctree-dir resources/doctrees . site
 
 claims: $(READY)
 	$(BIN)/peftscope fetch smollm2-135m
@@ -161,7 +163,7 @@ gpu-check: $(READY)
 lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet uv
-	.venv-lock/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
+	.venv-lock/bin/uv pip compile pyproject.toml --extra dev --extra docs --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-package torch --no-header --no-annotate --quiet --output-file requirements.lock
 	rm -rf .venv-lock
 

@@ -20,7 +20,7 @@ from peftscope.memory.page import form
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "src"
-FETCHED, PAGE = HERE.parent / "site" / "fetched", HERE.parent / "site" / "calculator"
+FETCHED, PAGE = HERE.parent / "resources" / "calculator", HERE.parent / "site" / "calculator"
 
 LARGEST_BYTES = 10_000_000
 """The most that a visitor may have to load, compressed."""

@@ -161,3 +161,12 @@ def chromium() -> str:
         if found:
             return found
     pytest.skip("no Chromium: apt-get install chromium")
+
+
+@pytest.fixture(scope="session")
+def calculator() -> Path:
+    """The calculator's page, built once for the browser."""
+    from calculator.build import PAGE, main
+
+    main()  # fails for a page that is too large
+    return PAGE

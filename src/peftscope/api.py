@@ -41,8 +41,9 @@ def run(spec: RunSpec | Mapping[str, Any], folder: str | Path) -> RunRecord:
             ``adapter/``.
 
     Returns:
-        The record: losses in nats a token, memory in bytes, times in seconds from this call on. ``status`` is ``ok``,
-        ``oom``, ``diverged`` or ``failed``, with a ``reason``. ``peak_resident_bytes`` is that of the whole process.
+        The record, with losses in nats a token, memory in bytes, times in seconds from this call on. ``status`` is
+        ``ok``, ``oom``, ``diverged`` or ``failed``, with a ``reason``. ``peak_resident_bytes`` is that of the whole
+        process.
 
     Raises:
         InputError: The fields, this machine, or the files that the run reads are not as they should be.
@@ -143,7 +144,7 @@ def memory(
             ``precision``, ``optimizer``, ``checkpointing``, ...).
 
     Returns:
-        The answer: peaks in bytes, the phase in which the allocated one is, and its parts, which add up to it.
+        The answer, with peaks in bytes, the phase in which the allocated one is, and its parts, which add up to it.
 
     Raises:
         InputError: An option is unknown or does not fit, or the closed form does not know the model's family.
@@ -183,8 +184,8 @@ def fit(
         options: As of ``memory``; an option of a method goes only to methods that have it.
 
     Returns:
-        One fit for each model and method, in their order: peaks and headroom in bytes, the largest batch, length and
-        rank that fit, and what would help where it does not.
+        One fit for each model and method, in their order, with peaks and headroom in bytes, the largest batch, length
+        and rank that fit, and what would help where it does not.
 
     Raises:
         InputError: A name or an option is unknown, or nothing can run as asked.

@@ -27,7 +27,7 @@ TREATMENTS = {
     # Whole: an answer within seconds.
     r"peftscope (memory|fit|models|why|oom|expand|doctor|claims --id) ?.*": "whole",
     # These train, measure or need what was trained: their options are read, and nothing more.
-    r"(python -m )?peftscope (run|sweep|merge|report|claims --kind) .*": "help",
+    r"(python -m )?peftscope (run|sweep|merge|report|claims --(kind|reuse)) .*": "help",
     # A server runs until it is stopped.
     r"python -m http\.server .*": "help",
     r"hf auth login": "help",
@@ -36,8 +36,8 @@ TREATMENTS = {
     r"snakemake --cores all( --config experiment=\S+)?": "dry",
     # Has nothing to report on before the first run, and says so once its options are right.
     r"snakemake --cores all --report report\.zip": "nothing yet",
-    # Other machines' programs: the files that they name are there.
-    r"(sudo apt-get|git clone|kubectl) .*": "files",
+    # Other machines' programs, and tests: the files that they name are there.
+    r"(sudo apt-get|git clone|kubectl|pytest) .*": "files",
 }
 """How a command is tried, by a pattern of all of it."""
 

@@ -130,15 +130,12 @@ class Visit:
 
 
 @pytest.fixture(scope="module")
-def visit(chromium: str, repository: Path) -> Iterator[Visit]:
+def visit(chromium: str, calculator: Path) -> Iterator[Visit]:
     """The built page after its first answer."""
     from playwright.sync_api import sync_playwright
 
-    from calculator.build import PAGE, main
-
-    main()  # fails for a page that is too large
     elsewhere = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
-    with served(PAGE) as address, sync_playwright() as playwright:
+    with served(calculator) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=chromium, args=["--no-sandbox", "--disable-gpu", elsewhere]
         )
