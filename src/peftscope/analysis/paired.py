@@ -216,7 +216,8 @@ def check_items(one: Scored, other: Scored) -> None:
     aligned = other.items.loc[one.items.index]
     differs = (aligned["content"] != one.items["content"]).to_numpy()
     if differs.any():
-        said = f"other data: {differs.sum()} of {len(aligned)} items ask something else, item {aligned.index[differs][0]} first"
+        first = aligned.index[differs][0]
+        said = f"other data: {differs.sum()} of {len(aligned)} items ask something else, item {first} first"
         raise InputError(Problem(where, said, remedy))
     if (aligned["weight"] != one.items["weight"]).any():
         raise InputError(

@@ -15,6 +15,9 @@ from peftscope.analysis.scores import FRACTION, Scored
 from peftscope.analysis.stats import CONFIDENCE, holm
 from peftscope.errors import InputError, Problem
 
+STATED_SPREADS = (0.0, 0.005, 0.01, 0.02)
+"""The spreads of single runs between seeds that are shown for fractions if the spread is not known."""
+
 
 @dataclass(frozen=True)
 class Ranking:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,7 +16,7 @@ from peftscope.analysis.collect import main_metric
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import parse_json, read_text
-from peftscope.layout import RUNS, published_paths
+from peftscope.layout import RUNS, published_paths, results_folder
 from peftscope.planning.published import ITEMS, RECORDS
 
 LARGEST_LOG = 2_000_000_000
@@ -107,20 +107,29 @@ def _read(source: str, metric: str | None) -> list[Scored]:
     study, _, arm = source.partition(":")
     if arm or _is_study(study):
         return _read_study(study, arm, metric)
-    if "*" in source:
-        paths = sorted(Path().glob(source)) if not source.startswith("/") else []
-        if paths:
-            return [run for path in paths for run in _read(str(path), metric)]
-    if runs := _own_runs(source, metric):
-        return runs
+    if paths := _matching(source):
+        return [run for path in paths for run in _read(str(path), metric)]
+    if runs := _own_runs(lambda run: fnmatchcase(run, source), metric):
+        return list(runs.values())
     raise InputError(
         Problem(source, "no run, folder or file of this name", "give a run's id, a folder, a file, or STUDY:ARM")
     )
 
 
+def _matching(source: str) -> list[Path]:
+    """Returns the paths that a pattern with ``*`` names."""
+    anchor = Path(source).anchor
+    try:
+        return sorted(Path(anchor).glob(source.removeprefix(anchor))) if "*" in source else []
+    except (ValueError, OSError):  # no pattern for paths
+        return []
+
+
 def _read_folder(folder: Path, metric: str | None) -> list[Scored]:
     if (folder / ITEMS).is_file():
-        return _published(folder, "*", metric)
+        return _published(folder, lambda _: True, metric)
+    if _is_study(folder.name) and folder.resolve() == results_folder(folder.name).resolve():
+        return _read_study(folder.name, "", metric)
     for pattern in ("items.jsonl", "samples_*.jsonl", "*.json", "*.csv"):
         paths = sorted(folder.rglob(pattern))
         if pattern.startswith("samples") and len({path.parent for path in paths}) < len(paths):
@@ -137,7 +146,7 @@ FORMATS = "items.jsonl or items.parquet of a run, samples_*.jsonl of lm-eval, PE
 
 def _read_file(path: Path, metric: str | None) -> list[Scored]:
     if path.name in (ITEMS, RECORDS):
-        return _published(path.parent, "*", metric)
+        return _published(path.parent, lambda _: True, metric)
     if path.suffix == ".jsonl":
         rows = list(_lines(path))
         if not rows:
@@ -173,35 +182,38 @@ def _read_study(name: str, arm: str, metric: str | None) -> list[Scored]:
     study = StudyResults(name)
     if arm and arm not in study.arms:
         raise InputError(Problem(f"{name}:{arm}", "the study has no such arm", close_match(arm, study.arms)))
-    found = []
-    for each in [arm] if arm else study.arms:
-        for run in study.arm_runs(each)["run_id"]:
-            if not (scored := _own_runs(run, metric)):
-                raise InputError(
-                    Problem(run, "its items are neither in the store nor published", f"make report EXPERIMENT={name}")
-                )
-            found += [replace(one, system=each, study=(name, each)) for one in scored]
-    return found
+    arms = {run: each for each in ([arm] if arm else study.arms) for run in study.arm_runs(each)["run_id"]}
+    runs = _own_runs(arms.__contains__, metric)
+    if missing := [run for run in arms if run not in runs]:
+        said = "its items are neither in the store nor published"
+        raise InputError(Problem(missing[0], said, f"make report EXPERIMENT={name}"))
+    return [replace(runs[run], system=each, study=(name, each)) for run, each in arms.items()]
 
 
-def _own_runs(pattern: str, metric: str | None) -> list[Scored]:
-    """Returns the runs of the store, or else the published ones, whose ids match."""
-    paths = sorted(path for path in RUNS.glob("*/items.jsonl") if fnmatchcase(path.parent.name, pattern))
-    if paths:
-        return [_own(path, list(_lines(path)), metric) for path in paths]
-    published = {run.where: run for path in published_paths(ITEMS) for run in _published(path.parent, pattern, metric)}
-    return list(published.values())
+def _own_runs(wanted: Callable[[str], bool], metric: str | None) -> dict[str, Scored]:
+    """Returns the runs of the store whose ids are wanted, and the published ones that the store lacks."""
+    runs = {
+        path.parent.name: _own(path, list(_lines(path)), metric)
+        for path in sorted(RUNS.glob("*/items.jsonl"))
+        if wanted(path.parent.name)
+    }
+    kept = set(runs)
+    for path in published_paths(ITEMS):
+        found = _published(path.parent, lambda run: wanted(run) and run not in kept, metric)
+        runs |= {run.where: run for run in found}
+    return runs
 
 
-def _published(folder: Path, pattern: str, metric: str | None) -> list[Scored]:
-    records = pd.read_parquet(folder / RECORDS).set_index("run_id")["record"]
-    names = [name for name in records.index if fnmatchcase(name, pattern)]
-    items = (
-        pd.read_parquet(folder / ITEMS, filters=[("run_id", "in", names)]) if names else pd.DataFrame({"run_id": []})
-    )
+def _published(folder: Path, wanted: Callable[[str], bool], metric: str | None) -> list[Scored]:
+    try:
+        records = pd.read_parquet(folder / RECORDS).set_index("run_id")["record"]
+        names = [name for name in records.index if wanted(name)]
+        items = pd.read_parquet(folder / ITEMS, filters=[("run_id", "in", names)]) if names else None
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(Problem(str(folder), f"its {RECORDS} and {ITEMS} cannot be read: {error}")) from None
     return [
         _own_scores(str(run), rows, json.loads(records[run])["spec"], metric, str(run))
-        for run, rows in items.groupby("run_id", sort=False)
+        for run, rows in (items.groupby("run_id", sort=False) if items is not None else ())
     ]
 
 
@@ -218,18 +230,17 @@ def _own_scores(name: str, rows: pd.DataFrame, spec: dict[str, Any], metric: str
     if missing:
         raise InputError(Problem(where, f"no `{min(missing)}` in its rows", "give items.jsonl as a run writes it"))
     has = [each for each, column in columns.items() if column in rows and rows[column].notna().any()]
-    chosen = _chosen(metric, has, has[0], where)
+    chosen = _chosen(metric, has, has[0] if has else None, where)
     rows = rows.dropna(subset=[columns[chosen]])
-    tokens = _numbers(rows["tokens"], where) if chosen == LOSS else 1.0
-    values = _numbers(rows[columns[chosen]], where) / tokens
+    tokens = _numbers(rows["tokens"], f"{where}: tokens") if chosen == LOSS else 1.0
+    values = _numbers(_numbers(rows[columns[chosen]], f"{where}: {columns[chosen]}") / tokens, f"{where}: tokens")
     content = rows["prompt"].astype(str) + "\n" + rows["target"].astype(str)
-    seed = spec.get("seed")
-    init = spec.get("init_seed")
+    seed, init = (value if isinstance(value := spec.get(key), int) else None for key in ("seed", "init_seed"))
     rest = {key: value for key, value in spec.items() if key not in ("seed", "init_seed")}
     if init is not None and seed is not None:
         rest["init_seed less seed"] = init - seed
     return Scored(
-        system=name.rpartition("-")[0] if spec else name,
+        system=f"{name.rpartition(f'-s{seed}-')[0] or name} at {spec.get('learning_rate')}" if spec else name,
         where=where,
         seed=seed,
         metric=chosen,
@@ -252,15 +263,19 @@ def _lm_eval(path: Path, rows: list[dict[str, Any]], metric: str | None) -> Scor
     names: dict[str, None] = {}
     for row in rows:
         # Logs of older versions do not list their metrics.
-        listed = row.get("metrics") or [name for name, value in row.items() if name != "doc_id" and _is_number(value)]
+        listed = row.get("metrics")
+        if not isinstance(listed, list):
+            listed = [name for name, value in row.items() if name != "doc_id" and _is_number(value)]
         names |= {f"{name},{row.get('filter', 'none')}": None for name in listed}
     wanted = f"{metric},none" if f"{metric},none" in names else metric
     chosen = _chosen(wanted, list(names), main_metric(names), str(path))
     name, _, filtered = chosen.rpartition(",")
-    kept = pd.DataFrame([row for row in rows if row.get("filter", "none") == filtered and name in row])
+    kept = pd.DataFrame(
+        [row for row in rows if str(row.get("filter", "none")) == filtered and {name, "doc_id"} <= {*row}]
+    )
     values = _numbers(kept[name], f"{path}: {name}")
     hashes = [column for column in ("doc_hash", "target_hash") if column in kept]
-    content = kept[hashes or ["target"]].astype(str).agg(" ".join, axis=1)
+    content = kept[hashes or ["doc_id"]].astype(str).agg(" ".join, axis=1)
     return Scored(
         system=path.parent.name or path.stem,
         where=str(path),
@@ -286,9 +301,7 @@ def _peft(path: Path, metric: str | None) -> Scored:
         status = trained["status"]
         scores = {key: value for row in metrics for key, value in row.items() if _is_number(value)}
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise InputError(
-            Problem(str(path), "no result file of PEFT's method comparison", f"scores are {FORMATS}")
-        ) from None
+        raise InputError(Problem(str(path), "no result of PEFT's method comparison", f"scores are {FORMATS}")) from None
     if status != "success":
         raise InputError(Problem(str(path), f"this run has no result: its status is {shown(status)}", "leave it out"))
     chosen = _chosen(metric, list(scores), "test accuracy" if "test accuracy" in scores else None, str(path))
@@ -308,7 +321,7 @@ def _peft(path: Path, metric: str | None) -> Scored:
 
 
 def _csv(path: Path, metric: str | None) -> list[Scored]:
-    """Returns the runs of a CSV with the columns ``name``, ``seed`` and ``item``, as far as it has them, and a score."""
+    """Returns the runs of a CSV that has a score, and the columns ``name``, ``seed`` and ``item`` or some of them."""
     where = str(path)
     try:
         table = pd.read_csv(path)
@@ -324,7 +337,7 @@ def _csv(path: Path, metric: str | None) -> list[Scored]:
         raise InputError(
             Problem(where, "does not say what a row is", "add a column `seed`, `item`, or `name` for the system")
         )
-    values, unit = _numbers(table[chosen], f"{where}: {chosen}"), _unit(table[chosen])
+    values = _numbers(table[chosen], f"{where}: {chosen}")
     runs = []
     by = [column for column in ("name", "seed") if column in table]
     for _, rows in table.groupby(by, sort=False) if by else [((), table)]:
@@ -339,7 +352,7 @@ def _csv(path: Path, metric: str | None) -> list[Scored]:
                 where=where,
                 seed=_seed(rows["seed"].iloc[0], where) if "seed" in table else None,
                 metric=chosen,
-                unit=unit,
+                unit=_unit(values),
                 items=_items(rows["item"], own, 1.0, rows["item"], where) if "item" in table else _whole(own.iloc[0]),
                 setting=json.dumps({"name": str(rows["name"].iloc[0])}) if "name" in table else "",
             )
@@ -370,23 +383,24 @@ def _chosen(metric: str | None, names: Sequence[str], default: str | None, where
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and bool(np.isfinite(value))
+    return isinstance(value, int | float | np.number | np.bool_) and bool(np.isfinite(value))
 
 
 def _numbers(values: pd.Series, where: str) -> pd.Series:
-    numbers = pd.to_numeric(values, errors="coerce").astype(float)
-    wrong = values[~np.isfinite(numbers)]
-    if len(wrong):
-        raise InputError(Problem(where, f"not a number in row {wrong.index[0]} (got {shown(wrong.iloc[0])})"))
-    return numbers
+    for row, value in values.items():
+        if not _is_number(value):
+            raise InputError(Problem(where, f"not a number in row {row} (got {shown(value)})"))
+    return values.astype(float)
 
 
 def _unit(values: pd.Series) -> str:
-    return FRACTION if pd.to_numeric(values, errors="coerce").between(0, 1).all() else ""
+    return FRACTION if values.between(0, 1).all() else ""
 
 
 def _items(index: pd.Series, values: pd.Series, weights: Any, content: pd.Series, where: str) -> pd.DataFrame:
-    items = pd.DataFrame({"value": values, "weight": weights, "content": content}).set_axis(list(index))
+    items = pd.DataFrame({"value": values, "weight": weights, "content": content}).set_axis(
+        [str(item) for item in index]
+    )
     if not items.index.is_unique:
         twice = items.index[items.index.duplicated()][0]
         raise InputError(Problem(where, f"item {twice} appears twice", "give the scores of one run"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from peftscope.errors import InputError, Problem, shown
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-STATED_SPREADS = (0.0, 0.005, 0.01, 0.02)
-"""The spreads of single runs between seeds that are shown for fractions where the spread is not known."""
 GAIN_REMEDY = "give --base: the run that has learned nothing, best one on shuffled labels; or name arms as STUDY:ARM"
 
 
@@ -46,8 +45,8 @@ def compare(
 ) -> None:
     """Say whether a difference is real: its interval, chance, sameness within a margin, and what would decide.
 
-    Reads runs of the suite, lm-eval's samples_*.jsonl, results of PEFT's method comparison, and CSV files with the columns
-    name, seed, item and a score.
+    Reads runs of the suite, lm-eval's samples_*.jsonl, results of PEFT's method comparison, and CSV files with a score
+    and the columns name, seed or item.
     """
     from peftscope.analysis.scores import read_scores
 
@@ -98,17 +97,11 @@ def _amount(text: str, where: str, unit: str) -> float:
     from peftscope.analysis.scores import FRACTION, NATS
 
     number, given = _number_and_unit(text, where)
-    if (given == "pp") != (unit == FRACTION):
-        remedy = (
-            "give it in percentage points, as in 2pp"
-            if unit == FRACTION
-            else "give it in the scores' own unit, as in 0.02"
-        )
-        raise InputError(
-            Problem(where, f"these scores are {'fractions' if unit == FRACTION else unit or 'no fractions'}", remedy)
-        )
-    if given == "nats" and unit != NATS:
-        raise InputError(Problem(where, "these scores are not in nats", "give a bare number in their own unit"))
+    fits = given == "pp" if unit == FRACTION else given == "" or (given == "nats" and unit == NATS)
+    if not fits:
+        remedy = "give percentage points, as in 2pp" if unit == FRACTION else "give a bare number in their own unit"
+        said = f"does not fit these scores, which are {'fractions' if unit == FRACTION else unit or 'of no known unit'}"
+        raise InputError(Problem(where, f"{said} (got {shown(text)})", remedy))
     return number / 100 if given == "pp" else number
 
 
@@ -137,7 +130,7 @@ def _task_gain(sides: Sequence[Sequence[Scored]], base: Sequence[Scored] | None)
     from statistics import fmean
 
     from peftscope.analysis.paired import check_items, check_side
-    from peftscope.analysis.study import HELDOUT, StudyResults
+    from peftscope.analysis.study import StudyResults
 
     b = sides[1]
     if base is not None:
@@ -157,9 +150,9 @@ def _task_gain(sides: Sequence[Sequence[Scored]], base: Sequence[Scored] | None)
 def _rank(
     runs: Sequence[Scored], seed_spread: str | None, items: int | None, figure: Path | None, console: Console
 ) -> None:
-    from peftscope.analysis.ranking import rank, trust
+    from peftscope.analysis.ranking import STATED_SPREADS, rank, trust
     from peftscope.analysis.scores import FRACTION, by_system
-    from peftscope.report.comparison import describe_ranking, describe_trust, draw_ranking, spoken
+    from peftscope.report.comparison import draw_ranking, spoken, spoken_groups, spoken_score, summarise_ranking
 
     systems, unit = by_system(runs), runs[0].unit
     has_single = min(map(len, systems.values())) == 1
@@ -168,32 +161,32 @@ def _rank(
         spreads = [_amount(seed_spread, "--seed-spread", unit)]
     elif has_single and unit == FRACTION:
         spreads = [spread for spread in STATED_SPREADS if spread or items or runs[0].has_items]
-        console.print(
-            "One run does not show how far seeds spread, so that a range of spreads is shown. --seed-spread gives your own.",
-            soft_wrap=True,
+    rankings = {spread: rank(systems, spread, items) for spread in spreads}
+    last, shown_ranking = list(rankings.items())[-1]
+    places = Table("place", "system", "runs", "score", "standard error", "places it can have", box=None)
+    for place, (name, (best, worst)) in enumerate(zip(shown_ranking.systems, shown_ranking.places, strict=True), 1):
+        score, error = (
+            spoken_score(shown_ranking.scores[place - 1], unit),
+            spoken(shown_ranking.errors[place - 1], unit),
         )
-    rankings = [rank(systems, spread, items) for spread in spreads]
-    table = Table("place", "system", "runs", "score", "standard error", "places it can have", box=None)
-    shown_ranking = rankings[-1]
-    for place, (name, places) in enumerate(zip(shown_ranking.systems, shown_ranking.places, strict=True), 1):
-        score, error = shown_ranking.scores[place - 1], shown_ranking.errors[place - 1]
-        table.add_row(
-            str(place),
-            name,
-            str(len(systems[name])),
-            spoken(score, unit).replace(" pp", " %"),
-            spoken(error, unit),
-            f"{places[0]} to {places[1]}",
+        places.add_row(str(place), escape(name), str(len(systems[name])), score, error, f"{best} to {worst}")
+    console.print(places)
+    told = "" if last is None else f", if single runs spread by {spoken(last, unit)} between seeds"
+    console.print(f"Groups in which no two can be told apart{told}: {spoken_groups(shown_ranking)}.", soft_wrap=True)
+    rows = [
+        {"spread of seeds": "as it was seen" if spread is None else spoken(spread, unit)}
+        | summarise_ranking(ranking, None if spread is None and has_single else trust(ranking))
+        for spread, ranking in rankings.items()
+    ]
+    summary = Table(*rows[0], box=None)
+    for row in rows:
+        summary.add_row(*row.values())
+    console.print("", summary, sep="\n")
+    if has_single and seed_spread is None:
+        shown_range = (
+            "the range above is no estimate" if len(spreads) > 1 else "a ranking may be chance for all we know"
         )
-    console.print(table)
-    for spread, ranking in zip(spreads, rankings, strict=True):
-        if spread is not None:
-            console.print(f"If single runs spread by {spoken(spread, unit)} between seeds:", soft_wrap=True)
-        for line in describe_ranking(ranking):
-            console.print(line, soft_wrap=True, markup=False)
-        if spread is None and has_single:
-            console.print("How far a ranking by single runs is right is not known: give --seed-spread.", soft_wrap=True)
-        else:
-            console.print(describe_trust(trust(ranking), ranking), soft_wrap=True)
+        said = f"One run of a system does not show how far seeds spread: {shown_range}. --seed-spread gives your own."
+        console.print(said, soft_wrap=True)
     if figure:
         draw_ranking(shown_ranking, unit, figure)

@@ -36,16 +36,24 @@ class Margin:
     text: str = ""
 
 
+def number(value: float, unit: str, sign: bool = False) -> str:
+    """Returns a score, or a difference of scores, without its unit; fractions are told in hundredths."""
+    scale, form = (100, ".2f") if unit == FRACTION else (1, ".4f" if unit else ".4g")
+    return format(scale * value, f"+{form}" if sign else form).replace("-", "−")
+
+
 def spoken(value: float, unit: str, sign: bool = False) -> str:
-    """Returns a score, or a difference of scores, with its unit; fractions are told in percentage points.
+    """Returns a difference of scores with its unit; those of fractions are percentage points.
 
     >>> spoken(-0.0123, "fraction", sign=True), spoken(0.25, "nats per token")
     ('−1.23 pp', '0.2500 nats per token')
     """
-    scale, form, tail = (
-        (100, ".2f", " pp") if unit == FRACTION else (1, ".4f" if unit else ".4g", f" {unit}" * bool(unit))
-    )
-    return format(scale * value, f"+{form}" if sign else form).replace("-", "−") + tail
+    return f"{number(value, unit, sign)} {'pp' if unit == FRACTION else unit}".rstrip()
+
+
+def spoken_score(value: float, unit: str) -> str:
+    """Returns a score with its unit; a fraction is told in per cent."""
+    return f"{number(value, unit)} {'%' if unit == FRACTION else unit}".rstrip()
 
 
 def describe(a: Sequence[Scored], b: Sequence[Scored], pairing: Pairing, margin: Margin) -> Iterator[str]:
@@ -53,12 +61,10 @@ def describe(a: Sequence[Scored], b: Sequence[Scored], pairing: Pairing, margin:
     unit = a[0].unit
     for letter, side in (("A", a), ("B", b)):
         score = float(np.mean([run.score for run in side]))
-        yield f"{letter}: {side[0].system}, {_runs(side)}. {side[0].metric}: {spoken(score, unit).replace(' pp', ' %')}."
+        yield f"{letter}: {side[0].system}, {_runs(side)}. {side[0].metric}: {spoken_score(score, unit)}."
     difference, seen = pairing.difference(margin.value), _seen(pairing)
     low, high = difference.interval()
-    bounds = f"[{spoken(low, '', True)}, {spoken(high, '', True)}]"
-    if unit == FRACTION:
-        bounds = f"[{spoken(low, unit, True)}, {spoken(high, unit, True)}]".replace(" pp", "")
+    bounds = f"[{number(low, unit, True)}, {number(high, unit, True)}]"
     yield f"A − B: {spoken(pairing.mean, unit, True)} {bounds} ({100 * CONFIDENCE:g} % interval), from {seen}."
     differs = pairing.p < 1 - CONFIDENCE
     side_word = "lower" if pairing.mean < 0 else "higher"
@@ -159,24 +165,31 @@ def draw_comparison(a: str, b: str, pairing: Pairing, margin: Margin, unit: str,
     save(figure, path)
 
 
-def describe_ranking(ranking: Ranking) -> Iterator[str]:
-    """Yields what a ranking says of its pairs and groups."""
-    alone, corrected = ranking.undecided(corrected=False), ranking.undecided(corrected=True)
-    yield (
-        f"Of {ranking.pairs:,} pairs, {alone:,} ({alone / ranking.pairs:.0%}) cannot be told from chance one by one, and "
-        f"{corrected:,} ({corrected / ranking.pairs:.0%}) after Holm's correction for their number."
-    )
-    groups = ", ".join(f"{first} to {last}" if last > first else str(first) for first, last in ranking.groups)
-    yield f"Groups in which no two can be told apart, by place: {groups}."
+def summarise_ranking(ranking: Ranking, chances: Trust | None) -> dict[str, str]:
+    """Returns what a ranking says, by column.
+
+    Args:
+        ranking: The ranking.
+        chances: How far a ranking by single runs is right; None if the spread between seeds is not known.
+    """
+    alone, corrected = (ranking.undecided(corrected=each) for each in (False, True))
+    columns = {
+        "could be chance, one by one": f"{alone:,} of {ranking.pairs:,} ({alone / ranking.pairs:.0%})",
+        "after Holm": f"{corrected:,} ({corrected / ranking.pairs:.0%})",
+        "first group": f"1 to {ranking.groups[0][1]}",
+    }
+    if chances:
+        columns |= {
+            "right winner": f"{chances.winner:.0%}",
+            "pairs in order": f"{chances.pairs:.1%}",
+            "whole order right": f"{chances.order:.1%}",
+        }
+    return columns
 
 
-def describe_trust(chances: Trust, ranking: Ranking) -> str:
-    """Returns how far a ranking by single runs can be trusted."""
-    which = "This ranking by single runs" if ranking.runs == 1 else "A new ranking by one run of each"
-    return (
-        f"{which} has the right winner with a chance of {chances.winner:.0%}, puts {chances.pairs:.0%} of the pairs in "
-        f"the right order, and is right as a whole with a chance of {chances.order:.1%}."
-    )
+def spoken_groups(ranking: Ranking) -> str:
+    """Returns the groups in which no two systems can be told apart, by their places."""
+    return ", ".join(f"{first} to {last}" if last > first else str(first) for first, last in ranking.groups)
 
 
 def draw_ranking(ranking: Ranking, unit: str, path: Path) -> None:
