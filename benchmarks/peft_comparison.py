@@ -75,8 +75,8 @@ def render(scores: Path = SCORES) -> str:
     top = [_undecided_at_the_top(one) for one in (same, main)]
     lines = [
         f"If single runs spread by {100 * SHOWN_SPREAD:g} pp between seeds, **{alone[0]} of the orderings of two runs "
-        f"could be chance on these very items, and {alone[1]} on other items of their kind**. After correction for their "
-        f"number it is {corrected[0]} and {corrected[1]}. Among the first {TOP} runs, {top[0]} and {top[1]} "
+        f"could be chance on these very items, and {alone[1]} on other items of their kind**. After correction for "
+        f"their number it is {corrected[0]} and {corrected[1]}. Among the first {TOP} runs, {top[0]} and {top[1]} "
         f"of the orderings could be chance one by one. On other items, {beside} of {len(main.systems) - 1} neighbours "
         f"cannot be told apart, nor can the first {main.groups[0][1]} places.",
         "",

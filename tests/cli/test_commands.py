@@ -43,7 +43,7 @@ TREATMENTS = {
 }
 """How a command is tried, by a pattern of all of it."""
 
-SLOW = {"memory", "fit", "why", "oom", "expand", "doctor", "claims", "snakemake", "-m"}
+SLOW = {"memory", "fit", "why", "oom", "expand", "doctor", "claims", "compare", "snakemake", "-m"}
 """Programs, or their commands, that take over ten seconds together."""
 
 

@@ -145,7 +145,7 @@ def pair(a: Sequence[Scored], b: Sequence[Scored]) -> Pairing:
     title = f"{a[0].system} and {b[0].system}"
     for side in (a, b):
         check_side(side)
-    if (a[0].metric, a[0].unit) != (b[0].metric, b[0].unit):
+    if a[0].metric != b[0].metric:
         scores = " and ".join(f"`{side[0].metric}`" for side in (a, b))
         raise InputError(Problem(title, f"other scores: {scores}", "give --metric with one that both have"))
     check_items(a[0], b[0])

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import special
 
 from peftscope.analysis.paired import check_items, check_side, pair
-from peftscope.analysis.scores import FRACTION, Scored
+from peftscope.analysis.scores import FRACTION, Scored, unit_of
 from peftscope.analysis.stats import CONFIDENCE, holm
 from peftscope.errors import InputError, Problem
 
@@ -110,7 +110,7 @@ def rank(systems: Mapping[str, Sequence[Scored]], run_spread: float | None = Non
     first = all_runs[0][0]
     for runs in all_runs:
         check_side(runs)
-        if (runs[0].metric, runs[0].unit) != (first.metric, first.unit):
+        if runs[0].metric != first.metric:
             said = f"other scores: `{first.metric}` and `{runs[0].metric}`"
             raise InputError(Problem(f"{first.where} and {runs[0].where}", said, "give --metric"))
         check_items(first, runs[0])
@@ -167,7 +167,7 @@ def _item_errors(all_runs: Sequence[Sequence[Scored]], scores: np.ndarray, items
         left = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
         k, n = values.shape
         return np.sqrt((left**2).sum(axis=1) / (n - 1) * k / (k - 1) / n)
-    if items and first.unit == FRACTION:
+    if items and unit_of(run for runs in all_runs for run in runs) == FRACTION:
         return np.sqrt(scores * (1 - scores) / items)
     return np.zeros(len(scores))
 
@@ -184,13 +184,13 @@ def trust(ranking: Ranking, draws: int = 4000, seed: int = 0) -> Trust:
     # The floor keeps the order of equal systems random.
     prior = max(float(scores.var(ddof=1)) - noise, 1e-9 * noise)
     weight = prior / (prior + errors**2) if noise else np.ones(len(scores))
-    shape = (draws, len(scores))
-    truth = scores.mean() + weight * (scores - scores.mean()) + np.sqrt(weight) * errors * random.normal(size=shape)
-    seen = (
-        np.broadcast_to(scores, shape) if ranking.runs == 1 else truth + ranking.run_errors * random.normal(size=shape)
-    )
+    centre, reach = scores.mean() + weight * (scores - scores.mean()), np.sqrt(weight) * errors
+    shape = (len(scores), draws)
+    truth = centre[:, None] + reach[:, None] * random.normal(size=shape)
+    noisy = truth + ranking.run_errors[:, None] * random.normal(size=shape)
+    seen = np.broadcast_to(scores[:, None], shape) if ranking.runs == 1 else noisy
     right = np.zeros(draws)
-    for i, j in combinations(range(len(scores)), 2):
-        right += (truth[:, i] > truth[:, j]) == (seen[:, i] > seen[:, j])
-    winner = truth.argmax(axis=1) == seen.argmax(axis=1)
+    for i in range(1, len(scores)):
+        right += ((truth[:i] > truth[i]) == (seen[:i] > seen[i])).sum(axis=0)
+    winner = truth.argmax(axis=0) == seen.argmax(axis=0)
     return Trust(float(winner.mean()), float((right / ranking.pairs).mean()), float((right == ranking.pairs).mean()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -78,7 +78,15 @@ def read_scores(source: str, metric: str | None = None) -> list[Scored]:
         InputError: There is nothing of this name, it is none of the formats, or it has no such score.
     """
     parts = [source] if _exists(source) else [part.strip() for part in source.split(",") if part.strip()]
+    if not parts:
+        raise InputError(Problem(shown(source), "names nothing", "give a run's id, a folder, a file, or STUDY:ARM"))
     return [run for part in parts for run in _read(part, metric)]
+
+
+def unit_of(runs: Iterable[Scored]) -> str:
+    """Returns the unit that all runs have; empty if there is none."""
+    units = {run.unit for run in runs}
+    return units.pop() if len(units) == 1 else ""
 
 
 def by_system(runs: Sequence[Scored]) -> dict[str, list[Scored]]:
@@ -265,7 +273,7 @@ def _lm_eval(path: Path, rows: list[dict[str, Any]], metric: str | None) -> Scor
         # Logs of older versions do not list their metrics.
         listed = row.get("metrics")
         if not isinstance(listed, list):
-            listed = [name for name, value in row.items() if name != "doc_id" and _is_number(value)]
+            listed = [name for name, value in row.items() if name not in ("doc_id", "metrics") and _is_number(value)]
         names |= {f"{name},{row.get('filter', 'none')}": None for name in listed}
     wanted = f"{metric},none" if f"{metric},none" in names else metric
     chosen = _chosen(wanted, list(names), main_metric(names), str(path))

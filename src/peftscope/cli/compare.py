@@ -48,7 +48,7 @@ def compare(
     Reads runs of the suite, lm-eval's samples_*.jsonl, results of PEFT's method comparison, and CSV files with a score
     and the columns name, seed or item.
     """
-    from peftscope.analysis.scores import read_scores
+    from peftscope.analysis.scores import read_scores, unit_of
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     if every:
@@ -74,7 +74,14 @@ def compare(
     for line in describe(*sides, pairing, asked):
         console.print(line, soft_wrap=True, markup=False)
     if figure:
-        draw_comparison(sides[0][0].system, sides[1][0].system, pairing, asked, sides[0][0].unit, figure)
+        draw_comparison(
+            sides[0][0].system,
+            sides[1][0].system,
+            pairing,
+            asked,
+            unit_of(run for side in sides for run in side),
+            figure,
+        )
 
 
 def _number_and_unit(text: str, where: str) -> tuple[float, str]:
@@ -116,13 +123,14 @@ def read_margin(text: str | None, sides: Sequence[Sequence[Scored]], base: Seque
     Raises:
         InputError: The text is no margin for these scores, or the task gain is not known.
     """
+    from peftscope.analysis.scores import unit_of
     from peftscope.report.comparison import Margin
 
     if text is None:
         return Margin()
     number, given = _number_and_unit(text, "--margin")
     if given != "%gain":
-        return Margin(_amount(text, "--margin", sides[0][0].unit), text.strip())
+        return Margin(_amount(text, "--margin", unit_of(run for side in sides for run in side)), text.strip())
     return Margin(number / 100 * _task_gain(sides, base), f"{number:g} % of the task gain")
 
 
@@ -151,10 +159,10 @@ def _rank(
     runs: Sequence[Scored], seed_spread: str | None, items: int | None, figure: Path | None, console: Console
 ) -> None:
     from peftscope.analysis.ranking import STATED_SPREADS, rank, trust
-    from peftscope.analysis.scores import FRACTION, by_system
+    from peftscope.analysis.scores import FRACTION, by_system, unit_of
     from peftscope.report.comparison import draw_ranking, spoken, spoken_groups, spoken_score, summarise_ranking
 
-    systems, unit = by_system(runs), runs[0].unit
+    systems, unit = by_system(runs), unit_of(runs)
     has_single = min(map(len, systems.values())) == 1
     spreads: list[float | None] = [None]
     if seed_spread is not None:

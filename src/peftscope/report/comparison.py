@@ -14,7 +14,7 @@ import seaborn as sns
 from peftscope.analysis.compare import Outcome
 from peftscope.analysis.paired import FEW, Pairing
 from peftscope.analysis.ranking import Ranking, Trust
-from peftscope.analysis.scores import FRACTION, Scored
+from peftscope.analysis.scores import FRACTION, Scored, unit_of
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.report.plots import save
 from peftscope.report.sentences import spoken_outcome
@@ -58,7 +58,7 @@ def spoken_score(value: float, unit: str) -> str:
 
 def describe(a: Sequence[Scored], b: Sequence[Scored], pairing: Pairing, margin: Margin) -> Iterator[str]:
     """Yields what a comparison says, one sentence or two at a time."""
-    unit = a[0].unit
+    unit = unit_of([*a, *b])
     for letter, side in (("A", a), ("B", b)):
         score = float(np.mean([run.score for run in side]))
         yield f"{letter}: {side[0].system}, {_runs(side)}. {side[0].metric}: {spoken_score(score, unit)}."
