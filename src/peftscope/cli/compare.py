@@ -65,23 +65,16 @@ def compare(
     from peftscope.analysis.paired import check_spread, pair
     from peftscope.report.comparison import describe, draw_comparison
 
-    sides = [read_scores(text, metric) for text in (a, b)]
     if margin is not None:
         _number_and_unit(margin, "--margin")
-    pairing = pair(*sides)
+    first, second = (read_scores(text, metric) for text in (a, b))
+    pairing = pair(first, second)
     check_spread(pairing)
-    asked = read_margin(margin, sides, read_scores(base, metric) if base else None)
-    for line in describe(*sides, pairing, asked):
+    asked = read_margin(margin, (first, second), read_scores(base, metric) if base else None)
+    for line in describe(first, second, pairing, asked):
         console.print(line, soft_wrap=True, markup=False)
     if figure:
-        draw_comparison(
-            sides[0][0].system,
-            sides[1][0].system,
-            pairing,
-            asked,
-            unit_of(run for side in sides for run in side),
-            figure,
-        )
+        draw_comparison(first[0].system, second[0].system, pairing, asked, unit_of([*first, *second]), figure)
 
 
 def _number_and_unit(text: str, where: str) -> tuple[float, str]:
