@@ -133,6 +133,15 @@ class TestSources:
         ((of_items, _),) = found.others
         assert 35 < found.spread / math.sqrt(6) / of_items < 45  # as the page says
 
+    def test_the_same_method_twice_differs_beyond_the_items_chance(
+        self, repository: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The page's example of what one seed cannot show."""
+        monkeypatch.chdir(repository)
+        runs = [read_scores(f"lora-r8-a16-all-linear-s0-{digest}") for digest in ("59228b23", "40020b36")]
+        pairing = pair(*runs)
+        assert pairing.mean == pytest.approx(-0.11, abs=0.005) and pairing.p < 1e-20
+
     def test_the_suites_items(self, tmp_path: Path) -> None:
         for name, nll in (("lora-s0-1", [1.0, 4.0]), ("lora-s1-2", [2.0, 5.0])):
             rows = [
