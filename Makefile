@@ -29,7 +29,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup report test test-faults test-slurm test-oldest test-newest smoke slow \
         browser lint format schema docs lock audit sbom publish benchmark benchmark-memory benchmark-scale agreement scorecard \
-        verify gpu-check claims site clean
+        peft-comparison verify gpu-check claims site clean
 
 help:
 	@echo "make report [EXPERIMENT=quick]   train, measure and write reports/EXPERIMENT/report.html; \"a b\" for two"
@@ -45,6 +45,7 @@ help:
 	@echo "make benchmark-scale             how the suite grows from 50 to 5,000 runs; docs/scale.md"
 	@echo "make agreement                   closed form against simulation, on random runs"
 	@echo "make scorecard                   published peaks against the closed form, the simulation, and estimators of others"
+	@echo "make peft-comparison             how many orderings of PEFT's published runs could be chance"
 	@echo "make test-faults                 kills, full disks, damaged files: what is lost (nothing)"
 	@echo "make test-slurm                  the smoke pipeline on a real Slurm, started on this machine"
 	@echo "make test-oldest | test-newest   the tests with the oldest and newest torch, transformers, peft"
@@ -135,6 +136,9 @@ agreement: $(READY)
 # command goes on.
 scorecard: $(READY)
 	$(BIN)/python -W ignore -m benchmarks.scorecard $(if $(MINUTES),--minutes $(MINUTES))
+
+peft-comparison: $(READY)
+	$(BIN)/python -m benchmarks.peft_comparison
 
 # Pyodide and wheels are fetched with npm and pip, by checksums. A link that leads nowhere fails.
 site: $(READY)

@@ -28,11 +28,13 @@ TREATMENTS = {
     r"peftscope (memory|fit|models|why|oom|expand|doctor|claims --id) ?.*": "whole",
     # These train, measure or need what was trained: their options are read, and nothing more.
     r"(python -m )?peftscope (run|sweep|merge|report|claims --(kind|reuse)) .*": "help",
+    # Runs and files of the reader's own; what it says of them is tested with those of tests.
+    r"peftscope compare .*": "help",
     # A server runs until it is stopped.
     r"python -m http\.server .*": "help",
     r"hf auth login": "help",
     # Says what it would do.
-    r"make (setup|test|report|publish|claims|gpu-check|scorecard|site)( [A-Z]+=\S+)*": "dry",
+    r"make (setup|test|report|publish|claims|gpu-check|scorecard|peft-comparison|site)( [A-Z]+=\S+)*": "dry",
     r"snakemake --cores all( --config experiment=\S+)?": "dry",
     # Has nothing to report on before the first run, and says so once its options are right.
     r"snakemake --cores all --report report\.zip": "nothing yet",
@@ -41,7 +43,7 @@ TREATMENTS = {
 }
 """How a command is tried, by a pattern of all of it."""
 
-SLOW = {"memory", "fit", "why", "oom", "expand", "doctor", "claims", "snakemake", "-m"}
+SLOW = {"memory", "fit", "why", "oom", "expand", "doctor", "claims", "compare", "snakemake", "-m"}
 """Programs, or their commands, that take over ten seconds together."""
 
 

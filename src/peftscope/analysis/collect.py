@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,20 @@ MAIN_SCORES = ("acc_norm,none", "acc,none", "exact_match,flexible-extract", "exa
 answer, in whatever words the answer announces it."""
 
 
+def main_metric(names: Iterable[str]) -> str | None:
+    """Returns the first of ``MAIN_SCORES`` among some names, or else the first name; None if there is none."""
+    known = [name for name in names if name != "items"]
+    return next((name for name in MAIN_SCORES if name in known), known[0] if known else None)
+
+
 def main_score(scores: dict[str, float]) -> float | None:
     """Returns the score of a benchmark that a table shows.
 
     >>> main_score({"items": 8, "acc,none": 0.25, "acc_norm,none": 0.5})
     0.5
     """
-    named = [name for name in MAIN_SCORES if name in scores] or [name for name in scores if name != "items"]
-    return scores[named[0]] if named else None
+    name = main_metric(scores)
+    return None if name is None else scores[name]
 
 
 def collect_experiment(sweep: Sweep) -> None:

@@ -35,6 +35,8 @@ class Difference:
         tuning_error: The standard error that the choice of both learning rates adds; 0 if none was chosen.
         n: The number of pairs.
         margin: Two arms within plus and minus this count as the same; not a number if there is no yardstick for it.
+        others: The standard errors of further sources of chance, such as the draw of the items, each with its degrees
+            of freedom.
     """
 
     mean: float
@@ -42,16 +44,30 @@ class Difference:
     tuning_error: float
     n: int
     margin: float
+    others: tuple[tuple[float, int], ...] = ()
 
     def half_width(self, confidence: float = CONFIDENCE, pairs: int | None = None) -> float:
         """Returns how far the interval of the mean reaches to either side; with another number of pairs, if given."""
         n = pairs or self.n
         if n < 2:
             return math.inf
-        return float(special.stdtrit(n - 1, (1 + confidence) / 2)) * self._error(n)
+        return float(special.stdtrit(self._freedom(n), (1 + confidence) / 2)) * self._error(n)
 
     def _error(self, n: int) -> float:
+        return math.hypot(self._own_error(n), *(error for error, _ in self.others))
+
+    def _own_error(self, n: int) -> float:
         return math.sqrt(self.spread**2 / n + self.tuning_error**2)
+
+    def _freedom(self, n: int) -> float:
+        """Returns the degrees of freedom of the error, which are those of the pairs unless there are other sources.
+
+        Source: Welch 1947.
+        """
+        if not self._error(n) or not self.others:
+            return n - 1
+        parts = [(self._own_error(n), n - 1), *self.others]
+        return self._error(n) ** 4 / sum(error**4 / freedom for error, freedom in parts)
 
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
         """Returns the bounds of the interval of the mean."""
@@ -85,12 +101,16 @@ class Difference:
         return self.half_width(2 * CONFIDENCE - 1) <= self.margin / 2
 
     @property
+    def error(self) -> float:
+        """The standard error of the mean, from all sources."""
+        return self._error(self.n)
+
+    @property
     def p(self) -> float:
         """The two-sided p of a t test, which is below 0.05 exactly if the 95 % interval excludes 0."""
-        error = self._error(self.n)
-        if error == 0:
+        if self.error == 0:
             return float(self.mean == 0)
-        return float(2 * special.stdtr(self.n - 1, -abs(self.mean) / error))
+        return float(2 * special.stdtr(self._freedom(self.n), -abs(self.mean) / self.error))
 
     @property
     def outcome(self) -> Outcome:
@@ -111,8 +131,17 @@ class Difference:
 
         None if ``LARGEST_PAIRS`` would not: the tuning alone leaves too much open, or the mean is at the margin.
         """
-        inside = abs(self.mean) < self.margin
-        return self.pairs_to_reach(abs(self.margin - abs(self.mean)), 2 * CONFIDENCE - 1 if inside else CONFIDENCE)
+        return self.pairs_to_reach(*self.deciding_width)
+
+    @property
+    def deciding_width(self) -> tuple[float, float]:
+        """The half-width below which it would be decided if the mean stayed where it is, and its confidence.
+
+        Without a margin, it is decided whether the two differ.
+        """
+        margin = 0.0 if math.isnan(self.margin) else self.margin
+        inside = abs(self.mean) < margin
+        return abs(margin - abs(self.mean)), 2 * CONFIDENCE - 1 if inside else CONFIDENCE
 
     def pairs_to_reach(self, half_width: float, confidence: float = CONFIDENCE) -> int | None:
         """Returns how many pairs would make the interval narrower than this to either side; None: too many."""

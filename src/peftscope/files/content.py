@@ -43,7 +43,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return parse_yaml(read_text(path), str(path))
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, largest_bytes: int = LARGEST_BYTES) -> str:
     """Returns the text of a UTF-8 file.
 
     Raises:
@@ -53,8 +53,8 @@ def read_text(path: Path) -> str:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             raise InputError(Problem(str(path), "not a file"))
-        if found.st_size > LARGEST_BYTES:
-            raise InputError(Problem(str(path), f"{found.st_size:,} bytes are more than the {LARGEST_BYTES:,} allowed"))
+        if found.st_size > largest_bytes:
+            raise InputError(Problem(str(path), f"{found.st_size:,} bytes are more than the {largest_bytes:,} allowed"))
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(Problem(str(path), "no such file")) from None

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
+from peftscope.analysis.compare import Outcome
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.report.tables import (
     MIB,
@@ -85,6 +86,27 @@ def listed(values: Iterable[Any]) -> str:
     names = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
     more = len(names) - MOST_LISTED
     return ", ".join(names[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def spoken_outcome(outcome: Outcome, side: str, margin: str, seen: str) -> str:
+    """Returns what a comparison says.
+
+    Args:
+        outcome: The outcome.
+        side: Where the mean difference lies: "lower" or "higher".
+        margin: The margin, in words.
+        seen: What was compared, in words.
+
+    >>> spoken_outcome(Outcome.SAME_BUT_DIFFERS, "lower", "5 %", "8 pairs")
+    'the same within 5 %, though lower'
+    """
+    return {
+        Outcome.SAME: f"the same within {margin}",
+        Outcome.SAME_BUT_DIFFERS: f"the same within {margin}, though {side}",
+        Outcome.MORE: f"{side} by more than {margin}",
+        Outcome.DIFFERS: f"{side}, but by how much is open at {seen}",
+        Outcome.OPEN: f"open at {seen}",
+    }[outcome]
 
 
 def pareto_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from peftscope.analysis.study import ACCURACY, HELDOUT, MARGIN, VALIDATION, Stud
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A, Study
 from peftscope.report.plots import draw_figure, method_colours, plain_ticks
-from peftscope.report.sentences import listed
+from peftscope.report.sentences import listed, spoken_outcome
 from peftscope.report.tables import formatted, html
 
 CONTROLS = {
@@ -149,16 +149,10 @@ def spoken_difference(row: dict[Any, Any], labels: dict[str, str]) -> str:
         text += f", {_number(row['percent'], '.1f')} % of the task gain"
     outcome = Outcome(row["outcome"])
     side = "lower" if row["difference"] < 0 else "higher"
-    words = {
-        Outcome.SAME: f"the same within {row['margin_percent']:g} %",
-        Outcome.SAME_BUT_DIFFERS: f"the same within {row['margin_percent']:g} %, though {side}",
-        Outcome.MORE: f"{side} by more than {row['margin_percent']:g} %",
-        Outcome.DIFFERS: f"{side}, but by how much is open at {row['n']} pairs",
-        Outcome.OPEN: f"open at {row['n']} pairs",
-    }
+    words = spoken_outcome(outcome, side, f"{row['margin_percent']:g} %", f"{row['n']} pairs")
     pairs = row["pairs_to_decide"]
     more = f", about {int(pairs)} would decide" if outcome == Outcome.OPEN and not math.isnan(pairs) else ""
-    return f"{text}: {words[outcome]}{more}"
+    return f"{text}: {words}{more}"
 
 
 def _number(value: float, spec: str) -> str:

@@ -1,0 +1,132 @@
+"""How many orderings of PEFT's published method comparison could be chance: ``make peft-comparison``.
+
+Writes the tables of ``docs/peft-comparison.md`` and their figure from ``peft_method_comparison.csv``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from peftscope.analysis.compare import Difference
+from peftscope.analysis.ranking import STATED_SPREADS, Ranking, rank, trust
+from peftscope.analysis.scores import FRACTION, by_system, read_scores
+from peftscope.analysis.stats import CONFIDENCE
+from peftscope.report.comparison import draw_ranking, summarise_ranking
+
+SCORES = Path("benchmarks/peft_method_comparison.csv")
+PAGE = Path("docs/peft-comparison.md")
+FIGURE = Path("results/published/peft-comparison/ranking.png")
+TEST_ITEMS, VALIDATION_ITEMS = 1319, 50
+"""The items behind a test accuracy, those of GSM8K's test split, and behind a validation accuracy."""
+LAST = 5
+"""The last evaluations of a training whose changes are shown: at the end of a cosine, little is learned."""
+WORKING = 0.3
+"""Runs below this test accuracy have hardly learned the task, and their changes are left out."""
+TOP = 20
+"""The first runs, whose orderings are also counted by themselves."""
+SHOWN_SPREAD = 0.01
+"""The spread between seeds for which every place is shown."""
+
+
+def rankings(scores: Path = SCORES) -> dict[tuple[float, int | None], Ranking]:
+    """Returns the ranking under each spread of seeds, on the same items (None) and on as many others of their kind."""
+    systems = by_system(read_scores(str(scores), "test_accuracy"))
+    return {
+        (spread, items): rank(systems, spread, items)
+        for items in (None, TEST_ITEMS)
+        for spread in STATED_SPREADS
+        if spread or items
+    }
+
+
+def wobble(scores: Path = SCORES) -> tuple[int, float, float]:
+    """Returns how far accuracy moves between two evaluations of one run late in its training.
+
+    Returns:
+        The number of runs, the root mean square of the change on the validation items, and the standard deviation that
+        a single accuracy on the test items has if each answer changes by itself.
+    """
+    table = pd.read_csv(scores)
+    table = table[table["test_accuracy"] > WORKING]
+    curves = np.array([[float(value) for value in text.split()] for text in table["validation_accuracies"]])
+    change = math.sqrt(float((np.diff(curves[:, -LAST:]) ** 2).mean()))
+    return len(table), change, change * math.sqrt(VALIDATION_ITEMS / TEST_ITEMS / 2)
+
+
+def render(scores: Path = SCORES) -> str:
+    """Returns the tables of the page as Markdown."""
+    found = rankings(scores)
+    main = found[SHOWN_SPREAD, TEST_ITEMS]
+    same = found[SHOWN_SPREAD, None]
+    runs, change, single = wobble(scores)
+    seeds = Difference(0.02, math.sqrt(2) * SHOWN_SPREAD, 0.0, 2, math.nan).pairs_to_reach(0.02)
+    rows = [
+        {"items": "others too" if items else "these", "spread of seeds (pp)": f"{100 * spread:g}"}
+        | summarise_ranking(ranking, trust(ranking))
+        for (spread, items), ranking in found.items()
+    ]
+    alone, corrected = ([_share(one, corrected=each) for one in (same, main)] for each in (False, True))
+    beside = int((np.diag(main.p, 1) >= 1 - CONFIDENCE).sum())
+    top = [_undecided_at_the_top(one) for one in (same, main)]
+    lines = [
+        f"If single runs spread by {100 * SHOWN_SPREAD:g} pp between seeds, **{alone[0]} of the orderings of two runs "
+        f"could be chance on these very items, and {alone[1]} on other items of their kind**. After correction for "
+        f"their number it is {corrected[0]} and {corrected[1]}. Among the first {TOP} runs, {top[0]} and {top[1]} "
+        f"of the orderings could be chance one by one. On other items, {beside} of {len(main.systems) - 1} neighbours "
+        f"cannot be told apart, nor can the first {main.groups[0][1]} places.",
+        "",
+        "| " + " | ".join(rows[0]) + " |",
+        "|---" + "|---:" * (len(rows[0]) - 1) + "|",
+        *("| " + " | ".join(row.values()) + " |" for row in rows),
+    ]
+    lines += [
+        "",
+        "## How large the spread may be",
+        "",
+        f"Between two evaluations of the last {LAST} of a training, the accuracy of one run on {VALIDATION_ITEMS} "
+        f"validation items moves by {100 * change:.1f} pp (root mean square over the {runs} runs above "
+        f"{100 * WORKING:g} % test accuracy). If each answer changes by itself, a single accuracy on {TEST_ITEMS:,} "
+        f"items then has a standard deviation of {100 * single:.1f} pp.",
+        "",
+        f"To tell a difference of 2 pp from chance at a spread of {100 * SHOWN_SPREAD:g} pp, on the same items, takes "
+        f"{seeds} seeds of each.",
+        "",
+        f"## Every place, at a spread of {100 * SHOWN_SPREAD:g} pp and on other items",
+        "",
+        "| place | run | test accuracy (%) | standard error (pp) | places it can have |",
+        "|---:|---|---:|---:|---:|",
+    ]
+    for place, (name, (best, worst)) in enumerate(zip(main.systems, main.places, strict=True), 1):
+        score, error = 100 * main.scores[place - 1], 100 * main.errors[place - 1]
+        lines.append(f"| {place} | {name} | {score:.1f} | {error:.1f} | {best} to {worst} |")
+    return "\n".join(lines)
+
+
+def _share(ranking: Ranking, *, corrected: bool) -> str:
+    return f"{ranking.undecided(corrected=corrected) / ranking.pairs:.0%}"
+
+
+def _undecided_at_the_top(ranking: Ranking) -> str:
+    return f"{(ranking.p[:TOP, :TOP][np.triu_indices(TOP, 1)] >= 1 - CONFIDENCE).mean():.0%}"
+
+
+def with_tables(page: str, tables: str) -> str:
+    """Returns the page with the tables between its marks."""
+    parts = re.split(r"(?<=<!-- tables -->\n)(.*)(?=<!-- /tables -->)", page, flags=re.DOTALL)
+    return f"{parts[0]}{tables}\n{parts[2]}"
+
+
+def main() -> None:
+    """Writes the page and its figure."""
+    PAGE.write_text(with_tables(PAGE.read_text(), render()))
+    draw_ranking(rankings()[SHOWN_SPREAD, TEST_ITEMS], FRACTION, FIGURE)
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()

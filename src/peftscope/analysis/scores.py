@@ -1,0 +1,420 @@
+"""Scores of runs, read from what the suite, lm-eval and PEFT's method comparison write, or from a CSV. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from peftscope.analysis.collect import main_metric
+from peftscope.analysis.study import StudyResults
+from peftscope.errors import InputError, Problem, close_match, shown
+from peftscope.files.content import parse_json, read_text
+from peftscope.layout import RUNS, published_paths, results_folder
+from peftscope.planning.published import ITEMS, RECORDS
+
+LARGEST_LOG = 2_000_000_000
+"""The largest file of scores that is read, in bytes."""
+FRACTION, NATS = "fraction", "nats per token"
+LOSS = "loss"
+LOWER_IS_BETTER = ("loss", "nll", "perplexity", "ppl", "bits_per_byte", "forgetting", "error")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one run scored.
+
+    Attributes:
+        system: The name of what is compared; runs of one system differ in their seed.
+        where: The file or the run that the scores are from.
+        seed: The run's seed; None if it is not known.
+        metric: The name of the score.
+        unit: ``FRACTION``, ``NATS``, or empty if it is not known.
+        items: One row per item: its ``value``, its ``weight`` in the mean, and its ``content``, which has to be the
+            same on both sides. A run whose items were not kept apart has a single row.
+        setting: Everything else that decides the run, as text; empty if the file does not say.
+        study: The study and the arm that the run was read from, if it was.
+    """
+
+    system: str
+    where: str
+    seed: int | None
+    metric: str
+    unit: str
+    items: pd.DataFrame
+    setting: str = ""
+    study: tuple[str, str] | None = None
+
+    @property
+    def score(self) -> float:
+        """The mean over the items."""
+        return float((self.items["value"] * self.items["weight"]).sum() / self.items["weight"].sum())
+
+    @property
+    def has_items(self) -> bool:
+        """Whether the items were kept apart."""
+        return len(self.items) > 1
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether a lower score is the better one, by the name of the metric."""
+        return any(word in self.metric.lower() for word in LOWER_IS_BETTER)
+
+
+def read_scores(source: str, metric: str | None = None) -> list[Scored]:
+    """Returns the runs that a text names.
+
+    Args:
+        source: Run ids, folders or files, joined by commas; names with ``*``; or ``STUDY:ARM``.
+        metric: The score to read, as the files name it; None for each format's main score.
+
+    Raises:
+        InputError: There is nothing of this name, it is none of the formats, or it has no such score.
+    """
+    parts = [source] if _exists(source) else [part.strip() for part in source.split(",") if part.strip()]
+    if not parts:
+        raise InputError(Problem(shown(source), "names nothing", "give a run's id, a folder, a file, or STUDY:ARM"))
+    return [run for part in parts for run in _read(part, metric)]
+
+
+def unit_of(runs: Iterable[Scored]) -> str:
+    """Returns the unit that all runs have; empty if there is none."""
+    units = {run.unit for run in runs}
+    return units.pop() if len(units) == 1 else ""
+
+
+def by_system(runs: Sequence[Scored]) -> dict[str, list[Scored]]:
+    """Returns runs by their system. Of systems with one name and other settings, all but the first get a number."""
+    systems: dict[tuple[str, str], list[Scored]] = {}
+    for run in runs:
+        systems.setdefault((run.system, run.setting), []).append(run)
+    named: dict[str, list[Scored]] = {}
+    for (name, _), found in systems.items():
+        alike = sum(other == name for other, _ in list(systems)[: len(named)])
+        named[f"{name} ({alike + 1})" if alike else name] = found
+    return named
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # too long for a name, or a NUL in it
+        return False
+
+
+def _read(source: str, metric: str | None) -> list[Scored]:
+    if _exists(source):
+        path = Path(source)
+        return _read_folder(path, metric) if path.is_dir() else _read_file(path, metric)
+    study, _, arm = source.partition(":")
+    if arm or _is_study(study):
+        return _read_study(study, arm, metric)
+    if paths := _matching(source):
+        return [run for path in paths for run in _read(str(path), metric)]
+    if runs := _own_runs(lambda run: fnmatchcase(run, source), metric):
+        return list(runs.values())
+    raise InputError(
+        Problem(source, "no run, folder or file of this name", "give a run's id, a folder, a file, or STUDY:ARM")
+    )
+
+
+def _matching(source: str) -> list[Path]:
+    """Returns the paths that a pattern with ``*`` names."""
+    anchor = Path(source).anchor
+    try:
+        return sorted(Path(anchor).glob(source.removeprefix(anchor))) if "*" in source else []
+    except (ValueError, OSError):  # no pattern for paths
+        return []
+
+
+def _read_folder(folder: Path, metric: str | None) -> list[Scored]:
+    if (folder / ITEMS).is_file():
+        return _published(folder, lambda _: True, metric)
+    if _is_study(folder.name) and folder.resolve() == results_folder(folder.name).resolve():
+        return _read_study(folder.name, "", metric)
+    for pattern in ("items.jsonl", "samples_*.jsonl", "*.json", "*.csv"):
+        paths = sorted(folder.rglob(pattern))
+        if pattern.startswith("samples") and len({path.parent for path in paths}) < len(paths):
+            raise InputError(
+                Problem(str(folder), f"{len(paths)} logs, several in one folder", "name the file to compare")
+            )
+        if paths:
+            return [run for path in paths for run in _read_file(path, metric)]
+    raise InputError(Problem(str(folder), "no scores in it", f"scores are {FORMATS}"))
+
+
+FORMATS = "items.jsonl or items.parquet of a run, samples_*.jsonl of lm-eval, PEFT's result JSON, or a CSV"
+
+
+def _read_file(path: Path, metric: str | None) -> list[Scored]:
+    if path.name in (ITEMS, RECORDS):
+        return _published(path.parent, lambda _: True, metric)
+    if path.suffix == ".jsonl":
+        rows = list(_lines(path))
+        if not rows:
+            raise InputError(Problem(str(path), "is empty"))
+        return [_own(path, rows, metric) if "nll" in rows[0] else _lm_eval(path, rows, metric)]
+    if path.suffix == ".json":
+        return [_peft(path, metric)]
+    if path.suffix == ".csv":
+        return _csv(path, metric)
+    raise InputError(Problem(str(path), "no format that is known", f"scores are {FORMATS}"))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(read_text(path, LARGEST_LOG).split("\n"), 1):
+        if line.strip():
+            row = parse_json(line, f"{path}: line {number}")
+            if not isinstance(row, dict):
+                raise InputError(Problem(f"{path}: line {number}", f"not a mapping (got {shown(row)})"))
+            yield row
+
+
+# --- the suite's own runs
+
+
+def _is_study(name: str) -> bool:
+    try:
+        return bool(StudyResults(name).arms)
+    except InputError:
+        return False
+
+
+def _read_study(name: str, arm: str, metric: str | None) -> list[Scored]:
+    study = StudyResults(name)
+    if arm and arm not in study.arms:
+        raise InputError(Problem(f"{name}:{arm}", "the study has no such arm", close_match(arm, study.arms)))
+    arms = {run: each for each in ([arm] if arm else study.arms) for run in study.arm_runs(each)["run_id"]}
+    runs = _own_runs(arms.__contains__, metric)
+    if missing := [run for run in arms if run not in runs]:
+        said = "its items are neither in the store nor published"
+        raise InputError(Problem(missing[0], said, f"make report EXPERIMENT={name}"))
+    return [replace(runs[run], system=each, study=(name, each)) for run, each in arms.items()]
+
+
+def _own_runs(wanted: Callable[[str], bool], metric: str | None) -> dict[str, Scored]:
+    """Returns the runs of the store whose ids are wanted, and the published ones that the store lacks."""
+    runs = {
+        path.parent.name: _own(path, list(_lines(path)), metric)
+        for path in sorted(RUNS.glob("*/items.jsonl"))
+        if wanted(path.parent.name)
+    }
+    kept = set(runs)
+    for path in published_paths(ITEMS):
+        found = _published(path.parent, lambda run: wanted(run) and run not in kept, metric)
+        runs |= {run.where: run for run in found}
+    return runs
+
+
+def _published(folder: Path, wanted: Callable[[str], bool], metric: str | None) -> list[Scored]:
+    try:
+        records = pd.read_parquet(folder / RECORDS).set_index("run_id")["record"]
+        names = [name for name in records.index if wanted(name)]
+        items = pd.read_parquet(folder / ITEMS, filters=[("run_id", "in", names)]) if names else None
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(Problem(str(folder), f"its {RECORDS} and {ITEMS} cannot be read: {error}")) from None
+    return [
+        _own_scores(str(run), rows, json.loads(records[run])["spec"], metric, str(run))
+        for run, rows in (items.groupby("run_id", sort=False) if items is not None else ())
+    ]
+
+
+def _own(path: Path, rows: list[dict[str, Any]], metric: str | None) -> Scored:
+    spec = path.with_name("spec.json")
+    fields = parse_json(read_text(spec), str(spec)) if spec.is_file() else {}
+    name = path.parent.name or path.stem
+    return _own_scores(name, pd.DataFrame(rows), fields if isinstance(fields, dict) else {}, metric, str(path))
+
+
+def _own_scores(name: str, rows: pd.DataFrame, spec: dict[str, Any], metric: str | None, where: str) -> Scored:
+    columns = {LOSS: "nll", "exact_match": "correct"}
+    missing = {"item", "prompt", "target", "nll", "tokens"} - set(rows)
+    if missing:
+        raise InputError(Problem(where, f"no `{min(missing)}` in its rows", "give items.jsonl as a run writes it"))
+    has = [each for each, column in columns.items() if column in rows and rows[column].notna().any()]
+    chosen = _chosen(metric, has, has[0] if has else None, where)
+    rows = rows.dropna(subset=[columns[chosen]])
+    tokens = _numbers(rows["tokens"], f"{where}: tokens") if chosen == LOSS else 1.0
+    values = _numbers(_numbers(rows[columns[chosen]], f"{where}: {columns[chosen]}") / tokens, f"{where}: tokens")
+    content = rows["prompt"].astype(str) + "\n" + rows["target"].astype(str)
+    seed, init = (value if isinstance(value := spec.get(key), int) else None for key in ("seed", "init_seed"))
+    rest = {key: value for key, value in spec.items() if key not in ("seed", "init_seed")}
+    if init is not None and seed is not None:
+        rest["init_seed less seed"] = init - seed
+    return Scored(
+        system=f"{name.rpartition(f'-s{seed}-')[0] or name} at {spec.get('learning_rate')}" if spec else name,
+        where=where,
+        seed=seed,
+        metric=chosen,
+        unit=NATS if chosen == LOSS else FRACTION,
+        items=_items(rows["item"], values, tokens, content, where),
+        setting=json.dumps(rest, sort_keys=True) if spec else "",
+    )
+
+
+# --- lm-eval
+
+
+def _lm_eval(path: Path, rows: list[dict[str, Any]], metric: str | None) -> Scored:
+    """Returns the scores of a log of lm-eval, one row per item and filter.
+
+    Source: lm-eval 0.4, ``evaluator.evaluate`` and ``EvaluationTracker.save_results_samples``.
+    """
+    if "doc_id" not in rows[0]:
+        raise InputError(Problem(str(path), "neither lm-eval's log nor a run's items", f"scores are {FORMATS}"))
+    names: dict[str, None] = {}
+    for row in rows:
+        # Logs of older versions do not list their metrics.
+        listed = row.get("metrics")
+        if not isinstance(listed, list):
+            listed = [name for name, value in row.items() if name not in ("doc_id", "metrics") and _is_number(value)]
+        names |= {f"{name},{row.get('filter', 'none')}": None for name in listed}
+    wanted = f"{metric},none" if f"{metric},none" in names else metric
+    chosen = _chosen(wanted, list(names), main_metric(names), str(path))
+    name, _, filtered = chosen.rpartition(",")
+    kept = pd.DataFrame(
+        [row for row in rows if str(row.get("filter", "none")) == filtered and {name, "doc_id"} <= {*row}]
+    )
+    values = _numbers(kept[name], f"{path}: {name}")
+    hashes = [column for column in ("doc_hash", "target_hash") if column in kept]
+    content = kept[hashes or ["doc_id"]].astype(str).agg(" ".join, axis=1)
+    return Scored(
+        system=path.parent.name or path.stem,
+        where=str(path),
+        seed=None,
+        metric=chosen,
+        unit=_unit(values),
+        items=_items(kept["doc_id"], values, 1.0, content, str(path)),
+    )
+
+
+# --- PEFT's method comparison
+
+
+def _peft(path: Path, metric: str | None) -> Scored:
+    """Returns the score of a result file of PEFT's method comparison: one number, without items.
+
+    Source: huggingface/peft, ``method_comparison``.
+    """
+    content = parse_json(read_text(path, LARGEST_LOG), str(path))
+    try:
+        about, trained = content["run_info"], content["train_info"]
+        name, config, metrics = str(about["experiment_name"]), dict(about["train_config"]), list(trained["metrics"])
+        status = trained["status"]
+        scores = {key: value for row in metrics for key, value in row.items() if _is_number(value)}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise InputError(Problem(str(path), "no result of PEFT's method comparison", f"scores are {FORMATS}")) from None
+    if status != "success":
+        raise InputError(Problem(str(path), f"this run has no result: its status is {shown(status)}", "leave it out"))
+    chosen = _chosen(metric, list(scores), "test accuracy" if "test accuracy" in scores else None, str(path))
+    seed = config.pop("seed", None)
+    return Scored(
+        system=name,
+        where=str(path),
+        seed=seed if isinstance(seed, int) else None,
+        metric=chosen,
+        unit=FRACTION if "accuracy" in chosen else "",
+        items=_whole(scores[chosen]),
+        setting=json.dumps([config, about.get("peft_config")], sort_keys=True),
+    )
+
+
+# --- a CSV
+
+
+def _csv(path: Path, metric: str | None) -> list[Scored]:
+    """Returns the runs of a CSV that has a score, and the columns ``name``, ``seed`` and ``item`` or some of them."""
+    where = str(path)
+    try:
+        table = pd.read_csv(path)
+    except (ValueError, OSError) as error:  # pandas' errors of parsing are ValueErrors
+        raise InputError(Problem(where, f"cannot be read as CSV: {error}")) from None
+    keys = [column for column in ("name", "seed", "item") if column in table]
+    scores = [column for column in table.columns if column not in keys]
+    default = "score" if "score" in scores else scores[0] if len(scores) == 1 else None
+    chosen = _chosen(metric, [str(column) for column in scores], default, where)
+    if table.empty:
+        raise InputError(Problem(where, "has no rows"))
+    if not keys and len(table) > 1:
+        raise InputError(
+            Problem(where, "does not say what a row is", "add a column `seed`, `item`, or `name` for the system")
+        )
+    values = _numbers(table[chosen], f"{where}: {chosen}")
+    runs = []
+    by = [column for column in ("name", "seed") if column in table]
+    for _, rows in table.groupby(by, sort=False) if by else [((), table)]:
+        own = values[rows.index]
+        if "item" not in table and len(rows) > 1:
+            raise InputError(
+                Problem(where, f"{len(rows)} rows for {_label(rows.iloc[0], by)}", "add a column `seed` or `item`")
+            )
+        runs.append(
+            Scored(
+                system=str(rows["name"].iloc[0]) if "name" in table else path.stem,
+                where=where,
+                seed=_seed(rows["seed"].iloc[0], where) if "seed" in table else None,
+                metric=chosen,
+                unit=_unit(values),
+                items=_items(rows["item"], own, 1.0, rows["item"], where) if "item" in table else _whole(own.iloc[0]),
+                setting=json.dumps({"name": str(rows["name"].iloc[0])}) if "name" in table else "",
+            )
+        )
+    return runs
+
+
+def _label(row: pd.Series, by: list[str]) -> str:
+    return ", ".join(f"{column} {row[column]}" for column in by)
+
+
+def _seed(value: Any, where: str) -> int:
+    if not _is_number(value) or value != int(value):
+        raise InputError(Problem(f"{where}: seed", f"no whole number (got {shown(value)})"))
+    return int(value)
+
+
+# --- parts of all
+
+
+def _chosen(metric: str | None, names: Sequence[str], default: str | None, where: str) -> str:
+    chosen = metric or default
+    if chosen is None:
+        raise InputError(Problem(where, "does not say which score is meant", f"give --metric: {', '.join(names)}"))
+    if chosen not in names:
+        raise InputError(Problem(where, f"has no score `{chosen}`", close_match(chosen, names)))
+    return chosen
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number | np.bool_) and bool(np.isfinite(value))
+
+
+def _numbers(values: pd.Series, where: str) -> pd.Series:
+    for row, value in values.items():
+        if not _is_number(value):
+            raise InputError(Problem(where, f"not a number in row {row} (got {shown(value)})"))
+    return values.astype(float)
+
+
+def _unit(values: pd.Series) -> str:
+    return FRACTION if values.between(0, 1).all() else ""
+
+
+def _items(index: pd.Series, values: pd.Series, weights: Any, content: pd.Series, where: str) -> pd.DataFrame:
+    items = pd.DataFrame({"value": values, "weight": weights, "content": content}).set_axis(
+        [str(item) for item in index]
+    )
+    if not items.index.is_unique:
+        twice = items.index[items.index.duplicated()][0]
+        raise InputError(Problem(where, f"item {twice} appears twice", "give the scores of one run"))
+    return items
+
+
+def _whole(score: float) -> pd.DataFrame:
+    """Returns the one row of a run whose items were not kept apart."""
+    return pd.DataFrame({"value": [float(score)], "weight": [1.0], "content": [""]})

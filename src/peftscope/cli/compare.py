@@ -1,0 +1,193 @@
+"""``peftscope compare``: is this difference real? Two sides, or many systems at once."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from peftscope.errors import InputError, Problem, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from peftscope.analysis.scores import Scored
+    from peftscope.report.comparison import Margin
+
+app = typer.Typer()
+
+GAIN_REMEDY = "give --base: the run that has learned nothing, best one on shuffled labels; or name arms as STUDY:ARM"
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="Run ids, folders or files, joined by commas; or STUDY:ARM.")],
+    b: Annotated[str | None, typer.Argument(help="The same, to compare with.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Compare all systems in A with each other.")] = False,
+    margin: Annotated[
+        str | None, typer.Option(help="Of sameness: 2pp (percentage points), 5%gain (of the task gain), or 0.02.")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="The score, as the files name it; default: the main one.")] = None,
+    base: Annotated[str | None, typer.Option(help="What has learned nothing, for a margin in %gain.")] = None,
+    seed_spread: Annotated[
+        str | None, typer.Option(help="With --all: the standard deviation of single runs between seeds, as 1pp.")
+    ] = None,
+    items: Annotated[
+        int | None, typer.Option(min=2, help="With --all: the items behind a fraction that was read as one number.")
+    ] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw the differences into this PNG file.")] = None,
+) -> None:
+    """Say whether a difference is real: its interval, chance, sameness within a margin, and what would decide.
+
+    Reads runs of the suite, lm-eval's samples_*.jsonl, results of PEFT's method comparison, and CSV files with a score
+    and the columns name, seed or item.
+    """
+    from peftscope.analysis.scores import read_scores, unit_of
+
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    if every:
+        for name, value in (("B", b), ("--margin", margin), ("--base", base)):
+            if value is not None:
+                raise InputError(Problem(name, "does not go with --all", "leave it out"))
+        _rank(read_scores(a, metric), seed_spread, items, figure, console)
+        return
+    if b is None:
+        raise InputError(Problem("B", "is missing", "name what A is compared with, or give --all"))
+    for name, given in (("--seed-spread", seed_spread), ("--items", items)):
+        if given is not None:
+            raise InputError(Problem(name, "goes with --all only", "leave it out"))
+    from peftscope.analysis.paired import check_spread, pair
+    from peftscope.report.comparison import describe, draw_comparison
+
+    if margin is not None:
+        _number_and_unit(margin, "--margin")
+    first, second = (read_scores(text, metric) for text in (a, b))
+    pairing = pair(first, second)
+    check_spread(pairing)
+    asked = read_margin(margin, (first, second), read_scores(base, metric) if base else None)
+    for line in describe(first, second, pairing, asked):
+        console.print(line, soft_wrap=True, markup=False)
+    if figure:
+        draw_comparison(first[0].system, second[0].system, pairing, asked, unit_of([*first, *second]), figure)
+
+
+def _number_and_unit(text: str, where: str) -> tuple[float, str]:
+    """Returns the number and the unit of an amount.
+
+    Raises:
+        InputError: The text is no amount, or a bare per cent.
+    """
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)(e-?\d+)?\s*(pp|%gain|nats|%|)", text.strip())
+    if not match or not 0 < float(match[1] + (match[2] or "")) < 1e9:
+        raise InputError(Problem(where, f"no amount (got {shown(text)})", "as in 2pp, 5%gain or 0.02"))
+    if match[3] == "%":
+        remedy = f"say {match[1]}pp for percentage points of the score, or {match[1]}%gain for a share of the task gain"
+        raise InputError(Problem(where, f"a bare per cent does not say of what (got {shown(text)})", remedy))
+    return float(match[1] + (match[2] or "")), match[3]
+
+
+def _amount(text: str, where: str, unit: str) -> float:
+    """Returns an amount in the unit of the scores."""
+    from peftscope.analysis.scores import FRACTION, NATS
+
+    number, given = _number_and_unit(text, where)
+    fits = given == "pp" if unit == FRACTION else given == "" or (given == "nats" and unit == NATS)
+    if not fits:
+        remedy = "give percentage points, as in 2pp" if unit == FRACTION else "give a bare number in their own unit"
+        said = f"does not fit these scores, which are {'fractions' if unit == FRACTION else unit or 'of no known unit'}"
+        raise InputError(Problem(where, f"{said} (got {shown(text)})", remedy))
+    return number / 100 if given == "pp" else number
+
+
+def read_margin(text: str | None, sides: Sequence[Sequence[Scored]], base: Sequence[Scored] | None) -> Margin:
+    """Returns the margin in the unit of the scores.
+
+    Args:
+        text: As it was given; None for no margin.
+        sides: The runs of A and of B.
+        base: The runs that have learned nothing, against which the gain of B counts.
+
+    Raises:
+        InputError: The text is no margin for these scores, or the task gain is not known.
+    """
+    from peftscope.analysis.scores import unit_of
+    from peftscope.report.comparison import Margin
+
+    if text is None:
+        return Margin()
+    number, given = _number_and_unit(text, "--margin")
+    if given != "%gain":
+        return Margin(_amount(text, "--margin", unit_of(run for side in sides for run in side)), text.strip())
+    return Margin(number / 100 * _task_gain(sides, base), f"{number:g} % of the task gain")
+
+
+def _task_gain(sides: Sequence[Sequence[Scored]], base: Sequence[Scored] | None) -> float:
+    from statistics import fmean
+
+    from peftscope.analysis.paired import check_items, check_side
+    from peftscope.analysis.study import StudyResults
+
+    b = sides[1]
+    if base is not None:
+        check_side(base)
+        check_items(b[0], base[0])
+        gain = abs(fmean(run.score for run in b) - fmean(run.score for run in base))
+        if not gain:
+            raise InputError(Problem("--base", "scores as B does, so that there is no gain", GAIN_REMEDY))
+        return gain
+    studies = {side[0].study[0] if side[0].study else None for side in sides}
+    study = studies.pop() if len(studies) == 1 else None
+    if study is None or b[0].unit != "nats per token":
+        raise InputError(Problem("--margin", "the task gain of these scores is not known", GAIN_REMEDY))
+    return StudyResults(study).task_gain
+
+
+def _rank(
+    runs: Sequence[Scored], seed_spread: str | None, items: int | None, figure: Path | None, console: Console
+) -> None:
+    from peftscope.analysis.ranking import STATED_SPREADS, rank, trust
+    from peftscope.analysis.scores import FRACTION, by_system, unit_of
+    from peftscope.report.comparison import draw_ranking, spoken, spoken_groups, spoken_score, summarise_ranking
+
+    systems, unit = by_system(runs), unit_of(runs)
+    has_single = min(map(len, systems.values())) == 1
+    spreads: list[float | None] = [None]
+    if seed_spread is not None:
+        spreads = [_amount(seed_spread, "--seed-spread", unit)]
+    elif has_single and unit == FRACTION:
+        spreads = [spread for spread in STATED_SPREADS if spread or items or runs[0].has_items]
+    rankings = {spread: rank(systems, spread, items) for spread in spreads}
+    last, shown_ranking = list(rankings.items())[-1]
+    places = Table("place", "system", "runs", "score", "standard error", "places it can have", box=None)
+    for place, (name, (best, worst)) in enumerate(zip(shown_ranking.systems, shown_ranking.places, strict=True), 1):
+        score, error = (
+            spoken_score(shown_ranking.scores[place - 1], unit),
+            spoken(shown_ranking.errors[place - 1], unit),
+        )
+        places.add_row(str(place), escape(name), str(len(systems[name])), score, error, f"{best} to {worst}")
+    console.print(places)
+    told = "" if last is None else f", if single runs spread by {spoken(last, unit)} between seeds"
+    console.print(f"Groups in which no two can be told apart{told}: {spoken_groups(shown_ranking)}.", soft_wrap=True)
+    rows = [
+        {"spread of seeds": "as it was seen" if spread is None else spoken(spread, unit)}
+        | summarise_ranking(ranking, None if spread is None and has_single else trust(ranking))
+        for spread, ranking in rankings.items()
+    ]
+    summary = Table(*rows[0], box=None)
+    for row in rows:
+        summary.add_row(*row.values())
+    console.print("", summary, sep="\n")
+    if has_single and seed_spread is None:
+        shown_range = (
+            "the range above is no estimate" if len(spreads) > 1 else "a ranking may be chance for all we know"
+        )
+        said = f"One run of a system does not show how far seeds spread: {shown_range}. --seed-spread gives your own."
+        console.print(said, soft_wrap=True)
+    if figure:
+        draw_ranking(shown_ranking, unit, figure)

@@ -1,0 +1,206 @@
+"""The sentences and figures of ``peftscope compare``. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+
+from peftscope.analysis.compare import Outcome
+from peftscope.analysis.paired import FEW, Pairing
+from peftscope.analysis.ranking import Ranking, Trust
+from peftscope.analysis.scores import FRACTION, Scored, unit_of
+from peftscope.analysis.stats import CONFIDENCE
+from peftscope.report.plots import save
+from peftscope.report.sentences import spoken_outcome
+
+MOST_LABELS = 80
+"""The most systems that the figure of a ranking names."""
+
+
+@dataclass(frozen=True)
+class Margin:
+    """The margin of sameness.
+
+    Attributes:
+        value: In the unit of the scores; not a number if none was given.
+        text: As it was given.
+    """
+
+    value: float = math.nan
+    text: str = ""
+
+
+def number(value: float, unit: str, sign: bool = False) -> str:
+    """Returns a score, or a difference of scores, without its unit; fractions are told in hundredths."""
+    scale, form = (100, ".2f") if unit == FRACTION else (1, ".4f" if unit else ".4g")
+    return format(scale * value, f"+{form}" if sign else form).replace("-", "−")
+
+
+def spoken(value: float, unit: str, sign: bool = False) -> str:
+    """Returns a difference of scores with its unit; those of fractions are percentage points.
+
+    >>> spoken(-0.0123, "fraction", sign=True), spoken(0.25, "nats per token")
+    ('−1.23 pp', '0.2500 nats per token')
+    """
+    return f"{number(value, unit, sign)} {'pp' if unit == FRACTION else unit}".rstrip()
+
+
+def spoken_score(value: float, unit: str) -> str:
+    """Returns a score with its unit; a fraction is told in per cent."""
+    return f"{number(value, unit)} {'%' if unit == FRACTION else unit}".rstrip()
+
+
+def describe(a: Sequence[Scored], b: Sequence[Scored], pairing: Pairing, margin: Margin) -> Iterator[str]:
+    """Yields what a comparison says, one sentence or two at a time."""
+    unit = unit_of([*a, *b])
+    for letter, side in (("A", a), ("B", b)):
+        score = float(np.mean([run.score for run in side]))
+        yield f"{letter}: {side[0].system}, {_runs(side)}. {side[0].metric}: {spoken_score(score, unit)}."
+    difference, seen = pairing.difference(margin.value), _seen(pairing)
+    low, high = difference.interval()
+    bounds = f"[{number(low, unit, True)}, {number(high, unit, True)}]"
+    yield f"A − B: {spoken(pairing.mean, unit, True)} {bounds} ({100 * CONFIDENCE:g} % interval), from {seen}."
+    differs = pairing.p < 1 - CONFIDENCE
+    side_word = "lower" if pairing.mean < 0 else "higher"
+    exact = f" by exact sign flips, because {FEW} items or fewer differ" if _is_exact(pairing) else ""
+    yield (
+        f"Chance: A is {side_word}, and this can be told from chance (p = {pairing.p:.2g}{exact})."
+        if differs
+        else f"Chance: the difference cannot be told from chance (p = {pairing.p:.2g}{exact})."
+    )
+    outcome = pairing.outcome(margin.value)
+    if not math.isnan(margin.value):
+        value = "" if margin.text.endswith("pp") else f" ({spoken(margin.value, unit)})"
+        yield f"Margin ±{margin.text}{value}: {spoken_outcome(outcome, side_word, margin.text, seen)}."
+    if outcome == Outcome.OPEN or (outcome == Outcome.DIFFERS and not math.isnan(margin.value)):
+        yield f"To decide, if the difference stayed as it is: {_needed(pairing, margin.value)}."
+    yield from _sources(pairing, unit, differs=differs)
+
+
+def _is_exact(pairing: Pairing) -> bool:
+    return pairing.seeds == 1 and int((pairing.by_item != 0).sum()) <= FEW
+
+
+def _runs(side: Sequence[Scored]) -> str:
+    runs = f"{len(side)} run{'s' if len(side) > 1 else ''}"
+    return f"{runs} × {len(side[0].items):,} items" if side[0].has_items else runs
+
+
+def _seen(pairing: Pairing) -> str:
+    """Returns what was compared, in words."""
+    if len(pairing.sides) > 1:
+        runs = f"{len(pairing.sides[0])} and {len(pairing.sides[1])} runs that are not paired"
+    else:
+        runs = f"{pairing.seeds} pair{'s' if pairing.seeds > 1 else ''} of runs"
+    return f"{runs} and {pairing.items:,} items" if pairing.items > 1 else runs
+
+
+def _needed(pairing: Pairing, margin: float) -> str:
+    """Returns how many seeds or items would decide."""
+    parts = []
+    if pairing.seeds > 1:
+        seeds = pairing.seeds_to_decide(margin)
+        parts.append(f"{seeds:,} seeds of each" if seeds else "no number of seeds alone")
+    if pairing.items > 1:
+        items = pairing.items_to_decide(margin)
+        parts.append(f"{items:,} items" if items else "no number of items alone")
+    return ", or ".join(parts)
+
+
+def _sources(pairing: Pairing, unit: str, *, differs: bool) -> Iterator[str]:
+    """Yields where the chance comes from, and what the runs cannot show."""
+    if pairing.seeds == 1:
+        yield (
+            "One run of each shows the chance of the items and nothing of the seeds: how far another seed would move "
+            "the scores cannot be seen, nor how many seeds would decide."
+        )
+        if differs:
+            yield (
+                f"If single runs spread between seeds by more than {spoken(pairing.hidden_spread, unit)} (standard "
+                "deviation), this difference could be chance. Two more seeds of each would begin to show it."
+            )
+        return
+    difference = pairing.difference(math.nan)
+    of_items = difference.others[-1][0] if pairing.items > 1 else 0.0
+    of_runs = math.sqrt(max(0.0, difference.error**2 - of_items**2 - pairing.tuning_error**2))
+    parts = [f"seeds {spoken(of_runs, unit)}"]
+    parts += [f"items {spoken(of_items, unit)}"] if pairing.items > 1 else []
+    parts += [f"the choice of learning rates {spoken(pairing.tuning_error, unit)}"] if pairing.tuning_error else []
+    yield f"Standard error from each source: {', '.join(parts)}."
+
+
+def draw_comparison(a: str, b: str, pairing: Pairing, margin: Margin, unit: str, path: Path) -> None:
+    """Draws the mean difference with its interval and the pairs of runs, and below it the differences of items."""
+    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
+    scale = 100 if unit == FRACTION else 1
+    rows = 2 if pairing.items > 1 else 1
+    figure, grid = plt.subplots(
+        rows,
+        1,
+        figsize=(7.5, 2.2 * rows + 0.4),
+        layout="constrained",
+        squeeze=False,
+        gridspec_kw={"height_ratios": [1, 2][:rows]},
+    )
+    axes = grid[0, 0]
+    difference = pairing.difference(math.nan)
+    axes.plot(scale * pairing.by_seed, np.zeros(len(pairing.by_seed)), ".", ms=9, color="C0", alpha=0.6)
+    axes.errorbar(
+        scale * difference.mean, 0, xerr=scale * difference.half_width(), fmt="D", ms=6, capsize=4, color="C0"
+    )
+    for side in (-1, 1) if not math.isnan(margin.value) else ():
+        axes.axvline(side * scale * margin.value, color="0.3", linestyle="--", linewidth=0.9)
+    axes.axvline(0, color="0.3", linewidth=0.9)
+    axes.set(yticks=[], ylim=(-1, 1), xlabel=f"A − B ({'pp' if unit == FRACTION else unit or 'score'})")
+    axes.set_title(f"{a} − {b}: {_seen(pairing)}", fontsize=9)
+    if pairing.items > 1:
+        sns.histplot(x=scale * pairing.by_item, bins=41, ax=grid[1, 0], color="C0")
+        grid[1, 0].set(xlabel="difference of each item, over all runs", ylabel="items")
+    save(figure, path)
+
+
+def summarise_ranking(ranking: Ranking, chances: Trust | None) -> dict[str, str]:
+    """Returns what a ranking says, by column.
+
+    Args:
+        ranking: The ranking.
+        chances: How far a ranking by single runs is right; None if the spread between seeds is not known.
+    """
+    alone, corrected = (ranking.undecided(corrected=each) for each in (False, True))
+    columns = {
+        "could be chance, one by one": f"{alone:,} of {ranking.pairs:,} ({alone / ranking.pairs:.0%})",
+        "after Holm": f"{corrected:,} ({corrected / ranking.pairs:.0%})",
+        "first group": f"1 to {ranking.groups[0][1]}",
+    }
+    if chances:
+        columns |= {
+            "right winner": f"{chances.winner:.0%}",
+            "pairs in order": f"{chances.pairs:.1%}",
+            "whole order right": f"{chances.order:.1%}",
+        }
+    return columns
+
+
+def spoken_groups(ranking: Ranking) -> str:
+    """Returns the groups in which no two systems can be told apart, by their places."""
+    return ", ".join(f"{first} to {last}" if last > first else str(first) for first, last in ranking.groups)
+
+
+def draw_ranking(ranking: Ranking, unit: str, path: Path) -> None:
+    """Draws the score of each system with its interval, the best one at the top."""
+    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
+    k = len(ranking.systems)
+    figure, axes = plt.subplots(figsize=(7.5, 1.2 + 0.2 * min(k, MOST_LABELS)), layout="constrained")
+    scale = 100 if unit == FRACTION else 1
+    reach = scale * 1.96 * ranking.errors
+    axes.errorbar(scale * ranking.scores, range(k), xerr=reach, fmt="o", ms=4, capsize=2, color="C0")
+    if k <= MOST_LABELS:
+        axes.set_yticks(range(k), ranking.systems, fontsize=7)
+    axes.set(ylim=(k - 0.5, -0.5), xlabel="score (%)" if unit == FRACTION else f"score ({unit or 'its own unit'})")
+    save(figure, path)

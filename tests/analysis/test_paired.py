@@ -1,0 +1,365 @@
+"""Two results, or many: what is read of them, what their difference is worth, and what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from peftscope.analysis.paired import Pairing, pair
+from peftscope.analysis.ranking import rank, trust
+from peftscope.analysis.scores import by_system, read_scores
+from peftscope.analysis.study import StudyResults
+from peftscope.errors import InputError
+
+RANDOM = np.random.default_rng
+
+
+def crossed(random: np.random.Generator, seeds: int, items: int, of_seeds: float, of_items: float) -> np.ndarray:
+    """Returns scores around zero that vary with the seed, with the item, and by themselves."""
+    return (
+        random.normal(0, of_seeds, (seeds, 1))
+        + random.normal(0, of_items, (1, items))
+        + random.normal(0, 1, (seeds, items))
+    )
+
+
+def write_peft(folder: Path, name: str, accuracy: float, seed: int = 0, rank: int = 8, status: str = "success") -> Path:
+    """Writes a result file as PEFT's method comparison does."""
+    metrics = [{"step": 250, "valid accuracy": 0.4}, {"step": 500, "test accuracy": accuracy, "forgetting": 0.03}]
+    content = {
+        "run_info": {
+            "experiment_name": f"lora/{name}",
+            "train_config": {"model_id": "llama", "seed": seed, "optimizer_kwargs": {"lr": 1e-4}},
+            "peft_config": {"peft_type": "LORA", "r": rank, "rank_pattern": {}},
+        },
+        "train_info": {"status": status, "num_trainable_params": 100, "metrics": metrics},
+        "meta_info": {"model_info": {}},
+    }
+    path = folder / f"lora--{name}-{seed}.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def write_log(folder: Path, correct: list[int], first: int = 0, question: str = "{}?") -> Path:
+    """Writes a log of two filters as lm-eval does: the strict one is never right."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "doc_id": first + number,
+            "doc": {"question": question.format(number)},
+            "target": str(number),
+            "arguments": {"gen_args_0": {"arg_0": "ask", "arg_1": {"until": ["\n"]}}},
+            "resps": [["7"]],
+            "filtered_resps": ["7"],
+            "filter": name,
+            "metrics": ["exact_match"],
+            "doc_hash": question.format(number),
+            "prompt_hash": "p",
+            "target_hash": str(number),
+            "exact_match": float(right) if name == "flexible-extract" else 0.0,
+        }
+        for number, right in enumerate(correct)
+        for name in ("strict-match", "flexible-extract")
+    ]
+    path = folder / "samples_gsm8k_2026-01-01T00-00-00.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+class TestStatistics:
+    def test_pairs_of_seeds_are_a_paired_t_test_and_unpaired_runs_are_welchs(self) -> None:
+        random = RANDOM(0)
+        a, b = random.normal(0.5, 1, (6, 1)), random.normal(0, 2, (4, 1))
+        one = Pairing((a,)).difference(math.nan)
+        wanted = stats.ttest_1samp(a[:, 0], 0)
+        assert (one.p, *one.interval()) == pytest.approx((wanted.pvalue, *wanted.confidence_interval(0.95)))
+        two = Pairing((a, -b)).difference(math.nan)
+        welch = stats.ttest_ind(a[:, 0], b[:, 0], equal_var=False)
+        assert (two.p, *two.interval()) == pytest.approx((welch.pvalue, *welch.confidence_interval(0.95)))
+
+    @pytest.mark.parametrize(("seeds", "of_seeds", "of_items"), [(3, 0.3, 1.0), (8, 0.0, 1.0)])
+    def test_the_interval_covers_other_seeds_and_other_items_at_once(
+        self, seeds: int, of_seeds: float, of_items: float
+    ) -> None:
+        random = RANDOM(0)
+        found = [Pairing((crossed(random, seeds, 60, of_seeds, of_items),)).difference(math.nan) for _ in range(500)]
+        assert 0.90 < np.mean([low <= 0 <= high for low, high in (one.interval() for one in found)]) < 0.98
+        # Where items decide, the seeds' spread alone is far too narrow.
+        alone = [abs(one.mean) < stats.t.ppf(0.975, seeds - 1) * one.spread / math.sqrt(seeds) for one in found]
+        assert of_seeds or np.mean(alone) < 0.8
+
+    def test_more_seeds_or_more_items_are_asked_for_where_they_help(self) -> None:
+        random = RANDOM(1)
+        of_seeds = Pairing((crossed(random, 6, 400, 1.0, 0.1) + 0.3,))
+        assert of_seeds.seeds_to_decide(math.nan) and of_seeds.items_to_decide(math.nan) is None
+        of_items = Pairing((crossed(random, 6, 50, 0.0, 2.0) + 0.3,))
+        needed = of_items.items_to_decide(math.nan)
+        assert needed and of_items.seeds_to_decide(math.nan) is None
+        half_width, confidence = of_items.difference(math.nan).deciding_width
+        assert of_items.difference(math.nan, items=needed).half_width(confidence) < half_width
+        assert of_items.difference(math.nan, items=needed - 1).half_width(confidence) >= half_width
+
+    def test_few_items_that_differ_are_mcnemars_exact_test(self) -> None:
+        differences = np.array([[1.0] * 9 + [-1.0] * 2 + [0.0] * 200])
+        assert Pairing((differences,)).p == pytest.approx(stats.binomtest(2, 11).pvalue)
+
+    def test_the_hidden_spread_is_where_one_seed_stops_being_enough(self) -> None:
+        pairing = Pairing((RANDOM(0).normal(0.3, 1, (1, 400)),))
+        hidden = pairing.hidden_spread
+        known = pairing.difference(math.nan)
+        error = math.hypot(known.error, math.sqrt(2) * hidden)
+        assert hidden > 0 and known.half_width() / known.error * error == pytest.approx(known.mean)
+        assert Pairing((RANDOM(0).normal(0.0, 1, (1, 400)),)).hidden_spread == 0
+
+
+class TestSources:
+    def test_an_arm_of_a_study_is_compared_as_the_study_does_it(
+        self, repository: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(repository)
+        pairing = pair(read_scores("variants-60:dora"), read_scores("variants-60:lora"))
+        study = StudyResults("variants-60").difference("dora", "lora")
+        found = pairing.difference(math.nan)
+        assert (pairing.seeds, pairing.items) == (6, 810)
+        assert (found.mean, found.spread) == pytest.approx((study.mean, study.spread), rel=1e-6)
+        ((of_items, _),) = found.others
+        assert 35 < found.spread / math.sqrt(6) / of_items < 45  # as the page says
+
+    def test_the_same_method_twice_differs_beyond_the_items_chance(
+        self, repository: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The page's example of what one seed cannot show."""
+        monkeypatch.chdir(repository)
+        runs = [read_scores(f"lora-r8-a16-all-linear-s0-{digest}") for digest in ("59228b23", "40020b36")]
+        pairing = pair(*runs)
+        assert pairing.mean == pytest.approx(-0.11, abs=0.005) and pairing.p < 1e-20
+
+    def test_the_suites_items(self, tmp_path: Path) -> None:
+        for name, nll in (("lora-s0-1", [1.0, 4.0]), ("lora-s1-2", [2.0, 5.0])):
+            rows = [
+                {"item": i, "prompt": f"{i}?", "target": "x", "nll": each, "tokens": 1 + i, "answer": "x", "correct": i}
+                for i, each in enumerate(nll)
+            ]
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "items.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+            spec = {"seed": int(name[6]), "init_seed": None, "learning_rate": 0.1, "method": {"name": "lora"}}
+            (tmp_path / name / "spec.json").write_text(json.dumps(spec))
+        runs = read_scores(str(tmp_path))
+        assert [(run.system, run.seed, run.metric, run.unit) for run in runs] == [
+            ("lora at 0.1", seed, "loss", "nats per token") for seed in (0, 1)
+        ]
+        assert [run.score for run in runs] == pytest.approx([5 / 3, 7 / 3])  # nats over tokens, not means of means
+        assert pair(runs[:1], runs[1:]).mean == pytest.approx(-2 / 3)
+        assert [run.score for run in read_scores(str(tmp_path), "exact_match")] == [0.5, 0.5]
+
+    def test_lm_evals_logs(self, tmp_path: Path) -> None:
+        path = write_log(tmp_path / "mine", [1, 0, 1, 1])
+        (run,) = read_scores(str(path))
+        assert (run.system, run.metric, run.score, run.seed) == ("mine", "exact_match,flexible-extract", 0.75, None)
+        assert read_scores(str(path.parent), "exact_match,strict-match")[0].score == 0
+
+    @pytest.mark.slow
+    def test_what_lm_eval_itself_writes(self, tmp_path: Path) -> None:
+        import lm_eval
+        from datasets import Dataset, DatasetDict
+        from lm_eval.loggers import EvaluationTracker
+        from lm_eval.tasks import TaskManager
+
+        rows = [{"question": f"{n}?", "choices": ["a", "b"], "answer": n % 2} for n in range(30)]
+        config = {
+            "task": "choose",
+            "output_type": "multiple_choice",
+            "custom_dataset": lambda **_: DatasetDict({"test": Dataset.from_list(rows)}),
+            "test_split": "test",
+            "doc_to_text": "question",
+            "doc_to_choice": "choices",
+            "doc_to_target": "answer",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        }
+        logs = []
+        for name in ("a", "b"):
+            found = lm_eval.simple_evaluate(
+                model="dummy",
+                tasks=[config],
+                task_manager=TaskManager(include_defaults=False),
+                log_samples=True,
+                bootstrap_iters=0,
+            )
+            tracker = EvaluationTracker(output_path=str(tmp_path / name))
+            tracker.general_config_tracker.model_name_sanitized = "dummy"
+            tracker.date_id = "2026"
+            tracker.save_results_samples("choose", found["samples"]["choose"])
+            (run,) = read_scores(str(tmp_path / name), "acc")
+            assert run.score == pytest.approx(found["results"]["choose"]["acc,none"])
+            logs.append(run)
+        assert read_scores(str(tmp_path / "a"))[0].metric == "acc_norm,none"
+        assert pair(logs[:1], logs[1:]).items == 30
+
+    def test_pefts_results(self, tmp_path: Path) -> None:
+        for name, scores in (("rank8", [0.40, 0.42, 0.41]), ("rank32", [0.50, 0.52, 0.52])):
+            for seed, score in enumerate(scores):
+                write_peft(tmp_path, name, score, seed, rank=int(name[4:]))
+        runs = read_scores(str(tmp_path))
+        assert {run.metric for run in runs} == {"test accuracy"}
+        systems = by_system(runs)
+        assert list(systems) == ["lora/rank32", "lora/rank8"]
+        pairing = pair(systems["lora/rank32"], systems["lora/rank8"])
+        assert (pairing.seeds, pairing.items, pairing.mean) == (3, 1, pytest.approx(0.31 / 3))
+        assert read_scores(str(tmp_path), "forgetting")[0].score == 0.03
+
+    def test_a_csv_of_seeds_of_items_and_of_both(self, tmp_path: Path) -> None:
+        table = pd.DataFrame(
+            [(s, i, 0.1 * s + i) for s in range(3) for i in range(4)], columns=["seed", "item", "score"]
+        )
+        for keys in (["seed"], ["item"], ["seed", "item"]):
+            table.groupby(keys)["score"].mean().reset_index().to_csv(tmp_path / f"{'-'.join(keys)}.csv", index=False)
+        shapes = {
+            path.stem: (len(runs), len(runs[0].items))
+            for path in tmp_path.glob("*.csv")
+            for runs in [read_scores(str(path))]
+        }
+        assert shapes == {"seed": (3, 1), "item": (1, 4), "seed-item": (3, 4)}
+        both = read_scores(f"{tmp_path / 'seed.csv'}, {tmp_path / 'item.csv'}")
+        assert len(both) == 4 and len(read_scores(str(tmp_path / "*.csv"))) == 7
+
+    @pytest.mark.parametrize(
+        ("name", "text", "said"),
+        [
+            ("x.jsonl", "", "is empty"),
+            ("x.jsonl", "[1]\n", "not a mapping"),
+            ("x.jsonl", '{"a": 1', "not valid JSON"),
+            ("x.jsonl", '{"a": 1}\n', "neither lm-eval's log nor a run's items"),
+            ("x.jsonl", '{"doc_id": 0, "metrics": 5, "target": "x"}\n', "does not say which score"),
+            ("x.jsonl", '{"doc_id": 0, "metrics": ["acc"], "acc": [1, 2]}\n', "not a number in row 0"),
+            ("x.jsonl", '{"doc_id": 0, "acc": 1}\n{"doc_id": 0, "acc": 0}\n', "item 0 appears twice"),
+            ("x.jsonl", '{"nll": 1}\n', "no `item` in its rows"),
+            ("x.jsonl", '{"item": [], "prompt": "", "target": "", "nll": 1, "tokens": 0}\n', "not a number"),
+            ("x.json", "[]", "no result of PEFT's method comparison"),
+            ("x.json", '{"run_info": 1, "train_info": {}}', "no result of PEFT's method comparison"),
+            ("x.csv", "", "cannot be read as CSV"),
+            ("x.csv", "score\n1\n2\n", "does not say what a row is"),
+            ("x.csv", "seed,score\n0,\n", "not a number in row 0"),
+            ("x.csv", "seed,score\n0.5,1\n", "no whole number"),
+            ("x.csv", "name,score\na,1\na,2\n", "2 rows for name a"),
+            ("x.csv", "seed,left,right\n0,1,2\n", "does not say which score"),
+            ("x.csv", "seed,score\n", "has no rows"),
+            ("items.parquet", "PAR1", "cannot be read"),
+            ("x.txt", "1", "no format that is known"),
+        ],
+    )
+    def test_a_bad_file_gives_a_sentence(self, name: str, text: str, said: str, tmp_path: Path) -> None:
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match=said):
+            read_scores(str(tmp_path / name))
+
+    @pytest.mark.parametrize(
+        "source", ["nothing", "a:b", "*", "/*none*", "x" * 5000, "\x00", ",", "variants-60:nobody"]
+    )
+    def test_a_source_that_is_not_there(self, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(InputError):
+            read_scores(source)
+
+
+class TestRefusals:
+    @pytest.fixture
+    def csv(self, tmp_path: Path) -> Callable[..., list[Any]]:
+        def make(name: str, **columns: Any) -> list[Any]:
+            path = tmp_path / f"{name}.csv"
+            pd.DataFrame(columns).to_csv(path, index=False)
+            return read_scores(str(path))
+
+        return make
+
+    def test_other_items(self, csv: Callable[..., list[Any]]) -> None:
+        with pytest.raises(InputError, match="other items: 3 and 3, 2 of them in only one"):
+            pair(csv("a", item=[1, 2, 3], score=[0, 1, 0]), csv("b", item=[2, 3, 4], score=[0, 1, 0]))
+
+    def test_the_order_of_items_does_not_matter(self, csv: Callable[..., list[Any]]) -> None:
+        a, b = csv("a", item=[1, 2, 3], score=[5, 6, 9]), csv("b", item=[3, 1, 2], score=[8, 5, 6])
+        assert list(pair(a, b).by_item) == [0, 0, 1]
+
+    def test_other_data_under_the_same_numbers(self, tmp_path: Path) -> None:
+        paths = [write_log(tmp_path / name, [1, 0], question=name + "{}") for name in ("what", "who")]
+        with pytest.raises(InputError, match="other data: 2 of 2 items ask something else"):
+            pair(*(read_scores(str(path)) for path in paths))
+
+    def test_one_score_each(self, tmp_path: Path) -> None:
+        a, b = (read_scores(str(write_peft(tmp_path, name, score))) for name, score in (("a", 0.5), ("b", 0.4)))
+        with pytest.raises(InputError, match=r"one score each, 0\.5 and 0\.4: nothing shows how far chance moves them"):
+            pair(a, b)
+
+    def test_two_systems_on_one_side(self, tmp_path: Path) -> None:
+        a = [
+            *read_scores(str(write_peft(tmp_path, "x", 0.5))),
+            *read_scores(str(write_peft(tmp_path, "y", 0.4, 1, 16))),
+        ]
+        with pytest.raises(InputError, match="these are two systems"):
+            pair(a, a)
+        with pytest.raises(InputError, match="its status is 'failed'"):
+            read_scores(str(write_peft(tmp_path, "z", 0.0, status="failed")))
+
+    def test_one_run_against_several(self, csv: Callable[..., list[Any]]) -> None:
+        with pytest.raises(InputError, match="1 and 3 runs: one run does not show"):
+            pair(csv("a", seed=[7], score=[1]), csv("b", seed=[0, 1, 2], score=[1, 2, 4]))
+        with pytest.raises(InputError, match="seed 1 appears twice"):
+            pair(csv("c", seed=[1], score=[1]) * 2, csv("d", seed=[1], score=[1]))
+
+
+class TestRanking:
+    def systems(self, spread: float, seeds: int, levels: list[float]) -> dict[str, Any]:
+        random, rows = RANDOM(2), []
+        for number, level in enumerate(levels):
+            rows += [(f"s{number}", seed, level + random.normal(0, spread)) for seed in range(seeds)]
+        Path("all.csv").write_text(pd.DataFrame(rows, columns=["name", "seed", "score"]).to_csv(index=False))
+        return by_system(read_scores("all.csv"))
+
+    @pytest.fixture(autouse=True)
+    def in_a_folder_of_its_own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+
+    def test_groups_and_places(self) -> None:
+        found = rank(self.systems(0.01, 8, [5.0, 5.001, 7.0, 9.0, 9.001]))
+        assert found.groups == [(1, 2), (3, 3), (4, 5)]
+        assert found.places == [(1, 2), (1, 2), (3, 3), (4, 5), (4, 5)]
+        assert found.undecided(corrected=False) == found.undecided(corrected=True) == 2
+
+    def test_a_ranking_of_equals_is_a_coin_and_one_of_giants_is_sure(self) -> None:
+        equal, apart = (trust(rank(self.systems(1.0, 20, levels))) for levels in ([0.0] * 5, [0, 99, 199, 299, 399]))
+        assert 0.4 < equal.pairs < 0.65 and equal.order < 0.1
+        assert (apart.winner, apart.pairs, apart.order) == (1, 1, 1)
+
+    def test_the_chance_is_the_one_at_which_a_new_ranking_by_single_seeds_is_right(self) -> None:
+        """Two systems that are a known distance apart, with a spread known from many seeds."""
+        found = trust(rank(self.systems(1.0, 150, [0.0, 1.0])), draws=20_000)
+        assert found.winner == pytest.approx(stats.norm.cdf(1 / math.sqrt(2)), abs=0.06)
+
+    def test_one_score_each_needs_a_spread(self) -> None:
+        systems = self.systems(0.0, 1, [0.50, 0.52])
+        with pytest.raises(InputError, match="one score each"):
+            rank(systems)
+        assert rank(systems, 0.001).undecided(corrected=False) == 0
+        assert rank(systems, 0.02).undecided(corrected=False) == 1
+        assert rank(systems, 0.001, items=500).undecided(corrected=False) == 1
+
+    def test_what_is_hard_for_all_does_not_blur_the_ranking(self) -> None:
+        """Items differ by far more than systems do, and alike for all."""
+        hard = RANDOM(0).normal(0, 5, 200)
+        rows = [
+            (f"s{k}", item, value + k + noise)
+            for k in range(3)
+            for item, (value, noise) in enumerate(zip(hard, RANDOM(k).normal(0, 1, 200), strict=True))
+        ]
+        Path("all.csv").write_text(pd.DataFrame(rows, columns=["name", "item", "loss"]).to_csv(index=False))
+        found = rank(by_system(read_scores("all.csv")))
+        assert found.systems == ["s0", "s1", "s2"]  # the lowest loss first
+        assert found.undecided(corrected=True) == 0
+        assert found.errors == pytest.approx(np.full(3, 1 / math.sqrt(200)), rel=0.2)

@@ -1,0 +1,161 @@
+"""``peftscope compare`` in words: pairs whose truth is known, refusals, and the page on PEFT's published runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from benchmarks.peft_comparison import PAGE, SCORES, render, with_tables
+
+Command = Any
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(name: str, level: float, seeds: int = 8, items: int = 60, first: int = 0, spread: float = 0.02) -> str:
+    """Writes scores of some seeds and items whose mean is a level, and returns the file's name."""
+    random = np.random.default_rng(sum(map(ord, name)))
+    hard = np.random.default_rng(0).normal(0, 1, (1, items))
+    values = hard + random.normal(0, spread, (seeds, 1)) + random.normal(0, 0.1, (seeds, items))
+    values += level - values.mean()
+    rows = [(s, first + i, values[s, i]) for s in range(seeds) for i in range(items)]
+    pd.DataFrame(rows, columns=["seed", "item", "score"]).to_csv(f"{name}.csv", index=False)
+    return f"{name}.csv"
+
+
+class TestKnownTruth:
+    def test_the_same_system_twice(self, peftscope: Command) -> None:
+        code, text, _ = peftscope("compare", write("a", 1.0), write("b", 1.0), "--margin", "0.1", "--figure", "d.png")
+        assert code == 0
+        assert "cannot be told from chance" in text
+        assert "Margin ±0.1 (0.1): the same within 0.1." in text
+        assert "To decide" not in text and "Standard error from each source: seeds" in text
+        assert Path("d.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_a_difference_as_large_as_the_margin_is_never_the_same_nor_more(self, peftscope: Command) -> None:
+        _, text, _ = peftscope("compare", write("a", 1.1), write("b", 1.0), "--margin", "0.1")
+        assert "A is higher, and this can be told from chance" in text
+        assert "higher, but by how much is open at 8 pairs of runs and 60 items" in text
+        assert "To decide, if the difference stayed as it is" in text
+
+    def test_a_large_difference(self, peftscope: Command) -> None:
+        _, text, _ = peftscope("compare", write("a", 0.5), write("b", 1.0), "--margin", "0.1")
+        assert "lower by more than 0.1" in text and "A − B: −0.5" in text
+
+    def test_other_items(self, peftscope: Command) -> None:
+        code, _, error = peftscope("compare", write("a", 1.0), write("b", 1.0, first=5))
+        assert code == 2
+        assert "other items: 60 and 60, 10 of them in only one" in error and "Traceback" not in error
+
+    def test_one_seed(self, peftscope: Command) -> None:
+        _, text, _ = peftscope("compare", write("a", 1.5, seeds=1), write("b", 1.0, seeds=1))
+        assert "One run of each shows the chance of the items and nothing of the seeds" in text
+        assert "If single runs spread between seeds by more than 0.17" in text
+        assert "Margin" not in text and "the same" not in text
+
+    def test_too_few_to_know(self, peftscope: Command) -> None:
+        _, text, _ = peftscope(
+            "compare", write("a", 1.04, seeds=3, spread=0.2), write("b", 1.0, seeds=3, spread=0.2), "--margin", "0.1"
+        )
+        assert "open at 3 pairs of runs and 60 items" in text
+        assert "seeds of each, or no number of items alone" in text
+
+    def test_right_and_wrong_answers_of_one_seed(self, peftscope: Command) -> None:
+        for name, right in (("a", [1] * 90 + [0] * 10), ("b", [1] * 70 + [0] * 30)):
+            pd.DataFrame({"item": range(100), "correct": right}).to_csv(f"{name}.csv", index=False)
+        _, text, _ = peftscope("compare", "a.csv", "b.csv", "--margin", "2pp")
+        assert "A − B: +20.00 pp [+12.02, +27.98] (95 % interval), from 1 pair of runs and 100 items." in text
+        assert "correct: 90.00 %" in text and "higher by more than 2pp" in text
+
+
+class TestMargins:
+    @pytest.mark.parametrize(
+        ("margin", "said"),
+        [
+            ("5%", "a bare per cent does not say of what"),
+            ("2pp", "does not fit these scores, which are of no known unit"),
+            ("5%gain", "the task gain of these scores is not known"),
+            ("a lot", "no amount"),
+            ("0", "no amount"),
+            ("1e400", "no amount"),
+        ],
+    )
+    def test_what_is_no_margin(self, margin: str, said: str, peftscope: Command) -> None:
+        code, _, error = peftscope("compare", write("a", 1.0), write("b", 1.0), "--margin", margin)
+        assert code == 2 and said in error and "->" in error
+
+    def test_a_share_of_the_gain_over_a_base(self, peftscope: Command) -> None:
+        arguments = ("compare", write("a", 1.0), write("b", 1.0), "--margin", "5%gain")
+        _, text, _ = peftscope(*arguments, "--base", write("base", 3.0))
+        assert "Margin ±5 % of the task gain (0.1" in text and "the same within 5 % of the task gain" in text
+
+    def test_the_gain_of_a_study_is_its_own(
+        self, peftscope: Command, repository: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(repository)
+        _, text, _ = peftscope("compare", "variants-60:dora", "variants-60:lora", "--margin", "5%gain")
+        assert "of the task gain (0.0343 nats per token): open at 6 pairs of runs and 810 items" in text
+
+    @pytest.mark.parametrize(
+        ("more", "said"),
+        [
+            ((), "B: is missing"),
+            (("b.csv", "--all"), "does not go with --all"),
+            (("--all", "--margin", "1"), "does not go with --all"),
+            (("b.csv", "--items", "5"), "goes with --all only"),
+            (("b.csv", "--metric", "scroe"), "did you mean `score`?"),
+            (("a.csv",), "all pairs differ by 0, so that there is no spread to judge by"),
+            (("--all",), "fewer than two systems"),
+            (("--all", "--seed-spread", "1%gain"), "does not fit these scores"),
+        ],
+    )
+    def test_options_that_do_not_fit(self, more: tuple[str, ...], said: str, peftscope: Command) -> None:
+        write("a", 1.0), write("b", 1.0)
+        code, _, error = peftscope("compare", "a.csv", *more)
+        assert code == 2 and said in error
+
+
+def test_a_ranking_with_its_spread(peftscope: Command) -> None:
+    for name, level in (("best", 3.0), ("good", 2.0), ("alike", 2.0)):
+        write(name, level)
+    code, text, _ = peftscope("compare", ".", "--all", "--figure", "r.png")
+    assert code == 0 and Path("r.png").is_file()
+    assert "Groups in which no two can be told apart: 1, 2 to 3." in text
+    assert "as it was seen" in text and "1 of 3 (33%)" in text and "does not show how far seeds spread" not in text
+
+
+def test_single_scores_are_ranked_under_a_stated_range(peftscope: Command) -> None:
+    rows = [(f"system {n}", 0.4 + 0.004 * n) for n in range(6)]
+    pd.DataFrame(rows, columns=["name", "accuracy"]).to_csv("all.csv", index=False)
+    _, text, _ = peftscope("compare", "all.csv", "--all", "--items", "1000")
+    assert [spread in text for spread in ("0.00 pp", "0.50 pp", "1.00 pp", "2.00 pp")] == [True] * 4
+    assert "1 to 6" in text and "the range above is no estimate" in text
+    _, text, _ = peftscope("compare", "all.csv", "--all", "--seed-spread", "0.01pp")
+    assert "0 of 15 (0%)" in text and "no estimate" not in text
+
+
+def test_pefts_own_files_are_ranked(peftscope: Command, folder: Path) -> None:
+    for number in range(3):
+        content = {
+            "run_info": {"experiment_name": f"lora/{number}", "train_config": {"seed": 0}, "peft_config": {}},
+            "train_info": {"status": "success", "metrics": [{"step": 1, "test accuracy": 0.3 + 0.1 * number}]},
+        }
+        Path(f"{number}.json").write_text(json.dumps(content))
+    _, text, _ = peftscope("compare", str(folder), "--all", "--items", "1319")
+    assert "Groups in which no two can be told apart, if single runs spread by 2.00 pp between seeds: 1, 2, 3." in text
+
+
+def test_the_page_on_pefts_runs_shows_what_their_scores_give(repository: Path) -> None:
+    page, scores = (repository / PAGE).read_text(), repository / SCORES
+    tables = render(scores)
+    assert page == with_tables(page, tables)
+    assert "63 | " in tables and "of 1,953" in tables
