@@ -1,4 +1,4 @@
-"""Results from the cards of others: packed into one file without names and paths, and checked when it is read. No torch.
+"""Results from the cards of others: packed into a file without names and paths, and checked when read. No torch.
 
 A file is ``results/contributed/CARD/EXPERIMENT-DIGEST.json``. Whoever reads one gets only what passed every check.
 """
@@ -131,7 +131,7 @@ def card_folder(card: str) -> str:
 
 
 def anonymous(record: RunRecord) -> RunRecord:
-    """Returns a record without what could name a person, a machine or a place: only ``SHARED`` facts stay, and the day."""
+    """Returns a record without what could name a person, a machine or a place, and with the day of its start alone."""
     facts = _kept(record.provenance, SHARED)
     if started := facts.get("started_at"):
         facts["started_at"] = str(started)[:10]
@@ -275,7 +275,7 @@ def _unfit_texts(content: Any, field: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _wrong_origin(record: RunRecord, card: str) -> Iterator[str]:
-    """Yields what is wrong with what a run says of itself: a rerun needs its whole spec, a known model and known data."""
+    """Yields what a rerun would miss of a run: its whole spec, a known model, known data, the card."""
     if record.schema_version != SCHEMA_VERSION:
         yield f"the record has version {record.schema_version}, this program reads {SCHEMA_VERSION}"
     if record.run_id != run_id(record.spec):
@@ -350,7 +350,7 @@ def _wrong_speed(record: RunRecord, card: str) -> Iterator[str]:
 
 
 def _disagreements(contributions: Mapping[Path, Contribution]) -> Iterator[Problem]:
-    """Yields runs whose batches or first loss differ from those that we, or another contribution, have of the same run."""
+    """Yields runs whose batches or first loss differ from those that we or another contribution have of the same run."""
     records = [(str(path), record) for path, each in contributions.items() for record in each.records]
     wanted = {record.run_id for _, record in records}
     if wanted:

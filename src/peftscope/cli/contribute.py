@@ -72,6 +72,7 @@ def contributed() -> None:
 
 def _as_table(frame: Any) -> Table:
     table = Table(*map(escape, frame.columns), box=None)
+    table.columns[0].no_wrap = True
     for row in frame.astype(str).itertuples(index=False):
         table.add_row(*map(escape, row))
     return table

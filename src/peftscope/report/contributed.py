@@ -30,7 +30,7 @@ def cards_table(experiment: str | None = None) -> pd.DataFrame:
 
 
 def _summary(contribution: Contribution) -> dict[str, str]:
-    """Returns what a row says of a contribution: how its runs ended, the versions, and the errors of predicted peaks."""
+    """Returns a contribution in a row: how its runs ended, the versions, and the errors of predicted peaks."""
     runs = contribution.runs()
     errors = predictions(runs)
     ended = ", ".join(f"{count} {status}" for status, count in runs["status"].value_counts().sort_index().items())
