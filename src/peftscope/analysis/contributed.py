@@ -350,7 +350,7 @@ def _wrong_speed(record: RunRecord, card: str) -> Iterator[str]:
 
 
 def _disagreements(contributions: Mapping[Path, Contribution]) -> Iterator[Problem]:
-    """Yields runs whose batches or first loss differ from those that we or another contribution have of the same run."""
+    """Yields runs whose batches or first loss differ from those of the same run in our or others' results."""
     records = [(str(path), record) for path, each in contributions.items() for record in each.records]
     wanted = {record.run_id for _, record in records}
     if wanted:
