@@ -148,7 +148,7 @@ def test_what_a_card_left_is_shown_then_written_and_decides_claims(card: Any, pe
     assert second != first and len(read_contribution(second).records) == 2
     check_claims()
     (row,) = cards_table("gpu-check").to_dict("records")
-    assert row["runs"] == "1 ok, 1 oom" and row["training (% off)"] == "0.7, worst 0.7"
+    assert row["runs"] == "1 ok, 1 oom" and row["tensors (% off)"] == "0.7, worst 0.7"
     assert cards_table("gpu-7b").empty
     page = write_contributed()
     assert CARD in page.read_text() and CARD in page.with_suffix(".md").read_text()
@@ -186,6 +186,8 @@ def record(edit: Edit) -> Edit:
         (lambda c: c.update(records=[]), "at least 1 item"),
         (record(lambda r: r["spec"].pop("learning_rate")), "learning_rate: not a contribution: Field required"),
         (record(lambda r: r["spec"].update(steps=23)), "its spec is another run's"),
+        (record(lambda r: r["spec"].update(model="somebody/something")), "has no name in experiments/models.yaml"),
+        (record(lambda r: r["spec"].update(task="mine")), "mine"),
         (record(lambda r: r["spec"].update(device="cpu")), "not a finished run on a card"),
         (record(lambda r: r["provenance"].update(host="node7")), "has more than is shared"),
         (record(lambda r: r["provenance"].update(python="/home/bob/bin")), "a path or an address"),

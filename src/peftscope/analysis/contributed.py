@@ -18,7 +18,7 @@ from peftscope.data.tasks import find_task
 from peftscope.errors import InputError, Problem, shown, spoken_bytes
 from peftscope.files.atomic import write_json
 from peftscope.files.content import parse_json
-from peftscope.layout import CONTRIBUTED_RESULTS, NAME_PATTERN, record_path, run_folder
+from peftscope.layout import CONTRIBUTED_RESULTS, MODELS_FILE, NAME_PATTERN, record_path, run_folder
 from peftscope.models.catalog import find_model
 from peftscope.planning.published import LARGEST_BYTES, all_published_records
 from peftscope.planning.sweep import expand
@@ -286,6 +286,8 @@ def _wrong_origin(record: RunRecord, card: str) -> Iterator[str]:
         yield "its provenance or reason has more than is shared"
     if record.provenance.get("hardware", {}).get("gpu") != card:
         yield f"ran on another card than {card}"
+    if "/" in record.spec.model:
+        yield f"the model {record.spec.model} has no name in {MODELS_FILE}"
     try:
         find_model(record.spec.model)
         find_task(record.spec.task)

@@ -12,10 +12,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from peftscope.analysis.contributed import Contribution, read_contributions
 from peftscope.errors import GIB
 from peftscope.layout import CONTRIBUTED_PAGE
-from peftscope.report.tables import formatted, html, markdown, markdown_text, predictions, variants
+from peftscope.report.tables import factors_within_methods, formatted, html, markdown, markdown_text, predictions
+from peftscope.spec import RunSpec
 
-PEAKS = ("training", "training, reserved", "training, device")
-"""The peaks of a training step whose errors are shown: of tensors, of the allocator, of the whole card."""
+PEAKS = {"training": "tensors", "training, reserved": "reserved", "training, device": "card"}
+"""The peaks of a training step whose errors are shown, with their short names: of tensors, the allocator, the card."""
 
 
 def cards_table(experiment: str | None = None) -> pd.DataFrame:
@@ -42,9 +43,9 @@ def _summary(contribution: Contribution) -> dict[str, str]:
         "code": ", ".join(sorted(set(_code(runs)))),
         "of the matmul rate (%)": formatted(pd.to_numeric(runs["matmul_share"]).median(), ".0f", 0.01),
     }
-    for peak in PEAKS:
+    for peak, name in PEAKS.items():
         sizes = errors.loc[errors["peak"] == peak, "error_percent"].abs()
-        said[f"{peak} (% off)"] = f"{sizes.mean():.1f}, worst {sizes.max():.1f}" if len(sizes) else "-"
+        said[f"{name} (% off)"] = f"{sizes.mean():.1f}, worst {sizes.max():.1f}" if len(sizes) else "-"
     return said
 
 
@@ -54,22 +55,38 @@ def _code(runs: pd.DataFrame) -> list[str]:
     return [commit + " and changes" * bool(dirty) for commit, dirty in zip(commits, runs["git_dirty"], strict=True)]
 
 
+def _names(runs: pd.DataFrame) -> list[str]:
+    """Returns each run's model and method, with the settings in which it differs from most other runs."""
+    factors = [field for field in factors_within_methods(runs) if field != "model"]
+    # A method that lacks a field of its own has no value there, which is not the usual one.
+    usual = {field: runs[field].mode(dropna=field not in RunSpec.model_fields).iloc[0] for field in factors}
+    names = []
+    for _, run in runs.iterrows():
+        told = [
+            f"{field} {run[field]:g}" if isinstance(run[field], float) else f"{field} {run[field]}"
+            for field in factors
+            if pd.notna(run[field]) and run[field] != usual[field]
+        ]
+        names.append(", ".join([run["model"], run["label"], *(text.replace("_", " ") for text in told)]))
+    return names
+
+
 def runs_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Returns one row per run as text: how it ended, its step, and its measured peaks with the prediction's errors."""
     errors = predictions(runs).set_index(["run_id", "peak"])
-    names, rows = variants(runs), []
-    for index, run in runs.iterrows():
+    rows = []
+    for name, (_, run) in zip(_names(runs), runs.iterrows(), strict=True):
         ended = "OOM" if run["status"] == "oom" else run["status"]
         row = {
-            "run": f"{run['model']}, {names[index]}",
+            "run": name,
             "ended": ended,
             "step (s)": formatted(run["step_seconds_median"], ".3f"),
         }
-        for peak in PEAKS:
-            known = (run["run_id"], peak) in errors.index
-            found = errors.loc[(run["run_id"], peak)] if known else None
-            row[f"{peak} (GiB)"] = "-" if found is None else formatted(found["measured_bytes"], ".3f", GIB)
-            row[f"{peak}, predicted (% off)"] = "-" if found is None else f"{found['error_percent']:+.1f}"
+        for peak, name in PEAKS.items():
+            found = errors.loc[(run["run_id"], peak)] if (run["run_id"], peak) in errors.index else None
+            row[f"{name} (GiB, % off)"] = (
+                f"{found['measured_bytes'] / GIB:.2f}, {found['error_percent']:+.1f}" if found is not None else "-"
+            )
         rows.append(row)
     return pd.DataFrame(rows)
 
