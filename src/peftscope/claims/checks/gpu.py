@@ -36,7 +36,8 @@ def _ours_first(check: Callable[Options, Measurement]) -> Callable[Options, Meas
     @wraps(check)
     def measure(*arguments: Options.args, **options: Options.kwargs) -> Measurement:
         given: Any = options
-        ours, theirs = [], []
+        ours: list[str] = []
+        theirs: list[str] = []
         for folder in given.get("results", FOLDERS):
             (theirs if is_contributed(folder) else ours).append(folder)
         try:
