@@ -15,7 +15,7 @@ import pytest
 from conftest import Command
 
 from peftscope.analysis.collect import row_of
-from peftscope.analysis.contributed import pack, read_contribution, read_contributions
+from peftscope.analysis.contributed import Contribution, anonymous, check, pack, read_contribution, read_contributions
 from peftscope.claims.evaluate import evaluate_part
 from peftscope.claims.ledger import Part, read_ledger
 from peftscope.claims.verdict import Verdict
@@ -189,7 +189,7 @@ def record(edit: Edit) -> Edit:
         (record(lambda r: r["spec"].update(model="somebody/something")), "has no name in experiments/models.yaml"),
         (record(lambda r: r["spec"].update(task="mine")), "mine"),
         (record(lambda r: r["spec"].update(device="cpu")), "not a finished run on a card"),
-        (record(lambda r: r["provenance"].update(host="node7")), "has more than is shared"),
+        (record(lambda r: r["provenance"].update(host="node7")), "has what is not shared"),
         (record(lambda r: r["provenance"].update(python="/home/bob/bin")), "a path or an address"),
         (record(lambda r: r["method_metrics"].update({"~/x": 1.0})), "a path or an address"),
         (record(lambda r: r["files"].update(x="bob@example.org")), "a path or an address"),
@@ -238,6 +238,24 @@ def test_damaged_files_are_refused_and_decide_nothing(card: Any) -> None:
     path.with_name("notes.txt").write_text("see my machine")
     with pytest.raises(InputError, match=r"notes\.txt"):
         read_contributions()
+
+
+def test_a_provenance_of_any_shape_is_refused_in_a_sentence(card: Any) -> None:
+    (record,) = card("S6")
+    facts = anonymous(record).provenance
+    shapes: list[dict[str, Any]] = [{}, facts | {"hardware": facts["hardware"] | {"gpu_memory_bytes": "24 GiB"}}]
+    shapes += [
+        facts | {section: odd} for section in facts for odd in (None, 5, [1], "x", {"x": 1}) if odd != facts[section]
+    ]
+    for provenance in shapes:
+        odd = record.model_copy(update={"provenance": provenance, "reason": None})
+        contribution = Contribution(experiment="gpu-check", card=CARD, records=[odd])
+        try:
+            check(contribution, "file")
+        except InputError:
+            continue
+        contribution.runs()  # a plain value that is allowed there
+        assert not isinstance(provenance["python"], list)
 
 
 def test_two_cards_must_agree_on_the_first_loss_and_on_the_batches(card: Any) -> None:

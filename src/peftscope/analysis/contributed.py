@@ -135,18 +135,23 @@ def anonymous(record: RunRecord) -> RunRecord:
     facts = _kept(record.provenance, SHARED)
     if started := facts.get("started_at"):
         facts["started_at"] = str(started)[:10]
-    others = (record.provenance.get("card") or {}).get("other_processes")
-    if isinstance(others, list):
-        facts["card"]["other_processes"] = len(others)
+    if "other_processes" in facts.get("card", {}):
+        others = record.provenance["card"]["other_processes"]
+        facts["card"]["other_processes"] = len(others) if isinstance(others, list) else others
     return record.model_copy(update={"provenance": facts, "reason": None})
 
 
-def _kept(value: Any, wanted: Mapping[str, Any] | None) -> Any:
-    if wanted is None:
-        return value if isinstance(value, bool | int | float | str) else None
-    if not isinstance(value, Mapping):
-        return None
-    return {name: _kept(value[name], inner) for name, inner in wanted.items() if name in value}
+def _kept(facts: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the wanted ones of facts, without a section that is none, and null for what is no plain value."""
+    kept: dict[str, Any] = {}
+    for name, inner in wanted.items():
+        value = facts.get(name)
+        if inner is None and name in facts:
+            plain = int if name.endswith("_bytes") else bool | int | float | str
+            kept[name] = value if isinstance(value, plain) else None
+        elif inner is not None and isinstance(value, Mapping):
+            kept[name] = _kept(value, inner)
+    return kept
 
 
 def pack(experiment: str) -> list[Contribution]:
@@ -249,11 +254,12 @@ def check(contribution: Contribution, where: str) -> None:
         Problem(f"{where}: {run}", "stands twice") for run in sorted({run for run in runs if runs.count(run) > 1})
     ]
     for record in contribution.records:
-        problems += [
-            Problem(f"{where}: {record.run_id}", message)
-            for rule in (_wrong_origin, _wrong_losses, _wrong_peaks, _wrong_speed)
-            for message in rule(record, contribution.card)
-        ]
+        rules = (_wrong_origin, _wrong_losses, _wrong_peaks, _wrong_speed)
+        if record != anonymous(record):
+            problems.append(Problem(f"{where}: {record.run_id}", "its provenance or reason has what is not shared"))
+        else:
+            messages = [message for rule in rules for message in rule(record, contribution.card)]
+            problems += [Problem(f"{where}: {record.run_id}", message) for message in messages]
     if problems:
         raise InputError(problems)
 
@@ -282,8 +288,6 @@ def _wrong_origin(record: RunRecord, card: str) -> Iterator[str]:
         yield f"its spec is another run's, {run_id(record.spec)}"
     if record.spec.device != "cuda" or record.status not in FINAL:
         yield f"not a finished run on a card (device={record.spec.device}, status={record.status})"
-    if record != anonymous(record):
-        yield "its provenance or reason has more than is shared"
     if record.provenance.get("hardware", {}).get("gpu") != card:
         yield f"ran on another card than {card}"
     if "/" in record.spec.model:
@@ -326,7 +330,7 @@ def _wrong_peaks(record: RunRecord, card: str) -> Iterator[str]:
         return
     if record.spec.method.trains and memory.train.peak_tensor_bytes is None:
         yield "the peak of its training is missing"
-    before = (record.provenance.get("card") or {}).get("used_bytes") or 0
+    before = record.provenance.get("card", {}).get("used_bytes") or 0
     for kind, factor in (("tensor", TENSOR_FACTOR), ("reserved", DEVICE_FACTOR), ("device", DEVICE_FACTOR)):
         measured = getattr(memory.train, f"peak_{kind}_bytes")
         predicted = getattr(memory.predicted, f"train_peak_{kind}_bytes")

@@ -38,7 +38,7 @@ def _summary(contribution: Contribution) -> dict[str, str]:
     said = {
         "memory (GiB)": formatted(runs["gpu_memory_bytes"].max(), ".1f", GIB),
         "runs": ended,
-        "torch": ", ".join(sorted(set(runs["torch"].dropna()))) or "-",
+        "torch": ", ".join(sorted(set(runs["torch"].dropna().astype(str)))) or "-",
         "day": ", ".join(sorted(set(runs["started_at"].dropna()))[-1:]) or "-",
         "code": ", ".join(sorted(set(_code(runs)))),
         "of the matmul rate (%)": formatted(pd.to_numeric(runs["matmul_share"]).median(), ".0f", 0.01),
