@@ -18,7 +18,7 @@ gc.set_threshold(200_000)
 # workflow that uses this one as a module, whose commands may be several: there it ends without exec.
 shell.prefix(
     f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH PEFTSCOPE_DIES_WITH_PARENT=1; "
-    + ("" if workflow.modifier.is_module else "exec ")
+    + ("exec " if workflow.modifier.is_main_snakefile() else "")
 )
 
 WORKFLOW = load_workflow(config)

@@ -53,7 +53,11 @@ def test_lint_asks_only_for_conda_environments(tiny: str) -> None:
     assert lints == {"Specify a conda environment or container for each rule."}
 
 
+SHOW_PREFIX = "\nprint('PREFIX', shell._process_prefix.split()[-1], file=sys.stderr)\n"
 MODULE = """
+import sys
+
+
 module suite:
     snakefile:
         "{snakefile}"
@@ -82,15 +86,21 @@ def planned(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
 def test_dry_run_of_every_experiment_by_the_catalogues_snakefile_and_as_a_module(tiny: str, repository: Path) -> None:
     """The catalogue's Snakefile includes the one at the root. The module is used in a folder that has no sources."""
     config = ("--config", f"experiment=quick smoke all-methods {tiny}")
-    root = planned(snakemake("-n", *config))
+    Path("Snakefile").unlink()
+    Path("Snakefile").write_text((repository / "Snakefile").read_text() + SHOW_PREFIX)
+    done = snakemake("-n", *config)
+    root = planned(done)
     assert root.pop("all") == 1 and root["train"] > 30
-    for name in ("Snakefile", "src"):
-        Path(name).unlink()
+    # A job is the child of Snakemake itself, so that it dies with it.
+    assert "PREFIX exec" in done.stdout + done.stderr
+    Path("src").unlink()
     snakefile = repository / "workflow" / "Snakefile"
     catalogue = planned(snakemake("-n", "--snakefile", str(snakefile), *config))
     assert catalogue.pop("start") == 1 and catalogue == root
-    Path("Snakefile").write_text(MODULE.format(snakefile=snakefile))
-    module = planned(snakemake("-n", *config))
+    Path("Snakefile").write_text(MODULE.format(snakefile=snakefile) + SHOW_PREFIX)
+    done = snakemake("-n", *config)
+    module = planned(done)
+    assert "PREFIX PEFTSCOPE_DIES_WITH_PARENT=1;" in done.stdout + done.stderr
     assert module.pop("all") == 1 and {name.removeprefix("suite_"): n for name, n in module.items()} == root
 
 
