@@ -5,6 +5,7 @@ from pathlib import Path
 
 from snakemake.utils import Paramspace, min_version
 
+from peftscope.layout import CONTRIBUTED_RESULTS
 from peftscope.planning.demands import JobDemands
 from peftscope.memory.grid import grid, sources
 from peftscope.planning.plan import load_workflow
@@ -25,6 +26,7 @@ WORKFLOW = load_workflow(config)
 DEMANDS = JobDemands(WORKFLOW)
 GRID = Paramspace(grid())
 CALCULATOR = sources()
+CONTRIBUTED = sorted(map(str, CONTRIBUTED_RESULTS.rglob("*.json")))
 
 
 wildcard_constraints:
@@ -504,6 +506,9 @@ rule report:
         rules.tables.output,
         rules.figures.output,
         WORKFLOW.figures,
+        CONTRIBUTED,
+        workflow.source_path("src/peftscope/analysis/contributed.py"),
+        workflow.source_path("src/peftscope/report/contributed.py"),
         workflow.source_path("src/peftscope/report/page.py"),
         workflow.source_path("src/peftscope/report/memory.py"),
         workflow.source_path("src/peftscope/report/sentences.py"),
