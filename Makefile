@@ -100,7 +100,7 @@ browser: smoke
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/snakefmt --check Snakefile
+	$(BIN)/snakefmt --check Snakefile workflow/Snakefile
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
@@ -108,7 +108,7 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/snakefmt Snakefile
+	$(BIN)/snakefmt Snakefile workflow/Snakefile
 
 schema: $(READY)
 	$(BIN)/peftscope schema > experiments/spec.schema.json

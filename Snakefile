@@ -5,6 +5,7 @@ from pathlib import Path
 
 from snakemake.utils import Paramspace, min_version
 
+from peftscope.layout import CONTRIBUTED_RESULTS
 from peftscope.planning.demands import JobDemands
 from peftscope.memory.grid import grid, sources
 from peftscope.planning.plan import load_workflow
@@ -14,15 +15,18 @@ min_version("9.0")
 # A plan of many jobs is millions of objects that stay: looking for garbage among them took a fifth of a dry run.
 gc.set_threshold(200_000)
 # The jobs use the Python that Snakemake itself runs on, whatever PATH says. They are its own children (exec), and die
-# with it: those of a workflow that was killed must not write beside those of the next one.
+# with it: those of a workflow that was killed must not write beside those of the next one. The prefix is also that of a
+# workflow that uses this one as a module, whose commands may be several: there it ends without exec.
 shell.prefix(
-    f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH PEFTSCOPE_DIES_WITH_PARENT=1; exec "
+    f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH PEFTSCOPE_DIES_WITH_PARENT=1; "
+    + ("exec " if workflow.modifier.is_main_snakefile() else "")
 )
 
 WORKFLOW = load_workflow(config)
 DEMANDS = JobDemands(WORKFLOW)
 GRID = Paramspace(grid())
 CALCULATOR = sources()
+CONTRIBUTED = sorted(map(str, CONTRIBUTED_RESULTS.rglob("*.json")))
 
 
 wildcard_constraints:
@@ -34,32 +38,11 @@ wildcard_constraints:
     field=r"[a-z0-9_]+",
 
 
-# On a cluster: short, or in need of the network that its nodes may not have. The others are submitted.
-localrules:
-    all,
-    fetch_model,
-    make_task,
-    make_benchmark,
-    tune_coarse,
-    tune,
-    collect,
-    tables,
-    figures,
-    ladder,
-    study,
-    capacity,
-    weights,
-    forgetting,
-    memory_curve,
-    memory_figures,
-    memory_chapter,
-    report,
-    check,
-
-
+# On a cluster, rules with `localrule` stay where Snakemake runs: they are short, or need the network that nodes may not have.
 rule all:
     input:
         expand("results/{experiment}/all-runs-ended-well", experiment=WORKFLOW.names),
+    localrule: True
 
 
 rule fetch_model:
@@ -69,6 +52,7 @@ rule fetch_model:
         "resources/models/{model}.log",
     benchmark:
         "resources/models/{model}.benchmark.tsv"
+    localrule: True
     params:
         name=WORKFLOW.model_name,
         revision=WORKFLOW.model_revision,
@@ -83,6 +67,7 @@ rule make_task:
         "resources/tasks/{task}.log",
     benchmark:
         "resources/tasks/{task}.benchmark.tsv"
+    localrule: True
     shell:
         "python -m peftscope make-task {wildcards.task:q} > {log:q} 2>&1"
 
@@ -92,6 +77,7 @@ rule make_benchmark:
         "resources/benchmarks/{benchmark}/manifest.json",
     log:
         "resources/benchmarks/{benchmark}.log",
+    localrule: True
     shell:
         "python -m peftscope make-benchmark {wildcards.benchmark:q} > {log} 2>&1"
 
@@ -135,11 +121,12 @@ checkpoint tune_coarse:
     input:
         WORKFLOW.coarse_records,
         WORKFLOW.experiment_file,
-        "src/peftscope/analysis/tuning.py",
+        workflow.source_path("src/peftscope/analysis/tuning.py"),
     output:
         "results/{experiment}/coarse.json",
     log:
         "results/{experiment}/logs/tune-coarse.log",
+    localrule: True
     shell:
         "python -m peftscope tune {wildcards.experiment} --coarse 2>&1 | tee {log}"
 
@@ -148,11 +135,12 @@ checkpoint tune:
     input:
         WORKFLOW.tuning_records(checkpoints),
         WORKFLOW.experiment_file,
-        "src/peftscope/analysis/tuning.py",
+        workflow.source_path("src/peftscope/analysis/tuning.py"),
     output:
         "results/{experiment}/tuned.json",
     log:
         "results/{experiment}/logs/tune.log",
+    localrule: True
     shell:
         "python -m peftscope tune {wildcards.experiment} 2>&1 | tee {log}"
 
@@ -161,8 +149,8 @@ rule collect:
     input:
         WORKFLOW.records(checkpoints),
         WORKFLOW.experiment_file,
-        "src/peftscope/analysis/collect.py",
-        "src/peftscope/planning/published.py",
+        workflow.source_path("src/peftscope/analysis/collect.py"),
+        workflow.source_path("src/peftscope/planning/published.py"),
     output:
         runs="results/{experiment}/runs.csv",
         losses="results/{experiment}/losses.csv",
@@ -170,6 +158,7 @@ rule collect:
         "results/{experiment}/logs/collect.log",
     benchmark:
         "results/{experiment}/benchmarks/collect.tsv"
+    localrule: True
     shell:
         "python -m peftscope collect {wildcards.experiment} > {log} 2>&1"
 
@@ -177,9 +166,9 @@ rule collect:
 rule tables:
     input:
         "results/{experiment}/runs.csv",
-        "src/peftscope/report/benchmarks.py",
-        "src/peftscope/report/tables.py",
-        "src/peftscope/analysis/stats.py",
+        workflow.source_path("src/peftscope/report/benchmarks.py"),
+        workflow.source_path("src/peftscope/report/tables.py"),
+        workflow.source_path("src/peftscope/analysis/stats.py"),
     output:
         report(
             "results/{experiment}/tables/methods.html",
@@ -214,6 +203,7 @@ rule tables:
         "results/{experiment}/logs/tables.log",
     benchmark:
         "results/{experiment}/benchmarks/tables.tsv"
+    localrule: True
     shell:
         "python -m peftscope tables {wildcards.experiment} > {log} 2>&1"
 
@@ -222,8 +212,8 @@ rule figures:
     input:
         "results/{experiment}/runs.csv",
         "results/{experiment}/losses.csv",
-        "src/peftscope/report/plots.py",
-        "src/peftscope/report/tables.py",
+        workflow.source_path("src/peftscope/report/plots.py"),
+        workflow.source_path("src/peftscope/report/tables.py"),
     output:
         report(
             "results/{experiment}/figures/pareto.png",
@@ -262,6 +252,7 @@ rule figures:
         "results/{experiment}/logs/figures.log",
     benchmark:
         "results/{experiment}/benchmarks/figures.tsv"
+    localrule: True
     shell:
         "python -m peftscope figures {wildcards.experiment} > {log} 2>&1"
 
@@ -269,8 +260,8 @@ rule figures:
 rule ladder:
     input:
         "results/{experiment}/runs.csv",
-        "src/peftscope/report/plots.py",
-        "src/peftscope/report/tables.py",
+        workflow.source_path("src/peftscope/report/plots.py"),
+        workflow.source_path("src/peftscope/report/tables.py"),
     output:
         report(
             "results/{experiment}/figures/ladder-{field}.png",
@@ -282,6 +273,7 @@ rule ladder:
         "results/{experiment}/logs/ladder-{field}.log",
     benchmark:
         "results/{experiment}/benchmarks/ladder-{field}.tsv"
+    localrule: True
     shell:
         "python -m peftscope ladder {wildcards.experiment} {wildcards.field} > {log} 2>&1"
 
@@ -292,12 +284,12 @@ rule study:
         "results/{experiment}/runs.csv",
         "results/{experiment}/losses.csv",
         "results/{experiment}/tuned.json",
-        "src/peftscope/analysis/compare.py",
-        "src/peftscope/analysis/study.py",
-        "src/peftscope/analysis/stats.py",
-        "src/peftscope/report/study.py",
-        "src/peftscope/report/plots.py",
-        "src/peftscope/report/tables.py",
+        workflow.source_path("src/peftscope/analysis/compare.py"),
+        workflow.source_path("src/peftscope/analysis/study.py"),
+        workflow.source_path("src/peftscope/analysis/stats.py"),
+        workflow.source_path("src/peftscope/report/study.py"),
+        workflow.source_path("src/peftscope/report/plots.py"),
+        workflow.source_path("src/peftscope/report/tables.py"),
     output:
         report(
             "results/{experiment}/figures/tuning.png",
@@ -345,6 +337,7 @@ rule study:
         "results/{experiment}/logs/study.log",
     benchmark:
         "results/{experiment}/benchmarks/study.tsv"
+    localrule: True
     shell:
         "python -m peftscope study {wildcards.experiment} > {log} 2>&1"
 
@@ -353,8 +346,8 @@ rule study:
 rule capacity:
     input:
         "results/{experiment}/runs.csv",
-        "src/peftscope/analysis/capacity.py",
-        "src/peftscope/report/capacity.py",
+        workflow.source_path("src/peftscope/analysis/capacity.py"),
+        workflow.source_path("src/peftscope/report/capacity.py"),
     output:
         report(
             "results/{experiment}/figures/capacity.png",
@@ -374,6 +367,7 @@ rule capacity:
         "results/{experiment}/logs/capacity.log",
     benchmark:
         "results/{experiment}/benchmarks/capacity.tsv"
+    localrule: True
     shell:
         "python -m peftscope capacity {wildcards.experiment} > {log} 2>&1"
 
@@ -399,8 +393,8 @@ rule weights:
     input:
         WORKFLOW.measured(checkpoints),
         "results/{experiment}/runs.csv",
-        "src/peftscope/analysis/weights.py",
-        "src/peftscope/report/weights.py",
+        workflow.source_path("src/peftscope/analysis/weights.py"),
+        workflow.source_path("src/peftscope/report/weights.py"),
     output:
         "results/{experiment}/tables/weights.parquet",
         report(
@@ -413,6 +407,7 @@ rule weights:
         "results/{experiment}/logs/weights.log",
     benchmark:
         "results/{experiment}/benchmarks/weights.tsv"
+    localrule: True
     shell:
         "python -m peftscope weights {wildcards.experiment} > {log} 2>&1"
 
@@ -423,8 +418,8 @@ rule forgetting:
         "results/{experiment}/runs.csv",
         "results/{experiment}/losses.csv",
         "results/{experiment}/tuned.json",
-        "src/peftscope/analysis/forgetting.py",
-        "src/peftscope/report/forgetting.py",
+        workflow.source_path("src/peftscope/analysis/forgetting.py"),
+        workflow.source_path("src/peftscope/report/forgetting.py"),
     output:
         report(
             "results/{experiment}/figures/forgetting.png",
@@ -439,6 +434,7 @@ rule forgetting:
         "results/{experiment}/logs/forgetting.log",
     benchmark:
         "results/{experiment}/benchmarks/forgetting.tsv"
+    localrule: True
     shell:
         "python -m peftscope forgetting {wildcards.experiment} > {log} 2>&1"
 
@@ -451,6 +447,7 @@ rule memory_curve:
         f"results/memory/curves/{GRID.wildcard_pattern}.csv",
     log:
         f"results/memory/logs/curve-{GRID.wildcard_pattern}.log",
+    localrule: True
     shell:
         "python -m peftscope memory-curve {wildcards.method} {wildcards.axis} > {output} 2> {log}"
 
@@ -458,7 +455,10 @@ rule memory_curve:
 rule memory_figures:
     input:
         curves=expand("results/memory/curves/{point}.csv", point=GRID.instance_patterns),
-        code=["src/peftscope/report/memory.py", "src/peftscope/report/plots.py"],
+        code=[
+            workflow.source_path("src/peftscope/report/memory.py"),
+            workflow.source_path("src/peftscope/report/plots.py"),
+        ],
     output:
         report(
             "results/memory/grid.png",
@@ -474,6 +474,7 @@ rule memory_figures:
         ),
     log:
         "results/memory/logs/figures.log",
+    localrule: True
     shell:
         "python -m peftscope memory-figures {input.curves} > {log} 2>&1"
 
@@ -481,8 +482,8 @@ rule memory_figures:
 rule memory_chapter:
     input:
         CALCULATOR,
-        "src/peftscope/training/step.py",
-        "src/peftscope/training/build.py",
+        workflow.source_path("src/peftscope/training/step.py"),
+        workflow.source_path("src/peftscope/training/build.py"),
     output:
         report(
             "results/memory/chapter.html",
@@ -493,6 +494,7 @@ rule memory_chapter:
         "results/memory/chapter.csv",
     log:
         "results/memory/logs/chapter.log",
+    localrule: True
     shell:
         "python -m peftscope memory-chapter > {log} 2>&1"
 
@@ -504,18 +506,22 @@ rule report:
         rules.tables.output,
         rules.figures.output,
         WORKFLOW.figures,
-        "src/peftscope/report/page.py",
-        "src/peftscope/report/memory.py",
-        "src/peftscope/report/sentences.py",
-        "src/peftscope/report/serving.py",
-        "src/peftscope/report/templates/report.html.j2",
-        "src/peftscope/report/templates/report.css",
+        CONTRIBUTED,
+        workflow.source_path("src/peftscope/analysis/contributed.py"),
+        workflow.source_path("src/peftscope/report/contributed.py"),
+        workflow.source_path("src/peftscope/report/page.py"),
+        workflow.source_path("src/peftscope/report/memory.py"),
+        workflow.source_path("src/peftscope/report/sentences.py"),
+        workflow.source_path("src/peftscope/report/serving.py"),
+        workflow.source_path("src/peftscope/report/templates/report.html.j2"),
+        workflow.source_path("src/peftscope/report/templates/report.css"),
     output:
         "reports/{experiment}/report.html",
     log:
         "results/{experiment}/logs/report.log",
     benchmark:
         "results/{experiment}/benchmarks/report.tsv"
+    localrule: True
     shell:
         "python -m peftscope page {wildcards.experiment} > {log} 2>&1"
 
@@ -528,5 +534,6 @@ rule check:
         touch("results/{experiment}/all-runs-ended-well"),
     log:
         "results/{experiment}/logs/check.log",
+    localrule: True
     shell:
         "python -m peftscope check {wildcards.experiment} 2>&1 | tee {log}"

@@ -53,9 +53,62 @@ def test_lint_asks_only_for_conda_environments(tiny: str) -> None:
     assert lints == {"Specify a conda environment or container for each rule."}
 
 
-def test_dry_run_of_every_experiment(tiny: str) -> None:
-    done = snakemake("-n", "--config", f"experiment=quick smoke all-methods {tiny}")
+SHOW_PREFIX = "\nprint('PREFIX', shell._process_prefix.split()[-1], file=sys.stderr)\n"
+MODULE = """
+import sys
+
+
+module suite:
+    snakefile:
+        "{snakefile}"
+    config:
+        config
+
+
+use rule * from suite as suite_*
+
+
+rule all:
+    default_target: True
+    input:
+        rules.suite_start.input,
+"""
+
+
+def planned(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
+    """Returns the number of jobs of each rule that a dry run lists."""
     assert done.returncode == 0, done.stdout + done.stderr
+    table = (done.stdout + done.stderr).rpartition("Job stats")[2].partition("Reasons")[0]
+    rows = re.findall(r"^ *(\w[\w ]*?) +(\d+) *$", table, re.MULTILINE)
+    return {name.replace(" ", "_"): int(count) for name, count in rows if name != "total"}
+
+
+def test_dry_run_of_every_experiment_by_the_catalogues_snakefile_and_as_a_module(tiny: str, repository: Path) -> None:
+    """The catalogue's Snakefile includes the one at the root. The module is used in a folder that has no sources."""
+    config = ("--config", f"experiment=quick smoke all-methods {tiny}")
+    Path("Snakefile").unlink()
+    Path("Snakefile").write_text((repository / "Snakefile").read_text() + SHOW_PREFIX)
+    done = snakemake("-n", *config)
+    root = planned(done)
+    assert root.pop("all") == 1 and root["train"] > 30
+    # A job is the child of Snakemake itself, so that it dies with it.
+    assert "PREFIX exec" in done.stdout + done.stderr
+    Path("src").unlink()
+    snakefile = repository / "workflow" / "Snakefile"
+    catalogue = planned(snakemake("-n", "--snakefile", str(snakefile), *config))
+    assert catalogue.pop("start") == 1 and catalogue == root
+    Path("Snakefile").write_text(MODULE.format(snakefile=snakefile) + SHOW_PREFIX)
+    done = snakemake("-n", *config)
+    module = planned(done)
+    assert "PREFIX PEFTSCOPE_DIES_WITH_PARENT=1;" in done.stdout + done.stderr
+    assert module.pop("all") == 1 and {name.removeprefix("suite_"): n for name, n in module.items()} == root
+
+
+def test_the_catalogue_is_told_what_it_asks_for(repository: Path) -> None:
+    usage = yaml.safe_load((repository / ".snakemake-workflow-catalog.yml").read_text())["usage"]
+    assert usage["report"] is True and "--config experiment=quick" in usage["mandatory-flags"]["flags"]
+    assert set(usage["software-stack-deployment"].values()) == {False}
+    assert (repository / "config" / "README.md").is_file()
 
 
 @pytest.mark.slow
@@ -174,7 +227,7 @@ def test_the_kubernetes_job_asks_for_as_many_cards_as_it_uses(repository: Path) 
 
 def test_rules_that_need_the_network_are_local(repository: Path) -> None:
     text = (repository / "Snakefile").read_text()
-    local = set(re.findall(r"\w+", text.split("localrules:")[1].split("\n\n")[0]))
+    local = set(re.findall(r"\n(?:rule|checkpoint) (\w+):\n(?:    .*\n)*    localrule: True\n", text))
     rules = re.split(r"\n(?:rule|checkpoint) (\w+):", text)[1:]
     commands = {
         name: found[1]

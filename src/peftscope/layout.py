@@ -31,6 +31,11 @@ RUNS = RESULTS / "runs"
 REPORTS = Path("reports")
 PUBLISHED_RESULTS = RESULTS / "published"
 PUBLISHED_REPORTS = REPORTS / "published"
+CONTRIBUTED_RESULTS = RESULTS / "contributed"
+"""The folder of results from the cards of others, with one folder per card."""
+CONTRIBUTED_PAGE = REPORTS / "contributed.html"
+"""The page of these results. Its Markdown version is in the same folder."""
+
 MEMORY_FOLDER = RESULTS / "memory"
 """The folder of results that need no run: memory curves, bars, a chapter's table."""
 

@@ -295,21 +295,22 @@ def clear_checkpoints(run: Path) -> None:
 
 def write_record(path: Path, record: RunRecord) -> None:
     """Writes a record and its checksum atomically."""
-    content = _finite(record.model_dump(mode="json"))
-    write_json(path, content | {CHECKSUM: _content_sha256(content)})
+    content = finite(record.model_dump(mode="json"))
+    write_json(path, content | {CHECKSUM: content_sha256(content)})
 
 
-def _content_sha256(content: dict[str, Any]) -> str:
+def content_sha256(content: dict[str, Any]) -> str:
+    """Returns the checksum of JSON content, which covers all keys but the checksum's own."""
     text = json.dumps({key: value for key, value in content.items() if key != CHECKSUM}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Returns JSON content in which None replaces NaN and infinity."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -378,7 +379,7 @@ def parse_record(text: str | bytes, where: str) -> RunRecord:
         message = f"the record has version {found}, this program reads {SCHEMA_VERSION}"
         raise InputError(Problem(where, message, f"{remedy}, or use the version that wrote it"))
     # The first records were written without a checksum.
-    if content.pop(CHECKSUM, _content_sha256(content)) != _content_sha256(content):
+    if content.pop(CHECKSUM, content_sha256(content)) != content_sha256(content):
         raise Damaged(Problem(where, "damaged: its checksum does not match", remedy))
     try:
         return RunRecord.model_validate(content)

@@ -48,6 +48,8 @@ class PartFinding:
         if word == "trained":
             pairs = f", {self.found.n} pair{'s' * (self.found.n != 1)}" if self.found.samples else ""
             return f"trained{pairs} on {self.found.model}"
+        if self.found.contributed:
+            return "on a contributed card"
         sampled = word == "sampled" or (word == "computed" and self.found.low is not None)
         return f"sampled, n = {self.found.n}" if sampled else word
 
@@ -73,6 +75,7 @@ class PartFinding:
             "axes": list(found.axes),
             "run_ids": list(found.run_ids),
             **({"spoiled_by": found.spoiled_by} if found.spoiled_by else {}),
+            **({"contributed": True} if found.contributed else {}),
         }
 
 

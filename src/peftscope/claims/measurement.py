@@ -33,6 +33,7 @@ class Measurement:
         model: The model on which the value was measured.
         run_ids: The training runs behind the value.
         spoiled_by: Why the value says nothing about the claim, which leaves the verdict open; empty if it does.
+        contributed: Whether it was measured on a card of others, for want of one of ours.
     """
 
     value: Quantity
@@ -47,6 +48,7 @@ class Measurement:
     model: str = ""
     run_ids: tuple[str, ...] = ()
     spoiled_by: str = ""
+    contributed: bool = False
 
 
 def spoken_number(value: Quantity | None) -> str:

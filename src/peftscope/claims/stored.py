@@ -50,6 +50,7 @@ def stored_measurements(findings: Iterable[dict[str, Any]]) -> dict[str, Measure
             axes=tuple(part["axes"]),
             run_ids=tuple(part["run_ids"]),
             spoiled_by=part.get("spoiled_by", ""),
+            contributed=part.get("contributed", False),
         )
         for finding in findings
         for part in finding["parts"]

@@ -31,9 +31,13 @@ BARS = ({"method": "full"}, {"method": "lora"}, {"method": "qlora", "checkpointi
 
 
 def sources() -> list[str]:
-    """Returns the source files behind the grid and the table of ``chapter``, relative to the repository's root."""
-    package = Path("src/peftscope")
-    return sorted(str(path) for folder in ("memory", "methods") for path in (package / folder).rglob("*.py"))
+    """Returns the source files behind the grid and the table of ``chapter``: those of the package that runs.
+
+    They are relative to the working folder where it has them, as in a clone.
+    """
+    package, here = Path(__file__).parent.parent, Path.cwd()
+    found = [path for folder in ("memory", "methods") for path in (package / folder).rglob("*.py")]
+    return sorted(str(path.relative_to(here) if path.is_relative_to(here) else path) for path in found)
 
 
 def grid() -> pd.DataFrame:

@@ -20,6 +20,7 @@ from peftscope.memory.grid import CENTRE, CHAPTER_RUN, MODEL
 from peftscope.planning.estimate import spoken
 from peftscope.planning.experiment import Study, experiment_path, read_experiment
 from peftscope.report.capacity import capacity_facts
+from peftscope.report.contributed import cards_table
 from peftscope.report.forgetting import forgetting_sentence
 from peftscope.report.memory import CARDS
 from peftscope.report.sentences import listed, sentence
@@ -63,6 +64,7 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
         benchmarks_table=_table_with_rows(folder / "tables" / "benchmarks"),
         limits_table=_html_with_rows(limited_runs(runs), "limits"),
         latency_table=_html_with_rows(latencies(runs), "latency"),
+        contributed_table=_html_with_rows(cards_table(experiment), "contributed"),
         predictions_table=(folder / "tables" / "predictions.html").read_text(),
         study=_study_pages(experiment, settings.study) if settings.study else None,
         capacity=_capacity_pages(folder, experiment),

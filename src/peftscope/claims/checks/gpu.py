@@ -1,31 +1,55 @@
 """Compares runs of ``experiments/gpu-check.yaml`` on CUDA cards. Nothing is measured here; rows of a CPU never count.
 
 A run is given by the options of ``peftscope memory``. If several cards measured it, the most extreme value counts, and
-the evidence shows the others.
+the evidence shows the others. Contributed cards count where none of ours has measured, and the measurement says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec
 
-from peftscope.analysis.cards import Row, find_run, limit_of, quartiles, read_cards
+from peftscope.analysis.cards import Row, find_run, is_contributed, limit_of, quartiles, read_cards
 from peftscope.analysis.stats import median_ratio_interval
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 from peftscope.errors import GIB
-from peftscope.layout import PUBLISHED_RESULTS, RESULTS
+from peftscope.layout import CONTRIBUTED_RESULTS, PUBLISHED_RESULTS, RESULTS
 
 GB = 10**9
 MODEL = "llama-2-7b"
-FOLDERS = (str(RESULTS), str(PUBLISHED_RESULTS))
-"""The folders of results of this machine and of the published ones."""
+FOLDERS = (str(RESULTS), str(PUBLISHED_RESULTS), str(CONTRIBUTED_RESULTS))
+"""The folders of results of this machine, of the published ones, and of those that others contributed."""
 PHASES = ("load", "train", "evaluate")
 
 Run = dict[str, Any]
 Extreme = Literal["smallest", "largest"]
+Options = ParamSpec("Options")
+
+
+def _ours_first(check: Callable[Options, Measurement]) -> Callable[Options, Measurement]:
+    """Returns a check that asks contributed cards if none of ours has measured what it needs."""
+
+    @wraps(check)
+    def measure(*arguments: Options.args, **options: Options.kwargs) -> Measurement:
+        given: Any = options
+        ours: list[str] = []
+        theirs: list[str] = []
+        for folder in given.get("results", FOLDERS):
+            (theirs if is_contributed(folder) else ours).append(folder)
+        try:
+            return check(*arguments, **given | {"results": tuple(ours)})
+        except NotRunError as missing:
+            try:
+                found = check(*arguments, **given | {"results": tuple(theirs)})
+            except NotRunError:
+                raise missing from None
+        return replace(found, model=f"{found.model} (contributed)", contributed=True)
+
+    return measure
 
 
 @dataclass(frozen=True)
@@ -38,6 +62,7 @@ class _Found:
     high: float | None = None
 
 
+@_ours_first
 def fits(
     card: str, runs: list[Run], model: str = MODEL, headroom: float = 0, results: tuple[str, ...] = FOLDERS
 ) -> Measurement:
@@ -85,11 +110,13 @@ def _peak(row: Row) -> float:
     return float(max(row[f"{phase}_peak_reserved_bytes"] or 0 for phase in PHASES))
 
 
+@_ours_first
 def peak(run: Run, model: str = MODEL, results: tuple[str, ...] = FOLDERS) -> Measurement:
     """Returns the peak of tensors in a training step, in GB."""
     return _over_cards([run], lambda rows: _tensors(rows[0]), "largest", model, results)
 
 
+@_ours_first
 def activations(run: Run, model: str = MODEL, results: tuple[str, ...] = FOLDERS) -> Measurement:
     """Returns the GB of a training step's peak beyond the memory that is in use between two steps.
 
@@ -102,6 +129,7 @@ def activations(run: Run, model: str = MODEL, results: tuple[str, ...] = FOLDERS
     return _over_cards([run], beyond, "largest", model, results, measured="resident_tensor_bytes")
 
 
+@_ours_first
 def smallest_increase(runs: list[Run], model: str = MODEL, results: tuple[str, ...] = FOLDERS) -> Measurement:
     """Returns the smallest increase of the peak, in GB, from one run of a list to the next."""
 
@@ -111,6 +139,7 @@ def smallest_increase(runs: list[Run], model: str = MODEL, results: tuple[str, .
     return _over_cards(runs, increase, "smallest", model, results)
 
 
+@_ours_first
 def best_speed_ratio(
     run: Run, against: Run, batch_sizes: tuple[int, ...], model: str = MODEL, results: tuple[str, ...] = FOLDERS
 ) -> Measurement:
@@ -135,6 +164,7 @@ def best_speed_ratio(
     return _over_cards(runs, ratio, "smallest", model, results, with_oom=True)
 
 
+@_ours_first
 def peak_ratio(
     run: Run,
     against: Run,
@@ -160,6 +190,7 @@ def peak_ratio(
     return _over_batches([run, against], batch_sizes, ratio, extreme, model, results)
 
 
+@_ours_first
 def step_ratio(
     run: Run,
     against: Run,
@@ -176,6 +207,7 @@ def step_ratio(
     return _over_batches([run, against], batch_sizes, ratio, extreme, model, results)
 
 
+@_ours_first
 def latency_ratio(
     run: Run,
     state: Literal["base", "apart", "merged"],

@@ -1,0 +1,78 @@
+"""The commands for results from the cards of others: ``contribute`` packs them, ``contributed`` shows them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from peftscope.cli.rules import experiment_name
+
+app = typer.Typer()
+
+MOST_SHOWN = 4
+"""The different texts of one field that are shown in words; of more, the number follows."""
+
+
+@app.command()
+def contribute(
+    experiment: Annotated[
+        str, typer.Argument(help="The experiment that ran on the card.", callback=experiment_name)
+    ] = "gpu-check",
+    yes: Annotated[bool, typer.Option("--yes", help="Write the file; without it, it is only shown.")] = False,
+) -> None:
+    """Pack what an experiment measured on your card into one file for a pull request, without names and paths."""
+    from peftscope.analysis.contributed import pack, write
+    from peftscope.report.contributed import runs_table
+
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    for contribution in pack(experiment):
+        console.print(f"{contribution.card}: {len(contribution.records)} runs of {experiment}", markup=False)
+        console.print(_as_table(runs_table(contribution.runs())))
+        table = Table("every text of the file, by field", "", box=None)
+        for field, texts in _texts(contribution.content()).items():
+            more = f" and {len(texts) - MOST_SHOWN} more" if len(texts) > MOST_SHOWN else ""
+            table.add_row(escape(field), escape(", ".join(texts[:MOST_SHOWN])) + more)
+        console.print(table)
+        console.print("Everything else in it is a number, a truth value or null.")
+        if yes:
+            console.print(f"Written: {write(contribution)}", soft_wrap=True)
+        else:
+            console.print(f"Nothing was written. With --yes: {contribution.path()}", soft_wrap=True)
+
+
+def _texts(content: Any, field: str = "") -> dict[str, list[str]]:
+    """Returns the different texts of JSON content by the path of their field, without the numbers of lists."""
+    found: dict[str, list[str]] = {}
+    parts = content.items() if isinstance(content, dict) else [("", value) for value in content]
+    for name, value in parts:
+        path = f"{field}.{name}".strip(".")
+        inner = (
+            {path: [value]} if isinstance(value, str) else _texts(value, path) if isinstance(value, dict | list) else {}
+        )
+        for key, texts in inner.items():
+            found[key] = list(dict.fromkeys([*found.get(key, []), *texts]))
+    return found
+
+
+@app.command()
+def contributed() -> None:
+    """Check what others contributed, show it by card, and write reports/contributed.html."""
+    from peftscope.report.contributed import cards_table, write_contributed
+
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    page = write_contributed()
+    console.print(_as_table(cards_table()))
+    console.print(f"The page: {page}", soft_wrap=True)
+
+
+def _as_table(frame: Any) -> Table:
+    table = Table(*map(escape, frame.columns), box=None)
+    table.columns[0].no_wrap = True
+    for row in frame.astype(str).itertuples(index=False):
+        table.add_row(*map(escape, row))
+    return table

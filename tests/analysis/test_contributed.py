@@ -1,0 +1,292 @@
+"""Results from the cards of others: what a made-up card measured is packed, and only what is sound is read."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import socket
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from conftest import Command
+
+from peftscope.analysis.collect import row_of
+from peftscope.analysis.contributed import Contribution, anonymous, check, pack, read_contribution, read_contributions
+from peftscope.claims.evaluate import evaluate_part
+from peftscope.claims.ledger import Part, read_ledger
+from peftscope.claims.verdict import Verdict
+from peftscope.errors import InputError
+from peftscope.planning.sweep import expand
+from peftscope.record import (
+    CHECKSUM,
+    Memory,
+    PhaseMemory,
+    PredictedMemory,
+    RunRecord,
+    Speed,
+    content_sha256,
+    write_record,
+)
+from peftscope.report.contributed import cards_table, write_contributed
+from peftscope.spec import RunSpec
+
+GB, GIB = 10**9, 2**30
+CARD = "NVIDIA GeForce RTX 4090"
+PEAK = 15 * GB
+SECRET = "a-machine-of-somebody"
+
+
+@cache
+def specs() -> dict[str, RunSpec]:
+    return expand("gpu-check", "cuda").runs
+
+
+@cache
+def parts() -> dict[str, Part]:
+    """Returns the last part of some claims that a card decides, by claim."""
+    found = {
+        c.id: [p for p in c.parts if p.check.startswith("gpu.")] for c in read_ledger() if c.id in ("S6", "S7", "S8")
+    }
+    return {claim: those[-1] for claim, those in found.items()}
+
+
+def record_of(run: str, **changes: Any) -> RunRecord:
+    """Returns what a run of gpu-check left on a made-up card, with a machine's name wherever a record may have one."""
+    spec = specs()[run]
+    peaks = PhaseMemory(peak_tensor_bytes=PEAK, peak_reserved_bytes=PEAK + GB, peak_device_bytes=PEAK + 3 * GB)
+    predicted = PredictedMemory(
+        train_peak_tensor_bytes=PEAK + GB // 10,
+        train_peak_reserved_bytes=PEAK + GB,
+        train_peak_device_bytes=PEAK + 2 * GB,
+    )
+    home = f"/home/{SECRET}"
+    facts: dict[str, Any] = {
+        "status": "ok",
+        "memory": Memory(train=peaks, predicted=predicted, resident_tensor_bytes=13 * GB),
+        "speed": Speed(
+            timed_steps=20,
+            step_seconds_median=0.2,
+            step_seconds_lower_quartile=0.19,
+            step_seconds_upper_quartile=0.21,
+            matmul_share=0.5,
+        ),
+        "train_nll": [10.5] * spec.steps,
+        "train_batches_sha256": "ab" * 32,
+        "reason": f"written to {home}",
+        "provenance": {
+            "started_at": "2026-11-26T20:00:00+00:00",
+            "code": {"commit": "c" * 40, "dirty": False, "remote": home},
+            "python": "3.12.1",
+            "packages": {"torch": "2.13.0+cu128", SECRET: "1"},
+            "hardware": {"cpu": "A CPU @ 2.20GHz", "gpu": CARD, "gpu_memory_bytes": 24 * GIB, "node": SECRET},
+            "environment": {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": SECRET, "PYTORCH_ALLOC_CONF": None},
+            "card": {"used_bytes": GB, "other_processes": [{"pid": 4711, "used_bytes": 1}], "owner": SECRET},
+            "model": {"name": "random-llama-2-7b", "source": {"path": home}},
+        },
+    }
+    return RunRecord(run_id=run, spec=spec, **{**facts, **changes})
+
+
+def runs_named(claim: str) -> list[str]:
+    """Returns the runs of gpu-check that decide the last part of a claim that a card decides."""
+    wanted = {"S6": ("lora", False, None), "S7": ("lora", False, 23.988)}[claim]
+    return [
+        run
+        for run, spec in specs().items()
+        if (spec.method.name, spec.checkpointing, spec.memory_limit_gib) == wanted
+        and (spec.model, spec.seq_len, spec.batch_size) == ("random-llama-2-7b", 512, 1)
+        and getattr(spec.method, "targets", "") == "attention"
+        and spec.latency_tokens == 0
+    ]
+
+
+@pytest.fixture
+def card(tmp_path: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[RunRecord]]:
+    """A folder of its own, and what fills its store with what a made-up card measured."""
+    (tmp_path / "experiments").symlink_to(workspace / "experiments")
+    monkeypatch.chdir(tmp_path)
+
+    def fill(*claims: str, **changes: Any) -> list[RunRecord]:
+        records = [record_of(run, **changes) for claim in claims for run in runs_named(claim)]
+        for record in records:
+            write_record(Path("results/runs") / record.run_id / "record.json", record)
+        return records
+
+    return fill
+
+
+def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """Edits a contribution, puts its checksum right, renames it accordingly, and returns its new path."""
+    content = json.loads(path.read_text())
+    content.pop(CHECKSUM)
+    edit(content)
+    checksum = content_sha256(content)
+    path.write_text(json.dumps(content | {CHECKSUM: checksum}))
+    return path.rename(path.with_name(f"{content.get('experiment')}-{checksum[:8]}.json"))
+
+
+def test_what_a_card_left_is_shown_then_written_and_decides_claims(card: Any, peftscope: Command) -> None:
+    (s6,) = card("S6")
+    code, said, _ = peftscope("contribute")
+    assert code == 0 and "Nothing was written" in said and "2.13.0+cu128" in said and CARD in said
+    assert not Path("results/contributed").exists()
+    code, said, _ = peftscope("contribute", "--yes")
+    (first,) = Path("results/contributed").rglob("*.json")
+    assert code == 0 and first.parent.name == "geforce-rtx-4090" and str(first) in said
+    text = first.read_text()
+    for name in (SECRET, "4711", "/home", socket.gethostname(), f'"{getpass.getuser()}"', "T20:00"):
+        assert name not in text, name
+    assert read_contribution(first).records[0].memory == s6.memory
+    # More runs of the same card make a new file, which replaces the one that it contains.
+    card("S7", status="oom", train_nll=[])
+    assert peftscope("contribute", "--yes")[0] == 0
+    (second,) = Path("results/contributed").rglob("*.json")
+    assert second != first and len(read_contribution(second).records) == 2
+    check_claims()
+    (row,) = cards_table("gpu-check").to_dict("records")
+    assert row["runs"] == "1 ok, 1 oom" and row["tensors (% off)"] == "0.7, worst 0.7"
+    assert cards_table("gpu-7b").empty
+    page = write_contributed()
+    assert CARD in page.read_text() and CARD in page.with_suffix(".md").read_text()
+    code, said, _ = peftscope("contributed")
+    assert code == 0 and CARD in said
+
+
+def check_claims() -> None:
+    """Checks that contributed runs decide what no card of ours has measured, and are named as what they are."""
+    found = {claim: evaluate_part(part) for claim, part in parts().items()}
+    assert found["S6"].verdict == Verdict.HOLDS and found["S6"].known == "on a contributed card"
+    assert found["S6"].to_json()["contributed"] and "(contributed)" in found["S6"].to_json()["model"]
+    assert found["S7"].verdict == Verdict.WRONG and found["S8"].verdict == Verdict.NOT_RUN
+    # A card of ours that measured the same decides alone.
+    ours = record_of(*runs_named("S6"), memory=Memory(train=PhaseMemory(peak_tensor_bytes=2 * PEAK)))
+    Path("results/gpu-check").mkdir()
+    row = {"run_id": ours.run_id, "comparisons": "grid", **row_of(ours.spec, ours)}
+    pd.DataFrame([row]).to_csv("results/gpu-check/runs.csv", index=False)
+    own = evaluate_part(parts()["S6"])
+    assert own.verdict == Verdict.WRONG and own.known == "on a card"
+
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+def record(edit: Edit) -> Edit:
+    return lambda content: edit(content["records"][0])
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda c: c.update(contribution_version=2), "not a contribution of version 1"),
+        (lambda c: c.update(author="A. Person"), "Extra inputs are not permitted"),
+        (lambda c: c.update(records=[]), "at least 1 item"),
+        (record(lambda r: r["spec"].pop("learning_rate")), "learning_rate: not a contribution: Field required"),
+        (record(lambda r: r["spec"].update(steps=23)), "its spec is another run's"),
+        (record(lambda r: r["spec"].update(model="somebody/something")), "has no name in experiments/models.yaml"),
+        (record(lambda r: r["spec"].update(task="mine")), "mine"),
+        (record(lambda r: r["spec"].update(device="cpu")), "not a finished run on a card"),
+        (record(lambda r: r["provenance"].update(host="node7")), "has what is not shared"),
+        (record(lambda r: r["provenance"].update(python="/home/bob/bin")), "a path or an address"),
+        (record(lambda r: r["method_metrics"].update({"~/x": 1.0})), "a path or an address"),
+        (record(lambda r: r["files"].update(x="bob@example.org")), "a path or an address"),
+        (record(lambda r: r["provenance"].update(python="3" * 999)), "over 200 characters"),
+        (record(lambda r: r["train_nll"].pop()), "23 losses for 24 steps"),
+        (record(lambda r: r["train_nll"].__setitem__(3, None)), "is missing, negative or over"),
+        (record(lambda r: r["train_nll"].__setitem__(3, float("nan"))), "its checksum does not match"),
+        (record(lambda r: r.update(train_batches_sha256=None)), "hash of its batches"),
+        (record(lambda r: r["memory"]["train"].update(peak_tensor_bytes=5 * GB)), "over 1.5 times apart"),
+        (record(lambda r: r["memory"]["train"].update(peak_reserved_bytes=PEAK - GB)), "reserved"),
+        (record(lambda r: r["memory"]["load"].update(peak_device_bytes=30 * GIB)), "on a card of 24.00 GiB"),
+        (record(lambda r: r["speed"].update(matmul_share=3.0)), "300%"),
+        (record(lambda r: r["speed"].update(step_seconds_median=0.5)), "not in order"),
+        (lambda c: c["records"].append(c["records"][0]), "stands twice"),
+        (lambda c: c.update(card="Another card"), "not the name that its card and content give"),
+    ],
+)
+def test_a_file_that_is_not_sound_is_refused_in_a_sentence(
+    edit: Edit, said: str, card: Any, peftscope: Command
+) -> None:
+    card("S6")
+    assert peftscope("contribute", "--yes")[0] == 0
+    (path,) = Path("results/contributed").rglob("*.json")
+    changed = change(path, edit)
+    with pytest.raises(InputError) as refused:
+        read_contribution(changed)
+    assert said in str(refused.value) and str(changed) in str(refused.value), refused.value
+    code, _, errors = peftscope("contributed")
+    assert code == 2 and said in errors
+
+
+def test_damaged_files_are_refused_and_decide_nothing(card: Any) -> None:
+    card("S6")
+    (contribution,) = pack("gpu-check")
+    path = contribution.path()
+    path.parent.mkdir(parents=True)
+    text = json.dumps(contribution.content())
+    for damaged in ("", text[:2000], "[]", text.replace("10.5", "10.6", 1), "\udcff"):
+        path.write_bytes(damaged.encode(errors="surrogateescape"))
+        with pytest.raises(InputError, match=path.name):
+            read_contributions()
+        finding = evaluate_part(parts()["S6"])
+        assert finding.verdict == Verdict.NOT_RUN and path.name in finding.reason
+    path.write_text(text)
+    assert list(read_contributions()) == [path]
+    path.with_name("notes.txt").write_text("see my machine")
+    with pytest.raises(InputError, match=r"notes\.txt"):
+        read_contributions()
+
+
+def test_a_provenance_of_any_shape_is_refused_in_a_sentence(card: Any) -> None:
+    (record,) = card("S6")
+    facts = anonymous(record).provenance
+    shapes: list[dict[str, Any]] = [{}, facts | {"hardware": facts["hardware"] | {"gpu_memory_bytes": "24 GiB"}}]
+    shapes += [
+        facts | {section: odd} for section in facts for odd in (None, 5, [1], "x", {"x": 1}) if odd != facts[section]
+    ]
+    for provenance in shapes:
+        odd = record.model_copy(update={"provenance": provenance, "reason": None})
+        contribution = Contribution(experiment="gpu-check", card=CARD, records=[odd])
+        try:
+            check(contribution, "file")
+        except InputError:
+            continue
+        contribution.runs()  # a plain value that is allowed there
+        assert not isinstance(provenance["python"], list)
+
+
+def test_two_cards_must_agree_on_the_first_loss_and_on_the_batches(card: Any) -> None:
+    card("S6")
+    (first,) = pack("gpu-check")
+    (record,) = first.records
+    for changes, said in (
+        ({"train_nll": [10.6] * 24}, ""),
+        ({"train_nll": [11.5] * 24}, "over 2% apart"),
+        ({"train_batches_sha256": "cd" * 32}, "saw other batches"),
+    ):
+        facts = record.provenance | {"hardware": record.provenance["hardware"] | {"gpu": "Second card"}}
+        changed = record.model_copy(update={"provenance": facts, **changes})
+        second = first.model_copy(update={"card": "Second card", "records": [changed]})
+        for each in (first, second):
+            each.path().parent.mkdir(parents=True, exist_ok=True)
+            each.path().write_text(json.dumps(each.content()))
+        if said:
+            with pytest.raises(InputError, match=said):
+                read_contributions()
+        else:
+            assert len(read_contributions()) == 2
+        second.path().unlink()
+
+
+def test_without_a_run_on_a_card_it_says_what_to_do(card: Any, peftscope: Command) -> None:
+    card()
+    code, _, errors = peftscope("contribute")
+    assert code == 2 and "make gpu-check" in errors and "Traceback" not in errors
+
+
+def test_every_contributed_file_passes_the_checks(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    read_contributions()
