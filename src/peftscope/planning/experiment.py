@@ -15,7 +15,7 @@ from peftscope.files.problems import dotted, problems_of
 from peftscope.layout import EXPERIMENTS, RENAMED, STUDIES, check_experiment_name, shipped
 
 RESERVED_NAMES = ("published", "runs", "single", "memory", "processors")
-NOT_EXPERIMENTS = ("defaults", "models", "tasks", "claims", "claims-history", "findings")
+NOT_EXPERIMENTS = ("defaults", "models", "tasks", "claims", "claims-history", "findings", "advice")
 
 Values = Annotated[list[Any], Field(min_length=1)]
 
