@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from peftscope.errors import InputError, spoken_bytes
+from peftscope.hardware.cards import speed_of
 from peftscope.memory.answer import answer_by_formula
 from peftscope.memory.question import describe_model
 from peftscope.planning.estimate import spoken
-from peftscope.report.advice.options import LENGTHS, Fitter, Option, cards_by_memory, changed, smaller_models
+from peftscope.report.advice.options import LENGTHS, SHORTER, Fitter, Option, cards_by_memory, changed, smaller_models
 from peftscope.report.advice.rules import Findings, Rules, Standing
-from peftscope.report.advice.settings import Line, Settings, Situation, settings_for
+from peftscope.report.advice.settings import BITS_PER_PARAMETER, Line, Settings, Situation, settings_for
 
 MOST_CARDS = 8
 """The most cards of one machine."""
@@ -45,8 +46,8 @@ class Advice:
         said = []
         for name in option.changes:
             change = self.rules.change(name)
-            cut = f" ({option.cut_share:.1%} of those that were measured)" if option.cut_share else ""
-            said.append(f"{change.says}{cut} [{change.evidence(self.findings, self.situation.billions)}]")
+            cut = f", {100 * option.cut_share:.1f} % of those measured" if name == SHORTER and option.cut_share else ""
+            said.append(f"{change.says}{cut} ({change.evidence(self.findings, self.situation.billions)})")
         return "; ".join(said) or "nothing"
 
     def to_json(self) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def _lines(options: tuple[Option, ...], situation: Situation) -> Iterator[Line]:
     reason = "Gradients are the same; a step takes about a third longer, and activations take a fraction of the memory."
     yield Line("recomputation", how, (), reason if spec.checkpointing else "It fits without.", "computed", "computed")
     epochs = settings.lines["epochs"]
-    yield _said(epochs, f"{option.steps:,} steps ({epochs.text} epochs)")
+    yield _said(epochs, f"{option.steps:,} steps (epochs: {epochs.text})")
     yield _peak_line(option, situation)
     yield _time_line(option, situation)
     yield Line(
@@ -148,7 +149,7 @@ def _as_it_is(line: Line, option: Option, situation: Situation) -> Line:
     if line.setting == "rank":
         rank = getattr(spec.method, spec.method.rank_field)
         bits = f"{situation.data_bits / 1e6:,.3g} million bits of responses, which rank {situation.data_rank} stores"
-        says = f"{line.says} The data hold about {bits} at {int(2)} bits for each parameter."
+        says = f"{line.says} The data hold about {bits} at {BITS_PER_PARAMETER:g} bits for each parameter."
         return Line("rank", rank, line.choice, says, line.standing, line.evidence, line.claims)
     if line.setting == "alpha":
         return _said(line, f"{spec.method.alpha:g} (times the rank: {line.text})")  # type: ignore[attr-defined]
@@ -167,7 +168,7 @@ def _length_line(option: Option, situation: Situation) -> Line:
         says = "No example was measured; every one is taken to be as long. Give --data or --lengths."
         return Line("length", length, (), says, "custom", "nothing but custom")
     says = f"Longest of {len(situation.lengths):,} measured examples: {max(situation.lengths):,} tokens. "
-    says += f"{option.cut_share:.1%} are cut." if option.cut_share else "None is cut."
+    says += f"{100 * option.cut_share:.1f} % are cut." if option.cut_share else "None is cut."
     return Line("length", length, (), says, "computed", "measured on the data")
 
 
@@ -177,17 +178,17 @@ def _peak_line(option: Option, situation: Situation) -> Line:
     each = f" on each of {option.spread_over} cards" if option.spread_over > 1 else ""
     value = f"{spoken_bytes(option.peak_device_bytes, 1)}{each} of {spoken_bytes(situation.gpu.usable_bytes, 1)}"
     tested = answer.agreement or "this kind of run was not compared with simulations"
-    says = f"{line.says} With the loss of responses alone, as here; `peftscope memory` asks about other trainers.".strip()
+    says = f"{line.says} The longest batch, with a loss on every token.".strip()
     evidence = f"calculator: {tested}" + (f"; {line.evidence}" if line.claims else "")
     return Line("peak", value, (), says, "computed", evidence, line.claims)
 
 
 def _time_line(option: Option, situation: Situation) -> Line:
-    low, high = option.seconds
-    value = f"{spoken(low)} to {spoken(high)}"
+    value, fast_card = " to ".join(map(spoken, option.seconds)), speed_of(situation.gpu)[1]
     if option.time_is_measured:
         return Line("time", value, (), "The training alone.", "measured", "records of such a card")
-    says = "The training alone. A guess: operations over a sixth to a half of the card's peak rate in bf16."
+    high, low = (f"{100 * share:.0f} %" for share in option.rate_shares)
+    says = f"The training alone. A guess: its operations at {low} to {high} of the peak rate in bf16 of {fast_card}."
     return Line("time", value, (), says, "custom", "a guess: no record of such a card")
 
 
@@ -205,8 +206,9 @@ def _nearest(fitter: Fitter, methods: list[str]) -> Iterator[str]:
     for name in smaller_models(situation.billions):
         smaller = describe_model(name)
         assert smaller.shape is not None
-        if smaller.shape.parameters / 2 > situation.gpu.usable_bytes:
-            continue  # weights of 4 bits alone are too many
+        rest = smaller.shape.parameters - smaller.shape.linear_parameters
+        if smaller.shape.linear_parameters / 2 + 2 * rest > situation.gpu.usable_bytes:
+            continue  # the weights of a 4-bit base alone are too many
         fields = {**settings_for(method, situation, fitter.rules, fitter.findings).fields, **least}
         length = min(situation.seq_len, 512, smaller.max_seq_len or 512)
         try:
@@ -220,7 +222,8 @@ def _nearest(fitter: Fitter, methods: list[str]) -> Iterator[str]:
     if larger:
         yield f"A larger card for this model: {larger.name} ({spoken_bytes(larger.usable_bytes, 1)})."
     fields = {**_most_changed(fitter, "lora"), **least}
-    for cards in range(situation.gpus + 1, MOST_CARDS + 1):
+    fewest = 2e9 * situation.billions / situation.gpu.usable_bytes
+    for cards in range(max(situation.gpus, int(fewest)) + 1, MOST_CARDS + 1):
         peak = fitter.peak(fields, gpus=cards)
         if peak <= situation.gpu.usable_bytes:
             yield f"More such cards: {cards}, with 16-bit LoRA and its weights sharded, {spoken_bytes(peak, 1)} on each."

@@ -41,6 +41,7 @@ class Option:
         steps: The optimizer steps of the run.
         seconds: The shortest and the longest expected time of the training.
         time_is_measured: Whether records of such a card say the time; it is a guess otherwise.
+        rate_shares: The shares of the card's peak rate behind the two times.
         adapter_bytes: The size of what is trained, on disk.
         cut_share: The share of the measured examples that are cut; None if none was measured.
         spread_over: The cards that share the weights; copies of the model on several cards count as one.
@@ -55,6 +56,7 @@ class Option:
     steps: int
     seconds: tuple[float, float]
     time_is_measured: bool
+    rate_shares: tuple[float, float]
     adapter_bytes: int
     cut_share: float | None
     spread_over: int
@@ -77,6 +79,7 @@ class Fitter:
     def __init__(self, situation: Situation, rules: Rules, findings: Findings) -> None:
         self.situation, self.rules, self.findings = situation, rules, findings
         self._traces, self._forecaster = TrainingTraces(), Forecaster(situation.gpu)
+        self._peaks: dict[str, int] = {}
         self._limit = float(situation.gpu.usable_bytes)
 
     def options(self, methods: Sequence[str]) -> list[Option]:
@@ -93,7 +96,8 @@ class Fitter:
         order, priority = methods.index(option.method), self.situation.priority
         if priority in ("memory", "speed"):
             loss = max(option.standing, Standing.PAPERS)  # what is open counts as no loss
-            return loss, option.peak_device_bytes if priority == "memory" else sum(option.seconds), order
+            taken_up = option.peak_device_bytes if priority == "memory" else sum(option.seconds)
+            return loss, SHORTER in option.changes, taken_up, order
         return max(option.standing, Standing.HOLDS), order, len(option.changes)
 
     def _options_of(self, method: str) -> Iterator[Option]:
@@ -107,7 +111,7 @@ class Fitter:
         full = next(self._fitting(settings, subsets, forced, [self.situation.seq_len]), None)
         if full:
             yield full
-        if full is None or full.changes:
+        if full is None or len(full.changes) > len(forced):
             shorter = [length for length in LENGTHS if length < self.situation.seq_len]
             cut = [*forced, self.rules.change(SHORTER)]
             option = next(self._fitting(settings, [(), tuple(free)], cut, shorter), None)
@@ -168,15 +172,22 @@ class Fitter:
         return next((batch for batch in [*plain, *recomputed] if fits(batch)), least)
 
     def ask(self, fields: Mapping[str, Any], gpus: int | None = None, model: Model | None = None) -> Question:
-        """Returns the question about a run on the card."""
+        """Returns the question about a run on the card, with a loss on every token: the most that a run takes."""
         shards = gpus or self.shards(fields["method"])
-        return ask(model or self.situation.model, fields, gpu=self.situation.gpu, gpus=shards)
+        return ask(
+            model or self.situation.model, fields, responses=fields["seq_len"], gpu=self.situation.gpu, gpus=shards
+        )
 
     def peak(self, fields: Mapping[str, Any], gpus: int | None = None, model: Model | None = None) -> int:
-        """Returns the bytes that each card needs for the training."""
-        question = self.ask(fields, gpus, model)
-        with without_collector():
-            return peaks_by_formula(question, evaluation=False, traces=self._traces).device_bytes
+        """Returns the bytes that each card needs for the training; of a run that does not fit, perhaps only those of
+        its tensors."""
+        key = repr((sorted(fields.items()), gpus, model and model.name))
+        if key not in self._peaks:
+            question, enough = self.ask(fields, gpus, model), self.situation.gpu.usable_bytes
+            with without_collector():
+                peaks = peaks_by_formula(question, evaluation=False, traces=self._traces, enough=enough)
+            self._peaks[key] = peaks.device_bytes
+        return self._peaks[key]
 
     def _option(self, settings: Settings, changes: Sequence[Change], fields: dict[str, Any]) -> Option:
         situation = self.situation
@@ -199,6 +210,7 @@ class Fitter:
             steps=max(1, round(epochs * situation.examples / step)),
             seconds=(flops / (high * rate), flops / (low * rate)),
             time_is_measured=bool(shares),
+            rate_shares=(high, low),
             adapter_bytes=(2 if spec.method.trains_base else 4) * spec.method.trainable_parameters(shape),
             cut_share=cut / len(situation.lengths) if situation.lengths else None,
             spread_over=question.gpus,

@@ -313,4 +313,5 @@ def known_findings(path: Path | None = None) -> tuple[dict[str, dict[str, Any]],
     chosen = path or (CLAIMS_RESULTS if CLAIMS_RESULTS.is_file() else published_file("claims.json"))
     if path is None and not chosen.is_file():
         return {}, "no claims.json: no claim was run"
-    return {finding["id"]: finding for finding in read_findings(chosen)}, chosen.name
+    named = chosen.relative_to(REPOSITORY) if chosen.is_relative_to(REPOSITORY) else chosen
+    return {finding["id"]: finding for finding in read_findings(chosen)}, str(named)
