@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -12,10 +13,9 @@ import pytest
 import yaml
 from conftest import REPOSITORY, Command
 
-from peftscope.claims.ledger import read_ledger
 from peftscope.errors import InputError
 from peftscope.hardware.cards import find_gpu
-from peftscope.layout import ADVICE_FILE
+from peftscope.layout import ADVICE_FILE, CLAIMS_FILE
 from peftscope.memory.question import describe_model
 from peftscope.report.advice.advise import Advice, advise
 from peftscope.report.advice.rules import Rules, When, known_findings, read_rules
@@ -95,7 +95,8 @@ def test_ten_situations(path: Path) -> None:
 def test_every_claim_study_and_method_of_the_rules_exists_and_none_is_refuted() -> None:
     rules = read_rules()
     assert len(SITUATIONS) == 10
-    assert list(rules.problems([claim.id for claim in read_ledger()])) == []
+    ledger = Path(CLAIMS_FILE).read_text()  # as text, because reading it as a ledger loads every check
+    assert list(rules.problems(re.findall(r"^  - id: (\w+)$", ledger, re.MULTILINE))) == []
     assert rules.refuted(findings()) == []
 
 
@@ -136,7 +137,7 @@ def test_where_four_bits_cost_quality_cutting_examples_comes_first() -> None:
 
 
 def test_what_is_forgotten_decides_the_method_only_while_its_claim_stands() -> None:
-    asked = {"model": "llama-2-7b", "gpu": "a100-80gb", "examples": 20000, "priority": "retention"}
+    asked = {"model": "llama-3.2-1b", "gpu": "a100-80gb", "examples": 20000, "priority": "retention"}
     assert "P7" in line(advice_for(asked), "method").claims
     assert "P7" not in line(advice_for(asked, P7="wrong"), "method").claims
     assert line(advice_for(asked, P7="holds"), "method").choice == ()
@@ -204,7 +205,7 @@ def test_bad_input_is_a_sentence(options: list[str], says: str, peftscope: Comma
         ({"model": "llama-3-8b", "gpu": "rtx4060", "examples": 5000}, ["qlora"]),
         ({"model": "llama-3.2-1b", "gpu": "a100-80gb", "examples": 500000}, ["full", "lora"]),
         ({"model": "llama-2-7b", "gpu": "a100-80gb", "examples": 1000000, "gpus": 4}, ["full", "lora"]),
-        ({"model": "llama-2-7b", "gpu": "a100-80gb", "examples": 2000, "priority": "retention"}, ["lora", "full"]),
+        ({"model": "llama-2-7b", "gpu": "a100-80gb", "examples": 2000, "priority": "retention"}, ["lora", "qlora"]),
     ],
 )
 def test_a_written_experiment_tunes_and_pairs_and_has_an_a_a_arm(
@@ -224,7 +225,8 @@ def test_a_written_experiment_tunes_and_pairs_and_has_an_a_a_arm(
     ) + 3 * (len(arms) + 1) + 1
     forecaster = Forecaster(find_gpu(asked["gpu"]))
     unlike = {spec.method.name: (identity, spec) for identity, spec in sweep.runs.items()}
-    assert all(forecaster.forecast(*each).fits for each in unlike.values() if each[1].shards == 1)
+    for each in unlike.values():
+        assert forecaster.forecast(*each).fits, each
     assert all(spec.shards == (asked.get("gpus", 1) if spec.method.name in ("full", "lora") else 1) for spec in tuned)
 
 

@@ -232,8 +232,9 @@ class Experiment(BaseModel):
 
     @model_validator(mode="after")
     def _study_has_its_base(self) -> Experiment:
-        bases = [run for run in self.runs if run.get("method") == "none" and run.get("base_weights", "full") == "full"]
-        if self.study and not bases:
+        """Where the 16-bit base fits on no card, the base in 4 bits is the one that gains are counted from."""
+        weights = [run.get("base_weights", "full") for run in self.runs if run.get("method") == "none"]
+        if self.study and not {"full", "nf4"} & set(weights):
             raise ValueError("a study needs the untouched base, from which gains are counted: runs: [{method: none}]")
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def experiment_of(advice: Advice, card: str, task: str | None = None, pairs: int
         "title": f"Advice for {situation.model.name} on {situation.gpu.name}",
         "card": card,
         "fixed": {key: value for key, value in fixed.items() if key not in ("precision", "shards")},
-        "runs": [{"method": "none", "seed": 0, "validation_every": 0}],
+        "runs": [{"method": "none", **_base_weights(arms), "seed": 0, "validation_every": 0}],
         "study": {
             "arms": {option.method: _arm(option, best) for option in arms},
             "learning_rates": {option.method: list(option.settings.lines["learning_rate"].choice) for option in arms},
@@ -116,6 +117,11 @@ def experiment_of(advice: Advice, card: str, task: str | None = None, pairs: int
             "control_seeds": [0],
         },
     }
+
+
+def _base_weights(arms: Sequence[Option]) -> dict[str, str]:
+    """Returns the weights of the untouched base: in 4 bits where all arms have them so, since others may not fit."""
+    return {"base_weights": "nf4"} if all(option.question.spec.method.quantization() for option in arms) else {}
 
 
 def _fields(option: Option) -> dict[str, Any]:
