@@ -46,6 +46,7 @@ def line(advice: Advice, setting: str) -> Any:
     return next(each for each in advice.lines if each.setting == setting)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SITUATIONS, ids=lambda path: path.stem)
 def test_ten_situations(path: Path) -> None:
     case = yaml.safe_load(path.read_text())
@@ -107,7 +108,7 @@ def test_a_recommendation_whose_claim_is_missing_or_refuted_is_a_problem() -> No
     assert [p.where.split(": ")[1] for p in rules.refuted(with_verdicts(S54="holds"))] == ["method"]
     content = yaml.safe_load(Path(ADVICE_FILE).read_text())
     content["rules"] = [rule for rule in content["rules"] if rule["setting"] != "rank" or rule.get("claims")]
-    assert ["rules: rank"] == [p.where for p in Rules.model_validate(content).problems(claims)]
+    assert [p.where for p in Rules.model_validate(content).problems(claims)] == ["rules: rank"]
 
 
 def test_a_rule_file_with_an_unknown_key_says_which(tmp_path: Path) -> None:
@@ -128,9 +129,8 @@ def test_a_rank_is_a_range_while_its_claims_are_open_and_a_point_once_they_hold(
 
 
 def test_where_four_bits_cost_quality_cutting_examples_comes_first() -> None:
-    asked = {"model": "llama-3-8b", "gpu": "rtx4090", "examples": 1000}
-    measured = (300,) * 990 + (7000,) * 10
-    before, after = advice_for(asked, measured), advice_for(asked, measured, P18="wrong")
+    asked = {"model": "llama-3.2-1b", "gpu": "4GiB", "examples": 5000}
+    before, after = advice_for(asked), advice_for(asked, P18="wrong")
     assert (before.options[0].method, before.options[0].changes) == ("qlora", ("qlora",))
     assert (after.options[0].method, after.options[0].changes) == ("lora", ("shorter",))
     assert "P18 wrong" in after.costs(after.options[1])
@@ -176,9 +176,10 @@ def test_the_command_speaks_to_people_and_programs_within_five_seconds(peftscope
     assert code == 0 and answer["examples"] == 64 and best["method"]["name"] == "qlora" and best["seq_len"] < 1700
     assert best["cut_share"] == pytest.approx(4 / 64)
     assert {"method", "rank", "learning_rate", "batch", "peak", "time"} <= {each["setting"] for each in answer["lines"]}
-    code, out, _ = peftscope("advise", "--model", "llama-2-70b", "--gpu", "rtx4060", "--examples", "10")
+    code, out, _ = peftscope("advise", "--model", "llama-3.2-1b", "--gpu", "1GiB", "--examples", "10")
     assert code == 1 and "Nothing fits" in out and "larger card" in out
-    assert "learning rate" in peftscope("advise", *options)[1]
+    code, out, _ = peftscope("advise", "--model", "llama-3.2-1b", "--gpu", "4GiB", "--examples", "10")
+    assert code == 0 and "learning rate" in out and "S54" in out
 
 
 @pytest.mark.parametrize(
@@ -195,17 +196,17 @@ def test_the_command_speaks_to_people_and_programs_within_five_seconds(peftscope
     ],
 )
 def test_bad_input_is_a_sentence(options: list[str], says: str, peftscope: Command) -> None:
-    code, _, err = peftscope("advise", "--model", "llama-3-8b", *options)
+    code, _, err = peftscope("advise", "--model", "llama-3.2-1b", *options)
     assert code == 2 and says in err
 
 
 @pytest.mark.parametrize(
     ("asked", "arms"),
     [
-        ({"model": "llama-3-8b", "gpu": "rtx4060", "examples": 5000}, ["qlora"]),
+        ({"model": "llama-3.2-1b", "gpu": "3GiB", "examples": 5000}, ["qlora"]),
         ({"model": "llama-3.2-1b", "gpu": "a100-80gb", "examples": 500000}, ["full", "lora"]),
-        ({"model": "llama-2-7b", "gpu": "a100-80gb", "examples": 1000000, "gpus": 4}, ["full", "lora"]),
-        ({"model": "llama-2-7b", "gpu": "a100-80gb", "examples": 2000, "priority": "retention"}, ["lora", "qlora"]),
+        ({"model": "llama-3.2-1b", "gpu": "rtx4090", "examples": 1000000, "gpus": 4}, ["full", "lora"]),
+        ({"model": "llama-3.2-1b", "gpu": "rtx4090", "examples": 2000, "priority": "retention"}, ["lora", "qlora"]),
     ],
 )
 def test_a_written_experiment_tunes_and_pairs_and_has_an_a_a_arm(
@@ -220,9 +221,14 @@ def test_a_written_experiment_tunes_and_pairs_and_has_an_a_a_arm(
     assert study is not None and list(study.arms) == arms and study.a_a == arms[0]
     tuned = [spec for spec in sweep.runs.values() if spec.seed >= 100]
     assert len({spec.learning_rate for spec in tuned}) >= 3
-    assert len(sweep.runs) == 1 + sum(len(rates) for rates in study.learning_rates.values()) + len(
-        study.learning_rates[arms[0]]
-    ) + 3 * (len(arms) + 1) + 1
+    assert (
+        len(sweep.runs)
+        == 1
+        + sum(len(rates) for rates in study.learning_rates.values())
+        + len(study.learning_rates[arms[0]])
+        + 3 * (len(arms) + 1)
+        + 1
+    )
     forecaster = Forecaster(find_gpu(asked["gpu"]))
     unlike = {spec.method.name: (identity, spec) for identity, spec in sweep.runs.items()}
     for each in unlike.values():
@@ -235,11 +241,14 @@ def test_the_experiment_for_the_toy_model_runs_as_it_is(
     own: Any, peftscope: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every run is a real one, but in this process, which saves the start of some twenty."""
+    from peftscope.analysis.collect import collect_experiment
+    from peftscope.analysis.study import StudyResults
     from peftscope.analysis.tuning import choose_next
     from peftscope.execution import sweep
     from peftscope.execution.phases import Phases
     from peftscope.execution.run import execute
     from peftscope.execution.sweep import run_sweep
+    from peftscope.planning.plan import plan_experiment
     from peftscope.record import state_folder, write_record
 
     def run_here(identity: str, spec: Any, folder: Path, *options: str, deadline: float) -> str:
@@ -257,7 +266,7 @@ def test_the_experiment_for_the_toy_model_runs_as_it_is(
     assert peftscope("advise", *options)[0] == 0
     outcome = run_sweep("toy-advice", lambda spec: 1.0, choose_next)
     assert not outcome.failed and not outcome.left
-    code, out, _ = peftscope("report", "toy-advice")
-    assert code == 0, out
-    page = Path("reports/toy-advice.html").read_text()
-    assert "lora-a-a" in page and "full" in page
+    collect_experiment(plan_experiment("toy-advice").sweep)
+    study = StudyResults("toy-advice")
+    study.require_finished()
+    assert {"lora", "lora-a-a"} <= set(study.arms) and len(study.arms) == 3

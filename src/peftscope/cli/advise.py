@@ -36,12 +36,15 @@ def advise_command(
     data: Annotated[Path | None, typer.Option(help="A JSONL file whose examples are measured.")] = None,
     fields: Annotated[str | None, typer.Option(help="Its fields that are text; default text.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="A folder with it; default that of the model.")] = None,
-    lengths: Annotated[Path | None, typer.Option(help="Instead of --data: a file with one length on each line.")] = None,
+    lengths: Annotated[
+        Path | None, typer.Option(help="Instead of --data: a file with one length on each line.")
+    ] = None,
     write: Annotated[str | None, typer.Option(help="Write experiments/NAME.yaml, which checks the advice.")] = None,
     task: Annotated[str | None, typer.Option(help="With --write: a task of tasks.yaml.")] = None,
     pairs: Annotated[int, typer.Option(min=2, max=20, help="With --write: pairs of seeds.")] = 5,
     claims: Annotated[
-        Path | None, typer.Option(help="Verdicts of this claims.json; default results/claims.json, or the published ones.")
+        Path | None,
+        typer.Option(help="Verdicts of this claims.json; default results/claims.json, or the published ones."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs; the keys are stable.")] = False,
 ) -> None:
@@ -106,10 +109,14 @@ def show_advice(advice: Advice, console: Console) -> None:
     table = Table("", "advice", "why", "rests on", box=None, padding=(0, 1, 1, 0))
     for each in advice.lines:
         name = TITLES.get(each.setting, each.setting)
-        table.add_row(*map(escape, (name, each.text, each.says, each.evidence)), style="bold" if name == "method" else "")
+        table.add_row(
+            *map(escape, (name, each.text, each.says, each.evidence)), style="bold" if name == "method" else ""
+        )
     console.print(table)
     console.print("Ways that fit, in order of what they cost in quality, and then of your priority:")
-    others = Table("", "batch", "length", "recomputed", "peak", "time", "costs in quality", box=None, padding=(0, 1, 1, 0))
+    others = Table(
+        "", "batch", "length", "recomputed", "peak", "time", "costs in quality", box=None, padding=(0, 1, 1, 0)
+    )
     for option in advice.options:
         spec = option.question.spec
         others.add_row(

@@ -153,7 +153,7 @@ class Forecaster:
         return ", ".join(f"{k}: {json.dumps(v).strip(chr(34))}" for k, v in (changes | fields_of(changes)).items())
 
     def measured_shares(self, spec: RunSpec) -> list[float]:
-        """Returns the shares of the peak rate that records of such a card reached, of the same method if there are any."""
+        """Returns the shares of the peak rate that records of such a card reached, if possible of the same method."""
         here = [
             (record, before)
             for record, before in _measured_specs()
@@ -211,8 +211,8 @@ def training_flops(spec: RunSpec) -> float:
 def token_flops(spec: RunSpec, shape: ModelShape, length: float) -> float:
     """Returns the floating-point operations of training on one token of a sequence.
 
-    They are two per weight in the forward pass and two for the gradients of activations. Two more per trained weight are
-    for their gradients, and two per weight for recomputing. Attention is causal.
+    They are two per weight in the forward pass and two for the gradients of activations. Two more per trained weight
+    are for their gradients, and two per weight for recomputing. Attention is causal.
     """
     trained = spec.method.trainable_parameters(shape)
     full = spec.method.trains_base

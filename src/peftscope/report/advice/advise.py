@@ -75,7 +75,10 @@ class Advice:
             "changes": list(option.changes),
             "quality_loss_rests_on": option.standing.name.lower(),
             "costs": self.costs(option),
-            **{name: getattr(spec, name) for name in ("batch_size", "seq_len", "checkpointing", "precision", "optimizer")},
+            **{
+                name: getattr(spec, name)
+                for name in ("batch_size", "seq_len", "checkpointing", "precision", "optimizer")
+            },
             "gradient_accumulation": option.accumulation,
             "shards": option.spread_over,
             "steps": option.steps,
@@ -226,7 +229,7 @@ def _nearest(fitter: Fitter, methods: list[str]) -> Iterator[str]:
     for cards in range(max(situation.gpus, int(fewest)) + 1, MOST_CARDS + 1):
         peak = fitter.peak(fields, gpus=cards)
         if peak <= situation.gpu.usable_bytes:
-            yield f"More such cards: {cards}, with 16-bit LoRA and its weights sharded, {spoken_bytes(peak, 1)} on each."
+            yield f"More such cards: {cards}, with 16-bit LoRA and sharded weights, {spoken_bytes(peak, 1)} on each."
             break
 
 

@@ -109,7 +109,9 @@ class Grounds(BaseModel):
         if self.papers:
             told.append(f"papers: {self.papers}{_reach(self.reaches_billions, billions)}")
         standing = self.standing(findings)
-        if standing is Standing.CUSTOM or (standing is Standing.OPEN and len(waiting) == len(named) and not self.papers):
+        if standing is Standing.CUSTOM or (
+            standing is Standing.OPEN and len(waiting) == len(named) and not self.papers
+        ):
             told.append("nothing but custom")
         if standing is Standing.OPEN:
             told.insert(0, "open")
@@ -253,7 +255,7 @@ class Rules(BaseModel):
         yield from ((f"changes: {change.name}", change) for change in self.changes)
 
     def problems(self, claims: Sequence[str]) -> Iterator[Problem]:
-        """Yields what is wrong with the rules: unknown claims, studies and methods, and settings that may fall silent."""
+        """Yields what is wrong with the rules: unknown claims, studies or methods, and settings that may be silent."""
         studies = experiment_names()
         for where, grounds in self._named():
             for kind, names, known in (
