@@ -146,8 +146,8 @@ def _comments(advice: Advice, name: str, task: str | None) -> str:
     asked = advice.situation
     lines = [
         f"Written by `peftscope advise --model {asked.model.name} --examples {asked.examples} ... --write {name}`.",
-        "Each arm is tuned on seeds of its own and compared in pairs of fresh seeds. The first arm enters a second time",
-        "(A/A): a difference that is no larger than its own means nothing.",
+        "Each arm is tuned on seeds of its own and compared in pairs of fresh seeds. The first arm enters twice (A/A):",
+        "a difference that is no larger than its own means nothing.",
     ]
     if task is None:
         lines += [
