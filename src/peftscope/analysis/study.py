@@ -238,9 +238,9 @@ class StudyResults:
     @property
     def _base_runs(self) -> pd.DataFrame:
         """The runs of the untouched base, or of its 4-bit copy if the study has no other."""
-        runs, weights = self.table[self.table["method"] == "none"], self.table.get("base_weights")
-        full = runs[weights == "full"]
-        return full if len(full) else runs[weights == "nf4"]
+        runs = self.table[self.table["method"] == "none"]
+        by_weights = {weights: runs[runs["base_weights"] == weights] for weights in ("full", "nf4") if len(runs)}
+        return next((chosen for chosen in by_weights.values() if len(chosen)), runs)
 
     @property
     def base_loss(self) -> float:

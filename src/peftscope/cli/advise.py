@@ -94,6 +94,8 @@ def _write(advice: Advice, name: str, card: str, task: str | None, pairs: int, *
 
 def show_advice(advice: Advice, console: Console) -> None:
     """Prints the advice: its lines with what they rest on, and the other ways in order with what each costs."""
+    from peftscope.planning.estimate import spoken
+
     asked = advice.situation
     cards = f"{asked.gpus} × " if asked.gpus > 1 else ""
     console.print(
@@ -125,13 +127,8 @@ def show_advice(advice: Advice, console: Console) -> None:
             str(spec.seq_len),
             "yes" if spec.checkpointing else "no",
             spoken_bytes(option.peak_device_bytes, 1),
-            _hours(option.seconds),
+            " to ".join(map(spoken, option.seconds)),
             escape(advice.costs(option)),
         )
     console.print(others)
     console.print(f"Verdicts on claims: {advice.claims_from}; `peftscope claims --id S54` says what one means.")
-
-
-def _hours(seconds: tuple[float, float]) -> str:
-    low, high = (value / 3600 for value in seconds)
-    return f"{low:.2g} to {high:.2g} h"

@@ -151,7 +151,7 @@ def _as_it_is(line: Line, option: Option, situation: Situation) -> Line:
     spec = option.question.spec
     if line.setting == "rank":
         rank = getattr(spec.method, spec.method.rank_field)
-        bits = f"{situation.data_bits / 1e6:,.3g} million bits of responses, which rank {situation.data_rank} stores"
+        bits = f"{situation.data_bits:,.0f} bits of responses, which rank {situation.data_rank} stores"
         says = f"{line.says} The data hold about {bits} at {BITS_PER_PARAMETER:g} bits for each parameter."
         return Line("rank", rank, line.choice, says, line.standing, line.evidence, line.claims)
     if line.setting == "alpha":
