@@ -155,7 +155,7 @@ def _as_it_is(line: Line, option: Option, situation: Situation) -> Line:
         says = f"{line.says} The data hold about {bits} at {BITS_PER_PARAMETER:g} bits for each parameter."
         return Line("rank", rank, line.choice, says, line.standing, line.evidence, line.claims)
     if line.setting == "alpha":
-        return _said(line, f"{spec.method.alpha:g} (times the rank: {line.text})")  # type: ignore[attr-defined]
+        return _said(line, f"{option.alpha:g} (times the rank: {line.text})")
     if line.setting == "precision" and spec.method.trains_base:
         return _said(line, "32-bit weights under bf16 autocast" if spec.precision == "amp" else spec.precision)
     return line

@@ -156,7 +156,7 @@ class Settings:
             return {**chosen, "precision": "amp"}  # as the line on precision says
         rank = self.value("rank")
         own = {"rank": rank, "alpha": self.value("alpha") * rank}
-        return {**chosen, **own, **{name: self.value(name) for name in ("targets", "dropout")}}  # type: ignore[arg-type]
+        return {**chosen, **own, **{name: self.value(name) for name in ("targets", "dropout")}}
 
 
 def settings_for(method: str, situation: Situation, rules: Rules, findings: Findings) -> Settings:
