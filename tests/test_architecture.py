@@ -38,6 +38,8 @@ NO_TORCH = [
     "analysis.study",
     "analysis.cards",
     "execution.sweep",
+    "report.advice.advise",
+    "report.advice.experiment",
     "report.memory",
     "report.page",
     "report.publish",

@@ -15,6 +15,7 @@ TASKS_FILE = EXPERIMENTS / "tasks.yaml"
 CLAIMS_FILE = EXPERIMENTS / "claims.yaml"
 CLAIMS_HISTORY = EXPERIMENTS / "claims-history.yaml"
 FINDINGS_FILE = EXPERIMENTS / "findings.yaml"
+ADVICE_FILE = EXPERIMENTS / "advice.yaml"
 
 RESOURCES = Path("resources")
 MODELS_FOLDER = RESOURCES / "models"

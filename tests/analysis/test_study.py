@@ -17,7 +17,7 @@ import yaml
 from scipy import stats
 
 from peftscope.analysis.collect import collect_experiment
-from peftscope.analysis.study import StudyResults
+from peftscope.analysis.study import HELDOUT, StudyResults
 from peftscope.analysis.tuning import choose_rates, fit_rate
 from peftscope.claims.checks import training
 from peftscope.claims.evaluate import evaluate_part
@@ -196,6 +196,14 @@ def test_a_study_needs_the_untouched_base(write_experiment) -> None:
 
 
 # How a rate is chosen.
+
+
+def test_gains_are_counted_from_the_base_in_4_bits_only_if_there_is_no_other() -> None:
+    study = StudyResults.__new__(StudyResults)
+    study.table = pd.DataFrame({"method": "none", "base_weights": ["nf4", "full"], HELDOUT: [2.0, 3.0]})
+    assert study.base_loss == 3.0
+    study.table = study.table.iloc[:1]
+    assert study.base_loss == 2.0
 
 
 def test_the_lowest_validation_loss_chooses_and_everything_tried_is_kept(tuned: None) -> None:

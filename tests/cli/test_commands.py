@@ -24,8 +24,10 @@ DOCUMENTS = [
 TREATMENTS = {
     # A trainer's file, or a data set, of the reader's own.
     r"peftscope memory (\S+ )?--(config|data) .*": "help",
+    # A data set, or a file that would be written.
+    r"peftscope advise .*--(data|write) .*": "help",
     # Whole: an answer within seconds.
-    r"peftscope (memory|fit|models|why|oom|expand|doctor|claims --id) ?.*": "whole",
+    r"peftscope (advise|memory|fit|models|why|oom|expand|doctor|claims --id) ?.*": "whole",
     # These train, measure or need what was trained: their options are read, and nothing more.
     r"(python -m )?peftscope (run|sweep|merge|report|contributed?|claims --(kind|reuse))( .*)?": "help",
     # Runs and files of the reader's own; what it says of them is tested with those of tests.
@@ -43,7 +45,7 @@ TREATMENTS = {
 }
 """How a command is tried, by a pattern of all of it."""
 
-SLOW = {"memory", "fit", "why", "oom", "expand", "doctor", "claims", "compare", "snakemake", "-m"}
+SLOW = {"advise", "memory", "fit", "why", "oom", "expand", "doctor", "claims", "compare", "snakemake", "-m"}
 """Programs, or their commands, that take over ten seconds together."""
 
 

@@ -236,10 +236,16 @@ class StudyResults:
             self.control_runs(control, arm)
 
     @property
+    def _base_runs(self) -> pd.DataFrame:
+        """The runs of the untouched base, or of its 4-bit copy if the study has no other."""
+        runs = self.table[self.table["method"] == "none"]
+        by_weights = {weights: runs[runs["base_weights"] == weights] for weights in ("full", "nf4") if len(runs)}
+        return next((chosen for chosen in by_weights.values() if len(chosen)), runs)
+
+    @property
     def base_loss(self) -> float:
         """The held-out loss of the untouched base."""
-        weights = self.table.get("base_weights")
-        runs = self.table[(self.table["method"] == "none") & (weights == "full")]
+        runs = self._base_runs
         if runs[HELDOUT].isna().all():
             raise self._unfinished("no run of the untouched base")
         return float(runs[HELDOUT].iloc[0])
@@ -247,8 +253,7 @@ class StudyResults:
     @property
     def base_accuracy(self) -> float:
         """The exact match of the untouched base, as a fraction; 0 if it was not measured."""
-        runs = self.table[(self.table["method"] == "none") & (self.table.get("base_weights") == "full")]
-        return float(runs[ACCURACY].fillna(0.0).iloc[0])
+        return float(self._base_runs[ACCURACY].fillna(0.0).iloc[0])
 
     @cached_property
     def task_gain(self) -> float:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from peftscope.cli import claims, compare, contribute, memory, rules, verify, why
+from peftscope.cli import advise, claims, compare, contribute, memory, rules, verify, why
 from peftscope.errors import InputError, Problem, printable
 from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
 from peftscope.layout import record_path, run_folder
@@ -37,6 +37,7 @@ app.add_typer(memory.app)
 app.add_typer(why.app)
 app.add_typer(claims.app)
 app.add_typer(compare.app)
+app.add_typer(advise.app)
 app.add_typer(rules.app)
 app.add_typer(verify.app)
 app.add_typer(contribute.app)

@@ -13,9 +13,10 @@ from peftscope.errors import InputError, Problem, close_match
 from peftscope.files.content import CountOrZero, read_yaml
 from peftscope.files.problems import dotted, problems_of
 from peftscope.layout import EXPERIMENTS, RENAMED, STUDIES, check_experiment_name, shipped
+from peftscope.methods import METHODS
 
 RESERVED_NAMES = ("published", "runs", "single", "memory", "processors")
-NOT_EXPERIMENTS = ("defaults", "models", "tasks", "claims", "claims-history", "findings")
+NOT_EXPERIMENTS = ("defaults", "models", "tasks", "claims", "claims-history", "findings", "advice")
 
 Values = Annotated[list[Any], Field(min_length=1)]
 
@@ -232,10 +233,18 @@ class Experiment(BaseModel):
 
     @model_validator(mode="after")
     def _study_has_its_base(self) -> Experiment:
-        bases = [run for run in self.runs if run.get("method") == "none" and run.get("base_weights", "full") == "full"]
-        if self.study and not bases:
+        """Raises ValueError without a base. One in 4 bits is enough where all arms have it so: 16 bits may not fit."""
+        weights = [run.get("base_weights", "full") for run in self.runs if run.get("method") == "none"]
+        in_4_bits = self.study and all(_is_in_4_bits(arm.get("method")) for arm in self.study.arms.values())
+        if self.study and not {"full", *(["nf4"] if in_4_bits else [])} & set(weights):
             raise ValueError("a study needs the untouched base, from which gains are counted: runs: [{method: none}]")
         return self
+
+
+def _is_in_4_bits(method: Any) -> bool:
+    """Returns whether a method's base is in 4 bits. A method that is not known is refused elsewhere."""
+    known = isinstance(method, str) and method in METHODS
+    return known and METHODS[method].model_validate({"name": method}).quantization() is not None
 
 
 def deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

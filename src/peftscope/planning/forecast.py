@@ -116,7 +116,8 @@ class Forecaster:
         key = memory_key(spec)
         if key not in self._memory:
             model = Model(spec.model, shape.to_config(), shape)
-            peaks = peaks_by_formula(Question(model, spec, spec.seq_len, self.gpu, spec.shards, ()))
+            each = spec.model_copy(update={"batch_size": spec.batch_size // spec.shards})  # cards share a batch's rows
+            peaks = peaks_by_formula(Question(model, each, spec.seq_len, self.gpu, spec.shards, ()))
             resident = sum(block.size for block in peaks.alive("evaluate") if block.kind in RESIDENT)
             self._memory[key] = _Memory(peaks.allocated_bytes, peaks.device_bytes, peaks.binding_phase, resident)
         memory, cache = self._memory[key], _cache_bytes(spec, shape)
@@ -151,17 +152,21 @@ class Forecaster:
             return "a larger card"
         return ", ".join(f"{k}: {json.dumps(v).strip(chr(34))}" for k, v in (changes | fields_of(changes)).items())
 
-    def share(self, spec: RunSpec) -> float:
-        """Returns the share of the card's peak rate that training reaches: measured on such a card, or a guess."""
+    def measured_shares(self, spec: RunSpec) -> list[float]:
+        """Returns the shares of the peak rate that records of such a card reached, if possible of the same method."""
         here = [
             (record, before)
             for record, before in _measured_specs()
             if before.device == "cuda" and known_card(str(record["provenance"]["hardware"].get("gpu"))) == self.gpu
         ]
         same = [pair for pair in here if pair[1].method.name == spec.method.name]
-        reached = [training_flops(before) / record["seconds"]["train"] for record, before in same or here]
-        if reached:
-            return median(reached) / self.peak_flops
+        flops = (training_flops(before) / record["seconds"]["train"] for record, before in same or here)
+        return [rate / self.peak_flops for rate in flops]
+
+    def share(self, spec: RunSpec) -> float:
+        """Returns the share of the card's peak rate that training reaches: measured on such a card, or a guess."""
+        if measured := self.measured_shares(spec):
+            return median(measured)
         if spec.precision == "fp32":
             return SHARE_FP32
         return SHARE_FOUR_BIT if spec.method.quantization() else SHARE
@@ -194,23 +199,28 @@ def _measured_specs() -> Iterator[tuple[dict[str, Any], RunSpec]]:
 
 
 def training_flops(spec: RunSpec) -> float:
-    """Returns the floating-point operations of a run's training, including those on padding.
-
-    A token takes two operations per weight in the forward pass and two for the gradients of activations. It takes two
-    more per trained weight for their gradients, and two per weight for recomputing. Attention is causal.
-    """
+    """Returns the floating-point operations of a run's training, including those on padding."""
     shape = find_model(spec.model).shape
     if shape is None or not spec.method.trains:
         return 0.0
     length = min(spec.seq_len, PADDING * item_tokens(spec.task))
     tokens = spec.steps * spec.gradient_accumulation * spec.batch_size * (spec.seq_len if spec.packing else length)
+    return tokens * token_flops(spec, shape, length)
+
+
+def token_flops(spec: RunSpec, shape: ModelShape, length: float) -> float:
+    """Returns the floating-point operations of training on one token of a sequence.
+
+    They are two per weight in the forward pass and two for the gradients of activations. Two more per trained weight
+    are for their gradients, and two per weight for recomputing. Attention is causal.
+    """
     trained = spec.method.trainable_parameters(shape)
     full = spec.method.trains_base
     passes = 3 if full else 2
     matrices = shape.linear_parameters + shape.vocab_size * shape.hidden_size
     each: float = 2 * passes * matrices + (0 if full else 6 * trained)
     each += passes * 2 * length * shape.num_heads * shape.head_dim * shape.num_layers
-    return float(tokens * (each + (2 * shape.linear_parameters if spec.checkpointing else 0)))
+    return float(each + (2 * shape.linear_parameters if spec.checkpointing else 0))
 
 
 def _evaluation_flops(spec: RunSpec, shape: ModelShape) -> float:

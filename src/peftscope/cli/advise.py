@@ -1,0 +1,134 @@
+"""``peftscope advise``: what to train and how, with what every line rests on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from peftscope.cli.memory import wide_console
+from peftscope.errors import InputError, Problem, close_match, spoken_bytes
+
+if TYPE_CHECKING:
+    from peftscope.report.advice.advise import Advice
+
+app = typer.Typer()
+
+TITLES = {"learning_rate": "learning rate", "precision": "base precision", "variants": "other methods"}
+"""The names of settings that a table shows in other words."""
+
+
+@app.command("advise")
+def advise_command(
+    model: Annotated[str, typer.Option(help="A preset (llama-3-8b, ...), a config.json, or a hub id.")],
+    gpu: Annotated[str, typer.Option(help="The card: rtx4090, a100, ..., or its memory: 24GiB.")],
+    examples: Annotated[int | None, typer.Option(help="Training examples; default: those of --data.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="The number of such cards.")] = 1,
+    priority: Annotated[str, typer.Option(help="quality, memory, speed or retention.")] = "quality",
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Longest example in tokens; default: that of the data, or 512.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="A JSONL file whose examples are measured.")] = None,
+    fields: Annotated[str | None, typer.Option(help="Its fields that are text; default text.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="A folder with it; default that of the model.")] = None,
+    lengths: Annotated[
+        Path | None, typer.Option(help="Instead of --data: a file with one length on each line.")
+    ] = None,
+    write: Annotated[str | None, typer.Option(help="Write experiments/NAME.yaml, which checks the advice.")] = None,
+    task: Annotated[str | None, typer.Option(help="With --write: a task of tasks.yaml.")] = None,
+    pairs: Annotated[int, typer.Option(min=2, max=20, help="With --write: pairs of seeds.")] = 5,
+    claims: Annotated[
+        Path | None,
+        typer.Option(help="Verdicts of this claims.json; default results/claims.json, or the published ones."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs; the keys are stable.")] = False,
+) -> None:
+    """Say which method, settings, batch and length to take, what that costs, and what each line rests on."""
+    from peftscope.cli.lengths import items_asked
+    from peftscope.hardware.cards import find_gpu
+    from peftscope.memory.question import describe_model
+    from peftscope.report.advice.advise import advise
+    from peftscope.report.advice.rules import Priority, known_findings, read_rules
+    from peftscope.report.advice.settings import USUAL_LENGTH, Situation
+
+    chosen = next((choice for choice in get_args(Priority) if choice == priority), None)
+    if chosen is None:
+        remedy = close_match(priority, get_args(Priority))
+        raise InputError(Problem("--priority", f"unknown (got {priority!r})", remedy))
+    own: dict[str, Any] = {"fields": fields, "tokenizer": tokenizer}
+    nothing = dict.fromkeys(("steps", "seed", "drop_last", "group_by_length", "figure"))
+    measured = items_asked(lengths, data, model, own | nothing)
+    if not (examples or measured) or (examples is not None and examples < 1):
+        got = "" if examples is None else f" (got {examples})"
+        raise InputError(Problem("--examples", f"must be at least 1{got}", "say how many there are, or give --data"))
+    if (task or pairs != 5) and not write:
+        raise InputError(Problem("--task" if task else "--pairs", "is about a written experiment", "give --write NAME"))
+    base, card = describe_model(model), find_gpu(gpu)
+    longest = seq_len or max(measured, default=USUAL_LENGTH)
+    longest = min(longest, base.max_seq_len or longest)
+    situation = Situation(base, card, examples or len(measured), gpus, chosen, longest, tuple(measured))
+    findings, where = known_findings(claims)
+    advice = advise(situation, read_rules(), findings, where)
+    if as_json:
+        print(json.dumps(advice.to_json(), ensure_ascii=False))
+    else:
+        show_advice(advice, wide_console())
+    if write:
+        _write(advice, write, gpu, task, pairs, quiet=as_json)
+    raise typer.Exit(0 if advice.options else 1)
+
+
+def _write(advice: Advice, name: str, card: str, task: str | None, pairs: int, *, quiet: bool) -> None:
+    from peftscope.hardware.device import detect_device
+    from peftscope.report.advice.experiment import write_experiment
+
+    path, sweep = write_experiment(advice, name, card, detect_device(), task, pairs)
+    if not quiet:
+        print(f"{path}: {len(sweep.runs)} runs; next: peftscope expand {name} --brief, then peftscope sweep {name}")
+
+
+def show_advice(advice: Advice, console: Console) -> None:
+    """Prints the advice: its lines with what they rest on, and the other ways in order with what each costs."""
+    from peftscope.planning.estimate import spoken
+
+    asked = advice.situation
+    cards = f"{asked.gpus} × " if asked.gpus > 1 else ""
+    console.print(
+        f"{asked.model.name} on {cards}{asked.gpu.name}, {asked.examples:,} examples, {asked.priority} first",
+        style="bold",
+        markup=False,
+    )
+    if not advice.options:
+        console.print("[red]Nothing fits.[/] The nearest that does:")
+        for line in advice.nearest:
+            console.print(f"  {line}", markup=False)
+        return
+    table = Table("", "advice", "why", "rests on", box=None, padding=(0, 1, 1, 0))
+    for each in advice.lines:
+        name = TITLES.get(each.setting, each.setting)
+        table.add_row(
+            *map(escape, (name, each.text, each.says, each.evidence)), style="bold" if name == "method" else ""
+        )
+    console.print(table)
+    console.print("Ways that fit, in order of what they cost in quality, and then of your priority:")
+    others = Table(
+        "", "batch", "length", "recomputed", "peak", "time", "costs in quality", box=None, padding=(0, 1, 1, 0)
+    )
+    for option in advice.options:
+        spec = option.question.spec
+        others.add_row(
+            ", ".join([option.method, *(name for name in option.changes if name != option.method)]),
+            f"{spec.batch_size} × {option.accumulation}",
+            str(spec.seq_len),
+            "yes" if spec.checkpointing else "no",
+            spoken_bytes(option.peak_device_bytes, 1),
+            " to ".join(map(spoken, option.seconds)),
+            escape(advice.costs(option)),
+        )
+    console.print(others)
+    console.print(f"Verdicts on claims: {advice.claims_from}; `peftscope claims --id S54` says what one means.")

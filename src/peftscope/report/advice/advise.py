@@ -1,0 +1,241 @@
+"""Joins rules, memory and time into advice, and says what is nearest if nothing fits. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from peftscope.errors import InputError, spoken_bytes
+from peftscope.hardware.cards import speed_of
+from peftscope.memory.answer import answer_by_formula
+from peftscope.memory.question import describe_model
+from peftscope.planning.estimate import spoken
+from peftscope.report.advice.options import LENGTHS, SHORTER, Fitter, Option, cards_by_memory, changed, smaller_models
+from peftscope.report.advice.rules import Findings, Rules, Standing
+from peftscope.report.advice.settings import BITS_PER_PARAMETER, Line, Settings, Situation, settings_for
+
+MOST_CARDS = 8
+"""The most cards of one machine."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The advice for a situation.
+
+    Attributes:
+        situation: What was asked.
+        options: The ways that fit, the best first; empty if nothing fits.
+        lines: The settings of the first option with their reasons, and what it takes.
+        nearest: What would fit, if nothing does, the nearest first.
+        claims_from: Where the verdicts on claims were read.
+        rules: The rules.
+        findings: The findings on claims, by id.
+    """
+
+    situation: Situation
+    options: tuple[Option, ...]
+    lines: tuple[Line, ...]
+    nearest: tuple[str, ...]
+    claims_from: str
+    rules: Rules
+    findings: Findings
+
+    def costs(self, option: Option) -> str:
+        """Returns what an option costs in quality, and on what that rests."""
+        said = []
+        for name in option.changes:
+            change = self.rules.change(name)
+            cut = f", {100 * option.cut_share:.1f} % of those measured" if name == SHORTER and option.cut_share else ""
+            said.append(f"{change.says}{cut} ({change.evidence(self.findings, self.situation.billions)})")
+        return "; ".join(said) or "nothing"
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the advice as JSON content. The keys are stable."""
+        situation = self.situation
+        return {
+            "model": situation.model.name,
+            "gpu": situation.gpu.name,
+            "gpus": situation.gpus,
+            "examples": situation.examples,
+            "priority": situation.priority,
+            "data_bits": situation.data_bits,
+            "data_rank": situation.data_rank,
+            "fits": bool(self.options),
+            "claims_from": self.claims_from,
+            "lines": [{**asdict(line), "text": line.text} for line in self.lines],
+            "options": [self._option(option) for option in self.options],
+            "nearest": list(self.nearest),
+        }
+
+    def _option(self, option: Option) -> dict[str, Any]:
+        spec = option.question.spec
+        return {
+            "method": spec.method.model_dump(mode="json"),
+            "changes": list(option.changes),
+            "quality_loss_rests_on": option.standing.name.lower(),
+            "costs": self.costs(option),
+            **{
+                name: getattr(spec, name)
+                for name in ("batch_size", "seq_len", "checkpointing", "precision", "optimizer")
+            },
+            "gradient_accumulation": option.accumulation,
+            "shards": option.spread_over,
+            "steps": option.steps,
+            "peak_device_bytes": option.peak_device_bytes,
+            "seconds": list(option.seconds),
+            "time_is_measured": option.time_is_measured,
+            "adapter_bytes": option.adapter_bytes,
+            "cut_share": option.cut_share,
+        }
+
+
+def advise(situation: Situation, rules: Rules, findings: Findings, claims_from: str = "") -> Advice:
+    """Returns the advice for a situation.
+
+    Raises:
+        InputError: The closed form does not know the model.
+    """
+    fitter = Fitter(situation, rules, findings)
+    preferred = rules.rule("method", situation.facts(""), findings)
+    assert preferred is not None  # the last rule always speaks
+    methods = list(preferred.value)
+    options = tuple(fitter.options(methods))
+    lines = tuple(_lines(options, situation)) if options else ()
+    nearest = () if options else tuple(_nearest(fitter, methods))
+    return Advice(situation, options, lines, nearest, claims_from, rules, findings)
+
+
+def _lines(options: tuple[Option, ...], situation: Situation) -> Iterator[Line]:
+    """Yields the lines about the first option."""
+    option, settings = options[0], options[0].settings
+    spec = option.question.spec
+    yield _method_line(options)
+    for name in ("precision", "rank", "targets", "alpha", "dropout", "learning_rate"):
+        if name in settings.lines:
+            yield _as_it_is(settings.lines[name], option, situation)
+    accumulated = f"{spec.batch_size} × {option.accumulation} accumulated"
+    cards = f" × {situation.gpus} cards" if situation.gpus > 1 else ""
+    batch = settings.lines["batch"]
+    yield _said(batch, f"{accumulated}{cards} (in a step: {batch.text})")
+    yield _length_line(option, situation)
+    how = "on" if spec.checkpointing else "off"
+    reason = "Gradients are the same; a step takes about a third longer, and activations take a fraction of the memory."
+    yield Line("recomputation", how, (), reason if spec.checkpointing else "It fits without.", "computed", "computed")
+    epochs = settings.lines["epochs"]
+    yield _said(epochs, f"{option.steps:,} steps (epochs: {epochs.text})")
+    yield _peak_line(option, situation)
+    yield _time_line(option, situation)
+    yield Line(
+        "size on disk",
+        spoken_bytes(option.adapter_bytes),
+        (),
+        "all weights in 16 bits" if spec.method.trains_base else "the adapter in 32 bits",
+        "computed",
+        "computed",
+    )
+    yield from (settings.lines[name] for name in ("variants", "merging") if name in settings.lines)
+
+
+def _method_line(options: tuple[Option, ...]) -> Line:
+    """Returns the line on the method. What may be equal stands beside it only as far as it fits without a loss."""
+    line, chosen = options[0].settings.lines["method"], options[0].method
+    fitting = [option.method for option in options if option.standing <= Standing.OPEN]
+    equal = [method for method in line.choice if method in fitting and method != chosen]
+    choice = (chosen, *equal) if equal and chosen in line.choice else ()
+    return Line("method", chosen, choice, line.says, line.standing, line.evidence, line.claims)
+
+
+def _as_it_is(line: Line, option: Option, situation: Situation) -> Line:
+    """Returns a line on a setting with what the option changed of it."""
+    spec = option.question.spec
+    if line.setting == "rank":
+        rank = getattr(spec.method, spec.method.rank_field)
+        bits = f"{situation.data_bits:,.0f} bits of responses, which rank {situation.data_rank} stores"
+        says = f"{line.says} The data hold about {bits} at {BITS_PER_PARAMETER:g} bits for each parameter."
+        return Line("rank", rank, line.choice, says, line.standing, line.evidence, line.claims)
+    if line.setting == "alpha":
+        return _said(line, f"{option.alpha:g} (times the rank: {line.text})")
+    if line.setting == "precision" and spec.method.trains_base:
+        return _said(line, "32-bit weights under bf16 autocast" if spec.precision == "amp" else spec.precision)
+    return line
+
+
+def _said(line: Line, text: str) -> Line:
+    return Line(line.setting, text, (), line.says, line.standing, line.evidence, line.claims)
+
+
+def _length_line(option: Option, situation: Situation) -> Line:
+    length = option.question.spec.seq_len
+    if not situation.lengths:
+        says = "No example was measured; every one is taken to be as long. Give --data or --lengths."
+        return Line("length", length, (), says, "custom", "nothing but custom")
+    says = f"Longest of {len(situation.lengths):,} measured examples: {max(situation.lengths):,} tokens. "
+    says += f"{100 * option.cut_share:.1f} % are cut." if option.cut_share else "None is cut."
+    return Line("length", length, (), says, "computed", "measured on the data")
+
+
+def _peak_line(option: Option, situation: Situation) -> Line:
+    line = option.settings.lines["peak"]
+    answer = answer_by_formula(option.question)
+    each = f" on each of {option.spread_over} cards" if option.spread_over > 1 else ""
+    value = f"{spoken_bytes(option.peak_device_bytes, 1)}{each} of {spoken_bytes(situation.gpu.usable_bytes, 1)}"
+    tested = answer.agreement or "this kind of run was not compared with simulations"
+    says = f"{line.says} The longest batch, with a loss on every token.".strip()
+    evidence = f"calculator: {tested}" + (f"; {line.evidence}" if line.claims else "")
+    return Line("peak", value, (), says, "computed", evidence, line.claims)
+
+
+def _time_line(option: Option, situation: Situation) -> Line:
+    value, fast_card = " to ".join(map(spoken, option.seconds)), speed_of(situation.gpu)[1]
+    if option.time_is_measured:
+        return Line("time", value, (), "The training alone.", "measured", "records of such a card")
+    high, low = (f"{100 * share:.0f} %" for share in option.rate_shares)
+    says = f"The training alone. A guess: its operations at {low} to {high} of the peak rate in bf16 of {fast_card}."
+    return Line("time", value, (), says, "custom", "a guess: no record of such a card")
+
+
+def _nearest(fitter: Fitter, methods: list[str]) -> Iterator[str]:
+    """Yields what would fit if nothing does: what is missing, more cards, a larger card, a smaller model."""
+    situation = fitter.situation
+    least: dict[str, Any] = {"batch_size": 1, "checkpointing": True, "seq_len": min(situation.seq_len, LENGTHS[-1])}
+    peaks = {method: fitter.peak({**_most_changed(fitter, method), **least}) for method in methods}
+    method = min(peaks, key=lambda name: peaks[name])
+    missing = spoken_bytes(peaks[method] - situation.gpu.usable_bytes, 1)
+    yield (
+        f"The least that trains is {method} with one sequence of {least['seq_len']} tokens and recomputation: "
+        f"{spoken_bytes(peaks[method], 1)}, {missing} more than the card has."
+    )
+    for name in smaller_models(situation.billions):
+        smaller = describe_model(name)
+        assert smaller.shape is not None
+        rest = smaller.shape.parameters - smaller.shape.linear_parameters
+        if smaller.shape.linear_parameters / 2 + 2 * rest > situation.gpu.usable_bytes:
+            continue  # the weights of a 4-bit base alone are too many
+        fields = {**settings_for(method, situation, fitter.rules, fitter.findings).fields, **least}
+        length = min(situation.seq_len, 512, smaller.max_seq_len or 512)
+        try:
+            peak = fitter.peak({**fields, "seq_len": length}, model=smaller)
+        except InputError:
+            continue  # its matrices are narrower than the rank
+        if peak <= situation.gpu.usable_bytes:
+            yield f"A smaller model on this card: {name} with {method} at {length} tokens, {spoken_bytes(peak, 1)}."
+            break
+    larger = next((card for card in cards_by_memory() if card.usable_bytes >= peaks[method]), None)
+    if larger:
+        yield f"A larger card for this model: {larger.name} ({spoken_bytes(larger.usable_bytes, 1)})."
+    fields = {**_most_changed(fitter, "lora"), **least}
+    fewest = 2e9 * situation.billions / situation.gpu.usable_bytes
+    for cards in range(max(situation.gpus, int(fewest)) + 1, MOST_CARDS + 1):
+        peak = fitter.peak(fields, gpus=cards)
+        if peak <= situation.gpu.usable_bytes:
+            yield f"More such cards: {cards}, with 16-bit LoRA and sharded weights, {spoken_bytes(peak, 1)} on each."
+            break
+
+
+def _most_changed(fitter: Fitter, method: str) -> dict[str, Any]:
+    settings: Settings = settings_for(method, fitter.situation, fitter.rules, fitter.findings)
+    changes = [change for change in fitter.rules.changes if method in change.methods]
+    if fitter.shards(method) > 1:
+        changes = [change for change in changes if "optimizer" not in change.fields]
+    return changed(settings.fields, changes)

@@ -1,0 +1,247 @@
+"""The ways in which methods fit on a card, with what each takes and costs. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from peftscope.hardware.cards import Gpu
+from peftscope.memory.answer import peaks_by_formula
+from peftscope.memory.fit import TIGHT_SHARE
+from peftscope.memory.formula import TrainingTraces, without_collector
+from peftscope.memory.question import Model, Question, ask
+from peftscope.methods import METHODS
+from peftscope.planning.forecast import Forecaster, token_flops
+from peftscope.report.advice.rules import Change, Findings, Rules, Standing
+from peftscope.report.advice.settings import Settings, Situation, settings_for
+
+LENGTHS = (8192, 4096, 2048, 1024, 768, 512, 384, 256, 128)
+"""The lengths that are tried if examples have to be cut."""
+SMALLEST_PLAIN_BATCH = 4
+"""Smaller batches than this come with recomputation rather than without it: they use a card badly."""
+GUESS = (0.5, 5 / 3)
+"""The range around the guessed share of a card's peak rate, as factors."""
+SHORTER = "shorter"
+"""The change that cuts examples."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way in which a method fits.
+
+    Attributes:
+        settings: What the rules say about the method.
+        changes: The changes that cost quality, or may; empty if none is needed.
+        standing: What the loss of quality by these changes rests on; computed: there is none.
+        question: The run and its memory.
+        peak_device_bytes: The bytes that each card needs.
+        accumulation: The batches of a step on each card.
+        steps: The optimizer steps of the run.
+        seconds: The shortest and the longest expected time of the training.
+        time_is_measured: Whether records of such a card say the time; it is a guess otherwise.
+        rate_shares: The shares of the card's peak rate behind the two times.
+        adapter_bytes: The size of what is trained, on disk.
+        cut_share: The share of the measured examples that are cut; None if none was measured.
+        spread_over: The cards that share the weights; copies of the model on several cards count as one.
+    """
+
+    settings: Settings
+    changes: tuple[str, ...]
+    standing: Standing
+    question: Question
+    peak_device_bytes: int
+    accumulation: int
+    steps: int
+    seconds: tuple[float, float]
+    time_is_measured: bool
+    rate_shares: tuple[float, float]
+    adapter_bytes: int
+    cut_share: float | None
+    spread_over: int
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return self.settings.method
+
+    @property
+    def alpha(self) -> float:
+        """The scale α of an adapter."""
+        return float(self.question.spec.method.model_dump()["alpha"])
+
+
+class Fitter:
+    """Finds the options of a situation.
+
+    Args:
+        situation: The model, the card and the data.
+        rules: The rules of the advice.
+        findings: The findings on claims, by id.
+    """
+
+    def __init__(self, situation: Situation, rules: Rules, findings: Findings) -> None:
+        self.situation, self.rules, self.findings = situation, rules, findings
+        self._traces, self._forecaster = TrainingTraces(), Forecaster(situation.gpu)
+        self._peaks: dict[str, int] = {}
+        self._limit = float(situation.gpu.usable_bytes)
+
+    def options(self, methods: Sequence[str]) -> list[Option]:
+        """Returns the options of methods, the best first. They leave a margin on the card if any option does."""
+        for share in (1 - TIGHT_SHARE, 1.0):
+            self._limit = share * self.situation.gpu.usable_bytes
+            options = [option for method in methods for option in self._options_of(method)]
+            if options:
+                return sorted(options, key=lambda option: self._worth(option, methods))
+        return []
+
+    def _worth(self, option: Option, methods: Sequence[str]) -> tuple[float, ...]:
+        """Returns the key by which options are sorted: the loss of quality by its evidence, then the priority."""
+        order, priority = methods.index(option.method), self.situation.priority
+        if priority in ("memory", "speed"):
+            loss = max(option.standing, Standing.PAPERS)  # what is open counts as no loss
+            taken_up = option.peak_device_bytes if priority == "memory" else sum(option.seconds)
+            return loss, SHORTER in option.changes, taken_up, order
+        return max(option.standing, Standing.HOLDS), order, len(option.changes)
+
+    def _options_of(self, method: str) -> Iterator[Option]:
+        """Yields the option of a method at full length with the least loss, and one that cuts examples instead."""
+        settings = settings_for(method, self.situation, self.rules, self.findings)
+        shards = self.shards(method)
+        forced = [change for change in self.rules.changes if change.name == method]
+        free = [change for change in self.rules.changes if self._is_possible(change, settings, shards)]
+        subsets = [subset for size in range(len(free) + 1) for subset in combinations(free, size)]
+        subsets.sort(key=lambda subset: (self._standing(subset), len(subset)))
+        full = next(self._fitting(settings, subsets, forced, [self.situation.seq_len]), None)
+        if full:
+            yield full
+        if full is None or len(full.changes) > len(forced):
+            shorter = [length for length in LENGTHS if length < self.situation.seq_len]
+            cut = [*forced, self.rules.change(SHORTER)]
+            option = next(self._fitting(settings, [(), tuple(free)], cut, shorter), None)
+            if option:
+                yield option
+
+    def shards(self, method: str) -> int:
+        """Returns the cards that share the weights of a method: all, or one if its 4-bit base cannot be sharded."""
+        quantised = METHODS[method].model_validate({"name": method}).quantization()
+        return 1 if quantised else self.situation.gpus
+
+    def _is_possible(self, change: Change, settings: Settings, shards: int) -> bool:
+        if change.name == SHORTER or change.name == settings.method or settings.method not in change.methods:
+            return False
+        if change.rank is not None:
+            return bool(settings.value("rank") > change.rank)
+        return shards == 1 or "optimizer" not in change.fields  # sharded training needs an optimizer of torch
+
+    def _standing(self, changes: Sequence[Change]) -> Standing:
+        return max((change.standing(self.findings) for change in changes), default=Standing.COMPUTED)
+
+    def _fitting(
+        self,
+        settings: Settings,
+        subsets: Sequence[tuple[Change, ...]],
+        always: Sequence[Change],
+        lengths: Sequence[int],
+    ) -> Iterator[Option]:
+        """Yields the options of these sets of changes that fit, each at the largest of the lengths at which it does."""
+        for subset in subsets:
+            changes = [*always, *subset]
+            fields = changed(settings.fields, changes)
+            for length in lengths:
+                batch = self._batch({**fields, "seq_len": length}, self.step_examples(settings))
+                if batch:
+                    yield self._option(settings, changes, {**fields, "seq_len": length, **batch})
+                    break
+
+    def step_examples(self, settings: Settings) -> int:
+        """Returns the examples that each card sees in a step."""
+        return max(1, int(settings.value("batch")) // self.situation.gpus)
+
+    def _batch(self, fields: Mapping[str, Any], step_examples: int) -> dict[str, Any] | None:
+        """Returns the batch and whether activations are recomputed, or None if not even one sequence fits."""
+
+        def fits(batch: dict[str, Any]) -> bool:
+            return self.peak({**fields, **batch}) <= self._limit
+
+        least = {"batch_size": 1, "checkpointing": True}
+        if not fits(least):
+            return None
+        if self.situation.priority == "memory":
+            return least
+        sizes = [2**power for power in range(step_examples.bit_length()) if 2**power <= step_examples][::-1]
+        smallest = 1 if self.situation.priority == "speed" else min(SMALLEST_PLAIN_BATCH, step_examples)
+        plain = [{"batch_size": size, "checkpointing": False} for size in sizes if size >= smallest]
+        recomputed = [{"batch_size": size, "checkpointing": True} for size in sizes]
+        return next((batch for batch in [*plain, *recomputed] if fits(batch)), least)
+
+    def ask(self, fields: Mapping[str, Any], gpus: int | None = None, model: Model | None = None) -> Question:
+        """Returns the question about a run on the card, with a loss on every token: the most that a run takes."""
+        shards = gpus or self.shards(fields["method"])
+        return ask(
+            model or self.situation.model, fields, responses=fields["seq_len"], gpu=self.situation.gpu, gpus=shards
+        )
+
+    def peak(self, fields: Mapping[str, Any], gpus: int | None = None, model: Model | None = None) -> int:
+        """Returns the bytes that each card needs for the training; of a run that does not fit, perhaps only those of
+        its tensors."""
+        key = repr((sorted(fields.items()), gpus, model and model.name))
+        if key not in self._peaks:
+            question, enough = self.ask(fields, gpus, model), self.situation.gpu.usable_bytes
+            with without_collector():
+                peaks = peaks_by_formula(question, evaluation=False, traces=self._traces, enough=enough)
+            self._peaks[key] = peaks.device_bytes
+        return self._peaks[key]
+
+    def _option(self, settings: Settings, changes: Sequence[Change], fields: dict[str, Any]) -> Option:
+        situation = self.situation
+        question = self.ask({**fields, "gradient_accumulation": 1})
+        spec, shape = question.spec, situation.shape
+        mean = situation.mean_tokens(spec.seq_len)
+        epochs, step = settings.value("epochs"), self.step_examples(settings) * situation.gpus
+        flops = epochs * situation.examples * mean * token_flops(spec, shape, mean)
+        shares = self._forecaster.measured_shares(spec)
+        low, high = (min(shares), max(shares)) if shares else [g * self._forecaster.share(spec) for g in GUESS]
+        rate = self._forecaster.peak_flops * situation.gpus
+        cut = sum(length > spec.seq_len for length in situation.lengths)
+        return Option(
+            settings=settings,
+            changes=tuple(change.name for change in changes),
+            standing=self._standing(changes),
+            question=question,
+            peak_device_bytes=self.peak(fields),
+            accumulation=max(1, self.step_examples(settings) // spec.batch_size),
+            steps=max(1, round(epochs * situation.examples / step)),
+            seconds=(flops / (high * rate), flops / (low * rate)),
+            time_is_measured=bool(shares),
+            rate_shares=(high, low),
+            adapter_bytes=(2 if spec.method.trains_base else 4) * spec.method.trainable_parameters(shape),
+            cut_share=cut / len(situation.lengths) if situation.lengths else None,
+            spread_over=question.gpus,
+        )
+
+
+def changed(fields: Mapping[str, Any], changes: Sequence[Change]) -> dict[str, Any]:
+    """Returns the fields of a run after changes. A lower rank keeps the ratio of α to it."""
+    after = dict(fields)
+    for change in changes:
+        after |= change.fields
+        if change.rank is not None and after.get("rank", 0) > change.rank:
+            after |= {"rank": change.rank, "alpha": after["alpha"] * change.rank / after["rank"]}
+    return after
+
+
+def smaller_models(billions: float) -> Iterator[str]:
+    """Yields the names of known models with fewer parameters, the largest first."""
+    from peftscope.models.presets import PRESETS
+
+    by_size = sorted(PRESETS.items(), key=lambda item: -item[1].shape.parameters)
+    yield from (name for name, preset in by_size if preset.shape.parameters < 1e9 * billions)
+
+
+def cards_by_memory() -> list[Gpu]:
+    """Returns the known cards, the smallest first."""
+    from peftscope.hardware.cards import GPUS
+
+    return sorted(GPUS.values(), key=lambda card: card.usable_bytes)

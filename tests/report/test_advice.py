@@ -1,0 +1,272 @@
+"""Advice: ten situations, rules that follow the claims, and the experiment that checks what was advised."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import REPOSITORY, Command
+
+from peftscope.errors import InputError
+from peftscope.hardware.cards import find_gpu
+from peftscope.layout import ADVICE_FILE, CLAIMS_FILE
+from peftscope.memory.question import describe_model
+from peftscope.report.advice.advise import Advice, advise
+from peftscope.report.advice.rules import Rules, When, known_findings, read_rules
+from peftscope.report.advice.settings import USUAL_LENGTH, Situation
+
+SITUATIONS = sorted((REPOSITORY / "tests" / "advice").glob("*.yaml"))
+
+
+def findings() -> dict[str, dict[str, Any]]:
+    return known_findings()[0]
+
+
+def with_verdicts(**verdicts: str) -> dict[str, dict[str, Any]]:
+    changed = deepcopy(findings())
+    for claim, verdict in verdicts.items():
+        changed[claim]["verdict"] = verdict
+    return changed
+
+
+def advice_for(asked: dict[str, Any], measured: tuple[int, ...] = (), **verdicts: str) -> Advice:
+    asked = dict(asked)
+    model, gpu = describe_model(asked.pop("model")), find_gpu(asked.pop("gpu"))
+    asked.setdefault("seq_len", max(measured, default=USUAL_LENGTH))
+    return advise(Situation(model, gpu, lengths=measured, **asked), read_rules(), with_verdicts(**verdicts))
+
+
+def line(advice: Advice, setting: str) -> Any:
+    return next(each for each in advice.lines if each.setting == setting)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SITUATIONS, ids=lambda path: path.stem)
+def test_ten_situations(path: Path) -> None:
+    case = yaml.safe_load(path.read_text())
+    measured = tuple(part["tokens"] for part in case.get("lengths", ()) for _ in range(part["items"]))
+    advice, expect = advice_for(case["asked"], measured), case["expect"]
+    assert case["reasons"] and case["sources"]
+    assert bool(advice.options) is expect.pop("fits", True)
+    if nearest := expect.pop("nearest", []):
+        assert all(any(words in told for told in advice.nearest) for words in map(str.lower, nearest)), advice.nearest
+        return
+    best = advice.options[0]
+    spec, names = best.question.spec, {option.method for option in advice.options}
+    told = " ".join(f"{each.text} {each.says} {each.evidence}" for each in advice.lines)
+    told += " ".join(advice.costs(option) for option in advice.options)
+    for what, wanted in expect.items():
+        match what:
+            case "method":
+                assert best.method == wanted
+            case "first_or_equal":
+                method = line(advice, "method")
+                assert wanted in (method.value, *method.choice)
+            case "no_option":
+                assert not names.intersection(wanted)
+            case "option":
+                assert names.issuperset(wanted)
+            case "fields":
+                assert {name: getattr(spec, name) for name in wanted} == wanted
+            case "seq_len_at_least":
+                assert spec.seq_len >= wanted
+            case "steps_at_most":
+                assert best.steps <= wanted
+            case "rank_at_most":
+                assert line(advice, "rank").value <= wanted and max(line(advice, "rank").choice) <= wanted
+            case "no_change":
+                assert not set(best.changes).intersection(wanted)
+            case "option_changes":
+                assert {name for option in advice.options[1:] for name in option.changes}.issuperset(wanted)
+            case "cites":
+                assert all(claim in told for claim in wanted), told
+            case "says":
+                assert all(words in told for words in wanted), told
+            case _:
+                pytest.fail(f"{path.name}: {what} is not checked")
+    assert all(option.peak_device_bytes <= advice.situation.gpu.usable_bytes for option in advice.options)
+
+
+def test_every_claim_study_and_method_of_the_rules_exists_and_none_is_refuted() -> None:
+    rules = read_rules()
+    assert len(SITUATIONS) == 10
+    ledger = Path(CLAIMS_FILE).read_text()  # as text, because reading it as a ledger loads every check
+    assert list(rules.problems(re.findall(r"^  - id: (\w+)$", ledger, re.MULTILINE))) == []
+    assert rules.refuted(findings()) == []
+
+
+def test_a_recommendation_whose_claim_is_missing_or_refuted_is_a_problem() -> None:
+    rules, claims = read_rules(), list(findings())
+    assert [p.message for p in rules.problems([c for c in claims if c != "P18"])] == ["no such claim (got P18)"]
+    assert [p.where for p in rules.refuted(with_verdicts(P18="wrong"))] == ["changes: qlora"]
+    assert [p.where.split(": ")[1] for p in rules.refuted(with_verdicts(S54="holds"))] == ["method"]
+    content = yaml.safe_load(Path(ADVICE_FILE).read_text())
+    content["rules"] = [rule for rule in content["rules"] if rule["setting"] != "rank" or rule.get("claims")]
+    assert [p.where for p in Rules.model_validate(content).problems(claims)] == ["rules: rank"]
+
+
+def test_a_rule_file_with_an_unknown_key_says_which(tmp_path: Path) -> None:
+    path = tmp_path / "advice.yaml"
+    path.write_text("rules: [{setting: rank, says: '', claim: [S1]}]\nchanges: []\n")
+    with pytest.raises(InputError, match="did you mean `claims`"):
+        read_rules(path)
+
+
+def test_a_rank_is_a_range_while_its_claims_are_open_and_a_point_once_they_hold() -> None:
+    asked = {"model": "llama-3.2-1b", "gpu": "a100-80gb", "examples": 2000}
+    waiting = line(advice_for(asked), "rank")
+    assert waiting.text == "8 to 64, start at 16" and waiting.standing == "open" and "not run yet" in waiting.evidence
+    decided = line(advice_for(asked, P16="holds", S36="holds"), "rank")
+    assert decided.text == "16" and decided.choice == ()
+    refuted = line(advice_for(asked, P16="wrong"), "rank")
+    assert refuted.standing == "custom" and "nothing but custom" in refuted.evidence
+
+
+def test_where_four_bits_cost_quality_cutting_examples_comes_first() -> None:
+    asked = {"model": "llama-3.2-1b", "gpu": "4GiB", "examples": 5000}
+    before, after = advice_for(asked), advice_for(asked, P18="wrong")
+    assert (before.options[0].method, before.options[0].changes) == ("qlora", ("qlora",))
+    assert (after.options[0].method, after.options[0].changes) == ("lora", ("shorter",))
+    assert "P18 wrong" in after.costs(after.options[1])
+
+
+def test_what_is_forgotten_decides_the_method_only_while_its_claim_stands() -> None:
+    asked = {"model": "llama-3.2-1b", "gpu": "a100-80gb", "examples": 20000, "priority": "retention"}
+    assert "P7" in line(advice_for(asked), "method").claims
+    assert "P7" not in line(advice_for(asked, P7="wrong"), "method").claims
+    assert line(advice_for(asked, P7="holds"), "method").choice == ()
+
+
+def test_conditions_compare_as_their_names_say() -> None:
+    facts = {"examples": 100, "billions": 7.0, "data_rank": 4, "priority": "quality", "method": "lora"}
+    assert When(examples_at_most=100, billions_above=6.9, data_rank_at_least=4, method=["lora"]).holds(facts)
+    for wrong in ({"examples_at_most": 99}, {"billions_above": 7}, {"data_rank_at_least": 5}, {"method": ["full"]}):
+        assert not When.model_validate(wrong).holds(facts)
+
+
+def test_time_without_records_is_a_guess_and_with_records_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftscope.planning.forecast import Forecaster
+
+    asked = {"model": "llama-3.2-1b", "gpu": "a100-80gb", "examples": 2000}
+    guessed = advice_for(asked)
+    assert "guess" in line(guessed, "time").evidence
+    monkeypatch.setattr(Forecaster, "measured_shares", lambda self, spec: [0.4, 0.2])
+    measured = advice_for(asked)
+    low, high = measured.options[0].seconds
+    assert high == pytest.approx(2 * low) and "records" in line(measured, "time").evidence
+    low_guess, high_guess = guessed.options[0].seconds
+    assert low_guess < low < high < high_guess
+
+
+def test_the_command_speaks_to_people_and_programs_within_five_seconds(peftscope: Command, tmp_path: Path) -> None:
+    lengths = tmp_path / "lengths.txt"
+    lengths.write_text("300\n" * 60 + "1700\n" * 4)
+    options = ["--model", "llama-3-8b", "--gpu", "rtx4060", "--lengths", str(lengths)]
+    began = time.process_time()
+    code, out, _ = peftscope("advise", *options, "--json")
+    assert time.process_time() - began < 5
+    answer = json.loads(out)
+    best = answer["options"][0]
+    assert code == 0 and answer["examples"] == 64 and best["method"]["name"] == "qlora" and best["seq_len"] < 1700
+    assert best["cut_share"] == pytest.approx(4 / 64)
+    assert {"method", "rank", "learning_rate", "batch", "peak", "time"} <= {each["setting"] for each in answer["lines"]}
+    code, out, _ = peftscope("advise", "--model", "llama-3.2-1b", "--gpu", "1GiB", "--examples", "10")
+    assert code == 1 and "Nothing fits" in out and "larger card" in out
+    code, out, _ = peftscope("advise", "--model", "llama-3.2-1b", "--gpu", "4GiB", "--examples", "10")
+    assert code == 0 and "learning rate" in out and "S54" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--gpu", "rtx4090"], "say how many there are"),
+        (["--gpu", "rtx4090", "--examples", "0"], "must be at least 1 (got 0)"),
+        (["--gpu", "rtx9", "--examples", "5"], "unknown card"),
+        (["--gpu", "rtx4090", "--examples", "5", "--priority", "cheap"], "unknown (got 'cheap')"),
+        (["--gpu", "rtx4090", "--examples", "5", "--pairs", "3"], "give --write NAME"),
+        (["--gpu", "rtx4090", "--examples", "5", "--write", "quick"], "exists already"),
+        (["--gpu", "1GiB", "--examples", "5", "--write", "mine"], "nothing fits"),
+        (["--gpu", "rtx4090", "--examples", "5", "--claims", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_bad_input_is_a_sentence(options: list[str], says: str, peftscope: Command) -> None:
+    code, _, err = peftscope("advise", "--model", "llama-3.2-1b", *options)
+    assert code == 2 and says in err
+
+
+@pytest.mark.parametrize(
+    ("asked", "arms"),
+    [
+        ({"model": "llama-3.2-1b", "gpu": "3GiB", "examples": 5000}, ["qlora"]),
+        ({"model": "llama-3.2-1b", "gpu": "a100-80gb", "examples": 500000}, ["full", "lora"]),
+        ({"model": "llama-3.2-1b", "gpu": "rtx4090", "examples": 1000000, "gpus": 4}, ["full", "lora"]),
+        ({"model": "llama-3.2-1b", "gpu": "rtx4090", "examples": 2000, "priority": "retention"}, ["lora", "qlora"]),
+    ],
+)
+def test_a_written_experiment_tunes_and_pairs_and_has_an_a_a_arm(
+    asked: dict[str, Any], arms: list[str], own_folder: Path
+) -> None:
+    from peftscope.planning.experiment import read_experiment
+    from peftscope.planning.forecast import Forecaster
+    from peftscope.report.advice.experiment import write_experiment
+
+    path, sweep = write_experiment(advice_for(asked), "advised", asked["gpu"], "cuda", pairs=3)
+    study = read_experiment(path).study
+    assert study is not None and list(study.arms) == arms and study.a_a == arms[0]
+    tuned = [spec for spec in sweep.runs.values() if spec.seed >= 100]
+    assert len({spec.learning_rate for spec in tuned}) >= 3
+    assert (
+        len(sweep.runs)
+        == 1
+        + sum(len(rates) for rates in study.learning_rates.values())
+        + len(study.learning_rates[arms[0]])
+        + 3 * (len(arms) + 1)
+        + 1
+    )
+    forecaster = Forecaster(find_gpu(asked["gpu"]))
+    unlike = {spec.method.name: (identity, spec) for identity, spec in sweep.runs.items()}
+    for each in unlike.values():
+        assert forecaster.forecast(*each).fits, each
+    assert all(spec.shards == (asked.get("gpus", 1) if spec.method.name in ("full", "lora") else 1) for spec in tuned)
+
+
+@pytest.mark.slow
+def test_the_experiment_for_the_toy_model_runs_as_it_is(
+    own: Any, peftscope: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every run is a real one, but in this process, which saves the start of some twenty."""
+    from peftscope.analysis.collect import collect_experiment
+    from peftscope.analysis.study import StudyResults
+    from peftscope.analysis.tuning import choose_next
+    from peftscope.execution import sweep
+    from peftscope.execution.phases import Phases
+    from peftscope.execution.run import execute
+    from peftscope.execution.sweep import run_sweep
+    from peftscope.planning.plan import plan_experiment
+    from peftscope.record import state_folder, write_record
+
+    def run_here(identity: str, spec: Any, folder: Path, *options: str, deadline: float) -> str:
+        phases = Phases("cpu", time.perf_counter())
+        phases.mark_imported()
+        record = execute(spec, folder, phases)
+        for path in (folder / "record.json", state_folder(folder) / "record.json"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_record(path, record)
+        return record.status
+
+    monkeypatch.setattr(sweep, "run_apart", run_here)
+    own("mine", "fixed: {model: toy}\n")
+    options = ["--model", "toy", "--gpu", "24GiB", "--examples", "40", "--write", "toy-advice", "--pairs", "2"]
+    assert peftscope("advise", *options)[0] == 0
+    outcome = run_sweep("toy-advice", lambda spec: 1.0, choose_next)
+    assert not outcome.failed and not outcome.left
+    collect_experiment(plan_experiment("toy-advice").sweep)
+    study = StudyResults("toy-advice")
+    study.require_finished()
+    assert {"lora", "lora-a-a"} <= set(study.arms) and len(study.arms) == 3
