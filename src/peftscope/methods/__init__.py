@@ -23,6 +23,7 @@ from peftscope.methods.loftq import LoftQ
 from peftscope.methods.lora import LoRA
 from peftscope.methods.lora_plus import LoRAPlus
 from peftscope.methods.none import Untouched
+from peftscope.methods.peft_tuner import PeftTuner
 from peftscope.methods.pissa import PiSSA
 from peftscope.methods.prefix_tuning import PrefixTuning
 from peftscope.methods.prompt_tuning import PromptTuning
@@ -50,6 +51,7 @@ OwnMethod = (
     | PrefixTuning
     | RandomSubspace
     | Rounded
+    | PeftTuner
 )
 """The methods of this package, in the order of tables."""
 

@@ -204,7 +204,7 @@ def training_flops(spec: RunSpec) -> float:
         return 0.0
     length = min(spec.seq_len, PADDING * item_tokens(spec.task))
     tokens = spec.steps * spec.gradient_accumulation * spec.batch_size * (spec.seq_len if spec.packing else length)
-    trained = spec.method.trainable_parameters(shape)
+    trained = spec.method.trainable_parameters(shape) or 0
     full = spec.method.trains_base
     passes = 3 if full else 2
     matrices = shape.linear_parameters + shape.vocab_size * shape.hidden_size
