@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.tuners import listed_fields
 from peftscope.data.batching import Batch, Example, tokenise, training_batches
 from peftscope.data.tasks import read_split
 from peftscope.errors import InputError
@@ -19,7 +20,6 @@ from peftscope.methods.loftq import FloatWeights, best_rank_approximation
 from peftscope.models.catalog import find_model
 from peftscope.models.rounding import linear_layers, normal_float_levels, rounded
 from peftscope.models.shapes import ModelShape
-from peftscope.planning.experiment import experiment_path, read_experiment
 from peftscope.planning.plan import check_runs
 from peftscope.spec import RunSpec, memory_key, run_id
 from peftscope.training.build import build_model, seed_everything
@@ -40,8 +40,7 @@ def spec_of(toy: Path, make_spec: Callable[..., RunSpec]) -> Callable[..., RunSp
     def spec(name: str, **values: Any) -> RunSpec:
         method, _, tuner = name.partition(" ")
         if tuner:
-            listed = {run.get("tuner"): run for run in read_experiment(experiment_path("all-tuners")).runs}
-            values = {**listed[tuner], **values}
+            values = {"tuner": tuner, **listed_fields(tuner), **values}
         return make_spec(**{"precision": "bf16" if name in QUANTISED else "fp32", "method": method} | values)
 
     return spec

@@ -135,7 +135,7 @@ def test_a_check_finds_what_it_is_for(toy: Path, monkeypatch: pytest.MonkeyPatch
     """With a dropout the draw decides, and the limit names the line of the library."""
     plain: Callable[..., RunSpec] = tuners.spec_of
     monkeypatch.setattr(tuners, "spec_of", lambda tuner, **v: plain(tuner, **v, options={"module_dropout": 0.5}))
-    with pytest.raises(Exception) as stopped:  # noqa: PT011 - torch's own
+    with pytest.raises(Exception) as stopped:
         tuners.check_simulation("loha")
     assert "peft/tuners/loha/layer.py" in tuners.reason_of(stopped.value)
     assert "torch.rand(1) > module_dropout" in tuners.reason_of(stopped.value)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from peftscope.cli import claims, compare, memory, rules, verify, why
+from peftscope.cli import claims, compare, memory, new_study, rules, verify, why
 from peftscope.errors import InputError, Problem, printable
 from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
 from peftscope.layout import record_path, run_folder
@@ -39,6 +39,7 @@ app.add_typer(claims.app)
 app.add_typer(compare.app)
 app.add_typer(rules.app)
 app.add_typer(verify.app)
+app.add_typer(new_study.app)
 errors = Console(stderr=True, highlight=False)
 
 

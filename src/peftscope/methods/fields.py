@@ -222,7 +222,7 @@ class Method(BaseModel):
 
     def trainable_parameters(self, shape: ModelShape) -> int | None:
         """Returns the number of values that require gradients at the start of a run; None: known once it is built."""
-        raise NotImplementedError
+        return None
 
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the model to train. ``model`` is the loaded base, which this may change in place."""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.methods.fields import AdapterDtype, Method, Quantization, Targets, target_modules
@@ -23,7 +24,6 @@ from peftscope.methods.tuner_options import (
 )
 
 if TYPE_CHECKING:
-    from peftscope.models.shapes import ModelShape
     from peftscope.spec import RunSpec
 
 OTHER_LAYERS = ("adaption_prompt", "ln_tuning", "trainable_tokens")
@@ -36,7 +36,10 @@ RESERVED = {"target_modules": "write it as `targets`"}
 class PeftTuner(Method):
     """A tuner of PEFT, of which only the name and the options are known before it is built."""
 
+    model_config = ConfigDict(validate_default=True)
+
     label: ClassVar[str] = "PEFT"
+    run_defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-3}
     supports_shards: ClassVar[bool] = False
 
     name: Literal["peft"] = "peft"
@@ -44,9 +47,8 @@ class PeftTuner(Method):
         str, Field(description="a tuner of the installed PEFT, by PEFT's name: vera, loha, ln_tuning, ...")
     ] = "vera"
     options: Annotated[
-        dict[str, Any],
-        Field(validate_default=True, description="fields of PEFT's configuration; those left out have PEFT's defaults"),
-    ] = {}
+        dict[str, Any], Field(description="fields of PEFT's configuration; those left out have PEFT's defaults")
+    ] = {}  # noqa: RUF012 - pydantic copies it
     targets: Annotated[
         Targets | None, Field(description="as LoRA's; null: all-linear, or PEFT's choice for tuners of other layers")
     ] = None
@@ -119,8 +121,10 @@ class PeftTuner(Method):
         return f"PEFT's {self.tuner} cannot be simulated: {reason}" if reason else ""
 
     def _chosen_text(self) -> str:
-        known = options_of(self.tuner)
-        chosen = {name: value for name, value in self.options.items() if value != known[name].default}
+        """Returns the options that differ from PEFT's defaults, or from those of a method that is a tuner's options."""
+        usual = {name: option.default for name, option in options_of(self.tuner).items()}
+        usual |= type(self).model_fields["options"].default
+        chosen = {name: value for name, value in self.options.items() if value != usual[name]}
         return ", ".join(f"{name} {json.dumps(value)}" for name, value in chosen.items())
 
     def targets_of(self) -> list[str]:
@@ -138,9 +142,10 @@ class PeftTuner(Method):
         return Quantization() if self.base_weights == "nf4" else None
 
     def full_label(self) -> str:
-        """Returns the tuner's name, with the options that differ from PEFT's defaults."""
+        """Returns the tuner's name, with the options that differ from the defaults."""
         chosen = self._chosen_text()
-        return f"PEFT {self.tuner}" + f" ({chosen})" * bool(chosen) + ", NF4" * (self.base_weights == "nf4")
+        own = f"PEFT {self.tuner}" if self.label == PeftTuner.label else self.label
+        return own + f" ({chosen})" * bool(chosen) + ", NF4" * (self.base_weights == "nf4")
 
     def columns(self) -> dict[str, Any]:
         """Returns the fields as columns of a table; of the options only those that differ from PEFT's defaults."""
@@ -150,10 +155,6 @@ class PeftTuner(Method):
         """Returns the tuner, its rank if it has one, and the targets."""
         rank = [f"r{self.options['r']:g}"] if self.options.get("r") else []
         return [self.tuner, *rank, *super().id_parts()]
-
-    def trainable_parameters(self, shape: ModelShape) -> int | None:
-        """Returns None: only PEFT knows, once it has built the adapter."""
-        return None
 
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the base wrapped with the tuner.
@@ -176,7 +177,7 @@ class PeftTuner(Method):
             raise InputError(Problem("method", message, "change its options or targets")) from error
 
     def build_empty(self, model: Any, spec: RunSpec) -> Any:
-        """Returns the same model on tensors without values, where LoHa and LoKr must not ask for the value of a draw."""
+        """Returns the same model on tensors without values: LoHa and LoKr must not ask for the value of a draw."""
         wrapped = self.build(model, spec)
         for module in wrapped.modules():
             dropout = getattr(module, "module_dropout", None)

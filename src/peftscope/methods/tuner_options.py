@@ -1,4 +1,4 @@
-"""The tuners that the installed PEFT ships, and their options: read from PEFT's sources, because importing it loads torch.
+"""The tuners that the installed PEFT ships, and their options: read from its sources, because its import loads torch.
 
 Each tuner's folder registers its name with a configuration class. The class's fields are the options.
 """
