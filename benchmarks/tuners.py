@@ -133,6 +133,14 @@ def check_training(tuner: str, **values: Any) -> None:
             raise Fault(f"the frozen {name} changes")
 
 
+def check_four_bits(tuner: str) -> None:
+    """Raises what stops training on a base in NF4, plain and with products in bf16."""
+    try:
+        check_training(tuner, precision="bf16", base_weights="nf4")
+    except Exception:  # autocast alone joins an adapter in fp32 to a base that computes in bf16
+        check_training(tuner, precision="bf16", base_weights="nf4", autocast=True)
+
+
 def check_reload(tuner: str) -> None:
     """Raises Fault unless the saved adapter on its base gives the trained model's logits."""
     from peft import PeftModel
@@ -229,7 +237,7 @@ def check_simulation(tuner: str) -> None:
 CHECKS: dict[str, Callable[[str], None]] = {
     "train": check_training,
     "bf16": lambda tuner: check_training(tuner, precision="bf16"),
-    "4-bit": lambda tuner: check_training(tuner, precision="bf16", base_weights="nf4"),
+    "4-bit": check_four_bits,
     "reload": check_reload,
     "resume": check_resuming,
     "merge": check_merging,
@@ -272,16 +280,16 @@ def limits_of(tuner: str) -> dict[str, str]:
     return faults
 
 
-def render(limits: dict[str, dict[str, str]]) -> str:
-    """Returns the table of all tuners and, below it, the reason of each no."""
+def render(limits: dict[str, dict[str, str]], peft: str) -> str:
+    """Returns the table of all tuners of a version of PEFT and, below it, the reason of each no."""
     lines = [f"| tuner | {' | '.join(CHECKS)} |", "|---" * (len(CHECKS) + 1) + "|"]
     reasons = []
     for tuner in tuners():
         own = limits.get(tuner, {})
         cells = ["no" if what in own else "" if "train" in own else "yes" for what in CHECKS]
         lines.append(f"| `{tuner}` | {' | '.join(cells)} |")
-        reasons += [f"- `{tuner}`, {what}: {reason}" for what, reason in own.items()]
-    return "\n".join([f"PEFT {version('peft')}.", "", *lines, "", *reasons])
+        reasons += [f"- `{tuner}`, {what}: {own[what]}" for what in CHECKS if what in own]
+    return "\n".join([f"Tried with PEFT {peft}.", "", *lines, "", *reasons])
 
 
 def write_page(text: str, page: Path = PAGE) -> None:
@@ -302,8 +310,9 @@ def main() -> None:
     for tuner in sys.argv[1:] or tuners():
         limits[tuner] = limits_of(tuner)
         print(tuner, json.dumps(limits[tuner], indent=1), flush=True)
-        write_json(tuner_limits.LIMITS_FILE, {name: limits[name] for name in tuners() if limits.get(name)})
-        write_page(render(limits))
+        known = {name: limits[name] for name in tuners() if limits.get(name)}
+        write_json(tuner_limits.LIMITS_FILE, {"peft": version("peft"), "tuners": known})
+        write_page(render(known, version("peft")))
 
 
 if __name__ == "__main__":
