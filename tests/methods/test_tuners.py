@@ -134,7 +134,8 @@ def test_simulated_peaks_are_the_tracked_ones(tuner: str, toy: Path) -> None:
 def test_a_check_finds_what_it_is_for(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a dropout the draw decides, and the limit names the line of the library."""
     plain: Callable[..., RunSpec] = tuners.spec_of
-    monkeypatch.setattr(tuners, "spec_of", lambda tuner, **v: plain(tuner, **v, options={"module_dropout": 0.5}))
+    dropout = {"loha": {"options": {"module_dropout": 0.5}}}
+    monkeypatch.setattr(tuners, "spec_of", lambda tuner, **v: plain(tuner, **v, **dropout.get(tuner, {})))
     with pytest.raises(Exception) as stopped:
         tuners.check_simulation("loha")
     assert "peft/tuners/loha/layer.py" in tuners.reason_of(stopped.value)
