@@ -46,7 +46,7 @@ sweep.run_apart = run_here
 for command in sys.argv[1:]:
     app(command.split(), standalone_mode=False)
 """
-"""The commands, but the runs of a sweep in their own process: an import of torch for each would take most of the time."""
+"""The commands, with the runs of a sweep in their own process: importing torch for each would take most of the time."""
 
 
 @pytest.fixture
@@ -77,11 +77,8 @@ def test_from_a_file_to_a_verdict(own: Callable[[str, str], Path], repository: P
     text = study.read_text().replace("fixed: {model: toy}", SHORT)
     text = re.sub(r"lora-fa: \[.*\]", "lora: [3.0e-3, 1.0e-2, 3.0e-2]\n    lora-fa: [3.0e-3, 1.0e-2, 3.0e-2]", text)
     study.write_text(f"{text}  fine_seeds: []\n  seeds: [0, 1]\n  control_seeds: [0]\n")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     later = [" ".join(words[1:]) for words in commands[1:]]
-    done = subprocess.run(
-        [sys.executable, "-c", IN_ONE_PROCESS, *later], check=False, env=environment, stderr=-1, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", IN_ONE_PROCESS, *later], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     table = Path("results/lora-fa-study/tables/contrasts.csv").read_text().splitlines()
     rows = {row["arm"]: row for row in csv.DictReader(table)}
