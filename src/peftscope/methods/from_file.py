@@ -59,10 +59,10 @@ def load_file(path: Path) -> tuple[type[Method] | None, str]:
         if "learning_rate" not in own[0].run_defaults:
             return None, "needs `run_defaults: ClassVar[dict]` with a learning_rate"
         fields: dict[str, Any] = {"name": (Literal[path.stem], path.stem), "file_sha256": (str, digest)}
-        method: type[Method] = create_model(
+        made: type[Method] = create_model(
             own[0].__name__, __base__=(FromFile, own[0]), __module__=module_name, __doc__=own[0].__doc__, **fields
         )
-        method()
+        made()
     except Exception as error:  # any file may fail in its own way, and the user needs one line
         return None, f"cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}"
-    return method, ""
+    return made, ""

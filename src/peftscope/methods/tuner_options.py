@@ -146,7 +146,7 @@ def _default(value: ast.expr | None) -> Any:
     if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
         keywords = {keyword.arg: keyword.value for keyword in value.keywords}
         if factory := keywords.get("default_factory"):
-            empty = {"dict": {}, "list": []}
+            empty: dict[str, Any] = {"dict": {}, "list": []}
             if (name := ast.unparse(factory)) not in empty:
                 raise ValueError(name)
             return empty[name]
