@@ -29,7 +29,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup report test test-faults test-slurm test-oldest test-newest smoke slow \
         browser lint format schema docs lock audit sbom publish benchmark benchmark-memory benchmark-scale agreement scorecard \
-        peft-comparison verify gpu-check claims site clean
+        peft-comparison verify gpu-check claims site tuners clean
 
 help:
 	@echo "make report [EXPERIMENT=quick]   train, measure and write reports/EXPERIMENT/report.html; \"a b\" for two"
@@ -51,6 +51,7 @@ help:
 	@echo "make test-oldest | test-newest   the tests with the oldest and newest torch, transformers, peft"
 	@echo "make audit | sbom                known vulnerabilities of what is installed; a list of it"
 	@echo "make docs                        write the generated parts of docs/gpu.md and docs/architecture.md"
+	@echo "make tuners                      what each tuner of PEFT can do here, on the toy model; docs/tuners.md"
 	@echo "make gpu-check [DEVICE=cpu]      memory, fit, speed and latency on a CUDA card, for the claims that they decide"
 	@echo "make lint | slow | browser       checks; long tests; the report in a real browser"
 
@@ -128,6 +129,10 @@ benchmark-memory: $(READY)
 
 benchmark-scale: $(READY)
 	$(BIN)/python -m benchmarks.scale
+
+# TUNERS="vera loha": only these.
+tuners: $(READY)
+	$(BIN)/python -W ignore -m benchmarks.tuners $(TUNERS)
 
 agreement: $(READY)
 	$(BIN)/python -W ignore -m benchmarks.agreement

@@ -98,6 +98,8 @@ OWN_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "revision": st.none() | REVISIONS,
     "targets": st.sampled_from(sorted(TARGET_PRESETS)) | MODULES,
     "feedforward": st.none() | MODULES,
+    "tuner": st.sampled_from(["vera", "oft", "miss"]),
+    "options": st.fixed_dictionaries({}, optional={"r": st.integers(1, 64), "init_weights": st.booleans()}),
 }
 
 

@@ -9,6 +9,8 @@ from peftscope.errors import InputError, Problem
 
 EXPERIMENTS = Path("experiments")
 STUDIES = EXPERIMENTS / "studies"
+METHOD_FILES = EXPERIMENTS / "methods"
+"""The folder of methods from single files."""
 DEFAULTS = EXPERIMENTS / "defaults.yaml"
 MODELS_FILE = EXPERIMENTS / "models.yaml"
 TASKS_FILE = EXPERIMENTS / "tasks.yaml"

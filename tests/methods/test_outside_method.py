@@ -110,14 +110,14 @@ def test_an_experiment_knows_it_and_says_that_its_memory_is_not_known(install, p
     assert "of GPU to go, peak not known of 1 (`peftscope memory` simulates it)." in done.stdout
     code = "from peftscope.methods import METHODS; import vera_method, sys; "
     code += "print(list(METHODS)[-2:], METHODS['vera'] is vera_method.VeRA, 'torch' in sys.modules)"
-    assert python("-c", code).stdout == "['rounded', 'vera'] True False\n"
+    assert python("-c", code).stdout == "['peft', 'vera'] True False\n"
     code_of_demands = "from peftscope.planning.demands import host_bytes; from peftscope.planning.sweep import expand; "
     code_of_demands += "print(*map(host_bytes, expand('both').runs.values()))"
     own("both", ONE_RUN.replace("[vera]", "[vera, lora]"))
     vera, lora = map(int, python("-c", code_of_demands).stdout.split())
     assert vera >= lora > 2**31  # what every process takes, and tensors
     # Its module can come first: it imports this package, which must not look for it while it is half imported.
-    assert python("-c", f"import vera_method; {code}").stdout == "['rounded', 'vera'] True False\n"
+    assert python("-c", f"import vera_method; {code}").stdout == "['peft', 'vera'] True False\n"
 
 
 def test_without_it_the_name_is_unknown_and_nothing_else_changes(python: Command, own) -> None:

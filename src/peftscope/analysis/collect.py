@@ -96,17 +96,15 @@ def _find_record(folder: Path) -> RunRecord | None:
 
 def row_of(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
     """Returns the columns of a run that do not depend on the experiment; None: it has no record yet."""
-    fields = spec.model_dump(mode="json")
-    method = fields.pop("method")
+    fields = spec.model_dump(mode="json", exclude={"method"})
     row: dict[str, Any] = {
         "status": record.status if record else "missing",
         "reason": record.reason if record else "no record yet",
         "label": spec.method.full_label(),
-        "method": method.pop("name"),
+        "method": spec.method.name,
     }
-    method = {name: "+".join(value) if isinstance(value, list) else value for name, value in method.items()}
     fields["benchmarks"] = " ".join(fields["benchmarks"])
-    row |= fields | method
+    row |= fields | spec.method.columns()
     if record is None:
         record = RunRecord(run_id="", status="interrupted", spec=spec)
     row |= {f"{phase}_seconds": value for phase, value in record.seconds}

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from peftscope.cli import advise, claims, compare, contribute, memory, rules, verify, why
+from peftscope.cli import advise, claims, compare, contribute, memory, new_study, rules, verify, why
 from peftscope.errors import InputError, Problem, printable
 from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
 from peftscope.layout import record_path, run_folder
@@ -41,6 +41,7 @@ app.add_typer(advise.app)
 app.add_typer(rules.app)
 app.add_typer(verify.app)
 app.add_typer(contribute.app)
+app.add_typer(new_study.app)
 errors = Console(stderr=True, highlight=False)
 
 
@@ -174,11 +175,12 @@ def expand_experiment(
         seconds = 0.0 if done else estimate_seconds(spec, product_rate, one_thread=at_once > 1)
         total, finished = total + seconds, finished + done
         shape = find_model(spec.model).shape
-        parameters = f"{spec.method.trainable_parameters(shape):,}" if shape else "?"
+        count = spec.method.trainable_parameters(shape) if shape else None
+        parameters = "?" if count is None else f"{count:,}"
         when = "done" if done else spoken(seconds)
         rate = ("" if chosen else "about ") + f"{spec.learning_rate:g}" if spec.method.trains else "-"
         name = identity if chosen else identity.rpartition("-")[0]
-        table.add_row(name, spec.method.label, parameters, spec.precision, rate, str(spec.steps), when)
+        table.add_row(name, spec.method.full_label(), parameters, spec.precision, rate, str(spec.steps), when)
     console = Console(width=None if sys.stdout.isatty() else 160)
     if not brief:
         console.print(table)

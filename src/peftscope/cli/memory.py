@@ -16,6 +16,7 @@ from typer.core import TyperCommand
 
 from peftscope.errors import InputError, Problem
 from peftscope.execution.libraries import offline
+from peftscope.files.content import parse_json
 from peftscope.memory.question import (
     BESIDE_OPTIONS,
     DEFAULTS,
@@ -54,10 +55,17 @@ SAID_DEFAULTS = DEFAULTS | {
     "eval_batch_size": "that of --batch-size",
     "loss_path": "hf, as in a plain script; in runs of this project response_only",
     "keep_logits": "on with loss_path hf",
+    "options": "PEFT's; as JSON",
 }
 """What the help says where the default is not the field's own."""
 NOT_OF_FIT = ("optimizer_implementation", "eval_batch_size")
 """Options that the command ``fit`` does not have."""
+READERS: dict[str, Callable[[str | None], Any]] = {
+    "targets": preset_or_modules,
+    "feedforward": preset_or_modules,
+    "options": lambda text: text and parse_json(text, "options"),
+}
+"""What reads the text of an option that is no plain value."""
 
 
 def run_options(*names: str) -> Callable[[Command], Command]:
@@ -112,7 +120,7 @@ def _option(name: str) -> Any:
         typer.Option(
             *([names] if names else []),
             help="; ".join(said),
-            callback=preset_or_modules if name in ("targets", "feedforward") else None,
+            callback=READERS.get(name),
             rich_help_panel=PANEL,
         ),
     ]

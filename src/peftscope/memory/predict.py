@@ -83,7 +83,9 @@ def why_not_simulated(spec: RunSpec) -> str:
     """Returns why the simulator cannot predict a run of this kind; empty if it can."""
     if spec.shards > 1:
         return "the simulator knows a single process"
-    return "the simulator does not know what compiled layers keep" if spec.compile else ""
+    if spec.compile:
+        return "the simulator does not know what compiled layers keep"
+    return spec.method.why_not_simulated()
 
 
 def predict(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> PredictedMemory:

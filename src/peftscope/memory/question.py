@@ -24,6 +24,8 @@ from peftscope.models.shapes import ModelShape
 from peftscope.spec import RunSpec
 
 METHOD_OPTIONS = (
+    "tuner",
+    "options",
     "rank",
     "alpha",
     "init_r",

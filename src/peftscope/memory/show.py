@@ -65,7 +65,8 @@ def show_answer(answer: Answer, console: Console, *, explain: bool, depth: int) 
     known = f" ({answer.agreement})" if answer.agreement else ""
     console.print(f"[bold]{answer.model}, {answer.method}[/]: {how}{known}")
     if answer.parameters is not None:
-        console.print(f"{answer.parameters:,} parameters, {answer.trainable_parameters:,} trained")
+        trained = "" if answer.trainable_parameters is None else f", {answer.trainable_parameters:,} trained"
+        console.print(f"{answer.parameters:,} parameters{trained}")
     peaks = Table(box=None, show_header=False)
     peaks.add_row("allocated", spoken_bytes(answer.peak_allocated_bytes), "tensors and workspaces that torch counts")
     peaks.add_row("reserved", spoken_bytes(answer.peak_reserved_bytes), "segments that the allocator holds for them")

@@ -168,6 +168,8 @@ def peaks_by_simulation(question: Question, *, evaluation: bool = True) -> Peaks
         remedy = "leave out --simulate"
         raise InputError(Problem("loss", "cut-cross-entropy is known to the closed form only", remedy))
     spec, responses = question.spec, question.responses
+    if reason := spec.method.why_not_simulated():
+        raise InputError(Problem("method", reason, "run it: a run measures its peaks"))
     sizes: dict[str, Any] = {"width": spec.seq_len, "responses": responses, "padded": question.padded}
     batch = empty_batch(rows=spec.batch_size, packed=spec.packing, **sizes)
     evaluation_batch = empty_batch(rows=spec.eval_batch_size, **sizes)

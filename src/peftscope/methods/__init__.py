@@ -1,28 +1,34 @@
 """The methods of the suite: one file each, one line each in ``OwnMethod``. Importing this needs no torch.
 
-Other packages add methods through entry points of the group ``peftscope.methods``. The entry points are loaded when
-``METHODS`` or ``AnyMethod`` is first used, so that their modules can import ``peftscope.methods.fields``.
+Other packages add methods through entry points of the group ``peftscope.methods``, and ``experiments/methods`` holds
+methods of a single file each. Both are loaded when ``METHODS`` or ``AnyMethod`` is first used, so that they can import
+``peftscope.methods.fields``.
 """
 
 from __future__ import annotations
 
 from functools import cache, reduce
-from importlib.metadata import Distribution, EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points
 from operator import or_
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import Field
 
 from peftscope.errors import InputError, Problem, shown
+from peftscope.files.manifest import file_sha256
+from peftscope.layout import METHOD_FILES
 from peftscope.methods.adalora import AdaLoRA
 from peftscope.methods.dora import DoRA
 from peftscope.methods.fields import Method
+from peftscope.methods.from_file import load_file
 from peftscope.methods.full import Full
 from peftscope.methods.ia3 import IA3
 from peftscope.methods.loftq import LoftQ
 from peftscope.methods.lora import LoRA
 from peftscope.methods.lora_plus import LoRAPlus
 from peftscope.methods.none import Untouched
+from peftscope.methods.peft_tuner import PeftTuner
 from peftscope.methods.pissa import PiSSA
 from peftscope.methods.prefix_tuning import PrefixTuning
 from peftscope.methods.prompt_tuning import PromptTuning
@@ -50,6 +56,7 @@ OwnMethod = (
     | PrefixTuning
     | RandomSubspace
     | Rounded
+    | PeftTuner
 )
 """The methods of this package, in the order of tables."""
 
@@ -82,21 +89,26 @@ def _own() -> dict[str, type[Method]]:
 
 
 @cache
-def _outside() -> dict[str, tuple[type[Method], Distribution]]:
-    """Returns the methods of other packages by name, each with its distribution."""
-    methods: dict[str, tuple[type[Method], Distribution]] = {}
+def _outside() -> dict[str, tuple[type[Method], dict[str, str]]]:
+    """Returns the methods of other packages and of files by name, each with what it comes from and its version."""
+    methods: dict[str, tuple[type[Method], dict[str, str]]] = {}
     problems = []
-    for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, _owner(point), point.value)):
-        owners = {name: "peftscope" for name in _own()} | {name: _release(of) for name, (_, of) in methods.items()}
-        if point.name in owners:
-            method, wrong = None, f"the name {point.name!r} belongs to a method of {owners[point.name]}"
+    points = sorted(entry_points(group=GROUP), key=lambda point: (point.name, _owner(point), point.value))
+    sources: list[EntryPoint | Path] = [*points, *sorted(METHOD_FILES.glob("*.py"))]
+    for source in sources:
+        name = source.name if isinstance(source, EntryPoint) else source.stem
+        owners = dict.fromkeys(_own(), "peftscope") | {one: _told(of) for one, (_, of) in methods.items()}
+        if name in owners:
+            method, wrong = None, f"the name {name!r} belongs to a method of {owners[name]}"
         else:
-            method, wrong = _load(point)
-        if method is not None and point.dist is not None:
-            methods[point.name] = method, point.dist
-        else:
-            where = f"entry point {point.name} = {point.value} of {_owner(point)}"
+            method, wrong = _load(source) if isinstance(source, EntryPoint) else load_file(source)
+        if method is not None:
+            methods[name] = method, _origin(source)
+        elif isinstance(source, EntryPoint):
+            where = f"entry point {name} = {source.value} of {_owner(source)}"
             problems.append(Problem(where, wrong, "repair or uninstall it"))
+        else:
+            problems.append(Problem(str(source), wrong, "repair or remove it"))
     if problems:
         raise InputError(problems)
     return methods
@@ -119,16 +131,19 @@ def _load(point: EntryPoint) -> tuple[type[Method] | None, str]:
 
 
 def _owner(point: EntryPoint) -> str:
-    return _release(point.dist) if point.dist is not None else "an unknown distribution"
+    return f"{point.dist.name} {point.dist.version}" if point.dist is not None else "an unknown distribution"
 
 
-def _release(distribution: Distribution) -> str:
-    return f"{distribution.name} {distribution.version}"
+def _origin(source: EntryPoint | Path) -> dict[str, str]:
+    if isinstance(source, Path):
+        return {source.as_posix(): file_sha256(source)}
+    return {source.dist.name: source.dist.version} if source.dist is not None else {}
+
+
+def _told(origin: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in origin.items())
 
 
 def versions_of(name: str) -> dict[str, str]:
-    """Returns the distribution that a method comes from, and its version; nothing for the methods of this package."""
-    if name not in _outside():
-        return {}
-    distribution = _outside()[name][1]
-    return {distribution.name: distribution.version}
+    """Returns what a method comes from: its distribution's version, or the hash of its file; nothing for our own."""
+    return _outside()[name][1] if name in _outside() else {}

@@ -179,6 +179,11 @@ class Method(BaseModel):
         """Returns the label, with an addition if two rows of a table would otherwise have the same label."""
         return self.label
 
+    def columns(self) -> dict[str, Any]:
+        """Returns the fields as columns of a table, in which a list is one text."""
+        fields = self.model_dump(mode="json", exclude={"name"})
+        return {name: "+".join(value) if isinstance(value, list) else value for name, value in fields.items()}
+
     def id_parts(self) -> list[str]:
         """Returns the parts of a run id that describe the method, after its name."""
         fields = self.model_dump(mode="json")
@@ -197,6 +202,10 @@ class Method(BaseModel):
         """Returns the fields that give the method this rank; none if it has no rank."""
         return {cls.rank_field: rank} if cls.rank_field in cls.model_fields else {}
 
+    def why_not_simulated(self) -> str:
+        """Returns why its memory cannot be simulated; empty if it can."""
+        return ""
+
     def rounding(self) -> str | None:
         """Returns the code that the base's linear weights are rounded to while it is loaded, without being packed."""
         return None
@@ -211,9 +220,9 @@ class Method(BaseModel):
         """Returns the seconds of computation that ``build`` takes on a card."""
         return 0.0
 
-    def trainable_parameters(self, shape: ModelShape) -> int:
-        """Returns the number of values that require gradients at the start of a run."""
-        raise NotImplementedError
+    def trainable_parameters(self, shape: ModelShape) -> int | None:
+        """Returns the number of values that require gradients at the start of a run; None: known once it is built."""
+        return None
 
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the model to train. ``model`` is the loaded base, which this may change in place."""

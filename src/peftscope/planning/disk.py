@@ -29,7 +29,9 @@ def disk_bytes(runs: dict[str, RunSpec], kept: Mapping[str, int] | None = None) 
             needed += _download_bytes(entry)
         if entry.shape:
             mine = [spec for spec in runs.values() if spec.model == name]
-            sizes = [spec.method.trainable_parameters(entry.shape) * (2 if _saves_bf16(spec) else 4) for spec in mine]
+            # An adapter whose size is not known beforehand is small beside what is spared.
+            counts = [spec.method.trainable_parameters(entry.shape) or 0 for spec in mine]
+            sizes = [count * (2 if _saves_bf16(spec) else 4) for count, spec in zip(counts, mine, strict=True)]
             saved = [(spec.method.trains_base, size) for spec, size in zip(mine, sizes, strict=True)]
             points = [(kept or {}).get(identity, 0) for identity, spec in runs.items() if spec.model == name]
             needed += sum(count * size for count, (_, size) in zip(points, saved, strict=True))

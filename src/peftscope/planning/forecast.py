@@ -214,7 +214,7 @@ def token_flops(spec: RunSpec, shape: ModelShape, length: float) -> float:
     They are two per weight in the forward pass and two for the gradients of activations. Two more per trained weight
     are for their gradients, and two per weight for recomputing. Attention is causal.
     """
-    trained = spec.method.trainable_parameters(shape)
+    trained = spec.method.trainable_parameters(shape) or 0
     full = spec.method.trains_base
     passes = 3 if full else 2
     matrices = shape.linear_parameters + shape.vocab_size * shape.hidden_size

@@ -44,7 +44,12 @@ class _Layers:
     origins: dict[str, str] = field(default_factory=dict)
 
     def lay(self, values: Mapping[str, Any], origin: str) -> None:
-        """Lays values over the earlier ones; ``origin`` is the mapping's own place."""
+        """Lays values over the earlier ones; ``origin`` is the mapping's own place.
+
+        A method may be a mapping of its name and its fields, as records have it.
+        """
+        if isinstance(method := values.get("method"), dict):
+            self.lay({key: value for key, value in method.items() if key != "name"}, f"{origin}.method")
         for key, value in values.items():
             self.values[key] = value
             self.origins[key] = f"{origin}.{key}"
@@ -67,6 +72,8 @@ class Resolver:
             InputError: There is no such method.
         """
         name = values.get("method", self.experiment.fixed.get("method", self.defaults.fixed.get("method")))
+        if isinstance(name, dict):
+            name, where = name.get("name"), f"{where}.name"
         if not isinstance(name, str) or name not in METHODS:
             raise InputError(Problem(where, f"unknown method (got {shown(name)})", close_match(str(name), METHODS)))
         return name

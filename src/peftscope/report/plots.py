@@ -51,7 +51,7 @@ def palette(runs: pd.DataFrame) -> dict[str, tuple[float, float, float]]:
     """Returns the colour of each variant in ``runs``. If every method has one variant, that is the method's colour."""
     own = method_colours()
     names = list(dict.fromkeys(runs["variant"]))
-    if len(names) == runs["label"].nunique():
+    if len(names) == runs["label"].nunique() and set(runs["label"]) <= own.keys():
         return {name: own[str(label)] for name, label in zip(runs["variant"], runs["label"], strict=True)}
     return dict(zip(names, sns.color_palette("husl", len(names)), strict=True))
 

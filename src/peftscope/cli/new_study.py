@@ -1,0 +1,127 @@
+"""Writes the experiment file that compares a method from a file with others."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftscope.errors import InputError, Problem, close_match
+from peftscope.layout import EXPERIMENTS, METHOD_FILES, check_experiment_name, shipped
+
+app = typer.Typer()
+
+REFERENCE = "lora"
+"""The reference arm of the studies that this repository publishes."""
+
+RATES_OF = "variants"
+"""The study whose learning rates other arms have, so that the runs are its own."""
+
+GRID = (0.1, 0.3, 1, 3, 10)
+"""Learning rates to try, as multiples of a method's own: as many for every arm."""
+
+
+@app.command("new-study")
+def new_study(
+    file: Annotated[Path, typer.Argument(help="A Python file with one method; its name becomes the method's.")],
+    against: Annotated[
+        str,
+        typer.Option(help="Methods to compare with, separated by commas; the first is the reference, lora if named."),
+    ] = REFERENCE,
+    model: Annotated[
+        str | None, typer.Option(help="A name in models.yaml; default: that of studies/base.yaml.")
+    ] = None,
+) -> None:
+    """Write a study of your own method: equal trials, pairs of seeds, an A/A arm; and say what it costs."""
+    name = file.stem
+    check_experiment_name(name)
+    others = [other.strip() for other in against.split(",") if other.strip()]
+    study = EXPERIMENTS / f"{name}-study.yaml"
+    text = study_text(file, others, model)
+    contents = {METHOD_FILES / f"{name}.py": file.read_text(encoding="utf-8"), study: text}
+    for path, content in contents.items():
+        if path.is_file() and path.read_text(encoding="utf-8") != content:
+            raise InputError(Problem(str(path), "is there with another content", "remove it, or rename your file"))
+    for path, content in contents.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+        print(path)
+    # Methods are found when a process starts, so that another one must look.
+    command = [sys.executable, "-m", "peftscope", "expand", study.stem, "--brief"]
+    sys.exit(subprocess.run(command, check=False).returncode)
+
+
+def study_text(file: Path, others: list[str], model: str | None) -> str:
+    """Returns the experiment file of a study.
+
+    Raises:
+        InputError: The file holds no method or one with a name that is taken, or another method is unknown.
+    """
+    from peftscope.methods import METHODS, versions_of
+    from peftscope.methods.from_file import load_file
+    from peftscope.models.catalog import find_model
+    from peftscope.planning.experiment import read_experiment, rounded
+
+    if not file.is_file():
+        raise InputError(
+            Problem(str(file), "no such file", "name a Python file with one method; see docs/your-method.md")
+        )
+    method, wrong = load_file(file)
+    if method is None:
+        raise InputError(Problem(str(file), wrong, "see docs/your-method.md"))
+    if file.stem in METHODS and (METHOD_FILES / file.name).as_posix() not in versions_of(file.stem):
+        raise InputError(Problem(str(file), f"there is another method {file.stem!r}", "rename your file"))
+    trained = [name for name, cls in METHODS.items() if cls.trains and name != file.stem]
+    if unknown := [name for name in others if name not in trained] or [""] * (not others):
+        message = f"no method to compare with (got {unknown[0]!r})"
+        raise InputError(Problem("against", message, close_match(unknown[0], trained)))
+    if model is not None:
+        find_model(model)
+    arms = sorted(dict.fromkeys(others), key=lambda name: name != REFERENCE)
+    known = read_experiment(shipped(EXPERIMENTS / "studies" / f"{RATES_OF}.yaml")).study
+    defaults = read_experiment(shipped(EXPERIMENTS / "defaults.yaml")).methods
+    assert known is not None
+
+    def rates(name: str) -> list[float]:
+        own = method.run_defaults if name == file.stem else {**METHODS[name].run_defaults, **defaults.get(name, {})}
+        return known.learning_rates.get(name) or [rounded(own["learning_rate"] * factor) for factor in GRID]
+
+    title = f"{method.label} against {', '.join(METHODS[name].label for name in arms)}"
+    lines = [
+        f"title: {json.dumps(title, ensure_ascii=False)}",
+        "description: >-",
+        "  A method from a file beside others, each at its own best learning rate after as many trials. Pairs of seeds",
+        "  give every arm the same batches. The reference enters a second time: no smaller difference means anything.",
+        "extends: base",
+        *([f"fixed: {{model: {model}}}"] if model else []),
+        "",
+        "study:",
+        *([f"  a_a: {arms[0]}"] if arms[0] != REFERENCE else []),
+        *(["  pilot: null # its A/A pairs are of another model or reference"] if model or arms[0] != REFERENCE else []),
+        "  arms:",
+        *([f"    {REFERENCE}: null"] if arms[0] != REFERENCE else []),
+        *(f"    {name}: {{method: {name}}}" for name in [*arms, file.stem] if name != REFERENCE),
+        "  learning_rates:",
+        *([f"    {REFERENCE}: null"] if arms[0] != REFERENCE else []),
+        *(
+            f"    {name}: [{', '.join(map(yaml_float, rates(name)))}]"
+            for name in [*arms, file.stem]
+            if name != REFERENCE
+        ),
+        *([f"  controls: {{{REFERENCE}: null, {arms[0]}: [shuffled-labels]}}"] if arms[0] != REFERENCE else []),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def yaml_float(value: float) -> str:
+    """Returns a number as YAML 1.1 reads a float: with a point in the mantissa.
+
+    >>> yaml_float(0.0003)
+    '3.0e-4'
+    """
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"

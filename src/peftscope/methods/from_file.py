@@ -1,0 +1,68 @@
+"""A method from a single file: one class, named as its file is, and known by the hash of the file's content."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import create_model
+
+from peftscope.errors import InputError, Problem
+from peftscope.files.manifest import file_sha256
+from peftscope.methods.fields import Method
+
+if TYPE_CHECKING:
+    from peftscope.spec import RunSpec
+
+
+class FromFile(Method):
+    """What a method gains by coming from a file: the file's content is part of each spec, run id and record."""
+
+    file_sha256: str
+
+    def canonical(self) -> dict[str, Any]:
+        """Returns the fields for a run's id, the content of the file among them."""
+        return super().canonical() | {"file_sha256": self.file_sha256}
+
+    def build(self, model: Any, spec: RunSpec) -> Any:
+        """Returns the model to train.
+
+        Raises:
+            InputError: The spec was made with another content of the file.
+        """
+        if self.file_sha256 != type(self).model_fields["file_sha256"].default:
+            name = self.__dict__["name"]
+            raise InputError(Problem(f"method {name}", "its file has changed since", "expand the experiment again"))
+        return super().build(model, spec)
+
+
+def load_file(path: Path) -> tuple[type[Method] | None, str]:
+    """Returns the method in a file, or None and what is wrong with it. The file's code runs."""
+    digest, module_name = file_sha256(path), f"peftscope_method_{path.stem.replace('-', '_')}"
+    location = spec_from_file_location(module_name, path)
+    assert location is not None and location.loader is not None
+    module = module_from_spec(location)
+    sys.modules[module_name] = module  # where pydantic and inspect look for it
+    try:
+        location.loader.exec_module(module)
+        own = [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module_name
+        ]
+        if len(own) != 1:
+            return None, f"must have one subclass of peftscope.methods.fields.Method (it has {len(own)})"
+        if not isinstance(getattr(own[0], "label", None), str):
+            return None, "needs a `label: ClassVar[str]`, its name in tables"
+        if "learning_rate" not in own[0].run_defaults:
+            return None, "needs `run_defaults: ClassVar[dict]` with a learning_rate"
+        fields: dict[str, Any] = {"name": (Literal[path.stem], path.stem), "file_sha256": (str, digest)}
+        made: type[Method] = create_model(
+            own[0].__name__, __base__=(FromFile, own[0]), __module__=module_name, __doc__=own[0].__doc__, **fields
+        )
+        made()
+    except Exception as error:  # any file may fail in its own way, and the user needs one line
+        return None, f"cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}"
+    return made, ""

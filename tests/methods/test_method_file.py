@@ -1,0 +1,171 @@
+"""A method from a single file: the page about it is walked through, and what is wrong with a file is said."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from peftscope.cli.new_study import study_text
+from peftscope.errors import InputError
+from peftscope.files.manifest import file_sha256
+from peftscope.methods.from_file import load_file
+from peftscope.planning.experiment import read_experiment
+from peftscope.spec import run_id
+
+PAGE = "docs/your-method.md"
+SHORT = """fixed: {model: toy, steps: 6, warmup_steps: 1, batch_size: 8, validation_items: 16, validation_every: 3,
+  heldout_items: 16, generation_items: 0, eval_batch_size: 16}"""
+
+
+def blocks(repository: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (repository / PAGE).read_text(), re.MULTILINE | re.DOTALL)
+
+
+IN_ONE_PROCESS = """
+import sys, time
+from peftscope.cli.main import app
+from peftscope.execution import sweep
+from peftscope.execution.phases import Phases
+from peftscope.execution.run import execute
+
+def run_here(identity, spec, folder, *options, deadline):
+    phases = Phases(spec.device, time.perf_counter())
+    phases.mark_imported()
+    return execute(spec, folder, phases, alone=False).status
+
+sweep.run_apart = run_here
+for command in sys.argv[1:]:
+    app(command.split(), standalone_mode=False)
+"""
+"""The commands, with the runs of a sweep in their own process: importing torch for each would take most of the time."""
+
+
+@pytest.fixture
+def file(repository: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "lora-fa.py"
+    path.write_text(blocks(repository, "python")[0])
+    return path
+
+
+def run(*words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", *words], capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "160"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_from_a_file_to_a_verdict(own: Callable[[str, str], Path], repository: Path) -> None:
+    own("unused", "fixed: {model: toy}\n")
+    Path("lora-fa.py").write_text(blocks(repository, "python")[0])
+    commands = [shlex.split(line) for block in blocks(repository, "sh") for line in block.splitlines()]
+    assert [words[1] for words in commands] == ["new-study", "sweep", "report"]
+    printed = run(*commands[0])
+    assert "lora-fa-study: 52 runs, 0 done" in printed and "8 pairs each" in printed
+
+    study = Path("experiments/lora-fa-study.yaml")
+    text = study.read_text().replace("fixed: {model: toy}", SHORT)
+    text = re.sub(r"lora-fa: \[.*\]", "lora: [3.0e-3, 1.0e-2, 3.0e-2]\n    lora-fa: [3.0e-3, 1.0e-2, 3.0e-2]", text)
+    study.write_text(f"{text}  fine_seeds: []\n  seeds: [0, 1]\n  control_seeds: [0]\n")
+    later = [" ".join(words[1:]) for words in commands[1:]]
+    done = subprocess.run([sys.executable, "-c", IN_ONE_PROCESS, *later], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    table = Path("results/lora-fa-study/tables/contrasts.csv").read_text().splitlines()
+    rows = {row["arm"]: row for row in csv.DictReader(table)}
+    assert {"lora-fa", "lora-a-a"} <= rows.keys()
+    assert "LoRA-FA" in Path("reports/lora-fa-study/report.html").read_text()
+
+    digest = file_sha256(Path("lora-fa.py"))
+    records = [json.loads(path.read_text()) for path in Path("results/runs").glob("lora-fa-*/record.json")]
+    assert len(records) == 3 + 2
+    for record in records:
+        assert record["spec"]["method"] == {
+            "name": "lora-fa",
+            "file_sha256": digest,
+            "rank": 8,
+            "targets": "all-linear",
+        }
+        assert record["provenance"]["packages"]["experiments/methods/lora-fa.py"] == digest
+        assert record["size"]["initial_trainable_parameters"] == 10240
+
+
+def test_the_content_of_the_file_is_part_of_the_id(file: Path, make_spec) -> None:
+    method, wrong = load_file(file)
+    assert method is not None, wrong
+    spec = make_spec().model_copy(update={"method": method(rank=4)})
+    file.write_text(file.read_text() + "\n")
+    changed, _ = load_file(file)
+    assert changed is not None
+    assert run_id(spec) != run_id(spec.model_copy(update={"method": changed(rank=4)}))
+    old = changed.model_validate(spec.method.model_dump(mode="json"))
+    assert run_id(spec.model_copy(update={"method": old})) == run_id(spec)
+    with pytest.raises(InputError, match="its file has changed since"):
+        old.build(None, spec)
+
+
+def test_a_file_with_a_tuners_options(repository: Path, tmp_path: Path) -> None:
+    path = tmp_path / "hra-orthogonal.py"
+    path.write_text(blocks(repository, "python")[1])
+    cls, wrong = load_file(path)
+    assert cls is not None, wrong
+    assert cls().options["apply_GS"] is True and cls().options["init_weights"] is True  # PEFT's default
+    assert cls().full_label() == "HRA, orthogonal"
+    assert cls(options={"r": 4, "apply_GS": True}).full_label() == "HRA, orthogonal (r 4)"
+    assert cls().canonical()["name"] == "hra-orthogonal"
+
+
+WRONG = {
+    "no class": ("", "must have one subclass of peftscope.methods.fields.Method (it has 0)"),
+    "a mistake": ("import nothing_here", "cannot be loaded: ModuleNotFoundError: No module named 'nothing_here'"),
+    "no label": ("class A(Method): ...", "needs a `label: ClassVar[str]`"),
+    "no rate": ("class A(Method):\n    label: ClassVar[str] = 'A'", "needs `run_defaults: ClassVar[dict]`"),
+    "a tuner's option": (
+        "class A(PeftTuner):\n    label: ClassVar[str] = 'A'\n    options: dict = {'rr': 1}",
+        "vera has no such option (got 1) (did you mean `r`?)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG.values(), ids=WRONG)
+def test_a_file_that_cannot_be_used_is_refused(text: str, message: str, tmp_path: Path, peftscope) -> None:
+    imports = "from typing import ClassVar\nfrom peftscope.methods.fields import Method\n"
+    (tmp_path / "mine.py").write_text(f"{imports}from peftscope.methods.peft_tuner import PeftTuner\n{text}\n")
+    code, _, printed = peftscope("new-study", str(tmp_path / "mine.py"))
+    assert code == 2 and message in printed and len(printed.splitlines()) == 1
+
+
+def test_a_name_that_is_taken_is_refused(file: Path, peftscope) -> None:
+    code, _, printed = peftscope("new-study", str(file.rename(file.with_name("dora.py"))))
+    assert code == 2 and "there is another method 'dora' -> rename your file" in printed
+
+
+def test_every_arm_has_as_many_trials_and_the_reference_its_controls(file: Path, own) -> None:
+    def study_of(*others: str):
+        path = own("lora-fa-study", study_text(file, list(others), None))
+        study = read_experiment(path).study
+        assert study is not None and len({len(rates) for rates in study.learning_rates.values()}) == 1
+        return study
+
+    usual = study_of("full", "lora")
+    assert (list(usual.arms), usual.a_a, usual.pilot) == (["lora", "full", "lora-fa"], "lora", "variants")
+    assert (
+        usual.learning_rates["full"]
+        == read_experiment(Path("experiments/studies/variants.yaml")).study.learning_rates["full"]
+    )
+    assert usual.learning_rates["lora-fa"] == [3e-4, 9e-4, 3e-3, 9e-3, 3e-2]
+    other = study_of("ia3")
+    assert (list(other.arms), other.a_a, other.pilot, other.controls) == (
+        ["ia3", "lora-fa"], "ia3", None, {"ia3": ["shuffled-labels"]},
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"no method to compare with \(got 'lra'\) -> did you mean `lora`"):
+        study_text(file, ["lra"], None)

@@ -1,0 +1,146 @@
+"""Tuners of PEFT by their own names: options, ids, limits, and the table that states them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Never
+
+import pytest
+
+from benchmarks import tuners
+from peftscope.errors import InputError
+from peftscope.methods.tuner_limits import limits, tried_version
+from peftscope.methods.tuner_options import Option, has_virtual_tokens, options_of, tuner_folders
+from peftscope.planning.sweep import expand
+from peftscope.spec import RunSpec, memory_key, run_id
+
+
+def test_every_tuner_and_default_is_pefts_own() -> None:
+    """What is read from the sources is what the imported classes say."""
+    from peft import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    common = {field.name for field in dataclasses.fields(PeftConfig)}
+    classes = {kind.value.lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    assert set(tuner_folders()) == set(classes)
+    for name, cls in classes.items():
+        assert has_virtual_tokens(name) == cls(**VALID.get(name, {})).is_prompt_learning, name
+        if has_virtual_tokens(name):
+            continue
+        defaults = {f.name: default_of(f) for f in dataclasses.fields(cls) if f.name not in common}
+        options = options_of(name)
+        assert {option: options[option].default for option in options} == {
+            field: defaults[field] for field in defaults if field in options
+        }, name
+        # Left out: only what an object of PEFT's fills.
+        assert set(defaults) - set(options) <= {"runtime_config"}, name
+        assert Never not in [option.kind for option in options.values()]
+
+
+VALID: dict[str, dict[str, Any]] = {
+    "adalora": {"total_step": 10},
+    "cpt": {"cpt_token_ids": [0], "task_type": "CAUSAL_LM"},
+    "xlora": {"hidden_size": 8, "adapters": {}},
+}
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+WRONG = {
+    "a tuner": ({"tuner": "verra"}, "tuner: PEFT has no such tuner; did you mean `vera`?"),
+    "virtual tokens": (
+        {"tuner": "p_tuning"},
+        "it trains virtual tokens; use the method prompt-tuning or prefix-tuning",
+    ),
+    "what a batch lacks": ({"tuner": "xlora"}, "it does not train here: it mixes adapters that were trained before"),
+    "an option": ({"options": {"rr": 8}}, "options.rr: vera has no such option (got 8) (did you mean `r`?)"),
+    "a type": ({"options": {"r": "8"}}, "options.r: must be int (got '8')"),
+    "a truth": ({"options": {"r": True}}, "options.r: must be int (got True)"),
+    "a choice": ({"tuner": "deft", "options": {"decomposition_method": "svd"}}, "must be Literal['relu', 'qr']"),
+    "a field": ({"options": {"target_modules": ["q_proj"]}}, "not an option here (write it as `targets`)"),
+    "two at once": ({"options": {"r": 0.5, "rank": 1}}, "options.r: must be int (got 0.5); options.rank: vera has no"),
+    "four bits": ({"tuner": "loha", "base_weights": "nf4"}, "loha does not train on a 4-bit base: mat1 and mat2"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG.values(), ids=WRONG)
+def test_what_peft_does_not_take_is_refused_with_what_to_do(fields: dict[str, Any], message: str, make_spec) -> None:
+    with pytest.raises(InputError) as refused:
+        make_spec(method="peft", **fields)
+    assert message in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_spec_holds_every_option_and_its_id_follows_from_them(make_spec) -> None:
+    usual = make_spec(method="peft", tuner="vera")
+    assert usual.method.options.keys() == options_of("vera").keys() - {"target_modules"}
+    assert usual.method.options["r"] == 256
+    written = make_spec(method="peft", tuner="vera", options={"r": 256, "d_initial": 0.1})
+    assert (written, run_id(written), hash(written)) == (usual, run_id(usual), hash(usual))
+    assert RunSpec.model_validate(usual.model_dump(mode="json")) == RunSpec.model_validate(usual.canonical()) == usual
+    other = make_spec(method="peft", tuner="vera", options={"d_initial": 1})
+    assert run_id(other).startswith("peft-vera-r256-s0-") and run_id(other) != run_id(usual)
+    assert other.method.full_label() == "PEFT vera (d_initial 1.0)"
+    assert memory_key(other) != memory_key(usual) == memory_key(make_spec(method="peft", seed=1))
+
+
+def test_a_method_may_be_a_mapping_in_experiments_too(write_experiment) -> None:
+    write_experiment(
+        "mine",
+        "fixed: {model: toy}\naxes: {method: [lora, {name: peft, tuner: loha, options: {r: 4}}]}\n"
+        "runs: [{method: peft, tuner: loha, options: {r: 4}}]\n",
+    )
+    sweep = expand("mine")
+    assert [spec.method.full_label() for spec in sweep.runs.values()] == ["PEFT loha (r 4)", "LoRA"]
+    write_experiment("mine", "fixed: {model: toy, method: {name: peft, tuner: loha, rank: 4}}\n")
+    with pytest.raises(InputError, match=r"mine.yaml: fixed.method.rank: method `peft` has no such field"):
+        expand("mine")
+    write_experiment("mine", "fixed: {model: toy}\nruns: [{method: {name: pef}}]\n")
+    with pytest.raises(InputError, match=r"runs\[0\].method.name: unknown method \(got 'pef'\) -> did you mean `peft`"):
+        expand("mine")
+
+
+def test_the_experiment_runs_every_tuner_that_trains_and_the_page_is_in_step(repository: Path) -> None:
+    found = {spec.method.tuner for spec in expand("all-tuners").runs.values() if spec.method.name == "peft"}
+    assert found == {tuner for tuner in tuners.tuners() if "train" not in limits().get(tuner, {})}
+    assert len(found) > 30
+    assert tuners.render(limits(), tried_version()) in (repository / "docs/tuners.md").read_text(), "run: make tuners"
+    for own in limits().values():
+        assert own.keys() <= tuners.CHECKS.keys() and all(own.values())
+
+
+def test_a_limit_is_what_its_method_says(make_spec, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_spec(method="peft", tuner="hra")
+    assert spec.method.mergeable and spec.method.supports_checkpointing
+    monkeypatch.setitem(limits(), "hra", {"merge": "no", "recompute": "no", "simulate": "no"})
+    assert not spec.method.mergeable
+    assert spec.method.why_not_simulated() == "PEFT's hra cannot be simulated: no"
+    with pytest.raises(InputError, match="checkpointing does not work with peft"):
+        make_spec(method="peft", tuner="hra", checkpointing=True)
+
+
+@pytest.mark.parametrize("tuner", ["loha", "lokr", "vera"])
+def test_simulated_peaks_are_the_tracked_ones(tuner: str, toy: Path) -> None:
+    """LoHa and LoKr draw a number for a module dropout of zero, which tensors without values do not have."""
+    tuners.check_simulation(tuner)
+
+
+def test_a_check_finds_what_it_is_for(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a dropout the draw decides, and the limit names the line of the library."""
+    plain: Callable[..., RunSpec] = tuners.spec_of
+    dropout = {"loha": {"options": {"module_dropout": 0.5}}}
+    monkeypatch.setattr(tuners, "spec_of", lambda tuner, **v: plain(tuner, **v, **dropout.get(tuner, {})))
+    with pytest.raises(Exception) as stopped:
+        tuners.check_simulation("loha")
+    assert "peft/tuners/loha/layer.py" in tuners.reason_of(stopped.value)
+    assert "torch.rand(1) > module_dropout" in tuners.reason_of(stopped.value)
+
+
+def test_an_option_of_another_class_takes_null_alone() -> None:
+    assert options_of("lora")["eva_config"] == Option(type(None), "Optional[EvaConfig]", None)
