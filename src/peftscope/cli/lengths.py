@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from peftscope.errors import InputError, Problem
+from peftscope.errors import InputError, Problem, needs
 from peftscope.memory.lengths import answer_lengths, count_tokens, read_lengths
 
 if TYPE_CHECKING:
@@ -70,9 +70,10 @@ def tell_lengths(
         grouped=bool(own["group_by_length"]),
     )
     if own["figure"]:
-        from peftscope.report.memory import draw_lengths
+        with needs("report"):
+            from peftscope.report.memory import draw_lengths
 
-        draw_lengths(answer, own["figure"])
+            draw_lengths(answer, own["figure"])
     if as_json:
         print(json.dumps(answer.to_json(), ensure_ascii=False))
     else:

@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from rich.console import Console
 from typer.core import TyperCommand
 
-from peftscope.errors import InputError, Problem
-from peftscope.execution.libraries import offline
+from peftscope.errors import InputError, Problem, needs
+from peftscope.execution.libraries import offline, quiet_libraries
 from peftscope.memory.question import (
     BESIDE_OPTIONS,
     DEFAULTS,
@@ -120,6 +120,7 @@ def _option(name: str) -> Any:
 
 @app.command("memory", cls=RunCommand)
 @run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
+@needs("simulate")
 def memory_command(
     model: MemoryModel = None,
     config: Annotated[
@@ -268,6 +269,7 @@ def models(as_json: AsJson = False) -> None:
 
 @app.command(cls=RunCommand)
 @run_options(*METHOD_OPTIONS, *(name for name in SPEC_OPTIONS if name not in NOT_OF_FIT), *BESIDE_OPTIONS)
+@needs("simulate")
 def fit(
     model: Annotated[str | None, typer.Argument(help="A preset, a config.json, or a hub id.")] = None,
     gpu: Annotated[str, typer.Option(help="rtx4090, a100, ..., or its memory, as in 24GiB.")] = ...,  # type: ignore[assignment]
@@ -306,7 +308,7 @@ def fit(
 
 
 def _simulated(question: Question) -> Answer:
-    with Console(stderr=True).status("simulating two training steps, some seconds"), offline():
+    with Console(stderr=True).status("simulating two training steps, some seconds"), quiet_libraries(), offline():
         from peftscope.memory.simulate import answer_by_simulation
 
         return answer_by_simulation(question)
