@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from peftscope.errors import InputError, Problem, needs
-from peftscope.memory.lengths import answer_lengths, count_tokens, read_lengths
 
 if TYPE_CHECKING:
     from peftscope.memory.question import Question
@@ -28,8 +27,12 @@ def items_asked(lengths: Path | None, data: Path | None, model: str | None, own:
     if lengths and data:
         raise InputError(Problem("lengths", "--data was given as well", "leave out one of the two"))
     if lengths:
+        from peftscope.memory.lengths import read_lengths
+
         return read_lengths(lengths)
     if data:
+        from peftscope.memory.lengths import count_tokens
+
         fields = [field.strip() for field in (own["fields"] or "text").split(",")]
         return count_tokens(data, fields, _load_tokenizer(own["tokenizer"] or model))
     stray = [name for name in OWN_OPTIONS if own[name]]
@@ -61,6 +64,8 @@ def tell_lengths(
     question: Question, items: list[int], own: Mapping[str, Any], console: Console, *, as_json: bool
 ) -> float | None:
     """Prints the answer about a data set, draws its figure, and returns the chance of a batch that does not fit."""
+    from peftscope.memory.lengths import answer_lengths
+
     answer = answer_lengths(
         question,
         items,

@@ -6,6 +6,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -92,6 +93,7 @@ class RunCommand(TyperCommand):
         return super().parse_args(ctx, spelled)
 
 
+@cache  # four commands have it
 def _option(name: str) -> Any:
     """Returns a field's option as typer wants it; what values it takes is checked with the rest of the run."""
     owners: tuple[type[BaseModel], ...] = (RunSpec, *METHODS.values(), Beside)
