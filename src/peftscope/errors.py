@@ -18,8 +18,8 @@ OPTIONAL = frozenset(
     (
         *("accelerate", "bitsandbytes", "datasets", "filelock", "gguf", "great_tables", "huggingface_hub", "jinja2"),
         *("lm_eval", "markupsafe", "matplotlib", "numpy", "pandas", "peft", "psutil", "pyarrow", "pynvml"),
-        *("reasoning_gym", "safetensors", "scipy", "seaborn", "snakemake", "statsmodels", "torch", "tqdm"),
-        "transformers",
+        *("reasoning_gym", "safetensors", "scipy", "seaborn", "snakemake", "statsmodels", "tokenizers", "torch"),
+        *("tqdm", "transformers"),
     )
 )
 """The packages that only some commands import, and that the extras of pyproject.toml install."""
