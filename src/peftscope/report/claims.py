@@ -1,6 +1,7 @@
 """Renders the claims page, which shows every claim with its verdict and evidence, as HTML and Markdown. No torch.
 
-Its sentences can be read without the libraries that draw."""
+Its sentences can be read without the libraries that draw.
+"""
 
 from __future__ import annotations
 
