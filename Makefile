@@ -168,8 +168,7 @@ lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet uv
 	.venv-lock/bin/uv pip compile pyproject.toml --extra all --extra dev --extra docs --universal --python-version 3.11 \
-	  --generate-hashes \
-	  --no-emit-package torch --no-header --no-annotate --quiet --output-file requirements.lock
+	  --generate-hashes --no-emit-package torch --no-header --no-annotate --quiet --output-file requirements.lock
 	rm -rf .venv-lock
 
 # Asks a database of known vulnerabilities; what it could not ask about fails too.
