@@ -56,6 +56,7 @@ NEEDING = {
     "records quick": "[report]",
     "restore quick": "[report]",
     "collect quick": "[report]",
+    "compare a b": "[report]",
     "report quick": "[report]",
     "unlock": "[workflow]",
 }
