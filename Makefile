@@ -16,7 +16,7 @@ PLACE = --cores $(CORES) --resources gpu=$(GPUS) mem_mb=$$($(BIN)/python -c '$(F
 else
 VENV := .venv-$(PROFILE)
 PLACE := --workflow-profile profiles/$(PROFILE)
-EXTRA := [$(PROFILE)]
+EXTRA := [all,$(PROFILE)]
 endif
 # Packages without a wheel: only these may run a build of their own.
 SOURCE_ONLY := cellpylib,connection-pool,pycosat,rouge-score,sqlitedict,word2number,zss
@@ -172,8 +172,8 @@ gpu-check: $(READY)
 lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet uv
-	.venv-lock/bin/uv pip compile pyproject.toml --extra dev --extra docs --universal --python-version 3.11 --generate-hashes \
-	  --no-emit-package torch --no-header --no-annotate --quiet --output-file requirements.lock
+	.venv-lock/bin/uv pip compile pyproject.toml --extra all --extra dev --extra docs --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-package torch --no-header --no-annotate --quiet --output-file requirements.lock
 	rm -rf .venv-lock
 
 # Asks a database of known vulnerabilities; what it could not ask about fails too.
@@ -194,9 +194,9 @@ sbom: $(READY)
 test-oldest: OLDEST := torch==2.9.* transformers==5.24.* peft==0.21.*
 test-oldest test-newest:
 	$(PYTHON) -m venv .venv-$@
-	.venv-$@/bin/python -m pip install --quiet --progress-bar on $(OLDEST) --editable '.[dev]'
+	.venv-$@/bin/python -m pip install --quiet --progress-bar on $(OLDEST) --editable '.[all,dev]'
 	OMP_NUM_THREADS=1 .venv-$@/bin/pytest --numprocesses logical --maxprocesses 4 --dist worksteal \
 	  -m "not slow and not browser and not faults and not slurm"
 
 clean:
-	rm -rf .snakemake results/smoke reports/smoke site
+	rm -rf .snakemake results/smoke reports/smoke site build dist

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -66,13 +67,20 @@ def test_snakefile_holds_rules_only(repository: Path) -> None:
     assert "run:" not in text
 
 
+def requirements(project: dict[str, Any]) -> set[str]:
+    """Returns what runs and tests need: all extras but those of Slurm, which stands apart, and of the site."""
+    extras = project["optional-dependencies"]
+    found = {*project["dependencies"], *(one for name in extras.keys() - {"slurm", "docs"} for one in extras[name])}
+    return {requirement for requirement in found if not requirement.startswith("peftscope[")}
+
+
 def test_conda_environment_has_the_same_versions(repository: Path) -> None:
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
-    wanted = {*project["dependencies"], *project["optional-dependencies"]["dev"]}
     environment = yaml.safe_load((repository / "environment.yml").read_text())
     assert environment["dependencies"][0] == f"python{project['requires-python']}"
     (pip,) = [part["pip"] for part in environment["dependencies"] if isinstance(part, dict)]
-    assert set(pip) == wanted
+    assert set(pip) == requirements(project)
+    assert len(pip) == len(set(pip))
 
 
 def test_the_lock_pins_every_dependency_with_hashes_and_leaves_torch_a_range(repository: Path) -> None:
@@ -82,10 +90,10 @@ def test_the_lock_pins_every_dependency_with_hashes_and_leaves_torch_a_range(rep
     assert all(re.match(r"[\w.-]+==\S+ .*--hash=sha256:[0-9a-f]{64}", entry) for entry in entries)
     pinned = {re.split(r"[=<>]", entry)[0].lower().replace("_", "-").replace(".", "-") for entry in entries}
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
-    (torch,) = [requirement for requirement in project["dependencies"] if requirement.startswith("torch")]
+    (torch,) = [requirement for requirement in requirements(project) if requirement.startswith("torch")]
     makefile = (repository / "Makefile").read_text()
     assert f"TORCH := {torch}\n" in makefile
-    for requirement in {*project["dependencies"], *project["optional-dependencies"]["dev"]} - {torch}:
+    for requirement in requirements(project) - {torch}:
         assert re.split(r"[=<>]", requirement)[0].lower().replace("_", "-") in pinned, requirement
     assert not pinned & {"torch", "triton"}
     # What may run a build of its own is named, and still part of the lock.

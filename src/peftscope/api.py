@@ -1,7 +1,8 @@
 """The API: what ``import peftscope`` gives. No torch, pandas or transformers until a function needs them.
 
 Every function leaves the process as it found it, but for the libraries that it imported. Paths are relative to the
-working folder; where that has no ``experiments/``, those of the repository that peftscope is installed from are read.
+working folder; where that has no ``experiments/``, those are read that peftscope came with. What needs a package that
+is not installed says so in an ``InputError``, with the extra that has it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftscope.errors import InputError, Problem, close_match
+from peftscope.errors import InputError, Problem, close_match, needs
 from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
 from peftscope.record import RunRecord
 from peftscope.spec import RunSpec
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["InputError", "RunRecord", "RunSpec", "fit", "load_results", "memory", "run"]
 
 
+@needs("train")
 def run(spec: RunSpec | Mapping[str, Any], folder: str | Path) -> RunRecord:
     """Trains and measures one run in this process, and returns its record.
 
@@ -120,6 +122,7 @@ def _generators_kept(device: Device) -> Iterator[None]:
             numpy.random.set_state(arrays)
 
 
+@needs("simulate")
 def memory(
     model: str,
     method: str = "lora",
@@ -166,6 +169,7 @@ def memory(
             return answer_by_simulation(question)
 
 
+@needs("simulate")
 def fit(
     gpu: str,
     models: str | Sequence[str] | None = None,
@@ -211,12 +215,13 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise InputError(unknown)
 
 
+@needs("report")
 def load_results(name: str, comparison: str | None = None) -> pd.DataFrame:
     """Returns the runs of an experiment, one row each, from ``runs.csv``.
 
     Args:
         name: The experiment. The file is that of ``results/NAME/`` or, if there is none, of
-            ``results/published/NAME/``.
+            ``results/published/NAME/``, in the working folder or as peftscope came with it.
         comparison: Only the runs of this comparison: ``grid``, ``ladder-0-rank``, ``arm-lora``, ... A mean over a whole
             table mixes comparisons.
 
@@ -225,13 +230,14 @@ def load_results(name: str, comparison: str | None = None) -> pd.DataFrame:
         is the path of the file.
 
     Raises:
-        InputError: There is no such file or comparison, or the name cannot be an experiment's.
+        InputError: There is no such file or comparison, the name cannot be an experiment's, or pandas is not installed
+            (``pip install 'peftscope[report]'``).
     """
     from peftscope.analysis.collect import read_runs
-    from peftscope.layout import PUBLISHED_RESULTS, results_folder
+    from peftscope.layout import published, results_folder
 
-    own, published = results_folder(name), PUBLISHED_RESULTS / name
-    folder = published if (published / "runs.csv").is_file() and not (own / "runs.csv").is_file() else own
+    own = results_folder(name)
+    folder = own if (own / "runs.csv").is_file() or not (published(name) / "runs.csv").is_file() else published(name)
     runs = read_runs(name, folder)
     if comparison is not None:
         members = runs["comparisons"].str.split()

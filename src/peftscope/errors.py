@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,16 @@ LONGEST_PART = 1000
 """The most characters of a message's place, text or remedy, because people may write texts of any length."""
 
 MIB, GIB = 2**20, 2**30
+
+OPTIONAL = frozenset(
+    (
+        *("accelerate", "bitsandbytes", "datasets", "filelock", "gguf", "great_tables", "huggingface_hub", "jinja2"),
+        *("lm_eval", "markupsafe", "matplotlib", "numpy", "pandas", "peft", "psutil", "pyarrow", "pynvml"),
+        *("reasoning_gym", "safetensors", "scipy", "seaborn", "snakemake", "statsmodels", "tokenizers", "torch"),
+        *("tqdm", "transformers"),
+    )
+)
+"""The packages that only some commands import, and that the extras of pyproject.toml install."""
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 200
@@ -63,6 +74,26 @@ class InputError(Exception):
         found = [problems] if isinstance(problems, Problem) else list(problems)
         self.problems = list(dict.fromkeys(found))
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Turns the lack of an optional package into an error for people; a context, and a decorator of functions.
+
+    Args:
+        extra: The extra of pyproject.toml that has all that the context imports.
+
+    Raises:
+        InputError: The context imported a package that is not installed; the error names the extra.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        raise InputError(
+            Problem(str(error.name), "needed here, and not installed", f"pip install 'peftscope[{extra}]'")
+        ) from None
 
 
 def spoken_bytes(size: float, digits: int = 2) -> str:

@@ -1,4 +1,8 @@
-"""Every path of experiments, resources, results and reports, relative to the working folder."""
+"""Every path of experiments, resources, results and reports, relative to the working folder.
+
+What the suite comes with, its experiments and published results, is read from the working folder if it is there, and
+otherwise from the clone or the wheel that peftscope was installed from.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +53,8 @@ FINDINGS_PAGE = REPORTS / "findings.md"
 
 REPOSITORY = Path(__file__).parent.parent.parent
 """The repository, if this package is an editable install of it."""
+PACKAGED = Path(__file__).parent / "shipped"
+"""The copy of the repository's folders in a wheel, which setup.py makes."""
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,63}"
 RENAMED = {"kin": "all-methods"}
@@ -56,17 +62,17 @@ RENAMED = {"kin": "all-methods"}
 
 
 def shipped(path: Path) -> Path:
-    """Returns the path of a file of experiments/ in the working folder or, if that has no defaults, in the repository.
+    """Returns the path of a file that the suite comes with, under the first root that has ``experiments/``.
 
-    The repository is that of an editable install, so that runs can be started in any folder.
+    The roots are the working folder, the repository of an editable install, and the copy in a wheel.
 
     Raises:
-        InputError: Neither has defaults.
+        InputError: None of them has defaults.
     """
-    for root in (Path(), REPOSITORY):
+    for root in (Path(), REPOSITORY, PACKAGED):
         if (root / DEFAULTS).is_file():
             return root / path
-    remedy = "run from the repository's root, or install the repository: pip install --editable ."
+    remedy = "run from the repository's root, or install peftscope again"
     raise InputError(Problem(str(EXPERIMENTS), f"there is no {DEFAULTS} here", remedy))
 
 
@@ -101,9 +107,19 @@ def record_paths() -> list[Path]:
     return sorted(RUNS.glob("*/record.json"))
 
 
+def published(name: str) -> Path:
+    """Returns the path of a published file, or of the folder of an experiment's.
+
+    It is that of the working folder if it is there, and otherwise one that the suite comes with.
+    """
+    own = PUBLISHED_RESULTS / name
+    return own if own.exists() else shipped(own)
+
+
 def published_paths(name: str) -> list[Path]:
     """Returns the published files with this name, one per experiment that has it."""
-    return sorted(PUBLISHED_RESULTS.glob(f"*/{name}"))
+    root = PUBLISHED_RESULTS if PUBLISHED_RESULTS.is_dir() else shipped(PUBLISHED_RESULTS)
+    return sorted(root.glob(f"*/{name}"))
 
 
 def coarse_path(experiment: str) -> Path:

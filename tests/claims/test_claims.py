@@ -417,6 +417,8 @@ def test_a_contrast_is_corrected_for_its_family_even_when_it_is_measured_alone(
         (["--kind", "numeric"], "--kind: no such kind (got 'numeric') -> did you mean `numerics`?"),
         (["--write", "--id", "S64"], "--write: writes all claims -> leave --id and --kind out"),
         (["--reuse", "none.json"], "none.json: no such file"),
+        (["--published", "--write"], "--published: measures nothing -> leave --write and --reuse out"),
+        (["--published"], "results/published/claims.json: no such file"),
     ],
 )
 def test_a_wrong_question_is_answered_with_a_hint(

@@ -1,4 +1,7 @@
-"""What paired differences say: the same, different by more than a margin, different, or open. No torch."""
+"""What paired differences say: the same, different by more than a margin, different, or open. No torch.
+
+NumPy and scipy are loaded by what computes.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-
-import numpy as np
-from scipy import special
 
 from peftscope.analysis.stats import CONFIDENCE
 
@@ -48,6 +48,8 @@ class Difference:
 
     def half_width(self, confidence: float = CONFIDENCE, pairs: int | None = None) -> float:
         """Returns how far the interval of the mean reaches to either side; with another number of pairs, if given."""
+        from scipy import special
+
         n = pairs or self.n
         if n < 2:
             return math.inf
@@ -108,6 +110,8 @@ class Difference:
     @property
     def p(self) -> float:
         """The two-sided p of a t test, which is below 0.05 exactly if the 95 % interval excludes 0."""
+        from scipy import special
+
         if self.error == 0:
             return float(self.mean == 0)
         return float(2 * special.stdtr(self._freedom(self.n), -abs(self.mean) / self.error))
@@ -159,5 +163,7 @@ def compare(differences: Sequence[float], margin: float, tuning_error: float = 0
     >>> [str(compare(values, margin=1).outcome) for values in ([0.1, 0.2, 0.3], [5.0, 5.1, 5.2])]
     ['same', 'differs by more than the margin']
     """
+    import numpy as np
+
     sample = np.asarray(differences, dtype=float)
     return Difference(float(sample.mean()), float(sample.std(ddof=1)), tuning_error, int(sample.size), margin)

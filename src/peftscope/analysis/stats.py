@@ -1,4 +1,4 @@
-"""Statistics: a thin layer over scipy and statsmodels. No torch.
+"""Statistics: a thin layer over scipy and statsmodels. No torch; NumPy and scipy are loaded by what computes.
 
 The table says how often an interval covers the true mean of normal values, by simulation (a test repeats it):
 
@@ -20,9 +20,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from scipy import special, stats
-
 CONFIDENCE = 0.95
 
 
@@ -43,6 +40,9 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
     >>> round(interval.low, 3), interval.mean, round(interval.high, 3)
     (-0.484, 2.0, 4.484)
     """
+    import numpy as np
+    from scipy import special
+
     sample = np.asarray([value for value in values if value is not None and np.isfinite(value)], dtype=float)
     if sample.size == 0:
         return None
@@ -64,6 +64,9 @@ def bootstrap_interval(
     The plain percentile interval is too narrow for few values. The expanded one uses wider percentiles, so that for
     normal values it is about as wide as Student's. Source: Hesterberg 2015, arXiv 1411.5279, section 6.2.
     """
+    import numpy as np
+    from scipy import stats
+
     sample = np.asarray(values, dtype=float)
     n = sample.size
     tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + confidence) / 2, n - 1))
@@ -80,6 +83,8 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     >>> median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0])
     (2.0, 8.0)
     """
+    from scipy import stats
+
     ordered = sorted(values)
     beyond = max(0, int(stats.binom.ppf((1 - confidence) / 2, len(ordered), 0.5)) - 1)
     return ordered[beyond], ordered[-1 - beyond]
@@ -91,6 +96,8 @@ def share_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> tu
     >>> [round(bound, 3) for bound in share_interval(8, 12)]
     [0.391, 0.862]
     """
+    from scipy import stats
+
     found = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
     return float(found.low), float(found.high)
 
@@ -109,6 +116,8 @@ def median_ratio_interval(above: Sequence[float], below: Sequence[float]) -> tup
     >>> [round(value, 3) for value in median_ratio_interval((1.98, 2.0, 2.02, 25), (1.0, 1.0, 1.0, 25))]
     [2.0, 1.985, 2.015]
     """
+    from scipy import stats
+
     errors = [1.2533 / 1.349 * (upper - lower) / middle / math.sqrt(n) for lower, middle, upper, n in (above, below)]
     ratio, reach = above[1] / below[1], stats.norm.ppf((1 + CONFIDENCE) / 2) * math.hypot(*errors)
     return ratio, float(ratio * math.exp(-reach)), float(ratio * math.exp(reach))
@@ -120,6 +129,9 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     >>> sign_flip_p([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     0.03125
     """
+    import numpy as np
+    from scipy import stats
+
     sample = (np.asarray(differences, dtype=float),)
     # For a few hundred pairs, all flips at once take a gigabyte. Batches give the same p.
     found = stats.permutation_test(

@@ -19,7 +19,7 @@ import pandas as pd
 
 from peftscope.analysis.compare import Difference, compare
 from peftscope.errors import InputError, Problem
-from peftscope.layout import PUBLISHED_RESULTS, results_folder
+from peftscope.layout import published, results_folder
 from peftscope.planning.cells import ARM, CONTROL, TUNING
 from peftscope.planning.experiment import A_A, OLD_CONTROLS
 from peftscope.planning.published import LOSSES, VALIDATION
@@ -76,7 +76,7 @@ class StudyResults:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        for folder in (results_folder(name), PUBLISHED_RESULTS / name):
+        for folder in (results_folder(name), published(name)):
             if (folder / "runs.csv").is_file():
                 self._folder = folder
                 return

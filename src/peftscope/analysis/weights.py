@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from peftscope.errors import InputError, Problem
-from peftscope.layout import PUBLISHED_RESULTS, results_folder, run_folder
+from peftscope.layout import published, results_folder, run_folder
 from peftscope.record import measured_path
 
 
@@ -32,7 +32,7 @@ def read_weights(experiment: str) -> pd.DataFrame:
     Raises:
         InputError: There is none.
     """
-    for folder in (results_folder(experiment), PUBLISHED_RESULTS / experiment):
+    for folder in (results_folder(experiment), published(experiment)):
         if weights_path(folder).is_file():
             return pd.read_parquet(weights_path(folder))
     message, remedy = "its weights were not measured", f"make report EXPERIMENT={experiment}"

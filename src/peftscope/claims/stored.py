@@ -12,6 +12,7 @@ from peftscope.claims.measurement import Measurement
 from peftscope.claims.verdict import Verdict
 from peftscope.errors import InputError, Problem
 from peftscope.files.content import parse_json, read_text
+from peftscope.layout import CLAIMS_RESULTS, published
 
 
 def read_findings(path: Path) -> list[dict[str, Any]]:
@@ -33,6 +34,20 @@ def read_findings(path: Path) -> list[dict[str, Any]]:
             Problem(str(path), f"not a claims.json: {error!r}", "give the file that `--write` made")
         ) from None
     return findings
+
+
+def published_findings(ids: Iterable[str]) -> list[dict[str, Any]]:
+    """Returns the published entries on some claims.
+
+    Raises:
+        InputError: None of them is published.
+    """
+    path, wanted = published(CLAIMS_RESULTS.name), set(ids)
+    if not (found := [finding for finding in read_findings(path) if finding["id"] in wanted]):
+        raise InputError(
+            Problem(str(path), f"nothing on {', '.join(sorted(wanted))}", "measure it: leave --published out")
+        )
+    return found
 
 
 def stored_measurements(findings: Iterable[dict[str, Any]]) -> dict[str, Measurement]:

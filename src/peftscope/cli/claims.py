@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from peftscope.cli.memory import with_progress
-from peftscope.errors import InputError, Problem, close_match
-from peftscope.execution.libraries import offline
+from peftscope.errors import InputError, Problem, close_match, needs
+from peftscope.execution.libraries import offline, quiet_libraries
+
+if TYPE_CHECKING:
+    from peftscope.claims.ledger import Claim
 
 app = typer.Typer()
 
@@ -24,6 +28,9 @@ def claims(
     kind: Annotated[str | None, typer.Option(help="Only claims with a part of this kind, as in numerics.")] = None,
     write: Annotated[bool, typer.Option("--write", help="Write results/claims.json and reports/claims.html.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: what claims.json holds.")] = False,
+    published: Annotated[
+        bool, typer.Option("--published", help="Measure nothing: the verdicts that peftscope was published with.")
+    ] = False,
     reuse: Annotated[
         Path | None, typer.Option(help="Judge what this claims.json measured; measure only --id and what it lacks.")
     ] = None,
@@ -31,14 +38,14 @@ def claims(
     """Measure what the literature claims, and print each claim's verdict."""
     from typing import get_args
 
-    from peftscope.claims.evaluate import evaluate
-    from peftscope.claims.ledger import Kind, read_history, read_ledger
-    from peftscope.claims.stored import read_findings, stored_measurements
-    from peftscope.hardware.device import processor_name
-    from peftscope.report.claims import sentence, spoken_finding, write_claims_page
-    from peftscope.report.findings import write_findings
+    from peftscope.claims.ledger import Kind, read_ledger
+    from peftscope.claims.stored import published_findings
+    from peftscope.report.claims import sentence, spoken_finding
 
-    ledger = read_ledger()
+    if published and (write or reuse):
+        raise InputError(Problem("--published", "measures nothing", "leave --write and --reuse out"))
+    with needs("all"):
+        ledger = read_ledger(checks=not published)
     known = {claim.id: claim for claim in ledger}
     for name in ids or []:
         if name not in known:
@@ -54,13 +61,15 @@ def claims(
     ]
     if not chosen:
         raise InputError(Problem("--kind", f"none of {', '.join(ids or [])} has a part of kind {kind}", "leave it out"))
-    here, history = processor_name(), read_history()
-    kept = [finding for finding in read_findings(reuse) if finding["id"] not in (ids or ())] if reuse else []
-    hardware = {finding["id"]: finding["hardware"] for finding in kept}
-    with offline():
-        measured = with_progress(evaluate(chosen, ledger, stored_measurements(kept)), len(chosen), "measuring claims")
-        found = [finding.to_json(hardware.get(finding.claim.id) or here, history) for finding in measured]
+    if published:
+        found = published_findings(claim.id for claim in chosen)
+    else:
+        with needs("all"):
+            found = _measure(chosen, ledger, reuse, ids or ())
     if write:
+        from peftscope.report.claims import write_claims_page
+        from peftscope.report.findings import write_findings
+
         page = write_claims_page(ledger, found)
         write_findings(ledger, found)
     if as_json:
@@ -88,3 +97,20 @@ def claims(
                 console.print(f"  {name}: {value}", markup=False)
     if write:
         console.print(f"The page: {page}")
+
+
+def _measure(
+    chosen: Sequence[Claim], ledger: Sequence[Claim], reuse: Path | None, anew: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Returns the findings on claims; what a file has measured is kept, but for the claims to measure anew."""
+    from peftscope.claims.evaluate import evaluate
+    from peftscope.claims.ledger import read_history
+    from peftscope.claims.stored import read_findings, stored_measurements
+    from peftscope.hardware.device import processor_name
+
+    here, history = processor_name(), read_history()
+    kept = [finding for finding in read_findings(reuse) if finding["id"] not in anew] if reuse else []
+    hardware = {finding["id"]: finding["hardware"] for finding in kept}
+    with quiet_libraries(), offline():
+        measured = with_progress(evaluate(chosen, ledger, stored_measurements(kept)), len(chosen), "measuring claims")
+        return [finding.to_json(hardware.get(finding.claim.id) or here, history) for finding in measured]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from peftscope.errors import InputError, Problem, shown
+from peftscope.errors import InputError, Problem, needs, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +26,7 @@ GAIN_REMEDY = "give --base: the run that has learned nothing, best one on shuffl
 
 
 @app.command()
+@needs("report")
 def compare(
     a: Annotated[str, typer.Argument(help="Run ids, folders or files, joined by commas; or STUDY:ARM.")],
     b: Annotated[str | None, typer.Argument(help="The same, to compare with.")] = None,

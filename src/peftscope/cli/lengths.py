@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from peftscope.errors import InputError, Problem
-from peftscope.memory.lengths import answer_lengths, count_tokens, read_lengths
+from peftscope.errors import InputError, Problem, needs
 
 if TYPE_CHECKING:
     from peftscope.memory.question import Question
@@ -28,8 +27,12 @@ def items_asked(lengths: Path | None, data: Path | None, model: str | None, own:
     if lengths and data:
         raise InputError(Problem("lengths", "--data was given as well", "leave out one of the two"))
     if lengths:
+        from peftscope.memory.lengths import read_lengths
+
         return read_lengths(lengths)
     if data:
+        from peftscope.memory.lengths import count_tokens
+
         fields = [field.strip() for field in (own["fields"] or "text").split(",")]
         return count_tokens(data, fields, _load_tokenizer(own["tokenizer"] or model))
     stray = [name for name in OWN_OPTIONS if own[name]]
@@ -61,6 +64,8 @@ def tell_lengths(
     question: Question, items: list[int], own: Mapping[str, Any], console: Console, *, as_json: bool
 ) -> float | None:
     """Prints the answer about a data set, draws its figure, and returns the chance of a batch that does not fit."""
+    from peftscope.memory.lengths import answer_lengths
+
     answer = answer_lengths(
         question,
         items,
@@ -70,9 +75,10 @@ def tell_lengths(
         grouped=bool(own["group_by_length"]),
     )
     if own["figure"]:
-        from peftscope.report.memory import draw_lengths
+        with needs("report"):
+            from peftscope.report.memory import draw_lengths
 
-        draw_lengths(answer, own["figure"])
+            draw_lengths(answer, own["figure"])
     if as_json:
         print(json.dumps(answer.to_json(), ensure_ascii=False))
     else:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from peftscope.cli import advise, claims, compare, contribute, memory, new_study, rules, verify, why
-from peftscope.errors import InputError, Problem, printable
+from peftscope.errors import InputError, Problem, needs, printable
 from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
 from peftscope.layout import record_path, run_folder
 
@@ -45,13 +45,16 @@ app.add_typer(new_study.app)
 errors = Console(stderr=True, highlight=False)
 
 
+NO_BARS = ("memory", "fit", "models", "why", "oom", "claims", "expand", "records")
+"""The commands that answer at once, and draw no bars until they say so."""
+
 Spec = Annotated[str, typer.Argument(help="A YAML or JSON file with the fields of a run, or the JSON itself.")]
 
 
 def main() -> None:
     """Runs the command line; what is wrong with the input or the disk becomes a message and exit code 2."""
     try:
-        with without_hub_kernels():
+        with without_hub_kernels(), needs("all"):
             app()
     except InputError as error:
         if len(error.problems) > 1:
@@ -73,10 +76,11 @@ def main() -> None:
 def listen(context: typer.Context) -> None:
     """Hides what libraries say, but for a run that nobody watches: there it is part of the run's log."""
     if context.invoked_subcommand != "run" or sys.stderr.isatty():
-        context.with_resource(quiet_libraries())
+        context.with_resource(quiet_libraries(bars=context.invoked_subcommand not in NO_BARS))
 
 
 @app.command()
+@needs("train")
 def run(
     spec: Spec,
     output: Annotated[Path | None, typer.Option(help="Folder of the run; default results/runs/RUN_ID.")] = None,
@@ -144,6 +148,7 @@ def _read_spec(text: str) -> tuple[dict[str, Any], Path]:
 
 
 @app.command("expand")
+@needs("train")
 def expand_experiment(
     experiment: rules.ExperimentName,
     brief: Annotated[bool, typer.Option("--brief", help="Only the totals.")] = False,
@@ -196,6 +201,7 @@ def expand_experiment(
 
 
 @app.command()
+@needs("train")
 def sweep(
     experiment: rules.ExperimentName,
     minutes: Annotated[
@@ -228,6 +234,7 @@ def sweep(
 
 
 @app.command()
+@needs("train")
 def merge(
     run: Annotated[str, typer.Argument(help="The run's id.")],
     output: Annotated[Path | None, typer.Option(help="Where the merged model goes; default RUN/merged.")] = None,
@@ -243,6 +250,7 @@ def merge(
 
 
 @app.command()
+@needs("report")
 def report(experiment: rules.ExperimentName) -> None:
     """Make the tables, figures and report from the records that are there, finished sweep or not."""
     from peftscope.analysis.collect import collect_experiment
@@ -293,6 +301,7 @@ def _measured(runs: list[str]) -> list[str]:
 
 
 @app.command()
+@needs("train")
 def doctor() -> None:
     """Say what this machine can do, and what to do about what is missing."""
     from peftscope.cli.doctor import examine
@@ -309,6 +318,7 @@ def _waiting(what: str) -> Status:
 
 
 @app.command()
+@needs("train")
 def fetch(
     model: Annotated[str, typer.Argument(help="A name in models.yaml, or a hub id.")],
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
@@ -322,6 +332,7 @@ def fetch(
 
 
 @app.command("make-task")
+@needs("train")
 def make_task_command(task: Annotated[str, typer.Argument(help="A name in tasks.yaml.")]) -> None:
     """Make a task's train, validation and test items."""
     from peftscope.data.tasks import make_task
@@ -332,6 +343,7 @@ def make_task_command(task: Annotated[str, typer.Argument(help="A name in tasks.
 
 
 @app.command("make-benchmark")
+@needs("train")
 def make_benchmark_command(
     name: Annotated[str, typer.Argument(help="Of lm-eval: gsm8k, hellaswag, ...")],
 ) -> None:

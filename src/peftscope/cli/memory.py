@@ -6,6 +6,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -14,8 +15,8 @@ from pydantic import BaseModel
 from rich.console import Console
 from typer.core import TyperCommand
 
-from peftscope.errors import InputError, Problem
-from peftscope.execution.libraries import offline
+from peftscope.errors import InputError, Problem, needs
+from peftscope.execution.libraries import offline, quiet_libraries
 from peftscope.files.content import parse_json
 from peftscope.memory.question import (
     BESIDE_OPTIONS,
@@ -100,6 +101,7 @@ class RunCommand(TyperCommand):
         return super().parse_args(ctx, spelled)
 
 
+@cache  # four commands have it
 def _option(name: str) -> Any:
     """Returns a field's option as typer wants it; what values it takes is checked with the rest of the run."""
     owners: tuple[type[BaseModel], ...] = (RunSpec, *METHODS.values(), Beside)
@@ -128,6 +130,7 @@ def _option(name: str) -> Any:
 
 @app.command("memory", cls=RunCommand)
 @run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
+@needs("simulate")
 def memory_command(
     model: MemoryModel = None,
     config: Annotated[
@@ -276,6 +279,7 @@ def models(as_json: AsJson = False) -> None:
 
 @app.command(cls=RunCommand)
 @run_options(*METHOD_OPTIONS, *(name for name in SPEC_OPTIONS if name not in NOT_OF_FIT), *BESIDE_OPTIONS)
+@needs("simulate")
 def fit(
     model: Annotated[str | None, typer.Argument(help="A preset, a config.json, or a hub id.")] = None,
     gpu: Annotated[str, typer.Option(help="rtx4090, a100, ..., or its memory, as in 24GiB.")] = ...,  # type: ignore[assignment]
@@ -314,7 +318,7 @@ def fit(
 
 
 def _simulated(question: Question) -> Answer:
-    with Console(stderr=True).status("simulating two training steps, some seconds"), offline():
+    with Console(stderr=True).status("simulating two training steps, some seconds"), quiet_libraries(), offline():
         from peftscope.memory.simulate import answer_by_simulation
 
         return answer_by_simulation(question)

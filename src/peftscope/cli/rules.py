@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from peftscope.errors import InputError, Problem
+from peftscope.errors import InputError, Problem, needs
 from peftscope.execution.libraries import offline
 from peftscope.layout import EXPERIMENTS, MEMORY_FOLDER, RUNS, STUDIES, run_folder
 
@@ -28,6 +28,7 @@ ExperimentName = Annotated[
 
 
 @app.command(hidden=True)
+@needs("report")
 def collect(experiment: ExperimentName) -> None:
     """Write runs.csv and losses.csv from the records."""
     from peftscope.analysis.collect import collect_experiment
@@ -37,6 +38,7 @@ def collect(experiment: ExperimentName) -> None:
 
 
 @app.command(hidden=True)
+@needs("report")
 def tune(
     experiment: ExperimentName,
     coarse: Annotated[bool, typer.Option("--coarse", help="Choose among the listed rates only.")] = False,
@@ -49,6 +51,7 @@ def tune(
 
 
 @app.command(hidden=True)
+@needs("report")
 def tables(experiment: ExperimentName) -> None:
     """Write the tables from runs.csv."""
     from peftscope.report.benchmarks import write_benchmarks
@@ -59,6 +62,7 @@ def tables(experiment: ExperimentName) -> None:
 
 
 @app.command(hidden=True)
+@needs("report")
 def figures(experiment: ExperimentName) -> None:
     """Draw the figures from runs.csv, the ladders apart."""
     from peftscope.report.plots import write_figures
@@ -67,6 +71,7 @@ def figures(experiment: ExperimentName) -> None:
 
 
 @app.command(hidden=True)
+@needs("report")
 def ladder(experiment: ExperimentName, field: Annotated[str, typer.Argument(help="The field that varies.")]) -> None:
     """Draw one ladder from runs.csv."""
     from peftscope.report.plots import write_ladder
@@ -75,6 +80,7 @@ def ladder(experiment: ExperimentName, field: Annotated[str, typer.Argument(help
 
 
 @app.command(hidden=True)
+@needs("report")
 def study(experiment: ExperimentName) -> None:
     """Write a study's contrasts and controls, and draw them."""
     from peftscope.report.study import write_study
@@ -83,6 +89,7 @@ def study(experiment: ExperimentName) -> None:
 
 
 @app.command(hidden=True)
+@needs("report")
 def capacity(experiment: ExperimentName) -> None:
     """Write what runs stored of random strings, and draw it."""
     from peftscope.report.capacity import write_capacity
@@ -91,6 +98,7 @@ def capacity(experiment: ExperimentName) -> None:
 
 
 @app.command(hidden=True)
+@needs("train")
 def measure(run: Annotated[str, typer.Argument(help="The run's id.")]) -> None:
     """Measure the weights that a run keeps along its training."""
     from peftscope.execution.weights import measure_weights
@@ -100,6 +108,7 @@ def measure(run: Annotated[str, typer.Argument(help="The run's id.")]) -> None:
 
 
 @app.command(hidden=True)
+@needs("report")
 def weights(experiment: ExperimentName) -> None:
     """Collect what was measured on an experiment's weights, and draw the spectra of updates."""
     from peftscope.analysis.weights import collect_weights
@@ -111,6 +120,7 @@ def weights(experiment: ExperimentName) -> None:
 
 
 @app.command(hidden=True)
+@needs("report")
 def forgetting(experiment: ExperimentName) -> None:
     """Draw a study's loss on the task against that on prose, along the training."""
     from peftscope.report.forgetting import write_forgetting
@@ -119,6 +129,7 @@ def forgetting(experiment: ExperimentName) -> None:
 
 
 @app.command(hidden=True)
+@needs("report")
 def page(experiment: ExperimentName) -> None:
     """Write report.html from tables and figures."""
     from peftscope.planning.plan import plan_experiment
@@ -128,6 +139,7 @@ def page(experiment: ExperimentName) -> None:
 
 
 @app.command(hidden=True)
+@needs("report")
 def check(experiment: ExperimentName) -> None:
     """Fail if a run failed: the last rule, after the report."""
     from peftscope.analysis.collect import read_runs
@@ -146,6 +158,7 @@ def check(experiment: ExperimentName) -> None:
 
 
 @app.command("publish", hidden=True)
+@needs("report")
 def publish_command(name: Annotated[str, typer.Argument(help="An experiment, claims, or memory.")]) -> None:
     """Copy the small files of what is finished to results/published and reports/published."""
     from peftscope.report.publish import publish
@@ -155,6 +168,7 @@ def publish_command(name: Annotated[str, typer.Argument(help="An experiment, cla
 
 
 @app.command("restore")
+@needs("report")
 def restore_command(experiment: ExperimentName) -> None:
     """Copy an experiment's published runs into the store, where they count as done; they have no weights."""
     from peftscope.report.publish import restore
@@ -163,6 +177,7 @@ def restore_command(experiment: ExperimentName) -> None:
 
 
 @app.command("records")
+@needs("report")
 def records_command(experiment: ExperimentName) -> None:
     """Print an experiment's published records, one JSON object a line."""
     from peftscope.planning.experiment import experiment_path
@@ -191,6 +206,7 @@ def forecasts(document: Annotated[Path, typer.Argument(help="A Markdown file wit
 
 
 @app.command(hidden=True)
+@needs("workflow")
 def unlock() -> None:
     """Remove the lock that a killed Snakemake left in this folder; none that is held."""
     import psutil
@@ -217,6 +233,7 @@ def schema() -> None:
 
 
 @app.command("memory-curve", hidden=True)
+@needs("report")
 def memory_curve(method: str, axis: str) -> None:
     """Print a method's memory along one axis of the grid, as CSV."""
     from peftscope.memory.grid import curve
@@ -225,6 +242,7 @@ def memory_curve(method: str, axis: str) -> None:
 
 
 @app.command("memory-figures", hidden=True)
+@needs("report")
 def memory_figures(curves: list[Path]) -> None:
     """Draw the grid's curves, and the bars of large models."""
     from peftscope.memory.grid import bars

@@ -9,10 +9,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from peftscope.errors import needs
+
 app = typer.Typer()
 
 
 @app.command()
+@needs("train")
 def verify(
     experiments: Annotated[list[str] | None, typer.Argument(help="Published experiments; default: all.")] = None,
     runs: Annotated[int | None, typer.Option(min=1, help="How many runs, drawn at random; default: all.")] = None,

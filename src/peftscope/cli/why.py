@@ -16,8 +16,8 @@ import typer
 from rich.console import Console
 
 from peftscope.cli.memory import AsJson, Gpus, RunCommand, run_options, wide_console
-from peftscope.errors import InputError, Problem, close_match
-from peftscope.execution.libraries import offline
+from peftscope.errors import InputError, Problem, close_match, needs
+from peftscope.execution.libraries import offline, quiet_libraries
 from peftscope.layout import record_path
 from peftscope.memory.question import BESIDE_OPTIONS, METHOD_OPTIONS, SPEC_OPTIONS, Model, Question, ask, describe_model
 from peftscope.methods import METHODS
@@ -130,7 +130,11 @@ def _record(run: str) -> dict[str, Any] | None:
     if not re.fullmatch(RUN_ID_PATTERN, run) or not re.search(r"-[0-9a-f]{8}$", run):
         return None
     path = record_path(run)
-    texts = [read_text(path)] if path.is_file() else [text for _, name, text in all_published_records() if name == run]
+    if path.is_file():
+        texts = [read_text(path)]
+    else:
+        with needs("report"):
+            texts = [text for _, name, text in all_published_records() if name == run]
     if not texts:
         raise InputError(Problem(run, "no such run, in the store or published", "see results/runs"))
     spec: dict[str, Any] = parse_json(texts[0], run)["spec"]
@@ -162,7 +166,8 @@ def peaks_of_question(question: Question) -> Peaks:
 
     if question.spec.method.closed_form is not None and question.model.shape is not None:
         return peaks_by_formula(question)
-    with Console(stderr=True).status("no closed form: simulating two training steps, some seconds"), offline():
+    waiting = Console(stderr=True).status("no closed form: simulating two training steps, some seconds")
+    with waiting, quiet_libraries(), offline():
         from peftscope.memory.simulate import peaks_by_simulation
 
         return peaks_by_simulation(question)
@@ -170,6 +175,7 @@ def peaks_of_question(question: Question) -> Peaks:
 
 @app.command(cls=RunCommand)
 @run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
+@needs("simulate")
 def why(
     words: Annotated[
         list[str],
@@ -207,9 +213,10 @@ def why(
     runs = [(question, peaks_of_question(question)) for question in questions]
     answer = explain(runs[0]) if len(runs) == 1 else compare(runs[0], runs[1])
     if figure:
-        from peftscope.report.memory import draw_waterfall
+        with needs("report"):
+            from peftscope.report.memory import draw_waterfall
 
-        draw_waterfall(answer, figure)
+            draw_waterfall(answer, figure)
     if as_json:
         print(json.dumps(answer.to_json(), ensure_ascii=False))
         return
@@ -220,6 +227,7 @@ def why(
 
 @app.command(cls=RunCommand)
 @run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
+@needs("simulate")
 def oom(
     model: Annotated[str, typer.Argument(help="A preset, a config.json, a hub id, a run id, or a spec file.")],
     error: Annotated[str, typer.Argument(help="torch's message, a file that has it, or - for stdin.")] = "-",

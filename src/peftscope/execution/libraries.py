@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 OFFLINE = "HF_HUB_OFFLINE"
@@ -35,29 +35,42 @@ def without_hub_kernels() -> Iterator[None]:
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
+def quiet_libraries(bars: bool = True) -> Iterator[None]:
     """Hides warnings, log messages below errors, and tqdm's progress bars inside this context.
 
     Warnings that the user asks for (``python -W default -m peftscope ...``) are still shown.
-    """
-    from tqdm import tqdm
 
-    begin = tqdm.__init__
-    bars, interval, disabled = vars(tqdm)["__init__"], tqdm.monitor_interval, logging.root.manager.disable
+    Args:
+        bars: Whether something inside may draw bars. If not, tqdm is not imported, which takes 25 ms.
+    """
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings(), _hidden_bars() if bars else nullcontext():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        logging.disable(max(disabled, logging.WARNING))
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+
+
+@contextmanager
+def _hidden_bars() -> Iterator[None]:
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:  # then nothing draws bars
+        yield
+        return
+    begin, bars, interval = tqdm.__init__, vars(tqdm)["__init__"], tqdm.monitor_interval
 
     def begin_hidden(bar: Any, *arguments: Any, **options: Any) -> None:
         begin(bar, *arguments, **{**options, "disable": True})
 
-    with warnings.catch_warnings():
-        if not sys.warnoptions:
-            warnings.simplefilter("ignore")
-        logging.disable(max(disabled, logging.WARNING))
-        tqdm.__init__, tqdm.monitor_interval = begin_hidden, 0  # no thread that monitors bars
-        try:
-            yield
-        finally:
-            tqdm.__init__, tqdm.monitor_interval = bars, interval
-            logging.disable(disabled)
+    tqdm.__init__, tqdm.monitor_interval = begin_hidden, 0  # no thread that monitors bars
+    try:
+        yield
+    finally:
+        tqdm.__init__, tqdm.monitor_interval = bars, interval
 
 
 @contextmanager

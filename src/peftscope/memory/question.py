@@ -185,7 +185,13 @@ def _downloaded_config(hub_id: str) -> Path:
     folder = mirrored(hub_id)
     if folder is not None and (folder / "config.json").is_file():
         return folder / "config.json"
-    from huggingface_hub import hf_hub_download
+    try:
+        from huggingface_hub import hf_hub_download
+    except ModuleNotFoundError:
+        message = f"the config.json of {hub_id!r} is on the hub, and huggingface_hub is not installed"
+        raise InputError(
+            Problem("model", message, "pip install huggingface_hub, or give the path of a config.json")
+        ) from None
 
     try:
         return Path(hf_hub_download(hub_id, "config.json"))

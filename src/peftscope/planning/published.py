@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peftscope.errors import InputError, Problem
-from peftscope.layout import PUBLISHED_RESULTS, published_paths
+from peftscope.layout import published, published_paths
 
 VALIDATION = "validation_nll_nats_per_token"
 """The column of the loss on validation items: at the end of a run, or along its training."""
@@ -84,7 +84,7 @@ def published_records(experiment: str) -> dict[str, str]:
     Raises:
         InputError: The experiment has no published runs.
     """
-    path = PUBLISHED_RESULTS / experiment / RECORDS
+    path = published(experiment) / RECORDS
     if not path.is_file():
         raise InputError(Problem(str(path), "no published runs"))
     return {row["run_id"]: row["record"] for row in _rows(path)}
@@ -99,7 +99,7 @@ def all_published_records() -> Iterator[tuple[str, str, str]]:
 def published_items(experiment: str) -> dict[str, str]:
     """Returns the text of ``items.jsonl`` of each published run, byte for byte as the run wrote it."""
     lines: dict[str, list[str]] = {}
-    for row in _rows(PUBLISHED_RESULTS / experiment / ITEMS):
+    for row in _rows(published(experiment) / ITEMS):
         fields = {
             name: row[name] for name in _ITEM_FIELDS if name not in ("answer", "correct") or row["correct"] is not None
         }

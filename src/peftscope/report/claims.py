@@ -1,23 +1,23 @@
-"""Renders the claims page, which shows every claim with its verdict and evidence, as HTML and Markdown. No torch."""
+"""Renders the claims page, which shows every claim with its verdict and evidence, as HTML and Markdown. No torch.
+
+Its sentences can be read without the libraries that draw.
+"""
 
 from __future__ import annotations
 
 import io
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
-
-import matplotlib.pyplot as plt
-import seaborn as sns
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from typing import TYPE_CHECKING, Any
 
 from peftscope.claims.ledger import Claim
 from peftscope.claims.measurement import spoken_number
 from peftscope.claims.verdict import Verdict
 from peftscope.files.atomic import write_json
 from peftscope.layout import CLAIMS_PAGE, CLAIMS_RESULTS
-from peftscope.report.tables import markdown_cell, markdown_text
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 COLOURS = {
     Verdict.HOLDS: "#2a7f4f",
@@ -43,6 +43,10 @@ SAID = {Verdict.HOLDS: "holds", Verdict.WRONG: "fails", Verdict.OPEN: "is open",
 
 def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]]) -> Path:
     """Writes ``claims.json``, renders ``claims.html`` and its Markdown copy, and returns the page's path."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    from peftscope.report.tables import markdown_cell, markdown_text
+
     write_json(CLAIMS_RESULTS, findings)
     by_id = {finding["id"]: finding for finding in findings}
     entries: list[dict[str, Any]] = [
@@ -124,6 +128,10 @@ def _clause(part: dict[str, Any], alone: bool) -> str:
 
 def _figure(part: dict[str, Any]) -> Markup:
     """Returns a small figure of a part's curves as SVG."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+    from markupsafe import Markup
+
     with sns.axes_style("whitegrid"), plt.rc_context({"svg.hashsalt": "claims", "svg.fonttype": "none"}):
         figure, axes = plt.subplots(figsize=(5.2, 2.9), layout="constrained")
         for name, curve in part["curves"].items():

@@ -27,6 +27,7 @@ from peftscope.layout import (
     RUNS,
     coarse_path,
     directions_path,
+    published,
     record_path,
     report_path,
     results_folder,
@@ -161,13 +162,13 @@ def restore(experiment: str) -> int:
     """
     experiment_path(experiment)
     records, items = published_records(experiment), published_items(experiment)
-    measured = measured_runs(weights_path(PUBLISHED_RESULTS / experiment))
+    measured = measured_runs(weights_path(published(experiment)))
     _check_agreement(experiment, records)
     for run, text in records.items():
         folder = run_folder(run)
         if (folder / "record.json").is_file():
             continue
-        record = parse_record(text, f"{PUBLISHED_RESULTS / experiment / RECORDS}: {run}")
+        record = parse_record(text, f"{published(experiment) / RECORDS}: {run}")
         write_json(folder / "spec.json", record.spec.model_dump(mode="json"))
         if run in items:
             (folder / "items.jsonl").write_text(items[run])
