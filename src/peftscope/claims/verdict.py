@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from peftscope.analysis.compare import Difference, compare
 from peftscope.analysis.stats import CONFIDENCE
-from peftscope.claims.measurement import Measurement, spoken_number
+from peftscope.claims.measurement import Measurement, scale_of, spoken_number, spoken_quantity
 
 ALPHA = 1 - CONFIDENCE
 
@@ -98,23 +98,25 @@ class Rule(BaseModel):
         >>> Rule(equals=14, relative=0.05).words("GB"), Rule(at_least=0.5).words(), Rule(equals=True).words()
         ('14 GB ± 5 %', 'at least 0.5', 'yes')
         """
+        scale = scale_of(unit)
+        points = " points" * (scale > 1)
         tolerance = (
             f"± {100 * self.relative:g} %"
             if self.relative
-            else f"± {spoken_number(self.absolute)}" * bool(self.absolute)
+            else f"± {spoken_number(scale * self.absolute)}{points}" * bool(self.absolute)
         )
         if self.equals is not None:
-            return " ".join(filter(None, (spoken_number(self.equals), unit, tolerance)))
-        low, high = map(spoken_number, self.bounds())
+            return " ".join(filter(None, (spoken_quantity(self.equals, unit), tolerance)))
+        low, high = self.bounds()
         if self.same_within is not None:
-            text = f"a difference within ±{high}"
-        elif self.better_by is not None:
-            text = f"at least {low}" if self.better_by else "above 0"
-        elif self.at_most is None:
-            text = f"at least {low}"
-        else:
-            text = f"at most {high}" if self.at_least is None else f"{low} to {high}"
-        return f"{text} {unit}".strip()
+            # The sign stands before the number, so the number is not told with its unit in words.
+            percent = " %" * (scale > 1)
+            return f"a difference within ±{spoken_number(scale * high)}{percent} {unit.removeprefix('as a share ')}".strip()
+        if self.better_by is not None:
+            return f"at least {spoken_quantity(low, unit)}" if self.better_by else f"above {spoken_quantity(0, unit)}"
+        if self.at_most is None:
+            return f"at least {spoken_quantity(low, unit)}"
+        return spoken_quantity(low, unit, high) if self.at_least is not None else f"at most {spoken_quantity(high, unit)}"
 
 
 def spoken_outcome(difference: Difference) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from importlib.resources import files
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from peftscope.claims.ledger import Claim
-from peftscope.claims.measurement import spoken_number
+from peftscope.claims.measurement import scale_of, spoken_number, spoken_quantity
 from peftscope.claims.verdict import Verdict
 from peftscope.files.atomic import write_json
 from peftscope.layout import CLAIMS_PAGE, CLAIMS_RESULTS
+from peftscope.report.plots import MARKERS, SAFE_COLOURS
+from peftscope.report.svg import STYLE, in_page, interval, svg_of
 from peftscope.report.tables import markdown_cell, markdown_text
 
 COLOURS = {
@@ -45,14 +47,7 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
     """Writes ``claims.json``, renders ``claims.html`` and its Markdown copy, and returns the page's path."""
     write_json(CLAIMS_RESULTS, findings)
     by_id = {finding["id"]: finding for finding in findings}
-    entries: list[dict[str, Any]] = [
-        {"claim": claim, "finding": by_id[claim.id]} for claim in claims if claim.id in by_id
-    ]
-    for entry in entries:
-        entry["found"] = spoken_finding(entry["finding"])
-        entry["sentence"] = sentence(entry["finding"])
-        entry["parts"] = sorted(entry["finding"]["parts"], key=lambda part: part["role"] == "beside")
-        entry["figures"] = [_figure(part) for part in entry["parts"] if part["curves"]]
+    entries = [_entry(claim, by_id[claim.id]) for claim in claims if claim.id in by_id]
     counts = {v: sum(finding["verdict"] == v for finding in findings) for v in COLOURS}
     content = {
         "entries": entries,
@@ -62,10 +57,11 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
         "total": len(findings),
         "colours": COLOURS,
         "meanings": MEANINGS,
-        "wrong": [e for e in entries if e["finding"]["verdict"] in (Verdict.WRONG, Verdict.IN_PART)],
+        "learned": [entry for entry in entries if entry["instead"] and entry["claim"].source.startswith("chapter")],
         "hardware": " and ".join(sorted({finding["hardware"] for finding in findings} - {""})) or "-",
         "spoken": spoken_number,
         "spoken_finding": spoken_finding,
+        "fewest": 1,
     }
     path = CLAIMS_PAGE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,17 +81,41 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
     return path
 
 
+def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the page says of one claim."""
+    verdict = Verdict(finding["verdict"])
+    parts = sorted(finding["parts"], key=lambda part: part["role"] == "beside")
+    open_parts = [part for part in _deciding(finding) if part["verdict"] == Verdict.OPEN]
+    curves = [(f"{claim.id}-{number}", part) for number, part in enumerate(parts) if part["curves"]]
+    return {
+        "claim": claim,
+        "finding": finding,
+        "found": spoken_finding(finding),
+        "sentence": sentence(finding),
+        "instead": (claim.correction or " ") if verdict in (Verdict.WRONG, Verdict.IN_PART) else "",
+        "advice": claim.advice.get(verdict, ""),
+        "parts": [(part, interval(part)) for part in parts],
+        "drawn": [interval(part) for part in open_parts] if verdict == Verdict.OPEN else [],
+        "figures": [(_figure(name, part), part["measures"]) for name, part in curves],
+    }
+
+
 def spoken_finding(finding: dict[str, Any]) -> str:
-    """Returns what was measured of a claim's deciding parts, or of one part, with unit and interval."""
+    """Returns what was measured of a claim's deciding parts, or of one part, as an answer to what is claimed."""
     if "parts" in finding:
         measured = [spoken_finding(part) for part in _deciding(finding) if part["found"] is not None]
         return "; ".join(dict.fromkeys(measured)) or "-"
     if finding["found"] is None:
         return "-"
-    text = f"{spoken_number(finding['found'])} {finding['unit']}".strip()
-    if finding["low"] is not None:
-        text += f" ({spoken_number(finding['low'])} to {spoken_number(finding['high'])})"
-    return text
+    return (finding.get("answer") or spoken_quantity(finding["found"], finding["unit"])) + _spread(finding)
+
+
+def _spread(part: dict[str, Any]) -> str:
+    """Returns a part's interval in brackets, in the scale of its value; empty without one."""
+    if part["low"] is None:
+        return ""
+    low, high = (spoken_number(scale_of(part["unit"]) * part[end]) for end in ("low", "high"))
+    return f" ({low} to {high})"
 
 
 def sentence(finding: dict[str, Any]) -> str:
@@ -117,18 +137,18 @@ def _clause(part: dict[str, Any], alone: bool) -> str:
     if part["found"] is None:
         said = f"{subject}, {'not measured:' if part['check'] else 'which waits for'} {part['reason']}"
     else:
-        said = f"{subject}, found {spoken_finding(part)}, where {part['rule']} counts as right"
+        said = f"{subject}, found {spoken_quantity(part['found'], part['unit'])}{_spread(part)}, where {part['rule']} counts as right"
         said += f", {part['reason']}" if part["reason"] else ""
     return said if alone else f"“{part['quotes']}” {SAID[Verdict(part['verdict'])]}: {said}"
 
 
-def _figure(part: dict[str, Any]) -> Markup:
+def _figure(name: str, part: dict[str, Any]) -> Markup:
     """Returns a small figure of a part's curves as SVG."""
-    with sns.axes_style("whitegrid"), plt.rc_context({"svg.hashsalt": "claims", "svg.fonttype": "none"}):
-        figure, axes = plt.subplots(figsize=(5.2, 2.9), layout="constrained")
-        for name, curve in part["curves"].items():
+    with sns.axes_style("whitegrid"), plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(4.6, 2.7), layout="constrained")
+        for (label, curve), colour, marker in zip(part["curves"].items(), cycle(SAFE_COLOURS), cycle(MARKERS), strict=False):
             x, y = zip(*sorted((float(x), y) for x, y in curve.items()), strict=True)
-            axes.plot(x, y, marker="o", markersize=3, label=name)
+            axes.plot(x, y, marker=marker, markersize=4, color=colour, label=label)
         points = [float(x) for curve in part["curves"].values() for x in curve]
         if min(points) > 0 and max(points) / min(points) > 20:
             axes.set_xscale("log", base=2)
@@ -137,8 +157,4 @@ def _figure(part: dict[str, Any]) -> Markup:
         axes.set_ylabel(part["axes"][1])
         if len(part["curves"]) > 1:
             axes.legend(fontsize="small")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-        plt.close(figure)
-    text = buffer.getvalue()
-    return Markup(text[text.index("<svg") :])
+        return in_page(svg_of(figure, name), f"{part['axes'][1]} over {part['axes'][0]}: {part['measures']}")
