@@ -171,7 +171,7 @@ def evaluate_part(
         return PartFinding(part, Verdict.NOT_RUN, found)
     assert part.rule is not None
     p_adjusted = _adjusted_p(part, found, family, stored)
-    verdict, reason = judge(part.rule, found, p_adjusted)
+    verdict, reason = judge(part.rule, found, p_adjusted, part.unit)
     return PartFinding(part, verdict, reason, found, p_adjusted)
 
 

@@ -60,8 +60,7 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
         "learned": [entry for entry in entries if entry["instead"] and entry["claim"].source.startswith("chapter")],
         "hardware": " and ".join(sorted({finding["hardware"] for finding in findings} - {""})) or "-",
         "spoken": spoken_number,
-        "spoken_finding": spoken_finding,
-        "fewest": 1,
+        "measured": _measured,
     }
     path = CLAIMS_PAGE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +106,12 @@ def spoken_finding(finding: dict[str, Any]) -> str:
         return "; ".join(dict.fromkeys(measured)) or "-"
     if finding["found"] is None:
         return "-"
-    return (finding.get("answer") or spoken_quantity(finding["found"], finding["unit"])) + _spread(finding)
+    return finding["answer"] + _spread(finding) if finding.get("answer") else _measured(finding)
+
+
+def _measured(part: dict[str, Any]) -> str:
+    """Returns the value of a part that was measured, with its unit and interval."""
+    return "-" if part["found"] is None else spoken_quantity(part["found"], part["unit"]) + _spread(part)
 
 
 def _spread(part: dict[str, Any]) -> str:
@@ -137,7 +141,7 @@ def _clause(part: dict[str, Any], alone: bool) -> str:
     if part["found"] is None:
         said = f"{subject}, {'not measured:' if part['check'] else 'which waits for'} {part['reason']}"
     else:
-        said = f"{subject}, found {spoken_quantity(part['found'], part['unit'])}{_spread(part)}, where {part['rule']} counts as right"
+        said = f"{subject}, found {_measured(part)}, where {part['rule']} counts as right"
         said += f", {part['reason']}" if part["reason"] else ""
     return said if alone else f"“{part['quotes']}” {SAID[Verdict(part['verdict'])]}: {said}"
 

@@ -57,6 +57,8 @@ def in_page(text: str, alt: str) -> Markup:
     return Markup(text.replace(OWN_COLOURS, "").replace("<svg", Markup('<svg role="img" aria-label="{}"').format(alt), 1))
 
 
+MOST_LETTERS = 4
+"""The letters of a unit that stands beside the numbers of a drawn interval."""
 WIDTH, HEIGHT, SIDE = 220, 34, 12
 """The size of a drawn interval, and what is left free at both sides for numbers, in pixels."""
 
@@ -79,9 +81,11 @@ def interval(part: dict[str, Any]) -> Markup:
         return round(SIDE + share * (WIDTH - 2 * SIDE), 1)
 
     left, right = place(low), place(high)
-    marks = "".join(
-        f'<line class="margin" x1="{place(bound)}" x2="{place(bound)}" y1="3" y2="19"/>'
-        f'<text x="{place(bound)}" y="31">{spoken_number(scale_of(unit) * bound)}</text>'
+    short = "%" if scale_of(unit) > 1 else unit.partition(" ")[0]
+    short = f" {short}" if short != "as" and len(short) <= MOST_LETTERS else ""
+    marks = Markup().join(
+        Markup(f'<line class="margin" x1="{place(bound)}" x2="{place(bound)}" y1="3" y2="19"/>'
+        f'<text x="{place(bound)}" y="31">{spoken_number(scale_of(unit) * bound)}{{}}</text>').format(short)
         for bound in dict.fromkeys((low, high))
         if math.isfinite(bound)
     )
