@@ -47,7 +47,9 @@ class Part(BaseModel):
     unit: str = ""
     answers: Annotated[
         dict[Verdict, str],
-        Field(description="by verdict, what the value answers in the terms of the claim; {found} or {size} stands for it"),
+        Field(
+            description="by verdict, what the value answers in the terms of the claim; {found} or {size} stands for it"
+        ),
     ] = {}
     scope: Annotated[str, Field(description="where the verdict holds, if narrower than the claim's scope")] = ""
     family: Annotated[str, Field(description="contrasts that Holm's correction takes together")] = ""

@@ -110,13 +110,15 @@ class Rule(BaseModel):
         low, high = self.bounds()
         if self.same_within is not None:
             # The sign stands before the number, so the number is not told with its unit in words.
-            percent = " %" * (scale > 1)
-            return f"a difference within ±{spoken_number(scale * high)}{percent} {unit.removeprefix('as a share ')}".strip()
+            told = spoken_number(scale * high) + " %" * (scale > 1)
+            return f"a difference within ±{told} {unit.removeprefix('as a share ')}".strip()
         if self.better_by is not None:
             return f"at least {spoken_quantity(low, unit)}" if self.better_by else f"above {spoken_quantity(0, unit)}"
         if self.at_most is None:
             return f"at least {spoken_quantity(low, unit)}"
-        return spoken_quantity(low, unit, high) if self.at_least is not None else f"at most {spoken_quantity(high, unit)}"
+        return (
+            spoken_quantity(low, unit, high) if self.at_least is not None else f"at most {spoken_quantity(high, unit)}"
+        )
 
 
 def spoken_outcome(difference: Difference, unit: str = "") -> str:
@@ -139,9 +141,7 @@ def _told(number: float, unit: str, form: str = "g") -> str:
     return f"{scale * number:{form}}" + " %" * (scale > 1)
 
 
-def judge(
-    rule: Rule, measurement: Measurement, p_adjusted: float | None = None, unit: str = ""
-) -> tuple[Verdict, str]:
+def judge(rule: Rule, measurement: Measurement, p_adjusted: float | None = None, unit: str = "") -> tuple[Verdict, str]:
     """Returns the verdict on a measurement, and what a reader must know beside the numbers.
 
     Args:
@@ -160,7 +160,9 @@ def judge(
     if measurement.samples and len(measurement.samples) < 2:
         return Verdict.OPEN, f"n = {measurement.n} gives no interval"
     if rule.same_within is not None and measurement.samples:
-        return _judge_sameness(compare(measurement.samples, rule.same_within, measurement.tuning_error), measurement, unit)
+        return _judge_sameness(
+            compare(measurement.samples, rule.same_within, measurement.tuning_error), measurement, unit
+        )
     least, most = rule.bounds()
     if low is None or high is None:
         low = high = value
@@ -172,7 +174,9 @@ def judge(
         if high < 0 or high < least:
             return Verdict.WRONG, ""
         if low > 0:
-            return (Verdict.HOLDS, "") if low >= least else (Verdict.OPEN, _spans(measurement, "differs, size open", unit))
+            return (
+                (Verdict.HOLDS, "") if low >= least else (Verdict.OPEN, _spans(measurement, "differs, size open", unit))
+            )
     elif high < least or most < low:
         return Verdict.WRONG, ""
     elif least <= low and high <= most:

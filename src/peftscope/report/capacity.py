@@ -17,7 +17,8 @@ from peftscope.report.tables import formatted, html
 OUTSIDE = "outside the sizes that were tried"
 SENTENCE = (
     "Points are runs, lines their means. On the grey line everything is stored. Diamonds are the breaks with their "
-    f"{100 * CONFIDENCE:g} % intervals, where the sizes enclose them: beyond a break more is given and no more is stored."
+    f"{100 * CONFIDENCE:g} % intervals, where the sizes enclose them: beyond a break more is given and no "
+    "more is stored."
 )
 """What the figure shows, in words."""
 

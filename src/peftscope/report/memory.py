@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, cycle
+from itertools import accumulate
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -18,7 +19,7 @@ from peftscope.memory.lengths import LengthsAnswer
 from peftscope.memory.trace import KINDS
 from peftscope.memory.why import Why
 from peftscope.methods import METHODS
-from peftscope.report.plots import GREEN, RED, SAFE_COLOURS, looks, save
+from peftscope.report.plots import GREEN, GREY, RED, SAFE_COLOURS, looks, mixed, save
 from peftscope.report.svg import STYLE
 from peftscope.report.tables import html
 
@@ -42,28 +43,29 @@ def draw_grid(curves: Sequence[Path], path: Path) -> None:
     styles = looks({label: label for label in points["label"]})
     _set_theme(path)
     figure, panels = plt.subplots(1, len(AXIS_LABELS), figsize=(11, 4.4), sharey=True, layout="constrained")
-    for axes, (axis, label) in zip(panels, AXIS_LABELS.items(), strict=True):
+    for axes, (axis, told) in zip(panels, AXIS_LABELS.items(), strict=True):
         part = points[points["axis"] == axis]
         for label, rows in part.groupby("label", sort=False):
             colour, marker, dash = styles[str(label)]
             line = {"color": colour, "marker": marker, "linestyle": dash, "markersize": 5}
             axes.plot(rows["value"], rows["gibibytes"], label=label, **line)
-        axes.set(xlabel=label, ylabel="peak on the card (GiB)", yscale="log")
+        axes.set(xlabel=told, yscale="log")
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(set(part["value"])), [f"{value:g}" for value in sorted(set(part["value"]))])
         axes.minorticks_off()
         _mark_cards(axes.axhline)
+    panels[0].set_ylabel("peak on the card (GiB)")
     ticks = [4, 8, 16, 24, 48, 80, 160]
     panels[0].set_yticks(ticks, [str(tick) for tick in ticks])
-    handles, names = panels[-1].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=9)
+    handles = _handles(panels)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=6, fontsize=9)
     save(figure, path)
 
 
 def draw_bars(bars: pd.DataFrame, path: Path) -> None:
     """Draws the bytes at the peak by kind, with one bar per model and one panel per method."""
     methods = list(dict.fromkeys(bars["method"]))
-    colours = dict(zip(KINDS, cycle(SAFE_COLOURS), strict=False))
+    colours = dict(zip(KINDS, (*SAFE_COLOURS, mixed(GREY, -0.4)), strict=True))
     _set_theme(path)
     figure, panels = plt.subplots(1, len(methods), figsize=(11, 3.8), sharey=True, layout="constrained")
     for axes, method in zip(panels, methods, strict=True):
@@ -76,12 +78,15 @@ def draw_bars(bars: pd.DataFrame, path: Path) -> None:
         axes.invert_yaxis()
         axes.set(title=METHODS[method].label, xlabel="allocated at the peak (GiB)")
         _mark_cards(axes.axvline)
-    handles: dict[str, object] = {}
-    for axes in panels:
-        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    handles = _handles(panels)
     shown = [kind for kind in KINDS if kind in handles]
     figure.legend([handles[kind] for kind in shown], shown, loc="outside lower center", ncols=5, fontsize=8)
     save(figure, path)
+
+
+def _handles(panels: Sequence[plt.Axes]) -> dict[str, Any]:
+    """Returns what stands for each label in a legend of several panels."""
+    return {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
 
 
 def waterfall(why: Why) -> list[tuple[str, int]]:

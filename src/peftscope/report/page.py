@@ -146,8 +146,8 @@ def _memory_pages() -> dict[str, Any] | None:
         "precision throughout, LoRA, and QLoRA with gradient checkpointing as in its paper."
     )
     grid = (
-        f"The memory that a card needs for {MODEL} around {centre}, including allocator and CUDA context. LoftQ takes the "
-        "same as QLoRA."
+        f"The memory that a card needs for {MODEL} around {centre}, including allocator and CUDA context. LoftQ takes "
+        "the same as QLoRA."
     )
     return {
         "figures": [

@@ -18,7 +18,7 @@ from peftscope.analysis.collect import read_runs
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.layout import results_folder
 from peftscope.methods import METHODS
-from peftscope.report.svg import OWN_COLOURS, STYLE, svg_of
+from peftscope.report.svg import INK, OWN_COLOURS, STYLE, svg_of
 from peftscope.report.tables import (
     FEWEST_FOR_MEANS,
     MIB,
@@ -33,7 +33,7 @@ from peftscope.report.tables import (
 )
 
 PHASES = {"load": "load and initialise", "train": "train", "evaluate": "evaluate"}
-RANGE = {"color": "0.3", "linewidth": 1.2}
+RANGE = {"color": INK, "linewidth": 1.2}
 """The style of a line from the lowest to the highest of several runs."""
 MOST_TICKS = 12
 """The most rungs of a ladder that an axis labels one by one."""
@@ -86,8 +86,8 @@ LOOKS: dict[str, Look] = {
 def looks(labels: Mapping[str, str]) -> dict[str, Look]:
     """Returns how each variant is drawn, from the label of its method.
 
-    A method with one variant looks as it does everywhere. Of several, each has a shade of the method's colour, a marker and
-    a dash of its own.
+    A method with one variant looks as it does everywhere. Of several, each has a shade of the method's colour, a
+    marker and a dash of its own.
     """
     known = {cls.label: LOOKS[name] for name, cls in METHODS.items()}
     found = {}
@@ -193,9 +193,11 @@ def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
             axes.plot(rows["peak"] / MIB, rows["heldout_nll"], marker, ms=5, alpha=0.6, **named)
             continue
         (row,) = rows.to_dict("records")
-        bars = [[row["heldout_nll"] - row["heldout_nll_low"]], [row["heldout_nll_high"] - row["heldout_nll"]]]
         if row["n"] != FEWEST_FOR_MEANS - 1:
-            reach = bars if row["n"] >= FEWEST_FOR_MEANS else None
+            reach = None
+            if row["n"] >= FEWEST_FOR_MEANS:
+                mean, low, high = (row[f"heldout_nll{end}"] for end in ("", "_low", "_high"))
+                reach = [[mean - low], [high - mean]]
             axes.errorbar(row["peak"] / MIB, row["heldout_nll"], yerr=reach, fmt=marker, ms=8, capsize=3, **named)
         else:  # two runs are shown as they are
             ends = [row["heldout_nll_least"], row["heldout_nll_most"]]
@@ -237,12 +239,13 @@ def draw_memory(axes: plt.Axes, runs: pd.DataFrame) -> None:
         hue_order=phases,
         errorbar=("pi", 100) if is_crowded(grid_runs(runs)) else None,
         err_kws=RANGE,
+        linewidth=0,
         ax=axes,
         palette=dict(zip(columns.values(), (GREY, BLUE, SKY, BLUE), strict=False)),
     )
     for phase, bars in zip(phases, axes.containers, strict=False):
         for bar in bars if phase.endswith("predicted") else ():
-            bar.set(facecolor="none", edgecolor=BLUE, hatch="///")
+            bar.set(facecolor="none", edgecolor=BLUE, linewidth=1, hatch="///")
     axes.set(xlabel="peak of live tensors (MiB)", ylabel="", title="Memory by phase")
     beside(axes)
 

@@ -28,8 +28,8 @@ PARETO = (
     "Lower and further left is better. {{ best }} reached the lowest held-out loss, {{ best_nll }} nats per token "
     "(the untouched base: {{ base_nll }}); {{ leanest }} trained in the least memory, {{ leanest_mib }} MiB, against "
     "{{ largest_mib }} MiB for {{ largest }}. "
-    "{% if crowded %}Each point is a setting, the mean of its runs; colours are methods. {% elif n == needed_for_means - 1 %}"
-    "Points are runs. {% elif n >= needed_for_means %}Points are means, bars {{ confidence }} % intervals over {{ n }} "
+    "{% if crowded %}Each point is a setting, the mean of its runs; colours are methods. "
+    "{% elif n == needed_for_means - 1 %}Points are runs. {% elif n >= needed_for_means %}Points are means, bars {{ confidence }} % intervals over {{ n }} "
     "seeds (cut at the frame). {% endif %}"
     "{% if predicted %}Hollow points stand at the predicted peak, because no run was probed for its memory. {% endif %}"
     "{% if n < needed %}n = {{ n }} is too few to call a difference: this figure ranks nothing.{% endif %}"
@@ -77,7 +77,11 @@ def sentence(figure: str, runs: pd.DataFrame, losses: pd.DataFrame) -> str:
     else:
         template, compute = _FIGURES[figure]
         facts = compute(runs, losses)
-    return _jinja.from_string(template).render(facts, needed_for_means=FEWEST_FOR_MEANS) if facts else NOTHING
+    if not facts:
+        return NOTHING
+    text = _jinja.from_string(template).render(facts, needed_for_means=FEWEST_FOR_MEANS)
+    # A method's name may stand first, and some have a small letter on purpose, as rsLoRA has.
+    return text[0].upper() + text[1:] if text.split()[0].islower() else text
 
 
 def listed(values: Iterable[Any]) -> str:

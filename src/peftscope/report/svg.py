@@ -54,7 +54,9 @@ def svg_of(figure: plt.Figure, name: str) -> str:
 
 def in_page(text: str, alt: str) -> Markup:
     """Returns an SVG file's text as an element of a page, with what it shows in words."""
-    return Markup(text.replace(OWN_COLOURS, "").replace("<svg", Markup('<svg role="img" aria-label="{}"').format(alt), 1))
+    return Markup(
+        text.replace(OWN_COLOURS, "").replace("<svg", Markup('<svg role="img" aria-label="{}"').format(alt), 1)
+    )
 
 
 MOST_LETTERS = 4
@@ -84,8 +86,10 @@ def interval(part: dict[str, Any]) -> Markup:
     short = "%" if scale_of(unit) > 1 else unit.partition(" ")[0]
     short = f" {short}" if short != "as" and len(short) <= MOST_LETTERS else ""
     marks = Markup().join(
-        Markup(f'<line class="margin" x1="{place(bound)}" x2="{place(bound)}" y1="3" y2="19"/>'
-        f'<text x="{place(bound)}" y="31">{spoken_number(scale_of(unit) * bound)}{{}}</text>').format(short)
+        Markup(
+            f'<line class="margin" x1="{place(bound)}" x2="{place(bound)}" y1="3" y2="19"/>'
+            f'<text x="{place(bound)}" y="31">{spoken_number(scale_of(unit) * bound)}{{}}</text>'
+        ).format(short)
         for bound in dict.fromkeys((low, high))
         if math.isfinite(bound)
     )

@@ -69,7 +69,9 @@ def summarise(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     is_good = runs["status"] == "ok"
     by = [runs[key] for key in keys]
     # Whole columns are aggregated at once, because one frame per group takes a hundred times as long.
-    groups = runs.reindex(columns=[*SCORES.values(), *FACTS.values()]).where(is_good).groupby(by, sort=False, dropna=False)
+    groups = (
+        runs.reindex(columns=[*SCORES.values(), *FACTS.values()]).where(is_good).groupby(by, sort=False, dropna=False)
+    )
     table = is_good.groupby(by, sort=False, dropna=False).sum().to_frame("n")
     endings = runs["status"].where(~is_good).groupby(by, sort=False, dropna=False)
     table["other_endings"] = endings.agg(lambda names: ", ".join(sorted(names.dropna())))
@@ -105,7 +107,8 @@ def factors_within_methods(runs: pd.DataFrame) -> list[str]:
 def with_peaks(methods: pd.DataFrame) -> pd.DataFrame:
     """Returns a summary with the peak of training, and whether that is predicted because no run was probed."""
     measured = methods["train_peak_bytes"]
-    return methods.assign(peak=measured.fillna(methods["predicted_train_peak_bytes"]), is_predicted=measured.isna())
+    predicted = methods["predicted_train_peak_bytes"]
+    return methods.assign(peak=measured.fillna(predicted), is_predicted=measured.isna() & predicted.notna())
 
 
 def variants(runs: pd.DataFrame) -> pd.Series:
@@ -210,7 +213,7 @@ def readable_methods(methods: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame({"method": []})
     factors = [c for c in methods.columns[: list(methods.columns).index("n")] if c != "label"]
     rows = []
-    for row in methods.to_dict("records"):
+    for row in with_peaks(methods).to_dict("records"):
         shown = {"method": row["label"], **{field: _plain(row[field]) for field in factors}}
         shown["runs"] = f"n = {row['n']}" + (f" ({row['other_endings']})" if row["other_endings"] else "")
         shown |= {
@@ -218,8 +221,7 @@ def readable_methods(methods: pd.DataFrame) -> pd.DataFrame:
             # A Student interval may reach beyond the bounds of a share.
             "exact match (%)": _interval(row, "exact_match", ".1f", lambda v: 100 * min(1.0, max(0.0, v))),
             "English, change (bits/byte)": _interval(row, "retention_change", "+.3f"),
-            "peak tensors, train (MiB)": formatted(row["train_peak_bytes"], ",.0f", MIB),
-            "the same, predicted (MiB)": formatted(row["predicted_train_peak_bytes"], ",.0f", MIB),
+            "peak tensors, train (MiB)": formatted(row["peak"], ",.0f", MIB) + " (predicted)" * row["is_predicted"],
             "peak tensors, load (MiB)": formatted(row["load_peak_bytes"], ",.0f", MIB),
             "step (s)": formatted(row["step_seconds"], ".2f"),
             "tokens/s": formatted(row["tokens_per_second"], ",.0f"),
@@ -276,13 +278,15 @@ def markdown_cell(text: str) -> str:
 
 
 def html(frame: pd.DataFrame, name: str) -> str:
-    """Returns a frame of text as an HTML table that a page can sort, without the columns that say nothing in any row."""
+    """Returns a frame of text as an HTML table that a page can sort, without columns that are empty in every row."""
     empty = [column for column in list(frame.columns)[1:] if len(frame) and frame[column].isin(["-", ""]).all()]
     frame = frame.drop(columns=empty)
     head = "".join(f'<th scope="col">{escape(str(column))}</th>' for column in frame.columns)
     rows = ("".join(f"<td>{escape(str(value))}</td>" for value in row) for row in frame.itertuples(index=False))
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<table id="{escape(name)}" class="sorts"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>\n'
+    return (
+        f'<table id="{escape(name)}" class="sorts"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>\n'
+    )
 
 
 def _plain(value: Any) -> str:
