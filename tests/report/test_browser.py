@@ -173,7 +173,8 @@ def test_the_claims_page_is_ready_at_once_and_nothing_moves(open_page: Open) -> 
         ready.append(page.evaluate("performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd"))
         moved.append(
             page.evaluate(
-                "new Promise(done => { let sum = 0; const add = list => list.getEntries().forEach(e => { sum += e.value });"
+                "new Promise(done => { let sum = 0;"
+                "const add = list => list.getEntries().forEach(one => { sum += one.value });"
                 "new PerformanceObserver(add).observe({type: 'layout-shift', buffered: true});"
                 "setTimeout(() => done(sum), 300) })"
             )

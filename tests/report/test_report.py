@@ -32,6 +32,7 @@ from peftscope.report.plots import (
 )
 from peftscope.report.publish import publish
 from peftscope.report.sentences import NOTHING, sentence
+from peftscope.report.tables import html as table_html
 from peftscope.report.tables import (
     ladder_summary,
     method_summary,
@@ -42,7 +43,6 @@ from peftscope.report.tables import (
     variants,
     write_tables,
 )
-from peftscope.report.tables import html as table_html
 
 EXPERIMENT = """
 title: Report test

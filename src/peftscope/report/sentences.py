@@ -29,8 +29,9 @@ PARETO = (
     "(the untouched base: {{ base_nll }}); {{ leanest }} trained in the least memory, {{ leanest_mib }} MiB, against "
     "{{ largest_mib }} MiB for {{ largest }}. "
     "{% if crowded %}Each point is a setting, the mean of its runs; colours are methods. "
-    "{% elif n == needed_for_means - 1 %}Points are runs. {% elif n >= needed_for_means %}Points are means, bars {{ confidence }} % intervals over {{ n }} "
-    "seeds (cut at the frame). {% endif %}"
+    "{% elif n == needed_for_means - 1 %}Points are runs. "
+    "{% elif n >= needed_for_means %}Points are means, bars {{ confidence }} % intervals over {{ n }} seeds (cut at "
+    "the frame). {% endif %}"
     "{% if predicted %}Hollow points stand at the predicted peak, because no run was probed for its memory. {% endif %}"
     "{% if n < needed %}n = {{ n }} is too few to call a difference: this figure ranks nothing.{% endif %}"
 )
