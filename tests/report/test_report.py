@@ -187,6 +187,7 @@ def test_a_method_looks_the_same_in_every_figure() -> None:
     )
     assert (drawn["full"], drawn["plus"]) == (LOOKS["full"], LOOKS["lora-plus"])
     variants_of_lora = [drawn[name] for name in ("lora", "r64", "r4")]
+    assert variants_of_lora[0] == LOOKS["lora"]
     assert all(len({getattr(look, what) for look in variants_of_lora}) == 3 for what in ("colour", "marker", "dash"))
     assert arm_looks({"any": "LoRA"}) == {"any": LOOKS["lora"]}
 
@@ -198,7 +199,7 @@ def test_peaks_that_no_run_measured_are_predicted_ones_and_marked(finished: str)
     assert "Hatched bars are predicted" in sentence("memory", unprobed, losses)
     assert "Hollow points" in sentence("pareto", unprobed, losses)
     assert "(predicted)" in readable_methods(method_summary(unprobed)).to_string()
-    for draw, is_marked in ((draw_memory, "pattern"), (draw_pareto, "fill: none; stroke: #0072b2")):
+    for draw, is_marked in ((draw_memory, "pattern"), (draw_pareto, f"fill: none; stroke: {LOOKS['lora'].colour}")):
         draw_figure(Path("measured.svg"), lambda axes, draw=draw: draw(axes, runs))
         draw_figure(Path("predicted.svg"), lambda axes, draw=draw: draw(axes, unprobed))
         assert is_marked in Path("predicted.svg").read_text()

@@ -57,9 +57,11 @@ class Look(NamedTuple):
 
 
 BLUE, ORANGE, GREEN, RED, PINK, SKY, PURPLE, GREY = (
-    *("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a63b5", "#808890"),
+    *("#1879bb", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a63b5", "#808890"),
 )
-"""Okabe and Ito's colours, which the colour-blind tell apart, without yellow and black, which a page may swallow."""
+"""Colours after Okabe and Ito, which the colour-blind tell apart, without yellow and black, which a page may swallow."""
+LIGHTEST = 0.45
+"""How much white the last of several variants of a method gets. On a light page more would be hard to see."""
 SAFE_COLOURS = (BLUE, RED, GREEN, ORANGE, PINK, SKY, PURPLE, GREY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 DASHES = ("-", "--", "-.", ":")
@@ -86,8 +88,8 @@ LOOKS: dict[str, Look] = {
 def looks(labels: Mapping[str, str]) -> dict[str, Look]:
     """Returns how each variant is drawn, from the label of its method.
 
-    A method with one variant looks as it does everywhere. Of several, each has a shade of the method's colour, a
-    marker and a dash of its own.
+    A method with one variant looks as it does everywhere. Of several, the first does; the others have lighter
+    shades of its colour, and markers and dashes of their own.
     """
     known = {cls.label: LOOKS[name] for name, cls in METHODS.items()}
     found = {}
@@ -96,7 +98,7 @@ def looks(labels: Mapping[str, str]) -> dict[str, Look]:
         names = [name for name, of in labels.items() if of == label]
         markers = [own.marker, *(marker for marker in MARKERS if marker != own.marker)]
         for place, name in enumerate(names):
-            colour = own.colour if len(names) == 1 else mixed(own.colour, place / (len(names) - 1) - 0.5)
+            colour = own.colour if len(names) == 1 else mixed(own.colour, LIGHTEST * place / (len(names) - 1))
             dash = own.dash if place == 0 else DASHES[place % len(DASHES)]
             found[name] = Look(colour, markers[place % len(markers)], dash)
     return found
