@@ -25,7 +25,7 @@ from peftscope.report.tables import (
 NOTHING = "No finished run has measured this."
 
 PARETO = (
-    "Lower and further left is better. {{ best }} reached the lowest held-out loss, {{ best_nll }} nats per token "
+    "Lower and further left is better: {{ best }} reached the lowest held-out loss, {{ best_nll }} nats per token "
     "(the untouched base: {{ base_nll }}); {{ leanest }} trained in the least memory, {{ leanest_mib }} MiB, against "
     "{{ largest_mib }} MiB for {{ largest }}. "
     "{% if crowded %}Each point is a setting, the mean of its runs; colours are methods. "
