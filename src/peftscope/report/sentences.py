@@ -80,7 +80,7 @@ def sentence(figure: str, runs: pd.DataFrame, losses: pd.DataFrame) -> str:
         facts = compute(runs, losses)
     if not facts:
         return NOTHING
-    text = _jinja.from_string(template).render(facts, needed_for_means=FEWEST_FOR_MEANS)
+    text = _jinja.from_string(template).render(facts, needed_for_means=FEWEST_FOR_MEANS).strip()
     # A method's name may stand first, and some have a small letter on purpose, as rsLoRA has.
     return text[0].upper() + text[1:] if text.split()[0].islower() else text
 
