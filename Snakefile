@@ -213,34 +213,35 @@ rule figures:
         "results/{experiment}/runs.csv",
         "results/{experiment}/losses.csv",
         workflow.source_path("src/peftscope/report/plots.py"),
+        workflow.source_path("src/peftscope/report/svg.py"),
         workflow.source_path("src/peftscope/report/tables.py"),
     output:
         report(
-            "results/{experiment}/figures/pareto.png",
+            "results/{experiment}/figures/pareto.svg",
             caption="src/peftscope/report/captions/pareto.rst",
             category="Figures",
             labels={"experiment": "{experiment}", "figure": "quality against memory"},
         ),
         report(
-            "results/{experiment}/figures/memory.png",
+            "results/{experiment}/figures/memory.svg",
             caption="src/peftscope/report/captions/memory.rst",
             category="Figures",
             labels={"experiment": "{experiment}", "figure": "memory by phase"},
         ),
         report(
-            "results/{experiment}/figures/throughput.png",
+            "results/{experiment}/figures/throughput.svg",
             caption="src/peftscope/report/captions/throughput.rst",
             category="Figures",
             labels={"experiment": "{experiment}", "figure": "throughput"},
         ),
         report(
-            "results/{experiment}/figures/losses.png",
+            "results/{experiment}/figures/losses.svg",
             caption="src/peftscope/report/captions/losses.rst",
             category="Figures",
             labels={"experiment": "{experiment}", "figure": "loss curves"},
         ),
         report(
-            "results/{experiment}/figures/prediction.png",
+            "results/{experiment}/figures/prediction.svg",
             caption="src/peftscope/report/captions/prediction.rst",
             category="Figures",
             labels={
@@ -261,10 +262,11 @@ rule ladder:
     input:
         "results/{experiment}/runs.csv",
         workflow.source_path("src/peftscope/report/plots.py"),
+        workflow.source_path("src/peftscope/report/svg.py"),
         workflow.source_path("src/peftscope/report/tables.py"),
     output:
         report(
-            "results/{experiment}/figures/ladder-{field}.png",
+            "results/{experiment}/figures/ladder-{field}.svg",
             caption="src/peftscope/report/captions/ladder.rst",
             category="Figures",
             labels={"experiment": "{experiment}", "figure": "ladder over {field}"},
@@ -289,10 +291,11 @@ rule study:
         workflow.source_path("src/peftscope/analysis/stats.py"),
         workflow.source_path("src/peftscope/report/study.py"),
         workflow.source_path("src/peftscope/report/plots.py"),
+        workflow.source_path("src/peftscope/report/svg.py"),
         workflow.source_path("src/peftscope/report/tables.py"),
     output:
         report(
-            "results/{experiment}/figures/tuning.png",
+            "results/{experiment}/figures/tuning.svg",
             caption="src/peftscope/report/captions/tuning.rst",
             category="Study",
             labels={
@@ -301,7 +304,7 @@ rule study:
             },
         ),
         report(
-            "results/{experiment}/figures/differences.png",
+            "results/{experiment}/figures/differences.svg",
             caption="src/peftscope/report/captions/differences.rst",
             category="Study",
             labels={
@@ -350,7 +353,7 @@ rule capacity:
         workflow.source_path("src/peftscope/report/capacity.py"),
     output:
         report(
-            "results/{experiment}/figures/capacity.png",
+            "results/{experiment}/figures/capacity.svg",
             caption="src/peftscope/report/captions/capacity.rst",
             category="Figures",
             labels={"experiment": "{experiment}", "figure": "bits stored"},
@@ -398,7 +401,7 @@ rule weights:
     output:
         "results/{experiment}/tables/weights.parquet",
         report(
-            "results/{experiment}/figures/spectrum.png",
+            "results/{experiment}/figures/spectrum.svg",
             caption="src/peftscope/report/captions/spectrum.rst",
             category="Figures",
             labels={"experiment": "{experiment}", "figure": "spectrum of updates"},
@@ -422,7 +425,7 @@ rule forgetting:
         workflow.source_path("src/peftscope/report/forgetting.py"),
     output:
         report(
-            "results/{experiment}/figures/forgetting.png",
+            "results/{experiment}/figures/forgetting.svg",
             caption="src/peftscope/report/captions/forgetting.rst",
             category="Study",
             labels={
@@ -458,20 +461,23 @@ rule memory_figures:
         code=[
             workflow.source_path("src/peftscope/report/memory.py"),
             workflow.source_path("src/peftscope/report/plots.py"),
+            workflow.source_path("src/peftscope/report/svg.py"),
         ],
     output:
         report(
-            "results/memory/grid.png",
+            "results/memory/grid.svg",
             caption="src/peftscope/report/captions/memory-grid.rst",
             category="Memory",
             labels={"figure": "over rank, length, batch and method"},
         ),
         report(
-            "results/memory/bars.png",
+            "results/memory/bars.svg",
             caption="src/peftscope/report/captions/memory-bars.rst",
             category="Memory",
             labels={"figure": "7B to 70B"},
         ),
+        "results/memory/grid.png",
+        "results/memory/bars.png",
     log:
         "results/memory/logs/figures.log",
     localrule: True
@@ -515,6 +521,7 @@ rule report:
         workflow.source_path("src/peftscope/report/serving.py"),
         workflow.source_path("src/peftscope/report/templates/report.html.j2"),
         workflow.source_path("src/peftscope/report/templates/report.css"),
+        workflow.source_path("src/peftscope/report/templates/report.js"),
     output:
         "reports/{experiment}/report.html",
     log:

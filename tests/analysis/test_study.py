@@ -459,8 +459,10 @@ def test_a_control_without_any_spread_is_no_difference(tuned: None) -> None:
 def test_the_section_of_the_report_has_its_tables_and_figures(finished: StudyResults) -> None:
     write_study("mine")
     folder = Path("results/mine")
-    for name in ("tuning", "differences"):
-        assert (folder / "figures" / f"{name}.png").stat().st_size > 10_000
+    for name, axis in (("tuning", "learning rate"), ("differences", "further left is better")):
+        drawn = (folder / "figures" / f"{name}.svg").read_text()
+        assert axis in drawn
+        assert drawn.count("<use") > 3
     pd.testing.assert_frame_equal(pd.read_csv(folder / "tables" / "contrasts.csv"), contrasts(finished))
     shown = (folder / "tables" / "controls.html").read_text()
     assert all(f"LoRA, {name}" in html.unescape(shown) for name in CONTROLS.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from peftscope.claims.stored import read_findings, stored_measurements, unexplai
 from peftscope.claims.verdict import Rule, Verdict, judge, spoken_outcome
 from peftscope.cli.main import main
 from peftscope.errors import InputError
-from peftscope.report.claims import sentence, write_claims_page
 from peftscope.report.findings import write_findings
 from peftscope.report.publish import publish
+from peftscope.report.spoken import sentence, spoken_finding, write_claims_page
+from peftscope.report.svg import interval
 
 ENTRY: dict[str, Any] = {
     "id": "S13",
@@ -213,6 +215,44 @@ def test_a_verdict_can_be_said_aloud(tmp_path: Path) -> None:
         "counts as right; “255 times fewer” holds: values of the matrix over values of its factors (rank 4), found "
         "512 ×, where 512 × ± 1 % counts as right (computed; arithmetic)."
     )
+
+
+@pytest.mark.parametrize(
+    ("left", "verdict", "said"),
+    [(2.5, "holds", "fits, 2.5 GiB left"), (-3.0, "wrong", "does not fit, 3 GiB too little")],
+)
+def test_what_was_found_answers_what_is_claimed(left: float, verdict: str, said: str) -> None:
+    answers = {"holds": "fits, {found} left", "wrong": "does not fit, {size} too little"}
+    asked = part(unit="GiB", rule={"at_least": 0}, answers=answers)
+    found = PartFinding(asked, Verdict(verdict), found=Measurement(left)).to_json()
+    assert spoken_finding(found | {"verdict": verdict}) == said
+    assert "answer" not in PartFinding(asked, Verdict.OPEN, found=Measurement(left)).to_json()
+    with pytest.raises(ValueError, match="an answer may hold"):
+        part(answers={"holds": "{value} left"})
+
+
+def test_shares_are_told_in_percent_in_value_rule_and_reason() -> None:
+    asked = part(kind="sampling", unit="as a share of settings", rule={"at_least": 0.5})
+    assert asked.rule is not None
+    found = Measurement(0.7, low=0.4, high=0.9, n=9)
+    verdict, reason = judge(asked.rule, found, unit=asked.unit)
+    shown = PartFinding(asked, verdict, reason, found).to_json()
+    assert (spoken_finding(shown), shown["rule"]) == ("70 % of settings (40 to 90)", "at least 50 % of settings")
+    assert reason == "50 % lies within the interval (half-width 25 %)"
+
+
+def test_an_interval_is_drawn_against_what_counts_as_right() -> None:
+    asked = part(kind="sampling", unit="GB", rule={"at_least": 6, "at_most": 7})
+    drawn = {}
+    for low, high in ((6.2, 6.8), (6.5, 7.5)):
+        found = Measurement((low + high) / 2, low=low, high=high, n=9)
+        drawn[high] = interval(PartFinding(asked, Verdict.OPEN, found=found).to_json())
+        (end,) = re.findall(r'whisker" x1="[\d.]+" x2="([\d.]+)"', drawn[high])
+        left, width = map(float, re.findall(r'<rect x="([\d.]+)" y="3" width="([\d.]+)"', drawn[high])[0])
+        assert (float(end) > left + width) == (high > 7)
+        assert ">6 GB<" in drawn[high]
+        assert f"({low:g} to {high:g})" in drawn[high]
+    assert not interval(PartFinding(part(rule={"equals": "yes"}), Verdict.HOLDS, found=Measurement("yes")).to_json())
 
 
 # Comparisons.

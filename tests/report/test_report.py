@@ -16,12 +16,23 @@ from peftscope.errors import InputError
 from peftscope.execution.phases import Phases
 from peftscope.execution.run import execute
 from peftscope.memory.grid import AXES, SIZES, bars, curve
+from peftscope.methods import METHODS
 from peftscope.planning.sweep import expand
 from peftscope.report.memory import draw_bars, draw_grid
 from peftscope.report.page import FIXED_FIGURES, write_report
-from peftscope.report.plots import write_figures, write_ladder
+from peftscope.report.plots import (
+    LOOKS,
+    SAFE_COLOURS,
+    arm_looks,
+    draw_figure,
+    draw_memory,
+    draw_pareto,
+    write_figures,
+    write_ladder,
+)
 from peftscope.report.publish import publish
 from peftscope.report.sentences import NOTHING, sentence
+from peftscope.report.tables import html as table_html
 from peftscope.report.tables import (
     ladder_summary,
     method_summary,
@@ -76,7 +87,7 @@ def test_from_records_to_a_self_contained_page(finished: str) -> None:
     for field in ("rank", "targets"):
         write_ladder(finished, field)
     html = write_report(finished, ["rank", "targets"]).read_text()
-    assert not re.findall(r'(?:src|href)="(?!data:|#)', html)
+    assert not re.findall(r'\b(?:src|href)="(?!data:|#)', html)
     assert html.count("<figure") == len(FIXED_FIGURES) + 2
     assert "Report test" in html
     assert f"make report EXPERIMENT={finished}" in html
@@ -157,12 +168,55 @@ def test_the_figures_of_what_will_fit(tmp_path: Path) -> None:
         assert len(points) == len(AXES[axis])
         assert (points["device_bytes"] > points["allocated_bytes"]).all()
         points.to_csv(curves[-1], index=False)
-    draw_grid(curves, tmp_path / "grid.png")
+    draw_grid(curves, tmp_path / "grid.svg")
     shown = bars()
     assert set(shown["model"]) == set(SIZES)
     assert set(shown["method"]) == {"full", "lora", "qlora"}
-    draw_bars(shown, tmp_path / "bars.png")
-    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("grid", "bars"))
+    draw_bars(shown, tmp_path / "bars.svg")
+    grid, parts = ((tmp_path / f"{name}.svg").read_text() for name in ("grid", "bars"))
+    assert all(text in grid for text in (">rank<", ">tokens of a sequence<", ">QLoRA<"))
+    assert all(f">{model}<" in parts for model in SIZES)
+
+
+def test_a_method_looks_the_same_in_every_figure() -> None:
+    assert set(LOOKS) == set(METHODS)
+    assert len({look.marker for look in LOOKS.values()}) == len(LOOKS)
+    assert {look.colour for look in LOOKS.values()} <= set(SAFE_COLOURS)
+    drawn = arm_looks(
+        {"lora": "LoRA", "r64": "LoRA, r64", "r4": "LoRA, r4", "plus": "LoRA+", "full": "full fine-tuning"}
+    )
+    assert (drawn["full"], drawn["plus"]) == (LOOKS["full"], LOOKS["lora-plus"])
+    variants_of_lora = [drawn[name] for name in ("lora", "r64", "r4")]
+    assert variants_of_lora[0] == LOOKS["lora"]
+    assert all(len({getattr(look, what) for look in variants_of_lora}) == 3 for what in ("colour", "marker", "dash"))
+    assert arm_looks({"any": "LoRA"}) == {"any": LOOKS["lora"]}
+
+
+def test_peaks_that_no_run_measured_are_predicted_ones_and_marked(finished: str) -> None:
+    runs, losses = read_runs(finished), pd.read_csv("results/mine/losses.csv")
+    assert "predicted" not in sentence("memory", runs, losses) + sentence("pareto", runs, losses)
+    unprobed = runs.assign(train_peak_tensor_bytes=float("nan"))
+    assert "Hatched bars are predicted" in sentence("memory", unprobed, losses)
+    assert "Hollow points" in sentence("pareto", unprobed, losses)
+    assert "(predicted)" in readable_methods(method_summary(unprobed)).to_string()
+    for draw, is_marked in ((draw_memory, "pattern"), (draw_pareto, "fill-opacity: 0;")):
+        draw_figure(Path("measured.svg"), lambda axes, draw=draw: draw(axes, runs))
+        draw_figure(Path("predicted.svg"), lambda axes, draw=draw: draw(axes, unprobed))
+        assert is_marked in Path("predicted.svg").read_text()
+        assert is_marked not in Path("measured.svg").read_text()
+
+
+def test_two_runs_are_two_values_and_empty_columns_are_left_out(finished: str) -> None:
+    runs = read_runs(finished)
+    lora = runs[(runs["label"] == "LoRA") & runs["comparisons"].str.contains("grid")]["heldout_nll_nats_per_token"]
+    row = readable_methods(method_summary(runs)).set_index("method").loc["LoRA"]
+    assert row["held-out NLL (nats/token)"] == f"{lora.min():.3f} and {lora.max():.3f}"
+    third = runs[runs["run_id"] == runs.loc[lora.index[0], "run_id"]].assign(run_id="third", seed=2)
+    row = readable_methods(method_summary(pd.concat([runs, third]))).set_index("method").loc["LoRA"]
+    assert re.fullmatch(r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", row["held-out NLL (nats/token)"])
+    shown = table_html(pd.DataFrame({"run": ["a", "b"], "speed": ["-", "-"], "loss": ["1", "-"]}), "t")
+    assert "speed" not in shown
+    assert "loss" in shown
 
 
 def test_no_number_is_typed_into_prose(repository: Path) -> None:
@@ -198,12 +252,12 @@ def test_a_folder_of_results_is_published_whole_or_not_at_all(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="not finished"):
         publish("memory")
-    half = tmp_path / "results" / "memory" / "bars.png"
+    half = tmp_path / "results" / "memory" / "bars.svg"
     half.parent.mkdir(parents=True)
     half.write_text("")
-    with pytest.raises(InputError, match=r"no grid\.png, chapter\.csv"):
+    with pytest.raises(InputError, match=r"no grid\.svg, chapter\.csv"):
         publish("memory")
-    for name in ("grid.png", "chapter.csv"):
+    for name in ("grid.svg", "chapter.csv"):
         (half.parent / name).write_bytes(bytes(5_000_001))
     with pytest.raises(InputError, match="too large"):
         publish("memory")

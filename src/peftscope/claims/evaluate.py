@@ -11,7 +11,7 @@ from typing import Any
 from peftscope.analysis.compare import compare
 from peftscope.analysis.stats import holm
 from peftscope.claims.ledger import DETERMINISTIC, Change, Claim, Kind, Part, find_check
-from peftscope.claims.measurement import Measurement, NotRunError, Quantity
+from peftscope.claims.measurement import Measurement, NotRunError, Quantity, spoken_quantity
 from peftscope.claims.verdict import Verdict, combine, judge
 from peftscope.errors import InputError, printable, shown
 from peftscope.hardware.bf16 import bf16_products
@@ -53,6 +53,15 @@ class PartFinding:
         sampled = word == "sampled" or (word == "computed" and self.found.low is not None)
         return f"sampled, n = {self.found.n}" if sampled else word
 
+    @property
+    def answer(self) -> str:
+        """Returns what the measured value answers in the terms of the claim; empty without a value or such words."""
+        words = self.part.answers.get(self.verdict, "") if self.found else ""
+        value = rounded(self.found.value) if self.found else None
+        size = abs(value) if isinstance(value, int | float) else value
+        unit = self.part.unit
+        return words.format(found=spoken_quantity(value, unit), size=spoken_quantity(size, unit))
+
     def to_json(self) -> dict[str, Any]:
         """Returns the finding with its evidence. Numbers are rounded to the digits that are reproducible."""
         found = self.found or _NOTHING
@@ -65,6 +74,7 @@ class PartFinding:
             "verdict": self.verdict.value,
             "reason": self.reason,
             "known": self.known,
+            **({"answer": self.answer} if self.answer else {}),
             "found": rounded(found.value) if self.found else None,
             **{name: rounded(getattr(found, name)) for name in ("low", "high", "n", "model")},
             "p_adjusted": rounded(self.p_adjusted),
@@ -161,7 +171,7 @@ def evaluate_part(
         return PartFinding(part, Verdict.NOT_RUN, found)
     assert part.rule is not None
     p_adjusted = _adjusted_p(part, found, family, stored)
-    verdict, reason = judge(part.rule, found, p_adjusted)
+    verdict, reason = judge(part.rule, found, p_adjusted, part.unit)
     return PartFinding(part, verdict, reason, found, p_adjusted)
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from peftscope.claims import checks
 from peftscope.claims.measurement import Measurement
-from peftscope.claims.verdict import Rule
+from peftscope.claims.verdict import Rule, Verdict
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import read_yaml
 from peftscope.files.problems import dotted, problems_of
@@ -45,6 +45,12 @@ class Part(BaseModel):
     with_: Annotated[dict[str, Any], Field(alias="with", description="the function's parameters")] = {}
     rule: Rule | None = None
     unit: str = ""
+    answers: Annotated[
+        dict[Verdict, str],
+        Field(
+            description="by verdict, what the value answers in the terms of the claim; {found} or {size} stands for it"
+        ),
+    ] = {}
     scope: Annotated[str, Field(description="where the verdict holds, if narrower than the claim's scope")] = ""
     family: Annotated[str, Field(description="contrasts that Holm's correction takes together")] = ""
     waits_for: Annotated[str, Field(description="what has to be run first")] = ""
@@ -59,6 +65,11 @@ class Part(BaseModel):
             raise ValueError("a family holds contrasts with a direction: the rule must be better_by")
         if bool(self.quotes) != self.decides:
             raise ValueError("an assertion or a condition quotes the words that it tests, and no other part does")
+        for text in self.answers.values():
+            try:
+                text.format(found="", size="")
+            except (IndexError, KeyError, ValueError):
+                raise ValueError(f"an answer may hold {{found}} and {{size}} only: {shown(text)}") from None
         if bool(self.declared) != (self.role == "condition"):
             raise ValueError("a condition says where it was declared, and no other part does")
         return self
@@ -96,6 +107,9 @@ class Claim(BaseModel):
     scope: Annotated[str, Field(min_length=1, description="model, task and setting that the verdict holds for")]
     note: Annotated[str, Field(description="what was tested where the source contradicts itself; what we found")] = ""
     correction: Annotated[str, Field(description="what to remember instead, if the claim turns out wrong")] = ""
+    advice: Annotated[
+        dict[Verdict, str], Field(description="by verdict, what it means for someone who trains a model")
+    ] = {}
     parts: Annotated[tuple[Part, ...], Field(min_length=1, description="all assertions and conditions decide")]
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from peftscope.analysis.compare import Difference, compare
 from peftscope.analysis.stats import CONFIDENCE
-from peftscope.claims.measurement import Measurement, spoken_number
+from peftscope.claims.measurement import Measurement, scale_of, spoken_number, spoken_quantity
 
 ALPHA = 1 - CONFIDENCE
 
@@ -98,46 +98,57 @@ class Rule(BaseModel):
         >>> Rule(equals=14, relative=0.05).words("GB"), Rule(at_least=0.5).words(), Rule(equals=True).words()
         ('14 GB ± 5 %', 'at least 0.5', 'yes')
         """
+        scale = scale_of(unit)
+        points = " points" * (scale > 1)
         tolerance = (
             f"± {100 * self.relative:g} %"
             if self.relative
-            else f"± {spoken_number(self.absolute)}" * bool(self.absolute)
+            else f"± {spoken_number(scale * self.absolute)}{points}" * bool(self.absolute)
         )
         if self.equals is not None:
-            return " ".join(filter(None, (spoken_number(self.equals), unit, tolerance)))
-        low, high = map(spoken_number, self.bounds())
+            return " ".join(filter(None, (spoken_quantity(self.equals, unit), tolerance)))
+        low, high = self.bounds()
         if self.same_within is not None:
-            text = f"a difference within ±{high}"
-        elif self.better_by is not None:
-            text = f"at least {low}" if self.better_by else "above 0"
-        elif self.at_most is None:
-            text = f"at least {low}"
-        else:
-            text = f"at most {high}" if self.at_least is None else f"{low} to {high}"
-        return f"{text} {unit}".strip()
+            # The sign stands before the number, so the number is not told with its unit in words.
+            told = spoken_number(scale * high) + " %" * (scale > 1)
+            return f"a difference within ±{told} {unit.removeprefix('as a share ')}".strip()
+        if self.better_by is not None:
+            return f"at least {spoken_quantity(low, unit)}" if self.better_by else f"above {spoken_quantity(0, unit)}"
+        if self.at_most is None:
+            return f"at least {spoken_quantity(low, unit)}"
+        return (
+            spoken_quantity(low, unit, high) if self.at_least is not None else f"at most {spoken_quantity(high, unit)}"
+        )
 
 
-def spoken_outcome(difference: Difference) -> str:
+def spoken_outcome(difference: Difference, unit: str = "") -> str:
     """Returns what a comparison of pairs says. Two arms can be the same within the margin and differ from zero at once.
 
     >>> spoken_outcome(compare([0.30, 0.31, 0.29], 1)), spoken_outcome(compare([2.0, 2.1, 1.9], 1))
     ('the same within ±1, and above zero', 'differs by more than the margin of 1')
     """
     if difference.exceeds_margin:
-        return f"differs by more than the margin of {difference.margin:g}"
+        return f"differs by more than the margin of {_told(difference.margin, unit)}"
     if difference.is_same:
         sign = f", and {'above' if difference.mean > 0 else 'below'} zero" if difference.differs else ""
-        return f"the same within ±{difference.margin:g}{sign}"
+        return f"the same within ±{_told(difference.margin, unit)}{sign}"
     return str(difference.outcome)
 
 
-def judge(rule: Rule, measurement: Measurement, p_adjusted: float | None = None) -> tuple[Verdict, str]:
+def _told(number: float, unit: str, form: str = "g") -> str:
+    """Returns a number as its quantity is told: a share in percent."""
+    scale = scale_of(unit)
+    return f"{scale * number:{form}}" + " %" * (scale > 1)
+
+
+def judge(rule: Rule, measurement: Measurement, p_adjusted: float | None = None, unit: str = "") -> tuple[Verdict, str]:
     """Returns the verdict on a measurement, and what a reader must know beside the numbers.
 
     Args:
         rule: The rule for when the claim holds.
         measurement: The measured quantity.
         p_adjusted: The p of a directional contrast after correction within its family; None without a family.
+        unit: The unit of the quantity, as the reader is told it.
     """
     if measurement.spoiled_by:
         return Verdict.OPEN, measurement.spoiled_by
@@ -149,7 +160,9 @@ def judge(rule: Rule, measurement: Measurement, p_adjusted: float | None = None)
     if measurement.samples and len(measurement.samples) < 2:
         return Verdict.OPEN, f"n = {measurement.n} gives no interval"
     if rule.same_within is not None and measurement.samples:
-        return _judge_sameness(compare(measurement.samples, rule.same_within, measurement.tuning_error), measurement)
+        return _judge_sameness(
+            compare(measurement.samples, rule.same_within, measurement.tuning_error), measurement, unit
+        )
     least, most = rule.bounds()
     if low is None or high is None:
         low = high = value
@@ -161,7 +174,9 @@ def judge(rule: Rule, measurement: Measurement, p_adjusted: float | None = None)
         if high < 0 or high < least:
             return Verdict.WRONG, ""
         if low > 0:
-            return (Verdict.HOLDS, "") if low >= least else (Verdict.OPEN, _spans(measurement, "differs, size open"))
+            return (
+                (Verdict.HOLDS, "") if low >= least else (Verdict.OPEN, _spans(measurement, "differs, size open", unit))
+            )
     elif high < least or most < low:
         return Verdict.WRONG, ""
     elif least <= low and high <= most:
@@ -170,23 +185,23 @@ def judge(rule: Rule, measurement: Measurement, p_adjusted: float | None = None)
     samples = measurement.samples
     comparison = compare(samples, math.inf, measurement.tuning_error) if samples else None
     pairs = comparison.pairs_to_reach(abs(value - nearest)) if comparison else None
-    return Verdict.OPEN, _spans(measurement, f"{nearest:g} lies within the interval", pairs)
+    return Verdict.OPEN, _spans(measurement, f"{_told(nearest, unit)} lies within the interval", unit, pairs)
 
 
-def _judge_sameness(difference: Difference, measurement: Measurement) -> tuple[Verdict, str]:
-    outcome = spoken_outcome(difference)
+def _judge_sameness(difference: Difference, measurement: Measurement, unit: str) -> tuple[Verdict, str]:
+    outcome = spoken_outcome(difference, unit)
     if difference.exceeds_margin:
         return Verdict.WRONG, outcome
     if not difference.is_same:
-        outcome = f"{outcome}, with a margin of {difference.margin:g}"
-        return Verdict.OPEN, _spans(measurement, outcome, difference.pairs_to_decide())
+        outcome = f"{outcome}, with a margin of {_told(difference.margin, unit)}"
+        return Verdict.OPEN, _spans(measurement, outcome, unit, difference.pairs_to_decide())
     low, high = difference.interval(2 * CONFIDENCE - 1)
-    return Verdict.HOLDS, f"{outcome} (90 % interval {low:.3g} to {high:.3g})"
+    return Verdict.HOLDS, f"{outcome} (90 % interval {_told(low, unit, '.3g')} to {_told(high, unit, '.3g')})"
 
 
-def _spans(measurement: Measurement, outcome: str, pairs: int | None = None) -> str:
+def _spans(measurement: Measurement, outcome: str, unit: str, pairs: int | None = None) -> str:
     """Returns an outcome with the half-width of the interval, and with the pairs that would decide."""
     assert measurement.low is not None
     assert measurement.high is not None
-    text = f"{outcome} (half-width {(measurement.high - measurement.low) / 2:.3g})"
+    text = f"{outcome} (half-width {_told((measurement.high - measurement.low) / 2, unit, '.3g')})"
     return f"{text}; about {pairs} pairs would decide" if pairs and pairs > len(measurement.samples) else text

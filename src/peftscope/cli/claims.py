@@ -40,7 +40,7 @@ def claims(
 
     from peftscope.claims.ledger import Kind, read_ledger
     from peftscope.claims.stored import published_findings
-    from peftscope.report.claims import sentence, spoken_finding
+    from peftscope.report.spoken import sentence, spoken_finding
 
     if published and (write or reuse):
         raise InputError(Problem("--published", "measures nothing", "leave --write and --reuse out"))

@@ -34,8 +34,8 @@ from peftscope.spec import RunSpec
 DEFAULT_EXPERIMENT = "quick"
 MOST_THREADS = 1024
 STUDY_FILES = [
-    "figures/tuning.png",
-    "figures/differences.png",
+    "figures/tuning.svg",
+    "figures/differences.svg",
     "tables/contrasts.html",
     "tables/controls.html",
     "tables/tuning.html",
@@ -46,9 +46,9 @@ STUDY_FILES = [
 """What the report of a study shows beside that of a sweep."""
 
 
-CAPACITY_FILES = ["figures/capacity.png", "tables/capacity.html", "tables/capacity.csv", "tables/stored.csv"]
+CAPACITY_FILES = ["figures/capacity.svg", "tables/capacity.html", "tables/capacity.csv", "tables/stored.csv"]
 """What the report of an experiment on random strings shows beside."""
-SPECTRUM, FORGETTING = "figures/spectrum.png", "figures/forgetting.png"
+SPECTRUM, FORGETTING = "figures/spectrum.svg", "figures/forgetting.svg"
 
 
 class Plan:
@@ -206,7 +206,7 @@ class Workflow:
     def figures(self, wildcards: Any) -> list[str]:
         """Returns the files of an experiment's report that only experiments of its kind have."""
         plan = self.plans[wildcards.experiment]
-        names = [f"figures/ladder-{field}.png" for field in plan.ladders]
+        names = [f"figures/ladder-{field}.svg" for field in plan.ladders]
         names += STUDY_FILES if plan.is_study else []
         names += CAPACITY_FILES if plan.measures_capacity else []
         names += [SPECTRUM] if plan.sweep.experiment.keep_at else []

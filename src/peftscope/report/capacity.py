@@ -6,15 +6,21 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 
 from peftscope.analysis.capacity import ARM, breaks, stored_bits
 from peftscope.analysis.collect import read_runs
+from peftscope.analysis.stats import CONFIDENCE
 from peftscope.layout import results_folder
-from peftscope.report.plots import draw_figure
+from peftscope.report.plots import DASHES, arm_looks, beside, draw_figure
 from peftscope.report.tables import formatted, html
 
 OUTSIDE = "outside the sizes that were tried"
+SENTENCE = (
+    "Points are runs, lines their means. On the grey line everything is stored. Diamonds are the breaks with their "
+    f"{100 * CONFIDENCE:g} % intervals, where the sizes enclose them: beyond a break more is given and no "
+    "more is stored."
+)
+"""What the figure shows, in words."""
 
 
 def draw_capacity(axes: plt.Axes, table: pd.DataFrame) -> None:
@@ -23,11 +29,13 @@ def draw_capacity(axes: plt.Axes, table: pd.DataFrame) -> None:
         return
     found = breaks(table).set_index(ARM)
     groups = list(table.groupby(ARM, sort=False))
-    styles = dict(zip(table["model"].unique(), ("-", "--", ":", "-."), strict=False))
-    for colour, ((model, arm), own) in zip(sns.color_palette("husl", len(groups)), groups, strict=True):
+    styles = dict(zip(table["model"].unique(), DASHES, strict=False))
+    drawn = arm_looks({f"{model}: {arm}": arm for (model, arm), _ in groups})
+    for (model, arm), own in groups:
+        colour, marker, _ = drawn[f"{model}: {arm}"]
         mean = own.groupby("given")["stored"].mean()
         axes.plot(mean.index, mean, styles.get(model, "-"), color=colour, label=f"{model}: {arm}")
-        axes.plot(own["given"], own["stored"], ".", ms=5, color=colour, alpha=0.6)
+        axes.plot(own["given"], own["stored"], marker, ms=4, color=colour, alpha=0.6)
         if (model, arm) in found.index and found.loc[(model, arm), "is_bounded"]:
             row = found.loc[(model, arm)]
             reach = [[row["break_bits"] - row["break_low"]], [row["break_high"] - row["break_bits"]]]
@@ -37,7 +45,7 @@ def draw_capacity(axes: plt.Axes, table: pd.DataFrame) -> None:
     axes.set(xscale="log", xlabel="bits given", ylabel="bits stored", title="What is stored")
     axes.set_yscale("symlog", linthresh=ends[0] / 10)
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    beside(axes)
 
 
 def readable_breaks(table: pd.DataFrame) -> pd.DataFrame:
@@ -89,7 +97,7 @@ def write_capacity(experiment: str) -> None:
     table.to_csv(folder / "tables" / "stored.csv", index=False)
     found.to_csv(folder / "tables" / "capacity.csv", index=False)
     (folder / "tables" / "capacity.html").write_text(html(readable_breaks(found), "capacity"))
-    draw_figure(folder / "figures" / "capacity.png", lambda axes: draw_capacity(axes, table))
+    draw_figure(folder / "figures" / "capacity.svg", lambda axes: draw_capacity(axes, table))
 
 
 def capacity_facts(experiment: str) -> dict[str, str]:

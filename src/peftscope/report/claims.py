@@ -1,23 +1,26 @@
-"""Renders the claims page, which shows every claim with its verdict and evidence, as HTML and Markdown. No torch.
-
-Its sentences can be read without the libraries that draw.
-"""
+"""Renders the claims page, which shows every claim with its verdict and evidence, as HTML and Markdown. No torch."""
 
 from __future__ import annotations
 
-import io
 from importlib.resources import files
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from peftscope.claims.ledger import Claim
 from peftscope.claims.measurement import spoken_number
 from peftscope.claims.verdict import Verdict
 from peftscope.files.atomic import write_json
 from peftscope.layout import CLAIMS_PAGE, CLAIMS_RESULTS
-
-if TYPE_CHECKING:
-    from markupsafe import Markup
+from peftscope.report.plots import MARKERS, SAFE_COLOURS
+from peftscope.report.spoken import deciding, measured, sentence, spoken_finding
+from peftscope.report.svg import STYLE, in_page, interval, svg_of
+from peftscope.report.tables import markdown_cell, markdown_text
 
 COLOURS = {
     Verdict.HOLDS: "#2a7f4f",
@@ -37,26 +40,11 @@ MEANINGS = {
 }
 
 
-SAID = {Verdict.HOLDS: "holds", Verdict.WRONG: "fails", Verdict.OPEN: "is open", Verdict.NOT_RUN: "was not run"}
-"""The verdict on one of several parts, as a verb."""
-
-
 def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]]) -> Path:
     """Writes ``claims.json``, renders ``claims.html`` and its Markdown copy, and returns the page's path."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    from peftscope.report.tables import markdown_cell, markdown_text
-
     write_json(CLAIMS_RESULTS, findings)
     by_id = {finding["id"]: finding for finding in findings}
-    entries: list[dict[str, Any]] = [
-        {"claim": claim, "finding": by_id[claim.id]} for claim in claims if claim.id in by_id
-    ]
-    for entry in entries:
-        entry["found"] = spoken_finding(entry["finding"])
-        entry["sentence"] = sentence(entry["finding"])
-        entry["parts"] = sorted(entry["finding"]["parts"], key=lambda part: part["role"] == "beside")
-        entry["figures"] = [_figure(part) for part in entry["parts"] if part["curves"]]
+    entries = [_entry(claim, by_id[claim.id]) for claim in claims if claim.id in by_id]
     counts = {v: sum(finding["verdict"] == v for finding in findings) for v in COLOURS}
     content = {
         "entries": entries,
@@ -66,10 +54,10 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
         "total": len(findings),
         "colours": COLOURS,
         "meanings": MEANINGS,
-        "wrong": [e for e in entries if e["finding"]["verdict"] in (Verdict.WRONG, Verdict.IN_PART)],
+        "learned": [entry for entry in entries if entry["instead"] and entry["claim"].source.startswith("chapter")],
         "hardware": " and ".join(sorted({finding["hardware"] for finding in findings} - {""})) or "-",
         "spoken": spoken_number,
-        "spoken_finding": spoken_finding,
+        "measured": measured,
     }
     path = CLAIMS_PAGE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,54 +77,34 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
     return path
 
 
-def spoken_finding(finding: dict[str, Any]) -> str:
-    """Returns what was measured of a claim's deciding parts, or of one part, with unit and interval."""
-    if "parts" in finding:
-        measured = [spoken_finding(part) for part in _deciding(finding) if part["found"] is not None]
-        return "; ".join(dict.fromkeys(measured)) or "-"
-    if finding["found"] is None:
-        return "-"
-    text = f"{spoken_number(finding['found'])} {finding['unit']}".strip()
-    if finding["low"] is not None:
-        text += f" ({spoken_number(finding['low'])} to {spoken_number(finding['high'])})"
-    return text
+def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the page says of one claim."""
+    verdict = Verdict(finding["verdict"])
+    parts = sorted(finding["parts"], key=lambda part: part["role"] == "beside")
+    open_parts = [part for part in deciding(finding) if part["verdict"] == Verdict.OPEN]
+    curves = [(f"{claim.id}-{number}", part) for number, part in enumerate(parts) if part["curves"]]
+    return {
+        "claim": claim,
+        "finding": finding,
+        "found": spoken_finding(finding),
+        "sentence": sentence(finding),
+        "instead": (claim.correction or " ") if verdict in (Verdict.WRONG, Verdict.IN_PART) else "",
+        "advice": claim.advice.get(verdict, ""),
+        "parts": [(part, interval(part)) for part in parts],
+        "drawn": [interval(part) for part in open_parts] if verdict == Verdict.OPEN else [],
+        "figures": [(_figure(name, part), part["measures"]) for name, part in curves],
+    }
 
 
-def sentence(finding: dict[str, Any]) -> str:
-    """Returns a claim's verdict as one sentence: every number that decides, how it is known, and its scope."""
-    deciding = _deciding(finding)
-    basis = "; ".join(filter(None, (finding["known"], finding["scope"])))
-    clauses = "; ".join(_clause(part, alone=len(deciding) == 1) for part in deciding)
-    return f"{finding['verdict'].capitalize()}: {clauses} ({basis})."
-
-
-def _deciding(finding: dict[str, Any]) -> list[dict[str, Any]]:
-    return [part for part in finding["parts"] if part["role"] != "beside"]
-
-
-def _clause(part: dict[str, Any], alone: bool) -> str:
-    """Returns what one part found and what would have counted as right, or what it waits for."""
-    narrower = part["scope"] and part["scope"] not in part["measures"]
-    subject = part["measures"] + (f" ({part['scope']})" if narrower else "")
-    if part["found"] is None:
-        said = f"{subject}, {'not measured:' if part['check'] else 'which waits for'} {part['reason']}"
-    else:
-        said = f"{subject}, found {spoken_finding(part)}, where {part['rule']} counts as right"
-        said += f", {part['reason']}" if part["reason"] else ""
-    return said if alone else f"“{part['quotes']}” {SAID[Verdict(part['verdict'])]}: {said}"
-
-
-def _figure(part: dict[str, Any]) -> Markup:
+def _figure(name: str, part: dict[str, Any]) -> Markup:
     """Returns a small figure of a part's curves as SVG."""
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-    from markupsafe import Markup
-
-    with sns.axes_style("whitegrid"), plt.rc_context({"svg.hashsalt": "claims", "svg.fonttype": "none"}):
-        figure, axes = plt.subplots(figsize=(5.2, 2.9), layout="constrained")
-        for name, curve in part["curves"].items():
+    with sns.axes_style("whitegrid"), plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(4.6, 2.7), layout="constrained")
+        for (label, curve), colour, marker in zip(
+            part["curves"].items(), cycle(SAFE_COLOURS), cycle(MARKERS), strict=False
+        ):
             x, y = zip(*sorted((float(x), y) for x, y in curve.items()), strict=True)
-            axes.plot(x, y, marker="o", markersize=3, label=name)
+            axes.plot(x, y, marker=marker, markersize=4, color=colour, label=label)
         points = [float(x) for curve in part["curves"].values() for x in curve]
         if min(points) > 0 and max(points) / min(points) > 20:
             axes.set_xscale("log", base=2)
@@ -145,8 +113,4 @@ def _figure(part: dict[str, Any]) -> Markup:
         axes.set_ylabel(part["axes"][1])
         if len(part["curves"]) > 1:
             axes.legend(fontsize="small")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-        plt.close(figure)
-    text = buffer.getvalue()
-    return Markup(text[text.index("<svg") :])
+        return in_page(svg_of(figure, name), f"{part['axes'][1]} over {part['axes'][0]}: {part['measures']}")

@@ -18,8 +18,8 @@ from peftscope.files.problems import dotted, problems_of
 from peftscope.layout import FINDINGS_FILE, FINDINGS_PAGE, PUBLISHED_RESULTS, results_folder, shipped
 from peftscope.planning.estimate import spoken
 from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
-from peftscope.report.claims import spoken_finding
 from peftscope.report.front import Surprise
+from peftscope.report.spoken import spoken_finding
 from peftscope.report.tables import markdown_cell, markdown_text
 
 ORDER = [Verdict.WRONG, Verdict.IN_PART, Verdict.HOLDS, Verdict.OPEN]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 
 from peftscope.analysis.forgetting import curves
 from peftscope.analysis.study import StudyResults
 from peftscope.layout import results_folder
-from peftscope.report.plots import draw_figure
+from peftscope.report.plots import arm_looks, beside, draw_figure
 
 
 def write_forgetting(experiment: str) -> None:
@@ -19,7 +18,7 @@ def write_forgetting(experiment: str) -> None:
         InputError: The study is not finished, or did not score both.
     """
     means = mean_curves(StudyResults(experiment))
-    path = results_folder(experiment) / "figures" / "forgetting.png"
+    path = results_folder(experiment) / "figures" / "forgetting.svg"
     draw_figure(path, lambda axes: draw_forgetting(axes, means))
 
 
@@ -31,16 +30,17 @@ def mean_curves(study: StudyResults) -> dict[str, pd.DataFrame]:
 
 def draw_forgetting(axes: plt.Axes, means: dict[str, pd.DataFrame]) -> None:
     """Draws a line for each arm, from the base on the left to the end of the training."""
-    for (name, curve), colour in zip(means.items(), sns.color_palette("colorblind", len(means)), strict=True):
-        axes.plot(curve["task"], curve["rise"], marker="o", markersize=4, color=colour, label=name)
-        axes.plot(curve["task"].iloc[-1], curve["rise"].iloc[-1], marker="D", markersize=8, color=colour)
+    for (name, curve), look in zip(means.items(), arm_looks({name: name for name in means}).values(), strict=True):
+        line = {"color": look.colour, "marker": look.marker, "linestyle": look.dash}
+        axes.plot(curve["task"], curve["rise"], markersize=4, label=name, **line)
+        axes.plot(curve["task"].iloc[-1], curve["rise"].iloc[-1], markersize=10, **line)
     axes.axhline(0, color="0.6", linewidth=0.8)
     axes.invert_xaxis()
     axes.set(
         xlabel="validation loss on the task (nats per response token)", ylabel="English prose, rise (bits per byte)"
     )
     if means:
-        axes.legend()
+        beside(axes)
 
 
 def forgetting_sentence(experiment: str) -> str:
@@ -49,5 +49,5 @@ def forgetting_sentence(experiment: str) -> str:
     said = ", ".join(f"{rise:+.3f} ({name})" for name, rise in ends.items())
     return (
         "What is forgotten against what is learned, along the training from the base on the left: the mean over seeds, "
-        f"with diamonds at the end. There, the code length of English prose has changed by {said} bits per byte."
+        f"with a large mark at the end. There, the code length of English prose has changed by {said} bits per byte."
     )

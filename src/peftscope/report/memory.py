@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -18,11 +19,19 @@ from peftscope.memory.lengths import LengthsAnswer
 from peftscope.memory.trace import KINDS
 from peftscope.memory.why import Why
 from peftscope.methods import METHODS
-from peftscope.report.plots import method_colours, save
+from peftscope.report.plots import GREEN, GREY, RED, SAFE_COLOURS, looks, mixed, save
+from peftscope.report.svg import STYLE
 from peftscope.report.tables import html
 
 CARDS = ("24GiB", "48GiB", "80GiB")
 AXIS_LABELS = {"rank": "rank", "seq_len": "tokens of a sequence", "batch_size": "sequences a batch"}
+
+
+def _set_theme(path: Path) -> None:
+    """Sets matplotlib's theme; an SVG follows the colours of its page, a PNG is on white."""
+    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
+    if path.suffix == ".svg":
+        plt.rcParams.update(STYLE)
 
 
 def draw_grid(curves: Sequence[Path], path: Path) -> None:
@@ -31,41 +40,33 @@ def draw_grid(curves: Sequence[Path], path: Path) -> None:
     points = points.assign(
         gibibytes=points["device_bytes"] / GIB, label=points["method"].map(lambda name: METHODS[name].label)
     )
-    labels = [cls.label for name, cls in METHODS.items() if name in set(points["method"])]
-    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
+    styles = looks({label: label for label in points["label"]})
+    _set_theme(path)
     figure, panels = plt.subplots(1, len(AXIS_LABELS), figsize=(11, 4.4), sharey=True, layout="constrained")
-    for axes, (axis, label) in zip(panels, AXIS_LABELS.items(), strict=True):
+    for axes, (axis, told) in zip(panels, AXIS_LABELS.items(), strict=True):
         part = points[points["axis"] == axis]
-        sns.lineplot(
-            part,
-            x="value",
-            y="gibibytes",
-            hue="label",
-            style="label",
-            hue_order=labels,
-            style_order=labels,
-            palette=method_colours(),
-            markers=True,
-            dashes=True,
-            ax=axes,
-            legend=axes is panels[-1],
-        )
-        axes.set(xlabel=label, ylabel="peak on the card (GiB)", yscale="log")
+        for label, rows in part.groupby("label", sort=False):
+            colour, marker, dash = styles[str(label)]
+            line = {"color": colour, "marker": marker, "linestyle": dash, "markersize": 5}
+            axes.plot(rows["value"], rows["gibibytes"], label=label, **line)
+        axes.set(xlabel=told, yscale="log")
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(set(part["value"])), [f"{value:g}" for value in sorted(set(part["value"]))])
         axes.minorticks_off()
         _mark_cards(axes.axhline)
+    panels[0].set_ylabel("peak on the card (GiB)")
     ticks = [4, 8, 16, 24, 48, 80, 160]
     panels[0].set_yticks(ticks, [str(tick) for tick in ticks])
-    panels[-1].legend(title="", fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    handles = _handles(panels)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=6, fontsize=9)
     save(figure, path)
 
 
 def draw_bars(bars: pd.DataFrame, path: Path) -> None:
     """Draws the bytes at the peak by kind, with one bar per model and one panel per method."""
     methods = list(dict.fromkeys(bars["method"]))
-    colours = dict(zip(KINDS, sns.color_palette("colorblind", len(KINDS)), strict=True))
-    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
+    colours = dict(zip(KINDS, (*SAFE_COLOURS, mixed(GREY, -0.4)), strict=True))
+    _set_theme(path)
     figure, panels = plt.subplots(1, len(methods), figsize=(11, 3.8), sharey=True, layout="constrained")
     for axes, method in zip(panels, methods, strict=True):
         part = bars[bars["method"] == method].assign(gibibytes=lambda frame: frame["bytes"] / GIB)
@@ -77,12 +78,15 @@ def draw_bars(bars: pd.DataFrame, path: Path) -> None:
         axes.invert_yaxis()
         axes.set(title=METHODS[method].label, xlabel="allocated at the peak (GiB)")
         _mark_cards(axes.axvline)
-    handles: dict[str, object] = {}
-    for axes in panels:
-        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    handles = _handles(panels)
     shown = [kind for kind in KINDS if kind in handles]
     figure.legend([handles[kind] for kind in shown], shown, loc="outside lower center", ncols=5, fontsize=8)
     save(figure, path)
+
+
+def _handles(panels: Sequence[plt.Axes]) -> dict[str, Any]:
+    """Returns what stands for each label in a legend of several panels."""
+    return {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
 
 
 def waterfall(why: Why) -> list[tuple[str, int]]:
@@ -99,7 +103,7 @@ def draw_waterfall(why: Why, path: Path) -> None:
     starts = [0, *accumulate((size for _, size in steps), initial=why.second_bytes)]
     starts[-1] = 0
     sizes = [why.second_bytes, *(size for _, size in steps), why.first_bytes]
-    less, more = sns.color_palette("colorblind")[2:4]
+    less, more = GREEN, RED
     colours = ["0.5", *(more if size > 0 else less for _, size in steps), "0.5"]
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
     figure, axes = plt.subplots(figsize=(9, 1 + 0.45 * len(names)), layout="constrained")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from importlib.resources import files
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from peftscope.analysis.collect import read_runs
 from peftscope.analysis.stats import CONFIDENCE
@@ -19,14 +19,16 @@ from peftscope.layout import MEMORY_FOLDER, record_path, report_path, results_fo
 from peftscope.memory.grid import CENTRE, CHAPTER_RUN, MODEL
 from peftscope.planning.estimate import spoken
 from peftscope.planning.experiment import Study, experiment_path, read_experiment
+from peftscope.report.capacity import SENTENCE as CAPACITY
 from peftscope.report.capacity import capacity_facts
 from peftscope.report.contributed import cards_table
 from peftscope.report.forgetting import forgetting_sentence
 from peftscope.report.memory import CARDS
-from peftscope.report.sentences import listed, sentence
+from peftscope.report.sentences import NOTHING, listed, sentence
 from peftscope.report.serving import latencies, limited_runs
-from peftscope.report.study import study_facts
-from peftscope.report.tables import best_settings, html, method_summary, notable_runs
+from peftscope.report.study import study_facts, study_sentences
+from peftscope.report.svg import in_page
+from peftscope.report.tables import FEWEST_FOR_MEANS, best_settings, html, method_summary, notable_runs
 from peftscope.report.weights import spectrum_sentence
 
 MORE_FIGURES = {"spectrum": spectrum_sentence, "forgetting": forgetting_sentence}
@@ -40,13 +42,15 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
     losses = pd.read_csv(results_folder(experiment) / "losses.csv")
     folder = results_folder(experiment)
     names = [*FIXED_FIGURES, *(f"ladder-{field}" for field in ladders)]
+    said = {name: sentence(name, runs, losses) for name in names}
     figures = [
-        {"name": name, "image": _embedded(folder / "figures" / f"{name}.png"), "sentence": sentence(name, runs, losses)}
-        for name in names
+        {"name": name, "image": _embedded(folder / "figures" / f"{name}.svg", text), "sentence": text}
+        for name, text in said.items()
+        if text != NOTHING
     ]
     for name, say in MORE_FIGURES.items():
-        if (path := folder / "figures" / f"{name}.png").is_file():
-            figures.append({"name": name, "image": _embedded(path), "sentence": say(experiment)})
+        if (path := folder / "figures" / f"{name}.svg").is_file():
+            figures.append({"name": name, "image": _embedded(path, say(experiment)), "sentence": say(experiment)})
     environment = Environment(
         loader=PackageLoader("peftscope.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True
     )
@@ -57,6 +61,7 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
         title=settings.title or experiment,
         description=settings.description,
         style=files("peftscope.report").joinpath("templates/report.css").read_text(),
+        script=files("peftscope.report").joinpath("templates/report.js").read_text(),
         figures=figures,
         methods_table=(folder / "tables" / "methods.html").read_text(),
         left_out=_left_out(runs),
@@ -65,7 +70,8 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
         limits_table=_html_with_rows(limited_runs(runs), "limits"),
         latency_table=_html_with_rows(latencies(runs), "latency"),
         contributed_table=_html_with_rows(cards_table(experiment), "contributed"),
-        predictions_table=(folder / "tables" / "predictions.html").read_text(),
+        predictions_table=_table_with_rows(folder / "tables" / "predictions"),
+        fewest=FEWEST_FOR_MEANS,
         study=_study_pages(experiment, settings.study) if settings.study else None,
         capacity=_capacity_pages(folder, experiment),
         memory=_memory_pages(),
@@ -107,40 +113,56 @@ def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
         study.require_finished()
     except InputError as error:
         return {"unfinished": str(error)}
+    facts = study_facts(study, settings)
+    figures = {
+        name: {"sentence": text, "image": _embedded(folder / "figures" / f"{name}.svg", text)}
+        for name, text in study_sentences(facts).items()
+    }
     return {
         "unfinished": "",
-        **study_facts(study, settings),
-        "tuning": _embedded(folder / "figures" / "tuning.png"),
-        "differences": _embedded(folder / "figures" / "differences.png"),
+        **facts,
+        **figures,
         "contrasts": (folder / "tables" / "contrasts.html").read_text(),
         "controls": (folder / "tables" / "controls.html").read_text(),
         "tuning_table": (folder / "tables" / "tuning.html").read_text(),
     }
 
 
-def _capacity_pages(folder: Path, experiment: str) -> dict[str, str] | None:
+def _capacity_pages(folder: Path, experiment: str) -> dict[str, Any] | None:
     """Returns the content of the section on what is stored of random strings, or None for other tasks."""
-    figure = folder / "figures" / "capacity.png"
-    return {**capacity_facts(experiment), "figure": _embedded(figure)} if figure.is_file() else None
-
-
-def _memory_pages() -> dict[str, str] | None:
-    """Returns the content of the memory section, which needs no run, or None before the workflow has made it."""
-    if not all((MEMORY_FOLDER / name).is_file() for name in ("bars.png", "grid.png", "chapter.html")):
+    path = folder / "figures" / "capacity.svg"
+    if not path.is_file():
         return None
+    return {**capacity_facts(experiment), "sentence": CAPACITY, "figure": _embedded(path, CAPACITY)}
+
+
+def _memory_pages() -> dict[str, Any] | None:
+    """Returns the content of the memory section, which needs no run, or None before the workflow has made it."""
+    if not all((MEMORY_FOLDER / name).is_file() for name in ("bars.svg", "grid.svg", "chapter.html")):
+        return None
+    centre = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in CENTRE.items())
+    bars = (
+        f"What is alive at the peak of a training step around {centre}, in closed form: full fine-tuning in half "
+        "precision throughout, LoRA, and QLoRA with gradient checkpointing as in its paper."
+    )
+    grid = (
+        f"The memory that a card needs for {MODEL} around {centre}, including allocator and CUDA context. LoftQ takes "
+        "the same as QLoRA."
+    )
     return {
-        "bars": _embedded(MEMORY_FOLDER / "bars.png"),
-        "grid": _embedded(MEMORY_FOLDER / "grid.png"),
+        "figures": [
+            {"name": f"memory-{name}", "sentence": text, "image": _embedded(MEMORY_FOLDER / f"{name}.svg", text)}
+            for name, text in (("bars", bars), ("grid", grid))
+        ],
         "chapter": (MEMORY_FOLDER / "chapter.html").read_text(),
-        "centre": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in CENTRE.items()),
         "model": MODEL,
         "cards": ", ".join(CARDS),
         "chapter_run": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in CHAPTER_RUN.items()),
     }
 
 
-def _embedded(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def _embedded(path: Path, alt: str) -> Markup:
+    return in_page(path.read_text(), alt)
 
 
 def _endings(runs: pd.DataFrame) -> str:

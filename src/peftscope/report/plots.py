@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from textwrap import fill
+from typing import NamedTuple
 
 import matplotlib as mpl
 
@@ -17,23 +18,29 @@ from peftscope.analysis.collect import read_runs
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.layout import results_folder
 from peftscope.methods import METHODS
+from peftscope.report.svg import INK, OWN_COLOURS, STYLE, svg_of
 from peftscope.report.tables import (
+    FEWEST_FOR_MEANS,
     MIB,
+    PREDICTED_PEAK,
     grid_runs,
     is_crowded,
     ladder_summary,
     method_summary,
     predictions,
     variants,
+    with_peaks,
 )
 
 PHASES = {"load": "load and initialise", "train": "train", "evaluate": "evaluate"}
-RANGE = {"color": "0.3", "linewidth": 1.2}
+RANGE = {"color": INK, "linewidth": 1.2}
 """The style of a line from the lowest to the highest of several runs."""
 MOST_TICKS = 12
 """The most rungs of a ladder that an axis labels one by one."""
 LABEL_WIDTH = 45
 """The most characters in a line of a variant's name."""
+MOST_POINTS = 3000
+"""The most points that a figure draws one by one."""
 LABELS = {
     "heldout_nll": "held-out NLL (nats per response token)",
     "train_peak": "peak of live tensors in training (MiB)",
@@ -41,19 +48,77 @@ LABELS = {
 }
 
 
-def method_colours() -> dict[str, tuple[float, float, float]]:
-    """Returns the colour of each method by its label."""
-    labels = [cls.label for cls in METHODS.values()]
-    return dict(zip(labels, [*sns.color_palette("colorblind"), *sns.color_palette("dark")], strict=False))
+class Look(NamedTuple):
+    """How a method is drawn in every figure of every report."""
+
+    colour: str
+    marker: str
+    dash: str = "-"
 
 
-def palette(runs: pd.DataFrame) -> dict[str, tuple[float, float, float]]:
-    """Returns the colour of each variant in ``runs``. If every method has one variant, that is the method's colour."""
-    own = method_colours()
-    names = list(dict.fromkeys(runs["variant"]))
-    if len(names) == runs["label"].nunique() and set(runs["label"]) <= own.keys():
-        return {name: own[str(label)] for name, label in zip(runs["variant"], runs["label"], strict=True)}
-    return dict(zip(names, sns.color_palette("husl", len(names)), strict=True))
+BLUE, ORANGE, GREEN, RED, PINK, SKY, PURPLE, GREY = (
+    *("#1879bb", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a63b5", "#808890"),
+)
+"""Colours after Okabe and Ito, which the colour-blind tell apart, without yellow and black, which pages swallow."""
+LIGHTEST = 0.45
+"""How much white the last of several variants of a method gets. On a light page more would be hard to see."""
+SAFE_COLOURS = (BLUE, RED, GREEN, ORANGE, PINK, SKY, PURPLE, GREY)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+DASHES = ("-", "--", "-.", ":")
+LOOKS: dict[str, Look] = {
+    "none": Look(GREY, "X"),
+    "full": Look(ORANGE, "s"),
+    "lora": Look(BLUE, "o"),
+    "qlora": Look(SKY, "D"),
+    "dora": Look(GREEN, "^"),
+    "adalora": Look(PINK, "v"),
+    "loftq": Look(RED, "P"),
+    "lora-plus": Look(RED, ">", "--"),
+    "rslora": Look(SKY, "<", "--"),
+    "pissa": Look(PURPLE, "*"),
+    "ia3": Look(GREY, "d", "--"),
+    "prompt-tuning": Look(GREEN, "h", "--"),
+    "prefix-tuning": Look(PINK, "8", "--"),
+    "random-subspace": Look(PURPLE, "p", "--"),
+    "rounded": Look(ORANGE, "H", "--"),
+}
+"""The colour and the marker of each method: methods that share a colour have other markers and dashes."""
+
+
+def looks(labels: Mapping[str, str]) -> dict[str, Look]:
+    """Returns how each variant is drawn, from the label of its method.
+
+    A method with one variant looks as it does everywhere. Of several, the first does; the others have lighter
+    shades of its colour, and markers and dashes of their own.
+    """
+    known = {cls.label: LOOKS[name] for name, cls in METHODS.items()}
+    found = {}
+    for number, label in enumerate(dict.fromkeys(labels.values())):
+        own = known.get(label) or Look(SAFE_COLOURS[number % len(SAFE_COLOURS)], MARKERS[number % len(MARKERS)])
+        names = [name for name, of in labels.items() if of == label]
+        markers = [own.marker, *(marker for marker in MARKERS if marker != own.marker)]
+        for place, name in enumerate(names):
+            colour = own.colour if len(names) == 1 else mixed(own.colour, LIGHTEST * place / (len(names) - 1))
+            dash = own.dash if place == 0 else DASHES[place % len(DASHES)]
+            found[name] = Look(colour, markers[place % len(markers)], dash)
+    return found
+
+
+def arm_looks(labels: Mapping[str, str]) -> dict[str, Look]:
+    """Returns how each arm of a study is drawn, from its label, which begins with that of its method."""
+    known = sorted((cls.label for cls in METHODS.values()), key=len, reverse=True)
+    return looks({arm: next((name for name in known if text.startswith(name)), text) for arm, text in labels.items()})
+
+
+def mixed(colour: str, share: float) -> str:
+    """Returns a colour that is mixed with white by this share, or with black by a negative one."""
+    towards = 1.0 if share > 0 else 0.0
+    return mpl.colors.to_hex([part + abs(share) * (towards - part) for part in mpl.colors.to_rgb(colour)])
+
+
+def variant_looks(runs: pd.DataFrame) -> dict[str, Look]:
+    """Returns how each variant of ``runs`` is drawn."""
+    return looks(dict(zip(runs["variant"], runs["label"].astype(str), strict=True)))
 
 
 def write_figures(experiment: str) -> None:
@@ -61,11 +126,11 @@ def write_figures(experiment: str) -> None:
     runs = read_runs(experiment)
     losses = pd.read_csv(results_folder(experiment) / "losses.csv")
     folder = results_folder(experiment) / "figures"
-    draw_figure(folder / "pareto.png", lambda axes: draw_pareto(axes, runs))
-    draw_figure(folder / "memory.png", lambda axes: draw_memory(axes, runs))
-    draw_figure(folder / "throughput.png", lambda axes: draw_throughput(axes, runs))
-    draw_figure(folder / "losses.png", lambda axes: draw_losses(axes, runs, losses))
-    draw_figure(folder / "prediction.png", lambda axes: draw_prediction(axes, runs))
+    draw_figure(folder / "pareto.svg", lambda axes: draw_pareto(axes, runs))
+    draw_figure(folder / "memory.svg", lambda axes: draw_memory(axes, runs))
+    draw_figure(folder / "throughput.svg", lambda axes: draw_throughput(axes, runs))
+    draw_figure(folder / "losses.svg", lambda axes: draw_losses(axes, runs, losses))
+    draw_figure(folder / "prediction.svg", lambda axes: draw_prediction(axes, runs))
 
 
 def write_ladder(experiment: str, field: str) -> None:
@@ -78,23 +143,28 @@ def write_ladder(experiment: str, field: str) -> None:
     if field not in runs:
         raise InputError(Problem("field", f"no such field (got {shown(field)})", close_match(field, runs.columns)))
     draw_figure(
-        results_folder(experiment) / "figures" / f"ladder-{field}.png", lambda axes: draw_ladder(axes, runs, field)
+        results_folder(experiment) / "figures" / f"ladder-{field}.svg", lambda axes: draw_ladder(axes, runs, field)
     )
 
 
 def draw_figure(path: Path, draw: Callable[[plt.Axes], None]) -> None:
-    """Draws on new axes, and writes them as PNG."""
+    """Draws on new axes, and writes them as SVG."""
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
-    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-    draw(axes)
-    if not axes.has_data():
-        axes.text(0.5, 0.5, "no finished run has measured this", ha="center", va="center", transform=axes.transAxes)
-    save(figure, path)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.0, 4.6), layout="constrained")
+        draw(axes)
+        if not axes.has_data():
+            axes.text(0.5, 0.5, "no finished run has measured this", ha="center", va="center", transform=axes.transAxes)
+        save(figure, path)
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    """Writes a figure as PNG."""
+    """Writes a figure as SVG or PNG, as its path says, and closes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".svg":
+        opening, _, rest = svg_of(figure, path.stem).partition(">")
+        path.write_text(f"{opening}>{OWN_COLOURS}{rest}")
+        return
     # Without a software version in the file, the same data give the same bytes.
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)
@@ -109,123 +179,122 @@ def _with_names(runs: pd.DataFrame) -> pd.DataFrame:
 def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
     """Draws held-out loss against the memory peak of training, with a point per variant and bars over seeds.
 
-    If there are too many variants to label, each point has the colour of its method.
+    If there are too many variants to label, each point looks as its method does. Hollow points are predicted peaks.
     """
     methods = method_summary(runs)
     if methods.empty:
         return
     crowded = is_crowded(methods)
-    trained = _with_names(methods).dropna(subset=["heldout_nll", "train_peak_bytes"])
-    colours = palette(trained)
-    for variant, rows in trained.groupby("variant", sort=False) if crowded else []:
-        axes.plot(
-            rows["train_peak_bytes"] / MIB,
-            rows["heldout_nll"],
-            "o",
-            ms=4,
-            color=colours[variant],
-            label=variant,
-            alpha=0.5,
-        )
-    for row in () if crowded else trained.itertuples():
-        bars = (
-            None
-            if pd.isna(row.heldout_nll_low)
-            else [[row.heldout_nll - row.heldout_nll_low], [row.heldout_nll_high - row.heldout_nll]]
-        )
-        axes.errorbar(
-            row.train_peak_bytes / MIB,
-            row.heldout_nll,
-            yerr=bars,
-            fmt="o",
-            ms=8,
-            capsize=3,
-            color=colours[row.variant],
-            label=row.variant,
-        )
-    seeds = _with_names(grid_runs(runs)).dropna(subset=["heldout_nll_nats_per_token", "train_peak_tensor_bytes"])
-    for row in () if crowded else seeds.itertuples():
-        axes.plot(
-            row.train_peak_tensor_bytes / MIB,
-            row.heldout_nll_nats_per_token,
-            ".",
-            ms=5,
-            color=colours.get(row.variant),
-            alpha=0.6,
-        )
+    trained = with_peaks(_with_names(methods)).dropna(subset=["heldout_nll", "peak"])
+    styles = variant_looks(trained)
+    for variant, rows in trained.groupby("variant", sort=False):
+        colour, marker, _ = styles[str(variant)]
+        fill_colour = "none" if rows["is_predicted"].any() else colour
+        named = {"label": variant, "color": colour, "mfc": fill_colour}
+        if crowded:
+            axes.plot(rows["peak"] / MIB, rows["heldout_nll"], marker, ms=5, alpha=0.6, **named)
+            continue
+        (row,) = rows.to_dict("records")
+        if row["n"] != FEWEST_FOR_MEANS - 1:
+            reach = None
+            if row["n"] >= FEWEST_FOR_MEANS:
+                mean, low, high = (row[f"heldout_nll{end}"] for end in ("", "_low", "_high"))
+                reach = [[mean - low], [high - mean]]
+            axes.errorbar(row["peak"] / MIB, row["heldout_nll"], yerr=reach, fmt=marker, ms=8, capsize=3, **named)
+        else:  # two runs are shown as they are
+            ends = [row["heldout_nll_least"], row["heldout_nll_most"]]
+            axes.plot([row["peak"] / MIB] * 2, ends, marker, ms=7, alpha=0.8, **named)
     axes.set(xscale="log", xlabel=LABELS["train_peak"], ylabel=LABELS["heldout_nll"], title="Quality against memory")
     plain_ticks(axes.xaxis)
-    # Intervals of two or three seeds are many times wider than the spread of points, so they may leave the frame.
-    points = seeds["heldout_nll_nats_per_token"] if len(seeds) else trained["heldout_nll"]
+    # Intervals of few seeds are many times wider than the spread of the means, so they may leave the frame.
+    points = trained[["heldout_nll", "heldout_nll_least", "heldout_nll_most"]].stack()
     if len(points) and not crowded:
         spread = float(points.max() - points.min()) or float(points.max()) / 10
-        axes.set_ylim(float(points.min()) - spread, float(points.max()) + spread)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
+        axes.set_ylim(float(points.min()) - spread / 3, float(points.max()) + spread / 3)
+    if len(trained):
+        beside(axes)
 
 
 def draw_memory(axes: plt.Axes, runs: pd.DataFrame) -> None:
-    """Draws the peak of live tensors by method and phase. A bar for several variants also shows their range."""
+    """Draws the peak of live tensors by method and phase. A bar for several variants also shows their range.
+
+    If no run of a variant was probed, the peak of its training is the predicted one, hatched.
+    """
     grid = _with_names(grid_runs(runs))
     columns = {f"{phase}_peak_tensor_bytes": label for phase, label in PHASES.items()}
+    unprobed = grid.groupby("variant")["train_peak_tensor_bytes"].transform("count") == 0 if len(grid) else None
+    if PREDICTED_PEAK in grid and unprobed is not None and unprobed.any():
+        grid = grid.assign(**{PREDICTED_PEAK: grid[PREDICTED_PEAK].where(unprobed)})
+        columns[PREDICTED_PEAK] = "train, predicted"
     long = grid.melt(id_vars="variant", value_vars=list(columns), var_name="phase", value_name="bytes").dropna(
         subset=["bytes"]
     )
     if long.empty:
         return
     long = long.assign(phase=long["phase"].map(columns), mebibytes=long["bytes"] / MIB)
+    phases = [phase for phase in columns.values() if (long["phase"] == phase).any()]
     sns.barplot(
         long,
         x="mebibytes",
         y="variant",
         hue="phase",
-        hue_order=[phase for phase in PHASES.values() if (long["phase"] == phase).any()],
+        hue_order=phases,
         errorbar=("pi", 100) if is_crowded(grid_runs(runs)) else None,
         err_kws=RANGE,
+        linewidth=0,
         ax=axes,
-        palette="crest",
+        palette=dict(zip(columns.values(), (GREY, BLUE, SKY, BLUE), strict=False)),
     )
+    for phase, bars in zip(phases, axes.containers, strict=False):
+        for bar in bars if phase.endswith("predicted") else ():
+            bar.set(facecolor="none", edgecolor=BLUE, linewidth=1, hatch="///")
     axes.set(xlabel="peak of live tensors (MiB)", ylabel="", title="Memory by phase")
-    axes.legend(title="", fontsize=8)
+    beside(axes)
 
 
 def draw_throughput(axes: plt.Axes, runs: pd.DataFrame) -> None:
-    """Draws tokens per second by method, with a point per run. A bar for several variants shows their range instead."""
+    """Draws tokens per second by method: its runs as points, and their mean as a line from three runs on."""
     grid = _with_names(grid_runs(runs)).dropna(subset=["tokens_per_second"])
-    if grid.empty:
-        return
-    crowded = is_crowded(grid_runs(runs))
-    sns.barplot(
-        grid,
-        x="tokens_per_second",
-        y="variant",
-        hue="variant",
-        errorbar=("pi", 100) if crowded else None,
-        err_kws=RANGE,
-        ax=axes,
-        palette=palette(grid),
-        legend=False,
-        alpha=0.6,
-    )
-    if not crowded:
-        sns.stripplot(grid, x="tokens_per_second", y="variant", color="0.2", size=4, jitter=False, ax=axes)
+    styles = variant_looks(grid) if len(grid) else {}
+    for place, (variant, rows) in enumerate(grid.groupby("variant", sort=False)):
+        colour, marker, _ = styles[str(variant)]
+        speeds = rows["tokens_per_second"]
+        axes.plot([0, speeds.max()], [place, place], color=colour, linewidth=1, alpha=0.5)
+        axes.plot(speeds, [place] * len(speeds), marker, ms=7, color=colour, alpha=max(0.3, 1 / len(speeds) ** 0.5))
+        if len(speeds) >= FEWEST_FOR_MEANS:
+            axes.plot([speeds.mean()] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=2)
+    if len(grid):
+        axes.set_yticks(range(len(styles)), list(styles))
+        axes.invert_yaxis()
+        axes.set_xlim(left=0)
     axes.set(xlabel=LABELS["tokens"], ylabel="", title="Throughput of training")
 
 
 def draw_losses(axes: plt.Axes, runs: pd.DataFrame, losses: pd.DataFrame) -> None:
-    """Draws the training loss by step, with a line per variant and a band over its seeds.
+    """Draws the training loss by step: the mean of a variant's runs with their range, or two runs as two lines.
 
     If there are too many variants to label, a line is the median of a method's runs, and the band their middle half.
     """
     grid = _with_names(grid_runs(runs))
-    over = {"estimator": "median", "errorbar": ("pi", 50)} if is_crowded(grid_runs(runs)) else {"errorbar": ("pi", 100)}
     curves = losses.merge(grid[["run_id", "variant"]], on="run_id").dropna(subset=["nll_nats_per_token"])
     if curves.empty:
         return
-    sns.lineplot(curves, x="step", y="nll_nats_per_token", hue="variant", palette=palette(grid), ax=axes, **over)
+    crowded, styles = is_crowded(grid_runs(runs)), variant_looks(grid)
+    for variant, rows in curves.groupby("variant", sort=False):
+        colour, marker, dash = styles[str(variant)]
+        wide = rows.pivot_table(index="step", columns="run_id", values="nll_nats_per_token")
+        line = {"color": colour, "linestyle": dash, "marker": marker, "markersize": 5, "linewidth": 1.3}
+        line["markevery"] = max(1, len(wide) // 6)
+        if wide.shape[1] < FEWEST_FOR_MEANS:
+            for column, label in zip(wide, [variant, None], strict=False):
+                axes.plot(wide.index, wide[column], label=label, **line)
+            continue
+        low, high = (0.25, 0.75) if crowded else (0, 1)
+        axes.fill_between(wide.index, wide.quantile(low, axis=1), wide.quantile(high, axis=1), color=colour, alpha=0.15)
+        axes.plot(wide.index, wide.median(axis=1) if crowded else wide.mean(axis=1), label=variant, **line)
     axes.set(yscale="log", xlabel="step", ylabel="training NLL (nats per response token)", title="Loss curves")
     plain_ticks(axes.yaxis)
-    axes.legend(title="", fontsize=8)
+    beside(axes)
 
 
 def draw_prediction(axes: plt.Axes, runs: pd.DataFrame) -> None:
@@ -235,22 +304,15 @@ def draw_prediction(axes: plt.Axes, runs: pd.DataFrame) -> None:
     found = found[(found["device"] != "cpu") | (found["peak"] != "training")]
     if found.empty:
         return
-    found = found.assign(
-        predicted=found["predicted_bytes"] / MIB, measured=found["measured_bytes"] / MIB, method=found["label"]
-    )
-    sns.scatterplot(
-        found,
-        x="predicted",
-        y="measured",
-        hue="method",
-        style="peak",
-        palette=method_colours() | {str(n): "0.4" for n in found["method"] if n not in method_colours()},
-        s=55,
-        alpha=0.7,
-        ax=axes,
-    )
-    ends = [0.8 * found["predicted"].min(), 1.25 * found["predicted"].max()]
-    axes.plot(ends, ends, color="0.4", linewidth=0.9, zorder=0)
+    styles = looks({str(label): str(label) for label in found["label"]})
+    # Of very many points, a picture of them is smaller than all of them.
+    many = len(found) > MOST_POINTS
+    for label, rows in found.groupby("label", sort=False):
+        colour, marker, _ = styles[str(label)]
+        sizes = (rows["predicted_bytes"] / MIB, rows["measured_bytes"] / MIB)
+        axes.plot(*sizes, marker, ms=6, color=colour, alpha=0.7, label=label, rasterized=many)
+    ends = [0.8 * found["predicted_bytes"].min() / MIB, 1.25 * found["predicted_bytes"].max() / MIB]
+    axes.plot(ends, ends, color=GREY, linewidth=0.9, zorder=0)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set(
@@ -260,7 +322,13 @@ def draw_prediction(axes: plt.Axes, runs: pd.DataFrame) -> None:
     )
     for axis in (axes.xaxis, axes.yaxis):
         plain_ticks(axis)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    beside(axes)
+
+
+def beside(axes: plt.Axes) -> None:
+    """Puts the legend below the axes, where it hides no point and leaves the figure its width on a phone."""
+    columns = 2 if max(map(len, axes.get_legend_handles_labels()[1]), default=0) > LABEL_WIDTH / 2 else 4
+    axes.legend(title="", fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, frameon=False)
 
 
 def plain_ticks(axis: mpl.axis.Axis) -> None:
@@ -278,23 +346,33 @@ def draw_ladder(axes: plt.Axes, runs: pd.DataFrame, field: str) -> None:
         return
     numeric = pd.to_numeric(ladder["value"], errors="coerce")
     is_number = bool(numeric.notna().all())
-    for (_, label), rungs in ladder.assign(x=numeric if is_number else ladder["value"]).groupby(
+    pairs_of = list(ladder[["ladder", "label"]].drop_duplicates().itertuples(index=False, name=None))
+    named = looks({f"{name} {label}": str(label) for name, label in pairs_of})
+    styles = {(name, label): named[f"{name} {label}"] for name, label in pairs_of}
+    for (ladder_name, label), rungs in ladder.assign(x=numeric if is_number else ladder["value"]).groupby(
         ["ladder", "label"], sort=False
     ):
         # Names have no natural order, so they are sorted by size and not joined by a line.
         rungs = rungs.sort_values("x" if is_number else "trained_parameters")
+        several = rungs["n"] >= FEWEST_FOR_MEANS
         bars = [
-            (rungs["heldout_nll"] - rungs["heldout_nll_low"]).fillna(0),
-            (rungs["heldout_nll_high"] - rungs["heldout_nll"]).fillna(0),
+            (rungs["heldout_nll"] - rungs["heldout_nll_low"]).where(several).fillna(0),
+            (rungs["heldout_nll_high"] - rungs["heldout_nll"]).where(several).fillna(0),
         ]
+        colour, marker, dash = styles[(ladder_name, label)]
         axes.errorbar(
             rungs["x"],
             rungs["heldout_nll"].astype(float),
             yerr=bars,
-            fmt="o-" if is_number else "o",
+            fmt=marker,
+            linestyle=dash if is_number else "none",
+            color=colour,
             capsize=3,
             label=label,
         )
+        for end in ("heldout_nll_least", "heldout_nll_most"):
+            pairs = rungs[rungs["n"] == FEWEST_FOR_MEANS - 1]
+            axes.plot(pairs["x"], pairs[end].astype(float), marker, ms=4, color=colour)
     if is_number and (numeric > 0).all():
         axes.set_xscale("log", base=2)
         rungs_at = sorted(set(numeric))
@@ -307,4 +385,4 @@ def draw_ladder(axes: plt.Axes, runs: pd.DataFrame, field: str) -> None:
     axes.set(
         xlabel=field.replace("_", " "), ylabel=LABELS["heldout_nll"], title=f"Ladder over {field.replace('_', ' ')}"
     )
-    axes.legend(title="", fontsize=8)
+    beside(axes)

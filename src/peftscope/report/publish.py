@@ -48,7 +48,7 @@ from peftscope.record import RESTORED, measured_path, parse_record, state_folder
 from peftscope.report.findings import read_surprises
 from peftscope.report.front import show_claims
 
-MEMORY_FILES = ("grid.png", "bars.png", "chapter.csv")
+MEMORY_FILES = ("grid.svg", "bars.svg", "chapter.csv")
 """The files that finished results without a run must have."""
 
 
@@ -96,7 +96,9 @@ def publish_memory() -> list[Path]:
     missing = [name for name in MEMORY_FILES if not (MEMORY_FOLDER / name).is_file()]
     if missing:
         raise InputError(Problem(str(MEMORY_FOLDER), f"not finished: no {', '.join(missing)}", "run make report"))
-    wanted = [path for path in sorted(MEMORY_FOLDER.rglob("*")) if path.suffix in (".csv", ".json", ".png", ".html")]
+    wanted = [
+        path for path in sorted(MEMORY_FOLDER.rglob("*")) if path.suffix in (".csv", ".json", ".png", ".svg", ".html")
+    ]
     _check_sizes(wanted)
     _copy(wanted, MEMORY_FOLDER, PUBLISHED_RESULTS / MEMORY_FOLDER.name)
     return [PUBLISHED_RESULTS / MEMORY_FOLDER.name]

@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from peftscope.analysis.compare import Outcome
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.report.tables import (
+    FEWEST_FOR_MEANS,
     MIB,
     grid_runs,
     is_crowded,
@@ -18,36 +19,39 @@ from peftscope.report.tables import (
     method_summary,
     predictions,
     variants,
+    with_peaks,
 )
 
 NOTHING = "No finished run has measured this."
 
 PARETO = (
-    "Lower and further left is better. {{ best }} reached the lowest held-out loss, {{ best_nll }} nats per token "
+    "Lower and further left is better: {{ best }} reached the lowest held-out loss, {{ best_nll }} nats per token "
     "(the untouched base: {{ base_nll }}); {{ leanest }} trained in the least memory, {{ leanest_mib }} MiB, against "
     "{{ largest_mib }} MiB for {{ largest }}. "
-    "{% if crowded %}Each point is a setting, the mean of its runs; colours are methods. {% else %}"
-    "Small points are runs, large ones means"
-    "{% if n > one %}, bars {{ confidence }} % intervals over {{ n }} seeds (cut at the frame){% endif %}. {% endif %}"
+    "{% if crowded %}Each point is a setting, the mean of its runs; colours are methods. "
+    "{% elif n == needed_for_means - 1 %}Points are runs. "
+    "{% elif n >= needed_for_means %}Points are means, bars {{ confidence }} % intervals over {{ n }} seeds (cut at "
+    "the frame). {% endif %}"
+    "{% if predicted %}Hollow points stand at the predicted peak, because no run was probed for its memory. {% endif %}"
     "{% if n < needed %}n = {{ n }} is too few to call a difference: this figure ranks nothing.{% endif %}"
 )
 MEMORY = (
     "{{ largest }} needs the most memory in training, {{ largest_mib }} MiB of live tensors; {{ leanest }} the least, "
     "{{ leanest_mib }} MiB, a factor of {{ factor }}. Loading includes the method's initialisation."
+    "{% if predicted %} Hatched bars are predicted peaks, because no run was probed for its memory.{% endif %}"
     "{% if crowded %} Bars are means over the runs of a method; lines go from its least to its most.{% endif %}"
 )
 THROUGHPUT = (
     "{{ fastest }} trained fastest, {{ fastest_rate }} tokens per second in the median; {{ slowest }} slowest, "
     "{{ slowest_rate }}. "
-    "{% if crowded %}Bars are means over the runs of a method; lines go from its slowest to its fastest"
-    "{% else %}Each point is a run{% endif %}. Padding is not counted."
+    "Each point is a run{% if n >= needed_for_means %}, upright lines are means{% endif %}. Padding is not counted."
 )
 LOSSES = (
     "{% if same_batches %}Every run of one seed saw the same batches in the same order. {% endif %}"
     "On the last step {{ lowest }} had the lowest "
     "training loss, {{ lowest_nll }} nats per token, and {{ highest }} the highest, {{ highest_nll }}; "
     "{% if crowded %}lines are medians over the runs of a method, bands hold their middle half."
-    "{% else %}bands span the seeds.{% endif %}"
+    "{% elif n >= needed_for_means %}lines are means, bands span the seeds.{% else %}each line is a run.{% endif %}"
 )
 LADDER = (
     "Only {{ field }} varies, all else stays at the centre. The lowest held-out loss was {{ best_nll }} nats per "
@@ -74,7 +78,11 @@ def sentence(figure: str, runs: pd.DataFrame, losses: pd.DataFrame) -> str:
     else:
         template, compute = _FIGURES[figure]
         facts = compute(runs, losses)
-    return _jinja.from_string(template).render(facts) if facts else NOTHING
+    if not facts:
+        return NOTHING
+    text = _jinja.from_string(template).render(facts, needed_for_means=FEWEST_FOR_MEANS).strip()
+    # A method's name may stand first, and some have a small letter on purpose, as rsLoRA has.
+    return text[0].upper() + text[1:] if text.split()[0].islower() else text
 
 
 def listed(values: Iterable[Any]) -> str:
@@ -116,7 +124,8 @@ def pareto_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | N
         return None
     best = trained.loc[trained["heldout_nll"].idxmin()]
     return {
-        **_extremes(trained, "train_peak_bytes"),
+        **_extremes(trained, "peak"),
+        "predicted": bool(trained["is_predicted"].any()),
         "best": best["label"],
         "best_nll": f"{best['heldout_nll']:.3f}",
         "base_nll": f"{base['heldout_nll'].iloc[0]:.3f}" if len(base) else "not run",
@@ -133,7 +142,11 @@ def memory_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | N
     trained, _ = _trained(runs)
     if trained.empty:
         return None
-    return {**_extremes(trained, "train_peak_bytes"), "crowded": is_crowded(grid_runs(runs))}
+    return {
+        **_extremes(trained, "peak"),
+        "predicted": bool(trained["is_predicted"].any()),
+        "crowded": is_crowded(grid_runs(runs)),
+    }
 
 
 def throughput_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
@@ -151,7 +164,7 @@ def throughput_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any]
         "fastest_rate": f"{fast['tokens_per_second']:,.0f}",
         "slowest": slow["label"],
         "slowest_rate": f"{slow['tokens_per_second']:,.0f}",
-        "crowded": is_crowded(grid_runs(runs)),
+        "n": int(trained["n"].max()),
     }
 
 
@@ -166,6 +179,7 @@ def losses_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | N
     final = last.groupby("variant")["nll_nats_per_token"].mean()
     return {
         "crowded": is_crowded(grid),
+        "n": int(grid.groupby("variant")["seed"].nunique().max()),
         "same_batches": bool((grid.groupby("seed")["train_batches_sha256"].nunique() == 1).all()),
         "lowest": final.idxmin(),
         "lowest_nll": f"{final.min():.3f}",
@@ -221,9 +235,9 @@ def _trained(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     methods = method_summary(runs)
     if methods.empty:
         return methods, methods
-    methods = methods.assign(label=variants(methods))
+    methods = with_peaks(methods.assign(label=variants(methods)))
     is_base = methods["label"].str.startswith("base")
-    return methods[~is_base].dropna(subset=["heldout_nll", "train_peak_bytes"]), methods[is_base]
+    return methods[~is_base].dropna(subset=["heldout_nll", "peak"]), methods[is_base]
 
 
 def _extremes(methods: pd.DataFrame, column: str) -> dict[str, str]:

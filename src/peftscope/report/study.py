@@ -8,16 +8,16 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 
 from peftscope.analysis.compare import Difference, Outcome
 from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, holm, mean_interval, sign_flip_p
 from peftscope.analysis.study import ACCURACY, HELDOUT, MARGIN, VALIDATION, StudyResults, paired
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A, Study
-from peftscope.report.plots import draw_figure, method_colours, plain_ticks
+from peftscope.report.plots import GREY, arm_looks, beside, draw_figure, plain_ticks
 from peftscope.report.sentences import listed, spoken_outcome
-from peftscope.report.tables import formatted, html
+from peftscope.report.svg import INK
+from peftscope.report.tables import FEWEST_FOR_MEANS, formatted, html
 
 CONTROLS = {
     "a-a": "another initialisation seed (A/A)",
@@ -236,51 +236,51 @@ def _pairs(row: dict[Any, Any]) -> str:
 
 def draw_tuning(axes: plt.Axes, study: StudyResults) -> None:
     """Draws the validation loss of each arm over its learning rates. A ring marks the chosen rate."""
-    colours = _colours(study)
+    styles = arm_looks(study.labels)
     for arm, label in study.labels.items():
-        rate = study.rate(arm)
+        rate, (colour, marker, dash) = study.rate(arm), styles[arm]
         if not rate.curve:
             continue  # its rate was given
         reached = {x: y for x, y in rate.curve.items() if y is not None}
-        axes.plot(list(reached), list(reached.values()), "o-", ms=4, color=colours[arm], label=label)
+        axes.plot(list(reached), list(reached.values()), marker=marker, ms=4, linestyle=dash, color=colour, label=label)
         height = rate.fit["lowest"] if rate.fit else rate.curve[rate.best]
-        axes.plot(rate.best, height, "o", ms=11, mfc="none", mec=colours[arm], mew=1.6)
+        axes.plot(rate.best, height, "o", ms=11, mfc="none", mec=colour, mew=1.6)
     axes.set(xscale="log", yscale="log", title="Learning rates that were tried")
     axes.set(xlabel="learning rate", ylabel="validation NLL (nats per response token)")
     plain_ticks(axes.yaxis)
-    axes.legend(fontsize=8)
+    beside(axes)
 
 
 def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
-    """Draws each arm's loss minus the reference's: a point per seed, the mean's interval, the margin, the A/A band."""
-    labels, colours = study.labels, _colours(study)
+    """Draws each arm's loss minus the reference's: a point per seed, the margin, the A/A band, the mean's interval.
+
+    A mean and its interval stand there from three pairs on.
+    """
+    labels, styles = study.labels, arm_looks(study.labels)
     arms = [arm for arm in study.arms if arm != study.reference]
     scale = 100 / study.yardstick if not math.isnan(study.yardstick) else 1.0
     for y, arm in enumerate(arms):
         both = paired(study.arm_runs(arm), study.arm_runs(study.reference))
         sample = scale * (both["first"] - both["second"])
-        colour = "0.35" if arm.endswith(A_A) else colours[arm]
+        colour, marker = (GREY, "o") if arm.endswith(A_A) else styles[arm][:2]
         # If there are hundreds of points, they fade, so that their mean stands out.
-        axes.plot(sample, [y] * len(sample), ".", ms=9, color=colour, alpha=min(0.6, max(0.08, 10 / len(sample))))
+        axes.plot(sample, [y] * len(sample), marker, ms=4, color=colour, alpha=min(0.6, max(0.08, 10 / len(sample))))
+        if len(sample) < FEWEST_FOR_MEANS:
+            continue
         difference = study.difference(arm, study.reference)
         mean, reach = scale * difference.mean, scale * difference.half_width()
-        axes.errorbar(mean, y, xerr=reach, fmt="D", ms=6, capsize=4, color=colour)
+        axes.errorbar(mean, y, xerr=reach, fmt=marker, ms=9, mec=INK, mew=0.8, capsize=4, color=colour)
         if arm.endswith(A_A):
-            axes.axvspan(mean - reach, mean + reach, color="0.85", zorder=0)
+            axes.axvspan(mean - reach, mean + reach, color=GREY, alpha=0.25, zorder=0)
     if not math.isnan(study.yardstick):
         for side in (-1, 1):
-            axes.axvline(side * 100 * MARGIN, color="0.3", linestyle="--", linewidth=0.9)
-    axes.axvline(0, color="0.3", linewidth=0.9)
+            axes.axvline(side * 100 * MARGIN, color=INK, linestyle="--", linewidth=0.9)
+    axes.axvline(0, color=INK, linewidth=0.9)
     axes.set_yticks(range(len(arms)), [labels[arm] for arm in arms])
     axes.set_ylim(max(1, len(arms)) - 0.5, -0.5)
     unit = "nats per response token" if math.isnan(study.yardstick) else "% of the task gain"
     axes.set(xlabel=f"held-out loss minus {labels[study.reference]}'s ({unit}); further left is better")
     axes.set_title(f"Against {labels[study.reference]}")
-
-
-def _colours(study: StudyResults) -> dict[str, Any]:
-    own, spare = method_colours(), sns.color_palette("husl", len(study.arms))
-    return {arm: own.get(label, spare[i]) for i, (arm, label) in enumerate(study.labels.items())}
 
 
 CLAUSES = {
@@ -352,6 +352,21 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
     }
 
 
+def study_sentences(facts: dict[str, Any]) -> dict[str, str]:
+    """Returns what the two figures of a study show in words, from its facts."""
+    several = facts["seeds"] >= FEWEST_FOR_MEANS
+    differences = f"Points left of the line are better than {facts['first']}. Small points are seeds" + (
+        f", large ones their means with {100 * CONFIDENCE:g} % intervals" if several else ""
+    )
+    differences += (", which include the tuning of both arms" if several and facts["fine"] else "") + "."
+    if facts["power"]:
+        differences += " Dashed lines are the margin of sameness."
+    if facts["a_a"] and several:
+        differences += f" The grey band is what {facts['first']} differs by from itself."
+    tuning = f"Rings mark what was chosen: {facts['chosen']}. A rate at which training diverged has no point."
+    return {"differences": differences, "tuning": tuning}
+
+
 def write_study(experiment: str) -> None:
     """Writes contrasts, controls and tuning (csv, html), and draws the tuning and the differences.
 
@@ -370,5 +385,5 @@ def write_study(experiment: str) -> None:
         frame = make(study)
         frame.to_csv(tables / f"{name}.csv", index=False)
         (tables / f"{name}.html").write_text(html(readable(frame, study.labels), name))
-    draw_figure(figures / "tuning.png", lambda axes: draw_tuning(axes, study))
-    draw_figure(figures / "differences.png", lambda axes: draw_differences(axes, study))
+    draw_figure(figures / "tuning.svg", lambda axes: draw_tuning(axes, study))
+    draw_figure(figures / "differences.svg", lambda axes: draw_differences(axes, study))

@@ -8,8 +8,6 @@ from html import escape
 from typing import Any
 
 import pandas as pd
-from great_tables import GT
-from great_tables import html as as_label
 
 from peftscope.analysis.collect import read_runs
 from peftscope.analysis.stats import Interval, mean_interval
@@ -20,6 +18,8 @@ from peftscope.spec import RunSpec
 
 MOST_SETTINGS, MOST_RUNS = 60, 500
 """The most rows of the tables for people. The CSV files have all rows."""
+FEWEST_FOR_MEANS = 3
+"""The runs from which on their mean is shown with its interval. Two are shown as two values."""
 MOST_VARIANTS = 20
 """The most settings that a figure labels one by one; with more, it groups them by method."""
 
@@ -29,9 +29,11 @@ SCORES: dict[str, str] = {
     "retention_change": "retention_change_bits_per_byte",
 }
 """The columns that vary with the seed and get an interval, by their short names."""
+PREDICTED_PEAK = "predicted_train_peak_tensor_bytes"
 FACTS: dict[str, str] = {
     "load_peak_bytes": "load_peak_tensor_bytes",
     "train_peak_bytes": "train_peak_tensor_bytes",
+    "predicted_train_peak_bytes": PREDICTED_PEAK,
     "evaluate_peak_bytes": "evaluate_peak_tensor_bytes",
     "step_seconds": "step_seconds_median",
     "tokens_per_second": "tokens_per_second",
@@ -67,7 +69,9 @@ def summarise(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     is_good = runs["status"] == "ok"
     by = [runs[key] for key in keys]
     # Whole columns are aggregated at once, because one frame per group takes a hundred times as long.
-    groups = runs[[*SCORES.values(), *FACTS.values()]].where(is_good).groupby(by, sort=False, dropna=False)
+    groups = (
+        runs.reindex(columns=[*SCORES.values(), *FACTS.values()]).where(is_good).groupby(by, sort=False, dropna=False)
+    )
     table = is_good.groupby(by, sort=False, dropna=False).sum().to_frame("n")
     endings = runs["status"].where(~is_good).groupby(by, sort=False, dropna=False)
     table["other_endings"] = endings.agg(lambda names: ", ".join(sorted(names.dropna())))
@@ -78,6 +82,7 @@ def summarise(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
         table[name] = [interval.mean for interval in found]
         table[f"{name}_low"] = [interval.low for interval in found]
         table[f"{name}_high"] = [interval.high for interval in found]
+        table[f"{name}_least"], table[f"{name}_most"] = groups[column].min(), groups[column].max()
     for name, column in FACTS.items():
         table[name] = groups[column].median()
     return table.reset_index()
@@ -97,6 +102,13 @@ def factors_within_methods(runs: pd.DataFrame) -> list[str]:
     settings = [*RunSpec.model_fields, *(field for cls in METHODS.values() for field in cls.model_fields)]
     known = dict.fromkeys(field for field in settings if field in runs and field not in ONLY_SCORED)
     return [field for field in known if (runs.groupby("label")[field].nunique(dropna=False) > 1).any()]
+
+
+def with_peaks(methods: pd.DataFrame) -> pd.DataFrame:
+    """Returns a summary with the peak of training, and whether that is predicted because no run was probed."""
+    measured = methods["train_peak_bytes"]
+    predicted = methods["predicted_train_peak_bytes"]
+    return methods.assign(peak=measured.fillna(predicted), is_predicted=measured.isna() & predicted.notna())
 
 
 def variants(runs: pd.DataFrame) -> pd.Series:
@@ -201,7 +213,7 @@ def readable_methods(methods: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame({"method": []})
     factors = [c for c in methods.columns[: list(methods.columns).index("n")] if c != "label"]
     rows = []
-    for row in methods.to_dict("records"):
+    for row in with_peaks(methods).to_dict("records"):
         shown = {"method": row["label"], **{field: _plain(row[field]) for field in factors}}
         shown["runs"] = f"n = {row['n']}" + (f" ({row['other_endings']})" if row["other_endings"] else "")
         shown |= {
@@ -209,7 +221,7 @@ def readable_methods(methods: pd.DataFrame) -> pd.DataFrame:
             # A Student interval may reach beyond the bounds of a share.
             "exact match (%)": _interval(row, "exact_match", ".1f", lambda v: 100 * min(1.0, max(0.0, v))),
             "English, change (bits/byte)": _interval(row, "retention_change", "+.3f"),
-            "peak tensors, train (MiB)": formatted(row["train_peak_bytes"], ",.0f", MIB),
+            "peak tensors, train (MiB)": formatted(row["peak"], ",.0f", MIB) + " (predicted)" * row["is_predicted"],
             "peak tensors, load (MiB)": formatted(row["load_peak_bytes"], ",.0f", MIB),
             "step (s)": formatted(row["step_seconds"], ".2f"),
             "tokens/s": formatted(row["tokens_per_second"], ",.0f"),
@@ -266,10 +278,15 @@ def markdown_cell(text: str) -> str:
 
 
 def html(frame: pd.DataFrame, name: str) -> str:
-    """Returns a frame of text as an HTML table. The name keeps its styles apart from those of other tables."""
-    table = GT(frame, id=name).cols_align("right", columns=list(frame.columns)[1:])
-    table = table.cols_label({column: as_label(escape(column, quote=False)) for column in frame.columns})
-    return str(table.tab_options(table_font_size="13px", data_row_padding="4px").as_raw_html())
+    """Returns a frame of text as an HTML table that a page can sort, without columns that are empty in every row."""
+    empty = [column for column in list(frame.columns)[1:] if len(frame) and frame[column].isin(["-", ""]).all()]
+    frame = frame.drop(columns=empty)
+    head = "".join(f'<th scope="col">{escape(str(column))}</th>' for column in frame.columns)
+    rows = ("".join(f"<td>{escape(str(value))}</td>" for value in row) for row in frame.itertuples(index=False))
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    return (
+        f'<table id="{escape(name)}" class="sorts"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>\n'
+    )
 
 
 def _plain(value: Any) -> str:
@@ -285,6 +302,8 @@ def _interval(row: dict[Hashable, Any], name: str, form: str, scale: Callable[[f
     mean, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
     if pd.isna(mean):
         return "-"
+    if row["n"] == FEWEST_FOR_MEANS - 1:  # two runs are told as they are
+        return " and ".join(format(scale(row[f"{name}_{end}"]), form) for end in ("least", "most"))
     if pd.isna(low):
         return format(scale(mean), form)
     return f"{format(scale(mean), form)} [{format(scale(low), form)}, {format(scale(high), form)}]"

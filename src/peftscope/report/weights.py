@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 
 from peftscope.analysis.collect import read_runs
 from peftscope.analysis.weights import after_training, read_weights
 from peftscope.layout import results_folder
 from peftscope.planning.cells import ARM
-from peftscope.report.plots import draw_figure, method_colours, plain_ticks
+from peftscope.report.plots import GREY, beside, draw_figure, looks, plain_ticks
 
 CONTROLS = {"gaussian_energy_": ("a Gaussian matrix", ":"), "grid_energy_": ("rounding to a 4-bit grid", "--")}
 """The noise beside the updates, by the beginning of its columns: its name and the style of its line."""
@@ -19,7 +18,7 @@ CONTROLS = {"gaussian_energy_": ("a Gaussian matrix", ":"), "grid_energy_": ("ro
 def write_spectrum(experiment: str) -> None:
     """Draws the share of an update's energy over the number of singular values that hold it."""
     table = _with_labels(experiment)
-    draw_figure(results_folder(experiment) / "figures" / "spectrum.png", lambda axes: draw_spectrum(axes, table))
+    draw_figure(results_folder(experiment) / "figures" / "spectrum.svg", lambda axes: draw_spectrum(axes, table))
 
 
 def _with_labels(experiment: str) -> pd.DataFrame:
@@ -42,21 +41,20 @@ def _with_labels(experiment: str) -> pd.DataFrame:
 def draw_spectrum(axes: plt.Axes, table: pd.DataFrame) -> None:
     """Draws a line for each variant, the median over matrices and seeds, and dotted lines for noise of these shapes."""
     ranks = sorted(int(name.rpartition("_")[2]) for name in table if name.startswith("energy_"))
-    own = method_colours()
     variants = table.groupby("variant", sort=False)
-    spare = sns.color_palette("husl", max(1, variants.ngroups))
-    crowded = table["variant"].nunique() > table["label"].nunique()
-    for index, (variant, rows) in enumerate(variants):
-        colour = spare[index] if crowded else own.get(rows["label"].iloc[0], spare[index])
-        axes.plot(ranks, _shares(rows, "energy_", ranks), marker="o", color=colour, label=str(variant))
+    styles = looks({str(variant): str(rows["label"].iloc[0]) for variant, rows in variants})
+    for variant, rows in variants:
+        colour, marker, dash = styles[str(variant)]
+        shares = _shares(rows, "energy_", ranks)
+        axes.plot(ranks, shares, marker=marker, linestyle=dash, color=colour, label=str(variant))
     for prefix, (name, style) in CONTROLS.items():
         if ranks and f"{prefix}{ranks[0]}" in table:
-            axes.plot(ranks, _shares(table, prefix, ranks), linestyle=style, color="0.4", label=name)
+            axes.plot(ranks, _shares(table, prefix, ranks), linestyle=style, color=GREY, label=name)
     axes.axhline(0.9, color="0.6", linewidth=0.8)
     axes.set_xscale("log", base=2)
     plain_ticks(axes.xaxis)
     axes.set(xlabel="largest singular values of the update", ylabel="share of the update's energy", ylim=(0, 1.02))
-    axes.legend()
+    beside(axes)
 
 
 def _shares(rows: pd.DataFrame, prefix: str, ranks: list[int]) -> list[float]:

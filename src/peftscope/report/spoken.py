@@ -1,0 +1,59 @@
+"""Says what was found of a claim, in words. Needs no more than the light install."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftscope.claims.measurement import scale_of, spoken_number, spoken_quantity
+from peftscope.claims.verdict import Verdict
+
+SAID = {Verdict.HOLDS: "holds", Verdict.WRONG: "fails", Verdict.OPEN: "is open", Verdict.NOT_RUN: "was not run"}
+"""The verdict on one of several parts, as a verb."""
+
+
+def spoken_finding(finding: dict[str, Any]) -> str:
+    """Returns what was measured of a claim's deciding parts, or of one part, as an answer to what is claimed."""
+    if "parts" in finding:
+        found = [spoken_finding(part) for part in deciding(finding) if part["found"] is not None]
+        return "; ".join(dict.fromkeys(found)) or "-"
+    if finding["found"] is None:
+        return "-"
+    return finding["answer"] + _spread(finding) if finding.get("answer") else measured(finding)
+
+
+def measured(part: dict[str, Any]) -> str:
+    """Returns the value of a part that was measured, with its unit and interval."""
+    return "-" if part["found"] is None else spoken_quantity(part["found"], part["unit"]) + _spread(part)
+
+
+def _spread(part: dict[str, Any]) -> str:
+    """Returns a part's interval in brackets, in the scale of its value; empty without one."""
+    if part["low"] is None:
+        return ""
+    low, high = (spoken_number(scale_of(part["unit"]) * part[end]) for end in ("low", "high"))
+    return f" ({low} to {high})"
+
+
+def sentence(finding: dict[str, Any]) -> str:
+    """Returns a claim's verdict as one sentence: every number that decides, how it is known, and its scope."""
+    parts = deciding(finding)
+    basis = "; ".join(filter(None, (finding["known"], finding["scope"])))
+    clauses = "; ".join(_clause(part, alone=len(parts) == 1) for part in parts)
+    return f"{finding['verdict'].capitalize()}: {clauses} ({basis})."
+
+
+def deciding(finding: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the parts of a finding that decide."""
+    return [part for part in finding["parts"] if part["role"] != "beside"]
+
+
+def _clause(part: dict[str, Any], alone: bool) -> str:
+    """Returns what one part found and what would have counted as right, or what it waits for."""
+    narrower = part["scope"] and part["scope"] not in part["measures"]
+    subject = part["measures"] + (f" ({part['scope']})" if narrower else "")
+    if part["found"] is None:
+        said = f"{subject}, {'not measured:' if part['check'] else 'which waits for'} {part['reason']}"
+    else:
+        said = f"{subject}, found {measured(part)}, where {part['rule']} counts as right"
+        said += f", {part['reason']}" if part["reason"] else ""
+    return said if alone else f"“{part['quotes']}” {SAID[Verdict(part['verdict'])]}: {said}"
