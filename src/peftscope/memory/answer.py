@@ -143,9 +143,14 @@ def peaks_by_formula(
     cublas = question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES
     trace = traces.trace if traces else trace_training
     about = spec, model.shape, question.responses, cublas
-    training = trace(*about, padded=question.padded, loss=question.loss) if spec.method.trains else None
+    training = None
+    if spec.method.trains:
+        training = trace(*about, padded=question.padded, loss=question.loss, saved=question.saved)
     evaluates = evaluation or training is None
-    evaluated = trace_evaluation(*about, padded=question.padded) if evaluates else None
+    evaluated = None
+    if evaluates:
+        batch = {"padded": question.padded, "saved": question.saved, "gathered_rows": question.gathered_rows}
+        evaluated = trace_evaluation(*about, **batch)
     measure = traces.measure if traces else _measure
     return peaks_of(question, training, evaluated, measure, enough, only_whether=only_whether)
 
@@ -224,7 +229,7 @@ def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulat
         method=method.name,
         how=how,
         parameters=shape.parameters if shape else None,
-        trainable_parameters=method.trainable_parameters(shape) if shape else None,
+        trainable_parameters=_trainable(question),
         peak_allocated_bytes=peaks.allocated_bytes,
         peak_reserved_bytes=peaks.reserved_bytes,
         peak_device_bytes=peaks.device_bytes,
@@ -239,13 +244,25 @@ def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulat
     )
 
 
+def _trainable(question: Question) -> int | None:
+    """Returns the number of trained values; None if the shape of the model is not known."""
+    shape = question.model.shape
+    if shape is None:
+        return None
+    copies = len(question.saved) * shape.vocab_size * shape.hidden_size
+    return question.spec.method.trainable_parameters(shape) + copies
+
+
 def dimensions_of(question: Question, phase: str) -> dict[str, float]:
     """Returns the value of every letter in the formulas of a phase."""
     shape = question.model.shape
     if shape is None:
         return {}
-    sizes = evaluation_sizes if phase == "evaluate" else sizes_of
-    return {**sizes(question.spec, shape, question.responses), "1/G": 1 / question.gpus}
+    if phase == "evaluate":
+        sizes = evaluation_sizes(question.spec, shape, question.responses, question.gathered_rows)
+    else:
+        sizes = sizes_of(question.spec, shape, question.responses)
+    return {**sizes, "1/G": 1 / question.gpus}
 
 
 def _while_loading(question: Question, trace: Trace) -> list[Block]:

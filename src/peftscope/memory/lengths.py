@@ -208,7 +208,9 @@ class _Asker:
             sizes = {"batch_size": rows, "eval_batch_size": rows, "seq_len": width, "packing": packed}
             spec = question.spec.model_copy(update=sizes)
             responses = max(1, round(question.responses * width / question.spec.seq_len))
-            asked = replace(question, spec=spec, responses=responses, padding="none" if rows == 1 else question.padding)
+            unpadded = {"padding": "none"} if rows == 1 else {}
+            beside = question.beside.model_copy(update=unpadded)
+            asked = replace(question, spec=spec, responses=responses, beside=beside)
             with without_collector():
                 self._known[key] = peaks_by_formula(asked, evaluation=False, traces=self._traces)
         return self._known[key]

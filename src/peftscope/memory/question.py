@@ -10,10 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from peftscope.errors import MIB, InputError, Problem, close_match, shown
-from peftscope.files.content import parse_json, read_text
+from peftscope.files.content import Count, parse_json, read_text
 from peftscope.files.hub import mirrored
 from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES, Gpu
 from peftscope.memory.regimes import REGIMES, Trainer, settings_of
@@ -59,6 +59,8 @@ SPEC_OPTIONS = (
 class Beside(BaseModel):
     """What a question says beside the fields of a run and its method."""
 
+    model_config = ConfigDict(frozen=True)
+
     as_trainer: Annotated[
         Trainer | None,
         Field(description="the precision, preparation and output that a trainer has by default, where not given"),
@@ -73,6 +75,24 @@ class Beside(BaseModel):
             description="implementation of the loss: transformers', or one that never holds the logits of all tokens"
         ),
     ] = "plain"
+    modules_to_save: Annotated[
+        tuple[Literal["embed_tokens", "lm_head"], ...],
+        BeforeValidator(lambda names: tuple(sorted(set(names))) if isinstance(names, list | tuple) else names),
+        Field(description="modules of which PEFT trains a copy in full beside the adapter: embed_tokens, lm_head"),
+    ] = ()
+    modules_to_save_dtype: Annotated[
+        Literal["base", "fp32"], Field(description="of those copies: PEFT's is that of the module")
+    ] = "base"
+    eval_gathers_logits: Annotated[
+        Count | None,
+        Field(
+            description="items whose logits the evaluation of transformers' Trainer holds on the card, as it does for "
+            "compute_metrics without preprocess_logits_for_metrics"
+        ),
+    ] = None
+    eval_accumulation_steps: Annotated[
+        Count | None, Field(description="batches of that evaluation after which their logits move to the host")
+    ] = None
 
 
 BESIDE_OPTIONS = tuple(Beside.model_fields)
@@ -116,8 +136,7 @@ class Question:
         gpu: The card, or None if none was named.
         gpus: The number of cards over which weights, gradients and states are sharded.
         assumptions: The assumptions behind the answer, one sentence each.
-        padding: Whether the longest batch has padding: none or some.
-        loss: The implementation of the loss.
+        beside: What the question says beside the fields of the run.
     """
 
     model: Model
@@ -126,13 +145,28 @@ class Question:
     gpu: Gpu | None
     gpus: int
     assumptions: tuple[str, ...]
-    padding: Literal["none", "some"] = "some"
-    loss: str = "plain"
+    beside: Beside = Beside()
 
     @property
     def padded(self) -> bool:
         """Whether the longest batch has padding."""
-        return self.padding == "some"
+        return self.beside.padding == "some"
+
+    @property
+    def loss(self) -> str:
+        """The implementation of the loss."""
+        return self.beside.loss
+
+    @property
+    def saved(self) -> dict[str, str]:
+        """The modules of which a copy is trained in full, and the precision of the copy: base or fp32."""
+        return dict.fromkeys(self.beside.modules_to_save, self.beside.modules_to_save_dtype)
+
+    @property
+    def gathered_rows(self) -> int:
+        """The rows of the evaluation whose logits are on the card at once; 0 if it gathers none."""
+        items, batches = self.beside.eval_gathers_logits or 0, self.beside.eval_accumulation_steps
+        return items if batches is None else min(items, batches * self.spec.eval_batch_size * self.gpus)
 
     @property
     def has_closed_form(self) -> bool:
@@ -244,8 +278,13 @@ def ask(
         beside = Beside.model_validate({name: given.pop(name) for name in BESIDE_OPTIONS if name in given})
     except ValidationError as error:
         raise InputError(_problems(error)) from None
-    regime = settings_of(beside.as_trainer, name, given) if beside.as_trainer else {}
-    given = {option: value for option, (value, _) in regime.items()} | given
+    known = given | {option: getattr(beside, option) for option in beside.model_fields_set}
+    regime = settings_of(beside.as_trainer, name, known) if beside.as_trainer else {}
+    set_by_trainer = {option: value for option, (value, _) in regime.items()}
+    beside = beside.model_copy(
+        update={option: set_by_trainer.pop(option) for option in BESIDE_OPTIONS if option in set_by_trainer}
+    )
+    given = set_by_trainer | given
     method: dict[str, Any] = {"name": name}
     for option in METHOD_OPTIONS:
         if option in given:
@@ -269,7 +308,11 @@ def ask(
     if gpus < 1:
         raise InputError(Problem("gpus", f"must be at least 1 (got {gpus})"))
     _check_loss(model, beside.loss)
-    question = Question(model, spec, kept, gpu, gpus, (), beside.padding, beside.loss)
+    _check_saved(spec, beside)
+    if beside.eval_accumulation_steps and not beside.eval_gathers_logits:
+        message = "says when gathered logits move to the host, and none are gathered"
+        raise InputError(Problem("eval_accumulation_steps", message, "give --eval-gathers-logits ITEMS"))
+    question = Question(model, spec, kept, gpu, gpus, (), beside)
     said = [f"as {beside.as_trainer}: {option}={value} ({source})" for option, (value, source) in regime.items()]
     if beside.as_trainer:
         version, more = REGIMES[beside.as_trainer].version, REGIMES[beside.as_trainer].beside
@@ -335,6 +378,17 @@ def _check_loss(model: Model, loss: str) -> None:
         raise InputError(Problem("loss", f"{loss} is not modelled for {family}, which changes its logits", "use plain"))
 
 
+def _check_saved(spec: RunSpec, beside: Beside) -> None:
+    """Raises if the method has no adapter that modules could be trained beside, or their precision does not work."""
+    form = spec.method.closed_form
+    if beside.modules_to_save and (spec.method.trains_base or not spec.method.targets_of() or form is None):
+        message = f"{spec.method.name} trains no modules beside an adapter"
+        raise InputError(Problem("modules_to_save", message, "use lora or one of its variants"))
+    if beside.modules_to_save_dtype == "fp32" and spec.precision == "bf16" and not spec.autocasts:
+        message = "a copy in fp32 does not multiply with bf16 outside autocast"
+        raise InputError(Problem("modules_to_save_dtype", message, "use base, or --autocast"))
+
+
 def usual_responses(seq_len: int) -> int:
     """Returns the number of positions that carry a loss if the question does not say."""
     return max(1, seq_len // 2)
@@ -358,6 +412,17 @@ def library_versions() -> str:
         with contextlib.suppress(PackageNotFoundError):
             versions.append(f"{name} {version(name)}")
     return ", ".join(versions)
+
+
+def _evaluation(question: Question) -> str:
+    """Returns what is assumed about the evaluation."""
+    text = f"evaluation with batch_size={question.spec.eval_batch_size}"
+    if not question.gathered_rows:
+        return f"{text}, without optimizer states"
+    return (
+        f"{text}, beside optimizer states: transformers' Trainer holds the logits of {question.gathered_rows} items and "
+        "copies them for each batch (formula only)"
+    )
 
 
 def _given(fields: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -392,7 +457,7 @@ def _assumptions(question: Question) -> list[str]:
         else f"loss_path=response_only: logits of {responses} positions per sequence",
         f"packing=True: {packed}" if spec.packing else f"packing=False: {padding}",
         f"attention={spec.attention}, checkpointing={spec.checkpointing}",
-        f"evaluation with batch_size={spec.eval_batch_size}, without optimizer states",
+        _evaluation(question),
         "reserved: two steps of that batch in a model of torch's caching allocator, without expandable segments",
         f"cuBLAS workspace of {cublas:.1f} MiB{', one for each pass' if spec.method.trains else ''}",
         "allocated: the sizes of tensors in multiples of 512 bytes; torch may count up to 1 MiB more per block",
@@ -408,6 +473,9 @@ def _assumptions(question: Question) -> list[str]:
         )
     if question.loss == "cut-cross-entropy":
         lines.append("loss=cut-cross-entropy (formula only): cut-cross-entropy 25.1.1, cce.py and cce_backward.py")
+    if question.saved:
+        copies, width = " and ".join(question.saved), question.beside.modules_to_save_dtype
+        lines.append(f"modules_to_save: a copy of {copies} is trained in full ({width}), and the frozen one stays")
     if spec.method.quantization():
         lines.append("4-bit products dequantise one layer at a time in both passes, as on CUDA with large batches")
     if spec.optimizer.startswith("paged"):
