@@ -14,7 +14,6 @@ from peftscope.errors import InputError, Problem
 from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES
 from peftscope.memory.allocator import reserved_bytes
 from peftscope.memory.formula import (
-    OPTIMIZER_COPY,
     SOURCES,
     TrainingTraces,
     evaluation_sizes,
@@ -25,14 +24,12 @@ from peftscope.memory.formula import (
 )
 from peftscope.memory.formula.linear import WIDTHS
 from peftscope.memory.question import Question
+from peftscope.memory.shares import RESIDENT, after_training, on_card, share_of
 from peftscope.memory.tape import factors
 from peftscope.memory.trace import KINDS, Block, Peak, Trace, by_kind
 
 AGREEMENT_FILE = Path(__file__).with_name("agreement.json")
 """The differences between closed form and simulation. ``make agreement`` writes this file."""
-
-RESIDENT = ("weights", "quantised weights", "adapters", "gradients", "optimizer states")
-"""Kinds of blocks that persist from step to step. FSDP and ZeRO-3 shard them over the cards."""
 
 
 @dataclass(frozen=True)
@@ -190,27 +187,33 @@ def peaks_of(
     """
     traces = [trace for trace in (training, evaluation) if trace is not None]
     loading = _while_loading(question, traces[0])
+    later = after_training(question, traces[0])
+    fixed = {"load": loading, **later}
     phases = {"load": sum(block.size for block in loading)}
+    phases |= {phase: sum(block.size for block in blocks) for phase, blocks in later.items()}
     places: dict[str, tuple[Trace, int]] = {}
     for trace in traces:
-        for phase, peak in measure(_unpaged_peaks, trace).items():
-            phases[phase], places[phase] = peak.size, (trace, peak.position)
+        peaks = measure(_unpaged_peaks, trace)
+        phases |= {phase: peak.size for phase, peak in peaks.items()}
+        if {"offload", "sharding"} & {*question.formula_only}:
+            peaks = _unpaged_peaks(on_card(question, trace))
+        places |= {phase: (trace, peak.position) for phase, peak in peaks.items()}
 
     def alive(phase: str) -> list[Block]:
         trace, position = places.get(phase, (traces[0], 0))
-        blocks = loading if phase == "load" else [block for block in trace.alive(position) if not block.paged]
-        return blocks if question.gpus == 1 else _share(phase, blocks, question.gpus)
+        blocks = fixed.get(phase) or [block for block in trace.alive(position) if not block.paged]
+        return share_of(question, phase, blocks) if question.shared else blocks
 
     paged = training.paged_bytes() if training and question.spec.optimizer.startswith("paged") else 0
     whole = max(phases.values())
-    reserved, limits = whole, [enough] if only_whether and question.gpus == 1 else []
-    if whole <= enough or question.gpus > 1:
+    reserved, limits = whole, [enough] if only_whether and not question.shared else []
+    if whole <= enough or question.shared:
         reserved = max(measure(reserved_bytes, trace, *limits) for trace in traces)
-    if question.gpus > 1:
+    if question.shared:
         phases = {phase: sum(block.size for block in alive(phase)) for phase in phases}
         # The bytes that the allocator holds on top of tensors shrink in proportion.
         reserved = round(reserved / whole * max(phases.values()))
-        paged //= question.gpus
+        paged = 0 if question.beside.offload != "none" else paged // question.gpus
     binding = max(phases, key=lambda phase: phases[phase])
     reserved = max(reserved, phases[binding])
     context = question.gpu.context_bytes if question.gpu and question.gpu.context_bytes else CONTEXT_BYTES
@@ -279,26 +282,6 @@ def _while_loading(question: Question, trace: Trace) -> list[Block]:
     return [*stays, Block(more[0], "temporaries", term=more[1])] if more else stays
 
 
-def _share(phase: str, blocks: list[Block], gpus: int) -> list[Block]:
-    """Returns the blocks on one card: its shares of sharded kinds, and two gathered layers while the model runs."""
-    share: list[Block] = []
-    gathered: dict[str, int] = defaultdict(int)
-    for block in blocks:
-        if block.kind not in RESIDENT and block.term != OPTIMIZER_COPY:
-            share.append(block)
-            continue
-        formula = f"{block.formula}·1/G" if block.formula else ""
-        share.append(Block(-(-block.size // gpus), block.kind, block.module, block.term, formula))
-        if block.kind in ("weights", "quantised weights", "adapters"):
-            owner = ".".join(block.module.split(".")[:2]) if block.module.startswith("layers.") else block.module
-            gathered[owner] += block.size
-    if phase not in ("load", "optimizer"):
-        share.append(
-            Block(2 * max(gathered.values(), default=0), "temporaries", term="weights gathered from other cards")
-        )
-    return share
-
-
 def _tree(blocks: list[Block]) -> dict[str, Any]:
     root: dict[str, Any] = {}
     for block in blocks:
@@ -347,7 +330,7 @@ def name_of(block: Block) -> str:
 
 def _agreement(question: Question, peaks: Peaks) -> str:
     """Returns how far the closed form was from simulations of this method; empty if nobody compared them."""
-    if question.gpus > 1 or peaks.binding_phase == "load":
+    if question.gpus > 1 or question.formula_only or peaks.binding_phase == "load":
         return ""
     try:
         measured = json.loads(AGREEMENT_FILE.read_text())["methods"].get(question.spec.method.name)

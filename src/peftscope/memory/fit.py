@@ -16,9 +16,10 @@ from pydantic import ValidationError
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.hardware.cards import Gpu
 from peftscope.memory.allocator import segment_share
-from peftscope.memory.answer import RESIDENT, Peaks, peaks_by_formula
+from peftscope.memory.answer import Peaks, peaks_by_formula
 from peftscope.memory.formula import TrainingTraces, sizes_of, without_collector
 from peftscope.memory.question import METHOD_OPTIONS, Model, Question, ask, narrowest_target, usual_responses
+from peftscope.memory.shares import RESIDENT
 from peftscope.memory.tape import bytes_of, factors
 from peftscope.memory.trace import by_kind
 from peftscope.methods import METHODS

@@ -100,7 +100,8 @@ def settings_of(trainer: Trainer, method: str, given: Mapping[str, Any]) -> dict
     foreign = {"adapter_dtype", "kbit_preparation"} - METHODS[method].model_fields.keys()
     foreign |= set() if METHODS[method].supports_checkpointing else {"checkpointing"}
     foreign |= set() if given.get("precision", "bf16") == "bf16" else {"autocast"}
-    foreign |= set() if given.get("modules_to_save") and given.get("autocast") is not False else {"modules_to_save_dtype"}
+    copies = given.get("modules_to_save") and given.get("autocast") is not False
+    foreign |= set() if copies else {"modules_to_save_dtype"}
     foreign |= set() if given.get("optimizer", "adamw") in ("adamw", "sgd") else {"optimizer_implementation"}
     settings = REGIMES[trainer].settings
     return {name: said for name, said in settings.items() if name not in foreign and name not in given}

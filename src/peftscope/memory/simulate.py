@@ -163,7 +163,7 @@ def peaks_by_simulation(question: Question, *, evaluation: bool = True) -> Peaks
         InputError: The question names several cards, transformers does not know the model, or PEFT does not find the
             targets in it.
     """
-    if question.gpus > 1:
+    if question.gpus > 1 and not question.formula_only:
         has_form = question.spec.method.closed_form is not None
         message = "only the closed form can answer for several cards"
         message += "" if has_form else f", and {question.spec.method.name} has none"

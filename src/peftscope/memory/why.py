@@ -33,6 +33,8 @@ PHASE_NAMES = {
     "backward": "the backward pass",
     "optimizer": "the optimizer step",
     "evaluate": "the evaluation",
+    "save": "saving",
+    "merge": "merging",
 }
 
 
