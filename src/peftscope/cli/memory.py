@@ -54,10 +54,11 @@ SAID_DEFAULTS = DEFAULTS | {
     "eval_batch_size": "that of --batch-size",
     "loss_path": "hf, as in a plain script; in runs of this project response_only",
     "keep_logits": "on with loss_path hf",
+    "modules_to_save": "none",
 }
 """What the help says where the default is not the field's own."""
-NOT_OF_FIT = ("optimizer_implementation", "eval_batch_size")
-"""Options that the command ``fit`` does not have."""
+NOT_OF_FIT = ("optimizer_implementation", "eval_batch_size", "eval_gathers_logits", "eval_accumulation_steps")
+"""Options that the command ``fit`` does not have: it asks about training alone."""
 
 
 def run_options(*names: str) -> Callable[[Command], Command]:
@@ -112,7 +113,7 @@ def _option(name: str) -> Any:
         typer.Option(
             *([names] if names else []),
             help="; ".join(said),
-            callback=preset_or_modules if name in ("targets", "feedforward") else None,
+            callback=preset_or_modules if name in ("targets", "feedforward", "modules_to_save") else None,
             rich_help_panel=PANEL,
         ),
     ]
@@ -267,7 +268,7 @@ def models(as_json: AsJson = False) -> None:
 
 
 @app.command(cls=RunCommand)
-@run_options(*METHOD_OPTIONS, *(name for name in SPEC_OPTIONS if name not in NOT_OF_FIT), *BESIDE_OPTIONS)
+@run_options(*METHOD_OPTIONS, *(name for name in (*SPEC_OPTIONS, *BESIDE_OPTIONS) if name not in NOT_OF_FIT))
 def fit(
     model: Annotated[str | None, typer.Argument(help="A preset, a config.json, or a hub id.")] = None,
     gpu: Annotated[str, typer.Option(help="rtx4090, a100, ..., or its memory, as in 24GiB.")] = ...,  # type: ignore[assignment]

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from peftscope.errors import InputError, Problem
-from peftscope.files.content import Count
 from peftscope.memory.regimes import Trainer
 from peftscope.spec import RunSpec
 
@@ -40,14 +39,15 @@ class Beside(BaseModel):
         Literal["base", "fp32"], Field(description="of those copies: PEFT's is that of the module")
     ] = "base"
     eval_gathers_logits: Annotated[
-        Count | None,
+        int | None,
         Field(
+            gt=0,
             description="items whose logits the evaluation of transformers' Trainer holds on the card, as it does for "
-            "compute_metrics without preprocess_logits_for_metrics"
+            "compute_metrics without preprocess_logits_for_metrics",
         ),
     ] = None
     eval_accumulation_steps: Annotated[
-        Count | None, Field(description="batches of that evaluation after which their logits move to the host")
+        int | None, Field(gt=0, description="batches of that evaluation after which their logits move to the host")
     ] = None
     sharding: Annotated[
         Literal["zero3", "fsdp2"],

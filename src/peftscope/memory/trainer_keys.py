@@ -169,9 +169,9 @@ def read_saved_modules(reading: Reading, key: str) -> None:
         reading.get(key)
         return
     names = [name.strip() for name in named.split(",")] if isinstance(named, str) else named
-    if isinstance(names, list) and all(isinstance(name, str) for name in names):
-        names = [name.rpartition(".")[2] for name in names]
-    if not isinstance(names, list) or not set(names) <= set(SAVED_MODULES):
+    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    names = [name.rpartition(".")[2] for name in names] if known else []
+    if not names or not set(names) <= set(SAVED_MODULES):
         remedy = f"use {' and '.join(SAVED_MODULES)}, or leave it out"
         reading.refuse(key, f"training these modules beside the adapter is not modelled (got {shown(named)})", remedy)
         return
