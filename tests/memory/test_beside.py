@@ -135,7 +135,13 @@ def test_merging_takes_what_peft_takes() -> None:
     merged = answer_by_formula(question(precision="fp32", after_training="merge"))
     own = answer_by_formula(asked("smollm2-135m", 2, precision="fp32", after_training="merge"))
     update = 2 * 4 * shape.hidden_size * shape.intermediate_size
-    assert tracker.peak_bytes - before == update
+    # PEFT drops each adapter once it is merged: those of attention are gone when the first wide layer's turn comes.
+    gone = 4 * sum(
+        8 * (layer.inputs + layer.outputs)
+        for layer in shape.block
+        if layer.name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))
+    )
+    assert tracker.peak_bytes - before == update - gone
     assert own.phases["merge"] - own.phases["load"] == update
     assert merged.phases["save"] > merged.phases["load"]
 

@@ -149,18 +149,18 @@ def fit_methods(
     problems: list[Problem] = []
     some = False
     traces = TrainingTraces()
-    for model in models:
-        earlier: dict[str, list[int]] = defaultdict(list)
-        for method in methods:
-            try:
-                with without_collector():
+    with without_collector():  # all the time: whenever it starts again, it looks at every block
+        for model in models:
+            earlier: dict[str, list[int]] = defaultdict(list)
+            for method in methods:
+                try:
                     fit = Search(model, method, options, gpu, gpus, traces, earlier).fit()
-                some = True
-            except InputError as error:
-                problems += error.problems
-                reason = "; ".join(f"{problem.where}: {problem.message}" for problem in error.problems)
-                fit = Fit(model.name, method, gpu.usable_bytes, fits=False, advice=f"cannot run as asked: {reason}")
-            yield fit
+                    some = True
+                except InputError as error:
+                    problems += error.problems
+                    reason = "; ".join(f"{problem.where}: {problem.message}" for problem in error.problems)
+                    fit = Fit(model.name, method, gpu.usable_bytes, fits=False, advice=f"cannot run as asked: {reason}")
+                yield fit
     if not some:
         raise InputError(problems)
 

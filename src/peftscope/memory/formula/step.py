@@ -24,6 +24,11 @@ LARGE_STATE = 4096
 """Tensors smaller than this keep 32-bit states."""
 RETURNS_CACHE = ("llama", "gemma2", "gemma3_text", "granite", "olmo2")
 """Families whose output has the cache even where ``use_cache`` is false."""
+NO_OPERATIONS = {
+    *("name", "alpha", "start", "lr_ratio", "iterations"),
+    *("allocate_every", "warmup_share", "final_share", "orthogonal_weight", "score"),
+}
+"""Fields of methods that change values, and neither which operations a step does nor on which tensors."""
 PAGED_FROM_VALUES = 100_000
 """bitsandbytes pages the states of tensors with at least so many values."""
 
@@ -103,12 +108,17 @@ class TrainingTraces:
 
 
 def _operations(spec: RunSpec) -> str:
-    """Returns what decides which operations a run's training step does."""
-    ranks = {"rank", "init_r", "target_r", "alpha"}
+    """Returns what decides which operations a run's training step does; methods that do the same have the same."""
+    method = spec.method
     # A rank decides which states bitsandbytes keeps in 8 bits or pages.
-    sizes = ranks if spec.optimizer in ("adamw", "sgd") else set()
-    batch = {"batch_size", "eval_batch_size", "seq_len", "method"}
-    return f"{spec.model_dump_json(exclude=batch)} {spec.method.model_dump_json(exclude=sizes)}"
+    ranks = {"rank", "init_r", "target_r"} if spec.optimizer in ("adamw", "sgd") else set()
+    fields = method.model_dump(exclude={*ranks, *NO_OPERATIONS})
+    of_method = sorted((name, value) for name, value in fields.items() if value != "none")
+    of_class = method.closed_form, method.trains, method.trains_base, method.mask_free_attention, method.logit_offset()
+    rescales = type(method).rescales_input, method.quantization()
+    repeats = min(spec.gradient_accumulation, 2)
+    batch = {"batch_size", "eval_batch_size", "seq_len", "gradient_accumulation", "method"}
+    return f"{spec.model_dump_json(exclude=batch)} {repeats} {of_method} {of_class} {rescales}"
 
 
 def trace_evaluation(
