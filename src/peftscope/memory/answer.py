@@ -190,7 +190,6 @@ def peaks_of(
     later = after_training(question, traces[0])
     fixed = {"load": loading, **later}
     phases = {"load": sum(block.size for block in loading)}
-    phases |= {phase: sum(block.size for block in blocks) for phase, blocks in later.items()}
     places: dict[str, tuple[Trace, int]] = {}
     for trace in traces:
         peaks = measure(_unpaged_peaks, trace)
@@ -198,6 +197,7 @@ def peaks_of(
         if {"offload", "sharding"} & {*question.formula_only}:
             peaks = _unpaged_peaks(on_card(question, trace))
         places |= {phase: (trace, peak.position) for phase, peak in peaks.items()}
+    phases |= {phase: sum(block.size for block in blocks) for phase, blocks in later.items()}
 
     def alive(phase: str) -> list[Block]:
         trace, position = places.get(phase, (traces[0], 0))

@@ -385,7 +385,7 @@ def _assumptions(question: Question, seed: int) -> list[str]:
         f"epochs with seed={seed} are in the order of this project's runs; other loaders draw other orders, with the "
         "same chances",
         "shares are of full batches; a smaller last batch counts in the chance",
-        f"a batch of one row has no padding, and so no mask; larger ones: padding={question.padding}",
+        f"a batch of one row has no padding, and so no mask; larger ones: padding={question.beside.padding}",
         "grouped by length: as transformers' Trainer does it, with the longest item in the first batch",
         "packed: a row is filled in shuffled order until the next item does not fit",
         "the peaks of a batch are those of two steps of it; a run whose widths vary may reserve more",
