@@ -64,7 +64,7 @@ def printed() -> dict[str, list[str]]:
     found = {}
     for name in DOCUMENTS:
         text = (REPOSITORY / name).read_text()
-        for command, lines in re.findall(r"^```console\n\$ (.*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for command, lines in re.findall(r"^```console\n\$ ([^\n]*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
             found[command] = lines.splitlines()
     return found
 
@@ -178,9 +178,8 @@ def test_an_output_is_shown_with_dots_for_what_is_left_out() -> None:
 @pytest.mark.parametrize("command", printed())
 def test_a_command_prints_what_the_document_says(command: str, workspace: Path) -> None:
     (workspace / "lengths.txt").write_text("\n".join(str(40 + 7 * number) for number in range(100)))
-    files = re.findall(
-        r"as `(\S+?)`[^\n]*\n\n```yaml\n(.*?)```", (REPOSITORY / "docs/memory.md").read_text(), re.DOTALL
-    )
+    page = (REPOSITORY / "docs/memory.md").read_text()
+    files = re.findall(r"as `(\S+?)`[^\n]*\n\n```yaml\n(.*?)```", page, re.DOTALL)
     for name, content in files:
         (workspace / name).write_text(content)
     done = run(shlex.split(command), workspace, {})

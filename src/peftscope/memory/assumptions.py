@@ -30,8 +30,8 @@ def _evaluation(question: Question) -> str:
     if not question.gathered_rows:
         return f"{text}, without optimizer states"
     return (
-        f"{text}, beside optimizer states, with the logits of {question.gathered_rows} items that transformers' Trainer "
-        "gathers (formula only)"
+        f"{text}, beside optimizer states, with the logits of {question.gathered_rows} items that transformers' "
+        "Trainer gathers (formula only)"
     )
 
 
