@@ -115,7 +115,7 @@ def after_training(question: Question, trace: Trace) -> dict[str, list[Block]]:
         assert shape is not None
         largest = max(shape.linear_layers(method.targets_of()), key=lambda layer: layer.weights)
         update = WIDTHS[question.spec.precision] if getattr(method, "adapter_dtype", "fp32") == "base" else 4
-        widths = [update, update]
+        widths: list[float] = [update, update]
         if method.quantization():
             widths = [2, update, update, update, 0.5 + 4 / LINEAR_BLOCK]
         size = sum(bytes_of(width, ["one"], {"one": largest.weights}) for width in widths)
