@@ -148,10 +148,6 @@ def peaks_by_formula(
     if evaluates:
         batch: dict[str, Any] = {"padded": question.padded, "saved": question.saved}
         batch["gathered_rows"] = question.gathered_rows
-            "padded": question.padded,
-            "saved": question.saved,
-            "gathered_rows": question.gathered_rows,
-        }
         evaluated = trace_evaluation(*about, **batch)
     measure = traces.measure if traces else _measure
     return peaks_of(question, training, evaluated, measure, enough, only_whether=only_whether)

@@ -173,10 +173,6 @@ def diagnose(question: Question, refusal: Refusal) -> Diagnosis:
         training = trace_training(*about, padded=question.padded, loss=question.loss, saved=question.saved)
     batch: dict[str, Any] = {"padded": question.padded, "saved": question.saved}
     batch["gathered_rows"] = question.gathered_rows
-        "padded": question.padded,
-        "saved": question.saved,
-        "gathered_rows": question.gathered_rows,
-    }
     evaluation = trace_evaluation(*about, **batch)
     peaks = peaks_of(question, training, evaluation)
     every = [
