@@ -41,6 +41,9 @@ soft caps, sliding windows, tied embeddings, norms after a layer, layers without
 FEWEST_LAYERS = {"smollm3-3b": 4, "gemma-3-1b": 6}
 """Models whose layers differ have one of each kind; the others have two to four layers."""
 
+SAVED = (("embed_tokens",), ("embed_tokens", "lm_head"))
+"""Modules that are trained beside an adapter."""
+
 ROUNDS = 17
 """Each round asks about every method once."""
 FULL_DEPTH = 20
@@ -84,6 +87,9 @@ def random_question(method: str, source: random.Random, whole: bool = False) -> 
             "kbit_preparation": source.choice(["none", "peft", "trl"]),
         }
         options |= {option: value for option, value in of_method.items() if option in METHODS[method].model_fields}
+        if "targets" in METHODS[method].model_fields:
+            # From a source of its own, so that what else is asked stays as it was.
+            options["modules_to_save"] = random.Random(repr(options)).choice([(), (), ("lm_head",), *SAVED])
         try:
             return ask(Model(name, shape.to_config(), shape), options, responses=source.randint(1, options["seq_len"]))
         except InputError:  # a combination that cannot be

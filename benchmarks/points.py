@@ -20,6 +20,7 @@ import peftscope
 from peftscope.files.atomic import write_json
 from peftscope.hardware.cards import find_gpu
 from peftscope.memory.answer import Peaks, peaks_by_formula
+from peftscope.memory.assumptions import library_versions
 from peftscope.memory.question import (
     BESIDE_OPTIONS,
     METHOD_OPTIONS,
@@ -27,7 +28,6 @@ from peftscope.memory.question import (
     Question,
     ask,
     describe_model,
-    library_versions,
 )
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
@@ -172,7 +172,7 @@ def _run(question: Question) -> list[Any]:
     """Returns all that decides the peaks of a run beside the code."""
     cublas = question.gpu.cublas_bytes if question.gpu else None
     spec, shape = question.spec.model_dump_json(), repr(question.model.shape)
-    return [spec, shape, question.responses, question.padding, cublas]
+    return [spec, shape, question.responses, question.beside.model_dump_json(), cublas]
 
 
 def _sizes(peaks: Peaks) -> dict[str, int]:

@@ -61,6 +61,31 @@ def commands() -> list[str]:
     return list(found)
 
 
+def printed() -> dict[str, list[str]]:
+    """Returns the outputs that documents print, by command. A line of three dots stands for lines that are left out."""
+    found = {}
+    for name in DOCUMENTS:
+        text = (REPOSITORY / name).read_text()
+        for command, lines in re.findall(r"^```console\n\$ ([^\n]*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            found[command] = lines.splitlines()
+    return found
+
+
+def is_shown(lines: list[str], said: list[str]) -> bool:
+    """Returns whether an output has these lines, in their order, and nothing between them but where dots stand."""
+    place, dots = 0, False
+    for line in lines:
+        if line == "...":
+            dots = True
+            continue
+        while dots and place < len(said) and said[place] != line:
+            place += 1
+        if place == len(said) or said[place] != line:
+            return False
+        place, dots = place + 1, False
+    return dots or place == len(said)
+
+
 def plain(command: str) -> tuple[dict[str, str], list[str]]:
     """Returns a command's environment and words, with programs by their bare names."""
     words, environment = shlex.split(command), {}
@@ -140,3 +165,25 @@ def test_command(command: str, workspace: Path, repository: Path) -> None:
         assert "marked for report but does not exist" in said, said
     else:
         assert done.returncode == 0, said
+
+
+def test_an_output_is_shown_with_dots_for_what_is_left_out() -> None:
+    said = ["one", "two", "three", "four"]
+    assert is_shown(["one", "...", "three", "..."], said)
+    assert is_shown(["...", "four"], said)
+    assert not is_shown(["one", "three", "four"], said)
+    assert not is_shown(["one", "...", "two", "three"], said)
+    assert not is_shown(["...", "five"], said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", printed())
+def test_a_command_prints_what_the_document_says(command: str, workspace: Path) -> None:
+    (workspace / "lengths.txt").write_text("\n".join(str(40 + 7 * number) for number in range(100)))
+    page = (REPOSITORY / "docs/memory.md").read_text()
+    files = re.findall(r"as `(\S+?)`[^\n]*\n\n```yaml\n(.*?)```", page, re.DOTALL)
+    for name, content in files:
+        (workspace / name).write_text(content)
+    done = run(shlex.split(command), workspace, {})
+    said = [line.rstrip() for line in done.stdout.splitlines()]
+    assert is_shown(printed()[command], said), done.stdout + done.stderr

@@ -187,7 +187,48 @@ def test_flash_attention_packs_without_a_mask_and_sdpa_with_one(tmp_path: Path) 
 def test_a_saving_that_is_not_modelled_is_said(tmp_path: Path) -> None:
     assert "loss._component_" in read(tmp_path, FILES["torchtune"]).not_modelled[0]
     assert not read(tmp_path, FILES["TRL"] | {"use_liger_kernel": False}).not_modelled
-    assert "use_liger_kernel" in read(tmp_path, FILES["TRL"] | {"use_liger_kernel": True}).not_modelled[0]
+    assert (
+        "use_liger_kernel: Liger's norms" in read(tmp_path, FILES["TRL"] | {"use_liger_kernel": True}).not_modelled[0]
+    )
+
+
+FUSED = {
+    "TRL": ("use_liger_kernel", "liger"),
+    "LLaMA-Factory": ("enable_liger_kernel", "liger"),
+    "axolotl": ("cut_cross_entropy", "cut-cross-entropy"),
+}
+
+
+@pytest.mark.parametrize("trainer", FUSED)
+def test_a_fused_loss_is_asked_about(trainer: str, tmp_path: Path) -> None:
+    key, loss = FUSED[trainer]
+    assert question(tmp_path, FILES[trainer] | {key: True}).loss == loss
+    assert question(tmp_path, FILES[trainer] | {key: True}, loss="plain").loss == "plain"
+    assert question(tmp_path, FILES[trainer] | {key: False}).loss == "plain"
+
+
+def test_a_fused_loss_that_a_family_cannot_have_is_said(tmp_path: Path) -> None:
+    reading = read(tmp_path, FILES["TRL"] | {"use_liger_kernel": True, "model_name_or_path": "google/gemma-2-2b"})
+    assert question_of(reading, gpus=None).loss == "plain"
+    assert "not modelled for gemma2" in reading.not_modelled[-1]
+
+
+SAVED = {
+    "axolotl": "lora_modules_to_save",
+    "LLaMA-Factory": "additional_target",
+    "alignment-handbook": "lora_modules_to_save",
+    "PEFT": "modules_to_save",
+}
+
+
+@pytest.mark.parametrize("trainer", SAVED)
+def test_modules_beside_the_adapter(trainer: str, tmp_path: Path) -> None:
+    asked = question(
+        tmp_path, FILES[trainer] | {SAVED[trainer]: ["lm_head", "embed_tokens"]}, **NEEDED.get(trainer, {})
+    )
+    width = "fp32" if trainer == "LLaMA-Factory" else "base"
+    assert asked.saved == {"embed_tokens": width, "lm_head": width}
+    assert not question(tmp_path, FILES[trainer] | {SAVED[trainer]: []}, **NEEDED.get(trainer, {})).saved
 
 
 def test_full_fine_tuning_of_llama_factory_has_fp32_weights_unless_pure(tmp_path: Path) -> None:
@@ -236,8 +277,12 @@ def test_cards_come_from_a_companion_or_are_asked_for(tmp_path: Path) -> None:
     (tmp_path / "fsdp.yaml").write_text(yaml.safe_dump(accelerate))
     reading = read(tmp_path, FILES["TRL"] | {"accelerate_config": "fsdp.yaml"})
     assert question_of(reading, gpus=None).gpus == 8
-    assert "offloaded" in reading.not_modelled[0]
+    assert question_of(reading, gpus=None).beside.offload == "parameters"
+    zero["zero_optimization"] |= {"offload_optimizer": {"device": "cpu"}}
+    assert question(tmp_path, FILES["LLaMA-Factory"] | {"deepspeed": zero}, gpus=2).beside.offload == "optimizer"
     fsdp = FILES["axolotl"] | {"fsdp": ["full_shard", "auto_wrap"]}
+    assert question(tmp_path, fsdp | {"fsdp_version": 2}, gpus=2).beside.sharding == "fsdp2"
+    assert question(tmp_path, fsdp, gpus=2).beside.sharding == "zero3"
     assert "fsdp: shards over cards" in complaint(tmp_path, fsdp)
     tune = FILES["torchtune"] | {"custom_sharded_layers": ["output"]}
     assert "--gpus" in complaint(tmp_path, tune)
@@ -259,7 +304,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "GaLore": (FILES["LLaMA-Factory"] | {"use_galore": "true"}, "use_galore: GaLore"),
     "GaLore as an optimizer": (FILES["axolotl"] | {"optimizer": "galore_adamw"}, "optimizer: an optimizer"),
     "experts": (FILES["axolotl"] | {"base_model": "mistralai/Mixtral-8x7B-v0.1"}, "base_model: a mixture"),
-    "modules beside": (FILES["axolotl"] | {"lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save"),
+    "other modules beside": (FILES["axolotl"] | {"lora_modules_to_save": ["norm"]}, "lora_modules_to_save"),
     "preferences": (FILES["LLaMA-Factory"] | {"stage": "dpo"}, "stage: not modelled"),
     "QDoRA": (FILES["alignment-handbook"] | {"use_dora": True}, "use_dora: DoRA on a 4-bit base"),
     "no length": (FILES["torchtune"] | {"tokenizer": {"max_seq_len": None}}, "give --seq-len"),

@@ -56,14 +56,16 @@ SAID_DEFAULTS = DEFAULTS | {
     "eval_batch_size": "that of --batch-size",
     "loss_path": "hf, as in a plain script; in runs of this project response_only",
     "keep_logits": "on with loss_path hf",
+    "modules_to_save": "none",
     "options": "PEFT's; as JSON",
 }
 """What the help says where the default is not the field's own."""
-NOT_OF_FIT = ("optimizer_implementation", "eval_batch_size")
-"""Options that the command ``fit`` does not have."""
+NOT_OF_FIT = ("optimizer_implementation", "eval_batch_size", "eval_gathers_logits", "eval_accumulation_steps")
+"""Options that the command ``fit`` does not have: it asks about training alone."""
 READERS: dict[str, Callable[[str | None], Any]] = {
     "targets": preset_or_modules,
     "feedforward": preset_or_modules,
+    "modules_to_save": preset_or_modules,
     "options": lambda text: text and parse_json(text, "options"),
 }
 """What reads the text of an option that is no plain value."""
@@ -278,7 +280,7 @@ def models(as_json: AsJson = False) -> None:
 
 
 @app.command(cls=RunCommand)
-@run_options(*METHOD_OPTIONS, *(name for name in SPEC_OPTIONS if name not in NOT_OF_FIT), *BESIDE_OPTIONS)
+@run_options(*METHOD_OPTIONS, *(name for name in (*SPEC_OPTIONS, *BESIDE_OPTIONS) if name not in NOT_OF_FIT))
 @needs("simulate")
 def fit(
     model: Annotated[str | None, typer.Argument(help="A preset, a config.json, or a hub id.")] = None,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from math import inf
+from typing import Any
 
 from peftscope.memory.trace import ROUNDING_BYTES, Trace
 
@@ -48,11 +49,17 @@ class Piece:
 
     __slots__ = ("after", "before", "free", "offset", "pool", "size")
 
-    def __init__(self, offset: int, size: int, pool: list[tuple[int, int, Piece]]) -> None:
+    def __init__(
+        self,
+        offset: int,
+        size: int,
+        pool: list[tuple[int, int, Piece]],
+        free: bool = False,
+        before: Piece | None = None,
+        after: Piece | None = None,
+    ) -> None:
         self.offset, self.size, self.pool = offset, size, pool
-        self.free = False
-        self.before: Piece | None = None
-        self.after: Piece | None = None
+        self.free, self.before, self.after = free, before, after
 
 
 class CachingAllocator:
@@ -81,10 +88,10 @@ class CachingAllocator:
         rest = piece.size - size
         if rest >= ROUNDING_BYTES if small else rest > SMALL_REQUEST:
             offset = piece.offset + size
-            left = Piece(offset, rest, pool)
-            left.free, left.before, left.after = True, piece, piece.after
-            if piece.after is not None:
-                piece.after.before = left
+            after = piece.after
+            left = Piece(offset, rest, pool, True, piece, after)
+            if after is not None:
+                after.before = left
             piece.size, piece.after = size, left
             insort(pool, (rest, offset, left))
         return piece
@@ -128,7 +135,7 @@ def reserved_bytes(trace: Trace, enough: float = inf) -> int:
     """
     allocator = CachingAllocator()
     allocate, free, sizes = allocator.allocate, allocator.free, trace.sizes(paged=False)
-    pieces: dict[int, Piece] = {}
+    pieces: list[Any] = [None] * len(sizes)
     last = trace.marks[-1][0] if trace.marks else len(trace.events)
     for event in trace.events[:last]:  # later events only free blocks
         if event >= 0:
@@ -137,5 +144,5 @@ def reserved_bytes(trace: Trace, enough: float = inf) -> int:
                 if allocator.reserved_bytes > enough:
                     break
         elif sizes[~event]:
-            free(pieces.pop(~event))
+            free(pieces[~event])
     return allocator.reserved_bytes

@@ -14,7 +14,6 @@ from peftscope.errors import InputError, Problem
 from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES
 from peftscope.memory.allocator import reserved_bytes
 from peftscope.memory.formula import (
-    OPTIMIZER_COPY,
     SOURCES,
     TrainingTraces,
     evaluation_sizes,
@@ -25,14 +24,12 @@ from peftscope.memory.formula import (
 )
 from peftscope.memory.formula.linear import WIDTHS
 from peftscope.memory.question import Question
+from peftscope.memory.shares import RESIDENT, after_training, on_card, share_of
 from peftscope.memory.tape import factors
 from peftscope.memory.trace import KINDS, Block, Peak, Trace, by_kind
 
 AGREEMENT_FILE = Path(__file__).with_name("agreement.json")
 """The differences between closed form and simulation. ``make agreement`` writes this file."""
-
-RESIDENT = ("weights", "quantised weights", "adapters", "gradients", "optimizer states")
-"""Kinds of blocks that persist from step to step. FSDP and ZeRO-3 shard them over the cards."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +140,15 @@ def peaks_by_formula(
     cublas = question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES
     trace = traces.trace if traces else trace_training
     about = spec, model.shape, question.responses, cublas
-    training = trace(*about, padded=question.padded, loss=question.loss) if spec.method.trains else None
+    training = None
+    if spec.method.trains:
+        training = trace(*about, padded=question.padded, loss=question.loss, saved=question.saved)
     evaluates = evaluation or training is None
-    evaluated = trace_evaluation(*about, padded=question.padded) if evaluates else None
+    evaluated = None
+    if evaluates:
+        batch: dict[str, Any] = {"padded": question.padded, "saved": question.saved}
+        batch["gathered_rows"] = question.gathered_rows
+        evaluated = trace_evaluation(*about, **batch)
     measure = traces.measure if traces else _measure
     return peaks_of(question, training, evaluated, measure, enough, only_whether=only_whether)
 
@@ -185,27 +188,33 @@ def peaks_of(
     """
     traces = [trace for trace in (training, evaluation) if trace is not None]
     loading = _while_loading(question, traces[0])
+    later = after_training(question, traces[0])
+    fixed = {"load": loading, **later}
     phases = {"load": sum(block.size for block in loading)}
     places: dict[str, tuple[Trace, int]] = {}
     for trace in traces:
-        for phase, peak in measure(_unpaged_peaks, trace).items():
-            phases[phase], places[phase] = peak.size, (trace, peak.position)
+        peaks = measure(_unpaged_peaks, trace)
+        phases |= {phase: peak.size for phase, peak in peaks.items()}
+        if {"offload", "sharding"} & {*question.formula_only}:
+            peaks = _unpaged_peaks(on_card(question, trace))
+        places |= {phase: (trace, peak.position) for phase, peak in peaks.items()}
+    phases |= {phase: sum(block.size for block in blocks) for phase, blocks in later.items()}
 
     def alive(phase: str) -> list[Block]:
         trace, position = places.get(phase, (traces[0], 0))
-        blocks = loading if phase == "load" else [block for block in trace.alive(position) if not block.paged]
-        return blocks if question.gpus == 1 else _share(phase, blocks, question.gpus)
+        blocks = fixed.get(phase) or [block for block in trace.alive(position) if not block.paged]
+        return share_of(question, phase, blocks) if question.shared else blocks
 
     paged = training.paged_bytes() if training and question.spec.optimizer.startswith("paged") else 0
     whole = max(phases.values())
-    reserved, limits = whole, [enough] if only_whether and question.gpus == 1 else []
-    if whole <= enough or question.gpus > 1:
+    reserved, limits = whole, [enough] if only_whether and not question.shared else []
+    if whole <= enough or question.shared:
         reserved = max(measure(reserved_bytes, trace, *limits) for trace in traces)
-    if question.gpus > 1:
+    if question.shared:
         phases = {phase: sum(block.size for block in alive(phase)) for phase in phases}
         # The bytes that the allocator holds on top of tensors shrink in proportion.
         reserved = round(reserved / whole * max(phases.values()))
-        paged //= question.gpus
+        paged = 0 if question.beside.offload != "none" else paged // question.gpus
     binding = max(phases, key=lambda phase: phases[phase])
     reserved = max(reserved, phases[binding])
     context = question.gpu.context_bytes if question.gpu and question.gpu.context_bytes else CONTEXT_BYTES
@@ -224,7 +233,7 @@ def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulat
         method=method.name,
         how=how,
         parameters=shape.parameters if shape else None,
-        trainable_parameters=method.trainable_parameters(shape) if shape else None,
+        trainable_parameters=_trainable(question),
         peak_allocated_bytes=peaks.allocated_bytes,
         peak_reserved_bytes=peaks.reserved_bytes,
         peak_device_bytes=peaks.device_bytes,
@@ -239,13 +248,25 @@ def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulat
     )
 
 
+def _trainable(question: Question) -> int | None:
+    """Returns the number of trained values; None if the shape of the model is not known."""
+    shape = question.model.shape
+    if shape is None:
+        return None
+    copies = len(question.saved) * shape.vocab_size * shape.hidden_size
+    return question.spec.method.trainable_parameters(shape) + copies
+
+
 def dimensions_of(question: Question, phase: str) -> dict[str, float]:
     """Returns the value of every letter in the formulas of a phase."""
     shape = question.model.shape
     if shape is None:
         return {}
-    sizes = evaluation_sizes if phase == "evaluate" else sizes_of
-    return {**sizes(question.spec, shape, question.responses), "1/G": 1 / question.gpus}
+    if phase == "evaluate":
+        sizes = evaluation_sizes(question.spec, shape, question.responses, question.gathered_rows)
+    else:
+        sizes = sizes_of(question.spec, shape, question.responses)
+    return {**sizes, "1/G": 1 / question.gpus}
 
 
 def _while_loading(question: Question, trace: Trace) -> list[Block]:
@@ -260,26 +281,6 @@ def _while_loading(question: Question, trace: Trace) -> list[Block]:
     layers = shape.linear_layers(method.targets_of()) or shape.block
     more = method.loading_temporary(max(layers, key=lambda layer: layer.weights))
     return [*stays, Block(more[0], "temporaries", term=more[1])] if more else stays
-
-
-def _share(phase: str, blocks: list[Block], gpus: int) -> list[Block]:
-    """Returns the blocks on one card: its shares of sharded kinds, and two gathered layers while the model runs."""
-    share: list[Block] = []
-    gathered: dict[str, int] = defaultdict(int)
-    for block in blocks:
-        if block.kind not in RESIDENT and block.term != OPTIMIZER_COPY:
-            share.append(block)
-            continue
-        formula = f"{block.formula}·1/G" if block.formula else ""
-        share.append(Block(-(-block.size // gpus), block.kind, block.module, block.term, formula))
-        if block.kind in ("weights", "quantised weights", "adapters"):
-            owner = ".".join(block.module.split(".")[:2]) if block.module.startswith("layers.") else block.module
-            gathered[owner] += block.size
-    if phase not in ("load", "optimizer"):
-        share.append(
-            Block(2 * max(gathered.values(), default=0), "temporaries", term="weights gathered from other cards")
-        )
-    return share
 
 
 def _tree(blocks: list[Block]) -> dict[str, Any]:
@@ -330,7 +331,7 @@ def name_of(block: Block) -> str:
 
 def _agreement(question: Question, peaks: Peaks) -> str:
     """Returns how far the closed form was from simulations of this method; empty if nobody compared them."""
-    if question.gpus > 1 or peaks.binding_phase == "load":
+    if question.gpus > 1 or question.formula_only or peaks.binding_phase == "load":
         return ""
     try:
         measured = json.loads(AGREEMENT_FILE.read_text())["methods"].get(question.spec.method.name)

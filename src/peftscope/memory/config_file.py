@@ -15,7 +15,7 @@ from typing import Any
 from peftscope.errors import InputError, Problem, shown
 from peftscope.files.content import parse_json, read_text, read_yaml
 from peftscope.hardware.cards import Gpu
-from peftscope.memory.question import METHOD_OPTIONS, Model, Question, ask, describe_model
+from peftscope.memory.question import METHOD_OPTIONS, SCALED_LOGITS, Model, Question, ask, describe_model
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
 
@@ -251,6 +251,8 @@ def _check_method(reading: Reading) -> None:
     if method in METHODS:
         fields = METHODS[method].model_fields
         reading.options = {k: v for k, v in reading.options.items() if k not in METHOD_OPTIONS or k in fields}
+        if "targets" not in fields:
+            reading.options.pop("modules_to_save", None)
         reading.options["method"] = method
 
 
@@ -277,6 +279,10 @@ def question_of(
     if any(model.config.get(key) for key in EXPERTS):
         _refuse_experts(reading)
     _default_targets(reading, model)
+    family = model.config["model_type"]
+    if family in SCALED_LOGITS and reading.given.get("loss") is None and reading.options.pop("loss", None):
+        why = f"its fused loss is not modelled for {family}, which changes its logits; the answer is an upper bound"
+        reading.not_modelled.append(f"{reading.keys['loss']}: {why}")
     if reading.problems:
         raise InputError(reading.problems)
     if cards is None:

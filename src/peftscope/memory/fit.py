@@ -16,9 +16,10 @@ from pydantic import ValidationError
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.hardware.cards import Gpu
 from peftscope.memory.allocator import segment_share
-from peftscope.memory.answer import RESIDENT, Peaks, peaks_by_formula
+from peftscope.memory.answer import Peaks, peaks_by_formula
 from peftscope.memory.formula import TrainingTraces, sizes_of, without_collector
 from peftscope.memory.question import METHOD_OPTIONS, Model, Question, ask, narrowest_target, usual_responses
+from peftscope.memory.shares import RESIDENT
 from peftscope.memory.tape import bytes_of, factors
 from peftscope.memory.trace import by_kind
 from peftscope.methods import METHODS
@@ -148,18 +149,18 @@ def fit_methods(
     problems: list[Problem] = []
     some = False
     traces = TrainingTraces()
-    for model in models:
-        earlier: dict[str, list[int]] = defaultdict(list)
-        for method in methods:
-            try:
-                with without_collector():
+    with without_collector():  # all the time: whenever it starts again, it looks at every block
+        for model in models:
+            earlier: dict[str, list[int]] = defaultdict(list)
+            for method in methods:
+                try:
                     fit = Search(model, method, options, gpu, gpus, traces, earlier).fit()
-                some = True
-            except InputError as error:
-                problems += error.problems
-                reason = "; ".join(f"{problem.where}: {problem.message}" for problem in error.problems)
-                fit = Fit(model.name, method, gpu.usable_bytes, fits=False, advice=f"cannot run as asked: {reason}")
-            yield fit
+                    some = True
+                except InputError as error:
+                    problems += error.problems
+                    reason = "; ".join(f"{problem.where}: {problem.message}" for problem in error.problems)
+                    fit = Fit(model.name, method, gpu.usable_bytes, fits=False, advice=f"cannot run as asked: {reason}")
+                yield fit
     if not some:
         raise InputError(problems)
 

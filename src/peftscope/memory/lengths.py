@@ -208,7 +208,9 @@ class _Asker:
             sizes = {"batch_size": rows, "eval_batch_size": rows, "seq_len": width, "packing": packed}
             spec = question.spec.model_copy(update=sizes)
             responses = max(1, round(question.responses * width / question.spec.seq_len))
-            asked = replace(question, spec=spec, responses=responses, padding="none" if rows == 1 else question.padding)
+            unpadded = {"padding": "none"} if rows == 1 else {}
+            beside = question.beside.model_copy(update=unpadded)
+            asked = replace(question, spec=spec, responses=responses, beside=beside)
             with without_collector():
                 self._known[key] = peaks_by_formula(asked, evaluation=False, traces=self._traces)
         return self._known[key]
@@ -383,7 +385,7 @@ def _assumptions(question: Question, seed: int) -> list[str]:
         f"epochs with seed={seed} are in the order of this project's runs; other loaders draw other orders, with the "
         "same chances",
         "shares are of full batches; a smaller last batch counts in the chance",
-        f"a batch of one row has no padding, and so no mask; larger ones: padding={question.padding}",
+        f"a batch of one row has no padding, and so no mask; larger ones: padding={question.beside.padding}",
         "grouped by length: as transformers' Trainer does it, with the longest item in the first batch",
         "packed: a row is filled in shuffled order until the next item does not fit",
         "the peaks of a batch are those of two steps of it; a run whose widths vary may reserve more",

@@ -168,8 +168,12 @@ def diagnose(question: Question, refusal: Refusal) -> Diagnosis:
         raise InputError(Problem("gpus", f"allocations are known on one card only (got {question.gpus})"))
     cublas = question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES
     about = spec, model.shape, question.responses, cublas
-    training = trace_training(*about, padded=question.padded, loss=question.loss) if spec.method.trains else None
-    evaluation = trace_evaluation(*about, padded=question.padded)
+    training = None
+    if spec.method.trains:
+        training = trace_training(*about, padded=question.padded, loss=question.loss, saved=question.saved)
+    batch: dict[str, Any] = {"padded": question.padded, "saved": question.saved}
+    batch["gathered_rows"] = question.gathered_rows
+    evaluation = trace_evaluation(*about, **batch)
     peaks = peaks_of(question, training, evaluation)
     every = [
         *_loaded(question, peaks),
@@ -309,7 +313,7 @@ def _fit(question: Question, capacity: int) -> Fit:
     """Returns what fits on the card of the text."""
     spec = question.spec
     options = {name: getattr(spec, name) for name in SPEC_OPTIONS}
-    options |= {"padding": question.padding, "loss": question.loss}
+    options |= question.beside.model_dump(exclude={"as_trainer"})
     options |= {name: getattr(spec.method, name) for name in METHOD_OPTIONS if hasattr(spec.method, name)}
     card = replace(question.gpu, memory_bytes=capacity) if question.gpu else Gpu("the card", capacity)
     return Search(question.model, spec.method.name, options, card).fit()

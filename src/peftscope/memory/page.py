@@ -38,8 +38,12 @@ from peftscope.spec import RunSpec
 PASTED = Path("config.json")
 """Where a config.json that was pasted into the page lies, and what its model is called."""
 
-TARGETS = ("targets", "feedforward")
-"""Options that take a preset's name, or modules."""
+LISTS = {
+    "targets": list(TARGET_PRESETS),
+    "feedforward": list(TARGET_PRESETS),
+    "modules_to_save": ["embed_tokens", "lm_head", "embed_tokens,lm_head"],
+}
+"""Options that take a list of modules, and what the form proposes for each."""
 
 
 def form() -> dict[str, Any]:
@@ -79,9 +83,10 @@ def _field(name: str, owners: dict[str, list[type[BaseModel]]]) -> dict[str, Any
         kind = "switch"
     elif annotation in (int, float):
         kind = "whole" if annotation is int else "number"
-    elif name in TARGETS:
-        choices = list(TARGET_PRESETS)
+    elif name in LISTS:
+        choices = LISTS[name]
     defaults = {owner: DEFAULTS.get(name, field.default) for owner, field in found.items()}
+    defaults = {owner: None if default == () else default for owner, default in defaults.items()}
     if name == "eval_batch_size":  # follows the batch size
         defaults = dict.fromkeys(defaults)
     return {"name": name, "kind": kind, "choices": choices, "help": first.description or "", "defaults": defaults}
@@ -109,7 +114,7 @@ def _read(settings: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns what settings say as options of ``ask``, and the rest: ``model``, ``config``, ``gpu``, ``gpus``, ..."""
     options = json.loads(settings)
     rest = {name: options.pop(name, None) for name in ("model", "config", "gpu", "gpus", "response_len")}
-    for name in TARGETS:
+    for name in LISTS:
         if name in options:
             options[name] = preset_or_modules(options[name])
     if rest["config"] is not None:

@@ -20,7 +20,7 @@ from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES, CUBLAS_HOPPER_BYTES, Gpu, known_card
 from peftscope.layout import PREDICTIONS_FOLDER
 from peftscope.memory.allocator import reserved_bytes
-from peftscope.memory.question import library_versions
+from peftscope.memory.assumptions import library_versions
 from peftscope.memory.simulate import simulate
 from peftscope.models.catalog import model_folder
 from peftscope.record import PredictedMemory

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError
 
-from peftscope.errors import MIB, InputError, Problem, close_match, shown
+from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import parse_json, read_text
 from peftscope.files.hub import mirrored
-from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES, Gpu
-from peftscope.memory.regimes import REGIMES, Trainer, settings_of
+from peftscope.hardware.cards import Gpu
+from peftscope.memory.assumptions import assumptions_of
+from peftscope.memory.beside import BESIDE_OPTIONS, Beside, check_beside
+from peftscope.memory.regimes import REGIMES, settings_of
+from peftscope.memory.shares import check_after_training
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
 from peftscope.models.presets import PRESETS
@@ -58,28 +58,6 @@ SPEC_OPTIONS = (
 """The options that are fields of the spec."""
 
 
-class Beside(BaseModel):
-    """What a question says beside the fields of a run and its method."""
-
-    as_trainer: Annotated[
-        Trainer | None,
-        Field(description="the precision, preparation and output that a trainer has by default, where not given"),
-    ] = None
-    padding: Annotated[
-        Literal["none", "some"],
-        Field(description="padding in the longest batch; without any, transformers drops the mask"),
-    ] = "some"
-    loss: Annotated[
-        Literal["plain", "liger", "cut-cross-entropy"],
-        Field(
-            description="implementation of the loss: transformers', or one that never holds the logits of all tokens"
-        ),
-    ] = "plain"
-
-
-BESIDE_OPTIONS = tuple(Beside.model_fields)
-"""The options that are neither fields of the spec nor of a method."""
-
 DEFAULTS: dict[str, Any] = {"batch_size": 1, "seq_len": 512, "precision": "bf16", "loss_path": "hf"}
 """What a plain PyTorch and PEFT script does. All other options have the default of their field."""
 
@@ -118,8 +96,7 @@ class Question:
         gpu: The card, or None if none was named.
         gpus: The number of cards over which weights, gradients and states are sharded.
         assumptions: The assumptions behind the answer, one sentence each.
-        padding: Whether the longest batch has padding: none or some.
-        loss: The implementation of the loss.
+        beside: What the question says beside the fields of the run.
     """
 
     model: Model
@@ -128,13 +105,46 @@ class Question:
     gpu: Gpu | None
     gpus: int
     assumptions: tuple[str, ...]
-    padding: Literal["none", "some"] = "some"
-    loss: str = "plain"
+    beside: Beside = field(default_factory=Beside)
 
     @property
     def padded(self) -> bool:
         """Whether the longest batch has padding."""
-        return self.padding == "some"
+        return self.beside.padding == "some"
+
+    @property
+    def loss(self) -> str:
+        """The implementation of the loss."""
+        return self.beside.loss
+
+    @property
+    def saved(self) -> dict[str, str]:
+        """The modules of which a copy is trained in full, and the precision of the copy: base or fp32."""
+        return dict.fromkeys(self.beside.modules_to_save, self.beside.modules_to_save_dtype)
+
+    @property
+    def shared(self) -> bool:
+        """Whether one card holds only a part of what one card alone would hold."""
+        return self.gpus > 1 or self.beside.offload != "none"
+
+    @property
+    def formula_only(self) -> list[str]:
+        """The options whose values the closed form alone knows."""
+        beside = self.beside
+        asked = {
+            "loss": beside.loss == "cut-cross-entropy",
+            "eval_gathers_logits": beside.eval_gathers_logits is not None,
+            "sharding": self.gpus > 1 and beside.sharding == "fsdp2",
+            "offload": beside.offload != "none",
+            "after_training": beside.after_training != "nothing",
+        }
+        return [option for option, is_asked in asked.items() if is_asked]
+
+    @property
+    def gathered_rows(self) -> int:
+        """The rows of the evaluation whose logits are on the card at once; 0 if it gathers none."""
+        items, batches = self.beside.eval_gathers_logits or 0, self.beside.eval_accumulation_steps
+        return items if batches is None else min(items, batches * self.spec.eval_batch_size * self.gpus)
 
     @property
     def has_closed_form(self) -> bool:
@@ -252,8 +262,13 @@ def ask(
         beside = Beside.model_validate({name: given.pop(name) for name in BESIDE_OPTIONS if name in given})
     except ValidationError as error:
         raise InputError(_problems(error)) from None
-    regime = settings_of(beside.as_trainer, name, given) if beside.as_trainer else {}
-    given = {option: value for option, (value, _) in regime.items()} | given
+    known = given | {option: getattr(beside, option) for option in beside.model_fields_set}
+    regime = settings_of(beside.as_trainer, name, known) if beside.as_trainer else {}
+    set_by_trainer = {option: value for option, (value, _) in regime.items()}
+    beside = beside.model_copy(
+        update={option: set_by_trainer.pop(option) for option in BESIDE_OPTIONS if option in set_by_trainer}
+    )
+    given = set_by_trainer | given
     method: dict[str, Any] = {"name": name}
     for option in METHOD_OPTIONS:
         if option in given:
@@ -277,12 +292,14 @@ def ask(
     if gpus < 1:
         raise InputError(Problem("gpus", f"must be at least 1 (got {gpus})"))
     _check_loss(model, beside.loss)
-    question = Question(model, spec, kept, gpu, gpus, (), beside.padding, beside.loss)
+    check_beside(spec, beside)
+    question = Question(model, spec, kept, gpu, gpus, (), beside)
     said = [f"as {beside.as_trainer}: {option}={value} ({source})" for option, (value, source) in regime.items()]
     if beside.as_trainer:
         version, more = REGIMES[beside.as_trainer].version, REGIMES[beside.as_trainer].beside
         said.insert(0, f"as {beside.as_trainer}, read from {version}{f'; {more}' if more else ''}")
-    return replace(question, assumptions=(*_assumptions(question), *said))
+    check_after_training(question)
+    return replace(question, assumptions=(*assumptions_of(question), *said))
 
 
 def preset_or_modules(text: str | None) -> str | list[str] | None:
@@ -356,75 +373,3 @@ def narrowest_target(model: Model, spec: RunSpec) -> int | None:
     targets = spec.method.targets_of()
     layers = model.shape.linear_layers(targets) if model.shape else ()
     return min((min(layer.inputs, layer.outputs) for layer in layers), default=None)
-
-
-@cache
-def library_versions() -> str:
-    """Returns the installed versions of the libraries whose code decides what a step keeps."""
-    versions = []
-    for name in ("torch", "transformers", "peft", "bitsandbytes"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions.append(f"{name} {version(name)}")
-    return ", ".join(versions)
-
-
-def _given(fields: dict[str, Any]) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in fields.items() if name != "name" and value is not None]
-
-
-def _assumptions(question: Question) -> list[str]:
-    """Returns the assumptions behind the answer, given or by default, one sentence each."""
-    model, spec, responses, gpu, gpus = (
-        question.model,
-        question.spec,
-        question.responses,
-        question.gpu,
-        question.gpus,
-    )
-    kept = "kept until the next step as in a plain script" if spec.keeps_logits else "freed before the backward pass"
-    packed = "a block-diagonal mask"
-    if spec.attention == "flash_attention_2":
-        packed = "rows end to end, without a mask; SDPA without a mask stands in for the kernel, which keeps as much"
-    padding = "padded batches" if question.padded else "no padding in the longest batch"
-    if spec.loss_path == "hf" and spec.attention == "sdpa":
-        padding += ", with a mask for SDPA" if question.padded else ", and so no mask"
-    cublas = (gpu.cublas_bytes if gpu else CUBLAS_BYTES) / MIB
-    lines = [
-        f"method {spec.method.name}: " + ", ".join(f"{k}={v}" for k, v in _given(spec.method.model_dump(mode="json"))),
-        f"batch_size={spec.batch_size}, seq_len={spec.seq_len} for every sequence (the longest batch decides), "
-        f"gradient_accumulation={spec.gradient_accumulation}",
-        f"precision={spec.precision}{', autocast' if spec.autocast else ''}, optimizer={spec.optimizer}"
-        + (f" ({spec.optimizer_implementation})" if spec.optimizer in ("adamw", "sgd") else ""),
-        f"loss_path=hf: logits of every position, {kept}; runs of this project compute only those of responses"
-        if spec.loss_path == "hf"
-        else f"loss_path=response_only: logits of {responses} positions per sequence",
-        f"packing=True: {packed}" if spec.packing else f"packing=False: {padding}",
-        f"attention={spec.attention}, checkpointing={spec.checkpointing}",
-        f"evaluation with batch_size={spec.eval_batch_size}, without optimizer states",
-        "reserved: two steps of that batch in a model of torch's caching allocator, without expandable segments",
-        f"cuBLAS workspace of {cublas:.1f} MiB{', one for each pass' if spec.method.trains else ''}",
-        "allocated: the sizes of tensors in multiples of 512 bytes; torch may count up to 1 MiB more per block",
-    ]
-    lines += [f"the code of {versions}"] if (versions := library_versions()) else []
-    if gpu is None or gpu.context_bytes is None:
-        lines.append(f"CUDA context of {CONTEXT_BYTES / MIB:.0f} MiB, measured on an A100; other cards differ")
-    else:
-        lines.append(f"CUDA context of {gpu.context_bytes / MIB:.0f} MiB, measured on this type of card")
-    if question.loss == "liger":
-        lines.append(
-            "loss=liger (stand-in): allocates what liger-kernel 0.8.5 allocates, ops/fused_linear_cross_entropy.py"
-        )
-    if question.loss == "cut-cross-entropy":
-        lines.append("loss=cut-cross-entropy (formula only): cut-cross-entropy 25.1.1, cce.py and cce_backward.py")
-    if spec.method.quantization():
-        lines.append("4-bit products dequantise one layer at a time in both passes, as on CUDA with large batches")
-    if spec.optimizer.startswith("paged"):
-        lines.append("all paged optimizer states are on the card: device includes them, allocated does not")
-    if spec.method.closed_form is None:
-        lines.append(f"{spec.method.name} has no closed form: its peaks are simulated")
-    elif model.shape is None:
-        lines.append(f"{model.name} has no closed form, because {model.why_no_shape}: its peaks are simulated")
-    lines += spec.method.memory_assumptions
-    if gpus > 1:
-        lines.append(f"weights, gradients and states sharded over {gpus} cards (FSDP, ZeRO-3), batch_size rows on each")
-    return lines

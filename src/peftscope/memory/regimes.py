@@ -66,6 +66,7 @@ REGIMES: dict[Trainer, Regime] = {
             "autocast": (True, "hparams/parser.py:438 recommends bf16: true, as in all its examples"),
             "kbit_preparation": ("none", "hparams/model_args.py:153: upcast_layernorm is off"),
             "adapter_dtype": ("fp32", "model/adapter.py:325: trained weights are cast to fp32"),
+            "modules_to_save_dtype": ("fp32", "model/adapter.py:325: trained weights are cast to fp32"),
             "checkpointing": (True, "hparams/model_args.py:145: on unless disable_gradient_checkpointing"),
             **_HUGGING_FACE,
         },
@@ -99,6 +100,8 @@ def settings_of(trainer: Trainer, method: str, given: Mapping[str, Any]) -> dict
     foreign = {"adapter_dtype", "kbit_preparation"} - METHODS[method].model_fields.keys()
     foreign |= set() if METHODS[method].supports_checkpointing else {"checkpointing"}
     foreign |= set() if given.get("precision", "bf16") == "bf16" else {"autocast"}
+    copies = given.get("modules_to_save") and given.get("autocast") is not False
+    foreign |= set() if copies else {"modules_to_save_dtype"}
     foreign |= set() if given.get("optimizer", "adamw") in ("adamw", "sgd") else {"optimizer_implementation"}
     settings = REGIMES[trainer].settings
     return {name: said for name, said in settings.items() if name not in foreign and name not in given}

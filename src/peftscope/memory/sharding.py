@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 NAMED_STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "single_gpu": 0, "multi_gpu": 0, "fsdp1": 3, "fsdp2": 3}
 """The names that TRL gives to accelerate's files, and the stage of ZeRO that each stands for."""
+OFFLOADS = {"optimizer": "optimizer", "param": "parameters"}
+"""What DeepSpeed's keys call the parts that it offloads, and the option for each, the larger last."""
 FULL_STAGE = 3
 """The stage of ZeRO that shards weights, gradients and states, as FSDP's full shard does."""
 
@@ -44,8 +46,11 @@ def _read_accelerate(reading: Reading, content: Any) -> None:
     kind = str(content.get("distributed_type", "NO")).upper()
     if kind == "FSDP":
         _note_stage(reading, key, FULL_STAGE)
-        if (content.get("fsdp_config") or {}).get("fsdp_offload_params"):
-            _note_offload(reading, key)
+        inner = content.get("fsdp_config") or {}
+        if str(inner.get("fsdp_version", 1)) == "2":
+            reading.options["sharding"], reading.keys["sharding"] = "fsdp2", key
+        if inner.get("fsdp_offload_params"):
+            _set_offload(reading, key, "parameters")
     elif kind == "DEEPSPEED":
         inner = content.get("deepspeed_config") or {}
         if "deepspeed_config_file" in inner:
@@ -54,8 +59,9 @@ def _read_accelerate(reading: Reading, content: Any) -> None:
             _read_deepspeed(reading, key, parse_json(read_text(path), str(path)))
             return
         _note_stage(reading, key, inner.get("zero_stage", 2))
-        if any(inner.get(f"offload_{what}_device") not in (None, "none") for what in ("optimizer", "param")):
-            _note_offload(reading, key)
+        for what, option in OFFLOADS.items():
+            if inner.get(f"offload_{what}_device") not in (None, "none"):
+                _set_offload(reading, key, option)
 
 
 def _read_deepspeed(reading: Reading, key: str, content: Any) -> None:
@@ -64,9 +70,10 @@ def _read_deepspeed(reading: Reading, key: str, content: Any) -> None:
         reading.refuse(key, "names no file of DeepSpeed with `zero_optimization`", "give DeepSpeed's JSON")
         return
     _note_stage(reading, key, zero.get("stage", 0))
-    offloads = [zero.get(f"offload_{what}") for what in ("optimizer", "param")]
-    if any(isinstance(one, dict) and one.get("device", "cpu") != "none" for one in offloads):
-        _note_offload(reading, key)
+    for what, option in OFFLOADS.items():
+        asked = zero.get(f"offload_{what}")
+        if isinstance(asked, dict) and asked.get("device", "cpu") != "none":
+            _set_offload(reading, key, option)
 
 
 def _read_fsdp(reading: Reading) -> None:
@@ -81,11 +88,13 @@ def _read_fsdp(reading: Reading) -> None:
         _note_stage(reading, key, 2)
     else:
         _note_stage(reading, key, FULL_STAGE)
+        if version == 2:
+            reading.options["sharding"], reading.keys["sharding"] = "fsdp2", "fsdp_version"
     for name in ("fsdp_config.fsdp_offload_params", "fsdp_config.offload_params"):
         if reading.get(name):
-            _note_offload(reading, name)
+            _set_offload(reading, name, "parameters")
     if "offload" in words:
-        _note_offload(reading, key)
+        _set_offload(reading, key, "parameters")
 
 
 def _note_stage(reading: Reading, key: str, stage: Any) -> None:
@@ -98,7 +107,6 @@ def _note_stage(reading: Reading, key: str, stage: Any) -> None:
         reading.not_modelled.append(f"{key}: shards over cards, but not the weights; the answer is an upper bound")
 
 
-def _note_offload(reading: Reading, key: str) -> None:
-    reading.not_modelled.append(
-        f"{key}: what is offloaded to the host counts on the card; the answer is an upper bound"
-    )
+def _set_offload(reading: Reading, key: str, what: str) -> None:
+    """Sets what lies on the host; parameters include the optimizer's states."""
+    reading.options["offload"], reading.keys["offload"] = what, key

@@ -6,17 +6,19 @@ project's own step runs under the byte tracker. No values are computed, so even 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from peft.utils import set_additional_trainable_modules
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peftscope.data.batching import Batch
-from peftscope.errors import InputError, Problem
+from peftscope.errors import InputError, Problem, shown
 from peftscope.hardware.cards import CUBLAS_BYTES
 from peftscope.memory.answer import Answer, Peaks, answer_of, peaks_of
 from peftscope.memory.as_on_cuda import FLASH_STAND_IN, as_on_cuda, dequantised_bytes, drop_as_on_cuda, fuse_loss
@@ -39,6 +41,7 @@ def simulate(
     evaluation_batch: Batch | None = None,
     cublas_bytes: int = 0,
     loss: str = "plain",
+    saved: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Trace, Trace | None]:
     """Returns the trace of training steps, one per batch, and the trace of an evaluation.
 
@@ -54,8 +57,9 @@ def simulate(
         evaluation_batch: A batch with the shape of the evaluation's, or None for no evaluation.
         cublas_bytes: The size of cuBLAS's workspace. Above 0, the traces also contain the workspaces of CUDA kernels.
         loss: plain, or liger for a stand-in that allocates what Liger's loss allocates.
+        saved: The modules of which PEFT trains a copy in full, and its precision: base or fp32.
     """
-    trained = _empty_model(spec, config)
+    trained = _empty_model(spec, config, saved)
     model = trained.model
     if loss == "liger":
         fuse_loss(model, trained.loss_function)
@@ -159,14 +163,14 @@ def peaks_by_simulation(question: Question, *, evaluation: bool = True) -> Peaks
         InputError: The question names several cards, transformers does not know the model, or PEFT does not find the
             targets in it.
     """
-    if question.gpus > 1:
+    if question.gpus > 1 and not question.formula_only:
         has_form = question.spec.method.closed_form is not None
         message = "only the closed form can answer for several cards"
         message += "" if has_form else f", and {question.spec.method.name} has none"
         raise InputError(Problem("gpus", message, "leave out --simulate" if has_form else "ask about one card"))
-    if question.loss == "cut-cross-entropy":
-        remedy = "leave out --simulate"
-        raise InputError(Problem("loss", "cut-cross-entropy is known to the closed form only", remedy))
+    for option in question.formula_only:
+        message = f"{shown(getattr(question.beside, option))} is known to the closed form only"
+        raise InputError(Problem(option, message, "leave out --simulate"))
     spec, responses = question.spec, question.responses
     if reason := spec.method.why_not_simulated():
         raise InputError(Problem("method", reason, "run it: a run measures its peaks"))
@@ -183,6 +187,7 @@ def peaks_by_simulation(question: Question, *, evaluation: bool = True) -> Peaks
             evaluation_batch if evaluation or not spec.method.trains else None,
             question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES,
             question.loss,
+            question.saved,
         )
     except Exception as error:  # any model may fail in its own way, and the user needs one line
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -216,16 +221,29 @@ def _fake_batch(batch: Batch) -> Batch:
     return Batch(**{**vars(batch), **tensors})
 
 
-def _empty_model(spec: RunSpec, config: Any) -> TrainedModel:
+def _empty_model(spec: RunSpec, config: Any, saved: Mapping[str, str]) -> TrainedModel:
     quantization = spec.method.quantization()
     base = _empty_base(spec, config, quantization)
+
+    def build(model: Any, spec: RunSpec) -> Any:
+        """Returns the model with its adapter, and with trained copies of whole modules."""
+        model = spec.method.build_empty(model, spec)
+        if getattr(spec.method, "adapter_dtype", "fp32") == "base":
+            # PEFT casts adapters to the base's dtype when it moves them to a device, and on meta it moves nothing.
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(DTYPES[spec.precision])
+        if saved:
+            adapter = model.peft_config["default"]
+            adapter.modules_to_save = list(saved)
+            set_additional_trainable_modules(model.get_base_model(), adapter, model.config.to_dict(), "default")
+        for name, parameter in model.named_parameters():
+            if ".modules_to_save." in name and "fp32" in saved.values():
+                parameter.data = parameter.data.float()
+        return model
+
     with torch.device("meta"):
-        trained = apply_method(base, spec, spec.method.build_empty)
-    if getattr(spec.method, "adapter_dtype", "fp32") == "base":
-        # PEFT casts adapters to the base's dtype when it moves them to a device, and on meta it moves nothing.
-        for parameter in trained.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(DTYPES[spec.precision])
+        trained = apply_method(base, spec, build)
     # bitsandbytes computes this table value by value, which is impossible with fake tensors.
     if quantization:
         from bitsandbytes.functional import create_dynamic_map, name2qmap

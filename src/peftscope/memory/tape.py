@@ -20,7 +20,7 @@ from peftscope.memory.trace import Block, Trace, rounded
 
 Dims = tuple[str, ...]
 
-_LETTERS = [*"12LBSPTUNcvagdrhqk", "q+2k", "I", "2I", "V"]
+_LETTERS = [*"12LBSPTUNEFcvagdrhqk", "q+2k", "I", "2I", "V"]
 """The order of the dimensions in a formula."""
 
 
@@ -182,9 +182,10 @@ class Tape:
 
     def new(self, dims: Dims, width: float, kind: str = "", term: str = "") -> Shaped:
         """Returns a tensor in a new block."""
-        kind = kind or ("logits and loss" if self.module in ("lm_head", "loss") else self._kind)
-        size, formula = self.measure(dims, width)
-        return Shaped(Storage(self.trace, Block(size, kind, self.module, term, formula)), dims, width)
+        module = self.module
+        kind = kind or ("logits and loss" if module in ("lm_head", "loss") else self._kind)
+        size, formula = self._known.get((dims, width)) or self.measure(dims, width)
+        return Shaped(Storage(self.trace, Block(size, kind, module, term, formula)), dims, width)
 
     def measure(self, dims: Dims, width: float) -> tuple[int, str]:
         """Returns the bytes of a tensor, rounded up as the allocator does, and their formula."""

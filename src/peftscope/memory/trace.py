@@ -6,6 +6,7 @@ the allocator are computed from either.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -93,16 +94,17 @@ class Trace:
 
     def repeat(self, start: int, lasting: set[int]) -> None:
         """Appends a copy of all events since ``start``, except those of the blocks in ``lasting``."""
-        first = min(event for event in self.events[start:] if event >= 0)
+        first = next(event for event in self.events[start:] if event >= 0)  # blocks are numbered in their order
         shift = len(self.blocks) - first
-        copies: list[int] = []
-        moved_to = {start: len(self.events)}
-        for position, event in enumerate(self.events[start:], start + 1):
-            if event not in lasting:
-                copies.append(event + shift if event >= 0 else event - shift)
-            moved_to[position] = len(self.events) + len(copies)
-        self.marks += [(moved_to[position], phase) for position, phase in self.marks if position >= start]
-        self.events += copies
+        events, moved = self.events[start:], len(self.events) - start
+        kept = [position for position, event in enumerate(events, start) if event in lasting]
+        # What lasts is not repeated, and so later marks move less.
+        self.marks += [
+            (position + moved - bisect_left(kept, position), phase)
+            for position, phase in self.marks
+            if position >= start
+        ]
+        self.events += [event + shift if event >= 0 else event - shift for event in events if event not in lasting]
         self.blocks += self.blocks[first:]
 
     def segments(self) -> Iterator[tuple[str, int, int]]:

@@ -150,19 +150,51 @@ def read_half(reading: Reading, *, default: str) -> bool:
 
 def read_regime(reading: Reading, trainer: Trainer, *, autocast: bool) -> None:
     """Sets what the trainer does to precision and output, beside the keys of its file."""
-    names = ("autocast", "kbit_preparation", "keep_logits") if autocast else ("keep_logits",)
+    always = "keep_logits"
+    names = ("autocast", "kbit_preparation", "modules_to_save_dtype", always) if autocast else (always,)
     decided = reading.options | {name: value for name, value in reading.given.items() if value is not None}
     for name, (value, source) in settings_of(trainer, decided.get("method", "lora"), decided).items():
         if name in names:
             reading.assume(name, value, f"{REGIMES[trainer].version}, {source}")
 
 
+SAVED_MODULES = ("embed_tokens", "lm_head")
+"""Modules of which a copy can be trained beside an adapter."""
+
+
+def read_saved_modules(reading: Reading, key: str) -> None:
+    """Reads the modules that are trained in full beside the adapter: a list, or names with commas between."""
+    named = reading.values.get(key)
+    if named in (None, "", []):
+        reading.get(key)
+        return
+    names = [name.strip() for name in named.split(",")] if isinstance(named, str) else named
+    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    names = [name.rpartition(".")[2] for name in names] if known else []
+    if not names or not set(names) <= set(SAVED_MODULES):
+        remedy = f"use {' and '.join(SAVED_MODULES)}, or leave it out"
+        reading.refuse(key, f"training these modules beside the adapter is not modelled (got {shown(named)})", remedy)
+        return
+    reading.get(key)
+    reading.options["modules_to_save"], reading.keys["modules_to_save"] = names, key
+
+
+FUSED_LOSSES = {
+    "use_liger_kernel": "liger",
+    "enable_liger_kernel": "liger",
+    "liger_fused_linear_cross_entropy": "liger",
+    "cut_cross_entropy": "cut-cross-entropy",
+}
+"""Keys that switch a fused loss on, and which."""
+
 SAVINGS = {
-    "use_liger_kernel": "the fused loss and norms of Liger",
-    "enable_liger_kernel": "the fused loss and norms of Liger",
-    "liger_fused_linear_cross_entropy": "the fused loss of Liger",
-    "liger_cross_entropy": "the fused loss of Liger",
-    "cut_cross_entropy": "the loss without logits",
+    "use_liger_kernel": "Liger's norms, activations and rotary embeddings",
+    "enable_liger_kernel": "Liger's norms, activations and rotary embeddings",
+    "liger_rms_norm": "Liger's norms",
+    "liger_glu_activation": "Liger's activations",
+    "liger_swiglu": "Liger's activations",
+    "liger_rope": "Liger's rotary embeddings",
+    "liger_cross_entropy": "Liger's loss in place",
     "chunked_cross_entropy": "a loss over chunks of the tokens",
     "use_unsloth": "unsloth's kernels",
     "use_unsloth_gc": "recomputed activations on the host",
@@ -175,6 +207,9 @@ SAVINGS = {
 
 
 def read_savings(reading: Reading) -> None:
-    """Notes the keys that save memory in a way that is not modelled."""
+    """Reads which fused loss is on, and notes the keys that save memory in a way that is not modelled."""
+    for key, loss in FUSED_LOSSES.items():
+        if reading.get(key) not in (None, False):
+            reading.options["loss"], reading.keys["loss"] = loss, key
     for key, what in SAVINGS.items():
         reading.overstates(key, what)

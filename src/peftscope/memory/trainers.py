@@ -24,6 +24,7 @@ from peftscope.memory.trainer_keys import (
     read_optimizer,
     read_packing,
     read_regime,
+    read_saved_modules,
     read_savings,
     read_targets,
     read_variant,
@@ -50,7 +51,6 @@ TRL_SFT = "TRL, trainer/sft_config.py"
 TORCHTUNE = "torchtune, docs.pytorch.org/torchtune"
 PEFT = "PEFT 0.21, tuners/lora/config.py"
 
-TRAINED_MODULES = "training whole modules beside the adapter"
 EIGHT_BIT = "an 8-bit base"
 
 
@@ -97,7 +97,6 @@ def read_axolotl(reading: Reading) -> None:
     reading.refuse_any(
         {
             "load_in_8bit": EIGHT_BIT,
-            "lora_modules_to_save": TRAINED_MODULES,
             "unfrozen_parameters": "training a part of the weights",
             "peft_layers_to_transform": "adapting only some layers",
             "lora_target_parameters": "adapting parameters that are no modules",
@@ -134,6 +133,7 @@ def read_axolotl(reading: Reading) -> None:
         if linear or named:
             read_targets(reading, "lora_target_linear" if linear else "lora_target_modules", "all" if linear else named)
         read_variant(reading, four_bit, dora="peft_use_dora", rslora="peft_use_rslora")
+        read_saved_modules(reading, "lora_modules_to_save")
         if four_bit:
             key, source = "bnb_config_kwargs.bnb_4bit_use_double_quant", "axolotl at ae7395e, loaders/model.py"
             reading.take("double_quant", key, default=True, source=source)
@@ -158,7 +158,6 @@ def read_llama_factory(reading: Reading) -> None:
             "use_apollo": "APOLLO",
             "use_badam": "BAdam",
             "use_muon": "Muon",
-            "additional_target": TRAINED_MODULES,
             "use_llama_pro": "block expansion",
             "moe_aux_loss_coef": "a mixture of experts",
             "mixture_of_depths": "mixture of depths",
@@ -197,6 +196,7 @@ def read_llama_factory(reading: Reading) -> None:
         else:
             reading.assume("targets", "all-linear", f"lora_target is all, {FACTORY}/finetuning_args.py")
         read_variant(reading, bits == 4, dora="use_dora", rslora="use_rslora", plus="loraplus_lr_ratio")
+        read_saved_modules(reading, "additional_target")
         if reading.get("pissa_init") and reading.options["method"] == "lora":
             reading.options["method"] = "pissa"
         if bits == 4:
@@ -228,7 +228,6 @@ def read_trl(reading: Reading) -> None:
     reading.refuse_any(
         {
             "load_in_8bit": EIGHT_BIT,
-            "lora_modules_to_save": TRAINED_MODULES,
             "lora_target_parameters": "adapting parameters that are no modules",
         }
     )
@@ -251,6 +250,7 @@ def read_trl(reading: Reading) -> None:
         if (named := reading.get("lora_target_modules")) is not None:
             read_targets(reading, "lora_target_modules", named)
         read_variant(reading, four_bit, dora="use_dora", rslora="use_rslora")
+        read_saved_modules(reading, "lora_modules_to_save")
         if four_bit:
             reading.take(
                 "double_quant", "use_bnb_nested_quant", default=False, source=f"use_bnb_nested_quant, {TRL_MODEL}"
@@ -325,7 +325,8 @@ def read_torchtune(reading: Reading) -> None:
         if key in reading.values:
             reading.get(key)
             reading.sharded = reading.sharded or key
-    reading.overstates("fsdp_cpu_offload", "weights and states on the host")
+    if reading.get("fsdp_cpu_offload"):
+        reading.options["offload"], reading.keys["offload"] = "parameters", "fsdp_cpu_offload"
     reading.overstates("enable_activation_offloading", "activations on the host")
     if "Linear" in str(reading.get("loss._component_")) or "Chunked" in str(reading.values.get("loss._component_")):
         reading.overstates("loss._component_", "a loss over chunks of the tokens")
@@ -379,7 +380,7 @@ def read_peft(reading: Reading) -> None:
 def _peft_method(reading: Reading, kind: str) -> None:
     reading.refuse_any(
         {
-            "modules_to_save": TRAINED_MODULES,
+            "ensure_weight_tying": "one trained copy of tied weights",
             "layers_to_transform": "adapting only some layers",
             "layer_replication": "replicated layers",
             "rank_pattern": "a rank that differs from module to module",
@@ -392,6 +393,8 @@ def _peft_method(reading: Reading, kind: str) -> None:
     )
     if (named := reading.get("target_modules")) is not None:
         read_targets(reading, "target_modules", named)
+    if kind not in ("PROMPT_TUNING", "PREFIX_TUNING"):
+        read_saved_modules(reading, "modules_to_save")
     if kind == "LORA":
         start = reading.get("init_lora_weights")
         reading.take("rank", "r", default=8, source=PEFT)

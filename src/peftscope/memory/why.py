@@ -9,6 +9,7 @@ from typing import Any
 
 from peftscope.errors import spoken_bytes
 from peftscope.memory.answer import Peaks, Term, dimensions_of, prepared_bytes, term_of, terms_of
+from peftscope.memory.beside import BESIDE_OPTIONS
 from peftscope.memory.formula import DIMENSIONS, SOURCES
 from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Question
 from peftscope.memory.tape import factors
@@ -33,6 +34,8 @@ PHASE_NAMES = {
     "backward": "the backward pass",
     "optimizer": "the optimizer step",
     "evaluate": "the evaluation",
+    "save": "saving",
+    "merge": "merging",
 }
 
 
@@ -170,7 +173,7 @@ def distinct_names(first: Question, second: Question) -> tuple[str, str]:
     parts = [[word.strip()] if word else [] for word in words]
     owners: list[tuple[str, Any, Any]] = [(name, first.spec, second.spec) for name in SPEC_OPTIONS]
     owners += [(name, methods[0], methods[1]) for name in METHOD_OPTIONS]
-    owners += [(name, first, second) for name in ("padding", "loss")]
+    owners += [(name, first.beside, second.beside) for name in BESIDE_OPTIONS if name != "as_trainer"]
     own_batch = any(q.spec.eval_batch_size != q.spec.batch_size for q in both)
     missing = object()
     for name, *two in owners:
@@ -188,7 +191,8 @@ def _spoken_setting(name: str, value: Any) -> str:
     words = name.replace("_", " ")
     if isinstance(value, bool):
         return words if value else f"no {words}"
-    text = f"{value:g}" if isinstance(value, float) else ",".join(value) if isinstance(value, tuple | list) else value
+    text = f"{value:g}" if isinstance(value, float) else value
+    text = ",".join(value) or "none" if isinstance(value, tuple | list) else text
     return f"{words} {text}"
 
 

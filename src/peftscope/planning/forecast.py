@@ -18,9 +18,10 @@ from pydantic import ValidationError
 from peftscope.data.tasks import item_tokens
 from peftscope.errors import InputError, Problem
 from peftscope.hardware.cards import GIB, Gpu, known_card, speed_of
-from peftscope.memory.answer import RESIDENT, peaks_by_formula
+from peftscope.memory.answer import peaks_by_formula
 from peftscope.memory.fit import mildest_change
 from peftscope.memory.question import Model, Question
+from peftscope.memory.shares import RESIDENT
 from peftscope.models.catalog import find_model
 from peftscope.models.shapes import ModelShape
 from peftscope.planning.estimate import measured_runs

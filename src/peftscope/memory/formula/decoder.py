@@ -273,13 +273,13 @@ def _layer(model: TapedModel, index: int, x: Shaped, rotary: tuple[Shaped, Shape
 
 def _embed(model: TapedModel) -> Shaped:
     """Stands for the embedding of tokens, with virtual ones before them."""
-    tape, weight = model.tape, model.weights["embed_tokens"]
+    tape, weight = model.tape, model.embedding
     tape.module = "embed_tokens"
     tokens = "U" if model.prompt else "T"
     x = tape.op([weight], (tokens, "h"), weight.width, term="embedded tokens")
     if model.shape.family in GEMMAS:
         x = tape.scale(x)
-    if model.spec.checkpointing and tape.training and not model.full:
+    if model.spec.checkpointing and tape.training and x.node is None:
         tape.require_grad(x)  # peft's enable_input_require_grads
     if model.prompt:
         tape.module = "prompt_encoder"
@@ -335,8 +335,7 @@ def run_head(model: TapedModel, x: Shaped, *, kept: bool) -> Shaped:
     tape = model.tape
     x = keep_positions(model, x) if kept else x
     tape.module = "lm_head"
-    head = model.weights["embed_tokens" if model.shape.tied_embeddings else "lm_head"]
-    logits = tape.matmul(x, head, ("N", "V"), "logits")
+    logits = tape.matmul(x, model.head, ("N", "V"), "logits")
     if model.shape.family == "gemma2":
         logits = tape.scale(logits)
         logits = tape.with_saved_output([logits], logits.dims, logits.width, "logits after the soft cap")  # tanh

@@ -10,9 +10,8 @@ from peftscope.memory.tape import Shaped
 
 def fused_loss(model: TapedModel, x: Shaped) -> Shaped:
     """Stands for head and loss in one operation, on hidden states (N, h)."""
-    head = model.weights["embed_tokens" if model.shape.tied_embeddings else "lm_head"]
     model.tape.module = "loss"
-    loss = _liger(model, x, head) if model.loss == "liger" else _cut(model, x, head)
+    loss = _liger(model, x, model.head) if model.loss == "liger" else _cut(model, x, model.head)
     model.tape.module = ""
     return loss
 

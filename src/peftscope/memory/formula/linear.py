@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peftscope.memory.tape import Dims, Gradients, Shaped, Tape
@@ -29,6 +29,9 @@ LINEAR_DIMS: dict[str, Dims] = {
 HEAD_NORM_DIMS: dict[str, tuple[str, str]] = {"qwen3": ("d", "d"), "gemma3_text": ("d", "d"), "olmo2": ("q", "k")}
 """The widths of the norms of queries and keys, as named dimensions: of one head, or of all."""
 
+COPY = "trained copy"
+"""The last part of the name of a module that is trained in full beside an adapter."""
+
 LINEAR_BLOCK = 64
 """Weights that share one block constant in bitsandbytes' 4-bit storage; 256 such constants share one in turn."""
 
@@ -42,8 +45,10 @@ class TapedModel:
         loss: The implementation of the loss of a training step: plain, liger or cut-cross-entropy.
     """
 
-    def __init__(self, spec: RunSpec, shape: ModelShape, sizes: dict[str, int], cublas_bytes: int) -> None:
-        self.spec, self.shape, self.method = spec, shape, spec.method
+    def __init__(
+        self, spec: RunSpec, shape: ModelShape, sizes: dict[str, int], cublas_bytes: int, saved: Mapping[str, str]
+    ) -> None:
+        self.spec, self.shape, self.method, self.saved = spec, shape, spec.method, saved
         self.values: dict[str, Any] = spec.method.model_dump()
         assert self.method.closed_form is not None
         self.form = self.method.closed_form
@@ -71,6 +76,17 @@ class TapedModel:
         self.cache: list[Shaped] = []  # and what transformers' cache keeps as long as its output lives
         _make_weights(self)
 
+    @property
+    def embedding(self) -> Shaped:
+        """The embedding of tokens that computes: the base's, or its trained copy."""
+        return self.weights.get(f"embed_tokens.{COPY}", self.weights["embed_tokens"])
+
+    @property
+    def head(self) -> Shaped:
+        """The head that computes: the base's, which may be its embedding, or a trained copy."""
+        own = self.weights["embed_tokens" if self.shape.tied_embeddings else "lm_head"]
+        return self.weights.get(f"lm_head.{COPY}", own)
+
 
 def _make_weights(model: TapedModel) -> None:
     """Makes what stays: the base's weights, then the adapter's."""
@@ -87,6 +103,7 @@ def _make_weights(model: TapedModel) -> None:
     _weight(model, "norm", ("h",), other)
     if not shape.tied_embeddings:
         _weight(model, "lm_head", ("V", "h"), model.embedded)
+    _copy(model, "embed_tokens")
     for index in range(shape.num_layers):
         for layer in shape.block:
             if is_named(path := module_path(index, layer.name), model.targets):
@@ -95,6 +112,13 @@ def _make_weights(model: TapedModel) -> None:
         _adapter(model, "prompt_encoder", ("v", "h"), 4)
     elif model.prefix:
         _adapter(model, "prompt_encoder", ("v", "L", "k", "2"), 4)
+    _copy(model, "lm_head")
+
+
+def _copy(model: TapedModel, name: str) -> None:
+    """Stands for PEFT's ``ModulesToSaveWrapper``: the frozen module stays, and a copy of it is trained."""
+    if name in model.saved:
+        _adapter(model, f"{name}.{COPY}", ("V", "h"), 4 if model.saved[name] == "fp32" else model.embedded)
 
 
 def _weight(model: TapedModel, name: str, dims: Dims, width: float) -> None:

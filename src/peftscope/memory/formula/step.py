@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 from peftscope.memory.formula.decoder import keep_positions, run_decoder, run_head
 from peftscope.memory.formula.fused import fused_loss
 from peftscope.memory.formula.linear import TapedModel
-from peftscope.memory.formula.terms import OPTIMIZER_COPY, evaluation_sizes, sizes_of
+from peftscope.memory.formula.terms import GATHERED, OPTIMIZER_COPY, evaluation_sizes, sizes_of
 from peftscope.memory.tape import Shaped, bytes_of, factors
 from peftscope.memory.trace import Block, Trace
 from peftscope.models.shapes import ModelShape
@@ -23,6 +24,11 @@ LARGE_STATE = 4096
 """Tensors smaller than this keep 32-bit states."""
 RETURNS_CACHE = ("llama", "gemma2", "gemma3_text", "granite", "olmo2")
 """Families whose output has the cache even where ``use_cache`` is false."""
+NO_OPERATIONS = {
+    *("name", "alpha", "start", "lr_ratio", "iterations"),
+    *("allocate_every", "warmup_share", "final_share", "orthogonal_weight", "score"),
+}
+"""Fields of methods that change values, and neither which operations a step does nor on which tensors."""
 PAGED_FROM_VALUES = 100_000
 """bitsandbytes pages the states of tensors with at least so many values."""
 
@@ -35,6 +41,7 @@ def trace_training(
     *,
     padded: bool = True,
     loss: str = "plain",
+    saved: Mapping[str, str] = MappingProxyType({}),
 ) -> Trace:
     """Returns the trace of two training steps on batches of ``spec.batch_size`` sequences of ``spec.seq_len`` tokens.
 
@@ -45,9 +52,10 @@ def trace_training(
         cublas_bytes: Size of cuBLAS's workspace; above 0 the trace also has what kernels take inside on CUDA.
         padded: Whether the batch has padding.
         loss: The implementation of the loss: plain, liger or cut-cross-entropy.
+        saved: The modules of which a copy is trained in full, and its precision: base or fp32.
     """
     with without_collector():
-        model = TapedModel(spec, shape, sizes_of(spec, shape, responses), cublas_bytes)
+        model = TapedModel(spec, shape, sizes_of(spec, shape, responses), cublas_bytes, saved)
         model.loss = loss
         return _train(model, padded=padded)
 
@@ -100,21 +108,37 @@ class TrainingTraces:
 
 
 def _operations(spec: RunSpec) -> str:
-    """Returns what decides which operations a run's training step does."""
-    ranks = {"rank", "init_r", "target_r", "alpha"}
+    """Returns what decides which operations a run's training step does; methods that do the same have the same."""
+    method = spec.method
     # A rank decides which states bitsandbytes keeps in 8 bits or pages.
-    sizes = ranks if spec.optimizer in ("adamw", "sgd") else set()
-    batch = {"batch_size", "eval_batch_size", "seq_len", "method"}
-    return f"{spec.model_dump_json(exclude=batch)} {spec.method.model_dump_json(exclude=sizes)}"
+    ranks = {"rank", "init_r", "target_r"} if spec.optimizer in ("adamw", "sgd") else set()
+    fields = method.model_dump(exclude={*ranks, *NO_OPERATIONS})
+    of_method = sorted((name, value) for name, value in fields.items() if value != "none")
+    of_class = method.closed_form, method.trains, method.trains_base, method.mask_free_attention, method.logit_offset()
+    rescales = type(method).rescales_input, method.quantization()
+    repeats = min(spec.gradient_accumulation, 2)
+    batch = {"batch_size", "eval_batch_size", "seq_len", "gradient_accumulation", "method"}
+    return f"{spec.model_dump_json(exclude=batch)} {repeats} {of_method} {of_class} {rescales}"
 
 
 def trace_evaluation(
-    spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0, *, padded: bool = True
+    spec: RunSpec,
+    shape: ModelShape,
+    responses: int,
+    cublas_bytes: int = 0,
+    *,
+    padded: bool = True,
+    saved: Mapping[str, str] = MappingProxyType({}),
+    gathered_rows: int = 0,
 ) -> Trace:
-    """Returns the trace of the held-out loss on ``spec.eval_batch_size`` sequences of ``spec.seq_len`` tokens."""
+    """Returns the trace of the held-out loss on ``spec.eval_batch_size`` sequences of ``spec.seq_len`` tokens.
+
+    With ``gathered_rows`` it is the evaluation of transformers' Trainer that gathers the logits of so many sequences.
+    """
     with without_collector():
-        model = TapedModel(spec, shape, evaluation_sizes(spec, shape, responses), cublas_bytes)
-        return _evaluate(model, padded=padded)
+        sizes = evaluation_sizes(spec, shape, responses, gathered_rows)
+        model = TapedModel(spec, shape, sizes, cublas_bytes, saved)
+        return _evaluate_and_gather(model, padded=padded) if gathered_rows else _evaluate(model, padded=padded)
 
 
 @contextmanager
@@ -205,7 +229,8 @@ def _states_of(model: TapedModel, trained: list[Shaped]) -> list[Shaped]:
         for weight in trained:
             states += _moments(model, weight)
     scores = range(model.form.scores)
-    return states + [_state(model, w, w.width, "importance scores of AdaLoRA") for w in trained for _ in scores]
+    matrices = [weight for weight in trained if "lora_" in weight.node.name]
+    return states + [_state(model, w, w.width, "importance scores of AdaLoRA") for w in matrices for _ in scores]
 
 
 def _optimize(model: TapedModel, trained: list[Shaped]) -> None:
@@ -263,6 +288,44 @@ def _evaluate(model: TapedModel, *, padded: bool) -> Trace:
     wide = tape.cast(logits, 4, "logits in 32 bits")
     logs = tape.new(("N", "V"), 4, term="log-softmax of the logits")
     del logits, wide, logs
+    tape.trace.begin("")
+    tape.trace.name_open_blocks()
+    return tape.trace
+
+
+def _evaluate_and_gather(model: TapedModel, *, padded: bool) -> Trace:
+    """Returns the trace of the last batch of ``Trainer.evaluation_loop``, whose logits go to those of all before it.
+
+    The optimizer's states are there, since the evaluation interrupts the training. accelerate makes logits under
+    autocast fp32. The loop's variable holds the logits of the batch before until there are new ones, and
+    ``nested_concat`` writes all of them into a new tensor.
+
+    Source: transformers 5.24, trainer.py:2986 to 3049 and trainer_pt_utils.py:371; accelerate, ``convert_to_fp32``.
+    """
+    tape = model.tape
+    trained = [weight for weight in model.weights.values() if weight.node is not None]
+    states = _states_of(model, trained)
+    tape.training = False
+    for weight in trained:
+        weight.node = None
+    width = 4 if tape.autocast else model.head.width
+    tape.trace.begin("evaluate")
+    tape.module = "loss"
+    before = tape.new(("N", "V"), width, term="logits") if model.sizes["F"] else None
+    held = tape.new(("F", "V"), width, term=GATHERED)
+    hidden = run_decoder(model, masked=_masked(model, padded))
+    logits = run_head(model, hidden, kept=False)
+    del hidden
+    tape.casts.clear()
+    model.cache.clear()
+    tape.module = "loss"
+    wide = tape.cast(logits, 4, "logits in 32 bits")
+    logs = tape.new(("N", "V"), 4, term="log-softmax of the logits")
+    del wide, logs
+    logits = tape.cast(logits, width, "logits in 32 bits")
+    del before
+    everything = tape.new(("E", "V"), width, term=GATHERED)
+    del held, logits, everything, states
     tape.trace.begin("")
     tape.trace.name_open_blocks()
     return tape.trace

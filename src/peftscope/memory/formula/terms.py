@@ -13,6 +13,8 @@ DIMENSIONS = {
     "T": "tokens of a batch, B·S",
     "U": "tokens of a batch without virtual tokens",
     "N": "positions of a batch whose logits are computed",
+    "E": "positions of the evaluation whose logits are on the card",
+    "F": "the same before its last batch",
     "c": "positions whose logits are computed at a time",
     "L": "layers",
     "h": "hidden size",
@@ -32,6 +34,7 @@ DIMENSIONS = {
 """What the letters of a formula mean."""
 
 OPTIMIZER_COPY = "temporary copy of the optimizer"
+GATHERED = "gathered logits of the evaluation"
 
 SOURCES = {
     "weights": "config.json; one element each, tied embeddings once",
@@ -48,6 +51,7 @@ SOURCES = {
     "gradient of the head (Liger)": "stand-in: liger-kernel 0.8.5, made in the forward pass",
     "16-bit copy for the fused loss": "formula only: cut-cross-entropy 25.1.1 takes 16-bit numbers",
     "log-sum-exp of the logits": "formula only: cut-cross-entropy 25.1.1, LinearCrossEntropyFunction",
+    GATHERED: "formula only: transformers 5.24 EvalLoopContainer.add, from Trainer.evaluation_loop",
     "log-softmax of the logits": "torch cross_entropy keeps it for its gradient",
     "32-bit copy of a norm's input": "transformers RMSNorm.forward: .to(torch.float32)",
     "normalised input": "transformers RMSNorm.forward",
@@ -61,6 +65,7 @@ SOURCES = {
     "log-sum-exp of attention": "torch scaled_dot_product_attention keeps it for its gradient",
     "rotated heads": "transformers apply_rotary_pos_emb",
     "output of the activation function": "transformers MLP.forward",
+    "trained copy": "peft ModulesToSaveWrapper: the frozen module stays beside it",
     "first and second moments": "torch.optim.AdamW, or bitsandbytes.optim",
     "importance scores of AdaLoRA": "peft RankAllocator.update_ipt: three of each adapter matrix",
     OPTIMIZER_COPY: "torch.optim: foreach takes square roots of all states at once",
@@ -69,6 +74,10 @@ SOURCES = {
     "LoftQ's initialisation of the largest target": "peftscope.methods.loftq, in 32 bits",
     "largest layer before it is quantised": "transformers loads it in 16 bits, then bitsandbytes quantises it",
     "weights gathered from other cards": "FSDP: two whole blocks at a time",
+    "weights fetched from the host": "formula only: ZeRO-Offload, FSDP's CPUOffloadPolicy: two whole blocks at a time",
+    "weights outside of layers, gathered in a pass": "formula only: torch fully_shard, whose root stays gathered",
+    "gradients of a layer on their way to other cards or the host": "formula only: torch foreach_reduce, with a copy",
+    "update of the largest layer, and its sum with the weight": "formula only: peft lora.Linear.merge",
     "cuBLAS workspace": "torch CublasHandlePool",
     "B·A of DoRA": "peft DoraLinearLayer.get_lora_weight",
     "identity matrix of DoRA": "peft DoraLinearLayer.get_lora_weight",
@@ -115,7 +124,13 @@ def sizes_of(spec: RunSpec, shape: ModelShape, responses: int, batch_size: int |
     }
 
 
-def evaluation_sizes(spec: RunSpec, shape: ModelShape, responses: int) -> dict[str, int]:
-    """Returns the same for a batch of the evaluation, which computes logits at response positions only."""
+def evaluation_sizes(spec: RunSpec, shape: ModelShape, responses: int, gathered_rows: int = 0) -> dict[str, int]:
+    """Returns the same for a batch of the evaluation, which computes logits at response positions only.
+
+    An evaluation that gathers the logits of so many rows computes those of all positions.
+    """
     sizes = sizes_of(spec, shape, responses, spec.eval_batch_size)
-    return {**sizes, "N": spec.eval_batch_size * responses}
+    if not gathered_rows:
+        return {**sizes, "N": spec.eval_batch_size * responses}
+    earlier = max(0, gathered_rows - spec.eval_batch_size)
+    return {**sizes, "N": sizes["T"], "E": gathered_rows * sizes["S"], "F": earlier * sizes["S"]}

@@ -1,0 +1,125 @@
+"""The assumptions behind an answer, one sentence each. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from peftscope.errors import MIB
+from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES
+
+if TYPE_CHECKING:
+    from peftscope.memory.question import Question
+
+
+@cache
+def library_versions() -> str:
+    """Returns the installed versions of the libraries whose code decides what a step keeps."""
+    versions = []
+    for name in ("torch", "transformers", "peft", "bitsandbytes"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions.append(f"{name} {version(name)}")
+    return ", ".join(versions)
+
+
+def _evaluation(question: Question) -> str:
+    """Returns what is assumed about the evaluation."""
+    text = f"evaluation with batch_size={question.spec.eval_batch_size}"
+    if not question.gathered_rows:
+        return f"{text}, without optimizer states"
+    return (
+        f"{text}, beside optimizer states, with the logits of {question.gathered_rows} items that transformers' "
+        "Trainer gathers (formula only)"
+    )
+
+
+def _given(fields: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in fields.items() if name != "name" and value is not None]
+
+
+def assumptions_of(question: Question) -> list[str]:
+    """Returns the assumptions behind the answer, given or by default, one sentence each."""
+    model, spec, responses, gpu, gpus = (
+        question.model,
+        question.spec,
+        question.responses,
+        question.gpu,
+        question.gpus,
+    )
+    kept = "kept until the next step as in a plain script" if spec.keeps_logits else "freed before the backward pass"
+    packed = "a block-diagonal mask"
+    if spec.attention == "flash_attention_2":
+        packed = "rows end to end, without a mask; SDPA without a mask stands in for the kernel, which keeps as much"
+    padding = "padded batches" if question.padded else "no padding in the longest batch"
+    if spec.loss_path == "hf" and spec.attention == "sdpa":
+        padding += ", with a mask for SDPA" if question.padded else ", and so no mask"
+    cublas = (gpu.cublas_bytes if gpu else CUBLAS_BYTES) / MIB
+    lines = [
+        f"method {spec.method.name}: " + ", ".join(f"{k}={v}" for k, v in _given(spec.method.model_dump(mode="json"))),
+        f"batch_size={spec.batch_size}, seq_len={spec.seq_len} for every sequence (the longest batch decides), "
+        f"gradient_accumulation={spec.gradient_accumulation}",
+        f"precision={spec.precision}{', autocast' if spec.autocast else ''}, optimizer={spec.optimizer}"
+        + (f" ({spec.optimizer_implementation})" if spec.optimizer in ("adamw", "sgd") else ""),
+        f"loss_path=hf: logits of every position, {kept}; runs of this project compute only those of responses"
+        if spec.loss_path == "hf"
+        else f"loss_path=response_only: logits of {responses} positions per sequence",
+        f"packing=True: {packed}" if spec.packing else f"packing=False: {padding}",
+        f"attention={spec.attention}, checkpointing={spec.checkpointing}",
+        _evaluation(question),
+        "reserved: two steps of that batch in a model of torch's caching allocator, without expandable segments",
+        f"cuBLAS workspace of {cublas:.1f} MiB{', one for each pass' if spec.method.trains else ''}",
+        "allocated: the sizes of tensors in multiples of 512 bytes; torch may count up to 1 MiB more per block",
+    ]
+    lines += [f"the code of {versions}"] if (versions := library_versions()) else []
+    if gpu is None or gpu.context_bytes is None:
+        lines.append(f"CUDA context of {CONTEXT_BYTES / MIB:.0f} MiB, measured on an A100; other cards differ")
+    else:
+        lines.append(f"CUDA context of {gpu.context_bytes / MIB:.0f} MiB, measured on this type of card")
+    if question.loss == "liger":
+        lines.append(
+            "loss=liger (stand-in): allocates what liger-kernel 0.8.5 allocates, ops/fused_linear_cross_entropy.py"
+        )
+    if question.loss == "cut-cross-entropy":
+        lines.append("loss=cut-cross-entropy (formula only): cut-cross-entropy 25.1.1, cce.py and cce_backward.py")
+    if question.saved:
+        copies, width = " and ".join(question.saved), question.beside.modules_to_save_dtype
+        lines.append(f"modules_to_save: a copy of {copies} is trained in full ({width}), and the frozen one stays")
+    if spec.method.quantization():
+        lines.append("4-bit products dequantise one layer at a time in both passes, as on CUDA with large batches")
+    if spec.optimizer.startswith("paged"):
+        lines.append("all paged optimizer states are on the card: device includes them, allocated does not")
+    if spec.method.closed_form is None:
+        lines.append(f"{spec.method.name} has no closed form: its peaks are simulated")
+    elif model.shape is None:
+        lines.append(f"{model.name} has no closed form, because {model.why_no_shape}: its peaks are simulated")
+    lines += spec.method.memory_assumptions
+    if gpus > 1:
+        way = "torch's fully_shard, formula only" if question.beside.sharding == "fsdp2" else "FSDP, ZeRO-3"
+        lines.append(f"weights, gradients and states sharded over {gpus} cards ({way}), batch_size rows on each")
+    return lines + _formula_only_lines(question)
+
+
+def _formula_only_lines(question: Question) -> list[str]:
+    """Returns what is assumed about offloads, 4-bit shards and the phases after the training."""
+    beside, lines = question.beside, []
+    if question.gpus > 1 and beside.sharding == "fsdp2" and question.spec.method.quantization():
+        packed = "accelerate 1.15 leaves weights in integers whole" if beside.quant_storage == "uint8" else ""
+        packed = packed or "packed weights are sharded as bf16 numbers, their constants are whole"
+        lines.append(f"quant_storage={beside.quant_storage}: {packed} on every card")
+    if beside.offload == "optimizer":
+        lines.append(
+            "offload=optimizer (formula only): states and the step itself on the host; gradients stay on the card, as "
+            "with torchao's CPUOffloadOptimizer, while ZeRO-Offload moves them too"
+        )
+    if beside.offload == "parameters":
+        lines.append(
+            "offload=parameters (formula only): weights, gradients and states on the host, two layers at a time on the "
+            "card, as in ZeRO-3 and FSDP's CPUOffloadPolicy"
+        )
+    if beside.after_training != "nothing":
+        lines.append("save (formula only): beside what the training keeps, one tensor after another goes to the host")
+    if beside.after_training == "merge":
+        lines.append("merge (formula only): in a process of its own, by PEFT, layer by layer, on the base as it is")
+    return lines

@@ -1,0 +1,85 @@
+"""What a question says beside the fields of a run and its method: options of the calculator alone. No torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from peftscope.errors import InputError, Problem
+from peftscope.memory.regimes import Trainer
+from peftscope.spec import RunSpec
+
+
+class Beside(BaseModel):
+    """What a question says beside the fields of a run and its method."""
+
+    model_config = ConfigDict(frozen=True)
+
+    as_trainer: Annotated[
+        Trainer | None,
+        Field(description="the precision, preparation and output that a trainer has by default, where not given"),
+    ] = None
+    padding: Annotated[
+        Literal["none", "some"],
+        Field(description="padding in the longest batch; without any, transformers drops the mask"),
+    ] = "some"
+    loss: Annotated[
+        Literal["plain", "liger", "cut-cross-entropy"],
+        Field(
+            description="implementation of the loss: transformers', or one that never holds the logits of all tokens"
+        ),
+    ] = "plain"
+    modules_to_save: Annotated[
+        tuple[Literal["embed_tokens", "lm_head"], ...],
+        BeforeValidator(lambda names: tuple(sorted(set(names))) if isinstance(names, list | tuple) else names),
+        Field(description="modules of which PEFT trains a copy in full beside the adapter: embed_tokens, lm_head"),
+    ] = ()
+    modules_to_save_dtype: Annotated[
+        Literal["base", "fp32"], Field(description="of those copies: PEFT's is that of the module")
+    ] = "base"
+    eval_gathers_logits: Annotated[
+        int | None,
+        Field(
+            gt=0,
+            description="items whose logits the evaluation of transformers' Trainer holds on the card, as it does for "
+            "compute_metrics without preprocess_logits_for_metrics",
+        ),
+    ] = None
+    eval_accumulation_steps: Annotated[
+        int | None, Field(gt=0, description="batches of that evaluation after which their logits move to the host")
+    ] = None
+    sharding: Annotated[
+        Literal["zero3", "fsdp2"],
+        Field(description="how several cards share a model: as ZeRO-3 and FSDP do, or as torch's fully_shard"),
+    ] = "zero3"
+    quant_storage: Annotated[
+        Literal["uint8", "bf16"],
+        Field(description="type that 4-bit weights are packed into; fully_shard leaves those in integers whole"),
+    ] = "uint8"
+    offload: Annotated[
+        Literal["none", "optimizer", "parameters"],
+        Field(description="on the host: optimizer states, or also weights and gradients, but for layers that compute"),
+    ] = "none"
+    after_training: Annotated[
+        Literal["nothing", "save", "merge"],
+        Field(description="phases after the training: saving, or also merging on a card by PEFT"),
+    ] = "nothing"
+
+
+BESIDE_OPTIONS = tuple(Beside.model_fields)
+"""The options that are neither fields of the spec nor of a method."""
+
+
+def check_beside(spec: RunSpec, beside: Beside) -> None:
+    """Raises if the method has no adapter that modules could be trained beside, or their precision does not work."""
+    form = spec.method.closed_form
+    if beside.modules_to_save and (spec.method.trains_base or not spec.method.targets_of() or form is None):
+        message = f"{spec.method.name} trains no modules beside an adapter"
+        raise InputError(Problem("modules_to_save", message, "use lora or one of its variants"))
+    if beside.modules_to_save_dtype == "fp32" and spec.precision == "bf16" and not spec.autocasts:
+        message = "a copy in fp32 does not multiply with bf16 outside autocast"
+        raise InputError(Problem("modules_to_save_dtype", message, "use base, or --autocast"))
+    if beside.eval_accumulation_steps and not beside.eval_gathers_logits:
+        message = "says when gathered logits move to the host, and none are gathered"
+        raise InputError(Problem("eval_accumulation_steps", message, "give --eval-gathers-logits ITEMS"))

@@ -1,0 +1,138 @@
+"""What one card holds if several share a model, or the host a part of it, and after the training. No torch.
+
+All of it is formula only: the simulation knows one card and one training step.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from peftscope.errors import InputError, Problem
+from peftscope.memory.formula import OPTIMIZER_COPY
+from peftscope.memory.formula.linear import LINEAR_BLOCK, WIDTHS
+from peftscope.memory.tape import bytes_of
+from peftscope.memory.trace import Block, Trace
+
+if TYPE_CHECKING:
+    from peftscope.memory.question import Question
+
+RESIDENT = ("weights", "quantised weights", "adapters", "gradients", "optimizer states")
+"""Kinds of blocks that persist from step to step. FSDP and ZeRO-3 shard them over the cards."""
+WEIGHTS = ("weights", "quantised weights", "adapters")
+
+GATHERED_WEIGHTS = "weights gathered from other cards"
+FETCHED_WEIGHTS = "weights fetched from the host"
+GATHERED_OUTSIDE = "weights outside of layers, gathered in a pass"
+WHOLE_GRADIENTS = "gradients of a layer on their way to other cards or the host"
+MERGED = "update of the largest layer, and its sum with the weight"
+
+PACKED = "4-bit weights"
+"""The term of the weights of a 4-bit base, apart from their constants."""
+
+
+def _cards(question: Question, block: Block) -> int:
+    """Returns over how many cards a block is spread: 1 if a card has it whole, 0 if the host has it."""
+    beside = question.beside
+    copied = block.term == OPTIMIZER_COPY
+    if block.kind not in RESIDENT and not copied:
+        return 1
+    fsdp2 = question.gpus > 1 and beside.sharding == "fsdp2"
+    if fsdp2 and block.kind == "quantised weights" and (block.term != PACKED or beside.quant_storage == "uint8"):
+        return 1
+    of_optimizer = copied or block.kind == "optimizer states"
+    if beside.offload == "parameters" or (beside.offload == "optimizer" and of_optimizer):
+        return 0
+    return question.gpus
+
+
+def on_card(question: Question, trace: Trace) -> Trace:
+    """Returns a trace whose blocks have the bytes that they have on one card, for the places of its peaks."""
+    cards = [_cards(question, block) for block in trace.blocks]
+    sizes = [block.size // number if number else 0 for block, number in zip(trace.blocks, cards, strict=True)]
+    blocks = [replace(block, size=size) for block, size in zip(trace.blocks, sizes, strict=True)]
+    return Trace(blocks, trace.events, trace.marks)
+
+
+def share_of(question: Question, phase: str, blocks: list[Block]) -> list[Block]:
+    """Returns the blocks on one card: its shares, what stays there, and layers that are gathered while a model runs.
+
+    Source: torch 2.13, distributed/fsdp/_fully_shard/_fully_shard.py:187 (the root stays gathered),
+    _fsdp_collectives.py:431 (a buffer beside the gathered layer) and _fsdp_api.py:183 (CPUOffloadPolicy); accelerate
+    1.15, utils/fsdp_utils.py:797 (weights that are packed into integers are left out).
+    """
+    gpus, beside = question.gpus, question.beside
+    share: list[Block] = []
+    layers: dict[str, int] = defaultdict(int)
+    trained: dict[str, int] = defaultdict(int)
+    for block in blocks:
+        cards = _cards(question, block)
+        if cards > 1:
+            formula = f"{block.formula}·1/G" if block.formula else ""
+            share.append(Block(-(-block.size // cards), block.kind, block.module, block.term, formula))
+        elif cards:
+            share.append(block)
+        if block.kind in WEIGHTS and cards != 1:
+            owner = ".".join(block.module.split(".")[:2]) if block.module.startswith("layers.") else block.module
+            layers[owner] += block.size
+            if block.kind == "adapters" or question.spec.method.trains_base:
+                trained[owner] += block.size
+    if phase in ("load", "optimizer") or not layers:
+        return share
+    largest = max(layers.values())
+    term = GATHERED_WEIGHTS if gpus > 1 else FETCHED_WEIGHTS
+    fsdp2 = gpus > 1 and beside.sharding == "fsdp2"
+    if phase in ("save", "merge"):
+        more = {term: max(block.size for block in blocks if block.kind in WEIGHTS)}
+    elif fsdp2:
+        inside = max((size for owner, size in layers.items() if owner.startswith("layers.")), default=0)
+        outside = sum(size for owner, size in layers.items() if not owner.startswith("layers."))
+        more = {term: 3 * inside, GATHERED_OUTSIDE: outside}
+    else:
+        more = {term: 2 * largest}
+    if phase == "backward" and trained and (fsdp2 or beside.offload == "parameters"):
+        more[WHOLE_GRADIENTS] = (2 if fsdp2 else 1) * max(trained.values())
+    return share + [Block(size, "temporaries", term=name) for name, size in more.items()]
+
+
+def after_training(question: Question, trace: Trace) -> dict[str, list[Block]]:
+    """Returns the blocks of the phases after the training: saving, and merging by PEFT in a process of its own.
+
+    safetensors copies one tensor after another to the host, so that saving takes nothing more on a card. Merging
+    computes the update of one layer at a time. For a 4-bit base it also takes the dequantised weight, their sum, and
+    the sum once more, because PEFT moves it to the host and back.
+
+    Source: peft 0.21, tuners/lora/layer.py:1007 and 1067; tuners/lora/bnb.py:384 to 402.
+    """
+    if question.beside.after_training == "nothing":
+        return {}
+    stays = [block for block in trace.alive(trace.marks[-1][0]) if block.kind in RESIDENT and not block.paged]
+    stays = [block for block in stays if block.kind != "gradients"]
+    phases = {"save": stays}
+    if question.beside.after_training == "merge":
+        method, shape = question.spec.method, question.model.shape
+        assert shape is not None
+        largest = max(shape.linear_layers(method.targets_of()), key=lambda layer: layer.weights)
+        update = WIDTHS[question.spec.precision] if getattr(method, "adapter_dtype", "fp32") == "base" else 4
+        widths: list[float] = [update, update]
+        if method.quantization():
+            widths = [2, update, update, update, 0.5 + 4 / LINEAR_BLOCK]
+        size = sum(bytes_of(width, ["one"], {"one": largest.weights}) for width in widths)
+        kept = [block for block in stays if block.kind in WEIGHTS]
+        phases["merge"] = [*kept, Block(size, "temporaries", term=MERGED)]
+    return phases
+
+
+def check_after_training(question: Question) -> None:
+    """Checks that the method has an adapter that merges as LoRA's does.
+
+    Raises:
+        InputError: It has none.
+    """
+    method = question.spec.method
+    form = method.closed_form
+    mergeable = form is not None and form.layer == "low-rank" and bool(method.targets_of())
+    if question.beside.after_training == "merge" and not mergeable:
+        message = f"merging is modelled for updates of low rank, not for {method.name}"
+        raise InputError(Problem("after_training", message, "use save"))

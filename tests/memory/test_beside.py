@@ -1,0 +1,155 @@
+"""Options of the calculator alone: trained modules, gathered logits, shares, the host, what comes after training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_regimes import asked, off
+from transformers.trainer_pt_utils import EvalLoopContainer
+
+from peftscope.errors import InputError
+from peftscope.memory.answer import Answer, answer_by_formula
+from peftscope.memory.question import Question, ask, describe_model
+from peftscope.memory.shares import GATHERED_OUTSIDE, GATHERED_WEIGHTS, WHOLE_GRADIENTS
+from peftscope.memory.simulate import answer_by_simulation
+from peftscope.memory.tracker import MemoryTracker, tensors_of
+from peftscope.models.presets import PRESETS
+
+BOTH = ["lm_head", "embed_tokens"]
+
+
+def question(gpus: int = 1, **options: Any) -> Question:
+    return ask(describe_model("llama-3.2-1b"), options, gpus=gpus)
+
+
+def bytes_of(answer: Answer, name: str) -> int:
+    return sum(term.bytes for term in answer.terms if term.name == name)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama-3.2-1b", {"modules_to_save": ["lm_head"], "gradient_accumulation": 2}),  # its embedding is tied
+        ("llama-2-7b", {"method": "qlora", "modules_to_save": BOTH, "as_trainer": "llama-factory", "seq_len": 256}),
+        pytest.param(
+            "gemma-2-2b",
+            {"method": "dora", "modules_to_save": ["embed_tokens"], "checkpointing": True},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("llama-2-7b", {"method": "adalora", "modules_to_save": BOTH}, marks=pytest.mark.slow),
+        pytest.param(
+            "qwen2.5-0.5b", {"method": "lora-plus", "modules_to_save": BOTH, "loss": "liger"}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_trained_modules_take_what_peft_makes_them_take(name: str, options: dict[str, Any]) -> None:
+    assert off(asked(name, 1, **options)) < 0.001
+
+
+def test_a_trained_module_is_a_copy_beside_the_frozen_one() -> None:
+    shape = PRESETS["llama-3.2-1b"].shape
+    values = shape.vocab_size * shape.hidden_size
+    plain = answer_by_formula(question())
+    for modules in (["lm_head"], BOTH):  # tied or not: PEFT copies each module that is named
+        saved = answer_by_formula(question(modules_to_save=modules))
+        assert saved.phases["load"] - plain.phases["load"] == 2 * values * len(modules)
+        assert (saved.trainable_parameters or 0) - (plain.trainable_parameters or 0) == values * len(modules)
+        # The copy, its gradient and two states in 16 bits, and temporaries of the step.
+        assert saved.phases["optimizer"] - plain.phases["optimizer"] >= 4 * 2 * values * len(modules)
+
+
+def test_modules_are_trained_beside_adapters_only() -> None:
+    for options, where in (
+        ({"method": "full", "modules_to_save": BOTH}, "modules_to_save"),
+        ({"method": "prompt-tuning", "modules_to_save": BOTH}, "modules_to_save"),
+        ({"modules_to_save": BOTH, "modules_to_save_dtype": "fp32"}, "modules_to_save_dtype"),
+        ({"eval_accumulation_steps": 4}, "eval_accumulation_steps"),
+        ({"method": "dora", "after_training": "merge"}, "after_training"),
+    ):
+        with pytest.raises(InputError) as error:
+            question(**options)
+        assert error.value.problems[0].where == where
+
+
+def test_the_trainer_holds_logits_twice() -> None:
+    tracker, container, logits = MemoryTracker([]), EvalLoopContainer(), None
+    with tracker:
+        for _ in range(3):
+            logits = torch.empty(2, 8, 640)
+            container.add(logits)
+    rows = 6 * 8 * 640 * 4  # three batches, with the old sum, the last batch and the new sum alive
+    assert tracker.peak_bytes == 2 * rows
+    run = {"eval_batch_size": 2, "seq_len": 8, "autocast": True}
+    vocabulary = PRESETS["llama-3.2-1b"].shape.vocab_size
+    held = answer_by_formula(question(**run, eval_gathers_logits=6000))
+    states = held.components["optimizer states"] + held.components["weights"] + held.components["adapters"]
+    assert held.binding_phase == "evaluate"
+    assert held.peak_allocated_bytes - states == pytest.approx(2 * 6000 * 8 * vocabulary * 4, rel=1e-3)
+    moved = answer_by_formula(question(**run, eval_gathers_logits=6000, eval_accumulation_steps=1500))
+    assert moved.peak_allocated_bytes - states == pytest.approx(2 * 3000 * 8 * vocabulary * 4, rel=1e-3)
+    narrow = answer_by_formula(question(**run | {"autocast": False}, eval_gathers_logits=6000))
+    assert narrow.peak_allocated_bytes - states == pytest.approx(2 * 6000 * 8 * vocabulary * 2, rel=1e-3)
+
+
+def test_fully_shard_leaves_weights_in_integers_whole() -> None:
+    one = answer_by_formula(question(method="qlora")).components["quantised weights"]
+    parts = {
+        storage: answer_by_formula(question(4, method="qlora", sharding="fsdp2", quant_storage=storage))
+        for storage in ("uint8", "bf16")
+    }
+    assert parts["uint8"].components["quantised weights"] == one
+    assert one / 4 < parts["bf16"].components["quantised weights"] < 0.35 * one  # constants are whole
+    full = answer_by_formula(question(4, method="full", sharding="fsdp2"))
+    plain = answer_by_formula(question(4, method="full"))
+    shape = PRESETS["llama-3.2-1b"].shape
+    assert bytes_of(full, GATHERED_OUTSIDE) >= 2 * shape.vocab_size * shape.hidden_size
+    assert full.phases["load"] == plain.phases["load"]
+    assert bytes_of(full, GATHERED_WEIGHTS) + bytes_of(full, WHOLE_GRADIENTS) > 0
+
+
+def test_what_lies_on_the_host_is_not_on_the_card() -> None:
+    one, states, all_of_it = (
+        answer_by_formula(question(method="full", offload=where)) for where in ("none", "optimizer", "parameters")
+    )
+    assert "optimizer states" in one.components
+    assert "optimizer states" not in states.components
+    assert states.components["weights"] == one.components["weights"]
+    assert not {"weights", "gradients", "optimizer states"} & set(all_of_it.components)
+    assert one.peak_allocated_bytes > states.peak_allocated_bytes > all_of_it.peak_allocated_bytes
+
+
+def test_merging_takes_what_peft_takes() -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = PRESETS["smollm2-135m"].shape.model_copy(update={"num_layers": 2, "vocab_size": 64})
+    fields = dict(shape.to_config())
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    tracker = MemoryTracker(tensors_of(model))
+    before = tracker.live_bytes
+    with tracker:
+        model.merge_and_unload()
+    merged = answer_by_formula(question(precision="fp32", after_training="merge"))
+    own = answer_by_formula(asked("smollm2-135m", 2, precision="fp32", after_training="merge"))
+    update = 2 * 4 * shape.hidden_size * shape.intermediate_size
+    # PEFT drops each adapter once it is merged: those of attention are gone when the first wide layer's turn comes.
+    gone = 4 * sum(
+        8 * (layer.inputs + layer.outputs)
+        for layer in shape.block
+        if layer.name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))
+    )
+    assert tracker.peak_bytes - before == update - gone
+    assert own.phases["merge"] - own.phases["load"] == update
+    assert merged.phases["save"] > merged.phases["load"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"offload": "optimizer"}, {"eval_gathers_logits": 4}, {"after_training": "save"}], ids=str
+)
+def test_what_only_a_formula_knows_is_not_simulated(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="closed form only"):
+        answer_by_simulation(question(**options))
+    assert "formula only" in " ".join(answer_by_formula(question(**options)).assumptions)
