@@ -212,7 +212,7 @@ def render(measured: dict[str, Series], load: float) -> str:
     """
     cores, memory = psutil.cpu_count(), psutil.virtual_memory().total / 2**30
     parts = [processor_name(), f"{cores} cores", f"{memory:.0f} GiB", f"Python {platform.python_version()}"]
-    parts += [f"{package} {version(package)}" for package in ("snakemake", "pandas", "great-tables", "matplotlib")]
+    parts += [f"{package} {version(package)}" for package in ("snakemake", "pandas", "matplotlib")]
     parts.append(f"with a load of {load:.1f} at the start")
     aims = [f"{name} under {most} s" for name, most in MOST_SECONDS.items()]
     aims += [f"everything under {MOST_GIB} GiB", f"no power of the last step above {STEEPEST:g}"]

@@ -16,7 +16,7 @@ MIB, GIB = 2**20, 2**30
 
 OPTIONAL = frozenset(
     (
-        *("accelerate", "bitsandbytes", "datasets", "filelock", "gguf", "great_tables", "huggingface_hub", "jinja2"),
+        *("accelerate", "bitsandbytes", "datasets", "filelock", "gguf", "huggingface_hub", "jinja2"),
         *("lm_eval", "markupsafe", "matplotlib", "numpy", "pandas", "peft", "psutil", "pyarrow", "pynvml"),
         *("reasoning_gym", "safetensors", "scipy", "seaborn", "snakemake", "statsmodels", "tokenizers", "torch"),
         *("tqdm", "transformers"),

@@ -112,7 +112,7 @@ class TestMargins:
             (("b.csv", "--all"), "does not go with --all"),
             (("--all", "--margin", "1"), "does not go with --all"),
             (("b.csv", "--items", "5"), "goes with --all only"),
-            (("b.csv", "--metric", "scroe"), "did you mean `score`?"),
+            (("b.csv", "--metric", "skore"), "did you mean `score`?"),
             (("a.csv",), "all pairs differ by 0, so that there is no spread to judge by"),
             (("--all",), "fewer than two systems"),
             (("--all", "--seed-spread", "1%gain"), "does not fit these scores"),

@@ -41,7 +41,6 @@ NOT_THERE = (
     "snakemake",
     "lm_eval",
     "seaborn",
-    "great_tables",
     "matplotlib",
     "datasets",
     "reasoning_gym",

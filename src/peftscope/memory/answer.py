@@ -249,12 +249,12 @@ def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulat
 
 
 def _trainable(question: Question) -> int | None:
-    """Returns the number of trained values; None if the shape of the model is not known."""
+    """Returns the number of trained values; None without the model's shape, or without a formula for the method."""
     shape = question.model.shape
     if shape is None:
         return None
-    copies = len(question.saved) * shape.vocab_size * shape.hidden_size
-    return question.spec.method.trainable_parameters(shape) + copies
+    own = question.spec.method.trainable_parameters(shape)
+    return None if own is None else own + len(question.saved) * shape.vocab_size * shape.hidden_size
 
 
 def dimensions_of(question: Question, phase: str) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import create_model
 
@@ -59,8 +59,11 @@ def load_file(path: Path) -> tuple[type[Method] | None, str]:
         if "learning_rate" not in own[0].run_defaults:
             return None, "needs `run_defaults: ClassVar[dict]` with a learning_rate"
         fields: dict[str, Any] = {"name": (Literal[path.stem], path.stem), "file_sha256": (str, digest)}
-        made: type[Method] = create_model(
-            own[0].__name__, __base__=(FromFile, own[0]), __module__=module_name, __doc__=own[0].__doc__, **fields
+        made = cast(
+            type[Method],
+            create_model(
+                own[0].__name__, __base__=(FromFile, own[0]), __module__=module_name, __doc__=own[0].__doc__, **fields
+            ),
         )
         made()
     except Exception as error:  # any file may fail in its own way, and the user needs one line

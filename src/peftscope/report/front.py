@@ -65,9 +65,9 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
         README.write_text(before + BEGIN + shown + END + rest.partition(END)[2])
     if PAPER.is_file():
         agreement = json.loads(AGREEMENT_FILE.read_text())
-        numbers = {
+        numbers: dict[str, Any] = {
             "claims": len(findings),
-            **counts,
+            **{str(verdict): count for verdict, count in counts.items()},
             "questions": agreement["questions"],
             "mean difference": agreement["allocated_percent"]["mean"],
             "worst difference": agreement["allocated_percent"]["worst"],

@@ -216,7 +216,7 @@ class Fitter:
             seconds=(flops / (high * rate), flops / (low * rate)),
             time_is_measured=bool(shares),
             rate_shares=(high, low),
-            adapter_bytes=(2 if spec.method.trains_base else 4) * spec.method.trainable_parameters(shape),
+            adapter_bytes=(2 if spec.method.trains_base else 4) * (spec.method.trainable_parameters(shape) or 0),
             cut_share=cut / len(situation.lengths) if situation.lengths else None,
             spread_over=question.gpus,
         )
