@@ -20,9 +20,10 @@ from peftscope.claims.stored import read_findings, stored_measurements, unexplai
 from peftscope.claims.verdict import Rule, Verdict, judge, spoken_outcome
 from peftscope.cli.main import main
 from peftscope.errors import InputError
+from peftscope.report.claims import write_claims_page
 from peftscope.report.findings import write_findings
 from peftscope.report.publish import publish
-from peftscope.report.spoken import sentence, spoken_finding, write_claims_page
+from peftscope.report.spoken import sentence, spoken_finding
 from peftscope.report.svg import interval
 
 ENTRY: dict[str, Any] = {

@@ -49,7 +49,7 @@ CASES = {
     "not YAML": ("fixed: [", "line", "not valid YAML"),
     "extends itself": ("extends: mine", "extends", "extends itself"),
     "a list for a method": ("fixed: {method: [lora]}", "method", "unknown method"),
-    "a mapping for a method": ("runs: [{method: {name: lora}}]", "runs[0].method", "unknown method"),
+    "a mapping for a method": ("runs: [{method: {name: nothing}}]", "runs[0].method.name", "unknown method"),
     "infinite": ("fixed: {model: toy, max_grad_norm: .inf}", "fixed.max_grad_norm", "finite"),
     "a key that is no text": ("fixed: {8: 3}", "line 1", "must be text"),
     "a seed that is fixed": ("fixed: {model: toy, seed: 3}", "fixed.seed", "write `seeds"),

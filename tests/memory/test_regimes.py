@@ -182,7 +182,8 @@ def test_the_old_spelling_of_the_preparation_keeps_ids(make_spec: Any) -> None:
 def test_as_a_trainer_sets_its_defaults_and_cites_them(trainer: Trainer) -> None:
     question = ask(describe_model("mistral-7b"), {"method": "qlora", "as_trainer": trainer})
     for name, (value, source) in REGIMES[trainer].settings.items():
-        assert getattr(question.spec, name, getattr(question.spec.method, name, None)) == value
+        owner = next(one for one in (question.spec, question.spec.method, question.beside) if hasattr(one, name))
+        assert getattr(owner, name) == value
         assert any(f"{name}={value} ({source})" in line for line in question.assumptions)
     assert any(REGIMES[trainer].version in line for line in question.assumptions)
     for method in METHODS:

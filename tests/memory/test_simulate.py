@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_methods import TRAINED, batches_of
+from test_methods import OWN, batches_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.agreement import ARCHITECTURES, differences, random_questions
@@ -63,11 +63,7 @@ def fast_if(fast: bool, *values: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [
-        fast_if(way == "native" or name in ("lora", "qlora"), name, way)
-        for name in TRAINED
-        for way in ("native", "fp32")
-    ],
+    [fast_if(way == "native" or name in ("lora", "qlora"), name, way) for name in OWN for way in ("native", "fp32")],
 )
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("amp", marks=pytest.mark.slow)])
 def test_every_method(name: str, precision: str, way: Way, toy: Path, make_spec) -> None:

@@ -81,6 +81,7 @@ LOOKS: dict[str, Look] = {
     "prefix-tuning": Look(PINK, "8", "--"),
     "random-subspace": Look(PURPLE, "p", "--"),
     "rounded": Look(ORANGE, "H", "--"),
+    "peft": Look(GREEN, "X", "-."),
 }
 """The colour and the marker of each method: methods that share a colour have other markers and dashes."""
 
@@ -91,7 +92,7 @@ def looks(labels: Mapping[str, str]) -> dict[str, Look]:
     A method with one variant looks as it does everywhere. Of several, the first does; the others have lighter
     shades of its colour, and markers and dashes of their own.
     """
-    known = {cls.label: LOOKS[name] for name, cls in METHODS.items()}
+    known = {cls.label: LOOKS[name] for name, cls in METHODS.items() if name in LOOKS}
     found = {}
     for number, label in enumerate(dict.fromkeys(labels.values())):
         own = known.get(label) or Look(SAFE_COLOURS[number % len(SAFE_COLOURS)], MARKERS[number % len(MARKERS)])
