@@ -55,7 +55,6 @@ def test_figures_of_many_settings_name_methods(sweep: pd.DataFrame) -> None:
     for figure, said in {
         "pareto": "colours are methods",
         "losses": "medians",
-        "throughput": "slowest to its fastest",
     }.items():
         assert said in sentence(figure, sweep, losses)
         few = sweep[(sweep["learning_rate"] == 1e-3) & (sweep["comparisons"] != "runs")]

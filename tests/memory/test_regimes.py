@@ -180,7 +180,8 @@ def test_the_old_spelling_of_the_preparation_keeps_ids(make_spec: Any) -> None:
 
 @pytest.mark.parametrize("trainer", REGIMES)
 def test_as_a_trainer_sets_its_defaults_and_cites_them(trainer: Trainer) -> None:
-    question = ask(describe_model("mistral-7b"), {"method": "qlora", "as_trainer": trainer})
+    copies = {"modules_to_save": ["lm_head"]}  # without them, no setting about them applies
+    question = ask(describe_model("mistral-7b"), {"method": "qlora", "as_trainer": trainer} | copies)
     for name, (value, source) in REGIMES[trainer].settings.items():
         owner = next(one for one in (question.spec, question.spec.method, question.beside) if hasattr(one, name))
         assert getattr(owner, name) == value

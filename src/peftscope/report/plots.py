@@ -81,7 +81,7 @@ LOOKS: dict[str, Look] = {
     "prefix-tuning": Look(PINK, "8", "--"),
     "random-subspace": Look(PURPLE, "p", "--"),
     "rounded": Look(ORANGE, "H", "--"),
-    "peft": Look(GREEN, "X", "-."),
+    "peft": Look(GREEN, "$x$", "-."),
 }
 """The colour and the marker of each method: methods that share a colour have other markers and dashes."""
 
