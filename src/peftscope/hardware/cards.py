@@ -154,8 +154,9 @@ def speed_of(gpu: Gpu) -> tuple[float, str]:
 def known_card(device_name: str) -> Gpu | None:
     """Returns the card whose name is part of the driver's name, or None.
 
-    >>> known_card("NVIDIA GeForce RTX 4090").name, known_card("NVIDIA A100-SXM4-40GB").name, known_card("Something")
-    ('RTX 4090', 'A100 40 GB', None)
+    >>> [known_card(f"NVIDIA {name}").name for name in ("GeForce RTX 4090", "A100-SXM4-40GB", "A100-SXM4-80GB")]
+    ['RTX 4090', 'A100 40 GB', 'A100 80 GB']
+    >>> known_card("Something")
     """
     name = _plain(device_name)
     contained = [key for key in GPUS if _plain(key) in name]
@@ -163,4 +164,4 @@ def known_card(device_name: str) -> Gpu | None:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"nvidia|geforce|tesla|[\s_-]", "", name.lower())
+    return re.sub(r"nvidia|geforce|tesla|sxm\d*|[\s_-]", "", name.lower())
