@@ -476,8 +476,6 @@ rule memory_figures:
             category="Memory",
             labels={"figure": "7B to 70B"},
         ),
-        "results/memory/grid.png",
-        "results/memory/bars.png",
     log:
         "results/memory/logs/figures.log",
     localrule: True

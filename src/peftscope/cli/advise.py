@@ -41,7 +41,7 @@ def advise_command(
     ] = None,
     write: Annotated[str | None, typer.Option(help="Write experiments/NAME.yaml, which checks the advice.")] = None,
     task: Annotated[str | None, typer.Option(help="With --write: a task of tasks.yaml.")] = None,
-    pairs: Annotated[int, typer.Option(min=2, max=20, help="With --write: pairs of seeds.")] = 5,
+    pairs: Annotated[int | None, typer.Option(min=2, max=20, help="With --write: pairs of seeds; default 5.")] = None,
     claims: Annotated[
         Path | None,
         typer.Option(help="Verdicts of this claims.json; default results/claims.json, or the published ones."),
@@ -66,7 +66,7 @@ def advise_command(
     if not (examples or measured) or (examples is not None and examples < 1):
         got = "" if examples is None else f" (got {examples})"
         raise InputError(Problem("--examples", f"must be at least 1{got}", "say how many there are, or give --data"))
-    if (task or pairs != 5) and not write:
+    if (task or pairs) and not write:
         raise InputError(Problem("--task" if task else "--pairs", "is about a written experiment", "give --write NAME"))
     base, card = describe_model(model), find_gpu(gpu)
     longest = seq_len or max(measured, default=USUAL_LENGTH)
@@ -83,11 +83,11 @@ def advise_command(
     raise typer.Exit(0 if advice.options else 1)
 
 
-def _write(advice: Advice, name: str, card: str, task: str | None, pairs: int, *, quiet: bool) -> None:
+def _write(advice: Advice, name: str, card: str, task: str | None, pairs: int | None, *, quiet: bool) -> None:
     from peftscope.hardware.device import detect_device
-    from peftscope.report.advice.experiment import write_experiment
+    from peftscope.report.advice.experiment import PAIRS, write_experiment
 
-    path, sweep = write_experiment(advice, name, card, detect_device(), task, pairs)
+    path, sweep = write_experiment(advice, name, card, detect_device(), task, pairs or PAIRS)
     if not quiet:
         print(f"{path}: {len(sweep.runs)} runs; next: peftscope expand {name} --brief, then peftscope sweep {name}")
 

@@ -132,6 +132,7 @@ def _task_gain(sides: Sequence[Sequence[Scored]], base: Sequence[Scored] | None)
     from statistics import fmean
 
     from peftscope.analysis.paired import check_items, check_side
+    from peftscope.analysis.scores import NATS
     from peftscope.analysis.study import StudyResults
 
     b = sides[1]
@@ -144,7 +145,7 @@ def _task_gain(sides: Sequence[Sequence[Scored]], base: Sequence[Scored] | None)
         return gain
     studies = {side[0].study[0] if side[0].study else None for side in sides}
     study = studies.pop() if len(studies) == 1 else None
-    if study is None or b[0].unit != "nats per token":
+    if study is None or b[0].unit != NATS:
         raise InputError(Problem("--margin", "the task gain of these scores is not known", GAIN_REMEDY))
     return StudyResults(study).task_gain
 

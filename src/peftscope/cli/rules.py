@@ -248,10 +248,8 @@ def memory_figures(curves: list[Path]) -> None:
     from peftscope.memory.grid import bars
     from peftscope.report.memory import draw_bars, draw_grid
 
-    shown = bars()
-    for kind in ("svg", "png"):  # for pages, and for the README
-        draw_grid(curves, MEMORY_FOLDER / f"grid.{kind}")
-        draw_bars(shown, MEMORY_FOLDER / f"bars.{kind}")
+    draw_grid(curves, MEMORY_FOLDER / "grid.svg")
+    draw_bars(bars(), MEMORY_FOLDER / "bars.svg")
 
 
 @app.command("memory-chapter", hidden=True)

@@ -17,7 +17,7 @@ from peftscope.claims.verdict import Verdict
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.files.content import read_yaml
 from peftscope.files.problems import dotted, problems_of
-from peftscope.layout import ADVICE_FILE, CLAIMS_RESULTS, PUBLISHED_RESULTS, REPOSITORY, shipped
+from peftscope.layout import ADVICE_FILE, CLAIMS_RESULTS, PACKAGED, PUBLISHED_RESULTS, REPOSITORY, shipped
 from peftscope.methods import METHODS
 from peftscope.planning.experiment import experiment_names
 
@@ -136,7 +136,7 @@ def _reach(reaches: float | None, billions: float) -> str:
 def _chosen_rates(studies: Sequence[str]) -> Iterator[str]:
     """Yields the learning rates that published studies chose, as far as they have."""
     for study in studies:
-        for path in (published_file(f"{study}/{name}") for name in ("tuned.json", "coarse.json")):
+        for path in (_published(f"{study}/{name}") for name in ("tuned.json", "coarse.json")):
             with suppress(OSError, ValueError, KeyError):
                 arms = json.loads(path.read_text())["arms"]
                 rates = (f"{arm} {arms[arm]['learning_rate']:g}" for arm in ("lora", "full") if arm in arms)
@@ -297,10 +297,14 @@ def read_rules(path: Path | None = None) -> Rules:
         raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc)}", names)) from None
 
 
-def published_file(name: str) -> Path:
-    """Returns the path of a published result, here or in the repository."""
-    here = PUBLISHED_RESULTS / name
-    return here if here.is_file() else REPOSITORY / here
+def _published(name: str) -> Path:
+    """Returns the path of a published result, here or among what the suite comes with.
+
+    Unlike ``layout.published``, it looks further where the working folder has experiments of its own: advice needs
+    verdicts there, too.
+    """
+    paths = [root / PUBLISHED_RESULTS / name for root in (Path(), REPOSITORY, PACKAGED)]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def known_findings(path: Path | None = None) -> tuple[dict[str, dict[str, Any]], str]:
@@ -312,8 +316,8 @@ def known_findings(path: Path | None = None) -> tuple[dict[str, dict[str, Any]],
     Raises:
         InputError: The file is not a ``claims.json``.
     """
-    chosen = path or (CLAIMS_RESULTS if CLAIMS_RESULTS.is_file() else published_file("claims.json"))
-    if path is None and not chosen.is_file():
+    own = path or (CLAIMS_RESULTS if CLAIMS_RESULTS.is_file() else None)
+    chosen = own or _published("claims.json")
+    if own is None and not chosen.is_file():
         return {}, "no claims.json: no claim was run"
-    named = chosen.relative_to(REPOSITORY) if chosen.is_relative_to(REPOSITORY) else chosen
-    return {finding["id"]: finding for finding in read_findings(chosen)}, str(named)
+    return {finding["id"]: finding for finding in read_findings(chosen)}, str(own or PUBLISHED_RESULTS / chosen.name)
