@@ -154,12 +154,15 @@ def speed_of(gpu: Gpu) -> tuple[float, str]:
 def known_card(device_name: str) -> Gpu | None:
     """Returns the card whose name is part of the driver's name, or None.
 
+    A name that goes on with a zero is another card's: an RTX A1000 is no A100.
+
     >>> [known_card(f"NVIDIA {name}").name for name in ("GeForce RTX 4090", "A100-SXM4-40GB", "A100-SXM4-80GB")]
     ['RTX 4090', 'A100 40 GB', 'A100 80 GB']
-    >>> known_card("Something")
+    >>> known_card("Something"), known_card("NVIDIA RTX A1000"), known_card("NVIDIA RTX A4000 Laptop GPU")
+    (None, None, None)
     """
     name = _plain(device_name)
-    contained = [key for key in GPUS if _plain(key) in name]
+    contained = [key for key in GPUS if re.search(f"{_plain(key)}(?!0)", name)]
     return GPUS[max(contained, key=len)] if contained else None
 
 

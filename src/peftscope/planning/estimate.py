@@ -7,7 +7,8 @@ mostly the overhead of many small operators. It is not scaled, because it differ
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
@@ -16,6 +17,7 @@ from peftscope.errors import InputError
 from peftscope.layout import record_paths
 from peftscope.models.catalog import find_model
 from peftscope.planning.published import all_published_records
+from peftscope.record import is_restored
 from peftscope.spec import RunSpec
 
 PRODUCTS = 1.3
@@ -43,23 +45,43 @@ EVALUATION = (
 
 @lru_cache
 def _measured() -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Returns the best record of each kind of run (model, method, device), and of each kind with each evaluation."""
-    records: dict[tuple[Any, ...], dict[str, Any]] = {}
-    published: list[dict[str, Any] | None] = []
-    with suppress(ImportError):  # without pyarrow, as a sweep may be, published records cannot be read
-        published = [_ended_well(text) for *_, text in all_published_records()]
-    own = (_ended_well(path.read_text()) for path in sorted(record_paths(), key=lambda path: path.stat().st_mtime))
-    # The last record wins: this machine's latest, or else a published one, if possible one with its machine's rate.
-    for record in [*sorted(filter(None, published), key=_has_rate), *filter(None, own)]:
-        kind, evaluation = _kind(record["spec"])
-        is_one_thread = record.get("provenance", {}).get("threads") == 1
+    """Returns a record of each kind of run (model, method, device), and of each kind with each evaluation.
+
+    Records of this machine come before published ones, and among those the ones with their machine's rate. Of several,
+    the one at the lower quartile of training time counts: runs that waited for the machine say too much, and runs that
+    were resumed too little.
+    """
+    kinds: dict[tuple[Any, ...], list[tuple[int, float, dict[str, Any]]]] = defaultdict(list)
+    for order, record in _finished():
+        spec = record["spec"]
+        kind, evaluation = _kind(spec)
+        sequences = spec["steps"] * spec["batch_size"] * spec["gradient_accumulation"]
+        entry = (order, record["seconds"]["train"] / max(1, sequences), record)
         for key in (kind, kind + evaluation):
-            if is_one_thread:
-                records[ONE_THREAD + key] = record
-                records.setdefault(key, record)
+            if record.get("provenance", {}).get("threads") == 1:
+                kinds[ONE_THREAD + key].append(entry)
             else:
-                records[key] = record
-    return records
+                kinds[key].append(entry)
+    for key in [key for key in kinds if key[:1] == ONE_THREAD]:
+        kinds.setdefault(key[1:], kinds[key])
+    return {key: _lower_quartile(entries) for key, entries in kinds.items()}
+
+
+def _lower_quartile(entries: list[tuple[int, float, dict[str, Any]]]) -> dict[str, Any]:
+    first = min(order for order, *_ in entries)
+    best = sorted((entry for entry in entries if entry[0] == first), key=lambda entry: entry[1])
+    return best[len(best) // 4][2]
+
+
+def _finished() -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (order, record) of runs that ended ``ok``. The order is 0 for this machine, 2 for others with no rate."""
+    for path in record_paths():
+        if not is_restored(path.parent) and (record := _ended_well(path.read_text())):
+            yield 0, record
+    with suppress(ImportError):  # without pyarrow, as a sweep may be, published records cannot be read
+        for *_, text in all_published_records():
+            if record := _ended_well(text):
+                yield 1 if record.get("ceilings", {}).get("matmul_flops_per_second") else 2, record
 
 
 def _ended_well(text: str) -> dict[str, Any] | None:
@@ -70,10 +92,6 @@ def _ended_well(text: str) -> dict[str, Any] | None:
         return record if record["status"] == "ok" else None
     except (ValueError, KeyError):
         return None
-
-
-def _has_rate(record: dict[str, Any]) -> bool:
-    return bool(record.get("ceilings", {}).get("matmul_flops_per_second"))
 
 
 def _kind(spec: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

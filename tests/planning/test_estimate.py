@@ -1,0 +1,54 @@
+"""Which records an estimate of a run's time rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from peftscope.layout import record_path
+from peftscope.planning import estimate
+from peftscope.record import RESTORED, RunRecord, Seconds, state_folder, write_record
+from peftscope.spec import RunSpec, run_id
+
+SPEC = RunSpec.model_validate(
+    {"model": "toy", "task": "two-digit-sums", "method": {"name": "lora"}, "steps": 100, "learning_rate": 1e-3}
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> Iterator[None]:
+    estimate._measured.cache_clear()
+    yield
+    estimate._measured.cache_clear()
+
+
+def finished(train: float, seed: int, *, restored: bool = False, **fields: object) -> None:
+    """Writes a record of a run that trained for so long, in ten seconds more."""
+    spec = SPEC.model_copy(update={"seed": seed, **fields})
+    path = record_path(run_id(spec))
+    record = RunRecord(run_id=run_id(spec), status="ok", spec=spec, seconds=Seconds(train=train, wall=train + 10))
+    write_record(path, record.model_copy(update={"provenance": {"threads": 1}}))
+    if restored:
+        state_folder(path.parent).mkdir(parents=True)
+        (state_folder(path.parent) / RESTORED).write_text("{}")
+
+
+def test_runs_that_waited_and_one_that_was_resumed_do_not_decide(own_folder: Path) -> None:
+    for seed, train in enumerate((2, 50, 60, 400, 500)):
+        finished(train, seed)
+    assert estimate.estimate_seconds(SPEC, one_thread=True) == pytest.approx(60)
+
+
+def test_it_grows_with_the_steps(own_folder: Path) -> None:
+    finished(50, 0)
+    twice = SPEC.model_copy(update={"steps": 200})
+    assert estimate.estimate_seconds(twice, one_thread=True) == pytest.approx(110)
+
+
+def test_this_machines_runs_come_before_restored_ones(own_folder: Path) -> None:
+    for seed in range(3):
+        finished(5, seed, restored=True)
+    finished(80, 9)
+    assert estimate.estimate_seconds(SPEC, one_thread=True) == pytest.approx(90)
