@@ -1,6 +1,6 @@
 """How many orderings of PEFT's published method comparison could be chance: ``make peft-comparison``.
 
-Writes the tables of ``docs/peft-comparison.md`` and their figure from ``peft_method_comparison.csv``.
+Writes the tables of ``docs/peft-comparison.md``, their figure and the README's number from ``peft_method_comparison.csv``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from peftscope.analysis.ranking import STATED_SPREADS, Ranking, rank, trust
 from peftscope.analysis.scores import FRACTION, by_system, read_scores
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.report.comparison import draw_ranking, summarise_ranking
+from peftscope.report.front import README, with_numbers
 
 SCORES = Path("benchmarks/peft_method_comparison.csv")
 PAGE = Path("docs/peft-comparison.md")
@@ -107,6 +108,11 @@ def render(scores: Path = SCORES) -> str:
     return "\n".join(lines)
 
 
+def number_of_readme(scores: Path = SCORES) -> dict[str, str]:
+    """Returns the README's number, by its name there: the per cent of orderings that could be chance, on other items."""
+    return {"orderings by chance": _share(rankings(scores)[SHOWN_SPREAD, TEST_ITEMS], corrected=False).rstrip("%")}
+
+
 def _share(ranking: Ranking, *, corrected: bool) -> str:
     return f"{ranking.undecided(corrected=corrected) / ranking.pairs:.0%}"
 
@@ -122,8 +128,9 @@ def with_tables(page: str, tables: str) -> str:
 
 
 def main() -> None:
-    """Writes the page and its figure."""
+    """Writes the page, its figure, and the number in the README."""
     PAGE.write_text(with_tables(PAGE.read_text(), render()))
+    README.write_text(with_numbers(README.read_text(), number_of_readme()))
     draw_ranking(rankings()[SHOWN_SPREAD, TEST_ITEMS], FRACTION, FIGURE)
     print(PAGE)
 

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.peft_comparison import PAGE, SCORES, render, with_tables
+from benchmarks.peft_comparison import PAGE, SCORES, number_of_readme, render, with_tables
+from peftscope.report.front import README, with_numbers
 
 Command = Any
 
@@ -159,3 +160,5 @@ def test_the_page_on_pefts_runs_shows_what_their_scores_give(repository: Path) -
     tables = render(scores)
     assert page == with_tables(page, tables)
     assert "63 | " in tables and "of 1,953" in tables
+    readme = (repository / README).read_text()
+    assert "orderings by chance" in readme and readme == with_numbers(readme, number_of_readme(scores))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from peftscope.report.claims import COLOURS
 README = Path("README.md")
 PAPER = Path("paper/paper.md")
 NUMBER = re.compile(r"<!--([a-z ]+)-->[^<]*<!--/-->")
-"""A number of the paper, between comments that name it."""
+"""A number of the README or the paper, between comments that name it."""
 BAR = PUBLISHED_RESULTS / "claims.svg"
 BEGIN, END = "<!-- published:claims -->\n", "<!-- /published:claims -->"
 GREY = "#77808a"
@@ -72,7 +73,16 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
             "mean difference": agreement["allocated_percent"]["mean"],
             "worst difference": agreement["allocated_percent"]["worst"],
         }
-        PAPER.write_text(NUMBER.sub(lambda m: f"<!--{m[1]}-->{numbers[m[1]]}<!--/-->", PAPER.read_text()))
+        PAPER.write_text(with_numbers(PAPER.read_text(), numbers))
+
+
+def with_numbers(text: str, numbers: Mapping[str, Any]) -> str:
+    """Returns a text in which the named numbers between comments are these. Numbers of other names stay.
+
+    >>> with_numbers("<!--claims-->1<!--/--> claims, <!--wrong-->2<!--/--> wrong", {"claims": 151})
+    '<!--claims-->151<!--/--> claims, <!--wrong-->2<!--/--> wrong'
+    """
+    return NUMBER.sub(lambda m: f"<!--{m[1]}-->{numbers[m[1]]}<!--/-->" if m[1] in numbers else m[0], text)
 
 
 def _told(surprise: Surprise, finding: dict[str, Any]) -> str:
