@@ -1,6 +1,7 @@
 """How many orderings of PEFT's published method comparison could be chance: ``make peft-comparison``.
 
-Writes the tables of ``docs/peft-comparison.md``, their figure and the README's number from ``peft_method_comparison.csv``.
+Writes the tables of ``docs/peft-comparison.md``, their figure and a number of the README, from
+``peft_method_comparison.csv``.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def render(scores: Path = SCORES) -> str:
 
 
 def number_of_readme(scores: Path = SCORES) -> dict[str, str]:
-    """Returns the README's number, by its name there: the per cent of orderings that could be chance, on other items."""
+    """Returns the README's number by its name there: per cent of the orderings that could be chance, on other items."""
     return {"orderings by chance": _share(rankings(scores)[SHOWN_SPREAD, TEST_ITEMS], corrected=False).rstrip("%")}
 
 
