@@ -15,7 +15,7 @@ from peftscope.claims.verdict import Verdict
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.files.content import read_yaml
 from peftscope.files.problems import dotted, problems_of
-from peftscope.layout import FINDINGS_FILE, FINDINGS_PAGE, PUBLISHED_RESULTS, results_folder, shipped
+from peftscope.layout import FINDINGS_FILE, FINDINGS_PAGE, published, results_folder, shipped
 from peftscope.planning.estimate import spoken
 from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
 from peftscope.report.front import Surprise
@@ -144,7 +144,7 @@ def _is_judged(experiment: str, findings: list[dict[str, Any]]) -> bool:
 def _study(name: str, findings: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns one row of the table of studies: its question, what it cost, and the claims that rest on it."""
     settings = read_experiment(experiment_path(name))
-    paths = [folder / "runs.csv" for folder in (results_folder(name), PUBLISHED_RESULTS / name)]
+    paths = [folder / "runs.csv" for folder in (results_folder(name), published(name))]
     runs = next((pd.read_csv(path) for path in paths if path.is_file()), pd.DataFrame({"status": []}))
     ended = runs[runs["status"].isin(["ok", "diverged", "oom"])]
     return {

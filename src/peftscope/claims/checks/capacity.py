@@ -11,7 +11,7 @@ import pandas as pd
 from peftscope.analysis.capacity import breaks, stored_bits
 from peftscope.analysis.collect import read_runs
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity, geometric_mean_of, mean_of
-from peftscope.layout import PUBLISHED_RESULTS, results_folder
+from peftscope.layout import published, results_folder
 
 FULL = "full fine-tuning"
 
@@ -79,7 +79,7 @@ def _stored(experiment: str, model: str) -> pd.DataFrame:
     Raises:
         NotRunError: The experiment has not run, or not to its end.
     """
-    folders = [results_folder(experiment), PUBLISHED_RESULTS / experiment]
+    folders = [results_folder(experiment), published(experiment)]
     folder = next((folder for folder in folders if (folder / "runs.csv").is_file()), None)
     if folder is None:
         raise NotRunError(f"the experiment `{experiment}` has not run -> make report EXPERIMENT={experiment}")

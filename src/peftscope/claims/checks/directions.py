@@ -15,7 +15,7 @@ from peftscope.analysis.study import StudyResults
 from peftscope.claims.measurement import Measurement, NotRunError, geometric_mean_of, mean_of
 from peftscope.claims.subjects import weight_matrices
 from peftscope.files.atomic import write_json
-from peftscope.layout import PUBLISHED_RESULTS, directions_path, run_folder
+from peftscope.layout import directions_path, published, run_folder
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,7 @@ def _by_seed(
     results, path = StudyResults(study), directions_path(study)
     key = f"{' and '.join(dict.fromkeys(arms))}: {key}"
     stored: dict[str, dict[str, float]] = {}
-    for file in (PUBLISHED_RESULTS / study / path.name, path):
+    for file in (published(f"{study}/{path.name}"), path):
         stored |= json.loads(file.read_text()) if file.is_file() else {}
     if key not in stored:
         runs = [results.arm_runs(arm).set_index("seed")["run_id"] for arm in arms]
