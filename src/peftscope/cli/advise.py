@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from peftscope.cli.memory import wide_console
+from peftscope.cli.console import wide_console
 from peftscope.errors import InputError, Problem, close_match, spoken_bytes
 
 if TYPE_CHECKING:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from peftscope.cli.memory import with_progress
+from peftscope.cli.console import wide_console, with_progress
 from peftscope.errors import InputError, Problem, close_match, needs
 from peftscope.execution.libraries import offline, quiet_libraries
 
@@ -80,7 +78,7 @@ def claims(
         verdict = finding["verdict"] + (f" ({finding['known']})" if finding["known"] else "")
         statement = known[finding["id"]].statement
         table.add_row(finding["id"], verdict, finding["claimed"], spoken_finding(finding), statement, finding["scope"])
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = wide_console()
     console.print(table)
     if len(found) == 1:
         console.print(sentence(found[0]), markup=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from peftscope.cli.console import wide_console
 from peftscope.errors import InputError, Problem, needs, shown
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def compare(
     """
     from peftscope.analysis.scores import read_scores, unit_of
 
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = wide_console()
     if every:
         for name, value in (("B", b), ("--margin", margin), ("--base", base)):
             if value is not None:

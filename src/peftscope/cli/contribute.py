@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from peftscope.cli.console import wide_console
 from peftscope.cli.rules import experiment_name
 
 app = typer.Typer()
@@ -29,7 +28,7 @@ def contribute(
     from peftscope.analysis.contributed import pack, write
     from peftscope.report.contributed import runs_table
 
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = wide_console()
     for contribution in pack(experiment):
         console.print(f"{contribution.card}: {len(contribution.records)} runs of {experiment}", markup=False)
         console.print(_as_table(runs_table(contribution.runs())))
@@ -64,7 +63,7 @@ def contributed() -> None:
     """Check what others contributed, show it by card, and write reports/contributed.html."""
     from peftscope.report.contributed import cards_table, write_contributed
 
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = wide_console()
     page = write_contributed()
     console.print(_as_table(cards_table()))
     console.print(f"The page: {page}", soft_wrap=True)

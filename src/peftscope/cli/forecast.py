@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
+from peftscope.cli.console import wide_console
 from peftscope.errors import GIB, InputError, Problem, spoken_bytes
 from peftscope.layout import record_path
 
@@ -56,7 +55,7 @@ def show_forecast(experiment: str, gpu: Gpu, *, brief: bool) -> None:
             done += 1
             continue
         forecasts.append(forecaster.forecast(identity, spec, chosen=identity in known))
-    console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
+    console = wide_console(170)
     console.print(_by_method(forecasts) if brief else _by_run(forecasts))
     hours = sum(f.seconds for f in forecasts)
     console.print(

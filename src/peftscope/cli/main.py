@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from peftscope.cli import advise, claims, compare, contribute, memory, new_study, rules, verify, why
+from peftscope.cli.console import wide_console
 from peftscope.errors import InputError, Problem, needs, printable
 from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
 from peftscope.layout import record_path, run_folder
@@ -186,7 +187,7 @@ def expand_experiment(
         rate = ("" if chosen else "about ") + f"{spec.learning_rate:g}" if spec.method.trains else "-"
         name = identity if chosen else identity.rpartition("-")[0]
         table.add_row(name, spec.method.full_label(), parameters, spec.precision, rate, str(spec.steps), when)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = wide_console()
     if not brief:
         console.print(table)
     console.print(
@@ -309,7 +310,7 @@ def doctor() -> None:
     table = Table("what", "", "found", "remedy", box=None)
     for finding in examine():
         table.add_row(finding.what, "[green]ok[/]" if finding.fine else "[yellow]--[/]", finding.found, finding.remedy)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    wide_console().print(table)
 
 
 def _waiting(what: str) -> Status:

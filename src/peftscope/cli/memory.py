@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -15,6 +14,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from typer.core import TyperCommand
 
+from peftscope.cli.console import wide_console, with_progress
 from peftscope.errors import InputError, Problem, needs
 from peftscope.execution.libraries import offline, quiet_libraries
 from peftscope.files.content import parse_json
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 MemoryModel = Annotated[
@@ -324,15 +323,3 @@ def _simulated(question: Question) -> Answer:
         from peftscope.memory.simulate import answer_by_simulation
 
         return answer_by_simulation(question)
-
-
-def with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """Yields the items, with a bar and the time that is left."""
-    from rich.progress import track
-
-    yield from track(items, description=what, total=total, console=Console(stderr=True), transient=True)
-
-
-def wide_console() -> Console:
-    """Returns a console whose tables are not folded when a program reads them."""
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)

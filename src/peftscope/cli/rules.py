@@ -257,7 +257,7 @@ def memory_chapter() -> None:
     """Simulate the table of an introduction, line by line; about a minute."""
     import pandas as pd
 
-    from peftscope.cli.memory import with_progress
+    from peftscope.cli.console import with_progress
     from peftscope.memory.chapter import lines, rebuild
     from peftscope.report.memory import write_chapter
 

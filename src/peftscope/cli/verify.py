@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from peftscope.cli.console import wide_console
 from peftscope.errors import needs
 
 app = typer.Typer()
@@ -29,7 +30,7 @@ def verify(
     from peftscope.planning.estimate import spoken
 
     chosen = choose_published(experiments or [], runs, seed)
-    console, screen = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True, highlight=False)
+    console, screen = wide_console(), Console(stderr=True, highlight=False)
     table = Table("run", *COMPARED, "made on", box=None)
     done: list[Repeat] = []
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from peftscope.cli.memory import AsJson, Gpus, RunCommand, run_options, wide_console
+from peftscope.cli.console import wide_console
+from peftscope.cli.memory import AsJson, Gpus, RunCommand, run_options
 from peftscope.errors import InputError, Problem, close_match, needs
 from peftscope.execution.libraries import offline, quiet_libraries
 from peftscope.layout import record_path

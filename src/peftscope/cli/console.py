@@ -1,0 +1,23 @@
+"""Where commands print: tables to standard output, progress to standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+
+T = TypeVar("T")
+
+
+def wide_console(width: int = 160) -> Console:
+    """Returns a console that is so many characters wide where a program reads it, so that tables are not folded."""
+    return Console(width=None if sys.stdout.isatty() else width, highlight=False)
+
+
+def with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """Yields the items, with a bar and the time that is left."""
+    from rich.progress import track
+
+    yield from track(items, description=what, total=total, console=Console(stderr=True), transient=True)
