@@ -12,7 +12,7 @@ from peftscope.claims.ledger import read_ledger
 from peftscope.claims.stored import read_findings
 from peftscope.errors import InputError
 from peftscope.report.findings import read_surprises, read_topics, write_findings
-from peftscope.report.front import show_claims
+from peftscope.report.front import show_claims, show_study
 
 
 def test_the_page_says_what_was_found_and_what_waits(own_folder: Path, repository: Path) -> None:
@@ -72,6 +72,19 @@ def test_the_readme_shows_the_published_verdicts(
     wrong = sum(finding["verdict"] == "wrong" for finding in findings)
     assert f"<!--wrong-->{wrong}<!--/-->" in Path("paper/paper.md").read_text()
     assert f"<!--wrong-->{wrong + 1}<!--/-->" in paper
+
+
+def test_the_readme_shows_its_study_as_it_is_published(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = (repository / "README.md").read_text()
+    block = re.compile(r"(?<=<!-- study:variants -->\n).+?(?=<!-- /study -->)", re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text(block.sub("", shown))
+    show_study("variants-60")
+    assert Path("README.md").read_text() == block.sub("", shown) != shown
+    show_study("variants")
+    assert Path("README.md").read_text() == shown
 
 
 def test_a_sentence_that_does_not_fit_its_claim_is_refused(

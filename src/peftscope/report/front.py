@@ -1,4 +1,4 @@
-"""Renders the README's first screen (the bar of verdicts, findings that surprise) and the paper's numbers. No torch."""
+"""Renders the README's bar of verdicts, findings that surprise and study, and the paper's numbers. No torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from typing import Any
 import matplotlib.pyplot as plt
 from pydantic import BaseModel, ConfigDict
 
+from peftscope.analysis.study import StudyResults
 from peftscope.claims.verdict import Verdict
 from peftscope.errors import InputError, Problem
 from peftscope.layout import FINDINGS_FILE, PUBLISHED_REPORTS, PUBLISHED_RESULTS
 from peftscope.memory.answer import AGREEMENT_FILE
+from peftscope.planning.experiment import experiment_path, read_experiment
 from peftscope.report.claims import COLOURS
+from peftscope.report.study import study_facts, study_sentences
 
 README = Path("README.md")
 PAPER = Path("paper/paper.md")
@@ -60,10 +63,7 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
         if (finding := by_id.get(surprise.claim)) and finding["verdict"] == surprise.verdict
     ]
     shown = f"![{len(findings)} claims: {words}]({BAR})\n\n" + "\n".join(lines) + "\n"
-    text = README.read_text() if README.is_file() else ""
-    if BEGIN in text:
-        before, _, rest = text.partition(BEGIN)
-        README.write_text(before + BEGIN + shown + END + rest.partition(END)[2])
+    _show(BEGIN, shown, END)
     if PAPER.is_file():
         agreement = json.loads(AGREEMENT_FILE.read_text())
         numbers: dict[str, Any] = {
@@ -74,6 +74,26 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
             "worst difference": agreement["allocated_percent"]["worst"],
         }
         PAPER.write_text(with_numbers(PAPER.read_text(), numbers))
+
+
+def show_study(experiment: str) -> None:
+    """Writes a study's answer and its figure into the README, if that has markers for this experiment."""
+    settings = read_experiment(experiment_path(experiment)).study
+    if settings is None:
+        return
+    facts = study_facts(StudyResults(experiment), settings)
+    figure = PUBLISHED_RESULTS / experiment / "figures" / "differences.svg"
+    report = PUBLISHED_REPORTS / experiment / "report.html"
+    shown = f"{facts['answer']} ([the report]({report}))\n\n![{study_sentences(facts)['differences']}]({figure})\n"
+    _show(f"<!-- study:{experiment} -->\n", shown, "<!-- /study -->")
+
+
+def _show(begin: str, shown: str, end: str) -> None:
+    """Replaces what stands between two markers of the README. Without a README or markers, does nothing."""
+    text = README.read_text() if README.is_file() else ""
+    if begin in text:
+        before, _, rest = text.partition(begin)
+        README.write_text(before + begin + shown + end + rest.partition(end)[2])
 
 
 def with_numbers(text: str, numbers: Mapping[str, Any]) -> str:

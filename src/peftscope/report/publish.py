@@ -46,7 +46,7 @@ from peftscope.planning.published import (
 from peftscope.planning.sweep import Sweep, expand
 from peftscope.record import RESTORED, measured_path, parse_record, state_folder
 from peftscope.report.findings import read_surprises
-from peftscope.report.front import show_claims
+from peftscope.report.front import show_claims, show_study
 
 MEMORY_FILES = ("grid.svg", "bars.svg", "chapter.csv")
 """The files that finished results without a run must have."""
@@ -130,6 +130,7 @@ def publish_experiment(experiment: str) -> list[Path]:
     _copy([page], page.parent, report)
     _copy(wanted, source, results)
     write_runs(results, map(run_folder, read_runs(experiment)["run_id"]))
+    show_study(experiment)
     return [results, report]
 
 
