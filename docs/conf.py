@@ -41,7 +41,7 @@ html_copy_source = False
 templates_path = ["theme"]
 html_sidebars = {"**": ["sidebar/brand.html", "sidebar/search.html", "sidebar/scroll-start.html", "beside.html"]}
 html_sidebars["**"] += ["sidebar/navigation.html", "sidebar/scroll-end.html"]
-studies = sorted(ROOT.glob(f"{REPORTS}/*/report.html"))
+studies = [*ROOT.glob(f"{REPORTS}/leaderboard.html"), *sorted(ROOT.glob(f"{REPORTS}/*/report.html"))]
 html_context = {"studies": {f"{path.relative_to(ROOT)}": TITLE.search(path.read_text())[1] for path in studies}}
 
 

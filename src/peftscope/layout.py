@@ -43,6 +43,9 @@ CONTRIBUTED_RESULTS = RESULTS / "contributed"
 CONTRIBUTED_PAGE = REPORTS / "contributed.html"
 """The page of these results. Its Markdown version is in the same folder."""
 
+LEADERBOARD = "leaderboard"
+"""The name of the page of methods that studies compare, in the folder of reports and in that of published ones."""
+
 MEMORY_FOLDER = RESULTS / "memory"
 """The folder of results that need no run: memory curves, bars, a chapter's table."""
 

@@ -193,3 +193,18 @@ def _rank(
         console.print(said, soft_wrap=True)
     if figure:
         draw_ranking(shown_ranking, unit, figure)
+
+
+@app.command()
+@needs("report")
+def leaderboard() -> None:
+    """Show the methods of all finished studies with intervals and groups; writes reports/leaderboard.html."""
+    from peftscope.report.leaderboard import read_sections, sentences, write_leaderboard
+
+    sections, left_out = read_sections()
+    console = wide_console()
+    for section in sections:
+        console.print(f"{section.subject}:", *sentences(section), soft_wrap=True, markup=False)
+    for name, reason in left_out.items():
+        console.print(f"Left out: {name}: {reason}.", soft_wrap=True, markup=False)
+    console.print(f"The page: {write_leaderboard(sections, left_out)}", soft_wrap=True, markup=False)

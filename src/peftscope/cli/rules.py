@@ -159,7 +159,9 @@ def check(experiment: ExperimentName) -> None:
 
 @app.command("publish", hidden=True)
 @needs("report")
-def publish_command(name: Annotated[str, typer.Argument(help="An experiment, claims, or memory.")]) -> None:
+def publish_command(
+    name: Annotated[str, typer.Argument(help="An experiment, claims, leaderboard, or memory.")],
+) -> None:
     """Copy the small files of what is finished to results/published and reports/published."""
     from peftscope.report.publish import publish
 

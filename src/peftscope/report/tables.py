@@ -99,9 +99,18 @@ def factors_within_methods(runs: pd.DataFrame) -> list[str]:
 
     A setting that the method decides, such as full fine-tuning's precision, says no more than the method's name.
     """
-    settings = [*RunSpec.model_fields, *(field for cls in METHODS.values() for field in cls.model_fields)]
-    known = dict.fromkeys(field for field in settings if field in runs and field not in ONLY_SCORED)
-    return [field for field in known if (runs.groupby("label")[field].nunique(dropna=False) > 1).any()]
+    return [field for field in settings(runs) if (runs.groupby("label")[field].nunique(dropna=False) > 1).any()]
+
+
+def settings(runs: pd.DataFrame) -> list[str]:
+    """Returns the columns that are settings of a run or of its method, except the seed."""
+    fields = [*RunSpec.model_fields, *(field for cls in METHODS.values() for field in cls.model_fields)]
+    return list(dict.fromkeys(field for field in fields if field in runs and field not in ONLY_SCORED))
+
+
+def spoken_settings(row: pd.Series, fields: list[str]) -> str:
+    """Returns the settings that a run has a value for, in words."""
+    return ", ".join(f"{field.replace('_', ' ')} {_plain(row[field])}" for field in fields if pd.notna(row[field]))
 
 
 def with_peaks(methods: pd.DataFrame) -> pd.DataFrame:
@@ -119,8 +128,8 @@ def variants(runs: pd.DataFrame) -> pd.Series:
     factors = factors_within_methods(runs)
 
     def name(row: pd.Series) -> str:
-        told = [f"{field.replace('_', ' ')} {_plain(row[field])}" for field in factors if pd.notna(row[field])]
-        return str(row["label"]) + (f" ({', '.join(told)})" if told else "")
+        told = spoken_settings(row, factors)
+        return str(row["label"]) + (f" ({told})" if told else "")
 
     return runs.apply(name, axis=1) if len(runs) else pd.Series(dtype=str)
 
