@@ -9,7 +9,9 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from itertools import cycle, islice
+from multiprocessing import get_context
 from typing import Any
 
 from rich.console import Console
@@ -113,6 +115,7 @@ def whole_questions(seed: int) -> Iterator[Question]:
         yield random_question(method, source, whole=True)
 
 
+@without_hub_kernels()
 def differences(question: Question) -> dict[str, float]:
     """Returns (closed form / simulation - 1) of each phase, of the peak over all, and of the reserved bytes."""
     from peftscope.memory.simulate import answer_by_simulation
@@ -125,15 +128,16 @@ def differences(question: Question) -> dict[str, float]:
     }
 
 
-@without_hub_kernels()
 def main() -> None:
     """Measures and writes the agreement."""
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
     questions, wholes = list(random_questions(seed=0)), list(whole_questions(seed=0))
     console = Console(stderr=True)
-    for question in track(questions, console=console, description="simulating cut models"):
-        found[question.spec.method.name].append(differences(question))
-    whole = [differences(question) for question in track(wholes, console=console, description="whole models")]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        asked = track(pool.map(differences, questions), "simulating cut models", len(questions), console=console)
+        for question, difference in zip(questions, asked, strict=True):
+            found[question.spec.method.name].append(difference)
+        whole = list(track(pool.map(differences, wholes), "whole models", len(wholes), console=console))
     methods: dict[str, dict[str, Any]] = {
         method: {
             "questions": len(found[method]),

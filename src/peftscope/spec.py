@@ -163,6 +163,11 @@ class RunSpec(BaseModel):
             )
         if self.autocast and self.precision != "bf16":
             raise ValueError("autocast is for bf16 weights: precision=amp is fp32 weights under autocast; use amp")
+        if getattr(self.method, "kbit_preparation", "none") == "trl" and not self.autocast:
+            raise ValueError(
+                "kbit_preparation=trl puts norms in fp32 before a head in bf16, and only autocast multiplies the two; "
+                "use autocast=true, or kbit_preparation=peft"
+            )
         if self.steps < self.method.min_steps:
             raise ValueError(f"steps={self.steps}: {self.method.name} needs at least {self.method.min_steps}")
         if self.generation_items > self.heldout_items:

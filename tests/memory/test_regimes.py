@@ -108,6 +108,13 @@ def test_unknown_padding_is_a_sentence() -> None:
         ask(describe_model("qwen2.5-0.5b"), {"padding": "all"})
 
 
+def test_norms_in_fp32_before_a_head_in_bf16_need_autocast() -> None:
+    with pytest.raises(
+        InputError, match=r"kbit_preparation=trl .* only autocast multiplies the two; use autocast=true"
+    ):
+        ask(describe_model("qwen2.5-0.5b"), {**PREPARED, "kbit_preparation": "trl"})
+
+
 FIELD = {**PREPARED, "kbit_preparation": "trl", "autocast": True}
 """How the field runs QLoRA: bf16 autocast over a 4-bit base as TRL prepared it."""
 
