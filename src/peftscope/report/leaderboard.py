@@ -206,8 +206,8 @@ def sentences(section: Section) -> Iterator[str]:
             doubt = ". It differs from itself, so that other rows may differ by as much for no reason"
             said = _told(entry.difference, *_unit(section))
             yield (
-                f"{entry.label}: {said}, {entry.outcome}{doubt if entry.difference.differs else ''}. No smaller "
-                "difference of a method means anything."
+                f"{entry.label}: {said}, {entry.outcome}{doubt if entry.difference.differs else ''}. A "
+                "smaller difference of a method means nothing."
             )
 
 

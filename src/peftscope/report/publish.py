@@ -124,7 +124,7 @@ def publish_experiment(experiment: str) -> list[Path]:
         raise InputError(Problem(str(source), "the experiment is not finished", f"make report EXPERIMENT={experiment}"))
     wanted = [
         source / "runs.csv",
-        *filter(Path.is_file, [tuned_path(experiment), directions_path(experiment)]),
+        *filter(Path.is_file, [coarse_path(experiment), tuned_path(experiment), directions_path(experiment)]),
         *sorted(source.glob("tables/*.csv")),
         *sorted(source.glob("tables/*.parquet")),
         *sorted(source.glob("tables/*.md")),
