@@ -143,6 +143,8 @@ def specs(draw: st.DrawFn, names: tuple[str, ...] = tuple(METHODS)) -> RunSpec:
         top["precision"] = "amp" if top.get("precision") == "fp32" else top.get("precision", "bf16")
     if top.get("precision", "bf16") != "bf16":
         top["autocast"] = False
+    if getattr(built, "kbit_preparation", None) == "trl":  # norms in fp32 before a head in bf16
+        top["autocast"] = True
     if top.get("optimizer", "adamw") not in ("adamw", "sgd"):
         top.pop("optimizer_implementation", None)
     if top.get("shards", 1) > 1:
