@@ -156,7 +156,8 @@ def specs(draw: st.DrawFn, names: tuple[str, ...] = tuple(METHODS)) -> RunSpec:
         top["validation_every"] = 0
     if not top.get("retention_tokens", 1) or top.get("compile"):
         top["retention_every"] = 0
-    if not built.continues or top.get("shards", 1) > 1:
+    starts = built.continues or (built.trains_base and top.get("start_as") == "merged")
+    if not starts or top.get("shards", 1) > 1:
         top["start_from"] = None
     if top.get("start_from") is None:
         top["start_as"] = "adapter"

@@ -46,13 +46,13 @@ class RunSpec(BaseModel):
         str | None,
         Field(
             pattern=f"^{RUN_ID_PATTERN}$",
-            description="the run whose adapter the training starts from; in experiment files also fields in which that "
-            "run differs from this one; null: the base alone",
+            description="the run from whose adapter or weights the training starts; in experiment files also fields in "
+            "which that run differs from this one; null: the base alone",
         ),
     ] = None
     start_as: Annotated[
         Literal["adapter", "merged"],
-        Field(description="train that adapter on, or merge it into the base first and start with a fresh one"),
+        Field(description="train that adapter on, or put what was trained into the base first and begin afresh"),
     ] = "adapter"
     shuffled_targets: Annotated[
         bool, Field(description="a control: every training prompt gets the response of another one")
@@ -211,10 +211,11 @@ class RunSpec(BaseModel):
             if self.start_as == "merged":
                 raise ValueError("start_as=merged needs start_from, the run whose adapter is merged")
             return self
-        if self.shards > 1 or not self.method.continues:
+        fits = self.method.continues or (self.start_as == "merged" and self.method.trains_base)
+        if self.shards > 1 or not fits:
             raise ValueError(
-                f"start_from does not work with {self.method.name} and shards={self.shards}; use lora, rslora, "
-                "lora-plus or dora, and shards: 1"
+                f"start_from does not work with {self.method.name}, start_as={self.start_as} and shards={self.shards}; "
+                "use lora, rslora, lora-plus or dora, or full with start_as: merged, and shards: 1"
             )
         return self
 

@@ -15,6 +15,8 @@ from peftscope.report.front import README, with_numbers
 
 Command = Any
 
+LEVELS = {"one": 1.0, "other": 1.0, "far": 2.0}
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -41,6 +43,26 @@ class TestKnownTruth:
         assert "Margin ±0.1 (0.1): the same within 0.1." in text
         assert "To decide" not in text and "Standard error from each source: seeds" in text
         assert Path("d.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_the_same_for_programs(self, peftscope: Command) -> None:
+        _, text, _ = peftscope("compare", write("a", 0.5), write("b", 1.0), "--margin", "0.1", "--json")
+        found = json.loads(text)
+        assert found["outcome"] == "differs by more than the margin" and found["margin"] == 0.1
+        assert found["difference"] == pytest.approx(-0.5) and found["a"]["score"] == pytest.approx(0.5)
+        low, high = found["interval_95"]
+        assert low < -0.5 < high < -0.1 and (found["runs_each"], found["items"], found["is_paired"]) == (8, 60, True)
+        _, text, _ = peftscope("compare", write("a", 0.5), write("b", 1.0), "--json")
+        assert json.loads(text)["margin"] is None and json.loads(text)["outcome"] is None
+
+    def test_a_ranking_for_programs(self, peftscope: Command) -> None:
+        table = pd.concat(pd.read_csv(write(name, level)).assign(name=name) for name, level in LEVELS.items())
+        table.to_csv("all.csv", index=False)
+        _, text, _ = peftscope("compare", "all.csv", "--all", "--json")
+        (found,) = json.loads(text)
+        assert found["seed_spread"] is None and found["pairs"] == 3
+        assert found["groups"] in ([[1, 1], [2, 3]], [[1, 2], [3, 3]])
+        assert sorted(row["system"] for row in found["systems"]) == ["far", "one", "other"]
+        assert 0 < found["chances_of_single_runs"]["winner"] <= 1
 
     def test_a_difference_as_large_as_the_margin_is_never_the_same_nor_more(self, peftscope: Command) -> None:
         _, text, _ = peftscope("compare", write("a", 1.1), write("b", 1.0), "--margin", "0.1")

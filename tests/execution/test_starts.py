@@ -1,4 +1,4 @@
-"""Runs that start from the adapter of another one: what they start with, which run is made first, what is refused."""
+"""Runs that start where another one ended: what they start with, which run is made first, what is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peftscope.layout import run_folder
 from peftscope.planning.plan import load_workflow
 from peftscope.planning.starts import check_starts
 from peftscope.planning.sweep import expand
-from peftscope.record import RunRecord
+from peftscope.record import KeepWeights, RunRecord
 from peftscope.spec import RunSpec, run_id
 from peftscope.training.load import load_base
 
@@ -29,10 +29,10 @@ FIXED = """fixed: {model: toy, steps: 4, batch_size: 4, heldout_items: 8, genera
 """
 
 
-def made(spec: RunSpec) -> RunRecord:
+def made(spec: RunSpec, keep_weights: KeepWeights = "adapters") -> RunRecord:
     phases = Phases("cpu", time.perf_counter())
     phases.mark_imported()
-    return execute(spec, run_folder(run_id(spec)), phases)
+    return execute(spec, run_folder(run_id(spec)), phases, keep_weights=keep_weights)
 
 
 def problems(spec: RunSpec) -> list[str]:
@@ -69,6 +69,35 @@ def test_a_run_starts_where_the_other_one_ended(own: Any, make_spec: Any) -> Non
     assert changed == 14
 
 
+def test_a_run_starts_from_all_weights_of_another_one(own: Any, make_spec: Any) -> None:
+    """At a learning rate of zero, an adapter and full fine-tuning have the loss of the run that they start from."""
+    own("mine", "fixed: {model: toy}\n")
+    options = {"generation_items": 0, "retention_tokens": 0, "probe_steps": 0, "precision": "fp32", "steps": 4}
+    first = make_spec(method="full", learning_rate=1e-3, **options)
+    before = made(first, keep_weights="all")
+    weights = run_folder(before.run_id) / "adapter/model.safetensors"
+    start = {"start_from": run_id(first), "start_as": "merged", "learning_rate": 0, "seed": 1}
+    for method in ("lora", "full"):
+        after = made(make_spec(method=method, **options, **start))
+        assert after.quality.heldout_nll == before.quality.heldout_nll
+        assert after.provenance["start"]["sha256"] == file_sha256(weights)
+    (problem,) = problems(make_spec(method="lora", **options, **start | {"start_as": "adapter"}))
+    assert "trained full fine-tuning, which has no adapter to train on; use start_as=merged" in problem
+    shutil.rmtree(weights.parent)
+    assert "there is no" in made(make_spec(method="lora", **options, **start | {"seed": 2})).reason
+
+
+def test_a_base_that_others_start_from_keeps_its_weights(own: Any) -> None:
+    start = "start_as: merged, start_from: {method: full, seed: 0, steps: 5, learning_rate: 0.001}"
+    own("mine", f"{FIXED}runs: [{{method: lora, rank: 2, seed: 3, {start}}}, {{method: full, seed: 3}}]\n")
+    first, second, third = expand("mine").runs.values()
+    assert (first.method.name, first.seed, first.steps) == ("full", 0, 5)
+    assert second.start_from == run_id(first) and third.start_from is None
+    workflow = load_workflow({"experiment": "mine"})
+    options = [workflow.options(SimpleNamespace(run_id=run_id(spec))) for spec in (first, second, third)]
+    assert options == ["--keep-weights all", "", ""]
+
+
 def test_the_other_run_is_named_by_where_it_differs_and_made_first(own: Any) -> None:
     runs = "[{method: lora, rank: 2, seed: 3, steps: 9, start_from: {steps: 5, learning_rate: 0.02}}, {method: lora}]"
     own("mine", f"{FIXED}runs: {runs}\n")
@@ -103,9 +132,9 @@ def test_what_cannot_be_started_from_is_said_before_any_run(own: Any, make_spec:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert "its adapter is not the one that it saved" in made(then).reason
+    assert "its weights are not those that it saved" in made(then).reason
     shutil.rmtree(path.parent)
-    assert "is there without its adapter" in problems(then)[0]
+    assert "is there without its trained weights" in problems(then)[0]
     with pytest.raises(InputError, match="start_from does not work with full"):
         make_spec(method="full", start_from=run_id(first), **options)
     with pytest.raises(InputError, match="start_as=merged needs start_from"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +18,7 @@ from peftscope.errors import InputError, Problem, needs, shown
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from peftscope.analysis.ranking import Ranking, Trust
     from peftscope.analysis.scores import Scored
     from peftscope.report.comparison import Margin
 
@@ -43,6 +45,7 @@ def compare(
         int | None, typer.Option(min=2, help="With --all: the items behind a fraction that was read as one number.")
     ] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the differences into this PNG file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs; the keys are stable.")] = False,
 ) -> None:
     """Say whether a difference is real: its interval, chance, sameness within a margin, and what would decide.
 
@@ -56,7 +59,7 @@ def compare(
         for name, value in (("B", b), ("--margin", margin), ("--base", base)):
             if value is not None:
                 raise InputError(Problem(name, "does not go with --all", "leave it out"))
-        _rank(read_scores(a, metric), seed_spread, items, figure, console)
+        _rank(read_scores(a, metric), seed_spread, items, figure, None if as_json else console)
         return
     if b is None:
         raise InputError(Problem("B", "is missing", "name what A is compared with, or give --all"))
@@ -64,7 +67,7 @@ def compare(
         if given is not None:
             raise InputError(Problem(name, "goes with --all only", "leave it out"))
     from peftscope.analysis.paired import check_spread, pair
-    from peftscope.report.comparison import describe, draw_comparison
+    from peftscope.report.comparison import comparison_json, describe, draw_comparison
 
     if margin is not None:
         _number_and_unit(margin, "--margin")
@@ -72,7 +75,9 @@ def compare(
     pairing = pair(first, second)
     check_spread(pairing)
     asked = read_margin(margin, (first, second), read_scores(base, metric) if base else None)
-    for line in describe(first, second, pairing, asked):
+    if as_json:
+        print(json.dumps(comparison_json(first, second, pairing, asked), ensure_ascii=False))
+    for line in [] if as_json else describe(first, second, pairing, asked):
         console.print(line, soft_wrap=True, markup=False)
     if figure:
         draw_comparison(first[0].system, second[0].system, pairing, asked, unit_of([*first, *second]), figure)
@@ -151,11 +156,12 @@ def _task_gain(sides: Sequence[Sequence[Scored]], base: Sequence[Scored] | None)
 
 
 def _rank(
-    runs: Sequence[Scored], seed_spread: str | None, items: int | None, figure: Path | None, console: Console
+    runs: Sequence[Scored], seed_spread: str | None, items: int | None, figure: Path | None, console: Console | None
 ) -> None:
+    """Ranks systems for each spread of seeds that is asked for; prints JSON if there is no console."""
     from peftscope.analysis.ranking import STATED_SPREADS, rank, trust
     from peftscope.analysis.scores import FRACTION, by_system, unit_of
-    from peftscope.report.comparison import draw_ranking, spoken, spoken_groups, spoken_score, summarise_ranking
+    from peftscope.report.comparison import draw_ranking, ranking_json
 
     systems, unit = by_system(runs), unit_of(runs)
     has_single = min(map(len, systems.values())) == 1
@@ -165,34 +171,50 @@ def _rank(
     elif has_single and unit == FRACTION:
         spreads = [spread for spread in STATED_SPREADS if spread or items or runs[0].has_items]
     rankings = {spread: rank(systems, spread, items) for spread in spreads}
-    last, shown_ranking = list(rankings.items())[-1]
+    chances = {s: None if s is None and has_single else trust(ranking) for s, ranking in rankings.items()}
+    if console:
+        counts = {name: len(of_one) for name, of_one in systems.items()}
+        _print_rankings(rankings, chances, counts, unit, console)
+        if has_single and seed_spread is None:
+            shown_range = (
+                "the range above is no estimate" if len(spreads) > 1 else "a ranking may be chance for all we know"
+            )
+            said = f"One run of a system does not show how far seeds spread: {shown_range}. --seed-spread gives yours."
+            console.print(said, soft_wrap=True)
+    else:
+        told = [ranking_json(ranking, spread, unit, chances[spread]) for spread, ranking in rankings.items()]
+        print(json.dumps(told, ensure_ascii=False))
+    if figure:
+        draw_ranking(rankings[spreads[-1]], unit, figure)
+
+
+def _print_rankings(
+    rankings: dict[float | None, Ranking],
+    chances: dict[float | None, Trust | None],
+    counts: dict[str, int],
+    unit: str,
+    console: Console,
+) -> None:
+    """Prints the places of the last ranking, and what each one says."""
+    from peftscope.report.comparison import spoken, spoken_groups, spoken_score, summarise_ranking
+
+    last, ranking = list(rankings.items())[-1]
     places = Table("place", "system", "runs", "score", "standard error", "places it can have", box=None)
-    for place, (name, (best, worst)) in enumerate(zip(shown_ranking.systems, shown_ranking.places, strict=True), 1):
-        score, error = (
-            spoken_score(shown_ranking.scores[place - 1], unit),
-            spoken(shown_ranking.errors[place - 1], unit),
-        )
-        places.add_row(str(place), escape(name), str(len(systems[name])), score, error, f"{best} to {worst}")
+    for place, (name, (best, worst)) in enumerate(zip(ranking.systems, ranking.places, strict=True), 1):
+        score, error = spoken_score(ranking.scores[place - 1], unit), spoken(ranking.errors[place - 1], unit)
+        places.add_row(str(place), escape(name), str(counts[name]), score, error, f"{best} to {worst}")
     console.print(places)
     told = "" if last is None else f", if single runs spread by {spoken(last, unit)} between seeds"
-    console.print(f"Groups in which no two can be told apart{told}: {spoken_groups(shown_ranking)}.", soft_wrap=True)
+    console.print(f"Groups in which no two can be told apart{told}: {spoken_groups(ranking)}.", soft_wrap=True)
     rows = [
         {"spread of seeds": "as it was seen" if spread is None else spoken(spread, unit)}
-        | summarise_ranking(ranking, None if spread is None and has_single else trust(ranking))
-        for spread, ranking in rankings.items()
+        | summarise_ranking(of_spread, chances[spread])
+        for spread, of_spread in rankings.items()
     ]
     summary = Table(*rows[0], box=None)
     for row in rows:
         summary.add_row(*row.values())
     console.print("", summary, sep="\n")
-    if has_single and seed_spread is None:
-        shown_range = (
-            "the range above is no estimate" if len(spreads) > 1 else "a ranking may be chance for all we know"
-        )
-        said = f"One run of a system does not show how far seeds spread: {shown_range}. --seed-spread gives your own."
-        console.print(said, soft_wrap=True)
-    if figure:
-        draw_ranking(shown_ranking, unit, figure)
 
 
 @app.command()

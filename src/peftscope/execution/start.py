@@ -1,4 +1,7 @@
-"""Starts a run from the adapter of another one: that adapter trains on, or it is merged and a fresh one begins."""
+"""Starts a run where another one ended.
+
+An adapter trains on, or it is merged and a fresh one begins. The weights of full fine-tuning take the base's place.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,28 @@ from peftscope.record import read_record
 from peftscope.spec import RunSpec
 
 ADAPTER = "adapter/adapter_model.safetensors"
+MODEL = "adapter/model.safetensors"
 
 
 def merged_start(base: Any, spec: RunSpec) -> Any:
-    """Returns the base with the adapter that a spec starts from merged into it, if the spec asks for that.
+    """Returns the base with the result of the run that a spec starts from in it, if the spec asks for that.
 
-    PEFT adds the update in the base's own precision.
+    PEFT adds an adapter's update in the base's own precision. Weights of full fine-tuning are rounded to it.
 
     Raises:
-        InputError: The run that it starts from has no sound adapter.
+        InputError: The run that it starts from has no sound weights.
     """
     if spec.start_from is None or spec.start_as != "merged":
         return base
+    path = _trained_weights(spec.start_from)
+    if path.name == Path(MODEL).name:
+        from safetensors.torch import load_model
+
+        load_model(base, path)
+        return base
     from peft import PeftModel
 
-    merged = PeftModel.from_pretrained(base, _adapter(spec.start_from).parent).merge_and_unload()
+    merged = PeftModel.from_pretrained(base, path.parent).merge_and_unload()
     merged.requires_grad_(False)
     return merged
 
@@ -43,7 +53,7 @@ def continue_adapter(model: Any, spec: RunSpec) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    path = _adapter(spec.start_from)
+    path = _trained_weights(spec.start_from)
     expected = {name for name, p in model.named_parameters() if p.requires_grad}
     with warnings.catch_warnings(action="ignore"):  # of base weights, which an adapter does not have
         loaded = set_peft_model_state_dict(model, load_file(path))
@@ -52,23 +62,23 @@ def continue_adapter(model: Any, spec: RunSpec) -> None:
 
 
 def start_provenance(spec: RunSpec) -> dict[str, Any] | None:
-    """Returns what a run starts from: the other run, how, and the checksum of its adapter; None: the base alone."""
+    """Returns what a run starts from: the other run, how, and the checksum of its weights; None: the base alone."""
     if spec.start_from is None:
         return None
-    return {"run_id": spec.start_from, "as": spec.start_as, "sha256": file_sha256(_adapter(spec.start_from))}
+    return {"run_id": spec.start_from, "as": spec.start_as, "sha256": file_sha256(_trained_weights(spec.start_from))}
 
 
-def _adapter(run: str) -> Path:
-    """Returns the file with a run's adapter.
+def _trained_weights(run: str) -> Path:
+    """Returns the file with a run's adapter, or with all weights if it trained them.
 
     Raises:
         InputError: The run has none, or it is not the one that the run wrote.
     """
     folder = run_folder(run)
     remedy = f"remove {folder} and make that run again"
-    if not (folder / ADAPTER).is_file():
+    name = next((name for name in (ADAPTER, MODEL) if (folder / name).is_file()), None)
+    if name is None:
         raise InputError(Problem(f"start_from={run}", f"there is no {folder / ADAPTER}", remedy))
-    written = read_record(folder / "record.json").files.get(ADAPTER)
-    if written != file_sha256(folder / ADAPTER):
-        raise InputError(Problem(f"start_from={run}", "its adapter is not the one that it saved", remedy))
-    return folder / ADAPTER
+    if read_record(folder / "record.json").files.get(name) != file_sha256(folder / name):
+        raise InputError(Problem(f"start_from={run}", "its weights are not those that it saved", remedy))
+    return folder / name

@@ -93,6 +93,7 @@ def run_sweep(
             began = time.monotonic()
             shares = ",".join(map(str, plan.keep_at(identity)))
             options = ["--keep-at", shares] if shares else []
+            options += ["--keep-weights", "all"] if plan.keeps_all_weights(identity) else []
             status = run_apart(identity, spec, run_folder(identity), *options, deadline=deadline)
             pace.add(spec, time.monotonic() - began)
             ended.add(identity)

@@ -91,6 +91,11 @@ class Plan:
         groups = [c.name for c in self.sweep.comparisons if run in c.runs]
         return shares if not self.is_study or any(name == "runs" or name.startswith(ARM) for name in groups) else []
 
+    def keeps_all_weights(self, run: str) -> bool:
+        """Whether a run keeps the weights of its base, which it trained, because other runs start from them."""
+        starts = {spec.start_from for spec in self.sweep.runs.values()}
+        return run in starts and self.sweep.runs[run].method.trains_base
+
     @property
     def measured_runs(self) -> list[str]:
         """The runs whose weights are kept and measured, as far as they are known."""
@@ -190,10 +195,15 @@ class Workflow:
         return 1 if self.shares_machine(wildcards.run_id) else MOST_THREADS
 
     def options(self, wildcards: Any) -> str:
-        """Returns the options of a run that shares the machine, or keeps weights along its training."""
-        shares = {share for plan in self.plans.values() for share in plan.keep_at(wildcards.run_id)}
-        kept = f"--keep-at {','.join(f'{share:g}' for share in sorted(shares))}" if shares else ""
-        return " ".join(filter(None, ["--shared" if self.shares_machine(wildcards.run_id) else "", kept]))
+        """Returns the options of a run that shares the machine, or keeps more weights than others."""
+        run, plans = wildcards.run_id, self.plans.values()
+        shares = sorted({share for plan in plans for share in plan.keep_at(run)})
+        options = {
+            "--shared": self.shares_machine(run),
+            f"--keep-at {','.join(f'{share:g}' for share in shares)}": shares,
+            "--keep-weights all": any(plan.keeps_all_weights(run) for plan in plans),
+        }
+        return " ".join(option for option, holds in options.items() if holds)
 
     def shares_machine(self, run: str) -> bool:
         """Returns whether a run has one thread, beside as many others as there are cores.

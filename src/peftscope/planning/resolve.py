@@ -143,8 +143,13 @@ class Resolver:
         return spec
 
     def _start(self, values: dict[str, Any], differs: dict[str, Any], origin: str) -> str:
-        """Returns the id of the run that another one starts from, which has that one's fields but for some."""
-        spec = self.spec({**values, "start_from": None, "start_as": "adapter", **differs}, origin)
+        """Returns the id of the run that another one starts from, which has that one's fields but for some.
+
+        If it has another method, fields that this method does not have are left out.
+        """
+        start = {**values, "start_from": None, "start_as": "adapter", **differs}
+        has = {*differs, *METHODS[self.method_name(start, f"{origin}.method")].model_fields, *RUN_FIELDS}
+        spec = self.spec({k: v for k, v in start.items() if k in has or k in ("method", "seed")}, origin)
         self.starts[run_id(spec)] = spec
         return run_id(spec)
 

@@ -1,4 +1,4 @@
-"""The runs that other runs start from: whether they fit, and whether they have their adapters. No torch."""
+"""The runs that other runs start from: whether they fit, and whether they have their weights. No torch."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def check_starts(runs: Mapping[str, RunSpec], where: str, planned: bool = True) 
             if record.status != "ok":
                 problems.append(Problem(at, f"{spec.start_from} has the status {record.status}", "choose another run"))
             elif is_restored(folder) or record.weights == "dropped" or not (folder / "adapter").is_dir():
-                remedy = f"remove {folder}; the run is then made again, and keeps its adapter"
-                problems.append(Problem(at, f"{spec.start_from} is there without its adapter", remedy))
+                remedy = f"remove {folder}; the run is then made again, and keeps its weights"
+                problems.append(Problem(at, f"{spec.start_from} is there without its trained weights", remedy))
         if start is None:
             problems.append(Problem(at, f"there is no run {spec.start_from} in {folder.parent}", "make that run first"))
         else:
@@ -48,6 +48,11 @@ def _misfits(spec: RunSpec, start: RunSpec) -> list[str]:
     """Returns why a run cannot start from another one."""
     if (spec.model, spec.revision) != (start.model, start.revision):
         return [f"{spec.start_from} has another base model, {start.model}"]
+    if start.method.trains_base:
+        message = (
+            f"{spec.start_from} trained {start.method.label}, which has no adapter to train on; use start_as=merged"
+        )
+        return [message] if spec.start_as == "adapter" else []
     if not start.method.continues or start.start_as == "merged":
         return [f"{spec.start_from} trained {start.method.label}, whose adapter does not fit the base alone"]
     if spec.start_as == "adapter" and spec.method != start.method:

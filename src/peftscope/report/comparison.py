@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -81,6 +82,46 @@ def describe(a: Sequence[Scored], b: Sequence[Scored], pairing: Pairing, margin:
     if outcome == Outcome.OPEN or (outcome == Outcome.DIFFERS and not math.isnan(margin.value)):
         yield f"To decide, if the difference stayed as it is: {_needed(pairing, margin.value)}."
     yield from _sources(pairing, unit, differs=differs)
+
+
+def comparison_json(a: Sequence[Scored], b: Sequence[Scored], pairing: Pairing, margin: Margin) -> dict[str, Any]:
+    """Returns what a comparison says, for programs: scores, differences and errors in the unit of the scores."""
+    difference = pairing.difference(margin.value)
+    has_margin = not math.isnan(margin.value)
+    return {
+        "metric": a[0].metric,
+        "unit": unit_of([*a, *b]),
+        "a": {"system": a[0].system, "runs": len(a), "score": float(np.mean([run.score for run in a]))},
+        "b": {"system": b[0].system, "runs": len(b), "score": float(np.mean([run.score for run in b]))},
+        "difference": pairing.mean,
+        "interval_95": list(difference.interval()),
+        "standard_error": difference.error,
+        "p": pairing.p,
+        "is_paired": len(pairing.sides) == 1,
+        "runs_each": pairing.seeds,
+        "items": pairing.items if pairing.items > 1 else None,
+        "margin": margin.value if has_margin else None,
+        "outcome": str(pairing.outcome(margin.value)) if has_margin else None,
+        "runs_to_decide": pairing.seeds_to_decide(margin.value),
+        "items_to_decide": pairing.items_to_decide(margin.value),
+    }
+
+
+def ranking_json(ranking: Ranking, spread: float | None, unit: str, chances: Trust | None) -> dict[str, Any]:
+    """Returns what a ranking says, for programs: the best system first, groups by the places that they hold."""
+    columns = ("system", "score", "standard_error", "places")
+    errors = ranking.errors.tolist()
+    rows = zip(ranking.systems, ranking.scores.tolist(), errors, map(list, ranking.places), strict=True)
+    return {
+        "unit": unit,
+        "seed_spread": spread,
+        "systems": [dict(zip(columns, row, strict=True)) for row in rows],
+        "groups": [list(group) for group in ranking.groups],
+        "pairs": ranking.pairs,
+        "pairs_that_could_be_chance": ranking.undecided(corrected=False),
+        "pairs_that_could_be_chance_after_holm": ranking.undecided(corrected=True),
+        "chances_of_single_runs": asdict(chances) if chances else None,
+    }
 
 
 def _is_exact(pairing: Pairing) -> bool:
