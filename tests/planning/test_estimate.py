@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from peftscope.layout import record_path
+from peftscope.methods import METHODS
 from peftscope.planning import estimate
 from peftscope.record import RESTORED, RunRecord, Seconds, state_folder, write_record
 from peftscope.spec import RunSpec, run_id
@@ -52,3 +53,13 @@ def test_this_machines_runs_come_before_restored_ones(own_folder: Path) -> None:
         finished(5, seed, restored=True)
     finished(80, 9)
     assert estimate.estimate_seconds(SPEC, one_thread=True) == pytest.approx(90)
+
+
+def test_a_method_that_never_ran_is_taken_to_be_as_fast_as_lora(own_folder: Path) -> None:
+    other = SPEC.model_copy(update={"method": METHODS["dora"]()})
+    before = estimate.estimate_seconds(other, one_thread=True)
+    estimate._measured.cache_clear()
+    finished(4000, 0)
+    assert before < 100 and estimate.estimate_seconds(other, one_thread=True) == pytest.approx(4010)
+    base = SPEC.model_copy(update={"method": METHODS["none"]()})
+    assert estimate.estimate_seconds(base, one_thread=True) < 100

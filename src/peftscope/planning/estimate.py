@@ -1,4 +1,4 @@
-"""Estimates how long runs take, from records of the same model and method. This machine's records come first.
+"""Estimates how long runs take, from records of the same model and method, or else of LoRA. This machine's come first.
 
 The time of a record's matrix products is scaled by the rates of a large product on both machines. The remaining time is
 mostly the overhead of many small operators. It is not scaled, because it differs less between processors.
@@ -36,6 +36,8 @@ FALLBACK_SECONDS_PER_PARAMETER = 1.5e-7
 ONE_THREAD = ("one thread",)
 ONE_THREAD_SLOWER = 1.55
 """How many times as long as on two threads a step takes on one of two cores, while the other has a run as well."""
+LIKE_OTHERS = "lora"
+"""The method whose records stand in for one that has none."""
 EVALUATION = (
     *("validation_items", "validation_every", "heldout_items"),
     *("generation_items", "retention_tokens", "retention_every", "probe_steps"),
@@ -119,6 +121,8 @@ def estimate_seconds(
     work = spec.steps * spec.batch_size * spec.gradient_accumulation
     kind, evaluation = _kind(spec.model_dump(mode="json"))
     records, slower = _measured(), 1.0
+    if kind not in records and spec.method.trains:
+        kind = (spec.model, LIKE_OTHERS, spec.device)
     record = records.get(kind + evaluation) or records.get(kind)
     if one_thread:
         own = records.get(ONE_THREAD + kind + evaluation) or records.get(ONE_THREAD + kind)
