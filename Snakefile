@@ -442,6 +442,32 @@ rule forgetting:
         "python -m peftscope forgetting {wildcards.experiment} > {log} 2>&1"
 
 
+# Only studies of three or more ranks have this.
+rule ranks:
+    input:
+        "results/{experiment}/runs.csv",
+        "results/{experiment}/tuned.json",
+        workflow.source_path("src/peftscope/analysis/study.py"),
+        workflow.source_path("src/peftscope/report/ranks.py"),
+    output:
+        report(
+            "results/{experiment}/figures/ranks.svg",
+            caption="src/peftscope/report/captions/ranks.rst",
+            category="Study",
+            labels={
+                "experiment": "{experiment}",
+                "figure": "gain over rank",
+            },
+        ),
+    log:
+        "results/{experiment}/logs/ranks.log",
+    benchmark:
+        "results/{experiment}/benchmarks/ranks.tsv"
+    localrule: True
+    shell:
+        "python -m peftscope ranks {wildcards.experiment} > {log} 2>&1"
+
+
 # What follows from the code alone is made once for all experiments.
 rule memory_curve:
     input:

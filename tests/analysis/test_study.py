@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -27,10 +28,12 @@ from peftscope.claims.verdict import Rule, Verdict, judge
 from peftscope.cli.main import report
 from peftscope.errors import InputError
 from peftscope.planning.experiment import A_A_SHIFT
+from peftscope.planning.plan import load_workflow
 from peftscope.planning.published import published_items, published_records
 from peftscope.planning.sweep import expand
 from peftscope.record import Quality, RunRecord, parse_record, write_record
 from peftscope.report.publish import publish, restore
+from peftscope.report.ranks import rank_table, ranks_sentence, write_ranks
 from peftscope.report.study import CONTROLS, contrasts, controls, study_facts, write_study
 
 STUDY: dict[str, Any] = {
@@ -469,6 +472,31 @@ def test_the_section_of_the_report_has_its_tables_and_figures(finished: StudyRes
     facts = study_facts(finished, expand("mine").experiment.study)
     assert facts["chosen"] == "full fine-tuning 0.0001, LoRA 0.001, LoRA, thin 0.001"
     assert (facts["seeds"], facts["fewest_rates"], facts["base_loss"]) == (6, 3, "3.000")
+
+
+def test_each_rank_keeps_a_share_of_what_full_fine_tuning_gains(finished: StudyResults) -> None:
+    table = rank_table(finished).set_index("rank")
+    assert list(table.index) == [2, 8] and set(table["method"]) == {"LoRA"} and set(table["rate"]) == {1e-3}
+    gains = {arm: sum(of_arm) / 6 - 0.5 for arm, of_arm in GAINS.items()}
+    assert table.loc[2, "share"] == pytest.approx(gains["thin"] / gains["full"])
+    assert table.loc[8, "share"] == pytest.approx(gains["lora"] / gains["full"])
+    assert (table["low"] < table["share"]).all() and (table["share"] < table["high"]).all()
+    assert list(table["is_same"]) == [False, finished.difference("lora", "full").is_same]
+    write_ranks("mine")
+    assert "learning rate" in Path("results/mine/figures/ranks.svg").read_text()
+    sentence = ranks_sentence(finished)
+    assert sentence.startswith("LoRA keeps 67 % at rank 2, 97 % at rank 8 of what full fine-tuning gains on the task.")
+
+
+def test_only_a_study_of_three_ranks_has_a_figure_over_the_rank(write_study_file) -> None:
+    figures = {
+        name: load_workflow({"experiment": name}).figures(SimpleNamespace(experiment=name))
+        for name in ("ranks", "variants", "dora-ranks")
+    }
+    assert [name for name, paths in figures.items() if f"results/{name}/figures/ranks.svg" in paths] == [
+        "ranks",
+        "dora-ranks",
+    ]
 
 
 def test_claims_measure_shares_of_the_task_gain(finished: StudyResults) -> None:

@@ -262,6 +262,7 @@ def report(experiment: rules.ExperimentName) -> None:
     from peftscope.report.forgetting import write_forgetting
     from peftscope.report.page import write_report
     from peftscope.report.plots import write_figures, write_ladder
+    from peftscope.report.ranks import write_ranks
     from peftscope.report.study import write_study
     from peftscope.report.tables import write_tables
     from peftscope.report.weights import write_spectrum
@@ -278,6 +279,8 @@ def report(experiment: rules.ExperimentName) -> None:
             write_study(experiment)
             if plan.follows_prose:
                 write_forgetting(experiment)
+            if plan.compares_ranks:
+                write_ranks(experiment)
     if measured := _measured(plan.measured_runs):
         collect_weights(experiment, measured)
         write_spectrum(experiment)

@@ -130,6 +130,15 @@ def forgetting(experiment: ExperimentName) -> None:
 
 @app.command(hidden=True)
 @needs("report")
+def ranks(experiment: ExperimentName) -> None:
+    """Draw what each rank of a study keeps of full fine-tuning's gain, and its best learning rate."""
+    from peftscope.report.ranks import write_ranks
+
+    write_ranks(experiment)
+
+
+@app.command(hidden=True)
+@needs("report")
 def page(experiment: ExperimentName) -> None:
     """Write report.html from tables and figures."""
     from peftscope.planning.plan import plan_experiment

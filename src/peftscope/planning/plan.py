@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
@@ -48,7 +49,9 @@ STUDY_FILES = [
 
 CAPACITY_FILES = ["figures/capacity.svg", "tables/capacity.html", "tables/capacity.csv", "tables/stored.csv"]
 """What the report of an experiment on random strings shows beside."""
-SPECTRUM, FORGETTING = "figures/spectrum.svg", "figures/forgetting.svg"
+SPECTRUM, FORGETTING, RANKS = "figures/spectrum.svg", "figures/forgetting.svg", "figures/ranks.svg"
+FEWEST_RANKS = 3
+"""The ranks of one method from which on a study has a figure over the rank."""
 
 
 class Plan:
@@ -105,6 +108,14 @@ class Plan:
     def follows_prose(self) -> bool:
         """Whether the experiment is a study that scores prose along its runs."""
         return self.is_study and bool(self.sweep.experiment.fixed.get("retention_every"))
+
+    @property
+    def compares_ranks(self) -> bool:
+        """Whether the experiment is a study in which three or more tuned arms differ in their rank alone."""
+        study = self.sweep.experiment.study
+        arms = [study.arms[arm] for arm in study.learning_rates] if study else []
+        others = Counter(repr(sorted((k, v) for k, v in arm.items() if k != "rank")) for arm in arms)
+        return max(others.values(), default=0) >= FEWEST_RANKS
 
     @cached_property
     def ladders(self) -> list[str]:
@@ -221,6 +232,7 @@ class Workflow:
         names += CAPACITY_FILES if plan.measures_capacity else []
         names += [SPECTRUM] if plan.sweep.experiment.keep_at else []
         names += [FORGETTING] if plan.follows_prose else []
+        names += [RANKS] if plan.compares_ranks else []
         return [(results_folder(plan.name) / name).as_posix() for name in names]
 
     def gpus(self, wildcards: Any) -> int:

@@ -24,6 +24,7 @@ from peftscope.report.capacity import capacity_facts
 from peftscope.report.contributed import cards_table
 from peftscope.report.forgetting import forgetting_sentence
 from peftscope.report.memory import CARDS
+from peftscope.report.ranks import ranks_sentence
 from peftscope.report.sentences import NOTHING, listed, sentence
 from peftscope.report.serving import latencies, limited_runs
 from peftscope.report.study import study_facts, study_sentences
@@ -114,12 +115,16 @@ def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
     except InputError as error:
         return {"unfinished": str(error)}
     facts = study_facts(study, settings)
+    said = study_sentences(facts)
+    if (folder / "figures" / "ranks.svg").is_file():
+        said["ranks"] = ranks_sentence(study)
     figures = {
         name: {"sentence": text, "image": _embedded(folder / "figures" / f"{name}.svg", text)}
-        for name, text in study_sentences(facts).items()
+        for name, text in said.items()
     }
     return {
         "unfinished": "",
+        "ranks": None,
         **facts,
         **figures,
         "contrasts": (folder / "tables" / "contrasts.html").read_text(),

@@ -1,0 +1,122 @@
+"""The figure of a study of ranks: how much of full fine-tuning's gain each rank keeps, and its best rate. No torch."""
+
+from __future__ import annotations
+
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from peftscope.analysis.stats import CONFIDENCE
+from peftscope.analysis.study import HELDOUT, MARGIN, StudyResults
+from peftscope.layout import results_folder
+from peftscope.planning.experiment import A_A
+from peftscope.report.plots import LOOKS, arm_looks, draw_figure, plain_ticks
+from peftscope.report.sentences import listed
+from peftscope.report.svg import INK
+
+
+def rank_table(study: StudyResults) -> pd.DataFrame:
+    """Returns one row for each tuned arm of a method with several ranks, by method and rank.
+
+    ``share`` is what it gains on the task over what full fine-tuning gains, with ``low`` and ``high`` of the interval
+    over pairs of seeds; ``is_same`` says whether the two are the same within the margin. Empty without a task gain.
+    """
+    whole = _whole(study)
+    if math.isnan(study.yardstick):
+        return pd.DataFrame(columns=["method", "rank"])
+    measured = next(arm for control, arm in study.controls if control == "shuffled-labels")
+    gain = study.yardstick - (study.difference(whole, measured).mean if whole != measured else 0.0)
+    rows = []
+    for arm in study.arms:
+        runs = study.arm_runs(arm)
+        if arm.endswith(A_A) or not study.rate(arm).curve or runs["rank"].isna().any():
+            continue
+        row = {
+            "method": str(runs["label"].iloc[0]),
+            "rank": int(runs["rank"].iloc[0]),
+            "loss": float(runs[HELDOUT].mean()),
+            "rate": study.rate(arm).best,
+            "share": 1.0,
+            "low": 1.0,
+            "high": 1.0,
+            "is_same": True,
+        }
+        if arm != whole:
+            difference = study.difference(arm, whole)
+            low, high = difference.interval()
+            row |= {"share": 1 - difference.mean / gain, "low": 1 - high / gain, "high": 1 - low / gain}
+            row["is_same"] = difference.is_same
+        rows.append(row)
+    table = pd.DataFrame(rows).sort_values(["method", "rank"])
+    return table[table.groupby("method")["rank"].transform("nunique") > 1].reset_index(drop=True)
+
+
+def _whole(study: StudyResults) -> str:
+    """Returns the arm of full fine-tuning, or else the reference."""
+    found = [arm for arm in study.arms if study.arm_runs(arm)["method"].iloc[0] == "full"]
+    return found[0] if found else study.reference
+
+
+def draw_ranks(axes: plt.Axes, study: StudyResults) -> None:
+    """Draws the share of full fine-tuning's gain over the rank, with the loss on the right, and beneath the rates."""
+    table, whole = rank_table(study), _whole(study)
+    grid = axes.figure.add_gridspec(3, 1)
+    axes.set_subplotspec(grid[:2])
+    beneath = axes.figure.add_subplot(grid[2], sharex=axes)
+    styles = arm_looks({name: name for name in table["method"].unique()})
+    for name, rows in table.groupby("method", sort=False):
+        colour, marker, dash = styles[str(name)]
+        line = {"color": colour, "marker": marker, "linestyle": dash}
+        reach = 100 * np.abs(rows[["low", "high"]].to_numpy().T - rows["share"].to_numpy())
+        axes.errorbar(rows["rank"], 100 * rows["share"], yerr=reach, capsize=3, label=str(name), **line)
+        beneath.plot(rows["rank"], rows["rate"], **line)
+    label, colour = study.labels[whole], LOOKS["full"].colour
+    axes.axhline(100, color=colour, linewidth=1.2, label=label)
+    for side in (-1, 1):
+        axes.axhline(100 * (1 + side * MARGIN), color=INK, linestyle="--", linewidth=0.9)
+    beneath.axhline(study.rate(whole).best, color=colour, linewidth=1.2)
+    axes.set_xscale("log", base=2)
+    ranks = sorted(set(table["rank"]))
+    beneath.set_xticks(ranks, [f"{rank}" for rank in ranks])
+    beneath.minorticks_off()
+    beneath.set_yscale("log")
+    plain_ticks(beneath.yaxis)
+    axes.tick_params(labelbottom=False)
+    axes.set(ylabel=f"gain over {label}'s (%)", title="What each rank keeps, at its own best learning rate")
+    beneath.set(xlabel="rank", ylabel="learning rate")
+    handles = axes.get_legend_handles_labels()
+    beneath.legend(*handles, loc="upper center", bbox_to_anchor=(0.5, -0.4), ncols=4, frameon=False, fontsize=9)
+
+
+def ranks_sentence(study: StudyResults) -> str:
+    """Returns what the figure says: the share at each rank, and the smallest rank that is the same as the whole."""
+    table, whole = rank_table(study), study.labels[_whole(study)]
+    said = []
+    for name, rows in table.groupby("method", sort=False):
+        shares = listed([f"{100 * row.share:.0f} % at rank {row.rank}" for row in rows.itertuples()])
+        same = rows.loc[rows["is_same"], "rank"]
+        smallest = (
+            f"The smallest that is the same within {100 * MARGIN:g} % is rank {same.min()}"
+            if len(same)
+            else f"None is shown to be the same within {100 * MARGIN:g} %"
+        )
+        spread = rows["rate"].max() / rows["rate"].min()
+        said.append(
+            f"{name} keeps {shares} of what {whole} gains on the task. {smallest}. The best rates of these ranks lie "
+            f"within a factor of {spread:.1f}."
+        )
+    bars = f"Bars are {100 * CONFIDENCE:g} % intervals over pairs of seeds, dashed lines the margin."
+    return " ".join([*said, bars])
+
+
+def write_ranks(experiment: str) -> None:
+    """Draws the figure of a study of ranks.
+
+    Raises:
+        InputError: The study is not finished.
+    """
+    study = StudyResults(experiment)
+    study.require_finished()
+    draw_figure(results_folder(experiment) / "figures" / "ranks.svg", lambda axes: draw_ranks(axes, study))
