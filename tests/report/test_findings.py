@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
+from peftscope.analysis.study import StudyResults
 from peftscope.claims.ledger import read_ledger
 from peftscope.claims.stored import read_findings
 from peftscope.errors import InputError
 from peftscope.report.findings import read_surprises, read_topics, write_findings
 from peftscope.report.front import show_claims, show_study
+from peftscope.report.study import answer, contrasts
 
 
 def test_the_page_says_what_was_found_and_what_waits(own_folder: Path, repository: Path) -> None:
@@ -31,6 +34,28 @@ def test_the_page_says_what_was_found_and_what_waits(own_folder: Path, repositor
         if any(p["with"].get("study") == "variants-60" and p["role"] != "beside" for p in f["parts"])
     ]
     assert all(f"{name} {by_id[name]['verdict']}" in row for name in deciding)
+
+
+def test_a_topic_shows_the_answers_and_pictures_of_its_published_studies(own_folder: Path, repository: Path) -> None:
+    for folder in ("results/published/variants", "reports/published/variants"):
+        shutil.copytree(repository / folder, folder)
+    findings = read_findings(repository / "results/published/claims.json")
+    topic = {"title": "One topic", "claims": ["S34"], "larger": "More.", "papers": "Other."}
+    topic["studies"] = ["two-bits", "variants"]
+    Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic]}))
+    page = write_findings(read_ledger(), findings)
+    (line,) = [line for line in page.read_text().splitlines() if line.startswith("**Do the variants differ?**")]
+    study = StudyResults("variants")
+    assert answer(contrasts(study), study.labels) in line
+    links = re.findall(r"\]\(([^)]+(?:svg|report\.html))\)", page.read_text())
+    assert len(links) == 2 and all((page.parent / link).is_file() for link in links)
+
+
+def test_a_topic_that_names_no_experiment_is_refused(own_folder: Path) -> None:
+    topic = {"title": "One topic", "claims": ["S34"], "studies": ["variant"], "larger": "More.", "papers": "Other."}
+    Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic]}))
+    with pytest.raises(InputError, match=r"findings\.yaml: One topic: no such experiment \(got variant\)"):
+        read_topics([claim.id for claim in read_ledger()])
 
 
 def test_a_topic_that_names_no_claim_is_refused(own_folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,34 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from peftscope.analysis.capacity import breaks, stored_bits
+from peftscope.analysis.collect import read_runs
+from peftscope.analysis.study import StudyResults
 from peftscope.claims.ledger import Claim
 from peftscope.claims.verdict import Verdict
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.files.content import read_yaml
 from peftscope.files.problems import dotted, problems_of
-from peftscope.layout import FINDINGS_FILE, FINDINGS_PAGE, published, results_folder, shipped
+from peftscope.layout import (
+    FINDINGS_FILE,
+    FINDINGS_PAGE,
+    PUBLISHED_REPORTS,
+    REPORTS,
+    published,
+    results_folder,
+    shipped,
+)
 from peftscope.planning.estimate import spoken
 from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
+from peftscope.report.capacity import answer as answer_on_capacity
+from peftscope.report.forgetting import forgetting_sentence
 from peftscope.report.front import Surprise
+from peftscope.report.ranks import ranks_sentence
 from peftscope.report.spoken import spoken_finding
+from peftscope.report.study import answer as answer_of_study
+from peftscope.report.study import contrasts
 from peftscope.report.tables import markdown_cell, markdown_text
+from peftscope.report.weights import spectrum_sentence
 
 ORDER = [Verdict.WRONG, Verdict.IN_PART, Verdict.HOLDS, Verdict.OPEN]
 """What surprises comes first."""
@@ -32,6 +50,7 @@ class Topic(BaseModel):
     Attributes:
         title: The question.
         claims: The ids of the claims that answer it.
+        studies: The experiments whose answers and pictures belong to it.
         larger: What a larger model might change, and why.
         papers: Where the papers say something else, or measure otherwise.
     """
@@ -40,6 +59,7 @@ class Topic(BaseModel):
 
     title: str
     claims: list[str]
+    studies: list[str] = []
     larger: str
     papers: str
 
@@ -83,13 +103,27 @@ def _read_findings(known: Sequence[str]) -> _Findings:
         for where, name in claims
         if name not in known
     ]
+    lost += [
+        Problem(f"{path}: {topic.title}", f"no such experiment (got {name})", close_match(name, experiment_names()))
+        for topic in content.topics
+        for name in topic.studies
+        if name not in experiment_names()
+    ]
     if lost:
         raise InputError(lost)
     return content
 
 
-def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]]) -> Path:
-    """Renders ``findings.md`` from the verdicts on all claims and the results of the studies, and returns its path."""
+def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], folder: Path = REPORTS) -> Path:
+    """Renders ``findings.md`` from the verdicts on all claims and the results of the studies, and returns its path.
+
+    Answers and pictures are those of published studies.
+
+    Args:
+        claims: The ledger.
+        findings: What was found of each claim.
+        folder: The folder to write into, beside the pages of claims.
+    """
     by_id = {finding["id"]: finding for finding in findings}
     environment = Environment(
         loader=PackageLoader("peftscope.report"),
@@ -100,20 +134,22 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]]) -> P
     )
     environment.filters["cell"] = markdown_cell
     page = environment.get_template("findings.md.j2").render(
-        topics=[_topic(topic, by_id) for topic in read_topics([claim.id for claim in claims])],
+        topics=[_topic(topic, by_id, folder) for topic in read_topics([claim.id for claim in claims])],
         studies=[_study(name, findings) for name in experiment_names() if _is_judged(name, findings)],
         statements={claim.id: claim.statement for claim in claims},
     )
-    FINDINGS_PAGE.parent.mkdir(parents=True, exist_ok=True)
-    FINDINGS_PAGE.write_text(page)
-    return FINDINGS_PAGE
+    path = folder / FINDINGS_PAGE.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page)
+    return path
 
 
-def _topic(topic: Topic, by_id: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _topic(topic: Topic, by_id: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
     found = [by_id[name] for name in topic.claims if name in by_id]
     decided = [finding for finding in found if finding["verdict"] in ORDER]
     return {
         **topic.model_dump(),
+        "answers": [answer for name in topic.studies if (answer := _answer(name, folder))],
         "found": [
             {
                 "id": finding["id"],
@@ -125,6 +161,45 @@ def _topic(topic: Topic, by_id: dict[str, dict[str, Any]]) -> dict[str, Any]:
         ],
         "waiting": [finding["id"] for finding in found if finding["verdict"] == Verdict.NOT_RUN],
     }
+
+
+def _answer(name: str, folder: Path) -> dict[str, str] | None:
+    """Returns what a published experiment answers, its picture and its report; None if it is not finished."""
+    results = published(name)
+    pictures = {figure: results / "figures" / f"{figure}.svg" for figure in PICTURES}
+    figure = next((figure for figure, path in pictures.items() if path.is_file()), None)
+    if figure is None:
+        return None
+    return {
+        "name": name,
+        "title": read_experiment(experiment_path(name)).title,
+        "answer": PICTURES[figure](name),
+        "figure": os.path.relpath(pictures[figure], folder),
+        "report": os.path.relpath(PUBLISHED_REPORTS / name / "report.html", folder),
+    }
+
+
+def _ranks(name: str) -> str:
+    return ranks_sentence(StudyResults(name))
+
+
+def _stored(name: str) -> str:
+    return answer_on_capacity(breaks(stored_bits(read_runs(name, published(name)))))
+
+
+def _differences(name: str) -> str:
+    study = StudyResults(name)
+    return answer_of_study(contrasts(study), study.labels)
+
+
+PICTURES: dict[str, Callable[[str], str]] = {
+    "ranks": _ranks,
+    "capacity": _stored,
+    "spectrum": spectrum_sentence,
+    "forgetting": forgetting_sentence,
+    "differences": _differences,
+}
+"""The figures that carry the answer of an experiment, the first of them that it has, and what each says."""
 
 
 def _parts_on(experiment: str, finding: dict[str, Any]) -> bool:

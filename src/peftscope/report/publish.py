@@ -46,7 +46,7 @@ from peftscope.planning.published import (
 )
 from peftscope.planning.sweep import Sweep, expand
 from peftscope.record import RESTORED, measured_path, parse_record, state_folder
-from peftscope.report.findings import read_surprises
+from peftscope.report.findings import read_surprises, write_findings
 from peftscope.report.front import show_claims, show_study
 from peftscope.report.leaderboard import read_sections, write_leaderboard
 
@@ -88,7 +88,9 @@ def publish_claims() -> list[Path]:
     if problems := [Problem(claim, message, remedy) for claim in changed]:
         raise InputError(problems)
     copies = [Path(shutil.copyfile(path, folder / path.name)) for path, folder in targets.items()]
-    show_claims(read_findings(published), read_surprises([claim.id for claim in read_ledger()]))
+    findings = read_findings(published)
+    write_findings(read_ledger(), findings, PUBLISHED_REPORTS)
+    show_claims(findings, read_surprises([claim.id for claim in read_ledger()]))
     return copies
 
 

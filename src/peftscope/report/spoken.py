@@ -22,8 +22,11 @@ def spoken_finding(finding: dict[str, Any]) -> str:
 
 
 def measured(part: dict[str, Any]) -> str:
-    """Returns the value of a part that was measured, with its unit and interval."""
-    return "-" if part["found"] is None else spoken_quantity(part["found"], part["unit"]) + _spread(part)
+    """Returns the value of a part that was measured, with its unit and interval, and of which of several it is."""
+    if part["found"] is None:
+        return "-"
+    shown = part["evidence"].get("shown")
+    return (f"{shown}: " if shown else "") + spoken_quantity(part["found"], part["unit"]) + _spread(part)
 
 
 def _spread(part: dict[str, Any]) -> str:
