@@ -90,6 +90,7 @@ def runs(draw: st.DrawFn, method: str, family: str) -> dict[str, Any]:
         "targets": st.sampled_from(["minimal", "attention", "mlp", "all-linear"]),
         "dropout": st.sampled_from([0.0, 0.1]),
         "adapter_dtype": st.sampled_from(["fp32", "base"]),
+        "norm_gradient": st.booleans(),
         "double_quant": st.booleans(),
         "kbit_preparation": st.booleans(),
     }

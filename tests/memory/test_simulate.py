@@ -92,6 +92,30 @@ def test_every_choice_of_ia3(fields: dict[str, Any], toy: Path, make_spec) -> No
     assert closed.phases == pytest.approx(simulation.phases, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"precision": "amp"},
+        {"checkpointing": True},
+        {"dropout": 0.1, "adapter_dtype": "base"},
+    ],
+    ids=str,
+)
+def test_dora_whose_norm_has_a_gradient(settings: dict[str, Any], toy: Path, make_spec) -> None:
+    """It keeps every updated weight in the adapter's precision for the backward pass, and the closed form knows it."""
+    options = {"method": "dora", "norm_gradient": True, **settings}
+    simulated, tracked = both(make_spec(**options))
+    assert simulated == tracked
+    question = ask(describe_model("toy"), options)
+    assert question.model.shape is not None
+    closed, simulation = answer_by_formula(question), answer_by_simulation(question)
+    assert closed.phases == pytest.approx(simulation.phases, rel=0.005)
+    weights = sum(layer.weights for layer in question.model.shape.linear_layers(question.spec.method.targets_of()))
+    width = 2 if settings.get("adapter_dtype") == "base" else 4
+    kept = sum(term.bytes for term in closed.terms if term.name == "updated weight whose norm DoRA takes")
+    assert 0 < kept < width * weights if settings.get("checkpointing") else kept == width * weights
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",

@@ -35,6 +35,7 @@ METHOD_OPTIONS = (
     "virtual_tokens",
     "dropout",
     "adapter_dtype",
+    "norm_gradient",
     "double_quant",
     "kbit_preparation",
 )

@@ -49,6 +49,10 @@ class Shaped:
         """Returns a tensor of other dimensions that shares the block."""
         return Shaped(self.storage, dims, self.width, self.node, self.slot)
 
+    def detached(self) -> Shaped:
+        """Returns a tensor without a gradient that shares the block."""
+        return Shaped(self.storage, self.dims, self.width)
+
 
 Gradients = list["Shaped | None"]
 Backward = Callable[[list[Any], Sequence[Any]], Gradients]

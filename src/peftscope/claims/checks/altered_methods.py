@@ -1,4 +1,4 @@
-"""The memory of methods that this package does not have: DoRA with a gradient through its norm, and LoRA with A frozen.
+"""The memory of methods that this package lacks: DoRA with its norm in the base's precision, and LoRA with A frozen.
 
 Both are simulated with one part of DoRA or LoRA replaced. A run is given as in ``checks.memory``.
 """
@@ -64,7 +64,10 @@ def _peak_bytes(model: str, run: Run) -> int:
 
 @contextmanager
 def _dora_norm(constant: bool) -> Iterator[None]:
-    """Replaces PEFT's forward pass of DoRA by the paper's equation 5, with or without a gradient through the norm."""
+    """Replaces PEFT's forward pass of DoRA by the paper's equation 5, with or without a gradient through the norm.
+
+    The norm has the base's precision, where PEFT's and that of the method's ``norm_gradient`` have the adapter's.
+    """
     import torch
     from peft.tuners.lora.dora import DoraLinearLayer
 

@@ -253,21 +253,18 @@ def _dora_linear(model: TapedModel, path: str, layer: LinearLayer, x: Shaped) ->
 def _dora_update(model: TapedModel, path: str, x: Shaped, result: Shaped, inputs: str, outputs: str) -> Shaped:
     tape, weight = model.tape, model.weights[path]
     a, b = model.weights[f"{path}.lora_A"], model.weights[f"{path}.lora_B"]
-    identity = tape.new((inputs, inputs), model.adapter_width, term="identity matrix of DoRA")
-    down = tape.matmul(identity, a, (inputs, "r"))
+    follows_norm = bool(model.values.get("norm_gradient"))
+    identity = None if follows_norm else tape.new((inputs, inputs), model.adapter_width, term="identity matrix of DoRA")
+    down = tape.matmul(identity, a, (inputs, "r")) if identity else tape.contiguous(a, "transposed A of DoRA")
     product = tape.matmul(down, b, (inputs, outputs), "B·A of DoRA")
     del identity, down  # the tape still holds them, if there is a backward pass to come
     product = tape.cast(product, x.width)
     wide = tape.new((outputs, inputs), x.width, term="weight in the adapter's precision (DoRA)")
     if weight.width == x.width:
         wide = weight
-    scaled = tape.new((outputs, inputs), x.width, term="temporary of DoRA's norm")
-    total = tape.new((outputs, inputs), x.width, term="temporary of DoRA's norm")
-    del scaled
-    norm = tape.new((outputs,), x.width)
-    del total
+    norm = _dora_norm(tape, product if follows_norm else product.detached(), wide)
     magnitude = model.weights[f"{path}.magnitude"]
-    ratio = tape.op([magnitude], (outputs,), magnitude.width, None, (norm,))
+    ratio = tape.op([magnitude, norm], (outputs,), magnitude.width, None, (norm, magnitude if norm.node else None))
     update = _low_rank(model, path, x, outputs)
     if _drops(model):  # the base's output was for the input before dropout
         result = tape.matmul(x, wide, (*x.dims[:-1], outputs), "output of the base after dropout (DoRA)")
@@ -276,6 +273,24 @@ def _dora_update(model: TapedModel, path: str, x: Shaped, result: Shaped, inputs
     added = tape.scale(tape.multiply(ratio, update))
     del product, wide
     return tape.add(kept, added)
+
+
+def _dora_norm(tape: Tape, product: Shaped, weight: Shaped) -> Shaped:
+    """Stands for ``get_weight_norm``. Its gradient keeps the updated weight, and computes in two temporaries."""
+    dims, width = weight.dims, product.width
+    scaled = tape.op([product], dims, width, term="temporary of DoRA's norm")
+    total = tape.op([scaled], dims, width, lambda grads, _: [grads[0]], term="updated weight whose norm DoRA takes")
+    del scaled
+    norm = tape.new(dims[:1], width)
+
+    def backward(_: list[Any], __: Sequence[Any]) -> Gradients:
+        direction = tape.new(dims, width, term="temporary of DoRA's norm")
+        result = tape.new(dims, width, term="temporary of DoRA's norm")
+        del direction
+        return [result]
+
+    tape.record([total], [norm], backward, (total, norm.storage))
+    return norm
 
 
 def _adalora_linear(model: TapedModel, path: str, layer: LinearLayer, x: Shaped) -> Shaped:

@@ -81,6 +81,8 @@ SOURCES = {
     "cuBLAS workspace": "torch CublasHandlePool",
     "B·A of DoRA": "peft DoraLinearLayer.get_lora_weight",
     "identity matrix of DoRA": "peft DoraLinearLayer.get_lora_weight",
+    "transposed A of DoRA": "peftscope.methods.dora, in place of the identity matrix",
+    "updated weight whose norm DoRA takes": "peft DoraLinearLayer.get_weight_norm; kept if the norm has a gradient",
     "weight in the adapter's precision (DoRA)": "peft DoraLinearLayer.forward",
     "16-bit weights (autocast)": "torch.autocast",
     "16-bit copy of an input (autocast)": "torch.autocast",

@@ -1,0 +1,144 @@
+"""DoRA with a constant norm, as PEFT has it, and with a gradient through the norm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from test_methods import batches_of, logits_of, trained
+from test_resuming import STOP, adapter_bytes, same_for_a_reader, stop_after
+from test_resuming import run as run_here
+
+from peftscope.execution.merge import merge_run
+from peftscope.planning.sweep import expand
+from peftscope.spec import memory_key, run_id
+from peftscope.training.build import build_model
+from peftscope.training.load import load_base
+from peftscope.training.signals import Interrupted
+from peftscope.training.step import forward_loss
+
+
+def gradients_of(spec: Any, moved: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The logits of a batch, and the gradients of its loss, at the start or after B and the magnitudes have moved."""
+    model = build_model(load_base(spec), spec).model
+    random = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if moved and (".lora_B." in name or "magnitude" in name):
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=random) * parameter.data.std().clamp(min=0.1)
+    (batch,) = batches_of(spec, 1)
+    logits = logits_of(model, batch)
+    model.train()
+    forward_loss(model, batch, spec).loss.backward()
+    return logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("settings", [{"precision": "fp32"}, {"precision": "amp", "checkpointing": True}], ids=str)
+@pytest.mark.parametrize("moved", [False, True], ids=["at the start", "later"])
+def test_the_norms_gradient_changes_gradients_and_no_output(
+    moved: bool, settings: dict[str, Any], toy: Path, make_spec
+) -> None:
+    specs = [make_spec(method="dora", norm_gradient=follows, **settings) for follows in (False, True)]
+    (wanted, constant), (found, followed) = (gradients_of(spec, moved) for spec in specs)
+    assert torch.equal(found, wanted)
+    assert constant.keys() == followed.keys()
+    for name, gradient in followed.items():
+        if ".lora_A." in name and not moved:
+            assert not gradient.any(), "while B is zero"
+        elif "magnitude" in name:
+            torch.testing.assert_close(gradient, constant[name], rtol=1e-3, atol=1e-6)
+        else:
+            assert (gradient - constant[name]).norm() > 1e-3 * constant[name].norm(), name
+
+
+@pytest.mark.parametrize(("bias", "dropout"), [(False, 0.0), (True, 0.0), (True, 0.3)])
+@pytest.mark.parametrize("follows", [False, True])
+def test_gradients_are_those_of_the_formula(follows: bool, bias: bool, dropout: float, toy: Path, make_spec) -> None:
+    """Equation 5 by hand, in fp64: m (W + sBA) x / ‖W + sBA‖, whose norm is a constant or not."""
+    spec = make_spec(method="dora", precision="fp32", norm_gradient=follows, dropout=dropout)
+    base = load_base(spec)
+    torch.manual_seed(3)
+    if bias:
+        for module in base.model.layers[0].mlp.children():
+            if isinstance(module, torch.nn.Linear):
+                module.bias = torch.nn.Parameter(torch.randn(module.out_features))
+    model = build_model(base, spec).model.double().train()
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    factors = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    for parameter in (*factors, magnitude):
+        parameter.data += torch.randn_like(parameter)
+    inputs = torch.randn(5, layer.in_features, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(5, layer.out_features, dtype=torch.float64)
+    trained = (*factors, magnitude, inputs)
+
+    torch.manual_seed(4)
+    output = layer(inputs)
+    found = torch.autograd.grad(output, trained, upstream)
+
+    torch.manual_seed(4)
+    dropped = torch.nn.functional.dropout(inputs, dropout)
+    weight, offset = layer.base_layer.weight, layer.base_layer.bias if bias else 0.0
+    updated = weight + 16 / 8 * factors[1] @ factors[0]
+    norm = (updated**2).sum(1).sqrt()
+    decomposed = (magnitude / (norm if follows else norm.detach()))[:, None] * updated
+    # With dropout the adapter sees other inputs than the base.
+    expected = inputs @ weight.T + offset + dropped @ (decomposed - weight).T
+    torch.testing.assert_close(output, expected)
+    for one, other in zip(found, torch.autograd.grad(expected, trained, upstream), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_it_trains_loads_as_any_dora(toy: Path, make_spec, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    spec = make_spec(method="dora", precision="fp32", norm_gradient=True, dropout=0.1)
+    model, losses = trained(spec, 6)
+    assert min(losses[-3:]) < losses[0]
+    (batch,) = batches_of(spec, 1, seed=9)
+    spec.method.save(model, tmp_path)
+    loaded = PeftModel.from_pretrained(load_base(spec), tmp_path)
+    assert torch.equal(logits_of(loaded, batch), logits_of(model, batch))
+
+
+@pytest.mark.slow
+def test_a_run_whose_norm_has_a_gradient_resumes_and_merges(
+    toy: Path, make_spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    sizes = {"steps": 10, "learning_rate": 1e-2, "precision": "fp32", "dropout": 0.1, "generation_items": 0}
+    spec = make_spec(method="dora", norm_gradient=True, retention_tokens=0, **sizes)
+    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
+    wanted = run_here(spec, undisturbed)
+    assert wanted.status == "ok", wanted.reason
+    with monkeypatch.context() as patch:
+        stop_after(STOP, patch)
+        with pytest.raises(Interrupted):
+            run_here(spec, stopped)
+    assert same_for_a_reader(run_here(spec, stopped)) == same_for_a_reader(wanted)
+    assert adapter_bytes(stopped) == adapter_bytes(undisturbed)
+
+    merge_run(undisturbed, tmp_path / "merged")
+    (batch,) = batches_of(spec, 1, seed=9)
+    adapted = logits_of(PeftModel.from_pretrained(load_base(spec), undisturbed / "adapter"), batch)
+    merged = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32), batch)
+    assert (merged - adapted).norm() / adapted.norm() < 1e-4
+    assert not torch.allclose(adapted, logits_of(load_base(spec), batch), rtol=1e-2)
+
+
+def test_the_option_renames_no_published_run(repository: Path, make_spec) -> None:
+    published = pd.read_csv(repository / "results/published/variants/runs.csv")["run_id"]
+    runs = expand("dora-norm").runs
+    listed = {one for one, spec in runs.items() if spec.method.name == "dora" and spec.seed == 100}
+    new = {one for one in listed if runs[one].method.norm_gradient}
+    assert len(new) == len(listed - new) == 5
+    assert listed - new <= set(published)
+    assert all(one.startswith("dora-r8-a16-all-linear-norm-gradient-s100-") for one in new)
+    plain, other = make_spec(method="dora"), make_spec(method="dora", norm_gradient=True)
+    assert "norm_gradient" not in plain.canonical()["method"]
+    assert run_id(plain) == run_id(make_spec(method="dora", norm_gradient=False))
+    assert memory_key(plain) != memory_key(other), "the updated weights are kept"
