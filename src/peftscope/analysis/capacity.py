@@ -21,6 +21,8 @@ from peftscope.planning.published import VALIDATION
 
 ARM = ["model", "arm"]
 """The columns that tell apart what stores: the model, and how it is trained."""
+FEWEST_SIZES = 4
+"""The sizes from which on an arm's break is fitted: its two numbers fit three sizes almost exactly."""
 GRID = 400
 """The places at which a fit looks for the break, evenly spaced in the logarithm of the bits given."""
 DRAWS = 1000
@@ -134,10 +136,10 @@ def fit_break(given: np.ndarray, stored: np.ndarray) -> Break:
 
 
 def breaks(table: pd.DataFrame) -> pd.DataFrame:
-    """Returns one row for each arm of ``stored_bits``: its break, and what it stores at most for each parameter."""
+    """Returns one row for each arm of ``stored_bits`` with enough sizes: its break, and the most that it stores."""
     rows = []
     for (model, arm), own in table.groupby(ARM, sort=False):
-        if own["given"].nunique() < 3:
+        if own["given"].nunique() < FEWEST_SIZES:
             continue
         found = fit_break(own["given"].to_numpy(float), own["stored"].to_numpy(float))
         parameters = float(own["parameters"].iloc[0])

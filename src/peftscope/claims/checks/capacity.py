@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from peftscope.analysis.capacity import breaks, stored_bits
+from peftscope.analysis.capacity import FEWEST_SIZES, breaks, stored_bits
 from peftscope.analysis.collect import read_runs
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity, geometric_mean_of, mean_of
 from peftscope.layout import published, results_folder
@@ -27,7 +27,7 @@ def bits_per_parameter(experiment: str, model: str, ranks: list[int]) -> Measure
     table = _stored(experiment, model)
     found = breaks(table[table["arm"].isin([f"LoRA, rank {rank}" for rank in ranks])])
     if len(found) < len(ranks):
-        raise NotRunError(f"`{experiment}` has {len(found)} of {len(ranks)} ranks of {model} with three sizes")
+        raise NotRunError(f"`{experiment}` has {len(found)} of {len(ranks)} ranks of {model} with {FEWEST_SIZES} sizes")
     for row in found.to_dict("records"):
         if not row["is_bounded"]:
             raise NotRunError(f"the sizes of `{experiment}` do not enclose the break of {row['arm']} on {model}")
