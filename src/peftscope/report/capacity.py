@@ -81,10 +81,10 @@ def answer(table: pd.DataFrame) -> str:
         return ""
     each = bounded["break_per_parameter"]
     span = f"{each.min():.2f}" if len(bounded) == 1 else f"{each.min():.2f} to {each.max():.2f}"
-    arms = "one arm" if len(bounded) == 1 else f"{len(bounded)} arms"
+    outside = table.loc[~table["is_bounded"].astype(bool), "arm"]
     return (
-        f"Storing stops following what is given at {span} bits for each trained parameter, in the {arms} of "
-        f"{len(table)} whose break the sizes enclose."
+        f"Storing stops following what is given at {span} bits for each trained parameter ({'; '.join(bounded['arm'])})."
+        + (f" Outside the sizes that were tried: {'; '.join(outside)}." if len(outside) else "")
     )
 
 
