@@ -99,6 +99,13 @@ def test_from_a_file_to_a_verdict(own: Callable[[str, str], Path], repository: P
         assert record["size"]["initial_trainable_parameters"] == 10240
 
 
+def test_a_study_is_written_and_read_in_a_folder_without_experiments(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(file.parent)
+    assert "lora-fa-study: 52 runs, 0 done" in run("peftscope", "new-study", file.name, "--model", "toy")
+
+
 def test_the_content_of_the_file_is_part_of_the_id(file: Path, make_spec) -> None:
     method, wrong = load_file(file)
     assert method is not None, wrong
