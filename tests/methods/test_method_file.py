@@ -172,6 +172,11 @@ def test_a_file_that_cannot_be_used_is_refused(text: str, message: str, tmp_path
     assert code == 2 and message in printed and len(printed.splitlines()) == 1
 
 
+def test_a_file_that_is_no_python_is_refused(file: Path, peftscope) -> None:
+    code, _, printed = peftscope("new-study", str(file.rename(file.with_name("mine.md"))))
+    assert code == 2 and "is no Python file" in printed
+
+
 def test_a_name_that_is_taken_is_refused(file: Path, peftscope) -> None:
     code, _, printed = peftscope("new-study", str(file.rename(file.with_name("dora.py"))))
     assert code == 2 and "there is another method 'dora' -> rename your file" in printed
