@@ -106,7 +106,7 @@ def spoken_bytes(size: float, digits: int = 2) -> str:
 
 
 def close_match(word: str, known: Iterable[str]) -> str:
-    """Returns "did you mean ...?" if a known word is close, and otherwise the list of known words.
+    """Returns "did you mean ...?" if a known word is close, otherwise the list of known words, and nothing of none.
 
     >>> close_match("rnak", ["rank", "alpha"])
     'did you mean `rank`?'
@@ -115,4 +115,4 @@ def close_match(word: str, known: Iterable[str]) -> str:
     """
     names = sorted(known)
     matches = difflib.get_close_matches(word[:LONGEST_PART], names, n=1)
-    return f"did you mean `{matches[0]}`?" if matches else f"known: {', '.join(names)}"
+    return f"did you mean `{matches[0]}`?" if matches else f"known: {', '.join(names)}" if names else ""

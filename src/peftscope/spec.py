@@ -114,7 +114,9 @@ class RunSpec(BaseModel):
         ),
     ] = 1
 
-    eval_batch_size: Annotated[Count, Field(description="fixed, because bf16 answers depend on it")] = 32
+    eval_batch_size: Annotated[
+        Count, Field(description="sequences an evaluation batch; fixed, because bf16 answers depend on it")
+    ] = 32
     validation_items: Annotated[
         CountOrZero, Field(description="validation items for the loss that learning rates are chosen by; 0: none")
     ] = 0

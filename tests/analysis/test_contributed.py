@@ -156,6 +156,12 @@ def test_what_a_card_left_is_shown_then_written_and_decides_claims(card: Any, pe
     assert code == 0 and CARD in said
 
 
+def test_no_contribution_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peftscope: Command) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, said, _ = peftscope("contributed")
+    assert code == 0 and "docs/gpu.md says how yours can" in said
+
+
 def check_claims() -> None:
     """Checks that contributed runs decide what no card of ours has measured, and are named as what they are."""
     found = {claim: evaluate_part(part) for claim, part in parts().items()}

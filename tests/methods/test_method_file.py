@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -18,6 +19,7 @@ from peftscope.cli.new_study import study_text
 from peftscope.errors import InputError
 from peftscope.files.manifest import file_sha256
 from peftscope.methods.from_file import load_file
+from peftscope.planning.estimate import ONE_THREAD_SLOWER
 from peftscope.planning.experiment import read_experiment
 from peftscope.spec import run_id
 
@@ -99,6 +101,32 @@ def test_from_a_file_to_a_verdict(own: Callable[[str, str], Path], repository: P
         assert record["size"]["initial_trainable_parameters"] == 10240
 
 
+def test_a_study_is_written_and_read_in_a_folder_without_experiments(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(file.parent)
+    assert "lora-fa-study: 52 runs, 0 done" in run("peftscope", "new-study", file.name, "--model", "toy")
+
+
+def test_the_page_says_how_long_the_study_takes(repository: Path) -> None:
+    with (repository / "results/published/variants/runs.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["method"] in ("lora", "none")]
+    tuning, paired, base = [], [], []
+    for row in rows:
+        kind = base if row["method"] == "none" else paired if row["generation_items"] == "64" else tuning
+        kind.append(float(row["wall_seconds"]) / 60)
+        assert row["threads"] == "1" and row["cores"] == "2"
+    tuned, pair = median(tuning), median(paired)
+    page = (repository / PAGE).read_text().replace("\n", " ")
+    assert f"took {pair:.1f} minutes (median of {len(paired)})" in page
+    assert f"{tuned:.1f} minutes (median of {len(tuning)})" in page
+    assert f"takes {(24 * tuned + 27 * pair + base[0]) / 2 / 60:.1f} hours on two cores" in page
+    assert f"than the pairs, {(51 * pair + base[0]) / 2 / 60:.1f} hours" in page
+    assert f"`sweep` takes about {2 / ONE_THREAD_SLOWER:.1f} times as long" in page
+    assert f"{len(rows)} runs are LoRA's" in page
+    assert f"The 16 others take {16 * pair / 2:.0f} to {8 * (tuned + pair) / 2:.0f} minutes" in page
+
+
 def test_the_content_of_the_file_is_part_of_the_id(file: Path, make_spec) -> None:
     method, wrong = load_file(file)
     assert method is not None, wrong
@@ -142,6 +170,11 @@ def test_a_file_that_cannot_be_used_is_refused(text: str, message: str, tmp_path
     (tmp_path / "mine.py").write_text(f"{imports}from peftscope.methods.peft_tuner import PeftTuner\n{text}\n")
     code, _, printed = peftscope("new-study", str(tmp_path / "mine.py"))
     assert code == 2 and message in printed and len(printed.splitlines()) == 1
+
+
+def test_a_file_that_is_no_python_is_refused(file: Path, peftscope) -> None:
+    code, _, printed = peftscope("new-study", str(file.rename(file.with_name("mine.md"))))
+    assert code == 2 and "is no Python file" in printed
 
 
 def test_a_name_that_is_taken_is_refused(file: Path, peftscope) -> None:

@@ -72,6 +72,15 @@ def test_quick_has_what_the_readme_promises() -> None:
     assert all(s.model == "smollm2-135m" for s in specs)
 
 
+def test_the_pages_examples_are_experiments(write_experiment) -> None:
+    page = (REPOSITORY / "experiments" / "README.md").read_text()
+    grid, study = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    write_experiment("grid", grid)
+    write_experiment("study", study.replace("my-task", "time-intervals"))
+    assert len(expand("grid", "cpu").runs) == 46
+    assert len(expand("study", "cpu", assume_rates=True).runs) == 1 + 3 * (5 + 3 + 8) + 3
+
+
 def test_full_fine_tuning_is_compared_with_fp32_master_weights() -> None:
     assert {s.precision for s in expand("quick").runs.values() if s.method.name == "full"} <= {"amp", "fp32"}
 

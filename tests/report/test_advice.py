@@ -200,6 +200,17 @@ def test_bad_input_is_a_sentence(options: list[str], says: str, peftscope: Comma
     assert code == 2 and says in err
 
 
+def test_an_experiment_is_written_into_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peftscope: Command
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", "llama-3.2-1b", "--gpu", "3GiB", "--examples", "5000", "--write", "my-advice"]
+    assert peftscope("advise", *options)[0] == 0
+    assert Path("experiments/my-advice.yaml").is_file()
+    code, out, _ = peftscope("expand", "my-advice", "--gpu", "3GiB", "--brief")
+    assert code == 0 and "my-advice on a card with 3GiB" in out
+
+
 @pytest.mark.parametrize(
     ("asked", "arms"),
     [

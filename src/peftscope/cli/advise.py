@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from peftscope.cli.console import wide_console
+from peftscope.cli.console import FITS, wide_console
 from peftscope.errors import InputError, Problem, close_match, spoken_bytes
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ TITLES = {"learning_rate": "learning rate", "precision": "base precision", "vari
 """The names of settings that a table shows in other words."""
 
 
-@app.command("advise")
+@app.command("advise", rich_help_panel=FITS)
 def advise_command(
     model: Annotated[str, typer.Option(help="A preset (llama-3-8b, ...), a config.json, or a hub id.")],
     gpu: Annotated[str, typer.Option(help="The card: rtx4090, a100, ..., or its memory: 24GiB.")],

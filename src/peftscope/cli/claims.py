@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from peftscope.cli.console import wide_console, with_progress
+from peftscope.cli.console import TRUE, wide_console, with_progress
 from peftscope.errors import InputError, Problem, close_match, needs
 from peftscope.execution.libraries import offline, quiet_libraries
 
@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@app.command()
+@app.command(rich_help_panel=TRUE)
 def claims(
     ids: Annotated[list[str] | None, typer.Option("--id", help="Only this claim, as in S64; may be repeated.")] = None,
-    kind: Annotated[str | None, typer.Option(help="Only claims with a part of this kind, as in numerics.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Only claims with a part of this kind, as in numerics; see docs/add-a-claim.md.")
+    ] = None,
     write: Annotated[bool, typer.Option("--write", help="Write results/claims.json and reports/claims.html.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: what claims.json holds.")] = False,
     published: Annotated[

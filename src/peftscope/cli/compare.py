@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from peftscope.cli.console import wide_console
+from peftscope.cli.console import TRUE, wide_console
 from peftscope.errors import InputError, Problem, needs, shown
 
 if TYPE_CHECKING:
@@ -27,17 +27,21 @@ app = typer.Typer()
 GAIN_REMEDY = "give --base: the run that has learned nothing, best one on shuffled labels; or name arms as STUDY:ARM"
 
 
-@app.command()
+@app.command(rich_help_panel=TRUE)
 @needs("report")
 def compare(
-    a: Annotated[str, typer.Argument(help="Run ids, folders or files, joined by commas; or STUDY:ARM.")],
+    a: Annotated[
+        str, typer.Argument(help="Run ids, folders or files, joined by commas; STUDY:ARM; or with --all STUDY.")
+    ],
     b: Annotated[str | None, typer.Argument(help="The same, to compare with.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Compare all systems in A with each other.")] = False,
     margin: Annotated[
         str | None, typer.Option(help="Of sameness: 2pp (percentage points), 5%gain (of the task gain), or 0.02.")
     ] = None,
     metric: Annotated[str | None, typer.Option(help="The score, as the files name it; default: the main one.")] = None,
-    base: Annotated[str | None, typer.Option(help="What has learned nothing, for a margin in %gain.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Runs that learned nothing, for a margin in %gain; written as A is.")
+    ] = None,
     seed_spread: Annotated[
         str | None, typer.Option(help="With --all: the standard deviation of single runs between seeds, as 1pp.")
     ] = None,
@@ -217,7 +221,7 @@ def _print_rankings(
     console.print("", summary, sep="\n")
 
 
-@app.command()
+@app.command(rich_help_panel=TRUE)
 @needs("report")
 def leaderboard() -> None:
     """Show the methods of all finished studies with intervals and groups; writes reports/leaderboard.html."""

@@ -10,6 +10,10 @@ from rich.console import Console
 
 T = TypeVar("T")
 
+TRUE, FITS, OWN = "Is it true?", "What fits, and what to take?", "Your method, your card"
+EXPERIMENT, PUBLISHED = "Experiments", "Published runs"
+"""The headings of commands in the help."""
+
 
 def wide_console(width: int = 160) -> Console:
     """Returns a console that is so many characters wide where a program reads it, so that tables are not folded."""

@@ -8,8 +8,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from peftscope.cli.console import wide_console
+from peftscope.cli.console import OWN, wide_console
 from peftscope.cli.rules import experiment_name
+from peftscope.errors import needs
 
 app = typer.Typer()
 
@@ -17,7 +18,8 @@ MOST_SHOWN = 4
 """The different texts of one field that are shown in words; of more, the number follows."""
 
 
-@app.command()
+@app.command(rich_help_panel=OWN)
+@needs("report")
 def contribute(
     experiment: Annotated[
         str, typer.Argument(help="The experiment that ran on the card.", callback=experiment_name)
@@ -58,14 +60,15 @@ def _texts(content: Any, field: str = "") -> dict[str, list[str]]:
     return found
 
 
-@app.command()
+@app.command(rich_help_panel=OWN)
+@needs("report")
 def contributed() -> None:
-    """Check what others contributed, show it by card, and write reports/contributed.html."""
+    """Check what cards of others measured, show it by card, and write reports/contributed.html."""
     from peftscope.report.contributed import cards_table, write_contributed
 
     console = wide_console()
-    page = write_contributed()
-    console.print(_as_table(cards_table()))
+    page, cards = write_contributed(), cards_table()
+    console.print("No card has sent results yet: docs/gpu.md says how yours can." if cards.empty else _as_table(cards))
     console.print(f"The page: {page}", soft_wrap=True)
 
 

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from peftscope.cli import advise, claims, compare, contribute, memory, new_study, rules, verify, why
-from peftscope.cli.console import wide_console
+from peftscope.cli.console import EXPERIMENT, wide_console
 from peftscope.errors import InputError, Problem, needs, printable
 from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
 from peftscope.layout import record_path, run_folder
@@ -80,7 +80,7 @@ def listen(context: typer.Context) -> None:
         context.with_resource(quiet_libraries(bars=context.invoked_subcommand not in NO_BARS))
 
 
-@app.command()
+@app.command(rich_help_panel=EXPERIMENT)
 @needs("train")
 def run(
     spec: Spec,
@@ -148,7 +148,7 @@ def _read_spec(text: str) -> tuple[dict[str, Any], Path]:
     return read_yaml(Path(text)), Path(text)
 
 
-@app.command("expand")
+@app.command("expand", rich_help_panel=EXPERIMENT)
 @needs("train")
 def expand_experiment(
     experiment: rules.ExperimentName,
@@ -201,7 +201,7 @@ def expand_experiment(
             console.print(line, soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=EXPERIMENT)
 @needs("train")
 def sweep(
     experiment: rules.ExperimentName,
@@ -234,7 +234,7 @@ def sweep(
         sys.exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=EXPERIMENT)
 @needs("train")
 def merge(
     run: Annotated[str, typer.Argument(help="The run's id.")],
@@ -250,7 +250,7 @@ def merge(
     print(target)
 
 
-@app.command()
+@app.command(rich_help_panel=EXPERIMENT)
 @needs("report")
 def report(experiment: rules.ExperimentName) -> None:
     """Make the tables, figures and report from the records that are there, finished sweep or not."""
@@ -304,7 +304,7 @@ def _measured(runs: list[str]) -> list[str]:
     return finished
 
 
-@app.command()
+@app.command(rich_help_panel=EXPERIMENT)
 @needs("train")
 def doctor() -> None:
     """Say what this machine can do, and what to do about what is missing."""
@@ -321,7 +321,7 @@ def _waiting(what: str) -> Status:
     return errors.status(escape(printable(what)))
 
 
-@app.command()
+@app.command(rich_help_panel=EXPERIMENT)
 @needs("train")
 def fetch(
     model: Annotated[str, typer.Argument(help="A name in models.yaml, or a hub id.")],
@@ -335,7 +335,7 @@ def fetch(
     print(folder)
 
 
-@app.command("make-task")
+@app.command("make-task", rich_help_panel=EXPERIMENT)
 @needs("train")
 def make_task_command(task: Annotated[str, typer.Argument(help="A name in tasks.yaml.")]) -> None:
     """Make a task's train, validation and test items."""
@@ -346,7 +346,7 @@ def make_task_command(task: Annotated[str, typer.Argument(help="A name in tasks.
     print(folder)
 
 
-@app.command("make-benchmark")
+@app.command("make-benchmark", rich_help_panel=EXPERIMENT)
 @needs("train")
 def make_benchmark_command(
     name: Annotated[str, typer.Argument(help="Of lm-eval: gsm8k, hellaswag, ...")],

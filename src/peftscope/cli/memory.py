@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from typer.core import TyperCommand
 
-from peftscope.cli.console import wide_console, with_progress
+from peftscope.cli.console import FITS, wide_console, with_progress
 from peftscope.errors import InputError, Problem, needs
 from peftscope.execution.libraries import offline, quiet_libraries
 from peftscope.files.content import parse_json
@@ -113,8 +113,8 @@ def _option(name: str) -> Any:
     if get_origin(annotation) is Literal:
         said.append(f"one of {', '.join(get_args(annotation))}")
     defaults = {SAID_DEFAULTS.get(name, field.default) for field in fields}
-    if len(defaults) == 1:  # else it differs from method to method
-        (default,) = defaults
+    default = next(iter(defaults))
+    if len(defaults) == 1 and default is not None:  # else it differs from method to method, or there is none
         said.append(f"default {('off', 'on')[default] if isinstance(default, bool) else default}")
     flag = f"--{name.replace('_', '-')}"
     names = FLAGS.get(name, f"{flag}/--no-{flag[2:]}" if annotation is bool else "")
@@ -129,7 +129,7 @@ def _option(name: str) -> Any:
     ]
 
 
-@app.command("memory", cls=RunCommand)
+@app.command("memory", cls=RunCommand, rich_help_panel=FITS)
 @run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
 @needs("simulate")
 def memory_command(
@@ -138,7 +138,7 @@ def memory_command(
         Path | None,
         typer.Option(
             help="A file of axolotl, LLaMA-Factory, TRL, alignment-handbook or torchtune, or an adapter_config.json. "
-            "Other options replace what it says; with --gpu, exit code 1 says that it does not fit."
+            "Other options replace what it says. With --gpu, the exit code is 1 if it does not fit."
         ),
     ] = None,
     method: Annotated[
@@ -147,7 +147,9 @@ def memory_command(
     response_len: Annotated[
         int | None, typer.Option(help="Positions with a loss, for response_only; default half of --seq-len.")
     ] = None,
-    gpu: Annotated[str | None, typer.Option(help="For its CUDA context: rtx4090, a100, ..., or 24GiB.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="The card: whether it fits, and the CUDA context. rtx4090, a100, ..., or 24GiB.")
+    ] = None,
     gpus: Annotated[
         int | None, typer.Option(help="Shard weights, gradients and states over so many cards; default 1.")
     ] = None,
@@ -177,7 +179,7 @@ def memory_command(
         int | None, typer.Option(help="Optimizer steps of the run; default one epoch.", rich_help_panel=DATA_PANEL)
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the order of the items; default 0.", rich_help_panel=DATA_PANEL)
+        int | None, typer.Option(help="The seed of the items' order; default 0.", rich_help_panel=DATA_PANEL)
     ] = None,
     drop_last: Annotated[
         bool, typer.Option("--drop-last", help="Leave out a smaller last batch.", rich_help_panel=DATA_PANEL)
@@ -195,8 +197,8 @@ def memory_command(
 ) -> None:
     """Say what a training run takes on a card, without one: allocated, reserved and device memory.
 
-    A method or a model without a closed form is always simulated. With --lengths or --data, say what the batches of a
-    data set take, and how likely one of them does not fit.
+    A method or a model without a closed form is always simulated. With --gpu, say whether it fits. With --lengths or
+    --data, say what the batches of a data set take, and how likely one of them does not fit.
     """
     from peftscope.cli.lengths import items_asked, tell_lengths
     from peftscope.hardware.cards import find_gpu
@@ -240,7 +242,7 @@ def memory_command(
         raise typer.Exit(1 if reading and chance else 0)
     simulate = simulate or not question.has_closed_form
     answer = _simulated(question) if simulate else answer_by_formula(question)
-    left = card.usable_bytes - answer.peak_device_bytes if card and reading else None
+    left = card.usable_bytes - answer.peak_device_bytes if card else None
     if as_json:
         more = {"config": reading.to_json(), "headroom_bytes": left} if reading else {}
         print(json.dumps({**answer.to_json(), **more}, ensure_ascii=False))
@@ -253,11 +255,11 @@ def memory_command(
         show_answer(answer, console, explain=explain, depth=depth)
         if card and left is not None:
             show_headroom(card, left, console)
-    if left is not None and left < 0:
+    if reading and left is not None and left < 0:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=FITS)
 def models(as_json: AsJson = False) -> None:
     """List the models that are known by name: size, kind, and the public code that lists their shape."""
     from peftscope.memory.show import show_models
@@ -278,7 +280,7 @@ def models(as_json: AsJson = False) -> None:
     show_models(wide_console())
 
 
-@app.command(cls=RunCommand)
+@app.command(cls=RunCommand, rich_help_panel=FITS)
 @run_options(*METHOD_OPTIONS, *(name for name in (*SPEC_OPTIONS, *BESIDE_OPTIONS) if name not in NOT_OF_FIT))
 @needs("simulate")
 def fit(

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from peftscope.cli.console import OWN
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.layout import EXPERIMENTS, METHOD_FILES, check_experiment_name, shipped
 
@@ -25,15 +26,16 @@ GRID = (0.1, 0.3, 1, 3, 10)
 """Learning rates to try, as multiples of a method's own: as many for every arm."""
 
 
-@app.command("new-study")
+@app.command("new-study", rich_help_panel=OWN)
 def new_study(
     file: Annotated[Path, typer.Argument(help="A Python file with one method; its name becomes the method's.")],
     against: Annotated[
         str,
-        typer.Option(help="Methods to compare with, separated by commas; the first is the reference, lora if named."),
+        typer.Option(help="Methods to compare with, separated by commas; the reference is lora, or else the first."),
     ] = REFERENCE,
     model: Annotated[
-        str | None, typer.Option(help="A name in models.yaml; default: that of studies/base.yaml.")
+        str | None,
+        typer.Option(help="A name in models.yaml; default: that of studies/base.yaml. With toy it takes minutes."),
     ] = None,
 ) -> None:
     """Write a study of your own method: equal trials, pairs of seeds, an A/A arm; and say what it costs."""

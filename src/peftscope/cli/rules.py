@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from peftscope.cli.console import EXPERIMENT, PUBLISHED
 from peftscope.errors import InputError, Problem, needs
 from peftscope.execution.libraries import offline
 from peftscope.layout import EXPERIMENTS, MEMORY_FOLDER, RUNS, STUDIES, run_folder
@@ -178,7 +179,7 @@ def publish_command(
         print(path)
 
 
-@app.command("restore")
+@app.command("restore", rich_help_panel=PUBLISHED)
 @needs("report")
 def restore_command(experiment: ExperimentName) -> None:
     """Copy an experiment's published runs into the store, where they count as done; they have no weights."""
@@ -187,7 +188,7 @@ def restore_command(experiment: ExperimentName) -> None:
     print(f"{restore(experiment)} published runs are in the store")
 
 
-@app.command("records")
+@app.command("records", rich_help_panel=PUBLISHED)
 @needs("report")
 def records_command(experiment: ExperimentName) -> None:
     """Print an experiment's published records, one JSON object a line."""
@@ -199,7 +200,7 @@ def records_command(experiment: ExperimentName) -> None:
         print(json.dumps(json.loads(text), ensure_ascii=False, sort_keys=True))
 
 
-@app.command("move-runs")
+@app.command("move-runs", rich_help_panel=EXPERIMENT)
 def move_runs_command() -> None:
     """Move finished runs of older versions into the store, results/runs; they are not trained again."""
     from peftscope.execution.store import move_runs

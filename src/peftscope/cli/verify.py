@@ -9,13 +9,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from peftscope.cli.console import wide_console
+from peftscope.cli.console import PUBLISHED, wide_console
 from peftscope.errors import needs
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(rich_help_panel=PUBLISHED)
 @needs("train")
 def verify(
     experiments: Annotated[list[str] | None, typer.Argument(help="Published experiments; default: all.")] = None,

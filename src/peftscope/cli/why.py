@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from peftscope.cli.console import wide_console
+from peftscope.cli.console import FITS, wide_console
 from peftscope.cli.memory import AsJson, Gpus, RunCommand, run_options
 from peftscope.errors import InputError, Problem, close_match, needs
 from peftscope.execution.libraries import offline, quiet_libraries
@@ -174,7 +174,7 @@ def peaks_of_question(question: Question) -> Peaks:
         return peaks_by_simulation(question)
 
 
-@app.command(cls=RunCommand)
+@app.command(cls=RunCommand, rich_help_panel=FITS)
 @run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
 @needs("simulate")
 def why(
@@ -226,18 +226,21 @@ def why(
     show_why(answer, wide_console())
 
 
-@app.command(cls=RunCommand)
+@app.command(cls=RunCommand, rich_help_panel=FITS)
 @run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
 @needs("simulate")
 def oom(
     model: Annotated[str, typer.Argument(help="A preset, a config.json, a hub id, a run id, or a spec file.")],
-    error: Annotated[str, typer.Argument(help="torch's message, a file that has it, or - for stdin.")] = "-",
+    error: Annotated[str, typer.Argument(help="torch's whole message, a file that has it, or - for stdin.")] = "-",
     method: Annotated[str, typer.Option(help="full, lora, qlora, dora, adalora, loftq, ...")] = "lora",
     gpu: GpuName = None,
     as_json: AsJson = False,
     **options: Any,
 ) -> None:
-    """Say what torch's out-of-memory error was about: which allocations match, and the smallest changes that fit."""
+    """Say what torch's out-of-memory error was about: which allocations match, and the smallest changes that fit.
+
+    What fits is known if the message names the card's capacity.
+    """
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.oom import diagnose, read_refusal
     from peftscope.memory.show import show_diagnosis

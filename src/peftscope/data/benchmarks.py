@@ -36,9 +36,14 @@ def benchmark_folder(name: str) -> Path:
 
 
 def lm_eval_tasks() -> Path:
-    """Returns the folder of lm-eval's own task files."""
+    """Returns the folder of lm-eval's own task files.
+
+    Raises:
+        ModuleNotFoundError: lm-eval is not installed.
+    """
     found = find_spec("lm_eval")
-    assert found is not None and found.submodule_search_locations
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError("lm_eval", name="lm_eval")
     return Path(found.submodule_search_locations[0]) / "tasks"
 
 

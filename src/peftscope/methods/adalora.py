@@ -34,8 +34,8 @@ class AdaLoRA(Method):
     memory_assumptions: ClassVar[tuple[str, ...]] = ("AdaLoRA before it prunes; masking frees nothing",)
 
     name: Literal["adalora"] = "adalora"
-    init_r: Rank = 12
-    target_r: Rank = 8
+    init_r: Annotated[Rank, Field(description="AdaLoRA's rank of every matrix before pruning")] = 12
+    target_r: Annotated[Rank, Field(description="AdaLoRA's mean rank after pruning")] = 8
     alpha: Alpha = 24
     targets: Targets = "all-linear"
     dropout: Dropout = 0.0

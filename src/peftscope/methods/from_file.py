@@ -42,7 +42,8 @@ def load_file(path: Path) -> tuple[type[Method] | None, str]:
     """Returns the method in a file, or None and what is wrong with it. The file's code runs."""
     digest, module_name = file_sha256(path), f"peftscope_method_{path.stem.replace('-', '_')}"
     location = spec_from_file_location(module_name, path)
-    assert location is not None and location.loader is not None
+    if location is None or location.loader is None:
+        return None, "is no Python file: its name must end in .py"
     module = module_from_spec(location)
     sys.modules[module_name] = module  # where pydantic and inspect look for it
     try:

@@ -261,7 +261,7 @@ def deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def experiment_path(name: str) -> Path:
-    """Returns the file of an experiment.
+    """Returns the file of an experiment: the working folder's own, or else the one that the suite comes with.
 
     Raises:
         InputError: The name is reserved or unknown.
@@ -270,17 +270,17 @@ def experiment_path(name: str) -> Path:
         raise InputError(Problem(f"experiment={name}", "a reserved name", "rename the experiment file"))
     check_experiment_name(name)
     for folder in (EXPERIMENTS, STUDIES):
-        path = shipped(folder / f"{name}.yaml")
-        if path.is_file() and name not in NOT_EXPERIMENTS:
-            return path
+        for path in (folder / f"{name}.yaml", shipped(folder / f"{name}.yaml")):
+            if path.is_file() and name not in NOT_EXPERIMENTS:
+                return path
     remedy = f"it is now called {RENAMED[name]}" if name in RENAMED else close_match(name, experiment_names())
     raise InputError(Problem(f"experiment={name}", f"no file {shipped(EXPERIMENTS / f'{name}.yaml')}", remedy))
 
 
 def experiment_names() -> list[str]:
-    """Returns the names of all experiment files."""
-    files = [path for folder in (EXPERIMENTS, STUDIES) for path in shipped(folder).glob("*.yaml")]
-    return sorted(path.stem for path in files if path.stem not in NOT_EXPERIMENTS)
+    """Returns the names of all experiment files, the working folder's own among them."""
+    roots = [root for folder in (EXPERIMENTS, STUDIES) for root in (folder, shipped(folder))]
+    return sorted({path.stem for root in roots for path in root.glob("*.yaml")} - {*NOT_EXPERIMENTS})
 
 
 def read_experiment(path: Path, _children: tuple[Path, ...] = ()) -> Experiment:

@@ -10,7 +10,7 @@ import yaml
 
 from peftscope.errors import InputError, Problem
 from peftscope.hardware.device import Device
-from peftscope.layout import EXPERIMENTS, check_experiment_name, shipped
+from peftscope.layout import EXPERIMENTS, check_experiment_name
 from peftscope.methods import METHODS
 from peftscope.models.catalog import find_model
 from peftscope.planning.experiment import RESERVED_NAMES, experiment_names
@@ -53,7 +53,8 @@ def write_experiment(
     if name in experiment_names() or name in RESERVED_NAMES:
         raise InputError(Problem("--write", f"{name} exists already", "choose another name"))
     find_model(advice.situation.model.name)
-    path = shipped(EXPERIMENTS) / f"{name}.yaml"
+    path = EXPERIMENTS / f"{name}.yaml"
+    path.parent.mkdir(exist_ok=True)
     content = experiment_of(advice, card, task, pairs)
     path.write_text(_comments(advice, name, task) + yaml.safe_dump(content, sort_keys=False, width=120))
     try:
