@@ -240,6 +240,7 @@ class TestSources:
             ("x.jsonl", '{"doc_id": 0, "metrics": 5, "target": "x"}\n', "does not say which score"),
             ("x.jsonl", '{"doc_id": 0, "metrics": ["acc"], "acc": [1, 2]}\n', "not a number in row 0"),
             ("x.jsonl", '{"doc_id": 0, "acc": 1}\n{"doc_id": 0, "acc": 0}\n', "item 0 appears twice"),
+            ("x.jsonl", '{"doc_id": 0, "metrics": ["acc"]}\n', "no row has the score `acc` that it lists"),
             ("x.jsonl", '{"nll": 1}\n', "no `item` in its rows"),
             ("x.jsonl", '{"item": [], "prompt": "", "target": "", "nll": 1, "tokens": 0}\n', "not a number"),
             ("x.json", "[]", "no result of PEFT's method comparison"),
@@ -251,6 +252,8 @@ class TestSources:
             ("x.csv", "name,score\na,1\na,2\n", "2 rows for name a"),
             ("x.csv", "seed,left,right\n0,1,2\n", "does not say which score"),
             ("x.csv", "seed,score\n", "has no rows"),
+            ("x.csv", "name,score\na,1\n,2\n", "name: empty in row 1"),
+            ("x.csv", "name,seed,score\na,0,1\na,,2\n", "seed: empty in row 1"),
             ("items.parquet", "PAR1", "cannot be read"),
             ("x.txt", "1", "no format that is known"),
         ],
@@ -259,6 +262,24 @@ class TestSources:
         (tmp_path / name).write_text(text)
         with pytest.raises(InputError, match=said):
             read_scores(str(tmp_path / name))
+
+    def test_a_system_may_have_any_name(self, tmp_path: Path) -> None:
+        (tmp_path / "x.csv").write_text("name,seed,score\nNone,0,1\nNone,1,2\nNA,0,3\n007,0,4\n")
+        systems = by_system(read_scores(str(tmp_path / "x.csv")))
+        assert {name: len(runs) for name, runs in systems.items()} == {"None": 2, "NA": 1, "007": 1}
+
+    def test_published_runs_none_of_which_was_scored(self, tmp_path: Path) -> None:
+        pd.DataFrame({"run_id": ["a"], "record": ["{}"]}).to_parquet(tmp_path / "records.parquet")
+        pd.DataFrame(columns=["run_id", "item"], dtype=str).to_parquet(tmp_path / "items.parquet")
+        with pytest.raises(InputError, match="no run in it was scored"):
+            read_scores(str(tmp_path))
+
+    def test_an_empty_source_is_not_this_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "x.csv").write_text("seed,score\n0,1\n")
+        monkeypatch.chdir(tmp_path)
+        assert len(read_scores(".")) == 1
+        with pytest.raises(InputError, match="names nothing"):
+            read_scores("")
 
     @pytest.mark.parametrize("source", ["nothing", "a:b", "/*none*", "x" * 5000, "\x00", ",", "variants-60:nobody"])
     def test_a_source_that_is_not_there(self, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

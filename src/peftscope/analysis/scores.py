@@ -80,7 +80,10 @@ def read_scores(source: str, metric: str | None = None) -> list[Scored]:
     parts = [source] if _exists(source) else [part.strip() for part in source.split(",") if part.strip()]
     if not parts:
         raise InputError(Problem(shown(source), "names nothing", "give a run's id, a folder, a file, or STUDY:ARM"))
-    return [run for part in parts for run in _read(part, metric)]
+    runs = [run for part in parts for run in _read(part, metric)]
+    if not runs:
+        raise InputError(Problem(source, "no run in it was scored", "give runs that have ended"))
+    return runs
 
 
 def unit_of(runs: Iterable[Scored]) -> str:
@@ -103,7 +106,7 @@ def by_system(runs: Sequence[Scored]) -> dict[str, list[Scored]]:
 
 def _exists(text: str) -> bool:
     try:
-        return Path(text).exists()
+        return text != "" and Path(text).exists()  # nothing is no name of this folder
     except (OSError, ValueError):  # too long for a name, or a NUL in it
         return False
 
@@ -281,6 +284,8 @@ def _lm_eval(path: Path, rows: list[dict[str, Any]], metric: str | None) -> Scor
     kept = pd.DataFrame(
         [row for row in rows if str(row.get("filter", "none")) == filtered and {name, "doc_id"} <= {*row}]
     )
+    if kept.empty:
+        raise InputError(Problem(str(path), f"no row has the score `{name}` that it lists", "give another --metric"))
     values = _numbers(kept[name], f"{path}: {name}")
     hashes = [column for column in ("doc_hash", "target_hash") if column in kept]
     content = kept[hashes or ["doc_id"]].astype(str).agg(" ".join, axis=1)
@@ -333,6 +338,8 @@ def _csv(path: Path, metric: str | None) -> list[Scored]:
     where = str(path)
     try:
         table = pd.read_csv(path)
+        if "name" in table:  # as it is written: a system may have the name None
+            table["name"] = pd.read_csv(path, usecols=["name"], dtype=str, keep_default_na=False)["name"]
     except (ValueError, OSError) as error:  # pandas' errors of parsing are ValueErrors
         raise InputError(Problem(where, f"cannot be read as CSV: {error}")) from None
     keys = [column for column in ("name", "seed", "item") if column in table]
@@ -345,6 +352,9 @@ def _csv(path: Path, metric: str | None) -> list[Scored]:
         raise InputError(
             Problem(where, "does not say what a row is", "add a column `seed`, `item`, or `name` for the system")
         )
+    for key in keys:
+        if (empty := table[key].isna() | (table[key] == "")).any():
+            raise InputError(Problem(f"{where}: {key}", f"empty in row {empty.idxmax()}", "fill it in every row"))
     values = _numbers(table[chosen], f"{where}: {chosen}")
     runs = []
     by = [column for column in ("name", "seed") if column in table]
