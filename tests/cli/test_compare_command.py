@@ -105,6 +105,7 @@ class TestMargins:
         ("margin", "said"),
         [
             ("5%", "a bare per cent does not say of what"),
+            ("5e-1 %", "say 5e-1pp for percentage points of the score, or 5e-1%gain"),
             ("2pp", "does not fit these scores, which are of no known unit"),
             ("5%gain", "the task gain of these scores is not known"),
             ("a lot", "no amount"),

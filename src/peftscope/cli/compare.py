@@ -93,13 +93,13 @@ def _number_and_unit(text: str, where: str) -> tuple[float, str]:
     Raises:
         InputError: The text is no amount, or a bare per cent.
     """
-    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)(e-?\d+)?\s*(pp|%gain|nats|%|)", text.strip())
-    if not match or not 0 < float(match[1] + (match[2] or "")) < 1e9:
+    match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\s*(pp|%gain|nats|%|)", text.strip())
+    if not match or not 0 < float(match[1]) < 1e9:
         raise InputError(Problem(where, f"no amount (got {shown(text)})", "as in 2pp, 5%gain or 0.02"))
-    if match[3] == "%":
+    if match[2] == "%":
         remedy = f"say {match[1]}pp for percentage points of the score, or {match[1]}%gain for a share of the task gain"
         raise InputError(Problem(where, f"a bare per cent does not say of what (got {shown(text)})", remedy))
-    return float(match[1] + (match[2] or "")), match[3]
+    return float(match[1]), match[2]
 
 
 def _amount(text: str, where: str, unit: str) -> float:
