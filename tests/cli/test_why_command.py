@@ -121,6 +121,9 @@ def test_an_error_is_read_from_an_argument_a_file_and_stdin(
     path.write_text(f"step 3\n{ERROR}\n")
     monkeypatch.setattr(sys, "stdin", io.StringIO(ERROR))
     assert output == peftscope("oom", MODEL, str(path), *options)[1] == peftscope("oom", MODEL, *options)[1]
+    code, _, message = peftscope("oom", MODEL, ERROR, "--method", "qlra", "--rank", "8")
+    assert (code, len(message.splitlines())) == (2, 1)
+    assert "did you mean `qlora`?" in message
     code, _, message = peftscope("oom", MODEL, "no-such-file.log")
     assert (code, len(message.splitlines())) == (2, 1)
     assert "paste torch's message" in message

@@ -151,11 +151,11 @@ def asked(setting: Setting, model: str | None, shared: Mapping[str, Any], gpu: G
     name = setting.model or model
     if name is None:
         raise InputError(Problem("model", "none given", "peftscope why llama-2-7b qlora lora, or --model llama-2-7b"))
-    method = setting.options["method"]
+    method = METHODS.get(setting.options["method"])  # `ask` refuses one that is not known
     common = {
         option: value
         for option, value in shared.items()
-        if value is not None and (option not in METHOD_OPTIONS or option in METHODS[method].model_fields)
+        if value is not None and (option not in METHOD_OPTIONS or (method and option in method.model_fields))
     }
     base = name if isinstance(name, Model) else describe_model(name)
     return ask(base, common | setting.options, gpu=gpu, gpus=setting.gpus or gpus)
@@ -165,7 +165,7 @@ def peaks_of_question(question: Question) -> Peaks:
     """Returns the peaks by the closed form, or by simulation where there is none."""
     from peftscope.memory.answer import peaks_by_formula
 
-    if question.spec.method.closed_form is not None and question.model.shape is not None:
+    if question.has_closed_form:
         return peaks_by_formula(question)
     waiting = Console(stderr=True).status("no closed form: simulating two training steps, some seconds")
     with waiting, quiet_libraries(), offline():
