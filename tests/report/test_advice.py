@@ -218,6 +218,7 @@ def test_an_experiment_is_written_into_the_working_folder(
         ({"model": "llama-3.2-1b", "gpu": "a100-80gb", "examples": 500000}, ["full", "lora"]),
         ({"model": "llama-3.2-1b", "gpu": "rtx4090", "examples": 1000000, "gpus": 4}, ["full", "lora"]),
         ({"model": "llama-3.2-1b", "gpu": "rtx4090", "examples": 2000, "priority": "retention"}, ["lora", "qlora"]),
+        ({"model": "llama-3.2-1b", "gpu": "9GiB", "examples": 900, "gpus": 2, "priority": "memory"}, ["qlora", "lora"]),
     ],
 )
 def test_a_written_experiment_tunes_and_pairs_and_has_an_a_a_arm(
@@ -245,6 +246,16 @@ def test_a_written_experiment_tunes_and_pairs_and_has_an_a_a_arm(
     for each in unlike.values():
         assert forecaster.forecast(*each).fits, each
     assert all(spec.shards == (asked.get("gpus", 1) if spec.method.name in ("full", "lora") else 1) for spec in tuned)
+    assert len({spec.batch_size * spec.gradient_accumulation for spec in tuned}) == 1  # every arm sees the same data
+
+
+@pytest.mark.parametrize("gpus", [1, 3, 5, 8])
+def test_steps_on_several_cards_see_the_data_as_often_as_is_said(gpus: int) -> None:
+    advice = advice_for({"model": "qwen2.5-0.5b", "gpu": "a100-80gb", "examples": 50_000, "gpus": gpus})
+    for option in advice.options:
+        seen = option.steps * option.question.spec.batch_size * option.accumulation * gpus
+        assert seen == pytest.approx(50_000 * option.settings.value("epochs"), rel=0.01)
+    assert not advice.options[0].question.spec.checkpointing  # there is room for all activations
 
 
 @pytest.mark.slow

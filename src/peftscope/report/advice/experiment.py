@@ -83,7 +83,7 @@ def experiment_of(advice: Advice, card: str, task: str | None = None, pairs: int
     fixed: dict[str, Any] = {
         "model": situation.model.name,
         "task": task or STAND_IN,
-        **_fields(best),
+        **_fields(best, situation.gpus),
         "seq_len": best.question.spec.seq_len,
         "steps": best.steps,
         "schedule": "linear",
@@ -107,7 +107,7 @@ def experiment_of(advice: Advice, card: str, task: str | None = None, pairs: int
         "fixed": {key: value for key, value in fixed.items() if key not in ("precision", "shards")},
         "runs": [{"method": "none", **_base_weights(arms), "seed": 0, "validation_every": 0}],
         "study": {
-            "arms": {option.method: _arm(option, best) for option in arms},
+            "arms": {option.method: _arm(option, best, situation.gpus) for option in arms},
             "learning_rates": {option.method: list(option.settings.lines["learning_rate"].choice) for option in arms},
             "ends": "keep",
             "tuning_seeds": [100],
@@ -125,18 +125,22 @@ def _base_weights(arms: Sequence[Option]) -> dict[str, str]:
     return {"base_weights": "nf4"} if all(option.question.spec.method.quantization() for option in arms) else {}
 
 
-def _fields(option: Option) -> dict[str, Any]:
-    """Returns the fields of a run of this option. A run's batch is that of all cards that share its weights."""
+def _fields(option: Option, cards: int) -> dict[str, Any]:
+    """Returns the fields of a run of this option, whose batch is that of all cards that share its weights.
+
+    Copies of the model on several cards become one, which accumulates the batches of all: a step is the same.
+    """
     spec, shards = option.question.spec, option.spread_over
-    batch = {"batch_size": spec.batch_size * shards, "gradient_accumulation": option.accumulation, "shards": shards}
+    accumulation = option.accumulation * cards // shards
+    batch = {"batch_size": spec.batch_size * shards, "gradient_accumulation": accumulation, "shards": shards}
     return {name: batch.get(name, getattr(spec, name)) for name in ARM_FIELDS}
 
 
-def _arm(option: Option, first: Option) -> dict[str, Any]:
+def _arm(option: Option, first: Option, cards: int) -> dict[str, Any]:
     """Returns the fields of an arm: its method, and what differs from the first arm's."""
     method = option.question.spec.method
     own = {"method": option.method, **method.model_dump(mode="json", exclude={"name"}, exclude_unset=True)}
-    fields, fixed = _fields(option), _fields(first)
+    fields, fixed = (_fields(each, cards) for each in (option, first))
     own |= {name: value for name, value in fields.items() if value != fixed[name] and name != "precision"}
     if METHODS[option.method].trains_base:
         own["precision"] = fields["precision"]

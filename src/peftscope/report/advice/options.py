@@ -171,7 +171,7 @@ class Fitter:
         if self.situation.priority == "memory":
             return least
         sizes = [2**power for power in range(step_examples.bit_length()) if 2**power <= step_examples][::-1]
-        smallest = 1 if self.situation.priority == "speed" else min(SMALLEST_PLAIN_BATCH, step_examples)
+        smallest = 1 if self.situation.priority == "speed" else min(SMALLEST_PLAIN_BATCH, sizes[0])
         plain = [{"batch_size": size, "checkpointing": False} for size in sizes if size >= smallest]
         recomputed = [{"batch_size": size, "checkpointing": True} for size in sizes]
         return next((batch for batch in [*plain, *recomputed] if fits(batch)), least)
@@ -199,7 +199,10 @@ class Fitter:
         question = self.ask({**fields, "gradient_accumulation": 1})
         spec, shape = question.spec, situation.shape
         mean = situation.mean_tokens(spec.seq_len)
-        epochs, step = settings.value("epochs"), self.step_examples(settings) * situation.gpus
+        epochs = settings.value("epochs")
+        # Cards that do not divide a step's examples see fewer in a step, so that there are more steps.
+        accumulation = max(1, self.step_examples(settings) // spec.batch_size)
+        step = spec.batch_size * accumulation * situation.gpus
         flops = epochs * situation.examples * mean * token_flops(spec, shape, mean)
         shares = self._forecaster.measured_shares(spec)
         low, high = (min(shares), max(shares)) if shares else [g * self._forecaster.share(spec) for g in GUESS]
@@ -211,7 +214,7 @@ class Fitter:
             standing=self._standing(changes),
             question=question,
             peak_device_bytes=self.peak(fields),
-            accumulation=max(1, self.step_examples(settings) // spec.batch_size),
+            accumulation=accumulation,
             steps=max(1, round(epochs * situation.examples / step)),
             seconds=(flops / (high * rate), flops / (low * rate)),
             time_is_measured=bool(shares),
