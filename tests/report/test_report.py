@@ -8,6 +8,7 @@ import time
 from fnmatch import fnmatch
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
@@ -18,6 +19,7 @@ from peftscope.execution.run import execute
 from peftscope.memory.grid import AXES, SIZES, bars, curve
 from peftscope.methods import METHODS
 from peftscope.planning.sweep import expand
+from peftscope.report.forgetting import draw_forgetting
 from peftscope.report.memory import draw_bars, draw_grid
 from peftscope.report.page import FIXED_FIGURES, write_report
 from peftscope.report.plots import (
@@ -27,6 +29,7 @@ from peftscope.report.plots import (
     draw_figure,
     draw_memory,
     draw_pareto,
+    draw_throughput,
     write_figures,
     write_ladder,
 )
@@ -190,6 +193,24 @@ def test_a_method_looks_the_same_in_every_figure() -> None:
     assert variants_of_lora[0] == LOOKS["lora"]
     assert all(len({getattr(look, what) for look in variants_of_lora}) == 3 for what in ("colour", "marker", "dash"))
     assert arm_looks({"any": "LoRA"}) == {"any": LOOKS["lora"]}
+
+
+def test_speeds_and_curves_stand_at_the_names_of_their_own() -> None:
+    """Two variants of a method, with another method between them."""
+    methods, ranks = ["lora", "dora"] * 2, [8, 8, 16, 16]
+    runs = pd.DataFrame({"method": methods, "rank": ranks, "tokens_per_second": [100.0, 200.0, 300.0, 400.0]})
+    runs = runs.assign(comparisons="grid", status="ok", label=runs["method"].map({"lora": "LoRA", "dora": "DoRA"}))
+    axes = plt.figure().add_subplot()
+    draw_throughput(axes, runs)
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    speeds = {names[int(line.get_ydata()[0])]: line.get_xdata()[-1] for line in axes.lines}
+    assert speeds == {"LoRA (rank 8)": 100, "DoRA (rank 8)": 200, "LoRA (rank 16)": 300, "DoRA (rank 16)": 400}
+    curve = pd.DataFrame({"task": [2.0, 1.0], "rise": [0.0, 0.1]})
+    axes = plt.figure().add_subplot()
+    draw_forgetting(axes, dict.fromkeys(("LoRA", "DoRA", "LoRA against itself (A/A)"), curve))
+    drawn = {line.get_label(): line.get_color() for line in axes.lines}
+    assert drawn["DoRA"] == LOOKS["dora"].colour
+    plt.close("all")
 
 
 def test_peaks_that_no_run_measured_are_predicted_ones_and_marked(finished: str) -> None:

@@ -30,8 +30,10 @@ def mean_curves(study: StudyResults) -> dict[str, pd.DataFrame]:
 
 def draw_forgetting(axes: plt.Axes, means: dict[str, pd.DataFrame]) -> None:
     """Draws a line for each arm, from the base on the left to the end of the training."""
-    for (name, curve), look in zip(means.items(), arm_looks({name: name for name in means}).values(), strict=True):
-        line = {"color": look.colour, "marker": look.marker, "linestyle": look.dash}
+    styles = arm_looks({name: name for name in means})
+    for name, curve in means.items():
+        colour, marker, dash = styles[name]
+        line = {"color": colour, "marker": marker, "linestyle": dash}
         axes.plot(curve["task"], curve["rise"], markersize=4, label=name, **line)
         axes.plot(curve["task"].iloc[-1], curve["rise"].iloc[-1], markersize=10, **line)
     axes.axhline(0, color="0.6", linewidth=0.8)

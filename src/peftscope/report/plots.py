@@ -265,7 +265,8 @@ def draw_throughput(axes: plt.Axes, runs: pd.DataFrame) -> None:
         if len(speeds) >= FEWEST_FOR_MEANS:
             axes.plot([speeds.mean()] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=2)
     if len(grid):
-        axes.set_yticks(range(len(styles)), list(styles))
+        names = grid["variant"].unique()  # in the order of the groups
+        axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_xlim(left=0)
     axes.set(xlabel=LABELS["tokens"], ylabel="", title="Throughput of training")
