@@ -133,6 +133,7 @@ class TestMargins:
         ("more", "said"),
         [
             ((), "B: is missing"),
+            (("b.csv", "--figure", "d.txt"), "d.txt: no kind of picture (got '.txt') -> use .png or .svg"),
             (("b.csv", "--all"), "does not go with --all"),
             (("--all", "--margin", "1"), "does not go with --all"),
             (("b.csv", "--items", "5"), "goes with --all only"),

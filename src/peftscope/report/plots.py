@@ -160,8 +160,15 @@ def draw_figure(path: Path, draw: Callable[[plt.Axes], None]) -> None:
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    """Writes a figure as SVG or PNG, as its path says, and closes it."""
+    """Writes a figure as SVG or PNG, as its path says, and closes it.
+
+    Raises:
+        InputError: The path ends as no picture does.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix and path.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
+        plt.close(figure)
+        raise InputError(Problem(str(path), f"no kind of picture (got {shown(path.suffix)})", "use .png or .svg"))
     if path.suffix == ".svg":
         opening, _, rest = svg_of(figure, path.stem).partition(">")
         path.write_text(f"{opening}>{OWN_COLOURS}{rest}")
