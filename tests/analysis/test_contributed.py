@@ -162,6 +162,13 @@ def test_no_contribution_is_a_sentence(tmp_path: Path, monkeypatch: pytest.Monke
     assert code == 0 and "docs/gpu.md says how yours can" in said
 
 
+def test_a_run_of_no_repository_is_told_beside_one_of_a_commit(card: Any, peftscope: Command) -> None:
+    (s6,) = card("S6")
+    card("S7", provenance=s6.provenance | {"code": {"commit": None, "dirty": None}})
+    assert peftscope("contribute", "--yes")[0] == 0
+    assert cards_table()["code"].item() == "cccccccc, no repository"
+
+
 def check_claims() -> None:
     """Checks that contributed runs decide what no card of ours has measured, and are named as what they are."""
     found = {claim: evaluate_part(part) for claim, part in parts().items()}

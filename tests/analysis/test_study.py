@@ -34,7 +34,7 @@ from peftscope.planning.sweep import expand
 from peftscope.record import Quality, RunRecord, parse_record, write_record
 from peftscope.report.publish import publish, restore
 from peftscope.report.ranks import rank_table, ranks_sentence, write_ranks
-from peftscope.report.study import CONTROLS, contrasts, controls, study_facts, write_study
+from peftscope.report.study import CONTROLS, answer, contrasts, controls, study_facts, write_study
 
 STUDY: dict[str, Any] = {
     "fixed": {
@@ -628,6 +628,8 @@ def test_without_a_task_gain_there_is_no_yardstick(tuned: None) -> None:
     collect_experiment(expand("mine"))
     with pytest.raises(InputError, match="it learned no more than shuffled labels teach"):
         training.heldout_gain("mine", "lora", "full")
+    study = StudyResults("mine")
+    assert len(contrasts(study)) and answer(contrasts(study), study.labels) == ""  # a share of nothing is no number
 
 
 def test_rates_that_were_chosen_under_other_settings_do_not_count(tuned: None) -> None:

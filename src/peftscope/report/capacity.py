@@ -61,7 +61,8 @@ def readable_breaks(table: pd.DataFrame) -> pd.DataFrame:
             "most bits stored": formatted(row["most_stored"], ",.0f"),
             "for each parameter, at most": formatted(row["most_stored"] / row["parameters"], ".2f"),
             "times that each string was seen at the break": formatted(row["exposures_at_break"], ",.0f"),
-            "stored of strings not trained on": formatted(max(0.0, row["largest_fresh_share"]), ".0%"),
+            # In this order, a share that was not measured stays none.
+            "stored of strings not trained on": formatted(max(row["largest_fresh_share"], 0.0), ".0%"),
         }
         for row in table.to_dict("records")
     ]

@@ -51,7 +51,7 @@ def _summary(contribution: Contribution) -> dict[str, str]:
 
 def _code(runs: pd.DataFrame) -> list[str]:
     """Returns the commit of each run, with a word if the code differed from it."""
-    commits = runs["git_commit"].map(lambda commit: str(commit)[:8] if commit else "no repository")
+    commits = runs["git_commit"].map(lambda commit: "no repository" if pd.isna(commit) else str(commit)[:8])
     return [commit + " and changes" * bool(dirty) for commit, dirty in zip(commits, runs["git_dirty"], strict=True)]
 
 

@@ -292,9 +292,9 @@ CLAUSES = {
 
 
 def answer(table: pd.DataFrame, labels: dict[str, str]) -> str:
-    """Returns what a study's comparisons say, in one sentence; empty without any."""
+    """Returns what a study's comparisons say, in one sentence; empty without any, or without a task gain."""
     own = table[~table["arm"].str.endswith(A_A)]
-    if own.empty:
+    if own.empty or own["percent"].isna().all():
         return ""
     first = own.iloc[0]
     parts = []
@@ -334,7 +334,7 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
     return {
         "first": labels[study.reference],
         "subject": study.subject,
-        "answer": answer(table, labels) if rows and not math.isnan(study.yardstick) else "",
+        "answer": answer(table, labels),
         "sentences": [spoken_difference(row, labels) for row in rows],
         "a_a": bool(a_a),
         "no_gain": math.isnan(study.yardstick) and any(name == "shuffled-labels" for name, _ in study.controls),
