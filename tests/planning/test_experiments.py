@@ -11,8 +11,9 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
+from peftscope.layout import CONTRIBUTED_RESULTS, LEADERBOARD, MEMORY_FOLDER, RUNS
 from peftscope.methods import METHODS
-from peftscope.planning.experiment import NOT_EXPERIMENTS, experiment_names
+from peftscope.planning.experiment import NOT_EXPERIMENTS, RESERVED_NAMES, experiment_names
 from peftscope.planning.plan import Workflow, check_runs, plan_experiment
 from peftscope.planning.resolve import RUN_FIELDS, spec_from
 from peftscope.planning.sweep import Sweep, expand
@@ -25,6 +26,12 @@ def test_every_yaml_file_is_covered() -> None:
     assert len(FILES) > 5
     names = {path.stem for path in FILES if path.parent.name in ("experiments", "studies")}
     assert names == {*experiment_names(), *NOT_EXPERIMENTS}
+
+
+def test_no_experiment_can_have_the_folder_of_other_results() -> None:
+    folders = {path.name for path in (REPOSITORY / "results" / "published").iterdir() if path.is_dir()}
+    assert folders <= {*experiment_names(), *RESERVED_NAMES}
+    assert {CONTRIBUTED_RESULTS.name, LEADERBOARD, MEMORY_FOLDER.name, RUNS.name} <= {*RESERVED_NAMES}
 
 
 @pytest.mark.parametrize(

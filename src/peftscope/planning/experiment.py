@@ -15,7 +15,11 @@ from peftscope.files.problems import dotted, problems_of
 from peftscope.layout import EXPERIMENTS, RENAMED, STUDIES, check_experiment_name, shipped
 from peftscope.methods import METHODS
 
-RESERVED_NAMES = ("published", "runs", "single", "memory", "processors")
+RESERVED_NAMES = (
+    *("published", "runs", "single", "memory", "processors"),
+    *("contributed", "leaderboard", "peft-comparison", "scorecard"),
+)
+"""The names of other results, whose folders an experiment would mix with its own, or replace when it is published."""
 NOT_EXPERIMENTS = ("defaults", "models", "tasks", "claims", "claims-history", "findings", "advice")
 
 Values = Annotated[list[Any], Field(min_length=1)]
