@@ -246,8 +246,8 @@ def _full(scores: pd.DataFrame, names: list[str]) -> list[str]:
     names = [name for name in names if scores[f"{name}_bytes"].notna().any()]
     lines = [f"| run | card (GiB) | {' | '.join(names)} |", f"|---|---:|{'---:|' * len(names)}"]
     for _, row in scores.iterrows():
-        sizes = [row[f"{name}_bytes"] for name in names]
-        cells = [f"{size / GIB:.0f}{'' if size > row['capacity_bytes'] else ' (fits)'}" for size in sizes]
+        sizes, most = [row[f"{name}_bytes"] for name in names], row["capacity_bytes"]
+        cells = ["-" if pd.isna(s) else f"{s / GIB:.0f}{'' if s > most else ' (fits)'}" for s in sizes]
         lines.append(f"| {row['what']} | {row['capacity_bytes'] / GIB:.1f} | {' | '.join(cells)} |")
     return lines
 

@@ -28,6 +28,10 @@ def test_the_page_shows_the_published_table(repository: Path, published: tuple[p
     scores, tools = published
     changed = scores.assign(**{"closed form_bytes": scores["closed form_bytes"] * 2})
     assert render(changed, tools) != text
+    full = scores["kind"] == "out of memory"
+    lost = scores["id"] == scores.loc[full & (scores["out_of_scope"] == ""), "id"].iloc[0]
+    unanswered = scores.assign(**{"closed form_bytes": scores["closed form_bytes"].mask(lost)})
+    assert "| - |" in render(unanswered, tools).partition("## Out of memory")[2].partition("##")[0]
     assert "Not installed: ftuneai 0.4.1 (no: pip)" in render(
         scores, tools.assign(installed=["no: pip" if name == "ftuneai" else "yes" for name in tools["name"]])
     )
