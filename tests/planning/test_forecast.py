@@ -37,6 +37,19 @@ def test_what_will_not_fit_is_marked_with_what_would(write_experiment) -> None:
     assert re.search(r"about \d.* of GPU to go, peak at most [\d.]+ GiB", done.output)
 
 
+def test_a_model_of_unknown_shape_has_a_guess_of_its_time_and_no_peak(write_experiment) -> None:
+    fixed = "fixed: {model: org/unknown, task: two-digit-sums, steps: STEPS}\nruns: [{method: lora}]\n"
+    found = []
+    for steps in ("100", "200"):
+        write_experiment("mine", fixed.replace("STEPS", steps))
+        ((identity, spec),) = expand("mine", "cuda").runs.items()
+        found.append(Forecaster(find_gpu("24GiB")).forecast(identity, spec))
+    assert 0 < found[0].seconds < found[1].seconds < 3600
+    assert (found[0].fits, found[0].unknown) == (None, "the shape of org/unknown is not known")
+    done = CliRunner().invoke(app, ["expand", "mine", "--gpu", "24GiB"])
+    assert done.exit_code == 0 and "peak not known of 1" in done.output
+
+
 def test_a_run_that_is_limited_to_a_smaller_card_has_to_fit_there() -> None:
     forecaster, runs = Forecaster(find_gpu("h200")), expand("gpu-check", "cuda").runs
     limited = [forecaster.forecast(run, spec) for run, spec in runs.items() if spec.memory_limit_gib]

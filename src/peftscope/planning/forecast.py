@@ -16,7 +16,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from peftscope.data.tasks import item_tokens
-from peftscope.errors import InputError, Problem
 from peftscope.hardware.cards import GIB, Gpu, known_card, speed_of
 from peftscope.memory.answer import peaks_by_formula
 from peftscope.memory.fit import mildest_change
@@ -24,7 +23,7 @@ from peftscope.memory.question import Model, Question
 from peftscope.memory.shares import RESIDENT
 from peftscope.models.catalog import find_model
 from peftscope.models.shapes import ModelShape
-from peftscope.planning.estimate import measured_runs
+from peftscope.planning.estimate import estimate_seconds, measured_runs
 from peftscope.spec import RunSpec, memory_key
 
 SHARE, SHARE_FOUR_BIT, SHARE_FP32 = 0.3, 0.2, 0.03
@@ -175,12 +174,11 @@ class Forecaster:
     def seconds(self, spec: RunSpec) -> float:
         """Returns the estimated seconds of a run on the card, to within a factor of about two.
 
-        Raises:
-            InputError: The shape of the model is unknown.
+        For a model of unknown shape it is a rougher guess, from records of such runs, or else as for 1B parameters.
         """
         shape = find_model(spec.model).shape
         if shape is None:
-            raise InputError(Problem("model", f"the shape of {spec.model} is not known", "add it to models.yaml"))
+            return estimate_seconds(spec, lambda _: self.peak_flops)
         speed = self.share(spec) * self.peak_flops
         seconds = START_SECONDS + 2 * shape.parameters / LOAD_BYTES_PER_SECOND
         seconds += training_flops(spec) / speed + _evaluation_flops(spec, shape) / speed
