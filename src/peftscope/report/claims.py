@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import seaborn as sns
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from peftscope.claims.ledger import Claim
@@ -18,9 +16,9 @@ from peftscope.claims.verdict import Verdict
 from peftscope.files.atomic import write_json
 from peftscope.layout import CLAIMS_PAGE, CLAIMS_RESULTS
 from peftscope.report.plots import MARKERS, SAFE_COLOURS
+from peftscope.report.rendering import asset, rendered
 from peftscope.report.spoken import deciding, measured, sentence, spoken_finding
 from peftscope.report.svg import STYLE, in_page, interval, svg_of
-from peftscope.report.tables import markdown_cell, markdown_text
 
 COLOURS = {
     Verdict.HOLDS: "#2a7f4f",
@@ -61,19 +59,9 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
     }
     path = CLAIMS_PAGE
     path.parent.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {
-        "loader": PackageLoader("peftscope.report"),
-        "undefined": StrictUndefined,
-        "trim_blocks": True,
-        "lstrip_blocks": True,
-    }
-    html = Environment(**options, autoescape=True).get_template("claims.html.j2")
-    folder = files("peftscope.report").joinpath("templates")
-    style = folder.joinpath("report.css").read_text() + folder.joinpath("claims.css").read_text()
-    path.write_text(html.render(**content, style=style, script=folder.joinpath("claims.js").read_text()))
-    markdown = Environment(**options, autoescape=False, finalize=lambda value: markdown_text(str(value)))
-    markdown.filters["cell"] = markdown_cell
-    path.with_suffix(".md").write_text(markdown.get_template("claims.md.j2").render(**content))
+    style = asset("report.css") + asset("claims.css")
+    path.write_text(rendered("claims.html.j2", **content, style=style, script=asset("claims.js")))
+    path.with_suffix(".md").write_text(rendered("claims.md.j2", **content))
     return path
 
 

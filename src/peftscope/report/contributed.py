@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from peftscope.analysis.contributed import Contribution, read_contributions
 from peftscope.errors import GIB
 from peftscope.layout import CONTRIBUTED_PAGE
-from peftscope.report.tables import factors_within_methods, formatted, html, markdown, markdown_text, predictions
+from peftscope.report.rendering import asset, rendered
+from peftscope.report.tables import factors_within_methods, formatted, html, markdown, predictions
 from peftscope.spec import RunSpec
 
 PEAKS = {"training": "tensors", "training, reserved": "reserved", "training, device": "card"}
@@ -101,27 +101,17 @@ def write_contributed() -> Path:
     cards: dict[str, list[dict[str, Any]]] = {}
     for number, each in enumerate(found):
         runs = runs_table(each.runs())
-        entry = {"experiment": each.experiment, "html": html(runs, f"runs-{number}"), "markdown": markdown(runs)}
+        shown = {"html": html(runs, f"runs-{number}"), "markdown": Markup(markdown(runs))}
+        entry = {"experiment": each.experiment, **shown}
         cards.setdefault(each.card, []).append(entry)
     table = cards_table()
-    style = files("peftscope.report").joinpath("templates/report.css").read_text()
     content = {
         "cards": dict(sorted(cards.items())),
-        "style": style,
+        "style": asset("report.css"),
         "html": html(table, "cards"),
-        "markdown": markdown(table),
+        "markdown": Markup(markdown(table)),
     }
     CONTRIBUTED_PAGE.parent.mkdir(parents=True, exist_ok=True)
     for suffix in (".html", ".md"):
-        is_html = suffix == ".html"
-        environment = Environment(
-            loader=PackageLoader("peftscope.report"),
-            undefined=StrictUndefined,
-            autoescape=is_html,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        environment.filters["text"] = markdown_text
-        text = environment.get_template(f"contributed{suffix}.j2").render(**content)
-        CONTRIBUTED_PAGE.with_suffix(suffix).write_text(text)
+        CONTRIBUTED_PAGE.with_suffix(suffix).write_text(rendered(f"contributed{suffix}.j2", **content))
     return CONTRIBUTED_PAGE

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peftscope.analysis.capacity import breaks, stored_bits
@@ -34,10 +33,10 @@ from peftscope.report.capacity import answer as answer_on_capacity
 from peftscope.report.forgetting import forgetting_sentence
 from peftscope.report.front import Surprise
 from peftscope.report.ranks import ranks_sentence
+from peftscope.report.rendering import rendered
 from peftscope.report.spoken import spoken_finding
 from peftscope.report.study import answer as answer_of_study
 from peftscope.report.study import contrasts
-from peftscope.report.tables import markdown_cell, markdown_text
 from peftscope.report.weights import spectrum_sentence
 
 ORDER = [Verdict.WRONG, Verdict.IN_PART, Verdict.HOLDS, Verdict.OPEN]
@@ -125,15 +124,8 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
         folder: The folder to write into, beside the pages of claims.
     """
     by_id = {finding["id"]: finding for finding in findings}
-    environment = Environment(
-        loader=PackageLoader("peftscope.report"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: markdown_text(str(value)),
-    )
-    environment.filters["cell"] = markdown_cell
-    page = environment.get_template("findings.md.j2").render(
+    page = rendered(
+        "findings.md.j2",
         topics=[_topic(topic, by_id, folder) for topic in read_topics([claim.id for claim in claims])],
         studies=[_study(name, findings) for name in experiment_names() if _is_judged(name, findings)],
         statements={claim.id: claim.statement for claim in claims},

@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from peftscope.analysis.compare import Difference, compare
@@ -27,13 +25,13 @@ from peftscope.errors import MIB, InputError
 from peftscope.layout import LEADERBOARD, PUBLISHED_REPORTS, REPORTS, RESULTS, published_paths, report_path
 from peftscope.planning.experiment import A_A
 from peftscope.report.plots import GREY, arm_looks
+from peftscope.report.rendering import asset, rendered
 from peftscope.report.study import NARROW, contrasts
 from peftscope.report.svg import INK, STYLE, in_page, svg_of
 from peftscope.report.tables import (
     PREDICTED_PEAK,
     formatted,
     markdown,
-    markdown_text,
     settings,
     spoken_settings,
 )
@@ -325,20 +323,12 @@ def write_leaderboard(sections: list[Section], left_out: dict[str, str], folder:
         "left_out": left_out,
         "lead": LEAD,
         "points": POINTS,
-        "style": files("peftscope.report").joinpath("templates/report.css").read_text(),
+        "style": asset("report.css"),
     }
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"{LEADERBOARD}.html"
     for suffix in (".html", ".md"):
-        environment = Environment(
-            loader=PackageLoader("peftscope.report"),
-            undefined=StrictUndefined,
-            autoescape=suffix == ".html",
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        environment.filters["text"] = markdown_text
-        page.with_suffix(suffix).write_text(environment.get_template(f"{LEADERBOARD}{suffix}.j2").render(**content))
+        page.with_suffix(suffix).write_text(rendered(f"{LEADERBOARD}{suffix}.j2", **content))
     return page
 
 
@@ -353,5 +343,5 @@ def _content(section: Section, name: str, folder: Path) -> dict[str, Any]:
         "figure": _figure(section, name),
         "columns": list(shown.columns),
         "rows": shown.to_numpy().tolist(),
-        "markdown": markdown(table(section, _linked(section.names, folder, "[{1}]({0})"))),
+        "markdown": Markup(markdown(table(section, _linked(section.names, folder, "[{1}]({0})")))),
     }

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from peftscope.analysis.collect import read_runs
@@ -25,6 +23,7 @@ from peftscope.report.contributed import cards_table
 from peftscope.report.forgetting import forgetting_sentence
 from peftscope.report.memory import CARDS
 from peftscope.report.ranks import ranks_sentence
+from peftscope.report.rendering import asset, rendered
 from peftscope.report.sentences import NOTHING, listed, sentence
 from peftscope.report.serving import latencies, limited_runs
 from peftscope.report.study import study_facts, study_sentences
@@ -52,17 +51,15 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
     for name, say in MORE_FIGURES.items():
         if (path := folder / "figures" / f"{name}.svg").is_file():
             figures.append({"name": name, "image": _embedded(path, say(experiment)), "sentence": say(experiment)})
-    environment = Environment(
-        loader=PackageLoader("peftscope.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True
-    )
     settings = read_experiment(experiment_path(experiment))
-    page = environment.get_template("report.html.j2").render(
+    page = rendered(
+        "report.html.j2",
         experiment=experiment,
         confidence=f"{100 * CONFIDENCE:g}",
         title=settings.title or experiment,
         description=settings.description,
-        style=files("peftscope.report").joinpath("templates/report.css").read_text(),
-        script=files("peftscope.report").joinpath("templates/report.js").read_text(),
+        style=asset("report.css"),
+        script=asset("report.js"),
         figures=figures,
         methods_table=(folder / "tables" / "methods.html").read_text(),
         left_out=_left_out(runs),
