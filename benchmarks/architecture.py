@@ -6,10 +6,11 @@ The picture follows the import contract in ``pyproject.toml``; the list quotes t
 from __future__ import annotations
 
 import ast
-import re
 import tomllib
 from itertools import pairwise
 from pathlib import Path
+
+from benchmarks.page import write_blocks
 
 PAGE = Path("docs/architecture.md")
 CONTRACT = "imports run in one direction"
@@ -52,20 +53,5 @@ def render(root: Path = Path()) -> dict[str, str]:
     }
 
 
-def write_page(blocks: dict[str, str], page: Path = PAGE) -> None:
-    """Writes every block between its markers in the page.
-
-    Raises:
-        ValueError: The page lacks the markers of a block.
-    """
-    text = page.read_text()
-    for name, content in blocks.items():
-        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text, replaced = marked.subn(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
-        if not replaced:
-            raise ValueError(f"{page} has no block {name}: put <!-- {name} --> and <!-- /{name} --> where it belongs")
-    page.write_text(text)
-
-
 if __name__ == "__main__":
-    write_page(render())
+    write_blocks(render(), PAGE)

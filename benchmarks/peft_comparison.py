@@ -7,12 +7,12 @@ Writes the tables of ``docs/peft-comparison.md``, their figure and a number of t
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from benchmarks.page import write_blocks
 from peftscope.analysis.compare import Difference
 from peftscope.analysis.ranking import STATED_SPREADS, Ranking, rank, trust
 from peftscope.analysis.scores import FRACTION, by_system, read_scores
@@ -122,15 +122,9 @@ def _undecided_at_the_top(ranking: Ranking) -> str:
     return f"{(ranking.p[:TOP, :TOP][np.triu_indices(TOP, 1)] >= 1 - CONFIDENCE).mean():.0%}"
 
 
-def with_tables(page: str, tables: str) -> str:
-    """Returns the page with the tables between its marks."""
-    parts = re.split(r"(?<=<!-- tables -->\n)(.*)(?=<!-- /tables -->)", page, flags=re.DOTALL)
-    return f"{parts[0]}{tables}\n{parts[2]}"
-
-
 def main() -> None:
     """Writes the page, its figure, and the number in the README."""
-    PAGE.write_text(with_tables(PAGE.read_text(), render()))
+    write_blocks({"tables": render()}, PAGE)
     README.write_text(with_numbers(README.read_text(), number_of_readme()))
     draw_ranking(rankings()[SHOWN_SPREAD, TEST_ITEMS], FRACTION, FIGURE)
     print(PAGE)

@@ -2,18 +2,19 @@
 
 Make both reports on one idle machine, one after the other, the second in a clone of its own; then
 
-    python benchmarks/processors.py results/quick/runs.csv ../clone/results/quick/runs.csv
+    python -m benchmarks.processors results/quick/runs.csv ../clone/results/quick/runs.csv
 
 copies what is compared to ``results/published/processors/`` and writes the table into the page.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
 import pandas as pd
+
+from benchmarks.page import write_blocks
 
 PUBLISHED = Path("results/published/processors")
 ELSEWHERE = Path("results/published/quick/runs.csv")
@@ -81,16 +82,10 @@ def same_memory(pair: pd.DataFrame) -> bool:
     return all(pair[column].fillna(0).eq(pair[f"{column}_fp32"].fillna(0)).all() for column in columns)
 
 
-def write_page(text: str, page: Path = PAGE) -> None:
-    """Writes the comparison between the page's markers."""
-    marked = re.compile(r"(<!-- comparison -->\n).*?(<!-- /comparison -->)", re.DOTALL)
-    page.write_text(marked.sub(lambda match: f"{match[1]}{text}\n{match[2]}", page.read_text()))
-
-
 if __name__ == "__main__":
     PUBLISHED.mkdir(parents=True, exist_ok=True)
     for way, path in zip(WAYS, sys.argv[1:], strict=True):
         runs = pd.read_csv(path)[COLUMNS]
         assert set(runs["bf16_products"].dropna()) == {way}, f"{path} has other products than {way}"
         runs.to_csv(PUBLISHED / f"{way}.csv", index=False)
-    write_page(render(read_pair()))
+    write_blocks({"comparison": render(read_pair())}, PAGE)

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.estimators import ESTIMATORS, answers_of
+from benchmarks.page import write_blocks
 from benchmarks.points import RULE, Point, by_formula, by_simulation, question_of, read_points, why_out
 from peftscope.errors import GIB
 from peftscope.execution.libraries import without_hub_kernels
@@ -283,12 +284,6 @@ def draw(scores: pd.DataFrame, tools: pd.DataFrame, path: Path) -> None:
     save(figure, path)
 
 
-def write_page(text: str, page: Path = PAGE) -> None:
-    """Writes the tables between the page's markers."""
-    parts = re.split(r"(?<=<!-- scorecard -->\n)(.*)(?=<!-- /scorecard -->)", page.read_text(), flags=re.DOTALL)
-    page.write_text(f"{parts[0]}{text}\n{parts[2]}")
-
-
 @without_hub_kernels()
 def main() -> None:
     """Predicts every point and writes the tables, the figure and the page."""
@@ -300,7 +295,7 @@ def main() -> None:
     tools.to_csv(PUBLISHED / "estimators.csv", index=False)
     scores, tools = read_scores()
     draw(scores, tools, PUBLISHED / "errors.png")
-    write_page(render(scores, tools))
+    write_blocks({"scorecard": render(scores, tools)}, PAGE)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from benchmarks.page import write_blocks
 from peftscope.data.batching import Batch, Example, tokenise, training_batches
 from peftscope.data.tasks import make_task, read_split
 from peftscope.execution.merge import base_of_adapter
@@ -292,14 +293,6 @@ def render(limits: dict[str, dict[str, str]], peft: str) -> str:
     return "\n".join([f"Tried with PEFT {peft}.", "", *lines, "", *reasons])
 
 
-def write_page(text: str, page: Path = PAGE) -> None:
-    """Writes the generated part of the page between its markers."""
-    head, opening, rest = page.read_text().partition("<!-- tuners -->\n")
-    _, closing, tail = rest.partition("<!-- /tuners -->")
-    assert opening and closing, page
-    page.write_text(f"{head}{opening}{text}\n{closing}{tail}")
-
-
 def main() -> None:
     """Tries the tuners that are named, or all, and writes limits and page."""
     warnings.simplefilter("ignore")
@@ -312,7 +305,7 @@ def main() -> None:
         print(tuner, json.dumps(limits[tuner], indent=1), flush=True)
         known = {name: limits[name] for name in tuners() if limits.get(name)}
         write_json(tuner_limits.LIMITS_FILE, {"peft": version("peft"), "tuners": known})
-        write_page(render(known, version("peft")))
+        write_blocks({"tuners": render(known, version("peft"))}, PAGE)
 
 
 if __name__ == "__main__":

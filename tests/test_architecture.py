@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks.architecture import PAGE, describe_room, draw_layers, read_layers, render, write_page
+from benchmarks.architecture import PAGE, describe_room, draw_layers, read_layers, render
+from benchmarks.page import write_blocks
 
 NO_TORCH = [
     "api",
@@ -108,7 +109,7 @@ def test_ci_runs_the_readmes_test_command(repository: Path) -> None:
 def test_the_page_on_architecture_shows_the_import_contract_and_the_rooms(repository: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text((repository / PAGE).read_text())
-    write_page(render(repository), page)
+    write_blocks(render(repository), page)
     assert page.read_text() == (repository / PAGE).read_text(), "run: python -m benchmarks.architecture"
     layers = read_layers(repository / "pyproject.toml")
     assert draw_layers(layers) in page.read_text()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.processors import PAGE, read_pair, render, same_memory, write_page
+from benchmarks.page import write_blocks
+from benchmarks.processors import PAGE, read_pair, render, same_memory
 
 
 @pytest.fixture(autouse=True)
@@ -17,10 +18,12 @@ def in_repository(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_page_shows_what_is_published(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE.read_text())
-    write_page(render(read_pair()), page)
+    write_blocks({"comparison": render(read_pair())}, page)
     assert page.read_text() == PAGE.read_text()
-    write_page("nothing", page)
+    write_blocks({"comparison": "nothing"}, page)
     assert page.read_text() != PAGE.read_text()
+    with pytest.raises(ValueError, match="has no block rooms"):
+        write_blocks({"rooms": "nothing"}, page)
 
 
 def test_both_ways_learn_and_their_bases_agree() -> None:
