@@ -126,49 +126,46 @@ def rank(systems: Mapping[str, Sequence[Scored]], run_spread: float | None = Non
     Raises:
         InputError: There are too few systems, they were not scored alike, or nothing shows how far chance goes.
     """
+    _check(systems, run_spread)
+    means = {name: np.mean([run.score for run in runs]) for name, runs in systems.items()}
+    lower_is_better = next(iter(systems.values()))[0].lower_is_better
+    names = sorted(systems, key=lambda name: means[name] if lower_is_better else -means[name])
+    all_runs, scores = [systems[name] for name in names], np.array([means[name] for name in names])
+    counts = np.array([len(runs) for runs in all_runs])
+    spread = _spread(all_runs) if run_spread is None else run_spread
+    of_items = _item_errors(all_runs, scores, items)
+    errors = np.sqrt(spread**2 / counts + of_items**2)
+    if run_spread is None:
+        p = [pair(a, b).p for a, b in combinations(all_runs, 2)]
+    else:
+        apart = ((abs(a - b), math.hypot(d, e)) for (a, d), (b, e) in combinations(zip(scores, errors, strict=True), 2))
+        p = [float(2 * special.ndtr(-gap / max(error, 1e-300))) for gap, error in apart]
+    run_errors = np.sqrt(spread**2 + of_items**2)
+    alone, corrected = (_matrix(values, len(names)) for values in (p, holm(p)))
+    return Ranking(names, scores, int(counts.min()), errors, run_errors, alone, corrected, lower_is_better)
+
+
+def _check(systems: Mapping[str, Sequence[Scored]], run_spread: float | None) -> None:
+    """Raises InputError as ``rank`` does."""
     if len(systems) < 2:
         raise InputError(Problem(", ".join(systems) or "the folder", "has fewer than two systems", "compare A B"))
-    all_runs = list(systems.values())
-    first = all_runs[0][0]
-    for runs in all_runs:
+    first = next(iter(systems.values()))[0]
+    for runs in systems.values():
         check_side(runs)
         if runs[0].metric != first.metric:
             said = f"other scores: `{first.metric}` and `{runs[0].metric}`"
             raise InputError(Problem(f"{first.where} and {runs[0].where}", said, "give --metric"))
         check_items(first, runs[0])
-    fewest = min(len(runs) for runs in all_runs)
-    if run_spread is None and fewest == 1 and not first.has_items:
+    if run_spread is None and min(map(len, systems.values())) == 1 and not first.has_items:
         said = "one score each: nothing shows how far chance moves them"
         raise InputError(Problem(first.where, said, "give --seed-spread, the standard deviation of single runs"))
-    scores = np.array([np.mean([run.score for run in runs]) for runs in all_runs])
-    order = np.argsort(scores if first.lower_is_better else -scores, kind="stable")
-    all_runs = [all_runs[i] for i in order]
-    scores = scores[order]
-    counts = np.array([len(runs) for runs in all_runs])
-    spread = _spread(all_runs) if run_spread is None else run_spread
-    of_items = _item_errors(all_runs, scores, items)
-    errors = np.sqrt(spread**2 / counts + of_items**2)
-    k = len(all_runs)
-    p = np.ones((k, k))
-    for i, j in combinations(range(k), 2):
-        p[i, j] = p[j, i] = (
-            pair(all_runs[i], all_runs[j]).p
-            if run_spread is None
-            else 2 * special.ndtr(-abs(scores[i] - scores[j]) / max(math.hypot(errors[i], errors[j]), 1e-300))
-        )
-    adjusted = np.ones((k, k))
-    above = np.triu_indices(k, 1)
-    adjusted[above] = holm(list(p[above]))
-    return Ranking(
-        [list(systems)[i] for i in order],
-        scores,
-        fewest,
-        errors,
-        np.sqrt(spread**2 + of_items**2),
-        p,
-        np.minimum(adjusted, adjusted.T),
-        first.lower_is_better,
-    )
+
+
+def _matrix(p: Sequence[float], k: int) -> np.ndarray:
+    """Returns the p of each pair, given in the order of ``combinations``, as a symmetric k × k matrix."""
+    matrix = np.ones((k, k))
+    matrix[np.triu_indices(k, 1)] = p
+    return np.minimum(matrix, matrix.T)
 
 
 def _spread(all_runs: Sequence[Sequence[Scored]]) -> float:
