@@ -197,7 +197,7 @@ def _summary(scores: pd.DataFrame, names: list[str]) -> list[str]:
     lines = [f"| method | model | runs | {' | '.join(names)} |", f"|---|---|---:|{'---:|' * len(names)}"]
     for method, group in [*scores.groupby("method", sort=True), ("all", scores)]:
         smallest = 0.0
-        for largest, label in SIZES if method != "all" else [(float("inf"), "all")]:
+        for largest, label in SIZES if method != "all" else [(inf, "all")]:
             sizes = group["parameters"].astype(float)
             part = group[(sizes >= smallest) & (sizes < largest)]
             smallest = largest

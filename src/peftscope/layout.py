@@ -51,8 +51,8 @@ MEMORY_FOLDER = RESULTS / "memory"
 
 CLAIMS_RESULTS = RESULTS / "claims.json"
 CLAIMS_PAGE = REPORTS / "claims.html"
-FINDINGS_PAGE = REPORTS / "findings.md"
 """The claims page. Its Markdown version is in the same folder."""
+FINDINGS_PAGE = REPORTS / "findings.md"
 
 REPOSITORY = Path(__file__).parent.parent.parent
 """The repository, if this package is an editable install of it."""

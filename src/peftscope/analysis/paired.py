@@ -132,8 +132,9 @@ class Pairing:
 
         It is 0 if the draw of the items alone could explain the difference.
         """
-        reach = abs(self.mean) / self.difference(math.nan).half_width() * self.difference(math.nan).error
-        return math.sqrt(max(0.0, reach**2 - self.difference(math.nan).error ** 2) / 2)
+        difference = self.difference(math.nan)
+        reach = abs(self.mean) / difference.half_width() * difference.error
+        return math.sqrt(max(0.0, reach**2 - difference.error**2) / 2)
 
 
 def pair(a: Sequence[Scored], b: Sequence[Scored]) -> Pairing:

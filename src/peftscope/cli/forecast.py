@@ -57,10 +57,9 @@ def show_forecast(experiment: str, gpu: Gpu, *, brief: bool) -> None:
         forecasts.append(forecaster.forecast(identity, spec, chosen=identity in known))
     console = wide_console(170)
     console.print(_by_method(forecasts) if brief else _by_run(forecasts))
-    hours = sum(f.seconds for f in forecasts)
     console.print(
         f"{experiment} on {gpu.name} ({spoken_bytes(gpu.memory_bytes, 1)}): {len(forecasts) + done} runs, {done} done, "
-        f"about {spoken(hours)} of GPU to go, {_peaks(forecasts)}.",
+        f"about {spoken(sum(f.seconds for f in forecasts))} of GPU to go, {_peaks(forecasts)}.",
         soft_wrap=True,
     )
     console.print(

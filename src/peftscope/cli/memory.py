@@ -306,9 +306,8 @@ def fit(
         raise InputError(Problem("model", "none given", "peftscope fit --gpu 24GiB llama-2-7b"))
     card, chosen = find_gpu(gpu), known_methods(methods)
     found = [describe_model(name) for name in names]
-    fits = []
-    for one in with_progress(fit_methods(found, chosen, options, card, gpus), len(found) * len(chosen), "fitting"):
-        fits.append(one)
+    asked = fit_methods(found, chosen, options, card, gpus)
+    fits = list(with_progress(asked, len(found) * len(chosen), "fitting"))
     if as_json:
         print(json.dumps([one.to_json() for one in fits], ensure_ascii=False))
         return

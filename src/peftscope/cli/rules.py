@@ -1,4 +1,4 @@
-"""The commands that the Snakefile's rules run; hidden, for they make sense in that order only."""
+"""The commands that the Snakefile's rules run, hidden because they make sense in that order only, and their like."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Comparison:
     """Runs that are set side by side, and the only fields in which they may differ.
 
     Attributes:
-        name: ``methods``, or the field that a ladder varies.
+        name: ``runs``, ``grid``, ``ladder-N-FIELD``, or a stage of a study and what is compared in it.
         varies: Fields in which its runs may differ, the seed apart.
         runs: The runs' ids, in the order of the file.
     """

@@ -82,9 +82,9 @@ def runs_table(runs: pd.DataFrame) -> pd.DataFrame:
             "ended": ended,
             "step (s)": formatted(run["step_seconds_median"], ".3f"),
         }
-        for peak, name in PEAKS.items():
+        for peak, short in PEAKS.items():
             found = errors.loc[(run["run_id"], peak)] if (run["run_id"], peak) in errors.index else None
-            row[f"{name} (GiB, % off)"] = (
+            row[f"{short} (GiB, % off)"] = (
                 f"{found['measured_bytes'] / GIB:.2f}, {found['error_percent']:+.1f}" if found is not None else "-"
             )
         rows.append(row)

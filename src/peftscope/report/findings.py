@@ -29,12 +29,13 @@ from peftscope.layout import (
 )
 from peftscope.planning.estimate import spoken
 from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
+from peftscope.record import FINAL
 from peftscope.report.capacity import answer as answer_on_capacity
 from peftscope.report.forgetting import forgetting_sentence
 from peftscope.report.front import Surprise
 from peftscope.report.ranks import ranks_sentence
 from peftscope.report.rendering import rendered
-from peftscope.report.spoken import spoken_finding
+from peftscope.report.spoken import deciding, spoken_finding
 from peftscope.report.study import answer as answer_of_study
 from peftscope.report.study import contrasts
 from peftscope.report.weights import spectrum_sentence
@@ -196,11 +197,8 @@ PICTURES: dict[str, Callable[[str], str]] = {
 
 def _parts_on(experiment: str, finding: dict[str, Any]) -> bool:
     """Returns whether a part that decides a claim rests on the runs of an experiment."""
-    return any(
-        experiment in (part["with"].get("study"), part["with"].get("experiment"))
-        for part in finding["parts"]
-        if part["role"] != "beside"
-    )
+    parts = [part["with"] for part in deciding(finding)]
+    return any(experiment in (given.get("study"), given.get("experiment")) for given in parts)
 
 
 def _is_judged(experiment: str, findings: list[dict[str, Any]]) -> bool:
@@ -213,7 +211,7 @@ def _study(name: str, findings: list[dict[str, Any]]) -> dict[str, Any]:
     settings = read_experiment(experiment_path(name))
     paths = [folder / "runs.csv" for folder in (results_folder(name), published(name))]
     runs = next((pd.read_csv(path) for path in paths if path.is_file()), pd.DataFrame({"status": []}))
-    ended = runs[runs["status"].isin(["ok", "diverged", "oom"])]
+    ended = runs[runs["status"].isin(FINAL)]
     return {
         "name": name,
         "title": settings.title,

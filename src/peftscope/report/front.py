@@ -18,6 +18,7 @@ from peftscope.layout import FINDINGS_FILE, PUBLISHED_REPORTS, PUBLISHED_RESULTS
 from peftscope.memory.answer import AGREEMENT_FILE
 from peftscope.planning.experiment import experiment_path, read_experiment
 from peftscope.report.claims import COLOURS
+from peftscope.report.spoken import deciding
 from peftscope.report.study import study_facts, study_sentences
 
 README = Path("README.md")
@@ -106,7 +107,7 @@ def with_numbers(text: str, numbers: Mapping[str, Any]) -> str:
 
 
 def _told(surprise: Surprise, finding: dict[str, Any]) -> str:
-    numbers = [part["found"] for part in finding["parts"] if part["role"] != "beside"]
+    numbers = [part["found"] for part in deciding(finding)]
     try:
         return re.sub(r"(?<=\d)%", " %", surprise.says.format(*numbers))
     except (IndexError, KeyError, TypeError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from textwrap import fill
@@ -136,9 +136,9 @@ def draw_lengths(answer: LengthsAnswer, path: Path) -> None:
     save(figure, path)
 
 
-def _mark_cards(line: object) -> None:
+def _mark_cards(line: Callable[..., object]) -> None:
     for card in CARDS:
-        line(find_gpu(card).memory_bytes / GIB, color="0.5", linewidth=0.8, linestyle=":")  # type: ignore[operator]
+        line(find_gpu(card).memory_bytes / GIB, color="0.5", linewidth=0.8, linestyle=":")
 
 
 def write_chapter(rows: pd.DataFrame, folder: Path = MEMORY_FOLDER) -> None:

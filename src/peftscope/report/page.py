@@ -50,7 +50,8 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
     ]
     for name, say in MORE_FIGURES.items():
         if (path := folder / "figures" / f"{name}.svg").is_file():
-            figures.append({"name": name, "image": _embedded(path, say(experiment)), "sentence": say(experiment)})
+            text = say(experiment)
+            figures.append({"name": name, "image": _embedded(path, text), "sentence": text})
     settings = read_experiment(experiment_path(experiment))
     page = rendered(
         "report.html.j2",
@@ -76,7 +77,7 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
         endings=_endings(runs),
         facts=_facts(runs),
         warnings=_warnings(runs),
-        materials=_materials(folder, runs),
+        materials=_materials(runs),
     )
     path = report_path(experiment)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +217,7 @@ def _warnings(runs: pd.DataFrame) -> list[str]:
     return found
 
 
-def _materials(folder: Path, runs: pd.DataFrame) -> list[dict[str, Any]]:
+def _materials(runs: pd.DataFrame) -> list[dict[str, Any]]:
     """Returns the model and the task with licence and note, from the first record."""
     for run in runs["run_id"]:
         path = record_path(run)

@@ -80,17 +80,15 @@ def publish_claims() -> list[Path]:
     if not all(path.is_file() for path in targets):
         raise InputError(Problem(str(CLAIMS_RESULTS), "not finished", "run make claims"))
     _check_sizes(list(targets))
-    published = PUBLISHED_RESULTS / CLAIMS_RESULTS.name
-    changed = (
-        unexplained_changes(read_ledger(), read_history(), read_findings(published)) if published.is_file() else ()
-    )
+    ledger, verdicts = read_ledger(), PUBLISHED_RESULTS / CLAIMS_RESULTS.name
+    changed = unexplained_changes(ledger, read_history(), read_findings(verdicts)) if verdicts.is_file() else ()
     message, remedy = "is decided otherwise than in the published file", f"say why in {CLAIMS_HISTORY}"
     if problems := [Problem(claim, message, remedy) for claim in changed]:
         raise InputError(problems)
     copies = [Path(shutil.copyfile(path, folder / path.name)) for path, folder in targets.items()]
-    findings = read_findings(published)
-    write_findings(read_ledger(), findings, PUBLISHED_REPORTS)
-    show_claims(findings, read_surprises([claim.id for claim in read_ledger()]))
+    findings = read_findings(verdicts)
+    write_findings(ledger, findings, PUBLISHED_REPORTS)
+    show_claims(findings, read_surprises([claim.id for claim in ledger]))
     return copies
 
 

@@ -132,7 +132,6 @@ def pareto_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | N
         "crowded": is_crowded(method_summary(runs)),
         "n": int(trained["n"].min()),
         "needed": SEEDS_NEEDED,
-        "one": 1,
         "confidence": f"{100 * CONFIDENCE:g}",
     }
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
+from peftscope.errors import GIB
 from peftscope.report.tables import formatted, variants
 
-GIB, MILLI = 2**30, 1e-3
+MILLI = 1e-3
 STATES, PASSES = ("base", "apart", "merged"), ("prompt", "token")
 
 
