@@ -134,6 +134,7 @@ class TestMargins:
         [
             ((), "B: is missing"),
             (("b.csv", "--figure", "d.txt"), "d.txt: no kind of picture (got '.txt') -> use .png or .svg"),
+            (("b.csv", "--base", "a.csv", "--margin", "1"), "goes with a margin in %gain only"),
             (("b.csv", "--all"), "does not go with --all"),
             (("--all", "--margin", "1"), "does not go with --all"),
             (("b.csv", "--items", "5"), "goes with --all only"),

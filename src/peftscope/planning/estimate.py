@@ -92,7 +92,7 @@ def _ended_well(text: str) -> dict[str, Any] | None:
         record: dict[str, Any] = json.loads(text)
         _kind(record["spec"])
         return record if record["status"] == "ok" else None
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 
