@@ -7,12 +7,13 @@ import math
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import LogLocator, NullLocator
 
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import HELDOUT, MARGIN, StudyResults
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A
-from peftscope.report.plots import LOOKS, arm_looks, draw_figure, plain_ticks
+from peftscope.report.plots import LOOKS, arm_looks, draw_figure
 from peftscope.report.sentences import listed
 from peftscope.report.svg import INK
 
@@ -82,7 +83,9 @@ def draw_ranks(axes: plt.Axes, study: StudyResults) -> None:
     beneath.set_xticks(ranks, [f"{rank}" for rank in ranks])
     beneath.minorticks_off()
     beneath.set_yscale("log")
-    plain_ticks(beneath.yaxis)
+    beneath.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    beneath.yaxis.set_major_formatter("{x:g}")
+    beneath.yaxis.set_minor_locator(NullLocator())
     axes.tick_params(labelbottom=False)
     axes.set(ylabel=f"gain over {label}'s (%)", title="What each rank keeps, at its own best learning rate")
     beneath.set(xlabel="rank", ylabel="learning rate")
