@@ -120,7 +120,7 @@ def test_a_rule_file_with_an_unknown_key_says_which(tmp_path: Path) -> None:
 
 def test_a_rank_is_a_range_while_its_claims_are_open_and_a_point_once_they_hold() -> None:
     asked = {"model": "llama-3.2-1b", "gpu": "a100-80gb", "examples": 2000}
-    waiting = line(advice_for(asked), "rank")
+    waiting = line(advice_for(asked, P16="not run"), "rank")
     assert waiting.text == "8 to 64, start at 16" and waiting.standing == "open" and "not run yet" in waiting.evidence
     decided = line(advice_for(asked, P16="holds", S36="holds"), "rank")
     assert decided.text == "16" and decided.choice == ()

@@ -21,7 +21,8 @@ def find_run(run: str) -> Path:
     folder = run_folder(run)
     if not (folder / "record.json").is_file():
         known = [path.parent.name for path in record_paths()]
-        raise InputError(Problem(f"run {run}", f"no such run in {RUNS}", close_match(run, known)))
+        remedy = close_match(run, known) or "make report EXPERIMENT=quick makes some"
+        raise InputError(Problem(f"run {run}", f"no such run in {RUNS}", remedy))
     record = read_record(folder / "record.json")
     if record.status != "ok":
         raise InputError(Problem(f"run {run}", f"its status is {record.status}", "choose a run with the status ok"))
