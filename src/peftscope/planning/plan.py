@@ -206,7 +206,10 @@ class Workflow:
         return 1 if self.shares_machine(wildcards.run_id) else MOST_THREADS
 
     def options(self, wildcards: Any) -> str:
-        """Returns the options of a run that shares the machine, or keeps more weights than others."""
+        """Returns the options of a run that shares the machine, or keeps more weights than others.
+
+        They stand after ``--keep-weights`` of a profile: of an option that is given twice, the last counts.
+        """
         run, plans = wildcards.run_id, self.plans.values()
         shares = sorted({share for plan in plans for share in plan.keep_at(run)})
         options = {

@@ -13,7 +13,7 @@ from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import HELDOUT, MARGIN, StudyResults
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A
-from peftscope.report.plots import LOOKS, arm_looks, draw_figure
+from peftscope.report.plots import arm_looks, draw_figure
 from peftscope.report.sentences import listed
 from peftscope.report.svg import INK
 
@@ -21,15 +21,14 @@ from peftscope.report.svg import INK
 def rank_table(study: StudyResults) -> pd.DataFrame:
     """Returns one row for each tuned arm of a method with several ranks, by method and rank.
 
-    ``share`` is what it gains on the task over what full fine-tuning gains, with ``low`` and ``high`` of the interval
-    over pairs of seeds; ``is_same`` says whether the two are the same within the margin. Empty without a task gain.
+    ``share`` is what it gains on the task over what full fine-tuning gains, or the reference in a study without it.
+    ``low`` and ``high`` bound its interval over pairs of seeds, and ``is_same`` says whether the two are the same within
+    the margin. Empty without a task gain.
     """
-    whole = _whole(study)
     if math.isnan(study.yardstick):
         return pd.DataFrame(columns=["method", "rank"])
-    measured = next(arm for control, arm in study.controls if control == "shuffled-labels")
-    gain = study.yardstick - (study.difference(whole, measured).mean if whole != measured else 0.0)
-    rows = []
+    whole = _whole(study)
+    gain, rows = _gain(study, whole), []
     for arm in study.arms:
         runs = study.arm_runs(arm)
         if arm.endswith(A_A) or not study.rate(arm).curve or runs["rank"].isna().any():
@@ -37,7 +36,6 @@ def rank_table(study: StudyResults) -> pd.DataFrame:
         row = {
             "method": str(runs["label"].iloc[0]),
             "rank": int(runs["rank"].iloc[0]),
-            "loss": float(runs[HELDOUT].mean()),
             "rate": study.rate(arm).best,
             "share": 1.0,
             "low": 1.0,
@@ -60,9 +58,17 @@ def _whole(study: StudyResults) -> str:
     return found[0] if found else study.reference
 
 
+def _gain(study: StudyResults, arm: str) -> float:
+    """Returns what the task teaches an arm, in nats per token: the yardstick is that of the control's own arm."""
+    measured = next(arm for control, arm in study.controls if control == "shuffled-labels")
+    return study.yardstick - (study.difference(arm, measured).mean if arm != measured else 0.0)
+
+
 def draw_ranks(axes: plt.Axes, study: StudyResults) -> None:
     """Draws the share of full fine-tuning's gain over the rank, with the loss on the right, and beneath the rates."""
     table, whole = rank_table(study), _whole(study)
+    if table.empty:
+        return
     grid = axes.figure.add_gridspec(3, 1)
     axes.set_subplotspec(grid[:2])
     beneath = axes.figure.add_subplot(grid[2], sharex=axes)
@@ -73,7 +79,12 @@ def draw_ranks(axes: plt.Axes, study: StudyResults) -> None:
         reach = 100 * np.abs(rows[["low", "high"]].to_numpy().T - rows["share"].to_numpy())
         axes.errorbar(rows["rank"], 100 * rows["share"], yerr=reach, capsize=3, label=str(name), **line)
         beneath.plot(rows["rank"], rows["rate"], **line)
-    label, colour = study.labels[whole], LOOKS["full"].colour
+    label = study.labels[whole]
+    colour = arm_looks({whole: label})[whole].colour
+    gain, loss = _gain(study, whole), float(study.arm_runs(whole)[HELDOUT].mean())
+    axes.secondary_yaxis(
+        "right", functions=(lambda share: loss + (1 - share / 100) * gain, lambda nll: 100 * (1 - (nll - loss) / gain))
+    ).set_ylabel("held-out NLL (nats per token)")
     axes.axhline(100, color=colour, linewidth=1.2, label=label)
     for side in (-1, 1):
         axes.axhline(100 * (1 + side * MARGIN), color=INK, linestyle="--", linewidth=0.9)
@@ -96,6 +107,8 @@ def draw_ranks(axes: plt.Axes, study: StudyResults) -> None:
 def ranks_sentence(study: StudyResults) -> str:
     """Returns what the figure says: the share at each rank, and the smallest rank that is the same as the whole."""
     table, whole = rank_table(study), study.labels[_whole(study)]
+    if table.empty:
+        return "The task gain is not known, so that no share of it can be told."
     said = []
     for name, rows in table.groupby("method", sort=False):
         shares = listed([f"{100 * row.share:.0f} % at rank {row.rank}" for row in rows.itertuples()])
