@@ -22,7 +22,7 @@ def rank_table(study: StudyResults) -> pd.DataFrame:
     """Returns one row for each tuned arm of a method with several ranks, by method and rank.
 
     ``share`` is what it gains on the task over what full fine-tuning gains, or the reference in a study without it.
-    ``low`` and ``high`` bound its interval over pairs of seeds, and ``is_same`` says whether the two are the same within
+    ``low`` and ``high`` bound its interval over pairs of seeds. ``is_same`` says whether the two are the same within
     the margin. Empty without a task gain.
     """
     if math.isnan(study.yardstick):
