@@ -134,3 +134,22 @@ def test_commands_never_show_a_traceback(arguments: list[str], write_experiment,
     assert done.returncode != 0
     assert "Traceback" not in output
     assert "->" in output or "no such file" in output
+
+
+def test_a_broken_link_in_place_of_a_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("resources").symlink_to(tmp_path / "gone")
+    done = subprocess.run(
+        [sys.executable, "-m", "peftscope", "make-task", "two-digit-sums"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("File exists (resources") and "mend the link" in done.stderr
+
+
+def test_a_report_without_any_run_says_where_runs_come_from(write_experiment) -> None:
+    write_experiment("mine", "fixed: {model: toy}\n")
+    command = [sys.executable, "-m", "peftscope", "report", "mine"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "mine: none of its runs has ended -> make report EXPERIMENT=mine" in done.stderr
+    assert not Path("reports/mine.html").exists()

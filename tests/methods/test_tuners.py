@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any, Never
 
 import pytest
+import torch
 
 from benchmarks import tuners
 from peftscope.errors import InputError
+from peftscope.evaluation.answers import wrap
+from peftscope.memory.probe import probe_training
+from peftscope.memory.tracker import MemoryTracker
 from peftscope.methods.tuner_limits import limits, tried_version
 from peftscope.methods.tuner_options import Option, has_virtual_tokens, options_of, tuner_folders
 from peftscope.planning.sweep import expand
 from peftscope.spec import RunSpec, memory_key, run_id
+from peftscope.training.build import build_model
+from peftscope.training.load import load_base, load_tokenizer
 
 
 def test_every_tuner_and_default_is_pefts_own() -> None:
@@ -129,6 +135,28 @@ def test_a_limit_is_what_its_method_says(make_spec, monkeypatch: pytest.MonkeyPa
 def test_simulated_peaks_are_the_tracked_ones(tuner: str, toy: Path) -> None:
     """LoHa and LoKr draw a number for a module dropout of zero, which tensors without values do not have."""
     tuners.check_simulation(tuner)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_the_probe_counts_sparse_tensors(toy: Path) -> None:
+    """FRoD keeps a sparse matrix for each layer, of which a storage cannot be asked for."""
+    spec = tuners.spec_of("frod", probe_steps=2)
+    with MemoryTracker() as tracker:
+        indices = torch.zeros(2, 1000, dtype=torch.int64)
+        sparse = torch.sparse_coo_tensor(indices, torch.zeros(1000), (9, 9), check_invariants=True)
+    assert tracker.live_bytes == 16_384 + 4096
+    del indices, sparse
+    assert tracker.live_bytes == 0
+    peaks, resident = probe_training(build_model(load_base(spec), spec), *tuners.batches_of(spec, 1), spec)
+    assert peaks["backward"] > resident > 0
+
+
+def test_trained_tokens_can_answer(toy: Path) -> None:
+    """Wherever the output layer is the embeddings, as in the toy, PEFT wraps both; they cannot be tied again."""
+    spec = tuners.spec_of("trainable_tokens")
+    model = build_model(load_base(spec), spec).model
+    assert wrap(model, load_tokenizer(spec), spec).model is model
+    assert "tie_weights" not in vars(model)
 
 
 def test_a_check_finds_what_it_is_for(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,6 +268,9 @@ def report(experiment: rules.ExperimentName) -> None:
     from peftscope.report.weights import write_spectrum
 
     plan = plan_experiment(experiment)
+    if plan.sweep.runs and not any(record_path(run).is_file() for run in plan.sweep.runs):
+        remedy = f"make report EXPERIMENT={experiment} runs them, peftscope restore {experiment} brings published ones"
+        raise InputError(Problem(experiment, "none of its runs has ended", remedy))
     collect_experiment(plan.sweep)
     write_tables(experiment)
     write_benchmarks(experiment)

@@ -118,6 +118,9 @@ def _task_config(task: str, asked: Sequence[Item]) -> dict[str, Any]:
 
 def wrap(model: Any, tokenizer: Any, spec: RunSpec) -> HFLM:
     """Returns a run's model in lm-eval's wrapper."""
+    # lm-eval would tie the weights again, which were tied when the model was loaded. PEFT's trainable tokens, which put
+    # tied modules into wrappers, cannot be tied twice.
+    model.tie_weights = lambda: None
     language_model = (HFLM if spec.method.generates_from_cache else _UncachedLM)(
         pretrained=model,
         tokenizer=tokenizer,
@@ -126,5 +129,6 @@ def wrap(model: Any, tokenizer: Any, spec: RunSpec) -> HFLM:
         # lm-eval opens an autocast context of its own, which would override ours.
         mixed_precision_dtype=torch.bfloat16 if spec.autocasts else None,
     )
+    del model.tie_weights
     language_model.logit_offset = spec.method.logit_offset()
     return language_model

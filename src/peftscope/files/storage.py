@@ -1,4 +1,4 @@
-"""Messages about a disk that is full, read-only or broken."""
+"""Messages about a disk that is full, read-only or broken, or has a file where a folder should be."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 
 _FREE = "free some space and start again: finished runs are kept, and a stopped run resumes"
 _ALLOW = "get permission to write to this folder, or work in another one"
+_MOVE = "a file or a broken link is where a folder should be: move it away, or mend the link"
 STORAGE_CODE = 2
 """The exit code of a process that could not write its record."""
 STORAGE_REMEDIES = {
@@ -17,6 +18,9 @@ STORAGE_REMEDIES = {
     errno.EROFS: _ALLOW,
     errno.EACCES: _ALLOW,
     errno.EPERM: _ALLOW,
+    errno.EEXIST: _MOVE,
+    errno.ENOTDIR: _MOVE,
+    errno.ELOOP: _MOVE,
     errno.EIO: "the disk reports errors: check it before you start again",
 }
 

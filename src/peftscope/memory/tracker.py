@@ -80,11 +80,17 @@ class MemoryTracker(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self.add(leaf)
+                for part in _stored_parts(leaf):
+                    self.add(part)
         workspace = self._workspace_of(func, args)
         if workspace:
             self.trace.pass_by(Block(rounded(workspace), "kernel workspace", self._owner_of_now()[0]))
         return result
+
+
+def _stored_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Returns the tensors that hold a tensor's bytes: a sparse one's indices and values, or the tensor itself."""
+    return (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
 
 
 def tensors_of(*owners: Any) -> list[torch.Tensor]:
