@@ -35,8 +35,8 @@ from peftscope.report.plots import (
 )
 from peftscope.report.publish import publish
 from peftscope.report.sentences import NOTHING, sentence
-from peftscope.report.tables import html as table_html
 from peftscope.report.tables import (
+    grid_runs,
     ladder_summary,
     method_summary,
     predictions,
@@ -46,6 +46,7 @@ from peftscope.report.tables import (
     variants,
     write_tables,
 )
+from peftscope.report.tables import html as table_html
 
 EXPERIMENT = """
 title: Report test
@@ -179,6 +180,20 @@ def test_the_figures_of_what_will_fit(tmp_path: Path) -> None:
     grid, parts = ((tmp_path / f"{name}.svg").read_text() for name in ("grid", "bars"))
     assert all(text in grid for text in (">rank<", ">tokens of a sequence<", ">QLoRA<"))
     assert all(f">{model}<" in parts for model in SIZES)
+
+
+def test_figures_of_listed_runs_grow_with_their_names(repository: Path, tmp_path: Path) -> None:
+    """Without a grid, the listed runs are drawn: 37 of them, which a figure of usual height has no place for."""
+    runs = read_runs("all-tuners", repository / "results/published/all-tuners")
+    assert len(grid_runs(runs)) == len(runs) > 30
+    for draw in (draw_memory, draw_throughput, draw_pareto):
+        heights = []
+        for shown in (runs.head(6), runs):
+            draw_figure(tmp_path / "figure.svg", lambda axes, draw=draw, shown=shown: draw(axes, shown))
+            text = (tmp_path / "figure.svg").read_text()
+            heights.append(float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', text)[1]))
+        assert "no finished run has measured this" not in text
+        assert heights[0] < 340 and heights[1] > 560, draw
 
 
 def test_a_method_looks_the_same_in_every_figure() -> None:

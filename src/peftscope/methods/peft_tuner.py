@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -31,6 +32,9 @@ OTHER_LAYERS = ("adaption_prompt", "ln_tuning", "trainable_tokens")
 
 RESERVED = {"target_modules": "write it as `targets`"}
 """Options of PEFT's that are fields here."""
+
+LONG_LIST = re.compile(r"(\[[^,\]]*, [^,\]]*), [^\]]*, [^\]]*\]")
+"""A list of four values or more, of which a label shows two."""
 
 
 class PeftTuner(Method):
@@ -143,7 +147,7 @@ class PeftTuner(Method):
 
     def full_label(self) -> str:
         """Returns the tuner's name, with the options that differ from the defaults."""
-        chosen = self._chosen_text()
+        chosen = LONG_LIST.sub(r"\1, ...]", self._chosen_text())
         own = f"PEFT {self.tuner}" if self.label == PeftTuner.label else self.label
         return own + f" ({chosen})" * bool(chosen) + ", NF4" * (self.base_weights == "nf4")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ from peftscope.layout import (
     results_folder,
     shipped,
 )
-from peftscope.planning.estimate import spoken
+from peftscope.planning.estimate import estimate_seconds, spoken
 from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
+from peftscope.planning.published import all_published_records
+from peftscope.planning.sweep import expand
 from peftscope.record import FINAL
 from peftscope.report.capacity import answer as answer_on_capacity
 from peftscope.report.forgetting import forgetting_sentence
@@ -39,9 +43,14 @@ from peftscope.report.spoken import deciding, spoken_finding
 from peftscope.report.study import answer as answer_of_study
 from peftscope.report.study import contrasts
 from peftscope.report.weights import spectrum_sentence
+from peftscope.spec import RunSpec
 
 ORDER = [Verdict.WRONG, Verdict.IN_PART, Verdict.HOLDS, Verdict.OPEN]
 """What surprises comes first."""
+DRAWN_OR_TUNED = {"learning_rate", "seed", "init_seed"}
+"""The fields of a spec in which runs of one arm of a study differ."""
+RUNS_AT_ONCE = 2
+"""The runs that share a machine in the estimated time: one on each of two cores."""
 
 
 class Topic(BaseModel):
@@ -125,10 +134,11 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
         folder: The folder to write into, beside the pages of claims.
     """
     by_id = {finding["id"]: finding for finding in findings}
+    known = _Published()
     page = rendered(
         "findings.md.j2",
         topics=[_topic(topic, by_id, folder) for topic in read_topics([claim.id for claim in claims])],
-        studies=[_study(name, findings) for name in experiment_names() if _is_judged(name, findings)],
+        studies=[_study(name, findings, known) for name in experiment_names() if _is_judged(name, findings)],
         statements={claim.id: claim.statement for claim in claims},
     )
     path = folder / FINDINGS_PAGE.name
@@ -206,17 +216,61 @@ def _is_judged(experiment: str, findings: list[dict[str, Any]]) -> bool:
     return is_study or any(_parts_on(experiment, finding) for finding in findings)
 
 
-def _study(name: str, findings: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns one row of the table of studies: its question, what it cost, and the claims that rest on it."""
+class _Published:
+    """The published runs, as far as a study could share them."""
+
+    def __init__(self) -> None:
+        self.experiments, self.runs, self.kinds, self.models = set[str](), set[str](), set[str](), set[str]()
+        for experiment, run, text in all_published_records():
+            self.experiments.add(experiment)
+            self.runs.add(run)
+            with suppress(ValidationError):  # a run of an older version may have what is refused now
+                spec = RunSpec.model_validate(json.loads(text)["spec"])
+                self.kinds.add(_kind(spec))
+                self.models.add(spec.model)
+
+    def lacking(self, name: str) -> list[RunSpec]:
+        """Returns the runs of an experiment that are not published, none of one whose own runs are.
+
+        Where a study has yet to choose the learning rate of an arm, the arm's runs count as published at any rate.
+        """
+        if name in self.experiments:
+            return []
+        known, runs = expand(name).runs, expand(name, assume_rates=True).runs
+        if read_experiment(experiment_path(name)).keep_at:  # what is published has no weights
+            return list(runs.values())
+        return [
+            spec
+            for run, spec in runs.items()
+            if (run not in self.runs if run in known else _kind(spec) not in self.kinds)
+        ]
+
+
+def _kind(spec: RunSpec) -> str:
+    """Returns what runs have in common that differ in their learning rate and their seeds only."""
+    return spec.model_dump_json(exclude=DRAWN_OR_TUNED)
+
+
+def _price(runs: Sequence[RunSpec], models: set[str]) -> str:
+    """Returns the time that runs take on two cores, or "a card" where no model of theirs was ever trained here."""
+    if not any(spec.model in models for spec in runs):
+        return "a card" if runs else "-"
+    return spoken(sum(estimate_seconds(spec, one_thread=True) for spec in runs) / RUNS_AT_ONCE)
+
+
+def _study(name: str, findings: list[dict[str, Any]], known: _Published) -> dict[str, Any]:
+    """Returns one row of the table of studies: its question, what it cost or will, and the claims that rest on it."""
     settings = read_experiment(experiment_path(name))
     paths = [folder / "runs.csv" for folder in (results_folder(name), published(name))]
     runs = next((pd.read_csv(path) for path in paths if path.is_file()), pd.DataFrame({"status": []}))
     ended = runs[runs["status"].isin(FINAL)]
+    lacking = known.lacking(name)
     return {
         "name": name,
         "title": settings.title,
         "runs": len(ended),
-        "listed": len(runs),
+        "lacking": len(lacking) or "-",
+        "price": _price(lacking, known.models),
         "work": spoken(float(ended["wall_seconds"].sum())) if len(ended) else "-",
         "claims": ", ".join(f"{f['id']} {f['verdict']}" for f in findings if _parts_on(name, f)) or "-",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from textwrap import fill
@@ -39,6 +40,10 @@ MOST_TICKS = 12
 """The most rungs of a ladder that an axis labels one by one."""
 LABEL_WIDTH = 45
 """The most characters in a line of a variant's name."""
+INCHES_A_NAME, FITTING_NAMES, FITTING_ROWS = 0.27, 12, 4
+"""The height of a line of text, and how many names on the vertical axis and rows of a legend need no more of it."""
+LEGEND_INCHES = 0.5
+"""From the axes to the legend below them, past the ticks and the label."""
 MOST_POINTS = 3000
 """The most points that a figure draws one by one."""
 LABELS = {
@@ -154,9 +159,17 @@ def draw_figure(path: Path, draw: Callable[[plt.Axes], None]) -> None:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.0, 4.6), layout="constrained")
         draw(axes)
+        figure.set_figheight(figure.get_figheight() + _more_height(axes))
         if not axes.has_data():
             axes.text(0.5, 0.5, "no finished run has measured this", ha="center", va="center", transform=axes.transAxes)
         save(figure, path)
+
+
+def _more_height(axes: plt.Axes) -> float:
+    """Returns the inches that a figure lacks for its names: those along the vertical axis, and those of its legend."""
+    legend = axes.get_legend()
+    rows = math.ceil(len(legend.get_texts()) / legend._ncols) if legend else 0
+    return INCHES_A_NAME * (max(0, len(axes.get_yticks()) - FITTING_NAMES) + max(0, rows - FITTING_ROWS))
 
 
 def save(figure: plt.Figure, path: Path) -> None:
@@ -274,7 +287,7 @@ def draw_throughput(axes: plt.Axes, runs: pd.DataFrame) -> None:
     if len(grid):
         names = grid["variant"].unique()  # in the order of the groups
         axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
+        axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(left=0)
     axes.set(xlabel=LABELS["tokens"], ylabel="", title="Throughput of training")
 
@@ -337,7 +350,9 @@ def draw_prediction(axes: plt.Axes, runs: pd.DataFrame) -> None:
 def beside(axes: plt.Axes) -> None:
     """Puts the legend below the axes, where it hides no point and leaves the figure its width on a phone."""
     columns = 2 if max(map(len, axes.get_legend_handles_labels()[1]), default=0) > LABEL_WIDTH / 2 else 4
-    axes.legend(title="", fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, frameon=False)
+    below = axes.transAxes + mpl.transforms.ScaledTranslation(0, -LEGEND_INCHES, axes.figure.dpi_scale_trans)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below}
+    axes.legend(title="", fontsize=9, ncols=columns, frameon=False, **place)
 
 
 def plain_ticks(axis: mpl.axis.Axis) -> None:
