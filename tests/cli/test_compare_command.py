@@ -99,6 +99,12 @@ class TestKnownTruth:
         assert "A − B: +20.00 pp [+12.02, +27.98] (95 % interval), from 1 pair of runs and 100 items." in text
         assert "correct: 90.00 %" in text and "higher by more than 2pp" in text
 
+    def test_a_loss_below_one_is_no_share(self, peftscope: Command) -> None:
+        for name, level in (("a", 0.3), ("b", 0.2)):
+            pd.DataFrame({"item": range(50), "loss": np.linspace(0, 2 * level, 50)}).to_csv(f"{name}.csv", index=False)
+        _, text, _ = peftscope("compare", "a.csv", "b.csv")
+        assert "A − B: +0.1 [" in text and "loss: 0.3" in text
+
 
 class TestMargins:
     @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ LARGEST_LOG = 2_000_000_000
 """The largest file of scores that is read, in bytes."""
 FRACTION, NATS = "fraction", "nats per token"
 LOSS = "loss"
-LOWER_IS_BETTER = ("loss", "nll", "perplexity", "ppl", "bits_per_byte", "forgetting", "error")
+LOSSES = ("loss", "nll", "perplexity", "ppl", "bits_per_byte")
+LOWER_IS_BETTER = (*LOSSES, "forgetting", "error")
 
 
 @dataclass(frozen=True)
@@ -294,7 +295,7 @@ def _lm_eval(path: Path, rows: list[dict[str, Any]], metric: str | None) -> Scor
         where=str(path),
         seed=None,
         metric=chosen,
-        unit=_unit(values),
+        unit=_unit(values, chosen),
         items=_items(kept["doc_id"], values, 1.0, content, str(path)),
     )
 
@@ -370,7 +371,7 @@ def _csv(path: Path, metric: str | None) -> list[Scored]:
                 where=where,
                 seed=_seed(rows["seed"].iloc[0], where) if "seed" in table else None,
                 metric=chosen,
-                unit=_unit(values),
+                unit=_unit(values, chosen),
                 items=_items(rows["item"], own, 1.0, rows["item"], where) if "item" in table else _whole(own.iloc[0]),
                 setting=json.dumps({"name": str(rows["name"].iloc[0])}) if "name" in table else "",
             )
@@ -411,8 +412,9 @@ def _numbers(values: pd.Series, where: str) -> pd.Series:
     return values.astype(float)
 
 
-def _unit(values: pd.Series) -> str:
-    return FRACTION if values.between(0, 1).all() else ""
+def _unit(values: pd.Series, metric: str) -> str:
+    is_loss = any(word in metric.lower() for word in LOSSES)
+    return FRACTION if values.between(0, 1).all() and not is_loss else ""
 
 
 def _items(index: pd.Series, values: pd.Series, weights: Any, content: pd.Series, where: str) -> pd.DataFrame:
