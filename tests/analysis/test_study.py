@@ -180,6 +180,7 @@ def test_a_control_changes_one_thing(tuned: None) -> None:
         ({"seeds": [0, 1, 1]}, "seeds must differ"),
         ({"arms": {"full": {"method": "full"}, "a b": {"method": "lora"}}}, "study.arms"),
         ({"controls": {"dora": ["again"]}}, "controls and a_a name no arm: dora"),
+        ({"contrasts": [["lora", "dora"]]}, "contrasts name no arm: dora"),
         ({"controls": {"lora": ["twice"]}}, "study.controls.lora[0]"),
         ({"arms": STUDY["study"]["arms"] | {"lora": {"method": "lora", "seed": 3}}}, "the study's to set"),
         ({"arms": STUDY["study"]["arms"] | {"lora": {"method": "lora", "rnk": 3}}}, "did you mean `rank`?"),
@@ -439,6 +440,27 @@ def test_contrasts_are_paired_by_seed_and_corrected_for_their_number(finished: S
     assert sorted(found["holm_p"]) == pytest.approx([2 * smaller, max(2 * smaller, larger)])
 
 
+def test_a_study_may_compare_two_of_its_arms_as_well(write_study_file) -> None:
+    write_study_file(contrasts=[["thin", "lora"]])
+    record_tuning()
+    choose_rates(expand("mine"))
+    record_comparison()
+    collect_experiment(expand("mine"))
+    study = StudyResults("mine")
+    table = contrasts(study)
+    assert table[["arm", "against"]].to_numpy().tolist() == [["lora", "full"], ["thin", "full"], ["thin", "lora"]]
+    added = table.iloc[-1]
+    assert added["difference"] == pytest.approx((sum(GAINS["lora"]) - sum(GAINS["thin"])) / 6)
+    assert added["holm_p"] >= added["t_p"] and added["outcome"] == "differs by more than the margin"
+    write_study("mine")
+    figure = Path("results/mine/figures/differences.svg").read_text()
+    page = Path("results/mine/tables/contrasts.html").read_text()
+    assert all("LoRA, thin − LoRA" in text for text in (figure, page))
+    said = answer(table, study.labels)
+    assert said.startswith("Of the arms, 1 of 2 is more than 5 % of the task gain from full fine-tuning (LoRA, thin ")
+    assert " LoRA, thin is more than 5 % of the task gain from LoRA (+" in said
+
+
 def test_controls_say_what_the_comparison_makes_of_no_difference(finished: StudyResults) -> None:
     found = controls(finished).set_index("control")
     assert found["control_over_base"].to_dict() == pytest.approx(
@@ -491,7 +513,7 @@ def test_each_rank_keeps_a_share_of_what_full_fine_tuning_gains(finished: StudyR
 def test_only_a_study_of_three_ranks_has_a_figure_over_the_rank(write_study_file) -> None:
     figures = {
         name: load_workflow({"experiment": name}).figures(SimpleNamespace(experiment=name))
-        for name in ("ranks", "variants", "dora-ranks")
+        for name in ("ranks", "variants", "dora-ranks", "targets")
     }
     assert [name for name, paths in figures.items() if f"results/{name}/figures/ranks.svg" in paths] == [
         "ranks",

@@ -27,8 +27,8 @@ MILD: dict[str, Any] = {"train": (1.0, 0.6), "validation": (1.0, 0.8, 0.81)}
 
 def write(**worlds: dict[str, Any]) -> None:
     """Writes the results of the study; keywords, with a line for each dash, replace what an arm does."""
-    arms = dict.fromkeys(("r8_64", "r64_64", "full_256", "r8_256", "full_1000", "r8_1000"), MILD)
-    arms |= {"full_64": OVERFITS, "overfit": OVERFITS, "dropout": MILD, "half_the_steps": MILD, "more_data": MILD}
+    arms = dict.fromkeys(("full", "r8_64", "full_1000", "r8_1000", "dropout", "half_the_steps", "more_data"), MILD)
+    arms |= dict.fromkeys(("full_64", "full_overfit", "overfit", "r64_overfit"), OVERFITS)
     arms |= {"lora": {"train": (1.0, 0.4), "validation": (0.9, 0.6, 0.5)}}
     rows: list[dict[str, Any]] = []
     losses: list[dict[str, Any]] = []
@@ -111,9 +111,10 @@ def test_a_rise_of_the_validation_loss_is_overfitting_where_the_training_loss_fa
 def test_each_remedy_is_judged_on_its_own() -> None:
     write()
     assert verdicts("S99") == [Verdict.HOLDS] * 3
-    found = evaluate_part(deciding("S99")[0]).found
+    found, gap = (evaluate_part(part).found for part in (deciding("S99")[0], CLAIMS["S99"].parts[3]))
+    assert found is not None and found.value == pytest.approx(1.2 - 0.81)
     # The training loss of the last epoch, four steps, is a little above that of the last one.
-    assert found is not None and found.value == pytest.approx((1.2 - 0.1) - (0.81 - 0.6), abs=0.05)
+    assert gap is not None and gap.value == pytest.approx((1.2 - 0.1) - (0.81 - 0.6), abs=0.05)
     write(
         dropout=OVERFITS | {"validation": (1.0, 0.8, 1.3)},
         half_the_steps={"train": (1.0, 0.05), "validation": (1.0, 0.8, 1.3)},
@@ -123,9 +124,10 @@ def test_each_remedy_is_judged_on_its_own() -> None:
 
 def test_less_overfitting_than_full_fine_tuning_is_a_smaller_gap() -> None:
     write()
-    assert verdicts("S100") == [Verdict.HOLDS] * 2
-    write(full_64=MILD, r64_64=OVERFITS)
-    assert verdicts("S100") == [Verdict.WRONG] * 2
+    write(overfit=MILD)
+    assert verdicts("S100") == [Verdict.HOLDS]
+    write(full_overfit=MILD)
+    assert verdicts("S100") == [Verdict.WRONG]
 
 
 def test_low_data_compares_losses_at_two_sizes() -> None:
@@ -141,6 +143,6 @@ def test_an_arm_that_diverged_has_no_gap() -> None:
     runs = pd.read_csv(path)
     runs.loc[runs["run_id"] == "dropout-3", "status"] = "diverged"
     runs.to_csv(path, index=False)
-    found = evaluate_part(deciding("S99")[0])
+    found = evaluate_part(CLAIMS["S99"].parts[3])
     assert found.verdict is Verdict.NOT_RUN
     assert "runs of `dropout` in `small-data` diverged" in found.reason

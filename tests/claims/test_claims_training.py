@@ -208,10 +208,15 @@ def test_a_destroyed_base_leaves_open_what_a_sound_one_decides() -> None:
         base = {"run_id": "rounded", "comparisons": "runs", "seed": 0, "model": "toy", "task": "sums", "method": "none"}
         rows = [base | {"base_weights": code, HELDOUT: loss} for code, loss in losses.items()]
         pd.concat([table, pd.DataFrame(rows)]).to_csv(results_folder("synthetic") / "runs.csv", index=False)
-        return judge(Rule(at_least=-0.95), training.heldout_gain_on_base("synthetic", "full", "lora", "nf2"))
+        return judge(Rule(at_least=-0.95), training.heldout_gain_on_base("synthetic", "lora", "nf2", "full"))
 
     assert verdict(nf2=5.0)[0] is Verdict.HOLDS
     state, reason = verdict(nf2=6.0)
     assert state is Verdict.OPEN and reason.startswith("base destroyed: in nf2 it costs 6 nats")
+    found = training.heldout_gain_on_base("synthetic", "lora", "nf2")
+    assert found.n == 1 and found.value < -0.95 and found.spoiled_by  # the untouched base stands for the arm
+    verdict(nf2=5.0)
+    with pytest.raises(NotRunError, match="the base is sound in nf2, and `synthetic` has no arm that trains on it"):
+        training.heldout_gain_on_base("synthetic", "lora", "nf2")
     with pytest.raises(NotRunError, match="no run of the untouched base in nf2"):
         verdict(nf3=5.0)

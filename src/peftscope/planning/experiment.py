@@ -100,6 +100,7 @@ class Study(BaseModel):
         controls: Controls of an arm at its chosen rate: ``a-a`` with other initialisation seeds, ``zero-lr`` at a
             learning rate of 0, ``shuffled-labels`` with the response of another prompt.
         control_seeds: The seeds that controls run on; null: all.
+        contrasts: Arms that are compared with another one than the reference as well, each with that one.
         pilot: The study whose A/A pairs say beforehand what the planned pairs can see; null: this one.
     """
 
@@ -117,6 +118,7 @@ class Study(BaseModel):
     a_a: str | None = None
     controls: dict[str, list[Control]] = {}
     control_seeds: list[CountOrZero] | None = None
+    contrasts: list[tuple[str, str]] = []
     pilot: str | None = None
 
     @field_validator("arms", "learning_rates", "controls", mode="before")
@@ -153,6 +155,8 @@ class Study(BaseModel):
             raise ValueError(f"control_seeds must be among the seeds (got {', '.join(map(str, sorted(strange)))})")
         if unknown := (set(self.controls) | ({self.a_a} if self.a_a else set())) - set(self.arms):
             raise ValueError(f"controls and a_a name no arm: {', '.join(sorted(unknown))}")
+        if unknown := {arm for pair in self.contrasts for arm in pair} - set(self.arms):
+            raise ValueError(f"contrasts name no arm: {', '.join(sorted(unknown))}")
         if self.a_a and self.a_a != self.reference:
             raise ValueError(f"a_a must be the reference, the first arm {self.reference} (got {self.a_a})")
         for arm, rates in self.learning_rates.items() if self.fine_seeds else ():

@@ -111,11 +111,15 @@ class Plan:
 
     @property
     def compares_ranks(self) -> bool:
-        """Whether the experiment is a study in which three or more tuned arms differ in their rank alone."""
+        """Whether the experiment is a study of three or more ranks: its tuned arms differ in nothing but their rank.
+
+        Full fine-tuning, which has none, may be among them, and so may other methods at the same ranks.
+        """
         study = self.sweep.experiment.study
         arms = [study.arms[arm] for arm in study.learning_rates] if study else []
-        others = Counter(repr(sorted((k, v) for k, v in arm.items() if k != "rank")) for arm in arms)
-        return max(others.values(), default=0) >= FEWEST_RANKS
+        ranked = [arm for arm in arms if arm["method"] != "full"]
+        others = Counter(repr(sorted((k, v) for k, v in arm.items() if k != "rank")) for arm in ranked)
+        return min(others.values(), default=0) >= FEWEST_RANKS
 
     @cached_property
     def ladders(self) -> list[str]:

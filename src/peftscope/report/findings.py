@@ -29,6 +29,7 @@ from peftscope.layout import (
     results_folder,
     shipped,
 )
+from peftscope.planning.cells import ARM
 from peftscope.planning.estimate import estimate_seconds, spoken
 from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
 from peftscope.planning.published import all_published_records
@@ -236,13 +237,13 @@ class _Published:
         """
         if name in self.experiments:
             return []
-        known, runs = expand(name).runs, expand(name, assume_rates=True).runs
-        if read_experiment(experiment_path(name)).keep_at:  # what is published has no weights
-            return list(runs.values())
+        known, sweep = expand(name).runs, expand(name, assume_rates=True)
+        keeps = read_experiment(experiment_path(name)).keep_at  # what is published has no weights
+        paired = {run for c in sweep.comparisons if keeps and c.name.startswith(ARM) for run in c.runs}
         return [
             spec
-            for run, spec in runs.items()
-            if (run not in self.runs if run in known else _kind(spec) not in self.kinds)
+            for run, spec in sweep.runs.items()
+            if run in paired or (run not in self.runs if run in known else _kind(spec) not in self.kinds)
         ]
 
 

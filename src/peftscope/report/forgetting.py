@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from peftscope.analysis.forgetting import curves
+from peftscope.analysis.forgetting import curves, matched_rises
 from peftscope.analysis.study import StudyResults
 from peftscope.layout import results_folder
 from peftscope.report.plots import arm_looks, beside, draw_figure
@@ -46,10 +48,26 @@ def draw_forgetting(axes: plt.Axes, means: dict[str, pd.DataFrame]) -> None:
 
 
 def forgetting_sentence(experiment: str) -> str:
-    """Returns what the figure says in words: the rise on prose at the end of the training, by arm."""
-    ends = {name: curve["rise"].iloc[-1] for name, curve in mean_curves(StudyResults(experiment)).items()}
+    """Returns what the figure says in words: the rise on prose at the end, and against another arm at equal loss.
+
+    The other arm is full fine-tuning, or the reference in a study without it.
+    """
+    study = StudyResults(experiment)
+    ends = {name: curve["rise"].iloc[-1] for name, curve in mean_curves(study).items()}
     said = ", ".join(f"{rise:+.3f} ({name})" for name, rise in ends.items())
     return (
         "What is forgotten against what is learned, along the training from the base on the left: the mean over seeds, "
         f"with a large mark at the end. There, the code length of English prose has changed by {said} bits per byte."
-    )
+    ) + _at_equal_loss(study)
+
+
+def _at_equal_loss(study: StudyResults) -> str:
+    other = next((arm for arm in study.arms if study.arm_runs(arm)["method"].iloc[0] == "full"), study.reference)
+    theirs, said = dict(curves(study, study.arm_runs(other))), []
+    for arm in study.arms:
+        mine = dict(curves(study, study.arm_runs(arm)))
+        matched = [matched_rises(mine[seed], theirs[seed]) for seed in mine.keys() & theirs.keys() if arm != other]
+        if matched:
+            said.append(f"{fmean(first - second for _, first, second in matched):+.3f} ({study.labels[arm]})")
+    differences = f"it differs from that of {study.labels[other]} by {', '.join(said)}"
+    return f" Where both have the same loss on the task, {differences}." if said else ""

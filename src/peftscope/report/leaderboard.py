@@ -148,7 +148,8 @@ def read_sections(folder: Path = REPORTS) -> tuple[list[Section], dict[str, str]
 
 
 def _entries(study: StudyResults) -> Iterator[Entry]:
-    labels, outcomes = study.labels, contrasts(study).set_index("arm")["outcome"]
+    table = contrasts(study)
+    labels, outcomes = study.labels, table[table["against"] == study.reference].set_index("arm")["outcome"]
     for arm in study.arms:
         is_first = arm == study.reference
         difference = None if is_first else study.difference(arm, study.reference)

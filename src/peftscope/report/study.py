@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from statistics import median
+from textwrap import fill
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -13,8 +14,8 @@ from peftscope.analysis.compare import Difference, Outcome
 from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, holm, mean_interval, sign_flip_p
 from peftscope.analysis.study import ACCURACY, HELDOUT, MARGIN, VALIDATION, StudyResults, paired
 from peftscope.layout import results_folder
-from peftscope.planning.experiment import A_A, Study
-from peftscope.report.plots import GREY, arm_looks, beside, draw_figure, plain_ticks
+from peftscope.planning.experiment import A_A, Study, experiment_path, read_experiment
+from peftscope.report.plots import GREY, LABEL_WIDTH, arm_looks, beside, draw_figure, plain_ticks
 from peftscope.report.sentences import listed, spoken_outcome
 from peftscope.report.svg import INK
 from peftscope.report.tables import FEWEST_FOR_MEANS, formatted, html
@@ -30,23 +31,30 @@ NARROW = 2 * CONFIDENCE - 1
 """The confidence of the interval that decides sameness: two one-sided tests at 5 %."""
 
 
+def compared(study: StudyResults) -> list[tuple[str, str]]:
+    """Returns the arms that a study compares: each with the reference, then the contrasts that its file adds."""
+    settings = read_experiment(experiment_path(study.name)).study
+    added = [pair for pair in settings.contrasts if set(pair) <= set(study.arms)] if settings else []
+    return [(arm, study.reference) for arm in study.arms if arm != study.reference] + added
+
+
 def contrasts(study: StudyResults) -> pd.DataFrame:
-    """Returns one row per arm: its held-out loss minus the reference's, in nats per token and in % of the task gain.
+    """Returns one row per comparison: an arm's held-out loss minus the other's, in nats and in % of the task gain.
 
     Differences are paired by seed. Intervals and p include what the tuning of both arms adds, where it is known.
-    ``holm_p`` is the p after Holm's correction for the number of arms, A/A apart, and decides whether arms differ.
+    ``holm_p`` is the p after Holm's correction for all comparisons, A/A apart, and decides whether arms differ.
     """
-    reference = study.reference
-    arms = [arm for arm in study.arms if arm != reference]
-    found = {arm: study.difference(arm, reference) for arm in arms}
-    tested = [arm for arm in arms if not arm.endswith(A_A)]
-    adjusted = dict(zip(tested, holm([found[arm].p for arm in tested]), strict=True))
-    rows = [_contrast(study, arm, found[arm], adjusted.get(arm)) for arm in arms]
+    found = {pair: study.difference(*pair) for pair in compared(study)}
+    tested = [pair for pair in found if not pair[0].endswith(A_A)]
+    adjusted = dict(zip(tested, holm([found[pair].p for pair in tested]), strict=True))
+    rows = [_contrast(study, *pair, difference, adjusted.get(pair)) for pair, difference in found.items()]
     return pd.DataFrame(rows, columns=None if rows else ["arm"])
 
 
-def _contrast(study: StudyResults, arm: str, difference: Difference, holm_p: float | None) -> dict[str, Any]:
-    mine, other = study.arm_runs(arm), study.arm_runs(study.reference)
+def _contrast(
+    study: StudyResults, arm: str, against: str, difference: Difference, holm_p: float | None
+) -> dict[str, Any]:
+    mine, other = study.arm_runs(arm), study.arm_runs(against)
     outcome = difference.outcome_at(difference.p if holm_p is None else holm_p)
     scale = 100 / study.yardstick
     low, high = difference.interval()
@@ -54,7 +62,7 @@ def _contrast(study: StudyResults, arm: str, difference: Difference, holm_p: flo
     sample = list(pairs["first"] - pairs["second"])
     row: dict[str, Any] = {
         "arm": arm,
-        "against": study.reference,
+        "against": against,
         "n": difference.n,
         "diverged": sum(int((side["status"] == "diverged").sum()) for side in (mine, other)),
         "difference": difference.mean,
@@ -169,10 +177,11 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
     """Returns the contrasts as text for people."""
     rows = []
     for row in table.to_dict("records"):
+        reference = table["against"].iloc[0]
         text = {
-            "arm": labels[row["arm"]],
+            "arm": _compared_label(row["arm"], row["against"], reference, labels),
             "pairs": _pairs(row),
-            f"loss minus {labels[row['against']]}'s (nats/token)": _signed(row, "difference", ".4f"),
+            f"loss minus {labels[reference]}'s (nats/token)": _signed(row, "difference", ".4f"),
             "in % of the task gain": _signed(row, "percent", ".1f"),
             "outcome": row["outcome"],
             "90 % half-width (%)": formatted(row["half_width_percent"], ".1f"),
@@ -194,6 +203,10 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
             text["bootstrap"] = f"[{_number(row['bootstrap_low'], '.4f')}, {_number(row['bootstrap_high'], '.4f')}]"
         rows.append(text)
     return pd.DataFrame(rows, columns=None if rows else ["arm"])
+
+
+def _compared_label(arm: str, against: str, reference: str, labels: dict[str, str]) -> str:
+    return labels[arm] if against == reference else f"{labels[arm]} − {labels[against]}"
 
 
 def readable_controls(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
@@ -257,17 +270,17 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
     A mean and its interval stand there from three pairs on.
     """
     labels, styles = study.labels, arm_looks(study.labels)
-    arms = [arm for arm in study.arms if arm != study.reference]
+    pairs = compared(study)
     scale = 100 / study.yardstick if not math.isnan(study.yardstick) else 1.0
-    for y, arm in enumerate(arms):
-        both = paired(study.arm_runs(arm), study.arm_runs(study.reference))
+    for y, (arm, against) in enumerate(pairs):
+        both = paired(study.arm_runs(arm), study.arm_runs(against))
         sample = scale * (both["first"] - both["second"])
         colour, marker = (GREY, "o") if arm.endswith(A_A) else styles[arm][:2]
         # If there are hundreds of points, they fade, so that their mean stands out.
         axes.plot(sample, [y] * len(sample), marker, ms=4, color=colour, alpha=min(0.6, max(0.08, 10 / len(sample))))
         if len(sample) < FEWEST_FOR_MEANS:
             continue
-        difference = study.difference(arm, study.reference)
+        difference = study.difference(arm, against)
         mean, reach = scale * difference.mean, scale * difference.half_width()
         axes.errorbar(mean, y, xerr=reach, fmt=marker, ms=9, mec=INK, mew=0.8, capsize=4, color=colour)
         if arm.endswith(A_A):
@@ -276,8 +289,9 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
         for side in (-1, 1):
             axes.axvline(side * 100 * MARGIN, color=INK, linestyle="--", linewidth=0.9)
     axes.axvline(0, color=INK, linewidth=0.9)
-    axes.set_yticks(range(len(arms)), [labels[arm] for arm in arms])
-    axes.set_ylim(max(1, len(arms)) - 0.5, -0.5)
+    names = [_compared_label(arm, against, study.reference, labels) for arm, against in pairs]
+    axes.set_yticks(range(len(pairs)), [fill(name, LABEL_WIDTH) for name in names])
+    axes.set_ylim(max(1, len(pairs)) - 0.5, -0.5)
     unit = "nats per response token" if math.isnan(study.yardstick) else "% of the task gain"
     axes.set(xlabel=f"held-out loss minus {labels[study.reference]}'s ({unit}); further left is better")
     axes.set_title(f"Against {labels[study.reference]}")
@@ -293,26 +307,32 @@ CLAUSES = {
 
 def answer(table: pd.DataFrame, labels: dict[str, str]) -> str:
     """Returns what a study's comparisons say, in one sentence; empty without any, or without a task gain."""
-    own = table[~table["arm"].str.endswith(A_A)]
-    if own.empty or own["percent"].isna().all():
+    tested = table[~table["arm"].str.endswith(A_A)]
+    if tested.empty or tested["percent"].isna().all():
         return ""
-    first = own.iloc[0]
-    parts = []
+    first = tested.iloc[0]
+    own, added = (tested[(tested["against"] == first["against"]) == is_own] for is_own in (True, False))
+    margin, parts, sentences = f"{first['margin_percent']:g}", [], []
     for words, outcomes in CLAUSES.items():
         rows = own[own["outcome"].isin(list(outcomes))]
         if len(rows):
             each = [f"{labels[row['arm']]} {_signed(row, 'percent', '.1f')}" for row in rows.to_dict("records")]
-            clause = words.format(reference=labels[first["against"]], margin=f"{first['margin_percent']:g}")
+            clause = words.format(reference=labels[first["against"]], margin=margin)
             parts.append(f"{len(rows)} of {len(own)} {'is' if len(rows) == 1 else 'are'} {clause} ({listed(each)})")
-    return "Of the arms, " + "; ".join(parts) + "."
+        for row in added[added["outcome"].isin(list(outcomes))].to_dict("records"):
+            clause = words.format(reference=labels[row["against"]], margin=margin)
+            subject = labels[row["arm"]] + (f" against {labels[row['against']]}" if clause == words else "")
+            sentences.append(f" {subject} is {clause} ({_signed(row, 'percent', '.1f')}).")
+    return "Of the arms, " + "; ".join(parts) + "." + "".join(sentences)
 
 
 def power(study: StudyResults) -> dict[str, Any]:
     """Returns what the study could see: its yardstick, the half-widths of its intervals, and the arms that miss."""
-    arms = [arm for arm in study.arms if arm != study.reference]
-    found: dict[str, Difference] = {arm: study.difference(arm, study.reference) for arm in arms}
+    found: dict[str, Difference] = {
+        _compared_label(*pair, study.reference, study.labels): study.difference(*pair) for pair in compared(study)
+    }
     scale = 100 / study.yardstick
-    widths = {arm: scale * difference.half_width(NARROW) for arm, difference in found.items()}
+    widths = {name: scale * difference.half_width(NARROW) for name, difference in found.items()}
     return {
         "task_gain": formatted(study.yardstick, ".3f"),
         "margin": f"{100 * MARGIN:g}",
@@ -320,9 +340,7 @@ def power(study: StudyResults) -> dict[str, Any]:
         "half_margin": f"{50 * MARGIN:g}",
         "narrow": f"{100 * NARROW:g}",
         "widths": f"{min(widths.values()):.1f} to {max(widths.values()):.1f}" if widths else "",
-        "missed": ", ".join(
-            f"{study.labels[arm]} (±{widths[arm]:.1f} %)" for arm, one in found.items() if not one.is_precise
-        ),
+        "missed": ", ".join(f"{name} (±{widths[name]:.1f} %)" for name, one in found.items() if not one.is_precise),
     }
 
 

@@ -56,8 +56,8 @@ def rank_growth(study: str, arm: str) -> Measurement:
 def rank_across_parts(study: str, arm: str, part: str, over: str) -> Measurement:
     """Returns the rank of the updates in one part of the blocks over that in the other; the mean over seeds.
 
-    The rank is the number of singular values that hold 90 % of the energy, as a share of the matrix's smaller side,
-    mean over matrices. Source: Biderman et al. 2024, arXiv 2405.09673, section 4.6.
+    The rank is the number of singular values that hold 90 % of the energy, over that of a Gaussian matrix of the same
+    shape, mean over matrices. Source: Biderman et al. 2024, arXiv 2405.09673, section 4.6, on square matrices.
 
     Args:
         study: The study's experiment.
@@ -66,12 +66,16 @@ def rank_across_parts(study: str, arm: str, part: str, over: str) -> Measurement
         over: The other one.
     """
     results, table = _after(study, arm)
-    shares = table["rank_90"] / table[["rows", "columns"]].min(axis="columns")
+    shares = table["rank_90"] / table["gaussian_rank_90"]
     chosen = [table["module"].str.fullmatch(PARTS[name]) for name in (part, over)]
     means = [shares[rows].groupby(table["seed"][rows]).mean() for rows in chosen]
     evidence: dict[str, Quantity] = {
-        f"share of all singular values, {module}": float(values.mean())
-        for module, values in shares.groupby(table["module"])
+        f"over a Gaussian's, {module}": float(values.mean()) for module, values in shares.groupby(table["module"])
+    }
+    of_all = table["rank_90"] / table[["rows", "columns"]].min(axis="columns")
+    evidence |= {
+        f"share of all singular values, {name}": float(of_all[rows].mean())
+        for name, rows in zip((part, over), chosen, strict=True)
     }
     return _over_seeds(results, (means[0] / means[1]).dropna(), evidence, table)
 
@@ -126,15 +130,15 @@ def share_left_after_cut(study: str, arm: str, rank: int) -> Measurement:
     return _over_seeds(results, seeds, evidence, runs)
 
 
-def intruders(study: str, arm: str, against: str) -> Measurement:
-    """Returns the intruders of an arm minus those of another: leading vectors that resemble no pretrained one.
+def intruders(study: str, arm: str, against: str = "") -> Measurement:
+    """Returns the intruders of an arm, or minus those of another: leading vectors that resemble no pretrained one.
 
     An intruder is one of the ten leading left singular vectors of the trained matrix whose cosine with every left
     singular vector of the pretrained one stays below 0.5. The number is the mean over matrices, paired by seed.
     Source: Shuttleworth et al. 2024, arXiv 2410.21228.
     """
     results = StudyResults(study)
-    runs = {name: results.arm_runs(name) for name in (arm, against)}
+    runs = {name: results.arm_runs(name) for name in filter(None, (arm, against))}
     last = after_training(read_weights(study))
     means = {
         cosine: last.groupby("run_id")[f"intruders_{cosine}"].mean().rename(f"intruders_{cosine}")
@@ -150,11 +154,15 @@ def intruders(study: str, arm: str, against: str) -> Measurement:
         f"size of the update over the weight's, {name}": float(r["run_id"].map(sizes).mean())
         for name, r in runs.items()
     }
-    both = paired(runs[arm], runs[against], means[50])
-    return _over_seeds(results, both["first"] - both["second"], evidence, pd.concat(list(runs.values())))
+    if against:
+        both = paired(runs[arm], runs[against], means[50])
+        values = both["first"] - both["second"]
+    else:
+        values = runs[arm].set_index("seed")["run_id"].map(means[50]).dropna()
+    return _over_seeds(results, values, evidence, pd.concat(list(runs.values())))
 
 
-def magnitude_with_direction(study: str, arm: str, module: str) -> Measurement:
+def magnitude_with_direction(study: str, arm: str, module: str, within_steps: bool = False) -> Measurement:
     """Returns the correlation of the changes of magnitude and of direction over layers and steps; the mean over seeds.
 
     Source: Liu et al. 2024, arXiv 2402.09353, section 3.2, which shows it for query matrices at four steps.
@@ -163,6 +171,8 @@ def magnitude_with_direction(study: str, arm: str, module: str) -> Measurement:
         study: The study's experiment.
         arm: The arm.
         module: The matrices, one in each layer.
+        within_steps: Whether the mean of the correlations over layers at each step is taken, without what grows along
+            the training.
     """
     results = StudyResults(study)
     runs, table = results.arm_runs(arm), read_weights(study)
@@ -172,11 +182,12 @@ def magnitude_with_direction(study: str, arm: str, module: str) -> Measurement:
     seeds = points["run_id"].map(runs.set_index("run_id")["seed"])
 
     def correlations(chosen: pd.Series) -> pd.Series:
-        return (
-            points[chosen]
-            .groupby(seeds[chosen])
-            .apply(lambda rows: float(np.corrcoef(rows["magnitude_change"], rows["direction_change"])[0, 1]))
+        rows = points[chosen]
+        groups = [seeds[chosen], rows["step"]] if within_steps else [seeds[chosen]]
+        each = rows.groupby(groups).apply(
+            lambda few: float(np.corrcoef(few["magnitude_change"], few["direction_change"])[0, 1])
         )
+        return each.groupby(level=0).mean()
 
     mine = correlations(points["module"] == module)
     evidence: dict[str, Quantity] = {
