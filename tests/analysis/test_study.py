@@ -26,6 +26,7 @@ from peftscope.claims.ledger import Part
 from peftscope.claims.measurement import NotRunError
 from peftscope.claims.verdict import Rule, Verdict, judge
 from peftscope.cli.main import report
+from peftscope.cli.study import describe
 from peftscope.errors import InputError
 from peftscope.planning.experiment import A_A_SHIFT
 from peftscope.planning.plan import load_workflow
@@ -419,6 +420,15 @@ def test_wrong_rates_are_named(write_study_file, changes: dict[str, Any], messag
     write_study_file(**changes)
     with pytest.raises(InputError, match=message):
         expand("mine")
+
+
+def test_power_counts_what_is_known_of_the_best_rate_of_each_method(repository: Path, monkeypatch: Any) -> None:
+    """In the published study, DoRA's best rate is known less well than LoRA's."""
+    monkeypatch.chdir(repository)
+    said = {name: list(describe(expand(name, assume_rates=True)))[-1] for name in ("dora-ranks", "targets")}
+    assert all(text.startswith("Power: 8 A/A pairs of `variants` spread by") for text in said.values())
+    assert "known less well, they see ±" in said["dora-ranks"] and said["dora-ranks"].endswith("% (DoRA).")
+    assert "known less well" not in said["targets"]
 
 
 # What is concluded.

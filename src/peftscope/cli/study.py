@@ -44,5 +44,19 @@ def _power(sweep: Sweep, study: Study) -> str:
     other = "" if results.subject == here else f" It was measured on {results.subject}: run A/A pairs of your own."
     return (
         f"Power: {pairs.n} A/A pairs of `{pilot}` spread by {pairs.spread:.4f} nats; {len(study.seeds)} pairs then see "
-        f"±{width:.1f} % of the task gain of {gain:.3f} nats (90 %), {enough}. The margin is {margin:g} %.{other}"
+        f"±{width:.1f} % of the task gain of {gain:.3f} nats (90 %), {enough}. The margin is {margin:g} %."
+        f"{_worse_tuned(results, study, pairs.spread)}{other}"
     )
+
+
+def _worse_tuned(pilot: StudyResults, study: Study, spread: float) -> str:
+    """Returns what a study's pairs see of methods whose best rates the pilot knows less well than the reference's."""
+    reference, planned, seen = pilot.reference, {arm["method"] for arm in study.arms.values()}, []
+    for arm in pilot.arms:
+        if arm == reference or arm.endswith(A_A) or pilot.arm_runs(arm)["method"].iloc[0] not in planned:
+            continue
+        margin = MARGIN * pilot.task_gain
+        one = Difference(0.0, spread, pilot.tuning_error(arm, reference), len(study.seeds), margin)
+        if not one.is_precise:
+            seen.append(f"±{100 * one.half_width(0.9) / pilot.task_gain:.1f} % ({pilot.labels[arm]})")
+    return f" Where the best rate is known less well, they see {', '.join(seen)}." if seen else ""
