@@ -1,4 +1,8 @@
-"""The figure of what was measured on weights: how an update's energy is spread over its singular values. No torch."""
+"""The figure of what was measured on weights. No torch.
+
+It shows how an update's energy is spread over its singular values or, where the method chose the ranks, which they are
+against what each update is worth.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,21 @@ from peftscope.analysis.collect import read_runs
 from peftscope.analysis.weights import after_training, read_weights
 from peftscope.layout import results_folder
 from peftscope.planning.cells import ARM
-from peftscope.report.plots import GREY, beside, draw_figure, looks, plain_ticks
+from peftscope.report.plots import GREY, MARKERS, SAFE_COLOURS, beside, draw_figure, looks, plain_ticks
 
 CONTROLS = {"gaussian_energy_": ("a Gaussian matrix", ":"), "grid_energy_": ("rounding to a 4-bit grid", "--")}
 """The noise beside the updates, by the beginning of its columns: its name and the style of its line."""
 
 
 def write_spectrum(experiment: str) -> None:
-    """Draws the share of an update's energy over the number of singular values that hold it."""
+    """Draws the share of an update's energy over its singular values, or the ranks that were kept over their worth."""
     table = _with_labels(experiment)
-    draw_figure(results_folder(experiment) / "figures" / "spectrum.svg", lambda axes: draw_spectrum(axes, table))
+    draw = draw_worth if _has_worth(table) else draw_spectrum
+    draw_figure(results_folder(experiment) / "figures" / "spectrum.svg", lambda axes: draw(axes, table))
+
+
+def _has_worth(table: pd.DataFrame) -> bool:
+    return "worth" in table and bool(table["worth"].notna().any())
 
 
 def _with_labels(experiment: str) -> pd.DataFrame:
@@ -57,6 +66,19 @@ def draw_spectrum(axes: plt.Axes, table: pd.DataFrame) -> None:
     beside(axes)
 
 
+def draw_worth(axes: plt.Axes, table: pd.DataFrame) -> None:
+    """Draws a point for each matrix, the mean over seeds: the rank that it kept over what its update is worth."""
+    means = table.groupby(["module", "matrix"], sort=False)[["rank_kept", "worth"]].mean().reset_index()
+    styles = zip(SAFE_COLOURS, MARKERS, strict=False)
+    for (module, rows), (colour, marker) in zip(means.groupby("module", sort=False), styles, strict=False):
+        axes.plot(rows["worth"], rows["rank_kept"], marker, ms=6, alpha=0.7, color=colour, label=str(module))
+    axes.set_xscale("symlog", linthresh=max(float(means["worth"].abs().quantile(0.5)), 1e-6))
+    axes.set(
+        xlabel="rise of the held-out loss without the update (nats per token)", ylabel="rank kept, mean over seeds"
+    )
+    beside(axes)
+
+
 def _shares(rows: pd.DataFrame, prefix: str, ranks: list[int]) -> list[float]:
     """Returns the median share at each rank; a matrix whose smaller side is not larger has all of its energy there."""
     return [float(rows[f"{prefix}{rank}"].fillna(1.0).median()) for rank in ranks]
@@ -65,6 +87,13 @@ def _shares(rows: pd.DataFrame, prefix: str, ranks: list[int]) -> list[float]:
 def spectrum_sentence(experiment: str) -> str:
     """Returns what the figure says in words: the rank that holds 90 % of the energy, by variant."""
     table = _with_labels(experiment)
+    if _has_worth(table):
+        runs = table.groupby("run_id")
+        each = runs[["rank_kept", "worth"]].apply(lambda both: both.corr("spearman").iloc[0, 1])
+        return (
+            "Of each matrix, the rank that was kept, over the rise of the held-out loss if its update alone is set to "
+            f"zero: means over {len(each)} seeds. Their rank correlation is {each.mean():.2f} in a run, on average."
+        )
     ranks = table.groupby("variant", sort=False)["rank_90"].median()
     said = ", ".join(f"{rank:g} ({variant})" for variant, rank in ranks.items())
     noise = f", and {table['gaussian_rank_90'].median():g} for a Gaussian matrix" if len(table) else ""
