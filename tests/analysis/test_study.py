@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import yaml
@@ -35,7 +36,7 @@ from peftscope.planning.sweep import expand
 from peftscope.record import Quality, RunRecord, parse_record, write_record
 from peftscope.report.publish import publish, restore
 from peftscope.report.ranks import rank_table, ranks_sentence, write_ranks
-from peftscope.report.study import CONTROLS, answer, contrasts, controls, study_facts, write_study
+from peftscope.report.study import CONTROLS, _cut_at, answer, contrasts, controls, study_facts, write_study
 
 STUDY: dict[str, Any] = {
     "fixed": {
@@ -504,6 +505,18 @@ def test_the_section_of_the_report_has_its_tables_and_figures(finished: StudyRes
     facts = study_facts(finished, expand("mine").experiment.study)
     assert facts["chosen"] == "full fine-tuning 0.0001, LoRA 0.001, LoRA, thin 0.001"
     assert (facts["seeds"], facts["fewest_rates"], facts["base_loss"]) == (6, 3, "3.000")
+
+
+def test_an_arm_far_away_leaves_room_for_the_others() -> None:
+    """One arm at 900 % would press the margin of 5 % into a line."""
+    axes = plt.figure().add_subplot()
+    _cut_at(axes, [pd.Series([1.0, 3.0]), pd.Series([880.0, 920.0]), pd.Series([-4.0, 0.0])])
+    assert axes.get_xlim() == (-20, 20)
+    assert [text.get_text() for text in axes.texts] == ["+900 →"]
+    axes = plt.figure().add_subplot()
+    _cut_at(axes, [pd.Series([1.0, 3.0]), pd.Series([8.0, 9.0])])
+    assert not axes.texts
+    plt.close("all")
 
 
 def test_each_rank_keeps_a_share_of_what_full_fine_tuning_gains(finished: StudyResults) -> None:

@@ -25,6 +25,8 @@ CONTROLS = {
     "zero-lr": "a learning rate of zero",
     "shuffled-labels": "trained on shuffled answers",
 }
+FARTHEST = 5.0
+"""How many times as far as in the median row a point may lie for the figure of differences to show all of it."""
 FEWEST_FOR_BOOTSTRAP = 8
 """Pairs below which the bootstrap is too narrow to be shown, see ``analysis.stats``."""
 NARROW = 2 * CONFIDENCE - 1
@@ -267,14 +269,16 @@ def draw_tuning(axes: plt.Axes, study: StudyResults) -> None:
 def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
     """Draws each arm's loss minus the reference's: a point per seed, the margin, the A/A band, the mean's interval.
 
-    A mean and its interval stand there from three pairs on.
+    A mean and its interval stand there from three pairs on. An arm far beyond the others has its mean at the edge.
     """
     labels, styles = study.labels, arm_looks(study.labels)
     pairs = compared(study)
     scale = 100 / study.yardstick if not math.isnan(study.yardstick) else 1.0
+    samples = []
     for y, (arm, against) in enumerate(pairs):
         both = paired(study.arm_runs(arm), study.arm_runs(against))
         sample = scale * (both["first"] - both["second"])
+        samples.append(sample)
         colour, marker = (GREY, "o") if arm.endswith(A_A) else styles[arm][:2]
         # If there are hundreds of points, they fade, so that their mean stands out.
         axes.plot(sample, [y] * len(sample), marker, ms=4, color=colour, alpha=min(0.6, max(0.08, 10 / len(sample))))
@@ -289,12 +293,27 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
         for side in (-1, 1):
             axes.axvline(side * 100 * MARGIN, color=INK, linestyle="--", linewidth=0.9)
     axes.axvline(0, color=INK, linewidth=0.9)
+    _cut_at(axes, samples)
     names = [_compared_label(arm, against, study.reference, labels) for arm, against in pairs]
     axes.set_yticks(range(len(pairs)), [fill(name, LABEL_WIDTH) for name in names])
     axes.set_ylim(max(1, len(pairs)) - 0.5, -0.5)
     unit = "nats per response token" if math.isnan(study.yardstick) else "% of the task gain"
     axes.set(xlabel=f"held-out loss minus {labels[study.reference]}'s ({unit}); further left is better")
     axes.set_title(f"Against {labels[study.reference]}")
+
+
+def _cut_at(axes: plt.Axes, samples: list[pd.Series]) -> None:
+    """Cuts the axis where a few rows reach so far that the others could not be seen, and writes their means there."""
+    if not samples:
+        return
+    edge = FARTHEST * median(float(sample.abs().max()) for sample in samples)
+    if max(float(sample.abs().max()) for sample in samples) <= edge:
+        return
+    axes.set_xlim(-edge, edge)
+    for y, sample in enumerate(samples):
+        if abs(mean := float(sample.mean())) > edge:
+            text = f"{_number(mean, '.0f')} " + ("→" if mean > 0 else "←")
+            axes.annotate(text, (math.copysign(edge, mean), y), ha="right" if mean > 0 else "left", va="bottom")
 
 
 CLAUSES = {
