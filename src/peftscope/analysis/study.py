@@ -158,9 +158,14 @@ class StudyResults:
         return f"{self.table['model'].iloc[0]}, {self.table['task'].iloc[0]}"
 
     def rate(self, arm: str) -> Rate:
-        """Returns the learning rate of an arm, with its neighbours if it was tuned."""
+        """Returns the learning rate of an arm, with its neighbours if it was tuned.
+
+        An arm at the rate that was chosen for another one has borrowed it, with the error of that choice.
+        """
         if arm in self._entered and arm not in self._chosen:
-            return Rate(float(self.arm_runs(arm)["learning_rate"].iloc[0]), {})
+            given = float(self.arm_runs(arm)["learning_rate"].iloc[0])
+            lenders = [one.get("regret_rms", 0.0) for one in self._chosen.values() if one["learning_rate"] == given]
+            return Rate(given, {}, regret=max(lenders, default=0.0))
         chosen = self._tuning_of(arm)
         losses: dict[float, list[float | None]] = {}
         for tried in chosen["tried"]:
