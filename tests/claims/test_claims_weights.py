@@ -18,6 +18,7 @@ from peftscope.claims.evaluate import Finding, evaluate
 from peftscope.claims.ledger import read_ledger
 from peftscope.layout import PUBLISHED_RESULTS, results_folder, run_folder
 from peftscope.record import measured_path
+from peftscope.report.forgetting import forgetting_sentence
 from peftscope.report.weights import spectrum_sentence, write_spectrum
 
 LEDGER = {claim.id: claim for claim in read_ledger()}
@@ -299,6 +300,8 @@ def test_what_is_forgotten_is_compared_where_the_same_was_learned() -> None:
     # Full fine-tuning ends at 0.5, which LoRA passed on its way to 0.2.
     assert found.evidence["matched loss on the task, nats per token"] == pytest.approx(0.5)
     assert found.value == pytest.approx(0.1 * 3.1, abs=0.002)
+    said = forgetting_sentence("forgetting")
+    assert "same loss on the task, it differs from that of lora by +0.310 (full), +0.000 (r64), +0.165 (lora-fast)" in said
     forgetting_world(arms | {"lora-fast": line(0.4)})
     assert verdicts("P7") == ["holds", "wrong"]
     # At its end LoRA has forgotten more, because it has learned more.
