@@ -86,7 +86,8 @@ class TimeLeft:
         if not self._runs or rule != "train":
             return RULE_SECONDS.get(rule, SHORT_SECONDS)
         if run_id is None:
-            runs = [run for run in self._runs if run not in self._ended] or self._runs
+            every = list(self._runs)  # a study's runs become known while another thread draws the bar
+            runs = [run for run in every if run not in self._ended] or every
             return fmean(self._seconds(rule, run) for run in runs)
         if run_id not in self._estimates:
             one_thread = self._workflow is not None and self._workflow.shares_machine(run_id)
