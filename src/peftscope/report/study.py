@@ -14,7 +14,7 @@ from peftscope.analysis.compare import Difference, Outcome
 from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, holm, mean_interval, sign_flip_p
 from peftscope.analysis.study import ACCURACY, HELDOUT, MARGIN, VALIDATION, StudyResults, paired
 from peftscope.layout import results_folder
-from peftscope.planning.experiment import A_A, Study, experiment_path, read_experiment
+from peftscope.planning.experiment import A_A, Study, experiment_names, experiment_path, read_experiment
 from peftscope.report.plots import GREY, LABEL_WIDTH, arm_looks, beside, draw_figure, plain_ticks
 from peftscope.report.sentences import listed, spoken_outcome
 from peftscope.report.svg import INK
@@ -35,7 +35,8 @@ NARROW = 2 * CONFIDENCE - 1
 
 def compared(study: StudyResults) -> list[tuple[str, str]]:
     """Returns the arms that a study compares: each with the reference, then the contrasts that its file adds."""
-    settings = read_experiment(experiment_path(study.name)).study
+    # Results may be all that is left of a study.
+    settings = read_experiment(experiment_path(study.name)).study if study.name in experiment_names() else None
     added = [pair for pair in settings.contrasts if set(pair) <= set(study.arms)] if settings else []
     return [(arm, study.reference) for arm in study.arms if arm != study.reference] + added
 
