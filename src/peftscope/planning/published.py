@@ -97,9 +97,13 @@ def all_published_records() -> Iterator[tuple[str, str, str]]:
 
 
 def published_items(experiment: str) -> dict[str, str]:
-    """Returns the text of ``items.jsonl`` of each published run, byte for byte as the run wrote it."""
+    """Returns the text of ``items.jsonl`` of each published run, byte for byte as the run wrote it.
+
+    A wheel has no items, so that there they are none.
+    """
     lines: dict[str, list[str]] = {}
-    for row in _rows(published(experiment) / ITEMS):
+    path = published(experiment) / ITEMS
+    for row in _rows(path) if path.is_file() else ():
         fields = {
             name: row[name] for name in _ITEM_FIELDS if name not in ("answer", "correct") or row["correct"] is not None
         }
