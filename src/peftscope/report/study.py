@@ -299,7 +299,7 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
     axes.set_yticks(range(len(pairs)), [fill(name, LABEL_WIDTH) for name in names])
     axes.set_ylim(max(1, len(pairs)) - 0.5, -0.5)
     unit = "nats per response token" if math.isnan(study.yardstick) else "% of the task gain"
-    axes.set(xlabel=f"held-out loss minus {labels[study.reference]}'s ({unit}); further left is better")
+    axes.set(xlabel=f"difference of held-out losses\n({unit}); further left is better")
     axes.set_title(f"Against {labels[study.reference]}")
 
 

@@ -183,9 +183,9 @@ def heldout_gain_on_base(study: str, against: str, base_weights: str, arm: str =
         f"loss of the untouched base in {base_weights}": loss,
         "loss of a uniform guess": guess,
     }
-    if loss < guess and not arm:
-        raise NotRunError(f"the base is sound in {base_weights}, and `{study}` has no arm that trains on it")
     if loss < guess:
+        if not arm:
+            raise NotRunError(f"the base is sound in {base_weights}, and `{study}` has no arm that trains on it")
         found = heldout_gain(study, arm, against)
         return replace(found, evidence={**found.evidence, **evidence})
     other = results.arm_runs(against)
