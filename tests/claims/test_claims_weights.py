@@ -19,7 +19,7 @@ from peftscope.claims.ledger import read_ledger
 from peftscope.layout import PUBLISHED_RESULTS, results_folder, run_folder
 from peftscope.record import measured_path
 from peftscope.report.forgetting import forgetting_sentence
-from peftscope.report.weights import spectrum_sentence, write_spectrum
+from peftscope.report.weights import cuts_table, spectrum_sentence, updates_table, write_spectrum
 
 LEDGER = {claim.id: claim for claim in read_ledger()}
 SEEDS = range(8, 13)
@@ -229,6 +229,23 @@ def test_magnitude_and_direction_are_correlated_over_layers_and_steps() -> None:
     weights_world(along_the_steps)
     within = judged("P28").parts[-1]
     assert judged("P28").deciding[2].found.value > 0 > within.found.value and str(within.verdict) == "wrong"
+
+
+def test_the_page_tells_each_variants_updates_and_what_their_cuts_leave() -> None:
+    weights_world(of("r64", "rank_90", 40), of("full", "intruders_50", 2))
+
+    def worse_without_its_update(table: pd.DataFrame) -> None:
+        table.loc[(table["kind"] == "cut") & (table["cut_rank"] == 8), "heldout_nll"] = 0.9
+
+    updates = updates_table("weights").set_index("updates of")
+    assert list(updates["runs"]) == [len(SEEDS)] * len(updates)
+    assert updates.loc["r64", "rank of 90 %"] == "40"
+    assert updates.loc["dora", "size / weight's"] == "0.035"  # the median of 0.01 to 0.06
+    assert list(updates.loc[["full", "dora"], "intruders a matrix"]) == ["2.00", "0.00"]
+    cuts = cuts_table("weights").set_index("updates of")
+    assert list(cuts.columns) == ["rank 8", "not cut"] and set(cuts.loc["full"]) == {"0.2100"}
+    weights_world(worse_without_its_update)
+    assert list(cuts_table("weights").set_index("updates of").loc["full"]) == ["0.9000", "0.2100"]
 
 
 def test_ranks_are_set_against_a_worth_of_their_own() -> None:

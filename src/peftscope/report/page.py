@@ -12,6 +12,7 @@ from markupsafe import Markup
 from peftscope.analysis.collect import read_runs
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
+from peftscope.analysis.weights import weights_path
 from peftscope.errors import InputError, spoken_bytes
 from peftscope.layout import MEMORY_FOLDER, record_path, report_path, results_folder
 from peftscope.memory.grid import CENTRE, CHAPTER_RUN, MODEL
@@ -29,7 +30,7 @@ from peftscope.report.serving import latencies, limited_runs
 from peftscope.report.study import study_facts, study_sentences
 from peftscope.report.svg import in_page
 from peftscope.report.tables import FEWEST_FOR_MEANS, best_settings, html, method_summary, notable_runs
-from peftscope.report.weights import spectrum_sentence
+from peftscope.report.weights import cuts_table, spectrum_sentence, updates_table
 
 MORE_FIGURES = {"spectrum": spectrum_sentence, "forgetting": forgetting_sentence}
 """The figures that only some experiments have, each with what says in words what it shows."""
@@ -71,6 +72,7 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
         contributed_table=_html_with_rows(cards_table(experiment), "contributed"),
         predictions_table=_table_with_rows(folder / "tables" / "predictions"),
         fewest=FEWEST_FOR_MEANS,
+        weights_tables=_weights_tables(experiment) if weights_path(folder).is_file() else {},
         study=_study_pages(experiment, settings.study) if settings.study else None,
         capacity=_capacity_pages(folder, experiment),
         memory=_memory_pages(),
@@ -93,6 +95,11 @@ def _table_with_rows(path: Path) -> str:
 
 def _html_with_rows(frame: pd.DataFrame, name: str) -> str:
     return html(frame, name) if len(frame) else ""
+
+
+def _weights_tables(experiment: str) -> dict[str, str]:
+    tables = {"updates": updates_table(experiment), "cuts": cuts_table(experiment)}
+    return {name: _html_with_rows(table, name) for name, table in tables.items()}
 
 
 def _left_out(runs: pd.DataFrame) -> dict[str, tuple[int, int] | None]:

@@ -1,7 +1,7 @@
-"""The figure of what was measured on weights. No torch.
+"""The figure and tables of what was measured on weights. No torch.
 
-It shows how an update's energy is spread over its singular values or, where the method chose the ranks, which they are
-against what each update is worth.
+The figure shows how an update's energy is spread over its singular values or, where the method chose the ranks, which
+they are against what each update is worth.
 """
 
 from __future__ import annotations
@@ -14,9 +14,22 @@ from peftscope.analysis.weights import after_training, read_weights
 from peftscope.layout import results_folder
 from peftscope.planning.cells import ARM
 from peftscope.report.plots import GREY, MARKERS, SAFE_COLOURS, beside, draw_figure, looks, plain_ticks
+from peftscope.report.tables import formatted
 
 CONTROLS = {"gaussian_energy_": ("a Gaussian matrix", ":"), "grid_energy_": ("rounding to a 4-bit grid", "--")}
 """The noise beside the updates, by the beginning of its columns: its name and the style of its line."""
+
+MEASURED = {
+    "relative_size": ("size / weight's", ".3g"),
+    "rank_90": ("rank of 90 %", ".3g"),
+    "stable_rank": ("stable rank", ".3g"),
+    "amplification": ("amplification", ".3g"),
+    "magnitude_change": ("change of magnitude", ".3g"),
+    "direction_change": ("change of direction", ".3g"),
+}
+"""The columns of the table of updates, each with what it is called there, and its form."""
+INTRUDERS = "intruders_50"
+"""Of the leading singular vectors, those whose cosine with every pretrained one is below a half."""
 
 
 def write_spectrum(experiment: str) -> None:
@@ -101,3 +114,31 @@ def spectrum_sentence(experiment: str) -> str:
         "The update of a matrix, by how many of its largest singular values hold how much of its energy: the median "
         f"over matrices and seeds. 90 % are held by {said}{noise}."
     )
+
+
+def updates_table(experiment: str) -> pd.DataFrame:
+    """Returns each variant's updates after the training: medians over matrices and seeds, and intruders per matrix."""
+    groups = _with_labels(experiment).groupby("variant", sort=False)
+    table = pd.DataFrame({"updates of": list(groups.groups), "runs": groups["run_id"].nunique().to_list()})
+    for column, (name, form) in MEASURED.items():
+        if column in groups.obj:
+            table[name] = [formatted(value, form) for value in groups[column].median()]
+    if INTRUDERS in groups.obj:
+        table["intruders a matrix"] = [formatted(value, ".2f") for value in groups[INTRUDERS].mean()]
+    return table
+
+
+def cuts_table(experiment: str) -> pd.DataFrame:
+    """Returns the mean held-out loss of each variant with its updates cut to a rank, in nats per token."""
+    table, names = read_weights(experiment), _with_labels(experiment).groupby("run_id")["variant"].first()
+    cuts = table[(table["kind"] == "cut") & table["run_id"].isin(names.index)]
+    if cuts.empty:
+        return pd.DataFrame()
+    losses = cuts.assign(variant=cuts["run_id"].map(names)).pivot_table(
+        index="variant", columns="cut_rank", values="heldout_nll", sort=False
+    )
+    ranks = sorted(losses.columns)
+    called = {rank: f"rank {rank:g}" for rank in ranks[:-1]} | {ranks[-1]: "not cut"}
+    shown = pd.DataFrame({called[rank]: [formatted(loss, ".4f") for loss in losses[rank]] for rank in ranks})
+    shown.insert(0, "updates of", list(losses.index))
+    return shown
