@@ -19,7 +19,7 @@ from peftscope.claims.ledger import read_ledger
 from peftscope.layout import PUBLISHED_RESULTS, results_folder, run_folder
 from peftscope.record import measured_path
 from peftscope.report.forgetting import forgetting_sentence
-from peftscope.report.weights import cuts_table, spectrum_sentence, updates_table, write_spectrum
+from peftscope.report.weights import cuts_table, updates_sentence, updates_table, write_updates
 
 LEDGER = {claim.id: claim for claim in read_ledger()}
 SEEDS = range(8, 13)
@@ -254,10 +254,10 @@ def test_ranks_are_set_against_a_worth_of_their_own() -> None:
     write_weights("adalora", mine, steps=(160,))
     assert verdicts("S94") == ["holds"]
     assert judged("S94").deciding[0].found.value > 0.9
-    write_spectrum("adalora")
-    drawn = (results_folder("adalora") / "figures" / "spectrum.svg").read_text()
+    write_updates("adalora")
+    drawn = (results_folder("adalora") / "figures" / "updates.svg").read_text()
     assert "rank kept, mean over seeds" in drawn and all(module in drawn for module in MODULES)
-    assert re.search(r"Their rank correlation is 0\.9\d in a run", spectrum_sentence("adalora"))
+    assert re.search(r"Their rank correlation is 0\.9\d in a run", updates_sentence("adalora"))
     write_weights("adalora", mine, lambda table: of("adalora", "worth", lambda values: -values)(table), (160,))
     assert verdicts("S94") == ["wrong"]
     # Where only matrices without rank are worth nothing, the correlation among the others says so.

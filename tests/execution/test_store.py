@@ -252,7 +252,7 @@ def test_measured_weights_stand_on_the_page_and_come_back_from_published_files(o
         execute(spec, run_folder(identity), phases, keep_at=plan.keep_at(identity))
     result = CliRunner().invoke(app, ["report", "mine"])
     assert result.exit_code == 0, result.output
-    assert (results_folder("mine") / "figures" / "spectrum.svg").read_text().count("<use") > 3
+    assert (results_folder("mine") / "figures" / "updates.svg").read_text().count("<use") > 3
     page = html.unescape(report_path("mine").read_text())
     assert re.search(r"90 % are held by [\d.]+ \(LoRA\), [\d.]+ \(full fine-tuning\)", page)
     table = pd.read_parquet(weights_path(results_folder("mine")))

@@ -265,7 +265,7 @@ def report(experiment: rules.ExperimentName) -> None:
     from peftscope.report.ranks import write_ranks
     from peftscope.report.study import write_study
     from peftscope.report.tables import write_tables
-    from peftscope.report.weights import write_spectrum
+    from peftscope.report.weights import write_updates
 
     plan = plan_experiment(experiment)
     if plan.sweep.runs and not any(record_path(run).is_file() for run in plan.sweep.runs):
@@ -286,7 +286,7 @@ def report(experiment: rules.ExperimentName) -> None:
                 write_ranks(experiment)
     if measured := _measured(plan.measured_runs):
         collect_weights(experiment, measured)
-        write_spectrum(experiment)
+        write_updates(experiment)
     if plan.measures_capacity:
         write_capacity(experiment)
     print(write_report(experiment, plan.ladders))

@@ -114,10 +114,10 @@ def weights(experiment: ExperimentName) -> None:
     """Collect what was measured on an experiment's weights, and draw the spectra of updates."""
     from peftscope.analysis.weights import collect_weights
     from peftscope.planning.plan import plan_experiment
-    from peftscope.report.weights import write_spectrum
+    from peftscope.report.weights import write_updates
 
     collect_weights(experiment, plan_experiment(experiment).measured_runs)
-    write_spectrum(experiment)
+    write_updates(experiment)
 
 
 @app.command(hidden=True)

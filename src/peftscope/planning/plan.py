@@ -49,7 +49,7 @@ STUDY_FILES = [
 
 CAPACITY_FILES = ["figures/capacity.svg", "tables/capacity.html", "tables/capacity.csv", "tables/stored.csv"]
 """What the report of an experiment on random strings shows beside."""
-SPECTRUM, FORGETTING, RANKS = "figures/spectrum.svg", "figures/forgetting.svg", "figures/ranks.svg"
+UPDATES, FORGETTING, RANKS = "figures/updates.svg", "figures/forgetting.svg", "figures/ranks.svg"
 FEWEST_RANKS = 3
 """The ranks of one method from which on a study has a figure over the rank."""
 
@@ -237,7 +237,7 @@ class Workflow:
         names = [f"figures/ladder-{field}.svg" for field in plan.ladders]
         names += STUDY_FILES if plan.is_study else []
         names += CAPACITY_FILES if plan.measures_capacity else []
-        names += [SPECTRUM] if plan.sweep.experiment.keep_at else []
+        names += [UPDATES] if plan.sweep.experiment.keep_at else []
         names += [FORGETTING] if plan.follows_prose else []
         names += [RANKS] if plan.compares_ranks else []
         return [(results_folder(plan.name) / name).as_posix() for name in names]

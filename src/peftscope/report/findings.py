@@ -43,7 +43,7 @@ from peftscope.report.rendering import rendered
 from peftscope.report.spoken import deciding, spoken_finding
 from peftscope.report.study import answer as answer_of_study
 from peftscope.report.study import contrasts
-from peftscope.report.weights import spectrum_sentence
+from peftscope.report.weights import updates_sentence
 from peftscope.spec import RunSpec
 
 ORDER = [Verdict.WRONG, Verdict.IN_PART, Verdict.HOLDS, Verdict.OPEN]
@@ -199,7 +199,7 @@ def _differences(name: str) -> str:
 PICTURES: dict[str, Callable[[str], str]] = {
     "ranks": _ranks,
     "capacity": _stored,
-    "spectrum": spectrum_sentence,
+    "updates": updates_sentence,
     "forgetting": forgetting_sentence,
     "differences": _differences,
 }

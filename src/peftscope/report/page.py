@@ -30,9 +30,9 @@ from peftscope.report.serving import latencies, limited_runs
 from peftscope.report.study import study_facts, study_sentences
 from peftscope.report.svg import in_page
 from peftscope.report.tables import FEWEST_FOR_MEANS, best_settings, html, method_summary, notable_runs
-from peftscope.report.weights import cuts_table, spectrum_sentence, updates_table
+from peftscope.report.weights import cuts_table, updates_sentence, updates_table
 
-MORE_FIGURES = {"spectrum": spectrum_sentence, "forgetting": forgetting_sentence}
+MORE_FIGURES = {"updates": updates_sentence, "forgetting": forgetting_sentence}
 """The figures that only some experiments have, each with what says in words what it shows."""
 FIXED_FIGURES = ("pareto", "memory", "throughput", "losses", "prediction")
 
@@ -98,7 +98,7 @@ def _html_with_rows(frame: pd.DataFrame, name: str) -> str:
 
 
 def _weights_tables(experiment: str) -> dict[str, str]:
-    tables = {"updates": updates_table(experiment), "cuts": cuts_table(experiment)}
+    tables = {"measured": updates_table(experiment), "cuts": cuts_table(experiment)}
     return {name: _html_with_rows(table, name) for name, table in tables.items()}
 
 

@@ -32,11 +32,11 @@ INTRUDERS = "intruders_50"
 """Of the leading singular vectors, those whose cosine with every pretrained one is below a half."""
 
 
-def write_spectrum(experiment: str) -> None:
+def write_updates(experiment: str) -> None:
     """Draws the share of an update's energy over its singular values, or the ranks that were kept over their worth."""
     table = _with_labels(experiment)
     draw = draw_worth if _has_worth(table) else draw_spectrum
-    draw_figure(results_folder(experiment) / "figures" / "spectrum.svg", lambda axes: draw(axes, table))
+    draw_figure(results_folder(experiment) / "figures" / "updates.svg", lambda axes: draw(axes, table))
 
 
 def _has_worth(table: pd.DataFrame) -> bool:
@@ -97,7 +97,7 @@ def _shares(rows: pd.DataFrame, prefix: str, ranks: list[int]) -> list[float]:
     return [float(rows[f"{prefix}{rank}"].fillna(1.0).median()) for rank in ranks]
 
 
-def spectrum_sentence(experiment: str) -> str:
+def updates_sentence(experiment: str) -> str:
     """Returns what the figure says in words: the rank that holds 90 % of the energy, by variant."""
     table = _with_labels(experiment)
     if _has_worth(table):
