@@ -84,7 +84,7 @@ def test_a_run_starts_from_all_weights_of_another_one(own: Any, make_spec: Any) 
     (problem,) = problems(make_spec(method="lora", **options, **start | {"start_as": "adapter"}))
     assert "trained full fine-tuning, which has no adapter to train on; use start_as=merged" in problem
     shutil.rmtree(weights.parent)
-    assert "there is no" in made(make_spec(method="lora", **options, **start | {"seed": 2})).reason
+    assert "there are no weights" in made(make_spec(method="lora", **options, **start | {"seed": 2})).reason
 
 
 def test_a_base_that_others_start_from_keeps_its_weights(own: Any) -> None:
@@ -122,7 +122,7 @@ def test_what_cannot_be_started_from_is_said_before_any_run(own: Any, make_spec:
     assert problems(then) == [
         f"spec: start_from: there is no run {run_id(first)} in results/runs -> make that run first"
     ]
-    assert made(then).reason.startswith(f"start_from={run_id(first)}: there is no results/runs")
+    assert made(then).reason.startswith(f"start_from={run_id(first)}: there are no weights in results/runs")
     shutil.rmtree(run_folder(run_id(then)))
     made(first)
     assert problems(then) == []
