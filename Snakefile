@@ -401,10 +401,10 @@ rule weights:
     output:
         "results/{experiment}/tables/weights.parquet",
         report(
-            "results/{experiment}/figures/spectrum.svg",
-            caption="src/peftscope/report/captions/spectrum.rst",
+            "results/{experiment}/figures/updates.svg",
+            caption="src/peftscope/report/captions/updates.rst",
             category="Figures",
-            labels={"experiment": "{experiment}", "figure": "spectrum of updates"},
+            labels={"experiment": "{experiment}", "figure": "updates of updates"},
         ),
     log:
         "results/{experiment}/logs/weights.log",
