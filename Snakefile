@@ -404,7 +404,7 @@ rule weights:
             "results/{experiment}/figures/updates.svg",
             caption="src/peftscope/report/captions/updates.rst",
             category="Figures",
-            labels={"experiment": "{experiment}", "figure": "updates of updates"},
+            labels={"experiment": "{experiment}", "figure": "updates of weights"},
         ),
     log:
         "results/{experiment}/logs/weights.log",
