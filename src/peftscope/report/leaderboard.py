@@ -103,8 +103,10 @@ class Section:
 
     @property
     def subject(self) -> str:
-        """The model, the task and the number of steps."""
-        return f"{self.reference.study.subject}, {self.reference.runs['steps'].iloc[0]} steps"
+        """The model, the task, the number of steps and the seeds."""
+        runs = self.reference.runs
+        first, last = int(runs["seed"].min()), int(runs["seed"].max())
+        return f"{self.reference.study.subject}, {runs['steps'].iloc[0]} steps, seeds {first} to {last}"
 
     @property
     def groups(self) -> dict[str, str]:
