@@ -31,17 +31,26 @@ def collect_weights(experiment: str, runs: Sequence[str]) -> None:
     table.to_parquet(path, index=False, compression="zstd")
 
 
+def weights_folder(experiment: str) -> Path:
+    """Returns the folder of results with an experiment's table: this workspace's, or else the published one.
+
+    Raises:
+        InputError: Neither has it.
+    """
+    for folder in (results_folder(experiment), published(experiment)):
+        if weights_path(folder).is_file():
+            return folder
+    message, remedy = "its weights were not measured", f"make report EXPERIMENT={experiment}"
+    raise InputError(Problem(f"the study `{experiment}`", message, remedy))
+
+
 def read_weights(experiment: str) -> pd.DataFrame:
     """Returns the table of an experiment, from this workspace or from the published files.
 
     Raises:
         InputError: There is none.
     """
-    for folder in (results_folder(experiment), published(experiment)):
-        if weights_path(folder).is_file():
-            return pd.read_parquet(weights_path(folder))
-    message, remedy = "its weights were not measured", f"make report EXPERIMENT={experiment}"
-    raise InputError(Problem(f"the study `{experiment}`", message, remedy))
+    return pd.read_parquet(weights_path(weights_folder(experiment)))
 
 
 def measured_runs(path: Path) -> dict[str, pd.DataFrame]:

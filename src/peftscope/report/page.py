@@ -72,7 +72,7 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
         contributed_table=_html_with_rows(cards_table(experiment), "contributed"),
         predictions_table=_table_with_rows(folder / "tables" / "predictions"),
         fewest=FEWEST_FOR_MEANS,
-        weights_tables=_weights_tables(experiment) if weights_path(folder).is_file() else {},
+        weights=_weights_tables(experiment) if weights_path(folder).is_file() else None,
         study=_study_pages(experiment, settings.study) if settings.study else None,
         capacity=_capacity_pages(folder, experiment),
         memory=_memory_pages(),

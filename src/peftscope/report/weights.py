@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from peftscope.analysis.collect import read_runs
-from peftscope.analysis.weights import after_training, read_weights
+from peftscope.analysis.weights import after_training, read_weights, weights_folder
 from peftscope.layout import results_folder
 from peftscope.planning.cells import ARM
 from peftscope.report.plots import GREY, MARKERS, SAFE_COLOURS, beside, draw_figure, looks, plain_ticks
@@ -29,7 +29,7 @@ MEASURED = {
 }
 """The columns of the table of updates, each with what it is called there, and its form."""
 INTRUDERS = "intruders_50"
-"""Of the leading singular vectors, those whose cosine with every pretrained one is below a half."""
+"""The leading singular vectors whose cosine with every pretrained one is below a half."""
 
 
 def write_updates(experiment: str) -> None:
@@ -48,7 +48,8 @@ def _with_labels(experiment: str) -> pd.DataFrame:
 
     That is the arm in a study, whose other runs are left out, and otherwise the rank.
     """
-    table, runs = after_training(read_weights(experiment)), read_runs(experiment).set_index("run_id")
+    runs = read_runs(experiment, weights_folder(experiment)).set_index("run_id")
+    table = after_training(read_weights(experiment))
     apart = runs["comparisons"].str.extract(rf"\b{ARM}(\S+)")[0]
     if apart.notna().any():
         runs = runs[apart.notna()]
