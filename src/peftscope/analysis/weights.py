@@ -12,7 +12,7 @@ from peftscope.layout import published, results_folder, run_folder
 from peftscope.record import measured_path
 
 ROUNDED = "{:.4g}"
-"""What is measured on a matrix keeps four digits, which make the table a third as large. Losses keep all."""
+"""Fractions keep four digits, which makes the table a third as large. Losses and counts keep all."""
 
 
 def weights_path(results: Path) -> Path:
@@ -27,7 +27,7 @@ def collect_weights(experiment: str, runs: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
     measured = table.select_dtypes("float").columns.difference(["heldout_nll"])
-    table[measured] = table[measured].map(lambda value: float(ROUNDED.format(value)))
+    table[measured] = table[measured].map(lambda value: value if value.is_integer() else float(ROUNDED.format(value)))
     table.to_parquet(path, index=False, compression="zstd")
 
 
