@@ -72,9 +72,10 @@ class TimeLeft:
         self._last = self._clock()
 
     def progress(self, left: int) -> None:
-        """Takes the number of jobs that are left; those that nobody counted come from a study's tuning.
+        """Takes the number of jobs that are left.
 
-        They train the runs that it adds, and measure their weights if that is more than there are such runs.
+        Jobs that nobody counted come from a study's tuning: one trains each run that it adds, and the rest measure
+        the weights of these runs.
         """
         added = max(0, left - self._left.total())
         known = len(self._runs.keys() - self._ended) - self._left["train"] if self._runs else added

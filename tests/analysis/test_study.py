@@ -754,6 +754,21 @@ def test_a_finished_study_is_published_with_runs_that_diverged(finished: StudyRe
     assert training.training_gain("mine", "thin", "lora") == here
 
 
+def test_a_study_of_one_arm_shows_no_comparison(write_study_file) -> None:
+    write_study_file(
+        arms={"lora": {"method": "lora"}}, learning_rates={"lora": [1e-4, 1e-3, 1e-2]}, controls={}, a_a=None
+    )
+    record_tuning({"lora": CURVE["lora"]})
+    choose_rates(expand("mine"))
+    record(members("runs")[0], heldout=BASE_LOSS)
+    for run, gain in zip(members("arm-lora"), GAINS["lora"], strict=True):
+        record(run, heldout=BASE_LOSS - gain)
+    report("mine")
+    page = Path("reports/mine/report.html").read_text()
+    assert '<figure id="tuning">' in page and '<figure id="differences">' not in page
+    assert "the training loss of LoRA" in page and "the highest" not in page and "a factor of" not in page
+
+
 @pytest.mark.slow
 def test_the_whole_study_in_one_workflow(write_experiment, repository: Path, toy: Path) -> None:
     study = STUDY["study"] | {

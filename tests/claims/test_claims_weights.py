@@ -240,7 +240,7 @@ def test_the_page_tells_each_variants_updates_and_what_their_cuts_leave() -> Non
     updates = updates_table("weights").set_index("updates of")
     assert list(updates["runs"]) == [len(SEEDS)] * len(updates)
     assert updates.loc["r64", "rank of 90 %"] == "40"
-    assert updates.loc["dora", "size / weight's"] == "0.035"  # the median of 0.01 to 0.06
+    assert updates.loc["dora", "size over the weight's"] == "0.035"  # the median of 0.01 to 0.06
     assert list(updates.loc[["full", "dora"], "intruders a matrix"]) == ["2.00", "0.00"]
     cuts = cuts_table("weights").set_index("updates of")
     assert list(cuts.columns) == ["rank 8", "not cut"] and set(cuts.loc["full"]) == {"0.2100"}

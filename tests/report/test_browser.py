@@ -157,6 +157,8 @@ def test_every_claim_has_a_link_that_opens_it(open_page: Open) -> None:
     assert page.locator("details:visible").count() == 0
     page.locator(".learned a", has_text="S75").first.click()
     page.locator("#S75[open]").wait_for()  # the browser tells of a new anchor after the click has returned
+    assert page.locator("#S75").get_attribute("open") is not None
+    assert page.locator("#S75").is_visible()
     assert page.evaluate("document.querySelector('#S75').getBoundingClientRect().top") < 300
     first = page.locator("details").first
     first.locator("summary").press("Enter")

@@ -111,7 +111,7 @@ def measure(run: Annotated[str, typer.Argument(help="The run's id.")]) -> None:
 @app.command(hidden=True)
 @needs("report")
 def weights(experiment: ExperimentName) -> None:
-    """Collect what was measured on an experiment's weights, and draw the spectra of updates."""
+    """Collect what was measured on an experiment's weights, and draw the updates."""
     from peftscope.analysis.weights import collect_weights
     from peftscope.planning.plan import plan_experiment
     from peftscope.report.weights import write_updates

@@ -78,7 +78,7 @@ def _trained_weights(run: str) -> Path:
     remedy = f"remove {folder} and make that run again"
     name = next((name for name in (ADAPTER, MODEL) if (folder / name).is_file()), None)
     if name is None:
-        raise InputError(Problem(f"start_from={run}", f"there are no weights in {(folder / MODEL).parent}", remedy))
+        raise InputError(Problem(f"start_from={run}", f"there are no weights in {folder / 'adapter'}", remedy))
     if read_record(folder / "record.json").files.get(name) != file_sha256(folder / name):
         raise InputError(Problem(f"start_from={run}", "its weights are not those that it saved", remedy))
     return folder / name

@@ -26,8 +26,9 @@ NOTHING = "No finished run has measured this."
 
 PARETO = (
     "Lower and further left is better: {{ best }} reached the lowest held-out loss, {{ best_nll }} nats per token "
-    "(the untouched base: {{ base_nll }}); {{ leanest }} trained in the least memory, {{ leanest_mib }} MiB, against "
-    "{{ largest_mib }} MiB for {{ largest }}. "
+    "(the untouched base: {{ base_nll }})"
+    "{% if leanest_mib != largest_mib %}; {{ leanest }} trained in the least memory, {{ leanest_mib }} MiB, against "
+    "{{ largest_mib }} MiB for {{ largest }}{% endif %}. "
     "{% if crowded %}Each point is a setting, the mean of its runs; colours are methods. "
     "{% elif n == needed_for_means - 1 %}Points are runs. "
     "{% elif n >= needed_for_means %}Points are means, bars {{ confidence }} % intervals over {{ n }} seeds (cut at "
@@ -36,8 +37,10 @@ PARETO = (
     "{% if n < needed %}n = {{ n }} is too few to call a difference: this figure ranks nothing.{% endif %}"
 )
 MEMORY = (
-    "{{ largest }} needs the most memory in training, {{ largest_mib }} MiB of live tensors; {{ leanest }} the least, "
-    "{{ leanest_mib }} MiB, a factor of {{ factor }}. Loading includes the method's initialisation."
+    "{% if leanest_mib == largest_mib %}{{ largest }} needs {{ largest_mib }} MiB of live tensors in training. "
+    "{% else %}{{ largest }} needs the most memory in training, {{ largest_mib }} MiB of live tensors; {{ leanest }} "
+    "the least, {{ leanest_mib }} MiB, a factor of {{ factor }}. {% endif %}"
+    "Loading includes the method's initialisation."
     "{% if predicted %} Hatched bars are predicted peaks, because no run was probed for its memory.{% endif %}"
     "{% if crowded %} Bars are means over the runs of a method; lines go from its least to its most.{% endif %}"
 )
@@ -48,8 +51,9 @@ THROUGHPUT = (
 )
 LOSSES = (
     "{% if same_batches %}Every run of one seed saw the same batches in the same order. {% endif %}"
-    "On the last step {{ lowest }} had the lowest "
-    "training loss, {{ lowest_nll }} nats per token, and {{ highest }} the highest, {{ highest_nll }}; "
+    "On the last step {% if lowest == highest %}the training loss of {{ lowest }} was {{ lowest_nll }} nats per "
+    "token; {% else %}{{ lowest }} had the lowest training loss, {{ lowest_nll }} nats per token, and {{ highest }} "
+    "the highest, {{ highest_nll }}; {% endif %}"
     "{% if crowded %}lines are medians over the runs of a method, bands hold their middle half."
     "{% elif n >= needed_for_means %}lines are means, bands span the seeds.{% else %}each line is a run.{% endif %}"
 )

@@ -6,6 +6,8 @@ they are against what each update is worth.
 
 from __future__ import annotations
 
+import math
+
 import matplotlib.pyplot as plt
 import pandas as pd
 
@@ -20,7 +22,7 @@ CONTROLS = {"gaussian_energy_": ("a Gaussian matrix", ":"), "grid_energy_": ("ro
 """The noise beside the updates, by the beginning of its columns: its name and the style of its line."""
 
 MEASURED = {
-    "relative_size": ("size / weight's", ".3g"),
+    "relative_size": ("size over the weight's", ".3g"),
     "rank_90": ("rank of 90 %", ".3g"),
     "stable_rank": ("stable rank", ".3g"),
     "amplification": ("amplification", ".3g"),
@@ -86,7 +88,9 @@ def draw_worth(axes: plt.Axes, table: pd.DataFrame) -> None:
     styles = zip(SAFE_COLOURS, MARKERS, strict=False)
     for (module, rows), (colour, marker) in zip(means.groupby("module", sort=False), styles, strict=False):
         axes.plot(rows["worth"], rows["rank_kept"], marker, ms=6, alpha=0.7, color=colour, label=str(module))
-    axes.set_xscale("symlog", linthresh=max(float(means["worth"].abs().quantile(0.5)), 1e-6))
+    # Straight below a power of ten: ticks at smaller ones would stand on each other.
+    typical = max(float(means["worth"].abs().quantile(0.5)), 1e-6)
+    axes.set_xscale("symlog", linthresh=10 ** math.floor(math.log10(typical)))
     axes.set(
         xlabel="rise of the held-out loss without the update (nats per token)", ylabel="rank kept, mean over seeds"
     )
