@@ -11,8 +11,8 @@ SHIPPED = {
     "results/published": {".csv", ".json", ".md", ".parquet"},  # no figures
 }
 """The folders, and the endings of the files in them that a wheel has."""
-LEFT_OUT = "items.parquet"
-"""The scores of single items: two fifths of what is published, for which a wheel of 5 MB has no room."""
+LEFT_OUT = {"items.parquet", "losses.parquet", "weights.parquet"}
+"""Single items, losses along the way (records have them too), measured weights: too much for a wheel of 5 MB."""
 
 
 class BuildWithFolders(build_py):
@@ -24,7 +24,7 @@ class BuildWithFolders(build_py):
             path.as_posix()
             for folder, endings in SHIPPED.items()
             for path in Path(folder).rglob("*")
-            if path.suffix in endings and path.name != LEFT_OUT
+            if path.suffix in endings and path.name not in LEFT_OUT
         )
 
     def get_source_files(self):

@@ -22,7 +22,7 @@ from peftscope.errors import InputError, Problem
 from peftscope.layout import published, results_folder
 from peftscope.planning.cells import ARM, CONTROL, TUNING
 from peftscope.planning.experiment import A_A, OLD_CONTROLS
-from peftscope.planning.published import LOSSES, VALIDATION
+from peftscope.planning.published import VALIDATION, loss_rows, published_records
 
 HELDOUT = "heldout_nll_nats_per_token"
 ACCURACY = "exact_match_fraction"
@@ -310,9 +310,12 @@ class StudyResults:
 
     def losses(self) -> pd.DataFrame:
         """Returns the losses of all runs, indexed by run id and step."""
-        published = self._folder / LOSSES
-        losses = pd.read_parquet(published) if published.is_file() else pd.read_csv(self._folder / "losses.csv")
-        return losses.set_index(["run_id", "step"])
+        path = self._folder / "losses.csv"
+        if path.is_file():
+            return pd.read_csv(path).set_index(["run_id", "step"])
+        records = published_records(self._folder.name).items()  # which a wheel has, unlike their losses in one table
+        rows = [{"run_id": run, **row} for run, text in records for row in loss_rows(json.loads(text))]
+        return pd.DataFrame(rows).set_index(["run_id", "step"]).astype(float)
 
     def training_losses(self) -> pd.Series:
         """Returns the training losses of all runs, indexed by run id and step."""

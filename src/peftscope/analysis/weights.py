@@ -40,7 +40,7 @@ def weights_folder(experiment: str) -> Path:
     for folder in (results_folder(experiment), published(experiment)):
         if weights_path(folder).is_file():
             return folder
-    message, remedy = "its weights were not measured", f"make report EXPERIMENT={experiment}"
+    message, remedy = "its measured weights are not here", f"make report EXPERIMENT={experiment}"
     raise InputError(Problem(f"the study `{experiment}`", message, remedy))
 
 
