@@ -83,8 +83,10 @@ class TimeLeft:
         self._left.update(train=trainings, measure=added - trainings)
 
     def seconds(self) -> float:
-        """Returns the seconds until the end."""
+        """Returns the seconds until the end, with the runs whose learning rates are not chosen yet."""
+        later = self._workflow.later_runs.items() if self._workflow else ()
         left = sum(number * self._seconds(rule) for rule, number in self._left.items())
+        left += sum(self._training_seconds(run, spec) for run, spec in later)
         trusted = TRUST * (self._done + left)
         slower = (self._last - self._began + trusted) / (self._done + trusted) if trusted else 1.0
         return max(0.0, slower * left - (self._clock() - self._last))
@@ -97,9 +99,12 @@ class TimeLeft:
             every = list(self._runs)  # a study's runs become known while another thread draws the bar
             runs = [run for run in every if run not in self._ended] or every
             return fmean(self._seconds(rule, run) for run in runs)
+        return self._training_seconds(run_id, self._runs[run_id])
+
+    def _training_seconds(self, run_id: str, spec: RunSpec) -> float:
         if run_id not in self._estimates:
             one_thread = self._workflow is not None and self._workflow.shares_machine(run_id)
-            self._estimates[run_id] = estimate_seconds(self._runs[run_id], _product_rate, one_thread=one_thread)
+            self._estimates[run_id] = estimate_seconds(spec, _product_rate, one_thread=one_thread)
         return self._estimates[run_id]
 
 

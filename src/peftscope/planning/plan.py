@@ -126,9 +126,16 @@ class Plan:
         """The fields that some ladder varies: each has a figure."""
         return sorted({c.name.rpartition("-")[2] for c in self.sweep.comparisons if c.name.startswith("ladder-")})
 
+    @cached_property
+    def later_runs(self) -> dict[str, RunSpec]:
+        """The runs of a study that follow from rates which are not chosen yet, at about the rates that are likely."""
+        assumed = expand(self.name, detect_device(), assume_rates=True).runs if self.is_study else {}
+        return {run: spec for run, spec in assumed.items() if run not in self.sweep.runs}
+
     def expand_again(self) -> None:
         """Expands the experiment again, which adds the runs of a study whose rates were chosen in the meantime."""
         self.sweep = expand(self.name, detect_device())
+        vars(self).pop("later_runs", None)
 
 
 class Workflow:
@@ -151,6 +158,11 @@ class Workflow:
     def names(self) -> list[str]:
         """The names of the experiments."""
         return list(self.plans)
+
+    @property
+    def later_runs(self) -> dict[str, RunSpec]:
+        """The runs that follow from learning rates which are not chosen yet."""
+        return {run: spec for plan in self.plans.values() for run, spec in plan.later_runs.items()}
 
     def experiment_file(self, wildcards: Any) -> str:
         """Returns the file of an experiment."""
