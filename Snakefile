@@ -442,30 +442,30 @@ rule forgetting:
         "python -m peftscope forgetting {wildcards.experiment} > {log} 2>&1"
 
 
-# Only studies of three or more ranks have this.
-rule ranks:
+# Only studies of three or more ranks, alphas or dimensions have this.
+rule shares:
     input:
         "results/{experiment}/runs.csv",
         "results/{experiment}/tuned.json",
         workflow.source_path("src/peftscope/analysis/study.py"),
-        workflow.source_path("src/peftscope/report/ranks.py"),
+        workflow.source_path("src/peftscope/report/shares.py"),
     output:
         report(
-            "results/{experiment}/figures/ranks.svg",
-            caption="src/peftscope/report/captions/ranks.rst",
+            "results/{experiment}/figures/shares.svg",
+            caption="src/peftscope/report/captions/shares.rst",
             category="Study",
             labels={
                 "experiment": "{experiment}",
-                "figure": "gain over rank",
+                "figure": "gain over what varies",
             },
         ),
     log:
-        "results/{experiment}/logs/ranks.log",
+        "results/{experiment}/logs/shares.log",
     benchmark:
-        "results/{experiment}/benchmarks/ranks.tsv"
+        "results/{experiment}/benchmarks/shares.tsv"
     localrule: True
     shell:
-        "python -m peftscope ranks {wildcards.experiment} > {log} 2>&1"
+        "python -m peftscope shares {wildcards.experiment} > {log} 2>&1"
 
 
 # What follows from the code alone is made once for all experiments.

@@ -35,7 +35,7 @@ from peftscope.planning.published import published_items, published_records
 from peftscope.planning.sweep import expand
 from peftscope.record import Quality, RunRecord, parse_record, write_record
 from peftscope.report.publish import publish, restore
-from peftscope.report.ranks import rank_table, ranks_sentence, write_ranks
+from peftscope.report.shares import share_table, shares_sentence, write_shares
 from peftscope.report.study import CONTROLS, _cut_at, answer, contrasts, controls, study_facts, write_study
 
 STUDY: dict[str, Any] = {
@@ -522,28 +522,26 @@ def test_an_arm_far_away_leaves_room_for_the_others() -> None:
 
 
 def test_each_rank_keeps_a_share_of_what_full_fine_tuning_gains(finished: StudyResults) -> None:
-    table = rank_table(finished).set_index("rank")
+    table = share_table(finished, "rank").set_index("rank")
     assert list(table.index) == [2, 8] and set(table["method"]) == {"LoRA"} and set(table["rate"]) == {1e-3}
     gains = {arm: sum(of_arm) / 6 - 0.5 for arm, of_arm in GAINS.items()}
     assert table.loc[2, "share"] == pytest.approx(gains["thin"] / gains["full"])
     assert table.loc[8, "share"] == pytest.approx(gains["lora"] / gains["full"])
     assert (table["low"] < table["share"]).all() and (table["share"] < table["high"]).all()
     assert list(table["is_same"]) == [False, finished.difference("lora", "full").is_same]
-    write_ranks("mine")
-    assert "learning rate" in Path("results/mine/figures/ranks.svg").read_text()
-    sentence = ranks_sentence(finished)
+    write_shares("mine")
+    assert "learning rate" in Path("results/mine/figures/shares.svg").read_text()
+    sentence = shares_sentence("mine")
     assert sentence.startswith("LoRA keeps 67 % at rank 2, 97 % at rank 8 of what full fine-tuning gains on the task.")
 
 
-def test_only_a_study_of_three_ranks_has_a_figure_over_the_rank(write_study_file) -> None:
-    figures = {
-        name: load_workflow({"experiment": name}).figures(SimpleNamespace(experiment=name))
-        for name in ("ranks", "variants", "dora-ranks", "targets")
-    }
-    assert [name for name, paths in figures.items() if f"results/{name}/figures/ranks.svg" in paths] == [
-        "ranks",
-        "dora-ranks",
-    ]
+def test_a_study_of_three_ranks_alphas_or_dimensions_has_a_figure_over_them(write_study_file) -> None:
+    varied = {"ranks": "rank", "variants": None, "dora-ranks": "rank", "targets": None, "start-and-alpha": "alpha"}
+    for name, field in (varied | {"subspace": "dimension", "forgetting": None}).items():
+        workflow = load_workflow({"experiment": name})
+        assert workflow.plans[name].varied == field
+        drawn = workflow.figures(SimpleNamespace(experiment=name))
+        assert (f"results/{name}/figures/shares.svg" in drawn) is (field is not None)
 
 
 def test_claims_measure_shares_of_the_task_gain(finished: StudyResults) -> None:
@@ -711,6 +709,10 @@ def test_the_report_of_half_a_study_says_so(tuned: None, toy: Path) -> None:
 def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(tuned: None) -> None:
     record(members("arm-lora")[0], heldout=1.0)
     publish("mine")
+    measured = Path("results/published/mine/directions.json")
+    measured.write_text("{}")
+    publish("mine")
+    assert measured.read_text() == "{}"  # although the adapters that it was measured on may be gone
     before = {p.parent.name: p.read_bytes() for p in Path("results/runs").glob("*/record.json")}
     assert len(before) == 10
     Path("results/runs").rename("results/lost")

@@ -262,7 +262,7 @@ def report(experiment: rules.ExperimentName) -> None:
     from peftscope.report.forgetting import write_forgetting
     from peftscope.report.page import write_report
     from peftscope.report.plots import write_figures, write_ladder
-    from peftscope.report.ranks import write_ranks
+    from peftscope.report.shares import write_shares
     from peftscope.report.study import write_study
     from peftscope.report.tables import write_tables
     from peftscope.report.weights import write_updates
@@ -282,8 +282,8 @@ def report(experiment: rules.ExperimentName) -> None:
             write_study(experiment)
             if plan.follows_prose:
                 write_forgetting(experiment)
-            if plan.compares_ranks:
-                write_ranks(experiment)
+            if plan.varied:
+                write_shares(experiment)
     if measured := _measured(plan.measured_runs):
         collect_weights(experiment, measured)
         write_updates(experiment)

@@ -131,11 +131,11 @@ def forgetting(experiment: ExperimentName) -> None:
 
 @app.command(hidden=True)
 @needs("report")
-def ranks(experiment: ExperimentName) -> None:
-    """Draw what each rank of a study keeps of full fine-tuning's gain, and its best learning rate."""
-    from peftscope.report.ranks import write_ranks
+def shares(experiment: ExperimentName) -> None:
+    """Draw what each rank, alpha or dimension of a study keeps of full fine-tuning's gain, and its best rate."""
+    from peftscope.report.shares import write_shares
 
-    write_ranks(experiment)
+    write_shares(experiment)
 
 
 @app.command(hidden=True)

@@ -79,6 +79,10 @@ class BorrowedRate(BaseModel):
     times: Annotated[float, Field(gt=0)] = 1.0
 
 
+VARIED, FEWEST_VALUES = ("rank", "alpha", "dimension"), 3
+"""The fields over which a study may have a figure, and of how many values."""
+
+
 class Study(BaseModel):
     """Arms that are compared at their own best learning rate: TUNE on seeds of its own, then PAIR over fresh ones.
 
@@ -166,6 +170,23 @@ class Study(BaseModel):
             if "learning_rate" in fields or "seed" in fields:
                 raise ValueError(f"arm {name}: learning_rate and seed are the study's to set")
         return self
+
+    @property
+    def varied(self) -> str | None:
+        """The field in ``VARIED`` over which the study has a figure, or None.
+
+        It has one if at least three tuned arms differ in nothing but that field, wherever an arm names it.
+        """
+        tuned = [self.arms[arm] for arm in self.learning_rates]
+        for field in VARIED:
+            groups: dict[str, list[bool]] = {}
+            for arm in tuned:
+                others = repr(sorted((name, value) for name, value in arm.items() if name != field))
+                groups.setdefault(others, []).append(field in arm)
+            sizes = [len(names) for names in groups.values() if any(names)]
+            if min(sizes, default=0) >= FEWEST_VALUES:
+                return field
+        return None
 
     @property
     def reference(self) -> str:

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shlex
-from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
@@ -49,9 +48,7 @@ STUDY_FILES = [
 
 CAPACITY_FILES = ["figures/capacity.svg", "tables/capacity.html", "tables/capacity.csv", "tables/stored.csv"]
 """What the report of an experiment on random strings shows beside."""
-UPDATES, FORGETTING, RANKS = "figures/updates.svg", "figures/forgetting.svg", "figures/ranks.svg"
-FEWEST_RANKS = 3
-"""The ranks of one method from which on a study has a figure over the rank."""
+UPDATES, FORGETTING, SHARES = "figures/updates.svg", "figures/forgetting.svg", "figures/shares.svg"
 
 
 class Plan:
@@ -110,16 +107,9 @@ class Plan:
         return self.is_study and bool(self.sweep.experiment.fixed.get("retention_every"))
 
     @property
-    def compares_ranks(self) -> bool:
-        """Whether the experiment is a study of three or more ranks: its tuned arms differ in nothing but their rank.
-
-        Full fine-tuning, which has none, may be among them, and so may other methods at the same ranks.
-        """
-        study = self.sweep.experiment.study
-        arms = [study.arms[arm] for arm in study.learning_rates] if study else []
-        ranked = [arm for arm in arms if arm["method"] != "full"]
-        others = Counter(repr(sorted((k, v) for k, v in arm.items() if k != "rank")) for arm in ranked)
-        return min(others.values(), default=0) >= FEWEST_RANKS
+    def varied(self) -> str | None:
+        """The field of which a study compares three values or more, if it does; see ``Study.varied``."""
+        return self.sweep.experiment.study.varied if self.sweep.experiment.study else None
 
     @cached_property
     def ladders(self) -> list[str]:
@@ -251,7 +241,7 @@ class Workflow:
         names += CAPACITY_FILES if plan.measures_capacity else []
         names += [UPDATES] if plan.sweep.experiment.keep_at else []
         names += [FORGETTING] if plan.follows_prose else []
-        names += [RANKS] if plan.compares_ranks else []
+        names += [SHARES] if plan.varied else []
         return [(results_folder(plan.name) / name).as_posix() for name in names]
 
     def gpus(self, wildcards: Any) -> int:

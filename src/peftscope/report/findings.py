@@ -38,8 +38,8 @@ from peftscope.record import FINAL
 from peftscope.report.capacity import answer as answer_on_capacity
 from peftscope.report.forgetting import forgetting_sentence
 from peftscope.report.front import Surprise
-from peftscope.report.ranks import ranks_sentence
 from peftscope.report.rendering import rendered
+from peftscope.report.shares import shares_sentence
 from peftscope.report.spoken import deciding, spoken_finding
 from peftscope.report.study import answer as answer_of_study
 from peftscope.report.study import contrasts
@@ -183,10 +183,6 @@ def _answer(name: str, folder: Path) -> dict[str, str] | None:
     }
 
 
-def _ranks(name: str) -> str:
-    return ranks_sentence(StudyResults(name))
-
-
 def _stored(name: str) -> str:
     return answer_on_capacity(breaks(stored_bits(read_runs(name, published(name)))))
 
@@ -197,7 +193,7 @@ def _differences(name: str) -> str:
 
 
 PICTURES: dict[str, Callable[[str], str]] = {
-    "ranks": _ranks,
+    "shares": shares_sentence,
     "capacity": _stored,
     "updates": updates_sentence,
     "forgetting": forgetting_sentence,

@@ -23,10 +23,10 @@ from peftscope.report.capacity import capacity_facts
 from peftscope.report.contributed import cards_table
 from peftscope.report.forgetting import forgetting_sentence
 from peftscope.report.memory import CARDS
-from peftscope.report.ranks import ranks_sentence
 from peftscope.report.rendering import asset, rendered
 from peftscope.report.sentences import NOTHING, listed, sentence
 from peftscope.report.serving import latencies, limited_runs
+from peftscope.report.shares import shares_sentence
 from peftscope.report.study import study_facts, study_sentences
 from peftscope.report.svg import in_page
 from peftscope.report.tables import FEWEST_FOR_MEANS, best_settings, html, method_summary, notable_runs
@@ -121,15 +121,15 @@ def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
         return {"unfinished": str(error)}
     facts = study_facts(study, settings)
     said = study_sentences(facts)
-    if (folder / "figures" / "ranks.svg").is_file():
-        said["ranks"] = ranks_sentence(study)
+    if settings.varied and (folder / "figures" / "shares.svg").is_file():
+        said["shares"] = shares_sentence(experiment)
     figures = {
         name: {"sentence": text, "image": _embedded(folder / "figures" / f"{name}.svg", text)}
         for name, text in said.items()
     }
     return {
         "unfinished": "",
-        "ranks": None,
+        "shares": None,
         **facts,
         **figures,
         "contrasts": (folder / "tables" / "contrasts.html").read_text(),

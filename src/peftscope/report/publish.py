@@ -122,6 +122,7 @@ def publish_experiment(experiment: str) -> list[Path]:
         if sweep.experiment.study and any(record_path(run).is_file() for run in sweep.runs):
             return _publish_unfinished(sweep)
         raise InputError(Problem(str(source), "the experiment is not finished", f"make report EXPERIMENT={experiment}"))
+    _keep_directions(experiment)
     wanted = [
         source / "runs.csv",
         *filter(Path.is_file, [coarse_path(experiment), tuned_path(experiment), directions_path(experiment)]),
@@ -150,12 +151,21 @@ def _publish_unfinished(sweep: Sweep) -> list[Path]:
     if lost:
         message = f"{len(lost)} published runs are missing here, such as {min(lost)}"
         raise InputError(Problem(str(RUNS), message, f"peftscope restore {experiment}"))
-    found = [coarse_path(experiment), tuned_path(experiment), weights_path(source)]
+    _keep_directions(experiment)
+    found = [coarse_path(experiment), tuned_path(experiment), directions_path(experiment), weights_path(source)]
     wanted = [source / "runs.csv", *filter(Path.is_file, found)]
     _check_sizes(wanted)
     _copy(wanted, source, results)
     write_runs(results, map(run_folder, made))
     return [results]
+
+
+def _keep_directions(experiment: str) -> None:
+    """Copies what claims measured on a study's adapters from the published folder, if the adapters are not here."""
+    path = directions_path(experiment)
+    before = PUBLISHED_RESULTS / experiment / path.name
+    if before.is_file() and not path.is_file():
+        shutil.copyfile(before, path)
 
 
 def restore(experiment: str) -> int:

@@ -1,4 +1,7 @@
-"""The figure of a study of ranks: how much of full fine-tuning's gain each rank keeps, and its best rate. No torch."""
+"""The figure of a study of ranks, alphas or dimensions: what each keeps of full fine-tuning's gain, and its best rate.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +15,30 @@ from matplotlib.ticker import LogLocator, NullLocator
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import HELDOUT, MARGIN, StudyResults
 from peftscope.layout import results_folder
-from peftscope.planning.experiment import A_A
+from peftscope.planning.experiment import A_A, VARIED, experiment_path, read_experiment
 from peftscope.report.plots import arm_looks, draw_figure
 from peftscope.report.sentences import listed
 from peftscope.report.svg import INK
 
 
-def rank_table(study: StudyResults) -> pd.DataFrame:
-    """Returns one row for each tuned arm of a method with several ranks, by method and rank.
+def share_table(study: StudyResults, field: str) -> pd.DataFrame:
+    """Returns one row for each tuned arm of a method with several values of a field, by method and value.
 
     ``share`` is what it gains on the task over what full fine-tuning gains, or the reference in a study without it.
     ``low`` and ``high`` bound its interval over pairs of seeds. ``is_same`` says whether the two are the same within
     the margin. Empty without a task gain.
     """
     if math.isnan(study.yardstick):
-        return pd.DataFrame(columns=["method", "rank"])
+        return pd.DataFrame(columns=["method", field])
     whole = _whole(study)
     gain, rows = _gain(study, whole), []
     for arm in study.arms:
         runs = study.arm_runs(arm)
-        if arm.endswith(A_A) or not study.rate(arm).curve or runs["rank"].isna().any():
+        if arm.endswith(A_A) or not study.rate(arm).curve or runs[field].isna().any():
             continue
         row = {
             "method": str(runs["label"].iloc[0]),
-            "rank": int(runs["rank"].iloc[0]),
+            field: runs[field].iloc[0],
             "rate": study.rate(arm).best,
             "share": 1.0,
             "low": 1.0,
@@ -48,8 +51,14 @@ def rank_table(study: StudyResults) -> pd.DataFrame:
             row |= {"share": 1 - difference.mean / gain, "low": 1 - high / gain, "high": 1 - low / gain}
             row["is_same"] = difference.is_same
         rows.append(row)
-    table = pd.DataFrame(rows).sort_values(["method", "rank"])
-    return table[table.groupby("method")["rank"].transform("nunique") > 1].reset_index(drop=True)
+    table = pd.DataFrame(rows).sort_values(["method", field])
+    return table[table.groupby("method")[field].transform("nunique") > 1].reset_index(drop=True)
+
+
+def _varied(experiment: str) -> str:
+    """Returns the field that a study varies, or the rank."""
+    settings = read_experiment(experiment_path(experiment)).study
+    return (settings.varied if settings else None) or VARIED[0]
 
 
 def _whole(study: StudyResults) -> str:
@@ -64,9 +73,9 @@ def _gain(study: StudyResults, arm: str) -> float:
     return study.yardstick - (study.difference(arm, measured).mean if arm != measured else 0.0)
 
 
-def draw_ranks(axes: plt.Axes, study: StudyResults) -> None:
-    """Draws the share of full fine-tuning's gain over the rank, with the loss on the right, and beneath the rates."""
-    table, whole = rank_table(study), _whole(study)
+def draw_shares(axes: plt.Axes, study: StudyResults, field: str) -> None:
+    """Draws the share of full fine-tuning's gain over a field, with the loss on the right, and beneath the rates."""
+    table, whole = share_table(study, field), _whole(study)
     if table.empty:
         return
     grid = axes.figure.add_gridspec(3, 1)
@@ -77,8 +86,8 @@ def draw_ranks(axes: plt.Axes, study: StudyResults) -> None:
         colour, marker, dash = styles[str(name)]
         line = {"color": colour, "marker": marker, "linestyle": dash}
         reach = 100 * np.abs(rows[["low", "high"]].to_numpy().T - rows["share"].to_numpy())
-        axes.errorbar(rows["rank"], 100 * rows["share"], yerr=reach, capsize=3, label=str(name), **line)
-        beneath.plot(rows["rank"], rows["rate"], **line)
+        axes.errorbar(rows[field], 100 * rows["share"], yerr=reach, capsize=3, label=str(name), **line)
+        beneath.plot(rows[field], rows["rate"], **line)
     label = study.labels[whole]
     colour = arm_looks({whole: label})[whole].colour
     gain, loss = _gain(study, whole), float(study.arm_runs(whole)[HELDOUT].mean())
@@ -89,50 +98,51 @@ def draw_ranks(axes: plt.Axes, study: StudyResults) -> None:
     for side in (-1, 1):
         axes.axhline(100 * (1 + side * MARGIN), color=INK, linestyle="--", linewidth=0.9)
     beneath.axhline(study.rate(whole).best, color=colour, linewidth=1.2)
-    axes.set_xscale("log", base=2)
-    ranks = sorted(set(table["rank"]))
-    beneath.set_xticks(ranks, [f"{rank}" for rank in ranks])
+    axes.set_xscale("log")
+    values = sorted(set(table[field]))
+    beneath.set_xticks(values, [f"{value:,g}" for value in values])
     beneath.minorticks_off()
     beneath.set_yscale("log")
     beneath.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     beneath.yaxis.set_major_formatter("{x:g}")
     beneath.yaxis.set_minor_locator(NullLocator())
     axes.tick_params(labelbottom=False)
-    axes.set(ylabel=f"gain over {label}'s (%)", title="What each rank keeps, at its own best learning rate")
-    beneath.set(xlabel="rank", ylabel="learning rate")
+    axes.set(ylabel=f"gain over {label}'s (%)", title=f"What each {field} keeps, at its own best learning rate")
+    beneath.set(xlabel=field, ylabel="learning rate")
     handles = axes.get_legend_handles_labels()
     beneath.legend(*handles, loc="upper center", bbox_to_anchor=(0.5, -0.4), ncols=4, frameon=False, fontsize=9)
 
 
-def ranks_sentence(study: StudyResults) -> str:
-    """Returns what the figure says: the share at each rank, and the smallest rank that is the same as the whole."""
-    table, whole = rank_table(study), study.labels[_whole(study)]
+def shares_sentence(experiment: str) -> str:
+    """Returns what the figure says: the share at each value, and the smallest value that is the same as the whole."""
+    study, field = StudyResults(experiment), _varied(experiment)
+    table, whole = share_table(study, field), study.labels[_whole(study)]
     if table.empty:
         return "The task gain is not known, so that no share of it can be told."
     said = []
     for name, rows in table.groupby("method", sort=False):
-        shares = listed([f"{100 * row.share:.0f} % at rank {row.rank}" for row in rows.itertuples()])
-        same = rows.loc[rows["is_same"], "rank"]
+        each = zip(rows[field], rows["share"], strict=True)
+        shares = listed([f"{100 * share:.0f} % at {field} {value:,g}" for value, share in each])
+        same = rows.loc[rows["is_same"], field]
         smallest = (
-            f"The smallest that is the same within {100 * MARGIN:g} % is rank {same.min()}"
+            f"The smallest that is the same within {100 * MARGIN:g} % is {field} {same.min():,g}"
             if len(same)
             else f"None is shown to be the same within {100 * MARGIN:g} %"
         )
-        spread = rows["rate"].max() / rows["rate"].min()
-        said.append(
-            f"{name} keeps {shares} of what {whole} gains on the task. {smallest}. The best rates of these ranks lie "
-            f"within a factor of {spread:.1f}."
-        )
+        spread = f"within a factor of {rows['rate'].max() / rows['rate'].min():.1f}"
+        gain = f"{name} keeps {shares} of what {whole} gains on the task."
+        said.append(f"{gain} {smallest}. The best rates of these {field}s lie {spread}.")
     bars = f"Bars are {100 * CONFIDENCE:g} % intervals over pairs of seeds, dashed lines the margin."
     return " ".join([*said, bars])
 
 
-def write_ranks(experiment: str) -> None:
-    """Draws the figure of a study of ranks.
+def write_shares(experiment: str) -> None:
+    """Draws the figure of a study of ranks, alphas or dimensions.
 
     Raises:
         InputError: The study is not finished.
     """
     study = StudyResults(experiment)
     study.require_finished()
-    draw_figure(results_folder(experiment) / "figures" / "ranks.svg", lambda axes: draw_ranks(axes, study))
+    path = results_folder(experiment) / "figures" / "shares.svg"
+    draw_figure(path, lambda axes: draw_shares(axes, study, _varied(experiment)))
