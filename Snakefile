@@ -442,6 +442,33 @@ rule forgetting:
         "python -m peftscope forgetting {wildcards.experiment} > {log} 2>&1"
 
 
+# Only studies with arms on few examples have this.
+rule overfitting:
+    input:
+        "results/{experiment}/runs.csv",
+        "results/{experiment}/losses.csv",
+        "results/{experiment}/tuned.json",
+        workflow.source_path("src/peftscope/analysis/study.py"),
+        workflow.source_path("src/peftscope/report/overfitting.py"),
+    output:
+        report(
+            "results/{experiment}/figures/overfitting.svg",
+            caption="src/peftscope/report/captions/overfitting.rst",
+            category="Study",
+            labels={
+                "experiment": "{experiment}",
+                "figure": "few examples along the training",
+            },
+        ),
+    log:
+        "results/{experiment}/logs/overfitting.log",
+    benchmark:
+        "results/{experiment}/benchmarks/overfitting.tsv"
+    localrule: True
+    shell:
+        "python -m peftscope overfitting {wildcards.experiment} > {log} 2>&1"
+
+
 # Only studies of three or more ranks, alphas or dimensions have this.
 rule shares:
     input:

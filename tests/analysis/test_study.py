@@ -31,9 +31,10 @@ from peftscope.cli.study import describe
 from peftscope.errors import InputError
 from peftscope.planning.experiment import A_A_SHIFT
 from peftscope.planning.plan import load_workflow
-from peftscope.planning.published import published_items, published_records
+from peftscope.planning.published import VALIDATION, published_items, published_records
 from peftscope.planning.sweep import expand
 from peftscope.record import Quality, RunRecord, parse_record, write_record
+from peftscope.report.overfitting import mean_losses, overfitting_sentence, write_overfitting
 from peftscope.report.publish import publish, restore
 from peftscope.report.shares import share_table, shares_sentence, write_shares
 from peftscope.report.study import CONTROLS, _cut_at, answer, contrasts, controls, study_facts, write_study
@@ -535,6 +536,25 @@ def test_each_rank_keeps_a_share_of_what_full_fine_tuning_gains(finished: StudyR
     assert sentence.startswith("LoRA keeps 67 % at rank 2, 97 % at rank 8 of what full fine-tuning gains on the task.")
 
 
+def test_a_study_of_few_examples_shows_what_is_trained_and_what_is_not(finished: StudyResults) -> None:
+    scored = members("arm-lora")
+    losses = pd.read_csv("results/mine/losses.csv").set_index(["run_id", "step"])
+    runs = pd.read_csv("results/mine/runs.csv").set_index("run_id")
+    for run in scored:
+        losses.loc[(run, 1), VALIDATION] = 0.25
+        runs.loc[run, VALIDATION] = 0.75
+    losses.to_csv("results/mine/losses.csv")
+    runs.to_csv("results/mine/runs.csv")
+    curves = mean_losses(StudyResults("mine"))
+    assert list(curves) == ["lora"]  # of the other arms, nothing was scored along the training
+    assert curves["lora"]["validation"].tolist() == [0.25, 0.75]
+    first = losses.loc[(scored[0], 1), "nll_nats_per_token"]
+    assert curves["lora"]["training"].iloc[0] == pytest.approx(first)
+    write_overfitting("mine")
+    assert "training loss" in Path("results/mine/figures/overfitting.svg").read_text()
+    assert "its lowest by 0.500 (LoRA) nats per token" in overfitting_sentence("mine")
+
+
 def test_a_study_of_three_ranks_alphas_or_dimensions_has_a_figure_over_them(write_study_file) -> None:
     varied = {"ranks": "rank", "variants": None, "dora-ranks": "rank", "targets": None, "start-and-alpha": "alpha"}
     for name, field in (varied | {"subspace": "dimension", "forgetting": None}).items():
@@ -542,6 +562,9 @@ def test_a_study_of_three_ranks_alphas_or_dimensions_has_a_figure_over_them(writ
         assert workflow.plans[name].varied == field
         drawn = workflow.figures(SimpleNamespace(experiment=name))
         assert (f"results/{name}/figures/shares.svg" in drawn) is (field is not None)
+        assert f"results/{name}/figures/overfitting.svg" not in drawn
+    drawn = load_workflow({"experiment": "small-data"}).figures(SimpleNamespace(experiment="small-data"))
+    assert "results/small-data/figures/overfitting.svg" in drawn
 
 
 def test_claims_measure_shares_of_the_task_gain(finished: StudyResults) -> None:

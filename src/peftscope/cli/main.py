@@ -260,6 +260,7 @@ def report(experiment: rules.ExperimentName) -> None:
     from peftscope.report.benchmarks import write_benchmarks
     from peftscope.report.capacity import write_capacity
     from peftscope.report.forgetting import write_forgetting
+    from peftscope.report.overfitting import write_overfitting
     from peftscope.report.page import write_report
     from peftscope.report.plots import write_figures, write_ladder
     from peftscope.report.shares import write_shares
@@ -282,6 +283,8 @@ def report(experiment: rules.ExperimentName) -> None:
             write_study(experiment)
             if plan.follows_prose:
                 write_forgetting(experiment)
+            if plan.limits_examples:
+                write_overfitting(experiment)
             if plan.varied:
                 write_shares(experiment)
     if measured := _measured(plan.measured_runs):

@@ -131,6 +131,15 @@ def forgetting(experiment: ExperimentName) -> None:
 
 @app.command(hidden=True)
 @needs("report")
+def overfitting(experiment: ExperimentName) -> None:
+    """Draw the validation and the training loss of a study's arms along the training."""
+    from peftscope.report.overfitting import write_overfitting
+
+    write_overfitting(experiment)
+
+
+@app.command(hidden=True)
+@needs("report")
 def shares(experiment: ExperimentName) -> None:
     """Draw what each rank, alpha or dimension of a study keeps of full fine-tuning's gain, and its best rate."""
     from peftscope.report.shares import write_shares

@@ -48,7 +48,8 @@ STUDY_FILES = [
 
 CAPACITY_FILES = ["figures/capacity.svg", "tables/capacity.html", "tables/capacity.csv", "tables/stored.csv"]
 """What the report of an experiment on random strings shows beside."""
-UPDATES, FORGETTING, SHARES = "figures/updates.svg", "figures/forgetting.svg", "figures/shares.svg"
+UPDATES, FORGETTING = "figures/updates.svg", "figures/forgetting.svg"
+SHARES, OVERFITTING = "figures/shares.svg", "figures/overfitting.svg"
 
 
 class Plan:
@@ -105,6 +106,12 @@ class Plan:
     def follows_prose(self) -> bool:
         """Whether the experiment is a study that scores prose along its runs."""
         return self.is_study and bool(self.sweep.experiment.fixed.get("retention_every"))
+
+    @property
+    def limits_examples(self) -> bool:
+        """Whether the experiment is a study with arms that train on a part of the examples."""
+        study = self.sweep.experiment.study
+        return study is not None and any("train_items" in arm for arm in study.arms.values())
 
     @property
     def varied(self) -> str | None:
@@ -241,6 +248,7 @@ class Workflow:
         names += CAPACITY_FILES if plan.measures_capacity else []
         names += [UPDATES] if plan.sweep.experiment.keep_at else []
         names += [FORGETTING] if plan.follows_prose else []
+        names += [OVERFITTING] if plan.limits_examples else []
         names += [SHARES] if plan.varied else []
         return [(results_folder(plan.name) / name).as_posix() for name in names]
 

@@ -38,6 +38,7 @@ from peftscope.record import FINAL
 from peftscope.report.capacity import answer as answer_on_capacity
 from peftscope.report.forgetting import forgetting_sentence
 from peftscope.report.front import Surprise
+from peftscope.report.overfitting import overfitting_sentence
 from peftscope.report.rendering import rendered
 from peftscope.report.shares import shares_sentence
 from peftscope.report.spoken import deciding, spoken_finding
@@ -197,6 +198,7 @@ PICTURES: dict[str, Callable[[str], str]] = {
     "capacity": _stored,
     "updates": updates_sentence,
     "forgetting": forgetting_sentence,
+    "overfitting": overfitting_sentence,
     "differences": _differences,
 }
 """The figures that carry the answer of an experiment, the first of them that it has, and what each says."""

@@ -23,6 +23,7 @@ from peftscope.report.capacity import capacity_facts
 from peftscope.report.contributed import cards_table
 from peftscope.report.forgetting import forgetting_sentence
 from peftscope.report.memory import CARDS
+from peftscope.report.overfitting import overfitting_sentence
 from peftscope.report.rendering import asset, rendered
 from peftscope.report.sentences import NOTHING, listed, sentence
 from peftscope.report.serving import latencies, limited_runs
@@ -32,7 +33,7 @@ from peftscope.report.svg import in_page
 from peftscope.report.tables import FEWEST_FOR_MEANS, best_settings, html, method_summary, notable_runs
 from peftscope.report.weights import cuts_table, updates_sentence, updates_table
 
-MORE_FIGURES = {"updates": updates_sentence, "forgetting": forgetting_sentence}
+MORE_FIGURES = {"updates": updates_sentence, "forgetting": forgetting_sentence, "overfitting": overfitting_sentence}
 """The figures that only some experiments have, each with what says in words what it shows."""
 FIXED_FIGURES = ("pareto", "memory", "throughput", "losses", "prediction")
 

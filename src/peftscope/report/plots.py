@@ -356,10 +356,18 @@ def beside(axes: plt.Axes) -> None:
 
 
 def plain_ticks(axis: mpl.axis.Axis) -> None:
-    """Writes the ticks of a logarithmic axis as plain numbers."""
-    for setter in (axis.set_major_formatter, axis.set_minor_formatter):
-        setter(mpl.ticker.FormatStrFormatter("%g"))
+    """Writes the ticks of a logarithmic axis as plain numbers, of the minor ones no more than have room."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(_FewNumbers(minor_thresholds=(2, 0.4)))
     axis.set_tick_params(which="minor", labelsize=7)
+
+
+class _FewNumbers(mpl.ticker.LogFormatter):
+    """Labels the ticks that matplotlib would, with plain numbers."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """Returns a tick's label, which may be empty."""
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def draw_ladder(axes: plt.Axes, runs: pd.DataFrame, field: str) -> None:

@@ -1,0 +1,81 @@
+"""The figure of a study of few examples: the loss on others and on those that are trained, by step. No torch."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from peftscope.analysis.study import VALIDATION, StudyResults
+from peftscope.layout import results_folder
+from peftscope.report.plots import arm_looks, beside, draw_figure, plain_ticks
+from peftscope.report.sentences import listed
+
+TRAINING = "nll_nats_per_token"
+
+
+def write_overfitting(experiment: str) -> None:
+    """Draws the validation loss along the training of each arm, and the training loss beneath.
+
+    Raises:
+        InputError: The study is not finished.
+    """
+    study = StudyResults(experiment)
+    study.require_finished()
+    path = results_folder(experiment) / "figures" / "overfitting.svg"
+    draw_figure(path, lambda axes: draw_overfitting(axes, study))
+
+
+def mean_losses(study: StudyResults) -> dict[str, pd.DataFrame]:
+    """Returns for each arm that scores along its training its losses by step, mean over seeds.
+
+    ``validation`` is that on validation items. ``training`` is the mean over the steps since the one before, because
+    a single batch is too noisy. Runs that diverged are left out.
+    """
+    along, found = study.losses(), {}
+    for arm in study.arms:
+        curves = []
+        for row in study.arm_runs(arm).query("status == 'ok'").to_dict("records"):
+            losses = along.loc[row["run_id"]]
+            validation = losses[VALIDATION].dropna()
+            validation.loc[losses.index[-1]] = row[VALIDATION]
+            step = pd.cut(losses.index, [0, *validation.index], labels=validation.index)
+            training = losses[TRAINING].groupby(step, observed=True).mean()
+            curves.append(pd.DataFrame({"validation": validation, "training": training}))
+        if curves and len(curves[0]) > 1:
+            found[arm] = sum(curves) / len(curves)
+    return found
+
+
+def draw_overfitting(axes: plt.Axes, study: StudyResults) -> None:
+    """Draws a line for each arm in both panels."""
+    curves = mean_losses(study)
+    grid = axes.figure.add_gridspec(2, 1)
+    axes.set_subplotspec(grid[0])
+    beneath = axes.figure.add_subplot(grid[1], sharex=axes)
+    styles = arm_looks({arm: study.labels[arm] for arm in curves})
+    for arm, curve in curves.items():
+        colour, marker, dash = styles[arm]
+        line = {"color": colour, "marker": marker, "linestyle": dash, "markersize": 4}
+        axes.plot(curve.index, curve["validation"], **line)
+        beneath.plot(curve.index, curve["training"], label=study.labels[arm], **line)
+    for panel, loss in ((axes, "validation"), (beneath, "training")):
+        panel.set(yscale="log", ylabel=f"{loss} loss\n(nats per token)")
+        plain_ticks(panel.yaxis)
+    axes.tick_params(labelbottom=False)
+    beneath.set(xlabel="step")
+    if curves:
+        beside(beneath)
+
+
+def overfitting_sentence(experiment: str) -> str:
+    """Returns what the figure says: how far the validation loss of each arm ends above its lowest."""
+    study = StudyResults(experiment)
+    curves = {study.labels[arm]: curve for arm, curve in mean_losses(study).items()}
+    rises = {name: curve["validation"].iloc[-1] - curve["validation"].min() for name, curve in curves.items()}
+    risen = listed([f"{rise:.3f} ({name})" for name, rise in rises.items() if rise > 0])
+    gaps = listed([f"{(c['validation'] - c['training']).iloc[-1]:+.3f} ({name})" for name, c in curves.items()])
+    rise = f"On validation items the mean ends above its lowest by {risen} nats per token. " if risen else ""
+    return (
+        "The loss on validation items along the training, and beneath it the loss on the examples that are trained: "
+        f"means over seeds. {rise}It ends above the training loss by {gaps}."
+    )
