@@ -404,7 +404,10 @@ def test_an_arm_may_have_a_given_rate_or_that_of_another(write_study_file) -> No
     study = StudyResults("mine")
     assert study.arms == ["full", "lora", "thin", "paper", "short"]
     assert study.rate("paper").best == 2e-5 and study.rate("short").regret == 0
-    study._chosen["lora"] |= {"learning_rate": 3e-3, "regret_rms": 0.02}  # as if it were borrowed as it is
+    study._chosen["lora"]["regret_rms"] = 0.02
+    study._chosen["thin"] |= {"learning_rate": 3e-3, "regret_rms": 0.5}  # which happens to be the borrowed rate
+    assert study.rate("short").regret == 0  # at three times LoRA's rate
+    study.settings.borrowed_rates["short"].times = 1
     assert study.rate("short").regret == 0.02 and study.rate("paper").regret == 0
     with pytest.raises(InputError, match="the arm `paper` was not tuned: its rate was given"):
         study.tuning_runs("paper")

@@ -196,7 +196,7 @@ def test_it_says_how_it_is_known() -> None:
     assert known("arithmetic") == known("software") == known("literature") == "computed"
     assert known("numerics", low=0.9, high=1.1, n=8) == known("sampling", n=8) == "sampled, n = 8"
     assert (known("simulation"), known("gpu", low=0.9, high=1.1)) == ("simulated", "on a card")
-    assert known("training", model="toy, sums", **NARROW) == "trained, 6 pairs on toy, sums"
+    assert known("training", model="toy, sums", **NARROW) == "trained, 6 seeds on toy, sums"
     assert PartFinding(part(), Verdict.NOT_RUN).known == ""
 
 

@@ -368,7 +368,7 @@ def test_loftq_reduces_the_error_of_two_bits(iterations: int, spec_of) -> None:
 
 
 def test_directly_trained_weights_stay_on_their_grid_and_nothing_else_moves(spec_of) -> None:
-    """Small steps of Adam are rounded away; large ones are not."""
+    """Small steps of Adam are rounded away, but for the largest weight of each block; large ones are not."""
     for rate, moves in ((1e-5, False), (1e-1, True)):
         spec = spec_of("rounded", quant_type="nf2", learning_rate=rate)
         before = load_base(spec)

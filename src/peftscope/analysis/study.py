@@ -21,7 +21,14 @@ from peftscope.analysis.compare import Difference, compare
 from peftscope.errors import InputError, Problem
 from peftscope.layout import published, results_folder
 from peftscope.planning.cells import ARM, CONTROL, TUNING
-from peftscope.planning.experiment import A_A, OLD_CONTROLS
+from peftscope.planning.experiment import (
+    A_A,
+    OLD_CONTROLS,
+    Study,
+    experiment_names,
+    experiment_path,
+    read_experiment,
+)
 from peftscope.planning.published import VALIDATION, loss_rows, published_records
 
 HELDOUT = "heldout_nll_nats_per_token"
@@ -81,6 +88,11 @@ class StudyResults:
                 self._folder = folder
                 return
         raise self._unfinished("not run")
+
+    @cached_property
+    def settings(self) -> Study | None:
+        """The settings in the study's file; None if the results are all that is left of it."""
+        return read_experiment(experiment_path(self.name)).study if self.name in experiment_names() else None
 
     def _unfinished(self, what: str) -> InputError:
         return InputError(Problem(f"the study `{self.name}`", what, f"make report EXPERIMENT={self.name}"))
@@ -160,12 +172,14 @@ class StudyResults:
     def rate(self, arm: str) -> Rate:
         """Returns the learning rate of an arm, with its neighbours if it was tuned.
 
-        An arm at the rate that was chosen for another one has borrowed it, with the error of that choice.
+        An arm at the rate that was chosen for another one has borrowed it, with the error of that choice. At a multiple
+        of it, or at a rate that was given, it has no such error.
         """
         if arm in self._entered and arm not in self._chosen:
             given = float(self.arm_runs(arm)["learning_rate"].iloc[0])
-            lenders = [one.get("regret_rms", 0.0) for one in self._chosen.values() if one["learning_rate"] == given]
-            return Rate(given, {}, regret=max(lenders, default=0.0))
+            borrowed = self.settings.borrowed_rates.get(arm) if self.settings else None
+            lender = self._tuning_of(borrowed.arm) if borrowed and borrowed.times == 1 else {}
+            return Rate(given, {}, regret=lender.get("regret_rms", 0.0))
         chosen = self._tuning_of(arm)
         losses: dict[float, list[float | None]] = {}
         for tried in chosen["tried"]:

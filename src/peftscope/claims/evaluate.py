@@ -46,8 +46,8 @@ class PartFinding:
             return ""
         word = KNOWN_BY[self.part.kind]
         if word == "trained":
-            pairs = f", {self.found.n} pair{'s' * (self.found.n != 1)}" if self.found.samples else ""
-            return f"trained{pairs} on {self.found.model}"
+            seeds = f", {self.found.n} seed{'s' * (self.found.n != 1)}" if self.found.samples else ""
+            return f"trained{seeds} on {self.found.model}"
         if self.found.contributed:
             return "on a contributed card"
         sampled = word == "sampled" or (word == "computed" and self.found.low is not None)

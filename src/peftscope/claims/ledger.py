@@ -11,7 +11,16 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from peftscope.claims import checks
 from peftscope.claims.measurement import Measurement
@@ -48,12 +57,17 @@ class Part(BaseModel):
     answers: Annotated[
         dict[Verdict, str],
         Field(
-            description="by verdict, what the value answers in the terms of the claim; {found} or {size} stands for it"
+            description="what the value answers in the claim's terms, by verdict or for all; {found} or {size} is it"
         ),
     ] = {}
     scope: Annotated[str, Field(description="where the verdict holds, if narrower than the claim's scope")] = ""
     family: Annotated[str, Field(description="contrasts that Holm's correction takes together")] = ""
     waits_for: Annotated[str, Field(description="what has to be run first")] = ""
+
+    @field_validator("answers", mode="before")
+    @classmethod
+    def _by_verdict(cls, answers: Any) -> Any:
+        return dict.fromkeys(Verdict, answers) if isinstance(answers, str) else answers
 
     @model_validator(mode="after")
     def _measured_or_excused(self) -> Part:

@@ -40,8 +40,8 @@ from peftscope.spec import RunSpec
 SHOWN_ELSEWHERE = ("init_seed", "learning_rate", "file_sha256")
 """The settings that have a column of their own, or say nothing to a reader."""
 LEAD = (
-    "Every method of a finished study, at its own learning rate, on the same task and the same seeds as the others in "
-    "its table. A place in a list is no result here: what counts is the interval and the group."
+    "Every method of a finished study, at the learning rate in its row, on the same task and the same seeds as the "
+    "others in its table. A place in a list is no result here: what counts is the interval and the group."
 )
 POINTS = (
     "Rows that share a letter cannot be told apart. Rows that share none can, after Holm's correction for all pairs of "

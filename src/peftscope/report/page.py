@@ -33,8 +33,13 @@ from peftscope.report.svg import in_page
 from peftscope.report.tables import FEWEST_FOR_MEANS, best_settings, html, method_summary, notable_runs
 from peftscope.report.weights import cuts_table, updates_sentence, updates_table
 
-MORE_FIGURES = {"updates": updates_sentence, "forgetting": forgetting_sentence, "overfitting": overfitting_sentence}
-"""The figures that only some experiments have, each with what says in words what it shows."""
+ANSWERS = {
+    "shares": shares_sentence,
+    "updates": updates_sentence,
+    "forgetting": forgetting_sentence,
+    "overfitting": overfitting_sentence,
+}
+"""The figures that carry the answer of some studies, each with what says in words what it shows."""
 FIXED_FIGURES = ("pareto", "memory", "throughput", "losses", "prediction")
 
 
@@ -50,11 +55,14 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
         for name, text in said.items()
         if text != NOTHING
     ]
-    for name, say in MORE_FIGURES.items():
+    answers = []
+    for name, say in ANSWERS.items():
         if (path := folder / "figures" / f"{name}.svg").is_file():
             text = say(experiment)
-            figures.append({"name": name, "image": _embedded(path, text), "sentence": text})
+            answers.append({"name": name, "image": _embedded(path, text), "sentence": text})
     settings = read_experiment(experiment_path(experiment))
+    if not settings.study:
+        figures, answers = figures + answers, []
     page = rendered(
         "report.html.j2",
         experiment=experiment,
@@ -64,6 +72,7 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
         style=asset("report.css"),
         script=asset("report.js"),
         figures=figures,
+        answers=answers,
         methods_table=(folder / "tables" / "methods.html").read_text(),
         left_out=_left_out(runs),
         runs_table=(folder / "tables" / "runs.html").read_text(),
@@ -122,15 +131,12 @@ def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
         return {"unfinished": str(error)}
     facts = study_facts(study, settings)
     said = study_sentences(facts)
-    if settings.varied and (folder / "figures" / "shares.svg").is_file():
-        said["shares"] = shares_sentence(experiment)
     figures = {
         name: {"sentence": text, "image": _embedded(folder / "figures" / f"{name}.svg", text)}
         for name, text in said.items()
     }
     return {
         "unfinished": "",
-        "shares": None,
         **facts,
         **figures,
         "contrasts": (folder / "tables" / "contrasts.html").read_text(),

@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import HELDOUT, MARGIN, StudyResults
 from peftscope.layout import results_folder
-from peftscope.planning.experiment import A_A, VARIED, experiment_path, read_experiment
+from peftscope.planning.experiment import A_A, VARIED
 from peftscope.report.plots import arm_looks, draw_figure
 from peftscope.report.sentences import listed
 from peftscope.report.svg import INK
@@ -55,10 +55,9 @@ def share_table(study: StudyResults, field: str) -> pd.DataFrame:
     return table[table.groupby("method")[field].transform("nunique") > 1].reset_index(drop=True)
 
 
-def _varied(experiment: str) -> str:
+def _varied(study: StudyResults) -> str:
     """Returns the field that a study varies, or the rank."""
-    settings = read_experiment(experiment_path(experiment)).study
-    return (settings.varied if settings else None) or VARIED[0]
+    return (study.settings.varied if study.settings else None) or VARIED[0]
 
 
 def _whole(study: StudyResults) -> str:
@@ -115,7 +114,8 @@ def draw_shares(axes: plt.Axes, study: StudyResults, field: str) -> None:
 
 def shares_sentence(experiment: str) -> str:
     """Returns what the figure says: the share at each value, and the smallest value that is the same as the whole."""
-    study, field = StudyResults(experiment), _varied(experiment)
+    study = StudyResults(experiment)
+    field = _varied(study)
     table, whole = share_table(study, field), study.labels[_whole(study)]
     if table.empty:
         return "The task gain is not known, so that no share of it can be told."
@@ -124,14 +124,11 @@ def shares_sentence(experiment: str) -> str:
         each = zip(rows[field], rows["share"], strict=True)
         shares = listed([f"{100 * share:.0f} % at {field} {value:,g}" for value, share in each])
         same = rows.loc[rows["is_same"], field]
-        smallest = (
-            f"The smallest that is the same within {100 * MARGIN:g} % is {field} {same.min():,g}"
-            if len(same)
-            else f"None is shown to be the same within {100 * MARGIN:g} %"
-        )
+        shown = listed([f"{value:,g}" for value in same])
+        smallest = f"Shown to be the same within {100 * MARGIN:g} %: {f'{field} {shown}' if shown else 'none'}"
         spread = f"within a factor of {rows['rate'].max() / rows['rate'].min():.1f}"
         gain = f"{name} keeps {shares} of what {whole} gains on the task."
-        said.append(f"{gain} {smallest}. The best rates of these {field}s lie {spread}.")
+        said.append(f"{gain} {smallest}. The chosen rates of these {field}s lie {spread}.")
     bars = f"Bars are {100 * CONFIDENCE:g} % intervals over pairs of seeds, dashed lines the margin."
     return " ".join([*said, bars])
 
@@ -145,4 +142,4 @@ def write_shares(experiment: str) -> None:
     study = StudyResults(experiment)
     study.require_finished()
     path = results_folder(experiment) / "figures" / "shares.svg"
-    draw_figure(path, lambda axes: draw_shares(axes, study, _varied(experiment)))
+    draw_figure(path, lambda axes: draw_shares(axes, study, _varied(study)))

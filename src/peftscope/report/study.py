@@ -14,7 +14,7 @@ from peftscope.analysis.compare import Difference, Outcome
 from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, holm, mean_interval, sign_flip_p
 from peftscope.analysis.study import ACCURACY, HELDOUT, MARGIN, VALIDATION, StudyResults, paired
 from peftscope.layout import results_folder
-from peftscope.planning.experiment import A_A, Study, experiment_names, experiment_path, read_experiment
+from peftscope.planning.experiment import A_A, Study
 from peftscope.report.plots import GREY, LABEL_WIDTH, arm_looks, beside, draw_figure, plain_ticks
 from peftscope.report.sentences import listed, spoken_outcome
 from peftscope.report.svg import INK
@@ -35,9 +35,7 @@ NARROW = 2 * CONFIDENCE - 1
 
 def compared(study: StudyResults) -> list[tuple[str, str]]:
     """Returns the arms that a study compares: each with the reference, then the contrasts that its file adds."""
-    # Results may be all that is left of a study.
-    settings = read_experiment(experiment_path(study.name)).study if study.name in experiment_names() else None
-    added = [pair for pair in settings.contrasts if set(pair) <= set(study.arms)] if settings else []
+    added = [pair for pair in study.settings.contrasts if set(pair) <= set(study.arms)] if study.settings else []
     return [(arm, study.reference) for arm in study.arms if arm != study.reference] + added
 
 
@@ -150,9 +148,9 @@ def spoken_difference(row: dict[Any, Any], labels: dict[str, str]) -> str:
 
     >>> row = dict(arm="dora", against="lora", n=3, difference=-0.038, difference_low=-0.095, difference_high=0.019)
     >>> row |= dict(percent=-4.1, percent_low=-10.3, percent_high=2.1, margin_percent=5, outcome="open")
-    >>> row |= dict(pairs_to_decide=math.nan)
-    >>> spoken_difference(row, {"dora": "DoRA", "lora": "LoRA"})
-    'DoRA − LoRA: −0.038 nats per token [−0.095, +0.019], −4.1 % of the task gain: open at 3 pairs'
+    >>> row |= dict(pairs_to_decide=9)
+    >>> spoken_difference(row, {"dora": "DoRA", "lora": "LoRA"}).partition("], ")[2]
+    '−4.1 % of the task gain: open at 3 pairs, about 9 would decide'
     """
     name = labels[row["arm"]] if row["arm"].endswith(A_A) else f"{labels[row['arm']]} − {labels[row['against']]}"
     text = f"{name}: {_signed(row, 'difference', '.3f', ' nats per token')}"
@@ -162,8 +160,8 @@ def spoken_difference(row: dict[Any, Any], labels: dict[str, str]) -> str:
     side = "lower" if row["difference"] < 0 else "higher"
     words = spoken_outcome(outcome, side, f"{row['margin_percent']:g} %", f"{row['n']} pairs")
     pairs = row["pairs_to_decide"]
-    more = f", about {int(pairs)} would decide" if outcome == Outcome.OPEN and not math.isnan(pairs) else ""
-    return f"{text}: {words}{more}"
+    more = "no number of pairs would decide" if math.isnan(pairs) else f"about {int(pairs)} would decide"
+    return f"{text}: {words}, {more}" if outcome == Outcome.OPEN else f"{text}: {words}"
 
 
 def _number(value: float, spec: str) -> str:
@@ -318,7 +316,8 @@ def _cut_at(axes: plt.Axes, samples: list[pd.Series]) -> None:
 
 
 CLAUSES = {
-    "the same as {reference} within {margin} % of the task gain": (Outcome.SAME, Outcome.SAME_BUT_DIFFERS),
+    "the same as {reference} within {margin} % of the task gain": (Outcome.SAME,),
+    "within {margin} % of the task gain of {reference}, though not equal to it": (Outcome.SAME_BUT_DIFFERS,),
     "more than {margin} % of the task gain from {reference}": (Outcome.MORE,),
     "apart from {reference} by an amount that is open": (Outcome.DIFFERS,),
     "open": (Outcome.OPEN,),
@@ -343,7 +342,7 @@ def answer(table: pd.DataFrame, labels: dict[str, str]) -> str:
             clause = words.format(reference=labels[row["against"]], margin=margin)
             subject = labels[row["arm"]] + (f" against {labels[row['against']]}" if clause == words else "")
             sentences.append(f" {subject} is {clause} ({_signed(row, 'percent', '.1f')}).")
-    return "Of the arms, " + "; ".join(parts) + "." + "".join(sentences)
+    return "Of the arms, " + "; ".join(parts) + "." + "".join(sentences) + " Above zero means a higher loss."
 
 
 def power(study: StudyResults) -> dict[str, Any]:
@@ -360,7 +359,7 @@ def power(study: StudyResults) -> dict[str, Any]:
         "half_margin": f"{50 * MARGIN:g}",
         "narrow": f"{100 * NARROW:g}",
         "widths": f"{min(widths.values()):.1f} to {max(widths.values()):.1f}" if widths else "",
-        "missed": ", ".join(f"{name} (±{widths[name]:.1f} %)" for name, one in found.items() if not one.is_precise),
+        "missed": ", ".join(f"{name} (±{widths[name]:.2f} %)" for name, one in found.items() if not one.is_precise),
     }
 
 
@@ -378,11 +377,15 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
         "no_gain": math.isnan(study.yardstick) and any(name == "shuffled-labels" for name, _ in study.controls),
         "a_a_fails": any(row["difference_low"] > 0 or row["difference_high"] < 0 for row in a_a),
         "power": power(study) if not math.isnan(study.yardstick) else None,
+        "given": listed([labels[arm] for arm in (*settings.given_rates, *settings.borrowed_rates) if arm in labels]),
+        "controls_of": sorted({control for control, _ in study.controls}),
         "fewest_rates": min(len(rates) for rates in settings.learning_rates.values()),
         "fine": bool(settings.fine_seeds),
         "tuning_seeds": listed([*settings.tuning_seeds, *settings.fine_seeds]),
         "seeds": len(settings.seeds),
-        "chosen": ", ".join(f"{label} {study.rate(arm).best:g}" for arm, label in labels.items()),
+        "chosen": ", ".join(
+            f"{label} {study.rate(arm).best:g}" for arm, label in labels.items() if study.rate(arm).curve
+        ),
         "at_an_end": ", ".join(labels[arm] for arm in study.arms_at_an_end),
         "left_out": ", ".join(f"{arm} ({reason})" for arm, reason in study.left_out.items()),
         "base_loss": f"{study.base_loss:.3f}",

@@ -114,10 +114,10 @@ def updates_sentence(experiment: str) -> str:
         )
     ranks = table.groupby("variant", sort=False)["rank_90"].median()
     said = ", ".join(f"{rank:g} ({variant})" for variant, rank in ranks.items())
-    noise = f", and {table['gaussian_rank_90'].median():g} for a Gaussian matrix" if len(table) else ""
+    noise = f" Of a Gaussian matrix, {table['gaussian_rank_90'].median():g} hold as much." if len(table) else ""
     return (
-        "The update of a matrix, by how many of its largest singular values hold how much of its energy: the median "
-        f"over matrices and seeds. 90 % are held by {said}{noise}."
+        f"The largest singular values that hold 90 % of an update's energy: {said}.{noise} Lines are medians over "
+        "matrices and seeds; grey ones are noise of the same shapes."
     )
 
 
