@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from peftscope.analysis.collect import read_runs
+from peftscope.analysis.study import StudyResults
 from peftscope.analysis.weights import after_training, read_weights, weights_folder
 from peftscope.layout import results_folder
 from peftscope.planning.cells import ARM
@@ -46,20 +47,20 @@ def _has_worth(table: pd.DataFrame) -> bool:
 
 
 def _with_labels(experiment: str) -> pd.DataFrame:
-    """Returns the matrices after the training, each with its method's label, and what tells it from others of it.
+    """Returns the matrices after the training, each with its method's label, and its variant's.
 
-    That is the arm in a study, whose other runs are left out, and otherwise the rank.
+    In a study that is the arm, and runs of no arm are left out. Otherwise the rank tells variants apart.
     """
     runs = read_runs(experiment, weights_folder(experiment)).set_index("run_id")
     table = after_training(read_weights(experiment))
-    apart = runs["comparisons"].str.extract(rf"\b{ARM}(\S+)")[0]
-    if apart.notna().any():
-        runs = runs[apart.notna()]
-        table = table[table["run_id"].isin(runs.index)]
-    elif "rank" in runs:
-        apart = "rank " + runs["rank"].map("{:g}".format)
-    several = apart.groupby(runs["label"]).transform("nunique") > 1
-    names = runs["label"].where(~several, runs["label"] + ", " + apart)
+    arms = runs["comparisons"].str.extract(rf"\b{ARM}(\S+)")[0].dropna()
+    if len(arms):
+        names = arms.map(StudyResults(experiment).labels)
+        table = table[table["run_id"].isin(arms.index)]
+    else:
+        ranks = "rank " + runs["rank"].map("{:g}".format) if "rank" in runs else runs["label"]
+        several = ranks.groupby(runs["label"]).transform("nunique") > 1
+        names = runs["label"].where(~several, runs["label"] + ", " + ranks)
     return table.assign(variant=table["run_id"].map(names), label=table["run_id"].map(runs["label"]))
 
 
