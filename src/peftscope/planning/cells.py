@@ -98,7 +98,7 @@ TUNING = "tune-"
 """Begins the names of a study's comparisons that try learning rates; the arm's name follows."""
 
 FINE = "fine-"
-"""Begins the names of the comparisons that try three more rates around the best; the arm's name follows."""
+"""Begins the names of the comparisons that try the best rate again and one on either side; the arm's name follows."""
 
 ARM = "arm-"
 """Begins the names of the comparisons that hold one arm's runs at its chosen rate; the arm's name follows."""
@@ -116,7 +116,7 @@ def tuning_cells(study: Study) -> Iterator[Cell]:
 
 
 def fine_cells(study: Study, best: dict[str, float | None]) -> Iterator[Cell]:
-    """Yields the cells that try three more rates around the best one of each arm, where that is known."""
+    """Yields the cells that try the best rate of each arm again and one on either side, where that is known."""
     for entrant in study.entrants:
         if centre := best.get(entrant.name):
             rates = {rounded(centre * factor): "study.fine_seeds" for factor in (1 / FINE_STEP, 1, FINE_STEP)}

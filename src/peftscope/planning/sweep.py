@@ -149,7 +149,7 @@ def expand(name: str, device: Device = "cpu", *, assume_rates: bool = False) -> 
 
 
 def _add_study(expansion: _Expansion, name: str, experiment: Experiment, study: Study, assume_rates: bool) -> None:
-    """Adds what of a study is known: the rates to try, three more around the best, the runs at the chosen ones."""
+    """Adds what of a study is known: the rates to try, the best and its neighbours again, runs at the chosen ones."""
 
     def chosen(path: Path, stages: tuple[str, ...]) -> dict[str, float | None]:
         """Returns each arm's rate in a file, None unless it was chosen from the runs that tune the arm now."""
