@@ -95,8 +95,8 @@ class Study(BaseModel):
         borrowed_rates: The rate of each arm that is compared at the rate of another one.
         ends: Whether a best rate that is the first or last of its list ends the study, or is kept and reported.
         tuning_seeds: Runs that only choose learning rates, by validation loss.
-        fine_seeds: Where given, each arm's best rate and one on either side are tried on these seeds; a local fit over all
-            chooses the rate.
+        fine_seeds: Where given, each arm's best rate and one on either side are tried on these seeds;
+            a local fit over all chooses the rate.
         seeds: Runs at the chosen rates; the same seed gives every arm the same batches and test items.
         tuning: Fields of the tuning runs alone: what only the comparison needs is left out there.
         a_a: The reference, if it enters a second time as ``ARM-a-a``, tuned on seeds of its own and with other

@@ -62,6 +62,7 @@ class Topic(BaseModel):
         title: The question.
         claims: The ids of the claims that answer it.
         studies: The experiments whose answers and pictures belong to it.
+        doubt: What may be wrong with these answers, if anything is known.
         larger: What a larger model might change, and why.
         papers: Where the papers say something else, or measure otherwise.
     """
@@ -71,6 +72,7 @@ class Topic(BaseModel):
     title: str
     claims: list[str]
     studies: list[str] = []
+    doubt: str = ""
     larger: str
     papers: str
 
