@@ -19,6 +19,7 @@ from rich.text import Text
 from snakemake_interface_logger_plugins.common import LogEvent
 from snakemake_logger_plugin_rich import LogHandler as RichLogHandler
 
+from peftscope.errors import InputError
 from peftscope.layout import record_path
 from peftscope.planning.estimate import estimate_seconds, spoken
 from peftscope.planning.plan import Workflow, loaded_workflow
@@ -84,12 +85,19 @@ class TimeLeft:
 
     def seconds(self) -> float:
         """Returns the seconds until the end, with the runs whose learning rates are not chosen yet."""
-        later = self._workflow.later_runs.items() if self._workflow else ()
+        later, measured = self._later()
         left = sum(number * self._seconds(rule) for rule, number in self._left.items())
-        left += sum(self._training_seconds(run, spec) for run, spec in later)
+        left += sum(self._training_seconds(run, spec) for run, spec in later.items())
+        left += measured * self._seconds("measure")
         trusted = TRUST * (self._done + left)
         slower = (self._last - self._began + trusted) / (self._done + trusted) if trusted else 1.0
         return max(0.0, slower * left - (self._clock() - self._last))
+
+    def _later(self) -> tuple[dict[str, RunSpec], int]:
+        try:
+            return self._workflow.later_runs() if self._workflow else ({}, 0)
+        except InputError:  # the file was changed in the meantime; the workflow itself will say so
+            return {}, 0
 
     def _seconds(self, rule: str, run_id: str | None = None) -> float:
         """Returns the estimate of a job; of a training of which nobody knows which it is, the mean of those to come."""
@@ -103,7 +111,8 @@ class TimeLeft:
 
     def _training_seconds(self, run_id: str, spec: RunSpec) -> float:
         if run_id not in self._estimates:
-            one_thread = self._workflow is not None and self._workflow.shares_machine(run_id)
+            shares = self._workflow is not None and self._workflow.shares_machine(run_id)
+            one_thread = shares and spec.device == "cpu"
             self._estimates[run_id] = estimate_seconds(spec, _product_rate, one_thread=one_thread)
         return self._estimates[run_id]
 

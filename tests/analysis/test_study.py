@@ -558,8 +558,19 @@ def test_a_study_of_few_examples_shows_what_is_trained_and_what_is_not(finished:
     assert "its lowest by 0.500 (LoRA) nats per token" in overfitting_sentence("mine")
 
 
+def test_results_are_read_where_they_are_all_that_is_left(finished: StudyResults) -> None:
+    before = contrasts(finished)
+    Path("experiments/mine.yaml").unlink()
+    left = StudyResults("mine")
+    assert left.settings is None
+    pd.testing.assert_frame_equal(contrasts(left), before)
+    assert len(share_table(left, "rank")) == 2
+
+
 def test_a_study_of_three_ranks_alphas_or_dimensions_has_a_figure_over_them(write_study_file) -> None:
     varied = {"ranks": "rank", "variants": None, "dora-ranks": "rank", "targets": None, "start-and-alpha": "alpha"}
+    alphas = load_workflow({"experiment": "start-and-alpha"}).plans["start-and-alpha"].sweep.experiment.study
+    assert alphas.levels("alpha") == [["lora", "alpha-2", "alpha-8", "alpha-32"]]  # and no arm with another start
     for name, field in (varied | {"subspace": "dimension", "forgetting": None}).items():
         workflow = load_workflow({"experiment": name})
         assert workflow.plans[name].varied == field

@@ -189,6 +189,13 @@ def test_all_assertions_and_conditions_decide_and_nothing_beside_them(verdicts: 
         assert found.verdict == whole
 
 
+def test_an_answer_may_be_one_text_for_all_verdicts() -> None:
+    for answers in ("{found} of it", {"wrong": "{found} of it"}):
+        one = part(answers=answers)
+        said = {verdict: PartFinding(one, verdict, found=Measurement(2.0)).answer for verdict in Verdict}
+        assert said[Verdict.WRONG] == "2 of it" and (said[Verdict.HOLDS] == "2 of it") == isinstance(answers, str)
+
+
 def test_it_says_how_it_is_known() -> None:
     def known(kind: str, **found: Any) -> str:
         return PartFinding(part(kind=kind), Verdict.HOLDS, found=Measurement(1.0, **found)).known

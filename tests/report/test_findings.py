@@ -22,10 +22,12 @@ def test_the_page_says_what_was_found_and_what_waits(own_folder: Path, repositor
     findings = read_findings(repository / "results/published/claims.json")
     by_id = {finding["id"]: finding for finding in findings}
     topic = {"title": "One topic", "claims": ["S34", "S97", "S6"], "larger": "More.", "papers": "Other."}
+    topic["doubt"] = "The rates are too low."
     Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic]}))
     by_id["S34"]["verdict"], by_id["S97"]["verdict"], by_id["S6"]["verdict"] = "holds", "not run", "wrong"
     page = write_findings(read_ledger(), findings).read_text()
     assert page.index("**S6**") < page.index("**S34**") < page.index("Not run yet: [S97](claims.md#S97)")
+    assert "\n\n*In doubt.* The rates are too low.\n\n*A larger model.*" in page
     assert "**Wrong**" in page and "**Holds**" in page
     (row,) = [line for line in page.splitlines() if line.startswith("| variants-60 |")]
     deciding = [

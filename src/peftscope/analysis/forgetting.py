@@ -21,7 +21,7 @@ def curves(study: StudyResults, runs: pd.DataFrame) -> Iterator[tuple[int, pd.Da
         InputError: The study did not score both along the training.
     """
     base = study.table[study.table["method"] == "none"][VALIDATION].iloc[0]
-    along = study.losses()
+    along = study.losses
     for row in runs[runs["status"] == "ok"].to_dict("records"):
         before = row[f"{RETENTION}_before"]
         mine = along.loc[row["run_id"]]

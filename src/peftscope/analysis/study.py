@@ -29,7 +29,7 @@ from peftscope.planning.experiment import (
     experiment_path,
     read_experiment,
 )
-from peftscope.planning.published import VALIDATION, loss_rows, published_records
+from peftscope.planning.published import LOSSES, VALIDATION, loss_rows, published_records
 
 HELDOUT = "heldout_nll_nats_per_token"
 ACCURACY = "exact_match_fraction"
@@ -322,25 +322,26 @@ class StudyResults:
         differences = list(both["first"] - both["second"])
         return compare(differences, margin * self.yardstick, self.tuning_error(arm, against))
 
+    @cached_property
     def losses(self) -> pd.DataFrame:
-        """Returns the losses of all runs, indexed by run id and step."""
-        path = self._folder / "losses.csv"
-        if path.is_file():
-            return pd.read_csv(path).set_index(["run_id", "step"])
-        records = published_records(self._folder.name).items()  # which a wheel has, unlike their losses in one table
+        """The losses of all runs, indexed by run id and step."""
+        index, here, published = ["run_id", "step"], self._folder / "losses.csv", self._folder / LOSSES
+        if here.is_file() or published.is_file():
+            return (pd.read_csv(here) if here.is_file() else pd.read_parquet(published)).set_index(index)
+        records = published_records(self._folder.name).items()  # of a wheel, which leaves their losses out
         rows = [{"run_id": run, **row} for run, text in records for row in loss_rows(json.loads(text))]
-        return pd.DataFrame(rows).set_index(["run_id", "step"]).astype(float)
+        return pd.DataFrame(rows).set_index(index)
 
     def training_losses(self) -> pd.Series:
         """Returns the training losses of all runs, indexed by run id and step."""
-        return self.losses()["nll_nats_per_token"]
+        return self.losses["nll_nats_per_token"]
 
     def samples_to(self, loss: float, arm: str) -> list[float]:
         """Returns for each seed of an arm how many samples it saw before its validation loss reached another.
 
         Losses between two measurements are interpolated; infinite if the loss was not reached.
         """
-        curves = self.losses()
+        curves = self.losses
         if VALIDATION not in curves or curves[VALIDATION].isna().all():
             return []
         runs = self.arm_runs(arm).set_index("run_id")

@@ -296,11 +296,16 @@ def report(experiment: rules.ExperimentName) -> None:
 
 
 def _measured(runs: list[str]) -> list[str]:
-    """Returns the finished ones of runs that keep weights, which are measured if they were not yet."""
-    from peftscope.record import measured_path
+    """Returns the finished ones of runs that keep weights, which are measured if they were not yet.
+
+    Restored runs have no weights: if what was measured on them did not come along, they are left out.
+    """
+    from peftscope.record import is_restored, measured_path
 
     finished = [run for run in runs if record_path(run).is_file()]
     to_measure = [run for run in finished if not measured_path(run_folder(run)).is_file()]
+    lost = {run for run in to_measure if is_restored(run_folder(run))}
+    finished, to_measure = ([run for run in these if run not in lost] for these in (finished, to_measure))
     if to_measure:
         from peftscope.execution.weights import measure_weights
 

@@ -177,16 +177,18 @@ class Study(BaseModel):
 
         It has one if at least three tuned arms differ in nothing but that field, wherever an arm names it.
         """
-        tuned = [self.arms[arm] for arm in self.learning_rates]
         for field in VARIED:
-            groups: dict[str, list[bool]] = {}
-            for arm in tuned:
-                others = repr(sorted((name, value) for name, value in arm.items() if name != field))
-                groups.setdefault(others, []).append(field in arm)
-            sizes = [len(names) for names in groups.values() if any(names)]
-            if min(sizes, default=0) >= FEWEST_VALUES:
+            if min(map(len, self.levels(field)), default=0) >= FEWEST_VALUES:
                 return field
         return None
+
+    def levels(self, field: str) -> list[list[str]]:
+        """Returns the groups of tuned arms that differ in nothing but a field, if one of them names it."""
+        groups: dict[str, list[str]] = {}
+        for arm in self.learning_rates:
+            others = repr(sorted((name, value) for name, value in self.arms[arm].items() if name != field))
+            groups.setdefault(others, []).append(arm)
+        return [arms for arms in groups.values() if any(field in self.arms[arm] for arm in arms)]
 
     @property
     def reference(self) -> str:

@@ -58,6 +58,7 @@ class Plan:
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
         self.name = sweep.name
+        self._assumed: tuple[Sweep | None, Plan] = None, self
 
     @property
     def run_ids(self) -> list[str]:
@@ -109,9 +110,10 @@ class Plan:
 
     @property
     def limits_examples(self) -> bool:
-        """Whether the experiment is a study with arms that train on a part of the examples."""
-        study = self.sweep.experiment.study
-        return study is not None and any("train_items" in arm for arm in study.arms.values())
+        """Whether the experiment is a study with arms that train on a part of the examples, and scores them along."""
+        study, fixed = self.sweep.experiment.study, self.sweep.experiment.fixed
+        arms = study.arms.values() if study else ()
+        return any("train_items" in arm and (fixed | arm).get("validation_every") for arm in arms)
 
     @property
     def varied(self) -> str | None:
@@ -123,16 +125,21 @@ class Plan:
         """The fields that some ladder varies: each has a figure."""
         return sorted({c.name.rpartition("-")[2] for c in self.sweep.comparisons if c.name.startswith("ladder-")})
 
-    @cached_property
-    def later_runs(self) -> dict[str, RunSpec]:
-        """The runs of a study that follow from rates which are not chosen yet, at about the rates that are likely."""
-        assumed = expand(self.name, detect_device(), assume_rates=True).runs if self.is_study else {}
-        return {run: spec for run, spec in assumed.items() if run not in self.sweep.runs}
+    def assumed(self) -> Plan:
+        """Returns the plan with all runs of a study, those whose rates are not chosen yet at rates that are likely.
+
+        Another thread may ask while the experiment is expanded again, so what was assumed remembers of which sweep.
+        """
+        of, assumed = self._assumed
+        if of is not self.sweep:
+            of = self.sweep
+            assumed = Plan(expand(self.name, detect_device(), assume_rates=True)) if self.is_study else self
+            self._assumed = of, assumed
+        return assumed
 
     def expand_again(self) -> None:
         """Expands the experiment again, which adds the runs of a study whose rates were chosen in the meantime."""
         self.sweep = expand(self.name, detect_device())
-        vars(self).pop("later_runs", None)
 
 
 class Workflow:
@@ -156,10 +163,19 @@ class Workflow:
         """The names of the experiments."""
         return list(self.plans)
 
-    @property
-    def later_runs(self) -> dict[str, RunSpec]:
-        """The runs that follow from learning rates which are not chosen yet."""
-        return {run: spec for plan in self.plans.values() for run, spec in plan.later_runs.items()}
+    def later_runs(self) -> tuple[dict[str, RunSpec], int]:
+        """Returns the runs that follow from learning rates which are not chosen yet, and of how many weights are kept.
+
+        Runs that have ended are left out.
+        """
+        later: dict[str, RunSpec] = {}
+        measured = set()
+        for plan in self.plans.values():
+            assumed = plan.assumed()
+            new = {run for run in assumed.run_ids if run not in self.runs and not record_path(run).is_file()}
+            later |= {run: assumed.sweep.runs[run] for run in new}
+            measured |= new.intersection(assumed.measured_runs)
+        return later, len(measured)
 
     def experiment_file(self, wildcards: Any) -> str:
         """Returns the file of an experiment."""

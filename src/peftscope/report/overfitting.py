@@ -31,7 +31,7 @@ def mean_losses(study: StudyResults) -> dict[str, pd.DataFrame]:
     ``validation`` is that on validation items. ``training`` is the mean over the steps since the one before, because
     a single batch is too noisy. Runs that diverged are left out.
     """
-    along, found = study.losses(), {}
+    along, found = study.losses, {}
     for arm in study.arms:
         curves = []
         for row in study.arm_runs(arm).query("status == 'ok'").to_dict("records"):

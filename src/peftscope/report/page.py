@@ -55,13 +55,15 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
         for name, text in said.items()
         if text != NOTHING
     ]
+    settings = read_experiment(experiment_path(experiment))
+    study = _study_pages(experiment, settings.study) if settings.study else None
+    is_finished = study is not None and not study["unfinished"]
     answers = []
-    for name, say in ANSWERS.items():
+    for name, say in ANSWERS.items() if is_finished else [("updates", updates_sentence)]:
         if (path := folder / "figures" / f"{name}.svg").is_file():
             text = say(experiment)
             answers.append({"name": name, "image": _embedded(path, text), "sentence": text})
-    settings = read_experiment(experiment_path(experiment))
-    if not settings.study:
+    if not is_finished:
         figures, answers = figures + answers, []
     page = rendered(
         "report.html.j2",
@@ -83,7 +85,7 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
         predictions_table=_table_with_rows(folder / "tables" / "predictions"),
         fewest=FEWEST_FOR_MEANS,
         weights=_weights_tables(experiment) if weights_path(folder).is_file() else None,
-        study=_study_pages(experiment, settings.study) if settings.study else None,
+        study=study,
         capacity=_capacity_pages(folder, experiment),
         memory=_memory_pages(),
         endings=_endings(runs),

@@ -32,7 +32,8 @@ def share_table(study: StudyResults, field: str) -> pd.DataFrame:
         return pd.DataFrame(columns=["method", field])
     whole = _whole(study)
     gain, rows = _gain(study, whole), []
-    for arm in study.arms:
+    levels = study.settings.levels(field) if study.settings else [study.arms]
+    for arm in [arm for group in levels for arm in group if arm in study.arms]:
         runs = study.arm_runs(arm)
         if arm.endswith(A_A) or not study.rate(arm).curve or runs[field].isna().any():
             continue

@@ -10,9 +10,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from peftscope.analysis.compare import Difference, Outcome
+from peftscope.analysis.compare import LARGEST_PAIRS, Difference, Outcome
 from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, holm, mean_interval, sign_flip_p
-from peftscope.analysis.study import ACCURACY, HELDOUT, MARGIN, VALIDATION, StudyResults, paired
+from peftscope.analysis.study import ACCURACY, HELDOUT, LOWEST, MARGIN, VALIDATION, StudyResults, paired
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A, Study
 from peftscope.report.plots import GREY, LABEL_WIDTH, arm_looks, beside, draw_figure, plain_ticks
@@ -149,8 +149,10 @@ def spoken_difference(row: dict[Any, Any], labels: dict[str, str]) -> str:
     >>> row = dict(arm="dora", against="lora", n=3, difference=-0.038, difference_low=-0.095, difference_high=0.019)
     >>> row |= dict(percent=-4.1, percent_low=-10.3, percent_high=2.1, margin_percent=5, outcome="open")
     >>> row |= dict(pairs_to_decide=9)
-    >>> spoken_difference(row, {"dora": "DoRA", "lora": "LoRA"}).partition("], ")[2]
-    '−4.1 % of the task gain: open at 3 pairs, about 9 would decide'
+    >>> spoken_difference(row, {"dora": "D", "lora": "L"})
+    'D − L: −0.038 nats per token [−0.095, +0.019], −4.1 % of the task gain: open at 3 pairs, about 9 would decide'
+    >>> spoken_difference(row | dict(pairs_to_decide=math.nan), {"dora": "D", "lora": "L"}).partition(": open ")[2]
+    'at 3 pairs, 10,000 would not decide'
     """
     name = labels[row["arm"]] if row["arm"].endswith(A_A) else f"{labels[row['arm']]} − {labels[row['against']]}"
     text = f"{name}: {_signed(row, 'difference', '.3f', ' nats per token')}"
@@ -160,7 +162,7 @@ def spoken_difference(row: dict[Any, Any], labels: dict[str, str]) -> str:
     side = "lower" if row["difference"] < 0 else "higher"
     words = spoken_outcome(outcome, side, f"{row['margin_percent']:g} %", f"{row['n']} pairs")
     pairs = row["pairs_to_decide"]
-    more = "no number of pairs would decide" if math.isnan(pairs) else f"about {int(pairs)} would decide"
+    more = f"{LARGEST_PAIRS:,} would not decide" if math.isnan(pairs) else f"about {int(pairs)} would decide"
     return f"{text}: {words}, {more}" if outcome == Outcome.OPEN else f"{text}: {words}"
 
 
@@ -354,6 +356,7 @@ def power(study: StudyResults) -> dict[str, Any]:
     widths = {name: scale * difference.half_width(NARROW) for name, difference in found.items()}
     return {
         "task_gain": formatted(study.yardstick, ".3f"),
+        "is_lowest": LOWEST in study.table and bool(study.table[LOWEST].notna().any()),
         "margin": f"{100 * MARGIN:g}",
         "margin_nats": formatted(MARGIN * study.yardstick, ".4f"),
         "half_margin": f"{50 * MARGIN:g}",

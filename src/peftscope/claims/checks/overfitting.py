@@ -24,7 +24,7 @@ def rise(study: str, arm: str) -> Measurement:
     A run whose training loss rises from there as well does not overfit, and counts as no rise.
     """
     results = StudyResults(study)
-    runs, losses = _complete(results, arm), results.losses()
+    runs, losses = _complete(results, arm), results.losses
     rises, falls = [], []
     for run, row in runs.iterrows():
         curve = losses.loc[run]
@@ -62,7 +62,7 @@ def smaller_gap(study: str, arm: str, against: str) -> Measurement:
 
 def _gaps(results: StudyResults, arm: str) -> pd.Series:
     """Returns the gap between validation and training loss at the end of each run of an arm, by seed."""
-    losses, gaps = results.losses()[TRAINING], {}
+    losses, gaps = results.losses[TRAINING], {}
     for run, row in _complete(results, arm).iterrows():
         epoch = math.ceil(row["train_items"] / (row["batch_size"] * row["gradient_accumulation"]))
         gaps[row["seed"]] = float(row[VALIDATION] - losses.loc[run].iloc[-max(NEAR, epoch) :].mean())
