@@ -114,7 +114,7 @@ def draw_shares(axes: plt.Axes, study: StudyResults, field: str) -> None:
 
 
 def shares_sentence(experiment: str) -> str:
-    """Returns what the figure says: the share at each value, and the smallest value that is the same as the whole."""
+    """Returns what the figure says: the share at each value, and which values are the same as the whole."""
     study = StudyResults(experiment)
     field = _varied(study)
     table, whole = share_table(study, field), study.labels[_whole(study)]
@@ -126,10 +126,10 @@ def shares_sentence(experiment: str) -> str:
         shares = listed([f"{100 * share:.0f} % at {field} {value:,g}" for value, share in each])
         same = rows.loc[rows["is_same"], field]
         shown = listed([f"{value:,g}" for value in same])
-        smallest = f"Shown to be the same within {100 * MARGIN:g} %: {f'{field} {shown}' if shown else 'none'}"
+        same_as = f"Shown to be the same within {100 * MARGIN:g} %: {f'{field} {shown}' if shown else 'none'}"
         spread = f"within a factor of {rows['rate'].max() / rows['rate'].min():.1f}"
         gain = f"{name} keeps {shares} of what {whole} gains on the task."
-        said.append(f"{gain} {smallest}. The chosen rates of these {field}s lie {spread}.")
+        said.append(f"{gain} {same_as}. The chosen rates of these {field}s lie {spread}.")
     bars = f"Bars are {100 * CONFIDENCE:g} % intervals over pairs of seeds, dashed lines the margin."
     return " ".join([*said, bars])
 
