@@ -59,8 +59,8 @@ def run(spec: RunSpec | Mapping[str, Any], folder: str | Path) -> RunRecord:
     from peftscope.files.lock import locked
     from peftscope.hardware.bf16 import chosen_way
     from peftscope.hardware.device import detect_device
+    from peftscope.planning.checks import check_compiler, check_runs
     from peftscope.planning.disk import check_disk
-    from peftscope.planning.plan import check_compiler, check_runs
     from peftscope.planning.resolve import spec_from
     from peftscope.planning.starts import check_starts
     from peftscope.record import finished_record, state_folder, write_record

@@ -11,7 +11,7 @@ from peftscope.errors import InputError
 from peftscope.execution.inputs import inputs
 from peftscope.files.atomic import write_json
 from peftscope.files.manifest import file_sha256, read_manifest
-from peftscope.planning.plan import check_unchanged
+from peftscope.planning.checks import check_unchanged
 from peftscope.spec import RunSpec
 
 

@@ -20,7 +20,7 @@ from peftscope.methods.loftq import FloatWeights, best_rank_approximation
 from peftscope.models.catalog import find_model
 from peftscope.models.rounding import linear_layers, normal_float_levels, rounded
 from peftscope.models.shapes import ModelShape
-from peftscope.planning.plan import check_runs
+from peftscope.planning.checks import check_runs
 from peftscope.spec import RunSpec, memory_key, run_id
 from peftscope.training.build import build_model, seed_everything
 from peftscope.training.load import attention, load_base, load_tokenizer

@@ -13,8 +13,9 @@ from conftest import REPOSITORY
 
 from peftscope.layout import CONTRIBUTED_RESULTS, LEADERBOARD, MEMORY_FOLDER, RUNS
 from peftscope.methods import METHODS
+from peftscope.planning.checks import check_runs
 from peftscope.planning.experiment import NOT_EXPERIMENTS, RESERVED_NAMES, experiment_names
-from peftscope.planning.plan import Workflow, check_runs, plan_experiment
+from peftscope.planning.plan import Workflow, plan_experiment
 from peftscope.planning.resolve import RUN_FIELDS, spec_from
 from peftscope.planning.sweep import Sweep, expand
 from peftscope.spec import RUN_ID_PATTERN, RunSpec, run_id, spec_schema

@@ -22,7 +22,8 @@ from peftscope.memory.question import describe_model
 from peftscope.models.catalog import find_model, model_folder
 from peftscope.models.fetch import fetch_model
 from peftscope.models.shapes import ModelShape
-from peftscope.planning.plan import check_runs, check_unchanged, plan_experiment
+from peftscope.planning.checks import check_runs, check_unchanged
+from peftscope.planning.plan import plan_experiment
 from peftscope.planning.sweep import expand
 from peftscope.report.benchmarks import benchmark_changes, readable_benchmarks
 from peftscope.training.load import load_base

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -51,6 +52,25 @@ def test_a_topic_shows_the_answers_and_pictures_of_its_published_studies(own_fol
     assert answer(contrasts(study), study.labels) in line
     links = re.findall(r"\]\(([^)]+(?:svg|report\.html))\)", page.read_text())
     assert len(links) == 2 and all((page.parent / link).is_file() for link in links)
+
+
+def test_of_a_half_published_study_the_other_runs_are_missing(own_folder: Path, repository: Path) -> None:
+    folder = Path("results/published/dora-norm")
+    shutil.copytree(repository / folder, folder)
+    records = pd.read_parquet(folder / "records.parquet")
+
+    def missing() -> str:
+        page = write_findings(read_ledger(), read_findings(repository / "results/published/claims.json")).read_text()
+        (row,) = [line for line in page.splitlines() if line.startswith("| dora-norm |")]
+        return row.split(" | ")[4]
+
+    assert missing() == "-"
+    shutil.rmtree(folder / "tables")  # which only a finished study has
+    assert missing() == "-"
+    lost = records["run_id"].str.contains(r"norm-gradient-s[0-2]-")
+    assert lost.sum() == 3
+    records[~lost].to_parquet(folder / "records.parquet")
+    assert missing() == "3"
 
 
 def test_a_topic_that_names_no_experiment_is_refused(own_folder: Path) -> None:

@@ -16,7 +16,8 @@ from peftscope.execution.phases import Phases
 from peftscope.execution.run import execute
 from peftscope.hardware.device import find_compiler
 from peftscope.methods import METHODS
-from peftscope.planning.plan import check_compiler, plan_experiment
+from peftscope.planning.checks import check_compiler
+from peftscope.planning.plan import plan_experiment
 from peftscope.record import RunRecord, read_record
 from peftscope.spec import RunSpec
 from peftscope.training import build

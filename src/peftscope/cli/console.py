@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
 
 T = TypeVar("T")
+SECONDS_A_LINE = 30
 
 TRUE, FITS, OWN = "Is it true?", "What fits, and what to take?", "Your method, your card"
 EXPERIMENT, PUBLISHED = "Experiments", "Published runs"
@@ -21,7 +23,19 @@ def wide_console(width: int = 160) -> Console:
 
 
 def with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """Yields the items, with a bar and the time that is left."""
+    """Yields the items, with a bar and the time that is left; without a terminal, with a line every half minute."""
     from rich.progress import track
 
-    yield from track(items, description=what, total=total, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True, highlight=False)
+    if console.is_terminal:
+        yield from track(items, description=what, total=total, console=console, transient=True)
+        return
+    from peftscope.planning.estimate import spoken
+
+    began = last = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - last >= SECONDS_A_LINE and done < total:
+            console.print(f"{what}: {done} of {total}, about {spoken((now - began) / done * (total - done))} left")
+            last = now

@@ -103,8 +103,8 @@ def run(
     """Train and measure one run; writes its record whatever happens."""
     from peftscope.execution.job import Job
     from peftscope.hardware.device import detect_device
+    from peftscope.planning.checks import check_compiler, check_fetched, check_runs
     from peftscope.planning.disk import check_disk
-    from peftscope.planning.plan import check_compiler, check_fetched, check_runs
     from peftscope.planning.resolve import spec_from
     from peftscope.planning.starts import check_starts
     from peftscope.record import KeepWeights

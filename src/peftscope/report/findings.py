@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -36,21 +37,16 @@ from peftscope.planning.published import all_published_records
 from peftscope.planning.sweep import expand
 from peftscope.record import FINAL
 from peftscope.report.capacity import answer as answer_on_capacity
-from peftscope.report.forgetting import forgetting_sentence
 from peftscope.report.front import Surprise
-from peftscope.report.overfitting import overfitting_sentence
+from peftscope.report.page import ANSWERS
 from peftscope.report.rendering import rendered
-from peftscope.report.shares import shares_sentence
 from peftscope.report.spoken import deciding, spoken_finding
 from peftscope.report.study import answer as answer_of_study
 from peftscope.report.study import contrasts
-from peftscope.report.weights import updates_sentence
 from peftscope.spec import RunSpec
 
 ORDER = [Verdict.WRONG, Verdict.IN_PART, Verdict.HOLDS, Verdict.OPEN]
 """What surprises comes first."""
-DRAWN_OR_TUNED = {"learning_rate", "seed", "init_seed"}
-"""The fields of a spec in which runs of one arm of a study differ."""
 RUNS_AT_ONCE = 2
 """The runs that share a machine in the estimated time: one on each of two cores."""
 
@@ -196,11 +192,8 @@ def _differences(name: str) -> str:
 
 
 PICTURES: dict[str, Callable[[str], str]] = {
-    "shares": shares_sentence,
+    **ANSWERS,
     "capacity": _stored,
-    "updates": updates_sentence,
-    "forgetting": forgetting_sentence,
-    "overfitting": overfitting_sentence,
     "differences": _differences,
 }
 """The figures that carry the answer of an experiment, the first of them that it has, and what each says."""
@@ -221,35 +214,38 @@ class _Published:
     """The published runs, as far as a study could share them."""
 
     def __init__(self) -> None:
-        self.experiments, self.runs, self.kinds, self.models = set[str](), set[str](), set[str](), set[str]()
-        for experiment, run, text in all_published_records():
-            self.experiments.add(experiment)
-            self.runs.add(run)
+        self.runs: dict[str, RunSpec | None] = {}
+        for _, run, text in all_published_records():
+            self.runs[run] = None
             with suppress(ValidationError):  # a run of an older version may have what is refused now
-                spec = RunSpec.model_validate(json.loads(text)["spec"])
-                self.kinds.add(_kind(spec))
-                self.models.add(spec.model)
+                self.runs[run] = RunSpec.model_validate(json.loads(text)["spec"])
+        self.models = {spec.model for spec in self.runs.values() if spec}
 
     def lacking(self, name: str) -> list[RunSpec]:
-        """Returns the runs of an experiment that are not published, none of one whose own runs are.
+        """Returns the runs of an experiment that are not published, none of one whose tables are.
 
         Where a study has yet to choose the learning rate of an arm, the arm's runs count as published at any rate.
         """
-        if name in self.experiments:
+        if (published(name) / "tables").is_dir():
             return []
         known, sweep = expand(name).runs, expand(name, assume_rates=True)
+        others = Counter(_but_for_its_rate(spec) for run, spec in self.runs.items() if spec and run not in known)
         keeps = read_experiment(experiment_path(name)).keep_at  # what is published has no weights
         paired = {run for c in sweep.comparisons if keeps and c.name.startswith(ARM) for run in c.runs}
-        return [
-            spec
-            for run, spec in sweep.runs.items()
-            if run in paired or (run not in self.runs if run in known else _kind(spec) not in self.kinds)
-        ]
+        missing = []
+        for run, spec in sweep.runs.items():
+            is_there = run in self.runs
+            if run not in known and others[_but_for_its_rate(spec)]:
+                others[_but_for_its_rate(spec)] -= 1
+                is_there = True
+            if run in paired or not is_there:
+                missing.append(spec)
+        return missing
 
 
-def _kind(spec: RunSpec) -> str:
-    """Returns what runs have in common that differ in their learning rate and their seeds only."""
-    return spec.model_dump_json(exclude=DRAWN_OR_TUNED)
+def _but_for_its_rate(spec: RunSpec) -> str:
+    """Returns what runs have in common that differ in their learning rate only."""
+    return spec.model_dump_json(exclude={"learning_rate"})
 
 
 def _price(runs: Sequence[RunSpec], models: set[str]) -> str:

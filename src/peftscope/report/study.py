@@ -319,9 +319,9 @@ def _cut_at(axes: plt.Axes, samples: list[pd.Series]) -> None:
 
 CLAUSES = {
     "the same as {reference} within {margin} % of the task gain": (Outcome.SAME,),
-    "within {margin} % of the task gain of {reference}, though not equal to it": (Outcome.SAME_BUT_DIFFERS,),
+    "less than {margin} % of the task gain from {reference}, but not equal": (Outcome.SAME_BUT_DIFFERS,),
     "more than {margin} % of the task gain from {reference}": (Outcome.MORE,),
-    "apart from {reference} by an amount that is open": (Outcome.DIFFERS,),
+    "higher or lower than {reference} by an amount that is open": (Outcome.DIFFERS,),
     "open": (Outcome.OPEN,),
 }
 

@@ -1,0 +1,102 @@
+"""Checks that need more than an experiment's file: models, tasks, a compiler, and what was fetched. No torch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from peftscope.data.benchmarks import benchmark_folder, find_benchmark
+from peftscope.data.tasks import JsonlSource, find_task, task_folder
+from peftscope.errors import InputError, Problem, close_match, shown
+from peftscope.files.manifest import read_manifest
+from peftscope.hardware.device import find_compiler
+from peftscope.layout import MODELS_FILE, TASKS_FILE
+from peftscope.models.catalog import find_model, model_folder
+from peftscope.spec import RunSpec
+
+
+def check_runs(runs: dict[str, RunSpec], where: str) -> list[Problem]:
+    """Returns what is wrong between runs and the models and tasks that they name."""
+    problems = []
+    for spec in runs.values():
+        try:
+            task = find_task(spec.task, f"{where}: task")
+            source = task.source
+            if isinstance(source, JsonlSource) and not source.is_there():
+                problems.append(Problem(f"{TASKS_FILE}: {spec.task}.source.path", f"no such file: {source.path}"))
+            if task.judged_on == "train" and not (spec.train_items or math.inf) <= spec.heldout_items:
+                message = f"{spec.task} is judged on all items that a run trains on"
+                problems.append(Problem(f"{where}: train_items", message, "give a number, at most heldout_items"))
+            shape = find_model(spec.model, f"{where}: model").shape
+            for name in spec.benchmarks:
+                if not (benchmark_folder(name) / "manifest.json").is_file():
+                    find_benchmark(name, f"{where}: benchmarks")
+        except InputError as error:
+            problems += error.problems
+            continue
+        known = [layer.name for layer in shape.block] if shape else []
+        for module in spec.method.modules_named() if shape else []:
+            if shape and not shape.linear_layers([module]):
+                message = f"{spec.model} has no module of that name (got {shown(module)})"
+                problems.append(Problem(f"{where}: targets", message, close_match(module, known)))
+    return list(dict.fromkeys(problems))
+
+
+def check_compiler(runs: dict[str, RunSpec]) -> list[Problem]:
+    """Returns a problem if runs are to be compiled, and this machine has no compiler."""
+    devices = {spec.device for spec in runs.values() if spec.compile}
+    variable = {"cpu": "CXX", "cuda": "CC"}
+    return [
+        Problem(
+            "compile",
+            f"torch.compile finds no compiler for {device}",
+            f"install gcc, or name one in {variable[device]}",
+        )
+        for device in devices
+        if find_compiler(device) is None
+    ]
+
+
+def check_fetched(spec: RunSpec) -> list[Problem]:
+    """Returns what a run needs and was not fetched or made."""
+    problems = []
+    model, task = model_folder(spec.model, spec.revision), task_folder(spec.task)
+    if not (model / "manifest.json").is_file():
+        problems.append(Problem("model", f"{spec.model} is not in {model}", f"run `peftscope fetch {spec.model}`"))
+    if not (task / "manifest.json").is_file():
+        problems.append(Problem("task", f"{spec.task} is not in {task}", f"run `peftscope make-task {spec.task}`"))
+    for name in spec.benchmarks:
+        if not (benchmark_folder(name) / "manifest.json").is_file():
+            remedy = f"run `peftscope make-benchmark {name}`"
+            problems.append(Problem("benchmarks", f"{name} is not in {benchmark_folder(name)}", remedy))
+    return problems
+
+
+def check_unchanged(runs: dict[str, RunSpec]) -> list[Problem]:
+    """Returns a problem for each model and task whose entry was changed after it was fetched or made.
+
+    Runs carry the name only, so old and new ones would mix.
+    """
+    places: dict[str, tuple[Path, BaseModel]] = {}
+    for spec in runs.values():
+        model, task = find_model(spec.model).source, find_task(spec.task).source
+        places[f"{MODELS_FILE}: {spec.model}"] = model_folder(spec.model), model
+        places[f"{TASKS_FILE}: {spec.task}"] = task_folder(spec.task), task
+    problems = []
+    for where, (folder, source) in places.items():
+        manifest = read_manifest(folder)  # a damaged one is put right by the run that meets it
+        if manifest and not _means(manifest.get("source"), source):
+            remedy = f"give the new one a name of its own, or remove {folder} and the results that came from it"
+            problems.append(Problem(f"{where}.source", "changed since it was fetched or made", remedy))
+    return problems
+
+
+def _means(written: Any, source: BaseModel) -> bool:
+    """Returns whether a manifest's source is this one; fields that it does not name have their defaults."""
+    try:
+        return type(source).model_validate(written) == source
+    except ValidationError:
+        return False
