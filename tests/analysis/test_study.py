@@ -476,6 +476,10 @@ def test_a_study_may_compare_two_of_its_arms_as_well(write_study_file) -> None:
     said = answer(table, study.labels)
     assert said.startswith("Of the arms, 1 of 2 is more than 5 % of the task gain from full fine-tuning (LoRA, thin ")
     assert " LoRA, thin is more than 5 % of the task gain from LoRA (+" in said
+    # Of many comparisons it tells no numbers.
+    said = answer(pd.concat([table] * 3), study.labels)
+    assert said.startswith("Of the arms, 3 of 6 are more than 5 % of the task gain from full fine-tuning (LoRA, thin, ")
+    assert "LoRA, thin is more than 5 % of the task gain from LoRA." in said and "[" not in said
 
 
 def test_controls_say_what_the_comparison_makes_of_no_difference(finished: StudyResults) -> None:
@@ -539,17 +543,24 @@ def test_each_rank_keeps_a_share_of_what_full_fine_tuning_gains(finished: StudyR
     assert sentence.startswith("LoRA keeps 67 % at rank 2, 97 % at rank 8 of what full fine-tuning gains on the task.")
 
 
+def test_a_study_of_other_arms_has_no_shares_to_draw(finished: StudyResults) -> None:
+    path = Path("experiments/mine.yaml")
+    path.write_text(path.read_text().replace("rank: 2", "dropout: 0.5"))
+    with pytest.raises(InputError, match="no tuned arms differ in nothing but their rank, alpha or dimension"):
+        write_shares("mine")
+
+
 def test_a_study_of_few_examples_shows_what_is_trained_and_what_is_not(finished: StudyResults) -> None:
     scored = members("arm-lora")
     losses = pd.read_csv("results/mine/losses.csv").set_index(["run_id", "step"])
     runs = pd.read_csv("results/mine/runs.csv").set_index("run_id")
     for run in scored:
         losses.loc[(run, 1), VALIDATION] = 0.25
-        runs.loc[run, VALIDATION] = 0.75
+        runs.loc[run, [VALIDATION, "train_items"]] = 0.75, 64
     losses.to_csv("results/mine/losses.csv")
     runs.to_csv("results/mine/runs.csv")
     curves = mean_losses(StudyResults("mine"))
-    assert list(curves) == ["lora"]  # of the other arms, nothing was scored along the training
+    assert list(curves) == ["lora"]  # nothing was scored along the training of the reference, and others train on all
     assert curves["lora"]["validation"].tolist() == [0.25, 0.75]
     first = losses.loc[(scored[0], 1), "nll_nats_per_token"]
     assert curves["lora"]["training"].iloc[0] == pytest.approx(first)

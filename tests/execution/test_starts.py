@@ -135,6 +135,14 @@ def test_what_cannot_be_started_from_is_said_before_any_run(own: Any, make_spec:
     assert "its weights are not those that it saved" in made(then).reason
     shutil.rmtree(path.parent)
     assert "is there without its trained weights" in problems(then)[0]
+    # An experiment asks for the weights as long as the run that needs them has not ended.
+    sweep = {run_id(spec): spec for spec in (first, then)}
+    (problem,) = check_starts(sweep, "mine")
+    assert "is there without its trained weights" in str(problem)
+    made(first)
+    made(then)
+    shutil.rmtree(path.parent)
+    assert check_starts(sweep, "mine") == []
     with pytest.raises(InputError, match="start_from does not work with full"):
         make_spec(method="full", start_from=run_id(first), **options)
     with pytest.raises(InputError, match="start_as=merged needs start_from"):

@@ -154,14 +154,18 @@ class StudyResults:
 
     @property
     def labels(self) -> dict[str, str]:
-        """The label of each arm: that of its method, followed by the arm's name if another arm has the same method."""
+        """The label of each arm: that of its method, followed by the arm's name if another arm has the same method.
+
+        The method's own name, with which many an arm's begins, is not said twice.
+        """
         found: dict[str, str] = {}
         for arm in self.arms:
-            method = str(self._members(TUNING + arm, ARM + arm)["label"].iloc[0])
+            first = self._members(TUNING + arm, ARM + arm).iloc[0]
+            label, own = str(first["label"]), arm.removeprefix(f"{first['method']}-")
             if arm.endswith(A_A):
                 found[arm] = f"{found[arm.removesuffix(A_A)]} against itself (A/A)"
             else:
-                found[arm] = f"{method}, {arm}" if method in found.values() else method
+                found[arm] = f"{label}, {own}" if label in found.values() else label
         return found
 
     @property

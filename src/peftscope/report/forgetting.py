@@ -11,6 +11,7 @@ from peftscope.analysis.forgetting import curves, matched_rises
 from peftscope.analysis.study import StudyResults
 from peftscope.layout import results_folder
 from peftscope.report.plots import arm_looks, beside, draw_figure
+from peftscope.report.sentences import signed
 
 
 def write_forgetting(experiment: str) -> None:
@@ -54,7 +55,7 @@ def forgetting_sentence(experiment: str) -> str:
     """
     study = StudyResults(experiment)
     ends = {name: curve["rise"].iloc[-1] for name, curve in mean_curves(study).items()}
-    said = ", ".join(f"{rise:+.3f} ({name})" for name, rise in ends.items())
+    said = ", ".join(f"{signed(rise, '.3f')} ({name})" for name, rise in ends.items())
     return (
         "What is forgotten against what is learned, along the training from the base on the left: the mean over seeds, "
         f"with a large mark at the end. There, the code length of English prose has changed by {said} bits per byte."
@@ -68,6 +69,7 @@ def _at_equal_loss(study: StudyResults) -> str:
         mine = dict(curves(study, study.arm_runs(arm)))
         matched = [matched_rises(mine[seed], theirs[seed]) for seed in mine.keys() & theirs.keys() if arm != other]
         if matched:
-            said.append(f"{fmean(first - second for _, first, second in matched):+.3f} ({study.labels[arm]})")
+            difference = fmean(first - second for _, first, second in matched)
+            said.append(f"{signed(difference, '.3f')} ({study.labels[arm]})")
     differences = f"it differs from that of {study.labels[other]} by {', '.join(said)}"
     return f" Where both have the same loss on the task, {differences}." if said else ""

@@ -7,8 +7,9 @@ import pandas as pd
 
 from peftscope.analysis.study import VALIDATION, StudyResults
 from peftscope.layout import results_folder
+from peftscope.planning.experiment import A_A
 from peftscope.report.plots import arm_looks, beside, draw_figure, plain_ticks
-from peftscope.report.sentences import listed
+from peftscope.report.sentences import listed, signed
 
 TRAINING = "nll_nats_per_token"
 
@@ -26,14 +27,17 @@ def write_overfitting(experiment: str) -> None:
 
 
 def mean_losses(study: StudyResults) -> dict[str, pd.DataFrame]:
-    """Returns for each arm that scores along its training its losses by step, mean over seeds.
+    """Returns the losses by step, mean over seeds, of the reference and of each arm that trains on part of the items.
 
+    Arms that do not score along their training are left out.
     ``validation`` is that on validation items. ``training`` is the mean over the steps since the one before, because
     a single batch is too noisy. Runs that diverged are left out.
     """
     along, found = study.losses, {}
     for arm in study.arms:
         curves = []
+        if arm != study.reference and (arm.endswith(A_A) or study.arm_runs(arm)["train_items"].isna().any()):
+            continue
         for row in study.arm_runs(arm).query("status == 'ok'").to_dict("records"):
             losses = along.loc[row["run_id"]]
             validation = losses[VALIDATION].dropna()
@@ -73,9 +77,9 @@ def overfitting_sentence(experiment: str) -> str:
     curves = {study.labels[arm]: curve for arm, curve in mean_losses(study).items()}
     rises = {name: curve["validation"].iloc[-1] - curve["validation"].min() for name, curve in curves.items()}
     risen = listed([f"{rise:.3f} ({name})" for name, rise in rises.items() if rise > 0])
-    gaps = listed([f"{(c['validation'] - c['training']).iloc[-1]:+.3f} ({name})" for name, c in curves.items()])
+    gaps = [f"{signed((c['validation'] - c['training']).iloc[-1], '.3f')} ({name})" for name, c in curves.items()]
     rise = f"On validation items the mean ends above its lowest by {risen} nats per token. " if risen else ""
     return (
         "The loss on validation items along the training, and beneath it the loss on the examples that are trained: "
-        f"means over seeds. {rise}It ends above the training loss by {gaps}."
+        f"means over seeds. {rise}It ends above the training loss by {listed(gaps)}."
     )

@@ -100,6 +100,15 @@ def listed(values: Iterable[Any]) -> str:
     return ", ".join(names[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
+def signed(value: float, spec: str) -> str:
+    """Returns a number with its sign.
+
+    >>> signed(0.25, ".1f"), signed(-0.25, ".2f")
+    ('+0.2', '−0.25')
+    """
+    return format(value, f"+{spec}").replace("-", "−")
+
+
 def spoken_outcome(outcome: Outcome, side: str, margin: str, seen: str) -> str:
     """Returns what a comparison says.
 

@@ -10,13 +10,13 @@ import math
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import LogLocator, NullLocator
 
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import HELDOUT, MARGIN, StudyResults
+from peftscope.errors import InputError, Problem
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A, VARIED
-from peftscope.report.plots import arm_looks, draw_figure
+from peftscope.report.plots import arm_looks, draw_figure, plain_ticks
 from peftscope.report.sentences import listed
 from peftscope.report.svg import INK
 
@@ -26,14 +26,13 @@ def share_table(study: StudyResults, field: str) -> pd.DataFrame:
 
     ``share`` is what it gains on the task over what full fine-tuning gains, or the reference in a study without it.
     ``low`` and ``high`` bound its interval over pairs of seeds. ``is_same`` says whether the two are the same within
-    the margin. Empty without a task gain.
+    the margin. ``is_whole`` marks the reference itself. Empty without a task gain.
     """
     if math.isnan(study.yardstick):
         return pd.DataFrame(columns=["method", field])
     whole = _whole(study)
     gain, rows = _gain(study, whole), []
-    levels = study.settings.levels(field) if study.settings else [study.arms]
-    for arm in [arm for group in levels for arm in group if arm in study.arms]:
+    for arm in [arm for group in _levels(study, field) for arm in group if arm in study.arms]:
         runs = study.arm_runs(arm)
         if arm.endswith(A_A) or not study.rate(arm).curve or runs[field].isna().any():
             continue
@@ -45,6 +44,7 @@ def share_table(study: StudyResults, field: str) -> pd.DataFrame:
             "low": 1.0,
             "high": 1.0,
             "is_same": True,
+            "is_whole": arm == whole,
         }
         if arm != whole:
             difference = study.difference(arm, whole)
@@ -59,6 +59,11 @@ def share_table(study: StudyResults, field: str) -> pd.DataFrame:
 def _varied(study: StudyResults) -> str:
     """Returns the field that a study varies, or the rank."""
     return (study.settings.varied if study.settings else None) or VARIED[0]
+
+
+def _levels(study: StudyResults, field: str) -> list[list[str]]:
+    """Returns the groups of arms that differ in nothing but a field, or all arms where the study's file is gone."""
+    return study.settings.levels(field) if study.settings else [study.arms]
 
 
 def _whole(study: StudyResults) -> str:
@@ -94,7 +99,8 @@ def draw_shares(axes: plt.Axes, study: StudyResults, field: str) -> None:
     axes.secondary_yaxis(
         "right", functions=(lambda share: loss + (1 - share / 100) * gain, lambda nll: 100 * (1 - (nll - loss) / gain))
     ).set_ylabel("held-out NLL (nats per token)")
-    axes.axhline(100, color=colour, linewidth=1.2, label=label)
+    # The whole may be a point of a line, which then has its name.
+    axes.axhline(100, color=colour, linewidth=1.2, label=None if label in styles else label)
     for side in (-1, 1):
         axes.axhline(100 * (1 + side * MARGIN), color=INK, linestyle="--", linewidth=0.9)
     beneath.axhline(study.rate(whole).best, color=colour, linewidth=1.2)
@@ -103,9 +109,7 @@ def draw_shares(axes: plt.Axes, study: StudyResults, field: str) -> None:
     beneath.set_xticks(values, [f"{value:,g}" for value in values])
     beneath.minorticks_off()
     beneath.set_yscale("log")
-    beneath.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    beneath.yaxis.set_major_formatter("{x:g}")
-    beneath.yaxis.set_minor_locator(NullLocator())
+    plain_ticks(beneath.yaxis)
     axes.tick_params(labelbottom=False)
     axes.set(ylabel=f"gain over {label}'s (%)", title=f"What each {field} keeps, at its own best learning rate")
     beneath.set(xlabel=field, ylabel="learning rate")
@@ -121,14 +125,18 @@ def shares_sentence(experiment: str) -> str:
     if table.empty:
         return "The task gain is not known, so that no share of it can be told."
     said = []
+    if table["is_whole"].any():
+        whole += f" gains at {field} {table.loc[table['is_whole'], field].iloc[0]:,g}"
+    else:
+        whole += " gains"
     for name, rows in table.groupby("method", sort=False):
         each = zip(rows[field], rows["share"], strict=True)
         shares = listed([f"{100 * share:.0f} % at {field} {value:,g}" for value, share in each])
-        same = rows.loc[rows["is_same"], field]
+        same = rows.loc[rows["is_same"] & ~rows["is_whole"], field]
         shown = listed([f"{value:,g}" for value in same])
         same_as = f"Shown to be the same within {100 * MARGIN:g} %: {f'{field} {shown}' if shown else 'none'}"
         spread = f"within a factor of {rows['rate'].max() / rows['rate'].min():.1f}"
-        gain = f"{name} keeps {shares} of what {whole} gains on the task."
+        gain = f"{name} keeps {shares} of what {whole} on the task."
         said.append(f"{gain} {same_as}. The chosen rates of these {field}s lie {spread}.")
     bars = f"Bars are {100 * CONFIDENCE:g} % intervals over pairs of seeds, dashed lines the margin."
     return " ".join([*said, bars])
@@ -138,9 +146,12 @@ def write_shares(experiment: str) -> None:
     """Draws the figure of a study of ranks, alphas or dimensions.
 
     Raises:
-        InputError: The study is not finished.
+        InputError: The study is not finished, or it varies none of them.
     """
     study = StudyResults(experiment)
     study.require_finished()
+    if not any(len(arms) > 1 for arms in _levels(study, _varied(study))):
+        message = f"no tuned arms differ in nothing but their {', '.join(VARIED[:-1])} or {VARIED[-1]}"
+        raise InputError(Problem(f"the study `{experiment}`", message, "add such arms to its file"))
     path = results_folder(experiment) / "figures" / "shares.svg"
     draw_figure(path, lambda axes: draw_shares(axes, study, _varied(study)))

@@ -16,7 +16,7 @@ from peftscope.analysis.study import ACCURACY, HELDOUT, LOWEST, MARGIN, VALIDATI
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A, Study
 from peftscope.report.plots import GREY, LABEL_WIDTH, arm_looks, beside, draw_figure, plain_ticks
-from peftscope.report.sentences import listed, spoken_outcome
+from peftscope.report.sentences import listed, signed, spoken_outcome
 from peftscope.report.svg import INK
 from peftscope.report.tables import FEWEST_FOR_MEANS, formatted, html
 
@@ -25,6 +25,8 @@ CONTROLS = {
     "zero-lr": "a learning rate of zero",
     "shuffled-labels": "trained on shuffled answers",
 }
+MOST_WITH_NUMBERS = 8
+"""The most comparisons whose numbers the answer tells. Of more it names the arms; their numbers stand below it."""
 FARTHEST = 5.0
 """How many times as far as in the median row a point may lie for the figure of differences to show all of it."""
 FEWEST_FOR_BOOTSTRAP = 8
@@ -157,7 +159,7 @@ def spoken_difference(row: dict[Any, Any], labels: dict[str, str]) -> str:
     name = labels[row["arm"]] if row["arm"].endswith(A_A) else f"{labels[row['arm']]} − {labels[row['against']]}"
     text = f"{name}: {_signed(row, 'difference', '.3f', ' nats per token')}"
     if not math.isnan(row["percent"]):
-        text += f", {_number(row['percent'], '.1f')} % of the task gain"
+        text += f", {signed(row['percent'], '.1f')} % of the task gain"
     outcome = Outcome(row["outcome"])
     side = "lower" if row["difference"] < 0 else "higher"
     words = spoken_outcome(outcome, side, f"{row['margin_percent']:g} %", f"{row['n']} pairs")
@@ -166,14 +168,10 @@ def spoken_difference(row: dict[Any, Any], labels: dict[str, str]) -> str:
     return f"{text}: {words}, {more}" if outcome == Outcome.OPEN else f"{text}: {words}"
 
 
-def _number(value: float, spec: str) -> str:
-    return format(value, f"+{spec}").replace("-", "−")
-
-
 def _signed(row: dict[Any, Any], name: str, spec: str, unit: str = "") -> str:
     low, high = row[f"{name}_low"], row[f"{name}_high"]
-    bounds = "" if low is None or pd.isna(low) else f" [{_number(low, spec)}, {_number(high, spec)}]"
-    return f"{_number(row[name], spec)}{unit}{bounds}"
+    bounds = "" if low is None or pd.isna(low) else f" [{signed(low, spec)}, {signed(high, spec)}]"
+    return f"{signed(row[name], spec)}{unit}{bounds}"
 
 
 def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
@@ -203,7 +201,7 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
             "p, sign flips": formatted(row["sign_flip_p"], ".3g"),
         }
         if "bootstrap_low" in row:
-            text["bootstrap"] = f"[{_number(row['bootstrap_low'], '.4f')}, {_number(row['bootstrap_high'], '.4f')}]"
+            text["bootstrap"] = f"[{signed(row['bootstrap_low'], '.4f')}, {signed(row['bootstrap_high'], '.4f')}]"
         rows.append(text)
     return pd.DataFrame(rows, columns=None if rows else ["arm"])
 
@@ -313,7 +311,7 @@ def _cut_at(axes: plt.Axes, samples: list[pd.Series]) -> None:
     axes.set_xlim(-edge, edge)
     for y, sample in enumerate(samples):
         if abs(mean := float(sample.mean())) > edge:
-            text = f"{_number(mean, '.0f')} " + ("→" if mean > 0 else "←")
+            text = f"{signed(mean, '.0f')} " + ("→" if mean > 0 else "←")
             axes.annotate(text, (math.copysign(edge, mean), y), ha="right" if mean > 0 else "left", va="bottom")
 
 
@@ -334,17 +332,22 @@ def answer(table: pd.DataFrame, labels: dict[str, str]) -> str:
     first = tested.iloc[0]
     own, added = (tested[(tested["against"] == first["against"]) == is_own] for is_own in (True, False))
     margin, parts, sentences = f"{first['margin_percent']:g}", [], []
+    has_numbers = len(tested) <= MOST_WITH_NUMBERS
     for words, outcomes in CLAUSES.items():
         rows = own[own["outcome"].isin(list(outcomes))]
         if len(rows):
-            each = [f"{labels[row['arm']]} {_signed(row, 'percent', '.1f')}" for row in rows.to_dict("records")]
+            numbers = [f" {_signed(row, 'percent', '.1f')}" * has_numbers for row in rows.to_dict("records")]
+            each = [labels[arm] + number for arm, number in zip(rows["arm"], numbers, strict=True)]
             clause = words.format(reference=labels[first["against"]], margin=margin)
             parts.append(f"{len(rows)} of {len(own)} {'is' if len(rows) == 1 else 'are'} {clause} ({listed(each)})")
         for row in added[added["outcome"].isin(list(outcomes))].to_dict("records"):
             clause = words.format(reference=labels[row["against"]], margin=margin)
             subject = labels[row["arm"]] + (f" against {labels[row['against']]}" if clause == words else "")
-            sentences.append(f" {subject} is {clause} ({_signed(row, 'percent', '.1f')}).")
-    return "Of the arms, " + "; ".join(parts) + "." + "".join(sentences) + " Above zero means a higher loss."
+            sentences.append(f" {subject} is {clause}" + f" ({_signed(row, 'percent', '.1f')})" * has_numbers + ".")
+    return (
+        f"Of the arms, {'; '.join(parts)}.{''.join(sentences)}"
+        f"{' Above zero means a higher loss.' if has_numbers else ''}"
+    )
 
 
 def power(study: StudyResults) -> dict[str, Any]:
