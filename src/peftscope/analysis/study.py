@@ -158,14 +158,16 @@ class StudyResults:
 
         The method's own name, with which many an arm's begins, is not said twice.
         """
+        firsts = {arm: self._members(TUNING + arm, ARM + arm).iloc[0] for arm in self.arms}
+        named = [first["label"] for arm, first in firsts.items() if not arm.endswith(A_A)]
         found: dict[str, str] = {}
-        for arm in self.arms:
-            first = self._members(TUNING + arm, ARM + arm).iloc[0]
-            label, own = str(first["label"]), arm.removeprefix(f"{first['method']}-")
+        for arm, first in firsts.items():
+            method, label = first["method"], str(first["label"])
+            is_plain = arm == method or named.count(label) == 1
             if arm.endswith(A_A):
                 found[arm] = f"{found[arm.removesuffix(A_A)]} against itself (A/A)"
             else:
-                found[arm] = f"{label}, {own}" if label in found.values() else label
+                found[arm] = label if is_plain else f"{label}, {arm.removeprefix(f'{method}-')}"
         return found
 
     @property

@@ -84,8 +84,15 @@ def sentence(figure: str, runs: pd.DataFrame, losses: pd.DataFrame) -> str:
         facts = compute(runs, losses)
     if not facts:
         return NOTHING
-    text = _jinja.from_string(template).render(facts, needed_for_means=FEWEST_FOR_MEANS).strip()
-    # A method's name may stand first, and some have a small letter on purpose, as rsLoRA has.
+    return begun(_jinja.from_string(template).render(facts, needed_for_means=FEWEST_FOR_MEANS).strip())
+
+
+def begun(text: str) -> str:
+    """Returns a sentence with a capital letter, but for a first word that has a small one on purpose.
+
+    >>> begun("full fine-tuning trains all."), begun("rsLoRA scales.")
+    ('Full fine-tuning trains all.', 'rsLoRA scales.')
+    """
     return text[0].upper() + text[1:] if text.split()[0].islower() else text
 
 
