@@ -37,7 +37,8 @@ class Surprise(BaseModel):
     Attributes:
         claim: The id of the claim that it tells.
         verdict: The verdict with which the sentence is true. Under any other it is not shown.
-        says: The sentence. ``{0}``, ``{1}`` and so on stand for the numbers of the parts that decide, in their order.
+        says: The sentence. ``{0}``, ``{1}`` and so on stand for the numbers of the parts that decide, in their order, and
+            ``{size[0]}`` for one without its sign.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -108,8 +109,9 @@ def with_numbers(text: str, numbers: Mapping[str, Any]) -> str:
 
 def _told(surprise: Surprise, finding: dict[str, Any]) -> str:
     numbers = [part["found"] for part in deciding(finding)]
+    sizes = [number and abs(number) for number in numbers]
     try:
-        return re.sub(r"(?<=\d)%", " %", surprise.says.format(*numbers))
+        return re.sub(r"(?<=\d)%", " %", surprise.says.format(*numbers, size=sizes))
     except (IndexError, KeyError, TypeError, ValueError) as error:
         message = f"the sentence does not fit the claim's numbers ({error})"
         raise InputError(Problem(f"{FINDINGS_FILE}: {surprise.claim}", message, f"its numbers are {numbers}")) from None
