@@ -37,8 +37,8 @@ class Surprise(BaseModel):
     Attributes:
         claim: The id of the claim that it tells.
         verdict: The verdict with which the sentence is true. Under any other it is not shown.
-        says: The sentence. ``{0}``, ``{1}`` and so on stand for the numbers of the parts that decide, in their order, and
-            ``{size[0]}`` for one without its sign.
+        says: The sentence. ``{0}``, ``{1}`` and so on stand for the numbers of the parts that decide, in their order;
+            ``{size[0]}`` is one without its sign.
     """
 
     model_config = ConfigDict(extra="forbid")

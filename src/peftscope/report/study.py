@@ -319,7 +319,7 @@ CLAUSES = {
     "the same as {reference} within {margin} % of the task gain": (Outcome.SAME,),
     "less than {margin} % of the task gain from {reference}, but not equal": (Outcome.SAME_BUT_DIFFERS,),
     "more than {margin} % of the task gain from {reference}": (Outcome.MORE,),
-    "higher or lower than {reference} by an amount that is open": (Outcome.DIFFERS,),
+    "{side} than {reference} by an amount that is open": (Outcome.DIFFERS,),
     "open": (Outcome.OPEN,),
 }
 
@@ -331,23 +331,28 @@ def answer(table: pd.DataFrame, labels: dict[str, str]) -> str:
         return ""
     first = tested.iloc[0]
     own, added = (tested[(tested["against"] == first["against"]) == is_own] for is_own in (True, False))
-    margin, parts, sentences = f"{first['margin_percent']:g}", [], []
-    has_numbers = len(tested) <= MOST_WITH_NUMBERS
+    has_numbers, parts, sentences = len(tested) <= MOST_WITH_NUMBERS, [], []
     for words, outcomes in CLAUSES.items():
-        rows = own[own["outcome"].isin(list(outcomes))]
-        if len(rows):
-            numbers = [f" {_signed(row, 'percent', '.1f')}" * has_numbers for row in rows.to_dict("records")]
-            each = [labels[arm] + number for arm, number in zip(rows["arm"], numbers, strict=True)]
-            clause = words.format(reference=labels[first["against"]], margin=margin)
-            parts.append(f"{len(rows)} of {len(own)} {'is' if len(rows) == 1 else 'are'} {clause} ({listed(each)})")
+        rows = own[own["outcome"].isin(list(outcomes))].to_dict("records")
+        if rows:
+            each = [labels[row["arm"]] + f" {_signed(row, 'percent', '.1f')}" * has_numbers for row in rows]
+            verb = "is" if len(rows) == 1 else "are"
+            parts.append(f"{len(rows)} of {len(own)} {verb} {_clause(words, rows, labels)} ({listed(each)})")
         for row in added[added["outcome"].isin(list(outcomes))].to_dict("records"):
-            clause = words.format(reference=labels[row["against"]], margin=margin)
+            clause = _clause(words, [row], labels)
             subject = labels[row["arm"]] + (f" against {labels[row['against']]}" if clause == words else "")
             sentences.append(f" {subject} is {clause}" + f" ({_signed(row, 'percent', '.1f')})" * has_numbers + ".")
     return (
         f"Of the arms, {'; '.join(parts)}.{''.join(sentences)}"
         f"{' Above zero means a higher loss.' if has_numbers else ''}"
     )
+
+
+def _clause(words: str, rows: list[dict[Any, Any]], labels: dict[str, str]) -> str:
+    """Returns one of ``CLAUSES`` for comparisons with one arm."""
+    sides = sorted({"lower" if row["difference"] < 0 else "higher" for row in rows})
+    margin = f"{rows[0]['margin_percent']:g}"
+    return words.format(reference=labels[rows[0]["against"]], margin=margin, side=" or ".join(sides))
 
 
 def power(study: StudyResults) -> dict[str, Any]:
