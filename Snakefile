@@ -396,6 +396,7 @@ rule weights:
     input:
         WORKFLOW.measured(checkpoints),
         "results/{experiment}/runs.csv",
+        workflow.source_path("src/peftscope/analysis/study.py"),
         workflow.source_path("src/peftscope/analysis/weights.py"),
         workflow.source_path("src/peftscope/report/weights.py"),
     output:
@@ -421,6 +422,7 @@ rule forgetting:
         "results/{experiment}/runs.csv",
         "results/{experiment}/losses.csv",
         "results/{experiment}/tuned.json",
+        workflow.source_path("src/peftscope/analysis/study.py"),
         workflow.source_path("src/peftscope/analysis/forgetting.py"),
         workflow.source_path("src/peftscope/report/forgetting.py"),
     output:

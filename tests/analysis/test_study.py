@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -474,12 +475,18 @@ def test_a_study_may_compare_two_of_its_arms_as_well(write_study_file) -> None:
     page = Path("results/mine/tables/contrasts.html").read_text()
     assert all("LoRA, thin − LoRA" in text for text in (figure, page))
     said = answer(table, study.labels)
-    assert said.startswith("Of the arms, 1 of 2 is more than 5 % of the task gain from full fine-tuning (LoRA, thin ")
-    assert " LoRA, thin is more than 5 % of the task gain from LoRA (+" in said
-    # Of many comparisons it tells no numbers.
-    said = answer(pd.concat([table] * 3), study.labels)
-    assert said.startswith("Of the arms, 3 of 6 are more than 5 % of the task gain from full fine-tuning (LoRA, thin, ")
-    assert "LoRA, thin is more than 5 % of the task gain from LoRA." in said and "[" not in said
+    assert said.startswith(
+        "Of the arms, 1 of 2 is worse than full fine-tuning by more than 5 % of the task gain (LoRA, thin +"
+    )
+    assert "; 1 of 2 is worse than full fine-tuning by an amount that is open (LoRA +" in said
+    assert " LoRA, thin is worse than LoRA by more than 5 % of the task gain (+" in said
+    # Of many comparisons it tells no numbers, but it still tells the sides apart.
+    better = table.assign(difference=-table["difference"])
+    said = answer(pd.concat([table, better, table]), study.labels)
+    assert "2 of 6 are worse than full fine-tuning by more than 5 % of the task gain (LoRA, thin; LoRA, thin)" in said
+    assert "1 of 6 is better than full fine-tuning by more than 5 % of the task gain (LoRA, thin)" in said
+    assert " LoRA, thin is better than LoRA by more than 5 % of the task gain." in said and "[" not in said
+    assert "[" in answer(pd.concat([table, better, table[:2]]), study.labels)
 
 
 def test_controls_say_what_the_comparison_makes_of_no_difference(finished: StudyResults) -> None:
@@ -513,7 +520,7 @@ def test_the_section_of_the_report_has_its_tables_and_figures(finished: StudyRes
     shown = (folder / "tables" / "controls.html").read_text()
     assert all(f"LoRA, {name}" in html.unescape(shown) for name in CONTROLS.values())
     facts = study_facts(finished, expand("mine").experiment.study)
-    assert facts["chosen"] == "full fine-tuning 0.0001, LoRA 0.001, LoRA, thin 0.001"
+    assert facts["chosen"] == "full fine-tuning 0.0001; LoRA 0.001; LoRA, thin 0.001"
     assert (facts["seeds"], facts["fewest_rates"], facts["base_loss"]) == (6, 3, "3.000")
 
 
@@ -543,10 +550,25 @@ def test_each_rank_keeps_a_share_of_what_full_fine_tuning_gains(finished: StudyR
     assert sentence.startswith("LoRA keeps 67 % at rank 2, 97 % at rank 8 of what full fine-tuning gains on the task.")
 
 
+def test_arms_are_called_by_their_method_and_what_sets_them_apart(finished: StudyResults) -> None:
+    assert finished.labels == {
+        "full": "full fine-tuning",
+        "lora": "LoRA",
+        "thin": "LoRA, thin",
+    }
+    # The first arm of several of one method has its own name too, unless it is named after the method.
+    for path in map(Path, ("experiments/mine.yaml", "results/mine/runs.csv", "results/mine/tuned.json")):
+        path.write_text(re.sub(r"\bthin\b", "lora-thin", re.sub(r"\blora\b(?!,)", "r8", path.read_text())))
+    text = Path("experiments/mine.yaml").read_text().replace("method: r8", "method: lora")
+    Path("experiments/mine.yaml").write_text(text)
+    labels = StudyResults("mine").labels
+    assert (labels["r8"], labels["lora-thin"]) == ("LoRA, r8", "LoRA, thin")
+
+
 def test_a_study_of_other_arms_has_no_shares_to_draw(finished: StudyResults) -> None:
     path = Path("experiments/mine.yaml")
     path.write_text(path.read_text().replace("rank: 2", "dropout: 0.5"))
-    with pytest.raises(InputError, match="no tuned arms differ in nothing but their rank, alpha or dimension"):
+    with pytest.raises(InputError, match="no two tuned arms differ in nothing but their rank"):
         write_shares("mine")
 
 
@@ -554,13 +576,14 @@ def test_a_study_of_few_examples_shows_what_is_trained_and_what_is_not(finished:
     scored = members("arm-lora")
     losses = pd.read_csv("results/mine/losses.csv").set_index(["run_id", "step"])
     runs = pd.read_csv("results/mine/runs.csv").set_index("run_id")
-    for run in scored:
+    for run in (*scored, *members("arm-thin")):
         losses.loc[(run, 1), VALIDATION] = 0.25
-        runs.loc[run, [VALIDATION, "train_items"]] = 0.75, 64
+        runs.loc[run, VALIDATION] = 0.75
+    runs.loc[scored, "train_items"] = 64
     losses.to_csv("results/mine/losses.csv")
     runs.to_csv("results/mine/runs.csv")
     curves = mean_losses(StudyResults("mine"))
-    assert list(curves) == ["lora"]  # nothing was scored along the training of the reference, and others train on all
+    assert list(curves) == ["lora"]  # the reference was not scored along the training, and others train on all items
     assert curves["lora"]["validation"].tolist() == [0.25, 0.75]
     first = losses.loc[(scored[0], 1), "nll_nats_per_token"]
     assert curves["lora"]["training"].iloc[0] == pytest.approx(first)

@@ -132,7 +132,8 @@ def test_what_cannot_be_started_from_is_said_before_any_run(own: Any, make_spec:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert "its weights are not those that it saved" in made(then).reason
+    failed = made(then)
+    assert failed.status == "failed" and "its weights are not those that it saved" in failed.reason
     shutil.rmtree(path.parent)
     assert "is there without its trained weights" in problems(then)[0]
     # An experiment asks for the weights as long as the run that needs them has not ended.

@@ -154,9 +154,10 @@ class StudyResults:
 
     @property
     def labels(self) -> dict[str, str]:
-        """The label of each arm: that of its method, followed by the arm's name if another arm has the same method.
+        """The label of each arm.
 
-        The method's own name, with which many an arm's begins, is not said twice.
+        It is that of its method if no other arm has the same, or if the arm is named after the method. Otherwise the
+        arm's name follows, without the method's name before it unless another arm is called what is left.
         """
         firsts = {arm: self._members(TUNING + arm, ARM + arm).iloc[0] for arm in self.arms}
         named = [first["label"] for arm, first in firsts.items() if not arm.endswith(A_A)]
@@ -167,7 +168,8 @@ class StudyResults:
             if arm.endswith(A_A):
                 found[arm] = f"{found[arm.removesuffix(A_A)]} against itself (A/A)"
             else:
-                found[arm] = label if is_plain else f"{label}, {arm.removeprefix(f'{method}-')}"
+                own = arm.removeprefix(f"{method}-")
+                found[arm] = label if is_plain else f"{label}, {arm if own in firsts else own}"
         return found
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from peftscope.errors import InputError, Problem
 from peftscope.layout import run_folder
-from peftscope.record import FINAL, is_restored, read_record
+from peftscope.record import finished_record, is_restored, read_record
 from peftscope.spec import RunSpec
 
 
@@ -16,14 +16,14 @@ def check_starts(runs: Mapping[str, RunSpec], where: str, planned: bool = True) 
     Args:
         runs: The specs by run id.
         where: Where the runs come from, for messages.
-        planned: Whether these are an experiment's runs: one that another starts from may still have to be made, and one
-            that has ended needs its start's weights no more.
+        planned: Whether these are an experiment's runs. Then one that another starts from may still have to be made.
+            One that has ended needs its start's weights no more.
     """
     problems: list[Problem] = []
     for identity, spec in runs.items():
         if spec.start_from is None:
             continue
-        has_ended = planned and _has_ended(identity)
+        has_ended = planned and finished_record(run_folder(identity), identity) is not None
         start = runs.get(spec.start_from) if planned else None
         folder = run_folder(spec.start_from)
         at = f"{where}: start_from"
@@ -46,13 +46,6 @@ def check_starts(runs: Mapping[str, RunSpec], where: str, planned: bool = True) 
         else:
             problems += [Problem(at, message) for message in _misfits(spec, start)]
     return list(dict.fromkeys(problems))
-
-
-def _has_ended(identity: str) -> bool:
-    try:
-        return read_record(run_folder(identity) / "record.json").status in FINAL
-    except (FileNotFoundError, InputError):
-        return False
 
 
 def _misfits(spec: RunSpec, start: RunSpec) -> list[str]:

@@ -109,7 +109,7 @@ def with_numbers(text: str, numbers: Mapping[str, Any]) -> str:
 
 def _told(surprise: Surprise, finding: dict[str, Any]) -> str:
     numbers = [part["found"] for part in deciding(finding)]
-    sizes = [number and abs(number) for number in numbers]
+    sizes = [abs(number) if isinstance(number, int | float) else number for number in numbers]
     try:
         return re.sub(r"(?<=\d)%", " %", surprise.says.format(*numbers, size=sizes))
     except (IndexError, KeyError, TypeError, ValueError) as error:

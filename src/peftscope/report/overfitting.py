@@ -76,10 +76,10 @@ def overfitting_sentence(experiment: str) -> str:
     study = StudyResults(experiment)
     curves = {study.labels[arm]: curve for arm, curve in mean_losses(study).items()}
     rises = {name: curve["validation"].iloc[-1] - curve["validation"].min() for name, curve in curves.items()}
-    risen = listed([f"{rise:.3f} ({name})" for name, rise in rises.items() if rise > 0])
+    risen = listed([f"{rise:.3f} ({name})" for name, rise in rises.items() if round(rise, 3) > 0])
     gaps = [f"{signed((c['validation'] - c['training']).iloc[-1], '.3f')} ({name})" for name, c in curves.items()]
     rise = f"On validation items the mean ends above its lowest by {risen} nats per token. " if risen else ""
     return (
         "The loss on validation items along the training, and beneath it the loss on the examples that are trained: "
-        f"means over seeds. {rise}It ends above the training loss by {listed(gaps)}."
+        f"means over seeds. {rise}The validation loss at the end less the training loss: {listed(gaps)}."
     )

@@ -96,15 +96,15 @@ def begun(text: str) -> str:
     return text[0].upper() + text[1:] if text.split()[0].islower() else text
 
 
-def listed(values: Iterable[Any]) -> str:
-    """Returns the values in a row; of many, only the first ones.
+def listed(values: Iterable[Any], mark: str = ", ") -> str:
+    """Returns the values in a row, with a mark between two; of many, only the first ones.
 
     >>> listed([1, 2, 3]), listed(range(100))
     ('1, 2, 3', '0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 88 more')
     """
     names = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
     more = len(names) - MOST_LISTED
-    return ", ".join(names[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
+    return mark.join(names[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def signed(value: float, spec: str) -> str:

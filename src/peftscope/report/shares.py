@@ -52,7 +52,7 @@ def share_table(study: StudyResults, field: str) -> pd.DataFrame:
             row |= {"share": 1 - difference.mean / gain, "low": 1 - high / gain, "high": 1 - low / gain}
             row["is_same"] = difference.is_same
         rows.append(row)
-    table = pd.DataFrame(rows).sort_values(["method", field])
+    table = pd.DataFrame(rows, columns=None if rows else ["method", field]).sort_values(["method", field])
     return table[table.groupby("method")[field].transform("nunique") > 1].reset_index(drop=True)
 
 
@@ -70,6 +70,12 @@ def _whole(study: StudyResults) -> str:
     """Returns the arm of full fine-tuning, or else the reference."""
     found = [arm for arm in study.arms if study.arm_runs(arm)["method"].iloc[0] == "full"]
     return found[0] if found else study.reference
+
+
+def _named(study: StudyResults, table: pd.DataFrame) -> str:
+    """Returns the name of the arm whose gain is the whole: that of its line if it is a point of one, or its label."""
+    lines = list(table.loc[table["is_whole"], "method"])
+    return lines[0] if lines else study.labels[_whole(study)]
 
 
 def _gain(study: StudyResults, arm: str) -> float:
@@ -93,7 +99,7 @@ def draw_shares(axes: plt.Axes, study: StudyResults, field: str) -> None:
         reach = 100 * np.abs(rows[["low", "high"]].to_numpy().T - rows["share"].to_numpy())
         axes.errorbar(rows[field], 100 * rows["share"], yerr=reach, capsize=3, label=str(name), **line)
         beneath.plot(rows[field], rows["rate"], **line)
-    label = study.labels[whole]
+    label = _named(study, table)
     colour = arm_looks({whole: label})[whole].colour
     gain, loss = _gain(study, whole), float(study.arm_runs(whole)[HELDOUT].mean())
     axes.secondary_yaxis(
@@ -121,14 +127,11 @@ def shares_sentence(experiment: str) -> str:
     """Returns what the figure says: the share at each value, and which values are the same as the whole."""
     study = StudyResults(experiment)
     field = _varied(study)
-    table, whole = share_table(study, field), study.labels[_whole(study)]
+    table, said = share_table(study, field), []
     if table.empty:
         return "The task gain is not known, so that no share of it can be told."
-    said = []
-    if table["is_whole"].any():
-        whole += f" gains at {field} {table.loc[table['is_whole'], field].iloc[0]:,g}"
-    else:
-        whole += " gains"
+    at = [f" at {field} {value:,g}" for value in table.loc[table["is_whole"], field]]
+    whole = f"{_named(study, table)} gains{''.join(at)}"
     for name, rows in table.groupby("method", sort=False):
         each = zip(rows[field], rows["share"], strict=True)
         shares = listed([f"{100 * share:.0f} % at {field} {value:,g}".replace("-", "−") for value, share in each])
@@ -150,8 +153,9 @@ def write_shares(experiment: str) -> None:
     """
     study = StudyResults(experiment)
     study.require_finished()
-    if not any(len(arms) > 1 for arms in _levels(study, _varied(study))):
-        message = f"no tuned arms differ in nothing but their {', '.join(VARIED[:-1])} or {VARIED[-1]}"
+    field = _varied(study)
+    if not any(len(arms) > 1 for arms in _levels(study, field)):
+        message = f"no two tuned arms differ in nothing but their {field}"
         raise InputError(Problem(f"the study `{experiment}`", message, "add such arms to its file"))
     path = results_folder(experiment) / "figures" / "shares.svg"
-    draw_figure(path, lambda axes: draw_shares(axes, study, _varied(study)))
+    draw_figure(path, lambda axes: draw_shares(axes, study, field))

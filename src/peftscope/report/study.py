@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import groupby
 from statistics import median
 from textwrap import fill
 from typing import Any
@@ -316,11 +317,11 @@ def _cut_at(axes: plt.Axes, samples: list[pd.Series]) -> None:
 
 
 CLAUSES = {
-    "the same as {reference} within {margin} % of the task gain": (Outcome.SAME,),
-    "less than {margin} % of the task gain from {reference}, but not equal": (Outcome.SAME_BUT_DIFFERS,),
-    "more than {margin} % of the task gain from {reference}": (Outcome.MORE,),
-    "{side} than {reference} by an amount that is open": (Outcome.DIFFERS,),
-    "open": (Outcome.OPEN,),
+    Outcome.SAME: "the same as {reference} within {margin} % of the task gain",
+    Outcome.SAME_BUT_DIFFERS: "{side} than {reference}, by less than {margin} % of the task gain",
+    Outcome.MORE: "{side} than {reference} by more than {margin} % of the task gain",
+    Outcome.DIFFERS: "{side} than {reference} by an amount that is open",
+    Outcome.OPEN: "open",
 }
 
 
@@ -329,30 +330,27 @@ def answer(table: pd.DataFrame, labels: dict[str, str]) -> str:
     tested = table[~table["arm"].str.endswith(A_A)]
     if tested.empty or tested["percent"].isna().all():
         return ""
-    first = tested.iloc[0]
-    own, added = (tested[(tested["against"] == first["against"]) == is_own] for is_own in (True, False))
-    has_numbers, parts, sentences = len(tested) <= MOST_WITH_NUMBERS, [], []
-    for words, outcomes in CLAUSES.items():
-        rows = own[own["outcome"].isin(list(outcomes))].to_dict("records")
-        if rows:
-            each = [labels[row["arm"]] + f" {_signed(row, 'percent', '.1f')}" * has_numbers for row in rows]
-            verb = "is" if len(rows) == 1 else "are"
-            parts.append(f"{len(rows)} of {len(own)} {verb} {_clause(words, rows, labels)} ({listed(each)})")
-        for row in added[added["outcome"].isin(list(outcomes))].to_dict("records"):
-            clause = _clause(words, [row], labels)
-            subject = labels[row["arm"]] + (f" against {labels[row['against']]}" if clause == words else "")
-            sentences.append(f" {subject} is {clause}" + f" ({_signed(row, 'percent', '.1f')})" * has_numbers + ".")
-    return (
-        f"Of the arms, {'; '.join(parts)}.{''.join(sentences)}"
-        f"{' Above zero means a higher loss.' if has_numbers else ''}"
-    )
+    has_numbers, order = len(tested) <= MOST_WITH_NUMBERS, list(CLAUSES)
 
+    def clause(row: dict[Any, Any]) -> str:
+        side, margin = "better" if row["difference"] < 0 else "worse", f"{row['margin_percent']:g}"
+        return CLAUSES[row["outcome"]].format(side=side, reference=labels[row["against"]], margin=margin)
 
-def _clause(words: str, rows: list[dict[Any, Any]], labels: dict[str, str]) -> str:
-    """Returns one of ``CLAUSES`` for comparisons with one arm."""
-    sides = sorted({"lower" if row["difference"] < 0 else "higher" for row in rows})
-    margin = f"{rows[0]['margin_percent']:g}"
-    return words.format(reference=labels[rows[0]["against"]], margin=margin, side=" or ".join(sides))
+    def number(row: dict[Any, Any], form: str) -> str:
+        return form.format(_signed(row, "percent", ".1f")) if has_numbers else ""
+
+    rows = sorted(tested.to_dict("records"), key=lambda row: (order.index(row["outcome"]), row["difference"] > 0))
+    reference = tested["against"].iloc[0]
+    own = [row for row in rows if row["against"] == reference]
+    parts, sentences = [], []
+    for said, alike in groupby(own, clause):
+        each = [labels[row["arm"]] + number(row, " {}") for row in alike]
+        parts.append(f"{len(each)} of {len(own)} {'is' if len(each) == 1 else 'are'} {said} ({listed(each, '; ')})")
+    for row in rows:
+        if row["against"] != reference:
+            against = f" against {labels[row['against']]}" if row["outcome"] == Outcome.OPEN else ""
+            sentences.append(f" {labels[row['arm']]}{against} is {clause(row)}{number(row, ' ({})')}.")
+    return f"Of the arms, {'; '.join(parts)}.{''.join(sentences)}{' Below zero is better.' if has_numbers else ''}"
 
 
 def power(study: StudyResults) -> dict[str, Any]:
@@ -370,7 +368,7 @@ def power(study: StudyResults) -> dict[str, Any]:
         "half_margin": f"{50 * MARGIN:g}",
         "narrow": f"{100 * NARROW:g}",
         "widths": f"{min(widths.values()):.1f} to {max(widths.values()):.1f}" if widths else "",
-        "missed": ", ".join(f"{name} (±{widths[name]:.2f} %)" for name, one in found.items() if not one.is_precise),
+        "missed": "; ".join(f"{name} (±{widths[name]:.2f} %)" for name, one in found.items() if not one.is_precise),
     }
 
 
@@ -388,16 +386,18 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
         "no_gain": math.isnan(study.yardstick) and any(name == "shuffled-labels" for name, _ in study.controls),
         "a_a_fails": any(row["difference_low"] > 0 or row["difference_high"] < 0 for row in a_a),
         "power": power(study) if not math.isnan(study.yardstick) else None,
-        "given": listed([labels[arm] for arm in (*settings.given_rates, *settings.borrowed_rates) if arm in labels]),
+        "given": listed(
+            [labels[arm] for arm in (*settings.given_rates, *settings.borrowed_rates) if arm in labels], "; "
+        ),
         "controls_of": sorted({control for control, _ in study.controls}),
         "fewest_rates": min(len(rates) for rates in settings.learning_rates.values()),
         "fine": bool(settings.fine_seeds),
         "tuning_seeds": listed([*settings.tuning_seeds, *settings.fine_seeds]),
         "seeds": len(settings.seeds),
-        "chosen": ", ".join(
+        "chosen": "; ".join(
             f"{label} {study.rate(arm).best:g}" for arm, label in labels.items() if study.rate(arm).curve
         ),
-        "at_an_end": ", ".join(labels[arm] for arm in study.arms_at_an_end),
+        "at_an_end": "; ".join(labels[arm] for arm in study.arms_at_an_end),
         "left_out": ", ".join(f"{arm} ({reason})" for arm, reason in study.left_out.items()),
         "base_loss": f"{study.base_loss:.3f}",
         "smallest_p": f"{2 / 2 ** len(settings.seeds):.3g}",
