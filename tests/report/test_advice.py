@@ -136,11 +136,12 @@ def test_where_four_bits_cost_quality_cutting_examples_comes_first() -> None:
     assert "P18 wrong" in after.costs(after.options[1])
 
 
-def test_what_is_forgotten_decides_the_method_only_while_its_claim_stands() -> None:
+def test_what_is_forgotten_is_told_with_the_method_only_while_its_verdict_stands() -> None:
     asked = {"model": "llama-3.2-1b", "gpu": "a100-80gb", "examples": 20000, "priority": "retention"}
-    assert "P7" in line(advice_for(asked), "method").claims
-    assert "P7" not in line(advice_for(asked, P7="wrong"), "method").claims
-    assert line(advice_for(asked, P7="holds"), "method").choice == ()
+    told = line(advice_for(asked, P7="wrong"), "method")
+    assert "P7 wrong" in told.evidence and told.choice == ()
+    assert line(advice_for(asked, P7="not run"), "method").standing == "open"
+    assert "P7" not in line(advice_for(asked, P7="holds"), "method").claims
 
 
 def test_conditions_compare_as_their_names_say() -> None:
