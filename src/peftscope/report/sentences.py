@@ -84,27 +84,27 @@ def sentence(figure: str, runs: pd.DataFrame, losses: pd.DataFrame) -> str:
         facts = compute(runs, losses)
     if not facts:
         return NOTHING
-    return begun(_jinja.from_string(template).render(facts, needed_for_means=FEWEST_FOR_MEANS).strip())
+    return capitalised(_jinja.from_string(template).render(facts, needed_for_means=FEWEST_FOR_MEANS).strip())
 
 
-def begun(text: str) -> str:
+def capitalised(text: str) -> str:
     """Returns a sentence with a capital letter, but for a first word that has a small one on purpose.
 
-    >>> begun("full fine-tuning trains all."), begun("rsLoRA scales.")
+    >>> capitalised("full fine-tuning trains all."), capitalised("rsLoRA scales.")
     ('Full fine-tuning trains all.', 'rsLoRA scales.')
     """
     return text[0].upper() + text[1:] if text.split()[0].islower() else text
 
 
-def listed(values: Iterable[Any], mark: str = ", ") -> str:
-    """Returns the values in a row, with a mark between two; of many, only the first ones.
+def listed(values: Iterable[Any], separator: str = ", ") -> str:
+    """Returns the values in a row, with a separator between two; of many, only the first ones.
 
     >>> listed([1, 2, 3]), listed(range(100))
     ('1, 2, 3', '0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 88 more')
     """
     names = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
     more = len(names) - MOST_LISTED
-    return mark.join(names[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
+    return separator.join(names[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def signed(value: float, spec: str) -> str:

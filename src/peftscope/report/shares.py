@@ -17,7 +17,7 @@ from peftscope.errors import InputError, Problem
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A, VARIED
 from peftscope.report.plots import arm_looks, draw_figure, plain_ticks
-from peftscope.report.sentences import begun, listed
+from peftscope.report.sentences import capitalised, listed
 from peftscope.report.svg import INK
 
 
@@ -139,7 +139,7 @@ def shares_sentence(experiment: str) -> str:
         shown = listed([f"{value:,g}" for value in same])
         same_as = f"Shown to be the same within {100 * MARGIN:g} %: {f'{field} {shown}' if shown else 'none'}"
         spread = f"within a factor of {rows['rate'].max() / rows['rate'].min():.1f}"
-        gain = begun(f"{name} keeps {shares} of what {whole} on the task.")
+        gain = capitalised(f"{name} keeps {shares} of what {whole} on the task.")
         said.append(f"{gain} {same_as}. The chosen rates of these {field}s lie {spread}.")
     bars = f"Bars are {100 * CONFIDENCE:g} % intervals over pairs of seeds, dashed lines the margin."
     return " ".join([*said, bars])

@@ -27,7 +27,7 @@ CONTROLS = {
     "shuffled-labels": "trained on shuffled answers",
 }
 MOST_WITH_NUMBERS = 8
-"""The most comparisons whose numbers the answer tells. Of more it names the arms; their numbers stand below it."""
+"""The most comparisons whose numbers the answer tells. Of more it names the arms; the report has their numbers."""
 FARTHEST = 5.0
 """How many times as far as in the median row a point may lie for the figure of differences to show all of it."""
 FEWEST_FOR_BOOTSTRAP = 8
@@ -326,7 +326,7 @@ CLAUSES = {
 
 
 def answer(table: pd.DataFrame, labels: dict[str, str]) -> str:
-    """Returns what a study's comparisons say, in one sentence; empty without any, or without a task gain."""
+    """Returns what a study's comparisons say, in sentences; empty without any, or without a task gain."""
     tested = table[~table["arm"].str.endswith(A_A)]
     if tested.empty or tested["percent"].isna().all():
         return ""
