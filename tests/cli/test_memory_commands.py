@@ -37,6 +37,7 @@ ERRORS = {
     "unlike any model": (["nonsense"], "got 'nonsense'", "llama-2-7b, llama-3-8b"),
     "model that is not here": (["nobody/nothing"], "cannot fetch the config.json of 'nobody/nothing'", "use a preset"),
     "unknown card": (["llama-2-7b", "--gpu", "rtx4091"], "gpu: unknown card (got 'rtx4091')", "as in 24GiB"),
+    "empty card": (["llama-2-7b", "--gpu", ""], "gpu: unknown card (got '')", "as in 24GiB"),
     "unknown method": (["llama-2-7b", "--method", "qlra"], "method: unknown method (got 'qlra')", "`qlora`?"),
     "option of another method": (
         ["llama-2-7b", "--method", "full", "--rank", "8"],
@@ -293,6 +294,17 @@ def test_text_names_peaks_phases_and_every_letter(peftscope: Command) -> None:
         assert line in flat or line in output
 
 
+SAID_TOO = "peak_device_bytes", "headroom_bytes"
+"""Keys that ``memory`` and ``fit`` both have."""
+
+
+@pytest.mark.parametrize(("word", "value"), [("true", "peft"), ("false", "none"), ("trl", "trl")])
+def test_the_preparation_of_a_4_bit_base_may_be_true_or_false(word: str, value: str, peftscope: Command) -> None:
+    words = "memory", "smollm2-135m", "--method", "qlora", "--autocast", "--json", "--kbit-preparation"
+    assert peftscope(*words, word) == peftscope(*words, value)
+    assert peftscope(*words, word)[0] == 0
+
+
 def test_fit_speaks_json_about_several_models(peftscope: Command, config_of) -> None:
     paths = [config_of(small_shape(num_layers=layers).to_config()) for layers in (1, 2)]
     code, output, _ = peftscope("fit", "--models", ",".join(paths), "--gpu", "1GiB", "--methods", "full,ia3", "--json")
@@ -306,8 +318,9 @@ def test_fit_speaks_json_about_several_models(peftscope: Command, config_of) -> 
         assert one["fits"] is True
         assert one["largest_batch_size"] >= 1
         assert one["advice"] == ""
-        said = json.loads(peftscope("memory", one["model"], "--method", one["method"], "--json")[1])
-        assert said["peak_device_bytes"] == one["peak_device_bytes"]
+        words = "memory", one["model"], "--method", one["method"], "--gpu", "1GiB", "--json"
+        said = json.loads(peftscope(*words)[1])
+        assert [said[key] for key in SAID_TOO] == [one[key] for key in SAID_TOO]
 
 
 def test_fit_takes_every_method_that_trains_and_shows_a_table(peftscope: Command, config_of) -> None:

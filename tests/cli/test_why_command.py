@@ -57,6 +57,19 @@ def test_a_trainers_file_is_a_setting(peftscope: Command, tmp_path: Path) -> Non
     assert "rank 8" in why["second"]
 
 
+def test_a_trainers_file_keeps_all_that_it_says(peftscope: Command, tmp_path: Path) -> None:
+    asked = {"base_model": MODEL, "adapter": "lora", "lora_r": 8, "lora_target_linear": True, "micro_batch_size": 2}
+    path = tmp_path / "axolotl.yml"
+    path.write_text(json.dumps({**asked, "cut_cross_entropy": True, "sequence_len": 64, "fsdp": ["full_shard"]}))
+    code, output, _ = peftscope("memory", "--config", str(path), "--gpus", "4", "--json")
+    assert code == 0
+    assert told(peftscope, str(path), "--gpus", "4")["first_bytes"] == json.loads(output)["peak_allocated_bytes"]
+    tune = {"tokenizer": {"path": "t"}, "model": {"_component_": "torchtune.models.llama3_2.llama3_2_1b"}}
+    path.write_text(json.dumps({**tune, "batch_size": 1, "dtype": "bf16"}))
+    shorter, longer = (told(peftscope, str(path), "--seq-len", length)["first_bytes"] for length in ("64", "512"))
+    assert shorter < longer
+
+
 def test_the_text_has_the_sentences_the_table_and_the_figure(peftscope: Command, tmp_path: Path) -> None:
     figure = tmp_path / "why.png"
     words = [MODEL, "lora --checkpointing", "lora"]

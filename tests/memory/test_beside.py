@@ -109,6 +109,22 @@ def test_fully_shard_leaves_weights_in_integers_whole() -> None:
     assert bytes_of(full, GATHERED_WEIGHTS) + bytes_of(full, WHOLE_GRADIENTS) > 0
 
 
+def test_master_weights_are_of_trained_16_bit_weights() -> None:
+    def kept(**options: Any) -> dict[str, int]:
+        components = answer_by_formula(question(4, autocast=True, **options)).components
+        return {kind: components.get(kind, 0) for kind in ("weights", "adapters", "optimizer states")}
+
+    wide, copied = {"master_weights": "fp32"}, {"modules_to_save": ["embed_tokens"]}
+    assert kept() == kept(**wide)  # adapters are in 32 bits already, and the base is frozen
+    narrow = kept(adapter_dtype="base")
+    both = kept(adapter_dtype="base", **wide)
+    assert both["optimizer states"] == pytest.approx(2 * narrow["optimizer states"], rel=0.01)
+    shape = PRESETS["llama-3.2-1b"].shape
+    more = {kind: kept(**copied, **wide)[kind] - size for kind, size in kept(**copied).items()}
+    part = 2 * shape.vocab_size * shape.hidden_size / 4
+    assert more == {"weights": 0, "adapters": part, "optimizer states": 2 * part}
+
+
 def test_what_lies_on_the_host_is_not_on_the_card() -> None:
     one, states, all_of_it = (
         answer_by_formula(question(method="full", offload=where)) for where in ("none", "optimizer", "parameters")

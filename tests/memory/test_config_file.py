@@ -11,6 +11,7 @@ import yaml
 from conftest import Command
 
 from peftscope.errors import InputError
+from peftscope.memory.answer import answer_by_formula
 from peftscope.memory.config_file import Reading, question_of, read_config
 from peftscope.memory.question import Question, ask, describe_model
 
@@ -286,6 +287,68 @@ def test_cards_come_from_a_companion_or_are_asked_for(tmp_path: Path) -> None:
     assert "fsdp: shards over cards" in complaint(tmp_path, fsdp)
     tune = FILES["torchtune"] | {"custom_sharded_layers": ["output"]}
     assert "--gpus" in complaint(tmp_path, tune)
+
+
+@pytest.mark.parametrize(
+    ("inner", "gpus", "sharding"),
+    [
+        ({"fsdp_sharding_strategy": "FULL_SHARD"}, 4, "zero3"),
+        ({"fsdp_sharding_strategy": "SHARD_GRAD_OP"}, 1, "zero3"),
+        ({"fsdp_sharding_strategy": "NO_SHARD"}, 1, "zero3"),
+        ({"fsdp_sharding_strategy": 2}, 1, "zero3"),
+        ({"fsdp_version": 2, "fsdp_reshard_after_forward": True}, 4, "fsdp2"),
+        ({"fsdp_version": 2, "fsdp_reshard_after_forward": False}, 1, "zero3"),
+    ],
+    ids=str,
+)
+def test_weights_are_shared_by_the_strategies_that_share_them(
+    tmp_path: Path, inner: dict[str, Any], gpus: int, sharding: str
+) -> None:
+    accelerate = {"distributed_type": "FSDP", "num_processes": 4, "fsdp_config": inner}
+    (tmp_path / "fsdp.yaml").write_text(yaml.safe_dump(accelerate))
+    trl = question(tmp_path, FILES["TRL"] | {"accelerate_config": "fsdp.yaml"})
+    own = {key.removeprefix("fsdp_").replace("version", "fsdp_version"): value for key, value in inner.items()}
+    axolotl = question(tmp_path, FILES["axolotl"] | {"fsdp_config": own}, gpus=4)
+    for found in (trl, axolotl):
+        assert (found.gpus, found.beside.sharding) == (gpus, sharding)
+
+
+@pytest.mark.parametrize(
+    "more", [{"deepspeed": {"zero_optimization": {"stage": 2}}}, {"accelerate_config": "multi_gpu"}], ids=str
+)
+def test_cards_with_all_weights_are_answered_for_one(tmp_path: Path, more: dict[str, Any]) -> None:
+    reading = read(tmp_path, FILES["TRL"] | more)
+    assert question_of(reading, gpus=4).gpus == 1
+    assert any("each of the 4 cards has all weights" in line for line in reading.assumed)
+
+
+@pytest.mark.parametrize(
+    ("more", "each"),
+    [
+        ({"bf16": "auto"}, 16),
+        ({"bf16": "auto", "fsdp_version": 2}, 16),
+        ({"bf16": "full"}, 8),
+        ({"bf16": False, "fp16": False}, 16),  # all in 32 bits
+    ],
+    ids=str,
+)
+def test_shards_of_trained_weights_are_in_32_bits_in_mixed_precision(
+    tmp_path: Path, more: dict[str, Any], each: int
+) -> None:
+    asked = {"base_model": "meta-llama/Llama-3.2-1B", "optimizer": "adamw_torch", "sequence_len": 64}
+    axolotl = asked | {"micro_batch_size": 1, "fsdp": ["full_shard"], "sample_packing": False} | more
+    for cards in (1, 4):
+        answer = answer_by_formula(question(tmp_path, axolotl, gpus=cards))
+        kept = sum(answer.components[kind] for kind in ("weights", "gradients", "optimizer states"))
+        assert kept == pytest.approx(each * answer.parameters / cards, rel=1e-3)
+
+
+def test_a_companion_that_is_no_mapping_is_named(tmp_path: Path) -> None:
+    for kind, inner in (("FSDP", {"fsdp_config": ["a"]}), ("DEEPSPEED", {"deepspeed_config": "hello"})):
+        (tmp_path / "acc.yaml").write_text(yaml.safe_dump({"distributed_type": kind, "num_processes": 2} | inner))
+        assert "must be a mapping" in complaint(tmp_path, FILES["TRL"] | {"accelerate_config": "acc.yaml"})
+    (tmp_path / "training_params.json").write_text("[1]")
+    assert "training_params.json: must be a mapping" in complaint(tmp_path, FILES["PEFT"])
 
 
 def test_a_local_model_lies_beside_the_file(tmp_path: Path) -> None:

@@ -94,11 +94,12 @@ class RunCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Reads the words of a command line."""
-        flag, choices = "--kbit-preparation", ("none", "peft", "trl")
+        flag, choices, other = "--kbit-preparation", ("none", "peft", "trl"), {"true": "peft", "false": "none"}
         spelled: list[str] = []
-        for word, following in zip(args, [*args, ""][1:], strict=True):
+        for before, word, following in zip(["", *args], args, [*args, ""][1:], strict=False):
+            word = other.get(word, word) if before == flag else word
             spelled += [flag, "none"] if word == f"--no-{flag[2:]}" else [word]
-            spelled += ["peft"] if word == flag and following not in choices else []
+            spelled += ["peft"] if word == flag and following not in (*choices, *other) else []
         return super().parse_args(ctx, spelled)
 
 
@@ -204,7 +205,7 @@ def memory_command(
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.answer import answer_by_formula
 
-    card, given = find_gpu(gpu) if gpu else None, {"method": method, **options}
+    card, given = None if gpu is None else find_gpu(gpu), {"method": method, **options}
     own: dict[str, Any] = {
         "fields": fields,
         "tokenizer": tokenizer,
@@ -244,7 +245,8 @@ def memory_command(
     answer = _simulated(question) if simulate else answer_by_formula(question)
     left = card.usable_bytes - answer.peak_device_bytes if card else None
     if as_json:
-        more = {"config": reading.to_json(), "headroom_bytes": left} if reading else {}
+        more: dict[str, Any] = {"config": reading.to_json()} if reading else {}
+        more |= {"headroom_bytes": left} if reading or card else {}
         print(json.dumps({**answer.to_json(), **more}, ensure_ascii=False))
     else:
         from peftscope.memory.show import show_answer, show_headroom, show_reading

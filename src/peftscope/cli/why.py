@@ -54,10 +54,15 @@ def _parse(method: str = typer.Argument("lora"), model: SharedModel = None, **op
     return {"model": model, "method": method, **options}
 
 
-def read_setting(text: str) -> Setting | None:
+def read_setting(text: str, shared: Mapping[str, Any], gpus: int) -> Setting | None:
     """Returns what a text stands for: a setting, a run of the store or published, a spec file or a trainer's file.
 
     None means that it is none of these, such as the name of a model.
+
+    Args:
+        text: The text.
+        shared: The options of the command line, for what a trainer's file does not say.
+        gpus: The same for the number of cards.
 
     Raises:
         InputError: The text is a setting with a mistake, or a file that is not a spec.
@@ -66,7 +71,7 @@ def read_setting(text: str) -> Setting | None:
     if first in METHODS or first.startswith("--"):
         return _of_words(text)
     if Path(text).suffix in SPEC_SUFFIXES and Path(text).is_file():
-        return _of_file(Path(text))
+        return _of_file(Path(text), shared, gpus)
     if " " in text.strip():
         raise InputError(Problem(text, f"{first!r} is not a method", close_match(first, METHODS)))
     record = _record(text)
@@ -87,7 +92,7 @@ def _of_words(text: str) -> Setting:
     return Setting(model, {name: value for name, value in found.items() if value is not None})
 
 
-def _of_file(path: Path) -> Setting | None:
+def _of_file(path: Path, shared: Mapping[str, Any], gpus: int) -> Setting | None:
     from peftscope.files.content import parse_json, read_text, read_yaml
 
     values = read_yaml(path) if path.suffix != ".json" else parse_json(read_text(path), str(path))
@@ -96,8 +101,11 @@ def _of_file(path: Path) -> Setting | None:
     if isinstance(values, dict) and "method" not in values and not values.keys() <= _spec_fields():
         from peftscope.memory.config_file import question_of, read_config
 
-        question = question_of(read_config(path, {}), gpus=None)
-        return Setting(question.model, _options_of(question.spec), question.gpus)
+        said = read_config(path, {})
+        reading = read_config(path, {name: value for name, value in shared.items() if name not in said.keys})
+        question = question_of(reading, gpus=said.cards or (gpus if gpus > 1 else None))
+        beside = {name: getattr(question.beside, name) for name in BESIDE_OPTIONS}
+        return Setting(question.model, _options_of(question.spec) | beside, question.gpus)
     return _of_spec(values, str(path))
 
 
@@ -199,7 +207,7 @@ def why(
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.why import compare, explain
 
-    found = [read_setting(word) for word in words]
+    found = [read_setting(word, options, gpus) for word in words]
     if found[0] is None and len(found) > 1 and model is None:
         model, found, words = words[0], found[1:], words[1:]
     unknown = [word for word, setting in zip(words, found, strict=True) if setting is None]
@@ -209,7 +217,7 @@ def why(
         )
     if len(found) > 2:
         raise InputError(Problem("why", f"compares two settings (got {len(found)})", 'quote each: "qlora --rank 64"'))
-    card = find_gpu(gpu) if gpu else None
+    card = None if gpu is None else find_gpu(gpu)
     questions = [asked(setting, model, options, card, gpus) for setting in found if setting]
     runs = [(question, peaks_of_question(question)) for question in questions]
     answer = explain(runs[0]) if len(runs) == 1 else compare(runs[0], runs[1])
@@ -246,8 +254,9 @@ def oom(
     from peftscope.memory.show import show_diagnosis
 
     refusal = read_refusal(_error_text(error))
-    setting = read_setting(model) or Setting(model, {"method": method})
-    answer = diagnose(asked(setting, None, options, find_gpu(gpu) if gpu else None, 1), refusal)
+    setting = read_setting(model, options, 1) or Setting(model, {"method": method})
+    card = None if gpu is None else find_gpu(gpu)
+    answer = diagnose(asked(setting, None, options, card, 1), refusal)
     if as_json:
         print(json.dumps(answer.to_json(), ensure_ascii=False))
         return

@@ -195,7 +195,7 @@ def peaks_of(
     for trace in traces:
         peaks = measure(_unpaged_peaks, trace)
         phases |= {phase: peak.size for phase, peak in peaks.items()}
-        if {"offload", "sharding"} & {*question.formula_only}:
+        if {"offload", "sharding", "master_weights"} & {*question.formula_only}:
             peaks = _unpaged_peaks(on_card(question, trace))
         places |= {phase: (trace, peak.position) for phase, peak in peaks.items()}
     phases |= {phase: sum(block.size for block in blocks) for phase, blocks in later.items()}

@@ -104,6 +104,10 @@ def assumptions_of(question: Question) -> list[str]:
 def _formula_only_lines(question: Question) -> list[str]:
     """Returns what is assumed about offloads, 4-bit shards and the phases after the training."""
     beside, lines = question.beside, []
+    if beside.master_weights == "fp32":
+        lines.append(
+            "master_weights=fp32 (formula only): trained weights, gradients and states in 32 bits, layers compute in 16"
+        )
     if question.gpus > 1 and beside.sharding == "fsdp2" and question.spec.method.quantization():
         packed = "accelerate 1.15 leaves weights in integers whole" if beside.quant_storage == "uint8" else ""
         packed = packed or "packed weights are sharded as bf16 numbers, their constants are whole"

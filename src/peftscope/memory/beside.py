@@ -53,6 +53,13 @@ class Beside(BaseModel):
         Literal["zero3", "fsdp2"],
         Field(description="how several cards share a model: as ZeRO-3 and FSDP do, or as torch's fully_shard"),
     ] = "zero3"
+    master_weights: Annotated[
+        Literal["base", "fp32"],
+        Field(
+            description="of trained 16-bit weights, on each card's share: as they were loaded, or in fp32, with their "
+            "gradients and states, as FSDP and ZeRO-3 keep them in mixed precision"
+        ),
+    ] = "base"
     quant_storage: Annotated[
         Literal["uint8", "bf16"],
         Field(description="type that 4-bit weights are packed into; fully_shard leaves those in integers whole"),

@@ -50,6 +50,7 @@ class Reading:
         model: The name of the base, if the file or the command line names one.
         cards: The number of cards, if a companion file says it.
         sharded: The key that says that weights are sharded over the cards.
+        whole: The key that says that each card has all weights.
         keys: The key that each option was read from.
         understood: What was understood, one line for each key.
         assumed: What the file does not say, with the source of each default.
@@ -66,6 +67,7 @@ class Reading:
     model: str | None = None
     cards: int | None = None
     sharded: str = ""
+    whole: str = ""
     keys: dict[str, str] = field(default_factory=dict)
     understood: list[str] = field(default_factory=list)
     assumed: list[str] = field(default_factory=list)
@@ -290,6 +292,10 @@ def question_of(
         reading.assumed.append(
             "gpus=1: the file shards nothing; copies on more cards (DDP) take the same, plus buckets"
         )
+    elif reading.whole and not reading.sharded:
+        if cards > 1:
+            reading.assumed.append(f"each of the {cards} cards has all weights, as {reading.whole} says")
+        cards = 1
     elif gpus is None and not reading.sharded:
         cards = 1  # each card holds a copy
     replaced = {name: value for name, value in reading.given.items() if value is not None}

@@ -125,8 +125,8 @@ class Question:
 
     @property
     def shared(self) -> bool:
-        """Whether one card holds only a part of what one card alone would hold."""
-        return self.gpus > 1 or self.beside.offload != "none"
+        """Whether a card's blocks have other sizes than on one card alone."""
+        return self.gpus > 1 or self.beside.offload != "none" or self.beside.master_weights == "fp32"
 
     @property
     def formula_only(self) -> list[str]:
@@ -136,6 +136,7 @@ class Question:
             "loss": beside.loss == "cut-cross-entropy",
             "eval_gathers_logits": beside.eval_gathers_logits is not None,
             "sharding": self.gpus > 1 and beside.sharding == "fsdp2",
+            "master_weights": beside.master_weights == "fp32",
             "offload": beside.offload != "none",
             "after_training": beside.after_training != "nothing",
         }

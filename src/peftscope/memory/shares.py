@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from peftscope.errors import InputError, Problem
 from peftscope.memory.formula import OPTIMIZER_COPY
-from peftscope.memory.formula.linear import LINEAR_BLOCK, WIDTHS
+from peftscope.memory.formula.linear import COPY, LINEAR_BLOCK, WIDTHS
 from peftscope.memory.tape import bytes_of
 from peftscope.memory.trace import Block, Trace
 
@@ -47,10 +47,27 @@ def _cards(question: Question, block: Block) -> int:
     return question.gpus
 
 
+def _times(question: Question, block: Block) -> int:
+    """Returns how many times a block is as large where shards of trained weights are kept in fp32."""
+    spec, beside = question.spec, question.beside
+    if beside.master_weights != "fp32" or spec.precision != "bf16":
+        return 1
+    copied, of_states = block.term == OPTIMIZER_COPY, block.kind == "optimizer states"
+    if (of_states and spec.optimizer != "adamw") or not (copied or block.kind in RESIDENT):
+        return 1  # the states of bitsandbytes do not depend on the weights
+    narrow = spec.method.trains_base or getattr(spec.method, "adapter_dtype", "") == "base"
+    narrow = narrow or (COPY in block.module and beside.modules_to_save_dtype == "base")
+    trained = spec.method.trains_base or block.kind not in ("weights", "quantised weights")
+    return 2 if narrow and trained else 1
+
+
 def on_card(question: Question, trace: Trace) -> Trace:
     """Returns a trace whose blocks have the bytes that they have on one card, for the places of its peaks."""
     cards = [_cards(question, block) for block in trace.blocks]
-    sizes = [block.size // number if number else 0 for block, number in zip(trace.blocks, cards, strict=True)]
+    sizes = [
+        block.size * _times(question, block) // number if number else 0
+        for block, number in zip(trace.blocks, cards, strict=True)
+    ]
     blocks = [replace(block, size=size) for block, size in zip(trace.blocks, sizes, strict=True)]
     return Trace(blocks, trace.events, trace.marks)
 
@@ -67,10 +84,11 @@ def share_of(question: Question, phase: str, blocks: list[Block]) -> list[Block]
     layers: dict[str, int] = defaultdict(int)
     trained: dict[str, int] = defaultdict(int)
     for block in blocks:
-        cards = _cards(question, block)
-        if cards > 1:
-            formula = f"{block.formula}·1/G" if block.formula else ""
-            share.append(Block(-(-block.size // cards), block.kind, block.module, block.term, formula))
+        cards, times = _cards(question, block), _times(question, block)
+        if cards and (cards, times) != (1, 1):
+            part = str(times) if cards == 1 else f"{times}/G"
+            formula = f"{block.formula}·{part}" if block.formula else ""
+            share.append(Block(-(-block.size * times // cards), block.kind, block.module, block.term, formula))
         elif cards:
             share.append(block)
         if block.kind in WEIGHTS and cards != 1:

@@ -143,8 +143,9 @@ def read_axolotl(reading: Reading) -> None:
             reading.refuse("load_in_4bit", "a 4-bit base needs an adapter", "set adapter: qlora")
     half = read_half(reading, default="axolotl's default is bf16: auto")
     reading.options["precision"] = "bf16" if half else "fp32"
-    read_regime(reading, "axolotl", autocast=half and reading.values.get("bf16") != "full")
-    read_sharding(reading)
+    mixed = half and reading.values.get("bf16") != "full"
+    read_regime(reading, "axolotl", autocast=mixed)
+    read_sharding(reading, mixed=mixed)
     read_savings(reading)
 
 
@@ -218,7 +219,7 @@ def read_llama_factory(reading: Reading) -> None:
         if not pure and not half:
             reading.assumed.append("precision=bf16: the base keeps the dtype of its checkpoint")
     read_regime(reading, "llama-factory", autocast=half and not pure)
-    read_sharding(reading)
+    read_sharding(reading, mixed=half and not pure)
     read_savings(reading)
 
 
@@ -268,7 +269,7 @@ def read_trl(reading: Reading) -> None:
     narrow = four_bit or weights in ("bfloat16", "float16", "auto")
     reading.options["precision"] = "bf16" if narrow else "amp" if half else "fp32"
     read_regime(reading, "trl", autocast=half and narrow)
-    read_sharding(reading)
+    read_sharding(reading, mixed=half)
     read_savings(reading)
 
 
@@ -346,7 +347,11 @@ def read_peft(reading: Reading) -> None:
     for path in [*([adapter] if "peft_type" not in values else []), *companions]:
         if path.is_file() and path.resolve() != reading.path.resolve():
             reading.understood.append(f"read {path}, a companion")
-            more = flatten(parse_json(read_text(path), str(path)) or {})
+            content = parse_json(read_text(path), str(path)) or {}
+            if not isinstance(content, dict):
+                problem = Problem(str(path), f"must be a mapping (got {shown(content)})", "correct it, or move it away")
+                raise InputError(problem)
+            more = flatten(content)
             values |= {key: value for key, value in more.items() if values.get(key) is None}
             if path.name == "default_training_params.json":
                 break
