@@ -34,6 +34,7 @@ def config_of(tmp_path: Path) -> Callable[[Any], str]:
 
 ERRORS = {
     "unknown model": (["lama-2-7b"], "model: unknown model (got 'lama-2-7b')", "did you mean `llama-2-7b`?"),
+    "no such folder": (["./nowhere/model"], "model: no such file or folder: ./nowhere/model", "path of a config.json"),
     "unlike any model": (["nonsense"], "got 'nonsense'", "llama-2-7b, llama-3-8b"),
     "model that is not here": (["nobody/nothing"], "cannot fetch the config.json of 'nobody/nothing'", "use a preset"),
     "unknown card": (["llama-2-7b", "--gpu", "rtx4091"], "gpu: unknown card (got 'rtx4091')", "as in 24GiB"),
@@ -130,12 +131,15 @@ def test_models_are_listed_with_the_code_that_lists_their_shape(peftscope: Comma
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"num_attention_heads": 0}, {"num_attention_heads": "4"}, {"hidden_size": None}], ids=str
+    "wrong",
+    [{"num_attention_heads": 0}, {"num_attention_heads": "4"}, {"hidden_size": None}, {"num_key_value_heads": 3}],
+    ids=str,
 )
 def test_a_config_that_cannot_be_divided_gets_one_line(wrong: dict[str, Any], peftscope: Command, config_of) -> None:
     code, _, message = peftscope("memory", config_of({**LLAMA, **wrong}))
     assert code == 2
     assert len(message.splitlines()) == 1
+    assert not any(empty in message for empty in (": :", "Value error"))
 
 
 def test_a_limit_that_is_no_number_gets_one_line(peftscope: Command, config_of) -> None:
@@ -599,7 +603,7 @@ def test_a_data_set_is_answered_by_its_lengths_or_its_texts(
     assert code == 0
     assert (workspace / "figure.png").is_file()
     said = " ".join(output.split())
-    assert "the chance that 5 steps meet a batch that does not fit: 0% (counted over all orders)" in said
+    assert "the chance that a batch of 5 steps does not fit: 0% (counted over all orders)" in said
     assert "shuffled, seed 0, last batch full" in said
     for arrangement in ("grouped by length", "packed"):
         assert arrangement in said

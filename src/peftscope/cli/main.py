@@ -322,7 +322,9 @@ def doctor() -> None:
     from peftscope.cli.doctor import examine
 
     table = Table("what", "", "found", "remedy", box=None)
-    for finding in examine():
+    with _waiting("looking at this machine, and measuring how fast it multiplies"):
+        findings = examine()
+    for finding in findings:
         table.add_row(finding.what, "[green]ok[/]" if finding.fine else "[yellow]--[/]", finding.found, finding.remedy)
     wide_console().print(table)
 

@@ -185,7 +185,7 @@ def _read_lines(path: Path, read: Callable[[str], Any], remedy: str) -> Iterator
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
         raise InputError(Problem(str(path), f"cannot be read: {error}", "give a text file in UTF-8")) from None
     if len(problems) > SHOWN_LINES:
-        rest = Problem(str(path), f"{len(problems) - SHOWN_LINES:,} more lines are wrong", remedy)
+        rest = Problem(str(path), f"wrong lines beside these: {len(problems) - SHOWN_LINES:,}", remedy)
         problems = [*problems[:SHOWN_LINES], rest]
     if problems:
         raise InputError(problems)

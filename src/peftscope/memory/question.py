@@ -167,6 +167,8 @@ def describe_model(name: str) -> Model:
     path = Path(name)
     if path.suffix == ".json" or _is_folder(path):
         return _read_config(name, path / "config.json" if _is_folder(path) else path)
+    if name.startswith((".", "/", "~")):
+        raise InputError(Problem("model", f"no such file or folder: {name}", "give the path of a config.json"))
     entry_shape = _catalogued(name)
     if entry_shape is not None:
         return Model(name, entry_shape.to_config(), entry_shape)
@@ -227,8 +229,10 @@ def _read_config(name: str, path: Path) -> Model:
         raise InputError(Problem("model", f"{path}: `{error.args[0]}` is missing", remedy)) from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = f"{path}: {'.'.join(map(str, first['loc']))}"
-        raise InputError(Problem("model", f"{where}: {first['msg']} (got {shown(first['input'])})")) from None
+        where = ": ".join((str(path), *map(str, first["loc"])))
+        message = first["msg"].removeprefix("Value error, ")
+        got = "" if isinstance(first["input"], dict) else f" (got {shown(first['input'])})"
+        raise InputError(Problem("model", f"{where}: {message}{got}")) from None
     except ValueError as error:
         return Model(name, config, None, str(error))
     except (TypeError, ZeroDivisionError):

@@ -187,7 +187,7 @@ def show_lengths(answer: LengthsAnswer, console: Console) -> None:
     console.print(f"[bold]{answer.model}, {answer.method}[/]: batches of {answer.batch_size} rows, closed form")
     cut = f"; {answer.cut_items:,} were cut to {answer.longest:,}" if answer.cut_items else ""
     console.print(
-        f"{answer.items:,} items of {answer.shortest:,} to {answer.longest:,} tokens, half of them at most "
+        f"{_counted(answer.items, 'item')} of {answer.shortest:,} to {answer.longest:,} tokens, half of them at most "
         f"{answer.median:,}{cut}"
     )
     last = (
@@ -208,7 +208,7 @@ def show_lengths(answer: LengthsAnswer, console: Console) -> None:
         )
         colour = "red" if asked.chance else "green"
         console.print(
-            f"the chance that {_counted(answer.steps, 'step')} meet a batch that does not fit: "
+            f"the chance that a batch of {_counted(answer.steps, 'step')} does not fit: "
             f"[{colour}]{_percent(asked.chance)}[/] ({asked.how})"
         )
     table = Table("of the batches", "up to tokens", "allocated", "device", box=None)
