@@ -101,6 +101,8 @@ def test_fully_shard_leaves_weights_in_integers_whole() -> None:
     }
     assert parts["uint8"].components["quantised weights"] == one
     assert one / 4 < parts["bf16"].components["quantised weights"] < 0.35 * one  # constants are whole
+    shared = "4-bit weights are taken to be packed into bf16"
+    assert [any(shared in line for line in question(n, method="qlora").assumptions) for n in (1, 4)] == [False, True]
     full = answer_by_formula(question(4, method="full", sharding="fsdp2"))
     plain = answer_by_formula(question(4, method="full"))
     shape = PRESETS["llama-3.2-1b"].shape

@@ -108,7 +108,13 @@ def _formula_only_lines(question: Question) -> list[str]:
         lines.append(
             "master_weights=fp32 (formula only): trained weights, gradients and states in 32 bits, layers compute in 16"
         )
-    if question.gpus > 1 and beside.sharding == "fsdp2" and question.spec.method.quantization():
+    quantised = question.gpus > 1 and question.spec.method.quantization()
+    if quantised and beside.sharding == "zero3":
+        lines.append(
+            "FSDP and ZeRO-3 share floating-point numbers only: 4-bit weights are taken to be packed into bf16, as "
+            "bnb_4bit_quant_storage does (bitsandbytes 0.50.2, docs/source/fsdp_qlora.md)"
+        )
+    elif quantised:
         packed = "accelerate 1.15 leaves weights in integers whole" if beside.quant_storage == "uint8" else ""
         packed = packed or "packed weights are sharded as bf16 numbers, their constants are whole"
         lines.append(f"quant_storage={beside.quant_storage}: {packed} on every card")
