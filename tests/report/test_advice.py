@@ -189,11 +189,15 @@ def test_the_command_speaks_to_people_and_programs_within_five_seconds(peftscope
         (["--gpu", "rtx4090"], "say how many there are"),
         (["--gpu", "rtx4090", "--examples", "0"], "must be at least 1 (got 0)"),
         (["--gpu", "rtx9", "--examples", "5"], "unknown card"),
+        (["--gpu", "", "--examples", "5"], "unknown card (got '')"),
         (["--gpu", "rtx4090", "--examples", "5", "--priority", "cheap"], "unknown (got 'cheap')"),
         (["--gpu", "rtx4090", "--examples", "5", "--pairs", "3"], "give --write NAME"),
         (["--gpu", "rtx4090", "--examples", "5", "--write", "quick"], "exists already"),
         (["--gpu", "1GiB", "--examples", "5", "--write", "mine"], "nothing fits"),
+        (["--gpu", "4GiB", "--examples", "5", "--write", ""], "experiment=: not a name for an experiment"),
         (["--gpu", "rtx4090", "--examples", "5", "--claims", "nowhere.json"], "nowhere.json"),
+        (["--gpu", "rtx4090", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--gpu", "rtx4090", "--examples", "5", "--seq-len", "1000000"], "seq_len: 1000000 is over the model's limit"),
     ],
 )
 def test_bad_input_is_a_sentence(options: list[str], says: str, peftscope: Command) -> None:
