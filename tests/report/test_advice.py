@@ -128,6 +128,34 @@ def test_a_rank_is_a_range_while_its_claims_are_open_and_a_point_once_they_hold(
     assert refuted.standing == "custom" and "nothing but custom" in refuted.evidence
 
 
+def test_a_range_of_one_value_is_no_range_and_a_lowered_rank_says_why() -> None:
+    roomy = line(advice_for({"model": "llama-3.1-8b", "gpu": "h200", "examples": 1_000_000}), "rank")
+    assert roomy.text == "64" and roomy.choice == () and "lower here" not in roomy.says
+    tight = line(advice_for({"model": "llama-3.1-8b", "gpu": "20GiB", "examples": 1_000_000}), "rank")
+    assert tight.text == "16" and tight.choice == () and "It is lower here so that the run fits." in tight.says
+
+
+def test_the_line_on_length_agrees_with_what_is_cut() -> None:
+    asked = {"model": "llama-3.1-8b", "gpu": "rtx4090", "examples": 50_000}
+    cut = advice_for(asked | {"seq_len": 8192})
+    assert "shorter" in cut.options[0].changes
+    assert "have 8,192 tokens, and is cut to fit" in line(cut, "length").says
+    whole = advice_for(asked)
+    assert "shorter" not in whole.options[0].changes and "to be as long." in line(whole, "length").says
+
+
+@pytest.mark.parametrize(
+    ("gpus", "says"),
+    [
+        (32, "(in a step: 8 to 32, start at 16)"),
+        (64, "(in a step: 64, one on each card, where at most 32 are advised)"),
+    ],
+)
+def test_cards_that_make_more_than_the_advised_step_are_told(gpus: int, says: str) -> None:
+    advice = advice_for({"model": "llama-3.2-1b", "gpu": "a100-80gb", "examples": 5000, "gpus": gpus})
+    assert line(advice, "batch").text.endswith(says)
+
+
 def test_where_four_bits_cost_quality_cutting_examples_comes_first() -> None:
     asked = {"model": "llama-3.2-1b", "gpu": "4GiB", "examples": 5000}
     before, after = advice_for(asked), advice_for(asked, P18="wrong")

@@ -117,7 +117,10 @@ def _lines(options: tuple[Option, ...], situation: Situation) -> Iterator[Line]:
     accumulated = f"{spec.batch_size} × {option.accumulation} accumulated"
     cards = f" × {situation.gpus} cards" if situation.gpus > 1 else ""
     batch = settings.lines["batch"]
-    yield _said(batch, f"{accumulated}{cards} (in a step: {batch.text})")
+    most = max(batch.choice, default=batch.value)
+    over = f"{situation.gpus}, one on each card, where at most {most:g} are advised"
+    in_step = over if situation.gpus > most else batch.text
+    yield _said(batch, f"{accumulated}{cards} (in a step: {in_step})")
     yield _length_line(option, situation)
     how = "on" if spec.checkpointing else "off"
     reason = "Gradients are the same; a step takes about a third longer, and activations take a fraction of the memory."
@@ -153,7 +156,9 @@ def _as_it_is(line: Line, option: Option, situation: Situation) -> Line:
         rank = getattr(spec.method, spec.method.rank_field)
         bits = f"{situation.data_bits:,.0f} bits of responses, which rank {situation.data_rank} stores"
         says = f"{line.says} The data hold about {bits} at {BITS_PER_PARAMETER:g} bits for each parameter."
-        return Line("rank", rank, line.choice, says, line.standing, line.evidence, line.claims)
+        lowered = rank != line.value
+        says += " It is lower here so that the run fits." if lowered else ""
+        return Line("rank", rank, () if lowered else line.choice, says, line.standing, line.evidence, line.claims)
     if line.setting == "alpha":
         return _said(line, f"{option.alpha:g} (times the rank: {line.text})")
     if line.setting == "precision" and spec.method.trains_base:
@@ -168,7 +173,9 @@ def _said(line: Line, text: str) -> Line:
 def _length_line(option: Option, situation: Situation) -> Line:
     length = option.question.spec.seq_len
     if not situation.lengths:
-        says = "No example was measured; every one is taken to be as long. Give --data or --lengths."
+        asked = situation.seq_len
+        taken = "be as long" if length == asked else f"have {asked:,} tokens, and is cut to fit"
+        says = f"No example was measured; every one is taken to {taken}. Give --data or --lengths."
         return Line("length", length, (), says, "custom", "nothing but custom")
     says = f"Longest of {len(situation.lengths):,} measured examples: {max(situation.lengths):,} tokens. "
     says += f"{100 * option.cut_share:.1f} % are cut." if option.cut_share else "None is cut."
