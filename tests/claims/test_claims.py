@@ -315,7 +315,18 @@ def test_older_verdicts_are_read(older: str, word: str, tmp_path: Path) -> None:
     assert evaluate_part(part(), stored=stored_measurements(findings)).to_json() == found
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '[{"verdict": "yes", "parts": []}]', '{"a": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        "[1]",
+        '{"a": 1}',
+        '[{"verdict": "holds", "parts": []}]',
+        '[{"id": "S1", "verdict": "yes", "parts": []}]',
+    ],
+)
 def test_another_file_is_refused_as_claims(text: str, tmp_path: Path) -> None:
     path = tmp_path / "claims.json"
     path.write_text(text)

@@ -13,10 +13,11 @@ import pytest
 import yaml
 from conftest import REPOSITORY, Command
 
-from peftscope.errors import InputError
+from peftscope.errors import InputError, spoken_bytes
 from peftscope.hardware.cards import find_gpu
 from peftscope.layout import ADVICE_FILE, CLAIMS_FILE
-from peftscope.memory.question import describe_model
+from peftscope.memory.answer import answer_by_formula
+from peftscope.memory.question import ask, describe_model
 from peftscope.report.advice.advise import Advice, advise
 from peftscope.report.advice.rules import Rules, When, known_findings, read_rules
 from peftscope.report.advice.settings import USUAL_LENGTH, Situation
@@ -128,6 +129,53 @@ def test_a_rank_is_a_range_while_its_claims_are_open_and_a_point_once_they_hold(
     assert refuted.standing == "custom" and "nothing but custom" in refuted.evidence
 
 
+def test_a_range_of_one_value_is_no_range_and_a_lowered_rank_says_why() -> None:
+    roomy = line(advice_for({"model": "llama-3.1-8b", "gpu": "h200", "examples": 1_000_000}), "rank")
+    assert roomy.text == "64" and roomy.choice == () and "lower here" not in roomy.says
+    tight = line(advice_for({"model": "llama-3.1-8b", "gpu": "20GiB", "examples": 1_000_000}), "rank")
+    assert tight.text == "16" and tight.choice == () and "It is lower here so that the run fits." in tight.says
+
+
+def test_the_line_on_length_agrees_with_what_is_cut() -> None:
+    asked = {"model": "llama-3.1-8b", "gpu": "rtx4090", "examples": 50_000}
+    cut = advice_for(asked | {"seq_len": 8192})
+    assert "shorter" in cut.options[0].changes
+    assert "have 8,192 tokens, and is cut to fit" in line(cut, "length").says
+    whole = advice_for(asked)
+    assert "shorter" not in whole.options[0].changes and "to be as long." in line(whole, "length").says
+
+
+@pytest.mark.parametrize(
+    ("gpus", "says"),
+    [
+        (32, "(in a step: 8 to 32, start at 16)"),
+        (64, "(in a step: 64, one on each card, where at most 32 are advised)"),
+    ],
+)
+def test_cards_that_make_more_than_the_advised_step_are_told(gpus: int, says: str) -> None:
+    advice = advice_for({"model": "llama-3.2-1b", "gpu": "a100-80gb", "examples": 5000, "gpus": gpus})
+    assert line(advice, "batch").text.endswith(says)
+
+
+@pytest.mark.parametrize(("gpu", "fits"), [("a100", True), ("rtx4090", False)])
+def test_a_four_bit_base_that_only_other_trainers_share_is_told_with_what_it_takes(gpu: str, fits: bool) -> None:
+    asked = {"model": "llama-3.1-70b", "gpu": gpu, "examples": 5000, "gpus": 4}
+    advice = advice_for(asked)
+    run = {"method": "qlora", "rank": 16, "seq_len": USUAL_LENGTH, "checkpointing": True, "loss_path": "response_only"}
+    shared = {**run, "alpha": 32.0, "sharding": "fsdp2", "quant_storage": "bf16"}
+    question = ask(describe_model("llama-3.1-70b"), shared, responses=USUAL_LENGTH, gpu=find_gpu(gpu), gpus=4)
+    told = advice.nearest[0]
+    assert bool(advice.options) is fits and all(option.method != "qlora" for option in advice.options)
+    assert f"takes {spoken_bytes(answer_by_formula(question).peak_device_bytes, 1)} on each" in told
+    assert "--sharding fsdp2 --quant-storage bf16" in told and "rank 16" in told and f"{USUAL_LENGTH} tokens" in told
+    assert not any("can share" in words for words in advice_for(asked | {"gpus": 1}).nearest)
+
+
+def test_copies_of_a_four_bit_base_that_fit_are_not_told_as_shared() -> None:
+    advice = advice_for({"model": "llama-3.2-1b", "gpu": "rtx4090", "examples": 5000, "gpus": 4})
+    assert "qlora" in {option.method for option in advice.options} and advice.nearest == ()
+
+
 def test_where_four_bits_cost_quality_cutting_examples_comes_first() -> None:
     asked = {"model": "llama-3.2-1b", "gpu": "4GiB", "examples": 5000}
     before, after = advice_for(asked), advice_for(asked, P18="wrong")
@@ -189,11 +237,15 @@ def test_the_command_speaks_to_people_and_programs_within_five_seconds(peftscope
         (["--gpu", "rtx4090"], "say how many there are"),
         (["--gpu", "rtx4090", "--examples", "0"], "must be at least 1 (got 0)"),
         (["--gpu", "rtx9", "--examples", "5"], "unknown card"),
+        (["--gpu", "", "--examples", "5"], "unknown card (got '')"),
         (["--gpu", "rtx4090", "--examples", "5", "--priority", "cheap"], "unknown (got 'cheap')"),
         (["--gpu", "rtx4090", "--examples", "5", "--pairs", "3"], "give --write NAME"),
         (["--gpu", "rtx4090", "--examples", "5", "--write", "quick"], "exists already"),
         (["--gpu", "1GiB", "--examples", "5", "--write", "mine"], "nothing fits"),
+        (["--gpu", "4GiB", "--examples", "5", "--write", ""], "experiment=: not a name for an experiment"),
         (["--gpu", "rtx4090", "--examples", "5", "--claims", "nowhere.json"], "nowhere.json"),
+        (["--gpu", "rtx4090", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--gpu", "rtx4090", "--examples", "5", "--seq-len", "1000000"], "seq_len: 1000000 is over the model's limit"),
     ],
 )
 def test_bad_input_is_a_sentence(options: list[str], says: str, peftscope: Command) -> None:

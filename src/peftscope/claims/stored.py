@@ -22,17 +22,19 @@ def read_findings(path: Path) -> list[dict[str, Any]]:
         InputError: The file cannot be read, or is no ``claims.json``.
     """
     findings: list[dict[str, Any]] = parse_json(read_text(path), str(path))
+    remedy = "give the file that `peftscope claims --write` made"
+    if not findings:
+        raise InputError(Problem(str(path), f"not a claims.json: it has no claims (got {findings!r})", remedy))
     try:
         for finding in findings:
-            finding["verdict"] = Verdict(finding["verdict"]).value
+            finding["id"], finding["verdict"] = str(finding["id"]), Verdict(finding["verdict"]).value
             finding.setdefault("history", [])
+            finding.setdefault("scope", "scope not stored")
             for part in finding["parts"]:
                 part["verdict"] = Verdict(part["verdict"]).value
                 part.setdefault("role", "assertion" if part is finding["parts"][-1] else "beside")
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            Problem(str(path), f"not a claims.json: {error!r}", "give the file that `--write` made")
-        ) from None
+        raise InputError(Problem(str(path), f"not a claims.json: {error!r}", remedy)) from None
     return findings
 
 

@@ -66,11 +66,11 @@ def advise_command(
     if not (examples or measured) or (examples is not None and examples < 1):
         got = "" if examples is None else f" (got {examples})"
         raise InputError(Problem("--examples", f"must be at least 1{got}", "say how many there are, or give --data"))
-    if (task or pairs) and not write:
+    if (task or pairs) and write is None:
         raise InputError(Problem("--task" if task else "--pairs", "is about a written experiment", "give --write NAME"))
     base, card = describe_model(model), find_gpu(gpu)
-    longest = seq_len or max(measured, default=USUAL_LENGTH)
-    longest = min(longest, base.max_seq_len or longest)
+    longest = max(measured, default=USUAL_LENGTH)
+    longest = seq_len or min(longest, base.max_seq_len or longest)
     situation = Situation(base, card, examples or len(measured), gpus, chosen, longest, tuple(measured))
     findings, where = known_findings(claims)
     advice = advise(situation, read_rules(), findings, where)
@@ -78,7 +78,7 @@ def advise_command(
         print(json.dumps(advice.to_json(), ensure_ascii=False))
     else:
         show_advice(advice, wide_console())
-    if write:
+    if write is not None:
         _write(advice, write, gpu, task, pairs, quiet=as_json)
     raise typer.Exit(0 if advice.options else 1)
 
@@ -131,4 +131,6 @@ def show_advice(advice: Advice, console: Console) -> None:
             escape(advice.costs(option)),
         )
     console.print(others)
+    for line in advice.nearest:
+        console.print(line, markup=False)
     console.print(f"Verdicts on claims: {advice.claims_from}; `peftscope claims --id S54` says what one means.")

@@ -34,7 +34,7 @@ def items_asked(lengths: Path | None, data: Path | None, model: str | None, own:
         from peftscope.memory.lengths import count_tokens
 
         fields = [field.strip() for field in (own["fields"] or "text").split(",")]
-        return count_tokens(data, fields, _load_tokenizer(own["tokenizer"] or model))
+        return count_tokens(data, fields, lambda: _load_tokenizer(own["tokenizer"] or model))
     stray = [name for name in OWN_OPTIONS if own[name]]
     if stray:
         raise InputError(Problem(stray[0], "is about a data set", "give its --lengths or --data"))

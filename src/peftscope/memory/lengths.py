@@ -129,7 +129,7 @@ def read_lengths(path: Path) -> list[int]:
     return list(_read_lines(path, length, "write one length in tokens on each line"))
 
 
-def count_tokens(path: Path, fields: Sequence[str], tokenizer: Any) -> list[int]:
+def count_tokens(path: Path, fields: Sequence[str], load_tokenizer: Callable[[], Any]) -> list[int]:
     """Returns the tokens of the texts in a file with one JSON object on each line.
 
     A length is that of all fields together, with the special tokens that the tokenizer adds to a text, and one end of
@@ -138,7 +138,7 @@ def count_tokens(path: Path, fields: Sequence[str], tokenizer: Any) -> list[int]
     Args:
         path: The file.
         fields: The names of the fields that are text.
-        tokenizer: A tokenizer of transformers.
+        load_tokenizer: It returns a tokenizer of transformers, and is called once the file was read.
 
     Raises:
         InputError: The file cannot be read, has no item, or has a line without these fields as text.
@@ -160,6 +160,7 @@ def count_tokens(path: Path, fields: Sequence[str], tokenizer: Any) -> list[int]
         return [content[field] for field in fields]
 
     items = list(_read_lines(path, texts, "name the fields that are text, as in --fields prompt,response"))
+    tokenizer = load_tokenizer()
     more = tokenizer.num_special_tokens_to_add() + 1
     counts = [
         [len(ids) for ids in tokenizer([item[number] for item in items], add_special_tokens=False)["input_ids"]]

@@ -17,6 +17,8 @@ from peftscope.report.advice.settings import BITS_PER_PARAMETER, Line, Settings,
 
 MOST_CARDS = 8
 """The most cards of one machine."""
+SHARED_BASE = {"sharding": "fsdp2", "quant_storage": "bf16"}
+"""The calculator's options for a 4-bit base that cards share. A run of this project refuses ``shards`` with one."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Advice:
         situation: What was asked.
         options: The ways that fit, the best first; empty if nothing fits.
         lines: The settings of the first option with their reasons, and what it takes.
-        nearest: What would fit, if nothing does, the nearest first.
+        nearest: What would fit, if nothing does, the nearest first. Before it, also where options fit, a 4-bit base
+            that the cards share in other trainers, if longer examples fit so than with a copy on each.
         claims_from: Where the verdicts on claims were read.
         rules: The rules.
         findings: The findings on claims, by id.
@@ -102,8 +105,8 @@ def advise(situation: Situation, rules: Rules, findings: Findings, claims_from: 
     methods = list(preferred.value)
     options = tuple(fitter.options(methods))
     lines = tuple(_lines(options, situation)) if options else ()
-    nearest = () if options else tuple(_nearest(fitter, methods))
-    return Advice(situation, options, lines, nearest, claims_from, rules, findings)
+    nearest = [*_shared_base(fitter, options), *([] if options else _nearest(fitter, methods))]
+    return Advice(situation, options, lines, tuple(nearest), claims_from, rules, findings)
 
 
 def _lines(options: tuple[Option, ...], situation: Situation) -> Iterator[Line]:
@@ -117,7 +120,10 @@ def _lines(options: tuple[Option, ...], situation: Situation) -> Iterator[Line]:
     accumulated = f"{spec.batch_size} × {option.accumulation} accumulated"
     cards = f" × {situation.gpus} cards" if situation.gpus > 1 else ""
     batch = settings.lines["batch"]
-    yield _said(batch, f"{accumulated}{cards} (in a step: {batch.text})")
+    most = max(batch.choice, default=batch.value)
+    over = f"{situation.gpus}, one on each card, where at most {most:g} are advised"
+    in_step = over if situation.gpus > most else batch.text
+    yield _said(batch, f"{accumulated}{cards} (in a step: {in_step})")
     yield _length_line(option, situation)
     how = "on" if spec.checkpointing else "off"
     reason = "Gradients are the same; a step takes about a third longer, and activations take a fraction of the memory."
@@ -153,7 +159,9 @@ def _as_it_is(line: Line, option: Option, situation: Situation) -> Line:
         rank = getattr(spec.method, spec.method.rank_field)
         bits = f"{situation.data_bits:,.0f} bits of responses, which rank {situation.data_rank} stores"
         says = f"{line.says} The data hold about {bits} at {BITS_PER_PARAMETER:g} bits for each parameter."
-        return Line("rank", rank, line.choice, says, line.standing, line.evidence, line.claims)
+        lowered = rank != line.value
+        says += " It is lower here so that the run fits." if lowered else ""
+        return Line("rank", rank, () if lowered else line.choice, says, line.standing, line.evidence, line.claims)
     if line.setting == "alpha":
         return _said(line, f"{option.alpha:g} (times the rank: {line.text})")
     if line.setting == "precision" and spec.method.trains_base:
@@ -168,7 +176,9 @@ def _said(line: Line, text: str) -> Line:
 def _length_line(option: Option, situation: Situation) -> Line:
     length = option.question.spec.seq_len
     if not situation.lengths:
-        says = "No example was measured; every one is taken to be as long. Give --data or --lengths."
+        asked = situation.seq_len
+        taken = "be as long" if length == asked else f"have {asked:,} tokens, and is cut to fit"
+        says = f"No example was measured; every one is taken to {taken}. Give --data or --lengths."
         return Line("length", length, (), says, "custom", "nothing but custom")
     says = f"Longest of {len(situation.lengths):,} measured examples: {max(situation.lengths):,} tokens. "
     says += f"{100 * option.cut_share:.1f} % are cut." if option.cut_share else "None is cut."
@@ -195,6 +205,26 @@ def _time_line(option: Option, situation: Situation) -> Line:
     return Line("time", value, (), says, "custom", "a guess: no record of such a card")
 
 
+def _shared_base(fitter: Fitter, options: tuple[Option, ...]) -> Iterator[str]:
+    """Yields what QLoRA takes if the cards share its base, and if that fits at a length at which no copy does."""
+    situation = fitter.situation
+    copied = max((option.question.spec.seq_len for option in options if option.method == "qlora"), default=0)
+    fields = settings_for("qlora", situation, fitter.rules, fitter.findings).fields
+    fields |= {"batch_size": 1, "checkpointing": True, **SHARED_BASE}
+    for length in (situation.seq_len, *LENGTHS) if situation.gpus > 1 else ():
+        if not copied < length <= situation.seq_len:
+            continue
+        peak = fitter.peak({**fields, "seq_len": length}, gpus=situation.gpus)
+        if peak <= situation.gpu.usable_bytes:
+            setting = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SHARED_BASE.items())
+            yield (
+                f"In other trainers these cards can share a 4-bit base, with {setting} of `peftscope memory`: qlora of "
+                f"rank {fields['rank']} with one sequence of {length} tokens and recomputation takes "
+                f"{spoken_bytes(peak, 1)} on each. Runs of this project do not share it."
+            )
+            break
+
+
 def _nearest(fitter: Fitter, methods: list[str]) -> Iterator[str]:
     """Yields what would fit if nothing does: what is missing, more cards, a larger card, a smaller model."""
     situation = fitter.situation
@@ -203,8 +233,8 @@ def _nearest(fitter: Fitter, methods: list[str]) -> Iterator[str]:
     method = min(peaks, key=lambda name: peaks[name])
     missing = spoken_bytes(peaks[method] - situation.gpu.usable_bytes, 1)
     yield (
-        f"The least that trains is {method} with one sequence of {least['seq_len']} tokens and recomputation: "
-        f"{spoken_bytes(peaks[method], 1)}, {missing} more than the card has."
+        f"The least that runs of this project take is {method} with one sequence of {least['seq_len']} tokens and "
+        f"recomputation: {spoken_bytes(peaks[method], 1)}, {missing} more than the card has."
     )
     for name in smaller_models(situation.billions):
         smaller = describe_model(name)

@@ -125,7 +125,7 @@ class Fitter:
                 yield option
 
     def shards(self, method: str) -> int:
-        """Returns the cards that share the weights of a method: all, or one if its 4-bit base cannot be sharded."""
+        """Returns the cards that share the weights of a method: all, or one if its base is in 4 bits."""
         quantised = METHODS[method].model_validate({"name": method}).quantization()
         return 1 if quantised else self.situation.gpus
 

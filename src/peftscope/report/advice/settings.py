@@ -171,11 +171,11 @@ def settings_for(method: str, situation: Situation, rules: Rules, findings: Find
             continue
         standing = rule.standing(findings)
         decided = standing in (Standing.HOLDS, Standing.COMPUTED) and name != "learning_rate"
-        choice = tuple(_resolved(value, situation, name) for value in rule.range or ())
+        choice = tuple(dict.fromkeys(_resolved(value, situation, name) for value in rule.range or ()))
         lines[name] = Line(
             name,
             _resolved(rule.value, situation, name),
-            () if decided else tuple(dict.fromkeys(choice)),
+            () if decided or len(choice) == 1 else choice,
             rule.says,
             standing.name.lower(),
             rule.evidence(findings, situation.billions),
