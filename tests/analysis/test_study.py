@@ -173,7 +173,7 @@ def test_a_control_changes_one_thing(tuned: None) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"learning_rates": {"full": [1e-5, 1e-4, 1e-3]}}, "learning_rates must name the arms: full, lora, thin"),
+        ({"learning_rates": {"full": [1e-5, 1e-4, 1e-3]}}, "lora, thin have no rate: each arm"),
         (
             {"learning_rates": STUDY["study"]["learning_rates"] | {"lora": [1e-2, 1e-3, 1e-4]}},
             "learning_rates of lora must ascend",
@@ -185,6 +185,13 @@ def test_a_control_changes_one_thing(tuned: None) -> None:
         ({"arms": {"full": {"method": "full"}, "a b": {"method": "lora"}}}, "study.arms"),
         ({"controls": {"dora": ["again"]}}, "controls and a_a name no arm: dora"),
         ({"contrasts": [["lora", "dora"]]}, "contrasts name no arm: dora"),
+        ({"contrasts": [["lora", "lora"]]}, "contrasts: lora and lora are compared already, or are one arm"),
+        ({"contrasts": [["thin", "full"]]}, "thin and full are compared already"),
+        ({"contrasts": [["thin", "lora"], ["lora", "thin"]]}, "lora and thin are compared already"),
+        (
+            {"arms": STUDY["study"]["arms"] | {"lora-a-a": {"method": "lora"}}, "given_rates": {"lora-a-a": 1}},
+            "lora-a-a",
+        ),
         ({"controls": {"lora": ["twice"]}}, "study.controls.lora[0]"),
         ({"arms": STUDY["study"]["arms"] | {"lora": {"method": "lora", "seed": 3}}}, "the study's to set"),
         ({"arms": STUDY["study"]["arms"] | {"lora": {"method": "lora", "rnk": 3}}}, "did you mean `rank`?"),
@@ -419,7 +426,8 @@ def test_an_arm_may_have_a_given_rate_or_that_of_another(write_study_file) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"given_rates": {"lora": 1e-4}}, "learning_rates must name the arms: full, lora, thin; an arm may stand in"),
+        ({"given_rates": {"lora": 1e-4}}, "lora have more than one rate: each arm"),
+        ({"given_rates": {"thing": 1e-4}}, "thing have a rate and are no arms"),
         ({"given_rates": {"lora": 0}}, "given_rates.lora"),
         ({"borrowed_rates": {"thin": {"arm": "lora", "time": 2}}}, "borrowed_rates.thin.time"),
     ],
@@ -787,10 +795,14 @@ def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(tun
     before = {p.parent.name: p.read_bytes() for p in Path("results/runs").glob("*/record.json")}
     assert len(before) == 10
     Path("results/runs").rename("results/lost")
+    chosen = Path("results/mine/tuned.json")
+    rates = chosen.read_text()
+    chosen.unlink()
     record(members("tune-lora")[0], validation=0.9)
     with pytest.raises(InputError, match=r"9 published runs are missing here.*peftscope restore mine"):
         publish("mine")
     assert restore("mine") == 10
+    assert chosen.read_text() == rates
     after = {p.parent.name: p.read_bytes() for p in Path("results/runs").glob("*/record.json")}
     # What is there already is left alone.
     assert [run for run in before if after[run] != before[run]] == [members("tune-lora")[0]]

@@ -135,6 +135,17 @@ class TestMargins:
         _, text, _ = peftscope("compare", "variants-60:dora", "variants-60:lora", "--margin", "5%gain")
         assert "of the task gain (0.0343 nats per token): open at 6 pairs of runs and 810 items" in text
 
+    def test_a_published_run_that_is_older_than_a_field_is_one_of_its_arm(self, peftscope: Command) -> None:
+        code, text, message = peftscope("compare", "variants:adalora", "variants:lora")
+        assert (code, message) == (0, "") and "8 pairs of runs" in text
+
+    def test_two_runs_that_differ_in_one_item(self, peftscope: Command) -> None:
+        for name, last in (("x", 0), ("y", 1)):
+            rows = [f"{item},{item % 2}" for item in range(39)] + [f"39,{last}"]
+            Path(f"{name}.csv").write_text("\n".join(["item,score", *rows]))
+        code, text, message = peftscope("compare", "x.csv", "y.csv")
+        assert (code, message) == (0, "") and "40 items" in text
+
     @pytest.mark.parametrize(
         ("more", "said"),
         [

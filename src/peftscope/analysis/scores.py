@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pydantic import ValidationError
 
 from peftscope.analysis.collect import main_metric
 from peftscope.analysis.study import StudyResults
@@ -18,6 +19,7 @@ from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import parse_json, read_text
 from peftscope.layout import RUNS, published_paths, results_folder
 from peftscope.planning.published import ITEMS, RECORDS
+from peftscope.spec import RunSpec
 
 LARGEST_LOG = 2_000_000_000
 """The largest file of scores that is read, in bytes."""
@@ -224,7 +226,7 @@ def _published(folder: Path, wanted: Callable[[str], bool], metric: str | None) 
     except (OSError, ValueError, KeyError) as error:
         raise InputError(Problem(str(folder), f"its {RECORDS} and {ITEMS} cannot be read: {error}")) from None
     return [
-        _own_scores(str(run), rows, json.loads(records[run])["spec"], metric, str(run))
+        _own_scores(str(run), rows, _all_fields(json.loads(records[run])["spec"]), metric, str(run))
         for run, rows in (items.groupby("run_id", sort=False) if items is not None else ())
     ]
 
@@ -233,7 +235,16 @@ def _own(path: Path, rows: list[dict[str, Any]], metric: str | None) -> Scored:
     spec = path.with_name("spec.json")
     fields = parse_json(read_text(spec), str(spec)) if spec.is_file() else {}
     name = path.parent.name or path.stem
-    return _own_scores(name, pd.DataFrame(rows), fields if isinstance(fields, dict) else {}, metric, str(path))
+    spec_fields = _all_fields(fields) if isinstance(fields, dict) else {}
+    return _own_scores(name, pd.DataFrame(rows), spec_fields, metric, str(path))
+
+
+def _all_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a run with those that it is older than, at their defaults; others' files as they are."""
+    try:
+        return RunSpec.model_validate(fields).model_dump(mode="json")
+    except ValidationError:
+        return fields
 
 
 def _own_scores(name: str, rows: pd.DataFrame, spec: dict[str, Any], metric: str | None, where: str) -> Scored:

@@ -126,12 +126,14 @@ def median_ratio_interval(above: Sequence[float], below: Sequence[float]) -> tup
 def sign_flip_p(differences: Sequence[float]) -> float:
     """Returns the two-sided p of paired differences under sign flips, which is exact up to 16 pairs.
 
-    >>> sign_flip_p([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    0.03125
+    >>> sign_flip_p([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), sign_flip_p([1.0])
+    (0.03125, 1.0)
     """
     import numpy as np
     from scipy import stats
 
+    if len(differences) == 1:
+        return 1.0  # either sign is as far from zero
     sample = (np.asarray(differences, dtype=float),)
     # For a few hundred pairs, all flips at once take a gigabyte. Batches give the same p.
     found = stats.permutation_test(

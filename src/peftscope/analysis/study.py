@@ -145,9 +145,11 @@ class StudyResults:
         """The arm that the others are compared with: the first.
 
         Raises:
-            InputError: It could not be tuned.
+            InputError: It could not be tuned, or the experiment is no study.
         """
-        first = next(iter(self._entered))
+        first = next(iter(self._entered), "")
+        if not first:
+            raise InputError(Problem(f"the experiment `{self.name}`", "is no study: it has no arms", "name a study"))
         if first in self.left_out:
             raise self._unfinished(f"its reference arm `{first}` is left out ({self.left_out[first]})")
         return first

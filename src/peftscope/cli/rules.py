@@ -20,7 +20,8 @@ app = typer.Typer()
 def experiment_name(text: str) -> str:
     """Returns an experiment's name, for the name itself or the path of its file in experiments/."""
     path = Path(text)
-    return path.stem if path.suffix == ".yaml" and path.parent.name in (EXPERIMENTS.name, STUDIES.name) else text
+    is_here = path.parent.resolve() in (EXPERIMENTS.resolve(), STUDIES.resolve())
+    return path.stem if path.suffix == ".yaml" and is_here else text
 
 
 ExperimentName = Annotated[

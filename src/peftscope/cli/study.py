@@ -51,7 +51,9 @@ def _power(sweep: Sweep, study: Study) -> str:
 
 def _worse_tuned(pilot: StudyResults, study: Study, spread: float) -> str:
     """Returns what a study's pairs see of methods whose best rates the pilot knows less well than the reference's."""
-    reference, planned, seen = pilot.reference, {arm["method"] for arm in study.arms.values()}, []
+    named = [arm.get("method") for arm in study.arms.values()]
+    planned = {method["name"] if isinstance(method, dict) else method for method in named}
+    reference, seen = pilot.reference, []
     for arm in pilot.arms:
         if arm == reference or arm.endswith(A_A) or pilot.arm_runs(arm)["method"].iloc[0] not in planned:
             continue

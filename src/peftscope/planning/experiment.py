@@ -110,7 +110,7 @@ class Study(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    arms: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], dict[str, Any]], Field(min_length=1)]
+    arms: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], dict[str, Any]], Field(min_length=1)]
     learning_rates: dict[str, Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3)]]
     given_rates: dict[str, Annotated[float, Field(gt=0)]] = {}
     borrowed_rates: dict[str, BorrowedRate] = {}
@@ -133,11 +133,18 @@ class Study(BaseModel):
     @model_validator(mode="after")
     def _arms_match(self) -> Study:
         named = [*self.learning_rates, *self.given_rates, *self.borrowed_rates]
-        if sorted(named) != sorted(self.arms):
-            raise ValueError(
-                f"learning_rates must name the arms: {', '.join(self.arms)}; an arm may stand in given_rates or "
-                "borrowed_rates instead"
-            )
+        for wrong, what in (
+            (set(named) - set(self.arms), "have a rate and are no arms"),
+            (set(self.arms) - set(named), "have no rate"),
+            ({arm for arm in named if named.count(arm) > 1}, "have more than one rate"),
+        ):
+            if wrong:
+                raise ValueError(
+                    f"{', '.join(sorted(wrong))} {what}: each arm ({', '.join(self.arms)}) stands once in "
+                    "learning_rates, given_rates or borrowed_rates"
+                )
+        if reserved := [arm for arm in self.arms if arm.endswith(A_A)]:
+            raise ValueError(f"arms {', '.join(reserved)}: names that end in {A_A} are those of the A/A pairs")
         if self.reference not in self.learning_rates:
             raise ValueError(f"learning_rates must have the reference, the first arm {self.reference}")
         if lost := {rate.arm for rate in self.borrowed_rates.values()} - set(self.learning_rates):
@@ -161,6 +168,12 @@ class Study(BaseModel):
             raise ValueError(f"controls and a_a name no arm: {', '.join(sorted(unknown))}")
         if unknown := {arm for pair in self.contrasts for arm in pair} - set(self.arms):
             raise ValueError(f"contrasts name no arm: {', '.join(sorted(unknown))}")
+        # Every arm is compared with the reference, and none with itself.
+        known = [{arm, other} for arm in self.arms for other in (arm, self.reference)]
+        for pair in self.contrasts:
+            if set(pair) in known:
+                raise ValueError(f"contrasts: {' and '.join(pair)} are compared already, or are one arm")
+            known.append(set(pair))
         if self.a_a and self.a_a != self.reference:
             raise ValueError(f"a_a must be the reference, the first arm {self.reference} (got {self.a_a})")
         for arm, rates in self.learning_rates.items() if self.fine_seeds else ():

@@ -171,9 +171,9 @@ def _keep_directions(experiment: str) -> None:
 def restore(experiment: str) -> int:
     """Copies the published runs of an experiment into the store, and returns how many were published.
 
-    They count as done, without weights; what was measured on weights comes too, but not from a wheel. A run that is
-    there already is left alone. Only on demand, for an experiment that continues in another checkout: the workflow
-    itself never reads published files.
+    They count as done, without weights. The learning rates that a study chose come too, and what was measured on weights,
+    but not from a wheel. What is there already is left alone. Only on demand, for an experiment that continues in
+    another checkout: the workflow itself never reads published files.
 
     Raises:
         InputError: None were published, there is no such experiment, or another one published a run with other losses.
@@ -196,6 +196,11 @@ def restore(experiment: str) -> int:
         write_json(state / RESTORED, {"experiment": experiment})
         for path in (state / "record.json", folder / "record.json"):
             path.write_text(text)
+    for path in (coarse_path(experiment), tuned_path(experiment)):
+        chosen = published(experiment) / path.name
+        if chosen.is_file() and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(chosen, path)
     return len(records)
 
 
