@@ -171,9 +171,9 @@ def _keep_directions(experiment: str) -> None:
 def restore(experiment: str) -> int:
     """Copies the published runs of an experiment into the store, and returns how many were published.
 
-    They count as done, without weights. The learning rates that a study chose come too, and what was measured on weights,
-    but not from a wheel. What is there already is left alone. Only on demand, for an experiment that continues in
-    another checkout: the workflow itself never reads published files.
+    They count as done, without weights. The learning rates that a study chose come too, and what was measured on
+    weights, but not from a wheel. What is there already is left alone. Only on demand, for an experiment that continues
+    in another checkout: the workflow itself never reads published files.
 
     Raises:
         InputError: None were published, there is no such experiment, or another one published a run with other losses.
