@@ -157,7 +157,7 @@ def memory(
     from peftscope.memory.question import ask, describe_model
 
     _check_options(options)
-    card = find_gpu(gpu) if gpu else None
+    card = None if gpu is None else find_gpu(gpu)
     options["method"] = method
     question = ask(describe_model(model), options, responses=response_len, gpu=card, gpus=gpus)
     if not simulate and question.spec.method.closed_form is not None:
