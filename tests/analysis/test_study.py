@@ -173,7 +173,7 @@ def test_a_control_changes_one_thing(tuned: None) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"learning_rates": {"full": [1e-5, 1e-4, 1e-3]}}, "lora, thin have no rate: each arm"),
+        ({"learning_rates": {"full": [1e-5, 1e-4, 1e-3]}}, "arms without a rate: lora, thin; each arm"),
         (
             {"learning_rates": STUDY["study"]["learning_rates"] | {"lora": [1e-2, 1e-3, 1e-4]}},
             "learning_rates of lora must ascend",
@@ -426,8 +426,8 @@ def test_an_arm_may_have_a_given_rate_or_that_of_another(write_study_file) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"given_rates": {"lora": 1e-4}}, "lora have more than one rate: each arm"),
-        ({"given_rates": {"thing": 1e-4}}, "thing have a rate and are no arms"),
+        ({"given_rates": {"lora": 1e-4}}, "arms with more than one rate: lora; each arm"),
+        ({"given_rates": {"thing": 1e-4}}, "rates of what is no arm: thing; each arm"),
         ({"given_rates": {"lora": 0}}, "given_rates.lora"),
         ({"borrowed_rates": {"thin": {"arm": "lora", "time": 2}}}, "borrowed_rates.thin.time"),
     ],

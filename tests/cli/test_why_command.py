@@ -68,6 +68,8 @@ def test_a_trainers_file_keeps_all_that_it_says(peftscope: Command, tmp_path: Pa
     path.write_text(json.dumps({**tune, "batch_size": 1, "dtype": "bf16"}))
     shorter, longer = (told(peftscope, str(path), "--seq-len", length)["first_bytes"] for length in ("64", "512"))
     assert shorter < longer
+    words = str(path), "lora --model llama-3.2-1b", "--seq-len", "64", "--rank", "16"  # full fine-tuning has no rank
+    assert told(peftscope, *words)["first_bytes"] == shorter
 
 
 def test_the_text_has_the_sentences_the_table_and_the_figure(peftscope: Command, tmp_path: Path) -> None:

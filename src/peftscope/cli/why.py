@@ -102,7 +102,8 @@ def _of_file(path: Path, shared: Mapping[str, Any], gpus: int) -> Setting | None
         from peftscope.memory.config_file import question_of, read_config
 
         said = read_config(path, {})
-        reading = read_config(path, {name: value for name, value in shared.items() if name not in said.keys})
+        unsaid = {name: value for name, value in shared.items() if name not in said.keys}
+        reading = read_config(path, _fitting(unsaid, said.options["method"]))
         question = question_of(reading, gpus=said.cards or (gpus if gpus > 1 else None))
         beside = {name: getattr(question.beside, name) for name in BESIDE_OPTIONS}
         return Setting(question.model, _options_of(question.spec) | beside, question.gpus)
@@ -113,6 +114,13 @@ def _spec_fields() -> set[str]:
     from peftscope.spec import RunSpec
 
     return set(RunSpec.model_fields).union(*(method.model_fields for method in METHODS.values()))
+
+
+def _fitting(shared: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """Returns the options that were given, without those of other methods; `ask` refuses a method that is not known."""
+    fields = METHODS[method].model_fields if method in METHODS else {}
+    given = {name: value for name, value in shared.items() if value is not None}
+    return {name: value for name, value in given.items() if name not in METHOD_OPTIONS or name in fields}
 
 
 def _options_of(spec: RunSpec) -> dict[str, Any]:
@@ -159,12 +167,7 @@ def asked(setting: Setting, model: str | None, shared: Mapping[str, Any], gpu: G
     name = setting.model or model
     if name is None:
         raise InputError(Problem("model", "none given", "peftscope why llama-2-7b qlora lora, or --model llama-2-7b"))
-    method = METHODS.get(setting.options["method"])  # `ask` refuses one that is not known
-    common = {
-        option: value
-        for option, value in shared.items()
-        if value is not None and (option not in METHOD_OPTIONS or (method and option in method.model_fields))
-    }
+    common = _fitting(shared, setting.options["method"])
     base = name if isinstance(name, Model) else describe_model(name)
     return ask(base, common | setting.options, gpu=gpu, gpus=setting.gpus or gpus)
 

@@ -134,13 +134,13 @@ class Study(BaseModel):
     def _arms_match(self) -> Study:
         named = [*self.learning_rates, *self.given_rates, *self.borrowed_rates]
         for wrong, what in (
-            (set(named) - set(self.arms), "have a rate and are no arms"),
-            (set(self.arms) - set(named), "have no rate"),
-            ({arm for arm in named if named.count(arm) > 1}, "have more than one rate"),
+            (set(named) - set(self.arms), "rates of what is no arm"),
+            (set(self.arms) - set(named), "arms without a rate"),
+            ({arm for arm in named if named.count(arm) > 1}, "arms with more than one rate"),
         ):
             if wrong:
                 raise ValueError(
-                    f"{', '.join(sorted(wrong))} {what}: each arm ({', '.join(self.arms)}) stands once in "
+                    f"{what}: {', '.join(sorted(wrong))}; each arm ({', '.join(self.arms)}) stands once in "
                     "learning_rates, given_rates or borrowed_rates"
                 )
         if reserved := [arm for arm in self.arms if arm.endswith(A_A)]:
