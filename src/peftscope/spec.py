@@ -172,6 +172,8 @@ class RunSpec(BaseModel):
             )
         if self.steps < self.method.min_steps:
             raise ValueError(f"steps={self.steps}: {self.method.name} needs at least {self.method.min_steps}")
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must not exceed steps={self.steps}")
         if self.generation_items > self.heldout_items:
             raise ValueError(
                 f"generation_items={self.generation_items} must not exceed heldout_items={self.heldout_items}"
@@ -262,22 +264,15 @@ def run_id(spec: RunSpec) -> str:
     return f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-_NO_MEMORY = {
-    *(
-        "seed",
-        "init_seed",
-        "learning_rate",
-        "train_items",
-        "shuffled_targets",
-        "start_from",
-        "start_as",
-        "steps",
-        "schedule",
-        "warmup_steps",
-        "task",
-    ),
+MEASURING = (
     *("validation_items", "validation_every", "heldout_items", "generation_items", "retention_tokens"),
     *("retention_every", "benchmarks", "benchmark_items", "untimed_steps", "probe_steps", "latency_tokens"),
+)
+"""Fields that say what is measured and change no trained weight."""
+
+_NO_MEMORY = {
+    *("seed", "init_seed", "learning_rate", "train_items", "shuffled_targets", "start_from", "start_as"),
+    *("steps", "schedule", "warmup_steps", "task", *MEASURING),
 }
 """Fields that change no shape, and so no memory; a method's scale alpha and its start are others."""
 

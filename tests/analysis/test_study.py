@@ -292,12 +292,13 @@ def test_fields_of_the_tuning_runs_are_theirs_alone(write_study_file) -> None:
     sweep = expand("mine")
     items = {c.name.split("-")[0]: {sweep.runs[run].heldout_items for run in c.runs} for c in sweep.comparisons}
     assert items == {"runs": {8}, "tune": {4}, "grid": {8}, "arm": {8}, "control": {8}}
-    write_study_file(tuning={"seed": 4})
-    with pytest.raises(InputError, match="seed are the study's to set"):
-        expand("mine")
+    for field in ({"seed": 4}, {"method": "dora"}, {"rank": 4}):
+        write_study_file(tuning=field)
+        with pytest.raises(InputError, match=rf"tuning may only change what is measured .*got {next(iter(field))}"):
+            expand("mine")
 
 
-def test_tuning_needs_every_record_and_a_validation_loss(write_study_file) -> None:
+def test_tuning_needs_every_record(write_study_file) -> None:
     write_study_file()
     with pytest.raises(InputError, match="no record yet"):
         choose_rates(expand("mine"))
@@ -305,9 +306,15 @@ def test_tuning_needs_every_record_and_a_validation_loss(write_study_file) -> No
     record(members("tune-lora")[1], status="failed")
     with pytest.raises(InputError, match=r"failed: .*remove its record.json to try again"):
         choose_rates(expand("mine"))
-    record(members("tune-lora")[1])
-    with pytest.raises(InputError, match=r"fixed\.validation_items: a study chooses by validation loss"):
-        choose_rates(expand("mine"))
+
+
+def test_a_study_that_could_not_answer_is_refused_before_its_runs(write_study_file) -> None:
+    write_study_file(tuning={"validation_items": 0})
+    with pytest.raises(InputError, match=r"fixed\.validation_items: a study chooses its rates by validation loss"):
+        expand("mine")
+    write_study_file(arms=STUDY["study"]["arms"] | {"thin": {"method": "lora", "rank": 1, "task": "time-intervals"}})
+    with pytest.raises(InputError, match=r"runs: no run of the untouched base has model toy and task time-intervals"):
+        expand("mine")
 
 
 # Two stages, and an arm that enters again.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from peftscope.data.tasks import make_task
+from peftscope.data.scoring import lm_eval_file
+from peftscope.data.tasks import make_task, task_folder
 from peftscope.errors import InputError
 from peftscope.planning.disk import check_disk
 from peftscope.planning.plan import plan_experiment
@@ -62,6 +64,11 @@ CASES = {
         "heldout_items",
         "must not exceed heldout_items=8",
     ),
+    "a warm-up longer than the training": (
+        "fixed: {model: toy, steps: 4, warmup_steps: 5}",
+        "fixed.warmup_steps",
+        "warmup_steps=5 must not exceed steps=4",
+    ),
     "device": ("fixed: {model: toy, device: cuda}", "fixed.device", "the machine decides"),
 }
 
@@ -89,8 +96,23 @@ def test_a_task_that_changed_after_it_was_made(write_experiment) -> None:
     make_task("time-intervals")
     assert plan_experiment("mine").run_ids
     write_experiment("tasks", Path("experiments/tasks.yaml").read_text().replace("size: 4000", "size: 3000"))
-    with pytest.raises(InputError, match=r"tasks.yaml: time-intervals.source: changed since it was fetched or made"):
-        plan_experiment("mine")
+    for ask in (lambda: plan_experiment("mine"), lambda: make_task("time-intervals")):
+        with pytest.raises(InputError, match=r"tasks.yaml: time-intervals.source: changed since the task was made"):
+            ask()
+
+
+def test_data_of_ones_own_that_changed_after_its_task_was_made(write_experiment, tmp_path: Path) -> None:
+    data = tmp_path / "mine.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": f"q {n}", "response": "x"}) for n in range(60)))
+    write_experiment("tasks", f"mine: {{source: {{kind: jsonl, path: {data}}}}}\n")
+    lm_eval_file("mine").write_text("task: mine\n")
+    write_experiment("mine", "fixed: {model: toy, task: mine}\n")
+    make_task("mine")
+    assert make_task("mine") == task_folder("mine") and plan_experiment("mine").run_ids
+    data.write_text(data.read_text().replace("q 7", "p 7"))
+    for ask in (lambda: plan_experiment("mine"), lambda: make_task("mine")):
+        with pytest.raises(InputError, match=r"mine.jsonl: changed since the task mine was made from it .*remove"):
+            ask()
 
 
 @pytest.mark.parametrize("name", ["published", "memory", "My_Study"])

@@ -214,9 +214,6 @@ def _tried(sweep: Sweep, runs: tuple[str, ...]) -> dict[float, dict[str, Any]] |
             remedy = "see its train.log; remove its record.json to try again (and state/, if it ran out of memory)"
             raise InputError(Problem(str(path), f"{record.status}: {record.reason}", remedy))
         nll = record.quality.validation_nll
-        if nll is None and record.status == "ok":
-            where = f"{experiment_path(sweep.name)}: fixed.validation_items"
-            raise InputError(Problem(where, "a study chooses by validation loss", "give it a number above 0"))
         entry = tried.setdefault(sweep.runs[run].learning_rate, {"losses": [], "run_ids": []})
         entry["losses"].append(math.inf if nll is None else nll)
         entry["run_ids"].append(run)

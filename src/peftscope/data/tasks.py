@@ -19,7 +19,7 @@ from peftscope.data.scoring import lm_eval_file, read_scoring
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import REVISION_PATTERN, Count, CountOrZero, HubId, Name, check_characters, read_yaml
 from peftscope.files.hub import load_rows, tell_if_moved
-from peftscope.files.manifest import read_manifest
+from peftscope.files.manifest import file_sha256, is_source_of, read_manifest
 from peftscope.files.problems import dotted, problems_of
 from peftscope.files.resource import Resource
 from peftscope.layout import TASKS_FILE, TASKS_FOLDER, shipped
@@ -224,14 +224,31 @@ def make_task(name: str) -> Path:
     """Makes a task's three splits if they are missing, and returns their folder.
 
     Raises:
-        InputError: The source cannot be read, or a split would be empty.
+        InputError: The source cannot be read or changed since the splits were made, or a split would be empty.
     """
     entry = find_task(name)
     resource = task_resource(name)
+    if problem := source_change(name):
+        raise InputError(problem)
     if resource.is_there() and isinstance(entry.source, HubDataSource):
         manifest = read_manifest(resource.folder) or {}
         tell_if_moved(manifest, entry.source.dataset, entry.source.revision, "dataset", resource.folder)
     return resource.fetch()
+
+
+def source_change(name: str) -> Problem | None:
+    """Returns a problem if a task's entry, or the file that it names, is not what its splits were made from."""
+    folder, source = task_folder(name), find_task(name).source
+    manifest = read_manifest(folder)  # a damaged one is put right by the run that meets it
+    remedy = f"give the new one a name of its own, or remove {folder} and the results that came from it"
+    if not manifest:
+        return None
+    if not is_source_of(manifest, source):
+        return Problem(f"{TASKS_FILE}: {name}.source", "changed since the task was made", remedy)
+    made_from = manifest.get("file_sha256")
+    if made_from and isinstance(source, JsonlSource) and source.is_there() and file_sha256(source.path) != made_from:
+        return Problem(str(source.path), f"changed since the task {name} was made from it", remedy)
+    return None
 
 
 def task_resource(name: str) -> Resource:
@@ -252,6 +269,8 @@ def _fill(name: str, target: Path) -> dict[str, Any]:
     for item in found:
         read += 1
         pool.setdefault(item.prompt, item)
+    if isinstance(entry.source, JsonlSource):
+        facts["file_sha256"] = file_sha256(entry.source.path)
     splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
     # Sorting by hash makes the first items of a split a fair sample of it.
     ordered = sorted(pool.values(), key=lambda item: hashlib.sha256(item.prompt.encode()).digest()[8:])

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 
 def file_sha256(path: Path) -> str:
     """Returns a file's SHA-256 in hexadecimal."""
@@ -27,6 +29,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     whole = isinstance(content, dict) and isinstance(content.get("sha256"), dict)
     return content if whole else None
+
+
+def is_source_of(manifest: dict[str, Any], source: BaseModel) -> bool:
+    """Returns whether a manifest's source is this one; fields that it does not name have their defaults."""
+    try:
+        return type(source).model_validate(manifest.get("source")) == source
+    except ValidationError:
+        return False
 
 
 def _is_whole(path: Path, sha256: str) -> bool:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel, ValidationError
 
 from peftscope.data.benchmarks import benchmark_folder, find_benchmark
-from peftscope.data.tasks import JsonlSource, find_task, task_folder
+from peftscope.data.tasks import JsonlSource, find_task, source_change, task_folder
 from peftscope.errors import InputError, Problem, close_match, shown
-from peftscope.files.manifest import read_manifest
+from peftscope.files.manifest import is_source_of, read_manifest
 from peftscope.hardware.device import find_compiler
 from peftscope.layout import MODELS_FILE, TASKS_FILE
 from peftscope.models.catalog import find_model, model_folder
@@ -80,23 +76,11 @@ def check_unchanged(runs: dict[str, RunSpec]) -> list[Problem]:
 
     Runs carry the name only, so old and new ones would mix.
     """
-    places: dict[str, tuple[Path, BaseModel]] = {}
-    for spec in runs.values():
-        model, task = find_model(spec.model).source, find_task(spec.task).source
-        places[f"{MODELS_FILE}: {spec.model}"] = model_folder(spec.model), model
-        places[f"{TASKS_FILE}: {spec.task}"] = task_folder(spec.task), task
     problems = []
-    for where, (folder, source) in places.items():
+    for name, folder in {spec.model: model_folder(spec.model) for spec in runs.values()}.items():
         manifest = read_manifest(folder)  # a damaged one is put right by the run that meets it
-        if manifest and not _means(manifest.get("source"), source):
+        if manifest and not is_source_of(manifest, find_model(name).source):
             remedy = f"give the new one a name of its own, or remove {folder} and the results that came from it"
-            problems.append(Problem(f"{where}.source", "changed since it was fetched or made", remedy))
-    return problems
-
-
-def _means(written: Any, source: BaseModel) -> bool:
-    """Returns whether a manifest's source is this one; fields that it does not name have their defaults."""
-    try:
-        return type(source).model_validate(written) == source
-    except ValidationError:
-        return False
+            problems.append(Problem(f"{MODELS_FILE}: {name}.source", "changed since it was fetched", remedy))
+    tasks = {spec.task: source_change(spec.task) for spec in runs.values()}
+    return problems + [problem for problem in tasks.values() if problem]

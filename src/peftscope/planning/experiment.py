@@ -14,6 +14,7 @@ from peftscope.files.content import CountOrZero, read_yaml
 from peftscope.files.problems import dotted, problems_of
 from peftscope.layout import EXPERIMENTS, RENAMED, STUDIES, check_experiment_name, shipped
 from peftscope.methods import METHODS
+from peftscope.spec import MEASURING
 
 RESERVED_NAMES = (
     *("published", "runs", "single", "memory", "processors"),
@@ -179,9 +180,14 @@ class Study(BaseModel):
         for arm, rates in self.learning_rates.items() if self.fine_seeds else ():
             if any(above / below > LARGEST_STEP for below, above in pairwise(rates)):
                 raise ValueError(f"learning_rates of {arm}: with fine_seeds, steps of at most {LARGEST_STEP:g}")
-        for name, fields in {**self.arms, "tuning": self.tuning}.items():
+        for name, fields in self.arms.items():
             if "learning_rate" in fields or "seed" in fields:
                 raise ValueError(f"arm {name}: learning_rate and seed are the study's to set")
+        if others := set(self.tuning) - set(MEASURING):
+            raise ValueError(
+                f"tuning may only change what is measured ({', '.join(MEASURING)}), or its rates would be those of "
+                f"another training (got {', '.join(sorted(others))})"
+            )
         return self
 
     @property

@@ -98,6 +98,17 @@ class _Expansion:
         self._excluded = [count + match for count, match in zip(self._excluded, matches, strict=True)]
         return any(matches)
 
+    def check_study(self, study: Study) -> None:
+        """Adds what keeps a study from an answer: no loss that chooses rates, or a base on another task."""
+        tuned = [self._runs[run] for entrant in study.entrants for run in self.members(TUNING + entrant.name)]
+        if any(not spec.validation_items for spec in tuned):
+            message = "a study chooses its rates by validation loss (got 0)"
+            self._problems.append(Problem(f"{self._path}: fixed.validation_items", message, "give it a number above 0"))
+        bases = {(spec.model, spec.task) for spec in self._runs.values() if spec.method.name == "none"}
+        for model, task in sorted({(spec.model, spec.task) for spec in tuned} - bases):
+            message = f"no run of the untouched base has model {model} and task {task}, as the study's arms have"
+            self._problems.append(Problem(f"{self._path}: runs", message, "gains are counted from it"))
+
     def members(self, group: str) -> list[str]:
         """Returns the ids of a comparison's runs so far."""
         return list(self._groups[group][1]) if group in self._groups else []
@@ -168,6 +179,7 @@ def _add_study(expansion: _Expansion, name: str, experiment: Experiment, study: 
         return rates
 
     expansion.add(tuning_cells(study))
+    expansion.check_study(study)
     stages: tuple[str, ...] = (TUNING,)
     if study.fine_seeds:
         expansion.add(fine_cells(study, chosen(coarse_path(name), stages)))
