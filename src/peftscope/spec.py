@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from peftscope.files.content import BENCHMARK_PATTERN, LONGEST_NAME, REVISION_PATTERN, Count, CountOrZero
+from peftscope.files.content import BENCHMARK_PATTERN, LONGEST_NAME, NUMBER, REVISION_PATTERN, Count, CountOrZero
 from peftscope.hardware.device import Device
 from peftscope.methods import AnyMethod
 
@@ -69,11 +69,11 @@ class RunSpec(BaseModel):
         ),
     ] = False
     seq_len: Annotated[Count, Field(description="longest sequence in tokens; longer prompts lose their start")] = 256
-    learning_rate: Annotated[float, Field(ge=0, description="for the first parameter group; 0 is a control")]
+    learning_rate: Annotated[float, Field(ge=0, description="for the first parameter group; 0 is a control"), NUMBER]
     schedule: Annotated[Literal["constant", "linear", "cosine"], Field(description="after the warm-up")] = "constant"
     warmup_steps: Annotated[CountOrZero, Field(description="linear warm-up")] = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float | None, Field(gt=0, description="null: no clipping")] = 1.0
+    weight_decay: Annotated[float, Field(ge=0), NUMBER] = 0.0
+    max_grad_norm: Annotated[float | None, Field(gt=0, description="null: no clipping"), NUMBER] = 1.0
     optimizer: Annotated[
         Literal["adamw", "sgd", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"],
         Field(description="torch.optim, or bitsandbytes: 8-bit states, states that CUDA may page out to the host"),
@@ -82,9 +82,9 @@ class RunSpec(BaseModel):
         Literal["foreach", "fused", "single"],
         Field(description="an option of torch.optim; foreach is its choice on CUDA"),
     ] = "foreach"
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    adam_beta1: Annotated[float, Field(ge=0, lt=1), NUMBER] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1), NUMBER] = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0), NUMBER] = 1e-8
 
     precision: Annotated[
         Literal["fp32", "bf16", "amp"], Field(description="amp: fp32 master weights under bf16 autocast")
@@ -107,11 +107,13 @@ class RunSpec(BaseModel):
     attention: Annotated[Literal["sdpa", "eager", "flash_attention_2"], Field(description="attention kernel")] = "sdpa"
     compile: Annotated[bool, Field(description="torch.compile for every decoder layer, in training only")] = False
     shards: Annotated[
-        Count,
+        int,
         Field(
+            ge=1,
             le=MOST_SHARDS,
             description="processes, one per card, that share the rows of a batch and every tensor of the training",
         ),
+        NUMBER,
     ] = 1
 
     eval_batch_size: Annotated[
@@ -152,6 +154,7 @@ class RunSpec(BaseModel):
     memory_limit_gib: Annotated[
         float | None,
         Field(gt=0, description="memory of the smaller card that the run is limited to (CUDA), context included"),
+        NUMBER,
     ] = None
 
     device: Annotated[Device, Field(description="set by the machine, not by experiment files")] = "cpu"

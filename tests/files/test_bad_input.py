@@ -64,6 +64,10 @@ CASES = {
         "heldout_items",
         "must not exceed heldout_items=8",
     ),
+    "a truth value for a number": ("fixed: {model: toy, steps: true}", "fixed.steps", "must be a number (got True)"),
+    "a truth value for a rate": ("fixed: {model: toy, learning_rate: yes}", "fixed.learning_rate", "must be a number"),
+    "an axis of another method": ("axes: {method: [lora, full], iterations: [1, 5]}", "axes.iterations", "no run's"),
+    "seeds twice": ("axes: {seed: [1, 2]}\nseeds: [3]", "mine.yaml: seeds", "no effect beside the seeds of axes"),
     "a warm-up longer than the training": (
         "fixed: {model: toy, steps: 4, warmup_steps: 5}",
         "fixed.warmup_steps",

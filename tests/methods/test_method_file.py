@@ -157,6 +157,14 @@ WRONG = {
     "a mistake": ("import nothing_here", "cannot be loaded: ModuleNotFoundError: No module named 'nothing_here'"),
     "no label": ("class A(Method): ...", "needs a `label: ClassVar[str]`"),
     "no rate": ("class A(Method):\n    label: ClassVar[str] = 'A'", "needs `run_defaults: ClassVar[dict]`"),
+    "nothing built": (
+        "class A(Method):\n    label: ClassVar[str] = 'A'\n    run_defaults: ClassVar[dict] = {'learning_rate': 1}",
+        "needs `build`, which makes the model to train",
+    ),
+    "a default that its bounds refuse": (
+        "class A(PeftTuner):\n    label: ClassVar[str] = 'A'\n    rank: Rank = 0",
+        "cannot be loaded: ValidationError: 1 validation error for A rank Input should be greater than or equal to 1",
+    ),
     "a tuner's option": (
         "class A(PeftTuner):\n    label: ClassVar[str] = 'A'\n    options: dict = {'rr': 1}",
         "vera has no such option (got 1) (did you mean `r`?)",
@@ -166,10 +174,23 @@ WRONG = {
 
 @pytest.mark.parametrize(("text", "message"), WRONG.values(), ids=WRONG)
 def test_a_file_that_cannot_be_used_is_refused(text: str, message: str, tmp_path: Path, peftscope) -> None:
-    imports = "from typing import ClassVar\nfrom peftscope.methods.fields import Method\n"
+    imports = "from typing import ClassVar\nfrom peftscope.methods.fields import Method, Rank\n"
     (tmp_path / "mine.py").write_text(f"{imports}from peftscope.methods.peft_tuner import PeftTuner\n{text}\n")
     code, _, printed = peftscope("new-study", str(tmp_path / "mine.py"))
     assert code == 2 and message in printed and len(printed.splitlines()) == 1
+
+
+def test_a_file_whose_study_is_refused_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    imports = "from typing import ClassVar\nfrom peftscope.methods.peft_tuner import PeftTuner\n"
+    Path("mine.py").write_text(f"{imports}\nclass A(PeftTuner):\n    label: ClassVar[str] = 'A'\n    steps: int = 3\n")
+    command = [sys.executable, "-m", "peftscope", "new-study", "mine.py", "--model", "toy"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "method `mine`: its fields steps have the names of a run's own -> give them other names\n"
+    assert not [path for path in Path("experiments").rglob("*") if path.is_file()]
+    Path("mine.py").write_text(Path("mine.py").read_text().replace("steps", "rank"))
+    assert "experiments/mine-study.yaml" in run("peftscope", "new-study", "mine.py", "--model", "toy")
 
 
 def test_a_file_that_is_no_python_is_refused(file: Path, peftscope) -> None:

@@ -48,13 +48,17 @@ def new_study(
     for path, content in contents.items():
         if path.is_file() and path.read_text(encoding="utf-8") != content:
             raise InputError(Problem(str(path), "is there with another content", "remove it, or rename your file"))
-    for path, content in contents.items():
+    written = [path for path in contents if not path.is_file()]
+    for path in written:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
-        print(path)
+        path.write_text(contents[path], encoding="utf-8")
     # Methods are found when a process starts, so that another one must look.
     command = [sys.executable, "-m", "peftscope", "expand", study.stem, "--brief"]
-    sys.exit(subprocess.run(command, check=False).returncode)
+    if code := subprocess.run(command, check=False).returncode:
+        for path in written:  # or they would stand in the way of the mended file
+            path.unlink()
+        sys.exit(code)
+    print("\n".join(map(str, contents)))
 
 
 def study_text(file: Path, others: list[str], model: str | None) -> str:

@@ -12,14 +12,24 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from peftscope.errors import InputError, Problem, shown
 
 LARGEST_COUNT = 2**31 - 1
 """The largest count or seed of a run: beyond it torch, NumPy or a file format overflows."""
-Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
-CountOrZero = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+
+
+def _not_a_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")  # pydantic would take true for 1
+    return value
+
+
+NUMBER = BeforeValidator(_not_a_truth_value)
+"""Refuses true and false. It stands last, so that a field's bounds stay in the JSON schema."""
+Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT), NUMBER]
+CountOrZero = Annotated[int, Field(ge=0, le=LARGEST_COUNT), NUMBER]
 
 LONGEST_NAME = 96
 

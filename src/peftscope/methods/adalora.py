@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from peftscope.files.content import Count
+from peftscope.files.content import NUMBER, Count
 from peftscope.methods.fields import AdapterDtype, Alpha, ClosedForm, Dropout, Method, Rank, Targets, target_modules
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 """The scores that PEFT's rank allocator keeps for every trained value."""
 
-Share = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, lt=1), NUMBER]
 
 
 class AdaLoRA(Method):
@@ -43,7 +43,7 @@ class AdaLoRA(Method):
     warmup_share: Share = 0.1
     final_share: Share = 0.3
     allocate_every: Annotated[Count, Field(description="steps between two allocations")] = 1
-    orthogonal_weight: Annotated[float, Field(ge=0, description="gamma of the orthogonality term")] = 0.1
+    orthogonal_weight: Annotated[float, Field(ge=0, description="gamma of the orthogonality term"), NUMBER] = 0.1
     score: Annotated[
         Literal["sensitivity", "magnitude"],
         Field(description="what ranks the triplets: the paper's sensitivity of their values, or |lambda| alone"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from peftscope.files.content import Count
+from peftscope.files.content import NUMBER, Count
 
 if TYPE_CHECKING:
     from peftscope.models.shapes import LinearLayer, ModelShape
@@ -53,13 +53,15 @@ def with_fused(modules: Sequence[str]) -> list[str]:
 
 
 Rank = Annotated[Count, Field(description="inner dimension of the update B·A")]
-Alpha = Annotated[float, Field(gt=0, description="numerator of the scale alpha/rank (alpha/sqrt(rank) for rsLoRA)")]
+Alpha = Annotated[
+    float, Field(gt=0, description="numerator of the scale alpha/rank (alpha/sqrt(rank) for rsLoRA)"), NUMBER
+]
 Targets = Annotated[
     str | tuple[str, ...],
     AfterValidator(_preset_or_modules),
     Field(description="minimal (q,v), attention (q,k,v,o), mlp, all-linear, or a list of modules' names"),
 ]
-Dropout = Annotated[float, Field(ge=0, lt=1, description="dropout on the input of A")]
+Dropout = Annotated[float, Field(ge=0, lt=1, description="dropout on the input of A"), NUMBER]
 AdapterDtype = Annotated[
     Literal["fp32", "base"],
     Field(description="fp32 is PEFT's default (autocast_adapter_dtype); base keeps the base model's dtype"),

@@ -59,6 +59,8 @@ def load_file(path: Path) -> tuple[type[Method] | None, str]:
             return None, "needs a `label: ClassVar[str]`, its name in tables"
         if "learning_rate" not in own[0].run_defaults:
             return None, "needs `run_defaults: ClassVar[dict]` with a learning_rate"
+        if own[0].build is Method.build:
+            return None, "needs `build`, which makes the model to train"
         fields: dict[str, Any] = {"name": (Literal[path.stem], path.stem), "file_sha256": (str, digest)}
         made = cast(
             type[Method],
@@ -66,7 +68,7 @@ def load_file(path: Path) -> tuple[type[Method] | None, str]:
                 own[0].__name__, __base__=(FromFile, own[0]), __module__=module_name, __doc__=own[0].__doc__, **fields
             ),
         )
-        made()
+        made.model_validate(made().model_dump())  # pydantic checks no default
     except Exception as error:  # any file may fail in its own way, and the user needs one line
         return None, f"cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}"
     return made, ""

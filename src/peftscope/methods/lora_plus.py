@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from peftscope.files.content import NUMBER
 from peftscope.methods.fields import AdapterDtype, Alpha, ClosedForm, Dropout, Method, Rank, Targets
 from peftscope.methods.low_rank import low_rank_parameters, wrap_with_lora
 
@@ -31,7 +32,7 @@ class LoRAPlus(Method):
     targets: Targets = "all-linear"
     dropout: Dropout = 0.0
     adapter_dtype: AdapterDtype = "fp32"
-    lr_ratio: Annotated[float, Field(ge=1, description="learning rate of B over that of A")] = 16.0
+    lr_ratio: Annotated[float, Field(ge=1, description="learning rate of B over that of A"), NUMBER] = 16.0
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Returns the same count as LoRA."""

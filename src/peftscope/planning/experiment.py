@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from peftscope.errors import InputError, Problem, close_match
-from peftscope.files.content import CountOrZero, read_yaml
+from peftscope.files.content import NUMBER, CountOrZero, read_yaml
 from peftscope.files.problems import dotted, problems_of
 from peftscope.layout import EXPERIMENTS, RENAMED, STUDIES, check_experiment_name, shipped
 from peftscope.methods import METHODS
@@ -77,7 +77,7 @@ class BorrowedRate(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     arm: str
-    times: Annotated[float, Field(gt=0)] = 1.0
+    times: Annotated[float, Field(gt=0), NUMBER] = 1.0
 
 
 VARIED, FEWEST_VALUES = ("rank", "alpha", "dimension"), 3
@@ -112,8 +112,8 @@ class Study(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     arms: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], dict[str, Any]], Field(min_length=1)]
-    learning_rates: dict[str, Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3)]]
-    given_rates: dict[str, Annotated[float, Field(gt=0)]] = {}
+    learning_rates: dict[str, Annotated[list[Annotated[float, Field(gt=0), NUMBER]], Field(min_length=3)]]
+    given_rates: dict[str, Annotated[float, Field(gt=0), NUMBER]] = {}
     borrowed_rates: dict[str, BorrowedRate] = {}
     tuning_seeds: Annotated[list[CountOrZero], Field(min_length=1)]
     fine_seeds: list[CountOrZero] = []
@@ -277,7 +277,7 @@ class Experiment(BaseModel):
     exclude: list[Exclusion] = []
     seeds: Annotated[list[CountOrZero], Field(min_length=1)] = [0]
     keep_at: Annotated[
-        list[Annotated[float, Field(gt=0, le=1)]],
+        list[Annotated[float, Field(gt=0, le=1), NUMBER]],
         Field(description="shares of the training after which a study's pairs, and single runs, keep their weights"),
     ] = []
 

@@ -103,6 +103,9 @@ class Resolver:
             layers.values["start_from"] = self._start(values, start, layers.origins["start_from"])
 
         method_fields = set(METHODS[name].model_fields) - {"name"}
+        if shared := sorted(method_fields & set(RunSpec.model_fields)):
+            message = f"its fields {', '.join(shared)} have the names of a run's own"
+            raise InputError(Problem(f"method `{name}`", message, "give them other names"))
         top: dict[str, Any] = {"device": self.device}
         method: dict[str, Any] = {"name": name}
         problems = []

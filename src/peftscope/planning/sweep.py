@@ -67,6 +67,7 @@ class _Expansion:
         self._runs: dict[str, RunSpec] = {}
         self._groups: dict[str, tuple[set[str], dict[str, None]]] = {}
         self._excluded = [0] * len(resolver.experiment.exclude)
+        self._unused_axes = dict.fromkeys(resolver.experiment.axes)
 
     def add(self, cells: Iterable[Cell]) -> None:
         """Adds the runs of cells that no rule excludes."""
@@ -74,6 +75,8 @@ class _Expansion:
             exact = {key: f"{self._path}: {place}" for key, place in cell.origins.items()}
             try:
                 values = _without_absent(cell.values, cell.origins, self._resolver, self._path)
+                for key in values:
+                    self._unused_axes.pop(key, None)
                 spec = self._resolver.spec(values, f"{self._path}: {cell.group}", exact)
             except InputError as error:
                 self._problems += error.problems
@@ -129,11 +132,13 @@ class _Expansion:
 
     def _unused_rules(self) -> list[Problem]:
         path, rules = self._path, zip(self._experiment.exclude, self._excluded, strict=True)
-        return [
+        unused = [
             Problem(f"{path}: exclude[{index}].match", f"matches no run (got {shown(rule.match)})", "mend or remove it")
             for index, (rule, count) in enumerate(rules)
             if not count
         ]
+        axes = [Problem(f"{path}: axes.{axis}", "no run's method has this field", "") for axis in self._unused_axes]
+        return unused + axes
 
 
 def expand(name: str, device: Device = "cpu", *, assume_rates: bool = False) -> Sweep:
@@ -201,6 +206,9 @@ def _misplaced(experiment: Experiment, path: Path) -> list[Problem]:
     problems = []
     if "seed" in experiment.fixed:
         problems.append(Problem(f"{path}: fixed.seed", "seeds are not fixed here", "write `seeds: [...]`"))
+    varied = {*experiment.axes, *(key for rows in experiment.linked for row in rows for key in row)}
+    if "seed" in varied and "seeds" in experiment.model_fields_set and not (experiment.ladders or experiment.extends):
+        problems.append(Problem(f"{path}: seeds", "has no effect beside the seeds of axes or linked", "leave it out"))
     for method, settings in experiment.methods.items():
         if method not in METHODS:
             problems.append(Problem(f"{path}: methods.{method}", "unknown method", close_match(method, METHODS)))
