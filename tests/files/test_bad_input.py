@@ -162,6 +162,14 @@ def test_commands_never_show_a_traceback(arguments: list[str], write_experiment,
     assert "->" in output or "no such file" in output
 
 
+@pytest.mark.parametrize(
+    ("command", "said"), [("tune", "is no study: it has no arms -> name a study"), ("weights", "keeps no weights")]
+)
+def test_rules_of_studies_name_an_experiment_that_is_none(command: str, said: str, peftscope) -> None:
+    code, _, error = peftscope(command, "quick")
+    assert code == 2 and f"the experiment `quick`: {said}" in error
+
+
 def test_a_broken_link_in_place_of_a_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("resources").symlink_to(tmp_path / "gone")

@@ -119,10 +119,12 @@ def choose_rates(sweep: Sweep, *, coarse: bool = False) -> Path:
         coarse: Chooses among the listed rates, around which the fine grids lie.
 
     Raises:
-        InputError: A record is missing, a run failed, or the best rate of an arm is the lowest or highest of its list.
+        InputError: The experiment is no study, a record is missing, a run failed, or the best rate of an arm is the
+            lowest or highest of its list.
     """
     study = sweep.experiment.study
-    assert study is not None
+    if study is None:
+        raise InputError(Problem(f"the experiment `{sweep.name}`", "is no study: it has no arms", "name a study"))
     runs = {comparison.name: comparison.runs for comparison in sweep.comparisons}
     chosen: dict[str, Any] = {}
     problems: list[Problem] = []

@@ -77,6 +77,8 @@ def compare(
         _number_and_unit(margin, "--margin")
     if base is not None and not (margin or "").strip().endswith("%gain"):
         raise InputError(Problem("--base", "goes with a margin in %gain only", "leave it out, or give --margin 5%gain"))
+    if a == b:
+        raise InputError(Problem("B", f"is A itself (got {b!r})", "name what A is compared with"))
     first, second = (read_scores(text, metric) for text in (a, b))
     pairing = pair(first, second)
     check_spread(pairing)
