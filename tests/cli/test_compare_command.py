@@ -157,13 +157,14 @@ class TestMargins:
             (("b.csv", "--items", "5"), "goes with --all only"),
             (("a.csv",), "B: is A itself (got 'a.csv')"),
             (("b.csv", "--metric", "skore"), "did you mean `score`?"),
-            (("b.csv",), "all pairs differ by 0, so that there is no spread to judge by"),
+            (("twin.csv",), "all pairs differ by 0, so that there is no spread to judge by"),
             (("--all",), "fewer than two systems"),
             (("--all", "--seed-spread", "1%gain"), "does not fit these scores"),
         ],
     )
     def test_options_that_do_not_fit(self, more: tuple[str, ...], said: str, peftscope: Command) -> None:
         write("a", 1.0), write("b", 1.0)
+        Path("twin.csv").write_text(Path("a.csv").read_text())
         code, _, error = peftscope("compare", "a.csv", *more)
         assert code == 2 and said in error
 
