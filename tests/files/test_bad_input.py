@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from peftscope.data.scoring import lm_eval_file
-from peftscope.data.tasks import make_task, task_folder
+from peftscope.data.tasks import make_task, read_split, task_folder
 from peftscope.errors import InputError
 from peftscope.planning.disk import check_disk
 from peftscope.planning.plan import plan_experiment
@@ -105,7 +105,7 @@ def test_a_task_that_changed_after_it_was_made(write_experiment) -> None:
             ask()
 
 
-def test_data_of_ones_own_that_changed_after_its_task_was_made(write_experiment, tmp_path: Path) -> None:
+def test_data_of_ones_own_that_changed_after_its_task_was_made(write_experiment, tmp_path: Path, peftscope) -> None:
     data = tmp_path / "mine.jsonl"
     data.write_text("\n".join(json.dumps({"prompt": f"q {n}", "response": "x"}) for n in range(60)))
     write_experiment("tasks", f"mine: {{source: {{kind: jsonl, path: {data}}}}}\n")
@@ -113,6 +113,10 @@ def test_data_of_ones_own_that_changed_after_its_task_was_made(write_experiment,
     write_experiment("mine", "fixed: {model: toy, task: mine}\n")
     make_task("mine")
     assert make_task("mine") == task_folder("mine") and plan_experiment("mine").run_ids
+    _, printed, _ = peftscope("expand", "mine", "--brief")
+    test = len(read_split("mine", "test"))
+    assert f"The task mine has {test} test items (heldout_items: 256): the runs use all of them." in printed
+    assert "validation items" not in printed
     data.write_text(data.read_text().replace("q 7", "p 7"))
     for ask in (lambda: plan_experiment("mine"), lambda: make_task("mine")):
         with pytest.raises(InputError, match=r"mine.jsonl: changed since the task mine was made from it .*remove"):

@@ -164,6 +164,7 @@ def expand_experiment(
         return
     from peftscope.hardware.device import detect_device
     from peftscope.models.catalog import find_model
+    from peftscope.planning.checks import too_few_items
     from peftscope.planning.estimate import estimate_seconds, spoken
     from peftscope.planning.plan import plan_experiment
     from peftscope.planning.sweep import expand
@@ -194,11 +195,13 @@ def expand_experiment(
         f"{experiment}: {len(sweep.runs)} runs, {finished} done, about {spoken(total / at_once)} to go "
         + (f"with {at_once} at once" if at_once > 1 else f"on one {next(iter(sweep.runs.values())).device} worker")
     )
+    lines = too_few_items(sweep.runs)
     if plan.is_study:
         from peftscope.cli.study import describe
 
-        for line in describe(sweep):
-            console.print(line, soft_wrap=True)
+        lines += describe(sweep)
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 @app.command(rich_help_panel=EXPERIMENT)

@@ -84,3 +84,21 @@ def check_unchanged(runs: dict[str, RunSpec]) -> list[Problem]:
             problems.append(Problem(f"{MODELS_FILE}: {name}.source", "changed since it was fetched", remedy))
     tasks = {spec.task: source_change(spec.task) for spec in runs.values()}
     return problems + [problem for problem in tasks.values() if problem]
+
+
+def too_few_items(runs: dict[str, RunSpec]) -> list[str]:
+    """Returns a sentence for each split of a task that was made and has fewer items than runs ask for."""
+    asked: dict[tuple[str, str], tuple[int, str]] = {}
+    for spec in runs.values():
+        for split, field in (("validation", "validation_items"), ("test", "heldout_items")):
+            if split != "test" or find_task(spec.task).judged_on == "test":
+                most = asked.get((spec.task, split), (0, field))
+                asked[spec.task, split] = max(most, (getattr(spec, field), field))
+    sentences = []
+    for (task, split), (count, field) in asked.items():
+        has = (read_manifest(task_folder(task)) or {}).get("items", {}).get(split, count)
+        if has < count:
+            sentences.append(
+                f"The task {task} has {has:,} {split} items ({field}: {count:,}): the runs use all of them."
+            )
+    return sentences
