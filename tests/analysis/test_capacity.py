@@ -157,13 +157,15 @@ def test_claims_on_ranks_follow_what_they_store(here: Path) -> None:
             evaluate_part(part.model_copy(update={"with_": {**part.with_, **ranks}})).verdict
             for name, (check, given) in questions.items()
             for part in [part_on(name, check, **given)]
-            for ranks in [{"ranks": [1, 4, 16]} if name == "P16" else {}]
+            for ranks in [{"ranks": [1, 4, 16]} if name == "P16" else {"control": 16}]
         ]
 
     write_runs(0.0, lambda arm, parameters: 1e9)
     assert verdicts() == [Verdict.HOLDS] * 3
+    write_runs(0.0, lambda arm, parameters: 100.0 if arm == "LoRA, rank 4" else 1e9)
+    assert verdicts() == [Verdict.HOLDS, Verdict.WRONG, Verdict.WRONG]
     write_runs(1.0)
-    assert verdicts() == [Verdict.WRONG] * 3
+    assert verdicts() == [Verdict.OPEN, Verdict.OPEN, Verdict.WRONG], "the control stores too little as well"
 
 
 def test_the_section_of_the_report_names_what_is_not_enclosed(here: Path) -> None:

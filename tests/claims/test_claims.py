@@ -13,11 +13,13 @@ import yaml
 
 from peftscope.analysis.compare import compare
 from peftscope.analysis.stats import mean_interval
+from peftscope.claims.checks.quantised_models import WINDOWS
 from peftscope.claims.evaluate import Finding, PartFinding, check_key, evaluate, evaluate_part
 from peftscope.claims.ledger import Change, Claim, Part, read_history, read_ledger
 from peftscope.claims.measurement import Measurement, NotRunError
 from peftscope.claims.stored import read_findings, stored_measurements, unexplained_changes
 from peftscope.claims.verdict import Rule, Verdict, judge, spoken_outcome
+from peftscope.cli.claims import _measure
 from peftscope.cli.main import main
 from peftscope.errors import InputError
 from peftscope.report.claims import write_claims_page
@@ -340,6 +342,24 @@ def test_a_stored_measurement_is_judged_and_not_made_again() -> None:
     assert evaluate_part(part(), stored={}).verdict == Verdict.WRONG
 
 
+def test_what_is_measured_anew_is_not_taken_from_another_claim(repository: Path, tmp_path: Path) -> None:
+    """S88 and P21 share a check; a file on P21 alone has its measurement."""
+    findings = json.loads((repository / "results/published/claims.json").read_text())
+    (p21,) = [finding for finding in findings if finding["id"] == "P21"]
+    for each in p21["parts"]:
+        each["found"] = 0.5 if each["check"] == "counts.operations_ratio" else each["found"]
+    (tmp_path / "claims.json").write_text(json.dumps([p21]))
+    ledger = read_ledger()
+    chosen = [claim for claim in ledger if claim.id == "P21"]
+
+    def ratio(anew: list[str]) -> float:
+        (finding,) = _measure(chosen, ledger, tmp_path / "claims.json", anew)
+        return next(each["found"] for each in finding["parts"] if each["check"] == "counts.operations_ratio")
+
+    assert ratio([]) == 0.5
+    assert ratio(["S88"]) > 1
+
+
 def test_what_decides_changes_only_with_an_entry(tmp_path: Path) -> None:
     def changed(entry: dict[str, Any], *entries: Change) -> list[str]:
         return list(unexplained_changes(ledger_of(tmp_path, entry), entries, [published]))
@@ -436,6 +456,14 @@ def test_values_that_a_check_cannot_take_cost_nothing_but_its_verdict(claim: str
 def test_no_check_stopped_when_the_published_verdicts_were_made(repository: Path) -> None:
     files = list(repository.glob("results/published/claims.json"))
     assert files and not [file for file in files if " stopped with " in file.read_text()]
+
+
+def test_published_measurements_on_text_are_of_as_many_windows_as_today(repository: Path) -> None:
+    """A measurement is published on until it is made again, also where its check has changed since."""
+    published = json.loads((repository / "results/published/claims.json").read_text())
+    parts = [part for claim in published for part in claim["parts"]]
+    on_text = [part for part in parts if re.match(r"quantised_models\.(loss|shift)_", part["check"])]
+    assert on_text and {part["n"] for part in on_text} == {WINDOWS}
 
 
 def test_what_is_written_is_the_same_every_time() -> None:

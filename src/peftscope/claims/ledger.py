@@ -279,8 +279,9 @@ def _problems_of_study(part: Part, where: str) -> list[Problem]:
     if study is None:
         return [Problem(f"{where}.study", f"{part.with_['study']} is an experiment without a study")]
     named = [arm for key in NAME_ARMS for arm in _items(part.with_.get(key, ()))]
+    arms = [entrant.name for entrant in study.entrants]
     return [
-        Problem(where, f"{part.with_['study']} has no such arm (got {shown(arm)})", close_match(str(arm), study.arms))
+        Problem(where, f"{part.with_['study']} has no such arm (got {shown(arm)})", close_match(str(arm), arms))
         for arm in named
-        if not isinstance(arm, str) or arm not in study.arms
+        if not isinstance(arm, str) or arm not in arms
     ]

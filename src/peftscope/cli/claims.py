@@ -103,7 +103,7 @@ def _measure(
     chosen: Sequence[Claim], ledger: Sequence[Claim], reuse: Path | None, anew: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Returns the findings on claims; what a file has measured is kept, but for the claims to measure anew."""
-    from peftscope.claims.evaluate import evaluate
+    from peftscope.claims.evaluate import check_key, evaluate
     from peftscope.claims.ledger import read_history
     from peftscope.claims.stored import read_findings, stored_measurements
     from peftscope.hardware.device import processor_name
@@ -111,6 +111,9 @@ def _measure(
     here, history = processor_name(), read_history()
     kept = [finding for finding in read_findings(reuse) if finding["id"] not in anew] if reuse else []
     hardware = {finding["id"]: finding["hardware"] for finding in kept}
+    stored = stored_measurements(kept)
+    for part in (part for claim in ledger if claim.id in anew for part in claim.parts):
+        stored.pop(check_key(part.check, part.with_), None)  # another claim may have it too
     with quiet_libraries(), offline():
-        measured = with_progress(evaluate(chosen, ledger, stored_measurements(kept)), len(chosen), "measuring claims")
+        measured = with_progress(evaluate(chosen, ledger, stored), len(chosen), "measuring claims")
         return [finding.to_json(hardware.get(finding.claim.id) or here, history) for finding in measured]

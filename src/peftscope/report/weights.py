@@ -111,7 +111,8 @@ def updates_sentence(experiment: str) -> str:
         each = runs[["rank_kept", "worth"]].apply(lambda both: both.corr("spearman").iloc[0, 1])
         return (
             "Of each matrix, the rank that was kept, over the rise of the held-out loss if its update alone is set to "
-            f"zero: means over {len(each)} seeds. Their rank correlation is {each.mean():.2f} in a run, on average."
+            f"zero: means over {len(each)} seeds. Over all matrices their rank correlation is {each.mean():.2f} in a "
+            "run, on average."
         )
     ranks = table.groupby("variant", sort=False)["rank_90"].median()
     said = ", ".join(f"{rank:g} ({variant})" for variant, rank in ranks.items())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 
 from peftscope.analysis.capacity import FEWEST_SIZES, breaks, stored_bits
@@ -50,13 +52,37 @@ def bits_per_parameter(experiment: str, model: str, ranks: list[int]) -> Measure
     )
 
 
-def share_of_full(experiment: str, model: str, rank: int, items: int) -> Measurement:
-    """Returns the bits that LoRA of a rank stores over those that full fine-tuning stores, of the same strings."""
+def share_of_full(
+    experiment: str, model: str, rank: int, items: int, control: int | None = None, enough: float = 1.0
+) -> Measurement:
+    """Returns the bits that LoRA of a rank stores over those that full fine-tuning stores, of the same strings.
+
+    Args:
+        experiment: The experiment with the runs.
+        model: Its model.
+        rank: The rank.
+        items: The number of strings.
+        control: A rank with more parameters than the model. If the mean of its shares is below ``enough``, the training
+            limits what is stored, and the share of a lower rank says nothing about its rank.
+        enough: The share that counts as enough.
+    """
     table = _stored(experiment, model)
-    pairs = pd.DataFrame({"lora": _by_seed(table, f"LoRA, rank {rank}", items), "full": _by_seed(table, FULL, items)})
-    shares = (pairs.dropna()["lora"] / pairs.dropna()["full"]).tolist()
+
+    def shares(of: int) -> list[float]:
+        pairs = pd.DataFrame({"lora": _by_seed(table, f"LoRA, rank {of}", items), "full": _by_seed(table, FULL, items)})
+        return (pairs.dropna()["lora"] / pairs.dropna()["full"]).tolist()
+
     evidence: dict[str, Quantity] = {"bits given for each parameter of the model": _load(table, items)}
-    return _over_seeds(shares, table, items, evidence)
+    spoiled_by = ""
+    if control is not None:
+        stored = float(np.mean(shares(control)))
+        evidence[f"share that rank {control} stores"] = stored
+        if stored < enough:
+            spoiled_by = (
+                f"rank {control}, with more parameters than the model, stores {stored:.0%} after the same training, "
+                "so that the training limits it"
+            )
+    return replace(_over_seeds(shares(rank), table, items, evidence), spoiled_by=spoiled_by)
 
 
 def furthest_ranks(experiment: str, model: str, ranks: list[int], items: int) -> Measurement:
