@@ -67,7 +67,8 @@ def values_of(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
         (inner,) = [part for part in get_args(annotation) if part is not type(None)]
         return st.none() | values_of(inner, metadata)
     if hasattr(annotation, "__metadata__"):
-        return values_of(annotation.__origin__, [*metadata, *(m for f in annotation.__metadata__ for m in f.metadata)])
+        own = (m for f in annotation.__metadata__ for m in getattr(f, "metadata", ()))
+        return values_of(annotation.__origin__, [*metadata, *own])
     if annotation is bool:
         return st.booleans()
     if annotation is int:
@@ -131,6 +132,7 @@ def specs(draw: st.DrawFn, names: tuple[str, ...] = tuple(METHODS)) -> RunSpec:
     if built.quantization():
         top["precision"] = "bf16"
     top["steps"] = max(top.get("steps", 16), built.min_steps)
+    top["warmup_steps"] = min(top.get("warmup_steps", 0), top["steps"])
     top["heldout_items"] = max(top.get("heldout_items", 256), top.get("generation_items", 64))
     if not built.supports_packing:
         top["packing"] = False

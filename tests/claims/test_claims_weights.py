@@ -257,7 +257,7 @@ def test_ranks_are_set_against_a_worth_of_their_own() -> None:
     write_updates("adalora")
     drawn = (results_folder("adalora") / "figures" / "updates.svg").read_text()
     assert "rank kept, mean over seeds" in drawn and all(module in drawn for module in MODULES)
-    assert re.search(r"Their rank correlation is 0\.9\d in a run", updates_sentence("adalora"))
+    assert re.search(r"their rank correlation is 0\.9\d in a run", updates_sentence("adalora"))
     write_weights("adalora", mine, lambda table: of("adalora", "worth", lambda values: -values)(table), (160,))
     assert verdicts("S94") == ["wrong"]
     # Where only matrices without rank are worth nothing, the correlation among the others says so.

@@ -220,8 +220,9 @@ study:
   seeds: [0, 1]
   controls: {lora: [zero-lr]}
 """
-    own("mine", SHORT + study)
-    own("other", SHORT + "seeds: [0]\naxes: {method: [full]}\n")
+    fixed = SHORT.replace("}", ", validation_items: 8}")
+    own("mine", fixed + study)
+    own("other", fixed + "seeds: [0]\naxes: {method: [full]}\n")
     write_json(coarse := tuned_path("mine"), {"arms": {}})
     tried = [{"learning_rate": s.learning_rate, "run_ids": [r]} for r, s in expand("mine").runs.items() if s.seed == 10]
     write_json(coarse, {"arms": {"lora": {"learning_rate": 0.001, "tried": tried}}})

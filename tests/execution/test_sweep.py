@@ -23,8 +23,8 @@ from peftscope.record import Quality, RunRecord, Status, read_record, state_fold
 from peftscope.spec import RunSpec
 
 SHORT = """
-fixed: {model: toy, steps: 4, batch_size: 4, heldout_items: 8, generation_items: 0, retention_tokens: 0,
-  eval_batch_size: 8, untimed_steps: 1, probe_steps: 0}
+fixed: {model: toy, steps: 4, batch_size: 4, validation_items: 8, heldout_items: 8, generation_items: 0,
+  retention_tokens: 0, eval_batch_size: 8, untimed_steps: 1, probe_steps: 0}
 """
 THREE = f"{SHORT}axes: {{method: [lora, ia3, full]}}\n"
 STUDY = f"""{SHORT}
