@@ -59,7 +59,7 @@ def run(spec: RunSpec | Mapping[str, Any], folder: str | Path) -> RunRecord:
     from peftscope.files.lock import locked
     from peftscope.hardware.bf16 import chosen_way
     from peftscope.hardware.device import detect_device
-    from peftscope.planning.checks import check_compiler, check_runs
+    from peftscope.planning.checks import check_compiler, check_runs, check_unchanged
     from peftscope.planning.disk import check_disk
     from peftscope.planning.resolve import spec_from
     from peftscope.planning.starts import check_starts
@@ -75,7 +75,7 @@ def run(spec: RunSpec | Mapping[str, Any], folder: str | Path) -> RunRecord:
     chosen_way()  # raises for a wrong wish
     runs = {run_id(spec): spec}
     problems = check_runs(runs, "spec") + check_starts(runs, "spec", planned=False)
-    if problems := problems or check_disk(runs) + check_compiler(runs):
+    if problems := problems or check_disk(runs) + check_compiler(runs) + check_unchanged(runs):
         raise InputError(problems)
     folder = Path(folder)
     with quiet_libraries(), without_hub_kernels(), locked(state_folder(folder) / "lock"):

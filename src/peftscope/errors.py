@@ -113,6 +113,6 @@ def close_match(word: str, known: Iterable[str]) -> str:
     >>> close_match("zzz", ["rank", "alpha"])
     'known: alpha, rank'
     """
-    names = sorted(known)
+    names = sorted(set(known))
     matches = difflib.get_close_matches(word[:LONGEST_PART], names, n=1)
     return f"did you mean `{matches[0]}`?" if matches else f"known: {', '.join(names)}" if names else ""

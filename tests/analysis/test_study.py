@@ -308,6 +308,12 @@ def test_tuning_needs_every_record(write_study_file) -> None:
         choose_rates(expand("mine"))
 
 
+def test_an_arm_that_is_left_out_takes_its_rates_and_controls_along(own) -> None:
+    own("parent", yaml.safe_dump(STUDY))
+    own("child", "extends: parent\nstudy: {arms: {thin: null}}\n")
+    assert {c.name for c in expand("child").comparisons} == {"runs", "tune-full", "tune-lora"}
+
+
 def test_a_study_that_could_not_answer_is_refused_before_its_runs(write_study_file) -> None:
     write_study_file(tuning={"validation_items": 0})
     with pytest.raises(InputError, match=r"fixed\.validation_items: a study chooses its rates by validation loss"):

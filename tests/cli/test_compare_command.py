@@ -169,6 +169,27 @@ class TestMargins:
         assert code == 2 and said in error
 
 
+def test_seeds_that_all_differ_by_the_same_give_no_certainty(peftscope: Command) -> None:
+    for name, scores in (("low", (0.5, 0.52, 0.51)), ("high", (0.55, 0.57, 0.56))):
+        Path(f"{name}.csv").write_text("\n".join(["seed,accuracy", *(f"{s},{x}" for s, x in enumerate(scores))]))
+    code, _, error = peftscope("compare", "low.csv", "high.csv")
+    assert code == 2 and "all pairs differ by -0.05, so that there is no spread to judge by" in error
+
+
+def test_a_file_that_is_named_twice_is_no_second_seed(peftscope: Command) -> None:
+    for name in ("low", "high"):
+        rows = [f"{item},{(item + len(name)) % 2}" for item in range(20)]
+        Path(f"{name}.csv").write_text("\n".join(["item,accuracy", *rows]))
+    code, _, error = peftscope("compare", "low.csv,low.csv", "high.csv,high.csv")
+    assert code == 2 and "low.csv" in error and "stands twice on one side -> name each run once" in error
+
+
+def test_the_row_that_is_no_number_is_named(peftscope: Command) -> None:
+    Path("odd.csv").write_text("item,accuracy\n0,0.5\n1,abc\n")
+    code, _, error = peftscope("compare", "odd.csv", "other.csv")
+    assert code == 2 and "not a number in row 1 (got 'abc')" in error
+
+
 def test_a_ranking_with_its_spread(peftscope: Command) -> None:
     for name, level in (("best", 3.0), ("good", 2.0), ("alike", 2.0)):
         write(name, level)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from peftscope.api import run
 from peftscope.data.scoring import lm_eval_file
 from peftscope.data.tasks import make_task, read_split, task_folder
 from peftscope.errors import InputError
@@ -118,7 +119,8 @@ def test_data_of_ones_own_that_changed_after_its_task_was_made(write_experiment,
     assert f"The task mine has {test} test items (heldout_items: 256): the runs use all of them." in printed
     assert "validation items" not in printed
     data.write_text(data.read_text().replace("q 7", "p 7"))
-    for ask in (lambda: plan_experiment("mine"), lambda: make_task("mine")):
+    spec = {"model": "toy", "task": "mine", "method": "lora", "steps": 1}
+    for ask in (lambda: plan_experiment("mine"), lambda: make_task("mine"), lambda: run(spec, tmp_path / "run")):
         with pytest.raises(InputError, match=r"mine.jsonl: changed since the task mine was made from it .*remove"):
             ask()
 

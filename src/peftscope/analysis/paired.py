@@ -21,6 +21,8 @@ FEW = 16
 """Up to so many items that differ, the p of sign flips is exact and replaces that of the t test."""
 MOST = 1_000_000
 """The most seeds or items that are asked for."""
+ROUNDING = 1e-12
+"""A standard error, as a share of the difference or of 1, that is no more than what floats leave of none."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def pair(a: Sequence[Scored], b: Sequence[Scored]) -> Pairing:
 
 def check_spread(pairing: Pairing) -> None:
     """Raises InputError if all pairs differ by the same, as the same run twice does."""
-    if not pairing.difference(math.nan).error:
+    if pairing.difference(math.nan).error <= ROUNDING * max(1.0, abs(pairing.mean)):
         said = f"all pairs differ by {pairing.mean:.4g}, so that there is no spread to judge by"
         raise InputError(Problem("A and B", said, "check that these are two different runs, scored on many items"))
 
@@ -186,6 +188,10 @@ def check_side(side: Sequence[Scored]) -> None:
                 Problem(f"{first.where} and {run.where}", said, "name runs that differ in their seed only")
             )
         check_items(first, run)
+    unseeded = [run.where for run in side if run.seed is None]
+    if len(set(unseeded)) < len(unseeded):
+        place = max(unseeded, key=unseeded.count)
+        raise InputError(Problem(place, "stands twice on one side", "name each run once"))
     seeds = [run.seed for run in side if run.seed is not None]
     if len(set(seeds)) < len(seeds):
         twice = max(seeds, key=seeds.count)

@@ -417,7 +417,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _numbers(values: pd.Series, where: str) -> pd.Series:
-    for row, value in values.items():
+    # One word makes text of a column's numbers, too.
+    finite = np.isfinite(pd.to_numeric(values, errors="coerce").astype(float))
+    for row, value in [*values[~finite].items(), *values.items()]:
         if not _is_number(value):
             raise InputError(Problem(where, f"not a number in row {row} (got {shown(value)})"))
     return values.astype(float)

@@ -103,7 +103,7 @@ def run(
     """Train and measure one run; writes its record whatever happens."""
     from peftscope.execution.job import Job
     from peftscope.hardware.device import detect_device
-    from peftscope.planning.checks import check_compiler, check_fetched, check_runs
+    from peftscope.planning.checks import check_compiler, check_fetched, check_runs, check_unchanged
     from peftscope.planning.disk import check_disk
     from peftscope.planning.resolve import spec_from
     from peftscope.planning.starts import check_starts
@@ -115,7 +115,7 @@ def run(
     identity = run_id(resolved)
     runs = {identity: resolved}
     problems = check_runs(runs, str(path)) + check_starts(runs, str(path), planned=False)
-    problems = problems or check_disk(runs) + check_fetched(resolved) + check_compiler(runs)
+    problems = problems or check_disk(runs) + check_fetched(resolved) + check_compiler(runs) + check_unchanged(runs)
     if problems:
         raise InputError(problems)
     folder = output or run_folder(identity)

@@ -162,7 +162,7 @@ def fit_methods(
                     fit = Fit(model.name, method, gpu.usable_bytes, fits=False, advice=f"cannot run as asked: {reason}")
                 yield fit
     if not some:
-        raise InputError(problems)
+        raise InputError(problems or [Problem("models and methods", "none given", "name at least one of each")])
 
 
 def options_of_method(method: str, options: Mapping[str, Any]) -> dict[str, Any]:

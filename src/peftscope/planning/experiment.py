@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.files.content import NUMBER, CountOrZero, read_yaml
@@ -89,8 +89,8 @@ class Study(BaseModel):
 
     Attributes:
         arms: Fields of each arm by its name, ``method`` among them. The first is the reference, which the others are
-            compared with. A file that extends another leaves out an arm of that one with ``ARM: null`` here and under
-            ``learning_rates`` and ``controls``.
+            compared with. A file that extends another leaves out an arm of that one, its rates and its controls with
+            ``ARM: null``.
         learning_rates: What is tried for each arm that is tuned, in ascending order.
         given_rates: The rate of each arm that is compared at a rate that was given, as in a paper.
         borrowed_rates: The rate of each arm that is compared at the rate of another one.
@@ -126,10 +126,19 @@ class Study(BaseModel):
     contrasts: list[tuple[str, str]] = []
     pilot: str | None = None
 
-    @field_validator("arms", "learning_rates", "controls", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _without_arms_left_out(cls, named: Any) -> Any:
-        return {arm: value for arm, value in named.items() if value is not None} if isinstance(named, dict) else named
+    def _without_arms_left_out(cls, content: Any) -> Any:
+        arms = content.get("arms") if isinstance(content, dict) else None
+        left_out = {arm for arm, fields in arms.items() if fields is None} if isinstance(arms, dict) else set()
+
+        def kept(field: str, named: Any) -> Any:
+            if field not in ("arms", "learning_rates", "given_rates", "borrowed_rates", "controls"):
+                return named
+            is_named = isinstance(named, dict)
+            return {a: v for a, v in named.items() if v is not None and a not in left_out} if is_named else named
+
+        return {f: kept(f, value) for f, value in content.items()} if isinstance(content, dict) else content
 
     @model_validator(mode="after")
     def _arms_match(self) -> Study:
