@@ -25,16 +25,8 @@ from peftscope.data.batching import (
     training_order,
 )
 from peftscope.data.scoring import lm_eval_file
-from peftscope.data.tasks import (
-    SPLITS,
-    Item,
-    RandomStringsSource,
-    draw_items,
-    find_task,
-    make_task,
-    read_split,
-    task_folder,
-)
+from peftscope.data.sources import Item, RandomStringsSource
+from peftscope.data.tasks import SPLITS, draw_items, find_task, make_task, read_split, task_folder
 from peftscope.errors import InputError
 from peftscope.files.content import read_yaml
 from peftscope.models.fetch import fetch_model

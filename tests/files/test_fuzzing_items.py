@@ -18,9 +18,10 @@ from fuzzing import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftscope.data import scoring, tasks
+from peftscope.data import scoring
 from peftscope.data.batching import IGNORED, collate, pack, tokenise
-from peftscope.data.tasks import SPLITS, Item, make_task, read_split
+from peftscope.data.sources import SHOWN_LINES, Item
+from peftscope.data.tasks import SPLITS, make_task, read_split
 from peftscope.errors import InputError
 from peftscope.execution.scores import write_items
 from peftscope.planning.plan import plan_experiment
@@ -147,9 +148,9 @@ def test_every_broken_line_is_named(broken: dict[int, bytes], own_folder: Path) 
     assert isinstance(error, InputError)
     wanted = [f"mine.jsonl: line {number + 1}" for number in sorted(broken)]
     shown = [problem.where for problem in error.problems]
-    assert shown[: tasks.SHOWN_LINES] == wanted[: tasks.SHOWN_LINES]
-    if len(wanted) > tasks.SHOWN_LINES:
-        assert error.problems[-1].message == f"{len(wanted) - tasks.SHOWN_LINES} more lines are not items"
+    assert shown[:SHOWN_LINES] == wanted[:SHOWN_LINES]
+    if len(wanted) > SHOWN_LINES:
+        assert error.problems[-1].message == f"{len(wanted) - SHOWN_LINES} more lines are not items"
 
 
 @pytest.mark.parametrize("path", ["x" * 5000, "a\x00b", "experiments", "/dev/zero", "nothing.jsonl"])

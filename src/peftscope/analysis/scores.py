@@ -417,11 +417,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _numbers(values: pd.Series, where: str) -> pd.Series:
-    # One word makes text of a column's numbers, too.
-    finite = np.isfinite(pd.to_numeric(values, errors="coerce").astype(float))
-    for row, value in [*values[~finite].items(), *values.items()]:
-        if not _is_number(value):
-            raise InputError(Problem(where, f"not a number in row {row} (got {shown(value)})"))
+    wrong = values[~values.map(_is_number)]
+    if len(wrong):
+        # One word in a column of a CSV makes text of its numbers, too: the word is at fault.
+        words = wrong[pd.to_numeric(wrong, errors="coerce").isna()]
+        row, value = next((words if len(words) else wrong).items())
+        raise InputError(Problem(where, f"not a number in row {row} (got {shown(value)})"))
     return values.astype(float)
 
 

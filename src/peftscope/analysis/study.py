@@ -27,6 +27,7 @@ from peftscope.planning.experiment import (
     Study,
     experiment_names,
     experiment_path,
+    no_study,
     read_experiment,
 )
 from peftscope.planning.published import LOSSES, VALIDATION, loss_rows, published_records
@@ -149,7 +150,7 @@ class StudyResults:
         """
         first = next(iter(self._entered), "")
         if not first:
-            raise InputError(Problem(f"the experiment `{self.name}`", "is no study: it has no arms", "name a study"))
+            raise no_study(self.name)
         if first in self.left_out:
             raise self._unfinished(f"its reference arm `{first}` is left out ({self.left_out[first]})")
         return first

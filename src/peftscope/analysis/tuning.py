@@ -18,7 +18,7 @@ from peftscope.errors import InputError, Problem
 from peftscope.files.atomic import write_json
 from peftscope.layout import coarse_path, record_path, tuned_path
 from peftscope.planning.cells import FINE, TUNING
-from peftscope.planning.experiment import FINE_STEP, LARGEST_STEP, Study, experiment_path, rounded
+from peftscope.planning.experiment import FINE_STEP, LARGEST_STEP, Study, experiment_path, no_study, rounded
 from peftscope.planning.sweep import Sweep
 from peftscope.record import recover_record
 
@@ -124,7 +124,7 @@ def choose_rates(sweep: Sweep, *, coarse: bool = False) -> Path:
     """
     study = sweep.experiment.study
     if study is None:
-        raise InputError(Problem(f"the experiment `{sweep.name}`", "is no study: it has no arms", "name a study"))
+        raise no_study(sweep.name)
     runs = {comparison.name: comparison.runs for comparison in sweep.comparisons}
     chosen: dict[str, Any] = {}
     problems: list[Problem] = []

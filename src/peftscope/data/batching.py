@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from peftscope.data.tasks import SHOWN_LINES, Item
+from peftscope.data.sources import SHOWN_LINES, Item
 from peftscope.errors import InputError, Problem
 
 IGNORED = -100

@@ -14,7 +14,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from peftscope.data.scoring import read_scoring
-from peftscope.data.tasks import Item, read_split
+from peftscope.data.sources import Item
+from peftscope.data.tasks import read_split
 from peftscope.spec import RunSpec
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -29,7 +29,8 @@ from peftscope.data.batching import (
     training_batches,
     widest_batch,
 )
-from peftscope.data.tasks import Item, RandomStringsSource, draw_items, find_task, read_split, shuffle_responses
+from peftscope.data.sources import Item, RandomStringsSource
+from peftscope.data.tasks import draw_items, find_task, read_split, shuffle_responses
 from peftscope.errors import InputError
 from peftscope.evaluation.heldout import heldout_nll, mean_nll
 from peftscope.evaluation.latency import time_passes

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peftscope.data.tasks import Item
+from peftscope.data.sources import Item
 from peftscope.record import RunRecord
 from peftscope.spec import RunSpec
 

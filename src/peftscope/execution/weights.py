@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from peftscope.data.batching import Example, tokenise
-from peftscope.data.tasks import Item
+from peftscope.data.sources import Item
 from peftscope.errors import InputError, Problem
 from peftscope.evaluation.heldout import heldout_nll, mean_nll
 from peftscope.evaluation.updates import (

@@ -39,5 +39,10 @@ def is_source_of(manifest: dict[str, Any], source: BaseModel) -> bool:
         return False
 
 
+def how_to_change(folder: Path) -> str:
+    """Returns what to do about a source that changed. Runs carry its name only, so that old and new ones would mix."""
+    return f"give the new one a name of its own, or remove {folder} and the results that came from it"
+
+
 def _is_whole(path: Path, sha256: str) -> bool:
     return path.is_file() and file_sha256(path) == sha256

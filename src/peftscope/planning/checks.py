@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 from peftscope.data.benchmarks import benchmark_folder, find_benchmark
-from peftscope.data.tasks import JsonlSource, find_task, source_change, task_folder
+from peftscope.data.sources import JsonlSource
+from peftscope.data.tasks import find_task, source_change, task_folder
 from peftscope.errors import InputError, Problem, close_match, shown
-from peftscope.files.manifest import is_source_of, read_manifest
+from peftscope.files.manifest import how_to_change, is_source_of, read_manifest
 from peftscope.hardware.device import find_compiler
 from peftscope.layout import MODELS_FILE, TASKS_FILE
 from peftscope.models.catalog import find_model, model_folder
@@ -80,8 +81,8 @@ def check_unchanged(runs: dict[str, RunSpec]) -> list[Problem]:
     for name, folder in {spec.model: model_folder(spec.model) for spec in runs.values()}.items():
         manifest = read_manifest(folder)  # a damaged one is put right by the run that meets it
         if manifest and not is_source_of(manifest, find_model(name).source):
-            remedy = f"give the new one a name of its own, or remove {folder} and the results that came from it"
-            problems.append(Problem(f"{MODELS_FILE}: {name}.source", "changed since it was fetched", remedy))
+            where = f"{MODELS_FILE}: {name}.source"
+            problems.append(Problem(where, "changed since it was fetched", how_to_change(folder)))
     tasks = {spec.task: source_change(spec.task) for spec in runs.values()}
     return problems + [problem for problem in tasks.values() if problem]
 

@@ -129,16 +129,14 @@ class Study(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_arms_left_out(cls, content: Any) -> Any:
-        arms = content.get("arms") if isinstance(content, dict) else None
-        left_out = {arm for arm, fields in arms.items() if fields is None} if isinstance(arms, dict) else set()
-
-        def kept(field: str, named: Any) -> Any:
-            if field not in ("arms", "learning_rates", "given_rates", "borrowed_rates", "controls"):
-                return named
-            is_named = isinstance(named, dict)
-            return {a: v for a, v in named.items() if v is not None and a not in left_out} if is_named else named
-
-        return {f: kept(f, value) for f, value in content.items()} if isinstance(content, dict) else content
+        if not isinstance(content, dict) or not isinstance(arms := content.get("arms"), dict):
+            return content
+        left_out = {arm for arm, fields in arms.items() if fields is None}
+        return content | {
+            field: {arm: of for arm, of in content[field].items() if of is not None and arm not in left_out}
+            for field in ("arms", "learning_rates", "given_rates", "borrowed_rates", "controls")
+            if isinstance(content.get(field), dict)
+        }
 
     @model_validator(mode="after")
     def _arms_match(self) -> Study:
@@ -304,6 +302,11 @@ def _is_in_4_bits(method: Any) -> bool:
     """Returns whether a method's base is in 4 bits. A method that is not known is refused elsewhere."""
     known = isinstance(method, str) and method in METHODS
     return known and METHODS[method].model_validate({"name": method}).quantization() is not None
+
+
+def no_study(name: str) -> InputError:
+    """Returns the error of an experiment that is asked for what only studies have."""
+    return InputError(Problem(f"the experiment `{name}`", "is no study: it has no arms", "name a study"))
 
 
 def deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

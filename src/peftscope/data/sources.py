@@ -1,0 +1,278 @@
+"""What a task's items come from, and reading or making them. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from peftscope.errors import InputError, Problem, shown
+from peftscope.files.content import REVISION_PATTERN, Count, CountOrZero, HubId, check_characters
+from peftscope.files.hub import load_rows
+from peftscope.files.manifest import file_sha256
+from peftscope.layout import TASKS_FILE
+
+SHOWN_LINES = 20
+"""The most broken lines of a file that one message lists."""
+_LINE = 'a line is {"prompt": ..., "response": ...}'
+
+
+class EnumerateSource(BaseModel):
+    """A small domain, of which every item is used."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["enumerate"]
+    what: Literal["two_digit_sums"]
+
+
+class ReasoningGymSource(BaseModel):
+    """A reasoning-gym generator. Neighbouring seeds give the same items, so one seed makes the whole pool."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["reasoning_gym"]
+    dataset: str
+    size: Annotated[Count, Field(le=1_000_000)]
+    seed: CountOrZero
+    options: dict[str, Any] = {}
+
+
+class JsonlSource(BaseModel):
+    """A file with one JSON object per line, which has ``prompt`` and ``response``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["jsonl"]
+    path: Path
+
+    def is_there(self) -> bool:
+        """Returns whether the file exists."""
+        try:
+            return self.path.is_file()
+        except OSError:  # the name is too long for a file
+            return False
+
+
+class FillerSource(BaseModel):
+    """Random letters for runs that only measure memory and speed. The prompts are long enough to fill any sequence."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["filler"]
+    prompt_characters: Count
+    response_characters: Count
+    size: Count = 1000
+    seed: int = 0
+
+
+class RandomStringsSource(BaseModel):
+    """Pairs of random strings, of which a model can know nothing but what it was trained on.
+
+    Letters and digits alternate. Tokenizers that read words and single digits give each symbol a token of its own, and
+    so do tokenizers of bytes.
+
+    Attributes:
+        prompt_symbols: The symbols of the string that asks for another.
+        response_symbols: The symbols of the string that it asks for.
+        size: The number of pairs.
+        seed: The seed of the draws.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["random_strings"]
+    prompt_symbols: Count
+    response_symbols: Count
+    size: Annotated[Count, Field(le=1_000_000)]
+    seed: CountOrZero
+
+    @property
+    def entropy_bits(self) -> float:
+        """The entropy of a response, which is the sum of those of its symbols.
+
+        >>> strings = {"kind": "random_strings", "prompt_symbols": 6, "response_symbols": 2, "size": 9, "seed": 0}
+        >>> round(RandomStringsSource.model_validate(strings).entropy_bits, 3)
+        9.022
+        """
+        return sum(math.log2(len(_ALPHABETS[place % 2])) for place in range(self.response_symbols))
+
+
+_ALPHABETS = string.ascii_letters, string.digits
+
+
+class HubDataSource(BaseModel):
+    """A data set of a Hugging Face hub.
+
+    Attributes:
+        prompt: The column with the question.
+        response: The column with the answer.
+        group: A column. Rows with the same value in it go into the same split.
+        template: The text that asks the question; ``{prompt}`` stands for it.
+        longest: The most characters of question and answer together; longer rows are left out.
+        size: The number of rows that are kept, as a fair sample; None keeps all.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["hub"]
+    dataset: HubId
+    config: str | None = None
+    revision: Annotated[str | None, Field(pattern=REVISION_PATTERN)] = None
+    split: str = "train"
+    prompt: str
+    response: str
+    group: str | None = None
+    template: Annotated[str, Field(pattern=r"\{prompt\}")] = "{prompt}"
+    longest: Count | None = None
+    size: Count | None = None
+
+
+Source = EnumerateSource | ReasoningGymSource | JsonlSource | FillerSource | RandomStringsSource | HubDataSource
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt and its correct response. Items of one group belong to the same split."""
+
+    prompt: str
+    response: str
+    group: str = field(default="", compare=False)
+
+
+def items_of(name: str, source: Source, facts: dict[str, str]) -> Iterator[Item]:
+    """Yields the items of a task's source. What its manifest has to say of where they are from is added to ``facts``.
+
+    Raises:
+        InputError: The source cannot be read.
+    """
+    yield from _READERS[type(source)](name, source, facts)
+
+
+def read_items(path: Path) -> Iterator[Item]:
+    """Yields the items of a file with one JSON object per line, which has ``prompt`` and ``response``.
+
+    Raises:
+        InputError: Some lines are not items. The error comes after the last line and lists them.
+    """
+    problems = []
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    if line.strip():
+                        yield _item_of_line(line)
+                except (ValueError, RecursionError) as error:
+                    problems.append(Problem(f"{path}: line {number}", str(error), _LINE))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise InputError(Problem(str(path), f"cannot be read: {error}")) from None
+    if len(problems) > SHOWN_LINES:
+        rest = Problem(str(path), f"{len(problems) - SHOWN_LINES:,} more lines are not items")
+        problems = [*problems[:SHOWN_LINES], rest]
+    if problems:
+        raise InputError(problems)
+
+
+def _item_of_line(line: bytes) -> Item:
+    content = json.loads(line.decode())
+    if not isinstance(content, dict):
+        raise ValueError(f"not an object (got {shown(content)})")
+    missing = [name for name in ("prompt", "response") if name not in content]
+    if missing:
+        raise ValueError(f"no `{missing[0]}`")
+    return make_item(content["prompt"], content["response"])
+
+
+def make_item(prompt: Any, response: Any) -> Item:
+    """Returns an item. Numbers become text, and white space around the response is removed.
+
+    Raises:
+        ValueError: The prompt or the response is not text, is empty, or contains half a surrogate pair.
+    """
+    for name, value in (("prompt", prompt), ("response", response)):
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ValueError(f"`{name}` must be text (got {shown(value)})")
+        if not str(value).strip():
+            raise ValueError(f"`{name}` is empty")
+        check_characters(str(value))
+    return Item(str(prompt), str(response).strip())
+
+
+def _two_digit_sums(name: str, source: EnumerateSource, facts: dict[str, str]) -> Iterator[Item]:
+    for left in range(10, 100):
+        for right in range(10, 100):
+            yield Item(f"{left} + {right} =", str(left + right))
+
+
+def _reasoning_gym(name: str, source: ReasoningGymSource, facts: dict[str, str]) -> Iterator[Item]:
+    import reasoning_gym
+
+    try:
+        dataset = reasoning_gym.create_dataset(source.dataset, size=source.size, seed=source.seed, **source.options)
+        for entry in dataset:
+            yield make_item(f"{entry['question'].strip()}\nAnswer:", entry["answer"])
+    except Exception as error:  # generators refuse options with different errors, some of them only at an item
+        raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"reasoning-gym refuses it: {error}")) from None
+
+
+def _jsonl(name: str, source: JsonlSource, facts: dict[str, str]) -> Iterator[Item]:
+    if not source.is_there():
+        raise InputError(Problem(f"{TASKS_FILE}: {name}.source.path", f"no such file: {source.path}"))
+    yield from read_items(source.path)
+    facts["file_sha256"] = file_sha256(source.path)
+
+
+def _filler(name: str, source: FillerSource, facts: dict[str, str]) -> Iterator[Item]:
+    letters = random.Random(source.seed)
+    for _ in range(source.size):
+        prompt, response = (
+            "".join(letters.choices(string.ascii_lowercase + "  ", k=length))
+            for length in (source.prompt_characters, source.response_characters)
+        )
+        yield Item(prompt, response)
+
+
+def _random_strings(name: str, source: RandomStringsSource, facts: dict[str, str]) -> Iterator[Item]:
+    draws = random.Random(source.seed)
+    for _ in range(source.size):
+        prompt, response = (
+            "".join(draws.choice(_ALPHABETS[place % 2]) for place in range(length))
+            for length in (source.prompt_symbols, source.response_symbols)
+        )
+        yield Item(prompt, response)
+
+
+def _hub(name: str, source: HubDataSource, facts: dict[str, str]) -> Iterator[Item]:
+    found = load_rows(source.dataset, source.config, source.split, source.revision)
+    columns = [column for column in (source.prompt, source.response, source.group) if column]
+    missing = [column for column in columns if column not in found.rows.column_names]
+    if missing:
+        remedy = f"it has {', '.join(found.rows.column_names)}"
+        raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"no such column: {', '.join(missing)}", remedy))
+    facts.update(found.facts)
+    for number, row in enumerate(found.rows, 1):
+        try:
+            item = make_item(row[source.prompt], row[source.response])
+        except ValueError as error:
+            raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"row {number}: {error}")) from None
+        prompt = item.prompt.strip()
+        if source.longest is None or len(source.template) + len(prompt) + len(item.response) <= source.longest:
+            group = str(row[source.group]) if source.group else ""
+            yield Item(source.template.replace("{prompt}", prompt), item.response, group)
+
+
+_READERS: dict[type, Any] = {
+    EnumerateSource: _two_digit_sums,
+    ReasoningGymSource: _reasoning_gym,
+    JsonlSource: _jsonl,
+    FillerSource: _filler,
+    RandomStringsSource: _random_strings,
+    HubDataSource: _hub,
+}
