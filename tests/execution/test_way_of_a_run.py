@@ -22,12 +22,12 @@ from typing import Any
 
 import pytest
 
-MODULES = 42
-"""Modules that a run of LoRA passes through."""
+MODULES = 43
+"""Modules that a run of LoRA passes through: a task's sources, what its items come from, are one of them."""
 
-RETURNS = 53
+RETURNS = 54
 """Times that a run comes back to a module where it was: the task says what it is judged on, and how it is scored; the
-spec says whether autocast is on, and whether the output is kept."""
+spec says whether autocast is on, and whether the output is kept; a source asks whether its texts are characters."""
 
 UPWARDS = {
     # The loss is no module of torch, whose hooks would name its blocks: the simulator puts itself around it.
