@@ -29,6 +29,7 @@ from peftscope.cli.main import main
 from peftscope.errors import InputError
 from peftscope.hardware.cards import find_gpu
 from peftscope.models.catalog import find_model
+from peftscope.models.presets import PRESETS
 from peftscope.planning.experiment import experiment_names
 from peftscope.record import read_record, state_folder
 from peftscope.spec import RunSpec
@@ -203,6 +204,29 @@ class TestRun:
             peftscope.run({**FIELDS, **wrong}, "run")
         assert not (bare / "run").exists()
 
+    def test_a_file_is_no_spec_and_no_folder(self, bare: Path) -> None:
+        (bare / "run").write_text("mine")
+        with pytest.raises(InputError, match=re.escape("spec: no fields of a run (got 'spec.json') -> give fields")):
+            peftscope.run("spec.json", "other")  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="run: is a file, and a run needs a folder -> name another one"):
+            peftscope.run(FIELDS, "run")
+        assert (bare / "run").read_text() == "mine"
+
+    def test_another_run_in_its_folder_is_kept(self, bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        record = peftscope.run(FIELDS, "run")
+        said = f"run: holds another run, {record.run_id}, with status ok -> name another folder, or remove this one"
+        with pytest.raises(InputError, match=re.escape(said)):
+            peftscope.run({**FIELDS, "rank": 2}, "run")
+        done = subprocess.run(
+            [sys.executable, "-m", "peftscope", "run", json.dumps({**FIELDS, "rank": 2}), "--output", "run"],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (2, said)
+        assert read_record(bare / "run/record.json") == record
+        assert json.loads((bare / "run/spec.json").read_text())["method"]["rank"] == 4
+
 
 class TestAnswers:
     @pytest.fixture
@@ -244,11 +268,20 @@ class TestAnswers:
             ({"task": "two-digit-sums"}, "task: unknown option"),
             ({"rank": "eight"}, "rank: "),
             ({"gpu": "rtx4091"}, "gpu: unknown card"),
+            ({"gpu": 24}, 'gpu: not a text (got 24) -> name the card or its memory, as in "rtx4090" or "24GiB"'),
+            ({"method": {"name": "lora"}}, "method: not a text (got {'name': 'lora'}) -> name it, and give its fields"),
         ],
     )
     def test_wrong_options_are_named(self, options: dict[str, Any], said: str) -> None:
         with pytest.raises(InputError, match=re.escape(said)):
             peftscope.memory("llama-2-7b", **options)
+
+    def test_a_model_may_be_a_path(self, tmp_path: Path) -> None:
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(PRESETS["qwen2.5-0.5b"].shape.to_config()))
+        peaks = {peftscope.memory(model).peak_allocated_bytes for model in (file, str(file), "qwen2.5-0.5b")}
+        assert len(peaks) == 1
+        assert peftscope.fit("8GiB", file, "lora")[0].method == "lora"
 
 
 class TestResults:

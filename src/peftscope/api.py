@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftscope.errors import InputError, Problem, close_match, needs
+from peftscope.errors import InputError, Problem, close_match, needs, shown
 from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
 from peftscope.record import RunRecord
 from peftscope.spec import RunSpec
@@ -48,7 +48,8 @@ def run(spec: RunSpec | Mapping[str, Any], folder: str | Path) -> RunRecord:
         process.
 
     Raises:
-        InputError: The fields, this machine, or the files that the run reads are not as they should be.
+        InputError: The fields, this machine, or the files that the run reads are not as they should be, or another run
+            has ended in this folder.
         KeyboardInterrupt: The run was stopped, after ``interrupted.json`` was written.
         OSError: The disk is full, or does not let the run write; ``interrupted.json`` says so where it could.
     """
@@ -63,11 +64,14 @@ def run(spec: RunSpec | Mapping[str, Any], folder: str | Path) -> RunRecord:
     from peftscope.planning.disk import check_disk
     from peftscope.planning.resolve import spec_from
     from peftscope.planning.starts import check_starts
-    from peftscope.record import finished_record, state_folder, write_record
+    from peftscope.record import check_place, finished_record, state_folder, write_record
     from peftscope.spec import run_id
     from peftscope.training.signals import Interrupted
 
     if not isinstance(spec, RunSpec):
+        if not isinstance(spec, Mapping):
+            remedy = 'give fields, as in {"model": "toy", "method": "lora"}, or a RunSpec'
+            raise InputError(Problem("spec", f"no fields of a run (got {shown(spec)})", remedy))
         spec = spec_from(dict(spec), Path("spec"), detect_device())
     if spec.shards > 1:
         message = f"a run of {spec.shards} processes cannot be made in one"
@@ -78,6 +82,7 @@ def run(spec: RunSpec | Mapping[str, Any], folder: str | Path) -> RunRecord:
     if problems := problems or check_disk(runs) + check_compiler(runs) + check_unchanged(runs):
         raise InputError(problems)
     folder = Path(folder)
+    check_place(folder, run_id(spec))
     with quiet_libraries(), without_hub_kernels(), locked(state_folder(folder) / "lock"):
         write_json(folder / "spec.json", spec.model_dump(mode="json"))
         if record := finished_record(folder, run_id(spec)):
@@ -124,7 +129,7 @@ def _generators_kept(device: Device) -> Iterator[None]:
 
 @needs("simulate")
 def memory(
-    model: str,
+    model: str | Path,
     method: str = "lora",
     *,
     simulate: bool = False,
@@ -157,9 +162,9 @@ def memory(
     from peftscope.memory.question import ask, describe_model
 
     _check_options(options)
-    card = None if gpu is None else find_gpu(gpu)
-    options["method"] = method
-    question = ask(describe_model(model), options, responses=response_len, gpu=card, gpus=gpus)
+    card = None if gpu is None else find_gpu(_text("gpu", gpu))
+    options["method"] = _text("method", method)
+    question = ask(describe_model(_text("model", model)), options, responses=response_len, gpu=card, gpus=gpus)
     if not simulate and question.spec.method.closed_form is not None:
         return answer_by_formula(question)
     with quiet_libraries(), without_hub_kernels():
@@ -172,7 +177,7 @@ def memory(
 @needs("simulate")
 def fit(
     gpu: str,
-    models: str | Sequence[str] | None = None,
+    models: str | Path | Sequence[str | Path] | None = None,
     methods: str | Sequence[str] | None = None,
     *,
     gpus: int = 1,
@@ -200,9 +205,22 @@ def fit(
     from peftscope.models.presets import PRESETS
 
     _check_options(options)
-    names = [models] if isinstance(models, str) else list(PRESETS if models is None else models)
+    names = [models] if isinstance(models, str | Path) else list(PRESETS if models is None else models)
     chosen = known_methods(methods if methods is None or isinstance(methods, str) else ",".join(methods))
-    return list(fit_methods([describe_model(name) for name in names], chosen, options, find_gpu(gpu), gpus))
+    described = [describe_model(_text("models", name)) for name in names]
+    return list(fit_methods(described, chosen, options, find_gpu(_text("gpu", gpu)), gpus))
+
+
+def _text(argument: str, value: object) -> str:
+    """Returns an argument that is text or a path as text; it raises InputError for anything else."""
+    if isinstance(value, str | Path):
+        return str(value)
+    remedy = {
+        "method": 'name it, and give its fields as options, as in memory("llama-2-7b", "lora", rank=4)',
+        "gpu": 'name the card or its memory, as in "rtx4090" or "24GiB"',
+    }
+    wrong = Problem(argument, f"not a text (got {shown(value)})", remedy.get(argument, 'name it, as in "llama-2-7b"'))
+    raise InputError(wrong)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

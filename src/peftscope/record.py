@@ -336,6 +336,19 @@ def finished_record(run: Path, identity: str) -> RunRecord | None:
     return record
 
 
+def check_place(run: Path, identity: str) -> None:
+    """Raises InputError if this is no place for the run: a file, or the folder in which another run has ended."""
+    if run.exists() and not run.is_dir():
+        raise InputError(Problem(str(run), "is a file, and a run needs a folder", "name another one"))
+    try:
+        other = read_record(state_folder(run) / "record.json")
+    except (InputError, OSError):
+        return
+    if other.run_id != identity:
+        message = f"holds another run, {other.run_id}, with status {other.status}"
+        raise InputError(Problem(str(run), message, "name another folder, or remove this one"))
+
+
 def recover_record(path: Path) -> RunRecord:
     """Returns a run's record. A damaged record is quarantined, and the copy in the run's state replaces it.
 

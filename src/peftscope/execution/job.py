@@ -28,6 +28,7 @@ from peftscope.record import (
     KeepWeights,
     RunRecord,
     Status,
+    check_place,
     clear_checkpoints,
     finished_record,
     lacks_kept,
@@ -71,11 +72,13 @@ class Job:
         """Runs the spec and ends this process, or restores the record if an earlier job finished the run.
 
         Raises:
-            InputError: Another job is working on the run, or its model or data are damaged and cannot be restored.
+            InputError: Another job is working on the run, another run has ended in its folder, or its model or data are
+                damaged and cannot be restored.
         """
         began = time.perf_counter() - seconds_since_process_start()
         chosen_way()  # raises an error if PEFTSCOPE_BF16 is wrong
         identity = run_id(self.spec)
+        check_place(self.folder, identity)
         with locked(state_folder(self.folder) / "lock"):
             write_json(self.folder / "spec.json", self.spec.model_dump(mode="json"))
             record = finished_record(self.folder, identity)
