@@ -111,6 +111,14 @@ def test_fully_shard_leaves_weights_in_integers_whole() -> None:
     assert bytes_of(full, GATHERED_WEIGHTS) + bytes_of(full, WHOLE_GRADIENTS) > 0
 
 
+def test_what_only_several_cards_share_is_said_to_be_idle_on_one() -> None:
+    idle = "sharding=fsdp2 and quant_storage=bf16: without effect on one card"
+    options = {"method": "qlora", "sharding": "fsdp2", "quant_storage": "bf16"}
+    said = {n: [line for line in question(n, **options).assumptions if line.startswith(idle)] for n in (1, 4)}
+    assert (len(said[1]), len(said[4])) == (1, 0)
+    assert answer_by_formula(question(**options)).phases == answer_by_formula(question(method="qlora")).phases
+
+
 def test_master_weights_are_of_trained_16_bit_weights() -> None:
     def kept(**options: Any) -> dict[str, int]:
         components = answer_by_formula(question(4, autocast=True, **options)).components

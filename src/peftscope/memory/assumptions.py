@@ -98,6 +98,9 @@ def assumptions_of(question: Question) -> list[str]:
     if gpus > 1:
         way = "torch's fully_shard, formula only" if question.beside.sharding == "fsdp2" else "FSDP, ZeRO-3"
         lines.append(f"weights, gradients and states sharded over {gpus} cards ({way}), batch_size rows on each")
+    elif idle := question.beside.model_dump(include={"sharding", "quant_storage"}, exclude_defaults=True):
+        said = " and ".join(f"{option}={value}" for option, value in idle.items())
+        lines.append(f"{said}: without effect on one card; gpus says over how many a model is sharded")
     return lines + _formula_only_lines(question)
 
 
