@@ -64,6 +64,14 @@ RENAMED = {"kin": "all-methods"}
 """The new names of experiments, by their old names."""
 
 
+def how_to_run(experiment: str) -> str:
+    """Returns what runs an experiment and reports it: Snakemake in a clone, elsewhere one run after the other."""
+    name = RENAMED.get(experiment, experiment)
+    if Path("Makefile").is_file() and Path("Snakefile").is_file():
+        return f"make report EXPERIMENT={name}"
+    return f"peftscope sweep {name} && peftscope report {name}"
+
+
 def shipped(path: Path) -> Path:
     """Returns the path of a file that the suite comes with, under the first root that has ``experiments/``.
 

@@ -186,10 +186,14 @@ def test_a_broken_link_in_place_of_a_folder_is_named(tmp_path: Path, monkeypatch
     assert done.stderr.startswith("File exists (resources") and "mend the link" in done.stderr
 
 
-def test_a_report_without_any_run_says_where_runs_come_from(write_experiment) -> None:
+@pytest.mark.parametrize("clone", [True, False])
+def test_a_report_without_any_run_says_where_runs_come_from(clone: bool, write_experiment) -> None:
     write_experiment("mine", "fixed: {model: toy}\n")
+    for name in ("Makefile", "Snakefile") if clone else ():
+        Path(name).touch()
     command = [sys.executable, "-m", "peftscope", "report", "mine"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "mine: none of its runs has ended -> make report EXPERIMENT=mine" in done.stderr
+    how = "make report EXPERIMENT=mine" if clone else "peftscope sweep mine && peftscope report mine"
+    assert f"mine: none of its runs has ended -> {how} runs them, or peftscope restore mine brings" in done.stderr
     assert not Path("reports/mine.html").exists()

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from peftscope.errors import InputError, Problem
-from peftscope.layout import RENAMED, results_folder, run_folder
+from peftscope.layout import how_to_run, results_folder, run_folder
 from peftscope.planning.published import RETENTION, VALIDATION, loss_rows
 from peftscope.planning.sweep import Sweep
 from peftscope.record import Damaged, Quality, RunRecord, recover_record
@@ -76,8 +76,7 @@ def read_runs(experiment: str, folder: Path | None = None) -> pd.DataFrame:
     """
     path = (folder or results_folder(experiment)) / "runs.csv"
     if not path.is_file():
-        remedy = f"make report EXPERIMENT={RENAMED.get(experiment, experiment)}"
-        raise InputError(Problem(str(path), "no such file", remedy))
+        raise InputError(Problem(str(path), "no such file", how_to_run(experiment)))
     # The copy is contiguous; without it, pandas warns when a column is added to more than a hundred.
     return pd.read_csv(path, dtype={"comparisons": str}).fillna({"comparisons": ""}).copy()
 

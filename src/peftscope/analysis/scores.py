@@ -17,7 +17,7 @@ from peftscope.analysis.collect import main_metric
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import parse_json, read_text
-from peftscope.layout import RUNS, published_paths, results_folder
+from peftscope.layout import RUNS, how_to_run, published_paths, results_folder
 from peftscope.planning.published import ITEMS, RECORDS
 from peftscope.spec import RunSpec
 
@@ -200,7 +200,7 @@ def _read_study(name: str, arm: str, metric: str | None) -> list[Scored]:
     runs = _own_runs(arms.__contains__, metric)
     if missing := [run for run in arms if run not in runs]:
         said = "its items are neither in the store nor published"
-        raise InputError(Problem(missing[0], said, f"make report EXPERIMENT={name}"))
+        raise InputError(Problem(missing[0], said, how_to_run(name)))
     return [replace(runs[run], system=each, study=(name, each)) for run, each in arms.items()]
 
 

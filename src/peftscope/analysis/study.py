@@ -19,7 +19,7 @@ import pandas as pd
 
 from peftscope.analysis.compare import Difference, compare
 from peftscope.errors import InputError, Problem
-from peftscope.layout import published, results_folder
+from peftscope.layout import how_to_run, published, results_folder
 from peftscope.planning.cells import ARM, CONTROL, TUNING
 from peftscope.planning.experiment import (
     A_A,
@@ -96,7 +96,7 @@ class StudyResults:
         return read_experiment(experiment_path(self.name)).study if self.name in experiment_names() else None
 
     def _unfinished(self, what: str) -> InputError:
-        return InputError(Problem(f"the study `{self.name}`", what, f"make report EXPERIMENT={self.name}"))
+        return InputError(Problem(f"the study `{self.name}`", what, how_to_run(self.name)))
 
     @cached_property
     def table(self) -> pd.DataFrame:

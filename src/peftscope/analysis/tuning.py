@@ -16,7 +16,7 @@ import numpy as np
 
 from peftscope.errors import InputError, Problem
 from peftscope.files.atomic import write_json
-from peftscope.layout import coarse_path, record_path, tuned_path
+from peftscope.layout import coarse_path, how_to_run, record_path, tuned_path
 from peftscope.planning.cells import FINE, TUNING
 from peftscope.planning.experiment import FINE_STEP, LARGEST_STEP, Study, experiment_path, no_study, rounded
 from peftscope.planning.sweep import Sweep
@@ -208,7 +208,7 @@ def _tried(sweep: Sweep, runs: tuple[str, ...]) -> dict[float, dict[str, Any]] |
     for run in runs:
         path = record_path(run)
         if not path.is_file():
-            raise InputError(Problem(str(path), "no record yet", f"make report EXPERIMENT={sweep.name}"))
+            raise InputError(Problem(str(path), "no record yet", how_to_run(sweep.name)))
         record = recover_record(path)
         if record.status == "oom" and record.spec.device == "cuda":
             return None

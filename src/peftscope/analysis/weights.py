@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from peftscope.errors import InputError, Problem
-from peftscope.layout import published, results_folder, run_folder
+from peftscope.layout import how_to_run, published, results_folder, run_folder
 from peftscope.record import measured_path
 
 ROUNDED = "{:.4g}"
@@ -46,8 +46,8 @@ def weights_folder(experiment: str) -> Path:
     for folder in (results_folder(experiment), published(experiment)):
         if weights_path(folder).is_file():
             return folder
-    message, remedy = "its measured weights are not here", f"make report EXPERIMENT={experiment}"
-    raise InputError(Problem(f"the study `{experiment}`", message, remedy))
+    message = "its measured weights are not here"
+    raise InputError(Problem(f"the study `{experiment}`", message, how_to_run(experiment)))
 
 
 def read_weights(experiment: str) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from peftscope.cli import advise, claims, compare, contribute, memory, new_study
 from peftscope.cli.console import EXPERIMENT, wide_console
 from peftscope.errors import InputError, Problem, needs, printable
 from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
-from peftscope.layout import record_path, run_folder
+from peftscope.layout import how_to_run, record_path, run_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -273,7 +273,7 @@ def report(experiment: rules.ExperimentName) -> None:
 
     plan = plan_experiment(experiment)
     if plan.sweep.runs and not any(record_path(run).is_file() for run in plan.sweep.runs):
-        remedy = f"make report EXPERIMENT={experiment} runs them, peftscope restore {experiment} brings published ones"
+        remedy = f"{how_to_run(experiment)} runs them, or peftscope restore {experiment} brings published ones"
         raise InputError(Problem(experiment, "none of its runs has ended", remedy))
     collect_experiment(plan.sweep)
     write_tables(experiment)

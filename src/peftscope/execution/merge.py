@@ -7,7 +7,7 @@ from typing import Any
 
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.execution.start import merged_start
-from peftscope.layout import RUNS, record_paths, run_folder
+from peftscope.layout import RUNS, how_to_run, record_paths, run_folder
 from peftscope.record import is_restored, read_record
 from peftscope.spec import RunSpec
 
@@ -21,7 +21,7 @@ def find_run(run: str) -> Path:
     folder = run_folder(run)
     if not (folder / "record.json").is_file():
         known = [path.parent.name for path in record_paths()]
-        remedy = close_match(run, known) or "make report EXPERIMENT=quick makes some"
+        remedy = close_match(run, known) or f"{how_to_run('quick')} makes some"
         raise InputError(Problem(f"run {run}", f"no such run in {RUNS}", remedy))
     record = read_record(folder / "record.json")
     if record.status != "ok":
