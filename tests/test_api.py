@@ -325,6 +325,14 @@ class TestExperiments:
         assert find_model("toy").shape is not None
         assert layout.shipped(layout.CLAIMS_FILE) == repository / "experiments/claims.yaml"
 
+    def test_own_tasks_without_defaults_are_said_to_be_left_out(self, bare: Path, repository: Path) -> None:
+        (bare / "experiments").mkdir()
+        (bare / "experiments/tasks.yaml").write_text("mine: {source: {kind: jsonl, path: mine.jsonl}}\n")
+        said = "; experiments/tasks.yaml is not read without experiments/defaults.yaml: "
+        said += f"copy what it lacks from {repository}"
+        with pytest.raises(InputError, match=re.escape(said)):
+            peftscope.run({**FIELDS, "task": "mine"}, "run")
+
     def test_without_either_it_is_said(self, bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(layout, "REPOSITORY", bare)
         with pytest.raises(InputError, match=re.escape("there is no experiments/defaults.yaml here -> run from")):

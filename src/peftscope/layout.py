@@ -103,6 +103,13 @@ def results_folder(experiment: str) -> Path:
     return RESULTS / experiment
 
 
+def why_not_read(path: Path) -> str:
+    """Returns the end of a remedy: why the working folder's own file is not read, or nothing."""
+    if not path.is_file() or DEFAULTS.is_file():
+        return ""
+    return f"; {path} is not read without {DEFAULTS}: copy what it lacks from {shipped(EXPERIMENTS)}"
+
+
 def run_folder(run: str) -> Path:
     """Returns the folder of a run, whichever experiments list it."""
     return RUNS / run

@@ -242,6 +242,10 @@ def test_the_command_speaks_to_people_and_programs_within_five_seconds(peftscope
         (["--gpu", "rtx4090", "--examples", "5", "--pairs", "3"], "give --write NAME"),
         (["--gpu", "rtx4090", "--examples", "5", "--write", "quick"], "exists already"),
         (["--gpu", "1GiB", "--examples", "5", "--write", "mine"], "nothing fits"),
+        (
+            ["--gpu", "rtx4090", "--examples", "5", "--write", "mine", "--task", "sums"],
+            "--task: unknown task (got 'sums')",
+        ),
         (["--gpu", "4GiB", "--examples", "5", "--write", ""], "experiment=: not a name for an experiment"),
         (["--gpu", "rtx4090", "--examples", "5", "--claims", "nowhere.json"], "nowhere.json"),
         (["--gpu", "rtx4090", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),

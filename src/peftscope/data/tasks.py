@@ -20,7 +20,7 @@ from peftscope.files.hub import tell_if_moved
 from peftscope.files.manifest import file_sha256, how_to_change, is_source_of, read_manifest
 from peftscope.files.problems import dotted, problems_of
 from peftscope.files.resource import Resource
-from peftscope.layout import TASKS_FILE, TASKS_FOLDER, shipped
+from peftscope.layout import TASKS_FILE, TASKS_FOLDER, shipped, why_not_read
 
 USUAL_TOKENS = 64
 """The tokens that estimates expect of an item before its task was made."""
@@ -70,7 +70,8 @@ def find_task(name: str, where: str = "task") -> TaskEntry:
     """
     entry = _tasks().get(name)
     if entry is None:
-        raise InputError(Problem(where, f"unknown task (got {shown(name)})", close_match(name, _tasks())))
+        remedy = close_match(name, _tasks()) + why_not_read(TASKS_FILE)
+        raise InputError(Problem(where, f"unknown task (got {shown(name)})", remedy))
     if not lm_eval_file(name).is_file():
         raise InputError(Problem(where, f"task {name} has no lm-eval file", f"write {lm_eval_file(name)}"))
     _scoring(name)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import REVISION_PATTERN, CountOrZero, HubId, InnerPath, Name, check_hub_id, read_yaml
 from peftscope.files.problems import dotted, problems_of
-from peftscope.layout import MODELS_FILE, MODELS_FOLDER, shipped
+from peftscope.layout import MODELS_FILE, MODELS_FOLDER, shipped, why_not_read
 from peftscope.models.presets import PRESETS
 from peftscope.models.shapes import ModelShape
 
@@ -99,7 +99,9 @@ def find_model(name: str, where: str = "model") -> BaseModelEntry:
         preset = PRESETS[name]
         return BaseModelEntry(source=HubSource(kind="hub", repository=preset.hub_id), shape=preset.shape)
     if not _is_hub_id(name):
-        hint = f"{close_match(name, [*_catalog(), *PRESETS])}; a hub id has the form org/name"
+        hint = (
+            f"{close_match(name, [*_catalog(), *PRESETS])}; a hub id has the form org/name{why_not_read(MODELS_FILE)}"
+        )
         raise InputError(Problem(where, f"unknown model (got {shown(name)})", hint))
     source = HubSource(kind="hub", repository=name)
     return BaseModelEntry(source=source, shape=_known_shape(source))

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from peftscope.data.tasks import find_task
 from peftscope.errors import InputError, Problem
 from peftscope.hardware.device import Device
 from peftscope.layout import EXPERIMENTS, check_experiment_name
@@ -45,7 +46,8 @@ def write_experiment(
         pairs: The pairs of seeds.
 
     Raises:
-        InputError: Nothing fits, the name is taken, or the model cannot be named in an experiment.
+        InputError: Nothing fits, the name is taken, the task is unknown, or the model cannot be named in an
+            experiment.
     """
     if not advice.options:
         raise InputError(Problem("--write", "nothing fits, so there is nothing to run", "; ".join(advice.nearest)))
@@ -53,6 +55,8 @@ def write_experiment(
     if name in experiment_names() or name in RESERVED_NAMES:
         raise InputError(Problem("--write", f"{name} exists already", "choose another name"))
     find_model(advice.situation.model.name)
+    if task:
+        find_task(task, "--task")
     path = EXPERIMENTS / f"{name}.yaml"
     path.parent.mkdir(exist_ok=True)
     content = experiment_of(advice, card, task, pairs)
