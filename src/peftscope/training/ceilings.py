@@ -55,15 +55,12 @@ def count_work(model: Any) -> Work:
 
 def measure_ceilings(spec: RunSpec) -> Ceilings:
     """Returns the device's rates in the precision of a spec, measured once per process."""
-    return _measured(spec.device, torch.float32 if spec.precision == "fp32" else torch.bfloat16)
+    return _measured(spec.device, _dtype(spec))
 
 
 def product_rate(spec: RunSpec) -> float | None:
     """Returns this processor's rate at the matrix products of a spec, or None for a run on a card."""
-    if spec.device != "cpu":
-        return None
-    with bf16_products():
-        return measure_ceilings(spec).matmul_flops_per_second
+    return _processor_rate(_dtype(spec)) if spec.device == "cpu" else None
 
 
 def bf16_rates() -> dict[Way, float]:
@@ -73,6 +70,26 @@ def bf16_rates() -> dict[Way, float]:
         with bf16_products(way):
             rates[way] = _matmul_rate("cpu", torch.bfloat16)
     return rates
+
+
+def _dtype(spec: RunSpec) -> torch.dtype:
+    return torch.float32 if spec.precision == "fp32" else torch.bfloat16
+
+
+@cache
+def _processor_rate(dtype: torch.dtype) -> float:
+    """Returns the rate of all threads or of one alone, whichever is higher.
+
+    On a busy machine all threads wait for the one that another program holds up, for ten times as long and more.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with bf16_products():
+            together = _matmul_rate("cpu", dtype)
+            torch.set_num_threads(1)
+            return max(together, _matmul_rate("cpu", dtype))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @cache
