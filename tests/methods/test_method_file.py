@@ -156,6 +156,10 @@ WRONG = {
     "no class": ("", "must have one subclass of peftscope.methods.fields.Method (it has 0)"),
     "a mistake": ("import nothing_here", "cannot be loaded: ModuleNotFoundError: No module named 'nothing_here'"),
     "no label": ("class A(Method): ...", "needs a `label: ClassVar[str]`"),
+    "wrong rate": (
+        "class A(Method):\n    label: ClassVar[str] = 'A'\n    run_defaults: ClassVar[dict] = {'learning_rate': -1e-3}",
+        "its learning_rate in `run_defaults` must be a number above 0 (got -0.001)",
+    ),
     "no rate": ("class A(Method):\n    label: ClassVar[str] = 'A'", "needs `run_defaults: ClassVar[dict]`"),
     "nothing built": (
         "class A(Method):\n    label: ClassVar[str] = 'A'\n    run_defaults: ClassVar[dict] = {'learning_rate': 1}",

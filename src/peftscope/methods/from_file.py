@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import create_model
 
-from peftscope.errors import InputError, Problem
+from peftscope.errors import InputError, Problem, shown
 from peftscope.files.manifest import file_sha256
 from peftscope.methods.fields import Method
 
@@ -59,6 +60,9 @@ def load_file(path: Path) -> tuple[type[Method] | None, str]:
             return None, "needs a `label: ClassVar[str]`, its name in tables"
         if "learning_rate" not in own[0].run_defaults:
             return None, "needs `run_defaults: ClassVar[dict]` with a learning_rate"
+        rate = own[0].run_defaults["learning_rate"]
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            return None, f"its learning_rate in `run_defaults` must be a number above 0 (got {shown(rate)})"
         if own[0].build is Method.build:
             return None, "needs `build`, which makes the model to train"
         fields: dict[str, Any] = {"name": (Literal[path.stem], path.stem), "file_sha256": (str, digest)}
