@@ -114,5 +114,11 @@ def close_match(word: str, known: Iterable[str]) -> str:
     'known: alpha, rank'
     """
     names = sorted(set(known))
-    matches = difflib.get_close_matches(word[:LONGEST_PART], names, n=1)
-    return f"did you mean `{matches[0]}`?" if matches else f"known: {', '.join(names)}" if names else ""
+    if match := closest(word, names):
+        return f"did you mean `{match}`?"
+    return f"known: {', '.join(names)}" if names else ""
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Returns the known word that is most like this one, or None if none is close."""
+    return next(iter(difflib.get_close_matches(word[:LONGEST_PART], sorted(set(known)), n=1)), None)

@@ -101,6 +101,14 @@ def test_a_wrong_entry_is_refused_with_its_place(change: dict[str, Any], said: s
     assert said in str(caught.value)
 
 
+def test_a_misspelled_field_is_one_problem(tmp_path: Path) -> None:
+    part = {("measure" if name == "measures" else name): value for name, value in ENTRY["parts"][0].items()}
+    with pytest.raises(InputError) as caught:
+        ledger_of(tmp_path, ENTRY | {"parts": [part]})
+    (problem,) = caught.value.problems
+    assert problem.where.endswith("parts[0].measure") and problem.remedy == "did you mean `measures`?"
+
+
 def test_two_entries_must_differ(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="appears 2 times"):
         ledger_of(tmp_path, ENTRY, ENTRY)

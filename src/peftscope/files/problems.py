@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from pydantic import BaseModel, ValidationError
 
-from peftscope.errors import Problem, close_match, shown
+from peftscope.errors import Problem, close_match, closest, shown
 
 
 def dotted(location: tuple[str | int, ...]) -> str:
@@ -24,14 +24,23 @@ def dotted(location: tuple[str | int, ...]) -> str:
 def problems_of(
     error: ValidationError, place: Callable[[tuple[str | int, ...]], str], known: set[str]
 ) -> list[Problem]:
-    """Returns a validation error as problems; ``place`` describes a location, ``known`` has the names to suggest."""
-    found = []
-    for item in error.errors():
-        where, value = place(item["loc"]), item["input"]
-        if item["type"] == "extra_forbidden":
-            found.append(Problem(where, "unknown key", close_match(str(item["loc"][-1]), known)))
+    """Returns a validation error as problems; ``place`` describes a location, ``known`` has the names to suggest.
+
+    A mistake is told once: a misspelled key is not missing as well, and a list of wrong items is not too short.
+    """
+    found, items = [], error.errors()
+    places = [item["loc"] for item in items]
+    misspelled = [item["loc"] for item in items if item["type"] == "extra_forbidden"]
+    meant = {(*loc[:-1], closest(str(loc[-1]), known)) for loc in misspelled}
+    for item in items:
+        kind, loc, value = item["type"], item["loc"], item["input"]
+        below = any(loc == other[: len(loc)] for other in places if other != loc)
+        if (kind == "missing" and loc in meant) or (kind == "too_short" and below):
+            continue
+        if kind == "extra_forbidden":
+            found.append(Problem(place(loc), "unknown key", close_match(str(loc[-1]), known)))
         else:
             message = item["msg"].removeprefix("Value error, ")
             got = "" if isinstance(value, dict | BaseModel) else f" (got {shown(value)})"
-            found.append(Problem(where, f"{message}{got}"))
+            found.append(Problem(place(loc), f"{message}{got}"))
     return found
