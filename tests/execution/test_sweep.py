@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from peftscope.analysis.tuning import choose_rates
+from peftscope.analysis.tuning import choose_next, choose_rates
 from peftscope.errors import InputError
 from peftscope.execution import provenance, sweep
 from peftscope.execution.inputs import inputs
 from peftscope.execution.sweep import run_sweep
-from peftscope.layout import record_path, run_folder
+from peftscope.layout import record_path, run_folder, tuned_path
 from peftscope.planning.plan import plan_experiment
 from peftscope.record import Quality, RunRecord, Status, read_record, state_folder, write_record
 from peftscope.spec import RunSpec
@@ -60,7 +60,7 @@ class Runs:
         self.seen.append(spec.method.name)
         self.now += self.seconds
         status = self.endings.get(spec.method.name, "ok")
-        quality = Quality(validation_nll=abs(spec.learning_rate - 1e-3))
+        quality = Quality(validation_nll=1 + abs(spec.learning_rate - 1e-3))
         record = RunRecord(run_id=identity, status=status, spec=spec, quality=quality)
         state_folder(folder).mkdir(parents=True, exist_ok=True)
         (folder / "items.jsonl").write_text("")
@@ -128,6 +128,27 @@ def test_a_study_goes_on_with_the_runs_that_follow_from_what_was_chosen(
     assert "0 of 11 runs done before" in said and "11/11" in said
     run_sweep("mine", one_second, choose_rates)
     assert len(runs.seen) == 11
+
+
+def test_an_arm_that_comes_later_has_its_fine_grid_as_well(write_experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = STUDY.replace("[10]", "[10]\n  fine_seeds: [20]").replace("1.0e-4", "3.0e-4").replace("1.0e-2", "3.0e-3")
+    first = text
+    write_experiment("mine", text)
+    Runs(monkeypatch)
+    run_sweep("mine", one_second, choose_next)
+    text = text.replace("large: {method: lora, rank: 8}}", "large: {method: lora, rank: 8}, other: {method: dora}}")
+    write_experiment("mine", text.replace("large: [", "other: [3.0e-4, 1.0e-3, 3.0e-3], large: ["))
+    runs = Runs(monkeypatch)
+    run_sweep("mine", one_second, choose_next)
+    assert runs.seen == ["dora"] * (3 + 3 + 2)
+    arms = json.loads(tuned_path("mine").read_text())["arms"]
+    assert [len(arms[arm]["tried"]) for arm in ("small", "large", "other")] == [6, 6, 6]
+    # A longer list whose best rate is the same: nothing but the new rate runs, and the pairs are there.
+    write_experiment("mine", first.replace("small: [", "small: [1.0e-4, "))
+    runs = Runs(monkeypatch)
+    run_sweep("mine", one_second, choose_next)
+    assert runs.seen == ["lora"]
+    assert {"arm-small", "arm-large"} <= {group.name for group in plan_experiment("mine").sweep.comparisons}
 
 
 def test_a_study_does_not_choose_from_runs_that_failed(write_experiment, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ of the fit, drawn anew, say how much worse the chosen rate may be than the best:
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -155,14 +156,19 @@ def choose_rates(sweep: Sweep, *, coarse: bool = False) -> Path:
 
 
 def choose_next(sweep: Sweep) -> Path:
-    """Chooses among the listed rates if a study's fine grids are still to come, and otherwise each arm's rate.
+    """Chooses among the listed rates if a study has fine grids that are still to come, and otherwise each arm's rate.
+
+    They are to come for every arm as long as one has not been chosen from all of its listed rates.
 
     Raises:
         InputError: See ``choose_rates``.
     """
-    study = sweep.experiment.study
-    has_fine_runs = any(comparison.name.startswith(FINE) for comparison in sweep.comparisons)
-    return choose_rates(sweep, coarse=study is not None and bool(study.fine_seeds) and not has_fine_runs)
+    study, path = sweep.experiment.study, coarse_path(sweep.name)
+    arms = json.loads(path.read_text())["arms"] if path.is_file() else {}
+    chosen_from = {TUNING + name: {run for rate in arms[name]["tried"] for run in rate["run_ids"]} for name in arms}
+    listed = {group.name: set(group.runs) for group in sweep.comparisons if group.name.startswith(TUNING)}
+    is_current = all(chosen_from.get(name) == runs for name, runs in listed.items())
+    return choose_rates(sweep, coarse=study is not None and bool(study.fine_seeds) and not is_current)
 
 
 def _best(sweep: Sweep, study: Study, arm: str, tried: dict[float, dict[str, Any]]) -> tuple[float, Problem | None]:

@@ -61,7 +61,7 @@ class _Pace:
 def run_sweep(
     name: str,
     seconds_of: Callable[[RunSpec], float],
-    choose: Callable[[Sweep], object],
+    choose: Callable[[Sweep], Path],
     minutes: float | None = None,
 ) -> Outcome:
     """Runs what is left of an experiment: finished runs are skipped, and interrupted ones continue.
@@ -72,7 +72,8 @@ def run_sweep(
     Args:
         name: The experiment.
         seconds_of: Estimates the seconds of a run.
-        choose: Chooses what a study's further runs follow from; it is called when all runs that are known have ended.
+        choose: Chooses what a study's further runs follow from, and returns the file that says so. It is called when
+            all runs that are known have ended, until it writes the same file again and no run follows.
         minutes: The minutes of this call; None: until nothing is left.
 
     Raises:
@@ -80,7 +81,7 @@ def run_sweep(
     """
     deadline = time.monotonic() + 60 * minutes if minutes is not None else math.inf
     plan, pace, outcome = plan_experiment(name), _Pace(seconds_of), Outcome()
-    ended, expected = _finished(plan), _expected(plan)
+    ended, expected, chosen = _finished(plan), _expected(plan), None
     _say(f"{name}: {len(ended)} of {len(expected)} runs done before")
     while True:
         for identity in [identity for identity in plan.run_ids if identity not in ended]:
@@ -102,10 +103,10 @@ def run_sweep(
             outcome.left += status == "interrupted"
         if not plan.is_study or outcome.left:
             return outcome
-        choose(plan.sweep)
+        before, chosen = chosen, choose(plan.sweep)
         plan.expand_again()
         ended, expected = ended | _finished(plan), _expected(plan)
-        if ended.issuperset(plan.run_ids):
+        if chosen == before and ended.issuperset(plan.run_ids):
             return outcome
 
 
