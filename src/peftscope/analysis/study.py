@@ -209,7 +209,7 @@ class StudyResults:
 
         def is_at_an_end(arm: str) -> bool:
             listed = [tried["learning_rate"] for tried in self._tuning_of(arm)["tried"] if not tried.get("fine")]
-            return self.listed_rate(arm) in (min(listed), max(listed))
+            return bool(listed) and self.listed_rate(arm) in (min(listed), max(listed))
 
         return [arm for arm in self.arms if arm in self._chosen and is_at_an_end(arm)]
 

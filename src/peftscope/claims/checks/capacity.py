@@ -18,10 +18,19 @@ from peftscope.layout import how_to_run, published, results_folder
 FULL = "full fine-tuning"
 
 
-def bits_per_parameter(experiment: str, model: str, ranks: list[int]) -> Measurement:
+def bits_per_parameter(
+    experiment: str, model: str, ranks: list[int], least: float = 0.0, exposures: int = 0
+) -> Measurement:
     """Returns the bits given at which storing stops following, for each trained parameter of LoRA.
 
     It is the geometric mean over ranks, with the interval over them.
+
+    Args:
+        experiment: The experiment that stored random strings.
+        model: Its model.
+        ranks: The ranks of LoRA.
+        least: A mean below this many bits counts only if every rank saw its strings often enough at its break.
+        exposures: How often is enough.
 
     Raises:
         NotRunError: The experiment's sizes do not enclose the break of a rank. Leaving it out would bias the mean.
@@ -42,8 +51,13 @@ def bits_per_parameter(experiment: str, model: str, ranks: list[int]) -> Measure
     curves = {
         str(arm): own.groupby("given")["stored"].mean().to_dict() for arm, own in table.groupby("arm", sort=False)
     }
+    logarithms, seen = [math.log(value) for value in found["break_per_parameter"]], found["exposures_at_break"].min()
+    spoiled_by = ""
+    if np.mean(logarithms) < math.log(least or 1e-9) and seen < exposures:
+        spoiled_by = f"strings at a break were seen {seen:.0f} times, and {exposures:,} times are needed"
     return geometric_mean_of(
-        [math.log(value) for value in found["break_per_parameter"]],
+        logarithms,
+        spoiled_by=spoiled_by,
         evidence=evidence,
         curves=curves,
         axes=("bits given", "bits stored"),

@@ -9,7 +9,7 @@ import numpy as np
 
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import HELDOUT, StudyResults
-from peftscope.claims.measurement import Measurement
+from peftscope.claims.measurement import Measurement, Quantity
 
 
 def intrinsic_dimension(
@@ -19,8 +19,9 @@ def intrinsic_dimension(
 
     Gains are mean held-out losses below that of training on shuffled labels (``task``), or below the untouched base's.
     Shares are interpolated over the logarithm of the dimension. If not even the largest dimension reaches the share, or
-    the smallest one does, the result is that dimension, and the evidence says so. The bootstrap draws the losses' seeds
-    anew from the residuals of all arms, and an error of each arm's learning rate with them.
+    the smallest one does, the result is that dimension, and the evidence says so. The result says nothing if the best
+    rate of an arm next to it lies at an end of its list. The bootstrap draws the losses' seeds anew from the residuals
+    of all arms, and an error of each arm's learning rate with them.
 
     Args:
         study: The study's experiment.
@@ -56,22 +57,29 @@ def intrinsic_dimension(
     drawn = [_first_reach(dimensions, each, share) for each in shares_of(means + errors)]
     low, high = map(float, np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
     reached = shares_of(means)
+    evidence: dict[str, Quantity] = {
+        f"held-out loss of {against}": float(means[-1]),
+        "loss from which gains are counted": start,
+        "largest share reached": float(reached.max()),
+        "whether the share is reached": bool((reached >= share).any()),
+        "spread of single losses, nats per token": float(pool.std()),
+    }
+    if not (reached >= share).any():
+        evidence["shown"] = f"not reached with {dimensions[-1]:,.0f}, the most that were tried"
+    decisive = [arm for arm, dimension in zip(arms, dimensions, strict=True) if dimension <= found][-1:]
+    decisive += [arm for arm, dimension in zip(arms, dimensions, strict=True) if dimension > found][:1]
+    at_an_end = [arm for arm in decisive if arm in results.arms_at_an_end]
     return Measurement(
         found,
         low,
         high,
         n=min(counts),
-        evidence={
-            f"held-out loss of {against}": float(means[-1]),
-            "loss from which gains are counted": start,
-            "largest share reached": float(reached.max()),
-            "whether the share is reached": bool((reached >= share).any()),
-            "spread of single losses, nats per token": float(pool.std()),
-        },
+        evidence=evidence,
         curves={"share of full fine-tuning's gain": dict(zip(dimensions.tolist(), reached.tolist(), strict=True))},
         axes=("trained dimensions", "share of full fine-tuning's gain"),
         model=results.subject,
         run_ids=tuple(run for table in runs.values() for run in table["run_id"]),
+        spoiled_by=f"the best rate of {' and '.join(at_an_end)} lies at an end of its list" if at_an_end else "",
     )
 
 

@@ -148,11 +148,21 @@ def heldout_gain(study: str, arm: str, against: str) -> Measurement:
     evidence: dict[str, Quantity] = {
         f"mean loss of {arm}": float(both["first"].mean()),
         f"mean loss of {against}": float(both["second"].mean()),
-        "runs that diverged": int((pd.concat([mine, other])["status"] == "diverged").sum()),
+        **_doubts(results, {arm: mine, against: other}),
     }
     differences = (both["second"] - both["first"]) / results.task_gain
     error = results.tuning_error(arm, against) / results.task_gain
     return _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]), error)
+
+
+def _doubts(results: StudyResults, runs: dict[str, pd.DataFrame]) -> dict[str, Quantity]:
+    """Returns how many runs of some arms diverged, and which arms' best rates lie at an end of their lists."""
+    found: dict[str, Quantity] = {
+        "runs that diverged": int((pd.concat(list(runs.values()))["status"] == "diverged").sum())
+    }
+    if at_an_end := [arm for arm in runs if arm in results.arms_at_an_end]:
+        found["best rate at an end of its list"] = ", ".join(at_an_end)
+    return found
 
 
 def heldout_gain_on_base(study: str, against: str, base_weights: str, arm: str = "") -> Measurement:
@@ -185,7 +195,8 @@ def heldout_gain_on_base(study: str, against: str, base_weights: str, arm: str =
     }
     if loss < guess:
         if not arm:
-            raise NotRunError(f"the base is sound in {base_weights}, and `{study}` has no arm that trains on it")
+            said = f"in {base_weights} the untouched base costs {loss:.3g} nats a token here, a guess {guess:.3g}"
+            raise NotRunError(f"{said}; `{study}` has no arm that trains on it")
         found = heldout_gain(study, arm, against)
         return replace(found, evidence={**found.evidence, **evidence})
     other = results.arm_runs(against)
@@ -209,6 +220,7 @@ def difference_of_gains(study: str, first: list[str], second: list[str]) -> Meas
     gains = [(pair["second"] - pair["first"]) / results.task_gain for pair in both]
     names = [f"mean gain of {arm} over {against}" for arm, against in (first, second)]
     evidence: dict[str, Quantity] = {name: float(gain.mean()) for name, gain in zip(names, gains, strict=True)}
+    evidence |= _doubts(results, dict(zip((*first, *second), runs, strict=True)))
     error = results.tuning_error(*dict.fromkeys((*first, *second))) / results.task_gain
     ids = dict.fromkeys(run for table in runs for run in table["run_id"])
     return _over_seeds(results, (gains[0] - gains[1]).dropna(), evidence, tuple(ids), error)
