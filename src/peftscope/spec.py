@@ -267,6 +267,17 @@ def run_id(spec: RunSpec) -> str:
     return f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
+def start_without_seed(start: str, seed: int) -> str:
+    """Returns the id of the run that a run of this seed starts from, without what its own seed decides.
+
+    Starts with the seed of the run that follows are one start, made once for each seed.
+
+    >>> start_without_seed("lora-r8-s3-0a1b2c3d", 3), start_without_seed("full-s0-0a1b2c3d", 3)
+    ('lora-r8', 'full-s0-0a1b2c3d')
+    """
+    return re.sub(rf"-s{seed}(-[a-z]+)?-[0-9a-f]{{8}}$", "", start)
+
+
 MEASURING = (
     *("validation_items", "validation_every", "heldout_items", "generation_items", "retention_tokens"),
     *("retention_every", "benchmarks", "benchmark_items", "untimed_steps", "probe_steps", "latency_tokens"),

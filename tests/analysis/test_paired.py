@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from peftscope.analysis.paired import Pairing, pair
+from peftscope.analysis.paired import Pairing, check_side, pair
 from peftscope.analysis.ranking import rank, trust
 from peftscope.analysis.scores import by_system, read_scores
 from peftscope.analysis.study import StudyResults
@@ -325,6 +325,21 @@ class TestRefusals:
             pair(a, a)
         with pytest.raises(InputError, match="its status is 'failed'"):
             read_scores(str(write_peft(tmp_path, "z", 0.0, status="failed")))
+
+    def test_each_seed_has_its_own_start(self, tmp_path: Path) -> None:
+        rows = [{"item": i, "prompt": f"{i}", "target": "1", "nll": i + 0.5, "tokens": 1} for i in range(3)]
+
+        def run(seed: int, start: str) -> list[Any]:
+            folder = tmp_path / f"lora-r8-s{seed}-{len(start)}"
+            folder.mkdir()
+            (folder / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            spec = {"seed": seed, "learning_rate": 1e-3, "start_from": start}
+            (folder / "spec.json").write_text(json.dumps(spec))
+            return read_scores(str(folder / "items.jsonl"))
+
+        check_side([*run(0, "lora-r4-s0-0123abcd"), *run(1, "lora-r4-s1-89efabcd")])
+        with pytest.raises(InputError, match="these are two systems: start_from is lora-r4 and full-s0-0123abcd"):
+            check_side([*run(2, "lora-r4-s2-0123abcd"), *run(3, "full-s0-0123abcd")])
 
     def test_one_run_against_several(self, csv: Callable[..., list[Any]]) -> None:
         with pytest.raises(InputError, match="1 and 3 runs: one run does not show"):

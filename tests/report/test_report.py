@@ -126,6 +126,16 @@ def test_runs_with_other_settings_are_never_pooled_as_seeds(finished: str) -> No
     assert sorted(variants(runs.loc[lora])) == ["LoRA (batch size 4)", "LoRA (batch size 99)"]
 
 
+def test_starts_that_differ_by_the_seed_alone_are_pooled(finished: str) -> None:
+    runs = read_runs(finished)
+    lora = runs[(runs["label"] == "LoRA") & runs["comparisons"].str.contains("grid")].index
+    starts = [f"lora-r8-s{seed}-0123456{seed}" for seed in runs.loc[lora, "seed"]]
+    runs = runs.assign(start_from=pd.Series(starts, index=lora))
+    assert sorted(variants(runs.loc[lora])) == ["LoRA", "LoRA"]
+    runs.loc[lora[0], "start_from"] = "full-s9-01234567"
+    assert len(set(variants(runs.loc[lora]))) == 2
+
+
 def test_a_small_card_shows_as_oom(finished: str) -> None:
     runs = read_runs(finished)
     runs.loc[0, "status"] = "oom"

@@ -19,7 +19,7 @@ from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import parse_json, read_text
 from peftscope.layout import RUNS, how_to_run, published_paths, results_folder
 from peftscope.planning.published import ITEMS, RECORDS
-from peftscope.spec import RunSpec
+from peftscope.spec import RunSpec, start_without_seed
 
 LARGEST_LOG = 2_000_000_000
 """The largest file of scores that is read, in bytes."""
@@ -260,6 +260,8 @@ def _own_scores(name: str, rows: pd.DataFrame, spec: dict[str, Any], metric: str
     content = rows["prompt"].astype(str) + "\n" + rows["target"].astype(str)
     seed, init = (value if isinstance(value := spec.get(key), int) else None for key in ("seed", "init_seed"))
     rest = {key: value for key, value in spec.items() if key not in ("seed", "init_seed")}
+    if seed is not None and isinstance(start := spec.get("start_from"), str):
+        rest["start_from"] = start_without_seed(start, seed)
     if init is not None and seed is not None:
         rest["init_seed less seed"] = init - seed
     return Scored(

@@ -32,6 +32,7 @@ from peftscope.report.tables import (
     PREDICTED_PEAK,
     formatted,
     markdown,
+    pooled,
     settings,
     spoken_settings,
 )
@@ -265,7 +266,7 @@ def table(section: Section, links: dict[str, str]) -> pd.DataFrame:
 
 def _settings(entry: Entry, reference: Entry) -> str:
     """Returns the settings in which an arm differs from the reference; of the reference, those of its method."""
-    row, other = entry.runs.iloc[0], reference.runs.iloc[0]
+    row, other = pooled(entry.runs).iloc[0], pooled(reference.runs).iloc[0]
     fields = [field for field in settings(entry.runs) if field not in SHOWN_ELSEWHERE]
     if entry is reference:
         return spoken_settings(row, [field for field in fields if field not in RunSpec.model_fields])

@@ -14,7 +14,7 @@ from peftscope.analysis.stats import Interval, mean_interval
 from peftscope.errors import MIB
 from peftscope.layout import results_folder
 from peftscope.methods import METHODS
-from peftscope.spec import RunSpec
+from peftscope.spec import RunSpec, start_without_seed
 
 MOST_SETTINGS, MOST_RUNS = 60, 500
 """The most rows of the tables for people. The CSV files have all rows."""
@@ -90,8 +90,19 @@ def summarise(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
 def method_summary(runs: pd.DataFrame) -> pd.DataFrame:
     """Returns the summary of the grid and of single runs, which the comparison of methods shows."""
-    chosen = runs[runs["comparisons"].str.contains(r"\b(?:grid|runs)\b")]
+    chosen = pooled(runs[runs["comparisons"].str.contains(r"\b(?:grid|runs)\b")])
     return summarise(chosen, ["label", *factors_within_methods(chosen)]) if len(chosen) else pd.DataFrame()
+
+
+def pooled(runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns runs with the start of each named without its seed, so that starts that differ by it alone are one."""
+    if "start_from" not in runs or not runs["start_from"].notna().any():
+        return runs
+    starts = [
+        start_without_seed(start, seed) if isinstance(start, str) else start
+        for start, seed in zip(runs["start_from"], runs["seed"], strict=True)
+    ]
+    return runs.assign(start_from=starts)
 
 
 def factors_within_methods(runs: pd.DataFrame) -> list[str]:
@@ -125,6 +136,7 @@ def variants(runs: pd.DataFrame) -> pd.Series:
 
     Runs of the same variant may be pooled.
     """
+    runs = pooled(runs)
     factors = factors_within_methods(runs)
 
     def name(row: pd.Series) -> str:
