@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.error_rates import PAGE, PUBLISHED, Setting, error_rates, with_table
-from peftscope.analysis.compare import Difference, compare
+from peftscope.analysis.compare import Difference, Outcome, compare
 
 MARGIN = 1.0
 
@@ -46,6 +46,14 @@ def test_the_pairs_to_decide_are_those_at_which_it_is_decided() -> None:
     assert needed is not None and difference.outcome == "open"
     assert Difference(0.4, 2.0, 0.0, needed, MARGIN).is_same
     assert not Difference(0.4, 2.0, 0.0, needed - 1, MARGIN).is_same
+    far, factor = Difference(2.0, 2.0, 0.0, 8, MARGIN), 10.0
+    for correction in (1.0, factor):
+        needed = far.pairs_to_decide(correction)
+        assert needed is not None
+        enough, one_less = (Difference(2.0, 2.0, 0.0, n, MARGIN) for n in (needed, needed - 1))
+        assert enough.outcome_at(correction * enough.p) == Outcome.MORE
+        assert one_less.outcome_at(correction * one_less.p) != Outcome.MORE
+    assert (far.pairs_to_decide(factor) or 0) > (far.pairs_to_decide() or 0)
     assert Difference(0.4, 2.0, 5.0, 8, MARGIN).pairs_to_decide() is None  # the tuning alone leaves too much open
 
 

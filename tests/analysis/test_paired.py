@@ -338,7 +338,7 @@ class TestRefusals:
             return read_scores(str(folder / "items.jsonl"))
 
         check_side([*run(0, "lora-r4-s0-0123abcd"), *run(1, "lora-r4-s1-89efabcd")])
-        with pytest.raises(InputError, match="these are two systems: start_from is lora-r4 and full-s0-0123abcd"):
+        with pytest.raises(InputError, match="these are two systems: start_from is 'lora-r4' and 'full-s0-0123abcd'"):
             check_side([*run(2, "lora-r4-s2-0123abcd"), *run(3, "full-s0-0123abcd")])
 
     def test_one_run_against_several(self, csv: Callable[..., list[Any]]) -> None:

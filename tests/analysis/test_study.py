@@ -38,7 +38,16 @@ from peftscope.record import Quality, RunRecord, parse_record, write_record
 from peftscope.report.overfitting import mean_losses, overfitting_sentence, write_overfitting
 from peftscope.report.publish import publish, restore
 from peftscope.report.shares import share_table, shares_sentence, write_shares
-from peftscope.report.study import CONTROLS, _cut_at, answer, contrasts, controls, study_facts, write_study
+from peftscope.report.study import (
+    CONTROLS,
+    _cut_at,
+    answer,
+    contrasts,
+    controls,
+    readable_contrasts,
+    study_facts,
+    write_study,
+)
 
 STUDY: dict[str, Any] = {
     "fixed": {
@@ -767,6 +776,9 @@ def test_without_a_task_gain_there_is_no_yardstick(tuned: None) -> None:
         training.heldout_gain("mine", "lora", "full")
     study = StudyResults("mine")
     assert len(contrasts(study)) and answer(contrasts(study), study.labels) == ""  # a share of nothing is no number
+    shown = readable_contrasts(contrasts(study), study.labels)
+    assert set(shown["in % of the task gain"]) == {"-"}
+    assert "samples to the reference's loss and the margin" not in shown
 
 
 def test_rates_that_were_chosen_under_other_settings_do_not_count(tuned: None) -> None:

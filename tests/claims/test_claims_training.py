@@ -217,7 +217,7 @@ def test_a_destroyed_base_leaves_open_what_a_sound_one_decides() -> None:
     assert found.n == 1 and found.value < -0.95 and found.spoiled_by  # the untouched base stands for the arm
     verdict(nf2=5.0)
     with pytest.raises(
-        NotRunError, match="in nf2 the untouched base costs 5 .*; `synthetic` has no arm that trains on it"
+        NotRunError, match=r"in nf2 the untouched base costs 5 .*; `synthetic` has no arm that trains on it"
     ):
         training.heldout_gain_on_base("synthetic", "lora", "nf2")
     with pytest.raises(NotRunError, match="no run of the untouched base in nf2"):

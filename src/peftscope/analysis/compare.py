@@ -130,12 +130,20 @@ class Difference:
             return Outcome.MORE if self.exceeds_margin else Outcome.DIFFERS
         return Outcome.OPEN
 
-    def pairs_to_decide(self) -> int | None:
+    def pairs_to_decide(self, correction: float = 1.0) -> int | None:
         """Returns how many pairs would decide between same and more than the margin if the mean stayed where it is.
 
         None if ``LARGEST_PAIRS`` would not: the tuning alone leaves too much open, or the mean is at the margin.
+
+        Args:
+            correction: The factor by which p is corrected for the comparisons of a family. A difference beyond the
+                margin has to be one after the correction as well.
         """
-        return self.pairs_to_reach(*self.deciding_width)
+        pairs = self.pairs_to_reach(*self.deciding_width)
+        if pairs is None or abs(self.mean) < self.margin:
+            return pairs
+        corrected = self.pairs_to_reach(abs(self.mean), 1 - (1 - CONFIDENCE) / correction)
+        return None if corrected is None else max(pairs, corrected)
 
     @property
     def deciding_width(self) -> tuple[float, float]:

@@ -60,6 +60,7 @@ def _contrast(
 ) -> dict[str, Any]:
     mine, other = study.arm_runs(arm), study.arm_runs(against)
     outcome = difference.outcome_at(difference.p if holm_p is None else holm_p)
+    correction = holm_p / difference.p if holm_p and difference.p else 1.0
     scale = 100 / study.yardstick
     low, high = difference.interval()
     pairs = paired(mine, other)
@@ -80,7 +81,7 @@ def _contrast(
         "tuning_error_percent": scale * difference.tuning_error,
         "spread": difference.spread,
         "outcome": str(outcome),
-        "pairs_to_decide": (outcome == Outcome.OPEN and difference.pairs_to_decide()) or math.nan,
+        "pairs_to_decide": (outcome == Outcome.OPEN and difference.pairs_to_decide(correction)) or math.nan,
         "t_p": difference.p,
         "holm_p": math.nan if holm_p is None else holm_p,
         "sign_flip_p": sign_flip_p(sample),
@@ -95,7 +96,7 @@ def _contrast(
         if accuracy is not None:
             row |= {"accuracy": accuracy.mean, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
     target = float(other[VALIDATION].mean()) + MARGIN * study.yardstick if VALIDATION in other else math.nan
-    if samples := study.samples_to(target, arm):
+    if math.isfinite(target) and (samples := study.samples_to(target, arm)):
         row["samples_to_reference"] = median(samples)
     return row
 
@@ -184,7 +185,7 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
             "arm": _compared_label(row["arm"], row["against"], reference, labels),
             "pairs": _pairs(row),
             f"loss minus {labels[reference]}'s (nats/token)": _signed(row, "difference", ".4f"),
-            "in % of the task gain": _signed(row, "percent", ".1f"),
+            "in % of the task gain": _signed(row, "percent", ".1f") if math.isfinite(row["percent"]) else "-",
             "outcome": row["outcome"],
             "90 % half-width (%)": formatted(row["half_width_percent"], ".1f"),
             "of it tuning (%)": formatted(row["tuning_error_percent"], ".1f"),
