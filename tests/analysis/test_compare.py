@@ -46,11 +46,11 @@ def test_the_pairs_to_decide_are_those_at_which_it_is_decided() -> None:
     assert needed is not None and difference.outcome == "open"
     assert Difference(0.4, 2.0, 0.0, needed, MARGIN).is_same
     assert not Difference(0.4, 2.0, 0.0, needed - 1, MARGIN).is_same
-    far, factor = Difference(2.0, 2.0, 0.0, 8, MARGIN), 10.0
+    far, factor = Difference(6.0, 6.0, 0.0, 8, MARGIN), 10.0
     for correction in (1.0, factor):
         needed = far.pairs_to_decide(correction)
         assert needed is not None
-        enough, one_less = (Difference(2.0, 2.0, 0.0, n, MARGIN) for n in (needed, needed - 1))
+        enough, one_less = (Difference(6.0, 6.0, 0.0, n, MARGIN) for n in (needed, needed - 1))
         assert enough.outcome_at(correction * enough.p) == Outcome.MORE
         assert one_less.outcome_at(correction * one_less.p) != Outcome.MORE
     assert (far.pairs_to_decide(factor) or 0) > (far.pairs_to_decide() or 0)
