@@ -31,6 +31,9 @@ RESTORED = "restored.json"
 FINAL: tuple[Status, ...] = ("ok", "oom", "diverged")
 """The statuses that another attempt would only repeat."""
 
+TRY_AGAIN = "see its train.log; remove its record.json to try again (and state/, if it ran out of memory)"
+"""What to do about a run that failed."""
+
 
 class Damaged(InputError):
     """A file differs from what was written."""

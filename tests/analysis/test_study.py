@@ -760,12 +760,20 @@ def test_a_run_that_diverged_stays_in_its_pair_as_the_untouched_base(tuned: None
     assert training.heldout_gain("mine", "lora", "full").evidence["runs that diverged"] == 1
 
 
-@pytest.mark.parametrize("status", ["interrupted", "failed", "oom"])
-def test_a_run_that_was_cut_off_is_still_to_be_made(status: str, tuned: None) -> None:
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        ("interrupted", r"not finished \(5 of 6 runs done\)"),
+        ("failed", r"{run}: failed: \S+ -> see its train.log; remove its record.json"),
+        ("oom", r"{run}: oom: \S+ -> see its train.log; remove its record.json"),
+    ],
+)
+def test_a_run_that_did_not_end_well_is_still_to_be_made(status: str, said: str, tuned: None) -> None:
     record_comparison()
-    record(members("arm-lora")[2], status=status)
+    run = members("arm-lora")[2]
+    record(run, status=status)
     collect_experiment(expand("mine"))
-    with pytest.raises(InputError, match=r"not finished \(5 of 6 runs done\)"):
+    with pytest.raises(InputError, match=said.format(run=run)):
         contrasts(StudyResults("mine"))
 
 

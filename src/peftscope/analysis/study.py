@@ -19,7 +19,7 @@ import pandas as pd
 
 from peftscope.analysis.compare import Difference, compare
 from peftscope.errors import InputError, Problem
-from peftscope.layout import how_to_run, published, results_folder
+from peftscope.layout import how_to_run, published, results_folder, run_folder
 from peftscope.planning.cells import ARM, CONTROL, TUNING
 from peftscope.planning.experiment import (
     A_A,
@@ -31,6 +31,7 @@ from peftscope.planning.experiment import (
     read_experiment,
 )
 from peftscope.planning.published import LOSSES, VALIDATION, loss_rows, published_records
+from peftscope.record import TRY_AGAIN
 
 HELDOUT = "heldout_nll_nats_per_token"
 ACCURACY = "exact_match_fraction"
@@ -253,6 +254,11 @@ class StudyResults:
     def _finished(self, comparison: str) -> pd.DataFrame:
         runs = self._members(comparison)
         ended = runs["status"].isin(["ok", "diverged"])
+        if len(bad := runs[runs["status"].isin(["failed", "oom"])]):
+            raise InputError(
+                Problem(str(run_folder(str(run["run_id"]))), f"{run['status']}: {run['reason']}", TRY_AGAIN)
+                for run in bad.to_dict("records")
+            )
         if not ended.all() or runs.empty:
             done = f"{ended.sum()} of {len(runs)} runs done" if len(runs) else "its last runs have not begun"
             raise self._unfinished(f"not finished ({done})")

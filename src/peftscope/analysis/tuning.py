@@ -21,7 +21,7 @@ from peftscope.layout import coarse_path, how_to_run, record_path, tuned_path
 from peftscope.planning.cells import FINE, TUNING
 from peftscope.planning.experiment import FINE_STEP, LARGEST_STEP, Study, experiment_path, no_study, rounded
 from peftscope.planning.sweep import Sweep
-from peftscope.record import recover_record
+from peftscope.record import TRY_AGAIN, recover_record
 
 OUT_OF_MEMORY = "memory ran out"
 WINDOW = LARGEST_STEP
@@ -219,8 +219,7 @@ def _tried(sweep: Sweep, runs: tuple[str, ...]) -> dict[float, dict[str, Any]] |
         if record.status == "oom" and record.spec.device == "cuda":
             return None
         if record.status not in ("ok", "diverged"):
-            remedy = "see its train.log; remove its record.json to try again (and state/, if it ran out of memory)"
-            raise InputError(Problem(str(path), f"{record.status}: {record.reason}", remedy))
+            raise InputError(Problem(str(path), f"{record.status}: {record.reason}", TRY_AGAIN))
         nll = record.quality.validation_nll
         entry = tried.setdefault(sweep.runs[run].learning_rate, {"losses": [], "run_ids": []})
         entry["losses"].append(math.inf if nll is None else nll)

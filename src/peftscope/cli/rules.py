@@ -163,16 +163,13 @@ def page(experiment: ExperimentName) -> None:
 def check(experiment: ExperimentName) -> None:
     """Fail if a run failed: the last rule, after the report."""
     from peftscope.analysis.collect import read_runs
+    from peftscope.record import TRY_AGAIN
 
     runs = read_runs(experiment)
     failed = runs[runs["status"].isin(["failed", "interrupted", "missing"])]
     if len(failed):
         raise InputError(
-            Problem(
-                str(run_folder(row.run_id)),
-                f"{row.status}: {row.reason}",
-                "see its train.log; remove its record.json to try again",
-            )
+            Problem(str(run_folder(row.run_id)), f"{row.status}: {row.reason}", TRY_AGAIN)
             for row in failed.itertuples()
         )
 
