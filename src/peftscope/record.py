@@ -331,9 +331,11 @@ def finished_record(run: Path, identity: str) -> RunRecord | None:
         return None
     if record.run_id != identity or record.status not in FINAL:
         return None
-    kept = {name: digest for name, digest in record.files.items() if not (is_restored(run) and in_adapter(name))}
-    damaged = damaged_files(run, kept)
-    if damaged or (record.status == "ok" and not (run / "items.jsonl").is_file()):
+    restored = is_restored(run)
+    # A restored run has no weights and, from a wheel, no items.
+    left_out = {name for name in record.files if restored and (in_adapter(name) or not (run / name).is_file())}
+    damaged = damaged_files(run, {name: digest for name, digest in record.files.items() if name not in left_out})
+    if damaged or (record.status == "ok" and not restored and not (run / "items.jsonl").is_file()):
         print(f"{run}: {', '.join(damaged) or 'items.jsonl'} damaged or missing; the run starts again", file=sys.stderr)
         return None
     return record

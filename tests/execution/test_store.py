@@ -84,6 +84,11 @@ def test_restored_runs_count_as_done_without_weights(finished: tuple[str, Any]) 
     # Its items still have to be what the record says.
     (folder / "items.jsonl").write_text("{}\n")
     assert finished_record(folder, identity) is None
+    # A wheel has none.
+    (folder / "items.jsonl").unlink()
+    assert finished_record(folder, identity) == again
+    assert execute(record.spec, folder, Phases("cpu", time.perf_counter())).status == "ok"
+    assert not is_restored(folder) and find_run(identity) == folder
 
 
 def test_a_run_that_two_experiments_published_has_one_set_of_losses(finished: tuple[str, Any]) -> None:

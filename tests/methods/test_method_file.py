@@ -223,7 +223,8 @@ def test_every_arm_has_as_many_trials_and_the_reference_its_controls(file: Path,
     assert usual.learning_rates["lora-fa"] == [3e-4, 9e-4, 3e-3, 9e-3, 3e-2]
     other = study_of("ia3")
     assert (list(other.arms), other.a_a, other.pilot, other.controls) == (
-        ["ia3", "lora-fa"], "ia3", None, {"ia3": ["shuffled-labels"]},
+        ["ia3", "lora-fa"], None, None, {"ia3": ["shuffled-labels"]},
     )  # fmt: skip
+    assert study_of("dora").a_a == "dora"  # which draws its start; IA3's is always the same
     with pytest.raises(InputError, match=r"no method to compare with \(got 'lra'\) -> did you mean `lora`"):
         study_text(file, ["lra"], None)

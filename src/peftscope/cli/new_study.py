@@ -96,6 +96,8 @@ def study_text(file: Path, others: list[str], model: str | None) -> str:
         own = method.run_defaults if name == file.stem else {**METHODS[name].run_defaults, **defaults.get(name, {})}
         return known.learning_rates.get(name) or [rounded(own["learning_rate"] * factor) for factor in GRID]
 
+    drawn = METHODS[arms[0]]().draws_start
+    again = arms[0] if drawn else f"null # {arms[0]} draws nothing at its start: it would repeat itself"
     title = f"{method.label} against {', '.join(METHODS[name].label for name in arms)}"
     lines = [
         f"title: {json.dumps(title, ensure_ascii=False)}",
@@ -106,7 +108,7 @@ def study_text(file: Path, others: list[str], model: str | None) -> str:
         *([f"fixed: {{model: {model}}}"] if model else []),
         "",
         "study:",
-        *([f"  a_a: {arms[0]}"] if arms[0] != REFERENCE else []),
+        *([f"  a_a: {again}"] if arms[0] != REFERENCE else []),
         *(["  pilot: null # its A/A pairs are of another model or reference"] if model or arms[0] != REFERENCE else []),
         "  arms:",
         *([f"    {REFERENCE}: null"] if arms[0] != REFERENCE else []),

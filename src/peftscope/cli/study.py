@@ -8,6 +8,7 @@ from peftscope.analysis.compare import Difference
 from peftscope.analysis.study import MARGIN, StudyResults
 from peftscope.errors import InputError
 from peftscope.layout import record_path
+from peftscope.planning.cells import TUNING
 from peftscope.planning.experiment import A_A, Study
 from peftscope.planning.stages import runs_by_stage
 from peftscope.planning.sweep import Sweep
@@ -23,6 +24,12 @@ def describe(sweep: Sweep) -> Iterator[str]:
         if runs
     ]
     yield f"Stages: {', '.join(stages)}. {len(study.entrants)} arms, {len(study.seeds)} pairs each."
+    again = [group.runs for group in sweep.comparisons if group.name == f"{TUNING}{study.a_a}{A_A}"]
+    if study.a_a and again and not any(sweep.runs[run].method.draws_start for run in again[0]):
+        yield (
+            f"A/A: {study.a_a} draws nothing at its start. Its second entry is the same training at another rate, and "
+            "shows the chance of tuning alone. `a_a: null` leaves it out."
+        )
     yield _power(sweep, study)
 
 

@@ -50,6 +50,7 @@ from peftscope.memory.probe import probe_evaluation, probe_training
 from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.record import (
     FINAL,
+    RESTORED,
     KeepWeights,
     RunRecord,
     Size,
@@ -164,6 +165,7 @@ def execute(
     meeting, folder = meeting_file(folder), rank_folder(folder, rank)
     for name in ("record.json", "interrupted.json", "items.jsonl"):
         (folder / name).unlink(missing_ok=True)
+    (state_folder(folder) / RESTORED).unlink(missing_ok=True)
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     record = RunRecord(run_id=run_id(spec), status="ok", spec=spec)
