@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -34,6 +35,19 @@ def test_a_run_gives_its_published_numbers_again(published: RunRecord) -> None:
     assert set(repeat.equal) == {"losses", "scores", "answers", "weights", "peaks", "batches"}
     with pytest.raises(InputError, match="minne: has no published runs -> did you mean `mine`"):
         choose_published(["minne"], None, 0)
+
+
+def test_a_run_that_starts_from_another_needs_its_weights(own: Any) -> None:
+    own("mine", SHORT + "runs: [{method: lora, start_from: {steps: 3}}]\n")
+    assert CliRunner().invoke(app, ["sweep", "mine"]).exit_code == 0
+    start, run = (run for run in expand("mine").runs)
+    write_runs(PUBLISHED_RESULTS / "mine", [run_folder(start), run_folder(run)])
+    found = CliRunner().invoke(app, ["verify", "mine"])
+    assert found.exit_code == 0 and "2 of 2 runs are equal" in found.output
+    shutil.rmtree(run_folder(start) / "adapter")
+    found = CliRunner().invoke(app, ["verify", "mine"])
+    assert "1 runs start from others whose weights are not in the store, and are left out" in found.output
+    assert found.exit_code == 0 and "1 of 1 runs are equal" in found.output
 
 
 def test_the_command_fails_for_a_published_number_that_does_not_come_out_again(published: RunRecord) -> None:

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from peftscope.cli.console import PUBLISHED, wide_console
-from peftscope.errors import needs
+from peftscope.errors import InputError, Problem, needs
+from peftscope.layout import how_to_run
 
 app = typer.Typer()
 
@@ -26,7 +27,7 @@ def verify(
 
     Another processor, or other versions, may give other last digits: this is said, and is no failure.
     """
-    from peftscope.execution.verify import COMPARED, Repeat, choose_published, repeat_runs
+    from peftscope.execution.verify import COMPARED, Repeat, choose_published, lacks_start, repeat_runs
     from peftscope.planning.estimate import spoken
 
     chosen = choose_published(experiments or [], runs, seed)
@@ -41,15 +42,25 @@ def verify(
             return "equal"
         return f"within {repeat.largest[name]:.1e}" if name in repeat.largest else "other"
 
+    if lacking := [entry for entry in chosen if lacks_start(entry[1])]:
+        chosen = [entry for entry in chosen if entry not in lacking]
+        said = f"{len(lacking)} runs start from others whose weights are not in the store"
+        if not chosen:
+            remedy = f"{how_to_run(lacking[0][0])}, with results/runs without these, makes all anew"
+            raise InputError(Problem(", ".join(sorted({name for name, _ in lacking})), said, remedy))
+        screen.print(f"{said}, and are left out")
     screen.print(f"{len(chosen)} runs to repeat")
-    for repeat in repeat_runs(chosen):
-        done.append(repeat)
-        changed = ", ".join(f"{name}: {change}" for name, change in repeat.elsewhere.items())
-        table.add_row(repeat.run, *(cell(repeat, name) for name in COMPARED), changed or "the same")
-        left = sum(each.seconds for each in done) / len(done) * (len(chosen) - len(done))
-        verdict = "equal" if repeat.is_equal else "differs"
-        screen.print(f"{len(done)}/{len(chosen)} {repeat.run}: {verdict} (about {spoken(left)} to go)")
-    console.print(table)
+    try:
+        for repeat in repeat_runs(chosen):
+            done.append(repeat)
+            changed = ", ".join(f"{name}: {change}" for name, change in repeat.elsewhere.items())
+            table.add_row(repeat.run, *(cell(repeat, name) for name in COMPARED), changed or "the same")
+            left = sum(each.seconds for each in done) / len(done) * (len(chosen) - len(done))
+            verdict = "equal" if repeat.is_equal else "differs"
+            screen.print(f"{len(done)}/{len(chosen)} {repeat.run}: {verdict} (about {spoken(left)} to go)")
+    finally:
+        if done:
+            console.print(table)
     equal, failed = sum(repeat.is_equal for repeat in done), [repeat for repeat in done if repeat.is_failure]
     moved = len(done) - equal - len(failed)
     console.print(

@@ -16,6 +16,7 @@ from peftscope.execution.sweep import run_apart
 from peftscope.hardware.device import detect_device
 from peftscope.layout import published_paths
 from peftscope.planning.published import RECORDS, published_records
+from peftscope.planning.starts import check_starts
 from peftscope.record import FINAL, RunRecord, parse_record, read_record
 
 COMPARED = ("losses", "scores", "answers", "weights", "peaks", "batches")
@@ -79,6 +80,11 @@ def choose_published(experiments: list[str], count: int | None, seed: int) -> li
         raise InputError(Problem(", ".join(experiments) or "published runs", f"none is of device={detect_device()}"))
     runs = sorted(found.values(), key=lambda entry: entry[1].run_id)
     return runs if count is None or count >= len(runs) else random.Random(seed).sample(runs, count)
+
+
+def lacks_start(published: RunRecord) -> bool:
+    """Returns whether a run starts from another one whose weights are not in the store."""
+    return bool(check_starts({published.run_id: published.spec}, published.run_id, planned=False))
 
 
 def repeat_runs(runs: list[tuple[str, RunRecord]]) -> Iterator[Repeat]:
