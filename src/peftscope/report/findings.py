@@ -40,6 +40,7 @@ from peftscope.report.capacity import answer as answer_on_capacity
 from peftscope.report.front import Surprise
 from peftscope.report.page import ANSWERS
 from peftscope.report.rendering import rendered
+from peftscope.report.shares import arms_shown
 from peftscope.report.spoken import deciding, spoken_finding
 from peftscope.report.study import answer as answer_of_study
 from peftscope.report.study import contrasts
@@ -191,8 +192,17 @@ def _differences(name: str) -> str:
     return answer_of_study(contrasts(study), study.labels)
 
 
+def _shares(name: str) -> str:
+    """Returns what the figure of shares says, and then what is said of the arms that it does not show."""
+    study = StudyResults(name)
+    table = contrasts(study)
+    others = answer_of_study(table[~table["arm"].isin(arms_shown(study))], study.labels)
+    return f"{ANSWERS['shares'](name)} {others.replace('Of the arms', 'Of the other arms', 1)}".strip()
+
+
 PICTURES: dict[str, Callable[[str], str]] = {
     **ANSWERS,
+    "shares": _shares,
     "capacity": _stored,
     "differences": _differences,
 }

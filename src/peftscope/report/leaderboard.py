@@ -53,7 +53,8 @@ POINTS = (
     "“Its study says” quotes the rule that the study fixed before: the margin of sameness is "
     f"{100 * MARGIN:g} % of what the task teaches, and Holm's correction counts the arms of that study alone. So a row "
     "may differ from the reference there and still share its letter here.",
-    "A table holds for its model, its task and its number of steps. The test items are taken as they are: other items, "
+    "A table holds for its model and its task, and for its number of steps and its batch unless a row's settings name "
+    "others. The test items are taken as they are: other items, "
     "tasks and larger models are not covered by the intervals.",
     "Peaks are those of live tensors, as predicted. Step times are empty where runs shared the machine.",
 )

@@ -58,7 +58,8 @@ LOSSES = (
     "{% elif n >= needed_for_means %}lines are means, bands span the seeds.{% else %}each line is a run.{% endif %}"
 )
 LADDER = (
-    "Only {{ field }} varies, all else stays at the centre. The lowest held-out loss was {{ best_nll }} nats per "
+    "{% if ladders == one %}Only {{ field }} varies{% else %}Each ladder varies {{ field }} alone{% endif %}, all else "
+    "stays at the centre. The lowest {{ loss }} was {{ best_nll }} nats per "
     "token at {{ best }}, the highest {{ worst_nll }} at {{ worst }}. "
     "{% if n == one %}Each rung has one seed (n = {{ n }}), so there is no interval and no verdict."
     "{% else %}Each rung has n = {{ n }} seeds.{% endif %}"
@@ -237,6 +238,8 @@ def ladder_facts(runs: pd.DataFrame, field: str) -> dict[str, Any] | None:
         "worst": _value(worst["value"]),
         "worst_nll": f"{worst['heldout_nll']:.3f}",
         "n": int(ladder["n"].min()),
+        "ladders": ladder["ladder"].nunique(),
+        "loss": "loss on the trained items" if (runs["judged_on"] == "train").all() else "held-out loss",
         "one": 1,
     }
 

@@ -37,6 +37,7 @@ def share_table(study: StudyResults, field: str) -> pd.DataFrame:
         if arm.endswith(A_A) or not study.rate(arm).curve or runs[field].isna().any():
             continue
         row = {
+            "arm": arm,
             "method": str(runs["label"].iloc[0]),
             field: runs[field].iloc[0],
             "rate": study.rate(arm).best,
@@ -70,6 +71,12 @@ def _whole(study: StudyResults) -> str:
     """Returns the arm of full fine-tuning, or else the reference."""
     found = [arm for arm in study.arms if study.arm_runs(arm)["method"].iloc[0] == "full"]
     return found[0] if found else study.reference
+
+
+def arms_shown(study: StudyResults) -> set[str]:
+    """Returns the arms that the figure shows: the points of its lines, and the whole."""
+    table = share_table(study, _varied(study))
+    return {_whole(study), *(table["arm"] if len(table) else ())}
 
 
 def _named(study: StudyResults, table: pd.DataFrame) -> str:
