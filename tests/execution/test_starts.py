@@ -96,6 +96,13 @@ def test_a_base_that_others_start_from_keeps_its_weights(own: Any) -> None:
     workflow = load_workflow({"experiment": "mine"})
     options = [workflow.options(SimpleNamespace(run_id=run_id(spec))) for spec in (first, second, third)]
     assert options == ["--keep-weights all", "", ""]
+    # An adapter as well, whatever a profile says; a control on shuffled answers starts where its arm does.
+    run = "method: lora, rank: 2, seed: 3, start_from: {steps: 5, learning_rate: 0.001}"
+    own("mine", f"{FIXED}runs: [{{{run}}}, {{{run}, shuffled_targets: true}}]\n")
+    first, *others = expand("mine").runs.values()
+    assert [spec.start_from for spec in others] == [run_id(first)] * 2 and not first.shuffled_targets
+    options = load_workflow({"experiment": "mine"}).options(SimpleNamespace(run_id=run_id(first)))
+    assert options == "--keep-weights all"
 
 
 def test_the_other_run_is_named_by_where_it_differs_and_made_first(own: Any) -> None:

@@ -292,6 +292,15 @@ def test_a_loss_that_explodes_in_the_last_step_is_divergence(toy: Path, make_spe
     assert "on held-out items" in record.reason
 
 
+def test_prose_that_is_no_number_along_the_training_is_divergence(toy: Path, make_spec, tmp_path: Path) -> None:
+    spec = make_spec(
+        method="full", precision="fp32", steps=3, learning_rate=1e20, retention_every=1, retention_tokens=64
+    )
+    record = execute(spec, tmp_path, Phases("cpu", 0.0))
+    assert (record.status, record.reason) == ("diverged", "the score on prose after step 2 is not a number")
+    assert list(read_record(tmp_path / "record.json").quality.retention_curve) == [1]
+
+
 @pytest.mark.parametrize(
     "method",
     [

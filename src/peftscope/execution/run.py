@@ -310,7 +310,8 @@ def _follow(run: _Run, trained: TrainedModel, data: _Data, step: int) -> None:
     """Measures what the spec asks for along the training, and keeps weights, after a step.
 
     Raises:
-        Diverged: The loss on the validation items is not finite, or far above that of a uniform guess.
+        Diverged: The loss on the validation items is not finite, or far above that of a uniform guess, or the score on
+            prose is not finite.
     """
     spec, model = run.spec, trained.model
 
@@ -324,7 +325,10 @@ def _follow(run: _Run, trained: TrainedModel, data: _Data, step: int) -> None:
         run.log.validation_nll[step] = nll
     if is_due(spec.retention_every):
         with _evaluating(run, model), attention(model, spec.attention):
-            run.log.retention[step] = bits_per_byte(model, data.tokenizer, spec)
+            bits = bits_per_byte(model, data.tokenizer, spec)
+        if not math.isfinite(bits):
+            raise Diverged(f"the score on prose after step {step} is not a number")
+        run.log.retention[step] = bits
     if step in steps_at(run.keep_at, spec.steps):
         with run.phases.aside("train", "evaluate"):
             write_kept(kept_path(run.folder, step), model)

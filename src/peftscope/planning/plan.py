@@ -91,9 +91,8 @@ class Plan:
         return shares if not self.is_study or any(name == "runs" or name.startswith(ARM) for name in groups) else []
 
     def keeps_all_weights(self, run: str) -> bool:
-        """Returns whether a run keeps the weights of its base, which it trained, because other runs start from them."""
-        starts = {spec.start_from for spec in self.sweep.runs.values()}
-        return run in starts and self.sweep.runs[run].method.trains_base
+        """Returns whether a run keeps all its weights whatever a profile says, because other runs start from them."""
+        return run in {spec.start_from for spec in self.sweep.runs.values()}
 
     @property
     def measured_runs(self) -> list[str]:

@@ -148,9 +148,11 @@ class Resolver:
     def _start(self, values: dict[str, Any], differs: dict[str, Any], origin: str) -> str:
         """Returns the id of the run that another one starts from, which has that one's fields but for some.
 
-        If it has another method, fields that this method does not have are left out.
+        If it has another method, fields that this method does not have are left out. A control on shuffled answers
+        starts where its arm does.
         """
-        start = {**values, "start_from": None, "start_as": "adapter", **differs}
+        inherited = {key: value for key, value in values.items() if key != "shuffled_targets"}
+        start = {**inherited, "start_from": None, "start_as": "adapter", **differs}
         has = {*differs, *METHODS[self.method_name(start, f"{origin}.method")].model_fields, *RUN_FIELDS}
         spec = self.spec({k: v for k, v in start.items() if k in has or k in ("method", "seed")}, origin)
         self.starts[run_id(spec)] = spec
