@@ -136,6 +136,9 @@ def test_the_claim_on_two_bits_follows_the_break(here: Path) -> None:
     assert about_two.found.n == len(RANKS)
     write_runs(0.3)
     assert evaluate_part(part).verdict is Verdict.WRONG
+    for exposures, verdict in ((1, Verdict.WRONG), (10**9, Verdict.OPEN)):
+        asked = part.with_ | {"least": 1, "exposures": exposures}
+        assert evaluate_part(part.model_copy(update={"with_": asked})).verdict is verdict
     write_runs(2.0, sizes=(4, 8, 12, 16))
     assert "do not enclose the break of LoRA, rank 1" in evaluate_part(part).reason
     write_runs(2.0)

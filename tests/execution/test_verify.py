@@ -46,7 +46,7 @@ def test_a_run_that_starts_from_another_needs_its_weights(own: Any) -> None:
     assert found.exit_code == 0 and "2 of 2 runs are equal" in found.output
     shutil.rmtree(run_folder(start) / "adapter")
     found = CliRunner().invoke(app, ["verify", "mine"])
-    assert "1 runs start from others whose weights are not in the store, and are left out" in found.output
+    assert "1 of 2 runs start from others whose weights are not in the store, and are left out" in found.output
     assert found.exit_code == 0 and "1 of 1 runs are equal" in found.output
 
 

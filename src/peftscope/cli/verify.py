@@ -43,8 +43,8 @@ def verify(
         return f"within {repeat.largest[name]:.1e}" if name in repeat.largest else "other"
 
     if lacking := [entry for entry in chosen if lacks_start(entry[1])]:
+        said = f"{len(lacking)} of {len(chosen)} runs start from others whose weights are not in the store"
         chosen = [entry for entry in chosen if entry not in lacking]
-        said = f"{len(lacking)} runs start from others whose weights are not in the store"
         if not chosen:
             remedy = f"{how_to_run(lacking[0][0])}, with results/runs without these, makes all anew"
             raise InputError(Problem(", ".join(sorted({name for name, _ in lacking})), said, remedy))

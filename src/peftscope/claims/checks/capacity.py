@@ -51,19 +51,18 @@ def bits_per_parameter(
     curves = {
         str(arm): own.groupby("given")["stored"].mean().to_dict() for arm, own in table.groupby("arm", sort=False)
     }
-    logarithms, seen = [math.log(value) for value in found["break_per_parameter"]], found["exposures_at_break"].min()
-    spoiled_by = ""
-    if np.mean(logarithms) < math.log(least or 1e-9) and seen < exposures:
-        spoiled_by = f"strings at a break were seen {seen:.0f} times, and {exposures:,} times are needed"
-    return geometric_mean_of(
-        logarithms,
-        spoiled_by=spoiled_by,
+    mean = geometric_mean_of(
+        [math.log(value) for value in found["break_per_parameter"]],
         evidence=evidence,
         curves=curves,
         axes=("bits given", "bits stored"),
         model=f"{model}, random strings",
         run_ids=tuple(table["run_id"]),
     )
+    seen, spoiled_by = found["exposures_at_break"].min(), ""
+    if float(mean.value) < least and seen < exposures:
+        spoiled_by = f"strings at a break were seen {seen:.0f} times, where {exposures:,} are needed"
+    return replace(mean, spoiled_by=spoiled_by)
 
 
 def share_of_full(
