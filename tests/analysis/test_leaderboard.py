@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,11 @@ def test_studies_with_the_same_runs_of_the_reference_share_a_table(compare_arms:
     compare_arms()
     other = Path("results/other")
     shutil.copytree("results/mine", other)
-    assert [entry.names for entry in section_of("mine", "other").entries] == [["mine", "other"]] * 4
+    entries = section_of("mine", "other").entries
+    assert [entry.names for entry in entries] == [["mine", "other"]] * 4
+    # Each study corrects for its own arms, so that two of them may say different things of the same runs.
+    assert replace(entries[1], outcomes={"mine": "open", "other": "open"}).outcome == "open"
+    assert replace(entries[1], outcomes={"mine": "open", "other": "same"}).outcome == "open (mine); same (other)"
     table_of_other = pd.read_csv(other / "runs.csv")
     is_lora = table_of_other["comparisons"].str.contains("arm-lora")
     table_of_other.loc[is_lora, "run_id"] += "-at-another-rate"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from conftest import Command
 
 from peftscope.errors import GIB, MIB, InputError
 from peftscope.memory.allocator import segment_bytes
@@ -177,3 +180,15 @@ def test_what_preparation_adds_is_the_half_of_a_copy() -> None:
     assert {2 * prepared_bytes(question, block) for block in blocks if block.kind == "weights"} == {
         block.size for block in blocks if block.kind == "weights"
     }
+
+
+def test_options_replace_what_a_spec_says(tmp_path: Path, peftscope: Command) -> None:
+    spec, text = tmp_path / "spec.json", "CUDA out of memory. Tried to allocate 250.00 MiB."
+    spec.write_text(json.dumps({"model": "smollm2-135m", "method": "lora", "batch_size": 2}))
+    said = {
+        batch: peftscope("oom", str(spec), text, "--json", *(["--batch-size", str(batch)] if batch else []))[1]
+        for batch in (None, 2, 4)
+    }
+    assert said[None] == said[2] != said[4]
+    code, _, err = peftscope("oom", str(spec), text, "--method", "full")
+    assert code == 2 and "--method: " in err and "says it already -> leave it out" in err

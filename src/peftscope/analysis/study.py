@@ -321,7 +321,10 @@ class StudyResults:
                 if LOWEST in shuffled and shuffled[LOWEST].notna().all():
                     return float(shuffled[LOWEST].mean() - own[VALIDATION].mean())
                 return float(shuffled[HELDOUT].mean() - own[HELDOUT].mean())
-        raise self._unfinished("it has no control on shuffled labels, so its task gain is not known")
+        message = "it has no control on shuffled labels, so that its task gain is not known"
+        raise InputError(
+            Problem(f"the study `{self.name}`", message, "add controls: {ARM: [shuffled-labels]} to its file")
+        )
 
     def tuning_error(self, *arms: str) -> float:
         """Returns the standard error that the choice of the learning rates of some arms adds, in nats per token."""

@@ -119,7 +119,7 @@ class Finding:
             "id": self.claim.id,
             "slug": self.claim.slug,
             "verdict": self.verdict.value,
-            "known": "; ".join(dict.fromkeys(part.known for part in self.deciding if part.known)) * bool(first.found),
+            "known": "; ".join(dict.fromkeys(part.known for part in self.deciding if part.known and part.found)),
             "claimed": self.claim.claimed,
             **{key: deciding[key] for key in ("found", "low", "high", "unit", "n", "rule")},
             "scope": self.claim.scope,

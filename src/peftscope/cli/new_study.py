@@ -103,7 +103,8 @@ def study_text(file: Path, others: list[str], model: str | None) -> str:
         f"title: {json.dumps(title, ensure_ascii=False)}",
         "description: >-",
         "  A method from a file beside others, each at its own best learning rate after as many trials. Pairs of seeds",
-        "  give every arm the same batches. The reference enters a second time: no smaller difference means anything.",
+        "  give every arm the same batches."
+        + (" The reference enters a second time: no smaller difference means anything." if drawn else ""),
         "extends: base",
         *([f"fixed: {{model: {model}}}"] if model else []),
         "",

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -243,23 +243,29 @@ def why(
 def oom(
     model: Annotated[str, typer.Argument(help="A preset, a config.json, a hub id, a run id, or a spec file.")],
     error: Annotated[str, typer.Argument(help="torch's whole message, a file that has it, or - for stdin.")] = "-",
-    method: Annotated[str, typer.Option(help="full, lora, qlora, dora, adalora, loftq, ...")] = "lora",
+    method: Annotated[
+        str | None, typer.Option(help="full, lora, qlora, dora, adalora, loftq, ...; default lora.")
+    ] = None,
     gpu: GpuName = None,
     as_json: AsJson = False,
     **options: Any,
 ) -> None:
     """Say what torch's out-of-memory error was about: which allocations match, and the smallest changes that fit.
 
-    What fits is known if the message names the card's capacity.
+    What fits is known if the message names the card's capacity. Options replace what a run or a file says.
     """
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.oom import diagnose, read_refusal
     from peftscope.memory.show import show_diagnosis
 
     refusal = read_refusal(_error_text(error))
-    setting = read_setting(model, options, 1) or Setting(model, {"method": method})
+    given = {name: value for name, value in options.items() if value is not None}
+    setting = read_setting(model, options, 1)
+    if setting and method:
+        raise InputError(Problem("--method", f"{model} says it already", "leave it out"))
+    setting = setting or Setting(model, {"method": method or "lora"})
     card = None if gpu is None else find_gpu(gpu)
-    answer = diagnose(asked(setting, None, options, card, 1), refusal)
+    answer = diagnose(asked(replace(setting, options=setting.options | given), None, {}, card, 1), refusal)
     if as_json:
         print(json.dumps(answer.to_json(), ensure_ascii=False))
         return

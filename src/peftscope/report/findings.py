@@ -196,7 +196,8 @@ def _shares(name: str) -> str:
     """Returns what the figure of shares says, and then what is said of the arms that it does not show."""
     study = StudyResults(name)
     table = contrasts(study)
-    others = answer_of_study(table[~table["arm"].isin(arms_shown(study))], study.labels)
+    is_shown = table["arm"].isin(arms_shown(study)) & (table["against"] == study.reference)
+    others = answer_of_study(table[~is_shown], study.labels)
     return f"{ANSWERS['shares'](name)} {others.replace('Of the arms', 'Of the other arms', 1)}".strip()
 
 

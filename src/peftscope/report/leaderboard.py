@@ -71,9 +71,8 @@ class Entry:
         study: The study that judged it.
         runs: Its runs, one row per seed.
         difference: Its loss minus the other's, in nats per token; None for the reference itself.
-        outcome: What its study says of it.
+        outcomes: What each study that it stands in says of it, by the study's name.
         is_control: Whether it is an arm that entered again (A/A).
-        names: All studies that it stands in.
     """
 
     label: str
@@ -81,9 +80,23 @@ class Entry:
     study: StudyResults
     runs: pd.DataFrame
     difference: Difference | None
-    outcome: str
+    outcomes: dict[str, str]
     is_control: bool
-    names: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        """All studies that it stands in."""
+        return list(self.outcomes)
+
+    @property
+    def outcome(self) -> str:
+        """What its studies say of it; each with its name if they disagree, because each corrects for its own arms."""
+        said = dict.fromkeys(self.outcomes.values())
+        if len(said) == 1:
+            return next(iter(said))
+        return "; ".join(
+            f"{each} ({', '.join(name for name, outcome in self.outcomes.items() if outcome == each)})" for each in said
+        )
 
 
 @dataclass(frozen=True)
@@ -105,10 +118,11 @@ class Section:
 
     @property
     def subject(self) -> str:
-        """The model, the task, the number of steps and the seeds."""
+        """The model, the task, the number of steps, the seeds and the first of the studies."""
         runs = self.reference.runs
         first, last = int(runs["seed"].min()), int(runs["seed"].max())
-        return f"{self.reference.study.subject}, {runs['steps'].iloc[0]} steps, seeds {first} to {last}"
+        studies = f"{self.names[0]} and {more} more" if (more := len(self.names) - 1) else self.names[0]
+        return f"{self.reference.study.subject}, {runs['steps'].iloc[0]} steps, seeds {first} to {last} ({studies})"
 
     @property
     def groups(self) -> dict[str, str]:
@@ -147,7 +161,7 @@ def read_sections(folder: Path = REPORTS) -> tuple[list[Section], dict[str, str]
         for entry in entries:
             known = rows.setdefault(frozenset(entry.runs["run_id"]), entry)
             if known is not entry:
-                known.names.append(name)
+                known.outcomes[name] = entry.outcomes[name]
     return [_section(list(rows.values())) for rows in together.values()], left_out
 
 
@@ -157,15 +171,15 @@ def _entries(study: StudyResults) -> Iterator[Entry]:
     for arm in study.arms:
         is_first = arm == study.reference
         difference = None if is_first else study.difference(arm, study.reference)
-        outcome = "the reference" if is_first else outcomes[arm]
-        yield Entry(labels[arm], arm, study, study.arm_runs(arm), difference, outcome, arm.endswith(A_A), [study.name])
+        outcome = {study.name: "the reference" if is_first else outcomes[arm]}
+        yield Entry(labels[arm], arm, study, study.arm_runs(arm), difference, outcome, arm.endswith(A_A))
     for control, arm in study.controls:
         runs = study.control_runs(control, arm)
         if control == "a-a" and len(runs) > 1:
             both = paired(runs, study.arm_runs(arm))
             difference = compare(list(both["first"] - both["second"]), MARGIN * study.yardstick)
             label = f"{labels[arm]} against itself (A/A)"
-            yield Entry(label, arm, study, runs, difference, str(difference.outcome), True, [study.name])
+            yield Entry(label, arm, study, runs, difference, {study.name: str(difference.outcome)}, True)
 
 
 def _section(entries: list[Entry]) -> Section:

@@ -26,6 +26,7 @@ from peftscope.report.tables import (
     PREDICTED_PEAK,
     grid_runs,
     is_crowded,
+    is_judged_on_training,
     ladder_summary,
     method_summary,
     predictions,
@@ -376,6 +377,9 @@ def draw_ladder(axes: plt.Axes, runs: pd.DataFrame, field: str) -> None:
     ladder = ladder[ladder["field"] == field].dropna(subset=["heldout_nll"])
     if ladder.empty:
         return
+    loss = LABELS["heldout_nll"]
+    if is_judged_on_training(runs):
+        loss = loss.replace("held-out NLL", "NLL of trained items")
     numeric = pd.to_numeric(ladder["value"], errors="coerce")
     is_number = bool(numeric.notna().all())
     pairs_of = list(ladder[["ladder", "label"]].drop_duplicates().itertuples(index=False, name=None))
@@ -414,7 +418,5 @@ def draw_ladder(axes: plt.Axes, runs: pd.DataFrame, field: str) -> None:
         else:
             axes.set_xscale("log")
             plain_ticks(axes.xaxis)
-    axes.set(
-        xlabel=field.replace("_", " "), ylabel=LABELS["heldout_nll"], title=f"Ladder over {field.replace('_', ' ')}"
-    )
+    axes.set(xlabel=field.replace("_", " "), ylabel=loss, title=f"Ladder over {field.replace('_', ' ')}")
     beside(axes)

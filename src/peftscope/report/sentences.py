@@ -15,6 +15,7 @@ from peftscope.report.tables import (
     MIB,
     grid_runs,
     is_crowded,
+    is_judged_on_training,
     ladder_summary,
     method_summary,
     predictions,
@@ -61,8 +62,9 @@ LADDER = (
     "{% if ladders == one %}Only {{ field }} varies{% else %}Each ladder varies {{ field }} alone{% endif %}, all else "
     "stays at the centre. The lowest {{ loss }} was {{ best_nll }} nats per "
     "token at {{ best }}, the highest {{ worst_nll }} at {{ worst }}. "
-    "{% if n == one %}Each rung has one seed (n = {{ n }}), so there is no interval and no verdict."
-    "{% else %}Each rung has n = {{ n }} seeds.{% endif %}"
+    "{% if most == one %}Each rung has one seed (n = {{ most }}), so there is no interval and no verdict."
+    "{% elif n == most %}Each rung has n = {{ n }} seeds."
+    "{% else %}Rungs have {{ n }} to {{ most }} seeds; bars are drawn from {{ needed }} on.{% endif %}"
 )
 PREDICTION = (
     "The simulator predicted the peak of each run before its first step, from shapes alone; the run then measured it. "
@@ -238,8 +240,10 @@ def ladder_facts(runs: pd.DataFrame, field: str) -> dict[str, Any] | None:
         "worst": _value(worst["value"]),
         "worst_nll": f"{worst['heldout_nll']:.3f}",
         "n": int(ladder["n"].min()),
+        "most": int(ladder["n"].max()),
+        "needed": FEWEST_FOR_MEANS,
         "ladders": ladder["ladder"].nunique(),
-        "loss": "loss on the trained items" if (runs["judged_on"] == "train").all() else "held-out loss",
+        "loss": "loss on the trained items" if is_judged_on_training(runs) else "held-out loss",
         "one": 1,
     }
 

@@ -88,7 +88,7 @@ def _contrast(
     }
     if difference.n >= FEWEST_FOR_BOOTSTRAP:
         row["bootstrap_low"], row["bootstrap_high"] = bootstrap_interval(sample)
-    if ACCURACY in mine and mine[ACCURACY].notna().any():
+    if any(ACCURACY in side and side[ACCURACY].notna().any() for side in (mine, other)):
         # A run that diverged counts with the exact match of the untouched base.
         filled = [runs.fillna({ACCURACY: study.base_accuracy}) for runs in (mine, other)]
         both = paired(filled[0], filled[1], ACCURACY)
@@ -156,7 +156,7 @@ def spoken_difference(row: dict[Any, Any], labels: dict[str, str]) -> str:
     >>> spoken_difference(row, {"dora": "D", "lora": "L"})
     'D − L: −0.038 nats per token [−0.095, +0.019], −4.1 % of the task gain: open at 3 pairs, about 9 would decide'
     >>> spoken_difference(row | dict(pairs_to_decide=math.nan), {"dora": "D", "lora": "L"}).partition(": open ")[2]
-    'at 3 pairs, 10,000 would not decide'
+    'at 3 pairs, 10,000 would not tell it from the margin'
     """
     name = labels[row["arm"]] if row["arm"].endswith(A_A) else f"{labels[row['arm']]} − {labels[row['against']]}"
     text = f"{name}: {_signed(row, 'difference', '.3f', ' nats per token')}"
@@ -166,7 +166,11 @@ def spoken_difference(row: dict[Any, Any], labels: dict[str, str]) -> str:
     side = "lower" if row["difference"] < 0 else "higher"
     words = spoken_outcome(outcome, side, f"{row['margin_percent']:g} %", f"{row['n']} pairs")
     pairs = row["pairs_to_decide"]
-    more = f"{LARGEST_PAIRS:,} would not decide" if math.isnan(pairs) else f"about {int(pairs)} would decide"
+    more = (
+        f"{LARGEST_PAIRS:,} would not tell it from the margin"
+        if math.isnan(pairs)
+        else f"about {int(pairs)} would decide"
+    )
     return f"{text}: {words}, {more}" if outcome == Outcome.OPEN else f"{text}: {words}"
 
 
@@ -190,7 +194,7 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
             "90 % half-width (%)": formatted(row["half_width_percent"], ".1f"),
             "of it tuning (%)": formatted(row["tuning_error_percent"], ".1f"),
         }
-        if "accuracy" in row:
+        if pd.notna(row.get("accuracy")):
             text["exact match (points)"] = _signed(row, "accuracy", ".1f")
         if "samples_to_reference" in row:
             samples = row["samples_to_reference"]

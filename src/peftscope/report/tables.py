@@ -201,6 +201,11 @@ def predictions(runs: pd.DataFrame) -> pd.DataFrame:
     return found.assign(error_percent=100 * (found["predicted_bytes"] / found["measured_bytes"] - 1))
 
 
+def is_judged_on_training(runs: pd.DataFrame) -> bool:
+    """Returns whether runs are judged on the items that they trained on, as those that memorise are."""
+    return bool((runs["judged_on"] == "train").all())
+
+
 def readable_predictions(compared: pd.DataFrame) -> pd.DataFrame:
     """Returns the mean and the worst absolute error of each method's predictions, in percent."""
     rows = []
