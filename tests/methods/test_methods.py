@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -548,11 +549,13 @@ def test_ia3_rescales_what_the_spec_says(fields: str, spec_of) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_a_target_may_be_the_module_of_one_layer(spec_of) -> None:
+def test_a_target_may_be_the_module_of_one_layer(spec_of, tmp_path: Path) -> None:
     spec = spec_of("lora", rank=2, targets=["1.mlp.down_proj", "k_proj"])
     model = build_model(load_base(spec), spec).model
     adapted = {name.partition("layers.")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
     assert adapted == {"1.mlp.down_proj", "0.self_attn.k_proj", "1.self_attn.k_proj"}
+    spec.method.save(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == [*spec.method.targets]
     shape = find_model("toy").shape
     assert shape is not None
     trained_values = sum(p.numel() for p in model.parameters() if p.requires_grad)

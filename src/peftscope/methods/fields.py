@@ -268,11 +268,12 @@ class Method(BaseModel):
             folder: The folder to write into.
             state: The tensors by name, for a sharded model. None means the tensors of the model itself.
         """
-        modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        modules = [f".{name}" for name, _ in model.named_modules()]
         for config in getattr(model, "peft_config", {}).values():
             # PEFT stores names in sets, and would write them in an order that changes from process to process.
             for name, value in vars(config).items():
                 if isinstance(value, set):
                     # A preset also names the fused modules of other families.
-                    setattr(config, name, sorted(value & modules if name == "target_modules" else value))
+                    lacking = {target for target in value if not any(m.endswith(f".{target}") for m in modules)}
+                    setattr(config, name, sorted(value - lacking if name == "target_modules" else value))
         model.save_pretrained(folder, state_dict=state)
