@@ -48,7 +48,7 @@ def verify(
         if not chosen:
             remedy = f"{how_to_run(lacking[0][0])}, with results/runs without these, makes all anew"
             raise InputError(Problem(", ".join(sorted({name for name, _ in lacking})), said, remedy))
-        screen.print(f"{said}, and are left out")
+        screen.print(f"{said}, and are left out", soft_wrap=True)
     screen.print(f"{len(chosen)} runs to repeat")
     try:
         for repeat in repeat_runs(chosen):
