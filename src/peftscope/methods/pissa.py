@@ -1,9 +1,9 @@
 """PiSSA: LoRA that trains the principal singular vectors of W and freezes the rest of W.
 
 Source: Meng et al. 2024, arXiv 2404.02948. The frozen weight is W minus its principal part, rounded to the base's
-dtype; over a base in bf16 PEFT rounds the factors as well, after it has taken them off. So the first step starts exactly
-from the base in fp32, and close to it in bf16. When PEFT loads a saved adapter onto the original base, it repeats the
-decomposition.
+dtype; over a base in bf16 PEFT rounds the factors as well, after it has taken them off. So the first step starts
+exactly from the base in fp32, and close to it in bf16. When PEFT loads a saved adapter onto the original base, it
+repeats the decomposition.
 """
 
 from __future__ import annotations
