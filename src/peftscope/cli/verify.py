@@ -46,7 +46,7 @@ def verify(
         said = f"{len(lacking)} of {len(chosen)} runs start from others whose weights are not in the store"
         chosen = [entry for entry in chosen if entry not in lacking]
         if not chosen:
-            remedy = f"{how_to_run(lacking[0][0])}, with results/runs without these, makes all anew"
+            remedy = f"remove them and those others from results/runs, then {how_to_run(lacking[0][0])}"
             raise InputError(Problem(", ".join(sorted({name for name, _ in lacking})), said, remedy))
         screen.print(f"{said}, and are left out", soft_wrap=True)
     screen.print(f"{len(chosen)} runs to repeat")
