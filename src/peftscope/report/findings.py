@@ -197,8 +197,8 @@ def _shares(name: str) -> str:
     study = StudyResults(name)
     table = contrasts(study)
     is_shown = table["arm"].isin(arms_shown(study)) & (table["against"] == study.reference)
-    others = answer_of_study(table[~is_shown], study.labels)
-    return f"{ANSWERS['shares'](name)} {others.replace('Of the arms', 'Of the other arms', 1)}".strip()
+    others = answer_of_study(table[~is_shown], study.labels, arms="the other arms")
+    return f"{ANSWERS['shares'](name)} {others}".strip()
 
 
 PICTURES: dict[str, Callable[[str], str]] = {

@@ -330,8 +330,8 @@ CLAUSES = {
 }
 
 
-def answer(table: pd.DataFrame, labels: dict[str, str]) -> str:
-    """Returns what a study's comparisons say, in sentences; empty without any, or without a task gain."""
+def answer(table: pd.DataFrame, labels: dict[str, str], arms: str = "the arms") -> str:
+    """Returns what a study's comparisons say of "the arms", in sentences; empty without any, or without a task gain."""
     tested = table[~table["arm"].str.endswith(A_A)]
     if tested.empty or tested["percent"].isna().all():
         return ""
@@ -355,7 +355,7 @@ def answer(table: pd.DataFrame, labels: dict[str, str]) -> str:
         if row["against"] != reference:
             against = f" against {labels[row['against']]}" if row["outcome"] == Outcome.OPEN else ""
             sentences.append(f" {labels[row['arm']]}{against} is {clause(row)}{number(row, ' ({})')}.")
-    return f"Of the arms, {'; '.join(parts)}.{''.join(sentences)}{' Below zero is better.' if has_numbers else ''}"
+    return f"Of {arms}, {'; '.join(parts)}.{''.join(sentences)}{' Below zero is better.' if has_numbers else ''}"
 
 
 def power(study: StudyResults) -> dict[str, Any]:
