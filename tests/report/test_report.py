@@ -134,6 +134,8 @@ def test_starts_that_differ_by_the_seed_alone_are_pooled(finished: str) -> None:
     assert sorted(variants(runs.loc[lora])) == ["LoRA", "LoRA"]
     runs.loc[lora[0], "start_from"] = "full-s9-01234567"
     assert len(set(variants(runs.loc[lora]))) == 2
+    runs.loc[lora, "start_from"] = "full-s0-01234567"  # of both seeds
+    assert len(set(variants(runs.loc[lora]))) == 1
 
 
 def test_a_small_card_shows_as_oom(finished: str) -> None:
@@ -146,6 +148,19 @@ def test_ladders_hold_their_own_rungs_only(finished: str) -> None:
     ladder = ladder_summary(read_runs(finished))
     assert sorted(ladder.loc[ladder["field"] == "rank", "value"].astype(int)) == [2, 8]
     assert sorted(ladder.loc[ladder["field"] == "targets", "value"]) == ["all-linear", "minimal"]
+
+
+def test_lines_of_ladders_share_a_name_if_seeds_alone_differ(finished: str) -> None:
+    runs = read_runs(finished)
+    rungs = runs[runs["comparisons"].str.contains("ladder-0-rank")]
+
+    def lines(**settings: int) -> pd.Series:
+        another = rungs.assign(comparisons="ladder-1-rank", **settings)
+        ladder = ladder_summary(pd.concat([runs, another], ignore_index=True))
+        return ladder[ladder["field"] == "rank"].groupby("line")["n"].sum()
+
+    assert lines(seed=1).to_dict() == {"LoRA": 4}
+    assert lines(batch_size=99).to_dict() == {"LoRA (batch size 4)": 2, "LoRA (batch size 99)": 2}
 
 
 def test_sentences_follow_the_data(finished: str) -> None:

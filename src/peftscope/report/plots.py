@@ -382,12 +382,8 @@ def draw_ladder(axes: plt.Axes, runs: pd.DataFrame, field: str) -> None:
         loss = loss.replace("held-out NLL", "NLL of trained items")
     numeric = pd.to_numeric(ladder["value"], errors="coerce")
     is_number = bool(numeric.notna().all())
-    pairs_of = list(ladder[["ladder", "label"]].drop_duplicates().itertuples(index=False, name=None))
-    named = looks({f"{name} {label}": str(label) for name, label in pairs_of})
-    styles = {(name, label): named[f"{name} {label}"] for name, label in pairs_of}
-    for (ladder_name, label), rungs in ladder.assign(x=numeric if is_number else ladder["value"]).groupby(
-        ["ladder", "label"], sort=False
-    ):
+    styles = looks(dict(zip(ladder["line"], ladder["label"], strict=True)))
+    for line, rungs in ladder.assign(x=numeric if is_number else ladder["value"]).groupby("line", sort=False):
         # Names have no natural order, so they are sorted by size and not joined by a line.
         rungs = rungs.sort_values("x" if is_number else "trained_parameters")
         several = rungs["n"] >= FEWEST_FOR_MEANS
@@ -395,7 +391,7 @@ def draw_ladder(axes: plt.Axes, runs: pd.DataFrame, field: str) -> None:
             (rungs["heldout_nll"] - rungs["heldout_nll_low"]).where(several).fillna(0),
             (rungs["heldout_nll_high"] - rungs["heldout_nll"]).where(several).fillna(0),
         ]
-        colour, marker, dash = styles[(ladder_name, label)]
+        colour, marker, dash = styles[str(line)]
         axes.errorbar(
             rungs["x"],
             rungs["heldout_nll"].astype(float),
@@ -404,7 +400,7 @@ def draw_ladder(axes: plt.Axes, runs: pd.DataFrame, field: str) -> None:
             linestyle=dash if is_number else "none",
             color=colour,
             capsize=3,
-            label=label,
+            label=line,
         )
         for end in ("heldout_nll_least", "heldout_nll_most"):
             pairs = rungs[rungs["n"] == FEWEST_FOR_MEANS - 1]

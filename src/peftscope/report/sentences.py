@@ -17,6 +17,7 @@ from peftscope.report.tables import (
     is_crowded,
     is_judged_on_training,
     ladder_summary,
+    ladders,
     method_summary,
     predictions,
     variants,
@@ -242,7 +243,7 @@ def ladder_facts(runs: pd.DataFrame, field: str) -> dict[str, Any] | None:
         "n": int(ladder["n"].min()),
         "most": int(ladder["n"].max()),
         "needed": FEWEST_FOR_MEANS,
-        "ladders": ladder["ladder"].nunique(),
+        "ladders": len(ladders(runs)[field]),
         "loss": "loss on the trained items" if is_judged_on_training(runs) else "held-out loss",
         "one": 1,
     }

@@ -95,11 +95,15 @@ def method_summary(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def pooled(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns runs with the start of each named without its seed, so that starts that differ by it alone are one."""
+    """Returns runs with the start of each named without its seed, so that starts that differ by it alone are one.
+
+    A start that runs of several seeds share keeps its name.
+    """
     if "start_from" not in runs or not runs["start_from"].notna().any():
         return runs
+    seeds = runs.groupby("start_from")["seed"].nunique()
     starts = [
-        start_without_seed(start, seed) if isinstance(start, str) else start
+        start_without_seed(start, seed) if isinstance(start, str) and seeds[start] == 1 else start
         for start, seed in zip(runs["start_from"], runs["seed"], strict=True)
     ]
     return runs.assign(start_from=starts)
@@ -175,14 +179,25 @@ def notable_runs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def ladder_summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns one row per rung of every ladder: ``field``, ``value`` and the summary."""
+    """Returns one row per rung of every ladder: ``field``, ``value``, ``line`` and the summary.
+
+    A ``line`` is the method with what distinguishes it otherwise. Ladders that differ in their seeds alone share it.
+    """
     parts = []
+    for field, names in ladders(runs).items():
+        rungs = runs[[not names.isdisjoint(names_of_run.split()) for names_of_run in runs["comparisons"]]]
+        lines = variants(rungs.drop(columns=field) if field in rungs else rungs)
+        part = summarise(rungs.assign(line=lines), ["line", "label", field]).rename(columns={field: "value"})
+        parts.append(part.assign(field=field))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["line", "label", "field", "value"])
+
+
+def ladders(runs: pd.DataFrame) -> dict[str, set[str]]:
+    """Returns the names of the ladders of an experiment, by the field that they vary."""
+    found: dict[str, set[str]] = {}
     for name in sorted({n for names in runs["comparisons"] for n in names.split() if n.startswith("ladder-")}):
-        field = name.rpartition("-")[2]
-        rungs = runs[[name in names.split() for names in runs["comparisons"]]]
-        part = summarise(rungs, ["label", field]).rename(columns={field: "value"})
-        parts.append(part.assign(field=field, ladder=name))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["label", "ladder", "field", "value"])
+        found.setdefault(name.rpartition("-")[2], set()).add(name)
+    return found
 
 
 def predictions(runs: pd.DataFrame) -> pd.DataFrame:
