@@ -48,6 +48,17 @@ def test_it_grows_with_the_steps(own_folder: Path) -> None:
     assert estimate.estimate_seconds(twice, one_thread=True) == pytest.approx(110)
 
 
+def test_it_grows_with_the_tokens_of_a_tasks_items(own_folder: Path) -> None:
+    finished(12, 0)
+    longer = SPEC.model_copy(update={"task": "family-relationships"})
+    assert estimate.estimate_seconds(longer, one_thread=True) == pytest.approx(54 + 10)
+    packed = SPEC.model_copy(update={"packing": True, "seq_len": 120})
+    assert estimate.estimate_seconds(packed, one_thread=True) == pytest.approx(120 + 10)
+    estimate._measured.cache_clear()
+    finished(999, 1, task="one-that-is-gone")
+    assert estimate.estimate_seconds(SPEC, one_thread=True) == pytest.approx(12 + 10)
+
+
 def test_this_machines_runs_come_before_restored_ones(own_folder: Path) -> None:
     for seed in range(3):
         finished(5, seed, restored=True)

@@ -38,9 +38,7 @@ class TaskEntry(BaseModel):
         Field(description="the items of the held-out loss: test items, or those that the run trained on"),
     ] = "test"
     licence: str = "unknown"
-    tokens: Annotated[
-        Count | None, Field(description="tokens of a usual item, for estimates before the task is made")
-    ] = None
+    tokens: Annotated[Count | None, Field(description="tokens of a usual item, for estimates")] = None
 
 
 class _Tasks(BaseModel):
@@ -166,12 +164,16 @@ def read_split(name: str, split: str) -> list[Item]:
 
 
 def item_tokens(name: str) -> float:
-    """Returns the tokens of a usual item: a third of its characters if the task was made, else what its entry says."""
-    path = task_folder(name) / "test.jsonl"
-    if path.is_file():
-        items = read_split(name, "test")[:500]
-        return sum(len(item.prompt) + len(item.response) for item in items) / len(items) / 3 + 2
-    return find_task(name).tokens or USUAL_TOKENS
+    """Returns the tokens of a usual item: what the task's entry says, else a third of its characters if it was made.
+
+    Raises:
+        InputError: There is no such task.
+    """
+    known = find_task(name).tokens
+    if known or not (task_folder(name) / "test.jsonl").is_file():
+        return known or USUAL_TOKENS
+    items = read_split(name, "test")[:500]
+    return sum(len(item.prompt) + len(item.response) for item in items) / len(items) / 3 + 2
 
 
 def draw_items(items: Sequence[Item], count: int | None, seed: int) -> list[Item]:

@@ -1,7 +1,8 @@
 """Estimates how long runs take, from records of the same model and method, or else of LoRA. This machine's come first.
 
-The time of a record's matrix products is scaled by the rates of a large product on both machines. The remaining time is
-mostly the overhead of many small operators. It is not scaled, because it differs less between processors.
+Training and evaluation are scaled by the tokens of a task's items. The time of a record's matrix products is scaled by the
+rates of a large product on both machines. The remaining time is mostly the overhead of many small operators. It is not
+scaled, because it differs less between processors.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
+from peftscope.data.tasks import USUAL_TOKENS, item_tokens
 from peftscope.errors import InputError
 from peftscope.layout import record_paths
 from peftscope.models.catalog import find_model
@@ -27,7 +29,6 @@ FALLBACK_SHARE = 0.3
 """The share of the rate of a large product that a step of a small model is assumed to reach without a record."""
 FALLBACK_FLOPS = 1.2e11
 """The floating-point operations per second of a step that are assumed if no rate was measured either."""
-FALLBACK_TOKENS = 16
 FALLBACK_OVERHEAD_SECONDS = 6.0
 FALLBACK_SECONDS_PER_PARAMETER = 1.5e-7
 """The assumed time of loading, evaluation and probe."""
@@ -57,8 +58,7 @@ def _measured() -> dict[tuple[Any, ...], dict[str, Any]]:
     for order, record in _finished():
         spec = record["spec"]
         kind, evaluation = _kind(spec)
-        sequences = spec["steps"] * spec["batch_size"] * spec["gradient_accumulation"]
-        entry = (order, record["seconds"]["train"] / max(1, sequences), record)
+        entry = (order, record["seconds"]["train"] / max(1, _sequences(spec) * _length(spec)), record)
         for key in (kind, kind + evaluation):
             if record.get("provenance", {}).get("threads") == 1:
                 kinds[ONE_THREAD + key].append(entry)
@@ -67,6 +67,23 @@ def _measured() -> dict[tuple[Any, ...], dict[str, Any]]:
     for key in [key for key in kinds if key[:1] == ONE_THREAD]:
         kinds.setdefault(key[1:], kinds[key])
     return {key: _lower_quartile(entries) for key, entries in kinds.items()}
+
+
+def _sequences(spec: dict[str, Any]) -> int:
+    return int(spec["steps"] * spec["batch_size"] * spec["gradient_accumulation"])
+
+
+def _length(spec: dict[str, Any]) -> float:
+    """Returns the tokens of a usual sequence of a run."""
+    return float(spec["seq_len"] if spec["packing"] else min(spec["seq_len"], _item_tokens(spec["task"])))
+
+
+@lru_cache
+def _item_tokens(task: str) -> float:
+    try:
+        return item_tokens(task)
+    except InputError:  # of a record, whose task is not known here
+        return USUAL_TOKENS
 
 
 def _lower_quartile(entries: list[tuple[int, float, dict[str, Any]]]) -> dict[str, Any]:
@@ -118,8 +135,8 @@ def estimate_seconds(
         one_thread: Whether the run has one thread, beside as many others as there are cores. Records of such runs come
             first; with others, the computing takes longer.
     """
-    work = spec.steps * spec.batch_size * spec.gradient_accumulation
-    kind, evaluation = _kind(spec.model_dump(mode="json"))
+    wanted = spec.model_dump(mode="json")
+    kind, evaluation = _kind(wanted)
     records, slower = _measured(), 1.0
     if kind not in records and spec.method.trains:
         kind = (spec.model, LIKE_OTHERS, spec.device)
@@ -129,8 +146,9 @@ def estimate_seconds(
         record, slower = (own, 1.0) if own else (record, ONE_THREAD_SLOWER)
     if record:
         seconds, before = record["seconds"], record["spec"]
-        scale = work / (before["steps"] * before["batch_size"] * before["gradient_accumulation"])
-        computing = scale * seconds["train"] + seconds["evaluate"] + seconds["probe"]
+        longer = _length(wanted) / _length(before)
+        computing = longer * (_sequences(wanted) / _sequences(before) * seconds["train"] + seconds["evaluate"])
+        computing += seconds["probe"]
         rest = seconds["wall"] - seconds["train"] - seconds["evaluate"] - seconds["probe"]
         return float(rest + slower * computing * (1.0 if one_thread else _slower(record, rate_of(spec))))
     try:
@@ -138,7 +156,7 @@ def estimate_seconds(
     except InputError:
         shape = None
     parameters = shape.parameters if shape else 10**9
-    flops = 6 * parameters * work * FALLBACK_TOKENS * (1 if spec.method.trains else 0)
+    flops = 6 * parameters * _sequences(wanted) * _length(wanted) * (1 if spec.method.trains else 0)
     rate = rate_of(spec)
     reached = FALLBACK_SHARE * rate if rate else FALLBACK_FLOPS
     return FALLBACK_OVERHEAD_SECONDS + FALLBACK_SECONDS_PER_PARAMETER * parameters + flops / reached
