@@ -12,7 +12,7 @@ SHIPPED = {
 }
 """The folders, and the endings of the files in them that a wheel has."""
 LEFT_OUT = {"items.parquet", "losses.parquet", "weights.parquet"}
-"""Single items, losses along the way (records have them too), measured weights: too much for a wheel of 5 MB."""
+"""Single items, losses along the way (records have them too), measured weights: too much for the wheel."""
 
 
 class BuildWithFolders(build_py):

@@ -1,8 +1,8 @@
 """Estimates how long runs take, from records of the same model and method, or else of LoRA. This machine's come first.
 
-Training and evaluation are scaled by the tokens of a task's items. The time of a record's matrix products is scaled by the
-rates of a large product on both machines. The remaining time is mostly the overhead of many small operators. It is not
-scaled, because it differs less between processors.
+Training and evaluation are scaled by the tokens of a task's items. The time of a record's matrix products is scaled by
+the rates of a large product on both machines. The remaining time is mostly the overhead of many small operators. It is
+not scaled, because it differs less between processors.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
     import pyarrow.parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    # As small as they get, for a wheel of 5 MB: rows are much alike, and a page of all of them is compressed as one.
+    # As small as they get, for the wheel: rows are much alike, and a page of all of them is compressed as one.
     pyarrow.parquet.write_table(
         pyarrow.Table.from_pylist(rows),
         path,

@@ -217,8 +217,11 @@ def predictions(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def is_judged_on_training(runs: pd.DataFrame) -> bool:
-    """Returns whether runs are judged on the items that they trained on, as those that memorise are."""
-    return bool((runs["judged_on"] == "train").all())
+    """Returns whether runs are judged on the items that they trained on, as those that memorise are.
+
+    Runs that others only start from do not count.
+    """
+    return bool((runs.loc[runs["comparisons"] != "", "judged_on"] == "train").all())
 
 
 def readable_predictions(compared: pd.DataFrame) -> pd.DataFrame:
