@@ -14,7 +14,7 @@ from peftscope.analysis.study import StudyResults
 from peftscope.claims.ledger import read_ledger
 from peftscope.claims.stored import read_findings
 from peftscope.errors import InputError
-from peftscope.report.findings import read_surprises, read_topics, write_findings
+from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import show_claims, show_study
 from peftscope.report.study import answer, contrasts
 
@@ -45,13 +45,17 @@ def test_a_topic_shows_the_answers_and_pictures_of_its_published_studies(own_fol
     findings = read_findings(repository / "results/published/claims.json")
     topic = {"title": "One topic", "claims": ["S34"], "larger": "More.", "papers": "Other."}
     topic["studies"] = ["two-bits", "variants"]
-    Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic]}))
+    cut = [{"study": "variants-families", "why": "Others came first."}]
+    Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic], "cut": cut}))
     page = write_findings(read_ledger(), findings)
     (line,) = [line for line in page.read_text().splitlines() if line.startswith("**Do the variants differ?**")]
     study = StudyResults("variants")
     assert answer(contrasts(study), study.labels) in line
     links = re.findall(r"\]\(([^)]+(?:svg|report\.html))\)", page.read_text())
     assert len(links) == 2 and all((page.parent / link).is_file() for link in links)
+    assert re.search(
+        r"^- `variants-families` \(\d+ runs, \d+ h \d+ min\)\. Others came first\.$", page.read_text(), re.M
+    )
 
 
 def test_of_a_half_published_study_the_other_runs_are_missing(own_folder: Path, repository: Path) -> None:
@@ -77,14 +81,18 @@ def test_a_topic_that_names_no_experiment_is_refused(own_folder: Path) -> None:
     topic = {"title": "One topic", "claims": ["S34"], "studies": ["variant"], "larger": "More.", "papers": "Other."}
     Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic]}))
     with pytest.raises(InputError, match=r"findings\.yaml: One topic: no such experiment \(got variant\)"):
-        read_topics([claim.id for claim in read_ledger()])
+        read_content([claim.id for claim in read_ledger()])
+    topic["studies"], cut = [], [{"study": "batches", "why": "Others came first."}]
+    Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic], "cut": cut}))
+    with pytest.raises(InputError, match=r"findings\.yaml: cut: no such experiment \(got batches\)"):
+        read_content([claim.id for claim in read_ledger()])
 
 
 def test_a_topic_that_names_no_claim_is_refused(own_folder: Path) -> None:
     topic = {"title": "One topic", "claims": ["S3456"], "larger": "More.", "papers": "Other."}
     Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic]}))
     with pytest.raises(InputError, match=r"findings\.yaml: One topic: no such claim \(got S3456\)"):
-        read_topics([claim.id for claim in read_ledger()])
+        read_content([claim.id for claim in read_ledger()])
 
 
 def test_the_readme_shows_the_published_verdicts(
@@ -100,7 +108,7 @@ def test_the_readme_shows_the_published_verdicts(
     assert all(f'<a id="{anchor}">' in page for anchor in anchors)
 
     findings = read_findings(repository / "results/published/claims.json")
-    surprises = read_surprises([claim.id for claim in read_ledger()])
+    surprises = read_content([claim.id for claim in read_ledger()]).first
     monkeypatch.chdir(tmp_path)
     Path("README.md").write_text(shown)
     Path("results/published").mkdir(parents=True)
@@ -138,7 +146,7 @@ def test_a_sentence_that_does_not_fit_its_claim_is_refused(
     tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     findings = read_findings(repository / "results/published/claims.json")
-    first, *_ = read_surprises([claim.id for claim in read_ledger()])
+    first, *_ = read_content([claim.id for claim in read_ledger()]).first
     monkeypatch.chdir(tmp_path)
     Path("results/published").mkdir(parents=True)
     with pytest.raises(InputError, match=rf"{first.claim}: the sentence does not fit the claim's numbers"):

@@ -74,36 +74,46 @@ class Topic(BaseModel):
     papers: str
 
 
-class _Findings(BaseModel):
+class Cut(BaseModel):
+    """A study that was not run, and will not be for now.
+
+    Attributes:
+        study: Its experiment.
+        why: Why others came first.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    study: str
+    why: str
+
+
+class Content(BaseModel):
+    """What ``experiments/findings.yaml`` says.
+
+    Attributes:
+        first: The findings that the README shows first.
+        topics: The topics of the page.
+        cut: The studies that were planned and are not run.
+    """
+
     model_config = ConfigDict(extra="forbid")
 
     first: list[Surprise] = []
     topics: list[Topic]
+    cut: list[Cut] = []
 
 
-def read_topics(known: Sequence[str]) -> list[Topic]:
-    """Returns the topics of ``experiments/findings.yaml``.
-
-    Raises:
-        InputError: The file has problems, or names a claim that is not known.
-    """
-    return _read_findings(known).topics
-
-
-def read_surprises(known: Sequence[str]) -> list[Surprise]:
-    """Returns the findings that the README shows first, of ``experiments/findings.yaml``.
+def read_content(known: Sequence[str]) -> Content:
+    """Returns what ``experiments/findings.yaml`` says.
 
     Raises:
-        InputError: The file has problems, or names a claim that is not known.
+        InputError: The file has problems, or names a claim or an experiment that is not known.
     """
-    return _read_findings(known).first
-
-
-def _read_findings(known: Sequence[str]) -> _Findings:
     path = shipped(FINDINGS_FILE)
-    names = set(Topic.model_fields) | set(Surprise.model_fields)
+    names = set(Topic.model_fields) | set(Surprise.model_fields) | set(Cut.model_fields)
     try:
-        content = _Findings.model_validate(read_yaml(path))
+        content = Content.model_validate(read_yaml(path))
     except ValidationError as error:
         raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc)}", names)) from None
     claims = [(topic.title, name) for topic in content.topics for name in topic.claims]
@@ -113,10 +123,11 @@ def _read_findings(known: Sequence[str]) -> _Findings:
         for where, name in claims
         if name not in known
     ]
+    experiments = [(topic.title, name) for topic in content.topics for name in topic.studies]
+    experiments += [("cut", cut.study) for cut in content.cut]
     lost += [
-        Problem(f"{path}: {topic.title}", f"no such experiment (got {name})", close_match(name, experiment_names()))
-        for topic in content.topics
-        for name in topic.studies
+        Problem(f"{path}: {where}", f"no such experiment (got {name})", close_match(name, experiment_names()))
+        for where, name in experiments
         if name not in experiment_names()
     ]
     if lost:
@@ -136,10 +147,12 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
     """
     by_id = {finding["id"]: finding for finding in findings}
     known = _Published()
+    content = read_content([claim.id for claim in claims])
     page = rendered(
         "findings.md.j2",
-        topics=[_topic(topic, by_id, folder) for topic in read_topics([claim.id for claim in claims])],
+        topics=[_topic(topic, by_id, folder) for topic in content.topics],
         studies=[_study(name, findings, known) for name in experiment_names() if _is_judged(name, findings)],
+        cut=[{**_study(cut.study, findings, known), "why": cut.why} for cut in content.cut],
         statements={claim.id: claim.statement for claim in claims},
     )
     path = folder / FINDINGS_PAGE.name

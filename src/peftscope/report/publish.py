@@ -46,7 +46,7 @@ from peftscope.planning.published import (
 )
 from peftscope.planning.sweep import Sweep, expand
 from peftscope.record import RESTORED, measured_path, parse_record, state_folder
-from peftscope.report.findings import read_surprises, write_findings
+from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import show_claims, show_study
 from peftscope.report.leaderboard import read_sections, write_leaderboard
 
@@ -88,7 +88,7 @@ def publish_claims() -> list[Path]:
     copies = [Path(shutil.copyfile(path, folder / path.name)) for path, folder in targets.items()]
     findings = read_findings(verdicts)
     write_findings(ledger, findings, PUBLISHED_REPORTS)
-    show_claims(findings, read_surprises([claim.id for claim in ledger]))
+    show_claims(findings, read_content([claim.id for claim in ledger]).first)
     return copies
 
 
