@@ -122,6 +122,7 @@ def draw_shares(axes: plt.Axes, study: StudyResults, field: str) -> None:
     beneath.set_xticks(values, [f"{value:,g}" for value in values])
     beneath.minorticks_off()
     beneath.set_yscale("log")
+    beneath.margins(y=0.15)  # else marks at the ends are cut
     plain_ticks(beneath.yaxis)
     axes.tick_params(labelbottom=False)
     axes.set(ylabel=f"gain over {label}'s (%)", title=f"What each {field} keeps, at its own best learning rate")
