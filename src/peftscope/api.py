@@ -188,7 +188,7 @@ def fit(
     Args:
         gpu: The card: ``rtx4090``, ``a100``, ..., or its memory, as in ``24GiB``.
         models: One model or several, as ``memory`` takes them; None: every preset.
-        methods: One method or several; None: all that train.
+        methods: One method or several; None: all that train and have a closed form.
         gpus: Cards over which weights, gradients and states are sharded.
         options: As of ``memory``; an option of a method goes only to methods that have it.
 

@@ -59,6 +59,12 @@ def test_it_grows_with_the_tokens_of_a_tasks_items(own_folder: Path) -> None:
     assert estimate.estimate_seconds(SPEC, one_thread=True) == pytest.approx(12 + 10)
 
 
+def test_without_a_record_a_card_is_taken_to_be_faster_than_a_processor(own_folder: Path) -> None:
+    card = SPEC.model_copy(update={"model": "llama-2-7b", "device": "cuda"})
+    processor = card.model_copy(update={"device": "cpu"})
+    assert estimate.estimate_seconds(card) < estimate.estimate_seconds(processor) / 2
+
+
 def test_this_machines_runs_come_before_restored_ones(own_folder: Path) -> None:
     for seed in range(3):
         finished(5, seed, restored=True)

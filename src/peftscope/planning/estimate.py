@@ -27,8 +27,8 @@ PRODUCTS = 1.3
 training and 1.22 in evaluation, from LoRA's seconds at two rates of one processor (1,300 and 303 GFLOP/s)."""
 FALLBACK_SHARE = 0.3
 """The share of the rate of a large product that a step of a small model is assumed to reach without a record."""
-FALLBACK_FLOPS = 1.2e11
-"""The floating-point operations per second of a step that are assumed if no rate was measured either."""
+FALLBACK_FLOPS = {"cpu": 1.2e11, "cuda": 2e13}
+"""The floating-point operations per second of a step that are assumed if no rate was measured either, by device."""
 FALLBACK_OVERHEAD_SECONDS = 6.0
 FALLBACK_SECONDS_PER_PARAMETER = 1.5e-7
 """The assumed time of loading, evaluation and probe."""
@@ -158,7 +158,7 @@ def estimate_seconds(
     parameters = shape.parameters if shape else 10**9
     flops = 6 * parameters * _sequences(wanted) * _length(wanted) * (1 if spec.method.trains else 0)
     rate = rate_of(spec)
-    reached = FALLBACK_SHARE * rate if rate else FALLBACK_FLOPS
+    reached = FALLBACK_SHARE * rate if rate else FALLBACK_FLOPS[spec.device]
     return FALLBACK_OVERHEAD_SECONDS + FALLBACK_SECONDS_PER_PARAMETER * parameters + flops / reached
 
 

@@ -84,8 +84,8 @@ def answer(table: pd.DataFrame) -> str:
     span = f"{each.min():.2f}" if len(bounded) == 1 else f"{each.min():.2f} to {each.max():.2f}"
     outside = table.loc[~table["is_bounded"].astype(bool), "arm"]
     return (
-        f"Storing stops following what is given at {span} bits for each trained parameter "
-        f"({'; '.join(bounded['arm'])})."
+        f"Adapters store the random strings that they are given up to {span} bits for each trained parameter "
+        f"({'; '.join(bounded['arm'])}). Of more they lose a part."
         + (f" Outside the sizes that were tried: {'; '.join(outside)}." if len(outside) else "")
     )
 

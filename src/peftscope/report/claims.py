@@ -33,8 +33,8 @@ MEANINGS = {
     Verdict.HOLDS: "every part that decides holds, under every condition that was declared before",
     Verdict.IN_PART: "some of what the claim says holds and some fails; the entry says which",
     Verdict.WRONG: "every part that decides fails",
-    Verdict.OPEN: "measured, and the interval lies on both sides; the entry says what would decide",
-    Verdict.NOT_RUN: "what decides was not measured; the entry says what it waits for",
+    Verdict.OPEN: "measured and not decided: an interval lies on both sides, or the entry says why it cannot decide",
+    Verdict.NOT_RUN: "a part that decides was not measured; the entry says what it waits for",
 }
 
 

@@ -118,8 +118,8 @@ def updates_sentence(experiment: str) -> str:
     said = ", ".join(f"{rank:g} ({variant})" for variant, rank in ranks.items())
     noise = f" Of a Gaussian matrix, {table['gaussian_rank_90'].median():g} hold as much." if len(table) else ""
     return (
-        f"The largest singular values that hold 90 % of an update's energy: {said}.{noise} Lines are medians over "
-        "matrices and seeds; grey ones are noise of the same shapes."
+        f"How many of the largest singular values hold 90 % of an update's energy: {said}.{noise} Lines are medians "
+        "over matrices and seeds; grey ones are noise of the same shapes."
     )
 
 
