@@ -165,8 +165,7 @@ gpu-check: DEVICE ?= cuda
 gpu-check: export PEFTSCOPE_DEVICE = $(DEVICE)
 gpu-check: CHECK = gpu-check$(if $(filter cpu,$(DEVICE)),-cpu)
 gpu-check: $(READY)
-	$(BIN)/peftscope sweep $(CHECK) --minutes 8
-	$(BIN)/peftscope report $(CHECK)
+	$(BIN)/peftscope sweep $(CHECK) --minutes 8; swept=$$?; $(BIN)/peftscope report $(CHECK) && exit $$swept
 
 # Every file of every package, for all systems. torch stays a range: pip then takes the build that fits the machine.
 lock:

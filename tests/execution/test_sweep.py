@@ -54,6 +54,7 @@ class Runs:
         self.seen: list[str] = []
         self.now, self.seconds, self.endings = 0.0, seconds, endings
         monkeypatch.setattr(sweep, "run_apart", self.run)
+        monkeypatch.setattr(sweep, "fetch_inputs", lambda spec: None)
         monkeypatch.setattr(sweep.time, "monotonic", lambda: self.now)
 
     def run(self, identity: str, spec: RunSpec, folder: Path, *, deadline: float) -> Status:
@@ -218,6 +219,21 @@ def test_a_run_that_is_stopped_in_training_goes_on_from_its_checkpoint(own) -> N
     assert list(state_folder(folder).glob("checkpoint-*.pt")) and not record_path(identity).exists()
     assert run_sweep("mine", one_second, refuse).left == 0
     assert len(read_record(record_path(identity)).train_nll) == 3000
+
+
+@pytest.mark.slow
+def test_runs_that_need_a_package_fail_and_the_others_go_on(own, tmp_path: Path) -> None:
+    own("mine", f"{SHORT}axes: {{method: [qlora, lora]}}\n")
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['bitsandbytes'] = None\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "peftscope", "sweep", "mine"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "1 failed" in done.stdout, done.stderr
+    records = {
+        record.spec.method.name: record for record in map(read_record, Path("results/runs").glob("*/record.json"))
+    }
+    assert {name: record.status for name, record in records.items()} == {"qlora": "failed", "lora": "ok"}
+    assert "bitsandbytes" in records["qlora"].reason
 
 
 @pytest.mark.slow

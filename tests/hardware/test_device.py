@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from peftscope.errors import InputError
+from peftscope.hardware import device
 from peftscope.hardware.device import cards_claimed, visible_cards
 
 JOB = """
@@ -72,3 +73,16 @@ def test_what_a_scheduler_handed_out_is_taken_as_it_is(tmp_path: Path, monkeypat
         pass
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert visible_cards() == []
+
+
+def test_without_nvml_the_driver_names_the_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(device, "DRIVER", tmp_path / "gpus")
+    monkeypatch.delenv("PEFTSCOPE_DEVICE", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert device.gpu_names() == [] and device.detect_device() == "cpu"
+    for bus in ("0000:01:00.0", "0000:02:00.0"):
+        (tmp_path / "gpus" / bus).mkdir(parents=True)
+        (tmp_path / "gpus" / bus / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 16\n")
+    assert device.gpu_names() == 2 * ["NVIDIA H100 80GB HBM3"]
+    assert device.detect_device() == "cuda" and visible_cards() == ["0", "1"]

@@ -214,7 +214,8 @@ class Job:
         if spec.generation_items:
             import peftscope.evaluation.answers  # noqa: F401  (a slow import that belongs to the import phase)
         if spec.method.quantization():
-            import bitsandbytes  # noqa: F401
+            with suppress(ModuleNotFoundError):  # the run fails by itself then, and a sweep goes on with the others
+                import bitsandbytes  # noqa: F401
         if self.threads or spec.shards > 1:
             torch.set_num_threads(max(1, (self.threads or torch.get_num_threads()) // spec.shards))
         phases = Phases(spec.device, began)

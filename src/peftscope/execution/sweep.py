@@ -22,7 +22,7 @@ from peftscope.planning.estimate import spoken
 from peftscope.planning.plan import Plan, plan_experiment
 from peftscope.planning.sweep import Sweep, expand
 from peftscope.record import finished_record, lacks_kept, read_record
-from peftscope.spec import RunSpec
+from peftscope.spec import RunSpec, run_id
 
 STOP_SECONDS = 50.0
 """The seconds that a run gets for its checkpoint once its time is up."""
@@ -91,7 +91,8 @@ def run_sweep(
                 outcome.left += len(left)
                 return outcome
             _say(f"{len(ended) + 1}/{len(ended) + len(left)} {identity} (about {spoken(pace.seconds(*left))} to go)")
-            began = time.monotonic()
+            fetch_inputs(spec)
+            began = time.monotonic()  # fetching a model says nothing of the pace
             shares = ",".join(map(str, plan.keep_at(identity)))
             options = ["--keep-at", shares] if shares else []
             options += ["--keep-weights", "all"] if plan.keeps_all_weights(identity) else []
@@ -121,6 +122,18 @@ def _expected(plan: Plan) -> dict[str, RunSpec]:
     return plan.sweep.runs | (expand(plan.name, device, assume_rates=True).runs if plan.is_study else {})
 
 
+def fetch_inputs(spec: RunSpec) -> None:
+    """Fetches and makes what a run needs, if it is not there.
+
+    Raises:
+        InputError: The disk has no room for what comes, or something cannot be fetched.
+    """
+    if problems := check_disk({run_id(spec): spec}):
+        raise InputError(problems)
+    for resource in inputs(spec):
+        resource.fetch()
+
+
 def run_apart(identity: str, spec: RunSpec, folder: Path, *options: str, deadline: float = math.inf) -> str:
     """Executes a run in a process of its own, and returns its status.
 
@@ -134,10 +147,7 @@ def run_apart(identity: str, spec: RunSpec, folder: Path, *options: str, deadlin
     Raises:
         InputError: The run was refused, or the disk is full.
     """
-    if problems := check_disk({identity: spec}):
-        raise InputError(problems)
-    for resource in inputs(spec):
-        resource.fetch()
+    fetch_inputs(spec)
     folder.mkdir(parents=True, exist_ok=True)
     arguments = ["run", json.dumps(spec.canonical(), sort_keys=True), "--output", str(folder), *options]
     with (folder / "train.log").open("wb") as log:

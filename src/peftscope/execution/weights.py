@@ -55,7 +55,7 @@ def measure_weights(folder: Path) -> None:
         InputError: The run has no kept weights, or its method has updates of another form.
     """
     record = read_record(folder / "record.json")
-    spec = record.spec
+    spec = record.spec.model_copy(update={"device": "cpu"})  # of a run on a card as well: no card is reserved for this
     kept = sorted(path for path in kept_path(folder, 0).parent.glob("*.safetensors"))
     if record.status == "ok" and not kept:
         remedy = f"remove {folder} and repeat the run, with keep_at in its experiment"

@@ -19,6 +19,9 @@ from peftscope.files.lock import locked
 
 Device = Literal["cpu", "cuda"]
 
+DRIVER = Path("/proc/driver/nvidia/gpus")
+"""Where NVIDIA's driver on Linux describes each card, also to those who lack the library that asks it."""
+
 
 def detect_device() -> Device:
     """Returns ``cuda`` if NVML sees a card that this process may use, and ``cpu`` otherwise.
@@ -42,13 +45,20 @@ def gpu_names() -> list[str]:
     """Returns the names of the machine's NVIDIA cards, or an empty list without a driver."""
     try:
         import pynvml
-
+    except ImportError:
+        return _names_by_driver()
+    try:
         pynvml.nvmlInit()
         count = pynvml.nvmlDeviceGetCount()
         names = [pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)]
-    except Exception:  # no library, no driver or no permission: no card can be used
+    except Exception:  # no driver or no permission: no card can be used
         return []
     return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+
+
+def _names_by_driver() -> list[str]:
+    files = [path.read_text(errors="replace") for path in sorted(DRIVER.glob("*/information"))]
+    return [line.partition(":")[2].strip() for text in files for line in text.splitlines() if line.startswith("Model:")]
 
 
 def visible_cards() -> list[str]:
