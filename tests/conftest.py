@@ -43,8 +43,9 @@ def forget_files() -> None:
     """Forgets what was read of models.yaml and tasks.yaml, which the next test may have others of."""
     from peftscope.data import tasks
     from peftscope.models import catalog
+    from peftscope.planning import estimate
 
-    for cached in (tasks._tasks, tasks._scoring, catalog._catalog):
+    for cached in (tasks._tasks, tasks._scoring, catalog._catalog, estimate._item_tokens):
         cached.cache_clear()
 
 

@@ -134,6 +134,8 @@ def test_starts_that_differ_by_the_seed_alone_are_pooled(finished: str) -> None:
     assert sorted(variants(runs.loc[lora])) == ["LoRA", "LoRA"]
     runs.loc[lora[0], "start_from"] = "full-s9-01234567"
     assert len(set(variants(runs.loc[lora]))) == 2
+    pooled = sentence("pareto", runs, pd.read_csv("results/mine/losses.csv"))
+    assert "LoRA (start from full" in pooled or "LoRA (start from lora" in pooled
     runs.loc[lora, "start_from"] = "full-s0-01234567"  # of both seeds
     assert len(set(variants(runs.loc[lora]))) == 1
 

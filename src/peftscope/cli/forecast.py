@@ -28,8 +28,10 @@ def card_of(experiment: str, wish: str | None) -> Gpu | None:
     if wish:
         return find_gpu(wish)
     if detect_device() == "cuda":
-        found = [known_card(name) or Gpu(name, size) for name, size in zip(gpu_names(), gpu_memories(), strict=False)]
-        if found:
+        names = gpu_names()
+        sizes = gpu_memories() or [0] * len(names)
+        cards = [known_card(name) or Gpu(name, size) for name, size in zip(names, sizes, strict=False)]
+        if found := [card for card in cards if card.memory_bytes]:
             return min(found, key=lambda card: card.memory_bytes)
     path = experiment_path(experiment)
     made_for = read_experiment(path).card

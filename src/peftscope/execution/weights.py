@@ -55,7 +55,9 @@ def measure_weights(folder: Path) -> None:
         InputError: The run has no kept weights, or its method has updates of another form.
     """
     record = read_record(folder / "record.json")
-    spec = record.spec.model_copy(update={"device": "cpu"})  # of a run on a card as well: no card is reserved for this
+    # On the processor also for a run on a card: no card is reserved for this.
+    kernel = "sdpa" if record.spec.attention == "flash_attention_2" else record.spec.attention
+    spec = record.spec.model_copy(update={"device": "cpu", "attention": kernel})
     kept = sorted(path for path in kept_path(folder, 0).parent.glob("*.safetensors"))
     if record.status == "ok" and not kept:
         remedy = f"remove {folder} and repeat the run, with keep_at in its experiment"

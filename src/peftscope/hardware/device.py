@@ -24,7 +24,7 @@ DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
 def detect_device() -> Device:
-    """Returns ``cuda`` if NVML sees a card that this process may use, and ``cpu`` otherwise.
+    """Returns ``cuda`` if there is a card that this process may use, and ``cpu`` otherwise.
 
     ``PEFTSCOPE_DEVICE`` overrides the detection.
 
@@ -57,7 +57,10 @@ def gpu_names() -> list[str]:
 
 
 def _names_by_driver() -> list[str]:
-    files = [path.read_text(errors="replace") for path in sorted(DRIVER.glob("*/information"))]
+    try:
+        files = [path.read_text(errors="replace") for path in sorted(DRIVER.glob("*/information"))]
+    except OSError:  # no permission
+        return []
     return [line.partition(":")[2].strip() for text in files for line in text.splitlines() if line.startswith("Model:")]
 
 

@@ -78,6 +78,12 @@ def _length(spec: dict[str, Any]) -> float:
     return float(spec["seq_len"] if spec["packing"] else min(spec["seq_len"], _item_tokens(spec["task"])))
 
 
+def _scored_tokens(spec: dict[str, Any], length: float) -> float:
+    """Returns the tokens that a run's evaluation reads if the items of its task have this length."""
+    items = sum(spec.get(field, 0) for field in ("validation_items", "heldout_items", "generation_items"))
+    return float(items * length + spec.get("retention_tokens", 0))
+
+
 @lru_cache
 def _item_tokens(task: str) -> float:
     try:
@@ -146,9 +152,9 @@ def estimate_seconds(
         record, slower = (own, 1.0) if own else (record, ONE_THREAD_SLOWER)
     if record:
         seconds, before = record["seconds"], record["spec"]
-        longer = _length(wanted) / _length(before)
-        computing = longer * (_sequences(wanted) / _sequences(before) * seconds["train"] + seconds["evaluate"])
-        computing += seconds["probe"]
+        longer = _sequences(wanted) * _length(wanted) / (_sequences(before) * _length(before))
+        scored = _scored_tokens(before, _length(wanted)) / max(1, _scored_tokens(before, _length(before)))
+        computing = longer * seconds["train"] + scored * seconds["evaluate"] + seconds["probe"]
         rest = seconds["wall"] - seconds["train"] - seconds["evaluate"] - seconds["probe"]
         return float(rest + slower * computing * (1.0 if one_thread else _slower(record, rate_of(spec))))
     try:

@@ -76,16 +76,17 @@ def _break(row: dict[Any, Any]) -> str:
 
 
 def answer(table: pd.DataFrame) -> str:
-    """Returns what an experiment says of the break, in one sentence; empty without any."""
+    """Returns what an experiment says of the break; empty without any."""
     bounded = table[table["is_bounded"].astype(bool)]
     if bounded.empty:
         return ""
     each = bounded["break_per_parameter"]
     span = f"{each.min():.2f}" if len(bounded) == 1 else f"{each.min():.2f} to {each.max():.2f}"
+    stored = bounded["followed_share"]
     outside = table.loc[~table["is_bounded"].astype(bool), "arm"]
     return (
-        f"Adapters store the random strings that they are given up to {span} bits for each trained parameter "
-        f"({'; '.join(bounded['arm'])}). Of more they lose a part."
+        f"Up to {span} bits for each trained parameter ({'; '.join(bounded['arm'])}), adapters store at least "
+        f"{100 * stored.min():.0f} % of the random strings that they are given, and hardly more beyond that."
         + (f" Outside the sizes that were tried: {'; '.join(outside)}." if len(outside) else "")
     )
 

@@ -372,7 +372,7 @@ class _FewNumbers(mpl.ticker.LogFormatter):
 
 
 def draw_ladder(axes: plt.Axes, runs: pd.DataFrame, field: str) -> None:
-    """Draws held-out loss along one ladder, with bars over seeds if there are several."""
+    """Draws held-out loss along the ladders over one field, with bars over seeds if there are several."""
     ladder = ladder_summary(runs)
     ladder = ladder[ladder["field"] == field].dropna(subset=["heldout_nll"])
     if ladder.empty:

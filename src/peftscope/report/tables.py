@@ -97,9 +97,9 @@ def method_summary(runs: pd.DataFrame) -> pd.DataFrame:
 def pooled(runs: pd.DataFrame) -> pd.DataFrame:
     """Returns runs with the start of each named without its seed, so that starts that differ by it alone are one.
 
-    A start that runs of several seeds share keeps its name.
+    A start that runs of several seeds share keeps its name. Rows without seeds are pooled already.
     """
-    if "start_from" not in runs or not runs["start_from"].notna().any():
+    if "seed" not in runs or "start_from" not in runs or not runs["start_from"].notna().any():
         return runs
     seeds = runs.groupby("start_from")["seed"].nunique()
     starts = [
@@ -186,7 +186,7 @@ def ladder_summary(runs: pd.DataFrame) -> pd.DataFrame:
     parts = []
     for field, names in ladders(runs).items():
         rungs = runs[[not names.isdisjoint(names_of_run.split()) for names_of_run in runs["comparisons"]]]
-        lines = variants(rungs.drop(columns=field) if field in rungs else rungs)
+        lines = variants(rungs.drop(columns=field))
         part = summarise(rungs.assign(line=lines), ["line", "label", field]).rename(columns={field: "value"})
         parts.append(part.assign(field=field))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["line", "label", "field", "value"])
