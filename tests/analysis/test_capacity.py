@@ -182,9 +182,9 @@ def test_the_section_of_the_report_names_what_is_not_enclosed(here: Path) -> Non
     }
     facts = capacity_facts("capacity")
     assert facts["answer"] == (
-        "Up to 1.99 to 2.00 bits for each trained parameter (LoRA, rank 1; LoRA, rank 4; LoRA, rank 16), adapters store at "
-        "least 99 % of the random strings that they are given, and hardly more beyond that. Outside the sizes that were "
-        "tried: full fine-tuning."
+        "Up to 1.99 to 2.00 bits for each trained parameter (LoRA, rank 1; LoRA, rank 4; LoRA, rank 16), adapters "
+        "store at least 99 % of the random strings that they are given, and hardly more beyond that. Outside the sizes "
+        "that were tried: full fine-tuning."
     )
     assert "outside the sizes that were tried" in html.unescape(facts["table"])
     table = stored_bits(pd.read_csv(folder / "runs.csv"))
