@@ -26,7 +26,7 @@ from peftscope.evaluation.updates import (
 from peftscope.execution.phases import Phases
 from peftscope.execution.run import execute
 from peftscope.execution.weights import WHOLE, measure_weights
-from peftscope.record import kept_path, measured_path
+from peftscope.record import kept_path, measured_path, write_record
 from peftscope.training.build import build_model
 from peftscope.training.load import load_base
 
@@ -140,6 +140,12 @@ def test_weights_of_full_fine_tuning_are_measured_and_cut(toy: Path, make_spec: 
     # The same evaluation gives the same loss, and the more is cut away, the less is left of what was learned.
     assert cuts["heldout_nll"][WHOLE] == pytest.approx(record.quality.heldout_nll, rel=1e-5)
     assert cuts["heldout_nll"][1] > cuts["heldout_nll"][8] > cuts["heldout_nll"][WHOLE]
+
+    # The weights of a run on a card are measured on the processor as well.
+    card = record.spec.model_copy(update={"device": "cuda", "attention": "flash_attention_2"})
+    write_record(tmp_path / "record.json", record.model_copy(update={"spec": card}))
+    measure_weights(tmp_path)
+    pd.testing.assert_frame_equal(pd.read_csv(measured_path(tmp_path)), table)
 
 
 def test_the_worth_of_adaloras_updates_is_measured_apart_from_its_ranks(

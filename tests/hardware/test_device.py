@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from peftscope.cli.forecast import card_of
 from peftscope.errors import InputError
 from peftscope.hardware import device
+from peftscope.hardware.cards import find_gpu
 from peftscope.hardware.device import cards_claimed, visible_cards
 
 JOB = """
@@ -86,3 +88,4 @@ def test_without_nvml_the_driver_names_the_cards(tmp_path: Path, monkeypatch: py
         (tmp_path / "gpus" / bus / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 16\n")
     assert device.gpu_names() == 2 * ["NVIDIA H100 80GB HBM3"]
     assert device.detect_device() == "cuda" and visible_cards() == ["0", "1"]
+    assert card_of("quick", None) == find_gpu("h100")
