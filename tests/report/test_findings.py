@@ -24,9 +24,14 @@ def test_the_page_says_what_was_found_and_what_waits(own_folder: Path, repositor
     by_id = {finding["id"]: finding for finding in findings}
     topic = {"title": "One topic", "claims": ["S34", "S97", "S6"], "larger": "More.", "papers": "Other."}
     topic["doubt"] = "The rates are too low."
-    Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic]}))
+    first = [{"claim": "S6", "verdict": "wrong", "says": "It takes {0:.0f} GB."}]
+    first += [{"claim": "S34", "verdict": "wrong", "says": "The rank is no bottleneck."}]
+    Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic], "first": first}))
     by_id["S34"]["verdict"], by_id["S97"]["verdict"], by_id["S6"]["verdict"] = "holds", "not run", "wrong"
     page = write_findings(read_ledger(), findings).read_text()
+    number = next(part["found"] for part in by_id["S6"]["parts"] if part["role"] != "beside")
+    assert f"## What surprised most\n\n- It takes {number:.0f} GB. ([S6](claims.md#S6);" in page
+    assert page.index("It takes") < page.index("## One topic") and "no bottleneck" not in page
     assert page.index("**S6**") < page.index("**S34**") < page.index("Not run yet: [S97](claims.md#S97)")
     assert "\n\n*In doubt.* The rates are too low.\n\n*A larger model.*" in page
     assert "**Wrong**" in page and "**Holds**" in page

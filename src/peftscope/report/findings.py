@@ -37,7 +37,7 @@ from peftscope.planning.published import all_published_records
 from peftscope.planning.sweep import expand
 from peftscope.record import FINAL
 from peftscope.report.capacity import answer as answer_on_capacity
-from peftscope.report.front import Surprise
+from peftscope.report.front import Surprise, surprising
 from peftscope.report.page import ANSWERS
 from peftscope.report.rendering import rendered
 from peftscope.report.shares import arms_shown
@@ -92,7 +92,7 @@ class Content(BaseModel):
     """What ``experiments/findings.yaml`` says.
 
     Attributes:
-        first: The findings that the README shows first.
+        first: The findings that surprise most, which the README and the page show first.
         topics: The topics of the page.
         cut: The studies that were planned and are not run.
     """
@@ -150,6 +150,7 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
     content = read_content([claim.id for claim in claims])
     page = rendered(
         "findings.md.j2",
+        first=surprising(findings, content.first, Path("claims.md")),
         topics=[_topic(topic, by_id, folder) for topic in content.topics],
         studies=[_study(name, findings, known) for name in experiment_names() if _is_judged(name, findings)],
         cut=[{**_study(cut.study, findings, known), "why": cut.why} for cut in content.cut],

@@ -32,7 +32,7 @@ GREY = "#77808a"
 
 
 class Surprise(BaseModel):
-    """One finding of the README's first screen.
+    """One finding of the README's first screen and of the page of findings.
 
     Attributes:
         claim: The id of the claim that it tells.
@@ -56,14 +56,7 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
     counts = {verdict: sum(finding["verdict"] == verdict for finding in findings) for verdict in COLOURS}
     _draw_bar(counts)
     words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    page = PUBLISHED_REPORTS / "claims.md"
-    by_id = {finding["id"]: finding for finding in findings}
-    lines = [
-        f"- {_told(surprise, finding)} ([{surprise.claim}]({page}#{surprise.claim}); {finding['known']}: "
-        f"{finding['scope']})"
-        for surprise in surprises
-        if (finding := by_id.get(surprise.claim)) and finding["verdict"] == surprise.verdict
-    ]
+    lines = surprising(findings, surprises, PUBLISHED_REPORTS / "claims.md")
     shown = f"![{len(findings)} claims: {words}]({BAR})\n\n" + "\n".join(lines) + "\n"
     _show(BEGIN, shown, END)
     if PAPER.is_file():
@@ -76,6 +69,23 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
             "worst difference": agreement["allocated_percent"]["worst"],
         }
         PAPER.write_text(with_numbers(PAPER.read_text(), numbers))
+
+
+def surprising(findings: list[dict[str, Any]], surprises: list[Surprise], page: Path) -> list[str]:
+    """Returns a line of Markdown for each finding that surprises and whose claim has the verdict that it tells.
+
+    Args:
+        findings: What was found of each claim.
+        surprises: What to tell, in this order.
+        page: The page of claims, from where the lines will stand.
+    """
+    by_id = {finding["id"]: finding for finding in findings}
+    return [
+        f"- {_told(surprise, finding)} ([{surprise.claim}]({page}#{surprise.claim}); {finding['known']}: "
+        f"{finding['scope']})"
+        for surprise in surprises
+        if (finding := by_id.get(surprise.claim)) and finding["verdict"] == surprise.verdict
+    ]
 
 
 def show_study(experiment: str) -> None:
