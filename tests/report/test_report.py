@@ -138,6 +138,9 @@ def test_starts_that_differ_by_the_seed_alone_are_pooled(finished: str) -> None:
     assert "LoRA (start from full" in pooled or "LoRA (start from lora" in pooled
     runs.loc[lora, "start_from"] = "full-s0-01234567"  # of both seeds
     assert len(set(variants(runs.loc[lora]))) == 1
+    runs.loc[lora[0], ["start_from", "start_as"]] = None, "adapter"
+    runs.loc[lora[1], "start_as"] = "merged"
+    assert sorted(variants(runs.loc[lora])) == ["LoRA", "LoRA (start from full-s0-01234567, start as merged)"]
 
 
 def test_a_small_card_shows_as_oom(finished: str) -> None:

@@ -354,7 +354,8 @@ def answer(table: pd.DataFrame, labels: dict[str, str], arms: str = "the arms") 
     for row in rows:
         if row["against"] != reference:
             against = f" against {labels[row['against']]}" if row["outcome"] == Outcome.OPEN else ""
-            sentences.append(f" {labels[row['arm']]}{against} is {clause(row)}{number(row, ' ({})')}.")
+            arm = labels[row["arm"]]
+            sentences.append(f" {arm[0].upper()}{arm[1:]}{against} is {clause(row)}{number(row, ' ({})')}.")
     return f"Of {arms}, {'; '.join(parts)}.{''.join(sentences)}{' Below zero is better.' if has_numbers else ''}"
 
 

@@ -97,7 +97,8 @@ def method_summary(runs: pd.DataFrame) -> pd.DataFrame:
 def pooled(runs: pd.DataFrame) -> pd.DataFrame:
     """Returns runs with the start of each named without its seed, so that starts that differ by it alone are one.
 
-    A start that runs of several seeds share keeps its name. Rows without seeds are pooled already.
+    A start that runs of several seeds share keeps its name. Runs without a start have no ``start_as``. Rows without
+    seeds are pooled already.
     """
     if "seed" not in runs or "start_from" not in runs or not runs["start_from"].notna().any():
         return runs
@@ -106,7 +107,8 @@ def pooled(runs: pd.DataFrame) -> pd.DataFrame:
         start_without_seed(start, seed) if isinstance(start, str) and seeds[start] == 1 else start
         for start, seed in zip(runs["start_from"], runs["seed"], strict=True)
     ]
-    return runs.assign(start_from=starts)
+    uses = {"start_as": runs["start_as"].where(runs["start_from"].notna())} if "start_as" in runs else {}
+    return runs.assign(start_from=starts, **uses)
 
 
 def factors_within_methods(runs: pd.DataFrame) -> list[str]:
