@@ -10,6 +10,7 @@ import math
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import LogLocator
 
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import HELDOUT, MARGIN, StudyResults
@@ -124,6 +125,7 @@ def draw_shares(axes: plt.Axes, study: StudyResults, field: str) -> None:
     beneath.set_yscale("log")
     beneath.margins(y=0.15)  # else marks at the ends are cut
     plain_ticks(beneath.yaxis)
+    beneath.yaxis.set_minor_locator(LogLocator(subs=(3,)))  # a low axis has room for no more
     axes.tick_params(labelbottom=False)
     axes.set(ylabel=f"gain over {label}'s (%)", title=f"What each {field} keeps, at its own best learning rate")
     beneath.set(xlabel=field, ylabel="learning rate")

@@ -17,7 +17,7 @@ from peftscope.analysis.study import ACCURACY, HELDOUT, LOWEST, MARGIN, VALIDATI
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A, Study
 from peftscope.report.plots import GREY, LABEL_WIDTH, arm_looks, beside, draw_figure, plain_ticks
-from peftscope.report.sentences import listed, signed, spoken_outcome
+from peftscope.report.sentences import capitalised, listed, signed, spoken_outcome
 from peftscope.report.svg import INK
 from peftscope.report.tables import FEWEST_FOR_MEANS, formatted, html
 
@@ -354,8 +354,8 @@ def answer(table: pd.DataFrame, labels: dict[str, str], arms: str = "the arms") 
     for row in rows:
         if row["against"] != reference:
             against = f" against {labels[row['against']]}" if row["outcome"] == Outcome.OPEN else ""
-            arm = labels[row["arm"]]
-            sentences.append(f" {arm[0].upper()}{arm[1:]}{against} is {clause(row)}{number(row, ' ({})')}.")
+            arm = capitalised(labels[row["arm"]])
+            sentences.append(f" {arm}{against} is {clause(row)}{number(row, ' ({})')}.")
     return f"Of {arms}, {'; '.join(parts)}.{''.join(sentences)}{' Below zero is better.' if has_numbers else ''}"
 
 
