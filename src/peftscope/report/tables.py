@@ -107,8 +107,10 @@ def pooled(runs: pd.DataFrame) -> pd.DataFrame:
         start_without_seed(start, seed) if isinstance(start, str) and seeds[start] == 1 else start
         for start, seed in zip(runs["start_from"], runs["seed"], strict=True)
     ]
-    uses = {"start_as": runs["start_as"].where(runs["start_from"].notna())} if "start_as" in runs else {}
-    return runs.assign(start_from=starts, **uses)
+    found = runs.assign(start_from=starts)
+    if "start_as" in runs:
+        found["start_as"] = runs["start_as"].where(runs["start_from"].notna())
+    return found
 
 
 def factors_within_methods(runs: pd.DataFrame) -> list[str]:
