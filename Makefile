@@ -154,6 +154,7 @@ site: $(READY)
 claims: $(READY)
 	$(BIN)/peftscope fetch smollm2-135m
 	$(BIN)/peftscope fetch minilm
+	$(BIN)/peftscope make-task two-digit-sums
 	$(BIN)/peftscope claims --write
 
 # RUNS=20: only so many, drawn at random.

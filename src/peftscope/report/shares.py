@@ -148,7 +148,7 @@ def shares_sentence(experiment: str) -> str:
         same = rows.loc[rows["is_same"] & ~rows["is_whole"], field]
         shown = listed([f"{value:,g}" for value in same])
         same_as = f"Shown to be the same within {100 * MARGIN:g} %: {f'{field} {shown}' if shown else 'none'}"
-        spread = f"within a factor of {rows['rate'].max() / rows['rate'].min():.1f}"
+        spread = f"within a factor of {round(rows['rate'].max() / rows['rate'].min(), 1):,g}"
         gain = capitalised(f"{name} keeps {shares} of what {whole} on the task.")
         said.append(f"{gain} {same_as}. The chosen rates of these {field}s lie {spread}.")
     bars = f"Bars are {100 * CONFIDENCE:g} % intervals over pairs of seeds, dashed lines the margin."
