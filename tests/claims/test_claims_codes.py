@@ -49,12 +49,16 @@ def test_rounding_by_definition_agrees_with_bitsandbytes(code: str, block: int) 
     )
 
 
-def test_bitsandbytes_loses_blocks_that_run_over_the_end_of_a_row() -> None:
-    """The reason to flatten first. When this fails, bitsandbytes mended it."""
+def test_bitsandbytes_loses_blocks_that_run_over_the_end_of_a_row_if_the_processor_has_avx512() -> None:
+    """The reason to flatten first. When this fails on a processor with AVX-512, bitsandbytes mended it."""
     weights = normal(48, 160)
     packed, state = functional.quantize_4bit(weights, blocksize=64, quant_type="nf4")
     lost = (functional.dequantize_4bit(packed, state) - weights).norm() / weights.norm()
-    assert lost > 2 * (CodeBook("nf4").rounded(weights, 64) - weights).norm() / weights.norm()
+    by_definition = (CodeBook("nf4").rounded(weights, 64) - weights).norm() / weights.norm()
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        assert lost > 2 * by_definition
+    else:
+        torch.testing.assert_close(lost, by_definition)
 
 
 @pytest.mark.parametrize("code", CODES)

@@ -58,7 +58,8 @@ class CodeBook:
     def rounded(self, values: torch.Tensor, block: int) -> torch.Tensor:
         """Returns the values after a round trip through the code, with bitsandbytes' kernels if it has them.
 
-        Values are flattened, because bitsandbytes 0.50 dequantises wrongly on CPUs if a block crosses the end of a row.
+        Values are flattened, because bitsandbytes 0.50 dequantises wrongly on CPUs with AVX-512 if a block crosses the
+        end of a row.
         """
         if self.name not in ("nf4", "fp4") or block > LARGEST_OF_THE_KERNEL:
             return self.rounded_by_definition(values, block)
