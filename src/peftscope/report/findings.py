@@ -277,7 +277,7 @@ def _price(runs: Sequence[RunSpec], models: set[str]) -> str:
     """Returns the time that runs take on two cores, or "a card" where no model of theirs was ever trained here."""
     if not any(spec.model in models for spec in runs):
         return "a card" if runs else "-"
-    return spoken(sum(estimate_seconds(spec, one_thread=True) for spec in runs) / RUNS_AT_ONCE)
+    return spoken(sum(estimate_seconds(spec, one_thread=True, published_only=True) for spec in runs) / RUNS_AT_ONCE)
 
 
 def _study(name: str, findings: list[dict[str, Any]], known: _Published) -> dict[str, Any]:
