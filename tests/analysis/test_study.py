@@ -836,6 +836,11 @@ def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(tun
         publish("mine")
     assert restore("mine") == 10
     assert chosen.read_text() == rates
+    tables = Path("results/published/mine/tables")
+    tables.mkdir()  # as if the study had been published whole
+    with pytest.raises(InputError, match=r"no new runs, .*missing here.*make report EXPERIMENT=mine"):
+        publish("mine")
+    tables.rmdir()
     after = {p.parent.name: p.read_bytes() for p in Path("results/runs").glob("*/record.json")}
     # What is there already is left alone.
     assert [run for run in before if after[run] != before[run]] == [members("tune-lora")[0]]

@@ -151,6 +151,9 @@ def _publish_unfinished(sweep: Sweep) -> list[Path]:
     if lost:
         message = f"{len(lost)} published runs are missing here, such as {min(lost)}"
         raise InputError(Problem(str(RUNS), message, f"peftscope restore {experiment}"))
+    if len(made) == len(before) and (results / "tables").is_dir():
+        message = "there are no new runs, and the published ones have tables and figures, which are missing here"
+        raise InputError(Problem(str(source), message, f"make report EXPERIMENT={experiment} makes them"))
     _keep_directions(experiment)
     found = [coarse_path(experiment), tuned_path(experiment), directions_path(experiment), weights_path(source)]
     wanted = [source / "runs.csv", *filter(Path.is_file, found)]
