@@ -250,7 +250,7 @@ def test_estimates_follow_the_rate_of_this_machine(repository: Path, monkeypatch
     monkeypatch.chdir(repository)
     record = published("lora-r8-a16-all-linear-s1")
     spec = RunSpec.model_validate(record["spec"])
-    monkeypatch.setattr(estimate, "_measured", lambda: {estimate._kind(record["spec"])[0]: record})
+    monkeypatch.setattr(estimate, "_measured", lambda **_: {estimate._kind(record["spec"])[0]: record})
     there = record["ceilings"]["matmul_flops_per_second"]
     seconds = [estimate.estimate_seconds(spec, lambda spec, by=by: there * by) for by in (0.5, 1, 1e6)]
     assert seconds[1] == pytest.approx(record["seconds"]["wall"]) == estimate.estimate_seconds(spec)
@@ -264,7 +264,7 @@ def test_expand_measures_this_machine(repository: Path, toy: Path, monkeypatch: 
     from typer.testing import CliRunner
 
     seen = []
-    monkeypatch.setattr(estimate, "_measured", dict)
+    monkeypatch.setattr(estimate, "_measured", lambda **_: {})
     monkeypatch.setattr("peftscope.training.ceilings.product_rate", lambda spec: seen.append(spec) or 1e5)
     result = CliRunner().invoke(app, ["expand", "smoke", "--brief"])
     assert result.exit_code == 0 and len(seen) == 6 and " h " in result.output
