@@ -127,7 +127,7 @@ def draw_shares(axes: plt.Axes, study: StudyResults, field: str) -> None:
     plain_ticks(beneath.yaxis)
     beneath.yaxis.set_minor_locator(LogLocator(subs=(3,)))  # a low axis has room for no more
     axes.tick_params(labelbottom=False)
-    axes.set(ylabel=f"gain over {label}'s (%)", title=f"What each {field} keeps, at its own best learning rate")
+    axes.set(ylabel=f"gain (% of {label}'s)", title=f"What each {field} keeps, at its own best learning rate")
     beneath.set(xlabel=field, ylabel="learning rate")
     handles = axes.get_legend_handles_labels()
     beneath.legend(*handles, loc="upper center", bbox_to_anchor=(0.5, -0.4), ncols=4, frameon=False, fontsize=9)
