@@ -181,6 +181,11 @@ class Quality(_Part):
         judged_entropy_bits: The entropy of all their responses; 0 where the task does not know it.
         validation_curve: The validation nll along the training, by the number of steps done.
         retention_curve: The bits per byte on prose along the training, by the number of steps done.
+        greedy_match: The share of the judged items whose response greedy decoding gives exactly, from the held-out
+            pass: each of its tokens and the end are the most likely ones after the right tokens before them.
+        token_accuracy: The share of their response tokens that are.
+        shift: The KL divergences between base and trained model on answers, see ``evaluation.shift``.
+        shift_curve: The same along the training, by the number of steps done.
     """
 
     judged_on: Literal["test", "train"] = "test"
@@ -195,6 +200,10 @@ class Quality(_Part):
     retention_bits_per_byte_before: float | None = None
     retention_bits_per_byte: float | None = None
     retention_curve: dict[int, float] = {}
+    greedy_match: float | None = None
+    token_accuracy: float | None = None
+    shift: dict[str, float] = {}
+    shift_curve: dict[int, dict[str, float]] = {}
 
 
 class Size(_Part):
@@ -219,6 +228,7 @@ class RunRecord(_Part):
             ``merged_prompt``, ``base_token``, ... None: the spec does not ask for them.
         benchmarks: The scores of lm-eval's own benchmarks by lm-eval's names, and the number of ``items``.
         method_metrics: Numbers that only one method has.
+        updates: What the spectra of updates say, by kind of matrix; see ``evaluation.shift``.
         unavailable: The reason why a field is null, by field.
     """
 
@@ -241,6 +251,7 @@ class RunRecord(_Part):
     latency: dict[str, Timing] | None = None
     benchmarks: dict[str, dict[str, float]] = {}
     method_metrics: dict[str, float] = {}
+    updates: dict[str, dict[str, float]] = {}
     unavailable: dict[str, str] = {}
     provenance: dict[str, Any] = {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,39 +12,74 @@ from peftscope.spec import RunSpec
 from peftscope.training.load import autocast
 
 
-@torch.no_grad()
-def heldout_losses(model: Any, batch: Batch, spec: RunSpec) -> torch.Tensor:
-    """Returns the nll at the kept positions in nats, (B, K) fp32, with 0 where a row has no response token.
+class ItemLoss(NamedTuple):
+    """The loss of one item's response.
 
-    Logits are computed at response positions only and the loss in fp32, whatever path training takes.
+    Attributes:
+        nll: The nll of the response and its end, summed, in nats.
+        tokens: The number of these tokens.
+        argmax: A character for each of them: 1 if it is the most likely one after the right tokens before it, else 0.
+            Greedy decoding gives the response exactly if there is no 0.
     """
-    with autocast(spec):
-        logits = model(
+
+    nll: float
+    tokens: int
+    argmax: str
+
+
+def response_logits(model: Any, batch: Batch, spec: RunSpec, offset: int) -> torch.Tensor:
+    """Returns the logits at the kept positions, (B, K, vocabulary), in the precision of the model.
+
+    Args:
+        model: The model, in evaluation mode.
+        batch: The batch.
+        spec: The run, for its precision.
+        offset: The positions that the method adds before the tokens.
+    """
+    with torch.no_grad(), autocast(spec):
+        logits: torch.Tensor = model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
-            logits_to_keep=batch.kept_positions + spec.method.logit_offset(),
+            logits_to_keep=batch.kept_positions + offset,
             use_cache=False,
         ).logits
+    return logits
+
+
+@torch.no_grad()
+def losses_of(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Returns the nll at the kept positions in nats, (B, K) fp32, with 0 where a row has no response token."""
     return torch.nn.functional.cross_entropy(
         logits.float().transpose(1, 2), batch.kept_labels, ignore_index=IGNORED, reduction="none"
     )
 
 
-def heldout_nll(model: Any, examples: Sequence[Example], spec: RunSpec, pad_token_id: int) -> list[tuple[float, int]]:
-    """Returns (summed nll in nats, number of response tokens) for each example, in order."""
+def heldout_losses(model: Any, batch: Batch, spec: RunSpec) -> torch.Tensor:
+    """Returns the nll at the kept positions in nats, (B, K) fp32, with 0 where a row has no response token.
+
+    Logits are computed at response positions only and the loss in fp32, whatever path training takes.
+    """
+    return losses_of(response_logits(model, batch, spec, spec.method.logit_offset()), batch)
+
+
+def heldout_nll(model: Any, examples: Sequence[Example], spec: RunSpec, pad_token_id: int) -> list[ItemLoss]:
+    """Returns the loss of each example, in order."""
     results = []
     for batch in evaluation_batches(examples, batch_size=spec.eval_batch_size, pad_token_id=pad_token_id):
         batch = batch.to(spec.device)
-        losses = heldout_losses(model, batch, spec)
-        counts = (batch.kept_labels != IGNORED).sum(dim=1)
-        results += list(zip(losses.sum(dim=1).tolist(), counts.tolist(), strict=True))
+        logits = response_logits(model, batch, spec, spec.method.logit_offset())
+        nll, counted = losses_of(logits, batch).sum(dim=1).tolist(), batch.kept_labels != IGNORED
+        hits = logits.argmax(dim=2) == batch.kept_labels
+        for loss, row, kept in zip(nll, hits, counted, strict=True):
+            argmax = "".join("1" if hit else "0" for hit in row[kept].tolist())
+            results.append(ItemLoss(loss, len(argmax), argmax))
     return results
 
 
-def mean_nll(per_item: Sequence[tuple[float, int]]) -> float:
+def mean_nll(per_item: Sequence[ItemLoss]) -> float:
     """Returns the mean nll per response token, in nats.
 
-    >>> mean_nll([(2.0, 1), (4.0, 2)])
+    >>> mean_nll([ItemLoss(2.0, 1, "1"), ItemLoss(4.0, 2, "01")])
     2.0
     """
-    return sum(nll for nll, _ in per_item) / sum(count for _, count in per_item)
+    return sum(item.nll for item in per_item) / sum(item.tokens for item in per_item)

@@ -33,11 +33,11 @@ def updated_matrices(model: Any, base: dict[str, torch.Tensor]) -> Iterator[tupl
             continue
         before = before.float()
         if not hasattr(module, "get_delta_weight"):
-            yield plain, before, module.weight.detach().float()
+            yield plain, before, module.weight.detach().float().cpu()
             continue
-        after = before + module.get_delta_weight("default").detach().float()
+        after = before + module.get_delta_weight("default").detach().float().cpu()
         if "default" in getattr(module, "lora_magnitude_vector", {}):
-            magnitude = module.lora_magnitude_vector["default"].weight.detach().float()
+            magnitude = module.lora_magnitude_vector["default"].weight.detach().float().cpu()
             after *= (magnitude / after.norm(dim=1))[:, None]
         yield plain, before, after
 
@@ -87,6 +87,19 @@ def spectrum(squares: torch.Tensor) -> dict[str, float]:
         "stable_rank": float(total / squares[0]),
         **{f"energy_{rank}": float(shares[rank - 1]) for rank in within},
     }
+
+
+def entropy(squares: torch.Tensor) -> dict[str, float]:
+    """Returns the entropies in nats of singular values, and of their squares, each as shares of their sum.
+
+    >>> entropy(torch.tensor([1.0, 1.0, 0.0]))
+    {'entropy_values': 0.693147, 'entropy_energies': 0.693147}
+    """
+    found = {}
+    for name, parts in (("values", squares.double().sqrt()), ("energies", squares.double())):
+        shares = parts / parts.sum()
+        found[f"entropy_{name}"] = round(float(torch.special.entr(shares).sum()), 6)
+    return found
 
 
 def decomposed_change(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float]:

@@ -35,6 +35,7 @@ from peftscope.errors import InputError
 from peftscope.evaluation.heldout import heldout_nll, mean_nll
 from peftscope.evaluation.latency import time_passes
 from peftscope.evaluation.retention import bits_per_byte
+from peftscope.evaluation.shift import BaseAnswers, update_spectra, weights_before
 from peftscope.execution.phases import Phases
 from peftscope.execution.provenance import card_reading, provenance
 from peftscope.execution.ranks import let_others_end_it, meeting_file, rank_folder
@@ -75,7 +76,12 @@ from peftscope.training.step import TrainedModel
 
 @dataclass
 class _Run:
-    """The state of a run: its spec, where it writes, and what it has measured so far."""
+    """The state of a run: its spec, where it writes, and what it has measured so far.
+
+    Attributes:
+        answers: What the base says on validation items, if the run is followed along its training.
+        weights: The base's weights in that case, as far as updates can be told from them.
+    """
 
     spec: RunSpec
     folder: Path
@@ -86,6 +92,8 @@ class _Run:
     alone: bool
     keep_at: Sequence[float] = ()
     log: TrainingLog = field(default_factory=TrainingLog)
+    answers: BaseAnswers | None = None
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,9 @@ def _run_phases(run: _Run) -> None:
     with phase("load"):
         data, base = _load(run)
     _time_latency(run, base, "base")
+    if trains and run.spec.validation_every and run.spec.shards == 1:
+        with phase("evaluate"), attention(base, run.spec.attention):
+            run.answers = BaseAnswers(base.eval(), data.validation, run.spec, data.tokenizer.pad_token_id)
     trained = _prepare(run, base)
     quality.retention_bits_per_byte_before = _score_retention(run, trained.model, data)
     with phase("predict"):
@@ -203,6 +214,7 @@ def execute(
         record.train_nll, record.train_loss = run.log.nll, run.log.loss
         record.quality.validation_curve = run.log.validation_nll
         record.quality.retention_curve = run.log.retention
+        record.quality.shift_curve = run.log.shift
         if alone:
             run.log.write_speed(record.speed, spec)
         record.speed.matmul_share = _matmul_share(record)
@@ -261,7 +273,10 @@ def _load(run: _Run) -> tuple[_Data, Any]:
 def _prepare(run: _Run, base: Any) -> TrainedModel:
     """Returns the model to train, sharded if the run has several processes."""
     with run.phases.phase("initialise"), _tracked_load(run, base) as loaded:
-        trained = build_model(merged_start(base, run.spec), run.spec)
+        start = merged_start(base, run.spec)
+        if run.answers:
+            run.weights = weights_before(start, run.spec)
+        trained = build_model(start, run.spec)
         continue_adapter(trained.model, run.spec)
         loaded.append(trained.model)
     trainable, total = count_parameters(trained.model)
@@ -321,6 +336,7 @@ def _follow(run: _Run, trained: TrainedModel, data: _Data, step: int) -> None:
     if is_due(spec.validation_every):
         with _evaluating(run, model):
             nll = _validate(trained, data, spec)
+            run.log.shift[step] = _shift(run, trained)
         check_loss(nll, trained.vocab_size, spec, f"on validation items after step {step}")
         run.log.validation_nll[step] = nll
     if is_due(spec.retention_every):
@@ -349,6 +365,12 @@ def _validate(trained: TrainedModel, data: _Data, spec: RunSpec) -> float:
         return mean_nll(heldout_nll(trained.model, data.validation, spec, data.tokenizer.pad_token_id))
 
 
+def _shift(run: _Run, trained: TrainedModel) -> dict[str, float]:
+    """Returns how far the training moved the answers so far; nothing if the run is not followed."""
+    with attention(trained.model, run.spec.attention):
+        return run.answers.shift(trained.model) if run.answers else {}
+
+
 def _evaluate(run: _Run, trained: TrainedModel, data: _Data) -> None:
     """Writes the scores into the record, and the scores of each item into ``items.jsonl``."""
     spec, record, model = run.spec, run.record, trained.model
@@ -356,6 +378,8 @@ def _evaluate(run: _Run, trained: TrainedModel, data: _Data) -> None:
     model.eval()
     if data.validation:
         record.quality.validation_nll = _validate(trained, data, spec)
+    record.quality.shift = _shift(run, trained)
+    record.updates = update_spectra(model, run.weights)
     with attention(model, spec.attention):
         per_item = heldout_nll(model, data.heldout, spec, pad)
         nll = mean_nll(per_item)
@@ -364,8 +388,10 @@ def _evaluate(run: _Run, trained: TrainedModel, data: _Data) -> None:
         answers = score_answers(model, data.tokenizer, spec, record, data.items)
         record.benchmarks = score_benchmarks(model, data.tokenizer, spec)
     write_items(run.folder / "items.jsonl", data.items, per_item, answers)
-    record.quality.heldout_nll = nll
-    record.quality.heldout_tokens = sum(count for _, count in per_item)
+    quality = record.quality
+    quality.heldout_nll, quality.heldout_tokens = nll, sum(item.tokens for item in per_item)
+    quality.greedy_match = sum("0" not in item.argmax for item in per_item) / len(per_item)
+    quality.token_accuracy = sum(item.argmax.count("1") for item in per_item) / quality.heldout_tokens
 
 
 def _save(run: _Run, model: Any) -> None:

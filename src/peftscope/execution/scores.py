@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from peftscope.data.sources import Item
+from peftscope.evaluation.heldout import ItemLoss
 from peftscope.record import RunRecord
 from peftscope.spec import RunSpec
 
@@ -39,12 +41,12 @@ def score_benchmarks(model: Any, tokenizer: Any, spec: RunSpec) -> dict[str, dic
     return benchmarks.score_benchmarks(model, tokenizer, spec)
 
 
-def write_items(path: Path, items: Any, per_item: Any, answers: list[dict[str, Any]]) -> None:
+def write_items(path: Path, items: list[Item], per_item: Sequence[ItemLoss], answers: list[dict[str, Any]]) -> None:
     """Writes one line for each held-out item: its loss and, where it was asked, its answer."""
     by_item = {row["item"]: row for row in answers}
     rows = []
-    for index, (item, (nll, tokens)) in enumerate(zip(items, per_item, strict=True)):
-        row = {"item": index, "prompt": item.prompt, "target": item.response, "nll": nll, "tokens": tokens}
+    for index, (item, loss) in enumerate(zip(items, per_item, strict=True)):
+        row = {"item": index, "prompt": item.prompt, "target": item.response, **loss._asdict()}
         answer = by_item.get(index)
         rows.append(row | ({"answer": answer["answer"], "correct": answer["correct"]} if answer else {}))
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

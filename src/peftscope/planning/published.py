@@ -21,7 +21,9 @@ RECORDS, ITEMS, LOSSES = "records.parquet", "items.parquet", "losses.parquet"
 LARGEST_BYTES = 5_000_000
 """The size limit of a published file, above which it must not be committed."""
 
-_ITEM_FIELDS = ("item", "prompt", "target", "nll", "tokens", "answer", "correct")
+_ITEM_FIELDS = ("item", "prompt", "target", "nll", "tokens", "argmax", "answer", "correct")
+_NOT_ALWAYS = ("argmax", "answer", "correct")
+"""Fields that runs of older versions lack, or items that were not asked for an answer."""
 
 
 def write_runs(folder: Path, runs: Iterable[Path]) -> list[Path]:
@@ -112,8 +114,6 @@ def published_items(experiment: str) -> dict[str, str]:
     lines: dict[str, list[str]] = {}
     path = published(experiment) / ITEMS
     for row in _rows(path) if path.is_file() else ():
-        fields = {
-            name: row[name] for name in _ITEM_FIELDS if name not in ("answer", "correct") or row["correct"] is not None
-        }
+        fields = {name: row.get(name) for name in _ITEM_FIELDS if name not in _NOT_ALWAYS or row.get(name) is not None}
         lines.setdefault(row["run_id"], []).append(json.dumps(fields, ensure_ascii=False) + "\n")
     return {run: "".join(text) for run, text in lines.items()}

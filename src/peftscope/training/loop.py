@@ -43,6 +43,7 @@ class TrainingLog:
     useful_flops: list[int] = field(default_factory=list)
     validation_nll: dict[int, float] = field(default_factory=dict)
     retention: dict[int, float] = field(default_factory=dict)
+    shift: dict[int, dict[str, float]] = field(default_factory=dict)
     paged_state_bytes: int | None = None
     data_seconds: float = 0.0
 
