@@ -9,6 +9,7 @@ from peftscope.layout import CONTRIBUTED_RESULTS
 from peftscope.planning.demands import JobDemands
 from peftscope.memory.grid import grid, sources
 from peftscope.planning.plan import load_workflow
+from peftscope.planning.sweep import ROUNDS
 from peftscope.spec import RUN_ID_PATTERN
 
 min_version("9.0")
@@ -36,6 +37,7 @@ wildcard_constraints:
     task=r"[^/]+",
     benchmark=r"[^/]+",
     field=r"[a-z0-9_]+",
+    round=r"[0-9]",
 
 
 # On a cluster, rules with `localrule` stay where Snakemake runs: they are short, or need the network that nodes may not have.
@@ -115,25 +117,24 @@ rule train:
         "python -m peftscope run {params.spec:q} --threads {threads} --output $(dirname {output.record:q}) --checkpoint-seconds {resources.checkpoint_seconds} --attempts-left {resources.attempts_left} --keep-weights {resources.keep_weights} {params.options} > {log} 2>&1"
 
 
-# A study's learning rates, in two steps: the rates of fine grids follow from the listed ones, and the runs that are
-# compared from all.
-checkpoint tune_coarse:
+# The learning rates of a study's arms: three around the best listed one, then up to twice one more beyond an end.
+checkpoint rates:
     input:
-        WORKFLOW.coarse_records,
+        WORKFLOW.rate_records(checkpoints),
         WORKFLOW.experiment_file,
         workflow.source_path("src/peftscope/analysis/tuning.py"),
     output:
-        "results/{experiment}/coarse.json",
+        "results/{experiment}/rates-{round}.json",
     log:
-        "results/{experiment}/logs/tune-coarse.log",
+        "results/{experiment}/logs/rates-{round}.log",
     localrule: True
     shell:
-        "python -m peftscope tune {wildcards.experiment} --coarse 2>&1 | tee {log}"
+        "python -m peftscope tune {wildcards.experiment} {wildcards.round} 2>&1 | tee {log}"
 
 
 checkpoint tune:
     input:
-        WORKFLOW.tuning_records(checkpoints),
+        WORKFLOW.rate_records(checkpoints),
         WORKFLOW.experiment_file,
         workflow.source_path("src/peftscope/analysis/tuning.py"),
     output:
@@ -141,8 +142,10 @@ checkpoint tune:
     log:
         "results/{experiment}/logs/tune.log",
     localrule: True
+    params:
+        round=ROUNDS,
     shell:
-        "python -m peftscope tune {wildcards.experiment} 2>&1 | tee {log}"
+        "python -m peftscope tune {wildcards.experiment} {params.round} 2>&1 | tee {log}"
 
 
 rule collect:
@@ -285,7 +288,7 @@ rule study:
     input:
         "results/{experiment}/runs.csv",
         "results/{experiment}/losses.csv",
-        "results/{experiment}/tuned.json",
+        WORKFLOW.tuned,
         workflow.source_path("src/peftscope/analysis/compare.py"),
         workflow.source_path("src/peftscope/analysis/study.py"),
         workflow.source_path("src/peftscope/analysis/stats.py"),
@@ -421,7 +424,7 @@ rule forgetting:
     input:
         "results/{experiment}/runs.csv",
         "results/{experiment}/losses.csv",
-        "results/{experiment}/tuned.json",
+        WORKFLOW.tuned,
         workflow.source_path("src/peftscope/analysis/study.py"),
         workflow.source_path("src/peftscope/analysis/forgetting.py"),
         workflow.source_path("src/peftscope/report/forgetting.py"),
@@ -449,7 +452,7 @@ rule overfitting:
     input:
         "results/{experiment}/runs.csv",
         "results/{experiment}/losses.csv",
-        "results/{experiment}/tuned.json",
+        WORKFLOW.tuned,
         workflow.source_path("src/peftscope/analysis/study.py"),
         workflow.source_path("src/peftscope/report/overfitting.py"),
     output:
@@ -475,7 +478,7 @@ rule overfitting:
 rule shares:
     input:
         "results/{experiment}/runs.csv",
-        "results/{experiment}/tuned.json",
+        WORKFLOW.tuned,
         workflow.source_path("src/peftscope/analysis/study.py"),
         workflow.source_path("src/peftscope/report/shares.py"),
     output:

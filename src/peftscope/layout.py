@@ -140,9 +140,9 @@ def published_paths(name: str) -> list[Path]:
     return sorted(root.glob(f"*/{name}"))
 
 
-def coarse_path(experiment: str) -> Path:
-    """Returns the path of the rates that a study's fine grids lie around."""
-    return results_folder(experiment) / "coarse.json"
+def rates_path(experiment: str, number: int) -> Path:
+    """Returns the path of the rates at which a study's arms run, after the listed ones or after one more of them."""
+    return results_folder(experiment) / f"rates-{number}.json"
 
 
 def tuned_path(experiment: str) -> Path:

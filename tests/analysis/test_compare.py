@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,19 +71,26 @@ def test_power_as_planned() -> None:
     assert Difference(0.0, math.sqrt(2) * 0.03, 0.0, 16, 0.05 * 0.92).is_precise
 
 
-def test_the_whole_rule_errs_as_seldom_as_it_says() -> None:
-    fixed = error_rates([Setting(0.0, tuned=False), Setting(1.0, tuned=False)], draws=2000)
-    assert fixed["differs"][0] <= 0.05 + 3 * fixed["standard error"][0]
-    assert fixed["same"][1] <= 0.065
-    assert fixed["same"][0] > 0.99  # and it finds out what is the same
+def test_the_choice_among_rates_neither_biases_nor_narrows() -> None:
+    """At most 0.2 % of the task gain and 93 %, as in the table; 1,000 comparisons know it within 0.7 points."""
+    found = error_rates([Setting(8, (3.0, 3.0)), Setting(5, (1.2, 3.0))], draws=1000)
+    assert (found["bias"].abs() < 0.2).all()
+    assert (found["coverage"] > 0.93 - 0.014).all() and (found["coverage"] < 0.99).all()
+    assert (found["half-width"] < 2.5).all() and found["half-width"][0] < found["half-width"][1]
 
 
-def test_tuning_makes_the_rule_less_sure_and_no_bolder() -> None:
-    tuned = error_rates([Setting(0.0, tuned=True), Setting(1.0, tuned=True), Setting(3.0, tuned=True)], draws=300)
-    assert tuned["differs"][0] < 0.2 and tuned["same"][1] < 0.12
-    assert tuned["beyond the margin"][2] > 0.9
+def test_where_a_tenth_of_the_runs_end_on_the_rise_at_the_best_rate_the_arm_looks_worse() -> None:
+    biased = error_rates([Setting(8, (0.8, 3.0))], draws=300)
+    assert biased["bias"][0] < -0.4
+
+
+def test_the_bound_is_the_smallest_margin_of_sameness() -> None:
+    difference = Difference(0.4, 0.3, 0.0, 8, 1.0)
+    for margin, is_same in ((difference.bound + 1e-9, True), (difference.bound - 1e-9, False)):
+        assert replace(difference, margin=margin).is_same is is_same
+    assert difference.bound == pytest.approx(0.4 + stats.t.ppf(0.95, 7) * 0.3 / math.sqrt(8))
 
 
 def test_the_page_shows_the_published_rates(repository: Path) -> None:
     page = (repository / PAGE).read_text()
-    assert page == with_table(page, pd.read_csv(repository / PUBLISHED)) and "| tuned |" in page
+    assert page == with_table(page, pd.read_csv(repository / PUBLISHED)) and "| 1.2 and 3 |" in page

@@ -13,12 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from test_study import CURVE, GAINS, STUDY, members, record_comparison, record_tuning
+from test_study import GAINS, STUDY, members, record_comparison
 
 from peftscope.analysis.collect import collect_experiment
 from peftscope.analysis.ranking import Ranking
 from peftscope.analysis.study import StudyResults
-from peftscope.analysis.tuning import choose_rates
 from peftscope.layout import record_path
 from peftscope.planning.sweep import expand
 from peftscope.report.leaderboard import Section, read_sections, sentences, table, write_leaderboard
@@ -37,8 +36,6 @@ def compare_arms(write_experiment) -> Compare:
     def make(gains: dict[str, list[float]] = CLOSE, **changes: Any) -> None:
         write_experiment("mine", yaml.safe_dump(STUDY | {"study": STUDY["study"] | changes}))
         Path("results/published").mkdir(parents=True)  # so that the published ones of the suite stay out
-        record_tuning({arm: CURVE[arm.removesuffix("-a-a")] for arm in gains})
-        choose_rates(expand("mine"))
         record_comparison(gains)
         collect_experiment(expand("mine"))
 
@@ -72,7 +69,7 @@ def test_rows_have_an_interval_and_share_a_letter_if_they_cannot_be_told_apart(c
     assert rows.loc["LoRA, thin", "its study says"] == "differs by more than the margin"
     low, high = StudyResults("mine").difference("thin", "full").interval(0.9)
     assert f"[{low:+.4f}, {high:+.4f}]" in rows.loc["LoRA, thin", "loss minus full fine-tuning's (nats/token)"]
-    assert list(rows["pairs"]) == ["6"] * 4 and list(rows["rates tried"]) == ["3"] * 4
+    assert list(rows["pairs"]) == ["6"] * 4 and list(rows["rates tried"]) == ["given"] * 4
     settings = rows["settings other than full fine-tuning's"]
     assert "rank 8, alpha 16" in settings["LoRA"] and "rank 2" in settings["LoRA, thin"]
     first, trusted, again = sentences(section)
@@ -106,8 +103,8 @@ def test_two_systems_share_a_letter_exactly_if_they_cannot_be_told_apart() -> No
 
 
 def test_the_reference_that_entered_twice_is_a_control_and_no_method(compare_arms: Compare) -> None:
-    arms = STUDY["study"]["arms"]
-    compare_arms(CLOSE | {REFERENCE_AGAIN: CLOSE["lora"]}, arms=arms, a_a="full")
+    arms, chosen = STUDY["study"]["arms"], STUDY["study"]["chosen_rates"] | {REFERENCE_AGAIN: 1e-4}
+    compare_arms(CLOSE | {REFERENCE_AGAIN: CLOSE["lora"]}, arms=arms, a_a="full", chosen_rates=chosen)
     section = section_of("mine")
     rows = rows_of(section)
     assert rows["group"]["full fine-tuning against itself (A/A)"] == "A/A"

@@ -21,7 +21,7 @@ from scipy import stats
 
 from peftscope.analysis.collect import collect_experiment
 from peftscope.analysis.study import HELDOUT, StudyResults
-from peftscope.analysis.tuning import choose_rates, fit_rate
+from peftscope.analysis.tuning import choose_next, choose_rates
 from peftscope.claims.checks import training
 from peftscope.claims.evaluate import evaluate_part
 from peftscope.claims.ledger import Part
@@ -46,6 +46,7 @@ from peftscope.report.study import (
     controls,
     readable_contrasts,
     study_facts,
+    tuning,
     write_study,
 )
 
@@ -65,12 +66,15 @@ STUDY: dict[str, Any] = {
     "runs": [{"method": "none", "seed": 0}],
     "study": {
         "arms": {"full": {"method": "full"}, "lora": {"method": "lora"}, "thin": {"method": "lora", "rank": 2}},
-        "learning_rates": {"full": [1e-5, 1e-4, 1e-3], "lora": [1e-4, 1e-3, 1e-2], "thin": [1e-4, 1e-3, 1e-2]},
+        "chosen_rates": {"full": 1e-4, "lora": 1e-3, "thin": 1e-3},
+        "chosen_by": "Tossing a coin chose.",
         "tuning_seeds": [100],
         "seeds": [0, 1, 2, 3, 4, 5],
         "controls": {"lora": ["a-a", "zero-lr", "shuffled-labels"]},
     },
 }
+LISTED = {"full": [1e-5, 1e-4, 1e-3], "lora": [1e-4, 1e-3, 1e-2], "thin": [1e-4, 1e-3, 1e-2]}
+TUNED: dict[str, Any] = {"learning_rates": LISTED, "chosen_rates": {}}
 BASE_LOSS = 3.0
 GAINS = {
     "full": [2.0, 2.1, 1.9, 2.05, 1.95, 2.0],
@@ -132,11 +136,40 @@ def record_comparison(gains_of: dict[str, list[float]] = GAINS) -> None:
             record(run, heldout=BASE_LOSS - gain)
 
 
+def record_rates(gains_of: dict[str, list[float]] = GAINS, beside: float = 0.3, **beside_of: float) -> None:
+    """Records all runs of the arms, and decides after each round: the first rates that are known are the best.
+
+    At the rates beside the centre all seeds lose as much as is given, at each rate beyond as much again.
+    """
+    record(members("runs")[0], heldout=BASE_LOSS)
+    centres = {}
+    for number in range(4):
+        choose_rates(expand("mine"), number)
+        for arm, gains in gains_of.items() if number < 3 else ():
+            runs, specs = members(f"rates-{arm}"), expand("mine").runs
+            rates = sorted({specs[run].learning_rate for run in runs})
+            centre = centres.setdefault(arm, rates[1])
+            for run in runs:
+                steps = round(math.log(specs[run].learning_rate / centre) / math.log(3**0.5))
+                loss = BASE_LOSS - gains[specs[run].seed] + beside_of.get(arm, beside) * abs(steps)
+                record(run, heldout=loss, validation=loss)
+
+
 @pytest.fixture
 def tuned(write_study_file) -> None:
+    """A study at rates that were chosen before."""
     write_study_file()
+
+
+@pytest.fixture
+def at_three_rates(write_study_file) -> StudyResults:
+    """A study whose arms ran at three rates each, with the best in the middle."""
+    write_study_file(**TUNED)
     record_tuning()
-    choose_rates(expand("mine"))
+    record_rates()
+    record_comparison()
+    collect_experiment(expand("mine"))
+    return StudyResults("mine")
 
 
 @pytest.fixture
@@ -149,20 +182,32 @@ def finished(tuned: None) -> StudyResults:
 # What a study runs.
 
 
-def test_before_the_rates_are_chosen_only_the_tuning_is_known(write_study_file) -> None:
-    write_study_file()
+def test_before_the_rates_are_chosen_only_the_listed_ones_are_known(write_study_file) -> None:
+    write_study_file(**TUNED)
     sweep = expand("mine")
     assert {c.name for c in sweep.comparisons} == {"runs", "tune-full", "tune-lora", "tune-thin"}
     assert len(sweep.runs) == 1 + 9
     assert {spec.seed for run, spec in sweep.runs.items() if "none" not in run} == {100}
 
 
-def test_then_every_arm_runs_at_its_own_rate_on_the_same_fresh_seeds(tuned: None) -> None:
+def test_then_every_arm_runs_at_three_rates_on_the_same_fresh_seeds(write_study_file) -> None:
+    write_study_file(**TUNED)
+    record_tuning()
+    choose_rates(expand("mine"), 0)
+    sweep = expand("mine")
+    for arm, rates in (("full", [5.8e-5, 1e-4, 1.7e-4]), ("lora", [5.8e-4, 1e-3, 1.7e-3])):
+        specs = [sweep.runs[run] for run in members(f"rates-{arm}")]
+        assert [(s.learning_rate, s.seed) for s in specs] == [(rate, seed) for rate in rates for seed in range(6)]
+    assert len(sweep.runs) == 1 + 9 + 3 * 18
+    assert not any(c.name.startswith("arm-") for c in sweep.comparisons)
+
+
+def test_at_chosen_rates_every_arm_runs_at_one(tuned: None) -> None:
     sweep = expand("mine")
     for arm, rate in (("full", 1e-4), ("lora", 1e-3), ("thin", 1e-3)):
         specs = [sweep.runs[run] for run in members(f"arm-{arm}")]
         assert [(spec.learning_rate, spec.seed) for spec in specs] == [(rate, seed) for seed in range(6)]
-    assert len(sweep.runs) == 1 + 9 + 18 + 18
+    assert len(sweep.runs) == 1 + 18 + 18
 
 
 def test_a_control_changes_one_thing(tuned: None) -> None:
@@ -182,12 +227,11 @@ def test_a_control_changes_one_thing(tuned: None) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"learning_rates": {"full": [1e-5, 1e-4, 1e-3]}}, "arms without a rate: lora, thin; each arm"),
-        (
-            {"learning_rates": STUDY["study"]["learning_rates"] | {"lora": [1e-2, 1e-3, 1e-4]}},
-            "learning_rates of lora must ascend",
-        ),
-        ({"learning_rates": STUDY["study"]["learning_rates"] | {"lora": [1e-2, 1e-3]}}, "learning_rates.lora"),
+        ({"chosen_rates": {"full": 1e-4}}, "arms without a rate: lora, thin; each arm"),
+        (TUNED | {"learning_rates": LISTED | {"lora": [1e-2, 1e-3, 1e-4]}}, "learning_rates of lora must ascend"),
+        (TUNED | {"learning_rates": LISTED | {"lora": [1e-2, 1e-3]}}, "learning_rates.lora"),
+        ({"centres": {"lora": 1e-3}}, "centres of what is not tuned: lora"),
+        ({"a_a": "full"}, "chosen_rates must have both full and full-a-a, or neither"),
         ({"tuning_seeds": [1]}, "must not overlap"),
         ({"seeds": [0]}, "study.seeds"),
         ({"seeds": [0, 1, 1]}, "seeds must differ"),
@@ -230,53 +274,138 @@ def test_gains_are_counted_from_the_base_in_4_bits_only_if_there_is_no_other() -
     assert study.base_loss == 2.0
 
 
-def test_the_lowest_validation_loss_chooses_and_everything_tried_is_kept(tuned: None) -> None:
-    arms = json.loads(Path("results/mine/tuned.json").read_text())["arms"]
-    assert {arm: chosen["learning_rate"] for arm, chosen in arms.items()} == {"full": 1e-4, "lora": 1e-3, "thin": 1e-3}
-    assert [tried["validation_nll"] for tried in arms["full"]["tried"]] == CURVE["full"]
+def test_the_lowest_validation_loss_is_the_centre_and_everything_tried_is_kept(at_three_rates) -> None:
+    for name in ("rates-0.json", "tuned.json"):
+        arms = json.loads((Path("results/mine") / name).read_text())["arms"]
+        assert {arm: said["rates"][1] for arm, said in arms.items()} == {"full": 1e-4, "lora": 1e-3, "thin": 1e-3}
+        assert [tried["validation_nll"] for tried in arms["full"]["tried"]] == CURVE["full"]
+    assert {arm: said["learning_rate"] for arm, said in arms.items()} == {"full": 1e-4, "lora": 1e-3, "thin": 1e-3}
 
 
-@pytest.mark.parametrize(("curve", "end"), [([0.4, 0.5, 0.6], "lowest, 0.0001"), ([0.6, 0.5, 0.4], "highest, 0.01")])
-def test_a_best_rate_at_the_end_of_the_grid_is_refused(curve: list[float], end: str, write_study_file) -> None:
-    write_study_file()
-    record_tuning(CURVE | {"lora": curve})
-    with pytest.raises(InputError, match=f"study.learning_rates.lora: the best of 3 is the {end}"):
-        choose_rates(expand("mine"))
-    assert not Path("results/mine/tuned.json").exists()
+def test_a_centre_that_is_known_needs_no_listed_best(write_study_file) -> None:
+    write_study_file(**TUNED, centres={"lora": 2e-3})
+    record_tuning()
+    choose_rates(expand("mine"), 0)
+    assert {expand("mine").runs[run].learning_rate for run in members("rates-lora")} == {1.2e-3, 2e-3, 3.5e-3}
 
 
 def test_an_arm_that_always_diverges_needs_lower_rates(write_study_file) -> None:
-    write_study_file()
+    write_study_file(**TUNED)
     record_tuning(CURVE | {"lora": [None] * 3})
     with pytest.raises(InputError, match="training diverged at all 3 -> add lower ones"):
-        choose_rates(expand("mine"))
+        choose_rates(expand("mine"), 0)
 
 
-def test_a_best_rate_at_an_end_is_kept_where_the_study_says_so_and_told(write_study_file) -> None:
-    write_study_file(ends="keep")
-    record_tuning(CURVE | {"lora": [0.4, 0.5, 0.7]})
-    choose_rates(expand("mine"))
-    record_comparison()
+def test_one_rate_follows_beyond_an_end_at_most_twice_and_the_end_is_told(write_study_file) -> None:
+    """LoRA gains at every higher rate, full fine-tuning at one higher rate and no more."""
+    write_study_file(**TUNED)
+    record_tuning()
+    record_rates(lora=-0.1)
+    rates = [json.loads(Path(f"results/mine/rates-{n}.json").read_text())["arms"]["lora"]["rates"] for n in range(3)]
+    assert rates[0] == [5.8e-4, 1e-3, 1.7e-3]
+    # Both ends are equally good: the lower one counts first.
+    assert rates[1] == [3.3e-4, *rates[0]] and rates[2] == [1.9e-4, *rates[1]]
+    record_comparison({arm: GAINS[arm] for arm in ("full", "thin")})
+    for run in members("control-shuffled-labels-lora"):
+        if run not in members("arm-lora"):
+            record(run, heldout=2.5)
     collect_experiment(expand("mine"))
     study = StudyResults("mine")
-    assert study.rate("lora").best == 1e-4
+    assert study.rate("lora").best == 1.9e-4 and len(study.rate("lora").losses) == 5
     assert study.arms_at_an_end == ["lora"]
     settings = expand("mine").experiment.study
     assert settings is not None and study_facts(study, settings)["at_an_end"] == "LoRA"
 
 
+def test_without_snakemake_each_choice_follows_from_the_runs_of_the_one_before(write_study_file) -> None:
+    write_study_file(**TUNED, controls={})
+    record_tuning()
+    record(members("runs")[0], heldout=BASE_LOSS)
+    assert choose_next(expand("mine")).name == "rates-0.json"
+    for arm, gains in GAINS.items():
+        for run in members(f"rates-{arm}"):
+            spec = expand("mine").runs[run]
+            best = {"full": 1e-4, "lora": 1.7e-3, "thin": 1e-3}[arm]
+            record(run, heldout=BASE_LOSS - gains[spec.seed] + 0.1 * (spec.learning_rate != best))
+    assert choose_next(expand("mine")).name == "rates-1.json"
+    assert len(members("rates-lora")) == 24
+    for run in members("rates-lora")[18:]:
+        record(run, heldout=2.0)
+    assert choose_next(expand("mine")).name == "tuned.json"
+    assert choose_next(expand("mine")).name == "tuned.json"  # and again the same, once they all are there
+    assert {expand("mine").runs[run].learning_rate for run in members("arm-lora")} == {1.7e-3}
+
+
+def test_one_lucky_and_one_unlucky_seed_decide_nothing(write_study_file) -> None:
+    """At the higher rate one seed is far ahead and the others are behind; at the centre one ended on the steep rise."""
+    write_study_file(**TUNED)
+    record_tuning()
+    record_rates()
+    for run in members("rates-lora"):
+        spec = expand("mine").runs[run]
+        if spec.seed == 0 and spec.learning_rate == 1.7e-3:
+            record(run, heldout=0.0)
+        if spec.seed == 1 and spec.learning_rate == 1e-3:
+            record(run, status="diverged")
+    choose_rates(expand("mine"), 3)
+    record_comparison(GAINS | {"lora": [GAINS["lora"][0], 0.0, *GAINS["lora"][2:]]})
+    collect_experiment(expand("mine"))
+    study = StudyResults("mine")
+    assert study.rate("lora").best == 1e-3
+    kept = sorted(BASE_LOSS - gain for gain in [GAINS["lora"][0], 0.0, *GAINS["lora"][2:]])[1:-1]
+    assert study.rate("lora").losses[1e-3] == pytest.approx(sum(kept) / 4)
+    table = tuning(study).set_index(["arm", "learning_rate"]).loc["lora"]
+    assert table["steep"].tolist() == [0, 1, 0] and table["is_best"].tolist() == [False, True, False]
+
+
+def test_the_interval_of_tuned_arms_chooses_the_rate_anew_without_each_seed(at_three_rates: StudyResults) -> None:
+    """Compared with a jackknife in which every step is written out."""
+    study = at_three_rates
+    losses = {
+        arm: {rate: [BASE_LOSS - gain + worse for gain in GAINS[arm]] for rate, worse in ((1, 0.3), (2, 0), (3, 0.3))}
+        for arm in ("thin", "full")
+    }
+
+    def lowest(arm: str, kept: list[int]) -> float:
+        trimmed = [sorted(values[i] for i in kept)[1:-1] for values in losses[arm].values()]
+        return min(sum(values) / len(values) for values in trimmed)
+
+    def difference(kept: list[int]) -> float:
+        return lowest("thin", kept) - lowest("full", kept)
+
+    without = [difference([i for i in range(6) if i != left]) for left in range(6)]
+    error = math.sqrt(5 / 6 * sum((value - sum(without) / 6) ** 2 for value in without))
+    found = study.difference("thin", "full")
+    assert (found.mean, found.error, found.n) == pytest.approx((difference([*range(6)]), error, 6))
+    assert found.half_width() == pytest.approx(stats.t.ppf(0.975, 5) * error)
+
+
+def test_a_choice_between_rates_that_depends_on_one_seed_widens_the_interval(write_study_file) -> None:
+    write_study_file(**TUNED)
+    record_tuning()
+    record_rates()
+    for run in members("rates-thin"):  # without seed 5 the higher rate is the best, with it the centre
+        spec = expand("mine").runs[run]
+        if spec.learning_rate == 1.7e-3:
+            record(run, heldout=[1.42, 1.41, 1.43, 1.9, 1.42, 1.9][spec.seed])
+    choose_rates(expand("mine"), 3)
+    record_comparison()
+    collect_experiment(expand("mine"))
+    study = StudyResults("mine")
+    wide = study.difference("thin", "full").half_width()
+    study.table = study.table[~((study.table["label"] == "LoRA") & (study.table["learning_rate"] == 1.7e-3))]
+    assert wide > 1.2 * study.difference("thin", "full").half_width()
+
+
 def test_an_arm_that_a_card_cannot_hold_is_left_out_and_told(write_study_file, monkeypatch) -> None:
-    write_study_file(controls={})
+    write_study_file(**TUNED, controls={})
     monkeypatch.setattr("peftscope.planning.sweep.expand.__defaults__", ("cuda",))
     record_tuning()
     record(members("tune-thin")[0], status="oom")
-    choose_rates(expand("mine"))
+    gains = {arm: GAINS[arm] for arm in ("full", "lora")}
+    record_rates(gains)
     names = {c.name for c in expand("mine").comparisons}
     assert "arm-thin" not in names and {"arm-full", "arm-lora"} <= names
-    record(members("runs")[0], heldout=BASE_LOSS)
-    for arm in ("full", "lora"):
-        for run, gain in zip(members(f"arm-{arm}"), GAINS[arm], strict=True):
-            record(run, heldout=BASE_LOSS - gain)
     collect_experiment(expand("mine"))
     study = StudyResults("mine")
     study.require_finished()
@@ -285,122 +414,69 @@ def test_an_arm_that_a_card_cannot_hold_is_left_out_and_told(write_study_file, m
     settings = expand("mine").experiment.study
     assert settings is not None and study_facts(study, settings)["left_out"] == "thin (memory ran out)"
     record(members("tune-full")[1], status="oom")
-    choose_rates(expand("mine"))
+    choose_rates(expand("mine"), 3)
     collect_experiment(expand("mine"))
     with pytest.raises(InputError, match="its reference arm `full` is left out"):
         contrasts(StudyResults("mine"))
     record(members("tune-lora")[1], status="oom")
     with pytest.raises(InputError, match="memory ran out in every one -> see `peftscope expand mine`"):
-        choose_rates(expand("mine"))
+        choose_rates(expand("mine"), 3)
 
 
 def test_fields_of_the_tuning_runs_are_theirs_alone(write_study_file) -> None:
-    write_study_file(tuning={"heldout_items": 4})
+    write_study_file(**TUNED, tuning={"heldout_items": 4})
     record_tuning()
-    choose_rates(expand("mine"))
+    record_rates()
     sweep = expand("mine")
     items = {c.name.split("-")[0]: {sweep.runs[run].heldout_items for run in c.runs} for c in sweep.comparisons}
-    assert items == {"runs": {8}, "tune": {4}, "grid": {8}, "arm": {8}, "control": {8}}
+    assert items == {"runs": {8}, "tune": {4}, "rates": {8}, "grid": {8}, "arm": {8}, "control": {8}}
     for field in ({"seed": 4}, {"method": "dora"}, {"rank": 4}):
         write_study_file(tuning=field)
         with pytest.raises(InputError, match=rf"tuning may only change what is measured .*got {next(iter(field))}"):
             expand("mine")
 
 
-def test_tuning_needs_every_record(write_study_file) -> None:
-    write_study_file()
+def test_choosing_needs_every_record(write_study_file) -> None:
+    write_study_file(**TUNED)
     with pytest.raises(InputError, match="no record yet"):
-        choose_rates(expand("mine"))
+        choose_rates(expand("mine"), 0)
     record_tuning()
     record(members("tune-lora")[1], status="failed")
     with pytest.raises(InputError, match=r"failed: .*remove its record.json to try again"):
-        choose_rates(expand("mine"))
+        choose_rates(expand("mine"), 0)
 
 
 def test_an_arm_that_is_left_out_takes_its_rates_and_controls_along(own) -> None:
     own("parent", yaml.safe_dump(STUDY))
     own("child", "extends: parent\nstudy: {arms: {thin: null}}\n")
-    assert {c.name for c in expand("child").comparisons} == {"runs", "tune-full", "tune-lora"}
+    assert {c.name for c in expand("child").comparisons} >= {"arm-full", "arm-lora", "control-a-a-lora"}
+    assert "arm-thin" not in {c.name for c in expand("child").comparisons}
 
 
 def test_a_study_that_could_not_answer_is_refused_before_its_runs(write_study_file) -> None:
-    write_study_file(tuning={"validation_items": 0})
+    write_study_file(**TUNED, tuning={"validation_items": 0})
     with pytest.raises(InputError, match=r"fixed\.validation_items: a study chooses its rates by validation loss"):
         expand("mine")
-    write_study_file(arms=STUDY["study"]["arms"] | {"thin": {"method": "lora", "rank": 1, "task": "time-intervals"}})
+    strange = {"method": "lora", "rank": 1, "task": "time-intervals"}
+    write_study_file(**TUNED, arms=STUDY["study"]["arms"] | {"thin": strange})
     with pytest.raises(InputError, match=r"runs: no run of the untouched base has model toy and task time-intervals"):
         expand("mine")
 
 
-# Two stages, and an arm that enters again.
-
-FINE: dict[str, Any] = {
-    "learning_rates": {arm: [3e-4, 1e-3, 3e-3] for arm in STUDY["study"]["arms"]},
-    "fine_seeds": [101],
-    "a_a": "full",
-    "controls": {"lora": ["shuffled-labels"]},
-    "control_seeds": [0, 1],
-}
+# An arm that enters again.
 
 
-def record_stage(stage: str, arms: tuple[str, ...], loss_of: Callable[[float], float | None]) -> None:
-    for arm in arms:
-        for run in members(f"{stage}{arm}"):
-            loss = loss_of(expand("mine").runs[run].learning_rate)
-            record(run, validation=loss, heldout=loss, status="ok" if loss is not None else "diverged")
-
-
-def test_fine_rates_lie_around_the_best_listed_one_on_seeds_of_their_own(write_study_file) -> None:
-    write_study_file(**FINE)
-    arms = ("full", "lora", "thin", "full-a-a")
+def test_the_a_a_arm_has_its_own_listed_runs_and_another_start_for_each_seed_at_every_rate(write_study_file) -> None:
+    write_study_file(**TUNED, a_a="full", controls={"lora": ["shuffled-labels"]}, control_seeds=[0, 1])
     assert {spec.seed for run, spec in expand("mine").runs.items() if run in members("tune-full-a-a")} == {1100}
-    record_stage("tune-", arms, lambda rate: 0.5 + math.log(rate / 1.2e-3) ** 2 / 50)
-    choose_rates(expand("mine"), coarse=True)
+    record_tuning(CURVE | {"full-a-a": [0.4, 0.5, 0.6]})
+    record_rates(GAINS | {"full-a-a": GAINS["full"]})
     sweep = expand("mine")
-    fine = [sweep.runs[run] for run in members("fine-lora")]
-    assert [(spec.learning_rate, spec.seed) for spec in fine] == [(0.00058, 101), (0.001, 101), (0.0017, 101)]
-    assert {sweep.runs[run].seed for run in members("fine-full-a-a")} == {1101}
-    assert not any(c.name.startswith("arm-") for c in sweep.comparisons)
-    record_stage("fine-", arms, lambda rate: 0.45 + math.log(rate / 1.2e-3) ** 2 / 50)
-    choose_rates(expand("mine"))
-    entry = json.loads(Path("results/mine/tuned.json").read_text())["arms"]["lora"]
-    assert entry["coarse"] == 1e-3 and entry["learning_rate"] == pytest.approx(1.2e-3, rel=0.1)
-    assert len(entry["tried"]) == 6
-    sweep = expand("mine")
-    again = [sweep.runs[run] for run in members("arm-full-a-a")]
-    assert [(spec.seed, spec.init_seed) for spec in again] == [(seed, seed + A_A_SHIFT) for seed in range(6)]
+    again = [sweep.runs[run] for run in members("rates-full-a-a")]
+    assert {spec.learning_rate for spec in again} == {5.8e-6, 1e-5, 1.7e-5}
+    assert all(spec.init_seed == spec.seed + A_A_SHIFT for spec in again)
     shuffled = [sweep.runs[run] for run in members("control-shuffled-labels-lora")]
     assert sorted(spec.seed for spec in shuffled if spec.shuffled_targets) == [0, 1]
-
-
-def test_a_rate_is_chosen_off_the_cliff() -> None:
-    coarse = [(3e-4, 0.35, False), (1e-3, 0.19, False), (3e-3, 0.90, False)]
-    fine = [(5.8e-4, 0.21, True), (1e-3, 0.185, True), (1.7e-3, 0.18, True)]
-    fit = fit_rate(coarse + fine, 1e-3)
-    assert fit is not None and fit.is_convex
-    # The lowest loss of all is at 1.7e-3, but twice the rate is already bad.
-    assert 5.8e-4 <= fit.learning_rate < 1.3e-3
-    assert fit.at_twice > fit.lowest < fit.at_half
-    assert 0 < fit.regret <= fit.regret_rms
-
-
-def test_a_rate_stays_below_those_that_diverged() -> None:
-    coarse = [(3e-4, 0.35, False), (1e-3, 0.19, False), (3e-3, 0.17, False)]
-    fine = [(5.8e-4, 0.25, True), (1e-3, 0.19, True), (1.7e-3, 0.16, True)]
-    free = fit_rate(coarse + fine, 1e-3)
-    held = fit_rate([*coarse, *fine[:2], (1.7e-3, math.inf, True)], 1e-3)
-    assert free is not None and held is not None
-    assert held.learning_rate <= 1e-3 < free.learning_rate
-    # A divergence at the lowest rate of all says nothing of a cliff above.
-    odd = fit_rate([(1e-4, math.inf, False), *coarse, *fine], 1e-3)
-    assert odd is not None and odd.learning_rate <= 1e-3
-
-
-def test_a_smooth_curve_has_no_regret_and_too_few_losses_no_fit() -> None:
-    runs = [(rate, math.exp(math.log(rate / 1e-3) ** 2) / 5, rate > 5e-4) for rate in (3e-4, 4e-4, 1e-3, 1.7e-3, 2e-3)]
-    fit = fit_rate(runs, 1e-3)
-    assert fit is not None and fit.learning_rate == 1e-3 and fit.regret_rms < 1e-9
-    assert fit_rate(runs[:4], 1e-3) is None
 
 
 def test_the_lowest_loss_along_shuffled_runs_is_what_the_form_explains(tuned: None) -> None:
@@ -423,26 +499,20 @@ def test_an_arm_may_have_a_given_rate_or_that_of_another(write_study_file) -> No
     arms = STUDY["study"]["arms"] | {"paper": {"method": "dora"}, "short": {"method": "lora", "steps": 2}}
     borrowed = {"short": {"arm": "lora", "times": 3}}
     write_study_file(arms=arms, given_rates={"paper": 2e-5}, borrowed_rates=borrowed)
-    assert not any(name.endswith(("paper", "short")) for name in (c.name for c in expand("mine").comparisons[:4]))
-    record_tuning()
-    choose_rates(expand("mine"))
     sweep = expand("mine")
     assert {sweep.runs[run].learning_rate for run in members("arm-paper")} == {2e-5}
     assert {sweep.runs[run].learning_rate for run in members("arm-short")} == {3e-3}
     record_comparison(GAINS | {"paper": GAINS["thin"], "short": GAINS["lora"]})
     collect_experiment(expand("mine"))
     study = StudyResults("mine")
-    assert study.arms == ["full", "lora", "thin", "paper", "short"]
+    assert study.arms == ["full", "lora", "paper", "short", "thin"]
     assert study.rate("paper").best == 2e-5 and study.rate("short").regret == 0
-    study._chosen["lora"]["regret_rms"] = 0.02
-    study._chosen["thin"] |= {"learning_rate": 3e-3, "regret_rms": 0.5}  # which happens to be the borrowed rate
+    study._chosen["lora"] = {"learning_rate": 1e-3, "tried": [], "regret_rms": 0.02}
     assert study.rate("short").regret == 0  # at three times LoRA's rate
     study.settings.borrowed_rates["short"].times = 1
     assert study.rate("short").regret == 0.02 and study.rate("paper").regret == 0
     with pytest.raises(InputError, match="the arm `paper` was not tuned: its rate was given"):
         study.tuning_runs("paper")
-    write_study("mine")
-    assert "given" in Path("results/mine/tables/tuning.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -451,6 +521,7 @@ def test_an_arm_may_have_a_given_rate_or_that_of_another(write_study_file) -> No
         ({"given_rates": {"lora": 1e-4}}, "arms with more than one rate: lora; each arm"),
         ({"given_rates": {"thing": 1e-4}}, "rates of what is no arm: thing; each arm"),
         ({"given_rates": {"lora": 0}}, "given_rates.lora"),
+        (TUNED | {"given_rates": {"lora": 1e-4}}, "arms with more than one rate: lora; each arm"),
         ({"borrowed_rates": {"thin": {"arm": "lora", "time": 2}}}, "borrowed_rates.thin.time"),
     ],
 )
@@ -490,8 +561,6 @@ def test_contrasts_are_paired_by_seed_and_corrected_for_their_number(finished: S
 
 def test_a_study_may_compare_two_of_its_arms_as_well(write_study_file) -> None:
     write_study_file(contrasts=[["thin", "lora"]])
-    record_tuning()
-    choose_rates(expand("mine"))
     record_comparison()
     collect_experiment(expand("mine"))
     study = StudyResults("mine")
@@ -539,19 +608,22 @@ def test_a_control_without_any_spread_is_no_difference(tuned: None) -> None:
     assert (row["difference"], row["difference_low"], row["difference_high"]) == (0, 0, 0)
 
 
-def test_the_section_of_the_report_has_its_tables_and_figures(finished: StudyResults) -> None:
+def test_the_section_of_the_report_has_its_tables_and_figures(at_three_rates: StudyResults) -> None:
     write_study("mine")
     folder = Path("results/mine")
     for name, axis in (("tuning", "learning rate"), ("differences", "further left is better")):
         drawn = (folder / "figures" / f"{name}.svg").read_text()
         assert axis in drawn
         assert drawn.count("<use") > 3
-    pd.testing.assert_frame_equal(pd.read_csv(folder / "tables" / "contrasts.csv"), contrasts(finished))
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "tables" / "contrasts.csv"), contrasts(at_three_rates))
     shown = (folder / "tables" / "controls.html").read_text()
     assert all(f"LoRA, {name}" in html.unescape(shown) for name in CONTROLS.values())
-    facts = study_facts(finished, expand("mine").experiment.study)
+    facts = study_facts(at_three_rates, expand("mine").experiment.study)
     assert facts["chosen"] == "full fine-tuning 0.0001; LoRA 0.001; LoRA, thin 0.001"
     assert (facts["seeds"], facts["fewest_rates"], facts["base_loss"]) == (6, 3, "3.000")
+    assert len(pd.read_csv(folder / "tables" / "tuning.csv")) == 9
+    shown = (folder / "tables" / "tuning.html").read_text()
+    assert "0.001, the best" in shown and "0.0017" in shown
 
 
 def test_an_arm_far_away_leaves_room_for_the_others() -> None:
@@ -587,7 +659,7 @@ def test_arms_are_called_by_their_method_and_what_sets_them_apart(finished: Stud
         "thin": "LoRA, thin",
     }
     # The first arm of several of one method has its own name too, unless it is named after the method.
-    for path in map(Path, ("experiments/mine.yaml", "results/mine/runs.csv", "results/mine/tuned.json")):
+    for path in map(Path, ("experiments/mine.yaml", "results/mine/runs.csv")):
         path.write_text(re.sub(r"\bthin\b", "lora-thin", re.sub(r"\blora\b(?!,)", "r8", path.read_text())))
     text = Path("experiments/mine.yaml").read_text().replace("method: r8", "method: lora")
     Path("experiments/mine.yaml").write_text(text)
@@ -622,8 +694,8 @@ def test_a_study_of_few_examples_shows_what_is_trained_and_what_is_not(finished:
     assert "its lowest by 0.500 (LoRA) nats per token" in overfitting_sentence("mine")
 
 
-def test_results_are_read_where_they_are_all_that_is_left(finished: StudyResults) -> None:
-    before = contrasts(finished)
+def test_results_are_read_where_they_are_all_that_is_left(at_three_rates: StudyResults) -> None:
+    before = contrasts(at_three_rates)
     Path("experiments/mine.yaml").unlink()
     left = StudyResults("mine")
     assert left.settings is None
@@ -725,7 +797,7 @@ def test_claims_count_answers_in_points(tuned: None) -> None:
     assert judge(Rule(better_by=0), training.accuracy_gain("mine", "full", "lora"))[0] == Verdict.WRONG
 
 
-def test_three_rates_give_no_interval_of_the_best_one(finished: StudyResults) -> None:
+def test_three_rates_give_no_interval_of_the_best_one(at_three_rates: StudyResults) -> None:
     with pytest.raises(NotRunError, match="`lora` has fewer than four rates"):
         training.learning_rate_ratio("mine", "lora", "full")
 
@@ -789,7 +861,7 @@ def test_without_a_task_gain_there_is_no_yardstick(tuned: None) -> None:
     assert "samples to the reference's loss and the margin" not in shown
 
 
-def test_rates_that_were_chosen_under_other_settings_do_not_count(tuned: None) -> None:
+def test_rates_that_were_chosen_under_other_settings_do_not_count(at_three_rates: StudyResults) -> None:
     path = Path("experiments/mine.yaml")
     path.write_text(path.read_text().replace("steps: 3", "steps: 5"))
     assert len(expand("mine").runs) == 1 + 9
@@ -798,18 +870,21 @@ def test_rates_that_were_chosen_under_other_settings_do_not_count(tuned: None) -
         StudyResults("mine").tuning_runs("lora")
 
 
-def test_the_report_of_half_a_study_says_so(tuned: None, toy: Path) -> None:
+def test_the_report_of_half_a_study_says_so(write_study_file, toy: Path) -> None:
+    write_study_file(**TUNED)
     Path("resources").symlink_to(toy / "resources")
-    for run in members("runs"):
-        record(run, heldout=BASE_LOSS)
+    record_tuning()
+    record(members("runs")[0], heldout=BASE_LOSS)
+    choose_rates(expand("mine"), 0)
     report("mine")
     page = Path("reports/mine/report.html").read_text()
-    assert "0 of 6 runs done" in page and 'id="tuning"' not in page
+    assert "its last runs have not begun" in page and 'id="tuning"' not in page
+    record_rates()
     record_comparison()
     report("mine")
     page = Path("reports/mine/report.html").read_text()
     assert (
-        "runs done" not in page
+        "not finished" not in page
         and 'id="tuning"' in page
         and "Rings mark what was chosen: full fine-tuning 0.0001" in page
     )
@@ -818,8 +893,11 @@ def test_the_report_of_half_a_study_says_so(tuned: None, toy: Path) -> None:
 # A second sitting.
 
 
-def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(tuned: None) -> None:
-    record(members("arm-lora")[0], heldout=1.0)
+def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(write_study_file) -> None:
+    write_study_file(**TUNED)
+    record_tuning()
+    choose_rates(expand("mine"), 0)
+    record(members("rates-lora")[0], heldout=1.0)
     publish("mine")
     measured = Path("results/published/mine/directions.json")
     measured.write_text("{}")
@@ -828,7 +906,7 @@ def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(tun
     before = {p.parent.name: p.read_bytes() for p in Path("results/runs").glob("*/record.json")}
     assert len(before) == 10
     Path("results/runs").rename("results/lost")
-    chosen = Path("results/mine/tuned.json")
+    chosen = Path("results/mine/rates-0.json")
     rates = chosen.read_text()
     chosen.unlink()
     record(members("tune-lora")[0], validation=0.9)
@@ -853,7 +931,7 @@ def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(tun
 
 
 def test_the_first_runs_of_a_study_are_published_before_a_rate_is_chosen(write_study_file) -> None:
-    write_study_file()
+    write_study_file(**TUNED)
     with pytest.raises(InputError, match="not finished"):
         publish("mine")
     record(members("tune-lora")[1], validation=0.5)
@@ -861,7 +939,7 @@ def test_the_first_runs_of_a_study_are_published_before_a_rate_is_chosen(write_s
     assert list(published_records("mine")) == [members("tune-lora")[1]]
 
 
-def test_a_finished_study_is_published_with_runs_that_diverged(finished: StudyResults) -> None:
+def test_a_finished_study_is_published_with_runs_that_diverged(at_three_rates: StudyResults) -> None:
     write_study("mine")
     report("mine")
     Path("results/mine/all-runs-ended-well").touch()
@@ -871,21 +949,17 @@ def test_a_finished_study_is_published_with_runs_that_diverged(finished: StudyRe
     diverged = members("tune-full")[2]
     assert parse_record(published_records("mine")[diverged], diverged).status == "diverged"
     assert diverged not in published_items("mine")
-    assert len(list(published.rglob("*.*"))) <= 20
+    assert len(list(published.rglob("*.*"))) <= 23
     here = training.training_gain("mine", "thin", "lora")
     Path("results/mine").rename("results/gone")
     assert training.training_gain("mine", "thin", "lora") == here
 
 
 def test_a_study_of_one_arm_shows_no_comparison(write_study_file) -> None:
-    write_study_file(
-        arms={"lora": {"method": "lora"}}, learning_rates={"lora": [1e-4, 1e-3, 1e-2]}, controls={}, a_a=None
-    )
+    rates = {"learning_rates": {"lora": LISTED["lora"]}, "chosen_rates": {}}
+    write_study_file(arms={"lora": {"method": "lora"}}, **rates, controls={}, a_a=None)
     record_tuning({"lora": CURVE["lora"]})
-    choose_rates(expand("mine"))
-    record(members("runs")[0], heldout=BASE_LOSS)
-    for run, gain in zip(members("arm-lora"), GAINS["lora"], strict=True):
-        record(run, heldout=BASE_LOSS - gain)
+    record_rates({"lora": GAINS["lora"]})
     report("mine")
     page = Path("reports/mine/report.html").read_text()
     assert '<figure id="tuning">' in page and '<figure id="differences">' not in page
@@ -895,6 +969,7 @@ def test_a_study_of_one_arm_shows_no_comparison(write_study_file) -> None:
 @pytest.mark.slow
 def test_the_whole_study_in_one_workflow(write_experiment, repository: Path, toy: Path) -> None:
     study = STUDY["study"] | {
+        "chosen_rates": {},
         "arms": {"full": {"method": "full"}, "lora": {"method": "lora"}},
         # On random weights only an absurd rate is too high.
         "learning_rates": {"full": [1e-4, 1e-2, 1.0], "lora": [1e-4, 3e-2, 100.0]},
@@ -909,7 +984,10 @@ def test_the_whole_study_in_one_workflow(write_experiment, repository: Path, toy
     command.append("results/mine/tables/contrasts.csv")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(list(Path("results/runs").glob("*/record.json"))) == 1 + 6 + 4
+    arms = json.loads(Path("results/mine/tuned.json").read_text())["arms"]
+    rates = [len(said["rates"]) for said in arms.values()]
+    assert all(3 <= count <= 5 for count in rates)
+    assert len(list(Path("results/runs").glob("*/record.json"))) == 1 + 6 + 2 * sum(rates)
     found = pd.read_csv("results/mine/tables/contrasts.csv")
     study = StudyResults("mine")
     assert found["difference"].tolist() == pytest.approx([study.difference("lora", "full").mean])

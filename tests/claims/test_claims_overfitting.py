@@ -58,6 +58,7 @@ def write(**worlds: dict[str, Any]) -> None:
                     "gradient_accumulation": 1,
                     "train_items": 64,
                     "dropout": 0.0,
+                    "learning_rate": 1e-3,
                     VALIDATION: last,
                     LOWEST: min(middle, lowest, last),
                     HELDOUT: last,

@@ -166,7 +166,7 @@ def write_subspaces(middle: float, noise: float = 0.005) -> None:
     rows += [
         {"run_id": f"tune-{name}", "comparisons": f"tune-{name[4:]}", "seed": 100} for name in losses if "arm" in name
     ]
-    table = pd.DataFrame(rows).assign(model="toy", task="sums")
+    table = pd.DataFrame(rows).assign(model="toy", task="sums", learning_rate=1e-2)
     lora = table["comparisons"] == "arm-lora"
     table.loc[lora, "comparisons"] += " control-shuffled-labels-lora"
     folder = results_folder("synthetic")

@@ -25,7 +25,7 @@ from peftscope.execution.phases import Phases
 from peftscope.execution.run import execute
 from peftscope.execution.store import move_runs
 from peftscope.files.atomic import write_json
-from peftscope.layout import PUBLISHED_RESULTS, record_path, report_path, results_folder, run_folder, tuned_path
+from peftscope.layout import PUBLISHED_RESULTS, rates_path, record_path, report_path, results_folder, run_folder
 from peftscope.planning.plan import Workflow, load_workflow, plan_experiment
 from peftscope.planning.published import (
     LARGEST_BYTES,
@@ -228,18 +228,17 @@ study:
     fixed = SHORT.replace("}", ", validation_items: 8}")
     own("mine", fixed + study)
     own("other", fixed + "seeds: [0]\naxes: {method: [full]}\n")
-    write_json(coarse := tuned_path("mine"), {"arms": {}})
-    tried = [{"learning_rate": s.learning_rate, "run_ids": [r]} for r, s in expand("mine").runs.items() if s.seed == 10]
-    write_json(coarse, {"arms": {"lora": {"learning_rate": 0.001, "tried": tried}}})
+    tuning = [run for run, spec in expand("mine").runs.items() if spec.seed == 10]
+    write_json(rates_path("mine", 0), {"arms": {"lora": {"rates": [0.0005, 0.001, 0.002], "chosen_from": tuning}}})
     workflow = load_workflow({"experiment": "mine other"})
     options = {run: workflow.options(SimpleNamespace(run_id=run)) for run in workflow.runs}
     keeping = {run for run, said in options.items() if "--keep-at 0.5,1" in said}
     specs = {(s.method.name, s.seed, s.learning_rate) for s in map(workflow.runs.__getitem__, keeping)}
     assert specs == {("full", 0, workflow.runs[next(r for r in keeping if r.startswith("full"))].learning_rate)} | {
-        ("lora", seed, 0.001) for seed in (0, 1)
+        ("lora", seed, rate) for seed in (0, 1) for rate in (0.0005, 0.001, 0.002)
     }
     # The run of `other` has the machine to itself, and keeps its weights because `mine` asks for them.
-    assert sorted(options[run] for run in keeping) == ["--keep-at 0.5,1", *["--shared --keep-at 0.5,1"] * 2]
+    assert sorted(options[run] for run in keeping) == ["--keep-at 0.5,1", *["--shared --keep-at 0.5,1"] * 6]
 
 
 @pytest.mark.parametrize("shares", ["0.5,x", "0", "1.5", "nan"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from peftscope.analysis.tuning import choose_next, choose_rates
+from peftscope.analysis.tuning import choose_next
 from peftscope.errors import InputError
 from peftscope.execution import provenance, sweep
 from peftscope.execution.inputs import inputs
@@ -61,7 +62,8 @@ class Runs:
         self.seen.append(spec.method.name)
         self.now += self.seconds
         status = self.endings.get(spec.method.name, "ok")
-        quality = Quality(validation_nll=1 + abs(spec.learning_rate - 1e-3))
+        loss = 1 + abs(math.log(spec.learning_rate / 1e-3)) if spec.learning_rate else 9.0
+        quality = Quality(validation_nll=loss, heldout_nll=loss)
         record = RunRecord(run_id=identity, status=status, spec=spec, quality=quality)
         state_folder(folder).mkdir(parents=True, exist_ok=True)
         (folder / "items.jsonl").write_text("")
@@ -121,19 +123,18 @@ def test_a_study_goes_on_with_the_runs_that_follow_from_what_was_chosen(
 ) -> None:
     write_experiment("mine", STUDY)
     runs = Runs(monkeypatch)
-    assert run_sweep("mine", one_second, choose_rates).left == 0
+    assert run_sweep("mine", one_second, choose_next).left == 0
     plan = plan_experiment("mine")
-    assert len(runs.seen) == len(plan.run_ids) == 1 + 2 * 3 + 2 * 2
+    assert len(runs.seen) == len(plan.run_ids) == 1 + 2 * 3 + 2 * 3 * 2
     assert all(record_path(run).is_file() for run in plan.run_ids)
     said = capfd.readouterr().err
-    assert "0 of 11 runs done before" in said and "11/11" in said
-    run_sweep("mine", one_second, choose_rates)
-    assert len(runs.seen) == 11
+    assert "0 of 19 runs done before" in said and "19/19" in said
+    run_sweep("mine", one_second, choose_next)
+    assert len(runs.seen) == 19
 
 
-def test_an_arm_that_comes_later_has_its_fine_grid_as_well(write_experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = STUDY.replace("[10]", "[10]\n  fine_seeds: [20]").replace("1.0e-4", "3.0e-4").replace("1.0e-2", "3.0e-3")
-    first = text
+def test_an_arm_that_comes_later_has_its_three_rates_as_well(write_experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = text = STUDY.replace("1.0e-4", "3.0e-4").replace("1.0e-2", "3.0e-3")
     write_experiment("mine", text)
     Runs(monkeypatch)
     run_sweep("mine", one_second, choose_next)
@@ -141,9 +142,9 @@ def test_an_arm_that_comes_later_has_its_fine_grid_as_well(write_experiment, mon
     write_experiment("mine", text.replace("large: [", "other: [3.0e-4, 1.0e-3, 3.0e-3], large: ["))
     runs = Runs(monkeypatch)
     run_sweep("mine", one_second, choose_next)
-    assert runs.seen == ["dora"] * (3 + 3 + 2)
+    assert runs.seen == ["dora"] * (3 + 3 * 2)
     arms = json.loads(tuned_path("mine").read_text())["arms"]
-    assert [len(arms[arm]["tried"]) for arm in ("small", "large", "other")] == [6, 6, 6]
+    assert [len(arms[arm]["rates"]) for arm in ("small", "large", "other")] == [3, 3, 3]
     # A longer list whose best rate is the same: nothing but the new rate runs, and the pairs are there.
     write_experiment("mine", first.replace("small: [", "small: [1.0e-4, "))
     runs = Runs(monkeypatch)
@@ -156,7 +157,7 @@ def test_a_study_does_not_choose_from_runs_that_failed(write_experiment, monkeyp
     write_experiment("mine", STUDY)
     Runs(monkeypatch, lora="failed")
     with pytest.raises(InputError, match="failed: None"):
-        run_sweep("mine", one_second, choose_rates)
+        run_sweep("mine", one_second, choose_next)
 
 
 def test_a_sweep_leaves_the_records_of_the_workflow(own) -> None:

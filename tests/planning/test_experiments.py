@@ -11,11 +11,12 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from peftscope.layout import CONTRIBUTED_RESULTS, LEADERBOARD, MEMORY_FOLDER, RUNS
+from peftscope.layout import CONTRIBUTED_RESULTS, LEADERBOARD, MEMORY_FOLDER, PUBLISHED_RESULTS, RUNS
 from peftscope.methods import METHODS
 from peftscope.planning.checks import check_runs
 from peftscope.planning.experiment import NOT_EXPERIMENTS, RESERVED_NAMES, experiment_names
 from peftscope.planning.plan import Workflow, plan_experiment
+from peftscope.planning.published import all_published_records
 from peftscope.planning.resolve import RUN_FIELDS, spec_from
 from peftscope.planning.sweep import Sweep, expand
 from peftscope.spec import RUN_ID_PATTERN, RunSpec, run_id, spec_schema
@@ -86,7 +87,7 @@ def test_the_pages_examples_are_experiments(write_experiment) -> None:
     write_experiment("grid", grid)
     write_experiment("study", study.replace("my-task", "time-intervals"))
     assert len(expand("grid", "cpu").runs) == 46
-    assert len(expand("study", "cpu", assume_rates=True).runs) == 1 + 3 * (5 + 3 + 8) + 3
+    assert len(expand("study", "cpu", assume_rates=True).runs) == 1 + 3 * (5 + 3 * 8) + 3
 
 
 def test_full_fine_tuning_is_compared_with_fp32_master_weights() -> None:
@@ -180,14 +181,18 @@ def test_the_plan_asks_for_a_card_only_on_a_gpu_machine(monkeypatch: pytest.Monk
         assert {Workflow([plan]).gpus(SimpleNamespace(run_id=run)) for run in plan.run_ids} == {cards}
 
 
-def test_studies_tune_shared_arms_on_the_same_runs() -> None:
-    """Weights are kept and prose is scored in their pairs only, so that nothing is tuned twice."""
-
-    def tuning(study: str) -> dict[str, tuple[str, ...]]:
-        comparisons = {c.name: c.runs for c in expand(study).comparisons}
-        return {name.removeprefix("tune-"): runs for name, runs in comparisons.items() if name.startswith("tune-")}
-
-    known = tuning("variants") | tuning("ranks")
-    for study, arms in {"weights": 4, "adalora": 1, "forgetting": 3}.items():
-        found = tuning(study)
-        assert len(found) == arms and all(runs == known[arm] for arm, runs in found.items())
+def test_what_earlier_studies_ran_is_what_their_files_ask_for_and_what_sums_begins_with(monkeypatch) -> None:
+    """Their runs are kept: the listed rates that tuned their arms, and the runs at the rates that were chosen."""
+    monkeypatch.chdir(REPOSITORY)
+    published = {run for _, run, _ in all_published_records()}
+    for path in PUBLISHED_RESULTS.glob("*/tuned.json"):
+        sweep = expand(path.parent.name)
+        assert sweep.experiment.study.chosen_rates or path.parent.name == "sums"
+        assert sweep.experiment.study.learning_rates or set(sweep.runs) <= published
+    comparisons = {c.name: c.runs for c in expand("sums", assume_rates=True).comparisons}
+    for name, runs in comparisons.items():
+        if name.startswith("tune-"):
+            assert set(runs) <= published, name
+    known = {c.name: c.runs for study in ("ranks", "targets", "variants") for c in expand(study).comparisons}
+    for arm in ("attention-r21", "mlp-r13", "r4", "r64", "r1", "dora", "pissa", "qlora", "lora-plus"):
+        assert set(known[f"arm-{arm}"]) < set(comparisons[f"rates-{arm}"])

@@ -295,7 +295,7 @@ def test_a_written_experiment_tunes_and_pairs_and_has_an_a_a_arm(
         == 1
         + sum(len(rates) for rates in study.learning_rates.values())
         + len(study.learning_rates[arms[0]])
-        + 3 * (len(arms) + 1)
+        + 3 * 3 * (len(arms) + 1)
         + 1
     )
     forecaster = Forecaster(find_gpu(asked["gpu"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pandas as pd
 
 from peftscope.errors import InputError, Problem
-from peftscope.layout import how_to_run, results_folder, run_folder
+from peftscope.layout import how_to_run, record_path, results_folder, run_folder, tuned_path
+from peftscope.planning.cells import FINE, TUNING
 from peftscope.planning.published import RETENTION, VALIDATION, loss_rows
 from peftscope.planning.sweep import Sweep
-from peftscope.record import Damaged, Quality, RunRecord, recover_record
+from peftscope.record import Damaged, Quality, RunRecord, read_record, recover_record
 from peftscope.spec import RunSpec
 
 BENCHMARK = "benchmark_"
@@ -50,8 +52,10 @@ def collect_experiment(sweep: Sweep) -> None:
     for comparison in sweep.comparisons:
         for identity in comparison.runs:
             member[identity].append(comparison.name)
+    earlier = _earlier_tuning(sweep)
+    member |= earlier
     rows, losses, problems = [], [], []
-    for identity, spec in sweep.runs.items():
+    for identity, spec in (sweep.runs | {run: read_record(record_path(run)).spec for run in earlier}).items():
         try:
             record = _find_record(run_folder(identity))
         except Damaged as error:
@@ -66,6 +70,20 @@ def collect_experiment(sweep: Sweep) -> None:
     pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
     columns = ["run_id", "step", "nll_nats_per_token", VALIDATION, RETENTION]
     pd.DataFrame(losses, columns=columns).to_csv(folder / "losses.csv", index=False)
+
+
+def _earlier_tuning(sweep: Sweep) -> dict[str, list[str]]:
+    """Returns the runs in the store by which an earlier version chose a study's rates, and their comparisons."""
+    study, path = sweep.experiment.study, tuned_path(sweep.name)
+    chosen = study.chosen_rates if study else {}
+    arms = json.loads(path.read_text())["arms"] if chosen and path.is_file() else {}
+    found: dict[str, list[str]] = {}
+    for arm in arms.keys() & chosen.keys():
+        for tried in arms[arm]["tried"]:
+            for run in tried["run_ids"]:
+                if run not in sweep.runs and record_path(run).is_file():
+                    found.setdefault(run, []).append((FINE if tried.get("fine") else TUNING) + arm)
+    return found
 
 
 def read_runs(experiment: str, folder: Path | None = None) -> pd.DataFrame:

@@ -82,8 +82,12 @@ class Difference:
 
         Source: Schuirmann 1987.
         """
-        low, high = self.interval(2 * CONFIDENCE - 1)
-        return -self.margin < low and high < self.margin
+        return self.bound < self.margin
+
+    @property
+    def bound(self) -> float:
+        """The smallest margin at which two one-sided t tests at 5 % pass."""
+        return abs(self.mean) + self.half_width(2 * CONFIDENCE - 1)
 
     @property
     def differs(self) -> bool:

@@ -17,7 +17,7 @@ pairs, no exact test can reach p < 0.05.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
@@ -54,6 +54,39 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
     # This computes the quantile directly: scipy's distributions spend ten times as long on checking arguments.
     reach = special.stdtrit(sample.size - 1, (1 + confidence) / 2) * sample.std(ddof=1) / math.sqrt(sample.size)
     return Interval(mean, float(mean - reach), float(mean + reach), int(sample.size))
+
+
+FEWEST_TRIMMED = 5
+"""The fewest values of which the lowest and the highest are left out."""
+
+
+def trimmed_mean(values: Sequence[float]) -> float:
+    """Returns the mean of the values without the lowest and the highest, or of all if they are fewer than five.
+
+    >>> trimmed_mean([9.0, 2.0, 1.0, 3.0, 4.0]), trimmed_mean([1.0, 3.0])
+    (3.0, 2.0)
+    """
+    kept = sorted(values)[1:-1] if len(values) >= FEWEST_TRIMMED else values
+    return sum(kept) / len(kept)
+
+
+def jackknife(estimate: Callable[[Sequence[int]], float], n: int) -> list[float]:
+    """Returns n values whose mean is the estimate, and whose t interval is that of the jackknife.
+
+    Each is the estimate plus what leaving out one of n things, times n - 1, changes from the mean of such changes.
+    Source: Tukey 1958, centred at the estimate itself.
+
+    >>> jackknife(lambda kept: sum([1.0, 2.0, 6.0][i] for i in kept) / len(kept), 3)
+    [1.0, 2.0, 6.0]
+
+    Args:
+        estimate: Computes it from the indices that are kept.
+        n: The number of things, two or more.
+    """
+    whole = estimate(range(n))
+    without = [estimate([i for i in range(n) if i != left]) for left in range(n)]
+    centre = sum(without) / n
+    return [whole + (n - 1) * (centre - one) for one in without]
 
 
 def bootstrap_interval(

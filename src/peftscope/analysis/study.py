@@ -18,9 +18,10 @@ import numpy as np
 import pandas as pd
 
 from peftscope.analysis.compare import Difference, compare
+from peftscope.analysis.stats import jackknife, trimmed_mean
 from peftscope.errors import InputError, Problem
 from peftscope.layout import how_to_run, published, results_folder, run_folder
-from peftscope.planning.cells import ARM, CONTROL, TUNING
+from peftscope.planning.cells import ARM, CONTROL, RATES, TUNING
 from peftscope.planning.experiment import (
     A_A,
     OLD_CONTROLS,
@@ -57,20 +58,31 @@ def _renamed(comparison: str) -> str:
 
 @dataclass(frozen=True)
 class Rate:
-    """An arm's chosen learning rate, and what was tried.
+    """An arm's best learning rate, and what was tried.
 
     Attributes:
-        best: The chosen rate, which a local fit may place between those that were tried.
-        curve: The mean validation loss by learning rate, ascending; None if training diverged. It is empty if the
-            rate was given.
-        fit: The local fit that chose the rate, see ``analysis.tuning``; None if the lowest loss chose it.
-        regret: The standard error that the choice of the rate adds to the arm's loss, in nats per token.
+        best: The rate with the lowest held-out loss or, in earlier studies, the one that a local fit chose.
+        curve: The mean validation loss by learning rate on the seeds that only tune, ascending; None if training
+            diverged. It is empty if the rate was given.
+        losses: The held-out loss by learning rate on the seeds of the study, the mean without the best
+            and the worst seed.
+        regret: The standard error that a choice on other seeds adds to the arm's loss, in nats per token.
     """
 
     best: float
     curve: dict[float, float | None]
-    fit: dict[str, float] | None = None
+    losses: dict[float, float]
     regret: float = 0.0
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the arm ran at several rates on the seeds of the study."""
+        return len(self.losses) > 1
+
+    @property
+    def is_at_an_end(self) -> bool:
+        """Whether the best of several rates is the lowest or the highest, so that a better one may lie beyond."""
+        return self.is_tuned and self.best in (min(self.losses), max(self.losses))
 
 
 class StudyResults:
@@ -111,6 +123,8 @@ class StudyResults:
         """What was tried and chosen for each arm that was tuned."""
         path = self._folder / "tuned.json"
         if not path.is_file():
+            if self.settings is None or not self.settings.learning_rates:
+                return {}
             raise self._unfinished("its learning rates are not chosen")
         arms: dict[str, Any] = json.loads(path.read_text())["arms"]
         return arms
@@ -182,37 +196,41 @@ class StudyResults:
         return f"{self.table['model'].iloc[0]}, {self.table['task'].iloc[0]}"
 
     def rate(self, arm: str) -> Rate:
-        """Returns the learning rate of an arm, with its neighbours if it was tuned.
+        """Returns the learning rate of an arm, with what was tried.
 
         An arm at the rate that was chosen for another one has borrowed it, with the error of that choice. At a multiple
         of it, or at a rate that was given, it has no such error.
         """
+        losses = self._losses(arm)
+        by_rate = {float(rate): trimmed_mean(list(losses[rate])) for rate in losses}
         if arm in self._entered and arm not in self._chosen:
-            given = float(self.arm_runs(arm)["learning_rate"].iloc[0])
             borrowed = self.settings.borrowed_rates.get(arm) if self.settings else None
             lender = self._tuning_of(borrowed.arm) if borrowed and borrowed.times == 1 else {}
-            return Rate(given, {}, regret=lender.get("regret_rms", 0.0))
+            return Rate(next(iter(by_rate)), {}, by_rate, lender.get("regret_rms", 0.0))
         chosen = self._tuning_of(arm)
-        losses: dict[float, list[float | None]] = {}
-        for tried in chosen["tried"]:
-            losses.setdefault(tried["learning_rate"], []).append(tried["validation_nll"])
-        curve = {rate: _mean(losses[rate]) for rate in sorted(losses)}
-        return Rate(chosen["learning_rate"], curve, chosen.get("fit"), chosen.get("regret_rms", 0.0))
-
-    def listed_rate(self, arm: str) -> float:
-        """Returns the best of the rates that the study lists for an arm."""
-        chosen = self._tuning_of(arm)
-        return float(chosen.get("coarse", chosen["learning_rate"]))
+        tried: dict[float, list[float | None]] = {}
+        for entry in chosen["tried"]:
+            tried.setdefault(entry["learning_rate"], []).append(entry["validation_nll"])
+        curve = {rate: _mean(tried[rate]) for rate in sorted(tried)}
+        return Rate(chosen["learning_rate"], curve, by_rate, chosen.get("regret_rms", 0.0))
 
     @property
     def arms_at_an_end(self) -> list[str]:
-        """The arms whose best rate was the lowest or highest of its list, so that a better one may lie beyond."""
+        """The arms whose best rate was the lowest or highest at which they ran."""
+        return [arm for arm in self.arms if self.rate(arm).is_at_an_end]
 
-        def is_at_an_end(arm: str) -> bool:
-            listed = [tried["learning_rate"] for tried in self._tuning_of(arm)["tried"] if not tried.get("fine")]
-            return bool(listed) and self.listed_rate(arm) in (min(listed), max(listed))
+    def rate_runs(self, arm: str) -> pd.DataFrame:
+        """Returns the runs of an arm at all its rates, one row for each rate and seed.
 
-        return [arm for arm in self.arms if arm in self._chosen and is_at_an_end(arm)]
+        Raises:
+            InputError: Some runs are missing.
+        """
+        several = f"{RATES}{arm}"
+        return self._finished(several if len(self._members(several)) else f"{ARM}{arm}")
+
+    def _losses(self, arm: str) -> pd.DataFrame:
+        """Returns the held-out losses of an arm: a row for each seed, a column for each rate, ascending."""
+        return self.rate_runs(arm).pivot_table(HELDOUT, "seed", "learning_rate")
 
     def tuning_runs(self, arm: str, learning_rate: float | None = None) -> pd.DataFrame:
         """Returns the tuning runs of an arm, one row per run: all of them, or those at one of the listed rates."""
@@ -338,9 +356,18 @@ class StudyResults:
             against: The arm to compare with.
             margin: Of sameness, as a share of the task gain.
         """
-        both = paired(self.arm_runs(arm), self.arm_runs(against))
-        differences = list(both["first"] - both["second"])
-        return compare(differences, margin * self.yardstick, self.tuning_error(arm, against))
+        return compare(self.pairs(arm, against), margin * self.yardstick, self.tuning_error(arm, against))
+
+    def pairs(self, arm: str, against: str) -> list[float]:
+        """Returns one value for each seed that both arms ran on: the arm's held-out loss minus the other's.
+
+        If one of them ran at several rates, its loss is the lowest over rates of the mean over seeds without the best
+        and the worst. The values are then those of a jackknife, which chooses the rates anew without each seed.
+        """
+        mine, other = self._losses(arm), self._losses(against)
+        seeds = mine.index.intersection(other.index)
+        first, second = (losses.loc[seeds].to_numpy() for losses in (mine, other))
+        return paired_losses(first, second)
 
     @cached_property
     def losses(self) -> pd.DataFrame:
@@ -383,6 +410,18 @@ class StudyResults:
 def _mean(losses: list[float | None]) -> float | None:
     reached = [loss for loss in losses if loss is not None]
     return sum(reached) / len(reached) if len(reached) == len(losses) else None
+
+
+def lowest_loss(losses: np.ndarray) -> float:
+    """Returns the lowest over rates, the columns, of the trimmed mean over seeds, the rows."""
+    return min(trimmed_mean(column) for column in losses.T.tolist())
+
+
+def paired_losses(first: np.ndarray, second: np.ndarray) -> list[float]:
+    """Returns what ``StudyResults.pairs`` does, from the losses of two arms: (seeds, rates)."""
+    if first.shape[1] == second.shape[1] == 1:
+        return [float(value) for value in (first - second)[:, 0]]
+    return jackknife(lambda kept: lowest_loss(first[list(kept)]) - lowest_loss(second[list(kept)]), len(first))
 
 
 def paired(first: pd.DataFrame, second: pd.DataFrame, values: pd.Series | str = HELDOUT) -> pd.DataFrame:

@@ -19,7 +19,7 @@ app = typer.Typer()
 REFERENCE = "lora"
 """The reference arm of the studies that this repository publishes."""
 
-RATES_OF = "variants"
+RATES_OF = "sums"
 """The study whose learning rates other arms have, so that the runs are its own."""
 
 GRID = (0.1, 0.3, 1, 3, 10)
@@ -70,7 +70,7 @@ def study_text(file: Path, others: list[str], model: str | None) -> str:
     from peftscope.methods import METHODS, versions_of
     from peftscope.methods.from_file import load_file
     from peftscope.models.catalog import find_model
-    from peftscope.planning.experiment import read_experiment, rounded
+    from peftscope.planning.experiment import A_A, read_experiment, rounded
 
     if not file.is_file():
         raise InputError(
@@ -96,6 +96,11 @@ def study_text(file: Path, others: list[str], model: str | None) -> str:
         own = method.run_defaults if name == file.stem else {**METHODS[name].run_defaults, **defaults.get(name, {})}
         return known.learning_rates.get(name) or [rounded(own["learning_rate"] * factor) for factor in GRID]
 
+    # The runs that `sums` has of these arms are shared: they have the same ids.
+    shares = model is None and arms[0] == REFERENCE
+    fields = {name: {"method": name} | (known.arms.get(name, {}) if shares else {}) for name in [*arms, file.stem]}
+    centres = {name: rate for name, rate in known.centres.items() if shares and name.removesuffix(A_A) in arms}
+
     drawn = METHODS[arms[0]]().draws_start
     again = arms[0] if drawn else f"null # {arms[0]} draws nothing at its start: it would repeat itself"
     title = f"{method.label} against {', '.join(METHODS[name].label for name in arms)}"
@@ -113,7 +118,10 @@ def study_text(file: Path, others: list[str], model: str | None) -> str:
         *(["  pilot: null # its A/A pairs are of another model or reference"] if model or arms[0] != REFERENCE else []),
         "  arms:",
         *([f"    {REFERENCE}: null"] if arms[0] != REFERENCE else []),
-        *(f"    {name}: {{method: {name}}}" for name in [*arms, file.stem] if name != REFERENCE),
+        *(
+            f"    {name}: {{{', '.join(f'{key}: {value}' for key, value in fields[name].items())}}}"
+            for name in [*arms, file.stem]
+        ),
         "  learning_rates:",
         *([f"    {REFERENCE}: null"] if arms[0] != REFERENCE else []),
         *(
@@ -121,6 +129,12 @@ def study_text(file: Path, others: list[str], model: str | None) -> str:
             for name in [*arms, file.stem]
             if name != REFERENCE
         ),
+        *(
+            [f"  centres: {{{', '.join(f'{name}: {yaml_float(rate)}' for name, rate in centres.items())}}}"]
+            if centres
+            else []
+        ),
+        *(["  tuning: {retention_tokens: 0, retention_every: 0}"] if centres else []),
         *([f"  controls: {{{REFERENCE}: null, {arms[0]}: [shuffled-labels]}}"] if arms[0] != REFERENCE else []),
     ]
     return "\n".join(lines) + "\n"

@@ -43,13 +43,13 @@ def collect(experiment: ExperimentName) -> None:
 @needs("report")
 def tune(
     experiment: ExperimentName,
-    coarse: Annotated[bool, typer.Option("--coarse", help="Choose among the listed rates only.")] = False,
+    number: Annotated[int, typer.Argument(metavar="ROUND", help="0: three rates around the best listed one.", min=0)],
 ) -> None:
-    """Choose a study's learning rates from the records of its tuning runs."""
+    """Choose the learning rates at which a study's arms run, or the best of them, from the records of its runs."""
     from peftscope.analysis.tuning import choose_rates
     from peftscope.planning.plan import plan_experiment
 
-    print(choose_rates(plan_experiment(experiment).sweep, coarse=coarse))
+    print(choose_rates(plan_experiment(experiment).sweep, number))
 
 
 @app.command(hidden=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from peftscope.planning.experiment import A_A_SHIFT, FINE_STEP, Entrant, Experiment, Study, rounded
+from peftscope.planning.experiment import A_A_SHIFT, Entrant, Experiment, Study
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ def count_cells(experiment: Experiment) -> int:
     if experiment.study:
         study = experiment.study
         tuned = [study.learning_rates[entrant.arm] for entrant in study.entrants if entrant.arm in study.learning_rates]
-        count += sum(map(len, tuned)) * len(study.tuning_seeds) + 3 * len(tuned) * len(study.fine_seeds)
-        count += len(study.entrants) * len(study.seeds)
+        count += sum(map(len, tuned)) * len(study.tuning_seeds)
+        count += (len(study.entrants) + 2 * len(tuned)) * len(study.seeds)
     return count
 
 
@@ -98,39 +98,45 @@ TUNING = "tune-"
 """Begins the names of a study's comparisons that try learning rates; the arm's name follows."""
 
 FINE = "fine-"
-"""Begins the names of the comparisons that try the best rate again and one on either side; the arm's name follows."""
+"""Begins the names of comparisons in results of older versions, which tried three rates on one seed."""
+
+RATES = "rates-"
+"""Begins the names of the comparisons that hold one arm's runs at three rates or more; the arm's name follows."""
 
 ARM = "arm-"
-"""Begins the names of the comparisons that hold one arm's runs at its chosen rate; the arm's name follows."""
+"""Begins the names of the comparisons that hold one arm's runs at its best rate; the arm's name follows."""
 
 CONTROL = "control-"
 """Begins the names of an arm beside one of its controls; the control and the arm follow."""
 
 
 def tuning_cells(study: Study) -> Iterator[Cell]:
-    """Yields the cells that try each arm's learning rates."""
+    """Yields the cells that try each arm's listed rates."""
     for entrant in study.entrants:
-        listed = enumerate(study.learning_rates.get(entrant.arm, ()))
-        rates = {rate: f"study.learning_rates.{entrant.arm}[{i}]" for i, rate in listed}
-        yield from _trial_cells(study, entrant, TUNING, rates, study.tuning_seeds)
+        origins = {key: f"study.arms.{entrant.arm}.{key}" for key in entrant.fields}
+        for i, rate in enumerate(study.learning_rates.get(entrant.arm, ())):
+            place = {"learning_rate": f"study.learning_rates.{entrant.arm}[{i}]"}
+            for seed in study.tuning_seeds:
+                values = {**entrant.fields, **study.tuning, "learning_rate": rate, "seed": seed + entrant.shift}
+                yield Cell(f"{TUNING}{entrant.name}", {"learning_rate"}, values, origins | place)
 
 
-def fine_cells(study: Study, best: dict[str, float | None]) -> Iterator[Cell]:
-    """Yields the cells that try the best rate of each arm again and one on either side, where that is known."""
+def rate_cells(study: Study, rates: dict[str, list[float]]) -> Iterator[Cell]:
+    """Yields the cells of each arm at all of its rates, where these are known, on all seeds."""
     for entrant in study.entrants:
-        if centre := best.get(entrant.name):
-            rates = {rounded(centre * factor): "study.fine_seeds" for factor in (1 / FINE_STEP, 1, FINE_STEP)}
-            yield from _trial_cells(study, entrant, FINE, rates, study.fine_seeds)
+        for rate in rates.get(entrant.name, ()):
+            for values in _pair_values(study, entrant, rate):
+                yield Cell(f"{RATES}{entrant.name}", {"learning_rate", *_seeded(entrant)}, values)
 
 
-def _trial_cells(
-    study: Study, entrant: Entrant, stage: str, rates: dict[float, str], seeds: list[int]
-) -> Iterator[Cell]:
-    origins = {key: f"study.arms.{entrant.arm}.{key}" for key in entrant.fields}
-    for rate, place in rates.items():
-        for seed in seeds:
-            values = {**entrant.fields, **study.tuning, "learning_rate": rate, "seed": seed + entrant.shift}
-            yield Cell(f"{stage}{entrant.name}", {"learning_rate"}, values, origins | {"learning_rate": place})
+def _pair_values(study: Study, entrant: Entrant, rate: float) -> Iterator[dict[str, Any]]:
+    for seed in study.seeds:
+        values = {**entrant.fields, "learning_rate": rate, "seed": seed}
+        yield values | ({"init_seed": seed + entrant.shift} if entrant.shift else {})
+
+
+def _seeded(entrant: Entrant) -> set[str]:
+    return {"seed", "init_seed"} if entrant.shift else {"seed"}
 
 
 def arm_cells(experiment: Experiment, study: Study, rates: dict[str, float | None]) -> Iterator[Cell]:
@@ -138,15 +144,11 @@ def arm_cells(experiment: Experiment, study: Study, rates: dict[str, float | Non
     varies = {"learning_rate", *(key for fields in study.arms.values() for key in fields)}
     varies |= _method_settings(experiment) | ({"init_seed"} if study.a_a else set())
     for entrant in study.entrants:
-        if rates[entrant.name] is None:
-            continue
-        for seed in study.seeds:
-            values = {**entrant.fields, "learning_rate": rates[entrant.name], "seed": seed}
-            if entrant.shift:
-                values["init_seed"] = seed + entrant.shift
+        rate = rates[entrant.name]
+        for values in _pair_values(study, entrant, rate) if rate is not None else ():
             yield Cell("grid", varies, values)
-            yield Cell(f"{ARM}{entrant.name}", {"seed", "init_seed"} if entrant.shift else {"seed"}, values)
-            if entrant.name in study.controls and seed in (study.control_seeds or study.seeds):
+            yield Cell(f"{ARM}{entrant.name}", _seeded(entrant), values)
+            if entrant.name in study.controls and values["seed"] in (study.control_seeds or study.seeds):
                 for control in study.controls[entrant.name]:
                     yield from _control_cells(control, entrant.name, values)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,11 +44,8 @@ class Exclusion(BaseModel):
     reason: Annotated[str, Field(min_length=1)]
 
 
-FINE_STEP = 3**0.5
-"""The factor between the three rates of a fine grid; a coarse grid has factors of about 3."""
-
-LARGEST_STEP = 3.5
-"""The largest factor between listed rates around which a fit can be made."""
+STEP = 3**0.5
+"""The factor between the rates at which an arm runs on all seeds; listed rates have factors of about 3."""
 
 A_A = "-a-a"
 """Ends the name of the arm that enters a study a second time."""
@@ -80,25 +76,32 @@ class BorrowedRate(BaseModel):
     times: Annotated[float, Field(gt=0), NUMBER] = 1.0
 
 
+RATES_OF_ARMS = ("learning_rates", "chosen_rates", "given_rates", "borrowed_rates")
+"""The fields of a study of which one has the rate of an arm, or where to look for it."""
+
 VARIED, FEWEST_VALUES = ("rank", "alpha", "dimension"), 3
 """The fields over which a study may have a figure, and of how many values."""
 
 
 class Study(BaseModel):
-    """Arms that are compared at their own best learning rate: TUNE on seeds of its own, then PAIR over fresh ones.
+    """Arms that are compared at their own best learning rate.
+
+    The listed rates of an arm run on a seed of their own. Around the best of them, the centre, the arm then runs at
+    three rates a factor of ``STEP`` apart, all with the same seeds. Where the lowest loss lies at an end, one more rate
+    follows beyond it, at most twice.
 
     Attributes:
         arms: Fields of each arm by its name, ``method`` among them. The first is the reference, which the others are
             compared with. A file that extends another leaves out an arm of that one, its rates and its controls with
             ``ARM: null``.
         learning_rates: What is tried for each arm that is tuned, in ascending order.
+        centres: The centres of arms for which they are known already.
+        chosen_rates: The rate of each arm, and of the one that enters again, that an earlier version chose.
+        chosen_by: How it did, for the study's page.
         given_rates: The rate of each arm that is compared at a rate that was given, as in a paper.
         borrowed_rates: The rate of each arm that is compared at the rate of another one.
-        ends: Whether a best rate that is the first or last of its list ends the study, or is kept and reported.
-        tuning_seeds: Runs that only choose learning rates, by validation loss.
-        fine_seeds: Where given, each arm's best rate and one on either side are tried on these seeds;
-            a local fit over all chooses the rate.
-        seeds: Runs at the chosen rates; the same seed gives every arm the same batches and test items.
+        tuning_seeds: Runs that only choose the centres, by validation loss.
+        seeds: Runs at three rates or more; the same seed gives every arm the same batches and test items.
         tuning: Fields of the tuning runs alone: what only the comparison needs is left out there.
         a_a: The reference, if it enters a second time as ``ARM-a-a``, tuned on seeds of its own and with other
             initialisation seeds. A difference between methods that is no larger than its own means nothing.
@@ -112,14 +115,15 @@ class Study(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     arms: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], dict[str, Any]], Field(min_length=1)]
-    learning_rates: dict[str, Annotated[list[Annotated[float, Field(gt=0), NUMBER]], Field(min_length=3)]]
+    learning_rates: dict[str, Annotated[list[Annotated[float, Field(gt=0), NUMBER]], Field(min_length=3)]] = {}
+    centres: dict[str, Annotated[float, Field(gt=0), NUMBER]] = {}
+    chosen_rates: dict[str, Annotated[float, Field(gt=0), NUMBER]] = {}
+    chosen_by: str = ""
     given_rates: dict[str, Annotated[float, Field(gt=0), NUMBER]] = {}
     borrowed_rates: dict[str, BorrowedRate] = {}
     tuning_seeds: Annotated[list[CountOrZero], Field(min_length=1)]
-    fine_seeds: list[CountOrZero] = []
     seeds: Annotated[list[CountOrZero], Field(min_length=2)]
     tuning: dict[str, Any] = {}
-    ends: Literal["refuse", "keep"] = "refuse"
     a_a: str | None = None
     controls: dict[str, list[Control]] = {}
     control_seeds: list[CountOrZero] | None = None
@@ -132,15 +136,20 @@ class Study(BaseModel):
         if not isinstance(content, dict) or not isinstance(arms := content.get("arms"), dict):
             return content
         left_out = {arm for arm, fields in arms.items() if fields is None}
+        again = set() if content.get("a_a") else {arm + A_A for arm in arms}
         return content | {
-            field: {arm: of for arm, of in content[field].items() if of is not None and arm not in left_out}
-            for field in ("arms", "learning_rates", "given_rates", "borrowed_rates", "controls")
+            field: {arm: of for arm, of in content[field].items() if of is not None and arm not in without}
+            for field, without in {
+                **dict.fromkeys((*RATES_OF_ARMS, "arms", "controls"), left_out),
+                **dict.fromkeys(("chosen_rates", "centres"), left_out | {arm + A_A for arm in left_out} | again),
+            }.items()
             if isinstance(content.get(field), dict)
         }
 
     @model_validator(mode="after")
     def _arms_match(self) -> Study:
-        named = [*self.learning_rates, *self.given_rates, *self.borrowed_rates]
+        again = self.a_a + A_A if self.a_a else None
+        named = [arm for field in RATES_OF_ARMS for arm in getattr(self, field) if arm != again]
         for wrong, what in (
             (set(named) - set(self.arms), "rates of what is no arm"),
             (set(self.arms) - set(named), "arms without a rate"),
@@ -149,27 +158,27 @@ class Study(BaseModel):
             if wrong:
                 raise ValueError(
                     f"{what}: {', '.join(sorted(wrong))}; each arm ({', '.join(self.arms)}) stands once in "
-                    "learning_rates, given_rates or borrowed_rates"
+                    f"{', '.join(RATES_OF_ARMS[:-1])} or {RATES_OF_ARMS[-1]}"
                 )
         if reserved := [arm for arm in self.arms if arm.endswith(A_A)]:
             raise ValueError(f"arms {', '.join(reserved)}: names that end in {A_A} are those of the A/A pairs")
-        if self.reference not in self.learning_rates:
+        if self.reference not in (*self.learning_rates, *self.chosen_rates):
             raise ValueError(f"learning_rates must have the reference, the first arm {self.reference}")
-        if lost := {rate.arm for rate in self.borrowed_rates.values()} - set(self.learning_rates):
+        if again and (again in self.chosen_rates) != (self.a_a in self.chosen_rates):
+            raise ValueError(f"chosen_rates must have both {self.a_a} and {again}, or neither")
+        if lost := {rate.arm for rate in self.borrowed_rates.values()} - {*self.learning_rates, *self.chosen_rates}:
             raise ValueError(f"borrowed_rates take the rate of an arm that is not tuned: {', '.join(sorted(lost))}")
+        tuned = {entrant.name for entrant in self.entrants if entrant.arm in self.learning_rates}
+        if lost := set(self.centres) - tuned:
+            raise ValueError(f"centres of what is not tuned: {', '.join(sorted(lost))}")
         unsorted = [arm for arm, rates in self.learning_rates.items() if rates != sorted(set(rates))]
         if unsorted:
             raise ValueError(f"learning_rates of {', '.join(unsorted)} must ascend")
-        for name, seeds in (
-            ("tuning_seeds and fine_seeds", self.tuning_seeds + self.fine_seeds),
-            ("seeds", self.seeds),
-        ):
+        for name, seeds in (("tuning_seeds", self.tuning_seeds), ("seeds", self.seeds)):
             if len(set(seeds)) < len(seeds):
                 raise ValueError(f"{name} must differ")
-        if set(self.tuning_seeds + self.fine_seeds) & set(self.seeds):
-            raise ValueError(
-                "tuning_seeds and seeds must not overlap: a rate is judged on seeds that did not choose it"
-            )
+        if set(self.tuning_seeds) & set(self.seeds):
+            raise ValueError("tuning_seeds and seeds must not overlap: no run chooses the centre and is judged as well")
         if strange := set(self.control_seeds or ()) - set(self.seeds):
             raise ValueError(f"control_seeds must be among the seeds (got {', '.join(map(str, sorted(strange)))})")
         if unknown := (set(self.controls) | ({self.a_a} if self.a_a else set())) - set(self.arms):
@@ -184,9 +193,6 @@ class Study(BaseModel):
             known.append(set(pair))
         if self.a_a and self.a_a != self.reference:
             raise ValueError(f"a_a must be the reference, the first arm {self.reference} (got {self.a_a})")
-        for arm, rates in self.learning_rates.items() if self.fine_seeds else ():
-            if any(above / below > LARGEST_STEP for below, above in pairwise(rates)):
-                raise ValueError(f"learning_rates of {arm}: with fine_seeds, steps of at most {LARGEST_STEP:g}")
         for name, fields in self.arms.items():
             if "learning_rate" in fields or "seed" in fields:
                 raise ValueError(f"arm {name}: learning_rate and seed are the study's to set")
@@ -201,7 +207,7 @@ class Study(BaseModel):
     def varied(self) -> str | None:
         """The field in ``VARIED`` over which the study has a figure, or None.
 
-        It has one if at least three tuned arms differ in nothing but that field, wherever an arm names it.
+        It has one if at least three arms at rates of their own differ in nothing but that field, wherever one names it.
         """
         for field in VARIED:
             if min(map(len, self.levels(field)), default=0) >= FEWEST_VALUES:
@@ -209,10 +215,12 @@ class Study(BaseModel):
         return None
 
     def levels(self, field: str) -> list[list[str]]:
-        """Returns the groups of tuned arms that differ in nothing but a field, if one of them names it."""
+        """Returns the groups of arms that differ in nothing that trains but a field, if one of them names it."""
         groups: dict[str, list[str]] = {}
-        for arm in self.learning_rates:
-            others = repr(sorted((name, value) for name, value in self.arms[arm].items() if name != field))
+        for arm in [arm for arm in (*self.learning_rates, *self.chosen_rates) if arm in self.arms]:
+            others = repr(
+                sorted((name, value) for name, value in self.arms[arm].items() if name not in (field, *MEASURING))
+            )
             groups.setdefault(others, []).append(arm)
         return [arms for arms in groups.values() if any(field in self.arms[arm] for arm in arms)]
 
@@ -223,8 +231,9 @@ class Study(BaseModel):
 
     def rates_beside(self, tuned: dict[str, float | None]) -> dict[str, float | None]:
         """Returns the rate of each arm that is not tuned; None where it follows from one that is not chosen."""
-        lent = {arm: (tuned[rate.arm], rate.times) for arm, rate in self.borrowed_rates.items()}
-        return self.given_rates | {arm: rate and rounded(rate * times) for arm, (rate, times) in lent.items()}
+        lent = {arm: ((self.chosen_rates | tuned)[rate.arm], rate.times) for arm, rate in self.borrowed_rates.items()}
+        fixed = self.chosen_rates | self.given_rates
+        return fixed | {arm: rate and rounded(rate * times) for arm, (rate, times) in lent.items()}
 
     @property
     def entrants(self) -> list[Entrant]:
@@ -240,6 +249,15 @@ def rounded(rate: float) -> float:
     0.00058
     """
     return float(f"{rate:.1e}")
+
+
+def around(centre: float) -> list[float]:
+    """Returns the three rates at which an arm runs on all seeds.
+
+    >>> around(1e-3)
+    [0.00058, 0.001, 0.0017]
+    """
+    return [rounded(centre / STEP), centre, rounded(centre * STEP)]
 
 
 @dataclass(frozen=True)

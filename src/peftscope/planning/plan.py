@@ -17,14 +17,14 @@ from peftscope.errors import InputError, Problem, close_match
 from peftscope.files.storage import STORAGE_REMEDIES
 from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.device import Device, detect_device
-from peftscope.layout import record_path, results_folder, run_folder
+from peftscope.layout import record_path, results_folder, run_folder, tuned_path
 from peftscope.models.catalog import model_folder
-from peftscope.planning.cells import ARM, FINE, TUNING
+from peftscope.planning.cells import ARM, RATES, TUNING
 from peftscope.planning.checks import check_compiler, check_runs, check_unchanged
 from peftscope.planning.disk import check_disk
 from peftscope.planning.experiment import experiment_path
 from peftscope.planning.starts import check_starts
-from peftscope.planning.sweep import Sweep, expand
+from peftscope.planning.sweep import ROUNDS, Sweep, expand
 from peftscope.record import measured_path
 from peftscope.spec import RunSpec
 
@@ -63,8 +63,13 @@ class Plan:
         return list(self.sweep.runs)
 
     def tuning_runs(self, *stages: str) -> list[str]:
-        """Returns the runs that choose a study's learning rates, in the stages ``tune-`` and ``fine-``."""
+        """Returns the runs that choose a study's learning rates, in the stages ``tune-`` and ``rates-``."""
         return [run for c in self.sweep.comparisons if c.name.startswith(stages) for run in c.runs]
+
+    @property
+    def base_runs(self) -> list[str]:
+        """The runs of the untouched base."""
+        return [run for run, spec in self.sweep.runs.items() if not spec.method.trains]
 
     @property
     def is_study(self) -> bool:
@@ -78,9 +83,9 @@ class Plan:
         return "random_strings" in sources
 
     @property
-    def has_fine_grids(self) -> bool:
-        """Whether the experiment is a study that tries more rates around the best of its first ones."""
-        return self.sweep.experiment.study is not None and bool(self.sweep.experiment.study.fine_seeds)
+    def is_tuned(self) -> bool:
+        """Whether the experiment is a study that looks for learning rates."""
+        return self.sweep.experiment.study is not None and bool(self.sweep.experiment.study.learning_rates)
 
     def keep_at(self, run: str) -> list[float]:
         """Returns the shares of its training after which a run keeps its weights: of a study, not if it tunes."""
@@ -88,7 +93,8 @@ class Plan:
         if not shares or spec is None or not spec.method.trains:
             return []
         groups = [c.name for c in self.sweep.comparisons if run in c.runs]
-        return shares if not self.is_study or any(name == "runs" or name.startswith(ARM) for name in groups) else []
+        kept = not self.is_study or any(name == "runs" or name.startswith((ARM, RATES)) for name in groups)
+        return shares if kept else []
 
     def keeps_all_weights(self, run: str) -> bool:
         """Returns whether a run keeps all its weights whatever a profile says, because other runs start from them."""
@@ -177,22 +183,19 @@ class Workflow:
         """Returns the file of an experiment."""
         return experiment_path(wildcards.experiment).as_posix()
 
-    def coarse_records(self, wildcards: Any) -> list[str]:
-        """Returns the records of the learning rates that a study lists."""
-        return _records(self.plans[wildcards.experiment].tuning_runs(TUNING))
+    def rate_records(self, checkpoints: Any) -> Callable[[Any], list[str]]:
+        """Returns a function that lists the records that the rates of a round are chosen from.
 
-    def tuning_records(self, checkpoints: Any) -> Callable[[Any], list[str]]:
-        """Returns a function that lists all records that a study's learning rates are chosen from.
-
-        Those of fine grids are known after the ``tune_coarse`` checkpoint.
+        Those of the first round are known; those of the others, and of the best rates, follow from the round before.
         """
 
         def records_of(wildcards: Any) -> list[str]:
-            plan = self.plans[wildcards.experiment]
-            if plan.has_fine_grids:
-                checkpoints.tune_coarse.get(experiment=plan.name)
+            plan, number = self.plans[wildcards.experiment], int(getattr(wildcards, "round", ROUNDS))
+            if number:
+                before = checkpoints.rates.get(experiment=plan.name, round=number - 1).output[0]
                 self._expand_again(plan)
-            return _records(plan.tuning_runs(TUNING, FINE))
+                return [before, *_records(plan.tuning_runs(RATES)), *_records(plan.base_runs)]
+            return _records(plan.tuning_runs(TUNING))
 
         return records_of
 
@@ -201,12 +204,17 @@ class Workflow:
 
         def records_of(wildcards: Any) -> list[str]:
             plan = self.plans[wildcards.experiment]
-            if plan.is_study:
+            if plan.is_tuned:
                 checkpoints.tune.get(experiment=plan.name)
                 self._expand_again(plan)
             return _records(plan.run_ids)
 
         return records_of
+
+    def tuned(self, wildcards: Any) -> list[str]:
+        """Returns the file of a study's best rates, if it looks for them."""
+        plan = self.plans[wildcards.experiment]
+        return [tuned_path(plan.name).as_posix()] if plan.is_tuned else []
 
     def measured(self, checkpoints: Any) -> Callable[[Any], list[str]]:
         """Returns a function that lists what is measured on the weights that an experiment's runs keep."""

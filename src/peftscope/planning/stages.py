@@ -1,11 +1,11 @@
-"""The stages of a study: tuning, fine tuning, pairs, controls. No torch."""
+"""The stages of a study: listed rates, three rates or more, pairs at rates that are given, controls. No torch."""
 
 from __future__ import annotations
 
-from peftscope.planning.cells import ARM, CONTROL, FINE, TUNING
+from peftscope.planning.cells import ARM, CONTROL, RATES, TUNING
 from peftscope.planning.sweep import Sweep
 
-STAGES = {"tuning": TUNING, "fine tuning": FINE, "pairs": ARM, "controls": CONTROL}
+STAGES = {"listed rates": TUNING, "three rates": RATES, "given rates": ARM, "controls": CONTROL}
 BESIDE = "beside"
 
 

@@ -11,24 +11,26 @@ from typing import Any
 
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.hardware.device import Device
-from peftscope.layout import coarse_path, tuned_path
+from peftscope.layout import rates_path, tuned_path
 from peftscope.methods import METHODS
 from peftscope.planning.cells import (
-    FINE,
+    RATES,
     TUNING,
     Cell,
     arm_cells,
     count_cells,
-    fine_cells,
     grid_cells,
     ladder_cells,
     listed_cells,
+    rate_cells,
     tuning_cells,
 )
-from peftscope.planning.experiment import Experiment, Study, experiment_path, read_experiment
+from peftscope.planning.experiment import Entrant, Experiment, Study, around, experiment_path, read_experiment
 from peftscope.planning.resolve import RUN_FIELDS, Resolver, flat_fields
 from peftscope.spec import RunSpec, run_id
 
+ROUNDS = 3
+"""How often the rates of arms are decided on: three around the centre, then up to twice one more beyond an end."""
 LARGEST_SWEEP = 100_000
 """The most runs of an experiment. The workflow was tried with a twentieth of them."""
 
@@ -165,32 +167,37 @@ def expand(name: str, device: Device = "cpu", *, assume_rates: bool = False) -> 
 
 
 def _add_study(expansion: _Expansion, name: str, experiment: Experiment, study: Study, assume_rates: bool) -> None:
-    """Adds what of a study is known: the rates to try, the best and its neighbours again, runs at the chosen ones."""
+    """Adds what of a study is known: the listed rates, those at which arms run, and the runs at the best of them."""
 
-    def chosen(path: Path, stages: tuple[str, ...]) -> dict[str, float | None]:
-        """Returns each arm's rate in a file, None unless it was chosen from the runs that tune the arm now."""
+    def chosen(path: Path, stage: str) -> dict[str, dict[str, Any]]:
+        """Returns what a file says of each arm, if it says so from the runs that the stage has now."""
         arms = json.loads(path.read_text())["arms"] if path.is_file() else {}
-        rates: dict[str, float | None] = {}
-        for entrant in study.entrants:
-            if entrant.arm not in study.learning_rates:
-                continue
-            runs = {run for stage in stages for run in expansion.members(stage + entrant.name)}
-            entry = arms.get(entrant.name, {"tried": []})
-            listed = study.learning_rates[entrant.arm]
-            if runs and {run for rate in entry["tried"] for run in rate["run_ids"]} == runs:
-                rates[entrant.name] = entry["learning_rate"]
-            else:
-                rates[entrant.name] = listed[len(listed) // 2] if runs and assume_rates else None
-        return rates
+        return {
+            arm: said
+            for arm, said in arms.items()
+            if {*said.get("chosen_from", ())} == {*expansion.members(stage + arm)}
+        }
 
+    tuned = [entrant for entrant in study.entrants if entrant.arm in study.learning_rates]
     expansion.add(tuning_cells(study))
     expansion.check_study(study)
-    stages: tuple[str, ...] = (TUNING,)
-    if study.fine_seeds:
-        expansion.add(fine_cells(study, chosen(coarse_path(name), stages)))
-        stages = (TUNING, FINE)
-    tuned = chosen(tuned_path(name), stages)
-    expansion.add(arm_cells(experiment, study, study.rates_beside(tuned) | tuned))
+    for number in range(ROUNDS):
+        found = chosen(rates_path(name, number), RATES if number else TUNING)
+        rates = {arm: said["rates"] for arm, said in found.items()}
+        if assume_rates and not number:
+            rates = {entrant.name: _middle_rates(study, entrant) for entrant in tuned} | rates
+        expansion.add(rate_cells(study, rates))
+    best: dict[str, float | None] = dict.fromkeys((entrant.name for entrant in tuned), None)
+    if assume_rates:
+        best |= {entrant.name: _middle_rates(study, entrant)[1] for entrant in tuned}
+    best |= {arm: said["learning_rate"] for arm, said in chosen(tuned_path(name), RATES).items() if arm in best}
+    expansion.add(arm_cells(experiment, study, study.rates_beside(best) | best))
+
+
+def _middle_rates(study: Study, entrant: Entrant) -> list[float]:
+    """Returns the rates of an arm around its centre or, as long as that is not known, around the middle listed one."""
+    listed = study.learning_rates[entrant.arm]
+    return around(study.centres.get(entrant.name, listed[len(listed) // 2]))
 
 
 def _check_size(experiment: Experiment, path: Path) -> None:

@@ -30,7 +30,7 @@ from peftscope.layout import (
     results_folder,
     shipped,
 )
-from peftscope.planning.cells import ARM
+from peftscope.planning.cells import ARM, RATES
 from peftscope.planning.estimate import estimate_seconds, spoken
 from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
 from peftscope.planning.published import all_published_records
@@ -256,7 +256,7 @@ class _Published:
         known, sweep = expand(name).runs, expand(name, assume_rates=True)
         others = Counter(_but_for_its_rate(spec) for run, spec in self.runs.items() if spec and run not in known)
         keeps = read_experiment(experiment_path(name)).keep_at  # what is published has no weights
-        paired = {run for c in sweep.comparisons if keeps and c.name.startswith(ARM) for run in c.runs}
+        paired = {run for c in sweep.comparisons if keeps and c.name.startswith((ARM, RATES)) for run in c.runs}
         missing = []
         for run, spec in sweep.runs.items():
             is_there = run in self.runs

@@ -255,7 +255,8 @@ def table(section: Section, links: dict[str, str]) -> pd.DataFrame:
         difference, runs, study = entry.difference, entry.runs, entry.study
         costs = runs.reindex(columns=["trained_parameters", PREDICTED_PEAK, "step_seconds_median"]).median()
         diverged = int((runs["status"] == "diverged").sum())
-        tried = len(study.rate(entry.arm).curve)
+        rate = study.rate(entry.arm)
+        tried = len({*rate.curve, *rate.losses})
         scale = 100 / study.yardstick
         rows.append(
             {
@@ -270,7 +271,7 @@ def table(section: Section, links: dict[str, str]) -> pd.DataFrame:
                 "predicted peak (MiB)": formatted(costs[PREDICTED_PEAK], ",.0f", MIB),
                 "step (s)": formatted(costs["step_seconds_median"], ".2f"),
                 "learning rate": f"{runs['learning_rate'].iloc[0]:g}",
-                "rates tried": str(tried) if tried else "given",
+                "rates tried": str(tried) if tried > 1 else "given",
                 "study": Markup(", ").join(links[name] for name in entry.names),
                 f"settings other than {reference.label}'s": _settings(entry, reference) or "-",
             }

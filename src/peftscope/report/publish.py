@@ -26,14 +26,12 @@ from peftscope.layout import (
     PUBLISHED_REPORTS,
     PUBLISHED_RESULTS,
     RUNS,
-    coarse_path,
     directions_path,
     published,
     record_path,
     report_path,
     results_folder,
     run_folder,
-    tuned_path,
 )
 from peftscope.planning.experiment import experiment_path
 from peftscope.planning.published import (
@@ -125,7 +123,8 @@ def publish_experiment(experiment: str) -> list[Path]:
     _keep_directions(experiment)
     wanted = [
         source / "runs.csv",
-        *filter(Path.is_file, [coarse_path(experiment), tuned_path(experiment), directions_path(experiment)]),
+        *_chosen_rates(source),
+        *filter(Path.is_file, [directions_path(experiment)]),
         *sorted(source.glob("tables/*.csv")),
         *sorted(source.glob("tables/*.parquet")),
         *sorted(source.glob("tables/*.md")),
@@ -155,12 +154,17 @@ def _publish_unfinished(sweep: Sweep) -> list[Path]:
         message = "there are no new runs, and the published ones have tables and figures, which are missing here"
         raise InputError(Problem(str(source), message, f"make report EXPERIMENT={experiment} makes them"))
     _keep_directions(experiment)
-    found = [coarse_path(experiment), tuned_path(experiment), directions_path(experiment), weights_path(source)]
-    wanted = [source / "runs.csv", *filter(Path.is_file, found)]
+    found = [directions_path(experiment), weights_path(source)]
+    wanted = [source / "runs.csv", *_chosen_rates(source), *filter(Path.is_file, found)]
     _check_sizes(wanted)
     _copy(wanted, source, results)
     write_runs(results, map(run_folder, made))
     return [results]
+
+
+def _chosen_rates(folder: Path) -> list[Path]:
+    """Returns the files in a folder of results that say which learning rates a study chose."""
+    return [*sorted(folder.glob("rates-*.json")), *folder.glob("tuned.json")]
 
 
 def _keep_directions(experiment: str) -> None:
@@ -199,9 +203,9 @@ def restore(experiment: str) -> int:
         write_json(state / RESTORED, {"experiment": experiment})
         for path in (state / "record.json", folder / "record.json"):
             path.write_text(text)
-    for path in (coarse_path(experiment), tuned_path(experiment)):
-        chosen = published(experiment) / path.name
-        if chosen.is_file() and not path.exists():
+    for chosen in _chosen_rates(published(experiment)):
+        path = results_folder(experiment) / chosen.name
+        if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(chosen, path)
     return len(records)

@@ -35,7 +35,7 @@ def share_table(study: StudyResults, field: str) -> pd.DataFrame:
     gain, rows = _gain(study, whole), []
     for arm in [arm for group in _levels(study, field) for arm in group if arm in study.arms]:
         runs = study.arm_runs(arm)
-        if arm.endswith(A_A) or not study.rate(arm).curve or runs[field].isna().any():
+        if arm.endswith(A_A) or runs[field].isna().any():
             continue
         row = {
             "arm": arm,
@@ -64,8 +64,8 @@ def _varied(study: StudyResults) -> str:
 
 
 def _levels(study: StudyResults, field: str) -> list[list[str]]:
-    """Returns the groups of arms that differ in nothing but a field, or all arms where the study's file is gone."""
-    return study.settings.levels(field) if study.settings else [study.arms]
+    """Returns the groups of arms that differ in nothing but a field, or all tuned ones without the study's file."""
+    return study.settings.levels(field) if study.settings else [[arm for arm in study.arms if study.rate(arm).curve]]
 
 
 def _whole(study: StudyResults) -> str:

@@ -15,7 +15,7 @@ from peftscope.analysis.compare import LARGEST_PAIRS, Difference, Outcome
 from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, holm, mean_interval, sign_flip_p
 from peftscope.analysis.study import ACCURACY, HELDOUT, LOWEST, MARGIN, VALIDATION, StudyResults, paired
 from peftscope.layout import results_folder
-from peftscope.planning.experiment import A_A, Study
+from peftscope.planning.experiment import A_A, STEP, Study
 from peftscope.report.plots import GREY, LABEL_WIDTH, arm_looks, beside, draw_figure, plain_ticks
 from peftscope.report.sentences import capitalised, listed, signed, spoken_outcome
 from peftscope.report.svg import INK
@@ -28,6 +28,8 @@ CONTROLS = {
 }
 MOST_WITH_NUMBERS = 8
 """The most comparisons whose numbers the answer tells. Of more it names the arms; the report has their numbers."""
+STEEP = 1.5
+"""How many times the median loss of its rate a run has that ended on the steep rise above the best rates."""
 FARTHEST = 5.0
 """How many times as far as in the median row a point may lie for the figure of differences to show all of it."""
 FEWEST_FOR_BOOTSTRAP = 8
@@ -126,25 +128,35 @@ def controls(study: StudyResults) -> pd.DataFrame:
 
 
 def tuning(study: StudyResults) -> pd.DataFrame:
-    """Returns one row per arm: its learning rate, and the loss around it as the local fit has it."""
+    """Returns one row per arm and rate on the seeds of the study: its held-out losses, and whether it is the best."""
     rows = []
     for arm in study.arms:
-        rate = study.rate(arm)
-        fit = rate.fit or {}
-        rows.append(
-            {
-                "arm": arm,
-                "tried": len(rate.curve),
-                "diverged": sum(loss is None for loss in rate.curve.values()),
-                "learning_rate": rate.best,
-                "loss_at_half": fit.get("at_half"),
-                "loss": fit.get("lowest"),
-                "loss_at_twice": fit.get("at_twice"),
-                "regret": rate.regret,
-                "is_convex": fit.get("is_convex"),
-            }
-        )
+        rate, runs = study.rate(arm), study.rate_runs(arm)
+        for tried, loss in rate.losses.items():
+            here = runs[runs["learning_rate"] == tried]
+            rows.append(
+                {
+                    "arm": arm,
+                    "listed": len(rate.curve),
+                    "learning_rate": tried,
+                    "is_best": tried == rate.best,
+                    "n": len(here),
+                    "trimmed_mean": loss,
+                    "mean": float(here[HELDOUT].mean()),
+                    "steep": steep(list(here[HELDOUT])),
+                    "diverged": int((here["status"] == "diverged").sum()),
+                }
+            )
     return pd.DataFrame(rows)
+
+
+def steep(losses: list[float]) -> int:
+    """Returns how many runs of one rate ended on the steep rise: with more than ``STEEP`` times the median loss.
+
+    >>> steep([0.18, 0.19, 0.2, 0.45])
+    1
+    """
+    return sum(loss > STEEP * median(losses) for loss in losses)
 
 
 def spoken_difference(row: dict[Any, Any], labels: dict[str, str]) -> str:
@@ -232,18 +244,16 @@ def readable_controls(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFra
 
 
 def readable_tuning(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
-    """Returns the tuning of each arm as text for people."""
+    """Returns the rates of each arm as text for people."""
     rows = [
         {
             "arm": labels[row["arm"]],
-            "rates tried": (str(row["tried"]) if row["tried"] else "given")
-            + (f", {row['diverged']} diverged" if row["diverged"] else ""),
-            "chosen": f"{row['learning_rate']:g}",
-            "fitted loss there": formatted(row["loss"], ".3f"),
-            "at half the rate": formatted(row["loss_at_half"], ".3f"),
-            "at twice the rate": formatted(row["loss_at_twice"], ".3f"),
-            "has a lowest point": {True: "yes", False: "no"}.get(row["is_convex"], "-"),
-            "error from tuning (nats/token)": formatted(row["regret"] or math.nan, ".4f"),
+            "learning rate": f"{row['learning_rate']:g}" + (", the best" if row["is_best"] else ""),
+            "seeds": f"n = {row['n']}",
+            "loss without best and worst seed": formatted(row["trimmed_mean"], ".4f"),
+            "mean loss": formatted(row["mean"], ".4f"),
+            "on the steep rise": str(row["steep"]),
+            "diverged": str(row["diverged"]),
         }
         for row in table.to_dict("records")
     ]
@@ -255,20 +265,24 @@ def _pairs(row: dict[Any, Any]) -> str:
 
 
 def draw_tuning(axes: plt.Axes, study: StudyResults) -> None:
-    """Draws the validation loss of each arm over its learning rates. A ring marks the chosen rate."""
+    """Draws the losses of each arm over its learning rates. A ring marks the best rate.
+
+    Filled points are means over the seeds of the study, small ones the losses of the seed that served for tuning alone.
+    """
     styles = arm_looks(study.labels)
     for arm, label in study.labels.items():
         rate, (colour, marker, dash) = study.rate(arm), styles[arm]
-        if not rate.curve:
-            continue  # its rate was given
         reached = {x: y for x, y in rate.curve.items() if y is not None}
-        axes.plot(list(reached), list(reached.values()), marker=marker, ms=4, linestyle=dash, color=colour, label=label)
-        height = rate.fit["lowest"] if rate.fit else rate.curve[rate.best]
-        axes.plot(rate.best, height, "o", ms=11, mfc="none", mec=colour, mew=1.6)
+        if not reached and not rate.is_tuned:
+            continue  # its rate was given
+        axes.plot(list(reached), list(reached.values()), marker=marker, ms=2, linestyle=dash, color=colour, lw=0.7)
+        axes.plot(list(rate.losses), list(rate.losses.values()), marker, ms=5, color=colour, linestyle="-", label=label)
+        axes.plot(rate.best, rate.losses[rate.best], "o", ms=11, mfc="none", mec=colour, mew=1.6)
     axes.set(xscale="log", yscale="log", title="Learning rates that were tried")
-    axes.set(xlabel="learning rate", ylabel="validation NLL (nats per response token)")
+    axes.set(xlabel="learning rate", ylabel="NLL (nats per response token)")
     plain_ticks(axes.yaxis)
-    beside(axes)
+    if axes.lines:
+        beside(axes)
 
 
 def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
@@ -396,12 +410,16 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
             [labels[arm] for arm in (*settings.given_rates, *settings.borrowed_rates) if arm in labels], "; "
         ),
         "controls_of": sorted({control for control, _ in study.controls}),
-        "fewest_rates": min(len(rates) for rates in settings.learning_rates.values()),
-        "fine": bool(settings.fine_seeds),
-        "tuning_seeds": listed([*settings.tuning_seeds, *settings.fine_seeds]),
+        "fewest_rates": min(map(len, settings.learning_rates.values()), default=0),
+        "chosen_by": settings.chosen_by,
+        "has_tuning": any(study.rate(arm).is_tuned or study.rate(arm).regret for arm in study.arms),
+        "step": f"√{STEP**2:.0f}",
+        "tuning_seeds": listed(settings.tuning_seeds),
         "seeds": len(settings.seeds),
         "chosen": "; ".join(
-            f"{label} {study.rate(arm).best:g}" for arm, label in labels.items() if study.rate(arm).curve
+            f"{label} {study.rate(arm).best:g}"
+            for arm, label in labels.items()
+            if study.rate(arm).curve or study.rate(arm).is_tuned
         ),
         "at_an_end": "; ".join(labels[arm] for arm in study.arms_at_an_end),
         "left_out": ", ".join(f"{arm} ({reason})" for arm, reason in study.left_out.items()),
@@ -416,7 +434,7 @@ def study_sentences(facts: dict[str, Any]) -> dict[str, str]:
     differences = f"Points left of the line are better than {facts['first']}. Small points are seeds" + (
         f", large ones their means with {100 * CONFIDENCE:g} % intervals" if several else ""
     )
-    differences += (", which include the tuning of both arms" if several and facts["fine"] else "") + "."
+    differences += (", which include the tuning of both arms" if several and facts["has_tuning"] else "") + "."
     if facts["power"]:
         differences += " Dashed lines are the margin of sameness."
     if facts["a_a"] and several:

@@ -17,12 +17,11 @@ from scipy.stats import rankdata
 from peftscope.analysis.compare import compare
 from peftscope.analysis.stats import CONFIDENCE, sign_flip_p
 from peftscope.analysis.study import ACCURACY, HELDOUT, VALIDATION, StudyResults, paired
-from peftscope.analysis.tuning import WINDOW
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 from peftscope.models.catalog import find_model
 
 FEWEST_RATES = 4
-REACHES = (WINDOW, 10.0)
+REACHES = (3.5, 10.0)
 """The factors around the best rate within which a parabola describes the loss: the first that holds enough runs.
 
 Farther out the loss rises more steeply. Within a factor of ten, LoRA's best rate in `variants` lies apart from its own

@@ -113,7 +113,6 @@ def experiment_of(advice: Advice, card: str, task: str | None = None, pairs: int
         "study": {
             "arms": {option.method: _arm(option, best, situation.gpus) for option in arms},
             "learning_rates": {option.method: list(option.settings.lines["learning_rate"].choice) for option in arms},
-            "ends": "keep",
             "tuning_seeds": [100],
             "tuning": {"generation_items": 0, "validation_every": 0, **({"retention_every": 0} if retention else {})},
             "seeds": list(range(pairs)),

@@ -136,12 +136,10 @@ def _reach(reaches: float | None, billions: float) -> str:
 def _chosen_rates(studies: Sequence[str]) -> Iterator[str]:
     """Yields the learning rates that published studies chose, as far as they have."""
     for study in studies:
-        for path in (_published(f"{study}/{name}") for name in ("tuned.json", "coarse.json")):
-            with suppress(OSError, ValueError, KeyError):
-                arms = json.loads(path.read_text())["arms"]
-                rates = (f"{arm} {arms[arm]['learning_rate']:g}" for arm in ("lora", "full") if arm in arms)
-                yield f"study `{study}` chose {', '.join(rates)} (smollm2-135m)"
-                break
+        with suppress(OSError, ValueError, KeyError):
+            arms = json.loads(_published(f"{study}/tuned.json").read_text())["arms"]
+            rates = (f"{arm} {arms[arm]['learning_rate']:g}" for arm in ("lora", "full") if arm in arms)
+            yield f"study `{study}` chose {', '.join(rates)} (smollm2-135m)"
 
 
 class When(BaseModel):

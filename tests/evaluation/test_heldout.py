@@ -1,0 +1,103 @@
+"""What the held-out pass says beside the loss: whether greedy decoding would give the answer, and how far it moved."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peftscope.data.batching import Example, tokenise
+from peftscope.data.tasks import read_split
+from peftscope.evaluation.heldout import heldout_nll
+from peftscope.evaluation.updates import entropy
+from peftscope.execution.phases import Phases
+from peftscope.execution.run import execute
+from peftscope.record import RunRecord
+from peftscope.training.build import build_model
+from peftscope.training.load import attention, load_base, load_tokenizer
+
+BF16_STEPS = 2 * 2.0**-7
+"""Two steps of bf16 around 1: logits closer than that share of their size can change places."""
+ANSWER = 4
+
+
+@pytest.mark.parametrize(("method", "precision"), [("lora", "fp32"), ("qlora", "bf16")])
+def test_an_answer_of_argmaxes_is_what_greedy_decoding_gives(
+    method: str, precision: str, toy: Path, make_spec, monkeypatch
+) -> None:
+    """On 64 prompts: the held-out pass finds no 0 in what ``generate`` gave, and finds the token that was changed."""
+    monkeypatch.chdir(toy)
+    spec = make_spec(method=method, precision=precision)
+    tokenizer = load_tokenizer(spec)
+    trained = build_model(load_base(spec), spec).model.eval()
+    with torch.no_grad():  # so that the adapter says something
+        for name, parameter in trained.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) / 10)
+    prompts = [e.tokens[: e.prompt_length] for e in tokenise(read_split(spec.task, "test")[:64], tokenizer, 64)]
+    given, changed, doubtful = [], [], 0
+    for prompt in prompts:
+        options: dict[str, Any] = {"max_new_tokens": ANSWER, "do_sample": False}
+        output = trained.generate(
+            input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            return_dict_in_generate=True, output_logits=True, pad_token_id=tokenizer.pad_token_id, **options,
+        )  # fmt: skip
+        best = torch.cat(output.logits).float().topk(2).values
+        if bool(((best[:, 0] - best[:, 1]) < BF16_STEPS * best[:, 0].abs()).any()):
+            doubtful += 1
+            continue
+        tokens = output.sequences[0].tolist()
+        given.append(Example(tuple(tokens), len(prompt)))
+        changed.append(Example((*tokens[:-1], (tokens[-1] + 1) % trained.config.vocab_size), len(prompt)))
+    assert doubtful < 32
+    with attention(trained, spec.attention):
+        right, wrong = (heldout_nll(trained, examples, spec, 0) for examples in (given, changed))
+    assert all(item.argmax == "1" * item.tokens for item in right)
+    assert all(item.argmax == "1" * (item.tokens - 1) + "0" for item in wrong)
+
+
+def run(make_spec, folder: Path, **values: Any) -> RunRecord:
+    phases = Phases("cpu", 0.0)
+    phases.mark_imported()
+    options = {"validation_items": 12, "validation_every": 3, "generation_items": 0, "retention_tokens": 0}
+    return execute(make_spec(**{**options, "probe_steps": 0, **values}), folder, phases)
+
+
+def test_a_run_that_is_followed_says_how_far_it_moved(toy: Path, make_spec, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(toy)
+    still = run(make_spec, tmp_path / "still", method="lora", learning_rate=0)
+    assert still.quality.shift == {"from_base": 0.0, "to_base": 0.0} and still.updates == {}
+    moved = run(make_spec, tmp_path / "moved", method="lora", rank=2, learning_rate=1e-2)
+    quality = moved.quality
+    assert list(quality.shift_curve) == [3] and 0 < quality.shift_curve[3]["to_base"] < quality.shift["to_base"]
+    assert quality.shift["from_base"] > 0
+    rows = [json.loads(line) for line in (tmp_path / "moved" / "items.jsonl").read_text().splitlines()]
+    assert all(len(row["argmax"]) == row["tokens"] for row in rows)
+    hits = "".join(row["argmax"] for row in rows)
+    assert quality.token_accuracy == hits.count("1") / len(hits)
+    assert quality.greedy_match == sum("0" not in row["argmax"] for row in rows) / 16
+    for kind in moved.updates.values():  # of two directions
+        assert 0 < kind["entropy_values"] <= math.log(2) + 1e-3 and kind["rank_90"] <= 2 and kind["relative_size"] > 0
+    full = run(make_spec, tmp_path / "full", method="full", learning_rate=1e-3)
+    assert set(full.updates) == set(moved.updates)
+    assert min(kind["entropy_values"] for kind in full.updates.values()) > math.log(2)
+    dora = run(make_spec, tmp_path / "dora", method="dora", rank=2, learning_rate=1e-2)
+    assert dora.updates["q_proj"]["entropy_values"] > moved.updates["q_proj"]["entropy_values"]
+    pissa = run(make_spec, tmp_path / "pissa", method="pissa", learning_rate=1e-3)
+    assert pissa.updates == {} and pissa.quality.shift["from_base"] > 0
+
+
+def test_a_run_that_is_not_followed_spends_nothing_on_it(toy: Path, make_spec, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(toy)
+    record = run(make_spec, tmp_path, method="lora", validation_every=0)
+    assert record.quality.shift == {} and record.updates == {} and record.quality.token_accuracy is not None
+
+
+def test_entropy_is_largest_where_all_values_are_equal() -> None:
+    even, odd = entropy(torch.ones(8)), entropy(torch.tensor([100.0, *[1.0] * 7]))
+    assert even["entropy_values"] == even["entropy_energies"] == pytest.approx(math.log(8))
+    assert odd["entropy_energies"] < odd["entropy_values"] < math.log(8)
