@@ -17,7 +17,7 @@ from test_trust import MARK
 
 from peftscope.analysis.collect import read_runs
 from peftscope.data.scoring import lm_eval_file
-from peftscope.data.tasks import find_task, make_task, task_folder
+from peftscope.data.tasks import SPLITS, find_task, make_task, read_split, task_folder
 from peftscope.errors import InputError
 from peftscope.execution.merge import find_run
 from peftscope.models.catalog import find_model, model_folder
@@ -163,6 +163,41 @@ class TestWheels:
         assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "model.safetensors"]
         assert not Path("/tmp/peftscope-escaped.bin").exists()
         assert not [path for path in tmp_path.rglob("*escaped.bin") if "index" not in path.parts]
+
+    def test_a_word_list_is_read_as_data_and_a_broken_one_named(
+        self, own: Callable[..., Path], index: Path, tmp_path: Path
+    ) -> None:
+        """A small list in the form of CMU's dictionary; importing the wheel would leave a mark."""
+        mark, archive = tmp_path / "mark", index / "own-1.0-py3-none-any.whl"
+
+        def entry(extra: str = "", **changes: str) -> str:
+            words = "".join(f"{a}{b} {a.upper()} {b.upper()}0\n" for a in "bcdfgklm" for b in ("aa", "ih", "uw", "ow"))
+            text = f"'bout B AW1 T\naalto AA1 L T OW2 # name, finnish\naalto(2) AA1 L T\n{words}{extra}"
+            with zipfile.ZipFile(archive, "w") as file:
+                file.writestr("own/words.dict", text)
+                file.writestr("own/__init__.py", MARK.format(str(mark)))
+                about = "Metadata-Version: 2.1\nName: own\nVersion: 1.0\n"
+                file.writestr("own-1.0.dist-info/METADATA", about)
+                file.writestr("own-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            source = {"kind": "wheel", "package": "own", "version": "1.0", "file": "own/words.dict"}
+            source |= {"sha256": hashlib.sha256(archive.read_bytes()).hexdigest(), "reads": "pronunciations"} | changes
+            own("tasks", json.dumps({"words": {"source": source | {"template": "Say {prompt}:"}}}))
+            lm_eval_file("words").write_text("task: words\n")
+            return "words"
+
+        for extra, changes, said in (
+            ("bad\n", {}, r"line 36 is no word with its phones \(got 'bad'\)"),
+            ("", {"sha256": "0" * 64}, "the wheel's checksum is"),
+            ("", {"file": "own/other.dict"}, "the wheel has no own/other.dict"),
+            ("", {"version": "2.0"}, r"cannot download own==2\.0"),
+        ):
+            with pytest.raises(InputError, match=said):
+                make_task(entry(extra, **changes))
+            assert not task_folder("words").exists()
+        make_task(entry())
+        items = {item.prompt: item.response for split in SPLITS for item in read_split("words", split)}
+        assert len(items) == 33 and items["Say aalto:"] == "AA L T OW" and items["Say baa:"] == "B AA"
+        assert not mark.exists()
 
     def test_a_source_distribution_is_never_built(self, own: Callable[..., Path], index: Path, tmp_path: Path) -> None:
         mark = tmp_path / "mark"

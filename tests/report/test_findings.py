@@ -159,7 +159,7 @@ def test_a_sentence_that_does_not_fit_its_claim_is_refused(
 
 
 def test_a_study_that_has_not_run_has_its_price(repository: Path, write_experiment) -> None:
-    """Its arm has five listed rates, then three on eight seeds. LoRA and its A/A have 16 runs more than are published."""
+    """Its arm has five listed rates, then three on eight seeds. LoRA has 16 runs more than are published."""
     rates = "[1.0e-4, 3.0e-4, 1.0e-3, 3.0e-3, 1.0e-2]"
     study = f"study:\n  arms: {{odd: {{method: lora, rank: 3}}}}\n  learning_rates: {{odd: {rates}}}\n"
     write_experiment("mine", "title: Is three odd?\nextends: base\n" + study)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from peftscope.errors import InputError, Problem, shown
 from peftscope.files.content import REVISION_PATTERN, Count, CountOrZero, HubId, check_characters
 from peftscope.files.hub import load_rows
 from peftscope.files.manifest import file_sha256
-from peftscope.layout import TASKS_FILE
+from peftscope.files.wheel import WheelFile, unpacked
+from peftscope.layout import TASKS_FILE, TASKS_FOLDER
 
 SHOWN_LINES = 20
 """The most broken lines of a file that one message lists."""
@@ -135,7 +137,30 @@ class HubDataSource(BaseModel):
     size: Count | None = None
 
 
-Source = EnumerateSource | ReasoningGymSource | JsonlSource | FillerSource | RandomStringsSource | HubDataSource
+class WheelDataSource(WheelFile):
+    """A word list inside a PyPI wheel, read as data. The wheel's own code is never imported.
+
+    Attributes:
+        reads: What the lines of the file are: ``pronunciations``, as CMU's dictionary has them, are a word and its
+            phones. The digits of stress are left out, and so are words with other characters than letters and second
+            pronunciations.
+        template: The text that asks for one; ``{prompt}`` stands for the word.
+    """
+
+    kind: Literal["wheel"]
+    reads: Literal["pronunciations"]
+    template: Annotated[str, Field(pattern=r"\{prompt\}")] = "{prompt}"
+
+
+Source = (
+    WheelDataSource
+    | EnumerateSource
+    | ReasoningGymSource
+    | JsonlSource
+    | FillerSource
+    | RandomStringsSource
+    | HubDataSource
+)
 
 
 @dataclass(frozen=True)
@@ -268,7 +293,30 @@ def _hub(name: str, source: HubDataSource, facts: dict[str, str]) -> Iterator[It
             yield Item(source.template.replace("{prompt}", prompt), item.response, group)
 
 
+def _wheel(name: str, source: WheelDataSource, facts: dict[str, str]) -> Iterator[Item]:
+    where = f"{TASKS_FILE}: {name}"
+    TASKS_FOLDER.mkdir(parents=True, exist_ok=True)
+    with unpacked(source, TASKS_FOLDER, f"task {name}", where) as path:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except ValueError:
+            raise InputError(Problem(f"{where}.source.file", f"{source.file} is not text")) from None
+        for number, line in enumerate(lines, 1):
+            found = _PRONUNCIATION.fullmatch(line)
+            if found is None:
+                message = f"line {number} is no word with its phones (got {shown(line)})"
+                raise InputError(Problem(f"{where}.source.file", message, "is it the file that it is taken for?"))
+            if _WORD.fullmatch(found["word"]):
+                phones = " ".join(phone.rstrip("012") for phone in found["phones"].split())
+                yield make_item(source.template.replace("{prompt}", found["word"]), phones)
+
+
+_PRONUNCIATION = re.compile(r"(?P<word>\S+)(?P<phones>( [A-Z]{1,2}[0-2]?)+)\s*(#.*)?")
+"""A line of CMU's dictionary; second pronunciations have a number in brackets behind the word."""
+_WORD = re.compile("[a-z]+")
+
 _READERS: dict[type, Any] = {
+    WheelDataSource: _wheel,
     EnumerateSource: _two_digit_sums,
     ReasoningGymSource: _reasoning_gym,
     JsonlSource: _jsonl,

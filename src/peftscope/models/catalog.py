@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from peftscope.errors import InputError, Problem, close_match, shown
-from peftscope.files.content import REVISION_PATTERN, CountOrZero, HubId, InnerPath, Name, check_hub_id, read_yaml
+from peftscope.files.content import REVISION_PATTERN, CountOrZero, HubId, check_hub_id, read_yaml
 from peftscope.files.problems import dotted, problems_of
+from peftscope.files.wheel import WheelFile
 from peftscope.layout import MODELS_FILE, MODELS_FOLDER, shipped, why_not_read
 from peftscope.models.presets import PRESETS
 from peftscope.models.shapes import ModelShape
@@ -36,16 +37,10 @@ class RandomSource(BaseModel):
         return self
 
 
-class WheelSource(BaseModel):
+class WheelSource(WheelFile):
     """A GGUF file inside a PyPI wheel, or safetensors with the files in their folder."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     kind: Literal["wheel"]
-    package: Name
-    version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.!+_-]*$")]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="the wheel's checksum")]
-    file: InnerPath
     download_bytes: Annotated[int, Field(gt=0)]
 
 

