@@ -108,7 +108,7 @@ def test_the_readme_shows_the_published_verdicts(
     assert len(linked) > 10
     assert all((repository / file).is_file() for file in linked)
     anchors = re.findall(r"claims\.md#([SP]\d+)", shown)
-    assert len(anchors) == 6
+    assert len(anchors) == 5
     page = (repository / "reports/published/claims.md").read_text()
     assert all(f'<a id="{anchor}">' in page for anchor in anchors)
 

@@ -30,6 +30,7 @@ from peftscope.layout import (
     results_folder,
     shipped,
 )
+from peftscope.models.catalog import find_model
 from peftscope.planning.cells import ARM, RATES
 from peftscope.planning.estimate import estimate_seconds, spoken
 from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
@@ -48,6 +49,8 @@ from peftscope.spec import RunSpec
 
 ORDER = [Verdict.WRONG, Verdict.IN_PART, Verdict.HOLDS, Verdict.OPEN]
 """What surprises comes first."""
+BASE = "base"
+"""The experiment that the studies extend."""
 RUNS_AT_ONCE = 2
 """The runs that share a machine in the estimated time: one on each of two cores."""
 
@@ -148,8 +151,13 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
     by_id = {finding["id"]: finding for finding in findings}
     known = _Published()
     content = read_content([claim.id for claim in claims])
+    fixed = read_experiment(experiment_path(BASE)).fixed
+    shape = find_model(fixed["model"]).shape
+    assert shape is not None
     page = rendered(
         "findings.md.j2",
+        millions=round(shape.parameters / 1e6),
+        steps=fixed["steps"],
         first=surprising(findings, content.first, Path("claims.md")),
         topics=[_topic(topic, by_id, folder) for topic in content.topics],
         studies=[_study(name, findings, known) for name in experiment_names() if _is_judged(name, findings)],
@@ -231,8 +239,9 @@ def _parts_on(experiment: str, finding: dict[str, Any]) -> bool:
 
 
 def _is_judged(experiment: str, findings: list[dict[str, Any]]) -> bool:
-    is_study = read_experiment(experiment_path(experiment)).study is not None
-    return is_study or any(_parts_on(experiment, finding) for finding in findings)
+    study = read_experiment(experiment_path(experiment)).study
+    compares = study is not None and len(study.arms) > 1  # files that studies extend have the reference alone
+    return compares or any(_parts_on(experiment, finding) for finding in findings)
 
 
 class _Published:

@@ -27,6 +27,12 @@ NUMBER = re.compile(r"<!--([a-z ]+)-->[^<]*<!--/-->")
 """A number of the README or the paper, between comments that name it."""
 BAR = PUBLISHED_RESULTS / "claims.svg"
 BEGIN, END = "<!-- published:claims -->\n", "<!-- /published:claims -->"
+ROWS: dict[str, set[str]] = {
+    "training": {"training"},
+    "memory, speed": {"simulation", "gpu"},
+    "arithmetic, libraries": set(),
+}
+"""The rows of the bar, each with the kinds of parts that make a claim one of its own; the last has all others."""
 GREY = "#77808a"
 """A grey that can be read on white and on black."""
 
@@ -54,8 +60,15 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
     Only what stands between the files' markers changes.
     """
     counts = {verdict: sum(finding["verdict"] == verdict for finding in findings) for verdict in COLOURS}
-    _draw_bar(counts)
-    words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    rows = {
+        row: [Verdict(finding["verdict"]) for finding in findings if _row(finding) == row] for row in reversed(ROWS)
+    }
+    _draw_bar({row: {verdict: verdicts.count(verdict) for verdict in COLOURS} for row, verdicts in rows.items()})
+    words = "; ".join(
+        f"{row}: " + ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in COLOURS if verdict in verdicts)
+        for row, verdicts in rows.items()
+        if verdicts
+    )
     lines = surprising(findings, surprises, PUBLISHED_REPORTS / "claims.md")
     shown = f"![{len(findings)} claims: {words}]({BAR})\n\n" + "\n".join(lines) + "\n"
     _show(BEGIN, shown, END)
@@ -127,20 +140,28 @@ def _told(surprise: Surprise, finding: dict[str, Any]) -> str:
         raise InputError(Problem(f"{FINDINGS_FILE}: {surprise.claim}", message, f"its numbers are {numbers}")) from None
 
 
-def _draw_bar(counts: dict[Verdict, int]) -> None:
-    """Draws how many claims have each verdict, as one bar, for light and dark pages."""
+def _row(finding: dict[str, Any]) -> str:
+    """Returns the row of the bar to which a claim belongs: the first that has a kind of the parts that decide it."""
+    kinds = {part["kind"] for part in deciding(finding)}
+    return next(row for row, of_row in ROWS.items() if kinds & of_row or not of_row)
+
+
+def _draw_bar(counts: dict[str, dict[Verdict, int]]) -> None:
+    """Draws how many claims of each row have each verdict, for light and dark pages."""
     with plt.rc_context({"svg.hashsalt": "claims", "svg.fonttype": "none", "font.size": 11}):
-        figure, axes = plt.subplots(figsize=(8, 0.9), layout="constrained")
-        left = 0
-        for verdict, count in counts.items():
-            if not count:
-                continue
-            axes.barh(0, count, left=left, color=COLOURS[verdict], height=0.8)
-            axes.text(left + count / 2, 0, str(count), ha="center", va="center", color="white", weight="bold")
-            axes.text(left + count / 2, -0.75, verdict, ha="center", va="center", color=GREY)
-            left += count
-        axes.set_xlim(0, left)
-        axes.set_ylim(-1, 0.45)
+        figure, axes = plt.subplots(figsize=(8, 1.7), layout="constrained")
+        for y, (row, of_row) in enumerate(counts.items()):
+            left = 0
+            for verdict, count in of_row.items():
+                axes.barh(y, count, left=left, color=COLOURS[verdict], height=0.8)
+                if count:
+                    axes.text(left + count / 2, y, str(count), ha="center", va="center", color="white", weight="bold")
+                left += count
+            axes.text(-1, y, row, ha="right", va="center", color=GREY)
+        handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[verdict]) for verdict in COLOURS]
+        options: dict[str, Any] = {"loc": "upper right", "frameon": False, "labelcolor": GREY, "handlelength": 1}
+        axes.legend(handles, list(COLOURS), ncols=len(COLOURS), bbox_to_anchor=(1, 0), columnspacing=1, **options)
+        axes.invert_yaxis()
         axes.axis("off")
         figure.savefig(BAR, transparent=True, metadata={"Date": None})
         plt.close(figure)
