@@ -797,6 +797,20 @@ def test_claims_count_answers_in_points(tuned: None) -> None:
     assert judge(Rule(better_by=0), training.accuracy_gain("mine", "full", "lora"))[0] == Verdict.WRONG
 
 
+def test_points_of_exact_match_are_those_of_the_whole_split_where_both_arms_have_it(tuned: None) -> None:
+    record_comparison()
+    for arm, generated, greedy in (("full", 0.5, 0.40), ("lora", 0.5, 0.45), ("thin", 0.25, None)):
+        for run in members(f"arm-{arm}"):
+            found = parse_record((Path("results/runs") / run / "record.json").read_bytes(), run)
+            found.quality.exact_match, found.quality.greedy_match = generated, greedy
+            write_record(Path("results/runs") / run / "record.json", found)
+    record(members("arm-lora")[0], status="diverged")
+    collect_experiment(expand("mine"))
+    table = contrasts(StudyResults("mine")).set_index("arm")["accuracy"]
+    assert table["lora"] == pytest.approx((5 * 5 - 40) / 6)  # the untouched base gets none right
+    assert table["thin"] == pytest.approx(-25)
+
+
 def test_three_rates_give_no_interval_of_the_best_one(at_three_rates: StudyResults) -> None:
     with pytest.raises(NotRunError, match="`lora` has fewer than four rates"):
         training.learning_rate_ratio("mine", "lora", "full")

@@ -144,6 +144,10 @@ def row_of(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
         "lowest_validation_nll_nats_per_token": _lowest(quality),
         "exact_match_fraction": quality.exact_match,
         "exact_match_items": quality.exact_match_items,
+        "greedy_match_fraction": quality.greedy_match,
+        "token_accuracy_fraction": quality.token_accuracy,
+        "shift_from_base_nats": quality.shift.get("from_base"),
+        "shift_to_base_nats": quality.shift.get("to_base"),
         "retention_bits_per_byte_before": quality.retention_bits_per_byte_before,
         RETENTION: quality.retention_bits_per_byte,
     }

@@ -35,7 +35,7 @@ from peftscope.planning.published import LOSSES, VALIDATION, loss_rows, publishe
 from peftscope.record import TRY_AGAIN
 
 HELDOUT = "heldout_nll_nats_per_token"
-ACCURACY = "exact_match_fraction"
+ACCURACY, GREEDY = "exact_match_fraction", "greedy_match_fraction"
 LOWEST = "lowest_validation_nll_nats_per_token"
 MARGIN = 0.05
 """Arms whose losses differ by less than this share of the task gain count as the same, unless a claim has its own."""
@@ -304,10 +304,21 @@ class StudyResults:
             raise self._unfinished("no run of the untouched base")
         return float(runs[HELDOUT].iloc[0])
 
-    @property
-    def base_accuracy(self) -> float:
-        """The exact match of the untouched base, as a fraction; 0 if it was not measured."""
-        return float(self._base_runs[ACCURACY].fillna(0.0).iloc[0])
+    def base_accuracy(self, column: str = ACCURACY) -> float:
+        """Returns the exact match of the untouched base, as a fraction; 0 if it was not measured."""
+        measured = self._base_runs.get(column, pd.Series(dtype=float)).dropna()
+        return float(measured.iloc[0]) if len(measured) else 0.0
+
+    def exact_match(self, arm: str, column: str = ACCURACY) -> pd.DataFrame:
+        """Returns the runs of an arm, with the exact match of the untouched base for those that diverged.
+
+        Args:
+            arm: The arm.
+            column: ``ACCURACY``, of answers that were generated, or ``GREEDY``, of the whole test split.
+        """
+        runs = self.arm_runs(arm)
+        known = column in runs and bool(runs[column].notna().any())
+        return runs.fillna({column: self.base_accuracy(column)}) if known else runs.assign(**{column: math.nan})
 
     @cached_property
     def task_gain(self) -> float:

@@ -293,7 +293,7 @@ def _exact_match(entry: Entry) -> str:
     """Returns the share of right answers with its interval; a run that diverged counts as the untouched base."""
     if ACCURACY not in entry.runs or entry.runs[ACCURACY].isna().all():
         return "-"
-    interval = mean_interval(list(100 * entry.runs[ACCURACY].fillna(entry.study.base_accuracy)), NARROW)
+    interval = mean_interval(list(100 * entry.runs[ACCURACY].fillna(entry.study.base_accuracy())), NARROW)
     assert interval is not None  # an arm has two runs or more
     if interval.low is None or interval.high is None:
         return f"{interval.mean:.1f}"

@@ -13,7 +13,7 @@ import pandas as pd
 
 from peftscope.analysis.compare import LARGEST_PAIRS, Difference, Outcome
 from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, holm, mean_interval, sign_flip_p
-from peftscope.analysis.study import ACCURACY, HELDOUT, LOWEST, MARGIN, VALIDATION, StudyResults, paired
+from peftscope.analysis.study import ACCURACY, GREEDY, HELDOUT, LOWEST, MARGIN, VALIDATION, StudyResults, paired
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A, STEP, Study
 from peftscope.report.plots import GREY, LABEL_WIDTH, arm_looks, beside, draw_figure, plain_ticks
@@ -90,10 +90,9 @@ def _contrast(
     }
     if difference.n >= FEWEST_FOR_BOOTSTRAP:
         row["bootstrap_low"], row["bootstrap_high"] = bootstrap_interval(sample)
-    if any(ACCURACY in side and side[ACCURACY].notna().any() for side in (mine, other)):
-        # A run that diverged counts with the exact match of the untouched base.
-        filled = [runs.fillna({ACCURACY: study.base_accuracy}) for runs in (mine, other)]
-        both = paired(filled[0], filled[1], ACCURACY)
+    # Of the whole test split if both have it.
+    for column in (ACCURACY, GREEDY):
+        both = paired(study.exact_match(arm, column), study.exact_match(against, column), column)
         accuracy = mean_interval(list(100 * (both["first"] - both["second"])))
         if accuracy is not None:
             row |= {"accuracy": accuracy.mean, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}

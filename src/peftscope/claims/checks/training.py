@@ -231,7 +231,7 @@ def accuracy_gain(study: str, arm: str, against: str) -> Measurement:
     A run that diverged counts with the exact match of the untouched base.
     """
     results = StudyResults(study)
-    mine, other = (results.arm_runs(name).fillna({ACCURACY: results.base_accuracy}) for name in (arm, against))
+    mine, other = results.exact_match(arm), results.exact_match(against)
     both = 100 * paired(mine, other, ACCURACY)
     evidence: dict[str, Quantity] = {
         f"exact match of {arm}, %": float(both["first"].mean()),
