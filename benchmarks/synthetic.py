@@ -23,7 +23,7 @@ from peftscope.layout import MEMORY_FOLDER, run_folder
 from peftscope.models.catalog import model_folder
 from peftscope.planning.experiment import read_yaml
 from peftscope.planning.published import published_records
-from peftscope.planning.sweep import expand
+from peftscope.planning.sweep import ROUNDS, expand
 from peftscope.record import RunRecord, parse_record
 from peftscope.report.memory import write_chapter
 from peftscope.spec import RunSpec, run_id
@@ -76,17 +76,22 @@ def make_sweep(size: int) -> int:
 def make_study(size: int) -> int:
     """Makes a finished study in the current workspace, and returns its number of runs.
 
-    It is the repository's own study with more seeds, so that about ``size`` runs come out, half of them to tune.
+    It is the repository's own study with more seeds and with rates to choose. About ``size`` runs come out, more where
+    best rates lie at an end.
     """
     content = read_yaml(Path("experiments") / f"{STUDY}.yaml")
     study = content["study"]
-    rates = sum(map(len, study["learning_rates"].values()))
-    arms = len(study["arms"]) + sum(map(len, study["controls"].values()))
-    tuning, seeds = max(1, size // 2 // rates), max(2, size // 2 // arms)
-    study["tuning_seeds"], study["seeds"] = list(range(seeds, seeds + tuning)), list(range(seeds))
+    study["learning_rates"] = {arm: [rate / 3, rate, 3 * rate] for arm, rate in study.pop("chosen_rates").items()}
+    arms, controls = len(study["arms"]), sum(map(len, study["controls"].values()))
+    seeds = max(2, size * 3 // 4 // (3 * arms + controls))
+    study["tuning_seeds"], study["seeds"] = (
+        list(range(seeds, seeds + max(1, size // 4 // (3 * arms)))),
+        list(range(seeds)),
+    )
     _write_experiment(STUDY, content)
-    _write_runs(STUDY)
-    choose_rates(expand(STUDY))
+    for number in range(ROUNDS + 1):
+        _write_runs(STUDY)
+        choose_rates(expand(STUDY), number)
     return _write_runs(STUDY)
 
 

@@ -23,6 +23,7 @@ from peftscope.data.batching import IGNORED, collate, pack, tokenise
 from peftscope.data.sources import SHOWN_LINES, Item
 from peftscope.data.tasks import SPLITS, make_task, read_split
 from peftscope.errors import InputError
+from peftscope.evaluation.heldout import ItemLoss
 from peftscope.execution.scores import write_items
 from peftscope.planning.plan import plan_experiment
 from peftscope.training.load import load_tokenizer
@@ -92,7 +93,7 @@ def check_items(prompt: str, response: str, as_ascii: bool, own_folder: Path, to
         tokens = examples[0].tokens
         assert tokenizer.decode(tokens[examples[0].prompt_length : -1]) == f" {found.response}"
     path = own_folder / "items.jsonl"
-    write_items(path, [found], [(1.0, 2)], [{"item": 0, "answer": found.response, "correct": 1}])
+    write_items(path, [found], [ItemLoss(1.0, 2, "01")], [{"item": 0, "answer": found.response, "correct": 1}])
     (row,) = [json.loads(text) for text in path.read_bytes().decode().split("\n") if text]
     assert (row["prompt"], row["target"], row["answer"]) == (prompt, found.response, found.response)
 

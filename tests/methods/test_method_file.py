@@ -73,12 +73,12 @@ def test_from_a_file_to_a_verdict(own: Callable[[str, str], Path], repository: P
     commands = [shlex.split(line) for block in blocks(repository, "sh") for line in block.splitlines()]
     assert [words[1] for words in commands] == ["new-study", "sweep", "report"]
     printed = run(*commands[0])
-    assert "lora-fa-study: 52 runs, 0 done" in printed and "8 pairs each" in printed
+    assert "lora-fa-study: 91 runs, 0 done" in printed and "8 pairs each" in printed
 
     study = Path("experiments/lora-fa-study.yaml")
     text = study.read_text().replace("fixed: {model: toy}", SHORT)
     text = re.sub(r"lora-fa: \[.*\]", "lora: [3.0e-3, 1.0e-2, 3.0e-2]\n    lora-fa: [3.0e-3, 1.0e-2, 3.0e-2]", text)
-    study.write_text(f"{text}  fine_seeds: []\n  seeds: [0, 1]\n  control_seeds: [0]\n")
+    study.write_text(f"{text}  seeds: [0, 1]\n  control_seeds: [0]\n")
     later = [" ".join(words[1:]) for words in commands[1:]]
     done = subprocess.run([sys.executable, "-c", IN_ONE_PROCESS, *later], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -89,7 +89,7 @@ def test_from_a_file_to_a_verdict(own: Callable[[str, str], Path], repository: P
 
     digest = file_sha256(Path("lora-fa.py"))
     records = [json.loads(path.read_text()) for path in Path("results/runs").glob("lora-fa-*/record.json")]
-    assert len(records) == 3 + 2
+    assert len(records) in (3 + 3 * 2, 3 + 4 * 2, 3 + 5 * 2)  # with up to two rates beyond an end
     for record in records:
         assert record["spec"]["method"] == {
             "name": "lora-fa",
@@ -105,26 +105,23 @@ def test_a_study_is_written_and_read_in_a_folder_without_experiments(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(file.parent)
-    assert "lora-fa-study: 52 runs, 0 done" in run("peftscope", "new-study", file.name, "--model", "toy")
+    assert "lora-fa-study: 91 runs, 0 done" in run("peftscope", "new-study", file.name, "--model", "toy")
 
 
 def test_the_page_says_how_long_the_study_takes(repository: Path) -> None:
     with (repository / "results/published/variants/runs.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["method"] in ("lora", "none")]
-    tuning, paired, base = [], [], []
+    paired, base = [], []
     for row in rows:
-        kind = base if row["method"] == "none" else paired if row["generation_items"] == "64" else tuning
-        kind.append(float(row["wall_seconds"]) / 60)
+        if row["generation_items"] == "64":
+            (base if row["method"] == "none" else paired).append(float(row["wall_seconds"]) / 60)
         assert row["threads"] == "1" and row["cores"] == "2"
-    tuned, pair = median(tuning), median(paired)
+    pair = median(paired)
     page = (repository / PAGE).read_text().replace("\n", " ")
     assert f"took {pair:.1f} minutes (median of {len(paired)})" in page
-    assert f"{tuned:.1f} minutes (median of {len(tuning)})" in page
-    assert f"takes {(24 * tuned + 27 * pair + base[0]) / 2 / 60:.1f} hours on two cores" in page
-    assert f"than the pairs, {(51 * pair + base[0]) / 2 / 60:.1f} hours" in page
+    assert f"takes {(90 * pair + base[0]) / 2 / 60:.1f} hours on two cores" in page
     assert f"`sweep` takes about {2 / ONE_THREAD_SLOWER:.1f} times as long" in page
-    assert f"{len(rows)} runs are LoRA's" in page
-    assert f"The 16 others take {16 * pair / 2:.0f} to {8 * (tuned + pair) / 2:.0f} minutes" in page
+    assert f"the 29 runs of your method on SmolLM2-135M alone, which take {29 * pair / 2:.0f} minutes" in page
 
 
 def test_the_content_of_the_file_is_part_of_the_id(file: Path, make_spec) -> None:
@@ -218,7 +215,7 @@ def test_every_arm_has_as_many_trials_and_the_reference_its_controls(file: Path,
     assert (list(usual.arms), usual.a_a, usual.pilot) == (["lora", "full", "lora-fa"], "lora", "variants")
     assert (
         usual.learning_rates["full"]
-        == read_experiment(Path("experiments/studies/variants.yaml")).study.learning_rates["full"]
+        == read_experiment(Path("experiments/studies/sums.yaml")).study.learning_rates["full"]
     )
     assert usual.learning_rates["lora-fa"] == [3e-4, 9e-4, 3e-3, 9e-3, 3e-2]
     other = study_of("ia3")

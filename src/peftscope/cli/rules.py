@@ -43,7 +43,7 @@ def collect(experiment: ExperimentName) -> None:
 @needs("report")
 def tune(
     experiment: ExperimentName,
-    number: Annotated[int, typer.Argument(metavar="ROUND", help="0: three rates around the best listed one.", min=0)],
+    number: Annotated[int, typer.Argument(metavar="ROUND", help="0: three around the best listed one.", min=0)] = 0,
 ) -> None:
     """Choose the learning rates at which a study's arms run, or the best of them, from the records of its runs."""
     from peftscope.analysis.tuning import choose_rates
