@@ -6,7 +6,6 @@ three rates with the seeds of all arms. If its lowest held-out loss lies at an e
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,9 +15,9 @@ from peftscope.analysis.stats import trimmed_mean
 from peftscope.errors import InputError, Problem
 from peftscope.files.atomic import write_json
 from peftscope.layout import how_to_run, rates_path, record_path, tuned_path
-from peftscope.planning.cells import RATES, TUNING
+from peftscope.planning.cells import TUNING
 from peftscope.planning.experiment import STEP, Study, around, experiment_path, no_study, rounded
-from peftscope.planning.sweep import ROUNDS, Sweep, expand
+from peftscope.planning.sweep import ROUNDS, Sweep, expand, runs_to_choose_from
 from peftscope.record import TRY_AGAIN, RunRecord, recover_record
 
 OUT_OF_MEMORY = "memory ran out"
@@ -41,15 +40,13 @@ def choose_rates(sweep: Sweep, number: int) -> Path:
     if study is None:
         raise no_study(sweep.name)
     groups = {comparison.name: comparison.runs for comparison in sweep.comparisons}
+    from_runs = runs_to_choose_from(sweep, number)
     chosen: dict[str, Any] = {}
     for entrant in study.entrants:
         if entrant.arm not in study.learning_rates:
             continue
-        listed = runs = groups.get(TUNING + entrant.name, ())
-        if number:  # further rates may have run since
-            rates = json.loads(rates_path(sweep.name, number - 1).read_text())["arms"][entrant.name]["rates"]
-            at_rates = groups.get(RATES + entrant.name, ())
-            runs = tuple(run for run in at_rates if sweep.runs[run].learning_rate in rates)
+        runs = from_runs.get(entrant.name, ())
+        listed = groups.get(TUNING + entrant.name, ())
         tried, now = _records(sweep, listed), _records(sweep, runs)
         said: dict[str, Any] = {"chosen_from": list(runs), "tried": _entries(tried)}
         if not runs or any(record.status == "oom" for record in [*now.values(), *tried.values()]):

@@ -19,12 +19,12 @@ from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.device import Device, detect_device
 from peftscope.layout import record_path, results_folder, run_folder, tuned_path
 from peftscope.models.catalog import model_folder
-from peftscope.planning.cells import ARM, RATES, TUNING
+from peftscope.planning.cells import ARM, RATES
 from peftscope.planning.checks import check_compiler, check_runs, check_unchanged
 from peftscope.planning.disk import check_disk
 from peftscope.planning.experiment import experiment_path
 from peftscope.planning.starts import check_starts
-from peftscope.planning.sweep import ROUNDS, Sweep, expand
+from peftscope.planning.sweep import ROUNDS, Sweep, expand, runs_to_choose_from
 from peftscope.record import measured_path
 from peftscope.spec import RunSpec
 
@@ -61,10 +61,6 @@ class Plan:
     def run_ids(self) -> list[str]:
         """Every run of the experiment, as far as it is known: a study's last ones follow from its first."""
         return list(self.sweep.runs)
-
-    def tuning_runs(self, *stages: str) -> list[str]:
-        """Returns the runs that choose a study's learning rates, in the stages ``tune-`` and ``rates-``."""
-        return [run for c in self.sweep.comparisons if c.name.startswith(stages) for run in c.runs]
 
     @property
     def base_runs(self) -> list[str]:
@@ -194,8 +190,9 @@ class Workflow:
             if number:
                 before = checkpoints.rates.get(experiment=plan.name, round=number - 1).output[0]
                 self._expand_again(plan)
-                return [before, *_records(plan.tuning_runs(RATES)), *_records(plan.base_runs)]
-            return _records(plan.tuning_runs(TUNING))
+                runs = [run for of_arm in runs_to_choose_from(plan.sweep, number).values() for run in of_arm]
+                return [before, *_records(runs), *_records(plan.base_runs)]
+            return _records(run for of_arm in runs_to_choose_from(plan.sweep, 0).values() for run in of_arm)
 
         return records_of
 

@@ -194,6 +194,22 @@ def _add_study(expansion: _Expansion, name: str, experiment: Experiment, study: 
     expansion.add(arm_cells(experiment, study, study.rates_beside(best) | best))
 
 
+def runs_to_choose_from(sweep: Sweep, number: int) -> dict[str, tuple[str, ...]]:
+    """Returns for each tuned arm the runs that a round of rates is chosen from: those of the round before.
+
+    Before the first round, they are those at the listed rates. Runs at rates that were added since are left out.
+    """
+    stage = RATES if number else TUNING
+    runs = {c.name.removeprefix(stage): c.runs for c in sweep.comparisons if c.name.startswith(stage)}
+    if not number:
+        return runs
+    before = json.loads(rates_path(sweep.name, number - 1).read_text())["arms"]
+    return {
+        arm: tuple(run for run in runs.get(arm, ()) if sweep.runs[run].learning_rate in said["rates"])
+        for arm, said in before.items()
+    }
+
+
 def _middle_rates(study: Study, entrant: Entrant) -> list[float]:
     """Returns the rates of an arm around its centre or, as long as that is not known, around the middle listed one."""
     listed = study.learning_rates[entrant.arm]
