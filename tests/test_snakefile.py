@@ -181,14 +181,22 @@ def test_dry_run_of_1500_finished_runs_takes_under_4_seconds(tiny: str) -> None:
         "--touch", "--config", f"experiment={tiny}", "--", *[f"results/runs/{i}/record.json" for i in runs]
     )
     assert touched.returncode == 0, touched.stdout[-2000:] + touched.stderr[-2000:]
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        done = snakemake("-n", "--quiet", "--config", f"experiment={tiny}")
-        seconds.append(time.perf_counter() - began)
-        assert done.returncode == 0
-    assert "train" not in done.stdout
-    assert min(seconds) < 4 * float(os.environ.get("PEFTSCOPE_SLOW_MACHINE", "1"))
+
+    def dry_run(experiment: str) -> tuple[float, str]:
+        """Returns the fewest seconds of three dry runs, and what the last one said."""
+        seconds = []
+        for _ in range(3):
+            began = time.perf_counter()
+            done = snakemake("-n", "--quiet", "--config", f"experiment={experiment}")
+            seconds.append(time.perf_counter() - began)
+            assert done.returncode == 0
+        return min(seconds), done.stdout
+
+    few, (seconds, said) = dry_run("smoke")[0], dry_run(tiny)
+    assert "train" not in said
+    # Where Snakemake itself starts more slowly, in proportion: on one such machine few runs took 2.5 s, these 7.0 s, and
+    # ids as alternatives of one pattern, whose time grows with the square, seven times as long.
+    assert seconds < max(4 * float(os.environ.get("PEFTSCOPE_SLOW_MACHINE", "1")), 3.5 * few)
 
 
 def test_a_lock_is_removed_only_when_nobody_holds_it(tiny: str) -> None:
