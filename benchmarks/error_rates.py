@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from peftscope.analysis.compare import compare
-from peftscope.analysis.study import lowest_loss, paired_losses
+from peftscope.analysis.compare import compare, pair_values
+from peftscope.analysis.stats import trimmed_mean
 from peftscope.layout import PUBLISHED_RESULTS
 from peftscope.planning.experiment import STEP
 from peftscope.planning.sweep import ROUNDS
@@ -35,8 +35,8 @@ class Setting:
 
     Attributes:
         pairs: The seeds of each arm.
-        rises: How far above its best rate, as a factor, each arm's steep rise begins. From there on a share of the runs
-            ends with more than twice the loss, which grows by a half with each ``STEP``.
+        rises: How far above its best rate, as a factor, each arm's steep rise begins. From there on a tenth of
+            the runs, and half of all more with each ``STEP``, end with more than twice the loss on average.
     """
 
     pairs: int
@@ -58,18 +58,18 @@ class _Arm:
         losses: np.ndarray = level + common + own + steep * random.exponential(1.2 * LOSS, len(common))
         return losses
 
-    def estimate(self, common: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Returns the losses at all rates at which the rule lets the arm run: a row for each seed."""
+    def estimate(self, common: np.ndarray, random: np.random.Generator) -> list[list[float]]:
+        """Returns the losses by seed for each of the rates at which the rule lets the arm run."""
         coarse = [self.coarse * COARSE_STEP**k for k in (-2, -1, 0, 1, 2)]
         tried = [float(self.losses(rate, np.zeros(1), random)[0]) for rate in coarse]
         centre = coarse[int(np.argmin(tried))]
         runs = {k: self.losses(centre * STEP**k, common, random) for k in (-1, 0, 1)}
         for _ in range(ROUNDS - 1):
-            means = {k: lowest_loss(losses[:, None]) for k, losses in runs.items()}
+            means = {k: trimmed_mean(list(losses)) for k, losses in runs.items()}
             best = min(means, key=lambda k: means[k])
             if best in (beyond := {min(runs): min(runs) - 1, max(runs): max(runs) + 1}):
                 runs[beyond[best]] = self.losses(centre * STEP ** beyond[best], common, random)
-        return np.stack([runs[k] for k in sorted(runs)], axis=1)
+        return [list(losses) for losses in runs.values()]
 
 
 def _on_the_rise(over: float) -> float:
@@ -90,7 +90,7 @@ def estimates(setting: Setting, draws: int, seed: int = 0) -> pd.DataFrame:
         first, second = (
             _Arm(rise, start).estimate(common, random) for rise, start in zip(setting.rises, coarse, strict=True)
         )
-        found = compare([100 * value / TASK_GAIN for value in paired_losses(second, first)], math.inf)
+        found = compare([100 * value / TASK_GAIN for value in pair_values(second, first)], math.inf)
         rows.append({"difference": found.mean, "half_width": found.half_width(), "bound": found.bound})
     return pd.DataFrame(rows)
 

@@ -194,7 +194,7 @@ def test_dry_run_of_1500_finished_runs_takes_under_4_seconds(tiny: str) -> None:
 
     few, (seconds, said) = dry_run("smoke")[0], dry_run(tiny)
     assert "train" not in said
-    # Where Snakemake itself starts more slowly, in proportion: on one such machine few runs took 2.5 s, these 7.0 s, and
+    # Where Snakemake itself starts more slowly, in proportion: on such a machine few took 2.5 s, these 7.0 s, and
     # ids as alternatives of one pattern, whose time grows with the square, seven times as long.
     assert seconds < max(4 * float(os.environ.get("PEFTSCOPE_SLOW_MACHINE", "1")), 3.5 * few)
 

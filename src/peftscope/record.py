@@ -184,7 +184,7 @@ class Quality(_Part):
         greedy_match: The share of the judged items whose response greedy decoding gives exactly, from the held-out
             pass: each of its tokens and the end are the most likely ones after the right tokens before them.
         token_accuracy: The share of their response tokens that are.
-        shift: The KL divergences between base and trained model on answers, see ``evaluation.shift``.
+        shift: The KL divergences between base and trained model on answers, see ``evaluation.heldout``.
         shift_curve: The same along the training, by the number of steps done.
     """
 
@@ -228,7 +228,7 @@ class RunRecord(_Part):
             ``merged_prompt``, ``base_token``, ... None: the spec does not ask for them.
         benchmarks: The scores of lm-eval's own benchmarks by lm-eval's names, and the number of ``items``.
         method_metrics: Numbers that only one method has.
-        updates: What the spectra of updates say, by kind of matrix; see ``evaluation.shift``.
+        updates: What the spectra of updates say, by kind of matrix; see ``evaluation.updates``.
         unavailable: The reason why a field is null, by field.
     """
 

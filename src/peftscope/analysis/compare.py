@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from peftscope.analysis.stats import CONFIDENCE
+from peftscope.analysis.stats import CONFIDENCE, jackknife, trimmed_mean
 
 LARGEST_PAIRS = 10_000
 
@@ -162,6 +162,26 @@ class Difference:
     def pairs_to_reach(self, half_width: float, confidence: float = CONFIDENCE) -> int | None:
         """Returns how many pairs would make the interval narrower than this to either side; None: too many."""
         return next((n for n in range(2, LARGEST_PAIRS) if self.half_width(confidence, n) < half_width), None)
+
+
+def lowest_loss(losses: Sequence[Sequence[float]], seeds: Sequence[int]) -> float:
+    """Returns the lowest over rates of the trimmed mean over some seeds; ``losses`` has a sequence for each rate."""
+    return min(trimmed_mean([of_rate[seed] for seed in seeds]) for of_rate in losses)
+
+
+def pair_values(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> list[float]:
+    """Returns one value for each seed of two arms: the loss of the first minus that of the second.
+
+    If one of them ran at several rates, its loss is the lowest over rates of the mean over seeds without the best and
+    the worst. The values are then those of a jackknife, which chooses the rates anew without each seed.
+
+    Args:
+        first: For each rate of an arm, in any order, its loss by seed.
+        second: The same for the other arm, with the same seeds.
+    """
+    if len(first) == len(second) == 1:
+        return [mine - other for mine, other in zip(first[0], second[0], strict=True)]
+    return jackknife(lambda kept: lowest_loss(first, kept) - lowest_loss(second, kept), len(first[0]))
 
 
 def compare(differences: Sequence[float], margin: float, tuning_error: float = 0.0) -> Difference:

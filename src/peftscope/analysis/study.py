@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peftscope.analysis.compare import Difference, compare
-from peftscope.analysis.stats import jackknife, trimmed_mean
+from peftscope.analysis.compare import Difference, compare, pair_values
+from peftscope.analysis.stats import trimmed_mean
 from peftscope.errors import InputError, Problem
 from peftscope.layout import how_to_run, published, results_folder, run_folder
 from peftscope.planning.cells import ARM, CONTROL, RATES, TUNING
@@ -232,11 +232,9 @@ class StudyResults:
         """Returns the held-out losses of an arm: a row for each seed, a column for each rate, ascending."""
         return self.rate_runs(arm).pivot_table(HELDOUT, "seed", "learning_rate")
 
-    def tuning_runs(self, arm: str, learning_rate: float | None = None) -> pd.DataFrame:
-        """Returns the tuning runs of an arm, one row per run: all of them, or those at one of the listed rates."""
-        tried = self._tuning_of(arm)["tried"]
-        at_rate = [t for t in tried if t["learning_rate"] == learning_rate and not t.get("fine")]
-        names = [run for t in (tried if learning_rate is None else at_rate) for run in t["run_ids"]]
+    def tuning_runs(self, arm: str) -> pd.DataFrame:
+        """Returns the runs of an arm on the seeds that only tune, one row per run."""
+        names = [run for tried in self._tuning_of(arm)["tried"] for run in tried["run_ids"]]
         table = self.table.set_index("run_id", drop=False)
         if not set(names) <= set(table.index):
             raise self._unfinished("its learning rates were chosen under other settings")
@@ -370,15 +368,11 @@ class StudyResults:
         return compare(self.pairs(arm, against), margin * self.yardstick, self.tuning_error(arm, against))
 
     def pairs(self, arm: str, against: str) -> list[float]:
-        """Returns one value for each seed that both arms ran on: the arm's held-out loss minus the other's.
-
-        If one of them ran at several rates, its loss is the lowest over rates of the mean over seeds without the best
-        and the worst. The values are then those of a jackknife, which chooses the rates anew without each seed.
-        """
+        """Returns an arm's held-out loss minus another's for each seed of both; see ``compare.pair_values``."""
         mine, other = self._losses(arm), self._losses(against)
         seeds = mine.index.intersection(other.index)
-        first, second = (losses.loc[seeds].to_numpy() for losses in (mine, other))
-        return paired_losses(first, second)
+        first, second = (losses.loc[seeds].to_numpy().T.tolist() for losses in (mine, other))
+        return pair_values(first, second)
 
     @cached_property
     def losses(self) -> pd.DataFrame:
@@ -421,18 +415,6 @@ class StudyResults:
 def _mean(losses: list[float | None]) -> float | None:
     reached = [loss for loss in losses if loss is not None]
     return sum(reached) / len(reached) if len(reached) == len(losses) else None
-
-
-def lowest_loss(losses: np.ndarray) -> float:
-    """Returns the lowest over rates, the columns, of the trimmed mean over seeds, the rows."""
-    return min(trimmed_mean(column) for column in losses.T.tolist())
-
-
-def paired_losses(first: np.ndarray, second: np.ndarray) -> list[float]:
-    """Returns what ``StudyResults.pairs`` does, from the losses of two arms: (seeds, rates)."""
-    if first.shape[1] == second.shape[1] == 1:
-        return [float(value) for value in (first - second)[:, 0]]
-    return jackknife(lambda kept: lowest_loss(first[list(kept)]) - lowest_loss(second[list(kept)]), len(first))
 
 
 def paired(first: pd.DataFrame, second: pd.DataFrame, values: pd.Series | str = HELDOUT) -> pd.DataFrame:

@@ -43,9 +43,9 @@ def choose_rates(sweep: Sweep, number: int) -> Path:
     from_runs = runs_to_choose_from(sweep, number)
     chosen: dict[str, Any] = {}
     for entrant in study.entrants:
-        if entrant.arm not in study.learning_rates:
-            continue
-        runs = from_runs.get(entrant.name, ())
+        if entrant.name not in from_runs:
+            continue  # it is not tuned, or the experiment excludes all of its runs
+        runs = from_runs[entrant.name]
         listed = groups.get(TUNING + entrant.name, ())
         tried, now = _records(sweep, listed), _records(sweep, runs)
         said: dict[str, Any] = {"chosen_from": list(runs), "tried": _entries(tried)}

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from peftscope.spec import RunSpec
+
 ENERGY = 0.9 - 1e-9
 """The share of the energy that ``rank_90`` has to hold, less the rounding of sums."""
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -100,6 +102,31 @@ def entropy(squares: torch.Tensor) -> dict[str, float]:
         shares = parts / parts.sum()
         found[f"entropy_{name}"] = round(float(torch.special.entr(shares).sum()), 6)
     return found
+
+
+def weights_before(base: Any, spec: RunSpec) -> dict[str, torch.Tensor]:
+    """Returns the base's weights on the host by name, or none if the run's updates cannot be told from them."""
+    method = spec.method
+    if method.quantization() or spec.shards > 1 or not (method.trains_base or method.plain_update):
+        return {}
+    frozen = not method.trains_base and spec.device == "cpu"
+    return {name: p.detach() if frozen else p.detach().cpu().clone() for name, p in base.named_parameters()}
+
+
+@torch.no_grad()
+def update_spectra(model: Any, before: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+    """Returns by kind of matrix (``q_proj``, ...) the mean over layers of what the spectrum of its update says.
+
+    Beside the values of ``spectrum``, these are ``relative_size``, the update's norm over the weight's, and the
+    entropies of ``entropy``. Updates of zero are left out.
+    """
+    found: dict[str, list[dict[str, float]]] = {}
+    for name, old, new in updated_matrices(model, before):
+        if (update := new - old).any():
+            squares = energies(update)
+            of = {"relative_size": float(update.norm() / old.norm()), **spectrum(squares), **entropy(squares)}
+            found.setdefault(name.rpartition(".")[2], []).append(of)
+    return {kind: {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]} for kind, rows in found.items()}
 
 
 def decomposed_change(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float]:

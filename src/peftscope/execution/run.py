@@ -32,10 +32,10 @@ from peftscope.data.batching import (
 from peftscope.data.sources import Item, RandomStringsSource
 from peftscope.data.tasks import draw_items, find_task, read_split, shuffle_responses
 from peftscope.errors import InputError
-from peftscope.evaluation.heldout import heldout_nll, mean_nll
+from peftscope.evaluation.heldout import BaseAnswers, heldout_nll, mean_nll
 from peftscope.evaluation.latency import time_passes
 from peftscope.evaluation.retention import bits_per_byte
-from peftscope.evaluation.shift import BaseAnswers, update_spectra, weights_before
+from peftscope.evaluation.updates import update_spectra, weights_before
 from peftscope.execution.phases import Phases
 from peftscope.execution.provenance import card_reading, provenance
 from peftscope.execution.ranks import let_others_end_it, meeting_file, rank_folder
@@ -379,7 +379,8 @@ def _evaluate(run: _Run, trained: TrainedModel, data: _Data) -> None:
     if data.validation:
         record.quality.validation_nll = _validate(trained, data, spec)
     record.quality.shift = _shift(run, trained)
-    record.updates = update_spectra(model, run.weights)
+    if run.weights:
+        record.updates = update_spectra(model, run.weights)
     with attention(model, spec.attention):
         per_item = heldout_nll(model, data.heldout, spec, pad)
         nll = mean_nll(per_item)

@@ -65,8 +65,7 @@ def _contrast(
     correction = holm_p / difference.p if holm_p and difference.p else 1.0
     scale = 100 / study.yardstick
     low, high = difference.interval()
-    pairs = paired(mine, other)
-    sample = list(pairs["first"] - pairs["second"])
+    sample = study.pairs(arm, against)
     row: dict[str, Any] = {
         "arm": arm,
         "against": against,

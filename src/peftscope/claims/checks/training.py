@@ -6,7 +6,7 @@ Gains are shares of the task gain: what the task itself teaches, beyond the form
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -149,7 +149,7 @@ def heldout_gain(study: str, arm: str, against: str) -> Measurement:
         f"mean loss of {against}": float(both["second"].mean()),
         **_doubts(results, {arm: mine, against: other}),
     }
-    differences = (both["second"] - both["first"]) / results.task_gain
+    differences = [value / results.task_gain for value in results.pairs(against, arm)]
     error = results.tuning_error(arm, against) / results.task_gain
     return _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]), error)
 
@@ -329,7 +329,7 @@ def training_gain(study: str, arm: str, against: str) -> Measurement:
 
 def _over_seeds(
     results: StudyResults,
-    values: pd.Series,
+    values: Iterable[float],
     evidence: Mapping[str, Quantity],
     runs: tuple[str, ...],
     tuning_error: float = 0.0,
