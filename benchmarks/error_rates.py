@@ -90,7 +90,7 @@ def estimates(setting: Setting, draws: int, seed: int = 0) -> pd.DataFrame:
         first, second = (
             _Arm(rise, start).estimate(common, random) for rise, start in zip(setting.rises, coarse, strict=True)
         )
-        found = compare([100 * value / TASK_GAIN for value in pair_values(second, first)], math.inf)
+        found = compare([100 * value / TASK_GAIN for value in pair_values(first, second)], math.inf)
         rows.append({"difference": found.mean, "half_width": found.half_width(), "bound": found.bound})
     return pd.DataFrame(rows)
 

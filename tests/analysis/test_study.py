@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,7 @@ from peftscope.errors import InputError
 from peftscope.planning.experiment import A_A_SHIFT
 from peftscope.planning.plan import load_workflow
 from peftscope.planning.published import VALIDATION, published_items, published_records
-from peftscope.planning.sweep import expand
+from peftscope.planning.sweep import Sweep, expand
 from peftscope.record import Quality, RunRecord, parse_record, write_record
 from peftscope.report.overfitting import mean_losses, overfitting_sentence, write_overfitting
 from peftscope.report.publish import publish, restore
@@ -99,6 +100,17 @@ def write_study_file(write_experiment) -> Callable[..., None]:
     return write
 
 
+def mine() -> Sweep:
+    """Returns the study as it is expanded now; it is expanded anew only where its file or its rates have changed."""
+    files = [Path("experiments/mine.yaml"), *sorted(Path("results/mine").glob("*.json"))]
+    return _expanded(Path.cwd(), *(path.read_text() for path in files))
+
+
+@lru_cache(maxsize=1)
+def _expanded(*_: Any) -> Sweep:
+    return expand("mine")
+
+
 def record(
     run: str,
     *,
@@ -108,7 +120,7 @@ def record(
     losses: list[float] | None = None,
     curve: dict[int, float] | None = None,
 ) -> None:
-    spec = expand("mine").runs[run]
+    spec = mine().runs[run]
     quality = Quality(validation_nll=validation, heldout_nll=heldout, validation_curve=curve or {})
     losses = losses or [3.0, 2.0, 2.0 if heldout is None else heldout]
     path = Path("results/runs") / run / "record.json"
@@ -116,7 +128,7 @@ def record(
 
 
 def members(comparison: str) -> list[str]:
-    return next(list(c.runs) for c in expand("mine").comparisons if c.name == comparison)
+    return next(list(c.runs) for c in mine().comparisons if c.name == comparison)
 
 
 def record_tuning(curves: dict[str, list[float | None]] = CURVE) -> None:
@@ -146,7 +158,7 @@ def record_rates(gains_of: dict[str, list[float]] = GAINS, beside: float = 0.3, 
     for number in range(4):
         choose_rates(expand("mine"), number)
         for arm, gains in gains_of.items() if number < 3 else ():
-            runs, specs = members(f"rates-{arm}"), expand("mine").runs
+            runs, specs = members(f"rates-{arm}"), mine().runs
             rates = sorted({specs[run].learning_rate for run in runs})
             centre = centres.setdefault(arm, rates[1])
             for run in runs:
@@ -324,7 +336,7 @@ def test_without_snakemake_each_choice_follows_from_the_runs_of_the_one_before(w
     assert choose_next(expand("mine")).name == "rates-0.json"
     for arm, gains in GAINS.items():
         for run in members(f"rates-{arm}"):
-            spec = expand("mine").runs[run]
+            spec = mine().runs[run]
             best = {"full": 1e-4, "lora": 1.7e-3, "thin": 1e-3}[arm]
             record(run, heldout=BASE_LOSS - gains[spec.seed] + 0.1 * (spec.learning_rate != best))
     assert choose_next(expand("mine")).name == "rates-1.json"
@@ -342,7 +354,7 @@ def test_one_lucky_and_one_unlucky_seed_decide_nothing(write_study_file) -> None
     record_tuning()
     record_rates()
     for run in members("rates-lora"):
-        spec = expand("mine").runs[run]
+        spec = mine().runs[run]
         if spec.seed == 0 and spec.learning_rate == 1.7e-3:
             record(run, heldout=0.0)
         if spec.seed == 1 and spec.learning_rate == 1e-3:
@@ -371,7 +383,7 @@ def test_the_interval_of_tuned_arms_chooses_the_rate_anew_without_each_seed(at_t
         return min(sum(values) / len(values) for values in trimmed)
 
     def difference(kept: list[int]) -> float:
-        return lowest("thin", kept) - lowest("full", kept)
+        return lowest("full", kept) - lowest("thin", kept)  # above zero, thin is ahead
 
     without = [difference([i for i in range(6) if i != left]) for left in range(6)]
     error = math.sqrt(5 / 6 * sum((value - sum(without) / 6) ** 2 for value in without))
@@ -385,7 +397,7 @@ def test_a_choice_between_rates_that_depends_on_one_seed_widens_the_interval(wri
     record_tuning()
     record_rates()
     for run in members("rates-thin"):  # without seed 5 the higher rate is the best, with it the centre
-        spec = expand("mine").runs[run]
+        spec = mine().runs[run]
         if spec.learning_rate == 1.7e-3:
             record(run, heldout=[1.42, 1.41, 1.43, 1.9, 1.42, 1.9][spec.seed])
     choose_rates(expand("mine"), 3)
@@ -548,11 +560,11 @@ def test_contrasts_are_paired_by_seed_and_corrected_for_their_number(finished: S
     assert list(found.index) == ["lora", "thin"] and set(found["against"]) == {"full"}
     for arm in found.index:
         wanted = stats.ttest_rel(GAINS[arm], GAINS["full"])
-        assert found["difference"][arm] == pytest.approx(2.0 - sum(GAINS[arm]) / 6)
+        assert found["difference"][arm] == pytest.approx(sum(GAINS[arm]) / 6 - 2.0)
         assert found["percent"][arm] == pytest.approx(100 * found["difference"][arm] / TASK_GAIN)
         assert found["t_p"][arm] == pytest.approx(wanted.pvalue)
         low, high = wanted.confidence_interval(0.95)
-        assert (found["difference_low"][arm], found["difference_high"][arm]) == pytest.approx((-high, -low))
+        assert (found["difference_low"][arm], found["difference_high"][arm]) == pytest.approx((low, high))
     assert found["outcome"].tolist() == ["differs, size open", "differs by more than the margin"]
     assert found["sign_flip_p"]["thin"] == 2 / 2**6  # of six pairs on one side
     smaller, larger = sorted(found["t_p"])
@@ -567,24 +579,24 @@ def test_a_study_may_compare_two_of_its_arms_as_well(write_study_file) -> None:
     table = contrasts(study)
     assert table[["arm", "against"]].to_numpy().tolist() == [["lora", "full"], ["thin", "full"], ["thin", "lora"]]
     added = table.iloc[-1]
-    assert added["difference"] == pytest.approx((sum(GAINS["lora"]) - sum(GAINS["thin"])) / 6)
+    assert added["difference"] == pytest.approx((sum(GAINS["thin"]) - sum(GAINS["lora"])) / 6)
     assert added["holm_p"] >= added["t_p"] and added["outcome"] == "differs by more than the margin"
     write_study("mine")
     figure = Path("results/mine/figures/differences.svg").read_text()
     page = Path("results/mine/tables/contrasts.html").read_text()
-    assert all("LoRA, thin − LoRA" in text for text in (figure, page))
+    assert all("LoRA, thin against" in text for text in (figure, page))
     said = answer(table, study.labels)
     assert said.startswith(
-        "Of the arms, 1 of 2 is worse than full fine-tuning by more than 5 % of the task gain (LoRA, thin +"
+        "Of the arms, 1 of 2 is behind full fine-tuning by more than 2.5 % of the task gain (LoRA, thin −"
     )
-    assert "; 1 of 2 is worse than full fine-tuning by an amount that is open (LoRA +" in said
-    assert " LoRA, thin is worse than LoRA by more than 5 % of the task gain (+" in said
+    assert "; 1 of 2 is behind full fine-tuning (LoRA −" in said
+    assert " LoRA, thin is behind LoRA by more than 2.5 % of the task gain (−" in said
     # Of many comparisons it tells no numbers, but it still tells the sides apart.
     better = table.assign(difference=-table["difference"])
     said = answer(pd.concat([table, better, table]), study.labels)
-    assert "2 of 6 are worse than full fine-tuning by more than 5 % of the task gain (LoRA, thin; LoRA, thin)" in said
-    assert "1 of 6 is better than full fine-tuning by more than 5 % of the task gain (LoRA, thin)" in said
-    assert " LoRA, thin is better than LoRA by more than 5 % of the task gain." in said and "[" not in said
+    assert "2 of 6 are behind full fine-tuning by more than 2.5 % of the task gain (LoRA, thin; LoRA, thin)" in said
+    assert "1 of 6 is ahead of full fine-tuning by more than 2.5 % of the task gain (LoRA, thin)" in said
+    assert " LoRA, thin is ahead of LoRA by more than 2.5 % of the task gain." in said and "[" not in said
     assert "[" in answer(pd.concat([table, better, table[:2]]), study.labels)
 
 
@@ -594,7 +606,7 @@ def test_controls_say_what_the_comparison_makes_of_no_difference(finished: Study
         {"a-a": sum(AGAIN) / 6, "zero-lr": 0, "shuffled-labels": 0.5}, abs=1e-12
     )
     assert found["arm_over_base"].tolist() == pytest.approx([sum(GAINS["lora"]) / 6] * 3)
-    assert found["difference"]["a-a"] == pytest.approx((sum(GAINS["lora"]) - sum(AGAIN)) / 6)
+    assert found["difference"]["a-a"] == pytest.approx((sum(AGAIN) - sum(GAINS["lora"])) / 6)
 
 
 def test_a_control_without_any_spread_is_no_difference(tuned: None) -> None:
@@ -611,7 +623,7 @@ def test_a_control_without_any_spread_is_no_difference(tuned: None) -> None:
 def test_the_section_of_the_report_has_its_tables_and_figures(at_three_rates: StudyResults) -> None:
     write_study("mine")
     folder = Path("results/mine")
-    for name, axis in (("tuning", "learning rate"), ("differences", "further left is better")):
+    for name, axis in (("tuning", "learning rate"), ("differences", "further right is better")):
         drawn = (folder / "figures" / f"{name}.svg").read_text()
         assert axis in drawn
         assert drawn.count("<use") > 3
@@ -842,7 +854,7 @@ def test_a_run_that_diverged_stays_in_its_pair_as_the_untouched_base(tuned: None
     study = StudyResults("mine")
     row = contrasts(study).set_index("arm").loc["lora"]
     assert (row["n"], row["diverged"]) == (6, 1)
-    assert row["difference"] == pytest.approx(2.0 - (sum(GAINS["lora"]) - GAINS["lora"][2]) / 6)
+    assert row["difference"] == pytest.approx((sum(GAINS["lora"]) - GAINS["lora"][2]) / 6 - 2.0)
     assert training.heldout_gain("mine", "lora", "full").evidence["runs that diverged"] == 1
 
 
@@ -871,7 +883,7 @@ def test_without_a_task_gain_there_is_no_yardstick(tuned: None) -> None:
     study = StudyResults("mine")
     assert len(contrasts(study)) and answer(contrasts(study), study.labels) == ""  # a share of nothing is no number
     shown = readable_contrasts(contrasts(study), study.labels)
-    assert set(shown["in % of the task gain"]) == {"-"}
+    assert set(shown["ahead of full fine-tuning by (% of the task gain)"]) == {"-"}
     assert "samples to the reference's loss and the margin" not in shown
 
 

@@ -40,7 +40,7 @@ class TestKnownTruth:
         code, text, _ = peftscope("compare", write("a", 1.0), write("b", 1.0), "--margin", "0.1", "--figure", "d.png")
         assert code == 0
         assert "cannot be told from chance" in text
-        assert "Margin ±0.1 (0.1): the same within 0.1." in text
+        assert "Margin ±0.1 (0.1): the same, within 0.0" in text
         assert "To decide" not in text and "Standard error from each source: seeds" in text
         assert Path("d.png").read_bytes().startswith(b"\x89PNG")
 
@@ -48,7 +48,7 @@ class TestKnownTruth:
         _, text, _ = peftscope("compare", write("a", 0.5), write("b", 1.0), "--margin", "0.1", "--json")
         found = json.loads(text)
         assert found["outcome"] == "differs by more than the margin" and found["margin"] == 0.1
-        assert found["difference"] == pytest.approx(-0.5) and found["a"]["score"] == pytest.approx(0.5)
+        assert found["ahead_by"] == pytest.approx(-0.5) and found["a"]["score"] == pytest.approx(0.5)
         low, high = found["interval_95"]
         assert low < -0.5 < high < -0.1 and (found["runs_each"], found["items"], found["is_paired"]) == (8, 60, True)
         _, text, _ = peftscope("compare", write("a", 0.5), write("b", 1.0), "--json")
@@ -66,13 +66,13 @@ class TestKnownTruth:
 
     def test_a_difference_as_large_as_the_margin_is_never_the_same_nor_more(self, peftscope: Command) -> None:
         _, text, _ = peftscope("compare", write("a", 1.1), write("b", 1.0), "--margin", "0.1")
-        assert "A is higher, and this can be told from chance" in text
-        assert "higher, but by how much is open at 8 pairs of runs and 60 items" in text
+        assert "A is ahead, and this can be told from chance" in text
+        assert "Margin ±0.1 (0.1): ahead, within 0.1" in text
         assert "To decide, if the difference stayed as it is" in text
 
     def test_a_large_difference(self, peftscope: Command) -> None:
         _, text, _ = peftscope("compare", write("a", 0.5), write("b", 1.0), "--margin", "0.1")
-        assert "lower by more than 0.1" in text and "A − B: −0.5" in text
+        assert "behind by more than 0.1" in text and "A against B: −0.5" in text
 
     def test_other_items(self, peftscope: Command) -> None:
         code, _, error = peftscope("compare", write("a", 1.0), write("b", 1.0, first=5))
@@ -89,21 +89,21 @@ class TestKnownTruth:
         _, text, _ = peftscope(
             "compare", write("a", 1.04, seeds=3, spread=0.2), write("b", 1.0, seeds=3, spread=0.2), "--margin", "0.1"
         )
-        assert "open at 3 pairs of runs and 60 items" in text
+        assert "Margin ±0.1 (0.1): not told apart, within 0." in text
         assert "seeds of each, or no number of items alone" in text
 
     def test_right_and_wrong_answers_of_one_seed(self, peftscope: Command) -> None:
         for name, right in (("a", [1] * 90 + [0] * 10), ("b", [1] * 70 + [0] * 30)):
             pd.DataFrame({"item": range(100), "correct": right}).to_csv(f"{name}.csv", index=False)
         _, text, _ = peftscope("compare", "a.csv", "b.csv", "--margin", "2pp")
-        assert "A − B: +20.00 pp [+12.02, +27.98] (95 % interval), from 1 pair of runs and 100 items." in text
-        assert "correct: 90.00 %" in text and "higher by more than 2pp" in text
+        assert "A against B: +20.00 pp [+12.02, +27.98] (95 % interval), from 1 pair of runs and 100 items." in text
+        assert "correct: 90.00 %" in text and "ahead by more than 2pp" in text
 
     def test_a_loss_below_one_is_no_share(self, peftscope: Command) -> None:
         for name, level in (("a", 0.3), ("b", 0.2)):
             pd.DataFrame({"item": range(50), "loss": np.linspace(0, 2 * level, 50)}).to_csv(f"{name}.csv", index=False)
         _, text, _ = peftscope("compare", "a.csv", "b.csv")
-        assert "A − B: +0.1 [" in text and "loss: 0.3" in text
+        assert "A against B: −0.1 [" in text and "loss: 0.3" in text
 
 
 class TestMargins:
@@ -126,14 +126,14 @@ class TestMargins:
     def test_a_share_of_the_gain_over_a_base(self, peftscope: Command) -> None:
         arguments = ("compare", write("a", 1.0), write("b", 1.0), "--margin", "5%gain")
         _, text, _ = peftscope(*arguments, "--base", write("base", 3.0))
-        assert "Margin ±5 % of the task gain (0.1" in text and "the same within 5 % of the task gain" in text
+        assert "Margin ±5 % of the task gain (0.1" in text and "): the same, within 0." in text
 
     def test_the_gain_of_a_study_is_its_own(
         self, peftscope: Command, repository: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(repository)
         _, text, _ = peftscope("compare", "variants-60:dora", "variants-60:lora", "--margin", "5%gain")
-        assert "of the task gain (0.0343 nats per token): open at 6 pairs of runs and 810 items" in text
+        assert "of the task gain (0.0343 nats per token): not told apart, within 0." in text
 
     def test_a_published_run_that_is_older_than_a_field_is_one_of_its_arm(self, peftscope: Command) -> None:
         code, text, message = peftscope("compare", "variants:adalora", "variants:lora")

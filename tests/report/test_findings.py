@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import shutil
 from pathlib import Path
@@ -14,9 +15,12 @@ from peftscope.analysis.study import StudyResults
 from peftscope.claims.ledger import read_ledger
 from peftscope.claims.stored import read_findings
 from peftscope.errors import InputError
+from peftscope.layout import PUBLISHED_RESULTS
 from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import show_claims, show_study
-from peftscope.report.study import answer, contrasts
+from peftscope.report.study import answer, contrasts, spoken_difference
+
+COMPARED = PUBLISHED_RESULTS.absolute().glob("*/tables/contrasts.csv")
 
 
 def test_the_page_says_what_was_found_and_what_waits(own_folder: Path, repository: Path) -> None:
@@ -169,3 +173,34 @@ def test_a_study_that_has_not_run_has_its_price(repository: Path, write_experime
     rows = {line.split(" | ")[0]: line for line in page.splitlines() if line.startswith("| ")}
     assert re.fullmatch(r"\| mine \| Is three odd\? \| 0 \| - \| 45 \| \d+ min \d+ s \| - \|", rows["| mine"])
     assert " | - | - | " in rows["| variants"] and " | a card | " in rows["| gpu-7b"]
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.parent.name for path in COMPARED))
+def test_a_comparison_has_one_sign_and_the_same_words_on_every_page(name: str, repository: Path) -> None:
+    study = StudyResults(name)
+    labels, table = study.labels, contrasts(study)
+    signs = {(row.arm, row.against): row.difference > 0 for row in table.itertuples()}
+    published = pd.read_csv(repository / f"results/published/{name}/tables/contrasts.csv")
+    assert {(row.arm, row.against): row.difference > 0 for row in published.itertuples()} == signs
+    pages = [repository / f"reports/published/{page}" for page in (f"{name}/report.html", "findings.md")]
+    report, findings, readme = (html.unescape(page.read_text()) for page in (*pages, repository / "README.md"))
+    said = answer(table, labels)
+    assert said in report and all(
+        f"<li>{spoken_difference(row, labels)}." in report for row in table.to_dict("records")
+    )
+    for page in (findings, readme):
+        lines = [
+            line
+            for line in page.splitlines()
+            if f"published/{name}/report.html" in line or f"({name}/report.html" in line
+        ]
+        assert all(
+            said in line for line in lines if line.startswith(("Of the arms", "**")) and "shares.svg" not in line
+        )
+    for finding in read_findings(repository / "results/published/claims.json"):
+        for part in finding["parts"]:
+            asked = part["with"]
+            if part["check"] == "training.heldout_gain" and asked["study"] == name and part["found"]:
+                arm, against = asked["arm"], asked["against"]
+                ahead = signs.get((arm, against), not signs.get((against, arm), part["found"] <= 0))
+                assert (part["found"] > 0) == ahead, f"{finding['id']}: {arm} against {against}"

@@ -102,11 +102,6 @@ class Difference:
         return low > self.margin or high < -self.margin
 
     @property
-    def is_precise(self) -> bool:
-        """Whether the 90 % half-width is at most half of the margin, which a study plans for."""
-        return self.half_width(2 * CONFIDENCE - 1) <= self.margin / 2
-
-    @property
     def error(self) -> float:
         """The standard error of the mean, from all sources."""
         return self._error(self.n)
@@ -170,7 +165,7 @@ def lowest_loss(losses: Sequence[Sequence[float]], seeds: Sequence[int]) -> floa
 
 
 def pair_values(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> list[float]:
-    """Returns one value for each seed of two arms: the loss of the first minus that of the second.
+    """Returns one value for each seed of two arms: how far the first is ahead, the second's loss minus the first's.
 
     If one of them ran at several rates, its loss is the lowest over rates of the mean over seeds without the best and
     the worst. The values are then those of a jackknife, which chooses the rates anew without each seed.
@@ -180,8 +175,8 @@ def pair_values(first: Sequence[Sequence[float]], second: Sequence[Sequence[floa
         second: The same for the other arm, with the same seeds.
     """
     if len(first) == len(second) == 1:
-        return [mine - other for mine, other in zip(first[0], second[0], strict=True)]
-    return jackknife(lambda kept: lowest_loss(first, kept) - lowest_loss(second, kept), len(first[0]))
+        return [other - mine for mine, other in zip(first[0], second[0], strict=True)]
+    return jackknife(lambda kept: lowest_loss(second, kept) - lowest_loss(first, kept), len(first[0]))
 
 
 def compare(differences: Sequence[float], margin: float, tuning_error: float = 0.0) -> Difference:

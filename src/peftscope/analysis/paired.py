@@ -30,8 +30,9 @@ class Pairing:
     """The scores of two sides, as they are compared.
 
     Attributes:
-        sides: One array if runs are paired, with A's scores less B's; otherwise that of A, and that of B negated. Each
-            has a row per seed and a column per item, or one column if items were not kept apart.
+        sides: One array if runs are paired, with A's scores less B's; otherwise that of A, and that of B negated. Where
+            lower scores are better all are negated, so that above zero A is better. Each has a row per seed and a
+            column per item, or one column if items were not kept apart.
         tuning_error: The standard error that the choice of both learning rates adds.
     """
 
@@ -50,7 +51,7 @@ class Pairing:
 
     @property
     def mean(self) -> float:
-        """A's score less B's."""
+        """How far A is ahead of B."""
         return float(sum(side.mean() for side in self.sides))
 
     @cached_property
@@ -164,7 +165,8 @@ def pair(a: Sequence[Scored], b: Sequence[Scored]) -> Pairing:
     else:
         said = f"{len(a)} and {len(b)} runs: one run does not show how far its seeds spread"
         raise InputError(Problem(title, said, "give one run of each, or several of each"))
-    pairing = Pairing(tuple(_weighted(side, a[0]) for side in sides), tuning_error(a, b))
+    sign = -1 if a[0].lower_is_better else 1
+    pairing = Pairing(tuple(sign * _weighted(side, a[0]) for side in sides), tuning_error(a, b))
     if pairing.seeds == pairing.items == 1:
         said = f"one score each, {a[0].score:.4g} and {b[0].score:.4g}: nothing shows how far chance moves them"
         raise InputError(Problem(title, said, "give scores of single items, or runs with more seeds"))

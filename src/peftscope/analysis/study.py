@@ -37,8 +37,10 @@ from peftscope.record import TRY_AGAIN
 HELDOUT = "heldout_nll_nats_per_token"
 ACCURACY, GREEDY = "exact_match_fraction", "greedy_match_fraction"
 LOWEST = "lowest_validation_nll_nats_per_token"
-MARGIN = 0.05
+MARGIN = 0.025
 """Arms whose losses differ by less than this share of the task gain count as the same, unless a claim has its own."""
+PLANNED = 0.02
+"""The half-width of the interval of a difference that a study plans for, as a share of the task gain."""
 
 
 _CONTROL = re.compile(rf"{CONTROL}({'|'.join(OLD_CONTROLS.values())})-(.+)")
@@ -358,17 +360,17 @@ class StudyResults:
         return math.hypot(*(self.rate(arm).regret for arm in arms))
 
     def difference(self, arm: str, against: str, margin: float = MARGIN) -> Difference:
-        """Returns an arm's held-out loss minus another's, over pairs of seeds, in nats per token.
+        """Returns how far an arm is ahead of another, in held-out loss over pairs of seeds, in nats per token.
 
         Args:
-            arm: The arm; below 0 it is the better one.
+            arm: The arm; above 0 it is the better one.
             against: The arm to compare with.
             margin: Of sameness, as a share of the task gain.
         """
         return compare(self.pairs(arm, against), margin * self.yardstick, self.tuning_error(arm, against))
 
     def pairs(self, arm: str, against: str) -> list[float]:
-        """Returns an arm's held-out loss minus another's for each seed of both; see ``compare.pair_values``."""
+        """Returns how far an arm is ahead of another for each seed of both; see ``compare.pair_values``."""
         mine, other = self._losses(arm), self._losses(against)
         seeds = mine.index.intersection(other.index)
         first, second = (losses.loc[seeds].to_numpy().T.tolist() for losses in (mine, other))

@@ -10,6 +10,7 @@ from typing import Any
 
 from peftscope.analysis.compare import compare
 from peftscope.analysis.stats import holm
+from peftscope.analysis.study import StudyResults
 from peftscope.claims.ledger import DETERMINISTIC, Change, Claim, Kind, Part, find_check
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity, spoken_quantity
 from peftscope.claims.verdict import Verdict, combine, judge
@@ -106,6 +107,15 @@ class Finding:
         """Returns the claim's verdict."""
         return combine([part.verdict for part in self.deciding])
 
+    def _last_run(self) -> str:
+        """Returns the day on which the last of the runs that decide began; empty without runs."""
+        days = [""]
+        for part in self.deciding:
+            if part.found and part.found.run_ids and (study := part.part.with_.get("study")):
+                table = StudyResults(study).table.set_index("run_id")["started_at"]
+                days += [str(day)[:10] for day in table.reindex(part.found.run_ids).dropna()]
+        return max(days)
+
     def to_json(self, hardware: str, history: Sequence[Change] = ()) -> dict[str, Any]:
         """Returns one entry of claims.json, with the numbers of every part.
 
@@ -115,10 +125,12 @@ class Finding:
         """
         first = next((part for part in self.deciding if part.verdict == self.verdict), self.deciding[0])
         deciding = first.to_json()
+        changes = [change for change in history if change.claim == self.claim.id]
         return {
             "id": self.claim.id,
             "slug": self.claim.slug,
             "verdict": self.verdict.value,
+            "worlds": sorted({part.found.model for part in self.deciding if part.part.general and part.found}),
             "known": "; ".join(dict.fromkeys(part.known for part in self.deciding if part.known and part.found)),
             "claimed": self.claim.claimed,
             **{key: deciding[key] for key in ("found", "low", "high", "unit", "n", "rule")},
@@ -128,9 +140,27 @@ class Finding:
             "kind": first.part.kind,
             "model": deciding["model"],
             "hardware": hardware if first.part.kind in DETERMINISTIC and first.found else "",
-            "history": [change.model_dump() for change in history if change.claim == self.claim.id],
+            "history": [change.model_dump(mode="json", exclude_none=True) for change in changes],
+            "moved": moved(changes, self.verdict, self._last_run()),
             "parts": [part.to_json() for part in self.parts],
         }
+
+
+def moved(changes: Sequence[Change], verdict: Verdict, last_run: str) -> list[dict[str, str]]:
+    """Returns the changes that moved a verdict after its result was seen, each with its date and the verdict before.
+
+    Args:
+        changes: The changes of what decides the claim, oldest first.
+        verdict: Today's verdict.
+        last_run: The day on which the last of the runs that decide began; empty without runs.
+    """
+    told = [change for change in changes if change.verdict not in (None, Verdict.NOT_RUN)]
+    after = [*(change.verdict for change in told), verdict][1:]
+    return [
+        {"date": change.date, "from": str(change.verdict)}
+        for change, now in zip(told, after, strict=True)
+        if change.verdict != now and change.date >= last_run
+    ]
 
 
 def evaluate(

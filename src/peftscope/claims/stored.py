@@ -13,6 +13,7 @@ from peftscope.claims.verdict import Verdict
 from peftscope.errors import InputError, Problem
 from peftscope.files.content import parse_json, read_text
 from peftscope.layout import CLAIMS_RESULTS, published
+from peftscope.planning.published import LARGEST_BYTES
 
 
 def read_findings(path: Path) -> list[dict[str, Any]]:
@@ -21,7 +22,7 @@ def read_findings(path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: The file cannot be read, or is no ``claims.json``.
     """
-    findings: list[dict[str, Any]] = parse_json(read_text(path), str(path))
+    findings: list[dict[str, Any]] = parse_json(read_text(path, LARGEST_BYTES), str(path))
     remedy = "give the file that `peftscope claims --write` made"
     if not findings:
         raise InputError(Problem(str(path), f"not a claims.json: it has no claims (got {findings!r})", remedy))
@@ -29,6 +30,8 @@ def read_findings(path: Path) -> list[dict[str, Any]]:
         for finding in findings:
             finding["id"], finding["verdict"] = str(finding["id"]), Verdict(finding["verdict"]).value
             finding.setdefault("history", [])
+            finding.setdefault("worlds", [])
+            finding.setdefault("moved", [])
             finding.setdefault("scope", "scope not stored")
             for part in finding["parts"]:
                 part["verdict"] = Verdict(part["verdict"]).value
@@ -93,7 +96,7 @@ def unexplained_changes(
         deciding = [part for part in claim.parts if part.decides]
         decided = [part for part in before[claim.id]["parts"] if part["role"] != "beside"]
         same = len(deciding) == len(decided) and all(map(_decides_alike, deciding, decided))
-        entries = [change.model_dump() for change in history if change.claim == claim.id]
+        entries = [change.model_dump(mode="json", exclude_none=True) for change in history if change.claim == claim.id]
         if not same and all(entry in before[claim.id]["history"] for entry in entries):
             yield claim.id
 

@@ -40,7 +40,7 @@ def claims(
 
     from peftscope.claims.ledger import Kind, read_ledger
     from peftscope.claims.stored import published_findings
-    from peftscope.report.spoken import sentence, spoken_finding
+    from peftscope.report.spoken import sentence, spoken_finding, spoken_verdict
 
     if published and (write or reuse):
         raise InputError(Problem("--published", "measures nothing", "leave --write and --reuse out"))
@@ -77,7 +77,7 @@ def claims(
         return
     table = Table("id", "verdict", "claimed", "found", "claim", "holds for", box=None)
     for finding in found:
-        verdict = finding["verdict"] + (f" ({finding['known']})" if finding["known"] else "")
+        verdict = spoken_verdict(finding) + (f" ({finding['known']})" if finding["known"] else "")
         statement = known[finding["id"]].statement
         table.add_row(finding["id"], verdict, finding["claimed"], spoken_finding(finding), statement, finding["scope"])
     console = wide_console()

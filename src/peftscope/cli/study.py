@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from peftscope.analysis.compare import Difference
-from peftscope.analysis.study import MARGIN, StudyResults
+from peftscope.analysis.study import PLANNED, StudyResults
 from peftscope.errors import InputError
 from peftscope.layout import record_path
 from peftscope.planning.cells import TUNING
@@ -42,18 +43,22 @@ def _power(sweep: Sweep, study: Study) -> str:
         gain = results.task_gain
     except InputError as error:
         return f"Power: not known before the A/A pairs of its pilot: {error.problems[0]}."
-    planned = Difference(0.0, pairs.spread, pairs.tuning_error, len(study.seeds), MARGIN * gain)
-    width, margin = 100 * planned.half_width(0.9) / gain, 100 * MARGIN
-    plan = f"the ±{margin / 2:g} % that a study plans for"
-    enough = f"within {plan}" if planned.is_precise else f"more than {plan}: add pairs"
+    width = _half_width(pairs.spread, pairs.tuning_error, study) / gain
+    plan = f"the ±{100 * PLANNED:g} % that a study plans for"
+    enough = f"within {plan}" if width <= PLANNED else f"more than {plan}: add pairs"
     fixed = sweep.experiment.fixed
     here = f"{fixed.get('model')}, {fixed.get('task')}"
     other = "" if results.subject == here else f" It was measured on {results.subject}: run A/A pairs of your own."
     return (
         f"Power: {pairs.n} A/A pairs of `{pilot}` spread by {pairs.spread:.4f} nats; {len(study.seeds)} pairs then see "
-        f"±{width:.1f} % of the task gain of {gain:.3f} nats (90 %), {enough}. The margin is {margin:g} %."
+        f"±{100 * width:.1f} % of the task gain of {gain:.3f} nats (95 %), {enough}."
         f"{_worse_tuned(results, study, pairs.spread)}{other}"
     )
+
+
+def _half_width(spread: float, tuning_error: float, study: Study) -> float:
+    """Returns the half-width of a difference over a study's pairs, in nats per token."""
+    return Difference(0.0, spread, tuning_error, len(study.seeds), math.nan).half_width()
 
 
 def _worse_tuned(pilot: StudyResults, study: Study, spread: float) -> str:
@@ -64,8 +69,7 @@ def _worse_tuned(pilot: StudyResults, study: Study, spread: float) -> str:
     for arm in pilot.arms:
         if arm == reference or arm.endswith(A_A) or pilot.arm_runs(arm)["method"].iloc[0] not in planned:
             continue
-        margin = MARGIN * pilot.task_gain
-        one = Difference(0.0, spread, pilot.tuning_error(arm, reference), len(study.seeds), margin)
-        if not one.is_precise:
-            seen.append(f"±{100 * one.half_width(0.9) / pilot.task_gain:.1f} % ({pilot.labels[arm]})")
+        width = _half_width(spread, pilot.tuning_error(arm, reference), study) / pilot.task_gain
+        if width > PLANNED:
+            seen.append(f"±{100 * width:.1f} % ({pilot.labels[arm]})")
     return f" Where the best rate is known less well, they see {', '.join(seen)}." if seen else ""

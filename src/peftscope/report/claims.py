@@ -17,7 +17,7 @@ from peftscope.files.atomic import write_json
 from peftscope.layout import CLAIMS_PAGE, CLAIMS_RESULTS
 from peftscope.report.plots import MARKERS, SAFE_COLOURS
 from peftscope.report.rendering import asset, rendered
-from peftscope.report.spoken import deciding, measured, sentence, spoken_finding
+from peftscope.report.spoken import deciding, measured, sentence, spoken_finding, spoken_moves, spoken_verdict
 from peftscope.report.svg import STYLE, in_page, interval, svg_of
 
 COLOURS = {
@@ -56,6 +56,8 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
         "hardware": " and ".join(sorted({finding["hardware"] for finding in findings} - {""})) or "-",
         "spoken": spoken_number,
         "measured": measured,
+        "spoken_verdict": spoken_verdict,
+        "spoken_moves": spoken_moves,
     }
     path = CLAIMS_PAGE
     path.parent.mkdir(parents=True, exist_ok=True)

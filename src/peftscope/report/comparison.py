@@ -66,19 +66,21 @@ def describe(a: Sequence[Scored], b: Sequence[Scored], pairing: Pairing, margin:
     difference, seen = pairing.difference(margin.value), _seen(pairing)
     low, high = difference.interval()
     bounds = f"[{number(low, unit, True)}, {number(high, unit, True)}]"
-    yield f"A − B: {spoken(pairing.mean, unit, True)} {bounds} ({100 * CONFIDENCE:g} % interval), from {seen}."
+    interval = f"{bounds} ({100 * CONFIDENCE:g} % interval)"
+    yield f"A against B: {spoken(pairing.mean, unit, True)} {interval}, from {seen}. Above zero, A is better."
     differs = pairing.p < 1 - CONFIDENCE
-    side_word = "lower" if pairing.mean < 0 else "higher"
+    place = "behind" if pairing.mean < 0 else "ahead"
     exact = f" by exact sign flips, because {FEW} items or fewer differ" if _is_exact(pairing) else ""
     yield (
-        f"Chance: A is {side_word}, and this can be told from chance (p = {pairing.p:.2g}{exact})."
+        f"Chance: A is {place}, and this can be told from chance (p = {pairing.p:.2g}{exact})."
         if differs
         else f"Chance: the difference cannot be told from chance (p = {pairing.p:.2g}{exact})."
     )
     outcome = pairing.outcome(margin.value)
     if not math.isnan(margin.value):
         value = "" if margin.text.endswith("pp") else f" ({spoken(margin.value, unit)})"
-        yield f"Margin ±{margin.text}{value}: {spoken_outcome(outcome, side_word, margin.text, seen)}."
+        said = f"{spoken_outcome(outcome, place, margin.text)}, within {spoken(difference.bound, unit)}"
+        yield f"Margin ±{margin.text}{value}: {said}."
     if outcome == Outcome.OPEN or (outcome == Outcome.DIFFERS and not math.isnan(margin.value)):
         yield f"To decide, if the difference stayed as it is: {_needed(pairing, margin.value)}."
     yield from _sources(pairing, unit, differs=differs)
@@ -93,7 +95,7 @@ def comparison_json(a: Sequence[Scored], b: Sequence[Scored], pairing: Pairing, 
         "unit": unit_of([*a, *b]),
         "a": {"system": a[0].system, "runs": len(a), "score": float(np.mean([run.score for run in a]))},
         "b": {"system": b[0].system, "runs": len(b), "score": float(np.mean([run.score for run in b]))},
-        "difference": pairing.mean,
+        "ahead_by": pairing.mean,
         "interval_95": list(difference.interval()),
         "standard_error": difference.error,
         "p": pairing.p,
@@ -198,8 +200,8 @@ def draw_comparison(a: str, b: str, pairing: Pairing, margin: Margin, unit: str,
     for side in (-1, 1) if not math.isnan(margin.value) else ():
         axes.axvline(side * scale * margin.value, color="0.3", linestyle="--", linewidth=0.9)
     axes.axvline(0, color="0.3", linewidth=0.9)
-    axes.set(yticks=[], ylim=(-1, 1), xlabel=f"A − B ({'pp' if unit == FRACTION else unit or 'score'})")
-    axes.set_title(f"{a} − {b}: {_seen(pairing)}", fontsize=9)
+    axes.set(yticks=[], ylim=(-1, 1), xlabel=f"A ahead of B by ({'pp' if unit == FRACTION else unit or 'score'})")
+    axes.set_title(f"{a} against {b}: {_seen(pairing)}", fontsize=9)
     if pairing.items > 1:
         sns.histplot(x=scale * pairing.by_item, bins=41, ax=grid[1, 0], color="C0")
         grid[1, 0].set(xlabel="difference of each item, over all runs", ylabel="items")

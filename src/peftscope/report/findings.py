@@ -42,7 +42,7 @@ from peftscope.report.front import Surprise, surprising
 from peftscope.report.page import ANSWERS
 from peftscope.report.rendering import rendered
 from peftscope.report.shares import arms_shown
-from peftscope.report.spoken import deciding, spoken_finding
+from peftscope.report.spoken import deciding, spoken_finding, spoken_verdict
 from peftscope.report.study import answer as answer_of_study
 from peftscope.report.study import contrasts
 from peftscope.spec import RunSpec
@@ -179,7 +179,7 @@ def _topic(topic: Topic, by_id: dict[str, dict[str, Any]], folder: Path) -> dict
         "found": [
             {
                 "id": finding["id"],
-                "verdict": finding["verdict"].capitalize(),
+                "verdict": spoken_verdict(finding).capitalize(),
                 "found": spoken_finding(finding),
                 "basis": "; ".join(filter(None, (finding["known"], finding["scope"]))),
             }
@@ -211,7 +211,7 @@ def _stored(name: str) -> str:
 
 def _differences(name: str) -> str:
     study = StudyResults(name)
-    return answer_of_study(contrasts(study), study.labels)
+    return answer_of_study(contrasts(study), study.labels, legend="")
 
 
 def _shares(name: str) -> str:
@@ -219,7 +219,7 @@ def _shares(name: str) -> str:
     study = StudyResults(name)
     table = contrasts(study)
     is_shown = table["arm"].isin(arms_shown(study)) & (table["against"] == study.reference)
-    others = answer_of_study(table[~is_shown], study.labels, arms="the other arms")
+    others = answer_of_study(table[~is_shown], study.labels, arms="the other arms", legend="")
     return f"{ANSWERS['shares'](name)} {others}".strip()
 
 

@@ -60,9 +60,12 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
     Only what stands between the files' markers changes.
     """
     counts = {verdict: sum(finding["verdict"] == verdict for finding in findings) for verdict in COLOURS}
-    rows = {
-        row: [Verdict(finding["verdict"]) for finding in findings if _row(finding) == row] for row in reversed(ROWS)
-    }
+    rows: dict[str, list[Verdict]] = {}
+    for row in reversed(ROWS):
+        of_row = [finding for finding in findings if _row(finding) == row]
+        worlds = len({world for finding in of_row for world in finding["worlds"]})
+        told = f"{row} in {worlds} world{'s' * (worlds > 1)}" if worlds else row
+        rows[told] = [Verdict(finding["verdict"]) for finding in of_row]
     _draw_bar({row: {verdict: verdicts.count(verdict) for verdict in COLOURS} for row, verdicts in rows.items()})
     words = "; ".join(
         f"{row}: " + ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in COLOURS if verdict in verdicts)

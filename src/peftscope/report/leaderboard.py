@@ -16,7 +16,7 @@ import pandas as pd
 import seaborn as sns
 from markupsafe import Markup
 
-from peftscope.analysis.compare import Difference, compare
+from peftscope.analysis.compare import Difference, Outcome, compare
 from peftscope.analysis.ranking import Ranking, rank, trust
 from peftscope.analysis.scores import LOSS, NATS, Scored
 from peftscope.analysis.stats import mean_interval
@@ -26,7 +26,8 @@ from peftscope.layout import LEADERBOARD, PUBLISHED_REPORTS, REPORTS, RESULTS, p
 from peftscope.planning.experiment import A_A
 from peftscope.report.plots import GREY, arm_looks
 from peftscope.report.rendering import asset, rendered
-from peftscope.report.study import NARROW, contrasts
+from peftscope.report.sentences import spoken_outcome
+from peftscope.report.study import MARGIN_WORDS, contrasts
 from peftscope.report.svg import INK, STYLE, in_page, svg_of
 from peftscope.report.tables import (
     PREDICTED_PEAK,
@@ -47,12 +48,12 @@ LEAD = (
 POINTS = (
     "Rows that share a letter cannot be told apart. Rows that share none can, after Holm's correction for all pairs of "
     "a table. Rows with the same letters stand in the order of the alphabet, which says nothing of them.",
-    f"Differences are means over pairs of seeds, with {100 * NARROW:g} % intervals that include the tuning of both "
-    "arms. Below zero is better. The A/A rows are an arm that entered twice, less itself. Exact match has the same "
-    "kind of interval, over seeds.",
-    "“Its study says” quotes the rule that the study fixed before: the margin of sameness is "
-    f"{100 * MARGIN:g} % of what the task teaches, and Holm's correction counts the arms of that study alone. So a row "
-    "may differ from the reference there and still share its letter here.",
+    "Differences are means over pairs of seeds, with 95 % intervals that include the tuning of both arms. Above zero "
+    "is better. “Within” is the smallest margin at which two one-sided tests call two arms the same. The A/A rows are "
+    "an arm that entered twice, against itself. Exact match has an interval over seeds.",
+    f"“Its study says” calls arms the same within {100 * MARGIN:g} % of what the task teaches; studies were planned "
+    "for 5 %, so that many cannot tell. Holm's correction counts the arms of that study alone. So a row may differ "
+    "from the reference there and still share its letter here.",
     "A table holds for its model and its task, and for its number of steps and its batch unless a row's settings name "
     "others. The test items are taken as they are: other items, "
     "tasks and larger models are not covered by the intervals.",
@@ -70,7 +71,7 @@ class Entry:
         arm: The arm whose learning rate it has.
         study: The study that judged it.
         runs: Its runs, one row per seed.
-        difference: Its loss minus the other's, in nats per token; None for the reference itself.
+        difference: How far it is ahead of the other, in nats per token; None for the reference itself.
         outcomes: What each study that it stands in says of it, by the study's name.
         is_control: Whether it is an arm that entered again (A/A).
     """
@@ -167,19 +168,26 @@ def read_sections(folder: Path = REPORTS) -> tuple[list[Section], dict[str, str]
 
 def _entries(study: StudyResults) -> Iterator[Entry]:
     table = contrasts(study)
-    labels, outcomes = study.labels, table[table["against"] == study.reference].set_index("arm")["outcome"]
+    labels, own = study.labels, table[table["against"] == study.reference].set_index("arm")
     for arm in study.arms:
         is_first = arm == study.reference
         difference = None if is_first else study.difference(arm, study.reference)
-        outcome = {study.name: "the reference" if is_first else outcomes[arm]}
+        said = "the reference" if is_first else _outcome(own.loc[arm, "difference"], own.loc[arm, "outcome"])
+        outcome = {study.name: said}
         yield Entry(labels[arm], arm, study, study.arm_runs(arm), difference, outcome, arm.endswith(A_A))
     for control, arm in study.controls:
         runs = study.control_runs(control, arm)
         if control == "a-a" and len(runs) > 1:
             both = paired(runs, study.arm_runs(arm))
-            difference = compare(list(both["first"] - both["second"]), MARGIN * study.yardstick)
+            difference = compare(list(both["second"] - both["first"]), MARGIN * study.yardstick)
             label = f"{labels[arm]} against itself (A/A)"
-            yield Entry(label, arm, study, runs, difference, {study.name: str(difference.outcome)}, True)
+            yield Entry(
+                label, arm, study, runs, difference, {study.name: _outcome(difference.mean, difference.outcome)}, True
+            )
+
+
+def _outcome(difference: float, outcome: str) -> str:
+    return spoken_outcome(Outcome(outcome), "ahead" if difference > 0 else "behind", MARGIN_WORDS)
 
 
 def _section(entries: list[Entry]) -> Section:
@@ -235,9 +243,9 @@ def _unit(section: Section) -> tuple[float, str]:
 
 
 def _told(difference: Difference, scale: float = 1.0, unit: str = "") -> str:
-    """Returns a difference with the interval that decides sameness."""
+    """Returns a difference with its interval."""
     form = ".1f" if scale > 1 else ".4f"
-    low, high = difference.interval(NARROW)
+    low, high = difference.interval()
     said = f"{scale * difference.mean:+{form}} [{scale * low:+{form}}, {scale * high:+{form}}]".replace("-", "−")
     return f"{said} {unit}".rstrip()
 
@@ -262,8 +270,11 @@ def table(section: Section, links: dict[str, str]) -> pd.DataFrame:
             {
                 "method": entry.label,
                 "group": groups.get(entry.label, "A/A"),
-                f"loss minus {reference.label}'s (nats/token)": _told(difference) if difference else "-",
-                "in % of the task gain": "-" if difference is None or math.isnan(scale) else _told(difference, scale),
+                f"ahead of {reference.label} by (% of the task gain)": (
+                    "-" if difference is None or math.isnan(scale) else _told(difference, scale)
+                ),
+                "within (%)": "-" if difference is None else formatted(scale * difference.bound, ".1f"),
+                "by (nats/token)": _told(difference) if difference else "-",
                 "its study says": entry.outcome,
                 "pairs": f"{len(runs)}" + (f", {diverged} diverged" if diverged else ""),
                 "exact match (%)": _exact_match(entry),
@@ -293,7 +304,7 @@ def _exact_match(entry: Entry) -> str:
     """Returns the share of right answers with its interval; a run that diverged counts as the untouched base."""
     if ACCURACY not in entry.runs or entry.runs[ACCURACY].isna().all():
         return "-"
-    interval = mean_interval(list(100 * entry.runs[ACCURACY].fillna(entry.study.base_accuracy())), NARROW)
+    interval = mean_interval(list(100 * entry.runs[ACCURACY].fillna(entry.study.base_accuracy())))
     assert interval is not None  # an arm has two runs or more
     if interval.low is None or interval.high is None:
         return f"{interval.mean:.1f}"
@@ -310,7 +321,7 @@ def _figure(section: Section, name: str) -> Markup:
         figure, axes = plt.subplots(figsize=(7.0, 1.1 + 0.34 * len(entries)), layout="constrained")
         for y, entry in enumerate(entries):
             colour, marker = (GREY, "o") if entry.is_control else styles[entry.label][:2]
-            mean, reach = (entry.difference.mean, entry.difference.half_width(NARROW)) if entry.difference else (0, 0)
+            mean, reach = (entry.difference.mean, entry.difference.half_width()) if entry.difference else (0, 0)
             axes.errorbar(
                 scale * mean, y, xerr=scale * reach, fmt=marker, ms=8, mec=INK, mew=0.8, capsize=4, color=colour
             )
@@ -320,7 +331,7 @@ def _figure(section: Section, name: str) -> Markup:
         axes.set_yticks(range(len(entries)), [f"{each.label}  {groups.get(each.label, '')}" for each in entries])
         axes.set_ylim(len(entries) - 0.5, -0.5)
         axes.set_xlabel(
-            f"held-out loss minus {section.reference.label}'s ({unit}); further left is better", loc="right"
+            f"ahead of {section.reference.label} by, in held-out loss ({unit}); further right is better", loc="right"
         )
         alt = f"Differences from {section.reference.label} with intervals, as in the table"
         return in_page(svg_of(figure, name), alt)

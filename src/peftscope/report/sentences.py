@@ -120,24 +120,25 @@ def signed(value: float, spec: str) -> str:
     return format(value, f"+{spec}").replace("-", "−")
 
 
-def spoken_outcome(outcome: Outcome, side: str, margin: str, seen: str) -> str:
+def spoken_outcome(outcome: Outcome, side: str, margin: str, other: str = "") -> str:
     """Returns what a comparison says.
 
     Args:
         outcome: The outcome.
-        side: Where the mean difference lies: "lower" or "higher".
-        margin: The margin, in words.
-        seen: What was compared, in words.
+        side: Where the mean lies: "ahead" or "behind".
+        margin: The margin of sameness, in words.
+        other: What is compared with; empty if it is understood.
 
-    >>> spoken_outcome(Outcome.SAME_BUT_DIFFERS, "lower", "5 %", "8 pairs")
-    'the same within 5 %, though lower'
+    >>> spoken_outcome(Outcome.SAME_BUT_DIFFERS, "ahead", "2 %"), spoken_outcome(Outcome.OPEN, "ahead", "2 %", "LoRA")
+    ('ahead, by less than 2 %', 'not told apart from LoRA')
     """
+    ahead = side if not other else f"{side} {other}" if side == "behind" else f"{side} of {other}"
     return {
-        Outcome.SAME: f"the same within {margin}",
-        Outcome.SAME_BUT_DIFFERS: f"the same within {margin}, though {side}",
-        Outcome.MORE: f"{side} by more than {margin}",
-        Outcome.DIFFERS: f"{side}, but by how much is open at {seen}",
-        Outcome.OPEN: f"open at {seen}",
+        Outcome.SAME: f"the same as {other}" if other else "the same",
+        Outcome.SAME_BUT_DIFFERS: f"{ahead}, by less than {margin}",
+        Outcome.MORE: f"{ahead} by more than {margin}",
+        Outcome.DIFFERS: ahead,
+        Outcome.OPEN: f"not told apart from {other}" if other else "not told apart",
     }[outcome]
 
 

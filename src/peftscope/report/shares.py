@@ -51,7 +51,7 @@ def share_table(study: StudyResults, field: str) -> pd.DataFrame:
         if arm != whole:
             difference = study.difference(arm, whole)
             low, high = difference.interval()
-            row |= {"share": 1 - difference.mean / gain, "low": 1 - high / gain, "high": 1 - low / gain}
+            row |= {"share": 1 + difference.mean / gain, "low": 1 + low / gain, "high": 1 + high / gain}
             row["is_same"] = difference.is_same
         rows.append(row)
     table = pd.DataFrame(rows, columns=None if rows else ["method", field]).sort_values(["method", field])
@@ -89,7 +89,7 @@ def _named(study: StudyResults, table: pd.DataFrame) -> str:
 def _gain(study: StudyResults, arm: str) -> float:
     """Returns what the task teaches an arm, in nats per token: the yardstick is that of the control's own arm."""
     measured = next(arm for control, arm in study.controls if control == "shuffled-labels")
-    return study.yardstick - (study.difference(arm, measured).mean if arm != measured else 0.0)
+    return study.yardstick + (study.difference(arm, measured).mean if arm != measured else 0.0)
 
 
 def draw_shares(axes: plt.Axes, study: StudyResults, field: str) -> None:

@@ -37,12 +37,30 @@ def _spread(part: dict[str, Any]) -> str:
     return f" ({low} to {high})"
 
 
+def spoken_verdict(finding: dict[str, Any]) -> str:
+    """Returns a claim's verdict, with the number of its worlds if the claim speaks of models and tasks at large.
+
+    >>> spoken_verdict({"verdict": "holds", "worlds": ["smollm2-135m, two-digit-sums"]})
+    'holds here (1 world)'
+    """
+    worlds = len(finding["worlds"])
+    return finding["verdict"] + ("" if not worlds else " here (1 world)" if worlds == 1 else f" ({worlds} worlds)")
+
+
+def spoken_moves(finding: dict[str, Any]) -> str:
+    """Returns a sentence for each change of the rule that moved the verdict after its result was seen; or nothing."""
+    return " ".join(
+        f"Until {move['date']} it was “{move['from']}”, by a rule that was changed after its result was seen."
+        for move in finding["moved"]
+    )
+
+
 def sentence(finding: dict[str, Any]) -> str:
     """Returns a claim's verdict as one sentence: every number that decides, how it is known, and its scope."""
     parts = deciding(finding)
     basis = "; ".join(filter(None, (finding["known"], finding["scope"])))
     clauses = "; ".join(_clause(part, alone=len(parts) == 1) for part in parts)
-    return f"{finding['verdict'].capitalize()}: {clauses} ({basis})."
+    return f"{spoken_verdict(finding).capitalize()}: {clauses} ({basis}). {spoken_moves(finding)}".rstrip()
 
 
 def deciding(finding: dict[str, Any]) -> list[dict[str, Any]]:

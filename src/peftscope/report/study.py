@@ -11,9 +11,19 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from peftscope.analysis.compare import LARGEST_PAIRS, Difference, Outcome
+from peftscope.analysis.compare import Difference, Outcome
 from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, holm, mean_interval, sign_flip_p
-from peftscope.analysis.study import ACCURACY, GREEDY, HELDOUT, LOWEST, MARGIN, VALIDATION, StudyResults, paired
+from peftscope.analysis.study import (
+    ACCURACY,
+    GREEDY,
+    HELDOUT,
+    LOWEST,
+    MARGIN,
+    PLANNED,
+    VALIDATION,
+    StudyResults,
+    paired,
+)
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A, STEP, Study
 from peftscope.report.plots import GREY, LABEL_WIDTH, arm_looks, beside, draw_figure, plain_ticks
@@ -28,14 +38,19 @@ CONTROLS = {
 }
 MOST_WITH_NUMBERS = 8
 """The most comparisons whose numbers the answer tells. Of more it names the arms; the report has their numbers."""
+MARGIN_WORDS = f"{100 * MARGIN:g} % of the task gain"
+LEGEND = (
+    " In % of the task gain with 95 % intervals, above zero is better. Arms are told apart after Holm's correction for "
+    "all comparisons of the study. “Within” is the smallest margin at which two one-sided tests call two arms the same."
+)
+EARLIER_MARGIN, MARGIN_SINCE = 0.05, "November 2026"
+"""The margin that was declared when most studies were planned, and when it fell to ``MARGIN``, after their results."""
 STEEP = 1.5
 """How many times the median loss of its rate a run has that ended on the steep rise above the best rates."""
 FARTHEST = 5.0
 """How many times as far as in the median row a point may lie for the figure of differences to show all of it."""
 FEWEST_FOR_BOOTSTRAP = 8
 """Pairs below which the bootstrap is too narrow to be shown, see ``analysis.stats``."""
-NARROW = 2 * CONFIDENCE - 1
-"""The confidence of the interval that decides sameness: two one-sided tests at 5 %."""
 
 
 def compared(study: StudyResults) -> list[tuple[str, str]]:
@@ -45,10 +60,11 @@ def compared(study: StudyResults) -> list[tuple[str, str]]:
 
 
 def contrasts(study: StudyResults) -> pd.DataFrame:
-    """Returns one row per comparison: an arm's held-out loss minus the other's, in nats and in % of the task gain.
+    """Returns one row per comparison: how far an arm is ahead, in nats, % of the task gain and points of exact match.
 
     Differences are paired by seed. Intervals and p include what the tuning of both arms adds, where it is known.
     ``holm_p`` is the p after Holm's correction for all comparisons, A/A apart, and decides whether arms differ.
+    ``bound_percent`` is the smallest margin at which two one-sided tests call the two the same, not corrected.
     """
     found = {pair: study.difference(*pair) for pair in compared(study)}
     tested = [pair for pair in found if not pair[0].endswith(A_A)]
@@ -78,7 +94,7 @@ def _contrast(
         "percent_low": scale * low,
         "percent_high": scale * high,
         "margin_percent": 100 * MARGIN,
-        "half_width_percent": scale * difference.half_width(NARROW),
+        "bound_percent": scale * difference.bound,
         "tuning_error_percent": scale * difference.tuning_error,
         "spread": difference.spread,
         "outcome": str(outcome),
@@ -102,12 +118,12 @@ def _contrast(
 
 
 def controls(study: StudyResults) -> pd.DataFrame:
-    """Returns one row per control: its loss minus its arm's, and the gain of both over the base, in nats per token."""
+    """Returns one row per control: how far it is ahead of its arm, and both of the base, in nats per token."""
     rows = []
     for control, arm in study.controls:
         runs, own = study.control_runs(control, arm), study.arm_runs(arm)
         pairs = paired(runs, own)
-        interval = mean_interval(list(pairs["first"] - pairs["second"]))
+        interval = mean_interval(list(pairs["second"] - pairs["first"]))
         assert interval is not None  # a control has one seed or more
         rows.append(
             {
@@ -160,28 +176,28 @@ def steep(losses: list[float]) -> int:
 def spoken_difference(row: dict[Any, Any], labels: dict[str, str]) -> str:
     """Returns a comparison in words, as one sentence without its full stop.
 
-    >>> row = dict(arm="dora", against="lora", n=3, difference=-0.038, difference_low=-0.095, difference_high=0.019)
-    >>> row |= dict(percent=-4.1, percent_low=-10.3, percent_high=2.1, margin_percent=5, outcome="open")
-    >>> row |= dict(pairs_to_decide=9)
+    >>> row = dict(arm="dora", against="lora", n=3, difference=0.038, difference_low=-0.019, difference_high=0.095)
+    >>> row |= dict(percent=4.1, percent_low=-2.1, percent_high=10.3, bound_percent=8.9, outcome="open")
     >>> spoken_difference(row, {"dora": "D", "lora": "L"})
-    'D − L: −0.038 nats per token [−0.095, +0.019], −4.1 % of the task gain: open at 3 pairs, about 9 would decide'
-    >>> spoken_difference(row | dict(pairs_to_decide=math.nan), {"dora": "D", "lora": "L"}).partition(": open ")[2]
-    'at 3 pairs, 10,000 would not tell it from the margin'
+    'D against L: +4.1 % of the task gain [−2.1, +10.3], +0.038 nats per token: not told apart, within 8.9 %'
+    >>> row |= dict(percent=math.nan, accuracy=2.0, accuracy_low=1.0, accuracy_high=3.0, outcome="differs, size open")
+    >>> spoken_difference(row, {"dora": "D", "lora": "L"})
+    'D against L: +0.038 nats per token [−0.019, +0.095], +2.0 points of exact match [+1.0, +3.0]: ahead'
     """
-    name = labels[row["arm"]] if row["arm"].endswith(A_A) else f"{labels[row['arm']]} − {labels[row['against']]}"
-    text = f"{name}: {_signed(row, 'difference', '.3f', ' nats per token')}"
-    if not math.isnan(row["percent"]):
-        text += f", {signed(row['percent'], '.1f')} % of the task gain"
-    outcome = Outcome(row["outcome"])
-    side = "lower" if row["difference"] < 0 else "higher"
-    words = spoken_outcome(outcome, side, f"{row['margin_percent']:g} %", f"{row['n']} pairs")
-    pairs = row["pairs_to_decide"]
-    more = (
-        f"{LARGEST_PAIRS:,} would not tell it from the margin"
-        if math.isnan(pairs)
-        else f"about {int(pairs)} would decide"
-    )
-    return f"{text}: {words}, {more}" if outcome == Outcome.OPEN else f"{text}: {words}"
+    name = labels[row["arm"]] if row["arm"].endswith(A_A) else f"{labels[row['arm']]} against {labels[row['against']]}"
+    words = spoken_outcome(Outcome(row["outcome"]), _side(row), MARGIN_WORDS)
+    if has_gain := not math.isnan(row["percent"]):
+        nats = f"{signed(row['difference'], '.3f')} nats per token"
+        said = [_signed(row, "percent", ".1f", " % of the task gain"), nats]
+    else:
+        said = [_signed(row, "difference", ".3f", " nats per token")]
+    if pd.notna(row.get("accuracy")):
+        said.append(_signed(row, "accuracy", ".1f", " points of exact match"))
+    return f"{name}: {', '.join(said)}: {words}" + (f", within {row['bound_percent']:.1f} %" if has_gain else "")
+
+
+def _side(row: dict[Any, Any]) -> str:
+    return "ahead" if row["difference"] > 0 else "behind"
 
 
 def _signed(row: dict[Any, Any], name: str, spec: str, unit: str = "") -> str:
@@ -198,14 +214,16 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
         text = {
             "arm": _compared_label(row["arm"], row["against"], reference, labels),
             "pairs": _pairs(row),
-            f"loss minus {labels[reference]}'s (nats/token)": _signed(row, "difference", ".4f"),
-            "in % of the task gain": _signed(row, "percent", ".1f") if math.isfinite(row["percent"]) else "-",
-            "outcome": row["outcome"],
-            "90 % half-width (%)": formatted(row["half_width_percent"], ".1f"),
-            "of it tuning (%)": formatted(row["tuning_error_percent"], ".1f"),
+            f"ahead of {labels[reference]} by (% of the task gain)": (
+                _signed(row, "percent", ".1f") if math.isfinite(row["percent"]) else "-"
+            ),
+            "within (%)": formatted(row["bound_percent"], ".1f"),
+            "by (points of exact match)": _signed(row, "accuracy", ".1f") if pd.notna(row.get("accuracy")) else "-",
+            "by (nats/token)": _signed(row, "difference", ".4f"),
+            "what it says": spoken_outcome(Outcome(row["outcome"]), _side(row), MARGIN_WORDS),
+            "pairs that would decide": formatted(row["pairs_to_decide"], ",.0f"),
+            "standard error of tuning (%)": formatted(row["tuning_error_percent"], ".1f"),
         }
-        if pd.notna(row.get("accuracy")):
-            text["exact match (points)"] = _signed(row, "accuracy", ".1f")
         if "samples_to_reference" in row:
             samples = row["samples_to_reference"]
             text["samples to the reference's loss and the margin"] = (
@@ -223,7 +241,7 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
 
 
 def _compared_label(arm: str, against: str, reference: str, labels: dict[str, str]) -> str:
-    return labels[arm] if against == reference else f"{labels[arm]} − {labels[against]}"
+    return labels[arm] if against == reference else f"{labels[arm]} against {labels[against]}"
 
 
 def readable_controls(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
@@ -232,7 +250,7 @@ def readable_controls(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFra
         {
             "control": f"{labels[row['arm']]}, {CONTROLS[row['control']]}",
             "pairs": _pairs(row),
-            "loss minus the arm's (nats/token)": _signed(row, "difference", ".4f"),
+            "ahead of the arm by (nats/token)": _signed(row, "difference", ".4f"),
             "gain over the base": formatted(row["control_over_base"], ".4f"),
             "the arm's own": formatted(row["arm_over_base"], ".4f"),
         }
@@ -284,7 +302,7 @@ def draw_tuning(axes: plt.Axes, study: StudyResults) -> None:
 
 
 def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
-    """Draws each arm's loss minus the reference's: a point per seed, the margin, the A/A band, the mean's interval.
+    """Draws how far each arm is ahead of the reference: a point per seed, the margin, the A/A band, the interval.
 
     A mean and its interval stand there from three pairs on. An arm far beyond the others has its mean at the edge.
     """
@@ -293,8 +311,7 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
     scale = 100 / study.yardstick if not math.isnan(study.yardstick) else 1.0
     samples = []
     for y, (arm, against) in enumerate(pairs):
-        both = paired(study.arm_runs(arm), study.arm_runs(against))
-        sample = scale * (both["first"] - both["second"])
+        sample = scale * pd.Series(study.pairs(arm, against))
         samples.append(sample)
         colour, marker = (GREY, "o") if arm.endswith(A_A) else styles[arm][:2]
         # If there are hundreds of points, they fade, so that their mean stands out.
@@ -315,7 +332,7 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
     axes.set_yticks(range(len(pairs)), [fill(name, LABEL_WIDTH) for name in names])
     axes.set_ylim(max(1, len(pairs)) - 0.5, -0.5)
     unit = "nats per response token" if math.isnan(study.yardstick) else "% of the task gain"
-    axes.set(xlabel=f"difference of held-out losses\n({unit}); further left is better")
+    axes.set(xlabel=f"ahead by, in held-out loss\n({unit}); further right is better")
     axes.set_title(f"Against {labels[study.reference]}")
 
 
@@ -333,30 +350,24 @@ def _cut_at(axes: plt.Axes, samples: list[pd.Series]) -> None:
             axes.annotate(text, (math.copysign(edge, mean), y), ha="right" if mean > 0 else "left", va="bottom")
 
 
-CLAUSES = {
-    Outcome.SAME: "the same as {reference} within {margin} % of the task gain",
-    Outcome.SAME_BUT_DIFFERS: "{side} than {reference}, by less than {margin} % of the task gain",
-    Outcome.MORE: "{side} than {reference} by more than {margin} % of the task gain",
-    Outcome.DIFFERS: "{side} than {reference} by an amount that is open",
-    Outcome.OPEN: "open",
-}
+def answer(table: pd.DataFrame, labels: dict[str, str], arms: str = "the arms", legend: str = LEGEND) -> str:
+    """Returns what a study's comparisons say of "the arms", in sentences; empty without any, or without a task gain.
 
-
-def answer(table: pd.DataFrame, labels: dict[str, str], arms: str = "the arms") -> str:
-    """Returns what a study's comparisons say of "the arms", in sentences; empty without any, or without a task gain."""
+    Where it tells numbers, ``legend`` explains them at the end.
+    """
     tested = table[~table["arm"].str.endswith(A_A)]
     if tested.empty or tested["percent"].isna().all():
         return ""
-    has_numbers, order = len(tested) <= MOST_WITH_NUMBERS, list(CLAUSES)
+    has_numbers, order = len(tested) <= MOST_WITH_NUMBERS, list(Outcome)
 
     def clause(row: dict[Any, Any]) -> str:
-        side, margin = "better" if row["difference"] < 0 else "worse", f"{row['margin_percent']:g}"
-        return CLAUSES[row["outcome"]].format(side=side, reference=labels[row["against"]], margin=margin)
+        return spoken_outcome(Outcome(row["outcome"]), _side(row), MARGIN_WORDS, labels[row["against"]])
 
     def number(row: dict[Any, Any], form: str) -> str:
-        return form.format(_signed(row, "percent", ".1f")) if has_numbers else ""
+        bound = f", within {row['bound_percent']:.1f}"
+        return form.format(_signed(row, "percent", ".1f") + bound) if has_numbers else ""
 
-    rows = sorted(tested.to_dict("records"), key=lambda row: (order.index(row["outcome"]), row["difference"] > 0))
+    rows = sorted(tested.to_dict("records"), key=lambda row: (order.index(row["outcome"]), row["difference"] < 0))
     reference = tested["against"].iloc[0]
     own = [row for row in rows if row["against"] == reference]
     parts, sentences = [], []
@@ -365,10 +376,8 @@ def answer(table: pd.DataFrame, labels: dict[str, str], arms: str = "the arms") 
         parts.append(f"{len(each)} of {len(own)} {'is' if len(each) == 1 else 'are'} {said} ({listed(each, '; ')})")
     for row in rows:
         if row["against"] != reference:
-            against = f" against {labels[row['against']]}" if row["outcome"] == Outcome.OPEN else ""
-            arm = capitalised(labels[row["arm"]])
-            sentences.append(f" {arm}{against} is {clause(row)}{number(row, ' ({})')}.")
-    return f"Of {arms}, {'; '.join(parts)}.{''.join(sentences)}{' Below zero is better.' if has_numbers else ''}"
+            sentences.append(f" {capitalised(labels[row['arm']])} is {clause(row)}{number(row, ' ({})')}.")
+    return f"Of {arms}, {'; '.join(parts)}.{''.join(sentences)}{legend if has_numbers else ''}"
 
 
 def power(study: StudyResults) -> dict[str, Any]:
@@ -376,17 +385,18 @@ def power(study: StudyResults) -> dict[str, Any]:
     found: dict[str, Difference] = {
         _compared_label(*pair, study.reference, study.labels): study.difference(*pair) for pair in compared(study)
     }
-    scale = 100 / study.yardstick
-    widths = {name: scale * difference.half_width(NARROW) for name, difference in found.items()}
+    widths = {name: 100 * difference.half_width() / study.yardstick for name, difference in found.items()}
     return {
         "task_gain": formatted(study.yardstick, ".3f"),
         "is_lowest": LOWEST in study.table and bool(study.table[LOWEST].notna().any()),
         "margin": f"{100 * MARGIN:g}",
         "margin_nats": formatted(MARGIN * study.yardstick, ".4f"),
-        "half_margin": f"{50 * MARGIN:g}",
-        "narrow": f"{100 * NARROW:g}",
+        "changed": MARGIN_SINCE,
+        "earlier": f"{100 * EARLIER_MARGIN:g}",
+        "planned": f"{100 * PLANNED:g}",
         "widths": f"{min(widths.values()):.1f} to {max(widths.values()):.1f}" if widths else "",
-        "missed": "; ".join(f"{name} (±{widths[name]:.2f} %)" for name, one in found.items() if not one.is_precise),
+        "median": f"{median(widths.values()):.1f}" if widths else "",
+        "missed": "; ".join(f"{name} (±{width:.1f} %)" for name, width in widths.items() if width > 100 * PLANNED),
     }
 
 
@@ -429,7 +439,7 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
 def study_sentences(facts: dict[str, Any]) -> dict[str, str]:
     """Returns what the two figures of a study show in words, from its facts."""
     several = facts["seeds"] >= FEWEST_FOR_MEANS
-    differences = f"Points left of the line are better than {facts['first']}. Small points are seeds" + (
+    differences = f"Points right of the line are better than {facts['first']}. Small points are seeds" + (
         f", large ones their means with {100 * CONFIDENCE:g} % intervals" if several else ""
     )
     differences += (", which include the tuning of both arms" if several and facts["has_tuning"] else "") + "."

@@ -149,7 +149,7 @@ def heldout_gain(study: str, arm: str, against: str) -> Measurement:
         f"mean loss of {against}": float(both["second"].mean()),
         **_doubts(results, {arm: mine, against: other}),
     }
-    differences = [value / results.task_gain for value in results.pairs(against, arm)]
+    differences = [value / results.task_gain for value in results.pairs(arm, against)]
     error = results.tuning_error(arm, against) / results.task_gain
     return _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]), error)
 
@@ -255,7 +255,7 @@ def smallest_rank(study: str, ranks: dict[str, int], margin: float) -> Measureme
     ordered = sorted(ranks, key=lambda arm: ranks[arm])
     best = min(ordered, key=lambda arm: float(results.arm_runs(arm)[HELDOUT].mean()))
     found = {arm: results.difference(arm, best, margin) for arm in ordered if arm != best}
-    behind = {arm: found[arm].mean / results.task_gain if arm in found else 0.0 for arm in ordered}
+    behind = {arm: -found[arm].mean / results.task_gain if arm in found else 0.0 for arm in ordered}
     runs = tuple(run for arm in ordered for run in results.arm_runs(arm)["run_id"])
 
     def first(is_enough: Callable[[str], bool]) -> int:

@@ -5,6 +5,8 @@ The weights themselves are not needed: a table of the study's results, or of the
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pandas as pd
 
@@ -203,7 +205,7 @@ def magnitude_with_direction(study: str, arm: str, module: str, within_steps: bo
     return _over_seeds(results, mine, evidence, runs)
 
 
-def rank_with_worth(study: str, arm: str, kept: bool = False) -> Measurement:
+def rank_with_worth(study: str, arm: str, kept: bool = False, given: str = "") -> Measurement:
     """Returns Spearman's correlation over matrices of the rank that AdaLoRA kept and the worth of the update.
 
     The worth is the rise of the held-out loss when that update alone is set to zero. The mean is over seeds.
@@ -212,14 +214,14 @@ def rank_with_worth(study: str, arm: str, kept: bool = False) -> Measurement:
         study: The study's experiment.
         arm: The arm.
         kept: Whether to leave out matrices without any rank, whose worth is zero by definition.
+        given: A measured quantity that both may follow, such as the size of the update. It is partialled out.
     """
     results, table = _after(study, arm)
     if "worth" not in table or table["worth"].isna().all():
         raise NotRunError(f"the study `{study}` has not measured the worth of the updates of `{arm}`")
     table = table[table["rank_kept"] > 0] if kept else table
-    each = {
-        seed: float(rows["rank_kept"].corr(rows["worth"], method="spearman")) for seed, rows in table.groupby("seed")
-    }
+    names = ["rank_kept", "worth", *filter(None, [given])]
+    each = {seed: _partial(rows[names].corr(method="spearman")) for seed, rows in table.groupby("seed")}
     by_module = table.groupby("module")[["rank_kept", "worth"]].mean()
     evidence: dict[str, Quantity] = {
         f"{what}, {module}": float(row[name])
@@ -228,6 +230,12 @@ def rank_with_worth(study: str, arm: str, kept: bool = False) -> Measurement:
     }
     evidence["matrices without rank, a run"] = float((table["rank_kept"] == 0).groupby(table["seed"]).sum().mean())
     return _over_seeds(results, pd.Series(each), evidence, table)
+
+
+def _partial(correlations: pd.DataFrame) -> float:
+    """Returns the correlation of the first two of some quantities, with the others partialled out."""
+    inverse = np.linalg.inv(correlations.to_numpy())
+    return float(-inverse[0, 1] / math.sqrt(inverse[0, 0] * inverse[1, 1]))
 
 
 def _after(study: str, arm: str) -> tuple[StudyResults, pd.DataFrame]:
