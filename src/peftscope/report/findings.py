@@ -158,6 +158,7 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
         "findings.md.j2",
         millions=round(shape.parameters / 1e6),
         steps=fixed["steps"],
+        nf4=_errors_of_nf4(findings),
         first=surprising(findings, content.first, Path("claims.md")),
         topics=[_topic(topic, by_id, folder) for topic in content.topics],
         studies=[_study(name, findings, known) for name in experiment_names() if _is_judged(name, findings)],
@@ -168,6 +169,12 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page)
     return path
+
+
+def _errors_of_nf4(findings: list[dict[str, Any]]) -> dict[str, str]:
+    """Returns by model the error that NF4 in blocks of 64 makes on its weights, in % of their norm, where measured."""
+    parts = [part for finding in findings for part in finding["parts"] if part["check"] == "codes.error_ratio"]
+    return {part["with"]["model"]: f"{100 * part['curves']['nf4']['64']:.1f}" for part in parts if part["curves"]}
 
 
 def _topic(topic: Topic, by_id: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
