@@ -14,7 +14,7 @@ import yaml
 from peftscope.analysis.compare import compare
 from peftscope.analysis.stats import mean_interval
 from peftscope.claims.checks.quantised_models import WINDOWS
-from peftscope.claims.evaluate import Finding, PartFinding, check_key, evaluate, evaluate_part
+from peftscope.claims.evaluate import Finding, PartFinding, check_key, evaluate, evaluate_part, moved
 from peftscope.claims.ledger import Change, Claim, Part, read_history, read_ledger
 from peftscope.claims.measurement import Measurement, NotRunError
 from peftscope.claims.stored import read_findings, stored_measurements, unexplained_changes
@@ -550,3 +550,18 @@ def test_one_claim_is_measured_and_shown_with_its_evidence(
         "known",
     }
     assert asked <= finding.keys() and (finding["id"], finding["verdict"]) == ("S13", "wrong")
+
+
+def test_a_verdict_says_that_its_rule_moved_it_after_its_result_was_seen() -> None:
+    words = {"claim": "S13", "was": "one rule.", "became": "another.", "why": "a reason."}
+    dates = ("2026-01-01", "2026-01-02", "2026-01-03")
+    changes = [
+        Change(**words, date=day, verdict=before)
+        for day, before in zip(dates, ("wrong", "not run", "open"), strict=True)
+    ]
+    assert moved(changes, Verdict.HOLDS, "") == [
+        {"date": "2026-01-01", "from": "wrong"},
+        {"date": "2026-01-03", "from": "open"},
+    ]
+    assert moved(changes, Verdict.OPEN, "2026-01-02") == []  # the first change is older than the runs
+    assert moved([Change(**words, date="2026-01-01")], Verdict.HOLDS, "") == []

@@ -251,22 +251,37 @@ def test_the_page_tells_each_variants_updates_and_what_their_cuts_leave() -> Non
 def test_ranks_are_set_against_a_worth_of_their_own() -> None:
     runs = write_runs("adalora", {"adalora": {}})
     mine = runs[runs["seed"].notna()]
-    write_weights("adalora", mine, steps=(160,))
+    random = np.random.default_rng(1)
+
+    def world(*changes: Change) -> None:
+        def change(table: pd.DataFrame) -> None:
+            for each in (of("adalora", "relative_size", lambda values: random.permutation(len(values))), *changes):
+                each(table)
+
+        write_weights("adalora", mine, change, (160,))
+
+    world()
     assert verdicts("S94") == ["holds"]
     assert judged("S94").deciding[0].found.value > 0.9
     write_updates("adalora")
     drawn = (results_folder("adalora") / "figures" / "updates.svg").read_text()
     assert "rank kept, mean over seeds" in drawn and all(module in drawn for module in MODULES)
     assert re.search(r"their rank correlation is 0\.9\d in a run", updates_sentence("adalora"))
-    write_weights("adalora", mine, lambda table: of("adalora", "worth", lambda values: -values)(table), (160,))
+    world(of("adalora", "worth", lambda values: -values))
     assert verdicts("S94") == ["wrong"]
     # Where only matrices without rank are worth nothing, the correlation among the others says so.
     flat = [0.0, 1.3, 1.1, 1.2, 1.0, 1.4]
-    write_weights(
-        "adalora", mine, of("adalora", "worth", lambda values: np.resize(np.repeat(flat, 2), len(values))), (160,)
-    )
+    world(of("adalora", "worth", lambda values: np.resize(np.repeat(flat, 2), len(values))))
     every = judged("S94").parts[1]
     assert judged("S94").deciding[0].found.value < every.found.value
+    # Where the worth follows the size of the update alone, and the rank does too, importance has no part in it.
+
+    def follow_size(table: pd.DataFrame) -> None:
+        table["relative_size"] = table["rank_kept"] + random.normal(0, 1, len(table))
+        table["worth"] = table["relative_size"] + random.normal(0, 1, len(table))
+
+    world(follow_size)
+    assert judged("S94").deciding[0].found.value < 0.5 < judged("S94").parts[2].found.value
 
 
 def test_published_measurements_give_the_same_verdicts_without_weights() -> None:

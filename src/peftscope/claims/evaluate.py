@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,12 +109,14 @@ class Finding:
         return combine([part.verdict for part in self.deciding])
 
     def _last_run(self) -> str:
-        """Returns the day on which the last of the runs that decide began; empty without runs."""
+        """Returns the day on which the last of the runs that decide began; empty if it is not known."""
         days = [""]
         for part in self.deciding:
             if part.found and part.found.run_ids and (study := part.part.with_.get("study")):
-                table = StudyResults(study).table.set_index("run_id")["started_at"]
-                days += [str(day)[:10] for day in table.reindex(part.found.run_ids).dropna()]
+                with suppress(InputError):  # a measurement that was stored outlives the tables of its study
+                    table = StudyResults(study).table.set_index("run_id")
+                    starts = table.reindex(index=part.found.run_ids, columns=["started_at"])["started_at"]
+                    days += [str(day)[:10] for day in starts.dropna()]
         return max(days)
 
     def to_json(self, hardware: str, history: Sequence[Change] = ()) -> dict[str, Any]:
@@ -152,7 +155,7 @@ def moved(changes: Sequence[Change], verdict: Verdict, last_run: str) -> list[di
     Args:
         changes: The changes of what decides the claim, oldest first.
         verdict: Today's verdict.
-        last_run: The day on which the last of the runs that decide began; empty without runs.
+        last_run: The day on which the last of the runs that decide began; empty if it is not known.
     """
     told = [change for change in changes if change.verdict not in (None, Verdict.NOT_RUN)]
     after = [*(change.verdict for change in told), verdict][1:]

@@ -233,7 +233,9 @@ def rank_with_worth(study: str, arm: str, kept: bool = False, given: str = "") -
 
 
 def _partial(correlations: pd.DataFrame) -> float:
-    """Returns the correlation of the first two of some quantities, with the others partialled out."""
+    """Returns the correlation of the first two of some quantities, with the others, if any, partialled out."""
+    if len(correlations) == 2:
+        return float(correlations.iloc[0, 1])
     inverse = np.linalg.inv(correlations.to_numpy())
     return float(-inverse[0, 1] / math.sqrt(inverse[0, 0] * inverse[1, 1]))
 
