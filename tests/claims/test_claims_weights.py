@@ -174,14 +174,14 @@ def test_rank_grows_with_training_and_is_compared_between_the_parts_of_a_block()
 def test_the_rank_of_an_update_is_told_in_ranks_of_lora() -> None:
     """The side of 576 has 180 values in as many parts of 16/4096 as 80."""
     weights_world(of("full", "rank_90", 180))
-    assert verdicts("P6") == ["holds"] and judged("P6").deciding[0].found.value == 80
-    assert judged("P6").parts[-1].found.value == 180 / 16
-    for rank in (20, 400):  # below ten times, and above a hundred times
+    assert verdicts("P6") == ["holds"] and judged("P6").deciding[0].found.value == 180 / 16
+    assert judged("P6").parts[1].found.value == 80
+    for rank in (140, 1700):  # below ten times, and above a hundred times
         weights_world(of("full", "rank_90", rank))
         assert verdicts("P6") == ["wrong"]
     # The median matrix counts, and the last step.
     weights_world(of("full", "rank_90", lambda values: [180 if i % 12 < 7 else 1 for i in range(len(values))]))
-    assert judged("P6").deciding[0].found.value == 80
+    assert judged("P6").deciding[0].found.value == 180 / 16
 
     def early(table: pd.DataFrame) -> None:
         table.loc[table["step"] == 40, "rank_90"] = 1

@@ -436,7 +436,7 @@ def test_the_command_is_a_check_before_a_run(peftscope: Command, tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("base_model: [", "line 1: not valid YAML"),
+        ("base_model: [", "line 2: not valid YAML"),
         ("", "must be a mapping"),
         ("a: 1\na: 2\n", "key `a` appears twice"),
         ("- a\n- b\n", "must be a mapping"),

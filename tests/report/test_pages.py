@@ -137,7 +137,7 @@ class TestPages:
         }
         history = [{"claim": "S1", "date": "2026-01-01", "was": EVIL, "became": EVIL, "why": EVIL}]
         finding = {**found, "id": "S1", "slug": "x", "hardware": EVIL, "claimed": EVIL, "parts": [found, found]}
-        finding["history"] = history
+        finding |= {"history": history, "worlds": [EVIL], "moved": [{"date": EVIL, "from": EVIL}]}
         path = write_claims_page(ledger, [finding])
         Elements(path.read_text()).check()
         text = path.with_suffix(".md").read_text()

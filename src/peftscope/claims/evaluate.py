@@ -11,7 +11,6 @@ from typing import Any
 
 from peftscope.analysis.compare import compare
 from peftscope.analysis.stats import holm
-from peftscope.analysis.study import StudyResults
 from peftscope.claims.ledger import DETERMINISTIC, Change, Claim, Kind, Part, find_check
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity, spoken_quantity
 from peftscope.claims.verdict import Verdict, combine, judge
@@ -110,6 +109,8 @@ class Finding:
 
     def _last_run(self) -> str:
         """Returns the day on which the last of the runs that decide began; empty if it is not known."""
+        from peftscope.analysis.study import StudyResults
+
         days = [""]
         for part in self.deciding:
             if part.found and part.found.run_ids and (study := part.part.with_.get("study")):

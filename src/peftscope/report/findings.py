@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peftscope.analysis.capacity import breaks, stored_bits
 from peftscope.analysis.collect import read_runs
+from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
 from peftscope.claims.ledger import Claim
 from peftscope.claims.verdict import Verdict
@@ -158,7 +159,8 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
         "findings.md.j2",
         millions=round(shape.parameters / 1e6),
         steps=fixed["steps"],
-        nf4=_errors_of_nf4(findings),
+        confidence=f"{100 * CONFIDENCE:g}",
+        rounding=_rounding(findings),
         first=surprising(findings, content.first, Path("claims.md")),
         topics=[_topic(topic, by_id, folder) for topic in content.topics],
         studies=[_study(name, findings, known) for name in experiment_names() if _is_judged(name, findings)],
@@ -171,10 +173,12 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
     return path
 
 
-def _errors_of_nf4(findings: list[dict[str, Any]]) -> dict[str, str]:
-    """Returns by model the error that NF4 in blocks of 64 makes on its weights, in % of their norm, where measured."""
+def _rounding(findings: list[dict[str, Any]]) -> dict[str, str | None]:
+    """Returns the error that NF4 in blocks of 64 makes on the base and on float weights, in % of the weights' norm."""
     parts = [part for finding in findings for part in finding["parts"] if part["check"] == "codes.error_ratio"]
-    return {part["with"]["model"]: f"{100 * part['curves']['nf4']['64']:.1f}" for part in parts if part["curves"]}
+    found = {part["with"]["model"]: f"{100 * part['curves']['nf4']['64']:.1f}" for part in parts if part["curves"]}
+    known = {"base": found.get("smollm2-135m"), "floats": found.get("minilm")}
+    return {"code": "NF4", "other": "all-MiniLM-L6-v2", **known} if all(known.values()) else {}
 
 
 def _topic(topic: Topic, by_id: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
