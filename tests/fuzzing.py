@@ -146,7 +146,7 @@ def specs(draw: st.DrawFn, names: tuple[str, ...] = tuple(METHODS)) -> RunSpec:
     if top.get("precision", "bf16") != "bf16":
         top["autocast"] = False
     if getattr(built, "kbit_preparation", None) == "trl":  # norms in fp32 before a head in bf16
-        top["autocast"] = True
+        top["precision"], top["autocast"] = "bf16", True
     if top.get("optimizer", "adamw") not in ("adamw", "sgd"):
         top.pop("optimizer_implementation", None)
     if top.get("shards", 1) > 1:

@@ -41,10 +41,10 @@ from peftscope.report.publish import publish, restore
 from peftscope.report.shares import share_table, shares_sentence, write_shares
 from peftscope.report.study import (
     CONTROLS,
-    _cut_at,
     answer,
     contrasts,
     controls,
+    cut_at,
     readable_contrasts,
     study_facts,
     tuning,
@@ -641,11 +641,11 @@ def test_the_section_of_the_report_has_its_tables_and_figures(at_three_rates: St
 def test_an_arm_far_away_leaves_room_for_the_others() -> None:
     """One arm at 900 % would press the margin of 5 % into a line."""
     axes = plt.figure().add_subplot()
-    _cut_at(axes, [pd.Series([1.0, 3.0]), pd.Series([880.0, 920.0]), pd.Series([-4.0, 0.0])])
+    cut_at(axes, [pd.Series([1.0, 3.0]), pd.Series([880.0, 920.0]), pd.Series([-4.0, 0.0])])
     assert axes.get_xlim() == (-20, 20)
     assert [text.get_text() for text in axes.texts] == ["+900 →"]
     axes = plt.figure().add_subplot()
-    _cut_at(axes, [pd.Series([1.0, 3.0]), pd.Series([8.0, 9.0])])
+    cut_at(axes, [pd.Series([1.0, 3.0]), pd.Series([8.0, 9.0])])
     assert not axes.texts
     plt.close("all")
 

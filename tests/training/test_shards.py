@@ -30,7 +30,8 @@ from peftscope.record import RunRecord, Status, read_record, state_folder, write
 from peftscope.spec import RunSpec, run_id
 
 SHARDS = 2
-CURVES = {"validation_curve", "retention_curve", "shift", "shift_curve"}
+NOT_OF_SHARDS = {"validation_curve", "retention_curve", "shift", "shift_curve"}
+"""Scores along the training, and those that a run measures in one process alone."""
 SHARDED = [name for name, cls in METHODS.items() if cls.supports_shards and not cls().quantization()]
 
 
@@ -74,7 +75,7 @@ def assert_same_run(spec: RunSpec, folder: Path) -> None:
     assert two.train_loss == pytest.approx(one.train_loss, abs=1e-5)
     assert two.train_batches_sha256 == one.train_batches_sha256
     assert two.size == one.size
-    scores = [record.quality.model_dump(exclude=CURVES) for record in (two, one)]
+    scores = [record.quality.model_dump(exclude=NOT_OF_SHARDS) for record in (two, one)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
     assert two.speed.timed_steps == one.speed.timed_steps
     items = [

@@ -55,6 +55,11 @@ class PartFinding:
         return f"sampled, n = {self.found.n}" if sampled else word
 
     @property
+    def asks_of_worlds(self) -> bool:
+        """Whether the part asks training on models and tasks at large."""
+        return self.part.kind == "training" and self.part.general
+
+    @property
     def answer(self) -> str:
         """Returns what the measured value answers in the terms of the claim; empty without a value or such words."""
         words = self.part.answers.get(self.verdict, "") if self.found else ""
@@ -134,7 +139,7 @@ class Finding:
             "id": self.claim.id,
             "slug": self.claim.slug,
             "verdict": self.verdict.value,
-            "worlds": sorted({part.found.model for part in self.deciding if part.part.general and part.found}),
+            "worlds": sorted({part.found.model for part in self.deciding if part.asks_of_worlds and part.found}),
             "known": "; ".join(dict.fromkeys(part.known for part in self.deciding if part.known and part.found)),
             "claimed": self.claim.claimed,
             **{key: deciding[key] for key in ("found", "low", "high", "unit", "n", "rule")},

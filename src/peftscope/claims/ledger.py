@@ -62,9 +62,7 @@ class Part(BaseModel):
     ] = {}
     scope: Annotated[str, Field(description="where the verdict holds, if narrower than the claim's scope")] = ""
     family: Annotated[str, Field(description="contrasts that Holm's correction takes together")] = ""
-    general: Annotated[bool, Field(description="a training asked of models and tasks at large: worlds are told")] = (
-        False
-    )
+    general: Annotated[bool, Field(description="of a training: false for a toy model, or one that is named")] = True
     waits_for: Annotated[str, Field(description="what has to be run first")] = ""
 
     @field_validator("answers", mode="before")
@@ -78,8 +76,6 @@ class Part(BaseModel):
             raise ValueError("must have one of: check, waits_for")
         if bool(self.check) != (self.rule is not None):
             raise ValueError("a check needs a rule, and a rule a check")
-        if self.general and (self.kind != "training" or not self.decides):
-            raise ValueError("only a training that decides is general")
         if self.family and (self.rule is None or self.rule.better_by is None):
             raise ValueError("a family holds contrasts with a direction: the rule must be better_by")
         if bool(self.quotes) != self.decides:

@@ -13,9 +13,7 @@ from peftscope.claims.verdict import Verdict
 from peftscope.errors import InputError, Problem
 from peftscope.files.content import parse_json, read_text
 from peftscope.layout import CLAIMS_RESULTS, published
-
-LARGEST_BYTES = 5_000_000
-"""The largest file of findings that is read; `make publish` writes none that is larger."""
+from peftscope.planning.published import LARGEST_BYTES
 
 
 def read_findings(path: Path) -> list[dict[str, Any]]:

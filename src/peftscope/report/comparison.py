@@ -18,7 +18,7 @@ from peftscope.analysis.ranking import Ranking, Trust
 from peftscope.analysis.scores import FRACTION, Scored, unit_of
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.report.plots import save
-from peftscope.report.sentences import spoken_outcome
+from peftscope.report.sentences import spoken_outcome, spoken_side
 
 MOST_LABELS = 80
 """The most systems that the figure of a ranking names."""
@@ -69,17 +69,16 @@ def describe(a: Sequence[Scored], b: Sequence[Scored], pairing: Pairing, margin:
     interval = f"{bounds} ({100 * CONFIDENCE:g} % interval)"
     yield f"A against B: {spoken(pairing.mean, unit, True)} {interval}, from {seen}. Above zero, A is better."
     differs = pairing.p < 1 - CONFIDENCE
-    place = "behind" if pairing.mean < 0 else "ahead"
     exact = f" by exact sign flips, because {FEW} items or fewer differ" if _is_exact(pairing) else ""
     yield (
-        f"Chance: A is {place}, and this can be told from chance (p = {pairing.p:.2g}{exact})."
+        f"Chance: A is {spoken_side(pairing.mean)}, and this can be told from chance (p = {pairing.p:.2g}{exact})."
         if differs
         else f"Chance: the difference cannot be told from chance (p = {pairing.p:.2g}{exact})."
     )
     outcome = pairing.outcome(margin.value)
     if not math.isnan(margin.value):
         value = "" if margin.text.endswith("pp") else f" ({spoken(margin.value, unit)})"
-        said = f"{spoken_outcome(outcome, place, margin.text)}, within {spoken(difference.bound, unit)}"
+        said = f"{spoken_outcome(outcome, pairing.mean, margin.text)}, within {spoken(difference.bound, unit)}"
         yield f"Margin ±{margin.text}{value}: {said}."
     if outcome == Outcome.OPEN or (outcome == Outcome.DIFFERS and not math.isnan(margin.value)):
         yield f"To decide, if the difference stayed as it is: {_needed(pairing, margin.value)}."

@@ -173,12 +173,14 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
     return path
 
 
-def _rounding(findings: list[dict[str, Any]]) -> dict[str, str | None]:
-    """Returns the error that NF4 in blocks of 64 makes on the base and on float weights, in % of the weights' norm."""
+def _rounding(findings: list[dict[str, Any]]) -> str:
+    """Returns what NF4 in blocks of 64 changes of the base and of float weights, in words; empty if not measured."""
     parts = [part for finding in findings for part in finding["parts"] if part["check"] == "codes.error_ratio"]
-    found = {part["with"]["model"]: f"{100 * part['curves']['nf4']['64']:.1f}" for part in parts if part["curves"]}
-    known = {"base": found.get("smollm2-135m"), "floats": found.get("minilm")}
-    return {"code": "NF4", "other": "all-MiniLM-L6-v2", **known} if all(known.values()) else {}
+    changes = {part["with"]["model"]: part["curves"]["nf4"]["64"] for part in parts if part["curves"]}
+    if not {"smollm2-135m", "minilm"} <= changes.keys():
+        return ""
+    base, floats = (f"{100 * changes[model]:.1f} %" for model in ("smollm2-135m", "minilm"))
+    return f"Rounding to NF4 still changes its weights by {base} of their norm, and MiniLM's float weights by {floats}."
 
 
 def _topic(topic: Topic, by_id: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:

@@ -16,10 +16,10 @@ import pandas as pd
 import seaborn as sns
 from markupsafe import Markup
 
-from peftscope.analysis.compare import Difference, Outcome, compare
+from peftscope.analysis.compare import Difference, compare
 from peftscope.analysis.ranking import Ranking, rank, trust
 from peftscope.analysis.scores import LOSS, NATS, Scored
-from peftscope.analysis.stats import mean_interval
+from peftscope.analysis.stats import CONFIDENCE, mean_interval
 from peftscope.analysis.study import ACCURACY, HELDOUT, MARGIN, StudyResults, paired
 from peftscope.errors import MIB, InputError
 from peftscope.layout import LEADERBOARD, PUBLISHED_REPORTS, REPORTS, RESULTS, published_paths, report_path
@@ -27,7 +27,7 @@ from peftscope.planning.experiment import A_A
 from peftscope.report.plots import GREY, arm_looks
 from peftscope.report.rendering import asset, rendered
 from peftscope.report.sentences import spoken_outcome
-from peftscope.report.study import MARGIN_WORDS, contrasts
+from peftscope.report.study import EARLIER_MARGIN, contrasts, cut_at
 from peftscope.report.svg import INK, STYLE, in_page, svg_of
 from peftscope.report.tables import (
     PREDICTED_PEAK,
@@ -48,12 +48,12 @@ LEAD = (
 POINTS = (
     "Rows that share a letter cannot be told apart. Rows that share none can, after Holm's correction for all pairs of "
     "a table. Rows with the same letters stand in the order of the alphabet, which says nothing of them.",
-    "Differences are means over pairs of seeds, with 95 % intervals that include the tuning of both arms. Above zero "
-    "is better. “Within” is the smallest margin at which two one-sided tests call two arms the same. The A/A rows are "
-    "an arm that entered twice, against itself. Exact match has an interval over seeds.",
+    f"Differences are means over pairs of seeds, with {100 * CONFIDENCE:g} % intervals that include the tuning of both "
+    "arms. Above zero is better. “Within” is the smallest margin at which two one-sided tests call two arms the same. "
+    "The A/A rows are an arm that entered twice, against itself. Exact match has an interval over seeds.",
     f"“Its study says” calls arms the same within {100 * MARGIN:g} % of what the task teaches; studies were planned "
-    "for 5 %, so that many cannot tell. Holm's correction counts the arms of that study alone. So a row may differ "
-    "from the reference there and still share its letter here.",
+    f"for {100 * EARLIER_MARGIN:g} %, so that many cannot tell. Holm's correction counts the arms of that study alone. "
+    "So a row may differ from the reference there and still share its letter here.",
     "A table holds for its model and its task, and for its number of steps and its batch unless a row's settings name "
     "others. The test items are taken as they are: other items, "
     "tasks and larger models are not covered by the intervals.",
@@ -172,7 +172,7 @@ def _entries(study: StudyResults) -> Iterator[Entry]:
     for arm in study.arms:
         is_first = arm == study.reference
         difference = None if is_first else study.difference(arm, study.reference)
-        said = "the reference" if is_first else _outcome(own.loc[arm, "difference"], own.loc[arm, "outcome"])
+        said = "the reference" if is_first else spoken_outcome(own.loc[arm, "outcome"], own.loc[arm, "difference"])
         outcome = {study.name: said}
         yield Entry(labels[arm], arm, study, study.arm_runs(arm), difference, outcome, arm.endswith(A_A))
     for control, arm in study.controls:
@@ -181,13 +181,8 @@ def _entries(study: StudyResults) -> Iterator[Entry]:
             both = paired(runs, study.arm_runs(arm))
             difference = compare(list(both["second"] - both["first"]), MARGIN * study.yardstick)
             label = f"{labels[arm]} against itself (A/A)"
-            yield Entry(
-                label, arm, study, runs, difference, {study.name: _outcome(difference.mean, difference.outcome)}, True
-            )
-
-
-def _outcome(difference: float, outcome: str) -> str:
-    return spoken_outcome(Outcome(outcome), "ahead" if difference > 0 else "behind", MARGIN_WORDS)
+            said = spoken_outcome(difference.outcome, difference.mean)
+            yield Entry(label, arm, study, runs, difference, {study.name: said}, True)
 
 
 def _section(entries: list[Entry]) -> Section:
@@ -328,6 +323,7 @@ def _figure(section: Section, name: str) -> Markup:
         for side in () if math.isnan(section.reference.study.yardstick) else (-1, 1):
             axes.axvline(side * 100 * MARGIN, color=INK, linestyle="--", linewidth=0.9)
         axes.axvline(0, color=INK, linewidth=0.9)
+        cut_at(axes, [scale * pd.Series(each.difference.interval() if each.difference else [0.0]) for each in entries])
         axes.set_yticks(range(len(entries)), [f"{each.label}  {groups.get(each.label, '')}" for each in entries])
         axes.set_ylim(len(entries) - 0.5, -0.5)
         axes.set_xlabel(

@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from peftscope.analysis.compare import Outcome
 from peftscope.analysis.stats import CONFIDENCE
+from peftscope.analysis.study import MARGIN
 from peftscope.report.tables import (
     FEWEST_FOR_MEANS,
     MIB,
@@ -120,26 +121,32 @@ def signed(value: float, spec: str) -> str:
     return format(value, f"+{spec}").replace("-", "−")
 
 
-def spoken_outcome(outcome: Outcome, side: str, margin: str, other: str = "") -> str:
+def spoken_side(difference: float) -> str:
+    """Returns on which side of another an arm is."""
+    return "ahead" if difference > 0 else "behind"
+
+
+def spoken_outcome(outcome: str, difference: float, margin: str = "", other: str = "") -> str:
     """Returns what a comparison says.
 
     Args:
         outcome: The outcome.
-        side: Where the mean lies: "ahead" or "behind".
-        margin: The margin of sameness, in words.
+        difference: How far the one is ahead of the other; only its sign counts.
+        margin: The margin of sameness, in words; empty for that of studies.
         other: What is compared with; empty if it is understood.
 
-    >>> spoken_outcome(Outcome.SAME_BUT_DIFFERS, "ahead", "2 %"), spoken_outcome(Outcome.OPEN, "ahead", "2 %", "LoRA")
-    ('ahead, by less than 2 %', 'not told apart from LoRA')
+    >>> spoken_outcome("same, but differs", 0.1), spoken_outcome("open", 0.1, other="LoRA")
+    ('ahead, by less than 2.5 % of the task gain', 'not told apart from LoRA')
     """
-    ahead = side if not other else f"{side} {other}" if side == "behind" else f"{side} of {other}"
+    margin, side = margin or f"{100 * MARGIN:g} % of the task gain", spoken_side(difference)
+    place = f"{side} of {other}" if other and side == "ahead" else f"{side} {other}".rstrip()
     return {
         Outcome.SAME: f"the same as {other}" if other else "the same",
-        Outcome.SAME_BUT_DIFFERS: f"{ahead}, by less than {margin}",
-        Outcome.MORE: f"{ahead} by more than {margin}",
-        Outcome.DIFFERS: ahead,
+        Outcome.SAME_BUT_DIFFERS: f"{place}, by less than {margin}",
+        Outcome.MORE: f"{place} by more than {margin}",
+        Outcome.DIFFERS: place,
         Outcome.OPEN: f"not told apart from {other}" if other else "not told apart",
-    }[outcome]
+    }[Outcome(outcome)]
 
 
 def pareto_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:

@@ -38,10 +38,10 @@ CONTROLS = {
 }
 MOST_WITH_NUMBERS = 8
 """The most comparisons whose numbers the answer tells. Of more it names the arms; the report has their numbers."""
-MARGIN_WORDS = f"{100 * MARGIN:g} % of the task gain"
 LEGEND = (
-    " In % of the task gain with 95 % intervals, above zero is better. Arms are told apart after Holm's correction for "
-    "all comparisons of the study. “Within” is the smallest margin at which two one-sided tests call two arms the same."
+    f" In % of the task gain with {100 * CONFIDENCE:g} % intervals, above zero is better. Arms are told apart after "
+    "Holm's correction for all comparisons of the study. “Within” is the smallest margin at which two one-sided tests "
+    "call two arms the same."
 )
 EARLIER_MARGIN, MARGIN_SINCE = 0.05, "November 2026"
 """The margin that was declared when most studies were planned, and when it fell to ``MARGIN``, after their results."""
@@ -185,7 +185,7 @@ def spoken_difference(row: dict[Any, Any], labels: dict[str, str]) -> str:
     'D against L: +0.038 nats per token [−0.019, +0.095], +2.0 points of exact match [+1.0, +3.0]: ahead'
     """
     name = labels[row["arm"]] if row["arm"].endswith(A_A) else f"{labels[row['arm']]} against {labels[row['against']]}"
-    words = spoken_outcome(Outcome(row["outcome"]), _side(row), MARGIN_WORDS)
+    words = spoken_outcome(row["outcome"], row["difference"])
     if has_gain := not math.isnan(row["percent"]):
         nats = f"{signed(row['difference'], '.3f')} nats per token"
         said = [_signed(row, "percent", ".1f", " % of the task gain"), nats]
@@ -194,10 +194,6 @@ def spoken_difference(row: dict[Any, Any], labels: dict[str, str]) -> str:
     if pd.notna(row.get("accuracy")):
         said.append(_signed(row, "accuracy", ".1f", " points of exact match"))
     return f"{name}: {', '.join(said)}: {words}" + (f", within {row['bound_percent']:.1f} %" if has_gain else "")
-
-
-def _side(row: dict[Any, Any]) -> str:
-    return "ahead" if row["difference"] > 0 else "behind"
 
 
 def _signed(row: dict[Any, Any], name: str, spec: str, unit: str = "") -> str:
@@ -220,7 +216,7 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
             "within (%)": formatted(row["bound_percent"], ".1f"),
             "by (points of exact match)": _signed(row, "accuracy", ".1f") if pd.notna(row.get("accuracy")) else "-",
             "by (nats/token)": _signed(row, "difference", ".4f"),
-            "what it says": spoken_outcome(Outcome(row["outcome"]), _side(row), MARGIN_WORDS),
+            "what it says": spoken_outcome(row["outcome"], row["difference"]),
             "pairs that would decide": formatted(row["pairs_to_decide"], ",.0f"),
             "standard error of tuning (%)": formatted(row["tuning_error_percent"], ".1f"),
         }
@@ -327,7 +323,7 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
         for side in (-1, 1):
             axes.axvline(side * 100 * MARGIN, color=INK, linestyle="--", linewidth=0.9)
     axes.axvline(0, color=INK, linewidth=0.9)
-    _cut_at(axes, samples)
+    cut_at(axes, samples)
     names = [_compared_label(arm, against, study.reference, labels) for arm, against in pairs]
     axes.set_yticks(range(len(pairs)), [fill(name, LABEL_WIDTH) for name in names])
     axes.set_ylim(max(1, len(pairs)) - 0.5, -0.5)
@@ -336,7 +332,7 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
     axes.set_title(f"Against {labels[study.reference]}")
 
 
-def _cut_at(axes: plt.Axes, samples: list[pd.Series]) -> None:
+def cut_at(axes: plt.Axes, samples: list[pd.Series]) -> None:
     """Cuts the axis where a few rows reach so far that the others could not be seen, and writes their means there."""
     if not samples:
         return
@@ -361,7 +357,7 @@ def answer(table: pd.DataFrame, labels: dict[str, str], arms: str = "the arms", 
     has_numbers, order = len(tested) <= MOST_WITH_NUMBERS, list(Outcome)
 
     def clause(row: dict[Any, Any]) -> str:
-        return spoken_outcome(Outcome(row["outcome"]), _side(row), MARGIN_WORDS, labels[row["against"]])
+        return spoken_outcome(row["outcome"], row["difference"], other=labels[row["against"]])
 
     def number(row: dict[Any, Any], form: str) -> str:
         bound = f", within {row['bound_percent']:.1f}"
