@@ -151,6 +151,21 @@ class _History(BaseModel):
 
     changes: list[Change]
 
+    @field_validator("changes", mode="before")
+    @classmethod
+    def _of_each_claim(cls, changes: Any) -> Any:
+        """Returns one change for each claim of an entry with ``claims``, the verdict that each had."""
+        if not isinstance(changes, list):
+            return changes
+        each = []
+        for change in changes:
+            if isinstance(change, dict) and isinstance(claims := change.get("claims"), dict):
+                rest = {name: value for name, value in change.items() if name != "claims"}
+                each += [{**rest, "claim": claim, "verdict": verdict} for claim, verdict in claims.items()]
+            else:
+                each.append(change)
+        return each
+
 
 def read_ledger(path: Path | None = None, checks: bool = True) -> tuple[Claim, ...]:
     """Returns all claims of a file in their order. The default file is ``experiments/claims.yaml``.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from decimal import Decimal
 from enum import StrEnum
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
@@ -49,6 +51,20 @@ def combine(verdicts: Collection[Verdict]) -> Verdict:
     return next(verdict for verdict in (Verdict.OPEN, Verdict.NOT_RUN, *Verdict) if verdict in verdicts)
 
 
+Reading = Literal["rounded", "plain", "about"]
+READINGS: dict[str, float] = {"plain": 0.05, "about": 0.2}
+"""How far from a printed figure counts as equal, as a share of it. A rounded one is equal where all its digits are."""
+
+
+def _last_digit(figure: float) -> float:
+    """Returns the unit of the last digit of a printed figure that is not zero.
+
+    >>> _last_digit(255), _last_digit(8.4e6), _last_digit(0.37)
+    (1.0, 100000.0, 0.01)
+    """
+    return float(Decimal(1).scaleb(int(Decimal(repr(figure)).normalize().as_tuple().exponent)))
+
+
 class Rule(BaseModel):
     """The rule for when a claim holds: ``equals``, ``at_least`` and ``at_most``, ``better_by``, or ``same_within``.
 
@@ -59,8 +75,8 @@ class Rule(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     equals: StrictBool | float | str | None = None
-    relative: float = Field(0, ge=0, description="tolerance of equals, as a share of it")
-    absolute: float = Field(0, ge=0, description="tolerance of equals, in the claim's unit")
+    reads: Reading | None = Field(None, description="how the printed figure, or range, is read")
+    absolute: float = Field(0, ge=0, description="tolerance of equals where no figure is printed, in the claim's unit")
     at_least: float | None = None
     at_most: float | None = None
     better_by: float | None = Field(
@@ -74,8 +90,11 @@ class Rule(BaseModel):
         kinds = [self.equals is not None, ranged, self.better_by is not None, self.same_within is not None]
         if sum(kinds) != 1:
             raise ValueError("must have one of: equals, at_least and at_most, better_by, same_within")
-        if (self.relative or self.absolute) and not isinstance(self.equals, float | int):
+        is_number = isinstance(self.equals, float | int) and not isinstance(self.equals, bool)
+        if (self.absolute or self.reads == "rounded") and not is_number:
             raise ValueError("a tolerance needs a number under equals")
+        if self.reads and (self.absolute or not (is_number or ranged)):
+            raise ValueError("reads is for a number under equals, without absolute, or for at_least and at_most")
         if ranged and self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
             raise ValueError(f"at_least={self.at_least} is above at_most={self.at_most}")
         return self
@@ -87,26 +106,35 @@ class Rule(BaseModel):
         if self.better_by is not None:
             return self.better_by, math.inf
         if isinstance(self.equals, float | int):
-            slack = max(self.absolute, self.relative * abs(self.equals))
+            if self.reads == "rounded":
+                digit = _last_digit(self.equals)
+                return self.equals - digit / 2, math.nextafter(self.equals + digit, 0)
+            slack = self.absolute + self._share * abs(self.equals)
             return self.equals - slack, self.equals + slack
-        low = -math.inf if self.at_least is None else self.at_least
-        return low, math.inf if self.at_most is None else self.at_most
+        low = -math.inf if self.at_least is None else self.at_least * (1 - self._share)
+        return low, math.inf if self.at_most is None else self.at_most * (1 + self._share)
+
+    @property
+    def _share(self) -> float:
+        return READINGS.get(self.reads or "", 0.0)
 
     def words(self, unit: str = "") -> str:
         """Returns what counts as right, with its tolerance and unit.
 
-        >>> Rule(equals=14, relative=0.05).words("GB"), Rule(at_least=0.5).words(), Rule(equals=True).words()
+        >>> Rule(equals=14, reads="plain").words("GB"), Rule(at_least=0.5).words(), Rule(equals=True).words()
         ('14 GB ± 5 %', 'at least 0.5', 'yes')
+        >>> Rule(equals=255, reads="rounded").words("×"), Rule(at_least=2, at_most=3, reads="about").words("GB")
+        ('255 ×, rounded or cut off', '2 to 3 GB ± 20 %')
         """
         scale = scale_of(unit)
         points = " points" * (scale > 1)
-        tolerance = (
-            f"± {100 * self.relative:g} %"
-            if self.relative
-            else f"± {spoken_number(scale * self.absolute)}{points}" * bool(self.absolute)
-        )
+        tolerance = f" ± {spoken_number(scale * self.absolute)}{points}" * bool(self.absolute)
+        if self.reads:
+            tolerance = f" ± {100 * self._share:g} %" if self._share else ", rounded or cut off"
         if self.equals is not None:
-            return " ".join(filter(None, (spoken_quantity(self.equals, unit), tolerance)))
+            return spoken_quantity(self.equals, unit) + tolerance
+        if self.reads:
+            return f"{Rule(at_least=self.at_least, at_most=self.at_most).words(unit)}{tolerance}"
         low, high = self.bounds()
         if self.same_within is not None:
             # The sign stands before the number, so the number is not told with its unit in words.
