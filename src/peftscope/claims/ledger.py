@@ -154,7 +154,7 @@ class _History(BaseModel):
     @field_validator("changes", mode="before")
     @classmethod
     def _of_each_claim(cls, changes: Any) -> Any:
-        """Returns one change for each claim of an entry with ``claims``, the verdict that each had."""
+        """Returns one change for each claim of an entry whose ``claims`` give the verdict that each had."""
         if not isinstance(changes, list):
             return changes
         each = []
