@@ -121,18 +121,15 @@ def draw_waterfall(why: Why, path: Path) -> None:
 
 
 def draw_lengths(answer: LengthsAnswer, path: Path) -> None:
-    """Draws the share of an epoch's batches over the memory that they need, with one line for each way to batch."""
+    """Draws the share of a data set's items over the memory that a full batch as wide needs."""
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    for way, style in zip(answer.epochs, ("-", "--", ":"), strict=False):
-        sizes = [one.peak_device_bytes / GIB for one in way.quantiles]
-        shares = [100 * one.share for one in way.quantiles]
-        axes.plot(sizes, shares, linestyle=style, marker=".", label=way.arrangement)
+    sizes = [one.peak_device_bytes / GIB for one in answer.quantiles]
+    axes.plot(sizes, [100 * one.share for one in answer.quantiles], marker=".")
     if answer.capacity_bytes is not None:
         axes.axvline(answer.capacity_bytes / GIB, color="0.5", linewidth=0.8)
-        axes.annotate(" the card", (answer.capacity_bytes / GIB, 96), fontsize=8)  # above the curves, which begin low
-    axes.set(xlabel="peak on the card (GiB)", ylabel="batches of an epoch (%)", ylim=(0, 102))
-    axes.legend(title="", fontsize=8)
+        axes.annotate(" the card", (answer.capacity_bytes / GIB, 4), fontsize=8)  # below the curve, which ends high
+    axes.set(xlabel="peak of a full batch as wide, on the card (GiB)", ylabel="items (%)", ylim=(0, 102))
     save(figure, path)
 
 
