@@ -279,11 +279,11 @@ def test_a_study_needs_the_untouched_base(write_experiment) -> None:
 
 
 def test_gains_are_counted_from_the_base_in_4_bits_only_if_there_is_no_other() -> None:
-    study = StudyResults.__new__(StudyResults)
-    study.table = pd.DataFrame({"method": "none", "base_weights": ["nf4", "full"], HELDOUT: [2.0, 3.0]})
-    assert study.base_loss == 3.0
-    study.table = study.table.iloc[:1]
-    assert study.base_loss == 2.0
+    runs = pd.DataFrame({"method": "none", "base_weights": ["nf4", "full"], HELDOUT: [2.0, 3.0]})
+    for table, loss in ((runs, 3.0), (runs.iloc[:1], 2.0)):
+        study = StudyResults.__new__(StudyResults)
+        study.table = table
+        assert study.base_loss == loss
 
 
 def test_the_lowest_validation_loss_is_the_centre_and_everything_tried_is_kept(at_three_rates) -> None:
