@@ -19,7 +19,8 @@ from peftscope.layout import published_paths
 from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import show_claims, show_study
 from peftscope.report.page import ANSWERS
-from peftscope.report.study import answer, contrasts, spoken_difference
+from peftscope.report.sentences import spoken_outcome
+from peftscope.report.study import answer, contrasts, readable_difference, spoken_difference
 
 COMPARED = [path.parent.parent.name for path in published_paths("tables/contrasts.csv")]
 
@@ -197,6 +198,15 @@ def test_a_comparison_has_one_sign_and_the_same_words_on_every_page(
         ]
         shown = [line for page in pages for line in page if f"{name}/report.html)" in line]
         assert all(said in line for line in shown if line.startswith(("**", "Of the arms")))
+    leaderboard = (repository / "reports/published/leaderboard.md").read_text().splitlines()
+    rows_of_study = [line for line in leaderboard if f"]({name}/report.html)" in line]
+    for row in table.to_dict("records"):
+        if row["against"] != study.reference:
+            continue
+        numbers = [number for number in readable_difference(row, "").values() if number != "-"]
+        (line,) = [line for line in rows_of_study if all(f"| {number} |" in line for number in numbers)]
+        words = spoken_outcome(row["outcome"], row["difference"])
+        assert re.search(rf"[|;] {re.escape(words)} (\||\([^)]*\b{name}\b[^)]*\))", line), line
     for finding in read_findings(repository / "results/published/claims.json"):
         for part in finding["parts"]:
             asked = part["with"]

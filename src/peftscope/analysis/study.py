@@ -92,16 +92,17 @@ class StudyResults:
 
     Args:
         name: The name of the study's experiment.
+        is_published: Whether results of this workspace do not count.
 
     Raises:
         InputError: There are no results, neither here nor published.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, is_published: bool = False) -> None:
         self.name = name
-        for folder in (results_folder(name), published(name)):
+        for folder in (published(name),) if is_published else (results_folder(name), published(name)):
             if (folder / "runs.csv").is_file():
-                self._folder = folder
+                self.folder = folder
                 return
         raise self._unfinished("not run")
 
@@ -116,14 +117,14 @@ class StudyResults:
     @cached_property
     def table(self) -> pd.DataFrame:
         """The table of all runs, one row per run."""
-        table = pd.read_csv(self._folder / "runs.csv", dtype={"comparisons": str}).copy()
+        table = pd.read_csv(self.folder / "runs.csv", dtype={"comparisons": str}).copy()
         table["comparisons"] = [" ".join(map(_renamed, cell.split())) for cell in table["comparisons"].fillna("")]
         return table
 
     @cached_property
     def _chosen(self) -> dict[str, Any]:
         """What was tried and chosen for each arm that was tuned."""
-        path = self._folder / "tuned.json"
+        path = self.folder / "tuned.json"
         if not path.is_file():
             if self.settings is None or not self.settings.learning_rates:
                 return {}
@@ -141,7 +142,7 @@ class StudyResults:
     @cached_property
     def left_out(self) -> dict[str, str]:
         """The arms that could not be tuned, each with the reason. It is empty until the tuning is done."""
-        path = self._folder / "tuned.json"
+        path = self.folder / "tuned.json"
         arms = json.loads(path.read_text())["arms"] if path.is_file() else {}
         return {arm: chosen["reason"] for arm, chosen in arms.items() if chosen["learning_rate"] is None}
 
@@ -153,9 +154,8 @@ class StudyResults:
     @cached_property
     def _entered(self) -> list[str]:
         """The arms that were tuned, and after them those whose rates were given."""
-        names = dict.fromkeys(name for cell in self.table["comparisons"] for name in cell.split())
-
-        entered = [name.removeprefix(stage) for stage in (TUNING, ARM) for name in names if name.startswith(stage)]
+        places = self._places
+        entered = [name.removeprefix(stage) for stage in (TUNING, ARM) for name in places if name.startswith(stage)]
         return list(dict.fromkeys(entered))
 
     @property
@@ -262,20 +262,28 @@ class StudyResults:
     @property
     def controls(self) -> list[tuple[str, str]]:
         """The controls of the study, each paired with its arm."""
-        names = dict.fromkeys(name for cell in self.table["comparisons"] for name in cell.split())
-        return [(match[1], match[2]) for name in names if (match := _CONTROL.fullmatch(name))]
+        return [(match[1], match[2]) for name in self._places if (match := _CONTROL.fullmatch(name))]
+
+    @cached_property
+    def _places(self) -> dict[str, list[int]]:
+        """The comparisons in the order of the table, each with the places of its runs there."""
+        places: dict[str, list[int]] = {}
+        for place, cell in enumerate(self.table["comparisons"]):
+            for name in dict.fromkeys(cell.split()):
+                places.setdefault(name, []).append(place)
+        return places
 
     def _members(self, *comparisons: str) -> pd.DataFrame:
         """Returns the runs of some comparisons."""
-        return self.table[self.table["comparisons"].str.split().map(lambda names: bool({*comparisons} & {*names}))]
+        return self.table.iloc[sorted({place for name in comparisons for place in self._places.get(name, [])})]
 
     def _finished(self, comparison: str) -> pd.DataFrame:
         runs = self._members(comparison)
-        ended = runs["status"].isin(["ok", "diverged"])
-        if len(bad := runs[runs["status"].isin(["failed", "oom"])]):
+        ended, is_bad = runs["status"].isin(["ok", "diverged"]), runs["status"].isin(["failed", "oom"])
+        if is_bad.any():
             raise InputError(
                 Problem(str(run_folder(str(run["run_id"]))), f"{run['status']}: {run['reason']}", TRY_AGAIN)
-                for run in bad.to_dict("records")
+                for run in runs[is_bad].to_dict("records")
             )
         if not ended.all() or runs.empty:
             done = f"{ended.sum()} of {len(runs)} runs done" if len(runs) else "its last runs have not begun"
@@ -296,7 +304,7 @@ class StudyResults:
         by_weights = {weights: runs[runs["base_weights"] == weights] for weights in ("full", "nf4") if len(runs)}
         return next((chosen for chosen in by_weights.values() if len(chosen)), runs)
 
-    @property
+    @cached_property
     def base_loss(self) -> float:
         """The held-out loss of the untouched base."""
         runs = self._base_runs
@@ -379,10 +387,10 @@ class StudyResults:
     @cached_property
     def losses(self) -> pd.DataFrame:
         """The losses of all runs, indexed by run id and step."""
-        index, here, published = ["run_id", "step"], self._folder / "losses.csv", self._folder / LOSSES
+        index, here, published = ["run_id", "step"], self.folder / "losses.csv", self.folder / LOSSES
         if here.is_file() or published.is_file():
             return (pd.read_csv(here) if here.is_file() else pd.read_parquet(published)).set_index(index)
-        records = published_records(self._folder.name).items()  # of a wheel, which leaves their losses out
+        records = published_records(self.folder.name).items()  # of a wheel, which leaves their losses out
         rows = [{"run_id": run, **row} for run, text in records for row in loss_rows(json.loads(text))]
         return pd.DataFrame(rows).set_index(index)
 

@@ -209,13 +209,7 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
         reference = table["against"].iloc[0]
         text = {
             "arm": _compared_label(row["arm"], row["against"], reference, labels),
-            "pairs": _pairs(row),
-            f"ahead of {labels[reference]} by (% of the task gain)": (
-                _signed(row, "percent", ".1f") if math.isfinite(row["percent"]) else "-"
-            ),
-            "within (%)": formatted(row["bound_percent"], ".1f"),
-            "by (points of exact match)": _signed(row, "accuracy", ".1f") if pd.notna(row.get("accuracy")) else "-",
-            "by (nats/token)": _signed(row, "difference", ".4f"),
+            **readable_difference(row, labels[reference]),
             "what it says": spoken_outcome(row["outcome"], row["difference"]),
             "pairs that would decide": formatted(row["pairs_to_decide"], ",.0f"),
             "standard error of tuning (%)": formatted(row["tuning_error_percent"], ".1f"),
@@ -234,6 +228,18 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
             text["bootstrap"] = f"[{signed(row['bootstrap_low'], '.4f')}, {signed(row['bootstrap_high'], '.4f')}]"
         rows.append(text)
     return pd.DataFrame(rows, columns=None if rows else ["arm"])
+
+
+def readable_difference(row: dict[Any, Any], reference: str) -> dict[str, str]:
+    """Returns how far an arm is ahead of the reference as text, by column. A control has it in nats alone."""
+    has_gain = math.isfinite(row.get("percent", math.nan))
+    return {
+        "pairs": _pairs(row),
+        f"ahead of {reference} by (% of the task gain)": _signed(row, "percent", ".1f") if has_gain else "-",
+        "within (%)": formatted(row.get("bound_percent"), ".1f"),
+        "by (points of exact match)": _signed(row, "accuracy", ".1f") if pd.notna(row.get("accuracy")) else "-",
+        "by (nats/token)": _signed(row, "difference", ".4f"),
+    }
 
 
 def _compared_label(arm: str, against: str, reference: str, labels: dict[str, str]) -> str:
