@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from peftscope.data.batching import first_tokens
 from peftscope.data.scoring import read_scoring
 from peftscope.data.sources import Item
 from peftscope.data.tasks import read_split
@@ -126,7 +127,7 @@ def wrap(model: Any, tokenizer: Any, spec: RunSpec) -> HFLM:
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=spec.eval_batch_size,
-        add_bos_token=False,
+        add_bos_token=bool(first_tokens(tokenizer)),
         # lm-eval opens an autocast context of its own, which would override ours.
         mixed_precision_dtype=torch.bfloat16 if spec.autocasts else None,
     )
