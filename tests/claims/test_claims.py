@@ -13,7 +13,6 @@ import yaml
 from conftest import REPOSITORY
 
 from peftscope.analysis.compare import compare
-from peftscope.analysis.stats import mean_interval
 from peftscope.claims.checks.quantised_models import WINDOWS
 from peftscope.claims.evaluate import Finding, PartFinding, check_key, evaluate, evaluate_part, moved
 from peftscope.claims.ledger import Change, Claim, Part, read_history, read_ledger
@@ -85,7 +84,6 @@ def test_what_is_not_measured_says_why() -> None:
         ({"parts": [ENTRY["parts"][0] | {"rule": {"at_least": 3, "at_most": 2}}]}, "above at_most"),
         ({"parts": [ENTRY["parts"][0] | {"rule": {"equals": "a", "absolute": 0.1}}]}, "a tolerance needs a number"),
         ({"parts": [ENTRY["parts"][0] | {"rule": {"equals": True, "reads": "about"}}]}, "reads is for a number"),
-        ({"parts": [ENTRY["parts"][0] | {"family": "mine"}]}, "a family holds contrasts with a direction"),
         ({"parts": [ENTRY["parts"][0] | {"waits_for": "a study"}]}, "must have one of: check"),
         ({"parts": [{"kind": "training", "measures": "a loss"}]}, "must have one of: check"),
         ({"parts": [ENTRY["parts"][0] | {"quotes": "256 times"}]}, "not in the source's sentence"),
@@ -200,10 +198,9 @@ def test_every_rule_reaches_every_verdict(rule: dict[str, Any], found: dict[str,
     assert judge(Rule(**rule), Measurement(**found))[0] == verdict
 
 
-def test_a_benefit_must_outlast_the_correction_for_its_family() -> None:
-    found = Measurement(1.0, **NARROW)
-    assert judge(Rule(better_by=0), found, p_adjusted=0.04)[0] == Verdict.HOLDS
-    verdict, reason = judge(Rule(better_by=0), found, p_adjusted=0.06)
+def test_a_benefit_must_outlast_the_correction_of_its_study() -> None:
+    assert judge(Rule(better_by=0), Measurement(1.0, **NARROW, p_adjusted=0.04))[0] == Verdict.HOLDS
+    verdict, reason = judge(Rule(better_by=0), Measurement(1.0, **NARROW, p_adjusted=0.06))
     assert verdict == Verdict.OPEN and "0.06" in reason
 
 
@@ -271,7 +268,7 @@ def test_a_verdict_can_be_said_aloud(tmp_path: Path) -> None:
     condition = ENTRY["parts"][0] | {"role": "condition", "declared": "a plan", "scope": "rank 4", "unit": "×"}
     condition |= {"with": {"rows": 4096, "columns": 4096, "rank": 4}, "rule": {"equals": 512, "reads": "plain"}}
     (claim,) = ledger_of(tmp_path, ENTRY | {"parts": [*ENTRY["parts"], condition]})
-    (finding,) = evaluate([claim], [claim])
+    (finding,) = evaluate([claim])
     assert sentence(finding.to_json("a processor")) == (
         "Holds in part: “255 times fewer” fails: values of the matrix over values of its factors, found 256, where 255 "
         "counts as right; “255 times fewer” holds: values of the matrix over values of its factors (rank 4), found "
@@ -419,7 +416,7 @@ def test_what_decides_changes_only_with_an_entry(tmp_path: Path) -> None:
     early = Change(claim="S13", date="2026-01-01", was="one rule.", became="another.", why="a reason.")
     late = early.model_copy(update={"date": "2026-02-01"})
     (claim,) = ledger_of(tmp_path, ENTRY)
-    (finding,) = evaluate([claim], [claim])
+    (finding,) = evaluate([claim])
     published = finding.to_json("", [early])
     kinder = ENTRY | {"parts": [ENTRY["parts"][0] | {"rule": {"equals": 255, "reads": "plain"}}]}
     other = ENTRY | {"parts": [ENTRY["parts"][0] | {"with": {"rows": 8, "columns": 8, "rank": 1}}]}
@@ -442,7 +439,7 @@ def test_verdicts_are_published_only_with_reasons_for_what_changed(own_folder: P
         Path("experiments/claims.yaml").write_text(yaml.safe_dump({"claims": [entry]}))
         Path("experiments/claims-history.yaml").write_text(yaml.safe_dump({"changes": changes}))
         ledger = read_ledger()
-        findings = [finding.to_json("", read_history()) for finding in evaluate(ledger, ledger)]
+        findings = [finding.to_json("", read_history()) for finding in evaluate(ledger)]
         write_claims_page(ledger, findings)
         write_findings(ledger, findings)
 
@@ -521,33 +518,6 @@ def test_published_measurements_on_text_are_of_as_many_windows_as_today(reposito
 def test_what_is_written_is_the_same_every_time() -> None:
     first, second = (json.dumps(evaluate_part(part()).to_json(), sort_keys=True) for _ in range(2))
     assert first == second
-
-
-def test_a_contrast_is_corrected_for_its_family_even_when_it_is_measured_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Three contrasts of p = 0.03 each are three chances, whichever of them someone asks about."""
-    samples = (1.0, 2.0, 0.1, 0.3, 1.2, 0.4)
-    interval = mean_interval(samples)
-    assert 0.02 < compare(samples, 1.0).p < 0.04
-    found = Measurement(interval.mean, interval.low, interval.high, 6, samples)
-    monkeypatch.setattr("peftscope.claims.evaluate.find_check", lambda name: lambda **_: found)
-
-    def claims(family: str) -> tuple[Claim, ...]:
-        changes = {"kind": "training", "rule": {"better_by": 0}, "family": family}
-        parts = [ENTRY["parts"][0] | changes | {"measures": name} for name in ("one", "two", "three")]
-        return ledger_of(
-            tmp_path, *(ENTRY | {"id": f"P{i}", "slug": f"c{i}", "parts": [p]} for i, p in enumerate(parts))
-        )
-
-    def verdict(family: str) -> tuple[Verdict, str]:
-        ledger = claims(family)
-        (finding,) = evaluate(ledger[:1], ledger)
-        return finding.verdict, finding.parts[0].reason
-
-    assert verdict("")[0] == Verdict.HOLDS
-    assert verdict("variants")[0] == Verdict.OPEN
-    assert "after correction in its family" in verdict("variants")[1]
 
 
 @pytest.mark.parametrize(

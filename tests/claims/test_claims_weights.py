@@ -35,7 +35,7 @@ def workspace_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def judged(claim: str) -> Finding:
-    (finding,) = evaluate([LEDGER[claim]], LEDGER.values())
+    (finding,) = evaluate([LEDGER[claim]])
     return finding
 
 

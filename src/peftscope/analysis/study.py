@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from peftscope.analysis.compare import Difference, compare, pair_values
-from peftscope.analysis.stats import trimmed_mean
+from peftscope.analysis.stats import holm, trimmed_mean
 from peftscope.errors import InputError, Problem
 from peftscope.layout import how_to_run, published, results_folder, run_folder
 from peftscope.planning.cells import ARM, CONTROL, RATES, TUNING
@@ -191,6 +191,25 @@ class StudyResults:
                 own = arm.removeprefix(f"{method}-")
                 found[arm] = label if is_plain else f"{label}, {arm if own in firsts else own}"
         return found
+
+    @property
+    def compared(self) -> list[tuple[str, str]]:
+        """The arms that are compared: each with the reference, then the contrasts that the study's file adds."""
+        added = [pair for pair in self.settings.contrasts if set(pair) <= set(self.arms)] if self.settings else []
+        return [(arm, self.reference) for arm in self.arms if arm != self.reference] + added
+
+    @cached_property
+    def _corrected(self) -> dict[frozenset[str], float]:
+        tested = [pair for pair in self.compared if not pair[0].endswith(A_A)]
+        corrected = holm([self.difference(*pair).p for pair in tested])
+        return dict(zip(map(frozenset, tested), corrected, strict=True))
+
+    def corrected_p(self, arm: str, against: str) -> float | None:
+        """Returns the p of a difference after Holm's correction for all comparisons, the A/A apart.
+
+        It is None for the A/A, and for arms that the study does not compare.
+        """
+        return self._corrected.get(frozenset((arm, against)))
 
     @property
     def subject(self) -> str:

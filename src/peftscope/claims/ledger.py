@@ -61,7 +61,6 @@ class Part(BaseModel):
         ),
     ] = {}
     scope: Annotated[str, Field(description="where the verdict holds, if narrower than the claim's scope")] = ""
-    family: Annotated[str, Field(description="contrasts that Holm's correction takes together")] = ""
     general: Annotated[bool, Field(description="of a training: false for a toy model, or one that is named")] = True
     waits_for: Annotated[str, Field(description="what has to be run first")] = ""
 
@@ -76,8 +75,6 @@ class Part(BaseModel):
             raise ValueError("must have one of: check, waits_for")
         if bool(self.check) != (self.rule is not None):
             raise ValueError("a check needs a rule, and a rule a check")
-        if self.family and (self.rule is None or self.rule.better_by is None):
-            raise ValueError("a family holds contrasts with a direction: the rule must be better_by")
         if bool(self.quotes) != self.decides:
             raise ValueError("an assertion or a condition quotes the words that it tests, and no other part does")
         for text in self.answers.values():

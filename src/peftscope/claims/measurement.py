@@ -34,6 +34,7 @@ class Measurement:
         run_ids: The training runs behind the value.
         spoiled_by: Why the value says nothing about the claim, which leaves the verdict open; empty if it does.
         contributed: Whether it was measured on a card of others, for want of one of ours.
+        p_adjusted: The p of a difference after correction for all comparisons of its study; None without one.
     """
 
     value: Quantity
@@ -49,6 +50,7 @@ class Measurement:
     run_ids: tuple[str, ...] = ()
     spoiled_by: str = ""
     contributed: bool = False
+    p_adjusted: float | None = None
 
 
 def spoken_number(value: Quantity | None) -> str:

@@ -66,6 +66,7 @@ def stored_measurements(findings: Iterable[dict[str, Any]]) -> dict[str, Measure
             **{name: part[name] for name in ("low", "high", "n", "evidence", "model")},
             samples=tuple(part.get("samples", ())),
             tuning_error=part.get("tuning_error", 0.0),
+            p_adjusted=part["p_adjusted"],
             curves={name: {float(x): y for x, y in curve.items()} for name, curve in part["curves"].items()},
             axes=tuple(part["axes"]),
             run_ids=tuple(part["run_ids"]),

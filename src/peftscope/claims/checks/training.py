@@ -151,7 +151,8 @@ def heldout_gain(study: str, arm: str, against: str) -> Measurement:
     }
     differences = [value / results.task_gain for value in results.pairs(arm, against)]
     error = results.tuning_error(arm, against) / results.task_gain
-    return _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]), error)
+    found = _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]), error)
+    return replace(found, p_adjusted=results.corrected_p(arm, against))
 
 
 def _doubts(results: StudyResults, runs: dict[str, pd.DataFrame]) -> dict[str, Quantity]:
