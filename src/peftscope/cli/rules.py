@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from peftscope.cli.console import EXPERIMENT, PUBLISHED
+from peftscope.cli.console import PUBLISHED
 from peftscope.errors import InputError, Problem, needs
 from peftscope.execution.libraries import offline
-from peftscope.layout import EXPERIMENTS, MEMORY_FOLDER, RUNS, STUDIES, run_folder
+from peftscope.layout import EXPERIMENTS, MEMORY_FOLDER, STUDIES, run_folder
 
 app = typer.Typer()
 
@@ -205,15 +205,6 @@ def records_command(experiment: ExperimentName) -> None:
     experiment_path(experiment)
     for text in published_records(experiment).values():
         print(json.dumps(json.loads(text), ensure_ascii=False, sort_keys=True))
-
-
-@app.command("move-runs", rich_help_panel=EXPERIMENT)
-def move_runs_command() -> None:
-    """Move finished runs of older versions into the store, results/runs; they are not trained again."""
-    from peftscope.execution.store import move_runs
-
-    moved, stay = move_runs()
-    print(f"{len(moved)} runs moved to {RUNS}" + (f", {len(stay)} were there already and stay" if stay else ""))
 
 
 @app.command("forecasts", hidden=True)
