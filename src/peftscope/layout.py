@@ -47,7 +47,7 @@ LEADERBOARD = "leaderboard"
 """The name of the page of methods that studies compare, in the folder of reports and in that of published ones."""
 
 MEMORY_FOLDER = RESULTS / "memory"
-"""The folder of results that need no run: memory curves, bars, a chapter's table."""
+"""The folder of results that need no run: memory curves and bars."""
 
 CLAIMS_RESULTS = RESULTS / "claims.json"
 CLAIMS_PAGE = REPORTS / "claims.html"

@@ -260,16 +260,3 @@ def memory_figures(curves: list[Path]) -> None:
 
     draw_grid(curves, MEMORY_FOLDER / "grid.svg")
     draw_bars(bars(), MEMORY_FOLDER / "bars.svg")
-
-
-@app.command("memory-chapter", hidden=True)
-def memory_chapter() -> None:
-    """Simulate the table of an introduction, line by line; about a minute."""
-    import pandas as pd
-
-    from peftscope.cli.console import with_progress
-    from peftscope.memory.chapter import lines, rebuild
-    from peftscope.report.memory import write_chapter
-
-    with offline():
-        write_chapter(pd.DataFrame(list(with_progress(rebuild(), len(lines()), "simulating"))))
