@@ -6,7 +6,7 @@ Both are simulated as methods that extend DoRA or LoRA. A run is given as in ``c
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from peftscope.claims.checks.memory import GB, MODEL, Run, _allocated, _question
@@ -73,33 +73,22 @@ class _DoRANormInBasePrecision(DoRA):
     """DoRA by the paper's equation 5: its norm has the base's precision, where PEFT's has the adapter's."""
 
     def build(self, model: Any, spec: RunSpec) -> Any:
+        import torch
         from peft.tuners.lora.dora import DoraLinearLayer
+
+        def forward(
+            layer: Any, x: Any, *, lora_A: Any, lora_B: Any, scaling: float, base_layer: Any, base_result: Any, **_: Any
+        ) -> Any:
+            update = (lora_B.weight @ lora_A.weight).to(base_layer.weight.dtype)
+            norm = torch.linalg.norm(base_layer.weight + scaling * update, dim=1)
+            factor = (layer.weight / (norm if self.norm_gradient else norm.detach())).view(1, -1)
+            return (factor - 1) * base_result + factor * lora_B(lora_A(x)) * scaling
 
         wrapped = super().build(model, spec)
         for module in wrapped.modules():
             if isinstance(module, DoraLinearLayer):
-                module.forward = partial(_dora_forward, module, self.norm_gradient)
+                module.forward = MethodType(forward, module)
         return wrapped
-
-
-def _dora_forward(
-    layer: Any,
-    norm_gradient: bool,
-    x: Any,
-    *,
-    lora_A: Any,
-    lora_B: Any,
-    scaling: float,
-    base_layer: Any,
-    base_result: Any,
-    **_: Any,
-) -> Any:
-    import torch
-
-    update = (lora_B.weight @ lora_A.weight).to(base_layer.weight.dtype)
-    norm = torch.linalg.norm(base_layer.weight + scaling * update, dim=1)
-    factor = (layer.weight / (norm if norm_gradient else norm.detach())).view(1, -1)
-    return (factor - 1) * base_result + factor * lora_B(lora_A(x)) * scaling
 
 
 class _LoRAWithAFrozen(LoRA):
