@@ -541,30 +541,9 @@ rule memory_figures:
         "python -m peftscope memory-figures {input.curves} > {log} 2>&1"
 
 
-rule memory_chapter:
-    input:
-        CALCULATOR,
-        workflow.source_path("src/peftscope/training/step.py"),
-        workflow.source_path("src/peftscope/training/build.py"),
-    output:
-        report(
-            "results/memory/chapter.html",
-            caption="src/peftscope/report/captions/memory-chapter.rst",
-            category="Memory",
-            labels={"table": "an introduction's figures, simulated"},
-        ),
-        "results/memory/chapter.csv",
-    log:
-        "results/memory/logs/chapter.log",
-    localrule: True
-    shell:
-        "python -m peftscope memory-chapter > {log} 2>&1"
-
-
 rule report:
     input:
         rules.memory_figures.output,
-        rules.memory_chapter.output,
         rules.tables.output,
         rules.figures.output,
         WORKFLOW.figures,

@@ -307,7 +307,7 @@ class TestResults:
 
     @pytest.mark.parametrize(
         ("name", "said"),
-        [("smoke", "no such file"), ("kin", "peftscope sweep all-methods"), ("../quick", "not a name")],
+        [("smoke", "no such file"), ("mine", "peftscope sweep mine"), ("../quick", "not a name")],
     )
     def test_there_are_none(self, name: str, said: str, bare: Path) -> None:
         with pytest.raises(InputError, match=said):

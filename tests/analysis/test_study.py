@@ -248,7 +248,7 @@ def test_a_control_changes_one_thing(tuned: None) -> None:
         ({"seeds": [0]}, "study.seeds"),
         ({"seeds": [0, 1, 1]}, "seeds must differ"),
         ({"arms": {"full": {"method": "full"}, "a b": {"method": "lora"}}}, "study.arms"),
-        ({"controls": {"dora": ["again"]}}, "controls and a_a name no arm: dora"),
+        ({"controls": {"dora": ["a-a"]}}, "controls and a_a name no arm: dora"),
         ({"contrasts": [["lora", "dora"]]}, "contrasts name no arm: dora"),
         ({"contrasts": [["lora", "lora"]]}, "contrasts: lora and lora are compared already, or are one arm"),
         ({"contrasts": [["thin", "full"]]}, "thin and full are compared already"),

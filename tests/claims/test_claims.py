@@ -342,28 +342,14 @@ def test_a_comparison_has_four_outcomes_and_says_two_where_both_are_true(
     )
 
 
-# Older files, and changes of what decides.
+# Stored files, and changes of what decides.
 
 
-@pytest.mark.parametrize(
-    ("older", "word"),
-    [
-        *dict.fromkeys(("EXACT", "SUPPORTED", "EQUIVALENT", "holds"), "holds").items(),
-        *dict.fromkeys(("EXACT-WRONG", "REFUTED", "wrong"), "wrong").items(),
-        *dict.fromkeys(("NOT-RUN", "NOT-TESTABLE-HERE", "not run"), "not run").items(),
-        *{"INCONCLUSIVE": "open", "holds in part": "holds in part"}.items(),
-    ],
-)
-def test_older_verdicts_are_read(older: str, word: str, tmp_path: Path) -> None:
-    new = ("role", "quotes", "declared", "known", "judged", "samples")
+def test_a_stored_measurement_gives_the_finding_again(tmp_path: Path) -> None:
     found = evaluate_part(part()).to_json()
-    old = {key: value for key, value in found.items() if key not in new} | {"verdict": "EXACT"}
     path = tmp_path / "claims.json"
-    path.write_text(json.dumps([{"id": "S13", "verdict": older, "parts": [old, old]}]))
-    (finding,) = findings = read_findings(path)
-    assert finding["verdict"] == word
-    assert [(p["verdict"], p["role"]) for p in finding["parts"]] == [("holds", "beside"), ("holds", "assertion")]
-    assert evaluate_part(part(), stored=stored_measurements(findings)).to_json() == found
+    path.write_text(json.dumps([{"id": "S13", "verdict": "holds", "parts": [found]}]))
+    assert evaluate_part(part(), stored=stored_measurements(read_findings(path))).to_json() == found
 
 
 @pytest.mark.parametrize(
@@ -375,7 +361,8 @@ def test_older_verdicts_are_read(older: str, word: str, tmp_path: Path) -> None:
         "[1]",
         '{"a": 1}',
         '[{"verdict": "holds", "parts": []}]',
-        '[{"id": "S1", "verdict": "yes", "parts": []}]',
+        '[{"id": "S1", "verdict": "REFUTED", "parts": []}]',
+        '[{"id": "S1", "verdict": "holds", "parts": [{"verdict": "yes"}]}]',
     ],
 )
 def test_another_file_is_refused_as_claims(text: str, tmp_path: Path) -> None:
@@ -426,8 +413,6 @@ def test_what_decides_changes_only_with_an_entry(tmp_path: Path) -> None:
     for entry in (kinder, other, promoted):
         assert changed(entry) == changed(entry, early) == ["S13"]
         assert changed(entry, early, late) == []
-    del published["parts"][0]["judged"]  # older files do not hold the rule, only what was measured
-    assert (changed(kinder), changed(other)) == ([], ["S13"])
 
 
 def test_verdicts_are_published_only_with_reasons_for_what_changed(own_folder: Path) -> None:

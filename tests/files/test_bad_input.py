@@ -131,12 +131,6 @@ def test_reserved_and_impossible_names(name: str) -> None:
         expand(name)
 
 
-def test_an_old_name_leads_to_the_new_one() -> None:
-    with pytest.raises(InputError, match="it is now called all-methods"):
-        expand("kin")
-    assert expand("all-methods").runs
-
-
 def test_no_room_on_the_disk() -> None:
     runs = expand("quick").runs
     (problem,) = check_disk(runs, free_bytes=2 * 10**9)

@@ -12,11 +12,12 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 
+from peftscope.analysis.collect import read_runs
 from peftscope.analysis.compare import Difference, compare, pair_values
 from peftscope.analysis.stats import holm, trimmed_mean
 from peftscope.errors import InputError, Problem
@@ -24,7 +25,7 @@ from peftscope.layout import how_to_run, published, results_folder, run_folder
 from peftscope.planning.cells import ARM, CONTROL, RATES, TUNING
 from peftscope.planning.experiment import (
     A_A,
-    OLD_CONTROLS,
+    Control,
     Study,
     experiment_names,
     experiment_path,
@@ -43,19 +44,7 @@ PLANNED = 0.02
 """The half-width of the interval of a difference that a study plans for, as a share of the task gain."""
 
 
-_CONTROL = re.compile(rf"{CONTROL}({'|'.join(OLD_CONTROLS.values())})-(.+)")
-
-
-def _renamed(comparison: str) -> str:
-    """Returns a comparison's name with today's name of its control.
-
-    >>> _renamed("control-again-lora"), _renamed("control-shuffled-labels-lora")
-    ('control-a-a-lora', 'control-shuffled-labels-lora')
-    """
-    for old, new in OLD_CONTROLS.items():
-        if comparison.startswith(f"{CONTROL}{old}-") and not _CONTROL.fullmatch(comparison):
-            return f"{CONTROL}{new}-{comparison.removeprefix(f'{CONTROL}{old}-')}"
-    return comparison
+_CONTROL = re.compile(rf"{CONTROL}({'|'.join(get_args(Control))})-(.+)")
 
 
 @dataclass(frozen=True)
@@ -117,9 +106,7 @@ class StudyResults:
     @cached_property
     def table(self) -> pd.DataFrame:
         """The table of all runs, one row per run."""
-        table = pd.read_csv(self.folder / "runs.csv", dtype={"comparisons": str}).copy()
-        table["comparisons"] = [" ".join(map(_renamed, cell.split())) for cell in table["comparisons"].fillna("")]
-        return table
+        return read_runs(self.name, self.folder)
 
     @cached_property
     def _chosen(self) -> dict[str, Any]:

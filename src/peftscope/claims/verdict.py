@@ -26,19 +26,6 @@ class Verdict(StrEnum):
     OPEN = "open"
     NOT_RUN = "not run"
 
-    @classmethod
-    def _missing_(cls, value: object) -> Verdict | None:
-        """Returns the verdict that an older ``claims.json`` states in other words."""
-        return _OLDER_WORDS.get(value)
-
-
-_OLDER_WORDS: dict[object, Verdict] = {
-    **dict.fromkeys(("EXACT", "SUPPORTED", "EQUIVALENT"), Verdict.HOLDS),
-    **dict.fromkeys(("EXACT-WRONG", "REFUTED"), Verdict.WRONG),
-    "INCONCLUSIVE": Verdict.OPEN,
-    **dict.fromkeys(("NOT-RUN", "NOT-TESTABLE-HERE"), Verdict.NOT_RUN),
-}
-
 
 def combine(verdicts: Collection[Verdict]) -> Verdict:
     """Returns the verdict on a claim from those on the parts that decide.

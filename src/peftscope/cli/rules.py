@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from peftscope.cli.console import EXPERIMENT, PUBLISHED
+from peftscope.cli.console import PUBLISHED
 from peftscope.errors import InputError, Problem, needs
 from peftscope.execution.libraries import offline
-from peftscope.layout import EXPERIMENTS, MEMORY_FOLDER, RUNS, STUDIES, run_folder
+from peftscope.layout import EXPERIMENTS, MEMORY_FOLDER, STUDIES, run_folder
 
 app = typer.Typer()
 
@@ -207,15 +207,6 @@ def records_command(experiment: ExperimentName) -> None:
         print(json.dumps(json.loads(text), ensure_ascii=False, sort_keys=True))
 
 
-@app.command("move-runs", rich_help_panel=EXPERIMENT)
-def move_runs_command() -> None:
-    """Move finished runs of older versions into the store, results/runs; they are not trained again."""
-    from peftscope.execution.store import move_runs
-
-    moved, stay = move_runs()
-    print(f"{len(moved)} runs moved to {RUNS}" + (f", {len(stay)} were there already and stay" if stay else ""))
-
-
 @app.command("forecasts", hidden=True)
 def forecasts(document: Annotated[Path, typer.Argument(help="A Markdown file with blocks for it.")]) -> None:
     """Write what `expand` says into a document."""
@@ -269,16 +260,3 @@ def memory_figures(curves: list[Path]) -> None:
 
     draw_grid(curves, MEMORY_FOLDER / "grid.svg")
     draw_bars(bars(), MEMORY_FOLDER / "bars.svg")
-
-
-@app.command("memory-chapter", hidden=True)
-def memory_chapter() -> None:
-    """Simulate the table of an introduction, line by line; about a minute."""
-    import pandas as pd
-
-    from peftscope.cli.console import with_progress
-    from peftscope.memory.chapter import lines, rebuild
-    from peftscope.report.memory import write_chapter
-
-    with offline():
-        write_chapter(pd.DataFrame(list(with_progress(rebuild(), len(lines()), "simulating"))))

@@ -15,8 +15,6 @@ from peftscope.methods import METHODS
 
 MODEL = "llama-2-7b"
 CENTRE = {"rank": 8, "seq_len": 512, "batch_size": 1, "targets": "all-linear"}
-CHAPTER_RUN = {"batch_size": 1, "seq_len": 512}
-"""The run behind the lines of ``chapter`` that do not say otherwise."""
 AXES: dict[str, tuple[int, ...]] = {
     "rank": (2, 8, 32, 128, 512),
     "seq_len": (128, 256, 512, 1024, 2048, 4096),
@@ -31,7 +29,7 @@ BARS = ({"method": "full"}, {"method": "lora"}, {"method": "qlora", "checkpointi
 
 
 def sources() -> list[str]:
-    """Returns the source files behind the grid and the table of ``chapter``: those of the package that runs.
+    """Returns the source files behind the grid: those of the package that runs.
 
     They are relative to the working folder where it has them, as in a clone.
     """

@@ -1,4 +1,4 @@
-"""The report's section on memory: curves, the bars of large models, and an introduction's table. No torch."""
+"""The report's section on memory: curves, and the bars of large models. No torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ import seaborn as sns
 
 from peftscope.errors import GIB, spoken_bytes
 from peftscope.hardware.cards import find_gpu
-from peftscope.layout import MEMORY_FOLDER
 from peftscope.memory.lengths import LengthsAnswer
 from peftscope.memory.trace import KINDS
 from peftscope.memory.why import Why
 from peftscope.methods import METHODS
 from peftscope.report.plots import GREEN, GREY, RED, SAFE_COLOURS, looks, mixed, save
 from peftscope.report.svg import STYLE
-from peftscope.report.tables import html
 
 CARDS = ("24GiB", "48GiB", "80GiB")
 AXIS_LABELS = {"rank": "rank", "seq_len": "tokens of a sequence", "batch_size": "sequences a batch"}
@@ -136,10 +134,3 @@ def draw_lengths(answer: LengthsAnswer, path: Path) -> None:
 def _mark_cards(line: Callable[..., object]) -> None:
     for card in CARDS:
         line(find_gpu(card).memory_bytes / GIB, color="0.5", linewidth=0.8, linestyle=":")
-
-
-def write_chapter(rows: pd.DataFrame, folder: Path = MEMORY_FOLDER) -> None:
-    """Writes the introduction's table as CSV and HTML."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows.to_csv(folder / "chapter.csv", index=False)
-    (folder / "chapter.html").write_text(html(rows, "chapter"))

@@ -15,7 +15,7 @@ from peftscope.analysis.study import StudyResults
 from peftscope.analysis.weights import weights_path
 from peftscope.errors import InputError, spoken_bytes
 from peftscope.layout import MEMORY_FOLDER, record_path, report_path, results_folder
-from peftscope.memory.grid import CENTRE, CHAPTER_RUN, MODEL
+from peftscope.memory.grid import CENTRE, MODEL
 from peftscope.planning.estimate import spoken
 from peftscope.planning.experiment import Study, experiment_path, read_experiment
 from peftscope.report.capacity import SENTENCE as CAPACITY
@@ -157,7 +157,7 @@ def _capacity_pages(folder: Path, experiment: str) -> dict[str, Any] | None:
 
 def _memory_pages() -> dict[str, Any] | None:
     """Returns the content of the memory section, which needs no run, or None before the workflow has made it."""
-    if not all((MEMORY_FOLDER / name).is_file() for name in ("bars.svg", "grid.svg", "chapter.html")):
+    if not all((MEMORY_FOLDER / name).is_file() for name in ("bars.svg", "grid.svg")):
         return None
     centre = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in CENTRE.items())
     bars = (
@@ -173,10 +173,7 @@ def _memory_pages() -> dict[str, Any] | None:
             {"name": f"memory-{name}", "sentence": text, "image": _embedded(MEMORY_FOLDER / f"{name}.svg", text)}
             for name, text in (("bars", bars), ("grid", grid))
         ],
-        "chapter": (MEMORY_FOLDER / "chapter.html").read_text(),
-        "model": MODEL,
         "cards": ", ".join(CARDS),
-        "chapter_run": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in CHAPTER_RUN.items()),
     }
 
 

@@ -48,7 +48,7 @@ from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import show_claims, show_study
 from peftscope.report.leaderboard import read_sections, write_leaderboard
 
-MEMORY_FILES = ("grid.svg", "bars.svg", "chapter.csv")
+MEMORY_FILES = ("grid.svg", "bars.svg")
 """The files that finished results without a run must have."""
 
 

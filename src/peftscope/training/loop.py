@@ -60,8 +60,7 @@ class TrainingLog:
         speed.step_seconds_upper_quartile = float(upper)
         speed.tokens_per_second = float(np.median(np.array(self.tokens[timed]) / seconds))
         speed.padded_tokens_per_second = float(np.median(np.array(self.padded_tokens[timed]) / seconds))
-        if len(self.useful_flops) == len(self.step_seconds):  # not so if a checkpoint of older code had none
-            speed.useful_flops_per_second = float(np.median(np.array(self.useful_flops[timed]) / seconds))
+        speed.useful_flops_per_second = float(np.median(np.array(self.useful_flops[timed]) / seconds))
         speed.data_seconds = self.data_seconds
 
 
