@@ -1,7 +1,7 @@
 """Questions about memory from the files that trainers read. No torch.
 
-``read_config`` recognises the trainer by its keys, and reads the file by the trainer's table in ``trainers.py``. A reading
-lists what it understood, what it ignored, what it assumed, and what the calculator does not model.
+``read_config`` recognises the trainer by its keys, and reads the file by the trainer's table in ``trainers.py``.
+A reading lists what it understood, what it ignored, what it assumed, and what the calculator does not model.
 """
 
 from __future__ import annotations
