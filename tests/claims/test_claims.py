@@ -22,15 +22,17 @@ from peftscope.claims.verdict import READINGS, Reading, Rule, Verdict, judge, sp
 from peftscope.cli.claims import _measure
 from peftscope.cli.main import main
 from peftscope.errors import InputError
+from peftscope.files.content import read_yaml
+from peftscope.layout import CLAIMS_FILE, shipped
 from peftscope.report.claims import write_claims_page
 from peftscope.report.findings import write_findings
 from peftscope.report.publish import publish
 from peftscope.report.spoken import sentence, spoken_finding
 from peftscope.report.svg import interval
 
+CHECK = "counts.full_to_low_rank_ratio"
 ENTRY: dict[str, Any] = {
     "id": "S13",
-    "slug": "ratio-255x",
     "section": "Low-rank algebra",
     "source": "chapter: What is a low-rank matrix?",
     "statement": "Two factors have 255 times fewer values.",
@@ -39,21 +41,32 @@ ENTRY: dict[str, Any] = {
     "parts": [
         {
             "kind": "arithmetic",
-            "role": "assertion",
             "quotes": "255 times fewer",
             "measures": "values of the matrix over values of its factors",
-            "check": "counts.full_to_low_rank_ratio",
-            "with": {"rows": 4096, "columns": 4096, "rank": 8},
+            CHECK: {"rows": 4096, "columns": 4096, "rank": 8},
             "rule": {"equals": 255},
         }
     ],
 }
 
 
-def ledger_of(tmp_path: Path, *entries: dict[str, Any]) -> tuple[Claim, ...]:
+def file_of(*entries: dict[str, Any], **shared: Any) -> str:
+    """Returns the text of a ledger: every entry below its section and its id."""
+    sections: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        content = {name: value for name, value in entry.items() if name not in ("id", "section")}
+        sections.setdefault(entry["section"], {})[entry["id"]] = content
+    return yaml.safe_dump({"checks": shared, "claims": sections}, sort_keys=False)
+
+
+def ledger_of(tmp_path: Path, *entries: dict[str, Any], **shared: Any) -> tuple[Claim, ...]:
     path = tmp_path / "claims.yaml"
-    path.write_text(yaml.safe_dump({"claims": list(entries)}))
+    path.write_text(file_of(*entries, **shared))
     return read_ledger(path)
+
+
+def without(*names: str) -> dict[str, Any]:
+    return {name: value for name, value in ENTRY["parts"][0].items() if name not in names}
 
 
 # The ledger.
@@ -73,25 +86,33 @@ def test_what_is_not_measured_says_why() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"id": "X1"}, "claims[0].id"),
-        ({"slug": "Not A Slug"}, "claims[0].slug"),
-        ({"colour": "red"}, "unknown key"),
-        ({"parts": []}, "claims[0].parts"),
-        ({"parts": [ENTRY["parts"][0] | {"check": "counts.nothing"}]}, "S13.parts[0].check: no such check"),
-        ({"parts": [ENTRY["parts"][0] | {"with": {"rows": 1}}]}, "S13.parts[0].with: missing a required argument"),
-        ({"parts": [ENTRY["parts"][0] | {"with": {"rows": 4, "columns": 4, "rank": -1}}]}, "S13.parts[0].with.rank"),
-        ({"parts": [ENTRY["parts"][0] | {"rule": {"equals": 1, "at_least": 2}}]}, "must have one of"),
+        ({"id": "X1"}, "claims.yaml: X1.its.id: "),
+        ({"slug": "ratio-255x"}, "S13.slug: unknown key"),
+        ({"colour": "red"}, "S13.colour: unknown key"),
+        ({"parts": []}, "S13.parts: "),
+        ({"parts": [without(CHECK) | {"counts.nothing": {}}]}, "S13.parts[0].counts.nothing: no such check"),
+        ({"parts": [without(CHECK) | {"check": CHECK}]}, "S13.parts[0].check: unknown key"),
+        ({"parts": [ENTRY["parts"][0] | {"counts.quotient": {}}]}, "S13.parts[0]: must have one check"),
+        ({"parts": [ENTRY["parts"][0] | {CHECK: {"rows": 1}}]}, f"S13.parts[0].{CHECK}: missing a required argument"),
+        ({"parts": [ENTRY["parts"][0] | {CHECK: 8}]}, "S13.parts[0].its.parameters: "),
+        ({"parts": [ENTRY["parts"][0] | {CHECK: {"rows": 4, "columns": 4, "rank": -1}}]}, f"parts[0].{CHECK}.rank: "),
+        ({"parts": [without("kind")]}, f"S13.parts[0]: has no kind, and `checks` gives none to {CHECK}"),
+        (
+            {"parts": [ENTRY["parts"][0] | {"rule": {"equals": 1, "at_least": 2}}]},
+            "S13.parts[0].rule: must have one of",
+        ),
+        ({"parts": [without("rule")], "rule": {"equals": 1, "at_least": 2}}, "S13.rule: must have one of"),
+        ({"rule": {"equals": 1}}, "S13: no part takes the claim's rule"),
         ({"parts": [ENTRY["parts"][0] | {"rule": {"at_least": 3, "at_most": 2}}]}, "above at_most"),
         ({"parts": [ENTRY["parts"][0] | {"rule": {"equals": "a", "absolute": 0.1}}]}, "a tolerance needs a number"),
         ({"parts": [ENTRY["parts"][0] | {"rule": {"equals": True, "reads": "about"}}]}, "reads is for a number"),
-        ({"parts": [ENTRY["parts"][0] | {"waits_for": "a study"}]}, "must have one of: check"),
-        ({"parts": [{"kind": "training", "measures": "a loss"}]}, "must have one of: check"),
+        ({"parts": [ENTRY["parts"][0] | {"waits_for": "a study"}]}, "must have one of: a check"),
+        ({"parts": [{"kind": "training", "measures": "a loss"}]}, "must have one of: a check"),
         ({"parts": [ENTRY["parts"][0] | {"quotes": "256 times"}]}, "not in the source's sentence"),
         ({"sentence": "255x smaller!"}, "not in the source's sentence"),
-        ({"parts": [ENTRY["parts"][0] | {"quotes": ""}]}, "quotes the words that it tests"),
-        ({"parts": [ENTRY["parts"][0] | {"role": "beside"}]}, "quotes the words that it tests"),
-        ({"parts": [ENTRY["parts"][0] | {"role": "beside", "quotes": ""}]}, "needs a part with the role assertion"),
-        ({"parts": [ENTRY["parts"][0] | {"role": "condition"}]}, "says where it was declared"),
+        ({"parts": [without("quotes") | {"declared": "a plan"}]}, "quotes the words that it tests"),
+        ({"parts": [without("quotes")]}, "S13: needs an assertion"),
+        ({"parts": [ENTRY["parts"][0] | {"declared": "a plan"}]}, "S13: needs an assertion"),
         ({"parts": [{"kind": "magic", "measures": "a loss", "waits_for": "a study"}]}, "parts[0].kind"),
     ],
 )
@@ -110,8 +131,34 @@ def test_a_misspelled_field_is_one_problem(tmp_path: Path) -> None:
 
 
 def test_two_entries_must_differ(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="appears 2 times"):
-        ledger_of(tmp_path, ENTRY, ENTRY)
+    with pytest.raises(InputError, match=r"Papers\.S13: stands in two sections"):
+        ledger_of(tmp_path, ENTRY, ENTRY | {"section": "Papers"})
+    with pytest.raises(InputError, match="key `S13` appears twice"):
+        (path := tmp_path / "claims.yaml").write_text("claims: {Memory: {S13: {}, S13: {}}}")
+        read_ledger(path)
+
+
+def test_a_part_takes_from_its_check_and_its_claim_what_it_does_not_say(tmp_path: Path) -> None:
+    own = ENTRY["parts"][0] | {"unit": "fold", "rule": {"equals": 255}}
+    entry = ENTRY | {"rule": {"at_least": 250}, "parts": [without("kind", "rule"), own]}
+    (claim,) = ledger_of(tmp_path, entry, **{"counts": {"kind": "software", "unit": "%"}, CHECK: {"unit": "×"}})
+    assert [(part.kind, part.unit, part.rule) for part in claim.parts] == [
+        ("software", "×", Rule(at_least=250)),
+        ("arithmetic", "fold", Rule(equals=255)),
+    ]
+    with pytest.raises(InputError, match=r"checks\.count: no part has such a check -> did you mean `counts`"):
+        ledger_of(tmp_path, ENTRY, count={"unit": "×"})
+
+
+def test_the_ledger_says_each_thing_once() -> None:
+    """No part repeats what its check says for all parts, and no rule of a claim stands in its parts again."""
+    content = read_yaml(shipped(CLAIMS_FILE))
+    for name, claim in ((name, claim) for claims in content["claims"].values() for name, claim in claims.items()):
+        for part in claim["parts"]:
+            check = next((key for key in part if "." in key), "")
+            given = content["checks"].get(check.partition(".")[0], {}) | content["checks"].get(check, {})
+            given |= {"rule": claim.get("rule", "none")}
+            assert not [field for field in given if part.get(field) == given[field]], (name, part["measures"])
 
 
 def test_printed_figures_are_read_by_one_table() -> None:
@@ -230,13 +277,16 @@ def part(**changes: Any) -> Part:
         ("wrong, not run", "not run"),
     ],
 )
-def test_all_assertions_and_conditions_decide_and_nothing_beside_them(verdicts: str, whole: str) -> None:
-    beside = part(role="beside", quotes="")
-    condition = part(role="condition", declared="a plan")
+def test_all_assertions_and_conditions_decide_and_nothing_beside_them(
+    verdicts: str, whole: str, tmp_path: Path
+) -> None:
+    (claim,) = ledger_of(tmp_path, ENTRY)
+    beside = part(quotes="")
+    condition = part(declared="a plan")
     first, *others = (Verdict(word) for word in verdicts.split(", "))
     parts = [PartFinding(part(), first), *(PartFinding(condition, verdict) for verdict in others)]
     for other in Verdict:
-        found = Finding(Claim.model_validate(ENTRY), (*parts, PartFinding(beside, other)))
+        found = Finding(claim, (*parts, PartFinding(beside, other)))
         assert found.verdict == whole
 
 
@@ -265,8 +315,8 @@ def test_no_estimate_is_called_computed(repository: Path) -> None:
 
 
 def test_a_verdict_can_be_said_aloud(tmp_path: Path) -> None:
-    condition = ENTRY["parts"][0] | {"role": "condition", "declared": "a plan", "scope": "rank 4", "unit": "×"}
-    condition |= {"with": {"rows": 4096, "columns": 4096, "rank": 4}, "rule": {"equals": 512, "reads": "plain"}}
+    condition = ENTRY["parts"][0] | {"declared": "a plan", "scope": "rank 4", "unit": "×"}
+    condition |= {CHECK: {"rows": 4096, "columns": 4096, "rank": 4}, "rule": {"equals": 512, "reads": "plain"}}
     (claim,) = ledger_of(tmp_path, ENTRY | {"parts": [*ENTRY["parts"], condition]})
     (finding,) = evaluate([claim])
     assert sentence(finding.to_json("a processor")) == (
@@ -373,7 +423,7 @@ def test_another_file_is_refused_as_claims(text: str, tmp_path: Path) -> None:
 
 
 def test_a_stored_measurement_is_judged_and_not_made_again() -> None:
-    stored = {check_key("counts.full_to_low_rank_ratio", ENTRY["parts"][0]["with"]): Measurement(255.0)}
+    stored = {check_key(CHECK, ENTRY["parts"][0][CHECK]): Measurement(255.0)}
     assert evaluate_part(part(), stored=stored).verdict == Verdict.HOLDS
     assert evaluate_part(part(), stored={}).verdict == Verdict.WRONG
 
@@ -406,9 +456,9 @@ def test_what_decides_changes_only_with_an_entry(tmp_path: Path) -> None:
     (finding,) = evaluate([claim])
     published = finding.to_json("", [early])
     kinder = ENTRY | {"parts": [ENTRY["parts"][0] | {"rule": {"equals": 255, "reads": "plain"}}]}
-    other = ENTRY | {"parts": [ENTRY["parts"][0] | {"with": {"rows": 8, "columns": 8, "rank": 1}}]}
+    other = ENTRY | {"parts": [ENTRY["parts"][0] | {CHECK: {"rows": 8, "columns": 8, "rank": 1}}]}
     more = ENTRY | {"parts": [*ENTRY["parts"], {"kind": "training", "measures": "a loss", "waits_for": "a study"}]}
-    promoted = ENTRY | {"parts": [*ENTRY["parts"], more["parts"][1] | {"role": "assertion", "quotes": "fewer"}]}
+    promoted = ENTRY | {"parts": [*ENTRY["parts"], more["parts"][1] | {"quotes": "fewer"}]}
     assert changed(ENTRY) == changed(more) == []
     for entry in (kinder, other, promoted):
         assert changed(entry) == changed(entry, early) == ["S13"]
@@ -421,7 +471,7 @@ def test_verdicts_are_published_only_with_reasons_for_what_changed(own_folder: P
     Path("reports/published").mkdir(parents=True)
 
     def write(entry: dict[str, Any], changes: list[dict[str, str]]) -> None:
-        Path("experiments/claims.yaml").write_text(yaml.safe_dump({"claims": [entry]}))
+        Path("experiments/claims.yaml").write_text(file_of(entry))
         Path("experiments/claims-history.yaml").write_text(yaml.safe_dump({"changes": changes}))
         ledger = read_ledger()
         findings = [finding.to_json("", read_history()) for finding in evaluate(ledger)]
@@ -534,7 +584,6 @@ def test_one_claim_is_measured_and_shown_with_its_evidence(
     (finding,) = json.loads(capsys.readouterr().out)
     asked = {
         "id",
-        "slug",
         "verdict",
         "claimed",
         "found",

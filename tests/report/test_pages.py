@@ -103,31 +103,15 @@ class TestPages:
     def test_claims(self, own: Callable[..., Path]) -> None:
         part = {
             "kind": "arithmetic",
-            **{"role": "condition", "quotes": EVIL, "declared": EVIL, "measures": EVIL},
+            **{"quotes": EVIL, "measures": EVIL},
             "unit": EVIL,
             "scope": EVIL,
-            "check": "counts.full_to_low_rank_ratio",
-            "with": {"rows": 4096, "columns": 4096, "rank": 8},
+            "counts.full_to_low_rank_ratio": {"rows": 4096, "columns": 4096, "rank": 8},
             "rule": {"equals": 3},
         }
-        texts = dict.fromkeys(
-            ("statement", "sentence", "source", "section", "claimed", "scope", "note", "correction"), EVIL
-        )
-        own(
-            "claims",
-            json.dumps(
-                {
-                    "claims": [
-                        {
-                            "id": "S1",
-                            "slug": "x",
-                            **texts,
-                            "parts": [part, part | {"role": "assertion", "declared": ""}],
-                        }
-                    ]
-                }
-            ),
-        )
+        texts = dict.fromkeys(("statement", "sentence", "source", "claimed", "scope", "note", "correction"), EVIL)
+        claim = texts | {"parts": [part | {"declared": EVIL}, part]}
+        own("claims", json.dumps({"claims": {EVIL: {"S1": claim}}}))
         ledger = read_ledger()
         found = {
             **{"kind": EVIL, "measures": EVIL, "scope": EVIL, "unit": EVIL, "rule": EVIL, "model": EVIL, "check": EVIL},
@@ -136,7 +120,7 @@ class TestPages:
             **{"run_ids": [EVIL], "role": "condition", "quotes": EVIL, "declared": EVIL, "known": EVIL},
         }
         history = [{"claim": "S1", "date": "2026-01-01", "was": EVIL, "became": EVIL, "why": EVIL}]
-        finding = {**found, "id": "S1", "slug": "x", "hardware": EVIL, "claimed": EVIL, "parts": [found, found]}
+        finding = {**found, "id": "S1", "hardware": EVIL, "claimed": EVIL, "parts": [found, found]}
         finding |= {"history": history, "worlds": [EVIL], "moved": [{"date": EVIL, "from": EVIL}]}
         path = write_claims_page(ledger, [finding])
         Elements(path.read_text()).check()

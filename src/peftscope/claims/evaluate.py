@@ -133,7 +133,6 @@ class Finding:
         changes = [change for change in history if change.claim == self.claim.id]
         return {
             "id": self.claim.id,
-            "slug": self.claim.slug,
             "verdict": self.verdict.value,
             "worlds": sorted({part.found.model for part in self.deciding if part.asks_of_worlds and part.found}),
             "known": "; ".join(dict.fromkeys(part.known for part in self.deciding if part.known and part.found)),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from peftscope.analysis.compare import compare
 from peftscope.analysis.stats import mean_interval
+
+if TYPE_CHECKING:
+    from peftscope.analysis.study import StudyResults
 
 Quantity = float | int | bool | str
 
@@ -108,6 +112,38 @@ def mean_of(values: Sequence[float], **fields: Any) -> Measurement:
     if interval.n > 1 and low is None:
         low = high = interval.mean
     return Measurement(interval.mean, low, high, interval.n, **fields)
+
+
+def over_seeds(
+    results: StudyResults,
+    values: Iterable[float],
+    evidence: Mapping[str, Quantity],
+    runs: Iterable[str],
+    tuning_error: float = 0.0,
+) -> Measurement:
+    """Returns the mean of values, one per seed, with its interval, which includes the error that tuning adds.
+
+    Args:
+        results: The study.
+        values: The values.
+        evidence: What explains them.
+        runs: The ids of the runs behind them, each once or more often.
+        tuning_error: The standard error that the choice of learning rates adds.
+
+    Raises:
+        NotRunError: There are no values.
+    """
+    sample = tuple(map(float, values))
+    if not sample:
+        raise NotRunError(f"the study `{results.name}` has no such runs")
+    found = Measurement(
+        sample[0], samples=sample, evidence=evidence, model=results.subject, run_ids=tuple(dict.fromkeys(runs))
+    )
+    if len(sample) == 1:
+        return found
+    difference = compare(sample, math.inf, tuning_error)
+    low, high = difference.interval()
+    return replace(found, value=difference.mean, low=low, high=high, n=difference.n, tuning_error=tuning_error)
 
 
 def geometric_mean_of(logarithms: Sequence[float], **fields: Any) -> Measurement:

@@ -34,7 +34,7 @@ CountOrZero = Annotated[int, Field(ge=0, le=LARGEST_COUNT), NUMBER]
 LONGEST_NAME = 96
 
 LARGEST_BYTES = 1_000_000
-"""The largest file that is read: six times the ledger of claims, and up to twenty seconds of PyYAML."""
+"""The largest file that is read: three times the ledger of claims, and up to twenty seconds of PyYAML."""
 DEEPEST = 20
 """The deepest nesting of a file; no file of the suite has more than seven levels."""
 LARGEST_INTEGER = 2**63 - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from peftscope.claims.lora_subjects import four_bit
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import BLOCK_LINEAR, tiny_llama, token_ids
 
@@ -268,12 +269,7 @@ def _qlora(base_dtype: str) -> Any:
     """Returns a small Llama with 4-bit linear weights and the rest in ``base_dtype``, under LoRA by PEFT's defaults."""
     from peft import LoraConfig, get_peft_model
 
-    model = tiny_llama(dtype=base_dtype)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if name in BLOCK_LINEAR:
-                setattr(parent, name, _quantised(child.weight.data, double_quant=True, compute_dtype=base_dtype))
-    model.is_loaded_in_4bit = True
+    model = four_bit(tiny_llama(dtype=base_dtype))
     return get_peft_model(model, LoraConfig(r=4, target_modules=list(BLOCK_LINEAR), task_type="CAUSAL_LM"))
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from peftscope.claims.lora_subjects import adapted_llama, logits_of, lora_layers, relative_distance
+from peftscope.claims.lora_subjects import adapted_llama, four_bit, logits_of, lora_layers, relative_distance
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import BLOCK_LINEAR, TINY, meta_model, shape_of, tiny_llama
 from peftscope.methods.lora import LoRA
@@ -215,7 +215,7 @@ def requantised_divergence_ratio(size: float) -> Measurement:
     Args:
         size: The norm of the adapter's change as a share of the weights' norm.
     """
-    apart = adapted_llama(base=_four_bit_llama(), size=size)
+    apart = adapted_llama(base=four_bit(tiny_llama(dtype="bfloat16")), size=size)
     logits = logits_of(apart)
     plain = adapted_llama(base=_dequantised_llama(), size=size).merge_and_unload()
     in_bf16 = float(_divergences(logits, logits_of(plain)).mean())
@@ -272,32 +272,14 @@ def _undo(way: str, dtype: str, size: float) -> tuple[float, float, float]:
     return 100 * float(errors.norm() / change.norm()), unequal, float(errors.abs().max())
 
 
-def _four_bit_llama() -> Any:
-    """Returns the tiny Llama in bf16 with the matrices of its blocks stored as in a QLoRA base."""
-    import torch
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    from peftscope.training.load import disable_weight_repacking
-
-    model = tiny_llama(dtype="bfloat16")
-    for name, linear in list(model.model.named_modules()):
-        if isinstance(linear, torch.nn.Linear):
-            layer = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16)
-            layer.weight = Params4bit(linear.weight.data, quant_type="nf4", module=layer).to("cpu")
-            model.model.set_submodule(name, layer)
-    model.is_loaded_in_4bit = True
-    disable_weight_repacking(model)
-    return model
-
-
 def _dequantised_llama() -> Any:
     """Returns the tiny Llama in bf16 with the dequantised values of the 4-bit one."""
     from peft.utils.integrations import dequantize_module_weight
 
     model = tiny_llama(dtype="bfloat16")
-    four_bit = _four_bit_llama()
+    quantised = four_bit(tiny_llama(dtype="bfloat16"))
     for name, weight in model.named_parameters():
-        weight.data.copy_(dequantize_module_weight(four_bit.get_submodule(name.removesuffix(".weight"))))
+        weight.data.copy_(dequantize_module_weight(quantised.get_submodule(name.removesuffix(".weight"))))
     return model
 
 
@@ -313,7 +295,7 @@ def _merge_into_four_bits(size: float) -> tuple[float, float]:
     import torch
     from peft.utils.integrations import dequantize_module_weight
 
-    model = adapted_llama(base=_four_bit_llama(), size=size)
+    model = adapted_llama(base=four_bit(tiny_llama(dtype="bfloat16")), size=size)
     layers = lora_layers(model)
     changes = {name: layer.get_delta_weight("first").detach().double() for name, layer in layers.items()}
     before = {name: dequantize_module_weight(layer.base_layer).double() for name, layer in layers.items()}

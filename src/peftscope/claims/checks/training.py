@@ -17,7 +17,7 @@ from scipy.stats import rankdata
 from peftscope.analysis.compare import compare
 from peftscope.analysis.stats import CONFIDENCE, sign_flip_p
 from peftscope.analysis.study import ACCURACY, HELDOUT, VALIDATION, StudyResults, paired
-from peftscope.claims.measurement import Measurement, NotRunError, Quantity
+from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds
 from peftscope.models.catalog import find_model
 
 FEWEST_RATES = 4
@@ -335,21 +335,15 @@ def _over_seeds(
     runs: tuple[str, ...],
     tuning_error: float = 0.0,
 ) -> Measurement:
-    """Returns the mean of values, one per seed, with its interval, which includes the error that tuning adds."""
-    sample = tuple(map(float, values))
-    if not sample:
-        raise NotRunError(f"the study `{results.name}` has no such runs")
-    evidence = {**evidence, "task gain, nats per token": results.task_gain}
-    if len(sample) == 1:
-        return Measurement(sample[0], n=1, samples=sample, evidence=evidence, model=results.subject, run_ids=runs)
-    difference = compare(sample, math.inf, tuning_error)
-    evidence |= {"paired t, p": difference.p, "sign flips, p": sign_flip_p(sample)}
-    if tuning_error:
-        evidence["standard error from tuning"] = tuning_error
-    low, high = difference.interval()
-    return Measurement(
-        difference.mean, low, high, difference.n, sample, tuning_error, evidence, model=results.subject, run_ids=runs
-    )
+    """Returns the mean of values, one per seed, with its interval, and what two tests say of it."""
+    found = over_seeds(results, values, evidence, runs, tuning_error)
+    beside: dict[str, Quantity] = {"task gain, nats per token": results.task_gain}
+    if found.n > 1:
+        beside["paired t, p"] = compare(found.samples, math.inf, tuning_error).p
+        beside["sign flips, p"] = sign_flip_p(found.samples)
+    if found.tuning_error:
+        beside["standard error from tuning"] = found.tuning_error
+    return replace(found, evidence={**found.evidence, **beside})
 
 
 def _spearman(values: list[float], rows: np.ndarray) -> np.ndarray:
