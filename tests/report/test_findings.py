@@ -16,6 +16,8 @@ from peftscope.claims.ledger import read_ledger
 from peftscope.claims.stored import read_findings
 from peftscope.errors import InputError
 from peftscope.layout import published_paths
+from peftscope.planning.estimate import spoken
+from peftscope.report.deciding import what_would_decide
 from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import show_claims, show_study
 from peftscope.report.page import ANSWERS
@@ -175,6 +177,21 @@ def test_a_study_that_has_not_run_has_its_price(repository: Path, write_experime
     rows = {line.split(" | ")[0]: line for line in page.splitlines() if line.startswith("| ")}
     assert re.fullmatch(r"\| mine \| Is three odd\? \| 0 \| - \| 45 \| \d+ min \d+ s \| - \|", rows["| mine"])
     assert " | - | - | " in rows["| variants"] and " | a card | " in rows["| gpu-7b"]
+
+
+def test_every_open_claim_says_what_would_decide_it(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    claims = {claim.id: claim for claim in read_ledger(checks=False)}
+    findings = {finding["id"]: finding for finding in read_findings(repository / "results/published/claims.json")}
+    said = {name: what_would_decide(claims[name], finding) for name, finding in findings.items()}
+    for name, finding in findings.items():
+        if finding["verdict"] != "open":
+            assert said[name] == ""
+        elif not said[name]:
+            assert any("would decide" in part["reason"] for part in finding["parts"]), name
+    runs = pd.read_csv(repository / "results/published/variants/runs.csv")
+    arms = runs[runs["comparisons"].fillna("").str.contains(r"\barm-(?:pissa|lora)(?:\s|$)")]
+    assert f"{2 * len(arms)} further runs, {spoken(arms['wall_seconds'].sum())} on two cores" in said["P17"]
 
 
 @pytest.mark.parametrize("name", COMPARED)

@@ -153,6 +153,9 @@ class Claim(BaseModel):
     scope: Annotated[str, Field(min_length=1, description="model, task and setting that the verdict holds for")]
     note: Annotated[str, Field(description="what was tested where the source contradicts itself; what we found")] = ""
     correction: Annotated[str, Field(description="what to remember instead, if the claim turns out wrong")] = ""
+    decider: Annotated[
+        str, Field(description="what would decide it while it is open, if not further rates or pairs; with its price")
+    ] = ""
     advice: Annotated[
         dict[Verdict, str], Field(description="by verdict, what it means for someone who trains a model")
     ] = {}

@@ -38,6 +38,7 @@ from peftscope.planning.published import all_published_records
 from peftscope.planning.sweep import expand
 from peftscope.record import FINAL
 from peftscope.report.capacity import answer as answer_on_capacity
+from peftscope.report.deciding import RUNS_AT_ONCE
 from peftscope.report.front import Surprise, surprising
 from peftscope.report.page import ANSWERS
 from peftscope.report.rendering import rendered
@@ -51,8 +52,6 @@ ORDER = [Verdict.WRONG, Verdict.IN_PART, Verdict.HOLDS, Verdict.OPEN]
 """What surprises comes first."""
 BASE = "base"
 """The experiment that the studies extend."""
-RUNS_AT_ONCE = 2
-"""The runs that share a machine in the estimated time: one on each of two cores."""
 
 
 class Topic(BaseModel):
