@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from snakemake.utils import Paramspace
 
+from peftscope.memory.grid import grid
 from peftscope.planning.sweep import expand
 
 TINY = """
@@ -24,9 +27,9 @@ ladders: [{centre: {method: lora}, axes: {rank: [2, 8]}}]
 """
 
 
-def snakemake(*arguments: str) -> subprocess.CompletedProcess[str]:
+def snakemake(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 @pytest.fixture
@@ -100,6 +103,30 @@ def test_dry_run_of_every_experiment_by_the_catalogues_snakefile_and_as_a_module
     module = planned(done)
     assert "PREFIX PEFTSCOPE_DIES_WITH_PARENT=1;" in done.stdout + done.stderr
     assert module.pop("all") == 1 and {name.removeprefix("suite_"): n for name, n in module.items()} == root
+
+
+def test_the_page_is_made_anew_after_any_change_of_what_renders_it(tiny: str, repository: Path) -> None:
+    """The sources are a copy of the package's, which Python and the workflow take instead."""
+    Path("src").unlink()
+    shutil.copytree(repository / "src", "src", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = os.environ | {"PYTHONPATH": str(Path("src").resolve())}
+    finished = [f"results/runs/{run}/{name}" for run in expand(tiny).runs for name in ("spec.json", "record.json")]
+    finished += [f"results/memory/curves/{point}.csv" for point in Paramspace(grid()).instance_patterns]
+    finished += [f"results/memory/{name}.svg" for name in ("grid", "bars")]
+    finished += [f"results/{tiny}/{name}" for name in ("runs.csv", "losses.csv", "tables/", "figures/")]
+    finished += [f"results/{tiny}/all-runs-ended-well", f"reports/{tiny}/report.html"]
+    Path("results/memory").unlink()  # which other tests make
+    for name in finished:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).mkdir() if name.endswith("/") else Path(name).write_text("{}")
+    config = ("--config", f"experiment={tiny}")
+    touched = snakemake("--touch", *config, environment=environment)
+    assert touched.returncode == 0, touched.stdout + touched.stderr
+    assert "Nothing to be done" in snakemake("-n", *config, environment=environment).stderr
+    with Path("src/peftscope/report/rendering.py").open("a") as file:
+        file.write("# A change.\n")
+    changed = planned(snakemake("-n", *config, environment=environment))
+    assert changed == {"memory_figures": 1, "report": 1, "check": 1, "all": 1}
 
 
 def test_the_catalogue_is_told_what_it_asks_for(repository: Path) -> None:

@@ -122,6 +122,16 @@ def record_paths() -> list[Path]:
     return sorted(RUNS.glob("*/record.json"))
 
 
+def sources(*patterns: str) -> list[str]:
+    """Returns the source files of the package that runs whose paths in it match, as in ``report/*.py``.
+
+    They are relative to the working folder where it has them, as in a clone.
+    """
+    package, here = Path(__file__).parent, Path.cwd()
+    found = [path for pattern in patterns for path in package.glob(pattern)]
+    return sorted(str(path.relative_to(here) if path.is_relative_to(here) else path) for path in found)
+
+
 def published(name: str) -> Path:
     """Returns the path of a published file, or of the folder of an experiment's.
 

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -37,6 +36,7 @@ from peftscope.planning.published import VALIDATION, published_items, published_
 from peftscope.planning.sweep import Sweep, expand
 from peftscope.record import Quality, RunRecord, parse_record, write_record
 from peftscope.report.overfitting import mean_losses, overfitting_sentence, write_overfitting
+from peftscope.report.parts import PARTS
 from peftscope.report.publish import publish, restore
 from peftscope.report.shares import share_table, shares_sentence, write_shares
 from peftscope.report.study import (
@@ -723,11 +723,11 @@ def test_a_study_of_three_ranks_alphas_or_dimensions_has_a_figure_over_them(writ
     for name, field in (varied | {"subspace": "dimension", "forgetting": None}).items():
         workflow = load_workflow({"experiment": name})
         assert workflow.plans[name].varied == field
-        drawn = workflow.figures(SimpleNamespace(experiment=name))
-        assert (f"results/{name}/figures/shares.svg" in drawn) is (field is not None)
-        assert f"results/{name}/figures/overfitting.svg" not in drawn
-    drawn = load_workflow({"experiment": "small-data"}).figures(SimpleNamespace(experiment="small-data"))
-    assert "results/small-data/figures/overfitting.svg" in drawn
+        shown = {figure for part in PARTS if part.belongs(workflow.plans[name]) for figure in part.captions}
+        assert ("shares" in shown) is (field is not None)
+        assert "overfitting" not in shown
+    plan = load_workflow({"experiment": "small-data"}).plans["small-data"]
+    assert any("overfitting" in part.captions for part in PARTS if part.belongs(plan))
 
 
 def test_claims_measure_shares_of_the_task_gain(finished: StudyResults) -> None:
@@ -1008,15 +1008,15 @@ def test_the_whole_study_in_one_workflow(write_experiment, repository: Path, toy
         Path(name).symlink_to(repository / name)
     Path("resources").symlink_to(toy / "resources")
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "experiment=mine", "--"]
-    command.append("results/mine/tables/contrasts.csv")
+    command.append("results/mine/runs.csv")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     arms = json.loads(Path("results/mine/tuned.json").read_text())["arms"]
     rates = [len(said["rates"]) for said in arms.values()]
     assert all(3 <= count <= 5 for count in rates)
     assert len(list(Path("results/runs").glob("*/record.json"))) == 1 + 6 + 2 * sum(rates)
-    found = pd.read_csv("results/mine/tables/contrasts.csv")
     study = StudyResults("mine")
+    found = contrasts(study)
     assert found["difference"].tolist() == pytest.approx([study.difference("lora", "full").mean])
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "Nothing to be done" in again.stdout + again.stderr

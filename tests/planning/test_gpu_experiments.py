@@ -48,8 +48,7 @@ study:
 ladders: [{centre: {method: lora, benchmarks: [], generation_items: 0}, seeds: [0], axes: {rank: [4, 16]}}]
 exclude:
 """
-RULES = ["all", "fetch_model", "make_task", "make_benchmark", "train", "tune", "collect", "tables", "figures", "ladder"]
-RULES += ["study", "report", "check"]
+RULES = ["all", "fetch_model", "make_task", "make_benchmark", "train", "tune", "collect", "report", "check"]
 """Of the workflow: all but those that follow from the code alone."""
 
 LEFT_OUT = ("full", "dora", "adalora", "loftq", "lora-plus", "rslora", "pissa", "ia3", "prompt-tuning", "prefix-tuning")

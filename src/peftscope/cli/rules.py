@@ -53,53 +53,6 @@ def tune(
 
 
 @app.command(hidden=True)
-@needs("report")
-def tables(experiment: ExperimentName) -> None:
-    """Write the tables from runs.csv."""
-    from peftscope.report.benchmarks import write_benchmarks
-    from peftscope.report.tables import write_tables
-
-    write_tables(experiment)
-    write_benchmarks(experiment)
-
-
-@app.command(hidden=True)
-@needs("report")
-def figures(experiment: ExperimentName) -> None:
-    """Draw the figures from runs.csv, the ladders apart."""
-    from peftscope.report.plots import write_figures
-
-    write_figures(experiment)
-
-
-@app.command(hidden=True)
-@needs("report")
-def ladder(experiment: ExperimentName, field: Annotated[str, typer.Argument(help="The field that varies.")]) -> None:
-    """Draw one ladder from runs.csv."""
-    from peftscope.report.plots import write_ladder
-
-    write_ladder(experiment, field)
-
-
-@app.command(hidden=True)
-@needs("report")
-def study(experiment: ExperimentName) -> None:
-    """Write a study's contrasts and controls, and draw them."""
-    from peftscope.report.study import write_study
-
-    write_study(experiment)
-
-
-@app.command(hidden=True)
-@needs("report")
-def capacity(experiment: ExperimentName) -> None:
-    """Write what runs stored of random strings, and draw it."""
-    from peftscope.report.capacity import write_capacity
-
-    write_capacity(experiment)
-
-
-@app.command(hidden=True)
 @needs("train")
 def measure(run: Annotated[str, typer.Argument(help="The run's id.")]) -> None:
     """Measure the weights that a run keeps along its training."""
@@ -111,51 +64,12 @@ def measure(run: Annotated[str, typer.Argument(help="The run's id.")]) -> None:
 
 @app.command(hidden=True)
 @needs("report")
-def weights(experiment: ExperimentName) -> None:
-    """Collect what was measured on an experiment's weights, and draw the updates."""
-    from peftscope.analysis.weights import collect_weights
-    from peftscope.planning.plan import plan_experiment
-    from peftscope.report.weights import write_updates
-
-    collect_weights(experiment, plan_experiment(experiment).measured_runs)
-    write_updates(experiment)
-
-
-@app.command(hidden=True)
-@needs("report")
-def forgetting(experiment: ExperimentName) -> None:
-    """Draw a study's loss on the task against that on prose, along the training."""
-    from peftscope.report.forgetting import write_forgetting
-
-    write_forgetting(experiment)
-
-
-@app.command(hidden=True)
-@needs("report")
-def overfitting(experiment: ExperimentName) -> None:
-    """Draw the validation and the training loss of a study's arms along the training."""
-    from peftscope.report.overfitting import write_overfitting
-
-    write_overfitting(experiment)
-
-
-@app.command(hidden=True)
-@needs("report")
-def shares(experiment: ExperimentName) -> None:
-    """Draw what each rank, alpha or dimension of a study keeps of full fine-tuning's gain, and its best rate."""
-    from peftscope.report.shares import write_shares
-
-    write_shares(experiment)
-
-
-@app.command(hidden=True)
-@needs("report")
 def page(experiment: ExperimentName) -> None:
-    """Write report.html from tables and figures."""
+    """Write tables, figures and report.html from what was collected."""
     from peftscope.planning.plan import plan_experiment
-    from peftscope.report.page import write_report
+    from peftscope.report.page import write_all
 
-    print(write_report(experiment, plan_experiment(experiment).ladders))
+    print(write_all(plan_experiment(experiment)))
 
 
 @app.command(hidden=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
 
 from peftscope.errors import InputError, Problem, close_match, shown
@@ -26,16 +24,6 @@ METHOD_NAMES = ("full", "lora", "qlora", "dora", "adalora", "loftq")
 SIZES = ("llama-2-7b", "llama-2-13b", "llama-33b", "codellama-34b", "llama-65b", "llama-2-70b")
 BARS = ({"method": "full"}, {"method": "lora"}, {"method": "qlora", "checkpointing": True})
 """The bars of the QLoRA paper, and bars for the methods that it replaces."""
-
-
-def sources() -> list[str]:
-    """Returns the source files behind the grid: those of the package that runs.
-
-    They are relative to the working folder where it has them, as in a clone.
-    """
-    package, here = Path(__file__).parent.parent, Path.cwd()
-    found = [path for folder in ("memory", "methods") for path in (package / folder).rglob("*.py")]
-    return sorted(str(path.relative_to(here) if path.is_relative_to(here) else path) for path in found)
 
 
 def grid() -> pd.DataFrame:

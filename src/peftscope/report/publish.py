@@ -128,7 +128,7 @@ def publish_experiment(experiment: str) -> list[Path]:
         *sorted(source.glob("tables/*.csv")),
         *sorted(source.glob("tables/*.parquet")),
         *sorted(source.glob("tables/*.md")),
-        *sorted(source.glob("figures/*")),
+        *sorted(source.glob("figures/*.svg")),
     ]
     results, report = PUBLISHED_RESULTS / experiment, PUBLISHED_REPORTS / experiment
     _check_sizes([page, *wanted])
