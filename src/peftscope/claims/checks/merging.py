@@ -15,22 +15,6 @@ if TYPE_CHECKING:
     import torch
 
 
-def layer_formula_error(rank: int, alpha: float) -> Measurement:
-    """Returns the largest relative error, over PEFT's layers, of the output W x + (alpha / rank) B A x."""
-    import torch
-
-    model = adapted_llama(rank=rank, alpha=alpha)
-    generator = torch.Generator().manual_seed(0)
-    errors = []
-    for layer in lora_layers(model).values():
-        x = torch.randn(8, layer.in_features, generator=generator)
-        weight, a, b = (m.weight.double() for m in (layer.base_layer, layer.lora_A["first"], layer.lora_B["first"]))
-        wanted = x.double() @ weight.T + alpha / rank * (x.double() @ a.T) @ b.T
-        with torch.no_grad():
-            errors.append(relative_distance(layer(x), wanted))
-    return Measurement(max(errors), n=len(errors), model=TINY)
-
-
 def model_formula_error(targets: Sequence[str]) -> Measurement:
     """Returns how far, in %, a doubled adapter scale is from doubling the change of the logits.
 
@@ -90,30 +74,6 @@ def merged_weight_error(rank: int, alpha: float, scaled: bool) -> Measurement:
     merged = model.merge_and_unload()
     errors = [relative_distance(merged.get_submodule(name).weight, weight) for name, weight in wanted.items()]
     return Measurement(max(errors), n=len(errors), evidence={"alpha / rank": alpha / rank}, model=TINY)
-
-
-def merged_logit_error() -> Measurement:
-    """Returns the largest difference between logits of a merged and of an unmerged model, over the largest logit.
-
-    In fp32; the evidence has the same for bf16 weights.
-    """
-    errors, divergences = {}, {}
-    for dtype in ("float32", "bfloat16"):
-        model = adapted_llama(dtype=dtype)
-        apart = logits_of(model)
-        merged = logits_of(model.merge_and_unload())
-        errors[dtype] = float((merged - apart).abs().max() / apart.abs().max())
-        divergences[dtype] = _divergences(apart, merged)
-    return Measurement(
-        errors["float32"],
-        n=len(divergences["float32"]),
-        evidence={
-            "in bf16": errors["bfloat16"],
-            "mean KL divergence of the next token in bf16, nats": float(divergences["bfloat16"].mean()),
-            "largest": float(divergences["bfloat16"].max()),
-        },
-        model=TINY,
-    )
 
 
 def merged_structure_differences() -> Measurement:

@@ -66,36 +66,6 @@ def rate_correlation(study: str, arms: list[str], setting: str, resamples: int =
     return _over_rates(results, tuple(arms), lambda best: _spearman(values, best.T), resamples, lambda value: value)
 
 
-def explained_by_product(study: str, arms: list[str], setting: str) -> Measurement:
-    """Returns the share of the losses' variation that the product of a setting and the learning rate explains.
-
-    All tuning runs of the arms whose product lies within one of ``REACHES`` of the best one are fitted by one
-    parabola over its logarithm. Variation is that within the runs of one seed. Runs that diverged are left out.
-
-    Args:
-        study: The study's experiment.
-        arms: The arms, each with another value of the setting.
-        setting: A field of the runs, such as ``alpha``.
-    """
-    results = StudyResults(study)
-    runs = pd.concat([results.tuning_runs(arm) for arm in arms]).dropna(subset=[VALIDATION])
-    explained = {}
-    for name, factor in (("product", runs[setting]), ("learning rate alone", 1.0)):
-        fit = _Fit.of(name, runs.assign(learning_rate=runs["learning_rate"] * factor))
-        seeds = fit.design[:, 2:]
-        unscaled = fit.residuals / math.sqrt(len(fit.x) / (len(fit.x) - fit.design.shape[1]))
-        losses = fit.fitted + unscaled
-        around = losses - seeds @ np.linalg.lstsq(seeds, losses, rcond=None)[0]
-        explained[name] = 1 - float(np.sum(unscaled**2) / np.sum(around**2))
-    return Measurement(
-        explained["product"],
-        n=len(runs),
-        evidence={"share that the learning rate alone explains": explained["learning rate alone"]},
-        model=results.subject,
-        run_ids=tuple(runs["run_id"]),
-    )
-
-
 def _over_rates(
     results: StudyResults,
     arms: tuple[str, ...],

@@ -97,21 +97,6 @@ def update_size(study: str, arm: str) -> Measurement:
     return over_seeds(results, table.groupby("seed")["relative_size"].median(), evidence, table["run_id"])
 
 
-def amplification_ratio(study: str, arm: str, against: str) -> Measurement:
-    """Returns the amplification of one arm over that of another, each in the median matrix; the mean over seeds.
-
-    Amplification is the norm of an update over that of the pretrained matrix in the update's own directions, which are
-    as many as its rank. Source: Hu et al. 2021, section 7.3.
-    """
-    results, mine = _after(study, arm)
-    _, other = _after(study, against)
-    medians = [table.groupby("seed")["amplification"].median() for table in (mine, other)]
-    evidence: dict[str, Quantity] = {
-        f"amplification of {name}": float(values.mean()) for name, values in zip((arm, against), medians, strict=True)
-    }
-    return over_seeds(results, (medians[0] / medians[1]).dropna(), evidence, pd.concat([mine, other])["run_id"])
-
-
 def share_left_after_cut(study: str, arm: str, rank: int) -> Measurement:
     """Returns the share of an arm's task gain that is left when every update of a matrix is cut to a rank.
 
