@@ -68,7 +68,8 @@ from peftscope.training.ceilings import measure_ceilings
 from peftscope.training.checkpoint import Checkpoints
 from peftscope.training.kept import write_kept
 from peftscope.training.load import attention, load_base, load_tokenizer
-from peftscope.training.loop import Diverged, TrainingLog, check_loss, train
+from peftscope.training.log import TrainingLog
+from peftscope.training.loop import Diverged, check_loss, train
 from peftscope.training.shard import from_all, held_bytes, is_first, join, own_seed, shard, trained_state
 from peftscope.training.signals import Interrupted
 from peftscope.training.step import TrainedModel
