@@ -32,7 +32,7 @@ from peftscope.data.batching import (
 from peftscope.data.sources import Item, RandomStringsSource
 from peftscope.data.tasks import draw_items, find_task, read_split, shuffle_responses
 from peftscope.errors import InputError
-from peftscope.evaluation.heldout import BaseAnswers, heldout_nll, mean_nll
+from peftscope.evaluation.heldout import base_answers, heldout_nll, mean_nll, nll_and_shift
 from peftscope.evaluation.latency import time_passes
 from peftscope.evaluation.retention import bits_per_byte
 from peftscope.evaluation.updates import update_spectra, weights_before
@@ -93,7 +93,7 @@ class _Run:
     alone: bool
     keep_at: Sequence[float] = ()
     log: TrainingLog = field(default_factory=TrainingLog)
-    answers: BaseAnswers | None = None
+    answers: list[torch.Tensor] = field(default_factory=list)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -124,7 +124,7 @@ def _run_phases(run: _Run) -> None:
     _time_latency(run, base, "base")
     if trains and run.spec.validation_every and run.spec.shards == 1:
         with phase("evaluate"), attention(base, run.spec.attention):
-            run.answers = BaseAnswers(base.eval(), data.validation, run.spec, data.tokenizer.pad_token_id)
+            run.answers = base_answers(base.eval(), data.validation, run.spec, data.tokenizer.pad_token_id)
     trained = _prepare(run, base)
     quality.retention_bits_per_byte_before = _score_retention(run, trained.model, data)
     with phase("predict"):
@@ -336,8 +336,7 @@ def _follow(run: _Run, trained: TrainedModel, data: _Data, step: int) -> None:
 
     if is_due(spec.validation_every):
         with _evaluating(run, model):
-            nll = _validate(trained, data, spec)
-            run.log.shift[step] = _shift(run, trained)
+            nll, run.log.shift[step] = _validate(run, trained, data)
         check_loss(nll, trained.vocab_size, spec, f"on validation items after step {step}")
         run.log.validation_nll[step] = nll
     if is_due(spec.retention_every):
@@ -360,16 +359,12 @@ def _evaluating(run: _Run, model: Any) -> Iterator[None]:
     model.train()
 
 
-def _validate(trained: TrainedModel, data: _Data, spec: RunSpec) -> float:
-    """Returns the mean nll of the validation items, in nats per response token."""
+def _validate(run: _Run, trained: TrainedModel, data: _Data) -> tuple[float, dict[str, float]]:
+    """Returns the mean nll of the validation items, in nats per response token, and how far their answers moved."""
+    spec, pad = run.spec, data.tokenizer.pad_token_id
     with attention(trained.model, spec.attention):
-        return mean_nll(heldout_nll(trained.model, data.validation, spec, data.tokenizer.pad_token_id))
-
-
-def _shift(run: _Run, trained: TrainedModel) -> dict[str, float]:
-    """Returns how far the training moved the answers so far; nothing if the run is not followed."""
-    with attention(trained.model, run.spec.attention):
-        return run.answers.shift(trained.model) if run.answers else {}
+        per_item, shift = nll_and_shift(trained.model, data.validation, spec, pad, run.answers)
+    return mean_nll(per_item), shift
 
 
 def _evaluate(run: _Run, trained: TrainedModel, data: _Data) -> None:
@@ -378,8 +373,7 @@ def _evaluate(run: _Run, trained: TrainedModel, data: _Data) -> None:
     pad = data.tokenizer.pad_token_id
     model.eval()
     if data.validation:
-        record.quality.validation_nll = _validate(trained, data, spec)
-    record.quality.shift = _shift(run, trained)
+        record.quality.validation_nll, record.quality.shift = _validate(run, trained, data)
     if run.weights:
         record.updates = update_spectra(model, run.weights)
     with attention(model, spec.attention):
