@@ -43,7 +43,8 @@ from peftscope.spec import RunSpec
 from peftscope.training.build import build_model, seed_everything
 from peftscope.training.checkpoint import Checkpoints
 from peftscope.training.load import attention, load_base, load_tokenizer
-from peftscope.training.loop import TrainingLog, train
+from peftscope.training.log import TrainingLog
+from peftscope.training.loop import train
 from peftscope.training.signals import Interrupted
 from peftscope.training.step import TrainedModel, forward_loss
 

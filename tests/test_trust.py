@@ -31,7 +31,7 @@ from peftscope.record import RunRecord, read_record, write_record
 from peftscope.spec import RunSpec, run_id
 from peftscope.training.checkpoint import DIGEST_DIGITS, Checkpoints, TrainingState
 from peftscope.training.load import load_base, load_tokenizer
-from peftscope.training.loop import TrainingLog
+from peftscope.training.log import TrainingLog
 
 SOURCES = sorted((Path(__file__).parent.parent / "src/peftscope").rglob("*.py"))
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from peftscope.errors import InputError, Problem, close_match, shown
-from peftscope.files.content import LARGEST_COUNT, check_characters
+from peftscope.files.content import LARGEST_COUNT
+from peftscope.files.limits import check_characters
 from peftscope.memory.answer import Peaks, peaks_by_formula
+from peftscope.memory.assumptions import assumptions_of
 from peftscope.memory.formula import TrainingTraces, without_collector
 from peftscope.memory.question import Question
 
@@ -231,5 +233,9 @@ def _assumptions(question: Question) -> list[str]:
         f"a batch of one row has no padding, and so no mask; larger ones: padding={question.beside.padding}",
         "the peaks of a batch are those of two steps of it; a run whose widths vary may reserve more",
         "no evaluation",
-        *(line for line in question.assumptions if not line.startswith(("batch_size=", "evaluation with", "packing="))),
+        *(
+            line
+            for line in assumptions_of(question)
+            if not line.startswith(("batch_size=", "evaluation with", "packing="))
+        ),
     ]
