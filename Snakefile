@@ -5,11 +5,12 @@ from pathlib import Path
 
 from snakemake.utils import Paramspace, min_version
 
-from peftscope.layout import CONTRIBUTED_RESULTS
+from peftscope.layout import CONTRIBUTED_RESULTS, sources
 from peftscope.planning.demands import JobDemands
-from peftscope.memory.grid import grid, sources
+from peftscope.memory.grid import grid
 from peftscope.planning.plan import load_workflow
 from peftscope.planning.sweep import ROUNDS
+from peftscope.report.parts import CAPTIONS
 from peftscope.spec import RUN_ID_PATTERN
 
 min_version("9.0")
@@ -26,8 +27,13 @@ shell.prefix(
 WORKFLOW = load_workflow(config)
 DEMANDS = JobDemands(WORKFLOW)
 GRID = Paramspace(grid())
-CALCULATOR = sources()
 CONTRIBUTED = sorted(map(str, CONTRIBUTED_RESULTS.rglob("*.json")))
+CALCULATOR = sources("memory/**/*.py", "methods/**/*.py")
+TUNING = sources("analysis/tuning.py")
+ANALYSIS = sources("analysis/*.py", "planning/published.py")
+REPORT = sources("report/*.py", "report/templates/*")
+# For the captions of Snakemake's report.
+config["captions"] = CAPTIONS
 
 
 wildcard_constraints:
@@ -36,7 +42,6 @@ wildcard_constraints:
     model=r"[^/]+",
     task=r"[^/]+",
     benchmark=r"[^/]+",
-    field=r"[a-z0-9_]+",
     round=r"[0-9]",
 
 
@@ -122,7 +127,7 @@ checkpoint rates:
     input:
         WORKFLOW.rate_records(checkpoints),
         WORKFLOW.experiment_file,
-        workflow.source_path("src/peftscope/analysis/tuning.py"),
+        TUNING,
     output:
         "results/{experiment}/rates-{round}.json",
     log:
@@ -136,7 +141,7 @@ checkpoint tune:
     input:
         WORKFLOW.rate_records(checkpoints),
         WORKFLOW.experiment_file,
-        workflow.source_path("src/peftscope/analysis/tuning.py"),
+        TUNING,
     output:
         "results/{experiment}/tuned.json",
     log:
@@ -152,8 +157,7 @@ rule collect:
     input:
         WORKFLOW.records(checkpoints),
         WORKFLOW.experiment_file,
-        workflow.source_path("src/peftscope/analysis/collect.py"),
-        workflow.source_path("src/peftscope/planning/published.py"),
+        ANALYSIS,
     output:
         runs="results/{experiment}/runs.csv",
         losses="results/{experiment}/losses.csv",
@@ -166,219 +170,7 @@ rule collect:
         "python -m peftscope collect {wildcards.experiment} > {log} 2>&1"
 
 
-rule tables:
-    input:
-        "results/{experiment}/runs.csv",
-        workflow.source_path("src/peftscope/report/benchmarks.py"),
-        workflow.source_path("src/peftscope/report/tables.py"),
-        workflow.source_path("src/peftscope/analysis/stats.py"),
-    output:
-        report(
-            "results/{experiment}/tables/methods.html",
-            caption="src/peftscope/report/captions/methods.rst",
-            category="Tables",
-            labels={"experiment": "{experiment}", "table": "methods"},
-        ),
-        report(
-            "results/{experiment}/tables/runs.html",
-            caption="src/peftscope/report/captions/runs.rst",
-            category="Tables",
-            labels={"experiment": "{experiment}", "table": "all runs"},
-        ),
-        report(
-            "results/{experiment}/tables/predictions.html",
-            caption="src/peftscope/report/captions/predictions.rst",
-            category="Tables",
-            labels={"experiment": "{experiment}", "table": "predicted memory"},
-        ),
-        report(
-            "results/{experiment}/tables/benchmarks.html",
-            caption="src/peftscope/report/captions/benchmarks.rst",
-            category="Tables",
-            labels={"experiment": "{experiment}", "table": "lm-eval's benchmarks"},
-        ),
-        "results/{experiment}/tables/benchmarks.csv",
-        "results/{experiment}/tables/predictions.csv",
-        "results/{experiment}/tables/methods.csv",
-        "results/{experiment}/tables/methods.md",
-        "results/{experiment}/tables/ladders.csv",
-    log:
-        "results/{experiment}/logs/tables.log",
-    benchmark:
-        "results/{experiment}/benchmarks/tables.tsv"
-    localrule: True
-    shell:
-        "python -m peftscope tables {wildcards.experiment} > {log} 2>&1"
-
-
-rule figures:
-    input:
-        "results/{experiment}/runs.csv",
-        "results/{experiment}/losses.csv",
-        workflow.source_path("src/peftscope/report/plots.py"),
-        workflow.source_path("src/peftscope/report/svg.py"),
-        workflow.source_path("src/peftscope/report/tables.py"),
-    output:
-        report(
-            "results/{experiment}/figures/pareto.svg",
-            caption="src/peftscope/report/captions/pareto.rst",
-            category="Figures",
-            labels={"experiment": "{experiment}", "figure": "quality against memory"},
-        ),
-        report(
-            "results/{experiment}/figures/memory.svg",
-            caption="src/peftscope/report/captions/memory.rst",
-            category="Figures",
-            labels={"experiment": "{experiment}", "figure": "memory by phase"},
-        ),
-        report(
-            "results/{experiment}/figures/throughput.svg",
-            caption="src/peftscope/report/captions/throughput.rst",
-            category="Figures",
-            labels={"experiment": "{experiment}", "figure": "throughput"},
-        ),
-        report(
-            "results/{experiment}/figures/losses.svg",
-            caption="src/peftscope/report/captions/losses.rst",
-            category="Figures",
-            labels={"experiment": "{experiment}", "figure": "loss curves"},
-        ),
-        report(
-            "results/{experiment}/figures/prediction.svg",
-            caption="src/peftscope/report/captions/prediction.rst",
-            category="Figures",
-            labels={
-                "experiment": "{experiment}",
-                "figure": "predicted against measured memory",
-            },
-        ),
-    log:
-        "results/{experiment}/logs/figures.log",
-    benchmark:
-        "results/{experiment}/benchmarks/figures.tsv"
-    localrule: True
-    shell:
-        "python -m peftscope figures {wildcards.experiment} > {log} 2>&1"
-
-
-rule ladder:
-    input:
-        "results/{experiment}/runs.csv",
-        workflow.source_path("src/peftscope/report/plots.py"),
-        workflow.source_path("src/peftscope/report/svg.py"),
-        workflow.source_path("src/peftscope/report/tables.py"),
-    output:
-        report(
-            "results/{experiment}/figures/ladder-{field}.svg",
-            caption="src/peftscope/report/captions/ladder.rst",
-            category="Figures",
-            labels={"experiment": "{experiment}", "figure": "ladder over {field}"},
-        ),
-    log:
-        "results/{experiment}/logs/ladder-{field}.log",
-    benchmark:
-        "results/{experiment}/benchmarks/ladder-{field}.tsv"
-    localrule: True
-    shell:
-        "python -m peftscope ladder {wildcards.experiment} {wildcards.field} > {log} 2>&1"
-
-
-# Only studies have these: the report asks for them.
-rule study:
-    input:
-        "results/{experiment}/runs.csv",
-        "results/{experiment}/losses.csv",
-        WORKFLOW.tuned,
-        workflow.source_path("src/peftscope/analysis/compare.py"),
-        workflow.source_path("src/peftscope/analysis/study.py"),
-        workflow.source_path("src/peftscope/analysis/stats.py"),
-        workflow.source_path("src/peftscope/report/study.py"),
-        workflow.source_path("src/peftscope/report/plots.py"),
-        workflow.source_path("src/peftscope/report/svg.py"),
-        workflow.source_path("src/peftscope/report/tables.py"),
-    output:
-        report(
-            "results/{experiment}/figures/tuning.svg",
-            caption="src/peftscope/report/captions/tuning.rst",
-            category="Study",
-            labels={
-                "experiment": "{experiment}",
-                "figure": "learning rates that were tried",
-            },
-        ),
-        report(
-            "results/{experiment}/figures/differences.svg",
-            caption="src/peftscope/report/captions/differences.rst",
-            category="Study",
-            labels={
-                "experiment": "{experiment}",
-                "figure": "differences between arms",
-            },
-        ),
-        report(
-            "results/{experiment}/tables/contrasts.html",
-            caption="src/peftscope/report/captions/differences.rst",
-            category="Study",
-            labels={"experiment": "{experiment}", "table": "differences between arms"},
-        ),
-        report(
-            "results/{experiment}/tables/controls.html",
-            caption="src/peftscope/report/captions/controls.rst",
-            category="Study",
-            labels={"experiment": "{experiment}", "table": "controls"},
-        ),
-        report(
-            "results/{experiment}/tables/tuning.html",
-            caption="src/peftscope/report/captions/tuning.rst",
-            category="Study",
-            labels={
-                "experiment": "{experiment}",
-                "table": "learning rates that were tried",
-            },
-        ),
-        "results/{experiment}/tables/contrasts.csv",
-        "results/{experiment}/tables/controls.csv",
-        "results/{experiment}/tables/tuning.csv",
-    log:
-        "results/{experiment}/logs/study.log",
-    benchmark:
-        "results/{experiment}/benchmarks/study.tsv"
-    localrule: True
-    shell:
-        "python -m peftscope study {wildcards.experiment} > {log} 2>&1"
-
-
-# Only experiments on random strings have these.
-rule capacity:
-    input:
-        "results/{experiment}/runs.csv",
-        workflow.source_path("src/peftscope/analysis/capacity.py"),
-        workflow.source_path("src/peftscope/report/capacity.py"),
-    output:
-        report(
-            "results/{experiment}/figures/capacity.svg",
-            caption="src/peftscope/report/captions/capacity.rst",
-            category="Figures",
-            labels={"experiment": "{experiment}", "figure": "bits stored"},
-        ),
-        report(
-            "results/{experiment}/tables/capacity.html",
-            caption="src/peftscope/report/captions/capacity.rst",
-            category="Tables",
-            labels={"experiment": "{experiment}", "table": "bits stored"},
-        ),
-        "results/{experiment}/tables/capacity.csv",
-        "results/{experiment}/tables/stored.csv",
-    log:
-        "results/{experiment}/logs/capacity.log",
-    benchmark:
-        "results/{experiment}/benchmarks/capacity.tsv"
-    localrule: True
-    shell:
-        "python -m peftscope capacity {wildcards.experiment} > {log} 2>&1"
-
-
-# Only experiments that keep weights along the training have these two.
+# Only experiments that keep weights along the training have this.
 rule measure:
     input:
         # A run that is trained again has the same weights.
@@ -393,111 +185,6 @@ rule measure:
         mem_mb=4000,
     shell:
         "python -m peftscope measure {wildcards.run_id} > {log} 2>&1"
-
-
-rule weights:
-    input:
-        WORKFLOW.measured(checkpoints),
-        "results/{experiment}/runs.csv",
-        workflow.source_path("src/peftscope/analysis/study.py"),
-        workflow.source_path("src/peftscope/analysis/weights.py"),
-        workflow.source_path("src/peftscope/report/weights.py"),
-    output:
-        "results/{experiment}/tables/weights.parquet",
-        report(
-            "results/{experiment}/figures/updates.svg",
-            caption="src/peftscope/report/captions/updates.rst",
-            category="Figures",
-            labels={"experiment": "{experiment}", "figure": "updates of weights"},
-        ),
-    log:
-        "results/{experiment}/logs/weights.log",
-    benchmark:
-        "results/{experiment}/benchmarks/weights.tsv"
-    localrule: True
-    shell:
-        "python -m peftscope weights {wildcards.experiment} > {log} 2>&1"
-
-
-# Only studies that score prose along the training have this.
-rule forgetting:
-    input:
-        "results/{experiment}/runs.csv",
-        "results/{experiment}/losses.csv",
-        WORKFLOW.tuned,
-        workflow.source_path("src/peftscope/analysis/study.py"),
-        workflow.source_path("src/peftscope/analysis/forgetting.py"),
-        workflow.source_path("src/peftscope/report/forgetting.py"),
-    output:
-        report(
-            "results/{experiment}/figures/forgetting.svg",
-            caption="src/peftscope/report/captions/forgetting.rst",
-            category="Study",
-            labels={
-                "experiment": "{experiment}",
-                "figure": "task loss against prose",
-            },
-        ),
-    log:
-        "results/{experiment}/logs/forgetting.log",
-    benchmark:
-        "results/{experiment}/benchmarks/forgetting.tsv"
-    localrule: True
-    shell:
-        "python -m peftscope forgetting {wildcards.experiment} > {log} 2>&1"
-
-
-# Only studies with arms on few examples have this.
-rule overfitting:
-    input:
-        "results/{experiment}/runs.csv",
-        "results/{experiment}/losses.csv",
-        WORKFLOW.tuned,
-        workflow.source_path("src/peftscope/analysis/study.py"),
-        workflow.source_path("src/peftscope/report/overfitting.py"),
-    output:
-        report(
-            "results/{experiment}/figures/overfitting.svg",
-            caption="src/peftscope/report/captions/overfitting.rst",
-            category="Study",
-            labels={
-                "experiment": "{experiment}",
-                "figure": "few examples along the training",
-            },
-        ),
-    log:
-        "results/{experiment}/logs/overfitting.log",
-    benchmark:
-        "results/{experiment}/benchmarks/overfitting.tsv"
-    localrule: True
-    shell:
-        "python -m peftscope overfitting {wildcards.experiment} > {log} 2>&1"
-
-
-# Only studies of three or more ranks, alphas or dimensions have this.
-rule shares:
-    input:
-        "results/{experiment}/runs.csv",
-        WORKFLOW.tuned,
-        workflow.source_path("src/peftscope/analysis/study.py"),
-        workflow.source_path("src/peftscope/report/shares.py"),
-    output:
-        report(
-            "results/{experiment}/figures/shares.svg",
-            caption="src/peftscope/report/captions/shares.rst",
-            category="Study",
-            labels={
-                "experiment": "{experiment}",
-                "figure": "gain over what varies",
-            },
-        ),
-    log:
-        "results/{experiment}/logs/shares.log",
-    benchmark:
-        "results/{experiment}/benchmarks/shares.tsv"
-    localrule: True
-    shell:
-        "python -m peftscope shares {wildcards.experiment} > {log} 2>&1"
 
 
 # What follows from the code alone is made once for all experiments.
@@ -516,11 +203,7 @@ rule memory_curve:
 rule memory_figures:
     input:
         curves=expand("results/memory/curves/{point}.csv", point=GRID.instance_patterns),
-        code=[
-            workflow.source_path("src/peftscope/report/memory.py"),
-            workflow.source_path("src/peftscope/report/plots.py"),
-            workflow.source_path("src/peftscope/report/svg.py"),
-        ],
+        code=REPORT,
     output:
         report(
             "results/memory/grid.svg",
@@ -541,45 +224,33 @@ rule memory_figures:
         "python -m peftscope memory-figures {input.curves} > {log} 2>&1"
 
 
-rule memory_chapter:
-    input:
-        CALCULATOR,
-        workflow.source_path("src/peftscope/training/step.py"),
-        workflow.source_path("src/peftscope/training/build.py"),
-    output:
-        report(
-            "results/memory/chapter.html",
-            caption="src/peftscope/report/captions/memory-chapter.rst",
-            category="Memory",
-            labels={"table": "an introduction's figures, simulated"},
-        ),
-        "results/memory/chapter.csv",
-    log:
-        "results/memory/logs/chapter.log",
-    localrule: True
-    shell:
-        "python -m peftscope memory-chapter > {log} 2>&1"
-
-
+# Tables and figures differ from one experiment to the next: src/peftscope/report/parts.py lists them.
 rule report:
     input:
+        "results/{experiment}/runs.csv",
+        "results/{experiment}/losses.csv",
+        WORKFLOW.tuned,
+        WORKFLOW.measured(checkpoints),
         rules.memory_figures.output,
-        rules.memory_chapter.output,
-        rules.tables.output,
-        rules.figures.output,
-        WORKFLOW.figures,
         CONTRIBUTED,
-        workflow.source_path("src/peftscope/analysis/contributed.py"),
-        workflow.source_path("src/peftscope/report/contributed.py"),
-        workflow.source_path("src/peftscope/report/page.py"),
-        workflow.source_path("src/peftscope/report/memory.py"),
-        workflow.source_path("src/peftscope/report/sentences.py"),
-        workflow.source_path("src/peftscope/report/serving.py"),
-        workflow.source_path("src/peftscope/report/templates/report.html.j2"),
-        workflow.source_path("src/peftscope/report/templates/report.css"),
-        workflow.source_path("src/peftscope/report/templates/report.js"),
+        ANALYSIS,
+        REPORT,
     output:
         "reports/{experiment}/report.html",
+        report(
+            directory("results/{experiment}/tables"),
+            patterns=["{part}.html"],
+            caption="src/peftscope/report/captions/part.rst",
+            category="Tables",
+            labels={"experiment": "{experiment}", "table": "{part}"},
+        ),
+        report(
+            directory("results/{experiment}/figures"),
+            patterns=["{part}.svg"],
+            caption="src/peftscope/report/captions/part.rst",
+            category="Figures",
+            labels={"experiment": "{experiment}", "figure": "{part}"},
+        ),
     log:
         "results/{experiment}/logs/report.log",
     benchmark:

@@ -1,6 +1,6 @@
 """How the suite grows from 50 to 5,000 finished runs: ``make benchmark-scale`` writes ``docs/scale.md``.
 
-The aims, at the largest size: the workflow finds nothing to do within 10 s; tables, and the whole report, take less
+The aims, at the largest size: the workflow finds nothing to do within 10 s; the whole report takes less
 than 60 s; none of it takes 2 GiB, and nothing grows faster than the number of runs.
 """
 
@@ -34,8 +34,8 @@ from peftscope.layout import report_path
 from peftscope.report.tables import markdown
 
 PAGE = Path("docs/scale.md")
-NO_OP, TABLES, REPORT, CLAIMS = "workflow with nothing to do", "tables", "report, all of it", "claims that read it"
-MOST_SECONDS = {NO_OP: 10, TABLES: 60, REPORT: 60}
+NO_OP, REPORT, CLAIMS = "workflow with nothing to do", "report, all of it", "claims that read it"
+MOST_SECONDS = {NO_OP: 10, REPORT: 60}
 MOST_GIB = 2
 DESCRIPTIONS = {
     SWEEP: (
@@ -117,9 +117,8 @@ def measure(command: Sequence[str]) -> tuple[Cost, str]:
 
 def commands(experiment: str) -> dict[str, list[str]]:
     """Returns what is measured once all runs are finished, by its name, in the order of the workflow."""
-    own = {"expand": f"expand {experiment} --brief", "collect": f"collect {experiment}", TABLES: f"tables {experiment}"}
-    own |= {"figures": f"figures {experiment}"} | ({"study": f"study {experiment}"} if experiment == STUDY else {})
-    own |= {REPORT: f"report {experiment}", "page": f"page {experiment}", "check": f"check {experiment}"}
+    own = {"expand": f"expand {experiment} --brief", "collect": f"collect {experiment}"}
+    own |= {REPORT: f"report {experiment}", "check": f"check {experiment}"}
     if experiment == STUDY:
         ids = [claim.id for claim in read_ledger() if any(part.with_.get("study") == STUDY for part in claim.parts)]
         own[CLAIMS] = " ".join(["claims", *(f"--id {name}" for name in ids)])

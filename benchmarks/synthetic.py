@@ -14,7 +14,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 
 from peftscope.analysis.tuning import choose_rates
@@ -25,7 +24,6 @@ from peftscope.planning.experiment import read_yaml
 from peftscope.planning.published import published_records
 from peftscope.planning.sweep import ROUNDS, expand
 from peftscope.record import RunRecord, parse_record
-from peftscope.report.memory import write_chapter
 from peftscope.spec import RunSpec, run_id
 
 SWEEP, STUDY = "sweep", "variants-60"
@@ -47,9 +45,7 @@ def make_workspace(folder: Path, repository: Path) -> None:
         (folder / name).symlink_to(repository / name)
     (folder / "results").mkdir()
     (folder / PUBLISHED).symlink_to(repository / PUBLISHED)
-    memory = folder / MEMORY_FOLDER
-    shutil.copytree(repository / PUBLISHED / "memory", memory)
-    write_chapter(pd.read_csv(memory / "chapter.csv"), memory)
+    shutil.copytree(repository / PUBLISHED / "memory", folder / MEMORY_FOLDER)
 
 
 def make_sweep(size: int) -> int:

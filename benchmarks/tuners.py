@@ -1,10 +1,12 @@
-"""Tries every tuner of PEFT on the toy model, and writes what it cannot do: ``make tuners``.
+"""Tries every tuner of PEFT on the toy model, and writes its options and what it cannot do: ``make tuners``.
 
-The limits go to ``src/peftscope/methods/tuner_limits.json``, where the method reads them, and into ``docs/tuners.md``.
+The options go to ``src/peftscope/methods/tuner_options.json``, the limits to ``tuner_limits.json`` beside it, where the
+method reads them, and into ``docs/tuners.md``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -19,7 +21,8 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import AutoConfig
@@ -31,8 +34,7 @@ from peftscope.execution.merge import base_of_adapter
 from peftscope.files.atomic import write_json
 from peftscope.memory.probe import probe_training
 from peftscope.memory.simulate import simulate
-from peftscope.methods import tuner_limits
-from peftscope.methods.tuner_options import has_virtual_tokens, tuner_folders
+from peftscope.methods import tuner_limits, tuner_options
 from peftscope.models.catalog import model_folder
 from peftscope.models.fetch import fetch_model
 from peftscope.planning.experiment import Experiment, experiment_path, read_experiment
@@ -41,7 +43,8 @@ from peftscope.spec import RunSpec
 from peftscope.training.build import build_model, seed_everything
 from peftscope.training.checkpoint import Checkpoints
 from peftscope.training.load import attention, load_base, load_tokenizer
-from peftscope.training.loop import TrainingLog, train
+from peftscope.training.log import TrainingLog
+from peftscope.training.loop import train
 from peftscope.training.signals import Interrupted
 from peftscope.training.step import TrainedModel, forward_loss
 
@@ -63,7 +66,43 @@ class Fault(Exception):
 
 def tuners() -> list[str]:
     """Returns the tuners without virtual tokens, by name."""
-    return sorted(tuner for tuner in tuner_folders() if not has_virtual_tokens(tuner))
+    return sorted(tuner for tuner, options in tuner_options.tuners().items() if options is not None)
+
+
+def options_of_peft() -> dict[str, list[dict[str, Any]] | None]:
+    """Returns the options of every tuner of the installed PEFT in PEFT's order; None for those with virtual tokens."""
+    from peft import PeftConfig, PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    common = {field.name for field in dataclasses.fields(PeftConfig)}
+    found: dict[str, list[dict[str, Any]] | None] = {}
+    for kind, configuration in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        hints, options = get_type_hints(configuration), []
+        for field in dataclasses.fields(configuration):
+            spelled = spelled_type(hints[field.name])
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            if field.name not in common and spelled and not hasattr(default, "__dataclass_fields__"):
+                options.append({"name": field.name, "type": spelled, "default": default})
+        found[kind.value.lower()] = None if issubclass(configuration, PromptLearningConfig) else options
+    return found
+
+
+def spelled_type(kind: Any) -> str:
+    """Returns an annotation without classes of PEFT's own, whose values cannot be written in a file."""
+    parts = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        known = filter(None, map(spelled_type, parts))
+        # Sorted, because typing's cache gives a union in the order in which some other module wrote it first.
+        return " | ".join(sorted(known, key=lambda part: (part == "None", part)))
+    if get_origin(kind) is Literal:
+        return f"Literal[{', '.join(map(repr, parts))}]"
+    if parts:
+        return f"{get_origin(kind).__name__}[{', '.join(map(spelled_type, parts))}]"
+    if kind is NoneType:
+        return "None"
+    return str(kind.__name__) if kind in (bool, int, float, str, list, dict, tuple, set) else ""
 
 
 def listed_fields(tuner: str) -> dict[str, Any]:
@@ -294,8 +333,9 @@ def render(limits: dict[str, dict[str, str]], peft: str) -> str:
 
 
 def main() -> None:
-    """Tries the tuners that are named, or all, and writes limits and page."""
+    """Writes the options, tries the tuners that are named, or all, and writes limits and page."""
     warnings.simplefilter("ignore")
+    write_json(tuner_options.OPTIONS_FILE, options_of_peft())
     fetch_model("toy")
     make_task("two-digit-sums")
     limits = dict(tuner_limits.limits())

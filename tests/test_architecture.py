@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
 import tomllib
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,35 @@ def test_planning_and_reporting_never_load_torch() -> None:
         check=True,
     )
     assert done.stdout.strip() == "False"
+
+
+def imports_of_each_file(source: Path) -> dict[str, set[str]]:
+    """Returns the package's own modules that each of its modules imports, in functions and for types too."""
+    files = {
+        ".".join(path.relative_to(source).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in source.rglob("*.py")
+    }
+
+    def imported(path: Path) -> set[str]:
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                found |= {name if name in files else str(node.module) for name in names}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+        return found & files.keys()
+
+    return {name: imported(path) - {name} for name, path in files.items()}
+
+
+def test_no_files_import_each_other_but_for_the_list_of_methods(repository: Path) -> None:
+    imports = imports_of_each_file(repository / "src")
+    with pytest.raises(CycleError):
+        TopologicalSorter(imports).prepare()  # the list holds every method, and a method knows the spec that holds it
+    listed = imports.pop("peftscope.methods")
+    assert "peftscope.methods.lora" in listed
+    TopologicalSorter({name: others - {"peftscope.methods"} for name, others in imports.items()}).prepare()
 
 
 def test_snakefile_holds_rules_only(repository: Path) -> None:

@@ -221,7 +221,7 @@ def test_sigkill_at_random_moments(
 
 
 def undisturbed_smoke(repository: Path, toy: Path, tmp_path: Path, other: Path) -> Path:
-    """Returns a folder in which smoke ran without a fault; with the other one's memory chapter, which takes minutes."""
+    """Returns a folder in which smoke ran without a fault; with the other one's figures of memory."""
     folder = make_folder(tmp_path / "reference", repository, toy, {})
     subprocess.run(["cp", "-a", "--parents", "results/memory", str(folder)], cwd=other, check=True)
     finish(folder, "smoke")

@@ -47,7 +47,6 @@ NEEDING = {
     "memory org/name": "model: the config.json of 'org/name' is on the hub, and huggingface_hub is not installed",
     "memory llama-2-7b --simulate": "[simulate]",
     "memory llama-2-7b --lengths lengths.txt --figure x.png": "[report]",
-    "why a-00000000": "[report]",
     "fetch toy": "[train]",
     "make-task two-digit-sums": "[train]",
     "doctor": "[train]",

@@ -31,7 +31,7 @@ from peftscope.record import RunRecord, read_record, write_record
 from peftscope.spec import RunSpec, run_id
 from peftscope.training.checkpoint import DIGEST_DIGITS, Checkpoints, TrainingState
 from peftscope.training.load import load_base, load_tokenizer
-from peftscope.training.loop import TrainingLog
+from peftscope.training.log import TrainingLog
 
 SOURCES = sorted((Path(__file__).parent.parent / "src/peftscope").rglob("*.py"))
 
@@ -352,9 +352,8 @@ COMMANDS = {
     "a long model": ["fetch", LONG],
     "a long task": ["make-task", LONG],
     "a long experiment": ["expand", LONG],
-    "an experiment up": ["tables", "../../x"],
-    "nothing collected": ["tables", "quick"],
-    "a ladder up": ["ladder", "quick", "../../x"],
+    "an experiment up": ["page", "../../x"],
+    "nothing collected": ["page", "quick"],
     "an escape": ["expand", "\x1b[2J"],
     "a billion laughs": ["expand", "laughs"],
     "too many runs": ["expand", "many"],

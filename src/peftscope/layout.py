@@ -47,7 +47,7 @@ LEADERBOARD = "leaderboard"
 """The name of the page of methods that studies compare, in the folder of reports and in that of published ones."""
 
 MEMORY_FOLDER = RESULTS / "memory"
-"""The folder of results that need no run: memory curves, bars, a chapter's table."""
+"""The folder of results that need no run: memory curves and bars."""
 
 CLAIMS_RESULTS = RESULTS / "claims.json"
 CLAIMS_PAGE = REPORTS / "claims.html"
@@ -60,16 +60,13 @@ PACKAGED = Path(__file__).parent / "shipped"
 """The copy of the repository's folders in a wheel, which setup.py makes."""
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,63}"
-RENAMED = {"kin": "all-methods"}
-"""The new names of experiments, by their old names."""
 
 
 def how_to_run(experiment: str) -> str:
     """Returns what runs an experiment and reports it: Snakemake in a clone, elsewhere one run after the other."""
-    name = RENAMED.get(experiment, experiment)
     if Path("Makefile").is_file() and Path("Snakefile").is_file():
-        return f"make report EXPERIMENT={name}"
-    return f"peftscope sweep {name} && peftscope report {name}"
+        return f"make report EXPERIMENT={experiment}"
+    return f"peftscope sweep {experiment} && peftscope report {experiment}"
 
 
 def shipped(path: Path) -> Path:
@@ -123,6 +120,16 @@ def record_path(run: str) -> Path:
 def record_paths() -> list[Path]:
     """Returns the paths of the records of all runs in the store."""
     return sorted(RUNS.glob("*/record.json"))
+
+
+def sources(*patterns: str) -> list[str]:
+    """Returns the source files of the package that runs whose paths in it match, as in ``report/*.py``.
+
+    They are relative to the working folder where it has them, as in a clone.
+    """
+    package, here = Path(__file__).parent, Path.cwd()
+    found = [path for pattern in patterns for path in package.glob(pattern)]
+    return sorted(str(path.relative_to(here) if path.is_relative_to(here) else path) for path in found)
 
 
 def published(name: str) -> Path:

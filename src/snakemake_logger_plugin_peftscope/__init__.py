@@ -27,8 +27,8 @@ from peftscope.spec import RunSpec
 
 SHORT_SECONDS = 2.5
 """Of a job that trains nothing: 0.7 to 3.1 in the quick experiment's benchmarks on two cores, mostly to start."""
-RULE_SECONDS = {"memory_chapter": 100.0, "measure": 100.0}
-"""Of rules that simulate or measure: the processor's seconds on two cores. LoRA's updates of SmolLM2-135M take 67 to
+RULE_SECONDS = {"measure": 100.0}
+"""Of rules that measure: the processor's seconds on two cores. LoRA's updates of SmolLM2-135M take 67 to
 measure, and those of full fine-tuning 160."""
 TRUST = 0.1
 """The plan's estimate counts as much as this share of it that was done in just as many seconds."""

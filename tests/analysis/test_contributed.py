@@ -28,6 +28,7 @@ from peftscope.record import (
     PredictedMemory,
     RunRecord,
     Speed,
+    Timing,
     content_sha256,
     write_record,
 )
@@ -48,9 +49,7 @@ def specs() -> dict[str, RunSpec]:
 @cache
 def parts() -> dict[str, Part]:
     """Returns the last part of some claims that a card decides, by claim."""
-    found = {
-        c.id: [p for p in c.parts if p.check.startswith("gpu.")] for c in read_ledger() if c.id in ("S6", "S7", "S8")
-    }
+    found = {c.id: [p for p in c.parts if p.check.startswith("gpu.")] for c in read_ledger() if c.id in ("S71", "S74")}
     return {claim: those[-1] for claim, those in found.items()}
 
 
@@ -74,6 +73,7 @@ def record_of(run: str, **changes: Any) -> RunRecord:
             step_seconds_upper_quartile=0.21,
             matmul_share=0.5,
         ),
+        "latency": latency(1.05),
         "train_nll": [10.5] * spec.steps,
         "train_batches_sha256": "ab" * 32,
         "reason": f"written to {home}",
@@ -91,17 +91,25 @@ def record_of(run: str, **changes: Any) -> RunRecord:
     return RunRecord(run_id=run, spec=spec, **{**facts, **changes})
 
 
-def runs_named(claim: str) -> list[str]:
-    """Returns the runs of gpu-check that decide the last part of a claim that a card decides."""
-    wanted = {"S6": ("lora", False, None), "S7": ("lora", False, 23.988)}[claim]
-    return [
+def latency(apart: float) -> dict[str, Timing]:
+    """Returns the latencies of a token with an adapter apart and merged, whose ratio is given."""
+    seconds = {"apart_token": 0.02 * apart, "merged_token": 0.02}
+    return {
+        name: Timing(repeats=9, seconds_median=one, seconds_lower_quartile=one, seconds_upper_quartile=one)
+        for name, one in seconds.items()
+    }
+
+
+def run_named(name: str) -> str:
+    """Returns the run of gpu-check that decides S71 on a card, or one with the memory of a smaller card."""
+    wanted = {"S71": ("all-linear", 192, 128, None), "limited": ("attention", 512, 0, 23.988)}[name]
+    (found,) = (
         run
         for run, spec in specs().items()
-        if (spec.method.name, spec.checkpointing, spec.memory_limit_gib) == wanted
-        and (spec.model, spec.seq_len, spec.batch_size) == ("random-llama-2-7b", 512, 1)
-        and getattr(spec.method, "targets", "") == "attention"
-        and spec.latency_tokens == 0
-    ]
+        if (spec.method.name, spec.model, spec.batch_size) == ("lora", "random-llama-2-7b", 1)
+        and (getattr(spec.method, "targets", ""), spec.seq_len, spec.latency_tokens, spec.memory_limit_gib) == wanted
+    )
+    return found
 
 
 @pytest.fixture
@@ -110,8 +118,8 @@ def card(tmp_path: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     (tmp_path / "experiments").symlink_to(workspace / "experiments")
     monkeypatch.chdir(tmp_path)
 
-    def fill(*claims: str, **changes: Any) -> list[RunRecord]:
-        records = [record_of(run, **changes) for claim in claims for run in runs_named(claim)]
+    def fill(*names: str, **changes: Any) -> list[RunRecord]:
+        records = [record_of(run_named(name), **changes) for name in names]
         for record in records:
             write_record(Path("results/runs") / record.run_id / "record.json", record)
         return records
@@ -130,7 +138,7 @@ def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
 
 
 def test_what_a_card_left_is_shown_then_written_and_decides_claims(card: Any, peftscope: Command) -> None:
-    (s6,) = card("S6")
+    (s71,) = card("S71")
     code, said, _ = peftscope("contribute")
     assert code == 0 and "Nothing was written" in said and "2.13.0+cu128" in said and CARD in said
     assert not Path("results/contributed").exists()
@@ -140,9 +148,9 @@ def test_what_a_card_left_is_shown_then_written_and_decides_claims(card: Any, pe
     text = first.read_text()
     for name in (SECRET, "4711", "/home", socket.gethostname(), f'"{getpass.getuser()}"', "T20:00"):
         assert name not in text, name
-    assert read_contribution(first).records[0].memory == s6.memory
+    assert read_contribution(first).records[0].memory == s71.memory
     # More runs of the same card make a new file, which replaces the one that it contains.
-    card("S7", status="oom", train_nll=[])
+    card("limited", status="oom", train_nll=[])
     assert peftscope("contribute", "--yes")[0] == 0
     (second,) = Path("results/contributed").rglob("*.json")
     assert second != first and len(read_contribution(second).records) == 2
@@ -163,8 +171,8 @@ def test_no_contribution_is_a_sentence(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_run_of_no_repository_is_told_beside_one_of_a_commit(card: Any, peftscope: Command) -> None:
-    (s6,) = card("S6")
-    card("S7", provenance=s6.provenance | {"code": {"commit": None, "dirty": None}})
+    (s71,) = card("S71")
+    card("limited", provenance=s71.provenance | {"code": {"commit": None, "dirty": None}})
     assert peftscope("contribute", "--yes")[0] == 0
     assert cards_table()["code"].item() == "cccccccc, no repository"
 
@@ -172,15 +180,15 @@ def test_a_run_of_no_repository_is_told_beside_one_of_a_commit(card: Any, peftsc
 def check_claims() -> None:
     """Checks that contributed runs decide what no card of ours has measured, and are named as what they are."""
     found = {claim: evaluate_part(part) for claim, part in parts().items()}
-    assert found["S6"].verdict == Verdict.HOLDS and found["S6"].known == "on a contributed card"
-    assert found["S6"].to_json()["contributed"] and "(contributed)" in found["S6"].to_json()["model"]
-    assert found["S7"].verdict == Verdict.WRONG and found["S8"].verdict == Verdict.NOT_RUN
+    assert found["S71"].verdict == Verdict.HOLDS and found["S71"].known == "on a contributed card"
+    assert found["S71"].to_json()["contributed"] and "(contributed)" in found["S71"].to_json()["model"]
+    assert found["S74"].verdict == Verdict.NOT_RUN
     # A card of ours that measured the same decides alone.
-    ours = record_of(*runs_named("S6"), memory=Memory(train=PhaseMemory(peak_tensor_bytes=2 * PEAK)))
+    ours = record_of(run_named("S71"), latency=latency(2))
     Path("results/gpu-check").mkdir()
     row = {"run_id": ours.run_id, "comparisons": "grid", **row_of(ours.spec, ours)}
     pd.DataFrame([row]).to_csv("results/gpu-check/runs.csv", index=False)
-    own = evaluate_part(parts()["S6"])
+    own = evaluate_part(parts()["S71"])
     assert own.verdict == Verdict.WRONG and own.known == "on a card"
 
 
@@ -223,7 +231,7 @@ def record(edit: Edit) -> Edit:
 def test_a_file_that_is_not_sound_is_refused_in_a_sentence(
     edit: Edit, said: str, card: Any, peftscope: Command
 ) -> None:
-    card("S6")
+    card("S71")
     assert peftscope("contribute", "--yes")[0] == 0
     (path,) = Path("results/contributed").rglob("*.json")
     changed = change(path, edit)
@@ -235,7 +243,7 @@ def test_a_file_that_is_not_sound_is_refused_in_a_sentence(
 
 
 def test_damaged_files_are_refused_and_decide_nothing(card: Any) -> None:
-    card("S6")
+    card("S71")
     (contribution,) = pack("gpu-check")
     path = contribution.path()
     path.parent.mkdir(parents=True)
@@ -244,7 +252,7 @@ def test_damaged_files_are_refused_and_decide_nothing(card: Any) -> None:
         path.write_bytes(damaged.encode(errors="surrogateescape"))
         with pytest.raises(InputError, match=path.name):
             read_contributions()
-        finding = evaluate_part(parts()["S6"])
+        finding = evaluate_part(parts()["S71"])
         assert finding.verdict == Verdict.NOT_RUN and path.name in finding.reason
     path.write_text(text)
     assert list(read_contributions()) == [path]
@@ -254,7 +262,7 @@ def test_damaged_files_are_refused_and_decide_nothing(card: Any) -> None:
 
 
 def test_a_provenance_of_any_shape_is_refused_in_a_sentence(card: Any) -> None:
-    (record,) = card("S6")
+    (record,) = card("S71")
     facts = anonymous(record).provenance
     shapes: list[dict[str, Any]] = [{}, facts | {"hardware": facts["hardware"] | {"gpu_memory_bytes": "24 GiB"}}]
     shapes += [
@@ -272,7 +280,7 @@ def test_a_provenance_of_any_shape_is_refused_in_a_sentence(card: Any) -> None:
 
 
 def test_two_cards_must_agree_on_the_first_loss_and_on_the_batches(card: Any) -> None:
-    card("S6")
+    card("S71")
     (first,) = pack("gpu-check")
     (record,) = first.records
     for changes, said in (

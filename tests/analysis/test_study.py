@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -37,6 +36,7 @@ from peftscope.planning.published import VALIDATION, published_items, published_
 from peftscope.planning.sweep import Sweep, expand
 from peftscope.record import Quality, RunRecord, parse_record, write_record
 from peftscope.report.overfitting import mean_losses, overfitting_sentence, write_overfitting
+from peftscope.report.parts import PARTS
 from peftscope.report.publish import publish, restore
 from peftscope.report.shares import share_table, shares_sentence, write_shares
 from peftscope.report.study import (
@@ -248,7 +248,7 @@ def test_a_control_changes_one_thing(tuned: None) -> None:
         ({"seeds": [0]}, "study.seeds"),
         ({"seeds": [0, 1, 1]}, "seeds must differ"),
         ({"arms": {"full": {"method": "full"}, "a b": {"method": "lora"}}}, "study.arms"),
-        ({"controls": {"dora": ["again"]}}, "controls and a_a name no arm: dora"),
+        ({"controls": {"dora": ["a-a"]}}, "controls and a_a name no arm: dora"),
         ({"contrasts": [["lora", "dora"]]}, "contrasts name no arm: dora"),
         ({"contrasts": [["lora", "lora"]]}, "contrasts: lora and lora are compared already, or are one arm"),
         ({"contrasts": [["thin", "full"]]}, "thin and full are compared already"),
@@ -279,11 +279,11 @@ def test_a_study_needs_the_untouched_base(write_experiment) -> None:
 
 
 def test_gains_are_counted_from_the_base_in_4_bits_only_if_there_is_no_other() -> None:
-    study = StudyResults.__new__(StudyResults)
-    study.table = pd.DataFrame({"method": "none", "base_weights": ["nf4", "full"], HELDOUT: [2.0, 3.0]})
-    assert study.base_loss == 3.0
-    study.table = study.table.iloc[:1]
-    assert study.base_loss == 2.0
+    runs = pd.DataFrame({"method": "none", "base_weights": ["nf4", "full"], HELDOUT: [2.0, 3.0]})
+    for table, loss in ((runs, 3.0), (runs.iloc[:1], 2.0)):
+        study = StudyResults.__new__(StudyResults)
+        study.table = table
+        assert study.base_loss == loss
 
 
 def test_the_lowest_validation_loss_is_the_centre_and_everything_tried_is_kept(at_three_rates) -> None:
@@ -405,8 +405,9 @@ def test_a_choice_between_rates_that_depends_on_one_seed_widens_the_interval(wri
     collect_experiment(expand("mine"))
     study = StudyResults("mine")
     wide = study.difference("thin", "full").half_width()
-    study.table = study.table[~((study.table["label"] == "LoRA") & (study.table["learning_rate"] == 1.7e-3))]
-    assert wide > 1.2 * study.difference("thin", "full").half_width()
+    without = StudyResults("mine")
+    without.table = study.table[~((study.table["label"] == "LoRA") & (study.table["learning_rate"] == 1.7e-3))]
+    assert wide > 1.2 * without.difference("thin", "full").half_width()
 
 
 def test_an_arm_that_a_card_cannot_hold_is_left_out_and_told(write_study_file, monkeypatch) -> None:
@@ -722,11 +723,11 @@ def test_a_study_of_three_ranks_alphas_or_dimensions_has_a_figure_over_them(writ
     for name, field in (varied | {"subspace": "dimension", "forgetting": None}).items():
         workflow = load_workflow({"experiment": name})
         assert workflow.plans[name].varied == field
-        drawn = workflow.figures(SimpleNamespace(experiment=name))
-        assert (f"results/{name}/figures/shares.svg" in drawn) is (field is not None)
-        assert f"results/{name}/figures/overfitting.svg" not in drawn
-    drawn = load_workflow({"experiment": "small-data"}).figures(SimpleNamespace(experiment="small-data"))
-    assert "results/small-data/figures/overfitting.svg" in drawn
+        shown = {figure for part in PARTS if part.belongs(workflow.plans[name]) for figure in part.captions}
+        assert ("shares" in shown) is (field is not None)
+        assert "overfitting" not in shown
+    plan = load_workflow({"experiment": "small-data"}).plans["small-data"]
+    assert any("overfitting" in part.captions for part in PARTS if part.belongs(plan))
 
 
 def test_claims_measure_shares_of_the_task_gain(finished: StudyResults) -> None:
@@ -1007,15 +1008,15 @@ def test_the_whole_study_in_one_workflow(write_experiment, repository: Path, toy
         Path(name).symlink_to(repository / name)
     Path("resources").symlink_to(toy / "resources")
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "experiment=mine", "--"]
-    command.append("results/mine/tables/contrasts.csv")
+    command.append("results/mine/runs.csv")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     arms = json.loads(Path("results/mine/tuned.json").read_text())["arms"]
     rates = [len(said["rates"]) for said in arms.values()]
     assert all(3 <= count <= 5 for count in rates)
     assert len(list(Path("results/runs").glob("*/record.json"))) == 1 + 6 + 2 * sum(rates)
-    found = pd.read_csv("results/mine/tables/contrasts.csv")
     study = StudyResults("mine")
+    found = contrasts(study)
     assert found["difference"].tolist() == pytest.approx([study.difference("lora", "full").mean])
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "Nothing to be done" in again.stdout + again.stderr

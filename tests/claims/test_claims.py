@@ -13,7 +13,6 @@ import yaml
 from conftest import REPOSITORY
 
 from peftscope.analysis.compare import compare
-from peftscope.analysis.stats import mean_interval
 from peftscope.claims.checks.quantised_models import WINDOWS
 from peftscope.claims.evaluate import Finding, PartFinding, check_key, evaluate, evaluate_part, moved
 from peftscope.claims.ledger import Change, Claim, Part, read_history, read_ledger
@@ -23,15 +22,17 @@ from peftscope.claims.verdict import READINGS, Reading, Rule, Verdict, judge, sp
 from peftscope.cli.claims import _measure
 from peftscope.cli.main import main
 from peftscope.errors import InputError
+from peftscope.files.content import read_yaml
+from peftscope.layout import CLAIMS_FILE, shipped
 from peftscope.report.claims import write_claims_page
 from peftscope.report.findings import write_findings
 from peftscope.report.publish import publish
 from peftscope.report.spoken import sentence, spoken_finding
 from peftscope.report.svg import interval
 
+CHECK = "counts.full_to_low_rank_ratio"
 ENTRY: dict[str, Any] = {
     "id": "S13",
-    "slug": "ratio-255x",
     "section": "Low-rank algebra",
     "source": "chapter: What is a low-rank matrix?",
     "statement": "Two factors have 255 times fewer values.",
@@ -40,21 +41,32 @@ ENTRY: dict[str, Any] = {
     "parts": [
         {
             "kind": "arithmetic",
-            "role": "assertion",
             "quotes": "255 times fewer",
             "measures": "values of the matrix over values of its factors",
-            "check": "counts.full_to_low_rank_ratio",
-            "with": {"rows": 4096, "columns": 4096, "rank": 8},
+            CHECK: {"rows": 4096, "columns": 4096, "rank": 8},
             "rule": {"equals": 255},
         }
     ],
 }
 
 
-def ledger_of(tmp_path: Path, *entries: dict[str, Any]) -> tuple[Claim, ...]:
+def file_of(*entries: dict[str, Any], **shared: Any) -> str:
+    """Returns the text of a ledger: every entry below its section and its id."""
+    sections: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        content = {name: value for name, value in entry.items() if name not in ("id", "section")}
+        sections.setdefault(entry["section"], {})[entry["id"]] = content
+    return yaml.safe_dump({"checks": shared, "claims": sections}, sort_keys=False)
+
+
+def ledger_of(tmp_path: Path, *entries: dict[str, Any], **shared: Any) -> tuple[Claim, ...]:
     path = tmp_path / "claims.yaml"
-    path.write_text(yaml.safe_dump({"claims": list(entries)}))
+    path.write_text(file_of(*entries, **shared))
     return read_ledger(path)
+
+
+def without(*names: str) -> dict[str, Any]:
+    return {name: value for name, value in ENTRY["parts"][0].items() if name not in names}
 
 
 # The ledger.
@@ -74,26 +86,33 @@ def test_what_is_not_measured_says_why() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"id": "X1"}, "claims[0].id"),
-        ({"slug": "Not A Slug"}, "claims[0].slug"),
-        ({"colour": "red"}, "unknown key"),
-        ({"parts": []}, "claims[0].parts"),
-        ({"parts": [ENTRY["parts"][0] | {"check": "counts.nothing"}]}, "S13.parts[0].check: no such check"),
-        ({"parts": [ENTRY["parts"][0] | {"with": {"rows": 1}}]}, "S13.parts[0].with: missing a required argument"),
-        ({"parts": [ENTRY["parts"][0] | {"with": {"rows": 4, "columns": 4, "rank": -1}}]}, "S13.parts[0].with.rank"),
-        ({"parts": [ENTRY["parts"][0] | {"rule": {"equals": 1, "at_least": 2}}]}, "must have one of"),
+        ({"id": "X1"}, "claims.yaml: X1.its.id: "),
+        ({"slug": "ratio-255x"}, "S13.slug: unknown key"),
+        ({"colour": "red"}, "S13.colour: unknown key"),
+        ({"parts": []}, "S13.parts: "),
+        ({"parts": [without(CHECK) | {"counts.nothing": {}}]}, "S13.parts[0].counts.nothing: no such check"),
+        ({"parts": [without(CHECK) | {"check": CHECK}]}, "S13.parts[0].check: unknown key"),
+        ({"parts": [ENTRY["parts"][0] | {"counts.quotient": {}}]}, "S13.parts[0]: must have one check"),
+        ({"parts": [ENTRY["parts"][0] | {CHECK: {"rows": 1}}]}, f"S13.parts[0].{CHECK}: missing a required argument"),
+        ({"parts": [ENTRY["parts"][0] | {CHECK: 8}]}, "S13.parts[0].its.parameters: "),
+        ({"parts": [ENTRY["parts"][0] | {CHECK: {"rows": 4, "columns": 4, "rank": -1}}]}, f"parts[0].{CHECK}.rank: "),
+        ({"parts": [without("kind")]}, f"S13.parts[0]: has no kind, and `checks` gives none to {CHECK}"),
+        (
+            {"parts": [ENTRY["parts"][0] | {"rule": {"equals": 1, "at_least": 2}}]},
+            "S13.parts[0].rule: must have one of",
+        ),
+        ({"parts": [without("rule")], "rule": {"equals": 1, "at_least": 2}}, "S13.rule: must have one of"),
+        ({"rule": {"equals": 1}}, "S13: no part takes the claim's rule"),
         ({"parts": [ENTRY["parts"][0] | {"rule": {"at_least": 3, "at_most": 2}}]}, "above at_most"),
         ({"parts": [ENTRY["parts"][0] | {"rule": {"equals": "a", "absolute": 0.1}}]}, "a tolerance needs a number"),
         ({"parts": [ENTRY["parts"][0] | {"rule": {"equals": True, "reads": "about"}}]}, "reads is for a number"),
-        ({"parts": [ENTRY["parts"][0] | {"family": "mine"}]}, "a family holds contrasts with a direction"),
-        ({"parts": [ENTRY["parts"][0] | {"waits_for": "a study"}]}, "must have one of: check"),
-        ({"parts": [{"kind": "training", "measures": "a loss"}]}, "must have one of: check"),
+        ({"parts": [ENTRY["parts"][0] | {"waits_for": "a study"}]}, "must have one of: a check"),
+        ({"parts": [{"kind": "training", "measures": "a loss"}]}, "must have one of: a check"),
         ({"parts": [ENTRY["parts"][0] | {"quotes": "256 times"}]}, "not in the source's sentence"),
         ({"sentence": "255x smaller!"}, "not in the source's sentence"),
-        ({"parts": [ENTRY["parts"][0] | {"quotes": ""}]}, "quotes the words that it tests"),
-        ({"parts": [ENTRY["parts"][0] | {"role": "beside"}]}, "quotes the words that it tests"),
-        ({"parts": [ENTRY["parts"][0] | {"role": "beside", "quotes": ""}]}, "needs a part with the role assertion"),
-        ({"parts": [ENTRY["parts"][0] | {"role": "condition"}]}, "says where it was declared"),
+        ({"parts": [without("quotes") | {"declared": "a plan"}]}, "quotes the words that it tests"),
+        ({"parts": [without("quotes")]}, "S13: needs an assertion"),
+        ({"parts": [ENTRY["parts"][0] | {"declared": "a plan"}]}, "S13: needs an assertion"),
         ({"parts": [{"kind": "magic", "measures": "a loss", "waits_for": "a study"}]}, "parts[0].kind"),
     ],
 )
@@ -112,8 +131,34 @@ def test_a_misspelled_field_is_one_problem(tmp_path: Path) -> None:
 
 
 def test_two_entries_must_differ(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="appears 2 times"):
-        ledger_of(tmp_path, ENTRY, ENTRY)
+    with pytest.raises(InputError, match=r"Papers\.S13: stands in two sections"):
+        ledger_of(tmp_path, ENTRY, ENTRY | {"section": "Papers"})
+    with pytest.raises(InputError, match="key `S13` appears twice"):
+        (path := tmp_path / "claims.yaml").write_text("claims: {Memory: {S13: {}, S13: {}}}")
+        read_ledger(path)
+
+
+def test_a_part_takes_from_its_check_and_its_claim_what_it_does_not_say(tmp_path: Path) -> None:
+    own = ENTRY["parts"][0] | {"unit": "fold", "rule": {"equals": 255}}
+    entry = ENTRY | {"rule": {"at_least": 250}, "parts": [without("kind", "rule"), own]}
+    (claim,) = ledger_of(tmp_path, entry, **{"counts": {"kind": "software", "unit": "%"}, CHECK: {"unit": "×"}})
+    assert [(part.kind, part.unit, part.rule) for part in claim.parts] == [
+        ("software", "×", Rule(at_least=250)),
+        ("arithmetic", "fold", Rule(equals=255)),
+    ]
+    with pytest.raises(InputError, match=r"checks\.count: no part has such a check -> did you mean `counts`"):
+        ledger_of(tmp_path, ENTRY, count={"unit": "×"})
+
+
+def test_the_ledger_says_each_thing_once() -> None:
+    """No part repeats what its check says for all parts, and no rule of a claim stands in its parts again."""
+    content = read_yaml(shipped(CLAIMS_FILE))
+    for name, claim in ((name, claim) for claims in content["claims"].values() for name, claim in claims.items()):
+        for part in claim["parts"]:
+            check = next((key for key in part if "." in key), "")
+            given = content["checks"].get(check.partition(".")[0], {}) | content["checks"].get(check, {})
+            given |= {"rule": claim.get("rule", "none")}
+            assert not [field for field in given if part.get(field) == given[field]], (name, part["measures"])
 
 
 def test_printed_figures_are_read_by_one_table() -> None:
@@ -201,10 +246,9 @@ def test_every_rule_reaches_every_verdict(rule: dict[str, Any], found: dict[str,
     assert judge(Rule(**rule), Measurement(**found))[0] == verdict
 
 
-def test_a_benefit_must_outlast_the_correction_for_its_family() -> None:
-    found = Measurement(1.0, **NARROW)
-    assert judge(Rule(better_by=0), found, p_adjusted=0.04)[0] == Verdict.HOLDS
-    verdict, reason = judge(Rule(better_by=0), found, p_adjusted=0.06)
+def test_a_benefit_must_outlast_the_correction_of_its_study() -> None:
+    assert judge(Rule(better_by=0), Measurement(1.0, **NARROW, p_adjusted=0.04))[0] == Verdict.HOLDS
+    verdict, reason = judge(Rule(better_by=0), Measurement(1.0, **NARROW, p_adjusted=0.06))
     assert verdict == Verdict.OPEN and "0.06" in reason
 
 
@@ -234,13 +278,16 @@ def part(**changes: Any) -> Part:
         ("wrong, not run", "not run"),
     ],
 )
-def test_all_assertions_and_conditions_decide_and_nothing_beside_them(verdicts: str, whole: str) -> None:
-    beside = part(role="beside", quotes="")
-    condition = part(role="condition", declared="a plan")
+def test_all_assertions_and_conditions_decide_and_nothing_beside_them(
+    verdicts: str, whole: str, tmp_path: Path
+) -> None:
+    (claim,) = ledger_of(tmp_path, ENTRY)
+    beside = part(quotes="")
+    condition = part(declared="a plan")
     first, *others = (Verdict(word) for word in verdicts.split(", "))
     parts = [PartFinding(part(), first), *(PartFinding(condition, verdict) for verdict in others)]
     for other in Verdict:
-        found = Finding(Claim.model_validate(ENTRY), (*parts, PartFinding(beside, other)))
+        found = Finding(claim, (*parts, PartFinding(beside, other)))
         assert found.verdict == whole
 
 
@@ -269,10 +316,10 @@ def test_no_estimate_is_called_computed(repository: Path) -> None:
 
 
 def test_a_verdict_can_be_said_aloud(tmp_path: Path) -> None:
-    condition = ENTRY["parts"][0] | {"role": "condition", "declared": "a plan", "scope": "rank 4", "unit": "×"}
-    condition |= {"with": {"rows": 4096, "columns": 4096, "rank": 4}, "rule": {"equals": 512, "reads": "plain"}}
+    condition = ENTRY["parts"][0] | {"declared": "a plan", "scope": "rank 4", "unit": "×"}
+    condition |= {CHECK: {"rows": 4096, "columns": 4096, "rank": 4}, "rule": {"equals": 512, "reads": "plain"}}
     (claim,) = ledger_of(tmp_path, ENTRY | {"parts": [*ENTRY["parts"], condition]})
-    (finding,) = evaluate([claim], [claim])
+    (finding,) = evaluate([claim])
     assert sentence(finding.to_json("a processor")) == (
         "Holds in part: “255 times fewer” fails: values of the matrix over values of its factors, found 256, where 255 "
         "counts as right; “255 times fewer” holds: values of the matrix over values of its factors (rank 4), found "
@@ -346,28 +393,14 @@ def test_a_comparison_has_four_outcomes_and_says_two_where_both_are_true(
     )
 
 
-# Older files, and changes of what decides.
+# Stored files, and changes of what decides.
 
 
-@pytest.mark.parametrize(
-    ("older", "word"),
-    [
-        *dict.fromkeys(("EXACT", "SUPPORTED", "EQUIVALENT", "holds"), "holds").items(),
-        *dict.fromkeys(("EXACT-WRONG", "REFUTED", "wrong"), "wrong").items(),
-        *dict.fromkeys(("NOT-RUN", "NOT-TESTABLE-HERE", "not run"), "not run").items(),
-        *{"INCONCLUSIVE": "open", "holds in part": "holds in part"}.items(),
-    ],
-)
-def test_older_verdicts_are_read(older: str, word: str, tmp_path: Path) -> None:
-    new = ("role", "quotes", "declared", "known", "judged", "samples")
+def test_a_stored_measurement_gives_the_finding_again(tmp_path: Path) -> None:
     found = evaluate_part(part()).to_json()
-    old = {key: value for key, value in found.items() if key not in new} | {"verdict": "EXACT"}
     path = tmp_path / "claims.json"
-    path.write_text(json.dumps([{"id": "S13", "verdict": older, "parts": [old, old]}]))
-    (finding,) = findings = read_findings(path)
-    assert finding["verdict"] == word
-    assert [(p["verdict"], p["role"]) for p in finding["parts"]] == [("holds", "beside"), ("holds", "assertion")]
-    assert evaluate_part(part(), stored=stored_measurements(findings)).to_json() == found
+    path.write_text(json.dumps([{"id": "S13", "verdict": "holds", "parts": [found]}]))
+    assert evaluate_part(part(), stored=stored_measurements(read_findings(path))).to_json() == found
 
 
 @pytest.mark.parametrize(
@@ -379,7 +412,8 @@ def test_older_verdicts_are_read(older: str, word: str, tmp_path: Path) -> None:
         "[1]",
         '{"a": 1}',
         '[{"verdict": "holds", "parts": []}]',
-        '[{"id": "S1", "verdict": "yes", "parts": []}]',
+        '[{"id": "S1", "verdict": "REFUTED", "parts": []}]',
+        '[{"id": "S1", "verdict": "holds", "parts": [{"verdict": "yes"}]}]',
     ],
 )
 def test_another_file_is_refused_as_claims(text: str, tmp_path: Path) -> None:
@@ -390,7 +424,7 @@ def test_another_file_is_refused_as_claims(text: str, tmp_path: Path) -> None:
 
 
 def test_a_stored_measurement_is_judged_and_not_made_again() -> None:
-    stored = {check_key("counts.full_to_low_rank_ratio", ENTRY["parts"][0]["with"]): Measurement(255.0)}
+    stored = {check_key(CHECK, ENTRY["parts"][0][CHECK]): Measurement(255.0)}
     assert evaluate_part(part(), stored=stored).verdict == Verdict.HOLDS
     assert evaluate_part(part(), stored={}).verdict == Verdict.WRONG
 
@@ -420,18 +454,16 @@ def test_what_decides_changes_only_with_an_entry(tmp_path: Path) -> None:
     early = Change(claim="S13", date="2026-01-01", was="one rule.", became="another.", why="a reason.")
     late = early.model_copy(update={"date": "2026-02-01"})
     (claim,) = ledger_of(tmp_path, ENTRY)
-    (finding,) = evaluate([claim], [claim])
+    (finding,) = evaluate([claim])
     published = finding.to_json("", [early])
     kinder = ENTRY | {"parts": [ENTRY["parts"][0] | {"rule": {"equals": 255, "reads": "plain"}}]}
-    other = ENTRY | {"parts": [ENTRY["parts"][0] | {"with": {"rows": 8, "columns": 8, "rank": 1}}]}
+    other = ENTRY | {"parts": [ENTRY["parts"][0] | {CHECK: {"rows": 8, "columns": 8, "rank": 1}}]}
     more = ENTRY | {"parts": [*ENTRY["parts"], {"kind": "training", "measures": "a loss", "waits_for": "a study"}]}
-    promoted = ENTRY | {"parts": [*ENTRY["parts"], more["parts"][1] | {"role": "assertion", "quotes": "fewer"}]}
+    promoted = ENTRY | {"parts": [*ENTRY["parts"], more["parts"][1] | {"quotes": "fewer"}]}
     assert changed(ENTRY) == changed(more) == []
     for entry in (kinder, other, promoted):
         assert changed(entry) == changed(entry, early) == ["S13"]
         assert changed(entry, early, late) == []
-    del published["parts"][0]["judged"]  # older files do not hold the rule, only what was measured
-    assert (changed(kinder), changed(other)) == ([], ["S13"])
 
 
 def test_verdicts_are_published_only_with_reasons_for_what_changed(own_folder: Path) -> None:
@@ -440,10 +472,10 @@ def test_verdicts_are_published_only_with_reasons_for_what_changed(own_folder: P
     Path("reports/published").mkdir(parents=True)
 
     def write(entry: dict[str, Any], changes: list[dict[str, str]]) -> None:
-        Path("experiments/claims.yaml").write_text(yaml.safe_dump({"claims": [entry]}))
+        Path("experiments/claims.yaml").write_text(file_of(entry))
         Path("experiments/claims-history.yaml").write_text(yaml.safe_dump({"changes": changes}))
         ledger = read_ledger()
-        findings = [finding.to_json("", read_history()) for finding in evaluate(ledger, ledger)]
+        findings = [finding.to_json("", read_history()) for finding in evaluate(ledger)]
         write_claims_page(ledger, findings)
         write_findings(ledger, findings)
 
@@ -524,33 +556,6 @@ def test_what_is_written_is_the_same_every_time() -> None:
     assert first == second
 
 
-def test_a_contrast_is_corrected_for_its_family_even_when_it_is_measured_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Three contrasts of p = 0.03 each are three chances, whichever of them someone asks about."""
-    samples = (1.0, 2.0, 0.1, 0.3, 1.2, 0.4)
-    interval = mean_interval(samples)
-    assert 0.02 < compare(samples, 1.0).p < 0.04
-    found = Measurement(interval.mean, interval.low, interval.high, 6, samples)
-    monkeypatch.setattr("peftscope.claims.evaluate.find_check", lambda name: lambda **_: found)
-
-    def claims(family: str) -> tuple[Claim, ...]:
-        changes = {"kind": "training", "rule": {"better_by": 0}, "family": family}
-        parts = [ENTRY["parts"][0] | changes | {"measures": name} for name in ("one", "two", "three")]
-        return ledger_of(
-            tmp_path, *(ENTRY | {"id": f"P{i}", "slug": f"c{i}", "parts": [p]} for i, p in enumerate(parts))
-        )
-
-    def verdict(family: str) -> tuple[Verdict, str]:
-        ledger = claims(family)
-        (finding,) = evaluate(ledger[:1], ledger)
-        return finding.verdict, finding.parts[0].reason
-
-    assert verdict("")[0] == Verdict.HOLDS
-    assert verdict("variants")[0] == Verdict.OPEN
-    assert "after correction in its family" in verdict("variants")[1]
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -580,7 +585,6 @@ def test_one_claim_is_measured_and_shown_with_its_evidence(
     (finding,) = json.loads(capsys.readouterr().out)
     asked = {
         "id",
-        "slug",
         "verdict",
         "claimed",
         "found",

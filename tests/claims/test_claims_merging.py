@@ -58,9 +58,7 @@ def test_adapters_do_not_depend_on_what_else_is_in_the_model() -> None:
 # Apart and merged
 
 
-def test_sum_holds_in_a_layer_and_at_the_output_only_for_the_last_layer() -> None:
-    assert merging.layer_formula_error(rank=4, alpha=4).value < 1e-6
-    assert merging.layer_formula_error(rank=4, alpha=16).value < 1e-6
+def test_sum_holds_at_the_output_only_for_the_last_layer() -> None:
     assert merging.model_formula_error(["lm_head"]).value < 1e-4
     found = merging.model_formula_error(list(BLOCK_LINEAR))
     assert found.value > 1
@@ -73,12 +71,6 @@ def test_added_operations_by_hand() -> None:
     assert found.value == pytest.approx(100 * 8_388_608 / matrices, rel=1e-3)
     assert found.evidence["in one adapted square matrix, %"] == pytest.approx(0.39, abs=0.001)
     assert found.evidence["matrix products added by layers that stay adapted"] == 2 * 32 * 4
-
-
-def test_merging_in_bf16_is_inexact_and_in_fp32_is_not() -> None:
-    found = merging.merged_logit_error()
-    assert found.value < 1e-5 < 1e-3 < found.evidence["in bf16"]
-    assert found.evidence["largest"] > found.evidence["mean KL divergence of the next token in bf16, nats"] > 0
 
 
 def test_rounding_leaves_more_of_a_small_change() -> None:
@@ -146,22 +138,6 @@ def test_resuming_with_less_than_all_is_another_run() -> None:
 
 
 # Verdicts follow the libraries
-
-
-def test_formula_follows_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("S70", 0) is HOLDS
-    original = Linear.forward
-
-    def unscaled(self: Any, *args: Any, **kwargs: Any) -> Any:
-        scaling, self.scaling = self.scaling, dict.fromkeys(self.scaling, 1.0)
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            self.scaling = scaling
-
-    monkeypatch.setattr(Linear, "forward", unscaled)
-    assert verdict("S70", 0) is WRONG
-    assert verdict("S73", 1) is WRONG
 
 
 def test_merging_follows_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -51,7 +50,7 @@ def test_frozen_factors_and_constant_norms_save_what_they_need_not_keep(
     assert evaluate_part(dora).verdict == evaluate_part(lora).verdict == Verdict.HOLDS
     norm = torch.linalg.norm
     monkeypatch.setattr(torch.linalg, "norm", lambda *args, **kwargs: norm(*args, **kwargs).detach())
-    monkeypatch.setattr(altered_methods, "_frozen_a", contextlib.nullcontext)
+    monkeypatch.setattr(altered_methods, "_LoRAWithAFrozen", None)
     assert evaluate_part(dora).verdict == evaluate_part(lora).verdict == Verdict.WRONG
 
 

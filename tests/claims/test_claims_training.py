@@ -124,19 +124,6 @@ def test_best_rates_that_fall_as_alpha_rises_support_s32_and_others_do_not() -> 
     assert correlation().low < -0.5 and judge(rule, correlation())[0] is Verdict.OPEN
 
 
-def test_a_product_explains_the_loss_only_where_it_decides_the_best_rate() -> None:
-    """With the same best rate at every alpha, the rate alone explains what the product does not."""
-
-    def explained() -> tuple[float, float]:
-        found = training.explained_by_product("synthetic", list(ALPHAS), "alpha")
-        return float(found.value), float(found.evidence["share that the learning rate alone explains"])
-
-    write_study({arm: 1e-2 / alpha for arm, alpha in ALPHAS.items()}, noise=0.01, alphas=ALPHAS)
-    assert explained()[0] > 0.95 > 0.8 > explained()[1]
-    write_study(dict.fromkeys(ALPHAS, 1e-3), noise=0.01, alphas=ALPHAS)
-    assert explained()[1] > 0.95 > 0.8 > explained()[0]
-
-
 DIMENSIONS = [10, 100, 1000, 10_000, 100_000]
 
 

@@ -62,12 +62,6 @@ def test_parameters_of_the_chapters_example_and_of_the_study() -> None:
     assert small.value == pytest.approx(134_515_008 / 2_442_240)
 
 
-def test_noise_needs_the_share_that_the_quarter_circle_law_gives() -> None:
-    """Of a large square Gaussian matrix 90 % of the energy lie above a cut of the semicircle: 0.509 of the values."""
-    share = initialisation.noise_rank_share(rows=512, columns=512, energy=0.9)
-    assert share.value == pytest.approx(0.509, abs=0.01)
-
-
 # --- LoRA+
 
 
@@ -100,8 +94,7 @@ def test_an_optimizer_that_ignores_the_ratio_refutes_s84(monkeypatch: pytest.Mon
 # --- DoRA
 
 
-def test_dora_is_exact_at_its_start_and_after_a_move() -> None:
-    assert variants.dora_start(rank=4, alpha=8).value < 1e-5
+def test_dora_is_exact_after_a_move() -> None:
     moved = variants.dora_column_norms(rank=4, alpha=8)
     assert moved.n == 14
     assert moved.value < 1e-5
@@ -124,28 +117,24 @@ def test_a_dora_that_does_not_divide_by_the_norm_refutes_s86(monkeypatch: pytest
         return torch.linalg.norm(weight, dim=1)
 
     monkeypatch.setattr(DoraLinearLayer, "get_weight_norm", without_update)
-    assert found("S86", 0).verdict is Verdict.HOLDS
     assert found("S86").verdict is Verdict.WRONG
 
 
 def test_a_dora_norm_with_a_gradient_flips_the_part_that_says_it_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft.tuners.lora import dora
 
-    assert found("S86", 1).verdict is Verdict.HOLDS
+    assert found("S86", 0).verdict is Verdict.HOLDS
     source = inspect.getsource(dora.DoraLinearLayer.forward).replace(".detach()", "")
     namespace = dict(vars(dora))
     exec(textwrap.dedent(source), namespace)
     monkeypatch.setattr(dora.DoraLinearLayer, "forward", namespace["forward"])
-    assert found("S86", 1).verdict is Verdict.WRONG
+    assert found("S86", 0).verdict is Verdict.WRONG
 
 
 # --- AdaLoRA
 
 
 def test_adalora_spends_its_budget_exactly_and_unevenly() -> None:
-    total = variants.adalora_rank_sum(**SCHEDULE)
-    assert total.value == 14 * 4
-    assert total.evidence["before pruning"] == 14 * 8
     spread = variants.adalora_rank_spread(**SCHEDULE)
     assert sum(spread.curves["rank kept"].values()) == 14 * 4
     assert spread.value >= 1
@@ -158,7 +147,6 @@ def test_adalora_without_its_call_prunes_nothing(monkeypatch: pytest.MonkeyPatch
     assert found("S92").verdict is Verdict.HOLDS
     monkeypatch.setattr(AdaLoraModel, "update_and_allocate", lambda self, step: None)
     assert found("S92").verdict is Verdict.WRONG
-    assert found("S92", 0).verdict is Verdict.WRONG
 
 
 def test_adalora_decomposes_nothing_and_the_counter_would_have_seen_it() -> None:

@@ -35,7 +35,7 @@ def workspace_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def judged(claim: str) -> Finding:
-    (finding,) = evaluate([LEDGER[claim]], LEDGER.values())
+    (finding,) = evaluate([LEDGER[claim]])
     return finding
 
 
@@ -175,7 +175,7 @@ def test_the_rank_of_an_update_is_told_in_ranks_of_lora() -> None:
     """The side of 576 has 180 values in as many parts of 16/4096 as 80."""
     weights_world(of("full", "rank_90", 180))
     assert verdicts("P6") == ["holds"] and judged("P6").deciding[0].found.value == 180 / 16
-    assert judged("P6").parts[1].found.value == 80
+    assert judged("P6").parts[0].found.value == 80
     for rank in (140, 1700):  # below ten times, and above a hundred times
         weights_world(of("full", "rank_90", rank))
         assert verdicts("P6") == ["wrong"]
@@ -195,10 +195,6 @@ def test_a_small_adjustment_is_one_whose_norm_is_small() -> None:
     assert verdicts("S17") == ["holds"] and judged("S17").deciding[0].found.value == pytest.approx(0.035)
     weights_world(of("full", "relative_size", lambda values: 10 * values))
     assert verdicts("S17") == ["wrong"]
-    ratio = judged("S17").parts[-1]
-    assert ratio.found.value == 1
-    weights_world(of("r64", "amplification", 3.0))
-    assert judged("S17").parts[-1].found.value == 3
 
 
 def test_intruders_are_compared_by_seed_and_at_one_rate_too() -> None:

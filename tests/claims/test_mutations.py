@@ -234,13 +234,6 @@ def least_squares_in_16_bits(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.linalg, "lstsq", Rounded)
 
 
-def moved_dora(patch: pytest.MonkeyPatch) -> None:
-    from peft.tuners.lora.dora import DoraLinearLayer
-
-    original = DoraLinearLayer.forward
-    patch.setattr(DoraLinearLayer, "forward", lambda self, *args, **kwargs: original(self, *args, **kwargs) + 1)
-
-
 def products_of_4_bit_floats(patch: pytest.MonkeyPatch) -> None:
     original = four_bit._kernels
 
@@ -341,7 +334,6 @@ FLIPS: list[tuple[str, str, dict[str, Any], World, dict[str, Any]]] = [
     ("S10", "scaling.factorisation_error", {}, least_squares_in_16_bits, {}),
     ("S54", "four_bit.bits_of_the_multiplied_weight", {}, products_of_4_bit_floats, {}),
     ("S54", "four_bit.bits_of_the_stored_weight", {}, unpacked_weights, {}),
-    ("S86", "variants.dora_start", {}, moved_dora, {}),
     ("P34", "early_training.loss_drop_slope", {"steps": 1, "rank_stabilised": False}, scale_by(0.5), {}),
     ("P35", "early_training.moment_slope", {"where": "output", "starts": 32, "optimizer": "Adam"}, scale_by(2), {}),
     ("P36", "early_training.efficient_rate_slope", {}, rates_over_the_width, {}),
@@ -386,8 +378,6 @@ FLIPS: list[tuple[str, str, dict[str, Any], World, dict[str, Any]]] = [
     ("S30", "scaling.share_of_settings", {}, nothing, {"low": 1000, "high": 2000}),
     ("S45", "scaling.share_of_settings", {}, wide_default_dropout, {"settings": []}),
     ("S70", "merging.model_formula_error", {}, nothing, {"targets": ["lm_head"]}),
-    ("S52", "four_bit.bits_of_bfloat16", {}, lambda patch: patch.setattr(torch, "bfloat16", torch.float32), {}),
-    ("P6", "initialisation.noise_rank_share", {}, nothing, {"rows": 64, "columns": 64, "energy": 0.5}),
 ]
 QUICKER = {
     "early_training.loss_drop_slope": {"ranks": [4, 32], "seeds": 3},
@@ -405,7 +395,6 @@ QUICKER = {
     "scaling.trajectory_gap": {"steps": 10},
     "scaling.product_rank_excess": {"shapes": 10},
     "scaling.factorisation_error": {"shapes": 10},
-    "initialisation.noise_rank_share": {"rows": 128, "columns": 128},
 }
 
 ON_RANDOM_WEIGHTS: list[tuple[str, str, dict[str, Any], World, dict[str, Any]]] = [
@@ -413,7 +402,6 @@ ON_RANDOM_WEIGHTS: list[tuple[str, str, dict[str, Any], World, dict[str, Any]]] 
     ("P8", "initialisation.intruders_of_random_updates", {}, nothing, {"sizes": [0.001], "size": 0.001}),
     ("P17", "initialisation.qpissa_error_ratio", {"norm": "frobenius"}, useless_qpissa, {}),
     ("S89", "initialisation.loftq_error_ratio", {"rank": 8}, nothing, {"rank": 64, "alpha": 64}),
-    ("S69", "quantised_models.error_added_by_double_quantization", {}, large_constants, {}),
     ("P42", "initialisation.loftq_error_after", {"over": 1}, one_iteration_of_loftq, {}),
 ]
 
@@ -430,7 +418,6 @@ ELSEWHERE = {
     "capacity.bits_per_parameter": "test_the_claim_on_two_bits_follows_the_break",
     "capacity.furthest_ranks": "test_claims_on_ranks_follow_what_they_store",
     "capacity.share_of_full": "test_claims_on_ranks_follow_what_they_store",
-    "codes.excess_of_non_normal_rows": "test_rows_with_heavy_tails_are_found",
     "codes.levels_in_steps": "test_integers_that_are_spaced_otherwise_flip_the_claim_on_them",
     "codes.likeness_of_rows_to_normal": "test_rows_with_heavy_tails_are_found",
     "codes.share_of_weights": "test_rows_with_heavy_tails_are_found",
@@ -445,34 +432,22 @@ ELSEWHERE = {
     "counts.merged_operations": "test_an_adapter_that_stays_after_merging_refutes_free_inference",
     "counts.stored_gigabytes": "test_weights_that_are_not_packed_refute_half_a_byte",
     "forgetting.less_forgotten": "test_what_is_forgotten_is_compared_where_the_same_was_learned",
-    "four_bit.bits_by_formula": "test_4_37_bits_would_need_other_constants",
     "four_bit.bits_of_a_constant": "test_double_quantization_that_is_ignored_would_refute_the_claims_on_it",
     "four_bit.bits_per_weight": "test_4_37_bits_would_need_other_constants",
     "four_bit.bits_saved": "test_double_quantization_that_is_ignored_would_refute_the_claims_on_it",
-    "four_bit.bits_saved_by_formula": "test_4_37_bits_would_need_other_constants",
     "four_bit.changed_base_bits": "test_a_layer_that_writes_to_its_weight_would_refute_a_frozen_base",
     "four_bit.dtype_of_adapters": "test_adapters_in_the_base_s_type_would_support_bf16",
     "four_bit.dtype_of_constants": "test_constants_in_half_precision_would_refute_fp32",
     "four_bit.quantisations_in_a_forward_pass": "test_a_layer_that_quantised_just_in_time_would_support_the_claim",
-    "four_bit.weights_per_constant": "test_larger_blocks_would_refute_a_constant_per_64",
-    "gpu.activations": "test_runs_of_a_card_reach_every_verdict",
-    "gpu.best_speed_ratio": "test_runs_of_a_card_reach_every_verdict",
-    "gpu.fits": "test_runs_of_a_card_reach_every_verdict",
     "gpu.latency_ratio": "test_runs_of_a_card_reach_every_verdict",
-    "gpu.peak": "test_runs_of_a_card_reach_every_verdict",
-    "gpu.peak_ratio": "test_runs_of_a_card_reach_every_verdict",
-    "gpu.smallest_increase": "test_growth_from_one_set_of_layers_to_the_next",
     "gpu.step_ratio": "test_runs_of_a_card_reach_every_verdict",
     "gradients.base_tensors_changed": "test_a_library_that_trains_the_norms_refutes_that_only_adapters_are_updated",
     "gradients.cosine_without_base_path": "test_a_library_that_stops_gradients_at_4_bit_weights",
-    "gradients.gradient_past_adapter": "test_a_library_that_stops_gradients_at_4_bit_weights",
     "gradients.share_with_gradient": "test_a_library_that_starts_b_at_random_refutes_the_unchanged_start",
     "initialisation.loftq_output_error_ratio": "test_on_real_weights_loftq_helps_a_little_and_pefts_scale_undoes_it",
     "memory.adapter_bytes": "test_adalora_without_its_importance_scores_would_be_as_small_as_claimed",
     "memory.gradients_alive": "test_gradients_that_stay_would_be_as_large_as_the_weights",
     "merging.change_left_after_undoing": "test_undoing_follows_unmerging",
-    "merging.layer_formula_error": "test_formula_follows_the_forward_pass",
-    "merging.merged_logit_error": "test_formula_follows_the_forward_pass",
     "merging.merged_structure_differences": "test_overhead_follows_merging",
     "merging.merged_weight_error": "test_merging_follows_the_scale",
     "merging.requantisation_error": "test_requantising_follows_the_storage",
@@ -494,7 +469,6 @@ ELSEWHERE = {
     "training.accuracy_gain": "test_claims_count_answers_in_points",
     "training.closest": "test_claims_show_the_arm_that_comes_closest",
     "training.difference_of_gains": "test_claims_compare_gains_with_gains",
-    "training.explained_by_product": "test_a_product_explains_the_loss_only_where_it_decides_the_best_rate",
     "training.furthest": "test_a_narrow_difference_outside_the_margin_speaks_louder_than_a_wide_one",
     "training.heldout_gain": "test_claims_measure_shares_of_the_task_gain",
     "training.heldout_gain_on_base": "test_a_destroyed_base_leaves_open_what_a_sound_one_decides",
@@ -506,8 +480,6 @@ ELSEWHERE = {
     "variants.adalora_decompositions": "test_an_adalora_that_scores_by_svd_confirms_s93",
     "variants.adalora_kept_by_size": "test_an_adalora_that_scores_by_size_confirms_the_kind_reading_of_s93",
     "variants.adalora_rank_spread": "test_adalora_without_its_call_prunes_nothing",
-    "variants.adalora_rank_sum": "test_adalora_without_its_call_prunes_nothing",
-    "weights.amplification_ratio": "test_a_small_adjustment_is_one_whose_norm_is_small",
     "weights.intruders": "test_intruders_are_compared_by_seed_and_at_one_rate_too",
     "weights.magnitude_with_direction": "test_magnitude_and_direction_are_correlated_over_layers_and_steps",
     "weights.rank_across_parts": "test_rank_grows_with_training_and_is_compared_between_the_parts_of_a_block",

@@ -11,7 +11,7 @@ import pytest
 from conftest import Command
 from test_memory import TRAINED, answer, letters_of, model_of, small_shape
 
-from peftscope.errors import GIB, MIB
+from peftscope.errors import GIB, MIB, spoken_bytes
 from peftscope.hardware.cards import CONTEXT_BYTES, GPUS, Gpu
 from peftscope.memory.answer import AGREEMENT_FILE, peaks_by_formula
 from peftscope.memory.fit import ADVICE, Fit, fit_methods, mildest_change
@@ -563,10 +563,10 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("options", "what", "remedy"),
     [
-        (["--steps", "3"], "steps: is about a data set", "--lengths or --data"),
+        (["--figure", "f.png"], "figure: is about a data set", "--lengths or --data"),
         (["--lengths", "l.txt", "--data", "d.jsonl"], "lengths: --data was given as well", "leave out one"),
         (["--lengths", "l.txt", "--explain"], "explain: is about one batch", "leave it out"),
-        (["--lengths", "l.txt", "--steps", "0"], "steps: must be at least 1 (got 0)", ""),
+        (["--lengths", "l.txt", "--packed"], "packing: packed rows have up to", "--padded"),
         (["--data", "d.jsonl", "--tokenizer", "nowhere"], "tokenizer: nowhere is no folder", "tokenizer.json"),
         (["--data", "d.jsonl", "--tokenizer", "."], "tokenizer: none can be loaded from .", "tokenizer.json"),
         (["--lengths", "long.txt"], "seq_len: 9000 is over the model's limit of 8192 tokens", "at most 8192"),
@@ -589,33 +589,31 @@ def test_a_data_set_is_answered_by_its_lengths_or_its_texts(
 ) -> None:
     (workspace / "d.jsonl").write_text('{"prompt": "a a a", "response": "a"}\n{"prompt": "a", "response": "b c"}\n')
     (workspace / "l.txt").write_text("5\n4\n")  # and an end of sequence each
-    options = ["--batch-size", "2", "--gpu", "24GiB", "--steps", "5"]
+    options = ["--batch-size", "2", "--gpu", "24GiB"]
     texts = ["--data", "d.jsonl", "--fields", "prompt,response", "--tokenizer", tokenizer_folder]
     by_text, by_length = (
         json.loads(peftscope("memory", "smollm2-135m", *options, *data, "--json")[1])
         for data in (texts, ["--lengths", "l.txt"])
     )
     assert by_text == by_length
-    assert (by_text["longest"], by_text["items"], by_text["steps"]) == (5, 2, 5)
-    assert by_text["first_epoch"] == [{"rows": 2, "width": 5, "tokens": 9}]
-    assert by_text["epochs"][0]["chance"] == 0
+    assert [by_text["quantiles"][place]["width"] for place in (0, -1)] == [4, 5]
+    assert (by_text["items"], by_text["fits_width"]) == (2, 5)
+    assert by_text["headroom_bytes"] == by_text["capacity_bytes"] - by_text["quantiles"][-1]["peak_device_bytes"] > 0
     code, output, _ = peftscope("memory", "smollm2-135m", *options, "--lengths", "l.txt", "--figure", "figure.png")
     assert code == 0
     assert (workspace / "figure.png").is_file()
-    said = " ".join(output.split())
-    assert "the chance that a batch of 5 steps does not fit: 0% (counted over all orders)" in said
-    assert "shuffled, seed 0, last batch full" in said
-    for arrangement in ("grouped by length", "packed"):
-        assert arrangement in said
+    assert all(spoken_bytes(one["peak_device_bytes"]) in output for one in by_text["quantiles"])
 
 
-def test_a_file_of_a_trainer_that_may_not_fit_is_refused(peftscope: Command, workspace: Path) -> None:
+def test_a_data_set_whose_widest_batch_does_not_fit_is_refused(peftscope: Command, workspace: Path) -> None:
     file = {"model_name_or_path": "HuggingFaceTB/SmolLM2-135M", "stage": "sft", "finetuning_type": "lora"}
     file |= {"lora_target": "all", "cutoff_len": 512, "per_device_train_batch_size": 2, "bf16": True}
     (workspace / "file.yaml").write_text(json.dumps(file))
     (workspace / "l.txt").write_text("60\n" * 9 + "512\n")
-    asked = ["memory", "--config", "file.yaml", "--lengths", "l.txt", "--steps", "1"]
-    assert peftscope(*asked, "--gpu", "24GiB")[0] == 0
-    code, output, _ = peftscope(*asked, "--gpu", "1.5GiB", "--json")
-    assert code == 1
-    assert json.loads(output)["epochs"][0]["chance"] == pytest.approx(0.2)
+    for asked in (["--config", "file.yaml"], ["smollm2-135m", "--batch-size", "2"]):
+        words = "memory", *asked, "--lengths", "l.txt"
+        assert [peftscope(*words, *card)[0] for card in ([], ["--gpu", "24GiB"])] == [0, 0]
+        code, output, _ = peftscope(*words, "--gpu", "1.5GiB", "--json")
+        answer = json.loads(output)
+        assert (code, answer["too_long_items"]) == (1, 1)
+        assert answer["headroom_bytes"] < 0

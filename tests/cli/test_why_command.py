@@ -1,4 +1,4 @@
-"""``peftscope why``: settings, runs and files, and what is said about wrong ones."""
+"""``peftscope why``: settings and files, and what is said about wrong ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def told(peftscope: Command, *arguments: str) -> dict:
     return json.loads(output)
 
 
-def test_settings_files_and_runs_are_compared_alike(peftscope: Command, tmp_path: Path, repository: Path) -> None:
+def test_settings_and_files_are_compared_alike(peftscope: Command, tmp_path: Path) -> None:
     words = "qlora --rank 16 --loss-path response_only", "lora --rank 16 --loss-path response_only"
     by_words = told(peftscope, MODEL, *words, "--batch-size", "2", "--seq-len", "64", "--optimizer", "adamw")
     assert by_words["first"] == "QLoRA"
@@ -41,10 +41,6 @@ def test_settings_files_and_runs_are_compared_alike(peftscope: Command, tmp_path
         path.write_text(json.dumps({**spec, "method": {"name": method, "rank": 16}}))
         found.append(str(path))
     assert told(peftscope, *found)["changes"] == by_words["changes"]
-    run = Path("results/runs/lora-r16-s0-0123abcd")
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "record.json").write_text(json.dumps({"spec": json.loads(Path(found[0]).read_text())}))
-    assert told(peftscope, run.name, found[1])["changes"] == by_words["changes"]
     assert "smollm2-135m" in told(peftscope, "lora", f"lora --model {MODEL}", "--model", "qwen2.5-0.5b")["second"]
 
 
@@ -93,8 +89,7 @@ WRONG = {
     "another method's option": ([MODEL, "full --rank 8", "lora"], "rank: is not an option of the method full", ""),
     "three settings": ([MODEL, "lora", "full", "dora"], "compares two settings (got 3)", "quote each"),
     "unknown model": (["lama-2-7b", "lora", "full"], "unknown model (got 'lama-2-7b')", "`llama-2-7b`?"),
-    "no such run": (["lora-r8-s0-01234567", "lora"], "no such run", "results/runs"),
-    "no setting": ([MODEL, "lora", "nothing"], "nothing: is no setting, run id or spec file", "qlora --rank 64"),
+    "no setting": ([MODEL, "lora", "nothing"], "nothing: is no setting or spec file", "qlora --rank 64"),
     "half a quote": ([MODEL, "lora --targets 'mlp"], "cannot be read", ""),
 }
 

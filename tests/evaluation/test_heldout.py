@@ -12,7 +12,8 @@ import torch
 
 from peftscope.data.batching import Example, tokenise
 from peftscope.data.tasks import read_split
-from peftscope.evaluation.heldout import heldout_nll
+from peftscope.evaluation import heldout
+from peftscope.evaluation.heldout import base_answers, heldout_nll, nll_and_shift
 from peftscope.evaluation.updates import entropy
 from peftscope.execution.phases import Phases
 from peftscope.execution.run import execute
@@ -58,6 +59,26 @@ def test_an_answer_of_argmaxes_is_what_greedy_decoding_gives(
         right, wrong = (heldout_nll(trained, examples, spec, 0) for examples in (given, changed))
     assert all(item.argmax == "1" * item.tokens for item in right)
     assert all(item.argmax == "1" * (item.tokens - 1) + "0" for item in wrong)
+
+
+def test_one_pass_gives_the_losses_and_the_shift_of_the_first_items(toy: Path, make_spec, monkeypatch) -> None:
+    monkeypatch.chdir(toy)
+    monkeypatch.setattr(heldout, "SHIFT_ITEMS", 10)  # which ends inside the third batch
+    spec = make_spec(method="lora", precision="fp32", eval_batch_size=4)
+    examples = tokenise(read_split(spec.task, "validation")[:18], load_tokenizer(spec), spec.seq_len)
+    model = load_base(spec).eval()
+    with attention(model, spec.attention):
+        answers = base_answers(model, examples, spec, 0)
+        unmoved = nll_and_shift(model, examples, spec, 0, answers)
+        per_item, moved = nll_and_shift(model, examples, spec, 0, [2 * logits for logits in answers])
+        assert per_item == heldout_nll(model, examples, spec, 0) and len(per_item) == 18
+    assert len(answers) == 3 and sum(map(len, answers)) == sum(item.tokens for item in per_item[:10])
+    assert unmoved == (per_item, {"from_base": 0.0, "to_base": 0.0})
+    now = torch.cat(answers).log_softmax(dim=1)
+    base = (2 * torch.cat(answers)).log_softmax(dim=1)
+    for name, one, other in (("from_base", base, now), ("to_base", now, base)):
+        expected = torch.nn.functional.kl_div(other, one, reduction="batchmean", log_target=True)
+        assert moved[name] == pytest.approx(float(expected), rel=1e-4)
 
 
 def run(make_spec, folder: Path, **values: Any) -> RunRecord:

@@ -23,7 +23,6 @@ from peftscope.errors import InputError
 from peftscope.execution.merge import find_run
 from peftscope.execution.phases import Phases
 from peftscope.execution.run import execute
-from peftscope.execution.store import move_runs
 from peftscope.files.atomic import write_json
 from peftscope.layout import PUBLISHED_RESULTS, rates_path, record_path, report_path, results_folder, run_folder
 from peftscope.planning.plan import Workflow, load_workflow, plan_experiment
@@ -100,19 +99,6 @@ def test_a_run_that_two_experiments_published_has_one_set_of_losses(finished: tu
     write_runs(PUBLISHED_RESULTS / "other", [run_folder(identity)])
     with pytest.raises(InputError, match=f"{identity}: published by mine and by other, with different losses"):
         restore("mine")
-
-
-def test_older_folders_are_moved_into_the_store(finished: tuple[str, Any]) -> None:
-    identity, _ = finished
-    old = results_folder("mine") / "runs" / identity
-    old.parent.mkdir(parents=True)
-    run_folder(identity).rename(old)
-    assert move_runs() == ([identity], [])
-    assert finished_record(run_folder(identity), identity) is not None and not old.exists()
-    shutil.copytree(run_folder(identity), old)
-    result = CliRunner().invoke(app, ["move-runs"])
-    assert "0 runs moved to results/runs, 1 were there already and stay" in result.output
-    assert old.is_dir()
 
 
 def test_a_run_of_two_experiments_is_one_job(own: Any) -> None:

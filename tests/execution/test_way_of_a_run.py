@@ -22,10 +22,10 @@ from typing import Any
 
 import pytest
 
-MODULES = 43
-"""Modules that a run of LoRA passes through: a task's sources, what its items come from, are one of them."""
+MODULES = 45
+"""Modules that a run of LoRA passes through. A task's sources, the log and the limits of files are three of them."""
 
-RETURNS = 54
+RETURNS = 55
 """Times that a run comes back to a module where it was: the task says what it is judged on, and how it is scored; the
 spec says whether autocast is on, and whether the output is kept; a source asks whether its texts are characters."""
 

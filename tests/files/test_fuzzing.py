@@ -143,13 +143,19 @@ def tree_of(name: str) -> Any:
 
 def some_claims() -> dict[str, Any]:
     """One claim for every kind of part: the whole ledger takes seconds to parse."""
-    chosen, kinds = [], set()
-    for claim in tree_of("claims.yaml")["claims"]:
-        new = {(part["kind"], *sorted(part.get("rule", {}))) for part in claim["parts"]} - kinds
-        if new or "study" in str(claim):
+    ledger = tree_of("claims.yaml")
+    chosen: dict[str, Any] = {}
+    kinds, used = set(), set()
+    for section, name, claim in (
+        (s, n, claim) for s, claims in ledger["claims"].items() for n, claim in claims.items()
+    ):
+        modules = {key.partition(".")[0] for part in claim["parts"] for key in part if "." in key}
+        new = {(ledger["checks"][module]["kind"], *sorted(claim.get("rule", {}))) for module in modules} - kinds
+        if (new or "study" in str(claim)) and sum(map(len, chosen.values())) < 12:
             kinds |= new
-            chosen.append(claim)
-    return {"claims": chosen[:12]}
+            used |= modules | {key for part in claim["parts"] for key in part}
+            chosen.setdefault(section, {})[name] = claim
+    return {"checks": {name: row for name, row in ledger["checks"].items() if name in used}, "claims": chosen}
 
 
 def load_models() -> None:

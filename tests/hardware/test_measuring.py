@@ -27,7 +27,8 @@ from peftscope.training.build import build_model, seed_everything
 from peftscope.training.ceilings import Work, count_work, measure_ceilings
 from peftscope.training.checkpoint import Checkpoints
 from peftscope.training.load import load_base, load_tokenizer
-from peftscope.training.loop import TrainingLog, train
+from peftscope.training.log import TrainingLog
+from peftscope.training.loop import train
 from peftscope.training.step import TrainedModel
 
 MIB = 2**20

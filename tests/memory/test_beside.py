@@ -11,6 +11,7 @@ from transformers.trainer_pt_utils import EvalLoopContainer
 
 from peftscope.errors import InputError
 from peftscope.memory.answer import Answer, answer_by_formula
+from peftscope.memory.assumptions import assumptions_of
 from peftscope.memory.question import Question, ask, describe_model
 from peftscope.memory.shares import GATHERED_OUTSIDE, GATHERED_WEIGHTS, WHOLE_GRADIENTS
 from peftscope.memory.simulate import answer_by_simulation
@@ -102,7 +103,10 @@ def test_fully_shard_leaves_weights_in_integers_whole() -> None:
     assert parts["uint8"].components["quantised weights"] == one
     assert one / 4 < parts["bf16"].components["quantised weights"] < 0.35 * one  # constants are whole
     shared = "4-bit weights are taken to be packed into bf16"
-    assert [any(shared in line for line in question(n, method="qlora").assumptions) for n in (1, 4)] == [False, True]
+    assert [any(shared in line for line in assumptions_of(question(n, method="qlora"))) for n in (1, 4)] == [
+        False,
+        True,
+    ]
     full = answer_by_formula(question(4, method="full", sharding="fsdp2"))
     plain = answer_by_formula(question(4, method="full"))
     shape = PRESETS["llama-3.2-1b"].shape
@@ -114,7 +118,7 @@ def test_fully_shard_leaves_weights_in_integers_whole() -> None:
 def test_what_only_several_cards_share_is_said_to_be_idle_on_one() -> None:
     idle = "sharding=fsdp2 and quant_storage=bf16: without effect on one card"
     options = {"method": "qlora", "sharding": "fsdp2", "quant_storage": "bf16"}
-    said = {n: [line for line in question(n, **options).assumptions if line.startswith(idle)] for n in (1, 4)}
+    said = {n: [line for line in assumptions_of(question(n, **options)) if line.startswith(idle)] for n in (1, 4)}
     assert (len(said[1]), len(said[4])) == (1, 0)
     assert answer_by_formula(question(**options)).phases == answer_by_formula(question(method="qlora")).phases
 

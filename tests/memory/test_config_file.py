@@ -12,8 +12,12 @@ from conftest import Command
 
 from peftscope.errors import InputError
 from peftscope.memory.answer import answer_by_formula
+from peftscope.memory.beside import BESIDE_OPTIONS
 from peftscope.memory.config_file import Reading, question_of, read_config
-from peftscope.memory.question import Question, ask, describe_model
+from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Question, ask, describe_model
+from peftscope.memory.reading import Row
+from peftscope.memory.trainers import TRAINERS
+from peftscope.methods import METHODS
 
 FILES: dict[str, dict[str, Any]] = {
     "axolotl": {
@@ -393,6 +397,22 @@ def test_what_cannot_be_answered_is_refused_by_key(what: str, tmp_path: Path) ->
     said = complaint(tmp_path, content)
     assert message in said
     assert "->" in said
+
+
+@pytest.mark.parametrize(("trainer", "rows"), [(trainer, rows) for trainer, rows, _ in TRAINERS])
+def test_rows_set_options_that_exist_and_name_the_sources_of_their_defaults(
+    trainer: str, rows: tuple[Row, ...]
+) -> None:
+    known = {"model", "method", *METHODS, *METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS}
+    for row in rows:
+        assert set(row.option.split()) <= known, row
+        assert row.default is None or row.source or row.option in ("method", "precision"), row
+
+
+def test_an_option_of_the_command_line_stands_in_for_a_value_that_is_not_modelled(tmp_path: Path) -> None:
+    odd = FILES["axolotl"] | {"attn_implementation": "flex_attention"}
+    assert "give --attention" in complaint(tmp_path, odd)
+    assert question(tmp_path, odd, attention="sdpa").spec.attention == "sdpa"
 
 
 ODD = ([1], [[]], {"a": [1]}, True, "x" * 300, -1, 1e12)

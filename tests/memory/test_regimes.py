@@ -12,6 +12,7 @@ from test_simulate import both
 
 from peftscope.errors import GIB, InputError
 from peftscope.memory.answer import Answer, answer_by_formula
+from peftscope.memory.assumptions import assumptions_of
 from peftscope.memory.kernels import attention_kernel
 from peftscope.memory.question import Model, Question, ask, describe_model
 from peftscope.memory.regimes import REGIMES, Trainer
@@ -192,8 +193,8 @@ def test_as_a_trainer_sets_its_defaults_and_cites_them(trainer: Trainer) -> None
     for name, (value, source) in REGIMES[trainer].settings.items():
         owner = next(one for one in (question.spec, question.spec.method, question.beside) if hasattr(one, name))
         assert getattr(owner, name) == value
-        assert any(f"{name}={value} ({source})" in line for line in question.assumptions)
-    assert any(REGIMES[trainer].version in line for line in question.assumptions)
+        assert any(f"{name}={value} ({source})" in line for line in assumptions_of(question))
+    assert any(REGIMES[trainer].version in line for line in assumptions_of(question))
     for method in METHODS:
         ask(describe_model("mistral-7b"), {"method": method, "as_trainer": trainer})
     given = ask(
@@ -216,7 +217,7 @@ def test_packing_with_flash_attention_is_simulated_without_a_mask(loss_path: str
     run = {"method": "lora", "packing": True, "loss_path": loss_path, "batch_size": 2, "seq_len": 512}
     packed = asked("qwen2.5-0.5b", 2, attention="flash_attention_2", **run)
     assert off(packed) < 0.005
-    assert any("SDPA without a mask stands in" in line for line in packed.assumptions)
+    assert any("SDPA without a mask stands in" in line for line in assumptions_of(packed))
     masked = asked("qwen2.5-0.5b", 2, attention="sdpa", **run)
     assert answer_by_formula(packed).phases["backward"] < answer_by_formula(masked).phases["backward"]
 
@@ -241,7 +242,7 @@ def test_a_missing_kernel_is_a_sentence(toy: Path, make_spec: Any) -> None:
 def test_a_stand_in_for_ligers_loss_is_simulated(options: dict[str, Any]) -> None:
     question = asked("llama-3.2-1b", 2, loss="liger", batch_size=2, seq_len=512, **options)
     assert off(question) < 0.005
-    assert any("loss=liger (stand-in)" in line for line in question.assumptions)
+    assert any("loss=liger (stand-in)" in line for line in assumptions_of(question))
 
 
 def test_a_fused_loss_holds_no_logits_of_all_positions() -> None:

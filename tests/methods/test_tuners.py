@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Never
+from typing import Any
 
 import pytest
 import torch
@@ -16,46 +17,40 @@ from peftscope.evaluation.answers import wrap
 from peftscope.memory.probe import probe_training
 from peftscope.memory.tracker import MemoryTracker
 from peftscope.methods.tuner_limits import limits, tried_version
-from peftscope.methods.tuner_options import Option, has_virtual_tokens, options_of, tuner_folders
+from peftscope.methods.tuner_options import OPTIONS_FILE, Option, options_of
+from peftscope.methods.tuner_options import tuners as tuner_options
 from peftscope.planning.sweep import expand
 from peftscope.spec import RunSpec, memory_key, run_id
 from peftscope.training.build import build_model
 from peftscope.training.load import load_base, load_tokenizer
 
 
-def test_every_tuner_and_default_is_pefts_own() -> None:
-    """What is read from the sources is what the imported classes say."""
+def test_the_options_are_those_of_the_installed_peft() -> None:
+    assert json.loads(OPTIONS_FILE.read_text()) == tuners.options_of_peft(), "run: make tuners"
+
+
+def test_pefts_classes_take_the_defaults_and_only_objects_are_left_out() -> None:
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     common = {field.name for field in dataclasses.fields(PeftConfig)}
-    classes = {kind.value.lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    assert set(tuner_folders()) == set(classes)
-    for name, cls in classes.items():
-        assert has_virtual_tokens(name) == cls(**VALID.get(name, {})).is_prompt_learning, name
-        if has_virtual_tokens(name):
-            continue
-        defaults = {f.name: default_of(f) for f in dataclasses.fields(cls) if f.name not in common}
-        options = options_of(name)
-        assert {option: options[option].default for option in options} == {
-            field: defaults[field] for field in defaults if field in options
-        }, name
-        # Left out: only what an object of PEFT's fills.
-        assert set(defaults) - set(options) <= {"runtime_config"}, name
-        assert Never not in [option.kind for option in options.values()]
+    for kind, configuration in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        name, needed = kind.value.lower(), VALID.get(kind.value.lower(), {})
+        usual = configuration(**needed)
+        assert (tuner_options()[name] is None) == usual.is_prompt_learning, name
+        if not usual.is_prompt_learning:
+            defaults = {option.name: option.default for option in options_of(name).values()}
+            assert configuration(**(defaults | needed)) == usual, name
+            assert {field.name for field in dataclasses.fields(configuration)} - common - set(defaults) <= LEFT_OUT
 
+
+LEFT_OUT = {"runtime_config"}
 
 VALID: dict[str, dict[str, Any]] = {
     "adalora": {"total_step": 10},
     "cpt": {"cpt_token_ids": [0], "task_type": "CAUSAL_LM"},
     "xlora": {"hidden_size": 8, "adapters": {}},
 }
-
-
-def default_of(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
 
 
 WRONG = {
@@ -171,4 +166,4 @@ def test_a_check_finds_what_it_is_for(toy: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_option_of_another_class_takes_null_alone() -> None:
-    assert options_of("lora")["eva_config"] == Option(type(None), "Optional[EvaConfig]", None)
+    assert options_of("lora")["eva_config"] == Option("eva_config", "None", None)

@@ -98,7 +98,7 @@ def test_every_claim_study_and_method_of_the_rules_exists_and_none_is_refuted() 
     rules = read_rules()
     assert len(SITUATIONS) == 10
     ledger = Path(CLAIMS_FILE).read_text()  # as text, because reading it as a ledger loads every check
-    assert list(rules.problems(re.findall(r"^  - id: (\w+)$", ledger, re.MULTILINE))) == []
+    assert list(rules.problems(re.findall(r"^    ([SP]\d+):$", ledger, re.MULTILINE))) == []
     assert rules.refuted(findings()) == []
 
 

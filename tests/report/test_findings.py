@@ -16,10 +16,13 @@ from peftscope.claims.ledger import read_ledger
 from peftscope.claims.stored import read_findings
 from peftscope.errors import InputError
 from peftscope.layout import published_paths
+from peftscope.planning.estimate import spoken
+from peftscope.report.deciding import what_would_decide
 from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import show_claims, show_study
 from peftscope.report.page import ANSWERS
-from peftscope.report.study import answer, contrasts, spoken_difference
+from peftscope.report.sentences import spoken_outcome
+from peftscope.report.study import answer, contrasts, readable_difference, spoken_difference
 
 COMPARED = [path.parent.parent.name for path in published_paths("tables/contrasts.csv")]
 
@@ -176,6 +179,21 @@ def test_a_study_that_has_not_run_has_its_price(repository: Path, write_experime
     assert " | - | - | " in rows["| variants"] and " | a card | " in rows["| gpu-7b"]
 
 
+def test_every_open_claim_says_what_would_decide_it(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    claims = {claim.id: claim for claim in read_ledger(checks=False)}
+    findings = {finding["id"]: finding for finding in read_findings(repository / "results/published/claims.json")}
+    said = {name: what_would_decide(claims[name], finding) for name, finding in findings.items()}
+    for name, finding in findings.items():
+        if finding["verdict"] != "open":
+            assert said[name] == ""
+        elif not said[name]:
+            assert any("would decide" in part["reason"] for part in finding["parts"]), name
+    runs = pd.read_csv(repository / "results/published/variants/runs.csv")
+    arms = runs[runs["comparisons"].fillna("").str.contains(r"\barm-(?:pissa|lora)(?:\s|$)")]
+    assert f"{2 * len(arms)} further runs, {spoken(arms['wall_seconds'].sum())} on two cores" in said["P17"]
+
+
 @pytest.mark.parametrize("name", COMPARED)
 def test_a_comparison_has_one_sign_and_the_same_words_on_every_page(
     name: str, repository: Path, monkeypatch: pytest.MonkeyPatch
@@ -197,6 +215,15 @@ def test_a_comparison_has_one_sign_and_the_same_words_on_every_page(
         ]
         shown = [line for page in pages for line in page if f"{name}/report.html)" in line]
         assert all(said in line for line in shown if line.startswith(("**", "Of the arms")))
+    leaderboard = (repository / "reports/published/leaderboard.md").read_text().splitlines()
+    rows_of_study = [line for line in leaderboard if f"]({name}/report.html)" in line]
+    for row in table.to_dict("records"):
+        if row["against"] != study.reference:
+            continue
+        numbers = [number for number in readable_difference(row, "").values() if number != "-"]
+        (line,) = [line for line in rows_of_study if all(f"| {number} |" in line for number in numbers)]
+        words = spoken_outcome(row["outcome"], row["difference"])
+        assert re.search(rf"[|;] {re.escape(words)} (\||\([^)]*\b{name}\b[^)]*\))", line), line
     for finding in read_findings(repository / "results/published/claims.json"):
         for part in finding["parts"]:
             asked = part["with"]
@@ -204,3 +231,6 @@ def test_a_comparison_has_one_sign_and_the_same_words_on_every_page(
                 arm, against = asked["arm"], asked["against"]
                 ahead = signs.get((arm, against), not signs.get((against, arm), part["found"] <= 0))
                 assert (part["found"] > 0) == ahead, f"{finding['id']}: {arm} against {against}"
+                corrected = {frozenset((row.arm, row.against)): row.holm_p for row in published.itertuples()}
+                if {arm, against} in corrected:
+                    assert part["p_adjusted"] == pytest.approx(corrected[frozenset((arm, against))], rel=1e-4)

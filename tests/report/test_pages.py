@@ -16,7 +16,7 @@ from peftscope.planning.sweep import expand
 from peftscope.record import RunRecord, write_record
 from peftscope.report.claims import write_claims_page
 from peftscope.report.page import write_report
-from peftscope.report.plots import write_figures, write_ladder
+from peftscope.report.plots import write_figures
 from peftscope.report.tables import html, write_tables
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>'\"><b id=evil>| [x](javascript:alert(3))"
@@ -83,8 +83,7 @@ class TestPages:
     def test_the_report(self, finished: str) -> None:
         write_tables(finished)
         write_figures(finished)
-        write_ladder(finished, "rank")
-        page = Elements(write_report(finished, ["rank"]).read_text())
+        page = Elements(write_report(finished).read_text())
         page.check()
         assert [tag for tag, _ in page.found].count("script") == 1
         assert page.text.count("<script>alert(1)</script>") >= 8  # title, twice, description, reason, facts, materials
@@ -103,31 +102,15 @@ class TestPages:
     def test_claims(self, own: Callable[..., Path]) -> None:
         part = {
             "kind": "arithmetic",
-            **{"role": "condition", "quotes": EVIL, "declared": EVIL, "measures": EVIL},
+            **{"quotes": EVIL, "measures": EVIL},
             "unit": EVIL,
             "scope": EVIL,
-            "check": "counts.full_to_low_rank_ratio",
-            "with": {"rows": 4096, "columns": 4096, "rank": 8},
+            "counts.full_to_low_rank_ratio": {"rows": 4096, "columns": 4096, "rank": 8},
             "rule": {"equals": 3},
         }
-        texts = dict.fromkeys(
-            ("statement", "sentence", "source", "section", "claimed", "scope", "note", "correction"), EVIL
-        )
-        own(
-            "claims",
-            json.dumps(
-                {
-                    "claims": [
-                        {
-                            "id": "S1",
-                            "slug": "x",
-                            **texts,
-                            "parts": [part, part | {"role": "assertion", "declared": ""}],
-                        }
-                    ]
-                }
-            ),
-        )
+        texts = dict.fromkeys(("statement", "sentence", "source", "claimed", "scope", "note", "correction"), EVIL)
+        claim = texts | {"parts": [part | {"declared": EVIL}, part]}
+        own("claims", json.dumps({"claims": {EVIL: {"S1": claim}}}))
         ledger = read_ledger()
         found = {
             **{"kind": EVIL, "measures": EVIL, "scope": EVIL, "unit": EVIL, "rule": EVIL, "model": EVIL, "check": EVIL},
@@ -136,7 +119,7 @@ class TestPages:
             **{"run_ids": [EVIL], "role": "condition", "quotes": EVIL, "declared": EVIL, "known": EVIL},
         }
         history = [{"claim": "S1", "date": "2026-01-01", "was": EVIL, "became": EVIL, "why": EVIL}]
-        finding = {**found, "id": "S1", "slug": "x", "hardware": EVIL, "claimed": EVIL, "parts": [found, found]}
+        finding = {**found, "id": "S1", "hardware": EVIL, "claimed": EVIL, "parts": [found, found]}
         finding |= {"history": history, "worlds": [EVIL], "moved": [{"date": EVIL, "from": EVIL}]}
         path = write_claims_page(ledger, [finding])
         Elements(path.read_text()).check()

@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from fnmatch import fnmatch
+from inspect import signature
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,10 +19,12 @@ from peftscope.execution.phases import Phases
 from peftscope.execution.run import execute
 from peftscope.memory.grid import AXES, SIZES, bars, curve
 from peftscope.methods import METHODS
+from peftscope.planning.plan import Plan
 from peftscope.planning.sweep import expand
 from peftscope.report.forgetting import draw_forgetting
 from peftscope.report.memory import draw_bars, draw_grid
-from peftscope.report.page import FIXED_FIGURES, write_report
+from peftscope.report.page import write_all
+from peftscope.report.parts import CAPTIONS, FIGURES, PARTS, function_of
 from peftscope.report.plots import (
     LOOKS,
     SAFE_COLOURS,
@@ -30,8 +33,6 @@ from peftscope.report.plots import (
     draw_memory,
     draw_pareto,
     draw_throughput,
-    write_figures,
-    write_ladder,
 )
 from peftscope.report.publish import publish
 from peftscope.report.sentences import NOTHING, sentence
@@ -44,7 +45,6 @@ from peftscope.report.tables import (
     readable_predictions,
     readable_runs,
     variants,
-    write_tables,
 )
 from peftscope.report.tables import html as table_html
 
@@ -86,16 +86,18 @@ def finished(toy: Path, write_experiment, made: dict[str, Path], tmp_path_factor
 
 
 def test_from_records_to_a_self_contained_page(finished: str) -> None:
-    write_tables(finished)
-    write_figures(finished)
-    for field in ("rank", "targets"):
-        write_ladder(finished, field)
-    html = write_report(finished, ["rank", "targets"]).read_text()
+    html = write_all(Plan(expand(finished))).read_text()
     assert not re.findall(r'\b(?:src|href)="(?!data:|#)', html)
-    assert html.count("<figure") == len(FIXED_FIGURES) + 2
+    assert html.count("<figure") == len(FIGURES.captions) + 2
     assert "Report test" in html
     assert f"make report EXPERIMENT={finished}" in html
     assert "Not every run ended well" in html
+
+
+def test_every_part_names_functions_that_exist() -> None:
+    for part in PARTS:
+        for name in filter(None, (part.writer, part.sentence)):
+            assert list(signature(function_of(name)).parameters) == ["experiment"], name
 
 
 def test_tables_say_n_and_show_every_ending(finished: str) -> None:
@@ -298,7 +300,7 @@ def test_no_number_is_typed_into_prose(repository: Path) -> None:
     from peftscope.report import sentences
 
     report = repository / "src" / "peftscope" / "report"
-    texts = {path.name: path.read_text() for path in [*report.glob("**/*.j2"), *report.glob("**/*.rst")]}
+    texts = {path.name: path.read_text() for path in [*report.glob("**/*.j2"), *report.glob("**/*.rst")]} | CAPTIONS
     texts |= {name: value for name, value in vars(sentences).items() if name.isupper() and isinstance(value, str)}
     assert len(texts) > 12
     for name, text in texts.items():
@@ -330,10 +332,9 @@ def test_a_folder_of_results_is_published_whole_or_not_at_all(tmp_path: Path, mo
     half = tmp_path / "results" / "memory" / "bars.svg"
     half.parent.mkdir(parents=True)
     half.write_text("")
-    with pytest.raises(InputError, match=r"no grid\.svg, chapter\.csv"):
+    with pytest.raises(InputError, match=r"no grid\.svg"):
         publish("memory")
-    for name in ("grid.svg", "chapter.csv"):
-        (half.parent / name).write_bytes(bytes(5_000_001))
+    (half.parent / "grid.svg").write_bytes(bytes(5_000_001))
     with pytest.raises(InputError, match="too large"):
         publish("memory")
     assert not (tmp_path / "results" / "published" / "memory").exists()

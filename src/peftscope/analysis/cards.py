@@ -9,8 +9,6 @@ from typing import Any
 import pandas as pd
 
 from peftscope.analysis.contributed import read_contributions
-from peftscope.errors import GIB
-from peftscope.hardware.cards import GPUS
 from peftscope.layout import CONTRIBUTED_RESULTS
 from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, ask, describe_model
 from peftscope.spec import RunSpec
@@ -55,29 +53,17 @@ def _tables(folder: Path) -> Iterator[pd.DataFrame]:
         yield from map(pd.read_csv, sorted(folder.glob("*/runs.csv")))
 
 
-def limit_of(card: str, headroom: float = 0) -> float:
-    """Returns the memory limit in GiB of a run that has to fit on a card of which a share stays free.
-
-    >>> limit_of("a100-80gb", 0.1)
-    72.0
-    """
-    return round((1 - headroom) * GPUS[card].memory_bytes / GIB, 3)
-
-
-def find_run(
-    rows: Iterable[Row], model: str, options: Mapping[str, Any], limit: float | None = None, measured: str = "status"
-) -> Row | None:
-    """Returns the row of a run, or None.
+def find_run(rows: Iterable[Row], model: str, options: Mapping[str, Any], measured: str = "status") -> Row | None:
+    """Returns the row of a run without a limit of its memory, or None.
 
     Args:
         rows: The rows of one card.
         model: The preset whose shape the run's model has.
         options: The options of ``peftscope.memory.question.ask``; the others have the defaults that they have there.
             With ``latency_tokens``, the latency of a prompt of so many tokens is meant, whatever the run trained on.
-        limit: The run's memory limit in GiB.
         measured: A column that the row must have, unless the run ran out of memory.
     """
-    wanted = _wanted(model, options) | {"memory_limit_gib": limit}
+    wanted = _wanted(model, options) | {"memory_limit_gib": None}
     for row in rows:
         has_value = row["status"] == "oom" or row.get(measured) is not None
         # A field that a table has no column for came later, and had its default.

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from string import ascii_lowercase
 
 import numpy as np
 from scipy import special
@@ -76,27 +75,6 @@ class Ranking:
             if not groups or last + 1 > groups[-1][1]:
                 groups.append((first + 1, last + 1))
         return groups
-
-    @property
-    def letters(self) -> list[list[str]]:
-        """The groups of each system, as letters: two systems share one exactly if they cannot be told apart.
-
-        Source: Piepho 2004, an algorithm for a letter-based representation of all-pairwise comparisons.
-
-        >>> none = np.zeros(0)
-        >>> p = np.array([[1, 0.5, 0.01], [0.5, 1, 0.5], [0.01, 0.5, 1]])
-        >>> Ranking(["x", "y", "z"], none, 2, none, none, p, p, lower_is_better=True).letters
-        [['a'], ['a', 'b'], ['b']]
-        """
-        k = len(self.systems)
-        groups = {frozenset(range(k))}
-        for pair_apart in zip(*np.nonzero(np.triu(self._is_apart, 1)), strict=True):
-            whole = {group for group in groups if group.issuperset(pair_apart)}
-            groups = (groups - whole) | {group - {one} for group in whole for one in pair_apart}
-            groups = {group for group in groups if not any(group < other for other in groups)}
-        ordered = sorted(groups, key=sorted)
-        names = [ascii_lowercase[i % 26] + str(i // 26 or "") for i in range(len(ordered))]
-        return [[name for name, group in zip(names, ordered, strict=True) if i in group] for i in range(k)]
 
 
 @dataclass(frozen=True)

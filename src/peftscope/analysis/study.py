@@ -12,19 +12,20 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 
+from peftscope.analysis.collect import read_runs
 from peftscope.analysis.compare import Difference, compare, pair_values
-from peftscope.analysis.stats import trimmed_mean
+from peftscope.analysis.stats import holm, trimmed_mean
 from peftscope.errors import InputError, Problem
 from peftscope.layout import how_to_run, published, results_folder, run_folder
 from peftscope.planning.cells import ARM, CONTROL, RATES, TUNING
 from peftscope.planning.experiment import (
     A_A,
-    OLD_CONTROLS,
+    Control,
     Study,
     experiment_names,
     experiment_path,
@@ -43,19 +44,7 @@ PLANNED = 0.02
 """The half-width of the interval of a difference that a study plans for, as a share of the task gain."""
 
 
-_CONTROL = re.compile(rf"{CONTROL}({'|'.join(OLD_CONTROLS.values())})-(.+)")
-
-
-def _renamed(comparison: str) -> str:
-    """Returns a comparison's name with today's name of its control.
-
-    >>> _renamed("control-again-lora"), _renamed("control-shuffled-labels-lora")
-    ('control-a-a-lora', 'control-shuffled-labels-lora')
-    """
-    for old, new in OLD_CONTROLS.items():
-        if comparison.startswith(f"{CONTROL}{old}-") and not _CONTROL.fullmatch(comparison):
-            return f"{CONTROL}{new}-{comparison.removeprefix(f'{CONTROL}{old}-')}"
-    return comparison
+_CONTROL = re.compile(rf"{CONTROL}({'|'.join(get_args(Control))})-(.+)")
 
 
 @dataclass(frozen=True)
@@ -92,16 +81,17 @@ class StudyResults:
 
     Args:
         name: The name of the study's experiment.
+        is_published: Whether results of this workspace do not count.
 
     Raises:
         InputError: There are no results, neither here nor published.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, is_published: bool = False) -> None:
         self.name = name
-        for folder in (results_folder(name), published(name)):
+        for folder in (published(name),) if is_published else (results_folder(name), published(name)):
             if (folder / "runs.csv").is_file():
-                self._folder = folder
+                self.folder = folder
                 return
         raise self._unfinished("not run")
 
@@ -116,14 +106,12 @@ class StudyResults:
     @cached_property
     def table(self) -> pd.DataFrame:
         """The table of all runs, one row per run."""
-        table = pd.read_csv(self._folder / "runs.csv", dtype={"comparisons": str}).copy()
-        table["comparisons"] = [" ".join(map(_renamed, cell.split())) for cell in table["comparisons"].fillna("")]
-        return table
+        return read_runs(self.name, self.folder)
 
     @cached_property
     def _chosen(self) -> dict[str, Any]:
         """What was tried and chosen for each arm that was tuned."""
-        path = self._folder / "tuned.json"
+        path = self.folder / "tuned.json"
         if not path.is_file():
             if self.settings is None or not self.settings.learning_rates:
                 return {}
@@ -141,7 +129,7 @@ class StudyResults:
     @cached_property
     def left_out(self) -> dict[str, str]:
         """The arms that could not be tuned, each with the reason. It is empty until the tuning is done."""
-        path = self._folder / "tuned.json"
+        path = self.folder / "tuned.json"
         arms = json.loads(path.read_text())["arms"] if path.is_file() else {}
         return {arm: chosen["reason"] for arm, chosen in arms.items() if chosen["learning_rate"] is None}
 
@@ -153,9 +141,8 @@ class StudyResults:
     @cached_property
     def _entered(self) -> list[str]:
         """The arms that were tuned, and after them those whose rates were given."""
-        names = dict.fromkeys(name for cell in self.table["comparisons"] for name in cell.split())
-
-        entered = [name.removeprefix(stage) for stage in (TUNING, ARM) for name in names if name.startswith(stage)]
+        places = self._places
+        entered = [name.removeprefix(stage) for stage in (TUNING, ARM) for name in places if name.startswith(stage)]
         return list(dict.fromkeys(entered))
 
     @property
@@ -191,6 +178,25 @@ class StudyResults:
                 own = arm.removeprefix(f"{method}-")
                 found[arm] = label if is_plain else f"{label}, {arm if own in firsts else own}"
         return found
+
+    @property
+    def compared(self) -> list[tuple[str, str]]:
+        """The arms that are compared: each with the reference, then the contrasts that the study's file adds."""
+        added = [pair for pair in self.settings.contrasts if set(pair) <= set(self.arms)] if self.settings else []
+        return [(arm, self.reference) for arm in self.arms if arm != self.reference] + added
+
+    @cached_property
+    def _corrected(self) -> dict[frozenset[str], float]:
+        tested = [pair for pair in self.compared if not pair[0].endswith(A_A)]
+        corrected = holm([self.difference(*pair).p for pair in tested])
+        return dict(zip(map(frozenset, tested), corrected, strict=True))
+
+    def corrected_p(self, arm: str, against: str) -> float | None:
+        """Returns the p of a difference after Holm's correction for all comparisons, the A/A apart.
+
+        It is None for the A/A, and for arms that the study does not compare.
+        """
+        return self._corrected.get(frozenset((arm, against)))
 
     @property
     def subject(self) -> str:
@@ -262,20 +268,28 @@ class StudyResults:
     @property
     def controls(self) -> list[tuple[str, str]]:
         """The controls of the study, each paired with its arm."""
-        names = dict.fromkeys(name for cell in self.table["comparisons"] for name in cell.split())
-        return [(match[1], match[2]) for name in names if (match := _CONTROL.fullmatch(name))]
+        return [(match[1], match[2]) for name in self._places if (match := _CONTROL.fullmatch(name))]
+
+    @cached_property
+    def _places(self) -> dict[str, list[int]]:
+        """The comparisons in the order of the table, each with the places of its runs there."""
+        places: dict[str, list[int]] = {}
+        for place, cell in enumerate(self.table["comparisons"]):
+            for name in dict.fromkeys(cell.split()):
+                places.setdefault(name, []).append(place)
+        return places
 
     def _members(self, *comparisons: str) -> pd.DataFrame:
         """Returns the runs of some comparisons."""
-        return self.table[self.table["comparisons"].str.split().map(lambda names: bool({*comparisons} & {*names}))]
+        return self.table.iloc[sorted({place for name in comparisons for place in self._places.get(name, [])})]
 
     def _finished(self, comparison: str) -> pd.DataFrame:
         runs = self._members(comparison)
-        ended = runs["status"].isin(["ok", "diverged"])
-        if len(bad := runs[runs["status"].isin(["failed", "oom"])]):
+        ended, is_bad = runs["status"].isin(["ok", "diverged"]), runs["status"].isin(["failed", "oom"])
+        if is_bad.any():
             raise InputError(
                 Problem(str(run_folder(str(run["run_id"]))), f"{run['status']}: {run['reason']}", TRY_AGAIN)
-                for run in bad.to_dict("records")
+                for run in runs[is_bad].to_dict("records")
             )
         if not ended.all() or runs.empty:
             done = f"{ended.sum()} of {len(runs)} runs done" if len(runs) else "its last runs have not begun"
@@ -296,7 +310,7 @@ class StudyResults:
         by_weights = {weights: runs[runs["base_weights"] == weights] for weights in ("full", "nf4") if len(runs)}
         return next((chosen for chosen in by_weights.values() if len(chosen)), runs)
 
-    @property
+    @cached_property
     def base_loss(self) -> float:
         """The held-out loss of the untouched base."""
         runs = self._base_runs
@@ -379,10 +393,10 @@ class StudyResults:
     @cached_property
     def losses(self) -> pd.DataFrame:
         """The losses of all runs, indexed by run id and step."""
-        index, here, published = ["run_id", "step"], self._folder / "losses.csv", self._folder / LOSSES
+        index, here, published = ["run_id", "step"], self.folder / "losses.csv", self.folder / LOSSES
         if here.is_file() or published.is_file():
             return (pd.read_csv(here) if here.is_file() else pd.read_parquet(published)).set_index(index)
-        records = published_records(self._folder.name).items()  # of a wheel, which leaves their losses out
+        records = published_records(self.folder.name).items()  # of a wheel, which leaves their losses out
         rows = [{"run_id": run, **row} for run, text in records for row in loss_rows(json.loads(text))]
         return pd.DataFrame(rows).set_index(index)
 

@@ -9,8 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from peftscope.analysis.compare import compare
-from peftscope.analysis.stats import holm
 from peftscope.claims.ledger import DETERMINISTIC, Change, Claim, Kind, Part, find_check
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity, spoken_quantity
 from peftscope.claims.verdict import Verdict, combine, judge
@@ -25,7 +23,7 @@ KNOWN_BY: dict[Kind, str] = {
 }
 """How the result of a check is known. With an interval, a computed quantity is an estimate, and sampled."""
 
-_STATED = ("kind", "role", "quotes", "declared", "measures", "unit", "check", "scope", "family")
+_STATED = ("kind", "role", "quotes", "declared", "measures", "unit", "check", "scope")
 _NOTHING = Measurement("", n=0)
 
 
@@ -37,8 +35,6 @@ class PartFinding:
     verdict: Verdict
     reason: str = ""
     found: Measurement | None = None
-    p_adjusted: float | None = None
-    """The p of a contrast after Holm's correction within its family."""
 
     @property
     def known(self) -> str:
@@ -83,7 +79,7 @@ class PartFinding:
             **({"answer": self.answer} if self.answer else {}),
             "found": rounded(found.value) if self.found else None,
             **{name: rounded(getattr(found, name)) for name in ("low", "high", "n", "model")},
-            "p_adjusted": rounded(self.p_adjusted),
+            "p_adjusted": rounded(found.p_adjusted),
             "samples": list(map(rounded, found.samples)),
             "tuning_error": rounded(found.tuning_error),
             "evidence": {name: rounded(value) for name, value in found.evidence.items()},
@@ -137,7 +133,6 @@ class Finding:
         changes = [change for change in history if change.claim == self.claim.id]
         return {
             "id": self.claim.id,
-            "slug": self.claim.slug,
             "verdict": self.verdict.value,
             "worlds": sorted({part.found.model for part in self.deciding if part.asks_of_worlds and part.found}),
             "known": "; ".join(dict.fromkeys(part.known for part in self.deciding if part.known and part.found)),
@@ -172,46 +167,32 @@ def moved(changes: Sequence[Change], verdict: Verdict, last_run: str) -> list[di
     ]
 
 
-def evaluate(
-    claims: Iterable[Claim], ledger: Iterable[Claim], stored: Mapping[str, Measurement] | None = None
-) -> Iterator[Finding]:
+def evaluate(claims: Iterable[Claim], stored: Mapping[str, Measurement] | None = None) -> Iterator[Finding]:
     """Yields the finding on each claim, one after the other.
 
     Args:
         claims: The claims to judge.
-        ledger: All claims. The p of a contrast is corrected for all contrasts of its family.
         stored: Measurements that are not made again, each under the ``check_key`` of its check.
     """
-    families: dict[str, list[Part]] = {}
-    for claim in ledger:
-        for part in claim.parts:
-            families.setdefault(part.family, []).append(part)
     for claim in claims:
-        yield Finding(
-            claim, tuple(evaluate_part(part, families.get(part.family, ()), stored or {}) for part in claim.parts)
-        )
+        yield Finding(claim, tuple(evaluate_part(part, stored) for part in claim.parts))
 
 
-def evaluate_part(
-    part: Part, family: Sequence[Part] = (), stored: Mapping[str, Measurement] | None = None
-) -> PartFinding:
+def evaluate_part(part: Part, stored: Mapping[str, Measurement] | None = None) -> PartFinding:
     """Returns the finding on one part. If its check cannot run, the finding says why.
 
     Args:
         part: The part to judge.
-        family: The contrasts that Holm's correction takes together, including this one.
         stored: Measurements that are not made again, each under the ``check_key`` of its check.
     """
     if part.waits_for:
         return PartFinding(part, Verdict.NOT_RUN, part.waits_for)
-    stored = stored or {}
-    found = _measure(part, stored)
+    found = _measure(part, stored or {})
     if isinstance(found, str):
         return PartFinding(part, Verdict.NOT_RUN, found)
     assert part.rule is not None
-    p_adjusted = _adjusted_p(part, found, family, stored)
-    verdict, reason = judge(part.rule, found, p_adjusted, part.unit)
-    return PartFinding(part, verdict, reason, found, p_adjusted)
+    verdict, reason = judge(part.rule, found, part.unit)
+    return PartFinding(part, verdict, reason, found)
 
 
 def check_key(check: str, parameters: Mapping[str, Any]) -> str:
@@ -234,18 +215,6 @@ def _measure(part: Part, stored: Mapping[str, Measurement]) -> Measurement | str
         given = ", ".join(f"{name}={shown(value)}" for name, value in part.with_.items())
         said = " ".join(str(error).split())  # one line, for tables
         return printable(f"{part.check} stopped with {type(error).__name__}: {said}; look at what it got: {given}")
-
-
-def _adjusted_p(
-    part: Part, measurement: Measurement, family: Sequence[Part], stored: Mapping[str, Measurement]
-) -> float | None:
-    """Returns a contrast's p after Holm's correction for the contrasts of its family that have run, or None."""
-    if not part.family or len(measurement.samples) < 2:
-        return None
-    others = [_measure(other, stored) for other in family if other != part]
-    measured = [measurement, *(other for other in others if not isinstance(other, str))]
-    p_values = [compare(m.samples, math.inf, m.tuning_error).p for m in measured if len(m.samples) > 1]
-    return holm(p_values)[0]
 
 
 def rounded(value: Quantity | None) -> Quantity | None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections import Counter
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
@@ -17,6 +16,7 @@ from pydantic import (
     Field,
     NonNegativeInt,
     ValidationError,
+    ValidationInfo,
     create_model,
     field_validator,
     model_validator,
@@ -40,18 +40,27 @@ Role = Literal["assertion", "condition", "beside"]
 measurement. What stands beside decides nothing."""
 
 
+def _checks_of(part: Any) -> list[str]:
+    """Returns the names of the checks in a part as it stands in the file: its keys with a dot."""
+    return [name for name in part if "." in name] if isinstance(part, dict) else []
+
+
+def _rows_of(check: str) -> tuple[str, str]:
+    """Returns the names under which the file says what parts with this check have in common, the wider one first."""
+    return check.partition(".")[0], check
+
+
 class Part(BaseModel):
     """One quantity of a claim: how it is measured and when the claim holds, or why it is not measured."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Kind
-    role: Role = "beside"
     quotes: Annotated[str, Field(description="the words of the source that this part tests, if it decides")] = ""
     declared: Annotated[str, Field(description="where a condition was declared before it was measured")] = ""
     measures: Annotated[str, Field(min_length=1, description="the quantity, in words")]
-    check: Annotated[str, Field(description="module.function below peftscope.claims.checks")] = ""
-    with_: Annotated[dict[str, Any], Field(alias="with", description="the function's parameters")] = {}
+    check: Annotated[str, Field(alias="its.check", description="module.function below peftscope.claims.checks")] = ""
+    with_: Annotated[dict[str, Any], Field(alias="its.parameters", description="the function's parameters")] = {}
     rule: Rule | None = None
     unit: str = ""
     answers: Annotated[
@@ -61,9 +70,26 @@ class Part(BaseModel):
         ),
     ] = {}
     scope: Annotated[str, Field(description="where the verdict holds, if narrower than the claim's scope")] = ""
-    family: Annotated[str, Field(description="contrasts that Holm's correction takes together")] = ""
     general: Annotated[bool, Field(description="of a training: false for a toy model, or one that is named")] = True
     waits_for: Annotated[str, Field(description="what has to be run first")] = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_its_check(cls, part: Any, info: ValidationInfo) -> Any:
+        """Returns the fields of a part: its check is the key with a dot, and may give it a kind and a unit."""
+        named = _checks_of(part)
+        if not named:
+            return part
+        if len(named) > 1:
+            raise ValueError(f"must have one check (got {', '.join(named)})")
+        (check,) = named
+        own = {name: value for name, value in part.items() if name != check}
+        found = {"its.check": check, "its.parameters": part[check]}
+        for name in _rows_of(check):
+            found |= (info.context or {}).get(name, {})
+        if "kind" not in found | own:
+            raise ValueError(f"has no kind, and `checks` gives none to {check}")
+        return found | own
 
     @field_validator("answers", mode="before")
     @classmethod
@@ -73,21 +99,24 @@ class Part(BaseModel):
     @model_validator(mode="after")
     def _measured_or_excused(self) -> Part:
         if bool(self.check) == bool(self.waits_for):
-            raise ValueError("must have one of: check, waits_for")
+            raise ValueError("must have one of: a check (module.function: its parameters), waits_for")
         if bool(self.check) != (self.rule is not None):
             raise ValueError("a check needs a rule, and a rule a check")
-        if self.family and (self.rule is None or self.rule.better_by is None):
-            raise ValueError("a family holds contrasts with a direction: the rule must be better_by")
-        if bool(self.quotes) != self.decides:
-            raise ValueError("an assertion or a condition quotes the words that it tests, and no other part does")
+        if self.declared and not self.quotes:
+            raise ValueError("a condition quotes the words that it tests")
         for text in self.answers.values():
             try:
                 text.format(found="", size="")
             except (IndexError, KeyError, ValueError):
                 raise ValueError(f"an answer may hold {{found}} and {{size}} only: {shown(text)}") from None
-        if bool(self.declared) != (self.role == "condition"):
-            raise ValueError("a condition says where it was declared, and no other part does")
         return self
+
+    @property
+    def role(self) -> Role:
+        """Returns what the part is to its claim, which follows from what it quotes and from where it was declared."""
+        if self.declared:
+            return "condition"
+        return "assertion" if self.quotes else "beside"
 
     @property
     def decides(self) -> bool:
@@ -115,35 +144,61 @@ class Claim(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    id: Annotated[str, Field(pattern=r"^[SP]\d{1,3}$")]
-    slug: Annotated[str, Field(pattern=r"^[A-Za-z0-9]+(-[A-Za-z0-9]+)*$")]
+    id: Annotated[str, Field(alias="its.id", pattern=r"^[SP]\d{1,3}$")]
     statement: Annotated[str, Field(min_length=1, description="what is claimed, in our words")]
     sentence: Annotated[str, Field(description="the source's own words, if they are not the statement")] = ""
     source: Annotated[str, Field(min_length=1, description="section of the chapter, or paper with table")]
-    section: Annotated[str, Field(min_length=1, description="heading on the page")]
+    section: Annotated[str, Field(alias="its.section", min_length=1, description="heading on the page")]
     claimed: Annotated[str, Field(min_length=1, description="the figure, or the word, that is claimed")]
     scope: Annotated[str, Field(min_length=1, description="model, task and setting that the verdict holds for")]
     note: Annotated[str, Field(description="what was tested where the source contradicts itself; what we found")] = ""
     correction: Annotated[str, Field(description="what to remember instead, if the claim turns out wrong")] = ""
+    decider: Annotated[
+        str, Field(description="what would decide it while it is open, if not further rates or pairs; with its price")
+    ] = ""
     advice: Annotated[
         dict[Verdict, str], Field(description="by verdict, what it means for someone who trains a model")
     ] = {}
     parts: Annotated[tuple[Part, ...], Field(min_length=1, description="all assertions and conditions decide")]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_its_rule(cls, claim: Any) -> Any:
+        """Returns the fields of a claim. Its rule is that of every check without one of its own."""
+        if not isinstance(claim, dict) or "rule" not in claim or not isinstance(claim.get("parts"), list):
+            return claim
+        rule = {"rule": claim["rule"]}
+        parts = [rule | part if _checks_of(part) else part for part in claim["parts"]]
+        if parts == claim["parts"]:
+            raise ValueError("no part takes the claim's rule: every check has one of its own")
+        return {name: value for name, value in claim.items() if name != "rule"} | {"parts": parts}
+
     @model_validator(mode="after")
     def _decided_by_its_words(self) -> Claim:
         if not any(part.role == "assertion" for part in self.parts):
-            raise ValueError("needs a part with the role assertion")
+            raise ValueError("needs an assertion: a part with `quotes`, and without `declared`")
         for part in self.parts:
             if part.quotes not in (self.sentence or self.statement):
                 raise ValueError(f"these words are not in the source's sentence: {shown(part.quotes)}")
         return self
 
 
+_WRITTEN = {name for model in (Claim, Part, Rule) for name, field in model.model_fields.items() if not field.alias}
+"""The fields that an entry of the file may have."""
+
+
+class _Shared(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Kind | None = None
+    unit: str = ""
+
+
 class _Ledger(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    claims: list[Claim]
+    checks: dict[str, _Shared] = {}
+    claims: dict[str, dict[str, dict[str, Any]]]
 
 
 class _History(BaseModel):
@@ -178,21 +233,40 @@ def read_ledger(path: Path | None = None, checks: bool = True) -> tuple[Claim, .
         InputError: The file has problems; the error lists all of them.
     """
     path = path or shipped(CLAIMS_FILE)
-    known = set(Claim.model_fields) | {field.alias or name for name, field in Part.model_fields.items()}
-    claims = _read(path, _Ledger, known | set(Rule.model_fields)).claims
-    problems = [
-        Problem(f"{path}: claims", f"{field} `{value}` appears {count} times", "give every claim its own")
-        for field in ("id", "slug")
-        for value, count in Counter(getattr(claim, field) for claim in claims).items()
-        if count > 1
-    ]
-    for claim in claims if checks else ():
+    ledger = _read(path, _Ledger, set(_Ledger.model_fields))
+    shared = {name: row.model_dump(exclude_unset=True) for name, row in ledger.checks.items()}
+    claims: dict[str, Claim] = {}
+    problems: list[Problem] = []
+    for section, entries in ledger.claims.items():
+        for name, entry in entries.items():
+            if name in claims:
+                problems.append(Problem(f"{path}: {section}.{name}", "stands in two sections", "give it its own id"))
+            try:
+                headings = {"its.id": name, "its.section": section}
+                claims[name] = Claim.model_validate(entry | headings, context=shared)
+            except ValidationError as error:
+                problems += problems_of(error, partial(_place, path, name, entry), _WRITTEN)
+    used: set[str] = set()
+    for claim in claims.values():
         for index, part in enumerate(claim.parts):
             if part.check:
-                problems += _problems_of_check(part, f"{path}: {claim.id}.parts[{index}]")
+                used.update(_rows_of(part.check))
+                problems += _problems_of_check(part, f"{path}: {claim.id}.parts[{index}]") if checks else []
+    problems = problems or [
+        Problem(f"{path}: checks.{name}", "no part has such a check", close_match(name, used))
+        for name in shared
+        if name not in used
+    ]
     if problems:
         raise InputError(problems)
-    return tuple(claims)
+    return tuple(claims.values())
+
+
+def _place(path: Path, name: str, entry: dict[str, Any], location: tuple[Any, ...]) -> str:
+    """Returns where a problem of a claim stands in the file. A rule that a part took from its claim stands there."""
+    if location[:3:2] == ("parts", "rule") and "rule" not in entry["parts"][location[1]]:
+        location = location[2:]
+    return f"{path}: {dotted((name, *location))}"
 
 
 def read_history(path: Path | None = None) -> tuple[Change, ...]:
@@ -248,21 +322,22 @@ def _parameters(check: str) -> type[BaseModel]:
 
 def _problems_of_check(part: Part, where: str) -> list[Problem]:
     known = _known_checks()
+    where = f"{where}.{part.check}"
     if part.check not in known:
-        return [Problem(f"{where}.check", f"no such check (got {shown(part.check)})", close_match(part.check, known))]
+        return [Problem(where, "no such check", close_match(part.check, known))]
     signature = inspect.signature(known[part.check])
     try:
         signature.bind(**part.with_)
     except TypeError as error:
         remedy = f"{part.check} takes {', '.join(signature.parameters)}"
-        return [Problem(f"{where}.with", str(error), remedy)]
+        return [Problem(where, str(error), remedy)]
     try:
         _parameters(part.check).model_validate(part.with_)
     except ValidationError as error:
-        return problems_of(error, lambda location: f"{where}.with.{dotted(location)}", set(signature.parameters))
+        return problems_of(error, lambda location: f"{where}.{dotted(location)}", set(signature.parameters))
     if "experiment" in part.with_:
-        return _problems_of_name(part.with_["experiment"], f"{where}.with.experiment")
-    return _problems_of_study(part, f"{where}.with") if "study" in part.with_ else []
+        return _problems_of_name(part.with_["experiment"], f"{where}.experiment")
+    return _problems_of_study(part, where) if "study" in part.with_ else []
 
 
 NAME_ARMS = ("arms", "arm", "against", "first", "second", "ranks")

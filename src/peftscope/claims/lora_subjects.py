@@ -75,8 +75,7 @@ def adapted_llama(
 
 
 def four_bit(model: Any) -> Any:
-    """Returns the model with the linear layers of its blocks in double-quantized NF4, which compute in fp32."""
-    import torch
+    """Returns the model with the linear layers of its blocks in double-quantized NF4, computing in their own dtype."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     from peftscope.training.load import disable_weight_repacking
@@ -84,7 +83,14 @@ def four_bit(model: Any) -> Any:
     for path in linear_names(model):
         parent, _, name = path.rpartition(".")
         old = model.get_submodule(path)
-        new = Linear4bit(old.in_features, old.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+        new = Linear4bit(
+            old.in_features,
+            old.out_features,
+            bias=False,
+            compute_dtype=old.weight.dtype,
+            quant_type="nf4",
+            device="meta",  # draws no random numbers for weights that are replaced
+        )
         packed = Params4bit(old.weight.data, requires_grad=False, quant_type="nf4", module=new)
         new.weight = packed.to("cpu")
         setattr(model.get_submodule(parent), name, new)

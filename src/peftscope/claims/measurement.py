@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from peftscope.analysis.compare import compare
 from peftscope.analysis.stats import mean_interval
+
+if TYPE_CHECKING:
+    from peftscope.analysis.study import StudyResults
 
 Quantity = float | int | bool | str
 
@@ -34,6 +38,7 @@ class Measurement:
         run_ids: The training runs behind the value.
         spoiled_by: Why the value says nothing about the claim, which leaves the verdict open; empty if it does.
         contributed: Whether it was measured on a card of others, for want of one of ours.
+        p_adjusted: The p of a difference after correction for all comparisons of its study; None without one.
     """
 
     value: Quantity
@@ -49,6 +54,7 @@ class Measurement:
     run_ids: tuple[str, ...] = ()
     spoiled_by: str = ""
     contributed: bool = False
+    p_adjusted: float | None = None
 
 
 def spoken_number(value: Quantity | None) -> str:
@@ -106,6 +112,38 @@ def mean_of(values: Sequence[float], **fields: Any) -> Measurement:
     if interval.n > 1 and low is None:
         low = high = interval.mean
     return Measurement(interval.mean, low, high, interval.n, **fields)
+
+
+def over_seeds(
+    results: StudyResults,
+    values: Iterable[float],
+    evidence: Mapping[str, Quantity],
+    runs: Iterable[str],
+    tuning_error: float = 0.0,
+) -> Measurement:
+    """Returns the mean of values, one per seed, with its interval, which includes the error that tuning adds.
+
+    Args:
+        results: The study.
+        values: The values.
+        evidence: What explains them.
+        runs: The ids of the runs behind them, each once or more often.
+        tuning_error: The standard error that the choice of learning rates adds.
+
+    Raises:
+        NotRunError: There are no values.
+    """
+    sample = tuple(map(float, values))
+    if not sample:
+        raise NotRunError(f"the study `{results.name}` has no such runs")
+    found = Measurement(
+        sample[0], samples=sample, evidence=evidence, model=results.subject, run_ids=tuple(dict.fromkeys(runs))
+    )
+    if len(sample) == 1:
+        return found
+    difference = compare(sample, math.inf, tuning_error)
+    low, high = difference.interval()
+    return replace(found, value=difference.mean, low=low, high=high, n=difference.n, tuning_error=tuning_error)
 
 
 def geometric_mean_of(logarithms: Sequence[float], **fields: Any) -> Measurement:

@@ -1,4 +1,4 @@
-"""Reads ``claims.json`` files, older ones too: their measurements, and what decided each claim. No torch."""
+"""Reads ``claims.json`` files: their measurements, and what decided each claim. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peftscope.planning.published import LARGEST_BYTES
 
 
 def read_findings(path: Path) -> list[dict[str, Any]]:
-    """Returns the entries of a ``claims.json`` in today's words. In older files the last part decided each claim.
+    """Returns the entries of a ``claims.json``.
 
     Raises:
         InputError: The file cannot be read, or is no ``claims.json``.
@@ -28,14 +28,9 @@ def read_findings(path: Path) -> list[dict[str, Any]]:
         raise InputError(Problem(str(path), f"not a claims.json: it has no claims (got {findings!r})", remedy))
     try:
         for finding in findings:
-            finding["id"], finding["verdict"] = str(finding["id"]), Verdict(finding["verdict"]).value
-            finding.setdefault("history", [])
-            finding.setdefault("worlds", [])
-            finding.setdefault("moved", [])
-            finding.setdefault("scope", "scope not stored")
-            for part in finding["parts"]:
-                part["verdict"] = Verdict(part["verdict"]).value
-                part.setdefault("role", "assertion" if part is finding["parts"][-1] else "beside")
+            finding["id"] = str(finding["id"])
+            for verdict in (finding["verdict"], *(part["verdict"] for part in finding["parts"])):
+                Verdict(verdict)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(Problem(str(path), f"not a claims.json: {error!r}", remedy)) from None
     return findings
@@ -56,16 +51,14 @@ def published_findings(ids: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def stored_measurements(findings: Iterable[dict[str, Any]]) -> dict[str, Measurement]:
-    """Returns the measurements of findings, each under its ``check_key``.
-
-    A comparison of pairs is left out if the file has not stored its differences, as older ones have not.
-    """
+    """Returns the measurements of findings, each under its ``check_key``."""
     return {
         check_key(part["check"], part["with"]): Measurement(
             part["found"],
             **{name: part[name] for name in ("low", "high", "n", "evidence", "model")},
-            samples=tuple(part.get("samples", ())),
-            tuning_error=part.get("tuning_error", 0.0),
+            samples=tuple(part["samples"]),
+            tuning_error=part["tuning_error"],
+            p_adjusted=part["p_adjusted"],
             curves={name: {float(x): y for x, y in curve.items()} for name, curve in part["curves"].items()},
             axes=tuple(part["axes"]),
             run_ids=tuple(part["run_ids"]),
@@ -74,7 +67,7 @@ def stored_measurements(findings: Iterable[dict[str, Any]]) -> dict[str, Measure
         )
         for finding in findings
         for part in finding["parts"]
-        if part["found"] is not None and ("samples" in part or (part["kind"] != "training" and part["low"] is None))
+        if part["found"] is not None
     }
 
 
@@ -102,8 +95,8 @@ def unexplained_changes(
 
 
 def _decides_alike(part: Part, stored: dict[str, Any]) -> bool:
-    """Returns whether a part measures and asks what a stored one did. Older files say only what it measured."""
+    """Returns whether a part measures and asks what a stored one did."""
     if part.rule is None:
         return not stored["check"] and part.measures == stored["measures"]
     judged = part.rule.model_dump(exclude_defaults=True)
-    return (part.check, part.with_) == (stored["check"], stored["with"]) and stored.get("judged", judged) == judged
+    return (part.check, part.with_, judged) == (stored["check"], stored["with"], stored["judged"])

@@ -26,19 +26,6 @@ class Verdict(StrEnum):
     OPEN = "open"
     NOT_RUN = "not run"
 
-    @classmethod
-    def _missing_(cls, value: object) -> Verdict | None:
-        """Returns the verdict that an older ``claims.json`` states in other words."""
-        return _OLDER_WORDS.get(value)
-
-
-_OLDER_WORDS: dict[object, Verdict] = {
-    **dict.fromkeys(("EXACT", "SUPPORTED", "EQUIVALENT"), Verdict.HOLDS),
-    **dict.fromkeys(("EXACT-WRONG", "REFUTED"), Verdict.WRONG),
-    "INCONCLUSIVE": Verdict.OPEN,
-    **dict.fromkeys(("NOT-RUN", "NOT-TESTABLE-HERE"), Verdict.NOT_RUN),
-}
-
 
 def combine(verdicts: Collection[Verdict]) -> Verdict:
     """Returns the verdict on a claim from those on the parts that decide.
@@ -169,13 +156,12 @@ def _told(number: float, unit: str, form: str = "g") -> str:
     return f"{scale * number:{form}}" + " %" * (scale > 1)
 
 
-def judge(rule: Rule, measurement: Measurement, p_adjusted: float | None = None, unit: str = "") -> tuple[Verdict, str]:
+def judge(rule: Rule, measurement: Measurement, unit: str = "") -> tuple[Verdict, str]:
     """Returns the verdict on a measurement, and what a reader must know beside the numbers.
 
     Args:
         rule: The rule for when the claim holds.
         measurement: The measured quantity.
-        p_adjusted: The p of a directional contrast after correction within its family; None without a family.
         unit: The unit of the quantity, as the reader is told it.
     """
     if measurement.spoiled_by:
@@ -197,8 +183,9 @@ def judge(rule: Rule, measurement: Measurement, p_adjusted: float | None = None,
     if rule.better_by is not None:
         if low == high == 0:
             return Verdict.WRONG, "there is no difference at all"
-        if (low > 0 or high < 0) and p_adjusted is not None and p_adjusted >= ALPHA:
-            return Verdict.OPEN, f"the interval excludes 0, but p = {p_adjusted:.3g} after correction in its family"
+        corrected = measurement.p_adjusted
+        if (low > 0 or high < 0) and corrected is not None and corrected >= ALPHA:
+            return Verdict.OPEN, f"the interval excludes 0, but p = {corrected:.3g} after the study's correction"
         if high < 0 or high < least:
             return Verdict.WRONG, ""
         if low > 0:

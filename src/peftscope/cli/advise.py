@@ -60,9 +60,8 @@ def advise_command(
     if chosen is None:
         remedy = close_match(priority, get_args(Priority))
         raise InputError(Problem("--priority", f"unknown (got {priority!r})", remedy))
-    own: dict[str, Any] = {"fields": fields, "tokenizer": tokenizer}
-    nothing = dict.fromkeys(("steps", "seed", "drop_last", "group_by_length", "figure"))
-    measured = items_asked(lengths, data, model, own | nothing)
+    own: dict[str, Any] = {"fields": fields, "tokenizer": tokenizer, "figure": None}
+    measured = items_asked(lengths, data, model, own)
     if not (examples or measured) or (examples is not None and examples < 1):
         got = "" if examples is None else f" (got {examples})"
         raise InputError(Problem("--examples", f"must be at least 1{got}", "say how many there are, or give --data"))

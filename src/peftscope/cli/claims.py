@@ -90,7 +90,7 @@ def claims(
             said = [f"{part['role']}{words}: {part['measures']}: {spoken_finding(part)}, {part['verdict']}{rule}"]
             said.append(part["reason"])
             if part["p_adjusted"] is not None:
-                said.append(f"p = {part['p_adjusted']:.3g} after Holm's correction among {part['family']}")
+                said.append(f"p = {part['p_adjusted']:.3g} after Holm's correction for all comparisons of its study")
             text = ". ".join(filter(None, said))
             console.print(text, markup=False)
             for name, value in part["evidence"].items():
@@ -115,5 +115,5 @@ def _measure(
     for part in (part for claim in ledger if claim.id in anew for part in claim.parts):
         stored.pop(check_key(part.check, part.with_), None)  # another claim may have it too
     with quiet_libraries(), offline():
-        measured = with_progress(evaluate(chosen, ledger, stored), len(chosen), "measuring claims")
+        measured = with_progress(evaluate(chosen, stored), len(chosen), "measuring claims")
         return [finding.to_json(hardware.get(finding.claim.id) or here, history) for finding in measured]

@@ -1,4 +1,4 @@
-"""``peftscope memory --lengths`` and ``--data``: the peaks of the batches that a data set really makes."""
+"""``peftscope memory --lengths`` and ``--data``: the peaks of batches as wide as the items of a data set are long."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftscope.errors import InputError, Problem, needs
 if TYPE_CHECKING:
     from peftscope.memory.question import Question
 
-OWN_OPTIONS = ("fields", "tokenizer", "steps", "seed", "drop_last", "group_by_length", "figure")
+OWN_OPTIONS = ("fields", "tokenizer", "figure")
 """The options that only a question about a data set has."""
 
 
@@ -62,18 +62,12 @@ def _load_tokenizer(name: str | None) -> Any:
 
 def tell_lengths(
     question: Question, items: list[int], own: Mapping[str, Any], console: Console, *, as_json: bool
-) -> float | None:
-    """Prints the answer about a data set, draws its figure, and returns the chance of a batch that does not fit."""
+) -> bool:
+    """Prints the answer about a data set, draws its figure, and returns whether the widest batch fits, if on a card."""
     from peftscope.memory.lengths import answer_lengths
 
-    answer = answer_lengths(
-        question,
-        items,
-        steps=own["steps"],
-        seed=own["seed"] or 0,
-        drop_last=bool(own["drop_last"]),
-        grouped=bool(own["group_by_length"]),
-    )
+    answer = answer_lengths(question, items)
+    left = answer.headroom_bytes
     if own["figure"]:
         with needs("report"):
             from peftscope.report.memory import draw_lengths
@@ -82,7 +76,9 @@ def tell_lengths(
     if as_json:
         print(json.dumps(answer.to_json(), ensure_ascii=False))
     else:
-        from peftscope.memory.show import show_lengths
+        from peftscope.memory.show import show_headroom, show_lengths
 
         show_lengths(answer, console)
-    return answer.epochs[0].chance
+        if question.gpu and left is not None:
+            show_headroom(question.gpu, left, console)
+    return left is None or left >= 0

@@ -258,64 +258,33 @@ def merge(
 def report(experiment: rules.ExperimentName) -> None:
     """Make the tables, figures and report from the records that are there, finished sweep or not."""
     from peftscope.analysis.collect import collect_experiment
-    from peftscope.analysis.weights import collect_weights
     from peftscope.planning.plan import plan_experiment
-    from peftscope.report.benchmarks import write_benchmarks
-    from peftscope.report.capacity import write_capacity
-    from peftscope.report.forgetting import write_forgetting
-    from peftscope.report.overfitting import write_overfitting
-    from peftscope.report.page import write_report
-    from peftscope.report.plots import write_figures, write_ladder
-    from peftscope.report.shares import write_shares
-    from peftscope.report.study import write_study
-    from peftscope.report.tables import write_tables
-    from peftscope.report.weights import write_updates
+    from peftscope.report.page import write_all
 
     plan = plan_experiment(experiment)
     if plan.sweep.runs and not any(record_path(run).is_file() for run in plan.sweep.runs):
         remedy = f"{how_to_run(experiment)} runs them, or peftscope restore {experiment} brings published ones"
         raise InputError(Problem(experiment, "none of its runs has ended", remedy))
     collect_experiment(plan.sweep)
-    write_tables(experiment)
-    write_benchmarks(experiment)
-    write_figures(experiment)
-    for field in plan.ladders:
-        write_ladder(experiment, field)
-    if plan.is_study:
-        with suppress(InputError):  # not finished: the report says so
-            write_study(experiment)
-            if plan.follows_prose:
-                write_forgetting(experiment)
-            if plan.limits_examples:
-                write_overfitting(experiment)
-            if plan.varied:
-                write_shares(experiment)
-    if measured := _measured(plan.measured_runs):
-        collect_weights(experiment, measured)
-        write_updates(experiment)
-    if plan.measures_capacity:
-        write_capacity(experiment)
-    print(write_report(experiment, plan.ladders))
+    _measure(plan.measured_runs)
+    print(write_all(plan))
 
 
-def _measured(runs: list[str]) -> list[str]:
-    """Returns the finished ones of runs that keep weights, which are measured if they were not yet.
+def _measure(runs: list[str]) -> None:
+    """Measures the finished ones of runs that keep weights, as far as they were not yet.
 
-    Restored runs have no weights: if what was measured on them did not come along, they are left out.
+    Restored runs have no weights: what was measured on them came along, or is lost.
     """
     from peftscope.record import is_restored, measured_path
 
-    finished = [run for run in runs if record_path(run).is_file()]
-    to_measure = [run for run in finished if not measured_path(run_folder(run)).is_file()]
-    lost = {run for run in to_measure if is_restored(run_folder(run))}
-    finished, to_measure = ([run for run in these if run not in lost] for these in (finished, to_measure))
+    finished = [run_folder(run) for run in runs if record_path(run).is_file()]
+    to_measure = [folder for folder in finished if not (measured_path(folder).is_file() or is_restored(folder))]
     if to_measure:
         from peftscope.execution.weights import measure_weights
 
         with offline():
-            for run in to_measure:
-                measure_weights(run_folder(run))
-    return finished
+            for folder in to_measure:
+                measure_weights(folder)
 
 
 @app.command(rich_help_panel=EXPERIMENT)

@@ -161,7 +161,7 @@ def memory_command(
     lengths: Annotated[
         Path | None,
         typer.Option(
-            help="A file with the tokens of an item on each line: the peaks of the batches that these items make.",
+            help="A file with the tokens of an item on each line: the peaks of batches as wide as these are long.",
             rich_help_panel=DATA_PANEL,
         ),
     ] = None,
@@ -176,45 +176,22 @@ def memory_command(
     tokenizer: Annotated[
         str | None, typer.Option(help="A folder with it; default that of the model.", rich_help_panel=DATA_PANEL)
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps of the run; default one epoch.", rich_help_panel=DATA_PANEL)
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="The seed of the items' order; default 0.", rich_help_panel=DATA_PANEL)
-    ] = None,
-    drop_last: Annotated[
-        bool, typer.Option("--drop-last", help="Leave out a smaller last batch.", rich_help_panel=DATA_PANEL)
-    ] = False,
-    group_by_length: Annotated[
-        bool,
-        typer.Option(
-            "--group-by-length", help="Batch items of similar length, as transformers does.", rich_help_panel=DATA_PANEL
-        ),
-    ] = False,
     figure: Annotated[
-        Path | None, typer.Option(help="Draw the shares of batches over their peaks.", rich_help_panel=DATA_PANEL)
+        Path | None, typer.Option(help="Draw the shares of items over their peaks.", rich_help_panel=DATA_PANEL)
     ] = None,
     **options: Any,
 ) -> None:
     """Say what a training run takes on a card, without one: allocated, reserved and device memory.
 
     A method or a model without a closed form is always simulated. With --gpu, say whether it fits. With --lengths or
-    --data, say what the batches of a data set take, and how likely one of them does not fit.
+    --data, say what batches as wide as the items of a data set take; the exit code is 1 if the widest does not fit.
     """
     from peftscope.cli.lengths import items_asked, tell_lengths
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.answer import answer_by_formula
 
     card, given = None if gpu is None else find_gpu(gpu), {"method": method, **options}
-    own: dict[str, Any] = {
-        "fields": fields,
-        "tokenizer": tokenizer,
-        "steps": steps,
-        "seed": seed,
-        "drop_last": drop_last,
-        "group_by_length": group_by_length,
-        "figure": figure,
-    }
+    own: dict[str, Any] = {"fields": fields, "tokenizer": tokenizer, "figure": figure}
     items = items_asked(lengths, data, model, own)
     if items and not config and options["seq_len"] is None:
         given["seq_len"] = max(items)
@@ -239,8 +216,8 @@ def memory_command(
             from peftscope.memory.show import show_reading
 
             show_reading(reading, wide_console())
-        chance = tell_lengths(question, items, own, wide_console(), as_json=as_json)
-        raise typer.Exit(1 if reading and chance else 0)
+        fits = tell_lengths(question, items, own, wide_console(), as_json=as_json)
+        raise typer.Exit(0 if fits else 1)
     simulate = simulate or not question.has_closed_form
     answer = _simulated(question) if simulate else answer_by_formula(question)
     left = card.usable_bytes - answer.peak_device_bytes if card else None

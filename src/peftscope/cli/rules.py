@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from peftscope.cli.console import EXPERIMENT, PUBLISHED
+from peftscope.cli.console import PUBLISHED
 from peftscope.errors import InputError, Problem, needs
 from peftscope.execution.libraries import offline
-from peftscope.layout import EXPERIMENTS, MEMORY_FOLDER, RUNS, STUDIES, run_folder
+from peftscope.layout import EXPERIMENTS, MEMORY_FOLDER, STUDIES, run_folder
 
 app = typer.Typer()
 
@@ -53,53 +53,6 @@ def tune(
 
 
 @app.command(hidden=True)
-@needs("report")
-def tables(experiment: ExperimentName) -> None:
-    """Write the tables from runs.csv."""
-    from peftscope.report.benchmarks import write_benchmarks
-    from peftscope.report.tables import write_tables
-
-    write_tables(experiment)
-    write_benchmarks(experiment)
-
-
-@app.command(hidden=True)
-@needs("report")
-def figures(experiment: ExperimentName) -> None:
-    """Draw the figures from runs.csv, the ladders apart."""
-    from peftscope.report.plots import write_figures
-
-    write_figures(experiment)
-
-
-@app.command(hidden=True)
-@needs("report")
-def ladder(experiment: ExperimentName, field: Annotated[str, typer.Argument(help="The field that varies.")]) -> None:
-    """Draw one ladder from runs.csv."""
-    from peftscope.report.plots import write_ladder
-
-    write_ladder(experiment, field)
-
-
-@app.command(hidden=True)
-@needs("report")
-def study(experiment: ExperimentName) -> None:
-    """Write a study's contrasts and controls, and draw them."""
-    from peftscope.report.study import write_study
-
-    write_study(experiment)
-
-
-@app.command(hidden=True)
-@needs("report")
-def capacity(experiment: ExperimentName) -> None:
-    """Write what runs stored of random strings, and draw it."""
-    from peftscope.report.capacity import write_capacity
-
-    write_capacity(experiment)
-
-
-@app.command(hidden=True)
 @needs("train")
 def measure(run: Annotated[str, typer.Argument(help="The run's id.")]) -> None:
     """Measure the weights that a run keeps along its training."""
@@ -111,51 +64,12 @@ def measure(run: Annotated[str, typer.Argument(help="The run's id.")]) -> None:
 
 @app.command(hidden=True)
 @needs("report")
-def weights(experiment: ExperimentName) -> None:
-    """Collect what was measured on an experiment's weights, and draw the updates."""
-    from peftscope.analysis.weights import collect_weights
-    from peftscope.planning.plan import plan_experiment
-    from peftscope.report.weights import write_updates
-
-    collect_weights(experiment, plan_experiment(experiment).measured_runs)
-    write_updates(experiment)
-
-
-@app.command(hidden=True)
-@needs("report")
-def forgetting(experiment: ExperimentName) -> None:
-    """Draw a study's loss on the task against that on prose, along the training."""
-    from peftscope.report.forgetting import write_forgetting
-
-    write_forgetting(experiment)
-
-
-@app.command(hidden=True)
-@needs("report")
-def overfitting(experiment: ExperimentName) -> None:
-    """Draw the validation and the training loss of a study's arms along the training."""
-    from peftscope.report.overfitting import write_overfitting
-
-    write_overfitting(experiment)
-
-
-@app.command(hidden=True)
-@needs("report")
-def shares(experiment: ExperimentName) -> None:
-    """Draw what each rank, alpha or dimension of a study keeps of full fine-tuning's gain, and its best rate."""
-    from peftscope.report.shares import write_shares
-
-    write_shares(experiment)
-
-
-@app.command(hidden=True)
-@needs("report")
 def page(experiment: ExperimentName) -> None:
-    """Write report.html from tables and figures."""
+    """Write tables, figures and report.html from what was collected."""
     from peftscope.planning.plan import plan_experiment
-    from peftscope.report.page import write_report
+    from peftscope.report.page import write_all
 
-    print(write_report(experiment, plan_experiment(experiment).ladders))
+    print(write_all(plan_experiment(experiment)))
 
 
 @app.command(hidden=True)
@@ -205,15 +119,6 @@ def records_command(experiment: ExperimentName) -> None:
     experiment_path(experiment)
     for text in published_records(experiment).values():
         print(json.dumps(json.loads(text), ensure_ascii=False, sort_keys=True))
-
-
-@app.command("move-runs", rich_help_panel=EXPERIMENT)
-def move_runs_command() -> None:
-    """Move finished runs of older versions into the store, results/runs; they are not trained again."""
-    from peftscope.execution.store import move_runs
-
-    moved, stay = move_runs()
-    print(f"{len(moved)} runs moved to {RUNS}" + (f", {len(stay)} were there already and stay" if stay else ""))
 
 
 @app.command("forecasts", hidden=True)
@@ -269,16 +174,3 @@ def memory_figures(curves: list[Path]) -> None:
 
     draw_grid(curves, MEMORY_FOLDER / "grid.svg")
     draw_bars(bars(), MEMORY_FOLDER / "bars.svg")
-
-
-@app.command("memory-chapter", hidden=True)
-def memory_chapter() -> None:
-    """Simulate the table of an introduction, line by line; about a minute."""
-    import pandas as pd
-
-    from peftscope.cli.console import with_progress
-    from peftscope.memory.chapter import lines, rebuild
-    from peftscope.report.memory import write_chapter
-
-    with offline():
-        write_chapter(pd.DataFrame(list(with_progress(rebuild(), len(lines()), "simulating"))))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -19,7 +18,6 @@ from peftscope.cli.console import FITS, wide_console
 from peftscope.cli.memory import AsJson, Gpus, RunCommand, run_options
 from peftscope.errors import InputError, Problem, close_match, needs
 from peftscope.execution.libraries import offline, quiet_libraries
-from peftscope.layout import record_path
 from peftscope.memory.question import BESIDE_OPTIONS, METHOD_OPTIONS, SPEC_OPTIONS, Model, Question, ask, describe_model
 from peftscope.methods import METHODS
 
@@ -55,7 +53,7 @@ def _parse(method: str = typer.Argument("lora"), model: SharedModel = None, **op
 
 
 def read_setting(text: str, shared: Mapping[str, Any], gpus: int) -> Setting | None:
-    """Returns what a text stands for: a setting, a run of the store or published, a spec file or a trainer's file.
+    """Returns what a text stands for: a setting, a spec file or a trainer's file.
 
     None means that it is none of these, such as the name of a model.
 
@@ -74,8 +72,7 @@ def read_setting(text: str, shared: Mapping[str, Any], gpus: int) -> Setting | N
         return _of_file(Path(text), shared, gpus)
     if " " in text.strip():
         raise InputError(Problem(text, f"{first!r} is not a method", close_match(first, METHODS)))
-    record = _record(text)
-    return _of_spec(record, text) if record is not None else None
+    return None
 
 
 def _of_words(text: str) -> Setting:
@@ -138,26 +135,6 @@ def _of_spec(values: Any, where: str) -> Setting:
     return Setting(spec.model, _options_of(spec), spec.shards)
 
 
-def _record(run: str) -> dict[str, Any] | None:
-    """Returns the spec in the record of a run, of the store or published; None if there is no such run."""
-    from peftscope.files.content import parse_json, read_text
-    from peftscope.planning.published import all_published_records
-    from peftscope.spec import RUN_ID_PATTERN
-
-    if not re.fullmatch(RUN_ID_PATTERN, run) or not re.search(r"-[0-9a-f]{8}$", run):
-        return None
-    path = record_path(run)
-    if path.is_file():
-        texts = [read_text(path)]
-    else:
-        with needs("report"):
-            texts = [text for _, name, text in all_published_records() if name == run]
-    if not texts:
-        raise InputError(Problem(run, "no such run, in the store or published", "see results/runs"))
-    spec: dict[str, Any] = parse_json(texts[0], run)["spec"]
-    return spec
-
-
 def asked(setting: Setting, model: str | None, shared: Mapping[str, Any], gpu: Gpu | None, gpus: int) -> Question:
     """Returns the question about a setting. Its own words win over what is shared.
 
@@ -193,7 +170,7 @@ def why(
         list[str],
         typer.Argument(
             metavar="[MODEL] A [B]",
-            help='A and B: settings ("qlora --rank 64"), run ids, or spec files. Without B: why a phase has the peak.',
+            help='A and B: settings ("qlora --rank 64"), or spec files. Without B: why a phase has the peak.',
         ),
     ],
     model: SharedModel = None,
@@ -215,9 +192,7 @@ def why(
         model, found, words = words[0], found[1:], words[1:]
     unknown = [word for word, setting in zip(words, found, strict=True) if setting is None]
     if unknown:
-        raise InputError(
-            Problem(word, "is no setting, run id or spec file", 'as in "qlora --rank 64"') for word in unknown
-        )
+        raise InputError(Problem(word, "is no setting or spec file", 'as in "qlora --rank 64"') for word in unknown)
     if len(found) > 2:
         raise InputError(Problem("why", f"compares two settings (got {len(found)})", 'quote each: "qlora --rank 64"'))
     card = None if gpu is None else find_gpu(gpu)
@@ -241,7 +216,7 @@ def why(
 @run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
 @needs("simulate")
 def oom(
-    model: Annotated[str, typer.Argument(help="A preset, a config.json, a hub id, a run id, or a spec file.")],
+    model: Annotated[str, typer.Argument(help="A preset, a config.json, a hub id, or a spec file.")],
     error: Annotated[str, typer.Argument(help="torch's whole message, a file that has it, or - for stdin.")] = "-",
     method: Annotated[
         str | None, typer.Option(help="full, lora, qlora, dora, adalora, loftq, ...; default lora.")
@@ -252,7 +227,7 @@ def oom(
 ) -> None:
     """Say what torch's out-of-memory error was about: which allocations match, and the smallest changes that fit.
 
-    What fits is known if the message names the card's capacity. Options replace what a run or a file says.
+    What fits is known if the message names the card's capacity. Options replace what a file says.
     """
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.oom import diagnose, read_refusal

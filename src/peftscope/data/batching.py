@@ -62,8 +62,14 @@ class Batch:
         return Batch(**moved)
 
 
+def first_tokens(tokenizer: Any) -> list[int]:
+    """Returns the tokens that a tokenizer puts before a text by itself: Gemma's ``<bos>``, or none, as for SmolLM2."""
+    of_nothing = tokenizer("")["input_ids"]
+    return of_nothing[:1] if of_nothing[:1] == [tokenizer.bos_token_id] else []
+
+
 def tokenise(items: Sequence[Item], tokenizer: Any, seq_len: int) -> list[Example]:
-    """Returns the tokens of each item: the prompt, a space and the response, and the end of sequence.
+    """Returns the tokens of each item: those before any text, the prompt, a space and the response, and the end.
 
     Prompt and response are tokenised separately, so that training sees the same prompt tokens as generation. A prompt
     that is too long loses its start; a response is never cut.
@@ -75,15 +81,16 @@ def tokenise(items: Sequence[Item], tokenizer: Any, seq_len: int) -> list[Exampl
         return []
     prompts = tokenizer([item.prompt for item in items], add_special_tokens=False)["input_ids"]
     responses = tokenizer([f" {item.response}" for item in items], add_special_tokens=False)["input_ids"]
+    first = first_tokens(tokenizer)
     examples, problems = [], []
     for item, prompt, response in zip(items, prompts, responses, strict=True):
         answer = [*response, tokenizer.eos_token_id]
-        room = seq_len - len(answer)
+        room = seq_len - len(first) - len(answer)
         if room < 1 or not prompt:
             message = f"seq_len={seq_len} is too short for the response, {len(answer)} tokens, beside a prompt"
             problems.append(Problem(f"item {item.prompt[:60]!r}", message if prompt else "its prompt has no token"))
             continue
-        kept = prompt[-room:]
+        kept = [*first, *prompt[-room:]]
         examples.append(Example((*kept, *answer), len(kept)))
     if problems:
         raise InputError(problems[:SHOWN_LINES])

@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from peftscope.errors import InputError, Problem, shown
-from peftscope.files.content import REVISION_PATTERN, Count, CountOrZero, HubId, check_characters
+from peftscope.files.content import REVISION_PATTERN, Count, CountOrZero, HubId
 from peftscope.files.hub import load_rows
+from peftscope.files.limits import check_characters
 from peftscope.files.manifest import file_sha256
 from peftscope.files.wheel import WheelFile, unpacked
 from peftscope.layout import TASKS_FILE, TASKS_FOLDER

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from typing import Any
-from unittest.mock import patch
 
 import lm_eval
 import torch
@@ -13,12 +12,16 @@ from datasets import Dataset, DatasetDict
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from peftscope.data.batching import first_tokens
 from peftscope.data.scoring import read_scoring
 from peftscope.data.sources import Item
 from peftscope.data.tasks import read_split
 from peftscope.spec import RunSpec
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+WORKED_EXAMPLES_SEED = 1234
+"""Draws the worked examples before a benchmark's items. Source: lm-eval 0.4, ``simple_evaluate``."""
 
 
 class _UncachedLM(HFLM):
@@ -71,10 +74,10 @@ def score_answers(
     because bf16 answers depend on it.
     """
     results = evaluate(
-        model=wrap(model, tokenizer, spec),
+        wrap(model, tokenizer, spec),
         # The task is passed as content, because lm-eval runs the Python that `!function` names in a file.
-        tasks=[_task_config(spec.task, read_split(spec.task, "test") if items is None else items)],
-        task_manager=TaskManager(include_defaults=False),
+        [_task_config(spec.task, read_split(spec.task, "test") if items is None else items)],
+        TaskManager(include_defaults=False),
         limit=spec.generation_items,
         log_samples=True,
     )
@@ -90,14 +93,23 @@ def score_answers(
     ]
 
 
-def evaluate(**options: Any) -> dict[str, Any]:
-    """Returns lm-eval's results, without intervals.
+def evaluate(
+    model: HFLM, tasks: list[Any], manager: TaskManager, *, limit: int | None, log_samples: bool
+) -> dict[str, Any]:
+    """Returns lm-eval's results on the first ``limit`` items of each task, without intervals.
 
-    lm-eval also asks git for the commit, which prints an error outside of a repository. The record has the commit
-    anyway, so this is skipped.
+    ``lm_eval.simple_evaluate`` would give the same, but also ask git for the commit, which prints an error outside of a
+    repository, and describe the machine. The record says both anyway.
     """
-    with patch("lm_eval.evaluator.get_git_commit_hash", str):
-        return lm_eval.simple_evaluate(**options, bootstrap_iters=0, verbosity="ERROR")
+    loaded = manager.load(tasks)
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=WORKED_EXAMPLES_SEED)
+    results: dict[str, Any] = lm_eval.evaluate(
+        lm=model, task_dict=loaded, limit=limit, log_samples=log_samples, bootstrap_iters=0, verbosity="ERROR"
+    )
+    return results
 
 
 def _task_config(task: str, asked: Sequence[Item]) -> dict[str, Any]:
@@ -126,7 +138,7 @@ def wrap(model: Any, tokenizer: Any, spec: RunSpec) -> HFLM:
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=spec.eval_batch_size,
-        add_bos_token=False,
+        add_bos_token=bool(first_tokens(tokenizer)),
         # lm-eval opens an autocast context of its own, which would override ours.
         mixed_precision_dtype=torch.bfloat16 if spec.autocasts else None,
     )

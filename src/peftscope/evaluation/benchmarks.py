@@ -22,9 +22,9 @@ def score_benchmarks(model: Any, tokenizer: Any, spec: RunSpec) -> dict[str, dic
         for name in spec.benchmarks:
             write_task_file(name, Path(folder))
         results = evaluate(
-            model=wrap(model, tokenizer, spec),
-            tasks=list(spec.benchmarks),
-            task_manager=TaskManager(include_path=folder, include_defaults=False),
+            wrap(model, tokenizer, spec),
+            list(spec.benchmarks),
+            TaskManager(include_path=folder, include_defaults=False),
             limit=spec.benchmark_items,
             log_samples=False,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,16 +67,70 @@ def heldout_losses(model: Any, batch: Batch, spec: RunSpec) -> torch.Tensor:
 
 def heldout_nll(model: Any, examples: Sequence[Example], spec: RunSpec, pad_token_id: int) -> list[ItemLoss]:
     """Returns the loss of each example, in order."""
-    results = []
-    for batch in evaluation_batches(examples, batch_size=spec.eval_batch_size, pad_token_id=pad_token_id):
+    return nll_and_shift(model, examples, spec, pad_token_id, ())[0]
+
+
+def nll_and_shift(
+    model: Any, examples: Sequence[Example], spec: RunSpec, pad_token_id: int, of_base: Iterable[torch.Tensor]
+) -> tuple[list[ItemLoss], dict[str, float]]:
+    """Returns the loss of each example, in order, and how far the training moved the answers, both from one pass.
+
+    The shift is the mean KL divergence in nats for each answer token, with the right tokens before it. ``from_base`` is
+    that of the trained model from the base, KL(base, trained), ``to_base`` the other way.
+    Source: Shenfeld et al. 2025, arXiv 2509.04259, section 4, which takes the first.
+
+    Args:
+        model: The model, in evaluation mode.
+        examples: The tokenised items.
+        spec: The run.
+        pad_token_id: The token that fills short rows.
+        of_base: The ``base_answers`` to these items. If there are none, the shift is empty.
+    """
+    results, moved = [], []
+    batches = evaluation_batches(examples, batch_size=spec.eval_batch_size, pad_token_id=pad_token_id)
+    kept = iter(of_base)
+    for batch in batches:
         batch = batch.to(spec.device)
         logits = response_logits(model, batch, spec, spec.method.logit_offset())
         nll, counted = losses_of(logits, batch).sum(dim=1).tolist(), batch.kept_labels != IGNORED
         hits = logits.argmax(dim=2) == batch.kept_labels
-        for loss, row, kept in zip(nll, hits, counted, strict=True):
-            argmax = "".join("1" if hit else "0" for hit in row[kept].tolist())
+        for loss, row, in_row in zip(nll, hits, counted, strict=True):
+            argmax = "".join("1" if hit else "0" for hit in row[in_row].tolist())
             results.append(ItemLoss(loss, len(argmax), argmax))
-    return results
+        if (base := next(kept, None)) is not None:
+            logits = logits[counted][: len(base)]  # those of the whole batch take no memory any more
+            moved.append((*_divergences(base.to(logits.device), logits), len(base)))
+    if not moved:
+        return results, {}
+    from_base, to_base, tokens = map(sum, zip(*moved, strict=True))
+    return results, {"from_base": from_base / tokens, "to_base": to_base / tokens}
+
+
+def base_answers(base: Any, examples: Sequence[Example], spec: RunSpec, pad_token_id: int) -> list[torch.Tensor]:
+    """Returns what the base says at each token of the first ``SHIFT_ITEMS`` answers, before the training.
+
+    These are the logits of each batch, (answer tokens, vocabulary), in the precision of the model, on the host.
+
+    Args:
+        base: The untouched model, in evaluation mode; 4-bit weights are those that the run trains on.
+        examples: The tokenised items.
+        spec: The run.
+        pad_token_id: The token that fills short rows.
+    """
+    answers = []
+    batches = evaluation_batches(examples, batch_size=spec.eval_batch_size, pad_token_id=pad_token_id)
+    for start, batch in zip(range(0, SHIFT_ITEMS, spec.eval_batch_size), batches, strict=False):
+        counted = batch.kept_labels != IGNORED
+        counted[SHIFT_ITEMS - start :] = False
+        logits = response_logits(base, batch.to(spec.device), spec, 0)
+        answers.append(logits[counted.to(logits.device)].cpu())
+    return answers
+
+
+def _divergences(base: torch.Tensor, now: torch.Tensor) -> tuple[float, float]:
+    """Returns KL(base, now) and KL(now, base) in nats, summed over the rows of logits."""
+    now, base = now.float().log_softmax(dim=1), base.float().log_softmax(dim=1)
+    return float((base.exp() * (base - now)).sum()), float((now.exp() * (now - base)).sum())
 
 
 def mean_nll(per_item: Sequence[ItemLoss]) -> float:
@@ -86,39 +140,3 @@ def mean_nll(per_item: Sequence[ItemLoss]) -> float:
     2.0
     """
     return sum(item.nll for item in per_item) / sum(item.tokens for item in per_item)
-
-
-class BaseAnswers:
-    """What the base says at each token of some answers, kept from before the training.
-
-    Args:
-        base: The untouched model, in evaluation mode; 4-bit weights are those that the run trains on.
-        examples: Tokenised items, of which the first ``SHIFT_ITEMS`` count.
-        spec: The run.
-        pad_token_id: The token that fills short rows.
-    """
-
-    def __init__(self, base: Any, examples: Sequence[Example], spec: RunSpec, pad_token_id: int) -> None:
-        self._spec = spec
-        batches = evaluation_batches(examples[:SHIFT_ITEMS], batch_size=spec.eval_batch_size, pad_token_id=pad_token_id)
-        self._kept = [(batch, self._logits(base, batch, 0).cpu()) for batch in batches]
-
-    def _logits(self, model: Any, batch: Batch, offset: int) -> torch.Tensor:
-        """Returns the logits at response tokens, (their number, vocabulary)."""
-        logits = response_logits(model, batch.to(self._spec.device), self._spec, offset)
-        return logits[(batch.kept_labels != IGNORED).to(logits.device)]
-
-    def shift(self, model: Any) -> dict[str, float]:
-        """Returns the mean KL divergence in nats for each answer token, with the right tokens before it.
-
-        ``from_base`` is that of the trained model from the base, KL(base, trained), ``to_base`` the other way.
-        Source: Shenfeld et al. 2025, arXiv 2509.04259, section 4, which takes the first.
-        """
-        from_base = to_base = tokens = 0.0
-        for batch, logits in self._kept:
-            now = self._logits(model, batch, self._spec.method.logit_offset()).float().log_softmax(dim=1)
-            base = logits.to(now.device).float().log_softmax(dim=1)
-            from_base += float((base.exp() * (base - now)).sum())
-            to_base += float((now.exp() * (now - base)).sum())
-            tokens += len(now)
-        return {"from_base": from_base / tokens, "to_base": to_base / tokens}

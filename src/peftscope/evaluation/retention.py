@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from peftscope.data.batching import first_tokens
 from peftscope.spec import RunSpec
 from peftscope.training.load import autocast
 
@@ -35,21 +36,24 @@ def prose() -> str:
 def bits_per_byte(model: Any, tokenizer: Any, spec: RunSpec) -> float:
     """Returns the code length of the first ``spec.retention_tokens`` tokens of the prose, per byte of text.
 
-    The prose is split into windows of ``WINDOW_TOKENS``, each scored from its second token on. Only the bytes of scored
-    tokens count.
+    The prose is split into windows of ``WINDOW_TOKENS``, each scored from its second token on, behind the tokens that
+    the tokenizer puts before any text. Only the bytes of scored tokens count.
     """
     ids = tokenizer(prose(), add_special_tokens=False)["input_ids"][: spec.retention_tokens]
     windows = [ids[start : start + WINDOW_TOKENS] for start in range(0, len(ids), WINDOW_TOKENS)]
     windows = [window for window in windows if len(window) > 1]
     nats, scored_bytes = 0.0, 0
-    offset = spec.method.logit_offset()
+    first = first_tokens(tokenizer)
+    offset = spec.method.logit_offset() + len(first)
     for window in windows:
-        tokens = torch.tensor([window], device=spec.device)
+        tokens = torch.tensor([[*first, *window]], device=spec.device)
         positions = torch.arange(len(window) - 1, device=spec.device) + offset
         with autocast(spec):
             logits = model(
                 input_ids=tokens, attention_mask=torch.ones_like(tokens), logits_to_keep=positions, use_cache=False
             ).logits
-        nats += torch.nn.functional.cross_entropy(logits[0].float(), tokens[0, 1:], reduction="sum").item()
+        nats += torch.nn.functional.cross_entropy(
+            logits[0].float(), tokens[0, len(first) + 1 :], reduction="sum"
+        ).item()
         scored_bytes += len(tokenizer.decode(window[1:]).encode())
     return nats / math.log(2) / scored_bytes

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from peftscope.training.signals import stop_signals
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -49,8 +51,8 @@ def host_kills() -> int | None:
 def survive_child() -> signal.Signals | None:
     """Forks this process. Returns None in the child, and in the parent the signal that killed the child.
 
-    The parent forwards SIGTERM and SIGINT. If no signal killed the child, the parent exits with the child's code. The
-    parent exists because a host that runs out of memory kills a process without a chance to write a record.
+    The parent forwards the signals that stop a run. If no signal killed the child, the parent exits with the child's
+    code. The parent exists because a host that runs out of memory kills a process without a chance to write a record.
     """
     child = os.fork()
     if child == 0:
@@ -60,8 +62,8 @@ def survive_child() -> signal.Signals | None:
     def hand_on(number: int, frame: Any) -> None:
         os.kill(child, number)
 
-    signal.signal(signal.SIGTERM, hand_on)
-    signal.signal(signal.SIGINT, hand_on)
+    for number in stop_signals():
+        signal.signal(number, hand_on)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code >= 0:
         os._exit(code)

@@ -11,12 +11,12 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -32,7 +32,7 @@ from peftscope.data.batching import (
 from peftscope.data.sources import Item, RandomStringsSource
 from peftscope.data.tasks import draw_items, find_task, read_split, shuffle_responses
 from peftscope.errors import InputError
-from peftscope.evaluation.heldout import BaseAnswers, heldout_nll, mean_nll
+from peftscope.evaluation.heldout import ItemLoss, base_answers, heldout_nll, mean_nll, nll_and_shift
 from peftscope.evaluation.latency import time_passes
 from peftscope.evaluation.retention import bits_per_byte
 from peftscope.evaluation.updates import update_spectra, weights_before
@@ -53,9 +53,11 @@ from peftscope.record import (
     FINAL,
     RESTORED,
     KeepWeights,
+    Quality,
     RunRecord,
     Size,
     Status,
+    Timing,
     clear_checkpoints,
     kept_path,
     state_folder,
@@ -68,42 +70,20 @@ from peftscope.training.ceilings import measure_ceilings
 from peftscope.training.checkpoint import Checkpoints
 from peftscope.training.kept import write_kept
 from peftscope.training.load import attention, load_base, load_tokenizer
-from peftscope.training.loop import Diverged, TrainingLog, check_loss, train
+from peftscope.training.log import TrainingLog
+from peftscope.training.loop import Diverged, check_loss, train
 from peftscope.training.shard import from_all, held_bytes, is_first, join, own_seed, shard, trained_state
 from peftscope.training.signals import Interrupted
 from peftscope.training.step import TrainedModel
 
 
-@dataclass
-class _Run:
-    """The state of a run: its spec, where it writes, and what it has measured so far.
-
-    Attributes:
-        answers: What the base says on validation items, if the run is followed along its training.
-        weights: The base's weights in that case, as far as updates can be told from them.
-    """
-
-    spec: RunSpec
-    folder: Path
-    phases: Phases
-    checkpoints: Checkpoints
-    record: RunRecord
-    keep_weights: KeepWeights
-    alone: bool
-    keep_at: Sequence[float] = ()
-    log: TrainingLog = field(default_factory=TrainingLog)
-    answers: BaseAnswers | None = None
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class _Data:
-    """The data of a run. ``heldout`` holds the tokenised ``items``."""
+    """The tokenised items of a run, and their tokenizer."""
 
     tokenizer: Any
     training: list[Example]
     validation: list[Example]
-    items: list[Item]
     heldout: list[Example]
 
 
@@ -115,32 +95,91 @@ class _Widest:
     heldout: Batch
 
 
-def _run_phases(run: _Run) -> None:
-    """Runs all phases. Each one writes its measurements into the record."""
-    phase, quality, trains = run.phases.phase, run.record.quality, run.spec.method.trains
+def _run_phases(
+    record: RunRecord,
+    folder: Path,
+    phases: Phases,
+    log: TrainingLog,
+    checkpoints: Checkpoints,
+    keep_weights: KeepWeights,
+    keep_at: Sequence[float],
+) -> None:
+    """Runs all phases. Each one returns what it made, and what is measured goes into the record as soon as it is known.
+
+    So the record of a run that fails says what was measured until then.
+    """
+    spec, phase, trains, alone = record.spec, phases.phase, record.spec.method.trains, record.provenance["alone"]
     with phase("load"):
-        data, base = _load(run)
-    _time_latency(run, base, "base")
-    if trains and run.spec.validation_every and run.spec.shards == 1:
-        with phase("evaluate"), attention(base, run.spec.attention):
-            run.answers = BaseAnswers(base.eval(), data.validation, run.spec, data.tokenizer.pad_token_id)
-    trained = _prepare(run, base)
-    quality.retention_bits_per_byte_before = _score_retention(run, trained.model, data)
+        tokenizer = load_tokenizer(spec)
+        drawn, judged = _draw_items(spec)
+        quality = record.quality = _describe_judged(spec, len(judged))
+        data = _tokenise(spec, tokenizer, drawn, judged)
+        with _tracked_load(spec, phases) as loaded:
+            base = load_base(spec)
+            loaded.append(base)
+    timings: dict[str, Timing] = {}
+    if spec.latency_tokens:
+        record.latency = timings
+    timings |= _time_latency(spec, phases, base, "base")
+    answers = []
+    if trains and spec.validation_every and spec.shards == 1:
+        with phase("evaluate"), attention(base, spec.attention):
+            answers = base_answers(base.eval(), data.validation, spec, tokenizer.pad_token_id)
+    trained, weights = _prepare(spec, phases, base, followed=bool(answers))
+    model = trained.model
+    trainable, total = count_parameters(model)
+    record.size = Size(initial_trainable_parameters=trainable, total_parameters=total)
+    if spec.shards > 1:
+        with phase("initialise"):
+            shard(model, spec)
+    before = quality.retention_bits_per_byte_before = _score_retention(spec, phases, model, tokenizer)
     with phase("predict"):
-        widest = _predict(run, data)
+        widest = _widest_batches(spec, data)
+        phases.memory.predicted = predict_or_nothing(spec, widest.training, widest.heldout)
     if trains:
-        _train(run, trained, data, widest)
+
+        def after_step(step: int) -> None:
+            _follow(spec, phases, log, trained, data, answers, step)
+            if step in steps_at(keep_at, spec.steps):
+                with phases.aside("train", "evaluate"):
+                    write_kept(kept_path(folder, step), model)
+
+        digest = _train(spec, phases, log, checkpoints, trained, data, widest, after_step)
+        if record.provenance["card"]:
+            record.provenance["card"]["after_training"] = card_reading()
+        record.train_batches_sha256 = digest
+        record.method_metrics = spec.method.metrics(model)
     with phase("evaluate"):
-        _evaluate(run, trained, data)
-        _save(run, trained.model)
-    before = quality.retention_bits_per_byte_before
-    quality.retention_bits_per_byte = _score_retention(run, trained.model, data) if trains else before
-    _probe(run, trained, widest)
-    _time_latency(run, trained.model, "apart", "merged")
-    if trains and run.alone:
+        model.eval()
+        if data.validation:
+            quality.validation_nll, quality.shift = _validate(spec, trained, data, answers)
+        if weights:
+            record.updates = update_spectra(model, weights)
+        with attention(model, spec.attention):
+            per_item = _score_heldout(spec, trained, data)
+            generated, seconds = score_answers(model, tokenizer, spec, judged)
+            if generated:
+                record.speed.generation_seconds = seconds if alone else None
+                quality.exact_match = sum(row["correct"] for row in generated) / len(generated)
+                quality.exact_match_items = len(generated)
+            record.benchmarks = score_benchmarks(model, tokenizer, spec)
+        write_items(folder / "items.jsonl", judged, per_item, generated)
+        quality.heldout_nll, quality.heldout_tokens = mean_nll(per_item), sum(item.tokens for item in per_item)
+        quality.greedy_match = sum("0" not in item.argmax for item in per_item) / len(per_item)
+        quality.token_accuracy = sum(item.argmax.count("1") for item in per_item) / quality.heldout_tokens
+        if trains:
+            record.size.adapter_bytes = _save(spec, model, folder / "adapter")
+            record.size.trained_parameters = spec.method.final_trainable_parameters(model)
+            record.weights = _keep_or_drop(spec, folder / "adapter", keep_weights)
+        record.files = _checksums(folder)
+    quality.retention_bits_per_byte = _score_retention(spec, phases, model, tokenizer) if trains else before
+    _probe(spec, phases, trained, widest)
+    for state in ("apart", "merged"):
+        timings |= _time_latency(spec, phases, model, state)
+    if trains and alone:
         # A model may leave no room on the card for this measurement. The run is valid without it.
         with phase("ceilings"), suppress(torch.OutOfMemoryError):
-            run.record.ceilings = measure_ceilings(run.spec)
+            record.ceilings = measure_ceilings(spec)
 
 
 def execute(
@@ -181,14 +220,14 @@ def execute(
     folder.mkdir(parents=True, exist_ok=True)
     record = RunRecord(run_id=run_id(spec), status="ok", spec=spec)
     checkpoints = Checkpoints(state_folder(folder), spec, checkpoint_seconds)
-    run = _Run(spec, folder, phases, checkpoints, record, keep_weights, alone, keep_at)
+    log = TrainingLog()
     file = "record.json"
     try:
         record.provenance = provenance(spec, rank) | {"alone": alone, "start": start_provenance(spec)}
         if spec.shards > 1:
             join(spec, rank, meeting)
         with bf16_products(), _limited_memory(record):
-            _run_phases(run)
+            _run_phases(record, folder, phases, log, checkpoints, keep_weights, keep_at)
     except (Interrupted, KeyboardInterrupt) as error:
         reason = str(error) or "stopped by SIGINT"
         record.status, record.reason, file = "interrupted", reason, "interrupted.json"
@@ -211,16 +250,16 @@ def execute(
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         record.status, record.reason, file = status, reason, "record.json"
     finally:
-        record.train_nll, record.train_loss = run.log.nll, run.log.loss
-        record.quality.validation_curve = run.log.validation_nll
-        record.quality.retention_curve = run.log.retention
-        record.quality.shift_curve = run.log.shift
+        record.train_nll, record.train_loss = log.nll, log.loss
+        record.quality.validation_curve = log.validation_nll
+        record.quality.retention_curve = log.retention
+        record.quality.shift_curve = log.shift
         if alone:
-            run.log.write_speed(record.speed, spec)
+            log.write_speed(record.speed, spec)
         record.speed.matmul_share = _matmul_share(record)
         phases.finish()
         record.seconds, record.memory = phases.seconds, phases.memory
-        record.memory.paged_state_bytes = run.log.paged_state_bytes
+        record.memory.paged_state_bytes = log.paged_state_bytes
         record.unavailable = why_unavailable(record)
         if record.status in FINAL:
             # First into a folder that no rule declares: if the job is killed now, its retry only copies the record.
@@ -245,184 +284,179 @@ def _limited_memory(record: RunRecord) -> Iterator[None]:
     yield
 
 
-def _load(run: _Run) -> tuple[_Data, Any]:
-    """Returns the tokenised data and the base model."""
-    spec = run.spec
-    tokenizer = load_tokenizer(spec)
-    task, quality = find_task(spec.task), run.record.quality
-    examples = draw_items(read_split(spec.task, "train"), spec.train_items, spec.seed)
+def _draw_items(spec: RunSpec) -> tuple[list[Item], list[Item]]:
+    """Returns the items to train on, and those that the run is judged on."""
+    drawn = draw_items(read_split(spec.task, "train"), spec.train_items, spec.seed)
     if spec.shuffled_targets:
-        examples = shuffle_responses(examples, spec.seed)
-    items = (examples if task.judged_on == "train" else read_split(spec.task, "test"))[: spec.heldout_items]
-    quality.judged_on, quality.judged_items = task.judged_on, len(items)
+        drawn = shuffle_responses(drawn, spec.seed)
+    judged = drawn if find_task(spec.task).judged_on == "train" else read_split(spec.task, "test")
+    return drawn, judged[: spec.heldout_items]
+
+
+def _describe_judged(spec: RunSpec, items: int) -> Quality:
+    """Returns what so many judged items are; their scores come later."""
+    task = find_task(spec.task)
+    quality = Quality(judged_on=task.judged_on, judged_items=items)
     if isinstance(task.source, RandomStringsSource):
-        quality.judged_entropy_bits = len(items) * task.source.entropy_bits
-    data = _Data(
+        quality.judged_entropy_bits = items * task.source.entropy_bits
+    return quality
+
+
+def _tokenise(spec: RunSpec, tokenizer: Any, drawn: list[Item], judged: list[Item]) -> _Data:
+    return _Data(
         tokenizer=tokenizer,
-        training=tokenise(examples, tokenizer, spec.seq_len) if spec.method.trains else [],
+        training=tokenise(drawn, tokenizer, spec.seq_len) if spec.method.trains else [],
         validation=tokenise(read_split(spec.task, "validation")[: spec.validation_items], tokenizer, spec.seq_len),
-        items=items,
-        heldout=tokenise(items, tokenizer, spec.seq_len),
+        heldout=tokenise(judged, tokenizer, spec.seq_len),
     )
-    with _tracked_load(run) as loaded:
-        base = load_base(spec)
-        loaded.append(base)
-    return data, base
 
 
-def _prepare(run: _Run, base: Any) -> TrainedModel:
-    """Returns the model to train, sharded if the run has several processes."""
-    with run.phases.phase("initialise"), _tracked_load(run, base) as loaded:
-        start = merged_start(base, run.spec)
-        if run.answers:
-            run.weights = weights_before(start, run.spec)
-        trained = build_model(start, run.spec)
-        continue_adapter(trained.model, run.spec)
+def _prepare(
+    spec: RunSpec, phases: Phases, base: Any, *, followed: bool
+) -> tuple[TrainedModel, dict[str, torch.Tensor]]:
+    """Returns the model to train, and the weights that its updates will be told from if it is followed."""
+    weights = {}
+    with phases.phase("initialise"), _tracked_load(spec, phases, base) as loaded:
+        start = merged_start(base, spec)
+        if followed:
+            weights = weights_before(start, spec)
+        trained = build_model(start, spec)
+        continue_adapter(trained.model, spec)
         loaded.append(trained.model)
-    trainable, total = count_parameters(trained.model)
-    run.record.size = Size(initial_trainable_parameters=trainable, total_parameters=total)
-    if run.spec.shards > 1:
-        with run.phases.phase("initialise"):
-            shard(trained.model, run.spec)
-    return trained
+    return trained, weights
 
 
-def _score_retention(run: _Run, model: Any, data: _Data) -> float | None:
+def _score_retention(spec: RunSpec, phases: Phases, model: Any, tokenizer: Any) -> float | None:
     model.eval()
-    with run.phases.phase("evaluate"), attention(model, run.spec.attention):
-        return bits_per_byte(model, data.tokenizer, run.spec) if run.spec.retention_tokens else None
+    with phases.phase("evaluate"), attention(model, spec.attention):
+        return bits_per_byte(model, tokenizer, spec) if spec.retention_tokens else None
 
 
-def _predict(run: _Run, data: _Data) -> _Widest:
-    """Writes the predicted peaks into the record, and returns the batches behind them."""
-    spec, pad = run.spec, data.tokenizer.pad_token_id
+def _widest_batches(spec: RunSpec, data: _Data) -> _Widest:
     seen = islice(_batches(data, spec), spec.steps * spec.gradient_accumulation)
-    training = widest_batch(seen) if spec.method.trains else None
-    heldout = widest_batch(evaluation_batches(data.heldout, batch_size=spec.eval_batch_size, pad_token_id=pad))
-    run.phases.memory.predicted = predict_or_nothing(spec, training, heldout)
-    return _Widest(training, heldout)
+    heldout = evaluation_batches(
+        data.heldout, batch_size=spec.eval_batch_size, pad_token_id=data.tokenizer.pad_token_id
+    )
+    return _Widest(widest_batch(seen) if spec.method.trains else None, widest_batch(heldout))
 
 
-def _train(run: _Run, trained: TrainedModel, data: _Data, widest: _Widest) -> None:
-    spec, record = run.spec, run.record
+def _train(
+    spec: RunSpec,
+    phases: Phases,
+    log: TrainingLog,
+    checkpoints: Checkpoints,
+    trained: TrainedModel,
+    data: _Data,
+    widest: _Widest,
+    after_step: Callable[[int], None],
+) -> str:
+    """Trains the model, and returns the SHA-256 of the batches."""
     digest = hashlib.sha256()
-    with run.phases.phase("train"), compiled_layers(trained.model, spec):
+    with phases.phase("train"), compiled_layers(trained.model, spec):
         seed_everything(own_seed(spec.seed if spec.init_seed is None else spec.init_seed, spec))
         rehearsal = widest.training if spec.device == "cuda" else None
         batches = digested(_batches(data, spec), digest)
-
-        def after_step(step: int) -> None:
-            _follow(run, trained, data, step)
-
-        train(trained, batches, spec, run.log, run.checkpoints, rehearsal, after_step)
-    if record.provenance["card"]:
-        record.provenance["card"]["after_training"] = card_reading()
-    record.train_batches_sha256 = digest.hexdigest()
-    record.method_metrics = spec.method.metrics(trained.model)
+        train(trained, batches, spec, log, checkpoints, rehearsal, after_step)
+    return digest.hexdigest()
 
 
-def _follow(run: _Run, trained: TrainedModel, data: _Data, step: int) -> None:
-    """Measures what the spec asks for along the training, and keeps weights, after a step.
+def _follow(
+    spec: RunSpec,
+    phases: Phases,
+    log: TrainingLog,
+    trained: TrainedModel,
+    data: _Data,
+    answers: list[torch.Tensor],
+    step: int,
+) -> None:
+    """Measures what the spec asks for along the training after a step, and writes it into the log.
 
     Raises:
         Diverged: The loss on the validation items is not finite, or far above that of a uniform guess, or the score on
             prose is not finite.
     """
-    spec, model = run.spec, trained.model
+    model = trained.model
 
     def is_due(every: int) -> bool:
         return bool(every) and step % every == 0 and step < spec.steps
 
     if is_due(spec.validation_every):
-        with _evaluating(run, model):
-            nll = _validate(trained, data, spec)
-            run.log.shift[step] = _shift(run, trained)
+        with _evaluating(phases, model):
+            nll, log.shift[step] = _validate(spec, trained, data, answers)
         check_loss(nll, trained.vocab_size, spec, f"on validation items after step {step}")
-        run.log.validation_nll[step] = nll
+        log.validation_nll[step] = nll
     if is_due(spec.retention_every):
-        with _evaluating(run, model), attention(model, spec.attention):
+        with _evaluating(phases, model), attention(model, spec.attention):
             bits = bits_per_byte(model, data.tokenizer, spec)
         if not math.isfinite(bits):
             raise Diverged(f"the score on prose after step {step} is not a number")
-        run.log.retention[step] = bits
-    if step in steps_at(run.keep_at, spec.steps):
-        with run.phases.aside("train", "evaluate"):
-            write_kept(kept_path(run.folder, step), model)
+        log.retention[step] = bits
 
 
 @contextmanager
-def _evaluating(run: _Run, model: Any) -> Iterator[None]:
+def _evaluating(phases: Phases, model: Any) -> Iterator[None]:
     """Evaluates inside this context, in the middle of the training, and counts it to the phase ``evaluate``."""
     model.eval()
-    with run.phases.aside("train", "evaluate"):
+    with phases.aside("train", "evaluate"):
         yield
     model.train()
 
 
-def _validate(trained: TrainedModel, data: _Data, spec: RunSpec) -> float:
-    """Returns the mean nll of the validation items, in nats per response token."""
-    with attention(trained.model, spec.attention):
-        return mean_nll(heldout_nll(trained.model, data.validation, spec, data.tokenizer.pad_token_id))
-
-
-def _shift(run: _Run, trained: TrainedModel) -> dict[str, float]:
-    """Returns how far the training moved the answers so far; nothing if the run is not followed."""
-    with attention(trained.model, run.spec.attention):
-        return run.answers.shift(trained.model) if run.answers else {}
-
-
-def _evaluate(run: _Run, trained: TrainedModel, data: _Data) -> None:
-    """Writes the scores into the record, and the scores of each item into ``items.jsonl``."""
-    spec, record, model = run.spec, run.record, trained.model
-    pad = data.tokenizer.pad_token_id
-    model.eval()
-    if data.validation:
-        record.quality.validation_nll = _validate(trained, data, spec)
-    record.quality.shift = _shift(run, trained)
-    if run.weights:
-        record.updates = update_spectra(model, run.weights)
+def _validate(
+    spec: RunSpec, trained: TrainedModel, data: _Data, answers: list[torch.Tensor]
+) -> tuple[float, dict[str, float]]:
+    """Returns the mean nll of the validation items, in nats per response token, and how far their answers moved."""
+    model, pad = trained.model, data.tokenizer.pad_token_id
     with attention(model, spec.attention):
-        per_item = heldout_nll(model, data.heldout, spec, pad)
-        nll = mean_nll(per_item)
-        if spec.method.trains:
-            check_loss(nll, trained.vocab_size, spec, "on held-out items")
-        answers = score_answers(model, data.tokenizer, spec, record, data.items)
-        record.benchmarks = score_benchmarks(model, data.tokenizer, spec)
-    write_items(run.folder / "items.jsonl", data.items, per_item, answers)
-    quality = record.quality
-    quality.heldout_nll, quality.heldout_tokens = nll, sum(item.tokens for item in per_item)
-    quality.greedy_match = sum("0" not in item.argmax for item in per_item) / len(per_item)
-    quality.token_accuracy = sum(item.argmax.count("1") for item in per_item) / quality.heldout_tokens
+        per_item, shift = nll_and_shift(model, data.validation, spec, pad, answers)
+    return mean_nll(per_item), shift
 
 
-def _save(run: _Run, model: Any) -> None:
-    """Writes the trained weights, and writes the checksums of the run's files into the record."""
-    spec, record, adapter = run.spec, run.record, run.folder / "adapter"
+def _score_heldout(spec: RunSpec, trained: TrainedModel, data: _Data) -> list[ItemLoss]:
+    """Returns the loss of each judged item.
+
+    Raises:
+        Diverged: Their mean is not finite, or far above that of a uniform guess, after a training.
+    """
+    per_item = heldout_nll(trained.model, data.heldout, spec, data.tokenizer.pad_token_id)
     if spec.method.trains:
-        state = trained_state(model) if spec.shards > 1 else None
-        if is_first():
-            spec.method.save(model, adapter, state)
-        record.size.adapter_bytes = sum(path.stat().st_size for path in adapter.glob("*.safetensors"))
-        record.size.trained_parameters = spec.method.final_trainable_parameters(model)
-        keeps = run.keep_weights == "all" or (run.keep_weights == "adapters" and not spec.method.trains_base)
-        record.weights = "kept" if keeps else "dropped"
-        if not keeps:
-            shutil.rmtree(adapter, ignore_errors=True)
-    written = [run.folder / "items.jsonl", *sorted(adapter.glob("*.*"))]
-    record.files = {path.relative_to(run.folder).as_posix(): file_sha256(path) for path in written}
+        check_loss(mean_nll(per_item), trained.vocab_size, spec, "on held-out items")
+    return per_item
 
 
-def _probe(run: _Run, trained: TrainedModel, widest: _Widest) -> None:
-    """Writes into the record what only a probe measures: the peaks of a step's parts, or each process's share."""
-    spec, memory = run.spec, run.phases.memory
+def _save(spec: RunSpec, model: Any, adapter: Path) -> int:
+    """Writes the trained weights into a folder, and returns their bytes."""
+    state = trained_state(model) if spec.shards > 1 else None
+    if is_first():
+        spec.method.save(model, adapter, state)
+    return sum(path.stat().st_size for path in adapter.glob("*.safetensors"))
+
+
+def _keep_or_drop(spec: RunSpec, adapter: Path, keep_weights: KeepWeights) -> Literal["kept", "dropped"]:
+    """Removes the trained weights if they are not to be kept, and returns whether they were."""
+    if keep_weights == "all" or (keep_weights == "adapters" and not spec.method.trains_base):
+        return "kept"
+    shutil.rmtree(adapter, ignore_errors=True)
+    return "dropped"
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Returns the SHA-256 of what a run wrote, by the path in its folder."""
+    written = [folder / "items.jsonl", *sorted((folder / "adapter").glob("*.*"))]
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in written}
+
+
+def _probe(spec: RunSpec, phases: Phases, trained: TrainedModel, widest: _Widest) -> None:
+    """Adds to the measured memory what only a probe measures: the peaks of a step's parts, or each process's share."""
+    memory = phases.memory
     if spec.shards > 1:
-        run.phases.gather_ranks(held_bytes(trained.model), lambda mine: from_all(mine, spec))
+        phases.gather_ranks(held_bytes(trained.model), lambda mine: from_all(mine, spec))
         return
     if not spec.probe_steps:
         return
     on_cpu = spec.device == "cpu"
     # A full card may have no room for another optimizer; the run is good all the same.
-    with run.phases.phase("probe"), nullcontext() if on_cpu else suppress(torch.OutOfMemoryError):
+    with phases.phase("probe"), nullcontext() if on_cpu else suppress(torch.OutOfMemoryError):
         if on_cpu:
             with attention(trained.model, spec.attention):
                 memory.evaluate.peak_tensor_bytes = probe_evaluation(trained.model, widest.heldout, spec)
@@ -435,17 +469,15 @@ def _probe(run: _Run, trained: TrainedModel, widest: _Widest) -> None:
             memory.optimizer_peak_tensor_bytes = peaks["optimizer"]
 
 
-def _time_latency(run: _Run, model: Any, *states: str) -> None:
-    """Puts the latency of a model into the record, as it is and merged; merging ends the model."""
-    if not run.spec.latency_tokens:
-        return
-    latency = run.record.latency = run.record.latency or {}
-    with run.phases.phase("latency"):
-        for state in states:
-            if state == "merged":
-                with warnings.catch_warnings(action="ignore"):  # of 4-bit sums: here, only their time counts
-                    model = model.merge_and_unload()
-            latency |= {f"{state}_{name}": timing for name, timing in time_passes(model, run.spec).items()}
+def _time_latency(spec: RunSpec, phases: Phases, model: Any, state: str) -> dict[str, Timing]:
+    """Returns the latency of a model in a state, if the spec asks for it. The state ``merged`` ends the model."""
+    if not spec.latency_tokens:
+        return {}
+    with phases.phase("latency"):
+        if state == "merged":
+            with warnings.catch_warnings(action="ignore"):  # of 4-bit sums: here, only their time counts
+                model = model.merge_and_unload()
+        return {f"{state}_{name}": timing for name, timing in time_passes(model, spec).items()}
 
 
 def _batches(data: _Data, spec: RunSpec) -> Iterator[Batch]:
@@ -456,10 +488,10 @@ def _batches(data: _Data, spec: RunSpec) -> Iterator[Batch]:
 
 
 @contextmanager
-def _tracked_load(run: _Run, *alive: Any) -> Iterator[list[Any]]:
+def _tracked_load(spec: RunSpec, phases: Phases, *alive: Any) -> Iterator[list[Any]]:
     """Tracks live bytes while the block makes a model. The block appends the model to the list to have it counted."""
     loaded: list[Any] = []
-    if run.spec.device != "cpu":
+    if spec.device != "cpu":
         yield loaded
         return
     tracker = MemoryTracker(tensors_of(*alive))
@@ -467,7 +499,7 @@ def _tracked_load(run: _Run, *alive: Any) -> Iterator[list[Any]]:
         yield loaded
     for tensor in tensors_of(*loaded):
         tracker.add(tensor)
-    load = run.phases.memory.load
+    load = phases.memory.load
     load.peak_tensor_bytes = max(load.peak_tensor_bytes or 0, tracker.peak_bytes)
 
 

@@ -10,26 +10,19 @@ from typing import Any
 
 from peftscope.data.sources import Item
 from peftscope.evaluation.heldout import ItemLoss
-from peftscope.record import RunRecord
 from peftscope.spec import RunSpec
 
 
-def score_answers(
-    model: Any, tokenizer: Any, spec: RunSpec, record: RunRecord, items: list[Item]
-) -> list[dict[str, Any]]:
-    """Returns the answers to items, each with its item and whether it is right, and writes their score."""
+def score_answers(model: Any, tokenizer: Any, spec: RunSpec, items: list[Item]) -> tuple[list[dict[str, Any]], float]:
+    """Returns the answers to items, each with its item and whether it is right, and the seconds that they took."""
     if not spec.generation_items:
-        return []
+        return [], 0.0
     # This import is slow, and only these runs need it.
     from peftscope.evaluation import answers as generated
 
     began = time.perf_counter()
     answers = generated.score_answers(model, tokenizer, spec, items)
-    if record.provenance["alone"]:
-        record.speed.generation_seconds = time.perf_counter() - began
-    record.quality.exact_match = sum(row["correct"] for row in answers) / len(answers)
-    record.quality.exact_match_items = len(answers)
-    return answers
+    return answers, time.perf_counter() - began
 
 
 def score_benchmarks(model: Any, tokenizer: Any, spec: RunSpec) -> dict[str, dict[str, float]]:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from peftscope.errors import InputError, Problem, shown
+from peftscope.files.limits import DEEPEST, LARGEST_INTEGER, LONGEST_NUMBER, check_characters
 
 LARGEST_COUNT = 2**31 - 1
 """The largest count or seed of a run: beyond it torch, NumPy or a file format overflows."""
@@ -34,11 +35,7 @@ CountOrZero = Annotated[int, Field(ge=0, le=LARGEST_COUNT), NUMBER]
 LONGEST_NAME = 96
 
 LARGEST_BYTES = 1_000_000
-"""The largest file that is read: six times the ledger of claims, and up to twenty seconds of PyYAML."""
-DEEPEST = 20
-"""The deepest nesting of a file; no file of the suite has more than seven levels."""
-LARGEST_INTEGER = 2**63 - 1
-LONGEST_NUMBER = 100
+"""The largest file that is read: three times the ledger of claims, and up to twenty seconds of PyYAML."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -86,13 +83,6 @@ def parse_json(text: str, where: str) -> Any:
     except ValueError as error:
         raise InputError(Problem(where, f"not valid JSON: {error}")) from None
     return content
-
-
-def check_characters(text: str) -> None:
-    """Raises ValueError for half a surrogate pair, which UTF-8 cannot encode and tokenizers refuse."""
-    found = re.search("[\ud800-\udfff]", text)
-    if found:
-        raise ValueError(f"the character U+{ord(found[0]):04X} is half a surrogate pair")
 
 
 def check_name(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import yaml
 
 from peftscope.errors import InputError, Problem, shown
-from peftscope.files.content import DEEPEST, LARGEST_INTEGER, LONGEST_NUMBER, check_characters
+from peftscope.files.limits import DEEPEST, LARGEST_INTEGER, LONGEST_NUMBER, check_characters
 
 LARGEST_SIZE = 500_000
 """The most values and keys of a file with its aliases expanded: a few lines can expand to a billion values."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from peftscope.errors import InputError, Problem
 from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES
 from peftscope.memory.allocator import reserved_bytes
+from peftscope.memory.assumptions import assumptions_of
 from peftscope.memory.formula import (
     SOURCES,
     TrainingTraces,
@@ -241,7 +242,7 @@ def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulat
         phases=peaks.phases,
         components=by_kind(alive),
         modules=_tree(alive),
-        assumptions=list(question.assumptions),
+        assumptions=assumptions_of(question),
         agreement=_agreement(question, peaks) if how == "formula" else "",
         terms=terms_of(alive),
         dimensions=dimensions_of(question, peaks.binding_phase),

@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peftscope.errors import MIB
 from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES
-
-if TYPE_CHECKING:
-    from peftscope.memory.question import Question
+from peftscope.memory.question import Question
 
 
 @cache
@@ -101,7 +99,7 @@ def assumptions_of(question: Question) -> list[str]:
     elif idle := question.beside.model_dump(include={"sharding", "quant_storage"}, exclude_defaults=True):
         said = " and ".join(f"{option}={value}" for option, value in idle.items())
         lines.append(f"{said}: without effect on one card; gpus says over how many a model is sharded")
-    return lines + _formula_only_lines(question)
+    return [*lines, *_formula_only_lines(question), *question.by_trainer]
 
 
 def _formula_only_lines(question: Question) -> list[str]:

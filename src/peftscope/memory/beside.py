@@ -79,7 +79,12 @@ BESIDE_OPTIONS = tuple(Beside.model_fields)
 
 
 def check_beside(spec: RunSpec, beside: Beside) -> None:
-    """Raises if the method has no adapter that modules could be trained beside, or their precision does not work."""
+    """Checks that the options go with the run and with each other.
+
+    Raises:
+        InputError: The method has no adapter that modules could be trained beside or that merges as LoRA's does, the
+            precision of these modules does not work, or an option is without effect.
+    """
     form = spec.method.closed_form
     if beside.modules_to_save and (spec.method.trains_base or not spec.method.targets_of() or form is None):
         message = f"{spec.method.name} trains no modules beside an adapter"
@@ -90,3 +95,7 @@ def check_beside(spec: RunSpec, beside: Beside) -> None:
     if beside.eval_accumulation_steps and not beside.eval_gathers_logits:
         message = "says when gathered logits move to the host, and none are gathered"
         raise InputError(Problem("eval_accumulation_steps", message, "give --eval-gathers-logits ITEMS"))
+    mergeable = form is not None and form.layer == "low-rank" and bool(spec.method.targets_of())
+    if beside.after_training == "merge" and not mergeable:
+        message = f"merging is modelled for updates of low rank, not for {spec.method.name}"
+        raise InputError(Problem("after_training", message, "use save"))

@@ -17,6 +17,7 @@ from peftscope.errors import InputError, Problem, close_match
 from peftscope.hardware.cards import Gpu
 from peftscope.memory.allocator import segment_share
 from peftscope.memory.answer import Peaks, peaks_by_formula
+from peftscope.memory.assumptions import assumptions_of
 from peftscope.memory.formula import TrainingTraces, sizes_of, without_collector
 from peftscope.memory.question import METHOD_OPTIONS, Model, Question, ask, narrowest_target, usual_responses
 from peftscope.memory.shares import RESIDENT
@@ -249,7 +250,7 @@ class Search:
                 "precision": spec.precision,
                 "loss_path": spec.loss_path,
             },
-            assumptions=self._question.assumptions,
+            assumptions=tuple(assumptions_of(self._question)),
         )
         if self._how == "simulation":
             return fit

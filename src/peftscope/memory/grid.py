@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
 
 from peftscope.errors import InputError, Problem, close_match, shown
@@ -15,8 +13,6 @@ from peftscope.methods import METHODS
 
 MODEL = "llama-2-7b"
 CENTRE = {"rank": 8, "seq_len": 512, "batch_size": 1, "targets": "all-linear"}
-CHAPTER_RUN = {"batch_size": 1, "seq_len": 512}
-"""The run behind the lines of ``chapter`` that do not say otherwise."""
 AXES: dict[str, tuple[int, ...]] = {
     "rank": (2, 8, 32, 128, 512),
     "seq_len": (128, 256, 512, 1024, 2048, 4096),
@@ -28,16 +24,6 @@ METHOD_NAMES = ("full", "lora", "qlora", "dora", "adalora", "loftq")
 SIZES = ("llama-2-7b", "llama-2-13b", "llama-33b", "codellama-34b", "llama-65b", "llama-2-70b")
 BARS = ({"method": "full"}, {"method": "lora"}, {"method": "qlora", "checkpointing": True})
 """The bars of the QLoRA paper, and bars for the methods that it replaces."""
-
-
-def sources() -> list[str]:
-    """Returns the source files behind the grid and the table of ``chapter``: those of the package that runs.
-
-    They are relative to the working folder where it has them, as in a clone.
-    """
-    package, here = Path(__file__).parent.parent, Path.cwd()
-    found = [path for folder in ("memory", "methods") for path in (package / folder).rglob("*.py")]
-    return sorted(str(path.relative_to(here) if path.is_relative_to(here) else path) for path in found)
 
 
 def grid() -> pd.DataFrame:

@@ -1,70 +1,36 @@
-"""The peaks of the batches that a data set really makes, from the lengths of its items. No torch."""
+"""The peaks of batches as wide as the items of a data set are long. No torch."""
 
 from __future__ import annotations
 
 import json
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
-from math import ceil
+from functools import cache
 from pathlib import Path
-from statistics import median_low
 from typing import Any
 
 from peftscope.errors import InputError, Problem, close_match, shown
-from peftscope.files.content import LARGEST_COUNT, check_characters
+from peftscope.files.content import LARGEST_COUNT
+from peftscope.files.limits import check_characters
 from peftscope.memory.answer import Peaks, peaks_by_formula
-from peftscope.memory.epochs import (
-    ARRANGEMENTS,
-    Arrangement,
-    Shape,
-    chance_of_a_wide_batch,
-    epoch_shapes,
-    widths_by_counting,
-)
+from peftscope.memory.assumptions import assumptions_of
 from peftscope.memory.formula import TrainingTraces, without_collector
 from peftscope.memory.question import Question
 
 SHARES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
-"""The shares of batches whose widths and peaks an answer lists."""
-SAMPLED_EPOCHS, SAMPLED_ITEMS = 1000, 300_000
-"""The most epochs that are sampled where nothing can be counted, and the most items in all of them, for a second."""
+"""The shares of items whose lengths and peaks an answer lists."""
 SHOWN_LINES = 5
 
 
 @dataclass(frozen=True)
 class Quantile:
-    """A share of an epoch's batches, from the narrowest, with the width and the peaks of the widest among them."""
+    """A share of the items, from the shortest, with the longest of them and the peaks of a full batch as wide."""
 
     share: float
     width: int
     peak_allocated_bytes: int
     peak_device_bytes: int
-
-
-@dataclass(frozen=True)
-class Epochs:
-    """What one way of making batches gives.
-
-    Attributes:
-        arrangement: The way.
-        how: Whether shares and chance are counted over all orders, or sampled.
-        batches: The batches of an epoch; of packed epochs the first one's.
-        padding_share: The share of all positions that hold padding.
-        quantiles: Widths and peaks of full batches.
-        fits_width: The widest full batch that fits, up to the longest row; None without a card.
-        chance: The chance that the run meets a batch that does not fit; None without a card.
-    """
-
-    arrangement: Arrangement
-    how: str
-    batches: int
-    padding_share: float
-    quantiles: tuple[Quantile, ...]
-    fits_width: int | None = None
-    chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,18 +42,11 @@ class LengthsAnswer:
         method: The name of the method.
         items: The number of items.
         cut_items: The number of items that were longer than a row, and are cut.
-        shortest: The tokens of the shortest item.
-        median: The tokens that half of the items do not exceed.
-        longest: The tokens of the longest item, once cut.
         too_long_items: The items that are longer than the widest full batch that fits; None without a card.
         batch_size: The rows of a full batch.
-        last_rows: The rows of an epoch's last batch if it is smaller and kept, or 0.
-        drop_last: Whether a smaller last batch is left out.
-        seed: The seed of the orders.
-        steps: The optimizer steps of the run.
         capacity_bytes: The memory of the card that CUDA can use; None without a card.
-        first_epoch: The shapes of the first epoch's batches, in order, as the seed makes them.
-        epochs: What each way of making batches gives; the way that was asked about comes first.
+        fits_width: The widest full batch that fits, up to the longest item; None without a card.
+        quantiles: The lengths of items, once cut, and the peaks of full batches as wide; the last is the widest batch.
         assumptions: The assumptions behind the answer, one sentence each.
     """
 
@@ -95,23 +54,21 @@ class LengthsAnswer:
     method: str
     items: int
     cut_items: int
-    shortest: int
-    median: int
-    longest: int
     too_long_items: int | None
     batch_size: int
-    last_rows: int
-    drop_last: bool
-    seed: int
-    steps: int
     capacity_bytes: int | None
-    first_epoch: tuple[Shape, ...]
-    epochs: tuple[Epochs, ...]
+    fits_width: int | None
+    quantiles: tuple[Quantile, ...]
     assumptions: tuple[str, ...]
+
+    @property
+    def headroom_bytes(self) -> int | None:
+        """The memory that the widest batch leaves; negative: it does not fit; None without a card."""
+        return None if self.capacity_bytes is None else self.capacity_bytes - self.quantiles[-1].peak_device_bytes
 
     def to_json(self) -> dict[str, Any]:
         """Returns the answer as JSON content. The keys are stable."""
-        return asdict(self) | {"first_epoch": [shape._asdict() for shape in self.first_epoch]}
+        return asdict(self) | {"headroom_bytes": self.headroom_bytes}
 
 
 def read_lengths(path: Path) -> list[int]:
@@ -194,202 +151,91 @@ def _read_lines(path: Path, read: Callable[[str], Any], remedy: str) -> Iterator
         raise InputError(Problem(str(path), "is empty", remedy))
 
 
-class _Asker:
-    """Asks for the peaks of batches of other rows and widths than the question's, each once."""
-
-    def __init__(self, question: Question) -> None:
-        self.question, self._traces = question, TrainingTraces()
-        self._known: dict[tuple[int, int, bool], Peaks] = {}
-
-    def peaks(self, rows: int, width: int, arrangement: Arrangement) -> Peaks:
-        """Returns the peaks of training on a batch. The same share of its positions as in the question has a loss."""
-        question, packed = self.question, arrangement == "packed"
-        key = rows, width, packed
-        if key not in self._known:
-            sizes = {"batch_size": rows, "eval_batch_size": rows, "seq_len": width, "packing": packed}
-            spec = question.spec.model_copy(update=sizes)
-            responses = max(1, round(question.responses * width / question.spec.seq_len))
-            unpadded = {"padding": "none"} if rows == 1 else {}
-            beside = question.beside.model_copy(update=unpadded)
-            asked = replace(question, spec=spec, responses=responses, beside=beside)
-            with without_collector():
-                self._known[key] = peaks_by_formula(asked, evaluation=False, traces=self._traces)
-        return self._known[key]
-
-    def fits_width(self, rows: int, longest: int, arrangement: Arrangement) -> int | None:
-        """Returns the widest batch up to the longest row that fits on the card, or 0; None without a card.
-
-        Reserved bytes fall a little at some widths, so that a slightly wider one may fit as well.
-        """
-        if self.question.gpu is None:
-            return None
-
-        def takes(width: int) -> int:
-            return self.peaks(rows, width, arrangement).device_bytes
-
-        capacity = self.question.gpu.usable_bytes
-        if takes(longest) <= capacity:
-            return longest
-        return bisect_right(range(longest + 1), capacity, lo=1, key=takes) - 1
-
-    def quantiles(
-        self, rows: int, widths: Sequence[tuple[int, float]], arrangement: Arrangement
-    ) -> tuple[Quantile, ...]:
-        """Returns the widths and peaks of the listed shares. ``widths`` has each with the share that it reaches."""
-        found = []
-        for share in SHARES:
-            width = widths[bisect_left(widths, share, key=lambda pair: pair[1])][0]
-            peaks = self.peaks(rows, width, arrangement)
-            found.append(Quantile(share, width, peaks.allocated_bytes, peaks.device_bytes))
-        return tuple(found)
-
-
-def answer_lengths(
-    question: Question,
-    lengths: Sequence[int],
-    *,
-    steps: int | None = None,
-    seed: int = 0,
-    drop_last: bool = False,
-    grouped: bool = False,
-) -> LengthsAnswer:
-    """Returns the peaks of the batches that a data set makes, and the chance that a run meets one that does not fit.
+def answer_lengths(question: Question, lengths: Sequence[int]) -> LengthsAnswer:
+    """Returns the peaks of full batches that are as wide as the items of a data set are long.
 
     Args:
         question: The run, whose ``seq_len`` is the most tokens of a row, and the card.
         lengths: The tokens of each item.
-        steps: The optimizer steps of the run; None means one epoch.
-        seed: The seed of the orders.
-        drop_last: Whether an epoch's smaller last batch is left out.
-        grouped: Whether items of similar length are put together.
 
     Raises:
-        InputError: The run has no closed form, trains nothing, or its options contradict the data set.
+        InputError: The run has no closed form, trains nothing, or packs its items.
     """
     spec = question.spec
     if not question.has_closed_form or not spec.method.trains:
         message = f"{question.model.name} with {spec.method.name} has no training in closed form"
         raise InputError(Problem("lengths", message, "use another method, or a model of `peftscope models`"))
-    if grouped and spec.packing:
-        raise InputError(Problem("group_by_length", "does nothing for packed rows", "leave out one of the two"))
-    if steps is not None and steps < 1:
-        raise InputError(Problem("steps", f"must be at least 1 (got {steps})"))
-    if drop_last and len(lengths) < spec.batch_size:
-        message = f"{len(lengths)} items make no batch of {spec.batch_size} rows"
-        raise InputError(Problem("drop_last", message, "use a smaller --batch-size, or leave out --drop-last"))
-    cut = [min(length, spec.seq_len) for length in lengths]
+    if spec.packing:
+        message = f"packed rows have up to seq_len={spec.seq_len} tokens, whatever the lengths of the items"
+        raise InputError(Problem("packing", message, "leave out the data set, or add --padded"))
+    cut = sorted(min(length, spec.seq_len) for length in lengths)
     rows = min(spec.batch_size, len(cut))
-    asked: Arrangement = "packed" if spec.packing else "grouped by length" if grouped else "shuffled"
-
-    def shapes_of(arrangement: Arrangement, epoch: int = 0) -> list[Shape]:
-        return epoch_shapes(
-            cut, rows, arrangement, row_tokens=spec.seq_len, drop_last=drop_last, seed=seed, epoch=epoch
-        )
-
-    first = shapes_of(asked)
-    if not first:
-        message = f"{len(cut)} items, packed, make no batch of {rows} rows"
-        raise InputError(Problem("drop_last", message, "use a smaller --batch-size, or leave out --drop-last"))
-    per_step = spec.gradient_accumulation * question.gpus
-    run_steps = steps or ceil(len(first) / per_step)
-    asker = _Asker(question)
-    epochs: dict[Arrangement, Epochs] = {}
-    for way in (asked, *ARRANGEMENTS):
-        if way in epochs or (way == "packed" and not spec.method.supports_packing) or not shapes_of(way):
-            continue
-        whole, rest = _batches_taken(run_steps, len(shapes_of(way)), per_step)
-        if way == "shuffled":
-            epochs[way] = _count(asker, cut, rows, whole, rest, drop_last=drop_last)
-        else:
-            sampled = range(max(1, min(SAMPLED_EPOCHS, SAMPLED_ITEMS // len(cut))))
-            epochs[way] = _sample(asker, way, [shapes_of(way, epoch) for epoch in sampled], whole, rest)
-    fits = epochs[asked].fits_width
+    peaks = _peaks_by_width(question, rows)
+    capacity = question.gpu.usable_bytes if question.gpu else None
+    fits = None if capacity is None else _fitting_width(peaks, cut[-1], capacity)
     return LengthsAnswer(
         model=question.model.name,
         method=spec.method.name,
         items=len(cut),
         cut_items=sum(length > spec.seq_len for length in lengths),
-        shortest=min(cut),
-        median=median_low(cut),
-        longest=max(cut),
         too_long_items=None if fits is None else sum(length > fits for length in cut),
         batch_size=rows,
-        last_rows=0 if first[-1].rows == rows else first[-1].rows,
-        drop_last=drop_last,
-        seed=seed,
-        steps=run_steps,
-        capacity_bytes=question.gpu.usable_bytes if question.gpu else None,
-        first_epoch=tuple(first),
-        epochs=tuple(epochs.values()),
-        assumptions=tuple(_assumptions(question, seed)),
+        capacity_bytes=capacity,
+        fits_width=fits,
+        quantiles=tuple(_quantile(share, cut, peaks) for share in SHARES),
+        assumptions=tuple(_assumptions(question)),
     )
 
 
-def _batches_taken(steps: int, batches: int, per_step: int) -> tuple[int, int]:
-    """Returns the whole epochs of a run, and the batches of its last one. No step goes on in the next epoch."""
-    whole, rest = divmod(steps, ceil(batches / per_step))
-    return whole, min(rest * per_step, batches)
+def _peaks_by_width(question: Question, rows: int) -> Callable[[int], Peaks]:
+    """Returns a function that asks for the peaks of training on a batch by its width, once for each.
+
+    The same share of its positions as in the question has a loss.
+    """
+    traces = TrainingTraces()
+    unpadded = {"padding": "none"} if rows == 1 else {}
+    beside = question.beside.model_copy(update=unpadded)
+
+    @cache
+    def peaks(width: int) -> Peaks:
+        sizes = {"batch_size": rows, "eval_batch_size": rows, "seq_len": width}
+        spec = question.spec.model_copy(update=sizes)
+        responses = max(1, round(question.responses * width / question.spec.seq_len))
+        with without_collector():
+            asked = replace(question, spec=spec, responses=responses, beside=beside)
+            return peaks_by_formula(asked, evaluation=False, traces=traces)
+
+    return peaks
 
 
-def _count(asker: _Asker, lengths: Sequence[int], rows: int, whole: int, rest: int, *, drop_last: bool) -> Epochs:
-    """Returns what shuffled epochs give, over all orders."""
-    widths, longest, last = widths_by_counting(lengths, rows), max(lengths), len(lengths) % rows
-    shares_before = [0.0, *(share for _, share in widths)]
-    expected = sum(width * (share - before) for (width, share), before in zip(widths, shares_before, strict=False))
-    batches = len(lengths) // rows + bool(last and not drop_last)
-    fits, chance = asker.fits_width(rows, longest, "shuffled"), None
-    if fits is not None:
-        fits_last = asker.fits_width(last, longest, "shuffled") if last and fits < longest else longest
-        chance = chance_of_a_wide_batch(
-            lengths, rows, whole * batches + rest, fits=fits, fits_last=fits_last or 0, drop_last=drop_last
-        )
-    padding = 1 - sum(lengths) / len(lengths) / expected
-    quantiles = asker.quantiles(rows, widths, "shuffled")
-    return Epochs("shuffled", "counted over all orders", batches, padding, quantiles, fits, chance)
+def _fitting_width(peaks: Callable[[int], Peaks], longest: int, capacity_bytes: int) -> int:
+    """Returns the widest batch up to the longest item that fits, or 0.
+
+    Reserved bytes fall a little at some widths, so that a slightly wider one may fit as well.
+    """
+    if peaks(longest).device_bytes <= capacity_bytes:
+        return longest
+    return bisect_right(range(longest), capacity_bytes, lo=1, key=lambda width: peaks(width).device_bytes) - 1
 
 
-def _sample(
-    asker: _Asker, arrangement: Arrangement, sampled: Sequence[Sequence[Shape]], whole: int, rest: int
-) -> Epochs:
-    """Returns what other epochs give, from samples of them."""
-    rows = max(shape.rows for shapes in sampled for shape in shapes)
-    full = [shape for shapes in sampled for shape in shapes if shape.rows == rows]
-    counts = Counter(shape.width for shape in full)
-    reached = accumulate(counts[width] for width in sorted(counts))
-    widths = [(width, count / len(full)) for width, count in zip(sorted(counts), reached, strict=True)]
-    fits, chance = asker.fits_width(rows, widths[-1][0], arrangement), None
-    if fits is not None:
-
-        def too_wide(shape: Shape) -> bool:
-            """Returns whether a batch is too wide. A smaller last one is asked about only if a full one would be."""
-            return shape.width > fits and (
-                shape.rows == rows or shape.width > (asker.fits_width(shape.rows, widths[-1][0], arrangement) or 0)
-            )
-
-        firsts_too_wide = [next((n for n, s in enumerate(shapes) if too_wide(s)), None) for shapes in sampled]
-        good = sum(first is None for first in firsts_too_wide) / len(sampled)
-        good_rest = sum(first is None or first >= rest for first in firsts_too_wide) / len(sampled)
-        chance = 1 - good**whole * good_rest
-    padding = 1 - sum(shape.tokens for shape in full) / sum(shape.rows * shape.width for shape in full)
-    how = f"in {len(sampled):,} sampled epoch{'s' if len(sampled) > 1 else ''}"
-    quantiles = asker.quantiles(rows, widths, arrangement)
-    return Epochs(arrangement, how, len(sampled[0]), padding, quantiles, fits, chance)
+def _quantile(share: float, ordered: Sequence[int], peaks: Callable[[int], Peaks]) -> Quantile:
+    items = len(ordered)
+    width = ordered[bisect_left(range(items), share, key=lambda place: (place + 1) / items)]
+    return Quantile(share, width, peaks(width).allocated_bytes, peaks(width).device_bytes)
 
 
-def _assumptions(question: Question, seed: int) -> list[str]:
+def _assumptions(question: Question) -> list[str]:
     spec = question.spec
-    cards = f" on {question.gpus} cards, which take batches in turn" if question.gpus > 1 else ""
     return [
         f"an item has at most seq_len={spec.seq_len} tokens; a batch is as wide as its longest row; "
         f"{question.responses / spec.seq_len:.0%} of the positions carry a loss",
-        f"a step takes gradient_accumulation={spec.gradient_accumulation} batches{cards}, and ends with its epoch",
-        f"epochs with seed={seed} are in the order of this project's runs; other loaders draw other orders, with the "
-        "same chances",
-        "shares are of full batches; a smaller last batch counts in the chance",
+        "the longest item is taken to be in a full batch",
         f"a batch of one row has no padding, and so no mask; larger ones: padding={question.beside.padding}",
-        "grouped by length: as transformers' Trainer does it, with the longest item in the first batch",
-        "packed: a row is filled in shuffled order until the next item does not fit",
         "the peaks of a batch are those of two steps of it; a run whose widths vary may reserve more",
         "no evaluation",
-        *(line for line in question.assumptions if not line.startswith(("batch_size=", "evaluation with", "packing="))),
+        *(
+            line
+            for line in assumptions_of(question)
+            if not line.startswith(("batch_size=", "evaluation with", "packing="))
+        ),
     ]

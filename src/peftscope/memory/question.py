@@ -13,10 +13,8 @@ from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import parse_json, read_text
 from peftscope.files.hub import mirrored
 from peftscope.hardware.cards import Gpu
-from peftscope.memory.assumptions import assumptions_of
 from peftscope.memory.beside import BESIDE_OPTIONS, Beside, check_beside
 from peftscope.memory.regimes import REGIMES, settings_of
-from peftscope.memory.shares import check_after_training
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
 from peftscope.models.presets import PRESETS
@@ -96,8 +94,8 @@ class Question:
         responses: The number of positions of a sequence that carry a loss.
         gpu: The card, or None if none was named.
         gpus: The number of cards over which weights, gradients and states are sharded.
-        assumptions: The assumptions behind the answer, one sentence each.
         beside: What the question says beside the fields of the run.
+        by_trainer: What the defaults of a trainer decide, one sentence each.
     """
 
     model: Model
@@ -105,8 +103,8 @@ class Question:
     responses: int
     gpu: Gpu | None
     gpus: int
-    assumptions: tuple[str, ...]
     beside: Beside = field(default_factory=Beside)
+    by_trainer: tuple[str, ...] = ()
 
     @property
     def padded(self) -> bool:
@@ -299,13 +297,11 @@ def ask(
         raise InputError(Problem("gpus", f"must be at least 1 (got {gpus})"))
     _check_loss(model, beside.loss)
     check_beside(spec, beside)
-    question = Question(model, spec, kept, gpu, gpus, (), beside)
     said = [f"as {beside.as_trainer}: {option}={value} ({source})" for option, (value, source) in regime.items()]
     if beside.as_trainer:
         version, more = REGIMES[beside.as_trainer].version, REGIMES[beside.as_trainer].beside
         said.insert(0, f"as {beside.as_trainer}, read from {version}{f'; {more}' if more else ''}")
-    check_after_training(question)
-    return replace(question, assumptions=(*assumptions_of(question), *said))
+    return Question(model, spec, kept, gpu, gpus, beside, tuple(said))
 
 
 def preset_or_modules(text: str | None) -> str | list[str] | None:

@@ -7,16 +7,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from peftscope.errors import InputError, Problem
 from peftscope.memory.formula import OPTIMIZER_COPY
 from peftscope.memory.formula.linear import COPY, LINEAR_BLOCK, WIDTHS
+from peftscope.memory.question import Question
 from peftscope.memory.tape import bytes_of
 from peftscope.memory.trace import Block, Trace
-
-if TYPE_CHECKING:
-    from peftscope.memory.question import Question
 
 RESIDENT = ("weights", "quantised weights", "adapters", "gradients", "optimizer states")
 """Kinds of blocks that persist from step to step. FSDP and ZeRO-3 shard them over the cards."""
@@ -140,17 +136,3 @@ def after_training(question: Question, trace: Trace) -> dict[str, list[Block]]:
         kept = [block for block in stays if block.kind in WEIGHTS]
         phases["merge"] = [*kept, Block(size, "temporaries", term=MERGED)]
     return phases
-
-
-def check_after_training(question: Question) -> None:
-    """Checks that the method has an adapter that merges as LoRA's does.
-
-    Raises:
-        InputError: It has none.
-    """
-    method = question.spec.method
-    form = method.closed_form
-    mergeable = form is not None and form.layer == "low-rank" and bool(method.targets_of())
-    if question.beside.after_training == "merge" and not mergeable:
-        message = f"merging is modelled for updates of low rank, not for {method.name}"
-        raise InputError(Problem("after_training", message, "use save"))

@@ -182,47 +182,20 @@ def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
 
 
 def show_lengths(answer: LengthsAnswer, console: Console) -> None:
-    """Prints what the batches of a data set take, the chance that one does not fit, and what other batches change."""
-    asked, first = answer.epochs[0], answer.first_epoch
-    console.print(f"[bold]{answer.model}, {answer.method}[/]: batches of {answer.batch_size} rows, closed form")
-    cut = f"; {answer.cut_items:,} were cut to {answer.longest:,}" if answer.cut_items else ""
-    console.print(
-        f"{_counted(answer.items, 'item')} of {answer.shortest:,} to {answer.longest:,} tokens, half of them at most "
-        f"{answer.median:,}{cut}"
-    )
-    last = (
-        "dropped" if answer.drop_last else f"kept ({_counted(answer.last_rows, 'row')})" if answer.last_rows else "full"
-    )
-    widest = max(range(len(first)), key=lambda number: first[number].width)
-    batches = _counted(len(first), "batch", "batches")
-    console.print(
-        f"{asked.arrangement}, seed {answer.seed}, last batch {last}: the first epoch has {batches}, "
-        f"{min(shape.width for shape in first):,} to {first[widest].width:,} tokens wide; the widest is number "
-        f"{widest + 1:,}"
-    )
-    if answer.capacity_bytes is not None and asked.fits_width is not None and asked.chance is not None:
-        rows = _counted(answer.batch_size, "row")
+    """Prints what batches as wide as the items of a data set take, and the widest batch that fits on the card."""
+    rows = _counted(answer.batch_size, "row")
+    console.print(f"[bold]{answer.model}, {answer.method}[/]: batches of {rows}, closed form")
+    cut = f"; {answer.cut_items:,} were cut to {answer.quantiles[-1].width:,} tokens" if answer.cut_items else ""
+    console.print(f"{_counted(answer.items, 'item')}{cut}")
+    if answer.capacity_bytes is not None:
         console.print(
-            f"{spoken_bytes(answer.capacity_bytes)} hold {rows} of up to {asked.fits_width:,} tokens; "
+            f"{spoken_bytes(answer.capacity_bytes)} hold {rows} of up to {answer.fits_width:,} tokens; "
             f"{_counted(answer.too_long_items or 0, 'item is', 'items are')} longer"
         )
-        colour = "red" if asked.chance else "green"
-        console.print(
-            f"the chance that a batch of {_counted(answer.steps, 'step')} does not fit: "
-            f"[{colour}]{_percent(asked.chance)}[/] ({asked.how})"
-        )
-    table = Table("of the batches", "up to tokens", "allocated", "device", box=None)
-    for one in asked.quantiles:
+    table = Table("of the items", "up to tokens", "allocated", "device", box=None)
+    for one in answer.quantiles:
         sizes = map(spoken_bytes, (one.peak_allocated_bytes, one.peak_device_bytes))
-        table.add_row(f"{one.share:.0%}" if one.share else "narrowest", f"{one.width:,}", *sizes)
-    console.print(table)
-    chances = [f"not fitting in {answer.steps:,} steps"] if asked.chance is not None else []
-    table = Table("batches", "in an epoch", "padding", "median device", "largest", *chances, "how", box=None)
-    for way in answer.epochs:
-        peaks = [next(one.peak_device_bytes for one in way.quantiles if one.share == share) for share in (0.5, 1.0)]
-        chance = [_percent(way.chance)] if way.chance is not None else []
-        spoken = map(spoken_bytes, peaks)
-        table.add_row(way.arrangement, f"{way.batches:,}", f"{way.padding_share:.1%}", *spoken, *chance, way.how)
+        table.add_row(f"{one.share:.0%}" if one.share else "shortest", f"{one.width:,}", *sizes)
     console.print(table)
     console.print("assumptions:")
     for line in answer.assumptions:
@@ -231,13 +204,6 @@ def show_lengths(answer: LengthsAnswer, console: Console) -> None:
 
 def _counted(number: int, one: str, more: str = "") -> str:
     return f"{number:,} {one if number == 1 else more or f'{one}s'}"
-
-
-def _percent(chance: float) -> str:
-    """Returns a chance in percent. Only what is certain is 0 or 100 %."""
-    if chance in (0, 1):
-        return f"{chance:.0%}"
-    return "under 0.01 %" if chance < 1e-4 else "over 99.99 %" if chance > 1 - 1e-4 else f"{100 * chance:.2f} %"
 
 
 def show_why(why: Why, console: Console) -> None:

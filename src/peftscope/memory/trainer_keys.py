@@ -1,142 +1,174 @@
-"""Keys that several trainers share, and what each means for memory. No torch."""
+"""How to read the keys of trainers' files that say more than the value of an option. No torch.
+
+Each function that reads takes the reading and the row of the trainer's table.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
-from peftscope.errors import shown
-from peftscope.memory.config_file import Reading
+from peftscope.errors import InputError, Problem, shown
+from peftscope.memory.reading import Reading, Row, flatten, read_content, take
 from peftscope.memory.regimes import REGIMES, Trainer, settings_of
+from peftscope.memory.sharding import read_sharding
+from peftscope.methods import METHODS
 
-HUGGING_FACE_OPTIMIZERS: dict[str, tuple[str, str | None]] = {
-    "adamw_torch": ("adamw", "foreach"),
-    "adamw_torch_fused": ("adamw", "fused"),
-    "adamw_hf": ("adamw", "foreach"),
-    "adamw_8bit": ("adamw_8bit", None),
-    "adamw_bnb_8bit": ("adamw_8bit", None),
-    "paged_adamw": ("paged_adamw", None),
-    "paged_adamw_32bit": ("paged_adamw", None),
-    "paged_adamw_8bit": ("paged_adamw_8bit", None),
-    "sgd": ("sgd", "foreach"),
-}
-"""transformers' names of optimizers. Source: ``OptimizerNames`` in transformers 5.24, training_args.py."""
-
-ATTENTION = {
-    "flash_attention_2": "flash_attention_2",
-    "flash_attention_3": "flash_attention_2",
-    "kernels-community/flash-attn2": "flash_attention_2",
-    "fa2": "flash_attention_2",
-    "fa3": "flash_attention_2",
-    "sdpa": "sdpa",
-    "eager": "eager",
-    "disabled": "eager",
-}
-
-COPIES = "transformers 5.24, training_args.py"
+SAVED_MODULES = ("embed_tokens", "lm_head")
+"""Modules of which a copy can be trained beside an adapter."""
 
 
-def read_model(reading: Reading, *keys: str) -> None:
+def refused(keys: str, what: str, remedy: str = "leave it out") -> Row:
+    """Returns the row of keys that are refused when they are switched on, because what they ask for is not modelled."""
+
+    def read(reading: Reading, row: Row) -> None:
+        for key in row.keys:
+            if reading.is_on(key):
+                reading.refuse(key, f"{what} is not modelled (got {shown(reading.values[key])})", remedy)
+
+    return Row("", keys, read=read)
+
+
+def saving(key: str, what: str) -> Row:
+    """Returns the row of a key that saves memory in a way that is not modelled; it is noted when it is switched on."""
+    line = f"{key}: {what}; without it the peak is higher, so the answer is an upper bound"
+
+    def read(reading: Reading, row: Row) -> None:
+        if reading.is_on(key):
+            reading.not_modelled.append(line)
+
+    return Row("", key, read=read)
+
+
+def noted(key: str, line: str) -> Row:
+    """Returns the row of a key that changes no option; the line says what is assumed when it is switched on."""
+
+    def read(reading: Reading, row: Row) -> None:
+        if reading.is_on(key):
+            reading.assumed.append(line)
+
+    return Row("", key, read=read)
+
+
+def four_bit(key: str, remedy: str) -> Row:
+    """Returns the row of a key for a 4-bit base, which makes QLoRA of LoRA; the remedy switches an adapter on."""
+
+    def read(reading: Reading, row: Row) -> None:
+        if reading.options["method"] == "full" and reading.is_on(key):
+            reading.refuse(key, "a 4-bit base needs an adapter", remedy)
+        elif reading.options["method"] != "full" and key in reading.values:
+            reading.options["method"] = "qlora" if reading.is_on(key) else "lora"
+
+    return Row("method", key, read=read)
+
+
+def read_model(reading: Reading, row: Row) -> None:
     """Reads the name of the base."""
-    name = reading.get(*keys)
-    if isinstance(name, str) and name:
-        reading.model = name
-        reading.keys["model"] = next(key for key in keys if reading.values.get(key) == name)
+    key = reading.find(*row.keys)
+    if key and isinstance(name := reading.values[key], str) and name:
+        reading.model, reading.keys["model"] = name, key
 
 
-def read_length(reading: Reading, key: str, default: int, source: str, *older: str) -> None:
-    """Reads the longest sequence, under its key of today or an older one."""
-    reading.take("seq_len", key, *older, default=default, source=f"{key} of {source}")
-
-
-def read_batches(reading: Reading) -> None:
-    """Reads the batches of transformers' ``TrainingArguments``; those of the evaluation only if there is one."""
-    reading.take("batch_size", "per_device_train_batch_size", default=8, source=COPIES)
-    reading.take("gradient_accumulation", "gradient_accumulation_steps", default=1, source=COPIES)
-    strategy = reading.get("eval_strategy", "evaluation_strategy")
-    evaluates = [reading.get(key) for key in ("val_size", "do_eval")]
-    if any(evaluates) or strategy not in (None, "no", False):
-        reading.take("eval_batch_size", "per_device_eval_batch_size", default=8, source=COPIES)
-
-
-def read_checkpointing(reading: Reading, *, default: bool, source: str) -> None:
-    """Reads whether activations are recomputed."""
-    if isinstance(kind := reading.values.get("gradient_checkpointing"), str):  # axolotl: unsloth, offload
+def read_checkpointing(reading: Reading, row: Row) -> None:
+    """Reads whether activations are recomputed; axolotl may also say where they wait: unsloth, offload."""
+    if isinstance(kind := reading.values.get(row.key), str):
         reading.options["checkpointing"] = True
-        reading.overstates("gradient_checkpointing", f"{kind}: recomputed activations on the host")
+        saving(row.key, f"{kind}: recomputed activations on the host").read(reading, row)
     else:
-        reading.take("checkpointing", "gradient_checkpointing", default=default, source=source)
+        take(reading, row)
 
 
-def read_attention(reading: Reading, key: str) -> None:
+def read_attention(reading: Reading, row: Row) -> None:
     """Reads the attention kernel. Without one, the family of the model decides."""
-    name = reading.get(key)
-    if isinstance(name, str) and name in ATTENTION:
-        reading.options["attention"], reading.keys["attention"] = ATTENTION[name], key
-    elif name not in (None, "auto"):
-        reading.refuse(key, f"not modelled (got {shown(name)})", f"use {', '.join(ATTENTION)}, or give --attention")
-    elif "attention" not in reading.options and reading.given.get("attention") is None:
-        reading.assumed.append(f"{key}: the kernel that transformers chooses, sdpa for most families")
+    take(reading, row)
+    if "attention" not in reading.options and reading.given.get("attention") is None:
+        reading.assumed.append(f"{row.key}: the kernel that transformers chooses, sdpa for most families")
 
 
-def read_packing(reading: Reading, key: str) -> None:
+def read_packing(reading: Reading, row: Row) -> None:
     """Reads whether rows are packed. Flash attention packs without a mask: its rows are answered as full rows."""
     attention = reading.given.get("attention") or reading.options.get("attention")
-    if not reading.get(key):
+    if not reading.get(row.key):
         return
     if attention == "flash_attention_2":
-        reading.assumed.append(f"{key} with flash attention: rows of the whole length without a mask stand in for it")
+        stands = "rows of the whole length without a mask stand in for it"
+        reading.assumed.append(f"{row.key} with flash attention: {stands}")
     else:
-        reading.take("packing", key)
+        take(reading, row)
 
 
-def read_optimizer(reading: Reading, key: str, source: str) -> None:
-    """Reads the optimizer under transformers' names; ``source`` is where its default stands."""
-    name = reading.get(key)
-    if name is None:
-        reading.assumed.append(f"optimizer=adamw (fused): {key} is adamw_torch_fused, {source}")
-        name = "adamw_torch_fused"
-    set_optimizer(reading, key, HUGGING_FACE_OPTIMIZERS.get(str(name)), str(name))
-
-
-def set_optimizer(reading: Reading, key: str, known_as: tuple[str, str | None] | None, name: str) -> None:
-    """Sets the optimizer and its implementation, or refuses one that is not known."""
-    if reading.given.get("optimizer") is not None:
+def read_optimizer(reading: Reading, row: Row) -> None:
+    """Reads the optimizer and its implementation, or refuses one that is not known."""
+    name = reading.get(row.key)
+    if name is None and row.default:
+        reading.assumed.append(f"optimizer=adamw (fused): {row.key} is {row.default}, {row.source}")
+        name = row.default
+    if name is None or reading.given.get("optimizer") is not None:
         return
-    if known_as is None:
-        reading.refuse(key, f"an optimizer that is not modelled (got {shown(name)})", "give --optimizer")
+    if str(name) not in row.words:
+        what = f"an optimizer that is not modelled (got {shown(str(name))})"
+        reading.refuse(row.key, what, "give --optimizer")
         return
-    reading.options["optimizer"], reading.keys["optimizer"] = known_as[0], key
-    if known_as[1]:
-        reading.options["optimizer_implementation"] = known_as[1]
+    optimizer, implementation = row.words[str(name)]
+    reading.set("optimizer", optimizer, row.key)
+    if implementation:
+        reading.options["optimizer_implementation"] = implementation
 
 
-def read_targets(reading: Reading, key: str, named: Any) -> None:
-    """Reads target modules: a list, names with commas between, or all linear layers."""
-    names = [name.strip() for name in named.split(",")] if isinstance(named, str) else named
-    reading.keys["targets"] = key
-    if names in (["all"], ["all-linear"], ["all_linear"]):
-        reading.options["targets"] = "all-linear"
-    elif not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        reading.refuse(key, f"must be a list of modules (got {shown(named)})", "list them, or give --targets")
+def read_variant(reading: Reading, row: Row) -> None:
+    """Reads the variants of LoRA that the row's option lists, in the order of their keys; the first one counts."""
+    method = reading.options["method"]
+    if "rank" not in METHODS[method].model_fields:
+        return
+    chosen = {variant: key for variant, key in zip(row.option.split(), row.keys, strict=True) if reading.get(key)}
+    taken = method if method == "qlora" else next(iter(chosen), method)
+    if method == "qlora" and "dora" in chosen:
+        reading.refuse(chosen["dora"], "DoRA on a 4-bit base is not modelled", "leave out one of the two")
+    elif len(chosen) + (method == "qlora") > 1:
+        reading.assumed.append(f"{', '.join(chosen.values())}: together they take what {taken} takes")
+    reading.options["method"] = taken
+
+
+def modules_of(value: object) -> list[str]:
+    """Returns the modules of a list, or of text with commas between them, or none if it is neither."""
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+    return names if isinstance(names, list) and all(isinstance(name, str) and name for name in names) else []
+
+
+def read_targets(reading: Reading, row: Row) -> None:
+    """Reads target modules: their names, or all linear layers, unless a row above has set them."""
+    value = reading.get(row.key)
+    if "targets" in reading.options:
+        return
+    if value is None:
+        take(reading, row)
+    else:
+        set_targets(reading, row.key, value)
+
+
+def set_targets(reading: Reading, key: str, value: object) -> None:
+    """Sets the target modules that a key lists, or refuses what is no list of modules."""
+    names = modules_of(value)
+    reading.set("targets", "all-linear" if names in (["all"], ["all-linear"], ["all_linear"]) else names, key)
+    if not names:
+        reading.refuse(key, f"must be a list of modules (got {shown(value)})", "list them, or give --targets")
     elif any(set(name) & set("*^$|()[]\\+") for name in names):
-        reading.refuse(key, f"a pattern is not read (got {shown(named)})", "list the modules, or give --targets")
-    else:
-        reading.options["targets"] = names
+        reading.refuse(key, f"a pattern is not read (got {shown(value)})", "list the modules, or give --targets")
 
 
-def read_variant(reading: Reading, four_bit: bool, *, dora: str, rslora: str = "", plus: str = "") -> None:
-    """Sets the method: LoRA, or the variant whose key is switched on; QLoRA if the base has 4 bits."""
-    variants = {"dora": dora, "rslora": rslora, "lora-plus": plus}
-    chosen = [(method, key) for method, key in variants.items() if key and reading.get(key)]
-    reading.options["method"] = "qlora" if four_bit else chosen[0][0] if chosen else "lora"
-    if four_bit and (heavier := [key for method, key in chosen if method == "dora"]):
-        reading.refuse(heavier[0], "DoRA on a 4-bit base is not modelled", "leave out one of the two")
-    elif len(chosen) + four_bit > 1:
-        others = ", ".join(key for _, key in chosen)
-        reading.assumed.append(f"{others}: together they take what {reading.options['method']} takes")
+def read_saved_modules(reading: Reading, row: Row) -> None:
+    """Reads the modules that are trained in full beside the adapter."""
+    if "targets" not in METHODS[reading.options["method"]].model_fields or not reading.is_on(row.key):
+        return
+    value = reading.values[row.key]
+    names = [name.rpartition(".")[2] for name in modules_of(value)]
+    if names and set(names) <= set(SAVED_MODULES):
+        reading.set("modules_to_save", names, row.key)
+        return
+    what = f"training these modules beside the adapter is not modelled (got {shown(value)})"
+    reading.refuse(row.key, what, f"use {' and '.join(SAVED_MODULES)}, or leave it out")
 
 
-def read_half(reading: Reading, *, default: str) -> bool:
+def read_half(reading: Reading, default: str = "") -> bool:
     """Returns whether products are in 16 bits. A default in words means that they are if no key says otherwise."""
     brain, half = reading.get("bf16"), reading.get("fp16")
     if half and half != "auto":
@@ -148,68 +180,139 @@ def read_half(reading: Reading, *, default: str) -> bool:
     return brain in (True, "auto", "full", "true")
 
 
-def read_regime(reading: Reading, trainer: Trainer, *, autocast: bool) -> None:
-    """Sets what the trainer does to precision and output, beside the keys of its file."""
-    always = "keep_logits"
-    names = ("autocast", "kbit_preparation", "modules_to_save_dtype", always) if autocast else (always,)
+def set_precision(reading: Reading, trainer: Trainer, *, narrow: bool, half: bool, mixed: bool) -> None:
+    """Sets the precision, and what follows: what the trainer does beside its keys, and the shards.
+
+    Args:
+        reading: The file.
+        trainer: The trainer whose regime holds.
+        narrow: Whether the weights are in 16 bits.
+        half: Whether products are.
+        mixed: Whether it trains in mixed precision.
+    """
+    reading.options["precision"] = "bf16" if narrow else "amp" if half else "fp32"
+    names = ["keep_logits"]
+    if mixed and narrow:
+        names += ["autocast", "kbit_preparation", "modules_to_save_dtype"]
     decided = reading.options | {name: value for name, value in reading.given.items() if value is not None}
-    for name, (value, source) in settings_of(trainer, decided.get("method", "lora"), decided).items():
+    for name, (value, source) in settings_of(trainer, decided["method"], decided).items():
         if name in names:
             reading.assume(name, value, f"{REGIMES[trainer].version}, {source}")
+    read_sharding(reading, mixed=mixed)
 
 
-SAVED_MODULES = ("embed_tokens", "lm_head")
-"""Modules of which a copy can be trained beside an adapter."""
+def read_axolotl_precision(reading: Reading, row: Row) -> None:
+    """Reads the precision of axolotl's files."""
+    half = read_half(reading, "axolotl's default is bf16: auto")
+    set_precision(reading, "axolotl", narrow=half, half=half, mixed=half and reading.values.get("bf16") != "full")
 
 
-def read_saved_modules(reading: Reading, key: str) -> None:
-    """Reads the modules that are trained in full beside the adapter: a list, or names with commas between."""
-    named = reading.values.get(key)
-    if named in (None, "", []):
-        reading.get(key)
-        return
-    names = [name.strip() for name in named.split(",")] if isinstance(named, str) else named
-    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    names = [name.rpartition(".")[2] for name in names] if known else []
-    if not names or not set(names) <= set(SAVED_MODULES):
-        remedy = f"use {' and '.join(SAVED_MODULES)}, or leave it out"
-        reading.refuse(key, f"training these modules beside the adapter is not modelled (got {shown(named)})", remedy)
-        return
-    reading.get(key)
-    reading.options["modules_to_save"], reading.keys["modules_to_save"] = names, key
+def read_factory_packing(reading: Reading, row: Row) -> None:
+    """Reads how LLaMA-Factory packs rows."""
+    if reading.get("neat_packing"):
+        reading.options["packing"] = True
+    elif reading.get("packing"):
+        line = "packing without neat_packing: full rows, each seen as one text, without a mask of blocks"
+        reading.assumed.append(line)
 
 
-FUSED_LOSSES = {
-    "use_liger_kernel": "liger",
-    "enable_liger_kernel": "liger",
-    "liger_fused_linear_cross_entropy": "liger",
-    "cut_cross_entropy": "cut-cross-entropy",
-}
-"""Keys that switch a fused loss on, and which."""
-
-SAVINGS = {
-    "use_liger_kernel": "Liger's norms, activations and rotary embeddings",
-    "enable_liger_kernel": "Liger's norms, activations and rotary embeddings",
-    "liger_rms_norm": "Liger's norms",
-    "liger_glu_activation": "Liger's activations",
-    "liger_swiglu": "Liger's activations",
-    "liger_rope": "Liger's rotary embeddings",
-    "liger_cross_entropy": "Liger's loss in place",
-    "chunked_cross_entropy": "a loss over chunks of the tokens",
-    "use_unsloth": "unsloth's kernels",
-    "use_unsloth_gc": "recomputed activations on the host",
-    "activation_offloading": "activations on the host",
-    "lora_mlp_kernel": "fused kernels of LoRA",
-    "lora_qkv_kernel": "fused kernels of LoRA",
-    "lora_o_kernel": "fused kernels of LoRA",
-}
-"""Keys that save memory in a way that the calculator does not model, and what each switches on."""
+def read_factory_alpha(reading: Reading, row: Row) -> None:
+    """Reads the alpha of LLaMA-Factory's files, by default twice the rank."""
+    rank = reading.options.get("rank")
+    take(reading, replace(row, default=2 * rank if isinstance(rank, int) else row.default))
 
 
-def read_savings(reading: Reading) -> None:
-    """Reads which fused loss is on, and notes the keys that save memory in a way that is not modelled."""
-    for key, loss in FUSED_LOSSES.items():
-        if reading.get(key) not in (None, False):
-            reading.options["loss"], reading.keys["loss"] = loss, key
-    for key, what in SAVINGS.items():
-        reading.overstates(key, what)
+def read_factory_precision(reading: Reading, row: Row) -> None:
+    """Reads the precision of LLaMA-Factory's files."""
+    half, pure, full = read_half(reading), bool(reading.get("pure_bf16")), reading.options["method"] == "full"
+    if full and not pure:
+        reading.assumed.append("trained weights are upcast to fp32 unless pure_bf16, LLaMA-Factory's model/adapter.py")
+    elif pure and not full:
+        reading.options["adapter_dtype"] = "base"
+    elif not pure and not half:
+        reading.assumed.append("precision=bf16: the base keeps the dtype of its checkpoint")
+    set_precision(reading, "llama-factory", narrow=pure or not full, half=half, mixed=half and not pure)
+
+
+def read_trl_precision(reading: Reading, row: Row) -> None:
+    """Reads the precision of TRL's files."""
+    weights, four_bit = reading.get("dtype", "torch_dtype"), reading.options["method"] == "qlora"
+    half = read_half(reading, row.source)
+    if weights is None and not four_bit:
+        reading.assumed.append("weights in fp32: the file gives no dtype, and versions differ; --precision bf16 if not")
+    narrow = four_bit or weights in ("bfloat16", "float16", "auto")
+    set_precision(reading, "trl", narrow=narrow, half=half, mixed=half)
+
+
+def read_torchtune_model(reading: Reading, row: Row) -> None:
+    """Reads the base and the method from the name of torchtune's builder, such as qlora_llama3_1_8b."""
+    builder = str(reading.get(row.key) or "").rpartition(".")[2]
+    method, _, base = builder.partition("_") if builder.startswith(("lora_", "qlora_")) else ("full", "", builder)
+    reading.model, reading.keys["model"], reading.options["method"] = base or None, row.key, method
+
+
+def read_torchtune_targets(reading: Reading, row: Row) -> None:
+    """Reads target modules under torchtune's names."""
+    modules = reading.get(row.key)
+    if isinstance(modules, list):
+        modules = ["o_proj" if name == "output_proj" else name for name in modules]
+        modules += ["gate_proj", "up_proj", "down_proj"] if reading.get("model.apply_lora_to_mlp") else []
+        set_targets(reading, row.key, modules)
+
+
+def read_torchtune_precision(reading: Reading, row: Row) -> None:
+    """Reads the precision of torchtune's files."""
+    take(reading, row)
+    narrow = reading.options["method"] == "qlora" or reading.options.get("precision") != "fp32"
+    set_precision(reading, "torchtune", narrow=narrow, half=False, mixed=False)
+
+
+def read_torchtune_implementation(reading: Reading, row: Row) -> None:
+    """Reads whether torchtune's optimizer is fused, if it is one of torch."""
+    if reading.get(row.key) and reading.options.get("optimizer") in ("adamw", "sgd"):
+        reading.options["optimizer_implementation"] = "fused"
+
+
+def read_torchtune_shards(reading: Reading, row: Row) -> None:
+    """Notes that the weights are sharded, if torchtune's file has one of the keys for it."""
+    for key in row.keys:
+        if key in reading.values:
+            reading.get(key)
+            reading.sharded = reading.sharded or key
+
+
+def read_torchtune_loss(reading: Reading, row: Row) -> None:
+    """Notes one of torchtune's losses that save memory."""
+    if any(word in str(reading.get(row.key)) for word in ("Linear", "Chunked")):
+        saving(row.key, "a loss over chunks of the tokens").read(reading, row)
+
+
+def read_peft_companions(reading: Reading, row: Row) -> None:
+    """Reads the files that lie beside: PEFT's comparison keeps the base, the length and the batch there or above."""
+    folder, values = reading.path.parent, reading.values
+    names = ["training_params.json"] if "peft_type" in values else ["adapter_config.json", "training_params.json"]
+    above = [parent / "default_training_params.json" for parent in [folder, *folder.resolve().parents][:5]]
+    for path in [*(folder / name for name in names), *[path for path in above if path.is_file()][:1]]:
+        if path.is_file() and path.resolve() != reading.path.resolve():
+            reading.understood.append(f"read {path}, a companion")
+            content = read_content(path) or {}
+            if not isinstance(content, dict):
+                problem = Problem(str(path), f"must be a mapping (got {shown(content)})", "correct it, or move it away")
+                raise InputError(problem)
+            values |= {key: value for key, value in flatten(content).items() if values.get(key) is None}
+
+
+def read_peft_start(reading: Reading, row: Row) -> None:
+    """Reads the methods that PEFT has as starts of LoRA."""
+    start = str(reading.get(row.key)).split("_")[0]
+    if start in ("pissa", "loftq"):
+        reading.options["method"] = start
+
+
+def read_peft_precision(reading: Reading, row: Row) -> None:
+    """Reads the precision of PEFT's method comparison."""
+    weights = reading.get("dtype")
+    wide = weights == "float32"
+    reading.options["precision"] = "bf16" if not wide else "amp" if reading.get("use_amp") else "fp32"
+    if weights is None:
+        reading.assumed.append("precision=bf16: the file does not say it; --precision replaces it")

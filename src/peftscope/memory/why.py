@@ -9,6 +9,7 @@ from typing import Any
 
 from peftscope.errors import spoken_bytes
 from peftscope.memory.answer import Peaks, Term, dimensions_of, prepared_bytes, term_of, terms_of
+from peftscope.memory.assumptions import assumptions_of
 from peftscope.memory.beside import BESIDE_OPTIONS
 from peftscope.memory.formula import DIMENSIONS, SOURCES
 from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Question
@@ -208,7 +209,8 @@ def _why(one: Side, other: Side, lead: list[str]) -> Why:
         share = sum(change.first_bytes for change in same) / largest
         sentences.append(f"The same in both: {_listed(parts)}, {share:.0%} of the larger peak.")
     sentences += _grows(one, other)
-    both = [line for line in one.question.assumptions if line in other.question.assumptions]
+    others = assumptions_of(other.question)
+    both = [line for line in assumptions_of(one.question) if line in others]
     sides = one.name, other.name, one.phase, other.phase, one.bytes, other.bytes
     return Why(*sides, changes, unchanged, [_capitalised(text) for text in sentences], both)
 

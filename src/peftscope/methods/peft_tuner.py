@@ -16,13 +16,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.methods.fields import AdapterDtype, Method, Quantization, Targets, target_modules
 from peftscope.methods.tuner_limits import limit_of
-from peftscope.methods.tuner_options import (
-    has_virtual_tokens,
-    options_of,
-    problems_of_options,
-    tuner_folders,
-    with_json_types,
-)
+from peftscope.methods.tuner_options import options_of, problems_of_options, tuners, with_json_types
 
 if TYPE_CHECKING:
     from peftscope.spec import RunSpec
@@ -79,10 +73,10 @@ class PeftTuner(Method):
     @field_validator("tuner")
     @classmethod
     def _tuner_can_be_trained(cls, tuner: str) -> str:
-        known = [name for name in tuner_folders() if not has_virtual_tokens(name)]
-        if tuner not in tuner_folders():
+        if tuner not in tuners():
+            known = [name for name, options in tuners().items() if options is not None]
             raise ValueError(f"PEFT has no such tuner; {close_match(tuner, known)}")
-        if has_virtual_tokens(tuner):
+        if tuners()[tuner] is None:
             raise ValueError("it trains virtual tokens; use the method prompt-tuning or prefix-tuning")
         if reason := limit_of(tuner, "train"):
             raise ValueError(f"it does not train here: {reason}")

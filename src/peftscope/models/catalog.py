@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import REVISION_PATTERN, CountOrZero, HubId, check_hub_id, read_yaml
 from peftscope.files.problems import dotted, problems_of
-from peftscope.files.wheel import WheelFile
+from peftscope.files.wheel import SplitFile
 from peftscope.layout import MODELS_FILE, MODELS_FOLDER, shipped, why_not_read
 from peftscope.models.presets import PRESETS
 from peftscope.models.shapes import ModelShape
@@ -37,8 +37,8 @@ class RandomSource(BaseModel):
         return self
 
 
-class WheelSource(WheelFile):
-    """A GGUF file inside a PyPI wheel, or safetensors with the files in their folder."""
+class WheelSource(SplitFile):
+    """A GGUF file inside a PyPI wheel or in parts in several, or safetensors with the files in their folder."""
 
     kind: Literal["wheel"]
     download_bytes: Annotated[int, Field(gt=0)]
@@ -61,6 +61,9 @@ class BaseModelEntry(BaseModel):
 
     source: Annotated[RandomSource | WheelSource | HubSource, Field(discriminator="kind")]
     licence: str = ""
+    terms: Annotated[str, Field(description="where the terms stand that its user agrees to; told as it is fetched")] = (
+        ""
+    )
     note: str = ""
     shape: ModelShape | None = None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def model_resource(name: str, revision: str | None = None) -> Resource:
 def _fill(name: str, revision: str | None, target: Path) -> dict[str, Any]:
     """Fetches a model's files into a folder, and returns its source and licence."""
     entry = find_model(name)
+    if entry.terms:
+        print(f"{name} is used under its terms: {entry.terms}", file=sys.stderr)
     facts = _FETCHERS[type(entry.source)](name, entry, revision, target) or {}
     source = entry.source.model_dump(mode="json")
     own = {"name": name, "revision": revision, "source": source, "licence": _licence(entry, target), "note": entry.note}

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.files.content import NUMBER, CountOrZero, read_yaml
 from peftscope.files.problems import dotted, problems_of
-from peftscope.layout import EXPERIMENTS, RENAMED, STUDIES, check_experiment_name, shipped
+from peftscope.layout import EXPERIMENTS, STUDIES, check_experiment_name, shipped
 from peftscope.methods import METHODS
 from peftscope.spec import MEASURING
 
@@ -53,13 +53,7 @@ A_A = "-a-a"
 A_A_SHIFT = 1000
 """Added to the seeds of an arm that enters again: its own tuning seeds, and other initialisation seeds."""
 
-OLD_CONTROLS = {"again": "a-a", "still": "zero-lr", "shuffled": "shuffled-labels"}
-"""Names of controls in files and results of older versions."""
-
-Control = Annotated[
-    Literal["a-a", "zero-lr", "shuffled-labels"],
-    BeforeValidator(lambda name: OLD_CONTROLS.get(name, name) if isinstance(name, str) else name),
-]
+Control = Literal["a-a", "zero-lr", "shuffled-labels"]
 
 
 class BorrowedRate(BaseModel):
@@ -353,8 +347,8 @@ def experiment_path(name: str) -> Path:
         for path in (folder / f"{name}.yaml", shipped(folder / f"{name}.yaml")):
             if path.is_file() and name not in NOT_EXPERIMENTS:
                 return path
-    remedy = f"it is now called {RENAMED[name]}" if name in RENAMED else close_match(name, experiment_names())
-    raise InputError(Problem(f"experiment={name}", f"no file {shipped(EXPERIMENTS / f'{name}.yaml')}", remedy))
+    missing = f"no file {shipped(EXPERIMENTS / f'{name}.yaml')}"
+    raise InputError(Problem(f"experiment={name}", missing, close_match(name, experiment_names())))
 
 
 def experiment_names() -> list[str]:

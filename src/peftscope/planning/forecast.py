@@ -117,7 +117,7 @@ class Forecaster:
         if key not in self._memory:
             model = Model(spec.model, shape.to_config(), shape)
             each = spec.model_copy(update={"batch_size": spec.batch_size // spec.shards})  # cards share a batch's rows
-            peaks = peaks_by_formula(Question(model, each, spec.seq_len, self.gpu, spec.shards, ()))
+            peaks = peaks_by_formula(Question(model, each, spec.seq_len, self.gpu, spec.shards))
             resident = sum(block.size for block in peaks.alive("evaluate") if block.kind in RESIDENT)
             self._memory[key] = _Memory(peaks.allocated_bytes, peaks.device_bytes, peaks.binding_phase, resident)
         memory, cache = self._memory[key], _cache_bytes(spec, shape)

@@ -17,7 +17,7 @@ from peftscope.errors import InputError, Problem, close_match
 from peftscope.files.storage import STORAGE_REMEDIES
 from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.device import Device, detect_device
-from peftscope.layout import record_path, results_folder, run_folder, tuned_path
+from peftscope.layout import record_path, run_folder, tuned_path
 from peftscope.models.catalog import model_folder
 from peftscope.planning.cells import ARM, RATES
 from peftscope.planning.checks import check_compiler, check_runs, check_unchanged
@@ -30,23 +30,6 @@ from peftscope.spec import RunSpec
 
 DEFAULT_EXPERIMENT = "quick"
 MOST_THREADS = 1024
-STUDY_FILES = [
-    "figures/tuning.svg",
-    "figures/differences.svg",
-    "tables/contrasts.html",
-    "tables/controls.html",
-    "tables/tuning.html",
-    "tables/contrasts.csv",
-    "tables/controls.csv",
-    "tables/tuning.csv",
-]
-"""What the report of a study shows beside that of a sweep."""
-
-
-CAPACITY_FILES = ["figures/capacity.svg", "tables/capacity.html", "tables/capacity.csv", "tables/stored.csv"]
-"""What the report of an experiment on random strings shows beside."""
-UPDATES, FORGETTING = "figures/updates.svg", "figures/forgetting.svg"
-SHARES, OVERFITTING = "figures/shares.svg", "figures/overfitting.svg"
 
 
 class Plan:
@@ -117,11 +100,6 @@ class Plan:
     def varied(self) -> str | None:
         """The field of which a study compares three values or more, if it does; see ``Study.varied``."""
         return self.sweep.experiment.study.varied if self.sweep.experiment.study else None
-
-    @cached_property
-    def ladders(self) -> list[str]:
-        """The fields that some ladder varies: each has a figure."""
-        return sorted({c.name.rpartition("-")[2] for c in self.sweep.comparisons if c.name.startswith("ladder-")})
 
     def assumed(self) -> Plan:
         """Returns the plan with all runs of a study, those whose rates are not chosen yet at rates that are likely.
@@ -218,8 +196,11 @@ class Workflow:
         records = self.records(checkpoints)
 
         def measured_of(wildcards: Any) -> list[str]:
+            plan = self.plans[wildcards.experiment]
+            if not plan.sweep.experiment.keep_at:
+                return []
             records(wildcards)
-            return [measured_path(run_folder(run)).as_posix() for run in self.plans[wildcards.experiment].measured_runs]
+            return [measured_path(run_folder(run)).as_posix() for run in plan.measured_runs]
 
         return measured_of
 
@@ -256,18 +237,6 @@ class Workflow:
         """
         plans = [plan for plan in self.plans.values() if run in plan.sweep.runs]
         return all((plan.is_study or plan.measures_capacity) and plan.sweep.runs[run].device == "cpu" for plan in plans)
-
-    def figures(self, wildcards: Any) -> list[str]:
-        """Returns the files of an experiment's report that only experiments of its kind have."""
-        plan = self.plans[wildcards.experiment]
-        names = [f"figures/ladder-{field}.svg" for field in plan.ladders]
-        names += STUDY_FILES if plan.is_study else []
-        names += CAPACITY_FILES if plan.measures_capacity else []
-        names += [UPDATES] if plan.sweep.experiment.keep_at else []
-        names += [FORGETTING] if plan.follows_prose else []
-        names += [OVERFITTING] if plan.limits_examples else []
-        names += [SHARES] if plan.varied else []
-        return [(results_folder(plan.name) / name).as_posix() for name in names]
 
     def gpus(self, wildcards: Any) -> int:
         """Returns how many cards a training job needs."""

@@ -15,6 +15,7 @@ from peftscope.claims.measurement import spoken_number
 from peftscope.claims.verdict import Verdict
 from peftscope.files.atomic import write_json
 from peftscope.layout import CLAIMS_PAGE, CLAIMS_RESULTS
+from peftscope.report.deciding import what_would_decide
 from peftscope.report.plots import MARKERS, SAFE_COLOURS
 from peftscope.report.rendering import asset, rendered
 from peftscope.report.spoken import deciding, measured, sentence, spoken_finding, spoken_moves, spoken_verdict
@@ -80,6 +81,7 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
         "sentence": sentence(finding),
         "instead": (claim.correction or " ") if verdict in (Verdict.WRONG, Verdict.IN_PART) else "",
         "advice": claim.advice.get(verdict, ""),
+        "decider": what_would_decide(claim, finding),
         "parts": [(part, interval(part)) for part in parts],
         "drawn": [interval(part) for part in open_parts] if verdict == Verdict.OPEN else [],
         "figures": [(_figure(name, part), part["measures"]) for name, part in curves],

@@ -6,7 +6,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from peftscope.planning.published import all_published_records
 from peftscope.planning.sweep import expand
 from peftscope.record import FINAL
 from peftscope.report.capacity import answer as answer_on_capacity
+from peftscope.report.deciding import RUNS_AT_ONCE
 from peftscope.report.front import Surprise, surprising
 from peftscope.report.page import ANSWERS
 from peftscope.report.rendering import rendered
@@ -52,8 +52,6 @@ ORDER = [Verdict.WRONG, Verdict.IN_PART, Verdict.HOLDS, Verdict.OPEN]
 """What surprises comes first."""
 BASE = "base"
 """The experiment that the studies extend."""
-RUNS_AT_ONCE = 2
-"""The runs that share a machine in the estimated time: one on each of two cores."""
 
 
 class Topic(BaseModel):
@@ -261,12 +259,8 @@ class _Published:
     """The published runs, as far as a study could share them."""
 
     def __init__(self) -> None:
-        self.runs: dict[str, RunSpec | None] = {}
-        for _, run, text in all_published_records():
-            self.runs[run] = None
-            with suppress(ValidationError):  # a run of an older version may have what is refused now
-                self.runs[run] = RunSpec.model_validate(json.loads(text)["spec"])
-        self.models = {spec.model for spec in self.runs.values() if spec}
+        self.runs = {run: RunSpec.model_validate(json.loads(text)["spec"]) for _, run, text in all_published_records()}
+        self.models = {spec.model for spec in self.runs.values()}
 
     def lacking(self, name: str) -> list[RunSpec]:
         """Returns the runs of an experiment that are not published, none of one whose tables are.
@@ -276,7 +270,7 @@ class _Published:
         if (published(name) / "tables").is_dir():
             return []
         known, sweep = expand(name).runs, expand(name, assume_rates=True)
-        others = Counter(_but_for_its_rate(spec) for run, spec in self.runs.items() if spec and run not in known)
+        others = Counter(_but_for_its_rate(spec) for run, spec in self.runs.items() if run not in known)
         keeps = read_experiment(experiment_path(name)).keep_at  # what is published has no weights
         paired = {run for c in sweep.comparisons if keeps and c.name.startswith((ARM, RATES)) for run in c.runs}
         missing = []

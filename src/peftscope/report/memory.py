@@ -1,4 +1,4 @@
-"""The report's section on memory: curves, the bars of large models, and an introduction's table. No torch."""
+"""The report's section on memory: curves, and the bars of large models. No torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ import seaborn as sns
 
 from peftscope.errors import GIB, spoken_bytes
 from peftscope.hardware.cards import find_gpu
-from peftscope.layout import MEMORY_FOLDER
 from peftscope.memory.lengths import LengthsAnswer
 from peftscope.memory.trace import KINDS
 from peftscope.memory.why import Why
 from peftscope.methods import METHODS
 from peftscope.report.plots import GREEN, GREY, RED, SAFE_COLOURS, looks, mixed, save
 from peftscope.report.svg import STYLE
-from peftscope.report.tables import html
 
 CARDS = ("24GiB", "48GiB", "80GiB")
 AXIS_LABELS = {"rank": "rank", "seq_len": "tokens of a sequence", "batch_size": "sequences a batch"}
@@ -121,28 +119,18 @@ def draw_waterfall(why: Why, path: Path) -> None:
 
 
 def draw_lengths(answer: LengthsAnswer, path: Path) -> None:
-    """Draws the share of an epoch's batches over the memory that they need, with one line for each way to batch."""
+    """Draws the share of a data set's items over the memory that a full batch as wide needs."""
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    for way, style in zip(answer.epochs, ("-", "--", ":"), strict=False):
-        sizes = [one.peak_device_bytes / GIB for one in way.quantiles]
-        shares = [100 * one.share for one in way.quantiles]
-        axes.plot(sizes, shares, linestyle=style, marker=".", label=way.arrangement)
+    sizes = [one.peak_device_bytes / GIB for one in answer.quantiles]
+    axes.plot(sizes, [100 * one.share for one in answer.quantiles], marker=".")
     if answer.capacity_bytes is not None:
         axes.axvline(answer.capacity_bytes / GIB, color="0.5", linewidth=0.8)
-        axes.annotate(" the card", (answer.capacity_bytes / GIB, 96), fontsize=8)  # above the curves, which begin low
-    axes.set(xlabel="peak on the card (GiB)", ylabel="batches of an epoch (%)", ylim=(0, 102))
-    axes.legend(title="", fontsize=8)
+        axes.annotate(" the card", (answer.capacity_bytes / GIB, 4), fontsize=8)  # below the curve, which ends high
+    axes.set(xlabel="peak of a full batch as wide, on the card (GiB)", ylabel="items (%)", ylim=(0, 102))
     save(figure, path)
 
 
 def _mark_cards(line: Callable[..., object]) -> None:
     for card in CARDS:
         line(find_gpu(card).memory_bytes / GIB, color="0.5", linewidth=0.8, linestyle=":")
-
-
-def write_chapter(rows: pd.DataFrame, folder: Path = MEMORY_FOLDER) -> None:
-    """Writes the introduction's table as CSV and HTML."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows.to_csv(folder / "chapter.csv", index=False)
-    (folder / "chapter.html").write_text(html(rows, "chapter"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,43 +13,66 @@ from markupsafe import Markup
 from peftscope.analysis.collect import read_runs
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
-from peftscope.analysis.weights import weights_path
+from peftscope.analysis.weights import collect_weights, weights_path
 from peftscope.errors import InputError, spoken_bytes
-from peftscope.layout import MEMORY_FOLDER, record_path, report_path, results_folder
-from peftscope.memory.grid import CENTRE, CHAPTER_RUN, MODEL
+from peftscope.layout import MEMORY_FOLDER, record_path, report_path, results_folder, run_folder
+from peftscope.memory.grid import CENTRE, MODEL
 from peftscope.planning.estimate import spoken
 from peftscope.planning.experiment import Study, experiment_path, read_experiment
+from peftscope.planning.plan import Plan
+from peftscope.record import measured_path
 from peftscope.report.capacity import SENTENCE as CAPACITY
 from peftscope.report.capacity import capacity_facts
 from peftscope.report.contributed import cards_table
-from peftscope.report.forgetting import forgetting_sentence
 from peftscope.report.memory import CARDS
-from peftscope.report.overfitting import overfitting_sentence
+from peftscope.report.parts import FIGURES, PARTS, function_of
 from peftscope.report.rendering import asset, rendered
 from peftscope.report.sentences import NOTHING, listed, sentence
 from peftscope.report.serving import latencies, limited_runs
-from peftscope.report.shares import shares_sentence
 from peftscope.report.study import study_facts, study_sentences
 from peftscope.report.svg import in_page
-from peftscope.report.tables import FEWEST_FOR_MEANS, best_settings, html, method_summary, notable_runs
-from peftscope.report.weights import cuts_table, updates_sentence, updates_table
+from peftscope.report.tables import FEWEST_FOR_MEANS, best_settings, html, ladders, method_summary, notable_runs
+from peftscope.report.weights import cuts_table, updates_table
 
-ANSWERS = {
-    "shares": shares_sentence,
-    "updates": updates_sentence,
-    "forgetting": forgetting_sentence,
-    "overfitting": overfitting_sentence,
+ANSWERS: dict[str, Callable[[str], str]] = {
+    next(iter(part.captions)): function_of(part.sentence) for part in PARTS if part.sentence
 }
 """The figures that carry the answer of some studies, each with what says in words what it shows."""
-FIXED_FIGURES = ("pareto", "memory", "throughput", "losses", "prediction")
 
 
-def write_report(experiment: str, ladders: list[str]) -> Path:
+def write_all(plan: Plan) -> Path:
+    """Writes the tables, the figures and the page of an experiment from what was collected and measured of its runs.
+
+    Returns:
+        The path of the page. Of an unfinished study, it says that and has no part of a study.
+    """
+    measured = [
+        run for run in plan.measured_runs if record_path(run).is_file() and measured_path(run_folder(run)).is_file()
+    ]
+    if measured:
+        collect_weights(plan.name, measured)
+    finished = not (plan.is_study and _unfinished(StudyResults(plan.name)))
+    for part in PARTS:
+        if part.belongs(plan) and (finished or not part.of_study):
+            part.write(plan.name)
+    return write_report(plan.name)
+
+
+def _unfinished(study: StudyResults) -> str:
+    """Returns what a study lacks; empty if it is finished."""
+    try:
+        study.require_finished()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def write_report(experiment: str) -> Path:
     """Renders an experiment's report from its tables and figures, and returns its path."""
     runs = read_runs(experiment)
     losses = pd.read_csv(results_folder(experiment) / "losses.csv")
     folder = results_folder(experiment)
-    names = [*FIXED_FIGURES, *(f"ladder-{field}" for field in ladders)]
+    names = [*FIGURES.captions, *(f"ladder-{field}" for field in sorted(ladders(runs)))]
     said = {name: sentence(name, runs, losses) for name in names}
     figures = [
         {"name": name, "image": _embedded(folder / "figures" / f"{name}.svg", text), "sentence": text}
@@ -59,9 +83,9 @@ def write_report(experiment: str, ladders: list[str]) -> Path:
     study = _study_pages(experiment, settings.study) if settings.study else None
     is_finished = study is not None and not study["unfinished"]
     answers = []
-    for name, say in ANSWERS.items() if is_finished else [("updates", updates_sentence)]:
+    for name in ANSWERS if is_finished else ["updates"]:
         if (path := folder / "figures" / f"{name}.svg").is_file():
-            text = say(experiment)
+            text = ANSWERS[name](experiment)
             answers.append({"name": name, "image": _embedded(path, text), "sentence": text})
     if not is_finished:
         figures, answers = figures + answers, []
@@ -127,10 +151,8 @@ def _left_out(runs: pd.DataFrame) -> dict[str, tuple[int, int] | None]:
 def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
     """Returns the content of a study's section. For an unfinished study, that is only the reason."""
     folder, study = results_folder(experiment), StudyResults(experiment)
-    try:
-        study.require_finished()
-    except InputError as error:
-        return {"unfinished": str(error)}
+    if unfinished := _unfinished(study):
+        return {"unfinished": unfinished}
     facts = study_facts(study, settings)
     said = study_sentences(facts)
     figures = {
@@ -157,7 +179,7 @@ def _capacity_pages(folder: Path, experiment: str) -> dict[str, Any] | None:
 
 def _memory_pages() -> dict[str, Any] | None:
     """Returns the content of the memory section, which needs no run, or None before the workflow has made it."""
-    if not all((MEMORY_FOLDER / name).is_file() for name in ("bars.svg", "grid.svg", "chapter.html")):
+    if not all((MEMORY_FOLDER / name).is_file() for name in ("bars.svg", "grid.svg")):
         return None
     centre = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in CENTRE.items())
     bars = (
@@ -173,10 +195,7 @@ def _memory_pages() -> dict[str, Any] | None:
             {"name": f"memory-{name}", "sentence": text, "image": _embedded(MEMORY_FOLDER / f"{name}.svg", text)}
             for name, text in (("bars", bars), ("grid", grid))
         ],
-        "chapter": (MEMORY_FOLDER / "chapter.html").read_text(),
-        "model": MODEL,
         "cards": ", ".join(CARDS),
-        "chapter_run": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in CHAPTER_RUN.items()),
     }
 
 

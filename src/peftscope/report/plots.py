@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from textwrap import fill
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import pandas as pd
 import seaborn as sns
 
 from peftscope.analysis.collect import read_runs
-from peftscope.errors import InputError, Problem, close_match, shown
+from peftscope.errors import InputError, Problem, shown
 from peftscope.layout import results_folder
 from peftscope.methods import METHODS
 from peftscope.report.svg import INK, OWN_COLOURS, STYLE, svg_of
@@ -28,6 +29,7 @@ from peftscope.report.tables import (
     is_crowded,
     is_judged_on_training,
     ladder_summary,
+    ladders,
     method_summary,
     predictions,
     variants,
@@ -129,7 +131,7 @@ def variant_looks(runs: pd.DataFrame) -> dict[str, Look]:
 
 
 def write_figures(experiment: str) -> None:
-    """Draws the figures of an experiment, except its ladders."""
+    """Draws the figures of an experiment, with one for each field that a ladder varies."""
     runs = read_runs(experiment)
     losses = pd.read_csv(results_folder(experiment) / "losses.csv")
     folder = results_folder(experiment) / "figures"
@@ -138,20 +140,8 @@ def write_figures(experiment: str) -> None:
     draw_figure(folder / "throughput.svg", lambda axes: draw_throughput(axes, runs))
     draw_figure(folder / "losses.svg", lambda axes: draw_losses(axes, runs, losses))
     draw_figure(folder / "prediction.svg", lambda axes: draw_prediction(axes, runs))
-
-
-def write_ladder(experiment: str, field: str) -> None:
-    """Draws the ladders over one field.
-
-    Raises:
-        InputError: Runs have no such field.
-    """
-    runs = read_runs(experiment)
-    if field not in runs:
-        raise InputError(Problem("field", f"no such field (got {shown(field)})", close_match(field, runs.columns)))
-    draw_figure(
-        results_folder(experiment) / "figures" / f"ladder-{field}.svg", lambda axes: draw_ladder(axes, runs, field)
-    )
+    for field in ladders(runs):
+        draw_figure(folder / f"ladder-{field}.svg", partial(draw_ladder, runs=runs, field=field))
 
 
 def draw_figure(path: Path, draw: Callable[[plt.Axes], None]) -> None:

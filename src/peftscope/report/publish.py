@@ -48,7 +48,7 @@ from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import show_claims, show_study
 from peftscope.report.leaderboard import read_sections, write_leaderboard
 
-MEMORY_FILES = ("grid.svg", "bars.svg", "chapter.csv")
+MEMORY_FILES = ("grid.svg", "bars.svg")
 """The files that finished results without a run must have."""
 
 
@@ -128,7 +128,7 @@ def publish_experiment(experiment: str) -> list[Path]:
         *sorted(source.glob("tables/*.csv")),
         *sorted(source.glob("tables/*.parquet")),
         *sorted(source.glob("tables/*.md")),
-        *sorted(source.glob("figures/*")),
+        *sorted(source.glob("figures/*.svg")),
     ]
     results, report = PUBLISHED_RESULTS / experiment, PUBLISHED_REPORTS / experiment
     _check_sizes([page, *wanted])

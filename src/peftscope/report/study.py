@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from peftscope.analysis.compare import Difference, Outcome
-from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, holm, mean_interval, sign_flip_p
+from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, mean_interval, sign_flip_p
 from peftscope.analysis.study import (
     ACCURACY,
     GREEDY,
@@ -53,12 +53,6 @@ FEWEST_FOR_BOOTSTRAP = 8
 """Pairs below which the bootstrap is too narrow to be shown, see ``analysis.stats``."""
 
 
-def compared(study: StudyResults) -> list[tuple[str, str]]:
-    """Returns the arms that a study compares: each with the reference, then the contrasts that its file adds."""
-    added = [pair for pair in study.settings.contrasts if set(pair) <= set(study.arms)] if study.settings else []
-    return [(arm, study.reference) for arm in study.arms if arm != study.reference] + added
-
-
 def contrasts(study: StudyResults) -> pd.DataFrame:
     """Returns one row per comparison: how far an arm is ahead, in nats, % of the task gain and points of exact match.
 
@@ -66,16 +60,12 @@ def contrasts(study: StudyResults) -> pd.DataFrame:
     ``holm_p`` is the p after Holm's correction for all comparisons, A/A apart, and decides whether arms differ.
     ``bound_percent`` is the smallest margin at which two one-sided tests call the two the same, not corrected.
     """
-    found = {pair: study.difference(*pair) for pair in compared(study)}
-    tested = [pair for pair in found if not pair[0].endswith(A_A)]
-    adjusted = dict(zip(tested, holm([found[pair].p for pair in tested]), strict=True))
-    rows = [_contrast(study, *pair, difference, adjusted.get(pair)) for pair, difference in found.items()]
+    rows = [_contrast(study, *pair) for pair in study.compared]
     return pd.DataFrame(rows, columns=None if rows else ["arm"])
 
 
-def _contrast(
-    study: StudyResults, arm: str, against: str, difference: Difference, holm_p: float | None
-) -> dict[str, Any]:
+def _contrast(study: StudyResults, arm: str, against: str) -> dict[str, Any]:
+    difference, holm_p = study.difference(arm, against), study.corrected_p(arm, against)
     mine, other = study.arm_runs(arm), study.arm_runs(against)
     outcome = difference.outcome_at(difference.p if holm_p is None else holm_p)
     correction = holm_p / difference.p if holm_p and difference.p else 1.0
@@ -209,13 +199,7 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
         reference = table["against"].iloc[0]
         text = {
             "arm": _compared_label(row["arm"], row["against"], reference, labels),
-            "pairs": _pairs(row),
-            f"ahead of {labels[reference]} by (% of the task gain)": (
-                _signed(row, "percent", ".1f") if math.isfinite(row["percent"]) else "-"
-            ),
-            "within (%)": formatted(row["bound_percent"], ".1f"),
-            "by (points of exact match)": _signed(row, "accuracy", ".1f") if pd.notna(row.get("accuracy")) else "-",
-            "by (nats/token)": _signed(row, "difference", ".4f"),
+            **readable_difference(row, labels[reference]),
             "what it says": spoken_outcome(row["outcome"], row["difference"]),
             "pairs that would decide": formatted(row["pairs_to_decide"], ",.0f"),
             "standard error of tuning (%)": formatted(row["tuning_error_percent"], ".1f"),
@@ -234,6 +218,18 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
             text["bootstrap"] = f"[{signed(row['bootstrap_low'], '.4f')}, {signed(row['bootstrap_high'], '.4f')}]"
         rows.append(text)
     return pd.DataFrame(rows, columns=None if rows else ["arm"])
+
+
+def readable_difference(row: dict[Any, Any], reference: str) -> dict[str, str]:
+    """Returns how far an arm is ahead of the reference as text, by column. A control has it in nats alone."""
+    has_gain = math.isfinite(row.get("percent", math.nan))
+    return {
+        "pairs": _pairs(row),
+        f"ahead of {reference} by (% of the task gain)": _signed(row, "percent", ".1f") if has_gain else "-",
+        "within (%)": formatted(row.get("bound_percent"), ".1f"),
+        "by (points of exact match)": _signed(row, "accuracy", ".1f") if pd.notna(row.get("accuracy")) else "-",
+        "by (nats/token)": _signed(row, "difference", ".4f"),
+    }
 
 
 def _compared_label(arm: str, against: str, reference: str, labels: dict[str, str]) -> str:
@@ -303,7 +299,7 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
     A mean and its interval stand there from three pairs on. An arm far beyond the others has its mean at the edge.
     """
     labels, styles = study.labels, arm_looks(study.labels)
-    pairs = compared(study)
+    pairs = study.compared
     scale = 100 / study.yardstick if not math.isnan(study.yardstick) else 1.0
     samples = []
     for y, (arm, against) in enumerate(pairs):
@@ -379,7 +375,7 @@ def answer(table: pd.DataFrame, labels: dict[str, str], arms: str = "the arms", 
 def power(study: StudyResults) -> dict[str, Any]:
     """Returns what the study could see: its yardstick, the half-widths of its intervals, and the arms that miss."""
     found: dict[str, Difference] = {
-        _compared_label(*pair, study.reference, study.labels): study.difference(*pair) for pair in compared(study)
+        _compared_label(*pair, study.reference, study.labels): study.difference(*pair) for pair in study.compared
     }
     widths = {name: 100 * difference.half_width() / study.yardstick for name, difference in found.items()}
     return {

@@ -15,16 +15,14 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from peftscope.files.manifest import file_sha256
 from peftscope.spec import RunSpec, run_id
+from peftscope.training.log import TrainingLog
 from peftscope.training.shard import anywhere, as_shares, from_all, own_share
-
-if TYPE_CHECKING:
-    from peftscope.training.loop import TrainingLog
 
 KEPT = 2
 """The number of checkpoints that are kept: the newest, and the one before in case the newest is damaged."""

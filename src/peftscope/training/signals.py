@@ -1,4 +1,7 @@
-"""Handles SIGINT and SIGTERM, so that training stops between two steps. No torch."""
+"""Handles SIGINT and SIGTERM, so that training stops between two steps. No torch.
+
+A process that ignores SIGINT, as a script's jobs in the background do, goes on ignoring it, and ends on SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,25 @@ class Interrupted(BaseException):
     """The process received SIGINT or SIGTERM."""
 
 
+def stop_signals() -> list[signal.Signals]:
+    """Returns the signals that stop a run: SIGTERM and, if the process does not ignore it, SIGINT."""
+    ignores = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    return [signal.SIGTERM] if ignores else [signal.SIGTERM, signal.SIGINT]
+
+
 def raise_on_signals() -> None:
-    """Makes SIGINT and SIGTERM raise ``Interrupted``."""
+    """Makes the signals that stop a run raise ``Interrupted``."""
 
     def stop(number: int, frame: Any) -> None:
         raise Interrupted(f"stopped by {signal.Signals(number).name}")
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    for number in stop_signals():
+        signal.signal(number, stop)
 
 
 @contextmanager
 def stops_between_steps() -> Iterator[Callable[[], str]]:
-    """Defers the first SIGINT or SIGTERM inside this context. A second one raises ``Interrupted``.
+    """Defers the first signal to stop inside this context. A second one raises ``Interrupted``.
 
     Only the main thread can handle signals. In any other thread, this context changes nothing.
 
@@ -43,7 +52,7 @@ def stops_between_steps() -> Iterator[Callable[[], str]]:
             raise Interrupted(reason)
         reasons.append(reason)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in stop_signals()}
     try:
         yield lambda: reasons[0] if reasons else ""
     finally:

@@ -1,17 +1,22 @@
 """The memory of methods that this package lacks: DoRA with its norm in the base's precision, and LoRA with A frozen.
 
-Both are simulated with one part of DoRA or LoRA replaced. A run is given as in ``checks.memory``.
+Both are simulated as methods that extend DoRA or LoRA. A run is given as in ``checks.memory``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-from unittest.mock import patch
+from dataclasses import replace
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 from peftscope.claims.checks.memory import GB, MODEL, Run, _allocated, _question
 from peftscope.claims.measurement import Measurement
+from peftscope.methods.dora import DoRA
+from peftscope.methods.fields import Method
+from peftscope.methods.lora import LoRA
+
+if TYPE_CHECKING:
+    from peftscope.spec import RunSpec
 
 
 def saved_by_constant_norm(run: Run, model: str = MODEL) -> Measurement:
@@ -23,10 +28,8 @@ def saved_by_constant_norm(run: Run, model: str = MODEL) -> Measurement:
         run: The options of the run.
         model: The base model.
     """
-    with _dora_norm(constant=False):
-        followed = _peak_bytes(model, run)
-    with _dora_norm(constant=True):
-        constant = _peak_bytes(model, run)
+    followed = _peak_bytes(model, {**run, "norm_gradient": True}, _DoRANormInBasePrecision)
+    constant = _peak_bytes(model, {**run, "norm_gradient": False}, _DoRANormInBasePrecision)
     evidence = {
         "peak with a gradient through the norm, GB": followed / GB,
         "peak with a constant norm, GB": constant / GB,
@@ -48,54 +51,56 @@ def most_saved_by_frozen_a(run: Run, batch_sizes: tuple[int, ...], model: str = 
     evidence: dict[str, float] = {}
     for size in batch_sizes:
         both = _peak_bytes(model, {**run, "batch_size": size})
-        with _frozen_a():
-            frozen = _peak_bytes(model, {**run, "batch_size": size})
+        frozen = _peak_bytes(model, {**run, "batch_size": size}, _LoRAWithAFrozen)
         ratios[float(size)] = both / frozen
         evidence |= {f"LoRA, batch {size}, GB": both / GB, f"A frozen, batch {size}, GB": frozen / GB}
     axes = ("sequences in a batch", "peak of LoRA over that with A frozen")
     return Measurement(max(ratios.values()), evidence=evidence, curves={"ratio": ratios}, axes=axes, model=model)
 
 
-def _peak_bytes(model: str, run: Run) -> int:
+def _peak_bytes(model: str, run: Run, altered: type[Method] | None = None) -> int:
+    """Returns the simulated peak of a run, with another class in place of its method's if one is given."""
     from peftscope.memory.simulate import peaks_by_simulation
 
-    return _allocated(peaks_by_simulation(_question(model, run), evaluation=False))
+    question = _question(model, run)
+    if altered:
+        method = altered(**question.spec.method.model_dump())
+        question = replace(question, spec=question.spec.model_copy(update={"method": method}))
+    return _allocated(peaks_by_simulation(question, evaluation=False))
 
 
-@contextmanager
-def _dora_norm(constant: bool) -> Iterator[None]:
-    """Replaces PEFT's forward pass of DoRA by the paper's equation 5, with or without a gradient through the norm.
+class _DoRANormInBasePrecision(DoRA):
+    """DoRA by the paper's equation 5: its norm has the base's precision, where PEFT's has the adapter's."""
 
-    The norm has the base's precision, where PEFT's and that of the method's ``norm_gradient`` have the adapter's.
-    """
-    import torch
-    from peft.tuners.lora.dora import DoraLinearLayer
+    def build(self, model: Any, spec: RunSpec) -> Any:
+        import torch
+        from peft.tuners.lora.dora import DoraLinearLayer
 
-    def forward(
-        self: Any, x: Any, *, lora_A: Any, lora_B: Any, scaling: float, base_layer: Any, base_result: Any, **_: Any
-    ) -> Any:
-        update = (lora_B.weight @ lora_A.weight).to(base_layer.weight.dtype)
-        norm = torch.linalg.norm(base_layer.weight + scaling * update, dim=1)
-        factor = (self.weight / (norm.detach() if constant else norm)).view(1, -1)
-        return (factor - 1) * base_result + factor * lora_B(lora_A(x)) * scaling
+        def forward(
+            layer: Any, x: Any, *, lora_A: Any, lora_B: Any, scaling: float, base_layer: Any, base_result: Any, **_: Any
+        ) -> Any:
+            update = (lora_B.weight @ lora_A.weight).to(base_layer.weight.dtype)
+            norm = torch.linalg.norm(base_layer.weight + scaling * update, dim=1)
+            factor = (layer.weight / (norm if self.norm_gradient else norm.detach())).view(1, -1)
+            return (factor - 1) * base_result + factor * lora_B(lora_A(x)) * scaling
 
-    with patch.object(DoraLinearLayer, "forward", forward):
-        yield
+        wrapped = super().build(model, spec)
+        for module in wrapped.modules():
+            if isinstance(module, DoraLinearLayer):
+                module.forward = MethodType(forward, module)
+        return wrapped
 
 
-@contextmanager
-def _frozen_a() -> Iterator[None]:
-    """Makes simulations freeze the factor A of every adapter."""
-    from peftscope.memory import simulate
+class _LoRAWithAFrozen(LoRA):
+    """LoRA that trains B alone."""
 
-    build = simulate.apply_method
+    def build(self, model: Any, spec: RunSpec) -> Any:
+        from peftscope.training.load import DTYPES
 
-    def frozen(*args: Any) -> Any:
-        trained = build(*args)
-        for name, parameter in trained.model.named_parameters():
+        wrapped = super().build(model, spec)
+        for name, parameter in wrapped.named_parameters():
             if ".lora_A." in name:
                 parameter.requires_grad_(False)
-        return trained
-
-    with patch.object(simulate, "apply_method", frozen):
-        yield
+                if self.adapter_dtype == "base":  # as a simulation does with what is trained
+                    parameter.data = parameter.data.to(DTYPES[spec.precision])
+        return wrapped

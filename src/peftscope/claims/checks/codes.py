@@ -202,27 +202,6 @@ def share_with_lower_error(
     )
 
 
-def excess_of_non_normal_rows(model: str, rows: int = 32) -> Measurement:
-    """Returns by how many percentage points more rows fail a Shapiro-Wilk test at 5 % than normal ones would.
-
-    The interval is over matrices, since rows of one matrix are alike.
-    Source: Dettmers et al. 2023, appendix F, who test each neuron's weights this way.
-
-    Args:
-        model: The model whose linear weights are tested.
-        rows: The number of evenly spaced rows of each matrix.
-    """
-    from scipy import stats
-
-    failed = [[stats.shapiro(row).pvalue < 0.05 for row in taken] for taken in _rows(model, rows)]
-    evidence = {
-        "rows": sum(map(len, failed)),
-        "entropy of NF4's levels in blocks of 64, bits": _level_entropy(_matrices(model)),
-        "the same for normal values, bits": _level_entropy(_matrices("gaussian")),
-    }
-    return mean_of([100 * (sum(each) / len(each) - 0.05) for each in failed], evidence=evidence, model=model)
-
-
 def likeness_of_rows_to_normal(model: str, rows: int = 32) -> Measurement:
     """Returns the squared correlation of a row's sorted weights with normal quantiles, mean of the matrices' medians.
 
@@ -361,12 +340,6 @@ def _error(values: torch.Tensor, book: CodeBook, block: int, metric: str) -> flo
 
 def _mean_error(samples: Sequence[torch.Tensor], book: CodeBook, block: int, metric: str) -> float:
     return sum(_error(sample, book, block, metric) for sample in samples) / len(samples)
-
-
-def _level_entropy(matrices: Iterator[torch.Tensor]) -> float:
-    """Returns the entropy of NF4's indices, which is 4 bits if all levels are used equally."""
-    book = CodeBook("nf4")
-    return _entropy([book.encoded(matrix.flatten()[:CURVE_VALUES], 64)[0] for matrix in matrices])
 
 
 def _entropy(indices: Sequence[torch.Tensor]) -> float:

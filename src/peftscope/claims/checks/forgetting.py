@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
-from peftscope.analysis.compare import compare
 from peftscope.analysis.forgetting import curves, matched_rises
 from peftscope.analysis.study import StudyResults
-from peftscope.claims.measurement import Measurement, NotRunError, Quantity
+from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds
 
 
 def less_forgotten(study: str, arm: str, against: str) -> Measurement:
@@ -39,11 +36,4 @@ def less_forgotten(study: str, arm: str, against: str) -> Measurement:
         / count,
         "runs that diverged": int(runs["status"].eq("diverged").sum() + other["status"].eq("diverged").sum()),
     }
-    run_ids = (*runs["run_id"], *other["run_id"])
-    if count == 1:
-        return Measurement(sample[0], n=1, samples=sample, evidence=evidence, model=results.subject, run_ids=run_ids)
-    difference = compare(sample, math.inf)
-    low, high = difference.interval()
-    return Measurement(
-        difference.mean, low, high, count, sample, evidence=evidence, model=results.subject, run_ids=run_ids
-    )
+    return over_seeds(results, sample, evidence, (*runs["run_id"], *other["run_id"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from peftscope.claims.lora_subjects import four_bit
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import BLOCK_LINEAR, tiny_llama, token_ids
 
@@ -13,9 +14,6 @@ if TYPE_CHECKING:
 
 BLOCK = 64
 """The weights per constant in QLoRA and bitsandbytes."""
-
-OUTER_BLOCK = 256
-"""The constants per second-level constant in double quantization."""
 
 
 def dtype_of_constants(double_quant: bool) -> Measurement:
@@ -32,12 +30,6 @@ def dtype_of_constants(double_quant: bool) -> Measurement:
     )
 
 
-def weights_per_constant() -> Measurement:
-    """Returns how many weights share one quantisation constant."""
-    state = _layer(256, 256, double_quant=False).weight.quant_state
-    return Measurement(state.shape.numel() / state.absmax.numel(), model="Linear4bit 256 × 256")
-
-
 def bits_of_a_constant(double_quant: bool) -> Measurement:
     """Returns the bits that a layer stores for each quantisation constant, without second-level constants."""
     state = _layer(256, 256, double_quant=double_quant).weight.quant_state
@@ -50,29 +42,6 @@ def bits_of_a_constant(double_quant: bool) -> Measurement:
             "subtracted offset over the constants' mean": float(state.offset / plain.mean()),
         }
     return Measurement(_bits([state.absmax]) / state.absmax.numel(), evidence=evidence, model="Linear4bit 256 × 256")
-
-
-def bits_by_formula(double_quant: bool) -> Measurement:
-    """Returns the bits per weight that NF4 needs by arithmetic, including constants.
-
-    Source: Dettmers et al. 2023, section 3, double quantization.
-    """
-    constants = 8 / BLOCK + 32 / (BLOCK * OUTER_BLOCK) if double_quant else 32 / BLOCK
-    return Measurement(4 + constants, evidence={"of these constants": constants})
-
-
-def bits_saved_by_formula() -> Measurement:
-    """Returns the bits per weight that double quantization saves by arithmetic."""
-    with_it, without = bits_by_formula(True).evidence, bits_by_formula(False).evidence
-    before, after = float(without["of these constants"]), float(with_it["of these constants"])
-    return Measurement(
-        before - after,
-        evidence={
-            "constants before, bits": before,
-            "after": after,
-            "GB over 65 billion weights": 65 * (before - after) / 8,
-        },
-    )
 
 
 def bits_per_weight(double_quant: bool, rows: int = 4096, columns: int = 4096) -> Measurement:
@@ -147,13 +116,6 @@ def bits_of_the_multiplied_weight(compute_dtype: str = "bfloat16") -> Measuremen
         },
         model="Linear4bit 256 × 256",
     )
-
-
-def bits_of_bfloat16() -> Measurement:
-    """Returns the bits of one BF16 number."""
-    import torch
-
-    return Measurement(torch.finfo(torch.bfloat16).bits, evidence={"of fp32": torch.finfo(torch.float32).bits})
 
 
 def dtype_of_adapters(base_dtype: str = "bfloat16") -> Measurement:
@@ -268,12 +230,7 @@ def _qlora(base_dtype: str) -> Any:
     """Returns a small Llama with 4-bit linear weights and the rest in ``base_dtype``, under LoRA by PEFT's defaults."""
     from peft import LoraConfig, get_peft_model
 
-    model = tiny_llama(dtype=base_dtype)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if name in BLOCK_LINEAR:
-                setattr(parent, name, _quantised(child.weight.data, double_quant=True, compute_dtype=base_dtype))
-    model.is_loaded_in_4bit = True
+    model = four_bit(tiny_llama(dtype=base_dtype))
     return get_peft_model(model, LoraConfig(r=4, target_modules=list(BLOCK_LINEAR), task_type="CAUSAL_LM"))
 
 

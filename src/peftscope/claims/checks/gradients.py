@@ -12,7 +12,6 @@ from peftscope.claims.lora_subjects import (
     four_bit,
     lora_layers,
     lora_model,
-    randomise_b,
     update_of,
 )
 from peftscope.claims.measurement import Measurement
@@ -114,30 +113,6 @@ def base_tensors_changed(steps: int) -> Measurement:
             "adapter tensors changed": len(changed & adapters),
         },
         model=f"{TINY}, NF4",
-    )
-
-
-def gradient_past_adapter() -> Measurement:
-    """Returns the share (norms) of the gradient at a 4-bit layer's input that did not come through A and B."""
-    import torch
-    from bitsandbytes.functional import dequantize_4bit
-
-    model = lora_model(four_bit(tiny_llama()))
-    layer = next(iter(lora_layers(model).values()))
-    randomise_b(layer)
-    x = torch.randn(16, layer.in_features, requires_grad=True)
-    output = layer(x)
-    above = torch.randn_like(output)
-    output.backward(above)
-    assert x.grad is not None
-    through_adapter = layer.scaling["default"] * (above @ factor_b(layer)) @ factor_a(layer)
-    weight = layer.get_base_layer().weight
-    through_weight = above @ dequantize_4bit(weight.data, weight.quant_state).float()
-    residual = x.grad - through_adapter
-    return Measurement(
-        (residual.norm() / x.grad.norm()).item(),
-        evidence={"share that came through W": (through_weight.norm() / x.grad.norm()).item()},
-        model="an NF4 layer, 64 × 64, random A and B",
     )
 
 

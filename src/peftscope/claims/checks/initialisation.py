@@ -146,22 +146,6 @@ def qpissa_error_ratio(model: str, rank: int, iterations: int, norm: str, matric
     return replace(found, evidence={**found.evidence, **saved})
 
 
-def noise_rank_share(rows: int, columns: int, energy: float, matrices: int = 4) -> Measurement:
-    """Returns how many singular values hold that share of a Gaussian matrix's energy, as a share of all of them.
-
-    The value is the mean over some random matrices, with its interval. Energy is the sum of squared singular values,
-    called variance by Biderman et al. 2024, arXiv 2405.09673.
-    """
-    import torch
-
-    torch.manual_seed(0)
-    shares = []
-    for _ in range(matrices):
-        squares = torch.linalg.svdvals(torch.randn(rows, columns)).square()
-        shares.append((int((squares.cumsum(0) / squares.sum() < energy).sum()) + 1) / len(squares))
-    return mean_of(shares, evidence={"singular values": min(rows, columns)})
-
-
 def intruders_of_random_updates(model: str, rank: int, sizes: list[float], size: float, matrices: int) -> Measurement:
     """Returns intruder dimensions after a random update of low rank minus those after one of full rank, a matrix.
 

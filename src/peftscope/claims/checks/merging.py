@@ -6,29 +6,13 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from peftscope.claims.lora_subjects import adapted_llama, logits_of, lora_layers, relative_distance
+from peftscope.claims.lora_subjects import adapted_llama, four_bit, logits_of, lora_layers, relative_distance
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import BLOCK_LINEAR, TINY, meta_model, shape_of, tiny_llama
 from peftscope.methods.lora import LoRA
 
 if TYPE_CHECKING:
     import torch
-
-
-def layer_formula_error(rank: int, alpha: float) -> Measurement:
-    """Returns the largest relative error, over PEFT's layers, of the output W x + (alpha / rank) B A x."""
-    import torch
-
-    model = adapted_llama(rank=rank, alpha=alpha)
-    generator = torch.Generator().manual_seed(0)
-    errors = []
-    for layer in lora_layers(model).values():
-        x = torch.randn(8, layer.in_features, generator=generator)
-        weight, a, b = (m.weight.double() for m in (layer.base_layer, layer.lora_A["first"], layer.lora_B["first"]))
-        wanted = x.double() @ weight.T + alpha / rank * (x.double() @ a.T) @ b.T
-        with torch.no_grad():
-            errors.append(relative_distance(layer(x), wanted))
-    return Measurement(max(errors), n=len(errors), model=TINY)
 
 
 def model_formula_error(targets: Sequence[str]) -> Measurement:
@@ -90,30 +74,6 @@ def merged_weight_error(rank: int, alpha: float, scaled: bool) -> Measurement:
     merged = model.merge_and_unload()
     errors = [relative_distance(merged.get_submodule(name).weight, weight) for name, weight in wanted.items()]
     return Measurement(max(errors), n=len(errors), evidence={"alpha / rank": alpha / rank}, model=TINY)
-
-
-def merged_logit_error() -> Measurement:
-    """Returns the largest difference between logits of a merged and of an unmerged model, over the largest logit.
-
-    In fp32; the evidence has the same for bf16 weights.
-    """
-    errors, divergences = {}, {}
-    for dtype in ("float32", "bfloat16"):
-        model = adapted_llama(dtype=dtype)
-        apart = logits_of(model)
-        merged = logits_of(model.merge_and_unload())
-        errors[dtype] = float((merged - apart).abs().max() / apart.abs().max())
-        divergences[dtype] = _divergences(apart, merged)
-    return Measurement(
-        errors["float32"],
-        n=len(divergences["float32"]),
-        evidence={
-            "in bf16": errors["bfloat16"],
-            "mean KL divergence of the next token in bf16, nats": float(divergences["bfloat16"].mean()),
-            "largest": float(divergences["bfloat16"].max()),
-        },
-        model=TINY,
-    )
 
 
 def merged_structure_differences() -> Measurement:
@@ -215,7 +175,7 @@ def requantised_divergence_ratio(size: float) -> Measurement:
     Args:
         size: The norm of the adapter's change as a share of the weights' norm.
     """
-    apart = adapted_llama(base=_four_bit_llama(), size=size)
+    apart = adapted_llama(base=four_bit(tiny_llama(dtype="bfloat16")), size=size)
     logits = logits_of(apart)
     plain = adapted_llama(base=_dequantised_llama(), size=size).merge_and_unload()
     in_bf16 = float(_divergences(logits, logits_of(plain)).mean())
@@ -272,32 +232,14 @@ def _undo(way: str, dtype: str, size: float) -> tuple[float, float, float]:
     return 100 * float(errors.norm() / change.norm()), unequal, float(errors.abs().max())
 
 
-def _four_bit_llama() -> Any:
-    """Returns the tiny Llama in bf16 with the matrices of its blocks stored as in a QLoRA base."""
-    import torch
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    from peftscope.training.load import disable_weight_repacking
-
-    model = tiny_llama(dtype="bfloat16")
-    for name, linear in list(model.model.named_modules()):
-        if isinstance(linear, torch.nn.Linear):
-            layer = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16)
-            layer.weight = Params4bit(linear.weight.data, quant_type="nf4", module=layer).to("cpu")
-            model.model.set_submodule(name, layer)
-    model.is_loaded_in_4bit = True
-    disable_weight_repacking(model)
-    return model
-
-
 def _dequantised_llama() -> Any:
     """Returns the tiny Llama in bf16 with the dequantised values of the 4-bit one."""
     from peft.utils.integrations import dequantize_module_weight
 
     model = tiny_llama(dtype="bfloat16")
-    four_bit = _four_bit_llama()
+    quantised = four_bit(tiny_llama(dtype="bfloat16"))
     for name, weight in model.named_parameters():
-        weight.data.copy_(dequantize_module_weight(four_bit.get_submodule(name.removesuffix(".weight"))))
+        weight.data.copy_(dequantize_module_weight(quantised.get_submodule(name.removesuffix(".weight"))))
     return model
 
 
@@ -313,7 +255,7 @@ def _merge_into_four_bits(size: float) -> tuple[float, float]:
     import torch
     from peft.utils.integrations import dequantize_module_weight
 
-    model = adapted_llama(base=_four_bit_llama(), size=size)
+    model = adapted_llama(base=four_bit(tiny_llama(dtype="bfloat16")), size=size)
     layers = lora_layers(model)
     changes = {name: layer.get_delta_weight("first").detach().double() for name, layer in layers.items()}
     before = {name: dequantize_module_weight(layer.base_layer).double() for name, layer in layers.items()}

@@ -9,9 +9,8 @@ import math
 
 import pandas as pd
 
-from peftscope.analysis.compare import compare
 from peftscope.analysis.study import LOWEST, VALIDATION, StudyResults
-from peftscope.claims.measurement import Measurement, NotRunError, Quantity, mean_of
+from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds
 
 TRAINING = "nll_nats_per_token"
 NEAR = 8
@@ -36,7 +35,7 @@ def rise(study: str, arm: str) -> Measurement:
         "training loss at the lowest validation loss less that at the end, nats per token": sum(falls) / len(falls),
         "runs whose training loss rose as well": sum(fall < 0 for fall in falls),
     }
-    return mean_of(rises, samples=tuple(rises), evidence=evidence, model=results.subject, run_ids=tuple(runs.index))
+    return over_seeds(results, rises, evidence, runs.index)
 
 
 def smaller_gap(study: str, arm: str, against: str) -> Measurement:
@@ -47,17 +46,12 @@ def smaller_gap(study: str, arm: str, against: str) -> Measurement:
     """
     results = StudyResults(study)
     mine, other = (_gaps(results, name) for name in (arm, against))
-    sample = tuple(map(float, (other - mine).dropna() / results.task_gain))
-    found = compare(sample, math.inf)
-    low, high = found.interval()
     evidence: dict[str, Quantity] = {
         f"gap of {arm}, nats per token": float(mine.mean()),
         f"gap of {against}, nats per token": float(other.mean()),
     }
-    ids = tuple(run for name in (arm, against) for run in results.arm_runs(name)["run_id"])
-    return Measurement(
-        found.mean, low, high, found.n, sample, found.tuning_error, evidence, model=results.subject, run_ids=ids
-    )
+    ids = (run for name in (arm, against) for run in results.arm_runs(name)["run_id"])
+    return over_seeds(results, (other - mine).dropna() / results.task_gain, evidence, ids)
 
 
 def _gaps(results: StudyResults, arm: str) -> pd.Series:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftscope.claims.checks.codes import CodeBook
 from peftscope.claims.measurement import Measurement, mean_of
-from peftscope.claims.subjects import fetched_model, text_windows, weight_matrices
+from peftscope.claims.subjects import fetched_model, text_windows
 
 if TYPE_CHECKING:
     import torch
@@ -39,13 +39,6 @@ def loss_added_by_rivals(model: str, code: str, rivals: Sequence[str]) -> Measur
 def loss_added_by_double_quantization(model: str) -> Measurement:
     """Returns by how much a language model's loss on prose rises when NF4's constants are quantised too, in nats."""
     return _paired(model, {name: _losses(model, name) for name in (UNTOUCHED, "nf4", DOUBLE)}, "nf4", DOUBLE, "loss")
-
-
-def error_added_by_double_quantization(model: str) -> Measurement:
-    """Returns the ratio of NF4's relative RMSE with double quantization to that without, mean over matrices."""
-    plain, double = _rounding("nf4"), _rounding(DOUBLE)
-    ratios = [float((w - double(w)).norm() / (w - plain(w)).norm()) for _, w in weight_matrices(model)]
-    return Measurement(sum(ratios) / len(ratios), n=len(ratios), evidence={"largest": max(ratios)}, model=model)
 
 
 def shift_added_by_rivals(model: str, code: str, rivals: Sequence[str]) -> Measurement:

@@ -17,7 +17,7 @@ from scipy.stats import rankdata
 from peftscope.analysis.compare import compare
 from peftscope.analysis.stats import CONFIDENCE, sign_flip_p
 from peftscope.analysis.study import ACCURACY, HELDOUT, VALIDATION, StudyResults, paired
-from peftscope.claims.measurement import Measurement, NotRunError, Quantity
+from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds
 from peftscope.models.catalog import find_model
 
 FEWEST_RATES = 4
@@ -64,36 +64,6 @@ def rate_correlation(study: str, arms: list[str], setting: str, resamples: int =
     results = StudyResults(study)
     values = [float(results.tuning_runs(arm)[setting].iloc[0]) for arm in arms]
     return _over_rates(results, tuple(arms), lambda best: _spearman(values, best.T), resamples, lambda value: value)
-
-
-def explained_by_product(study: str, arms: list[str], setting: str) -> Measurement:
-    """Returns the share of the losses' variation that the product of a setting and the learning rate explains.
-
-    All tuning runs of the arms whose product lies within one of ``REACHES`` of the best one are fitted by one
-    parabola over its logarithm. Variation is that within the runs of one seed. Runs that diverged are left out.
-
-    Args:
-        study: The study's experiment.
-        arms: The arms, each with another value of the setting.
-        setting: A field of the runs, such as ``alpha``.
-    """
-    results = StudyResults(study)
-    runs = pd.concat([results.tuning_runs(arm) for arm in arms]).dropna(subset=[VALIDATION])
-    explained = {}
-    for name, factor in (("product", runs[setting]), ("learning rate alone", 1.0)):
-        fit = _Fit.of(name, runs.assign(learning_rate=runs["learning_rate"] * factor))
-        seeds = fit.design[:, 2:]
-        unscaled = fit.residuals / math.sqrt(len(fit.x) / (len(fit.x) - fit.design.shape[1]))
-        losses = fit.fitted + unscaled
-        around = losses - seeds @ np.linalg.lstsq(seeds, losses, rcond=None)[0]
-        explained[name] = 1 - float(np.sum(unscaled**2) / np.sum(around**2))
-    return Measurement(
-        explained["product"],
-        n=len(runs),
-        evidence={"share that the learning rate alone explains": explained["learning rate alone"]},
-        model=results.subject,
-        run_ids=tuple(runs["run_id"]),
-    )
 
 
 def _over_rates(
@@ -151,7 +121,8 @@ def heldout_gain(study: str, arm: str, against: str) -> Measurement:
     }
     differences = [value / results.task_gain for value in results.pairs(arm, against)]
     error = results.tuning_error(arm, against) / results.task_gain
-    return _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]), error)
+    found = _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]), error)
+    return replace(found, p_adjusted=results.corrected_p(arm, against))
 
 
 def _doubts(results: StudyResults, runs: dict[str, pd.DataFrame]) -> dict[str, Quantity]:
@@ -334,21 +305,15 @@ def _over_seeds(
     runs: tuple[str, ...],
     tuning_error: float = 0.0,
 ) -> Measurement:
-    """Returns the mean of values, one per seed, with its interval, which includes the error that tuning adds."""
-    sample = tuple(map(float, values))
-    if not sample:
-        raise NotRunError(f"the study `{results.name}` has no such runs")
-    evidence = {**evidence, "task gain, nats per token": results.task_gain}
-    if len(sample) == 1:
-        return Measurement(sample[0], n=1, samples=sample, evidence=evidence, model=results.subject, run_ids=runs)
-    difference = compare(sample, math.inf, tuning_error)
-    evidence |= {"paired t, p": difference.p, "sign flips, p": sign_flip_p(sample)}
-    if tuning_error:
-        evidence["standard error from tuning"] = tuning_error
-    low, high = difference.interval()
-    return Measurement(
-        difference.mean, low, high, difference.n, sample, tuning_error, evidence, model=results.subject, run_ids=runs
-    )
+    """Returns the mean of values, one per seed, with its interval, and what two tests say of it."""
+    found = over_seeds(results, values, evidence, runs, tuning_error)
+    beside: dict[str, Quantity] = {"task gain, nats per token": results.task_gain}
+    if found.n > 1:
+        beside["paired t, p"] = compare(found.samples, math.inf, tuning_error).p
+        beside["sign flips, p"] = sign_flip_p(found.samples)
+    if found.tuning_error:
+        beside["standard error from tuning"] = found.tuning_error
+    return replace(found, evidence={**found.evidence, **beside})
 
 
 def _spearman(values: list[float], rows: np.ndarray) -> np.ndarray:

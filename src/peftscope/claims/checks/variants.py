@@ -81,18 +81,6 @@ def loraplus_step_ratio(ratio: float) -> Measurement:
     return Measurement(min(steps["B"]) / max(steps["A"]), model=TINY, evidence=evidence)
 
 
-def dora_start(rank: int, alpha: float) -> Measurement:
-    """Returns how far DoRA moves the logits before the first step: largest difference over largest logit."""
-    import torch
-
-    base = tiny_llama()
-    tokens = token_ids(base)
-    with torch.no_grad():
-        before = base(input_ids=tokens).logits
-        after = _with_lora(rank, alpha, use_dora=True)(input_ids=tokens).logits
-    return Measurement(_to_fp32(float((after - before).abs().max() / before.abs().max())), model=TINY)
-
-
 def dora_column_norms(rank: int, alpha: float) -> Measurement:
     """Returns the largest relative difference between the norms of DoRA's weight vectors and their magnitudes m.
 
@@ -142,13 +130,6 @@ def dora_norm_gradient(rank: int, alpha: float) -> Measurement:
     far = float((found - followed).norm() / followed.norm())
     evidence = {"distance from the formula whose norm has a gradient": far}
     return Measurement(_to_fp32(float((found - constant).norm() / constant.norm())), model=TINY, evidence=evidence)
-
-
-def adalora_rank_sum(steps: int, init_rank: int, target_rank: int) -> Measurement:
-    """Returns the sum of the ranks that AdaLoRA's last allocation keeps."""
-    ranks = _train_adalora(steps, init_rank, target_rank)["ranks"]
-    evidence = {"before pruning": init_rank * len(ranks), "matrices": len(ranks), "mean": sum(ranks) / len(ranks)}
-    return Measurement(sum(ranks), n=len(ranks), model=TINY, evidence=evidence)
 
 
 def adalora_rank_spread(steps: int, init_rank: int, target_rank: int) -> Measurement:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from peftscope.analysis.study import HELDOUT, StudyResults, paired
 from peftscope.analysis.weights import after_training, read_weights
-from peftscope.claims.measurement import Measurement, NotRunError, Quantity, mean_of
+from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds
 
 AXES = ("largest singular values", "share of the energy, median matrix")
 PARTS = {"attention": "[qkvo]_proj", "feed-forward": "(gate|up|down)_proj"}
@@ -35,7 +35,9 @@ def update_rank(study: str, arm: str, over: float = 1, of_side: bool = False) ->
     for part, modules in PARTS.items():
         evidence[f"rank_90 in {part}"] = float(table[table["module"].str.fullmatch(modules)]["rank_90"].median())
     evidence |= _along(results, study, arm, "rank_90")
-    return _over_seeds(results, (table["rank_90"] / side / over).groupby(table["seed"]).median(), evidence, table)
+    return over_seeds(
+        results, (table["rank_90"] / side / over).groupby(table["seed"]).median(), evidence, table["run_id"]
+    )
 
 
 def rank_growth(study: str, arm: str) -> Measurement:
@@ -52,7 +54,9 @@ def rank_growth(study: str, arm: str) -> Measurement:
         raise NotRunError(f"the study `{study}` has kept the weights of `{arm}` at one step only")
     ranks = [part.groupby("run_id")["rank_90"].median() for part in (first, last)]
     seeds = last.drop_duplicates("run_id").set_index("run_id")["seed"]
-    return _over_seeds(results, (ranks[1] / ranks[0]).rename(seeds), _along(results, study, arm, "rank_90"), last)
+    return over_seeds(
+        results, (ranks[1] / ranks[0]).rename(seeds), _along(results, study, arm, "rank_90"), last["run_id"]
+    )
 
 
 def rank_across_parts(study: str, arm: str, part: str, over: str) -> Measurement:
@@ -79,7 +83,7 @@ def rank_across_parts(study: str, arm: str, part: str, over: str) -> Measurement
         f"share of all singular values, {name}": float(of_all[rows].mean())
         for name, rows in zip((part, over), chosen, strict=True)
     }
-    return _over_seeds(results, (means[0] / means[1]).dropna(), evidence, table)
+    return over_seeds(results, (means[0] / means[1]).dropna(), evidence, table["run_id"])
 
 
 def update_size(study: str, arm: str) -> Measurement:
@@ -90,22 +94,7 @@ def update_size(study: str, arm: str) -> Measurement:
         "largest matrix": float(table["relative_size"].max()),
         **_along(results, study, arm, "relative_size"),
     }
-    return _over_seeds(results, table.groupby("seed")["relative_size"].median(), evidence, table)
-
-
-def amplification_ratio(study: str, arm: str, against: str) -> Measurement:
-    """Returns the amplification of one arm over that of another, each in the median matrix; the mean over seeds.
-
-    Amplification is the norm of an update over that of the pretrained matrix in the update's own directions, which are
-    as many as its rank. Source: Hu et al. 2021, section 7.3.
-    """
-    results, mine = _after(study, arm)
-    _, other = _after(study, against)
-    medians = [table.groupby("seed")["amplification"].median() for table in (mine, other)]
-    evidence: dict[str, Quantity] = {
-        f"amplification of {name}": float(values.mean()) for name, values in zip((arm, against), medians, strict=True)
-    }
-    return _over_seeds(results, (medians[0] / medians[1]).dropna(), evidence, pd.concat([mine, other]))
+    return over_seeds(results, table.groupby("seed")["relative_size"].median(), evidence, table["run_id"])
 
 
 def share_left_after_cut(study: str, arm: str, rank: int) -> Measurement:
@@ -129,7 +118,7 @@ def share_left_after_cut(study: str, arm: str, rank: int) -> Measurement:
     evidence["mean loss, whole"] = float(whole.mean())
     evidence["mean loss, cut"] = float(losses[rank].mean())
     seeds = left[rank].set_axis(own.loc[left.index, "seed"])
-    return _over_seeds(results, seeds, evidence, runs)
+    return over_seeds(results, seeds, evidence, runs["run_id"])
 
 
 def intruders(study: str, arm: str, against: str = "") -> Measurement:
@@ -161,7 +150,7 @@ def intruders(study: str, arm: str, against: str = "") -> Measurement:
         values = both["first"] - both["second"]
     else:
         values = runs[arm].set_index("seed")["run_id"].map(means[50]).dropna()
-    return _over_seeds(results, values, evidence, pd.concat(list(runs.values())))
+    return over_seeds(results, values, evidence, pd.concat(list(runs.values()))["run_id"])
 
 
 def magnitude_with_direction(study: str, arm: str, module: str, within_steps: bool = False) -> Measurement:
@@ -202,7 +191,7 @@ def magnitude_with_direction(study: str, arm: str, module: str, within_steps: bo
         .apply(lambda rows: float(np.corrcoef(rows["magnitude_change"], rows["direction_change"])[0, 1]))
         .mean()
     )
-    return _over_seeds(results, mine, evidence, runs)
+    return over_seeds(results, mine, evidence, runs["run_id"])
 
 
 def rank_with_worth(study: str, arm: str, kept: bool = False, given: str = "") -> Measurement:
@@ -229,7 +218,7 @@ def rank_with_worth(study: str, arm: str, kept: bool = False, given: str = "") -
         for module, row in by_module.iterrows()
     }
     evidence["matrices without rank, a run"] = float((table["rank_kept"] == 0).groupby(table["seed"]).sum().mean())
-    return _over_seeds(results, pd.Series(each), evidence, table)
+    return over_seeds(results, pd.Series(each), evidence, table["run_id"])
 
 
 def _partial(correlations: pd.DataFrame) -> float:
@@ -260,16 +249,3 @@ def _along(results: StudyResults, study: str, arm: str, name: str) -> dict[str, 
     table, runs = read_weights(study), results.arm_runs(arm)
     mine = table[(table["kind"] == "matrix") & table["run_id"].isin(runs["run_id"])]
     return {f"{name} after step {step:g}": float(value) for step, value in mine.groupby("step")[name].median().items()}
-
-
-def _over_seeds(
-    results: StudyResults, values: pd.Series, evidence: dict[str, Quantity], runs: pd.DataFrame
-) -> Measurement:
-    """Returns the mean of values, one per seed, with its interval and the runs behind it."""
-    sample = tuple(map(float, values))
-    if not sample:
-        raise NotRunError(f"the study `{results.name}` has no such runs")
-    ids = tuple(dict.fromkeys(runs["run_id"]))
-    if len(sample) == 1:
-        return Measurement(sample[0], n=1, samples=sample, evidence=evidence, model=results.subject, run_ids=ids)
-    return mean_of(sample, samples=sample, evidence=evidence, model=results.subject, run_ids=ids)
