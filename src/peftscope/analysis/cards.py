@@ -9,11 +9,11 @@ from typing import Any
 import pandas as pd
 
 from peftscope.analysis.contributed import read_contributions
-from peftscope.errors import GIB
 from peftscope.hardware.cards import GPUS
 from peftscope.layout import CONTRIBUTED_RESULTS
 from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, ask, describe_model
 from peftscope.spec import RunSpec
+from peftscope.words import GIB
 
 TASK = "filler"
 """The task of such runs: every sequence is as long as ``seq_len`` allows."""

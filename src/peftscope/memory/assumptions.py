@@ -7,8 +7,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from peftscope.errors import MIB
 from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES
+from peftscope.words import MIB
 
 if TYPE_CHECKING:
     from peftscope.memory.question import Question

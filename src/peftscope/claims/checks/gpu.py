@@ -16,8 +16,8 @@ from typing import Any, Literal, ParamSpec
 from peftscope.analysis.cards import Row, find_run, is_contributed, limit_of, quartiles, read_cards
 from peftscope.analysis.stats import median_ratio_interval
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
-from peftscope.errors import GIB
 from peftscope.layout import CONTRIBUTED_RESULTS, PUBLISHED_RESULTS, RESULTS
+from peftscope.words import GIB
 
 GB = 10**9
 MODEL = "llama-2-7b"
