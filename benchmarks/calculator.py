@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from peftscope.errors import GIB
 from peftscope.execution.libraries import without_hub_kernels
 from peftscope.memory.question import ask, describe_model
+from peftscope.words import GIB
 
 JOBS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("llama-2-7b", {"method": "lora"}),

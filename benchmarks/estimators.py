@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.points import Point, once
-from peftscope.errors import GIB, MIB
 from peftscope.hardware.cards import find_gpu
 from peftscope.models.presets import PRESETS
+from peftscope.words import GIB, MIB
 
 ENVIRONMENTS = Path(".venv-scorecard")
 """The environments. git ignores them."""

@@ -22,10 +22,10 @@ from rich.progress import track
 from benchmarks.estimators import ESTIMATORS, answers_of
 from benchmarks.page import write_blocks
 from benchmarks.points import RULE, Point, by_formula, by_simulation, question_of, read_points, why_out
-from peftscope.errors import GIB
 from peftscope.execution.libraries import without_hub_kernels
 from peftscope.hardware.cards import find_gpu
 from peftscope.report.plots import save
+from peftscope.words import GIB
 
 PUBLISHED = Path("results/published/scorecard")
 PAGE = Path("docs/scorecard.md")

@@ -252,10 +252,9 @@ def load_results(name: str, comparison: str | None = None) -> pd.DataFrame:
             (``pip install 'peftscope[report]'``).
     """
     from peftscope.analysis.collect import read_runs
-    from peftscope.layout import published, results_folder
+    from peftscope.layout import folder_with, results_folder
 
-    own = results_folder(name)
-    folder = own if (own / "runs.csv").is_file() or not (published(name) / "runs.csv").is_file() else published(name)
+    folder = folder_with(name, "runs.csv") or results_folder(name)
     runs = read_runs(name, folder)
     if comparison is not None:
         members = runs["comparisons"].str.split()

@@ -12,8 +12,6 @@ from typing import Any
 LONGEST_PART = 1000
 """The most characters of a message's place, text or remedy, because people may write texts of any length."""
 
-MIB, GIB = 2**20, 2**30
-
 OPTIONAL = frozenset(
     (
         *("accelerate", "bitsandbytes", "datasets", "filelock", "gguf", "huggingface_hub", "jinja2"),
@@ -94,15 +92,6 @@ def needs(extra: str) -> Iterator[None]:
         raise InputError(
             Problem(str(error.name), "needed here, and not installed", f"pip install 'peftscope[{extra}]'")
         ) from None
-
-
-def spoken_bytes(size: float, digits: int = 2) -> str:
-    """Returns bytes as people read them: in GiB with so many digits, or in MiB.
-
-    >>> spoken_bytes(3 * 2**30), spoken_bytes(5 * 2**20), spoken_bytes(-(2**34), 0)
-    ('3.00 GiB', '5.0 MiB', '-16 GiB')
-    """
-    return f"{size / GIB:.{digits}f} GiB" if abs(size) >= GIB / 10 else f"{size / MIB:.1f} MiB"
 
 
 def close_match(word: str, known: Iterable[str]) -> str:

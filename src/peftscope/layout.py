@@ -141,6 +141,21 @@ def published(name: str) -> Path:
     return own if own.exists() else shipped(own)
 
 
+def folder_with(experiment: str, file: str, *, is_published: bool = False) -> Path | None:
+    """Returns the folder of an experiment's results that has a file: this workspace's, or else the published one.
+
+    Args:
+        experiment: The experiment.
+        file: The file, relative to the folder.
+        is_published: Whether results of this workspace do not count.
+
+    Returns:
+        The folder; None if no folder has the file.
+    """
+    folders = [published(experiment)] if is_published else [results_folder(experiment), published(experiment)]
+    return next((folder for folder in folders if (folder / file).is_file()), None)
+
+
 def published_paths(name: str) -> list[Path]:
     """Returns the published files with this name, one per experiment that has it."""
     root = PUBLISHED_RESULTS if PUBLISHED_RESULTS.is_dir() else shipped(PUBLISHED_RESULTS)

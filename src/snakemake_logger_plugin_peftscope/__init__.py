@@ -21,9 +21,10 @@ from snakemake_logger_plugin_rich import LogHandler as RichLogHandler
 
 from peftscope.errors import InputError
 from peftscope.layout import record_path
-from peftscope.planning.estimate import estimate_seconds, spoken
+from peftscope.planning.estimate import estimate_seconds
 from peftscope.planning.plan import Workflow, loaded_workflow
 from peftscope.spec import RunSpec
+from peftscope.words import spoken_time
 
 SHORT_SECONDS = 2.5
 """Of a job that trains nothing: 0.7 to 3.1 in the quick experiment's benchmarks on two cores, mostly to start."""
@@ -157,7 +158,7 @@ class LogHandler(RichLogHandler):
         super().emit(record)
         if getattr(record, "event", None) == LogEvent.PROGRESS and not self.console.is_terminal:
             done, total = record.done, record.total  # type: ignore[attr-defined]
-            about = f", about {spoken(self.left.seconds())} left" if done < total else ""
+            about = f", about {spoken_time(self.left.seconds())} left" if done < total else ""
             self.console.print(f"{done} of {total} jobs{about}", highlight=False)
 
     def _follow(self, record: Any) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_memory import answer, model_of
 
-from peftscope.errors import GIB, MIB, InputError
+from peftscope.errors import InputError
 from peftscope.hardware.cards import GPUS, find_gpu
 from peftscope.memory import allocator as books
 from peftscope.memory import answer as answers
@@ -22,6 +22,7 @@ from peftscope.memory.trace import Block, Peak, Trace, by_kind, rounded
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
 from peftscope.models.shapes import ModelShape
+from peftscope.words import GIB, MIB
 
 # Presets.
 

@@ -10,12 +10,13 @@ import pytest
 import yaml
 from conftest import Command
 
-from peftscope.errors import GIB, MIB, InputError
+from peftscope.errors import InputError
 from peftscope.memory.allocator import segment_bytes
 from peftscope.memory.answer import name_of, peaks_by_formula, prepared_bytes
 from peftscope.memory.formula import trace_training
 from peftscope.memory.oom import MATH_SCORES, Refusal, diagnose, read_refusal
 from peftscope.memory.question import Question, ask, describe_model
+from peftscope.words import GIB, MIB
 
 
 def run_of(model: str, **options: Any) -> Question:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_simulate import both
 
-from peftscope.errors import GIB, InputError
+from peftscope.errors import InputError
 from peftscope.memory.answer import Answer, answer_by_formula
 from peftscope.memory.assumptions import assumptions_of
 from peftscope.memory.kernels import attention_kernel
@@ -22,6 +22,7 @@ from peftscope.models.presets import PRESETS
 from peftscope.spec import RunSpec, run_id
 from peftscope.training.build import build_model
 from peftscope.training.load import load_base
+from peftscope.words import GIB
 
 
 def asked(name: str, layers: int | None = None, **options: Any) -> Question:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from test_memory import model_of, small_shape
 
-from peftscope.errors import spoken_bytes
 from peftscope.memory.answer import Peaks, peaks_by_formula
 from peftscope.memory.question import Model, Question, ask, describe_model
 from peftscope.memory.why import PREPARED, Change, Why, compare, explain
+from peftscope.words import spoken_bytes
 
 
 def run_of(model: Model | str, **options: Any) -> tuple[Question, Peaks]:

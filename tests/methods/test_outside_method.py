@@ -13,9 +13,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from peftscope.errors import spoken_bytes
 from peftscope.layout import record_path
 from peftscope.models.catalog import find_model
+from peftscope.words import spoken_bytes
 
 VERA = '''
 """VeRA (Kopiczko et al. 2023, arXiv 2310.11454): random matrices that all layers share, scaled by trained vectors."""

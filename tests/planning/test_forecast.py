@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 from peftscope.cli.forecast import card_of
 from peftscope.cli.main import app
-from peftscope.errors import GIB
 from peftscope.hardware.cards import find_gpu
 from peftscope.planning.forecast import SHARE, Forecaster, training_flops
 from peftscope.planning.sweep import expand
 from peftscope.record import RunRecord, Seconds, write_record
 from peftscope.report.forecasts import refresh_forecasts
 from peftscope.spec import run_id
+from peftscope.words import GIB
 
 BIG = "fixed: {model: llama-2-7b, task: metamath, seq_len: 512, checkpointing: true, generation_items: 0}\n"
 

@@ -152,7 +152,7 @@ def test_the_line_and_the_bar_show_this_number(
     seconds = handler.left.seconds()
     assert seconds > 60
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert (f"1 of {total} jobs, about {plugin.spoken(seconds)} left" in said) is not terminal
+    assert (f"1 of {total} jobs, about {plugin.spoken_time(seconds)} left" in said) is not terminal
     bar = next(task for task in handler.progress.tasks if task.description == "Total Progress")
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY, Command
 
-from peftscope.errors import InputError, spoken_bytes
+from peftscope.errors import InputError
 from peftscope.hardware.cards import find_gpu
 from peftscope.layout import ADVICE_FILE, CLAIMS_FILE
 from peftscope.memory.answer import answer_by_formula
@@ -21,6 +21,7 @@ from peftscope.memory.question import ask, describe_model
 from peftscope.report.advice.advise import Advice, advise
 from peftscope.report.advice.rules import Rules, When, known_findings, read_rules
 from peftscope.report.advice.settings import USUAL_LENGTH, Situation
+from peftscope.words import spoken_bytes
 
 SITUATIONS = sorted((REPOSITORY / "tests" / "advice").glob("*.yaml"))
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peftscope.analysis.collect import row_of
 from peftscope.data.tasks import find_task
-from peftscope.errors import InputError, Problem, shown, spoken_bytes
+from peftscope.errors import InputError, Problem, shown
 from peftscope.files.atomic import write_json
 from peftscope.files.content import parse_json
 from peftscope.layout import CONTRIBUTED_RESULTS, MODELS_FILE, NAME_PATTERN, record_path, run_folder
@@ -35,6 +35,7 @@ from peftscope.record import (
     read_record,
 )
 from peftscope.spec import run_id
+from peftscope.words import spoken_bytes
 
 TENSOR_FACTOR, DEVICE_FACTOR = 1.5, 2.0
 """How far a measured peak may lie from its prediction, up or down: of tensors, and of reserved and device memory.

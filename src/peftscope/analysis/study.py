@@ -21,7 +21,7 @@ from peftscope.analysis.collect import read_runs
 from peftscope.analysis.compare import Difference, compare, pair_values
 from peftscope.analysis.stats import holm, trimmed_mean
 from peftscope.errors import InputError, Problem
-from peftscope.layout import how_to_run, published, results_folder, run_folder
+from peftscope.layout import folder_with, how_to_run, run_folder
 from peftscope.planning.cells import ARM, CONTROL, RATES, TUNING
 from peftscope.planning.experiment import (
     A_A,
@@ -89,11 +89,10 @@ class StudyResults:
 
     def __init__(self, name: str, *, is_published: bool = False) -> None:
         self.name = name
-        for folder in (published(name),) if is_published else (results_folder(name), published(name)):
-            if (folder / "runs.csv").is_file():
-                self.folder = folder
-                return
-        raise self._unfinished("not run")
+        folder = folder_with(name, "runs.csv", is_published=is_published)
+        if folder is None:
+            raise self._unfinished("not run")
+        self.folder = folder
 
     @cached_property
     def settings(self) -> Study | None:

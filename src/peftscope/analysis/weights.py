@@ -8,16 +8,17 @@ from pathlib import Path
 import pandas as pd
 
 from peftscope.errors import InputError, Problem
-from peftscope.layout import how_to_run, published, results_folder, run_folder
+from peftscope.layout import folder_with, how_to_run, results_folder, run_folder
 from peftscope.record import measured_path
 
+WEIGHTS = "tables/weights.parquet"
 ROUNDED = "{:.4g}"
 """Fractions keep four digits, which makes the table a third as large. Losses and counts keep all."""
 
 
 def weights_path(results: Path) -> Path:
     """Returns the table of measured weights in a folder of results."""
-    return results / "tables" / "weights.parquet"
+    return results / WEIGHTS
 
 
 def collect_weights(experiment: str, runs: Sequence[str]) -> None:
@@ -37,11 +38,11 @@ def weights_folder(experiment: str) -> Path:
     Raises:
         InputError: Neither has it.
     """
-    for folder in (results_folder(experiment), published(experiment)):
-        if weights_path(folder).is_file():
-            return folder
-    message = "its measured weights are not here"
-    raise InputError(Problem(f"the study `{experiment}`", message, how_to_run(experiment)))
+    folder = folder_with(experiment, WEIGHTS)
+    if folder is None:
+        message = "its measured weights are not here"
+        raise InputError(Problem(f"the study `{experiment}`", message, how_to_run(experiment)))
+    return folder
 
 
 def read_weights(experiment: str) -> pd.DataFrame:

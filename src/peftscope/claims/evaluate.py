@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftscope.claims.ledger import DETERMINISTIC, Change, Claim, Kind, Part, find_check
-from peftscope.claims.measurement import Measurement, NotRunError, Quantity, spoken_quantity
+from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 from peftscope.claims.verdict import Verdict, combine, judge
 from peftscope.errors import InputError, printable, shown
 from peftscope.hardware.bf16 import bf16_products
+from peftscope.words import spoken_quantity
 
 SIGNIFICANT_DIGITS = 6
 """The digits that are written of a measured number: further ones depend on the order of sums."""

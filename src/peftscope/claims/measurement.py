@@ -57,49 +57,6 @@ class Measurement:
     p_adjusted: float | None = None
 
 
-def spoken_number(value: Quantity | None) -> str:
-    """Returns a measured quantity as text for people.
-
-    >>> spoken_number(16777216), spoken_number(0.000123456), spoken_number(True), spoken_number(None)
-    ('16,777,216', '0.0001235', 'yes', '-')
-    """
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, str):
-        return value
-    if float(value).is_integer() and abs(value) < 1e12:
-        return f"{int(value):,}"
-    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-
-
-def scale_of(unit: str) -> int:
-    """Returns the factor with which a quantity of this unit is told: shares are told in percent."""
-    return 100 if unit.startswith(("as a share of ", "of ")) else 1
-
-
-def spoken_quantity(value: Quantity | None, unit: str, up_to: float | None = None) -> str:
-    """Returns a quantity with its unit, or a range that goes up to a second one, as people say it.
-
-    >>> spoken_quantity(1, "cards"), spoken_quantity(0.9, "as a share of steps"), spoken_quantity(-0.5, "as a slope")
-    ('1 card', '90 % of steps', 'a slope of -0.5')
-    >>> spoken_quantity(6, "GB", up_to=7), spoken_quantity(0.5, "of NF4's error"), spoken_quantity("r × n", "")
-    ('6 to 7 GB', "50 % of NF4's error", 'r × n')
-    """
-    if value is None or isinstance(value, str | bool) or not unit:
-        return f"{spoken_number(value)} {unit}".strip()
-    numbers = [spoken_number(scale_of(unit) * number) for number in (value, up_to) if number is not None]
-    number = " to ".join(numbers)
-    if scale_of(unit) > 1:
-        return f"{number} % {unit.removeprefix('as a share ')}"
-    if unit.startswith("as a "):
-        return f"a {unit.removeprefix('as a ')} of {number}"
-    noun, space, rest = unit.partition(" ")
-    singular = value == 1 and up_to is None and len(noun) > 1
-    return f"{number} {noun.removesuffix('s') if singular else noun}{space}{rest}"
-
-
 def mean_of(values: Sequence[float], **fields: Any) -> Measurement:
     """Returns the mean of a sample as a measurement with its interval. ``fields`` are further ones of the measurement.
 

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from peftscope.analysis.compare import Difference, compare
 from peftscope.analysis.stats import CONFIDENCE
-from peftscope.claims.measurement import Measurement, scale_of, spoken_number, spoken_quantity
+from peftscope.claims.measurement import Measurement
+from peftscope.words import scale_of, spoken_number, spoken_quantity
 
 ALPHA = 1 - CONFIDENCE
 

@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from peftscope.cli.console import FITS, wide_console
-from peftscope.errors import InputError, Problem, close_match, spoken_bytes
+from peftscope.errors import InputError, Problem, close_match
+from peftscope.words import spoken_bytes, spoken_time
 
 if TYPE_CHECKING:
     from peftscope.report.advice.advise import Advice
@@ -93,7 +94,6 @@ def _write(advice: Advice, name: str, card: str, task: str | None, pairs: int | 
 
 def show_advice(advice: Advice, console: Console) -> None:
     """Prints the advice: its lines with what they rest on, and the other ways in order with what each costs."""
-    from peftscope.planning.estimate import spoken
 
     asked = advice.situation
     cards = f"{asked.gpus} × " if asked.gpus > 1 else ""
@@ -126,7 +126,7 @@ def show_advice(advice: Advice, console: Console) -> None:
             str(spec.seq_len),
             "yes" if spec.checkpointing else "no",
             spoken_bytes(option.peak_device_bytes, 1),
-            " to ".join(map(spoken, option.seconds)),
+            " to ".join(map(spoken_time, option.seconds)),
             escape(advice.costs(option)),
         )
     console.print(others)

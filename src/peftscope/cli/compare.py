@@ -204,12 +204,12 @@ def _print_rankings(
     console: Console,
 ) -> None:
     """Prints the places of the last ranking, and what each one says."""
-    from peftscope.report.comparison import spoken, spoken_groups, spoken_score, summarise_ranking
+    from peftscope.report.comparison import spoken, spoken_groups, summarise_ranking
 
     last, ranking = list(rankings.items())[-1]
     places = Table("place", "system", "runs", "score", "standard error", "places it can have", box=None)
     for place, (name, (best, worst)) in enumerate(zip(ranking.systems, ranking.places, strict=True), 1):
-        score, error = spoken_score(ranking.scores[place - 1], unit), spoken(ranking.errors[place - 1], unit)
+        score, error = spoken(ranking.scores[place - 1], unit, "%"), spoken(ranking.errors[place - 1], unit)
         places.add_row(str(place), escape(name), str(counts[name]), score, error, f"{best} to {worst}")
     console.print(places)
     told = "" if last is None else f", if single runs spread by {spoken(last, unit)} between seeds"

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from rich.console import Console
 
+from peftscope.words import spoken_time
+
 T = TypeVar("T")
 SECONDS_A_LINE = 30
 
@@ -30,12 +32,11 @@ def with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     if console.is_terminal:
         yield from track(items, description=what, total=total, console=console, transient=True)
         return
-    from peftscope.planning.estimate import spoken
 
     began = last = time.monotonic()
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
         if now - last >= SECONDS_A_LINE and done < total:
-            console.print(f"{what}: {done} of {total}, about {spoken((now - began) / done * (total - done))} left")
+            console.print(f"{what}: {done} of {total}, about {spoken_time((now - began) / done * (total - done))} left")
             last = now

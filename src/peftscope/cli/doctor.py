@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 
-from peftscope.errors import GIB, spoken_bytes
 from peftscope.hardware.bf16 import VARIABLE, Way, chosen_way, has_native_bf16
 from peftscope.hardware.device import gpu_names
+from peftscope.words import GIB, spoken_bytes
 
 HOW: dict[Way, str] = {"native": "natively", "fp32": "in fp32"}
 HUB = ("huggingface.co", 443)

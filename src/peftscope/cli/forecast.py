@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from peftscope.cli.console import wide_console
-from peftscope.errors import GIB, InputError, Problem, spoken_bytes
+from peftscope.errors import InputError, Problem
 from peftscope.layout import record_path
+from peftscope.words import GIB, spoken_bytes, spoken_time
 
 if TYPE_CHECKING:
     from peftscope.hardware.cards import Gpu
@@ -44,7 +45,6 @@ def card_of(experiment: str, wish: str | None) -> Gpu | None:
 def show_forecast(experiment: str, gpu: Gpu, *, brief: bool) -> None:
     """Prints what an experiment's runs will take on a card, run by run or method by method, and in all."""
     from peftscope.planning.disk import disk_bytes
-    from peftscope.planning.estimate import spoken
     from peftscope.planning.forecast import SHARE, SHARE_FOUR_BIT, Forecaster
     from peftscope.planning.plan import plan_experiment
     from peftscope.planning.sweep import expand
@@ -61,7 +61,7 @@ def show_forecast(experiment: str, gpu: Gpu, *, brief: bool) -> None:
     console.print(_by_method(forecasts) if brief else _by_run(forecasts))
     console.print(
         f"{experiment} on {gpu.name} ({spoken_bytes(gpu.memory_bytes, 1)}): {len(forecasts) + done} runs, {done} done, "
-        f"about {spoken(sum(f.seconds for f in forecasts))} of GPU to go, {_peaks(forecasts)}.",
+        f"about {spoken_time(sum(f.seconds for f in forecasts))} of GPU to go, {_peaks(forecasts)}.",
         soft_wrap=True,
     )
     console.print(
@@ -85,28 +85,25 @@ def show_forecast(experiment: str, gpu: Gpu, *, brief: bool) -> None:
 
 
 def _by_run(forecasts: Sequence[Forecast]) -> Table:
-    from peftscope.planning.estimate import spoken
-
     table = Table("run", "method", "learning rate", "steps", "GPU time", "peak (GiB)", "phase", "", box=None)
     for f in forecasts:
         rate = "-" if not f.spec.method.trains else f"{f.spec.learning_rate:g}" if f.chosen else "to be chosen"
         name = f.run_id if f.chosen else f.run_id.rpartition("-")[0]
         peak = "?" if f.peak_device_bytes is None else f"{f.peak_device_bytes / GIB:.1f}"
         steps = str(f.spec.steps) if f.spec.method.trains else "-"
-        table.add_row(name, f.spec.method.label, rate, steps, spoken(f.seconds), peak, f.binding_phase, _verdict([f]))
+        time = spoken_time(f.seconds)
+        table.add_row(name, f.spec.method.label, rate, steps, time, peak, f.binding_phase, _verdict([f]))
     return table
 
 
 def _by_method(forecasts: Sequence[Forecast]) -> Table:
-    from peftscope.planning.estimate import spoken
-
     table = Table("method", "runs", "GPU time", "peak (GiB)", "", box=None)
     groups: dict[str, list[Forecast]] = {}
     for f in forecasts:
         groups.setdefault(_name(f), []).append(f)
     for name, group in groups.items():
         peak = "?" if all(f.unknown for f in group) else f"{_largest(group) / GIB:.1f}"
-        table.add_row(name, str(len(group)), spoken(sum(f.seconds for f in group)), peak, _verdict(group))
+        table.add_row(name, str(len(group)), spoken_time(sum(f.seconds for f in group)), peak, _verdict(group))
     return table
 
 

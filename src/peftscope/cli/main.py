@@ -165,10 +165,11 @@ def expand_experiment(
     from peftscope.hardware.device import detect_device
     from peftscope.models.catalog import find_model
     from peftscope.planning.checks import too_few_items
-    from peftscope.planning.estimate import estimate_seconds, spoken
+    from peftscope.planning.estimate import estimate_seconds
     from peftscope.planning.plan import plan_experiment
     from peftscope.planning.sweep import expand
     from peftscope.training.ceilings import product_rate
+    from peftscope.words import spoken_time
 
     plan = plan_experiment(experiment)
     sweep = expand(experiment, detect_device(), assume_rates=True) if plan.is_study else plan.sweep
@@ -184,7 +185,7 @@ def expand_experiment(
         shape = find_model(spec.model).shape
         count = spec.method.trainable_parameters(shape) if shape else None
         parameters = "?" if count is None else f"{count:,}"
-        when = "done" if done else spoken(seconds)
+        when = "done" if done else spoken_time(seconds)
         rate = ("" if chosen else "about ") + f"{spec.learning_rate:g}" if spec.method.trains else "-"
         name = identity if chosen else identity.rpartition("-")[0]
         table.add_row(name, spec.method.full_label(), parameters, spec.precision, rate, str(spec.steps), when)
@@ -192,7 +193,7 @@ def expand_experiment(
     if not brief:
         console.print(table)
     console.print(
-        f"{experiment}: {len(sweep.runs)} runs, {finished} done, about {spoken(total / at_once)} to go "
+        f"{experiment}: {len(sweep.runs)} runs, {finished} done, about {spoken_time(total / at_once)} to go "
         + (f"with {at_once} at once" if at_once > 1 else f"on one {next(iter(sweep.runs.values())).device} worker")
     )
     lines = too_few_items(sweep.runs)

@@ -12,6 +12,7 @@ from rich.table import Table
 from peftscope.cli.console import PUBLISHED, wide_console
 from peftscope.errors import InputError, Problem, needs
 from peftscope.layout import how_to_run
+from peftscope.words import spoken_time
 
 app = typer.Typer()
 
@@ -28,7 +29,6 @@ def verify(
     Another processor, or other versions, may give other last digits: this is said, and is no failure.
     """
     from peftscope.execution.verify import COMPARED, Repeat, choose_published, lacks_start, repeat_runs
-    from peftscope.planning.estimate import spoken
 
     chosen = choose_published(experiments or [], runs, seed)
     console, screen = wide_console(), Console(stderr=True, highlight=False)
@@ -57,7 +57,7 @@ def verify(
             table.add_row(repeat.run, *(cell(repeat, name) for name in COMPARED), changed or "the same")
             left = sum(each.seconds for each in done) / len(done) * (len(chosen) - len(done))
             verdict = "equal" if repeat.is_equal else "differs"
-            screen.print(f"{len(done)}/{len(chosen)} {repeat.run}: {verdict} (about {spoken(left)} to go)")
+            screen.print(f"{len(done)}/{len(chosen)} {repeat.run}: {verdict} (about {spoken_time(left)} to go)")
     finally:
         if done:
             console.print(table)

@@ -17,7 +17,6 @@ import torch
 
 from peftscope.data.benchmarks import benchmark_folder
 from peftscope.data.tasks import task_folder
-from peftscope.errors import spoken_bytes
 from peftscope.evaluation.retention import PROSE_SHA256
 from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.device import processor_name
@@ -26,6 +25,7 @@ from peftscope.hardware.nvml import find_card, other_processes, reading, used_by
 from peftscope.methods import versions_of
 from peftscope.models.catalog import model_folder
 from peftscope.spec import RunSpec
+from peftscope.words import spoken_bytes
 
 PACKAGES = (
     "torch",

@@ -18,11 +18,11 @@ from peftscope.execution.inputs import inputs
 from peftscope.files.storage import STORAGE_CODE
 from peftscope.layout import run_folder
 from peftscope.planning.disk import check_disk
-from peftscope.planning.estimate import spoken
 from peftscope.planning.plan import Plan, plan_experiment
 from peftscope.planning.sweep import Sweep, expand
 from peftscope.record import finished_record, lacks_kept, read_record
 from peftscope.spec import RunSpec, run_id
+from peftscope.words import spoken_time
 
 STOP_SECONDS = 50.0
 """The seconds that a run gets for its checkpoint once its time is up."""
@@ -90,7 +90,8 @@ def run_sweep(
             if room <= 0 or (pace.taken and pace.seconds(spec) > room):
                 outcome.left += len(left)
                 return outcome
-            _say(f"{len(ended) + 1}/{len(ended) + len(left)} {identity} (about {spoken(pace.seconds(*left))} to go)")
+            to_go = spoken_time(pace.seconds(*left))
+            _say(f"{len(ended) + 1}/{len(ended) + len(left)} {identity} (about {to_go} to go)")
             fetch_inputs(spec)
             began = time.monotonic()  # fetching a model says nothing of the pace
             shares = ",".join(map(str, plan.keep_at(identity)))
@@ -99,7 +100,7 @@ def run_sweep(
             status = run_apart(identity, spec, run_folder(identity), *options, deadline=deadline)
             pace.add(spec, time.monotonic() - began)
             ended.add(identity)
-            _say(f"  {status} after {spoken(time.monotonic() - began)}")
+            _say(f"  {status} after {spoken_time(time.monotonic() - began)}")
             outcome.failed += [identity] if status == "failed" else []
             outcome.left += status == "interrupted"
         if not plan.is_study or outcome.left:

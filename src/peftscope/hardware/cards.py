@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from peftscope.errors import GIB, MIB, InputError, Problem, close_match, shown
+from peftscope.errors import InputError, Problem, close_match, shown
+from peftscope.words import GIB, MIB
 
 CONTEXT_BYTES = 501 * MIB
 """The size assumed for a CUDA context that was not measured: the largest that was (an A100, torch 2.11)."""

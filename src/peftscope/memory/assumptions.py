@@ -7,9 +7,9 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from peftscope.errors import MIB
 from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES
 from peftscope.memory.question import Question
+from peftscope.words import MIB
 
 
 @cache

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
-from peftscope.errors import spoken_bytes
 from peftscope.hardware.cards import Gpu
 from peftscope.memory.answer import Answer
 from peftscope.memory.fit import TIGHT_SHARE, Fit
@@ -18,6 +17,7 @@ from peftscope.memory.formula import DIMENSIONS
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
 from peftscope.models.shapes import FAMILIES
+from peftscope.words import counted, spoken_bytes, spoken_number
 
 if TYPE_CHECKING:
     from peftscope.memory.config_file import Reading
@@ -100,15 +100,11 @@ def _show_terms(answer: Answer, console: Console) -> None:
         return
     used = {name for term in answer.terms for name in term.formula.split("·")[1:]}
     letters = ", ".join(
-        f"{name} = {_spoken_number(value)} ({DIMENSIONS[name]})"
+        f"{name} = {spoken_number(value)} ({DIMENSIONS[name]})"
         for name, value in answer.dimensions.items()
         if name in used and name in DIMENSIONS
     )
     console.print(f"with {letters}", markup=False)
-
-
-def _spoken_number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
 def _module_tree(modules: dict[str, Any], depth: int) -> Tree:
@@ -183,14 +179,14 @@ def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
 
 def show_lengths(answer: LengthsAnswer, console: Console) -> None:
     """Prints what batches as wide as the items of a data set take, and the widest batch that fits on the card."""
-    rows = _counted(answer.batch_size, "row")
+    rows = counted(answer.batch_size, "row")
     console.print(f"[bold]{answer.model}, {answer.method}[/]: batches of {rows}, closed form")
     cut = f"; {answer.cut_items:,} were cut to {answer.quantiles[-1].width:,} tokens" if answer.cut_items else ""
-    console.print(f"{_counted(answer.items, 'item')}{cut}")
+    console.print(f"{counted(answer.items, 'item')}{cut}")
     if answer.capacity_bytes is not None:
         console.print(
             f"{spoken_bytes(answer.capacity_bytes)} hold {rows} of up to {answer.fits_width:,} tokens; "
-            f"{_counted(answer.too_long_items or 0, 'item is', 'items are')} longer"
+            f"{counted(answer.too_long_items or 0, 'item is', 'items are')} longer"
         )
     table = Table("of the items", "up to tokens", "allocated", "device", box=None)
     for one in answer.quantiles:
@@ -202,25 +198,19 @@ def show_lengths(answer: LengthsAnswer, console: Console) -> None:
         console.print(f"  {line}", markup=False)
 
 
-def _counted(number: int, one: str, more: str = "") -> str:
-    return f"{number:,} {one if number == 1 else more or f'{one}s'}"
-
-
 def show_why(why: Why, console: Console) -> None:
     """Prints a difference: the sentences, then every term of it, and the two peaks as its sums."""
     for sentence in why.sentences:
         console.print(sentence, markup=False)
     table = Table("term", "of", why.second, why.first, "difference", box=None)
     large = [change for change in why.changes if abs(change.bytes) > why.notable_bytes / 50]
-    for change in large:
-        sizes = [change.second_bytes, change.first_bytes]
-        table.add_row(change.name, change.kind, *map(spoken_bytes, sizes), _signed(change.bytes))
-    small = why.changes[len(large) :]
-    for name, rest in (("smaller differences", small), ("the same in both", why.unchanged)):
-        if rest:
-            sizes = [sum(change.second_bytes for change in rest), sum(change.first_bytes for change in rest)]
-            table.add_row(name, "", *map(spoken_bytes, sizes), _signed(sizes[1] - sizes[0]))
-    table.add_row("peak", "", spoken_bytes(why.second_bytes), spoken_bytes(why.first_bytes), _signed(why.bytes))
+    rows = [(change.name, change.kind, [change]) for change in large]
+    rows += [("smaller differences", "", why.changes[len(large) :]), ("the same in both", "", why.unchanged)]
+    for name, kind, changes in [*rows, ("peak", "", [*why.changes, *why.unchanged])]:
+        second, first = sum(each.second_bytes for each in changes), sum(each.first_bytes for each in changes)
+        difference = spoken_bytes(first - second, sign=True)
+        if changes:
+            table.add_row(name, kind, spoken_bytes(second), spoken_bytes(first), difference)
     console.print(table)
     console.print("assumptions of both:")
     for line in why.assumptions:
@@ -245,7 +235,3 @@ def show_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         console.print(f"and {len(diagnosis.candidates) - SHOWN} more (--json)")
     for number, change in enumerate(diagnosis.changes):
         console.print(f"{'or' if number else 'fits with'}: {change}", markup=False)
-
-
-def _signed(size: int) -> str:
-    return f"{'+' if size > 0 else ''}{spoken_bytes(size)}"

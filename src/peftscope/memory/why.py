@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peftscope.errors import spoken_bytes
 from peftscope.memory.answer import Peaks, Term, dimensions_of, prepared_bytes, term_of, terms_of
 from peftscope.memory.assumptions import assumptions_of
 from peftscope.memory.beside import BESIDE_OPTIONS
@@ -16,6 +15,7 @@ from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Question
 from peftscope.memory.tape import factors
 from peftscope.memory.trace import KINDS, by_kind
 from peftscope.methods import METHODS
+from peftscope.words import capitalised, listed, spoken_bytes, spoken_number
 
 NOTABLE = 0.05
 """A term gets a sentence above this share of the difference; of the larger peak, where the difference is below it."""
@@ -161,7 +161,8 @@ def explain(run: tuple[Question, Peaks]) -> Why:
     largest = sorted(by_kind(peaks.alive(one.phase)).items(), key=lambda part: -part[1])
     parts = [f"{spoken_bytes(size)} of {kind}" for kind, size in largest if size > NOTABLE * one.bytes]
     lead = f"{one.name} has the peak, {spoken_bytes(one.bytes)}; {other.name} comes next with"
-    return _why(one, other, [f"{lead} {spoken_bytes(other.bytes)}.", f"At the peak it holds {_listed(parts)}."])
+    held = listed(parts, last=" and ")
+    return _why(one, other, [f"{lead} {spoken_bytes(other.bytes)}.", f"At the peak it holds {held}."])
 
 
 def distinct_names(first: Question, second: Question) -> tuple[str, str]:
@@ -207,12 +208,12 @@ def _why(one: Side, other: Side, lead: list[str]) -> Why:
     if same:
         parts = [f"{spoken_bytes(change.first_bytes)} of {change.name}" for change in same]
         share = sum(change.first_bytes for change in same) / largest
-        sentences.append(f"The same in both: {_listed(parts)}, {share:.0%} of the larger peak.")
+        sentences.append(f"The same in both: {listed(parts, last=' and ')}, {share:.0%} of the larger peak.")
     sentences += _grows(one, other)
     others = assumptions_of(other.question)
     both = [line for line in assumptions_of(one.question) if line in others]
     sides = one.name, other.name, one.phase, other.phase, one.bytes, other.bytes
-    return Why(*sides, changes, unchanged, [_capitalised(text) for text in sentences], both)
+    return Why(*sides, changes, unchanged, [capitalised(text) for text in sentences], both)
 
 
 def _scale(first: int, second: int) -> int:
@@ -320,20 +321,12 @@ def _grows(one: Side, other: Side) -> list[str]:
     used = [name for name in letters if any(name in _letters(term) for term in [*one.terms(), *other.terms()])]
     if not used:
         return []
-    sizes = [f"{DIMENSIONS[n]} {dimensions[0][n]:,} against {dimensions[1][n]:,}" for n in used]
+    sizes = [f"{DIMENSIONS[n]} {' against '.join(spoken_number(each[n]) for each in dimensions)}" for n in used]
     size = sum(term.bytes for term in terms if set(used) & set(_letters(term)))
     it = "it" if len(used) == 1 else "them"
     share = f"{spoken_bytes(size)}, {size / larger.bytes:.0%} of the larger peak, depend on {it}"
-    return [f"What differs in size: {_listed(sizes)}; {share}."]
+    return [f"What differs in size: {listed(sizes, last=' and ')}; {share}."]
 
 
 def _letters(term: Term) -> Sequence[str]:
     return factors(term.formula)[1] if term.formula else []
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
-
-
-def _capitalised(text: str) -> str:
-    return text[:1].upper() + text[1:]

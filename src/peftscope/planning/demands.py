@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 from peftscope.data.tasks import item_tokens
-from peftscope.errors import GIB
 from peftscope.memory.answer import peaks_by_formula
 from peftscope.memory.question import Model, Question
 from peftscope.methods import METHODS
@@ -14,6 +13,7 @@ from peftscope.models.catalog import find_model
 from peftscope.planning.estimate import estimate_seconds
 from peftscope.planning.plan import Workflow
 from peftscope.spec import RunSpec, memory_key
+from peftscope.words import GIB
 
 PROCESS_BYTES = 2 * GIB
 """A process that has imported torch, transformers and lm-eval, reads its data and writes its checkpoint."""

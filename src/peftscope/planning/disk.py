@@ -6,10 +6,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from peftscope.errors import GIB, InputError, Problem, spoken_bytes
+from peftscope.errors import InputError, Problem
 from peftscope.files.hub import mirrored
 from peftscope.models.catalog import BaseModelEntry, HubSource, WheelSource, find_model, model_folder
 from peftscope.spec import RunSpec
+from peftscope.words import GIB, spoken_bytes
 
 SPARE_BYTES = GIB
 

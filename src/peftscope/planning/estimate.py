@@ -181,16 +181,3 @@ def _slower(record: dict[str, Any], rate: float | None) -> float:
         return 1.0
     products = min(1.0, PRODUCTS * share)
     return float(1 - products + products * before / rate)
-
-
-def spoken(seconds: float) -> str:
-    """Returns a duration as text.
-
-    >>> spoken(75), spoken(7300)
-    ('1 min 15 s', '2 h 1 min')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

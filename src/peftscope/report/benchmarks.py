@@ -7,7 +7,8 @@ import pandas as pd
 from peftscope.analysis.collect import BENCHMARK, read_runs
 from peftscope.analysis.stats import mean_interval
 from peftscope.layout import results_folder
-from peftscope.report.tables import formatted, html, variants
+from peftscope.report.tables import html, variants
+from peftscope.words import formatted, interval, percent
 
 UNIT = "_fraction"
 
@@ -32,22 +33,16 @@ def benchmark_changes(runs: pd.DataFrame) -> pd.DataFrame:
             base = untouched & (weights == ("nf4" if four_bit[group.index].any() else "full"))
             base &= chosen["model"] == group["model"].iloc[0]
             row = {"benchmark": name, "method": label, "n": len(group), "before": chosen.loc[base, column].mean()}
-            rows.append(row | _interval(list(group[column])))
+            found = mean_interval(list(group[column]))
+            assert found is not None
+            rows.append(row | {"after": found.mean, "low": found.low, "high": found.high})
     return pd.DataFrame(rows, columns=["benchmark", "method", "n", "before", "after", "low", "high"])
-
-
-def _interval(values: list[float]) -> dict[str, float | None]:
-    found = mean_interval(values)
-    assert found is not None
-    return {"after": found.mean, "low": found.low, "high": found.high}
 
 
 def readable_benchmarks(changes: pd.DataFrame) -> pd.DataFrame:
     """Returns the changes as text for people, in percent, with intervals in brackets."""
     rows = []
     for row in changes.to_dict("records"):
-        # A Student interval may reach beyond the bounds of a share.
-        bounds = "" if pd.isna(row["low"]) else f" [{100 * max(0, row['low']):.1f}, {100 * min(1, row['high']):.1f}]"
         change = row["after"] - row["before"]
         rows.append(
             {
@@ -55,7 +50,7 @@ def readable_benchmarks(changes: pd.DataFrame) -> pd.DataFrame:
                 "benchmark": row["benchmark"],
                 "runs": f"n = {row['n']}",
                 "before (%)": formatted(row["before"], ".1f", 0.01),
-                "after (%)": f"{100 * row['after']:.1f}{bounds}",
+                "after (%)": interval(row["after"], row["low"], row["high"], lambda share: f"{percent(share):.1f}"),
                 "change (points)": formatted(change, "+.1f", 0.01),
             }
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import matplotlib.pyplot as plt
 import pandas as pd
 
@@ -12,7 +10,8 @@ from peftscope.analysis.collect import read_runs
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.layout import results_folder
 from peftscope.report.plots import DASHES, arm_looks, beside, draw_figure
-from peftscope.report.tables import formatted, html
+from peftscope.report.tables import html
+from peftscope.words import formatted, interval
 
 OUTSIDE = "outside the sizes that were tried"
 SENTENCE = (
@@ -55,7 +54,11 @@ def readable_breaks(table: pd.DataFrame) -> pd.DataFrame:
             "arm": f"{row['model']}: {row['arm']}",
             "trained parameters": formatted(row["parameters"], ",.0f"),
             "runs": str(row["runs"]),
-            "break (bits given)": _break(row),
+            "break (bits given)": (
+                interval(row["break_bits"], row["break_low"], row["break_high"], "{:,.0f}".format)
+                if row["is_bounded"]
+                else OUTSIDE
+            ),
             "for each parameter": formatted(row["break_per_parameter"], ".2f") if row["is_bounded"] else "-",
             "stored of what is given, up to there": formatted(row["followed_share"], ".0%"),
             "most bits stored": formatted(row["most_stored"], ",.0f"),
@@ -67,12 +70,6 @@ def readable_breaks(table: pd.DataFrame) -> pd.DataFrame:
         for row in table.to_dict("records")
     ]
     return pd.DataFrame(rows, columns=None if rows else ["arm"])
-
-
-def _break(row: dict[Any, Any]) -> str:
-    if not row["is_bounded"]:
-        return OUTSIDE
-    return f"{row['break_bits']:,.0f} [{row['break_low']:,.0f}, {row['break_high']:,.0f}]"
 
 
 def answer(table: pd.DataFrame) -> str:

@@ -11,7 +11,6 @@ import seaborn as sns
 from markupsafe import Markup
 
 from peftscope.claims.ledger import Claim
-from peftscope.claims.measurement import spoken_number
 from peftscope.claims.verdict import Verdict
 from peftscope.files.atomic import write_json
 from peftscope.layout import CLAIMS_PAGE, CLAIMS_RESULTS
@@ -20,6 +19,7 @@ from peftscope.report.plots import MARKERS, SAFE_COLOURS
 from peftscope.report.rendering import asset, rendered
 from peftscope.report.spoken import deciding, measured, sentence, spoken_finding, spoken_moves, spoken_verdict
 from peftscope.report.svg import STYLE, in_page, interval, svg_of
+from peftscope.words import spoken_number
 
 COLOURS = {
     Verdict.HOLDS: "#2a7f4f",

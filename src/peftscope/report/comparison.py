@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 
@@ -17,8 +16,9 @@ from peftscope.analysis.paired import FEW, Pairing
 from peftscope.analysis.ranking import Ranking, Trust
 from peftscope.analysis.scores import FRACTION, Scored, unit_of
 from peftscope.analysis.stats import CONFIDENCE
-from peftscope.report.plots import save
+from peftscope.report.plots import BLUE, Ahead, Look, draw_ahead, new_figure
 from peftscope.report.sentences import spoken_outcome, spoken_side
+from peftscope.words import counted, interval, signed
 
 MOST_LABELS = 80
 """The most systems that the figure of a ranking names."""
@@ -37,24 +37,21 @@ class Margin:
     text: str = ""
 
 
-def number(value: float, unit: str, sign: bool = False) -> str:
-    """Returns a score, or a difference of scores, without its unit; fractions are told in hundredths."""
-    scale, form = (100, ".2f") if unit == FRACTION else (1, ".4f" if unit else ".4g")
-    return format(scale * value, f"+{form}" if sign else form).replace("-", "−")
+def spoken(value: float, unit: str, points: str = "pp") -> str:
+    """Returns a score or a difference of scores with its unit; fractions in hundredths, which are called ``points``.
 
-
-def spoken(value: float, unit: str, sign: bool = False) -> str:
-    """Returns a difference of scores with its unit; those of fractions are percentage points.
-
-    >>> spoken(-0.0123, "fraction", sign=True), spoken(0.25, "nats per token")
-    ('−1.23 pp', '0.2500 nats per token')
+    >>> spoken(0.0123, "fraction"), spoken(0.75, "fraction", "%"), spoken(0.25, "nats per token")
+    ('1.23 pp', '75.00 %', '0.2500 nats per token')
     """
-    return f"{number(value, unit, sign)} {'pp' if unit == FRACTION else unit}".rstrip()
+    return f"{_scale(unit) * value:{_form(unit)}} {points if unit == FRACTION else unit}".replace("-", "−").rstrip()
 
 
-def spoken_score(value: float, unit: str) -> str:
-    """Returns a score with its unit; a fraction is told in per cent."""
-    return f"{number(value, unit)} {'%' if unit == FRACTION else unit}".rstrip()
+def _scale(unit: str) -> int:
+    return 100 if unit == FRACTION else 1
+
+
+def _form(unit: str) -> str:
+    return ".2f" if unit == FRACTION else ".4f" if unit else ".4g"
 
 
 def describe(a: Sequence[Scored], b: Sequence[Scored], pairing: Pairing, margin: Margin) -> Iterator[str]:
@@ -62,12 +59,11 @@ def describe(a: Sequence[Scored], b: Sequence[Scored], pairing: Pairing, margin:
     unit = unit_of([*a, *b])
     for letter, side in (("A", a), ("B", b)):
         score = float(np.mean([run.score for run in side]))
-        yield f"{letter}: {side[0].system}, {_runs(side)}. {side[0].metric}: {spoken_score(score, unit)}."
+        yield f"{letter}: {side[0].system}, {_runs(side)}. {side[0].metric}: {spoken(score, unit, '%')}."
     difference, seen = pairing.difference(margin.value), _seen(pairing)
-    low, high = difference.interval()
-    bounds = f"[{number(low, unit, True)}, {number(high, unit, True)}]"
-    interval = f"{bounds} ({100 * CONFIDENCE:g} % interval)"
-    yield f"A against B: {spoken(pairing.mean, unit, True)} {interval}, from {seen}. Above zero, A is better."
+    name = " pp" if unit == FRACTION else f" {unit}".rstrip()
+    ahead = interval(pairing.mean, *difference.interval(), lambda v: signed(_scale(unit) * v, _form(unit)), name)
+    yield f"A against B: {ahead} ({100 * CONFIDENCE:g} % interval), from {seen}. Above zero, A is better."
     differs = pairing.p < 1 - CONFIDENCE
     exact = f" by exact sign flips, because {FEW} items or fewer differ" if _is_exact(pairing) else ""
     yield (
@@ -130,7 +126,7 @@ def _is_exact(pairing: Pairing) -> bool:
 
 
 def _runs(side: Sequence[Scored]) -> str:
-    runs = f"{len(side)} run{'s' if len(side) > 1 else ''}"
+    runs = counted(len(side), "run")
     return f"{runs} × {len(side[0].items):,} items" if side[0].has_items else runs
 
 
@@ -139,7 +135,7 @@ def _seen(pairing: Pairing) -> str:
     if len(pairing.sides) > 1:
         runs = f"{len(pairing.sides[0])} and {len(pairing.sides[1])} runs that are not paired"
     else:
-        runs = f"{pairing.seeds} pair{'s' if pairing.seeds > 1 else ''} of runs"
+        runs = counted(pairing.seeds, "pair of runs", "pairs of runs")
     return f"{runs} and {pairing.items:,} items" if pairing.items > 1 else runs
 
 
@@ -179,32 +175,16 @@ def _sources(pairing: Pairing, unit: str, *, differs: bool) -> Iterator[str]:
 
 def draw_comparison(a: str, b: str, pairing: Pairing, margin: Margin, unit: str, path: Path) -> None:
     """Draws the mean difference with its interval and the pairs of runs, and below it the differences of items."""
-    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
-    scale = 100 if unit == FRACTION else 1
-    rows = 2 if pairing.items > 1 else 1
-    figure, grid = plt.subplots(
-        rows,
-        1,
-        figsize=(7.5, 2.2 * rows + 0.4),
-        layout="constrained",
-        squeeze=False,
-        gridspec_kw={"height_ratios": [1, 2][:rows]},
-    )
-    axes = grid[0, 0]
-    difference = pairing.difference(math.nan)
-    axes.plot(scale * pairing.by_seed, np.zeros(len(pairing.by_seed)), ".", ms=9, color="C0", alpha=0.6)
-    axes.errorbar(
-        scale * difference.mean, 0, xerr=scale * difference.half_width(), fmt="D", ms=6, capsize=4, color="C0"
-    )
-    for side in (-1, 1) if not math.isnan(margin.value) else ():
-        axes.axvline(side * scale * margin.value, color="0.3", linestyle="--", linewidth=0.9)
-    axes.axvline(0, color="0.3", linewidth=0.9)
-    axes.set(yticks=[], ylim=(-1, 1), xlabel=f"A ahead of B by ({'pp' if unit == FRACTION else unit or 'score'})")
-    axes.set_title(f"{a} against {b}: {_seen(pairing)}", fontsize=9)
-    if pairing.items > 1:
-        sns.histplot(x=scale * pairing.by_item, bins=41, ax=grid[1, 0], color="C0")
-        grid[1, 0].set(xlabel="difference of each item, over all runs", ylabel="items")
-    save(figure, path)
+    scale, rows = _scale(unit), 2 if pairing.items > 1 else 1
+    with new_figure(path, 7.5, 2.2 * rows + 0.4, rows, squeeze=False, height_ratios=[1, 2][:rows]) as grid:
+        axes = grid[0, 0]
+        ahead = Ahead(pairing.by_seed.tolist(), pairing.difference(math.nan), Look(BLUE, "o"))
+        draw_ahead(axes, [ahead], scale * margin.value, scale)
+        axes.set(yticks=[], ylim=(-1, 1), xlabel=f"A ahead of B by ({'pp' if unit == FRACTION else unit or 'score'})")
+        axes.set_title(f"{a} against {b}: {_seen(pairing)}", fontsize=9)
+        if pairing.items > 1:
+            sns.histplot(x=scale * pairing.by_item, bins=41, ax=grid[1, 0], color=BLUE)
+            grid[1, 0].set(xlabel="difference of each item, over all runs", ylabel="items")
 
 
 def summarise_ranking(ranking: Ranking, chances: Trust | None) -> dict[str, str]:
@@ -236,13 +216,10 @@ def spoken_groups(ranking: Ranking) -> str:
 
 def draw_ranking(ranking: Ranking, unit: str, path: Path) -> None:
     """Draws the score of each system with its interval, the best one at the top."""
-    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
-    k = len(ranking.systems)
-    figure, axes = plt.subplots(figsize=(7.5, 1.2 + 0.2 * min(k, MOST_LABELS)), layout="constrained")
-    scale = 100 if unit == FRACTION else 1
-    reach = scale * 1.96 * ranking.errors
-    axes.errorbar(scale * ranking.scores, range(k), xerr=reach, fmt="o", ms=4, capsize=2, color="C0")
-    if k <= MOST_LABELS:
-        axes.set_yticks(range(k), ranking.systems, fontsize=7)
-    axes.set(ylim=(k - 0.5, -0.5), xlabel="score (%)" if unit == FRACTION else f"score ({unit or 'its own unit'})")
-    save(figure, path)
+    k, scale = len(ranking.systems), _scale(unit)
+    with new_figure(path, 7.5, 1.2 + 0.2 * min(k, MOST_LABELS)) as axes:
+        reach = scale * 1.96 * ranking.errors
+        axes.errorbar(scale * ranking.scores, range(k), xerr=reach, fmt="o", ms=4, capsize=2, color="C0")
+        if k <= MOST_LABELS:
+            axes.set_yticks(range(k), ranking.systems, fontsize=7)
+        axes.set(ylim=(k - 0.5, -0.5), xlabel="score (%)" if unit == FRACTION else f"score ({unit or 'its own unit'})")

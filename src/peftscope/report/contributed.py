@@ -9,11 +9,11 @@ import pandas as pd
 from markupsafe import Markup
 
 from peftscope.analysis.contributed import Contribution, read_contributions
-from peftscope.errors import GIB
 from peftscope.layout import CONTRIBUTED_PAGE
 from peftscope.report.rendering import asset, rendered
-from peftscope.report.tables import factors_within_methods, formatted, html, markdown, predictions
+from peftscope.report.tables import factors_within_methods, html, markdown, predictions, spoken_settings
 from peftscope.spec import RunSpec
+from peftscope.words import GIB, formatted
 
 PEAKS = {"training": "tensors", "training, reserved": "reserved", "training, device": "card"}
 """The peaks of a training step whose errors are shown, with their short names: of tensors, the allocator, the card."""
@@ -62,12 +62,8 @@ def _names(runs: pd.DataFrame) -> list[str]:
     usual = {field: runs[field].mode(dropna=field not in RunSpec.model_fields).iloc[0] for field in factors}
     names = []
     for _, run in runs.iterrows():
-        told = [
-            f"{field} {run[field]:g}" if isinstance(run[field], float) else f"{field} {run[field]}"
-            for field in factors
-            if pd.notna(run[field]) and run[field] != usual[field]
-        ]
-        names.append(", ".join([run["model"], run["label"], *(text.replace("_", " ") for text in told)]))
+        told = spoken_settings(run, [field for field in factors if run[field] != usual[field]])
+        names.append(", ".join(filter(None, (run["model"], run["label"], told))))
     return names
 
 

@@ -9,8 +9,8 @@ import pandas as pd
 from peftscope.analysis.study import StudyResults
 from peftscope.claims.ledger import Claim
 from peftscope.claims.verdict import Verdict
-from peftscope.planning.estimate import spoken
 from peftscope.report.spoken import deciding
+from peftscope.words import spoken_time
 
 RUNS_AT_ONCE = 2
 """The runs that share a machine in an estimated time: one on each of two cores."""
@@ -41,6 +41,6 @@ def _further_runs(part: dict[str, Any]) -> str:
         return ""
     runs = pd.concat([study.arm_runs(arm) for arm in arms])
     more = 2 * len(runs)
-    price = spoken(2 * float(runs["wall_seconds"].sum()) / RUNS_AT_ONCE)
+    price = spoken_time(2 * float(runs["wall_seconds"].sum()) / RUNS_AT_ONCE)
     names = "; ".join(study.labels[arm] for arm in arms)
     return f"three rates with all seeds for these arms, {more} further runs, {price} on two cores: {names}"

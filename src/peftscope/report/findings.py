@@ -26,13 +26,13 @@ from peftscope.layout import (
     FINDINGS_PAGE,
     PUBLISHED_REPORTS,
     REPORTS,
+    folder_with,
     published,
-    results_folder,
     shipped,
 )
 from peftscope.models.catalog import find_model
 from peftscope.planning.cells import ARM, RATES
-from peftscope.planning.estimate import estimate_seconds, spoken
+from peftscope.planning.estimate import estimate_seconds
 from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
 from peftscope.planning.published import all_published_records
 from peftscope.planning.sweep import expand
@@ -47,6 +47,7 @@ from peftscope.report.spoken import deciding, spoken_finding, spoken_verdict
 from peftscope.report.study import answer as answer_of_study
 from peftscope.report.study import contrasts
 from peftscope.spec import RunSpec
+from peftscope.words import spoken_time
 
 ORDER = [Verdict.WRONG, Verdict.IN_PART, Verdict.HOLDS, Verdict.OPEN]
 """What surprises comes first."""
@@ -293,14 +294,15 @@ def _price(runs: Sequence[RunSpec], models: set[str]) -> str:
     """Returns the time that runs take on two cores, or "a card" where no model of theirs was ever trained here."""
     if not any(spec.model in models for spec in runs):
         return "a card" if runs else "-"
-    return spoken(sum(estimate_seconds(spec, one_thread=True, published_only=True) for spec in runs) / RUNS_AT_ONCE)
+    seconds = sum(estimate_seconds(spec, one_thread=True, published_only=True) for spec in runs)
+    return spoken_time(seconds / RUNS_AT_ONCE)
 
 
 def _study(name: str, findings: list[dict[str, Any]], known: _Published) -> dict[str, Any]:
     """Returns one row of the table of studies: its question, what it cost or will, and the claims that rest on it."""
     settings = read_experiment(experiment_path(name))
-    paths = [folder / "runs.csv" for folder in (results_folder(name), published(name))]
-    runs = next((pd.read_csv(path) for path in paths if path.is_file()), pd.DataFrame({"status": []}))
+    folder = folder_with(name, "runs.csv")
+    runs = read_runs(name, folder) if folder else pd.DataFrame({"status": []})
     ended = runs[runs["status"].isin(FINAL)]
     lacking = known.lacking(name)
     return {
@@ -309,6 +311,6 @@ def _study(name: str, findings: list[dict[str, Any]], known: _Published) -> dict
         "runs": len(ended),
         "lacking": len(lacking) or "-",
         "price": _price(lacking, known.models),
-        "work": spoken(float(ended["wall_seconds"].sum())) if len(ended) else "-",
+        "work": spoken_time(float(ended["wall_seconds"].sum())) if len(ended) else "-",
         "claims": ", ".join(f"{f['id']} {f['verdict']}" for f in findings if _parts_on(name, f)) or "-",
     }

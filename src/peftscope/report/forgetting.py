@@ -11,7 +11,7 @@ from peftscope.analysis.forgetting import curves, matched_rises
 from peftscope.analysis.study import StudyResults
 from peftscope.layout import results_folder
 from peftscope.report.plots import arm_looks, beside, draw_figure
-from peftscope.report.sentences import signed
+from peftscope.words import signed
 
 
 def write_forgetting(experiment: str) -> None:

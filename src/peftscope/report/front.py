@@ -20,6 +20,7 @@ from peftscope.planning.experiment import experiment_path, read_experiment
 from peftscope.report.claims import COLOURS
 from peftscope.report.spoken import deciding
 from peftscope.report.study import study_facts, study_sentences
+from peftscope.words import counted
 
 README = Path("README.md")
 PAPER = Path("paper/paper.md")
@@ -64,7 +65,7 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
     for row in reversed(ROWS):
         of_row = [finding for finding in findings if _row(finding) == row]
         worlds = len({world for finding in of_row for world in finding["worlds"]})
-        told = f"{row} in {worlds} world{'s' * (worlds > 1)}" if worlds else row
+        told = f"{row} in {counted(worlds, 'world')}" if worlds else row
         rows[told] = [Verdict(finding["verdict"]) for finding in of_row]
     _draw_bar({row: {verdict: verdicts.count(verdict) for verdict in COLOURS} for row, verdicts in rows.items()})
     words = "; ".join(

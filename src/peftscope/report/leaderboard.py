@@ -15,14 +15,15 @@ from markupsafe import Markup
 
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import MARGIN, StudyResults
-from peftscope.errors import MIB, InputError
+from peftscope.errors import InputError
 from peftscope.layout import LEADERBOARD, PUBLISHED_REPORTS, REPORTS, RESULTS, published, published_paths, report_path
 from peftscope.planning.experiment import A_A
 from peftscope.report.rendering import asset, rendered
 from peftscope.report.sentences import spoken_outcome
 from peftscope.report.study import EARLIER_MARGIN, contrasts, controls, readable_difference
-from peftscope.report.tables import PREDICTED_PEAK, formatted, markdown, pooled, settings, spoken_settings
+from peftscope.report.tables import PREDICTED_PEAK, markdown, pooled, settings, spoken_settings
 from peftscope.spec import RunSpec
+from peftscope.words import MIB, formatted
 
 SHOWN_ELSEWHERE = ("init_seed", "learning_rate", "file_sha256")
 """The settings that have a column of their own, or say nothing to a reader."""

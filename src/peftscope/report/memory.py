@@ -10,26 +10,17 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 
-from peftscope.errors import GIB, spoken_bytes
 from peftscope.hardware.cards import find_gpu
 from peftscope.memory.lengths import LengthsAnswer
 from peftscope.memory.trace import KINDS
 from peftscope.memory.why import Why
 from peftscope.methods import METHODS
-from peftscope.report.plots import GREEN, GREY, RED, SAFE_COLOURS, looks, mixed, save
-from peftscope.report.svg import STYLE
+from peftscope.report.plots import GREEN, GREY, RED, SAFE_COLOURS, looks, mixed, new_figure
+from peftscope.words import GIB, spoken_bytes
 
 CARDS = ("24GiB", "48GiB", "80GiB")
 AXIS_LABELS = {"rank": "rank", "seq_len": "tokens of a sequence", "batch_size": "sequences a batch"}
-
-
-def _set_theme(path: Path) -> None:
-    """Sets matplotlib's theme; an SVG follows the colours of its page, a PNG is on white."""
-    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
-    if path.suffix == ".svg":
-        plt.rcParams.update(STYLE)
 
 
 def draw_grid(curves: Sequence[Path], path: Path) -> None:
@@ -39,47 +30,45 @@ def draw_grid(curves: Sequence[Path], path: Path) -> None:
         gibibytes=points["device_bytes"] / GIB, label=points["method"].map(lambda name: METHODS[name].label)
     )
     styles = looks({label: label for label in points["label"]})
-    _set_theme(path)
-    figure, panels = plt.subplots(1, len(AXIS_LABELS), figsize=(11, 4.4), sharey=True, layout="constrained")
-    for axes, (axis, told) in zip(panels, AXIS_LABELS.items(), strict=True):
-        part = points[points["axis"] == axis]
-        for label, rows in part.groupby("label", sort=False):
-            colour, marker, dash = styles[str(label)]
-            line = {"color": colour, "marker": marker, "linestyle": dash, "markersize": 5}
-            axes.plot(rows["value"], rows["gibibytes"], label=label, **line)
-        axes.set(xlabel=told, yscale="log")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted(set(part["value"])), [f"{value:g}" for value in sorted(set(part["value"]))])
-        axes.minorticks_off()
-        _mark_cards(axes.axhline)
-    panels[0].set_ylabel("peak on the card (GiB)")
-    ticks = [4, 8, 16, 24, 48, 80, 160]
-    panels[0].set_yticks(ticks, [str(tick) for tick in ticks])
-    handles = _handles(panels)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=6, fontsize=9)
-    save(figure, path)
+    with new_figure(path, 11, 4.4, columns=len(AXIS_LABELS), sharey=True) as panels:
+        for axes, (axis, told) in zip(panels, AXIS_LABELS.items(), strict=True):
+            part = points[points["axis"] == axis]
+            for label, rows in part.groupby("label", sort=False):
+                colour, marker, dash = styles[str(label)]
+                line = {"color": colour, "marker": marker, "linestyle": dash, "markersize": 5}
+                axes.plot(rows["value"], rows["gibibytes"], label=label, **line)
+            axes.set(xlabel=told, yscale="log")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted(set(part["value"])), [f"{value:g}" for value in sorted(set(part["value"]))])
+            axes.minorticks_off()
+            _mark_cards(axes.axhline)
+        panels[0].set_ylabel("peak on the card (GiB)")
+        ticks = [4, 8, 16, 24, 48, 80, 160]
+        panels[0].set_yticks(ticks, [str(tick) for tick in ticks])
+        handles = _handles(panels)
+        panels[0].figure.legend(handles.values(), handles, loc="outside lower center", ncols=6, fontsize=9)
 
 
 def draw_bars(bars: pd.DataFrame, path: Path) -> None:
     """Draws the bytes at the peak by kind, with one bar per model and one panel per method."""
     methods = list(dict.fromkeys(bars["method"]))
     colours = dict(zip(KINDS, (*SAFE_COLOURS, mixed(GREY, -0.4)), strict=True))
-    _set_theme(path)
-    figure, panels = plt.subplots(1, len(methods), figsize=(11, 3.8), sharey=True, layout="constrained")
-    for axes, method in zip(panels, methods, strict=True):
-        part = bars[bars["method"] == method].assign(gibibytes=lambda frame: frame["bytes"] / GIB)
-        wide = part.pivot_table(index="model", columns="kind", values="gibibytes", sort=False, aggfunc="sum").fillna(0)
-        left = pd.Series(0.0, index=wide.index)
-        for kind in (kind for kind in KINDS if kind in wide):
-            axes.barh(wide.index, wide[kind], left=left, color=colours[kind], label=kind, linewidth=0)
-            left += wide[kind]
-        axes.invert_yaxis()
-        axes.set(title=METHODS[method].label, xlabel="allocated at the peak (GiB)")
-        _mark_cards(axes.axvline)
-    handles = _handles(panels)
-    shown = [kind for kind in KINDS if kind in handles]
-    figure.legend([handles[kind] for kind in shown], shown, loc="outside lower center", ncols=5, fontsize=8)
-    save(figure, path)
+    with new_figure(path, 11, 3.8, columns=len(methods), sharey=True) as panels:
+        for axes, method in zip(panels, methods, strict=True):
+            part = bars[bars["method"] == method]
+            wide = part.pivot_table(index="model", columns="kind", values="bytes", sort=False, aggfunc="sum").fillna(0)
+            wide = wide / GIB
+            left = pd.Series(0.0, index=wide.index)
+            for kind in (kind for kind in KINDS if kind in wide):
+                axes.barh(wide.index, wide[kind], left=left, color=colours[kind], label=kind, linewidth=0)
+                left += wide[kind]
+            axes.invert_yaxis()
+            axes.set(title=METHODS[method].label, xlabel="allocated at the peak (GiB)")
+            _mark_cards(axes.axvline)
+        handles = _handles(panels)
+        shown = [kind for kind in KINDS if kind in handles]
+        entries = [handles[kind] for kind in shown]
+        panels[0].figure.legend(entries, shown, loc="outside lower center", ncols=5, fontsize=8)
 
 
 def _handles(panels: Sequence[plt.Axes]) -> dict[str, Any]:
@@ -103,32 +92,28 @@ def draw_waterfall(why: Why, path: Path) -> None:
     sizes = [why.second_bytes, *(size for _, size in steps), why.first_bytes]
     less, more = GREEN, RED
     colours = ["0.5", *(more if size > 0 else less for _, size in steps), "0.5"]
-    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.45 * len(names)), layout="constrained")
-    places = range(len(names))
-    axes.barh(places, [size / GIB for size in sizes], left=[start / GIB for start in starts], color=colours)
-    for place, start, size in zip(places, starts, sizes, strict=True):
-        text = f" {spoken_bytes(size)}" if place in (0, len(names) - 1) else f" {size / GIB:+.2f} GiB"
-        axes.text(max(start, start + size) / GIB, place, text, va="center", fontsize=8)
-    axes.set_yticks(places, [fill(name, 45) for name in names])
-    axes.set_xlim(0, 1.12 * max(max(start, start + size) for start, size in zip(starts, sizes, strict=True)) / GIB)
-    axes.grid(visible=False, axis="y")
-    axes.invert_yaxis()
-    axes.set(xlabel="allocated at the peak (GiB)")
-    save(figure, path)
+    with new_figure(path, 9, 1 + 0.45 * len(names)) as axes:
+        places = range(len(names))
+        axes.barh(places, [size / GIB for size in sizes], left=[start / GIB for start in starts], color=colours)
+        for place, start, size in zip(places, starts, sizes, strict=True):
+            text = f" {spoken_bytes(size)}" if place in (0, len(names) - 1) else f" {size / GIB:+.2f} GiB"
+            axes.text(max(start, start + size) / GIB, place, text, va="center", fontsize=8)
+        axes.set_yticks(places, [fill(name, 45) for name in names])
+        axes.set_xlim(0, 1.12 * max(max(start, start + size) for start, size in zip(starts, sizes, strict=True)) / GIB)
+        axes.grid(visible=False, axis="y")
+        axes.invert_yaxis()
+        axes.set(xlabel="allocated at the peak (GiB)")
 
 
 def draw_lengths(answer: LengthsAnswer, path: Path) -> None:
     """Draws the share of a data set's items over the memory that a full batch as wide needs."""
-    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    sizes = [one.peak_device_bytes / GIB for one in answer.quantiles]
-    axes.plot(sizes, [100 * one.share for one in answer.quantiles], marker=".")
-    if answer.capacity_bytes is not None:
-        axes.axvline(answer.capacity_bytes / GIB, color="0.5", linewidth=0.8)
-        axes.annotate(" the card", (answer.capacity_bytes / GIB, 4), fontsize=8)  # below the curve, which ends high
-    axes.set(xlabel="peak of a full batch as wide, on the card (GiB)", ylabel="items (%)", ylim=(0, 102))
-    save(figure, path)
+    with new_figure(path, 8, 4) as axes:
+        sizes = [one.peak_device_bytes / GIB for one in answer.quantiles]
+        axes.plot(sizes, [100 * one.share for one in answer.quantiles], marker=".")
+        if answer.capacity_bytes is not None:
+            axes.axvline(answer.capacity_bytes / GIB, color="0.5", linewidth=0.8)
+            axes.annotate(" the card", (answer.capacity_bytes / GIB, 4), fontsize=8)  # below the curve, which ends high
+        axes.set(xlabel="peak of a full batch as wide, on the card (GiB)", ylabel="items (%)", ylim=(0, 102))
 
 
 def _mark_cards(line: Callable[..., object]) -> None:

@@ -9,7 +9,7 @@ from peftscope.analysis.study import VALIDATION, StudyResults
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A
 from peftscope.report.plots import arm_looks, beside, draw_figure, plain_ticks
-from peftscope.report.sentences import listed, signed
+from peftscope.words import listed, signed
 
 TRAINING = "nll_nats_per_token"
 

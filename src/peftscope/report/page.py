@@ -14,10 +14,9 @@ from peftscope.analysis.collect import read_runs
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
 from peftscope.analysis.weights import collect_weights, weights_path
-from peftscope.errors import InputError, spoken_bytes
+from peftscope.errors import InputError
 from peftscope.layout import MEMORY_FOLDER, record_path, report_path, results_folder, run_folder
 from peftscope.memory.grid import CENTRE, MODEL
-from peftscope.planning.estimate import spoken
 from peftscope.planning.experiment import Study, experiment_path, read_experiment
 from peftscope.planning.plan import Plan
 from peftscope.record import measured_path
@@ -27,12 +26,13 @@ from peftscope.report.contributed import cards_table
 from peftscope.report.memory import CARDS
 from peftscope.report.parts import FIGURES, PARTS, function_of
 from peftscope.report.rendering import asset, rendered
-from peftscope.report.sentences import NOTHING, listed, sentence
+from peftscope.report.sentences import NOTHING, sentence
 from peftscope.report.serving import latencies, limited_runs
 from peftscope.report.study import study_facts, study_sentences
 from peftscope.report.svg import in_page
 from peftscope.report.tables import FEWEST_FOR_MEANS, best_settings, html, ladders, method_summary, notable_runs
 from peftscope.report.weights import cuts_table, updates_table
+from peftscope.words import listed, spoken_bytes, spoken_time
 
 ANSWERS: dict[str, Callable[[str], str]] = {
     next(iter(part.captions)): function_of(part.sentence) for part in PARTS if part.sentence
@@ -229,7 +229,7 @@ def _facts(runs: pd.DataFrame) -> list[tuple[str, str]]:
         ("GPU", values("gpu")),
         ("torch", values("torch")),
         ("Commit", values("git_commit")),
-        ("Work of all runs", spoken(float(runs["wall_seconds"].sum()))),
+        ("Work of all runs", spoken_time(float(runs["wall_seconds"].sum()))),
     ]
 
 

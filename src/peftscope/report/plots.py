@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from textwrap import fill
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 
@@ -17,13 +18,13 @@ import pandas as pd
 import seaborn as sns
 
 from peftscope.analysis.collect import read_runs
+from peftscope.analysis.compare import Difference
 from peftscope.errors import InputError, Problem, shown
 from peftscope.layout import results_folder
 from peftscope.methods import METHODS
 from peftscope.report.svg import INK, OWN_COLOURS, STYLE, svg_of
 from peftscope.report.tables import (
     FEWEST_FOR_MEANS,
-    MIB,
     PREDICTED_PEAK,
     grid_runs,
     is_crowded,
@@ -35,6 +36,7 @@ from peftscope.report.tables import (
     variants,
     with_peaks,
 )
+from peftscope.words import MIB
 
 PHASES = {"load": "load and initialise", "train": "train", "evaluate": "evaluate"}
 RANGE = {"color": INK, "linewidth": 1.2}
@@ -62,6 +64,14 @@ class Look(NamedTuple):
     colour: str
     marker: str
     dash: str = "-"
+
+
+class Ahead(NamedTuple):
+    """How far one thing is ahead of another in each pair, their mean if its interval is drawn, and how it looks."""
+
+    sample: Sequence[float]
+    difference: Difference | None
+    look: Look
 
 
 BLUE, ORANGE, GREEN, RED, PINK, SKY, PURPLE, GREY = (
@@ -146,14 +156,51 @@ def write_figures(experiment: str) -> None:
 
 def draw_figure(path: Path, draw: Callable[[plt.Axes], None]) -> None:
     """Draws on new axes, and writes them as SVG."""
-    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.0, 4.6), layout="constrained")
+    with new_figure(path, 7.0, 4.6) as axes:
         draw(axes)
-        figure.set_figheight(figure.get_figheight() + _more_height(axes))
+        axes.figure.set_figheight(axes.figure.get_figheight() + _more_height(axes))
         if not axes.has_data():
             axes.text(0.5, 0.5, "no finished run has measured this", ha="center", va="center", transform=axes.transAxes)
+
+
+@contextmanager
+def new_figure(path: Path, width: float, height: float, rows: int = 1, columns: int = 1, **grid: Any) -> Iterator[Any]:
+    """Yields the axes of a new figure, and then writes it. An SVG follows the colours of its page, a PNG is on white.
+
+    Args:
+        path: The picture.
+        width: In inches.
+        height: In inches.
+        rows: How many axes stand below each other.
+        columns: How many stand beside each other.
+        grid: Further arguments of ``plt.subplots``.
+    """
+    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
+    with plt.rc_context(STYLE if path.suffix == ".svg" else {}):
+        figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **grid)
+        yield axes
         save(figure, path)
+
+
+def draw_ahead(axes: plt.Axes, rows: Sequence[Ahead], margin: float, scale: float = 1.0) -> None:
+    """Draws differences of pairs, one row below the other: a point per pair, the mean with its interval, the margin.
+
+    Args:
+        axes: The axes.
+        rows: The differences.
+        margin: The margin of sameness on both sides of zero, in the unit of the axes; not a number if there is none.
+        scale: What differences are multiplied with.
+    """
+    for y, (sample, difference, (colour, marker, _)) in enumerate(rows):
+        # If there are hundreds of points, they fade, so that their mean stands out.
+        alpha = min(0.6, max(0.08, 10 / len(sample)))
+        axes.plot([scale * each for each in sample], [y] * len(sample), marker, ms=4, color=colour, alpha=alpha)
+        if difference is not None:
+            style = {"fmt": marker, "ms": 9, "mec": INK, "mew": 0.8, "capsize": 4, "color": colour}
+            axes.errorbar(scale * difference.mean, y, xerr=scale * difference.half_width(), **style)
+    for side in () if math.isnan(margin) else (-1, 1):
+        axes.axvline(side * margin, color=INK, linestyle="--", linewidth=0.9)
+    axes.axvline(0, color=INK, linewidth=0.9)
 
 
 def _more_height(axes: plt.Axes) -> float:

@@ -1,19 +1,16 @@
-"""Renders the sentence under each figure from the data. The templates hold words, never numbers."""
+"""Says what each figure shows, from its data: no number is typed here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import pandas as pd
-from jinja2 import Environment, StrictUndefined
 
 from peftscope.analysis.compare import Outcome
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import MARGIN
 from peftscope.report.tables import (
     FEWEST_FOR_MEANS,
-    MIB,
     grid_runs,
     is_crowded,
     is_judged_on_training,
@@ -24,101 +21,21 @@ from peftscope.report.tables import (
     variants,
     with_peaks,
 )
+from peftscope.words import MIB, capitalised, formatted, plain
 
 NOTHING = "No finished run has measured this."
 
-PARETO = (
-    "Lower and further left is better: {{ best }} reached the lowest held-out loss, {{ best_nll }} nats per token "
-    "(the untouched base: {{ base_nll }})"
-    "{% if leanest_mib != largest_mib %}; {{ leanest }} trained in the least memory, {{ leanest_mib }} MiB, against "
-    "{{ largest_mib }} MiB for {{ largest }}{% endif %}. "
-    "{% if crowded %}Each point is a setting, the mean of its runs; colours are methods. "
-    "{% elif n == needed_for_means - 1 %}Points are runs. "
-    "{% elif n >= needed_for_means %}Points are means, bars {{ confidence }} % intervals over {{ n }} seeds (cut at "
-    "the frame). {% endif %}"
-    "{% if predicted %}Hollow points stand at the predicted peak, because no run was probed for its memory. {% endif %}"
-    "{% if n < needed %}n = {{ n }} is too few to call a difference: this figure ranks nothing.{% endif %}"
-)
-MEMORY = (
-    "{% if leanest_mib == largest_mib %}{{ largest }} needs {{ largest_mib }} MiB of live tensors in training. "
-    "{% else %}{{ largest }} needs the most memory in training, {{ largest_mib }} MiB of live tensors; {{ leanest }} "
-    "the least, {{ leanest_mib }} MiB, a factor of {{ factor }}. {% endif %}"
-    "Loading includes the method's initialisation."
-    "{% if predicted %} Hatched bars are predicted peaks, because no run was probed for its memory.{% endif %}"
-    "{% if crowded %} Bars are means over the runs of a method; lines go from its least to its most.{% endif %}"
-)
-THROUGHPUT = (
-    "{{ fastest }} trained fastest, {{ fastest_rate }} tokens per second in the median; {{ slowest }} slowest, "
-    "{{ slowest_rate }}. "
-    "Each point is a run{% if n >= needed_for_means %}, upright lines are means{% endif %}. Padding is not counted."
-)
-LOSSES = (
-    "{% if same_batches %}Every run of one seed saw the same batches in the same order. {% endif %}"
-    "On the last step {% if lowest == highest %}the training loss of {{ lowest }} was {{ lowest_nll }} nats per "
-    "token; {% else %}{{ lowest }} had the lowest training loss, {{ lowest_nll }} nats per token, and {{ highest }} "
-    "the highest, {{ highest_nll }}; {% endif %}"
-    "{% if crowded %}lines are medians over the runs of a method, bands hold their middle half."
-    "{% elif n >= needed_for_means %}lines are means, bands span the seeds.{% else %}each line is a run.{% endif %}"
-)
-LADDER = (
-    "{% if ladders == one %}Only {{ field }} varies{% else %}Each ladder varies {{ field }} alone{% endif %}, all else "
-    "stays at the centre. The lowest {{ loss }} was {{ best_nll }} nats per "
-    "token at {{ best }}, the highest {{ worst_nll }} at {{ worst }}. "
-    "{% if most == one %}Each rung has one seed (n = {{ most }}), so there is no interval and no verdict."
-    "{% elif n == most %}Each rung has n = {{ n }} seeds."
-    "{% else %}Rungs have {{ n }} to {{ most }} seeds; bars are drawn from {{ needed }} on.{% endif %}"
-)
-PREDICTION = (
-    "The simulator predicted the peak of each run before its first step, from shapes alone; the run then measured it. "
-    "Over {{ runs }} runs, the predicted peaks of training were off by {{ mean }} % on average and by {{ worst }} % at "
-    "worst ({{ worst_run }}). On the line, prediction and measurement are equal."
-)
-MOST_LISTED = 12
 SEEDS_NEEDED = 6
 """With fewer than six seeds, an exact paired sign-flip test cannot reach p < 0.05 (two-sided: 2 / 2^n)."""
-
-_jinja = Environment(undefined=StrictUndefined, autoescape=False)
 
 
 def sentence(figure: str, runs: pd.DataFrame, losses: pd.DataFrame) -> str:
     """Returns the sentence for a figure, which is named as in ``_FIGURES`` or ``ladder-FIELD``."""
     if figure.startswith("ladder-"):
-        template, facts = LADDER, ladder_facts(runs, figure.removeprefix("ladder-"))
+        said = _ladder(runs, figure.removeprefix("ladder-"))
     else:
-        template, compute = _FIGURES[figure]
-        facts = compute(runs, losses)
-    if not facts:
-        return NOTHING
-    return capitalised(_jinja.from_string(template).render(facts, needed_for_means=FEWEST_FOR_MEANS).strip())
-
-
-def capitalised(text: str) -> str:
-    """Returns a sentence with a capital letter, but for a first word that has a small one on purpose.
-
-    >>> capitalised("full fine-tuning trains all."), capitalised("rsLoRA scales.")
-    ('Full fine-tuning trains all.', 'rsLoRA scales.')
-    """
-    return text[0].upper() + text[1:] if text.split()[0].islower() else text
-
-
-def listed(values: Iterable[Any], separator: str = ", ") -> str:
-    """Returns the values in a row, with a separator between two; of many, only the first ones.
-
-    >>> listed([1, 2, 3]), listed(range(100))
-    ('1, 2, 3', '0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 88 more')
-    """
-    names = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
-    more = len(names) - MOST_LISTED
-    return separator.join(names[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
-
-
-def signed(value: float, spec: str) -> str:
-    """Returns a number with its sign.
-
-    >>> signed(0.25, ".1f"), signed(-0.25, ".2f")
-    ('+0.2', '−0.25')
-    """
-    return format(value, f"+{spec}").replace("-", "−")
+        said = _FIGURES[figure](runs, losses)
+    return capitalised(said) if said else NOTHING
 
 
 def spoken_side(difference: float) -> str:
@@ -149,120 +66,135 @@ def spoken_outcome(outcome: str, difference: float, margin: str = "", other: str
     }[Outcome(outcome)]
 
 
-def pareto_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
+def _pareto(runs: pd.DataFrame, losses: pd.DataFrame) -> str:
     """Returns the methods with the lowest loss and with the least and most memory, among those that train."""
     trained, base = _trained(runs)
     if trained.empty:
-        return None
-    best = trained.loc[trained["heldout_nll"].idxmin()]
-    return {
-        **_extremes(trained, "peak"),
-        "predicted": bool(trained["is_predicted"].any()),
-        "best": best["label"],
-        "best_nll": f"{best['heldout_nll']:.3f}",
-        "base_nll": f"{base['heldout_nll'].iloc[0]:.3f}" if len(base) else "not run",
-        "crowded": is_crowded(method_summary(runs)),
-        "n": int(trained["n"].min()),
-        "needed": SEEDS_NEEDED,
-        "confidence": f"{100 * CONFIDENCE:g}",
-    }
+        return ""
+    best, n = trained.loc[trained["heldout_nll"].idxmin()], int(trained["n"].min())
+    untouched = f"{base['heldout_nll'].iloc[0]:.3f}" if len(base) else "not run"
+    said = f"Lower and further left is better: {best['label']} reached the lowest held-out loss, "
+    said += f"{best['heldout_nll']:.3f} nats per token (the untouched base: {untouched})"
+    (largest, most), (leanest, least) = _extremes(trained)
+    if least != most:
+        said += f"; {leanest} trained in the least memory, {least} MiB, against {most} MiB for {largest}"
+    said += ". "
+    if is_crowded(method_summary(runs)):
+        said += "Each point is a setting, the mean of its runs; colours are methods. "
+    elif n == FEWEST_FOR_MEANS - 1:
+        said += "Points are runs. "
+    elif n >= FEWEST_FOR_MEANS:
+        said += f"Points are means, bars {100 * CONFIDENCE:g} % intervals over {n} seeds (cut at the frame). "
+    if trained["is_predicted"].any():
+        said += "Hollow points stand at the predicted peak, because no run was probed for its memory. "
+    if n < SEEDS_NEEDED:
+        said += f"n = {n} is too few to call a difference: this figure ranks nothing."
+    return said.rstrip()
 
 
-def memory_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
+def _memory(runs: pd.DataFrame, losses: pd.DataFrame) -> str:
     """Returns the methods with the least and the most memory in training."""
     trained, _ = _trained(runs)
     if trained.empty:
-        return None
-    return {
-        **_extremes(trained, "peak"),
-        "predicted": bool(trained["is_predicted"].any()),
-        "crowded": is_crowded(grid_runs(runs)),
-    }
+        return ""
+    (largest, most), (leanest, least) = _extremes(trained)
+    if least == most:
+        said = f"{largest} needs {most} MiB of live tensors in training. "
+    else:
+        factor = trained["peak"].max() / trained["peak"].min()
+        said = f"{largest} needs the most memory in training, {most} MiB of live tensors; "
+        said += f"{leanest} the least, {least} MiB, a factor of {factor:.1f}. "
+    said += "Loading includes the method's initialisation."
+    if trained["is_predicted"].any():
+        said += " Hatched bars are predicted peaks, because no run was probed for its memory."
+    if is_crowded(grid_runs(runs)):
+        said += " Bars are means over the runs of a method; lines go from its least to its most."
+    return said
 
 
-def throughput_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
+def _throughput(runs: pd.DataFrame, losses: pd.DataFrame) -> str:
     """Returns the fastest and the slowest method."""
     trained, _ = _trained(runs)
     # A run whose steps are all untimed has no speed.
     trained = trained if trained.empty else trained.dropna(subset=["tokens_per_second"])
     if trained.empty:
-        return None
-    fast, slow = (
-        trained.loc[pick] for pick in (trained["tokens_per_second"].idxmax(), trained["tokens_per_second"].idxmin())
+        return ""
+    speed = trained["tokens_per_second"]
+    fast, slow = trained.loc[speed.idxmax(), "label"], trained.loc[speed.idxmin(), "label"]
+    means = ", upright lines are means" if int(trained["n"].max()) >= FEWEST_FOR_MEANS else ""
+    return (
+        f"{fast} trained fastest, {speed.max():,.0f} tokens per second in the median; {slow} slowest, "
+        f"{speed.min():,.0f}. Each point is a run{means}. Padding is not counted."
     )
-    return {
-        "fastest": fast["label"],
-        "fastest_rate": f"{fast['tokens_per_second']:,.0f}",
-        "slowest": slow["label"],
-        "slowest_rate": f"{slow['tokens_per_second']:,.0f}",
-        "n": int(trained["n"].max()),
-    }
 
 
-def losses_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
+def _losses(runs: pd.DataFrame, losses: pd.DataFrame) -> str:
     """Returns the methods with the lowest and the highest training loss at the last step, averaged over seeds."""
     grid = grid_runs(runs)
     grid = grid.assign(variant=variants(grid))
     curves = losses.merge(grid[["run_id", "variant"]], on="run_id").dropna(subset=["nll_nats_per_token"])
     if curves.empty:
-        return None
+        return ""
     last = curves[curves["step"] == curves.groupby("run_id")["step"].transform("max")]
     final = last.groupby("variant")["nll_nats_per_token"].mean()
-    return {
-        "crowded": is_crowded(grid),
-        "n": int(grid.groupby("variant")["seed"].nunique().max()),
-        "same_batches": bool((grid.groupby("seed")["train_batches_sha256"].nunique() == 1).all()),
-        "lowest": final.idxmin(),
-        "lowest_nll": f"{final.min():.3f}",
-        "highest": final.idxmax(),
-        "highest_nll": f"{final.max():.3f}",
-    }
+    lowest, highest = final.idxmin(), final.idxmax()
+    same_batches = (grid.groupby("seed")["train_batches_sha256"].nunique() == 1).all()
+    said = "Every run of one seed saw the same batches in the same order. " if same_batches else ""
+    if lowest == highest:
+        said += f"On the last step the training loss of {lowest} was {final.min():.3f} nats per token; "
+    else:
+        said += f"On the last step {lowest} had the lowest training loss, {final.min():.3f} nats per token, "
+        said += f"and {highest} the highest, {final.max():.3f}; "
+    if is_crowded(grid):
+        return f"{said}lines are medians over the runs of a method, bands hold their middle half."
+    several = grid.groupby("variant")["seed"].nunique().max() >= FEWEST_FOR_MEANS
+    return said + ("lines are means, bands span the seeds." if several else "each line is a run.")
 
 
-def prediction_facts(runs: pd.DataFrame, losses: pd.DataFrame) -> dict[str, Any] | None:
+def _prediction(runs: pd.DataFrame, losses: pd.DataFrame) -> str:
     """Returns the errors of the predicted training peaks, in percent."""
     found = predictions(runs)
     training = found[found["peak"] == "training"]
     if training.empty:
-        return None
+        return ""
     errors = training["error_percent"].abs()
-    return {
-        "runs": len(training),
-        "mean": f"{errors.mean():.3f}",
-        "worst": f"{errors.max():.3f}",
-        "worst_run": training.loc[errors.idxmax(), "label"],
-    }
+    return (
+        "The simulator predicted the peak of each run before its first step, from shapes alone; the run then measured "
+        f"it. Over {len(training)} runs, the predicted peaks of training were off by {errors.mean():.3f} % on average "
+        f"and by {errors.max():.3f} % at worst ({training.loc[errors.idxmax(), 'label']}). On the line, prediction and "
+        "measurement are equal."
+    )
 
 
-def ladder_facts(runs: pd.DataFrame, field: str) -> dict[str, Any] | None:
+def _ladder(runs: pd.DataFrame, field: str) -> str:
     """Returns the best and the worst rung of a ladder."""
     ladder = ladder_summary(runs)
     ladder = ladder[ladder["field"] == field].dropna(subset=["heldout_nll"])
     if ladder.empty:
-        return None
-    values = ladder["heldout_nll"].astype(float)
-    best, worst = ladder.loc[values.idxmin()], ladder.loc[values.idxmax()]
-    return {
-        "field": field.replace("_", " "),
-        "best": _value(best["value"]),
-        "best_nll": f"{best['heldout_nll']:.3f}",
-        "worst": _value(worst["value"]),
-        "worst_nll": f"{worst['heldout_nll']:.3f}",
-        "n": int(ladder["n"].min()),
-        "most": int(ladder["n"].max()),
-        "needed": FEWEST_FOR_MEANS,
-        "ladders": len(ladders(runs)[field]),
-        "loss": "loss on the trained items" if is_judged_on_training(runs) else "held-out loss",
-        "one": 1,
-    }
+        return ""
+    values, name = ladder["heldout_nll"].astype(float), field.replace("_", " ")
+    best, worst = (plain(ladder.loc[place, "value"]) for place in (values.idxmin(), values.idxmax()))
+    said = f"Only {name} varies" if len(ladders(runs)[field]) == 1 else f"Each ladder varies {name} alone"
+    said += f", all else stays at the centre. The lowest {_judged(runs)} was {values.min():.3f} nats per token at "
+    said += f"{best}, the highest {values.max():.3f} at {worst}. "
+    n, most = int(ladder["n"].min()), int(ladder["n"].max())
+    if most == 1:
+        return f"{said}Each rung has one seed (n = {most}), so there is no interval and no verdict."
+    if n == most:
+        return f"{said}Each rung has n = {n} seeds."
+    return f"{said}Rungs have {n} to {most} seeds; bars are drawn from {FEWEST_FOR_MEANS} on."
 
 
-_FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame, pd.DataFrame], dict[str, Any] | None]]] = {
-    "pareto": (PARETO, pareto_facts),
-    "memory": (MEMORY, memory_facts),
-    "throughput": (THROUGHPUT, throughput_facts),
-    "losses": (LOSSES, losses_facts),
-    "prediction": (PREDICTION, prediction_facts),
+def _judged(runs: pd.DataFrame) -> str:
+    return "loss on the trained items" if is_judged_on_training(runs) else "held-out loss"
+
+
+_FIGURES: dict[str, Callable[[pd.DataFrame, pd.DataFrame], str]] = {
+    "pareto": _pareto,
+    "memory": _memory,
+    "throughput": _throughput,
+    "losses": _losses,
+    "prediction": _prediction,
 }
 
 
@@ -275,16 +207,8 @@ def _trained(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return methods[~is_base].dropna(subset=["heldout_nll", "peak"]), methods[is_base]
 
 
-def _extremes(methods: pd.DataFrame, column: str) -> dict[str, str]:
-    largest, leanest = methods.loc[methods[column].idxmax()], methods.loc[methods[column].idxmin()]
-    return {
-        "largest": largest["label"],
-        "largest_mib": f"{largest[column] / MIB:,.0f}",
-        "leanest": leanest["label"],
-        "leanest_mib": f"{leanest[column] / MIB:,.0f}",
-        "factor": f"{largest[column] / leanest[column]:.1f}",
-    }
-
-
-def _value(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
+def _extremes(methods: pd.DataFrame) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Returns the method with the largest and that with the smallest peak, each with its peak in MiB."""
+    rows = [methods.loc[place] for place in (methods["peak"].idxmax(), methods["peak"].idxmin())]
+    largest, leanest = ((str(row["label"]), formatted(row["peak"], ",.0f", MIB)) for row in rows)
+    return largest, leanest

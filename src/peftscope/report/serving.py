@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from peftscope.errors import GIB
-from peftscope.report.tables import formatted, variants
+from peftscope.report.tables import variants
+from peftscope.words import GIB, formatted
 
 MILLI = 1e-3
 STATES, PASSES = ("base", "apart", "merged"), ("prompt", "token")

@@ -18,8 +18,8 @@ from peftscope.errors import InputError, Problem
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A, VARIED
 from peftscope.report.plots import arm_looks, draw_figure, plain_ticks
-from peftscope.report.sentences import capitalised, listed
 from peftscope.report.svg import INK
+from peftscope.words import capitalised, listed
 
 
 def share_table(study: StudyResults, field: str) -> pd.DataFrame:

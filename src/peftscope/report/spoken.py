@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftscope.claims.measurement import scale_of, spoken_number, spoken_quantity
 from peftscope.claims.verdict import Verdict
+from peftscope.words import scale_of, spoken_number, spoken_quantity
 
 SAID = {Verdict.HOLDS: "holds", Verdict.WRONG: "fails", Verdict.OPEN: "is open", Verdict.NOT_RUN: "was not run"}
 """The verdict on one of several parts, as a verb."""
@@ -18,7 +18,7 @@ def spoken_finding(finding: dict[str, Any]) -> str:
         return "; ".join(dict.fromkeys(found)) or "-"
     if finding["found"] is None:
         return "-"
-    return finding["answer"] + _spread(finding) if finding.get("answer") else measured(finding)
+    return finding["answer"] + spread(finding) if finding.get("answer") else measured(finding)
 
 
 def measured(part: dict[str, Any]) -> str:
@@ -26,10 +26,10 @@ def measured(part: dict[str, Any]) -> str:
     if part["found"] is None:
         return "-"
     shown = part["evidence"].get("shown")
-    return (f"{shown}: " if shown else "") + spoken_quantity(part["found"], part["unit"]) + _spread(part)
+    return (f"{shown}: " if shown else "") + spoken_quantity(part["found"], part["unit"]) + spread(part)
 
 
-def _spread(part: dict[str, Any]) -> str:
+def spread(part: dict[str, Any]) -> str:
     """Returns a part's interval in brackets, in the scale of its value; empty without one."""
     if part["low"] is None:
         return ""

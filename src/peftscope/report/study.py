@@ -26,10 +26,20 @@ from peftscope.analysis.study import (
 )
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A, STEP, Study
-from peftscope.report.plots import GREY, LABEL_WIDTH, arm_looks, beside, draw_figure, plain_ticks
-from peftscope.report.sentences import capitalised, listed, signed, spoken_outcome
-from peftscope.report.svg import INK
-from peftscope.report.tables import FEWEST_FOR_MEANS, formatted, html
+from peftscope.report.plots import (
+    GREY,
+    LABEL_WIDTH,
+    Ahead,
+    Look,
+    arm_looks,
+    beside,
+    draw_ahead,
+    draw_figure,
+    plain_ticks,
+)
+from peftscope.report.sentences import spoken_outcome
+from peftscope.report.tables import FEWEST_FOR_MEANS, html
+from peftscope.words import capitalised, formatted, interval, listed, signed
 
 CONTROLS = {
     "a-a": "another initialisation seed (A/A)",
@@ -187,9 +197,7 @@ def spoken_difference(row: dict[Any, Any], labels: dict[str, str]) -> str:
 
 
 def _signed(row: dict[Any, Any], name: str, spec: str, unit: str = "") -> str:
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    bounds = "" if low is None or pd.isna(low) else f" [{signed(low, spec)}, {signed(high, spec)}]"
-    return f"{signed(row[name], spec)}{unit}{bounds}"
+    return interval(row[name], row[f"{name}_low"], row[f"{name}_high"], lambda value: signed(value, spec), unit)
 
 
 def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
@@ -301,25 +309,16 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
     labels, styles = study.labels, arm_looks(study.labels)
     pairs = study.compared
     scale = 100 / study.yardstick if not math.isnan(study.yardstick) else 1.0
-    samples = []
-    for y, (arm, against) in enumerate(pairs):
-        sample = scale * pd.Series(study.pairs(arm, against))
-        samples.append(sample)
-        colour, marker = (GREY, "o") if arm.endswith(A_A) else styles[arm][:2]
-        # If there are hundreds of points, they fade, so that their mean stands out.
-        axes.plot(sample, [y] * len(sample), marker, ms=4, color=colour, alpha=min(0.6, max(0.08, 10 / len(sample))))
-        if len(sample) < FEWEST_FOR_MEANS:
-            continue
-        difference = study.difference(arm, against)
-        mean, reach = scale * difference.mean, scale * difference.half_width()
-        axes.errorbar(mean, y, xerr=reach, fmt=marker, ms=9, mec=INK, mew=0.8, capsize=4, color=colour)
-        if arm.endswith(A_A):
-            axes.axvspan(mean - reach, mean + reach, color=GREY, alpha=0.25, zorder=0)
-    if not math.isnan(study.yardstick):
-        for side in (-1, 1):
-            axes.axvline(side * 100 * MARGIN, color=INK, linestyle="--", linewidth=0.9)
-    axes.axvline(0, color=INK, linewidth=0.9)
-    cut_at(axes, samples)
+    rows = []
+    for arm, against in pairs:
+        sample, is_a_a = study.pairs(arm, against), arm.endswith(A_A)
+        difference = study.difference(arm, against) if len(sample) >= FEWEST_FOR_MEANS else None
+        rows.append(Ahead(sample, difference, Look(GREY, "o") if is_a_a else styles[arm]))
+        if difference and is_a_a:
+            low, high = difference.interval()
+            axes.axvspan(scale * low, scale * high, color=GREY, alpha=0.25, zorder=0)
+    draw_ahead(axes, rows, math.nan if math.isnan(study.yardstick) else 100 * MARGIN, scale)
+    cut_at(axes, [scale * pd.Series(row.sample) for row in rows])
     names = [_compared_label(arm, against, study.reference, labels) for arm, against in pairs]
     axes.set_yticks(range(len(pairs)), [fill(name, LABEL_WIDTH) for name in names])
     axes.set_ylim(max(1, len(pairs)) - 0.5, -0.5)

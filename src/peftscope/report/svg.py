@@ -13,8 +13,9 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from markupsafe import Markup
 
-from peftscope.claims.measurement import scale_of, spoken_number
 from peftscope.claims.verdict import Rule
+from peftscope.report.spoken import spread
+from peftscope.words import scale_of, spoken_number
 
 INK, LINE = "#24292f", "#d0d7de"
 """The colours of text and axes, and of the grid, on a light page. A dark page has others."""
@@ -96,9 +97,7 @@ def interval(part: dict[str, Any]) -> Markup:
     first, last = map(place, ends)
     whisker = f'<line class="whisker" x1="{first}" x2="{last}" y1="11" y2="11"/>' * (first != last)
     said = f"found {spoken_number(scale_of(unit) * value)}"
-    if part["low"] is not None:
-        said += f" ({' to '.join(spoken_number(scale_of(unit) * end) for end in ends)})"
-    alt = f"{said}, where {part['rule']} counts as right"
+    alt = f"{said}{spread(part)}, where {part['rule']} counts as right"
     return Markup(
         f'<svg class="interval {{}}" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
         f'aria-label="{{}}"><rect x="{left}" y="3" width="{max(0.0, round(right - left, 1))}" height="16"/>'

@@ -11,10 +11,10 @@ import pandas as pd
 
 from peftscope.analysis.collect import read_runs
 from peftscope.analysis.stats import Interval, mean_interval
-from peftscope.errors import MIB
 from peftscope.layout import results_folder
 from peftscope.methods import METHODS
 from peftscope.spec import RunSpec, start_without_seed
+from peftscope.words import MIB, formatted, interval, percent, plain
 
 MOST_SETTINGS, MOST_RUNS = 60, 500
 """The most rows of the tables for people. The CSV files have all rows."""
@@ -129,7 +129,7 @@ def settings(runs: pd.DataFrame) -> list[str]:
 
 def spoken_settings(row: pd.Series, fields: list[str]) -> str:
     """Returns the settings that a run has a value for, in words."""
-    return ", ".join(f"{field.replace('_', ' ')} {_plain(row[field])}" for field in fields if pd.notna(row[field]))
+    return ", ".join(f"{field.replace('_', ' ')} {plain(row[field])}" for field in fields if pd.notna(row[field]))
 
 
 def with_peaks(methods: pd.DataFrame) -> pd.DataFrame:
@@ -264,13 +264,12 @@ def readable_methods(methods: pd.DataFrame) -> pd.DataFrame:
     factors = [c for c in methods.columns[: list(methods.columns).index("n")] if c != "label"]
     rows = []
     for row in with_peaks(methods).to_dict("records"):
-        shown = {"method": row["label"], **{field: _plain(row[field]) for field in factors}}
+        shown = {"method": row["label"], **{field: plain(row[field]) for field in factors}}
         shown["runs"] = f"n = {row['n']}" + (f" ({row['other_endings']})" if row["other_endings"] else "")
         shown |= {
-            "held-out NLL (nats/token)": _interval(row, "heldout_nll", ".3f"),
-            # A Student interval may reach beyond the bounds of a share.
-            "exact match (%)": _interval(row, "exact_match", ".1f", lambda v: 100 * min(1.0, max(0.0, v))),
-            "English, change (bits/byte)": _interval(row, "retention_change", "+.3f"),
+            "held-out NLL (nats/token)": _mean(row, "heldout_nll", "{:.3f}".format),
+            "exact match (%)": _mean(row, "exact_match", lambda share: f"{percent(share):.1f}"),
+            "English, change (bits/byte)": _mean(row, "retention_change", "{:+.3f}".format),
             "peak tensors, train (MiB)": formatted(row["peak"], ",.0f", MIB) + " (predicted)" * row["is_predicted"],
             "peak tensors, load (MiB)": formatted(row["load_peak_bytes"], ",.0f", MIB),
             "step (s)": formatted(row["step_seconds"], ".2f"),
@@ -339,21 +338,10 @@ def html(frame: pd.DataFrame, name: str) -> str:
     )
 
 
-def _plain(value: Any) -> str:
-    return "-" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def formatted(value: Any, form: str, unit: float = 1) -> str:
-    """Returns a number in this form and unit, or a dash if it is missing."""
-    return "-" if pd.isna(value) else format(value / unit, form)
-
-
-def _interval(row: dict[Hashable, Any], name: str, form: str, scale: Callable[[float], float] = float) -> str:
-    mean, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
-    if pd.isna(mean):
+def _mean(row: dict[Hashable, Any], name: str, told: Callable[[float], str]) -> str:
+    """Returns a mean over seeds with its interval; two runs are told as they are."""
+    if pd.isna(row[name]):
         return "-"
-    if row["n"] == FEWEST_FOR_MEANS - 1:  # two runs are told as they are
-        return " and ".join(format(scale(row[f"{name}_{end}"]), form) for end in ("least", "most"))
-    if pd.isna(low):
-        return format(scale(mean), form)
-    return f"{format(scale(mean), form)} [{format(scale(low), form)}, {format(scale(high), form)}]"
+    if row["n"] == FEWEST_FOR_MEANS - 1:
+        return f"{told(row[f'{name}_least'])} and {told(row[f'{name}_most'])}"
+    return interval(row[name], row[f"{name}_low"], row[f"{name}_high"], told)

@@ -17,7 +17,7 @@ from peftscope.analysis.weights import after_training, read_weights, weights_fol
 from peftscope.layout import results_folder
 from peftscope.planning.cells import ARM
 from peftscope.report.plots import GREY, MARKERS, SAFE_COLOURS, beside, draw_figure, looks, plain_ticks
-from peftscope.report.tables import formatted
+from peftscope.words import formatted
 
 CONTROLS = {"gaussian_energy_": ("a Gaussian matrix", ":"), "grid_energy_": ("rounding to a 4-bit grid", "--")}
 """The noise beside the updates, by the beginning of its columns: its name and the style of its line."""

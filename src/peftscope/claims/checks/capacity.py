@@ -13,7 +13,7 @@ import pandas as pd
 from peftscope.analysis.capacity import FEWEST_SIZES, breaks, stored_bits
 from peftscope.analysis.collect import read_runs
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity, geometric_mean_of, mean_of
-from peftscope.layout import how_to_run, published, results_folder
+from peftscope.layout import folder_with, how_to_run
 
 FULL = "full fine-tuning"
 
@@ -118,8 +118,7 @@ def _stored(experiment: str, model: str) -> pd.DataFrame:
     Raises:
         NotRunError: The experiment has not run, or not to its end.
     """
-    folders = [results_folder(experiment), published(experiment)]
-    folder = next((folder for folder in folders if (folder / "runs.csv").is_file()), None)
+    folder = folder_with(experiment, "runs.csv")
     if folder is None:
         raise NotRunError(f"the experiment `{experiment}` has not run -> {how_to_run(experiment)}")
     runs = read_runs(experiment, folder)

@@ -18,6 +18,7 @@ from peftscope.analysis.stats import median_interval
 from peftscope.claims.measurement import Measurement, geometric_mean_of, mean_of
 from peftscope.claims.subjects import fetched, fetched_model, weight_matrices
 from peftscope.methods.loftq import LoftQ, best_rank_approximation
+from peftscope.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +111,7 @@ def loftq_output_error_ratio(model: str, ranks: list[int], rank: int, iterations
         logs[rank],
         model=model,
         evidence={"share of sentences that are closer": closer, "error of NF4, relative": relative},
-        curves={f"{iterations} iteration{'s' if iterations > 1 else ''}": curve},
+        curves={counted(iterations, "iteration"): curve},
         axes=("rank", "error over NF4's"),
     )
 

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peftscope.errors import InputError, spoken_bytes
+from peftscope.errors import InputError
 from peftscope.hardware.cards import speed_of
 from peftscope.memory.answer import answer_by_formula
 from peftscope.memory.question import describe_model
-from peftscope.planning.estimate import spoken
 from peftscope.report.advice.options import LENGTHS, SHORTER, Fitter, Option, cards_by_memory, changed, smaller_models
 from peftscope.report.advice.rules import Findings, Rules, Standing
 from peftscope.report.advice.settings import BITS_PER_PARAMETER, Line, Settings, Situation, settings_for
+from peftscope.words import spoken_bytes, spoken_time
 
 MOST_CARDS = 8
 """The most cards of one machine."""
@@ -197,7 +197,7 @@ def _peak_line(option: Option, situation: Situation) -> Line:
 
 
 def _time_line(option: Option, situation: Situation) -> Line:
-    value, fast_card = " to ".join(map(spoken, option.seconds)), speed_of(situation.gpu)[1]
+    value, fast_card = " to ".join(map(spoken_time, option.seconds)), speed_of(situation.gpu)[1]
     if option.time_is_measured:
         return Line("time", value, (), "The training alone.", "measured", "records of such a card")
     high, low = (f"{100 * share:.0f} %" for share in option.rate_shares)
