@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ sys.modules["kernels"] = None  # as in every command: tests call what is below t
 
 REPOSITORY = Path(__file__).parent.parent
 Command = Callable[..., tuple[int, str, str]]
+COMPILING_SECONDS = 0.006
+"""Processor seconds that compiling ``argparse`` takes on the machines on which bounds of seconds were set."""
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +34,22 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("experiments", "src", "Snakefile", "profiles"):
         (folder / name).symlink_to(REPOSITORY / name)
     return folder
+
+
+@pytest.fixture
+def slowness() -> float:
+    """How many times slower than the machines that bounds of seconds were set on this one is now; 1 for a faster one.
+
+    Machines that tests run on differ threefold, and from minute to minute: their neighbours take caches and cores.
+    """
+    source = inspect.getsource(argparse)
+
+    def processor_seconds() -> float:
+        began = time.process_time()
+        compile(source, "argparse.py", "exec")
+        return time.process_time() - began
+
+    return max(1.0, min(processor_seconds() for _ in range(7)) / COMPILING_SECONDS)
 
 
 @pytest.fixture(autouse=True)

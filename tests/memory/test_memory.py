@@ -242,14 +242,14 @@ def test_the_closed_form_never_loads_torch(options: list[str], tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.alone
-def test_an_answer_takes_a_fraction_of_a_second() -> None:
+def test_an_answer_takes_a_fraction_of_a_second(slowness: float) -> None:
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "peftscope", "memory", "llama-2-7b"], capture_output=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(5)) < 0.6  # alone on its machine 0.22; others are slower, or busy
+    assert min(seconds() for _ in range(5)) < 0.4 * slowness  # alone on its machine 0.22
 
 
 def test_dropout_keeps_a_byte_an_element_on_cuda() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -287,8 +286,8 @@ def test_published_peaks(row: dict[str, str]) -> None:
 @pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.parametrize(("model", "method", "aim"), [("llama-2-7b", "lora", 8), ("llama-65b", "qlora", 30)])
-def test_a_large_model_needs_seconds_and_no_memory(model: str, method: str, aim: float) -> None:
-    """`make benchmark-memory` measures the aims; on a shared machine twice as many seconds may be the neighbours'."""
+def test_a_large_model_needs_seconds_and_no_memory(model: str, method: str, aim: float, slowness: float) -> None:
+    """`make benchmark-memory` measures the aims; here twice as many seconds pass."""
     code = f"""
 import time, bitsandbytes, peft, transformers.models.llama.modeling_llama
 from peftscope.memory.question import ask, describe_model
@@ -301,6 +300,6 @@ print(time.process_time() - began, resident_peak_bytes(), answer.peak_allocated_
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     seconds, resident, peak = map(float, done.stdout.split())
-    assert seconds < 2 * aim * float(os.environ.get("PEFTSCOPE_SLOW_MACHINE", "1"))
+    assert seconds < 2 * aim * slowness
     assert resident < 2 * 2**30
     assert peak > PRESETS[model][1].parameters / 2

@@ -214,13 +214,15 @@ def test_time_without_records_is_a_guess_and_with_records_is_theirs(monkeypatch:
     assert low_guess < low < high < high_guess
 
 
-def test_the_command_speaks_to_people_and_programs_within_five_seconds(peftscope: Command, tmp_path: Path) -> None:
+def test_the_command_speaks_to_people_and_programs_within_five_seconds(
+    peftscope: Command, tmp_path: Path, slowness: float
+) -> None:
     lengths = tmp_path / "lengths.txt"
     lengths.write_text("300\n" * 60 + "1700\n" * 4)
     options = ["--model", "llama-3-8b", "--gpu", "rtx4060", "--lengths", str(lengths)]
     began = time.process_time()
     code, out, _ = peftscope("advise", *options, "--json")
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 5 * slowness
     answer = json.loads(out)
     best = answer["options"][0]
     assert code == 0 and answer["examples"] == 64 and best["method"]["name"] == "qlora" and best["seq_len"] < 1700

@@ -16,13 +16,13 @@ from peftscope.claims.ledger import read_ledger
 from peftscope.claims.stored import read_findings
 from peftscope.errors import InputError
 from peftscope.layout import published_paths
-from peftscope.planning.estimate import spoken
 from peftscope.report.deciding import what_would_decide
 from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import show_claims, show_study
 from peftscope.report.page import ANSWERS
 from peftscope.report.sentences import spoken_outcome
 from peftscope.report.study import answer, contrasts, readable_difference, spoken_difference
+from peftscope.words import spoken_time
 
 COMPARED = [path.parent.parent.name for path in published_paths("tables/contrasts.csv")]
 
@@ -191,7 +191,7 @@ def test_every_open_claim_says_what_would_decide_it(repository: Path, monkeypatc
             assert any("would decide" in part["reason"] for part in finding["parts"]), name
     runs = pd.read_csv(repository / "results/published/variants/runs.csv")
     arms = runs[runs["comparisons"].fillna("").str.contains(r"\barm-(?:pissa|lora)(?:\s|$)")]
-    assert f"{2 * len(arms)} further runs, {spoken(arms['wall_seconds'].sum())} on two cores" in said["P17"]
+    assert f"{2 * len(arms)} further runs, {spoken_time(arms['wall_seconds'].sum())} on two cores" in said["P17"]
 
 
 @pytest.mark.parametrize("name", COMPARED)
