@@ -7,7 +7,7 @@ from snakemake.utils import Paramspace, min_version
 
 from peftscope.layout import CONTRIBUTED_RESULTS, sources
 from peftscope.planning.demands import JobDemands
-from peftscope.memory.grid import grid
+from peftscope.sizing.grid import grid
 from peftscope.planning.plan import load_workflow
 from peftscope.planning.sweep import ROUNDS
 from peftscope.report.parts import CAPTIONS
@@ -28,7 +28,7 @@ WORKFLOW = load_workflow(config)
 DEMANDS = JobDemands(WORKFLOW)
 GRID = Paramspace(grid())
 CONTRIBUTED = sorted(map(str, CONTRIBUTED_RESULTS.rglob("*.json")))
-CALCULATOR = sources("memory/**/*.py", "methods/**/*.py")
+CALCULATOR = sources("memory/**/*.py", "sizing/*.py", "methods/**/*.py")
 TUNING = sources("analysis/tuning.py")
 ANALYSIS = sources("analysis/*.py", "planning/published.py")
 REPORT = sources("report/*.py", "report/templates/*")

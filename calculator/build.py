@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from peftscope.memory.page import form
+from peftscope.sizing.page import form
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "src"
@@ -27,7 +27,10 @@ LARGEST_BYTES = 10_000_000
 PINS = ("package.json", "package-lock.json", "requirements.txt")
 STATIC = ("index.html", "style.css", "page.js", "worker.js")
 RUNTIME = ("pyodide.mjs", "pyodide.asm.mjs", "pyodide.asm.wasm", "pyodide-lock.json")
-ROOMS = ("files", "hardware", "memory", "methods", "models", "__init__.py", "errors.py", "layout.py", "spec.py")
+ROOMS = (
+    *("files", "hardware", "memory", "methods", "models", "sizing"),
+    *("__init__.py", "errors.py", "layout.py", "spec.py"),
+)
 """The parts of the package that the closed form needs."""
 UNUSED = ("pydantic/v1/", "pydantic/mypy.py", ".dist-info/", ".pyi")
 """Parts of names of files that the page never reads."""

@@ -19,7 +19,7 @@ from importlib._bootstrap_external import _code_to_hash_pyc
 
 packages = "/lib/python3.14/site-packages"
 zipfile.ZipFile("/python.zip").extractall(packages)
-from peftscope.memory import page
+from peftscope.sizing import page
 setting = json.dumps({"model": "llama-2-7b", "gpu": "rtx4090"})
 page.answer(setting), page.why(setting, json.dumps({"model": "llama-2-7b", "method": "qlora"})), next(page.fits(setting))
 library = next(path for path in sys.path if path.endswith(".zip"))

@@ -41,7 +41,7 @@ try {
   calculator = python.runPython(`
 import gc
 gc.disable()  # what imports make stays: looking for cycles in it takes time
-from peftscope.memory import page
+from peftscope.sizing import page
 gc.freeze()
 gc.enable()
 page

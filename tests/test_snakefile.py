@@ -15,8 +15,8 @@ import pytest
 import yaml
 from snakemake.utils import Paramspace
 
-from peftscope.memory.grid import grid
 from peftscope.planning.sweep import expand
+from peftscope.sizing.grid import grid
 
 TINY = """
 title: Tiny

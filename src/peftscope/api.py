@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from peftscope.hardware.device import Device
     from peftscope.memory.answer import Answer
-    from peftscope.memory.fit import Fit
+    from peftscope.sizing.fit import Fit
 
 __all__ = ["InputError", "RunRecord", "RunSpec", "fit", "load_results", "memory", "run"]
 
@@ -200,9 +200,9 @@ def fit(
         InputError: A name or an option is unknown, or nothing can run as asked.
     """
     from peftscope.hardware.cards import find_gpu
-    from peftscope.memory.fit import fit_methods, known_methods
     from peftscope.memory.question import describe_model
     from peftscope.models.presets import PRESETS
+    from peftscope.sizing.fit import fit_methods, known_methods
 
     _check_options(options)
     names = [models] if isinstance(models, str | Path) else list(PRESETS if models is None else models)

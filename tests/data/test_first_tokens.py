@@ -15,7 +15,7 @@ from peftscope.data.batching import tokenise
 from peftscope.data.sources import Item
 from peftscope.evaluation.answers import wrap
 from peftscope.evaluation.retention import WINDOW_TOKENS, bits_per_byte, prose
-from peftscope.memory.lengths import count_tokens
+from peftscope.sizing.lengths import count_tokens
 from peftscope.spec import RunSpec
 from peftscope.training.load import load_base, load_tokenizer
 

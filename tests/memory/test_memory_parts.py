@@ -15,13 +15,13 @@ from peftscope.hardware.cards import GPUS, find_gpu
 from peftscope.memory import allocator as books
 from peftscope.memory import answer as answers
 from peftscope.memory.allocator import reserved_bytes
-from peftscope.memory.fit import fit_methods, known_methods, options_of_method
 from peftscope.memory.formula import TrainingTraces, trace_training
 from peftscope.memory.question import ask, describe_model
 from peftscope.memory.trace import Block, Peak, Trace, by_kind, rounded
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
 from peftscope.models.shapes import ModelShape
+from peftscope.sizing.fit import fit_methods, known_methods, options_of_method
 from peftscope.words import GIB, MIB
 
 # Presets.

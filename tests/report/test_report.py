@@ -18,7 +18,6 @@ from peftscope.analysis.collect import collect_experiment, read_runs
 from peftscope.errors import InputError
 from peftscope.execution.phases import Phases
 from peftscope.execution.run import execute
-from peftscope.memory.grid import AXES, SIZES, bars, curve
 from peftscope.methods import METHODS
 from peftscope.planning.plan import Plan
 from peftscope.planning.sweep import expand
@@ -48,6 +47,7 @@ from peftscope.report.tables import (
     variants,
 )
 from peftscope.report.tables import html as table_html
+from peftscope.sizing.grid import AXES, SIZES, bars, curve
 
 EXPERIMENT = """
 title: Report test

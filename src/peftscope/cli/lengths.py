@@ -27,11 +27,11 @@ def items_asked(lengths: Path | None, data: Path | None, model: str | None, own:
     if lengths and data:
         raise InputError(Problem("lengths", "--data was given as well", "leave out one of the two"))
     if lengths:
-        from peftscope.memory.lengths import read_lengths
+        from peftscope.sizing.lengths import read_lengths
 
         return read_lengths(lengths)
     if data:
-        from peftscope.memory.lengths import count_tokens
+        from peftscope.sizing.lengths import count_tokens
 
         fields = [field.strip() for field in (own["fields"] or "text").split(",")]
         return count_tokens(data, fields, lambda: _load_tokenizer(own["tokenizer"] or model))
@@ -64,7 +64,7 @@ def tell_lengths(
     question: Question, items: list[int], own: Mapping[str, Any], console: Console, *, as_json: bool
 ) -> bool:
     """Prints the answer about a data set, draws its figure, and returns whether the widest batch fits, if on a card."""
-    from peftscope.memory.lengths import answer_lengths
+    from peftscope.sizing.lengths import answer_lengths
 
     answer = answer_lengths(question, items)
     left = answer.headroom_bytes
@@ -76,7 +76,7 @@ def tell_lengths(
     if as_json:
         print(json.dumps(answer.to_json(), ensure_ascii=False))
     else:
-        from peftscope.memory.show import show_headroom, show_lengths
+        from peftscope.cli.show import show_headroom, show_lengths
 
         show_lengths(answer, console)
         if question.gpu and left is not None:

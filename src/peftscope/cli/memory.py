@@ -197,7 +197,7 @@ def memory_command(
         given["seq_len"] = max(items)
     reading = None
     if config:
-        from peftscope.memory.config_file import question_of, read_config
+        from peftscope.sizing.config_file import question_of, read_config
 
         reading = read_config(config, given, model)
         question = question_of(reading, responses=response_len, gpu=card, gpus=gpus)
@@ -213,7 +213,7 @@ def memory_command(
             name = "simulate" if simulate else "explain" if explain else "depth"
             raise InputError(Problem(name, "is about one batch, not about a data set", "leave it out, or the data set"))
         if reading and not as_json:
-            from peftscope.memory.show import show_reading
+            from peftscope.cli.show import show_reading
 
             show_reading(reading, wide_console())
         fits = tell_lengths(question, items, own, wide_console(), as_json=as_json)
@@ -226,7 +226,7 @@ def memory_command(
         more |= {"headroom_bytes": left} if reading or card else {}
         print(json.dumps({**answer.to_json(), **more}, ensure_ascii=False))
     else:
-        from peftscope.memory.show import show_answer, show_headroom, show_reading
+        from peftscope.cli.show import show_answer, show_headroom, show_reading
 
         console = wide_console()
         if reading:
@@ -241,7 +241,7 @@ def memory_command(
 @app.command(rich_help_panel=FITS)
 def models(as_json: AsJson = False) -> None:
     """List the models that are known by name: size, kind, and the public code that lists their shape."""
-    from peftscope.memory.show import show_models
+    from peftscope.cli.show import show_models
     from peftscope.models.presets import PRESETS
 
     if as_json:
@@ -278,7 +278,7 @@ def fit(
 ) -> None:
     """Say which methods fit on a card, with what is left, the largest sizes, and what to do where nothing fits."""
     from peftscope.hardware.cards import find_gpu
-    from peftscope.memory.fit import fit_methods, known_methods, not_searched
+    from peftscope.sizing.fit import fit_methods, known_methods, not_searched
 
     names = [name.strip() for name in f"{model or ''},{models or ''}".split(",") if name.strip()]
     if not names:
@@ -290,7 +290,7 @@ def fit(
     if as_json:
         print(json.dumps([one.to_json() for one in fits], ensure_ascii=False))
         return
-    from peftscope.memory.show import show_fits
+    from peftscope.cli.show import show_fits
 
     console = wide_console()
     show_fits(fits, card, console)

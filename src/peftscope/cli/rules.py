@@ -160,7 +160,7 @@ def schema() -> None:
 @needs("report")
 def memory_curve(method: str, axis: str) -> None:
     """Print a method's memory along one axis of the grid, as CSV."""
-    from peftscope.memory.grid import curve
+    from peftscope.sizing.grid import curve
 
     curve(method, axis).to_csv(sys.stdout, index=False)
 
@@ -169,8 +169,8 @@ def memory_curve(method: str, axis: str) -> None:
 @needs("report")
 def memory_figures(curves: list[Path]) -> None:
     """Draw the grid's curves, and the bars of large models."""
-    from peftscope.memory.grid import bars
     from peftscope.report.memory import draw_bars, draw_grid
+    from peftscope.sizing.grid import bars
 
     draw_grid(curves, MEMORY_FOLDER / "grid.svg")
     draw_bars(bars(), MEMORY_FOLDER / "bars.svg")

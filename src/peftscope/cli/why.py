@@ -96,7 +96,7 @@ def _of_file(path: Path, shared: Mapping[str, Any], gpus: int) -> Setting | None
     if isinstance(values, dict) and "model_type" in values:
         return None  # the config.json of a model
     if isinstance(values, dict) and "method" not in values and not values.keys() <= _spec_fields():
-        from peftscope.memory.config_file import question_of, read_config
+        from peftscope.sizing.config_file import question_of, read_config
 
         said = read_config(path, {})
         unsaid = {name: value for name, value in shared.items() if name not in said.keys}
@@ -185,7 +185,7 @@ def why(
     Options hold for both, unless a setting says otherwise.
     """
     from peftscope.hardware.cards import find_gpu
-    from peftscope.memory.why import compare, explain
+    from peftscope.sizing.why import compare, explain
 
     found = [read_setting(word, options, gpus) for word in words]
     if found[0] is None and len(found) > 1 and model is None:
@@ -207,7 +207,7 @@ def why(
     if as_json:
         print(json.dumps(answer.to_json(), ensure_ascii=False))
         return
-    from peftscope.memory.show import show_why
+    from peftscope.cli.show import show_why
 
     show_why(answer, wide_console())
 
@@ -229,9 +229,9 @@ def oom(
 
     What fits is known if the message names the card's capacity. Options replace what a file says.
     """
+    from peftscope.cli.show import show_diagnosis
     from peftscope.hardware.cards import find_gpu
-    from peftscope.memory.oom import diagnose, read_refusal
-    from peftscope.memory.show import show_diagnosis
+    from peftscope.sizing.oom import diagnose, read_refusal
 
     refusal = read_refusal(_error_text(error))
     given = {name: value for name, value in options.items() if value is not None}

@@ -1,4 +1,4 @@
-"""The memory that a run takes: closed form, simulation, allocator, and what fits on a card.
+"""The memory that a step holds: closed form, simulation, and a model of the allocator.
 
 The module can be called, because a function of the API has the same name: ``peftscope.memory("llama-2-7b", "qlora")``.
 """

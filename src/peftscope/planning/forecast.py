@@ -18,12 +18,12 @@ from pydantic import ValidationError
 from peftscope.data.tasks import item_tokens
 from peftscope.hardware.cards import GIB, Gpu, known_card, speed_of
 from peftscope.memory.answer import peaks_by_formula
-from peftscope.memory.fit import mildest_change
 from peftscope.memory.question import Model, Question
 from peftscope.memory.shares import RESIDENT
 from peftscope.models.catalog import find_model
 from peftscope.models.shapes import ModelShape
 from peftscope.planning.estimate import estimate_seconds, measured_runs
+from peftscope.sizing.fit import mildest_change
 from peftscope.spec import RunSpec, memory_key
 
 SHARE, SHARE_FOUR_BIT, SHARE_FP32 = 0.3, 0.2, 0.03

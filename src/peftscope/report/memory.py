@@ -12,11 +12,11 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from peftscope.hardware.cards import find_gpu
-from peftscope.memory.lengths import LengthsAnswer
 from peftscope.memory.trace import KINDS
-from peftscope.memory.why import Why
 from peftscope.methods import METHODS
 from peftscope.report.plots import GREEN, GREY, RED, SAFE_COLOURS, looks, mixed, new_figure
+from peftscope.sizing.lengths import LengthsAnswer
+from peftscope.sizing.why import Why
 from peftscope.words import GIB, spoken_bytes
 
 CARDS = ("24GiB", "48GiB", "80GiB")

@@ -16,7 +16,6 @@ from peftscope.analysis.study import StudyResults
 from peftscope.analysis.weights import collect_weights, weights_path
 from peftscope.errors import InputError
 from peftscope.layout import MEMORY_FOLDER, record_path, report_path, results_folder, run_folder
-from peftscope.memory.grid import CENTRE, MODEL
 from peftscope.planning.experiment import Study, experiment_path, read_experiment
 from peftscope.planning.plan import Plan
 from peftscope.record import measured_path
@@ -32,6 +31,7 @@ from peftscope.report.study import study_facts, study_sentences
 from peftscope.report.svg import in_page
 from peftscope.report.tables import FEWEST_FOR_MEANS, best_settings, html, ladders, method_summary, notable_runs
 from peftscope.report.weights import cuts_table, updates_table
+from peftscope.sizing.grid import CENTRE, MODEL
 from peftscope.words import listed, spoken_bytes, spoken_time
 
 ANSWERS: dict[str, Callable[[str], str]] = {

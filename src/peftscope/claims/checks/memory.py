@@ -16,8 +16,8 @@ from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import tiny_llama, token_ids
 from peftscope.hardware.cards import CONTEXT_BYTES, Gpu, find_gpu
 from peftscope.memory.answer import Answer, Peaks, answer_by_formula, peaks_by_formula
-from peftscope.memory.fit import Search, options_of_method
 from peftscope.memory.question import Question, ask, describe_model
+from peftscope.sizing.fit import Search, options_of_method
 from peftscope.words import GIB
 
 GB = 10**9

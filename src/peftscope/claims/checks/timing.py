@@ -14,8 +14,8 @@ from typing import Any, Literal
 from peftscope.analysis.stats import median_interval
 from peftscope.claims.measurement import Measurement
 from peftscope.hardware.device import processor_name
-from peftscope.memory.fit import options_of_method
 from peftscope.memory.question import Question, ask, describe_model
+from peftscope.sizing.fit import options_of_method
 
 MODEL = "smollm2-135m"
 RUN = {"batch_size": 1, "seq_len": 128, "precision": "fp32"}

@@ -9,7 +9,6 @@ from typing import Any
 
 from peftscope.hardware.cards import GPUS, Gpu
 from peftscope.memory.answer import peaks_by_formula
-from peftscope.memory.fit import TIGHT_SHARE
 from peftscope.memory.formula import TrainingTraces, without_collector
 from peftscope.memory.question import Model, Question, ask
 from peftscope.methods import METHODS
@@ -17,6 +16,7 @@ from peftscope.models.presets import PRESETS
 from peftscope.planning.forecast import Forecaster, token_flops
 from peftscope.report.advice.rules import Change, Findings, Rules, Standing
 from peftscope.report.advice.settings import Settings, Situation, settings_for
+from peftscope.sizing.fit import TIGHT_SHARE
 
 LENGTHS = (8192, 4096, 2048, 1024, 768, 512, 384, 256, 128)
 """The lengths that are tried if examples have to be cut."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peftscope.errors import shown
-from peftscope.memory.reading import Reading, flatten, read_content
+from peftscope.sizing.reading import Reading, flatten, read_content
 
 NAMED_STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "single_gpu": 0, "multi_gpu": 0, "fsdp1": 3, "fsdp2": 3}
 """The names that TRL gives to accelerate's files, and the stage of ZeRO that each stands for."""

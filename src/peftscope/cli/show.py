@@ -12,18 +12,18 @@ from rich.tree import Tree
 
 from peftscope.hardware.cards import Gpu
 from peftscope.memory.answer import Answer
-from peftscope.memory.fit import TIGHT_SHARE, Fit
 from peftscope.memory.formula import DIMENSIONS
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
 from peftscope.models.shapes import FAMILIES
+from peftscope.sizing.fit import TIGHT_SHARE, Fit
 from peftscope.words import counted, spoken_bytes, spoken_number
 
 if TYPE_CHECKING:
-    from peftscope.memory.config_file import Reading
-    from peftscope.memory.lengths import LengthsAnswer
-    from peftscope.memory.oom import Diagnosis
-    from peftscope.memory.why import Why
+    from peftscope.sizing.config_file import Reading
+    from peftscope.sizing.lengths import LengthsAnswer
+    from peftscope.sizing.oom import Diagnosis
+    from peftscope.sizing.why import Why
 
 SHOWN = 8
 """As many candidates stand in a table."""

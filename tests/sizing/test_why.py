@@ -10,7 +10,7 @@ from test_memory import model_of, small_shape
 
 from peftscope.memory.answer import Peaks, peaks_by_formula
 from peftscope.memory.question import Model, Question, ask, describe_model
-from peftscope.memory.why import PREPARED, Change, Why, compare, explain
+from peftscope.sizing.why import PREPARED, Change, Why, compare, explain
 from peftscope.words import spoken_bytes
 
 

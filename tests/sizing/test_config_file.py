@@ -13,11 +13,11 @@ from conftest import Command
 from peftscope.errors import InputError
 from peftscope.memory.answer import answer_by_formula
 from peftscope.memory.beside import BESIDE_OPTIONS
-from peftscope.memory.config_file import Reading, question_of, read_config
 from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Question, ask, describe_model
-from peftscope.memory.reading import Row
-from peftscope.memory.trainers import TRAINERS
 from peftscope.methods import METHODS
+from peftscope.sizing.config_file import Reading, question_of, read_config
+from peftscope.sizing.reading import Row
+from peftscope.sizing.trainers import TRAINERS
 
 FILES: dict[str, dict[str, Any]] = {
     "axolotl": {

@@ -6,10 +6,10 @@ import pandas as pd
 
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.memory.answer import peaks_by_formula
-from peftscope.memory.fit import options_of_method
 from peftscope.memory.question import ask, describe_model
 from peftscope.memory.trace import by_kind
 from peftscope.methods import METHODS
+from peftscope.sizing.fit import options_of_method
 
 MODEL = "llama-2-7b"
 CENTRE = {"rank": 8, "seq_len": 512, "batch_size": 1, "targets": "all-linear"}

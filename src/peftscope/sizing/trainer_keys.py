@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from peftscope.errors import InputError, Problem, shown
-from peftscope.memory.reading import Reading, Row, flatten, read_content, take
 from peftscope.memory.regimes import REGIMES, Trainer, settings_of
-from peftscope.memory.sharding import read_sharding
 from peftscope.methods import METHODS
+from peftscope.sizing.reading import Reading, Row, flatten, read_content, take
+from peftscope.sizing.sharding import read_sharding
 
 SAVED_MODULES = ("embed_tokens", "lm_head")
 """Modules of which a copy can be trained beside an adapter."""

@@ -14,8 +14,8 @@ from peftscope.errors import InputError
 from peftscope.memory.allocator import segment_bytes
 from peftscope.memory.answer import name_of, peaks_by_formula, prepared_bytes
 from peftscope.memory.formula import trace_training
-from peftscope.memory.oom import MATH_SCORES, Refusal, diagnose, read_refusal
 from peftscope.memory.question import Question, ask, describe_model
+from peftscope.sizing.oom import MATH_SCORES, Refusal, diagnose, read_refusal
 from peftscope.words import GIB, MIB
 
 

@@ -15,7 +15,6 @@ from pydantic import BaseModel
 from peftscope.errors import InputError
 from peftscope.hardware.cards import GPUS, find_gpu
 from peftscope.memory.answer import Peaks, answer_of, peaks_by_formula
-from peftscope.memory.fit import fit_methods, known_methods
 from peftscope.memory.formula import without_collector
 from peftscope.memory.question import (
     BESIDE_OPTIONS,
@@ -29,10 +28,11 @@ from peftscope.memory.question import (
     preset_or_modules,
 )
 from peftscope.memory.trace import KINDS, by_kind
-from peftscope.memory.why import compare
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
 from peftscope.models.presets import PRESETS
+from peftscope.sizing.fit import fit_methods, known_methods
+from peftscope.sizing.why import compare
 from peftscope.spec import RunSpec
 
 PASTED = Path("config.json")

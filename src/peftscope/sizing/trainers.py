@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from peftscope.errors import InputError, Problem
-from peftscope.memory import trainer_keys as keys
-from peftscope.memory.reading import Row, flatten
-from peftscope.memory.trainer_keys import four_bit, noted, refused, saving
+from peftscope.sizing import trainer_keys as keys
+from peftscope.sizing.reading import Row, flatten
+from peftscope.sizing.trainer_keys import four_bit, noted, refused, saving
 
 # A commit stands where the default was read in the code itself; the others come from documentation and excerpts.
 SCHEMAS = "axolotl, utils/schemas"

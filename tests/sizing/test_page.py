@@ -15,9 +15,9 @@ from urllib.parse import urlencode
 
 import pytest
 
-from peftscope.memory import page as asked
 from peftscope.memory.question import BESIDE_OPTIONS, METHOD_OPTIONS, SPEC_OPTIONS
 from peftscope.methods import METHODS
+from peftscope.sizing import page as asked
 from peftscope.spec import RunSpec
 
 Command = Callable[..., tuple[int, str, str]]

@@ -16,11 +16,11 @@ from peftscope.errors import InputError, Problem
 from peftscope.hardware.cards import CUBLAS_BYTES, Gpu
 from peftscope.memory.allocator import MIDDLE_SEGMENT, SMALL_SEGMENT, segment_bytes
 from peftscope.memory.answer import Peaks, dimensions_of, name_of, peaks_by_formula, peaks_of, prepared_bytes, term_of
-from peftscope.memory.fit import Fit, Search
 from peftscope.memory.formula import SOURCES, trace_evaluation, trace_training
 from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Question
 from peftscope.memory.tape import bytes_of
 from peftscope.memory.trace import Block, Trace, by_kind
+from peftscope.sizing.fit import Fit, Search
 from peftscope.words import GIB, MIB, spoken_bytes
 
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": MIB, "GiB": GIB, "TiB": 1 << 40}

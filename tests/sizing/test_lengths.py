@@ -12,8 +12,8 @@ from test_memory import model_of, small_shape
 from peftscope.errors import InputError
 from peftscope.hardware.cards import CONTEXT_BYTES, Gpu
 from peftscope.memory.answer import Peaks, peaks_by_formula
-from peftscope.memory.lengths import SHARES, answer_lengths
 from peftscope.memory.question import Question, ask
+from peftscope.sizing.lengths import SHARES, answer_lengths
 
 ROWS = 4
 LENGTHS = [420, *range(20, 140, 5), 190, 190, 240, 300, 310]

@@ -15,10 +15,10 @@ from typing import Any
 from peftscope.errors import InputError, Problem, shown
 from peftscope.hardware.cards import Gpu
 from peftscope.memory.question import METHOD_OPTIONS, SCALED_LOGITS, Model, Question, ask, describe_model
-from peftscope.memory.reading import Reading, exists, flatten, read_content, read_rows, spoken
-from peftscope.memory.trainers import recognise
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
+from peftscope.sizing.reading import Reading, exists, flatten, read_content, read_rows, spoken
+from peftscope.sizing.trainers import recognise
 
 LORA_DEFAULTS = ("llama", "mistral", "gemma2", "gemma3_text", "qwen2", "qwen3")
 """Families for which PEFT 0.21's LoRA takes q_proj and v_proj by default. Source: ``peft/utils/constants.py``."""
