@@ -15,6 +15,7 @@ from peftscope.memory.answer import answer_by_formula
 from peftscope.memory.beside import BESIDE_OPTIONS
 from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Question, ask, describe_model
 from peftscope.methods import METHODS
+from peftscope.models.presets import PRESETS
 from peftscope.sizing.config_file import Reading, question_of, read_config
 from peftscope.sizing.reading import Row
 from peftscope.sizing.trainers import TRAINERS
@@ -372,7 +373,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "GaLore as an optimizer": (FILES["axolotl"] | {"optimizer": "galore_adamw"}, "optimizer: an optimizer"),
     "experts": (FILES["axolotl"] | {"base_model": "mistralai/Mixtral-8x7B-v0.1"}, "base_model: a mixture"),
     "other modules beside": (FILES["axolotl"] | {"lora_modules_to_save": ["norm"]}, "lora_modules_to_save"),
-    "preferences": (FILES["LLaMA-Factory"] | {"stage": "dpo"}, "stage: not modelled"),
     "QDoRA": (FILES["alignment-handbook"] | {"use_dora": True}, "use_dora: DoRA on a 4-bit base"),
     "no length": (FILES["torchtune"] | {"tokenizer": {"max_seq_len": None}}, "give --seq-len"),
     "a pattern": (FILES["alignment-handbook"] | {"lora_target_modules": r".*\.q_proj"}, "--targets"),
@@ -389,6 +389,77 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "accelerate's file": ({"distributed_type": "FSDP", "num_processes": 2}, "the trainer's file"),
     "another framework": ({"trainer": {"devices": 8}, "exp_manager": {}}, "not the file of a known trainer"),
 }
+
+
+JOBS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpo of axolotl": ("axolotl", {"rl": "dpo"}),
+    "reward-model": ("axolotl", {"reward_model": True}),
+    "classification": ("axolotl", {"model_type": "AutoModelForSequenceClassification"}),
+    "quantisation-aware training": ("axolotl", {"qat": {"weight_dtype": "int4"}}),
+    "kto": ("LLaMA-Factory", {"stage": "kto"}),
+    "reward-model of LLaMA-Factory": ("LLaMA-Factory", {"stage": "rm"}),
+    "merging": ("LLaMA-Factory", {"export_dir": "merged"}),
+    "generation": ("LLaMA-Factory", {"do_predict": True}),
+    "dpo": ("TRL", {"beta": 0.1}),
+    "dpo of a mixture": (
+        "alignment-handbook",
+        {"dataset_mixture": {"datasets": [{"columns": ["chosen", "rejected"]}]}},
+    ),
+    "grpo": ("TRL", {"num_generations": 8}),
+    "dpo of torchtune": ("torchtune", {"loss": {"_component_": "torchtune.rlhf.loss.DPOLoss"}}),
+    "distillation": ("torchtune", {"teacher_model": {"_component_": "torchtune.models.llama3_1.llama3_1_8b"}}),
+    "evaluation": ("torchtune", {"tasks": ["truthfulqa_mc2"]}),
+}
+
+
+@pytest.mark.parametrize("what", JOBS)
+def test_another_job_than_supervised_fine_tuning_is_refused_by_its_name(what: str, tmp_path: Path) -> None:
+    trainer, more = JOBS[what]
+    said = complaint(tmp_path, FILES[trainer] | more)
+    assert f"asks for {what.split(' of ')[0]}, which is not modelled" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_what_is_switched_off_asks_for_no_other_job(tmp_path: Path) -> None:
+    assert read(tmp_path, FILES["axolotl"] | {"rl": None, "reward_model": False, "plugins": []}).job == "supervised"
+    assert read(tmp_path, FILES["LLaMA-Factory"] | {"stage": "pt", "do_train": True}).job == "supervised"
+    with pytest.raises(InputError, match="the name of the file: asks for orpo"):
+        read(tmp_path, FILES["TRL"], name="config_orpo.yaml")
+
+
+def test_keys_that_may_change_memory_stand_apart_from_harmless_ones(tmp_path: Path) -> None:
+    more = {"fp8": True, "context_parallel_size": 2, "tiled_mlp": False, "wandb_project": "mine"}
+    reading = read(tmp_path, FILES["axolotl"] | more)
+    assert reading.may_change_memory == ["fp8", "context_parallel_size"]
+    assert {"tiled_mlp", "wandb_project"} <= set(reading.ignored)
+    assert reading.to_json()["may_change_memory"] == reading.may_change_memory
+
+
+def test_axolotls_plugin_of_cut_cross_entropy_switches_it_on(tmp_path: Path) -> None:
+    plugins = ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin", "axolotl.integrations.liger.LigerPlugin"]
+    assert question(tmp_path, FILES["axolotl"] | {"plugins": plugins}).loss == "cut-cross-entropy"
+    assert question(tmp_path, FILES["axolotl"] | {"plugins": plugins, "cut_cross_entropy": False}).loss == "plain"
+    assert question(tmp_path, FILES["axolotl"] | {"plugins": plugins[1:]}).loss == "plain"
+    assert "MinePlugin" in read(tmp_path, FILES["axolotl"] | {"plugins": ["mine.MinePlugin"]}).not_modelled[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"architectures": ["LlamaForSequenceClassification"]}, "another head than a causal model"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "t5 is an encoder-decoder"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is an encoder"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised (gptq)"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantised (bitsandbytes)"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused_by_its_name(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+    shape = PRESETS["qwen2.5-0.5b"].shape
+    assert shape is not None
+    (tmp_path / "config.json").write_text(json.dumps(shape.to_config() | config))
+    with pytest.raises(InputError) as error:
+        describe_model(str(tmp_path))
+    assert said in str(error.value)
 
 
 @pytest.mark.parametrize("what", REFUSED)

@@ -30,13 +30,16 @@ SHOWN = 8
 
 
 def show_reading(reading: Reading, console: Console) -> None:
-    """Prints what was understood, ignored and assumed of a trainer's file, and what is not modelled."""
+    """Prints what was understood, ignored and assumed of a trainer's file, and what the answer leaves out."""
     console.print(f"{reading.path}: a file of {reading.trainer}", markup=False)
     lists = {
         "understood": reading.understood,
         "ignored": [", ".join(reading.ignored)] if reading.ignored else [],
         "assumed, because the file does not say it": reading.assumed,
         "not modelled": reading.not_modelled,
+        "may change memory, and is not read": [", ".join(reading.may_change_memory)]
+        if reading.may_change_memory
+        else [],
     }
     for title, lines in lists.items():
         if lines:

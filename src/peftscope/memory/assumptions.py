@@ -92,6 +92,8 @@ def assumptions_of(question: Question) -> list[str]:
         lines.append(f"{spec.method.name} has no closed form: its peaks are simulated")
     elif model.shape is None:
         lines.append(f"{model.name} has no closed form, because {model.why_no_shape}: its peaks are simulated")
+    if left_out := [name for name in ("vision", "audio") if f"{name}_config" in model.config]:
+        lines.append(f"the {' and '.join(left_out)} tower is left out: its weights and activations come on top")
     lines += spec.method.memory_assumptions
     if gpus > 1:
         way = "torch's fully_shard, formula only" if question.beside.sharding == "fsdp2" else "FSDP, ZeRO-3"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -220,6 +221,8 @@ def _read_config(name: str, path: Path) -> Model:
         raise InputError(replace(problem, where=f"model: {problem.where}") for problem in error.problems) from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise InputError(Problem("model", f"{path} has no `model_type`", "give the config.json of a causal model"))
+    if reason := _not_modelled(config):
+        raise InputError(Problem("model", f"{path}: {reason[0]}", reason[1]))
     try:
         return Model(name, config, ModelShape.from_config(config))
     except KeyError as error:
@@ -236,6 +239,28 @@ def _read_config(name: str, path: Path) -> Model:
     except (TypeError, ZeroDivisionError):
         remedy = "check that all its sizes are whole numbers above 0"
         raise InputError(Problem("model", f"{path} does not describe a model", remedy)) from None
+
+
+ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "albert", "electra", "deberta", "deberta-v2", "modernbert")
+"""The most used families of encoders, by ``model_type``."""
+
+
+def _not_modelled(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Returns why a configuration is not that of a causal model in plain weights, and what to do, or None."""
+    names = config.get("architectures")
+    name = next(iter(names if isinstance(names, list) else []), config["model_type"])
+    causal = "give the config.json of a causal model"
+    if config.get("is_encoder_decoder"):
+        return f"{name} is an encoder-decoder, which is not modelled", causal
+    if config["model_type"] in ENCODERS:
+        return f"{name} is an encoder, which is not modelled", causal
+    if re.search(r"For(Sequence|Token)Classification$|ForQuestionAnswering$", str(name)):
+        return f"{name} has another head than a causal model, which is not modelled", causal
+    stored = config.get("quantization_config")
+    if isinstance(stored, dict):
+        how = stored.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in stored else "unknown")
+        return f"a checkpoint that is quantised ({how}) is not modelled", "give the config.json of its 16-bit base"
+    return None
 
 
 def ask(

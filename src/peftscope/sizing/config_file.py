@@ -17,6 +17,7 @@ from peftscope.hardware.cards import Gpu
 from peftscope.memory.question import METHOD_OPTIONS, SCALED_LOGITS, Model, Question, ask, describe_model
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
+from peftscope.sizing.jobs import SUPERVISED, job_of
 from peftscope.sizing.reading import Reading, exists, flatten, read_content, read_rows, spoken
 from peftscope.sizing.trainers import recognise
 
@@ -48,13 +49,19 @@ def read_config(path: Path, given: Mapping[str, Any], model: str | None = None) 
         model: The name of the base on the command line, which replaces the file's.
 
     Raises:
-        InputError: The file or one that it names cannot be read, or it belongs to no known trainer.
+        InputError: The file or one that it names cannot be read, it belongs to no known trainer, or it asks for another
+            job than supervised fine-tuning.
     """
     content = read_content(path)
     if not isinstance(content, dict):
         raise InputError(Problem(str(path), "must be a mapping of keys to values", "give a trainer's file"))
     trainer, rows = recognise(path, content)
     reading = Reading(path, trainer, _interpolated(flatten(content)), given)
+    reading.job, key = job_of(trainer, path, reading.values)
+    if reading.job != SUPERVISED:
+        remedy = "give a file for supervised fine-tuning"
+        raise InputError(Problem(f"{path}: {key}", f"asks for {reading.job}, which is not modelled", remedy))
+    reading.find(key)
     read_rows(reading, rows)
     if model is not None:
         reading.model = model

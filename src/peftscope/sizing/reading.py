@@ -19,6 +19,12 @@ OFF: tuple[Any, ...] = (None, False, 0, "", "no", "none", [], {})
 """Values that switch a key off."""
 WHOLE = ("deepspeed",)
 """Keys whose nested mappings are read as a whole: they may also name a file."""
+MAY_CHANGE = re.compile(
+    r"fp8.*|.*(context|tensor|expert|sequence|pipeline)_(model_)?parallel.*|dp_(shard|replicate)_size|ulysses.*"
+    r"|.*tiled_mlp.*|.*offload.*|quantize_moe_experts|(torch_)?compile|use_(kt|kernels)|.*_kernels?|flash_attn_fuse_.*"
+    r"|freeze_.*|(image|video|audio)_.*"
+)
+"""Keys that may change what a step holds. Others that nothing is read from are harmless: paths, data, logs, rates."""
 
 
 @dataclass
@@ -31,6 +37,7 @@ class Reading:
         values: The content; keys of nested mappings are joined by dots, and numbers that are text are numbers.
         given: The options of the command line, which replace those of the file.
         options: The options of the question that follow from the file.
+        job: The job that the file asks for.
         model: The name of the base, if the file or the command line names one.
         cards: The number of cards, if a companion file says it.
         sharded: The key that says that weights are sharded over the cards.
@@ -48,6 +55,7 @@ class Reading:
     values: dict[str, Any]
     given: Mapping[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
+    job: str = "supervised"
     model: str | None = None
     cards: int | None = None
     sharded: str = ""
@@ -118,13 +126,20 @@ class Reading:
 
     @property
     def ignored(self) -> list[str]:
-        """The keys that nothing was read from, in the order of the file."""
-        return [key for key in self.values if key not in self.used]
+        """The keys that nothing was read from and that change no memory, in the order of the file."""
+        return [key for key in self.values if key not in {*self.used, *self.may_change_memory}]
+
+    @property
+    def may_change_memory(self) -> list[str]:
+        """The keys that are switched on, that nothing was read from, and that may change what a step holds."""
+        unread = [key for key, value in self.values.items() if key not in self.used and value not in OFF]
+        return [key for key in unread if MAY_CHANGE.fullmatch(key)]
 
     def to_json(self) -> dict[str, Any]:
         """Returns the lists as JSON content. The keys are stable."""
-        lists = {name: getattr(self, name) for name in ("understood", "ignored", "assumed", "not_modelled")}
-        return {"file": str(self.path), "trainer": self.trainer, **lists}
+        names = ("understood", "ignored", "may_change_memory", "assumed", "not_modelled")
+        lists = {name: getattr(self, name) for name in names}
+        return {"file": str(self.path), "trainer": self.trainer, "job": self.job, **lists}
 
 
 def take(reading: Reading, row: Row) -> None:

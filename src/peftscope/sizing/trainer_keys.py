@@ -207,6 +207,18 @@ def read_axolotl_precision(reading: Reading, row: Row) -> None:
     set_precision(reading, "axolotl", narrow=half, half=half, mixed=half and reading.values.get("bf16") != "full")
 
 
+def read_plugins(reading: Reading, row: Row) -> None:
+    """Reads axolotl's plugins. Cut cross-entropy is on with its plugin, unless its own key switches it off."""
+    named = reading.get(row.key)
+    for plugin in named if isinstance(named, list) else []:
+        name = str(plugin).rpartition(".")[2]
+        if name == "CutCrossEntropyPlugin":
+            if reading.values.get("cut_cross_entropy") is not False:
+                reading.set("loss", "cut-cross-entropy", row.key)
+        elif name not in ("LigerPlugin", "SwanLabPlugin"):  # Liger has keys of its own, the other one logs
+            reading.not_modelled.append(f"{row.key}: {name} may change memory")
+
+
 def read_factory_packing(reading: Reading, row: Row) -> None:
     """Reads how LLaMA-Factory packs rows."""
     if reading.get("neat_packing"):

@@ -107,7 +107,6 @@ AXOLOTL_ROWS = (
     refused("peft_layers_to_transform", "adapting only some layers"),
     refused("lora_target_parameters", "adapting parameters that are no modules"),
     refused("relora", "ReLoRA"),
-    refused("rl", "training by preferences or rewards"),
     refused("gptq", "a GPTQ base"),
     refused("quantization", "another quantisation"),
     Row("seq_len", "sequence_len", 512, f"sequence_len of {SCHEMAS}"),
@@ -132,6 +131,7 @@ AXOLOTL_ROWS = (
     Row("modules_to_save", "lora_modules_to_save", read=keys.read_saved_modules),
     Row("double_quant", "bnb_config_kwargs.bnb_4bit_use_double_quant", True, "axolotl at ae7395e, loaders/model.py"),
     Row("precision", "bf16 fp16", read=keys.read_axolotl_precision),
+    Row("loss", "plugins", read=keys.read_plugins),
     *SAVINGS,
 )
 
@@ -146,7 +146,6 @@ FACTORY_ROWS = (
     refused("moe_aux_loss_coef", "a mixture of experts"),
     refused("mixture_of_depths", "mixture of depths"),
     refused("adapter_name_or_path", "a second adapter"),
-    Row("", "stage", words={"sft": None, "pt": None}),
     Row("method", "finetuning_type", "lora", words={"lora": "lora", "full": "full"}),
     Row("seq_len", "cutoff_len", 2048, "cutoff_len of LLaMA-Factory, hparams/data_args.py"),
     *BATCHES,
@@ -168,12 +167,10 @@ FACTORY_ROWS = (
     *SAVINGS,
 )
 
-SFT = "give an SFT file"
 TRL_ROWS = (
     Row("model", "model_name_or_path", read=keys.read_model),
     refused("load_in_8bit", "an 8-bit base"),
     refused("lora_target_parameters", "adapting parameters that are no modules"),
-    refused("beta ref_model num_generations reward_model_path max_prompt_length", "preference or reward training", SFT),
     Row("seq_len", "max_length max_seq_length", 1024, "max_length of TRL, trainer/sft_config.py"),
     *BATCHES,
     Row("checkpointing", "gradient_checkpointing", True, TRL_BASE, keys.read_checkpointing),

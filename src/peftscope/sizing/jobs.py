@@ -1,0 +1,102 @@
+"""Which job a trainer's file asks for. No torch.
+
+Supervised fine-tuning is modelled, continued pretraining included: both take the same step. A file that asks for
+another job is refused by the name of that job, before anything else is read from it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peftscope.sizing.reading import OFF
+
+SUPERVISED = "supervised"
+
+
+class Sign(NamedTuple):
+    """A key that says which job a file asks for.
+
+    Attributes:
+        job: The job; empty if the value of the key names it.
+        key: A pattern of the whole key; nested keys are joined by dots.
+        value: A pattern somewhere in the value; empty if any value counts that switches the key on.
+        without: A pattern of keys of which the file has none.
+    """
+
+    job: str
+    key: str
+    value: str = ""
+    without: str = ""
+
+
+SIGNS: dict[str, tuple[Sign, ...]] = {
+    "axolotl": (
+        Sign("", "rl"),
+        Sign("process-reward-model", "process_reward_model"),
+        Sign("reward-model", "reward_model"),
+        Sign("classification", "model_type", "SequenceClassification|TokenClassification"),
+        Sign("distillation", "kd_trainer"),
+        Sign("distillation", "plugins", r"\bkd\b|KDPlugin"),
+        Sign("diffusion", r"diffusion\b.*"),
+        Sign("quantisation-aware training", r"qat\b.*"),
+        Sign("sparse fine-tuning", "plugins", "LLMCompressor"),
+        Sign("reinforcement learning", "plugins", "NemoGym|Hatchery"),
+        Sign("training of layers in turn (LISA)", "lisa_n_layers"),
+    ),
+    "LLaMA-Factory": (
+        Sign(SUPERVISED, "stage", "^(sft|pt)$", without="export_dir|do_predict|infer_backend|tokenized_path"),
+        Sign("quantisation", "export_quantization_bit"),
+        Sign("merging", "export_dir"),
+        Sign("reward-model", "stage", "^rm$"),
+        Sign("", "stage", "^(?!sft|pt)"),
+        Sign("preprocessing", "tokenized_path", without="output_dir"),
+        Sign("generation", "do_predict", without="do_train"),
+        Sign("generation", "infer_backend", without="do_train"),
+        Sign("evaluation", "task", without="do_train"),
+    ),
+    "TRL": (
+        Sign("grpo", "num_generations|reward_funcs|reward_functions"),
+        Sign("reward optimisation", "reward_model_path|reward_model_name_or_path"),
+        Sign("dpo", "beta|ref_model.*|precompute_ref_log_probs|max_prompt_length|rpo_alpha"),
+        Sign("dpo", ".*dataset.*", "chosen"),
+    ),
+    "torchtune": (
+        Sign("distillation", r"teacher_model\..*"),
+        Sign("distillation", r"(kd_)?loss\._component_", "KL"),
+        Sign("grpo", r"(.*\.)?loss\._component_", "GRPO"),
+        Sign("ppo", r"loss\._component_", "PPO"),
+        Sign("dpo", r"loss\._component_", r"rlhf\.loss"),
+        Sign("quantisation-aware training", r"quantizer\._component_", "QAT"),
+        Sign("quantisation", r"quantizer\._component_", without=r"optimizer\._component_|tasks|prompt.*"),
+        Sign("evaluation", "tasks"),
+        Sign("generation", "max_new_tokens", without=r"optimizer\._component_"),
+        Sign("training with early exits", r"(early_exit_loss|layer_dropout)\..*"),
+    ),
+}
+"""The signs of each trainer; the first that a file shows decides. Without any, the job is supervised."""
+
+NAMED = re.compile(r"(?<![a-z])(dpo|kto|orpo|simpo|grpo|ppo|rloo|reward)(?![a-z])", re.IGNORECASE)
+"""Jobs in the name of a file or its folder. TRL's keys need not say the job: the script that reads them does."""
+
+
+def job_of(trainer: str, path: Path, values: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the job that a file asks for, and the key that says so; empty if none does.
+
+    Args:
+        trainer: The trainer of the file.
+        path: The file. For TRL's files its name counts, and that of its folder.
+        values: The content; keys of nested mappings are joined by dots.
+    """
+    built_on_trl = trainer in ("TRL", "alignment-handbook")
+    for sign in SIGNS["TRL"] if built_on_trl else SIGNS.get(trainer, ()):
+        for key, value in values.items():
+            if value in OFF or not re.fullmatch(sign.key, key) or not re.search(sign.value, str(value)):
+                continue
+            if sign.without and any(re.fullmatch(sign.without, name) for name in values):
+                continue
+            return sign.job or str(value).lower(), key
+    named = NAMED.search("/".join(path.absolute().parts[-2:])) if built_on_trl else None
+    return (named[1].lower(), "the name of the file") if named else (SUPERVISED, "")
