@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from peftscope.files.content import NUMBER, Count
-from peftscope.methods.fields import AdapterDtype, Alpha, ClosedForm, Dropout, Method, Rank, Targets, target_modules
+from peftscope.methods.fields import (
+    AdapterDtype,
+    Alpha,
+    ClosedForm,
+    Dropout,
+    Method,
+    Rank,
+    Targets,
+    adapted_modules,
+    target_modules,
+)
 
 if TYPE_CHECKING:
     from peftscope.models.shapes import ModelShape
@@ -80,7 +90,7 @@ class AdaLoRA(Method):
             target_r=self.target_r,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            target_modules=target_modules(self.targets),
+            target_modules=adapted_modules(model, self.targets),
             tinit=min(round(spec.steps * self.warmup_share), spec.steps - tfinal - 1),
             tfinal=tfinal,
             deltaT=self.allocate_every,

@@ -47,6 +47,21 @@ def target_modules(targets: str | tuple[str, ...]) -> list[str]:
     return with_fused(TARGET_PRESETS[targets]) if isinstance(targets, str) else list(targets)
 
 
+def adapted_modules(model: Any, targets: str | tuple[str, ...]) -> list[str]:
+    """Returns the names of the modules of a model that a preset or a list means.
+
+    ``all-linear`` means what it means in PEFT: every linear layer but the output, whatever its family calls it.
+    """
+    if targets != "all-linear":
+        return target_modules(targets)
+    from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    output = model.get_output_embeddings()
+    linear = [name for name, module in model.named_modules() if isinstance(module, Linear | Conv1D)]
+    return sorted({name.rpartition(".")[2] for name in linear if model.get_submodule(name) is not output})
+
+
 def with_fused(modules: Sequence[str]) -> list[str]:
     """Returns module names, followed by the fused modules that replace them in some families."""
     return [*modules, *dict.fromkeys(FUSED_MODULES[name] for name in modules if name in FUSED_MODULES)]

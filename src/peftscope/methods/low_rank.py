@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from peftscope.methods.fields import target_modules
+from peftscope.methods.fields import adapted_modules, target_modules
 
 if TYPE_CHECKING:
     from peftscope.models.shapes import ModelShape
@@ -45,7 +45,7 @@ def wrap_with_lora(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=target_modules(targets),
+        target_modules=adapted_modules(model, targets),
         bias="none",
         **options,
     )

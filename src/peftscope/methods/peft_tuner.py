@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from peftscope.errors import InputError, Problem, close_match
-from peftscope.methods.fields import AdapterDtype, Method, Quantization, Targets, target_modules
+from peftscope.methods.fields import AdapterDtype, Method, Quantization, Targets, adapted_modules, target_modules
 from peftscope.methods.tuner_limits import limit_of
 from peftscope.methods.tuner_options import options_of, problems_of_options, tuners, with_json_types
 
@@ -164,7 +164,8 @@ class PeftTuner(Method):
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
         from peft.utils import PeftType
 
-        targets = {"target_modules": self.targets_of()} if self.targets_of() else {}
+        names = adapted_modules(model, self.targets or "all-linear") if self.targets_of() else []
+        targets = {"target_modules": names} if names else {}
         try:
             config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[self.tuner.upper()]](
                 task_type=TaskType.CAUSAL_LM, **targets, **copy.deepcopy(self.options)
