@@ -13,7 +13,7 @@ from test_memory import TRAINED, answer, letters_of, model_of, small_shape
 
 from peftscope.hardware.cards import CONTEXT_BYTES, GPUS, Gpu
 from peftscope.memory.answer import AGREEMENT_FILE, peaks_by_formula
-from peftscope.memory.formula import DIMENSIONS
+from peftscope.memory.formula.terms import DIMENSIONS
 from peftscope.memory.question import ask, describe_model
 from peftscope.models.presets import PRESETS
 from peftscope.sizing.fit import ADVICE, Fit, fit_methods, mildest_change

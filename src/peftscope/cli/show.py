@@ -12,7 +12,7 @@ from rich.tree import Tree
 
 from peftscope.hardware.cards import Gpu
 from peftscope.memory.answer import Answer
-from peftscope.memory.formula import DIMENSIONS
+from peftscope.memory.formula.terms import DIMENSIONS
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
 from peftscope.models.shapes import FAMILIES

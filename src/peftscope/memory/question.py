@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import parse_json, read_text
 from peftscope.files.hub import mirrored
-from peftscope.hardware.cards import Gpu
+from peftscope.hardware.cards import CUBLAS_BYTES, Gpu
 from peftscope.memory.beside import BESIDE_OPTIONS, Beside, check_beside
 from peftscope.memory.regimes import REGIMES, settings_of
 from peftscope.methods import METHODS
@@ -112,9 +112,9 @@ class Question:
         return self.beside.padding == "some"
 
     @property
-    def loss(self) -> str:
-        """The implementation of the loss."""
-        return self.beside.loss
+    def cublas_bytes(self) -> int:
+        """The size of cuBLAS's workspace on the card."""
+        return self.gpu.cublas_bytes if self.gpu else CUBLAS_BYTES
 
     @property
     def saved(self) -> dict[str, str]:

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 
-from peftscope.memory.formula import OPTIMIZER_COPY
 from peftscope.memory.formula.linear import COPY, LINEAR_BLOCK, WIDTHS
+from peftscope.memory.formula.terms import OPTIMIZER_COPY
 from peftscope.memory.question import Question
-from peftscope.memory.tape import bytes_of
-from peftscope.memory.trace import Block, Trace
+from peftscope.memory.trace import Block, Trace, bytes_of
 
 RESIDENT = ("weights", "quantised weights", "adapters", "gradients", "optimizer states")
 """Kinds of blocks that persist from step to step. FSDP and ZeRO-3 shard them over the cards."""

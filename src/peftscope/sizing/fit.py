@@ -18,11 +18,11 @@ from peftscope.hardware.cards import Gpu
 from peftscope.memory.allocator import segment_share
 from peftscope.memory.answer import Peaks, peaks_by_formula
 from peftscope.memory.assumptions import assumptions_of
-from peftscope.memory.formula import TrainingTraces, sizes_of, without_collector
+from peftscope.memory.formula.step import TrainingTraces, without_collector
+from peftscope.memory.formula.terms import sizes_of
 from peftscope.memory.question import METHOD_OPTIONS, Model, Question, ask, narrowest_target, usual_responses
 from peftscope.memory.shares import RESIDENT
-from peftscope.memory.tape import bytes_of, factors
-from peftscope.memory.trace import by_kind
+from peftscope.memory.trace import by_kind, bytes_of, factors
 from peftscope.methods import METHODS
 
 LARGEST_BATCH_SIZE = 4096
@@ -309,12 +309,12 @@ class Search:
 
     def _expected(self, field: str, value: int) -> float:
         """Returns the bytes of the blocks that are alive at the peak, recomputed for another value of a field."""
-        spec, shape, changes = self._question.spec, self.model.shape, self._changes(field, value)
-        assert shape is not None
+        spec, changes = self._question.spec, self._changes(field, value)
         spec = spec.model_copy(
             update={"method": spec.method.model_copy(update=changes)} if field == "rank" else changes
         )
-        sizes = {**sizes_of(spec, shape, usual_responses(spec.seq_len)), "1/G": 1 / self.gpus}
+        question = replace(self._question, spec=spec, responses=usual_responses(spec.seq_len))
+        sizes = {**sizes_of(question), "1/G": 1 / self.gpus}
         return sum(number * segment_share(bytes_of(width, names, sizes)) for width, names, number in self._line)
 
     def _largest_rank(self) -> int | None:

@@ -15,7 +15,7 @@ from peftscope.files.content import LARGEST_COUNT
 from peftscope.files.limits import check_characters
 from peftscope.memory.answer import Peaks, peaks_by_formula
 from peftscope.memory.assumptions import assumptions_of
-from peftscope.memory.formula import TrainingTraces, without_collector
+from peftscope.memory.formula.step import TrainingTraces, without_collector
 from peftscope.memory.question import Question
 
 SHARES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)

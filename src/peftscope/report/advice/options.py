@@ -9,7 +9,7 @@ from typing import Any
 
 from peftscope.hardware.cards import GPUS, Gpu
 from peftscope.memory.answer import peaks_by_formula
-from peftscope.memory.formula import TrainingTraces, without_collector
+from peftscope.memory.formula.step import TrainingTraces, without_collector
 from peftscope.memory.question import Model, Question, ask
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
