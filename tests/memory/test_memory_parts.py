@@ -15,7 +15,7 @@ from peftscope.hardware.cards import GPUS, find_gpu
 from peftscope.memory import allocator as books
 from peftscope.memory import answer as answers
 from peftscope.memory.allocator import reserved_bytes
-from peftscope.memory.formula import TrainingTraces, trace_training
+from peftscope.memory.formula.step import TrainingTraces, trace_training
 from peftscope.memory.question import ask, describe_model
 from peftscope.memory.trace import Block, Peak, Trace, by_kind, rounded
 from peftscope.methods import METHODS
@@ -491,13 +491,11 @@ def test_blocks_are_named_by_what_becomes_of_them() -> None:
 def test_a_trace_that_is_kept_and_resized_is_the_trace_of_those_sizes(method: str, optimizer: str) -> None:
     """The sizes lie on both sides of the ranks from which bitsandbytes keeps 8-bit states and pages them."""
     model, traces = model_of(PRESETS["llama-3.2-1b"][1].model_copy(update={"num_layers": 2})), TrainingTraces()
-    assert model.shape is not None
     for batch_size, seq_len, rank in [(1, 512, 8), (3, 100, 1), (2, 999, 64), (1, 512, 8)]:
         options = {"batch_size": batch_size, "seq_len": seq_len, "rank": rank, "optimizer": optimizer}
         question = ask(model, options_of_method(method, options))
-        sizes = question.spec, model.shape, question.responses, 8 * MIB
-        assert traces.trace(*sizes) == trace_training(*sizes)
-        assert traces.measure(reserved_bytes, traces.trace(*sizes)) == reserved_bytes(trace_training(*sizes))
+        assert traces.trace(question) == trace_training(question)
+        assert traces.measure(reserved_bytes, traces.trace(question)) == reserved_bytes(trace_training(question))
 
 
 def test_the_search_for_the_largest_sizes_asks_the_allocator_seldom(monkeypatch: pytest.MonkeyPatch) -> None:

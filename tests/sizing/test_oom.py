@@ -13,7 +13,7 @@ from conftest import Command
 from peftscope.errors import InputError
 from peftscope.memory.allocator import segment_bytes
 from peftscope.memory.answer import name_of, peaks_by_formula, prepared_bytes
-from peftscope.memory.formula import trace_training
+from peftscope.memory.formula.step import trace_training
 from peftscope.memory.question import Question, ask, describe_model
 from peftscope.sizing.oom import MATH_SCORES, Refusal, diagnose, read_refusal
 from peftscope.words import GIB, MIB
@@ -103,8 +103,7 @@ RUNS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_whatever_allocation_fails_is_the_likeliest(options: dict[str, Any]) -> None:
     question = run_of("smollm2-135m", **options)
-    assert question.model.shape is not None
-    trace = trace_training(question.spec, question.model.shape, question.responses, 8_519_680)
+    trace = trace_training(question)
     live, large = 0, []
     phases = [phase for phase, first, last in trace.segments() for _ in range(first, last)]
     for event, phase in zip(trace.events, phases, strict=True):

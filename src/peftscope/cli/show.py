@@ -12,7 +12,7 @@ from rich.tree import Tree
 
 from peftscope.hardware.cards import Gpu
 from peftscope.memory.answer import Answer
-from peftscope.memory.formula import DIMENSIONS
+from peftscope.memory.formula.terms import DIMENSIONS
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
 from peftscope.models.shapes import FAMILIES
@@ -87,8 +87,12 @@ def show_answer(answer: Answer, console: Console, *, explain: bool, depth: int) 
         console.print(_module_tree(answer.modules, depth))
     if explain:
         _show_terms(answer, console)
-    console.print("assumptions:")
-    for line in answer.assumptions:
+    _show_assumptions(answer.assumptions, console)
+
+
+def _show_assumptions(lines: Sequence[str], console: Console, of: str = "") -> None:
+    console.print(f"assumptions{of}:")
+    for line in lines:
         console.print(f"  {line}", markup=False)
 
 
@@ -196,9 +200,7 @@ def show_lengths(answer: LengthsAnswer, console: Console) -> None:
         sizes = map(spoken_bytes, (one.peak_allocated_bytes, one.peak_device_bytes))
         table.add_row(f"{one.share:.0%}" if one.share else "shortest", f"{one.width:,}", *sizes)
     console.print(table)
-    console.print("assumptions:")
-    for line in answer.assumptions:
-        console.print(f"  {line}", markup=False)
+    _show_assumptions(answer.assumptions, console)
 
 
 def show_why(why: Why, console: Console) -> None:
@@ -215,9 +217,7 @@ def show_why(why: Why, console: Console) -> None:
         if changes:
             table.add_row(name, kind, spoken_bytes(second), spoken_bytes(first), difference)
     console.print(table)
-    console.print("assumptions of both:")
-    for line in why.assumptions:
-        console.print(f"  {line}", markup=False)
+    _show_assumptions(why.assumptions, console, of=" of both")
 
 
 def show_diagnosis(diagnosis: Diagnosis, console: Console) -> None:

@@ -84,7 +84,8 @@ class CachingAllocator:
             piece = pool.pop(place)[2]
             piece.free = False
         else:
-            piece = Piece(self.reserved_bytes, self._new_segment(size), pool)
+            piece = Piece(self.reserved_bytes, segment_bytes(size), pool)
+            self.reserved_bytes += piece.size
         rest = piece.size - size
         if rest >= ROUNDING_BYTES if small else rest > SMALL_REQUEST:
             offset = piece.offset + size
@@ -114,16 +115,6 @@ class CachingAllocator:
             piece = before
         piece.free = True
         insort(pool, (piece.size, piece.offset, piece))
-
-    def _new_segment(self, size: int) -> int:
-        if size <= SMALL_REQUEST:
-            length = SMALL_SEGMENT
-        elif size < MIDDLE_REQUEST:
-            length = MIDDLE_SEGMENT
-        else:
-            length = -(-size // LARGE_ROUNDING) * LARGE_ROUNDING
-        self.reserved_bytes += length
-        return length
 
 
 def reserved_bytes(trace: Trace, enough: float = inf) -> int:

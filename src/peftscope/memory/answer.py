@@ -11,23 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peftscope.errors import InputError, Problem
-from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES
+from peftscope.hardware.cards import CONTEXT_BYTES
 from peftscope.memory.allocator import reserved_bytes
 from peftscope.memory.assumptions import assumptions_of
-from peftscope.memory.formula import (
-    SOURCES,
-    TrainingTraces,
-    evaluation_sizes,
-    sizes_of,
-    trace_evaluation,
-    trace_training,
-    without_collector,
-)
 from peftscope.memory.formula.linear import WIDTHS
+from peftscope.memory.formula.step import TrainingTraces, trace_evaluation, without_collector
+from peftscope.memory.formula.terms import SOURCES, evaluation_sizes, sizes_of
 from peftscope.memory.question import Question
-from peftscope.memory.shares import RESIDENT, after_training, on_card, share_of
-from peftscope.memory.tape import factors
-from peftscope.memory.trace import KINDS, Block, Peak, Trace, by_kind
+from peftscope.memory.shares import RESIDENT, on_card, share_of
+from peftscope.memory.trace import KINDS, Block, Peak, Trace, by_kind, factors
 
 AGREEMENT_FILE = Path(__file__).with_name("agreement.json")
 """The differences between closed form and simulation. ``make agreement`` writes this file."""
@@ -138,24 +130,11 @@ def peaks_by_formula(
     if model.shape is None:
         remedy = "use --simulate, which works for every causal model of transformers"
         raise InputError(Problem("model", f"no closed form: {model.why_no_shape}", remedy))
-    cublas = question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES
-    trace = traces.trace if traces else trace_training
-    about = spec, model.shape, question.responses, cublas
-    training = None
-    if spec.method.trains:
-        training = trace(*about, padded=question.padded, loss=question.loss, saved=question.saved)
-    evaluates = evaluation or training is None
-    evaluated = None
-    if evaluates:
-        batch: dict[str, Any] = {"padded": question.padded, "saved": question.saved}
-        batch["gathered_rows"] = question.gathered_rows
-        evaluated = trace_evaluation(*about, **batch)
-    measure = traces.measure if traces else _measure
-    return peaks_of(question, training, evaluated, measure, enough, only_whether=only_whether)
-
-
-def _measure(what: Callable[..., Any], trace: Trace, *arguments: Any) -> Any:
-    return what(trace, *arguments)
+    traces = traces or TrainingTraces()
+    with without_collector():
+        training = traces.trace(question) if spec.method.trains else None
+        evaluated = trace_evaluation(question) if evaluation or training is None else None
+        return peaks_of(question, training, evaluated, traces, enough, only_whether=only_whether)
 
 
 def answer_by_formula(question: Question) -> Answer:
@@ -164,15 +143,14 @@ def answer_by_formula(question: Question) -> Answer:
     Raises:
         InputError: The closed form does not cover the model's family or the method.
     """
-    with without_collector():
-        return answer_of(question, peaks_by_formula(question), "formula")
+    return answer_of(question, peaks_by_formula(question), "formula")
 
 
 def peaks_of(
     question: Question,
     training: Trace | None,
     evaluation: Trace | None,
-    measure: Callable[..., Any] = _measure,
+    traces: TrainingTraces | None = None,
     enough: float = inf,
     *,
     only_whether: bool = False,
@@ -183,34 +161,32 @@ def peaks_of(
         question: The run, the model and the card.
         training: The training trace.
         evaluation: The evaluation trace.
-        measure: Called with a function of a trace, a trace and further arguments; may know the result already.
+        traces: Where the training trace is from, if it is kept for other questions.
         enough: As of ``peaks_by_formula``.
         only_whether: As of ``peaks_by_formula``.
     """
-    traces = [trace for trace in (training, evaluation) if trace is not None]
-    loading = _while_loading(question, traces[0])
-    later = after_training(question, traces[0])
-    fixed = {"load": loading, **later}
+    measure = (traces or TrainingTraces()).measure
+    both = [trace for trace in (training, evaluation) if trace is not None]
+    loading = _while_loading(question, both[0])
     phases = {"load": sum(block.size for block in loading)}
     places: dict[str, tuple[Trace, int]] = {}
-    for trace in traces:
+    for trace in both:
         peaks = measure(_unpaged_peaks, trace)
         phases |= {phase: peak.size for phase, peak in peaks.items()}
         if {"offload", "sharding", "master_weights"} & {*question.formula_only}:
             peaks = _unpaged_peaks(on_card(question, trace))
         places |= {phase: (trace, peak.position) for phase, peak in peaks.items()}
-    phases |= {phase: sum(block.size for block in blocks) for phase, blocks in later.items()}
 
     def alive(phase: str) -> list[Block]:
-        trace, position = places.get(phase, (traces[0], 0))
-        blocks = fixed.get(phase) or [block for block in trace.alive(position) if not block.paged]
+        trace, position = places.get(phase, (both[0], 0))
+        blocks = loading if phase == "load" else [block for block in trace.alive(position) if not block.paged]
         return share_of(question, phase, blocks) if question.shared else blocks
 
     paged = training.paged_bytes() if training and question.spec.optimizer.startswith("paged") else 0
     whole = max(phases.values())
     reserved, limits = whole, [enough] if only_whether and not question.shared else []
     if whole <= enough or question.shared:
-        reserved = max(measure(reserved_bytes, trace, *limits) for trace in traces)
+        reserved = max(measure(reserved_bytes, trace, *limits) for trace in both)
     if question.shared:
         phases = {phase: sum(block.size for block in alive(phase)) for phase in phases}
         # The bytes that the allocator holds on top of tensors shrink in proportion.
@@ -263,10 +239,7 @@ def dimensions_of(question: Question, phase: str) -> dict[str, float]:
     shape = question.model.shape
     if shape is None:
         return {}
-    if phase == "evaluate":
-        sizes = evaluation_sizes(question.spec, shape, question.responses, question.gathered_rows)
-    else:
-        sizes = sizes_of(question.spec, shape, question.responses)
+    sizes = evaluation_sizes(question) if phase == "evaluate" else sizes_of(question)
     return {**sizes, "1/G": 1 / question.gpus}
 
 

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES
+from peftscope.hardware.cards import CONTEXT_BYTES
 from peftscope.memory.question import Question
 from peftscope.words import MIB
 
@@ -39,13 +39,8 @@ def _given(fields: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def assumptions_of(question: Question) -> list[str]:
     """Returns the assumptions behind the answer, given or by default, one sentence each."""
-    model, spec, responses, gpu, gpus = (
-        question.model,
-        question.spec,
-        question.responses,
-        question.gpu,
-        question.gpus,
-    )
+    model, spec, gpu, gpus = question.model, question.spec, question.gpu, question.gpus
+    cublas = question.cublas_bytes / MIB
     kept = "kept until the next step as in a plain script" if spec.keeps_logits else "freed before the backward pass"
     packed = "a block-diagonal mask"
     if spec.attention == "flash_attention_2":
@@ -53,7 +48,6 @@ def assumptions_of(question: Question) -> list[str]:
     padding = "padded batches" if question.padded else "no padding in the longest batch"
     if spec.loss_path == "hf" and spec.attention == "sdpa":
         padding += ", with a mask for SDPA" if question.padded else ", and so no mask"
-    cublas = (gpu.cublas_bytes if gpu else CUBLAS_BYTES) / MIB
     lines = [
         f"method {spec.method.name}: " + ", ".join(f"{k}={v}" for k, v in _given(spec.method.model_dump(mode="json"))),
         f"batch_size={spec.batch_size}, seq_len={spec.seq_len} for every sequence (the longest batch decides), "
@@ -62,7 +56,7 @@ def assumptions_of(question: Question) -> list[str]:
         + (f" ({spec.optimizer_implementation})" if spec.optimizer in ("adamw", "sgd") else ""),
         f"loss_path=hf: logits of every position, {kept}; runs of this project compute only those of responses"
         if spec.loss_path == "hf"
-        else f"loss_path=response_only: logits of {responses} positions per sequence",
+        else f"loss_path=response_only: logits of {question.responses} positions per sequence",
         f"packing=True: {packed}" if spec.packing else f"packing=False: {padding}",
         f"attention={spec.attention}, checkpointing={spec.checkpointing}",
         _evaluation(question),
@@ -75,11 +69,11 @@ def assumptions_of(question: Question) -> list[str]:
         lines.append(f"CUDA context of {CONTEXT_BYTES / MIB:.0f} MiB, measured on an A100; other cards differ")
     else:
         lines.append(f"CUDA context of {gpu.context_bytes / MIB:.0f} MiB, measured on this type of card")
-    if question.loss == "liger":
+    if question.beside.loss == "liger":
         lines.append(
             "loss=liger (stand-in): allocates what liger-kernel 0.8.5 allocates, ops/fused_linear_cross_entropy.py"
         )
-    if question.loss == "cut-cross-entropy":
+    if question.beside.loss == "cut-cross-entropy":
         lines.append("loss=cut-cross-entropy (formula only): cut-cross-entropy 25.1.1, cce.py and cce_backward.py")
     if question.saved:
         copies, width = " and ".join(question.saved), question.beside.modules_to_save_dtype
@@ -105,7 +99,7 @@ def assumptions_of(question: Question) -> list[str]:
 
 
 def _formula_only_lines(question: Question) -> list[str]:
-    """Returns what is assumed about offloads, 4-bit shards and the phases after the training."""
+    """Returns what is assumed about master weights, 4-bit shards and offloads."""
     beside, lines = question.beside, []
     if beside.master_weights == "fp32":
         lines.append(
@@ -131,8 +125,4 @@ def _formula_only_lines(question: Question) -> list[str]:
             "offload=parameters (formula only): weights, gradients and states on the host, two layers at a time on the "
             "card, as in ZeRO-3 and FSDP's CPUOffloadPolicy"
         )
-    if beside.after_training != "nothing":
-        lines.append("save (formula only): beside what the training keeps, one tensor after another goes to the host")
-    if beside.after_training == "merge":
-        lines.append("merge (formula only): in a process of its own, by PEFT, layer by layer, on the base as it is")
     return lines

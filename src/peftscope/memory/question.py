@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import parse_json, read_text
 from peftscope.files.hub import mirrored
-from peftscope.hardware.cards import Gpu
+from peftscope.hardware.cards import CUBLAS_BYTES, Gpu
 from peftscope.memory.beside import BESIDE_OPTIONS, Beside, check_beside
 from peftscope.memory.regimes import REGIMES, settings_of
 from peftscope.methods import METHODS
@@ -56,6 +56,13 @@ SPEC_OPTIONS = (
     "eval_batch_size",
 )
 """The options that are fields of the spec."""
+
+
+def options_of(spec: RunSpec) -> dict[str, Any]:
+    """Returns a run as options of ``ask``."""
+    options = {name: getattr(spec, name) for name in SPEC_OPTIONS}
+    options |= {name: getattr(spec.method, name) for name in METHOD_OPTIONS if hasattr(spec.method, name)}
+    return {"method": spec.method.name, **options}
 
 
 DEFAULTS: dict[str, Any] = {"batch_size": 1, "seq_len": 512, "precision": "bf16", "loss_path": "hf"}
@@ -113,9 +120,9 @@ class Question:
         return self.beside.padding == "some"
 
     @property
-    def loss(self) -> str:
-        """The implementation of the loss."""
-        return self.beside.loss
+    def cublas_bytes(self) -> int:
+        """The size of cuBLAS's workspace on the card."""
+        return self.gpu.cublas_bytes if self.gpu else CUBLAS_BYTES
 
     @property
     def saved(self) -> dict[str, str]:
@@ -137,7 +144,6 @@ class Question:
             "sharding": self.gpus > 1 and beside.sharding == "fsdp2",
             "master_weights": beside.master_weights == "fp32",
             "offload": beside.offload != "none",
-            "after_training": beside.after_training != "nothing",
         }
         return [option for option, is_asked in asked.items() if is_asked]
 

@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from peftscope.data.batching import Batch
 from peftscope.errors import InputError, Problem, shown
-from peftscope.hardware.cards import CUBLAS_BYTES
 from peftscope.memory.answer import Answer, Peaks, answer_of, peaks_of
 from peftscope.memory.as_on_cuda import FLASH_STAND_IN, as_on_cuda, dequantised_bytes, drop_as_on_cuda, fuse_loss
 from peftscope.memory.formula.step import PAGED_FROM_VALUES
@@ -185,8 +184,8 @@ def peaks_by_simulation(question: Question, *, evaluation: bool = True) -> Peaks
             config,
             [batch, batch] if spec.method.trains else [],
             evaluation_batch if evaluation or not spec.method.trains else None,
-            question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES,
-            question.loss,
+            question.cublas_bytes,
+            question.beside.loss,
             question.saved,
         )
     except Exception as error:  # any model may fail in its own way, and the user needs one line

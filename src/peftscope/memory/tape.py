@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import heapq
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from fractions import Fraction
-from functools import cache
-from math import prod
 from typing import Any
 
-from peftscope.memory.trace import Block, Trace, rounded
+from peftscope.memory.trace import Block, Trace, bytes_of, spoken_width
 
 Dims = tuple[str, ...]
 
@@ -110,35 +107,6 @@ class _RecomputedError(Exception):
     """Ends a rerun once everything needed was saved, as torch's ``_StopRecomputationError`` does."""
 
 
-def _spoken_width(width: float) -> str:
-    """Returns the bytes per element as text. Shared constants take less than a byte and are shown as a fraction.
-
-    >>> _spoken_width(2), _spoken_width(0.5), _spoken_width(1 / 64)
-    ('2', '0.5', '1/64')
-    """
-    return f"{width:g}" if width >= 0.1 else str(Fraction(width).limit_denominator(2**20))
-
-
-def bytes_of(width: float, dims: Iterable[str], sizes: Mapping[str, float]) -> int:
-    """Returns the bytes of a tensor, rounded up as the allocator does.
-
-    >>> bytes_of(0.5, ["h", "h"], {"h": 64})
-    2048
-    """
-    return rounded(int(-(-prod(sizes[name] for name in dims) * width // 1)))
-
-
-@cache
-def factors(formula: str) -> tuple[float, list[str]]:
-    """Returns the bytes per element and the named dimensions of a block's formula.
-
-    >>> factors("1/64·h·q")
-    (0.015625, ['h', 'q'])
-    """
-    width, *names = formula.split("·")
-    return float(Fraction(width)), names
-
-
 def _needs_gradient(inputs: Sequence[Shaped]) -> bool:
     return any(tensor.node is not None for tensor in inputs)
 
@@ -191,11 +159,15 @@ class Tape:
         size, formula = self._known.get((dims, width)) or self.measure(dims, width)
         return Shaped(Storage(self.trace, Block(size, kind, module, term, formula)), dims, width)
 
+    def last_of(self, number: int, dims: Dims, width: float, term: str = "") -> Shaped:
+        """Returns the last of so many tensors, of which all are there before the others go."""
+        return [self.new(dims, width, term=term) for _ in range(number)][-1]
+
     def measure(self, dims: Dims, width: float) -> tuple[int, str]:
         """Returns the bytes of a tensor, rounded up as the allocator does, and their formula."""
         known = self._known.get((dims, width))
         if known is None:
-            formula = "·".join([_spoken_width(width), *sorted(dims, key=_LETTERS.index)])
+            formula = "·".join([spoken_width(width), *sorted(dims, key=_LETTERS.index)])
             known = (bytes_of(width, dims, self.sizes), formula)
             self._known[dims, width] = known
         return known

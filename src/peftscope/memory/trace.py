@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cache
 from itertools import accumulate, pairwise
+from math import prod
 
 ROUNDING_BYTES = 512
 """The CUDA caching allocator rounds every block up to a multiple of this."""
-
-STEP_PHASES = ("forward", "backward", "optimizer")
-PHASES = (*STEP_PHASES, "evaluate")
-"""The phases that a trace can contain. Loading comes before them and is a formula."""
 
 KINDS = (
     "weights",
@@ -40,6 +39,35 @@ def rounded(size: int) -> int:
     (512, 512, 0)
     """
     return -(-size // ROUNDING_BYTES) * ROUNDING_BYTES
+
+
+def spoken_width(width: float) -> str:
+    """Returns the bytes per element as text. Shared constants take less than a byte and are shown as a fraction.
+
+    >>> spoken_width(2), spoken_width(0.5), spoken_width(1 / 64)
+    ('2', '0.5', '1/64')
+    """
+    return f"{width:g}" if width >= 0.1 else str(Fraction(width).limit_denominator(2**20))
+
+
+def bytes_of(width: float, dims: Iterable[str], sizes: Mapping[str, float]) -> int:
+    """Returns the bytes of a tensor, rounded up as the allocator does.
+
+    >>> bytes_of(0.5, ["h", "h"], {"h": 64})
+    2048
+    """
+    return rounded(int(-(-prod(sizes[name] for name in dims) * width // 1)))
+
+
+@cache
+def factors(formula: str) -> tuple[float, list[str]]:
+    """Returns the bytes per element and the named dimensions of a block's formula.
+
+    >>> factors("1/64·h·q")
+    (0.015625, ['h', 'q'])
+    """
+    width, *names = formula.split("·")
+    return float(Fraction(width)), names
 
 
 @dataclass(slots=True)

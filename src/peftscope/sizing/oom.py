@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from peftscope.errors import InputError, Problem
-from peftscope.hardware.cards import CUBLAS_BYTES, Gpu
+from peftscope.hardware.cards import Gpu
 from peftscope.memory.allocator import MIDDLE_SEGMENT, SMALL_SEGMENT, segment_bytes
 from peftscope.memory.answer import Peaks, dimensions_of, name_of, peaks_by_formula, peaks_of, prepared_bytes, term_of
-from peftscope.memory.formula import SOURCES, trace_evaluation, trace_training
-from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Question
-from peftscope.memory.tape import bytes_of
-from peftscope.memory.trace import Block, Trace, by_kind
-from peftscope.sizing.fit import Fit, Search
+from peftscope.memory.formula.step import trace_evaluation, trace_training
+from peftscope.memory.formula.terms import SOURCES
+from peftscope.memory.question import Question, options_of
+from peftscope.memory.trace import Block, Trace, by_kind, bytes_of
+from peftscope.sizing.fit import Fit, Needs, Search
 from peftscope.words import GIB, MIB, spoken_bytes
 
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": MIB, "GiB": GIB, "TiB": 1 << 40}
@@ -160,21 +160,15 @@ def diagnose(question: Question, refusal: Refusal) -> Diagnosis:
     Raises:
         InputError: The closed form does not cover the method or the model.
     """
-    model, spec = question.model, question.spec
-    if spec.method.closed_form is None or model.shape is None:
+    spec = question.spec
+    if not question.has_closed_form:
         where = "method" if spec.method.closed_form is None else "model"
         remedy = "peftscope memory --simulate says what the run takes"
         raise InputError(Problem(where, "its single allocations are known from the closed form only", remedy))
     if question.gpus > 1:
         raise InputError(Problem("gpus", f"allocations are known on one card only (got {question.gpus})"))
-    cublas = question.gpu.cublas_bytes if question.gpu else CUBLAS_BYTES
-    about = spec, model.shape, question.responses, cublas
-    training = None
-    if spec.method.trains:
-        training = trace_training(*about, padded=question.padded, loss=question.loss, saved=question.saved)
-    batch: dict[str, Any] = {"padded": question.padded, "saved": question.saved}
-    batch["gathered_rows"] = question.gathered_rows
-    evaluation = trace_evaluation(*about, **batch)
+    training = trace_training(question) if spec.method.trains else None
+    evaluation = trace_evaluation(question)
     peaks = peaks_of(question, training, evaluation)
     every = [
         *_loaded(question, peaks),
@@ -312,12 +306,9 @@ def _about_room(peaks: Peaks, refusal: Refusal, fit: Fit | None) -> list[str]:
 
 def _fit(question: Question, capacity: int) -> Fit:
     """Returns what fits on the card of the text."""
-    spec = question.spec
-    options = {name: getattr(spec, name) for name in SPEC_OPTIONS}
-    options |= question.beside.model_dump(exclude={"as_trainer"})
-    options |= {name: getattr(spec.method, name) for name in METHOD_OPTIONS if hasattr(spec.method, name)}
+    options = options_of(question.spec) | question.beside.model_dump(exclude={"as_trainer"})
     card = replace(question.gpu, memory_bytes=capacity) if question.gpu else Gpu("the card", capacity)
-    return Search(question.model, spec.method.name, options, card).fit()
+    return Search(question.model, question.spec.method.name, options, Needs(card)).fit()
 
 
 def _changes(question: Question, fit: Fit) -> list[str]:

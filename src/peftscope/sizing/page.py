@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from peftscope.errors import InputError
 from peftscope.hardware.cards import GPUS, find_gpu
 from peftscope.memory.answer import Peaks, answer_of, peaks_by_formula
-from peftscope.memory.formula import without_collector
+from peftscope.memory.formula.step import without_collector
 from peftscope.memory.question import (
     BESIDE_OPTIONS,
     DEFAULTS,

@@ -10,10 +10,9 @@ from typing import Any
 from peftscope.memory.answer import Peaks, Term, dimensions_of, prepared_bytes, term_of, terms_of
 from peftscope.memory.assumptions import assumptions_of
 from peftscope.memory.beside import BESIDE_OPTIONS
-from peftscope.memory.formula import DIMENSIONS, SOURCES
+from peftscope.memory.formula.terms import DIMENSIONS, SOURCES
 from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Question
-from peftscope.memory.tape import factors
-from peftscope.memory.trace import KINDS, by_kind
+from peftscope.memory.trace import KINDS, by_kind, factors
 from peftscope.methods import METHODS
 from peftscope.words import capitalised, listed, spoken_bytes, spoken_number
 
@@ -35,8 +34,6 @@ PHASE_NAMES = {
     "backward": "the backward pass",
     "optimizer": "the optimizer step",
     "evaluate": "the evaluation",
-    "save": "saving",
-    "merge": "merging",
 }
 
 

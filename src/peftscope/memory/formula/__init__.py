@@ -3,18 +3,3 @@
 Written against transformers 5.24, peft 0.21 and bitsandbytes 0.50: each function names the code that it stands for.
 It is checked against the simulator, which runs that code itself, and answers at once.
 """
-
-from peftscope.memory.formula.step import TrainingTraces, trace_evaluation, trace_training, without_collector
-from peftscope.memory.formula.terms import DIMENSIONS, OPTIMIZER_COPY, SOURCES, evaluation_sizes, sizes_of
-
-__all__ = [
-    "DIMENSIONS",
-    "OPTIMIZER_COPY",
-    "SOURCES",
-    "TrainingTraces",
-    "evaluation_sizes",
-    "sizes_of",
-    "trace_evaluation",
-    "trace_training",
-    "without_collector",
-]

@@ -36,15 +36,7 @@ def _norm(model: TapedModel, name: str, x: Shaped, groups: str = "1") -> Shaped:
     tape.module = name
     x = tape.cast(x, 4, "32-bit copy of a norm's input")
     dims, narrow = x.dims, (*x.dims[:-1], groups)
-
-    def square_backward(_: list[Any], __: Sequence[Any]) -> Gradients:
-        power = tape.new(dims, 4)
-        doubled = tape.new(dims, 4)
-        result = tape.new(dims, 4)
-        del power, doubled
-        return [result]
-
-    square = tape.op([x], dims, 4, square_backward, (x,))
+    square = tape.op([x], dims, 4, lambda *_: [tape.last_of(3, dims, 4)], (x,))
     mean = tape.op([square], narrow, 4)
     del square
     root = tape.op([mean], narrow, 4, None, ())
@@ -75,14 +67,7 @@ def _rotate(model: TapedModel, x: Shaped, cos: Shaped, sin: Shaped) -> Shaped:
 def _rotate_half(tape: Tape, x: Shaped) -> Shaped:
     dims, width = x.dims, x.width
     half = tape.new(dims, width / 2)
-
-    def backward(_: list[Any], __: Sequence[Any]) -> Gradients:
-        one = tape.new(dims, width)
-        two = tape.new(dims, width)
-        del one
-        return [two]
-
-    output = tape.op([x], dims, width, backward)
+    output = tape.op([x], dims, width, lambda *_: [tape.last_of(2, dims, width)])
     del half
     return output
 
@@ -161,7 +146,7 @@ def _sdpa(model: TapedModel, query: Shaped, key: Shaped, value: Shaped, mask: Sh
         query, key, value = (tape.cast(x, 2, "16-bit copy for the attention kernel") for x in (query, key, value))
     grouped, head_dim = model.grouped and mask is None, model.shape.head_dim
     kernel = attention_kernel(query.width, head_dim, masked=mask is not None, grouped=grouped)
-    if model.on_cuda and kernel == "math":
+    if kernel == "math":
         return _math_attention(model, query, key, value, mask)
     if mask is not None:
         additive = tape.new(mask.dims, query.width, term="additive mask of each layer")

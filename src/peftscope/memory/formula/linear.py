@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from peftscope.memory.question import Question
 from peftscope.memory.tape import Dims, Gradients, Shaped, Tape
 from peftscope.memory.trace import Block
-from peftscope.models.shapes import LinearLayer, ModelShape, is_named, module_path
-from peftscope.spec import RunSpec
+from peftscope.models.shapes import LinearLayer, is_named, module_path
 
 WIDTHS = {"fp32": 4, "bf16": 2, "amp": 4}
 """Bytes of a weight in each precision."""
@@ -45,10 +45,11 @@ class TapedModel:
         loss: The implementation of the loss of a training step: plain, liger or cut-cross-entropy.
     """
 
-    def __init__(
-        self, spec: RunSpec, shape: ModelShape, sizes: dict[str, int], cublas_bytes: int, saved: Mapping[str, str]
-    ) -> None:
-        self.spec, self.shape, self.method, self.saved = spec, shape, spec.method, saved
+    def __init__(self, question: Question, sizes: dict[str, int]) -> None:
+        spec, shape = question.spec, question.model.shape
+        assert shape is not None
+        self.spec, self.shape, self.method = spec, shape, spec.method
+        self.saved, self.padded, self.loss = question.saved, question.padded, question.beside.loss
         self.values: dict[str, Any] = spec.method.model_dump()
         assert self.method.closed_form is not None
         self.form = self.method.closed_form
@@ -67,11 +68,9 @@ class TapedModel:
         self.full = self.method.trains_base
         self.weights: dict[str, Shaped] = {}
         self.grouped = shape.num_heads != shape.num_kv_heads
-        self.on_cuda = cublas_bytes > 0
-        if self.on_cuda:  # the backward pass has a thread of its own, with a handle and a workspace of its own
-            for _ in range(2 if spec.method.trains else 1):
-                self.tape.trace.born(Block(cublas_bytes, "kernel workspace", term="cuBLAS workspace"))
-        self.loss = "plain"
+        # The backward pass has a thread of its own, with a handle and a workspace of its own.
+        for _ in range(2 if spec.method.trains else 1):
+            self.tape.trace.born(Block(question.cublas_bytes, "kernel workspace", term="cuBLAS workspace"))
         self.past: Any = None  # of prefix tuning: its keys and values
         self.cache: list[Shaped] = []  # and what transformers' cache keeps as long as its output lives
         _make_weights(self)
@@ -190,9 +189,8 @@ def _base_linear(model: TapedModel, path: str, layer: LinearLayer, x: Shaped) ->
     x_dims = x.dims
     narrow = tape.cast(x, compute)  # lives while the kernel runs
     output = tape.op([narrow], dims, compute, backward, term=f"output of {layer.name}")
-    if model.on_cuda:
-        size, formula = tape.measure((outputs, inputs), 2)
-        tape.trace.pass_by(Block(size, "kernel workspace", path, "dequantised weights of one layer", formula))
+    size, formula = tape.measure((outputs, inputs), 2)
+    tape.trace.pass_by(Block(size, "kernel workspace", path, "dequantised weights of one layer", formula))
     del narrow
     return tape.cast(output, x.width)
 
@@ -209,10 +207,10 @@ def _drops(model: TapedModel) -> bool:
 
 
 def _dropped(model: TapedModel, x: Shaped) -> Shaped:
-    """Stands for ``torch.nn.Dropout``: CUDA keeps one byte an element for the backward pass, a CPU the factors."""
+    """Stands for ``torch.nn.Dropout``: CUDA keeps one byte an element for the backward pass."""
     if not _drops(model):
         return x
-    mask = model.tape.new(x.dims, 1 if model.on_cuda else x.width, term="dropout mask")
+    mask = model.tape.new(x.dims, 1, term="dropout mask")
     return model.tape.multiply(x, mask, "input of A after dropout")
 
 
@@ -228,11 +226,10 @@ def _lora_linear(model: TapedModel, path: str, layer: LinearLayer, x: Shaped) ->
     before = result.width
     if model.quantization:
         result = tape.scale(result)  # the clone; its gradient passes through
-        # PEFT asks for the state of CUDA's autocast, whatever the device.
-        converts = not (tape.autocast and model.on_cuda)
-        x = _adapter_input(model, x) if converts else x
+        # Under CUDA's autocast, PEFT's 4-bit layers leave out their casts.
+        x = x if tape.autocast else _adapter_input(model, x)
         update = tape.scale(_low_rank(model, path, _dropped(model, x), outputs))
-        update = tape.cast(update, before) if converts else update
+        update = update if tape.autocast else tape.cast(update, before)
         return tape.add(result, update)
     x = _adapter_input(model, x)
     result = tape.add(result, tape.scale(_low_rank(model, path, _dropped(model, x), outputs)))
@@ -283,11 +280,8 @@ def _dora_norm(tape: Tape, product: Shaped, weight: Shaped) -> Shaped:
     del scaled
     norm = tape.new(dims[:1], width)
 
-    def backward(_: list[Any], __: Sequence[Any]) -> Gradients:
-        direction = tape.new(dims, width, term="temporary of DoRA's norm")
-        result = tape.new(dims, width, term="temporary of DoRA's norm")
-        del direction
-        return [result]
+    def backward(*_: Any) -> Gradients:
+        return [tape.last_of(2, dims, width, "temporary of DoRA's norm")]
 
     tape.record([total], [norm], backward, (total, norm.storage))
     return norm

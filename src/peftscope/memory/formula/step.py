@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
-from types import MappingProxyType
 from typing import Any
 
 from peftscope.memory.formula.decoder import keep_positions, run_decoder, run_head
 from peftscope.memory.formula.fused import fused_loss
 from peftscope.memory.formula.linear import TapedModel
 from peftscope.memory.formula.terms import GATHERED, OPTIMIZER_COPY, evaluation_sizes, sizes_of
-from peftscope.memory.tape import Shaped, bytes_of, factors
-from peftscope.memory.trace import Block, Trace
-from peftscope.models.shapes import ModelShape
-from peftscope.spec import RunSpec
+from peftscope.memory.question import Question
+from peftscope.memory.tape import Shaped
+from peftscope.memory.trace import Block, Trace, bytes_of, factors
 
 STATE_BLOCK = 256
 """Values that share one constant in bitsandbytes' 8-bit optimizer states."""
@@ -33,31 +31,13 @@ PAGED_FROM_VALUES = 100_000
 """bitsandbytes pages the states of tensors with at least so many values."""
 
 
-def trace_training(
-    spec: RunSpec,
-    shape: ModelShape,
-    responses: int,
-    cublas_bytes: int = 0,
-    *,
-    padded: bool = True,
-    loss: str = "plain",
-    saved: Mapping[str, str] = MappingProxyType({}),
-) -> Trace:
+def trace_training(question: Question) -> Trace:
     """Returns the trace of two training steps on batches of ``spec.batch_size`` sequences of ``spec.seq_len`` tokens.
 
-    Args:
-        spec: The run.
-        shape: Of its base model.
-        responses: Positions of a sequence that carry a loss.
-        cublas_bytes: Size of cuBLAS's workspace; above 0 the trace also has what kernels take inside on CUDA.
-        padded: Whether the batch has padding.
-        loss: The implementation of the loss: plain, liger or cut-cross-entropy.
-        saved: The modules of which a copy is trained in full, and its precision: base or fp32.
+    It has what kernels take inside on CUDA.
     """
     with without_collector():
-        model = TapedModel(spec, shape, sizes_of(spec, shape, responses), cublas_bytes, saved)
-        model.loss = loss
-        return _train(model, padded=padded)
+        return _train(TapedModel(question, sizes_of(question)))
 
 
 class TrainingTraces:
@@ -74,11 +54,11 @@ class TrainingTraces:
         self._measured: dict[Any, Any] = {}
         self._last: tuple[Trace, Any] | None = None
 
-    def trace(self, spec: RunSpec, shape: ModelShape, responses: int, cublas_bytes: int = 0, **batch: Any) -> Trace:
+    def trace(self, question: Question) -> Trace:
         """Returns what ``trace_training`` returns."""
-        key = f"{_operations(spec)} {shape!r} {cublas_bytes} {batch}"
+        key = f"{_operations(question)} {question.model.shape!r} {question.cublas_bytes}"
         if key not in self._traces:
-            trace = trace_training(spec, shape, responses, cublas_bytes, **batch)
+            trace = trace_training(question)
             # Methods that do the same operations on the same tensors, as LoRA and rsLoRA do, share what is reserved.
             same = tuple(trace.events), tuple((b.formula or b.size, b.paged) for b in trace.blocks)
             number = self._numbers.setdefault(same, len(self._numbers))
@@ -87,7 +67,7 @@ class TrainingTraces:
             once = {id(block): block for block in trace.blocks if block.formula}  # both steps share theirs
             self._traces[key] = trace, number, list(once.values())
         trace, number, blocks = self._traces[key]
-        sizes = sizes_of(spec, shape, responses)
+        sizes = sizes_of(question)
         formulas = {formula: bytes_of(*factors(formula), sizes) for formula in self._formulas[number]}
         for block in blocks:
             block.size = formulas[block.formula]
@@ -107,9 +87,9 @@ class TrainingTraces:
         return found
 
 
-def _operations(spec: RunSpec) -> str:
+def _operations(question: Question) -> str:
     """Returns what decides which operations a run's training step does; methods that do the same have the same."""
-    method = spec.method
+    spec, method = question.spec, question.spec.method
     # A rank decides which states bitsandbytes keeps in 8 bits or pages.
     ranks = {"rank", "init_r", "target_r"} if spec.optimizer in ("adamw", "sgd") else set()
     fields = method.model_dump(exclude={*ranks, *NO_OPERATIONS})
@@ -118,27 +98,18 @@ def _operations(spec: RunSpec) -> str:
     rescales = type(method).rescales_input, method.quantization()
     repeats = min(spec.gradient_accumulation, 2)
     batch = {"batch_size", "eval_batch_size", "seq_len", "gradient_accumulation", "method"}
-    return f"{spec.model_dump_json(exclude=batch)} {repeats} {of_method} {of_class} {rescales}"
+    beside = question.padded, question.beside.loss, question.saved
+    return f"{spec.model_dump_json(exclude=batch)} {repeats} {of_method} {of_class} {rescales} {beside}"
 
 
-def trace_evaluation(
-    spec: RunSpec,
-    shape: ModelShape,
-    responses: int,
-    cublas_bytes: int = 0,
-    *,
-    padded: bool = True,
-    saved: Mapping[str, str] = MappingProxyType({}),
-    gathered_rows: int = 0,
-) -> Trace:
+def trace_evaluation(question: Question) -> Trace:
     """Returns the trace of the held-out loss on ``spec.eval_batch_size`` sequences of ``spec.seq_len`` tokens.
 
     With ``gathered_rows`` it is the evaluation of transformers' Trainer that gathers the logits of so many sequences.
     """
     with without_collector():
-        sizes = evaluation_sizes(spec, shape, responses, gathered_rows)
-        model = TapedModel(spec, shape, sizes, cublas_bytes, saved)
-        return _evaluate_and_gather(model, padded=padded) if gathered_rows else _evaluate(model, padded=padded)
+        model = TapedModel(question, evaluation_sizes(question))
+        return _evaluate(model, gathers=question.gathered_rows > 0)
 
 
 @contextmanager
@@ -179,12 +150,12 @@ def _masked(model: TapedModel, needed: bool) -> bool:
     return kernel == "eager" or (kernel == "sdpa" and (needed or not model.method.mask_free_attention))
 
 
-def _train(model: TapedModel, *, padded: bool) -> Trace:
+def _train(model: TapedModel) -> Trace:
     """Returns the trace of two steps: optimizer states appear in the first, the second is the steady one."""
     tape, spec = model.tape, model.spec
     batch = [tape.new(("T",), 8, "temporaries", "batch") for _ in range(3)]
     trained = [w for w in model.weights.values() if w.node is not None]
-    masked = _masked(model, spec.packing or (spec.loss_path == "hf" and padded))
+    masked = _masked(model, spec.packing or (spec.loss_path == "hf" and model.padded))
     start = len(tape.trace.events)
     held: Shaped | None = None
     for _ in range(min(spec.gradient_accumulation, 2)):  # any later one is like the second
@@ -272,60 +243,42 @@ def _state(model: TapedModel, weight: Shaped, width: float, term: str) -> Shaped
     return state
 
 
-def _evaluate(model: TapedModel, *, padded: bool) -> Trace:
-    """Returns the trace of the held-out loss on one batch."""
-    tape = model.tape
-    tape.training = False
-    for weight in model.weights.values():
-        weight.node = None
-    tape.trace.begin("evaluate")
-    hidden = run_decoder(model, masked=_masked(model, padded))
-    logits = run_head(model, hidden, kept=True)
-    del hidden
-    tape.casts.clear()
-    model.cache.clear()
-    tape.module = "loss"
-    wide = tape.cast(logits, 4, "logits in 32 bits")
-    logs = tape.new(("N", "V"), 4, term="log-softmax of the logits")
-    del logits, wide, logs
-    tape.trace.begin("")
-    tape.trace.name_open_blocks()
-    return tape.trace
+def _evaluate(model: TapedModel, *, gathers: bool) -> Trace:
+    """Returns the trace of the held-out loss on one batch, or of the last batch of an evaluation that gathers logits.
 
-
-def _evaluate_and_gather(model: TapedModel, *, padded: bool) -> Trace:
-    """Returns the trace of the last batch of ``Trainer.evaluation_loop``, whose logits go to those of all before it.
-
-    The optimizer's states are there, since the evaluation interrupts the training. accelerate makes logits under
-    autocast fp32. The loop's variable holds the logits of the batch before until there are new ones, and
-    ``nested_concat`` writes all of them into a new tensor.
+    Such an evaluation, ``Trainer.evaluation_loop``, interrupts the training, so that the optimizer's states are there.
+    It computes logits of all positions, which accelerate makes fp32 under autocast. Its variable holds the logits of
+    the batch before until there are new ones, and ``nested_concat`` writes all of them into a new tensor.
 
     Source: transformers 5.24, trainer.py:2986 to 3049 and trainer_pt_utils.py:371; accelerate, ``convert_to_fp32``.
     """
     tape = model.tape
     trained = [weight for weight in model.weights.values() if weight.node is not None]
-    states = _states_of(model, trained)
+    states = _states_of(model, trained) if gathers else []
     tape.training = False
     for weight in trained:
         weight.node = None
     width = 4 if tape.autocast else model.head.width
     tape.trace.begin("evaluate")
     tape.module = "loss"
-    before = tape.new(("N", "V"), width, term="logits") if model.sizes["F"] else None
-    held = tape.new(("F", "V"), width, term=GATHERED)
-    hidden = run_decoder(model, masked=_masked(model, padded))
-    logits = run_head(model, hidden, kept=False)
+    before = tape.new(("N", "V"), width, term="logits") if gathers and model.sizes["F"] else None
+    held = tape.new(("F", "V"), width, term=GATHERED) if gathers else None
+    hidden = run_decoder(model, masked=_masked(model, model.padded))
+    logits = run_head(model, hidden, kept=not gathers)
     del hidden
     tape.casts.clear()
     model.cache.clear()
     tape.module = "loss"
     wide = tape.cast(logits, 4, "logits in 32 bits")
     logs = tape.new(("N", "V"), 4, term="log-softmax of the logits")
-    del wide, logs
-    logits = tape.cast(logits, width, "logits in 32 bits")
-    del before
-    everything = tape.new(("E", "V"), width, term=GATHERED)
-    del held, logits, everything, states
+    if gathers:
+        del wide, logs
+        logits = tape.cast(logits, width, "logits in 32 bits")
+        del before
+        tape.new(("E", "V"), width, term=GATHERED)
+        del held, logits, states
+    else:
+        del logits, wide, logs
     tape.trace.begin("")
     tape.trace.name_open_blocks()
     return tape.trace

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from peftscope.memory.kernels import liger_chunk
-from peftscope.models.shapes import ModelShape
-from peftscope.spec import RunSpec
+from peftscope.memory.question import Question
 
 DIMENSIONS = {
     "B": "batch size",
@@ -77,7 +76,6 @@ SOURCES = {
     "weights fetched from the host": "formula only: ZeRO-Offload, FSDP's CPUOffloadPolicy: two whole blocks at a time",
     "weights outside of layers, gathered in a pass": "formula only: torch fully_shard, whose root stays gathered",
     "gradients of a layer on their way to other cards or the host": "formula only: torch foreach_reduce, with a copy",
-    "update of the largest layer, and its sum with the weight": "formula only: peft lora.Linear.merge",
     "cuBLAS workspace": "torch CublasHandlePool",
     "B·A of DoRA": "peft DoraLinearLayer.get_lora_weight",
     "identity matrix of DoRA": "peft DoraLinearLayer.get_lora_weight",
@@ -92,13 +90,15 @@ SOURCES = {
 """The code that each term, or else each kind, stands for."""
 
 
-def sizes_of(spec: RunSpec, shape: ModelShape, responses: int, batch_size: int | None = None) -> dict[str, int]:
+def sizes_of(question: Question, batch_size: int | None = None) -> dict[str, int]:
     """Returns the value of every named dimension, for sequences of ``spec.seq_len`` tokens."""
+    spec, shape = question.spec, question.model.shape
+    assert shape is not None
     batch = spec.batch_size if batch_size is None else batch_size
     virtual = getattr(spec.method, "virtual_tokens", 0)
     prefix = virtual - spec.method.logit_offset()
     length = spec.seq_len + virtual - prefix
-    kept = batch * (responses if spec.loss_path == "response_only" else length)
+    kept = batch * (question.responses if spec.loss_path == "response_only" else length)
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     return {
         "1": 1,
@@ -126,13 +126,13 @@ def sizes_of(spec: RunSpec, shape: ModelShape, responses: int, batch_size: int |
     }
 
 
-def evaluation_sizes(spec: RunSpec, shape: ModelShape, responses: int, gathered_rows: int = 0) -> dict[str, int]:
+def evaluation_sizes(question: Question) -> dict[str, int]:
     """Returns the same for a batch of the evaluation, which computes logits at response positions only.
 
-    An evaluation that gathers the logits of so many rows computes those of all positions.
+    An evaluation that gathers logits computes those of all positions.
     """
-    sizes = sizes_of(spec, shape, responses, spec.eval_batch_size)
-    if not gathered_rows:
-        return {**sizes, "N": spec.eval_batch_size * responses}
-    earlier = max(0, gathered_rows - spec.eval_batch_size)
-    return {**sizes, "N": sizes["T"], "E": gathered_rows * sizes["S"], "F": earlier * sizes["S"]}
+    batch, rows = question.spec.eval_batch_size, question.gathered_rows
+    sizes = sizes_of(question, batch)
+    if not rows:
+        return {**sizes, "N": batch * question.responses}
+    return {**sizes, "N": sizes["T"], "E": rows * sizes["S"], "F": max(0, rows - batch) * sizes["S"]}
