@@ -16,7 +16,8 @@ from peftscope.memory.answer import AGREEMENT_FILE, peaks_by_formula
 from peftscope.memory.formula.terms import DIMENSIONS
 from peftscope.memory.question import ask, describe_model
 from peftscope.models.presets import PRESETS
-from peftscope.sizing.fit import ADVICE, Fit, fit_methods, mildest_change
+from peftscope.sizing.changes import ADVICE, mildest_change
+from peftscope.sizing.fit import Fit, fit_methods
 from peftscope.words import GIB, MIB, spoken_bytes
 
 

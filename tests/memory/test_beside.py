@@ -1,4 +1,4 @@
-"""Options of the calculator alone: trained modules, gathered logits, shares, the host, what comes after training."""
+"""Options of the calculator alone: trained modules, gathered logits, shares, the host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftscope.memory.assumptions import assumptions_of
 from peftscope.memory.question import Question, ask, describe_model
 from peftscope.memory.shares import GATHERED_OUTSIDE, GATHERED_WEIGHTS, WHOLE_GRADIENTS
 from peftscope.memory.simulate import answer_by_simulation
-from peftscope.memory.tracker import MemoryTracker, tensors_of
+from peftscope.memory.tracker import MemoryTracker
 from peftscope.models.presets import PRESETS
 
 BOTH = ["lm_head", "embed_tokens"]
@@ -67,7 +67,6 @@ def test_modules_are_trained_beside_adapters_only() -> None:
         ({"method": "prompt-tuning", "modules_to_save": BOTH}, "modules_to_save"),
         ({"modules_to_save": BOTH, "modules_to_save_dtype": "fp32"}, "modules_to_save_dtype"),
         ({"eval_accumulation_steps": 4}, "eval_accumulation_steps"),
-        ({"method": "dora", "after_training": "merge"}, "after_training"),
     ):
         with pytest.raises(InputError) as error:
             question(**options)
@@ -150,35 +149,7 @@ def test_what_lies_on_the_host_is_not_on_the_card() -> None:
     assert one.peak_allocated_bytes > states.peak_allocated_bytes > all_of_it.peak_allocated_bytes
 
 
-def test_merging_takes_what_peft_takes() -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    shape = PRESETS["smollm2-135m"].shape.model_copy(update={"num_layers": 2, "vocab_size": 64})
-    fields = dict(shape.to_config())
-    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
-    model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    tracker = MemoryTracker(tensors_of(model))
-    before = tracker.live_bytes
-    with tracker:
-        model.merge_and_unload()
-    merged = answer_by_formula(question(precision="fp32", after_training="merge"))
-    own = answer_by_formula(asked("smollm2-135m", 2, precision="fp32", after_training="merge"))
-    update = 2 * 4 * shape.hidden_size * shape.intermediate_size
-    # PEFT drops each adapter once it is merged: those of attention are gone when the first wide layer's turn comes.
-    gone = 4 * sum(
-        8 * (layer.inputs + layer.outputs)
-        for layer in shape.block
-        if layer.name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))
-    )
-    assert tracker.peak_bytes - before == update - gone
-    assert own.phases["merge"] - own.phases["load"] == update
-    assert merged.phases["save"] > merged.phases["load"]
-
-
-@pytest.mark.parametrize(
-    "options", [{"offload": "optimizer"}, {"eval_gathers_logits": 4}, {"after_training": "save"}], ids=str
-)
+@pytest.mark.parametrize("options", [{"offload": "optimizer"}, {"eval_gathers_logits": 4}], ids=str)
 def test_what_only_a_formula_knows_is_not_simulated(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="closed form only"):
         answer_by_simulation(question(**options))

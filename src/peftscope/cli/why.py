@@ -18,13 +18,21 @@ from peftscope.cli.console import FITS, wide_console
 from peftscope.cli.memory import AsJson, Gpus, RunCommand, run_options
 from peftscope.errors import InputError, Problem, close_match, needs
 from peftscope.execution.libraries import offline, quiet_libraries
-from peftscope.memory.question import BESIDE_OPTIONS, METHOD_OPTIONS, SPEC_OPTIONS, Model, Question, ask, describe_model
+from peftscope.memory.question import (
+    BESIDE_OPTIONS,
+    METHOD_OPTIONS,
+    SPEC_OPTIONS,
+    Model,
+    Question,
+    ask,
+    describe_model,
+    options_of,
+)
 from peftscope.methods import METHODS
 
 if TYPE_CHECKING:
     from peftscope.hardware.cards import Gpu
     from peftscope.memory.answer import Peaks
-    from peftscope.spec import RunSpec
 
 app = typer.Typer()
 _settings = typer.Typer(add_completion=False)
@@ -103,7 +111,7 @@ def _of_file(path: Path, shared: Mapping[str, Any], gpus: int) -> Setting | None
         reading = read_config(path, _fitting(unsaid, said.options["method"]))
         question = question_of(reading, gpus=said.cards or (gpus if gpus > 1 else None))
         beside = {name: getattr(question.beside, name) for name in BESIDE_OPTIONS}
-        return Setting(question.model, _options_of(question.spec) | beside, question.gpus)
+        return Setting(question.model, options_of(question.spec) | beside, question.gpus)
     return _of_spec(values, str(path))
 
 
@@ -120,19 +128,13 @@ def _fitting(shared: Mapping[str, Any], method: str) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in METHOD_OPTIONS or name in fields}
 
 
-def _options_of(spec: RunSpec) -> dict[str, Any]:
-    options = {name: getattr(spec, name) for name in SPEC_OPTIONS}
-    options |= {name: getattr(spec.method, name) for name in METHOD_OPTIONS if hasattr(spec.method, name)}
-    return {"method": spec.method.name, **options}
-
-
 def _of_spec(values: Any, where: str) -> Setting:
     from peftscope.planning.resolve import spec_from
 
     if isinstance(values, dict) and isinstance(values.get("method"), dict):
         values = {**values, "device": "cuda"}
     spec = spec_from(values, Path(where), "cuda")
-    return Setting(spec.model, _options_of(spec), spec.shards)
+    return Setting(spec.model, options_of(spec), spec.shards)
 
 
 def asked(setting: Setting, model: str | None, shared: Mapping[str, Any], gpu: Gpu | None, gpus: int) -> Question:

@@ -18,7 +18,7 @@ from peftscope.memory.formula.linear import WIDTHS
 from peftscope.memory.formula.step import TrainingTraces, trace_evaluation, without_collector
 from peftscope.memory.formula.terms import SOURCES, evaluation_sizes, sizes_of
 from peftscope.memory.question import Question
-from peftscope.memory.shares import RESIDENT, after_training, on_card, share_of
+from peftscope.memory.shares import RESIDENT, on_card, share_of
 from peftscope.memory.trace import KINDS, Block, Peak, Trace, by_kind, factors
 
 AGREEMENT_FILE = Path(__file__).with_name("agreement.json")
@@ -131,9 +131,10 @@ def peaks_by_formula(
         remedy = "use --simulate, which works for every causal model of transformers"
         raise InputError(Problem("model", f"no closed form: {model.why_no_shape}", remedy))
     traces = traces or TrainingTraces()
-    training = traces.trace(question) if spec.method.trains else None
-    evaluated = trace_evaluation(question) if evaluation or training is None else None
-    return peaks_of(question, training, evaluated, traces, enough, only_whether=only_whether)
+    with without_collector():
+        training = traces.trace(question) if spec.method.trains else None
+        evaluated = trace_evaluation(question) if evaluation or training is None else None
+        return peaks_of(question, training, evaluated, traces, enough, only_whether=only_whether)
 
 
 def answer_by_formula(question: Question) -> Answer:
@@ -142,8 +143,7 @@ def answer_by_formula(question: Question) -> Answer:
     Raises:
         InputError: The closed form does not cover the model's family or the method.
     """
-    with without_collector():
-        return answer_of(question, peaks_by_formula(question), "formula")
+    return answer_of(question, peaks_by_formula(question), "formula")
 
 
 def peaks_of(
@@ -168,8 +168,6 @@ def peaks_of(
     measure = (traces or TrainingTraces()).measure
     both = [trace for trace in (training, evaluation) if trace is not None]
     loading = _while_loading(question, both[0])
-    later = after_training(question, both[0])
-    fixed = {"load": loading, **later}
     phases = {"load": sum(block.size for block in loading)}
     places: dict[str, tuple[Trace, int]] = {}
     for trace in both:
@@ -178,11 +176,10 @@ def peaks_of(
         if {"offload", "sharding", "master_weights"} & {*question.formula_only}:
             peaks = _unpaged_peaks(on_card(question, trace))
         places |= {phase: (trace, peak.position) for phase, peak in peaks.items()}
-    phases |= {phase: sum(block.size for block in blocks) for phase, blocks in later.items()}
 
     def alive(phase: str) -> list[Block]:
         trace, position = places.get(phase, (both[0], 0))
-        blocks = fixed.get(phase) or [block for block in trace.alive(position) if not block.paged]
+        blocks = loading if phase == "load" else [block for block in trace.alive(position) if not block.paged]
         return share_of(question, phase, blocks) if question.shared else blocks
 
     paged = training.paged_bytes() if training and question.spec.optimizer.startswith("paged") else 0

@@ -97,7 +97,7 @@ def assumptions_of(question: Question) -> list[str]:
 
 
 def _formula_only_lines(question: Question) -> list[str]:
-    """Returns what is assumed about offloads, 4-bit shards and the phases after the training."""
+    """Returns what is assumed about master weights, 4-bit shards and offloads."""
     beside, lines = question.beside, []
     if beside.master_weights == "fp32":
         lines.append(
@@ -123,8 +123,4 @@ def _formula_only_lines(question: Question) -> list[str]:
             "offload=parameters (formula only): weights, gradients and states on the host, two layers at a time on the "
             "card, as in ZeRO-3 and FSDP's CPUOffloadPolicy"
         )
-    if beside.after_training != "nothing":
-        lines.append("save (formula only): beside what the training keeps, one tensor after another goes to the host")
-    if beside.after_training == "merge":
-        lines.append("merge (formula only): in a process of its own, by PEFT, layer by layer, on the base as it is")
     return lines

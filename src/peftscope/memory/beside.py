@@ -68,10 +68,6 @@ class Beside(BaseModel):
         Literal["none", "optimizer", "parameters"],
         Field(description="on the host: optimizer states, or also weights and gradients, but for layers that compute"),
     ] = "none"
-    after_training: Annotated[
-        Literal["nothing", "save", "merge"],
-        Field(description="phases after the training: saving, or also merging on a card by PEFT"),
-    ] = "nothing"
 
 
 BESIDE_OPTIONS = tuple(Beside.model_fields)
@@ -82,12 +78,12 @@ def check_beside(spec: RunSpec, beside: Beside) -> None:
     """Checks that the options go with the run and with each other.
 
     Raises:
-        InputError: The method has no adapter that modules could be trained beside or that merges as LoRA's does, the
-            precision of these modules does not work, or an option is without effect.
+        InputError: The method has no adapter that modules could be trained beside, the precision of these modules does
+            not work, or an option is without effect.
     """
-    form = spec.method.closed_form
-    if beside.modules_to_save and (spec.method.trains_base or not spec.method.targets_of() or form is None):
-        message = f"{spec.method.name} trains no modules beside an adapter"
+    method = spec.method
+    if beside.modules_to_save and (method.trains_base or not method.targets_of() or method.closed_form is None):
+        message = f"{method.name} trains no modules beside an adapter"
         raise InputError(Problem("modules_to_save", message, "use lora or one of its variants"))
     if beside.modules_to_save_dtype == "fp32" and spec.precision == "bf16" and not spec.autocasts:
         message = "a copy in fp32 does not multiply with bf16 outside autocast"
@@ -95,7 +91,3 @@ def check_beside(spec: RunSpec, beside: Beside) -> None:
     if beside.eval_accumulation_steps and not beside.eval_gathers_logits:
         message = "says when gathered logits move to the host, and none are gathered"
         raise InputError(Problem("eval_accumulation_steps", message, "give --eval-gathers-logits ITEMS"))
-    mergeable = form is not None and form.layer == "low-rank" and bool(spec.method.targets_of())
-    if beside.after_training == "merge" and not mergeable:
-        message = f"merging is modelled for updates of low rank, not for {spec.method.name}"
-        raise InputError(Problem("after_training", message, "use save"))

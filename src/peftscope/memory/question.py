@@ -57,6 +57,13 @@ SPEC_OPTIONS = (
 """The options that are fields of the spec."""
 
 
+def options_of(spec: RunSpec) -> dict[str, Any]:
+    """Returns a run as options of ``ask``."""
+    options = {name: getattr(spec, name) for name in SPEC_OPTIONS}
+    options |= {name: getattr(spec.method, name) for name in METHOD_OPTIONS if hasattr(spec.method, name)}
+    return {"method": spec.method.name, **options}
+
+
 DEFAULTS: dict[str, Any] = {"batch_size": 1, "seq_len": 512, "precision": "bf16", "loss_path": "hf"}
 """What a plain PyTorch and PEFT script does. All other options have the default of their field."""
 
@@ -136,7 +143,6 @@ class Question:
             "sharding": self.gpus > 1 and beside.sharding == "fsdp2",
             "master_weights": beside.master_weights == "fp32",
             "offload": beside.offload != "none",
-            "after_training": beside.after_training != "nothing",
         }
         return [option for option, is_asked in asked.items() if is_asked]
 

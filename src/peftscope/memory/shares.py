@@ -1,4 +1,4 @@
-"""What one card holds if several share a model, or the host a part of it, and after the training. No torch.
+"""What one card holds if several share a model, or the host a part of it. No torch.
 
 All of it is formula only: the simulation knows one card and one training step.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 
-from peftscope.memory.formula.linear import COPY, LINEAR_BLOCK, WIDTHS
+from peftscope.memory.formula.linear import COPY
 from peftscope.memory.formula.terms import OPTIMIZER_COPY
 from peftscope.memory.question import Question
-from peftscope.memory.trace import Block, Trace, bytes_of
+from peftscope.memory.trace import Block, Trace
 
 RESIDENT = ("weights", "quantised weights", "adapters", "gradients", "optimizer states")
 """Kinds of blocks that persist from step to step. FSDP and ZeRO-3 shard them over the cards."""
@@ -21,7 +21,6 @@ GATHERED_WEIGHTS = "weights gathered from other cards"
 FETCHED_WEIGHTS = "weights fetched from the host"
 GATHERED_OUTSIDE = "weights outside of layers, gathered in a pass"
 WHOLE_GRADIENTS = "gradients of a layer on their way to other cards or the host"
-MERGED = "update of the largest layer, and its sum with the weight"
 
 PACKED = "4-bit weights"
 """The term of the weights of a 4-bit base, apart from their constants."""
@@ -96,9 +95,7 @@ def share_of(question: Question, phase: str, blocks: list[Block]) -> list[Block]
     largest = max(layers.values())
     term = GATHERED_WEIGHTS if gpus > 1 else FETCHED_WEIGHTS
     fsdp2 = gpus > 1 and beside.sharding == "fsdp2"
-    if phase in ("save", "merge"):
-        more = {term: max(block.size for block in blocks if block.kind in WEIGHTS)}
-    elif fsdp2:
+    if fsdp2:
         inside = max((size for owner, size in layers.items() if owner.startswith("layers.")), default=0)
         outside = sum(size for owner, size in layers.items() if not owner.startswith("layers."))
         more = {term: 3 * inside, GATHERED_OUTSIDE: outside}
@@ -107,31 +104,3 @@ def share_of(question: Question, phase: str, blocks: list[Block]) -> list[Block]
     if phase == "backward" and trained and (fsdp2 or beside.offload == "parameters"):
         more[WHOLE_GRADIENTS] = (2 if fsdp2 else 1) * max(trained.values())
     return share + [Block(size, "temporaries", term=name) for name, size in more.items()]
-
-
-def after_training(question: Question, trace: Trace) -> dict[str, list[Block]]:
-    """Returns the blocks of the phases after the training: saving, and merging by PEFT in a process of its own.
-
-    safetensors copies one tensor after another to the host, so that saving takes nothing more on a card. Merging
-    computes the update of one layer at a time. For a 4-bit base it also takes the dequantised weight, their sum, and
-    the sum once more, because PEFT moves it to the host and back.
-
-    Source: peft 0.21, tuners/lora/layer.py:1007 and 1067; tuners/lora/bnb.py:384 to 402.
-    """
-    if question.beside.after_training == "nothing":
-        return {}
-    stays = [block for block in trace.alive(trace.marks[-1][0]) if block.kind in RESIDENT and not block.paged]
-    stays = [block for block in stays if block.kind != "gradients"]
-    phases = {"save": stays}
-    if question.beside.after_training == "merge":
-        method, shape = question.spec.method, question.model.shape
-        assert shape is not None
-        largest = max(shape.linear_layers(method.targets_of()), key=lambda layer: layer.weights)
-        update = WIDTHS[question.spec.precision] if getattr(method, "adapter_dtype", "fp32") == "base" else 4
-        widths: list[float] = [update, update]
-        if method.quantization():
-            widths = [2, update, update, update, 0.5 + 4 / LINEAR_BLOCK]
-        size = sum(bytes_of(width, ["one"], {"one": largest.weights}) for width in widths)
-        kept = [block for block in stays if block.kind in WEIGHTS]
-        phases["merge"] = [*kept, Block(size, "temporaries", term=MERGED)]
-    return phases

@@ -23,7 +23,7 @@ from peftscope.memory.shares import RESIDENT
 from peftscope.models.catalog import find_model
 from peftscope.models.shapes import ModelShape
 from peftscope.planning.estimate import estimate_seconds, measured_runs
-from peftscope.sizing.fit import mildest_change
+from peftscope.sizing.changes import mildest_change
 from peftscope.spec import RunSpec, memory_key
 
 SHARE, SHARE_FOUR_BIT, SHARE_FP32 = 0.3, 0.2, 0.03

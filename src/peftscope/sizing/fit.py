@@ -5,13 +5,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import inf
 from typing import Any, Literal
-
-from pydantic import ValidationError
 
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.hardware.cards import Gpu
@@ -24,6 +21,7 @@ from peftscope.memory.question import METHOD_OPTIONS, Model, Question, ask, narr
 from peftscope.memory.shares import RESIDENT
 from peftscope.memory.trace import by_kind, bytes_of, factors
 from peftscope.methods import METHODS
+from peftscope.sizing.changes import mildest_change
 
 LARGEST_BATCH_SIZE = 4096
 LARGEST_RANK = 1024
@@ -35,23 +33,6 @@ NEAR_SHARE = 0.15
 
 TIGHT_SHARE = 0.05
 """A run that leaves a smaller share of the card than this fits only tightly: drivers, kernels and data differ."""
-
-_LOSS: dict[str, Any] = {"loss_path": "response_only"}
-_LESS = _LOSS | {"checkpointing": True}
-ADVICE: tuple[dict[str, Any], ...] = (
-    _LOSS,
-    {"checkpointing": True},
-    _LESS,
-    {"batch_size": 1},
-    _LESS | {"batch_size": 1},
-    {"optimizer": "adamw_8bit"},
-    _LESS | {"batch_size": 1, "optimizer": "adamw_8bit"},
-    {"method": "qlora"},
-    _LESS | {"method": "qlora"},
-    _LESS | {"method": "qlora", "batch_size": 1},
-    _LESS | {"method": "qlora", "batch_size": 1, "seq_len": 256},
-)
-"""Changes that may make a run fit, the mildest first: those that change nothing that is learned come before others."""
 
 
 @dataclass(frozen=True)
@@ -148,14 +129,12 @@ def fit_methods(
         InputError: No method can run with the options. The error comes after the last fit.
     """
     problems: list[Problem] = []
-    some = False
-    traces = TrainingTraces()
+    some, needs = False, Needs(gpu)
     with without_collector():  # all the time: whenever it starts again, it looks at every block
         for model in models:
-            earlier: dict[str, list[int]] = defaultdict(list)
             for method in methods:
                 try:
-                    fit = Search(model, method, options, gpu, gpus, traces, earlier).fit()
+                    fit = Search(model, method, options, needs, gpus).fit()
                     some = True
                 except InputError as error:
                     problems += error.problems
@@ -177,6 +156,37 @@ def options_of_method(method: str, options: Mapping[str, Any]) -> dict[str, Any]
     return {**own, "method": method}
 
 
+class Needs:
+    """What runs need on a card, each computed once.
+
+    Attributes:
+        gpu: The card.
+        limits: The bytes that a run may take, with a margin and without one.
+        traces: Traces that serve runs of other sizes.
+        largest: The largest sizes that were found, by the model's name and the field.
+    """
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+        self.limits = (1 - TIGHT_SHARE) * gpu.usable_bytes, float(gpu.usable_bytes)
+        self.traces = TrainingTraces()
+        self.largest: dict[tuple[str, str], list[int]] = defaultdict(list)
+        self._known: dict[Any, int] = {}
+
+    def device_bytes(self, question: Question) -> int:
+        """Returns the bytes that the card needs for a run's training; of one that does not fit, perhaps only those of
+        its tensors.
+
+        Raises:
+            InputError: The closed form does not cover the model's family or the method.
+        """
+        key = question.model.name, question.spec, question.responses, question.gpus, question.beside
+        if key not in self._known:
+            peaks = peaks_by_formula(question, evaluation=False, traces=self.traces, enough=self.gpu.usable_bytes)
+            self._known[key] = peaks.device_bytes
+        return self._known[key]
+
+
 class Search:
     """Asks about one model and method repeatedly, each time with some options changed.
 
@@ -186,34 +196,20 @@ class Search:
         model: The base.
         method: The name of the method.
         asked: The options. Those that the method does not have are left out.
-        gpu: The card.
+        needs: The card, and what is known of it from other searches.
         gpus: The number of cards.
-        traces: Traces that several searches share.
-        earlier: The largest sizes that other methods of the model had, by field. Those near an estimate are tried
-            first.
 
     Raises:
         InputError: The method cannot run with the options.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        method: str,
-        asked: Mapping[str, Any],
-        gpu: Gpu,
-        gpus: int = 1,
-        traces: TrainingTraces | None = None,
-        earlier: dict[str, list[int]] | None = None,
-    ) -> None:
-        self.model, self.method, self.asked, self.gpu, self.gpus = model, method, asked, gpu, gpus
-        self._traces = traces or TrainingTraces()
-        self._earlier = defaultdict(list) if earlier is None else earlier
+    def __init__(self, model: Model, method: str, asked: Mapping[str, Any], needs: Needs, gpus: int = 1) -> None:
+        self.model, self.method, self.asked, self.needs, self.gpus = model, method, asked, needs, gpus
         self._options = options_of_method(method, asked)
-        self._question = ask(model, self._options, gpu=gpu, gpus=gpus)
+        self._question = self._ask(self._options)
         simulated = not self._question.has_closed_form
         self._how: Literal["formula", "simulation"] = "simulation" if simulated else "formula"
-        self._asked_peaks = self._simulated_peaks() if simulated else self._peaks(self._question)
+        self._asked_peaks = self._simulated_peaks() if simulated else self._peaks(self._question, inf)
         alive = self._asked_peaks.alive(self._asked_peaks.binding_phase)
         self._components = by_kind(alive)
         formulas = Counter(block.formula for block in alive if block.formula)
@@ -223,9 +219,9 @@ class Search:
 
     def fit(self) -> Fit:
         """Returns whether the method fits, and the largest sizes that fit."""
-        peaks, capacity, spec = self._asked_peaks, self.gpu.usable_bytes, self._question.spec
+        peaks, capacity, spec = self._asked_peaks, self.needs.gpu.usable_bytes, self._question.spec
         needed = peaks.device_bytes
-        roomy = needed <= (1 - TIGHT_SHARE) * capacity
+        roomy = needed <= self.needs.limits[0]
         advice, advised = ("", None) if needed <= capacity else self._advice()
         fit = Fit(
             model=self.model.name,
@@ -280,26 +276,26 @@ class Search:
         def takes(value: int, only_whether: bool) -> int:
             if value == start:
                 return self._asked_peaks.device_bytes
-            options = {**self._options, **self._changes(field, value)}
-            question = ask(self.model, options, gpu=self.gpu, gpus=self.gpus)
-            return self._peaks(question, self.gpu.usable_bytes, only_whether=only_whether).device_bytes
+            question = self._ask({**self._options, **self._changes(field, value)})
+            return self._peaks(question, capacity, only_whether=only_whether).device_bytes
 
-        def expected(value: int) -> float:
-            return self._expected(field, value)
-
-        spec = self._question.spec
+        spec, capacity = self._question.spec, self.needs.gpu.usable_bytes
         start = getattr(spec.method, spec.method.rank_field) if field == "rank" else getattr(spec, field)
-        found = largest(takes, expected, self.gpu.usable_bytes, limit, start, self._earlier[field])
-        self._earlier[field] += [found] if found else []
+        earlier = self.needs.largest[self.model.name, field]
+        found = largest(takes, partial(self._expected, field), capacity, limit, start, earlier)
+        earlier += [found] if found else []
         return found
+
+    def _ask(self, options: Mapping[str, Any]) -> Question:
+        return ask(self.model, options, gpu=self.needs.gpu, gpus=self.gpus)
 
     def _changes(self, field: str, value: int) -> dict[str, int]:
         return METHODS[self.method].with_rank(value) if field == "rank" else {field: value}
 
-    def _peaks(self, question: Question, enough: float = inf, *, only_whether: bool = False) -> Peaks:
+    def _peaks(self, question: Question, enough: float, *, only_whether: bool = False) -> Peaks:
         # An evaluation of the same batch keeps nothing for a backward pass, so it never has the larger peak.
         return peaks_by_formula(
-            question, evaluation=False, traces=self._traces, enough=enough, only_whether=only_whether
+            question, evaluation=False, traces=self.needs.traces, enough=enough, only_whether=only_whether
         )
 
     def _simulated_peaks(self) -> Peaks:
@@ -328,26 +324,19 @@ class Search:
 
         A change that leaves room is preferred to a milder one after which it is tight.
         """
-        spec = self._question.spec
-        needs: dict[str, int] = {}
+        asked, capacity = {**self._question.spec.model_dump(), "method": self.method}, self.needs.gpu.usable_bytes
         stays = sum(block.size for block in self._asked_peaks.alive("optimizer") if block.kind in RESIDENT)
 
         def needed(changes: Mapping[str, Any]) -> int:
-            if stays > self.gpu.usable_bytes and not changes.keys() & {"method", "optimizer"}:
+            if stays > capacity and not changes.keys() & {"method", "optimizer"}:
                 return stays  # weights and states alone are too many, and these changes shrink none of them
-            key = str(changes)
-            if key not in needs:
-                options = {**options_of_method(changes.get("method", self.method), self.asked), **changes}
-                question = ask(self.model, options, gpu=self.gpu, gpus=self.gpus)
-                needs[key] = self._peaks(question, self.gpu.usable_bytes).device_bytes
-            return needs[key]
+            options = options_of_method(changes.get("method", self.method), self.asked)
+            return self.needs.device_bytes(self._ask({**options, **changes}))
 
         def within(limit: float, changes: Mapping[str, Any]) -> bool:
             return needed(changes) <= limit
 
-        asked = {**spec.model_dump(), "method": self.method}
-        for share in (1 - TIGHT_SHARE, 1):
-            limit = share * self.gpu.usable_bytes
+        for limit in self.needs.limits:
             changes = mildest_change(partial(within, limit), asked)
             if changes is not None:
                 words = (
@@ -356,32 +345,6 @@ class Search:
                 )
                 return " ".join(words), needed(changes)
         return "a smaller model, a larger card, or --gpus", None
-
-
-def mildest_change(fits: Callable[[Mapping[str, Any]], bool], asked: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns the mildest change in ``ADVICE`` that makes a run fit, or None if none does.
-
-    A smaller batch comes with as many more accumulated ones, so that a step learns from as many examples.
-
-    Args:
-        fits: Returns whether a run fits with these changes. It raises ``InputError`` or ``ValidationError`` if they are
-            not possible.
-        asked: The fields of the run as they are. What would not change is left out.
-    """
-    tried: list[dict[str, Any]] = []
-    for advice in ADVICE:
-        changes = {name: value for name, value in advice.items() if asked[name] != value}
-        if changes.get("seq_len", 0) > asked["seq_len"]:
-            del changes["seq_len"]
-        if "batch_size" in changes:
-            changes["gradient_accumulation"] = asked["gradient_accumulation"] * asked["batch_size"]
-        if not changes or changes in tried:
-            continue
-        tried.append(changes)
-        with suppress(InputError, ValidationError):
-            if fits(changes):
-                return changes
-    return None
 
 
 def largest(

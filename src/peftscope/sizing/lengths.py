@@ -15,7 +15,7 @@ from peftscope.files.content import LARGEST_COUNT
 from peftscope.files.limits import check_characters
 from peftscope.memory.answer import Peaks, peaks_by_formula
 from peftscope.memory.assumptions import assumptions_of
-from peftscope.memory.formula.step import TrainingTraces, without_collector
+from peftscope.memory.formula.step import TrainingTraces
 from peftscope.memory.question import Question
 
 SHARES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -201,9 +201,8 @@ def _peaks_by_width(question: Question, rows: int) -> Callable[[int], Peaks]:
         sizes = {"batch_size": rows, "eval_batch_size": rows, "seq_len": width}
         spec = question.spec.model_copy(update=sizes)
         responses = max(1, round(question.responses * width / question.spec.seq_len))
-        with without_collector():
-            asked = replace(question, spec=spec, responses=responses, beside=beside)
-            return peaks_by_formula(asked, evaluation=False, traces=traces)
+        asked = replace(question, spec=spec, responses=responses, beside=beside)
+        return peaks_by_formula(asked, evaluation=False, traces=traces)
 
     return peaks
 

@@ -18,9 +18,9 @@ from peftscope.memory.allocator import MIDDLE_SEGMENT, SMALL_SEGMENT, segment_by
 from peftscope.memory.answer import Peaks, dimensions_of, name_of, peaks_by_formula, peaks_of, prepared_bytes, term_of
 from peftscope.memory.formula.step import trace_evaluation, trace_training
 from peftscope.memory.formula.terms import SOURCES
-from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Question
+from peftscope.memory.question import Question, options_of
 from peftscope.memory.trace import Block, Trace, by_kind, bytes_of
-from peftscope.sizing.fit import Fit, Search
+from peftscope.sizing.fit import Fit, Needs, Search
 from peftscope.words import GIB, MIB, spoken_bytes
 
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": MIB, "GiB": GIB, "TiB": 1 << 40}
@@ -306,12 +306,9 @@ def _about_room(peaks: Peaks, refusal: Refusal, fit: Fit | None) -> list[str]:
 
 def _fit(question: Question, capacity: int) -> Fit:
     """Returns what fits on the card of the text."""
-    spec = question.spec
-    options = {name: getattr(spec, name) for name in SPEC_OPTIONS}
-    options |= question.beside.model_dump(exclude={"as_trainer"})
-    options |= {name: getattr(spec.method, name) for name in METHOD_OPTIONS if hasattr(spec.method, name)}
+    options = options_of(question.spec) | question.beside.model_dump(exclude={"as_trainer"})
     card = replace(question.gpu, memory_bytes=capacity) if question.gpu else Gpu("the card", capacity)
-    return Search(question.model, spec.method.name, options, card).fit()
+    return Search(question.model, question.spec.method.name, options, Needs(card)).fit()
 
 
 def _changes(question: Question, fit: Fit) -> list[str]:

@@ -34,8 +34,6 @@ PHASE_NAMES = {
     "backward": "the backward pass",
     "optimizer": "the optimizer step",
     "evaluate": "the evaluation",
-    "save": "saving",
-    "merge": "merging",
 }
 
 

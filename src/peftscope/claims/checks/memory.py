@@ -17,7 +17,7 @@ from peftscope.claims.subjects import tiny_llama, token_ids
 from peftscope.hardware.cards import CONTEXT_BYTES, Gpu, find_gpu
 from peftscope.memory.answer import Answer, Peaks, answer_by_formula, peaks_by_formula
 from peftscope.memory.question import Question, ask, describe_model
-from peftscope.sizing.fit import Search, options_of_method
+from peftscope.sizing.fit import Needs, Search, options_of_method
 from peftscope.words import GIB
 
 GB = 10**9
@@ -71,7 +71,7 @@ def free(gpu: str, run: Run, model: str = MODEL, how: How = "simulation") -> Mea
     answer, card = _answer(model, run, how), find_gpu(gpu)
     options = {**RUN, **run}
     # A context of the usual size, as in the answer: not this card's own.
-    search = Search(describe_model(model), str(options["method"]), options, Gpu(card.name, card.memory_bytes))
+    search = Search(describe_model(model), str(options["method"]), options, Needs(Gpu(card.name, card.memory_bytes)))
     longest = search.largest("seq_len", search.longest())
     evidence = _evidence(answer) | {"of the card, GiB": card.memory_bytes / GIB, "longest sequence": longest or 0}
     curves = _over_lengths(model, run, lambda peaks: peaks.device_bytes / GIB)

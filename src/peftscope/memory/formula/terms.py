@@ -76,7 +76,6 @@ SOURCES = {
     "weights fetched from the host": "formula only: ZeRO-Offload, FSDP's CPUOffloadPolicy: two whole blocks at a time",
     "weights outside of layers, gathered in a pass": "formula only: torch fully_shard, whose root stays gathered",
     "gradients of a layer on their way to other cards or the host": "formula only: torch foreach_reduce, with a copy",
-    "update of the largest layer, and its sum with the weight": "formula only: peft lora.Linear.merge",
     "cuBLAS workspace": "torch CublasHandlePool",
     "B·A of DoRA": "peft DoraLinearLayer.get_lora_weight",
     "identity matrix of DoRA": "peft DoraLinearLayer.get_lora_weight",

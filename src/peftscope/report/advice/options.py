@@ -8,15 +8,13 @@ from itertools import combinations
 from typing import Any
 
 from peftscope.hardware.cards import GPUS, Gpu
-from peftscope.memory.answer import peaks_by_formula
-from peftscope.memory.formula.step import TrainingTraces, without_collector
 from peftscope.memory.question import Model, Question, ask
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
 from peftscope.planning.forecast import Forecaster, token_flops
 from peftscope.report.advice.rules import Change, Findings, Rules, Standing
 from peftscope.report.advice.settings import Settings, Situation, settings_for
-from peftscope.sizing.fit import TIGHT_SHARE
+from peftscope.sizing.fit import Needs
 
 LENGTHS = (8192, 4096, 2048, 1024, 768, 512, 384, 256, 128)
 """The lengths that are tried if examples have to be cut."""
@@ -84,14 +82,13 @@ class Fitter:
 
     def __init__(self, situation: Situation, rules: Rules, findings: Findings) -> None:
         self.situation, self.rules, self.findings = situation, rules, findings
-        self._traces, self._forecaster = TrainingTraces(), Forecaster(situation.gpu)
-        self._peaks: dict[str, int] = {}
-        self._limit = float(situation.gpu.usable_bytes)
+        self._needs, self._forecaster = Needs(situation.gpu), Forecaster(situation.gpu)
+        self._limit = self._needs.limits[0]
 
     def options(self, methods: Sequence[str]) -> list[Option]:
         """Returns the options of methods, the best first. They leave a margin on the card if any option does."""
-        for share in (1 - TIGHT_SHARE, 1.0):
-            self._limit = share * self.situation.gpu.usable_bytes
+        for limit in self._needs.limits:
+            self._limit = limit
             options = [option for method in methods for option in self._options_of(method)]
             if options:
                 return sorted(options, key=lambda option: self._worth(option, methods))
@@ -185,15 +182,8 @@ class Fitter:
         )
 
     def peak(self, fields: Mapping[str, Any], gpus: int | None = None, model: Model | None = None) -> int:
-        """Returns the bytes that each card needs for the training; of a run that does not fit, perhaps only those of
-        its tensors."""
-        key = repr((sorted(fields.items()), gpus, model and model.name))
-        if key not in self._peaks:
-            question, enough = self.ask(fields, gpus, model), self.situation.gpu.usable_bytes
-            with without_collector():
-                peaks = peaks_by_formula(question, evaluation=False, traces=self._traces, enough=enough)
-            self._peaks[key] = peaks.device_bytes
-        return self._peaks[key]
+        """Returns the bytes that each card needs for the training, as ``Needs`` does."""
+        return self._needs.device_bytes(self.ask(fields, gpus, model))
 
     def _option(self, settings: Settings, changes: Sequence[Change], fields: dict[str, Any]) -> Option:
         situation = self.situation
