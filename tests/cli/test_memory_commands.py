@@ -33,6 +33,14 @@ def config_of(tmp_path: Path) -> Callable[[Any], str]:
     return write
 
 
+def one_line(answered: tuple[int, str, str]) -> str:
+    """Returns the message of a command that is refused in one line."""
+    code, output, message = answered
+    assert (code, output, len(message.splitlines())) == (2, "", 1)
+    assert message.endswith("\n")
+    return message
+
+
 ERRORS = {
     "unknown model": (["lama-2-7b"], "model: unknown model (got 'lama-2-7b')", "did you mean `llama-2-7b`?"),
     "no such folder": (["./nowhere/model"], "model: no such file or folder: ./nowhere/model", "path of a config.json"),
@@ -75,10 +83,7 @@ ERRORS = {
 
 @pytest.mark.parametrize(("arguments", "what", "remedy"), ERRORS.values(), ids=ERRORS)
 def test_a_wrong_question_gets_one_line(arguments: list[str], what: str, remedy: str, peftscope: Command) -> None:
-    code, output, message = peftscope("memory", *arguments)
-    assert (code, output) == (2, "")
-    assert message.endswith("\n")
-    assert len(message.splitlines()) == 1
+    message = one_line(peftscope("memory", *arguments))
     assert what in message
     assert remedy in message
 
@@ -103,9 +108,7 @@ CONFIGS = {
 @pytest.mark.parametrize(("config", "what"), CONFIGS.values(), ids=CONFIGS)
 def test_a_broken_config_gets_one_line(config: Any, what: str, peftscope: Command, config_of) -> None:
     path = config_of(config)
-    code, output, message = peftscope("memory", path)
-    assert (code, output) == (2, "")
-    assert len(message.splitlines()) == 1
+    message = one_line(peftscope("memory", path))
     assert what in message
     assert path in message
 
@@ -137,16 +140,12 @@ def test_models_are_listed_with_the_code_that_lists_their_shape(peftscope: Comma
     ids=str,
 )
 def test_a_config_that_cannot_be_divided_gets_one_line(wrong: dict[str, Any], peftscope: Command, config_of) -> None:
-    code, _, message = peftscope("memory", config_of({**LLAMA, **wrong}))
-    assert code == 2
-    assert len(message.splitlines()) == 1
+    message = one_line(peftscope("memory", config_of({**LLAMA, **wrong})))
     assert not any(empty in message for empty in (": :", "Value error"))
 
 
 def test_a_limit_that_is_no_number_gets_one_line(peftscope: Command, config_of) -> None:
-    code, _, message = peftscope("memory", config_of({"model_type": "gpt2", "max_position_embeddings": "many"}))
-    assert code == 2
-    assert len(message.splitlines()) == 1
+    one_line(peftscope("memory", config_of({"model_type": "gpt2", "max_position_embeddings": "many"})))
 
 
 @pytest.mark.parametrize(
@@ -165,9 +164,7 @@ def test_a_limit_that_is_no_number_gets_one_line(peftscope: Command, config_of) 
     ids=["no model", "no models", "unknown model", "unknown card", "unknown method"],
 )
 def test_a_wrong_fit_gets_one_line(arguments: list[str], what: str, remedy: str, peftscope: Command) -> None:
-    code, output, message = peftscope("fit", *arguments)
-    assert (code, output) == (2, "")
-    assert len(message.splitlines()) == 1
+    message = one_line(peftscope("fit", *arguments))
     assert what in message
     assert remedy in message
 
@@ -540,9 +537,7 @@ def test_a_wrong_data_set_gets_one_line(
     if content is not None:
         path.write_text(content)
     more = ["--tokenizer", tokenizer_folder] if option == "--data" else []
-    code, output, message = peftscope("memory", "smollm2-135m", option, str(path), *more)
-    assert (code, output) == (2, "")
-    assert len(message.splitlines()) == 1
+    message = one_line(peftscope("memory", "smollm2-135m", option, str(path), *more))
     assert message.startswith(f"{path}: ")
     assert what in message
     assert remedy in message
@@ -578,9 +573,7 @@ def test_options_about_a_data_set_that_do_not_fit(
 ) -> None:
     for name, content in {"l.txt": "7\n9\n", "d.jsonl": '{"text": "a"}\n', "long.txt": "9000\n"}.items():
         (workspace / name).write_text(content)
-    code, output, message = peftscope("memory", "smollm2-135m", *options)
-    assert (code, output) == (2, "")
-    assert len(message.splitlines()) == 1
+    message = one_line(peftscope("memory", "smollm2-135m", *options))
     assert what in message
     assert remedy in message
 

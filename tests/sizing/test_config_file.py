@@ -207,14 +207,14 @@ FUSED = {
 @pytest.mark.parametrize("trainer", FUSED)
 def test_a_fused_loss_is_asked_about(trainer: str, tmp_path: Path) -> None:
     key, loss = FUSED[trainer]
-    assert question(tmp_path, FILES[trainer] | {key: True}).loss == loss
-    assert question(tmp_path, FILES[trainer] | {key: True}, loss="plain").loss == "plain"
-    assert question(tmp_path, FILES[trainer] | {key: False}).loss == "plain"
+    assert question(tmp_path, FILES[trainer] | {key: True}).beside.loss == loss
+    assert question(tmp_path, FILES[trainer] | {key: True}, loss="plain").beside.loss == "plain"
+    assert question(tmp_path, FILES[trainer] | {key: False}).beside.loss == "plain"
 
 
 def test_a_fused_loss_that_a_family_cannot_have_is_said(tmp_path: Path) -> None:
     reading = read(tmp_path, FILES["TRL"] | {"use_liger_kernel": True, "model_name_or_path": "google/gemma-2-2b"})
-    assert question_of(reading, gpus=None).loss == "plain"
+    assert question_of(reading, gpus=None).beside.loss == "plain"
     assert "not modelled for gemma2" in reading.not_modelled[-1]
 
 

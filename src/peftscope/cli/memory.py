@@ -33,7 +33,7 @@ from peftscope.methods import METHODS
 from peftscope.spec import RunSpec
 
 if TYPE_CHECKING:
-    from peftscope.memory.answer import Answer
+    from peftscope.memory.answer import Peaks
 
 app = typer.Typer()
 
@@ -188,7 +188,7 @@ def memory_command(
     """
     from peftscope.cli.lengths import items_asked, tell_lengths
     from peftscope.hardware.cards import find_gpu
-    from peftscope.memory.answer import answer_by_formula
+    from peftscope.memory.answer import answer_of
 
     card, given = None if gpu is None else find_gpu(gpu), {"method": method, **options}
     own: dict[str, Any] = {"fields": fields, "tokenizer": tokenizer, "figure": figure}
@@ -219,7 +219,8 @@ def memory_command(
         fits = tell_lengths(question, items, own, wide_console(), as_json=as_json)
         raise typer.Exit(0 if fits else 1)
     simulate = simulate or not question.has_closed_form
-    answer = _simulated(question) if simulate else answer_by_formula(question)
+    peaks = peaks_of_question(question, simulate=simulate)
+    answer = answer_of(question, peaks, "simulation" if simulate else "formula")
     left = card.usable_bytes - answer.peak_device_bytes if card else None
     if as_json:
         more: dict[str, Any] = {"config": reading.to_json()} if reading else {}
@@ -298,8 +299,13 @@ def fit(
         console.print(f"simulated when asked for by --methods, because they have no closed form: {', '.join(others)}")
 
 
-def _simulated(question: Question) -> Answer:
-    with Console(stderr=True).status("simulating two training steps, some seconds"), quiet_libraries(), offline():
-        from peftscope.memory.simulate import answer_by_simulation
+def peaks_of_question(question: Question, *, simulate: bool = False) -> Peaks:
+    """Returns the peaks by the closed form; by simulation where there is none, or where that is asked for."""
+    from peftscope.memory.answer import peaks_by_formula
 
-        return answer_by_simulation(question)
+    if question.has_closed_form and not simulate:
+        return peaks_by_formula(question)
+    with Console(stderr=True).status("simulating two training steps, some seconds"), quiet_libraries(), offline():
+        from peftscope.memory.simulate import peaks_by_simulation
+
+        return peaks_by_simulation(question)

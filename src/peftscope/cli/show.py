@@ -84,8 +84,12 @@ def show_answer(answer: Answer, console: Console, *, explain: bool, depth: int) 
         console.print(_module_tree(answer.modules, depth))
     if explain:
         _show_terms(answer, console)
-    console.print("assumptions:")
-    for line in answer.assumptions:
+    _show_assumptions(answer.assumptions, console)
+
+
+def _show_assumptions(lines: Sequence[str], console: Console, of: str = "") -> None:
+    console.print(f"assumptions{of}:")
+    for line in lines:
         console.print(f"  {line}", markup=False)
 
 
@@ -193,9 +197,7 @@ def show_lengths(answer: LengthsAnswer, console: Console) -> None:
         sizes = map(spoken_bytes, (one.peak_allocated_bytes, one.peak_device_bytes))
         table.add_row(f"{one.share:.0%}" if one.share else "shortest", f"{one.width:,}", *sizes)
     console.print(table)
-    console.print("assumptions:")
-    for line in answer.assumptions:
-        console.print(f"  {line}", markup=False)
+    _show_assumptions(answer.assumptions, console)
 
 
 def show_why(why: Why, console: Console) -> None:
@@ -212,9 +214,7 @@ def show_why(why: Why, console: Console) -> None:
         if changes:
             table.add_row(name, kind, spoken_bytes(second), spoken_bytes(first), difference)
     console.print(table)
-    console.print("assumptions of both:")
-    for line in why.assumptions:
-        console.print(f"  {line}", markup=False)
+    _show_assumptions(why.assumptions, console, of=" of both")
 
 
 def show_diagnosis(diagnosis: Diagnosis, console: Console) -> None:

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from peftscope.cli.console import FITS, wide_console
-from peftscope.cli.memory import AsJson, Gpus, RunCommand, run_options
+from peftscope.cli.memory import AsJson, Gpus, RunCommand, peaks_of_question, run_options
 from peftscope.errors import InputError, Problem, close_match, needs
-from peftscope.execution.libraries import offline, quiet_libraries
 from peftscope.memory.question import (
     BESIDE_OPTIONS,
     METHOD_OPTIONS,
@@ -32,7 +30,6 @@ from peftscope.methods import METHODS
 
 if TYPE_CHECKING:
     from peftscope.hardware.cards import Gpu
-    from peftscope.memory.answer import Peaks
 
 app = typer.Typer()
 _settings = typer.Typer(add_completion=False)
@@ -149,19 +146,6 @@ def asked(setting: Setting, model: str | None, shared: Mapping[str, Any], gpu: G
     common = _fitting(shared, setting.options["method"])
     base = name if isinstance(name, Model) else describe_model(name)
     return ask(base, common | setting.options, gpu=gpu, gpus=setting.gpus or gpus)
-
-
-def peaks_of_question(question: Question) -> Peaks:
-    """Returns the peaks by the closed form, or by simulation where there is none."""
-    from peftscope.memory.answer import peaks_by_formula
-
-    if question.has_closed_form:
-        return peaks_by_formula(question)
-    waiting = Console(stderr=True).status("no closed form: simulating two training steps, some seconds")
-    with waiting, quiet_libraries(), offline():
-        from peftscope.memory.simulate import peaks_by_simulation
-
-        return peaks_by_simulation(question)
 
 
 @app.command(cls=RunCommand, rich_help_panel=FITS)

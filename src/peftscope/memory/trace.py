@@ -18,10 +18,6 @@ from math import prod
 ROUNDING_BYTES = 512
 """The CUDA caching allocator rounds every block up to a multiple of this."""
 
-STEP_PHASES = ("forward", "backward", "optimizer")
-PHASES = (*STEP_PHASES, "evaluate")
-"""The phases that a trace can contain. Loading comes before them and is a formula."""
-
 KINDS = (
     "weights",
     "quantised weights",

@@ -6,6 +6,7 @@ Each function that reads takes the reading and the row of the trainer's table.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from peftscope.errors import InputError, Problem, shown
 from peftscope.memory.regimes import REGIMES, Trainer, settings_of
@@ -30,21 +31,15 @@ def refused(keys: str, what: str, remedy: str = "leave it out") -> Row:
 
 def saving(key: str, what: str) -> Row:
     """Returns the row of a key that saves memory in a way that is not modelled; it is noted when it is switched on."""
-    line = f"{key}: {what}; without it the peak is higher, so the answer is an upper bound"
+    return noted(key, f"{key}: {what}; without it the peak is higher, so the answer is an upper bound", "not_modelled")
+
+
+def noted(key: str, line: str, where: Literal["assumed", "not_modelled"] = "assumed") -> Row:
+    """Returns the row of a key that changes no option; its line goes to a list when it is switched on."""
 
     def read(reading: Reading, row: Row) -> None:
         if reading.is_on(key):
-            reading.not_modelled.append(line)
-
-    return Row("", key, read=read)
-
-
-def noted(key: str, line: str) -> Row:
-    """Returns the row of a key that changes no option; the line says what is assumed when it is switched on."""
-
-    def read(reading: Reading, row: Row) -> None:
-        if reading.is_on(key):
-            reading.assumed.append(line)
+            getattr(reading, where).append(line)
 
     return Row("", key, read=read)
 
