@@ -260,13 +260,12 @@ function problemsOf(problems) {
   return make("ul", { class: "problems", role: "alert" }, ...lines);
 }
 
-function roomOf({ card, peak_device_bytes: needed }) {
-  const left = card.usable_bytes - needed;
-  const state = left < 0 ? "no" : left < 0.05 * card.usable_bytes ? "tight" : "yes";
-  const words = { yes: "fits", tight: "fits tightly", no: "does not fit" };
-  const rest = left < 0 ? "are missing" : "are left";
+function roomOf({ card, peak_device_bytes: needed, least_device_bytes: least }) {
+  const words = { yes: "fits", tight: "tight", no: "does not fit" };
+  const bytes = { yes: card.usable_bytes - needed, tight: needed - card.usable_bytes, no: least - card.usable_bytes };
+  const rest = { yes: "are left", tight: "of cached memory have to be given back, and steps are slower", no: "are missing" };
   const on = ` on ${card.name}, of which CUDA can use ${spoken(card.usable_bytes)}: `;
-  return make("p", {}, make("strong", { class: state }, words[state]), on, amount(Math.abs(left)), ` ${rest}.`);
+  return make("p", {}, make("strong", { class: card.fits }, words[card.fits]), on, amount(bytes[card.fits]), ` ${rest[card.fits]}.`);
 }
 
 function barsOf(answer, largest) {
@@ -326,7 +325,7 @@ function showFit(fit) {
   if (fit.problems) return find("#fits > p").replaceChildren(problemsOf(fit.problems));
   const sizes = [fit.largest_batch_size, fit.largest_seq_len, fit.largest_rank].map((size) => sizeCell(size ? String(size) : "-"));
   const bytes = (value, none = "-") => sizeCell(value === null ? none : amount(value));
-  const state = make("td", { class: fit.state }, fit.state);
+  const state = make("td", { class: fit.fits }, fit.fits);
   find("#fits tbody").append(
     row(cell(fit.label), state, bytes(fit.peak_device_bytes), bytes(fit.headroom_bytes), ...sizes, cell(fit.advice), bytes(fit.advised_device_bytes, "")),
   );

@@ -27,9 +27,9 @@ def test_what_will_not_fit_is_marked_with_what_would(write_experiment) -> None:
     write_experiment("mine", BIG + "methods: {full: {precision: bf16}}\naxes: {method: [full, qlora]}\n")
     forecaster = Forecaster(find_gpu("24GiB"))
     full, qlora = (forecaster.forecast(i, spec) for i, spec in expand("mine", "cuda").runs.items())
-    assert not full.fits and full.peak_device_bytes > 8 * 6.7e9  # weights, gradients and two states, two bytes each
+    assert full.fits == "no" and full.peak_device_bytes > 8 * 6.7e9  # weights, gradients and two states, two bytes each
     assert "method: qlora" in full.advice
-    assert qlora.fits and qlora.advice == "" and qlora.peak_device_bytes < 24 * GIB
+    assert qlora.fits == "yes" and qlora.advice == "" and qlora.peak_device_bytes < 24 * GIB
     done = CliRunner().invoke(app, ["expand", "experiments/mine.yaml", "--gpu", "24GiB"])
     assert done.exit_code == 0, done.output
     (line,) = [line for line in done.output.splitlines() if line.strip().startswith("full-s0-cuda")]
@@ -53,9 +53,9 @@ def test_a_model_of_unknown_shape_has_a_guess_of_its_time_and_no_peak(write_expe
 def test_a_run_that_is_limited_to_a_smaller_card_has_to_fit_there() -> None:
     forecaster, runs = Forecaster(find_gpu("h200")), expand("gpu-check", "cuda").runs
     limited = [forecaster.forecast(run, spec) for run, spec in runs.items() if spec.memory_limit_gib]
-    assert [f.fits for f in limited if f.spec.batch_size == 4] == [False]
-    assert all(f.fits == (f.peak_device_bytes <= f.spec.memory_limit_gib * 2**30) for f in limited)
-    assert all(bool(f.advice) != f.fits for f in limited)
+    assert [f.fits for f in limited if f.spec.batch_size == 4] == ["no"]
+    assert all((f.fits == "yes") == (f.peak_device_bytes <= f.spec.memory_limit_gib * 2**30) for f in limited)
+    assert all(bool(f.advice) == (f.fits == "no") for f in limited)
 
 
 def test_memory_is_asked_once_for_runs_that_differ_in_nothing_that_matters_to_it(write_experiment) -> None:

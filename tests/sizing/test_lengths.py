@@ -48,18 +48,20 @@ def test_a_quantile_is_the_shortest_length_that_a_share_of_the_items_does_not_ex
 
 
 def test_the_widest_batch_decides_whether_a_data_set_fits() -> None:
-    needed = peaks(ROWS, max(LENGTHS)).device_bytes
-    fits, misses = (answer_lengths(on_a_card(needed - less), LENGTHS) for less in (0, 1))
-    assert (fits.headroom_bytes, fits.fits_width, fits.too_long_items) == (0, max(LENGTHS), 0)
-    assert (misses.headroom_bytes, misses.too_long_items) == (-1, 1)
+    widest = peaks(ROWS, max(LENGTHS))
+    cards = (widest.device_bytes, widest.least_bytes, widest.least_bytes - 1)
+    roomy, tight, misses = (answer_lengths(on_a_card(card), LENGTHS) for card in cards)
+    assert (roomy.fits, roomy.headroom_bytes, roomy.fits_width, roomy.too_long_items) == ("yes", 0, max(LENGTHS), 0)
+    assert (tight.fits, tight.missing_bytes, tight.fits_width, tight.too_long_items) == ("tight", 0, max(LENGTHS), 0)
+    assert (misses.fits, misses.missing_bytes, misses.too_long_items) == ("no", 1, 1)
     assert misses.fits_width is not None and misses.fits_width < max(LENGTHS)
 
 
 def test_the_widest_batch_that_fits_is_found() -> None:
-    card = peaks(ROWS, 250).device_bytes
+    card = peaks(ROWS, 250).least_bytes
     answer = answer_lengths(on_a_card(card), LENGTHS)
     assert answer.fits_width is not None
-    assert peaks(ROWS, answer.fits_width).device_bytes <= card < peaks(ROWS, answer.fits_width + 1).device_bytes
+    assert peaks(ROWS, answer.fits_width).least_bytes <= card < peaks(ROWS, answer.fits_width + 1).least_bytes
     assert answer.too_long_items == sum(length > answer.fits_width for length in LENGTHS) == 3
     none = answer_lengths(on_a_card(CONTEXT_BYTES), LENGTHS)
     assert (none.fits_width, none.too_long_items) == (0, len(LENGTHS))

@@ -68,7 +68,7 @@ def show_forecast(experiment: str, gpu: Gpu, *, brief: bool) -> None:
         f"Disk: {spoken_bytes(disk_bytes({f.run_id: f.spec for f in forecasts}), 1)} for downloads and results.",
         soft_wrap=True,
     )
-    missing = [f for f in forecasts if f.fits is False]
+    missing = [f for f in forecasts if f.fits == "no"]
     if missing:
         console.print(
             f"{len(missing)} runs will not fit; they end as OOM, which is a row in the tables. What would fit:",
@@ -113,10 +113,11 @@ def _name(f: Forecast) -> str:
 
 
 def _verdict(group: Sequence[Forecast]) -> str:
-    small = [f for f in group if f.fits is False]
+    small = [f for f in group if f.fits == "no"]
     if not small:
         unknown = ", ".join(dict.fromkeys(f.unknown for f in group if f.unknown))
-        return f"not known: {unknown}" if unknown else "fits"
+        tight = any(f.fits == "tight" for f in group)
+        return f"not known: {unknown}" if unknown else "tight: cached memory has to be given back" if tight else "fits"
     which = "" if len(small) == len(group) else f" for {len(small)}"
     return f"does not fit{which} (needs {spoken_bytes(_largest(small), 1)})"
 

@@ -67,7 +67,6 @@ def tell_lengths(
     from peftscope.sizing.lengths import answer_lengths
 
     answer = answer_lengths(question, items)
-    left = answer.headroom_bytes
     if own["figure"]:
         with needs("report"):
             from peftscope.report.memory import draw_lengths
@@ -79,6 +78,7 @@ def tell_lengths(
         from peftscope.cli.show import show_headroom, show_lengths
 
         show_lengths(answer, console)
-        if question.gpu and left is not None:
-            show_headroom(question.gpu, left, console)
-    return left is None or left >= 0
+        if question.gpu:
+            widest = answer.quantiles[-1]
+            show_headroom(question.gpu, widest.least_device_bytes, widest.peak_device_bytes, console)
+    return answer.fits != "no"

@@ -216,15 +216,16 @@ def memory_command(
             from peftscope.cli.show import show_reading
 
             show_reading(reading, wide_console())
-        fits = tell_lengths(question, items, own, wide_console(), as_json=as_json)
-        raise typer.Exit(0 if fits else 1)
+        raise typer.Exit(0 if tell_lengths(question, items, own, wide_console(), as_json=as_json) else 1)
     simulate = simulate or not question.has_closed_form
     peaks = peaks_of_question(question, simulate=simulate)
     answer = answer_of(question, peaks, "simulation" if simulate else "formula")
-    left = card.usable_bytes - answer.peak_device_bytes if card else None
+    fits = card.fits(answer.least_device_bytes, answer.peak_device_bytes) if card else None
     if as_json:
         more: dict[str, Any] = {"config": reading.to_json()} if reading else {}
-        more |= {"headroom_bytes": left} if reading or card else {}
+        if card:
+            more["headroom_bytes"] = card.usable_bytes - answer.peak_device_bytes
+            more |= {"fits": fits, "missing_bytes": max(0, answer.least_device_bytes - card.usable_bytes)}
         print(json.dumps({**answer.to_json(), **more}, ensure_ascii=False))
     else:
         from peftscope.cli.show import show_answer, show_headroom, show_reading
@@ -233,9 +234,9 @@ def memory_command(
         if reading:
             show_reading(reading, console)
         show_answer(answer, console, explain=explain, depth=depth)
-        if card and left is not None:
-            show_headroom(card, left, console)
-    if reading and left is not None and left < 0:
+        if card:
+            show_headroom(card, answer.least_device_bytes, answer.peak_device_bytes, console)
+    if reading and fits == "no":
         raise typer.Exit(1)
 
 

@@ -16,7 +16,7 @@ from peftscope.memory.formula.terms import DIMENSIONS
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
 from peftscope.models.shapes import FAMILIES
-from peftscope.sizing.fit import TIGHT_SHARE, Fit
+from peftscope.sizing.fit import Fit
 from peftscope.words import counted, spoken_bytes, spoken_number
 
 if TYPE_CHECKING:
@@ -37,9 +37,7 @@ def show_reading(reading: Reading, console: Console) -> None:
         "ignored": [", ".join(reading.ignored)] if reading.ignored else [],
         "assumed, because the file does not say it": reading.assumed,
         "not modelled": reading.not_modelled,
-        "may change memory, and is not read": [", ".join(reading.may_change_memory)]
-        if reading.may_change_memory
-        else [],
+        "may change memory, and is not read": reading.may_change_memory,
     }
     for title, lines in lists.items():
         if lines:
@@ -49,13 +47,17 @@ def show_reading(reading: Reading, console: Console) -> None:
     console.print()
 
 
-def show_headroom(gpu: Gpu, left_bytes: int, console: Console) -> None:
-    """Prints whether a run fits on a card, and what is left or missing."""
+def show_headroom(gpu: Gpu, least_bytes: int, device_bytes: int, console: Console) -> None:
+    """Prints whether a run fits on a card, as ``Gpu.fits`` says it, and what is left or missing."""
     size = f"{gpu.name}, {spoken_bytes(gpu.usable_bytes)}{' for CUDA' if gpu.reserve_bytes else ''}"
-    if left_bytes < 0:
-        console.print(f"[red]does not fit[/] on {size}: {spoken_bytes(-left_bytes)} are missing")
+    fits, left = gpu.fits(least_bytes, device_bytes), gpu.usable_bytes - device_bytes
+    if fits == "no":
+        console.print(f"[red]does not fit[/] on {size}: {spoken_bytes(least_bytes - gpu.usable_bytes)} are missing")
+    elif fits == "tight":
+        why = f"the allocator has to give back cached memory, {spoken_bytes(-left)} of it, and steps are slower"
+        console.print(f"[yellow]tight[/] on {size}: {why}")
     else:
-        console.print(f"[green]fits[/] on {size}: {spoken_bytes(left_bytes)} are left")
+        console.print(f"[green]fits[/] on {size}: {spoken_bytes(left)} are left")
 
 
 def show_answer(answer: Answer, console: Console, *, explain: bool, depth: int) -> None:
@@ -78,6 +80,8 @@ def show_answer(answer: Answer, console: Console, *, explain: bool, depth: int) 
     phases = Table("phase", "peak", "", box=None)
     for phase, size in answer.phases.items():
         phases.add_row(phase, spoken_bytes(size), "<- binds" if phase == answer.binding_phase else "")
+    if answer.evaluation_bytes is not None:
+        phases.add_row("evaluate", spoken_bytes(answer.evaluation_bytes), "not counted: no evaluation is asked for")
     console.print(phases)
     parts = Table(f"alive at the peak of {answer.binding_phase}", "bytes", "share", box=None)
     for kind, size in answer.components.items():
@@ -155,7 +159,8 @@ def _assumed(fits: Sequence[Fit]) -> list[str]:
     others = "".join(f", {method} {rank}" for method, rank in ranks.items() if rank != usual)
     said = [f"{name}={asked[name]}" for name in ("batch_size", "seq_len", "precision", "loss_path")]
     said += [f"rank={usual}{others}"] if usual else []
-    return [f"assuming {', '.join(said)}; largest sizes with all else as assumed; tight: under {TIGHT_SHARE:.0%} left"]
+    tight = "tight: the allocator has to give back cached memory"
+    return [f"assuming {', '.join(said)}; largest sizes with all else as assumed; {tight}"]
 
 
 def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
@@ -172,10 +177,12 @@ def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
     largest_of = ("largest batch", "largest length", "largest rank")
     table = Table("model", "method", "device peak", "fits", "left", *largest_of, "what to do", "peak then", box=None)
     for fit in fits:
-        mark = f"[{STATE_COLOURS[fit.state]}]{fit.state}[/]"
+        mark = f"[{STATE_COLOURS[fit.fits]}]{fit.fits}[/]"
         none = "?" if fit.how == "simulation" else "-"
         sizes = (fit.largest_batch_size, fit.largest_seq_len, fit.largest_rank)
         largest = [str(value) if value else none for value in sizes]
+        if fit.largest_tight_batch_size and fit.largest_tight_batch_size != fit.largest_batch_size:
+            largest[0] += f" (tight {fit.largest_tight_batch_size})"
         then = spoken_bytes(fit.advised_device_bytes) if fit.advised_device_bytes is not None else ""
         device, left = (spoken_bytes(b) if b is not None else "-" for b in (fit.peak_device_bytes, fit.headroom_bytes))
         table.add_row(fit.model, fit.method, device, mark, left, *largest, fit.advice, then)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.words import GIB, MIB
@@ -13,6 +14,9 @@ CONTEXT_BYTES = 501 * MIB
 CUBLAS_BYTES = 8_519_680
 """cuBLAS keeps a workspace of this size per stream (``:4096:2:16:8``). Source: torch's ``CublasHandlePool``."""
 CUBLAS_HOPPER_BYTES = 32 * MIB
+
+Fits = Literal["yes", "tight", "no"]
+"""Whether a run fits. Tight: torch's allocator has to give back memory that it caches, and steps are slower."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,21 @@ class Gpu:
     def usable_bytes(self) -> int:
         """The bytes that CUDA can hand out, its own contexts included."""
         return self.memory_bytes - self.reserve_bytes
+
+    def fits(self, least_bytes: int, device_bytes: int) -> Fits:
+        """Returns whether a run fits.
+
+        Before torch gives up, it frees the segments that are wholly free and tries again (``c10/cuda/
+        CUDACachingAllocator.cpp``). So a run ends out of memory if its tensors alone do not fit, and it gives nothing
+        back if what its allocator would reserve fits too.
+
+        Args:
+            least_bytes: The bytes of its tensors, and the CUDA context.
+            device_bytes: The bytes that it takes where there is room: reserved ones, and the CUDA context.
+        """
+        if least_bytes > self.usable_bytes:
+            return "no"
+        return "yes" if device_bytes <= self.usable_bytes else "tight"
 
 
 RESERVE_SHARE = 0.03

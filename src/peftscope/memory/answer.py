@@ -59,8 +59,11 @@ class Answer:
         peak_allocated_bytes: The peak that torch's allocator counts: tensors and kernel workspaces.
         peak_reserved_bytes: The peak of the segments that the allocator holds for them.
         peak_device_bytes: Reserved bytes, the CUDA context and paged states: what nvidia-smi shows.
+        least_device_bytes: The tensors at their peak and the CUDA context: a smaller card runs out of memory.
         binding_phase: The phase that has the allocated peak.
         phases: The allocated peak of each phase.
+        evaluation_bytes: The allocated peak that an evaluation with the same batch would have, where none is asked for;
+            None if one is, or if it is not known.
         components: The bytes that are alive at the peak, by kind. They add up to the peak.
         modules: The same bytes by module: {name: {"bytes": ..., "modules": {...}}}, to any depth.
         terms: The same bytes, line by line.
@@ -77,12 +80,14 @@ class Answer:
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     peak_device_bytes: int
+    least_device_bytes: int
     binding_phase: str
     phases: dict[str, int]
     components: dict[str, int]
     modules: dict[str, Any]
     assumptions: list[str]
     agreement: str = ""
+    evaluation_bytes: int | None = None
     terms: list[Term] = field(default_factory=list)
     dimensions: dict[str, float] = field(default_factory=dict)
 
@@ -93,11 +98,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Peaks:
-    """The three peaks, the peaks of the phases, and a function that returns the blocks alive at a phase's peak."""
+    """The peaks, those of the phases, and a function that returns the blocks alive at a phase's peak.
+
+    With less than ``least_bytes`` a run ends out of memory; with ``device_bytes`` its allocator gives nothing back.
+    """
 
     allocated_bytes: int
     reserved_bytes: int
     device_bytes: int
+    least_bytes: int
     binding_phase: str
     phases: dict[str, int]
     alive: Callable[[str], list[Block]]
@@ -106,7 +115,7 @@ class Peaks:
 def peaks_by_formula(
     question: Question,
     *,
-    evaluation: bool = True,
+    evaluation: bool | None = None,
     traces: TrainingTraces | None = None,
     enough: float = inf,
     only_whether: bool = False,
@@ -115,7 +124,8 @@ def peaks_by_formula(
 
     Args:
         question: The run, the model and the card.
-        evaluation: Whether the evaluation counts. It always counts for a method that trains nothing.
+        evaluation: Whether an evaluation counts; None: if the question asks for one. For a method that trains nothing
+            one always counts.
         traces: Traces to reuse from earlier questions. ``alive`` is then valid only until the next question.
         enough: If tensors alone take more bytes than this, the allocator is not replayed, and reserved bytes are those
             of the tensors.
@@ -133,7 +143,8 @@ def peaks_by_formula(
     traces = traces or TrainingTraces()
     with without_collector():
         training = traces.trace(question) if spec.method.trains else None
-        evaluated = trace_evaluation(question) if evaluation or training is None else None
+        counts = question.evaluates if evaluation is None else evaluation
+        evaluated = trace_evaluation(question) if counts or training is None else None
         return peaks_of(question, training, evaluated, traces, enough, only_whether=only_whether)
 
 
@@ -195,7 +206,8 @@ def peaks_of(
     binding = max(phases, key=lambda phase: phases[phase])
     reserved = max(reserved, phases[binding])
     context = question.gpu.context_bytes if question.gpu and question.gpu.context_bytes else CONTEXT_BYTES
-    return Peaks(phases[binding], reserved, reserved + context + paged, binding, phases, alive)
+    device, least = reserved + context + paged, phases[binding] + context
+    return Peaks(phases[binding], reserved, device, least, binding, phases, alive)
 
 
 def _unpaged_peaks(trace: Trace) -> dict[str, Peak]:
@@ -214,15 +226,23 @@ def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulat
         peak_allocated_bytes=peaks.allocated_bytes,
         peak_reserved_bytes=peaks.reserved_bytes,
         peak_device_bytes=peaks.device_bytes,
+        least_device_bytes=peaks.least_bytes,
         binding_phase=peaks.binding_phase,
         phases=peaks.phases,
         components=by_kind(alive),
         modules=_tree(alive),
         assumptions=assumptions_of(question),
         agreement=_agreement(question, peaks) if how == "formula" else "",
+        evaluation_bytes=_evaluation_bytes(question) if how == "formula" else None,
         terms=terms_of(alive),
         dimensions=dimensions_of(question, peaks.binding_phase),
     )
+
+
+def _evaluation_bytes(question: Question) -> int | None:
+    if question.evaluates or question.shared:
+        return None
+    return max(peak.size for peak in _unpaged_peaks(trace_evaluation(question)).values())
 
 
 def _trainable(question: Question) -> int | None:

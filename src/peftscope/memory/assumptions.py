@@ -24,6 +24,8 @@ def library_versions() -> str:
 
 def _evaluation(question: Question) -> str:
     """Returns what is assumed about the evaluation."""
+    if not question.evaluates:
+        return "no evaluation: none is asked for"
     text = f"evaluation with batch_size={question.spec.eval_batch_size}"
     if not question.gathered_rows:
         return f"{text}, without optimizer states"

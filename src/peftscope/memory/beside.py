@@ -38,6 +38,9 @@ class Beside(BaseModel):
     modules_to_save_dtype: Annotated[
         Literal["base", "fp32"], Field(description="of those copies: PEFT's is that of the module")
     ] = "base"
+    evaluation: Annotated[
+        bool, Field(description="whether an evaluation counts; one does where it is given a batch, or gathers logits")
+    ] = False
     eval_gathers_logits: Annotated[
         int | None,
         Field(

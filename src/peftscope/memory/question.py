@@ -115,6 +115,11 @@ class Question:
     by_trainer: tuple[str, ...] = ()
 
     @property
+    def evaluates(self) -> bool:
+        """Whether an evaluation counts."""
+        return self.beside.evaluation or not self.spec.method.trains
+
+    @property
     def padded(self) -> bool:
         """Whether the longest batch has padding."""
         return self.beside.padding == "some"
@@ -290,6 +295,7 @@ def ask(
         InputError: An option is wrong, or contradicts another option or the model.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    evaluated = not given.keys().isdisjoint({"eval_batch_size", "eval_gathers_logits"})
     name = given.pop("method", "lora")
     if name not in METHODS:
         raise InputError(Problem("method", f"unknown method (got {name!r})", close_match(name, METHODS)))
@@ -297,6 +303,8 @@ def ask(
         beside = Beside.model_validate({name: given.pop(name) for name in BESIDE_OPTIONS if name in given})
     except ValidationError as error:
         raise InputError(_problems(error)) from None
+    if "evaluation" not in beside.model_fields_set and evaluated:
+        beside = beside.model_copy(update={"evaluation": True})
     known = given | {option: getattr(beside, option) for option in beside.model_fields_set}
     regime = settings_of(beside.as_trainer, name, known) if beside.as_trainer else {}
     set_by_trainer = {option: value for option, (value, _) in regime.items()}

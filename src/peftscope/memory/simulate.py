@@ -155,8 +155,8 @@ def answer_by_simulation(question: Question) -> Answer:
     return answer_of(question, peaks_by_simulation(question), "simulation")
 
 
-def peaks_by_simulation(question: Question, *, evaluation: bool = True) -> Peaks:
-    """Returns the peaks by simulation, with or without an evaluation.
+def peaks_by_simulation(question: Question, *, evaluation: bool | None = None) -> Peaks:
+    """Returns the peaks by simulation, with or without an evaluation; None: with one if the question asks for it.
 
     Raises:
         InputError: The question names several cards, transformers does not know the model, or PEFT does not find the
@@ -171,6 +171,7 @@ def peaks_by_simulation(question: Question, *, evaluation: bool = True) -> Peaks
         message = f"{shown(getattr(question.beside, option))} is known to the closed form only"
         raise InputError(Problem(option, message, "leave out --simulate"))
     spec, responses = question.spec, question.responses
+    counts = question.evaluates if evaluation is None else evaluation
     if reason := spec.method.why_not_simulated():
         raise InputError(Problem("method", reason, "run it: a run measures its peaks"))
     sizes: dict[str, Any] = {"width": spec.seq_len, "responses": responses, "padded": question.padded}
@@ -183,7 +184,7 @@ def peaks_by_simulation(question: Question, *, evaluation: bool = True) -> Peaks
             spec,
             config,
             [batch, batch] if spec.method.trains else [],
-            evaluation_batch if evaluation or not spec.method.trains else None,
+            evaluation_batch if counts or not spec.method.trains else None,
             question.cublas_bytes,
             question.beside.loss,
             question.saved,

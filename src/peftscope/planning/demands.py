@@ -66,5 +66,6 @@ def host_bytes(spec: RunSpec) -> int:
     # For a method without a closed form two others stand in: one takes the most states, the other the most activations.
     methods = [spec.method] if spec.method.closed_form else [METHODS["full"](), METHODS["dora"]()]
     runs = [widest.model_copy(update={"method": method}) for method in methods]
-    allocated = max(peaks_by_formula(Question(model, run, length, None, 1)).allocated_bytes for run in runs)
+    questions = [Question(model, run, length, None, 1) for run in runs]
+    allocated = max(peaks_by_formula(question, evaluation=True).allocated_bytes for question in questions)
     return spec.shards * (PROCESS_BYTES + round(MARGIN * allocated))

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 from pydantic import ValidationError
 
 from peftscope.data.tasks import item_tokens
-from peftscope.hardware.cards import GIB, Gpu, known_card, speed_of
+from peftscope.hardware.cards import GIB, Fits, Gpu, known_card, speed_of
 from peftscope.memory.answer import peaks_by_formula
 from peftscope.memory.question import Model, Question
 from peftscope.memory.shares import RESIDENT
@@ -60,8 +60,8 @@ class Forecast:
         seconds: The seconds on the card.
         peak_device_bytes: The most bytes that the card needs, or None if unknown.
         binding_phase: The phase of this peak. ``generate`` is the part of the evaluation that has a key-value cache.
-        fits: Whether the card has these bytes, or None if unknown.
-        advice: A change that would make the run fit; empty if it fits.
+        fits: Whether the run fits, as ``Gpu.fits`` says it, or None if unknown.
+        advice: A change that would make the run fit; empty if it does.
         unknown: The reason why the peak is unknown; empty if it is known.
     """
 
@@ -71,7 +71,7 @@ class Forecast:
     seconds: float
     peak_device_bytes: int | None
     binding_phase: str
-    fits: bool | None
+    fits: Fits | None
     advice: str
     unknown: str = ""
 
@@ -82,6 +82,7 @@ class _Memory:
 
     allocated_bytes: int
     device_bytes: int
+    least_bytes: int
     phase: str
     resident_bytes: int
 
@@ -102,27 +103,31 @@ class Forecaster:
         unknown = unknown or ("" if spec.method.closed_form else f"{spec.method.name} has no closed form")
         if shape is None or unknown:
             return Forecast(identity, spec, chosen, self.seconds(spec), None, "", None, "", unknown)
-        peak, phase = self._peak(spec, shape)
-        fits = peak <= self._capacity(spec)
-        advice = "" if fits else self._advice_once(spec, shape)
+        peak, least, phase = self._peak(spec, shape)
+        fits = self._card(spec).fits(least, peak)
+        advice = self._advice_once(spec, shape) if fits == "no" else ""
         return Forecast(identity, spec, chosen, self.seconds(spec), peak, phase, fits, advice)
 
-    def _capacity(self, spec: RunSpec) -> float:
-        """Returns the bytes that the run may take: those of the card, or of the smaller one that it is limited to."""
-        return min(self.gpu.usable_bytes, (spec.memory_limit_gib or math.inf) * GIB)
+    def _card(self, spec: RunSpec) -> Gpu:
+        """Returns the card, or the smaller one that the run is limited to."""
+        limit = min(self.gpu.usable_bytes, (spec.memory_limit_gib or math.inf) * GIB)
+        return replace(self.gpu, memory_bytes=int(limit), reserve_bytes=0)
 
-    def _peak(self, spec: RunSpec, shape: ModelShape) -> tuple[int, str]:
-        """Returns the most bytes that the card needs, and the phase in which it needs them."""
+    def _peak(self, spec: RunSpec, shape: ModelShape) -> tuple[int, int, str]:
+        """Returns the most bytes that the card needs, those without which it does not do, and the phase of them."""
         key = memory_key(spec)
         if key not in self._memory:
             model = Model(spec.model, shape.to_config(), shape)
             each = spec.model_copy(update={"batch_size": spec.batch_size // spec.shards})  # cards share a batch's rows
-            peaks = peaks_by_formula(Question(model, each, spec.seq_len, self.gpu, spec.shards))
+            peaks = peaks_by_formula(Question(model, each, spec.seq_len, self.gpu, spec.shards), evaluation=True)
             resident = sum(block.size for block in peaks.alive("evaluate") if block.kind in RESIDENT)
-            self._memory[key] = _Memory(peaks.allocated_bytes, peaks.device_bytes, peaks.binding_phase, resident)
+            self._memory[key] = _Memory(
+                peaks.allocated_bytes, peaks.device_bytes, peaks.least_bytes, peaks.binding_phase, resident
+            )
         memory, cache = self._memory[key], _cache_bytes(spec, shape)
         more = memory.resident_bytes + cache - memory.allocated_bytes
-        return (memory.device_bytes + more, "generate") if cache and more > 0 else (memory.device_bytes, memory.phase)
+        more, phase = (more, "generate") if cache and more > 0 else (0, memory.phase)
+        return memory.device_bytes + more, memory.least_bytes + more, phase
 
     def _advice_once(self, spec: RunSpec, shape: ModelShape) -> str:
         key = memory_key(spec), _cache_bytes(spec, shape)
@@ -145,7 +150,8 @@ class Forecaster:
                 method = {"name": changes["method"]}
             fields = spec.model_dump(mode="json") | fields_of(changes)
             changed = RunSpec.model_validate({**fields, "method": method})
-            return changed != spec and self._peak(changed, shape)[0] <= self._capacity(spec)
+            peak, least, _ = self._peak(changed, shape)
+            return changed != spec and self._card(spec).fits(least, peak) != "no"
 
         changes = mildest_change(fits, {**spec.model_dump(), "method": spec.method.name})
         if changes is None:

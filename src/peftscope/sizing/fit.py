@@ -11,7 +11,7 @@ from math import inf
 from typing import Any, Literal
 
 from peftscope.errors import InputError, Problem, close_match
-from peftscope.hardware.cards import Gpu
+from peftscope.hardware.cards import Fits, Gpu
 from peftscope.memory.allocator import segment_share
 from peftscope.memory.answer import Peaks, peaks_by_formula
 from peftscope.memory.assumptions import assumptions_of
@@ -28,23 +28,21 @@ LARGEST_RANK = 1024
 LONGEST_SEQUENCE = 131_072
 """The longest sequence that is tried with a model that states no limit."""
 
+ACCEPTED: tuple[tuple[Fits, ...], ...] = (("yes",), ("yes", "tight"))
+"""What advice aims at: that a run fits with room and, if nothing does, that it fits at all."""
 NEAR_SHARE = 0.15
 """An estimate is trusted less than another method's answer that is no farther from it than this."""
-
-TIGHT_SHARE = 0.05
-"""A run that leaves a smaller share of the card than this fits only tightly: drivers, kernels and data differ."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The answer whether one method fits. Peaks do not include an evaluation. They are None if the method cannot run.
+    """The answer whether one method fits. Peaks are None if the method cannot run.
 
     Attributes:
         model: The model's name, as the question gave it.
         method: The name of the method.
         how: The closed form, or the simulation for a method without one. A simulation finds no largest sizes.
-        fits: Whether the method fits.
-        state: The same in three words: it does not fit, or fits with less than ``TIGHT_SHARE`` of the card left.
+        fits: Whether the method fits, as ``Gpu.fits`` says it.
         peak_allocated_bytes: The peak that torch's allocator counts.
         peak_reserved_bytes: The peak of the segments that the allocator holds.
         peak_device_bytes: The bytes that the card needs.
@@ -52,9 +50,12 @@ class Fit:
         phases: The allocated peak of each phase.
         components: The bytes that are alive at the peak, by kind.
         capacity_bytes: The bytes of the card that CUDA can hand out.
-        headroom_bytes: The bytes that are left. A negative number says how many are missing.
+        headroom_bytes: The bytes that are left where nothing has to be given back. A negative number says how many are
+            missing to that.
+        missing_bytes: The bytes that are missing for the tensors; 0 if it fits.
         largest_batch_size: The largest batch size that fits, up to ``LARGEST_BATCH_SIZE``, with all else unchanged.
             None means that not even 1 fits.
+        largest_tight_batch_size: The largest batch size whose tensors fit.
         largest_seq_len: The same for the length of a sequence, up to the model's limit.
         largest_rank: The same for the rank. None also for a method without a rank.
         advice: The mildest change that makes the method fit, or the reason why it cannot run; empty if it fits.
@@ -66,8 +67,7 @@ class Fit:
     model: str
     method: str
     capacity_bytes: int
-    fits: bool
-    state: Literal["yes", "tight", "no"] = "no"
+    fits: Fits = "no"
     how: Literal["formula", "simulation"] = "formula"
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
@@ -76,7 +76,9 @@ class Fit:
     phases: dict[str, int] = field(default_factory=dict)
     components: dict[str, int] = field(default_factory=dict)
     headroom_bytes: int | None = None
+    missing_bytes: int | None = None
     largest_batch_size: int | None = None
+    largest_tight_batch_size: int | None = None
     largest_seq_len: int | None = None
     largest_rank: int | None = None
     advice: str = ""
@@ -139,7 +141,7 @@ def fit_methods(
                 except InputError as error:
                     problems += error.problems
                     reason = "; ".join(f"{problem.where}: {problem.message}" for problem in error.problems)
-                    fit = Fit(model.name, method, gpu.usable_bytes, fits=False, advice=f"cannot run as asked: {reason}")
+                    fit = Fit(model.name, method, gpu.usable_bytes, advice=f"cannot run as asked: {reason}")
                 yield fit
     if not some:
         raise InputError(problems or [Problem("models and methods", "none given", "name at least one of each")])
@@ -161,30 +163,35 @@ class Needs:
 
     Attributes:
         gpu: The card.
-        limits: The bytes that a run may take, with a margin and without one.
         traces: Traces that serve runs of other sizes.
-        largest: The largest sizes that were found, by the model's name and the field.
+        largest: The largest sizes that were found, by the model's name, the field, and whether tight ones count.
     """
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
-        self.limits = (1 - TIGHT_SHARE) * gpu.usable_bytes, float(gpu.usable_bytes)
         self.traces = TrainingTraces()
-        self.largest: dict[tuple[str, str], list[int]] = defaultdict(list)
-        self._known: dict[Any, int] = {}
+        self.largest: dict[tuple[str, str, bool], list[int]] = defaultdict(list)
+        self._known: dict[Any, Peaks] = {}
 
-    def device_bytes(self, question: Question) -> int:
-        """Returns the bytes that the card needs for a run's training; of one that does not fit, perhaps only those of
-        its tensors.
+    def peaks(self, question: Question) -> Peaks:
+        """Returns the peaks of a run; of one that does not fit, reserved bytes may be those of its tensors only.
 
         Raises:
             InputError: The closed form does not cover the model's family or the method.
         """
         key = question.model.name, question.spec, question.responses, question.gpus, question.beside
         if key not in self._known:
-            peaks = peaks_by_formula(question, evaluation=False, traces=self.traces, enough=self.gpu.usable_bytes)
-            self._known[key] = peaks.device_bytes
+            self._known[key] = peaks_by_formula(question, traces=self.traces, enough=self.gpu.usable_bytes)
         return self._known[key]
+
+    def fits(self, question: Question) -> Fits:
+        """Returns whether a run fits on the card.
+
+        Raises:
+            InputError: The closed form does not cover the model's family or the method.
+        """
+        peaks = self.peaks(question)
+        return self.gpu.fits(peaks.least_bytes, peaks.device_bytes)
 
 
 class Search:
@@ -220,15 +227,13 @@ class Search:
     def fit(self) -> Fit:
         """Returns whether the method fits, and the largest sizes that fit."""
         peaks, capacity, spec = self._asked_peaks, self.needs.gpu.usable_bytes, self._question.spec
-        needed = peaks.device_bytes
-        roomy = needed <= self.needs.limits[0]
-        advice, advised = ("", None) if needed <= capacity else self._advice()
+        needed, fits = peaks.device_bytes, self.needs.gpu.fits(peaks.least_bytes, peaks.device_bytes)
+        advice, advised = ("", None) if fits == "yes" else self._advice()
         fit = Fit(
             model=self.model.name,
             method=self.method,
             capacity_bytes=capacity,
-            fits=needed <= capacity,
-            state="yes" if roomy else "tight" if needed <= capacity else "no",
+            fits=fits,
             how=self._how,
             peak_allocated_bytes=peaks.allocated_bytes,
             peak_reserved_bytes=peaks.reserved_bytes,
@@ -237,6 +242,7 @@ class Search:
             phases=peaks.phases,
             components=self._components,
             headroom_bytes=capacity - needed,
+            missing_bytes=max(0, peaks.least_bytes - capacity),
             advice=advice,
             advised_device_bytes=advised,
             assumed={
@@ -253,6 +259,7 @@ class Search:
         return replace(
             fit,
             largest_batch_size=self.largest("batch_size", LARGEST_BATCH_SIZE),
+            largest_tight_batch_size=self.largest("batch_size", LARGEST_BATCH_SIZE, tight=True),
             largest_seq_len=self.largest("seq_len", self.longest()),
             largest_rank=self._largest_rank(),
         )
@@ -262,12 +269,13 @@ class Search:
         longest = self.model.max_seq_len or LONGEST_SEQUENCE
         return longest - getattr(self._question.spec.method, "virtual_tokens", 0)
 
-    def largest(self, field: str, limit: int) -> int | None:
+    def largest(self, field: str, limit: int, *, tight: bool = False) -> int | None:
         """Returns the largest value of a field that fits, with all else unchanged, or None if not even 1 fits.
 
         Args:
             field: ``batch_size``, ``seq_len`` or ``rank``.
             limit: The largest value to try.
+            tight: Whether it suffices that the tensors fit.
 
         Raises:
             InputError: The method has no closed form.
@@ -275,13 +283,15 @@ class Search:
 
         def takes(value: int, only_whether: bool) -> int:
             if value == start:
-                return self._asked_peaks.device_bytes
+                return self._asked_peaks.least_bytes if tight else self._asked_peaks.device_bytes
             question = self._ask({**self._options, **self._changes(field, value)})
+            if tight:  # the allocator is not asked
+                return self._peaks(question, 0).least_bytes
             return self._peaks(question, capacity, only_whether=only_whether).device_bytes
 
         spec, capacity = self._question.spec, self.needs.gpu.usable_bytes
         start = getattr(spec.method, spec.method.rank_field) if field == "rank" else getattr(spec, field)
-        earlier = self.needs.largest[self.model.name, field]
+        earlier = self.needs.largest[self.model.name, field, tight]
         found = largest(takes, partial(self._expected, field), capacity, limit, start, earlier)
         earlier += [found] if found else []
         return found
@@ -293,15 +303,12 @@ class Search:
         return METHODS[self.method].with_rank(value) if field == "rank" else {field: value}
 
     def _peaks(self, question: Question, enough: float, *, only_whether: bool = False) -> Peaks:
-        # An evaluation of the same batch keeps nothing for a backward pass, so it never has the larger peak.
-        return peaks_by_formula(
-            question, evaluation=False, traces=self.needs.traces, enough=enough, only_whether=only_whether
-        )
+        return peaks_by_formula(question, traces=self.needs.traces, enough=enough, only_whether=only_whether)
 
     def _simulated_peaks(self) -> Peaks:
         from peftscope.memory.simulate import peaks_by_simulation
 
-        return peaks_by_simulation(self._question, evaluation=False)
+        return peaks_by_simulation(self._question)
 
     def _expected(self, field: str, value: int) -> float:
         """Returns the bytes of the blocks that are alive at the peak, recomputed for another value of a field."""
@@ -322,29 +329,32 @@ class Search:
     def _advice(self) -> tuple[str, int | None]:
         """Returns the mildest change after which the method fits, and the bytes that the card then needs.
 
-        A change that leaves room is preferred to a milder one after which it is tight.
+        A change that leaves room is preferred to a milder one after which it is tight, which is advice for a method
+        that does not fit only.
         """
         asked, capacity = {**self._question.spec.model_dump(), "method": self.method}, self.needs.gpu.usable_bytes
         stays = sum(block.size for block in self._asked_peaks.alive("optimizer") if block.kind in RESIDENT)
 
-        def needed(changes: Mapping[str, Any]) -> int:
-            if stays > capacity and not changes.keys() & {"method", "optimizer"}:
-                return stays  # weights and states alone are too many, and these changes shrink none of them
+        def changed(changes: Mapping[str, Any]) -> Question:
             options = options_of_method(changes.get("method", self.method), self.asked)
-            return self.needs.device_bytes(self._ask({**options, **changes}))
+            return self._ask({**options, **changes})
 
-        def within(limit: float, changes: Mapping[str, Any]) -> bool:
-            return needed(changes) <= limit
+        def becomes(accepted: Sequence[Fits], changes: Mapping[str, Any]) -> bool:
+            if stays > capacity and not changes.keys() & {"method", "optimizer"}:
+                return False  # weights and states alone are too many, and these changes shrink none of them
+            return self.needs.fits(changed(changes)) in accepted
 
-        for limit in self.needs.limits:
-            changes = mildest_change(partial(within, limit), asked)
+        peaks = self._asked_peaks
+        runs = self.needs.gpu.fits(peaks.least_bytes, peaks.device_bytes) == "tight"
+        for accepted in ACCEPTED[:1] if runs else ACCEPTED:
+            changes = mildest_change(partial(becomes, accepted), asked)
             if changes is not None:
                 words = (
                     f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
                     for name, value in changes.items()
                 )
-                return " ".join(words), needed(changes)
-        return "a smaller model, a larger card, or --gpus", None
+                return " ".join(words), self.needs.peaks(changed(changes)).device_bytes
+        return ("", None) if runs else ("a smaller model, a larger card, or --gpus", None)
 
 
 def largest(

@@ -13,6 +13,7 @@ from typing import Any
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import LARGEST_COUNT
 from peftscope.files.limits import check_characters
+from peftscope.hardware.cards import Fits
 from peftscope.memory.answer import Peaks, peaks_by_formula
 from peftscope.memory.assumptions import assumptions_of
 from peftscope.memory.formula.step import TrainingTraces
@@ -31,6 +32,7 @@ class Quantile:
     width: int
     peak_allocated_bytes: int
     peak_device_bytes: int
+    least_device_bytes: int
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class LengthsAnswer:
         too_long_items: The items that are longer than the widest full batch that fits; None without a card.
         batch_size: The rows of a full batch.
         capacity_bytes: The memory of the card that CUDA can use; None without a card.
-        fits_width: The widest full batch that fits, up to the longest item; None without a card.
+        fits_width: The widest full batch whose tensors fit, up to the longest item; None without a card.
+        fits: Whether the widest batch fits, as ``Gpu.fits`` says it; None without a card.
         quantiles: The lengths of items, once cut, and the peaks of full batches as wide; the last is the widest batch.
         assumptions: The assumptions behind the answer, one sentence each.
     """
@@ -58,17 +61,25 @@ class LengthsAnswer:
     batch_size: int
     capacity_bytes: int | None
     fits_width: int | None
+    fits: Fits | None
     quantiles: tuple[Quantile, ...]
     assumptions: tuple[str, ...]
 
     @property
     def headroom_bytes(self) -> int | None:
-        """The memory that the widest batch leaves; negative: it does not fit; None without a card."""
+        """The memory that the widest batch leaves; negative: torch gives back what it caches; None without a card."""
         return None if self.capacity_bytes is None else self.capacity_bytes - self.quantiles[-1].peak_device_bytes
+
+    @property
+    def missing_bytes(self) -> int | None:
+        """The memory that is missing for the tensors of the widest batch; 0 if they fit; None without a card."""
+        return (
+            None if self.capacity_bytes is None else max(0, self.quantiles[-1].least_device_bytes - self.capacity_bytes)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Returns the answer as JSON content. The keys are stable."""
-        return asdict(self) | {"headroom_bytes": self.headroom_bytes}
+        return asdict(self) | {"headroom_bytes": self.headroom_bytes, "missing_bytes": self.missing_bytes}
 
 
 def read_lengths(path: Path) -> list[int]:
@@ -172,16 +183,18 @@ def answer_lengths(question: Question, lengths: Sequence[int]) -> LengthsAnswer:
     rows = min(spec.batch_size, len(cut))
     peaks = _peaks_by_width(question, rows)
     capacity = question.gpu.usable_bytes if question.gpu else None
-    fits = None if capacity is None else _fitting_width(peaks, cut[-1], capacity)
+    width = None if capacity is None else _fitting_width(peaks, cut[-1], capacity)
+    widest = peaks(cut[-1])
     return LengthsAnswer(
         model=question.model.name,
         method=spec.method.name,
         items=len(cut),
         cut_items=sum(length > spec.seq_len for length in lengths),
-        too_long_items=None if fits is None else sum(length > fits for length in cut),
+        too_long_items=None if width is None else sum(length > width for length in cut),
         batch_size=rows,
         capacity_bytes=capacity,
-        fits_width=fits,
+        fits_width=width,
+        fits=question.gpu.fits(widest.least_bytes, widest.device_bytes) if question.gpu else None,
         quantiles=tuple(_quantile(share, cut, peaks) for share in SHARES),
         assumptions=tuple(_assumptions(question)),
     )
@@ -202,25 +215,21 @@ def _peaks_by_width(question: Question, rows: int) -> Callable[[int], Peaks]:
         spec = question.spec.model_copy(update=sizes)
         responses = max(1, round(question.responses * width / question.spec.seq_len))
         asked = replace(question, spec=spec, responses=responses, beside=beside)
-        return peaks_by_formula(asked, evaluation=False, traces=traces)
+        return peaks_by_formula(asked, traces=traces)
 
     return peaks
 
 
 def _fitting_width(peaks: Callable[[int], Peaks], longest: int, capacity_bytes: int) -> int:
-    """Returns the widest batch up to the longest item that fits, or 0.
-
-    Reserved bytes fall a little at some widths, so that a slightly wider one may fit as well.
-    """
-    if peaks(longest).device_bytes <= capacity_bytes:
-        return longest
-    return bisect_right(range(longest), capacity_bytes, lo=1, key=lambda width: peaks(width).device_bytes) - 1
+    """Returns the widest batch up to the longest item whose tensors fit, or 0."""
+    return bisect_right(range(longest + 1), capacity_bytes, lo=1, key=lambda width: peaks(width).least_bytes) - 1
 
 
 def _quantile(share: float, ordered: Sequence[int], peaks: Callable[[int], Peaks]) -> Quantile:
     items = len(ordered)
     width = ordered[bisect_left(range(items), share, key=lambda place: (place + 1) / items)]
-    return Quantile(share, width, peaks(width).allocated_bytes, peaks(width).device_bytes)
+    at = peaks(width)
+    return Quantile(share, width, at.allocated_bytes, at.device_bytes, at.least_bytes)
 
 
 def _assumptions(question: Question) -> list[str]:
@@ -231,10 +240,5 @@ def _assumptions(question: Question) -> list[str]:
         "the longest item is taken to be in a full batch",
         f"a batch of one row has no padding, and so no mask; larger ones: padding={question.beside.padding}",
         "the peaks of a batch are those of two steps of it; a run whose widths vary may reserve more",
-        "no evaluation",
-        *(
-            line
-            for line in assumptions_of(question)
-            if not line.startswith(("batch_size=", "evaluation with", "packing="))
-        ),
+        *(line for line in assumptions_of(question) if not line.startswith(("batch_size=", "packing="))),
     ]

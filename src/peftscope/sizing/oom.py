@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from peftscope.errors import InputError, Problem
-from peftscope.hardware.cards import Gpu
+from peftscope.hardware.cards import Fits, Gpu
 from peftscope.memory.allocator import MIDDLE_SEGMENT, SMALL_SEGMENT, segment_bytes
 from peftscope.memory.answer import Peaks, dimensions_of, name_of, peaks_by_formula, peaks_of, prepared_bytes, term_of
 from peftscope.memory.formula.step import trace_evaluation, trace_training
@@ -180,9 +180,9 @@ def diagnose(question: Question, refusal: Refusal) -> Diagnosis:
     nearest = [] if candidates else sorted(every, key=lambda one: abs(one.size_bytes - refusal.requested))[:2]
     room = refusal.usable
     fit = _fit(question, room) if room and training else None
-    sentences = [*_about_candidates(candidates, nearest, refusal), *_about_room(peaks, refusal, fit)]
+    sentences = [*_about_candidates(candidates, nearest, refusal), *_about_room(peaks, refusal)]
     changes = _changes(question, fit) if fit else []
-    if room and peaks.binding_phase == "evaluate" and peaks.device_bytes > room:
+    if room and peaks.binding_phase == "evaluate" and peaks.least_bytes > room:
         changes += _smaller_evaluation(question, room)
     return Diagnosis(refusal, peaks.allocated_bytes, peaks.device_bytes, candidates, nearest, sentences, changes)
 
@@ -280,7 +280,7 @@ def _about_candidates(candidates: list[Candidate], nearest: list[Candidate], ref
     return [*sentences, text, "Another length, batch, model or kernel ran, or another program asked."]
 
 
-def _about_room(peaks: Peaks, refusal: Refusal, fit: Fit | None) -> list[str]:
+def _about_room(peaks: Peaks, refusal: Refusal) -> list[str]:
     sentences = []
     if refusal.unallocated is not None:
         held, asked = spoken_bytes(refusal.unallocated), spoken_bytes(refusal.requested)
@@ -295,12 +295,15 @@ def _about_room(peaks: Peaks, refusal: Refusal, fit: Fit | None) -> list[str]:
         others = spoken_bytes(refusal.capacity - refusal.usable)
         sentences.append(f"Other processes had {others} of the card.")
     if refusal.usable is not None:
-        room, need = spoken_bytes(refusal.usable), max(peaks.device_bytes, (fit and fit.peak_device_bytes) or 0)
-        verdict = f"By the closed form, these settings need {spoken_bytes(need)} of the card's {room}"
-        if need > refusal.usable:
-            sentences.append(f"{verdict}: they do not fit.")
-        else:
-            sentences.append(f"{verdict}: they fit, so what ran was larger than these settings.")
+        room, least = spoken_bytes(refusal.usable), spoken_bytes(peaks.least_bytes)
+        need = f"By the closed form, these settings need {least} of the card's {room}"
+        taken = f"By the closed form, these settings take {spoken_bytes(peaks.device_bytes)} of the card's {room}"
+        said: dict[Fits, str] = {
+            "no": f"{need}: they do not fit.",
+            "tight": f"{taken} where there is room, and {least} at least: it is tight, and fragmentation may decide.",
+            "yes": f"{taken}: they fit, so what ran was larger than these settings.",
+        }
+        sentences.append(said[Gpu("the card", refusal.usable).fits(peaks.least_bytes, peaks.device_bytes)])
     return sentences
 
 
@@ -313,7 +316,7 @@ def _fit(question: Question, capacity: int) -> Fit:
 
 def _changes(question: Question, fit: Fit) -> list[str]:
     """Returns the smallest changes that fit: the advice of ``fit``, and the largest sizes; none if all fits."""
-    if fit.fits:
+    if fit.fits == "yes":
         return []
     spec, changes = question.spec, [fit.advice]
     for name, largest in (("batch_size", fit.largest_batch_size), ("seq_len", fit.largest_seq_len)):
@@ -327,7 +330,7 @@ def _smaller_evaluation(question: Question, capacity: int) -> list[str]:
     size = question.spec.eval_batch_size // 2
     while size:
         smaller = replace(question, spec=question.spec.model_copy(update={"eval_batch_size": size}))
-        if peaks_by_formula(smaller).device_bytes <= capacity:
+        if peaks_by_formula(smaller, evaluation=True).least_bytes <= capacity:
             return [f"--eval-batch-size {size}"]
         size //= 2
     return []

@@ -144,7 +144,10 @@ def answer(settings: str) -> dict[str, Any]:
     question, peaks = _run(settings)
     found = answer_of(question, peaks, "formula").to_json()
     alive = {phase: by_kind(peaks.alive(phase)) for phase in peaks.phases}
-    card = {"name": question.gpu.name, "usable_bytes": question.gpu.usable_bytes} if question.gpu else None
+    card = None
+    if question.gpu:
+        fits = question.gpu.fits(peaks.least_bytes, peaks.device_bytes)
+        card = {"name": question.gpu.name, "usable_bytes": question.gpu.usable_bytes, "fits": fits}
     return {**found, "modules": {}, "alive": alive, "card": card}
 
 

@@ -79,6 +79,11 @@ def read_attention(reading: Reading, row: Row) -> None:
         reading.assumed.append(f"{row.key}: the kernel that transformers chooses, sdpa for most families")
 
 
+def read_evaluation(reading: Reading, row: Row) -> None:
+    """Reads the batch of an evaluation, by default that of the training."""
+    take(reading, replace(row, default=reading.options.get("batch_size")))
+
+
 def read_packing(reading: Reading, row: Row) -> None:
     """Reads whether rows are packed. Flash attention packs without a mask: its rows are answered as full rows."""
     attention = reading.given.get("attention") or reading.options.get("attention")

@@ -112,7 +112,14 @@ AXOLOTL_ROWS = (
     Row("seq_len", "sequence_len", 512, f"sequence_len of {SCHEMAS}"),
     Row("batch_size", "micro_batch_size", 1, SCHEMAS),
     Row("gradient_accumulation", "gradient_accumulation_steps", 1, SCHEMAS),
-    Row("eval_batch_size", "eval_batch_size", only_with="val_set_size test_datasets"),
+    Row(
+        "eval_batch_size",
+        "eval_batch_size",
+        None,
+        SCHEMAS,
+        keys.read_evaluation,
+        only_with="val_set_size test_datasets",
+    ),
     Row("checkpointing", "gradient_checkpointing", False, SCHEMAS, keys.read_checkpointing),
     Row("attention", "flash_attention", words={"true": "flash_attention_2", "false": None}),
     Row("attention", "sdp_attention", words={"true": "sdpa", "false": None}),
@@ -204,7 +211,7 @@ TORCHTUNE_ROWS = (
     Row("seq_len", "tokenizer.max_seq_len", need=UNCUT),
     Row("batch_size", "batch_size", 1, "the file has no batch_size"),
     Row("gradient_accumulation", "gradient_accumulation_steps", 1, TORCHTUNE),
-    Row("eval_batch_size", "batch_size_val", only_with="run_val_every_n_steps"),
+    Row("eval_batch_size", "batch_size_val", None, TORCHTUNE, keys.read_evaluation, only_with="run_val_every_n_steps"),
     Row("checkpointing", "enable_activation_checkpointing", False, TORCHTUNE),
     Row("packing", "dataset.packed", False, TORCHTUNE),
     four_bit("model.quantize_base", "use a builder of LoRA"),
@@ -256,7 +263,6 @@ PEFT_ROWS = (
     Row("attention", "attn_implementation", read=keys.read_attention, words=ATTENTION),
     Row("adapter_dtype", "autocast_adapter_dtype", words={"false": "base", "true": None}),
     Row("optimizer", "optimizer_type", read=keys.read_optimizer, words=PEFT_OPTIMIZERS),
-    noted("batch_size_eval", "evaluation has the batch of the training: batch_size_eval is for generating answers"),
 )
 """PEFT's ``adapter_config.json``, and the ``training_params.json`` of PEFT's method comparison."""
 

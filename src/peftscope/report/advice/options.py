@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from peftscope.hardware.cards import GPUS, Gpu
+from peftscope.hardware.cards import GPUS, Fits, Gpu
 from peftscope.memory.question import Model, Question, ask
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
 from peftscope.planning.forecast import Forecaster, token_flops
 from peftscope.report.advice.rules import Change, Findings, Rules, Standing
 from peftscope.report.advice.settings import Settings, Situation, settings_for
-from peftscope.sizing.fit import Needs
+from peftscope.sizing.fit import ACCEPTED, Needs
 
 LENGTHS = (8192, 4096, 2048, 1024, 768, 512, 384, 256, 128)
 """The lengths that are tried if examples have to be cut."""
@@ -83,12 +83,12 @@ class Fitter:
     def __init__(self, situation: Situation, rules: Rules, findings: Findings) -> None:
         self.situation, self.rules, self.findings = situation, rules, findings
         self._needs, self._forecaster = Needs(situation.gpu), Forecaster(situation.gpu)
-        self._limit = self._needs.limits[0]
+        self._accepted: tuple[Fits, ...] = ACCEPTED[0]
 
     def options(self, methods: Sequence[str]) -> list[Option]:
-        """Returns the options of methods, the best first. They leave a margin on the card if any option does."""
-        for limit in self._needs.limits:
-            self._limit = limit
+        """Returns the options of methods, the best first. They fit with room if any option does."""
+        for accepted in ACCEPTED:
+            self._accepted = accepted
             options = [option for method in methods for option in self._options_of(method)]
             if options:
                 return sorted(options, key=lambda option: self._worth(option, methods))
@@ -161,7 +161,7 @@ class Fitter:
         """Returns the batch and whether activations are recomputed, or None if not even one sequence fits."""
 
         def fits(batch: dict[str, Any]) -> bool:
-            return self.peak({**fields, **batch}) <= self._limit
+            return self._needs.fits(self.ask({**fields, **batch})) in self._accepted
 
         least = {"batch_size": 1, "checkpointing": True}
         if not fits(least):
@@ -183,7 +183,7 @@ class Fitter:
 
     def peak(self, fields: Mapping[str, Any], gpus: int | None = None, model: Model | None = None) -> int:
         """Returns the bytes that each card needs for the training, as ``Needs`` does."""
-        return self._needs.device_bytes(self.ask(fields, gpus, model))
+        return self._needs.peaks(self.ask(fields, gpus, model)).device_bytes
 
     def _option(self, settings: Settings, changes: Sequence[Change], fields: dict[str, Any]) -> Option:
         situation = self.situation
