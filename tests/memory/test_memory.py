@@ -112,7 +112,7 @@ def test_more_never_takes_less(method: str) -> None:
         options = data.draw(runs(method, shape.family))
         if what in of_method or (what == "num_layers" and method == "prefix-tuning"):
             # A trained tensor grows. Where it reaches the size for 8 bits, or for paging, its states take less:
-            # test_states_shrink_where_they_become_8_bit and test_states_leave_the_allocator_where_they_are_paged.
+            # test_states_shrink_where_they_become_8_bit and test_paged_states_count_on_the_device_alone.
             options["optimizer"] = "sgd" if options["optimizer"] == "sgd" else "adamw"
         before = answer_by_formula(ask(model_of(shape), options))
         if what == "num_layers":
@@ -140,22 +140,15 @@ def test_states_shrink_where_they_become_8_bit() -> None:
     assert at == tensors * (2 * LARGE_STATE + 2 * rounded(4 * LARGE_STATE // 256))
 
 
-PAGED_MODEL = model_of(small_shape(hidden_size=1000, num_heads=10, num_kv_heads=10, head_dim=100))
-PAGED_RANK = PAGED_FROM_VALUES // 1000
-PAGED_RUN = {"targets": ["q_proj"], "optimizer": "paged_adamw"}
-
-
-def test_states_leave_the_allocator_where_they_are_paged() -> None:
-    below, at = (answer(PAGED_MODEL, rank=rank, **PAGED_RUN) for rank in (PAGED_RANK - 1, PAGED_RANK))
-    assert below.components["optimizer states"] == 2 * 2 * 2 * rounded(4 * 1000 * (PAGED_RANK - 1))
-    assert "optimizer states" not in at.components
+def test_paged_states_count_on_the_device_alone() -> None:
+    model = model_of(small_shape(hidden_size=1000, num_heads=10, num_kv_heads=10, head_dim=100))
+    rank, run = PAGED_FROM_VALUES // 1000, {"targets": ["q_proj"], "optimizer": "paged_adamw"}
+    below, at = (answer(model, rank=r, **run) for r in (rank - 1, rank))
+    assert below.components["optimizer states"] == 2 * 2 * 2 * rounded(4 * 1000 * (rank - 1))
     assert below.peak_device_bytes == below.peak_reserved_bytes + CONTEXT_BYTES
-
-
-def test_paged_states_count_on_the_device() -> None:
-    found = answer(PAGED_MODEL, rank=PAGED_RANK, **PAGED_RUN)
-    states = 2 * 2 * 2 * rounded(4 * 1000 * PAGED_RANK)
-    assert found.peak_device_bytes == found.peak_reserved_bytes + CONTEXT_BYTES + states
+    assert "optimizer states" not in at.components
+    states = 2 * 2 * 2 * rounded(4 * 1000 * rank)
+    assert at.peak_device_bytes == at.peak_reserved_bytes + CONTEXT_BYTES + states
 
 
 def children_fit(node: dict[str, Any]) -> bool:
@@ -275,16 +268,17 @@ def letters_of(term: Term) -> list[str]:
     return term.formula.split("·")[1:]
 
 
-def check_term(term: Term, dimensions: dict[str, int]) -> None:
-    assert term.source, term
-    assert term.count >= 1
-    if not term.formula:
-        assert term.name in WITHOUT_FORMULA
-        return
-    assert all(letter in DIMENSIONS or letter.isdigit() for letter in letters_of(term)), term
-    width = Fraction(term.formula.split("·")[0])
-    one = width * prod(dimensions[letter] for letter in letters_of(term))
-    assert term.bytes == term.count * rounded(ceil(one)), term
+def check_terms(found: Answer) -> None:
+    for term in found.terms:
+        assert term.source, term
+        assert term.count >= 1
+        if not term.formula:
+            assert term.name in WITHOUT_FORMULA
+            continue
+        assert all(letter in DIMENSIONS or letter.isdigit() for letter in letters_of(term)), term
+        width = Fraction(term.formula.split("·")[0])
+        one = width * prod(found.dimensions[letter] for letter in letters_of(term))
+        assert term.bytes == term.count * rounded(ceil(one)), term
 
 
 @pytest.mark.parametrize("method", TRAINED)
@@ -293,8 +287,8 @@ def test_every_term_has_a_formula_that_gives_its_bytes(method: str) -> None:
     @settings(max_examples=30, deadline=None, database=None)
     def check(shape: ModelShape, data: st.DataObject) -> None:
         found = answer_by_formula(ask(model_of(shape), data.draw(runs(method, shape.family))))
-        for term in found.terms if found.binding_phase != "evaluate" else []:
-            check_term(term, found.dimensions)
+        if found.binding_phase != "evaluate":
+            check_terms(found)
 
     check()
 
@@ -303,8 +297,7 @@ def test_every_term_has_a_formula_that_gives_its_bytes(method: str) -> None:
 def test_every_term_of_a_preset_has_a_formula_that_gives_its_bytes(name: str) -> None:
     found = answer(name, method="qlora")
     assert len(found.terms) > 20
-    for term in found.terms:
-        check_term(term, found.dimensions)
+    check_terms(found)
 
 
 @pytest.mark.parametrize(
@@ -315,5 +308,4 @@ def test_every_term_of_a_preset_has_a_formula_that_gives_its_bytes(name: str) ->
 def test_formulas_hold_where_the_evaluation_binds(method: str, options: dict[str, Any]) -> None:
     found = answer("smollm2-135m", method=method, **options)
     assert found.binding_phase == "evaluate"
-    for term in found.terms:
-        check_term(term, found.dimensions)
+    check_terms(found)

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -191,7 +191,7 @@ def why(
 
             draw_waterfall(answer, figure)
     if as_json:
-        print(json.dumps(answer.to_json(), ensure_ascii=False))
+        print(json.dumps(asdict(answer), ensure_ascii=False))
         return
     from peftscope.cli.show import show_why
 
@@ -228,7 +228,7 @@ def oom(
     card = None if gpu is None else find_gpu(gpu)
     answer = diagnose(asked(replace(setting, options=setting.options | given), None, {}, card, 1), refusal)
     if as_json:
-        print(json.dumps(answer.to_json(), ensure_ascii=False))
+        print(json.dumps(asdict(answer), ensure_ascii=False))
         return
     show_diagnosis(answer, wide_console())
 

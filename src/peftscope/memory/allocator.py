@@ -49,17 +49,10 @@ class Piece:
 
     __slots__ = ("after", "before", "free", "offset", "pool", "size")
 
-    def __init__(
-        self,
-        offset: int,
-        size: int,
-        pool: list[tuple[int, int, Piece]],
-        free: bool = False,
-        before: Piece | None = None,
-        after: Piece | None = None,
-    ) -> None:
-        self.offset, self.size, self.pool = offset, size, pool
-        self.free, self.before, self.after = free, before, after
+    def __init__(self, offset: int, size: int, pool: list[tuple[int, int, Piece]], before: Piece | None = None) -> None:
+        self.offset, self.size, self.pool, self.before = offset, size, pool, before
+        self.after: Piece | None = None
+        self.free = False
 
 
 class CachingAllocator:
@@ -90,7 +83,8 @@ class CachingAllocator:
         if rest >= ROUNDING_BYTES if small else rest > SMALL_REQUEST:
             offset = piece.offset + size
             after = piece.after
-            left = Piece(offset, rest, pool, True, piece, after)
+            left = Piece(offset, rest, pool, piece)
+            left.free, left.after = True, after
             if after is not None:
                 after.before = left
             piece.size, piece.after = size, left

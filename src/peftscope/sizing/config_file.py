@@ -156,7 +156,7 @@ def _model_of(reading: Reading) -> Model:
     try:
         if key != "model" and exists(local):
             return describe_model(str(local))
-        same = None if _is_preset(name) or key == "model" else _same_shape(name)
+        same = None if key == "model" else _same_shape(name)
         if same is None:
             return describe_model(name)
         reading.assumed.append(f"model={same}: {key} {name} is a variant of it by its name, with the same shape")
@@ -169,12 +169,10 @@ def _model_of(reading: Reading) -> Model:
         raise InputError(problems if key != "model" else error.problems) from None
 
 
-def _is_preset(name: str) -> bool:
-    return name.lower() in PRESETS or name.lower() in {preset[0].lower() for preset in PRESETS.values()}
-
-
 def _same_shape(name: str) -> str | None:
     """Returns the preset whose name, or whose hub id without its owner, differs only by the kind of tuning."""
+    if name.lower() in {*PRESETS, *(preset.hub_id.lower() for preset in PRESETS.values())}:
+        return None  # it is a preset
     bare = _bare(name)
     return next((name for name, preset in PRESETS.items() if bare in (_bare(name), _bare(preset[0]))), None)
 

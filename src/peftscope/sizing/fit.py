@@ -216,7 +216,12 @@ class Search:
         self._question = self._ask(self._options)
         simulated = not self._question.has_closed_form
         self._how: Literal["formula", "simulation"] = "simulation" if simulated else "formula"
-        self._asked_peaks = self._simulated_peaks() if simulated else self._peaks(self._question, inf)
+        if simulated:
+            from peftscope.memory.simulate import peaks_by_simulation
+
+            self._asked_peaks = peaks_by_simulation(self._question)
+        else:
+            self._asked_peaks = self._peaks(self._question, inf)
         alive = self._asked_peaks.alive(self._asked_peaks.binding_phase)
         self._components = by_kind(alive)
         formulas = Counter(block.formula for block in alive if block.formula)
@@ -304,11 +309,6 @@ class Search:
 
     def _peaks(self, question: Question, enough: float, *, only_whether: bool = False) -> Peaks:
         return peaks_by_formula(question, traces=self.needs.traces, enough=enough, only_whether=only_whether)
-
-    def _simulated_peaks(self) -> Peaks:
-        from peftscope.memory.simulate import peaks_by_simulation
-
-        return peaks_by_simulation(self._question)
 
     def _expected(self, field: str, value: int) -> float:
         """Returns the bytes of the blocks that are alive at the peak, recomputed for another value of a field."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from peftscope.errors import InputError, Problem
 from peftscope.hardware.cards import Fits, Gpu
@@ -122,10 +121,6 @@ class Diagnosis:
     nearest: list[Candidate]
     sentences: list[str]
     changes: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the diagnosis as JSON content."""
-        return asdict(self)
 
 
 def read_refusal(text: str) -> Refusal:

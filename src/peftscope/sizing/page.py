@@ -155,7 +155,7 @@ def answer(settings: str) -> dict[str, Any]:
 def why(first: str, second: str) -> dict[str, Any]:
     """Returns why the first setting takes more or less at its peak than the second."""
     found = compare(_run(first), _run(second))
-    return {**found.to_json(), "notable_bytes": found.notable_bytes}
+    return {**asdict(found), "notable_bytes": found.notable_bytes}
 
 
 def fits(settings: str) -> Iterator[str]:

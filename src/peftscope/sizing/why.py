@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from peftscope.memory.answer import Peaks, Term, dimensions_of, prepared_bytes, term_of, terms_of
@@ -124,10 +124,6 @@ class Why:
     def notable_bytes(self) -> float:
         """The size from which on a change gets a sentence and a bar of its own."""
         return NOTABLE * _scale(self.first_bytes, self.second_bytes)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the difference as JSON content."""
-        return asdict(self)
 
 
 def compare(first: tuple[Question, Peaks], second: tuple[Question, Peaks]) -> Why:
