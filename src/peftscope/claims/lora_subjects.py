@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 
 from peftscope.claims.subjects import BLOCK_LINEAR, tiny_llama, token_ids
-
-if TYPE_CHECKING:
-    import torch
+from peftscope.training.load import disable_weight_repacking
 
 ADAPTERS = ("first", "second", "third")
 WEIGHT_STD = 0.1
@@ -17,9 +20,6 @@ WEIGHT_STD = 0.1
 
 def lora_layer(inputs: int, outputs: int, rank: int, alpha: float = 8, seed: int = 0, **options: Any) -> Any:
     """Returns a PEFT LoRA layer over a random linear layer. ``options`` go to ``LoraConfig``."""
-    import torch
-    from peft import LoraConfig, inject_adapter_in_model
-
     torch.manual_seed(seed)
     base = torch.nn.Sequential(torch.nn.Linear(inputs, outputs, bias=False))
     return inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"], **options), base)[0]
@@ -27,9 +27,6 @@ def lora_layer(inputs: int, outputs: int, rank: int, alpha: float = 8, seed: int
 
 def lora_model(base: Any, rank: int = 8, alpha: float = 16, seed: int = 1, **options: Any) -> Any:
     """Returns a model with PEFT's LoRA on every linear layer of its blocks. ``options`` go to ``LoraConfig``."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(seed)
     config = LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=list(BLOCK_LINEAR), bias="none", **options
@@ -53,9 +50,6 @@ def adapted_llama(
 
     An adapter's values depend only on its name and its shapes.
     """
-    import torch
-    from peft import LoraConfig, get_peft_model
-
     base = tiny_llama(dtype=dtype) if base is None else base
     model: Any = None
     for name, r in zip(names, ranks or [rank] * len(names), strict=True):
@@ -76,10 +70,6 @@ def adapted_llama(
 
 def four_bit(model: Any) -> Any:
     """Returns the model with the linear layers of its blocks in double-quantized NF4, computing in their own dtype."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    from peftscope.training.load import disable_weight_repacking
-
     for path in linear_names(model):
         parent, _, name = path.rpartition(".")
         old = model.get_submodule(path)
@@ -106,8 +96,6 @@ def linear_names(model: Any) -> list[str]:
 
 def lora_layers(model: Any) -> dict[str, Any]:
     """Returns the layers that PEFT wrapped, by their names in the base model."""
-    from peft.tuners.lora import LoraLayer
-
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
 
@@ -129,8 +117,6 @@ def update_of(layer: Any) -> Any:
 
 def randomise_b(layer: Any, spread: float = 0.1, seed: int = 2) -> None:
     """Fills B with normal values of this standard deviation."""
-    import torch
-
     with torch.no_grad():
         factor_b(layer).normal_(std=spread, generator=torch.Generator().manual_seed(seed))
 
@@ -139,8 +125,6 @@ def backward_steps(
     model: Any, steps: int, learning_rate: float = 1e-3, optimizer: str = "AdamW", after: bool = False
 ) -> Iterator[int]:
     """Yields each step's number, from 1, once its gradients exist, or with ``after`` once its update is done."""
-    import torch
-
     ids = token_ids(model)
     update = getattr(torch.optim, optimizer)([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     for step in range(1, steps + 1):
@@ -155,8 +139,6 @@ def backward_steps(
 
 def logits_of(model: Any) -> torch.Tensor:
     """Returns the (24, vocabulary) logits of fixed tokens in fp64."""
-    import torch
-
     with torch.no_grad():
         return model(input_ids=token_ids(model)).logits.double().flatten(0, 1)
 

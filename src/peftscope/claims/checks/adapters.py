@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
+
+import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from scipy import stats
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.claims.lora_subjects import (
@@ -20,6 +27,7 @@ from peftscope.claims.lora_subjects import (
 )
 from peftscope.claims.measurement import Measurement, mean_of
 from peftscope.claims.subjects import BLOCK_LINEAR, TINY, fetched_model, text_windows, tiny_llama, token_ids
+from peftscope.methods.loftq import LoftQ
 
 SPREADS = (0.01, 0.1, 0.577, 1.0)
 """Standard deviations of a random B × √rank; torch draws a linear layer, and PEFT an A, with 0.577."""
@@ -41,8 +49,6 @@ def formula_error(rank: int, alpha: float, with_scale: bool) -> Measurement:
 
     A and B are random.
     """
-    import torch
-
     layer = lora_layer(inputs=256, outputs=192, rank=rank, alpha=alpha)
     randomise_b(layer)
     x = torch.randn(32, 256)
@@ -55,8 +61,6 @@ def formula_error(rank: int, alpha: float, with_scale: bool) -> Measurement:
 
 def scale(rank: int, alpha: float, rank_stabilised: bool = False) -> Measurement:
     """Returns the factor before BAx in PEFT's output, by least squares on outputs of a layer with random A and B."""
-    import torch
-
     layer = lora_layer(inputs=256, outputs=192, rank=rank, alpha=alpha, use_rslora=rank_stabilised)
     randomise_b(layer)
     x = torch.randn(32, 256)
@@ -67,23 +71,17 @@ def scale(rank: int, alpha: float, rank_stabilised: bool = False) -> Measurement
 
 def lora_option(name: str) -> Measurement:
     """Returns whether PEFT's ``LoraConfig`` has an option of this name."""
-    from peft import LoraConfig
-
     config = LoraConfig()
     return Measurement(hasattr(config, name), evidence={"default": getattr(config, name, "none")})
 
 
 def lora_default(name: str) -> Measurement:
     """Returns the default of an option of PEFT's ``LoraConfig``."""
-    from peft import LoraConfig
-
     return Measurement(getattr(LoraConfig(), name))
 
 
 def default_targets() -> Measurement:
     """Returns the modules that PEFT adapts in a Llama by default."""
-    from peft import LoraConfig, get_peft_model
-
     model = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM"))
     names = {name.rsplit(".", 1)[-1] for name in lora_layers(model)}
     return Measurement(" ".join(sorted(names)), model=TINY)
@@ -91,9 +89,6 @@ def default_targets() -> Measurement:
 
 def targets_found(family: str, names: Sequence[str]) -> Measurement:
     """Returns how many of these module names one block of a model family has, on ``meta``."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, num_hidden_layers=1))
     present = {name.rsplit(".", 1)[-1]: type(module).__name__ for name, module in model.named_modules()}
@@ -110,8 +105,6 @@ def start_shift(variant: str) -> Measurement:
         variant: lora, dora, adalora, pissa, loftq, swapped (A = 0, B random), or random (PEFT's start with A and B
             random).
     """
-    import torch
-
     base = tiny_llama()
     ids = token_ids(base)
     with torch.no_grad():
@@ -133,10 +126,6 @@ def distance_from_normal(init: bool | str, rank: int, inputs: int) -> Measuremen
         rank: The rows of A.
         inputs: The columns of A.
     """
-    import math
-
-    from scipy import stats
-
     values = {
         r: factor_a(lora_layer(inputs, 16, rank=r, init_lora_weights=init)).detach().flatten() for r in (1, rank, 64)
     }
@@ -184,8 +173,6 @@ def loss_jump(model: str, spread: float, rank: int = 8, alpha: float = 16) -> Me
 @cache
 def _loss_jumps(model: str, rank: int, alpha: float) -> tuple[float, dict[float, tuple[float, ...]]]:
     """Returns the loss with B = 0, and by the spread of B the rise of every window's loss."""
-    import torch
-
     wrapped = lora_model(fetched_model(model, "AutoModelForCausalLM"), rank=rank, alpha=alpha)
     windows = text_windows(model, 8)
 
@@ -207,8 +194,6 @@ def zeros_in_factors(probability: float) -> Measurement:
 
     This watches every call of ``torch.nn.functional.linear`` inside the layer and counts zeros in both operands.
     """
-    import torch
-
     layer = lora_layer(inputs=256, outputs=192, rank=16, lora_dropout=probability).train()
     randomise_b(layer)
     watcher = _linear_watcher()
@@ -224,11 +209,6 @@ def zeros_in_factors(probability: float) -> Measurement:
 
 
 def _variant(base: Any, name: str) -> Any:
-    import torch
-    from peft import AdaLoraConfig, get_peft_model
-
-    from peftscope.methods.loftq import LoftQ
-
     if name == "adalora":
         config = AdaLoraConfig(task_type="CAUSAL_LM", init_r=8, target_modules=list(BLOCK_LINEAR), total_step=10)
         return get_peft_model(base, config).eval()
@@ -254,8 +234,6 @@ def _variant(base: Any, name: str) -> Any:
 
 def _linear_watcher() -> Any:
     """Returns a context that counts zeros in both operands of every linear product, by the weight's shape."""
-    import torch
-    from torch.overrides import TorchFunctionMode
 
     class Watcher(TorchFunctionMode):
         def __init__(self) -> None:

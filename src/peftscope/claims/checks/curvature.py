@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+import torch
+from transformers import AutoTokenizer
+
 from peftscope.claims.measurement import Measurement, NotRunError, geometric_mean_of
 from peftscope.claims.subjects import fetched, fetched_model
 from peftscope.data.batching import collate, tokenise
 from peftscope.data.tasks import read_split, task_folder
 from peftscope.methods import METHODS
 from peftscope.spec import RunSpec
+from peftscope.training.build import seed_everything
 
 Start = Literal["lora", "pissa"]
 
@@ -33,12 +37,8 @@ def sharpness_ratio(
         items: The items of a batch.
         steps: The steps of Lanczos' iteration; its largest value approaches the eigenvalue from below.
     """
-    from transformers import AutoTokenizer
-
     if not (task_folder(task) / "train.jsonl").is_file():
         raise NotRunError(f"the items of {task} are missing; run `peftscope make-task {task}`")
-    from peftscope.training.build import seed_everything
-
     tokenizer = AutoTokenizer.from_pretrained(fetched(model), local_files_only=True, trust_remote_code=False)
     examples = tokenise(read_split(task, "train")[: batches * items], tokenizer, 128)
     groups = [collate(examples[start : start + items], 0) for start in range(0, batches * items, items)]
@@ -60,8 +60,6 @@ def sharpness_ratio(
 
 def _largest_eigenvalue(model: Any, batch: Any, steps: int) -> float:
     """Returns the largest Ritz value of the loss's Hessian in the trained parameters."""
-    import torch
-
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.enable_grad():
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
@@ -76,8 +74,6 @@ def largest_ritz_value(gradient: Any, parameters: list[Any], steps: int) -> floa
 
     Lanczos' iteration starts from a random direction, and every new direction is made orthogonal to all before it.
     """
-    import torch
-
     vector = torch.randn(len(gradient), generator=torch.Generator().manual_seed(0))
     basis = [vector / vector.norm()]
     rows = torch.zeros(steps, steps, dtype=torch.float64)
@@ -92,6 +88,4 @@ def largest_ritz_value(gradient: Any, parameters: list[Any], steps: int) -> floa
 
 
 def _flat(tensors: Any) -> Any:
-    import torch
-
     return torch.cat([tensor.flatten() for tensor in tensors])

@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
+import torch
+
 from peftscope.claims.lora_subjects import factor_a, factor_b, lora_layer
 from peftscope.claims.measurement import Measurement, mean_of
 
@@ -26,8 +29,6 @@ def loss_drop_slope(rank_stabilised: bool, ranks: Sequence[int], seeds: int, ste
     Squared error to random targets, Adam at a rate of 1e-4; one slope for each seed of the data and of A.
     Source: Schulman et al. 2025, LoRA Without Regret.
     """
-    import torch
-
     drops: list[list[float]] = []
     for seed in range(seeds):
         x, target = _data(seed)
@@ -63,8 +64,6 @@ def moment_slope(
         starts: The number of random A that are averaged; 1 shows the size for a single A.
         steps: The training steps.
     """
-    import torch
-
     sizes: list[list[float]] = []
     for seed in range(seeds):
         x, target = _data(seed)
@@ -110,8 +109,6 @@ def efficient_rate_slope(widths: Sequence[int], seeds: int, steps: int = 10) -> 
 
 def _feature_changes(width: int, seed: int, rate_a: float, rate_b: float, steps: int) -> tuple[float, float]:
     """Returns the sizes of both parts of the features' change: through A's update, and through B alone."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(EXAMPLES, width, generator=generator)
     head = torch.randn(width, generator=generator) / width**0.5
@@ -131,8 +128,6 @@ def _feature_changes(width: int, seed: int, rate_a: float, rate_b: float, steps:
 
 
 def _data(seed: int) -> tuple[Any, Any]:
-    import torch
-
     generator = torch.Generator().manual_seed(1000 + seed)
     return tuple(torch.randn(2, EXAMPLES, WIDTH, generator=generator))
 
@@ -155,8 +150,6 @@ def _train(layer: Any, x: Any, target: Any, optimizer: Any, steps: int) -> None:
 
 def _log_slope(sizes: Sequence[int], rows: list[list[float]], quantity: str, axis: str) -> Measurement:
     """Returns the mean slope of log(values) over log(sizes), one slope for each row of values, with its interval."""
-    import numpy as np
-
     slopes = np.polyfit(np.log(sizes), np.log(np.array(rows)).T, 1)[0].tolist()
     means = np.array(rows).mean(axis=0).tolist()
     return mean_of(

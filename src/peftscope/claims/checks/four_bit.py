@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from bitsandbytes import functional
+from bitsandbytes.nn import Linear4bit, Params4bit
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity, profile
 
 from peftscope.claims.lora_subjects import four_bit
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import BLOCK_LINEAR, tiny_llama, token_ids
-
-if TYPE_CHECKING:
-    import torch
 
 BLOCK = 64
 """The weights per constant in QLoRA and bitsandbytes."""
@@ -99,8 +105,6 @@ def bits_of_the_multiplied_weight(compute_dtype: str = "bfloat16") -> Measuremen
     Args:
         compute_dtype: The dtype in which the layer computes; QLoRA uses bfloat16.
     """
-    import torch
-
     layer = _layer(256, 256, double_quant=True, compute_dtype=compute_dtype)
     inputs = _inputs(256)
     operands = next(types for name, types in _kernels(layer, inputs) if name == "aten::linear")
@@ -120,11 +124,6 @@ def bits_of_the_multiplied_weight(compute_dtype: str = "bfloat16") -> Measuremen
 
 def dtype_of_adapters(base_dtype: str = "bfloat16") -> Measurement:
     """Returns the dtype of the adapters that PEFT adds by default to a 4-bit base whose other weights are BF16."""
-    from tempfile import TemporaryDirectory
-
-    import torch
-    from safetensors.torch import load_file
-
     model = _qlora(base_dtype)
     adapters = {p for name, p in model.named_parameters() if "lora_" in name}
     with TemporaryDirectory() as folder:
@@ -155,9 +154,6 @@ def changed_base_bits(steps: int = 5, lr: float = 1e-2) -> Measurement:
         steps: The number of AdamW steps.
         lr: The learning rate, large enough that adapters change much.
     """
-    import torch
-    from bitsandbytes.nn import Linear4bit
-
     model = _qlora("float32")
     layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
     before = [tensor.clone() for layer in layers for tensor in _stored(layer)]
@@ -192,8 +188,6 @@ def changed_base_bits(steps: int = 5, lr: float = 1e-2) -> Measurement:
 
 def _layer(inputs: int, outputs: int, *, double_quant: bool, compute_dtype: str = "bfloat16", seed: int = 0) -> Any:
     """Returns an NF4 layer of normal weights in the layout from which gradients are computed."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(outputs, inputs, generator=generator) * inputs**-0.5
     return _quantised(weight, double_quant=double_quant, compute_dtype=compute_dtype)
@@ -205,9 +199,6 @@ def _quantised(weight: torch.Tensor, *, double_quant: bool, compute_dtype: str) 
     bitsandbytes 0.50 repacks weights in the first evaluation pass on CPUs with AVX512-BF16, and later gradients are
     wrong; see ``peftscope.training.load.disable_weight_repacking``.
     """
-    import torch
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
     rows, columns = weight.shape
     layer = Linear4bit(
         columns, rows, bias=False, compute_dtype=getattr(torch, compute_dtype), quant_type="nf4", device="meta"
@@ -228,31 +219,21 @@ def _quantised(weight: torch.Tensor, *, double_quant: bool, compute_dtype: str) 
 
 def _qlora(base_dtype: str) -> Any:
     """Returns a small Llama with 4-bit linear weights and the rest in ``base_dtype``, under LoRA by PEFT's defaults."""
-    from peft import LoraConfig, get_peft_model
-
     model = four_bit(tiny_llama(dtype=base_dtype))
     return get_peft_model(model, LoraConfig(r=4, target_modules=list(BLOCK_LINEAR), task_type="CAUSAL_LM"))
 
 
 def _inputs(width: int) -> torch.Tensor:
-    import torch
-
     return torch.randn(8, width, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
 
 
 def _dequantised(layer: Any) -> torch.Tensor:
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
 def _kernels(layer: Any, inputs: torch.Tensor) -> list[tuple[str, list[str]]]:
     """Returns the kernels of a forward pass in order, each with the dtypes of its arguments."""
-    import os
-
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces its start on stderr
-    from torch.profiler import ProfilerActivity, profile
-
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         layer(inputs)
     events = profiler.profiler.kineto_results.events()
@@ -270,8 +251,6 @@ def _bits(tensors: Any) -> int:
 
 
 def _different_bits(a: torch.Tensor, b: torch.Tensor) -> int:
-    import torch
-
     changed = a.contiguous().flatten().view(torch.uint8) ^ b.contiguous().flatten().view(torch.uint8)
     return sum(int((changed >> bit & 1).sum()) for bit in range(8))
 

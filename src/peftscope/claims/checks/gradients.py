@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from peftscope.claims.lora_subjects import (
     backward_steps,
     factor_a,
@@ -58,8 +60,6 @@ def share_of_growing_steps(steps: int) -> Measurement:
 
 def gradient_from_zero(steps: int) -> Measurement:
     """Returns the largest gradient of any adapter value in this many steps if A and B both start at zero."""
-    import torch
-
     model = lora_model(tiny_llama())
     with torch.no_grad():
         for layer in lora_layers(model).values():
@@ -82,8 +82,6 @@ def rank_from_equal_rows(steps: int, rank: int, equal: bool) -> Measurement:
 
     Training is plain gradient descent in fp64. Singular values below 1e-6 of the largest count as zero.
     """
-    import torch
-
     model = lora_model(tiny_llama(dtype="float64"), rank=rank)
     if equal:
         with torch.no_grad():
@@ -97,8 +95,6 @@ def rank_from_equal_rows(steps: int, rank: int, equal: bool) -> Measurement:
 
 def base_tensors_changed(steps: int) -> Measurement:
     """Returns how many of a 4-bit base's tensors differ in any bit after training steps with LoRA."""
-    import torch
-
     model = lora_model(four_bit(tiny_llama()))
     before = {name: tensor.clone() for name, tensor in _tensors(model)}
     for _ in backward_steps(model, steps):
@@ -122,8 +118,6 @@ def cosine_without_base_path(steps: int) -> Measurement:
     The model has first trained some steps on a 4-bit base. To cut the path, the inputs of frozen layers are detached,
     but not those of adapters.
     """
-    import torch
-
     model = lora_model(four_bit(tiny_llama()))
     for _ in backward_steps(model, steps):
         pass

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from bitsandbytes import functional
 
 from peftscope.claims.checks.codes import CodeBook
 from peftscope.claims.measurement import Measurement, mean_of
 from peftscope.claims.subjects import fetched_model, text_windows
-
-if TYPE_CHECKING:
-    import torch
 
 WINDOWS = 48
 AT_ONCE = 8
@@ -63,8 +63,6 @@ def shift_added_by_double_quantization(model: str) -> Measurement:
 @cache
 def _losses(model: str, rounding: str) -> tuple[float, ...]:
     """Returns the mean loss of every window of text."""
-    import torch
-
     language_model = _rounded(fetched_model(model, "AutoModelForCausalLM"), rounding)
     found: list[float] = []
     for windows in text_windows(model, WINDOWS).split(AT_ONCE):
@@ -83,16 +81,12 @@ def _shifts(model: str, rounding: str) -> tuple[float, ...]:
 
 
 def _embeddings(model: str, rounding: str) -> torch.Tensor:
-    import torch
-
     with torch.no_grad():
         return _rounded(fetched_model(model, "AutoModel"), rounding)(text_windows(model, WINDOWS))[0].mean(1)
 
 
 def _rounded(model: Any, rounding: str) -> Any:
     """Rounds the linear weights inside a model's blocks; embeddings, norms, head and pooler stay as they are."""
-    import torch
-
     rounded = _rounding(rounding)
     for name, module in model.named_modules():
         if "layer" in name and isinstance(module, torch.nn.Linear):
@@ -106,7 +100,6 @@ def _rounding(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     if name != DOUBLE:
         book = CodeBook(name)
         return lambda weight: book.rounded(weight, BLOCK)
-    from bitsandbytes import functional
 
     def doubly(weight: torch.Tensor) -> torch.Tensor:
         options = {"blocksize": BLOCK, "quant_type": "nf4", "compress_statistics": True}

@@ -6,6 +6,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers.utils import logging
+
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import tiny_llama
 
@@ -26,9 +30,6 @@ def exception_of_snippet(also_imported: Sequence[str]) -> Measurement:
     Args:
         also_imported: The names that are imported from transformers before it.
     """
-    import transformers
-    from peft import LoraConfig, get_peft_model
-
     with tempfile.TemporaryDirectory() as folder, _no_progress_bars():
         names = {name: f"{folder}/{name}" for name in ("base", "adapter", "merged")}
         tiny_llama().save_pretrained(names["base"])
@@ -44,8 +45,6 @@ def exception_of_snippet(also_imported: Sequence[str]) -> Measurement:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
+
+import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model, optimizers
+from peft.tuners.lora import LoraLayer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import BLOCK_LINEAR, TINY, meta_model, tiny_llama, token_ids
@@ -26,9 +33,6 @@ def share_of_training_flops(rank: int, width: int) -> Measurement:
 
     Counted by PyTorch on a square layer whose input needs a gradient, as inside a model.
     """
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from torch.utils.flop_counter import FlopCounterMode
 
     def flops(model: Any) -> int:
         with FlopCounterMode(display=False) as counter:
@@ -44,8 +48,6 @@ def share_of_training_flops(rank: int, width: int) -> Measurement:
 
 def times_fewer_parameters(preset: str, rank: int, targets: str) -> Measurement:
     """Returns a model's parameters over those that PEFT trains for LoRA, counted on its modules."""
-    from peft import LoraConfig, get_peft_model
-
     modules = LoRA(rank=rank, targets=targets).targets_of()
     trained, total = get_peft_model(
         meta_model(preset), LoraConfig(r=rank, target_modules=modules)
@@ -61,11 +63,8 @@ def loraplus_step_ratio(ratio: float) -> Measurement:
     step 2. Over matrices, the smallest step of B stands against the largest of A.
     Source: Hayou et al. 2024, arXiv 2402.12354.
     """
-    import torch
-    from peft.optimizers import create_loraplus_optimizer
-
     model = _with_lora(rank=4, alpha=8)
-    optimizer = create_loraplus_optimizer(
+    optimizer = optimizers.create_loraplus_optimizer(
         model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=ratio, betas=(0.0, 0.0), weight_decay=0.0
     )
     ids = token_ids(model)
@@ -88,8 +87,6 @@ def dora_column_norms(rank: int, alpha: float) -> Measurement:
     Norms are taken over the inputs of each output, which is a row in PyTorch's layout.
     Source: Liu et al. 2024, arXiv 2402.09353, equation 5.
     """
-    import torch
-
     norms, cosines = [], []
     for layer in _moved_dora_layers(rank, alpha):
         base = layer.get_base_layer().weight.detach()
@@ -108,8 +105,6 @@ def dora_norm_gradient(rank: int, alpha: float) -> Measurement:
 
     Source: Liu et al. 2024, arXiv 2402.09353, section 4.3.
     """
-    import torch
-
     layer = next(iter(_moved_dora_layers(rank, alpha)))
     torch.manual_seed(1)
     weight = layer.get_base_layer().weight.detach()
@@ -170,8 +165,6 @@ def adalora_kept_by_size(steps: int, init_rank: int, target_rank: int) -> Measur
     Lambda has the place of an SVD's singular values. All pruning is done in one allocation, because pruning in every
     step sets lambdas to zero repeatedly, and then any rule agrees with their size.
     """
-    import torch
-
     trained = _train_adalora(steps, init_rank, target_rank, allocate_every=steps)
     sizes, kept = torch.cat(trained["sizes"]), torch.cat(trained["kept"])
     largest = torch.zeros_like(kept)
@@ -187,9 +180,6 @@ def adalora_kept_by_size(steps: int, init_rank: int, target_rank: int) -> Measur
 
 def _with_lora(rank: int, alpha: float, **options: Any) -> Any:
     """Returns the tiny Llama with LoRA on every linear layer of its blocks. ``options`` go to ``LoraConfig``."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
     model = tiny_llama()
     torch.manual_seed(0)
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(BLOCK_LINEAR), **options))
@@ -197,9 +187,6 @@ def _with_lora(rank: int, alpha: float, **options: Any) -> Any:
 
 def _moved_dora_layers(rank: int, alpha: float) -> list[Any]:
     """Returns DoRA layers whose B and magnitudes differ from their initial values."""
-    import torch
-    from peft.tuners.lora import LoraLayer
-
     model = _with_lora(rank, alpha, use_dora=True).eval()
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
@@ -214,9 +201,6 @@ def _train_adalora(steps: int, init_rank: int, target_rank: int, allocate_every:
 
     PEFT updates its scores only when ``update_and_allocate`` is called, after the step and before ``zero_grad``.
     """
-    import torch
-    from peft import AdaLoraConfig, get_peft_model
-
     base = tiny_llama()
     tokens = token_ids(base, length=24, batch=4)
     torch.manual_seed(0)
@@ -253,9 +237,6 @@ def _train_adalora(steps: int, init_rank: int, target_rank: int, allocate_every:
 
 def _operator_counter() -> Any:
     """Returns a context that counts by name the operators that PyTorch runs inside it."""
-    from collections import Counter
-
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     class OperatorCounter(TorchDispatchMode):
         def __init__(self) -> None:
@@ -273,8 +254,6 @@ def _operator_counter() -> Any:
 
 
 def _flat(tensors: Any) -> Any:
-    import torch
-
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
