@@ -110,8 +110,9 @@ class ClosedForm:
 class Method(BaseModel):
     """The contract of a method: its settings are fields, and its methods are what a run calls.
 
-    A subclass overrides only what differs. Methods do not inherit from each other. The modules of this package import
-    torch and peft inside functions, so that specs can be read without them.
+    A subclass overrides only what differs. Methods do not inherit from each other; the variants of LoRA share
+    ``low_rank.LowRank``. The modules of this package import torch and peft inside functions, so that specs can be read
+    without them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -174,8 +175,8 @@ class Method(BaseModel):
 
     def modules_named(self) -> list[str]:
         """Returns the module names that the spec lists itself. A preset takes whatever the model has."""
-        targets = getattr(self, "targets", "")
-        return [] if isinstance(targets, str) else list(targets)
+        targets = getattr(self, "targets", None)
+        return list(targets) if isinstance(targets, tuple) else []
 
     def full_label(self) -> str:
         """Returns the label, with an addition if two rows of a table would otherwise have the same label."""
