@@ -25,6 +25,13 @@ def lora_layer(inputs: int, outputs: int, rank: int, alpha: float = 8, seed: int
     return inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"], **options), base)[0]
 
 
+def regression(seed: int, examples: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns random inputs and random targets of a linear layer, each (examples, width)."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    x, target = torch.randn(2, examples, width, generator=generator)
+    return x, target
+
+
 def lora_model(base: Any, rank: int = 8, alpha: float = 16, seed: int = 1, **options: Any) -> Any:
     """Returns a model with PEFT's LoRA on every linear layer of its blocks. ``options`` go to ``LoraConfig``."""
     torch.manual_seed(seed)
@@ -72,21 +79,26 @@ def four_bit(model: Any) -> Any:
     """Returns the model with the linear layers of its blocks in double-quantized NF4, computing in their own dtype."""
     for path in linear_names(model):
         parent, _, name = path.rpartition(".")
-        old = model.get_submodule(path)
-        new = Linear4bit(
-            old.in_features,
-            old.out_features,
-            bias=False,
-            compute_dtype=old.weight.dtype,
-            quant_type="nf4",
-            device="meta",  # draws no random numbers for weights that are replaced
-        )
-        packed = Params4bit(old.weight.data, requires_grad=False, quant_type="nf4", module=new)
-        new.weight = packed.to("cpu")
-        setattr(model.get_submodule(parent), name, new)
+        weight = model.get_submodule(path).weight
+        setattr(model.get_submodule(parent), name, nf4_layer(weight.data, compute_dtype=weight.dtype))
     model.is_loaded_in_4bit = True
-    disable_weight_repacking(model)
     return model
+
+
+def nf4_layer(weight: torch.Tensor, *, compute_dtype: torch.dtype, double_quant: bool = True) -> Any:
+    """Returns a linear layer with these weights in NF4, in the layout from which gradients are computed."""
+    layer = Linear4bit(
+        weight.shape[1],
+        weight.shape[0],
+        bias=False,
+        compute_dtype=compute_dtype,
+        quant_type="nf4",
+        device="meta",  # draws no random numbers for weights that are replaced
+    )
+    options = {"compress_statistics": double_quant, "quant_type": "nf4", "module": layer}
+    layer.weight = Params4bit(weight, requires_grad=False, **options).to("cpu")
+    disable_weight_repacking(layer)
+    return layer
 
 
 def linear_names(model: Any) -> list[str]:
@@ -123,18 +135,26 @@ def randomise_b(layer: Any, spread: float = 0.1, seed: int = 2) -> None:
 
 def backward_steps(
     model: Any, steps: int, learning_rate: float = 1e-3, optimizer: str = "AdamW", after: bool = False
-) -> Iterator[int]:
-    """Yields each step's number, from 1, once its gradients exist, or with ``after`` once its update is done."""
+) -> Iterator[float]:
+    """Yields the loss of each step once its gradients exist, or with ``after`` once its update is done."""
     ids = token_ids(model)
     update = getattr(torch.optim, optimizer)([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
-    for step in range(1, steps + 1):
+    for _ in range(steps):
         update.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
         if not after:
-            yield step
+            yield loss.item()
         update.step()
         if after:
-            yield step
+            yield loss.item()
+
+
+def trained(model: Any, steps: int, **options: Any) -> Any:
+    """Returns the model after ``backward_steps``, which get the options."""
+    for _ in backward_steps(model, steps, **options):
+        pass
+    return model
 
 
 def logits_of(model: Any) -> torch.Tensor:

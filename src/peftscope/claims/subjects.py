@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
 
 from peftscope.claims.measurement import NotRunError
 from peftscope.evaluation.retention import prose
@@ -58,9 +58,14 @@ def tiny_llama(seed: int = 0, dtype: str = "float32", **sizes: Any) -> Any:
 
 def meta_model(preset: str) -> Any:
     """Returns a preset's model on ``meta``, with all modules and shapes but without weights."""
-    config = shape_of(preset).to_config()
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+        return random_model(shape_of(preset).to_config())
+
+
+def random_model(config: Mapping[str, Any]) -> Any:
+    """Returns a model with random weights."""
+    sizes = {name: value for name, value in config.items() if name != "model_type"}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **sizes))
 
 
 def token_ids(model: Any, length: int = 12, batch: int = 2, seed: int = 0) -> torch.Tensor:
@@ -131,11 +136,24 @@ def fetched_model(model: str, auto_class: str) -> Any:
         model: The model's name.
         auto_class: The class of transformers that loads it, ``AutoModelForCausalLM`` or ``AutoModel``.
     """
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        loaded = getattr(transformers, auto_class).from_pretrained(fetched(model), dtype=torch.float32, **LOCAL)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    loaded = getattr(transformers, auto_class).from_pretrained(fetched(model), dtype=torch.float32, **LOCAL)
     return loaded.eval()
+
+
+def window_losses(model: Any, windows: torch.Tensor) -> torch.Tensor:
+    """Returns a language model's mean loss on each window of tokens, in fp64."""
+    with torch.no_grad():
+        logits = model(input_ids=windows).logits[:, :-1].transpose(1, 2)
+    return torch.nn.functional.cross_entropy(logits, windows[:, 1:], reduction="none").double().mean(1)
+
+
+def operations(work: Callable[[], Any]) -> int:
+    """Returns the floating-point operations of some work, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+def flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Returns all values of some tensors in one vector."""
+    return torch.cat([tensor.flatten() for tensor in tensors])

@@ -110,8 +110,8 @@ class ClosedForm:
 class Method(BaseModel):
     """The contract of a method: its settings are fields, and its methods are what a run calls.
 
-    A subclass overrides only what differs. Methods do not inherit from each other; the variants of LoRA share
-    ``low_rank.LowRank``. The modules of this package import torch and peft inside functions, so that specs can be read
+    A subclass overrides only what differs. Methods do not inherit from each other; what several share is a base
+    class without a name. The modules of this package import torch and peft inside functions, so that specs can be read
     without them.
     """
 
@@ -278,3 +278,20 @@ class Method(BaseModel):
                     lacking = {target for target in value if not any(m.endswith(f".{target}") for m in modules)}
                     setattr(config, name, sorted(value - lacking if name == "target_modules" else value))
         model.save_pretrained(folder, state_dict=state)
+
+
+class Prepended(Method):
+    """What the methods share that train virtual tokens before the prompt."""
+
+    closed_form: ClassVar[ClosedForm | None] = ClosedForm()
+    generates_from_cache: ClassVar[bool] = False
+    supports_packing: ClassVar[bool] = False
+    supports_shards: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = False
+
+    name: str
+    virtual_tokens: VirtualTokens = 8
+
+    def starts_at_base(self) -> bool:
+        """Returns False: the virtual tokens change the outputs at once."""
+        return False

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from peftscope.data.tasks import item_tokens
 from peftscope.hardware.cards import GIB, Gpu, known_card, speed_of
-from peftscope.memory.answer import peaks_by_formula
+from peftscope.memory.answer import Peaks, peaks_by_formula
 from peftscope.memory.fit import mildest_change
 from peftscope.memory.question import Model, Question
 from peftscope.memory.shares import RESIDENT
@@ -76,23 +76,13 @@ class Forecast:
     unknown: str = ""
 
 
-@dataclass(frozen=True)
-class _Memory:
-    """The peaks by the closed form, and the bytes of the model that are alive in an evaluation."""
-
-    allocated_bytes: int
-    device_bytes: int
-    phase: str
-    resident_bytes: int
-
-
 class Forecaster:
     """Forecasts runs on one card. Memory is computed only once for all runs that take the same memory."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
         self.peak_flops, self.speed_name = speed_of(gpu)
-        self._memory: dict[str, _Memory] = {}
+        self._memory: dict[str, tuple[Peaks, int]] = {}
         self._advised: dict[tuple[str, int], str] = {}
 
     def forecast(self, identity: str, spec: RunSpec, *, chosen: bool = True) -> Forecast:
@@ -119,10 +109,12 @@ class Forecaster:
             each = spec.model_copy(update={"batch_size": spec.batch_size // spec.shards})  # cards share a batch's rows
             peaks = peaks_by_formula(Question(model, each, spec.seq_len, self.gpu, spec.shards))
             resident = sum(block.size for block in peaks.alive("evaluate") if block.kind in RESIDENT)
-            self._memory[key] = _Memory(peaks.allocated_bytes, peaks.device_bytes, peaks.binding_phase, resident)
-        memory, cache = self._memory[key], _cache_bytes(spec, shape)
-        more = memory.resident_bytes + cache - memory.allocated_bytes
-        return (memory.device_bytes + more, "generate") if cache and more > 0 else (memory.device_bytes, memory.phase)
+            self._memory[key] = peaks, resident
+        (peaks, resident), cache = self._memory[key], _cache_bytes(spec, shape)
+        more = resident + cache - peaks.allocated_bytes
+        return (
+            (peaks.device_bytes + more, "generate") if cache and more > 0 else (peaks.device_bytes, peaks.binding_phase)
+        )
 
     def _advice_once(self, spec: RunSpec, shape: ModelShape) -> str:
         key = memory_key(spec), _cache_bytes(spec, shape)

@@ -11,7 +11,6 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from scipy import stats
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.claims.lora_subjects import (
@@ -26,7 +25,16 @@ from peftscope.claims.lora_subjects import (
     update_of,
 )
 from peftscope.claims.measurement import Measurement, mean_of
-from peftscope.claims.subjects import BLOCK_LINEAR, TINY, fetched_model, text_windows, tiny_llama, token_ids
+from peftscope.claims.subjects import (
+    BLOCK_LINEAR,
+    TINY,
+    fetched_model,
+    random_model,
+    text_windows,
+    tiny_llama,
+    token_ids,
+    window_losses,
+)
 from peftscope.methods.loftq import LoftQ
 
 SPREADS = (0.01, 0.1, 0.577, 1.0)
@@ -90,7 +98,7 @@ def default_targets() -> Measurement:
 def targets_found(family: str, names: Sequence[str]) -> Measurement:
     """Returns how many of these module names one block of a model family has, on ``meta``."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, num_hidden_layers=1))
+        model = random_model({"model_type": family, "num_hidden_layers": 1})
     present = {name.rsplit(".", 1)[-1]: type(module).__name__ for name, module in model.named_modules()}
     linear = {name for name, kind in present.items() if kind in ("Linear", "Conv1D", "FalconLinear")}
     return Measurement(
@@ -150,16 +158,14 @@ def distance_from_normal(init: bool | str, rank: int, inputs: int) -> Measuremen
     )
 
 
-def loss_jump(model: str, spread: float, rank: int = 8, alpha: float = 16) -> Measurement:
+def loss_jump(model: str, spread: float) -> Measurement:
     """Returns the rise of the loss in nats per token before training if B is random instead of zero, paired by window.
 
     Args:
         model: A fetched base model.
         spread: The standard deviation of B in units of 1/√rank; one of ``SPREADS``.
-        rank: The rank of the update on every linear layer.
-        alpha: The numerator of the update's scale.
     """
-    start, rises = _loss_jumps(model, rank, alpha)
+    start, rises = _loss_jumps(model)
     return mean_of(
         rises[spread],
         samples=rises[spread],
@@ -171,21 +177,15 @@ def loss_jump(model: str, spread: float, rank: int = 8, alpha: float = 16) -> Me
 
 
 @cache
-def _loss_jumps(model: str, rank: int, alpha: float) -> tuple[float, dict[float, tuple[float, ...]]]:
-    """Returns the loss with B = 0, and by the spread of B the rise of every window's loss."""
-    wrapped = lora_model(fetched_model(model, "AutoModelForCausalLM"), rank=rank, alpha=alpha)
+def _loss_jumps(model: str) -> tuple[float, dict[float, tuple[float, ...]]]:
+    """Returns the loss with B = 0, and by the spread of B the rise of every window's loss, at rank 8."""
+    wrapped = lora_model(fetched_model(model, "AutoModelForCausalLM"), rank=8)
     windows = text_windows(model, 8)
-
-    def losses() -> torch.Tensor:
-        with torch.no_grad():
-            logits = wrapped(input_ids=windows).logits[:, :-1].transpose(1, 2)
-        return torch.nn.functional.cross_entropy(logits, windows[:, 1:], reduction="none").double().mean(1)
-
-    start, rises = losses(), {}
+    start, rises = window_losses(wrapped, windows), {}
     for spread in SPREADS:
         for index, layer in enumerate(lora_layers(wrapped).values()):
-            randomise_b(layer, spread=spread / rank**0.5, seed=index)
-        rises[spread] = tuple((losses() - start).tolist())
+            randomise_b(layer, spread=spread / 8**0.5, seed=index)
+        rises[spread] = tuple((window_losses(wrapped, windows) - start).tolist())
     return float(start.mean()), rises
 
 
@@ -196,8 +196,7 @@ def zeros_in_factors(probability: float) -> Measurement:
     """
     layer = lora_layer(inputs=256, outputs=192, rank=16, lora_dropout=probability).train()
     randomise_b(layer)
-    watcher = _linear_watcher()
-    with watcher:
+    with _LinearWatcher() as watcher:
         layer(torch.randn(64, 256))
     names = {(192, 256): "W₀", (16, 256): "A", (192, 16): "B"}
     zeros = {names[shape]: shares for shape, shares in watcher.zeros.items()}
@@ -232,18 +231,15 @@ def _variant(base: Any, name: str) -> Any:
     return model.eval()
 
 
-def _linear_watcher() -> Any:
-    """Returns a context that counts zeros in both operands of every linear product, by the weight's shape."""
+class _LinearWatcher(TorchFunctionMode):
+    """A context that counts zeros in both operands of every linear product, by the weight's shape."""
 
-    class Watcher(TorchFunctionMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.zeros: dict[tuple[int, ...], dict[str, float]] = {}
+    def __init__(self) -> None:
+        super().__init__()
+        self.zeros: dict[tuple[int, ...], dict[str, float]] = {}
 
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if function is torch.nn.functional.linear:
-                shares = [(operand == 0).float().mean().item() for operand in args[:2]]
-                self.zeros[tuple(args[1].shape)] = {"input": shares[0], "weight": shares[1]}
-            return function(*args, **(kwargs or {}))
-
-    return Watcher()
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.nn.functional.linear:
+            shares = [(operand == 0).float().mean().item() for operand in args[:2]]
+            self.zeros[tuple(args[1].shape)] = {"input": shares[0], "weight": shares[1]}
+        return function(*args, **(kwargs or {}))

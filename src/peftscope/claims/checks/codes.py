@@ -126,9 +126,8 @@ def gaps_that_do_not_widen(code: str) -> Measurement:
             "narrowest touches zero": min(gaps) == min(side[0] for side in sides),
         },
         curves={
-            name: {float(middle): float(gap) for middle, gap in zip(middles, widths, strict=True)}
-            for name in (code, "int4")
-            for middles, widths in [_gaps(CodeBook(name).levels)]
+            name: dict(zip(((levels[1:] + levels[:-1]) / 2).tolist(), levels.diff().tolist(), strict=True))
+            for name, levels in ((code, levels), ("int4", CodeBook("int4").levels))
         },
         axes=("level, as a share of the largest magnitude", "distance of neighbouring levels"),
         model=code,
@@ -148,7 +147,8 @@ def error_ratio(model: str, block: int, code: str, rival: str, metric: str = "rm
     """
     samples = [matrix.flatten()[:CURVE_VALUES] for matrix in _matrices(model)]
     curves = {
-        name: {float(size): _mean_error(samples, CodeBook(name), size, metric) for size in BLOCKS} for name in CODES
+        book.name: {float(size): sum(_error(s, book, size, metric) for s in samples) / len(samples) for size in BLOCKS}
+        for book in map(CodeBook, CODES)
     }
     own, other = CodeBook(code), CodeBook(rival)
     logs = [math.log(_error(s, own, block, metric) / _error(s, other, block, metric)) for s in samples]
@@ -202,7 +202,7 @@ def likeness_of_rows_to_normal(model: str, rows: int = 32) -> Measurement:
         fits = [float(np.corrcoef(np.sort(row), quantiles)[0, 1] ** 2) for row in taken]
         medians.append(float(np.median(fits)))
         lowest = min(lowest, *fits)
-        scores.append(_in_deviations(taken))
+        scores.append(stats.zscore(taken, axis=1).ravel())
     edges = np.linspace(-4, 4, 33)
     middles = (edges[1:] + edges[:-1]) / 2
     pooled = np.concatenate(scores)
@@ -217,7 +217,7 @@ def likeness_of_rows_to_normal(model: str, rows: int = 32) -> Measurement:
 
 def share_of_weights(model: str, deviations: float, rows: int = 32) -> Measurement:
     """Returns the share of weights within this many standard deviations of their row's mean, mean over matrices."""
-    shares = [float(np.mean(np.abs(_in_deviations(taken)) < deviations)) for taken in _rows(model, rows)]
+    shares = [float(np.mean(np.abs(stats.zscore(taken, axis=1)) < deviations)) for taken in _rows(model, rows)]
     normal = float(stats.norm.cdf(deviations) - stats.norm.cdf(-deviations))
     return mean_of(shares, evidence={"of normal weights": normal}, model=model)
 
@@ -293,15 +293,6 @@ def _rows(model: str, count: int) -> Iterator[Any]:
         yield matrix[:: max(1, len(matrix) // count)][:count].double().numpy()
 
 
-def _in_deviations(rows: Any) -> Any:
-    """Returns all values of the rows, each in standard deviations from its row's mean."""
-    return ((rows - rows.mean(1, keepdims=True)) / rows.std(1, keepdims=True)).ravel()
-
-
-def _gaps(levels: torch.Tensor) -> tuple[list[float], list[float]]:
-    return ((levels[1:] + levels[:-1]) / 2).tolist(), levels.diff().tolist()
-
-
 def _matrices(model: str) -> Iterator[torch.Tensor]:
     if model == "gaussian":
         yield from torch.randn(16, 256, 256, generator=torch.Generator().manual_seed(0))
@@ -313,10 +304,6 @@ def _error(values: torch.Tensor, book: CodeBook, block: int, metric: str) -> flo
     order = {"rmse": 2, "mae": 1}[metric]
     lost = (values - book.rounded(values, block)).flatten().double()
     return float(lost.norm(order) / values.flatten().double().norm(order))
-
-
-def _mean_error(samples: Sequence[torch.Tensor], book: CodeBook, block: int, metric: str) -> float:
-    return sum(_error(sample, book, block, metric) for sample in samples) / len(samples)
 
 
 def _entropy(indices: Sequence[torch.Tensor]) -> float:

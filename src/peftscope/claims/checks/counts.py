@@ -8,10 +8,9 @@ import peft
 import torch
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
-from torch.utils.flop_counter import FlopCounterMode
 
 from peftscope.claims.measurement import Measurement
-from peftscope.claims.subjects import meta_model, shape_of, tiny_llama, token_ids
+from peftscope.claims.subjects import meta_model, operations, shape_of, tiny_llama, token_ids
 from peftscope.memory.tracker import quantisation_tensors
 from peftscope.methods.fields import target_modules
 from peftscope.methods.lora import LoRA
@@ -257,13 +256,10 @@ def _training_operations(method: str, width: int, rank: int, tokens: int) -> int
     layer = _linears(width, width)
     if method != "full":
         layer = peft.inject_adapter_in_model(_peft_config(method, rank, ["0"]), layer)
-    with FlopCounterMode(display=False) as counter:
-        # The layers before this one need the gradient of its input.
-        layer(torch.empty(tokens, width, device="meta", requires_grad=True)).sum().backward()
-    return int(counter.get_total_flops())
+    # The layers before this one need the gradient of its input.
+    return operations(lambda: layer(torch.empty(tokens, width, device="meta", requires_grad=True)).sum().backward())
 
 
 def _forward_operations(model: Any, ids: Any) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(input_ids=ids)
-    return int(counter.get_total_flops())
+    with torch.no_grad():
+        return operations(lambda: model(input_ids=ids))

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from peftscope.claims.measurement import Measurement, NotRunError, geometric_mean_of
-from peftscope.claims.subjects import fetched, fetched_model
+from peftscope.claims.subjects import fetched, fetched_model, flat
 from peftscope.data.batching import collate, tokenise
 from peftscope.data.tasks import read_split, task_folder
 from peftscope.methods import METHODS
@@ -64,7 +64,7 @@ def _largest_eigenvalue(model: Any, batch: Any, steps: int) -> float:
     with torch.enable_grad():
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
-        gradient = _flat(torch.autograd.grad(loss, parameters, create_graph=True))
+        gradient = flat(torch.autograd.grad(loss, parameters, create_graph=True))
 
     return largest_ritz_value(gradient, parameters, steps)
 
@@ -78,14 +78,10 @@ def largest_ritz_value(gradient: Any, parameters: list[Any], steps: int) -> floa
     basis = [vector / vector.norm()]
     rows = torch.zeros(steps, steps, dtype=torch.float64)
     for step in range(steps):
-        image = _flat(torch.autograd.grad(gradient @ basis[-1], parameters, retain_graph=True, materialize_grads=True))
+        image = flat(torch.autograd.grad(gradient @ basis[-1], parameters, retain_graph=True, materialize_grads=True))
         for index, other in enumerate(basis):
             rows[index, step] = rows[step, index] = float(image @ other)
         for other in basis:
             image = image - (image @ other) * other
         basis.append(image / image.norm())
     return float(torch.linalg.eigvalsh(rows)[-1])
-
-
-def _flat(tensors: Any) -> Any:
-    return torch.cat([tensor.flatten() for tensor in tensors])

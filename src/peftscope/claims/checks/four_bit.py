@@ -9,17 +9,14 @@ from typing import Any
 
 import torch
 from bitsandbytes import functional
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
-from peftscope.claims.lora_subjects import four_bit
+from peftscope.claims.lora_subjects import backward_steps, four_bit, nf4_layer
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import BLOCK_LINEAR, tiny_llama, token_ids
-
-BLOCK = 64
-"""The weights per constant in QLoRA and bitsandbytes."""
 
 
 def dtype_of_constants(double_quant: bool) -> Measurement:
@@ -159,16 +156,7 @@ def changed_base_bits(steps: int = 5, lr: float = 1e-2) -> Measurement:
     before = [tensor.clone() for layer in layers for tensor in _stored(layer)]
     trained = [p for p in model.parameters() if p.requires_grad]
     started = [p.detach().clone() for p in trained]
-    optimizer = torch.optim.AdamW(trained, lr=lr)
-    tokens = token_ids(model)
-    losses = []
-    model.train()
-    for _ in range(steps):
-        loss = model(tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = list(backward_steps(model, steps, learning_rate=lr))
     after = [tensor for layer in layers for tensor in _stored(layer)]
     return Measurement(
         sum(_different_bits(a, b) for a, b in zip(before, after, strict=True)),
@@ -186,35 +174,10 @@ def changed_base_bits(steps: int = 5, lr: float = 1e-2) -> Measurement:
     )
 
 
-def _layer(inputs: int, outputs: int, *, double_quant: bool, compute_dtype: str = "bfloat16", seed: int = 0) -> Any:
-    """Returns an NF4 layer of normal weights in the layout from which gradients are computed."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(outputs, inputs, generator=generator) * inputs**-0.5
-    return _quantised(weight, double_quant=double_quant, compute_dtype=compute_dtype)
-
-
-def _quantised(weight: torch.Tensor, *, double_quant: bool, compute_dtype: str) -> Any:
-    """Returns a layer with these weights, quantised by bitsandbytes.
-
-    bitsandbytes 0.50 repacks weights in the first evaluation pass on CPUs with AVX512-BF16, and later gradients are
-    wrong; see ``peftscope.training.load.disable_weight_repacking``.
-    """
-    rows, columns = weight.shape
-    layer = Linear4bit(
-        columns, rows, bias=False, compute_dtype=getattr(torch, compute_dtype), quant_type="nf4", device="meta"
-    )
-    packed = Params4bit(
-        weight,
-        requires_grad=False,
-        blocksize=BLOCK,
-        compress_statistics=double_quant,
-        quant_type="nf4",
-        quant_storage=torch.uint8,
-        module=layer,
-    )
-    layer.weight = packed.to("cpu")
-    layer.support_avx512bf16_for_cpu = False
-    return layer
+def _layer(inputs: int, outputs: int, *, double_quant: bool, compute_dtype: str = "bfloat16") -> Any:
+    """Returns an NF4 layer of normal weights."""
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0)) * inputs**-0.5
+    return nf4_layer(weight, compute_dtype=getattr(torch, compute_dtype), double_quant=double_quant)
 
 
 def _qlora(base_dtype: str) -> Any:

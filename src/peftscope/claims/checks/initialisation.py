@@ -9,19 +9,18 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from bitsandbytes import functional
-from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoftQConfig, LoraConfig, get_peft_model
 from torch.overrides import TorchFunctionMode
 from transformers import AutoTokenizer
 
 from peftscope.analysis.stats import median_interval
+from peftscope.claims.lora_subjects import nf4_layer
 from peftscope.claims.measurement import Measurement, geometric_mean_of, mean_of
 from peftscope.claims.subjects import fetched, fetched_model, weight_matrices
 from peftscope.methods.loftq import LoftQ, best_rank_approximation
@@ -213,10 +212,7 @@ def _nf4(weight: torch.Tensor) -> torch.Tensor:
 
 def _own_start(weight: torch.Tensor, rank: int, alpha: float, iterations: int) -> torch.Tensor:
     """Returns Q + sBA after this project's LoftQ has initialised a 4-bit layer of PEFT."""
-    linear = Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.float32, quant_type="nf4")
-    options: dict[str, Any] = {"compress_statistics": False, "quant_type": "nf4", "module": linear}
-    linear.weight = Params4bit(weight, requires_grad=False, **options).to(weight.device)
-    model = torch.nn.Sequential(linear)
+    model = torch.nn.Sequential(nf4_layer(weight, compute_dtype=torch.float32, double_quant=False))
     model.is_loaded_in_4bit = True
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"])
     layer = get_peft_model(model, config).base_model.model[0]
@@ -233,25 +229,24 @@ def _peft_start(weight: torch.Tensor, rank: int, alpha: float, iterations: int) 
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=["0"], init_lora_weights="loftq", loftq_config=quantised
     )
-    with _on_processor():
+    with _OnProcessor():
         layer = get_peft_model(torch.nn.Sequential(linear), config).base_model.model[0]
     return layer.get_base_layer().weight.detach() + layer.get_delta_weight("default").detach()
 
 
-def _on_processor() -> AbstractContextManager[Any]:
-    """Returns a context in which what is sent to an accelerator stays on the processor. PEFT's LoftQ asks for one."""
+class _OnProcessor(TorchFunctionMode):
+    """A context in which what is sent to an accelerator stays on the processor. PEFT's LoftQ asks for one."""
 
-    def on_processor(value: Any) -> Any:
-        return "cpu" if isinstance(value, str | torch.device) else value
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.Tensor.to:
+            args = [_on_processor(value) for value in args]
+            kwargs = {name: _on_processor(value) for name, value in kwargs.items()}
+        return function(*args, **kwargs)
 
-    class OnProcessor(TorchFunctionMode):
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if function is torch.Tensor.to:
-                args = [on_processor(value) for value in args]
-                kwargs = {name: on_processor(value) for name, value in (kwargs or {}).items()}
-            return function(*args, **(kwargs or {}))
 
-    return OnProcessor()
+def _on_processor(value: Any) -> Any:
+    return "cpu" if isinstance(value, str | torch.device) else value
 
 
 def _qpissa(weight: torch.Tensor, rank: int, iterations: int) -> torch.Tensor:

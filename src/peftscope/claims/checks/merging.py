@@ -10,11 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
 from peft.utils.integrations import dequantize_module_weight
-from torch.utils.flop_counter import FlopCounterMode
 
 from peftscope.claims.lora_subjects import adapted_llama, four_bit, logits_of, lora_layers, relative_distance
 from peftscope.claims.measurement import Measurement
-from peftscope.claims.subjects import BLOCK_LINEAR, TINY, meta_model, shape_of, tiny_llama
+from peftscope.claims.subjects import BLOCK_LINEAR, TINY, flat, meta_model, operations, shape_of, tiny_llama
 from peftscope.methods.lora import LoRA
 
 
@@ -200,9 +199,8 @@ def _flops(model: Any) -> int:
     """Returns the floating-point operations of a forward pass of one token."""
     token = torch.ones(1, 1, dtype=torch.long, device="meta")
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="meta")  # complete: transformers does not read its values
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(input_ids=token, attention_mask=mask, use_cache=False)
-    return counter.get_total_flops()
+    with torch.no_grad():
+        return operations(lambda: model(input_ids=token, attention_mask=mask, use_cache=False))
 
 
 def _undo(way: str, dtype: str, size: float) -> tuple[float, float, float]:
@@ -218,8 +216,8 @@ def _undo(way: str, dtype: str, size: float) -> tuple[float, float, float]:
     else:
         merged = model.merge_and_unload()
         after = {n: (merged.get_submodule(n).weight.detach() - d).to(before[n].dtype) for n, d in changes.items()}
-    errors = torch.cat([(after[name].double() - before[name].double()).flatten() for name in before])
-    change = torch.cat([change.double().flatten() for change in changes.values()])
+    errors = flat(after[name].double() - before[name].double() for name in before)
+    change = flat(change.double() for change in changes.values())
     unequal = 100 * float((errors != 0).double().mean())
     return 100 * float(errors.norm() / change.norm()), unequal, float(errors.abs().max())
 
@@ -248,6 +246,6 @@ def _merge_into_four_bits(size: float) -> tuple[float, float]:
     before = {name: dequantize_module_weight(layer.base_layer).double() for name, layer in layers.items()}
     merged = _merged(model)
     after = {name: dequantize_module_weight(merged.get_submodule(name)).double() for name in before}
-    change = torch.cat([change.flatten() for change in changes.values()])
-    moved = torch.cat([(after[name] - before[name]).flatten() for name in before])
+    change = flat(changes.values())
+    moved = flat(after[name] - before[name] for name in before)
     return 100 * relative_distance(moved, change), 100 * float(moved @ change / (change @ change))

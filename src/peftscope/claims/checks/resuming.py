@@ -13,7 +13,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from peftscope.claims.lora_subjects import adapted_llama, logits_of
 from peftscope.claims.measurement import Measurement
-from peftscope.claims.subjects import BLOCK_LINEAR, TINY, tiny_llama, token_ids
+from peftscope.claims.subjects import BLOCK_LINEAR, TINY, flat, tiny_llama, token_ids
 
 
 def reloaded_logit_difference() -> Measurement:
@@ -108,4 +108,4 @@ class _Run:
             torch.set_rng_state(state["rng"])
 
     def values(self) -> torch.Tensor:
-        return torch.cat([p.detach().flatten() for p in self.trained]).clone()
+        return flat(p.detach() for p in self.trained)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,15 +15,16 @@ from scipy.linalg import qr
 from peftscope.analysis.stats import share_interval
 from peftscope.claims.checks.adapters import scale
 from peftscope.claims.lora_subjects import (
-    backward_steps,
     factor_a,
     factor_b,
     lora_layer,
     lora_layers,
     lora_model,
+    regression,
+    trained,
     update_of,
 )
-from peftscope.claims.measurement import Measurement, mean_of
+from peftscope.claims.measurement import Measurement, log_slope
 from peftscope.claims.subjects import TINY, tiny_llama, token_ids
 
 
@@ -123,8 +123,7 @@ def trained_rank(ranks: Sequence[int], alpha_over_rank: float, steps: int) -> Me
     curve = {}
     for rank in ranks:
         model = lora_model(tiny_llama(dtype="float64"), rank=rank, alpha=alpha_over_rank * rank).double()
-        for _ in backward_steps(model, steps):
-            pass
+        trained(model, steps)
         found = [int(torch.linalg.matrix_rank(update_of(layer), rtol=1e-9)) for layer in lora_layers(model).values()]
         curve[float(rank)] = float(max(found))
     shares = [found / rank for rank, found in curve.items()]
@@ -134,23 +133,24 @@ def trained_rank(ranks: Sequence[int], alpha_over_rank: float, steps: int) -> Me
     )
 
 
-class Setting(BaseModel):
-    """A setting that a paper prints."""
+class Published(BaseModel):
+    """What a paper prints."""
 
     model_config = ConfigDict(extra="forbid")
 
     name: str
     source: Annotated[str, Field(min_length=8, description="paper, and table, section or script")]
+
+
+class Setting(Published):
+    """A setting."""
+
     value: float
 
 
-class Placement(BaseModel):
-    """The matrices that a paper's LoRA run adapts."""
+class Placement(Published):
+    """The matrices that a LoRA run adapts."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    name: str
-    source: Annotated[str, Field(min_length=8, description="paper, and table, section or script")]
     matrices: list[str]
 
 
@@ -185,9 +185,7 @@ def smallest_growth(alphas: list[float], rank: int, steps: int) -> Measurement:
     """Returns the smallest ratio of ‖ΔW‖ at one alpha to that at the alpha before it, after AdamW steps at one rate."""
     sizes = {}
     for alpha in alphas:
-        model = lora_model(tiny_llama(), rank=rank, alpha=alpha)
-        for _ in backward_steps(model, steps, after=True):
-            pass
+        model = trained(lora_model(tiny_llama(), rank=rank, alpha=alpha), steps)
         sizes[float(alpha)] = (
             sum(float(update_of(layer).square().sum()) for layer in lora_layers(model).values()) ** 0.5
         )
@@ -235,18 +233,9 @@ def _trajectory(alpha: float, init_a: float, rate_a: float, rate_b: float, epsil
 
 def _slope(norm: Any, rank_stabilised: bool, ranks: Sequence[int], seeds: int, name: str) -> Measurement:
     """Returns the slope of log(norm) over log(rank), one per seed, on a linear layer of 576 × 576."""
-    norms = np.empty((seeds, len(ranks)))
-    for seed in range(seeds):
-        generator = torch.Generator().manual_seed(1000 + seed)
-        x, target = torch.randn(64, 576, generator=generator), torch.randn(64, 576, generator=generator)
-        for index, rank in enumerate(ranks):
-            layer = lora_layer(576, 576, rank=rank, alpha=16, seed=seed, use_rslora=rank_stabilised)
-            norms[seed, index] = norm(layer, x, target)
-    slopes = np.polyfit(np.log(ranks), np.log(norms).T, 1)[0]
-    return mean_of(
-        slopes.tolist(),
-        samples=tuple(slopes.tolist()),
-        curves={name: {float(rank): float(value) for rank, value in zip(ranks, norms.mean(axis=0), strict=True)}},
-        axes=("rank", name),
-        model="a linear layer, 576 × 576",
-    )
+
+    def norm_at(seed: int, rank: int) -> float:
+        layer = lora_layer(576, 576, rank=rank, alpha=16, seed=seed, use_rslora=rank_stabilised)
+        return float(norm(layer, *regression(seed, 64, 576)))
+
+    return log_slope(ranks, seeds, norm_at, name, "rank", "a linear layer, 576 × 576")

@@ -12,14 +12,14 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from peftscope.analysis.stats import median_interval
+from peftscope.claims.checks.memory import _question
 from peftscope.claims.measurement import Measurement
+from peftscope.claims.subjects import random_model
 from peftscope.data.batching import Example, collate
 from peftscope.hardware.device import processor_name
-from peftscope.memory.fit import options_of_method
-from peftscope.memory.question import Question, ask, describe_model
+from peftscope.memory.question import Question
 from peftscope.training.build import apply_method
 from peftscope.training.step import make_optimizer, train_step
 
@@ -78,19 +78,13 @@ def _paired(above: Work, below: Work, pairs: int, model: str) -> Measurement:
     return Measurement(statistics.median(ratios), low, high, pairs, evidence=evidence, model=named)
 
 
-def _question(model: str, run: dict[str, Any]) -> Question:
-    options = {**RUN, **run}
-    return ask(describe_model(model), options_of_method(options["method"], options))
-
-
 def _random_base(question: Question) -> Any:
     torch.manual_seed(0)
-    config = dict(question.model.config)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    return random_model(question.model.config)
 
 
 def _training_step(model: str, run: dict[str, Any]) -> Work:
-    question = _question(model, run)
+    question = _question(model, {**RUN, **run})
     spec = question.spec
     trained = apply_method(_random_base(question), spec, spec.method.build_empty)
     rows = torch.randint(question.model.config["vocab_size"], (spec.batch_size, spec.seq_len)).tolist()
@@ -102,7 +96,7 @@ def _training_step(model: str, run: dict[str, Any]) -> Work:
 
 
 def _forward(model: str, run: dict[str, Any], work: str, merge: bool) -> Work:
-    question = _question(model, run)
+    question = _question(model, {**RUN, **run})
     spec = question.spec
     adapted = spec.method.build(_random_base(question).requires_grad_(False), spec).eval()
     served = adapted.merge_and_unload() if merge else adapted
