@@ -94,7 +94,10 @@ class Forecaster:
             return Forecast(identity, spec, chosen, self.seconds(spec), None, "", None, "", unknown)
         peak, phase = self._peak(spec, shape)
         fits = peak <= self._capacity(spec)
-        advice = "" if fits else self._advice_once(spec, shape)
+        key = memory_key(spec), _cache_bytes(spec, shape)
+        if not fits and key not in self._advised:
+            self._advised[key] = self._advice(spec, shape)
+        advice = "" if fits else self._advised[key]
         return Forecast(identity, spec, chosen, self.seconds(spec), peak, phase, fits, advice)
 
     def _capacity(self, spec: RunSpec) -> float:
@@ -115,12 +118,6 @@ class Forecaster:
         return (
             (peaks.device_bytes + more, "generate") if cache and more > 0 else (peaks.device_bytes, peaks.binding_phase)
         )
-
-    def _advice_once(self, spec: RunSpec, shape: ModelShape) -> str:
-        key = memory_key(spec), _cache_bytes(spec, shape)
-        if key not in self._advised:
-            self._advised[key] = self._advice(spec, shape)
-        return self._advised[key]
 
     def _advice(self, spec: RunSpec, shape: ModelShape) -> str:
         def fields_of(changes: Mapping[str, Any]) -> dict[str, Any]:

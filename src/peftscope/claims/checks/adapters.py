@@ -16,8 +16,6 @@ from peftscope.analysis.stats import CONFIDENCE
 from peftscope.claims.lora_subjects import (
     factor_a,
     factor_b,
-    four_bit,
-    linear_names,
     lora_layer,
     lora_layers,
     lora_model,
@@ -35,7 +33,6 @@ from peftscope.claims.subjects import (
     token_ids,
     window_losses,
 )
-from peftscope.methods.loftq import LoftQ
 
 SPREADS = (0.01, 0.1, 0.577, 1.0)
 """Standard deviations of a random B × √rank; torch draws a linear layer, and PEFT an A, with 0.577."""
@@ -110,8 +107,7 @@ def start_shift(variant: str) -> Measurement:
     """Returns how far a wrapped model's logits are from its base's before training, relative to the largest logit.
 
     Args:
-        variant: lora, dora, adalora, pissa, loftq, swapped (A = 0, B random), or random (PEFT's start with A and B
-            random).
+        variant: lora, dora, adalora, swapped (A = 0, B random), or random (PEFT's start with A and B random).
     """
     base = tiny_llama()
     ids = token_ids(base)
@@ -211,17 +207,7 @@ def _variant(base: Any, name: str) -> Any:
     if name == "adalora":
         config = AdaLoraConfig(task_type="CAUSAL_LM", init_r=8, target_modules=list(BLOCK_LINEAR), total_step=10)
         return get_peft_model(base, config).eval()
-    if name == "loftq":
-        weights = [base.get_submodule(path).weight.clone() for path in linear_names(base)]
-        model = lora_model(four_bit(base), alpha=8)
-        for layer, weight in zip(lora_layers(model).values(), weights, strict=True):
-            LoftQ(alpha=8)._initialise(layer, weight)
-        return model.eval()
-    options: dict[str, dict[str, Any]] = {
-        "dora": {"use_dora": True},
-        "pissa": {"init_lora_weights": "pissa"},
-        "random": {"init_lora_weights": False},
-    }
+    options: dict[str, dict[str, Any]] = {"dora": {"use_dora": True}, "random": {"init_lora_weights": False}}
     model = lora_model(base, **options.get(name, {}))
     if name == "swapped":
         for layer in lora_layers(model).values():

@@ -20,7 +20,6 @@ from scipy.stats import wilcoxon
 
 from peftscope.claims.measurement import Measurement, geometric_mean_of, mean_of
 from peftscope.claims.subjects import weight_matrices
-from peftscope.models.rounding import normal_float_levels
 
 CODES = ("nf4", "fp4", "e2m1", "e3m0", "int4", "int4-twos-complement")
 FLOATS = {"e2m1": (0.0, 0.5, 1, 1.5, 2, 3, 4, 6), "e3m0": (0.0, 0.25, 0.5, 1, 2, 4, 8, 16)}
@@ -35,7 +34,7 @@ CURVE_VALUES = 32768
 class CodeBook:
     """The levels of one code in ascending order. The largest magnitude is 1.
 
-    ``nf4``, ``fp4`` and ``int4`` (-7 to 7) are bitsandbytes' own. ``nf2`` and ``nf3`` have the quantiles of ``nf4``.
+    ``nf4``, ``fp4`` and ``int4`` (-7 to 7) are bitsandbytes' own.
     ``e2m1`` (the OCP Microscaling specification's) and ``e3m0`` are floats with these numbers of exponent and mantissa
     bits; ``int4-twos-complement`` has all integers from -8 to 7.
     """
@@ -45,8 +44,6 @@ class CodeBook:
         if name in FLOATS:
             positive = torch.tensor(FLOATS[name])
             levels = torch.cat([positive, -positive]) / positive.max()
-        elif name in ("nf2", "nf3"):
-            levels = torch.tensor(normal_float_levels(int(name[2:])))
         elif name == "int4-twos-complement":
             levels = torch.tensor([(bits ^ 8) - 8 for bits in range(16)]) / 8
         elif name == "int4":

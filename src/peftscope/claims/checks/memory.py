@@ -254,10 +254,8 @@ def _answer(model: str, run: Run, how: How = "simulation") -> Answer:
 
 @cache
 def _answered(model: str, run: str, how: How) -> Answer:
-    question = _question(model, json.loads(run))
-    if how == "formula":
-        return answer_by_formula(question)
-    return answer_by_simulation(question)
+    answer = answer_by_formula if how == "formula" else answer_by_simulation
+    return answer(_question(model, json.loads(run)))
 
 
 def _peaks(model: str, run: Run) -> Peaks:

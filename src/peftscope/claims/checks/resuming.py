@@ -41,7 +41,8 @@ def resumed_run_difference(restored: Sequence[str], steps: int = 24) -> Measurem
     run = _Run(steps)
     run.train(half)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = run.save(folder)
+        run.model.save_pretrained(folder, save_embedding_layers=False)
+        checkpoint = run.state()
         start = run.values()
         run.train(steps - half)
         resumed = _Run(steps, folder)
@@ -92,8 +93,7 @@ class _Run:
             self.optimizer.zero_grad()
             self.losses.append(float(loss.detach()))
 
-    def save(self, folder: str) -> dict[str, Any]:
-        self.model.save_pretrained(folder, save_embedding_layers=False)
+    def state(self) -> dict[str, Any]:
         state = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
         return copy.deepcopy(state) | {"rng": torch.get_rng_state()}
 

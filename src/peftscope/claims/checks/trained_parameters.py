@@ -14,7 +14,6 @@ from peftscope.claims.subjects import BLOCK_LINEAR, meta_model
 from peftscope.models.presets import PRESETS
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "bert-base": ("bert", {}),
     "bert-large": (
         "bert",
         {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
