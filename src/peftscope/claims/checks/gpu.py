@@ -145,7 +145,9 @@ def _most_extreme(
             else:
                 evidence[setting] = "out of memory"
     if not found:
-        raise _missing(model, [run | {"batch_size": size} for run in runs for size in batch_sizes])
+        wanted = [run | {"batch_size": size} for run in runs for size in batch_sizes]
+        named = "; ".join(", ".join(f"{name} {value}" for name, value in run.items()) for run in wanted)
+        raise NotRunError(f"no card has measured {model}: {named}; run make gpu-check")
     chosen = (min if extreme == "smallest" else max)(found, key=lambda item: item.value)
     shown = {item.name: item.value for item in found} if len(found) > 1 else {}
     return Measurement(
@@ -163,8 +165,3 @@ def _cards(results: Iterable[str]) -> dict[str, list[Row]]:
     if not cards:
         raise NotRunError("no run on a CUDA card; run make gpu-check on a machine with one")
     return cards
-
-
-def _missing(model: str, runs: list[Run]) -> NotRunError:
-    named = [", ".join(f"{name} {value}" for name, value in run.items()) for run in runs]
-    return NotRunError(f"no card has measured {model}: {'; '.join(named)}; run make gpu-check")
