@@ -171,12 +171,12 @@ class TestRun:
 
     @pytest.mark.usefixtures("usual")
     def test_one_that_is_stopped_while_it_loads_is_not_done(self, bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        import peftscope.execution.run
+        import peftscope.execution.way
 
         def interrupt(spec: RunSpec) -> None:
             signal.raise_signal(signal.SIGINT)
 
-        monkeypatch.setattr(peftscope.execution.run, "load_base", interrupt)
+        monkeypatch.setattr(peftscope.execution.way, "load_base", interrupt)
         with pytest.raises(KeyboardInterrupt):
             peftscope.run(FIELDS, "run")
         record = read_record(bare / "run/interrupted.json")

@@ -60,10 +60,8 @@ def run(spec: RunSpec | Mapping[str, Any], folder: str | Path) -> RunRecord:
     from peftscope.files.lock import locked
     from peftscope.hardware.bf16 import chosen_way
     from peftscope.hardware.device import detect_device
-    from peftscope.planning.checks import check_compiler, check_runs, check_unchanged
-    from peftscope.planning.disk import check_disk
+    from peftscope.planning.checks import check_run
     from peftscope.planning.resolve import spec_from
-    from peftscope.planning.starts import check_starts
     from peftscope.record import check_place, finished_record, state_folder, write_record
     from peftscope.spec import run_id
     from peftscope.training.signals import Interrupted
@@ -77,10 +75,7 @@ def run(spec: RunSpec | Mapping[str, Any], folder: str | Path) -> RunRecord:
         message = f"a run of {spec.shards} processes cannot be made in one"
         raise InputError(Problem("shards", message, "use shards=1, or the command `peftscope run`"))
     chosen_way()  # raises for a wrong wish
-    runs = {run_id(spec): spec}
-    problems = check_runs(runs, "spec") + check_starts(runs, "spec", planned=False)
-    if problems := problems or check_disk(runs) + check_compiler(runs) + check_unchanged(runs):
-        raise InputError(problems)
+    check_run(spec, "spec")
     folder = Path(folder)
     check_place(folder, run_id(spec))
     with quiet_libraries(), without_hub_kernels(), locked(state_folder(folder) / "lock"):

@@ -71,17 +71,6 @@ def test_lora_starts_bitwise_at_its_base_also_with_a_zero_a_and_others_up_to_rou
     assert float(adapters.start_shift("swapped").value) == 0
 
 
-@pytest.mark.parametrize("variant", ["pissa", "loftq"])
-def test_variants_that_change_the_base_do_not_start_with_an_update_of_zero(variant: str) -> None:
-    found = adapters.start_shift(variant)
-    assert float(found.evidence["largest |ΔW|"]) > 1e-3
-    assert adapters.start_shift("lora").evidence["largest |ΔW|"] == 0
-
-
-def test_loftq_does_not_start_at_the_base() -> None:
-    assert float(adapters.start_shift("loftq").value) > 1e-3
-
-
 def test_default_init_is_uniform_and_gaussian_has_the_spread_of_one_over_rank() -> None:
     """Trap 9 of the ledger: a sweep over ranks changes the spread of PEFT's gaussian option."""
     uniform = adapters.distance_from_normal(True, rank=8, inputs=4096)

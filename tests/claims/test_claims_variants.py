@@ -14,6 +14,8 @@ import torch
 from peftscope.claims.checks import initialisation, variants
 from peftscope.claims.evaluate import PartFinding, evaluate_part
 from peftscope.claims.ledger import Part, read_ledger
+from peftscope.claims.lora_subjects import lora_model
+from peftscope.claims.subjects import tiny_llama
 from peftscope.claims.verdict import Verdict
 
 SCHEDULE = {"steps": 12, "init_rank": 8, "target_rank": 4}
@@ -72,7 +74,7 @@ def test_both_loraplus_optimizers_give_b_the_higher_rate() -> None:
     from peftscope.methods.lora_plus import LoRAPlus
 
     assert variants.loraplus_step_ratio(ratio=4).value == pytest.approx(4, rel=1e-3)
-    model = variants._with_lora(rank=4, alpha=8)
+    model = lora_model(tiny_llama(), rank=4, alpha=8, seed=0)
     groups = LoRAPlus(lr_ratio=16).optimizer_groups(model, SimpleNamespace(learning_rate=1e-4))  # type: ignore[arg-type]
     assert groups[1]["lr"] / groups[0]["lr"] == pytest.approx(16)
     assert {p.shape[1] for p in groups[1]["params"]} == {4}
@@ -164,7 +166,7 @@ def test_the_counter_sees_every_way_to_a_decomposition(name: str) -> None:
     function: Any = torch
     for part in name.split("."):
         function = getattr(function, part)
-    with variants._operator_counter() as counter:
+    with variants.OperatorCounter() as counter:
         function(torch.randn(8, 6))
     assert counter.count("svd") == 1
 

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
 
 from peftscope.evaluation import latency
-from peftscope.execution import run as runs
+from peftscope.execution import way
 from peftscope.execution.phases import Phases
 from peftscope.execution.run import execute
 from peftscope.record import Timing, read_record
@@ -35,7 +35,7 @@ def test_latency_is_that_of_the_base_the_adapter_and_what_was_merged(
         hook.remove()
         return times
 
-    monkeypatch.setattr(runs, "time_passes", timed)
+    monkeypatch.setattr(way, "time_passes", timed)
     monkeypatch.setitem(latency.REPEATS, "cpu", 5)
     spec = make_spec(method=method, latency_tokens=8, generation_items=0, probe_steps=0)
     execute(spec, tmp_path, Phases("cpu", 0.0))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 
 from peftscope.claims.subjects import BLOCK_LINEAR, tiny_llama, token_ids
-
-if TYPE_CHECKING:
-    import torch
+from peftscope.training.load import disable_weight_repacking
 
 ADAPTERS = ("first", "second", "third")
 WEIGHT_STD = 0.1
@@ -17,19 +20,20 @@ WEIGHT_STD = 0.1
 
 def lora_layer(inputs: int, outputs: int, rank: int, alpha: float = 8, seed: int = 0, **options: Any) -> Any:
     """Returns a PEFT LoRA layer over a random linear layer. ``options`` go to ``LoraConfig``."""
-    import torch
-    from peft import LoraConfig, inject_adapter_in_model
-
     torch.manual_seed(seed)
     base = torch.nn.Sequential(torch.nn.Linear(inputs, outputs, bias=False))
     return inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"], **options), base)[0]
 
 
+def regression(seed: int, examples: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns random inputs and random targets of a linear layer, each (examples, width)."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    x, target = torch.randn(2, examples, width, generator=generator)
+    return x, target
+
+
 def lora_model(base: Any, rank: int = 8, alpha: float = 16, seed: int = 1, **options: Any) -> Any:
     """Returns a model with PEFT's LoRA on every linear layer of its blocks. ``options`` go to ``LoraConfig``."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(seed)
     config = LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=list(BLOCK_LINEAR), bias="none", **options
@@ -53,9 +57,6 @@ def adapted_llama(
 
     An adapter's values depend only on its name and its shapes.
     """
-    import torch
-    from peft import LoraConfig, get_peft_model
-
     base = tiny_llama(dtype=dtype) if base is None else base
     model: Any = None
     for name, r in zip(names, ranks or [rank] * len(names), strict=True):
@@ -76,27 +77,28 @@ def adapted_llama(
 
 def four_bit(model: Any) -> Any:
     """Returns the model with the linear layers of its blocks in double-quantized NF4, computing in their own dtype."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    from peftscope.training.load import disable_weight_repacking
-
     for path in linear_names(model):
         parent, _, name = path.rpartition(".")
-        old = model.get_submodule(path)
-        new = Linear4bit(
-            old.in_features,
-            old.out_features,
-            bias=False,
-            compute_dtype=old.weight.dtype,
-            quant_type="nf4",
-            device="meta",  # draws no random numbers for weights that are replaced
-        )
-        packed = Params4bit(old.weight.data, requires_grad=False, quant_type="nf4", module=new)
-        new.weight = packed.to("cpu")
-        setattr(model.get_submodule(parent), name, new)
+        weight = model.get_submodule(path).weight
+        setattr(model.get_submodule(parent), name, nf4_layer(weight.data, compute_dtype=weight.dtype))
     model.is_loaded_in_4bit = True
-    disable_weight_repacking(model)
     return model
+
+
+def nf4_layer(weight: torch.Tensor, *, compute_dtype: torch.dtype, double_quant: bool = True) -> Any:
+    """Returns a linear layer with these weights in NF4, in the layout from which gradients are computed."""
+    layer = Linear4bit(
+        weight.shape[1],
+        weight.shape[0],
+        bias=False,
+        compute_dtype=compute_dtype,
+        quant_type="nf4",
+        device="meta",  # draws no random numbers for weights that are replaced
+    )
+    options = {"compress_statistics": double_quant, "quant_type": "nf4", "module": layer}
+    layer.weight = Params4bit(weight, requires_grad=False, **options).to("cpu")
+    disable_weight_repacking(layer)
+    return layer
 
 
 def linear_names(model: Any) -> list[str]:
@@ -106,8 +108,6 @@ def linear_names(model: Any) -> list[str]:
 
 def lora_layers(model: Any) -> dict[str, Any]:
     """Returns the layers that PEFT wrapped, by their names in the base model."""
-    from peft.tuners.lora import LoraLayer
-
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
 
@@ -129,34 +129,36 @@ def update_of(layer: Any) -> Any:
 
 def randomise_b(layer: Any, spread: float = 0.1, seed: int = 2) -> None:
     """Fills B with normal values of this standard deviation."""
-    import torch
-
     with torch.no_grad():
         factor_b(layer).normal_(std=spread, generator=torch.Generator().manual_seed(seed))
 
 
 def backward_steps(
     model: Any, steps: int, learning_rate: float = 1e-3, optimizer: str = "AdamW", after: bool = False
-) -> Iterator[int]:
-    """Yields each step's number, from 1, once its gradients exist, or with ``after`` once its update is done."""
-    import torch
-
+) -> Iterator[float]:
+    """Yields the loss of each step once its gradients exist, or with ``after`` once its update is done."""
     ids = token_ids(model)
     update = getattr(torch.optim, optimizer)([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
-    for step in range(1, steps + 1):
+    for _ in range(steps):
         update.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
         if not after:
-            yield step
+            yield loss.item()
         update.step()
         if after:
-            yield step
+            yield loss.item()
+
+
+def trained(model: Any, steps: int, **options: Any) -> Any:
+    """Returns the model after ``backward_steps``, which get the options."""
+    for _ in backward_steps(model, steps, **options):
+        pass
+    return model
 
 
 def logits_of(model: Any) -> torch.Tensor:
     """Returns the (24, vocabulary) logits of fixed tokens in fp64."""
-    import torch
-
     with torch.no_grad():
         return model(input_ids=token_ids(model)).logits.double().flatten(0, 1)
 

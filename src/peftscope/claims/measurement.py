@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from peftscope.analysis.compare import compare
 from peftscope.analysis.stats import mean_interval
@@ -108,3 +110,22 @@ def geometric_mean_of(logarithms: Sequence[float], **fields: Any) -> Measurement
     found = mean_of(logarithms, **fields)
     low, high = (None if bound is None else math.exp(bound) for bound in (found.low, found.high))
     return replace(found, value=math.exp(float(found.value)), low=low, high=high)
+
+
+def log_slope(
+    sizes: Sequence[int], seeds: int, value: Callable[[int, int], float], quantity: str, axis: str, model: str
+) -> Measurement:
+    """Returns the mean slope of log(value) over log(size), one slope for each seed, with its interval.
+
+    Args:
+        sizes: The sizes.
+        seeds: How many seeds there are.
+        value: The value for a seed and a size.
+        quantity: The name of the value.
+        axis: The name of the size.
+        model: What was measured.
+    """
+    values = np.array([[value(seed, size) for size in sizes] for seed in range(seeds)])
+    slopes = np.polyfit(np.log(sizes), np.log(values).T, 1)[0].tolist()
+    curve = dict(zip(map(float, sizes), values.mean(axis=0).tolist(), strict=True))
+    return mean_of(slopes, samples=tuple(slopes), curves={quantity: curve}, axes=(axis, quantity), model=model)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from peftscope.claims.measurement import NotRunError
+from peftscope.evaluation.retention import prose
 from peftscope.models.catalog import LOCAL, model_folder
 from peftscope.models.presets import PRESETS
 from peftscope.models.shapes import ModelShape
-
-if TYPE_CHECKING:
-    import torch
 
 TINY = "a Llama of two layers, 64 wide, with random weights"
 """The description of ``tiny_llama`` for readers."""
@@ -32,9 +37,6 @@ def shape_of(preset: str) -> ModelShape:
 
 def tiny_llama(seed: int = 0, dtype: str = "float32", **sizes: Any) -> Any:
     """Returns a Llama of two narrow layers with random weights, in evaluation mode. ``sizes`` override its config."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig(
         **{
             "vocab_size": 96,
@@ -56,18 +58,18 @@ def tiny_llama(seed: int = 0, dtype: str = "float32", **sizes: Any) -> Any:
 
 def meta_model(preset: str) -> Any:
     """Returns a preset's model on ``meta``, with all modules and shapes but without weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = shape_of(preset).to_config()
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+        return random_model(shape_of(preset).to_config())
+
+
+def random_model(config: Mapping[str, Any]) -> Any:
+    """Returns a model with random weights."""
+    sizes = {name: value for name, value in config.items() if name != "model_type"}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **sizes))
 
 
 def token_ids(model: Any, length: int = 12, batch: int = 2, seed: int = 0) -> torch.Tensor:
     """Returns (batch, length) random tokens of a model's vocabulary."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, model.config.vocab_size, (batch, length), generator=generator)
 
@@ -78,9 +80,6 @@ def weight_matrices(model: str) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         NotRunError: The model was not fetched.
     """
-    import torch
-    from safetensors import safe_open
-
     with safe_open(fetched(model) / "model.safetensors", "pt") as file:
         for name in sorted(file.keys()):
             if ".layer" in name and name.endswith(".weight") and "norm" not in name.lower():
@@ -109,10 +108,6 @@ def english() -> str:
     Raises:
         NotRunError: The package has another edition of the story.
     """
-    from importlib.resources import files
-
-    from peftscope.evaluation.retention import prose
-
     content = files("reasoning_gym.data").joinpath("in_the_year_2889.txt").read_bytes()
     if hashlib.sha256(content).hexdigest() != STORY_SHA256:
         raise NotRunError("the installed reasoning-gym has another text; install the version of requirements.lock")
@@ -127,9 +122,6 @@ def english() -> str:
 
 def text_windows(model: str, count: int) -> torch.Tensor:
     """Returns the first (count, ``WINDOW_TOKENS``) tokens of ``english`` under a fetched model's tokenizer."""
-    import torch
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(fetched(model), local_files_only=True, trust_remote_code=False)
     ids = tokenizer(english(), add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < count * WINDOW_TOKENS:
@@ -144,15 +136,24 @@ def fetched_model(model: str, auto_class: str) -> Any:
         model: The model's name.
         auto_class: The class of transformers that loads it, ``AutoModelForCausalLM`` or ``AutoModel``.
     """
-    import torch
-    import transformers
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        loaded = getattr(transformers, auto_class).from_pretrained(fetched(model), dtype=torch.float32, **LOCAL)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    loaded = getattr(transformers, auto_class).from_pretrained(fetched(model), dtype=torch.float32, **LOCAL)
     return loaded.eval()
+
+
+def window_losses(model: Any, windows: torch.Tensor) -> torch.Tensor:
+    """Returns a language model's mean loss on each window of tokens, in fp64."""
+    with torch.no_grad():
+        logits = model(input_ids=windows).logits[:, :-1].transpose(1, 2)
+    return torch.nn.functional.cross_entropy(logits, windows[:, 1:], reduction="none").double().mean(1)
+
+
+def operations(work: Callable[[], Any]) -> int:
+    """Returns the floating-point operations of some work, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+def flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Returns all values of some tensors in one vector."""
+    return torch.cat([tensor.flatten() for tensor in tensors])

@@ -103,21 +103,15 @@ def run(
     """Train and measure one run; writes its record whatever happens."""
     from peftscope.execution.job import Job
     from peftscope.hardware.device import detect_device
-    from peftscope.planning.checks import check_compiler, check_fetched, check_runs, check_unchanged
-    from peftscope.planning.disk import check_disk
+    from peftscope.planning.checks import check_run
     from peftscope.planning.resolve import spec_from
-    from peftscope.planning.starts import check_starts
     from peftscope.record import KeepWeights
     from peftscope.spec import run_id
 
     values, path = _read_spec(spec)
     resolved = spec_from(values, path, detect_device())
     identity = run_id(resolved)
-    runs = {identity: resolved}
-    problems = check_runs(runs, str(path)) + check_starts(runs, str(path), planned=False)
-    problems = problems or check_disk(runs) + check_fetched(resolved) + check_compiler(runs) + check_unchanged(runs)
-    if problems:
-        raise InputError(problems)
+    check_run(resolved, str(path), fetched=True)
     folder = output or run_folder(identity)
     kept = next((choice for choice in get_args(KeepWeights) if choice == keep_weights), None)
     if kept is None:

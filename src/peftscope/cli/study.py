@@ -9,10 +9,11 @@ from peftscope.analysis.compare import Difference
 from peftscope.analysis.study import PLANNED, StudyResults
 from peftscope.errors import InputError
 from peftscope.layout import record_path
-from peftscope.planning.cells import TUNING
+from peftscope.planning.cells import ARM, CONTROL, RATES, TUNING
 from peftscope.planning.experiment import A_A, Study
-from peftscope.planning.stages import runs_by_stage
 from peftscope.planning.sweep import Sweep
+
+STAGES = {"listed rates": TUNING, "three rates": RATES, "given rates": ARM, "controls": CONTROL}
 
 
 def describe(sweep: Sweep) -> Iterator[str]:
@@ -21,7 +22,7 @@ def describe(sweep: Sweep) -> Iterator[str]:
     assert study is not None
     stages = [
         f"{stage} {len(runs)} ({sum(record_path(run).is_file() for run in runs)} done)"
-        for stage, runs in runs_by_stage(sweep).items()
+        for stage, runs in _runs_by_stage(sweep).items()
         if runs
     ]
     yield f"Stages: {', '.join(stages)}. {len(study.entrants)} arms, {len(study.seeds)} pairs each."
@@ -32,6 +33,18 @@ def describe(sweep: Sweep) -> Iterator[str]:
             "shows the chance of tuning alone. `a_a: null` leaves it out."
         )
     yield _power(sweep, study)
+
+
+def _runs_by_stage(sweep: Sweep) -> dict[str, list[str]]:
+    """Returns the runs of each stage of a study, each run once, and those beside all stages."""
+    rest = dict.fromkeys(sweep.runs)
+    stages: dict[str, list[str]] = {}
+    for stage, prefix in STAGES.items():
+        named = [run for c in sweep.comparisons if c.name.startswith(prefix) for run in c.runs]
+        stages[stage] = [run for run in dict.fromkeys(named) if run in rest]
+        for run in stages[stage]:
+            del rest[run]
+    return {**stages, "beside": list(rest)}
 
 
 def _power(sweep: Sweep, study: Study) -> str:

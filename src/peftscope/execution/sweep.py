@@ -19,7 +19,7 @@ from peftscope.files.storage import STORAGE_CODE
 from peftscope.layout import run_folder
 from peftscope.planning.disk import check_disk
 from peftscope.planning.plan import Plan, plan_experiment
-from peftscope.planning.sweep import Sweep, expand
+from peftscope.planning.sweep import Sweep
 from peftscope.record import finished_record, lacks_kept, read_record
 from peftscope.spec import RunSpec, run_id
 from peftscope.words import spoken_time
@@ -39,23 +39,6 @@ class Outcome:
 
     left: int = 0
     failed: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Pace:
-    """Estimates seconds, corrected by the runs of this call: how long they took over what was estimated for them."""
-
-    seconds_of: Callable[[RunSpec], float]
-    estimated: float = 0.0
-    taken: float = 0.0
-
-    def add(self, spec: RunSpec, seconds: float) -> None:
-        self.estimated += self.seconds_of(spec)
-        self.taken += seconds
-
-    def seconds(self, *specs: RunSpec) -> float:
-        factor = self.taken / self.estimated if self.estimated else 1.0
-        return factor * sum(map(self.seconds_of, specs))
 
 
 def run_sweep(
@@ -80,17 +63,18 @@ def run_sweep(
         InputError: Something is wrong with the experiment, with what it needs, or with the runs to choose from.
     """
     deadline = time.monotonic() + 60 * minutes if minutes is not None else math.inf
-    plan, pace, outcome = plan_experiment(name), _Pace(seconds_of), Outcome()
+    plan, outcome = plan_experiment(name), Outcome()
+    estimated = taken = 0.0  # of the runs of this call, which correct the estimates of the others
     ended, expected, chosen = _finished(plan), _expected(plan), None
     _say(f"{name}: {len(ended)} of {len(expected)} runs done before")
     while True:
         for identity in [identity for identity in plan.run_ids if identity not in ended]:
             spec, left = plan.sweep.runs[identity], [expected[run] for run in expected if run not in ended]
             room = deadline - time.monotonic()
-            if room <= 0 or (pace.taken and pace.seconds(spec) > room):
+            if room <= 0 or (taken and seconds_of(spec) * taken / estimated > room):
                 outcome.left += len(left)
                 return outcome
-            to_go = spoken_time(pace.seconds(*left))
+            to_go = spoken_time(sum(map(seconds_of, left)) * (taken / estimated if estimated else 1.0))
             _say(f"{len(ended) + 1}/{len(ended) + len(left)} {identity} (about {to_go} to go)")
             fetch_inputs(spec)
             began = time.monotonic()  # fetching a model says nothing of the pace
@@ -98,7 +82,7 @@ def run_sweep(
             options = ["--keep-at", shares] if shares else []
             options += ["--keep-weights", "all"] if plan.keeps_all_weights(identity) else []
             status = run_apart(identity, spec, run_folder(identity), *options, deadline=deadline)
-            pace.add(spec, time.monotonic() - began)
+            estimated, taken = estimated + seconds_of(spec), taken + time.monotonic() - began
             ended.add(identity)
             _say(f"  {status} after {spoken_time(time.monotonic() - began)}")
             outcome.failed += [identity] if status == "failed" else []
@@ -119,8 +103,7 @@ def _finished(plan: Plan) -> set[str]:
 
 def _expected(plan: Plan) -> dict[str, RunSpec]:
     """Returns the runs of an experiment, with assumed rates for those that a study has not chosen yet."""
-    device = next(iter(plan.sweep.runs.values())).device
-    return plan.sweep.runs | (expand(plan.name, device, assume_rates=True).runs if plan.is_study else {})
+    return plan.sweep.runs | plan.assumed().sweep.runs
 
 
 def fetch_inputs(spec: RunSpec) -> None:

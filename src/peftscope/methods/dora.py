@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from peftscope.methods.fields import AdapterDtype, Alpha, ClosedForm, Dropout, Method, Rank, Targets, target_modules
-from peftscope.methods.low_rank import low_rank_parameters, wrap_with_lora
+from peftscope.methods.fields import ClosedForm, target_modules
+from peftscope.methods.low_rank import LowRank
 
 if TYPE_CHECKING:
     from peftscope.models.shapes import ModelShape
     from peftscope.spec import RunSpec
 
 
-class DoRA(Method):
+class DoRA(LowRank):
     """Weight-decomposed low-rank adaptation."""
 
     label: ClassVar[str] = "DoRA"
@@ -28,11 +28,6 @@ class DoRA(Method):
     compiles_recomputation: ClassVar[bool] = False
 
     name: Literal["dora"] = "dora"
-    rank: Rank = 8
-    alpha: Alpha = 16
-    targets: Targets = "all-linear"
-    dropout: Dropout = 0.0
-    adapter_dtype: AdapterDtype = "fp32"
     norm_gradient: Annotated[
         bool, Field(description="follow DoRA's norm of the updated weight in the backward pass; PEFT holds it constant")
     ] = False
@@ -44,14 +39,13 @@ class DoRA(Method):
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Returns LoRA's count plus one magnitude for each output of each target."""
         magnitudes = sum(layer.outputs for layer in shape.linear_layers(target_modules(self.targets)))
-        return low_rank_parameters(shape, self.targets, self.rank) + magnitudes
+        return super().trainable_parameters(shape) + magnitudes
 
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the base wrapped with PEFT's LoRA and ``use_dora=True``, whose norm is a constant or not."""
         from peft.tuners.lora.dora import DoraLinearLayer
 
-        options = self.model_dump(exclude={"name", "norm_gradient"})
-        wrapped = wrap_with_lora(model, **options, use_dora=True)
+        wrapped = self.wrap(model, use_dora=True)
         for module in wrapped.modules() if self.norm_gradient else ():
             if isinstance(module, DoraLinearLayer):
                 module.forward = MethodType(_forward_with_norm_gradient, module)

@@ -125,8 +125,9 @@ class ClosedForm:
 class Method(BaseModel):
     """The contract of a method: its settings are fields, and its methods are what a run calls.
 
-    A subclass overrides only what differs. Methods do not inherit from each other. The modules of this package import
-    torch and peft inside functions, so that specs can be read without them.
+    A subclass overrides only what differs. Methods do not inherit from each other; what several share is a base
+    class without a name. The modules of this package import torch and peft inside functions, so that specs can be read
+    without them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -189,8 +190,8 @@ class Method(BaseModel):
 
     def modules_named(self) -> list[str]:
         """Returns the module names that the spec lists itself. A preset takes whatever the model has."""
-        targets = getattr(self, "targets", "")
-        return [] if isinstance(targets, str) else list(targets)
+        targets = getattr(self, "targets", None)
+        return list(targets) if isinstance(targets, tuple) else []
 
     def full_label(self) -> str:
         """Returns the label, with an addition if two rows of a table would otherwise have the same label."""
@@ -292,3 +293,20 @@ class Method(BaseModel):
                     lacking = {target for target in value if not any(m.endswith(f".{target}") for m in modules)}
                     setattr(config, name, sorted(value - lacking if name == "target_modules" else value))
         model.save_pretrained(folder, state_dict=state)
+
+
+class Prepended(Method):
+    """What the methods share that train virtual tokens before the prompt."""
+
+    closed_form: ClassVar[ClosedForm | None] = ClosedForm()
+    generates_from_cache: ClassVar[bool] = False
+    supports_packing: ClassVar[bool] = False
+    supports_shards: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = False
+
+    name: str
+    virtual_tokens: VirtualTokens = 8
+
+    def starts_at_base(self) -> bool:
+        """Returns False: the virtual tokens change the outputs at once."""
+        return False

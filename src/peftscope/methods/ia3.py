@@ -52,10 +52,6 @@ class IA3(Method):
         """Returns whether the input of a module is rescaled instead of its output."""
         return module in (RESCALED_INPUTS if self.feedforward is None else self.feedforward)
 
-    def modules_named(self) -> list[str]:
-        """Returns the module names that the spec lists itself; none for a preset."""
-        return list(self.targets) if isinstance(self.targets, tuple) else []
-
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Returns one value per output of each target, or per input if the input is rescaled."""
         return sum(

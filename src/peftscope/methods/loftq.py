@@ -13,21 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftscope.files.content import Count
-from peftscope.methods.fields import (
-    SIMULATED,
-    AdapterDtype,
-    Alpha,
-    ClosedForm,
-    ComputeDtype,
-    DoubleQuant,
-    Dropout,
-    Method,
-    Quantization,
-    QuantType,
-    Rank,
-    Targets,
-)
-from peftscope.methods.low_rank import decompositions, low_rank_parameters, wrap_with_lora
+from peftscope.methods.low_rank import LowRankOnFewBits, decompositions
 from peftscope.models.rounding import rounded
 
 if TYPE_CHECKING:
@@ -40,37 +26,16 @@ ITERATION_SECONDS = 0.5
 """The seconds of one iteration on a matrix of 4096 x 4096 on a card: a guess."""
 
 
-class LoftQ(Method):
+class LoftQ(LowRankOnFewBits):
     """LoRA-fine-tuning-aware quantisation."""
 
     label: ClassVar[str] = "LoftQ"
     memory_assumptions: ClassVar[tuple[str, ...]] = ("the load peak of LoftQ comes from a formula, not a simulation",)
-    closed_form: ClassVar[ClosedForm] = ClosedForm()
     has_own_base: ClassVar[bool] = True
     draws_start: ClassVar[bool] = False
 
     name: Literal["loftq"] = "loftq"
-    rank: Rank = 8
-    alpha: Alpha = 16
-    targets: Targets = "all-linear"
-    dropout: Dropout = 0.0
-    adapter_dtype: AdapterDtype = "fp32"
-    quant_type: QuantType = "nf4"
-    double_quant: DoubleQuant = True
-    compute_dtype: ComputeDtype = "bf16"
     iterations: Annotated[Count, Field(description="alternations of quantising and approximating")] = 5
-
-    def quantization(self) -> Quantization | None:
-        """Returns the storage of the base, or None if its code is simulated."""
-        if self.quant_type in SIMULATED:
-            return None
-        return Quantization(
-            quant_type=self.quant_type, double_quant=self.double_quant, compute_dtype=self.compute_dtype
-        )
-
-    def rounding(self) -> str | None:
-        """Returns the code if it is simulated."""
-        return self.quant_type if self.quant_type in SIMULATED else None
 
     def loading_temporary(self, largest: LinearLayer) -> tuple[int, str]:
         """Returns the bytes of the initialisation in 32 bits: four matrices and a Gram matrix."""
@@ -84,10 +49,6 @@ class LoftQ(Method):
     def starts_at_base(self) -> bool:
         """Returns False: the adapter approximates the error of the quantised base."""
         return False
-
-    def trainable_parameters(self, shape: ModelShape) -> int:
-        """Returns the same count as LoRA."""
-        return low_rank_parameters(shape, self.targets, self.rank)
 
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the 4-bit base wrapped with LoRA, both initialised by LoftQ.
@@ -111,14 +72,7 @@ class LoftQ(Method):
 
     def build_empty(self, model: Any, spec: RunSpec) -> Any:
         """Returns the 4-bit base wrapped with LoRA, which has the same tensors before and after the initialisation."""
-        return wrap_with_lora(
-            model,
-            rank=self.rank,
-            alpha=self.alpha,
-            targets=self.targets,
-            dropout=self.dropout,
-            adapter_dtype=self.adapter_dtype,
-        )
+        return self.wrap(model)
 
     def _initialise(self, layer: Any, weight: torch.Tensor) -> float:
         """Sets a layer's quantised weight, A and B. Returns ‖W - (Q + sBA)‖ / ‖W - quantised(W)‖ (Frobenius norms)."""

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftscope.files.content import NUMBER
-from peftscope.methods.fields import AdapterDtype, Alpha, ClosedForm, Dropout, Method, Rank, Targets
-from peftscope.methods.low_rank import low_rank_parameters, wrap_with_lora
+from peftscope.methods.fields import ClosedForm
+from peftscope.methods.low_rank import LowRank
 
 if TYPE_CHECKING:
-    from peftscope.models.shapes import ModelShape
     from peftscope.spec import RunSpec
 
 
-class LoRAPlus(Method):
+class LoRAPlus(LowRank):
     """LoRA with two learning rates. ``learning_rate`` is the rate of A."""
 
     label: ClassVar[str] = "LoRA+"
@@ -27,20 +26,7 @@ class LoRAPlus(Method):
     closed_form: ClassVar[ClosedForm] = ClosedForm(own_group="lora_B")
 
     name: Literal["lora-plus"] = "lora-plus"
-    rank: Rank = 8
-    alpha: Alpha = 16
-    targets: Targets = "all-linear"
-    dropout: Dropout = 0.0
-    adapter_dtype: AdapterDtype = "fp32"
     lr_ratio: Annotated[float, Field(ge=1, description="learning rate of B over that of A"), NUMBER] = 16.0
-
-    def trainable_parameters(self, shape: ModelShape) -> int:
-        """Returns the same count as LoRA."""
-        return low_rank_parameters(shape, self.targets, self.rank)
-
-    def build(self, model: Any, spec: RunSpec) -> Any:
-        """Returns the base wrapped with PEFT's LoRA."""
-        return wrap_with_lora(model, **self.model_dump(exclude={"name", "lr_ratio"}))
 
     def optimizer_groups(self, model: Any, spec: RunSpec) -> list[dict[str, Any]]:
         """Returns two groups: A with the learning rate, and B with ``lr_ratio`` times that rate."""

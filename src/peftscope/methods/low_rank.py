@@ -1,13 +1,29 @@
-"""The parameter count and the PEFT configuration that LoRA and its variants share."""
+"""The fields, the parameter count and the PEFT configuration that LoRA and its variants share."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from peftscope.methods.fields import adapted_modules, target_modules
+from peftscope.methods.fields import (
+    SIMULATED,
+    AdapterDtype,
+    Alpha,
+    ClosedForm,
+    ComputeDtype,
+    DoubleQuant,
+    Dropout,
+    Method,
+    Quantization,
+    QuantType,
+    Rank,
+    Targets,
+    adapted_modules,
+    target_modules,
+)
 
 if TYPE_CHECKING:
     from peftscope.models.shapes import ModelShape
+    from peftscope.spec import RunSpec
 
 
 def low_rank_parameters(shape: ModelShape, targets: str | tuple[str, ...], rank: int) -> int:
@@ -50,3 +66,49 @@ def wrap_with_lora(
         **options,
     )
     return get_peft_model(model, config, autocast_adapter_dtype=adapter_dtype == "fp32")
+
+
+class LowRank(Method):
+    """What LoRA and its variants share. It is no method itself; each of them has its own name."""
+
+    closed_form: ClassVar[ClosedForm | None] = ClosedForm()
+
+    name: str
+    rank: Rank = 8
+    alpha: Alpha = 16
+    targets: Targets = "all-linear"
+    dropout: Dropout = 0.0
+    adapter_dtype: AdapterDtype = "fp32"
+
+    def trainable_parameters(self, shape: ModelShape) -> int:
+        """Returns rank * (in + out), summed over the targets."""
+        return low_rank_parameters(shape, self.targets, self.rank)
+
+    def build(self, model: Any, spec: RunSpec) -> Any:
+        """Returns the base wrapped with PEFT's LoRA."""
+        return self.wrap(model)
+
+    def wrap(self, model: Any, **options: Any) -> Any:
+        """Returns ``model`` with a LoRA layer on every target. ``options`` are passed to PEFT's ``LoraConfig``."""
+        fields = {name: getattr(self, name) for name in LowRank.model_fields if name != "name"}
+        return wrap_with_lora(model, **fields, **options)
+
+
+class LowRankOnFewBits(LowRank):
+    """What the variants share whose base is stored in 4 bits, or simulated in fewer."""
+
+    quant_type: QuantType = "nf4"
+    double_quant: DoubleQuant = True
+    compute_dtype: ComputeDtype = "bf16"
+
+    def quantization(self) -> Quantization | None:
+        """Returns the storage of the base, or None if its code is simulated."""
+        if self.quant_type in SIMULATED:
+            return None
+        return Quantization(
+            quant_type=self.quant_type, double_quant=self.double_quant, compute_dtype=self.compute_dtype
+        )
+
+    def rounding(self) -> str | None:
+        """Returns the code if it is simulated."""
+        return self.quant_type if self.quant_type in SIMULATED else None

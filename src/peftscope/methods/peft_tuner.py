@@ -131,10 +131,6 @@ class PeftTuner(Method):
             return [] if self.tuner in OTHER_LAYERS else target_modules("all-linear")
         return target_modules(self.targets)
 
-    def modules_named(self) -> list[str]:
-        """Returns the module names that the spec lists itself; none for a preset."""
-        return list(self.targets) if isinstance(self.targets, tuple) else []
-
     def quantization(self) -> Quantization | None:
         """Returns NF4 with double quantisation for a 4-bit base."""
         return Quantization() if self.base_weights == "nf4" else None

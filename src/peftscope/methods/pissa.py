@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftscope.methods.fields import AdapterDtype, Alpha, ClosedForm, Dropout, Method, Rank, Targets
-from peftscope.methods.low_rank import decompositions, low_rank_parameters, wrap_with_lora
+from peftscope.methods.fields import Alpha
+from peftscope.methods.low_rank import LowRank, decompositions
 
 if TYPE_CHECKING:
     from peftscope.models.shapes import LinearLayer, ModelShape
@@ -21,20 +21,15 @@ DECOMPOSITION_SECONDS = 5.0
 """The seconds of decomposing one matrix of 4096 x 4096 on a card: a guess."""
 
 
-class PiSSA(Method):
+class PiSSA(LowRank):
     """LoRA initialised by a singular value decomposition of each target."""
 
     label: ClassVar[str] = "PiSSA"
     draws_start: ClassVar[bool] = False
     memory_assumptions: ClassVar[tuple[str, ...]] = ("the load peak of PiSSA comes from a formula, not a simulation",)
-    closed_form: ClassVar[ClosedForm] = ClosedForm()
 
     name: Literal["pissa"] = "pissa"
-    rank: Rank = 8
     alpha: Alpha = 8
-    targets: Targets = "all-linear"
-    dropout: Dropout = 0.0
-    adapter_dtype: AdapterDtype = "fp32"
 
     def loading_temporary(self, largest: LinearLayer) -> tuple[int, str]:
         """Returns the bytes of the decomposition in 32 bits: three matrices and both sets of singular vectors."""
@@ -46,14 +41,10 @@ class PiSSA(Method):
         """Returns the seconds of a singular value decomposition of each target."""
         return DECOMPOSITION_SECONDS * decompositions(shape, self.targets)
 
-    def trainable_parameters(self, shape: ModelShape) -> int:
-        """Returns the same count as LoRA."""
-        return low_rank_parameters(shape, self.targets, self.rank)
-
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the base wrapped with PEFT's LoRA and ``init_lora_weights="pissa"``, an exact SVD."""
-        return wrap_with_lora(model, **self.model_dump(exclude={"name"}), init_lora_weights="pissa")
+        return self.wrap(model, init_lora_weights="pissa")
 
     def build_empty(self, model: Any, spec: RunSpec) -> Any:
         """Returns the base wrapped with plain LoRA, which has the same tensors."""
-        return wrap_with_lora(model, **self.model_dump(exclude={"name"}))
+        return self.wrap(model)

@@ -7,31 +7,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftscope.methods.fields import ClosedForm, Method, VirtualTokens
+from peftscope.methods.fields import Prepended
 
 if TYPE_CHECKING:
     from peftscope.models.shapes import ModelShape
     from peftscope.spec import RunSpec
 
 
-class PrefixTuning(Method):
+class PrefixTuning(Prepended):
     """Training of entries in the key-value cache."""
 
     label: ClassVar[str] = "prefix tuning"
-    closed_form: ClassVar[ClosedForm] = ClosedForm()
     supports_checkpointing: ClassVar[bool] = False
-    generates_from_cache: ClassVar[bool] = False
-    supports_packing: ClassVar[bool] = False
-    supports_shards: ClassVar[bool] = False
-    mergeable: ClassVar[bool] = False
     mask_free_attention: ClassVar[bool] = False
 
     name: Literal["prefix-tuning"] = "prefix-tuning"
-    virtual_tokens: VirtualTokens = 8
-
-    def starts_at_base(self) -> bool:
-        """Returns False: the virtual tokens change the outputs at once."""
-        return False
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Returns the values of a key and a value for each virtual token, layer and key-value head."""

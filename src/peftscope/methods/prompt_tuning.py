@@ -7,29 +7,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftscope.methods.fields import ClosedForm, Method, VirtualTokens
+from peftscope.methods.fields import Prepended
 
 if TYPE_CHECKING:
     from peftscope.models.shapes import ModelShape
     from peftscope.spec import RunSpec
 
 
-class PromptTuning(Method):
+class PromptTuning(Prepended):
     """Training of input embeddings."""
 
     label: ClassVar[str] = "prompt tuning"
-    closed_form: ClassVar[ClosedForm] = ClosedForm()
-    generates_from_cache: ClassVar[bool] = False
-    supports_packing: ClassVar[bool] = False
-    supports_shards: ClassVar[bool] = False
-    mergeable: ClassVar[bool] = False
 
     name: Literal["prompt-tuning"] = "prompt-tuning"
-    virtual_tokens: VirtualTokens = 8
-
-    def starts_at_base(self) -> bool:
-        """Returns False: the virtual tokens change the outputs at once."""
-        return False
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Returns the values of one embedding per virtual token."""

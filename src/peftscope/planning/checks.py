@@ -12,7 +12,9 @@ from peftscope.files.manifest import how_to_change, is_source_of, read_manifest
 from peftscope.hardware.device import find_compiler
 from peftscope.layout import MODELS_FILE, TASKS_FILE
 from peftscope.models.catalog import find_model, model_folder
-from peftscope.spec import RunSpec
+from peftscope.planning.disk import check_disk
+from peftscope.planning.starts import check_starts
+from peftscope.spec import RunSpec, run_id
 
 
 def check_runs(runs: dict[str, RunSpec], where: str) -> list[Problem]:
@@ -40,6 +42,17 @@ def check_runs(runs: dict[str, RunSpec], where: str) -> list[Problem]:
                 message = f"{spec.model} has no module of that name (got {shown(module)})"
                 problems.append(Problem(f"{where}: targets", message, close_match(module, known)))
     return list(dict.fromkeys(problems))
+
+
+def check_run(spec: RunSpec, where: str, *, fetched: bool = False) -> None:
+    """Raises InputError with what is wrong with a single run here; ``fetched`` asks that what it needs is there."""
+    runs = {run_id(spec): spec}
+    problems = check_runs(runs, where) + check_starts(runs, where, planned=False)
+    if not problems:
+        problems = check_disk(runs) + (check_fetched(spec) if fetched else [])
+        problems += check_compiler(runs) + check_unchanged(runs)
+    if problems:
+        raise InputError(problems)
 
 
 def check_compiler(runs: dict[str, RunSpec]) -> list[Problem]:

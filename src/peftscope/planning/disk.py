@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from peftscope.errors import InputError, Problem
+from peftscope.errors import Problem
 from peftscope.files.hub import mirrored
 from peftscope.models.catalog import BaseModelEntry, HubSource, WheelSource, find_model, model_folder
 from peftscope.spec import RunSpec
@@ -22,10 +22,7 @@ def disk_bytes(runs: dict[str, RunSpec], kept: Mapping[str, int] | None = None) 
     """
     needed = SPARE_BYTES
     for name in {spec.model for spec in runs.values()}:
-        try:
-            entry = find_model(name)
-        except InputError:
-            continue
+        entry = find_model(name)
         if not (model_folder(name) / "manifest.json").is_file():
             needed += _download_bytes(entry)
         if entry.shape:

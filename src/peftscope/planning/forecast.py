@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from peftscope.data.tasks import item_tokens
 from peftscope.hardware.cards import GIB, Fits, Gpu, known_card, speed_of
-from peftscope.memory.answer import peaks_by_formula
+from peftscope.memory.answer import Peaks, peaks_by_formula
 from peftscope.memory.question import Model, Question
 from peftscope.memory.shares import RESIDENT
 from peftscope.models.catalog import find_model
@@ -76,24 +76,13 @@ class Forecast:
     unknown: str = ""
 
 
-@dataclass(frozen=True)
-class _Memory:
-    """The peaks by the closed form, and the bytes of the model that are alive in an evaluation."""
-
-    allocated_bytes: int
-    device_bytes: int
-    least_bytes: int
-    phase: str
-    resident_bytes: int
-
-
 class Forecaster:
     """Forecasts runs on one card. Memory is computed only once for all runs that take the same memory."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
         self.peak_flops, self.speed_name = speed_of(gpu)
-        self._memory: dict[str, _Memory] = {}
+        self._memory: dict[str, tuple[Peaks, int]] = {}
         self._advised: dict[tuple[str, int], str] = {}
 
     def forecast(self, identity: str, spec: RunSpec, *, chosen: bool = True) -> Forecast:
@@ -104,8 +93,10 @@ class Forecaster:
         if shape is None or unknown:
             return Forecast(identity, spec, chosen, self.seconds(spec), None, "", None, "", unknown)
         peak, least, phase = self._peak(spec, shape)
-        fits = self._card(spec).fits(least, peak)
-        advice = self._advice_once(spec, shape) if fits == "no" else ""
+        fits, key = self._card(spec).fits(least, peak), (memory_key(spec), _cache_bytes(spec, shape))
+        if fits == "no" and key not in self._advised:
+            self._advised[key] = self._advice(spec, shape)
+        advice = self._advised[key] if fits == "no" else ""
         return Forecast(identity, spec, chosen, self.seconds(spec), peak, phase, fits, advice)
 
     def _card(self, spec: RunSpec) -> Gpu:
@@ -121,19 +112,11 @@ class Forecaster:
             each = spec.model_copy(update={"batch_size": spec.batch_size // spec.shards})  # cards share a batch's rows
             peaks = peaks_by_formula(Question(model, each, spec.seq_len, self.gpu, spec.shards), evaluation=True)
             resident = sum(block.size for block in peaks.alive("evaluate") if block.kind in RESIDENT)
-            self._memory[key] = _Memory(
-                peaks.allocated_bytes, peaks.device_bytes, peaks.least_bytes, peaks.binding_phase, resident
-            )
-        memory, cache = self._memory[key], _cache_bytes(spec, shape)
-        more = memory.resident_bytes + cache - memory.allocated_bytes
-        more, phase = (more, "generate") if cache and more > 0 else (0, memory.phase)
-        return memory.device_bytes + more, memory.least_bytes + more, phase
-
-    def _advice_once(self, spec: RunSpec, shape: ModelShape) -> str:
-        key = memory_key(spec), _cache_bytes(spec, shape)
-        if key not in self._advised:
-            self._advised[key] = self._advice(spec, shape)
-        return self._advised[key]
+            self._memory[key] = peaks, resident
+        (peaks, resident), cache = self._memory[key], _cache_bytes(spec, shape)
+        more = resident + cache - peaks.allocated_bytes
+        more, phase = (more, "generate") if cache and more > 0 else (0, peaks.binding_phase)
+        return peaks.device_bytes + more, peaks.least_bytes + more, phase
 
     def _advice(self, spec: RunSpec, shape: ModelShape) -> str:
         def fields_of(changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +34,6 @@ def _field_at(location: tuple[str | int, ...]) -> str:
     """
     path = location[2:] if location[:1] == ("method",) else location
     return str(path[0]) if path else ""
-
-
-@dataclass
-class _Layers:
-    """Values on their way to a spec; each remembers the place in the file that it came from."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    origins: dict[str, str] = field(default_factory=dict)
-
-    def lay(self, values: Mapping[str, Any], origin: str) -> None:
-        """Lays values over the earlier ones; ``origin`` is the mapping's own place.
-
-        A method may be a mapping of its name and its fields, as records have it.
-        """
-        if isinstance(method := values.get("method"), dict):
-            self.lay({key: value for key, value in method.items() if key != "name"}, f"{origin}.method")
-        for key, value in values.items():
-            self.values[key] = value
-            self.origins[key] = f"{origin}.{key}"
 
 
 class Resolver:
@@ -90,17 +71,27 @@ class Resolver:
             InputError: Every problem of the run, each with its place.
         """
         name = self.method_name(values, (origins or {}).get("method", f"{origin}.method"))
-        layers = _Layers()
-        layers.lay(self.defaults.fixed, f"{self.defaults_path}: fixed")
-        layers.lay(METHODS[name].run_defaults, f"run_defaults of {name}")
-        layers.lay(self.defaults.methods.get(name, {}), f"{self.defaults_path}: methods.{name}")
-        layers.lay(self.experiment.fixed, f"{self.path}: fixed")
-        layers.lay(self.experiment.methods.get(name, {}), f"{self.path}: methods.{name}")
-        layers.lay(values, origin)
-        layers.origins.update(origins or {})
-        layers.values.pop("method", None)
-        if isinstance(start := layers.values.get("start_from"), dict):
-            layers.values["start_from"] = self._start(values, start, layers.origins["start_from"])
+        found: dict[str, Any] = {}
+        places: dict[str, str] = {}
+
+        def lay(values: Mapping[str, Any], origin: str) -> None:
+            """Lays values over the earlier ones; a method may be a mapping of its name and fields, as in records."""
+            if isinstance(method := values.get("method"), dict):
+                lay({key: value for key, value in method.items() if key != "name"}, f"{origin}.method")
+            for key, value in values.items():
+                found[key] = value
+                places[key] = f"{origin}.{key}"
+
+        lay(self.defaults.fixed, f"{self.defaults_path}: fixed")
+        lay(METHODS[name].run_defaults, f"run_defaults of {name}")
+        lay(self.defaults.methods.get(name, {}), f"{self.defaults_path}: methods.{name}")
+        lay(self.experiment.fixed, f"{self.path}: fixed")
+        lay(self.experiment.methods.get(name, {}), f"{self.path}: methods.{name}")
+        lay(values, origin)
+        places.update(origins or {})
+        found.pop("method", None)
+        if isinstance(start := found.get("start_from"), dict):
+            found["start_from"] = self._start(values, start, places["start_from"])
 
         method_fields = set(METHODS[name].model_fields) - {"name"}
         if shared := sorted(method_fields & set(RunSpec.model_fields)):
@@ -109,27 +100,27 @@ class Resolver:
         top: dict[str, Any] = {"device": self.device}
         method: dict[str, Any] = {"name": name}
         problems = []
-        for key, value in layers.values.items():
+        for key, value in found.items():
             if key in method_fields:
                 method[key] = value
             elif key in RUN_FIELDS or key == "seed":
                 top[key] = value
             else:
-                problems.append(Problem(layers.origins[key], *self._unknown_field(key, value, name)))
+                problems.append(Problem(places[key], *self._unknown_field(key, value, name)))
         try:
             spec = RunSpec.model_validate({**top, "method": method})
         except ValidationError as error:
 
             def place(location: tuple[str | int, ...]) -> str:
                 field = _field_at(location)
-                return layers.origins.get(field, f"{origin}.{field}") if field else origin
+                return places.get(field, f"{origin}.{field}") if field else origin
 
             def place_of_rule(problem: Problem) -> Problem:
                 """A rule over several fields stands where the first field that it names was set."""
                 if problem.where != origin:
                     return problem
-                named = [f for f in re.findall(r"\w+", problem.message) if f in layers.origins]
-                return replace(problem, where=layers.origins[named[0]]) if named else problem
+                named = [f for f in re.findall(r"\w+", problem.message) if f in places]
+                return replace(problem, where=places[named[0]]) if named else problem
 
             descriptions = {
                 n: f.description or "" for n, f in (RunSpec.model_fields | METHODS[name].model_fields).items()

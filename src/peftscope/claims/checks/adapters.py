@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
+
+import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from scipy import stats
+from torch.overrides import TorchFunctionMode
 
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.claims.lora_subjects import (
     factor_a,
     factor_b,
-    four_bit,
-    linear_names,
     lora_layer,
     lora_layers,
     lora_model,
@@ -19,7 +23,16 @@ from peftscope.claims.lora_subjects import (
     update_of,
 )
 from peftscope.claims.measurement import Measurement, mean_of
-from peftscope.claims.subjects import BLOCK_LINEAR, TINY, fetched_model, text_windows, tiny_llama, token_ids
+from peftscope.claims.subjects import (
+    BLOCK_LINEAR,
+    TINY,
+    fetched_model,
+    random_model,
+    text_windows,
+    tiny_llama,
+    token_ids,
+    window_losses,
+)
 
 SPREADS = (0.01, 0.1, 0.577, 1.0)
 """Standard deviations of a random B × √rank; torch draws a linear layer, and PEFT an A, with 0.577."""
@@ -41,8 +54,6 @@ def formula_error(rank: int, alpha: float, with_scale: bool) -> Measurement:
 
     A and B are random.
     """
-    import torch
-
     layer = lora_layer(inputs=256, outputs=192, rank=rank, alpha=alpha)
     randomise_b(layer)
     x = torch.randn(32, 256)
@@ -55,8 +66,6 @@ def formula_error(rank: int, alpha: float, with_scale: bool) -> Measurement:
 
 def scale(rank: int, alpha: float, rank_stabilised: bool = False) -> Measurement:
     """Returns the factor before BAx in PEFT's output, by least squares on outputs of a layer with random A and B."""
-    import torch
-
     layer = lora_layer(inputs=256, outputs=192, rank=rank, alpha=alpha, use_rslora=rank_stabilised)
     randomise_b(layer)
     x = torch.randn(32, 256)
@@ -67,23 +76,17 @@ def scale(rank: int, alpha: float, rank_stabilised: bool = False) -> Measurement
 
 def lora_option(name: str) -> Measurement:
     """Returns whether PEFT's ``LoraConfig`` has an option of this name."""
-    from peft import LoraConfig
-
     config = LoraConfig()
     return Measurement(hasattr(config, name), evidence={"default": getattr(config, name, "none")})
 
 
 def lora_default(name: str) -> Measurement:
     """Returns the default of an option of PEFT's ``LoraConfig``."""
-    from peft import LoraConfig
-
     return Measurement(getattr(LoraConfig(), name))
 
 
 def default_targets() -> Measurement:
     """Returns the modules that PEFT adapts in a Llama by default."""
-    from peft import LoraConfig, get_peft_model
-
     model = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM"))
     names = {name.rsplit(".", 1)[-1] for name in lora_layers(model)}
     return Measurement(" ".join(sorted(names)), model=TINY)
@@ -91,11 +94,8 @@ def default_targets() -> Measurement:
 
 def targets_found(family: str, names: Sequence[str]) -> Measurement:
     """Returns how many of these module names one block of a model family has, on ``meta``."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, num_hidden_layers=1))
+        model = random_model({"model_type": family, "num_hidden_layers": 1})
     present = {name.rsplit(".", 1)[-1]: type(module).__name__ for name, module in model.named_modules()}
     linear = {name for name, kind in present.items() if kind in ("Linear", "Conv1D", "FalconLinear")}
     return Measurement(
@@ -107,11 +107,8 @@ def start_shift(variant: str) -> Measurement:
     """Returns how far a wrapped model's logits are from its base's before training, relative to the largest logit.
 
     Args:
-        variant: lora, dora, adalora, pissa, loftq, swapped (A = 0, B random), or random (PEFT's start with A and B
-            random).
+        variant: lora, dora, adalora, swapped (A = 0, B random), or random (PEFT's start with A and B random).
     """
-    import torch
-
     base = tiny_llama()
     ids = token_ids(base)
     with torch.no_grad():
@@ -133,10 +130,6 @@ def distance_from_normal(init: bool | str, rank: int, inputs: int) -> Measuremen
         rank: The rows of A.
         inputs: The columns of A.
     """
-    import math
-
-    from scipy import stats
-
     values = {
         r: factor_a(lora_layer(inputs, 16, rank=r, init_lora_weights=init)).detach().flatten() for r in (1, rank, 64)
     }
@@ -161,16 +154,14 @@ def distance_from_normal(init: bool | str, rank: int, inputs: int) -> Measuremen
     )
 
 
-def loss_jump(model: str, spread: float, rank: int = 8, alpha: float = 16) -> Measurement:
+def loss_jump(model: str, spread: float) -> Measurement:
     """Returns the rise of the loss in nats per token before training if B is random instead of zero, paired by window.
 
     Args:
         model: A fetched base model.
         spread: The standard deviation of B in units of 1/√rank; one of ``SPREADS``.
-        rank: The rank of the update on every linear layer.
-        alpha: The numerator of the update's scale.
     """
-    start, rises = _loss_jumps(model, rank, alpha)
+    start, rises = _loss_jumps(model)
     return mean_of(
         rises[spread],
         samples=rises[spread],
@@ -182,23 +173,15 @@ def loss_jump(model: str, spread: float, rank: int = 8, alpha: float = 16) -> Me
 
 
 @cache
-def _loss_jumps(model: str, rank: int, alpha: float) -> tuple[float, dict[float, tuple[float, ...]]]:
-    """Returns the loss with B = 0, and by the spread of B the rise of every window's loss."""
-    import torch
-
-    wrapped = lora_model(fetched_model(model, "AutoModelForCausalLM"), rank=rank, alpha=alpha)
+def _loss_jumps(model: str) -> tuple[float, dict[float, tuple[float, ...]]]:
+    """Returns the loss with B = 0, and by the spread of B the rise of every window's loss, at rank 8."""
+    wrapped = lora_model(fetched_model(model, "AutoModelForCausalLM"), rank=8)
     windows = text_windows(model, 8)
-
-    def losses() -> torch.Tensor:
-        with torch.no_grad():
-            logits = wrapped(input_ids=windows).logits[:, :-1].transpose(1, 2)
-        return torch.nn.functional.cross_entropy(logits, windows[:, 1:], reduction="none").double().mean(1)
-
-    start, rises = losses(), {}
+    start, rises = window_losses(wrapped, windows), {}
     for spread in SPREADS:
         for index, layer in enumerate(lora_layers(wrapped).values()):
-            randomise_b(layer, spread=spread / rank**0.5, seed=index)
-        rises[spread] = tuple((losses() - start).tolist())
+            randomise_b(layer, spread=spread / 8**0.5, seed=index)
+        rises[spread] = tuple((window_losses(wrapped, windows) - start).tolist())
     return float(start.mean()), rises
 
 
@@ -207,12 +190,9 @@ def zeros_in_factors(probability: float) -> Measurement:
 
     This watches every call of ``torch.nn.functional.linear`` inside the layer and counts zeros in both operands.
     """
-    import torch
-
     layer = lora_layer(inputs=256, outputs=192, rank=16, lora_dropout=probability).train()
     randomise_b(layer)
-    watcher = _linear_watcher()
-    with watcher:
+    with _LinearWatcher() as watcher:
         layer(torch.randn(64, 256))
     names = {(192, 256): "W₀", (16, 256): "A", (192, 16): "B"}
     zeros = {names[shape]: shares for shape, shares in watcher.zeros.items()}
@@ -224,25 +204,10 @@ def zeros_in_factors(probability: float) -> Measurement:
 
 
 def _variant(base: Any, name: str) -> Any:
-    import torch
-    from peft import AdaLoraConfig, get_peft_model
-
-    from peftscope.methods.loftq import LoftQ
-
     if name == "adalora":
         config = AdaLoraConfig(task_type="CAUSAL_LM", init_r=8, target_modules=list(BLOCK_LINEAR), total_step=10)
         return get_peft_model(base, config).eval()
-    if name == "loftq":
-        weights = [base.get_submodule(path).weight.clone() for path in linear_names(base)]
-        model = lora_model(four_bit(base), alpha=8)
-        for layer, weight in zip(lora_layers(model).values(), weights, strict=True):
-            LoftQ(alpha=8)._initialise(layer, weight)
-        return model.eval()
-    options: dict[str, dict[str, Any]] = {
-        "dora": {"use_dora": True},
-        "pissa": {"init_lora_weights": "pissa"},
-        "random": {"init_lora_weights": False},
-    }
+    options: dict[str, dict[str, Any]] = {"dora": {"use_dora": True}, "random": {"init_lora_weights": False}}
     model = lora_model(base, **options.get(name, {}))
     if name == "swapped":
         for layer in lora_layers(model).values():
@@ -252,20 +217,15 @@ def _variant(base: Any, name: str) -> Any:
     return model.eval()
 
 
-def _linear_watcher() -> Any:
-    """Returns a context that counts zeros in both operands of every linear product, by the weight's shape."""
-    import torch
-    from torch.overrides import TorchFunctionMode
+class _LinearWatcher(TorchFunctionMode):
+    """A context that counts zeros in both operands of every linear product, by the weight's shape."""
 
-    class Watcher(TorchFunctionMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.zeros: dict[tuple[int, ...], dict[str, float]] = {}
+    def __init__(self) -> None:
+        super().__init__()
+        self.zeros: dict[tuple[int, ...], dict[str, float]] = {}
 
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if function is torch.nn.functional.linear:
-                shares = [(operand == 0).float().mean().item() for operand in args[:2]]
-                self.zeros[tuple(args[1].shape)] = {"input": shares[0], "weight": shares[1]}
-            return function(*args, **(kwargs or {}))
-
-    return Watcher()
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.nn.functional.linear:
+            shares = [(operand == 0).float().mean().item() for operand in args[:2]]
+            self.zeros[tuple(args[1].shape)] = {"input": shares[0], "weight": shares[1]}
+        return function(*args, **(kwargs or {}))

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from peft.tuners.lora.dora import DoraLinearLayer
 
 from peftscope.claims.checks.memory import GB, MODEL, Run, _allocated, _question
 from peftscope.claims.measurement import Measurement
+from peftscope.memory.simulate import peaks_by_simulation
 from peftscope.methods.dora import DoRA
 from peftscope.methods.fields import Method
 from peftscope.methods.lora import LoRA
-
-if TYPE_CHECKING:
-    from peftscope.spec import RunSpec
+from peftscope.spec import RunSpec
+from peftscope.training.load import DTYPES
 
 
 def saved_by_constant_norm(run: Run, model: str = MODEL) -> Measurement:
@@ -60,8 +63,6 @@ def most_saved_by_frozen_a(run: Run, batch_sizes: tuple[int, ...], model: str = 
 
 def _peak_bytes(model: str, run: Run, altered: type[Method] | None = None) -> int:
     """Returns the simulated peak of a run, with another class in place of its method's if one is given."""
-    from peftscope.memory.simulate import peaks_by_simulation
-
     question = _question(model, run)
     if altered:
         method = altered(**question.spec.method.model_dump())
@@ -73,9 +74,6 @@ class _DoRANormInBasePrecision(DoRA):
     """DoRA by the paper's equation 5: its norm has the base's precision, where PEFT's has the adapter's."""
 
     def build(self, model: Any, spec: RunSpec) -> Any:
-        import torch
-        from peft.tuners.lora.dora import DoraLinearLayer
-
         def forward(
             layer: Any, x: Any, *, lora_A: Any, lora_B: Any, scaling: float, base_layer: Any, base_result: Any, **_: Any
         ) -> Any:
@@ -95,8 +93,6 @@ class _LoRAWithAFrozen(LoRA):
     """LoRA that trains B alone."""
 
     def build(self, model: Any, spec: RunSpec) -> Any:
-        from peftscope.training.load import DTYPES
-
         wrapped = super().build(model, spec)
         for name, parameter in wrapped.named_parameters():
             if ".lora_A." in name:

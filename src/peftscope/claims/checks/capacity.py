@@ -85,7 +85,9 @@ def share_of_full(
         pairs = pd.DataFrame({"lora": _by_seed(table, f"LoRA, rank {of}", items), "full": _by_seed(table, FULL, items)})
         return (pairs.dropna()["lora"] / pairs.dropna()["full"]).tolist()
 
-    evidence: dict[str, Quantity] = {"bits given for each parameter of the model": _load(table, items)}
+    full = table[(table["arm"] == FULL) & (table["items"] == items)]
+    load = float((full["given"] / full["parameters"]).mean())
+    evidence: dict[str, Quantity] = {"bits given for each parameter of the model": load}
     spoiled_by = ""
     if control is not None:
         stored = float(np.mean(shares(control)))
@@ -135,12 +137,6 @@ def _by_seed(table: pd.DataFrame, arm: str, items: int) -> pd.Series:
     if rows.empty:
         raise NotRunError(f"no run of {arm} on {items} strings")
     return rows.set_index("seed")["stored"]
-
-
-def _load(table: pd.DataFrame, items: int) -> float:
-    """Returns the bits of so many strings for each parameter of full fine-tuning."""
-    rows = table[(table["arm"] == FULL) & (table["items"] == items)]
-    return float((rows["given"] / rows["parameters"]).mean())
 
 
 def _over_seeds(

@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from bitsandbytes import functional
+from gguf import GGMLQuantizationType, quants
+from scipy import stats
+from scipy.stats import wilcoxon
 
 from peftscope.claims.measurement import Measurement, geometric_mean_of, mean_of
 from peftscope.claims.subjects import weight_matrices
-from peftscope.models.rounding import normal_float_levels
-
-if TYPE_CHECKING:
-    import torch
 
 CODES = ("nf4", "fp4", "e2m1", "e3m0", "int4", "int4-twos-complement")
 FLOATS = {"e2m1": (0.0, 0.5, 1, 1.5, 2, 3, 4, 6), "e3m0": (0.0, 0.25, 0.5, 1, 2, 4, 8, 16)}
@@ -31,21 +34,16 @@ CURVE_VALUES = 32768
 class CodeBook:
     """The levels of one code in ascending order. The largest magnitude is 1.
 
-    ``nf4``, ``fp4`` and ``int4`` (-7 to 7) are bitsandbytes' own. ``nf2`` and ``nf3`` have the quantiles of ``nf4``.
+    ``nf4``, ``fp4`` and ``int4`` (-7 to 7) are bitsandbytes' own.
     ``e2m1`` (the OCP Microscaling specification's) and ``e3m0`` are floats with these numbers of exponent and mantissa
     bits; ``int4-twos-complement`` has all integers from -8 to 7.
     """
 
     def __init__(self, name: str) -> None:
-        import torch
-        from bitsandbytes import functional
-
         self.name = name
         if name in FLOATS:
             positive = torch.tensor(FLOATS[name])
             levels = torch.cat([positive, -positive]) / positive.max()
-        elif name in ("nf2", "nf3"):
-            levels = torch.tensor(normal_float_levels(int(name[2:])))
         elif name == "int4-twos-complement":
             levels = torch.tensor([(bits ^ 8) - 8 for bits in range(16)]) / 8
         elif name == "int4":
@@ -63,8 +61,6 @@ class CodeBook:
         """
         if self.name not in ("nf4", "fp4") or block > LARGEST_OF_THE_KERNEL:
             return self.rounded_by_definition(values, block)
-        from bitsandbytes import functional
-
         packed, state = functional.quantize_4bit(values.flatten(), blocksize=block, quant_type=self.name)
         return functional.dequantize_4bit(packed, state).view_as(values)
 
@@ -78,8 +74,6 @@ class CodeBook:
 
         A code that reaches only -1 gets a signed constant, so that the value of the largest magnitude is mapped to -1.
         """
-        import torch
-
         blocks = torch.nn.functional.pad(values.flatten(), (0, -values.numel() % block)).view(-1, block)
         largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
         constants = largest.abs() if self.levels[-1] == 1 else -largest
@@ -88,8 +82,6 @@ class CodeBook:
 
     def nearest(self, values: torch.Tensor) -> torch.Tensor:
         """Returns the index of the level nearest to each value."""
-        import torch
-
         return torch.bucketize(values, (self.levels[1:] + self.levels[:-1]) / 2)
 
 
@@ -98,17 +90,11 @@ def levels_in_steps(library: Literal["bitsandbytes", "gguf"]) -> Measurement:
 
     They are read off a ramp of 32 values, which both take as one block, after a round trip.
     """
-    import torch
-
     ramp = torch.linspace(-1, 1, 32) if library == "bitsandbytes" else torch.linspace(-8, 7.5, 32)
     if library == "bitsandbytes":
-        from bitsandbytes import functional
-
         code = functional.create_linear_map(signed=True, total_bits=4)
         found = functional.dequantize_blockwise(*functional.quantize_blockwise(ramp, code=code, blocksize=64))
     else:
-        from gguf import GGMLQuantizationType, quants
-
         packed = quants.quantize(ramp.numpy(), GGMLQuantizationType.Q4_0)
         found = torch.from_numpy(quants.dequantize(packed, GGMLQuantizationType.Q4_0))
     levels = ((found / found.abs().max()) * 2**12).round().unique() / 2**12
@@ -137,9 +123,8 @@ def gaps_that_do_not_widen(code: str) -> Measurement:
             "narrowest touches zero": min(gaps) == min(side[0] for side in sides),
         },
         curves={
-            name: {float(middle): float(gap) for middle, gap in zip(middles, widths, strict=True)}
-            for name in (code, "int4")
-            for middles, widths in [_gaps(CodeBook(name).levels)]
+            name: dict(zip(((levels[1:] + levels[:-1]) / 2).tolist(), levels.diff().tolist(), strict=True))
+            for name, levels in ((code, levels), ("int4", CodeBook("int4").levels))
         },
         axes=("level, as a share of the largest magnitude", "distance of neighbouring levels"),
         model=code,
@@ -159,7 +144,8 @@ def error_ratio(model: str, block: int, code: str, rival: str, metric: str = "rm
     """
     samples = [matrix.flatten()[:CURVE_VALUES] for matrix in _matrices(model)]
     curves = {
-        name: {float(size): _mean_error(samples, CodeBook(name), size, metric) for size in BLOCKS} for name in CODES
+        book.name: {float(size): sum(_error(s, book, size, metric) for s in samples) / len(samples) for size in BLOCKS}
+        for book in map(CodeBook, CODES)
     }
     own, other = CodeBook(code), CodeBook(rival)
     logs = [math.log(_error(s, own, block, metric) / _error(s, other, block, metric)) for s in samples]
@@ -184,8 +170,6 @@ def share_with_lower_error(
         rivals: The codes to compare with.
         metric: ``rmse`` or ``mae``, relative to the same norm of the weights.
     """
-    from scipy.stats import wilcoxon
-
     books = [CodeBook(name) for name in (code, *rivals)]
     errors = [[_error(matrix, book, block, metric) for book in books] for matrix in _matrices(model)]
     own, *others = zip(*errors, strict=True)
@@ -209,16 +193,13 @@ def likeness_of_rows_to_normal(model: str, rows: int = 32) -> Measurement:
         model: The model whose linear weights are used.
         rows: The number of evenly spaced rows of each matrix.
     """
-    import numpy as np
-    from scipy import stats
-
     medians, lowest, scores = [], 1.0, []
     for taken in _rows(model, rows):
         quantiles = stats.norm.ppf((np.arange(len(taken[0])) + 0.5) / len(taken[0]))
         fits = [float(np.corrcoef(np.sort(row), quantiles)[0, 1] ** 2) for row in taken]
         medians.append(float(np.median(fits)))
         lowest = min(lowest, *fits)
-        scores.append(_in_deviations(taken))
+        scores.append(stats.zscore(taken, axis=1).ravel())
     edges = np.linspace(-4, 4, 33)
     middles = (edges[1:] + edges[:-1]) / 2
     pooled = np.concatenate(scores)
@@ -233,10 +214,7 @@ def likeness_of_rows_to_normal(model: str, rows: int = 32) -> Measurement:
 
 def share_of_weights(model: str, deviations: float, rows: int = 32) -> Measurement:
     """Returns the share of weights within this many standard deviations of their row's mean, mean over matrices."""
-    import numpy as np
-    from scipy import stats
-
-    shares = [float(np.mean(np.abs(_in_deviations(taken)) < deviations)) for taken in _rows(model, rows)]
+    shares = [float(np.mean(np.abs(stats.zscore(taken, axis=1)) < deviations)) for taken in _rows(model, rows)]
     normal = float(stats.norm.cdf(deviations) - stats.norm.cdf(-deviations))
     return mean_of(shares, evidence={"of normal weights": normal}, model=model)
 
@@ -294,8 +272,6 @@ def error_of_fitted_code(model: str, block: int) -> Measurement:
 
 def _fitted(block: int, rounds: int = 40) -> CodeBook:
     """Returns the code with the lowest mean absolute error on normal values in blocks of this size."""
-    import torch
-
     values = torch.randn(2**18 // block, block, generator=torch.Generator().manual_seed(1))
     quotients = (values / values.abs().amax(1, keepdim=True)).flatten()
     book = CodeBook("nf4")
@@ -314,19 +290,8 @@ def _rows(model: str, count: int) -> Iterator[Any]:
         yield matrix[:: max(1, len(matrix) // count)][:count].double().numpy()
 
 
-def _in_deviations(rows: Any) -> Any:
-    """Returns all values of the rows, each in standard deviations from its row's mean."""
-    return ((rows - rows.mean(1, keepdims=True)) / rows.std(1, keepdims=True)).ravel()
-
-
-def _gaps(levels: torch.Tensor) -> tuple[list[float], list[float]]:
-    return ((levels[1:] + levels[:-1]) / 2).tolist(), levels.diff().tolist()
-
-
 def _matrices(model: str) -> Iterator[torch.Tensor]:
     if model == "gaussian":
-        import torch
-
         yield from torch.randn(16, 256, 256, generator=torch.Generator().manual_seed(0))
     else:
         yield from (matrix for _, matrix in weight_matrices(model))
@@ -338,13 +303,7 @@ def _error(values: torch.Tensor, book: CodeBook, block: int, metric: str) -> flo
     return float(lost.norm(order) / values.flatten().double().norm(order))
 
 
-def _mean_error(samples: Sequence[torch.Tensor], book: CodeBook, block: int, metric: str) -> float:
-    return sum(_error(sample, book, block, metric) for sample in samples) / len(samples)
-
-
 def _entropy(indices: Sequence[torch.Tensor]) -> float:
     """Returns the entropy in bits of the levels that these indices name."""
-    import torch
-
     counts = torch.cat([index.flatten() for index in indices]).bincount()
     return float(torch.special.entr(counts / counts.sum()).sum() / math.log(2))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 
 from peftscope.claims.lora_subjects import ADAPTERS, adapted_llama, logits_of, lora_layers, relative_distance
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import TINY
-
-if TYPE_CHECKING:
-    import torch
 
 
 def swaps_exact(order: Sequence[str]) -> Measurement:
@@ -74,8 +79,6 @@ def lorahub_error(weights: Sequence[float]) -> Measurement:
     Source: https://github.com/sail-sg/lorahub, lorahub/algorithm.py, get_final_weights: every tensor of the adapters'
     files, A and B alike, is replaced by its weighted sum.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
     names = ADAPTERS[: len(weights)]
     model = adapted_llama(names)
     wanted, own = _sums(model, names, weights), _sums(model, names, [w**2 for w in weights])
@@ -97,8 +100,6 @@ def lorahub_error(weights: Sequence[float]) -> Measurement:
 
 def methods_known(names: Sequence[str]) -> Measurement:
     """Returns for how many of these methods PEFT has a configuration and an implementation."""
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-
     known = {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} & {kind.value for kind in PEFT_TYPE_TO_TUNER_MAPPING}
     missing = sorted(set(names) - known)
     return Measurement(

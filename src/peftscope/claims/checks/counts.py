@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import peft
+import torch
+from bitsandbytes import functional
+from bitsandbytes.nn import Linear4bit
+
 from peftscope.claims.measurement import Measurement
-from peftscope.claims.subjects import meta_model, shape_of, tiny_llama, token_ids
+from peftscope.claims.subjects import meta_model, operations, shape_of, tiny_llama, token_ids
+from peftscope.memory.tracker import quantisation_tensors
 from peftscope.methods.fields import target_modules
 from peftscope.methods.lora import LoRA
 
@@ -29,8 +35,6 @@ def gigabytes(parameters: float | str, dtypes: dict[str, str]) -> Measurement:
         parameters: The number of parameters, or a preset whose modules are counted.
         dtypes: The torch dtype of each kept value, by the value's name.
     """
-    import torch
-
     is_preset = isinstance(parameters, str)
     count = _count(meta_model(parameters)) if isinstance(parameters, str) else parameters
     sizes = {name: getattr(torch, dtype).itemsize for name, dtype in dtypes.items()}
@@ -128,12 +132,8 @@ def stored_gigabytes(values: float, storage: str) -> Measurement:
         values: The number of weights.
         storage: A torch dtype, or ``nf4`` as bitsandbytes packs it.
     """
-    import torch
-
     weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
     if storage == "nf4":
-        from bitsandbytes import functional
-
         stored, _ = functional.quantize_4bit(weight, quant_type="nf4")
     else:
         stored = weight.to(getattr(torch, storage))
@@ -146,11 +146,6 @@ def packed_gigabytes(preset: str, rows: int, columns: int, double_quant: bool = 
 
     All tensors of the layer count: packed weights, block constants, code tables.
     """
-    import torch
-    from bitsandbytes.nn import Linear4bit
-
-    from peftscope.memory.tracker import quantisation_tensors
-
     layer = Linear4bit(columns, rows, bias=False, compress_statistics=double_quant, quant_type="nf4")
     torch.manual_seed(0)
     torch.nn.init.normal_(layer.weight.data, std=0.02)
@@ -176,8 +171,6 @@ def average_bits(preset: str, double_quant: bool = True, rest: str = "bfloat16")
         double_quant: Whether block constants are quantised too.
         rest: The torch dtype of all other weights.
     """
-    import torch
-
     model = meta_model(preset)
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
     quantised = sum(module.weight.numel() for module in linears)
@@ -213,13 +206,10 @@ def merged_operations(method: Literal["lora", "dora"]) -> Measurement:
     Args:
         method: lora or dora.
     """
-    import torch
-    from peft import get_peft_model
-
     base = tiny_llama()
     ids = token_ids(base)
     own, own_values = _forward_operations(base, ids), _count(base)
-    model = get_peft_model(base, _peft_config(method, 8, target_modules("all-linear")))
+    model = peft.get_peft_model(base, _peft_config(method, 8, target_modules("all-linear")))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -245,47 +235,31 @@ def _count(model: Any) -> int:
 
 def _linears(rows: int, columns: int, count: int = 1) -> Any:
     """Returns ``count`` linear layers on ``meta``, without values."""
-    import torch
-
     with torch.device("meta"):
         return torch.nn.Sequential(*(torch.nn.Linear(columns, rows, bias=False) for _ in range(count)))
 
 
 def _lora_count(model: Any, rank: int, targets: list[str] | None = None) -> int:
     """Adds an adapter to a model and returns the parameters that PEFT trains. The default targets are all layers."""
-    from peft import LoraConfig, inject_adapter_in_model
-
     names = targets or [name for name, _ in model.named_children()]
-    adapted = inject_adapter_in_model(LoraConfig(r=rank, target_modules=names), model)
+    adapted = peft.inject_adapter_in_model(peft.LoraConfig(r=rank, target_modules=names), model)
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
 def _peft_config(method: str, rank: int, targets: list[str]) -> Any:
-    from peft import AdaLoraConfig, LoraConfig
-
     if method == "adalora":
-        return AdaLoraConfig(init_r=rank, target_r=max(1, rank // 2), total_step=10, target_modules=targets)
-    return LoraConfig(r=rank, target_modules=targets, use_dora=method == "dora")
+        return peft.AdaLoraConfig(init_r=rank, target_r=max(1, rank // 2), total_step=10, target_modules=targets)
+    return peft.LoraConfig(r=rank, target_modules=targets, use_dora=method == "dora")
 
 
 def _training_operations(method: str, width: int, rank: int, tokens: int) -> int:
-    import torch
-    from peft import inject_adapter_in_model
-    from torch.utils.flop_counter import FlopCounterMode
-
     layer = _linears(width, width)
     if method != "full":
-        layer = inject_adapter_in_model(_peft_config(method, rank, ["0"]), layer)
-    with FlopCounterMode(display=False) as counter:
-        # The layers before this one need the gradient of its input.
-        layer(torch.empty(tokens, width, device="meta", requires_grad=True)).sum().backward()
-    return int(counter.get_total_flops())
+        layer = peft.inject_adapter_in_model(_peft_config(method, rank, ["0"]), layer)
+    # The layers before this one need the gradient of its input.
+    return operations(lambda: layer(torch.empty(tokens, width, device="meta", requires_grad=True)).sum().backward())
 
 
 def _forward_operations(model: Any, ids: Any) -> int:
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(input_ids=ids)
-    return int(counter.get_total_flops())
+    with torch.no_grad():
+        return operations(lambda: model(input_ids=ids))

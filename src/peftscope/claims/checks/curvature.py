@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+import torch
+from transformers import AutoTokenizer
+
 from peftscope.claims.measurement import Measurement, NotRunError, geometric_mean_of
-from peftscope.claims.subjects import fetched, fetched_model
+from peftscope.claims.subjects import fetched, fetched_model, flat
 from peftscope.data.batching import collate, tokenise
 from peftscope.data.tasks import read_split, task_folder
 from peftscope.methods import METHODS
 from peftscope.spec import RunSpec
+from peftscope.training.build import seed_everything
 
 Start = Literal["lora", "pissa"]
 
@@ -33,12 +37,8 @@ def sharpness_ratio(
         items: The items of a batch.
         steps: The steps of Lanczos' iteration; its largest value approaches the eigenvalue from below.
     """
-    from transformers import AutoTokenizer
-
     if not (task_folder(task) / "train.jsonl").is_file():
         raise NotRunError(f"the items of {task} are missing; run `peftscope make-task {task}`")
-    from peftscope.training.build import seed_everything
-
     tokenizer = AutoTokenizer.from_pretrained(fetched(model), local_files_only=True, trust_remote_code=False)
     examples = tokenise(read_split(task, "train")[: batches * items], tokenizer, 128)
     groups = [collate(examples[start : start + items], 0) for start in range(0, batches * items, items)]
@@ -60,13 +60,11 @@ def sharpness_ratio(
 
 def _largest_eigenvalue(model: Any, batch: Any, steps: int) -> float:
     """Returns the largest Ritz value of the loss's Hessian in the trained parameters."""
-    import torch
-
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.enable_grad():
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
-        gradient = _flat(torch.autograd.grad(loss, parameters, create_graph=True))
+        gradient = flat(torch.autograd.grad(loss, parameters, create_graph=True))
 
     return largest_ritz_value(gradient, parameters, steps)
 
@@ -76,22 +74,14 @@ def largest_ritz_value(gradient: Any, parameters: list[Any], steps: int) -> floa
 
     Lanczos' iteration starts from a random direction, and every new direction is made orthogonal to all before it.
     """
-    import torch
-
     vector = torch.randn(len(gradient), generator=torch.Generator().manual_seed(0))
     basis = [vector / vector.norm()]
     rows = torch.zeros(steps, steps, dtype=torch.float64)
     for step in range(steps):
-        image = _flat(torch.autograd.grad(gradient @ basis[-1], parameters, retain_graph=True, materialize_grads=True))
+        image = flat(torch.autograd.grad(gradient @ basis[-1], parameters, retain_graph=True, materialize_grads=True))
         for index, other in enumerate(basis):
             rows[index, step] = rows[step, index] = float(image @ other)
         for other in basis:
             image = image - (image @ other) * other
         basis.append(image / image.norm())
     return float(torch.linalg.eigvalsh(rows)[-1])
-
-
-def _flat(tensors: Any) -> Any:
-    import torch
-
-    return torch.cat([tensor.flatten() for tensor in tensors])

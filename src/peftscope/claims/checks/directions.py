@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
 
 from peftscope.analysis.study import StudyResults
 from peftscope.claims.measurement import Measurement, NotRunError, geometric_mean_of, mean_of
 from peftscope.claims.subjects import weight_matrices
 from peftscope.files.atomic import write_json
 from peftscope.layout import directions_path, published, run_folder
-
-if TYPE_CHECKING:
-    import torch
 
 Factors = dict[str, tuple["torch.Tensor", "torch.Tensor", float]]
 """A (rank, inputs), B (outputs, rank) and the scale of each adapted matrix, by its name in the base."""
@@ -65,7 +65,6 @@ def amplification(study: str, arm: str, modules: list[str], over: str = "") -> M
         modules: The adapted modules that are averaged.
         over: Another arm. With one, the value is the arm's factor over this arm's.
     """
-    import torch
 
     def logarithm(factors: Factors, _: Factors, model: str) -> float:
         logs, weights = [], dict(weight_matrices(model))
@@ -108,8 +107,6 @@ def _by_seed(
 
 
 def _factors(run: str) -> Factors:
-    from safetensors import safe_open
-
     folder = run_folder(run) / "adapter"
     if not (folder / "adapter_model.safetensors").is_file():
         raise NotRunError(f"the adapter of {run} is not in the store; train it again")
@@ -134,8 +131,6 @@ def _named(factors: Factors, modules: list[str]) -> list[str]:
 
 def _directions(a: torch.Tensor, b: torch.Tensor, scale: float, of: str) -> torch.Tensor:
     """Returns the right singular vectors, one a row, in the order of their singular values."""
-    import torch
-
     if of == "A":
         return torch.linalg.svd(a, full_matrices=False).Vh
     q, r = torch.linalg.qr(a.T)

@@ -6,11 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from peftscope.claims.lora_subjects import factor_a, factor_b, lora_layer
-from peftscope.claims.measurement import Measurement, mean_of
+import torch
+
+from peftscope.claims.lora_subjects import factor_a, factor_b, lora_layer, regression
+from peftscope.claims.measurement import Measurement, log_slope
 
 WIDTH = 256
 """The inputs and outputs of the layer whose rank grows."""
+LAYER = f"a linear layer, {WIDTH} × {WIDTH}"
 EXAMPLES = 8
 FEATURE_CHANGE = 0.5
 """The root mean square of each part of the features' change at rates that count as efficient."""
@@ -26,18 +29,15 @@ def loss_drop_slope(rank_stabilised: bool, ranks: Sequence[int], seeds: int, ste
     Squared error to random targets, Adam at a rate of 1e-4; one slope for each seed of the data and of A.
     Source: Schulman et al. 2025, LoRA Without Regret.
     """
-    import torch
 
-    drops: list[list[float]] = []
-    for seed in range(seeds):
-        x, target = _data(seed)
-        drops.append([])
-        for rank in ranks:
-            layer = lora_layer(WIDTH, WIDTH, rank=rank, alpha=16, seed=seed, use_rslora=rank_stabilised)
-            before = _loss(layer, x, target)
-            _train(layer, x, target, torch.optim.Adam(_factors(layer), lr=1e-4), steps)
-            drops[-1].append(before - _loss(layer, x, target))
-    return _log_slope(ranks, drops, "fall of the loss", "rank")
+    def drop(seed: int, rank: int) -> float:
+        x, target = regression(seed, EXAMPLES, WIDTH)
+        layer = lora_layer(WIDTH, WIDTH, rank=rank, alpha=16, seed=seed, use_rslora=rank_stabilised)
+        before = _loss(layer, x, target)
+        _train(layer, x, target, torch.optim.Adam(_factors(layer), lr=1e-4), steps)
+        return before - _loss(layer, x, target)
+
+    return log_slope(ranks, seeds, drop, "fall of the loss", "rank", LAYER)
 
 
 def moment_slope(
@@ -63,30 +63,25 @@ def moment_slope(
         starts: The number of random A that are averaged; 1 shows the size for a single A.
         steps: The training steps.
     """
-    import torch
 
-    sizes: list[list[float]] = []
-    for seed in range(seeds):
-        x, target = _data(seed)
-        sizes.append([])
-        for rank in ranks:
-            total, squares = torch.zeros(EXAMPLES, WIDTH), 0.0
-            for start in range(starts):
-                layer = lora_layer(
-                    WIDTH, WIDTH, rank=rank, alpha=16, seed=1000 * seed + start, use_rslora=rank_stabilised
-                )
-                above = (layer(x) - target).detach()
-                update = getattr(torch.optim, optimizer)(_factors(layer), lr=RATES[optimizer])
-                _train(layer, x, target, update, steps)
-                a, b, scale = factor_a(layer).detach(), factor_b(layer).detach(), layer.scaling["default"]
-                found = scale * (x @ a.T @ b.T if where == "output" else above @ b @ a)
-                total += found
-                squares += float(found.square().mean()) / starts
-            square = float((total / starts).square().mean())
-            if starts > 1:  # without the variance that so few starts leave in their mean
-                square -= (squares - square) / (starts - 1)
-            sizes[-1].append(math.sqrt(square))
-    return _log_slope(ranks, sizes, f"root mean square of the {where}", "rank")
+    def size(seed: int, rank: int) -> float:
+        x, target = regression(seed, EXAMPLES, WIDTH)
+        total, squares = torch.zeros(EXAMPLES, WIDTH), 0.0
+        for start in range(starts):
+            layer = lora_layer(WIDTH, WIDTH, rank=rank, alpha=16, seed=1000 * seed + start, use_rslora=rank_stabilised)
+            above = (layer(x) - target).detach()
+            update = getattr(torch.optim, optimizer)(_factors(layer), lr=RATES[optimizer])
+            _train(layer, x, target, update, steps)
+            a, b, scale = factor_a(layer).detach(), factor_b(layer).detach(), layer.scaling["default"]
+            found = scale * (x @ a.T @ b.T if where == "output" else above @ b @ a)
+            total += found
+            squares += float(found.square().mean()) / starts
+        square = float((total / starts).square().mean())
+        if starts > 1:  # without the variance that so few starts leave in their mean
+            square -= (squares - square) / (starts - 1)
+        return math.sqrt(square)
+
+    return log_slope(ranks, seeds, size, f"root mean square of the {where}", "rank", LAYER)
 
 
 def efficient_rate_slope(widths: Sequence[int], seeds: int, steps: int = 10) -> Measurement:
@@ -96,22 +91,19 @@ def efficient_rate_slope(widths: Sequence[int], seeds: int, steps: int = 10) -> 
     B A₀ x and B (A − A₀) x both have a root mean square of ``FEATURE_CHANGE`` after training. Both are solved for.
     Source: Hayou et al. 2024, arXiv 2402.12354.
     """
-    ratios: list[list[float]] = []
-    for seed in range(seeds):
-        ratios.append([])
-        for width in widths:
-            rate_a, rate_b = 1 / width, 0.1
-            for _ in range(8):
-                by_a, by_b = _feature_changes(width, seed, rate_a, rate_b, steps)
-                rate_a, rate_b = rate_a * math.sqrt(by_b / by_a), rate_b * math.sqrt(FEATURE_CHANGE / by_b)
-            ratios[-1].append(rate_b / rate_a)
-    return _log_slope(widths, ratios, "rate of B over rate of A", "width")
+
+    def ratio(seed: int, width: int) -> float:
+        rate_a, rate_b = 1 / width, 0.1
+        for _ in range(8):
+            by_a, by_b = _feature_changes(width, seed, rate_a, rate_b, steps)
+            rate_a, rate_b = rate_a * math.sqrt(by_b / by_a), rate_b * math.sqrt(FEATURE_CHANGE / by_b)
+        return rate_b / rate_a
+
+    return log_slope(widths, seeds, ratio, "rate of B over rate of A", "width", "a linear layer")
 
 
 def _feature_changes(width: int, seed: int, rate_a: float, rate_b: float, steps: int) -> tuple[float, float]:
     """Returns the sizes of both parts of the features' change: through A's update, and through B alone."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(EXAMPLES, width, generator=generator)
     head = torch.randn(width, generator=generator) / width**0.5
@@ -130,13 +122,6 @@ def _feature_changes(width: int, seed: int, rate_a: float, rate_b: float, steps:
     return by_a, by_b
 
 
-def _data(seed: int) -> tuple[Any, Any]:
-    import torch
-
-    generator = torch.Generator().manual_seed(1000 + seed)
-    return tuple(torch.randn(2, EXAMPLES, WIDTH, generator=generator))
-
-
 def _factors(layer: Any) -> list[Any]:
     return [factor_a(layer), factor_b(layer)]
 
@@ -151,18 +136,3 @@ def _train(layer: Any, x: Any, target: Any, optimizer: Any, steps: int) -> None:
         optimizer.zero_grad()
         ((layer(x) - target).square().sum() / 2).backward()
         optimizer.step()
-
-
-def _log_slope(sizes: Sequence[int], rows: list[list[float]], quantity: str, axis: str) -> Measurement:
-    """Returns the mean slope of log(values) over log(sizes), one slope for each row of values, with its interval."""
-    import numpy as np
-
-    slopes = np.polyfit(np.log(sizes), np.log(np.array(rows)).T, 1)[0].tolist()
-    means = np.array(rows).mean(axis=0).tolist()
-    return mean_of(
-        slopes,
-        samples=tuple(slopes),
-        curves={quantity: dict(zip(map(float, sizes), means, strict=True))},
-        axes=(axis, quantity),
-        model="a linear layer" if axis == "width" else f"a linear layer, {WIDTH} × {WIDTH}",
-    )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from peftscope.claims.lora_subjects import four_bit
+import torch
+from bitsandbytes import functional
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity, profile
+
+from peftscope.claims.lora_subjects import backward_steps, four_bit, nf4_layer
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import BLOCK_LINEAR, tiny_llama, token_ids
-
-if TYPE_CHECKING:
-    import torch
-
-BLOCK = 64
-"""The weights per constant in QLoRA and bitsandbytes."""
 
 
 def dtype_of_constants(double_quant: bool) -> Measurement:
@@ -99,8 +102,6 @@ def bits_of_the_multiplied_weight(compute_dtype: str = "bfloat16") -> Measuremen
     Args:
         compute_dtype: The dtype in which the layer computes; QLoRA uses bfloat16.
     """
-    import torch
-
     layer = _layer(256, 256, double_quant=True, compute_dtype=compute_dtype)
     inputs = _inputs(256)
     operands = next(types for name, types in _kernels(layer, inputs) if name == "aten::linear")
@@ -120,11 +121,6 @@ def bits_of_the_multiplied_weight(compute_dtype: str = "bfloat16") -> Measuremen
 
 def dtype_of_adapters(base_dtype: str = "bfloat16") -> Measurement:
     """Returns the dtype of the adapters that PEFT adds by default to a 4-bit base whose other weights are BF16."""
-    from tempfile import TemporaryDirectory
-
-    import torch
-    from safetensors.torch import load_file
-
     model = _qlora(base_dtype)
     adapters = {p for name, p in model.named_parameters() if "lora_" in name}
     with TemporaryDirectory() as folder:
@@ -155,24 +151,12 @@ def changed_base_bits(steps: int = 5, lr: float = 1e-2) -> Measurement:
         steps: The number of AdamW steps.
         lr: The learning rate, large enough that adapters change much.
     """
-    import torch
-    from bitsandbytes.nn import Linear4bit
-
     model = _qlora("float32")
     layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
     before = [tensor.clone() for layer in layers for tensor in _stored(layer)]
     trained = [p for p in model.parameters() if p.requires_grad]
     started = [p.detach().clone() for p in trained]
-    optimizer = torch.optim.AdamW(trained, lr=lr)
-    tokens = token_ids(model)
-    losses = []
-    model.train()
-    for _ in range(steps):
-        loss = model(tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = list(backward_steps(model, steps, learning_rate=lr))
     after = [tensor for layer in layers for tensor in _stored(layer)]
     return Measurement(
         sum(_different_bits(a, b) for a, b in zip(before, after, strict=True)),
@@ -190,69 +174,29 @@ def changed_base_bits(steps: int = 5, lr: float = 1e-2) -> Measurement:
     )
 
 
-def _layer(inputs: int, outputs: int, *, double_quant: bool, compute_dtype: str = "bfloat16", seed: int = 0) -> Any:
-    """Returns an NF4 layer of normal weights in the layout from which gradients are computed."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(outputs, inputs, generator=generator) * inputs**-0.5
-    return _quantised(weight, double_quant=double_quant, compute_dtype=compute_dtype)
-
-
-def _quantised(weight: torch.Tensor, *, double_quant: bool, compute_dtype: str) -> Any:
-    """Returns a layer with these weights, quantised by bitsandbytes.
-
-    bitsandbytes 0.50 repacks weights in the first evaluation pass on CPUs with AVX512-BF16, and later gradients are
-    wrong; see ``peftscope.training.load.disable_weight_repacking``.
-    """
-    import torch
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    rows, columns = weight.shape
-    layer = Linear4bit(
-        columns, rows, bias=False, compute_dtype=getattr(torch, compute_dtype), quant_type="nf4", device="meta"
-    )
-    packed = Params4bit(
-        weight,
-        requires_grad=False,
-        blocksize=BLOCK,
-        compress_statistics=double_quant,
-        quant_type="nf4",
-        quant_storage=torch.uint8,
-        module=layer,
-    )
-    layer.weight = packed.to("cpu")
-    layer.support_avx512bf16_for_cpu = False
-    return layer
+def _layer(inputs: int, outputs: int, *, double_quant: bool, compute_dtype: str = "bfloat16") -> Any:
+    """Returns an NF4 layer of normal weights."""
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0)) * inputs**-0.5
+    return nf4_layer(weight, compute_dtype=getattr(torch, compute_dtype), double_quant=double_quant)
 
 
 def _qlora(base_dtype: str) -> Any:
     """Returns a small Llama with 4-bit linear weights and the rest in ``base_dtype``, under LoRA by PEFT's defaults."""
-    from peft import LoraConfig, get_peft_model
-
     model = four_bit(tiny_llama(dtype=base_dtype))
     return get_peft_model(model, LoraConfig(r=4, target_modules=list(BLOCK_LINEAR), task_type="CAUSAL_LM"))
 
 
 def _inputs(width: int) -> torch.Tensor:
-    import torch
-
     return torch.randn(8, width, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
 
 
 def _dequantised(layer: Any) -> torch.Tensor:
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
 def _kernels(layer: Any, inputs: torch.Tensor) -> list[tuple[str, list[str]]]:
     """Returns the kernels of a forward pass in order, each with the dtypes of its arguments."""
-    import os
-
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces its start on stderr
-    from torch.profiler import ProfilerActivity, profile
-
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         layer(inputs)
     events = profiler.profiler.kineto_results.events()
@@ -270,8 +214,6 @@ def _bits(tensors: Any) -> int:
 
 
 def _different_bits(a: torch.Tensor, b: torch.Tensor) -> int:
-    import torch
-
     changed = a.contiguous().flatten().view(torch.uint8) ^ b.contiguous().flatten().view(torch.uint8)
     return sum(int((changed >> bit & 1).sum()) for bit in range(8))
 

@@ -6,11 +6,10 @@ the evidence shows the others. Contributed cards count where none of ours has me
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal
 
 from peftscope.analysis.cards import Row, find_run, is_contributed, quartiles, read_cards
 from peftscope.analysis.stats import median_ratio_interval
@@ -23,29 +22,6 @@ FOLDERS = (str(RESULTS), str(PUBLISHED_RESULTS), str(CONTRIBUTED_RESULTS))
 
 Run = dict[str, Any]
 Extreme = Literal["smallest", "largest"]
-Options = ParamSpec("Options")
-
-
-def _ours_first(check: Callable[Options, Measurement]) -> Callable[Options, Measurement]:
-    """Returns a check that asks contributed cards if none of ours has measured what it needs."""
-
-    @wraps(check)
-    def measure(*arguments: Options.args, **options: Options.kwargs) -> Measurement:
-        given: Any = options
-        ours: list[str] = []
-        theirs: list[str] = []
-        for folder in given.get("results", FOLDERS):
-            (theirs if is_contributed(folder) else ours).append(folder)
-        try:
-            return check(*arguments, **given | {"results": tuple(ours)})
-        except NotRunError as missing:
-            try:
-                found = check(*arguments, **given | {"results": tuple(theirs)})
-            except NotRunError:
-                raise missing from None
-        return replace(found, model=f"{found.model} (contributed)", contributed=True)
-
-    return measure
 
 
 @dataclass(frozen=True)
@@ -58,7 +34,6 @@ class _Found:
     high: float
 
 
-@_ours_first
 def step_ratio(
     run: Run,
     against: Run,
@@ -84,7 +59,6 @@ def step_ratio(
     return _over_batches([run, against], batch_sizes, ratio, extreme, model, results)
 
 
-@_ours_first
 def latency_ratio(
     run: Run,
     state: Literal["base", "apart", "merged"],
@@ -128,11 +102,35 @@ def _over_batches(
     results: tuple[str, ...],
     measured: str = "status",
 ) -> Measurement:
+    """Returns the most extreme ratio over batch sizes and cards: ours, or if none of them has measured, contributed."""
+
+    def on(folders: Iterable[str]) -> Measurement:
+        return _most_extreme(runs, batch_sizes, compare, extreme, model, _cards(folders), measured)
+
+    try:
+        return on(folder for folder in results if not is_contributed(folder))
+    except NotRunError as missing:
+        try:
+            found = on(filter(is_contributed, results))
+        except NotRunError:
+            raise missing from None
+    return replace(found, model=f"{found.model} (contributed)", contributed=True)
+
+
+def _most_extreme(
+    runs: list[Run],
+    batch_sizes: tuple[int, ...],
+    compare: Callable[..., list[_Found]],
+    extreme: Extreme,
+    model: str,
+    cards: dict[str, list[Row]],
+    measured: str,
+) -> Measurement:
     """Returns the most extreme ratio over batch sizes and cards. A card counts if it tried every run at every size."""
     found: list[_Found] = []
     evidence: dict[str, Quantity] = {}
-    cards = set()
-    for card, rows in _cards(results).items():
+    on = set()
+    for card, rows in cards.items():
         tried = {
             size: [find_run(rows, model, run | {"batch_size": size}, measured=measured) for run in runs]
             for size in batch_sizes
@@ -143,11 +141,13 @@ def _over_batches(
             setting = f"{card}, batch {size}"
             if all(row is not None and row["status"] == "ok" for row in group):
                 found += [_Found(setting + item.name, item.value, item.low, item.high) for item in compare(*group)]
-                cards.add(card)
+                on.add(card)
             else:
                 evidence[setting] = "out of memory"
     if not found:
-        raise _missing(model, [run | {"batch_size": size} for run in runs for size in batch_sizes])
+        wanted = [run | {"batch_size": size} for run in runs for size in batch_sizes]
+        named = "; ".join(", ".join(f"{name} {value}" for name, value in run.items()) for run in wanted)
+        raise NotRunError(f"no card has measured {model}: {named}; run make gpu-check")
     chosen = (min if extreme == "smallest" else max)(found, key=lambda item: item.value)
     shown = {item.name: item.value for item in found} if len(found) > 1 else {}
     return Measurement(
@@ -155,18 +155,13 @@ def _over_batches(
         low=chosen.low,
         high=chosen.high,
         evidence={**shown, **evidence},
-        n=len(cards),
-        model=f"random weights of {model}'s shape on {', '.join(sorted(cards))}",
+        n=len(on),
+        model=f"random weights of {model}'s shape on {', '.join(sorted(on))}",
     )
 
 
-def _cards(results: tuple[str, ...]) -> dict[str, list[Row]]:
+def _cards(results: Iterable[str]) -> dict[str, list[Row]]:
     cards = read_cards(map(Path, results))
     if not cards:
         raise NotRunError("no run on a CUDA card; run make gpu-check on a machine with one")
     return cards
-
-
-def _missing(model: str, runs: list[Run]) -> NotRunError:
-    named = [", ".join(f"{name} {value}" for name, value in run.items()) for run in runs]
-    return NotRunError(f"no card has measured {model}: {'; '.join(named)}; run make gpu-check")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from peftscope.claims.lora_subjects import (
     backward_steps,
     factor_a,
@@ -12,10 +14,11 @@ from peftscope.claims.lora_subjects import (
     four_bit,
     lora_layers,
     lora_model,
+    trained,
     update_of,
 )
 from peftscope.claims.measurement import Measurement
-from peftscope.claims.subjects import TINY, tiny_llama
+from peftscope.claims.subjects import TINY, flat, tiny_llama
 
 
 def share_with_gradient(factor: str, step: int) -> Measurement:
@@ -40,7 +43,7 @@ def share_of_growing_steps(steps: int) -> Measurement:
     layers = list(lora_layers(model).values())
     curve, grew = {0.0: _relative_size(layers)}, 0
     before = [factor_b(layer).detach().clone() for layer in layers]
-    for step in backward_steps(model, steps, after=True):
+    for step, _ in enumerate(backward_steps(model, steps, after=True), start=1):
         after = [factor_b(layer).detach().clone() for layer in layers]
         curve[float(step)] = _relative_size(layers)
         changed = not any(old.equal(new) for old, new in zip(before, after, strict=True))
@@ -58,8 +61,6 @@ def share_of_growing_steps(steps: int) -> Measurement:
 
 def gradient_from_zero(steps: int) -> Measurement:
     """Returns the largest gradient of any adapter value in this many steps if A and B both start at zero."""
-    import torch
-
     model = lora_model(tiny_llama())
     with torch.no_grad():
         for layer in lora_layers(model).values():
@@ -82,27 +83,21 @@ def rank_from_equal_rows(steps: int, rank: int, equal: bool) -> Measurement:
 
     Training is plain gradient descent in fp64. Singular values below 1e-6 of the largest count as zero.
     """
-    import torch
-
     model = lora_model(tiny_llama(dtype="float64"), rank=rank)
     if equal:
         with torch.no_grad():
             for layer in lora_layers(model).values():
                 factor_a(layer).copy_(factor_a(layer)[:1].expand_as(factor_a(layer)).clone())
-    for _ in backward_steps(model, steps, learning_rate=0.1, optimizer="SGD"):
-        pass
+    trained(model, steps, learning_rate=0.1, optimizer="SGD")
     ranks = [int(torch.linalg.matrix_rank(update_of(layer), rtol=1e-6)) for layer in lora_layers(model).values()]
     return Measurement(max(ranks), n=len(ranks), evidence={"smallest": min(ranks)}, model=TINY)
 
 
 def base_tensors_changed(steps: int) -> Measurement:
     """Returns how many of a 4-bit base's tensors differ in any bit after training steps with LoRA."""
-    import torch
-
     model = lora_model(four_bit(tiny_llama()))
     before = {name: tensor.clone() for name, tensor in _tensors(model)}
-    for _ in backward_steps(model, steps):
-        pass
+    trained(model, steps)
     changed = {name for name, tensor in _tensors(model) if not torch.equal(before[name], tensor)}
     adapters = {name for name in before if "lora_" in name}
     return Measurement(
@@ -122,16 +117,11 @@ def cosine_without_base_path(steps: int) -> Measurement:
     The model has first trained some steps on a 4-bit base. To cut the path, the inputs of frozen layers are detached,
     but not those of adapters.
     """
-    import torch
-
-    model = lora_model(four_bit(tiny_llama()))
-    for _ in backward_steps(model, steps):
-        pass
+    model = trained(lora_model(four_bit(tiny_llama())), steps)
 
     def gradient() -> Any:
-        for _ in backward_steps(model, 1, learning_rate=0.0):
-            pass
-        return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "layers.0." in n and "lora_" in n])
+        trained(model, 1, learning_rate=0.0)
+        return flat(p.grad for n, p in model.named_parameters() if "layers.0." in n and "lora_" in n)
 
     whole = gradient()
     for layer in lora_layers(model).values():

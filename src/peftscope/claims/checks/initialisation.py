@@ -9,19 +9,22 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from bitsandbytes import functional
+from peft import LoftQConfig, LoraConfig, get_peft_model
+from torch.overrides import TorchFunctionMode
+from transformers import AutoTokenizer
 
 from peftscope.analysis.stats import median_interval
+from peftscope.claims.lora_subjects import nf4_layer
 from peftscope.claims.measurement import Measurement, geometric_mean_of, mean_of
 from peftscope.claims.subjects import fetched, fetched_model, weight_matrices
 from peftscope.methods.loftq import LoftQ, best_rank_approximation
 from peftscope.words import counted
-
-if TYPE_CHECKING:
-    import torch
 
 SENTENCES = (
     "The ferry leaves the harbour at seven and comes back after dark.",
@@ -129,8 +132,6 @@ def qpissa_error_ratio(model: str, rank: int, iterations: int, norm: str, matric
         norm: ``nuclear`` (sum of singular values) or ``frobenius`` (root of the sum of their squares).
         matrices: The number of matrices, evenly spread over the model; 0 means all.
     """
-    import torch
-
     ratios, pissa_saves, loftq_saves = [], [], []
     for _, weight in _some(model, matrices):
         starts = (_nf4(weight), _own_start(weight, rank, float(rank), iterations), _qpissa(weight, rank, iterations))
@@ -160,8 +161,6 @@ def intruders_of_random_updates(model: str, rank: int, sizes: list[float], size:
         size: The size of the value.
         matrices: The number of matrices, evenly spread over the model; 0 means all.
     """
-    import torch
-
     torch.manual_seed(0)
     counts: dict[str, dict[float, list[int]]] = {
         kind: {each: [] for each in sizes} for kind in ("low rank", "full rank")
@@ -207,69 +206,51 @@ def _median(ratios: list[float], model: str, matrices: int) -> Measurement:
 
 def _nf4(weight: torch.Tensor) -> torch.Tensor:
     """Returns a matrix after a round trip through NF4."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    packed, state = quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4")
-    return dequantize_4bit(packed, state)
+    packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4")
+    return functional.dequantize_4bit(packed, state)
 
 
 def _own_start(weight: torch.Tensor, rank: int, alpha: float, iterations: int) -> torch.Tensor:
     """Returns Q + sBA after this project's LoftQ has initialised a 4-bit layer of PEFT."""
-    import torch
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit, Params4bit
-    from peft import LoraConfig, get_peft_model
-
-    linear = Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.float32, quant_type="nf4")
-    options: dict[str, Any] = {"compress_statistics": False, "quant_type": "nf4", "module": linear}
-    linear.weight = Params4bit(weight, requires_grad=False, **options).to(weight.device)
-    model = torch.nn.Sequential(linear)
+    model = torch.nn.Sequential(nf4_layer(weight, compute_dtype=torch.float32, double_quant=False))
     model.is_loaded_in_4bit = True
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"])
     layer = get_peft_model(model, config).base_model.model[0]
     LoftQ(rank=rank, alpha=alpha, iterations=iterations, double_quant=False)._initialise(layer, weight)
     base = layer.get_base_layer().weight
-    return dequantize_4bit(base.data, base.quant_state) + layer.get_delta_weight("default").detach()
+    return functional.dequantize_4bit(base.data, base.quant_state) + layer.get_delta_weight("default").detach()
 
 
 def _peft_start(weight: torch.Tensor, rank: int, alpha: float, iterations: int) -> torch.Tensor:
     """Returns Q + sBA after PEFT's own LoftQ has initialised a layer."""
-    import torch
-    from peft import LoftQConfig, LoraConfig, get_peft_model
-
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight.clone()
     quantised = LoftQConfig(loftq_bits=4, loftq_iter=iterations)
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=["0"], init_lora_weights="loftq", loftq_config=quantised
     )
-    with _on_processor():
+    with _OnProcessor():
         layer = get_peft_model(torch.nn.Sequential(linear), config).base_model.model[0]
     return layer.get_base_layer().weight.detach() + layer.get_delta_weight("default").detach()
 
 
-def _on_processor() -> AbstractContextManager[Any]:
-    """Returns a context in which what is sent to an accelerator stays on the processor. PEFT's LoftQ asks for one."""
-    import torch
-    from torch.overrides import TorchFunctionMode
+class _OnProcessor(TorchFunctionMode):
+    """A context in which what is sent to an accelerator stays on the processor. PEFT's LoftQ asks for one."""
 
-    def on_processor(value: Any) -> Any:
-        return "cpu" if isinstance(value, str | torch.device) else value
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.Tensor.to:
+            args = [_on_processor(value) for value in args]
+            kwargs = {name: _on_processor(value) for name, value in kwargs.items()}
+        return function(*args, **kwargs)
 
-    class OnProcessor(TorchFunctionMode):
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if function is torch.Tensor.to:
-                args = [on_processor(value) for value in args]
-                kwargs = {name: on_processor(value) for name, value in (kwargs or {}).items()}
-            return function(*args, **(kwargs or {}))
 
-    return OnProcessor()
+def _on_processor(value: Any) -> Any:
+    return "cpu" if isinstance(value, str | torch.device) else value
 
 
 def _qpissa(weight: torch.Tensor, rank: int, iterations: int) -> torch.Tensor:
     """Returns Q + BA, where BA is computed first and Q is the quantised rest of W."""
-    import torch
-
     dequantised = torch.zeros_like(weight)
     for _ in range(iterations):
         left, right = best_rank_approximation(weight - dequantised, rank)
@@ -279,9 +260,6 @@ def _qpissa(weight: torch.Tensor, rank: int, iterations: int) -> torch.Tensor:
 
 def _answers(model: str, change: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
     """Returns an encoder's last token vectors for each sentence, with the matrices of its blocks changed."""
-    import torch
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(fetched(model), local_files_only=True, trust_remote_code=False)
     encoder = fetched_model(model, "AutoModel")
     for name, module in encoder.named_modules():

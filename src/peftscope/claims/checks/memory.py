@@ -12,11 +12,17 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
+import bitsandbytes.optim
+import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import tiny_llama, token_ids
 from peftscope.hardware.cards import CONTEXT_BYTES, Gpu, find_gpu
 from peftscope.memory.answer import Answer, Peaks, answer_by_formula, peaks_by_formula
 from peftscope.memory.question import Question, ask, describe_model
+from peftscope.memory.simulate import answer_by_simulation
+from peftscope.methods.fields import target_modules
 from peftscope.sizing.fit import Needs, Search, options_of_method
 from peftscope.words import GIB
 
@@ -164,9 +170,6 @@ def optimizer_bytes(optimizer: str, dtype: str) -> Measurement:
         optimizer: A class of ``torch.optim`` or ``bitsandbytes.optim``, with its module.
         dtype: The torch dtype of the parameters.
     """
-    import bitsandbytes.optim
-    import torch
-
     parameter = torch.nn.Parameter(torch.ones(256, 256, dtype=getattr(torch, dtype)))
     library, _, name = optimizer.rpartition(".")
     made = getattr({"torch.optim": torch.optim, "bitsandbytes.optim": bitsandbytes.optim}[library], name)([parameter])
@@ -207,11 +210,6 @@ def adapter_bytes(method: Literal["lora", "adalora"], steps: int = 10) -> Measur
 
     The bytes are those of parameters, gradients, both moments of AdamW, and AdaLoRA's importance scores.
     """
-    import torch
-    from peft import AdaLoraConfig, LoraConfig, get_peft_model
-
-    from peftscope.methods.fields import target_modules
-
     targets = target_modules("all-linear")
     config = LoraConfig(r=12, target_modules=targets, task_type="CAUSAL_LM")
     if method == "adalora":
@@ -256,12 +254,8 @@ def _answer(model: str, run: Run, how: How = "simulation") -> Answer:
 
 @cache
 def _answered(model: str, run: str, how: How) -> Answer:
-    question = _question(model, json.loads(run))
-    if how == "formula":
-        return answer_by_formula(question)
-    from peftscope.memory.simulate import answer_by_simulation
-
-    return answer_by_simulation(question)
+    answer = answer_by_formula if how == "formula" else answer_by_simulation
+    return answer(_question(model, json.loads(run)))
 
 
 def _peaks(model: str, run: Run) -> Peaks:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.helpers import rescale_adapter_scale
+from peft.utils.integrations import dequantize_module_weight
 
 from peftscope.claims.lora_subjects import adapted_llama, four_bit, logits_of, lora_layers, relative_distance
 from peftscope.claims.measurement import Measurement
-from peftscope.claims.subjects import BLOCK_LINEAR, TINY, meta_model, shape_of, tiny_llama
+from peftscope.claims.subjects import BLOCK_LINEAR, TINY, flat, meta_model, operations, shape_of, tiny_llama
 from peftscope.methods.lora import LoRA
-
-if TYPE_CHECKING:
-    import torch
 
 
 def model_formula_error(targets: Sequence[str]) -> Measurement:
@@ -20,8 +22,6 @@ def model_formula_error(targets: Sequence[str]) -> Measurement:
 
     If a model's output were the base's plus lora_scale times something, the change would double.
     """
-    from peft.helpers import rescale_adapter_scale
-
     model = adapted_llama(targets=targets)
     base = logits_of(tiny_llama())
     changes = {}
@@ -44,8 +44,6 @@ def model_formula_error(targets: Sequence[str]) -> Measurement:
 
 def extra_flops(preset: str, rank: int, targets: str, merged: bool) -> Measurement:
     """Returns the floating-point operations of a forward pass that an adapter adds, in % of the base's."""
-    from peft import LoraConfig, get_peft_model
-
     method = LoRA(rank=rank, targets=targets)
     base = _flops(meta_model(preset))
     model = get_peft_model(meta_model(preset), LoraConfig(r=rank, target_modules=list(method.targets_of())))
@@ -121,8 +119,6 @@ def distance_after_merging(way: str) -> Measurement:
             and ``set_adapter`` are used. After ``merge_and_unload``, which leaves no adapter in the model, its file is
             loaded again, with the weight -1, and then the other adapter's beside it, with the weight 1.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
     wanted = {"the base": logits_of(tiny_llama()), "another adapter": logits_of(adapted_llama(("second",)))}
     model = adapted_llama(("first", "second"))
     files = {name: get_peft_model_state_dict(model, adapter_name=name) for name in ("first", "second")}
@@ -201,20 +197,14 @@ def _divergences(wanted: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
 
 def _flops(model: Any) -> int:
     """Returns the floating-point operations of a forward pass of one token."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
     token = torch.ones(1, 1, dtype=torch.long, device="meta")
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="meta")  # complete: transformers does not read its values
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(input_ids=token, attention_mask=mask, use_cache=False)
-    return counter.get_total_flops()
+    with torch.no_grad():
+        return operations(lambda: model(input_ids=token, attention_mask=mask, use_cache=False))
 
 
 def _undo(way: str, dtype: str, size: float) -> tuple[float, float, float]:
     """Returns the rest of the change and the share of weights that differ, both in %, and the largest error."""
-    import torch
-
     model = adapted_llama(dtype=dtype, size=size)
     layers = lora_layers(model)
     before = {name: layer.base_layer.weight.detach().clone() for name, layer in layers.items()}
@@ -226,16 +216,14 @@ def _undo(way: str, dtype: str, size: float) -> tuple[float, float, float]:
     else:
         merged = model.merge_and_unload()
         after = {n: (merged.get_submodule(n).weight.detach() - d).to(before[n].dtype) for n, d in changes.items()}
-    errors = torch.cat([(after[name].double() - before[name].double()).flatten() for name in before])
-    change = torch.cat([change.double().flatten() for change in changes.values()])
+    errors = flat(after[name].double() - before[name].double() for name in before)
+    change = flat(change.double() for change in changes.values())
     unequal = 100 * float((errors != 0).double().mean())
     return 100 * float(errors.norm() / change.norm()), unequal, float(errors.abs().max())
 
 
 def _dequantised_llama() -> Any:
     """Returns the tiny Llama in bf16 with the dequantised values of the 4-bit one."""
-    from peft.utils.integrations import dequantize_module_weight
-
     model = tiny_llama(dtype="bfloat16")
     quantised = four_bit(tiny_llama(dtype="bfloat16"))
     for name, weight in model.named_parameters():
@@ -252,15 +240,12 @@ def _merged(model: Any) -> Any:
 
 def _merge_into_four_bits(size: float) -> tuple[float, float]:
     """Returns the error, and the part that is kept along the adapter's change, both in % of the change."""
-    import torch
-    from peft.utils.integrations import dequantize_module_weight
-
     model = adapted_llama(base=four_bit(tiny_llama(dtype="bfloat16")), size=size)
     layers = lora_layers(model)
     changes = {name: layer.get_delta_weight("first").detach().double() for name, layer in layers.items()}
     before = {name: dequantize_module_weight(layer.base_layer).double() for name, layer in layers.items()}
     merged = _merged(model)
     after = {name: dequantize_module_weight(merged.get_submodule(name)).double() for name in before}
-    change = torch.cat([change.flatten() for change in changes.values()])
-    moved = torch.cat([(after[name] - before[name]).flatten() for name in before])
+    change = flat(changes.values())
+    moved = flat(after[name] - before[name] for name in before)
     return 100 * relative_distance(moved, change), 100 * float(moved @ change / (change @ change))

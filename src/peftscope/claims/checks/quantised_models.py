@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from bitsandbytes import functional
 
 from peftscope.claims.checks.codes import CodeBook
 from peftscope.claims.measurement import Measurement, mean_of
-from peftscope.claims.subjects import fetched_model, text_windows
-
-if TYPE_CHECKING:
-    import torch
+from peftscope.claims.subjects import fetched_model, text_windows, window_losses
 
 WINDOWS = 48
 AT_ONCE = 8
@@ -31,14 +31,12 @@ def loss_added_by_rivals(model: str, code: str, rivals: Sequence[str]) -> Measur
         code: The name of a ``CodeBook``.
         rivals: The codes to compare with.
     """
-    losses = {name: _losses(model, name) for name in (UNTOUCHED, code, *rivals)}
-    nearest = min(rivals, key=lambda name: sum(losses[name]))
-    return _paired(model, losses, code, nearest, "loss")
+    return _added(_losses, model, code, rivals, "loss", (UNTOUCHED,))
 
 
 def loss_added_by_double_quantization(model: str) -> Measurement:
     """Returns by how much a language model's loss on prose rises when NF4's constants are quantised too, in nats."""
-    return _paired(model, {name: _losses(model, name) for name in (UNTOUCHED, "nf4", DOUBLE)}, "nf4", DOUBLE, "loss")
+    return _added(_losses, model, "nf4", [DOUBLE], "loss", (UNTOUCHED,))
 
 
 def shift_added_by_rivals(model: str, code: str, rivals: Sequence[str]) -> Measurement:
@@ -51,27 +49,21 @@ def shift_added_by_rivals(model: str, code: str, rivals: Sequence[str]) -> Measu
         code: The name of a ``CodeBook``.
         rivals: The codes to compare with.
     """
-    shifts = {name: _shifts(model, name) for name in (code, *rivals)}
-    return _paired(model, shifts, code, min(rivals, key=lambda name: sum(shifts[name])), "shift in %")
+    return _added(_shifts, model, code, rivals, "shift in %")
 
 
 def shift_added_by_double_quantization(model: str) -> Measurement:
     """Returns by how much further NF4 moves an encoder's embeddings when its constants are quantised too, in %."""
-    return _paired(model, {name: _shifts(model, name) for name in ("nf4", DOUBLE)}, "nf4", DOUBLE, "shift in %")
+    return _added(_shifts, model, "nf4", [DOUBLE], "shift in %")
 
 
 @cache
 def _losses(model: str, rounding: str) -> tuple[float, ...]:
     """Returns the mean loss of every window of text."""
-    import torch
-
     language_model = _rounded(fetched_model(model, "AutoModelForCausalLM"), rounding)
     found: list[float] = []
     for windows in text_windows(model, WINDOWS).split(AT_ONCE):
-        with torch.no_grad():
-            logits = language_model(windows).logits[:, :-1].transpose(1, 2)
-        each = torch.nn.functional.cross_entropy(logits, windows[:, 1:], reduction="none")
-        found += each.double().mean(1).tolist()
+        found += window_losses(language_model, windows).tolist()
     return tuple(round(loss, 6) for loss in found)
 
 
@@ -83,16 +75,12 @@ def _shifts(model: str, rounding: str) -> tuple[float, ...]:
 
 
 def _embeddings(model: str, rounding: str) -> torch.Tensor:
-    import torch
-
     with torch.no_grad():
         return _rounded(fetched_model(model, "AutoModel"), rounding)(text_windows(model, WINDOWS))[0].mean(1)
 
 
 def _rounded(model: Any, rounding: str) -> Any:
     """Rounds the linear weights inside a model's blocks; embeddings, norms, head and pooler stay as they are."""
-    import torch
-
     rounded = _rounding(rounding)
     for name, module in model.named_modules():
         if "layer" in name and isinstance(module, torch.nn.Linear):
@@ -106,7 +94,6 @@ def _rounding(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     if name != DOUBLE:
         book = CodeBook(name)
         return lambda weight: book.rounded(weight, BLOCK)
-    from bitsandbytes import functional
 
     def doubly(weight: torch.Tensor) -> torch.Tensor:
         options = {"blocksize": BLOCK, "quant_type": "nf4", "compress_statistics": True}
@@ -116,13 +103,17 @@ def _rounding(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     return doubly
 
 
-def _paired(model: str, values: dict[str, tuple[float, ...]], before: str, after: str, quantity: str) -> Measurement:
-    """Returns the mean rise of a quantity from one rounding to another, paired by window."""
-    rises = tuple(b - a for a, b in zip(values[before], values[after], strict=True))
-    return mean_of(
-        rises,
-        samples=rises,
-        evidence={f"{quantity}, {name}": sum(each) / len(each) for name, each in values.items()}
-        | {"measured against": after},
-        model=model,
-    )
+def _added(
+    measure: Callable[[str, str], tuple[float, ...]],
+    model: str,
+    code: str,
+    rivals: Sequence[str],
+    quantity: str,
+    beside: Sequence[str] = (),
+) -> Measurement:
+    """Returns the mean rise of a quantity from a code to its nearest rival, paired by window."""
+    values = {name: measure(model, name) for name in (*beside, code, *rivals)}
+    nearest = min(rivals, key=lambda name: sum(values[name]))
+    rises = tuple(b - a for a, b in zip(values[code], values[nearest], strict=True))
+    evidence = {f"{quantity}, {name}": sum(each) / len(each) for name, each in values.items()}
+    return mean_of(rises, samples=rises, evidence=evidence | {"measured against": nearest}, model=model)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+
+import torch
 
 from peftscope.claims.checks.codes import CodeBook
 from peftscope.claims.measurement import Measurement
-
-if TYPE_CHECKING:
-    import torch
 
 WIDTH = 64
 RATES = tuple(10 ** (exponent / 4) for exponent in range(-7, 8))
@@ -31,8 +29,6 @@ def share_of_lora_gain(shift: float, seeds: int = 2) -> Measurement:
         shift: The norm of the change divided by that of the weights; one of ``SHIFTS``.
         seeds: The number of regressions to average over.
     """
-    import torch
-
     gains: dict[str, dict[float, float]] = {name: {} for name in (*ROUNDED, LORA, SHADOW)}
     moved: dict[float, float] = {}
     threads = torch.get_num_threads()
@@ -64,8 +60,6 @@ def _train(shift: float, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tens
 
     The second result is the share of weights that ever change their level, with constants kept.
     """
-    import torch
-
     book = CodeBook("nf4")
     book.levels = book.levels.double()  # in single precision, results would depend on the number of threads
     generator = torch.Generator().manual_seed(seed)

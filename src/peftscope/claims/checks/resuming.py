@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import get_linear_schedule_with_warmup
 
 from peftscope.claims.lora_subjects import adapted_llama, logits_of
 from peftscope.claims.measurement import Measurement
-from peftscope.claims.subjects import BLOCK_LINEAR, TINY, tiny_llama, token_ids
-
-if TYPE_CHECKING:
-    import torch
+from peftscope.claims.subjects import BLOCK_LINEAR, TINY, flat, tiny_llama, token_ids
 
 
 def reloaded_logit_difference() -> Measurement:
     """Returns the largest difference of logits between a trained adapter and the same adapter saved and reloaded."""
-    from peft import PeftModel
-
     model = adapted_llama()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, save_embedding_layers=False)
@@ -37,13 +37,12 @@ def resumed_run_difference(restored: Sequence[str], steps: int = 24) -> Measurem
             ``rng``, the new process starts with the seed of the first one.
         steps: The steps of the whole run, which is interrupted half-way.
     """
-    import torch
-
     half = steps // 2
     run = _Run(steps)
     run.train(half)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = run.save(folder)
+        run.model.save_pretrained(folder, save_embedding_layers=False)
+        checkpoint = run.state()
         start = run.values()
         run.train(steps - half)
         resumed = _Run(steps, folder)
@@ -69,10 +68,6 @@ class _Run:
     """A small LoRA training whose whole state can be saved and restored."""
 
     def __init__(self, steps: int, folder: str = "") -> None:
-        import torch
-        from peft import LoraConfig, PeftModel, get_peft_model
-        from transformers import get_linear_schedule_with_warmup
-
         base = tiny_llama()
         torch.manual_seed(0)
         config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=list(BLOCK_LINEAR))
@@ -89,8 +84,6 @@ class _Run:
         torch.manual_seed(1)
 
     def train(self, steps: int) -> None:
-        import torch
-
         for _ in range(steps):
             batch = self.data[torch.randint(len(self.data), (4,))]
             loss = self.model(input_ids=batch, labels=batch).loss
@@ -100,18 +93,11 @@ class _Run:
             self.optimizer.zero_grad()
             self.losses.append(float(loss.detach()))
 
-    def save(self, folder: str) -> dict[str, Any]:
-        import copy
-
-        import torch
-
-        self.model.save_pretrained(folder, save_embedding_layers=False)
+    def state(self) -> dict[str, Any]:
         state = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
         return copy.deepcopy(state) | {"rng": torch.get_rng_state()}
 
     def load(self, state: dict[str, Any]) -> None:
-        import torch
-
         if "optimizer" in state:
             self.optimizer.load_state_dict(state["optimizer"])
         if "schedule" in state:
@@ -122,6 +108,4 @@ class _Run:
             torch.set_rng_state(state["rng"])
 
     def values(self) -> torch.Tensor:
-        import torch
-
-        return torch.cat([p.detach().flatten() for p in self.trained]).clone()
+        return flat(p.detach() for p in self.trained)

@@ -7,27 +7,29 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any
 
+import torch
+from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field
+from scipy.linalg import qr
 
 from peftscope.analysis.stats import share_interval
 from peftscope.claims.checks.adapters import scale
 from peftscope.claims.lora_subjects import (
-    backward_steps,
     factor_a,
     factor_b,
     lora_layer,
     lora_layers,
     lora_model,
+    regression,
+    trained,
     update_of,
 )
-from peftscope.claims.measurement import Measurement, mean_of
+from peftscope.claims.measurement import Measurement, log_slope
 from peftscope.claims.subjects import TINY, tiny_llama, token_ids
 
 
 def product_rank_excess(shapes: int) -> Measurement:
     """Returns by how much the numerical rank of random products (m × r)(r × n) exceeds r at most."""
-    import torch
-
     excess = [int(torch.linalg.matrix_rank(left @ right)) - left.shape[1] for left, right in _thin_pairs(shapes)]
     return Measurement(max(excess), n=shapes, evidence={"smallest": min(excess)}, model="fp64, up to 200 × 200")
 
@@ -38,9 +40,6 @@ def factorisation_error(shapes: int) -> Measurement:
     The factors are r of the matrix's own columns, chosen by a pivoted QR, and the coefficients of all columns in them.
     The value is the next power of ten, because the digits of rounding errors differ between machines.
     """
-    import torch
-    from scipy.linalg import qr
-
     errors = []
     for left, right in _thin_pairs(shapes):
         matrix, rank = left @ right, left.shape[1]
@@ -98,7 +97,6 @@ def gradient_slope(rank_stabilised: bool, ranks: Sequence[int], seeds: int) -> M
 
 def update_slope(rank_stabilised: bool, ranks: Sequence[int], seeds: int, steps: int) -> Measurement:
     """Returns the log-log slope of ‖ΔW‖ after steps of Adam (rate 1e-3) against the rank, at fixed alpha."""
-    import torch
 
     def norm(layer: Any, x: Any, target: Any) -> float:
         optimizer = torch.optim.Adam([factor_a(layer), factor_b(layer)], lr=1e-3)
@@ -122,13 +120,10 @@ def trained_rank(ranks: Sequence[int], alpha_over_rank: float, steps: int) -> Me
 
     Singular values below 1e-9 of the largest count as zero.
     """
-    import torch
-
     curve = {}
     for rank in ranks:
         model = lora_model(tiny_llama(dtype="float64"), rank=rank, alpha=alpha_over_rank * rank).double()
-        for _ in backward_steps(model, steps):
-            pass
+        trained(model, steps)
         found = [int(torch.linalg.matrix_rank(update_of(layer), rtol=1e-9)) for layer in lora_layers(model).values()]
         curve[float(rank)] = float(max(found))
     shares = [found / rank for rank, found in curve.items()]
@@ -138,23 +133,24 @@ def trained_rank(ranks: Sequence[int], alpha_over_rank: float, steps: int) -> Me
     )
 
 
-class Setting(BaseModel):
-    """A setting that a paper prints."""
+class Published(BaseModel):
+    """What a paper prints."""
 
     model_config = ConfigDict(extra="forbid")
 
     name: str
     source: Annotated[str, Field(min_length=8, description="paper, and table, section or script")]
+
+
+class Setting(Published):
+    """A setting."""
+
     value: float
 
 
-class Placement(BaseModel):
-    """The matrices that a paper's LoRA run adapts."""
+class Placement(Published):
+    """The matrices that a LoRA run adapts."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    name: str
-    source: Annotated[str, Field(min_length=8, description="paper, and table, section or script")]
     matrices: list[str]
 
 
@@ -168,8 +164,6 @@ def share_of_settings(settings: list[Setting], low: float, high: float, default:
         default: The options of PEFT's ``LoraConfig`` whose default is a further setting: one, or two with a slash for
             their ratio.
     """
-    from peft import LoraConfig
-
     above, _, below = default.partition("/")
     config = LoraConfig()
     values = {f"{each.name} ({each.source})": each.value for each in map(Setting.model_validate, settings)}
@@ -191,9 +185,7 @@ def smallest_growth(alphas: list[float], rank: int, steps: int) -> Measurement:
     """Returns the smallest ratio of ‖ΔW‖ at one alpha to that at the alpha before it, after AdamW steps at one rate."""
     sizes = {}
     for alpha in alphas:
-        model = lora_model(tiny_llama(), rank=rank, alpha=alpha)
-        for _ in backward_steps(model, steps, after=True):
-            pass
+        model = trained(lora_model(tiny_llama(), rank=rank, alpha=alpha), steps)
         sizes[float(alpha)] = (
             sum(float(update_of(layer).square().sum()) for layer in lora_layers(model).values()) ** 0.5
         )
@@ -204,8 +196,6 @@ def smallest_growth(alphas: list[float], rank: int, steps: int) -> Measurement:
 
 
 def _thin_pairs(count: int) -> list[tuple[Any, Any]]:
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     pairs = []
     for _ in range(count):
@@ -222,8 +212,6 @@ def _thin_pairs(count: int) -> list[tuple[Any, Any]]:
 
 def _trajectory(alpha: float, init_a: float, rate_a: float, rate_b: float, epsilon: float, steps: int) -> Any:
     """Yields, after every step, the merged weight and the update of each layer; all but the last two are factors."""
-    import torch
-
     base = tiny_llama(dtype="float64", hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     model = lora_model(base, rank=4, alpha=8 * alpha).double()
     layers = lora_layers(model).values()
@@ -245,21 +233,9 @@ def _trajectory(alpha: float, init_a: float, rate_a: float, rate_b: float, epsil
 
 def _slope(norm: Any, rank_stabilised: bool, ranks: Sequence[int], seeds: int, name: str) -> Measurement:
     """Returns the slope of log(norm) over log(rank), one per seed, on a linear layer of 576 × 576."""
-    import numpy as np
-    import torch
 
-    norms = np.empty((seeds, len(ranks)))
-    for seed in range(seeds):
-        generator = torch.Generator().manual_seed(1000 + seed)
-        x, target = torch.randn(64, 576, generator=generator), torch.randn(64, 576, generator=generator)
-        for index, rank in enumerate(ranks):
-            layer = lora_layer(576, 576, rank=rank, alpha=16, seed=seed, use_rslora=rank_stabilised)
-            norms[seed, index] = norm(layer, x, target)
-    slopes = np.polyfit(np.log(ranks), np.log(norms).T, 1)[0]
-    return mean_of(
-        slopes.tolist(),
-        samples=tuple(slopes.tolist()),
-        curves={name: {float(rank): float(value) for rank, value in zip(ranks, norms.mean(axis=0), strict=True)}},
-        axes=("rank", name),
-        model="a linear layer, 576 × 576",
-    )
+    def norm_at(seed: int, rank: int) -> float:
+        layer = lora_layer(576, 576, rank=rank, alpha=16, seed=seed, use_rslora=rank_stabilised)
+        return float(norm(layer, *regression(seed, 64, 576)))
+
+    return log_slope(ranks, seeds, norm_at, name, "rank", "a linear layer, 576 × 576")

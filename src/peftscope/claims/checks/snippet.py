@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+
+import transformers
+from peft import LoraConfig, get_peft_model
 
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import tiny_llama
@@ -26,10 +28,7 @@ def exception_of_snippet(also_imported: Sequence[str]) -> Measurement:
     Args:
         also_imported: The names that are imported from transformers before it.
     """
-    import transformers
-    from peft import LoraConfig, get_peft_model
-
-    with tempfile.TemporaryDirectory() as folder, _no_progress_bars():
+    with tempfile.TemporaryDirectory() as folder:
         names = {name: f"{folder}/{name}" for name in ("base", "adapter", "merged")}
         tiny_llama().save_pretrained(names["base"])
         model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj", "v_proj"]))
@@ -40,16 +39,3 @@ def exception_of_snippet(also_imported: Sequence[str]) -> Measurement:
         except Exception as error:
             return Measurement(type(error).__name__, evidence={"message": str(error)})
         return Measurement(NO_EXCEPTION)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

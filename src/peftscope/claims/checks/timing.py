@@ -11,11 +11,17 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
+
 from peftscope.analysis.stats import median_interval
+from peftscope.claims.checks.memory import _question
 from peftscope.claims.measurement import Measurement
+from peftscope.claims.subjects import random_model
+from peftscope.data.batching import Example, collate
 from peftscope.hardware.device import processor_name
-from peftscope.memory.question import Question, ask, describe_model
-from peftscope.sizing.fit import options_of_method
+from peftscope.memory.question import Question
+from peftscope.training.build import apply_method
+from peftscope.training.step import make_optimizer, train_step
 
 MODEL = "smollm2-135m"
 RUN = {"batch_size": 1, "seq_len": 128, "precision": "fp32"}
@@ -52,8 +58,6 @@ def latency_ratio(
 
 def _paired(above: Work, below: Work, pairs: int, model: str) -> Measurement:
     """Returns the median ratio of two works' times over pairs of turns."""
-    import torch
-
     for work in (above, below) * WARM_UP:
         work()
     seconds: dict[Work, list[float]] = {above: [], below: []}
@@ -74,28 +78,13 @@ def _paired(above: Work, below: Work, pairs: int, model: str) -> Measurement:
     return Measurement(statistics.median(ratios), low, high, pairs, evidence=evidence, model=named)
 
 
-def _question(model: str, run: dict[str, Any]) -> Question:
-    options = {**RUN, **run}
-    return ask(describe_model(model), options_of_method(options["method"], options))
-
-
 def _random_base(question: Question) -> Any:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     torch.manual_seed(0)
-    config = dict(question.model.config)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    return random_model(question.model.config)
 
 
 def _training_step(model: str, run: dict[str, Any]) -> Work:
-    import torch
-
-    from peftscope.data.batching import Example, collate
-    from peftscope.training.build import apply_method
-    from peftscope.training.step import make_optimizer, train_step
-
-    question = _question(model, run)
+    question = _question(model, {**RUN, **run})
     spec = question.spec
     trained = apply_method(_random_base(question), spec, spec.method.build_empty)
     rows = torch.randint(question.model.config["vocab_size"], (spec.batch_size, spec.seq_len)).tolist()
@@ -107,9 +96,7 @@ def _training_step(model: str, run: dict[str, Any]) -> Work:
 
 
 def _forward(model: str, run: dict[str, Any], work: str, merge: bool) -> Work:
-    import torch
-
-    question = _question(model, run)
+    question = _question(model, {**RUN, **run})
     spec = question.spec
     adapted = spec.method.build(_random_base(question).requires_grad_(False), spec).eval()
     served = adapted.merge_and_unload() if merge else adapted

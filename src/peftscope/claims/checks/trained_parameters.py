@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import peft
+import torch
+import transformers
+from peft import LoraConfig, VeraConfig, get_peft_model
+
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import BLOCK_LINEAR, meta_model
 from peftscope.models.presets import PRESETS
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "bert-base": ("bert", {}),
     "bert-large": (
         "bert",
         {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
@@ -35,8 +39,6 @@ def percent_of_virtual_tokens(
         models: Names of ``CONFIGS``, or presets of the memory calculator.
         tokens: The number of virtual tokens.
     """
-    import peft
-
     shares = {}
     for name in models:
         model = _model(name)
@@ -56,7 +58,6 @@ def vera_parameters(preset: str, rank: int, against_rank: int = 0) -> Measuremen
         rank: The rank of the random matrices that all layers share.
         against_rank: If it is not 0, the value is how many times more LoRA of this rank trains on the same layers.
     """
-    from peft import LoraConfig, VeraConfig, get_peft_model
 
     def count(config: Any) -> int:
         return int(get_peft_model(meta_model(preset), config).get_nb_trainable_parameters()[0])
@@ -84,9 +85,6 @@ def share_of_biases(model: str, names: list[str], of: Literal["model", "biases"]
 
 def _model(name: str) -> Any:
     """Returns a model on ``meta``."""
-    import torch
-    import transformers
-
     if name in PRESETS:
         return meta_model(name)
     kind, sizes = CONFIGS[name]

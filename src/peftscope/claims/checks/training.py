@@ -114,15 +114,17 @@ def heldout_gain(study: str, arm: str, against: str) -> Measurement:
     results = StudyResults(study)
     mine, other = results.arm_runs(arm), results.arm_runs(against)
     both = paired(mine, other)
-    evidence: dict[str, Quantity] = {
-        f"mean loss of {arm}": float(both["first"].mean()),
-        f"mean loss of {against}": float(both["second"].mean()),
-        **_doubts(results, {arm: mine, against: other}),
-    }
+    evidence = _means(both, f"mean loss of {arm}", f"mean loss of {against}")
+    evidence |= _doubts(results, {arm: mine, against: other})
     differences = [value / results.task_gain for value in results.pairs(arm, against)]
     error = results.tuning_error(arm, against) / results.task_gain
     found = _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]), error)
     return replace(found, p_adjusted=results.corrected_p(arm, against))
+
+
+def _means(both: pd.DataFrame, first: str, second: str) -> dict[str, Quantity]:
+    """Returns the means of pairs under two names."""
+    return {first: float(both["first"].mean()), second: float(both["second"].mean())}
 
 
 def _doubts(results: StudyResults, runs: dict[str, pd.DataFrame]) -> dict[str, Quantity]:
@@ -204,10 +206,7 @@ def accuracy_gain(study: str, arm: str, against: str) -> Measurement:
     results = StudyResults(study)
     mine, other = results.exact_match(arm), results.exact_match(against)
     both = 100 * paired(mine, other, ACCURACY)
-    evidence: dict[str, Quantity] = {
-        f"exact match of {arm}, %": float(both["first"].mean()),
-        f"exact match of {against}, %": float(both["second"].mean()),
-    }
+    evidence = _means(both, f"exact match of {arm}, %", f"exact match of {against}, %")
     return _over_seeds(results, both["first"] - both["second"], evidence, (*mine["run_id"], *other["run_id"]))
 
 
@@ -264,20 +263,24 @@ def furthest(study: str, arms: dict[str, str], margin: float) -> Measurement:
         return max(0.0, gain.low - margin, -gain.high - margin), max(map(abs, reach))
 
     chosen = max(found, key=against_sameness)
-    evidence: dict[str, Quantity] = {"shown": f"{chosen} against {arms[chosen]}", **found[chosen].evidence}
-    evidence |= {f"mean gain of {arm} over {against}": found[arm].value for arm, against in arms.items()}
-    evidence["margin, nats per token"] = margin * StudyResults(study).task_gain
-    runs = dict.fromkeys(run for gain in found.values() for run in gain.run_ids)
-    return replace(found[chosen], evidence=evidence, run_ids=tuple(runs))
+    beside: dict[str, Quantity] = {
+        f"mean gain of {arm} over {against}": found[arm].value for arm, against in arms.items()
+    }
+    beside["margin, nats per token"] = margin * StudyResults(study).task_gain
+    return _shown(found, chosen, f"{chosen} against {arms[chosen]}", beside)
 
 
 def closest(study: str, arms: list[str], against: str) -> Measurement:
     """Returns how far the one of some arms that comes closest to another's held-out loss is behind it."""
     found = {arm: heldout_gain(study, against, arm) for arm in arms}
     chosen = min(found, key=lambda arm: float(found[arm].value))
-    evidence: dict[str, Quantity] = {"shown": chosen, **found[chosen].evidence}
-    evidence |= {f"{arm} behind {against}": gain.value for arm, gain in found.items()}
+    return _shown(found, chosen, chosen, {f"{arm} behind {against}": gain.value for arm, gain in found.items()})
+
+
+def _shown(found: dict[str, Measurement], chosen: str, named: str, beside: dict[str, Quantity]) -> Measurement:
+    """Returns one of several gains, with what is told of all of them, and with the runs of all."""
     runs = dict.fromkeys(run for gain in found.values() for run in gain.run_ids)
+    evidence = {"shown": named, **found[chosen].evidence, **beside}
     return replace(found[chosen], evidence=evidence, run_ids=tuple(runs))
 
 
@@ -289,10 +292,7 @@ def training_gain(study: str, arm: str, against: str) -> Measurement:
     results = StudyResults(study)
     mine, other = results.arm_runs(arm), results.arm_runs(against)
     both = paired(mine, other, results.training_losses().groupby("run_id").mean())
-    evidence: dict[str, Quantity] = {
-        f"mean loss of {arm}": float(both["first"].mean()),
-        f"mean loss of {against}": float(both["second"].mean()),
-    }
+    evidence = _means(both, f"mean loss of {arm}", f"mean loss of {against}")
     differences = (both["second"] - both["first"]) / results.task_gain
     error = results.tuning_error(arm, against) / results.task_gain
     return _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]), error)
@@ -324,11 +324,6 @@ def _spearman(values: list[float], rows: np.ndarray) -> np.ndarray:
     return np.divide(second @ first, norms, out=np.zeros(len(rows)), where=norms > 0)
 
 
-def _has_residuals(runs: pd.DataFrame) -> bool:
-    """Returns whether there are more runs than the terms of a parabola and a constant for each seed."""
-    return len(runs) > 2 + runs["seed"].nunique()
-
-
 @dataclass(frozen=True)
 class _Fit:
     """A parabola through an arm's losses near its best rate.
@@ -352,7 +347,9 @@ class _Fit:
         best = losses.groupby("learning_rate")[VALIDATION].mean().idxmin()
         rates = losses["learning_rate"] / best
         within = [losses[(rates <= reach) & (rates >= 1 / reach)] for reach in REACHES]
-        enough = [near for near in within if near["learning_rate"].nunique() >= FEWEST_RATES and _has_residuals(near)]
+        # Residuals need more runs than the terms of a parabola and a constant for each seed.
+        residual = [near for near in within if len(near) > 2 + near["seed"].nunique()]
+        enough = [near for near in residual if near["learning_rate"].nunique() >= FEWEST_RATES]
         if not enough:
             raise NotRunError(f"`{arm}` has fewer than four rates within a factor of {REACHES[-1]:g} of its best")
         near = enough[0]

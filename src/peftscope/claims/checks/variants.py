@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
+import torch
+from peft import AdaLoraConfig, get_peft_model, optimizers
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peftscope.claims.checks.counts import _count, _lora_count, _training_operations
+from peftscope.claims.lora_subjects import factor_a, factor_b, lora_layers, lora_model
 from peftscope.claims.measurement import Measurement
-from peftscope.claims.subjects import BLOCK_LINEAR, TINY, meta_model, tiny_llama, token_ids
-from peftscope.methods.lora import LoRA
+from peftscope.claims.subjects import BLOCK_LINEAR, TINY, flat, meta_model, tiny_llama, token_ids
+from peftscope.methods.fields import target_modules
 
 
 def share_of_directions(rank: int, rows: int, columns: int) -> Measurement:
@@ -26,31 +33,15 @@ def share_of_training_flops(rank: int, width: int) -> Measurement:
 
     Counted by PyTorch on a square layer whose input needs a gradient, as inside a model.
     """
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def flops(model: Any) -> int:
-        with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, width, device="meta", requires_grad=True)).sum().backward()
-        return int(counter.get_total_flops())
-
-    full = flops(torch.nn.Sequential(torch.nn.Linear(width, width, bias=False, device="meta")))
-    layer = torch.nn.Sequential(torch.nn.Linear(width, width, bias=False, device="meta"))
-    lora = flops(get_peft_model(layer, LoraConfig(r=rank, target_modules=["0"])))
+    full, lora = (_training_operations(method, width, rank, tokens=1) for method in ("full", "lora"))
     formula = (2 * width**2 + 6 * width * rank) / (3 * width**2)
     return Measurement(lora / full, evidence={"full": full, "LoRA": lora, "by formula": formula})
 
 
 def times_fewer_parameters(preset: str, rank: int, targets: str) -> Measurement:
     """Returns a model's parameters over those that PEFT trains for LoRA, counted on its modules."""
-    from peft import LoraConfig, get_peft_model
-
-    modules = LoRA(rank=rank, targets=targets).targets_of()
-    trained, total = get_peft_model(
-        meta_model(preset), LoraConfig(r=rank, target_modules=modules)
-    ).get_nb_trainable_parameters()
-    base = total - trained
+    model = meta_model(preset)
+    base, trained = _count(model), _lora_count(model, rank, target_modules(targets))
     return Measurement(base / trained, model=preset, evidence={"trained": trained, "model": base})
 
 
@@ -61,11 +52,8 @@ def loraplus_step_ratio(ratio: float) -> Measurement:
     step 2. Over matrices, the smallest step of B stands against the largest of A.
     Source: Hayou et al. 2024, arXiv 2402.12354.
     """
-    import torch
-    from peft.optimizers import create_loraplus_optimizer
-
-    model = _with_lora(rank=4, alpha=8)
-    optimizer = create_loraplus_optimizer(
+    model = lora_model(tiny_llama(), rank=4, alpha=8, seed=0)
+    optimizer = optimizers.create_loraplus_optimizer(
         model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=ratio, betas=(0.0, 0.0), weight_decay=0.0
     )
     ids = token_ids(model)
@@ -88,12 +76,10 @@ def dora_column_norms(rank: int, alpha: float) -> Measurement:
     Norms are taken over the inputs of each output, which is a row in PyTorch's layout.
     Source: Liu et al. 2024, arXiv 2402.09353, equation 5.
     """
-    import torch
-
     norms, cosines = [], []
     for layer in _moved_dora_layers(rank, alpha):
         base = layer.get_base_layer().weight.detach()
-        update = layer.lora_B["default"].weight.detach() @ layer.lora_A["default"].weight.detach()
+        update = factor_b(layer).detach() @ factor_a(layer).detach()
         updated = base + layer.scaling["default"] * update
         weight = layer(torch.eye(base.shape[1])).detach().T
         magnitude = layer.lora_magnitude_vector["default"].weight.detach()
@@ -108,13 +94,11 @@ def dora_norm_gradient(rank: int, alpha: float) -> Measurement:
 
     Source: Liu et al. 2024, arXiv 2402.09353, section 4.3.
     """
-    import torch
-
     layer = next(iter(_moved_dora_layers(rank, alpha)))
     torch.manual_seed(1)
     weight = layer.get_base_layer().weight.detach()
     inputs, upstream = torch.randn(16, weight.shape[1]), torch.randn(16, weight.shape[0])
-    factors = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    factors = [factor_a(layer), factor_b(layer)]
     magnitude, scale = layer.lora_magnitude_vector["default"].weight.detach(), layer.scaling["default"]
 
     def by_formula(constant_norm: bool) -> torch.Tensor:
@@ -122,10 +106,10 @@ def dora_norm_gradient(rank: int, alpha: float) -> Measurement:
         updated = weight + scale * (left @ right)
         norm = updated.norm(dim=1)
         output = inputs @ (updated * (magnitude / (norm.detach() if constant_norm else norm))[:, None]).T
-        return _flat(torch.autograd.grad((output * upstream).sum(), [right, left]))
+        return flat(torch.autograd.grad((output * upstream).sum(), [right, left]))
 
     with torch.enable_grad():
-        found = _flat(torch.autograd.grad((layer(inputs) * upstream).sum(), factors))
+        found = flat(torch.autograd.grad((layer(inputs) * upstream).sum(), factors))
         constant, followed = by_formula(True), by_formula(False)
     far = float((found - followed).norm() / followed.norm())
     evidence = {"distance from the formula whose norm has a gradient": far}
@@ -150,10 +134,10 @@ def adalora_decompositions(steps: int, init_rank: int, target_rank: int) -> Meas
 
     Operators are counted below Python. PiSSA's initialisation, which does use them, is counted as a control.
     """
-    with _operator_counter() as counter:
+    with OperatorCounter() as counter:
         trained = _train_adalora(steps, init_rank, target_rank)
-    with _operator_counter() as control:
-        _with_lora(rank=target_rank, alpha=target_rank, init_lora_weights="pissa")
+    with OperatorCounter() as control:
+        lora_model(tiny_llama(), rank=target_rank, alpha=target_rank, seed=0, init_lora_weights="pissa")
     evidence = {
         "training steps": steps,
         "allocations": trained["allocations"],
@@ -170,8 +154,6 @@ def adalora_kept_by_size(steps: int, init_rank: int, target_rank: int) -> Measur
     Lambda has the place of an SVD's singular values. All pruning is done in one allocation, because pruning in every
     step sets lambdas to zero repeatedly, and then any rule agrees with their size.
     """
-    import torch
-
     trained = _train_adalora(steps, init_rank, target_rank, allocate_every=steps)
     sizes, kept = torch.cat(trained["sizes"]), torch.cat(trained["kept"])
     largest = torch.zeros_like(kept)
@@ -185,25 +167,11 @@ def adalora_kept_by_size(steps: int, init_rank: int, target_rank: int) -> Measur
     )
 
 
-def _with_lora(rank: int, alpha: float, **options: Any) -> Any:
-    """Returns the tiny Llama with LoRA on every linear layer of its blocks. ``options`` go to ``LoraConfig``."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    model = tiny_llama()
-    torch.manual_seed(0)
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(BLOCK_LINEAR), **options))
-
-
 def _moved_dora_layers(rank: int, alpha: float) -> list[Any]:
     """Returns DoRA layers whose B and magnitudes differ from their initial values."""
-    import torch
-    from peft.tuners.lora import LoraLayer
-
-    model = _with_lora(rank, alpha, use_dora=True).eval()
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers = list(lora_layers(lora_model(tiny_llama(), rank, alpha, seed=0, use_dora=True).eval()).values())
     for layer in layers:
-        layer.lora_B["default"].weight.data.normal_(std=0.1)
+        factor_b(layer).data.normal_(std=0.1)
         magnitude = layer.lora_magnitude_vector["default"].weight
         magnitude.data *= torch.empty_like(magnitude).uniform_(0.5, 2)
     return layers
@@ -214,9 +182,6 @@ def _train_adalora(steps: int, init_rank: int, target_rank: int, allocate_every:
 
     PEFT updates its scores only when ``update_and_allocate`` is called, after the step and before ``zero_grad``.
     """
-    import torch
-    from peft import AdaLoraConfig, get_peft_model
-
     base = tiny_llama()
     tokens = token_ids(base, length=24, batch=4)
     torch.manual_seed(0)
@@ -251,31 +216,20 @@ def _train_adalora(steps: int, init_rank: int, target_rank: int, allocate_every:
     return {"ranks": [int(k.sum()) for k in kept], "kept": kept, "sizes": sizes, "allocations": allocations}
 
 
-def _operator_counter() -> Any:
-    """Returns a context that counts by name the operators that PyTorch runs inside it."""
-    from collections import Counter
+class OperatorCounter(TorchDispatchMode):
+    """A context that counts by name the operators that PyTorch runs inside it."""
 
-    from torch.utils._python_dispatch import TorchDispatchMode
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
 
-    class OperatorCounter(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.names: Counter[str] = Counter()
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.names[func.overloadpacket.__name__] += 1
-            return func(*args, **(kwargs or {}))
-
-        def count(self, *parts: str) -> int:
-            return sum(number for name, number in self.names.items() if any(part in name for part in parts))
-
-    return OperatorCounter()
-
-
-def _flat(tensors: Any) -> Any:
-    import torch
-
-    return torch.cat([tensor.flatten() for tensor in tensors])
+    def count(self, *parts: str) -> int:
+        """Returns how many operators ran whose name has one of these parts."""
+        return sum(number for name, number in self.names.items() if any(part in name for part in parts))
 
 
 def _to_fp32(relative_error: float) -> float:

@@ -47,8 +47,7 @@ def rank_growth(study: str, arm: str) -> Measurement:
     Source: Biderman et al. 2024, arXiv 2405.09673, section 4.6.
     """
     results, last = _after(study, arm)
-    table = read_weights(study)
-    points = table[(table["kind"] == "matrix") & table["run_id"].isin(last["run_id"])]
+    points = _points(study, last)
     first = points[points["step"] == points["step"].min()]
     if first["step"].min() == last["step"].max():
         raise NotRunError(f"the study `{study}` has kept the weights of `{arm}` at one step only")
@@ -166,19 +165,19 @@ def magnitude_with_direction(study: str, arm: str, module: str, within_steps: bo
             the training.
     """
     results = StudyResults(study)
-    runs, table = results.arm_runs(arm), read_weights(study)
-    points = table[(table["kind"] == "matrix") & table["run_id"].isin(runs["run_id"])]
+    runs = results.arm_runs(arm)
+    points = _points(study, runs)
     if points.empty:
         raise NotRunError(f"the study `{study}` has not measured the weights of `{arm}`")
     seeds = points["run_id"].map(runs.set_index("run_id")["seed"])
 
+    def correlation(rows: pd.DataFrame) -> float:
+        return float(np.corrcoef(rows["magnitude_change"], rows["direction_change"])[0, 1])
+
     def correlations(chosen: pd.Series) -> pd.Series:
         rows = points[chosen]
         groups = [seeds[chosen], rows["step"]] if within_steps else [seeds[chosen]]
-        each = rows.groupby(groups).apply(
-            lambda few: float(np.corrcoef(few["magnitude_change"], few["direction_change"])[0, 1])
-        )
-        return each.groupby(level=0).mean()
+        return rows.groupby(groups).apply(correlation).groupby(level=0).mean()
 
     mine = correlations(points["module"] == module)
     evidence: dict[str, Quantity] = {
@@ -186,11 +185,7 @@ def magnitude_with_direction(study: str, arm: str, module: str, within_steps: bo
     }
     evidence["steps"] = points["step"].nunique()
     last = points[(points["module"] == module) & (points["step"] == points["step"].max())]
-    evidence["after the last step only"] = float(
-        last.groupby(seeds[last.index])
-        .apply(lambda rows: float(np.corrcoef(rows["magnitude_change"], rows["direction_change"])[0, 1]))
-        .mean()
-    )
+    evidence["after the last step only"] = float(last.groupby(seeds[last.index]).apply(correlation).mean())
     return over_seeds(results, mine, evidence, runs["run_id"])
 
 
@@ -240,12 +235,17 @@ def _after(study: str, arm: str) -> tuple[StudyResults, pd.DataFrame]:
     return results, table
 
 
+def _points(study: str, runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns what was measured on the matrices of some runs, after each kept step."""
+    table = read_weights(study)
+    return table[(table["kind"] == "matrix") & table["run_id"].isin(runs["run_id"])]
+
+
 def _medians(table: pd.DataFrame, names: list[str]) -> dict[str, Quantity]:
     return {f"{name}, median matrix": float(table[name].median()) for name in names if name in table}
 
 
 def _along(results: StudyResults, study: str, arm: str, name: str) -> dict[str, Quantity]:
     """Returns a quantity in the median matrix after each kept step."""
-    table, runs = read_weights(study), results.arm_runs(arm)
-    mine = table[(table["kind"] == "matrix") & table["run_id"].isin(runs["run_id"])]
+    mine = _points(study, results.arm_runs(arm))
     return {f"{name} after step {step:g}": float(value) for step, value in mine.groupby("step")[name].median().items()}
