@@ -204,7 +204,7 @@ class TestRun:
             peftscope.run(FIELDS, "run")
         assert (bare / "run").read_text() == "mine"
 
-    def test_one_of_another_thread_in_its_folder_is_kept(self, bare: Path, command: Command) -> None:
+    def test_one_of_another_thread_in_its_folder_is_kept(self, bare: Path) -> None:
         made: list[Any] = []
         thread = threading.Thread(target=lambda: made.append(peftscope.run(FIELDS, "run")))
         thread.start()
@@ -214,8 +214,9 @@ class TestRun:
         said = f"run: holds another run, {record.run_id}, with status ok -> name another folder, or remove this one"
         with pytest.raises(InputError, match=re.escape(said)):
             peftscope.run({**FIELDS, "rank": 2}, "run")
-        code, _, error = command("run", json.dumps({**FIELDS, "rank": 2}), "--output", "run")
-        assert (code, error.splitlines()[-1]) == (2, said)
+        again = [sys.executable, "-m", "peftscope", "run", json.dumps({**FIELDS, "rank": 2}), "--output", "run"]
+        done = subprocess.run(again, check=False, capture_output=True, text=True)
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (2, said)
         assert read_record(bare / "run/record.json") == record
         assert json.loads((bare / "run/spec.json").read_text())["method"]["rank"] == 4
 

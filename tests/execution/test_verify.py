@@ -31,9 +31,7 @@ def published(own: Any) -> RunRecord:
     return read_record(run_folder(identity) / "record.json")
 
 
-def test_a_run_gives_its_published_numbers_again_and_others_fail(
-    published: RunRecord,
-) -> None:
+def test_a_run_gives_its_published_numbers_again_and_others_fail(published: RunRecord) -> None:
     (repeat,) = repeat_runs(choose_published(["mine"], None, 0))
     assert repeat.run == published.run_id and repeat.is_equal and not repeat.elsewhere
     assert set(repeat.equal) == {"losses", "scores", "answers", "weights", "peaks", "batches"}

@@ -151,17 +151,25 @@ WRONG_COMMANDS = {
         "mine: none of its runs has ended -> peftscope sweep mine && peftscope report mine runs them, or peftscope "
         "restore mine brings",
     ),
-    "a broken link": ("make-task two-digit-sums", "File exists (resources"),
 }
 
 
 @pytest.mark.parametrize(("words", "said"), WRONG_COMMANDS.values(), ids=WRONG_COMMANDS)
 def test_a_command_that_cannot_work_ends_with_a_message(words: str, said: str, write_experiment, peftscope) -> None:
     write_experiment("mine", "fixed: {model: toy}\n")
-    Path("resources").symlink_to("gone")
     code, _, error = peftscope(*shlex.split(words))
     assert code == 2 and said in error
     assert not Path("reports").exists()
+
+
+def test_a_broken_link_in_place_of_a_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("resources").symlink_to(tmp_path / "gone")
+    done = subprocess.run(
+        [sys.executable, "-m", "peftscope", "make-task", "two-digit-sums"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("File exists (resources") and "mend the link" in done.stderr
 
 
 def test_the_workflow_says_what_is_wrong_without_a_traceback(write_experiment, repository: Path) -> None:
