@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +78,9 @@ def toy(workspace: Path) -> Path:
     from peftscope.data.tasks import make_task
     from peftscope.models.fetch import fetch_model
 
-    before = Path.cwd()
-    os.chdir(workspace)
-    try:
+    with chdir(workspace):
         fetch_model("toy")
         make_task("two-digit-sums")
-    finally:
-        os.chdir(before)
     return workspace
 
 
@@ -101,17 +99,40 @@ def peftscope(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 
 @pytest.fixture
+def refusal(peftscope: Command) -> Callable[..., str]:
+    """Runs a command that must be refused in one line, and returns that line."""
+
+    def run(*arguments: str) -> str:
+        code, output, message = peftscope(*arguments)
+        assert (code, output) == (2, "")
+        assert len(message.splitlines()) == 1
+        return message
+
+    return run
+
+
+def run_here(spec: Any, folder: Path, **options: Any) -> Any:
+    """Makes a run in this process, and returns the record that it wrote."""
+    from peftscope.execution.phases import Phases
+    from peftscope.execution.run import execute
+    from peftscope.record import read_record
+
+    phases = Phases(spec.device, time.perf_counter())
+    phases.mark_imported()
+    execute(spec, folder, phases, **options)
+    return read_record(folder / "record.json")
+
+
+@pytest.fixture
 def unpredicted(toy: Path) -> Path:
     """The workspace with the toy model, where no memory was predicted before."""
-    import shutil
-
     from peftscope.layout import PREDICTIONS_FOLDER
 
     shutil.rmtree(toy / PREDICTIONS_FOLDER, ignore_errors=True)
     return toy
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_spec() -> Callable[..., Any]:
     """Specs of short runs on the toy model; keywords override."""
     from peftscope.planning.experiment import Experiment
@@ -140,8 +161,6 @@ def write_experiment(workspace: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     """Writes an experiment file beside copies of the repository's, and makes that folder the current one."""
 
     def write(name: str, text: str) -> Path:
-        import shutil
-
         folder = tmp_path / "own"
         if not folder.exists():
             shutil.copytree(REPOSITORY / "experiments", folder / "experiments")
@@ -157,8 +176,6 @@ def write_experiment(workspace: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.fixture
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with copies of the experiment files, as the current one."""
-    import shutil
-
     shutil.copytree(REPOSITORY / "experiments", tmp_path / "experiments")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -167,8 +184,6 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def own(toy: Path, write_experiment: Callable[[str, str], Path]) -> Callable[[str, str], Path]:
     """A folder with the toy model and its data, as the current one; writes experiment files into it."""
-    import shutil
-
     write_experiment("mine", "fixed: {model: toy}\n")
     shutil.copytree(toy / "resources", "resources")
     return write_experiment
@@ -176,8 +191,6 @@ def own(toy: Path, write_experiment: Callable[[str, str], Path]) -> Callable[[st
 
 @pytest.fixture(scope="session")
 def chromium() -> str:
-    import shutil
-
     for name in ("chromium", "chromium-browser", "google-chrome"):
         found = shutil.which(name)
         if found:

@@ -22,7 +22,7 @@ from peftscope.methods.fields import TARGET_PRESETS
 from peftscope.spec import RunSpec
 
 MORE = int(os.environ.get("PEFTSCOPE_FUZZ", "1"))
-"""How many times as many cases as usual; above one they are other ones each time."""
+"""How many times as many cases as usual; above one they are other ones each time. CI takes the usual number."""
 LONGEST_SECONDS = 30
 """Of one case on a busy machine; most take milliseconds."""
 

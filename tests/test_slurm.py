@@ -86,10 +86,6 @@ def slurm(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def node_is_idle() -> bool:
-    return "idle" in subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, check=False).stdout
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Starts the three daemons, and stops them after the tests."""

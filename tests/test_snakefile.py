@@ -84,14 +84,14 @@ def planned(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
     return {name.replace(" ", "_"): int(count) for name, count in rows if name != "total"}
 
 
-def test_dry_run_of_every_experiment_by_the_catalogues_snakefile_and_as_a_module(tiny: str, repository: Path) -> None:
+def test_dry_run_by_the_catalogues_snakefile_and_as_a_module(tiny: str, repository: Path) -> None:
     """The catalogue's Snakefile includes the one at the root. The module is used in a folder that has no sources."""
-    config = ("--config", f"experiment=quick smoke all-methods {tiny}")
+    config = ("--config", f"experiment=quick {tiny}")
     Path("Snakefile").unlink()
     Path("Snakefile").write_text((repository / "Snakefile").read_text() + SHOW_PREFIX)
     done = snakemake("-n", *config)
     root = planned(done)
-    assert root.pop("all") == 1 and root["train"] > 30
+    assert root.pop("all") == 1 and root["train"] > 20
     # A job is the child of Snakemake itself, so that it dies with it.
     assert "PREFIX exec" in done.stdout + done.stderr
     Path("src").unlink()
@@ -129,19 +129,27 @@ def test_the_page_is_made_anew_after_any_change_of_what_renders_it(tiny: str, re
     assert changed == {"memory_figures": 1, "report": 1, "check": 1, "all": 1}
 
 
-def test_the_catalogue_is_told_what_it_asks_for(repository: Path) -> None:
-    usage = yaml.safe_load((repository / ".snakemake-workflow-catalog.yml").read_text())["usage"]
-    assert usage["report"] is True and "--config experiment=quick" in usage["mandatory-flags"]["flags"]
-    assert set(usage["software-stack-deployment"].values()) == {False}
-    assert (repository / "config" / "README.md").is_file()
-
-
 @pytest.mark.slow
-def test_real_run_then_nothing_to_do_then_only_what_changed(tiny: str) -> None:
+def test_a_run_that_fails_leaves_the_others_and_only_what_changed_is_made_then(tiny: str) -> None:
+    path = Path("experiments/tiny.yaml")
+    # The third rank is fine; its sequences are too short for any response.
+    path.write_text(TINY + "runs: [{method: lora, rank: 3, seq_len: 2}]\n")
     done = snakemake("--config", f"experiment={tiny}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert Path("reports/tiny/report.html").stat().st_size > 100_000
+    assert done.returncode != 0
+    assert Path("reports/tiny/report.html").is_file()
+    assert "too short for the response" in done.stdout + done.stderr
     assert re.search(r"\d+ of \d+ jobs, about .* left", done.stdout + done.stderr)
+    records = {path: path.stat().st_mtime_ns for path in Path("results/runs").glob("*/record.json")}
+    assert len(records) == 3
+
+    path.write_text(TINY.replace("[2, 8]", "[4, 8]"))
+    changed = snakemake("--config", f"experiment={tiny}")
+    assert changed.returncode == 0, changed.stdout + changed.stderr
+    assert Path("reports/tiny/report.html").stat().st_size > 100_000
+    after = {path: path.stat().st_mtime_ns for path in Path("results/runs").glob("*/record.json")}
+    assert {path: when for path, when in after.items() if path in records} == records
+    (new,) = after.keys() - records.keys()
+    assert "lora-r4" in new.as_posix()
     again = snakemake("--config", f"experiment={tiny}")
     assert "Nothing to be done" in again.stdout + again.stderr
     done = snakemake("--report", "report.zip", "--config", f"experiment={tiny}")
@@ -150,36 +158,12 @@ def test_real_run_then_nothing_to_do_then_only_what_changed(tiny: str) -> None:
         pages = [archive.read(name).decode() for name in archive.namelist() if name.endswith((".js", ".html"))]
     assert any(re.search(r'"experiment": "tiny"', page) for page in pages)
 
-    records = {path: path.stat().st_mtime_ns for path in Path("results/runs").glob("*/record.json")}
-    path = Path("experiments/tiny.yaml")
-    path.write_text(path.read_text().replace("[2, 8]", "[4, 8]"))
-    changed = snakemake("--config", f"experiment={tiny}")
-    assert changed.returncode == 0, changed.stdout + changed.stderr
-    after = {path: path.stat().st_mtime_ns for path in Path("results/runs").glob("*/record.json")}
-    assert {path: when for path, when in after.items() if path in records} == records
-    (new,) = after.keys() - records.keys()
-    assert "lora-r4" in new.as_posix()
-
-
-@pytest.mark.slow
-def test_a_failed_run_leaves_the_others_and_the_report_and_fails_at_the_end(tiny: str) -> None:
-    path = Path("experiments/tiny.yaml")
-    # The second rung's rank is fine; its sequences are too short for any response.
-    path.write_text(path.read_text() + "runs: [{method: lora, rank: 3, seq_len: 2}]\n")
-    done = snakemake("--config", f"experiment={tiny}")
-    assert done.returncode != 0
-    assert Path("reports/tiny/report.html").is_file()
-    assert "too short for the response" in done.stdout + done.stderr
-    assert len(list(Path("results/runs").glob("*/record.json"))) == 3
-
 
 @pytest.mark.slow
 @pytest.mark.alone
 def test_dry_run_of_1500_finished_runs_takes_under_4_seconds(tiny: str, slowness: float) -> None:
     path = Path("experiments/tiny.yaml")
-    path.write_text(
-        path.read_text().replace("[lora]}", f"[lora], learning_rate: {[n * 1e-6 for n in range(1, 1501)]}}}")
-    )
+    path.write_text(TINY.replace("[lora]}", f"[lora], learning_rate: {[n * 1e-6 for n in range(1, 1501)]}}}"))
     runs = expand(tiny).runs
     assert len(runs) >= 1500
     for identity in runs:
@@ -194,9 +178,9 @@ def test_dry_run_of_1500_finished_runs_takes_under_4_seconds(tiny: str, slowness
     assert touched.returncode == 0, touched.stdout[-2000:] + touched.stderr[-2000:]
 
     def dry_run(experiment: str) -> tuple[float, str]:
-        """Returns the fewest seconds of three dry runs, and what the last one said."""
+        """Returns the fewest seconds of two dry runs, and what the last one said."""
         seconds = []
-        for _ in range(3):
+        for _ in range(2):
             began = time.perf_counter()
             done = snakemake("-n", "--quiet", "--config", f"experiment={experiment}")
             seconds.append(time.perf_counter() - began)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Command
 
 from peftscope.models.presets import PRESETS
 
@@ -114,21 +114,24 @@ def is_slow(command: str) -> bool:
     return not SLOW.isdisjoint(words)
 
 
-def run(words: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    programs = {
-        "peftscope": [sys.executable, "-m", "peftscope"],
-        "snakemake": [sys.executable, "-m", "snakemake"],
-        "python": [sys.executable],
-        "hf": [str(Path(sys.executable).with_name("hf"))],
-    }
-    return subprocess.run(
-        [*programs.get(words[0], words[:1]), *words[1:]],
-        cwd=folder,
-        env={**os.environ, **environment, "PYTHONPATH": str(REPOSITORY / "src"), "COLUMNS": "160"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def run(peftscope: Command, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str], Path], tuple[int, str, str]]:
+    """Runs a program, ours in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def one(words: list[str], folder: Path) -> tuple[int, str, str]:
+        if words[0] == "peftscope":
+            return peftscope(*words[1:])
+        programs = {
+            "snakemake": [sys.executable, "-m", "snakemake"],
+            "python": [sys.executable],
+            "hf": [str(Path(sys.executable).with_name("hf"))],
+        }
+        command = [*programs.get(words[0], words[:1]), *words[1:]]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    return one
 
 
 def test_documents_show_commands() -> None:
@@ -141,7 +144,7 @@ def test_a_command_that_nobody_thought_of_is_found() -> None:
 
 
 @pytest.mark.parametrize("command", [pytest.param(c, marks=pytest.mark.slow) if is_slow(c) else c for c in commands()])
-def test_command(command: str, workspace: Path, repository: Path) -> None:
+def test_command(command: str, workspace: Path, repository: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
     how = treatment(command)
     environment, words = plain(command)
     if how == "files":
@@ -157,14 +160,13 @@ def test_command(command: str, workspace: Path, repository: Path) -> None:
     # A dry run of make writes nothing; the others run where nothing is a user's.
     folder = repository if words[0] == "make" else workspace
     more = {"help": ["--help"], "dry": ["-n"]}.get(how, [])
-    done = run(
-        [words[0], *more, *words[1:]] if words[0] in ("make", "snakemake") else words + more, folder, environment
-    )
-    said = done.stdout + done.stderr
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code, *said = run([words[0], *more, *words[1:]] if words[0] in ("make", "snakemake") else words + more, folder)
     if how == "nothing yet":
-        assert "marked for report but does not exist" in said, said
+        assert "marked for report but does not exist" in "".join(said), said
     else:
-        assert done.returncode == 0, said
+        assert code == 0, said
 
 
 def test_an_output_is_shown_with_dots_for_what_is_left_out() -> None:
@@ -178,12 +180,11 @@ def test_an_output_is_shown_with_dots_for_what_is_left_out() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", printed())
-def test_a_command_prints_what_the_document_says(command: str, workspace: Path) -> None:
+def test_a_command_prints_what_the_document_says(command: str, workspace: Path, run) -> None:
     (workspace / "lengths.txt").write_text("\n".join(str(40 + 7 * number) for number in range(100)))
     page = (REPOSITORY / "docs/memory.md").read_text()
     files = re.findall(r"as `(\S+?)`[^\n]*\n\n```yaml\n(.*?)```", page, re.DOTALL)
     for name, content in files:
         (workspace / name).write_text(content)
-    done = run(shlex.split(command), workspace, {})
-    said = [line.rstrip() for line in done.stdout.splitlines()]
-    assert is_shown(printed()[command], said), done.stdout + done.stderr
+    _, output, message = run(shlex.split(command), workspace)
+    assert is_shown(printed()[command], [line.rstrip() for line in output.splitlines()]), output + message

@@ -64,21 +64,6 @@ class TestKnownTruth:
         assert sorted(row["system"] for row in found["systems"]) == ["far", "one", "other"]
         assert 0 < found["chances_of_single_runs"]["winner"] <= 1
 
-    def test_a_difference_as_large_as_the_margin_is_never_the_same_nor_more(self, peftscope: Command) -> None:
-        _, text, _ = peftscope("compare", write("a", 1.1), write("b", 1.0), "--margin", "0.1")
-        assert "A is ahead, and this can be told from chance" in text
-        assert "Margin ±0.1 (0.1): ahead, within 0.1" in text
-        assert "To decide, if the difference stayed as it is" in text
-
-    def test_a_large_difference(self, peftscope: Command) -> None:
-        _, text, _ = peftscope("compare", write("a", 0.5), write("b", 1.0), "--margin", "0.1")
-        assert "behind by more than 0.1" in text and "A against B: −0.5" in text
-
-    def test_other_items(self, peftscope: Command) -> None:
-        code, _, error = peftscope("compare", write("a", 1.0), write("b", 1.0, first=5))
-        assert code == 2
-        assert "other items: 60 and 60, 10 of them in only one" in error and "Traceback" not in error
-
     def test_one_seed(self, peftscope: Command) -> None:
         _, text, _ = peftscope("compare", write("a", 1.5, seeds=1), write("b", 1.0, seeds=1))
         assert "One run of each shows the chance of the items and nothing of the seeds" in text
@@ -107,22 +92,6 @@ class TestKnownTruth:
 
 
 class TestMargins:
-    @pytest.mark.parametrize(
-        ("margin", "said"),
-        [
-            ("5%", "a bare per cent does not say of what"),
-            ("5e-1 %", "say 5e-1pp for percentage points of the score, or 5e-1%gain"),
-            ("2pp", "does not fit these scores, which are of no known unit"),
-            ("5%gain", "the task gain of these scores is not known"),
-            ("a lot", "no amount"),
-            ("0", "no amount"),
-            ("1e400", "no amount"),
-        ],
-    )
-    def test_what_is_no_margin(self, margin: str, said: str, peftscope: Command) -> None:
-        code, _, error = peftscope("compare", write("a", 1.0), write("b", 1.0), "--margin", margin)
-        assert code == 2 and said in error and "->" in error
-
     def test_a_share_of_the_gain_over_a_base(self, peftscope: Command) -> None:
         arguments = ("compare", write("a", 1.0), write("b", 1.0), "--margin", "5%gain")
         _, text, _ = peftscope(*arguments, "--base", write("base", 3.0))
@@ -160,34 +129,25 @@ class TestMargins:
             (("twin.csv",), "all pairs differ by 0, so that there is no spread to judge by"),
             (("--all",), "fewer than two systems"),
             (("--all", "--seed-spread", "1%gain"), "does not fit these scores"),
+            (("other.csv",), "other items: 60 and 60, 10 of them in only one"),
+            (("odd.csv",), "not a number in row 1 (got 'abc')"),
+            (("once.csv,once.csv",), "stands twice on one side -> name each run once"),
+            (("b.csv", "--margin", "5%"), "a bare per cent does not say of what"),
+            (("b.csv", "--margin", "5e-1 %"), "say 5e-1pp for percentage points of the score, or 5e-1%gain"),
+            (("b.csv", "--margin", "2pp"), "does not fit these scores, which are of no known unit"),
+            (("b.csv", "--margin", "5%gain"), "the task gain of these scores is not known"),
+            (("b.csv", "--margin", "a lot"), "no amount"),
+            (("b.csv", "--margin", "0"), "no amount"),
+            (("b.csv", "--margin", "1e400"), "no amount"),
         ],
     )
-    def test_options_that_do_not_fit(self, more: tuple[str, ...], said: str, peftscope: Command) -> None:
-        write("a", 1.0), write("b", 1.0)
+    def test_what_cannot_be_compared_is_said(self, more: tuple[str, ...], said: str, peftscope: Command) -> None:
+        write("a", 1.0), write("b", 1.0), write("other", 1.0, first=5)
         Path("twin.csv").write_text(Path("a.csv").read_text())
+        Path("odd.csv").write_text("seed,item,score\n0,0,0.5\n1,0,abc\n")
+        Path("once.csv").write_text("item,score\n0,0.5\n1,1.5\n")
         code, _, error = peftscope("compare", "a.csv", *more)
         assert code == 2 and said in error
-
-
-def test_seeds_that_all_differ_by_the_same_give_no_certainty(peftscope: Command) -> None:
-    for name, scores in (("low", (0.5, 0.52, 0.51)), ("high", (0.55, 0.57, 0.56))):
-        Path(f"{name}.csv").write_text("\n".join(["seed,accuracy", *(f"{s},{x}" for s, x in enumerate(scores))]))
-    code, _, error = peftscope("compare", "low.csv", "high.csv")
-    assert code == 2 and "all pairs differ by -0.05, so that there is no spread to judge by" in error
-
-
-def test_a_file_that_is_named_twice_is_no_second_seed(peftscope: Command) -> None:
-    for name in ("low", "high"):
-        rows = [f"{item},{(item + len(name)) % 2}" for item in range(20)]
-        Path(f"{name}.csv").write_text("\n".join(["item,accuracy", *rows]))
-    code, _, error = peftscope("compare", "low.csv,low.csv", "high.csv,high.csv")
-    assert code == 2 and "low.csv" in error and "stands twice on one side -> name each run once" in error
-
-
-def test_the_row_that_is_no_number_is_named(peftscope: Command) -> None:
-    Path("odd.csv").write_text("item,accuracy\n0,0.5\n1,abc\n")
-    code, _, error = peftscope("compare", "odd.csv", "other.csv")
-    assert code == 2 and "not a number in row 1 (got 'abc')" in error
 
 
 def test_a_ranking_with_its_spread(peftscope: Command) -> None:

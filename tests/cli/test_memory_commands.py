@@ -12,13 +12,15 @@ from conftest import Command
 from test_memory import TRAINED, answer, letters_of, model_of, small_shape
 
 from peftscope.hardware.cards import CONTEXT_BYTES, GPUS, Gpu
-from peftscope.memory.answer import AGREEMENT_FILE, peaks_by_formula
+from peftscope.memory.answer import peaks_by_formula
 from peftscope.memory.formula.terms import DIMENSIONS
 from peftscope.memory.question import ask, describe_model
 from peftscope.models.presets import PRESETS
 from peftscope.sizing.changes import ADVICE, mildest_change
 from peftscope.sizing.fit import Fit, fit_methods
 from peftscope.words import GIB, MIB, spoken_bytes
+
+Refusal = Callable[..., str]
 
 
 @pytest.fixture
@@ -79,11 +81,23 @@ ERRORS = {
     "no such precision": (["llama-2-7b", "--precision", "fp8"], "precision: Input should be", "got 'fp8'"),
     "no such file": (["nothing.json"], "model: nothing.json", "no such file"),
 }
+FIT_ERRORS = {
+    "no model": (["--gpu", "24GiB"], "model: none given", "peftscope fit --gpu 24GiB llama-2-7b"),
+    "no models": (["--gpu", "24GiB", "--models", " , "], "model: none given", "peftscope fit --gpu 24GiB llama-2-7b"),
+    "unknown model": (["--gpu", "24GiB", "--models", "lama-3-8b"], "got 'lama-3-8b'", "did you mean `llama-3-8b`?"),
+    "unknown card": (["llama-2-7b", "--gpu", "nothing"], "got 'nothing'", "as in 24GiB"),
+    "unknown method": (["llama-2-7b", "--gpu", "24GiB", "--methods", "lora,qlra"], "got 'qlra'", "`qlora`?"),
+}
 
 
-@pytest.mark.parametrize(("arguments", "what", "remedy"), ERRORS.values(), ids=ERRORS)
-def test_a_wrong_question_gets_one_line(arguments: list[str], what: str, remedy: str, peftscope: Command) -> None:
-    message = one_line(peftscope("memory", *arguments))
+@pytest.mark.parametrize(
+    ("arguments", "what", "remedy"),
+    [(["memory", *words], *said) for words, *said in ERRORS.values()]
+    + [(["fit", *words], *said) for words, *said in FIT_ERRORS.values()],
+    ids=[*ERRORS, *(f"fit, {name}" for name in FIT_ERRORS)],
+)
+def test_a_wrong_question_gets_one_line(arguments: list[str], what: str, remedy: str, refusal: Refusal) -> None:
+    message = refusal(*arguments)
     assert what in message
     assert remedy in message
 
@@ -102,15 +116,20 @@ CONFIGS = {
     "no model_type": ({"hidden_size": 64}, "has no `model_type` -> give the config.json of a causal model"),
     "no layers": ({k: v for k, v in LLAMA.items() if k != "num_hidden_layers"}, "`num_hidden_layers` is missing"),
     "text for a number": ({**LLAMA, "vocab_size": "many"}, "vocab_size: Input should be a valid integer"),
+    "no heads": ({**LLAMA, "num_attention_heads": 0}, ""),
+    "heads in text": ({**LLAMA, "num_attention_heads": "4"}, ""),
+    "no width": ({**LLAMA, "hidden_size": None}, ""),
+    "heads that do not divide": ({**LLAMA, "num_key_value_heads": 3}, ""),
+    "a limit that is no number": ({"model_type": "gpt2", "max_position_embeddings": "many"}, ""),
 }
 
 
 @pytest.mark.parametrize(("config", "what"), CONFIGS.values(), ids=CONFIGS)
-def test_a_broken_config_gets_one_line(config: Any, what: str, peftscope: Command, config_of) -> None:
+def test_a_broken_config_gets_one_line(config: Any, what: str, refusal: Refusal, config_of) -> None:
     path = config_of(config)
-    message = one_line(peftscope("memory", path))
-    assert what in message
-    assert path in message
+    message = refusal("memory", path)
+    assert what in message and path in message
+    assert not any(empty in message for empty in (": :", "Value error"))
 
 
 def test_a_model_of_an_unknown_kind_is_simulated_and_the_answer_says_so(peftscope: Command, config_of) -> None:
@@ -132,46 +151,6 @@ def test_models_are_listed_with_the_code_that_lists_their_shape(peftscope: Comma
     for row in rows:
         assert row["name"] in output and row["source"].split()[0] in output
         assert PRESETS[row["name"]].shape.model_dump() == row["shape"]
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"num_attention_heads": 0}, {"num_attention_heads": "4"}, {"hidden_size": None}, {"num_key_value_heads": 3}],
-    ids=str,
-)
-def test_a_config_that_cannot_be_divided_gets_one_line(wrong: dict[str, Any], peftscope: Command, config_of) -> None:
-    message = one_line(peftscope("memory", config_of({**LLAMA, **wrong})))
-    assert not any(empty in message for empty in (": :", "Value error"))
-
-
-def test_a_limit_that_is_no_number_gets_one_line(peftscope: Command, config_of) -> None:
-    one_line(peftscope("memory", config_of({"model_type": "gpt2", "max_position_embeddings": "many"})))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "what", "remedy"),
-    [
-        (["--gpu", "24GiB"], "model: none given", "peftscope fit --gpu 24GiB llama-2-7b"),
-        (["--gpu", "24GiB", "--models", " , "], "model: none given", "peftscope fit --gpu 24GiB llama-2-7b"),
-        (["--gpu", "24GiB", "--models", "llama-2-7b,lama-3-8b"], "got 'lama-3-8b'", "did you mean `llama-3-8b`?"),
-        (["llama-2-7b", "--gpu", "nothing"], "got 'nothing'", "as in 24GiB"),
-        (
-            ["llama-2-7b", "--gpu", "24GiB", "--methods", "lora,qlra"],
-            "methods: unknown method (got 'qlra')",
-            "`qlora`?",
-        ),
-    ],
-    ids=["no model", "no models", "unknown model", "unknown card", "unknown method"],
-)
-def test_a_wrong_fit_gets_one_line(arguments: list[str], what: str, remedy: str, peftscope: Command) -> None:
-    message = one_line(peftscope("fit", *arguments))
-    assert what in message
-    assert remedy in message
-
-
-def test_rank_1_fits_every_method(peftscope: Command) -> None:
-    code, *_ = peftscope("fit", "smollm2-135m", "--gpu", "24GiB", "--methods", "lora,adalora", "--rank", "1", "--json")
-    assert code == 0
 
 
 def test_json_has_the_stable_keys(peftscope: Command) -> None:
@@ -228,34 +207,6 @@ def test_an_answer_says_what_it_was_asked(method: str, options: dict[str, Any], 
         assert f"{name}={value}" in said
     plain = answer("smollm2-135m", method=method)
     assert found["peak_allocated_bytes"] != plain.peak_allocated_bytes
-
-
-def test_an_answer_says_the_lengths_and_switches(peftscope: Command) -> None:
-    words = "--seq-len 77 --response-len 9 --loss-path response_only --checkpointing --packed --eval-batch-size 6"
-    _, output, _ = peftscope("memory", "smollm2-135m", *words.split(), "--gpus", "3", "--gpu", "l4", "--json")
-    said = "\n".join(json.loads(output)["assumptions"])
-    for words in (
-        "seq_len=77",
-        "9 positions",
-        "checkpointing=True",
-        "packing=True",
-        "batch_size=6",
-        "3 cards",
-        "226 MiB",
-    ):
-        assert words in said
-
-
-def test_an_answer_quotes_the_agreement_of_its_own_method() -> None:
-    measured = json.loads(AGREEMENT_FILE.read_text())["methods"]
-    assert set(measured) == set(TRAINED)
-    for method, figures in measured.items():
-        said = answer("smollm2-135m", method=method).agreement
-        allocated, reserved = figures["allocated_percent"], figures["reserved_percent"]
-        assert f" simulations of {method}: allocated off by {allocated['mean']:.2f} % on average" in said
-        assert f" {allocated['worst']:.2f} % at worst, " in said
-        assert said.endswith(f"reserved by {reserved['mean']:.2f} % and {reserved['worst']:.2f} %")
-    assert answer("smollm2-135m", method="none").agreement == ""
 
 
 QWEN = """{
@@ -371,13 +322,6 @@ def test_fit_takes_the_options_of_methods(peftscope: Command) -> None:
         assert sum(less["components"].values()) == less["phases"][less["binding_phase"]] == less["peak_allocated_bytes"]
 
 
-def test_fit_over_two_cards(peftscope: Command) -> None:
-    question = ["fit", "smollm2-135m", "--gpu", "24GiB", "--methods", "full", "--json"]
-    (one,), (two,) = (json.loads(peftscope(*question, "--gpus", gpus)[1]) for gpus in ("1", "2"))
-    assert two["peak_device_bytes"] < one["peak_device_bytes"]
-    assert two["largest_batch_size"] >= one["largest_batch_size"]
-
-
 SMALL_MODEL = model_of(PRESETS["smollm2-135m"][1].model_copy(update={"num_layers": 2}))
 
 
@@ -476,7 +420,7 @@ def follow_advice(method: str, **options: Any) -> set[str]:
     """Asks for ever more room, follows what is said, and returns all that was."""
     whole = fit_of(method, 1, **options).peak_device_bytes
     said = set()
-    for share in range(1, 16):
+    for share in range(1, 16, 2):
         capacity = CONTEXT_BYTES + (whole - CONTEXT_BYTES) * share // 16
         advice = fit_of(method, capacity, **options).advice
         said.add(advice)
@@ -500,14 +444,7 @@ def test_advice_keeps_the_rank_that_was_asked_for() -> None:
 
 WRONG_DATA = {
     "zero": ("--lengths", "12\n0\n", "line 2: is not a whole number above 0 (got '0')", "one length in tokens on each"),
-    "negative": (
-        "--lengths",
-        "-3\n",
-        "line 1: is not a whole number above 0 (got '-3')",
-        "one length in tokens on each",
-    ),
     "text": ("--lengths", "7\n\nlong\n", "line 3: is not a whole number above 0 (got 'long')", "one length in tokens"),
-    "fraction": ("--lengths", "1.5\n", "line 1: is not a whole number above 0 (got '1.5')", "one length in tokens"),
     "empty": ("--lengths", "\n", "is empty", "one length in tokens on each line"),
     "no file": ("--lengths", None, "no such file", "give the path"),
     "no field": (
@@ -525,13 +462,13 @@ WRONG_DATA = {
 
 @pytest.mark.parametrize(("option", "content", "what", "remedy"), WRONG_DATA.values(), ids=WRONG_DATA)
 def test_a_wrong_data_set_gets_one_line(
-    option: str, content: str | None, what: str, remedy: str, peftscope: Command, tmp_path: Path, tokenizer_folder: str
+    option: str, content: str | None, what: str, remedy: str, refusal: Refusal, tmp_path: Path, tokenizer_folder: str
 ) -> None:
     path = tmp_path / "items.txt"
     if content is not None:
         path.write_text(content)
     more = ["--tokenizer", tokenizer_folder] if option == "--data" else []
-    message = one_line(peftscope("memory", "smollm2-135m", option, str(path), *more))
+    message = refusal("memory", "smollm2-135m", option, str(path), *more)
     assert message.startswith(f"{path}: ")
     assert what in message
     assert remedy in message
@@ -563,11 +500,11 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     ],
 )
 def test_options_about_a_data_set_that_do_not_fit(
-    options: list[str], what: str, remedy: str, peftscope: Command, workspace: Path
+    options: list[str], what: str, remedy: str, refusal: Refusal, workspace: Path
 ) -> None:
     for name, content in {"l.txt": "7\n9\n", "d.jsonl": '{"text": "a"}\n', "long.txt": "9000\n"}.items():
         (workspace / name).write_text(content)
-    message = one_line(peftscope("memory", "smollm2-135m", *options))
+    message = refusal("memory", "smollm2-135m", *options)
     assert what in message
     assert remedy in message
 

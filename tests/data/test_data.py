@@ -29,7 +29,6 @@ from peftscope.data.sources import Item, RandomStringsSource
 from peftscope.data.tasks import SPLITS, draw_items, find_task, make_task, read_split, task_folder
 from peftscope.errors import InputError
 from peftscope.files.content import read_yaml
-from peftscope.models.fetch import fetch_model
 from peftscope.training.build import build_model
 from peftscope.training.load import load_base, load_tokenizer
 from peftscope.training.step import forward_loss
@@ -148,21 +147,6 @@ def test_own_jsonl_file(write_experiment) -> None:
     manifest = json.loads((make_task("mine") / "manifest.json").read_text())
     assert sum(manifest["items"].values()) == 200
     assert manifest["duplicates_dropped"] == 1
-
-
-def test_broken_jsonl_names_every_line(write_experiment) -> None:
-    write_experiment("tasks", "mine:\n  source: {kind: jsonl, path: mine.jsonl}\n")
-    lm_eval_file("mine").write_text("task: mine\n")
-    Path("mine.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\nnonsense\n')
-    with pytest.raises(InputError) as caught:
-        make_task("mine")
-    assert [problem.where for problem in caught.value.problems] == ["mine.jsonl: line 2", "mine.jsonl: line 3"]
-
-
-def test_a_model_that_cannot_be_had_is_a_message(workspace: Path) -> None:
-    with pytest.raises(InputError, match="cannot download it"):
-        fetch_model("nobody/nothing")
-    assert not list(Path("resources/models").glob("*nobody*"))
 
 
 @pytest.mark.parametrize("name", TASKS)

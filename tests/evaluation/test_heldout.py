@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import run_here
 
 from peftscope.data.batching import Example, tokenise
 from peftscope.data.tasks import read_split
 from peftscope.evaluation import heldout
 from peftscope.evaluation.heldout import base_answers, heldout_nll, nll_and_shift
 from peftscope.evaluation.updates import entropy
-from peftscope.execution.phases import Phases
-from peftscope.execution.run import execute
 from peftscope.record import RunRecord
 from peftscope.training.build import build_model
 from peftscope.training.load import attention, load_base, load_tokenizer
@@ -82,10 +81,8 @@ def test_one_pass_gives_the_losses_and_the_shift_of_the_first_items(toy: Path, m
 
 
 def run(make_spec, folder: Path, **values: Any) -> RunRecord:
-    phases = Phases("cpu", 0.0)
-    phases.mark_imported()
     options = {"validation_items": 12, "validation_every": 3, "generation_items": 0, "retention_tokens": 0}
-    return execute(make_spec(**{**options, "probe_steps": 0, **values}), folder, phases)
+    return run_here(make_spec(**{**options, "probe_steps": 0, **values}), folder)
 
 
 def test_a_run_that_is_followed_says_how_far_it_moved(toy: Path, make_spec, tmp_path: Path, monkeypatch) -> None:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import run_here
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
 
 from peftscope.evaluation import latency
 from peftscope.execution import way
-from peftscope.execution.phases import Phases
-from peftscope.execution.run import execute
-from peftscope.record import Timing, read_record
+from peftscope.record import Timing
 
 
 @pytest.mark.parametrize("method", ["dora", "qlora"])
@@ -38,11 +37,10 @@ def test_latency_is_that_of_the_base_the_adapter_and_what_was_merged(
     monkeypatch.setattr(way, "time_passes", timed)
     monkeypatch.setitem(latency.REPEATS, "cpu", 5)
     spec = make_spec(method=method, latency_tokens=8, generation_items=0, probe_steps=0)
-    execute(spec, tmp_path, Phases("cpu", 0.0))
+    record = run_here(spec, tmp_path)
     # Around each of the seven linear layers of both blocks, and around nothing after merging; tokens see the prompt.
     assert set(seen) == {(n, *shape) for n in (0, 14) for shape in ((8, 0), (1, 8))}
     assert [key for key, _ in groupby(n for n, *_ in seen)] == [0, 14, 0]
-    record = read_record(tmp_path / "record.json")
     assert record.latency is not None and record.seconds.latency > 0
     assert set(record.latency) == {f"{s}_{p}" for s in ("base", "apart", "merged") for p in ("prompt", "token")}
     for timing in record.latency.values():

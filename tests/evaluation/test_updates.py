@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from conftest import run_here
 
 from peftscope.errors import InputError
 from peftscope.evaluation.updates import (
@@ -23,8 +23,6 @@ from peftscope.evaluation.updates import (
     spectrum,
     updated_matrices,
 )
-from peftscope.execution.phases import Phases
-from peftscope.execution.run import execute
 from peftscope.execution.weights import WHOLE, measure_weights
 from peftscope.record import kept_path, measured_path, write_record
 from peftscope.training.build import build_model
@@ -119,15 +117,9 @@ def test_an_update_is_what_peft_merges(method: str, toy: Path, make_spec: Any) -
         torch.testing.assert_close(new, merged[f"{name}.weight"])
 
 
-def keep(spec: Any, folder: Path) -> Any:
-    phases = Phases("cpu", time.perf_counter())
-    phases.mark_imported()
-    return execute(spec, folder, phases, keep_at=(0.5, 1))
-
-
 def test_weights_of_full_fine_tuning_are_measured_and_cut(toy: Path, make_spec: Any, tmp_path: Path) -> None:
     spec = make_spec(method="full", precision="amp", generation_items=0, learning_rate=1e-3)
-    record = keep(spec, tmp_path)
+    record = run_here(spec, tmp_path, keep_at=(0.5, 1))
     measure_weights(tmp_path)
     table = pd.read_csv(measured_path(tmp_path))
     matrices, cuts = table[table["kind"] == "matrix"], table[table["kind"] == "cut"].set_index("cut_rank")
@@ -152,7 +144,7 @@ def test_the_worth_of_adaloras_updates_is_measured_apart_from_its_ranks(
     toy: Path, make_spec: Any, tmp_path: Path
 ) -> None:
     spec = make_spec(method="adalora", steps=8, generation_items=0, learning_rate=3e-2)
-    record = keep(spec, tmp_path)
+    record = run_here(spec, tmp_path, keep_at=(0.5, 1))
     measure_weights(tmp_path)
     table = pd.read_csv(measured_path(tmp_path))
     last = table[table["step"] == 8]
@@ -163,13 +155,11 @@ def test_the_worth_of_adaloras_updates_is_measured_apart_from_its_ranks(
 
 
 def test_a_run_without_what_is_measured_says_so(toy: Path, make_spec: Any, tmp_path: Path) -> None:
-    phases = Phases("cpu", time.perf_counter())
-    phases.mark_imported()
-    execute(make_spec(method="lora", steps=2, generation_items=0), tmp_path / "none", phases)
+    run_here(make_spec(method="lora", steps=2, generation_items=0), tmp_path / "none")
     with pytest.raises(InputError, match="keeps no weights along its training"):
         measure_weights(tmp_path / "none")
     spec = make_spec(method="ia3", steps=2, generation_items=0)
-    keep(spec, tmp_path / "ia3")
+    run_here(spec, tmp_path / "ia3", keep_at=(0.5, 1))
     assert kept_path(tmp_path / "ia3", 2).is_file()
     with pytest.raises(InputError, match="the updates of IA³ cannot be measured"):
         measure_weights(tmp_path / "ia3")

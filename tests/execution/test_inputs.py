@@ -41,14 +41,15 @@ def change(path: Path) -> None:
     path.write_bytes(text[:at] + (b"0" if text[at : at + 1] != b"0" else b"1") + text[at + 1 :])
 
 
-@pytest.mark.parametrize("damage", [cut, change, Path.unlink])
 @pytest.mark.parametrize(
-    "file",
+    ("damage", "file"),
     [
-        "models/toy/model.safetensors",
-        "models/toy/tokenizer.json",
-        "models/toy/manifest.json",
-        "tasks/two-digit-sums/train.jsonl",
+        (cut, "models/toy/model.safetensors"),
+        (change, "models/toy/model.safetensors"),
+        (change, "models/toy/manifest.json"),
+        (Path.unlink, "models/toy/manifest.json"),
+        (Path.unlink, "models/toy/tokenizer.json"),
+        (change, "tasks/two-digit-sums/train.jsonl"),
     ],
 )
 def test_a_damaged_folder_is_quarantined_and_fetched_again(

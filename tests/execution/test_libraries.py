@@ -79,9 +79,7 @@ def test_the_kernels_package_is_barred_only_inside(found: dict, monkeypatch: pyt
 @pytest.mark.parametrize(
     "arguments",
     [
-        "doctor",
         "make-task two-digit-sums",
-        pytest.param("fetch toy", marks=pytest.mark.slow),
         pytest.param("memory toy --method qlora --simulate", marks=pytest.mark.slow),
     ],
 )

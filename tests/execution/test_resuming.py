@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from conftest import run_here
 
 from peftscope.errors import InputError
-from peftscope.execution.phases import Phases
-from peftscope.execution.run import execute
 from peftscope.files.lock import locked
 from peftscope.methods import METHODS
 from peftscope.record import RunRecord, read_record, state_folder
@@ -30,8 +30,9 @@ from peftscope.training.signals import Interrupted
 
 STEPS, STOP = 10, 4
 UNLIKE = ("full", "adalora", "qlora")
-"""Methods whose states differ most. The others are resumed among the long tests."""
-TRAINED = [name for name, cls in METHODS.items() if cls.trains]
+"""Methods whose states differ most."""
+OTHERS = ("lora-plus", "pissa", "loftq", "prefix-tuning", "random-subspace", "rounded")
+"""Other states: groups of the optimizer, a base that is changed at the start, no LoRA. The rest has LoRA's."""
 
 
 @pytest.fixture
@@ -45,11 +46,9 @@ def short(make_spec) -> Callable[..., RunSpec]:
     return make
 
 
-def run(spec: RunSpec, folder: Path, checkpoint_seconds: float = 0) -> RunRecord:
-    phases = Phases(spec.device, time.perf_counter())
-    phases.mark_imported()
-    execute(spec, folder, phases, checkpoint_seconds, keep_weights="all")
-    return read_record(folder / "record.json")
+def run(spec: RunSpec, folder: Path) -> RunRecord:
+    """Makes a run, or goes on with it, with a checkpoint after each step."""
+    return run_here(spec, folder, checkpoint_seconds=0, keep_weights="all")
 
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +61,13 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(loop, "check_loss", check_and_stop)
+
+
+def stopped_at(step: int, spec: RunSpec, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(step, patch)
+        with pytest.raises(Interrupted):
+            run(spec, folder)
 
 
 def same_for_a_reader(record: RunRecord) -> dict[str, Any]:
@@ -91,7 +97,7 @@ def test_a_signal_during_a_save_stops_the_run_then(
     assert len(read_record(tmp_path / "interrupted.json").train_nll) == 1
 
 
-@pytest.mark.parametrize("method", [n if n in UNLIKE else pytest.param(n, marks=pytest.mark.slow) for n in TRAINED])
+@pytest.mark.parametrize("method", [*UNLIKE, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_a_stopped_run_ends_as_one_that_was_not(
     method: str, toy: Path, short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,10 +106,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(
     undisturbed = run(spec, tmp_path / "undisturbed")
     assert undisturbed.status == "ok", undisturbed.reason
     folder = tmp_path / "stopped"
-    with monkeypatch.context() as patch:
-        stop_after(STOP, patch)
-        with pytest.raises(Interrupted):
-            run(spec, folder)
+    stopped_at(STOP, spec, folder, monkeypatch)
     assert read_record(folder / "interrupted.json").train_nll == undisturbed.train_nll[:STOP]
     resumed = run(spec, folder)
     assert same_for_a_reader(resumed) == same_for_a_reader(undisturbed)
@@ -116,12 +119,15 @@ def test_a_stopped_run_ends_as_one_that_was_not(
     "options",
     [
         {"optimizer": "adamw_8bit"},
-        pytest.param({"optimizer": "sgd", "retention_tokens": 64, "retention_every": 2}, marks=pytest.mark.slow),
-        pytest.param({"gradient_accumulation": 2}, marks=pytest.mark.slow),
-        pytest.param({"packing": True}, marks=pytest.mark.slow),
-        pytest.param({"precision": "amp", "schedule": "cosine", "warmup_steps": 3}, marks=pytest.mark.slow),
+        pytest.param(
+            {"optimizer": "sgd", "gradient_accumulation": 2, "retention_tokens": 64, "retention_every": 2},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"packing": True, "precision": "amp", "schedule": "cosine", "warmup_steps": 3}, marks=pytest.mark.slow
+        ),
     ],
-    ids=lambda options: "-".join(map(str, options.values())),
+    ids=["8-bit", "sgd", "packing"],
 )
 def test_so_does_one_with_other_settings(
     options: dict[str, Any], toy: Path, short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -129,17 +135,12 @@ def test_so_does_one_with_other_settings(
     test_a_stopped_run_ends_as_one_that_was_not("lora", toy, lambda **kw: short(**kw, **options), tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("left_out", ["method", "random", "optimizer", "schedule"])
-def test_each_part_of_the_state_is_needed(
-    left_out: str, toy: Path, short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_part_of_the_state_is_needed(toy: Path, short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = short(method="adalora", dropout=0.1, schedule="linear")
     undisturbed = run(spec, tmp_path / "undisturbed")
-    with monkeypatch.context() as patch:
-        stop_after(STOP, patch)
-        with pytest.raises(Interrupted):
-            run(spec, tmp_path / "stopped")
+    stopped_at(STOP, spec, tmp_path / "stopped", monkeypatch)
     original = Checkpoints._put_in_place
+    left_out = ""
 
     def without(self: Checkpoints, state: dict[str, Any], now: TrainingState) -> None:
         fresh = {
@@ -155,60 +156,35 @@ def test_each_part_of_the_state_is_needed(
         original(self, {**state, left_out: fresh[left_out]}, now)
 
     monkeypatch.setattr(Checkpoints, "_put_in_place", without)
-    resumed = run(spec, tmp_path / "stopped")
-    assert resumed.train_nll[:STOP] == undisturbed.train_nll[:STOP]
-    assert adapter_bytes(tmp_path / "stopped") != adapter_bytes(tmp_path / "undisturbed")
+    for left_out in ("method", "random", "optimizer", "schedule"):
+        shutil.copytree(tmp_path / "stopped", tmp_path / left_out)
+        resumed = run(spec, tmp_path / left_out)
+        assert resumed.train_nll[:STOP] == undisturbed.train_nll[:STOP]
+        assert adapter_bytes(tmp_path / left_out) != adapter_bytes(tmp_path / "undisturbed"), left_out
 
 
-def stopped_at(step: int, spec: RunSpec, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    with monkeypatch.context() as patch:
-        stop_after(step, patch)
-        with pytest.raises(Interrupted):
-            run(spec, folder)
-    return sorted(state_folder(folder).glob("checkpoint-*.pt"))
-
-
-@pytest.mark.parametrize("damage", ["cut", "changed"])
-def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
-    damage: str, toy: Path, short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before_and_another_runs_is_not_taken(
+    toy: Path, short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     spec = short(method="lora")
     undisturbed = run(spec, tmp_path / "undisturbed")
-    older, newest = stopped_at(STOP, spec, tmp_path / "run", monkeypatch)
-    content = newest.read_bytes()
-    newest.write_bytes(content[: len(content) // 2] if damage == "cut" else content[:-200] + bytes(200))
-    assert same_for_a_reader(run(spec, tmp_path / "run")) == same_for_a_reader(undisturbed)
-    errors = capfd.readouterr().err
-    assert f"{newest}: damaged or of another run, renamed to *.damaged" in errors
-    assert f"resumed after step {STOP - 1}, from {older.name}" in errors
-    assert newest.with_suffix(".damaged").is_file()
-
-
-def test_a_checkpoint_of_another_run_is_not_taken(
-    toy: Path, short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stopped_at(STOP, short(method="lora"), tmp_path / "run", monkeypatch)
+    stopped = tmp_path / "stopped"
+    stopped_at(STOP, spec, stopped, monkeypatch)
+    for damage, damaged in (
+        ("cut", lambda old: old[: len(old) // 2]),
+        ("changed", lambda old: old[:-200] + bytes(200)),
+    ):
+        folder = tmp_path / damage
+        shutil.copytree(stopped, folder)
+        older, newest = sorted(state_folder(folder).glob("checkpoint-*.pt"))
+        newest.write_bytes(damaged(newest.read_bytes()))
+        assert same_for_a_reader(run(spec, folder)) == same_for_a_reader(undisturbed)
+        errors = capfd.readouterr().err
+        assert f"{newest}: damaged or of another run, renamed to *.damaged" in errors
+        assert f"resumed after step {STOP - 1}, from {older.name}" in errors
+        assert newest.with_suffix(".damaged").is_file()
     other = short(method="lora", seed=1)
-    assert same_for_a_reader(run(other, tmp_path / "run")) == same_for_a_reader(run(other, tmp_path / "other"))
-
-
-def test_a_checkpoint_never_runs_what_is_in_it(toy: Path, short, tmp_path: Path) -> None:
-    import hashlib
-    import io
-
-    class Evil:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return os.mkdir, (str(tmp_path / "evil"),)
-
-    content = io.BytesIO()
-    torch.save({"run_id": Evil()}, content)
-    state = state_folder(tmp_path / "run")
-    state.mkdir(parents=True)
-    digest = hashlib.sha256(content.getvalue()).hexdigest()[:16]
-    (state / f"checkpoint-00000003-{digest}.pt").write_bytes(content.getvalue())
-    record = run(short(method="lora"), tmp_path / "run")
-    assert not (tmp_path / "evil").exists()
-    assert record.status == "ok"
+    assert same_for_a_reader(run(other, stopped)) == same_for_a_reader(run(other, tmp_path / "other"))
 
 
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
@@ -278,19 +254,6 @@ def test_a_job_dies_with_its_parent_and_leaves_a_checkpoint(toy: Path, short, tm
     psutil.wait_procs([job, child], timeout=30)
     assert not job.is_running() and not child.is_running()
     assert read_record(folder / "interrupted.json").reason == "stopped by SIGTERM"
-
-
-def test_two_jobs_never_make_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peftscope.files.lock.LOCK_SECONDS", 1)
-    file = tmp_path / "run" / "state" / "lock"
-    with (
-        locked(file),
-        pytest.raises(InputError, match=rf"process {os.getpid()} is working on this run"),
-        locked(file),
-    ):
-        pass
-    with locked(file):
-        assert file.read_text() == str(os.getpid())
 
 
 def test_a_lock_is_held_until_the_last_fork_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import run_here
 
 from peftscope.errors import InputError
 from peftscope.execution.merge import base_of_adapter, merge_run
-from peftscope.execution.phases import Phases
-from peftscope.execution.run import execute
 from peftscope.files.manifest import file_sha256
 from peftscope.layout import run_folder
 from peftscope.planning.plan import load_workflow
@@ -30,9 +28,7 @@ FIXED = """fixed: {model: toy, steps: 4, batch_size: 4, heldout_items: 8, genera
 
 
 def made(spec: RunSpec, keep_weights: KeepWeights = "adapters") -> RunRecord:
-    phases = Phases("cpu", time.perf_counter())
-    phases.mark_imported()
-    return execute(spec, run_folder(run_id(spec)), phases, keep_weights=keep_weights)
+    return run_here(spec, run_folder(run_id(spec)), keep_weights=keep_weights)
 
 
 def problems(spec: RunSpec) -> list[str]:

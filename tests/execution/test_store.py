@@ -7,7 +7,6 @@ import html
 import json
 import re
 import shutil
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,14 +14,13 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from conftest import run_here
 from typer.testing import CliRunner
 
 from peftscope.analysis.weights import weights_path
 from peftscope.cli.main import app
 from peftscope.errors import InputError
 from peftscope.execution.merge import find_run
-from peftscope.execution.phases import Phases
-from peftscope.execution.run import execute
 from peftscope.files.atomic import write_json
 from peftscope.layout import PUBLISHED_RESULTS, rates_path, record_path, report_path, results_folder, run_folder
 from peftscope.planning.plan import Workflow, load_workflow, plan_experiment
@@ -54,9 +52,7 @@ def finished(own: Any) -> tuple[str, dict[str, Any]]:
     """An experiment with one finished run, a LoRA: its name and the run's id and record."""
     own("mine", SHORT + "seeds: [0]\nruns: [{method: lora}]\n")
     ((identity, spec),) = expand("mine").runs.items()
-    phases = Phases("cpu", time.perf_counter())
-    phases.mark_imported()
-    record = execute(spec, run_folder(identity), phases)
+    record = run_here(spec, run_folder(identity))
     assert record.status == "ok"
     return identity, record
 
@@ -86,7 +82,7 @@ def test_restored_runs_count_as_done_without_weights(finished: tuple[str, Any]) 
     # A wheel has none.
     (folder / "items.jsonl").unlink()
     assert finished_record(folder, identity) == again
-    assert execute(record.spec, folder, Phases("cpu", time.perf_counter())).status == "ok"
+    assert run_here(record.spec, folder).status == "ok"
     assert not is_restored(folder) and find_run(identity) == folder
 
 
@@ -153,10 +149,8 @@ def test_weights_stay_only_where_they_are_asked_for(
     method: str, keep: Any, stays: bool, toy: Path, make_spec: Any, tmp_path: Path
 ) -> None:
     spec = make_spec(method=method, steps=2, generation_items=0)
-    phases = Phases("cpu", time.perf_counter())
-    phases.mark_imported()
     folder = tmp_path / run_id(spec)
-    record = execute(spec, folder, phases, keep_weights=keep)
+    record = run_here(spec, folder, keep_weights=keep)
     assert record.weights == ("kept" if stays else "dropped") and record.size.adapter_bytes > 0
     assert (folder / "adapter").exists() == stays
     assert any(name.startswith("adapter/") for name in record.files) == stays
@@ -179,9 +173,7 @@ def test_keeping_weights_along_a_training_changes_no_byte_of_it(
     spec = make_spec(method=method, steps=4, generation_items=0, validation_items=8, validation_every=2, **dropout)
     records = {}
     for name, shares in {"plain": (), "kept": (0.25, 1)}.items():
-        phases = Phases("cpu", time.perf_counter())
-        phases.mark_imported()
-        records[name] = execute(spec, tmp_path / name, phases, keep_weights="all", keep_at=shares)
+        records[name] = run_here(spec, tmp_path / name, keep_weights="all", keep_at=shares)
     plain, kept = records["plain"], records["kept"]
     # Among the files are the items' losses and the trained weights.
     assert (kept.train_nll, kept.quality, kept.files) == (plain.train_nll, plain.quality, plain.files)
@@ -238,9 +230,7 @@ def test_measured_weights_stand_on_the_page_and_come_back_from_published_files(o
     own("mine", SHORT + "seeds: [0]\naxes: {method: [lora, full]}\nkeep_at: [0.5, 1]\n")
     plan = plan_experiment("mine")
     for identity, spec in plan.sweep.runs.items():
-        phases = Phases("cpu", time.perf_counter())
-        phases.mark_imported()
-        execute(spec, run_folder(identity), phases, keep_at=plan.keep_at(identity))
+        run_here(spec, run_folder(identity), keep_at=plan.keep_at(identity))
     result = CliRunner().invoke(app, ["report", "mine"])
     assert result.exit_code == 0, result.output
     assert (results_folder("mine") / "figures" / "updates.svg").read_text().count("<use") > 3

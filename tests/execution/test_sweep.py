@@ -160,20 +160,6 @@ def test_a_study_does_not_choose_from_runs_that_failed(write_experiment, monkeyp
         run_sweep("mine", one_second, choose_next)
 
 
-def test_a_sweep_leaves_the_records_of_the_workflow(own) -> None:
-    own("mine", f"{SHORT}axes: {{method: [lora]}}\n")
-    assert run_sweep("mine", one_second, refuse).left == 0
-    (identity,) = plan_experiment("mine").run_ids
-    record = read_record(record_path(identity))
-    assert record.status == "ok" and len(record.train_nll) == 4
-    assert {path.name for path in run_folder(identity).iterdir()} >= {
-        "spec.json",
-        "items.jsonl",
-        "adapter",
-        "train.log",
-    }
-
-
 def test_a_run_that_is_refused_ends_the_sweep(own, monkeypatch: pytest.MonkeyPatch) -> None:
     own("mine", f"{SHORT}axes: {{method: [lora]}}\n")
     monkeypatch.setenv("PEFTSCOPE_BF16", "native")
@@ -205,15 +191,8 @@ def test_a_run_that_is_stopped_in_training_goes_on_from_its_checkpoint(own) -> N
     spec, folder = plan_experiment("mine").sweep.runs[identity], run_folder(identity)
     for resource in inputs(spec):
         resource.fetch()
-    for seconds in (
-        8,
-        12,
-        18,
-        27,
-        40,
-        60,
-        90,
-    ):  # the first of them that is in the training, on a fast machine or a slow one
+    # The first of them that is in the training, on a fast machine or a slow one.
+    for seconds in (8, 12, 18, 27, 40, 60, 90):
         assert sweep.run_apart(identity, spec, folder, deadline=time.monotonic() + seconds) == "interrupted"
         if list(state_folder(folder).glob("checkpoint-*.pt")):
             break

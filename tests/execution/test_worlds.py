@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conftest import run_here
 
 from peftscope.data.tasks import make_task
-from peftscope.execution.phases import Phases
-from peftscope.execution.run import execute
 from peftscope.models.catalog import model_folder
 from peftscope.models.fetch import fetch_model
 from peftscope.planning.experiment import read_experiment
@@ -36,9 +35,7 @@ def test_three_steps_in_a_world(study: str, repository: Path, workspace: Path, m
         "eval_batch_size": 16,
     }
     spec = make_spec(method="lora", learning_rate=1e-3, retention_tokens=300, generation_items=2, **world, **sizes)
-    phases = Phases("cpu", 0.0)
-    phases.mark_imported()
-    record = execute(spec, tmp_path / "run", phases)
+    record = run_here(spec, tmp_path / "run")
     assert (record.status, record.reason) == ("ok", None)
     assert record.train_nll[2] < record.train_nll[0]
     # The base writes English: less than two bits for each byte.

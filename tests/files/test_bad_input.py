@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -138,33 +139,27 @@ def test_no_room_on_the_disk() -> None:
     assert check_disk(runs, free_bytes=10**12) == []
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["-m", "peftscope", "run", "nothing.yaml"],
-        ["-m", "peftscope", "run", '{"method": "lora", "rank": 0}'],
-        ["-m", "peftscope", "run", '{"method": "lora", "model": "nobody/nothing"}'],
-        ["-m", "peftscope", "expand", "nothing"],
-        ["-m", "peftscope", "merge", "nothing"],
-        ["-m", "snakemake", "-n", "--cores", "1", "--config", "experiment=nothing"],
-        ["-m", "snakemake", "-n", "--cores", "1", "--config", "experiment=mine"],
-    ],
-    ids=["no file", "rank 0", "model not fetched", "no experiment", "no run", "workflow", "workflow, bad file"],
-)
-def test_commands_never_show_a_traceback(arguments: list[str], write_experiment, repository: Path) -> None:
-    write_experiment("mine", "fixed: {model: toy, stepz: 3}\n")
-    for name in ("Snakefile", "profiles"):
-        Path(name).symlink_to(repository / name)
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
-    output = done.stdout + done.stderr
-    assert done.returncode != 0
-    assert "Traceback" not in output
-    assert "->" in output or "no such file" in output
+WRONG_COMMANDS = {
+    "no file": ("run nothing.yaml", "no such file"),
+    "rank 0": ("""run '{"method": "lora", "rank": 0}'""", "->"),
+    "model not fetched": ("""run '{"method": "lora", "model": "nobody/nothing"}'""", "->"),
+    "no experiment": ("expand nothing", "->"),
+    "no run": ("merge nothing", "->"),
+    "no study": ("tune quick", "the experiment `quick`: is no study: it has no arms -> name a study"),
+    "no run that has ended": (
+        "report mine",
+        "mine: none of its runs has ended -> peftscope sweep mine && peftscope report mine runs them, or peftscope "
+        "restore mine brings",
+    ),
+}
 
 
-def test_the_rule_of_studies_names_an_experiment_that_is_none(peftscope) -> None:
-    code, _, error = peftscope("tune", "quick")
-    assert code == 2 and "the experiment `quick`: is no study: it has no arms -> name a study" in error
+@pytest.mark.parametrize(("words", "said"), WRONG_COMMANDS.values(), ids=WRONG_COMMANDS)
+def test_a_command_that_cannot_work_ends_with_a_message(words: str, said: str, write_experiment, peftscope) -> None:
+    write_experiment("mine", "fixed: {model: toy}\n")
+    code, _, error = peftscope(*shlex.split(words))
+    assert code == 2 and said in error
+    assert not Path("reports").exists()
 
 
 def test_a_broken_link_in_place_of_a_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,14 +172,12 @@ def test_a_broken_link_in_place_of_a_folder_is_named(tmp_path: Path, monkeypatch
     assert done.stderr.startswith("File exists (resources") and "mend the link" in done.stderr
 
 
-@pytest.mark.parametrize("clone", [True, False])
-def test_a_report_without_any_run_says_where_runs_come_from(clone: bool, write_experiment) -> None:
-    write_experiment("mine", "fixed: {model: toy}\n")
-    for name in ("Makefile", "Snakefile") if clone else ():
-        Path(name).touch()
-    command = [sys.executable, "-m", "peftscope", "report", "mine"]
+def test_the_workflow_says_what_is_wrong_without_a_traceback(write_experiment, repository: Path) -> None:
+    write_experiment("mine", "fixed: {model: toy, stepz: 3}\n")
+    for name in ("Snakefile", "profiles"):
+        Path(name).symlink_to(repository / name)
+    command = [sys.executable, "-m", "snakemake", "-n", "--cores", "1", "--config", "experiment=mine"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    how = "make report EXPERIMENT=mine" if clone else "peftscope sweep mine && peftscope report mine"
-    assert f"mine: none of its runs has ended -> {how} runs them, or peftscope restore mine brings" in done.stderr
-    assert not Path("reports/mine.html").exists()
+    assert done.returncode != 0
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "did you mean `steps`?" in done.stdout + done.stderr

@@ -67,7 +67,16 @@ def is_text(text: str) -> bool:
     return bool(text.strip()) and not re.search("[\ud800-\udfff]", text)
 
 
-def check_items(prompt: str, response: str, as_ascii: bool, own_folder: Path, tokenizer: Any) -> None:
+@pytest.fixture
+def tokenizer(toy: Path, make_spec: Callable[..., Any]) -> Any:
+    return load_tokenizer(make_spec(method="lora"))
+
+
+@cases(60)
+@given(prompt=ANYTHING, response=ANYTHING, as_ascii=st.booleans())
+def test_any_prompt_and_response_is_an_item_or_refused(
+    prompt: str, response: str, as_ascii: bool, tokenizer: Any, own_folder: Path
+) -> None:
     line = json.dumps({"prompt": prompt, "response": response}, ensure_ascii=as_ascii)
     write_task(own_folder, [*FILLING[:7], line.encode(errors="surrogatepass"), *FILLING[7:]])
     if not (is_text(prompt) and is_text(response)):
@@ -96,26 +105,6 @@ def check_items(prompt: str, response: str, as_ascii: bool, own_folder: Path, to
     write_items(path, [found], [ItemLoss(1.0, 2, "01")], [{"item": 0, "answer": found.response, "correct": 1}])
     (row,) = [json.loads(text) for text in path.read_bytes().decode().split("\n") if text]
     assert (row["prompt"], row["target"], row["answer"]) == (prompt, found.response, found.response)
-
-
-@pytest.fixture
-def tokenizer(toy: Path, make_spec: Callable[..., Any]) -> Any:
-    return load_tokenizer(make_spec(method="lora"))
-
-
-@cases(60)
-@given(prompt=ANYTHING, response=ANYTHING, as_ascii=st.booleans())
-def test_a_few_prompts_and_responses(
-    prompt: str, response: str, as_ascii: bool, tokenizer: Any, own_folder: Path
-) -> None:
-    check_items(prompt, response, as_ascii, own_folder, tokenizer)
-
-
-@pytest.mark.slow
-@cases(500)
-@given(prompt=ANYTHING, response=ANYTHING, as_ascii=st.booleans())
-def test_prompts_and_responses(prompt: str, response: str, as_ascii: bool, tokenizer: Any, own_folder: Path) -> None:
-    check_items(prompt, response, as_ascii, own_folder, tokenizer)
 
 
 BROKEN_LINES = st.sampled_from(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,18 @@ import pandas as pd
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from conftest import run_here
 from torch.nn.functional import scaled_dot_product_attention
 
 from peftscope.cli.doctor import bf16_finding
 from peftscope.cli.main import app
 from peftscope.errors import InputError
-from peftscope.execution.phases import Phases
-from peftscope.execution.run import execute
 from peftscope.hardware import bf16
 from peftscope.hardware.bf16 import PRODUCTS, bf16_products, chosen_way, has_native_bf16
 from peftscope.memory.tracker import MemoryTracker
 from peftscope.planning import estimate
 from peftscope.planning.plan import plan_experiment
 from peftscope.planning.published import published_records
-from peftscope.record import read_record
 from peftscope.report.page import _warnings
 from peftscope.spec import RunSpec
 from peftscope.training.ceilings import bf16_rates
@@ -86,21 +83,12 @@ def test_fp32_products_are_no_less_exact_than_native_ones(name: str) -> None:
 
 def test_fp32_products_of_a_4_bit_layer_are_those_of_its_rounded_weights() -> None:
     torch.manual_seed(0)
-    layer = Linear4bit(128, 96, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", quant_storage=torch.uint8)
+    layer = Linear4bit(128, 96, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=False)
     layer.weight.data = torch.randn(96, 128)
     layer.to("cpu").support_avx512bf16_for_cpu = False
     weight = torch.ops.bitsandbytes.dequantize_4bit(
         layer.weight.data,
-        layer.weight.quant_state.absmax
-        if not layer.weight.quant_state.nested
-        else torch.ops.bitsandbytes.dequantize_blockwise(
-            layer.weight.quant_state.absmax,
-            layer.weight.quant_state.state2.absmax,
-            layer.weight.quant_state.state2.code,
-            256,
-            torch.float32,
-        )
-        + layer.weight.quant_state.offset,
+        layer.weight.quant_state.absmax,
         64,
         "nf4",
         [96, 128],
@@ -201,23 +189,16 @@ def test_a_wrong_wish_is_refused_before_any_run(toy: Path, monkeypatch: pytest.M
         plan_experiment("smoke")
 
 
-@pytest.fixture
-def both_ways(toy: Path, make_spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def test_a_run_says_its_way_and_takes_the_same_memory(
+    toy: Path, make_spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     records = {}
     for way in ("native", "fp32"):
         monkeypatch.setenv("PEFTSCOPE_BF16", way)
-        phases = Phases("cpu", time.perf_counter())
-        phases.mark_imported()
-        records[way] = execute(make_spec(method="lora", generation_items=0), tmp_path / way, phases)
-    return records
-
-
-def test_a_run_says_its_way_and_takes_the_same_memory(both_ways: dict[str, Any], tmp_path: Path) -> None:
-    native, ours = both_ways.values()
-    for way, record in both_ways.items():
+        records[way] = record = run_here(make_spec(method="lora", generation_items=0), tmp_path / way)
         assert record.status == "ok" and record.provenance["bf16_products"] == way
         assert record.memory.predicted.train_peak_tensor_bytes == record.memory.train.peak_tensor_bytes
-        assert read_record(tmp_path / way / "record.json").provenance["bf16_products"] == way
+    native, ours = records.values()
     assert native.run_id == ours.run_id
     assert native.memory.predicted == ours.memory.predicted
     assert native.memory.train.peak_tensor_bytes == ours.memory.train.peak_tensor_bytes

@@ -11,17 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import run_here
 
 from peftscope.data.batching import tokenise, training_batches
 from peftscope.data.tasks import read_split
-from peftscope.execution.phases import Phases
 from peftscope.execution.provenance import _card
-from peftscope.execution.run import execute
 from peftscope.hardware import meter as meters
 from peftscope.hardware.cards import CONTEXT_BYTES, GIB
 from peftscope.hardware.meter import CudaMeter, HostMeter, PeakSampler, limited_memory, paged_bytes
 from peftscope.hardware.nvml import find_card, other_processes, reading, used_bytes
-from peftscope.record import read_record
 from peftscope.spec import RunSpec
 from peftscope.training.build import build_model, seed_everything
 from peftscope.training.ceilings import Work, count_work, measure_ceilings
@@ -207,10 +205,7 @@ def test_the_devices_rates_are_measured_once(precision: str, dtype: str, make_sp
 
 def test_a_record_says_how_much_of_the_device_was_used(toy: Path, make_spec, tmp_path: Path) -> None:
     spec = make_spec(method="lora", generation_items=0, retention_tokens=0, probe_steps=0)
-    phases = Phases(spec.device, time.perf_counter())
-    phases.mark_imported()
-    execute(spec, tmp_path, phases)
-    record = read_record(tmp_path / "record.json")
+    record = run_here(spec, tmp_path)
     speed, work = record.speed, count_work(model_of(spec).model)
     assert speed.useful_flops_per_second > 0
     # Every token is at least in the body; the head adds its part for some.

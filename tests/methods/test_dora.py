@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from test_methods import batches_of, logits_of, trained
-from test_resuming import STOP, adapter_bytes, same_for_a_reader, stop_after
+from test_resuming import STOP, adapter_bytes, same_for_a_reader, stopped_at
 from test_resuming import run as run_here
 
 from peftscope.execution.merge import merge_run
@@ -17,7 +17,6 @@ from peftscope.planning.sweep import expand
 from peftscope.spec import memory_key, run_id
 from peftscope.training.build import build_model
 from peftscope.training.load import load_base
-from peftscope.training.signals import Interrupted
 from peftscope.training.step import forward_loss
 
 
@@ -115,10 +114,7 @@ def test_a_run_whose_norm_has_a_gradient_resumes_and_merges(
     undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
     wanted = run_here(spec, undisturbed)
     assert wanted.status == "ok", wanted.reason
-    with monkeypatch.context() as patch:
-        stop_after(STOP, patch)
-        with pytest.raises(Interrupted):
-            run_here(spec, stopped)
+    stopped_at(STOP, spec, stopped, monkeypatch)
     assert same_for_a_reader(run_here(spec, stopped)) == same_for_a_reader(wanted)
     assert adapter_bytes(stopped) == adapter_bytes(undisturbed)
 

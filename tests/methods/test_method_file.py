@@ -101,13 +101,6 @@ def test_from_a_file_to_a_verdict(own: Callable[[str, str], Path], repository: P
         assert record["size"]["initial_trainable_parameters"] == 10240
 
 
-def test_a_study_is_written_and_read_in_a_folder_without_experiments(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(file.parent)
-    assert "lora-fa-study: 91 runs, 0 done" in run("peftscope", "new-study", file.name, "--model", "toy")
-
-
 def test_the_page_says_how_long_the_study_takes(repository: Path) -> None:
     with (repository / "results/published/variants/runs.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["method"] in ("lora", "none")]

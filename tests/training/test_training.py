@@ -15,27 +15,19 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from conftest import run_here
 
 from peftscope.data.tasks import draw_items, make_task, read_split
 from peftscope.errors import InputError
 from peftscope.execution.merge import find_run, merge_run
-from peftscope.execution.phases import Phases
-from peftscope.execution.run import execute
 from peftscope.layout import PREDICTIONS_FOLDER
 from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.planning.published import RETENTION, loss_rows
-from peftscope.record import RunRecord, read_record
+from peftscope.record import read_record
 from peftscope.spec import RunSpec, run_id
 from peftscope.training.load import MASK_FREE_SDPA, MASK_FREE_SDPA_CPU, load_base, training_attention
 
 QUICKLY = {"generation_items": 0, "retention_tokens": 0, "probe_steps": 0}
-
-
-def run_here(spec: RunSpec, folder: Path) -> RunRecord:
-    phases = Phases(spec.device, time.perf_counter())
-    phases.mark_imported()
-    execute(spec, folder, phases)
-    return read_record(folder / "record.json")
 
 
 def run_command(spec: RunSpec, folder: Path, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
@@ -130,13 +122,6 @@ def test_a_task_that_is_judged_on_trained_items_says_which(toy: Path, make_spec,
     assert run_here(make_spec(method="none"), tmp_path / "sums").quality.judged_on == "test"
 
 
-def test_learning_rate_zero_changes_nothing(toy: Path, make_spec, tmp_path: Path) -> None:
-    base = run_here(make_spec(method="none"), tmp_path / "base")
-    control = run_here(make_spec(method="lora", learning_rate=0), tmp_path / "control")
-    assert control.quality.heldout_nll == base.quality.heldout_nll
-    assert control.quality.retention_bits_per_byte == base.quality.retention_bits_per_byte
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_two_runs_of_one_spec_are_identical(method: str, unpredicted: Path, make_spec, tmp_path: Path) -> None:
@@ -175,14 +160,6 @@ def test_divergence_is_a_status(toy: Path, make_spec, tmp_path: Path) -> None:
     assert record.unavailable["quality.heldout_nll"] == "the run ended: diverged"
 
 
-def test_failure_is_a_status_and_the_job_goes_on(toy: Path, make_spec, tmp_path: Path) -> None:
-    done = run_command(make_spec(method="lora", seq_len=2, generation_items=0), tmp_path)
-    assert done.returncode == 0
-    record = read_record(tmp_path / "record.json")
-    assert record.status == "failed"
-    assert "too short for the response" in record.reason
-
-
 def test_what_cannot_be_simulated_is_trained_all_the_same(
     unpredicted: Path, make_spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,9 +173,9 @@ def test_what_cannot_be_simulated_is_trained_all_the_same(
     assert record.unavailable["memory.predicted.train_peak_tensor_bytes"] == "the simulation failed, see train.log"
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_prediction_and_probe_take_as_many_steps(steps: int, toy: Path, make_spec, tmp_path: Path) -> None:
-    memory = run_here(make_spec(method="lora", **QUICKLY | {"probe_steps": steps}), tmp_path).memory
+def test_prediction_and_probe_take_as_many_steps(toy: Path, make_spec, tmp_path: Path) -> None:
+    """A single one is before the optimizer has states; the usual number is in the record above."""
+    memory = run_here(make_spec(method="lora", **QUICKLY | {"probe_steps": 1}), tmp_path).memory
     for part in ("forward", "backward", "optimizer"):
         name = f"{part}_peak_tensor_bytes"
         assert getattr(memory.predicted, name) == getattr(memory, name)
@@ -228,15 +205,15 @@ def test_out_of_memory_is_a_status(toy: Path, make_spec, tmp_path: Path) -> None
     assert record.status == "oom", record.reason
 
 
-@pytest.mark.parametrize("wait", [1, pytest.param(8, marks=pytest.mark.slow)], ids=["importing", "training"])
-def test_an_interrupted_run_says_so_and_counts_as_not_done(wait: int, toy: Path, make_spec, tmp_path: Path) -> None:
+def test_an_interrupted_run_says_so_and_counts_as_not_done(toy: Path, make_spec, tmp_path: Path) -> None:
+    """While it imports; runs that are stopped in their training are resumed elsewhere."""
     spec = make_spec(method="lora", steps=100_000)
     command = [sys.executable, "-m", "peftscope", "run", json.dumps(spec.canonical()), "--output", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not psutil.Process(process.pid).children():
         time.sleep(0.05)
-    time.sleep(wait)
+    time.sleep(1)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130, errors
@@ -296,7 +273,7 @@ def test_prose_that_is_no_number_along_the_training_is_divergence(toy: Path, mak
     spec = make_spec(
         method="full", precision="fp32", steps=3, learning_rate=1e20, retention_every=1, retention_tokens=64
     )
-    record = execute(spec, tmp_path, Phases("cpu", 0.0))
+    record = run_here(spec, tmp_path)
     assert (record.status, record.reason) == ("diverged", "the score on prose after step 2 is not a number")
     assert list(read_record(tmp_path / "record.json").quality.retention_curve) == [1]
 
@@ -304,9 +281,9 @@ def test_prose_that_is_no_number_along_the_training_is_divergence(toy: Path, mak
 @pytest.mark.parametrize(
     "method",
     [
-        "lora",
+        "dora",
         "qlora",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "adalora", "pissa", "ia3", "loftq")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("adalora", "pissa", "ia3")),
     ],
 )
 def test_a_merged_model_computes_what_the_adapter_computes(method: str, toy: Path, make_spec, tmp_path: Path) -> None:
