@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Command
 
 from peftscope.data.scoring import lm_eval_file, read_scoring
 from peftscope.data.tasks import make_task, task_folder
@@ -217,6 +218,22 @@ class TestModels:
         assert mark.exists()
 
 
+def make_own_tasks(own: Callable[..., Path], **responses: list[str]) -> None:
+    """Makes tasks of files with these responses; each prompt has its task and its number."""
+    own("tasks", "".join(f"{task}:\n  source: {{kind: jsonl, path: {task}.jsonl}}\n" for task in responses))
+    for task, wanted in responses.items():
+        lines = [json.dumps({"prompt": f"{task} {n} {{{{7*7}}}}", "response": r}) for n, r in enumerate(wanted)]
+        Path(f"{task}.jsonl").write_text("\n".join(lines))
+        lm_eval_file(task).write_text(f"task: {task}\n")
+        make_task(task)
+
+
+def executed(spec: RunSpec) -> RunRecord:
+    phases = Phases("cpu", time.perf_counter())
+    phases.mark_imported()
+    return execute(spec, Path("run"), phases)
+
+
 class TestTasks:
     def test_a_data_sets_script_is_never_run(self, own: Callable[..., Path], mark: Path) -> None:
         folder = Path("someone/data")
@@ -261,7 +278,7 @@ class TestTasks:
         for name in ("other", "two-digit-sums-2"):
             text = f"task: {name}\ninclude: two-digit-sums.yaml\nprocess_docs: !function code.run\n"
             lm_eval_file(name).write_text(text)
-        responses = ["2024-01-01", "2024-02-29", "2024-12-31"]
+        dates = ["2024-01-01", "2024-02-29", "2024-12-31"]
         odd = [
             "[1, 2]",
             "[" * 9 + "]" * 9,
@@ -275,19 +292,10 @@ class TestTasks:
             "\u202e",
             "1e5",
         ]
-        for task, wanted in (("dates", responses * 20), ("odd", odd * 20)):
-            lines = [json.dumps({"prompt": f"{task} {n} {{{{7*7}}}}", "response": r}) for n, r in enumerate(wanted)]
-            Path(f"{task}.jsonl").write_text("\n".join(lines))
-            lm_eval_file(task).write_text(f"task: {task}\n")
-        own("tasks", "".join(f"{t}:\n  source: {{kind: jsonl, path: {t}.jsonl}}\n" for t in ("dates", "odd")))
+        make_own_tasks(own, dates=dates * 20, odd=odd * 20)
         for task in ("dates", "odd"):
-            make_task(task)
-            spec = make_spec(
-                method="none", task=task, heldout_items=16, generation_items=4, retention_tokens=0, probe_steps=0
-            )
-            phases = Phases("cpu", time.perf_counter())
-            phases.mark_imported()
-            record = execute(spec, Path("run"), phases)
+            scored = {"heldout_items": 16, "generation_items": 4, "retention_tokens": 0, "probe_steps": 0}
+            record = executed(make_spec(method="none", task=task, **scored))
             assert (record.status, record.reason) == ("ok", None)
             made = [json.loads(line) for line in (task_folder(task) / "test.jsonl").read_text().split("\n") if line]
             rows = [json.loads(line) for line in Path("run/items.jsonl").read_text().split("\n") if line]
@@ -305,13 +313,9 @@ class TestTasks:
 
         from peftscope.evaluation.answers import score_answers
 
-        wanted = ["2024-01-01", "2024-02-29", "2024-12-31"] * 20
-        lines = [json.dumps({"prompt": f"q {n}", "response": r}) for n, r in enumerate(wanted)]
-        Path("dates.jsonl").write_text("\n".join(lines))
-        lm_eval_file("dates").write_text("task: dates\n")
-        own("tasks", "dates:\n  source: {kind: jsonl, path: dates.jsonl}\n")
-        make_task("dates")
-        answers = {f"q {n}": r for n, r in enumerate(wanted)}
+        make_own_tasks(own, dates=["2024-01-01", "2024-02-29", "2024-12-31"] * 20)
+        made = [json.loads(line) for line in Path("dates.jsonl").read_text().split("\n")]
+        answers = {item["prompt"]: item["response"] for item in made}
         monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, **_: [answers[r.args[0]] for r in requests])
         spec = make_spec(method="none", task="dates", generation_items=4)
         rows = score_answers(load_base(spec), load_tokenizer(spec), spec)
@@ -321,16 +325,10 @@ class TestTasks:
     def test_a_response_that_does_not_fit_is_a_status_that_names_the_item(
         self, own: Callable[..., Path], make_spec, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        lines = [json.dumps({"prompt": f"question {n}", "response": "x" * 100}) for n in range(60)]
-        Path("long.jsonl").write_text("\n".join(lines))
-        lm_eval_file("long").write_text("task: long\n")
-        own("tasks", "long:\n  source: {kind: jsonl, path: long.jsonl}\n")
-        make_task("long")
-        phases = Phases("cpu", time.perf_counter())
-        phases.mark_imported()
-        record = execute(make_spec(method="lora", task="long", seq_len=64), Path("run"), phases)
+        make_own_tasks(own, long=["x" * 100] * 60)
+        record = executed(make_spec(method="lora", task="long", seq_len=64))
         assert record.status == "failed"
-        assert re.match(r"item 'question \d+': seq_len=64 is too short for the response, 102 tok", record.reason or "")
+        assert re.match(r"item 'long \d+ .*': seq_len=64 is too short for the response, 102 tok", record.reason or "")
         assert "Traceback" not in capsys.readouterr().err
         assert record.seconds.initialise == 0.0
 
@@ -366,20 +364,16 @@ COMMANDS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
-def test_a_command_never_shows_a_traceback(arguments: list[str], own: Callable[..., Path]) -> None:
+def test_a_command_never_shows_a_traceback(arguments: list[str], own: Callable[..., Path], peftscope: Command) -> None:
     own("list", "- a\n")
     own("many", "axes: {" + ", ".join(f"a{i}: [1, 2]" for i in range(60)) + "}")
     own("laughs", "a: &a [x,x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1 or ''}, *a{i - 1 or ''}]\n" for i in range(1, 90)))
     Path("experiments/bytes.yaml").write_bytes(b"\xff\xfe\x00")
     Path("deep.json").write_text("[" * 100_000)
-    command = [sys.executable, "-m", "peftscope", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 2, done.stderr[-500:]
-    assert "Traceback" not in done.stderr + done.stdout
-    assert done.stderr.strip()
-    assert "\x1b[2J" not in done.stderr
+    code, said, errors = peftscope(*arguments)
+    assert code == 2 and errors.strip(), errors[-500:]
+    assert "Traceback" not in said + errors and "\x1b[2J" not in errors
 
 
 def test_numbers_of_a_record_that_are_none_are_null(make_spec, tmp_path: Path) -> None:

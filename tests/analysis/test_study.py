@@ -6,6 +6,7 @@ import html
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -173,21 +174,39 @@ def tuned(write_study_file) -> None:
     write_study_file()
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[], None]], None]:
+    """Makes results in the current folder, or copies them from where they were made before under the same name."""
+    folder = tmp_path_factory.mktemp("made")
+
+    def make(name: str, record_all: Callable[[], None]) -> None:
+        if not (folder / name).exists():
+            record_all()
+            collect_experiment(expand("mine"))
+            shutil.copytree("results", folder / name)
+        else:
+            shutil.copytree(folder / name, "results")
+
+    return make
+
+
 @pytest.fixture
-def at_three_rates(write_study_file) -> StudyResults:
+def at_three_rates(write_study_file, made) -> StudyResults:
     """A study whose arms ran at three rates each, with the best in the middle."""
+
+    def record_all() -> None:
+        record_tuning()
+        record_rates()
+        record_comparison()
+
     write_study_file(**TUNED)
-    record_tuning()
-    record_rates()
-    record_comparison()
-    collect_experiment(expand("mine"))
+    made("at three rates", record_all)
     return StudyResults("mine")
 
 
 @pytest.fixture
-def finished(tuned: None) -> StudyResults:
-    record_comparison()
-    collect_experiment(expand("mine"))
+def finished(tuned: None, made) -> StudyResults:
+    made("finished", record_comparison)
     return StudyResults("mine")
 
 
@@ -260,6 +279,21 @@ def test_a_control_changes_one_thing(tuned: None) -> None:
         ({"controls": {"lora": ["twice"]}}, "study.controls.lora[0]"),
         ({"arms": STUDY["study"]["arms"] | {"lora": {"method": "lora", "seed": 3}}}, "the study's to set"),
         ({"arms": STUDY["study"]["arms"] | {"lora": {"method": "lora", "rnk": 3}}}, "did you mean `rank`?"),
+        ({"given_rates": {"lora": 1e-4}}, "arms with more than one rate: lora; each arm"),
+        ({"given_rates": {"thing": 1e-4}}, "rates of what is no arm: thing; each arm"),
+        ({"given_rates": {"lora": 0}}, "given_rates.lora"),
+        (TUNED | {"given_rates": {"lora": 1e-4}}, "arms with more than one rate: lora; each arm"),
+        ({"borrowed_rates": {"thin": {"arm": "lora", "time": 2}}}, "borrowed_rates.thin.time"),
+        ({"tuning": {"seed": 4}}, "tuning may only change what is measured"),
+        ({"tuning": {"method": "dora"}}, "tuning may only change what is measured"),
+        (
+            TUNED | {"tuning": {"validation_items": 0}},
+            "fixed.validation_items: a study chooses its rates by validation",
+        ),
+        (
+            TUNED | {"arms": STUDY["study"]["arms"] | {"thin": {"method": "lora", "task": "time-intervals"}}},
+            "runs: no run of the untouched base has model toy and task time-intervals",
+        ),
     ],
 )
 def test_a_wrong_study_is_refused_with_its_place(changes: dict[str, Any], said: str, write_study_file) -> None:
@@ -443,10 +477,6 @@ def test_fields_of_the_tuning_runs_are_theirs_alone(write_study_file) -> None:
     sweep = expand("mine")
     items = {c.name.split("-")[0]: {sweep.runs[run].heldout_items for run in c.runs} for c in sweep.comparisons}
     assert items == {"runs": {8}, "tune": {4}, "rates": {8}, "grid": {8}, "arm": {8}, "control": {8}}
-    for field in ({"seed": 4}, {"method": "dora"}, {"rank": 4}):
-        write_study_file(tuning=field)
-        with pytest.raises(InputError, match=rf"tuning may only change what is measured .*got {next(iter(field))}"):
-            expand("mine")
 
 
 def test_choosing_needs_every_record(write_study_file) -> None:
@@ -464,16 +494,6 @@ def test_an_arm_that_is_left_out_takes_its_rates_and_controls_along(own) -> None
     own("child", "extends: parent\nstudy: {arms: {thin: null}}\n")
     assert {c.name for c in expand("child").comparisons} >= {"arm-full", "arm-lora", "control-a-a-lora"}
     assert "arm-thin" not in {c.name for c in expand("child").comparisons}
-
-
-def test_a_study_that_could_not_answer_is_refused_before_its_runs(write_study_file) -> None:
-    write_study_file(**TUNED, tuning={"validation_items": 0})
-    with pytest.raises(InputError, match=r"fixed\.validation_items: a study chooses its rates by validation loss"):
-        expand("mine")
-    strange = {"method": "lora", "rank": 1, "task": "time-intervals"}
-    write_study_file(**TUNED, arms=STUDY["study"]["arms"] | {"thin": strange})
-    with pytest.raises(InputError, match=r"runs: no run of the untouched base has model toy and task time-intervals"):
-        expand("mine")
 
 
 # An arm that enters again.
@@ -528,22 +548,6 @@ def test_an_arm_may_have_a_given_rate_or_that_of_another(write_study_file) -> No
         study.tuning_runs("paper")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"given_rates": {"lora": 1e-4}}, "arms with more than one rate: lora; each arm"),
-        ({"given_rates": {"thing": 1e-4}}, "rates of what is no arm: thing; each arm"),
-        ({"given_rates": {"lora": 0}}, "given_rates.lora"),
-        (TUNED | {"given_rates": {"lora": 1e-4}}, "arms with more than one rate: lora; each arm"),
-        ({"borrowed_rates": {"thin": {"arm": "lora", "time": 2}}}, "borrowed_rates.thin.time"),
-    ],
-)
-def test_wrong_rates_are_named(write_study_file, changes: dict[str, Any], message: str) -> None:
-    write_study_file(**changes)
-    with pytest.raises(InputError, match=message):
-        expand("mine")
-
-
 def test_power_counts_what_is_known_of_the_best_rate_of_each_method(repository: Path, monkeypatch: Any) -> None:
     """In the published study, DoRA's best rate is known less well than LoRA's."""
     monkeypatch.chdir(repository)
@@ -587,17 +591,14 @@ def test_a_study_may_compare_two_of_its_arms_as_well(write_study_file) -> None:
     page = Path("results/mine/tables/contrasts.html").read_text()
     assert all("LoRA, thin against" in text for text in (figure, page))
     said = answer(table, study.labels)
-    assert said.startswith(
-        "Of the arms, 1 of 2 is behind full fine-tuning by more than 2.5 % of the task gain (LoRA, thin −"
+    assert re.search(
+        r"1 of 2 .*more than 2\.5 % .*LoRA, thin −.*; 1 of 2 .*LoRA −.* LoRA, thin is behind LoRA by", said
     )
-    assert "; 1 of 2 is behind full fine-tuning (LoRA −" in said
-    assert " LoRA, thin is behind LoRA by more than 2.5 % of the task gain (−" in said
     # Of many comparisons it tells no numbers, but it still tells the sides apart.
     better = table.assign(difference=-table["difference"])
     said = answer(pd.concat([table, better, table]), study.labels)
-    assert "2 of 6 are behind full fine-tuning by more than 2.5 % of the task gain (LoRA, thin; LoRA, thin)" in said
-    assert "1 of 6 is ahead of full fine-tuning by more than 2.5 % of the task gain (LoRA, thin)" in said
-    assert " LoRA, thin is ahead of LoRA by more than 2.5 % of the task gain." in said and "[" not in said
+    assert "2 of 6 are behind" in said and "1 of 6 is ahead" in said and "LoRA, thin is ahead of LoRA" in said
+    assert "[" not in said
     assert "[" in answer(pd.concat([table, better, table[:2]]), study.labels)
 
 

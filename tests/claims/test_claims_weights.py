@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from ledger_parts import claims
 
 from peftscope.analysis.weights import collect_weights, measured_runs, weights_path
 from peftscope.claims.checks import forgetting
 from peftscope.claims.evaluate import Finding, evaluate
-from peftscope.claims.ledger import read_ledger
 from peftscope.layout import PUBLISHED_RESULTS, results_folder, run_folder
 from peftscope.record import measured_path
 from peftscope.report.forgetting import forgetting_sentence
 from peftscope.report.weights import cuts_table, updates_sentence, updates_table, write_updates
 
-LEDGER = {claim.id: claim for claim in read_ledger()}
 SEEDS = range(8, 13)
 LAYERS = range(6)
 MODULES = ("q_proj", "down_proj")
@@ -35,7 +34,7 @@ def workspace_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def judged(claim: str) -> Finding:
-    (finding,) = evaluate([LEDGER[claim]])
+    (finding,) = evaluate([claims()[claim]])
     return finding
 
 
