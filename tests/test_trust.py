@@ -183,17 +183,6 @@ class TestModels:
             f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n"
         )
         paths = os.pathsep.join([str(tmp_path / "site"), *sys.path])
-        loading = (
-            "from pathlib import Path\n"
-            "from peftscope.execution.libraries import without_hub_kernels\n"
-            "with without_hub_kernels():\n"
-            "    from peftscope.planning.resolve import spec_from\n"
-            "    from peftscope.training.load import load_base\n"
-            "    from transformers.utils import is_kernels_available\n"
-            "    import bitsandbytes\n"
-            "    model = load_base(spec_from({'model': 'toy', 'method': 'qlora'}, Path('spec'), 'cpu'))\n"
-            "print(any(isinstance(m, bitsandbytes.nn.Linear4bit) for m in model.modules()), is_kernels_available())\n"
-        )
         fields = {"model": "toy", "method": "qlora", "steps": 2, "heldout_items": 4, "generation_items": 0}
         running = (
             "import peftscope, sys\n"
@@ -208,11 +197,9 @@ class TestModels:
             command = [sys.executable, *arguments]
             return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
-        assert run("-c", loading).strip() == "True False"
         assert run("-c", running).strip() == "True False False"
         run("-m", "peftscope", "run", json.dumps(fields), "--output", "job")
         assert read_record(Path("job/record.json")).status == "ok"
-        assert "4-bit works" in run("-m", "peftscope", "doctor")
         assert not mark.exists()
         run("-c", "import kernels")  # The mark is left where anything does import it.
         assert mark.exists()

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from ledger_parts import part_with
 
+from peftscope.analysis import capacity
 from peftscope.analysis.capacity import breaks, fit_break, stored_bits
 from peftscope.analysis.study import HELDOUT
 from peftscope.claims.evaluate import evaluate_part
@@ -75,7 +76,8 @@ def write_runs(
 
 
 @pytest.fixture
-def here(own_folder: Path) -> Path:
+def here(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(capacity, "DRAWS", 100)
     return own_folder
 
 

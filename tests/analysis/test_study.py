@@ -26,7 +26,6 @@ from peftscope.analysis.tuning import choose_next, choose_rates
 from peftscope.claims.checks import training
 from peftscope.claims.evaluate import evaluate_part
 from peftscope.claims.ledger import Part
-from peftscope.claims.measurement import NotRunError
 from peftscope.claims.verdict import Rule, Verdict, judge
 from peftscope.cli.main import report
 from peftscope.cli.study import describe
@@ -823,11 +822,6 @@ def test_points_of_exact_match_are_those_of_the_whole_split_where_both_arms_have
     table = contrasts(StudyResults("mine")).set_index("arm")["accuracy"]
     assert table["lora"] == pytest.approx((5 * 5 - 40) / 6)  # the untouched base gets none right
     assert table["thin"] == pytest.approx(-25)
-
-
-def test_three_rates_give_no_interval_of_the_best_one(at_three_rates: StudyResults) -> None:
-    with pytest.raises(NotRunError, match="`lora` has fewer than four rates"):
-        training.learning_rate_ratio("mine", "lora", "full")
 
 
 def test_nothing_is_concluded_from_half_a_study(tuned: None) -> None:

@@ -182,15 +182,3 @@ def test_finer_codes_would_refute_that_4_bit_training_fails(monkeypatch: pytest.
     fine_nf4(monkeypatch)
     quantised_training._train.cache_clear()
     assert verdict_of("S51", 1, seeds=1) == Verdict.WRONG
-
-
-@pytest.mark.slow
-def test_nf4_on_real_weights(workspace: Path) -> None:
-    """At blocks of 64 NF4 wins on nearly all matrices; at blocks of 32 it does not."""
-    from peftscope.models.fetch import fetch_model
-
-    fetch_model("minilm")
-    assert verdict_of("S64") == Verdict.HOLDS
-    assert codes.share_with_lower_error("minilm", 64, "nf4", ["int4"]).n == 36
-    added = quantised_models.shift_added_by_rivals("minilm", "nf4", ["int4"])
-    assert added.low is not None and added.low > 0

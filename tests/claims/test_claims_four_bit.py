@@ -54,12 +54,6 @@ def test_adapters_on_a_bf16_base_are_fp32_in_memory_and_on_disk() -> None:
     assert found.evidence["dtype of AdamW's moments"] == found.evidence["dtype of their gradients"] == "float32"
 
 
-def test_the_memory_model_gives_adapters_four_bytes_by_default() -> None:
-    from peftscope.methods.qlora import QLoRA
-
-    assert QLoRA().adapter_dtype == "fp32"
-
-
 def test_training_moves_adapters_and_no_bit_of_the_base() -> None:
     found = four_bit.changed_base_bits(steps=5)
     assert found.value == 0

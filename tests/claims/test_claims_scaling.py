@@ -57,11 +57,6 @@ def test_gradient_falls_with_the_root_of_the_rank_and_not_at_all_with_a_stabilis
     assert plain.low < float(plain.value) < plain.high
 
 
-def test_trained_update_has_exactly_the_rank_that_was_set() -> None:
-    found = scaling.trained_rank([1, 4], alpha_over_rank=16, steps=4)
-    assert (found.value, found.evidence["smallest"]) == (1, 1)
-
-
 def test_settings_are_counted() -> None:
     """PEFT's own default, 8/8, is a setting like the others; the interval is that of a sample of practice."""
     settings = [

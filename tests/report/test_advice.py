@@ -316,39 +316,3 @@ def test_steps_on_several_cards_see_the_data_as_often_as_is_said(gpus: int) -> N
         seen = option.steps * option.question.spec.batch_size * option.accumulation * gpus
         assert seen == pytest.approx(50_000 * option.settings.value("epochs"), rel=0.01)
     assert not advice.options[0].question.spec.checkpointing  # there is room for all activations
-
-
-@pytest.mark.slow
-def test_the_experiment_for_the_toy_model_runs_as_it_is(
-    own: Any, peftscope: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every run is a real one, but in this process, which saves the start of some twenty."""
-    from peftscope.analysis.collect import collect_experiment
-    from peftscope.analysis.study import StudyResults
-    from peftscope.analysis.tuning import choose_next
-    from peftscope.execution import sweep
-    from peftscope.execution.phases import Phases
-    from peftscope.execution.run import execute
-    from peftscope.execution.sweep import run_sweep
-    from peftscope.planning.plan import plan_experiment
-    from peftscope.record import state_folder, write_record
-
-    def run_here(identity: str, spec: Any, folder: Path, *options: str, deadline: float) -> str:
-        phases = Phases("cpu", time.perf_counter())
-        phases.mark_imported()
-        record = execute(spec, folder, phases)
-        for path in (folder / "record.json", state_folder(folder) / "record.json"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_record(path, record)
-        return record.status
-
-    monkeypatch.setattr(sweep, "run_apart", run_here)
-    own("mine", "fixed: {model: toy}\n")
-    options = ["--model", "toy", "--gpu", "24GiB", "--examples", "40", "--write", "toy-advice", "--pairs", "2"]
-    assert peftscope("advise", *options)[0] == 0
-    outcome = run_sweep("toy-advice", lambda spec: 1.0, choose_next)
-    assert not outcome.failed and not outcome.left
-    collect_experiment(plan_experiment("toy-advice").sweep)
-    study = StudyResults("toy-advice")
-    study.require_finished()
-    assert {"lora", "lora-a-a"} <= set(study.arms) and len(study.arms) == 3
