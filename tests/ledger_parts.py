@@ -18,7 +18,7 @@ PUBLISHED_CLAIMS = REPOSITORY / "results/published/claims.json"
 
 @cache
 def claims() -> dict[str, Claim]:
-    """Returns the claims of the repository's ledger by their names, without a look at their checks, which need torch."""
+    """Returns the claims of the ledger by their names, without a look at their checks, which need torch."""
     return {claim.id: claim for claim in read_ledger(REPOSITORY / CLAIMS_FILE, checks=False)}
 
 

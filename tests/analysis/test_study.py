@@ -148,6 +148,11 @@ def record_comparison(gains_of: dict[str, list[float]] = GAINS) -> None:
             record(run, heldout=BASE_LOSS - gain)
 
 
+def collected() -> StudyResults:
+    collect_experiment(expand("mine"))
+    return StudyResults("mine")
+
+
 def record_rates(gains_of: dict[str, list[float]] = GAINS, beside: float = 0.3, **beside_of: float) -> None:
     """Records all runs of the arms, and decides after each round: the first rates that are known are the best.
 
@@ -354,8 +359,7 @@ def test_one_rate_follows_beyond_an_end_at_most_twice_and_the_end_is_told(write_
     for run in members("control-shuffled-labels-lora"):
         if run not in members("arm-lora"):
             record(run, heldout=2.5)
-    collect_experiment(expand("mine"))
-    study = StudyResults("mine")
+    study = collected()
     assert study.rate("lora").best == 1.9e-4 and len(study.rate("lora").losses) == 5
     assert study.arms_at_an_end == ["lora"]
     settings = expand("mine").experiment.study
@@ -394,8 +398,7 @@ def test_one_lucky_and_one_unlucky_seed_decide_nothing(write_study_file) -> None
             record(run, status="diverged")
     choose_rates(expand("mine"), 3)
     record_comparison(GAINS | {"lora": [GAINS["lora"][0], 0.0, *GAINS["lora"][2:]]})
-    collect_experiment(expand("mine"))
-    study = StudyResults("mine")
+    study = collected()
     assert study.rate("lora").best == 1e-3
     kept = sorted(BASE_LOSS - gain for gain in [GAINS["lora"][0], 0.0, *GAINS["lora"][2:]])[1:-1]
     assert study.rate("lora").losses[1e-3] == pytest.approx(sum(kept) / 4)
@@ -435,8 +438,7 @@ def test_a_choice_between_rates_that_depends_on_one_seed_widens_the_interval(wri
             record(run, heldout=[1.42, 1.41, 1.43, 1.9, 1.42, 1.9][spec.seed])
     choose_rates(expand("mine"), 3)
     record_comparison()
-    collect_experiment(expand("mine"))
-    study = StudyResults("mine")
+    study = collected()
     wide = study.difference("thin", "full").half_width()
     without = StudyResults("mine")
     without.table = study.table[~((study.table["label"] == "LoRA") & (study.table["learning_rate"] == 1.7e-3))]
@@ -452,8 +454,7 @@ def test_an_arm_that_a_card_cannot_hold_is_left_out_and_told(write_study_file, m
     record_rates(gains)
     names = {c.name for c in expand("mine").comparisons}
     assert "arm-thin" not in names and {"arm-full", "arm-lora"} <= names
-    collect_experiment(expand("mine"))
-    study = StudyResults("mine")
+    study = collected()
     study.require_finished()
     found = contrasts(study)
     assert list(found["arm"]) == ["lora"] and set(found["against"]) == {"full"}
@@ -461,9 +462,8 @@ def test_an_arm_that_a_card_cannot_hold_is_left_out_and_told(write_study_file, m
     assert settings is not None and study_facts(study, settings)["left_out"] == "thin (memory ran out)"
     record(members("tune-full")[1], status="oom")
     choose_rates(expand("mine"), 3)
-    collect_experiment(expand("mine"))
     with pytest.raises(InputError, match="its reference arm `full` is left out"):
-        contrasts(StudyResults("mine"))
+        contrasts(collected())
     record(members("tune-lora")[1], status="oom")
     with pytest.raises(InputError, match="memory ran out in every one -> see `peftscope expand mine`"):
         choose_rates(expand("mine"), 3)
@@ -519,8 +519,7 @@ def test_the_lowest_loss_along_shuffled_runs_is_what_the_form_explains(tuned: No
             record(run, heldout=2.9, validation=2.8, curve={1: 2.7, 2: 2.4})
     for run in own:
         record(run, heldout=1.0, validation=1.1, curve={1: 2.0, 2: 1.5})
-    collect_experiment(expand("mine"))
-    study = StudyResults("mine")
+    study = collected()
     assert study.task_gain == pytest.approx(2.4 - 1.1)
     # Batches of four; 1.3 lies half way between the losses after the second and the third step.
     assert study.samples_to(1.3, "lora") == pytest.approx([10.0] * 6)
@@ -535,8 +534,7 @@ def test_an_arm_may_have_a_given_rate_or_that_of_another(write_study_file) -> No
     assert {sweep.runs[run].learning_rate for run in members("arm-paper")} == {2e-5}
     assert {sweep.runs[run].learning_rate for run in members("arm-short")} == {3e-3}
     record_comparison(GAINS | {"paper": GAINS["thin"], "short": GAINS["lora"]})
-    collect_experiment(expand("mine"))
-    study = StudyResults("mine")
+    study = collected()
     assert study.arms == ["full", "lora", "paper", "short", "thin"]
     assert study.rate("paper").best == 2e-5 and study.rate("short").regret == 0
     study._chosen["lora"] = {"learning_rate": 1e-3, "tried": [], "regret_rms": 0.02}
@@ -578,8 +576,7 @@ def test_contrasts_are_paired_by_seed_and_corrected_for_their_number(finished: S
 def test_a_study_may_compare_two_of_its_arms_as_well(write_study_file) -> None:
     write_study_file(contrasts=[["thin", "lora"]])
     record_comparison()
-    collect_experiment(expand("mine"))
-    study = StudyResults("mine")
+    study = collected()
     table = contrasts(study)
     assert table[["arm", "against"]].to_numpy().tolist() == [["lora", "full"], ["thin", "full"], ["thin", "lora"]]
     added = table.iloc[-1]
@@ -616,8 +613,7 @@ def test_a_control_without_any_spread_is_no_difference(tuned: None) -> None:
     again = [run for run in members("control-a-a-lora") if run not in own]
     for run, gain in zip(again, GAINS["lora"], strict=True):
         record(run, heldout=BASE_LOSS - gain)
-    collect_experiment(expand("mine"))
-    row = controls(StudyResults("mine")).set_index("control").loc["a-a"]
+    row = controls(collected()).set_index("control").loc["a-a"]
     assert (row["difference"], row["difference_low"], row["difference_high"]) == (0, 0, 0)
 
 
@@ -818,8 +814,7 @@ def test_points_of_exact_match_are_those_of_the_whole_split_where_both_arms_have
             found.quality.exact_match, found.quality.greedy_match = generated, greedy
             write_record(Path("results/runs") / run / "record.json", found)
     record(members("arm-lora")[0], status="diverged")
-    collect_experiment(expand("mine"))
-    table = contrasts(StudyResults("mine")).set_index("arm")["accuracy"]
+    table = contrasts(collected()).set_index("arm")["accuracy"]
     assert table["lora"] == pytest.approx((5 * 5 - 40) / 6)  # the untouched base gets none right
     assert table["thin"] == pytest.approx(-25)
 
@@ -846,8 +841,7 @@ def test_nothing_is_concluded_from_half_a_study(tuned: None) -> None:
 def test_a_run_that_diverged_stays_in_its_pair_as_the_untouched_base(tuned: None) -> None:
     record_comparison()
     record(members("arm-lora")[2], status="diverged")
-    collect_experiment(expand("mine"))
-    study = StudyResults("mine")
+    study = collected()
     row = contrasts(study).set_index("arm").loc["lora"]
     assert (row["n"], row["diverged"]) == (6, 1)
     assert row["difference"] == pytest.approx((sum(GAINS["lora"]) - GAINS["lora"][2]) / 6 - 2.0)
@@ -866,9 +860,8 @@ def test_a_run_that_did_not_end_well_is_still_to_be_made(status: str, said: str,
     record_comparison()
     run = members("arm-lora")[2]
     record(run, status=status)
-    collect_experiment(expand("mine"))
     with pytest.raises(InputError, match=said.format(run=run)):
-        contrasts(StudyResults("mine"))
+        contrasts(collected())
 
 
 def test_without_a_task_gain_there_is_no_yardstick(tuned: None) -> None:
@@ -887,9 +880,8 @@ def test_rates_that_were_chosen_under_other_settings_do_not_count(at_three_rates
     path = Path("experiments/mine.yaml")
     path.write_text(path.read_text().replace("steps: 3", "steps: 5"))
     assert len(expand("mine").runs) == 1 + 9
-    collect_experiment(expand("mine"))
     with pytest.raises(InputError, match="chosen under other settings"):
-        StudyResults("mine").tuning_runs("lora")
+        collected().tuning_runs("lora")
 
 
 def test_the_report_of_half_a_study_says_so(write_study_file, toy: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,25 @@ from peftscope.words import spoken_bytes
 SITUATIONS = sorted((REPOSITORY / "tests" / "advice").glob("*.yaml"))
 
 
+@cache
 def findings() -> dict[str, dict[str, Any]]:
     return known_findings()[0]
 
 
+@cache
+def rules() -> Rules:
+    return read_rules()
+
+
 def with_verdicts(**verdicts: str) -> dict[str, dict[str, Any]]:
-    changed = deepcopy(findings())
-    for claim, verdict in verdicts.items():
-        changed[claim]["verdict"] = verdict
-    return changed
+    return findings() | {claim: findings()[claim] | {"verdict": verdict} for claim, verdict in verdicts.items()}
 
 
 def advice_for(asked: dict[str, Any], measured: tuple[int, ...] = (), **verdicts: str) -> Advice:
     asked = dict(asked)
     model, gpu = describe_model(asked.pop("model")), find_gpu(asked.pop("gpu"))
     asked.setdefault("seq_len", max(measured, default=USUAL_LENGTH))
-    return advise(Situation(model, gpu, lengths=measured, **asked), read_rules(), with_verdicts(**verdicts))
+    return advise(Situation(model, gpu, lengths=measured, **asked), rules(), with_verdicts(**verdicts))
 
 
 def line(advice: Advice, setting: str) -> Any:
@@ -96,18 +99,17 @@ def test_ten_situations(path: Path) -> None:
 
 
 def test_every_claim_study_and_method_of_the_rules_exists_and_none_is_refuted() -> None:
-    rules = read_rules()
     assert len(SITUATIONS) == 10
     ledger = Path(CLAIMS_FILE).read_text()  # as text, because reading it as a ledger loads every check
-    assert list(rules.problems(re.findall(r"^    ([SP]\d+):$", ledger, re.MULTILINE))) == []
-    assert rules.refuted(findings()) == []
+    assert list(rules().problems(re.findall(r"^    ([SP]\d+):$", ledger, re.MULTILINE))) == []
+    assert rules().refuted(findings()) == []
 
 
 def test_a_recommendation_whose_claim_is_missing_or_refuted_is_a_problem() -> None:
-    rules, claims = read_rules(), list(findings())
-    assert [p.message for p in rules.problems([c for c in claims if c != "P18"])] == ["no such claim (got P18)"]
-    assert [p.where for p in rules.refuted(with_verdicts(P18="wrong"))] == ["changes: qlora"]
-    assert [p.where.split(": ")[1] for p in rules.refuted(with_verdicts(S54="holds"))] == ["method"]
+    claims = list(findings())
+    assert [p.message for p in rules().problems([c for c in claims if c != "P18"])] == ["no such claim (got P18)"]
+    assert [p.where for p in rules().refuted(with_verdicts(P18="wrong"))] == ["changes: qlora"]
+    assert [p.where.split(": ")[1] for p in rules().refuted(with_verdicts(S54="holds"))] == ["method"]
     content = yaml.safe_load(Path(ADVICE_FILE).read_text())
     content["rules"] = [rule for rule in content["rules"] if rule["setting"] != "rank" or rule.get("claims")]
     assert [p.where for p in Rules.model_validate(content).problems(claims)] == ["rules: rank"]
