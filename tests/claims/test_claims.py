@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Command
 from ledger_parts import PUBLISHED_CLAIMS, changed_part, claims, published_findings
 
 from peftscope.claims.checks.quantised_models import WINDOWS
@@ -21,7 +20,6 @@ from peftscope.claims.measurement import Measurement, NotRunError
 from peftscope.claims.stored import read_findings, stored_measurements, unexplained_changes
 from peftscope.claims.verdict import READINGS, Reading, Rule, Verdict, judge
 from peftscope.cli.claims import _measure
-from peftscope.cli.main import main
 from peftscope.errors import InputError
 from peftscope.files.content import read_yaml
 from peftscope.layout import CLAIMS_FILE, shipped
@@ -521,22 +519,13 @@ def test_published_measurements_on_text_are_of_as_many_windows_as_today() -> Non
         (["--published"], "results/published/claims.json: no such file"),
     ],
 )
-def test_a_wrong_question_is_answered_with_a_hint(
-    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["peftscope", "claims", *options])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 2 and said in capsys.readouterr().err
+def test_a_wrong_question_is_answered_with_a_hint(options: list[str], said: str, peftscope: Command) -> None:
+    code, _, errors = peftscope("claims", *options)
+    assert code == 2 and said in errors
 
 
-def test_one_claim_is_measured_and_shown_with_its_evidence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["peftscope", "claims", "--id", "S13", "--json"])
-    with pytest.raises(SystemExit):
-        main()
-    (finding,) = json.loads(capsys.readouterr().out)
+def test_one_claim_is_measured_and_shown_with_its_evidence(peftscope: Command) -> None:
+    (finding,) = json.loads(peftscope("claims", "--id", "S13", "--json")[1])
     asked = {"claimed", "found", "low", "high", "unit", "n", "rule", "scope", "run_ids", "reason", "known"}
     assert asked <= finding.keys() and (finding["id"], finding["verdict"]) == ("S13", "holds")
 
