@@ -39,7 +39,7 @@ def test_values_without_spread_say_nothing_of_their_uncertainty(value: float) ->
 @pytest.mark.parametrize(("n", "student", "bootstrap"), [(3, 0.95, 0.76), (5, 0.95, 0.92), (8, 0.95, 0.94)])
 def test_coverage_is_what_the_docs_say(n: int, student: float, bootstrap: float) -> None:
     random = np.random.default_rng(0)
-    samples = [random.normal(size=n) for _ in range(800)]
+    samples = [random.normal(size=n) for _ in range(1500)]
 
     def coverage(intervals: list[tuple[float, float]]) -> float:
         return sum(low <= 0 <= high for low, high in intervals) / len(intervals)
