@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from ledger_parts import part_with
 
+from peftscope.analysis import capacity
 from peftscope.analysis.capacity import breaks, fit_break, stored_bits
 from peftscope.analysis.study import HELDOUT
-from peftscope.claims.evaluate import PartFinding, evaluate_part
-from peftscope.claims.ledger import Part, read_ledger
+from peftscope.claims.evaluate import evaluate_part
 from peftscope.claims.verdict import Verdict
 from peftscope.layout import results_folder
 from peftscope.planning.published import VALIDATION
@@ -75,7 +76,8 @@ def write_runs(
 
 
 @pytest.fixture
-def here(own_folder: Path) -> Path:
+def here(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(capacity, "DRAWS", 100)
     return own_folder
 
 
@@ -117,17 +119,8 @@ def test_sizes_on_one_side_of_a_break_do_not_bound_it(true: float) -> None:
     assert not fit_break(given, np.minimum(given, true) + given * noise).is_bounded
 
 
-def part_on(claim: str, check: str, **given: Any) -> Part:
-    parts = next(claim_ for claim_ in read_ledger() if claim_.id == claim).parts
-    return next(part for part in parts if part.check == check and given.items() <= part.with_.items())
-
-
-def found(claim: str, check: str, **given: Any) -> PartFinding:
-    return evaluate_part(part_on(claim, check, **given))
-
-
 def test_the_claim_on_two_bits_follows_the_break(here: Path) -> None:
-    part = part_on("P5", "capacity.bits_per_parameter", model="toy")
+    part = part_with("P5", "capacity.bits_per_parameter", model="toy")
     assert evaluate_part(part).verdict is Verdict.NOT_RUN
     write_runs(2.0)
     about_two = evaluate_part(part)
@@ -159,7 +152,7 @@ def test_claims_on_ranks_follow_what_they_store(here: Path) -> None:
         return [
             evaluate_part(part.model_copy(update={"with_": {**part.with_, **ranks}})).verdict
             for name, (check, given) in questions.items()
-            for part in [part_on(name, check, **given)]
+            for part in [part_with(name, check, **given)]
             for ranks in [{"ranks": [1, 4, 16]} if name == "P16" else {"control": 16}]
         ]
 

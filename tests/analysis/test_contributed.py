@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from functools import cache
@@ -13,11 +15,11 @@ from typing import Any
 import pandas as pd
 import pytest
 from conftest import Command
+from ledger_parts import claims
 
 from peftscope.analysis.collect import row_of
 from peftscope.analysis.contributed import Contribution, anonymous, check, pack, read_contribution, read_contributions
-from peftscope.claims.evaluate import evaluate_part
-from peftscope.claims.ledger import Part, read_ledger
+from peftscope.claims.evaluate import PartFinding, evaluate_part
 from peftscope.claims.verdict import Verdict
 from peftscope.errors import InputError
 from peftscope.planning.sweep import expand
@@ -46,11 +48,9 @@ def specs() -> dict[str, RunSpec]:
     return expand("gpu-check", "cuda").runs
 
 
-@cache
-def parts() -> dict[str, Part]:
-    """Returns the last part of some claims that a card decides, by claim."""
-    found = {c.id: [p for p in c.parts if p.check.startswith("gpu.")] for c in read_ledger() if c.id in ("S71", "S74")}
-    return {claim: those[-1] for claim, those in found.items()}
+def found_on_cards(claim: str) -> PartFinding:
+    """Returns what cards have found now about the last part of a claim that they decide."""
+    return evaluate_part([part for part in claims()[claim].parts if part.check.startswith("gpu.")][-1])
 
 
 def record_of(run: str, **changes: Any) -> RunRecord:
@@ -127,6 +127,21 @@ def card(tmp_path: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     return fill
 
 
+@pytest.fixture(scope="module")
+def sound(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A contribution in which nothing is wrong."""
+    folder = tmp_path_factory.mktemp("sound")
+    (folder / "experiments").symlink_to(workspace / "experiments")
+    with contextlib.chdir(folder):
+        identity = run_named("S71")
+        write_record(Path("results/runs") / identity / "record.json", record_of(identity))
+        (contribution,) = pack("gpu-check")
+        path = folder / contribution.path()
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(contribution.content()))
+    return path
+
+
 def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
     """Edits a contribution, puts its checksum right, renames it accordingly, and returns its new path."""
     content = json.loads(path.read_text())
@@ -179,16 +194,16 @@ def test_a_run_of_no_repository_is_told_beside_one_of_a_commit(card: Any, peftsc
 
 def check_claims() -> None:
     """Checks that contributed runs decide what no card of ours has measured, and are named as what they are."""
-    found = {claim: evaluate_part(part) for claim, part in parts().items()}
-    assert found["S71"].verdict == Verdict.HOLDS and found["S71"].known == "on a contributed card"
-    assert found["S71"].to_json()["contributed"] and "(contributed)" in found["S71"].to_json()["model"]
-    assert found["S74"].verdict == Verdict.NOT_RUN
+    theirs = found_on_cards("S71")
+    assert theirs.verdict == Verdict.HOLDS and theirs.known == "on a contributed card"
+    assert theirs.to_json()["contributed"] and "(contributed)" in theirs.to_json()["model"]
+    assert found_on_cards("S74").verdict == Verdict.NOT_RUN
     # A card of ours that measured the same decides alone.
     ours = record_of(run_named("S71"), latency=latency(2))
     Path("results/gpu-check").mkdir()
     row = {"run_id": ours.run_id, "comparisons": "grid", **row_of(ours.spec, ours)}
     pd.DataFrame([row]).to_csv("results/gpu-check/runs.csv", index=False)
-    own = evaluate_part(parts()["S71"])
+    own = found_on_cards("S71")
     assert own.verdict == Verdict.WRONG and own.known == "on a card"
 
 
@@ -228,18 +243,22 @@ def record(edit: Edit) -> Edit:
         (lambda c: c.update(card="Another card"), "not the name that its card and content give"),
     ],
 )
-def test_a_file_that_is_not_sound_is_refused_in_a_sentence(
-    edit: Edit, said: str, card: Any, peftscope: Command
-) -> None:
-    card("S71")
-    assert peftscope("contribute", "--yes")[0] == 0
-    (path,) = Path("results/contributed").rglob("*.json")
-    changed = change(path, edit)
+def test_a_file_that_is_not_sound_is_refused_in_a_sentence(edit: Edit, said: str, sound: Path, tmp_path: Path) -> None:
+    path = tmp_path / sound.parent.name / sound.name
+    path.parent.mkdir()
+    changed = change(shutil.copy(sound, path), edit)
     with pytest.raises(InputError) as refused:
         read_contribution(changed)
     assert said in str(refused.value) and str(changed) in str(refused.value), refused.value
+
+
+def test_the_page_of_contributions_is_not_written_where_one_is_not_sound(card: Any, peftscope: Command) -> None:
+    card("S71")
+    assert peftscope("contribute", "--yes")[0] == 0
+    (path,) = Path("results/contributed").rglob("*.json")
+    change(path, record(lambda r: r["train_nll"].pop()))
     code, _, errors = peftscope("contributed")
-    assert code == 2 and said in errors
+    assert code == 2 and "23 losses for 24 steps" in errors
 
 
 def test_damaged_files_are_refused_and_decide_nothing(card: Any) -> None:
@@ -252,7 +271,7 @@ def test_damaged_files_are_refused_and_decide_nothing(card: Any) -> None:
         path.write_bytes(damaged.encode(errors="surrogateescape"))
         with pytest.raises(InputError, match=path.name):
             read_contributions()
-        finding = evaluate_part(parts()["S71"])
+        finding = found_on_cards("S71")
         assert finding.verdict == Verdict.NOT_RUN and path.name in finding.reason
     path.write_text(text)
     assert list(read_contributions()) == [path]

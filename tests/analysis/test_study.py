@@ -6,6 +6,7 @@ import html
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,7 +26,6 @@ from peftscope.analysis.tuning import choose_next, choose_rates
 from peftscope.claims.checks import training
 from peftscope.claims.evaluate import evaluate_part
 from peftscope.claims.ledger import Part
-from peftscope.claims.measurement import NotRunError
 from peftscope.claims.verdict import Rule, Verdict, judge
 from peftscope.cli.main import report
 from peftscope.cli.study import describe
@@ -148,6 +148,11 @@ def record_comparison(gains_of: dict[str, list[float]] = GAINS) -> None:
             record(run, heldout=BASE_LOSS - gain)
 
 
+def collected() -> StudyResults:
+    collect_experiment(expand("mine"))
+    return StudyResults("mine")
+
+
 def record_rates(gains_of: dict[str, list[float]] = GAINS, beside: float = 0.3, **beside_of: float) -> None:
     """Records all runs of the arms, and decides after each round: the first rates that are known are the best.
 
@@ -173,21 +178,39 @@ def tuned(write_study_file) -> None:
     write_study_file()
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[], None]], None]:
+    """Makes results in the current folder, or copies them from where they were made before under the same name."""
+    folder = tmp_path_factory.mktemp("made")
+
+    def make(name: str, record_all: Callable[[], None]) -> None:
+        if not (folder / name).exists():
+            record_all()
+            collect_experiment(expand("mine"))
+            shutil.copytree("results", folder / name)
+        else:
+            shutil.copytree(folder / name, "results")
+
+    return make
+
+
 @pytest.fixture
-def at_three_rates(write_study_file) -> StudyResults:
+def at_three_rates(write_study_file, made) -> StudyResults:
     """A study whose arms ran at three rates each, with the best in the middle."""
+
+    def record_all() -> None:
+        record_tuning()
+        record_rates()
+        record_comparison()
+
     write_study_file(**TUNED)
-    record_tuning()
-    record_rates()
-    record_comparison()
-    collect_experiment(expand("mine"))
+    made("at three rates", record_all)
     return StudyResults("mine")
 
 
 @pytest.fixture
-def finished(tuned: None) -> StudyResults:
-    record_comparison()
-    collect_experiment(expand("mine"))
+def finished(tuned: None, made) -> StudyResults:
+    made("finished", record_comparison)
     return StudyResults("mine")
 
 
@@ -260,6 +283,21 @@ def test_a_control_changes_one_thing(tuned: None) -> None:
         ({"controls": {"lora": ["twice"]}}, "study.controls.lora[0]"),
         ({"arms": STUDY["study"]["arms"] | {"lora": {"method": "lora", "seed": 3}}}, "the study's to set"),
         ({"arms": STUDY["study"]["arms"] | {"lora": {"method": "lora", "rnk": 3}}}, "did you mean `rank`?"),
+        ({"given_rates": {"lora": 1e-4}}, "arms with more than one rate: lora; each arm"),
+        ({"given_rates": {"thing": 1e-4}}, "rates of what is no arm: thing; each arm"),
+        ({"given_rates": {"lora": 0}}, "given_rates.lora"),
+        (TUNED | {"given_rates": {"lora": 1e-4}}, "arms with more than one rate: lora; each arm"),
+        ({"borrowed_rates": {"thin": {"arm": "lora", "time": 2}}}, "borrowed_rates.thin.time"),
+        ({"tuning": {"seed": 4}}, "tuning may only change what is measured"),
+        ({"tuning": {"method": "dora"}}, "tuning may only change what is measured"),
+        (
+            TUNED | {"tuning": {"validation_items": 0}},
+            "fixed.validation_items: a study chooses its rates by validation",
+        ),
+        (
+            TUNED | {"arms": STUDY["study"]["arms"] | {"thin": {"method": "lora", "task": "time-intervals"}}},
+            "runs: no run of the untouched base has model toy and task time-intervals",
+        ),
     ],
 )
 def test_a_wrong_study_is_refused_with_its_place(changes: dict[str, Any], said: str, write_study_file) -> None:
@@ -321,8 +359,7 @@ def test_one_rate_follows_beyond_an_end_at_most_twice_and_the_end_is_told(write_
     for run in members("control-shuffled-labels-lora"):
         if run not in members("arm-lora"):
             record(run, heldout=2.5)
-    collect_experiment(expand("mine"))
-    study = StudyResults("mine")
+    study = collected()
     assert study.rate("lora").best == 1.9e-4 and len(study.rate("lora").losses) == 5
     assert study.arms_at_an_end == ["lora"]
     settings = expand("mine").experiment.study
@@ -361,8 +398,7 @@ def test_one_lucky_and_one_unlucky_seed_decide_nothing(write_study_file) -> None
             record(run, status="diverged")
     choose_rates(expand("mine"), 3)
     record_comparison(GAINS | {"lora": [GAINS["lora"][0], 0.0, *GAINS["lora"][2:]]})
-    collect_experiment(expand("mine"))
-    study = StudyResults("mine")
+    study = collected()
     assert study.rate("lora").best == 1e-3
     kept = sorted(BASE_LOSS - gain for gain in [GAINS["lora"][0], 0.0, *GAINS["lora"][2:]])[1:-1]
     assert study.rate("lora").losses[1e-3] == pytest.approx(sum(kept) / 4)
@@ -402,8 +438,7 @@ def test_a_choice_between_rates_that_depends_on_one_seed_widens_the_interval(wri
             record(run, heldout=[1.42, 1.41, 1.43, 1.9, 1.42, 1.9][spec.seed])
     choose_rates(expand("mine"), 3)
     record_comparison()
-    collect_experiment(expand("mine"))
-    study = StudyResults("mine")
+    study = collected()
     wide = study.difference("thin", "full").half_width()
     without = StudyResults("mine")
     without.table = study.table[~((study.table["label"] == "LoRA") & (study.table["learning_rate"] == 1.7e-3))]
@@ -419,8 +454,7 @@ def test_an_arm_that_a_card_cannot_hold_is_left_out_and_told(write_study_file, m
     record_rates(gains)
     names = {c.name for c in expand("mine").comparisons}
     assert "arm-thin" not in names and {"arm-full", "arm-lora"} <= names
-    collect_experiment(expand("mine"))
-    study = StudyResults("mine")
+    study = collected()
     study.require_finished()
     found = contrasts(study)
     assert list(found["arm"]) == ["lora"] and set(found["against"]) == {"full"}
@@ -428,9 +462,8 @@ def test_an_arm_that_a_card_cannot_hold_is_left_out_and_told(write_study_file, m
     assert settings is not None and study_facts(study, settings)["left_out"] == "thin (memory ran out)"
     record(members("tune-full")[1], status="oom")
     choose_rates(expand("mine"), 3)
-    collect_experiment(expand("mine"))
     with pytest.raises(InputError, match="its reference arm `full` is left out"):
-        contrasts(StudyResults("mine"))
+        contrasts(collected())
     record(members("tune-lora")[1], status="oom")
     with pytest.raises(InputError, match="memory ran out in every one -> see `peftscope expand mine`"):
         choose_rates(expand("mine"), 3)
@@ -443,10 +476,6 @@ def test_fields_of_the_tuning_runs_are_theirs_alone(write_study_file) -> None:
     sweep = expand("mine")
     items = {c.name.split("-")[0]: {sweep.runs[run].heldout_items for run in c.runs} for c in sweep.comparisons}
     assert items == {"runs": {8}, "tune": {4}, "rates": {8}, "grid": {8}, "arm": {8}, "control": {8}}
-    for field in ({"seed": 4}, {"method": "dora"}, {"rank": 4}):
-        write_study_file(tuning=field)
-        with pytest.raises(InputError, match=rf"tuning may only change what is measured .*got {next(iter(field))}"):
-            expand("mine")
 
 
 def test_choosing_needs_every_record(write_study_file) -> None:
@@ -464,16 +493,6 @@ def test_an_arm_that_is_left_out_takes_its_rates_and_controls_along(own) -> None
     own("child", "extends: parent\nstudy: {arms: {thin: null}}\n")
     assert {c.name for c in expand("child").comparisons} >= {"arm-full", "arm-lora", "control-a-a-lora"}
     assert "arm-thin" not in {c.name for c in expand("child").comparisons}
-
-
-def test_a_study_that_could_not_answer_is_refused_before_its_runs(write_study_file) -> None:
-    write_study_file(**TUNED, tuning={"validation_items": 0})
-    with pytest.raises(InputError, match=r"fixed\.validation_items: a study chooses its rates by validation loss"):
-        expand("mine")
-    strange = {"method": "lora", "rank": 1, "task": "time-intervals"}
-    write_study_file(**TUNED, arms=STUDY["study"]["arms"] | {"thin": strange})
-    with pytest.raises(InputError, match=r"runs: no run of the untouched base has model toy and task time-intervals"):
-        expand("mine")
 
 
 # An arm that enters again.
@@ -500,8 +519,7 @@ def test_the_lowest_loss_along_shuffled_runs_is_what_the_form_explains(tuned: No
             record(run, heldout=2.9, validation=2.8, curve={1: 2.7, 2: 2.4})
     for run in own:
         record(run, heldout=1.0, validation=1.1, curve={1: 2.0, 2: 1.5})
-    collect_experiment(expand("mine"))
-    study = StudyResults("mine")
+    study = collected()
     assert study.task_gain == pytest.approx(2.4 - 1.1)
     # Batches of four; 1.3 lies half way between the losses after the second and the third step.
     assert study.samples_to(1.3, "lora") == pytest.approx([10.0] * 6)
@@ -516,8 +534,7 @@ def test_an_arm_may_have_a_given_rate_or_that_of_another(write_study_file) -> No
     assert {sweep.runs[run].learning_rate for run in members("arm-paper")} == {2e-5}
     assert {sweep.runs[run].learning_rate for run in members("arm-short")} == {3e-3}
     record_comparison(GAINS | {"paper": GAINS["thin"], "short": GAINS["lora"]})
-    collect_experiment(expand("mine"))
-    study = StudyResults("mine")
+    study = collected()
     assert study.arms == ["full", "lora", "paper", "short", "thin"]
     assert study.rate("paper").best == 2e-5 and study.rate("short").regret == 0
     study._chosen["lora"] = {"learning_rate": 1e-3, "tried": [], "regret_rms": 0.02}
@@ -526,22 +543,6 @@ def test_an_arm_may_have_a_given_rate_or_that_of_another(write_study_file) -> No
     assert study.rate("short").regret == 0.02 and study.rate("paper").regret == 0
     with pytest.raises(InputError, match="the arm `paper` was not tuned: its rate was given"):
         study.tuning_runs("paper")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"given_rates": {"lora": 1e-4}}, "arms with more than one rate: lora; each arm"),
-        ({"given_rates": {"thing": 1e-4}}, "rates of what is no arm: thing; each arm"),
-        ({"given_rates": {"lora": 0}}, "given_rates.lora"),
-        (TUNED | {"given_rates": {"lora": 1e-4}}, "arms with more than one rate: lora; each arm"),
-        ({"borrowed_rates": {"thin": {"arm": "lora", "time": 2}}}, "borrowed_rates.thin.time"),
-    ],
-)
-def test_wrong_rates_are_named(write_study_file, changes: dict[str, Any], message: str) -> None:
-    write_study_file(**changes)
-    with pytest.raises(InputError, match=message):
-        expand("mine")
 
 
 def test_power_counts_what_is_known_of_the_best_rate_of_each_method(repository: Path, monkeypatch: Any) -> None:
@@ -575,8 +576,7 @@ def test_contrasts_are_paired_by_seed_and_corrected_for_their_number(finished: S
 def test_a_study_may_compare_two_of_its_arms_as_well(write_study_file) -> None:
     write_study_file(contrasts=[["thin", "lora"]])
     record_comparison()
-    collect_experiment(expand("mine"))
-    study = StudyResults("mine")
+    study = collected()
     table = contrasts(study)
     assert table[["arm", "against"]].to_numpy().tolist() == [["lora", "full"], ["thin", "full"], ["thin", "lora"]]
     added = table.iloc[-1]
@@ -587,17 +587,14 @@ def test_a_study_may_compare_two_of_its_arms_as_well(write_study_file) -> None:
     page = Path("results/mine/tables/contrasts.html").read_text()
     assert all("LoRA, thin against" in text for text in (figure, page))
     said = answer(table, study.labels)
-    assert said.startswith(
-        "Of the arms, 1 of 2 is behind full fine-tuning by more than 2.5 % of the task gain (LoRA, thin −"
+    assert re.search(
+        r"1 of 2 .*more than 2\.5 % .*LoRA, thin −.*; 1 of 2 .*LoRA −.* LoRA, thin is behind LoRA by", said
     )
-    assert "; 1 of 2 is behind full fine-tuning (LoRA −" in said
-    assert " LoRA, thin is behind LoRA by more than 2.5 % of the task gain (−" in said
     # Of many comparisons it tells no numbers, but it still tells the sides apart.
     better = table.assign(difference=-table["difference"])
     said = answer(pd.concat([table, better, table]), study.labels)
-    assert "2 of 6 are behind full fine-tuning by more than 2.5 % of the task gain (LoRA, thin; LoRA, thin)" in said
-    assert "1 of 6 is ahead of full fine-tuning by more than 2.5 % of the task gain (LoRA, thin)" in said
-    assert " LoRA, thin is ahead of LoRA by more than 2.5 % of the task gain." in said and "[" not in said
+    assert "2 of 6 are behind" in said and "1 of 6 is ahead" in said and "LoRA, thin is ahead of LoRA" in said
+    assert "[" not in said
     assert "[" in answer(pd.concat([table, better, table[:2]]), study.labels)
 
 
@@ -616,8 +613,7 @@ def test_a_control_without_any_spread_is_no_difference(tuned: None) -> None:
     again = [run for run in members("control-a-a-lora") if run not in own]
     for run, gain in zip(again, GAINS["lora"], strict=True):
         record(run, heldout=BASE_LOSS - gain)
-    collect_experiment(expand("mine"))
-    row = controls(StudyResults("mine")).set_index("control").loc["a-a"]
+    row = controls(collected()).set_index("control").loc["a-a"]
     assert (row["difference"], row["difference_low"], row["difference_high"]) == (0, 0, 0)
 
 
@@ -818,15 +814,9 @@ def test_points_of_exact_match_are_those_of_the_whole_split_where_both_arms_have
             found.quality.exact_match, found.quality.greedy_match = generated, greedy
             write_record(Path("results/runs") / run / "record.json", found)
     record(members("arm-lora")[0], status="diverged")
-    collect_experiment(expand("mine"))
-    table = contrasts(StudyResults("mine")).set_index("arm")["accuracy"]
+    table = contrasts(collected()).set_index("arm")["accuracy"]
     assert table["lora"] == pytest.approx((5 * 5 - 40) / 6)  # the untouched base gets none right
     assert table["thin"] == pytest.approx(-25)
-
-
-def test_three_rates_give_no_interval_of_the_best_one(at_three_rates: StudyResults) -> None:
-    with pytest.raises(NotRunError, match="`lora` has fewer than four rates"):
-        training.learning_rate_ratio("mine", "lora", "full")
 
 
 def test_nothing_is_concluded_from_half_a_study(tuned: None) -> None:
@@ -834,8 +824,7 @@ def test_nothing_is_concluded_from_half_a_study(tuned: None) -> None:
         {
             "kind": "training",
             "measures": "a gain",
-            "check": "training.heldout_gain",
-            "with": {"study": "mine", "arm": "lora", "against": "full"},
+            "training.heldout_gain": {"study": "mine", "arm": "lora", "against": "full"},
             "rule": {"better_by": 0},
         }
     )
@@ -851,8 +840,7 @@ def test_nothing_is_concluded_from_half_a_study(tuned: None) -> None:
 def test_a_run_that_diverged_stays_in_its_pair_as_the_untouched_base(tuned: None) -> None:
     record_comparison()
     record(members("arm-lora")[2], status="diverged")
-    collect_experiment(expand("mine"))
-    study = StudyResults("mine")
+    study = collected()
     row = contrasts(study).set_index("arm").loc["lora"]
     assert (row["n"], row["diverged"]) == (6, 1)
     assert row["difference"] == pytest.approx((sum(GAINS["lora"]) - GAINS["lora"][2]) / 6 - 2.0)
@@ -871,9 +859,8 @@ def test_a_run_that_did_not_end_well_is_still_to_be_made(status: str, said: str,
     record_comparison()
     run = members("arm-lora")[2]
     record(run, status=status)
-    collect_experiment(expand("mine"))
     with pytest.raises(InputError, match=said.format(run=run)):
-        contrasts(StudyResults("mine"))
+        contrasts(collected())
 
 
 def test_without_a_task_gain_there_is_no_yardstick(tuned: None) -> None:
@@ -892,9 +879,8 @@ def test_rates_that_were_chosen_under_other_settings_do_not_count(at_three_rates
     path = Path("experiments/mine.yaml")
     path.write_text(path.read_text().replace("steps: 3", "steps: 5"))
     assert len(expand("mine").runs) == 1 + 9
-    collect_experiment(expand("mine"))
     with pytest.raises(InputError, match="chosen under other settings"):
-        StudyResults("mine").tuning_runs("lora")
+        collected().tuning_runs("lora")
 
 
 def test_the_report_of_half_a_study_says_so(write_study_file, toy: Path) -> None:
@@ -906,15 +892,6 @@ def test_the_report_of_half_a_study_says_so(write_study_file, toy: Path) -> None
     report("mine")
     page = Path("reports/mine/report.html").read_text()
     assert "its last runs have not begun" in page and 'id="tuning"' not in page
-    record_rates()
-    record_comparison()
-    report("mine")
-    page = Path("reports/mine/report.html").read_text()
-    assert (
-        "not finished" not in page
-        and 'id="tuning"' in page
-        and "Rings mark what was chosen: full fine-tuning 0.0001" in page
-    )
 
 
 # A second sitting.
@@ -967,8 +944,9 @@ def test_the_first_runs_of_a_study_are_published_before_a_rate_is_chosen(write_s
 
 
 def test_a_finished_study_is_published_with_runs_that_diverged(at_three_rates: StudyResults) -> None:
-    write_study("mine")
     report("mine")
+    page = Path("reports/mine/report.html").read_text()
+    assert "not finished" not in page and 'id="tuning"' in page
     Path("results/mine/all-runs-ended-well").touch()
     publish("mine")
     published = Path("results/published/mine")

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Command
+from ledger_parts import PUBLISHED_CLAIMS, changed_part, claims, published_findings
 
-from peftscope.analysis.compare import compare
 from peftscope.claims.checks.quantised_models import WINDOWS
 from peftscope.claims.evaluate import Finding, PartFinding, check_key, evaluate, evaluate_part, moved
 from peftscope.claims.ledger import Change, Claim, Part, read_history, read_ledger
 from peftscope.claims.measurement import Measurement, NotRunError
 from peftscope.claims.stored import read_findings, stored_measurements, unexplained_changes
-from peftscope.claims.verdict import READINGS, Reading, Rule, Verdict, judge, spoken_outcome
+from peftscope.claims.verdict import READINGS, Reading, Rule, Verdict, judge
 from peftscope.cli.claims import _measure
-from peftscope.cli.main import main
 from peftscope.errors import InputError
 from peftscope.files.content import read_yaml
 from peftscope.layout import CLAIMS_FILE, shipped
@@ -72,17 +71,6 @@ def without(*names: str) -> dict[str, Any]:
 # The ledger.
 
 
-def test_every_claim_of_the_chapter_and_the_papers_has_an_entry() -> None:
-    claims = read_ledger()
-    assert [claim.id for claim in claims] == [f"S{n}" for n in range(1, 103)] + [f"P{n}" for n in range(1, 50)]
-
-
-def test_what_is_not_measured_says_why() -> None:
-    for claim in read_ledger():
-        for part in claim.parts:
-            assert part.check or len(part.waits_for) > 20, claim.id
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -130,6 +118,13 @@ def test_a_misspelled_field_is_one_problem(tmp_path: Path) -> None:
     assert problem.where.endswith("parts[0].measure") and problem.remedy == "did you mean `measures`?"
 
 
+def test_every_claim_of_the_chapter_and_the_papers_is_measured_or_says_why_not() -> None:
+    ledger = read_ledger()
+    assert [claim.id for claim in ledger] == [f"S{n}" for n in range(1, 103)] + [f"P{n}" for n in range(1, 50)]
+    for claim in ledger:
+        assert all(part.check or len(part.waits_for) > 20 for part in claim.parts), claim.id
+
+
 def test_two_entries_must_differ(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"Papers\.S13: stands in two sections"):
         ledger_of(tmp_path, ENTRY, ENTRY | {"section": "Papers"})
@@ -153,7 +148,7 @@ def test_a_part_takes_from_its_check_and_its_claim_what_it_does_not_say(tmp_path
 def test_the_ledger_says_each_thing_once() -> None:
     """No part repeats what its check says for all parts, and no rule of a claim stands in its parts again."""
     content = read_yaml(shipped(CLAIMS_FILE))
-    for name, claim in ((name, claim) for claims in content["claims"].values() for name, claim in claims.items()):
+    for name, claim in ((name, claim) for section in content["claims"].values() for name, claim in section.items()):
         for part in claim["parts"]:
             check = next((key for key in part if "." in key), "")
             given = content["checks"].get(check.partition(".")[0], {}) | content["checks"].get(check, {})
@@ -164,7 +159,7 @@ def test_the_ledger_says_each_thing_once() -> None:
 def test_printed_figures_are_read_by_one_table() -> None:
     """A figure that is called about is read as that, or the note says why not; a tolerance of ours has no figure."""
     abouts = 0
-    for claim in read_ledger():
+    for claim in claims().values():
         for part in claim.parts:
             if not part.decides or part.rule is None:
                 continue
@@ -309,22 +304,18 @@ def test_it_says_how_it_is_known() -> None:
     assert PartFinding(part(), Verdict.NOT_RUN).known == ""
 
 
-def test_no_estimate_is_called_computed(repository: Path) -> None:
-    for finding in read_findings(repository / "results/published/claims.json"):
+def test_no_estimate_is_called_computed() -> None:
+    for finding in published_findings():
         for found in finding["parts"]:
             assert found["low"] is None or not found["known"].startswith("computed"), finding["id"]
 
 
-def test_a_verdict_can_be_said_aloud(tmp_path: Path) -> None:
-    condition = ENTRY["parts"][0] | {"declared": "a plan", "scope": "rank 4", "unit": "×"}
-    condition |= {CHECK: {"rows": 4096, "columns": 4096, "rank": 4}, "rule": {"equals": 512, "reads": "plain"}}
-    (claim,) = ledger_of(tmp_path, ENTRY | {"parts": [*ENTRY["parts"], condition]})
+def test_a_verdict_said_aloud_has_the_verdict_of_each_part_and_what_was_found(tmp_path: Path) -> None:
+    other = ENTRY["parts"][0] | {CHECK: {"rows": 8, "columns": 8, "rank": 2}, "rule": {"equals": 2}}
+    (claim,) = ledger_of(tmp_path, ENTRY | {"parts": [*ENTRY["parts"], other]})
     (finding,) = evaluate([claim])
-    assert sentence(finding.to_json("a processor")) == (
-        "Holds in part: “255 times fewer” fails: values of the matrix over values of its factors, found 256, where 255 "
-        "counts as right; “255 times fewer” holds: values of the matrix over values of its factors (rank 4), found "
-        "512 ×, where 512 × ± 5 % counts as right (computed; arithmetic)."
-    )
+    said = sentence(finding.to_json("a processor"))
+    assert re.search(r"Holds in part: .*fails: .*found 256, where 255 .*; .*holds: .*found 2, where 2 ", said), said
 
 
 @pytest.mark.parametrize(
@@ -365,34 +356,6 @@ def test_an_interval_is_drawn_against_what_counts_as_right() -> None:
     assert not interval(PartFinding(part(rule={"equals": "yes"}), Verdict.HOLDS, found=Measurement("yes")).to_json())
 
 
-# Comparisons.
-
-
-@pytest.mark.parametrize(
-    ("differences", "said"),
-    [
-        ((0.1, -0.1, 0.05, -0.05, 0.0), "the same within ±1"),
-        ((0.30, 0.31, 0.29, 0.30, 0.30), "the same within ±1, and above zero"),
-        ((-0.30, -0.31, -0.29, -0.30, -0.30), "the same within ±1, and below zero"),
-        ((2.0, 2.1, 1.9, 2.0, 2.05), "differs by more than the margin of 1"),
-        ((0.9, 1.2, 0.8, 1.3, 0.7), "differs, size open"),
-        ((1.5, -1.0, 0.6, -0.9, 1.1), "open"),
-        ((0.5, 0.5, 0.5), "the same within ±1, and above zero"),
-    ],
-)
-def test_a_comparison_has_four_outcomes_and_says_two_where_both_are_true(
-    differences: tuple[float, ...], said: str
-) -> None:
-    outcome = compare(differences, 1)
-    assert spoken_outcome(outcome) == said
-    swapped = compare([-value for value in differences], 1)
-    assert (swapped.is_same, swapped.differs, swapped.exceeds_margin) == (
-        outcome.is_same,
-        outcome.differs,
-        outcome.exceeds_margin,
-    )
-
-
 # Stored files, and changes of what decides.
 
 
@@ -429,18 +392,16 @@ def test_a_stored_measurement_is_judged_and_not_made_again() -> None:
     assert evaluate_part(part(), stored={}).verdict == Verdict.WRONG
 
 
-def test_what_is_measured_anew_is_not_taken_from_another_claim(repository: Path, tmp_path: Path) -> None:
+def test_what_is_measured_anew_is_not_taken_from_another_claim(tmp_path: Path) -> None:
     """S88 and P21 share a check; a file on P21 alone has its measurement."""
-    findings = json.loads((repository / "results/published/claims.json").read_text())
-    (p21,) = [finding for finding in findings if finding["id"] == "P21"]
+    (p21,) = (deepcopy(finding) for finding in published_findings() if finding["id"] == "P21")
     for each in p21["parts"]:
         each["found"] = 0.5 if each["check"] == "counts.operations_ratio" else each["found"]
     (tmp_path / "claims.json").write_text(json.dumps([p21]))
-    ledger = read_ledger()
-    chosen = [claim for claim in ledger if claim.id == "P21"]
+    ledger = tuple(claims().values())
 
     def ratio(anew: list[str]) -> float:
-        (finding,) = _measure(chosen, ledger, tmp_path / "claims.json", anew)
+        (finding,) = _measure([claims()["P21"]], ledger, tmp_path / "claims.json", anew)
         return next(each["found"] for each in finding["parts"] if each["check"] == "counts.operations_ratio")
 
     assert ratio([]) == 0.5
@@ -497,16 +458,15 @@ def test_verdicts_are_published_only_with_reasons_for_what_changed(own_folder: P
         publish("claims")
 
 
-def test_every_change_since_the_last_published_verdicts_is_explained(repository: Path) -> None:
-    published = read_findings(repository / "results/published/claims.json")
-    assert list(unexplained_changes(read_ledger(), read_history(), published)) == []
+def test_every_change_since_the_last_published_verdicts_is_explained() -> None:
+    published = published_findings()
+    assert list(unexplained_changes(claims().values(), read_history(), published)) == []
 
 
 def test_the_history_is_of_claims_and_in_order() -> None:
     history = read_history()
-    assert {change.claim for change in history} <= {claim.id for claim in read_ledger()}
+    assert {change.claim for change in history} <= claims().keys()
     assert [change.date for change in history] == sorted(change.date for change in history)
-    assert {"S6", "S59", "S45", "S51", "S102", "S25", "S79"} <= {change.claim for change in history}
 
 
 def test_a_check_that_cannot_run_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -529,31 +489,23 @@ def test_a_check_that_cannot_run_says_what_is_missing(monkeypatch: pytest.Monkey
     ],
 )
 def test_values_that_a_check_cannot_take_cost_nothing_but_its_verdict(claim: str, values: dict[str, Any]) -> None:
-    parts = (part for entry in read_ledger() if entry.id == claim for part in entry.parts)
-    asked = next(part for part in parts if values.keys() <= part.with_.keys())
-    found = evaluate_part(asked.model_copy(update={"with_": asked.with_ | values}))
+    asked = next(part for part in claims()[claim].parts if values.keys() <= part.with_.keys())
+    found = evaluate_part(changed_part(asked, **values))
     assert found.verdict == Verdict.NOT_RUN
     assert f"{asked.check} stopped with " in found.reason
     assert all(f"{name}={value!r}" in found.reason for name, value in values.items())
     assert found.reason.isprintable()
 
 
-def test_no_check_stopped_when_the_published_verdicts_were_made(repository: Path) -> None:
-    files = list(repository.glob("results/published/claims.json"))
-    assert files and not [file for file in files if " stopped with " in file.read_text()]
+def test_no_check_stopped_when_the_published_verdicts_were_made() -> None:
+    assert " stopped with " not in PUBLISHED_CLAIMS.read_text()
 
 
-def test_published_measurements_on_text_are_of_as_many_windows_as_today(repository: Path) -> None:
+def test_published_measurements_on_text_are_of_as_many_windows_as_today() -> None:
     """A measurement is published on until it is made again, also where its check has changed since."""
-    published = json.loads((repository / "results/published/claims.json").read_text())
-    parts = [part for claim in published for part in claim["parts"]]
+    parts = [part for claim in published_findings() for part in claim["parts"]]
     on_text = [part for part in parts if re.match(r"quantised_models\.(loss|shift)_", part["check"])]
     assert on_text and {part["n"] for part in on_text} == {WINDOWS}
-
-
-def test_what_is_written_is_the_same_every_time() -> None:
-    first, second = (json.dumps(evaluate_part(part()).to_json(), sort_keys=True) for _ in range(2))
-    assert first == second
 
 
 @pytest.mark.parametrize(
@@ -567,37 +519,14 @@ def test_what_is_written_is_the_same_every_time() -> None:
         (["--published"], "results/published/claims.json: no such file"),
     ],
 )
-def test_a_wrong_question_is_answered_with_a_hint(
-    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["peftscope", "claims", *options])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 2 and said in capsys.readouterr().err
+def test_a_wrong_question_is_answered_with_a_hint(options: list[str], said: str, peftscope: Command) -> None:
+    code, _, errors = peftscope("claims", *options)
+    assert code == 2 and said in errors
 
 
-def test_one_claim_is_measured_and_shown_with_its_evidence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["peftscope", "claims", "--id", "S13", "--json"])
-    with pytest.raises(SystemExit):
-        main()
-    (finding,) = json.loads(capsys.readouterr().out)
-    asked = {
-        "id",
-        "verdict",
-        "claimed",
-        "found",
-        "low",
-        "high",
-        "unit",
-        "n",
-        "rule",
-        "scope",
-        "run_ids",
-        "reason",
-        "known",
-    }
+def test_one_claim_is_measured_and_shown_with_its_evidence(peftscope: Command) -> None:
+    (finding,) = json.loads(peftscope("claims", "--id", "S13", "--json")[1])
+    asked = {"claimed", "found", "low", "high", "unit", "n", "rule", "scope", "run_ids", "reason", "known"}
     assert asked <= finding.keys() and (finding["id"], finding["verdict"]) == ("S13", "holds")
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from ledger_parts import claims
 
 from peftscope.analysis.collect import row_of
 from peftscope.claims.evaluate import PartFinding, evaluate_part
-from peftscope.claims.ledger import Part, read_ledger
+from peftscope.claims.ledger import Part
 from peftscope.claims.verdict import Verdict
 from peftscope.planning.experiment import experiment_path, read_experiment
 from peftscope.planning.sweep import Resolver, expand
@@ -50,15 +50,9 @@ def write_card(folder: Path, runs: Runs, name: str = "card") -> None:
     pd.DataFrame(rows).to_csv(target / "runs.csv", index=False)
 
 
-@cache
-def parts() -> dict[str, list[Part]]:
-    """Returns the parts of claims that a card decides, by claim."""
-    return {claim.id: [part for part in claim.parts if part.check.startswith("gpu.")] for claim in read_ledger()}
-
-
-def part_of(claim_id: str, number: int = -1) -> Part:
+def part_of(claim: str, number: int = -1) -> Part:
     """Returns one of a claim's parts that a card decides, by default the last."""
-    return parts()[claim_id][number]
+    return [part for part in claims()[claim].parts if part.check.startswith("gpu.")][number]
 
 
 def judged(part: Part, folder: Path) -> PartFinding:
@@ -191,7 +185,7 @@ def test_what_claims_ask_for_is_what_the_experiment_runs(tmp_path: Path) -> None
             for spec in expand("gpu-check", "cuda").runs.values()
         ],
     )
-    checked = [part for those in parts().values() for part in those]
+    checked = [part for claim in claims().values() for part in claim.parts if part.check.startswith("gpu.")]
     assert len(checked) > 8
     for part in checked:
         found = judged(part, tmp_path)

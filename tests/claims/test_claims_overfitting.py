@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from ledger_parts import deciding, part_of, verdicts_of
 
 from peftscope.analysis.study import HELDOUT, LOWEST
 from peftscope.claims.evaluate import evaluate_part
-from peftscope.claims.ledger import Part, read_ledger
 from peftscope.claims.verdict import Verdict
 from peftscope.layout import results_folder
 from peftscope.planning.published import VALIDATION
@@ -80,39 +80,28 @@ def write(**worlds: dict[str, Any]) -> None:
     (folder / "tuned.json").write_text(json.dumps({"arms": tuned}))
 
 
-CLAIMS = {claim.id: claim for claim in read_ledger()}
-
-
-def deciding(claim: str) -> list[Part]:
-    return [part for part in CLAIMS[claim].parts if part.decides]
-
-
-def verdicts(claim: str) -> list[Verdict]:
-    return [evaluate_part(part).verdict for part in deciding(claim)]
-
-
 @pytest.fixture(autouse=True)
 def workspace_of_its_own(own_folder: Path) -> None:
     pass
 
 
 def test_a_rise_of_the_validation_loss_is_overfitting_where_the_training_loss_falls() -> None:
-    assert verdicts("S98") == [Verdict.NOT_RUN]
+    assert verdicts_of("S98") == [Verdict.NOT_RUN]
     write()
     found = evaluate_part(deciding("S98")[0])
     assert found.verdict is Verdict.HOLDS
     assert found.found is not None and found.found.value == pytest.approx(0.4 / GAIN)
     write(overfit=MILD)
-    assert verdicts("S98") == [Verdict.WRONG]
+    assert verdicts_of("S98") == [Verdict.WRONG]
     # A training that goes wrong raises both losses.
     write(overfit=OVERFITS | {"train": (0.5, 1.5)})
-    assert verdicts("S98") == [Verdict.WRONG]
+    assert verdicts_of("S98") == [Verdict.WRONG]
 
 
 def test_each_remedy_is_judged_on_its_own() -> None:
     write()
-    assert verdicts("S99") == [Verdict.HOLDS] * 3
-    found, gap = (evaluate_part(part).found for part in (deciding("S99")[0], CLAIMS["S99"].parts[3]))
+    assert verdicts_of("S99") == [Verdict.HOLDS] * 3
+    found, gap = (evaluate_part(part).found for part in (deciding("S99")[0], part_of("S99", 3)))
     assert found is not None and found.value == pytest.approx(1.2 - 0.81)
     # The training loss of the last epoch, four steps, is a little above that of the last one.
     assert gap is not None and gap.value == pytest.approx((1.2 - 0.1) - (0.81 - 0.6), abs=0.05)
@@ -120,22 +109,22 @@ def test_each_remedy_is_judged_on_its_own() -> None:
         dropout=OVERFITS | {"validation": (1.0, 0.8, 1.3)},
         half_the_steps={"train": (1.0, 0.05), "validation": (1.0, 0.8, 1.3)},
     )
-    assert verdicts("S99") == [Verdict.WRONG, Verdict.WRONG, Verdict.HOLDS]
+    assert verdicts_of("S99") == [Verdict.WRONG, Verdict.WRONG, Verdict.HOLDS]
 
 
 def test_less_overfitting_than_full_fine_tuning_is_a_smaller_gap() -> None:
     write()
     write(overfit=MILD)
-    assert verdicts("S100") == [Verdict.HOLDS]
+    assert verdicts_of("S100") == [Verdict.HOLDS]
     write(full_overfit=MILD)
-    assert verdicts("S100") == [Verdict.WRONG]
+    assert verdicts_of("S100") == [Verdict.WRONG]
 
 
 def test_low_data_compares_losses_at_two_sizes() -> None:
     write()
-    assert verdicts("P27") == [Verdict.HOLDS] * 2
+    assert verdicts_of("P27") == [Verdict.HOLDS] * 2
     write(full_64=MILD, full_1000=OVERFITS)
-    assert verdicts("P27") == [Verdict.WRONG] * 2
+    assert verdicts_of("P27") == [Verdict.WRONG] * 2
 
 
 def test_an_arm_that_diverged_has_no_gap() -> None:
@@ -144,6 +133,6 @@ def test_an_arm_that_diverged_has_no_gap() -> None:
     runs = pd.read_csv(path)
     runs.loc[runs["run_id"] == "dropout-3", "status"] = "diverged"
     runs.to_csv(path, index=False)
-    found = evaluate_part(CLAIMS["S99"].parts[3])
+    found = evaluate_part(part_of("S99", 3))
     assert found.verdict is Verdict.NOT_RUN
     assert "runs of `dropout` in `small-data` diverged" in found.reason

@@ -5,28 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from ledger_parts import part_of
 
 from peftscope.analysis.study import HELDOUT
 from peftscope.claims.checks import altered_methods, curvature, directions
 from peftscope.claims.evaluate import evaluate_part
-from peftscope.claims.ledger import Part, read_ledger
 from peftscope.claims.lora_subjects import factor_a, factor_b, lora_layers, lora_model
 from peftscope.claims.measurement import NotRunError
 from peftscope.claims.subjects import fetched_model, token_ids
 from peftscope.claims.verdict import Verdict
 from peftscope.layout import directions_path, results_folder, run_folder
 from peftscope.planning.cells import ARM
-
-
-def part_of(claim: str, index: int, **changed: Any) -> Part:
-    part = next(each for each in read_ledger() if each.id == claim).parts[index]
-    return part.model_copy(update={"with_": {**part.with_, **changed}})
-
 
 # Memory.
 

@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from ledger_parts import claims, verdicts_of
 
 from peftscope.analysis.weights import collect_weights, measured_runs, weights_path
 from peftscope.claims.checks import forgetting
 from peftscope.claims.evaluate import Finding, evaluate
-from peftscope.claims.ledger import read_ledger
 from peftscope.layout import PUBLISHED_RESULTS, results_folder, run_folder
 from peftscope.record import measured_path
 from peftscope.report.forgetting import forgetting_sentence
 from peftscope.report.weights import cuts_table, updates_sentence, updates_table, write_updates
 
-LEDGER = {claim.id: claim for claim in read_ledger()}
 SEEDS = range(8, 13)
 LAYERS = range(6)
 MODULES = ("q_proj", "down_proj")
@@ -35,13 +34,8 @@ def workspace_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def judged(claim: str) -> Finding:
-    (finding,) = evaluate([LEDGER[claim]])
+    (finding,) = evaluate([claims()[claim]])
     return finding
-
-
-def verdicts(claim: str) -> list[str]:
-    """Returns the verdicts on the parts that decide."""
-    return [str(part.verdict) for part in judged(claim).deciding]
 
 
 def write_runs(study: str, arms: dict[str, dict[str, Any]], extra: list[dict[str, Any]] = ()) -> pd.DataFrame:
@@ -139,12 +133,12 @@ def weights_world(*changes: Change) -> None:
 
 def test_low_rank_is_asked_of_the_update_and_of_what_a_cut_leaves() -> None:
     weights_world()
-    assert verdicts("S15") == ["holds"] * 3
+    assert verdicts_of("S15") == ["holds"] * 3
     assert judged("S15").deciding[2].found.value == pytest.approx(1 - 0.009 / 0.999, abs=0.002)
     weights_world(of("full", "rank_90", 30))
-    assert verdicts("S15") == ["wrong", "holds", "holds"]  # 5 % of the side
+    assert verdicts_of("S15") == ["wrong", "holds", "holds"]  # 5 % of the side
     weights_world(of("full", "rank_90", 300), of("full", "heldout_nll", 0.5))
-    assert verdicts("S15") == ["wrong"] * 3
+    assert verdicts_of("S15") == ["wrong"] * 3
     assert judged("S15").deciding[2].found.value == pytest.approx(0.7, abs=0.01)
 
 
@@ -159,10 +153,10 @@ def at(step: int, module: str, rank: int) -> Change:
 
 def test_rank_grows_with_training_and_is_compared_between_the_parts_of_a_block() -> None:
     weights_world(at(160, "q_proj", 20), at(160, "down_proj", 40))
-    assert verdicts("P48") == ["holds", "holds"]
+    assert verdicts_of("P48") == ["holds", "holds"]
     assert [part.found.value for part in judged("P48").deciding] == [3, 2]
     weights_world(at(160, "q_proj", 9), at(160, "down_proj", 8))
-    assert verdicts("P48") == ["wrong", "wrong"]
+    assert verdicts_of("P48") == ["wrong", "wrong"]
 
     def wide(table: pd.DataFrame) -> None:
         table.loc[table["module"] == "down_proj", "gaussian_rank_90"] = 1000
@@ -174,11 +168,11 @@ def test_rank_grows_with_training_and_is_compared_between_the_parts_of_a_block()
 def test_the_rank_of_an_update_is_told_in_ranks_of_lora() -> None:
     """The side of 576 has 180 values in as many parts of 16/4096 as 80."""
     weights_world(of("full", "rank_90", 180))
-    assert verdicts("P6") == ["holds"] and judged("P6").deciding[0].found.value == 180 / 16
+    assert verdicts_of("P6") == ["holds"] and judged("P6").deciding[0].found.value == 180 / 16
     assert judged("P6").parts[0].found.value == 80
     for rank in (140, 1700):  # below ten times, and above a hundred times
         weights_world(of("full", "rank_90", rank))
-        assert verdicts("P6") == ["wrong"]
+        assert verdicts_of("P6") == ["wrong"]
     # The median matrix counts, and the last step.
     weights_world(of("full", "rank_90", lambda values: [180 if i % 12 < 7 else 1 for i in range(len(values))]))
     assert judged("P6").deciding[0].found.value == 180 / 16
@@ -187,33 +181,33 @@ def test_the_rank_of_an_update_is_told_in_ranks_of_lora() -> None:
         table.loc[table["step"] == 40, "rank_90"] = 1
 
     weights_world(of("full", "rank_90", 180), early)
-    assert verdicts("P6") == ["holds"]
+    assert verdicts_of("P6") == ["holds"]
 
 
 def test_a_small_adjustment_is_one_whose_norm_is_small() -> None:
     weights_world()
-    assert verdicts("S17") == ["holds"] and judged("S17").deciding[0].found.value == pytest.approx(0.035)
+    assert verdicts_of("S17") == ["holds"] and judged("S17").deciding[0].found.value == pytest.approx(0.035)
     weights_world(of("full", "relative_size", lambda values: 10 * values))
-    assert verdicts("S17") == ["wrong"]
+    assert verdicts_of("S17") == ["wrong"]
 
 
 def test_intruders_are_compared_by_seed_and_at_one_rate_too() -> None:
     weights_world()
-    assert verdicts("P8") == ["holds", "holds"] and judged("P8").deciding[0].found.value == 2
+    assert verdicts_of("P8") == ["holds", "holds"] and judged("P8").deciding[0].found.value == 2
     assert [part.found.value for part in judged("P8").parts[-2:]] == [2, 1]
     weights_world(of("full", "intruders_50", 3), of("full-3e-4", "intruders_50", 3))
-    assert verdicts("P8") == ["holds", "wrong"] and str(judged("P8").parts[-1].verdict) == "wrong"
+    assert verdicts_of("P8") == ["holds", "wrong"] and str(judged("P8").parts[-1].verdict) == "wrong"
     weights_world(of("lora", "intruders_50", 0))
-    assert verdicts("P8") == ["wrong", "holds"]
+    assert verdicts_of("P8") == ["wrong", "holds"]
 
 
 def test_magnitude_and_direction_are_correlated_over_layers_and_steps() -> None:
     weights_world()
-    assert verdicts("P28") == ["holds"] * 3
+    assert verdicts_of("P28") == ["holds"] * 3
     weights_world(of("lora", "magnitude_change", lambda values: -values))
-    assert verdicts("P28") == ["holds", "holds", "wrong"]
+    assert verdicts_of("P28") == ["holds", "holds", "wrong"]
     weights_world(of("dora", "magnitude_change", abs), of("full", "magnitude_change", abs))
-    assert verdicts("P28") == ["wrong", "wrong", "holds"]
+    assert verdicts_of("P28") == ["wrong", "wrong", "holds"]
 
     def along_the_steps(table: pd.DataFrame) -> None:
         late = 10 * (table["step"] == 160)
@@ -257,14 +251,14 @@ def test_ranks_are_set_against_a_worth_of_their_own() -> None:
         write_weights("adalora", mine, change, (160,))
 
     world()
-    assert verdicts("S94") == ["holds"]
+    assert verdicts_of("S94") == ["holds"]
     assert judged("S94").deciding[0].found.value > 0.9
     write_updates("adalora")
     drawn = (results_folder("adalora") / "figures" / "updates.svg").read_text()
     assert "rank kept, mean over seeds" in drawn and all(module in drawn for module in MODULES)
     assert re.search(r"their rank correlation is 0\.9\d in a run", updates_sentence("adalora"))
     world(of("adalora", "worth", lambda values: -values))
-    assert verdicts("S94") == ["wrong"]
+    assert verdicts_of("S94") == ["wrong"]
     # Where only matrices without rank are worth nothing, the correlation among the others says so.
     flat = [0.0, 1.3, 1.1, 1.2, 1.0, 1.4]
     world(of("adalora", "worth", lambda values: np.resize(np.repeat(flat, 2), len(values))))
@@ -323,7 +317,7 @@ def line(slope: float) -> Callable[[float], float]:
 def test_what_is_forgotten_is_compared_where_the_same_was_learned() -> None:
     arms = {"lora": line(0.1), "r64": line(0.1), "full": line(0.2), "lora-fast": line(0.15)}
     forgetting_world(arms)
-    assert verdicts("P7") == ["holds", "holds"]
+    assert verdicts_of("P7") == ["holds", "holds"]
     found = judged("P7").deciding[0].found
     # Full fine-tuning ends at 0.5, which LoRA passed on its way to 0.2.
     assert found.evidence["matched loss on the task, nats per token"] == pytest.approx(0.5)
@@ -331,13 +325,13 @@ def test_what_is_forgotten_is_compared_where_the_same_was_learned() -> None:
     said = forgetting_sentence("forgetting")
     assert "it differs from that of lora by +0.310 (full), +0.000 (r64), +0.165 (lora-fast)" in said
     forgetting_world(arms | {"lora-fast": line(0.4)})
-    assert verdicts("P7") == ["holds", "wrong"]
+    assert verdicts_of("P7") == ["holds", "wrong"]
     # At its end LoRA has forgotten more, because it has learned more.
     forgetting_world(arms | {"lora": line(0.195)})
     found = judged("P7").deciding[0].found
     assert found.value > 0 > found.evidence["difference at the end of the training"]
     forgetting_world(arms | {"lora": line(0.3), "lora-fast": line(0.4)})
-    assert verdicts("P7") == ["wrong", "wrong"]
+    assert verdicts_of("P7") == ["wrong", "wrong"]
 
 
 def test_a_study_that_scored_no_prose_says_so() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,25 @@ from peftscope.words import spoken_bytes
 SITUATIONS = sorted((REPOSITORY / "tests" / "advice").glob("*.yaml"))
 
 
+@cache
 def findings() -> dict[str, dict[str, Any]]:
     return known_findings()[0]
 
 
+@cache
+def rules() -> Rules:
+    return read_rules()
+
+
 def with_verdicts(**verdicts: str) -> dict[str, dict[str, Any]]:
-    changed = deepcopy(findings())
-    for claim, verdict in verdicts.items():
-        changed[claim]["verdict"] = verdict
-    return changed
+    return findings() | {claim: findings()[claim] | {"verdict": verdict} for claim, verdict in verdicts.items()}
 
 
 def advice_for(asked: dict[str, Any], measured: tuple[int, ...] = (), **verdicts: str) -> Advice:
     asked = dict(asked)
     model, gpu = describe_model(asked.pop("model")), find_gpu(asked.pop("gpu"))
     asked.setdefault("seq_len", max(measured, default=USUAL_LENGTH))
-    return advise(Situation(model, gpu, lengths=measured, **asked), read_rules(), with_verdicts(**verdicts))
+    return advise(Situation(model, gpu, lengths=measured, **asked), rules(), with_verdicts(**verdicts))
 
 
 def line(advice: Advice, setting: str) -> Any:
@@ -96,18 +99,17 @@ def test_ten_situations(path: Path) -> None:
 
 
 def test_every_claim_study_and_method_of_the_rules_exists_and_none_is_refuted() -> None:
-    rules = read_rules()
     assert len(SITUATIONS) == 10
     ledger = Path(CLAIMS_FILE).read_text()  # as text, because reading it as a ledger loads every check
-    assert list(rules.problems(re.findall(r"^    ([SP]\d+):$", ledger, re.MULTILINE))) == []
-    assert rules.refuted(findings()) == []
+    assert list(rules().problems(re.findall(r"^    ([SP]\d+):$", ledger, re.MULTILINE))) == []
+    assert rules().refuted(findings()) == []
 
 
 def test_a_recommendation_whose_claim_is_missing_or_refuted_is_a_problem() -> None:
-    rules, claims = read_rules(), list(findings())
-    assert [p.message for p in rules.problems([c for c in claims if c != "P18"])] == ["no such claim (got P18)"]
-    assert [p.where for p in rules.refuted(with_verdicts(P18="wrong"))] == ["changes: qlora"]
-    assert [p.where.split(": ")[1] for p in rules.refuted(with_verdicts(S54="holds"))] == ["method"]
+    claims = list(findings())
+    assert [p.message for p in rules().problems([c for c in claims if c != "P18"])] == ["no such claim (got P18)"]
+    assert [p.where for p in rules().refuted(with_verdicts(P18="wrong"))] == ["changes: qlora"]
+    assert [p.where.split(": ")[1] for p in rules().refuted(with_verdicts(S54="holds"))] == ["method"]
     content = yaml.safe_load(Path(ADVICE_FILE).read_text())
     content["rules"] = [rule for rule in content["rules"] if rule["setting"] != "rank" or rule.get("claims")]
     assert [p.where for p in Rules.model_validate(content).problems(claims)] == ["rules: rank"]
@@ -316,39 +318,3 @@ def test_steps_on_several_cards_see_the_data_as_often_as_is_said(gpus: int) -> N
         seen = option.steps * option.question.spec.batch_size * option.accumulation * gpus
         assert seen == pytest.approx(50_000 * option.settings.value("epochs"), rel=0.01)
     assert not advice.options[0].question.spec.checkpointing  # there is room for all activations
-
-
-@pytest.mark.slow
-def test_the_experiment_for_the_toy_model_runs_as_it_is(
-    own: Any, peftscope: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every run is a real one, but in this process, which saves the start of some twenty."""
-    from peftscope.analysis.collect import collect_experiment
-    from peftscope.analysis.study import StudyResults
-    from peftscope.analysis.tuning import choose_next
-    from peftscope.execution import sweep
-    from peftscope.execution.phases import Phases
-    from peftscope.execution.run import execute
-    from peftscope.execution.sweep import run_sweep
-    from peftscope.planning.plan import plan_experiment
-    from peftscope.record import state_folder, write_record
-
-    def run_here(identity: str, spec: Any, folder: Path, *options: str, deadline: float) -> str:
-        phases = Phases("cpu", time.perf_counter())
-        phases.mark_imported()
-        record = execute(spec, folder, phases)
-        for path in (folder / "record.json", state_folder(folder) / "record.json"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_record(path, record)
-        return record.status
-
-    monkeypatch.setattr(sweep, "run_apart", run_here)
-    own("mine", "fixed: {model: toy}\n")
-    options = ["--model", "toy", "--gpu", "24GiB", "--examples", "40", "--write", "toy-advice", "--pairs", "2"]
-    assert peftscope("advise", *options)[0] == 0
-    outcome = run_sweep("toy-advice", lambda spec: 1.0, choose_next)
-    assert not outcome.failed and not outcome.left
-    collect_experiment(plan_experiment("toy-advice").sweep)
-    study = StudyResults("toy-advice")
-    study.require_finished()
-    assert {"lora", "lora-a-a"} <= set(study.arms) and len(study.arms) == 3

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from peftscope.claims.ledger import read_ledger
-from peftscope.claims.stored import read_findings
+from ledger_parts import claims, published_findings
 
 pytestmark = pytest.mark.browser
 
@@ -109,9 +107,8 @@ def test_tables_are_sorted_with_mouse_and_keyboard(open_page: Open) -> None:
 
 def test_claims_are_filtered(open_page: Open) -> None:
     page = open_page(CLAIMS)
-    claims = page.locator("details")
-    total = claims.count()
-    assert total == len(read_ledger())
+    total = page.locator("details").count()
+    assert total == len(claims())
 
     def shown() -> int:
         return page.locator("details:visible").count()
@@ -143,12 +140,12 @@ def test_claims_are_found_by_words_and_keys(open_page: Open, repository: Path) -
     assert "P21" in found
     assert len(found) < 20
     assert all("dora" in text.lower() and "merged" in text.lower() for text in shown.all_text_contents())
-    assert page.locator("output").inner_text() == f"{len(found)} of {len(read_ledger())} claims"
+    assert page.locator("output").inner_text() == f"{len(found)} of {len(claims())} claims"
     page.keyboard.press("Escape")
     page.select_option("select[name=verdict]", "open")
     drawn = page.locator("details:visible summary .drawn")
     assert drawn.count() == shown.count() > 0
-    findings = read_findings(repository / "results/published/claims.json")
+    findings = published_findings()
     with_interval = [each for each in findings if each["verdict"] == "open" and each["low"] is not None]
     assert drawn.filter(has=page.locator("svg .whisker")).count() == len(with_interval) > 0
 
@@ -189,7 +186,7 @@ def test_the_claims_page_is_ready_at_once_and_nothing_moves(open_page: Open) -> 
 
 def test_claims_read_without_javascript(open_page: Open) -> None:
     page = open_page(CLAIMS, java_script_enabled=False)
-    assert page.locator("details:visible").count() == len(read_ledger())
+    assert page.locator("details:visible").count() == len(claims())
     assert page.locator("form:visible").count() == 0
     first = page.locator("details").first
     assert not first.locator(".parts").is_visible()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import html
 import re
 import shutil
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import yaml
+from ledger_parts import claims, published_findings
 
 from peftscope.analysis.study import StudyResults
-from peftscope.claims.ledger import read_ledger
-from peftscope.claims.stored import read_findings
 from peftscope.errors import InputError
 from peftscope.layout import published_paths
 from peftscope.report.deciding import what_would_decide
@@ -24,19 +25,19 @@ from peftscope.report.sentences import spoken_outcome
 from peftscope.report.study import answer, contrasts, readable_difference, spoken_difference
 from peftscope.words import spoken_time
 
+TOPIC = {"title": "One topic", "claims": ["S34"], "larger": "More.", "papers": "Other."}
 COMPARED = [path.parent.parent.name for path in published_paths("tables/contrasts.csv")]
 
 
 def test_the_page_says_what_was_found_and_what_waits(own_folder: Path, repository: Path) -> None:
-    findings = read_findings(repository / "results/published/claims.json")
+    findings = deepcopy(published_findings())
     by_id = {finding["id"]: finding for finding in findings}
-    topic = {"title": "One topic", "claims": ["S34", "S97", "S6"], "larger": "More.", "papers": "Other."}
-    topic["doubt"] = "The rates are too low."
+    topic = TOPIC | {"claims": ["S34", "S97", "S6"], "doubt": "The rates are too low."}
     first = [{"claim": "S6", "verdict": "wrong", "says": "It takes {0:.0f} GB."}]
     first += [{"claim": "S34", "verdict": "wrong", "says": "The rank is no bottleneck."}]
     Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic], "first": first}))
     by_id["S34"]["verdict"], by_id["S97"]["verdict"], by_id["S6"]["verdict"] = "holds", "not run", "wrong"
-    page = write_findings(read_ledger(), findings).read_text()
+    page = write_findings(tuple(claims().values()), findings).read_text()
     number = next(part["found"] for part in by_id["S6"]["parts"] if part["role"] != "beside")
     assert f"## What surprised most\n\n- It takes {number:.0f} GB. ([S6](claims.md#S6);" in page
     assert page.index("It takes") < page.index("## One topic") and "no bottleneck" not in page
@@ -55,12 +56,11 @@ def test_the_page_says_what_was_found_and_what_waits(own_folder: Path, repositor
 def test_a_topic_shows_the_answers_and_pictures_of_its_published_studies(own_folder: Path, repository: Path) -> None:
     for folder in ("results/published/variants", "reports/published/variants"):
         shutil.copytree(repository / folder, folder)
-    findings = read_findings(repository / "results/published/claims.json")
-    topic = {"title": "One topic", "claims": ["S34"], "larger": "More.", "papers": "Other."}
-    topic["studies"] = ["two-bits", "variants"]
+    findings = published_findings()
+    topic = TOPIC | {"studies": ["two-bits", "variants"]}
     cut = [{"study": "variants-families", "why": "Others came first."}]
     Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic], "cut": cut}))
-    page = write_findings(read_ledger(), findings)
+    page = write_findings(tuple(claims().values()), findings)
     (line,) = [line for line in page.read_text().splitlines() if line.startswith("**Do the variants differ?**")]
     study = StudyResults("variants")
     assert answer(contrasts(study), study.labels, legend="") in line
@@ -77,7 +77,7 @@ def test_of_a_half_published_study_the_other_runs_are_missing(own_folder: Path, 
     records = pd.read_parquet(folder / "records.parquet")
 
     def missing() -> str:
-        page = write_findings(read_ledger(), read_findings(repository / "results/published/claims.json")).read_text()
+        page = write_findings(tuple(claims().values()), published_findings()).read_text()
         (row,) = [line for line in page.splitlines() if line.startswith("| dora-norm |")]
         return row.split(" | ")[4]
 
@@ -90,22 +90,18 @@ def test_of_a_half_published_study_the_other_runs_are_missing(own_folder: Path, 
     assert missing() == "3"
 
 
-def test_a_topic_that_names_no_experiment_is_refused(own_folder: Path) -> None:
-    topic = {"title": "One topic", "claims": ["S34"], "studies": ["variant"], "larger": "More.", "papers": "Other."}
-    Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic]}))
-    with pytest.raises(InputError, match=r"findings\.yaml: One topic: no such experiment \(got variant\)"):
-        read_content([claim.id for claim in read_ledger()])
-    topic["studies"], cut = [], [{"study": "batches", "why": "Others came first."}]
-    Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic], "cut": cut}))
-    with pytest.raises(InputError, match=r"findings\.yaml: cut: no such experiment \(got batches\)"):
-        read_content([claim.id for claim in read_ledger()])
-
-
-def test_a_topic_that_names_no_claim_is_refused(own_folder: Path) -> None:
-    topic = {"title": "One topic", "claims": ["S3456"], "larger": "More.", "papers": "Other."}
-    Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic]}))
-    with pytest.raises(InputError, match=r"findings\.yaml: One topic: no such claim \(got S3456\)"):
-        read_content([claim.id for claim in read_ledger()])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"topics": [TOPIC | {"studies": ["variant"]}]}, "One topic: no such experiment (got variant)"),
+        ({"topics": [TOPIC | {"claims": ["S3456"]}]}, "One topic: no such claim (got S3456)"),
+        ({"cut": [{"study": "batches", "why": "Others came first."}]}, "cut: no such experiment (got batches)"),
+    ],
+)
+def test_a_name_that_does_not_exist_is_refused(changes: dict[str, Any], said: str, own_folder: Path) -> None:
+    Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [TOPIC], **changes}))
+    with pytest.raises(InputError, match=re.escape(f"findings.yaml: {said}")):
+        read_content(list(claims()))
 
 
 def test_the_readme_shows_the_published_verdicts(
@@ -120,8 +116,8 @@ def test_the_readme_shows_the_published_verdicts(
     page = (repository / "reports/published/claims.md").read_text()
     assert all(f'<a id="{anchor}">' in page for anchor in anchors)
 
-    findings = read_findings(repository / "results/published/claims.json")
-    surprises = read_content([claim.id for claim in read_ledger()]).first
+    findings = deepcopy(published_findings())
+    surprises = read_content(list(claims())).first
     monkeypatch.chdir(tmp_path)
     Path("README.md").write_text(shown)
     Path("results/published").mkdir(parents=True)
@@ -158,8 +154,8 @@ def test_the_readme_shows_its_study_as_it_is_published(
 def test_a_sentence_that_does_not_fit_its_claim_is_refused(
     tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    findings = read_findings(repository / "results/published/claims.json")
-    first, *_ = read_content([claim.id for claim in read_ledger()]).first
+    findings = published_findings()
+    first, *_ = read_content(list(claims())).first
     monkeypatch.chdir(tmp_path)
     Path("results/published").mkdir(parents=True)
     with pytest.raises(InputError, match=rf"{first.claim}: the sentence does not fit the claim's numbers"):
@@ -173,7 +169,7 @@ def test_a_study_that_has_not_run_has_its_price(repository: Path, write_experime
     write_experiment("mine", "title: Is three odd?\nextends: base\n" + study)
     Path("results").mkdir()
     Path("results/published").symlink_to(repository / "results/published")
-    page = write_findings(read_ledger(), read_findings(repository / "results/published/claims.json")).read_text()
+    page = write_findings(tuple(claims().values()), published_findings()).read_text()
     rows = {line.split(" | ")[0]: line for line in page.splitlines() if line.startswith("| ")}
     assert re.fullmatch(r"\| mine \| Is three odd\? \| 0 \| - \| 45 \| \d+ min \d+ s \| - \|", rows["| mine"])
     assert " | - | - | " in rows["| variants"] and " | a card | " in rows["| gpu-7b"]
@@ -181,9 +177,8 @@ def test_a_study_that_has_not_run_has_its_price(repository: Path, write_experime
 
 def test_every_open_claim_says_what_would_decide_it(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repository)
-    claims = {claim.id: claim for claim in read_ledger(checks=False)}
-    findings = {finding["id"]: finding for finding in read_findings(repository / "results/published/claims.json")}
-    said = {name: what_would_decide(claims[name], finding) for name, finding in findings.items()}
+    findings = {finding["id"]: finding for finding in published_findings()}
+    said = {name: what_would_decide(claims()[name], finding) for name, finding in findings.items()}
     for name, finding in findings.items():
         if finding["verdict"] != "open":
             assert said[name] == ""
@@ -224,7 +219,7 @@ def test_a_comparison_has_one_sign_and_the_same_words_on_every_page(
         (line,) = [line for line in rows_of_study if all(f"| {number} |" in line for number in numbers)]
         words = spoken_outcome(row["outcome"], row["difference"])
         assert re.search(rf"[|;] {re.escape(words)} (\||\([^)]*\b{name}\b[^)]*\))", line), line
-    for finding in read_findings(repository / "results/published/claims.json"):
+    for finding in published_findings():
         for part in finding["parts"]:
             asked = part["with"]
             if part["check"] == "training.heldout_gain" and asked["study"] == name and part["found"]:
