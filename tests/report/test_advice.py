@@ -1,4 +1,4 @@
-"""Advice: ten situations, rules that follow the claims, and the experiment that checks what was advised."""
+"""Advice: ten situations, and rules that follow the claims."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from conftest import REPOSITORY, Command
 
 from peftscope.errors import InputError
 from peftscope.hardware.cards import find_gpu
-from peftscope.layout import ADVICE_FILE, CLAIMS_FILE
+from peftscope.layout import CLAIMS_FILE
 from peftscope.memory.answer import answer_by_formula
 from peftscope.memory.question import ask, describe_model
+from peftscope.methods import METHODS
+from peftscope.planning.experiment import experiment_names
 from peftscope.report.advice.advise import Advice, advise
-from peftscope.report.advice.rules import Rules, When, known_findings, read_rules
+from peftscope.report.advice.rules import Standing, When, known_findings, read_rules
 from peftscope.report.advice.settings import USUAL_LENGTH, Situation
 from peftscope.words import spoken_bytes
 
@@ -99,18 +101,15 @@ def test_every_claim_study_and_method_of_the_rules_exists_and_none_is_refuted() 
     rules = read_rules()
     assert len(SITUATIONS) == 10
     ledger = Path(CLAIMS_FILE).read_text()  # as text, because reading it as a ledger loads every check
-    assert list(rules.problems(re.findall(r"^    ([SP]\d+):$", ledger, re.MULTILINE))) == []
-    assert rules.refuted(findings()) == []
-
-
-def test_a_recommendation_whose_claim_is_missing_or_refuted_is_a_problem() -> None:
-    rules, claims = read_rules(), list(findings())
-    assert [p.message for p in rules.problems([c for c in claims if c != "P18"])] == ["no such claim (got P18)"]
-    assert [p.where for p in rules.refuted(with_verdicts(P18="wrong"))] == ["changes: qlora"]
-    assert [p.where.split(": ")[1] for p in rules.refuted(with_verdicts(S54="holds"))] == ["method"]
-    content = yaml.safe_load(Path(ADVICE_FILE).read_text())
-    content["rules"] = [rule for rule in content["rules"] if rule["setting"] != "rank" or rule.get("claims")]
-    assert [p.where for p in Rules.model_validate(content).problems(claims)] == ["rules: rank"]
+    claims = re.findall(r"^    ([SP]\d+):$", ledger, re.MULTILINE)
+    for grounds in [*rules.rules, *rules.changes]:
+        assert {*grounds.claims, *grounds.against} <= set(claims) and {*grounds.studies} <= set(experiment_names())
+        assert grounds.standing(findings()) is not Standing.REFUTED, grounds.says
+    assert {name for change in rules.changes for name in change.methods} <= set(METHODS)
+    assert {name for rule in rules.rules for name in rule.when.method or []} <= set(METHODS)
+    # Something is said of each setting whatever the verdicts are.
+    last = {rule.setting: rule for rule in rules.rules}
+    assert all(last[name].when == When() and not last[name].claims for name in last.keys() - {"merging"})
 
 
 def test_a_rule_file_with_an_unknown_key_says_which(tmp_path: Path) -> None:
@@ -242,14 +241,6 @@ def test_the_command_speaks_to_people_and_programs_within_five_seconds(
         (["--gpu", "rtx9", "--examples", "5"], "unknown card"),
         (["--gpu", "", "--examples", "5"], "unknown card (got '')"),
         (["--gpu", "rtx4090", "--examples", "5", "--priority", "cheap"], "unknown (got 'cheap')"),
-        (["--gpu", "rtx4090", "--examples", "5", "--pairs", "3"], "give --write NAME"),
-        (["--gpu", "rtx4090", "--examples", "5", "--write", "quick"], "exists already"),
-        (["--gpu", "1GiB", "--examples", "5", "--write", "mine"], "nothing fits"),
-        (
-            ["--gpu", "rtx4090", "--examples", "5", "--write", "mine", "--task", "sums"],
-            "--task: unknown task (got 'sums')",
-        ),
-        (["--gpu", "4GiB", "--examples", "5", "--write", ""], "experiment=: not a name for an experiment"),
         (["--gpu", "rtx4090", "--examples", "5", "--claims", "nowhere.json"], "nowhere.json"),
         (["--gpu", "rtx4090", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--gpu", "rtx4090", "--examples", "5", "--seq-len", "1000000"], "seq_len: 1000000 is over the model's limit"),
@@ -260,55 +251,6 @@ def test_bad_input_is_a_sentence(options: list[str], says: str, peftscope: Comma
     assert code == 2 and says in err
 
 
-def test_an_experiment_is_written_into_the_working_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peftscope: Command
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    options = ["--model", "llama-3.2-1b", "--gpu", "3GiB", "--examples", "5000", "--write", "my-advice"]
-    assert peftscope("advise", *options)[0] == 0
-    assert Path("experiments/my-advice.yaml").is_file()
-    code, out, _ = peftscope("expand", "my-advice", "--gpu", "3GiB", "--brief")
-    assert code == 0 and "my-advice on a card with 3GiB" in out
-
-
-@pytest.mark.parametrize(
-    ("asked", "arms"),
-    [
-        ({"model": "llama-3.2-1b", "gpu": "3GiB", "examples": 5000}, ["qlora"]),
-        ({"model": "llama-3.2-1b", "gpu": "a100-80gb", "examples": 500000}, ["full", "lora"]),
-        ({"model": "llama-3.2-1b", "gpu": "rtx4090", "examples": 1000000, "gpus": 4}, ["full", "lora"]),
-        ({"model": "llama-3.2-1b", "gpu": "rtx4090", "examples": 2000, "priority": "retention"}, ["lora", "qlora"]),
-        ({"model": "llama-3.2-1b", "gpu": "9GiB", "examples": 900, "gpus": 2, "priority": "memory"}, ["qlora", "lora"]),
-    ],
-)
-def test_a_written_experiment_tunes_and_pairs_and_has_an_a_a_arm(
-    asked: dict[str, Any], arms: list[str], own_folder: Path
-) -> None:
-    from peftscope.planning.experiment import read_experiment
-    from peftscope.planning.forecast import Forecaster
-    from peftscope.report.advice.experiment import write_experiment
-
-    path, sweep = write_experiment(advice_for(asked), "advised", asked["gpu"], "cuda", pairs=3)
-    study = read_experiment(path).study
-    assert study is not None and list(study.arms) == arms and study.a_a == arms[0]
-    tuned = [spec for spec in sweep.runs.values() if spec.seed >= 100]
-    assert len({spec.learning_rate for spec in tuned}) >= 3
-    assert (
-        len(sweep.runs)
-        == 1
-        + sum(len(rates) for rates in study.learning_rates.values())
-        + len(study.learning_rates[arms[0]])
-        + 3 * 3 * (len(arms) + 1)
-        + 1
-    )
-    forecaster = Forecaster(find_gpu(asked["gpu"]))
-    unlike = {spec.method.name: (identity, spec) for identity, spec in sweep.runs.items()}
-    for each in unlike.values():
-        assert forecaster.forecast(*each).fits, each
-    assert all(spec.shards == (asked.get("gpus", 1) if spec.method.name in ("full", "lora") else 1) for spec in tuned)
-    assert len({spec.batch_size * spec.gradient_accumulation for spec in tuned}) == 1  # every arm sees the same data
-
-
 @pytest.mark.parametrize("gpus", [1, 3, 5, 8])
 def test_steps_on_several_cards_see_the_data_as_often_as_is_said(gpus: int) -> None:
     advice = advice_for({"model": "qwen2.5-0.5b", "gpu": "a100-80gb", "examples": 50_000, "gpus": gpus})
@@ -316,39 +258,3 @@ def test_steps_on_several_cards_see_the_data_as_often_as_is_said(gpus: int) -> N
         seen = option.steps * option.question.spec.batch_size * option.accumulation * gpus
         assert seen == pytest.approx(50_000 * option.settings.value("epochs"), rel=0.01)
     assert not advice.options[0].question.spec.checkpointing  # there is room for all activations
-
-
-@pytest.mark.slow
-def test_the_experiment_for_the_toy_model_runs_as_it_is(
-    own: Any, peftscope: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every run is a real one, but in this process, which saves the start of some twenty."""
-    from peftscope.analysis.collect import collect_experiment
-    from peftscope.analysis.study import StudyResults
-    from peftscope.analysis.tuning import choose_next
-    from peftscope.execution import sweep
-    from peftscope.execution.phases import Phases
-    from peftscope.execution.run import execute
-    from peftscope.execution.sweep import run_sweep
-    from peftscope.planning.plan import plan_experiment
-    from peftscope.record import state_folder, write_record
-
-    def run_here(identity: str, spec: Any, folder: Path, *options: str, deadline: float) -> str:
-        phases = Phases("cpu", time.perf_counter())
-        phases.mark_imported()
-        record = execute(spec, folder, phases)
-        for path in (folder / "record.json", state_folder(folder) / "record.json"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_record(path, record)
-        return record.status
-
-    monkeypatch.setattr(sweep, "run_apart", run_here)
-    own("mine", "fixed: {model: toy}\n")
-    options = ["--model", "toy", "--gpu", "24GiB", "--examples", "40", "--write", "toy-advice", "--pairs", "2"]
-    assert peftscope("advise", *options)[0] == 0
-    outcome = run_sweep("toy-advice", lambda spec: 1.0, choose_next)
-    assert not outcome.failed and not outcome.left
-    collect_experiment(plan_experiment("toy-advice").sweep)
-    study = StudyResults("toy-advice")
-    study.require_finished()
-    assert {"lora", "lora-a-a"} <= set(study.arms) and len(study.arms) == 3

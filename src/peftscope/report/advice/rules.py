@@ -14,12 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peftscope.claims.stored import read_findings
 from peftscope.claims.verdict import Verdict
-from peftscope.errors import InputError, Problem, close_match
+from peftscope.errors import InputError
 from peftscope.files.content import read_yaml
 from peftscope.files.problems import dotted, problems_of
 from peftscope.layout import ADVICE_FILE, CLAIMS_RESULTS, PACKAGED, PUBLISHED_RESULTS, REPOSITORY, shipped
-from peftscope.methods import METHODS
-from peftscope.planning.experiment import experiment_names
 
 Priority = Literal["quality", "memory", "speed", "retention"]
 Setting = Literal[
@@ -36,12 +34,6 @@ Setting = Literal[
     "merging",
     "peak",
 ]
-ALWAYS_SAID: tuple[Setting, ...] = (
-    *("method", "precision", "rank", "targets", "alpha", "dropout", "learning_rate", "batch", "epochs"),
-    *("variants", "peak"),
-)
-"""The settings for which a rule has to remain whatever the verdicts on the claims are."""
-
 SCOPE_WIDTH = 72
 """The most characters of a claim's scope that a line of the advice repeats."""
 
@@ -240,49 +232,11 @@ class Rules(BaseModel):
         """Returns the change with a name."""
         return next(change for change in self.changes if change.name == name)
 
-    def refuted(self, findings: Findings) -> list[Problem]:
-        """Returns a problem for every recommendation that rests on a claim which is refuted."""
-        return [
-            Problem(where, f"rests on a claim that is refuted ({', '.join([*grounds.claims, *grounds.against])})")
-            for where, grounds in self._named()
-            if grounds.standing(findings) is Standing.REFUTED
-        ]
-
-    def _named(self) -> Iterator[tuple[str, Grounds]]:
-        yield from ((f"rules[{index}]: {rule.setting}", rule) for index, rule in enumerate(self.rules))
-        yield from ((f"changes: {change.name}", change) for change in self.changes)
-
-    def problems(self, claims: Sequence[str]) -> Iterator[Problem]:
-        """Yields what is wrong with the rules: unknown claims, studies or methods, and settings that may be silent."""
-        studies = experiment_names()
-        for where, grounds in self._named():
-            for kind, names, known in (
-                ("claim", [*grounds.claims, *grounds.against], claims),
-                ("study", grounds.studies, studies),
-                ("method", _methods_named(grounds), list(METHODS)),
-            ):
-                lost = [name for name in names if name not in known]
-                yield from (Problem(where, f"no such {kind} (got {name})", close_match(name, known)) for name in lost)
-        for setting in ALWAYS_SAID:
-            last = [rule for rule in self.rules if rule.setting == setting][-1:]
-            if not last or last[0].claims or last[0].against or last[0].when != When():
-                remedy = "end with a rule that has neither a condition nor a claim"
-                yield Problem(f"rules: {setting}", "nothing is said if all its claims are refuted", remedy)
-
-
-def _methods_named(grounds: Grounds) -> list[str]:
-    if isinstance(grounds, Change):
-        return grounds.methods
-    if isinstance(grounds, Rule):
-        ordered = grounds.value if grounds.setting == "method" else []
-        return [*ordered, *(grounds.when.method or [])]
-    return []
-
 
 def read_rules(path: Path | None = None) -> Rules:
     """Returns the rules of a file; the default is ``experiments/advice.yaml``.
 
-    Names of claims are not looked up, because reading the ledger loads every check; ``Rules.problems`` looks them up.
+    Names of claims are not looked up, because reading the ledger loads every check; a test looks them up.
 
     Raises:
         InputError: The file has problems.
