@@ -723,11 +723,11 @@ def test_a_study_of_three_ranks_alphas_or_dimensions_has_a_figure_over_them(writ
     for name, field in (varied | {"subspace": "dimension", "forgetting": None}).items():
         workflow = load_workflow({"experiment": name})
         assert workflow.plans[name].varied == field
-        shown = {figure for part in PARTS if part.belongs(workflow.plans[name]) for figure in part.captions}
+        shown = {part.answer for part in PARTS if part.belongs(workflow.plans[name])}
         assert ("shares" in shown) is (field is not None)
         assert "overfitting" not in shown
     plan = load_workflow({"experiment": "small-data"}).plans["small-data"]
-    assert any("overfitting" in part.captions for part in PARTS if part.belongs(plan))
+    assert any(part.answer == "overfitting" for part in PARTS if part.belongs(plan))
 
 
 def test_claims_measure_shares_of_the_task_gain(finished: StudyResults) -> None:

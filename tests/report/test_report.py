@@ -25,7 +25,7 @@ from peftscope.planning.sweep import expand
 from peftscope.report.forgetting import draw_forgetting
 from peftscope.report.memory import draw_bars, draw_grid
 from peftscope.report.page import write_all
-from peftscope.report.parts import CAPTIONS, FIGURES, PARTS, function_of
+from peftscope.report.parts import FIGURES, PARTS, function_of
 from peftscope.report.plots import (
     LOOKS,
     SAFE_COLOURS,
@@ -89,7 +89,7 @@ def finished(toy: Path, write_experiment, made: dict[str, Path], tmp_path_factor
 def test_from_records_to_a_self_contained_page(finished: str) -> None:
     html = write_all(Plan(expand(finished))).read_text()
     assert not re.findall(r'\b(?:src|href)="(?!data:|#)', html)
-    assert html.count("<figure") == len(FIGURES.captions) + 2
+    assert html.count("<figure") == len(FIGURES) + 2
     assert "Report test" in html
     assert f"make report EXPERIMENT={finished}" in html
     assert "Not every run ended well" in html
@@ -299,7 +299,7 @@ def test_two_runs_are_two_values_and_empty_columns_are_left_out(finished: str) -
 
 def test_no_number_is_typed_into_prose(repository: Path) -> None:
     report = repository / "src" / "peftscope" / "report"
-    texts = {path.name: path.read_text() for path in [*report.glob("**/*.j2"), *report.glob("**/*.rst")]} | CAPTIONS
+    texts = {path.name: path.read_text() for path in report.glob("**/*.j2")}
     assert len(texts) > 8
     for name, text in texts.items():
         prose = re.sub(r"\{\{.*?\}\}|\{%.*?%\}|<[^>]*>", "", text, flags=re.DOTALL)

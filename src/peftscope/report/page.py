@@ -22,7 +22,6 @@ from peftscope.planning.plan import Plan
 from peftscope.record import measured_path
 from peftscope.report.capacity import SENTENCE as CAPACITY
 from peftscope.report.capacity import capacity_facts
-from peftscope.report.contributed import cards_table
 from peftscope.report.memory import CARDS
 from peftscope.report.parts import FIGURES, PARTS, function_of
 from peftscope.report.rendering import asset, rendered
@@ -34,9 +33,7 @@ from peftscope.report.tables import FEWEST_FOR_MEANS, best_settings, html, ladde
 from peftscope.report.weights import cuts_table, updates_table
 from peftscope.words import listed, spoken_bytes, spoken_time
 
-ANSWERS: dict[str, Callable[[str], str]] = {
-    next(iter(part.captions)): function_of(part.sentence) for part in PARTS if part.sentence
-}
+ANSWERS: dict[str, Callable[[str], str]] = {part.answer: function_of(part.sentence) for part in PARTS if part.answer}
 """The figures that carry the answer of some studies, each with what says in words what it shows."""
 
 
@@ -72,7 +69,7 @@ def write_report(experiment: str) -> Path:
     runs = read_runs(experiment)
     losses = pd.read_csv(results_folder(experiment) / "losses.csv")
     folder = results_folder(experiment)
-    names = [*FIGURES.captions, *(f"ladder-{field}" for field in sorted(ladders(runs)))]
+    names = [*FIGURES, *(f"ladder-{field}" for field in sorted(ladders(runs)))]
     said = {name: sentence(name, runs, losses) for name in names}
     figures = [
         {"name": name, "image": _embedded(folder / "figures" / f"{name}.svg", text), "sentence": text}
@@ -105,7 +102,6 @@ def write_report(experiment: str) -> Path:
         benchmarks_table=_table_with_rows(folder / "tables" / "benchmarks"),
         limits_table=_html_with_rows(limited_runs(runs), "limits"),
         latency_table=_html_with_rows(latencies(runs), "latency"),
-        contributed_table=_html_with_rows(cards_table(experiment), "contributed"),
         predictions_table=_table_with_rows(folder / "tables" / "predictions"),
         fewest=FEWEST_FOR_MEANS,
         weights=_weights_tables(experiment) if weights_path(folder).is_file() else None,
