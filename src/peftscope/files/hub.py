@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,23 +69,6 @@ def commit_of(repository: str, revision: str | None, kind: Kind) -> str:
         message = f"cannot download it: {_first_line(error)}"
         raise InputError(Problem(f"{kind} {repository}", message, REMEDY)) from error
     return str(info.sha)
-
-
-def tell_if_moved(manifest: dict[str, Any], repository: str, revision: str | None, kind: Kind, folder: Path) -> None:
-    """Prints a note on stderr if a revision on the hub no longer points to the commit that was fetched."""
-    before = manifest.get("commit")
-    if before is None or mirrored(repository):
-        return
-    try:
-        now = commit_of(repository, revision, kind)
-    except InputError:
-        return  # without a hub there is nothing to compare with
-    if now != before:
-        what = f"{repository}@{revision or 'main'}"
-        print(
-            f"{folder} holds commit {before} of {what}, which is {now} now; remove the folder to fetch the new one",
-            file=sys.stderr,
-        )
 
 
 def fetch_files(repository: str, revision: str | None, patterns: Iterable[str], target: Path) -> dict[str, str]:
