@@ -16,14 +16,12 @@ from conftest import REPOSITORY, Command
 from peftscope.errors import InputError
 from peftscope.hardware.cards import find_gpu
 from peftscope.layout import CLAIMS_FILE
-from peftscope.memory.answer import answer_by_formula
-from peftscope.memory.question import ask, describe_model
+from peftscope.memory.question import describe_model
 from peftscope.methods import METHODS
 from peftscope.planning.experiment import experiment_names
 from peftscope.report.advice.advise import Advice, advise
 from peftscope.report.advice.rules import Standing, When, known_findings, read_rules
 from peftscope.report.advice.settings import USUAL_LENGTH, Situation
-from peftscope.words import spoken_bytes
 
 SITUATIONS = sorted((REPOSITORY / "tests" / "advice").glob("*.yaml"))
 
@@ -155,25 +153,6 @@ def test_the_line_on_length_agrees_with_what_is_cut() -> None:
 def test_cards_that_make_more_than_the_advised_step_are_told(gpus: int, says: str) -> None:
     advice = advice_for({"model": "llama-3.2-1b", "gpu": "a100-80gb", "examples": 5000, "gpus": gpus})
     assert line(advice, "batch").text.endswith(says)
-
-
-@pytest.mark.parametrize(("gpu", "fits"), [("a100", True), ("rtx4090", False)])
-def test_a_four_bit_base_that_only_other_trainers_share_is_told_with_what_it_takes(gpu: str, fits: bool) -> None:
-    asked = {"model": "llama-3.1-70b", "gpu": gpu, "examples": 5000, "gpus": 4}
-    advice = advice_for(asked)
-    run = {"method": "qlora", "rank": 16, "seq_len": USUAL_LENGTH, "checkpointing": True, "loss_path": "response_only"}
-    shared = {**run, "alpha": 32.0, "sharding": "fsdp2", "quant_storage": "bf16"}
-    question = ask(describe_model("llama-3.1-70b"), shared, responses=USUAL_LENGTH, gpu=find_gpu(gpu), gpus=4)
-    told = advice.nearest[0]
-    assert bool(advice.options) is fits and all(option.method != "qlora" for option in advice.options)
-    assert f"takes {spoken_bytes(answer_by_formula(question).peak_device_bytes, 1)} on each" in told
-    assert "--sharding fsdp2 --quant-storage bf16" in told and "rank 16" in told and f"{USUAL_LENGTH} tokens" in told
-    assert not any("can share" in words for words in advice_for(asked | {"gpus": 1}).nearest)
-
-
-def test_copies_of_a_four_bit_base_that_fit_are_not_told_as_shared() -> None:
-    advice = advice_for({"model": "llama-3.2-1b", "gpu": "rtx4090", "examples": 5000, "gpus": 4})
-    assert "qlora" in {option.method for option in advice.options} and advice.nearest == ()
 
 
 def test_where_four_bits_cost_quality_cutting_examples_comes_first() -> None:

@@ -114,6 +114,4 @@ def show_advice(advice: Advice, console: Console) -> None:
             escape(advice.costs(option)),
         )
     console.print(others)
-    for line in advice.nearest:
-        console.print(line, markup=False)
     console.print(f"Verdicts on claims: {advice.claims_from}; `peftscope claims --id S54` says what one means.")

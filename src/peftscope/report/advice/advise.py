@@ -17,8 +17,6 @@ from peftscope.words import spoken_bytes, spoken_time
 
 MOST_CARDS = 8
 """The most cards of one machine."""
-SHARED_BASE = {"sharding": "fsdp2", "quant_storage": "bf16"}
-"""The calculator's options for a 4-bit base that cards share. A run of this project refuses ``shards`` with one."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,7 @@ class Advice:
         situation: What was asked.
         options: The ways that fit, the best first; empty if nothing fits.
         lines: The settings of the first option with their reasons, and what it takes.
-        nearest: What would fit, if nothing does, the nearest first. Before it, also where options fit, a 4-bit base
-            that the cards share in other trainers, if longer examples fit so than with a copy on each.
+        nearest: What would fit, if nothing does, the nearest first.
         claims_from: Where the verdicts on claims were read.
         rules: The rules.
         findings: The findings on claims, by id.
@@ -105,8 +102,8 @@ def advise(situation: Situation, rules: Rules, findings: Findings, claims_from: 
     methods = list(preferred.value)
     options = tuple(fitter.options(methods))
     lines = tuple(_lines(options, situation)) if options else ()
-    nearest = [*_shared_base(fitter, options), *([] if options else _nearest(fitter, methods))]
-    return Advice(situation, options, lines, tuple(nearest), claims_from, rules, findings)
+    nearest = () if options else tuple(_nearest(fitter, methods))
+    return Advice(situation, options, lines, nearest, claims_from, rules, findings)
 
 
 def _lines(options: tuple[Option, ...], situation: Situation) -> Iterator[Line]:
@@ -203,26 +200,6 @@ def _time_line(option: Option, situation: Situation) -> Line:
     high, low = (f"{100 * share:.0f} %" for share in option.rate_shares)
     says = f"The training alone. A guess: its operations at {low} to {high} of the peak rate in bf16 of {fast_card}."
     return Line("time", value, (), says, "custom", "a guess: no record of such a card")
-
-
-def _shared_base(fitter: Fitter, options: tuple[Option, ...]) -> Iterator[str]:
-    """Yields what QLoRA takes if the cards share its base, and if that fits at a length at which no copy does."""
-    situation = fitter.situation
-    copied = max((option.question.spec.seq_len for option in options if option.method == "qlora"), default=0)
-    fields = settings_for("qlora", situation, fitter.rules, fitter.findings).fields
-    fields |= {"batch_size": 1, "checkpointing": True, **SHARED_BASE}
-    for length in (situation.seq_len, *LENGTHS) if situation.gpus > 1 else ():
-        if not copied < length <= situation.seq_len:
-            continue
-        peak = fitter.peak({**fields, "seq_len": length}, gpus=situation.gpus)
-        if peak <= situation.gpu.usable_bytes:
-            setting = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SHARED_BASE.items())
-            yield (
-                f"In other trainers these cards can share a 4-bit base, with {setting} of `peftscope memory`: qlora of "
-                f"rank {fields['rank']} with one sequence of {length} tokens and recomputation takes "
-                f"{spoken_bytes(peak, 1)} on each. Runs of this project do not share it."
-            )
-            break
 
 
 def _nearest(fitter: Fitter, methods: list[str]) -> Iterator[str]:
