@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from copy import deepcopy
@@ -12,15 +13,15 @@ from typing import Any
 import pytest
 import yaml
 from conftest import REPOSITORY, Command
+from pydantic import ValidationError
 
 from peftscope.errors import InputError
 from peftscope.hardware.cards import find_gpu
 from peftscope.layout import CLAIMS_FILE
 from peftscope.memory.question import describe_model
 from peftscope.methods import METHODS
-from peftscope.planning.experiment import experiment_names
 from peftscope.report.advice.advise import Advice, advise
-from peftscope.report.advice.rules import Standing, When, known_findings, read_rules
+from peftscope.report.advice.rules import Rule, Standing, known_findings, read_rules
 from peftscope.report.advice.settings import USUAL_LENGTH, Situation
 
 SITUATIONS = sorted((REPOSITORY / "tests" / "advice").glob("*.yaml"))
@@ -95,19 +96,19 @@ def test_ten_situations(path: Path) -> None:
     assert all(option.peak_device_bytes <= advice.situation.gpu.usable_bytes for option in advice.options)
 
 
-def test_every_claim_study_and_method_of_the_rules_exists_and_none_is_refuted() -> None:
+def test_every_claim_and_method_of_the_rules_exists_and_none_is_refuted() -> None:
     rules = read_rules()
     assert len(SITUATIONS) == 10
     ledger = Path(CLAIMS_FILE).read_text()  # as text, because reading it as a ledger loads every check
     claims = re.findall(r"^    ([SP]\d+):$", ledger, re.MULTILINE)
     for grounds in [*rules.rules, *rules.changes]:
-        assert {*grounds.claims, *grounds.against} <= set(claims) and {*grounds.studies} <= set(experiment_names())
+        assert {*grounds.claims, *grounds.against} <= set(claims)
         assert grounds.standing(findings()) is not Standing.REFUTED, grounds.says
     assert {name for change in rules.changes for name in change.methods} <= set(METHODS)
-    assert {name for rule in rules.rules for name in rule.when.method or []} <= set(METHODS)
+    assert {name for rule in rules.rules for name in rule.when.get("method", [])} <= set(METHODS)
     # Something is said of each setting whatever the verdicts are.
     last = {rule.setting: rule for rule in rules.rules}
-    assert all(last[name].when == When() and not last[name].claims for name in last.keys() - {"merging"})
+    assert all(not last[name].when and not last[name].claims for name in last.keys() - {"merging"})
 
 
 def test_a_rule_file_with_an_unknown_key_says_which(tmp_path: Path) -> None:
@@ -171,11 +172,18 @@ def test_what_is_forgotten_is_told_with_the_method_only_while_its_verdict_stands
     assert "P7" not in line(advice_for(asked, P7="holds"), "method").claims
 
 
-def test_conditions_compare_as_their_names_say() -> None:
+def test_a_condition_holds_if_all_of_it_does() -> None:
     facts = {"examples": 100, "billions": 7.0, "data_rank": 4, "priority": "quality", "method": "lora"}
-    assert When(examples_at_most=100, billions_above=6.9, data_rank_at_least=4, method=["lora"]).holds(facts)
-    for wrong in ({"examples_at_most": 99}, {"billions_above": 7}, {"data_rank_at_least": 5}, {"method": ["full"]}):
-        assert not When.model_validate(wrong).holds(facts)
+
+    def is_for(**when: object) -> bool:
+        return Rule.model_validate({"setting": "rank", "says": "", "when": when}).is_for(facts)
+
+    held = {"examples": [0, 100], "billions": [6.9, math.inf], "data_rank": [4, 4], "method": ["full", "lora"]}
+    assert is_for() and is_for(**held)
+    for wrong in ({"examples": [0, 99]}, {"billions": [7.1, 9]}, {"data_rank": [5, 6]}, {"method": ["full"]}):
+        assert not is_for(**held | wrong)
+    with pytest.raises(ValidationError):
+        is_for(tokens=[1, 2])
 
 
 def test_time_without_records_is_a_guess_and_with_records_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
