@@ -288,7 +288,7 @@ def training_gain(study: str, arm: str, against: str) -> Measurement:
     """
     results = StudyResults(study)
     mine, other = results.arm_runs(arm), results.arm_runs(against)
-    both = paired(mine, other, results.training_losses().groupby("run_id").mean())
+    both = paired(mine, other, results.losses["nll_nats_per_token"].groupby("run_id").mean())
     evidence: dict[str, Quantity] = {
         f"mean loss of {arm}": float(both["first"].mean()),
         f"mean loss of {against}": float(both["second"].mean()),
