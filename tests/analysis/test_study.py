@@ -35,21 +35,12 @@ from peftscope.planning.plan import load_workflow
 from peftscope.planning.published import VALIDATION, published_items, published_records
 from peftscope.planning.sweep import Sweep, expand
 from peftscope.record import Quality, RunRecord, parse_record, write_record
+from peftscope.report.contrasts import CONTROLS, answer, contrasts, controls, readable_contrasts, samples_to, tuning
 from peftscope.report.overfitting import mean_losses, overfitting_sentence, write_overfitting
 from peftscope.report.parts import PARTS
 from peftscope.report.publish import publish, restore
 from peftscope.report.shares import share_table, shares_sentence, write_shares
-from peftscope.report.study import (
-    CONTROLS,
-    answer,
-    contrasts,
-    controls,
-    cut_at,
-    readable_contrasts,
-    study_facts,
-    tuning,
-    write_study,
-)
+from peftscope.report.study import cut_at, study_facts, write_study
 
 STUDY: dict[str, Any] = {
     "fixed": {
@@ -504,8 +495,8 @@ def test_the_lowest_loss_along_shuffled_runs_is_what_the_form_explains(tuned: No
     study = StudyResults("mine")
     assert study.task_gain == pytest.approx(2.4 - 1.1)
     # Batches of four; 1.3 lies half way between the losses after the second and the third step.
-    assert study.samples_to(1.3, "lora") == pytest.approx([10.0] * 6)
-    assert study.samples_to(1.0, "lora") == [math.inf] * 6
+    assert samples_to(study, 1.3, "lora") == pytest.approx([10.0] * 6)
+    assert samples_to(study, 1.0, "lora") == [math.inf] * 6
 
 
 def test_an_arm_may_have_a_given_rate_or_that_of_another(write_study_file) -> None:

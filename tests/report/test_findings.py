@@ -16,12 +16,12 @@ from peftscope.claims.ledger import read_ledger
 from peftscope.claims.stored import read_findings
 from peftscope.errors import InputError
 from peftscope.layout import published_paths
+from peftscope.report.contrasts import answer, contrasts, readable_difference, spoken_difference
 from peftscope.report.deciding import what_would_decide
 from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import show_claims, show_study
 from peftscope.report.page import ANSWERS
 from peftscope.report.sentences import spoken_outcome
-from peftscope.report.study import answer, contrasts, readable_difference, spoken_difference
 from peftscope.words import spoken_time
 
 COMPARED = [path.parent.parent.name for path in published_paths("tables/contrasts.csv")]

@@ -32,13 +32,13 @@ from peftscope.models.catalog import find_model
 from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
 from peftscope.record import FINAL
 from peftscope.report.capacity import answer as answer_on_capacity
+from peftscope.report.contrasts import answer as answer_of_study
+from peftscope.report.contrasts import contrasts
 from peftscope.report.front import Surprise, surprising
 from peftscope.report.page import ANSWERS
 from peftscope.report.rendering import rendered
 from peftscope.report.shares import arms_shown
 from peftscope.report.spoken import deciding, spoken_finding, spoken_verdict
-from peftscope.report.study import answer as answer_of_study
-from peftscope.report.study import contrasts
 from peftscope.words import spoken_time
 
 ORDER = [Verdict.WRONG, Verdict.IN_PART, Verdict.HOLDS, Verdict.OPEN]

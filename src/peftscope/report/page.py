@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from markupsafe import Markup
 
 from peftscope.analysis.collect import read_runs
 from peftscope.analysis.stats import CONFIDENCE
@@ -71,19 +70,15 @@ def write_report(experiment: str) -> Path:
     folder = results_folder(experiment)
     names = [*FIGURES, *(f"ladder-{field}" for field in sorted(ladders(runs)))]
     said = {name: sentence(name, runs, losses) for name in names}
-    figures = [
-        {"name": name, "image": _embedded(folder / "figures" / f"{name}.svg", text), "sentence": text}
-        for name, text in said.items()
-        if text != NOTHING
-    ]
+    figures = [_figure(folder / "figures", name, text) for name, text in said.items() if text != NOTHING]
     settings = read_experiment(experiment_path(experiment))
     study = _study_pages(experiment, settings.study) if settings.study else None
     is_finished = study is not None and not study["unfinished"]
-    answers = []
-    for name in ANSWERS if is_finished else ["updates"]:
-        if (path := folder / "figures" / f"{name}.svg").is_file():
-            text = ANSWERS[name](experiment)
-            answers.append({"name": name, "image": _embedded(path, text), "sentence": text})
+    answers = [
+        _figure(folder / "figures", name, ANSWERS[name](experiment))
+        for name in (ANSWERS if is_finished else ["updates"])
+        if (folder / "figures" / f"{name}.svg").is_file()
+    ]
     if not is_finished:
         figures, answers = figures + answers, []
     page = rendered(
@@ -151,10 +146,7 @@ def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
         return {"unfinished": unfinished}
     facts = study_facts(study, settings)
     said = study_sentences(facts)
-    figures = {
-        name: {"sentence": text, "image": _embedded(folder / "figures" / f"{name}.svg", text)}
-        for name, text in said.items()
-    }
+    figures = {name: _figure(folder / "figures", name, text) for name, text in said.items()}
     return {
         "unfinished": "",
         **facts,
@@ -167,10 +159,9 @@ def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
 
 def _capacity_pages(folder: Path, experiment: str) -> dict[str, Any] | None:
     """Returns the content of the section on what is stored of random strings, or None for other tasks."""
-    path = folder / "figures" / "capacity.svg"
-    if not path.is_file():
+    if not (folder / "figures" / "capacity.svg").is_file():
         return None
-    return {**capacity_facts(experiment), "sentence": CAPACITY, "figure": _embedded(path, CAPACITY)}
+    return {**capacity_facts(experiment), **_figure(folder / "figures", "capacity", CAPACITY)}
 
 
 def _memory_pages() -> dict[str, Any] | None:
@@ -186,17 +177,13 @@ def _memory_pages() -> dict[str, Any] | None:
         f"The memory that a card needs for {MODEL} around {centre}, including allocator and CUDA context. LoftQ takes "
         "the same as QLoRA."
     )
-    return {
-        "figures": [
-            {"name": f"memory-{name}", "sentence": text, "image": _embedded(MEMORY_FOLDER / f"{name}.svg", text)}
-            for name, text in (("bars", bars), ("grid", grid))
-        ],
-        "cards": ", ".join(CARDS),
-    }
+    figures = [_figure(MEMORY_FOLDER, name, text) for name, text in (("bars", bars), ("grid", grid))]
+    return {"figures": figures, "cards": ", ".join(CARDS)}
 
 
-def _embedded(path: Path, alt: str) -> Markup:
-    return in_page(path.read_text(), alt)
+def _figure(folder: Path, name: str, sentence: str) -> dict[str, Any]:
+    """Returns a figure as the page has it, with what it shows in words."""
+    return {"name": name, "sentence": sentence, "image": in_page((folder / f"{name}.svg").read_text(), sentence)}
 
 
 def _endings(runs: pd.DataFrame) -> str:
