@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from peftscope.errors import InputError
@@ -146,7 +146,7 @@ def _method_line(options: tuple[Option, ...]) -> Line:
     fitting = [option.method for option in options if option.standing <= Standing.OPEN]
     equal = [method for method in line.choice if method in fitting and method != chosen]
     choice = (chosen, *equal) if equal and chosen in line.choice else ()
-    return Line("method", chosen, choice, line.says, line.standing, line.evidence, line.claims)
+    return replace(line, value=chosen, choice=choice)
 
 
 def _as_it_is(line: Line, option: Option, situation: Situation) -> Line:
@@ -158,7 +158,7 @@ def _as_it_is(line: Line, option: Option, situation: Situation) -> Line:
         says = f"{line.says} The data hold about {bits} at {BITS_PER_PARAMETER:g} bits for each parameter."
         lowered = rank != line.value
         says += " It is lower here so that the run fits." if lowered else ""
-        return Line("rank", rank, () if lowered else line.choice, says, line.standing, line.evidence, line.claims)
+        return replace(line, value=rank, choice=() if lowered else line.choice, says=says)
     if line.setting == "alpha":
         return _said(line, f"{option.alpha:g} (times the rank: {line.text})")
     if line.setting == "precision" and spec.method.trains_base:
@@ -167,7 +167,7 @@ def _as_it_is(line: Line, option: Option, situation: Situation) -> Line:
 
 
 def _said(line: Line, text: str) -> Line:
-    return Line(line.setting, text, (), line.says, line.standing, line.evidence, line.claims)
+    return replace(line, value=text, choice=())
 
 
 def _length_line(option: Option, situation: Situation) -> Line:
