@@ -313,9 +313,8 @@ def _csv(path: Path, metric: str | None) -> list[Scored]:
     for _, rows in table.groupby(by, sort=False) if by else [((), table)]:
         own = values[rows.index]
         if "item" not in table and len(rows) > 1:
-            raise InputError(
-                Problem(where, f"{len(rows)} rows for {_label(rows.iloc[0], by)}", "add a column `seed` or `item`")
-            )
+            said = ", ".join(f"{column} {rows[column].iloc[0]}" for column in by)
+            raise InputError(Problem(where, f"{len(rows)} rows for {said}", "add a column `seed` or `item`"))
         runs.append(
             Scored(
                 system=str(rows["name"].iloc[0]) if "name" in table else path.stem,
@@ -328,10 +327,6 @@ def _csv(path: Path, metric: str | None) -> list[Scored]:
             )
         )
     return runs
-
-
-def _label(row: pd.Series, by: list[str]) -> str:
-    return ", ".join(f"{column} {row[column]}" for column in by)
 
 
 def _seed(value: Any, where: str) -> int:

@@ -192,8 +192,11 @@ class StudyResults:
 
     @property
     def arms_at_an_end(self) -> list[str]:
-        """The arms whose best rate was the lowest or highest at which they ran."""
-        return [arm for arm in self.arms if self.rate(arm).is_at_an_end]
+        """The arms whose best of several rates is the lowest or the highest, so that a better one may lie beyond."""
+        rates = {arm: self.rate(arm) for arm in self.arms}
+        return [
+            arm for arm, rate in rates.items() if rate.is_tuned and rate.best in (min(rate.losses), max(rate.losses))
+        ]
 
     def rate_runs(self, arm: str) -> pd.DataFrame:
         """Returns the runs of an arm at all its rates, one row for each rate and seed.

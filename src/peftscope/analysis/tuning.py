@@ -47,11 +47,6 @@ class Rate:
         """Whether the arm ran at several rates on the seeds of the study."""
         return len(self.losses) > 1
 
-    @property
-    def is_at_an_end(self) -> bool:
-        """Whether the best of several rates is the lowest or the highest, so that a better one may lie beyond."""
-        return self.is_tuned and self.best in (min(self.losses), max(self.losses))
-
 
 def choose_rates(sweep: Sweep, number: int) -> Path:
     """Writes the rates at which each arm runs or, after the last of ``ROUNDS``, the best of them.

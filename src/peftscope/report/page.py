@@ -50,7 +50,7 @@ def write_all(plan: Plan) -> Path:
     finished = not (plan.is_study and _unfinished(StudyResults(plan.name)))
     for part in PARTS:
         if part.belongs(plan) and (finished or not part.of_study):
-            part.write(plan.name)
+            function_of(part.writer)(plan.name)
     return write_report(plan.name)
 
 
@@ -103,7 +103,7 @@ def write_report(experiment: str) -> Path:
         study=study,
         capacity=_capacity_pages(folder, experiment),
         memory=_memory_pages(),
-        endings=_endings(runs),
+        endings=", ".join(f"{count} {status}" for status, count in runs["status"].value_counts().items()),
         facts=_facts(runs),
         warnings=_warnings(runs),
         materials=_materials(runs),
@@ -179,11 +179,6 @@ def _memory_pages() -> dict[str, Any] | None:
 def _figure(folder: Path, name: str, sentence: str) -> dict[str, Any]:
     """Returns a figure as the page has it, with what it shows in words."""
     return {"name": name, "sentence": sentence, "image": in_page((folder / f"{name}.svg").read_text(), sentence)}
-
-
-def _endings(runs: pd.DataFrame) -> str:
-    counts = runs["status"].value_counts()
-    return ", ".join(f"{count} {status}" for status, count in counts.items())
 
 
 def _facts(runs: pd.DataFrame) -> list[tuple[str, str]]:

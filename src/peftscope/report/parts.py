@@ -33,10 +33,6 @@ class Part:
     answer: str = ""
     sentence: str = ""
 
-    def write(self, experiment: str) -> None:
-        """Writes the tables and figures of an experiment."""
-        function_of(self.writer)(experiment)
-
 
 def function_of(name: str) -> Callable[..., Any]:
     """Returns a function of this room by its name, ``MODULE.NAME``."""

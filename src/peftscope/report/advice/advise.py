@@ -118,13 +118,13 @@ def _lines(options: tuple[Option, ...], situation: Situation) -> Iterator[Line]:
     most = max(batch.choice, default=batch.value)
     over = f"{situation.gpus}, one on each card, where at most {most:g} are advised"
     in_step = over if situation.gpus > most else batch.text
-    yield _said(batch, f"{accumulated}{cards} (in a step: {in_step})")
+    yield replace(batch, choice=(), value=f"{accumulated}{cards} (in a step: {in_step})")
     yield _length_line(option, situation)
     how = "on" if spec.checkpointing else "off"
     reason = "Gradients are the same; a step takes about a third longer, and activations take a fraction of the memory."
     yield Line("recomputation", how, (), reason if spec.checkpointing else "It fits without.", "computed", "computed")
     epochs = settings.lines["epochs"]
-    yield _said(epochs, f"{option.steps:,} steps (epochs: {epochs.text})")
+    yield replace(epochs, choice=(), value=f"{option.steps:,} steps (epochs: {epochs.text})")
     yield _peak_line(option, situation)
     yield _time_line(option, situation)
     yield Line(
@@ -158,14 +158,12 @@ def _as_it_is(line: Line, option: Option, situation: Situation) -> Line:
         says += " It is lower here so that the run fits." if lowered else ""
         return replace(line, value=rank, choice=() if lowered else line.choice, says=says)
     if line.setting == "alpha":
-        return _said(line, f"{option.alpha:g} (times the rank: {line.text})")
+        return replace(line, choice=(), value=f"{spec.method.model_dump()['alpha']:g} (times the rank: {line.text})")
     if line.setting == "precision" and spec.method.trains_base:
-        return _said(line, "32-bit weights under bf16 autocast" if spec.precision == "amp" else spec.precision)
+        return replace(
+            line, choice=(), value="32-bit weights under bf16 autocast" if spec.precision == "amp" else spec.precision
+        )
     return line
-
-
-def _said(line: Line, text: str) -> Line:
-    return replace(line, value=text, choice=())
 
 
 def _length_line(option: Option, situation: Situation) -> Line:
