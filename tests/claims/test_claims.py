@@ -28,6 +28,7 @@ from peftscope.report.claims import write_claims_page
 from peftscope.report.findings import write_findings
 from peftscope.report.publish import publish
 from peftscope.report.spoken import sentence, spoken_finding
+from peftscope.report.svg import interval
 
 CHECK = "counts.full_to_low_rank_ratio"
 ENTRY: dict[str, Any] = {
@@ -348,6 +349,20 @@ def test_shares_are_told_in_percent_in_value_rule_and_reason() -> None:
     shown = PartFinding(asked, verdict, reason, found).to_json()
     assert (spoken_finding(shown), shown["rule"]) == ("70 % of settings (40 to 90)", "at least 50 % of settings")
     assert reason == "50 % lies within the interval (half-width 25 %)"
+
+
+def test_an_interval_is_drawn_against_what_counts_as_right() -> None:
+    asked = part(kind="sampling", unit="GB", rule={"at_least": 6, "at_most": 7})
+    drawn = {}
+    for low, high in ((6.2, 6.8), (6.5, 7.5)):
+        found = Measurement((low + high) / 2, low=low, high=high, n=9)
+        drawn[high] = interval(PartFinding(asked, Verdict.OPEN, found=found).to_json())
+        (end,) = re.findall(r'whisker" x1="[\d.]+" x2="([\d.]+)"', drawn[high])
+        left, width = map(float, re.findall(r'<rect x="([\d.]+)" y="3" width="([\d.]+)"', drawn[high])[0])
+        assert (float(end) > left + width) == (high > 7)
+        assert ">6 GB<" in drawn[high]
+        assert f"({low:g} to {high:g})" in drawn[high]
+    assert not interval(PartFinding(part(rule={"equals": "yes"}), Verdict.HOLDS, found=Measurement("yes")).to_json())
 
 
 # Comparisons.

@@ -146,8 +146,11 @@ def test_claims_are_found_by_words_and_keys(open_page: Open, repository: Path) -
     assert page.locator("output").inner_text() == f"{len(found)} of {len(read_ledger())} claims"
     page.keyboard.press("Escape")
     page.select_option("select[name=verdict]", "open")
+    drawn = page.locator("details:visible summary .drawn")
+    assert drawn.count() == shown.count() > 0
     findings = read_findings(repository / "results/published/claims.json")
-    assert shown.count() == sum(finding["verdict"] == "open" for finding in findings) > 0
+    with_interval = [each for each in findings if each["verdict"] == "open" and each["low"] is not None]
+    assert drawn.filter(has=page.locator("svg .whisker")).count() == len(with_interval) > 0
 
 
 def test_every_claim_has_a_link_that_opens_it(open_page: Open) -> None:

@@ -17,8 +17,8 @@ from peftscope.layout import CLAIMS_PAGE, CLAIMS_RESULTS
 from peftscope.report.deciding import what_would_decide
 from peftscope.report.looks import MARKERS, SAFE_COLOURS
 from peftscope.report.rendering import asset, rendered
-from peftscope.report.spoken import measured, sentence, spoken_finding, spoken_moves, spoken_verdict
-from peftscope.report.svg import STYLE, in_page, svg_of
+from peftscope.report.spoken import deciding, measured, sentence, spoken_finding, spoken_moves, spoken_verdict
+from peftscope.report.svg import STYLE, in_page, interval, svg_of
 from peftscope.words import spoken_number
 
 COLOURS = {
@@ -72,6 +72,7 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
     """Returns what the page says of one claim."""
     verdict = Verdict(finding["verdict"])
     parts = sorted(finding["parts"], key=lambda part: part["role"] == "beside")
+    open_parts = [part for part in deciding(finding) if part["verdict"] == Verdict.OPEN]
     curves = [(f"{claim.id}-{number}", part) for number, part in enumerate(parts) if part["curves"]]
     return {
         "claim": claim,
@@ -81,7 +82,8 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
         "instead": (claim.correction or " ") if verdict in (Verdict.WRONG, Verdict.IN_PART) else "",
         "advice": claim.advice.get(verdict, ""),
         "decider": what_would_decide(claim, finding),
-        "parts": parts,
+        "parts": [(part, interval(part)) for part in parts],
+        "drawn": [interval(part) for part in open_parts] if verdict == Verdict.OPEN else [],
         "figures": [(_figure(name, part), part["measures"]) for name, part in curves],
     }
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import io
+import math
 import re
+from typing import Any
 
 import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from markupsafe import Markup
+
+from peftscope.claims.verdict import Rule
+from peftscope.report.spoken import spread
+from peftscope.words import scale_of, spoken_number
 
 INK, LINE = "#24292f", "#d0d7de"
 """The colours of text and axes, and of the grid, on a light page. A dark page has others."""
@@ -52,3 +58,49 @@ def in_page(text: str, alt: str) -> Markup:
     return Markup(
         text.replace(OWN_COLOURS, "").replace("<svg", Markup('<svg role="img" aria-label="{}"').format(alt), 1)
     )
+
+
+MOST_LETTERS = 4
+"""The letters of a unit that stands beside the numbers of a drawn interval."""
+WIDTH, HEIGHT, SIDE = 220, 34, 12
+"""The size of a drawn interval, and what is left free at both sides for numbers, in pixels."""
+
+
+def interval(part: dict[str, Any]) -> Markup:
+    """Returns a part's value with its interval, drawn against the range that counts as right; empty without numbers."""
+    rule, value, unit = part.get("judged"), part["found"], part["unit"]
+    if not rule or value is None or isinstance(value, bool | str) or isinstance(rule.get("equals"), bool | str):
+        return Markup()
+    low, high = Rule(**rule).bounds()
+    ends = [value if part[end] is None else part[end] for end in ("low", "high")]
+    points = [point for point in (low, high, *ends, value) if math.isfinite(point)]
+    least, most = min(points), max(points)
+    reach = (most - least) or abs(most) or 1.0
+    least, most = least - reach / 8, most + reach / 8
+
+    def place(number: float) -> float:
+        """Returns where a number stands, in pixels; infinite ones at the edges."""
+        share = (min(max(number, least), most) - least) / (most - least)
+        return round(SIDE + share * (WIDTH - 2 * SIDE), 1)
+
+    left, right = place(low), place(high)
+    short = "%" if scale_of(unit) > 1 else unit.partition(" ")[0]
+    short = f" {short}" if short != "as" and len(short) <= MOST_LETTERS else ""
+    marks = Markup().join(
+        Markup(
+            f'<line class="margin" x1="{place(bound)}" x2="{place(bound)}" y1="3" y2="19"/>'
+            f'<text x="{place(bound)}" y="31">{spoken_number(scale_of(unit) * bound)}{{}}</text>'
+        ).format(short)
+        for bound in dict.fromkeys((low, high))
+        if math.isfinite(bound)
+    )
+    first, last = map(place, ends)
+    whisker = f'<line class="whisker" x1="{first}" x2="{last}" y1="11" y2="11"/>' * (first != last)
+    said = f"found {spoken_number(scale_of(unit) * value)}"
+    alt = f"{said}{spread(part)}, where {part['rule']} counts as right"
+    return Markup(
+        f'<svg class="interval {{}}" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
+        f'aria-label="{{}}"><rect x="{left}" y="3" width="{max(0.0, round(right - left, 1))}" height="16"/>'
+        f'<line class="axis" x1="{SIDE}" x2="{WIDTH - SIDE}" y1="11" y2="11"/>{marks}{whisker}'
+        f'<circle cx="{place(value)}" cy="11" r="4"/></svg>'
+    ).format(part["verdict"].replace(" ", "-"), alt)

@@ -209,7 +209,7 @@ def _nearest(fitter: Fitter, methods: list[str]) -> Iterator[str]:
         f"The least that runs of this project take is {method} with one sequence of {least['seq_len']} tokens and "
         f"recomputation: {spoken_bytes(peaks[method], 1)}, {missing} more than the card has."
     )
-    yield "A smaller model: `peftscope fit --gpu CARD` says which fit on this card."
+    yield f"A smaller model on this card: `peftscope fit {situation.gpu.name!r}` says which fit."
     cards = sorted(GPUS.values(), key=lambda card: card.usable_bytes)
     larger = next((card for card in cards if card.usable_bytes >= peaks[method]), None)
     if larger:
