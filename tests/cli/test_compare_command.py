@@ -122,6 +122,11 @@ class TestMargins:
         code, _, error = peftscope("compare", write("a", 1.0), write("b", 1.0), "--margin", margin)
         assert code == 2 and said in error and "->" in error
 
+    def test_a_share_of_the_gain_over_a_base(self, peftscope: Command) -> None:
+        arguments = ("compare", write("a", 1.0), write("b", 1.0), "--margin", "5%gain")
+        _, text, _ = peftscope(*arguments, "--base", write("base", 3.0))
+        assert "Margin ±5 % of the task gain (0.1" in text and "): the same, within 0." in text
+
     def test_the_gain_of_a_study_is_its_own(
         self, peftscope: Command, repository: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -145,6 +150,7 @@ class TestMargins:
         [
             ((), "B: is missing"),
             (("b.csv", "--figure", "d.png"), "--figure: goes with --all only"),
+            (("b.csv", "--base", "a.csv", "--margin", "1"), "goes with a margin in %gain only"),
             (("b.csv", "--all"), "does not go with --all"),
             (("--all", "--margin", "1"), "does not go with --all"),
             (("b.csv", "--items", "5"), "goes with --all only"),

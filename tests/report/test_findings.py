@@ -22,6 +22,7 @@ from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import show_claims, show_study
 from peftscope.report.page import ANSWERS
 from peftscope.report.sentences import spoken_outcome
+from peftscope.words import spoken_time
 
 COMPARED = [path.parent.parent.name for path in published_paths("tables/contrasts.csv")]
 
@@ -57,7 +58,7 @@ def test_a_topic_shows_the_answers_and_pictures_of_its_published_studies(own_fol
     findings = read_findings(repository / "results/published/claims.json")
     topic = {"title": "One topic", "claims": ["S34"], "larger": "More.", "papers": "Other."}
     topic["studies"] = ["two-bits", "variants"]
-    cut = {"variants-families": "Others came first."}
+    cut = [{"study": "variants-families", "why": "Others came first."}]
     Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic], "cut": cut}))
     page = write_findings(read_ledger(), findings)
     (line,) = [line for line in page.read_text().splitlines() if line.startswith("**Do the variants differ?**")]
@@ -73,7 +74,7 @@ def test_a_topic_that_names_no_experiment_is_refused(own_folder: Path) -> None:
     Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic]}))
     with pytest.raises(InputError, match=r"findings\.yaml: One topic: no such experiment \(got variant\)"):
         read_content([claim.id for claim in read_ledger()])
-    topic["studies"], cut = [], {"batches": "Others came first."}
+    topic["studies"], cut = [], [{"study": "batches", "why": "Others came first."}]
     Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic], "cut": cut}))
     with pytest.raises(InputError, match=r"findings\.yaml: cut: no such experiment \(got batches\)"):
         read_content([claim.id for claim in read_ledger()])
@@ -154,7 +155,9 @@ def test_every_open_claim_says_what_would_decide_it(repository: Path, monkeypatc
             assert said[name] == ""
         elif not said[name]:
             assert any("would decide" in part["reason"] for part in finding["parts"]), name
-    assert "three rates with all seeds for these arms: " in said["P17"] and "PiSSA" in said["P17"]
+    runs = pd.read_csv(repository / "results/published/variants/runs.csv")
+    arms = runs[runs["comparisons"].fillna("").str.contains(r"\barm-(?:pissa|lora)(?:\s|$)")]
+    assert f"{2 * len(arms)} further runs, {spoken_time(arms['wall_seconds'].sum())} on two cores" in said["P17"]
 
 
 @pytest.mark.parametrize("name", COMPARED)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+GAIN_REMEDY = "give --base: the run that has learned nothing, best one on shuffled labels; or name arms as STUDY:ARM"
+
 
 @app.command(rich_help_panel=TRUE)
 @needs("report")
@@ -37,6 +39,9 @@ def compare(
         str | None, typer.Option(help="Of sameness: 2pp (percentage points), 5%gain (of the task gain), or 0.02.")
     ] = None,
     metric: Annotated[str | None, typer.Option(help="The score, as the files name it; default: the main one.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Runs that learned nothing, for a margin in %gain; written as A is.")
+    ] = None,
     seed_spread: Annotated[
         str | None, typer.Option(help="With --all: the standard deviation of single runs between seeds, as 1pp.")
     ] = None,
@@ -55,7 +60,7 @@ def compare(
 
     console = wide_console()
     if every:
-        for name, value in (("B", b), ("--margin", margin)):
+        for name, value in (("B", b), ("--margin", margin), ("--base", base)):
             if value is not None:
                 raise InputError(Problem(name, "does not go with --all", "leave it out"))
         _rank(read_scores(a, metric), seed_spread, items, figure, None if as_json else console)
@@ -70,12 +75,14 @@ def compare(
 
     if margin is not None:
         _number_and_unit(margin, "--margin")
+    if base is not None and not (margin or "").strip().endswith("%gain"):
+        raise InputError(Problem("--base", "goes with a margin in %gain only", "leave it out, or give --margin 5%gain"))
     if a == b:
         raise InputError(Problem("B", f"is A itself (got {b!r})", "name what A is compared with"))
     first, second = (read_scores(text, metric) for text in (a, b))
     pairing = pair(first, second)
     check_spread(pairing)
-    asked = read_margin(margin, (first, second))
+    asked = read_margin(margin, (first, second), read_scores(base, metric) if base else None)
     if as_json:
         print(json.dumps(comparison_json(first, second, pairing, asked), ensure_ascii=False))
     for line in [] if as_json else describe(first, second, pairing, asked):
@@ -110,12 +117,13 @@ def _amount(text: str, where: str, unit: str) -> float:
     return number / 100 if given == "pp" else number
 
 
-def read_margin(text: str | None, sides: Sequence[Sequence[Scored]]) -> Margin:
+def read_margin(text: str | None, sides: Sequence[Sequence[Scored]], base: Sequence[Scored] | None) -> Margin:
     """Returns the margin in the unit of the scores.
 
     Args:
         text: As it was given; None for no margin.
         sides: The runs of A and of B.
+        base: The runs that have learned nothing, against which the gain of B counts.
 
     Raises:
         InputError: The text is no margin for these scores, or the task gain is not known.
@@ -128,15 +136,29 @@ def read_margin(text: str | None, sides: Sequence[Sequence[Scored]]) -> Margin:
     number, given = _number_and_unit(text, "--margin")
     if given != "%gain":
         return Margin(_amount(text, "--margin", unit_of(run for side in sides for run in side)), text.strip())
+    return Margin(number / 100 * _task_gain(sides, base), f"{number:g} % of the task gain")
+
+
+def _task_gain(sides: Sequence[Sequence[Scored]], base: Sequence[Scored] | None) -> float:
+    from statistics import fmean
+
+    from peftscope.analysis.paired import check_items, check_side
     from peftscope.analysis.scored import NATS
     from peftscope.analysis.study import StudyResults
 
+    b = sides[1]
+    if base is not None:
+        check_side(base)
+        check_items(b[0], base[0])
+        gain = abs(fmean(run.score for run in b) - fmean(run.score for run in base))
+        if not gain:
+            raise InputError(Problem("--base", "scores as B does, so that there is no gain", GAIN_REMEDY))
+        return gain
     studies = {side[0].study[0] if side[0].study else None for side in sides}
     study = studies.pop() if len(studies) == 1 else None
-    if study is None or sides[1][0].unit != NATS:
-        remedy = "name arms of one study as STUDY:ARM, or give a margin in the score's own unit"
-        raise InputError(Problem("--margin", "the task gain of these scores is not known", remedy))
-    return Margin(number / 100 * StudyResults(study).task_gain, f"{number:g} % of the task gain")
+    if study is None or b[0].unit != NATS:
+        raise InputError(Problem("--margin", "the task gain of these scores is not known", GAIN_REMEDY))
+    return StudyResults(study).task_gain
 
 
 def _rank(

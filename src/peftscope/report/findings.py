@@ -69,20 +69,34 @@ class Topic(BaseModel):
     papers: str
 
 
+class Cut(BaseModel):
+    """A study that was not run, and will not be for now.
+
+    Attributes:
+        study: Its experiment.
+        why: Why others came first.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    study: str
+    why: str
+
+
 class Content(BaseModel):
     """What ``experiments/findings.yaml`` says.
 
     Attributes:
         first: The findings that surprise most, which the README and the page show first.
         topics: The topics of the page.
-        cut: The studies that were planned and are not run for now, each with the reason why others came first.
+        cut: The studies that were planned and are not run.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     first: list[Surprise] = []
     topics: list[Topic]
-    cut: dict[str, str] = {}
+    cut: list[Cut] = []
 
 
 def read_content(known: Sequence[str]) -> Content:
@@ -92,7 +106,7 @@ def read_content(known: Sequence[str]) -> Content:
         InputError: The file has problems, or names a claim or an experiment that is not known.
     """
     path = shipped(FINDINGS_FILE)
-    names = set(Topic.model_fields) | set(Surprise.model_fields)
+    names = set(Topic.model_fields) | set(Surprise.model_fields) | set(Cut.model_fields)
     try:
         content = Content.model_validate(read_yaml(path))
     except ValidationError as error:
@@ -105,7 +119,7 @@ def read_content(known: Sequence[str]) -> Content:
         if name not in known
     ]
     experiments = [(topic.title, name) for topic in content.topics for name in topic.studies]
-    experiments += [("cut", name) for name in content.cut]
+    experiments += [("cut", cut.study) for cut in content.cut]
     lost += [
         Problem(f"{path}: {where}", f"no such experiment (got {name})", close_match(name, experiment_names()))
         for where, name in experiments

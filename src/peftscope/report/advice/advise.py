@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from peftscope.hardware.cards import GPUS, speed_of
+from peftscope.errors import InputError
+from peftscope.hardware.cards import speed_of
 from peftscope.memory.answer import answer_by_formula
-from peftscope.report.advice.options import LENGTHS, SHORTER, Fitter, Option, changed
+from peftscope.memory.question import describe_model
+from peftscope.report.advice.options import LENGTHS, SHORTER, Fitter, Option, cards_by_memory, changed, smaller_models
 from peftscope.report.advice.rules import Findings, Rules, Standing
 from peftscope.report.advice.settings import BITS_PER_PARAMETER, Line, Settings, Situation, settings_for
 from peftscope.words import spoken_bytes, spoken_time
@@ -209,17 +211,30 @@ def _nearest(fitter: Fitter, methods: list[str]) -> Iterator[str]:
         f"The least that runs of this project take is {method} with one sequence of {least['seq_len']} tokens and "
         f"recomputation: {spoken_bytes(peaks[method], 1)}, {missing} more than the card has."
     )
-    yield f"A smaller model on this card: `peftscope fit {situation.gpu.name!r}` says which fit."
-    cards = sorted(GPUS.values(), key=lambda card: card.usable_bytes)
-    larger = next((card for card in cards if card.usable_bytes >= peaks[method]), None)
+    for name in smaller_models(situation.billions):
+        smaller = describe_model(name)
+        assert smaller.shape is not None
+        rest = smaller.shape.parameters - smaller.shape.linear_parameters
+        if smaller.shape.linear_parameters / 2 + 2 * rest > situation.gpu.usable_bytes:
+            continue  # the weights of a 4-bit base alone are too many
+        fields = {**settings_for(method, situation, fitter.rules, fitter.findings).fields, **least}
+        length = min(situation.seq_len, 512, smaller.max_seq_len or 512)
+        try:
+            peak = fitter.peak({**fields, "seq_len": length}, model=smaller)
+        except InputError:
+            continue  # its matrices are narrower than the rank
+        if peak <= situation.gpu.usable_bytes:
+            yield f"A smaller model on this card: {name} with {method} at {length} tokens, {spoken_bytes(peak, 1)}."
+            break
+    larger = next((card for card in cards_by_memory() if card.usable_bytes >= peaks[method]), None)
     if larger:
         yield f"A larger card for this model: {larger.name} ({spoken_bytes(larger.usable_bytes, 1)})."
     fields = {**_most_changed(fitter, "lora"), **least}
     fewest = 2e9 * situation.billions / situation.gpu.usable_bytes
-    for number in range(max(situation.gpus, int(fewest)) + 1, MOST_CARDS + 1):
-        peak = fitter.peak(fields, gpus=number)
+    for cards in range(max(situation.gpus, int(fewest)) + 1, MOST_CARDS + 1):
+        peak = fitter.peak(fields, gpus=cards)
         if peak <= situation.gpu.usable_bytes:
-            yield f"More such cards: {number}, with 16-bit LoRA and sharded weights, {spoken_bytes(peak, 1)} on each."
+            yield f"More such cards: {cards}, with 16-bit LoRA and sharded weights, {spoken_bytes(peak, 1)} on each."
             break
 
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from peftscope.hardware.cards import GPUS, Gpu
 from peftscope.memory.answer import peaks_by_formula
 from peftscope.memory.fit import TIGHT_SHARE
 from peftscope.memory.formula import TrainingTraces, without_collector
 from peftscope.memory.question import Model, Question, ask
 from peftscope.methods import METHODS
+from peftscope.models.presets import PRESETS
 from peftscope.planning.forecast import Forecaster, token_flops
 from peftscope.report.advice.rules import Change, Findings, Rules, Standing
 from peftscope.report.advice.settings import Settings, Situation, settings_for
@@ -227,3 +229,14 @@ def changed(fields: Mapping[str, Any], changes: Sequence[Change]) -> dict[str, A
         if change.rank is not None and after.get("rank", 0) > change.rank:
             after |= {"rank": change.rank, "alpha": after["alpha"] * change.rank / after["rank"]}
     return after
+
+
+def smaller_models(billions: float) -> Iterator[str]:
+    """Yields the names of known models with fewer parameters, the largest first."""
+    by_size = sorted(PRESETS.items(), key=lambda item: -item[1].shape.parameters)
+    yield from (name for name, preset in by_size if preset.shape.parameters < 1e9 * billions)
+
+
+def cards_by_memory() -> list[Gpu]:
+    """Returns the known cards, the smallest first."""
+    return sorted(GPUS.values(), key=lambda card: card.usable_bytes)
