@@ -3,10 +3,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from snakemake.utils import min_version
+from snakemake.utils import Paramspace, min_version
 
 from peftscope.layout import sources
 from peftscope.planning.demands import JobDemands
+from peftscope.memory.grid import grid
 from peftscope.planning.plan import load_workflow
 from peftscope.planning.sweep import ROUNDS
 from peftscope.spec import RUN_ID_PATTERN
@@ -24,6 +25,7 @@ shell.prefix(
 
 WORKFLOW = load_workflow(config)
 DEMANDS = JobDemands(WORKFLOW)
+GRID = Paramspace(grid())
 CALCULATOR = sources("memory/**/*.py", "methods/**/*.py")
 TUNING = sources("analysis/tuning.py")
 ANALYSIS = sources("analysis/*.py", "planning/published.py")
@@ -182,11 +184,28 @@ rule measure:
 
 
 # What follows from the code alone is made once for all experiments.
-rule memory_figures:
+rule memory_curve:
     input:
         CALCULATOR,
-        REPORT,
     output:
+        f"results/memory/curves/{GRID.wildcard_pattern}.csv",
+    log:
+        f"results/memory/logs/curve-{GRID.wildcard_pattern}.log",
+    localrule: True
+    shell:
+        "python -m peftscope memory-curve {wildcards.method} {wildcards.axis} > {output} 2> {log}"
+
+
+rule memory_figures:
+    input:
+        curves=expand("results/memory/curves/{point}.csv", point=GRID.instance_patterns),
+        code=REPORT,
+    output:
+        report(
+            "results/memory/grid.svg",
+            category="Memory",
+            labels={"figure": "over rank, length, batch and method"},
+        ),
         report(
             "results/memory/bars.svg",
             category="Memory",
@@ -196,7 +215,7 @@ rule memory_figures:
         "results/memory/logs/figures.log",
     localrule: True
     shell:
-        "python -m peftscope memory-figures > {log} 2>&1"
+        "python -m peftscope memory-figures {input.curves} > {log} 2>&1"
 
 
 # Tables and figures differ from one experiment to the next: src/peftscope/report/parts.py lists them.

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from snakemake.utils import Paramspace
 
+from peftscope.memory.grid import grid
 from peftscope.planning.sweep import expand
 
 TINY = """
@@ -109,7 +111,8 @@ def test_the_page_is_made_anew_after_any_change_of_what_renders_it(tiny: str, re
     shutil.copytree(repository / "src", "src", ignore=shutil.ignore_patterns("__pycache__"))
     environment = os.environ | {"PYTHONPATH": str(Path("src").resolve())}
     finished = [f"results/runs/{run}/{name}" for run in expand(tiny).runs for name in ("spec.json", "record.json")]
-    finished += ["results/memory/bars.svg"]
+    finished += [f"results/memory/curves/{point}.csv" for point in Paramspace(grid()).instance_patterns]
+    finished += [f"results/memory/{name}.svg" for name in ("grid", "bars")]
     finished += [f"results/{tiny}/{name}" for name in ("runs.csv", "losses.csv", "tables/", "figures/")]
     finished += [f"results/{tiny}/all-runs-ended-well", f"reports/{tiny}/report.html"]
     Path("results/memory").unlink()  # which other tests make

@@ -362,6 +362,7 @@ COMMANDS = {
     "a card of 400 digits": ["memory", "llama-2-7b", "--gpu", "9" * 400 + "GiB"],
     "a batch of 30 digits": ["memory", "llama-2-7b", "--batch-size", "9" * 30],
     "a config without end": ["memory", "deep.json"],
+    "an axis": ["memory-curve", "lora", "x"],
 }
 
 

@@ -18,13 +18,13 @@ from peftscope.analysis.collect import collect_experiment, read_runs
 from peftscope.errors import InputError
 from peftscope.execution.phases import Phases
 from peftscope.execution.run import execute
-from peftscope.memory.grid import SIZES, bars
+from peftscope.memory.grid import AXES, SIZES, bars, curve
 from peftscope.methods import METHODS
 from peftscope.planning.plan import Plan
 from peftscope.planning.sweep import expand
 from peftscope.report.forgetting import draw_forgetting
 from peftscope.report.looks import LOOKS, SAFE_COLOURS, arm_looks
-from peftscope.report.memory import draw_bars
+from peftscope.report.memory import draw_bars, draw_grid
 from peftscope.report.page import write_all
 from peftscope.report.parts import FIGURES, PARTS, function_of
 from peftscope.report.plots import draw_figure, draw_memory, draw_pareto, draw_throughput
@@ -199,13 +199,22 @@ def test_predictions_stand_beside_what_was_measured(finished: str) -> None:
     assert "3.000, worst 3.000" in set(readable_predictions(worse)["backward (%)"])
 
 
-def test_the_figure_of_what_will_fit(tmp_path: Path) -> None:
+def test_the_figures_of_what_will_fit(tmp_path: Path) -> None:
+    curves = []
+    for number, (method, axis) in enumerate([("lora", "rank"), ("qlora", "seq_len"), ("full", "batch_size")]):
+        curves.append(tmp_path / f"{number}.csv")
+        points = curve(method, axis)
+        assert len(points) == len(AXES[axis])
+        assert (points["device_bytes"] > points["allocated_bytes"]).all()
+        points.to_csv(curves[-1], index=False)
+    draw_grid(curves, tmp_path / "grid.svg")
     shown = bars()
     assert set(shown["model"]) == set(SIZES)
     assert set(shown["method"]) == {"full", "lora", "qlora"}
     draw_bars(shown, tmp_path / "bars.svg")
-    drawn = (tmp_path / "bars.svg").read_text()
-    assert all(f">{model}<" in drawn for model in SIZES)
+    grid, parts = ((tmp_path / f"{name}.svg").read_text() for name in ("grid", "bars"))
+    assert all(text in grid for text in (">rank<", ">tokens of a sequence<", ">QLoRA<"))
+    assert all(f">{model}<" in parts for model in SIZES)
 
 
 def test_figures_of_listed_runs_grow_with_their_names(repository: Path, tmp_path: Path) -> None:
@@ -317,9 +326,12 @@ def test_a_folder_of_results_is_published_whole_or_not_at_all(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="not finished"):
         publish("memory")
-    figure = tmp_path / "results" / "memory" / "bars.svg"
-    figure.parent.mkdir(parents=True)
-    figure.write_bytes(bytes(5_000_001))
+    half = tmp_path / "results" / "memory" / "bars.svg"
+    half.parent.mkdir(parents=True)
+    half.write_text("")
+    with pytest.raises(InputError, match=r"no grid\.svg"):
+        publish("memory")
+    (half.parent / "grid.svg").write_bytes(bytes(5_000_001))
     with pytest.raises(InputError, match="too large"):
         publish("memory")
     assert not (tmp_path / "results" / "published" / "memory").exists()

@@ -148,11 +148,21 @@ def schema() -> None:
     print(json.dumps(spec_schema(), indent=2, ensure_ascii=False))
 
 
+@app.command("memory-curve", hidden=True)
+@needs("report")
+def memory_curve(method: str, axis: str) -> None:
+    """Print a method's memory along one axis of the grid, as CSV."""
+    from peftscope.memory.grid import curve
+
+    curve(method, axis).to_csv(sys.stdout, index=False)
+
+
 @app.command("memory-figures", hidden=True)
 @needs("report")
-def memory_figures() -> None:
-    """Draw the bars of large models."""
+def memory_figures(curves: list[Path]) -> None:
+    """Draw the grid's curves, and the bars of large models."""
     from peftscope.memory.grid import bars
-    from peftscope.report.memory import draw_bars
+    from peftscope.report.memory import draw_bars, draw_grid
 
+    draw_grid(curves, MEMORY_FOLDER / "grid.svg")
     draw_bars(bars(), MEMORY_FOLDER / "bars.svg")

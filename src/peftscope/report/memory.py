@@ -1,11 +1,14 @@
-"""The figures on memory: the bars of large models, a difference, and the lengths of a data set. No torch."""
+"""The report's section on memory: curves, and the bars of large models. No torch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 
 from peftscope.hardware.cards import find_gpu
@@ -13,11 +16,36 @@ from peftscope.memory.lengths import LengthsAnswer
 from peftscope.memory.trace import KINDS
 from peftscope.memory.why import Why
 from peftscope.methods import METHODS
-from peftscope.report.looks import GREEN, GREY, RED, SAFE_COLOURS, mixed
+from peftscope.report.looks import GREEN, GREY, RED, SAFE_COLOURS, looks, mixed
 from peftscope.report.plots import new_figure
 from peftscope.words import GIB, spoken_bytes
 
 CARDS = ("24GiB", "48GiB", "80GiB")
+AXIS_LABELS = {"rank": "rank", "seq_len": "tokens of a sequence", "batch_size": "sequences a batch"}
+
+
+def draw_grid(curves: Sequence[Path], path: Path) -> None:
+    """Draws the memory that a card needs along each axis, with one line per method."""
+    points = pd.concat([pd.read_csv(curve) for curve in curves])
+    points = points.assign(
+        gibibytes=points["device_bytes"] / GIB, label=points["method"].map(lambda name: METHODS[name].label)
+    )
+    styles = looks({label: label for label in points["label"]})
+    with new_figure(path, 11, 4.4, columns=len(AXIS_LABELS), sharey=True) as panels:
+        for axes, (axis, told) in zip(panels, AXIS_LABELS.items(), strict=True):
+            part = points[points["axis"] == axis]
+            for label, rows in part.groupby("label", sort=False):
+                axes.plot(rows["value"], rows["gibibytes"], label=label, markersize=5, **styles[str(label)].line)
+            axes.set(xlabel=told, yscale="log")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted(set(part["value"])), [f"{value:g}" for value in sorted(set(part["value"]))])
+            axes.minorticks_off()
+            _mark_cards(axes.axhline)
+        panels[0].set_ylabel("peak on the card (GiB)")
+        ticks = [4, 8, 16, 24, 48, 80, 160]
+        panels[0].set_yticks(ticks, [str(tick) for tick in ticks])
+        handles = _handles(panels)
+        panels[0].figure.legend(handles.values(), handles, loc="outside lower center", ncols=6, fontsize=9)
 
 
 def draw_bars(bars: pd.DataFrame, path: Path) -> None:
@@ -35,14 +63,16 @@ def draw_bars(bars: pd.DataFrame, path: Path) -> None:
                 left += wide[kind]
             axes.invert_yaxis()
             axes.set(title=METHODS[method].label, xlabel="allocated at the peak (GiB)")
-            for card in CARDS:
-                axes.axvline(find_gpu(card).memory_bytes / GIB, color="0.5", linewidth=0.8, linestyle=":")
-        handles = {
-            label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
+            _mark_cards(axes.axvline)
+        handles = _handles(panels)
         shown = [kind for kind in KINDS if kind in handles]
         entries = [handles[kind] for kind in shown]
         panels[0].figure.legend(entries, shown, loc="outside lower center", ncols=5, fontsize=8)
+
+
+def _handles(panels: Sequence[plt.Axes]) -> dict[str, Any]:
+    """Returns what stands for each label in a legend of several panels."""
+    return {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
 
 
 def waterfall(why: Why) -> list[tuple[str, int]]:
@@ -83,3 +113,8 @@ def draw_lengths(answer: LengthsAnswer, path: Path) -> None:
             axes.axvline(answer.capacity_bytes / GIB, color="0.5", linewidth=0.8)
             axes.annotate(" the card", (answer.capacity_bytes / GIB, 4), fontsize=8)  # below the curve, which ends high
         axes.set(xlabel="peak of a full batch as wide, on the card (GiB)", ylabel="items (%)", ylim=(0, 102))
+
+
+def _mark_cards(line: Callable[..., object]) -> None:
+    for card in CARDS:
+        line(find_gpu(card).memory_bytes / GIB, color="0.5", linewidth=0.8, linestyle=":")

@@ -15,7 +15,7 @@ from peftscope.analysis.study import StudyResults
 from peftscope.analysis.weights import collect_weights, weights_path
 from peftscope.errors import InputError
 from peftscope.layout import MEMORY_FOLDER, record_path, report_path, results_folder, run_folder
-from peftscope.memory.grid import CENTRE
+from peftscope.memory.grid import CENTRE, MODEL
 from peftscope.planning.experiment import Study, experiment_path, read_experiment
 from peftscope.planning.plan import Plan
 from peftscope.record import measured_path
@@ -166,14 +166,19 @@ def _capacity_pages(folder: Path, experiment: str) -> dict[str, Any] | None:
 
 def _memory_pages() -> dict[str, Any] | None:
     """Returns the content of the memory section, which needs no run, or None before the workflow has made it."""
-    if not (MEMORY_FOLDER / "bars.svg").is_file():
+    if not all((MEMORY_FOLDER / name).is_file() for name in ("bars.svg", "grid.svg")):
         return None
     centre = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in CENTRE.items())
     bars = (
         f"What is alive at the peak of a training step around {centre}, in closed form: full fine-tuning in half "
         "precision throughout, LoRA, and QLoRA with gradient checkpointing as in its paper."
     )
-    return {**_figure(MEMORY_FOLDER, "bars", bars), "cards": ", ".join(CARDS)}
+    grid = (
+        f"The memory that a card needs for {MODEL} around {centre}, including allocator and CUDA context. LoftQ takes "
+        "the same as QLoRA."
+    )
+    figures = [_figure(MEMORY_FOLDER, name, text) for name, text in (("bars", bars), ("grid", grid))]
+    return {"figures": figures, "cards": ", ".join(CARDS)}
 
 
 def _figure(folder: Path, name: str, sentence: str) -> dict[str, Any]:

@@ -45,6 +45,9 @@ from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import show_claims, show_study
 from peftscope.report.leaderboard import read_sections, write_leaderboard
 
+MEMORY_FILES = ("grid.svg", "bars.svg")
+"""The files that finished results without a run must have."""
+
 
 def publish(name: str) -> list[Path]:
     """Publishes an experiment, or one of the results that belong to none: ``claims``, ``memory``, ``leaderboard``.
@@ -90,8 +93,9 @@ def publish_memory() -> list[Path]:
     Raises:
         InputError: The results are not finished, or a file is too large to commit.
     """
-    if not (MEMORY_FOLDER / "bars.svg").is_file():
-        raise InputError(Problem(str(MEMORY_FOLDER), "not finished: no bars.svg", "run make report"))
+    missing = [name for name in MEMORY_FILES if not (MEMORY_FOLDER / name).is_file()]
+    if missing:
+        raise InputError(Problem(str(MEMORY_FOLDER), f"not finished: no {', '.join(missing)}", "run make report"))
     wanted = [
         path for path in sorted(MEMORY_FOLDER.rglob("*")) if path.suffix in (".csv", ".json", ".png", ".svg", ".html")
     ]
