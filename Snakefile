@@ -5,12 +5,11 @@ from pathlib import Path
 
 from snakemake.utils import Paramspace, min_version
 
-from peftscope.layout import CONTRIBUTED_RESULTS, sources
+from peftscope.layout import sources
 from peftscope.planning.demands import JobDemands
 from peftscope.sizing.grid import grid
 from peftscope.planning.plan import load_workflow
 from peftscope.planning.sweep import ROUNDS
-from peftscope.report.parts import CAPTIONS
 from peftscope.spec import RUN_ID_PATTERN
 
 min_version("9.0")
@@ -27,13 +26,10 @@ shell.prefix(
 WORKFLOW = load_workflow(config)
 DEMANDS = JobDemands(WORKFLOW)
 GRID = Paramspace(grid())
-CONTRIBUTED = sorted(map(str, CONTRIBUTED_RESULTS.rglob("*.json")))
 CALCULATOR = sources("memory/**/*.py", "sizing/*.py", "methods/**/*.py")
 TUNING = sources("analysis/tuning.py")
 ANALYSIS = sources("analysis/*.py", "planning/published.py")
 REPORT = sources("report/*.py", "report/templates/*")
-# For the captions of Snakemake's report.
-config["captions"] = CAPTIONS
 
 
 wildcard_constraints:
@@ -207,13 +203,11 @@ rule memory_figures:
     output:
         report(
             "results/memory/grid.svg",
-            caption="src/peftscope/report/captions/memory-grid.rst",
             category="Memory",
             labels={"figure": "over rank, length, batch and method"},
         ),
         report(
             "results/memory/bars.svg",
-            caption="src/peftscope/report/captions/memory-bars.rst",
             category="Memory",
             labels={"figure": "7B to 70B"},
         ),
@@ -232,7 +226,6 @@ rule report:
         WORKFLOW.tuned,
         WORKFLOW.measured(checkpoints),
         rules.memory_figures.output,
-        CONTRIBUTED,
         ANALYSIS,
         REPORT,
     output:
@@ -240,14 +233,12 @@ rule report:
         report(
             directory("results/{experiment}/tables"),
             patterns=["{part}.html"],
-            caption="src/peftscope/report/captions/part.rst",
             category="Tables",
             labels={"experiment": "{experiment}", "table": "{part}"},
         ),
         report(
             directory("results/{experiment}/figures"),
             patterns=["{part}.svg"],
-            caption="src/peftscope/report/captions/part.rst",
             category="Figures",
             labels={"experiment": "{experiment}", "figure": "{part}"},
         ),

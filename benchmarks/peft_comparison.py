@@ -15,7 +15,8 @@ import pandas as pd
 from benchmarks.page import write_blocks
 from peftscope.analysis.compare import Difference
 from peftscope.analysis.ranking import STATED_SPREADS, Ranking, rank, trust
-from peftscope.analysis.scores import FRACTION, by_system, read_scores
+from peftscope.analysis.scored import FRACTION, by_system
+from peftscope.analysis.scores import read_scores
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.report.comparison import draw_ranking, summarise_ranking
 from peftscope.report.front import README, with_numbers

@@ -52,7 +52,6 @@ NEEDING = {
     "doctor": "[train]",
     "expand quick": "[train]",
     "expand gpu-7b --gpu a100": "[train]",
-    "contributed": "[report]",
     "leaderboard": "[report]",
     "verify quick": "[train]",
     "claims --id S64": "[all]",

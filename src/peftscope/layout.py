@@ -40,8 +40,6 @@ PUBLISHED_RESULTS = RESULTS / "published"
 PUBLISHED_REPORTS = REPORTS / "published"
 CONTRIBUTED_RESULTS = RESULTS / "contributed"
 """The folder of results from the cards of others, with one folder per card."""
-CONTRIBUTED_PAGE = REPORTS / "contributed.html"
-"""The page of these results. Its Markdown version is in the same folder."""
 
 LEADERBOARD = "leaderboard"
 """The name of the page of methods that studies compare, in the folder of reports and in that of published ones."""

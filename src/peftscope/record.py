@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peftscope.errors import InputError, Problem
-from peftscope.files.atomic import write_json
+from peftscope.files.atomic import finite, write_json
 from peftscope.files.manifest import damaged_files
 from peftscope.spec import RunSpec
 
@@ -266,11 +265,6 @@ def is_restored(run: Path) -> bool:
     return (state_folder(run) / RESTORED).is_file()
 
 
-def in_adapter(name: str) -> bool:
-    """Returns whether a file of a run's folder holds weights or describes them."""
-    return name.startswith("adapter/")
-
-
 def steps_at(shares: Sequence[float], steps: int) -> list[int]:
     """Returns the steps at shares of a training, in ascending order and at least 1.
 
@@ -288,16 +282,6 @@ def kept_path(run: Path, step: int) -> Path:
 def measured_path(run: Path) -> Path:
     """Returns the file of what was measured on the weights that a run keeps."""
     return run / "weights.csv"
-
-
-def lacks_kept(run: Path, record: RunRecord, shares: Sequence[float]) -> bool:
-    """Returns whether a run that ended well has to be repeated, for the weights at shares of its training.
-
-    It has not if its weights were measured, or if it was restored from published results.
-    """
-    if record.status != "ok" or is_restored(run) or measured_path(run).is_file():
-        return False
-    return not all(kept_path(run, step).is_file() for step in steps_at(shares, record.spec.steps))
 
 
 def clear_checkpoints(run: Path) -> None:
@@ -319,15 +303,6 @@ def content_sha256(content: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def finite(value: Any) -> Any:
-    """Returns JSON content in which None replaces NaN and infinity."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def finished_record(run: Path, identity: str) -> RunRecord | None:
     """Returns the record of a run that an earlier job finished, or None if none did or its files are damaged."""
     path = state_folder(run) / "record.json"
@@ -344,8 +319,8 @@ def finished_record(run: Path, identity: str) -> RunRecord | None:
         return None
     restored = is_restored(run)
     # A restored run has no weights and, from a wheel, no items.
-    left_out = {name for name in record.files if restored and (in_adapter(name) or not (run / name).is_file())}
-    damaged = damaged_files(run, {name: digest for name, digest in record.files.items() if name not in left_out})
+    left = {name: digest for name, digest in record.files.items() if not restored or (run / name).is_file()}
+    damaged = damaged_files(run, left)
     if damaged or (record.status == "ok" and not restored and not (run / "items.jsonl").is_file()):
         print(f"{run}: {', '.join(damaged) or 'items.jsonl'} damaged or missing; the run starts again", file=sys.stderr)
         return None

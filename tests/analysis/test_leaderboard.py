@@ -17,9 +17,9 @@ from peftscope.analysis.collect import collect_experiment
 from peftscope.analysis.study import HELDOUT, StudyResults
 from peftscope.layout import record_path
 from peftscope.planning.sweep import expand
+from peftscope.report.contrasts import contrasts, controls, readable_contrasts, readable_controls
 from peftscope.report.leaderboard import Section, read_sections, table, write_leaderboard
 from peftscope.report.publish import publish
-from peftscope.report.study import contrasts, controls, readable_contrasts, readable_controls
 
 CLOSE = GAINS | {"lora": [2.05, 1.98, 2.02, 1.96, 2.04, 1.99]}
 """LoRA gains as much as full fine-tuning; LoRA of rank 2, "thin", gains half a nat less."""

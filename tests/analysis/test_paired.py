@@ -15,7 +15,8 @@ from scipy import stats
 
 from peftscope.analysis.paired import Pairing, check_side, pair
 from peftscope.analysis.ranking import rank, trust
-from peftscope.analysis.scores import by_system, read_scores
+from peftscope.analysis.scored import by_system
+from peftscope.analysis.scores import read_scores
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError
 

@@ -24,12 +24,12 @@ DOCUMENTS = [
 TREATMENTS = {
     # A trainer's file, or a data set, of the reader's own.
     r"peftscope memory (\S+ )?--(config|data) .*": "help",
-    # A data set, or a file that would be written.
-    r"peftscope advise .*--(data|write) .*": "help",
+    # A data set of the reader's own.
+    r"peftscope advise .*--data .*": "help",
     # Whole: an answer within seconds.
     r"peftscope (advise|memory|fit|models|why|oom|expand|doctor|claims --id) ?.*": "whole",
     # These train, measure or need what was trained: their options are read, and nothing more.
-    r"(python -m )?peftscope (run|sweep|merge|report|contributed?|new-study|claims --(kind|reuse))( .*)?": "help",
+    r"(python -m )?peftscope (run|sweep|merge|report|contribute|new-study|claims --(kind|reuse))( .*)?": "help",
     # Runs and files of the reader's own; what it says of them is tested with those of tests.
     r"peftscope compare .*": "help",
     # A server runs until it is stopped.

@@ -200,16 +200,6 @@ def test_a_benchmarks_manifest_says_where_its_rows_are_from(mirror: Path, write_
     assert sorted(path.stem for path in benchmark_folder("gsm8k").glob("*.parquet")) == ["test", "train"]
 
 
-def test_a_branch_that_moved_since_it_was_fetched_is_told(tmp_path: Path, monkeypatch, capsys) -> None:
-    """The hub's answer is given by hand: there is none here."""
-    monkeypatch.setattr(hub, "commit_of", lambda repository, revision, kind: COMMITS[1])
-    hub.tell_if_moved({"commit": COMMITS[1]}, "org/name", None, "model", tmp_path)
-    assert capsys.readouterr().err == ""
-    hub.tell_if_moved({"commit": COMMITS[0]}, "org/name", None, "model", tmp_path)
-    said = capsys.readouterr().err
-    assert f"holds commit {COMMITS[0]} of org/name@main, which is {COMMITS[1]} now" in said
-
-
 def test_the_calculator_reads_a_local_configuration_under_its_hub_name(mirror: Path) -> None:
     (mirror / "some").mkdir(exist_ok=True)
     (mirror / "some/model").symlink_to(mirror / "meta-llama/Llama-2-7b-hf")

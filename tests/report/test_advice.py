@@ -1,8 +1,9 @@
-"""Advice: ten situations, rules that follow the claims, and the experiment that checks what was advised."""
+"""Advice: ten situations, and rules that follow the claims."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from functools import cache
@@ -12,16 +13,16 @@ from typing import Any
 import pytest
 import yaml
 from conftest import REPOSITORY, Command
+from pydantic import ValidationError
 
 from peftscope.errors import InputError
 from peftscope.hardware.cards import find_gpu
-from peftscope.layout import ADVICE_FILE, CLAIMS_FILE
-from peftscope.memory.answer import answer_by_formula
-from peftscope.memory.question import ask, describe_model
+from peftscope.layout import CLAIMS_FILE
+from peftscope.memory.question import describe_model
+from peftscope.methods import METHODS
 from peftscope.report.advice.advise import Advice, advise
-from peftscope.report.advice.rules import Rules, When, known_findings, read_rules
+from peftscope.report.advice.rules import Rule, Rules, Standing, known_findings, read_rules
 from peftscope.report.advice.settings import USUAL_LENGTH, Situation
-from peftscope.words import spoken_bytes
 
 SITUATIONS = sorted((REPOSITORY / "tests" / "advice").glob("*.yaml"))
 
@@ -98,21 +99,19 @@ def test_ten_situations(path: Path) -> None:
     assert all(option.peak_device_bytes <= advice.situation.gpu.usable_bytes for option in advice.options)
 
 
-def test_every_claim_study_and_method_of_the_rules_exists_and_none_is_refuted() -> None:
+def test_every_claim_and_method_of_the_rules_exists_and_none_is_refuted() -> None:
+    rules = read_rules()
     assert len(SITUATIONS) == 10
     ledger = Path(CLAIMS_FILE).read_text()  # as text, because reading it as a ledger loads every check
-    assert list(rules().problems(re.findall(r"^    ([SP]\d+):$", ledger, re.MULTILINE))) == []
-    assert rules().refuted(findings()) == []
-
-
-def test_a_recommendation_whose_claim_is_missing_or_refuted_is_a_problem() -> None:
-    claims = list(findings())
-    assert [p.message for p in rules().problems([c for c in claims if c != "P18"])] == ["no such claim (got P18)"]
-    assert [p.where for p in rules().refuted(with_verdicts(P18="wrong"))] == ["changes: qlora"]
-    assert [p.where.split(": ")[1] for p in rules().refuted(with_verdicts(S54="holds"))] == ["method"]
-    content = yaml.safe_load(Path(ADVICE_FILE).read_text())
-    content["rules"] = [rule for rule in content["rules"] if rule["setting"] != "rank" or rule.get("claims")]
-    assert [p.where for p in Rules.model_validate(content).problems(claims)] == ["rules: rank"]
+    claims = re.findall(r"^    ([SP]\d+):$", ledger, re.MULTILINE)
+    for grounds in [*rules.rules, *rules.changes]:
+        assert {*grounds.claims, *grounds.against} <= set(claims)
+        assert grounds.standing(findings()) is not Standing.REFUTED, grounds.says
+    assert {name for change in rules.changes for name in change.methods} <= set(METHODS)
+    assert {name for rule in rules.rules for name in rule.when.get("method", [])} <= set(METHODS)
+    # Something is said of each setting whatever the verdicts are.
+    last = {rule.setting: rule for rule in rules.rules}
+    assert all(not last[name].when and not last[name].claims for name in last.keys() - {"merging"})
 
 
 def test_a_rule_file_with_an_unknown_key_says_which(tmp_path: Path) -> None:
@@ -160,25 +159,6 @@ def test_cards_that_make_more_than_the_advised_step_are_told(gpus: int, says: st
     assert line(advice, "batch").text.endswith(says)
 
 
-@pytest.mark.parametrize(("gpu", "fits"), [("a100", True), ("rtx4090", False)])
-def test_a_four_bit_base_that_only_other_trainers_share_is_told_with_what_it_takes(gpu: str, fits: bool) -> None:
-    asked = {"model": "llama-3.1-70b", "gpu": gpu, "examples": 5000, "gpus": 4}
-    advice = advice_for(asked)
-    run = {"method": "qlora", "rank": 16, "seq_len": USUAL_LENGTH, "checkpointing": True, "loss_path": "response_only"}
-    shared = {**run, "alpha": 32.0, "sharding": "fsdp2", "quant_storage": "bf16"}
-    question = ask(describe_model("llama-3.1-70b"), shared, responses=USUAL_LENGTH, gpu=find_gpu(gpu), gpus=4)
-    told = advice.nearest[0]
-    assert bool(advice.options) is fits and all(option.method != "qlora" for option in advice.options)
-    assert f"takes {spoken_bytes(answer_by_formula(question).peak_device_bytes, 1)} on each" in told
-    assert "--sharding fsdp2 --quant-storage bf16" in told and "rank 16" in told and f"{USUAL_LENGTH} tokens" in told
-    assert not any("can share" in words for words in advice_for(asked | {"gpus": 1}).nearest)
-
-
-def test_copies_of_a_four_bit_base_that_fit_are_not_told_as_shared() -> None:
-    advice = advice_for({"model": "llama-3.2-1b", "gpu": "rtx4090", "examples": 5000, "gpus": 4})
-    assert "qlora" in {option.method for option in advice.options} and advice.nearest == ()
-
-
 def test_where_four_bits_cost_quality_cutting_examples_comes_first() -> None:
     asked = {"model": "llama-3.2-1b", "gpu": "4GiB", "examples": 5000}
     before, after = advice_for(asked), advice_for(asked, P18="wrong")
@@ -195,11 +175,18 @@ def test_what_is_forgotten_is_told_with_the_method_only_while_its_verdict_stands
     assert "P7" not in line(advice_for(asked, P7="holds"), "method").claims
 
 
-def test_conditions_compare_as_their_names_say() -> None:
+def test_a_condition_holds_if_all_of_it_does() -> None:
     facts = {"examples": 100, "billions": 7.0, "data_rank": 4, "priority": "quality", "method": "lora"}
-    assert When(examples_at_most=100, billions_above=6.9, data_rank_at_least=4, method=["lora"]).holds(facts)
-    for wrong in ({"examples_at_most": 99}, {"billions_above": 7}, {"data_rank_at_least": 5}, {"method": ["full"]}):
-        assert not When.model_validate(wrong).holds(facts)
+
+    def is_for(**when: object) -> bool:
+        return Rule.model_validate({"setting": "rank", "says": "", "when": when}).is_for(facts)
+
+    held = {"examples": [0, 100], "billions": [6.9, math.inf], "data_rank": [4, 4], "method": ["full", "lora"]}
+    assert is_for() and is_for(**held)
+    for wrong in ({"examples": [0, 99]}, {"billions": [7.1, 9]}, {"data_rank": [5, 6]}, {"method": ["full"]}):
+        assert not is_for(**held | wrong)
+    with pytest.raises(ValidationError):
+        is_for(tokens=[1, 2])
 
 
 def test_time_without_records_is_a_guess_and_with_records_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,14 +231,6 @@ def test_the_command_speaks_to_people_and_programs_within_five_seconds(
         (["--gpu", "rtx9", "--examples", "5"], "unknown card"),
         (["--gpu", "", "--examples", "5"], "unknown card (got '')"),
         (["--gpu", "rtx4090", "--examples", "5", "--priority", "cheap"], "unknown (got 'cheap')"),
-        (["--gpu", "rtx4090", "--examples", "5", "--pairs", "3"], "give --write NAME"),
-        (["--gpu", "rtx4090", "--examples", "5", "--write", "quick"], "exists already"),
-        (["--gpu", "1GiB", "--examples", "5", "--write", "mine"], "nothing fits"),
-        (
-            ["--gpu", "rtx4090", "--examples", "5", "--write", "mine", "--task", "sums"],
-            "--task: unknown task (got 'sums')",
-        ),
-        (["--gpu", "4GiB", "--examples", "5", "--write", ""], "experiment=: not a name for an experiment"),
         (["--gpu", "rtx4090", "--examples", "5", "--claims", "nowhere.json"], "nowhere.json"),
         (["--gpu", "rtx4090", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--gpu", "rtx4090", "--examples", "5", "--seq-len", "1000000"], "seq_len: 1000000 is over the model's limit"),
@@ -260,55 +239,6 @@ def test_the_command_speaks_to_people_and_programs_within_five_seconds(
 def test_bad_input_is_a_sentence(options: list[str], says: str, peftscope: Command) -> None:
     code, _, err = peftscope("advise", "--model", "llama-3.2-1b", *options)
     assert code == 2 and says in err
-
-
-def test_an_experiment_is_written_into_the_working_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peftscope: Command
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    options = ["--model", "llama-3.2-1b", "--gpu", "3GiB", "--examples", "5000", "--write", "my-advice"]
-    assert peftscope("advise", *options)[0] == 0
-    assert Path("experiments/my-advice.yaml").is_file()
-    code, out, _ = peftscope("expand", "my-advice", "--gpu", "3GiB", "--brief")
-    assert code == 0 and "my-advice on a card with 3GiB" in out
-
-
-@pytest.mark.parametrize(
-    ("asked", "arms"),
-    [
-        ({"model": "llama-3.2-1b", "gpu": "3GiB", "examples": 5000}, ["qlora"]),
-        ({"model": "llama-3.2-1b", "gpu": "a100-80gb", "examples": 500000}, ["full", "lora"]),
-        ({"model": "llama-3.2-1b", "gpu": "rtx4090", "examples": 1000000, "gpus": 4}, ["full", "lora"]),
-        ({"model": "llama-3.2-1b", "gpu": "rtx4090", "examples": 2000, "priority": "retention"}, ["lora", "qlora"]),
-        ({"model": "llama-3.2-1b", "gpu": "9GiB", "examples": 900, "gpus": 2, "priority": "memory"}, ["qlora", "lora"]),
-    ],
-)
-def test_a_written_experiment_tunes_and_pairs_and_has_an_a_a_arm(
-    asked: dict[str, Any], arms: list[str], own_folder: Path
-) -> None:
-    from peftscope.planning.experiment import read_experiment
-    from peftscope.planning.forecast import Forecaster
-    from peftscope.report.advice.experiment import write_experiment
-
-    path, sweep = write_experiment(advice_for(asked), "advised", asked["gpu"], "cuda", pairs=3)
-    study = read_experiment(path).study
-    assert study is not None and list(study.arms) == arms and study.a_a == arms[0]
-    tuned = [spec for spec in sweep.runs.values() if spec.seed >= 100]
-    assert len({spec.learning_rate for spec in tuned}) >= 3
-    assert (
-        len(sweep.runs)
-        == 1
-        + sum(len(rates) for rates in study.learning_rates.values())
-        + len(study.learning_rates[arms[0]])
-        + 3 * 3 * (len(arms) + 1)
-        + 1
-    )
-    forecaster = Forecaster(find_gpu(asked["gpu"]))
-    unlike = {spec.method.name: (identity, spec) for identity, spec in sweep.runs.items()}
-    for each in unlike.values():
-        assert forecaster.forecast(*each).fits == "yes", each
-    assert all(spec.shards == (asked.get("gpus", 1) if spec.method.name in ("full", "lora") else 1) for spec in tuned)
-    assert len({spec.batch_size * spec.gradient_accumulation for spec in tuned}) == 1  # every arm sees the same data
 
 
 @pytest.mark.parametrize("gpus", [1, 3, 5, 8])

@@ -17,12 +17,12 @@ from ledger_parts import claims, published_findings
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError
 from peftscope.layout import published_paths
+from peftscope.report.contrasts import answer, contrasts, readable_difference, spoken_difference
 from peftscope.report.deciding import what_would_decide
 from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import show_claims, show_study
 from peftscope.report.page import ANSWERS
 from peftscope.report.sentences import spoken_outcome
-from peftscope.report.study import answer, contrasts, readable_difference, spoken_difference
 from peftscope.words import spoken_time
 
 TOPIC = {"title": "One topic", "claims": ["S34"], "larger": "More.", "papers": "Other."}

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from peftscope.analysis.collect import row_of
 from peftscope.data.tasks import find_task
 from peftscope.errors import InputError, Problem, shown
-from peftscope.files.atomic import write_json
+from peftscope.files.atomic import finite, write_json
 from peftscope.files.content import parse_json
 from peftscope.layout import CONTRIBUTED_RESULTS, MODELS_FILE, NAME_PATTERN, record_path, run_folder
 from peftscope.models.catalog import find_model
@@ -29,7 +29,6 @@ from peftscope.record import (
     PhaseMemory,
     RunRecord,
     content_sha256,
-    finite,
     is_restored,
     parse_record,
     read_record,

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from peftscope.analysis.compare import Difference, Outcome
-from peftscope.analysis.scores import Scored
+from peftscope.analysis.scored import Scored
 from peftscope.analysis.stats import sign_flip_p
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError, Problem, shown

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import special
 
 from peftscope.analysis.paired import check_items, check_side, pair
-from peftscope.analysis.scores import FRACTION, Scored, unit_of
+from peftscope.analysis.scored import FRACTION, Scored, unit_of
 from peftscope.analysis.stats import CONFIDENCE, holm
 from peftscope.errors import InputError, Problem
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from peftscope.analysis.collect import main_metric
+from peftscope.analysis.scored import FRACTION, LOSS, LOSSES, NATS, Scored
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import parse_json, read_text
@@ -23,51 +24,6 @@ from peftscope.spec import RunSpec, start_without_seed
 
 LARGEST_LOG = 2_000_000_000
 """The largest file of scores that is read, in bytes."""
-FRACTION, NATS = "fraction", "nats per token"
-LOSS = "loss"
-LOSSES = ("loss", "nll", "perplexity", "ppl", "bits_per_byte")
-LOWER_IS_BETTER = (*LOSSES, "forgetting", "error")
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What one run scored.
-
-    Attributes:
-        system: The name of what is compared; runs of one system differ in their seed.
-        where: The file or the run that the scores are from.
-        seed: The run's seed; None if it is not known.
-        metric: The name of the score.
-        unit: ``FRACTION``, ``NATS``, or empty if it is not known.
-        items: One row per item: its ``value``, its ``weight`` in the mean, and its ``content``, which has to be the
-            same on both sides. A run whose items were not kept apart has a single row.
-        setting: Everything else that decides the run, as text; empty if the file does not say.
-        study: The study and the arm that the run was read from, if it was.
-    """
-
-    system: str
-    where: str
-    seed: int | None
-    metric: str
-    unit: str
-    items: pd.DataFrame
-    setting: str = ""
-    study: tuple[str, str] | None = None
-
-    @property
-    def score(self) -> float:
-        """The mean over the items."""
-        return float((self.items["value"] * self.items["weight"]).sum() / self.items["weight"].sum())
-
-    @property
-    def has_items(self) -> bool:
-        """Whether the items were kept apart."""
-        return len(self.items) > 1
-
-    @property
-    def lower_is_better(self) -> bool:
-        """Whether a lower score is the better one, by the name of the metric."""
-        return any(word in self.metric.lower() for word in LOWER_IS_BETTER)
 
 
 def read_scores(source: str, metric: str | None = None) -> list[Scored]:
@@ -87,24 +43,6 @@ def read_scores(source: str, metric: str | None = None) -> list[Scored]:
     if not runs:
         raise InputError(Problem(source, "no run in it was scored", "give runs that have ended"))
     return runs
-
-
-def unit_of(runs: Iterable[Scored]) -> str:
-    """Returns the unit that all runs have; empty if there is none."""
-    units = {run.unit for run in runs}
-    return units.pop() if len(units) == 1 else ""
-
-
-def by_system(runs: Sequence[Scored]) -> dict[str, list[Scored]]:
-    """Returns runs by their system. Of systems with one name and other settings, all but the first get a number."""
-    systems: dict[tuple[str, str], list[Scored]] = {}
-    for run in runs:
-        systems.setdefault((run.system, run.setting), []).append(run)
-    named: dict[str, list[Scored]] = {}
-    for (name, _), found in systems.items():
-        alike = sum(other == name for other, _ in list(systems)[: len(named)])
-        named[f"{name} ({alike + 1})" if alike else name] = found
-    return named
 
 
 def _exists(text: str) -> bool:
@@ -375,9 +313,8 @@ def _csv(path: Path, metric: str | None) -> list[Scored]:
     for _, rows in table.groupby(by, sort=False) if by else [((), table)]:
         own = values[rows.index]
         if "item" not in table and len(rows) > 1:
-            raise InputError(
-                Problem(where, f"{len(rows)} rows for {_label(rows.iloc[0], by)}", "add a column `seed` or `item`")
-            )
+            said = ", ".join(f"{column} {rows[column].iloc[0]}" for column in by)
+            raise InputError(Problem(where, f"{len(rows)} rows for {said}", "add a column `seed` or `item`"))
         runs.append(
             Scored(
                 system=str(rows["name"].iloc[0]) if "name" in table else path.stem,
@@ -390,10 +327,6 @@ def _csv(path: Path, metric: str | None) -> list[Scored]:
             )
         )
     return runs
-
-
-def _label(row: pd.Series, by: list[str]) -> str:
-    return ", ".join(f"{column} {row[column]}" for column in by)
 
 
 def _seed(value: Any, where: str) -> int:

@@ -10,16 +10,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args
 
-import numpy as np
 import pandas as pd
 
 from peftscope.analysis.collect import read_runs
 from peftscope.analysis.compare import Difference, compare, pair_values
 from peftscope.analysis.stats import holm, trimmed_mean
+from peftscope.analysis.tuning import Rate
 from peftscope.errors import InputError, Problem
 from peftscope.layout import folder_with, how_to_run, run_folder
 from peftscope.planning.cells import ARM, CONTROL, RATES, TUNING
@@ -45,35 +44,6 @@ PLANNED = 0.02
 
 
 _CONTROL = re.compile(rf"{CONTROL}({'|'.join(get_args(Control))})-(.+)")
-
-
-@dataclass(frozen=True)
-class Rate:
-    """An arm's best learning rate, and what was tried.
-
-    Attributes:
-        best: The rate with the lowest held-out loss or, in earlier studies, the one that a local fit chose.
-        curve: The mean validation loss by learning rate on the seeds that only tune, ascending; None if training
-            diverged. It is empty if the rate was given.
-        losses: The held-out loss by learning rate on the seeds of the study, the mean without the best
-            and the worst seed.
-        regret: The standard error that a choice on other seeds adds to the arm's loss, in nats per token.
-    """
-
-    best: float
-    curve: dict[float, float | None]
-    losses: dict[float, float]
-    regret: float = 0.0
-
-    @property
-    def is_tuned(self) -> bool:
-        """Whether the arm ran at several rates on the seeds of the study."""
-        return len(self.losses) > 1
-
-    @property
-    def is_at_an_end(self) -> bool:
-        """Whether the best of several rates is the lowest or the highest, so that a better one may lie beyond."""
-        return self.is_tuned and self.best in (min(self.losses), max(self.losses))
 
 
 class StudyResults:
@@ -108,15 +78,16 @@ class StudyResults:
         return read_runs(self.name, self.folder)
 
     @cached_property
+    def _tuned(self) -> dict[str, Any] | None:
+        path = self.folder / "tuned.json"
+        return json.loads(path.read_text())["arms"] if path.is_file() else None
+
+    @property
     def _chosen(self) -> dict[str, Any]:
         """What was tried and chosen for each arm that was tuned."""
-        path = self.folder / "tuned.json"
-        if not path.is_file():
-            if self.settings is None or not self.settings.learning_rates:
-                return {}
+        if self._tuned is None and self.settings and self.settings.learning_rates:
             raise self._unfinished("its learning rates are not chosen")
-        arms: dict[str, Any] = json.loads(path.read_text())["arms"]
-        return arms
+        return self._tuned or {}
 
     def _tuning_of(self, arm: str) -> dict[str, Any]:
         if arm not in self._chosen:
@@ -128,9 +99,7 @@ class StudyResults:
     @cached_property
     def left_out(self) -> dict[str, str]:
         """The arms that could not be tuned, each with the reason. It is empty until the tuning is done."""
-        path = self.folder / "tuned.json"
-        arms = json.loads(path.read_text())["arms"] if path.is_file() else {}
-        return {arm: chosen["reason"] for arm, chosen in arms.items() if chosen["learning_rate"] is None}
+        return {arm: chosen["reason"] for arm, chosen in (self._tuned or {}).items() if not chosen["learning_rate"]}
 
     @property
     def arms(self) -> list[str]:
@@ -223,8 +192,11 @@ class StudyResults:
 
     @property
     def arms_at_an_end(self) -> list[str]:
-        """The arms whose best rate was the lowest or highest at which they ran."""
-        return [arm for arm in self.arms if self.rate(arm).is_at_an_end]
+        """The arms whose best of several rates is the lowest or the highest, so that a better one may lie beyond."""
+        rates = {arm: self.rate(arm) for arm in self.arms}
+        return [
+            arm for arm, rate in rates.items() if rate.is_tuned and rate.best in (min(rate.losses), max(rate.losses))
+        ]
 
     def rate_runs(self, arm: str) -> pd.DataFrame:
         """Returns the runs of an arm at all its rates, one row for each rate and seed.
@@ -317,11 +289,6 @@ class StudyResults:
             raise self._unfinished("no run of the untouched base")
         return float(runs[HELDOUT].iloc[0])
 
-    def base_accuracy(self, column: str = ACCURACY) -> float:
-        """Returns the exact match of the untouched base, as a fraction; 0 if it was not measured."""
-        measured = self._base_runs.get(column, pd.Series(dtype=float)).dropna()
-        return float(measured.iloc[0]) if len(measured) else 0.0
-
     def exact_match(self, arm: str, column: str = ACCURACY) -> pd.DataFrame:
         """Returns the runs of an arm, with the exact match of the untouched base for those that diverged.
 
@@ -330,8 +297,10 @@ class StudyResults:
             column: ``ACCURACY``, of answers that were generated, or ``GREEDY``, of the whole test split.
         """
         runs = self.arm_runs(arm)
-        known = column in runs and bool(runs[column].notna().any())
-        return runs.fillna({column: self.base_accuracy(column)}) if known else runs.assign(**{column: math.nan})
+        if column not in runs or runs[column].isna().all():
+            return runs.assign(**{column: math.nan})
+        of_base = self._base_runs[column].dropna()
+        return runs.fillna({column: of_base.iloc[0] if len(of_base) else 0.0})
 
     @cached_property
     def task_gain(self) -> float:
@@ -398,33 +367,6 @@ class StudyResults:
         records = published_records(self.folder.name).items()  # of a wheel, which leaves their losses out
         rows = [{"run_id": run, **row} for run, text in records for row in loss_rows(json.loads(text))]
         return pd.DataFrame(rows).set_index(index)
-
-    def training_losses(self) -> pd.Series:
-        """Returns the training losses of all runs, indexed by run id and step."""
-        return self.losses["nll_nats_per_token"]
-
-    def samples_to(self, loss: float, arm: str) -> list[float]:
-        """Returns for each seed of an arm how many samples it saw before its validation loss reached another.
-
-        Losses between two measurements are interpolated; infinite if the loss was not reached.
-        """
-        curves = self.losses
-        if VALIDATION not in curves or curves[VALIDATION].isna().all():
-            return []
-        runs = self.arm_runs(arm).set_index("run_id")
-        reached = []
-        for run, row in runs.iterrows():
-            curve = curves.loc[run, VALIDATION].dropna()
-            curve.loc[int(row["steps"])] = row[VALIDATION]
-            each = row["batch_size"] * row["gradient_accumulation"]
-            below = np.flatnonzero(curve.to_numpy() <= loss)
-            if len(curve) < 2 or not len(below):
-                reached.append(math.inf)
-                continue
-            last = max(1, int(below[0]))
-            steps, losses = curve.index[last - 1 : last + 1], curve.to_numpy()[last - 1 : last + 1]
-            reached.append(float(each * np.interp(-loss, -losses, steps)))
-        return reached
 
 
 def _mean(losses: list[float | None]) -> float | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,30 @@ from peftscope.planning.sweep import ROUNDS, Sweep, expand, runs_to_choose_from
 from peftscope.record import TRY_AGAIN, RunRecord, recover_record
 
 OUT_OF_MEMORY = "memory ran out"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """An arm's best learning rate, and what was tried.
+
+    Attributes:
+        best: The rate with the lowest held-out loss or, in earlier studies, the one that a local fit chose.
+        curve: The mean validation loss by learning rate on the seeds that only tune, ascending; None if training
+            diverged. It is empty if the rate was given.
+        losses: The held-out loss by learning rate on the seeds of the study, the mean without the best
+            and the worst seed.
+        regret: The standard error that a choice on other seeds adds to the arm's loss, in nats per token.
+    """
+
+    best: float
+    curve: dict[float, float | None]
+    losses: dict[float, float]
+    regret: float = 0.0
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the arm ran at several rates on the seeds of the study."""
+        return len(self.losses) > 1
 
 
 def choose_rates(sweep: Sweep, number: int) -> Path:

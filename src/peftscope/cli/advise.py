@@ -40,9 +40,6 @@ def advise_command(
     lengths: Annotated[
         Path | None, typer.Option(help="Instead of --data: a file with one length on each line.")
     ] = None,
-    write: Annotated[str | None, typer.Option(help="Write experiments/NAME.yaml, which checks the advice.")] = None,
-    task: Annotated[str | None, typer.Option(help="With --write: a task of tasks.yaml.")] = None,
-    pairs: Annotated[int | None, typer.Option(min=2, max=20, help="With --write: pairs of seeds; default 5.")] = None,
     claims: Annotated[
         Path | None,
         typer.Option(help="Verdicts of this claims.json; default results/claims.json, or the published ones."),
@@ -66,8 +63,6 @@ def advise_command(
     if not (examples or measured) or (examples is not None and examples < 1):
         got = "" if examples is None else f" (got {examples})"
         raise InputError(Problem("--examples", f"must be at least 1{got}", "say how many there are, or give --data"))
-    if (task or pairs) and write is None:
-        raise InputError(Problem("--task" if task else "--pairs", "is about a written experiment", "give --write NAME"))
     base, card = describe_model(model), find_gpu(gpu)
     longest = max(measured, default=USUAL_LENGTH)
     longest = seq_len or min(longest, base.max_seq_len or longest)
@@ -78,18 +73,7 @@ def advise_command(
         print(json.dumps(advice.to_json(), ensure_ascii=False))
     else:
         show_advice(advice, wide_console())
-    if write is not None:
-        _write(advice, write, gpu, task, pairs, quiet=as_json)
     raise typer.Exit(0 if advice.options else 1)
-
-
-def _write(advice: Advice, name: str, card: str, task: str | None, pairs: int | None, *, quiet: bool) -> None:
-    from peftscope.hardware.device import detect_device
-    from peftscope.report.advice.experiment import PAIRS, write_experiment
-
-    path, sweep = write_experiment(advice, name, card, detect_device(), task, pairs or PAIRS)
-    if not quiet:
-        print(f"{path}: {len(sweep.runs)} runs; next: peftscope expand {name} --brief, then peftscope sweep {name}")
 
 
 def show_advice(advice: Advice, console: Console) -> None:
@@ -130,6 +114,4 @@ def show_advice(advice: Advice, console: Console) -> None:
             escape(advice.costs(option)),
         )
     console.print(others)
-    for line in advice.nearest:
-        console.print(line, markup=False)
     console.print(f"Verdicts on claims: {advice.claims_from}; `peftscope claims --id S54` says what one means.")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from peftscope.analysis.ranking import Ranking, Trust
-    from peftscope.analysis.scores import Scored
+    from peftscope.analysis.scored import Scored
     from peftscope.report.comparison import Margin
 
 app = typer.Typer()
@@ -48,7 +48,7 @@ def compare(
     items: Annotated[
         int | None, typer.Option(min=2, help="With --all: the items behind a fraction that was read as one number.")
     ] = None,
-    figure: Annotated[Path | None, typer.Option(help="Draw the differences into this PNG file.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="With --all: draw the ranking into this PNG file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs; the keys are stable.")] = False,
 ) -> None:
     """Say whether a difference is real: its interval, chance, sameness within a margin, and what would decide.
@@ -56,7 +56,7 @@ def compare(
     Reads runs of the suite, lm-eval's samples_*.jsonl, results of PEFT's method comparison, and CSV files with a score
     and the columns name, seed or item.
     """
-    from peftscope.analysis.scores import read_scores, unit_of
+    from peftscope.analysis.scores import read_scores
 
     console = wide_console()
     if every:
@@ -67,11 +67,11 @@ def compare(
         return
     if b is None:
         raise InputError(Problem("B", "is missing", "name what A is compared with, or give --all"))
-    for name, given in (("--seed-spread", seed_spread), ("--items", items)):
+    for name, given in (("--seed-spread", seed_spread), ("--items", items), ("--figure", figure)):
         if given is not None:
             raise InputError(Problem(name, "goes with --all only", "leave it out"))
     from peftscope.analysis.paired import check_spread, pair
-    from peftscope.report.comparison import comparison_json, describe, draw_comparison
+    from peftscope.report.comparison import comparison_json, describe
 
     if margin is not None:
         _number_and_unit(margin, "--margin")
@@ -87,8 +87,6 @@ def compare(
         print(json.dumps(comparison_json(first, second, pairing, asked), ensure_ascii=False))
     for line in [] if as_json else describe(first, second, pairing, asked):
         console.print(line, soft_wrap=True, markup=False)
-    if figure:
-        draw_comparison(first[0].system, second[0].system, pairing, asked, unit_of([*first, *second]), figure)
 
 
 def _number_and_unit(text: str, where: str) -> tuple[float, str]:
@@ -108,7 +106,7 @@ def _number_and_unit(text: str, where: str) -> tuple[float, str]:
 
 def _amount(text: str, where: str, unit: str) -> float:
     """Returns an amount in the unit of the scores."""
-    from peftscope.analysis.scores import FRACTION, NATS
+    from peftscope.analysis.scored import FRACTION, NATS
 
     number, given = _number_and_unit(text, where)
     fits = given == "pp" if unit == FRACTION else given == "" or (given == "nats" and unit == NATS)
@@ -130,7 +128,7 @@ def read_margin(text: str | None, sides: Sequence[Sequence[Scored]], base: Seque
     Raises:
         InputError: The text is no margin for these scores, or the task gain is not known.
     """
-    from peftscope.analysis.scores import unit_of
+    from peftscope.analysis.scored import unit_of
     from peftscope.report.comparison import Margin
 
     if text is None:
@@ -145,7 +143,7 @@ def _task_gain(sides: Sequence[Sequence[Scored]], base: Sequence[Scored] | None)
     from statistics import fmean
 
     from peftscope.analysis.paired import check_items, check_side
-    from peftscope.analysis.scores import NATS
+    from peftscope.analysis.scored import NATS
     from peftscope.analysis.study import StudyResults
 
     b = sides[1]
@@ -168,7 +166,7 @@ def _rank(
 ) -> None:
     """Ranks systems for each spread of seeds that is asked for; prints JSON if there is no console."""
     from peftscope.analysis.ranking import STATED_SPREADS, rank, trust
-    from peftscope.analysis.scores import FRACTION, by_system, unit_of
+    from peftscope.analysis.scored import FRACTION, by_system, unit_of
     from peftscope.report.comparison import draw_ranking, ranking_json
 
     systems, unit = by_system(runs), unit_of(runs)

@@ -1,4 +1,4 @@
-"""The commands for results from the cards of others: ``contribute`` packs them, ``contributed`` shows them."""
+"""``peftscope contribute``: packs what a card measured for a pull request."""
 
 from __future__ import annotations
 
@@ -58,18 +58,6 @@ def _texts(content: Any, field: str = "") -> dict[str, list[str]]:
         for key, texts in inner.items():
             found[key] = list(dict.fromkeys([*found.get(key, []), *texts]))
     return found
-
-
-@app.command(rich_help_panel=OWN)
-@needs("report")
-def contributed() -> None:
-    """Check what cards of others measured, show it by card, and write reports/contributed.html."""
-    from peftscope.report.contributed import cards_table, write_contributed
-
-    console = wide_console()
-    page, cards = write_contributed(), cards_table()
-    console.print("No card has sent results yet: docs/gpu.md says how yours can." if cards.empty else _as_table(cards))
-    console.print(f"The page: {page}", soft_wrap=True)
 
 
 def _as_table(frame: Any) -> Table:

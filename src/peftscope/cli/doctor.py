@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
-import socket
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import psutil
 
 from peftscope.hardware.bf16 import VARIABLE, Way, chosen_way, has_native_bf16
 from peftscope.hardware.device import gpu_names
-from peftscope.words import GIB, spoken_bytes
+from peftscope.words import spoken_bytes
 
 HOW: dict[Way, str] = {"native": "natively", "fp32": "in fp32"}
-HUB = ("huggingface.co", 443)
 
 
 @dataclass(frozen=True)
@@ -30,18 +26,14 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Returns the findings on processor, cards, torch, bitsandbytes, hub, disk and memory."""
+    """Returns the findings on processor, memory, cards, torch and bitsandbytes."""
     import torch
 
     from peftscope.training.ceilings import bf16_rates
 
     cards = gpu_names()
     usable = torch.cuda.is_available()
-    free, memory = shutil.disk_usage(Path()).free, psutil.virtual_memory().total
-    room = free > 5 * GIB
-    offline = os.environ.get("HF_HUB_OFFLINE") == "1"
-    reachable = not offline and _reachable()
-    token = bool(os.environ.get("HF_TOKEN")) or (Path.home() / ".cache/huggingface/token").is_file()
+    memory = psutil.virtual_memory().total
     return [
         Finding("processor", True, f"{psutil.cpu_count()} cores, {spoken_bytes(memory, 0)} of memory"),
         Finding(
@@ -53,19 +45,6 @@ def examine() -> list[Finding]:
         Finding("torch", True, torch.__version__),
         bf16_finding(chosen_way(), bf16_rates()),
         _bitsandbytes(),
-        Finding(
-            "model hub",
-            reachable,
-            "reachable" if reachable else "switched off by HF_HUB_OFFLINE" if offline else "not reachable",
-            "" if reachable else "models of experiments/models.yaml that come from wheels work without it",
-        ),
-        Finding(
-            "hub token",
-            token or not reachable,
-            "found" if token else "none",
-            "" if token or not reachable else "only for gated models: hf auth login",
-        ),
-        Finding("disk", room, f"{spoken_bytes(free, 0)} free", "" if room else "quick needs about 5 GiB"),
     ]
 
 
@@ -106,11 +85,3 @@ def _bitsandbytes() -> Finding:
     except Exception as reason:  # whatever the native library raises, the user needs one line
         return Finding("bitsandbytes", False, f"{found}, but 4-bit fails on {device}: {reason}", "upgrade bitsandbytes")
     return Finding("bitsandbytes", error < 0.2, f"{found}, 4-bit works on {device}")
-
-
-def _reachable() -> bool:
-    try:
-        with socket.create_connection(HUB, timeout=2):
-            return True
-    except OSError:
-        return False

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import yaml
 
 from peftscope.cli.console import OWN
 from peftscope.errors import InputError, Problem, close_match
@@ -98,53 +98,32 @@ def study_text(file: Path, others: list[str], model: str | None) -> str:
 
     # The runs that `sums` has of these arms are shared: they have the same ids.
     shares = model is None and arms[0] == REFERENCE
-    fields = {name: {"method": name} | (known.arms.get(name, {}) if shares else {}) for name in [*arms, file.stem]}
-    centres = {name: rate for name, rate in known.centres.items() if shares and name.removesuffix(A_A) in arms}
-
+    names = [*arms, file.stem]
+    study: dict[str, Any] = {
+        "arms": {name: {"method": name} | (known.arms.get(name, {}) if shares else {}) for name in names},
+        "learning_rates": {name: rates(name) for name in names if name != REFERENCE},
+    }
     drawn = METHODS[arms[0]]().draws_start
-    again = arms[0] if drawn else f"null # {arms[0]} draws nothing at its start: it would repeat itself"
-    title = f"{method.label} against {', '.join(METHODS[name].label for name in arms)}"
-    lines = [
-        f"title: {json.dumps(title, ensure_ascii=False)}",
-        "description: >-",
-        "  A method from a file beside others, each at its own best learning rate after as many trials. Pairs of seeds",
-        "  give every arm the same batches."
-        + (" The reference enters a second time: no smaller difference means anything." if drawn else ""),
-        "extends: base",
-        *([f"fixed: {{model: {model}}}"] if model else []),
-        "",
-        "study:",
-        *([f"  a_a: {again}"] if arms[0] != REFERENCE else []),
-        *(["  pilot: null # its A/A pairs are of another model or reference"] if model or arms[0] != REFERENCE else []),
-        "  arms:",
-        *([f"    {REFERENCE}: null"] if arms[0] != REFERENCE else []),
-        *(
-            f"    {name}: {{{', '.join(f'{key}: {value}' for key, value in fields[name].items())}}}"
-            for name in [*arms, file.stem]
-        ),
-        "  learning_rates:",
-        *([f"    {REFERENCE}: null"] if arms[0] != REFERENCE else []),
-        *(
-            f"    {name}: [{', '.join(map(yaml_float, rates(name)))}]"
-            for name in [*arms, file.stem]
-            if name != REFERENCE
-        ),
-        *(
-            [f"  centres: {{{', '.join(f'{name}: {yaml_float(rate)}' for name, rate in centres.items())}}}"]
-            if centres
-            else []
-        ),
-        *(["  tuning: {retention_tokens: 0, retention_every: 0}"] if centres else []),
-        *([f"  controls: {{{REFERENCE}: null, {arms[0]}: [shuffled-labels]}}"] if arms[0] != REFERENCE else []),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def yaml_float(value: float) -> str:
-    """Returns a number as YAML 1.1 reads a float: with a point in the mantissa.
-
-    >>> yaml_float(0.0003)
-    '3.0e-4'
-    """
-    mantissa, _, exponent = f"{value:.1e}".partition("e")
-    return f"{mantissa}e{int(exponent)}"
+    if not shares:
+        study["pilot"] = None  # its A/A pairs are of another model or reference
+    elif centres := {name: rate for name, rate in known.centres.items() if name.removesuffix(A_A) in arms}:
+        study |= {"centres": centres, "tuning": {"retention_tokens": 0, "retention_every": 0}}
+    if arms[0] != REFERENCE:  # what `base` says of the reference is taken back
+        study["a_a"] = arms[0] if drawn else None  # what draws nothing at its start would repeat itself
+        for field in ("arms", "learning_rates"):
+            study[field] = {REFERENCE: None, **study[field]}
+        study["controls"] = {REFERENCE: None, arms[0]: ["shuffled-labels"]}
+    description = (
+        "A method from a file beside others, each at its own best learning rate after as many trials. Pairs of seeds "
+        "give every arm the same batches."
+    )
+    if drawn:
+        description += " The reference enters a second time: no smaller difference means anything."
+    content = {
+        "title": f"{method.label} against {', '.join(METHODS[name].label for name in arms)}",
+        "description": description,
+        "extends": "base",
+        **({"fixed": {"model": model}} if model else {}),
+        "study": study,
+    }
+    return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)

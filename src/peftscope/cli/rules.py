@@ -121,14 +121,6 @@ def records_command(experiment: ExperimentName) -> None:
         print(json.dumps(json.loads(text), ensure_ascii=False, sort_keys=True))
 
 
-@app.command("forecasts", hidden=True)
-def forecasts(document: Annotated[Path, typer.Argument(help="A Markdown file with blocks for it.")]) -> None:
-    """Write what `expand` says into a document."""
-    from peftscope.report.forecasts import refresh_forecasts
-
-    refresh_forecasts(document)
-
-
 @app.command(hidden=True)
 @needs("workflow")
 def unlock() -> None:

@@ -56,7 +56,8 @@ def _power(sweep: Sweep, study: Study) -> str:
         gain = results.task_gain
     except InputError as error:
         return f"Power: not known before the A/A pairs of its pilot: {error.problems[0]}."
-    width = _half_width(pairs.spread, pairs.tuning_error, study) / gain
+    planned = Difference(0.0, pairs.spread, pairs.tuning_error, len(study.seeds), math.nan)
+    width = planned.half_width() / gain
     plan = f"the ±{100 * PLANNED:g} % that a study plans for"
     enough = f"within {plan}" if width <= PLANNED else f"more than {plan}: add pairs"
     fixed = sweep.experiment.fixed
@@ -64,25 +65,5 @@ def _power(sweep: Sweep, study: Study) -> str:
     other = "" if results.subject == here else f" It was measured on {results.subject}: run A/A pairs of your own."
     return (
         f"Power: {pairs.n} A/A pairs of `{pilot}` spread by {pairs.spread:.4f} nats; {len(study.seeds)} pairs then see "
-        f"±{100 * width:.1f} % of the task gain of {gain:.3f} nats (95 %), {enough}."
-        f"{_worse_tuned(results, study, pairs.spread)}{other}"
+        f"±{100 * width:.1f} % of the task gain of {gain:.3f} nats (95 %), {enough}.{other}"
     )
-
-
-def _half_width(spread: float, tuning_error: float, study: Study) -> float:
-    """Returns the half-width of a difference over a study's pairs, in nats per token."""
-    return Difference(0.0, spread, tuning_error, len(study.seeds), math.nan).half_width()
-
-
-def _worse_tuned(pilot: StudyResults, study: Study, spread: float) -> str:
-    """Returns what a study's pairs see of methods whose best rates the pilot knows less well than the reference's."""
-    named = [arm.get("method") for arm in study.arms.values()]
-    planned = {method["name"] if isinstance(method, dict) else method for method in named}
-    reference, seen = pilot.reference, []
-    for arm in pilot.arms:
-        if arm == reference or arm.endswith(A_A) or pilot.arm_runs(arm)["method"].iloc[0] not in planned:
-            continue
-        width = _half_width(spread, pilot.tuning_error(arm, reference), study) / pilot.task_gain
-        if width > PLANNED:
-            seen.append(f"±{100 * width:.1f} % ({pilot.labels[arm]})")
-    return f" Where the best rate is known less well, they see {', '.join(seen)}." if seen else ""

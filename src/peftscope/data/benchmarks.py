@@ -59,10 +59,7 @@ def find_benchmark(name: str, where: str = "benchmarks") -> Path:
         # Most files are in a folder with their name; to read all fourteen thousand takes a second or more.
         near = sorted(root.glob(f"{name.split('_')[0]}*/**/*.yaml"))
         names_it = re.compile(rf"^task:\s*[\"']?{re.escape(name)}[\"']?\s*(#.*)?$", re.MULTILINE)
-        for path in near or []:
-            if names_it.search(path.read_text(errors="replace")):
-                return path
-        for path in sorted(root.rglob("*.yaml")):
+        for path in [*near, *sorted(root.rglob("*.yaml"))]:
             if names_it.search(path.read_text(errors="replace")):
                 return path
     names = [path.stem for path in root.rglob("*.yaml")]
@@ -97,12 +94,13 @@ def _fill(name: str, target: Path) -> dict[str, Any]:
     splits = sorted({config[field] for field in SPLIT_FIELDS if config.get(field)})
     if not splits or "dataset_path" not in config:
         raise InputError(Problem(f"benchmark {name}", "its data do not come from a hub", "choose another one"))
-    facts, items = {}, {}
+    facts: dict[str, str] = {}
+    items: dict[str, int] = {}
     revision = (config.get("dataset_kwargs") or {}).get("revision")
     for split in splits:
-        found = load_rows(config["dataset_path"], config.get("dataset_name"), split, revision)
-        found.rows.to_parquet(target / f"{split}.parquet")
-        facts, items[split] = found.facts, len(found.rows)
+        rows, facts = load_rows(config["dataset_path"], config.get("dataset_name"), split, revision)
+        rows.to_parquet(target / f"{split}.parquet")
+        items[split] = len(rows)
     return {
         "name": name,
         "lm_eval": version("lm_eval"),

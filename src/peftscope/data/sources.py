@@ -276,14 +276,14 @@ def _random_strings(name: str, source: RandomStringsSource, facts: dict[str, str
 
 
 def _hub(name: str, source: HubDataSource, facts: dict[str, str]) -> Iterator[Item]:
-    found = load_rows(source.dataset, source.config, source.split, source.revision)
+    rows, where_from = load_rows(source.dataset, source.config, source.split, source.revision)
     columns = [column for column in (source.prompt, source.response, source.group) if column]
-    missing = [column for column in columns if column not in found.rows.column_names]
+    missing = [column for column in columns if column not in rows.column_names]
     if missing:
-        remedy = f"it has {', '.join(found.rows.column_names)}"
+        remedy = f"it has {', '.join(rows.column_names)}"
         raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"no such column: {', '.join(missing)}", remedy))
-    facts.update(found.facts)
-    for number, row in enumerate(found.rows, 1):
+    facts.update(where_from)
+    for number, row in enumerate(rows, 1):
         try:
             item = make_item(row[source.prompt], row[source.response])
         except ValueError as error:

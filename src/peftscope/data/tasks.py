@@ -16,7 +16,6 @@ from peftscope.data.scoring import lm_eval_file, read_scoring
 from peftscope.data.sources import HubDataSource, Item, JsonlSource, Source, items_of, read_items
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import Count, Name, read_yaml
-from peftscope.files.hub import tell_if_moved
 from peftscope.files.manifest import file_sha256, how_to_change, is_source_of, read_manifest
 from peftscope.files.problems import dotted, problems_of
 from peftscope.files.resource import Resource
@@ -97,14 +96,9 @@ def make_task(name: str) -> Path:
     Raises:
         InputError: The source cannot be read or changed since the splits were made, or a split would be empty.
     """
-    entry = find_task(name)
-    resource = task_resource(name)
     if problem := source_change(name):
         raise InputError(problem)
-    if resource.is_there() and isinstance(entry.source, HubDataSource):
-        manifest = read_manifest(resource.folder) or {}
-        tell_if_moved(manifest, entry.source.dataset, entry.source.revision, "dataset", resource.folder)
-    return resource.fetch()
+    return task_resource(name).fetch()
 
 
 def source_change(name: str) -> Problem | None:

@@ -31,9 +31,12 @@ from peftscope.record import (
     check_place,
     clear_checkpoints,
     finished_record,
-    lacks_kept,
+    is_restored,
+    kept_path,
+    measured_path,
     read_record,
     state_folder,
+    steps_at,
     write_record,
 )
 from peftscope.spec import RunSpec, run_id
@@ -235,3 +238,13 @@ def check_cards(count: int) -> None:
     if torch.cuda.device_count() < count:
         message = f"{count} shards need {count} cards, and this machine has {torch.cuda.device_count()}"
         raise InputError(Problem("shards", message, "use fewer shards, or a machine with more cards"))
+
+
+def lacks_kept(run: Path, record: RunRecord, shares: Sequence[float]) -> bool:
+    """Returns whether a run that ended well has to be repeated, for the weights at shares of its training.
+
+    It has not if its weights were measured, or if it was restored from published results.
+    """
+    if record.status != "ok" or is_restored(run) or measured_path(run).is_file():
+        return False
+    return not all(kept_path(run, step).is_file() for step in steps_at(shares, record.spec.steps))

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from peftscope.errors import InputError, Problem
 from peftscope.execution.inputs import inputs
+from peftscope.execution.job import lacks_kept
 from peftscope.files.storage import STORAGE_CODE
 from peftscope.layout import run_folder
 from peftscope.planning.disk import check_disk
 from peftscope.planning.plan import Plan, plan_experiment
 from peftscope.planning.sweep import Sweep
-from peftscope.record import finished_record, lacks_kept, read_record
+from peftscope.record import finished_record, read_record
 from peftscope.spec import RunSpec, run_id
 from peftscope.words import spoken_time
 

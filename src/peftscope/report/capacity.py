@@ -9,7 +9,8 @@ from peftscope.analysis.capacity import ARM, breaks, stored_bits
 from peftscope.analysis.collect import read_runs
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.layout import results_folder
-from peftscope.report.plots import DASHES, arm_looks, beside, draw_figure
+from peftscope.report.looks import DASHES, arm_looks
+from peftscope.report.plots import beside, draw_figure
 from peftscope.report.tables import html
 from peftscope.words import formatted, interval
 

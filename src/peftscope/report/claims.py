@@ -15,7 +15,7 @@ from peftscope.claims.verdict import Verdict
 from peftscope.files.atomic import write_json
 from peftscope.layout import CLAIMS_PAGE, CLAIMS_RESULTS
 from peftscope.report.deciding import what_would_decide
-from peftscope.report.plots import MARKERS, SAFE_COLOURS
+from peftscope.report.looks import MARKERS, SAFE_COLOURS
 from peftscope.report.rendering import asset, rendered
 from peftscope.report.spoken import deciding, measured, sentence, spoken_finding, spoken_moves, spoken_verdict
 from peftscope.report.svg import STYLE, in_page, interval, svg_of

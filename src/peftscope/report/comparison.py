@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import seaborn as sns
 
 from peftscope.analysis.compare import Outcome
 from peftscope.analysis.paired import FEW, Pairing
 from peftscope.analysis.ranking import Ranking, Trust
-from peftscope.analysis.scores import FRACTION, Scored, unit_of
+from peftscope.analysis.scored import FRACTION, Scored, unit_of
 from peftscope.analysis.stats import CONFIDENCE
-from peftscope.report.plots import BLUE, Ahead, Look, draw_ahead, new_figure
+from peftscope.report.plots import new_figure
 from peftscope.report.sentences import spoken_outcome, spoken_side
 from peftscope.words import counted, interval, signed
 
@@ -171,20 +170,6 @@ def _sources(pairing: Pairing, unit: str, *, differs: bool) -> Iterator[str]:
     parts += [f"items {spoken(of_items, unit)}"] if pairing.items > 1 else []
     parts += [f"the choice of learning rates {spoken(pairing.tuning_error, unit)}"] if pairing.tuning_error else []
     yield f"Standard error from each source: {', '.join(parts)}."
-
-
-def draw_comparison(a: str, b: str, pairing: Pairing, margin: Margin, unit: str, path: Path) -> None:
-    """Draws the mean difference with its interval and the pairs of runs, and below it the differences of items."""
-    scale, rows = _scale(unit), 2 if pairing.items > 1 else 1
-    with new_figure(path, 7.5, 2.2 * rows + 0.4, rows, squeeze=False, height_ratios=[1, 2][:rows]) as grid:
-        axes = grid[0, 0]
-        ahead = Ahead(pairing.by_seed.tolist(), pairing.difference(math.nan), Look(BLUE, "o"))
-        draw_ahead(axes, [ahead], scale * margin.value, scale)
-        axes.set(yticks=[], ylim=(-1, 1), xlabel=f"A ahead of B by ({'pp' if unit == FRACTION else unit or 'score'})")
-        axes.set_title(f"{a} against {b}: {_seen(pairing)}", fontsize=9)
-        if pairing.items > 1:
-            sns.histplot(x=scale * pairing.by_item, bins=41, ax=grid[1, 0], color=BLUE)
-            grid[1, 0].set(xlabel="difference of each item, over all runs", ylabel="items")
 
 
 def summarise_ranking(ranking: Ranking, chances: Trust | None) -> dict[str, str]:

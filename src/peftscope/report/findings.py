@@ -38,14 +38,14 @@ from peftscope.planning.published import all_published_records
 from peftscope.planning.sweep import expand
 from peftscope.record import FINAL
 from peftscope.report.capacity import answer as answer_on_capacity
+from peftscope.report.contrasts import answer as answer_of_study
+from peftscope.report.contrasts import contrasts
 from peftscope.report.deciding import RUNS_AT_ONCE
 from peftscope.report.front import Surprise, surprising
 from peftscope.report.page import ANSWERS
 from peftscope.report.rendering import rendered
 from peftscope.report.shares import arms_shown
 from peftscope.report.spoken import deciding, spoken_finding, spoken_verdict
-from peftscope.report.study import answer as answer_of_study
-from peftscope.report.study import contrasts
 from peftscope.spec import RunSpec
 from peftscope.words import spoken_time
 

@@ -10,7 +10,8 @@ import pandas as pd
 from peftscope.analysis.forgetting import curves, matched_rises
 from peftscope.analysis.study import StudyResults
 from peftscope.layout import results_folder
-from peftscope.report.plots import arm_looks, beside, draw_figure
+from peftscope.report.looks import arm_looks
+from peftscope.report.plots import beside, draw_figure
 from peftscope.words import signed
 
 
@@ -35,10 +36,8 @@ def draw_forgetting(axes: plt.Axes, means: dict[str, pd.DataFrame]) -> None:
     """Draws a line for each arm, from the base on the left to the end of the training."""
     styles = arm_looks({name: name for name in means})
     for name, curve in means.items():
-        colour, marker, dash = styles[name]
-        line = {"color": colour, "marker": marker, "linestyle": dash}
-        axes.plot(curve["task"], curve["rise"], markersize=4, label=name, **line)
-        axes.plot(curve["task"].iloc[-1], curve["rise"].iloc[-1], markersize=10, **line)
+        axes.plot(curve["task"], curve["rise"], markersize=4, label=name, **styles[name].line)
+        axes.plot(curve["task"].iloc[-1], curve["rise"].iloc[-1], markersize=10, **styles[name].line)
     axes.axhline(0, color="0.6", linewidth=0.8)
     axes.invert_xaxis()
     axes.set(

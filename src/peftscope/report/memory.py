@@ -14,7 +14,8 @@ import pandas as pd
 from peftscope.hardware.cards import find_gpu
 from peftscope.memory.trace import KINDS
 from peftscope.methods import METHODS
-from peftscope.report.plots import GREEN, GREY, RED, SAFE_COLOURS, looks, mixed, new_figure
+from peftscope.report.looks import GREEN, GREY, RED, SAFE_COLOURS, looks, mixed
+from peftscope.report.plots import new_figure
 from peftscope.sizing.lengths import LengthsAnswer
 from peftscope.sizing.why import Why
 from peftscope.words import GIB, spoken_bytes
@@ -34,9 +35,7 @@ def draw_grid(curves: Sequence[Path], path: Path) -> None:
         for axes, (axis, told) in zip(panels, AXIS_LABELS.items(), strict=True):
             part = points[points["axis"] == axis]
             for label, rows in part.groupby("label", sort=False):
-                colour, marker, dash = styles[str(label)]
-                line = {"color": colour, "marker": marker, "linestyle": dash, "markersize": 5}
-                axes.plot(rows["value"], rows["gibibytes"], label=label, **line)
+                axes.plot(rows["value"], rows["gibibytes"], label=label, markersize=5, **styles[str(label)].line)
             axes.set(xlabel=told, yscale="log")
             axes.set_xscale("log", base=2)
             axes.set_xticks(sorted(set(part["value"])), [f"{value:g}" for value in sorted(set(part["value"]))])

@@ -8,7 +8,8 @@ import pandas as pd
 from peftscope.analysis.study import VALIDATION, StudyResults
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A
-from peftscope.report.plots import arm_looks, beside, draw_figure, plain_ticks
+from peftscope.report.looks import arm_looks
+from peftscope.report.plots import beside, draw_figure, plain_ticks
 from peftscope.words import listed, signed
 
 TRAINING = "nll_nats_per_token"
@@ -58,8 +59,7 @@ def draw_overfitting(axes: plt.Axes, study: StudyResults) -> None:
     beneath = axes.figure.add_subplot(grid[1], sharex=axes)
     styles = arm_looks({arm: study.labels[arm] for arm in curves})
     for arm, curve in curves.items():
-        colour, marker, dash = styles[arm]
-        line = {"color": colour, "marker": marker, "linestyle": dash, "markersize": 4}
+        line = styles[arm].line | {"markersize": 4}
         axes.plot(curve.index, curve["validation"], **line)
         beneath.plot(curve.index, curve["training"], label=study.labels[arm], **line)
     for panel, loss in ((axes, "validation"), (beneath, "training")):

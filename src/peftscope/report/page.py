@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from markupsafe import Markup
 
 from peftscope.analysis.collect import read_runs
 from peftscope.analysis.stats import CONFIDENCE
@@ -21,7 +20,6 @@ from peftscope.planning.plan import Plan
 from peftscope.record import measured_path
 from peftscope.report.capacity import SENTENCE as CAPACITY
 from peftscope.report.capacity import capacity_facts
-from peftscope.report.contributed import cards_table
 from peftscope.report.memory import CARDS
 from peftscope.report.parts import FIGURES, PARTS, function_of
 from peftscope.report.rendering import asset, rendered
@@ -34,9 +32,7 @@ from peftscope.report.weights import cuts_table, updates_table
 from peftscope.sizing.grid import CENTRE, MODEL
 from peftscope.words import listed, spoken_bytes, spoken_time
 
-ANSWERS: dict[str, Callable[[str], str]] = {
-    next(iter(part.captions)): function_of(part.sentence) for part in PARTS if part.sentence
-}
+ANSWERS: dict[str, Callable[[str], str]] = {part.answer: function_of(part.sentence) for part in PARTS if part.answer}
 """The figures that carry the answer of some studies, each with what says in words what it shows."""
 
 
@@ -54,7 +50,7 @@ def write_all(plan: Plan) -> Path:
     finished = not (plan.is_study and _unfinished(StudyResults(plan.name)))
     for part in PARTS:
         if part.belongs(plan) and (finished or not part.of_study):
-            part.write(plan.name)
+            function_of(part.writer)(plan.name)
     return write_report(plan.name)
 
 
@@ -72,21 +68,17 @@ def write_report(experiment: str) -> Path:
     runs = read_runs(experiment)
     losses = pd.read_csv(results_folder(experiment) / "losses.csv")
     folder = results_folder(experiment)
-    names = [*FIGURES.captions, *(f"ladder-{field}" for field in sorted(ladders(runs)))]
+    names = [*FIGURES, *(f"ladder-{field}" for field in sorted(ladders(runs)))]
     said = {name: sentence(name, runs, losses) for name in names}
-    figures = [
-        {"name": name, "image": _embedded(folder / "figures" / f"{name}.svg", text), "sentence": text}
-        for name, text in said.items()
-        if text != NOTHING
-    ]
+    figures = [_figure(folder / "figures", name, text) for name, text in said.items() if text != NOTHING]
     settings = read_experiment(experiment_path(experiment))
     study = _study_pages(experiment, settings.study) if settings.study else None
     is_finished = study is not None and not study["unfinished"]
-    answers = []
-    for name in ANSWERS if is_finished else ["updates"]:
-        if (path := folder / "figures" / f"{name}.svg").is_file():
-            text = ANSWERS[name](experiment)
-            answers.append({"name": name, "image": _embedded(path, text), "sentence": text})
+    answers = [
+        _figure(folder / "figures", name, ANSWERS[name](experiment))
+        for name in (ANSWERS if is_finished else ["updates"])
+        if (folder / "figures" / f"{name}.svg").is_file()
+    ]
     if not is_finished:
         figures, answers = figures + answers, []
     page = rendered(
@@ -105,14 +97,13 @@ def write_report(experiment: str) -> Path:
         benchmarks_table=_table_with_rows(folder / "tables" / "benchmarks"),
         limits_table=_html_with_rows(limited_runs(runs), "limits"),
         latency_table=_html_with_rows(latencies(runs), "latency"),
-        contributed_table=_html_with_rows(cards_table(experiment), "contributed"),
         predictions_table=_table_with_rows(folder / "tables" / "predictions"),
         fewest=FEWEST_FOR_MEANS,
         weights=_weights_tables(experiment) if weights_path(folder).is_file() else None,
         study=study,
         capacity=_capacity_pages(folder, experiment),
         memory=_memory_pages(),
-        endings=_endings(runs),
+        endings=", ".join(f"{count} {status}" for status, count in runs["status"].value_counts().items()),
         facts=_facts(runs),
         warnings=_warnings(runs),
         materials=_materials(runs),
@@ -155,10 +146,7 @@ def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
         return {"unfinished": unfinished}
     facts = study_facts(study, settings)
     said = study_sentences(facts)
-    figures = {
-        name: {"sentence": text, "image": _embedded(folder / "figures" / f"{name}.svg", text)}
-        for name, text in said.items()
-    }
+    figures = {name: _figure(folder / "figures", name, text) for name, text in said.items()}
     return {
         "unfinished": "",
         **facts,
@@ -171,10 +159,9 @@ def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
 
 def _capacity_pages(folder: Path, experiment: str) -> dict[str, Any] | None:
     """Returns the content of the section on what is stored of random strings, or None for other tasks."""
-    path = folder / "figures" / "capacity.svg"
-    if not path.is_file():
+    if not (folder / "figures" / "capacity.svg").is_file():
         return None
-    return {**capacity_facts(experiment), "sentence": CAPACITY, "figure": _embedded(path, CAPACITY)}
+    return {**capacity_facts(experiment), **_figure(folder / "figures", "capacity", CAPACITY)}
 
 
 def _memory_pages() -> dict[str, Any] | None:
@@ -190,22 +177,13 @@ def _memory_pages() -> dict[str, Any] | None:
         f"The memory that a card needs for {MODEL} around {centre}, including allocator and CUDA context. LoftQ takes "
         "the same as QLoRA."
     )
-    return {
-        "figures": [
-            {"name": f"memory-{name}", "sentence": text, "image": _embedded(MEMORY_FOLDER / f"{name}.svg", text)}
-            for name, text in (("bars", bars), ("grid", grid))
-        ],
-        "cards": ", ".join(CARDS),
-    }
+    figures = [_figure(MEMORY_FOLDER, name, text) for name, text in (("bars", bars), ("grid", grid))]
+    return {"figures": figures, "cards": ", ".join(CARDS)}
 
 
-def _embedded(path: Path, alt: str) -> Markup:
-    return in_page(path.read_text(), alt)
-
-
-def _endings(runs: pd.DataFrame) -> str:
-    counts = runs["status"].value_counts()
-    return ", ".join(f"{count} {status}" for status, count in counts.items())
+def _figure(folder: Path, name: str, sentence: str) -> dict[str, Any]:
+    """Returns a figure as the page has it, with what it shows in words."""
+    return {"name": name, "sentence": sentence, "image": in_page((folder / f"{name}.svg").read_text(), sentence)}
 
 
 def _facts(runs: pd.DataFrame) -> list[tuple[str, str]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from textwrap import fill
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib as mpl
 
@@ -18,10 +18,9 @@ import pandas as pd
 import seaborn as sns
 
 from peftscope.analysis.collect import read_runs
-from peftscope.analysis.compare import Difference
 from peftscope.errors import InputError, Problem, shown
 from peftscope.layout import results_folder
-from peftscope.methods import METHODS
+from peftscope.report.looks import BLUE, GREY, SKY, Look, looks
 from peftscope.report.svg import INK, OWN_COLOURS, STYLE, svg_of
 from peftscope.report.tables import (
     FEWEST_FOR_MEANS,
@@ -56,83 +55,6 @@ LABELS = {
     "train_peak": "peak of live tensors in training (MiB)",
     "tokens": "tokens per second, without padding",
 }
-
-
-class Look(NamedTuple):
-    """How a method is drawn in every figure of every report."""
-
-    colour: str
-    marker: str
-    dash: str = "-"
-
-
-class Ahead(NamedTuple):
-    """How far one thing is ahead of another in each pair, their mean if its interval is drawn, and how it looks."""
-
-    sample: Sequence[float]
-    difference: Difference | None
-    look: Look
-
-
-BLUE, ORANGE, GREEN, RED, PINK, SKY, PURPLE, GREY = (
-    *("#1879bb", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a63b5", "#808890"),
-)
-"""Colours after Okabe and Ito, which the colour-blind tell apart, without yellow and black, which pages swallow."""
-LIGHTEST = 0.45
-"""How much white the last of several variants of a method gets. On a light page more would be hard to see."""
-SAFE_COLOURS = (BLUE, RED, GREEN, ORANGE, PINK, SKY, PURPLE, GREY)
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
-DASHES = ("-", "--", "-.", ":")
-LOOKS: dict[str, Look] = {
-    "none": Look(GREY, "X"),
-    "full": Look(ORANGE, "s"),
-    "lora": Look(BLUE, "o"),
-    "qlora": Look(SKY, "D"),
-    "dora": Look(GREEN, "^"),
-    "adalora": Look(PINK, "v"),
-    "loftq": Look(RED, "P"),
-    "lora-plus": Look(RED, ">", "--"),
-    "rslora": Look(SKY, "<", "--"),
-    "pissa": Look(PURPLE, "*"),
-    "ia3": Look(GREY, "d", "--"),
-    "prompt-tuning": Look(GREEN, "h", "--"),
-    "prefix-tuning": Look(PINK, "8", "--"),
-    "random-subspace": Look(PURPLE, "p", "--"),
-    "rounded": Look(ORANGE, "H", "--"),
-    "peft": Look(GREEN, "$x$", "-."),
-}
-"""The colour and the marker of each method: methods that share a colour have other markers and dashes."""
-
-
-def looks(labels: Mapping[str, str]) -> dict[str, Look]:
-    """Returns how each variant is drawn, from the label of its method.
-
-    A method with one variant looks as it does everywhere. Of several, the first does; the others have lighter
-    shades of its colour, and markers and dashes of their own.
-    """
-    known = {cls.label: LOOKS[name] for name, cls in METHODS.items() if name in LOOKS}
-    found = {}
-    for number, label in enumerate(dict.fromkeys(labels.values())):
-        own = known.get(label) or Look(SAFE_COLOURS[number % len(SAFE_COLOURS)], MARKERS[number % len(MARKERS)])
-        names = [name for name, of in labels.items() if of == label]
-        markers = [own.marker, *(marker for marker in MARKERS if marker != own.marker)]
-        for place, name in enumerate(names):
-            colour = own.colour if len(names) == 1 else mixed(own.colour, LIGHTEST * place / (len(names) - 1))
-            dash = own.dash if place == 0 else DASHES[place % len(DASHES)]
-            found[name] = Look(colour, markers[place % len(markers)], dash)
-    return found
-
-
-def arm_looks(labels: Mapping[str, str]) -> dict[str, Look]:
-    """Returns how each arm of a study is drawn, from its label, which begins with that of its method."""
-    known = sorted((cls.label for cls in METHODS.values()), key=len, reverse=True)
-    return looks({arm: next((name for name in known if text.startswith(name)), text) for arm, text in labels.items()})
-
-
-def mixed(colour: str, share: float) -> str:
-    """Returns a colour that is mixed with white by this share, or with black by a negative one."""
-    towards = 1.0 if share > 0 else 0.0
-    return mpl.colors.to_hex([part + abs(share) * (towards - part) for part in mpl.colors.to_rgb(colour)])
 
 
 def variant_looks(runs: pd.DataFrame) -> dict[str, Look]:
@@ -180,27 +102,6 @@ def new_figure(path: Path, width: float, height: float, rows: int = 1, columns: 
         figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **grid)
         yield axes
         save(figure, path)
-
-
-def draw_ahead(axes: plt.Axes, rows: Sequence[Ahead], margin: float, scale: float = 1.0) -> None:
-    """Draws differences of pairs, one row below the other: a point per pair, the mean with its interval, the margin.
-
-    Args:
-        axes: The axes.
-        rows: The differences.
-        margin: The margin of sameness on both sides of zero, in the unit of the axes; not a number if there is none.
-        scale: What differences are multiplied with.
-    """
-    for y, (sample, difference, (colour, marker, _)) in enumerate(rows):
-        # If there are hundreds of points, they fade, so that their mean stands out.
-        alpha = min(0.6, max(0.08, 10 / len(sample)))
-        axes.plot([scale * each for each in sample], [y] * len(sample), marker, ms=4, color=colour, alpha=alpha)
-        if difference is not None:
-            style = {"fmt": marker, "ms": 9, "mec": INK, "mew": 0.8, "capsize": 4, "color": colour}
-            axes.errorbar(scale * difference.mean, y, xerr=scale * difference.half_width(), **style)
-    for side in () if math.isnan(margin) else (-1, 1):
-        axes.axvline(side * margin, color=INK, linestyle="--", linewidth=0.9)
-    axes.axvline(0, color=INK, linewidth=0.9)
 
 
 def _more_height(axes: plt.Axes) -> float:
@@ -341,16 +242,15 @@ def draw_losses(axes: plt.Axes, runs: pd.DataFrame, losses: pd.DataFrame) -> Non
         return
     crowded, styles = is_crowded(grid_runs(runs)), variant_looks(grid)
     for variant, rows in curves.groupby("variant", sort=False):
-        colour, marker, dash = styles[str(variant)]
+        look = styles[str(variant)]
         wide = rows.pivot_table(index="step", columns="run_id", values="nll_nats_per_token")
-        line = {"color": colour, "linestyle": dash, "marker": marker, "markersize": 5, "linewidth": 1.3}
-        line["markevery"] = max(1, len(wide) // 6)
+        line = look.line | {"markersize": 5, "linewidth": 1.3, "markevery": max(1, len(wide) // 6)}
         if wide.shape[1] < FEWEST_FOR_MEANS:
             for column, label in zip(wide, [variant, None], strict=False):
                 axes.plot(wide.index, wide[column], label=label, **line)
             continue
-        low, high = (0.25, 0.75) if crowded else (0, 1)
-        axes.fill_between(wide.index, wide.quantile(low, axis=1), wide.quantile(high, axis=1), color=colour, alpha=0.15)
+        low, high = (wide.quantile(share, axis=1) for share in ((0.25, 0.75) if crowded else (0, 1)))
+        axes.fill_between(wide.index, low, high, color=look.colour, alpha=0.15)
         axes.plot(wide.index, wide.median(axis=1) if crowded else wide.mean(axis=1), label=variant, **line)
     axes.set(yscale="log", xlabel="step", ylabel="training NLL (nats per response token)", title="Loss curves")
     plain_ticks(axes.yaxis)

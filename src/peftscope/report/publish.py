@@ -5,10 +5,8 @@ No rule of the workflow writes or reads these folders, so a fresh clone runs the
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from peftscope.analysis.collect import collect_experiment, read_runs
 from peftscope.analysis.weights import measured_runs, weights_path
@@ -37,7 +35,6 @@ from peftscope.planning.experiment import experiment_path
 from peftscope.planning.published import (
     LARGEST_BYTES,
     RECORDS,
-    all_published_records,
     published_items,
     published_records,
     write_runs,
@@ -183,12 +180,11 @@ def restore(experiment: str) -> int:
     in another checkout: the workflow itself never reads published files.
 
     Raises:
-        InputError: None were published, there is no such experiment, or another one published a run with other losses.
+        InputError: None were published, or there is no such experiment.
     """
     experiment_path(experiment)
     records, items = published_records(experiment), published_items(experiment)
     measured = measured_runs(weights_path(published(experiment)))
-    _check_agreement(experiment, records)
     for run, text in records.items():
         folder = run_folder(run)
         if (folder / "record.json").is_file():
@@ -209,26 +205,6 @@ def restore(experiment: str) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(chosen, path)
     return len(records)
-
-
-def _check_agreement(experiment: str, records: dict[str, str]) -> None:
-    """Raises InputError if another experiment published a run with other losses, from the same kind of processor.
-
-    Processors of two makers round differently, so their losses differ after a few steps.
-    """
-    for other, run, text in all_published_records():
-        if run in records and other != experiment:
-            mine, theirs = json.loads(records[run]), json.loads(text)
-            if processor_of(mine) == processor_of(theirs) and mine["train_nll"] != theirs["train_nll"]:
-                message = f"published by {experiment} and by {other}, with different losses"
-                raise InputError(Problem(run, message, "publish the two from one store of runs"))
-
-
-def processor_of(record: dict[str, Any]) -> tuple[Any, ...]:
-    """Returns what decides how a run's sums are rounded: processor, way of bf16 products, and torch."""
-    provenance = record["provenance"]
-    hardware, packages = provenance.get("hardware", {}), provenance.get("packages", {})
-    return hardware.get("cpu"), hardware.get("gpu"), provenance.get("bf16_products", "native"), packages.get("torch")
 
 
 def _check_sizes(paths: list[Path]) -> None:

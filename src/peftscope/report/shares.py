@@ -17,7 +17,8 @@ from peftscope.analysis.study import HELDOUT, MARGIN, StudyResults
 from peftscope.errors import InputError, Problem
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A, VARIED
-from peftscope.report.plots import arm_looks, draw_figure, plain_ticks
+from peftscope.report.looks import arm_looks
+from peftscope.report.plots import draw_figure, plain_ticks
 from peftscope.report.svg import INK
 from peftscope.words import capitalised, listed
 
@@ -102,8 +103,7 @@ def draw_shares(axes: plt.Axes, study: StudyResults, field: str) -> None:
     beneath = axes.figure.add_subplot(grid[2], sharex=axes)
     styles = arm_looks({name: name for name in table["method"].unique()})
     for name, rows in table.groupby("method", sort=False):
-        colour, marker, dash = styles[str(name)]
-        line = {"color": colour, "marker": marker, "linestyle": dash}
+        line = styles[str(name)].line
         reach = 100 * np.abs(rows[["low", "high"]].to_numpy().T - rows["share"].to_numpy())
         axes.errorbar(rows[field], 100 * rows["share"], yerr=reach, capsize=3, label=str(name), **line)
         beneath.plot(rows[field], rows["rate"], **line)

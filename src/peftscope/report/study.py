@@ -1,9 +1,8 @@
-"""The tables, figures and sentences of a study: what it answers, and whether it could. No torch."""
+"""The figures of a study and the facts of its section: what it answers, and whether it could. No torch."""
 
 from __future__ import annotations
 
 import math
-from itertools import groupby
 from statistics import median
 from textwrap import fill
 from typing import Any
@@ -11,273 +10,32 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from peftscope.analysis.compare import Difference, Outcome
-from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, mean_interval, sign_flip_p
-from peftscope.analysis.study import (
-    ACCURACY,
-    GREEDY,
-    HELDOUT,
-    LOWEST,
-    MARGIN,
-    PLANNED,
-    VALIDATION,
-    StudyResults,
-    paired,
-)
+from peftscope.analysis.compare import Difference
+from peftscope.analysis.stats import CONFIDENCE
+from peftscope.analysis.study import LOWEST, MARGIN, PLANNED, StudyResults
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A, STEP, Study
-from peftscope.report.plots import (
-    GREY,
-    LABEL_WIDTH,
-    Ahead,
-    Look,
-    arm_looks,
-    beside,
-    draw_ahead,
-    draw_figure,
-    plain_ticks,
+from peftscope.report.contrasts import (
+    answer,
+    compared_label,
+    contrasts,
+    controls,
+    readable_contrasts,
+    readable_controls,
+    readable_tuning,
+    spoken_difference,
+    tuning,
 )
-from peftscope.report.sentences import spoken_outcome
+from peftscope.report.looks import GREY, Look, arm_looks
+from peftscope.report.plots import LABEL_WIDTH, beside, draw_figure, plain_ticks
+from peftscope.report.svg import INK
 from peftscope.report.tables import FEWEST_FOR_MEANS, html
-from peftscope.words import capitalised, formatted, interval, listed, signed
+from peftscope.words import formatted, listed, signed
 
-CONTROLS = {
-    "a-a": "another initialisation seed (A/A)",
-    "zero-lr": "a learning rate of zero",
-    "shuffled-labels": "trained on shuffled answers",
-}
-MOST_WITH_NUMBERS = 8
-"""The most comparisons whose numbers the answer tells. Of more it names the arms; the report has their numbers."""
-LEGEND = (
-    f" In % of the task gain with {100 * CONFIDENCE:g} % intervals, above zero is better. Arms are told apart after "
-    "Holm's correction for all comparisons of the study. “Within” is the smallest margin at which two one-sided tests "
-    "call two arms the same."
-)
 EARLIER_MARGIN, MARGIN_SINCE = 0.05, "November 2026"
 """The margin that was declared when most studies were planned, and when it fell to ``MARGIN``, after their results."""
-STEEP = 1.5
-"""How many times the median loss of its rate a run has that ended on the steep rise above the best rates."""
 FARTHEST = 5.0
 """How many times as far as in the median row a point may lie for the figure of differences to show all of it."""
-FEWEST_FOR_BOOTSTRAP = 8
-"""Pairs below which the bootstrap is too narrow to be shown, see ``analysis.stats``."""
-
-
-def contrasts(study: StudyResults) -> pd.DataFrame:
-    """Returns one row per comparison: how far an arm is ahead, in nats, % of the task gain and points of exact match.
-
-    Differences are paired by seed. Intervals and p include what the tuning of both arms adds, where it is known.
-    ``holm_p`` is the p after Holm's correction for all comparisons, A/A apart, and decides whether arms differ.
-    ``bound_percent`` is the smallest margin at which two one-sided tests call the two the same, not corrected.
-    """
-    rows = [_contrast(study, *pair) for pair in study.compared]
-    return pd.DataFrame(rows, columns=None if rows else ["arm"])
-
-
-def _contrast(study: StudyResults, arm: str, against: str) -> dict[str, Any]:
-    difference, holm_p = study.difference(arm, against), study.corrected_p(arm, against)
-    mine, other = study.arm_runs(arm), study.arm_runs(against)
-    outcome = difference.outcome_at(difference.p if holm_p is None else holm_p)
-    correction = holm_p / difference.p if holm_p and difference.p else 1.0
-    scale = 100 / study.yardstick
-    low, high = difference.interval()
-    sample = study.pairs(arm, against)
-    row: dict[str, Any] = {
-        "arm": arm,
-        "against": against,
-        "n": difference.n,
-        "diverged": sum(int((side["status"] == "diverged").sum()) for side in (mine, other)),
-        "difference": difference.mean,
-        "difference_low": low,
-        "difference_high": high,
-        "percent": scale * difference.mean,
-        "percent_low": scale * low,
-        "percent_high": scale * high,
-        "margin_percent": 100 * MARGIN,
-        "bound_percent": scale * difference.bound,
-        "tuning_error_percent": scale * difference.tuning_error,
-        "spread": difference.spread,
-        "outcome": str(outcome),
-        "pairs_to_decide": (outcome == Outcome.OPEN and difference.pairs_to_decide(correction)) or math.nan,
-        "t_p": difference.p,
-        "holm_p": math.nan if holm_p is None else holm_p,
-        "sign_flip_p": sign_flip_p(sample),
-    }
-    if difference.n >= FEWEST_FOR_BOOTSTRAP:
-        row["bootstrap_low"], row["bootstrap_high"] = bootstrap_interval(sample)
-    # Of the whole test split if both have it.
-    for column in (ACCURACY, GREEDY):
-        both = paired(study.exact_match(arm, column), study.exact_match(against, column), column)
-        accuracy = mean_interval(list(100 * (both["first"] - both["second"])))
-        if accuracy is not None:
-            row |= {"accuracy": accuracy.mean, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
-    target = float(other[VALIDATION].mean()) + MARGIN * study.yardstick if VALIDATION in other else math.nan
-    if math.isfinite(target) and (samples := study.samples_to(target, arm)):
-        row["samples_to_reference"] = median(samples)
-    return row
-
-
-def controls(study: StudyResults) -> pd.DataFrame:
-    """Returns one row per control: how far it is ahead of its arm, and both of the base, in nats per token."""
-    rows = []
-    for control, arm in study.controls:
-        runs, own = study.control_runs(control, arm), study.arm_runs(arm)
-        pairs = paired(runs, own)
-        interval = mean_interval(list(pairs["second"] - pairs["first"]))
-        assert interval is not None  # a control has one seed or more
-        rows.append(
-            {
-                "arm": arm,
-                "control": control,
-                "n": interval.n,
-                "diverged": int((runs["status"] == "diverged").sum()),
-                "difference": interval.mean,
-                "difference_low": interval.mean if interval.low is None else interval.low,
-                "difference_high": interval.mean if interval.high is None else interval.high,
-                "control_over_base": study.base_loss - float(runs[HELDOUT].mean()),
-                "arm_over_base": study.base_loss - float(own[HELDOUT].mean()),
-            }
-        )
-    return pd.DataFrame(rows, columns=None if rows else ["arm", "control"])
-
-
-def tuning(study: StudyResults) -> pd.DataFrame:
-    """Returns one row per arm and rate on the seeds of the study: its held-out losses, and whether it is the best."""
-    rows = []
-    for arm in study.arms:
-        rate, runs = study.rate(arm), study.rate_runs(arm)
-        for tried, loss in rate.losses.items():
-            here = runs[runs["learning_rate"] == tried]
-            rows.append(
-                {
-                    "arm": arm,
-                    "listed": len(rate.curve),
-                    "learning_rate": tried,
-                    "is_best": tried == rate.best,
-                    "n": len(here),
-                    "trimmed_mean": loss,
-                    "mean": float(here[HELDOUT].mean()),
-                    "steep": steep(list(here[HELDOUT])),
-                    "diverged": int((here["status"] == "diverged").sum()),
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def steep(losses: list[float]) -> int:
-    """Returns how many runs of one rate ended on the steep rise: with more than ``STEEP`` times the median loss.
-
-    >>> steep([0.18, 0.19, 0.2, 0.45])
-    1
-    """
-    return sum(loss > STEEP * median(losses) for loss in losses)
-
-
-def spoken_difference(row: dict[Any, Any], labels: dict[str, str]) -> str:
-    """Returns a comparison in words, as one sentence without its full stop.
-
-    >>> row = dict(arm="dora", against="lora", n=3, difference=0.038, difference_low=-0.019, difference_high=0.095)
-    >>> row |= dict(percent=4.1, percent_low=-2.1, percent_high=10.3, bound_percent=8.9, outcome="open")
-    >>> spoken_difference(row, {"dora": "D", "lora": "L"})
-    'D against L: +4.1 % of the task gain [−2.1, +10.3], +0.038 nats per token: not told apart, within 8.9 %'
-    >>> row |= dict(percent=math.nan, accuracy=2.0, accuracy_low=1.0, accuracy_high=3.0, outcome="differs, size open")
-    >>> spoken_difference(row, {"dora": "D", "lora": "L"})
-    'D against L: +0.038 nats per token [−0.019, +0.095], +2.0 points of exact match [+1.0, +3.0]: ahead'
-    """
-    name = labels[row["arm"]] if row["arm"].endswith(A_A) else f"{labels[row['arm']]} against {labels[row['against']]}"
-    words = spoken_outcome(row["outcome"], row["difference"])
-    if has_gain := not math.isnan(row["percent"]):
-        nats = f"{signed(row['difference'], '.3f')} nats per token"
-        said = [_signed(row, "percent", ".1f", " % of the task gain"), nats]
-    else:
-        said = [_signed(row, "difference", ".3f", " nats per token")]
-    if pd.notna(row.get("accuracy")):
-        said.append(_signed(row, "accuracy", ".1f", " points of exact match"))
-    return f"{name}: {', '.join(said)}: {words}" + (f", within {row['bound_percent']:.1f} %" if has_gain else "")
-
-
-def _signed(row: dict[Any, Any], name: str, spec: str, unit: str = "") -> str:
-    return interval(row[name], row[f"{name}_low"], row[f"{name}_high"], lambda value: signed(value, spec), unit)
-
-
-def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
-    """Returns the contrasts as text for people."""
-    rows = []
-    for row in table.to_dict("records"):
-        reference = table["against"].iloc[0]
-        text = {
-            "arm": _compared_label(row["arm"], row["against"], reference, labels),
-            **readable_difference(row, labels[reference]),
-            "what it says": spoken_outcome(row["outcome"], row["difference"]),
-            "pairs that would decide": formatted(row["pairs_to_decide"], ",.0f"),
-            "standard error of tuning (%)": formatted(row["tuning_error_percent"], ".1f"),
-        }
-        if "samples_to_reference" in row:
-            samples = row["samples_to_reference"]
-            text["samples to the reference's loss and the margin"] = (
-                "not reached" if samples == math.inf else formatted(samples, ",.0f")
-            )
-        text |= {
-            "p, t test": formatted(row["t_p"], ".3g"),
-            "p, after Holm": formatted(row["holm_p"], ".3g"),
-            "p, sign flips": formatted(row["sign_flip_p"], ".3g"),
-        }
-        if "bootstrap_low" in row:
-            text["bootstrap"] = f"[{signed(row['bootstrap_low'], '.4f')}, {signed(row['bootstrap_high'], '.4f')}]"
-        rows.append(text)
-    return pd.DataFrame(rows, columns=None if rows else ["arm"])
-
-
-def readable_difference(row: dict[Any, Any], reference: str) -> dict[str, str]:
-    """Returns how far an arm is ahead of the reference as text, by column. A control has it in nats alone."""
-    has_gain = math.isfinite(row.get("percent", math.nan))
-    return {
-        "pairs": _pairs(row),
-        f"ahead of {reference} by (% of the task gain)": _signed(row, "percent", ".1f") if has_gain else "-",
-        "within (%)": formatted(row.get("bound_percent"), ".1f"),
-        "by (points of exact match)": _signed(row, "accuracy", ".1f") if pd.notna(row.get("accuracy")) else "-",
-        "by (nats/token)": _signed(row, "difference", ".4f"),
-    }
-
-
-def _compared_label(arm: str, against: str, reference: str, labels: dict[str, str]) -> str:
-    return labels[arm] if against == reference else f"{labels[arm]} against {labels[against]}"
-
-
-def readable_controls(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
-    """Returns the controls as text for people."""
-    rows = [
-        {
-            "control": f"{labels[row['arm']]}, {CONTROLS[row['control']]}",
-            "pairs": _pairs(row),
-            "ahead of the arm by (nats/token)": _signed(row, "difference", ".4f"),
-            "gain over the base": formatted(row["control_over_base"], ".4f"),
-            "the arm's own": formatted(row["arm_over_base"], ".4f"),
-        }
-        for row in table.to_dict("records")
-    ]
-    return pd.DataFrame(rows, columns=None if rows else ["control"])
-
-
-def readable_tuning(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
-    """Returns the rates of each arm as text for people."""
-    rows = [
-        {
-            "arm": labels[row["arm"]],
-            "learning rate": f"{row['learning_rate']:g}" + (", the best" if row["is_best"] else ""),
-            "seeds": f"n = {row['n']}",
-            "loss without best and worst seed": formatted(row["trimmed_mean"], ".4f"),
-            "mean loss": formatted(row["mean"], ".4f"),
-            "on the steep rise": str(row["steep"]),
-            "diverged": str(row["diverged"]),
-        }
-        for row in table.to_dict("records")
-    ]
-    return pd.DataFrame(rows)
-
-
-def _pairs(row: dict[Any, Any]) -> str:
-    return f"n = {row['n']}" + (f", {row['diverged']} diverged" if row["diverged"] else "")
 
 
 def draw_tuning(axes: plt.Axes, study: StudyResults) -> None:
@@ -308,21 +66,29 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
     """
     labels, styles = study.labels, arm_looks(study.labels)
     pairs = study.compared
-    scale = 100 / study.yardstick if not math.isnan(study.yardstick) else 1.0
-    rows = []
-    for arm, against in pairs:
-        sample, is_a_a = study.pairs(arm, against), arm.endswith(A_A)
-        difference = study.difference(arm, against) if len(sample) >= FEWEST_FOR_MEANS else None
-        rows.append(Ahead(sample, difference, Look(GREY, "o") if is_a_a else styles[arm]))
-        if difference and is_a_a:
+    has_gain = not math.isnan(study.yardstick)
+    scale = 100 / study.yardstick if has_gain else 1.0
+    samples = [scale * pd.Series(study.pairs(*pair)) for pair in pairs]
+    for y, ((arm, against), sample) in enumerate(zip(pairs, samples, strict=True)):
+        is_a_a = arm.endswith(A_A)
+        colour, marker, _ = Look(GREY, "o") if is_a_a else styles[arm]
+        axes.plot(sample, [y] * len(sample), marker, ms=4, color=colour, alpha=0.6)
+        if len(sample) < FEWEST_FOR_MEANS:
+            continue
+        difference = study.difference(arm, against)
+        style = {"fmt": marker, "ms": 9, "mec": INK, "mew": 0.8, "capsize": 4, "color": colour}
+        axes.errorbar(scale * difference.mean, y, xerr=scale * difference.half_width(), **style)
+        if is_a_a:
             low, high = difference.interval()
             axes.axvspan(scale * low, scale * high, color=GREY, alpha=0.25, zorder=0)
-    draw_ahead(axes, rows, math.nan if math.isnan(study.yardstick) else 100 * MARGIN, scale)
-    cut_at(axes, [scale * pd.Series(row.sample) for row in rows])
-    names = [_compared_label(arm, against, study.reference, labels) for arm, against in pairs]
+    for side in (-100 * MARGIN, 100 * MARGIN) if has_gain else ():
+        axes.axvline(side, color=INK, linestyle="--", linewidth=0.9)
+    axes.axvline(0, color=INK, linewidth=0.9)
+    cut_at(axes, samples)
+    names = [compared_label(arm, against, study.reference, labels) for arm, against in pairs]
     axes.set_yticks(range(len(pairs)), [fill(name, LABEL_WIDTH) for name in names])
     axes.set_ylim(max(1, len(pairs)) - 0.5, -0.5)
-    unit = "nats per response token" if math.isnan(study.yardstick) else "% of the task gain"
+    unit = "% of the task gain" if has_gain else "nats per response token"
     axes.set(xlabel=f"ahead by, in held-out loss\n({unit}); further right is better")
     axes.set_title(f"Against {labels[study.reference]}")
 
@@ -341,40 +107,10 @@ def cut_at(axes: plt.Axes, samples: list[pd.Series]) -> None:
             axes.annotate(text, (math.copysign(edge, mean), y), ha="right" if mean > 0 else "left", va="bottom")
 
 
-def answer(table: pd.DataFrame, labels: dict[str, str], arms: str = "the arms", legend: str = LEGEND) -> str:
-    """Returns what a study's comparisons say of "the arms", in sentences; empty without any, or without a task gain.
-
-    Where it tells numbers, ``legend`` explains them at the end.
-    """
-    tested = table[~table["arm"].str.endswith(A_A)]
-    if tested.empty or tested["percent"].isna().all():
-        return ""
-    has_numbers, order = len(tested) <= MOST_WITH_NUMBERS, list(Outcome)
-
-    def clause(row: dict[Any, Any]) -> str:
-        return spoken_outcome(row["outcome"], row["difference"], other=labels[row["against"]])
-
-    def number(row: dict[Any, Any], form: str) -> str:
-        bound = f", within {row['bound_percent']:.1f}"
-        return form.format(_signed(row, "percent", ".1f") + bound) if has_numbers else ""
-
-    rows = sorted(tested.to_dict("records"), key=lambda row: (order.index(row["outcome"]), row["difference"] < 0))
-    reference = tested["against"].iloc[0]
-    own = [row for row in rows if row["against"] == reference]
-    parts, sentences = [], []
-    for said, alike in groupby(own, clause):
-        each = [labels[row["arm"]] + number(row, " {}") for row in alike]
-        parts.append(f"{len(each)} of {len(own)} {'is' if len(each) == 1 else 'are'} {said} ({listed(each, '; ')})")
-    for row in rows:
-        if row["against"] != reference:
-            sentences.append(f" {capitalised(labels[row['arm']])} is {clause(row)}{number(row, ' ({})')}.")
-    return f"Of {arms}, {'; '.join(parts)}.{''.join(sentences)}{legend if has_numbers else ''}"
-
-
 def power(study: StudyResults) -> dict[str, Any]:
     """Returns what the study could see: its yardstick, the half-widths of its intervals, and the arms that miss."""
     found: dict[str, Difference] = {
-        _compared_label(*pair, study.reference, study.labels): study.difference(*pair) for pair in study.compared
+        compared_label(*pair, study.reference, study.labels): study.difference(*pair) for pair in study.compared
     }
     widths = {name: 100 * difference.half_width() / study.yardstick for name, difference in found.items()}
     return {

@@ -16,7 +16,8 @@ from peftscope.analysis.study import StudyResults
 from peftscope.analysis.weights import after_training, read_weights, weights_folder
 from peftscope.layout import results_folder
 from peftscope.planning.cells import ARM
-from peftscope.report.plots import GREY, MARKERS, SAFE_COLOURS, beside, draw_figure, looks, plain_ticks
+from peftscope.report.looks import GREY, MARKERS, SAFE_COLOURS, looks
+from peftscope.report.plots import beside, draw_figure, plain_ticks
 from peftscope.words import formatted
 
 CONTROLS = {"gaussian_energy_": ("a Gaussian matrix", ":"), "grid_energy_": ("rounding to a 4-bit grid", "--")}
@@ -70,9 +71,7 @@ def draw_spectrum(axes: plt.Axes, table: pd.DataFrame) -> None:
     variants = table.groupby("variant", sort=False)
     styles = looks({str(variant): str(rows["label"].iloc[0]) for variant, rows in variants})
     for variant, rows in variants:
-        colour, marker, dash = styles[str(variant)]
-        shares = _shares(rows, "energy_", ranks)
-        axes.plot(ranks, shares, marker=marker, linestyle=dash, color=colour, label=str(variant))
+        axes.plot(ranks, _shares(rows, "energy_", ranks), label=str(variant), **styles[str(variant)].line)
     for prefix, (name, style) in CONTROLS.items():
         if ranks and f"{prefix}{ranks[0]}" in table:
             axes.plot(ranks, _shares(table, prefix, ranks), linestyle=style, color=GREY, label=name)

@@ -291,7 +291,7 @@ def training_gain(study: str, arm: str, against: str) -> Measurement:
     """
     results = StudyResults(study)
     mine, other = results.arm_runs(arm), results.arm_runs(against)
-    both = paired(mine, other, results.training_losses().groupby("run_id").mean())
+    both = paired(mine, other, results.losses["nll_nats_per_token"].groupby("run_id").mean())
     evidence = _means(both, f"mean loss of {arm}", f"mean loss of {against}")
     differences = (both["second"] - both["first"]) / results.task_gain
     error = results.tuning_error(arm, against) / results.task_gain

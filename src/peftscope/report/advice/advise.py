@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from peftscope.errors import InputError
@@ -17,8 +17,6 @@ from peftscope.words import spoken_bytes, spoken_time
 
 MOST_CARDS = 8
 """The most cards of one machine."""
-SHARED_BASE = {"sharding": "fsdp2", "quant_storage": "bf16"}
-"""The calculator's options for a 4-bit base that cards share. A run of this project refuses ``shards`` with one."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,7 @@ class Advice:
         situation: What was asked.
         options: The ways that fit, the best first; empty if nothing fits.
         lines: The settings of the first option with their reasons, and what it takes.
-        nearest: What would fit, if nothing does, the nearest first. Before it, also where options fit, a 4-bit base
-            that the cards share in other trainers, if longer examples fit so than with a copy on each.
+        nearest: What would fit, if nothing does, the nearest first.
         claims_from: Where the verdicts on claims were read.
         rules: The rules.
         findings: The findings on claims, by id.
@@ -105,8 +102,8 @@ def advise(situation: Situation, rules: Rules, findings: Findings, claims_from: 
     methods = list(preferred.value)
     options = tuple(fitter.options(methods))
     lines = tuple(_lines(options, situation)) if options else ()
-    nearest = [*_shared_base(fitter, options), *([] if options else _nearest(fitter, methods))]
-    return Advice(situation, options, lines, tuple(nearest), claims_from, rules, findings)
+    nearest = () if options else tuple(_nearest(fitter, methods))
+    return Advice(situation, options, lines, nearest, claims_from, rules, findings)
 
 
 def _lines(options: tuple[Option, ...], situation: Situation) -> Iterator[Line]:
@@ -123,13 +120,13 @@ def _lines(options: tuple[Option, ...], situation: Situation) -> Iterator[Line]:
     most = max(batch.choice, default=batch.value)
     over = f"{situation.gpus}, one on each card, where at most {most:g} are advised"
     in_step = over if situation.gpus > most else batch.text
-    yield _said(batch, f"{accumulated}{cards} (in a step: {in_step})")
+    yield replace(batch, choice=(), value=f"{accumulated}{cards} (in a step: {in_step})")
     yield _length_line(option, situation)
     how = "on" if spec.checkpointing else "off"
     reason = "Gradients are the same; a step takes about a third longer, and activations take a fraction of the memory."
     yield Line("recomputation", how, (), reason if spec.checkpointing else "It fits without.", "computed", "computed")
     epochs = settings.lines["epochs"]
-    yield _said(epochs, f"{option.steps:,} steps (epochs: {epochs.text})")
+    yield replace(epochs, choice=(), value=f"{option.steps:,} steps (epochs: {epochs.text})")
     yield _peak_line(option, situation)
     yield _time_line(option, situation)
     yield Line(
@@ -149,7 +146,7 @@ def _method_line(options: tuple[Option, ...]) -> Line:
     fitting = [option.method for option in options if option.standing <= Standing.OPEN]
     equal = [method for method in line.choice if method in fitting and method != chosen]
     choice = (chosen, *equal) if equal and chosen in line.choice else ()
-    return Line("method", chosen, choice, line.says, line.standing, line.evidence, line.claims)
+    return replace(line, value=chosen, choice=choice)
 
 
 def _as_it_is(line: Line, option: Option, situation: Situation) -> Line:
@@ -161,16 +158,14 @@ def _as_it_is(line: Line, option: Option, situation: Situation) -> Line:
         says = f"{line.says} The data hold about {bits} at {BITS_PER_PARAMETER:g} bits for each parameter."
         lowered = rank != line.value
         says += " It is lower here so that the run fits." if lowered else ""
-        return Line("rank", rank, () if lowered else line.choice, says, line.standing, line.evidence, line.claims)
+        return replace(line, value=rank, choice=() if lowered else line.choice, says=says)
     if line.setting == "alpha":
-        return _said(line, f"{option.alpha:g} (times the rank: {line.text})")
+        return replace(line, choice=(), value=f"{spec.method.model_dump()['alpha']:g} (times the rank: {line.text})")
     if line.setting == "precision" and spec.method.trains_base:
-        return _said(line, "32-bit weights under bf16 autocast" if spec.precision == "amp" else spec.precision)
+        return replace(
+            line, choice=(), value="32-bit weights under bf16 autocast" if spec.precision == "amp" else spec.precision
+        )
     return line
-
-
-def _said(line: Line, text: str) -> Line:
-    return Line(line.setting, text, (), line.says, line.standing, line.evidence, line.claims)
 
 
 def _length_line(option: Option, situation: Situation) -> Line:
@@ -203,26 +198,6 @@ def _time_line(option: Option, situation: Situation) -> Line:
     high, low = (f"{100 * share:.0f} %" for share in option.rate_shares)
     says = f"The training alone. A guess: its operations at {low} to {high} of the peak rate in bf16 of {fast_card}."
     return Line("time", value, (), says, "custom", "a guess: no record of such a card")
-
-
-def _shared_base(fitter: Fitter, options: tuple[Option, ...]) -> Iterator[str]:
-    """Yields what QLoRA takes if the cards share its base, and if that fits at a length at which no copy does."""
-    situation = fitter.situation
-    copied = max((option.question.spec.seq_len for option in options if option.method == "qlora"), default=0)
-    fields = settings_for("qlora", situation, fitter.rules, fitter.findings).fields
-    fields |= {"batch_size": 1, "checkpointing": True, **SHARED_BASE}
-    for length in (situation.seq_len, *LENGTHS) if situation.gpus > 1 else ():
-        if not copied < length <= situation.seq_len:
-            continue
-        peak = fitter.peak({**fields, "seq_len": length}, gpus=situation.gpus)
-        if peak <= situation.gpu.usable_bytes:
-            setting = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SHARED_BASE.items())
-            yield (
-                f"In other trainers these cards can share a 4-bit base, with {setting} of `peftscope memory`: qlora of "
-                f"rank {fields['rank']} with one sequence of {length} tokens and recomputation takes "
-                f"{spoken_bytes(peak, 1)} on each. Runs of this project do not share it."
-            )
-            break
 
 
 def _nearest(fitter: Fitter, methods: list[str]) -> Iterator[str]:

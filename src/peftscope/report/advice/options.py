@@ -65,11 +65,6 @@ class Option:
         """The name of the method."""
         return self.settings.method
 
-    @property
-    def alpha(self) -> float:
-        """The scale α of an adapter."""
-        return float(self.question.spec.method.model_dump()["alpha"])
-
 
 class Fitter:
     """Finds the options of a situation.

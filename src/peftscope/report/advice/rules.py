@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
 from textwrap import shorten
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peftscope.claims.stored import read_findings
 from peftscope.claims.verdict import Verdict
-from peftscope.errors import InputError, Problem, close_match
+from peftscope.errors import InputError
 from peftscope.files.content import read_yaml
 from peftscope.files.problems import dotted, problems_of
 from peftscope.layout import ADVICE_FILE, CLAIMS_RESULTS, PACKAGED, PUBLISHED_RESULTS, REPOSITORY, shipped
-from peftscope.methods import METHODS
-from peftscope.planning.experiment import experiment_names
 
 Priority = Literal["quality", "memory", "speed", "retention"]
+Fact = Literal["priority", "method", "examples", "billions", "data_rank"]
 Setting = Literal[
     "method",
     "precision",
@@ -36,12 +33,6 @@ Setting = Literal[
     "merging",
     "peak",
 ]
-ALWAYS_SAID: tuple[Setting, ...] = (
-    *("method", "precision", "rank", "targets", "alpha", "dropout", "learning_rate", "batch", "epochs"),
-    *("variants", "peak"),
-)
-"""The settings for which a rule has to remain whatever the verdicts on the claims are."""
-
 SCOPE_WIDTH = 72
 """The most characters of a claim's scope that a line of the advice repeats."""
 
@@ -66,7 +57,6 @@ class Grounds(BaseModel):
         says: The recommendation, or its reason, as a sentence.
         claims: The ids of claims that have to hold.
         against: The ids of claims that have to be wrong.
-        studies: The studies whose chosen learning rates are told beside it.
         papers: Papers that say the same, and what they found.
         reaches_billions: The parameters, in billions, of the largest model in these papers.
         computed: Whether arithmetic alone decides.
@@ -77,7 +67,6 @@ class Grounds(BaseModel):
     says: str
     claims: list[str] = []
     against: list[str] = []
-    studies: list[str] = []
     papers: str = ""
     reaches_billions: float | None = None
     computed: bool = False
@@ -105,7 +94,6 @@ class Grounds(BaseModel):
             if claim not in waiting
         ]
         told += [f"{', '.join(waiting)} not run yet"] if waiting else []
-        told += list(_chosen_rates(self.studies))
         if self.papers:
             told.append(f"papers: {self.papers}{_reach(self.reaches_billions, billions)}")
         standing = self.standing(findings)
@@ -133,70 +121,31 @@ def _reach(reaches: float | None, billions: float) -> str:
     return f" (up to {reaches:g}B{beyond})"
 
 
-def _chosen_rates(studies: Sequence[str]) -> Iterator[str]:
-    """Yields the learning rates that published studies chose, as far as they have."""
-    for study in studies:
-        with suppress(OSError, ValueError, KeyError):
-            arms = json.loads(_published(f"{study}/tuned.json").read_text())["arms"]
-            rates = (f"{arm} {arms[arm]['learning_rate']:g}" for arm in ("lora", "full") if arm in arms)
-            yield f"study `{study}` chose {', '.join(rates)} (smollm2-135m)"
-
-
-class When(BaseModel):
-    """The condition of a rule. All that is given must hold.
-
-    Attributes:
-        priority: The priorities that it is for.
-        method: The methods that it is for.
-        examples_at_most: The most examples.
-        examples_at_least: The fewest examples.
-        billions_at_most: The most parameters of the model, in billions.
-        billions_above: The parameters, in billions, that the model has to exceed.
-        data_rank_at_least: The lowest rank at which an adapter has room for the data.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    priority: list[Priority] | None = None
-    method: list[str] | None = None
-    examples_at_most: int | None = None
-    examples_at_least: int | None = None
-    billions_at_most: float | None = None
-    billions_above: float | None = None
-    data_rank_at_least: int | None = None
-
-    def holds(self, facts: Mapping[str, Any]) -> bool:
-        """Returns whether the condition holds for facts: priority, method, examples, billions and data_rank."""
-        for name, bound in self:
-            fact, _, comparison = name.partition("_at_")
-            fact = fact.removesuffix("_above")
-            if bound is None:
-                continue
-            if isinstance(bound, list):
-                kept = facts[fact] in bound
-            elif comparison == "most":
-                kept = facts[fact] <= bound
-            else:
-                kept = facts[fact] > bound if name.endswith("_above") else facts[fact] >= bound
-            if not kept:
-                return False
-        return True
-
-
 class Rule(Grounds):
     """One recommendation for a setting.
 
     Attributes:
         setting: The setting that it is about.
-        when: Its condition.
+        when: Its condition: for some facts of a situation the words that are meant, or the range with its ends. The
+            parameters of the model are in billions; ``data_rank`` is the lowest rank with room for the data.
         value: The value to take, or to start from. ``data_rank`` stands for the rank that the data ask for.
         range: The values among which the evidence leaves the choice; for a learning rate, the grid to search.
     """
 
     setting: Setting
-    when: When = When()
+    when: dict[Fact, list[str] | tuple[float, float]] = {}
     value: Any = None
     range: Annotated[list[Any], Field(min_length=2)] | None = None
+
+    def is_for(self, facts: Mapping[str, Any]) -> bool:
+        """Returns whether the whole condition holds in a situation."""
+        for name, meant in self.when.items():
+            if isinstance(meant, tuple):
+                if not meant[0] <= facts[name] <= meant[1]:
+                    return False
+            elif facts[name] not in meant:
+                return False
+        return True
 
 
 class Change(Grounds):
@@ -229,9 +178,7 @@ class Rules(BaseModel):
             (
                 rule
                 for rule in self.rules
-                if rule.setting == setting
-                and rule.when.holds(facts)
-                and rule.standing(findings) is not Standing.REFUTED
+                if rule.setting == setting and rule.is_for(facts) and rule.standing(findings) is not Standing.REFUTED
             ),
             None,
         )
@@ -240,69 +187,21 @@ class Rules(BaseModel):
         """Returns the change with a name."""
         return next(change for change in self.changes if change.name == name)
 
-    def refuted(self, findings: Findings) -> list[Problem]:
-        """Returns a problem for every recommendation that rests on a claim which is refuted."""
-        return [
-            Problem(where, f"rests on a claim that is refuted ({', '.join([*grounds.claims, *grounds.against])})")
-            for where, grounds in self._named()
-            if grounds.standing(findings) is Standing.REFUTED
-        ]
-
-    def _named(self) -> Iterator[tuple[str, Grounds]]:
-        yield from ((f"rules[{index}]: {rule.setting}", rule) for index, rule in enumerate(self.rules))
-        yield from ((f"changes: {change.name}", change) for change in self.changes)
-
-    def problems(self, claims: Sequence[str]) -> Iterator[Problem]:
-        """Yields what is wrong with the rules: unknown claims, studies or methods, and settings that may be silent."""
-        studies = experiment_names()
-        for where, grounds in self._named():
-            for kind, names, known in (
-                ("claim", [*grounds.claims, *grounds.against], claims),
-                ("study", grounds.studies, studies),
-                ("method", _methods_named(grounds), list(METHODS)),
-            ):
-                lost = [name for name in names if name not in known]
-                yield from (Problem(where, f"no such {kind} (got {name})", close_match(name, known)) for name in lost)
-        for setting in ALWAYS_SAID:
-            last = [rule for rule in self.rules if rule.setting == setting][-1:]
-            if not last or last[0].claims or last[0].against or last[0].when != When():
-                remedy = "end with a rule that has neither a condition nor a claim"
-                yield Problem(f"rules: {setting}", "nothing is said if all its claims are refuted", remedy)
-
-
-def _methods_named(grounds: Grounds) -> list[str]:
-    if isinstance(grounds, Change):
-        return grounds.methods
-    if isinstance(grounds, Rule):
-        ordered = grounds.value if grounds.setting == "method" else []
-        return [*ordered, *(grounds.when.method or [])]
-    return []
-
 
 def read_rules(path: Path | None = None) -> Rules:
     """Returns the rules of a file; the default is ``experiments/advice.yaml``.
 
-    Names of claims are not looked up, because reading the ledger loads every check; ``Rules.problems`` looks them up.
+    Names of claims are not looked up, because reading the ledger loads every check; a test looks them up.
 
     Raises:
         InputError: The file has problems.
     """
     path = path or shipped(ADVICE_FILE)
-    names = {*Rule.model_fields, *Change.model_fields, *When.model_fields, *Rules.model_fields}
+    names = {*Rule.model_fields, *Change.model_fields, *Rules.model_fields, *get_args(Fact)}
     try:
         return Rules.model_validate(read_yaml(path))
     except ValidationError as error:
         raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc)}", names)) from None
-
-
-def _published(name: str) -> Path:
-    """Returns the path of a published result, here or among what the suite comes with.
-
-    Unlike ``layout.published``, it looks further where the working folder has experiments of its own: advice needs
-    verdicts there, too.
-    """
-    paths = [root / PUBLISHED_RESULTS / name for root in (Path(), REPOSITORY, PACKAGED)]
-    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def known_findings(path: Path | None = None) -> tuple[dict[str, dict[str, Any]], str]:
@@ -314,8 +213,10 @@ def known_findings(path: Path | None = None) -> tuple[dict[str, dict[str, Any]],
     Raises:
         InputError: The file is not a ``claims.json``.
     """
-    own = path or (CLAIMS_RESULTS if CLAIMS_RESULTS.is_file() else None)
-    chosen = own or _published("claims.json")
-    if own is None and not chosen.is_file():
+    where = PUBLISHED_RESULTS / CLAIMS_RESULTS.name
+    # Unlike ``layout.published``, this looks further where the working folder has experiments of its own.
+    paths = [CLAIMS_RESULTS, *(root / where for root in (Path(), REPOSITORY, PACKAGED))]
+    chosen = path or next(filter(Path.is_file, paths), None)
+    if chosen is None:
         return {}, "no claims.json: no claim was run"
-    return {finding["id"]: finding for finding in read_findings(chosen)}, str(own or PUBLISHED_RESULTS / chosen.name)
+    return {finding["id"]: finding for finding in read_findings(chosen)}, str(where if chosen in paths[1:] else chosen)
