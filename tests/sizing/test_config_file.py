@@ -437,9 +437,11 @@ def test_keys_that_may_change_memory_stand_apart_from_harmless_ones(tmp_path: Pa
 
 def test_axolotls_plugin_of_cut_cross_entropy_switches_it_on(tmp_path: Path) -> None:
     plugins = ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin", "axolotl.integrations.liger.LigerPlugin"]
-    assert question(tmp_path, FILES["axolotl"] | {"plugins": plugins}).loss == "cut-cross-entropy"
-    assert question(tmp_path, FILES["axolotl"] | {"plugins": plugins, "cut_cross_entropy": False}).loss == "plain"
-    assert question(tmp_path, FILES["axolotl"] | {"plugins": plugins[1:]}).loss == "plain"
+    assert question(tmp_path, FILES["axolotl"] | {"plugins": plugins}).beside.loss == "cut-cross-entropy"
+    assert (
+        question(tmp_path, FILES["axolotl"] | {"plugins": plugins, "cut_cross_entropy": False}).beside.loss == "plain"
+    )
+    assert question(tmp_path, FILES["axolotl"] | {"plugins": plugins[1:]}).beside.loss == "plain"
     assert "MinePlugin" in read(tmp_path, FILES["axolotl"] | {"plugins": ["mine.MinePlugin"]}).not_modelled[0]
 
 

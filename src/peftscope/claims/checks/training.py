@@ -277,11 +277,11 @@ def closest(study: str, arms: list[str], against: str) -> Measurement:
     return _shown(found, chosen, chosen, {f"{arm} behind {against}": gain.value for arm, gain in found.items()})
 
 
-def _shown(found: dict[str, Measurement], chosen: str, named: str, beside: dict[str, Quantity]) -> Measurement:
+def _shown(gains: dict[str, Measurement], chosen: str, named: str, beside: dict[str, Quantity]) -> Measurement:
     """Returns one of several gains, with what is told of all of them, and with the runs of all."""
-    runs = dict.fromkeys(run for gain in found.values() for run in gain.run_ids)
-    evidence = {"shown": named, **found[chosen].evidence, **beside}
-    return replace(found[chosen], evidence=evidence, run_ids=tuple(runs))
+    runs = dict.fromkeys(run for gain in gains.values() for run in gain.run_ids)
+    evidence = {"shown": named, **gains[chosen].evidence, **beside}
+    return replace(gains[chosen], evidence=evidence, run_ids=tuple(runs))
 
 
 def training_gain(study: str, arm: str, against: str) -> Measurement:
