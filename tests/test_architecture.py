@@ -32,7 +32,6 @@ NO_TORCH = [
     "analysis.cards",
     "execution.sweep",
     "report.advice.advise",
-    "report.advice.experiment",
     "report.memory",
     "report.page",
     "report.publish",

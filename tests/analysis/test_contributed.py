@@ -231,15 +231,6 @@ def test_a_file_that_is_not_sound_is_refused_in_a_sentence(edit: Edit, said: str
     assert said in str(refused.value) and str(changed) in str(refused.value), refused.value
 
 
-def test_the_page_of_contributions_is_not_written_where_one_is_not_sound(card: Any, peftscope: Command) -> None:
-    card("S71")
-    assert peftscope("contribute", "--yes")[0] == 0
-    (path,) = Path("results/contributed").rglob("*.json")
-    change(path, record(lambda r: r["train_nll"].pop()))
-    code, _, errors = peftscope("contributed")
-    assert code == 2 and "23 losses for 24 steps" in errors
-
-
 def test_damaged_files_are_refused_and_decide_nothing(card: Any) -> None:
     card("S71")
     (contribution,) = pack("gpu-check")

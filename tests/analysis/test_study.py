@@ -528,7 +528,7 @@ def test_an_arm_may_have_a_given_rate_or_that_of_another(write_study_file) -> No
     study = collected()
     assert study.arms == ["full", "lora", "paper", "short", "thin"]
     assert study.rate("paper").best == 2e-5 and study.rate("short").regret == 0
-    study._chosen["lora"] = {"learning_rate": 1e-3, "tried": [], "regret_rms": 0.02}
+    study._tuned = {"lora": {"learning_rate": 1e-3, "tried": [], "regret_rms": 0.02}}
     assert study.rate("short").regret == 0  # at three times LoRA's rate
     study.settings.borrowed_rates["short"].times = 1
     assert study.rate("short").regret == 0.02 and study.rate("paper").regret == 0

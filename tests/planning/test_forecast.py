@@ -16,7 +16,6 @@ from peftscope.hardware.cards import find_gpu
 from peftscope.planning.forecast import SHARE, Forecaster, training_flops
 from peftscope.planning.sweep import expand
 from peftscope.record import RunRecord, Seconds, write_record
-from peftscope.report.forecasts import refresh_forecasts
 from peftscope.spec import run_id
 from peftscope.words import GIB
 
@@ -135,16 +134,3 @@ def test_everything_of_a_hub_is_pinned_to_a_commit(name: str) -> None:
     for spec in expand(name, "cuda").runs.values():
         sources = find_model(spec.model).source, find_task(spec.task).source
         assert all(re.fullmatch(r"[0-9a-f]{40}", str(source.revision)) for source in sources), json.dumps(spec.model)
-
-
-@pytest.mark.slow
-def test_the_documentation_says_what_the_tool_says(repository: Path, tmp_path: Path) -> None:
-    """After ``make docs``; one of its blocks stands for all, which take a minute."""
-    blocks = re.findall(r"<!-- expand .*?<!-- /expand -->\n", (repository / "docs/gpu.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) > 2
-    (written,) = (block for block in blocks if block.startswith("<!-- expand shape-7b --gpu a100-80gb"))
-    again = tmp_path / "gpu.md"
-    again.write_text(re.sub(r"```\n\$ peftscope.*?```\n", "", written, flags=re.DOTALL))
-    assert again.read_text() != written
-    refresh_forecasts(again)
-    assert again.read_text() == written, "run: make docs"

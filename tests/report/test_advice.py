@@ -134,7 +134,7 @@ def test_a_rank_is_a_range_while_its_claims_are_open_and_a_point_once_they_hold(
 def test_a_range_of_one_value_is_no_range_and_a_lowered_rank_says_why() -> None:
     roomy = line(advice_for({"model": "llama-3.1-8b", "gpu": "h200", "examples": 1_000_000}), "rank")
     assert roomy.text == "64" and roomy.choice == () and "lower here" not in roomy.says
-    tight = line(advice_for({"model": "llama-3.1-8b", "gpu": "20GiB", "examples": 1_000_000}), "rank")
+    tight = line(advice_for({"model": "llama-3.1-8b", "gpu": "19GiB", "examples": 1_000_000}), "rank")
     assert tight.text == "16" and tight.choice == () and "It is lower here so that the run fits." in tight.says
 
 
@@ -160,7 +160,7 @@ def test_cards_that_make_more_than_the_advised_step_are_told(gpus: int, says: st
 
 
 def test_where_four_bits_cost_quality_cutting_examples_comes_first() -> None:
-    asked = {"model": "llama-3.2-1b", "gpu": "4GiB", "examples": 5000}
+    asked = {"model": "llama-3.2-1b", "gpu": "3.8GiB", "examples": 5000}
     before, after = advice_for(asked), advice_for(asked, P18="wrong")
     assert (before.options[0].method, before.options[0].changes) == ("qlora", ("qlora",))
     assert (after.options[0].method, after.options[0].changes) == ("lora", ("shorter",))

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from peftscope.analysis.compare import compare
 from peftscope.analysis.stats import mean_interval
 
@@ -125,6 +123,8 @@ def log_slope(
         axis: The name of the size.
         model: What was measured.
     """
+    import numpy as np  # not for those who read what was published
+
     values = np.array([[value(seed, size) for size in sizes] for seed in range(seeds)])
     slopes = np.polyfit(np.log(sizes), np.log(values).T, 1)[0].tolist()
     curve = dict(zip(map(float, sizes), values.mean(axis=0).tolist(), strict=True))

@@ -303,8 +303,8 @@ def _about_room(peaks: Peaks, refusal: Refusal) -> list[str]:
 
 
 def _fit(question: Question, capacity: int) -> Fit:
-    """Returns what fits on the card of the text."""
-    options = options_of(question.spec) | question.beside.model_dump(exclude={"as_trainer"})
+    """Returns what of the training fits on the card of the text."""
+    options = options_of(question.spec) | question.beside.model_dump(exclude={"as_trainer"}) | {"evaluation": False}
     card = replace(question.gpu, memory_bytes=capacity) if question.gpu else Gpu("the card", capacity)
     return Search(question.model, question.spec.method.name, options, Needs(card)).fit()
 

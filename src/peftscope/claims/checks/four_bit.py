@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import peft
 import torch
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
@@ -183,7 +183,7 @@ def _layer(inputs: int, outputs: int, *, double_quant: bool, compute_dtype: str 
 def _qlora(base_dtype: str) -> Any:
     """Returns a small Llama with 4-bit linear weights and the rest in ``base_dtype``, under LoRA by PEFT's defaults."""
     model = four_bit(tiny_llama(dtype=base_dtype))
-    return get_peft_model(model, LoraConfig(r=4, target_modules=list(BLOCK_LINEAR), task_type="CAUSAL_LM"))
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=list(BLOCK_LINEAR), task_type="CAUSAL_LM"))
 
 
 def _inputs(width: int) -> torch.Tensor:
