@@ -834,8 +834,7 @@ def test_nothing_is_concluded_from_half_a_study(tuned: None) -> None:
         {
             "kind": "training",
             "measures": "a gain",
-            "check": "training.heldout_gain",
-            "with": {"study": "mine", "arm": "lora", "against": "full"},
+            "training.heldout_gain": {"study": "mine", "arm": "lora", "against": "full"},
             "rule": {"better_by": 0},
         }
     )

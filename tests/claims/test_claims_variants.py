@@ -295,9 +295,7 @@ def test_weights_that_were_not_fetched_say_so(monkeypatch: pytest.MonkeyPatch, t
 def found_part(parameters: dict[str, Any]) -> PartFinding:
     check = "initialisation.loftq_output_error_ratio"
     return evaluate_part(
-        Part.model_validate(
-            {"kind": "numerics", "measures": "x", "check": check, "with": parameters, "rule": {"at_most": 1}}
-        )
+        Part.model_validate({"kind": "numerics", "measures": "x", check: parameters, "rule": {"at_most": 1}})
     )
 
 

@@ -524,7 +524,7 @@ def test_a_changed_world_flips_the_verdict_on_weights(
 ) -> None:
     """Six normal matrices, whose rows hold whole blocks, stand in for those of a model that has to be fetched."""
     matrices = [(str(s), 0.05 * torch.randn(96, 128, generator=torch.Generator().manual_seed(s))) for s in range(6)]
-    for module in (codes, initialisation, quantised_models):
+    for module in (codes, initialisation):
         monkeypatch.setattr(module, "weight_matrices", lambda model: iter(matrices))
     flips(part_with(claim, check, **given), world, changed, monkeypatch)
 

@@ -245,7 +245,7 @@ def test_measured_weights_stand_on_the_page_and_come_back_from_published_files(o
     for identity in plan.run_ids:
         shutil.rmtree(run_folder(identity))
     assert restore("mine") == 2
-    again = CliRunner().invoke(app, ["weights", "mine"])
+    again = CliRunner().invoke(app, ["report", "mine"])
     assert again.exit_code == 0, again.output
     restored = pd.read_parquet(weights_path(results_folder("mine")))
     pd.testing.assert_frame_equal(restored, table, check_dtype=False)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -39,6 +42,17 @@ BUSY = 4
 
 
 # The form and the questions, without a browser.
+
+
+def test_the_page_brings_every_room_that_its_answers_need(repository: Path) -> None:
+    code = "import json, sys; from peftscope.memory import page; "
+    code += "setting = json.dumps({'model': 'llama-2-7b', 'gpu': '24GiB'})"
+    code += "; page.form(); page.answer(setting); page.why(setting, setting); next(page.fits(setting))"
+    code += "; print(*(name for name in sys.modules if name.startswith('peftscope.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=repository)
+    needed = {name.split(".")[1] for name in done.stdout.split()}
+    build = runpy.run_path(str(repository / "calculator" / "build.py"))
+    assert {"memory", "words"} <= needed <= {room.removesuffix(".py") for room in build["ROOMS"]}
 
 
 def test_the_form_has_every_option_of_a_run_and_its_method() -> None:

@@ -232,5 +232,6 @@ def test_a_comparison_has_one_sign_and_the_same_words_on_every_page(
                 ahead = signs.get((arm, against), not signs.get((against, arm), part["found"] <= 0))
                 assert (part["found"] > 0) == ahead, f"{finding['id']}: {arm} against {against}"
                 corrected = {frozenset((row.arm, row.against)): row.holm_p for row in published.itertuples()}
-                if {arm, against} in corrected:
-                    assert part["p_adjusted"] == pytest.approx(corrected[frozenset((arm, against))], rel=1e-4)
+                pair = frozenset((arm, against))
+                if pair in corrected:
+                    assert part["p_adjusted"] == pytest.approx(corrected[pair], rel=1e-4)
