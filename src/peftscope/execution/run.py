@@ -19,7 +19,7 @@ from peftscope.execution.provenance import provenance
 from peftscope.execution.ranks import let_others_end_it, meeting_file, rank_folder
 from peftscope.execution.start import start_provenance
 from peftscope.execution.unavailable import NOT_LIMITED, why_unavailable
-from peftscope.execution.way import Way
+from peftscope.execution.way import run_phases
 from peftscope.files.storage import storage_problem
 from peftscope.hardware.bf16 import bf16_products
 from peftscope.hardware.meter import is_out_of_memory, limited_memory
@@ -86,7 +86,7 @@ def execute(
         if spec.shards > 1:
             join(spec, rank, meeting)
         with bf16_products(), _limited_memory(record):
-            Way(record, folder, phases, log).go(checkpoints, keep_weights, keep_at)
+            run_phases(record, folder, phases, log, checkpoints, keep_weights, keep_at)
     except (Interrupted, KeyboardInterrupt) as error:
         reason = str(error) or "stopped by SIGINT"
         record.status, record.reason, file = "interrupted", reason, "interrupted.json"

@@ -1,4 +1,4 @@
-"""The way of a run through its phases: load, prepare, train, evaluate, save, probe."""
+"""The way of a run through its phases. Each one takes what it needs and returns what it made."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from peftscope.data.batching import Batch, digested, evaluation_batches, tokenise, training_batches, widest_batch
+from peftscope.data.batching import (
+    Batch,
+    Example,
+    digested,
+    evaluation_batches,
+    tokenise,
+    training_batches,
+    widest_batch,
+)
 from peftscope.data.sources import Item, RandomStringsSource
 from peftscope.data.tasks import draw_items, find_task, read_split, shuffle_responses
 from peftscope.evaluation.heldout import ItemLoss, base_answers, heldout_nll, mean_nll, nll_and_shift
@@ -40,265 +49,331 @@ from peftscope.training.load import attention, load_base, load_tokenizer
 from peftscope.training.log import TrainingLog
 from peftscope.training.loop import Diverged, check_loss, train
 from peftscope.training.shard import from_all, held_bytes, is_first, own_seed, shard, trained_state
+from peftscope.training.step import TrainedModel
 
 
-class Way:
-    """One run on its way. What is measured goes into the record as soon as it is known.
+@dataclass(frozen=True)
+class _Data:
+    """The tokenised items of a run, and their tokenizer."""
+
+    tokenizer: Any
+    training: list[Example]
+    validation: list[Example]
+    heldout: list[Example]
+
+
+@dataclass(frozen=True)
+class _Widest:
+    """The batches that take the most memory. ``training`` is None if nothing is trained."""
+
+    training: Batch | None
+    heldout: Batch
+
+
+def run_phases(
+    record: RunRecord,
+    folder: Path,
+    phases: Phases,
+    log: TrainingLog,
+    checkpoints: Checkpoints,
+    keep_weights: KeepWeights,
+    keep_at: Sequence[float],
+) -> None:
+    """Runs all phases. Each one returns what it made, and what is measured goes into the record as soon as it is known.
 
     So the record of a run that fails says what was measured until then.
     """
+    spec, phase, trains, alone = record.spec, phases.phase, record.spec.method.trains, record.provenance["alone"]
+    with phase("load"):
+        tokenizer = load_tokenizer(spec)
+        drawn, judged = _draw_items(spec)
+        quality = record.quality = _describe_judged(spec, len(judged))
+        data = _tokenise(spec, tokenizer, drawn, judged)
+        with _tracked_load(spec, phases) as loaded:
+            base = load_base(spec)
+            loaded.append(base)
+    timings: dict[str, Timing] = {}
+    if spec.latency_tokens:
+        record.latency = timings
+    timings |= _time_latency(spec, phases, base, "base")
+    answers = []
+    if trains and spec.validation_every and spec.shards == 1:
+        with phase("evaluate"), attention(base, spec.attention):
+            answers = base_answers(base.eval(), data.validation, spec, tokenizer.pad_token_id)
+    trained, weights = _prepare(spec, phases, base, followed=bool(answers))
+    model = trained.model
+    trainable, total = count_parameters(model)
+    record.size = Size(initial_trainable_parameters=trainable, total_parameters=total)
+    if spec.shards > 1:
+        with phase("initialise"):
+            shard(model, spec)
+    before = quality.retention_bits_per_byte_before = _score_retention(spec, phases, model, tokenizer)
+    with phase("predict"):
+        widest = _widest_batches(spec, data)
+        phases.memory.predicted = predict_or_nothing(spec, widest.training, widest.heldout)
+    if trains:
 
-    def __init__(self, record: RunRecord, folder: Path, phases: Phases, log: TrainingLog) -> None:
-        self.record, self.folder, self.phases, self.log = record, folder, phases, log
-        self.spec = record.spec
+        def after_step(step: int) -> None:
+            _follow(spec, phases, log, trained, data, answers, step)
+            if step in steps_at(keep_at, spec.steps):
+                with phases.aside("train", "evaluate"):
+                    write_kept(kept_path(folder, step), model)
 
-    def go(self, checkpoints: Checkpoints, keep_weights: KeepWeights, keep_at: Sequence[float]) -> None:
-        """Runs all phases."""
-        record, spec, phase, alone = self.record, self.spec, self.phases.phase, self.record.provenance["alone"]
-        trains = spec.method.trains
-        with phase("load"):
-            self.tokenizer = load_tokenizer(spec)
-            self.pad: int = self.tokenizer.pad_token_id
-            judged = self._read_items()
-            with self._tracked_load() as loaded:
-                base = load_base(spec)
-                loaded.append(base)
-        timings: dict[str, Timing] = {}
-        if spec.latency_tokens:
-            record.latency = timings
-        timings |= self._time_latency(base, "base")
-        self.answers: list[torch.Tensor] = []
-        if trains and spec.validation_every and spec.shards == 1:
-            with phase("evaluate"), attention(base, spec.attention):
-                self.answers = base_answers(base.eval(), self.validation, spec, self.pad)
-        weights = self._prepare(base)
-        self.model = model = self.trained.model
-        trainable, total = count_parameters(model)
-        record.size = Size(initial_trainable_parameters=trainable, total_parameters=total)
-        if spec.shards > 1:
-            with phase("initialise"):
-                shard(model, spec)
-        quality = record.quality
-        before = quality.retention_bits_per_byte_before = self._score_retention()
-        with phase("predict"):
-            self._find_widest()
-            self.phases.memory.predicted = predict_or_nothing(spec, self.widest, self.widest_heldout)
+        digest = _train(spec, phases, log, checkpoints, trained, data, widest, after_step)
+        if record.provenance["card"]:
+            record.provenance["card"]["after_training"] = card_reading()
+        record.train_batches_sha256 = digest
+        record.method_metrics = spec.method.metrics(model)
+    with phase("evaluate"):
+        model.eval()
+        if data.validation:
+            quality.validation_nll, quality.shift = _validate(spec, trained, data, answers)
+        if weights:
+            record.updates = update_spectra(model, weights)
+        with attention(model, spec.attention):
+            per_item = _score_heldout(spec, trained, data)
+            generated, seconds = _score_answers(model, tokenizer, spec, judged)
+            if generated:
+                record.speed.generation_seconds = seconds if alone else None
+                quality.exact_match = sum(row["correct"] for row in generated) / len(generated)
+                quality.exact_match_items = len(generated)
+            record.benchmarks = _score_benchmarks(model, tokenizer, spec)
+        write_items(folder / "items.jsonl", judged, per_item, generated)
+        quality.heldout_nll, quality.heldout_tokens = mean_nll(per_item), sum(item.tokens for item in per_item)
+        quality.greedy_match = sum("0" not in item.argmax for item in per_item) / len(per_item)
+        quality.token_accuracy = sum(item.argmax.count("1") for item in per_item) / quality.heldout_tokens
         if trains:
+            record.size.adapter_bytes = _save(spec, model, folder / "adapter")
+            record.size.trained_parameters = spec.method.final_trainable_parameters(model)
+            record.weights = _keep_or_drop(spec, folder / "adapter", keep_weights)
+        record.files = _checksums(folder)
+    quality.retention_bits_per_byte = _score_retention(spec, phases, model, tokenizer) if trains else before
+    _probe(spec, phases, trained, widest)
+    for state in ("apart", "merged"):
+        timings |= _time_latency(spec, phases, model, state)
+    if trains and alone:
+        # A model may leave no room on the card for this measurement. The run is valid without it.
+        with phase("ceilings"), suppress(torch.OutOfMemoryError):
+            record.ceilings = measure_ceilings(spec)
 
-            def after_step(step: int) -> None:
-                self._follow(step)
-                if step in steps_at(keep_at, spec.steps):
-                    with self.phases.aside("train", "evaluate"):
-                        write_kept(kept_path(self.folder, step), model)
 
-            digest = self._train(checkpoints, after_step)
-            if record.provenance["card"]:
-                record.provenance["card"]["after_training"] = card_reading()
-            record.train_batches_sha256 = digest
-            record.method_metrics = spec.method.metrics(model)
-        with phase("evaluate"):
-            model.eval()
-            if self.validation:
-                quality.validation_nll, quality.shift = self._validate()
-            if weights:
-                record.updates = update_spectra(model, weights)
-            with attention(model, spec.attention):
-                per_item = self._score_heldout()
-                generated, seconds = _score_answers(model, self.tokenizer, spec, judged)
-                if generated:
-                    record.speed.generation_seconds = seconds if alone else None
-                    quality.exact_match = sum(row["correct"] for row in generated) / len(generated)
-                    quality.exact_match_items = len(generated)
-                record.benchmarks = _score_benchmarks(model, self.tokenizer, spec)
-            write_items(self.folder / "items.jsonl", judged, per_item, generated)
-            quality.heldout_nll, quality.heldout_tokens = mean_nll(per_item), sum(item.tokens for item in per_item)
-            quality.greedy_match = sum("0" not in item.argmax for item in per_item) / len(per_item)
-            quality.token_accuracy = sum(item.argmax.count("1") for item in per_item) / quality.heldout_tokens
-            if trains:
-                record.size.adapter_bytes = self._save()
-                record.size.trained_parameters = spec.method.final_trainable_parameters(model)
-                record.weights = self._keep_or_drop(keep_weights)
-            record.files = self._checksums()
-        quality.retention_bits_per_byte = self._score_retention() if trains else before
-        self._probe()
-        for state in ("apart", "merged"):
-            timings |= self._time_latency(model, state)
-        if trains and alone:
-            # A model may leave no room on the card for this measurement. The run is valid without it.
-            with phase("ceilings"), suppress(torch.OutOfMemoryError):
-                record.ceilings = measure_ceilings(spec)
+def _draw_items(spec: RunSpec) -> tuple[list[Item], list[Item]]:
+    """Returns the items to train on, and those that the run is judged on."""
+    drawn = draw_items(read_split(spec.task, "train"), spec.train_items, spec.seed)
+    if spec.shuffled_targets:
+        drawn = shuffle_responses(drawn, spec.seed)
+    judged = drawn if find_task(spec.task).judged_on == "train" else read_split(spec.task, "test")
+    return drawn, judged[: spec.heldout_items]
 
-    def _read_items(self) -> list[Item]:
-        """Tokenises the items of the run, says in the record what it is judged on, and returns those items."""
-        spec, task = self.spec, find_task(self.spec.task)
-        drawn = draw_items(read_split(spec.task, "train"), spec.train_items, spec.seed)
-        if spec.shuffled_targets:
-            drawn = shuffle_responses(drawn, spec.seed)
-        judged = (drawn if task.judged_on == "train" else read_split(spec.task, "test"))[: spec.heldout_items]
-        self.record.quality = Quality(judged_on=task.judged_on, judged_items=len(judged))
-        if isinstance(task.source, RandomStringsSource):
-            self.record.quality.judged_entropy_bits = len(judged) * task.source.entropy_bits
-        self.training = tokenise(drawn, self.tokenizer, spec.seq_len) if spec.method.trains else []
-        validation = read_split(spec.task, "validation")[: spec.validation_items]
-        self.validation = tokenise(validation, self.tokenizer, spec.seq_len)
-        self.heldout = tokenise(judged, self.tokenizer, spec.seq_len)
-        return judged
 
-    def _prepare(self, base: Any) -> dict[str, torch.Tensor]:
-        """Makes the model to train, and returns the weights that its updates will be told from if it is followed."""
-        with self.phases.phase("initialise"), self._tracked_load(base) as loaded:
-            start = merged_start(base, self.spec)
-            weights = weights_before(start, self.spec) if self.answers else {}
-            self.trained = build_model(start, self.spec)
-            continue_adapter(self.trained.model, self.spec)
-            loaded.append(self.trained.model)
-        return weights
+def _describe_judged(spec: RunSpec, items: int) -> Quality:
+    """Returns what so many judged items are; their scores come later."""
+    task = find_task(spec.task)
+    quality = Quality(judged_on=task.judged_on, judged_items=items)
+    if isinstance(task.source, RandomStringsSource):
+        quality.judged_entropy_bits = items * task.source.entropy_bits
+    return quality
 
-    def _score_retention(self) -> float | None:
-        self.model.eval()
-        with self.phases.phase("evaluate"), attention(self.model, self.spec.attention):
-            return bits_per_byte(self.model, self.tokenizer, self.spec) if self.spec.retention_tokens else None
 
-    def _find_widest(self) -> None:
-        """Finds the batches that take the most memory. That of the training is None if nothing is trained."""
-        spec = self.spec
-        seen = islice(self._batches(), spec.steps * spec.gradient_accumulation)
-        self.widest: Batch | None = widest_batch(seen) if spec.method.trains else None
-        self.widest_heldout = widest_batch(
-            evaluation_batches(self.heldout, batch_size=spec.eval_batch_size, pad_token_id=self.pad)
-        )
+def _tokenise(spec: RunSpec, tokenizer: Any, drawn: list[Item], judged: list[Item]) -> _Data:
+    return _Data(
+        tokenizer=tokenizer,
+        training=tokenise(drawn, tokenizer, spec.seq_len) if spec.method.trains else [],
+        validation=tokenise(read_split(spec.task, "validation")[: spec.validation_items], tokenizer, spec.seq_len),
+        heldout=tokenise(judged, tokenizer, spec.seq_len),
+    )
 
-    def _train(self, checkpoints: Checkpoints, after_step: Callable[[int], None]) -> str:
-        """Trains the model, and returns the SHA-256 of the batches."""
-        spec, digest = self.spec, hashlib.sha256()
-        with self.phases.phase("train"), compiled_layers(self.model, spec):
-            seed_everything(own_seed(spec.seed if spec.init_seed is None else spec.init_seed, spec))
-            rehearsal = self.widest if spec.device == "cuda" else None
-            train(self.trained, digested(self._batches(), digest), spec, self.log, checkpoints, rehearsal, after_step)
-        return digest.hexdigest()
 
-    def _follow(self, step: int) -> None:
-        """Measures what the spec asks for along the training after a step, and writes it into the log.
+def _prepare(
+    spec: RunSpec, phases: Phases, base: Any, *, followed: bool
+) -> tuple[TrainedModel, dict[str, torch.Tensor]]:
+    """Returns the model to train, and the weights that its updates will be told from if it is followed."""
+    weights = {}
+    with phases.phase("initialise"), _tracked_load(spec, phases, base) as loaded:
+        start = merged_start(base, spec)
+        if followed:
+            weights = weights_before(start, spec)
+        trained = build_model(start, spec)
+        continue_adapter(trained.model, spec)
+        loaded.append(trained.model)
+    return trained, weights
 
-        Raises:
-            Diverged: The loss on the validation items is not finite, or far above that of a uniform guess, or the score
-                on prose is not finite.
-        """
-        spec = self.spec
 
-        def is_due(every: int) -> bool:
-            return bool(every) and step % every == 0 and step < spec.steps
+def _score_retention(spec: RunSpec, phases: Phases, model: Any, tokenizer: Any) -> float | None:
+    model.eval()
+    with phases.phase("evaluate"), attention(model, spec.attention):
+        return bits_per_byte(model, tokenizer, spec) if spec.retention_tokens else None
 
-        if is_due(spec.validation_every):
-            with self._evaluating():
-                nll, self.log.shift[step] = self._validate()
-            check_loss(nll, self.trained.vocab_size, spec, f"on validation items after step {step}")
-            self.log.validation_nll[step] = nll
-        if is_due(spec.retention_every):
-            with self._evaluating(), attention(self.model, spec.attention):
-                bits = bits_per_byte(self.model, self.tokenizer, spec)
-            if not math.isfinite(bits):
-                raise Diverged(f"the score on prose after step {step} is not a number")
-            self.log.retention[step] = bits
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Evaluates inside this context, in the middle of the training, and counts it to the phase ``evaluate``."""
-        self.model.eval()
-        with self.phases.aside("train", "evaluate"):
-            yield
-        self.model.train()
+def _widest_batches(spec: RunSpec, data: _Data) -> _Widest:
+    seen = islice(_batches(data, spec), spec.steps * spec.gradient_accumulation)
+    heldout = evaluation_batches(
+        data.heldout, batch_size=spec.eval_batch_size, pad_token_id=data.tokenizer.pad_token_id
+    )
+    return _Widest(widest_batch(seen) if spec.method.trains else None, widest_batch(heldout))
 
-    def _validate(self) -> tuple[float, dict[str, float]]:
-        """Returns the mean nll of the validation items, in nats per response token, and how far their answers moved."""
-        with attention(self.model, self.spec.attention):
-            per_item, shift = nll_and_shift(self.model, self.validation, self.spec, self.pad, self.answers)
-        return mean_nll(per_item), shift
 
-    def _score_heldout(self) -> list[ItemLoss]:
-        """Returns the loss of each judged item.
+def _train(
+    spec: RunSpec,
+    phases: Phases,
+    log: TrainingLog,
+    checkpoints: Checkpoints,
+    trained: TrainedModel,
+    data: _Data,
+    widest: _Widest,
+    after_step: Callable[[int], None],
+) -> str:
+    """Trains the model, and returns the SHA-256 of the batches."""
+    digest = hashlib.sha256()
+    with phases.phase("train"), compiled_layers(trained.model, spec):
+        seed_everything(own_seed(spec.seed if spec.init_seed is None else spec.init_seed, spec))
+        rehearsal = widest.training if spec.device == "cuda" else None
+        batches = digested(_batches(data, spec), digest)
+        train(trained, batches, spec, log, checkpoints, rehearsal, after_step)
+    return digest.hexdigest()
 
-        Raises:
-            Diverged: Their mean is not finite, or far above that of a uniform guess, after a training.
-        """
-        per_item = heldout_nll(self.model, self.heldout, self.spec, self.pad)
-        if self.spec.method.trains:
-            check_loss(mean_nll(per_item), self.trained.vocab_size, self.spec, "on held-out items")
-        return per_item
 
-    def _save(self) -> int:
-        """Writes the trained weights, and returns their bytes."""
-        adapter = self.folder / "adapter"
-        state = trained_state(self.model) if self.spec.shards > 1 else None
-        if is_first():
-            self.spec.method.save(self.model, adapter, state)
-        return sum(path.stat().st_size for path in adapter.glob("*.safetensors"))
+def _follow(
+    spec: RunSpec,
+    phases: Phases,
+    log: TrainingLog,
+    trained: TrainedModel,
+    data: _Data,
+    answers: list[torch.Tensor],
+    step: int,
+) -> None:
+    """Measures what the spec asks for along the training after a step, and writes it into the log.
 
-    def _keep_or_drop(self, keep_weights: KeepWeights) -> Literal["kept", "dropped"]:
-        """Removes the trained weights if they are not to be kept, and returns whether they were."""
-        if keep_weights == "all" or (keep_weights == "adapters" and not self.spec.method.trains_base):
-            return "kept"
-        shutil.rmtree(self.folder / "adapter", ignore_errors=True)
-        return "dropped"
+    Raises:
+        Diverged: The loss on the validation items is not finite, or far above that of a uniform guess, or the score on
+            prose is not finite.
+    """
+    model = trained.model
 
-    def _checksums(self) -> dict[str, str]:
-        """Returns the SHA-256 of what the run wrote, by the path in its folder."""
-        written = [self.folder / "items.jsonl", *sorted((self.folder / "adapter").glob("*.*"))]
-        return {path.relative_to(self.folder).as_posix(): file_sha256(path) for path in written}
+    def is_due(every: int) -> bool:
+        return bool(every) and step % every == 0 and step < spec.steps
 
-    def _probe(self) -> None:
-        """Adds to the measured memory what only a probe measures: the peaks of a step's parts, or a process's share."""
-        memory, spec = self.phases.memory, self.spec
-        if spec.shards > 1:
-            self.phases.gather_ranks(held_bytes(self.model), lambda mine: from_all(mine, spec))
-            return
-        if not spec.probe_steps:
-            return
-        on_cpu = spec.device == "cpu"
-        # A full card may have no room for another optimizer; the run is good all the same.
-        with self.phases.phase("probe"), nullcontext() if on_cpu else suppress(torch.OutOfMemoryError):
+    if is_due(spec.validation_every):
+        with _evaluating(phases, model):
+            nll, log.shift[step] = _validate(spec, trained, data, answers)
+        check_loss(nll, trained.vocab_size, spec, f"on validation items after step {step}")
+        log.validation_nll[step] = nll
+    if is_due(spec.retention_every):
+        with _evaluating(phases, model), attention(model, spec.attention):
+            bits = bits_per_byte(model, data.tokenizer, spec)
+        if not math.isfinite(bits):
+            raise Diverged(f"the score on prose after step {step} is not a number")
+        log.retention[step] = bits
+
+
+@contextmanager
+def _evaluating(phases: Phases, model: Any) -> Iterator[None]:
+    """Evaluates inside this context, in the middle of the training, and counts it to the phase ``evaluate``."""
+    model.eval()
+    with phases.aside("train", "evaluate"):
+        yield
+    model.train()
+
+
+def _validate(
+    spec: RunSpec, trained: TrainedModel, data: _Data, answers: list[torch.Tensor]
+) -> tuple[float, dict[str, float]]:
+    """Returns the mean nll of the validation items, in nats per response token, and how far their answers moved."""
+    model, pad = trained.model, data.tokenizer.pad_token_id
+    with attention(model, spec.attention):
+        per_item, shift = nll_and_shift(model, data.validation, spec, pad, answers)
+    return mean_nll(per_item), shift
+
+
+def _score_heldout(spec: RunSpec, trained: TrainedModel, data: _Data) -> list[ItemLoss]:
+    """Returns the loss of each judged item.
+
+    Raises:
+        Diverged: Their mean is not finite, or far above that of a uniform guess, after a training.
+    """
+    per_item = heldout_nll(trained.model, data.heldout, spec, data.tokenizer.pad_token_id)
+    if spec.method.trains:
+        check_loss(mean_nll(per_item), trained.vocab_size, spec, "on held-out items")
+    return per_item
+
+
+def _save(spec: RunSpec, model: Any, adapter: Path) -> int:
+    """Writes the trained weights into a folder, and returns their bytes."""
+    state = trained_state(model) if spec.shards > 1 else None
+    if is_first():
+        spec.method.save(model, adapter, state)
+    return sum(path.stat().st_size for path in adapter.glob("*.safetensors"))
+
+
+def _keep_or_drop(spec: RunSpec, adapter: Path, keep_weights: KeepWeights) -> Literal["kept", "dropped"]:
+    """Removes the trained weights if they are not to be kept, and returns whether they were."""
+    if keep_weights == "all" or (keep_weights == "adapters" and not spec.method.trains_base):
+        return "kept"
+    shutil.rmtree(adapter, ignore_errors=True)
+    return "dropped"
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Returns the SHA-256 of what a run wrote, by the path in its folder."""
+    written = [folder / "items.jsonl", *sorted((folder / "adapter").glob("*.*"))]
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in written}
+
+
+def _probe(spec: RunSpec, phases: Phases, trained: TrainedModel, widest: _Widest) -> None:
+    """Adds to the measured memory what only a probe measures: the peaks of a step's parts, or each process's share."""
+    memory = phases.memory
+    if spec.shards > 1:
+        phases.gather_ranks(held_bytes(trained.model), lambda mine: from_all(mine, spec))
+        return
+    if not spec.probe_steps:
+        return
+    on_cpu = spec.device == "cpu"
+    # A full card may have no room for another optimizer; the run is good all the same.
+    with phases.phase("probe"), nullcontext() if on_cpu else suppress(torch.OutOfMemoryError):
+        if on_cpu:
+            with attention(trained.model, spec.attention):
+                memory.evaluate.peak_tensor_bytes = probe_evaluation(trained.model, widest.heldout, spec)
+        if widest.training is not None and not spec.compile:
+            peaks, memory.resident_tensor_bytes = probe_training(trained, widest.training, spec)
             if on_cpu:
-                with attention(self.model, spec.attention):
-                    memory.evaluate.peak_tensor_bytes = probe_evaluation(self.model, self.widest_heldout, spec)
-            if self.widest is not None and not spec.compile:
-                peaks, memory.resident_tensor_bytes = probe_training(self.trained, self.widest, spec)
-                if on_cpu:
-                    memory.train.peak_tensor_bytes = max(peaks.values())
-                memory.forward_peak_tensor_bytes = peaks["forward"]
-                memory.backward_peak_tensor_bytes = peaks["backward"]
-                memory.optimizer_peak_tensor_bytes = peaks["optimizer"]
+                memory.train.peak_tensor_bytes = max(peaks.values())
+            memory.forward_peak_tensor_bytes = peaks["forward"]
+            memory.backward_peak_tensor_bytes = peaks["backward"]
+            memory.optimizer_peak_tensor_bytes = peaks["optimizer"]
 
-    def _time_latency(self, model: Any, state: str) -> dict[str, Timing]:
-        """Returns the latency of a model in a state, if the spec asks for it. The state ``merged`` ends the model."""
-        if not self.spec.latency_tokens:
-            return {}
-        with self.phases.phase("latency"):
-            if state == "merged":
-                with warnings.catch_warnings(action="ignore"):  # of 4-bit sums: here, only their time counts
-                    model = model.merge_and_unload()
-            return {f"{state}_{name}": timing for name, timing in time_passes(model, self.spec).items()}
 
-    def _batches(self) -> Iterator[Batch]:
-        spec = self.spec
-        pack_to = spec.seq_len if spec.packing else None
-        return training_batches(
-            self.training, seed=spec.seed, batch_size=spec.batch_size, pad_token_id=self.pad, pack_to=pack_to
-        )
+def _time_latency(spec: RunSpec, phases: Phases, model: Any, state: str) -> dict[str, Timing]:
+    """Returns the latency of a model in a state, if the spec asks for it. The state ``merged`` ends the model."""
+    if not spec.latency_tokens:
+        return {}
+    with phases.phase("latency"):
+        if state == "merged":
+            with warnings.catch_warnings(action="ignore"):  # of 4-bit sums: here, only their time counts
+                model = model.merge_and_unload()
+        return {f"{state}_{name}": timing for name, timing in time_passes(model, spec).items()}
 
-    @contextmanager
-    def _tracked_load(self, *alive: Any) -> Iterator[list[Any]]:
-        """Tracks live bytes while the block makes a model. The block appends the model to the list to be counted."""
-        loaded: list[Any] = []
-        if self.spec.device != "cpu":
-            yield loaded
-            return
-        tracker = MemoryTracker(tensors_of(*alive))
-        with tracker:
-            yield loaded
-        for tensor in tensors_of(*loaded):
-            tracker.add(tensor)
-        load = self.phases.memory.load
-        load.peak_tensor_bytes = max(load.peak_tensor_bytes or 0, tracker.peak_bytes)
+
+def _batches(data: _Data, spec: RunSpec) -> Iterator[Batch]:
+    pack_to, pad = spec.seq_len if spec.packing else None, data.tokenizer.pad_token_id
+    return training_batches(
+        data.training, seed=spec.seed, batch_size=spec.batch_size, pad_token_id=pad, pack_to=pack_to
+    )
+
+
+@contextmanager
+def _tracked_load(spec: RunSpec, phases: Phases, *alive: Any) -> Iterator[list[Any]]:
+    """Tracks live bytes while the block makes a model. The block appends the model to the list to have it counted."""
+    loaded: list[Any] = []
+    if spec.device != "cpu":
+        yield loaded
+        return
+    tracker = MemoryTracker(tensors_of(*alive))
+    with tracker:
+        yield loaded
+    for tensor in tensors_of(*loaded):
+        tracker.add(tensor)
+    load = phases.memory.load
+    load.peak_tensor_bytes = max(load.peak_tensor_bytes or 0, tracker.peak_bytes)
 
 
 def _score_answers(model: Any, tokenizer: Any, spec: RunSpec, items: list[Item]) -> tuple[list[dict[str, Any]], float]:
