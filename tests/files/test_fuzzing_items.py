@@ -24,7 +24,7 @@ from peftscope.data.sources import SHOWN_LINES, Item
 from peftscope.data.tasks import SPLITS, make_task, read_split
 from peftscope.errors import InputError
 from peftscope.evaluation.heldout import ItemLoss
-from peftscope.execution.way import write_items
+from peftscope.execution.scores import write_items
 from peftscope.planning.plan import plan_experiment
 from peftscope.training.load import load_tokenizer
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -34,6 +32,7 @@ from peftscope.evaluation.retention import bits_per_byte
 from peftscope.evaluation.updates import update_spectra, weights_before
 from peftscope.execution.phases import Phases
 from peftscope.execution.provenance import card_reading
+from peftscope.execution.scores import score_answers, score_benchmarks, write_items
 from peftscope.execution.start import continue_adapter, merged_start
 from peftscope.files.manifest import file_sha256
 from peftscope.memory.predict import predict_or_nothing
@@ -132,12 +131,12 @@ def run_phases(
             record.updates = update_spectra(model, weights)
         with attention(model, spec.attention):
             per_item = _score_heldout(spec, trained, data)
-            generated, seconds = _score_answers(model, tokenizer, spec, judged)
+            generated, seconds = score_answers(model, tokenizer, spec, judged)
             if generated:
                 record.speed.generation_seconds = seconds if alone else None
                 quality.exact_match = sum(row["correct"] for row in generated) / len(generated)
                 quality.exact_match_items = len(generated)
-            record.benchmarks = _score_benchmarks(model, tokenizer, spec)
+            record.benchmarks = score_benchmarks(model, tokenizer, spec)
         write_items(folder / "items.jsonl", judged, per_item, generated)
         quality.heldout_nll, quality.heldout_tokens = mean_nll(per_item), sum(item.tokens for item in per_item)
         quality.greedy_match = sum("0" not in item.argmax for item in per_item) / len(per_item)
@@ -374,35 +373,3 @@ def _tracked_load(spec: RunSpec, phases: Phases, *alive: Any) -> Iterator[list[A
         tracker.add(tensor)
     load = phases.memory.load
     load.peak_tensor_bytes = max(load.peak_tensor_bytes or 0, tracker.peak_bytes)
-
-
-def _score_answers(model: Any, tokenizer: Any, spec: RunSpec, items: list[Item]) -> tuple[list[dict[str, Any]], float]:
-    """Returns the answers to items, each with its item and whether it is right, and the seconds that they took."""
-    if not spec.generation_items:
-        return [], 0.0
-    # This import is slow, and only these runs need it.
-    from peftscope.evaluation import answers as generated
-
-    began = time.perf_counter()
-    answers = generated.score_answers(model, tokenizer, spec, items)
-    return answers, time.perf_counter() - began
-
-
-def _score_benchmarks(model: Any, tokenizer: Any, spec: RunSpec) -> dict[str, dict[str, float]]:
-    """Returns the scores of lm-eval's benchmarks that the spec asks for."""
-    if not spec.benchmarks:
-        return {}
-    from peftscope.evaluation import benchmarks
-
-    return benchmarks.score_benchmarks(model, tokenizer, spec)
-
-
-def write_items(path: Path, items: list[Item], per_item: Sequence[ItemLoss], answers: list[dict[str, Any]]) -> None:
-    """Writes one line for each held-out item: its loss and, where it was asked, its answer."""
-    by_item = {row["item"]: row for row in answers}
-    rows = []
-    for index, (item, loss) in enumerate(zip(items, per_item, strict=True)):
-        row = {"item": index, "prompt": item.prompt, "target": item.response, **loss._asdict()}
-        answer = by_item.get(index)
-        rows.append(row | ({"answer": answer["answer"], "correct": answer["correct"]} if answer else {}))
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
