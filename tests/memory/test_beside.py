@@ -1,11 +1,13 @@
-"""Options of the calculator alone: trained modules, shares, the host."""
+"""Options of the calculator alone: trained modules, gathered logits, shares, the host."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+import torch
 from test_regimes import asked, off
+from transformers.trainer_pt_utils import EvalLoopContainer
 
 from peftscope.errors import InputError
 from peftscope.memory.answer import Answer, answer_by_formula
@@ -13,6 +15,7 @@ from peftscope.memory.assumptions import assumptions_of
 from peftscope.memory.question import Question, ask, describe_model
 from peftscope.memory.shares import GATHERED_OUTSIDE, GATHERED_WEIGHTS, WHOLE_GRADIENTS
 from peftscope.memory.simulate import answer_by_simulation
+from peftscope.memory.tracker import MemoryTracker
 from peftscope.models.presets import PRESETS
 
 BOTH = ["lm_head", "embed_tokens"]
@@ -63,10 +66,31 @@ def test_modules_are_trained_beside_adapters_only() -> None:
         ({"method": "full", "modules_to_save": BOTH}, "modules_to_save"),
         ({"method": "prompt-tuning", "modules_to_save": BOTH}, "modules_to_save"),
         ({"modules_to_save": BOTH, "modules_to_save_dtype": "fp32"}, "modules_to_save_dtype"),
+        ({"eval_accumulation_steps": 4}, "eval_accumulation_steps"),
     ):
         with pytest.raises(InputError) as error:
             question(**options)
         assert error.value.problems[0].where == where
+
+
+def test_the_trainer_holds_logits_twice() -> None:
+    tracker, container, logits = MemoryTracker([]), EvalLoopContainer(), None
+    with tracker:
+        for _ in range(3):
+            logits = torch.empty(2, 8, 640)
+            container.add(logits)
+    rows = 6 * 8 * 640 * 4  # three batches, with the old sum, the last batch and the new sum alive
+    assert tracker.peak_bytes == 2 * rows
+    run = {"eval_batch_size": 2, "seq_len": 8, "autocast": True}
+    vocabulary = PRESETS["llama-3.2-1b"].shape.vocab_size
+    held = answer_by_formula(question(**run, eval_gathers_logits=6000))
+    states = held.components["optimizer states"] + held.components["weights"] + held.components["adapters"]
+    assert held.binding_phase == "evaluate"
+    assert held.peak_allocated_bytes - states == pytest.approx(2 * 6000 * 8 * vocabulary * 4, rel=1e-3)
+    moved = answer_by_formula(question(**run, eval_gathers_logits=6000, eval_accumulation_steps=1500))
+    assert moved.peak_allocated_bytes - states == pytest.approx(2 * 3000 * 8 * vocabulary * 4, rel=1e-3)
+    narrow = answer_by_formula(question(**run | {"autocast": False}, eval_gathers_logits=6000))
+    assert narrow.peak_allocated_bytes - states == pytest.approx(2 * 6000 * 8 * vocabulary * 2, rel=1e-3)
 
 
 def test_fully_shard_leaves_weights_in_integers_whole() -> None:
@@ -125,7 +149,7 @@ def test_what_lies_on_the_host_is_not_on_the_card() -> None:
     assert one.peak_allocated_bytes > states.peak_allocated_bytes > all_of_it.peak_allocated_bytes
 
 
-@pytest.mark.parametrize("options", [{"offload": "optimizer"}, {"master_weights": "fp32"}], ids=str)
+@pytest.mark.parametrize("options", [{"offload": "optimizer"}, {"eval_gathers_logits": 4}], ids=str)
 def test_what_only_a_formula_knows_is_not_simulated(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="closed form only"):
         answer_by_simulation(question(**options))

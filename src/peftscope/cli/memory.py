@@ -59,7 +59,7 @@ SAID_DEFAULTS = DEFAULTS | {
     "options": "PEFT's; as JSON",
 }
 """What the help says where the default is not the field's own."""
-NOT_OF_FIT = ("optimizer_implementation", "eval_batch_size")
+NOT_OF_FIT = ("optimizer_implementation", "eval_batch_size", "eval_gathers_logits", "eval_accumulation_steps")
 """Options that the command ``fit`` does not have: it asks about training alone."""
 READERS: dict[str, Callable[[str | None], Any]] = {
     "targets": preset_or_modules,

@@ -22,6 +22,19 @@ def library_versions() -> str:
     return ", ".join(versions)
 
 
+def _evaluation(question: Question) -> str:
+    """Returns what is assumed about the evaluation."""
+    if not question.evaluates:
+        return "no evaluation: none is asked for"
+    text = f"evaluation with batch_size={question.spec.eval_batch_size}"
+    if not question.gathered_rows:
+        return f"{text}, without optimizer states"
+    return (
+        f"{text}, beside optimizer states, with the logits of {question.gathered_rows} items that transformers' "
+        "Trainer gathers (formula only)"
+    )
+
+
 def _given(fields: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in fields.items() if name != "name" and value is not None]
 
@@ -48,9 +61,7 @@ def assumptions_of(question: Question) -> list[str]:
         else f"loss_path=response_only: logits of {question.responses} positions per sequence",
         f"packing=True: {packed}" if spec.packing else f"packing=False: {padding}",
         f"attention={spec.attention}, checkpointing={spec.checkpointing}",
-        f"evaluation with batch_size={spec.eval_batch_size}, without optimizer states"
-        if question.evaluates
-        else "no evaluation: none is asked for",
+        _evaluation(question),
         "reserved: two steps of that batch in a model of torch's caching allocator, without expandable segments",
         f"cuBLAS workspace of {cublas:.1f} MiB{', one for each pass' if spec.method.trains else ''}",
         "allocated: the sizes of tensors in multiples of 512 bytes; torch may count up to 1 MiB more per block",

@@ -39,8 +39,19 @@ class Beside(BaseModel):
         Literal["base", "fp32"], Field(description="of those copies: PEFT's is that of the module")
     ] = "base"
     evaluation: Annotated[
-        bool, Field(description="whether an evaluation counts; one does where it is given a batch")
+        bool, Field(description="whether an evaluation counts; one does where its batch or what it gathers is given")
     ] = False
+    eval_gathers_logits: Annotated[
+        int | None,
+        Field(
+            gt=0,
+            description="items whose logits the evaluation of transformers' Trainer holds on the card, as it does for "
+            "compute_metrics without preprocess_logits_for_metrics",
+        ),
+    ] = None
+    eval_accumulation_steps: Annotated[
+        int | None, Field(gt=0, description="batches of that evaluation after which their logits move to the host")
+    ] = None
     sharding: Annotated[
         Literal["zero3", "fsdp2"],
         Field(description="how several cards share a model: as ZeRO-3 and FSDP do, or as torch's fully_shard"),
@@ -80,3 +91,6 @@ def check_beside(spec: RunSpec, beside: Beside) -> None:
     if beside.modules_to_save_dtype == "fp32" and spec.precision == "bf16" and not spec.autocasts:
         message = "a copy in fp32 does not multiply with bf16 outside autocast"
         raise InputError(Problem("modules_to_save_dtype", message, "use base, or --autocast"))
+    if beside.eval_accumulation_steps and not beside.eval_gathers_logits:
+        message = "says when gathered logits move to the host, and none are gathered"
+        raise InputError(Problem("eval_accumulation_steps", message, "give --eval-gathers-logits ITEMS"))

@@ -145,11 +145,18 @@ class Question:
         beside = self.beside
         asked = {
             "loss": beside.loss == "cut-cross-entropy",
+            "eval_gathers_logits": beside.eval_gathers_logits is not None,
             "sharding": self.gpus > 1 and beside.sharding == "fsdp2",
             "master_weights": beside.master_weights == "fp32",
             "offload": beside.offload != "none",
         }
         return [option for option, is_asked in asked.items() if is_asked]
+
+    @property
+    def gathered_rows(self) -> int:
+        """The rows of the evaluation whose logits are on the card at once; 0 if it gathers none."""
+        items, batches = self.beside.eval_gathers_logits or 0, self.beside.eval_accumulation_steps
+        return items if batches is None else min(items, batches * self.spec.eval_batch_size * self.gpus)
 
     @property
     def has_closed_form(self) -> bool:
@@ -295,7 +302,7 @@ def ask(
         beside = Beside.model_validate({name: given.pop(name) for name in BESIDE_OPTIONS if name in given})
     except ValidationError as error:
         raise InputError(_problems(error)) from None
-    if "evaluation" not in beside.model_fields_set and "eval_batch_size" in given:
+    if "evaluation" not in beside.model_fields_set and ("eval_batch_size" in given or beside.eval_gathers_logits):
         beside = beside.model_copy(update={"evaluation": True})
     known = given | {option: getattr(beside, option) for option in beside.model_fields_set}
     regime = settings_of(beside.as_trainer, name, known) if beside.as_trainer else {}

@@ -11,7 +11,7 @@ from typing import Any
 from peftscope.memory.formula.decoder import keep_positions, run_decoder, run_head
 from peftscope.memory.formula.fused import fused_loss
 from peftscope.memory.formula.linear import TapedModel
-from peftscope.memory.formula.terms import OPTIMIZER_COPY, evaluation_sizes, sizes_of
+from peftscope.memory.formula.terms import GATHERED, OPTIMIZER_COPY, evaluation_sizes, sizes_of
 from peftscope.memory.question import Question
 from peftscope.memory.tape import Shaped
 from peftscope.memory.trace import Block, Trace, bytes_of, factors
@@ -103,9 +103,13 @@ def _operations(question: Question) -> str:
 
 
 def trace_evaluation(question: Question) -> Trace:
-    """Returns the trace of the held-out loss on ``spec.eval_batch_size`` sequences of ``spec.seq_len`` tokens."""
+    """Returns the trace of the held-out loss on ``spec.eval_batch_size`` sequences of ``spec.seq_len`` tokens.
+
+    With ``gathered_rows`` it is the evaluation of transformers' Trainer that gathers the logits of so many sequences.
+    """
     with without_collector():
-        return _evaluate(TapedModel(question, evaluation_sizes(question)))
+        model = TapedModel(question, evaluation_sizes(question))
+        return _evaluate(model, gathers=question.gathered_rows > 0)
 
 
 @contextmanager
@@ -239,22 +243,42 @@ def _state(model: TapedModel, weight: Shaped, width: float, term: str) -> Shaped
     return state
 
 
-def _evaluate(model: TapedModel) -> Trace:
-    """Returns the trace of the held-out loss on one batch."""
+def _evaluate(model: TapedModel, *, gathers: bool) -> Trace:
+    """Returns the trace of the held-out loss on one batch, or of the last batch of an evaluation that gathers logits.
+
+    Such an evaluation, ``Trainer.evaluation_loop``, interrupts the training, so that the optimizer's states are there.
+    It computes logits of all positions, which accelerate makes fp32 under autocast. Its variable holds the logits of
+    the batch before until there are new ones, and ``nested_concat`` writes all of them into a new tensor.
+
+    Source: transformers 5.24, trainer.py:2986 to 3049 and trainer_pt_utils.py:371; accelerate, ``convert_to_fp32``.
+    """
     tape = model.tape
+    trained = [weight for weight in model.weights.values() if weight.node is not None]
+    states = _states_of(model, trained) if gathers else []
     tape.training = False
-    for weight in model.weights.values():
+    for weight in trained:
         weight.node = None
+    width = 4 if tape.autocast else model.head.width
     tape.trace.begin("evaluate")
+    tape.module = "loss"
+    before = tape.new(("N", "V"), width, term="logits") if gathers and model.sizes["F"] else None
+    held = tape.new(("F", "V"), width, term=GATHERED) if gathers else None
     hidden = run_decoder(model, masked=_masked(model, model.padded))
-    logits = run_head(model, hidden, kept=True)
+    logits = run_head(model, hidden, kept=not gathers)
     del hidden
     tape.casts.clear()
     model.cache.clear()
     tape.module = "loss"
     wide = tape.cast(logits, 4, "logits in 32 bits")
     logs = tape.new(("N", "V"), 4, term="log-softmax of the logits")
-    del logits, wide, logs
+    if gathers:
+        del wide, logs
+        logits = tape.cast(logits, width, "logits in 32 bits")
+        del before
+        tape.new(("E", "V"), width, term=GATHERED)
+        del held, logits, states
+    else:
+        del logits, wide, logs
     tape.trace.begin("")
     tape.trace.name_open_blocks()
     return tape.trace

@@ -12,6 +12,8 @@ DIMENSIONS = {
     "T": "tokens of a batch, B·S",
     "U": "tokens of a batch without virtual tokens",
     "N": "positions of a batch whose logits are computed",
+    "E": "positions of the evaluation whose logits are on the card",
+    "F": "the same before its last batch",
     "c": "positions whose logits are computed at a time",
     "L": "layers",
     "h": "hidden size",
@@ -31,6 +33,7 @@ DIMENSIONS = {
 """What the letters of a formula mean."""
 
 OPTIMIZER_COPY = "temporary copy of the optimizer"
+GATHERED = "gathered logits of the evaluation"
 
 SOURCES = {
     "weights": "config.json; one element each, tied embeddings once",
@@ -47,6 +50,7 @@ SOURCES = {
     "gradient of the head (Liger)": "stand-in: liger-kernel 0.8.5, made in the forward pass",
     "16-bit copy for the fused loss": "formula only: cut-cross-entropy 25.1.1 takes 16-bit numbers",
     "log-sum-exp of the logits": "formula only: cut-cross-entropy 25.1.1, LinearCrossEntropyFunction",
+    GATHERED: "formula only: transformers 5.24 EvalLoopContainer.add, from Trainer.evaluation_loop",
     "log-softmax of the logits": "torch cross_entropy keeps it for its gradient",
     "32-bit copy of a norm's input": "transformers RMSNorm.forward: .to(torch.float32)",
     "normalised input": "transformers RMSNorm.forward",
@@ -123,6 +127,12 @@ def sizes_of(question: Question, batch_size: int | None = None) -> dict[str, int
 
 
 def evaluation_sizes(question: Question) -> dict[str, int]:
-    """Returns the same for a batch of the evaluation, which computes logits at response positions only."""
-    batch = question.spec.eval_batch_size
-    return {**sizes_of(question, batch), "N": batch * question.responses}
+    """Returns the same for a batch of the evaluation, which computes logits at response positions only.
+
+    An evaluation that gathers logits computes those of all positions.
+    """
+    batch, rows = question.spec.eval_batch_size, question.gathered_rows
+    sizes = sizes_of(question, batch)
+    if not rows:
+        return {**sizes, "N": batch * question.responses}
+    return {**sizes, "N": sizes["T"], "E": rows * sizes["S"], "F": max(0, rows - batch) * sizes["S"]}
