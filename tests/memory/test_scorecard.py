@@ -38,6 +38,7 @@ def test_the_page_shows_the_published_table(repository: Path, published: tuple[p
     )
 
 
+@pytest.mark.slow
 def test_the_page_shows_how_published_runs_ended(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repository)
     judged = outcomes.judge(outcomes.read_outcomes())
