@@ -34,6 +34,7 @@ from peftscope.spec import RunSpec
 
 if TYPE_CHECKING:
     from peftscope.memory.answer import Peaks
+    from peftscope.sizing.remedies import Remedy
 
 app = typer.Typer()
 
@@ -221,14 +222,20 @@ def memory_command(
     peaks = peaks_of_question(question, simulate=simulate)
     answer = answer_of(question, peaks, "simulation" if simulate else "formula")
     fits = card.fits(answer.least_device_bytes, answer.peak_device_bytes) if card else None
+    remedies: list[Remedy] = []
+    if fits in ("tight", "no") and not simulate:
+        from peftscope.sizing.remedies import Asked, remedies_of
+
+        remedies = remedies_of(Asked(question, given, response_len, gpus, reading))
     if as_json:
         more: dict[str, Any] = {"config": reading.to_json()} if reading else {}
         if card:
             more["headroom_bytes"] = card.usable_bytes - answer.peak_device_bytes
             more |= {"fits": fits, "missing_bytes": max(0, answer.least_device_bytes - card.usable_bytes)}
+            more["remedies"] = [remedy.to_json() for remedy in remedies]
         print(json.dumps({**answer.to_json(), **more}, ensure_ascii=False))
     else:
-        from peftscope.cli.show import show_answer, show_headroom, show_reading
+        from peftscope.cli.show import show_answer, show_headroom, show_reading, show_remedies
 
         console = wide_console()
         if reading:
@@ -236,6 +243,7 @@ def memory_command(
         show_answer(answer, console, explain=explain, depth=depth)
         if card:
             show_headroom(card, answer.least_device_bytes, answer.peak_device_bytes, console)
+        show_remedies(remedies, console)
     if reading and fits == "no":
         raise typer.Exit(1)
 

@@ -40,13 +40,16 @@ def _interpolated(values: dict[str, Any]) -> dict[str, Any]:
     return values | {key: values.get(match[1], values[key]) for key, match in named.items() if match}
 
 
-def read_config(path: Path, given: Mapping[str, Any], model: str | None = None) -> Reading:
+def read_config(
+    path: Path, given: Mapping[str, Any], model: str | None = None, changes: Mapping[str, Any] | None = None
+) -> Reading:
     """Returns what a trainer's file says. Its ``problems`` are raised by ``question_of``.
 
     Args:
         path: The file, YAML or JSON.
         given: The options of the command line; None: not given.
         model: The name of the base on the command line, which replaces the file's.
+        changes: Values that replace those of the file; keys of nested mappings are joined by dots.
 
     Raises:
         InputError: The file or one that it names cannot be read, it belongs to no known trainer, or it asks for another
@@ -56,7 +59,7 @@ def read_config(path: Path, given: Mapping[str, Any], model: str | None = None) 
     if not isinstance(content, dict):
         raise InputError(Problem(str(path), "must be a mapping of keys to values", "give a trainer's file"))
     trainer, rows = recognise(path, content)
-    reading = Reading(path, trainer, _interpolated(flatten(content)), given)
+    reading = Reading(path, trainer, _interpolated(flatten(content)) | {**(changes or {})}, given)
     reading.job, key = job_of(trainer, path, reading.values)
     if reading.job != SUPERVISED:
         remedy = "give a file for supervised fine-tuning"
