@@ -363,6 +363,8 @@ def _defaults(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
         if given.get("attention") == "sdpa":
             message = "sdpa does not apply the soft cap of Gemma-2's attention scores"
             raise InputError(Problem("attention", message, "use eager or flash_attention_2"))
+    elif model.config["model_type"] == "gpt_oss":  # transformers has no SDPA for its sinks
+        defaults["attention"] = "eager"
     return defaults
 
 
