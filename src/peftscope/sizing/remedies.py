@@ -89,8 +89,8 @@ class Asked:
     gpus: int | None = None
     reading: Reading | None = None
 
-    def again(self, changes: Mapping[str, Any]) -> Question:
-        """Returns the question with changes.
+    def with_changes(self, changes: Mapping[str, Any]) -> Question:
+        """Returns the question with other values of these keys and options.
 
         Raises:
             InputError: They are not possible.
@@ -107,7 +107,7 @@ class Asked:
         return question_of(read_config(self.reading.path, given, name, keys), gpus=self.gpus, **more)
 
     def helps(self, step: str) -> bool:
-        """Returns whether a step changes the run and is possible with it."""
+        """Returns whether a change of this kind makes the run another one, and is possible."""
         spec, beside = self.question.spec, self.question.beside
         helps = {
             "loss": beside.loss == "plain" and self.question.model.config["model_type"] not in SCALED_LOGITS,
@@ -185,14 +185,14 @@ def remedies_of(asked: Asked) -> list[Remedy]:
     def first(ways: Iterable[Mapping[str, Any]], accepted: Sequence[Fits]) -> Remedy | None:
         for changes in ways:
             with suppress(InputError, ValidationError):
-                again = asked.again(changes)
-                if (fits := needs.fits(again)) in accepted:
-                    return Remedy(dict(changes), fits, needs.peaks(again).device_bytes)
+                changed = asked.with_changes(changes)
+                if (fits := needs.fits(changed)) in accepted:
+                    return Remedy(dict(changes), fits, needs.peaks(changed).device_bytes)
         return None
 
     def least(changes: Mapping[str, Any]) -> float:
         with suppress(InputError, ValidationError):
-            return peaks_by_formula(asked.again(changes), traces=needs.traces, enough=0).least_bytes
+            return peaks_by_formula(asked.with_changes(changes), traces=needs.traces, enough=0).least_bytes
         return 0
 
     for accepted in ACCEPTED[:1] if runs else ACCEPTED:
