@@ -78,7 +78,7 @@ class TestThePage:
         assert re.fullmatch(r"ok \d\.\d+ nats a token", lines[0])
         assert re.fullmatch(r"\d{6,} bytes at the peak of training", lines[1])
         assert re.search(r"GiB; \w+ binds; {'weights': ", lines[2])
-        assert [line.split()[:2] for line in lines[3:5]] == [["lora", "True"], ["full", "True"]]
+        assert [line.split()[:2] for line in lines[3:5]] == [["lora", "yes"], ["full", "yes"]]
         assert lines[5].startswith("results/published/quick/runs.csv label")
         assert [line.partition(": ")[0] for line in lines[-2:]] == ["spec.rnak", "spec.steps"]
         assert "did you mean `rank`?" in lines[-2]

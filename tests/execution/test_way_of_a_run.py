@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-MODULES = 45
+MODULES = 46
 """Modules that a run of LoRA passes through. A task's sources, the log and the limits of files are three of them."""
 
 RETURNS = 55

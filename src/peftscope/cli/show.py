@@ -166,7 +166,7 @@ def _assumed(fits: Sequence[Fit]) -> list[str]:
     others = "".join(f", {method} {rank}" for method, rank in ranks.items() if rank != usual)
     said = [f"{name}={asked[name]}" for name in ("batch_size", "seq_len", "precision", "loss_path")]
     said += [f"rank={usual}{others}"] if usual else []
-    tight = "tight: the allocator has to give back cached memory"
+    tight = "tight: cached memory has to be given back"
     return [f"assuming {', '.join(said)}; largest sizes with all else as assumed; {tight}"]
 
 
