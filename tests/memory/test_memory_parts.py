@@ -52,6 +52,12 @@ PUBLISHED = {
     "mistral-7b-v0.3": 7_248_023_552,
     "mistral-nemo-12b": 12_247_782_400,
     "mistral-small-24b": 23_572_403_200,
+    # The hub's total less Pixtral's tower of 403,305,472 and a projector of 35,652,608.
+    "mistral-small-3.2-24b": 24_011_361_280 - 403_305_472 - 35_652_608,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_630_071_296,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
     "qwen2.5-3b": 3_085_938_688,
     "qwen2.5-14b": 14_770_033_664,
     "qwen2.5-32b": 32_763_876_352,

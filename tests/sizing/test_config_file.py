@@ -361,8 +361,8 @@ def test_a_local_model_lies_beside_the_file(tmp_path: Path) -> None:
     shape = describe_model("qwen2.5-0.5b").config
     (tmp_path / "base" / "config.json").write_text(json.dumps(shape))
     assert question(tmp_path, FILES["TRL"] | {"model_name_or_path": "./base"}).model.shape is not None
-    (tmp_path / "base" / "config.json").write_text(json.dumps(shape | {"num_experts": 8}))
-    assert "mixture of experts" in complaint(tmp_path, FILES["TRL"] | {"model_name_or_path": "./base"})
+    (tmp_path / "base" / "config.json").write_text(json.dumps(describe_model("mixtral-8x7b").config))
+    assert question(tmp_path, FILES["TRL"] | {"model_name_or_path": "./base"}).model.shape.experts
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -371,7 +371,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "Adam-mini": (FILES["LLaMA-Factory"] | {"use_adam_mini": True}, "use_adam_mini: Adam-mini"),
     "GaLore": (FILES["LLaMA-Factory"] | {"use_galore": "true"}, "use_galore: GaLore"),
     "GaLore as an optimizer": (FILES["axolotl"] | {"optimizer": "galore_adamw"}, "optimizer: an optimizer"),
-    "experts": (FILES["axolotl"] | {"base_model": "mistralai/Mixtral-8x7B-v0.1"}, "base_model: a mixture"),
+    "experts": (
+        {**FILES["axolotl"], "base_model": "mixtral-8x7b", "lora_target_linear": None, "lora_target_modules": ["w1"]},
+        "experts are fused parameters",
+    ),
     "other modules beside": (FILES["axolotl"] | {"lora_modules_to_save": ["norm"]}, "lora_modules_to_save"),
     "QDoRA": (FILES["alignment-handbook"] | {"use_dora": True}, "use_dora: DoRA on a 4-bit base"),
     "no length": (FILES["torchtune"] | {"tokenizer": {"max_seq_len": None}}, "give --seq-len"),

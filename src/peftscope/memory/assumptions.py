@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from peftscope.hardware.cards import CONTEXT_BYTES
+from peftscope.hardware.cards import CONTEXT_BYTES, Gpu
 from peftscope.memory.question import Question
-from peftscope.words import MIB
+from peftscope.memory.trace import Block
+from peftscope.spec import RunSpec
+from peftscope.words import MIB, spoken_bytes
 
 
 @cache
@@ -33,6 +36,16 @@ def _evaluation(question: Question) -> str:
         f"{text}, beside optimizer states, with the logits of {question.gathered_rows} items that transformers' "
         "Trainer gathers (formula only)"
     )
+
+
+def unquantised_experts(question: Question, blocks: Iterable[Block]) -> list[str]:
+    """Returns what a 4-bit base leaves of its experts as they are, in one sentence or none."""
+    if not question.spec.method.quantization():
+        return []
+    size = sum(block.size for block in blocks if block.kind == "weights" and ".experts." in f"{block.module}.")
+    bits = 16 if getattr(question.spec.method, "kbit_preparation", "none") == "none" else 32
+    skipped = f"in {bits} bits: under transformers 5 bitsandbytes skips fused parameters (its issue 1849)"
+    return [f"experts: {spoken_bytes(size)} {skipped}; quantize_moe_experts packs them"] if size else []
 
 
 def _given(fields: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -66,6 +79,8 @@ def assumptions_of(question: Question) -> list[str]:
         f"cuBLAS workspace of {cublas:.1f} MiB{', one for each pass' if spec.method.trains else ''}",
         "allocated: the sizes of tensors in multiples of 512 bytes; torch may count up to 1 MiB more per block",
     ]
+    if gpu is not None:
+        lines[:0] = _warnings(gpu, spec)
     lines += [f"the code of {versions}"] if (versions := library_versions()) else []
     if gpu is None or gpu.context_bytes is None:
         lines.append(f"CUDA context of {CONTEXT_BYTES / MIB:.0f} MiB, measured on an A100; other cards differ")
@@ -98,6 +113,16 @@ def assumptions_of(question: Question) -> list[str]:
         said = " and ".join(f"{option}={value}" for option, value in idle.items())
         lines.append(f"{said}: without effect on one card; gpus says over how many a model is sharded")
     return [*lines, *_formula_only_lines(question), *question.by_trainer]
+
+
+def _warnings(gpu: Gpu, spec: RunSpec) -> list[str]:
+    """Returns what a person should know about a card before its answer."""
+    lines = [f"{gpu.name}: {gpu.note}"] if gpu.note else []
+    if gpu.before_ampere and spec.precision != "fp32":
+        lines.append(f"{gpu.name}: no bf16 products before Ampere; torch emulates them, and fp16 takes the same memory")
+    if gpu.before_ampere and spec.attention == "flash_attention_2":
+        lines.append(f"{gpu.name}: flash attention 2 needs Ampere or newer; use sdpa")
+    return lines
 
 
 def _formula_only_lines(question: Question) -> list[str]:

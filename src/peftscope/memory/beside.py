@@ -38,6 +38,9 @@ class Beside(BaseModel):
     modules_to_save_dtype: Annotated[
         Literal["base", "fp32"], Field(description="of those copies: PEFT's is that of the module")
     ] = "base"
+    quantize_moe_experts: Annotated[
+        bool, Field(description="of a mixture on a 4-bit base: pack the experts, too, as axolotl does where asked")
+    ] = False
     evaluation: Annotated[
         bool, Field(description="whether an evaluation counts; one does where its batch or what it gathers is given")
     ] = False
@@ -91,6 +94,9 @@ def check_beside(spec: RunSpec, beside: Beside) -> None:
     if beside.modules_to_save_dtype == "fp32" and spec.precision == "bf16" and not spec.autocasts:
         message = "a copy in fp32 does not multiply with bf16 outside autocast"
         raise InputError(Problem("modules_to_save_dtype", message, "use base, or --autocast"))
+    if beside.quantize_moe_experts and not method.quantization():
+        message = f"packs experts as the 4-bit base of {method.name} is packed, which has none"
+        raise InputError(Problem("quantize_moe_experts", message, "use qlora, or leave it out"))
     if beside.eval_accumulation_steps and not beside.eval_gathers_logits:
         message = "says when gathered logits move to the host, and none are gathered"
         raise InputError(Problem("eval_accumulation_steps", message, "give --eval-gathers-logits ITEMS"))

@@ -18,7 +18,7 @@ from peftscope.memory.beside import BESIDE_OPTIONS, Beside, check_beside
 from peftscope.memory.regimes import REGIMES, settings_of
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
-from peftscope.models.presets import PRESETS
+from peftscope.models.presets import PRESETS, SIMULATED
 from peftscope.models.shapes import ModelShape
 from peftscope.spec import RunSpec
 
@@ -174,6 +174,8 @@ def describe_model(name: str) -> Model:
     shape = PRESETS[name.lower()].shape if name.lower() in PRESETS else by_hub_id.get(name.lower())
     if shape is not None:
         return Model(name, shape.to_config(), shape)
+    if known := next((known for key, known in SIMULATED.items() if name.lower() in (key, known.hub_id.lower())), None):
+        return Model(name, known.config, None, f"model_type {known.config['model_type']} is not one of its kinds")
     path = Path(name)
     if path.suffix == ".json" or _is_folder(path):
         return _read_config(name, path / "config.json" if _is_folder(path) else path)
@@ -183,7 +185,8 @@ def describe_model(name: str) -> Model:
     if entry_shape is not None:
         return Model(name, entry_shape.to_config(), entry_shape)
     if "/" not in name:
-        hint = f"{close_match(name.lower(), PRESETS)}; or give the path of a config.json, or a hub id org/name"
+        known_names = close_match(name.lower(), [*PRESETS, *SIMULATED])
+        hint = f"{known_names}; or give the path of a config.json, or a hub id org/name"
         raise InputError(Problem("model", f"unknown model (got {name!r})", hint))
     return _read_config(name, _downloaded_config(name))
 
@@ -348,13 +351,19 @@ def preset_or_modules(text: str | None) -> str | list[str] | None:
     return text if not text else names[0] if len(names) == 1 and names[0] in TARGET_PRESETS else names
 
 
+NOT_SDPA = {
+    "gemma2": "apply the soft cap of Gemma-2's attention scores",
+    "gpt_oss": "know the sinks of gpt-oss's attention",
+}
+"""Families whose attention is eager by default, and what SDPA does not do."""
+
+
 def _defaults(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
     defaults = dict(DEFAULTS)
-    if model.config["model_type"] == "gemma2":
+    if why := NOT_SDPA.get(model.config["model_type"]):
         defaults["attention"] = "eager"
         if given.get("attention") == "sdpa":
-            message = "sdpa does not apply the soft cap of Gemma-2's attention scores"
-            raise InputError(Problem("attention", message, "use eager or flash_attention_2"))
+            raise InputError(Problem("attention", f"sdpa does not {why}", "use eager or flash_attention_2"))
     return defaults
 
 
@@ -380,7 +389,10 @@ def _check_model(model: Model, spec: RunSpec) -> None:
     for target in spec.method.modules_named():
         if not model.shape.linear_layers([target]):
             remedy = close_match(target, [*modules, *TARGET_PRESETS])
+            remedy = FUSED_EXPERTS if model.shape.experts else remedy
             raise InputError(Problem("targets", f"{model.name} has no `{target}`", remedy))
+    if spec.method.targets_of() and not model.shape.linear_layers(spec.method.targets_of()):
+        raise InputError(Problem("targets", f"{model.name} has no such layers", FUSED_EXPERTS))
     name = spec.method.rank_field
     rank, narrowest = getattr(spec.method, name, None), narrowest_target(model, spec)
     if spec.method.closed_form is None:  # a method of another package may mean something else by its rank
@@ -389,6 +401,8 @@ def _check_model(model: Model, spec: RunSpec) -> None:
         message = f"{rank} is more than the smallest adapted width, {narrowest}"
         raise InputError(Problem(name, message, f"use at most {narrowest}"))
 
+
+FUSED_EXPERTS = "experts are fused parameters, whose adapters are not modelled; use all-linear, or name attention's"
 
 SCALED_LOGITS = ("gemma2", "granite")
 """Families whose logits are scaled or capped after the head, which the fused losses here do not do."""

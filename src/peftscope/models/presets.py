@@ -5,9 +5,23 @@ Each preset names the public code that lists its shape; a test compares the para
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from peftscope.models.shapes import Family, ModelShape
+from peftscope.models.shapes import Experts, Family, ModelShape
+
+
+class Simulated(NamedTuple):
+    """A well-known base model of a kind without a closed form, which is simulated.
+
+    Attributes:
+        hub_id: Its hub id.
+        config: The fields of its ``config.json`` in which it differs from its family's defaults in transformers.
+        source: The public code that lists them.
+    """
+
+    hub_id: str
+    config: dict[str, Any]
+    source: str
 
 
 class Preset(NamedTuple):
@@ -39,6 +53,7 @@ OTHER_SOURCES: dict[str, str] = {
     "huggyllama/llama-65b": HUB,
     "mistralai/Mistral-Nemo-Base-2407": f"{NEMO}; its vocabulary is that of its hub",
     "mistralai/Mistral-Small-24B-Base-2501": f"{LITGPT}, but the width of a head and the longest sequence of its hub",
+    "mistralai/Mistral-Small-3.2-24B-Instruct-2506": f"{LITGPT}, for the base of 2501; the text model alone",
     "microsoft/Phi-3-mini-4k-instruct": f"{LITGPT}, but the window of its hub",
     "google/gemma-3-1b-it": f"{LITGPT}, but the longest sequence of its hub",
     "google/gemma-3-4b-it": TEXT_OF_GEMMA3,
@@ -66,6 +81,7 @@ def _preset(
     *,
     tied: bool = False,
     window: int | None = None,
+    experts: tuple[int, int, int] | None = None,
 ) -> Preset:
     shape = ModelShape(
         family=family,
@@ -79,6 +95,7 @@ def _preset(
         tied_embeddings=tied,
         max_seq_len=max_seq_len,
         sliding_window=window,
+        experts=Experts(number=experts[0], per_token=experts[1], size=experts[2]) if experts else None,
     )
     return Preset(hub_id, shape, OTHER_SOURCES.get(hub_id, LITGPT))
 
@@ -114,6 +131,15 @@ PRESETS: dict[str, Preset] = {
     "mistral-small-24b": _preset(
         "mistralai/Mistral-Small-24B-Base-2501", "mistral", 131072, 5120, 32768, 40, 32, 8, 32768, 128
     ),
+    "mistral-small-3.2-24b": _preset(
+        "mistralai/Mistral-Small-3.2-24B-Instruct-2506", "mistral", 131072, 5120, 32768, 40, 32, 8, 131072, 128
+    ),
+    "mixtral-8x7b": _preset(
+        "mistralai/Mixtral-8x7B-v0.1", "mixtral", 32000, 4096, 14336, 32, 32, 8, 32768, experts=(8, 2, 14336)
+    ),
+    "mixtral-8x22b": _preset(
+        "mistralai/Mixtral-8x22B-v0.1", "mixtral", 32768, 6144, 16384, 56, 48, 8, 65536, experts=(8, 2, 16384)
+    ),
     "qwen2.5-0.5b": _preset("Qwen/Qwen2.5-0.5B", "qwen2", 151936, 896, 4864, 24, 14, 2, 32768, tied=True),
     "qwen2.5-1.5b": _preset("Qwen/Qwen2.5-1.5B", "qwen2", 151936, 1536, 8960, 28, 12, 2, 131072, tied=True),
     "qwen2.5-3b": _preset("Qwen/Qwen2.5-3B", "qwen2", 151936, 2048, 11008, 36, 16, 2, 32768, tied=True),
@@ -126,6 +152,12 @@ PRESETS: dict[str, Preset] = {
     "qwen3-8b": _preset("Qwen/Qwen3-8B", "qwen3", 151936, 4096, 12288, 36, 32, 8, 40960),
     "qwen3-14b": _preset("Qwen/Qwen3-14B", "qwen3", 151936, 5120, 17408, 40, 40, 8, 40960),
     "qwen3-32b": _preset("Qwen/Qwen3-32B", "qwen3", 151936, 5120, 25600, 64, 64, 8, 40960, 128),
+    "qwen3-30b-a3b": _preset(
+        "Qwen/Qwen3-30B-A3B", "qwen3_moe", 151936, 2048, 6144, 48, 32, 4, 40960, 128, experts=(128, 8, 768)
+    ),
+    "qwen3-235b-a22b": _preset(
+        "Qwen/Qwen3-235B-A22B", "qwen3_moe", 151936, 4096, 12288, 94, 64, 4, 40960, 128, experts=(128, 8, 1536)
+    ),
     "phi-3-mini": _preset("microsoft/Phi-3-mini-4k-instruct", "phi3", 32064, 3072, 8192, 32, 32, 32, 4096, window=2047),
     "phi-4": _preset("microsoft/phi-4", "phi3", 100352, 5120, 17920, 40, 40, 10, 16384),
     "gemma-2-2b": _preset(
@@ -161,3 +193,60 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 """The well-known base models by the names that commands take."""
+
+TRANSFORMERS = "huggingface/transformers src/transformers/models/{} @ {}"
+DEFAULTS = "5.24.0, the defaults of its configuration"
+GEMMA4 = TRANSFORMERS.format("gemma4/convert_gemma4_weights.py", "0f3f0632a38798af2adf264adc752130ecc5fa66")
+
+
+def _gemma4(
+    size: str, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, local: int = 5, **more: Any
+) -> Simulated:
+    kinds = [*["sliding_attention"] * local, "full_attention"]
+    config = {"model_type": "gemma4_text", "hidden_size": hidden, "intermediate_size": inner}
+    config |= {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    config |= {"layer_types": kinds * (layers // len(kinds)), "final_logit_softcapping": 30.0, **more}
+    return Simulated(f"google/gemma-4-{size}-it", config, f"{GEMMA4}; the text model alone")
+
+
+_WIDE = {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "sliding_window": 1024}
+_WIDE |= {"max_position_embeddings": 262144}
+_EXPERTS = {"enable_moe_block": True, "num_experts": 128, "moe_intermediate_size": 704, "top_k_experts": 8}
+
+SIMULATED: dict[str, Simulated] = {
+    "gpt-oss-20b": Simulated(
+        "openai/gpt-oss-20b",
+        {"model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_experts": 32, "max_position_embeddings": 131072},
+        TRANSFORMERS.format("gpt_oss", f"{DEFAULTS}, but the layers and experts of arXiv 2508.10925, table 1"),
+    ),
+    "gpt-oss-120b": Simulated(
+        "openai/gpt-oss-120b",
+        {"model_type": "gpt_oss", "max_position_embeddings": 131072},
+        TRANSFORMERS.format("gpt_oss", DEFAULTS),
+    ),
+    "deepseek-v3": Simulated(
+        "deepseek-ai/DeepSeek-V3",
+        {"model_type": "deepseek_v3", "max_position_embeddings": 163840},
+        TRANSFORMERS.format("deepseek_v3", f"{DEFAULTS}, but its hub's longest sequence"),
+    ),
+    "llama-4-scout": Simulated(
+        "meta-llama/Llama-4-Scout-17B-16E",
+        {"model_type": "llama4_text", "max_position_embeddings": 131072},
+        TRANSFORMERS.format("llama4", f"{DEFAULTS}; the text model alone"),
+    ),
+    "qwen3.5-9b": Simulated(
+        "Qwen/Qwen3.5-9B",
+        {"model_type": "qwen3_5_text", "max_position_embeddings": 262144},
+        TRANSFORMERS.format("qwen3_5", f"{DEFAULTS}; the text model alone"),
+    ),
+    "qwen3.5-35b-a3b": Simulated(
+        "Qwen/Qwen3.5-35B-A3B",
+        {"model_type": "qwen3_5_moe_text", "max_position_embeddings": 262144},
+        TRANSFORMERS.format("qwen3_5_moe", f"{DEFAULTS}; the text model alone"),
+    ),
+    "gemma-4-e2b": _gemma4("E2B", 1536, 6144, 35, 8, 1, 4, num_kv_shared_layers=20, use_double_wide_mlp=True),
+    "gemma-4-e4b": _gemma4("E4B", 2560, 10240, 42, 8, 2, num_kv_shared_layers=18),
+    "gemma-4-31b": _gemma4("31B", 5376, 21504, 60, 32, 16, num_global_key_value_heads=4, **_WIDE),
+    "gemma-4-26b-a4b": _gemma4("26B-A4B", 2816, 2112, 30, 16, 8, num_global_key_value_heads=2, **_WIDE, **_EXPERTS),
+}
+"""Well-known base models whose kind has no closed form, by the names that commands take."""

@@ -139,6 +139,7 @@ AXOLOTL_ROWS = (
     Row("double_quant", "bnb_config_kwargs.bnb_4bit_use_double_quant", True, "axolotl at ae7395e, loaders/model.py"),
     Row("precision", "bf16 fp16", read=keys.read_axolotl_precision),
     Row("loss", "plugins", read=keys.read_plugins),
+    Row("quantize_moe_experts", "quantize_moe_experts", words={"true": True, "false": None}),
     *SAVINGS,
 )
 
@@ -150,7 +151,9 @@ FACTORY_ROWS = (
     refused("use_badam", "BAdam"),
     refused("use_muon", "Muon"),
     refused("use_llama_pro", "block expansion"),
-    refused("moe_aux_loss_coef", "a mixture of experts"),
+    noted(
+        "moe_aux_loss_coef", "moe_aux_loss_coef: the loss of the routers, a few bytes a token and expert, is left out"
+    ),
     refused("mixture_of_depths", "mixture of depths"),
     refused("adapter_name_or_path", "a second adapter"),
     Row("method", "finetuning_type", "lora", words={"lora": "lora", "full": "full"}),

@@ -26,7 +26,15 @@ LINEAR_DIMS: dict[str, Dims] = {
 }
 """Inputs and outputs of each linear layer, as named dimensions."""
 
-HEAD_NORM_DIMS: dict[str, tuple[str, str]] = {"qwen3": ("d", "d"), "gemma3_text": ("d", "d"), "olmo2": ("q", "k")}
+EXPERT_DIMS: dict[str, Dims] = {"gate_up_proj": ("e", "2J", "h"), "down_proj": ("e", "h", "J")}
+"""The fused parameters of the experts of a layer, as named dimensions."""
+
+HEAD_NORM_DIMS: dict[str, tuple[str, str]] = {
+    "qwen3": ("d", "d"),
+    "qwen3_moe": ("d", "d"),
+    "gemma3_text": ("d", "d"),
+    "olmo2": ("q", "k"),
+}
 """The widths of the norms of queries and keys, as named dimensions: of one head, or of all."""
 
 COPY = "trained copy"
@@ -67,6 +75,7 @@ class TapedModel:
         self.targets = spec.method.targets_of()
         self.full = self.method.trains_base
         self.weights: dict[str, Shaped] = {}
+        self.packs_experts = question.beside.quantize_moe_experts
         self.grouped = shape.num_heads != shape.num_kv_heads
         # The backward pass has a thread of its own, with a handle and a workspace of its own.
         for _ in range(2 if spec.method.trains else 1):
@@ -94,6 +103,11 @@ def _make_weights(model: TapedModel) -> None:
     for index in range(shape.num_layers):
         for layer in shape.block:
             _linear_weight(model, module_path(index, layer.name), layer)
+        if shape.experts:
+            _weight(model, f"layers.{index}.mlp.gate", ("e", "h"), other)
+            for name, dims in EXPERT_DIMS.items():
+                path, packed = f"layers.{index}.mlp.experts.{name}", model.packs_experts
+                _packed_weight(model, path, dims) if packed else _weight(model, path, dims, other)
         for name in shape.norms:
             _weight(model, f"layers.{index}.{name}", ("h",), other)
         if shape.head_norms:
@@ -133,16 +147,21 @@ def _linear_weight(model: TapedModel, path: str, layer: LinearLayer) -> None:
     if not model.quantization:
         _weight(model, path, (outputs, inputs), model.width)
     else:
-        nested = model.quantization.double_quant
-        parts = {"4-bit weights": 0.5, "block constants": (1 if nested else 4) / LINEAR_BLOCK}
-        if nested:
-            parts["constants of block constants"] = 4 / LINEAR_BLOCK / 256
-        for term, width in parts.items():
-            model.weights[f"{path}.{term}"] = model.tape.parameter(
-                path, (outputs, inputs), width, "quantised weights", term, trained=False
-            )
+        _packed_weight(model, path, (outputs, inputs))
     if layer.bias:
         _weight(model, f"{path}.bias", (outputs,), model.other)
+
+
+def _packed_weight(model: TapedModel, path: str, dims: Dims) -> None:
+    assert model.quantization is not None
+    nested = model.quantization.double_quant
+    parts = {"4-bit weights": 0.5, "block constants": (1 if nested else 4) / LINEAR_BLOCK}
+    if nested:
+        parts["constants of block constants"] = 4 / LINEAR_BLOCK / 256
+    for term, width in parts.items():
+        model.weights[f"{path}.{term}"] = model.tape.parameter(
+            path, dims, width, "quantised weights", term, trained=False
+        )
 
 
 def _adapter_weights(model: TapedModel, path: str, layer: LinearLayer) -> None:
