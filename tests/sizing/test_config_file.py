@@ -366,8 +366,11 @@ def test_a_local_model_lies_beside_the_file(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "8-bit base": (FILES["axolotl"] | {"load_in_8bit": True}, "load_in_8bit: an 8-bit base"),
-    "8 bits of LLaMA-Factory": (FILES["LLaMA-Factory"] | {"quantization_bit": 8}, "quantization_bit"),
+    "8-bit base without an adapter": (
+        {"base_model": "qwen2.5-0.5b", "sequence_len": 512, "load_in_8bit": True},
+        "full on a base stored as int8 is not modelled",
+    ),
+    "3 bits of LLaMA-Factory": (FILES["LLaMA-Factory"] | {"quantization_bit": 3}, "quantization_bit"),
     "Adam-mini": (FILES["LLaMA-Factory"] | {"use_adam_mini": True}, "use_adam_mini: Adam-mini"),
     "GaLore": (FILES["LLaMA-Factory"] | {"use_galore": "true"}, "use_galore: GaLore"),
     "GaLore as an optimizer": (FILES["axolotl"] | {"optimizer": "galore_adamw"}, "optimizer: an optimizer"),
@@ -454,8 +457,9 @@ def test_axolotls_plugin_of_cut_cross_entropy_switches_it_on(tmp_path: Path) -> 
         ({"architectures": ["LlamaForSequenceClassification"]}, "another head than a causal model"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "t5 is an encoder-decoder"),
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is an encoder"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised (gptq)"),
-        ({"quantization_config": {"load_in_4bit": True}}, "quantised (bitsandbytes)"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "quantised ('aqlm')"),
+        ({"quantization_config": {"bits": 4}}, "quantised ('unknown')"),
+        ({"model_type": "opt", "quantization_config": {"quant_method": "gptq"}}, "gptq is not simulated"),
     ],
 )
 def test_a_model_of_another_kind_is_refused_by_its_name(config: dict[str, Any], said: str, tmp_path: Path) -> None:

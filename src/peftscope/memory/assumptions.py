@@ -40,7 +40,7 @@ def _evaluation(question: Question) -> str:
 
 def unquantised_experts(question: Question, blocks: Iterable[Block]) -> list[str]:
     """Returns what a 4-bit base leaves of its experts as they are, in one sentence or none."""
-    if not question.spec.method.quantization():
+    if not question.spec.method.quantization() and not question.model.stored:
         return []
     size = sum(block.size for block in blocks if block.kind == "weights" and ".experts." in f"{block.module}.")
     bits = 16 if getattr(question.spec.method, "kbit_preparation", "none") == "none" else 32
@@ -95,7 +95,11 @@ def assumptions_of(question: Question) -> list[str]:
     if question.saved:
         copies, width = " and ".join(question.saved), question.beside.modules_to_save_dtype
         lines.append(f"modules_to_save: a copy of {copies} is trained in full ({width}), and the frozen one stays")
-    if spec.method.quantization():
+    if model.unpacked:
+        lines.insert(0, model.unpacked)
+    if model.stored:
+        lines.insert(0, f"base stored as {model.stored.name} (formula only): {model.stored.source}")
+    elif spec.method.quantization():
         lines.append("4-bit products dequantise one layer at a time in both passes, as on CUDA with large batches")
     if spec.optimizer.startswith("paged"):
         lines.append("all paged optimizer states are on the card: device includes them, allocated does not")

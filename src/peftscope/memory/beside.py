@@ -41,6 +41,9 @@ class Beside(BaseModel):
     quantize_moe_experts: Annotated[
         bool, Field(description="of a mixture on a 4-bit base: pack the experts, too, as axolotl does where asked")
     ] = False
+    load_in_8bit: Annotated[
+        bool, Field(description="linear layers of the base in 8 bits, as bitsandbytes' LLM.int8() stores them")
+    ] = False
     evaluation: Annotated[
         bool, Field(description="whether an evaluation counts; one does where its batch or what it gathers is given")
     ] = False

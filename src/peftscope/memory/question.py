@@ -20,6 +20,7 @@ from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
 from peftscope.models.presets import PRESETS, SIMULATED
 from peftscope.models.shapes import ModelShape
+from peftscope.models.stored import INT8, UNPACKED, Stored, stored_as
 from peftscope.spec import RunSpec
 
 METHOD_OPTIONS = (
@@ -78,12 +79,16 @@ class Model:
         config: The content of its ``config.json``.
         shape: Its sizes, or None if the closed form does not know its family.
         why_no_shape: The reason why there is no shape.
+        stored: How its linear layers are stored, if its checkpoint is quantised or is loaded in 8 bits.
+        unpacked: What an answer says of a quantised checkpoint that is unpacked to train.
     """
 
     name: str
     config: dict[str, Any]
     shape: ModelShape | None
     why_no_shape: str = ""
+    stored: Stored | None = None
+    unpacked: str = ""
 
     @property
     def max_seq_len(self) -> int | None:
@@ -238,7 +243,15 @@ def _read_config(name: str, path: Path) -> Model:
     if reason := _not_modelled(config):
         raise InputError(Problem("model", f"{path}: {reason[0]}", reason[1]))
     try:
-        return Model(name, config, ModelShape.from_config(config))
+        how = config.get("quantization_config")
+        how = how if isinstance(how, dict) else {}
+        if said := UNPACKED.get(how.get("quant_method", "")):
+            return replace(_described(name, {**config, "quantization_config": None}), unpacked=said)
+        stored = stored_as(how) if how else None
+        found = _described(name, {**config, "quantization_config": None})
+        if stored and found.shape is None:
+            raise InputError(Problem("model", f"{path}: no closed form, and {stored.name} is not simulated", PLAIN))
+        return replace(found, stored=stored)
     except KeyError as error:
         remedy = "give the config.json of a causal model"
         raise InputError(Problem("model", f"{path}: `{error.args[0]}` is missing", remedy)) from None
@@ -249,10 +262,22 @@ def _read_config(name: str, path: Path) -> Model:
         got = "" if isinstance(first["input"], dict) else f" (got {shown(first['input'])})"
         raise InputError(Problem("model", f"{where}: {message}{got}")) from None
     except ValueError as error:
-        return Model(name, config, None, str(error))
+        raise InputError(Problem("model", f"{path}: {error}", PLAIN)) from None
     except (TypeError, ZeroDivisionError):
         remedy = "check that all its sizes are whole numbers above 0"
         raise InputError(Problem("model", f"{path} does not describe a model", remedy)) from None
+
+
+PLAIN = "give the config.json of its 16-bit base"
+
+
+def _described(name: str, config: dict[str, Any]) -> Model:
+    try:
+        return Model(name, config, ModelShape.from_config(config))
+    except ValidationError:
+        raise
+    except ValueError as error:
+        return Model(name, config, None, str(error))
 
 
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "albert", "electra", "deberta", "deberta-v2", "modernbert")
@@ -270,10 +295,6 @@ def _not_modelled(config: Mapping[str, Any]) -> tuple[str, str] | None:
         return f"{name} is an encoder, which is not modelled", causal
     if re.search(r"For(Sequence|Token)Classification$|ForQuestionAnswering$", str(name)):
         return f"{name} has another head than a causal model, which is not modelled", causal
-    stored = config.get("quantization_config")
-    if isinstance(stored, dict):
-        how = stored.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in stored else "unknown")
-        return f"a checkpoint that is quantised ({how}) is not modelled", "give the config.json of its 16-bit base"
     return None
 
 
@@ -330,6 +351,8 @@ def ask(
         # Without a value of its own, the evaluation's batch size follows that of training.
         follows = {"eval_batch_size"} - given.keys()
         raise InputError(p for p in _problems(error) if p.where not in follows) from None
+    if beside.load_in_8bit:
+        model = replace(model, stored=INT8)
     _check_model(model, spec)
     kept = responses if responses is not None else usual_responses(spec.seq_len)
     if not 1 <= kept <= spec.seq_len:
@@ -383,6 +406,15 @@ def _check_model(model: Model, spec: RunSpec) -> None:
         length = f"{spec.seq_len}" + (f" and {virtual} virtual tokens" if virtual else "")
         message = f"{length} is over the model's limit of {limit} tokens"
         raise InputError(Problem("seq_len", message, f"use at most {limit - virtual}"))
+    form = spec.method.closed_form
+    if model.stored and (not form or not spec.method.targets_of() or form.layer != "low-rank" or form.own_group):
+        message = f"{spec.method.name} on a base stored as {model.stored.name} is not modelled"
+        raise InputError(Problem("method", message, "use lora, rslora or qlora"))
+    if model.stored and (
+        spec.precision != "bf16" or model.shape is None or (model.shape.experts and model.stored != INT8)
+    ):
+        message = f"a base stored as {model.stored.name} is modelled for dense models with a closed form, in bf16"
+        raise InputError(Problem("model", message, "use precision bf16 and such a model"))
     if model.shape is None:
         return
     modules = [layer.name for layer in model.shape.block]

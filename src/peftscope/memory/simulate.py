@@ -181,6 +181,10 @@ def peaks_by_simulation(question: Question, *, evaluation: bool | None = None) -
     for option in question.formula_only:
         message = f"{shown(getattr(question.beside, option))} is known to the closed form only"
         raise InputError(Problem(option, message, "leave out --simulate"))
+    if stored := question.model.stored:
+        raise InputError(
+            Problem("model", f"a base in {stored.name} is known to the closed form only", "leave out --simulate")
+        )
     spec, responses = question.spec, question.responses
     counts = question.evaluates if evaluation is None else evaluation
     if reason := spec.method.why_not_simulated():

@@ -14,6 +14,8 @@ from peftscope.methods import METHODS
 from peftscope.sizing.reading import Reading, Row, flatten, read_content, take
 from peftscope.sizing.sharding import read_sharding
 
+EIGHT = 8
+"""The bits of a base that is no 4-bit one."""
 SAVED_MODULES = ("embed_tokens", "lm_head")
 """Modules of which a copy can be trained beside an adapter."""
 
@@ -48,6 +50,8 @@ def four_bit(key: str, remedy: str) -> Row:
     """Returns the row of a key for a 4-bit base, which makes QLoRA of LoRA; the remedy switches an adapter on."""
 
     def read(reading: Reading, row: Row) -> None:
+        if reading.values.get(key) == EIGHT:
+            return
         if reading.options["method"] == "full" and reading.is_on(key):
             reading.refuse(key, "a 4-bit base needs an adapter", remedy)
         elif reading.options["method"] != "full" and key in reading.values:

@@ -77,6 +77,7 @@ BATCHES = (
 )
 """Rows of transformers' ``TrainingArguments``. The evaluation has a batch only if there is one."""
 
+EIGHT_BITS = {"true": True, "false": None}
 LIGER = {"true": "liger", "false": None}
 SAVINGS = (
     Row("loss", "use_liger_kernel", words=LIGER),
@@ -102,7 +103,7 @@ SAVINGS = (
 
 AXOLOTL_ROWS = (
     Row("model", "base_model", read=keys.read_model),
-    refused("load_in_8bit", "an 8-bit base"),
+    Row("load_in_8bit", "load_in_8bit", words=EIGHT_BITS),
     refused("unfrozen_parameters", "training a part of the weights"),
     refused("peft_layers_to_transform", "adapting only some layers"),
     refused("lora_target_parameters", "adapting parameters that are no modules"),
@@ -163,7 +164,7 @@ FACTORY_ROWS = (
     Row("attention", "flash_attn", read=keys.read_attention, words=ATTENTION),
     Row("packing", "neat_packing packing", read=keys.read_factory_packing),
     Row("optimizer", "optim", "adamw_torch_fused", COPIES, keys.read_optimizer, OPTIMIZERS),
-    Row("", "quantization_bit", words={"4": None}),
+    Row("load_in_8bit", "quantization_bit", words={"4": None, "8": True}),
     Row("", "quantization_method", words={"bnb": None}),
     four_bit("quantization_bit", "set finetuning_type: lora"),
     Row("rank", "lora_rank", 8, TUNING_ARGS),
@@ -179,7 +180,7 @@ FACTORY_ROWS = (
 
 TRL_ROWS = (
     Row("model", "model_name_or_path", read=keys.read_model),
-    refused("load_in_8bit", "an 8-bit base"),
+    Row("load_in_8bit", "load_in_8bit", words=EIGHT_BITS),
     refused("lora_target_parameters", "adapting parameters that are no modules"),
     Row("seq_len", "max_length max_seq_length", 1024, "max_length of TRL, trainer/sft_config.py"),
     *BATCHES,

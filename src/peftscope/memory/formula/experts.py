@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from peftscope.memory.formula.linear import EXPERT_DIMS, LINEAR_BLOCK, TapedModel
+from peftscope.memory.formula.linear import EXPERT_DIMS, TapedModel
 from peftscope.memory.tape import Gradients, Shaped
+from peftscope.models.stored import BLOCK
 
 
 def run_experts(model: TapedModel, path: str, x: Shaped) -> Shaped:
@@ -62,8 +63,7 @@ def _grouped(model: TapedModel, path: str, name: str, x: Shaped, outputs: str, o
     """Stands for ``grouped_mm``, which autocast does not reach: the input takes the precision of the weights."""
     tape, full, dims = model.tape, f"{path}.experts.{name}", EXPERT_DIMS[name]
     if model.packs_experts:
-        nested = model.quantization is not None and model.quantization.double_quant
-        constants = tape.new(dims, 4 / LINEAR_BLOCK, term="dequantised constants") if nested else None
+        constants = tape.new(dims, 4 / BLOCK, term="dequantised constants") if model.nested else None
         weight = tape.new(dims, 2, term="dequantised experts of one layer")
         del constants
     else:
