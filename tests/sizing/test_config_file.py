@@ -372,8 +372,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "3 bits of LLaMA-Factory": (FILES["LLaMA-Factory"] | {"quantization_bit": 3}, "quantization_bit"),
     "Adam-mini": (FILES["LLaMA-Factory"] | {"use_adam_mini": True}, "use_adam_mini: Adam-mini"),
-    "GaLore": (FILES["LLaMA-Factory"] | {"use_galore": "true"}, "use_galore: GaLore"),
-    "GaLore as an optimizer": (FILES["axolotl"] | {"optimizer": "galore_adamw"}, "optimizer: an optimizer"),
+    "GaLore with an adapter": (FILES["LLaMA-Factory"] | {"use_galore": "true"}, "galore projects the gradients"),
+    "another optimizer": (FILES["axolotl"] | {"optimizer": "grokadamw"}, "optimizer: an optimizer"),
     "experts": (
         {**FILES["axolotl"], "base_model": "mixtral-8x7b", "lora_target_linear": None, "lora_target_modules": ["w1"]},
         "experts are fused parameters",
@@ -381,7 +381,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "other modules beside": (FILES["axolotl"] | {"lora_modules_to_save": ["norm"]}, "lora_modules_to_save"),
     "QDoRA": (FILES["alignment-handbook"] | {"use_dora": True}, "use_dora: DoRA on a 4-bit base"),
     "no length": (FILES["torchtune"] | {"tokenizer": {"max_seq_len": None}}, "give --seq-len"),
-    "a pattern": (FILES["alignment-handbook"] | {"lora_target_modules": r".*\.q_proj"}, "--targets"),
+    "a pattern of nothing": (FILES["alignment-handbook"] | {"lora_target_modules": r".*\.w_pack"}, "no known module"),
+    "a broken pattern": (FILES["alignment-handbook"] | {"lora_target_modules": "(q_proj"}, "no known module"),
+    "a pattern in a list": (FILES["alignment-handbook"] | {"lora_target_modules": [r".*\.q_proj"]}, "has no"),
     "no rank": ({**FILES["axolotl"], "lora_r": None}, "give --rank"),
     "length 0": (FILES["axolotl"] | {"sequence_len": 0}, "sequence_len (seq_len)"),
     "a length that is no number": (FILES["axolotl"] | {"sequence_len": "long"}, "sequence_len (seq_len)"),
@@ -431,6 +433,39 @@ def test_what_is_switched_off_asks_for_no_other_job(tmp_path: Path) -> None:
     assert read(tmp_path, FILES["LLaMA-Factory"] | {"stage": "pt", "do_train": True}).job == "supervised"
     with pytest.raises(InputError, match="the name of the file: asks for orpo"):
         read(tmp_path, FILES["TRL"], name="config_orpo.yaml")
+
+
+PATTERNS: dict[str, tuple[str, ...]] = {
+    r".*\.(q|v)_proj": ("q_proj", "v_proj"),
+    r"^(?!.*visual).*(?:mlp|self_attn)\.(?:up|down|o)_proj$": ("down_proj", "o_proj", "up_proj"),
+    r"model\.layers\.[01]\.self_attn\.q_proj": ("layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"),
+}
+"""Patterns of target modules, and the modules of Mistral-7B whose whole name they match."""
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_pattern_of_target_modules_is_read_as_peft_reads_it(pattern: str, tmp_path: Path) -> None:
+    asked = question(tmp_path, FILES["alignment-handbook"] | {"lora_target_modules": pattern})
+    assert asked.spec.method.targets == PATTERNS[pattern]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "more", "option", "value"),
+    [
+        ("axolotl", {"optimizer": "lion_8bit"}, "optimizer_states", "lion_8bit"),
+        ("TRL", {"optim": "adafactor"}, "optimizer_states", "adafactor"),
+        ("LLaMA-Factory", {"finetuning_type": "full", "use_galore": True}, "optimizer_states", "galore"),
+        ("LLaMA-Factory", {"finetuning_type": "full", "use_galore": True}, "optimizer_rank", 16),
+        ("LLaMA-Factory", {"finetuning_type": "full", "use_apollo": True, "apollo_rank": 4}, "optimizer_rank", 4),
+        ("LLaMA-Factory", {"finetuning_type": "full", "use_muon": True}, "optimizer_states", "muon"),
+        ("torchtune", {"optimizer_in_bwd": True}, "optimizer_in_bwd", True),
+        ("torchtune", {"optimizer_in_bwd": False}, "optimizer_in_bwd", False),
+    ],
+)
+def test_other_optimizers_are_read(trainer: str, more: dict[str, Any], option: str, value: Any, tmp_path: Path) -> None:
+    content = FILES[trainer] | more
+    content = {key: number for key, number in content.items() if key != "gradient_accumulation_steps"}
+    assert getattr(question(tmp_path, content).beside, option) == value
 
 
 def test_keys_that_may_change_memory_stand_apart_from_harmless_ones(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from peftscope.hardware.cards import CONTEXT_BYTES, Gpu
+from peftscope.memory.formula.states import OTHER_OPTIMIZERS
 from peftscope.memory.question import Question
 from peftscope.memory.trace import Block
 from peftscope.spec import RunSpec
@@ -67,8 +68,7 @@ def assumptions_of(question: Question) -> list[str]:
         f"method {spec.method.name}: " + ", ".join(f"{k}={v}" for k, v in _given(spec.method.model_dump(mode="json"))),
         f"batch_size={spec.batch_size}, seq_len={spec.seq_len} for every sequence (the longest batch decides), "
         f"gradient_accumulation={spec.gradient_accumulation}",
-        f"precision={spec.precision}{', autocast' if spec.autocast else ''}, optimizer={spec.optimizer}"
-        + (f" ({spec.optimizer_implementation})" if spec.optimizer in ("adamw", "sgd") else ""),
+        f"precision={spec.precision}{', autocast' if spec.autocast else ''}, {_optimizer(question)}",
         f"loss_path=hf: logits of every position, {kept}; runs of this project compute only those of responses"
         if spec.loss_path == "hf"
         else f"loss_path=response_only: logits of {question.responses} positions per sequence",
@@ -117,6 +117,16 @@ def assumptions_of(question: Question) -> list[str]:
         said = " and ".join(f"{option}={value}" for option, value in idle.items())
         lines.append(f"{said}: without effect on one card; gpus says over how many a model is sharded")
     return [*lines, *_formula_only_lines(question), *question.by_trainer]
+
+
+def _optimizer(question: Question) -> str:
+    beside, spec = question.beside, question.spec
+    text = f"optimizer={spec.optimizer}"
+    if beside.optimizer_states != "own":
+        text = f"optimizer={beside.optimizer_states} (formula only: {OTHER_OPTIMIZERS[beside.optimizer_states]})"
+    elif spec.optimizer in ("adamw", "sgd"):
+        text += f" ({spec.optimizer_implementation})"
+    return f"{text}, in the backward pass" if beside.optimizer_in_bwd else text
 
 
 def _warnings(gpu: Gpu, spec: RunSpec) -> list[str]:

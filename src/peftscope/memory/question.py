@@ -15,12 +15,13 @@ from peftscope.files.content import parse_json, read_text
 from peftscope.files.hub import mirrored
 from peftscope.hardware.cards import CUBLAS_BYTES, Gpu
 from peftscope.memory.beside import BESIDE_OPTIONS, Beside, check_beside
+from peftscope.memory.formula.states import OTHER_OPTIMIZERS
 from peftscope.memory.regimes import REGIMES, settings_of
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
 from peftscope.models.presets import PRESETS, SIMULATED
 from peftscope.models.shapes import ModelShape
-from peftscope.models.stored import INT8, UNPACKED, Stored, stored_as
+from peftscope.models.stored import INT8, Stored, stored_as
 from peftscope.spec import RunSpec
 
 METHOD_OPTIONS = (
@@ -154,6 +155,8 @@ class Question:
             "sharding": self.gpus > 1 and beside.sharding == "fsdp2",
             "master_weights": beside.master_weights == "fp32",
             "offload": beside.offload != "none",
+            "optimizer_states": beside.optimizer_states != "own",
+            "optimizer_in_bwd": beside.optimizer_in_bwd,
         }
         return [option for option, is_asked in asked.items() if is_asked]
 
@@ -243,15 +246,8 @@ def _read_config(name: str, path: Path) -> Model:
     if reason := _not_modelled(config):
         raise InputError(Problem("model", f"{path}: {reason[0]}", reason[1]))
     try:
-        how = config.get("quantization_config")
-        how = how if isinstance(how, dict) else {}
-        if said := UNPACKED.get(how.get("quant_method", "")):
-            return replace(_described(name, {**config, "quantization_config": None}), unpacked=said)
-        stored = stored_as(how) if how else None
-        found = _described(name, {**config, "quantization_config": None})
-        if stored and found.shape is None:
-            raise InputError(Problem("model", f"{path}: no closed form, and {stored.name} is not simulated", PLAIN))
-        return replace(found, stored=stored)
+        stored, unpacked = stored_as(config.pop("quantization_config", None))
+        return Model(name, config, ModelShape.from_config(config), "", stored, unpacked)
     except KeyError as error:
         remedy = "give the config.json of a causal model"
         raise InputError(Problem("model", f"{path}: `{error.args[0]}` is missing", remedy)) from None
@@ -262,22 +258,13 @@ def _read_config(name: str, path: Path) -> Model:
         got = "" if isinstance(first["input"], dict) else f" (got {shown(first['input'])})"
         raise InputError(Problem("model", f"{where}: {message}{got}")) from None
     except ValueError as error:
-        raise InputError(Problem("model", f"{path}: {error}", PLAIN)) from None
+        if stored:
+            message = f"{path}: no closed form, and {stored.name} is not simulated"
+            raise InputError(Problem("model", message, "give the config.json of its 16-bit base")) from None
+        return Model(name, config, None, str(error), None, unpacked)
     except (TypeError, ZeroDivisionError):
         remedy = "check that all its sizes are whole numbers above 0"
         raise InputError(Problem("model", f"{path} does not describe a model", remedy)) from None
-
-
-PLAIN = "give the config.json of its 16-bit base"
-
-
-def _described(name: str, config: dict[str, Any]) -> Model:
-    try:
-        return Model(name, config, ModelShape.from_config(config))
-    except ValidationError:
-        raise
-    except ValueError as error:
-        return Model(name, config, None, str(error))
 
 
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "albert", "electra", "deberta", "deberta-v2", "modernbert")
@@ -320,6 +307,8 @@ def ask(
     """
     given = {name: value for name, value in options.items() if value is not None}
     name = given.pop("method", "lora")
+    if given.get("optimizer") in OTHER_OPTIMIZERS:
+        given |= {"optimizer_states": given.pop("optimizer"), "optimizer_implementation": "fused"}
     if name not in METHODS:
         raise InputError(Problem("method", f"unknown method (got {name!r})", close_match(name, METHODS)))
     try:

@@ -334,7 +334,7 @@ def _pack_experts(model: torch.nn.Module, quantization: Any) -> None:
             if weight.ndim > 2 and "expert" in f"{name}.{key}":
                 weight.data = weight.data.to(DTYPES["bf16"])
                 replace_parameter_4bit(module, key, quantization.double_quant, quantization.quant_type)
-                packed: Any = module.parametrizations[key]  # type: ignore[index]
+                packed: Any = module.parametrizations[key]
                 packed.original.quant_state = packed[0].quant_state  # where the tracker looks for it
 
 

@@ -11,13 +11,7 @@ from peftscope.models.shapes import Experts, Family, ModelShape
 
 
 class Simulated(NamedTuple):
-    """A well-known base model of a kind without a closed form, which is simulated.
-
-    Attributes:
-        hub_id: Its hub id.
-        config: The fields of its ``config.json`` in which it differs from its family's defaults in transformers.
-        source: The public code that lists them.
-    """
+    """A base model of a kind without a closed form: where its ``config.json`` differs from transformers' defaults."""
 
     hub_id: str
     config: dict[str, Any]

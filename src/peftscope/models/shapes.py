@@ -12,10 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from peftscope.errors import shown
 from peftscope.files.content import Count
 
-Family = Literal[
-    *("llama", "mistral", "qwen2", "phi3", "gemma2", "qwen3", "smollm3", "granite", "olmo2", "gemma3_text"),
-    *("mixtral", "qwen3_moe"),
-]
+Dense = Literal["llama", "mistral", "qwen2", "phi3", "gemma2", "qwen3", "smollm3", "granite", "olmo2", "gemma3_text"]
+Family = Literal[Dense, "mixtral", "qwen3_moe"]
 """The ``model_type`` of a ``config.json``, which decides how the blocks are wired."""
 
 UNMODELLED: dict[str, Any] = {
@@ -76,10 +74,6 @@ class Experts(BaseModel):
     number: Count
     per_token: Count
     size: Annotated[Count, Field(description="intermediate size of one expert")]
-
-    def weights(self, hidden: int) -> int:
-        """Returns the values of the experts of one layer, which three matrices each hold."""
-        return 3 * self.number * self.size * hidden
 
 
 def module_path(index: int, layer: str) -> str:
@@ -191,7 +185,8 @@ class ModelShape(BaseModel):
     @property
     def expert_parameters(self) -> int:
         """The weights of all experts, without their routers. 4-bit loading leaves them as they are."""
-        return self.num_layers * self.experts.weights(self.hidden_size) if self.experts else 0
+        one = self.experts
+        return 3 * self.num_layers * one.number * one.size * self.hidden_size if one else 0
 
     @property
     def parameters(self) -> int:

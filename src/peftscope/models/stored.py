@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from peftscope.errors import shown
+from peftscope.errors import InputError, Problem, shown
 
 
 class Stored(NamedTuple):
-    """How the linear layers of a frozen base are stored.
+    """How the linear layers of a frozen base are stored: the bytes a weight of each part, without those of a row.
 
-    Attributes:
-        name: The name of the format.
-        parts: What a layer keeps, and its bytes a weight. Constants of a row or a column are left out.
-        product: What a product does: unpack the layer in both passes, unpack it in the backward pass alone, keep what
-            it unpacked for the backward pass, or round its input as well.
-        source: The code that says so.
+    A product unpacks the layer in both passes or in the backward pass alone, keeps what it unpacked for the backward
+    pass, or rounds its input to 8 bits as well. The source says so.
     """
 
     name: str
@@ -40,26 +35,32 @@ def four_bits(*, nested: bool) -> dict[str, float]:
     return parts | ({"constants of block constants": 4 / BLOCK / 256} if nested else {})
 
 
-def stored_as(how: Mapping[str, Any]) -> Stored:
-    """Returns the format that the ``quantization_config`` of a ``config.json`` describes.
+def stored_as(how: Any) -> tuple[Stored | None, str]:
+    """Returns the format that the ``quantization_config`` of a ``config.json`` describes, and what else to say of it.
 
     Raises:
-        ValueError: The format is not modelled.
+        InputError: The format is not modelled.
     """
-    name = how.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in how else "unknown")
+    if not isinstance(how, dict) or not how:
+        return None, ""
+    name = str(how.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in how else "unknown"))
+    if name in UNPACKED:
+        return None, UNPACKED[name]
     if name == "bitsandbytes" and how.get("load_in_8bit"):
-        return INT8
+        return INT8, ""
     if name == "bitsandbytes":
         nested = bool(how.get("bnb_4bit_use_double_quant"))
-        return Stored("bnb-4bit", four_bits(nested=nested), "both", "bitsandbytes 0.50, functional.py, quantize_4bit")
-    if name in ("gptq", "awq"):
-        bits, group = int(how.get("bits") or 4), int(how.get("group_size") or 128)
-        parts = {"packed weights": bits / 8}
-        parts |= {"scales and zeros of groups": (2 + bits / 8) / group} if group > 0 else {}
-        return Stored(name, parts, "kept", "GPTQModel at 011c00a, qlinear/torch.py: unpacked weights meet autograd")
+        return Stored(
+            "bnb-4bit", four_bits(nested=nested), "both", "bitsandbytes 0.50, functional.py, quantize_4bit"
+        ), ""
+    numbers = [how.get("bits", 4), how.get("group_size", 128), *(how.get("weight_block_size") or (1, 1))]
+    if name not in ("gptq", "awq", "fp8") or not all(isinstance(number, int) and number for number in numbers):
+        message = f"a checkpoint that is quantised ({shown(name)}) is not modelled"
+        raise InputError(Problem("model", message, "give the config.json of its 16-bit base"))
     if name == "fp8":
-        rows, columns = how.get("weight_block_size") or (0, 0)
-        scales = {"scales of blocks": 4 / (rows * columns)} if rows else {}
+        scales = {"scales of blocks": 4 / (numbers[2] * numbers[3])} if how.get("weight_block_size") else {}
         source = "transformers 5.24, integrations/finegrained_fp8.py, FP8LinearFunction"
-        return Stored("fp8", {"fp8 weights": 1.0} | scales, "backward", source)
-    raise ValueError(f"a checkpoint that is quantised ({shown(name)}) is not modelled")
+        return Stored("fp8", {"fp8 weights": 1.0} | scales, "backward", source), ""
+    bits, group = numbers[:2]
+    parts = {"packed weights": bits / 8} | ({"scales and zeros of groups": (2 + bits / 8) / group} if group > 0 else {})
+    return Stored(name, parts, "kept", "GPTQModel at 011c00a, qlinear/torch.py: unpacked weights meet autograd"), ""

@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftscope.errors import InputError, Problem
+from peftscope.errors import InputError, Problem, shown
 from peftscope.hardware.cards import Gpu
 from peftscope.memory.question import METHOD_OPTIONS, SCALED_LOGITS, Model, Question, ask, describe_model
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
+from peftscope.models.shapes import module_path
 from peftscope.sizing.jobs import SUPERVISED, job_of
 from peftscope.sizing.reading import Reading, exists, flatten, read_content, read_rows, spoken
 from peftscope.sizing.trainers import recognise
@@ -174,10 +175,27 @@ def _bare(name: str) -> str:
     return VARIANT.sub("", name.rstrip("/").split("/")[-1].lower().replace("_", "-"))
 
 
+def _read_pattern(reading: Reading, model: Model) -> None:
+    """Sets the modules whose whole name a pattern matches, as PEFT does."""
+    shape, key = model.shape, reading.keys["targets"]
+    paths = [module_path(i, layer.name) for i in range(shape.num_layers) for layer in shape.block] if shape else []
+    try:
+        found = [path for path in paths if re.fullmatch(reading.pattern, f"model.{path}")]
+    except re.error:
+        found = []
+    names = {path.rpartition(".")[2] for path in found}
+    whole = shape is not None and len(shape.linear_layers([*names])) == len(found)
+    reading.options["targets"] = sorted(names) if whole else found
+    if not found:
+        reading.refuse(key, f"a pattern of no known module (got {shown(reading.pattern)})", "list the modules")
+
+
 def _default_targets(reading: Reading, model: Model) -> None:
     """Sets PEFT's own targets if the file leaves them to PEFT, which decides by the family of the model."""
     method = reading.options["method"]
     takes_targets = "targets" in METHODS[method].model_fields
+    if takes_targets and reading.pattern and reading.given.get("targets") is None:
+        _read_pattern(reading, model)
     if not takes_targets or "targets" in reading.options or reading.given.get("targets") is not None:
         return
     family, source = model.config["model_type"], "PEFT 0.21's default for this family, peft/utils/constants.py"

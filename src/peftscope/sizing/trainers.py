@@ -37,6 +37,12 @@ OPTIMIZERS: dict[str, tuple[str, str | None]] = {
     "paged_adamw_32bit": ("paged_adamw", None),
     "paged_adamw_8bit": ("paged_adamw_8bit", None),
     "sgd": ("sgd", "foreach"),
+    "adafactor": ("adafactor", None),
+    "lion_32bit": ("lion", None),
+    "lion_8bit": ("lion_8bit", None),
+    "muon": ("muon", None),
+    "galore_adamw": ("galore", None),
+    "apollo_adamw": ("apollo", None),
 }
 """transformers' names of optimizers. Source: ``OptimizerNames`` in transformers 5.24, training_args.py."""
 TORCHTUNE_OPTIMIZERS: dict[str, tuple[str, str | None]] = {
@@ -147,10 +153,7 @@ AXOLOTL_ROWS = (
 FACTORY_ROWS = (
     Row("model", "model_name_or_path", read=keys.read_model),
     refused("use_adam_mini", "Adam-mini"),
-    refused("use_galore", "GaLore"),
-    refused("use_apollo", "APOLLO"),
     refused("use_badam", "BAdam"),
-    refused("use_muon", "Muon"),
     refused("use_llama_pro", "block expansion"),
     noted(
         "moe_aux_loss_coef", "moe_aux_loss_coef: the loss of the routers, a few bytes a token and expert, is left out"
@@ -164,6 +167,11 @@ FACTORY_ROWS = (
     Row("attention", "flash_attn", read=keys.read_attention, words=ATTENTION),
     Row("packing", "neat_packing packing", read=keys.read_factory_packing),
     Row("optimizer", "optim", "adamw_torch_fused", COPIES, keys.read_optimizer, OPTIMIZERS),
+    Row("optimizer", "use_galore", words={"true": "galore", "false": None}),
+    Row("optimizer", "use_apollo", words={"true": "apollo", "false": None}),
+    Row("optimizer", "use_muon", words={"true": "muon", "false": None}),
+    Row("optimizer_rank", "galore_rank", 16, TUNING_ARGS, only_with="use_galore"),
+    Row("optimizer_rank", "apollo_rank", 16, TUNING_ARGS, only_with="use_apollo"),
     Row("load_in_8bit", "quantization_bit", words={"4": None, "8": True}),
     Row("", "quantization_method", words={"bnb": None}),
     four_bit("quantization_bit", "set finetuning_type: lora"),
@@ -208,7 +216,7 @@ UNTARGETED = "model.lora_attn_modules is not set, and torchtune has no default"
 SHARDED = "custom_sharded_layers fsdp_cpu_offload data_parallel_shard_dim fsdp_sharding_strategy"
 TORCHTUNE_ROWS = (
     Row("model", "model._component_", read=keys.read_torchtune_model),
-    refused("optimizer_in_bwd", "the optimizer in the backward pass"),
+    Row("optimizer_in_bwd", "optimizer_in_bwd", words=EIGHT_BITS),
     refused("model.apply_lora_to_output", "an adapter on the output"),
     refused("tensor_parallel_dim", "tensor parallelism"),
     refused("context_parallel_dim", "context parallelism"),

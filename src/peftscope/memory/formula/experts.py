@@ -9,6 +9,8 @@ from peftscope.memory.formula.linear import EXPERT_DIMS, TapedModel
 from peftscope.memory.tape import Gradients, Shaped
 from peftscope.models.stored import BLOCK
 
+KEPT = "what experts keep"
+
 
 def run_experts(model: TapedModel, path: str, x: Shaped) -> Shaped:
     """Stands for ``MixtralSparseMoeBlock`` and ``Qwen3MoeSparseMoeBlock`` with ``grouped_mm_experts_forward``."""
@@ -16,20 +18,20 @@ def run_experts(model: TapedModel, path: str, x: Shaped) -> Shaped:
     scores, logits = _route(model, f"{path}.gate", x)
     tape.module = f"{path}.experts"
     order = [tape.new(("m",), 8) for _ in range(3)]  # experts, their order, and the token of each place
-    tokens = tape.op([x], ("m", "h"), width, lambda *_: [tape.new(dims, width)], order[2:], SORTED)
+    tokens = tape.op([x], ("m", "h"), width, lambda *_: [tape.new(dims, width)], order[2:], KEPT)
     of_scores = scores.width
     scores = tape.op([scores], ("m",), of_scores, lambda *_: [tape.new(("m",), of_scores)], order[1:2])
     offsets = tape.new(("e",), 4)
-    joined = _grouped(model, path, "gate_up_proj", tokens, "2J", offsets, "output of the experts' first product")
+    joined = _grouped(model, path, "gate_up_proj", tokens, "2J", offsets, KEPT)
     gate, up = joined.view(("m", "J")), joined.view(("m", "J"))
     joined_dims, joined_width = joined.dims, joined.width
     tape.record([joined], [gate, up], lambda *_: [tape.new(joined_dims, joined_width)])
     active = tape.op([gate], gate.dims, gate.width, None, (gate,), "output of the activation function")
     inner = tape.multiply(active, up)
     del joined, gate, up, active
-    output = _grouped(model, path, "down_proj", inner, "h", offsets, "output of each expert")
+    output = _grouped(model, path, "down_proj", inner, "h", offsets, KEPT)
     del inner
-    weighted = tape.multiply(output, scores, "weighted outputs of the experts")
+    weighted = tape.multiply(output, scores, KEPT)
     inverse = tape.new(("m",), 8)
     wide = weighted.width
     again = [tape.new(("m",), 8)]
@@ -39,9 +41,6 @@ def run_experts(model: TapedModel, path: str, x: Shaped) -> Shaped:
     total = tape.cast(total, width)
     del tokens, output, weighted, inverse, order, offsets, logits
     return total
-
-
-SORTED = "tokens sorted by their experts"
 
 
 def _route(model: TapedModel, path: str, x: Shaped) -> tuple[Shaped, Shaped]:

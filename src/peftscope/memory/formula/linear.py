@@ -77,6 +77,8 @@ class TapedModel:
         self.targets = spec.method.targets_of()
         self.full = self.method.trains_base
         self.weights: dict[str, Shaped] = {}
+        self.optimizer = question.beside.optimizer_states
+        self.tape.steps_in_backward = question.beside.optimizer_in_bwd
         self.packs_experts = question.beside.quantize_moe_experts
         self.grouped = shape.num_heads != shape.num_kv_heads
         # The backward pass has a thread of its own, with a handle and a workspace of its own.
