@@ -98,6 +98,8 @@ def runs(draw: st.DrawFn, method: str, family: str) -> dict[str, Any]:
         "kbit_preparation": st.booleans(),
     }
     options |= {name: draw(choice) for name, choice in choices.items() if name in fields}
+    if family in EXPERTS and options.get("targets") == "mlp":  # which names no layers there
+        options["targets"] = "attention"
     if "init_r" in fields:
         options["init_r"] = draw(st.integers(2, 8))
         options["target_r"] = 1

@@ -12,6 +12,7 @@ from peftscope.errors import InputError
 from peftscope.memory.answer import Answer, answer_by_formula
 from peftscope.memory.question import ask, describe_model
 from peftscope.models.presets import PRESETS
+from peftscope.models.stored import INT8
 
 BASE = PRESETS["qwen2.5-7b"].shape
 LINEAR = BASE.linear_parameters
@@ -83,7 +84,7 @@ def test_an_8_bit_base_is_an_option_and_a_key(tmp_path: Path) -> None:
         file = tmp_path / "trainer.yml"
         file.write_text(json.dumps({**content, "datasets": [], "lora_target_modules": ["q_proj"]}))
         question = question_of(read_config(file, {"seq_len": 128}), gpus=None)
-        assert question.model.stored.name == "int8", trainer
+        assert question.model.stored == INT8, trainer
         assert question.spec.method.name == "lora", trainer
         assert answer_by_formula(question).components["quantised weights"] == LINEAR, trainer
 
