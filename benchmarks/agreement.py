@@ -37,9 +37,12 @@ ARCHITECTURES = (
     "smollm2-1.7b",
     "smollm3-3b",
     "granite-3.1-2b",
+    "mixtral-8x7b",
+    "qwen3-30b-a3b",
 )
 """One for each kind of layer that closed forms know: grouped keys, biases, norms of queries and keys, fused layers,
-soft caps, sliding windows, tied embeddings, norms after a layer, layers without positions, multipliers."""
+soft caps, sliding windows, tied embeddings, norms after a layer, layers without positions, multipliers,
+experts."""
 FEWEST_LAYERS = {"smollm3-3b": 4, "gemma-3-1b": 6}
 """Models whose layers differ have one of each kind; the others have two to four layers."""
 

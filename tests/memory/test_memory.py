@@ -21,7 +21,7 @@ from peftscope.memory.question import Model, ask, describe_model
 from peftscope.memory.trace import KINDS, rounded
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
-from peftscope.models.shapes import FAMILIES, ModelShape
+from peftscope.models.shapes import EXPERTS, FAMILIES, Experts, ModelShape
 
 LARGE_STATE = 4096
 PAGED_FROM_VALUES = 100_000
@@ -48,8 +48,11 @@ def answer(model: Model | str, gpus: int = 1, **options: Any) -> Answer:
 @st.composite
 def shapes(draw: st.DrawFn) -> ModelShape:
     kv_heads, sixteens = draw(st.integers(1, 2)), st.integers(2, 12).map(lambda n: 16 * n)
+    family = draw(st.sampled_from(FAMILIES))
+    experts = Experts(number=draw(st.integers(2, 8)), per_token=draw(st.integers(1, 2)), size=draw(sixteens))
     return ModelShape(
-        family=draw(st.sampled_from(FAMILIES)),
+        family=family,
+        experts=experts if family in EXPERTS else None,
         vocab_size=draw(st.integers(10, 3000)),
         hidden_size=draw(sixteens),
         intermediate_size=draw(sixteens),
@@ -95,6 +98,8 @@ def runs(draw: st.DrawFn, method: str, family: str) -> dict[str, Any]:
         "kbit_preparation": st.booleans(),
     }
     options |= {name: draw(choice) for name, choice in choices.items() if name in fields}
+    if family in EXPERTS and options.get("targets") == "mlp":  # which names no layers there
+        options["targets"] = "attention"
     if "init_r" in fields:
         options["init_r"] = draw(st.integers(2, 8))
         options["target_r"] = 1

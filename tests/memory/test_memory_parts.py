@@ -15,11 +15,12 @@ from peftscope.hardware.cards import GPUS, find_gpu
 from peftscope.memory import allocator as books
 from peftscope.memory import answer as answers
 from peftscope.memory.allocator import reserved_bytes
+from peftscope.memory.answer import answer_by_formula
 from peftscope.memory.formula.step import TrainingTraces, trace_training
 from peftscope.memory.question import ask, describe_model
 from peftscope.memory.trace import Block, Peak, Trace, by_kind, rounded
 from peftscope.methods import METHODS
-from peftscope.models.presets import PRESETS
+from peftscope.models.presets import PRESETS, SIMULATED
 from peftscope.models.shapes import ModelShape
 from peftscope.sizing.fit import fit_methods, known_methods, options_of_method
 from peftscope.words import GIB, MIB
@@ -52,6 +53,12 @@ PUBLISHED = {
     "mistral-7b-v0.3": 7_248_023_552,
     "mistral-nemo-12b": 12_247_782_400,
     "mistral-small-24b": 23_572_403_200,
+    # The hub's total less Pixtral's tower of 403,305,472 and a projector of 35,652,608.
+    "mistral-small-3.2-24b": 24_011_361_280 - 403_305_472 - 35_652_608,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_630_071_296,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
     "qwen2.5-3b": 3_085_938_688,
     "qwen2.5-14b": 14_770_033_664,
     "qwen2.5-32b": 32_763_876_352,
@@ -121,6 +128,45 @@ def test_transformers_builds_a_preset_with_as_many_parameters(name: str) -> None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == shape.parameters
+
+
+SIMULATED_COUNTS: dict[str, tuple[float, float]] = {
+    "gpt-oss-20b": (20_914_757_184, 0),
+    "gpt-oss-120b": (116_829_156_672, 0),
+    # The hub's total without its layer of several tokens, less 256 biases of routers in 58 layers, which are buffers.
+    "deepseek-v3": (671_026_419_200 - 58 * 256, 0),
+    # As the model cards round it. That of Llama 4 counts its tower, those of Gemma 4's small models towers for two.
+    "llama-4-scout": (109e9, 0.02),
+    "qwen3.5-9b": (9e9, 0.01),
+    "qwen3.5-35b-a3b": (35e9, 0.01),
+    "gemma-4-31b": (30.7e9, 0.002),
+    "gemma-4-26b-a4b": (25.2e9, 0.002),
+    "gemma-4-e4b": (8e9, 0.07),
+    "gemma-4-e2b": (5.1e9, 0.1),
+}
+"""The published parameters of the models that are simulated, and how far those of the text model may be from them."""
+
+
+def test_a_model_that_is_simulated_is_found_by_name_and_hub_id() -> None:
+    assert set(SIMULATED_COUNTS) == set(SIMULATED)
+    for name, known in SIMULATED.items():
+        found = describe_model(name)
+        assert found.config == describe_model(known.hub_id.lower()).config == known.config
+        assert found.shape is None
+        assert found.max_seq_len
+        assert re.search(r"^huggingface/transformers \S+ @ (5\.24\.0|[0-9a-f]{40})", known.source)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIMULATED)
+def test_transformers_builds_a_simulated_model_with_as_many_parameters(name: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIMULATED[name].config))
+    published, off = SIMULATED_COUNTS[name]
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(published, rel=off)
 
 
 # The allocator.
@@ -357,6 +403,16 @@ def test_a_card_is_found_as_people_write_it(text: str, name: str) -> None:
     if name == "h100":
         text = text.removesuffix(" 80 GB")
     assert find_gpu(text) == GPUS[name]
+
+
+@pytest.mark.parametrize("name", ["gtx1080ti", "rtx2080ti", "t4", "v100", "v100-32gb"])
+def test_a_card_before_ampere_is_warned_about(name: str) -> None:
+    options = {"attention": "flash_attention_2"}
+    first, second, *_ = answer_by_formula(ask(describe_model("llama-3.2-1b"), options, gpu=GPUS[name])).assumptions
+    assert "no bf16 products" in first
+    assert "use sdpa" in second
+    wide = answer_by_formula(ask(describe_model("llama-3.2-1b"), {"precision": "fp32"}, gpu=GPUS[name]))
+    assert not any("Ampere" in line for line in wide.assumptions)
 
 
 @pytest.mark.parametrize(

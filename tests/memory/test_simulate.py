@@ -28,7 +28,7 @@ from peftscope.methods import METHODS
 from peftscope.models.catalog import model_folder
 from peftscope.models.fetch import fetch_model
 from peftscope.models.presets import PRESETS
-from peftscope.models.shapes import FAMILIES, ModelShape
+from peftscope.models.shapes import EXPERTS, FAMILIES, Experts, ModelShape
 from peftscope.spec import RunSpec
 from peftscope.training.build import build_model
 from peftscope.training.load import DTYPES, attention, load_base, training_attention
@@ -173,7 +173,8 @@ TINY = {
     ],
 )
 def test_every_family(family: str, method: str, loss_path: str, precision: str, toy: Path, make_spec) -> None:
-    shape = ModelShape(family=family, tied_embeddings=family == "qwen2", **TINY)
+    experts = Experts(number=4, per_token=2, size=TINY["intermediate_size"]) if family in EXPERTS else None
+    shape = ModelShape(family=family, tied_embeddings=family == "qwen2", experts=experts, **TINY)
     config = AutoConfig.for_model(**shape.to_config())
     attention = "eager" if family == "gemma2" else "sdpa"
     spec = make_spec(method=method, loss_path=loss_path, precision=precision, attention=attention)

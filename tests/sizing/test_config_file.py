@@ -361,21 +361,29 @@ def test_a_local_model_lies_beside_the_file(tmp_path: Path) -> None:
     shape = describe_model("qwen2.5-0.5b").config
     (tmp_path / "base" / "config.json").write_text(json.dumps(shape))
     assert question(tmp_path, FILES["TRL"] | {"model_name_or_path": "./base"}).model.shape is not None
-    (tmp_path / "base" / "config.json").write_text(json.dumps(shape | {"num_experts": 8}))
-    assert "mixture of experts" in complaint(tmp_path, FILES["TRL"] | {"model_name_or_path": "./base"})
+    (tmp_path / "base" / "config.json").write_text(json.dumps(describe_model("mixtral-8x7b").config))
+    assert question(tmp_path, FILES["TRL"] | {"model_name_or_path": "./base"}).model.shape.experts
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "8-bit base": (FILES["axolotl"] | {"load_in_8bit": True}, "load_in_8bit: an 8-bit base"),
-    "8 bits of LLaMA-Factory": (FILES["LLaMA-Factory"] | {"quantization_bit": 8}, "quantization_bit"),
+    "8-bit base without an adapter": (
+        {"base_model": "qwen2.5-0.5b", "sequence_len": 512, "load_in_8bit": True},
+        "full on a base stored as int8 is not modelled",
+    ),
+    "3 bits of LLaMA-Factory": (FILES["LLaMA-Factory"] | {"quantization_bit": 3}, "quantization_bit"),
     "Adam-mini": (FILES["LLaMA-Factory"] | {"use_adam_mini": True}, "use_adam_mini: Adam-mini"),
-    "GaLore": (FILES["LLaMA-Factory"] | {"use_galore": "true"}, "use_galore: GaLore"),
-    "GaLore as an optimizer": (FILES["axolotl"] | {"optimizer": "galore_adamw"}, "optimizer: an optimizer"),
-    "experts": (FILES["axolotl"] | {"base_model": "mistralai/Mixtral-8x7B-v0.1"}, "base_model: a mixture"),
+    "GaLore with an adapter": (FILES["LLaMA-Factory"] | {"use_galore": "true"}, "galore projects the gradients"),
+    "another optimizer": (FILES["axolotl"] | {"optimizer": "grokadamw"}, "optimizer: an optimizer"),
+    "experts": (
+        {**FILES["axolotl"], "base_model": "mixtral-8x7b", "lora_target_linear": None, "lora_target_modules": ["w1"]},
+        "experts are fused parameters",
+    ),
     "other modules beside": (FILES["axolotl"] | {"lora_modules_to_save": ["norm"]}, "lora_modules_to_save"),
     "QDoRA": (FILES["alignment-handbook"] | {"use_dora": True}, "use_dora: DoRA on a 4-bit base"),
     "no length": (FILES["torchtune"] | {"tokenizer": {"max_seq_len": None}}, "give --seq-len"),
-    "a pattern": (FILES["alignment-handbook"] | {"lora_target_modules": r".*\.q_proj"}, "--targets"),
+    "a pattern of nothing": (FILES["alignment-handbook"] | {"lora_target_modules": r".*\.w_pack"}, "no known module"),
+    "a broken pattern": (FILES["alignment-handbook"] | {"lora_target_modules": "(q_proj"}, "no known module"),
+    "a pattern in a list": (FILES["alignment-handbook"] | {"lora_target_modules": [r".*\.q_proj"]}, "has no"),
     "no rank": ({**FILES["axolotl"], "lora_r": None}, "give --rank"),
     "length 0": (FILES["axolotl"] | {"sequence_len": 0}, "sequence_len (seq_len)"),
     "a length that is no number": (FILES["axolotl"] | {"sequence_len": "long"}, "sequence_len (seq_len)"),
@@ -427,6 +435,39 @@ def test_what_is_switched_off_asks_for_no_other_job(tmp_path: Path) -> None:
         read(tmp_path, FILES["TRL"], name="config_orpo.yaml")
 
 
+PATTERNS: dict[str, tuple[str, ...]] = {
+    r".*\.(q|v)_proj": ("q_proj", "v_proj"),
+    r"^(?!.*visual).*(?:mlp|self_attn)\.(?:up|down|o)_proj$": ("down_proj", "o_proj", "up_proj"),
+    r"model\.layers\.[01]\.self_attn\.q_proj": ("layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"),
+}
+"""Patterns of target modules, and the modules of Mistral-7B whose whole name they match."""
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_pattern_of_target_modules_is_read_as_peft_reads_it(pattern: str, tmp_path: Path) -> None:
+    asked = question(tmp_path, FILES["alignment-handbook"] | {"lora_target_modules": pattern})
+    assert asked.spec.method.targets == PATTERNS[pattern]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "more", "option", "value"),
+    [
+        ("axolotl", {"optimizer": "lion_8bit"}, "optimizer_states", "lion_8bit"),
+        ("TRL", {"optim": "adafactor"}, "optimizer_states", "adafactor"),
+        ("LLaMA-Factory", {"finetuning_type": "full", "use_galore": True}, "optimizer_states", "galore"),
+        ("LLaMA-Factory", {"finetuning_type": "full", "use_galore": True}, "optimizer_rank", 16),
+        ("LLaMA-Factory", {"finetuning_type": "full", "use_apollo": True, "apollo_rank": 4}, "optimizer_rank", 4),
+        ("LLaMA-Factory", {"finetuning_type": "full", "use_muon": True}, "optimizer_states", "muon"),
+        ("torchtune", {"optimizer_in_bwd": True}, "optimizer_in_bwd", True),
+        ("torchtune", {"optimizer_in_bwd": False}, "optimizer_in_bwd", False),
+    ],
+)
+def test_other_optimizers_are_read(trainer: str, more: dict[str, Any], option: str, value: Any, tmp_path: Path) -> None:
+    content = FILES[trainer] | more
+    content = {key: number for key, number in content.items() if key != "gradient_accumulation_steps"}
+    assert getattr(question(tmp_path, content).beside, option) == value
+
+
 def test_keys_that_may_change_memory_stand_apart_from_harmless_ones(tmp_path: Path) -> None:
     more = {"fp8": True, "context_parallel_size": 2, "tiled_mlp": False, "wandb_project": "mine"}
     reading = read(tmp_path, FILES["axolotl"] | more)
@@ -451,8 +492,9 @@ def test_axolotls_plugin_of_cut_cross_entropy_switches_it_on(tmp_path: Path) -> 
         ({"architectures": ["LlamaForSequenceClassification"]}, "another head than a causal model"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "t5 is an encoder-decoder"),
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is an encoder"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised (gptq)"),
-        ({"quantization_config": {"load_in_4bit": True}}, "quantised (bitsandbytes)"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "quantised ('aqlm')"),
+        ({"quantization_config": {"bits": 4}}, "quantised ('unknown')"),
+        ({"model_type": "opt", "quantization_config": {"quant_method": "gptq"}}, "gptq is not simulated"),
     ],
 )
 def test_a_model_of_another_kind_is_refused_by_its_name(config: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from peftscope.hardware.cards import Gpu
 from peftscope.memory.answer import Answer
 from peftscope.memory.formula.terms import DIMENSIONS
 from peftscope.methods import METHODS
-from peftscope.models.presets import PRESETS
+from peftscope.models.presets import PRESETS, SIMULATED
 from peftscope.models.shapes import FAMILIES
 from peftscope.sizing.fit import Fit
 from peftscope.words import counted, spoken_bytes, spoken_number
@@ -145,6 +145,9 @@ def show_models(console: Console) -> None:
     for name, preset in PRESETS.items():
         table.add_row(name, f"{preset.shape.parameters:,}", preset.shape.family, preset.hub_id)
         sources.setdefault(preset.source, []).append(name)
+    for name, known in SIMULATED.items():
+        table.add_row(name, "simulated", known.config["model_type"], known.hub_id)
+        sources.setdefault(known.source, []).append(name)
     console.print(table)
     console.print("Their shapes are listed in")
     for source, names in sources.items():
@@ -196,6 +199,10 @@ def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
     console.print(table)
     for name in simulated:
         console.print(f"{name} has no closed form: its peak is simulated, and largest sizes are not searched")
+    for fit in fits:
+        for line in fit.assumptions[:1]:
+            if line.startswith("experts: "):
+                console.print(f"{fit.model}, {fit.method}: {line}", markup=False)
 
 
 def show_lengths(answer: LengthsAnswer, console: Console) -> None:

@@ -30,6 +30,8 @@ class Gpu:
         cublas_bytes: The size of cuBLAS's workspace, which counts as allocated.
         reserve_bytes: The part that the driver keeps from CUDA. A card that is given by its size has none.
         reserve_source: Where the reserve was read.
+        before_ampere: Whether its compute capability is below 8.0: it has no bf16 products and no flash attention 2.
+        note: What else a person has to know about its memory.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Gpu:
     cublas_bytes: int = CUBLAS_BYTES
     reserve_bytes: int = 0
     reserve_source: str = ""
+    before_ampere: bool = False
+    note: str = ""
 
     @property
     def usable_bytes(self) -> int:
@@ -67,6 +71,10 @@ REPORTED_GIB: dict[str, tuple[float, str]] = {
     "RTX 3090": (23.69, "ucwxb/GraphAvatar issue 4"),
     "RTX 4060": (7.75, "ESRSchao/EdgeRegNet issue 2"),
     "RTX 4090": (23.52, "Soul-AILab/SoulX-FlashTalk issue 5"),
+    "RTX PRO 6000": (94.97, "antirez/ds4 issue 431"),
+    "GB10": (121.69, "MiaAI-Lab/GLM-5.3-Flash-EXL3-2x-DGX-Sparks issue 47"),
+    "B200": (178.35, "pytorch/ao pull 4002"),
+    "MI300X": (191.98, "rocminfo's pool of 201,310,208 KB"),
     "RTX 5090": (31.36, "TrajectoryCrafter/TrajectoryCrafter issue 20"),
     "T4": (14.56, "AlphaGPU/leetgpu-challenges issue 52"),
     "V100 32 GB": (31.74, "liucongg/ChatGLM-Finetuning issue 73"),
@@ -80,16 +88,18 @@ REPORTED_GIB: dict[str, tuple[float, str]] = {
 with the driver, it is the smallest."""
 
 
-def _gpu(name: str, mib: int, context_mib: int | None = None, *, hopper: bool = False) -> Gpu:
+def _gpu(
+    name: str, mib: int, context_mib: int | None = None, *, hopper: bool = False, old: bool = False, note: str = ""
+) -> Gpu:
     context = context_mib * MIB if context_mib else None
     cublas = CUBLAS_HOPPER_BYTES if hopper else CUBLAS_BYTES
     usable, source = REPORTED_GIB.get(name, (mib / 1024 * (1 - RESERVE_SHARE), f"assumed: {RESERVE_SHARE:.0%}"))
-    return Gpu(name, mib * MIB, context, cublas, mib * MIB - int(usable * GIB), source)
+    return Gpu(name, mib * MIB, context, cublas, max(0, mib * MIB - int(usable * GIB)), source, old, note)
 
 
 GPUS: dict[str, Gpu] = {
-    "gtx1080ti": _gpu("GTX 1080 Ti", 11264),
-    "rtx2080ti": _gpu("RTX 2080 Ti", 11264),
+    "gtx1080ti": _gpu("GTX 1080 Ti", 11264, old=True),
+    "rtx2080ti": _gpu("RTX 2080 Ti", 11264, old=True),
     "rtx3060": _gpu("RTX 3060", 12288),
     "rtx3080": _gpu("RTX 3080", 10240),
     "rtx3090": _gpu("RTX 3090", 24576),
@@ -98,19 +108,25 @@ GPUS: dict[str, Gpu] = {
     "rtx4080": _gpu("RTX 4080", 16376),
     "rtx4090": _gpu("RTX 4090", 24564),
     "rtx5090": _gpu("RTX 5090", 32607),
+    "rtxpro6000": _gpu("RTX PRO 6000", 97887),
     "a6000": _gpu("RTX A6000", 49140),
-    "t4": _gpu("T4", 15360),
-    "v100": _gpu("V100 16 GB", 16384),
-    "v100-32gb": _gpu("V100 32 GB", 32768),
+    "t4": _gpu("T4", 15360, old=True),
+    "v100": _gpu("V100 16 GB", 16384, old=True),
+    "v100-32gb": _gpu("V100 32 GB", 32768, old=True),
     "a10": _gpu("A10", 23028),
+    "a10g": _gpu("A10G", 23028),
     "l4": _gpu("L4", 23034, 226),
     "l40s": _gpu("L40S", 46068),
     "a100": _gpu("A100 40 GB", 40960, 501),
     "a100-80gb": _gpu("A100 80 GB", 81920, 501),
     "h100": _gpu("H100 80 GB", 81559, hopper=True),
     "h200": _gpu("H200", 143771, hopper=True),
+    "b200": _gpu("B200", 183359, hopper=True),
+    "gb10": _gpu("GB10", 124611, note="shares its memory with the host, which needs a part of it"),
+    "mi300x": _gpu("MI300X", 196592, note="its memory alone is known: ROCm's kernels and context may take other sizes"),
 }
-"""The known cards. Totals are those of nvidia-smi; the AgileRL project measured the contexts with torch 2.11."""
+"""The known cards. Totals are those of nvidia-smi, or of cudaMemGetInfo and rocminfo where it shows none;
+the AgileRL project measured the contexts with torch 2.11."""
 
 PEAK_FLOPS: dict[str, float] = {
     "rtx3090": 71e12,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from peftscope.errors import InputError, Problem
 from peftscope.hardware.cards import CONTEXT_BYTES
 from peftscope.memory.allocator import reserved_bytes
-from peftscope.memory.assumptions import assumptions_of
+from peftscope.memory.assumptions import assumptions_of, unquantised_experts
 from peftscope.memory.formula.linear import WIDTHS
 from peftscope.memory.formula.step import TrainingTraces, trace_evaluation, without_collector
 from peftscope.memory.formula.terms import SOURCES, evaluation_sizes, sizes_of
@@ -231,7 +231,7 @@ def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulat
         phases=peaks.phases,
         components=by_kind(alive),
         modules=_tree(alive),
-        assumptions=assumptions_of(question),
+        assumptions=[*unquantised_experts(question, alive), *assumptions_of(question)],
         agreement=_agreement(question, peaks) if how == "formula" else "",
         evaluation_bytes=_evaluation_bytes(question) if how == "formula" else None,
         terms=terms_of(alive),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from peftscope.hardware.cards import CONTEXT_BYTES
+from peftscope.hardware.cards import CONTEXT_BYTES, Gpu
+from peftscope.memory.formula.states import OTHER_OPTIMIZERS
 from peftscope.memory.question import Question
-from peftscope.words import MIB
+from peftscope.memory.trace import Block
+from peftscope.spec import RunSpec
+from peftscope.words import MIB, spoken_bytes
 
 
 @cache
@@ -35,6 +39,16 @@ def _evaluation(question: Question) -> str:
     )
 
 
+def unquantised_experts(question: Question, blocks: Iterable[Block]) -> list[str]:
+    """Returns what a 4-bit base leaves of its experts as they are, in one sentence or none."""
+    if not question.spec.method.quantization() and not question.model.stored:
+        return []
+    size = sum(block.size for block in blocks if block.kind == "weights" and ".experts." in f"{block.module}.")
+    bits = 16 if getattr(question.spec.method, "kbit_preparation", "none") == "none" else 32
+    skipped = f"in {bits} bits: under transformers 5 bitsandbytes skips fused parameters (its issue 1849)"
+    return [f"experts: {spoken_bytes(size)} {skipped}; quantize_moe_experts packs them"] if size else []
+
+
 def _given(fields: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in fields.items() if name != "name" and value is not None]
 
@@ -54,8 +68,7 @@ def assumptions_of(question: Question) -> list[str]:
         f"method {spec.method.name}: " + ", ".join(f"{k}={v}" for k, v in _given(spec.method.model_dump(mode="json"))),
         f"batch_size={spec.batch_size}, seq_len={spec.seq_len} for every sequence (the longest batch decides), "
         f"gradient_accumulation={spec.gradient_accumulation}",
-        f"precision={spec.precision}{', autocast' if spec.autocast else ''}, optimizer={spec.optimizer}"
-        + (f" ({spec.optimizer_implementation})" if spec.optimizer in ("adamw", "sgd") else ""),
+        f"precision={spec.precision}{', autocast' if spec.autocast else ''}, {_optimizer(question)}",
         f"loss_path=hf: logits of every position, {kept}; runs of this project compute only those of responses"
         if spec.loss_path == "hf"
         else f"loss_path=response_only: logits of {question.responses} positions per sequence",
@@ -68,6 +81,8 @@ def assumptions_of(question: Question) -> list[str]:
     ]
     if model.variant_of:
         lines.insert(0, f"model={model.variant_of}: {model.name} is a variant of it by its name, with the same shape")
+    if gpu is not None:
+        lines[:0] = _warnings(gpu, spec)
     lines += [f"the code of {versions}"] if (versions := library_versions()) else []
     if gpu is None or gpu.context_bytes is None:
         lines.append(f"CUDA context of {CONTEXT_BYTES / MIB:.0f} MiB, measured on an A100; other cards differ")
@@ -82,7 +97,11 @@ def assumptions_of(question: Question) -> list[str]:
     if question.saved:
         copies, width = " and ".join(question.saved), question.beside.modules_to_save_dtype
         lines.append(f"modules_to_save: a copy of {copies} is trained in full ({width}), and the frozen one stays")
-    if spec.method.quantization():
+    if model.unpacked:
+        lines.insert(0, model.unpacked)
+    if model.stored:
+        lines.insert(0, f"base stored as {model.stored.name} (formula only): {model.stored.source}")
+    elif spec.method.quantization():
         lines.append("4-bit products dequantise one layer at a time in both passes, as on CUDA with large batches")
     if spec.optimizer.startswith("paged"):
         lines.append("all paged optimizer states are on the card: device includes them, allocated does not")
@@ -100,6 +119,26 @@ def assumptions_of(question: Question) -> list[str]:
         said = " and ".join(f"{option}={value}" for option, value in idle.items())
         lines.append(f"{said}: without effect on one card; gpus says over how many a model is sharded")
     return [*lines, *_formula_only_lines(question), *question.by_trainer]
+
+
+def _optimizer(question: Question) -> str:
+    beside, spec = question.beside, question.spec
+    text = f"optimizer={spec.optimizer}"
+    if beside.optimizer_states != "own":
+        text = f"optimizer={beside.optimizer_states} (formula only: {OTHER_OPTIMIZERS[beside.optimizer_states]})"
+    elif spec.optimizer in ("adamw", "sgd"):
+        text += f" ({spec.optimizer_implementation})"
+    return f"{text}, in the backward pass" if beside.optimizer_in_bwd else text
+
+
+def _warnings(gpu: Gpu, spec: RunSpec) -> list[str]:
+    """Returns what a person should know about a card before its answer."""
+    lines = [f"{gpu.name}: {gpu.note}"] if gpu.note else []
+    if gpu.before_ampere and spec.precision != "fp32":
+        lines.append(f"{gpu.name}: no bf16 products before Ampere; torch emulates them, and fp16 takes the same memory")
+    if gpu.before_ampere and spec.attention == "flash_attention_2":
+        lines.append(f"{gpu.name}: flash attention 2 needs Ampere or newer; use sdpa")
+    return lines
 
 
 def _formula_only_lines(question: Question) -> list[str]:

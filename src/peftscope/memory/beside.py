@@ -38,6 +38,20 @@ class Beside(BaseModel):
     modules_to_save_dtype: Annotated[
         Literal["base", "fp32"], Field(description="of those copies: PEFT's is that of the module")
     ] = "base"
+    quantize_moe_experts: Annotated[
+        bool, Field(description="of a mixture on a 4-bit base: pack the experts, too, as axolotl does where asked")
+    ] = False
+    load_in_8bit: Annotated[
+        bool, Field(description="linear layers of the base in 8 bits, as bitsandbytes' LLM.int8() stores them")
+    ] = False
+    optimizer_states: Annotated[
+        Literal["own", "adafactor", "lion", "lion_8bit", "muon", "galore", "apollo"],
+        Field(description="of an optimizer that runs here do not have, by formula; --optimizer takes these names, too"),
+    ] = "own"
+    optimizer_rank: Annotated[int, Field(gt=0, description="rank of the states of galore and apollo")] = 128
+    optimizer_in_bwd: Annotated[
+        bool, Field(description="each weight is updated in the backward pass, and its gradient goes at once")
+    ] = False
     evaluation: Annotated[
         bool, Field(description="whether an evaluation counts; one does where its batch or what it gathers is given")
     ] = False
@@ -91,6 +105,17 @@ def check_beside(spec: RunSpec, beside: Beside) -> None:
     if beside.modules_to_save_dtype == "fp32" and spec.precision == "bf16" and not spec.autocasts:
         message = "a copy in fp32 does not multiply with bf16 outside autocast"
         raise InputError(Problem("modules_to_save_dtype", message, "use base, or --autocast"))
+    if beside.optimizer_states in ("galore", "apollo") and not method.trains_base:
+        message = (
+            f"{beside.optimizer_states} projects the gradients of whole matrices, which {method.name} does not train"
+        )
+        raise InputError(Problem("optimizer", message, "use full, or another optimizer"))
+    if beside.optimizer_in_bwd and spec.gradient_accumulation > 1:
+        message = "an optimizer in the backward pass keeps no gradients that could be accumulated"
+        raise InputError(Problem("optimizer_in_bwd", message, "use gradient_accumulation 1"))
+    if beside.quantize_moe_experts and not method.quantization():
+        message = f"packs experts as the 4-bit base of {method.name} is packed, which has none"
+        raise InputError(Problem("quantize_moe_experts", message, "use qlora, or leave it out"))
     if beside.eval_accumulation_steps and not beside.eval_gathers_logits:
         message = "says when gathered logits move to the host, and none are gathered"
         raise InputError(Problem("eval_accumulation_steps", message, "give --eval-gathers-logits ITEMS"))

@@ -15,11 +15,13 @@ from peftscope.files.content import parse_json, read_text
 from peftscope.files.hub import check_reached, mirrored
 from peftscope.hardware.cards import CUBLAS_BYTES, Gpu
 from peftscope.memory.beside import BESIDE_OPTIONS, Beside, check_beside
+from peftscope.memory.formula.states import OTHER_OPTIMIZERS
 from peftscope.memory.regimes import REGIMES, settings_of
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
-from peftscope.models.presets import PRESETS, did_you_mean, same_shape
+from peftscope.models.presets import PRESETS, SIMULATED, did_you_mean, same_shape
 from peftscope.models.shapes import ModelShape
+from peftscope.models.stored import INT8, Stored, stored_as
 from peftscope.spec import RunSpec
 
 METHOD_OPTIONS = (
@@ -79,6 +81,8 @@ class Model:
         shape: Its sizes, or None if the closed form does not know its family.
         why_no_shape: The reason why there is no shape.
         variant_of: The preset that it is a variant of by its name, if its own configuration was not read.
+        stored: How its linear layers are stored, if its checkpoint is quantised or is loaded in 8 bits.
+        unpacked: What an answer says of a quantised checkpoint that is unpacked to train.
     """
 
     name: str
@@ -86,6 +90,8 @@ class Model:
     shape: ModelShape | None
     why_no_shape: str = ""
     variant_of: str = ""
+    stored: Stored | None = None
+    unpacked: str = ""
 
     @property
     def max_seq_len(self) -> int | None:
@@ -151,6 +157,8 @@ class Question:
             "sharding": self.gpus > 1 and beside.sharding == "fsdp2",
             "master_weights": beside.master_weights == "fp32",
             "offload": beside.offload != "none",
+            "optimizer_states": beside.optimizer_states != "own",
+            "optimizer_in_bwd": beside.optimizer_in_bwd,
         }
         return [option for option, is_asked in asked.items() if is_asked]
 
@@ -176,6 +184,8 @@ def describe_model(name: str) -> Model:
     shape = PRESETS[name.lower()].shape if name.lower() in PRESETS else by_hub_id.get(name.lower())
     if shape is not None:
         return Model(name, shape.to_config(), shape)
+    if known := next((known for key, known in SIMULATED.items() if name.lower() in (key, known.hub_id.lower())), None):
+        return Model(name, known.config, None, f"model_type {known.config['model_type']} is not one of its kinds")
     path = Path(name)
     if path.suffix == ".json" or _is_folder(path):
         return _read_config(name, path / "config.json" if _is_folder(path) else path)
@@ -188,7 +198,7 @@ def describe_model(name: str) -> Model:
         shape = PRESETS[same].shape
         return Model(name, shape.to_config(), shape, variant_of=same)
     if "/" not in name:
-        hint = f"{did_you_mean(name, PRESETS)}; or give the path of a config.json, or a hub id org/name"
+        hint = f"{did_you_mean(name, [*PRESETS, *SIMULATED])}; or give the path of a config.json, or a hub id org/name"
         raise InputError(Problem("model", f"unknown model (got {name!r})", hint))
     return _read_config(name, _downloaded_config(name))
 
@@ -250,7 +260,8 @@ def _read_config(name: str, path: Path) -> Model:
     if reason := _not_modelled(config):
         raise InputError(Problem("model", f"{path}: {reason[0]}", reason[1]))
     try:
-        return Model(name, config, ModelShape.from_config(config))
+        stored, unpacked = stored_as(config.pop("quantization_config", None))
+        return Model(name, config, ModelShape.from_config(config), "", stored, unpacked)
     except KeyError as error:
         remedy = "give the config.json of a causal model"
         raise InputError(Problem("model", f"{path}: `{error.args[0]}` is missing", remedy)) from None
@@ -261,7 +272,10 @@ def _read_config(name: str, path: Path) -> Model:
         got = "" if isinstance(first["input"], dict) else f" (got {shown(first['input'])})"
         raise InputError(Problem("model", f"{where}: {message}{got}")) from None
     except ValueError as error:
-        return Model(name, config, None, str(error))
+        if stored:
+            message = f"{path}: no closed form, and {stored.name} is not simulated"
+            raise InputError(Problem("model", message, "give the config.json of its 16-bit base")) from None
+        return Model(name, config, None, str(error), None, unpacked)
     except (TypeError, ZeroDivisionError):
         remedy = "check that all its sizes are whole numbers above 0"
         raise InputError(Problem("model", f"{path} does not describe a model", remedy)) from None
@@ -282,10 +296,6 @@ def _not_modelled(config: Mapping[str, Any]) -> tuple[str, str] | None:
         return f"{name} is an encoder, which is not modelled", causal
     if re.search(r"For(Sequence|Token)Classification$|ForQuestionAnswering$", str(name)):
         return f"{name} has another head than a causal model, which is not modelled", causal
-    stored = config.get("quantization_config")
-    if isinstance(stored, dict):
-        how = stored.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in stored else "unknown")
-        return f"a checkpoint that is quantised ({how}) is not modelled", "give the config.json of its 16-bit base"
     return None
 
 
@@ -311,6 +321,8 @@ def ask(
     """
     given = {name: value for name, value in options.items() if value is not None}
     name = given.pop("method", "lora")
+    if given.get("optimizer") in OTHER_OPTIMIZERS:
+        given |= {"optimizer_states": given.pop("optimizer"), "optimizer_implementation": "fused"}
     if name not in METHODS:
         raise InputError(Problem("method", f"unknown method (got {name!r})", close_match(name, METHODS)))
     try:
@@ -342,6 +354,8 @@ def ask(
         # Without a value of its own, the evaluation's batch size follows that of training.
         follows = {"eval_batch_size"} - given.keys()
         raise InputError(p for p in _problems(error) if p.where not in follows) from None
+    if beside.load_in_8bit:
+        model = replace(model, stored=INT8)
     _check_model(model, spec)
     kept = responses if responses is not None else usual_responses(spec.seq_len)
     if not 1 <= kept <= spec.seq_len:
@@ -363,15 +377,19 @@ def preset_or_modules(text: str | None) -> str | list[str] | None:
     return text if not text else names[0] if len(names) == 1 and names[0] in TARGET_PRESETS else names
 
 
+NOT_SDPA = {
+    "gemma2": "apply the soft cap of Gemma-2's attention scores",
+    "gpt_oss": "know the sinks of gpt-oss's attention",
+}
+"""Families whose attention is eager by default, and what SDPA does not do."""
+
+
 def _defaults(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
     defaults = dict(DEFAULTS)
-    if model.config["model_type"] == "gemma2":
+    if why := NOT_SDPA.get(model.config["model_type"]):
         defaults["attention"] = "eager"
         if given.get("attention") == "sdpa":
-            message = "sdpa does not apply the soft cap of Gemma-2's attention scores"
-            raise InputError(Problem("attention", message, "use eager or flash_attention_2"))
-    elif model.config["model_type"] == "gpt_oss":  # transformers has no SDPA for its sinks
-        defaults["attention"] = "eager"
+            raise InputError(Problem("attention", f"sdpa does not {why}", "use eager or flash_attention_2"))
     return defaults
 
 
@@ -391,13 +409,25 @@ def _check_model(model: Model, spec: RunSpec) -> None:
         length = f"{spec.seq_len}" + (f" and {virtual} virtual tokens" if virtual else "")
         message = f"{length} is over the model's limit of {limit} tokens"
         raise InputError(Problem("seq_len", message, f"use at most {limit - virtual}"))
+    form = spec.method.closed_form
+    if model.stored and (not form or not spec.method.targets_of() or form.layer != "low-rank" or form.own_group):
+        message = f"{spec.method.name} on a base stored as {model.stored.name} is not modelled"
+        raise InputError(Problem("method", message, "use lora, rslora or qlora"))
+    if model.stored and (
+        spec.precision != "bf16" or model.shape is None or (model.shape.experts and model.stored != INT8)
+    ):
+        message = f"a base stored as {model.stored.name} is modelled for dense models with a closed form, in bf16"
+        raise InputError(Problem("model", message, "use precision bf16 and such a model"))
     if model.shape is None:
         return
     modules = [layer.name for layer in model.shape.block]
     for target in spec.method.modules_named():
         if not model.shape.linear_layers([target]):
             remedy = close_match(target, [*modules, *TARGET_PRESETS])
+            remedy = FUSED_EXPERTS if model.shape.experts else remedy
             raise InputError(Problem("targets", f"{model.name} has no `{target}`", remedy))
+    if spec.method.targets_of() and not model.shape.linear_layers(spec.method.targets_of()):
+        raise InputError(Problem("targets", f"{model.name} has no such layers", FUSED_EXPERTS))
     name = spec.method.rank_field
     rank, narrowest = getattr(spec.method, name, None), narrowest_target(model, spec)
     if spec.method.closed_form is None:  # a method of another package may mean something else by its rank
@@ -406,6 +436,8 @@ def _check_model(model: Model, spec: RunSpec) -> None:
         message = f"{rank} is more than the smallest adapted width, {narrowest}"
         raise InputError(Problem(name, message, f"use at most {narrowest}"))
 
+
+FUSED_EXPERTS = "experts are fused parameters, whose adapters are not modelled; use all-linear, or name attention's"
 
 SCALED_LOGITS = ("gemma2", "granite")
 """Families whose logits are scaled or capped after the head, which the fused losses here do not do."""

@@ -21,7 +21,14 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from peftscope.data.batching import Batch
 from peftscope.errors import InputError, Problem, shown
 from peftscope.memory.answer import Answer, Peaks, answer_of, peaks_of
-from peftscope.memory.as_on_cuda import FLASH_STAND_IN, as_on_cuda, dequantised_bytes, drop_as_on_cuda, fuse_loss
+from peftscope.memory.as_on_cuda import (
+    FLASH_STAND_IN,
+    as_on_cuda,
+    dequantised_bytes,
+    drop_as_on_cuda,
+    fuse_loss,
+    grouped_products,
+)
 from peftscope.memory.formula.step import PAGED_FROM_VALUES
 from peftscope.memory.probe import track_evaluation, track_steps
 from peftscope.memory.question import Question
@@ -42,6 +49,7 @@ def simulate(
     cublas_bytes: int = 0,
     loss: str = "plain",
     saved: Mapping[str, str] = MappingProxyType({}),
+    packs_experts: bool = False,
 ) -> tuple[Trace, Trace | None]:
     """Returns the trace of training steps, one per batch, and the trace of an evaluation.
 
@@ -58,6 +66,7 @@ def simulate(
         cublas_bytes: The size of cuBLAS's workspace. Above 0, the traces also contain the workspaces of CUDA kernels.
         loss: plain, or liger for a stand-in that allocates what Liger's loss allocates.
         saved: The modules of which PEFT trains a copy in full, and its precision: base or fp32.
+        packs_experts: Whether the fused experts of a 4-bit base are packed, too.
     """
     trained = _empty_model(spec, config, saved)
     model = trained.model
@@ -71,8 +80,10 @@ def simulate(
     in_training = _stand_in(training_attention(spec), spec, [] if spec.packing else batches)
     in_evaluation = _stand_in(spec.attention, spec, [evaluation_batch] if evaluation_batch else [])
     choices = as_on_cuda() if cublas_bytes else nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True), choices, _Owners(trained) as owners:
+    with FakeTensorMode(allow_non_fake_inputs=True), choices, grouped_products(), _Owners(trained) as owners:
         _fill_with_fakes(model, spec.method.quantization())
+        if packs_experts:
+            _pack_experts(model, spec.method.quantization())
         with attention(model, in_training):
             trace = _train(trained, owners, on_cpu, batches, cublas_bytes) if batches else Trace()
         if evaluation_batch is None:
@@ -171,6 +182,10 @@ def peaks_by_simulation(question: Question, *, evaluation: bool | None = None) -
     for option in question.formula_only:
         message = f"{shown(getattr(question.beside, option))} is known to the closed form only"
         raise InputError(Problem(option, message, "leave out --simulate"))
+    if stored := question.model.stored:
+        raise InputError(
+            Problem("model", f"a base in {stored.name} is known to the closed form only", "leave out --simulate")
+        )
     spec, responses = question.spec, question.responses
     counts = question.evaluates if evaluation is None else evaluation
     if reason := spec.method.why_not_simulated():
@@ -189,6 +204,7 @@ def peaks_by_simulation(question: Question, *, evaluation: bool | None = None) -
             question.cublas_bytes,
             question.beside.loss,
             question.saved,
+            question.beside.quantize_moe_experts,
         )
     except Exception as error:  # any model may fail in its own way, and the user needs one line
         where, reason, remedy = _why_it_failed(question, error)
@@ -280,7 +296,7 @@ def _empty_base(spec: RunSpec, config: Any, quantization: Quantization | None) -
         from bitsandbytes.nn import Linear4bit
 
         for name, module in list(base.named_modules()):
-            if isinstance(module, torch.nn.Linear) and module is not base.get_output_embeddings():
+            if type(module) is torch.nn.Linear and module is not base.get_output_embeddings():
                 parent = base.get_submodule(name.rpartition(".")[0])
                 packed = Linear4bit(
                     module.in_features,
@@ -325,6 +341,19 @@ def _fill_with_fakes(model: torch.nn.Module, quantization: Quantization | None) 
     # PEFT's indices of virtual tokens are neither parameters nor buffers.
     indices = getattr(model, "prompt_tokens", {})
     indices |= {name: torch.empty_like(old, device="cpu") for name, old in indices.items()}
+
+
+def _pack_experts(model: torch.nn.Module, quantization: Any) -> None:
+    """Packs fused experts as axolotl does, monkeypatch/moe_quant.py at 01cd194: by bitsandbytes' parametrization."""
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    for name, module in list(model.named_modules()):
+        for key, weight in list(module.named_parameters(recurse=False)):
+            if weight.ndim > 2 and "expert" in f"{name}.{key}":
+                weight.data = weight.data.to(DTYPES["bf16"])
+                replace_parameter_4bit(module, key, quantization.double_quant, quantization.quant_type)
+                packed: Any = module.parametrizations[key]
+                packed.original.quant_state = packed[0].quant_state  # where the tracker looks for it
 
 
 def _fake_like(old: torch.Tensor, quantization: Quantization | None) -> torch.Tensor:

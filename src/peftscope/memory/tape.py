@@ -17,7 +17,7 @@ from peftscope.memory.trace import Block, Trace, bytes_of, spoken_width
 
 Dims = tuple[str, ...]
 
-_LETTERS = [*"12LBSPTUNEFcvagdrhqk", "q+2k", "I", "2I", "V"]
+_LETTERS = [*"12LBSPTUNEFcmvaegdrohqk", "q+2k", "I", "2I", "J", "2J", "V"]
 """The order of the dimensions in a formula."""
 
 
@@ -136,6 +136,7 @@ class Tape:
         training: Whether the tape records gradients at all.
         trained: The names of the trained parameters.
         casts: The 16-bit copies of trained parameters that autocast made in this pass. Clear it after the pass.
+        steps_in_backward: Whether a gradient goes as soon as it is whole, because the optimizer has used it.
     """
 
     def __init__(self, sizes: dict[str, int]) -> None:
@@ -146,6 +147,7 @@ class Tape:
         self.training = True
         self.trained: set[str] = set()
         self.casts: dict[int, Shaped] = {}
+        self.steps_in_backward = False
         self._order = 0
         self._kind = ""
         self._frame: _Frame | None = None
@@ -323,6 +325,7 @@ class Tape:
             leaf.grad = leaf.waiting
             block = leaf.grad.storage.block
             block.kind, block.module = "gradients", leaf.name
+        leaf.grad = None if self.steps_in_backward else leaf.grad
         leaf.waiting, leaf.arrived, leaf.uses = None, 0, 0
 
     # Operations that several models and methods share.

@@ -8,10 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peftscope.errors import close_match
-from peftscope.models.shapes import Family, ModelShape
+from peftscope.models.shapes import Experts, Family, ModelShape
+
+
+class Simulated(NamedTuple):
+    """A base model of a kind without a closed form: where its ``config.json`` differs from transformers' defaults."""
+
+    hub_id: str
+    config: dict[str, Any]
+    source: str
 
 
 class Preset(NamedTuple):
@@ -43,6 +51,7 @@ OTHER_SOURCES: dict[str, str] = {
     "huggyllama/llama-65b": HUB,
     "mistralai/Mistral-Nemo-Base-2407": f"{NEMO}; its vocabulary is that of its hub",
     "mistralai/Mistral-Small-24B-Base-2501": f"{LITGPT}, but the width of a head and the longest sequence of its hub",
+    "mistralai/Mistral-Small-3.2-24B-Instruct-2506": f"{LITGPT}, for the base of 2501; the text model alone",
     "microsoft/Phi-3-mini-4k-instruct": f"{LITGPT}, but the window of its hub",
     "google/gemma-3-1b-it": f"{LITGPT}, but the longest sequence of its hub",
     "google/gemma-3-4b-it": TEXT_OF_GEMMA3,
@@ -70,6 +79,7 @@ def _preset(
     *,
     tied: bool = False,
     window: int | None = None,
+    experts: tuple[int, int, int] | None = None,
 ) -> Preset:
     shape = ModelShape(
         family=family,
@@ -83,6 +93,7 @@ def _preset(
         tied_embeddings=tied,
         max_seq_len=max_seq_len,
         sliding_window=window,
+        experts=Experts(number=experts[0], per_token=experts[1], size=experts[2]) if experts else None,
     )
     return Preset(hub_id, shape, OTHER_SOURCES.get(hub_id, LITGPT))
 
@@ -118,6 +129,15 @@ PRESETS: dict[str, Preset] = {
     "mistral-small-24b": _preset(
         "mistralai/Mistral-Small-24B-Base-2501", "mistral", 131072, 5120, 32768, 40, 32, 8, 32768, 128
     ),
+    "mistral-small-3.2-24b": _preset(
+        "mistralai/Mistral-Small-3.2-24B-Instruct-2506", "mistral", 131072, 5120, 32768, 40, 32, 8, 131072, 128
+    ),
+    "mixtral-8x7b": _preset(
+        "mistralai/Mixtral-8x7B-v0.1", "mixtral", 32000, 4096, 14336, 32, 32, 8, 32768, experts=(8, 2, 14336)
+    ),
+    "mixtral-8x22b": _preset(
+        "mistralai/Mixtral-8x22B-v0.1", "mixtral", 32768, 6144, 16384, 56, 48, 8, 65536, experts=(8, 2, 16384)
+    ),
     "qwen2.5-0.5b": _preset("Qwen/Qwen2.5-0.5B", "qwen2", 151936, 896, 4864, 24, 14, 2, 32768, tied=True),
     "qwen2.5-1.5b": _preset("Qwen/Qwen2.5-1.5B", "qwen2", 151936, 1536, 8960, 28, 12, 2, 131072, tied=True),
     "qwen2.5-3b": _preset("Qwen/Qwen2.5-3B", "qwen2", 151936, 2048, 11008, 36, 16, 2, 32768, tied=True),
@@ -130,6 +150,12 @@ PRESETS: dict[str, Preset] = {
     "qwen3-8b": _preset("Qwen/Qwen3-8B", "qwen3", 151936, 4096, 12288, 36, 32, 8, 40960),
     "qwen3-14b": _preset("Qwen/Qwen3-14B", "qwen3", 151936, 5120, 17408, 40, 40, 8, 40960),
     "qwen3-32b": _preset("Qwen/Qwen3-32B", "qwen3", 151936, 5120, 25600, 64, 64, 8, 40960, 128),
+    "qwen3-30b-a3b": _preset(
+        "Qwen/Qwen3-30B-A3B", "qwen3_moe", 151936, 2048, 6144, 48, 32, 4, 40960, 128, experts=(128, 8, 768)
+    ),
+    "qwen3-235b-a22b": _preset(
+        "Qwen/Qwen3-235B-A22B", "qwen3_moe", 151936, 4096, 12288, 94, 64, 4, 40960, 128, experts=(128, 8, 1536)
+    ),
     "phi-3-mini": _preset("microsoft/Phi-3-mini-4k-instruct", "phi3", 32064, 3072, 8192, 32, 32, 32, 4096, window=2047),
     "phi-4": _preset("microsoft/phi-4", "phi3", 100352, 5120, 17920, 40, 40, 10, 16384),
     "gemma-2-2b": _preset(
@@ -165,6 +191,46 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 """The well-known base models by the names that commands take."""
+
+TRANSFORMERS = "huggingface/transformers src/transformers/models/{} @ {}"
+_GEMMA4 = TRANSFORMERS.format("gemma4/convert_gemma4_weights.py", "0f3f0632a38798af2adf264adc752130ecc5fa66")
+
+
+def _simulated(hub_id: str, kind: str, length: int, beside: str = "", **config: Any) -> Simulated:
+    source = TRANSFORMERS.format(kind.removesuffix("_text"), f"5.24.0, the defaults of its configuration{beside}")
+    return Simulated(hub_id, {"model_type": kind, "max_position_embeddings": length, **config}, source)
+
+
+def _gemma4(size: str, sizes: tuple[int, ...], length: int, local: int = 5, **more: Any) -> Simulated:
+    names = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
+    layers = [*["sliding_attention"] * local, "full_attention"] * (sizes[2] // (local + 1))
+    config = {"model_type": "gemma4_text", "max_position_embeddings": length, "final_logit_softcapping": 30.0}
+    config |= {**dict(zip(names, sizes, strict=True)), "layer_types": layers, **more}
+    return Simulated(f"google/gemma-4-{size}-it", config, f"{_GEMMA4}; the text model alone")
+
+
+_WIDE = {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "sliding_window": 1024}
+_EXPERTS = {"enable_moe_block": True, "num_experts": 128, "moe_intermediate_size": 704, "top_k_experts": 8}
+_OF_20B = ", but the layers and experts of arXiv 2508.10925, table 1"
+_TEXT = "; the text model alone"
+
+SIMULATED: dict[str, Simulated] = {
+    "gpt-oss-20b": _simulated(
+        "openai/gpt-oss-20b", "gpt_oss", 131072, _OF_20B, num_hidden_layers=24, num_local_experts=32
+    ),
+    "gpt-oss-120b": _simulated("openai/gpt-oss-120b", "gpt_oss", 131072),
+    "deepseek-v3": _simulated("deepseek-ai/DeepSeek-V3", "deepseek_v3", 163840, ", but its hub's longest sequence"),
+    "llama-4-scout": _simulated("meta-llama/Llama-4-Scout-17B-16E", "llama4_text", 131072, _TEXT),
+    "qwen3.5-9b": _simulated("Qwen/Qwen3.5-9B", "qwen3_5_text", 262144, _TEXT),
+    "qwen3.5-35b-a3b": _simulated("Qwen/Qwen3.5-35B-A3B", "qwen3_5_moe_text", 262144, _TEXT),
+    "gemma-4-e2b": _gemma4("E2B", (1536, 6144, 35, 8, 1), 131072, 4, num_kv_shared_layers=20, use_double_wide_mlp=True),
+    "gemma-4-e4b": _gemma4("E4B", (2560, 10240, 42, 8, 2), 131072, num_kv_shared_layers=18),
+    "gemma-4-31b": _gemma4("31B", (5376, 21504, 60, 32, 16), 262144, num_global_key_value_heads=4, **_WIDE),
+    "gemma-4-26b-a4b": _gemma4(
+        "26B-A4B", (2816, 2112, 30, 16, 8), 262144, num_global_key_value_heads=2, **_WIDE, **_EXPERTS
+    ),
+}
+"""Well-known base models whose kind has no closed form, by the names that commands take."""
 
 VARIANT = re.compile(r"^meta-|-(instruct|chat|it|hf|base|2507)(?=-|$)|[^a-z0-9]")
 """The parts of a model's name that do not change its shape."""

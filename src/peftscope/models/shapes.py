@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from peftscope.errors import shown
 from peftscope.files.content import Count
 
-Family = Literal["llama", "mistral", "qwen2", "phi3", "gemma2", "qwen3", "smollm3", "granite", "olmo2", "gemma3_text"]
+Dense = Literal["llama", "mistral", "qwen2", "phi3", "gemma2", "qwen3", "smollm3", "granite", "olmo2", "gemma3_text"]
+Family = Literal[Dense, "mixtral", "qwen3_moe"]
 """The ``model_type`` of a ``config.json``, which decides how the blocks are wired."""
 
 UNMODELLED: dict[str, Any] = {
@@ -25,6 +26,10 @@ UNMODELLED: dict[str, Any] = {
     "quantization_config": None,
     "no_rope_layer_interval": 4,
     "sliding_window_pattern": 6,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+    "router_jitter_noise": 0.0,
+    "output_router_logits": False,
 }
 """Fields of a ``config.json`` that the closed form does not model, and the value at which they have no effect."""
 
@@ -37,6 +42,11 @@ LOCAL_OF_SIX = 5
 
 HEAD_DIMS: dict[str, int] = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}
 """The width of a head where a ``config.json`` does not state it and transformers does not divide."""
+EXPERTS: dict[str, tuple[str, str]] = {
+    "mixtral": ("num_local_experts", "intermediate_size"),
+    "qwen3_moe": ("num_experts", "moe_intermediate_size"),
+}
+"""Families of mixtures of experts, and the keys of the number of experts and of the inner size of one."""
 TIED_BY_DEFAULT = ("gemma2", "gemma3_text", "smollm3")
 """Families whose head has the weights of the embedding unless a ``config.json`` says otherwise."""
 
@@ -54,6 +64,16 @@ class LinearLayer:
     def weights(self) -> int:
         """The number of values of the matrix."""
         return self.inputs * self.outputs
+
+
+class Experts(BaseModel):
+    """The experts of every layer of a mixture, and how many of them a token goes through."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    number: Count
+    per_token: Count
+    size: Annotated[Count, Field(description="intermediate size of one expert")]
 
 
 def module_path(index: int, layer: str) -> str:
@@ -91,11 +111,14 @@ class ModelShape(BaseModel):
     tied_embeddings: bool
     max_seq_len: Annotated[Count | None, Field(description="max_position_embeddings; null: not checked")] = None
     sliding_window: Annotated[Count | None, Field(description="tokens that a layer sees; null: all")] = None
+    experts: Annotated[Experts | None, Field(description="of a mixture; null: a dense model")] = None
 
     @model_validator(mode="after")
     def _heads_share_keys_evenly(self) -> ModelShape:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+        if (self.experts is not None) != (self.family in EXPERTS):
+            raise ValueError(f"experts belong to {' and '.join(EXPERTS)} (got family={self.family})")
         return self
 
     @cached_property
@@ -111,11 +134,16 @@ class ModelShape(BaseModel):
                 LinearLayer("down_proj", inner, hidden),
             )
         bias = self.family == "qwen2"
-        return (
+        attention = (
             LinearLayer("q_proj", hidden, queries, bias),
             LinearLayer("k_proj", hidden, keys, bias),
             LinearLayer("v_proj", hidden, keys, bias),
             LinearLayer("o_proj", queries, hidden),
+        )
+        if self.experts:  # transformers 5 fuses them into parameters, which are no layers
+            return attention
+        return (
+            *attention,
             LinearLayer("gate_proj", hidden, inner),
             LinearLayer("up_proj", hidden, inner),
             LinearLayer("down_proj", inner, hidden),
@@ -134,7 +162,7 @@ class ModelShape(BaseModel):
     @property
     def head_norms(self) -> tuple[int, int] | None:
         """The widths of the norms of queries and keys: of one head, or of all; None without such norms."""
-        if self.family in ("qwen3", "gemma3_text"):
+        if self.family in ("qwen3", "qwen3_moe", "gemma3_text"):
             return self.head_dim, self.head_dim
         if self.family == "olmo2":
             return self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -155,13 +183,20 @@ class ModelShape(BaseModel):
         return self.num_layers * sum(layer.weights for layer in self.block)
 
     @property
+    def expert_parameters(self) -> int:
+        """The weights of all experts, without their routers. 4-bit loading leaves them as they are."""
+        one = self.experts
+        return 3 * self.num_layers * one.number * one.size * self.hidden_size if one else 0
+
+    @property
     def parameters(self) -> int:
         """The number of all weights; tied weights count once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         biases = self.num_layers * sum(layer.outputs for layer in self.block if layer.bias)
         norms = (len(self.norms) * self.num_layers + 1) * self.hidden_size
         norms += self.num_layers * sum(self.head_norms or ())
-        return self.linear_parameters + biases + embeddings + norms
+        routers = self.num_layers * self.experts.number * self.hidden_size if self.experts else 0
+        return self.linear_parameters + self.expert_parameters + routers + biases + embeddings + norms
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ModelShape:
@@ -178,6 +213,10 @@ class ModelShape(BaseModel):
             if config.get(name, usual) not in (usual, None):
                 raise ValueError(f"{name}={shown(config[name])} changes sizes in a way that is not modelled")
         heads = config["num_attention_heads"]
+        experts = None
+        if family in EXPERTS:
+            number, size = (config[key] for key in EXPERTS[family])
+            experts = Experts(number=number, per_token=config["num_experts_per_tok"], size=size)
         usual_head = HEAD_DIMS.get(family) or config["hidden_size"] // heads
         return cls(
             family=family,
@@ -191,6 +230,7 @@ class ModelShape(BaseModel):
             tied_embeddings=config.get("tie_word_embeddings", family in TIED_BY_DEFAULT),
             max_seq_len=config.get("max_position_embeddings"),
             sliding_window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
+            experts=experts,
         )
 
     def to_config(self) -> dict[str, Any]:
@@ -210,4 +250,7 @@ class ModelShape(BaseModel):
         }
         if self.family in ("mistral", "phi3", "gemma2", "gemma3_text"):
             config["sliding_window"] = self.sliding_window
+        if self.experts:
+            sizes = dict(zip(EXPERTS[self.family], (self.experts.number, self.experts.size), strict=True))
+            config |= sizes | {"num_experts_per_tok": self.experts.per_token}
         return config

@@ -16,19 +16,16 @@ from peftscope.errors import InputError, Problem, shown
 from peftscope.hardware.cards import Gpu
 from peftscope.memory.question import METHOD_OPTIONS, SCALED_LOGITS, Model, Question, ask, describe_model
 from peftscope.methods import METHODS
+from peftscope.models.shapes import module_path
 from peftscope.sizing.jobs import SUPERVISED, job_of
 from peftscope.sizing.reading import Reading, exists, flatten, read_content, read_rows, spoken
 from peftscope.sizing.trainers import recognise
 
-LORA_DEFAULTS = ("llama", "mistral", "gemma2", "gemma3_text", "qwen2", "qwen3")
+IA3_FAMILIES = ("llama", "mistral", "gemma2", "gemma3_text", "qwen2", "qwen3")
+LORA_DEFAULTS = (*IA3_FAMILIES, "mixtral", "llama4")
 """Families for which PEFT 0.21's LoRA takes q_proj and v_proj by default. Source: ``peft/utils/constants.py``."""
-IA3_DEFAULTS = dict.fromkeys(LORA_DEFAULTS, "q_proj") | {"llama": "k_proj", "mistral": "k_proj"}
+IA3_DEFAULTS = dict.fromkeys(IA3_FAMILIES, "q_proj") | {"llama": "k_proj", "mistral": "k_proj"}
 """The module that PEFT 0.21's IA3 rescales beside v_proj and down_proj by default, by family. Source: the same."""
-
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-"""Keys of a ``config.json`` that a mixture of experts has."""
-EXPERTS_NAME = re.compile(r"mixtral|moe|\d+x\d+b|-a\d+(\.\d+)?b", re.IGNORECASE)
-"""Names that mixtures of experts have: Mixtral-8x7B, Qwen3-30B-A3B."""
 
 
 def _interpolated(values: dict[str, Any]) -> dict[str, Any]:
@@ -69,8 +66,6 @@ def read_config(
     if reading.model is None:
         say = f"peftscope memory MODEL --config {path}"
         reading.problems.append(Problem(str(path), "names no base model", f"give it: {say}"))
-    elif EXPERTS_NAME.search(reading.model):
-        _refuse_experts(reading)
     _check_method(reading)
     return reading
 
@@ -84,11 +79,6 @@ def _check_method(reading: Reading) -> None:
         if "targets" not in fields:
             reading.options.pop("modules_to_save", None)
         reading.options["method"] = method
-
-
-def _refuse_experts(reading: Reading) -> None:
-    key = reading.keys.get("model", "model")
-    reading.refuse(key, f"a mixture of experts is not modelled (got {shown(reading.model)})", "use a dense model")
 
 
 def question_of(
@@ -106,8 +96,6 @@ def question_of(
     if reading.problems:
         raise InputError(reading.problems)
     model = _model_of(reading)
-    if any(model.config.get(key) for key in EXPERTS):
-        _refuse_experts(reading)
     _default_targets(reading, model)
     family = model.config["model_type"]
     if family in SCALED_LOGITS and reading.given.get("loss") is None and reading.options.pop("loss", None):
@@ -168,10 +156,27 @@ def _model_of(reading: Reading) -> Model:
     return model
 
 
+def _read_pattern(reading: Reading, model: Model) -> None:
+    """Sets the modules whose whole name a pattern matches, as PEFT does."""
+    shape, key = model.shape, reading.keys["targets"]
+    paths = [module_path(i, layer.name) for i in range(shape.num_layers) for layer in shape.block] if shape else []
+    try:
+        found = [path for path in paths if re.fullmatch(reading.pattern, f"model.{path}")]
+    except re.error:
+        found = []
+    names = {path.rpartition(".")[2] for path in found}
+    whole = shape is not None and len(shape.linear_layers([*names])) == len(found)
+    reading.options["targets"] = sorted(names) if whole else found
+    if not found:
+        reading.refuse(key, f"a pattern of no known module (got {shown(reading.pattern)})", "list the modules")
+
+
 def _default_targets(reading: Reading, model: Model) -> None:
     """Sets PEFT's own targets if the file leaves them to PEFT, which decides by the family of the model."""
     method = reading.options["method"]
     takes_targets = "targets" in METHODS[method].model_fields
+    if takes_targets and reading.pattern and reading.given.get("targets") is None:
+        _read_pattern(reading, model)
     if not takes_targets or "targets" in reading.options or reading.given.get("targets") is not None:
         return
     family, source = model.config["model_type"], "PEFT 0.21's default for this family, peft/utils/constants.py"

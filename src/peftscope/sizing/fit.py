@@ -14,7 +14,7 @@ from peftscope.errors import InputError, Problem, close_match
 from peftscope.hardware.cards import Fits, Gpu
 from peftscope.memory.allocator import segment_share
 from peftscope.memory.answer import Peaks, peaks_by_formula
-from peftscope.memory.assumptions import assumptions_of
+from peftscope.memory.assumptions import assumptions_of, unquantised_experts
 from peftscope.memory.formula.step import TrainingTraces, without_collector
 from peftscope.memory.formula.terms import sizes_of
 from peftscope.memory.question import METHOD_OPTIONS, Model, Question, ask, narrowest_target, usual_responses
@@ -223,7 +223,7 @@ class Search:
         else:
             self._asked_peaks = self._peaks(self._question, inf)
         alive = self._asked_peaks.alive(self._asked_peaks.binding_phase)
-        self._components = by_kind(alive)
+        self._components, self._experts = by_kind(alive), unquantised_experts(self._question, alive)
         formulas = Counter(block.formula for block in alive if block.formula)
         self._line: list[tuple[float, list[str], int]] = [
             (*factors(formula), number) for formula, number in formulas.items()
@@ -257,7 +257,7 @@ class Search:
                 "precision": spec.precision,
                 "loss_path": spec.loss_path,
             },
-            assumptions=tuple(assumptions_of(self._question)),
+            assumptions=(*self._experts, *assumptions_of(self._question)),
         )
         if self._how == "simulation":
             return fit

@@ -48,6 +48,7 @@ class Reading:
         not_modelled: Keys that change memory in a way that the calculator does not model.
         problems: What a person has to fix.
         used: The keys that were read.
+        pattern: A pattern of target modules, which the shape of the model turns into their names.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class Reading:
     not_modelled: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
+    pattern: str = ""
 
     def find(self, *keys: str) -> str | None:
         """Returns the first of these keys that has a value, or None, and counts it as understood."""

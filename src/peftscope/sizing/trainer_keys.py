@@ -48,6 +48,8 @@ def four_bit(key: str, remedy: str) -> Row:
     """Returns the row of a key for a 4-bit base, which makes QLoRA of LoRA; the remedy switches an adapter on."""
 
     def read(reading: Reading, row: Row) -> None:
+        if reading.options.get("load_in_8bit"):
+            return
         if reading.options["method"] == "full" and reading.is_on(key):
             reading.refuse(key, "a 4-bit base needs an adapter", remedy)
         elif reading.options["method"] != "full" and key in reading.values:
@@ -152,8 +154,8 @@ def set_targets(reading: Reading, key: str, value: object) -> None:
     reading.set("targets", "all-linear" if names in (["all"], ["all-linear"], ["all_linear"]) else names, key)
     if not names:
         reading.refuse(key, f"must be a list of modules (got {shown(value)})", "list them, or give --targets")
-    elif any(set(name) & set("*^$|()[]\\+") for name in names):
-        reading.refuse(key, f"a pattern is not read (got {shown(value)})", "list the modules, or give --targets")
+    elif not isinstance(value, list) and any(set(name) & set("*^$|()[]\\+") for name in names):
+        reading.pattern = str(value)  # the model decides what it means
 
 
 def read_saved_modules(reading: Reading, row: Row) -> None:

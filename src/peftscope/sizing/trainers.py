@@ -37,6 +37,12 @@ OPTIMIZERS: dict[str, tuple[str, str | None]] = {
     "paged_adamw_32bit": ("paged_adamw", None),
     "paged_adamw_8bit": ("paged_adamw_8bit", None),
     "sgd": ("sgd", "foreach"),
+    "adafactor": ("adafactor", None),
+    "lion_32bit": ("lion", None),
+    "lion_8bit": ("lion_8bit", None),
+    "muon": ("muon", None),
+    "galore_adamw": ("galore", None),
+    "apollo_adamw": ("apollo", None),
 }
 """transformers' names of optimizers. Source: ``OptimizerNames`` in transformers 5.24, training_args.py."""
 TORCHTUNE_OPTIMIZERS: dict[str, tuple[str, str | None]] = {
@@ -77,6 +83,7 @@ BATCHES = (
 )
 """Rows of transformers' ``TrainingArguments``. The evaluation has a batch only if there is one."""
 
+EIGHT_BITS = {"true": True, "false": None}
 LIGER = {"true": "liger", "false": None}
 SAVINGS = (
     Row("loss", "use_liger_kernel", words=LIGER),
@@ -102,7 +109,7 @@ SAVINGS = (
 
 AXOLOTL_ROWS = (
     Row("model", "base_model", read=keys.read_model),
-    refused("load_in_8bit", "an 8-bit base"),
+    Row("load_in_8bit", "load_in_8bit", words=EIGHT_BITS),
     refused("unfrozen_parameters", "training a part of the weights"),
     refused("peft_layers_to_transform", "adapting only some layers"),
     refused("lora_target_parameters", "adapting parameters that are no modules"),
@@ -139,18 +146,18 @@ AXOLOTL_ROWS = (
     Row("double_quant", "bnb_config_kwargs.bnb_4bit_use_double_quant", True, "axolotl at ae7395e, loaders/model.py"),
     Row("precision", "bf16 fp16", read=keys.read_axolotl_precision),
     Row("loss", "plugins", read=keys.read_plugins),
+    Row("quantize_moe_experts", "quantize_moe_experts", words={"true": True, "false": None}),
     *SAVINGS,
 )
 
 FACTORY_ROWS = (
     Row("model", "model_name_or_path", read=keys.read_model),
     refused("use_adam_mini", "Adam-mini"),
-    refused("use_galore", "GaLore"),
-    refused("use_apollo", "APOLLO"),
     refused("use_badam", "BAdam"),
-    refused("use_muon", "Muon"),
     refused("use_llama_pro", "block expansion"),
-    refused("moe_aux_loss_coef", "a mixture of experts"),
+    noted(
+        "moe_aux_loss_coef", "moe_aux_loss_coef: the loss of the routers, a few bytes a token and expert, is left out"
+    ),
     refused("mixture_of_depths", "mixture of depths"),
     refused("adapter_name_or_path", "a second adapter"),
     Row("method", "finetuning_type", "lora", words={"lora": "lora", "full": "full"}),
@@ -160,7 +167,12 @@ FACTORY_ROWS = (
     Row("attention", "flash_attn", read=keys.read_attention, words=ATTENTION),
     Row("packing", "neat_packing packing", read=keys.read_factory_packing),
     Row("optimizer", "optim", "adamw_torch_fused", COPIES, keys.read_optimizer, OPTIMIZERS),
-    Row("", "quantization_bit", words={"4": None}),
+    Row("optimizer", "use_galore", words={"true": "galore", "false": None}),
+    Row("optimizer", "use_apollo", words={"true": "apollo", "false": None}),
+    Row("optimizer", "use_muon", words={"true": "muon", "false": None}),
+    Row("optimizer_rank", "galore_rank", 16, TUNING_ARGS, only_with="use_galore"),
+    Row("optimizer_rank", "apollo_rank", 16, TUNING_ARGS, only_with="use_apollo"),
+    Row("load_in_8bit", "quantization_bit", words={"4": None, "8": True}),
     Row("", "quantization_method", words={"bnb": None}),
     four_bit("quantization_bit", "set finetuning_type: lora"),
     Row("rank", "lora_rank", 8, TUNING_ARGS),
@@ -176,7 +188,7 @@ FACTORY_ROWS = (
 
 TRL_ROWS = (
     Row("model", "model_name_or_path", read=keys.read_model),
-    refused("load_in_8bit", "an 8-bit base"),
+    Row("load_in_8bit", "load_in_8bit", words=EIGHT_BITS),
     refused("lora_target_parameters", "adapting parameters that are no modules"),
     Row("seq_len", "max_length max_seq_length", 1024, "max_length of TRL, trainer/sft_config.py"),
     *BATCHES,
@@ -204,7 +216,7 @@ UNTARGETED = "model.lora_attn_modules is not set, and torchtune has no default"
 SHARDED = "custom_sharded_layers fsdp_cpu_offload data_parallel_shard_dim fsdp_sharding_strategy"
 TORCHTUNE_ROWS = (
     Row("model", "model._component_", read=keys.read_torchtune_model),
-    refused("optimizer_in_bwd", "the optimizer in the backward pass"),
+    Row("optimizer_in_bwd", "optimizer_in_bwd", words=EIGHT_BITS),
     refused("model.apply_lora_to_output", "an adapter on the output"),
     refused("tensor_parallel_dim", "tensor parallelism"),
     refused("context_parallel_dim", "context parallelism"),

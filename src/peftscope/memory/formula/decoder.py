@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from peftscope.memory.formula.experts import run_experts
 from peftscope.memory.formula.linear import TapedModel, linear
 from peftscope.memory.kernels import attention_kernel
 from peftscope.memory.tape import Dims, Gradients, Shaped, Tape
@@ -209,6 +210,8 @@ def _product(model: TapedModel, left: Shaped, right: Shaped, dims: Dims, term: s
 
 def _mlp(model: TapedModel, index: int, x: Shaped) -> Shaped:
     """Stands for ``LlamaMLP``, ``Gemma2MLP`` and ``Phi3MLP``."""
+    if model.shape.experts:
+        return run_experts(model, f"layers.{index}.mlp", x)
     tape, block = model.tape, {layer.name: layer for layer in model.shape.block}
     module = f"layers.{index}.mlp"
     if model.shape.family == "phi3":

@@ -9,6 +9,7 @@ from peftscope.memory.question import Question
 from peftscope.memory.tape import Dims, Gradients, Shaped, Tape
 from peftscope.memory.trace import Block
 from peftscope.models.shapes import LinearLayer, is_named, module_path
+from peftscope.models.stored import BLOCK, Stored, four_bits
 
 WIDTHS = {"fp32": 4, "bf16": 2, "amp": 4}
 """Bytes of a weight in each precision."""
@@ -26,14 +27,19 @@ LINEAR_DIMS: dict[str, Dims] = {
 }
 """Inputs and outputs of each linear layer, as named dimensions."""
 
-HEAD_NORM_DIMS: dict[str, tuple[str, str]] = {"qwen3": ("d", "d"), "gemma3_text": ("d", "d"), "olmo2": ("q", "k")}
+EXPERT_DIMS: dict[str, Dims] = {"gate_up_proj": ("e", "2J", "h"), "down_proj": ("e", "h", "J")}
+"""The fused parameters of the experts of a layer, as named dimensions."""
+
+HEAD_NORM_DIMS: dict[str, tuple[str, str]] = {
+    "qwen3": ("d", "d"),
+    "qwen3_moe": ("d", "d"),
+    "gemma3_text": ("d", "d"),
+    "olmo2": ("q", "k"),
+}
 """The widths of the norms of queries and keys, as named dimensions: of one head, or of all."""
 
 COPY = "trained copy"
 """The last part of the name of a module that is trained in full beside an adapter."""
-
-LINEAR_BLOCK = 64
-"""Weights that share one block constant in bitsandbytes' 4-bit storage; 256 such constants share one in turn."""
 
 
 class TapedModel:
@@ -62,11 +68,18 @@ class TapedModel:
         prepared = self.values.get("kbit_preparation", "none")
         self.other = self.width if prepared == "none" else 4  # of what is not quantised
         self.embedded = 4 if prepared == "peft" else self.width
-        self.quantization = spec.method.quantization()
+        packed = spec.method.quantization()
+        self.compute = WIDTHS[packed.compute_dtype] if packed else 2
+        own = Stored("bnb-4bit", four_bits(nested=packed.double_quant), "both", "") if packed else None
+        self.stored = question.model.stored or own
+        self.nested = self.stored is not None and "constants of block constants" in self.stored.parts
         self.adapter_width = self.width if self.values.get("adapter_dtype") == "base" else 4
         self.targets = spec.method.targets_of()
         self.full = self.method.trains_base
         self.weights: dict[str, Shaped] = {}
+        self.optimizer = question.beside.optimizer_states
+        self.tape.steps_in_backward = question.beside.optimizer_in_bwd
+        self.packs_experts = question.beside.quantize_moe_experts
         self.grouped = shape.num_heads != shape.num_kv_heads
         # The backward pass has a thread of its own, with a handle and a workspace of its own.
         for _ in range(2 if spec.method.trains else 1):
@@ -94,6 +107,11 @@ def _make_weights(model: TapedModel) -> None:
     for index in range(shape.num_layers):
         for layer in shape.block:
             _linear_weight(model, module_path(index, layer.name), layer)
+        if shape.experts:
+            _weight(model, f"layers.{index}.mlp.gate", ("e", "h"), other)
+            for name, dims in EXPERT_DIMS.items():
+                path, packed = f"layers.{index}.mlp.experts.{name}", model.packs_experts
+                _packed_weight(model, path, dims) if packed else _weight(model, path, dims, other)
         for name in shape.norms:
             _weight(model, f"layers.{index}.{name}", ("h",), other)
         if shape.head_norms:
@@ -130,19 +148,20 @@ def _adapter(model: TapedModel, name: str, dims: Dims, width: float) -> None:
 
 def _linear_weight(model: TapedModel, path: str, layer: LinearLayer) -> None:
     inputs, outputs = LINEAR_DIMS[layer.name]
-    if not model.quantization:
+    if not model.stored:
         _weight(model, path, (outputs, inputs), model.width)
     else:
-        nested = model.quantization.double_quant
-        parts = {"4-bit weights": 0.5, "block constants": (1 if nested else 4) / LINEAR_BLOCK}
-        if nested:
-            parts["constants of block constants"] = 4 / LINEAR_BLOCK / 256
-        for term, width in parts.items():
-            model.weights[f"{path}.{term}"] = model.tape.parameter(
-                path, (outputs, inputs), width, "quantised weights", term, trained=False
-            )
+        _packed_weight(model, path, (outputs, inputs))
     if layer.bias:
         _weight(model, f"{path}.bias", (outputs,), model.other)
+
+
+def _packed_weight(model: TapedModel, path: str, dims: Dims) -> None:
+    assert model.stored is not None
+    for term, width in model.stored.parts.items():
+        model.weights[f"{path}.{term}"] = model.tape.parameter(
+            path, dims, width, "quantised weights", term, trained=False
+        )
 
 
 def _adapter_weights(model: TapedModel, path: str, layer: LinearLayer) -> None:
@@ -171,26 +190,32 @@ def _base_linear(model: TapedModel, path: str, layer: LinearLayer, x: Shaped) ->
     """Stands for ``torch.nn.Linear``, or ``bitsandbytes.nn.Linear4bit``."""
     tape, (inputs, outputs) = model.tape, LINEAR_DIMS[layer.name]
     dims = (*x.dims[:-1], outputs)
-    if not model.quantization:
-        return tape.matmul(x, model.weights[path], dims, f"output of {layer.name}")
-    compute = WIDTHS[model.quantization.compute_dtype]
-    nested = model.quantization.double_quant
+    term, unpacked = f"output of {layer.name}", "dequantised weights of one layer"
+    if not model.stored:
+        return tape.matmul(x, model.weights[path], dims, term)
+    compute, nested, product = model.compute, model.nested, model.stored.product
+    if product == "kept":
+        return tape.matmul(x, tape.new((outputs, inputs), x.width, term=unpacked), dims, term)
 
     def backward(grads: list[Any], _: Sequence[Any]) -> Gradients:
-        constants = tape.new((outputs, inputs), 4 / LINEAR_BLOCK, term="dequantised constants") if nested else None
-        weight = tape.new((outputs, inputs), 2, term="dequantised weights of one layer")
+        constants = tape.new((outputs, inputs), 4 / BLOCK, term="dequantised constants") if nested else None
+        weight = tape.new((outputs, inputs), 2, term=unpacked)
         del constants
         if compute == 4:
-            weight = tape.new((outputs, inputs), 4, term="dequantised weights of one layer")
+            weight = tape.new((outputs, inputs), 4, term=unpacked)
         result = tape.new(x_dims, compute)
         del weight
         return [result]
 
     x_dims = x.dims
     narrow = tape.cast(x, compute)  # lives while the kernel runs
-    output = tape.op([narrow], dims, compute, backward, term=f"output of {layer.name}")
-    size, formula = tape.measure((outputs, inputs), 2)
-    tape.trace.pass_by(Block(size, "kernel workspace", path, "dequantised weights of one layer", formula))
+    if product == "int8":  # the input in fp16 and in 8 bits, and sums in 32 bits
+        rounded = [tape.new(x.dims, 2), tape.new(x.dims, 1), tape.new(dims, 4), tape.new(dims, 2)]
+        rounded.clear()
+    output = tape.op([narrow], dims, compute, backward, (narrow,) if product == "int8" else (), term)
+    if product == "both":
+        size, formula = tape.measure((outputs, inputs), 2)
+        tape.trace.pass_by(Block(size, "kernel workspace", path, unpacked, formula))
     del narrow
     return tape.cast(output, x.width)
 
@@ -224,8 +249,9 @@ def _lora_linear(model: TapedModel, path: str, layer: LinearLayer, x: Shaped) ->
     tape, outputs = model.tape, LINEAR_DIMS[layer.name][1]
     result = _base_linear(model, path, layer, x)
     before = result.width
-    if model.quantization:
-        result = tape.scale(result)  # the clone; its gradient passes through
+    if model.stored and model.stored.name not in ("gptq", "fp8"):  # whose layers of PEFT do what plain ones do
+        if model.stored.product == "both":
+            result = tape.scale(result)  # the clone; its gradient passes through
         # Under CUDA's autocast, PEFT's 4-bit layers leave out their casts.
         x = x if tape.autocast else _adapter_input(model, x)
         update = tape.scale(_low_rank(model, path, _dropped(model, x), outputs))

@@ -11,15 +11,12 @@ from typing import Any
 from peftscope.memory.formula.decoder import keep_positions, run_decoder, run_head
 from peftscope.memory.formula.fused import fused_loss
 from peftscope.memory.formula.linear import TapedModel
+from peftscope.memory.formula.states import LARGE_STATE, STATE_BLOCK, Tensors, states_of
 from peftscope.memory.formula.terms import GATHERED, OPTIMIZER_COPY, evaluation_sizes, sizes_of
 from peftscope.memory.question import Question
-from peftscope.memory.tape import Shaped
+from peftscope.memory.tape import Dims, Shaped
 from peftscope.memory.trace import Block, Trace, bytes_of, factors
 
-STATE_BLOCK = 256
-"""Values that share one constant in bitsandbytes' 8-bit optimizer states."""
-LARGE_STATE = 4096
-"""Tensors smaller than this keep 32-bit states."""
 RETURNS_CACHE = ("llama", "gemma2", "gemma3_text", "granite", "olmo2")
 """Families whose output has the cache even where ``use_cache`` is false."""
 NO_OPERATIONS = {
@@ -91,14 +88,17 @@ def _operations(question: Question) -> str:
     """Returns what decides which operations a run's training step does; methods that do the same have the same."""
     spec, method = question.spec, question.spec.method
     # A rank decides which states bitsandbytes keeps in 8 bits or pages.
-    ranks = {"rank", "init_r", "target_r"} if spec.optimizer in ("adamw", "sgd") else set()
+    own = question.beside.optimizer_states == "own"
+    ranks = {"rank", "init_r", "target_r"} if spec.optimizer in ("adamw", "sgd") and own else set()
     fields = method.model_dump(exclude={*ranks, *NO_OPERATIONS})
     of_method = sorted((name, value) for name, value in fields.items() if value != "none")
     of_class = method.closed_form, method.trains, method.trains_base, method.mask_free_attention, method.logit_offset()
     rescales = type(method).rescales_input, method.quantization()
     repeats = min(spec.gradient_accumulation, 2)
     batch = {"batch_size", "eval_batch_size", "seq_len", "gradient_accumulation", "method"}
-    beside = question.padded, question.beside.loss, question.saved
+    asked = question.beside
+    optimizer = asked.optimizer_states, asked.optimizer_in_bwd, asked.quantize_moe_experts, question.model.stored
+    beside = question.padded, asked.loss, question.saved, optimizer
     return f"{spec.model_dump_json(exclude=batch)} {repeats} {of_method} {of_class} {rescales} {beside}"
 
 
@@ -196,7 +196,10 @@ def _train(model: TapedModel) -> Trace:
 def _states_of(model: TapedModel, trained: list[Shaped]) -> list[Shaped]:
     """Returns what the first optimizer step makes and keeps."""
     states: list[Shaped] = []
-    if model.spec.optimizer != "sgd":
+    if model.optimizer != "own":
+        for weight in trained:
+            states += [_state(model, weight, width, STATES, dims) for dims, width in _other(model, weight)[0]]
+    elif model.spec.optimizer != "sgd":
         for weight in trained:
             states += _moments(model, weight)
     scores = range(model.form.scores)
@@ -207,6 +210,11 @@ def _states_of(model: TapedModel, trained: list[Shaped]) -> list[Shaped]:
 def _optimize(model: TapedModel, trained: list[Shaped]) -> None:
     """Stands for what ``optimizer.step`` takes for itself; bitsandbytes and fused implementations take nothing."""
     tape, spec = model.tape, model.spec
+    if model.optimizer != "own":
+        for weight in trained:
+            copies = [tape.new(*shape, "temporaries", OPTIMIZER_COPY) for shape in _other(model, weight)[1]]
+            copies.clear()
+        return
     if spec.optimizer not in ("adamw", "sgd") or (spec.optimizer == "sgd" and not spec.weight_decay):
         return
     groups, apart = [trained], model.form.own_group
@@ -223,6 +231,14 @@ def _optimize(model: TapedModel, trained: list[Shaped]) -> None:
                 copies.clear()
 
 
+def _other(model: TapedModel, weight: Shaped) -> tuple[Tensors, Tensors]:
+    in_layer = weight.node.name.startswith("layers.")
+    return states_of(model.optimizer, weight.dims, weight.width, model.sizes, layer=in_layer)
+
+
+STATES = "first and second moments"
+
+
 def _moments(model: TapedModel, weight: Shaped) -> list[Shaped]:
     values = prod(model.sizes[name] for name in weight.dims)
     optimizer = model.spec.optimizer
@@ -231,14 +247,14 @@ def _moments(model: TapedModel, weight: Shaped) -> list[Shaped]:
         widths = [1.0, 1.0, 4 / STATE_BLOCK, 4 / STATE_BLOCK]
     else:
         widths = [float(weight.width)] * 2 if optimizer == "adamw" else [4.0] * 2
-    states = [_state(model, weight, width, "first and second moments") for width in widths]
+    states = [_state(model, weight, width, STATES) for width in widths]
     for state in states[:2]:
         state.storage.block.paged = paged
     return states
 
 
-def _state(model: TapedModel, weight: Shaped, width: float, term: str) -> Shaped:
-    state = model.tape.new(weight.dims, width, "optimizer states", term)
+def _state(model: TapedModel, weight: Shaped, width: float, term: str, dims: Dims | None = None) -> Shaped:
+    state = model.tape.new(weight.dims if dims is None else dims, width, "optimizer states", term)
     state.storage.block.module = weight.node.name
     return state
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peftscope.memory.kernels import liger_chunk
 from peftscope.memory.question import Question
+from peftscope.models.shapes import Experts
 
 DIMENSIONS = {
     "B": "batch size",
@@ -25,8 +26,13 @@ DIMENSIONS = {
     "d": "width of a head",
     "I": "intermediate size",
     "2I": "twice the intermediate size",
+    "m": "copies of tokens on their way through experts, T times the experts of a token",
+    "e": "experts of a layer",
+    "J": "intermediate size of an expert",
+    "2J": "twice the intermediate size of an expert",
     "V": "vocabulary",
     "r": "rank",
+    "o": "rank of GaLore or APOLLO",
     "v": "virtual tokens",
     "1/G": "one over the number of cards",
 }
@@ -77,6 +83,8 @@ SOURCES = {
     "weights outside of layers, gathered in a pass": "formula only: torch fully_shard, whose root stays gathered",
     "gradients of a layer on their way to other cards or the host": "formula only: torch foreach_reduce, with a copy",
     "cuBLAS workspace": "torch CublasHandlePool",
+    "what experts keep": "transformers 5.24 integrations/moe.py, grouped_mm_experts_forward",
+    "dequantised experts of one layer": "bitsandbytes 0.50 nn/parametrize.py, Bnb4bitParametrization",
     "B·A of DoRA": "peft DoraLinearLayer.get_lora_weight",
     "identity matrix of DoRA": "peft DoraLinearLayer.get_lora_weight",
     "transposed A of DoRA": "peftscope.methods.dora, in place of the identity matrix",
@@ -120,10 +128,18 @@ def sizes_of(question: Question, batch_size: int | None = None) -> dict[str, int
         "d": shape.head_dim,
         "I": shape.intermediate_size,
         "2I": 2 * shape.intermediate_size,
+        "o": question.beside.optimizer_rank,
+        **_experts(shape.experts, batch * length),
         "V": shape.vocab_size,
         "r": getattr(spec.method, spec.method.rank_field, 1),
         "v": virtual,
     }
+
+
+def _experts(experts: Experts | None, tokens: int) -> dict[str, int]:
+    if experts is None:
+        return {}
+    return {"m": tokens * experts.per_token, "e": experts.number, "J": experts.size, "2J": 2 * experts.size}
 
 
 def evaluation_sizes(question: Question) -> dict[str, int]:
