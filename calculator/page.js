@@ -243,6 +243,7 @@ function articleOf(answer, number, largest) {
     make("p", { class: "faint" }, counted),
     make("dl", { class: "peaks" }, ...peaks),
     ...(answer.card ? [roomOf(answer)] : []),
+    ...(answer.tokens_per_second ? [timeOf(answer)] : []),
     barsOf(answer, largest),
     legendOf(answer),
     termsOf(answer, number),
@@ -266,6 +267,13 @@ function roomOf({ card, peak_device_bytes: needed, least_device_bytes: least }) 
   const rest = { yes: "are left", tight: "of cached memory have to be given back, and steps are slower", no: "are missing" };
   const on = ` on ${card.name}, of which CUDA can use ${spoken(card.usable_bytes)}: `;
   return make("p", {}, make("strong", { class: card.fits }, words[card.fits]), on, amount(bytes[card.fits]), ` ${rest[card.fits]}.`);
+}
+
+function timeOf({ tokens_per_second: speed, time }) {
+  const told = (value) => Number(value.toPrecision(3)).toLocaleString("en");
+  const range = `${told(speed.value)} tokens a second, ${told(speed.low)} to ${told(speed.high)}; `;
+  const step = `a step takes ${told(time.step_seconds.value)} s, ${told(time.step_seconds.low)} to ${told(time.step_seconds.high)}`;
+  return make("p", {}, `About ${range}${step}${time.unvalidated ? ` (not validated: ${time.unvalidated})` : ""}.`);
 }
 
 function barsOf(answer, largest) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,12 +17,14 @@ from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
 from peftscope.models.shapes import FAMILIES
 from peftscope.sizing.fit import Fit
-from peftscope.words import counted, spoken_bytes, spoken_number
+from peftscope.words import counted, spoken_bytes, spoken_number, spoken_time
 
 if TYPE_CHECKING:
+    from peftscope.sizing.cheapest import OnCard
     from peftscope.sizing.config_file import Reading
     from peftscope.sizing.lengths import LengthsAnswer
     from peftscope.sizing.oom import Diagnosis
+    from peftscope.sizing.speed import Duration, Range
     from peftscope.sizing.why import Why
 
 SHOWN = 8
@@ -146,6 +148,49 @@ def show_models(console: Console) -> None:
     console.print(f"The closed form knows the kinds {kinds}. Give any other model's config.json: it is simulated.")
 
 
+def show_time(time: Duration | None, gpu: Gpu, console: Console) -> None:
+    """Prints how long a run takes, what it costs, and what stands behind the interval."""
+    if time is None:
+        console.print(f"time: the speed of {gpu.name} is not known; give --tflops and --bandwidth", markup=False)
+        return
+    step = f"a step takes {spoken_range(time.step_seconds, lambda s: f'{s:.2g} s' if s < 60 else spoken_time(s))}"
+    console.print(f"time: about {spoken_range(time.tokens_per_second, spoken_speed)} tokens/s; {step}")
+    if time.training_seconds and time.epoch_seconds:
+        epoch = f"an epoch takes {spoken_range(time.epoch_seconds, spoken_time)}"
+        training = (
+            f"the training, {counted(time.steps or 0, 'step')}, {spoken_range(time.training_seconds, spoken_time)}"
+        )
+        console.print(f"  {epoch}; {training}")
+    if time.cost:
+        cost = spoken_range(time.cost, lambda price: f"{price:,.2f}")
+        console.print(f"  cost of the {time.cost_of}: about {cost}, in the currency of the price")
+    of = time.validated and f"of measured speeds of other sources, 80 % lie in the interval ({time.validated})"
+    console.print(f"  {of or f'not validated: {time.unvalidated}'}; docs/time.md", markup=False)
+
+
+def spoken_range(range_: Range, told: Callable[[float], str]) -> str:
+    """Returns a prediction with its interval."""
+    return f"{told(range_.value)} ({told(range_.low)} to {told(range_.high)})"
+
+
+def spoken_speed(speed: float) -> str:
+    """Returns tokens a second, with three digits."""
+    return f"{float(f'{speed:.3g}'):,.0f}"
+
+
+def show_cheapest(found: Sequence[OnCard], console: Console) -> None:
+    """Prints the cards that a run fits on, the cheapest first, with the time and the cost on each."""
+    table = Table("card", "fits", "tokens/s", "time of the training", "cost", box=None)
+    for one in found:
+        speed = spoken_range(one.time.tokens_per_second, spoken_speed)
+        taken = spoken_range(one.time.training_seconds or one.time.step_seconds, spoken_time)
+        cost = spoken_range(one.time.cost, lambda price: f"{price:,.2f}") if one.time.cost else "no price"
+        table.add_row(one.gpu.name, f"[{STATE_COLOURS[one.fits]}]{one.fits}[/]", speed, taken, cost)
+    console.print(table)
+    first = found[0].time
+    console.print(f"intervals as in docs/time.md{f'; not validated: {first.unvalidated}' if first.unvalidated else ''}")
+
+
 STATE_COLOURS = {"yes": "green", "tight": "yellow", "no": "red"}
 
 
@@ -175,7 +220,8 @@ def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
         {fit.model if METHODS[fit.method].closed_form else fit.method for fit in fits if fit.how == "simulation"}
     )
     largest_of = ("largest batch", "largest length", "largest rank")
-    table = Table("model", "method", "device peak", "fits", "left", *largest_of, "what to do", "peak then", box=None)
+    names = ("device peak", "fits", "left", "tokens/s", *largest_of, "what to do", "peak then")
+    table = Table("model", "method", *names, box=None)
     for fit in fits:
         mark = f"[{STATE_COLOURS[fit.fits]}]{fit.fits}[/]"
         none = "?" if fit.how == "simulation" else "-"
@@ -185,8 +231,16 @@ def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
             largest[0] += f" (tight {fit.largest_tight_batch_size})"
         then = spoken_bytes(fit.advised_device_bytes) if fit.advised_device_bytes is not None else ""
         device, left = (spoken_bytes(b) if b is not None else "-" for b in (fit.peak_device_bytes, fit.headroom_bytes))
-        table.add_row(fit.model, fit.method, device, mark, left, *largest, fit.advice, then)
+        speed = spoken_speed(fit.time.tokens_per_second.value) if fit.time else "-"
+        table.add_row(fit.model, fit.method, device, mark, left, speed, *largest, fit.advice, then)
     console.print(table)
+    timed = [fit.time for fit in fits if fit.time]
+    if timed:
+        low, high = (
+            f"{end / timed[0].tokens_per_second.value:.2f}"
+            for end in (timed[0].tokens_per_second.low, timed[0].tokens_per_second.high)
+        )
+        console.print(f"tokens/s: {low} to {high} times as many hold 80 % of measured speeds (docs/time.md)")
     for name in simulated:
         console.print(f"{name} has no closed form: its peak is simulated, and largest sizes are not searched")
 

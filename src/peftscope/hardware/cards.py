@@ -182,7 +182,9 @@ def find_gpu(text: str) -> Gpu:
     for name, gpu in GPUS.items():
         if key in (_plain(name), _plain(gpu.name)) or f"rtx{key}" == name:
             return gpu
-    hint = f"{close_match(text.lower(), GPUS)}; or give its memory, as in 24GiB"
+    hint = (
+        f"{close_match(text.lower(), GPUS)}; or give its memory, as in 24GiB, and for its time --tflops and --bandwidth"
+    )
     raise InputError(Problem("gpu", f"unknown card (got {shown(text)})", hint))
 
 

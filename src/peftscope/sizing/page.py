@@ -32,6 +32,7 @@ from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
 from peftscope.models.presets import PRESETS
 from peftscope.sizing.fit import fit_methods, known_methods
+from peftscope.sizing.speed import Schedule, duration, time_json
 from peftscope.sizing.why import compare
 from peftscope.spec import RunSpec
 
@@ -148,7 +149,8 @@ def answer(settings: str) -> dict[str, Any]:
     if question.gpu:
         fits = question.gpu.fits(peaks.least_bytes, peaks.device_bytes)
         card = {"name": question.gpu.name, "usable_bytes": question.gpu.usable_bytes, "fits": fits}
-    return {**found, "modules": {}, "alive": alive, "card": card}
+    time = time_json(duration(question, Schedule())) if question.gpu else {}
+    return {**found, "modules": {}, "alive": alive, "card": card, **time}
 
 
 @_told

@@ -392,9 +392,11 @@ class Duration:
     validated: str
     unvalidated: str
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns the time as JSON content. The keys are stable."""
-        return asdict(self)
+
+def time_json(time: Duration | None) -> dict[str, Any]:
+    """Returns a time as JSON content: ``tokens_per_second``, and all else under ``time``. The keys are stable."""
+    content = {} if time is None else asdict(time)
+    return {"tokens_per_second": content.pop("tokens_per_second", None), "time": content or None}
 
 
 def duration(question: Question, schedule: Schedule) -> Duration | None:
@@ -416,8 +418,7 @@ def duration(question: Question, schedule: Schedule) -> Duration | None:
             return None
         raise InputError(Problem("model", f"its time is not modelled: {question.model.why_no_shape}"))
     step = step_time(question, speed)
-    low, high = fitted()[1]["interval"]
-    seconds = Range(step.seconds, step.seconds / high, step.seconds / low)
+    seconds = with_interval(step.seconds)
     tokens = Range(*(step.cards * step.tokens / value for value in (seconds.value, seconds.high, seconds.low)))
     epoch = training = steps = cost = None
     if schedule.examples:
@@ -428,7 +429,7 @@ def duration(question: Question, schedule: Schedule) -> Duration | None:
         hours = training or seconds.times(1e6 / (step.cards * step.tokens))
         cost = hours.times(schedule.price_per_hour * question.gpus / 3600)
     kind = f"{spec.method.name} in {spec.precision} on one card"
-    reason = _unvalidated(question)
+    reason = unvalidated(question)
     return Duration(
         tokens_per_second=tokens,
         step_seconds=seconds,
@@ -443,7 +444,13 @@ def duration(question: Question, schedule: Schedule) -> Duration | None:
     )
 
 
-def _unvalidated(question: Question) -> str:
+def with_interval(seconds: float) -> Range:
+    """Returns a predicted time with its interval."""
+    low, high = fitted()[1]["interval"]
+    return Range(seconds, seconds / high, seconds / low)
+
+
+def unvalidated(question: Question) -> str:
     """Returns why no measured speed stands behind a run's interval; empty if some do."""
     spec, known = question.spec, fitted()[1]["methods"]
     if spec.method.name not in known:
