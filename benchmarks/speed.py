@@ -31,7 +31,7 @@ PAGE = Path("docs/time.md")
 RULE = 0.45
 """The share of the peak rate that a common calculator assumes."""
 GPTQ_BYTES = 24
-"""Of a 4-bit weight that AutoGPTQ unpacks in torch, one kernel for each shift, mask, difference and product."""
+"""The bytes of a 4-bit weight that AutoGPTQ unpacks in torch, a kernel for each shift, mask, difference, product."""
 IMPOSSIBLE = 0.9
 """A speed whose arithmetic is over this share of the card's peak, without recomputation, is not of that card."""
 WIDEST = 3.0
@@ -114,8 +114,10 @@ class Measured:
 
     @cached_property
     def kind(self) -> str:
-        """The method, or that the run had several cards."""
-        return self.question.spec.method.name if self.cards == 1 else "several cards"
+        """The method, with 4-bit weights that are not bitsandbytes' kind; or that the run had several cards."""
+        name = self.question.spec.method.name
+        name += " on GPTQ" if self.row["kernels"] == "gptq" else ""
+        return name if self.cards == 1 else "several cards"
 
     @cached_property
     def why_out(self) -> str:
@@ -125,7 +127,11 @@ class Measured:
         flops = sum(one.flops * (1 + one.backward) * one.times for one, _ in self.passes[0][0])
         tokens = self.question.spec.batch_size * self.question.spec.seq_len
         share = flops / tokens * self.tokens_per_second / self.card.bf16_flops
-        return f"over {IMPOSSIBLE:.0%} of the card's peak, even without recomputation" if share > IMPOSSIBLE else ""
+        return (
+            f"over {100 * IMPOSSIBLE:.0f} % of the card's peak, even without recomputation"
+            if share > IMPOSSIBLE
+            else ""
+        )
 
     def predicted(self, constants: Constants) -> float:
         """Returns the tokens a second of one card."""
@@ -218,10 +224,10 @@ def _table(name: str, rows: list[str]) -> list[str]:
     return [HEAD[0].format(name), HEAD[1], *rows, ""]
 
 
-def render(found: pd.DataFrame, content: dict[str, Any]) -> dict[str, str]:
+def render(speeds: pd.DataFrame, content: dict[str, Any]) -> dict[str, str]:
     """Returns the blocks of the page: the constants, and predicted beside measured speeds."""
     constants, (low, high) = content["constants"], content["interval"]
-    inside = found[found["out_of_scope"] == ""]
+    inside = speeds[speeds["out_of_scope"] == ""]
     fitted, apart = inside[inside["fitted"] == "yes"], inside[inside["fitted"] == "no"]
     lines = [
         "| constant | value |",
@@ -231,7 +237,7 @@ def render(found: pd.DataFrame, content: dict[str, Any]) -> dict[str, str]:
         f"| seconds of a launch | {1e6 * constants['launch_seconds']:.1f} µs |",
         "",
         f"They are fitted to {len(fitted)} speeds of {_sources(fitted)}. {len(apart)} speeds of {_sources(apart)} were "
-        "found after the model was written, and no constant is fitted to them.",
+        "found while the model was written, and no constant is fitted to them.",
     ]
     ratios = inside["measured"] / inside["left_out"]
     covered = ((ratios >= low) & (ratios <= high)).mean()
@@ -240,7 +246,7 @@ def render(found: pd.DataFrame, content: dict[str, Any]) -> dict[str, str]:
     named = inside["source"].str.split().str[0]
     errors = [
         "One source left out: the constants are fitted to the other sources. Below each, the rule of "
-        f"{RULE:.0%} of the peak on the same speeds. The ratio is predicted over measured.",
+        f"{100 * RULE:.0f} % of the peak on the same speeds. The ratio is predicted over measured.",
         "",
         *_table(
             "source",
@@ -259,9 +265,9 @@ def render(found: pd.DataFrame, content: dict[str, Any]) -> dict[str, str]:
             + [_row("all", qwen, "model_left_out")],
         ),
         f"The interval of an answer reaches from {low:.2f} to {high:.2f} times the predicted speed. "
-        f"{100 * covered:.0f} % of the speeds of left-out sources lie in it.",
+        f"{100 * covered:.0f} % of the speeds of left-out sources lie in it; it is the narrowest that holds so many.",
     ]
-    outside = found[found["out_of_scope"] != ""].groupby("out_of_scope", sort=False).size()
+    outside = speeds[speeds["out_of_scope"] != ""].groupby("out_of_scope", sort=False).size()
     points = [
         "| source | run | card | measured | predicted | source left out | rule | not stated |",
         "|---|---|---|---:|---:|---:|---:|---|",
@@ -281,7 +287,7 @@ def render(found: pd.DataFrame, content: dict[str, Any]) -> dict[str, str]:
 
 
 def _both(name: str, part: pd.DataFrame) -> list[str]:
-    return [_row(name, part, "left_out"), _row(f"{name}: {RULE:.0%} rule", part, "rule")]
+    return [_row(name, part, "left_out"), _row(f"{name}: rule of {100 * RULE:.0f} %", part, "rule")]
 
 
 def _sources(part: pd.DataFrame) -> str:
@@ -302,7 +308,11 @@ def main() -> None:
     found = read_comparison()
     inside = found[found["out_of_scope"] == ""]
     sources = inside.assign(of=inside["source"].str.split().str[0]).groupby("kind")["of"].nunique()
-    kinds = [str(kind) for kind, number in sources.items() if number > 1 and kind != "several cards"]
+    kinds = [
+        str(kind)
+        for kind, number in sources.items()
+        if number > 1 and kind != "several cards" and "GPTQ" not in str(kind)
+    ]
     content = {
         "constants": {name: float(f"{value:.3g}") for name, value in asdict(constants).items()},
         "interval": [round(end, 2) for end in interval(inside["measured"] / inside["left_out"])],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -47,16 +48,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="For programs; the keys are
 
 TIME_PANEL = "Time and price"
 """The heading of the options about time."""
-Examples = Annotated[
-    int | None, typer.Option(help="Sequences of --seq-len in an epoch: its time.", rich_help_panel=TIME_PANEL)
-]
+Examples = Annotated[int | None, typer.Option(help="Sequences in an epoch: its time.", rich_help_panel=TIME_PANEL)]
 Epochs = Annotated[float | None, typer.Option(help="Of the training; default 1.", rich_help_panel=TIME_PANEL)]
 Price = Annotated[float | None, typer.Option(help="Of one card: what it costs.", rich_help_panel=TIME_PANEL)]
-Tflops = Annotated[
-    float | None,
-    typer.Option(help="Of a card that is not known: dense bf16 products, TFLOP/s.", rich_help_panel=TIME_PANEL),
-]
-Bandwidth = Annotated[float | None, typer.Option(help="And its memory's bandwidth, GB/s.", rich_help_panel=TIME_PANEL)]
+Tflops = Annotated[float | None, typer.Option(help="Of the card: dense, in bf16.", rich_help_panel=TIME_PANEL)]
+Bandwidth = Annotated[float | None, typer.Option(help="Of its memory, in GB/s.", rich_help_panel=TIME_PANEL)]
 
 PANEL = "Fields of the run and its method"
 """The heading of their options in the help."""
@@ -231,10 +227,8 @@ def memory_command(
             Problem("model", "none given", "peftscope memory llama-2-7b, or peftscope memory --config FILE")
         )
     if items:
-        alone: dict[str, Any] = {"simulate": simulate, "explain": explain, "depth": depth, "examples": examples}
-        alone |= {"price_per_hour": price_per_hour}
-        if any(alone.values()):
-            name = next(name for name, value in alone.items() if value)
+        alone: dict[str, Any] = {"simulate": simulate, "explain": explain, "depth": depth}
+        for name in (name for name, value in (alone | asdict(schedule)).items() if value):
             raise InputError(Problem(name, "is about one batch, not about a data set", "leave it out, or the data set"))
         if reading and not as_json:
             from peftscope.cli.show import show_reading
@@ -357,8 +351,7 @@ def cheapest(
     priced, schedule = read_prices(prices), Schedule(examples, epochs)
     if figure and not priced:
         raise InputError(Problem("figure", "shows costs, and no prices are given", "give --prices"))
-    question = ask(describe_model(model), {"method": method, **options}, gpus=gpus)
-    found = on_cards(question, schedule, priced)
+    found = on_cards(ask(describe_model(model), {"method": method, **options}, gpus=gpus), schedule, priced)
     if figure:
         with needs("report"):
             from peftscope.report.memory import draw_cheapest

@@ -212,13 +212,7 @@ def _answers(spec: RunSpec) -> int:
 
 
 def _token_seconds(spec: RunSpec, shape: ModelShape, token: float) -> float:
-    """Returns the seconds of one more token of a batch. Without a cache, all tokens before it are recomputed.
-
-    Args:
-        spec: The run.
-        shape: The sizes of its model.
-        token: The seconds of a token in a forward pass.
-    """
+    """Returns the seconds of one more token of a batch. Without a cache, all before it take ``token`` seconds each."""
     if spec.method.generates_from_cache:
         return TOKEN_SECONDS_PER_LAYER * shape.num_layers
     return token * spec.eval_batch_size * _context(spec)

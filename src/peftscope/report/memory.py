@@ -71,10 +71,10 @@ def draw_bars(bars: pd.DataFrame, path: Path) -> None:
         panels[0].figure.legend(entries, shown, loc="outside lower center", ncols=5, fontsize=8)
 
 
-def draw_cheapest(found: Sequence[OnCard], path: Path) -> None:
+def draw_cheapest(cards: Sequence[OnCard], path: Path) -> None:
     """Draws the cost of a training, or of 1M tokens, over its time, with a cross of intervals for each priced card."""
     with new_figure(path, 8, 4.6) as axes:
-        for one in found:
+        for one in cards:
             time, cost = one.time.training_seconds or one.time.step_seconds, one.time.cost
             if cost is None:
                 continue
@@ -82,9 +82,9 @@ def draw_cheapest(found: Sequence[OnCard], path: Path) -> None:
             sides = [([r.value - r.low], [r.high - r.value]) for r in (hours, cost)]
             axes.errorbar(hours.value, cost.value, xerr=sides[0], yerr=sides[1], fmt="o", color=SAFE_COLOURS[0])
             axes.annotate(one.gpu.name, (hours.value, cost.value), xytext=(4, 4), textcoords="offset points")
-        first = found[0].time
-        what = "training" if first.training_seconds else "step"
-        axes.set(xscale="log", yscale="log", xlabel=f"hours of the {what}", ylabel=f"cost of the {first.cost_of}")
+        trained = cards[0].time.training_seconds is not None
+        axes.set(xscale="log", xlabel=f"hours of {'the training' if trained else 'a step'}")
+        axes.set(yscale="log", ylabel=f"cost of {'the training' if trained else '1M tokens'}")
 
 
 def _handles(panels: Sequence[plt.Axes]) -> dict[str, Any]:

@@ -58,18 +58,14 @@ def read_prices(text: str | None) -> dict[str, float]:
 def on_cards(question: Question, schedule: Schedule, prices: Mapping[str, float]) -> list[OnCard]:
     """Returns the cards that a run fits on, the cheapest first, then those without a price, the fastest first.
 
-    Args:
-        question: The run. The closed form knows its model and method.
-        schedule: The data.
-        prices: The price of an hour by the card's name.
+    ``prices`` are those of an hour, by the card's name.
 
     Raises:
         InputError: The closed form does not cover the run, or it fits on no card.
     """
     traces, found = TrainingTraces(), []
     for gpu in (GPUS[name] for name in SPEEDS):
-        asked = replace(question, gpu=gpu)
-        peaks = peaks_by_formula(asked, traces=traces, enough=gpu.usable_bytes)
+        peaks = peaks_by_formula(asked := replace(question, gpu=gpu), traces=traces, enough=gpu.usable_bytes)
         fits = gpu.fits(peaks.least_bytes, peaks.device_bytes)
         time = duration(asked, replace(schedule, price_per_hour=prices.get(gpu.name)))
         if fits != "no" and time:

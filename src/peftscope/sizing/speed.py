@@ -25,16 +25,17 @@ FITTED_FILE = Path(__file__).with_name("speed.json")
 """The constants, and how far left-out speeds were from the prediction. ``make speed`` writes this file."""
 
 NORM_BYTES, NORM_LAUNCHES = 36, 8
-"""Of a value that ``LlamaRMSNorm`` reads in 16 bits: it is computed in fp32, one kernel an operation."""
+"""What a value costs that ``LlamaRMSNorm`` reads in 16 bits: it is computed in fp32, one kernel an operation."""
 ROTARY_BYTES, ROTARY_LAUNCHES = 18, 5
-"""Of a value of queries or keys in ``apply_rotary_pos_emb``."""
+"""What a value of queries or keys costs in ``apply_rotary_pos_emb``."""
 DEQUANTISED_BYTES = 2.56
-"""Of a 4-bit weight: it and its share of a constant are read, and 16 bits are written (``dequantize_4bit``)."""
+"""The bytes of unpacking a 4-bit weight in ``dequantize_4bit``: it and its share of a constant, and 16 bits."""
 DORA_BYTES = 26
-"""Of a weight in ``DoraLinearLayer.get_weight_norm``: B·A, the weight and their sum in fp32, and its norm."""
+"""The bytes of a weight in ``DoraLinearLayer.get_weight_norm``: B·A, the weight and their sum in fp32, and its norm."""
 OPTIMIZER_BYTES = {"foreach": 21, "single": 21, "fused": 7}
-"""Of a trained value, over its width, in torch's ``adamw``: reads and writes of the weight, its gradient, two moments
-and temporaries. A fused kernel reads four and writes three."""
+"""The bytes of a trained value, over its width, in torch's ``adamw``. Foreach decays the weight (2 reads and
+writes), updates the moments (3, 2 and 4), makes the divisor (2, 2 and 2) and takes the step (4); a fused kernel reads
+four and writes three."""
 FP32_SHARE = 0.25
 """The rate of fp32 products over that of bf16, as on most cards, where only the latter is given."""
 LOSS = "logits and loss"
@@ -162,17 +163,16 @@ def _adapter(question: Question, layer: LinearLayer, sizes: dict[str, int], time
     spec, tokens, rank = question.spec, sizes["T"], sizes["r"]
     form = spec.method.closed_form.layer if spec.method.closed_form else "low-rank"
     fields = spec.method.model_dump()
-    kept = fields.get("adapter_dtype") == "base" or spec.autocasts
-    width = WIDTHS[spec.precision] if kept and not spec.autocasts else 2 if kept else 4
-    casts = 2 + width if not kept else 0
+    kept = fields.get("adapter_dtype") == "base"
+    width = 2 if spec.autocasts else WIDTHS[spec.precision] if kept else 4
+    casts = 0 if kept or spec.autocasts else 2 + width
     if form == "rescaled":
         changed = layer.inputs if spec.method.rescales_input(layer.name) else layer.outputs
         yield Operation("adapters", tokens * changed * (2 * width + casts), 3, times=times)
         return
     dropped = 2 * width + 1 if fields.get("dropout") else 0
     size = tokens * (layer.inputs * (casts + dropped) + layer.outputs * (4 * width + 2 + casts))
-    launches = 4 + (1 if dropped else 0)
-    yield Operation("adapters", size, launches, times=times)
+    yield Operation("adapters", size, 5 if dropped else 4, times=times)
     for inputs, outputs in ((layer.inputs, rank), (rank, layer.outputs)):
         yield _product("adapters", tokens, inputs, outputs, width, times, width == 4, trained=True)
     if form == "decomposed":
@@ -266,6 +266,7 @@ def step_time(
 
 
 def _trained(question: Question, shape: ModelShape) -> int:
+    """Returns the number of trained values, with those of modules that are saved."""
     own = question.spec.method.trainable_parameters(shape) or 0
     return own + len(question.saved) * shape.vocab_size * shape.hidden_size
 
@@ -376,9 +377,7 @@ class Duration:
         epoch_seconds: Of an epoch.
         training_seconds: Of all epochs; evaluations, loading and saving are not in it.
         cost: Of all cards for the training, or for 1M tokens without a number of examples; None without a price.
-        cost_of: What the cost is for.
-        validated: The kind of run whose measured speeds stand behind the interval; empty if there are none.
-        unvalidated: Why the interval is not validated for the run; empty if it is.
+        unvalidated: Why no measured speeds stand behind the interval; empty if some do.
     """
 
     tokens_per_second: Range
@@ -388,8 +387,6 @@ class Duration:
     epoch_seconds: Range | None
     training_seconds: Range | None
     cost: Range | None
-    cost_of: str
-    validated: str
     unvalidated: str
 
 
@@ -402,9 +399,7 @@ def time_json(time: Duration | None) -> dict[str, Any]:
 def duration(question: Question, schedule: Schedule) -> Duration | None:
     """Returns how long a run takes on its card; None if the card's speed or the model's shape is not known.
 
-    Args:
-        question: The run. Every sequence has the length ``seq_len``: padding is computed like tokens.
-        schedule: The data and the price.
+    Every sequence has the length ``seq_len``: padding is computed like tokens.
 
     Raises:
         InputError: The time is asked for, but there is no card, or nothing is known of it or of the model.
@@ -428,8 +423,6 @@ def duration(question: Question, schedule: Schedule) -> Duration | None:
     if schedule.price_per_hour:
         hours = training or seconds.times(1e6 / (step.cards * step.tokens))
         cost = hours.times(schedule.price_per_hour * question.gpus / 3600)
-    kind = f"{spec.method.name} in {spec.precision} on one card"
-    reason = unvalidated(question)
     return Duration(
         tokens_per_second=tokens,
         step_seconds=seconds,
@@ -438,9 +431,7 @@ def duration(question: Question, schedule: Schedule) -> Duration | None:
         epoch_seconds=epoch,
         training_seconds=training,
         cost=cost,
-        cost_of="training" if training else "1M tokens",
-        validated="" if reason else kind,
-        unvalidated=reason,
+        unvalidated=unvalidated(question),
     )
 
 
@@ -451,7 +442,7 @@ def with_interval(seconds: float) -> Range:
 
 
 def unvalidated(question: Question) -> str:
-    """Returns why no measured speed stands behind a run's interval; empty if some do."""
+    """Returns why no measured speeds stand behind a run's interval; empty if some do."""
     spec, known = question.spec, fitted()[1]["methods"]
     if spec.method.name not in known:
         return f"no measured speed of {spec.method.name}"
