@@ -65,24 +65,16 @@ Kind = Literal["allocated", "reserved", "out of memory", "resident", "device", "
 Json = BeforeValidator(lambda text: json.loads(text or "{}"))
 
 
-class Point(BaseModel):
-    """A figure that somebody published.
+class PublishedRun(BaseModel):
+    """A run that somebody published.
 
     Attributes:
         id: A name for it.
         source: Where it was published.
-        model: The model, in the source's words.
-        method: The method, in the source's words.
-        settings: The settings, in the source's words.
-        metric: The quantity and its unit.
-        value: The figure.
-        kind: What was counted.
-        measured_bytes: The figure in bytes; None if the run ended out of memory.
         preset: The name of the model here; empty if its shape is not known.
         gpu: The card, as ``find_gpu`` takes it.
-        asked: The run as options; empty if too little is stated to ask at all. Settings that the calculator does not
-            know may be among them.
-        unstated: What decides the peak and is not stated.
+        asked: The run as options, the number of its cards among them; empty if too little is stated to ask at all.
+            Settings that the calculator does not know may be among them.
         not_modelled: What the run did that the calculator does not model.
     """
 
@@ -90,6 +82,26 @@ class Point(BaseModel):
 
     id: str
     source: str
+    preset: str
+    gpu: str
+    asked: Annotated[dict[str, Any], Json]
+    not_modelled: str
+
+
+class Point(PublishedRun):
+    """A figure that somebody published.
+
+    Attributes:
+        model: The model, in the source's words.
+        method: The method, in the source's words.
+        settings: The settings, in the source's words.
+        metric: The quantity and its unit.
+        value: The figure.
+        kind: What was counted.
+        measured_bytes: The figure in bytes; None if the run ended out of memory.
+        unstated: What decides the peak and is not stated.
+    """
+
     model: str
     method: str
     settings: str
@@ -97,11 +109,7 @@ class Point(BaseModel):
     value: str
     kind: Kind
     measured_bytes: Annotated[int | None, BeforeValidator(lambda text: text or None)]
-    preset: str
-    gpu: str
-    asked: Annotated[dict[str, Any], Json]
     unstated: str
-    not_modelled: str
 
     @property
     def run(self) -> str:
@@ -129,23 +137,29 @@ def why_out(point: Point) -> str:
     return f"not stated: {point.unstated}" if point.unstated else ""
 
 
-def question_of(point: Point) -> tuple[Question, list[str]]:
-    """Returns the question about a point's run, and the settings that the calculator cannot be asked about."""
+def question_of(point: PublishedRun) -> tuple[Question, list[str]]:
+    """Returns the question about a run, and the settings that the calculator cannot be asked about."""
     method = METHODS[point.asked["method"]]
     known = {"method", *SPEC_OPTIONS, *BESIDE_OPTIONS, *(set(METHOD_OPTIONS) & set(method.model_fields))}
     options = {name: value for name, value in point.asked.items() if name in known}
     gpu = find_gpu(point.gpu) if point.gpu else None
-    return ask(describe_model(point.preset), options, gpu=gpu), sorted(set(point.asked) - known)
+    question = ask(describe_model(point.preset), options, gpu=gpu, gpus=point.asked.get("gpus", 1))
+    return question, sorted(set(point.asked) - known - {"gpus"})
 
 
 def by_formula(point: Point) -> int:
-    """Returns the closed form's prediction; computed once for each run and state of the code.
+    """Returns the closed form's prediction."""
+    return _size(point, sizes_by_formula(point))
+
+
+def sizes_by_formula(point: PublishedRun) -> dict[str, int]:
+    """Returns a run's peaks by the closed form; computed once for each run and state of the code.
 
     Evaluations do not count: none of these runs had one.
     """
     question = question_of(point)[0]
-    key = [*_run(question), code_digest(COMPUTED_BY)]
-    return _size(point, once("closed form", key, lambda: _sizes(peaks_by_formula(question, evaluation=False))))
+    key = [*_run(question), question.gpus, question.gpu, code_digest(COMPUTED_BY)]
+    return once("peaks", key, lambda: _sizes(peaks_by_formula(question, evaluation=False)))
 
 
 def by_simulation(point: Point, *, known_only: bool = False) -> int | None:
@@ -176,7 +190,8 @@ def _run(question: Question) -> list[Any]:
 
 
 def _sizes(peaks: Peaks) -> dict[str, int]:
-    return {"allocated": peaks.allocated_bytes, "reserved": peaks.reserved_bytes, "device": peaks.device_bytes}
+    sizes = {"allocated": peaks.allocated_bytes, "reserved": peaks.reserved_bytes}
+    return sizes | {"device": peaks.device_bytes, "least": peaks.least_bytes}
 
 
 def _size(point: Point, sizes: dict[str, int]) -> int:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.estimators import ESTIMATORS, answers_of
+from benchmarks.outcomes import publish as publish_outcomes
 from benchmarks.page import write_blocks
 from benchmarks.points import RULE, Point, by_formula, by_simulation, question_of, read_points, why_out
 from peftscope.execution.libraries import without_hub_kernels
@@ -296,6 +297,7 @@ def main() -> None:
     scores, tools = read_scores()
     draw(scores, tools, PUBLISHED / "errors.png")
     write_blocks({"scorecard": render(scores, tools)}, PAGE)
+    publish_outcomes(PUBLISHED, PAGE)
 
 
 if __name__ == "__main__":

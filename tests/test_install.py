@@ -46,6 +46,7 @@ ALL_LIGHT = [
 NEEDING = {
     "memory org/name": "model: the config.json of 'org/name' is on the hub, and huggingface_hub is not installed",
     "memory llama-2-7b --simulate": "[simulate]",
+    "memory gpt2.json": "model: no closed form: model_type 'gpt2' is not one of ",
     "memory llama-2-7b --lengths lengths.txt --figure x.png": "[report]",
     "fetch toy": "[train]",
     "make-task two-digit-sums": "[train]",
@@ -144,6 +145,7 @@ def elsewhere(tmp_path: Path) -> Path:
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     (folder / "lengths.txt").write_text("30\n20\n")
+    (folder / "gpt2.json").write_text('{"model_type": "gpt2"}')
     return folder
 
 
@@ -209,19 +211,21 @@ class TestLightInstall:
             code, said = ended[words]
             assert code == 2 and said.count("\n") == 1, said
             said = said.removesuffix("\n")
-            assert said.endswith(f"pip install 'peftscope{wanted}'") or said.startswith(wanted), (words, said)
+            assert said.endswith(f"pip install '{REPOSITORY}{wanted}'") or said.startswith(wanted), (words, said)
 
     def test_the_api_names_the_extra(self, bare: Bare, elsewhere: Path) -> None:
         calls = {
-            "load_results('quick')": "pandas: needed here, and not installed -> pip install 'peftscope[report]'",
-            "memory('llama-2-7b', simulate=True)": "pip install 'peftscope[simulate]'",
-            "run({'model': 'toy', 'method': 'lora'}, 'run')": "pip install 'peftscope[train]'",
+            "load_results('quick')": "pandas: needed here, and not installed -> pip install '[report]'",
+            "memory('llama-2-7b', simulate=True)": "pip install '[simulate]'",
+            "run({'model': 'toy', 'method': 'lora'}, 'run')": "pip install '[train]'",
         }
         code = "import peftscope\nassert peftscope.memory('llama-2-7b').peak_allocated_bytes > 2**30\n"
         code += "".join(f"try: peftscope.{call}\nexcept peftscope.InputError as e: print(e)\n" for call in calls)
         lines = run(bare(), "-c", code, folder=elsewhere, source=True).splitlines()
         assert len(lines) == len(calls)
-        assert all(line.endswith(end) for line, end in zip(lines, calls.values(), strict=True)), lines
+        assert all(
+            line.endswith(end.replace("'[", f"'{REPOSITORY}[")) for line, end in zip(lines, calls.values(), strict=True)
+        ), lines
 
 
 def test_reports_extra_reads_results(bare: Bare, elsewhere: Path) -> None:

@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 LONGEST_PART = 1000
@@ -89,9 +90,14 @@ def needs(extra: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL:
             raise
-        raise InputError(
-            Problem(str(error.name), "needed here, and not installed", f"pip install 'peftscope[{extra}]'")
-        ) from None
+        raise InputError(Problem(str(error.name), "needed here, and not installed", how_to_install(extra))) from None
+
+
+def how_to_install(extra: str) -> str:
+    """Returns the command that installs an extra: of the clone that this package runs from, if it does."""
+    clone = Path(__file__).parents[2]
+    is_clone = (clone / "pyproject.toml").is_file()
+    return f"pip install '{('.' if Path.cwd() == clone else clone) if is_clone else 'peftscope'}[{extra}]'"
 
 
 def close_match(word: str, known: Iterable[str]) -> str:

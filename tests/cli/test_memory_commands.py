@@ -46,8 +46,8 @@ def one_line(answered: tuple[int, str, str]) -> str:
 ERRORS = {
     "unknown model": (["lama-2-7b"], "model: unknown model (got 'lama-2-7b')", "did you mean `llama-2-7b`?"),
     "no such folder": (["./nowhere/model"], "model: no such file or folder: ./nowhere/model", "path of a config.json"),
-    "unlike any model": (["nonsense"], "got 'nonsense'", "llama-2-7b, llama-3-8b"),
-    "model that is not here": (["nobody/nothing"], "cannot fetch the config.json of 'nobody/nothing'", "use a preset"),
+    "unlike any model": (["nonsense"], "got 'nonsense'", "peftscope models"),
+    "model that is not here": (["nobody/nothing"], "the config.json of 'nobody/nothing'", "give a preset"),
     "unknown card": (["llama-2-7b", "--gpu", "rtx4091"], "gpu: unknown card (got 'rtx4091')", "as in 24GiB"),
     "empty card": (["llama-2-7b", "--gpu", ""], "gpu: unknown card (got '')", "as in 24GiB"),
     "unknown method": (["llama-2-7b", "--method", "qlra"], "method: unknown method (got 'qlra')", "`qlora`?"),

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from benchmarks import outcomes
 from benchmarks.estimators import ESTIMATORS
 from benchmarks.points import RULE, Point, by_formula, question_of, read_points, why_out
 from benchmarks.scorecard import errors, in_scope, one_a_run, read_scores, render
@@ -35,6 +36,19 @@ def test_the_page_shows_the_published_table(repository: Path, published: tuple[p
     assert "Not installed: ftuneai 0.4.1 (no: pip)" in render(
         scores, tools.assign(installed=["no: pip" if name == "ftuneai" else "yes" for name in tools["name"]])
     )
+
+
+@pytest.mark.slow
+def test_the_page_shows_how_published_runs_ended(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    judged = outcomes.judge(outcomes.read_outcomes())
+    block = f"<!-- outcomes -->\n{outcomes.render(judged)}\n<!-- /outcomes -->\n"
+    assert block in Path("docs/scorecard.md").read_text()
+    published = pd.read_csv("results/published/scorecard/outcomes.csv", keep_default_na=False)
+    assert list(published["fits"]) == list(judged["fits"])
+    modelled = judged[judged["not_modelled"] == ""]
+    assert len(modelled) >= 60
+    assert modelled["right"].mean() >= 0.95
 
 
 def test_every_point_is_there_and_every_run_in_scope_is_predicted(

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.agreement import ARCHITECTURES, differences, random_questions
 from peftscope.data.batching import Example, collate
 from peftscope.data.tasks import make_task
+from peftscope.errors import InputError
 from peftscope.hardware.bf16 import Way, bf16_products
 from peftscope.memory.answer import AGREEMENT_FILE, answer_by_formula
 from peftscope.memory.probe import probe_evaluation, probe_training
@@ -303,3 +304,19 @@ print(time.process_time() - began, resident_peak_bytes(), answer.peak_allocated_
     assert seconds < 2 * aim * slowness
     assert resident < 2 * 2**30
     assert peak > PRESETS[model][1].parameters / 2
+
+
+UNKNOWN = {
+    "unknown to transformers": ({"model_type": "frob"}, {}, "has no model_type 'frob'"),
+    "images": ({"model_type": "qwen2_5_vl"}, {}, "has no causal model of text"),
+    "no sdpa": ({"model_type": "gpt_oss", "num_hidden_layers": 1}, {"attention": "sdpa"}, "give --attention eager"),
+    "no such targets": ({"model_type": "gpt2", "n_layer": 1}, {"targets": ["q_prj"]}, "none of the modules q_prj"),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_what_cannot_be_simulated_is_told_in_a_line_of_ours(case: str) -> None:
+    config, options, line = UNKNOWN[case]
+    with pytest.raises(InputError, match=line) as error:
+        answer_by_simulation(ask(Model("a model", config, None, "unknown"), options))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from peftscope.errors import InputError
+from peftscope.memory.assumptions import assumptions_of
+from peftscope.memory.question import ask, describe_model
 from peftscope.methods.loftq import FloatWeights
 from peftscope.models.catalog import find_model, model_folder
 from peftscope.models.fetch import fetch_model
+from peftscope.models.presets import PRESETS, did_you_mean
 from peftscope.training.load import load_base, load_tokenizer
 
 
@@ -68,3 +71,32 @@ def test_presets_and_their_hub_ids_are_models_of_known_shape() -> None:
     assert find_model("smollm2-135m").source.kind == "wheel"  # models.yaml comes first
     with pytest.raises(InputError, match=r"did you mean `llama-3\.2-1b`"):
         find_model("llama-3.2-1")
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-4", "mixtral-8x7b", "qwen3-30b-a3b", "qwen2.5-vl-7b", "gemma-3n", "gpt-oss-20b"]
+)
+def test_no_model_of_another_family_is_suggested(name: str) -> None:
+    assert "did you mean" not in did_you_mean(name, PRESETS)
+    with pytest.raises(InputError, match="peftscope models"):
+        describe_model(name)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    class Silent:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(timeout)
+            raise TimeoutError("[Errno 110] a library's message")
+
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Silent)
+    with pytest.raises(InputError, match=r"the hub is not reached.*peftscope models") as error:
+        describe_model("someone/something")
+    assert sum(asked) <= 3 and "Errno" not in str(error.value)
+
+
+def test_a_variant_on_the_hub_has_the_shape_of_its_preset() -> None:
+    model = describe_model("meta-llama/Llama-3.1-8B-Instruct")
+    assert model.shape == PRESETS["llama-3.1-8b"].shape and model.variant_of == "llama-3.1-8b"
+    assert "a variant of it" in assumptions_of(ask(model, {}))[0]

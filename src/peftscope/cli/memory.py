@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -16,7 +17,7 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from peftscope.cli.console import FITS, wide_console, with_progress
-from peftscope.errors import InputError, Problem, needs
+from peftscope.errors import InputError, Problem, how_to_install, needs
 from peftscope.execution.libraries import offline, quiet_libraries
 from peftscope.files.content import parse_json
 from peftscope.memory.question import (
@@ -35,6 +36,7 @@ from peftscope.spec import RunSpec
 
 if TYPE_CHECKING:
     from peftscope.memory.answer import Peaks
+    from peftscope.sizing.remedies import Remedy
 
 app = typer.Typer()
 
@@ -235,20 +237,26 @@ def memory_command(
 
             show_reading(reading, wide_console())
         raise typer.Exit(0 if tell_lengths(question, items, own, wide_console(), as_json=as_json) else 1)
-    simulate = simulate or not question.has_closed_form
     peaks = peaks_of_question(question, simulate=simulate)
+    simulate = simulate or not question.has_closed_form
     answer = answer_of(question, peaks, "simulation" if simulate else "formula")
     fits = card.fits(answer.least_device_bytes, answer.peak_device_bytes) if card else None
     time = duration(question, schedule)
+    remedies: list[Remedy] = []
+    if fits in ("tight", "no") and not simulate:
+        from peftscope.sizing.remedies import Asked, remedies_of
+
+        remedies = remedies_of(Asked(question, given, response_len, gpus, reading))
     if as_json:
         more: dict[str, Any] = {"config": reading.to_json()} if reading else {}
         if card:
             more["headroom_bytes"] = card.usable_bytes - answer.peak_device_bytes
             more |= {"fits": fits, "missing_bytes": max(0, answer.least_device_bytes - card.usable_bytes)}
             more |= time_json(time)
+            more["remedies"] = [remedy.to_json() for remedy in remedies]
         print(json.dumps({**answer.to_json(), **more}, ensure_ascii=False))
     else:
-        from peftscope.cli.show import show_answer, show_headroom, show_reading, show_time
+        from peftscope.cli.show import show_answer, show_headroom, show_reading, show_remedies, show_time
 
         console = wide_console()
         if reading:
@@ -257,6 +265,7 @@ def memory_command(
         if card:
             show_headroom(card, answer.least_device_bytes, answer.peak_device_bytes, console)
             show_time(time, card, console)
+        show_remedies(remedies, console)
     if reading and fits == "no":
         raise typer.Exit(1)
 
@@ -371,7 +380,13 @@ def peaks_of_question(question: Question, *, simulate: bool = False) -> Peaks:
 
     if question.has_closed_form and not simulate:
         return peaks_by_formula(question)
-    with Console(stderr=True).status("simulating two training steps, some seconds"), quiet_libraries(), offline():
+    if not simulate and find_spec("torch") is None:
+        model, method = question.model, question.spec.method.name
+        why = f"{method} has none" if question.spec.method.closed_form is None else model.why_no_shape
+        message = f"no closed form: {why}; torch, which simulates it, is not installed"
+        raise InputError(Problem("model" if model.shape is None else "method", message, how_to_install("simulate")))
+    with Console(stderr=True).status("simulating two training steps, some seconds"), quiet_libraries():
         from peftscope.memory.simulate import peaks_by_simulation
 
-        return peaks_by_simulation(question)
+        with offline():
+            return peaks_by_simulation(question)

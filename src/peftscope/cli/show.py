@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from peftscope.sizing.config_file import Reading
     from peftscope.sizing.lengths import LengthsAnswer
     from peftscope.sizing.oom import Diagnosis
+    from peftscope.sizing.remedies import Remedy
     from peftscope.sizing.speed import Duration, Range
     from peftscope.sizing.why import Why
 
@@ -61,6 +62,12 @@ def show_headroom(gpu: Gpu, least_bytes: int, device_bytes: int, console: Consol
         console.print(f"[yellow]tight[/] on {size}: {why}")
     else:
         console.print(f"[green]fits[/] on {size}: {spoken_bytes(left)} are left")
+
+
+def show_remedies(remedies: Sequence[Remedy], console: Console) -> None:
+    """Prints what to change so that a run fits, one line each, with the peak after it."""
+    for number, remedy in enumerate(remedies):
+        console.print(f"{'or' if number else 'fits with'}: {remedy}", markup=False, soft_wrap=True)
 
 
 def show_answer(answer: Answer, console: Console, *, explain: bool, depth: int) -> None:

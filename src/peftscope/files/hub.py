@@ -16,6 +16,8 @@ from peftscope.errors import InputError, Problem
 
 MIRROR = "PEFTSCOPE_HUB"
 TIMEOUT_SECONDS = 10.0
+REACH_SECONDS = 3.0
+"""A hub that does not answer after so long is not asked; its client would try again for half a minute."""
 
 REMEDY = (
     f"check the id, the network, and `hf auth login` for gated ones; or put it into FOLDER/org/name, {MIRROR}=FOLDER"
@@ -39,6 +41,22 @@ def mirrored(repository: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def check_reached(where: str, remedy: str) -> None:
+    """Checks that the hub answers.
+
+    Raises:
+        InputError: It does not, or the user told Hugging Face's libraries not to ask it.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=REACH_SECONDS)
+    except Exception:  # the client raises many kinds
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
+        raise InputError(Problem(where, f"is not here, and the hub is not reached: {reason}", remedy)) from None
+
+
 def commit_of(repository: str, revision: str | None, kind: Kind) -> str:
     """Returns the commit to which a revision points on the hub now.
 
@@ -49,6 +67,7 @@ def commit_of(repository: str, revision: str | None, kind: Kind) -> str:
         return revision
     from huggingface_hub import HfApi
 
+    check_reached(f"{kind} {repository}", REMEDY)
     try:
         info = HfApi().repo_info(repository, revision=revision, repo_type=kind, timeout=TIMEOUT_SECONDS)
     except Exception as error:  # the hub's client raises many kinds; people should see none of them as a traceback

@@ -66,6 +66,8 @@ def assumptions_of(question: Question) -> list[str]:
         f"cuBLAS workspace of {cublas:.1f} MiB{', one for each pass' if spec.method.trains else ''}",
         "allocated: the sizes of tensors in multiples of 512 bytes; torch may count up to 1 MiB more per block",
     ]
+    if model.variant_of:
+        lines.insert(0, f"model={model.variant_of}: {model.name} is a variant of it by its name, with the same shape")
     lines += [f"the code of {versions}"] if (versions := library_versions()) else []
     if gpu is None or gpu.context_bytes is None:
         lines.append(f"CUDA context of {CONTEXT_BYTES / MIB:.0f} MiB, measured on an A100; other cards differ")

@@ -12,13 +12,13 @@ from pydantic import ValidationError
 
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import parse_json, read_text
-from peftscope.files.hub import mirrored
+from peftscope.files.hub import check_reached, mirrored
 from peftscope.hardware.cards import CUBLAS_BYTES, Gpu
 from peftscope.memory.beside import BESIDE_OPTIONS, Beside, check_beside
 from peftscope.memory.regimes import REGIMES, settings_of
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
-from peftscope.models.presets import PRESETS
+from peftscope.models.presets import PRESETS, did_you_mean, same_shape
 from peftscope.models.shapes import ModelShape
 from peftscope.spec import RunSpec
 
@@ -78,12 +78,14 @@ class Model:
         config: The content of its ``config.json``.
         shape: Its sizes, or None if the closed form does not know its family.
         why_no_shape: The reason why there is no shape.
+        variant_of: The preset that it is a variant of by its name, if its own configuration was not read.
     """
 
     name: str
     config: dict[str, Any]
     shape: ModelShape | None
     why_no_shape: str = ""
+    variant_of: str = ""
 
     @property
     def max_seq_len(self) -> int | None:
@@ -182,8 +184,11 @@ def describe_model(name: str) -> Model:
     entry_shape = _catalogued(name)
     if entry_shape is not None:
         return Model(name, entry_shape.to_config(), entry_shape)
+    if not _in_mirror(name) and (same := same_shape(name)):
+        shape = PRESETS[same].shape
+        return Model(name, shape.to_config(), shape, variant_of=same)
     if "/" not in name:
-        hint = f"{close_match(name.lower(), PRESETS)}; or give the path of a config.json, or a hub id org/name"
+        hint = f"{did_you_mean(name, PRESETS)}; or give the path of a config.json, or a hub id org/name"
         raise InputError(Problem("model", f"unknown model (got {name!r})", hint))
     return _read_config(name, _downloaded_config(name))
 
@@ -205,23 +210,33 @@ def _catalogued(name: str) -> ModelShape | None:
         return None
 
 
+def _in_mirror(name: str) -> bool:
+    folder = mirrored(name) if "/" in name else None
+    return folder is not None and (folder / "config.json").is_file()
+
+
 def _downloaded_config(hub_id: str) -> Path:
-    folder = mirrored(hub_id)
-    if folder is not None and (folder / "config.json").is_file():
-        return folder / "config.json"
+    if _in_mirror(hub_id):
+        return Path(str(mirrored(hub_id))) / "config.json"
+    remedy = "give a preset (`peftscope models` lists them), or the path of its config.json"
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
     except ModuleNotFoundError:
         message = f"the config.json of {hub_id!r} is on the hub, and huggingface_hub is not installed"
-        raise InputError(
-            Problem("model", message, "pip install huggingface_hub, or give the path of a config.json")
-        ) from None
+        raise InputError(Problem("model", message, f"pip install huggingface_hub, or {remedy}")) from None
 
+    if isinstance(cached := try_to_load_from_cache(hub_id, "config.json"), str):
+        return Path(cached)
+    check_reached(f"model: the config.json of {hub_id!r}", remedy)
     try:
         return Path(hf_hub_download(hub_id, "config.json"))
     except Exception as error:  # network and hub fail in many ways, and the user needs one line
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        remedy = f"use a preset ({', '.join(PRESETS)}) or the path of a config.json"
+        kind = type(error).__name__
+        said = {
+            "GatedRepoError": "its owner has to let you in (`hf auth login`)",
+            "RepositoryNotFoundError": "the hub has no such model",
+        }
+        reason = said.get(kind, f"the hub refuses it ({kind})")
         raise InputError(Problem("model", f"cannot fetch the config.json of {hub_id!r}: {reason}", remedy)) from None
 
 
@@ -355,6 +370,8 @@ def _defaults(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
         if given.get("attention") == "sdpa":
             message = "sdpa does not apply the soft cap of Gemma-2's attention scores"
             raise InputError(Problem("attention", message, "use eager or flash_attention_2"))
+    elif model.config["model_type"] == "gpt_oss":  # transformers has no SDPA for its sinks
+        defaults["attention"] = "eager"
     return defaults
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from peft.utils import set_additional_trainable_modules
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from peftscope.data.batching import Batch
 from peftscope.errors import InputError, Problem, shown
@@ -190,9 +191,26 @@ def peaks_by_simulation(question: Question, *, evaluation: bool | None = None) -
             question.saved,
         )
     except Exception as error:  # any model may fail in its own way, and the user needs one line
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(Problem("model", f"{question.model.name} cannot be simulated: {reason}")) from error
+        where, reason, remedy = _why_it_failed(question, error)
+        raise InputError(Problem(where, f"{question.model.name} cannot be simulated: {reason}", remedy)) from error
     return peaks_of(question, training if spec.method.trains else None, evaluated)
+
+
+def _why_it_failed(question: Question, error: Exception) -> tuple[str, str, str]:
+    """Returns the option that a simulation failed by, the reason, and what to do. No library's message is repeated."""
+    kind, said, causal = question.model.config["model_type"], str(error), "give the config.json of a causal model"
+    if kind not in CONFIG_MAPPING:
+        return "model", f"transformers {version('transformers')} has no model_type {shown(kind)}", causal
+    if type(CONFIG_MAPPING[kind]()) not in AutoModelForCausalLM._model_mapping:
+        return "model", f"transformers has no causal model of text for the model_type {shown(kind)}", causal
+    if "scaled_dot_product_attention" in said:
+        return "attention", f"transformers has no sdpa for the model_type {shown(kind)}", "give --attention eager"
+    if said.startswith("Target modules"):
+        return "targets", f"it has none of the modules {', '.join(question.spec.method.modules_named())}", "name others"
+    if "dtype" in said:
+        remedy = "make them one type, or give --precision amp or --adapter-dtype base"
+        return "method", "a product has factors of two types, as the method builds them", remedy
+    return "model", f"its code ended with {type(error).__name__} where tensors have no data", "run it: a run measures"
 
 
 def empty_batch(*, rows: int, width: int, responses: int, packed: bool = False, padded: bool = True) -> Batch:

@@ -13,7 +13,7 @@ from peftscope.files.content import REVISION_PATTERN, CountOrZero, HubId, check_
 from peftscope.files.problems import dotted, problems_of
 from peftscope.files.wheel import SplitFile
 from peftscope.layout import MODELS_FILE, MODELS_FOLDER, shipped, why_not_read
-from peftscope.models.presets import PRESETS
+from peftscope.models.presets import PRESETS, did_you_mean
 from peftscope.models.shapes import ModelShape
 
 # Without ``trust_remote_code=False``, transformers would ask on the terminal whether to run a model's own code.
@@ -98,7 +98,7 @@ def find_model(name: str, where: str = "model") -> BaseModelEntry:
         return BaseModelEntry(source=HubSource(kind="hub", repository=preset.hub_id), shape=preset.shape)
     if not _is_hub_id(name):
         hint = (
-            f"{close_match(name, [*_catalog(), *PRESETS])}; a hub id has the form org/name{why_not_read(MODELS_FILE)}"
+            f"{did_you_mean(name, [*_catalog(), *PRESETS])}; a hub id has the form org/name{why_not_read(MODELS_FILE)}"
         )
         raise InputError(Problem(where, f"unknown model (got {shown(name)})", hint))
     source = HubSource(kind="hub", repository=name)

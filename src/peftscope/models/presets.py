@@ -5,8 +5,12 @@ Each preset names the public code that lists its shape; a test compares the para
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from difflib import SequenceMatcher
 from typing import NamedTuple
 
+from peftscope.errors import close_match
 from peftscope.models.shapes import Family, ModelShape
 
 
@@ -161,3 +165,56 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 """The well-known base models by the names that commands take."""
+
+VARIANT = re.compile(r"^meta-|-(instruct|chat|it|hf|base|2507)(?=-|$)|[^a-z0-9]")
+"""The parts of a model's name that do not change its shape."""
+SIZE = re.compile(r"(?<![\d.x])(?<!-a)\d+(\.\d+)?[bm](?![a-z0-9])")
+"""The size in a model's name; of 8x7b and 30b-a3b a part stays, because a dense model is none of theirs."""
+ALIKE = 0.85
+"""From this similarity on, two words count as one that is misspelt: lama and llama, but not mixtral and its like."""
+
+
+def same_shape(name: str) -> str | None:
+    """Returns the preset whose name, or whose hub id without its owner, differs only by the kind of tuning."""
+    if name.lower() in {*PRESETS, *(preset.hub_id.lower() for preset in PRESETS.values())}:
+        return None  # it is a preset
+    bare = _bare(name)
+    return next((name for name, preset in PRESETS.items() if bare in (_bare(name), _bare(preset[0]))), None)
+
+
+def _bare(name: str) -> str:
+    """Returns the part of a model's name that decides its shape.
+
+    >>> _bare("NousResearch/Meta-Llama-3-8B-Instruct"), _bare("llama3_8b")
+    ('llama38b', 'llama38b')
+    """
+    return VARIANT.sub("", name.rstrip("/").split("/")[-1].lower().replace("_", "-"))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns "did you mean ...?" for a name of the same family and version, or where the known ones are listed.
+
+    >>> did_you_mean("lama-2-7b", PRESETS), did_you_mean("llama-4", PRESETS)
+    ('did you mean `llama-2-7b`?', '`peftscope models` lists the known ones')
+    """
+    asked = _family(name)
+    kin = [other for other in known if other.startswith(name.lower()) or _are_kin(asked, _family(other))]
+    return close_match(name.lower(), kin) or "`peftscope models` lists the known ones"
+
+
+def _family(name: str) -> list[str]:
+    """Returns the words and numbers of a model's name without its size and its kind of tuning.
+
+    >>> _family("Llama-3.1-8B-Instruct"), _family("mixtral-8x7b"), _family("qwen2.5-vl-7b")
+    (['llama', '3.1'], ['mixtral', '8', 'x', '7', 'b'], ['qwen', '2.5', 'vl'])
+    """
+    bare = SIZE.sub("", name.lower())
+    return re.findall(r"[a-z]+|\d+(?:\.\d+)?", re.sub(r"-(instruct|chat|it|hf|base)(?=-|$)", "", bare))
+
+
+def _are_kin(asked: list[str], other: list[str]) -> bool:
+    """Returns whether one family begins with the other's words, which may be misspelt, and has its numbers."""
+    return 0 < len(asked) <= len(other) and all(
+        first == second or (first.isalpha() and SequenceMatcher(None, first, second).ratio() >= ALIKE)
+        for first, second in zip(asked, other, strict=False)
+    )

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import MARGIN, StudyResults
 from peftscope.errors import InputError
-from peftscope.layout import LEADERBOARD, PUBLISHED_REPORTS, REPORTS, RESULTS, published_paths, report_path
+from peftscope.layout import LEADERBOARD, PUBLISHED_REPORTS, REPORTS, RESULTS, published, published_paths, report_path
 from peftscope.planning.experiment import A_A
 from peftscope.report.contrasts import contrasts, controls, readable_difference
 from peftscope.report.rendering import asset, rendered
@@ -140,9 +140,8 @@ def read_sections(folder: Path = REPORTS) -> tuple[list[Section], dict[str, str]
 def _entries(study: StudyResults) -> Iterator[Entry]:
     """Yields the rows of a study, the reference first."""
     labels, reference = study.labels, study.reference
-    study.require_finished()
     yield Entry(labels[reference], study.arm_runs(reference), 0.0, {}, {study.name: "the reference"})
-    for row in contrasts(study).to_dict("records"):
+    for row in _contrasts(study).to_dict("records"):
         if row["against"] == reference:
             arm, said = row["arm"], {study.name: spoken_outcome(row["outcome"], row["difference"])}
             numbers = readable_difference(row, "the reference")
@@ -153,6 +152,15 @@ def _entries(study: StudyResults) -> Iterator[Entry]:
                 label, runs = f"{labels[row['arm']]} against itself (A/A)", study.control_runs("a-a", row["arm"])
                 numbers = readable_difference(row, "the reference")
                 yield Entry(label, runs, row["difference"], numbers, {study.name: "-"}, is_control=True)
+
+
+def _contrasts(study: StudyResults) -> pd.DataFrame:
+    """Returns a study's comparisons: as they were published, or of this workspace as they are now."""
+    path = study.folder / "tables" / "contrasts.csv"
+    if study.folder == published(study.name) and path.is_file():
+        return pd.read_csv(path)
+    study.require_finished()
+    return contrasts(study)
 
 
 def _section(entries: list[Entry]) -> Section:

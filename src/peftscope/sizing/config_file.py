@@ -16,7 +16,6 @@ from peftscope.errors import InputError, Problem, shown
 from peftscope.hardware.cards import Gpu
 from peftscope.memory.question import METHOD_OPTIONS, SCALED_LOGITS, Model, Question, ask, describe_model
 from peftscope.methods import METHODS
-from peftscope.models.presets import PRESETS
 from peftscope.sizing.jobs import SUPERVISED, job_of
 from peftscope.sizing.reading import Reading, exists, flatten, read_content, read_rows, spoken
 from peftscope.sizing.trainers import recognise
@@ -30,8 +29,6 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """Keys of a ``config.json`` that a mixture of experts has."""
 EXPERTS_NAME = re.compile(r"mixtral|moe|\d+x\d+b|-a\d+(\.\d+)?b", re.IGNORECASE)
 """Names that mixtures of experts have: Mixtral-8x7B, Qwen3-30B-A3B."""
-VARIANT = re.compile(r"^meta-|-(instruct|chat|it|hf|base|2507)(?=-|$)|[^a-z0-9]")
-"""The parts of a model's name that do not change its shape."""
 
 
 def _interpolated(values: dict[str, Any]) -> dict[str, Any]:
@@ -40,13 +37,16 @@ def _interpolated(values: dict[str, Any]) -> dict[str, Any]:
     return values | {key: values.get(match[1], values[key]) for key, match in named.items() if match}
 
 
-def read_config(path: Path, given: Mapping[str, Any], model: str | None = None) -> Reading:
+def read_config(
+    path: Path, given: Mapping[str, Any], model: str | None = None, changes: Mapping[str, Any] | None = None
+) -> Reading:
     """Returns what a trainer's file says. Its ``problems`` are raised by ``question_of``.
 
     Args:
         path: The file, YAML or JSON.
         given: The options of the command line; None: not given.
         model: The name of the base on the command line, which replaces the file's.
+        changes: Values that replace those of the file; keys of nested mappings are joined by dots.
 
     Raises:
         InputError: The file or one that it names cannot be read, it belongs to no known trainer, or it asks for another
@@ -56,7 +56,7 @@ def read_config(path: Path, given: Mapping[str, Any], model: str | None = None) 
     if not isinstance(content, dict):
         raise InputError(Problem(str(path), "must be a mapping of keys to values", "give a trainer's file"))
     trainer, rows = recognise(path, content)
-    reading = Reading(path, trainer, _interpolated(flatten(content)), given)
+    reading = Reading(path, trainer, _interpolated(flatten(content)) | {**(changes or {})}, given)
     reading.job, key = job_of(trainer, path, reading.values)
     if reading.job != SUPERVISED:
         remedy = "give a file for supervised fine-tuning"
@@ -156,34 +156,16 @@ def _model_of(reading: Reading) -> Model:
     try:
         if key != "model" and exists(local):
             return describe_model(str(local))
-        same = None if key == "model" else _same_shape(name)
-        if same is None:
-            return describe_model(name)
-        reading.assumed.append(f"model={same}: {key} {name} is a variant of it by its name, with the same shape")
-        return replace(describe_model(same), name=name)
+        model = describe_model(name)
     except InputError as error:
         remedy = f"or give a preset or a config.json first: peftscope memory MODEL --config {reading.path}"
         problems: Iterable[Problem] = (
             replace(p, where=f"{reading.path}: {key}", remedy=f"{p.remedy}; {remedy}") for p in error.problems
         )
         raise InputError(problems if key != "model" else error.problems) from None
-
-
-def _same_shape(name: str) -> str | None:
-    """Returns the preset whose name, or whose hub id without its owner, differs only by the kind of tuning."""
-    if name.lower() in {*PRESETS, *(preset.hub_id.lower() for preset in PRESETS.values())}:
-        return None  # it is a preset
-    bare = _bare(name)
-    return next((name for name, preset in PRESETS.items() if bare in (_bare(name), _bare(preset[0]))), None)
-
-
-def _bare(name: str) -> str:
-    """Returns the part of a model's name that decides its shape.
-
-    >>> _bare("NousResearch/Meta-Llama-3-8B-Instruct"), _bare("llama3_8b")
-    ('llama38b', 'llama38b')
-    """
-    return VARIANT.sub("", name.rstrip("/").split("/")[-1].lower().replace("_", "-"))
+    if same := model.variant_of:
+        reading.assumed.append(f"model={same}: {key} {name} is a variant of it by its name, with the same shape")
+    return model
 
 
 def _default_targets(reading: Reading, model: Model) -> None:

@@ -92,6 +92,7 @@ def read_packing(reading: Reading, row: Row) -> None:
     if attention == "flash_attention_2":
         stands = "rows of the whole length without a mask stand in for it"
         reading.assumed.append(f"{row.key} with flash attention: {stands}")
+        reading.options["padding"] = "none"
     else:
         take(reading, row)
 

@@ -1,0 +1,98 @@
+"""Runs that others published as ended well or out of memory, and what the closed form says of them.
+
+``published_outcomes.csv`` holds one row a run, from the newest table of its source that has it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+from benchmarks.page import write_blocks
+from benchmarks.points import PublishedRun, sizes_by_formula
+from peftscope.hardware.cards import find_gpu
+
+OUTCOMES_FILE = Path("benchmarks/published_outcomes.csv")
+NEAR = 20
+"""A run is near the card if its tensors are predicted to miss or exceed the card's memory by this many % of it."""
+
+
+class Outcome(PublishedRun):
+    """How a run ended that somebody published."""
+
+    ended: Literal["ran", "out of memory"]
+
+
+def read_outcomes(path: Path = OUTCOMES_FILE) -> list[Outcome]:
+    """Returns the published outcomes."""
+    with path.open(newline="") as file:
+        return [Outcome.model_validate(row) for row in csv.DictReader(file)]
+
+
+def judge(outcomes: list[Outcome]) -> pd.DataFrame:
+    """Returns one row a run: whether the closed form says that it fits, and whether this is right.
+
+    To call a run tight is to say that it runs.
+    """
+    rows = []
+    for run in outcomes:
+        sizes, gpu = sizes_by_formula(run), find_gpu(run.gpu)
+        fits = gpu.fits(sizes["least"], sizes["device"])
+        predicted = {
+            "least_bytes": sizes["least"],
+            "device_bytes": sizes["device"],
+            "usable_bytes": gpu.usable_bytes,
+            "beyond_percent": round(100 * (sizes["least"] / gpu.usable_bytes - 1), 2),
+            "fits": fits,
+            "right": (fits != "no") == (run.ended == "ran"),
+        }
+        rows.append({**run.model_dump(), "asked": json.dumps(run.asked)} | predicted)
+    return pd.DataFrame(rows)
+
+
+def render(judged: pd.DataFrame) -> str:
+    """Returns the outcomes as Markdown: how many are right, those that are wrong, and every run."""
+    modelled = judged["not_modelled"] == ""
+    groups = {"modelled": judged[modelled], "not wholly modelled": judged[~modelled]}
+    asked = groups["modelled"].drop_duplicates(["preset", "gpu", "asked"])
+    lines = [
+        f"The runs that are modelled ask {len(asked)} different questions, of which {asked['right'].sum()} are "
+        "answered right: some ran in bf16 and in float16, which take the same bytes.",
+        "",
+        f"| runs | judged | right | out of memory | called so | within {NEAR} % of the card | called so |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, runs in groups.items():
+        full = runs[runs["ended"] == "out of memory"]
+        near = full[full["beyond_percent"].abs() <= NEAR]
+        counts = [count for part in (runs, full, near) for count in (len(part), part["right"].sum())]
+        lines.append(f"| {name} | {' | '.join(map(str, counts))} |")
+    lines += ["", "Answered wrong:", ""]
+    for row in judged[~judged["right"]].itertuples():
+        reason = f"; not modelled: {row.not_modelled}" if row.not_modelled else ""
+        lines.append(f"- `{row.id}`: {row.ended}, called *{row.fits}* ({row.beyond_percent:+.0f} %){reason}")
+    lines += ["", "### Every run that is modelled", "", *_table(groups["modelled"], "source")]
+    lines += ["", "### Runs that are not wholly modelled", "", *_table(groups["not wholly modelled"], "not_modelled")]
+    return "\n".join(lines)
+
+
+def _table(runs: pd.DataFrame, last: str) -> list[str]:
+    lines = [f"| run | card | ended | fits | % beyond the card | {last.replace('_', ' ')} |"]
+    lines.append("|---|---|---|---|---:|---|")
+    for _, row in runs.iterrows():
+        ended = row["ended"] if row["right"] else f"**{row['ended']}**"
+        told = row[last].split()[0] if last == "source" else row[last]
+        answer = f"{row['fits']} | {row['beyond_percent']:+.0f}"
+        lines.append(f"| {row['id']} | {row['gpu']} | {ended} | {answer} | {told} |")
+    return lines
+
+
+def publish(folder: Path, page: Path) -> None:
+    """Judges every published outcome, and writes the table and the page's block."""
+    judged = judge(read_outcomes())
+    judged.to_csv(folder / "outcomes.csv", index=False, lineterminator="\n")
+    write_blocks({"outcomes": render(judged)}, page)

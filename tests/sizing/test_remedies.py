@@ -1,0 +1,60 @@
+"""Remedies fit whoever follows them: the keys are pasted into the file, the options are given to the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import Command
+
+BASE = {"model_name_or_path": "Qwen/Qwen2.5-0.5B", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+FILES: dict[str, dict[str, Any]] = {
+    "axolotl": {"base_model": "Qwen/Qwen2.5-0.5B", "sequence_len": 1024, "micro_batch_size": 4, "adapter": "lora"}
+    | {"lora_r": 8, "lora_target_linear": True, "gradient_accumulation_steps": 2, "val_set_size": 0.1},
+    "LLaMA-Factory": BASE | {"finetuning_type": "lora", "cutoff_len": 1024, "disable_gradient_checkpointing": True},
+    "TRL": BASE | {"max_length": 1024, "gradient_checkpointing": False, "eval_strategy": "epoch"},
+}
+
+
+@pytest.mark.parametrize("trainer", FILES)
+def test_keys_of_a_remedy_are_pasted_into_the_file(trainer: str, peftscope: Command, tmp_path: Path) -> None:
+    path, changed = tmp_path / "train.yaml", tmp_path / "changed.yaml"
+    path.write_text(yaml.safe_dump(FILES[trainer]))
+    code, said, _ = peftscope("memory", "--config", str(path), "--gpu", "6GiB", "--json")
+    remedies = json.loads(said)["remedies"]
+    assert code == 1 and 1 <= len(remedies) <= 3
+    for remedy in remedies:
+        assert not any(key.startswith("--") for key in remedy["changes"])
+        changed.write_text(yaml.safe_dump(FILES[trainer] | remedy["changes"]))
+        after = json.loads(peftscope("memory", "--config", str(changed), "--gpu", "6GiB", "--json")[1])
+        assert after["fits"] == remedy["fits"] != "no"
+        assert after["peak_device_bytes"] == remedy["peak_device_bytes"]
+
+
+def test_options_of_a_remedy_are_given_to_the_command(peftscope: Command) -> None:
+    asked = ["memory", "qwen2.5-0.5b", "--batch-size", "4", "--seq-len", "1024", "--gradient-accumulation", "2"]
+    lines = [
+        line for line in peftscope(*asked, "--gpu", "6GiB")[1].splitlines() if "fits with:" in line or "or: " in line
+    ]
+    assert 1 <= len(lines) <= 3
+    for line in lines:
+        options, peak = line.split(": ", 1)[1].rsplit("  (", 1)
+        words = options.split()
+        if "--batch-size" in words:  # a step learns from as many examples
+            batch, more = (int(words[words.index(name) + 1]) for name in ("--batch-size", "--gradient-accumulation"))
+            assert batch * more == 8
+        after = peftscope(*asked, *words, "--gpu", "6GiB")[1]
+        assert "fits on" in after and f"device     {peak.rstrip(')')}" in after
+
+
+def test_the_command_line_decides_before_the_file(peftscope: Command, tmp_path: Path) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(FILES["LLaMA-Factory"] | {"enable_liger_kernel": True, "quantization_bit": 4}))
+    said = peftscope("memory", "--config", str(path), "--gpu", "5GiB", "--batch-size", "8", "--json")[1]
+    changes = [remedy["changes"] for remedy in json.loads(said)["remedies"]]
+    assert {"disable_gradient_checkpointing": False} in changes
+    assert all("per_device_train_batch_size" not in one for one in changes)
+    assert any("--batch-size" in one for one in changes)
