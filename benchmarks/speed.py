@@ -19,7 +19,6 @@ import pandas as pd
 from scipy.optimize import minimize
 
 from benchmarks.page import write_blocks
-from peftscope.files.atomic import write_json
 from peftscope.hardware.cards import SPEEDS, Speed
 from peftscope.memory.question import Model, Question, ask, describe_model
 from peftscope.models.shapes import ModelShape
@@ -318,7 +317,7 @@ def main() -> None:
         "interval": [round(end, 2) for end in interval(inside["measured"] / inside["left_out"])],
         "methods": kinds,
     }
-    write_json(FITTED_FILE, content)
+    FITTED_FILE.write_text(json.dumps(content) + "\n")
     write_blocks(render(found, content), PAGE)
 
 

@@ -124,6 +124,7 @@ def test_without_a_card_the_one_that_an_experiment_is_made_for_is_asked_about(mo
 @pytest.mark.parametrize("name", ["gpu-7b", "gpu-8b", "gpu-small", "gpu-medium"])
 def test_everything_of_a_hub_is_pinned_to_a_commit(name: str) -> None:
     from peftscope.data.tasks import find_task
+
     for spec in expand(name, "cuda").runs.values():
         sources = find_model(spec.model).source, find_task(spec.task).source
         assert all(re.fullmatch(r"[0-9a-f]{40}", str(source.revision)) for source in sources), json.dumps(spec.model)

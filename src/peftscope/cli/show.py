@@ -233,7 +233,7 @@ def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
     )
     console.print(f"on {gpu.name}, {spoken_bytes(gpu.memory_bytes)}{kept}; closed form")
     for line in _assumed(fits):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
     simulated = sorted(
         {fit.model if METHODS[fit.method].closed_form else fit.method for fit in fits if fit.how == "simulation"}
     )
