@@ -28,7 +28,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup report test test-faults test-slurm test-oldest test-newest smoke slow \
-        browser lint format schema docs lock audit sbom publish benchmark benchmark-memory benchmark-scale agreement scorecard \
+        browser lint format schema docs lock audit sbom publish benchmark benchmark-memory benchmark-scale agreement scorecard speed \
         peft-comparison verify gpu-check claims site tuners clean
 
 help:
@@ -45,6 +45,7 @@ help:
 	@echo "make benchmark-scale             how the suite grows from 50 to 5,000 runs; docs/scale.md"
 	@echo "make agreement                   closed form against simulation, on random runs"
 	@echo "make scorecard                   published peaks against the closed form, the simulation, and estimators of others"
+	@echo "make speed                       published speeds against the time model, whose constants are fitted to them"
 	@echo "make peft-comparison             how many orderings of PEFT's published runs could be chance"
 	@echo "make test-faults                 kills, full disks, damaged files: what is lost (nothing)"
 	@echo "make test-slurm                  the smoke pipeline on a real Slurm, started on this machine"
@@ -135,6 +136,9 @@ tuners: $(READY)
 
 agreement: $(READY)
 	$(BIN)/python -W ignore -m benchmarks.agreement
+
+speed: $(READY)
+	$(BIN)/python -m benchmarks.speed
 
 # What others estimate is asked in environments of their own; over 1 GB the first time. MINUTES=5: simulate so long; the same
 # command goes on.

@@ -5,6 +5,11 @@ const SIDES = ["first", "second"];
 const AT_FIRST = { model: "llama-3.1-8b", method: "qlora", gpu: "rtx4090" };
 const BESIDE = [
   { name: "response_len", kind: "whole", choices: [], help: "positions with a loss, for response_only; half of them if empty", defaults: { "": null } },
+  { name: "examples", kind: "whole", choices: [], help: "sequences in an epoch: how long it takes", defaults: { "": null } },
+  { name: "epochs", kind: "number", choices: [], help: "of the training", defaults: { "": 1 } },
+  { name: "price_per_hour", kind: "number", choices: [], help: "of one card: what the training costs", defaults: { "": null } },
+  { name: "tflops", kind: "number", choices: [], help: "of a card that is not known: dense, in bf16", defaults: { "": null } },
+  { name: "bandwidth", kind: "number", choices: [], help: "of its memory, in GB/s", defaults: { "": null } },
   { name: "gpus", kind: "whole", choices: [], help: "cards over which weights, gradients and states are sharded", defaults: { "": 1 } },
 ];
 const MEANINGS = {
@@ -243,6 +248,7 @@ function articleOf(answer, number, largest) {
     make("p", { class: "faint" }, counted),
     make("dl", { class: "peaks" }, ...peaks),
     ...(answer.card ? [roomOf(answer)] : []),
+    ...(answer.tokens_per_second ? [timeOf(answer)] : []),
     barsOf(answer, largest),
     legendOf(answer),
     termsOf(answer, number),
@@ -266,6 +272,15 @@ function roomOf({ card, peak_device_bytes: needed, least_device_bytes: least }) 
   const rest = { yes: "are left", tight: "of cached memory have to be given back, and steps are slower", no: "are missing" };
   const on = ` on ${card.name}, of which CUDA can use ${spoken(card.usable_bytes)}: `;
   return make("p", {}, make("strong", { class: card.fits }, words[card.fits]), on, amount(bytes[card.fits]), ` ${rest[card.fits]}.`);
+}
+
+function timeOf({ tokens_per_second: speed, time }) {
+  const told = (value) => Number(value.toPrecision(3)).toLocaleString("en");
+  const between = ({ value, low, high }, unit = 1) => `${told(value / unit)}, ${told(low / unit)} to ${told(high / unit)}`;
+  const parts = [`${between(speed)} tokens a second`, `${between(time.step_seconds)} seconds a step`];
+  if (time.training_seconds) parts.push(`${between(time.training_seconds, 3600)} hours for the training`);
+  if (time.cost) parts.push(`${between(time.cost)} for ${time.training_seconds ? "the training" : "1M tokens"}, in the currency of the price`);
+  return make("p", {}, `About ${parts.join("; ")}${time.unvalidated ? ` (not validated: ${time.unvalidated})` : ""}.`);
 }
 
 function barsOf(answer, largest) {

@@ -27,7 +27,7 @@ TREATMENTS = {
     # A data set of the reader's own.
     r"peftscope advise .*--data .*": "help",
     # Whole: an answer within seconds.
-    r"peftscope (advise|memory|fit|models|why|oom|expand|doctor|claims --id) ?.*": "whole",
+    r"peftscope (advise|memory|fit|cheapest|models|why|oom|expand|doctor|claims --id) ?.*": "whole",
     # These train, measure or need what was trained: their options are read, and nothing more.
     r"(python -m )?peftscope (run|sweep|merge|report|contribute|new-study|claims --(kind|reuse))( .*)?": "help",
     # Runs and files of the reader's own; what it says of them is tested with those of tests.
@@ -45,7 +45,7 @@ TREATMENTS = {
 }
 """How a command is tried, by a pattern of all of it."""
 
-SLOW = {"advise", "memory", "fit", "why", "oom", "expand", "doctor", "claims", "compare", "snakemake", "-m"}
+SLOW = {"advise", "memory", "fit", "cheapest", "why", "oom", "expand", "doctor", "claims", "compare", "snakemake", "-m"}
 """Programs, or their commands, that take over ten seconds together."""
 
 

@@ -265,7 +265,7 @@ def test_fit_speaks_json_about_several_models(peftscope: Command, config_of) -> 
     found = json.loads(output)
     assert [(one["model"], one["method"]) for one in found] == [(p, m) for p in paths for m in ("full", "ia3")]
     for one in found:
-        assert list(one) == list(Fit.__dataclass_fields__)
+        assert list(one) == [*Fit.__dataclass_fields__, "tokens_per_second"]
         assert one["capacity_bytes"] == GIB
         assert one["headroom_bytes"] == GIB - one["peak_device_bytes"]
         assert one["fits"] == "yes"

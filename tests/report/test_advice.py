@@ -189,18 +189,18 @@ def test_a_condition_holds_if_all_of_it_does() -> None:
         is_for(tokens=[1, 2])
 
 
-def test_time_without_records_is_a_guess_and_with_records_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_is_that_of_the_model_and_with_records_is_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
     from peftscope.planning.forecast import Forecaster
 
     asked = {"model": "llama-3.2-1b", "gpu": "a100-80gb", "examples": 2000}
-    guessed = advice_for(asked)
-    assert "guess" in line(guessed, "time").evidence
-    monkeypatch.setattr(Forecaster, "measured_shares", lambda self, spec: [0.4, 0.2])
+    predicted = advice_for(asked)
+    assert "measured speeds" in line(predicted, "time").evidence
+    monkeypatch.setattr(Forecaster, "measured_ratios", lambda self, spec: [1.0, 2.0])
     measured = advice_for(asked)
     low, high = measured.options[0].seconds
     assert high == pytest.approx(2 * low) and "records" in line(measured, "time").evidence
-    low_guess, high_guess = guessed.options[0].seconds
-    assert low_guess < low < high < high_guess
+    shortest, longest = predicted.options[0].seconds
+    assert shortest < low < longest
 
 
 def test_the_command_speaks_to_people_and_programs_within_five_seconds(

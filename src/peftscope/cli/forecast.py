@@ -45,7 +45,7 @@ def card_of(experiment: str, wish: str | None) -> Gpu | None:
 def show_forecast(experiment: str, gpu: Gpu, *, brief: bool) -> None:
     """Prints what an experiment's runs will take on a card, run by run or method by method, and in all."""
     from peftscope.planning.disk import disk_bytes
-    from peftscope.planning.forecast import SHARE, SHARE_FOUR_BIT, Forecaster
+    from peftscope.planning.forecast import Forecaster
     from peftscope.planning.plan import plan_experiment
     from peftscope.planning.sweep import expand
 
@@ -77,8 +77,7 @@ def show_forecast(experiment: str, gpu: Gpu, *, brief: bool) -> None:
         for what, advice in dict.fromkeys((_name(f), f.advice) for f in missing):
             console.print(f"  {what}: {advice}", soft_wrap=True, markup=False)
     console.print(
-        f"Speed: of {forecaster.speed_name}, {forecaster.peak_flops / 1e12:g} TFLOP/s in bf16, of which runs on it "
-        f"reached a share, or without any {100 * SHARE:.0f} % ({100 * SHARE_FOUR_BIT:.0f} % with 4-bit weights). "
+        f"Speed: of {forecaster.speed_name} by the model of docs/time.md, or as records of such a card say. "
         "Memory: every sequence of a batch as long as seq_len allows.",
         soft_wrap=True,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,6 +47,14 @@ MemoryModel = Annotated[
 ]
 Gpus = Annotated[int, typer.Option(help="Shard weights, gradients and states over so many cards.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs; the keys are stable.")]
+
+TIME_PANEL = "Time and price"
+"""The heading of the options about time."""
+Examples = Annotated[int | None, typer.Option(help="Sequences in an epoch: its time.", rich_help_panel=TIME_PANEL)]
+Epochs = Annotated[float | None, typer.Option(help="Of the training; default 1.", rich_help_panel=TIME_PANEL)]
+Price = Annotated[float | None, typer.Option(help="Of one card: what it costs.", rich_help_panel=TIME_PANEL)]
+Tflops = Annotated[float | None, typer.Option(help="Of the card: dense, in bf16.", rich_help_panel=TIME_PANEL)]
+Bandwidth = Annotated[float | None, typer.Option(help="Of its memory, in GB/s.", rich_help_panel=TIME_PANEL)]
 
 PANEL = "Fields of the run and its method"
 """The heading of their options in the help."""
@@ -181,22 +190,31 @@ def memory_command(
     figure: Annotated[
         Path | None, typer.Option(help="Draw the shares of items over their peaks.", rich_help_panel=DATA_PANEL)
     ] = None,
+    examples: Examples = None,
+    epochs: Epochs = None,
+    price_per_hour: Price = None,
+    tflops: Tflops = None,
+    bandwidth: Bandwidth = None,
     **options: Any,
 ) -> None:
     """Say what a training run takes on a card, without one: allocated, reserved and device memory.
 
-    A method or a model without a closed form is always simulated. With --gpu, say whether it fits. With --lengths or
-    --data, say what batches as wide as the items of a data set take; the exit code is 1 if the widest does not fit.
+    A method or a model without a closed form is always simulated. With --gpu, say whether it fits, and how long a step
+    takes. With --lengths or --data, say what batches as wide as the items of a data set take; the exit code is 1 if the
+    widest does not fit.
     """
     from peftscope.cli.lengths import items_asked, tell_lengths
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.answer import answer_of
+    from peftscope.sizing.speed import Schedule, duration, time_json
 
+    schedule = Schedule(examples, epochs, price_per_hour, tflops, bandwidth)
     card, given = None if gpu is None else find_gpu(gpu), {"method": method, **options}
     own: dict[str, Any] = {"fields": fields, "tokenizer": tokenizer, "figure": figure}
     items = items_asked(lengths, data, model, own)
     if items and not config and options["seq_len"] is None:
         given["seq_len"] = max(items)
+    schedule.speed(card)
     reading = None
     if config:
         from peftscope.sizing.config_file import question_of, read_config
@@ -211,8 +229,8 @@ def memory_command(
             Problem("model", "none given", "peftscope memory llama-2-7b, or peftscope memory --config FILE")
         )
     if items:
-        if simulate or explain or depth:
-            name = "simulate" if simulate else "explain" if explain else "depth"
+        alone: dict[str, Any] = {"simulate": simulate, "explain": explain, "depth": depth}
+        for name in (name for name, value in (alone | asdict(schedule)).items() if value):
             raise InputError(Problem(name, "is about one batch, not about a data set", "leave it out, or the data set"))
         if reading and not as_json:
             from peftscope.cli.show import show_reading
@@ -223,6 +241,7 @@ def memory_command(
     simulate = simulate or not question.has_closed_form
     answer = answer_of(question, peaks, "simulation" if simulate else "formula")
     fits = card.fits(answer.least_device_bytes, answer.peak_device_bytes) if card else None
+    time = duration(question, schedule)
     remedies: list[Remedy] = []
     if fits in ("tight", "no") and not simulate:
         from peftscope.sizing.remedies import Asked, remedies_of
@@ -233,10 +252,11 @@ def memory_command(
         if card:
             more["headroom_bytes"] = card.usable_bytes - answer.peak_device_bytes
             more |= {"fits": fits, "missing_bytes": max(0, answer.least_device_bytes - card.usable_bytes)}
+            more |= time_json(time)
             more["remedies"] = [remedy.to_json() for remedy in remedies]
         print(json.dumps({**answer.to_json(), **more}, ensure_ascii=False))
     else:
-        from peftscope.cli.show import show_answer, show_headroom, show_reading, show_remedies
+        from peftscope.cli.show import show_answer, show_headroom, show_reading, show_remedies, show_time
 
         console = wide_console()
         if reading:
@@ -244,6 +264,7 @@ def memory_command(
         show_answer(answer, console, explain=explain, depth=depth)
         if card:
             show_headroom(card, answer.least_device_bytes, answer.peak_device_bytes, console)
+            show_time(time, card, console)
         show_remedies(remedies, console)
     if reading and fits == "no":
         raise typer.Exit(1)
@@ -285,18 +306,25 @@ def fit(
     ] = None,
     gpus: Gpus = 1,
     as_json: AsJson = False,
+    examples: Examples = None,
+    epochs: Epochs = None,
+    price_per_hour: Price = None,
+    tflops: Tflops = None,
+    bandwidth: Bandwidth = None,
     **options: Any,
 ) -> None:
     """Say which methods fit on a card, with what is left, the largest sizes, and what to do where nothing fits."""
     from peftscope.hardware.cards import find_gpu
     from peftscope.sizing.fit import fit_methods, known_methods, not_searched
+    from peftscope.sizing.speed import Schedule
 
     names = [name.strip() for name in f"{model or ''},{models or ''}".split(",") if name.strip()]
     if not names:
         raise InputError(Problem("model", "none given", "peftscope fit --gpu 24GiB llama-2-7b"))
     card, chosen = find_gpu(gpu), known_methods(methods)
     found = [describe_model(name) for name in names]
-    asked = fit_methods(found, chosen, options, card, gpus)
+    schedule = Schedule(examples, epochs, price_per_hour, tflops, bandwidth)
+    asked = fit_methods(found, chosen, options, card, gpus, schedule)
     fits = list(with_progress(asked, len(found) * len(chosen), "fitting"))
     if as_json:
         print(json.dumps([one.to_json() for one in fits], ensure_ascii=False))
@@ -307,6 +335,43 @@ def fit(
     show_fits(fits, card, console)
     if not methods and (others := not_searched()):
         console.print(f"simulated when asked for by --methods, because they have no closed form: {', '.join(others)}")
+
+
+@app.command(cls=RunCommand, rich_help_panel=FITS)
+@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
+def cheapest(
+    model: Annotated[str, typer.Argument(help="A preset, a config.json, or a hub id.")],
+    method: Annotated[str | None, typer.Option(help="full, lora, qlora, dora, ...; default lora.")] = None,
+    prices: Annotated[
+        str | None,
+        typer.Option(help="Of an hour of each card, as in rtx4090=0.4,a100=1.5.", rich_help_panel=TIME_PANEL),
+    ] = None,
+    examples: Examples = None,
+    epochs: Epochs = None,
+    gpus: Gpus = 1,
+    figure: Annotated[Path | None, typer.Option(help="Draw the cost over the time.")] = None,
+    as_json: AsJson = False,
+    **options: Any,
+) -> None:
+    """Say on which known card a run is cheapest: the cards that it fits on, with its time and cost on each."""
+    from peftscope.sizing.cheapest import on_cards, read_prices
+    from peftscope.sizing.speed import Schedule
+
+    priced, schedule = read_prices(prices), Schedule(examples, epochs)
+    if figure and not priced:
+        raise InputError(Problem("figure", "shows costs, and no prices are given", "give --prices"))
+    found = on_cards(ask(describe_model(model), {"method": method, **options}, gpus=gpus), schedule, priced)
+    if figure:
+        with needs("report"):
+            from peftscope.report.memory import draw_cheapest
+
+            draw_cheapest(found, figure)
+    if as_json:
+        print(json.dumps([one.to_json() for one in found], ensure_ascii=False))
+        return
+    from peftscope.cli.show import show_cheapest
+
+    show_cheapest(found, wide_console())
 
 
 def peaks_of_question(question: Question, *, simulate: bool = False) -> Peaks:

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
-from peftscope.hardware.cards import Gpu
+from peftscope.hardware.cards import Gpu, known_speed
 from peftscope.memory.answer import Answer
 from peftscope.memory.formula.terms import DIMENSIONS
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS, SIMULATED
 from peftscope.models.shapes import FAMILIES
 from peftscope.sizing.fit import Fit
-from peftscope.words import counted, spoken_bytes, spoken_number
+from peftscope.sizing.speed import fitted
+from peftscope.words import counted, spoken_bytes, spoken_number, spoken_time
 
 if TYPE_CHECKING:
+    from peftscope.sizing.cheapest import OnCard
     from peftscope.sizing.config_file import Reading
     from peftscope.sizing.lengths import LengthsAnswer
     from peftscope.sizing.oom import Diagnosis
     from peftscope.sizing.remedies import Remedy
+    from peftscope.sizing.speed import Duration, Range
     from peftscope.sizing.why import Why
 
 SHOWN = 8
@@ -156,6 +159,50 @@ def show_models(console: Console) -> None:
     console.print(f"The closed form knows the kinds {kinds}. Give any other model's config.json: it is simulated.")
 
 
+def show_time(time: Duration | None, gpu: Gpu, console: Console) -> None:
+    """Prints how long a run takes, what it costs, and what stands behind the interval."""
+    if time is None:
+        unknown = f"the speed of {gpu.name} is not known; give --tflops and --bandwidth"
+        console.print(f"time: {'not modelled for this model' if known_speed(gpu) else unknown}", markup=False)
+        return
+    step = f"a step takes {spoken_range(time.step_seconds, lambda s: f'{s:.2g} s' if s < 60 else spoken_time(s))}"
+    console.print(f"time: about {spoken_range(time.tokens_per_second, spoken_speed)} tokens/s; {step}")
+    if time.training_seconds and time.epoch_seconds:
+        epoch = f"an epoch takes {spoken_range(time.epoch_seconds, spoken_time)}"
+        training = spoken_range(time.training_seconds, spoken_time)
+        console.print(f"  {epoch}; the training, {counted(time.steps or 0, 'step')}, {training}")
+    if time.cost:
+        cost = spoken_range(time.cost, lambda price: f"{price:,.2f}")
+        of = "the training" if time.training_seconds else "1M tokens"
+        console.print(f"  cost of {of}: about {cost}, in the currency of the price")
+    behind = "80 % of the measured speeds of such runs and their like, on one card in bf16, lie in the interval"
+    said = f"not validated: {time.unvalidated}" if time.unvalidated else behind
+    console.print(f"  {said} (docs/time.md)", markup=False)
+
+
+def spoken_range(range_: Range, told: Callable[[float], str]) -> str:
+    """Returns a prediction with its interval."""
+    return f"{told(range_.value)} ({told(range_.low)} to {told(range_.high)})"
+
+
+def spoken_speed(speed: float) -> str:
+    """Returns tokens a second, with three digits."""
+    return f"{float(f'{speed:.3g}'):,.0f}"
+
+
+def show_cheapest(cards: Sequence[OnCard], console: Console) -> None:
+    """Prints the cards that a run fits on, the cheapest first, with the time and the cost on each."""
+    table = Table("card", "fits", "tokens/s", "time of the training", "cost", box=None)
+    for one in cards:
+        speed = spoken_range(one.time.tokens_per_second, spoken_speed)
+        taken = spoken_range(one.time.training_seconds or one.time.step_seconds, spoken_time)
+        cost = spoken_range(one.time.cost, lambda price: f"{price:,.2f}") if one.time.cost else "no price"
+        table.add_row(one.gpu.name, f"[{STATE_COLOURS[one.fits]}]{one.fits}[/]", speed, taken, cost)
+    console.print(table)
+    first = cards[0].time
+    console.print(f"intervals as in docs/time.md{f'; not validated: {first.unvalidated}' if first.unvalidated else ''}")
+
+
 STATE_COLOURS = {"yes": "green", "tight": "yellow", "no": "red"}
 
 
@@ -173,6 +220,15 @@ def _assumed(fits: Sequence[Fit]) -> list[str]:
     return [f"assuming {', '.join(said)}; largest sizes with all else as assumed; {tight}"]
 
 
+def _taken(fit: Fit) -> tuple[str, str]:
+    """Returns the tokens a second of a run, and the time of its training with its cost."""
+    if not fit.time:
+        return "-", "-"
+    training, cost = fit.time.training_seconds, fit.time.cost
+    taken = spoken_time(training.value) if training else "-"
+    return spoken_speed(fit.time.tokens_per_second.value), taken + (f", {cost.value:,.2f}" if cost else "")
+
+
 def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
     """Prints which methods fit, the bytes that are left, and the largest batch, length and rank that still fit."""
     kept = (
@@ -180,12 +236,14 @@ def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
     )
     console.print(f"on {gpu.name}, {spoken_bytes(gpu.memory_bytes)}{kept}; closed form")
     for line in _assumed(fits):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
     simulated = sorted(
         {fit.model if METHODS[fit.method].closed_form else fit.method for fit in fits if fit.how == "simulation"}
     )
     largest_of = ("largest batch", "largest length", "largest rank")
-    table = Table("model", "method", "device peak", "fits", "left", *largest_of, "what to do", "peak then", box=None)
+    timed = ("tokens/s", "training") if any(fit.time and fit.time.training_seconds for fit in fits) else ("tokens/s",)
+    names = ("device peak", "fits", "left", *timed, *largest_of, "what to do", "peak then")
+    table = Table("model", "method", *names, box=None)
     for fit in fits:
         mark = f"[{STATE_COLOURS[fit.fits]}]{fit.fits}[/]"
         none = "?" if fit.how == "simulation" else "-"
@@ -195,8 +253,11 @@ def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
             largest[0] += f" (tight {fit.largest_tight_batch_size})"
         then = spoken_bytes(fit.advised_device_bytes) if fit.advised_device_bytes is not None else ""
         device, left = (spoken_bytes(b) if b is not None else "-" for b in (fit.peak_device_bytes, fit.headroom_bytes))
-        table.add_row(fit.model, fit.method, device, mark, left, *largest, fit.advice, then)
+        table.add_row(fit.model, fit.method, device, mark, left, *_taken(fit)[: len(timed)], *largest, fit.advice, then)
     console.print(table)
+    if any(fit.time for fit in fits):
+        low, high = fitted()[1]["interval"]
+        console.print(f"tokens/s: {low} to {high} times as many hold 80 % of measured speeds (docs/time.md)")
     for name in simulated:
         console.print(f"{name} has no closed form: its peak is simulated, and largest sizes are not searched")
     for fit in fits:

@@ -128,21 +128,48 @@ GPUS: dict[str, Gpu] = {
 """The known cards. Totals are those of nvidia-smi, or of cudaMemGetInfo and rocminfo where it shows none;
 the AgileRL project measured the contexts with torch 2.11."""
 
-PEAK_FLOPS: dict[str, float] = {
-    "rtx3090": 71e12,
-    "rtx4080": 97.5e12,
-    "rtx4090": 165.2e12,
-    "rtx5090": 209.5e12,
-    "a6000": 154.8e12,
-    "a10": 125e12,
-    "l4": 121e12,
-    "l40s": 362e12,
-    "a100": 312e12,
-    "a100-80gb": 312e12,
-    "h100": 989e12,
-    "h200": 989e12,
+
+@dataclass(frozen=True)
+class Speed:
+    """What a card can do at most, per second.
+
+    Attributes:
+        bf16_flops: Floating-point operations of dense products of 16-bit numbers that are summed in fp32.
+        fp32_flops: Those of products of fp32 numbers; torch does not round them to TF32.
+        memory_bytes: Bytes from and to its own memory.
+        link_bytes: Bytes to another card, in one direction.
+    """
+
+    bf16_flops: float
+    fp32_flops: float
+    memory_bytes: float
+    link_bytes: float = 32e9
+
+
+def _speed(bf16_tera: float, fp32_tera: float, memory_giga: float, link_giga: float = 32) -> Speed:
+    return Speed(bf16_tera * 1e12, fp32_tera * 1e12, memory_giga * 1e9, link_giga * 1e9)
+
+
+SPEEDS: dict[str, Speed] = {
+    "rtx3060": _speed(25.4, 12.7, 360),
+    "rtx3080": _speed(59.5, 29.8, 760),
+    "rtx3090": _speed(71, 35.6, 936),
+    "rtx4060": _speed(30.2, 15.1, 272),
+    "rtx4070": _speed(58.3, 29.1, 504),
+    "rtx4080": _speed(97.5, 48.7, 717),
+    "rtx4090": _speed(165.2, 82.6, 1008),
+    "rtx5090": _speed(209.5, 104.8, 1792, 64),
+    "a6000": _speed(154.8, 38.7, 768),
+    "a10": _speed(125, 31.2, 600),
+    "l4": _speed(121, 30.3, 300),
+    "l40s": _speed(362, 91.6, 864),
+    "a100": _speed(312, 19.5, 1555, 300),
+    "a100-80gb": _speed(312, 19.5, 2039, 300),
+    "h100": _speed(989, 67, 3350, 450),
+    "h200": _speed(989, 67, 4800, 450),
 }
-"""Each card's rate for dense bf16 products summed in fp32. Source: NVIDIA's data sheets and white papers."""
+"""What each card can do. Source: NVIDIA's data sheets and white papers; without sparsity, and links are NVLink or PCIe.
+Cards before Ampere are missing: they have no units for bf16."""
 
 USUAL_CARDS = ("rtx4080", "rtx4090", "a100", "a6000", "a100-80gb", "h200")
 """If only the memory of a card is known, estimates use the speed of the one of these cards with the nearest memory."""
@@ -171,20 +198,26 @@ def find_gpu(text: str) -> Gpu:
     for name, gpu in GPUS.items():
         if key in (_plain(name), _plain(gpu.name)) or f"rtx{key}" == name:
             return gpu
-    hint = f"{close_match(text.lower(), GPUS)}; or give its memory, as in 24GiB"
+    hint = (
+        f"{close_match(text.lower(), GPUS)}; or give its memory, as in 24GiB, and for its time --tflops and --bandwidth"
+    )
     raise InputError(Problem("gpu", f"unknown card (got {shown(text)})", hint))
 
 
-def speed_of(gpu: Gpu) -> tuple[float, str]:
-    """Returns a card's peak in floating-point operations per second, and the name of the card that has this peak.
+def known_speed(gpu: Gpu) -> Speed | None:
+    """Returns what a card can do, by its name, or None."""
+    return next((SPEEDS[name] for name, card in GPUS.items() if card.name == gpu.name and name in SPEEDS), None)
 
-    >>> speed_of(find_gpu("rtx4090")), speed_of(find_gpu("80GB"))[1]
-    ((165200000000000.0, 'RTX 4090'), 'A100 80 GB')
+
+def speed_of(gpu: Gpu) -> tuple[Speed, str]:
+    """Returns what a card can do, or else what the one with the nearest memory can, and the name of that card.
+
+    >>> speed_of(find_gpu("rtx4090"))[1], speed_of(find_gpu("80GB"))[1]
+    ('RTX 4090', 'A100 80 GB')
     """
-    own = [name for name, card in GPUS.items() if card.name == gpu.name and name in PEAK_FLOPS]
     nearest = min(USUAL_CARDS, key=lambda name: abs(GPUS[name].memory_bytes - gpu.memory_bytes))
-    name = own[0] if own else nearest
-    return PEAK_FLOPS[name], GPUS[name].name
+    known = known_speed(gpu)
+    return (known, gpu.name) if known else (SPEEDS[nearest], GPUS[nearest].name)
 
 
 def known_card(device_name: str) -> Gpu | None:

@@ -261,7 +261,7 @@ def _read_config(name: str, path: Path) -> Model:
         raise InputError(Problem("model", f"{path}: {reason[0]}", reason[1]))
     try:
         stored, unpacked = stored_as(config.pop("quantization_config", None))
-        return Model(name, config, ModelShape.from_config(config), "", stored, unpacked)
+        return Model(name, config, ModelShape.from_config(config), stored=stored, unpacked=unpacked)
     except KeyError as error:
         remedy = "give the config.json of a causal model"
         raise InputError(Problem("model", f"{path}: `{error.args[0]}` is missing", remedy)) from None
@@ -275,7 +275,7 @@ def _read_config(name: str, path: Path) -> Model:
         if stored:
             message = f"{path}: no closed form, and {stored.name} is not simulated"
             raise InputError(Problem("model", message, "give the config.json of its 16-bit base")) from None
-        return Model(name, config, None, str(error), None, unpacked)
+        return Model(name, config, None, str(error), unpacked=unpacked)
     except (TypeError, ZeroDivisionError):
         remedy = "check that all its sizes are whole numbers above 0"
         raise InputError(Problem("model", f"{path} does not describe a model", remedy)) from None

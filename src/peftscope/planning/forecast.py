@@ -1,7 +1,7 @@
 """Forecasts the GPU hours and the peak memory of every run of an experiment on a card. No torch.
 
 Memory comes from the closed form, for batches in which every sequence has the largest allowed length. Real runs take
-less. Seconds are floating-point operations over a share of the card's peak rate, a guess until the card has records.
+less. Seconds are those of the time model (``sizing/speed.py``), times what records of such a card took over it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from peftscope.models.catalog import find_model
 from peftscope.models.shapes import ModelShape
 from peftscope.planning.estimate import estimate_seconds, measured_runs
 from peftscope.sizing.changes import mildest_change
+from peftscope.sizing.speed import StepTime, step_time
 from peftscope.spec import RunSpec, memory_key
 
-SHARE, SHARE_FOUR_BIT, SHARE_FP32 = 0.3, 0.2, 0.03
-"""Guesses of the share of the card's bf16 peak that training reaches. 4-bit weights are dequantised in every pass, and
-fp32 products do not use the fast units."""
 PADDING = 1.5
 """The length of the longest sequence of a small batch, over the mean length."""
 START_SECONDS = 40.0
@@ -81,7 +79,7 @@ class Forecaster:
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
-        self.peak_flops, self.speed_name = speed_of(gpu)
+        self.speed, self.speed_name = speed_of(gpu)
         self._memory: dict[str, tuple[Peaks, int]] = {}
         self._advised: dict[tuple[str, int], str] = {}
 
@@ -141,38 +139,45 @@ class Forecaster:
             return "a larger card"
         return ", ".join(f"{k}: {json.dumps(v).strip(chr(34))}" for k, v in (changes | fields_of(changes)).items())
 
-    def measured_shares(self, spec: RunSpec) -> list[float]:
-        """Returns the shares of the peak rate that records of such a card reached, if possible of the same method."""
+    def measured_ratios(self, spec: RunSpec) -> list[float]:
+        """Returns what records of such a card took over what is predicted for them, if possible of the same method."""
         here = [
-            (record, before)
+            (record, before, shape)
             for record, before in _measured_specs()
-            if before.device == "cuda" and known_card(str(record["provenance"]["hardware"].get("gpu"))) == self.gpu
+            if before.device == "cuda"
+            and known_card(str(record["provenance"]["hardware"].get("gpu"))) == self.gpu
+            and (shape := find_model(before.model).shape)
         ]
-        same = [pair for pair in here if pair[1].method.name == spec.method.name]
-        flops = (training_flops(before) / record["seconds"]["train"] for record, before in same or here)
-        return [rate / self.peak_flops for rate in flops]
-
-    def share(self, spec: RunSpec) -> float:
-        """Returns the share of the card's peak rate that training reaches: measured on such a card, or a guess."""
-        if measured := self.measured_shares(spec):
-            return median(measured)
-        if spec.precision == "fp32":
-            return SHARE_FP32
-        return SHARE_FOUR_BIT if spec.method.quantization() else SHARE
+        same = [one for one in here if one[1].method.name == spec.method.name]
+        return [
+            record["seconds"]["train"] / (before.steps * self._step(before, shape).seconds)
+            for record, before, shape in same or here
+        ]
 
     def seconds(self, spec: RunSpec) -> float:
-        """Returns the estimated seconds of a run on the card, to within a factor of about two.
+        """Returns the estimated seconds of a run on the card.
 
         For a model of unknown shape it is a rougher guess, from records of such runs, or else as for 1B parameters.
         """
         shape = find_model(spec.model).shape
         if shape is None:
-            return estimate_seconds(spec, lambda _: self.peak_flops)
-        speed = self.share(spec) * self.peak_flops
-        seconds = START_SECONDS + 2 * shape.parameters / LOAD_BYTES_PER_SECOND
-        seconds += training_flops(spec) / speed + _evaluation_flops(spec, shape) / speed
-        seconds += _answers(spec) / spec.eval_batch_size * ANSWER_TOKENS * _token_seconds(spec, shape, speed)
+            return estimate_seconds(spec, lambda _: self.speed.bf16_flops)
+        step = self._step(spec, shape)
+        training = spec.steps * step.seconds if spec.method.trains else 0.0
+        token = step.forward_seconds * spec.gradient_accumulation / step.tokens
+        seconds = training + _evaluated_tokens(spec) * token
+        seconds += _answers(spec) / spec.eval_batch_size * ANSWER_TOKENS * _token_seconds(spec, shape, token)
+        seconds *= median(self.measured_ratios(spec) or [1.0])
+        seconds += START_SECONDS + 2 * shape.parameters / LOAD_BYTES_PER_SECOND
         return seconds + spec.method.initialisation_seconds(shape)
+
+    def _step(self, spec: RunSpec, shape: ModelShape) -> StepTime:
+        """Returns the time of a step of usual length on each card."""
+        length = spec.seq_len if spec.packing else max(1, round(min(spec.seq_len, PADDING * item_tokens(spec.task))))
+        each = {"batch_size": max(1, spec.batch_size // spec.shards), "seq_len": length}
+        model = Model(spec.model, shape.to_config(), shape)
+        question = Question(model, spec.model_copy(update=each), length, self.gpu, spec.shards)
+        return step_time(question, self.speed)
 
 
 def _measured_specs() -> Iterator[tuple[dict[str, Any], RunSpec]]:
@@ -186,32 +191,8 @@ def _measured_specs() -> Iterator[tuple[dict[str, Any], RunSpec]]:
             yield record, spec
 
 
-def training_flops(spec: RunSpec) -> float:
-    """Returns the floating-point operations of a run's training, including those on padding."""
-    shape = find_model(spec.model).shape
-    if shape is None or not spec.method.trains:
-        return 0.0
-    length = min(spec.seq_len, PADDING * item_tokens(spec.task))
-    tokens = spec.steps * spec.gradient_accumulation * spec.batch_size * (spec.seq_len if spec.packing else length)
-    return tokens * token_flops(spec, shape, length)
-
-
-def token_flops(spec: RunSpec, shape: ModelShape, length: float) -> float:
-    """Returns the floating-point operations of training on one token of a sequence.
-
-    They are two per weight in the forward pass and two for the gradients of activations. Two more per trained weight
-    are for their gradients, and two per weight for recomputing. Attention is causal.
-    """
-    trained = spec.method.trainable_parameters(shape) or 0
-    full = spec.method.trains_base
-    passes = 3 if full else 2
-    matrices = shape.linear_parameters + shape.vocab_size * shape.hidden_size
-    each: float = 2 * passes * matrices + (0 if full else 6 * trained)
-    each += passes * 2 * length * shape.num_heads * shape.head_dim * shape.num_layers
-    return float(each + (2 * shape.linear_parameters if spec.checkpointing else 0))
-
-
-def _evaluation_flops(spec: RunSpec, shape: ModelShape) -> float:
+def _evaluated_tokens(spec: RunSpec) -> float:
+    """Returns the tokens that a run's evaluations read."""
     length = min(spec.seq_len, item_tokens(spec.task))
     validations = 1 + (spec.steps - 1) // spec.validation_every if spec.validation_every else 1
     scored = validations * spec.validation_items + spec.heldout_items + spec.generation_items
@@ -221,7 +202,7 @@ def _evaluation_flops(spec: RunSpec, shape: ModelShape) -> float:
     tokens += sum(
         items * (BENCHMARK_TOKENS if name in GENERATING else CHOICES * CHOICE_TOKENS) for name in spec.benchmarks
     )
-    return float(2 * shape.parameters * tokens)
+    return float(tokens)
 
 
 def _answers(spec: RunSpec) -> int:
@@ -230,11 +211,11 @@ def _answers(spec: RunSpec) -> int:
     return spec.generation_items + items * sum(name in GENERATING for name in spec.benchmarks)
 
 
-def _token_seconds(spec: RunSpec, shape: ModelShape, speed: float) -> float:
-    """Returns the seconds of one more token of a batch. Without a cache, all tokens before it are recomputed."""
+def _token_seconds(spec: RunSpec, shape: ModelShape, token: float) -> float:
+    """Returns the seconds of one more token of a batch. Without a cache, all before it take ``token`` seconds each."""
     if spec.method.generates_from_cache:
         return TOKEN_SECONDS_PER_LAYER * shape.num_layers
-    return 2 * shape.parameters * spec.eval_batch_size * _context(spec) / speed
+    return token * spec.eval_batch_size * _context(spec)
 
 
 def _context(spec: RunSpec) -> int:

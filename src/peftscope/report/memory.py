@@ -16,6 +16,7 @@ from peftscope.memory.trace import KINDS
 from peftscope.methods import METHODS
 from peftscope.report.looks import GREEN, GREY, RED, SAFE_COLOURS, looks, mixed
 from peftscope.report.plots import new_figure
+from peftscope.sizing.cheapest import OnCard
 from peftscope.sizing.lengths import LengthsAnswer
 from peftscope.sizing.why import Why
 from peftscope.words import GIB, spoken_bytes
@@ -68,6 +69,22 @@ def draw_bars(bars: pd.DataFrame, path: Path) -> None:
         shown = [kind for kind in KINDS if kind in handles]
         entries = [handles[kind] for kind in shown]
         panels[0].figure.legend(entries, shown, loc="outside lower center", ncols=5, fontsize=8)
+
+
+def draw_cheapest(cards: Sequence[OnCard], path: Path) -> None:
+    """Draws the cost of a training, or of 1M tokens, over its time, with a cross of intervals for each priced card."""
+    with new_figure(path, 8, 4.6) as axes:
+        for one in cards:
+            time, cost = one.time.training_seconds or one.time.step_seconds, one.time.cost
+            if cost is None:
+                continue
+            hours = time.times(1 / 3600)
+            sides = [([r.value - r.low], [r.high - r.value]) for r in (hours, cost)]
+            axes.errorbar(hours.value, cost.value, xerr=sides[0], yerr=sides[1], fmt="o", color=SAFE_COLOURS[0])
+            axes.annotate(one.gpu.name, (hours.value, cost.value), xytext=(4, 4), textcoords="offset points")
+        trained = cards[0].time.training_seconds is not None
+        axes.set(xscale="log", xlabel=f"hours of {'the training' if trained else 'a step'}")
+        axes.set(yscale="log", ylabel=f"cost of {'the training' if trained else '1M tokens'}")
 
 
 def _handles(panels: Sequence[plt.Axes]) -> dict[str, Any]:

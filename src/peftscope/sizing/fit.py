@@ -22,6 +22,7 @@ from peftscope.memory.shares import RESIDENT
 from peftscope.memory.trace import by_kind, bytes_of, factors
 from peftscope.methods import METHODS
 from peftscope.sizing.changes import mildest_change
+from peftscope.sizing.speed import Duration, Schedule, duration, time_json
 
 LARGEST_BATCH_SIZE = 4096
 LARGEST_RANK = 1024
@@ -62,6 +63,7 @@ class Fit:
         advised_device_bytes: The bytes that the card needs after that change; None without one.
         assumed: The batch size, length, rank, precision and loss path that were asked about.
         assumptions: The assumptions behind the peaks, one sentence each.
+        time: How long it takes; None if the method cannot run, or nothing is known of the card's speed.
     """
 
     model: str
@@ -85,10 +87,11 @@ class Fit:
     advised_device_bytes: int | None = None
     assumed: dict[str, Any] = field(default_factory=dict)
     assumptions: tuple[str, ...] = ()
+    time: Duration | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fit as JSON content."""
-        return asdict(self)
+        return asdict(self) | time_json(self.time)
 
 
 def known_methods(names: str | None) -> list[str]:
@@ -122,21 +125,24 @@ def fit_methods(
     options: Mapping[str, Any],
     gpu: Gpu,
     gpus: int = 1,
+    schedule: Schedule | None = None,
 ) -> Iterator[Fit]:
     """Yields one fit per model and method. An option of a method is passed only to methods that have it.
 
-    For a method that cannot run with the options, the fit says why.
+    For a method that cannot run with the options, the fit says why. ``schedule`` is what is asked about time.
 
     Raises:
         InputError: No method can run with the options. The error comes after the last fit.
     """
     problems: list[Problem] = []
-    some, needs = False, Needs(gpu)
+    some, needs, schedule = False, Needs(gpu), schedule or Schedule()
+    schedule.speed(gpu)
     with without_collector():  # all the time: whenever it starts again, it looks at every block
         for model in models:
             for method in methods:
                 try:
-                    fit = Search(model, method, options, needs, gpus).fit()
+                    search = Search(model, method, options, needs, gpus)
+                    fit = replace(search.fit(), time=duration(search.question, schedule))
                     some = True
                 except InputError as error:
                     problems += error.problems
@@ -213,17 +219,17 @@ class Search:
     def __init__(self, model: Model, method: str, asked: Mapping[str, Any], needs: Needs, gpus: int = 1) -> None:
         self.model, self.method, self.asked, self.needs, self.gpus = model, method, asked, needs, gpus
         self._options = options_of_method(method, asked)
-        self._question = self._ask(self._options)
-        simulated = not self._question.has_closed_form
+        self.question = self._ask(self._options)
+        simulated = not self.question.has_closed_form
         self._how: Literal["formula", "simulation"] = "simulation" if simulated else "formula"
         if simulated:
             from peftscope.memory.simulate import peaks_by_simulation
 
-            self._asked_peaks = peaks_by_simulation(self._question)
+            self._asked_peaks = peaks_by_simulation(self.question)
         else:
-            self._asked_peaks = self._peaks(self._question, inf)
+            self._asked_peaks = self._peaks(self.question, inf)
         alive = self._asked_peaks.alive(self._asked_peaks.binding_phase)
-        self._components, self._experts = by_kind(alive), unquantised_experts(self._question, alive)
+        self._components, self._experts = by_kind(alive), unquantised_experts(self.question, alive)
         formulas = Counter(block.formula for block in alive if block.formula)
         self._line: list[tuple[float, list[str], int]] = [
             (*factors(formula), number) for formula, number in formulas.items()
@@ -231,7 +237,7 @@ class Search:
 
     def fit(self) -> Fit:
         """Returns whether the method fits, and the largest sizes that fit."""
-        peaks, capacity, spec = self._asked_peaks, self.needs.gpu.usable_bytes, self._question.spec
+        peaks, capacity, spec = self._asked_peaks, self.needs.gpu.usable_bytes, self.question.spec
         needed, fits = peaks.device_bytes, self.needs.gpu.fits(peaks.least_bytes, peaks.device_bytes)
         advice, advised = ("", None) if fits == "yes" else self._advice()
         fit = Fit(
@@ -257,7 +263,7 @@ class Search:
                 "precision": spec.precision,
                 "loss_path": spec.loss_path,
             },
-            assumptions=(*self._experts, *assumptions_of(self._question)),
+            assumptions=(*self._experts, *assumptions_of(self.question)),
         )
         if self._how == "simulation":
             return fit
@@ -272,7 +278,7 @@ class Search:
     def longest(self) -> int:
         """Returns the longest sequence that the model accepts."""
         longest = self.model.max_seq_len or LONGEST_SEQUENCE
-        return longest - getattr(self._question.spec.method, "virtual_tokens", 0)
+        return longest - getattr(self.question.spec.method, "virtual_tokens", 0)
 
     def largest(self, field: str, limit: int, *, tight: bool = False) -> int | None:
         """Returns the largest value of a field that fits, with all else unchanged, or None if not even 1 fits.
@@ -294,7 +300,7 @@ class Search:
                 return self._peaks(question, 0).least_bytes
             return self._peaks(question, capacity, only_whether=only_whether).device_bytes
 
-        spec, capacity = self._question.spec, self.needs.gpu.usable_bytes
+        spec, capacity = self.question.spec, self.needs.gpu.usable_bytes
         start = getattr(spec.method, spec.method.rank_field) if field == "rank" else getattr(spec, field)
         earlier = self.needs.largest[self.model.name, field, tight]
         found = largest(takes, partial(self._expected, field), capacity, limit, start, earlier)
@@ -312,18 +318,18 @@ class Search:
 
     def _expected(self, field: str, value: int) -> float:
         """Returns the bytes of the blocks that are alive at the peak, recomputed for another value of a field."""
-        spec, changes = self._question.spec, self._changes(field, value)
+        spec, changes = self.question.spec, self._changes(field, value)
         spec = spec.model_copy(
             update={"method": spec.method.model_copy(update=changes)} if field == "rank" else changes
         )
-        question = replace(self._question, spec=spec, responses=usual_responses(spec.seq_len))
+        question = replace(self.question, spec=spec, responses=usual_responses(spec.seq_len))
         sizes = {**sizes_of(question), "1/G": 1 / self.gpus}
         return sum(number * segment_share(bytes_of(width, names, sizes)) for width, names, number in self._line)
 
     def _largest_rank(self) -> int | None:
         if not METHODS[self.method].with_rank(1):
             return None
-        narrowest = narrowest_target(self.model, self._question.spec) or LARGEST_RANK
+        narrowest = narrowest_target(self.model, self.question.spec) or LARGEST_RANK
         return self.largest("rank", min(LARGEST_RANK, narrowest))
 
     def _advice(self) -> tuple[str, int | None]:
@@ -332,7 +338,7 @@ class Search:
         A change that leaves room is preferred to a milder one after which it is tight, which is advice for a method
         that does not fit only.
         """
-        asked, capacity = {**self._question.spec.model_dump(), "method": self.method}, self.needs.gpu.usable_bytes
+        asked, capacity = {**self.question.spec.model_dump(), "method": self.method}, self.needs.gpu.usable_bytes
         stays = sum(block.size for block in self._asked_peaks.alive("optimizer") if block.kind in RESIDENT)
 
         def changed(changes: Mapping[str, Any]) -> Question:

@@ -32,6 +32,7 @@ from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
 from peftscope.models.presets import PRESETS
 from peftscope.sizing.fit import fit_methods, known_methods
+from peftscope.sizing.speed import Schedule, duration, time_json
 from peftscope.sizing.why import compare
 from peftscope.spec import RunSpec
 
@@ -111,9 +112,10 @@ def _problems(error: InputError) -> str:
 
 
 def _read(settings: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns what settings say as options of ``ask``, and the rest: ``model``, ``config``, ``gpu``, ``gpus``, ..."""
+    """Returns what settings say as options of ``ask``, and the rest: ``model``, ``gpu``, ``schedule``, ..."""
     options = json.loads(settings)
     rest = {name: options.pop(name, None) for name in ("model", "config", "gpu", "gpus", "response_len")}
+    rest["schedule"] = Schedule(**{name: options.pop(name, None) for name in Schedule.__dataclass_fields__})
     for name in LISTS:
         if name in options:
             options[name] = preset_or_modules(options[name])
@@ -148,7 +150,8 @@ def answer(settings: str) -> dict[str, Any]:
     if question.gpu:
         fits = question.gpu.fits(peaks.least_bytes, peaks.device_bytes)
         card = {"name": question.gpu.name, "usable_bytes": question.gpu.usable_bytes, "fits": fits}
-    return {**found, "modules": {}, "alive": alive, "card": card}
+    time = time_json(duration(question, _read(settings)[1]["schedule"]))
+    return {**found, "modules": {}, "alive": alive, "card": card, **time}
 
 
 @_told
@@ -167,7 +170,7 @@ def fits(settings: str) -> Iterator[str]:
         if rest["gpu"] is None:
             return
         model = describe_model(rest["model"])
-        for fit in fit_methods([model], known_methods(None), options, rest["gpu"], rest["gpus"]):
+        for fit in fit_methods([model], known_methods(None), options, rest["gpu"], rest["gpus"], rest["schedule"]):
             told = True
             yield json.dumps({**fit.to_json(), "label": METHODS[fit.method].label})
     except InputError as error:

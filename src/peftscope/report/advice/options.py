@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -11,17 +11,16 @@ from peftscope.hardware.cards import GPUS, Fits, Gpu
 from peftscope.memory.question import Model, Question, ask
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
-from peftscope.planning.forecast import Forecaster, token_flops
+from peftscope.planning.forecast import Forecaster
 from peftscope.report.advice.rules import Change, Findings, Rules, Standing
 from peftscope.report.advice.settings import Settings, Situation, settings_for
 from peftscope.sizing.fit import ACCEPTED, Needs
+from peftscope.sizing.speed import step_time, with_interval
 
 LENGTHS = (8192, 4096, 2048, 1024, 768, 512, 384, 256, 128)
 """The lengths that are tried if examples have to be cut."""
 SMALLEST_PLAIN_BATCH = 4
 """Smaller batches than this come with recomputation rather than without it: they use a card badly."""
-GUESS = (0.5, 5 / 3)
-"""The range around the guessed share of a card's peak rate, as factors."""
 SHORTER = "shorter"
 """The change that cuts examples."""
 
@@ -39,8 +38,7 @@ class Option:
         accumulation: The batches of a step on each card.
         steps: The optimizer steps of the run.
         seconds: The shortest and the longest expected time of the training.
-        time_is_measured: Whether records of such a card say the time; it is a guess otherwise.
-        rate_shares: The shares of the card's peak rate behind the two times.
+        time_is_measured: Whether records of such a card corrected the time.
         adapter_bytes: The size of what is trained, on disk.
         cut_share: The share of the measured examples that are cut; None if none was measured.
         spread_over: The cards that share the weights; copies of the model on several cards count as one.
@@ -55,7 +53,6 @@ class Option:
     steps: int
     seconds: tuple[float, float]
     time_is_measured: bool
-    rate_shares: tuple[float, float]
     adapter_bytes: int
     cut_share: float | None
     spread_over: int
@@ -184,15 +181,17 @@ class Fitter:
         situation = self.situation
         question = self.ask({**fields, "gradient_accumulation": 1})
         spec, shape = question.spec, situation.shape
-        mean = situation.mean_tokens(spec.seq_len)
+        mean = max(1, round(situation.mean_tokens(spec.seq_len)))
         epochs = settings.value("epochs")
         # Cards that do not divide a step's examples see fewer in a step, so that there are more steps.
         accumulation = max(1, self.step_examples(settings) // spec.batch_size)
         step = spec.batch_size * accumulation * situation.gpus
-        flops = epochs * situation.examples * mean * token_flops(spec, shape, mean)
-        shares = self._forecaster.measured_shares(spec)
-        low, high = (min(shares), max(shares)) if shares else [g * self._forecaster.share(spec) for g in GUESS]
-        rate = self._forecaster.peak_flops * situation.gpus
+        usual = spec.model_copy(update={"seq_len": mean, "gradient_accumulation": accumulation})
+        usual_question = replace(question, spec=usual, responses=mean)
+        seconds = step_time(usual_question, self._forecaster.speed).seconds * epochs * situation.examples / step
+        ratios = self._forecaster.measured_ratios(spec)
+        taken = with_interval(seconds)
+        low, high = (seconds * min(ratios), seconds * max(ratios)) if ratios else (taken.low, taken.high)
         cut = sum(length > spec.seq_len for length in situation.lengths)
         return Option(
             settings=settings,
@@ -202,9 +201,8 @@ class Fitter:
             peak_device_bytes=self.peak(fields),
             accumulation=accumulation,
             steps=max(1, round(epochs * situation.examples / step)),
-            seconds=(flops / (high * rate), flops / (low * rate)),
-            time_is_measured=bool(shares),
-            rate_shares=(high, low),
+            seconds=(low, high),
+            time_is_measured=bool(ratios),
             adapter_bytes=(2 if spec.method.trains_base else 4) * (spec.method.trainable_parameters(shape) or 0),
             cut_share=cut / len(situation.lengths) if situation.lengths else None,
             spread_over=question.gpus,
