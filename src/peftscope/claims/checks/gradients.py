@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora.config import LoraGAConfig
-from peft.tuners.lora.loraga import preprocess_loraga
 
 from peftscope.claims.lora_subjects import (
     backward_steps,
@@ -22,8 +18,8 @@ from peftscope.claims.lora_subjects import (
     trained,
     update_of,
 )
-from peftscope.claims.measurement import Measurement, geometric_mean_of
-from peftscope.claims.subjects import BLOCK_LINEAR, TINY, flat, tiny_llama, token_ids
+from peftscope.claims.measurement import Measurement
+from peftscope.claims.subjects import TINY, flat, tiny_llama, token_ids
 
 
 def share_with_gradient(factor: str, step: int) -> Measurement:
@@ -132,55 +128,6 @@ def share_in_first_gradient(
         axes=("step", "mean squared cosine"),
         model=TINY,
     )
-
-
-def times_fewer_steps(rates: list[float], steps: int, rank: int, seeds: int) -> Measurement:
-    """Returns how many times fewer steps PEFT's LoRA-GA takes than LoRA to the loss at which LoRA ends.
-
-    Both have AdamW. The goal is the lowest last loss of LoRA over some rates, and of each method the rate counts that
-    reaches it first. LoRA-GA has twice as many steps for it, and counts with all of them if it does not reach it.
-    Its start is made from the gradients of the batch that both then learn by heart. The value is the geometric mean
-    over seeds of the tokens and of the starts. Source: Wang et al. 2024, LoRA-GA, arXiv 2407.05000.
-    """
-    logs, ends = [], []
-    for seed in range(seeds):
-        ids = token_ids(tiny_llama(), batch=16, seed=seed)
-        plain = [_losses_along(lora_model(tiny_llama(), rank, 2 * rank, seed), ids, rate, steps) for rate in rates]
-        aligned = [_losses_along(_aligned_model(ids, rank, seed), ids, rate, 2 * steps) for rate in rates]
-        goal = min(losses[-1] for losses in plain)
-        reached = [
-            min(next((step for step, loss in enumerate(losses, 1) if loss <= goal), len(losses)) for losses in each)
-            for each in (plain, aligned)
-        ]
-        logs.append(math.log(reached[0] / reached[1]))
-        ends.append((goal, min(losses[steps - 1] for losses in aligned), *reached))
-    names = ("LoRA's last loss", "loss of LoRA-GA then", "steps of LoRA", "steps of LoRA-GA")
-    evidence = {name: sum(column) / seeds for name, column in zip(names, zip(*ends, strict=True), strict=True)}
-    return geometric_mean_of(logs, evidence=evidence, model=TINY)
-
-
-def _losses_along(model: Any, ids: Any, rate: float, steps: int) -> list[float]:
-    """Returns the loss before each of some steps of AdamW on one batch."""
-    update = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
-    found = []
-    for _ in range(steps):
-        update.zero_grad()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        update.step()
-        found.append(loss.item())
-    return found
-
-
-def _aligned_model(ids: Any, rank: int, seed: int) -> Any:
-    """Returns a tiny Llama with LoRA-GA, as PEFT has it by default, on every linear layer of its blocks."""
-    base = tiny_llama()
-    options = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=list(BLOCK_LINEAR), **options
-    )
-    preprocess_loraga(base, config, lambda: base(input_ids=ids, labels=ids).loss.backward())
-    return lora_model(base, rank, 2 * rank, seed, **options)
 
 
 def base_tensors_changed(steps: int) -> Measurement:
