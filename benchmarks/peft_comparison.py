@@ -1,6 +1,6 @@
 """How many orderings of PEFT's published method comparison could be chance: ``make peft-comparison``.
 
-Writes the tables of ``docs/peft-comparison.md``, their figure and a number of the README, from
+Writes the tables of ``docs/peft-comparison.md``, their figures and a number of the README, from
 ``peft_method_comparison.csv``.
 """
 
@@ -20,12 +20,18 @@ from peftscope.analysis.scores import read_scores
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.report.comparison import draw_ranking, summarise_ranking
 from peftscope.report.front import README, with_numbers
+from peftscope.report.plots import new_figure
 
 SCORES = Path("benchmarks/peft_method_comparison.csv")
 PAGE = Path("docs/peft-comparison.md")
 FIGURE = Path("results/published/peft-comparison/ranking.png")
 TEST_ITEMS, VALIDATION_ITEMS = 1319, 50
 """The items behind a test accuracy, those of GSM8K's test split, and behind a validation accuracy."""
+STARS_FIGURE = FIGURE.with_name("stars.png")
+BASELINE = "FULL"
+"""Full fine-tuning, which gets no stars in PEFT's shop."""
+DRAWS = 10_000
+"""How often the scores of all runs are drawn anew to count stars that change."""
 LAST = 5
 """The last evaluations of a training whose changes are shown: at the end of a cosine, little is learned."""
 WORKING = 0.3
@@ -110,6 +116,70 @@ def render(scores: Path = SCORES) -> str:
     return "\n".join(lines)
 
 
+def stars(scores: np.ndarray) -> np.ndarray:
+    """Returns the stars of each method, as PEFT's shop gives them: five to the best fifth, and one to the last.
+
+    Source: huggingface/peft at 5d602fdb, method_comparison/peft-shop/app.py, ``star_rating``.
+
+    Args:
+        scores: The scores of methods in the last axis.
+    """
+    better = (scores[..., None, :] > scores[..., :, None]).sum(-1)
+    found: np.ndarray = 5 - 5 * better // scores.shape[-1]
+    return found
+
+
+def stars_by_chance(spread: float, scores: Path = SCORES) -> pd.DataFrame:
+    """Returns for each method its published score and stars, and the share of draws in which it has 1 to 5 stars.
+
+    A method has the score of its best run, as in the shop. A draw moves the score of each run by what its seed does.
+
+    Args:
+        spread: The standard deviation of single runs between seeds.
+        scores: The table of runs.
+    """
+    table = pd.read_csv(scores)
+    table = table[table["peft_type"] != BASELINE].sort_values("peft_type", kind="stable")
+    names, first = np.unique(table["peft_type"], return_index=True)
+    published = table["test_accuracy"].to_numpy()
+    random = np.random.default_rng(0)
+    drawn = published + spread * random.standard_normal((DRAWS, len(published)))
+    counted = stars(np.maximum.reduceat(drawn, first, axis=1))
+    best = np.maximum.reduceat(published, first)
+    shares = {str(n): (counted == n).mean(axis=0) for n in range(1, 6)}
+    found = pd.DataFrame({"method": names, "score": best, "stars": stars(best), **shares})
+    return found.sort_values("score", ascending=False, ignore_index=True)
+
+
+def render_stars(scores: Path = SCORES) -> str:
+    """Returns how many stars would change, as Markdown."""
+    lines = [
+        "| spread of seeds (pp) | methods whose stars change | by two or more | methods that keep theirs in 95 % |",
+        "|---:|---:|---:|---:|",
+    ]
+    for spread in STATED_SPREADS[1:]:
+        found = stars_by_chance(spread, scores)
+        shares = found[[str(n) for n in range(1, 6)]].to_numpy()
+        apart = np.abs(np.arange(1, 6) - found["stars"].to_numpy()[:, None])
+        changed, far = ((shares * (apart >= least)).sum() for least in (1, 2))
+        kept = int(((shares * (apart == 0)).sum(axis=1) >= CONFIDENCE).sum())
+        lines.append(f"| {100 * spread:g} | {changed:.1f} of {len(found)} | {far:.2f} | {kept} |")
+    return "\n".join(lines)
+
+
+def draw_stars(path: Path = STARS_FIGURE, scores: Path = SCORES) -> None:
+    """Draws how often each method would have each number of stars, with its published ones."""
+    found = stars_by_chance(SHOWN_SPREAD, scores)
+    shares = found[[str(n) for n in range(1, 6)]].to_numpy()
+    with new_figure(path, 6, 1.2 + 0.2 * len(found)) as axes:
+        rows, columns = np.nonzero(shares >= 0.005)
+        axes.scatter(columns + 1, rows, s=90 * shares[rows, columns], color="C0")
+        axes.scatter(found["stars"], range(len(found)), s=110, facecolors="none", edgecolors="C1")
+        names = [f"{row.method.lower()} ({100 * row.score:.1f} %)" for row in found.itertuples()]
+        axes.set_yticks(range(len(found)), names, fontsize=7)
+        axes.set(xlim=(0.5, 5.5), ylim=(len(found) - 0.5, -0.5), xlabel="stars (area: share of draws, ring: published)")
+
+
 def number_of_readme(scores: Path = SCORES) -> dict[str, str]:
     """Returns the README's number by its name there: per cent of the orderings that could be chance, on other items."""
     return {"orderings by chance": _share(rankings(scores)[SHOWN_SPREAD, TEST_ITEMS], corrected=False).rstrip("%")}
@@ -124,10 +194,11 @@ def _undecided_at_the_top(ranking: Ranking) -> str:
 
 
 def main() -> None:
-    """Writes the page, its figure, and the number in the README."""
-    write_blocks({"tables": render()}, PAGE)
+    """Writes the page, its figures, and the number in the README."""
+    write_blocks({"tables": render(), "stars": render_stars()}, PAGE)
     README.write_text(with_numbers(README.read_text(), number_of_readme()))
     draw_ranking(rankings()[SHOWN_SPREAD, TEST_ITEMS], FRACTION, FIGURE)
+    draw_stars()
     print(PAGE)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,7 @@ from ledger_parts import part_of
 
 from peftscope.analysis.study import HELDOUT
 from peftscope.claims.checks import altered_methods, curvature, directions
-from peftscope.claims.evaluate import evaluate_part
+from peftscope.claims.evaluate import PartFinding, evaluate_part
 from peftscope.claims.lora_subjects import factor_a, factor_b, lora_layers, lora_model
 from peftscope.claims.measurement import NotRunError
 from peftscope.claims.subjects import fetched_model, token_ids
@@ -69,6 +70,24 @@ def test_sharpness_is_the_hessians_largest_eigenvalue(toy: Path, monkeypatch: py
     assert swapped.found is not None
     assert float(swapped.found.value) == pytest.approx(1 / float(found.found.value), rel=1e-3)
     assert found.verdict != swapped.verdict
+
+
+def test_rates_that_fall_with_the_sharpness_support_p56_and_others_do_not(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published best rates stand against sharpness that is made to follow them, or to oppose them."""
+    monkeypatch.chdir(repository)
+
+    def found(sharpness: Callable[[str], float]) -> PartFinding:
+        monkeypatch.setattr(curvature, "_sharpness", lambda spec, *_: [sharpness(spec.method.name)])
+        return evaluate_part(part_of("P56"))
+
+    first = found(lambda name: float(len(name)))
+    assert first.found is not None, first.reason
+    rates = {name: float(first.found.evidence[f"best rate of {name}"]) for name in part_of("P56").with_["arms"]}
+    falling, rising = found(lambda name: 1 / rates[name]), found(lambda name: rates[name])
+    assert falling.found.value == pytest.approx(-1) and rising.found.value == pytest.approx(1)
+    assert falling.verdict != rising.verdict
 
 
 # Directions of trained adapters.

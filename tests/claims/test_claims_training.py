@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from ledger_parts import part_with
 
-from peftscope.analysis.study import HELDOUT, VALIDATION
-from peftscope.claims.checks import subspaces, training
+from peftscope.analysis.study import ACCURACY, HELDOUT, VALIDATION
+from peftscope.claims.checks import answers, subspaces, training
+from peftscope.claims.evaluate import evaluate_part
 from peftscope.claims.measurement import NotRunError
 from peftscope.claims.verdict import Rule, Verdict, judge
 from peftscope.layout import results_folder
+from peftscope.planning.published import ITEMS
 
 COARSE = [10 ** (-k / 2) for k in range(4, 11)]
 
@@ -209,3 +215,32 @@ def test_a_destroyed_base_leaves_open_what_a_sound_one_decides() -> None:
         training.heldout_gain_on_base("synthetic", "lora", "nf2")
     with pytest.raises(NotRunError, match="no run of the untouched base in nf2"):
         verdict(nf3=5.0)
+
+
+def test_another_seed_changes_scores_and_answers_or_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores that lie 4 points apart and answers of which a third differ support P51; equal ones do not."""
+    scores, right = part_with("P51", "answers.spread_of_scores"), part_with("P51", "answers.share_that_change")
+
+    def verdicts(score: Callable[[int], float], answer: Callable[[int, int], str]) -> list[tuple[Verdict, Any]]:
+        def runs(arm: str) -> pd.DataFrame:
+            rows = [{"run_id": f"{arm}-{seed}", "seed": seed, ACCURACY: score(seed)} for seed in range(8)]
+            return pd.DataFrame(rows)
+
+        items = [
+            {"run_id": f"{arm}-{seed}", "item": item, "answer": answer(seed, item), "correct": 0.0}
+            for arm in scores.with_["arms"]
+            for seed in range(8)
+            for item in range(12)
+        ]
+        folder = results_folder("ranks")
+        folder.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(items).to_parquet(folder / ITEMS)
+        study = SimpleNamespace(folder=folder, arm_runs=runs, exact_match=runs, subject="toy, sums", name="ranks")
+        monkeypatch.setattr(answers, "StudyResults", lambda name: study)
+        return [(found.verdict, found.found) for found in map(evaluate_part, (scores, right))]
+
+    apart = verdicts(lambda seed: 0.5 + 0.04 * (seed % 2), lambda seed, item: str(seed if item < 4 else item))
+    assert [verdict for verdict, _ in apart] == [Verdict.HOLDS, Verdict.HOLDS]
+    assert apart[0][1].value == pytest.approx(4 * math.sqrt(2 / 7)) and apart[1][1].value == pytest.approx(1 / 3)
+    alike = verdicts(lambda seed: 0.5 + 0.001 * (seed % 2), lambda seed, item: str(item))
+    assert [verdict for verdict, _ in alike] == [Verdict.WRONG, Verdict.WRONG]

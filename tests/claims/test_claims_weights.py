@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from ledger_parts import claims, verdicts_of
+from ledger_parts import claims, part_with, verdicts_of
 
 from peftscope.analysis.weights import collect_weights, measured_runs, weights_path
 from peftscope.claims.checks import forgetting
-from peftscope.claims.evaluate import Finding, evaluate
+from peftscope.claims.evaluate import Finding, evaluate, evaluate_part
 from peftscope.layout import PUBLISHED_RESULTS, results_folder, run_folder
 from peftscope.record import measured_path
 from peftscope.report.forgetting import forgetting_sentence
@@ -163,6 +164,42 @@ def test_rank_grows_with_training_and_is_compared_between_the_parts_of_a_block()
 
     weights_world(at(160, "q_proj", 20), at(160, "down_proj", 40), wide)
     assert judged("P48").deciding[1].found.value == pytest.approx(0.8)  # noise of its shape has more rank, too
+
+
+def test_a_spectrum_that_is_spread_further_has_more_entropy() -> None:
+    """Eight equal singular values have log 8; the kept sums bound what others have, and may leave the sign open."""
+
+    def verdict(lora: float, dora: float) -> tuple[str, Any]:
+        def change(table: pd.DataFrame) -> None:
+            table["energy_1"] = np.where(table["arm"] == "dora", dora, lora)
+            table["energy_8"] = 1.0
+
+        weights_world(change)
+        found = evaluate_part(part_with("P54", "weights.entropy_gain"))
+        return found.verdict, found.found
+
+    assert verdict(0.99, 0.3)[0] == "holds"
+    assert verdict(0.3, 0.99)[0] == "wrong"
+    assert verdict(0.50, 0.45)[0] == "open"
+    found = verdict(1.0, 1 / 8)[1]
+    log_8, log_7 = np.log(8), np.log(7)
+    assert found.evidence["largest possible difference"] == pytest.approx(log_8)
+    assert found.evidence["least possible difference"] == pytest.approx(log_8 - 7 / 8 * log_7)
+
+
+def test_a_preference_for_rank_is_one_that_all_seeds_share() -> None:
+    def verdict(more: list[float]) -> str:
+        runs = write_runs("adalora", {"lora": {}, "adalora": {}})
+        rest = cycle(more)
+
+        def change(table: pd.DataFrame) -> None:
+            table["rank_kept"] = np.where(table["module"] == "down_proj", 8 + next(rest), 8)
+
+        write_weights("adalora", runs[runs["label"] == "adalora"], change)
+        return evaluate_part(part_with("P55", "weights.rank_preference")).verdict
+
+    assert verdict([3, 2, 4]) == verdict([-3, -2, -4]) == "holds"
+    assert verdict([2, -2, 2, -2, 1]) != "holds"
 
 
 def test_the_rank_of_an_update_is_told_in_ranks_of_lora() -> None:

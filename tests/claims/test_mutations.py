@@ -16,7 +16,7 @@ import worlds_of_numbers as numbers
 import worlds_of_peft as peft
 from ledger_parts import changed_part, claims, part_with
 
-from peftscope.claims.checks import codes, initialisation, memory, quantised_models, timing
+from peftscope.claims.checks import codes, initialisation, memory, merging, quantised_models, timing
 from peftscope.claims.evaluate import PartFinding, evaluate_part
 from peftscope.claims.ledger import Part
 
@@ -112,6 +112,7 @@ WORLDS: list[tuple[str, str, dict[str, Any], peft.World]] = [
     ),
     ("S81", "combining.combination_error", {"combination": "cat"}, peft.sums_with_the_old_scale),
     ("S83", "combining.methods_known", {}, peft.no_ia3),
+    ("P58", "merging.gain_lost", {"into": "16-bit base"}, numbers.poor_nf4_in_adapted_models),
     ("S76", "snippet.exception_of_snippet", {"also_imported": []}, peft.snippet_with_its_import),
 ]
 """A claim, a check with some of its parameters, and the world in which the last such part is decided otherwise."""
@@ -154,6 +155,12 @@ NUMBERS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("S26", "scaling.placements_beyond", {}, {"described": ["q", "k", "v", "o"]}),
     ("S30", "scaling.share_of_settings", {}, {"low": 1000, "high": 2000}),
     ("S70", "merging.model_formula_error", {}, {"targets": ["lm_head"]}),
+    ("P57", "gradients.share_in_first_gradient", {"factor": "B", "optimizer": "SGD"}, {"steps": 1}),
+    ("P59", "memory.share_of_peak", {"model": "qwen3-4b"}, {"model": "qwen3-0.6b"}),
+    ("P60", "counts.operations_ratio", {"rank": 192}, {"rank": 8}),
+    ("P67", "memory.share_of_peak", {}, {"run": {"method": "lora", "seq_len": 64}}),
+    ("P67", "memory.ratio_at_peak", {}, {"over": {"method": "lora", "seq_len": 512}}),
+    ("P61", "published_runs.methods_that_dominate", {"run": "lora"}, {"run": "ia3"}),
 ]
 """A claim, a check with some of its parameters, and the other numbers with which it is decided otherwise."""
 
@@ -178,7 +185,9 @@ QUICKER = {
     "trained_parameters.percent_of_virtual_tokens": {"models": ["gpt2-medium"]},
     "trained_parameters.vera_parameters": {"preset": "smollm2-135m"},
     "gradients.share_of_growing_steps": {"steps": 5},
+    "memory.share_of_peak": {"how": "formula"},
     "merging.extra_flops": {"preset": "smollm2-135m"},
+    "merging.gain_lost": {"batches": [2], "steps": 20},
     "counts.packed_gigabytes": {"rows": 512, "columns": 512},
     "gradients.gradient_from_zero": {"steps": 2},
     "scaling.smallest_growth": {"steps": 3},
@@ -216,7 +225,14 @@ ELSEWHERE = {
         "altered_methods.most_saved_by_frozen_a",
         "altered_methods.saved_by_constant_norm",
     },
+    "test_another_seed_changes_scores_and_answers_or_neither": {
+        "answers.share_that_change",
+        "answers.spread_of_scores",
+    },
     "test_sharpness_is_the_hessians_largest_eigenvalue": {"curvature.sharpness_ratio"},
+    "test_rates_that_fall_with_the_sharpness_support_p56_and_others_do_not": {"curvature.rate_with_sharpness"},
+    "test_a_spectrum_that_is_spread_further_has_more_entropy": {"weights.entropy_gain"},
+    "test_a_preference_for_rank_is_one_that_all_seeds_share": {"weights.rank_preference"},
     "test_adapters_in_a_common_direction_share_it_and_others_do_not": {
         "directions.amplification",
         "directions.shared_direction",
@@ -281,7 +297,7 @@ def test_a_changed_world_flips_the_verdict(
     try:
         flips(part_with(claim, check, **given), world, changed, monkeypatch)
     finally:
-        for cached in (memory._scanned, memory._answered):
+        for cached in (memory._scanned, memory._answered, merging._merged_losses):
             cached.cache_clear()
 
 
@@ -297,6 +313,24 @@ def test_a_changed_world_flips_the_verdict_on_weights(
         monkeypatch.setattr(module, "weight_matrices", lambda model: iter(matrices))
     monkeypatch.setattr(initialisation, "_answers", lambda model, change: [change(matrix) for _, matrix in matrices])
     flips(part_with(claim, check, **given), world, changed, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("claim", "check", "changed"),
+    [
+        ("P50", "training.heldout_gain", {"study": "subspace", "arm": "d10"}),
+        ("P52", "training.learning_rate_ratio", {"arm": "full"}),
+        ("P53", "training.learning_rate_spread", {"arms": ["lora", "full"]}),
+        ("P53", "training.closest", {"study": "subspace", "arms": ["d10", "d100"]}),
+        ("P54", "training.heldout_gain", {"study": "subspace", "arm": "full", "against": "d10"}),
+    ],
+)
+def test_other_published_runs_flip_the_verdict(
+    claim: str, check: str, changed: dict[str, Any], repository: Path, monkeypatch: Any
+) -> None:
+    """Runs whose order is known stand in for those of the claim, full fine-tuning or a subspace of few dimensions."""
+    monkeypatch.chdir(repository)
+    flips(part_with(claim, check), numbers.nothing, changed, monkeypatch)
 
 
 NF4_AS_A_RIVAL = {"code": "e3m0", "rivals": ["nf4"]}
@@ -346,10 +380,12 @@ def test_a_work_that_takes_longer_flips_the_claim_on_its_time(monkeypatch: Any) 
     monkeypatch.setattr(timing, "_training_step", lambda model, run: work(naps[run["method"]]))
     monkeypatch.setattr(timing, "_forward", lambda model, run, kind, merge: work(4.0 if merge else 2.0))
     parts = [part_with("P12", "timing.step_ratio"), part_with("S71", "timing.latency_ratio", work="token")]
+    parts.append(part_with("P60", "timing.step_ratio"))
     before = [found_with(part, pairs=10).verdict for part in parts]
     numbers.swapped_times(monkeypatch)
     assert before[0] != found_with(parts[0], pairs=10).verdict
     assert found_with(parts[1], pairs=10).found.low > 1
+    assert before[2] != found_with(parts[2], pairs=10).verdict
 
 
 def test_every_check_of_the_ledger_has_a_changed_world(repository: Path) -> None:

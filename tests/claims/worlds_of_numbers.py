@@ -13,7 +13,7 @@ from bitsandbytes.optim.optimizer import Optimizer8bit
 from gguf import quants
 from worlds_of_peft import World, around, instead, without_text
 
-from peftscope.claims.checks import codes, four_bit, initialisation, memory, timing
+from peftscope.claims.checks import codes, four_bit, initialisation, memory, merging, timing
 from peftscope.methods import loftq
 from peftscope.methods.qlora import QLoRA
 
@@ -114,6 +114,12 @@ integers_of_16_levels = instead(
     lambda signed, total_bits: (torch.arange(-8, 8) / 8).repeat(16).sort().values,
 )
 nothing_to_fit = instead(codes, "_fitted", lambda block: codes.CodeBook("nf4"))
+
+
+def poor_nf4_in_adapted_models(patch: pytest.MonkeyPatch) -> None:
+    """NF4 rounds as in ``poor_nf4``, and adapters are trained on it anew."""
+    merging._merged_losses.cache_clear()
+    poor_nf4(patch)
 
 
 def large_constants(patch: pytest.MonkeyPatch) -> None:

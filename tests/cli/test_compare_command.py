@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.peft_comparison import PAGE, SCORES, number_of_readme, render
+from benchmarks.peft_comparison import PAGE, SCORES, number_of_readme, render, render_stars, stars, stars_by_chance
 from peftscope.report.front import README, with_numbers
 
 Command = Any
@@ -186,3 +186,12 @@ def test_the_page_on_pefts_runs_shows_what_their_scores_give(repository: Path) -
     assert "63 | " in tables and "of 1,953" in tables
     readme = (repository / README).read_text()
     assert "orderings by chance" in readme and readme == with_numbers(readme, number_of_readme(scores))
+
+
+def test_stars_follow_fifths_and_change_with_the_seeds(repository: Path) -> None:
+    assert stars(np.arange(10.0)).tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert stars(np.array([[0.5, 0.5, 0.4, 0.3, 0.2]])).tolist() == [[5, 5, 3, 2, 1]]  # equal scores share a place
+    scores = repository / SCORES
+    still = stars_by_chance(0.0, scores)
+    assert all(row[str(row["stars"])] == 1 for row in still.to_dict("records"))
+    assert f"<!-- stars -->\n{render_stars(scores)}\n<!-- /stars -->" in (repository / PAGE).read_text()

@@ -134,10 +134,10 @@ def randomise_b(layer: Any, spread: float = 0.1, seed: int = 2) -> None:
 
 
 def backward_steps(
-    model: Any, steps: int, learning_rate: float = 1e-3, optimizer: str = "AdamW", after: bool = False
+    model: Any, steps: int, learning_rate: float = 1e-3, optimizer: str = "AdamW", after: bool = False, batch: int = 2
 ) -> Iterator[float]:
     """Yields the loss of each step once its gradients exist, or with ``after`` once its update is done."""
-    ids = token_ids(model)
+    ids = token_ids(model, batch=batch)
     update = getattr(torch.optim, optimizer)([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     for _ in range(steps):
         update.zero_grad()

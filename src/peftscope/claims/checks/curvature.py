@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
+import statistics
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from transformers import AutoTokenizer
 
+from peftscope.analysis.study import StudyResults
+from peftscope.claims.checks.training import _over_rates, _spearman
 from peftscope.claims.measurement import Measurement, NotRunError, geometric_mean_of
 from peftscope.claims.subjects import fetched, fetched_model, flat
 from peftscope.data.batching import collate, tokenise
 from peftscope.data.tasks import read_split, task_folder
 from peftscope.methods import METHODS
+from peftscope.planning.published import published_records
 from peftscope.spec import RunSpec
 from peftscope.training.build import seed_everything
 
@@ -37,25 +43,57 @@ def sharpness_ratio(
         items: The items of a batch.
         steps: The steps of Lanczos' iteration; its largest value approaches the eigenvalue from below.
     """
-    if not (task_folder(task) / "train.jsonl").is_file():
-        raise NotRunError(f"the items of {task} are missing; run `peftscope make-task {task}`")
-    tokenizer = AutoTokenizer.from_pretrained(fetched(model), local_files_only=True, trust_remote_code=False)
-    examples = tokenise(read_split(task, "train")[: batches * items], tokenizer, 128)
-    groups = [collate(examples[start : start + items], 0) for start in range(0, batches * items, items)]
-    found: dict[str, list[float]] = {}
-    for name in (method, against):
-        base = fetched_model(model, "AutoModelForCausalLM")
-        base.set_attn_implementation("eager")  # fused attention has no second derivative
-        base.requires_grad_(False)
-        spec = RunSpec(
-            model=model, task=task, learning_rate=1e-4, method=METHODS[name].model_validate({"alpha": alpha})
+    found = {
+        name: _sharpness(
+            RunSpec(model=model, task=task, learning_rate=1e-4, method=METHODS[name].model_validate({"alpha": alpha})),
+            batches,
+            items,
+            steps,
         )
-        seed_everything(0)
-        adapted = spec.method.build(base, spec)
-        found[name] = [_largest_eigenvalue(adapted, batch, steps) for batch in groups]
+        for name in (method, against)
+    }
     logs = [math.log(a / b) for a, b in zip(found[method], found[against], strict=True)]
     evidence = {f"mean of {name}": sum(each) / len(each) for name, each in found.items()}
     return geometric_mean_of(logs, evidence=evidence, model=f"{model}, {task}")
+
+
+def rate_with_sharpness(study: str, arms: list[str], batches: int, items: int, steps: int) -> Measurement:
+    """Returns Spearman's correlation over arms of the best learning rate with the largest eigenvalue at the start.
+
+    The eigenvalue is that of the Hessian in all parameters that an arm trains, before training, as in
+    ``sharpness_ratio``. The best rate, and the interval, are those of ``training.learning_rate_ratio``.
+
+    Args:
+        study: A published study.
+        arms: The arms.
+        batches: The number of batches.
+        items: The items of a batch.
+        steps: The steps of Lanczos' iteration.
+    """
+    results, records = StudyResults(study), published_records(study)
+    specs = {arm: json.loads(records[results.arm_runs(arm)["run_id"].iloc[0]])["spec"] for arm in arms}
+    values = {
+        arm: math.exp(statistics.fmean(map(math.log, _sharpness(RunSpec.model_validate(spec), batches, items, steps))))
+        for arm, spec in specs.items()
+    }
+    sharpness = list(values.values())
+    found = _over_rates(results, tuple(arms), lambda best: _spearman(sharpness, best.T), 2000, lambda value: value)
+    return replace(found, evidence={**found.evidence, **{f"largest eigenvalue, {arm}": v for arm, v in values.items()}})
+
+
+def _sharpness(spec: RunSpec, batches: int, items: int, steps: int) -> list[float]:
+    """Returns the largest eigenvalue before training on each of some batches of the task."""
+    if not (task_folder(spec.task) / "train.jsonl").is_file():
+        raise NotRunError(f"the items of {spec.task} are missing; run `peftscope make-task {spec.task}`")
+    tokenizer = AutoTokenizer.from_pretrained(fetched(spec.model), local_files_only=True, trust_remote_code=False)
+    examples = tokenise(read_split(spec.task, "train")[: batches * items], tokenizer, 128)
+    groups = [collate(examples[start : start + items], 0) for start in range(0, batches * items, items)]
+    base = fetched_model(spec.model, "AutoModelForCausalLM")
+    base.set_attn_implementation("eager")  # fused attention has no second derivative
+    base.requires_grad_(False)
+    seed_everything(0)
+    adapted = spec.method.build(base, spec)
+    return [_largest_eigenvalue(adapted, batch, steps) for batch in groups]
 
 
 def _largest_eigenvalue(model: Any, batch: Any, steps: int) -> float:

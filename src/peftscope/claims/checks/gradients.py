@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -12,13 +12,14 @@ from peftscope.claims.lora_subjects import (
     factor_a,
     factor_b,
     four_bit,
+    linear_names,
     lora_layers,
     lora_model,
     trained,
     update_of,
 )
 from peftscope.claims.measurement import Measurement
-from peftscope.claims.subjects import TINY, flat, tiny_llama
+from peftscope.claims.subjects import TINY, flat, tiny_llama, token_ids
 
 
 def share_with_gradient(factor: str, step: int) -> Measurement:
@@ -91,6 +92,42 @@ def rank_from_equal_rows(steps: int, rank: int, equal: bool) -> Measurement:
     trained(model, steps, learning_rate=0.1, optimizer="SGD")
     ranks = [int(torch.linalg.matrix_rank(update_of(layer), rtol=1e-6)) for layer in lora_layers(model).values()]
     return Measurement(max(ranks), n=len(ranks), evidence={"smallest": min(ranks)}, model=TINY)
+
+
+def share_in_first_gradient(
+    factor: Literal["A", "B"], optimizer: Literal["SGD", "AdamW"], rate: float, steps: int, rank: int
+) -> Measurement:
+    """Returns how much of a factor's subspace lies in as many leading singular vectors of the first full gradient.
+
+    That is the gradient of the whole matrix in the first step of full fine-tuning, on the batch that LoRA then trains
+    on. The value is the mean squared cosine of the principal angles, from 0 to 1, mean over matrices. B is compared
+    with left singular vectors and A with right ones. Source: Zhang et al. 2025, LoRA-One, arXiv 2502.01235.
+    """
+    base = tiny_llama()
+    ids = token_ids(base)
+    base(input_ids=ids, labels=ids).loss.backward()
+    leading = {}
+    for name in linear_names(base):
+        left, _, right = torch.linalg.svd(base.get_submodule(name).weight.grad, full_matrices=False)
+        leading[name] = left[:, :rank] if factor == "B" else right[:rank].T
+    base.zero_grad()
+    model = lora_model(base, rank=rank, alpha=2 * rank)
+    layers, curve, losses = lora_layers(model), {}, []
+    for step, loss in enumerate(backward_steps(model, steps, rate, optimizer, after=True), start=1):
+        columns = {name: factor_b(layer) if factor == "B" else factor_a(layer).T for name, layer in layers.items()}
+        bases = {name: torch.linalg.qr(each.detach()).Q for name, each in columns.items()}
+        shares = [float((leading[name].T @ basis).square().sum()) / rank for name, basis in bases.items()]
+        curve[float(step)] = sum(shares) / len(shares)
+        losses.append(loss)
+    chance = sum(rank / len(each) for each in leading.values()) / len(leading)
+    return Measurement(
+        curve[float(steps)],
+        n=len(layers),
+        evidence={"by chance": chance, "after one step": curve[1.0], "first loss": losses[0], "last loss": losses[-1]},
+        curves={"part in the gradient's subspace": curve},
+        axes=("step", "mean squared cosine"),
+        model=TINY,
+    )
 
 
 def base_tensors_changed(steps: int) -> Measurement:

@@ -49,6 +49,13 @@ def at_peak(kinds: list[str], run: Run, model: str = MODEL, how: How = "simulati
     return Measurement(sum(_parts(answer).get(kind, 0) for kind in kinds) / GB, evidence=_evidence(answer), model=model)
 
 
+def share_of_peak(kinds: list[str], run: Run, model: str = MODEL, how: How = "simulation") -> Measurement:
+    """Returns the share of some kinds of tensors in the peak of a training step; see ``at_peak``."""
+    answer = _answer(model, run, how)
+    share = sum(_parts(answer).get(kind, 0) for kind in kinds) / _allocated(answer)
+    return Measurement(share, evidence=_evidence(answer), model=model)
+
+
 def ratio_at_peak(kinds: list[str], run: Run, over: Run, model: str = MODEL, how: How = "simulation") -> Measurement:
     """Returns some kinds of tensors at the peak of a run over the same kinds at that of another run.
 

@@ -6,6 +6,7 @@ The weights themselves are not needed: a table of the study's results, or of the
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -216,6 +217,48 @@ def rank_with_worth(study: str, arm: str, kept: bool = False, given: str = "") -
     return over_seeds(results, pd.Series(each), evidence, table["run_id"])
 
 
+def rank_preference(study: str, arm: str) -> Measurement:
+    """Returns the mean rank that AdaLoRA kept in one part of the blocks over that in the other; one value a seed.
+
+    Above the line stands the part that kept more rank in the other seeds. A preference that changes from seed to seed
+    gives values around 1.
+    """
+    results, table = _after(study, arm)
+    if "rank_kept" not in table or table["rank_kept"].isna().all():
+        raise NotRunError(f"the study `{study}` has no ranks that `{arm}` chose")
+    mean = {
+        part: table[table["module"].str.fullmatch(modules)].groupby("seed")["rank_kept"].mean()
+        for part, modules in PARTS.items()
+    }
+    logs = np.log(mean["feed-forward"] / mean["attention"])
+    values = np.exp(np.sign(logs.sum() - logs) * logs)
+    evidence: dict[str, Quantity] = {f"mean rank in {part}": float(each.mean()) for part, each in mean.items()}
+    evidence |= {f"mean rank, {name}": float(each.mean()) for name, each in table.groupby("module")["rank_kept"]}
+    return over_seeds(results, values, evidence, table["run_id"])
+
+
+def entropy_gain(study: str, arm: str, against: str) -> Measurement:
+    """Returns how much larger the entropy of an update's spectrum is than that of another arm's, in nats, by seed.
+
+    The spectrum is the share of each squared singular value, in the median matrix. The table holds its sums up to the
+    singular values 1, 2, 4, 8 and so on. The entropy lies between that of the sums and that with equal shares inside
+    each, and the middle counts. If the sign hangs on this, the value says nothing.
+    """
+    bounds = {name: _entropies(_after(study, name)[1]) for name in (arm, against)}
+    results = StudyResults(study)
+    both = paired(results.arm_runs(arm), results.arm_runs(against))  # the seeds that both have
+    mine, other = (bounds[name].loc[both.index] for name in (arm, against))
+    values = mine.mean(axis="columns") - other.mean(axis="columns")
+    least, most = float((mine["least"] - other["most"]).mean()), float((mine["most"] - other["least"]).mean())
+    evidence: dict[str, Quantity] = {"least possible difference": least, "largest possible difference": most}
+    evidence |= {f"entropy of {name}": float(bounds[name].mean(axis=None)) for name in (arm, against)}
+    evidence |= {f"held-out loss of {arm}": float(both["first"].mean())}
+    evidence |= {f"held-out loss of {against}": float(both["second"].mean())}
+    runs = [run for name in (arm, against) for run in results.arm_runs(name)["run_id"]]
+    found = over_seeds(results, values, evidence, runs)
+    return found if least * most > 0 else replace(found, spoiled_by="the kept sums of the spectra leave the sign open")
+
+
 def _partial(correlations: pd.DataFrame) -> float:
     """Returns the correlation of the first two of some quantities, with the others, if any, partialled out."""
     if len(correlations) == 2:
@@ -233,6 +276,20 @@ def _after(study: str, arm: str) -> tuple[StudyResults, pd.DataFrame]:
     if table.empty:
         raise NotRunError(f"the study `{study}` has not measured the weights of `{arm}`")
     return results, table
+
+
+def _entropies(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the least and the largest entropy that the kept sums of spectra allow, median over matrices, by seed."""
+    names = sorted((name for name in table if name.startswith("energy_")), key=lambda name: int(name.split("_")[1]))
+    ends = [int(name.split("_")[1]) for name in names]
+    side = table[["rows", "columns"]].min(axis="columns")
+    sums = table[names].assign(all=1.0).to_numpy()
+    shares = np.clip(np.diff(sums, axis=1, prepend=0.0), 0.0, 1.0)
+    last = np.maximum(side.to_numpy() - ends[-1], 1)[:, None]
+    sizes = np.hstack([np.broadcast_to(np.diff(ends, prepend=0), (len(table), len(ends))), last])
+    least = -(shares * np.log(np.where(shares > 0, shares, 1.0))).sum(axis=1)
+    found = pd.DataFrame({"least": least, "most": least + (shares * np.log(sizes)).sum(axis=1)}, index=table.index)
+    return found.groupby(table["seed"]).median()
 
 
 def _points(study: str, runs: pd.DataFrame) -> pd.DataFrame:
