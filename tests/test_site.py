@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from test_page import Visit, served
+from test_page import Visit, visiting
 
 import peftscope
 from peftscope.report.front import BEGIN, END
@@ -108,17 +108,8 @@ def site(repository: Path, calculator: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def visit(chromium: str, site: Path) -> Iterator[Visit]:
-    from playwright.sync_api import sync_playwright
-
-    elsewhere = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
-    with served(site) as address, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", elsewhere]
-        )
-        one = Visit(browser.new_page(viewport={"width": 375, "height": 900}), address)
-        one.page.set_default_timeout(240_000)  # for machines that are busy
+    with visiting(site, chromium, 375) as one:
         yield one
-        browser.close()
 
 
 @pytest.mark.browser

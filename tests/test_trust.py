@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,14 +18,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command
+from conftest import Command, run_here
 
 from peftscope.data.scoring import lm_eval_file, read_scoring
 from peftscope.data.tasks import make_task, task_folder
 from peftscope.errors import InputError
 from peftscope.execution.merge import merge_run
-from peftscope.execution.phases import Phases
-from peftscope.execution.run import execute
 from peftscope.models.catalog import LOCAL, model_folder
 from peftscope.record import RunRecord, read_record, write_record
 from peftscope.spec import RunSpec, run_id
@@ -215,12 +212,6 @@ def make_own_tasks(own: Callable[..., Path], **responses: list[str]) -> None:
         make_task(task)
 
 
-def executed(spec: RunSpec) -> RunRecord:
-    phases = Phases("cpu", time.perf_counter())
-    phases.mark_imported()
-    return execute(spec, Path("run"), phases)
-
-
 class TestTasks:
     def test_a_data_sets_script_is_never_run(self, own: Callable[..., Path], mark: Path) -> None:
         folder = Path("someone/data")
@@ -282,7 +273,7 @@ class TestTasks:
         make_own_tasks(own, dates=dates * 20, odd=odd * 20)
         for task in ("dates", "odd"):
             scored = {"heldout_items": 16, "generation_items": 4, "retention_tokens": 0, "probe_steps": 0}
-            record = executed(make_spec(method="none", task=task, **scored))
+            record = run_here(make_spec(method="none", task=task, **scored), Path("run"))
             assert (record.status, record.reason) == ("ok", None)
             made = [json.loads(line) for line in (task_folder(task) / "test.jsonl").read_text().split("\n") if line]
             rows = [json.loads(line) for line in Path("run/items.jsonl").read_text().split("\n") if line]
@@ -313,7 +304,7 @@ class TestTasks:
         self, own: Callable[..., Path], make_spec, capsys: pytest.CaptureFixture[str]
     ) -> None:
         make_own_tasks(own, long=["x" * 100] * 60)
-        record = executed(make_spec(method="lora", task="long", seq_len=64))
+        record = run_here(make_spec(method="lora", task="long", seq_len=64), Path("run"))
         assert record.status == "failed"
         assert re.match(r"item 'long \d+ .*': seq_len=64 is too short for the response, 102 tok", record.reason or "")
         assert "Traceback" not in capsys.readouterr().err

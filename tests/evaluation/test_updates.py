@@ -140,6 +140,7 @@ def test_weights_of_full_fine_tuning_are_measured_and_cut(toy: Path, make_spec: 
     pd.testing.assert_frame_equal(pd.read_csv(measured_path(tmp_path)), table)
 
 
+@pytest.mark.slow
 def test_the_worth_of_adaloras_updates_is_measured_apart_from_its_ranks(
     toy: Path, make_spec: Any, tmp_path: Path
 ) -> None:

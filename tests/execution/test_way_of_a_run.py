@@ -31,7 +31,7 @@ spec says whether autocast is on, and whether the output is kept; a source asks 
 
 UPWARDS = {
     # The loss is no module of torch, whose hooks would name its blocks: the simulator puts itself around it.
-    "peftscope.training.step -> peftscope.memory.simulate: _Owners._named_loss",
+    "peftscope.training.step -> peftscope.memory.simulate: _Owners._named_loss"
 }
 """Calls from a room into one above it."""
 

@@ -87,12 +87,7 @@ def test_fp32_products_of_a_4_bit_layer_are_those_of_its_rounded_weights() -> No
     layer.weight.data = torch.randn(96, 128)
     layer.to("cpu").support_avx512bf16_for_cpu = False
     weight = torch.ops.bitsandbytes.dequantize_4bit(
-        layer.weight.data,
-        layer.weight.quant_state.absmax,
-        64,
-        "nf4",
-        [96, 128],
-        torch.bfloat16,
+        layer.weight.data, layer.weight.quant_state.absmax, 64, "nf4", [96, 128], torch.bfloat16
     )
     inputs = random(5, 128).requires_grad_()
     with bf16_products("fp32"):
@@ -189,6 +184,7 @@ def test_a_wrong_wish_is_refused_before_any_run(toy: Path, monkeypatch: pytest.M
         plan_experiment("smoke")
 
 
+@pytest.mark.slow
 def test_a_run_says_its_way_and_takes_the_same_memory(
     toy: Path, make_spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

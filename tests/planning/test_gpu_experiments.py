@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from conftest import python
 
 from peftscope.data.benchmarks import benchmark_folder, find_benchmark, make_benchmark
 from peftscope.data.tasks import SPLITS, make_task, read_split, split_of, task_folder
@@ -113,9 +112,7 @@ def test_the_7b_experiment_runs_to_its_report_on_local_folders(
         Path(name).symlink_to(repository / name)
     # Other tests make what no experiment changes: here the published one stands in for it.
     shutil.copytree(repository / "results/published/memory", "results/memory")
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "experiment=short"]
-    command += ["--allowed-rules", *RULES]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = python("-m", "snakemake", "--cores", "2", "--config", "experiment=short", "--allowed-rules", *RULES)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     runs = pd.read_csv("results/short/runs.csv")
@@ -129,6 +126,9 @@ def test_the_7b_experiment_runs_to_its_report_on_local_folders(
     assert len(found) == 1 + 2 + 2 and found["before"].notna().all()
     page = Path("reports/short/report.html").read_text()
     assert "Llama-2-7B on MetaMathQA" in page and "<h2>Benchmarks</h2>" in page
+
+    arms = json.loads(Path("results/short/tuned.json").read_text())["arms"]
+    assert all(3 <= len(chosen["rates"]) <= 5 for chosen in arms.values())
 
     record = json.loads(next(Path("results/runs").glob("lora-*/record.json")).read_text())
     assert record["provenance"]["model"]["mirror"] == str(mirror / "meta-llama/Llama-2-7b-hf")

@@ -62,11 +62,6 @@ def test_after_all_short_jobs_the_trainings_are_left(workflow: Workflow, estimat
     assert left.seconds() > 10 * SHORT
 
 
-def test_at_first_it_is_what_the_plan_says(workflow: Workflow, estimates: dict[str, float]) -> None:
-    said = begun(workflow, Clock()).seconds()
-    assert said == pytest.approx(sum(estimates.values()) + SHORT * plugin.SHORT_SECONDS)
-
-
 def test_the_runs_of_all_experiments_of_a_workflow_count(workflow: Workflow, estimates: dict[str, float]) -> None:
     both = load_workflow({"experiment": "quick smoke"})
     added = [estimate_seconds(both.runs[run], product_rate) for run in both.runs.keys() - workflow.runs.keys()]

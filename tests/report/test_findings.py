@@ -53,6 +53,7 @@ def test_the_page_says_what_was_found_and_what_waits(own_folder: Path, repositor
     assert all(f"{name} {by_id[name]['verdict']}" in row for name in deciding)
 
 
+@pytest.mark.slow
 def test_a_topic_shows_the_answers_and_pictures_of_its_published_studies(own_folder: Path, repository: Path) -> None:
     for folder in ("results/published/variants", "reports/published/variants"):
         shutil.copytree(repository / folder, folder)
@@ -71,6 +72,7 @@ def test_a_topic_shows_the_answers_and_pictures_of_its_published_studies(own_fol
     )
 
 
+@pytest.mark.slow
 def test_of_a_half_published_study_the_other_runs_are_missing(own_folder: Path, repository: Path) -> None:
     folder = Path("results/published/dora-norm")
     shutil.copytree(repository / folder, folder)
@@ -138,6 +140,7 @@ def test_the_readme_shows_the_published_verdicts(
     assert f"<!--wrong-->{wrong + 1}<!--/-->" in paper
 
 
+@pytest.mark.slow
 def test_the_readme_shows_its_study_as_it_is_published(
     tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +165,7 @@ def test_a_sentence_that_does_not_fit_its_claim_is_refused(
         show_claims(findings, [first.model_copy(update={"says": "It takes {7:.2f} times."})])
 
 
+@pytest.mark.slow
 def test_a_study_that_has_not_run_has_its_price(repository: Path, write_experiment) -> None:
     """Its arm has five listed rates, then three on eight seeds. LoRA has 16 runs more than are published."""
     rates = "[1.0e-4, 3.0e-4, 1.0e-3, 3.0e-3, 1.0e-2]"

@@ -41,8 +41,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("method", "checkpointing"),
-    [("qlora", False), ("dora", False), ("prefix-tuning", False), ("lora", True)],
+    ("method", "checkpointing"), [("qlora", False), ("dora", False), ("prefix-tuning", False), ("lora", True)]
 )
 @pytest.mark.slow
 def test_compiled_layers_learn_the_same(
