@@ -282,9 +282,7 @@ class TestAnswers:
 
 
 class TestResults:
-    def test_your_own_come_before_the_published_ones_and_comparisons_have_names(
-        self, repository: Path, bare: Path
-    ) -> None:
+    def test_your_own_come_before_the_published_ones_and_comparisons_have_names(self, repository, bare: Path) -> None:
         published = Path("results/published/quick")
         shutil.copytree(repository / published, published)
         runs = peftscope.load_results("quick")

@@ -179,9 +179,7 @@ def kill_everything(workflow: subprocess.Popen[str], chance: random.Random) -> N
     workflow.communicate()
 
 
-def test_sigkill_at_random_moments(
-    repository: Path, toy: Path, tmp_path: Path, outcomes: Outcomes, capsys: pytest.CaptureFixture
-) -> None:
+def test_sigkill_at_random_moments(repository, toy, tmp_path, outcomes: Outcomes, capsys) -> None:
     reference = None
     chance = random.Random(20261125)
     kills = {kill_one_of_its_jobs: 0, kill_the_workflow: 0, kill_everything: 0}

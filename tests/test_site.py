@@ -82,9 +82,7 @@ def codemeta_names(authors: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{"name": author["name"]} for author in authors]
 
 
-def test_the_page_on_records_shows_code_that_runs(
-    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_page_on_records_shows_code_that_runs(repository, monkeypatch, capsys) -> None:
     monkeypatch.chdir(repository)
     text = (repository / "docs/records.md").read_text()
     exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), {})

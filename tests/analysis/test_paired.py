@@ -122,9 +122,7 @@ class TestStatistics:
 
 
 class TestSources:
-    def test_an_arm_of_a_study_is_compared_as_the_study_does_it(
-        self, repository: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_an_arm_of_a_study_is_compared_as_the_study_does_it(self, repository, monkeypatch) -> None:
         monkeypatch.chdir(repository)
         pairing = pair(read_scores("variants-60:dora"), read_scores("variants-60:lora"))
         study = StudyResults("variants-60").difference("dora", "lora")

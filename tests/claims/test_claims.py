@@ -273,9 +273,7 @@ def part(**changes: Any) -> Part:
         ("wrong, not run", "not run"),
     ],
 )
-def test_all_assertions_and_conditions_decide_and_nothing_beside_them(
-    verdicts: str, whole: str, tmp_path: Path
-) -> None:
+def test_all_assertions_and_conditions_decide_and_nothing_beside_them(verdicts: str, whole: str, tmp_path) -> None:
     (claim,) = ledger_of(tmp_path, ENTRY)
     beside = part(quotes="")
     condition = part(declared="a plan")

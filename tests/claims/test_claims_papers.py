@@ -24,9 +24,7 @@ from peftscope.planning.cells import ARM
 
 
 @pytest.mark.slow
-def test_frozen_factors_and_constant_norms_save_what_they_need_not_keep(
-    toy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_frozen_factors_and_constant_norms_save_what_they_need_not_keep(toy, monkeypatch) -> None:
     """A norm with a gradient keeps nearly every adapted weight once more, in 16 bits, until the backward pass."""
     run = {"method": "dora", "batch_size": 1, "seq_len": 16, "targets": "mlp"}
     found = altered_methods.saved_by_constant_norm(run, "toy")
@@ -112,9 +110,7 @@ def write_study(aim: torch.Tensor | None) -> None:
 
 
 @pytest.mark.slow
-def test_adapters_in_a_common_direction_share_it_and_others_do_not(
-    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_adapters_in_a_common_direction_share_it_and_others_do_not(toy, tmp_path, monkeypatch) -> None:
     for name in ("resources", "experiments"):
         (tmp_path / name).symlink_to(toy / name)
     monkeypatch.chdir(tmp_path)

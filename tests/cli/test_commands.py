@@ -190,9 +190,7 @@ def test_a_command_prints_what_the_document_says(command: str, workspace: Path, 
 # What commands say while they work.
 
 
-def test_without_a_terminal_progress_is_a_line_now_and_then(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys) -> None:
     seconds = iter([0, 10, 40, 50])
     monkeypatch.setattr("peftscope.cli.console.time.monotonic", lambda: next(seconds))
     assert list(with_progress("abc", 3, "measuring")) == ["a", "b", "c"]

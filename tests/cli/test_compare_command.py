@@ -96,9 +96,7 @@ class TestMargins:
         _, text, _ = peftscope(*arguments, "--base", write("base", 3.0))
         assert "Margin ±5 % of the task gain (0.1" in text and "): the same, within 0." in text
 
-    def test_the_gain_of_a_study_is_its_own(
-        self, peftscope: Command, repository: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_gain_of_a_study_is_its_own(self, peftscope, repository, monkeypatch) -> None:
         monkeypatch.chdir(repository)
         _, text, _ = peftscope("compare", "variants-60:dora", "variants-60:lora", "--margin", "5%gain")
         assert "of the task gain (0.0343 nats per token): not told apart, within 0." in text

@@ -490,9 +490,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-def test_a_data_set_is_answered_by_its_lengths_or_its_texts(
-    peftscope: Command, workspace: Path, tokenizer_folder: str
-) -> None:
+def test_a_data_set_is_answered_by_its_lengths_or_its_texts(peftscope, workspace, tokenizer_folder: str) -> None:
     (workspace / "d.jsonl").write_text('{"prompt": "a a a", "response": "a"}\n{"prompt": "a", "response": "b c"}\n')
     (workspace / "l.txt").write_text("5\n4\n")  # and an end of sequence each
     options = ["--batch-size", "2", "--gpu", "24GiB"]

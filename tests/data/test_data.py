@@ -97,9 +97,7 @@ def test_random_strings_have_the_entropy_that_they_state() -> None:
 
 
 @pytest.mark.parametrize("model", ["toy", "smollm2-135m"])
-def test_each_symbol_of_a_random_string_is_a_token(
-    model: str, toy: Path, repository: Path, make_spec, monkeypatch
-) -> None:
+def test_each_symbol_of_a_random_string_is_a_token(model: str, toy, repository, make_spec, monkeypatch) -> None:
     make_task("memorise")
     items = read_split("memorise", "test")[:200]
     if model != "toy":

@@ -25,9 +25,7 @@ def talk() -> None:
         pass
 
 
-def test_libraries_are_quiet_but_for_errors(
-    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_libraries_are_quiet_but_for_errors(capsys, caplog: pytest.LogCaptureFixture) -> None:
 
     def state() -> tuple[object, ...]:
         bars = vars(tqdm)["__init__"], tqdm.monitor_interval

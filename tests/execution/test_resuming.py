@@ -81,9 +81,7 @@ def adapter_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "adapter").iterdir())}
 
 
-def test_a_signal_during_a_save_stops_the_run_then(
-    toy: Path, short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_during_a_save_stops_the_run_then(toy, short, tmp_path, monkeypatch) -> None:
     original = Checkpoints.save
 
     def save_and_stop(self: Checkpoints, *arguments: Any) -> None:
@@ -97,9 +95,7 @@ def test_a_signal_during_a_save_stops_the_run_then(
 
 
 @pytest.mark.parametrize("method", [*UNLIKE, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
-def test_a_stopped_run_ends_as_one_that_was_not(
-    method: str, toy: Path, short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_ends_as_one_that_was_not(method: str, toy, short, tmp_path, monkeypatch) -> None:
     options = {"dropout": 0.1} if "dropout" in METHODS[method].model_fields else {}
     spec = short(method=method, **options)
     undisturbed = run(spec, tmp_path / "undisturbed")
@@ -124,9 +120,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(
     ids=["8-bit", "sgd", "packing"],
 )
 @pytest.mark.slow
-def test_so_does_one_with_other_settings(
-    options: dict[str, Any], toy: Path, short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_so_does_one_with_other_settings(options: dict[str, Any], toy, short, tmp_path, monkeypatch) -> None:
     test_a_stopped_run_ends_as_one_that_was_not("lora", toy, lambda **kw: short(**kw, **options), tmp_path, monkeypatch)
 
 
@@ -179,9 +173,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before_and_another_runs_i
     assert same_for_a_reader(run(other, stopped)) == same_for_a_reader(run(other, tmp_path / "other"))
 
 
-def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
-    toy: Path, short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(toy, short, tmp_path, monkeypatch, capfd) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 

@@ -116,9 +116,7 @@ def processor_of(record: dict[str, Any]) -> tuple[Any, ...]:
     return hardware.get("cpu"), hardware.get("gpu"), provenance.get("bf16_products", "native"), packages.get("torch")
 
 
-def test_what_is_published_twice_on_one_kind_of_processor_agrees(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_published_twice_on_one_kind_of_processor_agrees(repository, monkeypatch) -> None:
     monkeypatch.chdir(repository)
     losses: dict[Any, list[Any]] = {}
     for _, run, text in all_published_records():
@@ -150,9 +148,7 @@ def test_weights_stay_only_where_they_are_asked_for(
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_keeping_weights_along_a_training_changes_no_byte_of_it(
-    method: str, toy: Path, make_spec: Any, tmp_path: Path
-) -> None:
+def test_keeping_weights_along_a_training_changes_no_byte_of_it(method: str, toy, make_spec, tmp_path) -> None:
     """Dropout draws from the generators that a write must leave alone."""
     from safetensors.torch import load_file
 

@@ -71,9 +71,7 @@ def refuse(_: Any) -> None:
     pytest.fail("there is nothing to choose")
 
 
-def test_finished_runs_are_skipped_and_failed_ones_are_tried_again(
-    write_experiment, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_finished_runs_are_skipped_and_failed_ones_are_tried_again(write_experiment, monkeypatch, capfd) -> None:
     write_experiment("mine", THREE)
     runs = Runs(monkeypatch, ia3="failed", full="oom")
     outcome = run_sweep("mine", one_second, refuse)
@@ -95,9 +93,7 @@ def test_no_run_begins_that_would_end_too_late_but_the_first(write_experiment, m
         assert (runs.seen, left) == (done, 3 - len(done))
 
 
-def test_the_time_left_follows_what_runs_took(
-    write_experiment, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_time_left_follows_what_runs_took(write_experiment, monkeypatch, capfd) -> None:
     write_experiment("mine", THREE)
     Runs(monkeypatch, seconds=90)
     run_sweep("mine", lambda spec: {"lora": 10.0, "ia3": 20.0, "full": 30.0}[spec.method.name], refuse)
@@ -109,9 +105,7 @@ def test_the_time_left_follows_what_runs_took(
     ]
 
 
-def test_a_study_goes_on_with_the_runs_that_follow_from_what_was_chosen(
-    write_experiment, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_study_goes_on_with_the_runs_that_follow_from_what_was_chosen(write_experiment, monkeypatch, capfd) -> None:
     write_experiment("mine", STUDY)
     runs = Runs(monkeypatch)
     assert run_sweep("mine", one_second, choose_next).left == 0

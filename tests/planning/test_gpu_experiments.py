@@ -102,9 +102,7 @@ def mirror(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_the_7b_experiment_runs_to_its_report_on_local_folders(
-    mirror: Path, write_experiment, repository: Path
-) -> None:
+def test_the_7b_experiment_runs_to_its_report_on_local_folders(mirror: Path, write_experiment, repository) -> None:
     """The file itself, shortened; models and data are found under their hub names."""
     excluded = [f"- {{match: {{method: {method}}}, reason: shortened}}\n" for method in LEFT_OUT]
     write_experiment("short", SHORT + "".join(excluded))

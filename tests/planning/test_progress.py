@@ -130,9 +130,7 @@ def record(event: LogEvent, **fields: Any) -> logging.LogRecord:
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_the_line_and_the_bar_show_this_number(
-    workflow: Workflow, monkeypatch: pytest.MonkeyPatch, terminal: bool
-) -> None:
+def test_the_line_and_the_bar_show_this_number(workflow: Workflow, monkeypatch, terminal: bool) -> None:
     clock = Clock()
     monkeypatch.setattr(plugin, "loaded_workflow", lambda: workflow)
     monkeypatch.setattr(plugin.TimeLeft.__init__, "__defaults__", (None, clock))

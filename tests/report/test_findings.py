@@ -106,9 +106,7 @@ def test_a_name_that_does_not_exist_is_refused(changes: dict[str, Any], said: st
         read_content(list(claims()))
 
 
-def test_the_readme_shows_the_published_verdicts(
-    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_readme_shows_the_published_verdicts(tmp_path, repository, monkeypatch) -> None:
     shown = (repository / "README.md").read_text()
     linked = re.findall(r"\]\(((?:results|reports|docs|experiments)/[^)#]+)", shown)
     assert len(linked) > 10
@@ -141,9 +139,7 @@ def test_the_readme_shows_the_published_verdicts(
 
 
 @pytest.mark.slow
-def test_the_readme_shows_its_study_as_it_is_published(
-    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_readme_shows_its_study_as_it_is_published(tmp_path, repository, monkeypatch) -> None:
     shown = (repository / "README.md").read_text()
     block = re.compile(r"(?<=<!-- study:variants -->\n).+?(?=<!-- /study -->)", re.DOTALL)
     monkeypatch.chdir(tmp_path)
@@ -154,9 +150,7 @@ def test_the_readme_shows_its_study_as_it_is_published(
     assert Path("README.md").read_text() == shown
 
 
-def test_a_sentence_that_does_not_fit_its_claim_is_refused(
-    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sentence_that_does_not_fit_its_claim_is_refused(tmp_path, repository, monkeypatch) -> None:
     findings = published_findings()
     first, *_ = read_content(list(claims())).first
     monkeypatch.chdir(tmp_path)
@@ -194,9 +188,7 @@ def test_every_open_claim_says_what_would_decide_it(repository: Path, monkeypatc
 
 
 @pytest.mark.parametrize("name", COMPARED)
-def test_a_comparison_has_one_sign_and_the_same_words_on_every_page(
-    name: str, repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_comparison_has_one_sign_and_the_same_words_on_every_page(name: str, repository, monkeypatch) -> None:
     monkeypatch.chdir(repository)
     assert len(COMPARED) > 20
     study = StudyResults(name)

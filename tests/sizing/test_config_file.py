@@ -268,9 +268,7 @@ def test_cards_with_all_weights_are_answered_for_one(tmp_path: Path, more: dict[
     ],
     ids=str,
 )
-def test_shards_of_trained_weights_are_in_32_bits_in_mixed_precision(
-    tmp_path: Path, more: dict[str, Any], each: int
-) -> None:
+def test_shards_of_trained_weights_are_in_32_bits_in_mixed_precision(tmp_path, more: dict[str, Any], each: int) -> None:
     asked = {"base_model": "meta-llama/Llama-3.2-1B", "optimizer": "adamw_torch", "sequence_len": 64}
     axolotl = asked | {"micro_batch_size": 1, "fsdp": ["full_shard"], "sample_packing": False} | more
     for cards in (1, 4):

@@ -227,9 +227,7 @@ def test_twenty_settings_have_the_numbers_of_the_command(visit: Visit, peftscope
 
 
 @pytest.mark.browser
-def test_a_pasted_config_is_answered_and_what_fits_is_the_commands(
-    visit: Visit, peftscope: Command, tmp_path: Path
-) -> None:
+def test_a_pasted_config_is_answered_and_what_fits_is_the_commands(visit: Visit, peftscope, tmp_path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(TINY))
     visit.ask({"config": json.dumps(TINY), "method": "dora", "seq_len": 64, "gpu": "0.6GiB"})

@@ -70,9 +70,7 @@ def test_compiled_layers_learn_the_same(
     "name",
     ["dora", *(pytest.param(n, marks=pytest.mark.slow) for n in ("full", "lora", "adalora", "ia3", "prompt-tuning"))],
 )
-def test_with_checkpointing_a_method_is_compiled_or_refused(
-    name: str, toy: Path, make_spec, without_kernels: None
-) -> None:
+def test_with_checkpointing_a_method_is_compiled_or_refused(name: str, toy, make_spec, without_kernels: None) -> None:
     spec = make_spec(method=name, checkpointing=True, precision="bf16")
     compiled = spec.model_copy(update={"compile": True})  # which checks nothing
     trained = build_model(load_base(spec), spec)
