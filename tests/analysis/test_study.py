@@ -927,6 +927,7 @@ def test_a_finished_study_is_published_with_runs_that_diverged(at_three_rates: S
     assert training.training_gain("mine", "thin", "lora") == here
 
 
+@pytest.mark.slow
 def test_a_study_of_one_arm_shows_no_comparison(write_study_file) -> None:
     rates = {"learning_rates": {"lora": LISTED["lora"]}, "chosen_rates": {}}
     write_study_file(arms={"lora": {"method": "lora"}}, **rates, controls={}, a_a=None)

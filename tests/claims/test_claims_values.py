@@ -88,12 +88,6 @@ def test_operations_of_lora_exceed_full_fine_tuning_where_the_rank_is_high(
     assert found.value == pytest.approx(expected)
 
 
-def test_dora_builds_the_product_of_its_factors_in_every_pass() -> None:
-    few = float(counts.operations_ratio(method="dora", against="lora", width=1024, rank=8, tokens=64).value)
-    many = float(counts.operations_ratio(method="dora", against="lora", width=1024, rank=8, tokens=4096).value)
-    assert few > many > 1
-
-
 LORA = {"method": "lora", "targets": "attention"}
 QLORA = {"method": "qlora", "targets": "attention"}
 
@@ -222,12 +216,6 @@ def test_every_option_of_a_layer_is_set() -> None:
     assert not layer.weight.quant_state.nested
     assert layer.compute_dtype == torch.bfloat16
     assert layer.support_avx512bf16_for_cpu is False
-
-
-def test_different_bits_are_counted() -> None:
-    a, b = torch.tensor([1.0, 2.0]), torch.tensor([1.0, -2.0])
-    assert four_bit._different_bits(a, b) == 1
-    assert four_bit._different_bits(torch.tensor([0, 255], dtype=torch.uint8), torch.zeros(2, dtype=torch.uint8)) == 8
 
 
 @pytest.fixture

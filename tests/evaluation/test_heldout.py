@@ -29,7 +29,9 @@ BF16_STEPS = 2 * 2.0**-7
 ANSWER = 4
 
 
-@pytest.mark.parametrize(("method", "precision"), [("lora", "fp32"), ("qlora", "bf16")])
+@pytest.mark.parametrize(
+    ("method", "precision"), [("lora", "fp32"), pytest.param("qlora", "bf16", marks=pytest.mark.slow)]
+)
 def test_an_answer_of_argmaxes_is_what_greedy_decoding_gives(
     method: str, precision: str, toy: Path, make_spec, monkeypatch
 ) -> None:

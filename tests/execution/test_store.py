@@ -147,7 +147,7 @@ def test_weights_stay_only_where_they_are_asked_for(
             find_run(folder.name)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "full"])
 def test_keeping_weights_along_a_training_changes_no_byte_of_it(method: str, toy, make_spec, tmp_path) -> None:
     """Dropout draws from the generators that a write must leave alone."""
     from safetensors.torch import load_file

@@ -54,6 +54,7 @@ def test_what_changes_no_shape_is_not_simulated_again(simulated: list[RunSpec], 
     assert predicted(make_spec(method="lora", rank=4)) != first
 
 
+@pytest.mark.slow
 def test_batches_of_other_shapes_are(simulated: list[RunSpec], make_spec: Callable[..., Any]) -> None:
     spec = make_spec(method="lora")
     (batch,) = batches_of(spec, 1)
@@ -72,6 +73,7 @@ def test_a_damaged_file_is_written_again(simulated: list[RunSpec], make_spec: Ca
     assert file.read_bytes() == whole and len(simulated) == 2
 
 
+@pytest.mark.slow
 def test_no_prediction_outlives_a_change_of_the_code(
     simulated: list[RunSpec], make_spec: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,7 @@ def run_command(spec: RunSpec, folder: Path, hash_seed: str = "0") -> subprocess
     return python(*words, env={**os.environ, "PYTHONHASHSEED": hash_seed})
 
 
+@pytest.mark.slow
 def test_prose_is_scored_along_a_training_without_changing_it(toy: Path, make_spec, tmp_path: Path) -> None:
     options = {"method": "lora", "dropout": 0.1, "learning_rate": 1e-2, "generation_items": 0, "probe_steps": 0}
     plain, along = (run_here(make_spec(**options, retention_every=every), tmp_path / str(every)) for every in (0, 2))
@@ -254,7 +255,7 @@ def test_every_method_of_a_seed_sees_the_same_batches(toy: Path, make_spec, tmp_
 
 
 @pytest.mark.parametrize(
-    "method", ["dora", "qlora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adalora", "pissa", "ia3"))]
+    "method", ["qlora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "adalora", "pissa", "ia3"))]
 )
 def test_a_merged_model_computes_what_the_adapter_computes(method: str, toy: Path, make_spec, tmp_path: Path) -> None:
     from peft import PeftModel
