@@ -113,6 +113,11 @@ def refusal(peftscope: Command) -> Callable[..., str]:
     return run
 
 
+def fast_if(fast: bool, *values: Any) -> Any:
+    """Returns a row of a test that is a slow one under other conditions."""
+    return pytest.param(*values, marks=() if fast else pytest.mark.slow)
+
+
 def python(*words: Any, check: bool = False, **options: Any) -> subprocess.CompletedProcess[str]:
     """Runs a Python of its own, and returns what it said."""
     return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=check, **options)

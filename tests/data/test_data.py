@@ -59,16 +59,13 @@ def test_a_pool_is_made_once_and_the_same(tmp_path: Path) -> None:
     assert json.loads((task_folder("time-intervals") / "manifest.json").read_text()) == before
 
 
-def test_seeds_share_no_batch_and_one_seed_is_one_order() -> None:
+def test_seeds_share_no_batch_one_seed_is_one_order_and_an_epoch_sees_every_item_once() -> None:
     def batches(seed: int) -> list[tuple[int, ...]]:
         order = training_order(6480, seed)
         return [tuple(itertools.islice(order, 16)) for _ in range(400)]
 
     assert batches(0) == batches(0)
     assert not {frozenset(batch) for batch in batches(0)} & {frozenset(batch) for batch in batches(1)}
-
-
-def test_an_epoch_sees_every_item_once() -> None:
     assert sorted(itertools.islice(training_order(10, 3), 10)) == list(range(10))
 
 

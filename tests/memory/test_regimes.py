@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_simulate import both, fast_if
+from conftest import fast_if
+from test_simulate import both
 
 from peftscope.errors import InputError
 from peftscope.memory.answer import Answer, answer_by_formula

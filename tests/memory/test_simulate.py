@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import fast_if
 from test_methods import OWN, batches_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -52,10 +53,6 @@ def test_without_padding_there_is_no_mask(name: str, toy: Path, make_spec) -> No
     training, evaluation = simulate(spec, AutoConfig.from_pretrained(model_folder("toy")), [batch] * 2, batch)
     assert {phase: peak.size for phase, peak in training.peaks().items()} == tracked
     assert evaluation.peaks()["evaluate"].size == evaluated
-
-
-def fast_if(fast: bool, *values: Any) -> Any:
-    return pytest.param(*values, marks=() if fast else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(

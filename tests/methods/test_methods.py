@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import fast_if
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3_5TextConfig
 
 from benchmarks.tuners import listed_fields
@@ -30,8 +31,8 @@ from peftscope.training.step import TrainedModel, forward_loss, make_optimizer, 
 
 TUNERS = ["vera", "loha", "lokr", "oft", "fourierft", "hra", "randlora", "miss", "ln_tuning"]
 OWN = [name for name, cls in METHODS.items() if cls.trains and name != "peft"]
-TRAINED = [*OWN, *(f"peft {tuner}" for tuner in TUNERS)]
-ADAPTERS = [name for name in TRAINED if not METHODS[name.split()[0]].trains_base]
+TRAINED = [*OWN, *(fast_if(tuner == "vera", f"peft {tuner}") for tuner in TUNERS)]
+ADAPTERS = [name for name in TRAINED if name not in OWN or not METHODS[name].trains_base]
 QUANTISED = [name for name in OWN if METHODS[name]().quantization()]
 
 

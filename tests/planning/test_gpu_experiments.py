@@ -27,8 +27,6 @@ from peftscope.planning.sweep import expand
 from peftscope.report.benchmarks import benchmark_changes, readable_benchmarks
 from peftscope.training.load import load_base
 
-COMMITS = "a" * 40, "b" * 40
-
 SHORT = """
 extends: gpu-7b
 fixed: {steps: 4, batch_size: 2, gradient_accumulation: 1, warmup_steps: 0, checkpointing: true, validation_items: 8,
@@ -175,6 +173,7 @@ def test_without_a_hub_what_is_missing_is_a_message(write_experiment, monkeypatc
     for make in (lambda: fetch_model("llama-2-7b"), lambda: make_task("metamath"), lambda: make_benchmark("hellaswag")):
         with pytest.raises(InputError, match=r"cannot (download|load) it: .*PEFTSCOPE_HUB=FOLDER"):
             make()
+    assert hub.commit_of("org/name", "a" * 40, "model") == "a" * 40  # a full commit is its own answer
     monkeypatch.setenv(hub.MIRROR, "no/such/folder")
     with pytest.raises(InputError, match="PEFTSCOPE_HUB: no such folder"):
         fetch_model("llama-2-7b")
@@ -203,10 +202,6 @@ def test_the_calculator_reads_a_local_configuration_under_its_hub_name(mirror: P
     (mirror / "some/model").symlink_to(mirror / "meta-llama/Llama-2-7b-hf")
     shape = describe_model("some/model").shape
     assert shape is not None and shape.hidden_size == find_model("toy").shape.hidden_size
-
-
-def test_a_full_commit_is_its_own_answer() -> None:
-    assert hub.commit_of("org/name", COMMITS[0], "model") == COMMITS[0]
 
 
 def test_random_weights_of_a_shape_are_written_in_pieces_and_load(write_experiment, make_spec, monkeypatch) -> None:
