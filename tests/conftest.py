@@ -6,13 +6,15 @@ import argparse
 import inspect
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import chdir
+from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 os.environ["PEFTSCOPE_DEVICE"] = "cpu"
@@ -111,6 +113,33 @@ def refusal(peftscope: Command) -> Callable[..., str]:
     return run
 
 
+def fast_if(fast: bool, *values: Any) -> Any:
+    """Returns a row of a test that is a slow one under other conditions."""
+    return pytest.param(*values, marks=() if fast else pytest.mark.slow)
+
+
+def python(*words: Any, check: bool = False, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs a Python of its own, and returns what it said."""
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=check, **options)
+
+
+def quartiles(*values: float) -> dict[str, float]:
+    """Returns the fields of a record's times whose median and quartiles these are, or all of which are one value."""
+    lower, median, upper = values if len(values) == 3 else values * 3
+    return {"seconds_lower_quartile": lower, "seconds_median": median, "seconds_upper_quartile": upper}
+
+
+def wait_for(condition: Callable[[], Any], what: str = "it", seconds: float = 120) -> Any:
+    """Returns what a condition gives once it gives something."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with suppress(psutil.Error):
+            if found := condition():
+                return found
+        time.sleep(0.02)
+    raise AssertionError(f"waited in vain for {what}")
+
+
 def run_here(spec: Any, folder: Path, **options: Any) -> Any:
     """Makes a run in this process, and returns the record that it wrote."""
     from peftscope.execution.phases import Phases
@@ -139,18 +168,8 @@ def make_spec() -> Callable[..., Any]:
     from peftscope.planning.resolve import Resolver
 
     def make(**values: Any) -> Any:
-        short = {
-            "model": "toy",
-            "task": "two-digit-sums",
-            "seed": 0,
-            "steps": 6,
-            "batch_size": 8,
-            "heldout_items": 16,
-            "generation_items": 4,
-            "eval_batch_size": 8,
-            "retention_tokens": 64,
-            "untimed_steps": 1,
-        }
+        short = {"model": "toy", "task": "two-digit-sums", "seed": 0, "steps": 6, "batch_size": 8, "untimed_steps": 1}
+        short |= {"heldout_items": 16, "generation_items": 4, "eval_batch_size": 8, "retention_tokens": 64}
         return Resolver(Experiment(), Path("test.yaml")).spec({**short, **values}, "test.yaml")
 
     return make
@@ -196,6 +215,19 @@ def chromium() -> str:
         if found:
             return found
     pytest.skip("no Chromium: apt-get install chromium")
+
+
+@contextmanager
+def launched(chromium: str, *arguments: str) -> Iterator[Any]:
+    """A browser, headless."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", *arguments]
+        )
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

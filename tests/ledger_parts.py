@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import Any
 
+import pandas as pd
 from conftest import REPOSITORY
 
 from peftscope.claims.evaluate import PartFinding, evaluate_part
 from peftscope.claims.ledger import Claim, Part, read_ledger
 from peftscope.claims.stored import read_findings
 from peftscope.claims.verdict import Verdict
-from peftscope.layout import CLAIMS_FILE
+from peftscope.layout import CLAIMS_FILE, results_folder
 
 PUBLISHED_CLAIMS = REPOSITORY / "results/published/claims.json"
 
@@ -26,6 +28,27 @@ def claims() -> dict[str, Claim]:
 def published_findings() -> list[dict[str, Any]]:
     """Returns the published findings, which a test that changes them has to copy."""
     return read_findings(PUBLISHED_CLAIMS)
+
+
+def write_results(
+    study: str, runs: list[dict[str, Any]] | pd.DataFrame, tuned: Any = (), **fields: Any
+) -> pd.DataFrame:
+    """Writes the results of a study: its runs, with fields that all have, and the rate of each arm or what is tuned."""
+    folder = results_folder(study)
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame(runs).assign(**fields)
+    table.to_csv(folder / "runs.csv", index=False)
+    chosen = {"learning_rate": 1e-3, "tried": [], "regret_rms": 0.0}
+    arms = tuned if isinstance(tuned, dict) else dict.fromkeys(tuned, chosen)
+    (folder / "tuned.json").write_text(json.dumps({"arms": arms}))
+    return table
+
+
+def published_verdict(claim: str, part: Part) -> str:
+    """Returns the published verdict on a part of a claim."""
+    asked = json.loads(json.dumps(part.with_))
+    parts = next(finding["parts"] for finding in published_findings() if finding["id"] == claim)
+    return [found["verdict"] for found in parts if (found["check"], found["with"]) == (part.check, asked)][-1]
 
 
 def part_of(claim: str, index: int = -1, **changed: Any) -> Part:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import conftest
 import numpy
 import psutil
 import pytest
@@ -39,10 +40,8 @@ FIELDS = {"model": "toy", "method": "lora", "rank": 4, "steps": 4, "batch_size":
 FIELDS |= {"generation_items": 0, "retention_tokens": 0, "probe_steps": 0, "untimed_steps": 1}
 
 
-def python(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code]
-    variables = {**os.environ, **environment}
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder, env=variables)
+def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return conftest.python("-c", code, check=True, cwd=folder)
 
 
 @pytest.fixture
@@ -156,6 +155,7 @@ class TestRun:
         yield signal.default_int_handler
         signal.signal(signal.SIGINT, before)
 
+    @pytest.mark.slow
     def test_a_stopped_one_goes_on(self, bare: Path, usual: Any) -> None:
         fields = {**FIELDS, "steps": 120}
 
@@ -229,8 +229,7 @@ class TestRun:
         said = f"run: holds another run, {record.run_id}, with status ok -> name another folder, or remove this one"
         with pytest.raises(InputError, match=re.escape(said)):
             peftscope.run({**FIELDS, "rank": 2}, "run")
-        again = [sys.executable, "-m", "peftscope", "run", json.dumps({**FIELDS, "rank": 2}), "--output", "run"]
-        done = subprocess.run(again, check=False, capture_output=True, text=True)
+        done = conftest.python("-m", "peftscope", "run", json.dumps({**FIELDS, "rank": 2}), "--output", "run")
         assert (done.returncode, done.stderr.splitlines()[-1]) == (2, said)
         assert read_record(bare / "run/record.json") == record
         assert json.loads((bare / "run/spec.json").read_text())["method"]["rank"] == 4
@@ -283,7 +282,7 @@ class TestAnswers:
 
 
 class TestResults:
-    def test_your_own_come_before_the_published_ones(self, repository: Path, bare: Path) -> None:
+    def test_your_own_come_before_the_published_ones_and_comparisons_have_names(self, repository, bare: Path) -> None:
         published = Path("results/published/quick")
         shutil.copytree(repository / published, published)
         runs = peftscope.load_results("quick")
@@ -293,10 +292,7 @@ class TestResults:
         runs.head(1).to_csv("results/quick/runs.csv", index=False)
         own = peftscope.load_results("quick")
         assert (own.attrs["source"], len(own)) == ("results/quick/runs.csv", 1)
-
-    def test_a_comparison_is_taken_by_its_name(self, repository: Path, bare: Path) -> None:
-        published = Path("results/published/quick")
-        shutil.copytree(repository / published, published)
+        shutil.rmtree("results/quick")
         ladder = peftscope.load_results("quick", "ladder-0-rank")
         assert ladder["rank"].is_unique and len(ladder) > 2
         assert peftscope.load_results("quick")["rank"].value_counts().max() > 1
@@ -304,8 +300,7 @@ class TestResults:
             peftscope.load_results("quick", "rank")
 
     @pytest.mark.parametrize(
-        ("name", "said"),
-        [("smoke", "no such file"), ("mine", "peftscope sweep mine"), ("../quick", "not a name")],
+        ("name", "said"), [("smoke", "no such file"), ("mine", "peftscope sweep mine"), ("../quick", "not a name")]
     )
     def test_there_are_none(self, name: str, said: str, bare: Path) -> None:
         with pytest.raises(InputError, match=said):

@@ -16,13 +16,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import psutil
 import pytest
+from conftest import python, wait_for
 
 from peftscope.planning.sweep import expand
 from peftscope.record import read_record
@@ -178,9 +179,7 @@ def kill_everything(workflow: subprocess.Popen[str], chance: random.Random) -> N
     workflow.communicate()
 
 
-def test_sigkill_at_random_moments(
-    repository: Path, toy: Path, tmp_path: Path, outcomes: Outcomes, capsys: pytest.CaptureFixture
-) -> None:
+def test_sigkill_at_random_moments(repository, toy, tmp_path, outcomes: Outcomes, capsys) -> None:
     reference = None
     chance = random.Random(20261125)
     kills = {kill_one_of_its_jobs: 0, kill_the_workflow: 0, kill_everything: 0}
@@ -231,7 +230,7 @@ def test_sigterm(whom: str, folder: Path, undisturbed: Path, outcomes: Outcomes)
     times = again = 0
     workflow = start(folder, "small")
     for _ in range(3):
-        wait_for(busy_or_over, workflow)
+        wait_for(partial(busy_or_over, workflow))
         if workflow.poll() is not None:
             break
         for process in [psutil.Process(workflow.pid)] if whom == "the workflow" else workers(workflow)[:1]:
@@ -256,16 +255,6 @@ def busy_or_over(workflow: subprocess.Popen[str]) -> bool:
     return any(p.cpu_times().user > 3 for p in workers(workflow)) or workflow.poll() is not None
 
 
-def wait_for(condition: Callable[..., Any], *arguments: Any, seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with suppress(psutil.Error):
-            if found := condition(*arguments):
-                return found
-        time.sleep(0.05)
-    raise AssertionError("it did not happen")
-
-
 # Disks.
 
 
@@ -283,11 +272,9 @@ def test_a_disk_that_takes_no_more(
     monkeypatch.chdir(folder)
     identity, spec = next(iter(expand("small").runs.items()))
     place = Path("results/runs") / identity
-    command = [sys.executable, "-m", "peftscope", "run", json.dumps(spec.canonical()), "--output", str(place)]
-    command += ["--checkpoint-seconds", "1", "--threads", "2"]
-    stopped = subprocess.run(
-        command, capture_output=True, text=True, check=False, preexec_fn=fixed_file_size(limit_bytes)
-    )
+    command = "-m", "peftscope", "run", json.dumps(spec.canonical()), "--output", place
+    more = "--checkpoint-seconds", "1", "--threads", "2"
+    stopped = python(*command, *more, preexec_fn=fixed_file_size(limit_bytes))
     assert "File too large" in stopped.stderr
     assert "Traceback" not in stopped.stderr, stopped.stderr
     if what == "checkpoints":  # the run does without
@@ -302,35 +289,6 @@ def test_a_disk_that_takes_no_more(
     outcomes.add(f"no room for {what}", 1, 0)
 
 
-@contextmanager
-def mounted(place: Path, *options: str) -> Iterator[bool]:
-    """Mounts a file system; yields whether that is permitted here."""
-    place.mkdir(parents=True)
-    permitted = subprocess.run(["mount", *options, str(place)], capture_output=True, check=False).returncode == 0
-    try:
-        yield permitted
-    finally:
-        if permitted:
-            subprocess.run(["umount", "--lazy", str(place)], check=True)
-
-
-def test_a_small_disk_that_is_full(
-    repository: Path, toy: Path, undisturbed: Path, tmp_path: Path, outcomes: Outcomes
-) -> None:
-    folder = make_folder(tmp_path / "own", repository, toy, {"small": SMALL})
-    with mounted(folder / "results" / "runs", "-t", "tmpfs", "-o", "size=64k", "tmpfs") as permitted:
-        if not permitted:
-            outcomes.add("disk full (a small tmpfs: not permitted here)", 0, 0)
-            return
-        said = fail(folder, "small")
-        assert "o space left on device" in said
-        seen = finished(folder, "small")
-        subprocess.run(["mount", "-o", "remount,size=100m", str(folder / "results" / "runs")], check=True)
-        finish(folder, "small")
-        assert tables(folder, "small") == tables(undisturbed, "small")
-        outcomes.add("disk full", 1, lost(seen, finished(folder, "small")))
-
-
 def test_a_folder_that_cannot_be_written(done: Path, undisturbed: Path, outcomes: Outcomes) -> None:
     before = tables(done, "small")
     if os.geteuid() == 0:  # whom permissions do not stop
@@ -339,14 +297,11 @@ def test_a_folder_that_cannot_be_written(done: Path, undisturbed: Path, outcomes
     else:
         done.chmod(0o555)
     try:
-        command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "experiment=small"]
-        said = subprocess.run(command, cwd=done, capture_output=True, text=True, check=False)
+        said = python("-m", "snakemake", "--cores", "2", "--config", "experiment=small", cwd=done)
         assert said.returncode != 0
         assert "cannot be written" in said.stderr
         assert "Traceback" not in said.stderr
-        own = subprocess.run(
-            [sys.executable, "-m", "peftscope", "report", "small"], cwd=done, capture_output=True, text=True
-        )
+        own = python("-m", "peftscope", "report", "small", cwd=done)
         assert own.returncode != 0
         assert "get permission to write to this folder" in own.stderr
         assert "Traceback" not in own.stderr

@@ -260,9 +260,7 @@ def pip(python: Path, *words: str | Path) -> None:
 
 @pytest.mark.slow
 class TestWheel:
-    def test_it_is_small_and_enough_in_another_folder(
-        self, tree: Path, bare: Bare, elsewhere: Path, tmp_path: Path
-    ) -> None:
+    def test_it_is_small_and_enough_in_another_folder(self, tree: Path, bare: Bare, elsewhere: Path, tmp_path) -> None:
         stale = tree / "build/lib/peftscope/gone.py"
         stale.parent.mkdir(parents=True)
         stale.touch()

@@ -49,10 +49,7 @@ def test_figures_of_many_settings_name_methods(sweep: pd.DataFrame) -> None:
     draw_throughput(axes, sweep)
     assert {text.get_text() for text in axes.get_yticklabels()} == set(names)
     plt.close("all")
-    for figure, said in {
-        "pareto": "colours are methods",
-        "losses": "medians",
-    }.items():
+    for figure, said in {"pareto": "colours are methods", "losses": "medians"}.items():
         assert said in sentence(figure, sweep, losses)
         few = sweep[(sweep["learning_rate"] == 1e-3) & (sweep["comparisons"] != "runs")]
         assert not is_crowded(few)
@@ -78,6 +75,7 @@ def test_tables_for_people_keep_every_method_and_every_bad_ending(sweep: pd.Data
     assert several["heldout_nll_nats_per_token"].idxmin() in seen.index
 
 
+@pytest.mark.slow
 def test_a_study_that_is_made_up_is_finished(scaled: Path) -> None:
     runs = make_study(500)
     assert runs == len(expand(STUDY).runs) == len(list(Path("results/runs").glob("*/record.json")))

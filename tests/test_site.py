@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from test_page import Visit, served
+from test_page import Visit, visiting
 
 import peftscope
 from peftscope.report.front import BEGIN, END
@@ -82,9 +82,7 @@ def codemeta_names(authors: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{"name": author["name"]} for author in authors]
 
 
-def test_the_page_on_records_shows_code_that_runs(
-    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_page_on_records_shows_code_that_runs(repository, monkeypatch, capsys) -> None:
     monkeypatch.chdir(repository)
     text = (repository / "docs/records.md").read_text()
     exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), {})
@@ -108,17 +106,8 @@ def site(repository: Path, calculator: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def visit(chromium: str, site: Path) -> Iterator[Visit]:
-    from playwright.sync_api import sync_playwright
-
-    elsewhere = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
-    with served(site) as address, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", elsewhere]
-        )
-        one = Visit(browser.new_page(viewport={"width": 375, "height": 900}), address)
-        one.page.set_default_timeout(240_000)  # for machines that are busy
+    with visiting(site, chromium, 375) as one:
         yield one
-        browser.close()
 
 
 @pytest.mark.browser

@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,14 +18,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command
+from conftest import Command, run_here
 
 from peftscope.data.scoring import lm_eval_file, read_scoring
 from peftscope.data.tasks import make_task, task_folder
 from peftscope.errors import InputError
 from peftscope.execution.merge import merge_run
-from peftscope.execution.phases import Phases
-from peftscope.execution.run import execute
 from peftscope.models.catalog import LOCAL, model_folder
 from peftscope.record import RunRecord, read_record, write_record
 from peftscope.spec import RunSpec, run_id
@@ -147,9 +144,7 @@ class TestModels:
             load_base(make_spec(method="lora", model="coded"))
         assert not mark.exists()
 
-    def test_a_pickled_adapter_is_refused(
-        self, own: Callable[..., Path], mark: Path, tmp_path: Path, make_spec
-    ) -> None:
+    def test_a_pickled_adapter_is_refused(self, own, mark: Path, tmp_path, make_spec) -> None:
         spec = make_spec(method="lora")
         run = tmp_path / "run"
         write_record(run / "record.json", RunRecord(run_id=run_id(spec), status="ok", spec=spec))
@@ -169,9 +164,7 @@ class TestModels:
         assert list(tmp_path.glob("*.damaged"))
 
     @pytest.mark.slow
-    def test_native_code_of_a_hub_is_never_asked_for(
-        self, own: Callable[..., Path], mark: Path, tmp_path: Path
-    ) -> None:
+    def test_native_code_of_a_hub_is_never_asked_for(self, own, mark: Path, tmp_path) -> None:
         from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
         package = tmp_path / "site/kernels"
@@ -215,12 +208,6 @@ def make_own_tasks(own: Callable[..., Path], **responses: list[str]) -> None:
         make_task(task)
 
 
-def executed(spec: RunSpec) -> RunRecord:
-    phases = Phases("cpu", time.perf_counter())
-    phases.mark_imported()
-    return execute(spec, Path("run"), phases)
-
-
 class TestTasks:
     def test_a_data_sets_script_is_never_run(self, own: Callable[..., Path], mark: Path) -> None:
         folder = Path("someone/data")
@@ -247,9 +234,7 @@ class TestTasks:
             ("unsafe_code: true", "unsafe_code: unknown key"),
         ],
     )
-    def test_a_task_file_that_would_run_code_is_refused(
-        self, text: str, said: str, own: Callable[..., Path], mark: Path
-    ) -> None:
+    def test_a_task_file_that_would_run_code_is_refused(self, text: str, said: str, own, mark: Path) -> None:
         Path("experiments/tasks/code.py").write_text(MARK.format(str(mark)) + "def run(*_): pass\n")
         lm_eval_file("two-digit-sums").write_text(f"task: two-digit-sums\n{text}\n")
         with pytest.raises(InputError, match=re.escape(said)) as caught:
@@ -257,9 +242,7 @@ class TestTasks:
         assert "experiments/tasks/two-digit-sums.yaml" in str(caught.value)
         assert not mark.exists()
 
-    def test_answers_are_scored_as_they_are_and_code_of_neighbours_is_not_run(
-        self, own: Callable[..., Path], mark: Path, make_spec
-    ) -> None:
+    def test_answers_are_scored_as_they_are_and_code_of_neighbours_is_not_run(self, own, mark: Path, make_spec) -> None:
         """lm-eval would take dates for times, and a list in brackets for several targets."""
         Path("experiments/tasks/code.py").write_text(MARK.format(str(mark)) + "def run(docs): return docs\n")
         for name in ("other", "two-digit-sums-2"):
@@ -282,7 +265,7 @@ class TestTasks:
         make_own_tasks(own, dates=dates * 20, odd=odd * 20)
         for task in ("dates", "odd"):
             scored = {"heldout_items": 16, "generation_items": 4, "retention_tokens": 0, "probe_steps": 0}
-            record = executed(make_spec(method="none", task=task, **scored))
+            record = run_here(make_spec(method="none", task=task, **scored), Path("run"))
             assert (record.status, record.reason) == ("ok", None)
             made = [json.loads(line) for line in (task_folder(task) / "test.jsonl").read_text().split("\n") if line]
             rows = [json.loads(line) for line in Path("run/items.jsonl").read_text().split("\n") if line]
@@ -292,9 +275,7 @@ class TestTasks:
                 assert (row["prompt"], row["target"]) == (item["prompt"], item["response"])
         assert not mark.exists()
 
-    def test_a_right_answer_counts_whatever_it_looks_like(
-        self, own: Callable[..., Path], make_spec, monkeypatch
-    ) -> None:
+    def test_a_right_answer_counts_whatever_it_looks_like(self, own, make_spec, monkeypatch) -> None:
         """What lm-eval compares an answer with is the response itself."""
         from lm_eval.models.huggingface import HFLM
 
@@ -309,11 +290,9 @@ class TestTasks:
         assert [row["correct"] for row in rows] == [1, 1, 1, 1]
         assert all(row["target"] == answers[row["prompt"]] == row["answer"] for row in rows)
 
-    def test_a_response_that_does_not_fit_is_a_status_that_names_the_item(
-        self, own: Callable[..., Path], make_spec, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_a_response_that_does_not_fit_is_a_status_that_names_the_item(self, own, make_spec, capsys) -> None:
         make_own_tasks(own, long=["x" * 100] * 60)
-        record = executed(make_spec(method="lora", task="long", seq_len=64))
+        record = run_here(make_spec(method="lora", task="long", seq_len=64), Path("run"))
         assert record.status == "failed"
         assert re.match(r"item 'long \d+ .*': seq_len=64 is too short for the response, 102 tok", record.reason or "")
         assert "Traceback" not in capsys.readouterr().err

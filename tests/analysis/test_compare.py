@@ -1,7 +1,8 @@
-"""What paired differences say, and how often the whole rule says something wrong."""
+"""What paired differences say, how often the whole rule says something wrong, and intervals against scipy."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from statsmodels.stats.weightstats import ttost_paired
 
 from benchmarks.error_rates import PAGE, PUBLISHED, Setting, error_rates, with_table
 from peftscope.analysis.compare import Difference, Outcome, compare
+from peftscope.analysis.stats import bootstrap_interval, holm, mean_interval, sign_flip_p
 
 MARGIN = 1.0
 
@@ -86,3 +89,81 @@ def test_the_bound_is_the_smallest_margin_of_sameness() -> None:
 def test_the_page_shows_the_published_rates(repository: Path) -> None:
     page = (repository / PAGE).read_text()
     assert page == with_table(page, pd.read_csv(repository / PUBLISHED)) and "| 1.2 and 3 |" in page
+
+
+# Intervals against scipy and by hand.
+
+
+def test_interval_is_students() -> None:
+    sample = [0.3, 0.5, 0.1, 0.9]
+    interval = mean_interval(sample)
+    wanted = stats.ttest_1samp(sample, 0).confidence_interval(0.95)
+    assert (interval.low, interval.high) == pytest.approx((wanted.low, wanted.high))
+
+
+def test_one_value_has_no_interval_and_none_has_nothing() -> None:
+    assert (mean_interval([3.0]).low, mean_interval([3.0]).n) == (None, 1)
+    assert mean_interval([math.nan, None]) is None
+
+
+@pytest.mark.parametrize("value", [2.0, 0.1])  # the mean of three times 0.1 is not 0.1
+def test_values_without_spread_say_nothing_of_their_uncertainty(value: float) -> None:
+    assert (mean_interval([value] * 3).low, mean_interval([value] * 3).n) == (None, 3)
+
+
+@pytest.mark.parametrize(("n", "student", "bootstrap"), [(3, 0.95, 0.76), (5, 0.95, 0.92), (8, 0.95, 0.94)])
+def test_coverage_is_what_the_docs_say(n: int, student: float, bootstrap: float) -> None:
+    random = np.random.default_rng(0)
+    samples = [random.normal(size=n) for _ in range(1500)]
+
+    def coverage(intervals: list[tuple[float, float]]) -> float:
+        return sum(low <= 0 <= high for low, high in intervals) / len(intervals)
+
+    found = [mean_interval(sample) for sample in samples]
+    assert coverage([(i.low, i.high) for i in found]) == pytest.approx(student, abs=0.03)
+    assert coverage([bootstrap_interval(s, resamples=500) for s in samples]) == pytest.approx(bootstrap, abs=0.03)
+    assert coverage([compare(s, 1.0).interval(0.9) for s in samples]) == pytest.approx(0.90, abs=0.03)
+
+
+def test_the_bootstrap_is_expanded_as_hesterberg_says() -> None:
+    sample = [0.1, 0.4, 0.35, 0.9, 0.6, 0.2]
+    low, high = bootstrap_interval(sample)
+    n, draws = len(sample), np.random.default_rng(1)
+    tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1))
+    means = [draws.choice(sample, n).mean() for _ in range(20_000)]
+    assert (low, high) == pytest.approx(tuple(np.quantile(means, [tail, 1 - tail])), abs=0.02)
+    assert tail < 0.025
+
+
+@pytest.mark.parametrize("sample", [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [0.3, -0.1, 0.4, 0.2], [0.0, 0.0, 0.0]])
+def test_sign_flips_are_counted_one_by_one(sample: list[float]) -> None:
+    sums = [abs(np.dot(signs, sample)) for signs in itertools.product((1, -1), repeat=len(sample))]
+    wanted = sum(flipped >= abs(sum(sample)) - 1e-12 for flipped in sums) / len(sums)
+    assert sign_flip_p(sample) == pytest.approx(wanted)
+
+
+def test_more_pairs_than_can_be_counted_are_sampled() -> None:
+    sample = np.random.default_rng(0).normal(0.4, 1, size=40)
+    assert sign_flip_p(sample) == pytest.approx(stats.ttest_1samp(sample, 0).pvalue, abs=0.01)
+    assert sign_flip_p(sample) == sign_flip_p(sample)
+
+
+@pytest.mark.parametrize("margin", [0.05, 0.1, 0.2])
+def test_equivalence_decides_as_two_one_sided_tests_do(margin: float) -> None:
+    sample = np.array([0.02, -0.05, 0.04, 0.07, -0.03, 0.01])
+    p, *_ = ttost_paired(sample, np.zeros(6), -margin, margin)
+    assert compare(list(sample), margin).is_same == (p < 0.05)
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+
+
+def test_the_paired_p_is_scipys_and_agrees_with_the_interval() -> None:
+    random = np.random.default_rng(0)
+    for sample in (random.normal(0.8, 1, size=6) for _ in range(50)):
+        assert compare(sample, 1.0).p == pytest.approx(stats.ttest_rel(sample, np.zeros(6)).pvalue)
+        interval = mean_interval(sample)
+        assert (compare(sample, 1.0).p < 0.05) == (interval.low > 0 or interval.high < 0)
+    assert (compare([0.0, 0.0], 1.0).p, compare([0.1, 0.1], 1.0).p) == (1, 0)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import Command
+from conftest import Command, quartiles
 from ledger_parts import claims
 
 from peftscope.analysis.collect import row_of
@@ -65,13 +65,7 @@ def record_of(run: str, **changes: Any) -> RunRecord:
     facts: dict[str, Any] = {
         "status": "ok",
         "memory": Memory(train=peaks, predicted=predicted, resident_tensor_bytes=13 * GB),
-        "speed": Speed(
-            timed_steps=20,
-            step_seconds_median=0.2,
-            step_seconds_lower_quartile=0.19,
-            step_seconds_upper_quartile=0.21,
-            matmul_share=0.5,
-        ),
+        "speed": Speed(timed_steps=20, matmul_share=0.5, **step_quartiles(0.19, 0.2, 0.21)),
         "latency": latency(1.05),
         "train_nll": [10.5] * spec.steps,
         "train_batches_sha256": "ab" * 32,
@@ -90,13 +84,14 @@ def record_of(run: str, **changes: Any) -> RunRecord:
     return RunRecord(run_id=run, spec=spec, **{**facts, **changes})
 
 
+def step_quartiles(*values: float) -> dict[str, float]:
+    return {f"step_{name}": value for name, value in quartiles(*values).items()}
+
+
 def latency(apart: float) -> dict[str, Timing]:
     """Returns the latencies of a token with an adapter apart and merged, whose ratio is given."""
     seconds = {"apart_token": 0.02 * apart, "merged_token": 0.02}
-    return {
-        name: Timing(repeats=9, seconds_median=one, seconds_lower_quartile=one, seconds_upper_quartile=one)
-        for name, one in seconds.items()
-    }
+    return {name: Timing(repeats=9, **quartiles(one)) for name, one in seconds.items()}
 
 
 def run_named(name: str) -> str:

@@ -92,6 +92,7 @@ def test_the_reference_that_entered_twice_is_a_control(compare_arms: Compare) ->
     assert "full fine-tuning against itself (A/A)" in {entry.label for entry in entries[3:]}
 
 
+@pytest.mark.slow
 def test_studies_with_the_same_runs_of_the_reference_share_a_table(compare_arms: Compare) -> None:
     compare_arms()
     other = Path("results/other")

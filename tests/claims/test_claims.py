@@ -17,7 +17,7 @@ from peftscope.claims.checks.quantised_models import WINDOWS
 from peftscope.claims.evaluate import Finding, PartFinding, check_key, evaluate, evaluate_part, moved
 from peftscope.claims.ledger import Change, Claim, Part, read_history, read_ledger
 from peftscope.claims.measurement import Measurement, NotRunError
-from peftscope.claims.stored import read_findings, stored_measurements, unexplained_changes
+from peftscope.claims.stored import read_findings, unexplained_changes
 from peftscope.claims.verdict import READINGS, Reading, Rule, Verdict, judge
 from peftscope.cli.claims import _measure
 from peftscope.errors import InputError
@@ -273,9 +273,7 @@ def part(**changes: Any) -> Part:
         ("wrong, not run", "not run"),
     ],
 )
-def test_all_assertions_and_conditions_decide_and_nothing_beside_them(
-    verdicts: str, whole: str, tmp_path: Path
-) -> None:
+def test_all_assertions_and_conditions_decide_and_nothing_beside_them(verdicts: str, whole: str, tmp_path) -> None:
     (claim,) = ledger_of(tmp_path, ENTRY)
     beside = part(quotes="")
     condition = part(declared="a plan")
@@ -359,13 +357,6 @@ def test_an_interval_is_drawn_against_what_counts_as_right() -> None:
 # Stored files, and changes of what decides.
 
 
-def test_a_stored_measurement_gives_the_finding_again(tmp_path: Path) -> None:
-    found = evaluate_part(part()).to_json()
-    path = tmp_path / "claims.json"
-    path.write_text(json.dumps([{"id": "S13", "verdict": "holds", "parts": [found]}]))
-    assert evaluate_part(part(), stored=stored_measurements(read_findings(path))).to_json() == found
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -427,6 +418,7 @@ def test_what_decides_changes_only_with_an_entry(tmp_path: Path) -> None:
         assert changed(entry, early, late) == []
 
 
+@pytest.mark.slow
 def test_verdicts_are_published_only_with_reasons_for_what_changed(own_folder: Path) -> None:
     kinder = ENTRY | {"parts": [ENTRY["parts"][0] | {"rule": {"equals": 255, "reads": "plain"}}]}
     Path("results/published").mkdir(parents=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes import functional
 from ledger_parts import verdict_of
 from worlds_of_numbers import fine_nf4
 
@@ -38,18 +37,6 @@ def test_rounding_by_definition_agrees_with_bitsandbytes(code: str, block: int) 
     )
 
 
-def test_bitsandbytes_loses_blocks_that_run_over_the_end_of_a_row_if_the_processor_has_avx512() -> None:
-    """The reason to flatten first. When this fails on a processor with AVX-512, bitsandbytes mended it."""
-    weights = normal(48, 160)
-    packed, state = functional.quantize_4bit(weights, blocksize=64, quant_type="nf4")
-    lost = (functional.dequantize_4bit(packed, state) - weights).norm() / weights.norm()
-    by_definition = (CodeBook("nf4").rounded(weights, 64) - weights).norm() / weights.norm()
-    if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        assert lost > 2 * by_definition
-    else:
-        torch.testing.assert_close(lost, by_definition)
-
-
 @pytest.mark.parametrize("code", CODES)
 def test_every_value_goes_to_the_nearest_of_all_levels(code: str) -> None:
     book, weights = CodeBook(code), normal(4, 64)
@@ -71,25 +58,6 @@ def test_a_block_of_zeros_stays_zero_and_levels_stay_themselves(code: str) -> No
     torch.testing.assert_close(book.rounded(padded, 64), padded)
 
 
-def test_int4_is_two_codes() -> None:
-    """bitsandbytes' INT4 has 15 levels, gguf's 16, and both are those of the code books."""
-    for library, name, lowest in (("bitsandbytes", "int4", -7), ("gguf", "int4-twos-complement", -8)):
-        found = codes.levels_in_steps(library)
-        assert found.value == ", ".join(map(str, range(lowest, 8)))
-        assert found.evidence["widest gap over narrowest"] == pytest.approx(1, abs=0.002)
-        levels = CodeBook(name).levels
-        assert [round(level) for level in (levels / levels.diff().min()).tolist()] == list(range(lowest, 8))
-
-
-def test_gaps_of_nf4_are_those_of_its_table() -> None:
-    found = codes.gaps_that_do_not_widen("nf4")
-    assert found.value == 0
-    assert found.evidence["narrowest gap"] == pytest.approx(0.0795803)
-    assert found.evidence["widest gap"] == pytest.approx(1 - 0.6961928)
-    assert found.evidence["widest over narrowest"] == pytest.approx(3.8175, rel=1e-4)
-    assert codes.gaps_that_do_not_widen("int4").value == 12
-
-
 def test_relative_errors_of_normal_values_are_those_of_the_literature() -> None:
     """Figures of the project's claim survey, computed there with other code."""
     small = codes.error_ratio("gaussian", 32, "nf4", "int4-twos-complement")
@@ -101,14 +69,6 @@ def test_relative_errors_of_normal_values_are_those_of_the_literature() -> None:
     assert errors[0] < errors[1]
 
 
-def test_uniform_noise_gives_the_error_of_a_uniform_step() -> None:
-    """A step of 2/7 of the range -1 to 1: RMSE is a seventh over the square root of 12."""
-    values = torch.rand(2**16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    book = CodeBook("int4")
-    lost = (values - book.rounded(values, 4096)).square().mean().sqrt()
-    assert lost == pytest.approx(1 / 7 / 12**0.5, rel=0.01)
-
-
 def test_shares_and_ratios_of_the_toy_model(toy: Path) -> None:
     found = codes.share_with_lower_error("toy", 64, "nf4", ["int4", "int4-twos-complement"])
     assert found.n == 14
@@ -117,15 +77,6 @@ def test_shares_and_ratios_of_the_toy_model(toy: Path) -> None:
     assert codes.share_with_lower_error("toy", 64, "int4", ["nf4"]).value == pytest.approx(
         1 - found.evidence["matrices on which nf4 beats int4"] / 14
     )
-
-
-def test_normal_rows_are_not_called_anything_else(toy: Path) -> None:
-    """The toy model's weights were drawn from a normal distribution."""
-    likeness = codes.likeness_of_rows_to_normal("toy", rows=64)
-    assert likeness.value > 0.98
-    for deviations in (1, 3):
-        within = codes.share_of_weights("toy", deviations, rows=64)
-        assert within.value == pytest.approx(within.evidence["of normal weights"], abs=0.007)
 
 
 def test_weights_that_were_not_fetched_are_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

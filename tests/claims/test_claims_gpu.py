@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import quartiles
 from ledger_parts import claims
 
 from peftscope.analysis.collect import row_of
@@ -59,31 +60,21 @@ def judged(part: Part, folder: Path) -> PartFinding:
     return evaluate_part(part.model_copy(update={"with_": part.with_ | {"results": (str(folder),)}}))
 
 
-def quartiles(seconds: tuple[float, ...]) -> dict[str, float]:
-    names = ("lower_quartile", "median", "upper_quartile")
-    return dict(zip(names, np.quantile(seconds, [0.25, 0.5, 0.75]).tolist(), strict=True))
+def of(seconds: tuple[float, ...], step: str = "") -> dict[str, float]:
+    return {f"{step}{name}": value for name, value in quartiles(*np.quantile(seconds, [0.25, 0.5, 0.75])).items()}
 
 
 def steps(*found: tuple[dict[str, Any], tuple[float, ...]]) -> Runs:
     """Returns runs with these options and seconds of their steps."""
     return [
-        record_of(
-            spec_of(run),
-            speed=Speed(
-                timed_steps=len(seconds),
-                **{f"step_seconds_{name}": value for name, value in quartiles(seconds).items()},
-            ),
-        )
-        for run, seconds in found
+        record_of(spec_of(run), speed=Speed(timed_steps=len(seconds), **of(seconds, "step_"))) for run, seconds in found
     ]
 
 
 def latencies(method: str, apart: tuple[float, ...], merged: tuple[float, ...], base: tuple[float, ...]) -> Runs:
     times = {"base": base, "apart": apart, "merged": merged}
     timings = {
-        f"{state}_{name}": Timing(
-            repeats=len(seconds), **{f"seconds_{which}": value for which, value in quartiles(seconds).items()}
-        )
+        f"{state}_{name}": Timing(repeats=len(seconds), **of(seconds))
         for state, seconds in times.items()
         for name in ("prompt", "token")
     }

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from ledger_parts import deciding, part_of, verdicts_of
+from ledger_parts import deciding, part_of, verdicts_of, write_results
 
 from peftscope.analysis.study import HELDOUT, LOWEST
 from peftscope.claims.evaluate import evaluate_part
@@ -42,42 +41,21 @@ def write(**worlds: dict[str, Any]) -> None:
                 along = {10: middle, 20: lowest, 30: lowest + (last - lowest) / 2}.get(step)
                 nll = first + (end - first) * step / STEPS
                 losses.append({"run_id": identity, "step": step, "nll_nats_per_token": nll, VALIDATION: along})
-            rows.append(
-                {
-                    "run_id": identity,
-                    "comparisons": comparisons,
-                    "status": "ok",
-                    "label": "LoRA",
-                    "method": "lora",
-                    "base_weights": None,
-                    "model": "toy",
-                    "task": "sums",
-                    "seed": seed,
-                    "steps": STEPS,
-                    "batch_size": 16,
-                    "gradient_accumulation": 1,
-                    "train_items": 64,
-                    "dropout": 0.0,
-                    "learning_rate": 1e-3,
-                    VALIDATION: last,
-                    LOWEST: min(middle, lowest, last),
-                    HELDOUT: last,
-                    **fields,
-                }
-            )
+            identities = {"run_id": identity, "comparisons": comparisons, "seed": seed}
+            scores = {VALIDATION: last, LOWEST: min(middle, lowest, last), HELDOUT: last}
+            rows.append({"method": "lora", "base_weights": None, **identities, **scores, **fields})
 
-    tuned = {}
+    tuned = []
     for name, world in (arms | worlds).items():
         arm = name.replace("_", "-")
         run(name, f"tune-{arm} arm-{arm}" + (" control-shuffled-labels-lora" if arm == "lora" else ""), world)
-        tuned[arm] = {"learning_rate": 1e-3, "tried": [], "regret_rms": 0.0}
+        tuned.append(arm)
     run("none", "runs", MILD, method="none", base_weights="full", **{HELDOUT: 4.0})
     run("shuffled", "control-shuffled-labels-lora", {"train": (2.0, 1.5), "validation": (1.6, 1.5, 1.55)})
-    folder = results_folder("small-data")
-    folder.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
-    pd.DataFrame(losses).to_csv(folder / "losses.csv", index=False)
-    (folder / "tuned.json").write_text(json.dumps({"arms": tuned}))
+    sizes = {"steps": STEPS, "batch_size": 16, "gradient_accumulation": 1, "train_items": 64, "dropout": 0.0}
+    names = {"status": "ok", "label": "LoRA", "model": "toy", "task": "sums", "learning_rate": 1e-3}
+    write_results("small-data", rows, tuned, **sizes, **names)
+    pd.DataFrame(losses).to_csv(results_folder("small-data") / "losses.csv", index=False)
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +76,7 @@ def test_a_rise_of_the_validation_loss_is_overfitting_where_the_training_loss_fa
     assert verdicts_of("S98") == [Verdict.WRONG]
 
 
+@pytest.mark.slow
 def test_each_remedy_is_judged_on_its_own() -> None:
     write()
     assert verdicts_of("S99") == [Verdict.HOLDS] * 3
@@ -120,6 +99,7 @@ def test_less_overfitting_than_full_fine_tuning_is_a_smaller_gap() -> None:
     assert verdicts_of("S100") == [Verdict.WRONG]
 
 
+@pytest.mark.slow
 def test_low_data_compares_losses_at_two_sizes() -> None:
     write()
     assert verdicts_of("P27") == [Verdict.HOLDS] * 2

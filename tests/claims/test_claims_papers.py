@@ -7,10 +7,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
-from ledger_parts import part_of
+from ledger_parts import part_of, write_results
 
 from peftscope.analysis.study import HELDOUT
 from peftscope.claims.checks import altered_methods, curvature, directions
@@ -19,15 +18,14 @@ from peftscope.claims.lora_subjects import factor_a, factor_b, lora_layers, lora
 from peftscope.claims.measurement import NotRunError
 from peftscope.claims.subjects import fetched_model, token_ids
 from peftscope.claims.verdict import Verdict
-from peftscope.layout import directions_path, results_folder, run_folder
+from peftscope.layout import directions_path, run_folder
 from peftscope.planning.cells import ARM
 
 # Memory.
 
 
-def test_frozen_factors_and_constant_norms_save_what_they_need_not_keep(
-    toy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.slow
+def test_frozen_factors_and_constant_norms_save_what_they_need_not_keep(toy, monkeypatch) -> None:
     """A norm with a gradient keeps nearly every adapted weight once more, in 16 bits, until the backward pass."""
     run = {"method": "dora", "batch_size": 1, "seq_len": 16, "targets": "mlp"}
     found = altered_methods.saved_by_constant_norm(run, "toy")
@@ -125,17 +123,13 @@ def write_study(aim: torch.Tensor | None) -> None:
         for seed in range(3):
             run = f"{arm}-s{seed}"
             train_adapter(run, rank, seed, aim)
-            rows.append(
-                {"run_id": run, "method": "lora", "base_weights": "full", "seed": seed, "comparisons": f"{ARM}{arm}"}
-            )
-    results_folder("ranks").mkdir(parents=True, exist_ok=True)
-    table = pd.DataFrame(rows).assign(model="toy", task="sums", status="ok", **{HELDOUT: 1.0})
-    table.to_csv(results_folder("ranks") / "runs.csv", index=False)
+            rows.append({"run_id": run, "method": "lora", "base_weights": "full", "seed": seed})
+            rows[-1]["comparisons"] = f"{ARM}{arm}"
+    write_results("ranks", rows, model="toy", task="sums", status="ok", **{HELDOUT: 1.0})
 
 
-def test_adapters_in_a_common_direction_share_it_and_others_do_not(
-    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.slow
+def test_adapters_in_a_common_direction_share_it_and_others_do_not(toy, tmp_path, monkeypatch) -> None:
     for name in ("resources", "experiments"):
         (tmp_path / name).symlink_to(toy / name)
     monkeypatch.chdir(tmp_path)

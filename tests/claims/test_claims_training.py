@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from ledger_parts import part_with
+from ledger_parts import part_with, write_results
 
 from peftscope.analysis.study import ACCURACY, HELDOUT, VALIDATION
 from peftscope.claims.checks import answers, subspaces, training
@@ -46,14 +45,9 @@ def write_study(
             row = {"run_id": f"{arm}-{index}", "learning_rate": rate, VALIDATION: loss, "seed": seed_of_run}
             rows.append(row | {"comparisons": "", "alpha": (alphas or {}).get(arm, 16)})
             tried.append({"learning_rate": rate, "validation_nll": loss, "run_ids": [f"{arm}-{index}"]})
-        arms[arm] = {
-            "learning_rate": min(tried, key=lambda each: each["validation_nll"])["learning_rate"],
-            "tried": tried,
-        }
-    folder = results_folder("synthetic")
-    folder.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).assign(model="toy", task="sums").to_csv(folder / "runs.csv", index=False)
-    (folder / "tuned.json").write_text(json.dumps({"arms": arms}))
+        best_rate = min(tried, key=lambda each: each["validation_nll"])["learning_rate"]
+        arms[arm] = {"learning_rate": best_rate, "tried": tried}
+    write_results("synthetic", rows, arms, model="toy", task="sums")
 
 
 @pytest.fixture(autouse=True)
@@ -153,20 +147,13 @@ def write_subspaces(middle: float, noise: float = 0.005) -> None:
         for name, loss in losses.items()
         for seed in range(3)
     ]
-    rows += [
-        {"run_id": "base", "comparisons": "runs", "seed": 0, HELDOUT: 3.6, "method": "none", "base_weights": "full"}
-    ]
-    rows += [
-        {"run_id": f"tune-{name}", "comparisons": f"tune-{name[4:]}", "seed": 100} for name in losses if "arm" in name
-    ]
-    table = pd.DataFrame(rows).assign(model="toy", task="sums", learning_rate=1e-2)
-    lora = table["comparisons"] == "arm-lora"
-    table.loc[lora, "comparisons"] += " control-shuffled-labels-lora"
-    folder = results_folder("synthetic")
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / "runs.csv", index=False)
-    tuned = {name[4:]: {"learning_rate": 1e-2, "tried": [], "regret_rms": 0.005} for name in losses if "arm" in name}
-    (folder / "tuned.json").write_text(json.dumps({"arms": tuned}))
+    base = {"run_id": "base", "comparisons": "runs", "seed": 0, HELDOUT: 3.6, "method": "none", "base_weights": "full"}
+    arms = [name[4:] for name in losses if "arm" in name]
+    tunes = [{"run_id": f"tune-{arm}", "comparisons": f"tune-{arm}", "seed": 100} for arm in arms]
+    table = pd.DataFrame([*rows, base, *tunes])
+    table.loc[table["comparisons"] == "arm-lora", "comparisons"] += " control-shuffled-labels-lora"
+    chosen = {"learning_rate": 1e-2, "tried": [], "regret_rms": 0.005}
+    write_results("synthetic", table, dict.fromkeys(arms, chosen), model="toy", task="sums", learning_rate=1e-2)
 
 
 def test_a_gain_that_comes_late_moves_the_intrinsic_dimension_out_of_its_range() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from itertools import cycle
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from ledger_parts import claims, part_with, verdicts_of
+from ledger_parts import claims, part_with, verdicts_of, write_results
 
 from peftscope.analysis.weights import collect_weights, measured_runs, weights_path
 from peftscope.claims.checks import forgetting
@@ -44,27 +43,12 @@ def write_runs(study: str, arms: dict[str, dict[str, Any]], extra: list[dict[str
     rows = [{"run_id": "base", "comparisons": "runs", "method": "none", "base_weights": "full", "heldout_nll": 3.6}]
     for arm, columns in arms.items():
         for seed in SEEDS:
-            rows.append(
-                {
-                    "run_id": f"{arm}-s{seed}",
-                    "comparisons": f"tune-{arm} arm-{arm}",
-                    "seed": seed,
-                    "label": arm,
-                    **columns,
-                }
-            )
-            rows[-1]["heldout_nll"] = columns.get("heldout_nll", 0.2) + 0.001 * (seed % 3)
-    for row in extra:
-        rows.append({"label": row["method"], **row})
-    table = pd.DataFrame(rows).assign(model="toy", task="sums", status="ok", steps=160)
-    table = table.rename(columns={"heldout_nll": "heldout_nll_nats_per_token"})
+            run = {"run_id": f"{arm}-s{seed}", "comparisons": f"tune-{arm} arm-{arm}", "seed": seed, "label": arm}
+            rows.append(run | columns | {"heldout_nll": 0.2 + 0.001 * (seed % 3)})
+    rows += [{"label": row["method"], **row} for row in extra]
+    table = pd.DataFrame(rows).rename(columns={"heldout_nll": "heldout_nll_nats_per_token"})
     table["validation_nll_nats_per_token"] = table["heldout_nll_nats_per_token"]
-    folder = results_folder(study)
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / "runs.csv", index=False)
-    chosen = {"learning_rate": 1e-3, "tried": []}
-    (folder / "tuned.json").write_text(json.dumps({"arms": {arm: chosen for arm in arms}}))
-    return table
+    return write_results(study, table, arms.keys(), model="toy", task="sums", status="ok", steps=160)
 
 
 def write_weights(study: str, runs: pd.DataFrame, change: Change = lambda table: None, steps: Any = (40, 160)) -> None:
@@ -72,19 +56,11 @@ def write_weights(study: str, runs: pd.DataFrame, change: Change = lambda table:
     random = np.random.default_rng(0)
     for run, label in zip(runs["run_id"], runs["label"], strict=True):
         rows = [
-            {
-                **{
-                    "kind": "matrix",
-                    "step": step,
-                    "matrix": f"layers.{layer}.{module}",
-                    "module": module,
-                    "arm": label,
-                },
-                **{"rows": 576, "columns": 576, "relative_size": 0.01 * (1 + layer), "rank_90": 10, "energy_8": 0.85},
-                **{"stable_rank": 3, "gaussian_rank_90": 400, "intruders_30": 0, "intruders_50": 0, "intruders_70": 1},
-                **{"amplification": 9.0, "magnitude_change": layer, "direction_change": layer + random.random()},
-                **{"rank_kept": layer, "worth": layer + random.random()},
-            }
+            {"kind": "matrix", "step": step, "matrix": f"layers.{layer}.{module}", "module": module, "arm": label}
+            | {"rows": 576, "columns": 576, "relative_size": 0.01 * (1 + layer), "rank_90": 10, "energy_8": 0.85}
+            | {"stable_rank": 3, "gaussian_rank_90": 400, "intruders_30": 0, "intruders_50": 0, "intruders_70": 1}
+            | {"amplification": 9.0, "magnitude_change": layer, "direction_change": layer + random.random()}
+            | {"rank_kept": layer, "worth": layer + random.random()}
             for step in steps
             for layer in LAYERS
             for module in MODULES
@@ -275,6 +251,7 @@ def test_the_page_tells_each_variants_updates_and_what_their_cuts_leave() -> Non
     assert list(cuts_table("weights").set_index("updates of").loc["full"]) == ["0.9000", "0.2100"]
 
 
+@pytest.mark.slow
 def test_ranks_are_set_against_a_worth_of_their_own() -> None:
     runs = write_runs("adalora", {"adalora": {}})
     mine = runs[runs["seed"].notna()]

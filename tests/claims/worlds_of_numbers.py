@@ -109,9 +109,7 @@ constants_in_half_precision = afterwards(_in_half_precision)
 more_constants = afterwards(_with_more)
 cubed_gguf = around(quants, "dequantize", lambda original: lambda *given: original(*given) ** 3)
 integers_of_16_levels = instead(
-    functional,
-    "create_linear_map",
-    lambda signed, total_bits: (torch.arange(-8, 8) / 8).repeat(16).sort().values,
+    functional, "create_linear_map", lambda signed, total_bits: (torch.arange(-8, 8) / 8).repeat(16).sort().values
 )
 nothing_to_fit = instead(codes, "_fitted", lambda block: codes.CodeBook("nf4"))
 

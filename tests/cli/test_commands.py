@@ -1,4 +1,4 @@
-"""Every command that the documents show in a block of shell is one that works, as far as it can be tried cheaply."""
+"""Every command that the documents show in a block of shell works, as far as it can be tried cheaply."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, Command
 
+from peftscope.cli.console import with_progress
 from peftscope.models.presets import PRESETS
 
 DOCUMENTS = [
@@ -134,10 +135,6 @@ def run(peftscope: Command, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[s
     return one
 
 
-def test_documents_show_commands() -> None:
-    assert len(commands()) > 30
-
-
 def test_a_command_that_nobody_thought_of_is_found() -> None:
     with pytest.raises(LookupError, match="add it to the table"):
         treatment("make coffee")
@@ -188,3 +185,13 @@ def test_a_command_prints_what_the_document_says(command: str, workspace: Path, 
         (workspace / name).write_text(content)
     _, output, message = run(shlex.split(command), workspace)
     assert is_shown(printed()[command], [line.rstrip() for line in output.splitlines()]), output + message
+
+
+# What commands say while they work.
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys) -> None:
+    seconds = iter([0, 10, 40, 50])
+    monkeypatch.setattr("peftscope.cli.console.time.monotonic", lambda: next(seconds))
+    assert list(with_progress("abc", 3, "measuring")) == ["a", "b", "c"]
+    assert capsys.readouterr().err == "measuring: 2 of 3, about 20 s left\n"

@@ -96,9 +96,7 @@ class TestMargins:
         _, text, _ = peftscope(*arguments, "--base", write("base", 3.0))
         assert "Margin ±5 % of the task gain (0.1" in text and "): the same, within 0." in text
 
-    def test_the_gain_of_a_study_is_its_own(
-        self, peftscope: Command, repository: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_gain_of_a_study_is_its_own(self, peftscope, repository, monkeypatch) -> None:
         monkeypatch.chdir(repository)
         _, text, _ = peftscope("compare", "variants-60:dora", "variants-60:lora", "--margin", "5%gain")
         assert "of the task gain (0.0343 nats per token): not told apart, within 0." in text
@@ -168,17 +166,7 @@ def test_single_scores_are_ranked_under_a_stated_range(peftscope: Command) -> No
     assert "0 of 15 (0%)" in text and "no estimate" not in text
 
 
-def test_pefts_own_files_are_ranked(peftscope: Command, folder: Path) -> None:
-    for number in range(3):
-        content = {
-            "run_info": {"experiment_name": f"lora/{number}", "train_config": {"seed": 0}, "peft_config": {}},
-            "train_info": {"status": "success", "metrics": [{"step": 1, "test accuracy": 0.3 + 0.1 * number}]},
-        }
-        Path(f"{number}.json").write_text(json.dumps(content))
-    _, text, _ = peftscope("compare", str(folder), "--all", "--items", "1319")
-    assert "Groups in which no two can be told apart, if single runs spread by 2.00 pp between seeds: 1, 2, 3." in text
-
-
+@pytest.mark.slow
 def test_the_page_on_pefts_runs_shows_what_their_scores_give(repository: Path) -> None:
     page, scores = (repository / PAGE).read_text(), repository / SCORES
     tables = render(scores)

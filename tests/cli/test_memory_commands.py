@@ -43,6 +43,8 @@ def one_line(answered: tuple[int, str, str]) -> str:
     return message
 
 
+SAVED = ("--modules-to-save", "lm_head,embed_tokens")
+LENGTHS, DATA = ("--lengths", "l.txt"), ("--data", "d.jsonl", "--tokenizer")
 ERRORS = {
     "unknown model": (["lama-2-7b"], "model: unknown model (got 'lama-2-7b')", "did you mean `llama-2-7b`?"),
     "no such folder": (["./nowhere/model"], "model: no such file or folder: ./nowhere/model", "path of a config.json"),
@@ -80,6 +82,33 @@ ERRORS = {
     "no card": (["llama-2-7b", "--gpus", "0"], "gpus: must be at least 1", "got 0"),
     "no such precision": (["llama-2-7b", "--precision", "fp8"], "precision: Input should be", "got 'fp8'"),
     "no such file": (["nothing.json"], "model: nothing.json", "no such file"),
+    "unknown padding": (["qwen2.5-0.5b", "--padding", "all"], "padding: ", "'none' or 'some'"),
+    "norms in fp32": (
+        ["qwen2.5-0.5b", "--method", "qlora", "--kbit-preparation", "trl"],
+        "kbit_preparation=trl",
+        "use autocast=true",
+    ),
+    "two spellings of autocast": (
+        ["qwen2.5-0.5b", "--precision", "fp32", "--autocast"],
+        "autocast",
+        "precision=amp is fp32 weights under autocast",
+    ),
+    "amp over 4 bits": (["qwen2.5-0.5b", "--method", "qlora", "--precision", "amp"], "amp", "use bf16 with autocast"),
+    "modules beside no adapter": (["llama-3.2-1b", "--method", "full", *SAVED], "modules_to_save: ", ""),
+    "modules beside prompts": (["llama-3.2-1b", "--method", "prompt-tuning", *SAVED], "modules_to_save: ", ""),
+    "their precision": (["llama-3.2-1b", *SAVED, "--modules-to-save-dtype", "fp32"], "modules_to_save_dtype: ", ""),
+    "steps of nothing": (["llama-3.2-1b", "--eval-accumulation-steps", "4"], "eval_accumulation_steps: ", ""),
+    "a figure of no data": (
+        ["smollm2-135m", "--figure", "f.png"],
+        "figure: is about a data set",
+        "--lengths or --data",
+    ),
+    "lengths and data": (["smollm2-135m", *LENGTHS, "--data", "d.jsonl"], "lengths: --data was given", "leave out one"),
+    "lengths explained": (["smollm2-135m", *LENGTHS, "--explain"], "explain: is about one batch", "leave it out"),
+    "lengths packed": (["smollm2-135m", *LENGTHS, "--packed"], "packing: packed rows have up to", "--padded"),
+    "no tokenizer": (["smollm2-135m", *DATA, "nowhere"], "tokenizer: nowhere is no folder", "tokenizer.json"),
+    "an empty tokenizer": (["smollm2-135m", *DATA, "."], "tokenizer: none can be loaded from .", "tokenizer.json"),
+    "long lengths": (["smollm2-135m", "--lengths", "long.txt"], "seq_len: 9000 is over the model's", "at most 8192"),
 }
 FIT_ERRORS = {
     "no model": (["--gpu", "24GiB"], "model: none given", "peftscope fit --gpu 24GiB llama-2-7b"),
@@ -97,9 +126,10 @@ FIT_ERRORS = {
     ids=[*ERRORS, *(f"fit, {name}" for name in FIT_ERRORS)],
 )
 def test_a_wrong_question_gets_one_line(arguments: list[str], what: str, remedy: str, refusal: Refusal) -> None:
+    for name, content in {"l.txt": "7\n9\n", "d.jsonl": '{"text": "a"}\n', "long.txt": "9000\n"}.items():
+        Path(name).write_text(content)
     message = refusal(*arguments)
-    assert what in message
-    assert remedy in message
+    assert what in message and remedy in message
 
 
 LLAMA = {
@@ -159,36 +189,16 @@ def test_json_has_the_stable_keys(peftscope: Command) -> None:
     assert (code, message) == (0, "")
     assert found == answer("smollm2-135m").to_json() | {"terms": found["terms"]}
     assert list(found)[:5] == ["model", "method", "how", "parameters", "trainable_parameters"]
-    for key, kind in {
-        "peak_allocated_bytes": int,
-        "peak_reserved_bytes": int,
-        "peak_device_bytes": int,
-        "binding_phase": str,
-        "phases": dict,
-        "components": dict,
-        "modules": dict,
-        "assumptions": list,
-        "terms": list,
-        "dimensions": dict,
-    }.items():
-        assert isinstance(found[key], kind), key
-        assert found[key], key
+    kinds = {int: "peak_allocated_bytes peak_reserved_bytes peak_device_bytes", str: "binding_phase"}
+    kinds |= {dict: "phases components modules dimensions", list: "assumptions terms"}
+    for kind, keys in kinds.items():
+        assert all(isinstance(found[key], kind) and found[key] for key in keys.split()), keys
     assert list(found["phases"]) == ["load", "forward", "backward", "optimizer"]
 
 
 OPTIONS = {
-    "lora": {
-        "rank": 5,
-        "alpha": 3.0,
-        "targets": "mlp",
-        "dropout": 0.1,
-        "adapter_dtype": "base",
-        "batch_size": 3,
-        "precision": "amp",
-        "optimizer": "adamw_8bit",
-        "loss_path": "response_only",
-        "attention": "eager",
-    },
+    "lora": {"rank": 5, "alpha": 3.0, "targets": "mlp", "dropout": 0.1, "adapter_dtype": "base", "batch_size": 3}
+    | {"precision": "amp", "optimizer": "adamw_8bit", "loss_path": "response_only", "attention": "eager"},
     "adalora": {"init_r": 7, "target_r": 5},
     "prompt-tuning": {"virtual_tokens": 13},
     "qlora": {"rank": 6, "optimizer": "paged_adamw"},
@@ -249,13 +259,6 @@ def test_text_names_peaks_phases_and_every_letter(peftscope: Command) -> None:
 
 SAID_TOO = "peak_device_bytes", "headroom_bytes", "missing_bytes", "fits"
 """Keys that ``memory`` and ``fit`` both have."""
-
-
-@pytest.mark.parametrize(("word", "value"), [("true", "peft"), ("false", "none"), ("trl", "trl")])
-def test_the_preparation_of_a_4_bit_base_may_be_true_or_false(word: str, value: str, peftscope: Command) -> None:
-    words = "memory", "smollm2-135m", "--method", "qlora", "--autocast", "--json", "--kbit-preparation"
-    assert peftscope(*words, word) == peftscope(*words, value)
-    assert peftscope(*words, word)[0] == 0
 
 
 def test_fit_speaks_json_about_several_models(peftscope: Command, config_of) -> None:
@@ -487,31 +490,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("options", "what", "remedy"),
-    [
-        (["--figure", "f.png"], "figure: is about a data set", "--lengths or --data"),
-        (["--lengths", "l.txt", "--data", "d.jsonl"], "lengths: --data was given as well", "leave out one"),
-        (["--lengths", "l.txt", "--explain"], "explain: is about one batch", "leave it out"),
-        (["--lengths", "l.txt", "--packed"], "packing: packed rows have up to", "--padded"),
-        (["--data", "d.jsonl", "--tokenizer", "nowhere"], "tokenizer: nowhere is no folder", "tokenizer.json"),
-        (["--data", "d.jsonl", "--tokenizer", "."], "tokenizer: none can be loaded from .", "tokenizer.json"),
-        (["--lengths", "long.txt"], "seq_len: 9000 is over the model's limit of 8192 tokens", "at most 8192"),
-    ],
-)
-def test_options_about_a_data_set_that_do_not_fit(
-    options: list[str], what: str, remedy: str, refusal: Refusal, workspace: Path
-) -> None:
-    for name, content in {"l.txt": "7\n9\n", "d.jsonl": '{"text": "a"}\n', "long.txt": "9000\n"}.items():
-        (workspace / name).write_text(content)
-    message = refusal("memory", "smollm2-135m", *options)
-    assert what in message
-    assert remedy in message
-
-
-def test_a_data_set_is_answered_by_its_lengths_or_its_texts(
-    peftscope: Command, workspace: Path, tokenizer_folder: str
-) -> None:
+def test_a_data_set_is_answered_by_its_lengths_or_its_texts(peftscope, workspace, tokenizer_folder: str) -> None:
     (workspace / "d.jsonl").write_text('{"prompt": "a a a", "response": "a"}\n{"prompt": "a", "response": "b c"}\n')
     (workspace / "l.txt").write_text("5\n4\n")  # and an end of sequence each
     options = ["--batch-size", "2", "--gpu", "24GiB"]

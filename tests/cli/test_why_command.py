@@ -110,9 +110,7 @@ ERROR = (
 )
 
 
-def test_an_error_is_read_from_an_argument_a_file_and_stdin(
-    peftscope: Command, refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_is_read_from_an_argument_a_file_and_stdin(peftscope, refusal, tmp_path, monkeypatch) -> None:
     options = ["--batch-size", "8", "--checkpointing"]
     code, output, _ = peftscope("oom", MODEL, ERROR, *options)
     assert code == 0

@@ -1,4 +1,4 @@
-"""Tasks, splits, order and the collator."""
+"""Tasks, splits, order and the collator; and texts that begin with a token of the tokenizer's own."""
 
 from __future__ import annotations
 
@@ -13,22 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from peftscope.data.batching import (
-    IGNORED,
-    Batch,
-    Example,
-    collate,
-    pack,
-    tokenise,
-    training_batches,
-    training_order,
-)
+from peftscope.data.batching import IGNORED, Batch, Example, collate, pack, tokenise, training_batches, training_order
 from peftscope.data.scoring import lm_eval_file
 from peftscope.data.sources import Item, RandomStringsSource
 from peftscope.data.tasks import SPLITS, draw_items, find_task, make_task, read_split, task_folder
 from peftscope.errors import InputError
+from peftscope.evaluation.answers import wrap
+from peftscope.evaluation.retention import WINDOW_TOKENS, bits_per_byte, prose
 from peftscope.files.content import read_yaml
+from peftscope.sizing.lengths import count_tokens
+from peftscope.spec import RunSpec
 from peftscope.training.build import build_model
 from peftscope.training.load import load_base, load_tokenizer
 from peftscope.training.step import forward_loss
@@ -63,16 +59,13 @@ def test_a_pool_is_made_once_and_the_same(tmp_path: Path) -> None:
     assert json.loads((task_folder("time-intervals") / "manifest.json").read_text()) == before
 
 
-def test_seeds_share_no_batch_and_one_seed_is_one_order() -> None:
+def test_seeds_share_no_batch_one_seed_is_one_order_and_an_epoch_sees_every_item_once() -> None:
     def batches(seed: int) -> list[tuple[int, ...]]:
         order = training_order(6480, seed)
         return [tuple(itertools.islice(order, 16)) for _ in range(400)]
 
     assert batches(0) == batches(0)
     assert not {frozenset(batch) for batch in batches(0)} & {frozenset(batch) for batch in batches(1)}
-
-
-def test_an_epoch_sees_every_item_once() -> None:
     assert sorted(itertools.islice(training_order(10, 3), 10)) == list(range(10))
 
 
@@ -101,9 +94,7 @@ def test_random_strings_have_the_entropy_that_they_state() -> None:
 
 
 @pytest.mark.parametrize("model", ["toy", "smollm2-135m"])
-def test_each_symbol_of_a_random_string_is_a_token(
-    model: str, toy: Path, repository: Path, make_spec, monkeypatch
-) -> None:
+def test_each_symbol_of_a_random_string_is_a_token(model: str, toy, repository, make_spec, monkeypatch) -> None:
     make_task("memorise")
     items = read_split("memorise", "test")[:200]
     if model != "toy":
@@ -206,3 +197,62 @@ def test_packed_rows_are_full_and_hold_every_example_once() -> None:
     for row, after in itertools.pairwise(rows):
         used = sum(token != 99 for token in row)
         assert used <= 12 < used + lengths[after[0]]
+
+
+# Texts begin with a token where the tokenizer puts one by itself, as Gemma's does.
+
+BOS = 0
+
+
+@pytest.fixture
+def spec(toy: Path, make_spec, monkeypatch: pytest.MonkeyPatch) -> RunSpec:
+    monkeypatch.chdir(toy)
+    return make_spec(method="none", precision="fp32", retention_tokens=WINDOW_TOKENS + 20)
+
+
+@pytest.fixture
+def tokenizer(spec: RunSpec) -> Any:
+    """The toy model's tokenizer, beginning each text with ``<bos>`` by itself."""
+    found = load_tokenizer(spec)
+    begins = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    found.backend_tokenizer.post_processor = begins
+    return found
+
+
+def test_training_and_held_out_items_begin_with_it(spec: RunSpec, tokenizer: Any) -> None:
+    item = Item("12 + 34 =", "46")
+    (plain,), (begun,) = tokenise([item], load_tokenizer(spec), 64), tokenise([item], tokenizer, 64)
+    assert begun.tokens == (BOS, *plain.tokens) and begun.prompt_length == plain.prompt_length + 1
+    (cut,) = tokenise([Item("x" * 100, "46")], tokenizer, 20)
+    assert len(cut.tokens) == 20 and cut.tokens[0] == BOS and tokenizer.decode(cut.tokens).endswith("x 46<eos>")
+
+
+def test_prose_is_scored_behind_it(spec: RunSpec, tokenizer: Any) -> None:
+    """The same tokens count as without it, and no window loses its first one."""
+    model = load_base(spec).eval()
+    ids = tokenizer(prose(), add_special_tokens=False)["input_ids"][: spec.retention_tokens]
+    nats = scored = 0.0
+    for window in (ids[:WINDOW_TOKENS], ids[WINDOW_TOKENS:]):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[BOS, *window]])).logits[0].float()
+        nats -= float(logits.log_softmax(-1)[range(1, len(window)), window[1:]].sum())
+        scored += len(tokenizer.decode(window[1:]).encode())
+    assert bits_per_byte(model, tokenizer, spec) == pytest.approx(nats / math.log(2) / scored, rel=1e-5)
+    assert bits_per_byte(model, load_tokenizer(spec), spec) != bits_per_byte(model, tokenizer, spec)
+
+
+def test_lm_eval_asks_behind_it(spec: RunSpec, tokenizer: Any) -> None:
+    model = load_base(spec)
+    asked = [
+        wrap(model, each, spec).tok_batch_encode(["12 + 34 ="])[0][0].tolist()
+        for each in (tokenizer, load_tokenizer(spec))
+    ]
+    assert asked[0] == [BOS, *asked[1]]
+
+
+def test_lengths_count_it(spec: RunSpec, tokenizer: Any, tmp_path: Path) -> None:
+    (path := tmp_path / "items.jsonl").write_text(json.dumps({"prompt": "12 + 34 =", "response": " 46"}))
+    plain, begun = (
+        count_tokens(path, ("prompt", "response"), lambda each=each: each) for each in (load_tokenizer(spec), tokenizer)
+    )
+    assert begun == [plain[0] + 1]

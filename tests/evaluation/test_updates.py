@@ -140,9 +140,8 @@ def test_weights_of_full_fine_tuning_are_measured_and_cut(toy: Path, make_spec: 
     pd.testing.assert_frame_equal(pd.read_csv(measured_path(tmp_path)), table)
 
 
-def test_the_worth_of_adaloras_updates_is_measured_apart_from_its_ranks(
-    toy: Path, make_spec: Any, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_the_worth_of_adaloras_updates_is_measured_apart_from_its_ranks(toy, make_spec, tmp_path) -> None:
     spec = make_spec(method="adalora", steps=8, generation_items=0, learning_rate=3e-2)
     record = run_here(spec, tmp_path, keep_at=(0.5, 1))
     measure_weights(tmp_path)

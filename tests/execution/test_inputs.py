@@ -52,9 +52,7 @@ def change(path: Path) -> None:
         (change, "tasks/two-digit-sums/train.jsonl"),
     ],
 )
-def test_a_damaged_folder_is_quarantined_and_fetched_again(
-    own: Path, make_spec, capfd: pytest.CaptureFixture[str], file: str, damage
-) -> None:
+def test_a_damaged_folder_is_quarantined_and_fetched_again(own, make_spec, capfd, file: str, damage) -> None:
     spec, path = make_spec(), own / file
     verify(spec)
     assert capfd.readouterr().err == ""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
+from conftest import python
 from huggingface_hub import constants
 from tqdm import tqdm
 
@@ -25,9 +25,7 @@ def talk() -> None:
         pass
 
 
-def test_libraries_are_quiet_but_for_errors(
-    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_libraries_are_quiet_but_for_errors(capsys, caplog: pytest.LogCaptureFixture) -> None:
 
     def state() -> tuple[object, ...]:
         bars = vars(tqdm)["__init__"], tqdm.monitor_interval
@@ -78,24 +76,21 @@ def test_the_kernels_package_is_barred_only_inside(found: dict, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        "make-task two-digit-sums",
-        pytest.param("memory toy --method qlora --simulate", marks=pytest.mark.slow),
-    ],
+    ["make-task two-digit-sums", pytest.param("memory toy --method qlora --simulate", marks=pytest.mark.slow)],
 )
 def test_a_command_says_only_what_is_its_own(arguments: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "peftscope", *arguments.split()]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    done = python("-m", "peftscope", *arguments.split(), check=True, cwd=tmp_path)
     assert done.stderr == ""
     assert done.stdout.count("\n") >= 1
     for word in ("Warning", "Failed to load", "kernels-community", "it/s]", "%|"):
         assert word not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_imports_nothing_that_it_does_not_need(toy: Path, make_spec, tmp_path: Path) -> None:
     fields = make_spec(method="lora", steps=2, generation_items=0, retention_tokens=0, probe_steps=0).canonical()
-    command = [sys.executable, "-X", "importtime", "-m", "peftscope", "run", json.dumps(fields), "--output", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    words = "-X", "importtime", "-m", "peftscope", "run", json.dumps(fields), "--output", tmp_path
+    done = python(*words, check=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "peft" in imported
     assert not imported & {"lm_eval", "datasets", "pandas", "sklearn", "matplotlib", "pyarrow", "snakemake"}

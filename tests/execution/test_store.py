@@ -33,13 +33,7 @@ from peftscope.planning.published import (
     write_runs,
 )
 from peftscope.planning.sweep import expand
-from peftscope.record import (
-    finished_record,
-    is_restored,
-    kept_path,
-    measured_path,
-    parse_record,
-)
+from peftscope.record import finished_record, is_restored, kept_path, measured_path, parse_record
 from peftscope.report.publish import publish, restore
 from peftscope.spec import run_id
 
@@ -99,10 +93,8 @@ def test_a_run_of_two_experiments_is_one_job(own: Any) -> None:
         workflow.spec(SimpleNamespace(run_id="lora-none"))
 
 
-@pytest.mark.parametrize("experiment", ["quick", "all-methods", "variants-60"])
-def test_published_runs_are_few_small_whole_files(
-    experiment: str, repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_published_runs_are_few_small_whole_files(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = "all-methods"
     monkeypatch.chdir(repository)
     files = [path for path in (PUBLISHED_RESULTS / experiment).rglob("*") if path.is_file()]
     assert 10 < len(files) <= 20 and max(path.stat().st_size for path in files) < LARGEST_BYTES
@@ -124,9 +116,7 @@ def processor_of(record: dict[str, Any]) -> tuple[Any, ...]:
     return hardware.get("cpu"), hardware.get("gpu"), provenance.get("bf16_products", "native"), packages.get("torch")
 
 
-def test_what_is_published_twice_on_one_kind_of_processor_agrees(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_published_twice_on_one_kind_of_processor_agrees(repository, monkeypatch) -> None:
     monkeypatch.chdir(repository)
     losses: dict[Any, list[Any]] = {}
     for _, run, text in all_published_records():
@@ -157,10 +147,8 @@ def test_weights_stay_only_where_they_are_asked_for(
             find_run(folder.name)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_keeping_weights_along_a_training_changes_no_byte_of_it(
-    method: str, toy: Path, make_spec: Any, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "full"])
+def test_keeping_weights_along_a_training_changes_no_byte_of_it(method: str, toy, make_spec, tmp_path) -> None:
     """Dropout draws from the generators that a write must leave alone."""
     from safetensors.torch import load_file
 
@@ -221,6 +209,7 @@ def test_shares_that_are_none_are_refused(shares: str, toy: Path, make_spec: Any
     assert result.exit_code != 0 and "--keep-at: not a share of the training" in str(result.exception)
 
 
+@pytest.mark.slow
 def test_measured_weights_stand_on_the_page_and_come_back_from_published_files(own: Any) -> None:
     own("mine", SHORT + "seeds: [0]\naxes: {method: [lora, full]}\nkeep_at: [0.5, 1]\n")
     plan = plan_experiment("mine")

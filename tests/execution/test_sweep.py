@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import python
 
 from peftscope.analysis.tuning import choose_next
 from peftscope.errors import InputError
 from peftscope.execution import provenance, sweep
-from peftscope.execution.inputs import inputs
 from peftscope.execution.sweep import run_sweep
 from peftscope.layout import record_path, run_folder, tuned_path
 from peftscope.planning.plan import plan_experiment
@@ -36,16 +36,7 @@ study:
   seeds: [0, 1]
 runs: [{{method: none}}]
 """
-NOT_THERE = (
-    "pandas",
-    "pyarrow",
-    "snakemake",
-    "lm_eval",
-    "seaborn",
-    "matplotlib",
-    "datasets",
-    "reasoning_gym",
-)
+NOT_THERE = ("pandas", "pyarrow", "snakemake", "lm_eval", "seaborn", "matplotlib", "datasets", "reasoning_gym")
 
 
 class Runs:
@@ -80,9 +71,7 @@ def refuse(_: Any) -> None:
     pytest.fail("there is nothing to choose")
 
 
-def test_finished_runs_are_skipped_and_failed_ones_are_tried_again(
-    write_experiment, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_finished_runs_are_skipped_and_failed_ones_are_tried_again(write_experiment, monkeypatch, capfd) -> None:
     write_experiment("mine", THREE)
     runs = Runs(monkeypatch, ia3="failed", full="oom")
     outcome = run_sweep("mine", one_second, refuse)
@@ -104,9 +93,7 @@ def test_no_run_begins_that_would_end_too_late_but_the_first(write_experiment, m
         assert (runs.seen, left) == (done, 3 - len(done))
 
 
-def test_the_time_left_follows_what_runs_took(
-    write_experiment, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_time_left_follows_what_runs_took(write_experiment, monkeypatch, capfd) -> None:
     write_experiment("mine", THREE)
     Runs(monkeypatch, seconds=90)
     run_sweep("mine", lambda spec: {"lora": 10.0, "ia3": 20.0, "full": 30.0}[spec.method.name], refuse)
@@ -118,9 +105,7 @@ def test_the_time_left_follows_what_runs_took(
     ]
 
 
-def test_a_study_goes_on_with_the_runs_that_follow_from_what_was_chosen(
-    write_experiment, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_study_goes_on_with_the_runs_that_follow_from_what_was_chosen(write_experiment, monkeypatch, capfd) -> None:
     write_experiment("mine", STUDY)
     runs = Runs(monkeypatch)
     assert run_sweep("mine", one_second, choose_next).left == 0
@@ -185,29 +170,11 @@ def test_a_package_that_is_not_there_has_no_version() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_in_training_goes_on_from_its_checkpoint(own) -> None:
-    own("mine", f"{SHORT.replace('steps: 4', 'steps: 3000')}axes: {{method: [lora]}}\n")
-    (identity,) = plan_experiment("mine").run_ids
-    spec, folder = plan_experiment("mine").sweep.runs[identity], run_folder(identity)
-    for resource in inputs(spec):
-        resource.fetch()
-    # The first of them that is in the training, on a fast machine or a slow one.
-    for seconds in (8, 12, 18, 27, 40, 60, 90):
-        assert sweep.run_apart(identity, spec, folder, deadline=time.monotonic() + seconds) == "interrupted"
-        if list(state_folder(folder).glob("checkpoint-*.pt")):
-            break
-    assert list(state_folder(folder).glob("checkpoint-*.pt")) and not record_path(identity).exists()
-    assert run_sweep("mine", one_second, refuse).left == 0
-    assert len(read_record(record_path(identity)).train_nll) == 3000
-
-
-@pytest.mark.slow
 def test_runs_that_need_a_package_fail_and_the_others_go_on(own, tmp_path: Path) -> None:
     own("mine", f"{SHORT}axes: {{method: [qlora, lora]}}\n")
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['bitsandbytes'] = None\n")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-m", "peftscope", "sweep", "mine"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = python("-m", "peftscope", "sweep", "mine", env=environment)
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stderr
     records = {
         record.spec.method.name: record for record in map(read_record, Path("results/runs").glob("*/record.json"))
@@ -224,10 +191,10 @@ def test_the_check_of_a_card_on_a_processor_with_few_packages(own, repository: P
     Path("results/published").symlink_to(repository / "results/published")
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({NOT_THERE!r}))\n")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-m", "peftscope", "sweep", "mine"]
-    first = subprocess.run([*command, "--minutes", "0.2"], capture_output=True, text=True, env=environment)
+    command = "-m", "peftscope", "sweep", "mine"
+    first = python(*command, "--minutes", "0.2", env=environment)
     assert first.returncode == 0 and "runs left: repeat the command to go on" in first.stdout, first.stderr
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = python(*command, env=environment)
     assert done.returncode == 0 and done.stdout == "", done.stderr
     records = [json.loads(path.read_text()) for path in Path("results/runs").glob("*/record.json")]
     assert len(records) == 10 and {record["status"] for record in records} == {"ok"}
@@ -238,7 +205,7 @@ def test_the_check_of_a_card_on_a_processor_with_few_packages(own, repository: P
     memory = [record["memory"] for record in records]
     assert all(part["train"]["peak_tensor_bytes"] == part["predicted"]["train_peak_tensor_bytes"] for part in memory)
     # The whole environment makes the report of them, which says what it is.
-    page = subprocess.run([sys.executable, "-m", "peftscope", "report", "mine"], capture_output=True, text=True)
+    page = python("-m", "peftscope", "report", "mine")
     text = Path(page.stdout.strip()).read_text()
     assert "shows the instrument, decides no claim" in text and "not enforced on a processor" in text
     assert "Does it fit?" in text and "apart over merged" in text

@@ -31,6 +31,7 @@ def published(own: Any) -> RunRecord:
     return read_record(run_folder(identity) / "record.json")
 
 
+@pytest.mark.slow
 def test_a_run_gives_its_published_numbers_again_and_others_fail(published: RunRecord) -> None:
     (repeat,) = repeat_runs(choose_published(["mine"], None, 0))
     assert repeat.run == published.run_id and repeat.is_equal and not repeat.elsewhere
@@ -45,6 +46,7 @@ def test_a_run_gives_its_published_numbers_again_and_others_fail(published: RunR
     assert "within 1.0e-06" in found.output and "differ although the machine" in found.output
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_from_another_needs_its_weights(own: Any) -> None:
     own("mine", SHORT + "runs: [{method: lora, start_from: {steps: 3}}]\n")
     assert CliRunner().invoke(app, ["sweep", "mine"]).exit_code == 0

@@ -31,7 +31,7 @@ spec says whether autocast is on, and whether the output is kept; a source asks 
 
 UPWARDS = {
     # The loss is no module of torch, whose hooks would name its blocks: the simulator puts itself around it.
-    "peftscope.training.step -> peftscope.memory.simulate: _Owners._named_loss",
+    "peftscope.training.step -> peftscope.memory.simulate: _Owners._named_loss"
 }
 """Calls from a room into one above it."""
 
@@ -71,9 +71,7 @@ def rooms(repository: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_a_run_goes_down_and_seldom_comes_back(
-    unpredicted: Path, make_spec: Callable[..., Any], repository: Path, tmp_path: Path
-) -> None:
+def test_a_run_goes_down_and_seldom_comes_back(unpredicted, make_spec, repository, tmp_path) -> None:
     spec = make_spec(method="lora", steps=2)
     command = [sys.executable, __file__, json.dumps(spec.canonical()), str(tmp_path / "run")]
     # On every processor the same way: replaced kernels call back into their module.

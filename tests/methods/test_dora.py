@@ -5,15 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 from test_methods import batches_of, logits_of, trained
-from test_resuming import STOP, adapter_bytes, same_for_a_reader, stopped_at
-from test_resuming import run as run_here
 
-from peftscope.execution.merge import merge_run
-from peftscope.planning.sweep import expand
 from peftscope.spec import memory_key, run_id
 from peftscope.training.build import build_model
 from peftscope.training.load import load_base
@@ -102,38 +97,7 @@ def test_what_it_trains_loads_as_any_dora(toy: Path, make_spec, tmp_path: Path) 
     assert torch.equal(logits_of(loaded, batch), logits_of(model, batch))
 
 
-@pytest.mark.slow
-def test_a_run_whose_norm_has_a_gradient_resumes_and_merges(
-    toy: Path, make_spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    sizes = {"steps": 10, "learning_rate": 1e-2, "precision": "fp32", "dropout": 0.1, "generation_items": 0}
-    spec = make_spec(method="dora", norm_gradient=True, retention_tokens=0, **sizes)
-    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
-    wanted = run_here(spec, undisturbed)
-    assert wanted.status == "ok", wanted.reason
-    stopped_at(STOP, spec, stopped, monkeypatch)
-    assert same_for_a_reader(run_here(spec, stopped)) == same_for_a_reader(wanted)
-    assert adapter_bytes(stopped) == adapter_bytes(undisturbed)
-
-    merge_run(undisturbed, tmp_path / "merged")
-    (batch,) = batches_of(spec, 1, seed=9)
-    adapted = logits_of(PeftModel.from_pretrained(load_base(spec), undisturbed / "adapter"), batch)
-    merged = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32), batch)
-    assert (merged - adapted).norm() / adapted.norm() < 1e-4
-    assert not torch.allclose(adapted, logits_of(load_base(spec), batch), rtol=1e-2)
-
-
-def test_the_option_renames_no_published_run(repository: Path, make_spec) -> None:
-    published = pd.read_csv(repository / "results/published/variants/runs.csv")["run_id"]
-    runs = expand("dora-norm").runs
-    paired = {one for one, spec in runs.items() if spec.method.name == "dora"}
-    new = {one for one in paired if runs[one].method.norm_gradient}
-    assert len(new) == len(paired - new) == 8
-    assert paired - new <= set(published)
-    assert all(one.startswith("dora-r8-a16-all-linear-norm-gradient-s") for one in new)
+def test_the_option_renames_no_other_run_and_takes_memory_of_its_own(make_spec) -> None:
     plain, other = make_spec(method="dora"), make_spec(method="dora", norm_gradient=True)
     assert "norm_gradient" not in plain.canonical()["method"]
     assert run_id(plain) == run_id(make_spec(method="dora", norm_gradient=False))

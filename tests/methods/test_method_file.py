@@ -7,13 +7,12 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import pytest
+from conftest import python
 
 from peftscope.cli.new_study import study_text
 from peftscope.errors import InputError
@@ -59,9 +58,7 @@ def file(repository: Path, tmp_path: Path) -> Path:
 
 
 def run(*words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", *words], capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "160"}
-    )
+    done = python("-m", *words, env=os.environ | {"COLUMNS": "160"})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -80,7 +77,7 @@ def test_from_a_file_to_a_verdict(own: Callable[[str, str], Path], repository: P
     text = re.sub(r"lora-fa: \[.*\]", "lora: [3.0e-3, 1.0e-2, 3.0e-2]\n    lora-fa: [3.0e-3, 1.0e-2, 3.0e-2]", text)
     study.write_text(f"{text}  seeds: [0, 1]\n  control_seeds: [0]\n")
     later = [" ".join(words[1:]) for words in commands[1:]]
-    done = subprocess.run([sys.executable, "-c", IN_ONE_PROCESS, *later], capture_output=True, text=True, check=False)
+    done = python("-c", IN_ONE_PROCESS, *later)
     assert done.returncode == 0, done.stderr
     table = Path("results/lora-fa-study/tables/contrasts.csv").read_text().splitlines()
     rows = {row["arm"]: row for row in csv.DictReader(table)}
@@ -178,23 +175,19 @@ def test_a_file_whose_study_is_refused_leaves_nothing_behind(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     imports = "from typing import ClassVar\nfrom peftscope.methods.peft_tuner import PeftTuner\n"
     Path("mine.py").write_text(f"{imports}\nclass A(PeftTuner):\n    label: ClassVar[str] = 'A'\n    steps: int = 3\n")
-    command = [sys.executable, "-m", "peftscope", "new-study", "mine.py", "--model", "toy"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = python("-m", "peftscope", "new-study", "mine.py", "--model", "toy")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "method `mine`: its fields steps have the names of a run's own -> give them other names\n"
     assert not [path for path in Path("experiments").rglob("*") if path.is_file()]
-    Path("mine.py").write_text(Path("mine.py").read_text().replace("steps", "rank"))
-    assert "experiments/mine-study.yaml" in run("peftscope", "new-study", "mine.py", "--model", "toy")
 
 
-def test_a_file_that_is_no_python_is_refused(file: Path, peftscope) -> None:
-    code, _, printed = peftscope("new-study", str(file.rename(file.with_name("mine.md"))))
-    assert code == 2 and "is no Python file" in printed
-
-
-def test_a_name_that_is_taken_is_refused(file: Path, peftscope) -> None:
-    code, _, printed = peftscope("new-study", str(file.rename(file.with_name("dora.py"))))
-    assert code == 2 and "there is another method 'dora' -> rename your file" in printed
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("mine.md", "is no Python file"), ("dora.py", "there is another method 'dora' -> rename your file")],
+)
+def test_a_name_that_no_method_can_have_is_refused(name: str, said: str, file: Path, peftscope) -> None:
+    code, _, printed = peftscope("new-study", str(file.rename(file.with_name(name))))
+    assert code == 2 and said in printed
 
 
 def test_every_arm_has_as_many_trials_and_the_reference_its_controls(file: Path, own) -> None:

@@ -1,4 +1,4 @@
-"""One contract for every method, on the toy model."""
+"""One contract for every method, on the toy model; and which modules a preset means in other families."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import fast_if
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3_5TextConfig
 
 from benchmarks.tuners import listed_fields
 from peftscope.data.batching import Batch, Example, tokenise, training_batches
@@ -17,20 +19,20 @@ from peftscope.data.tasks import read_split
 from peftscope.errors import InputError
 from peftscope.execution.merge import base_of_adapter
 from peftscope.methods import METHODS
+from peftscope.methods.fields import TARGET_PRESETS, adapted_modules
 from peftscope.methods.loftq import FloatWeights, best_rank_approximation
 from peftscope.models.catalog import find_model
 from peftscope.models.rounding import linear_layers, normal_float_levels, rounded
-from peftscope.models.shapes import ModelShape
 from peftscope.planning.checks import check_runs
-from peftscope.spec import RunSpec, memory_key, run_id
-from peftscope.training.build import build_model, seed_everything
+from peftscope.spec import RunSpec
+from peftscope.training.build import build_model
 from peftscope.training.load import attention, load_base, load_tokenizer
 from peftscope.training.step import TrainedModel, forward_loss, make_optimizer, train_step
 
 TUNERS = ["vera", "loha", "lokr", "oft", "fourierft", "hra", "randlora", "miss", "ln_tuning"]
 OWN = [name for name, cls in METHODS.items() if cls.trains and name != "peft"]
-TRAINED = [*OWN, *(f"peft {tuner}" for tuner in TUNERS)]
-ADAPTERS = [name for name in TRAINED if not METHODS[name.split()[0]].trains_base]
+TRAINED = [*OWN, *(fast_if(tuner == "vera", f"peft {tuner}") for tuner in TUNERS)]
+ADAPTERS = [name for name in TRAINED if name not in OWN or not METHODS[name].trains_base]
 QUANTISED = [name for name in OWN if METHODS[name]().quantization()]
 
 
@@ -228,13 +230,6 @@ def test_a_subspace_has_no_more_dimensions_than_values_to_deal_out(spec_of) -> N
         build_model(load_base(spec), spec)
 
 
-def test_the_usual_start_renames_no_run_and_no_start_takes_memory_of_its_own(make_spec) -> None:
-    usual, other = make_spec(method="lora", start="b-zero"), make_spec(method="lora", start="a-zero")
-    assert "start" not in usual.canonical()["method"]
-    assert run_id(other).startswith("lora-r8-a16-all-linear-a-zero-s0-")
-    assert memory_key(usual) == memory_key(other)
-
-
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_every_adapter_weight_gets_a_gradient_with_checkpointing(name: str, spec_of) -> None:
     if not spec_of(name).method.supports_checkpointing:
@@ -280,23 +275,6 @@ def test_every_bitsandbytes_option_is_the_specs(spec_of) -> None:
             assert layer.support_avx512bf16_for_cpu is False
 
 
-def test_4_bit_weights_agree_with_a_quantiser_written_from_the_paper(spec_of) -> None:
-    """NF4, block size 64, nearest code; Dettmers et al. 2023, appendix E, without double quantization."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    positive = [0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434]
-    positive += [0.5626170039176941, 0.7229568362236023, 1.0]
-    negative = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
-    negative += [-0.18477343022823334, -0.09105003625154495]
-    codes = torch.tensor([*negative, 0.0, *positive])
-    values = torch.randn(4096, generator=torch.Generator().manual_seed(0))
-    packed, state = quantize_4bit(values, quant_type="nf4", blocksize=64, compress_statistics=False)
-    blocks = values.view(-1, 64)
-    scale = blocks.abs().amax(dim=1, keepdim=True)
-    nearest = codes[(blocks / scale).unsqueeze(-1).sub(codes).abs().argmin(dim=-1)] * scale
-    torch.testing.assert_close(dequantize_4bit(packed, state).view(-1, 64), nearest, rtol=0, atol=1e-6)
-
-
 def test_normal_float_codes_of_four_bits_are_bitsandbytes_own_and_rounding_twice_changes_nothing() -> None:
     from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
 
@@ -317,7 +295,7 @@ def test_normal_float_codes_of_four_bits_are_bitsandbytes_own_and_rounding_twice
 def test_a_base_of_two_bits_is_on_its_grid_and_fits_its_saved_adapter(name: str, spec_of, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    spec = make_two_bits(name, spec_of)
+    spec = spec_of(name, **{"base_weights" if name == "none" else "quant_type": "nf2"})
     assert spec.method.quantization() is None
     built = build_model(load_base(spec), spec).model
     inner = built.base_model.model if name != "none" else built
@@ -335,25 +313,10 @@ def test_a_base_of_two_bits_is_on_its_grid_and_fits_its_saved_adapter(name: str,
     )
 
 
-def make_two_bits(name: str, spec_of) -> RunSpec:
-    return spec_of(name, **{"base_weights" if name == "none" else "quant_type": "nf2"})
-
-
 def lora_layers(model: Any) -> list[Any]:
     from peft.tuners.lora import LoraLayer
 
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
-
-
-def test_loftq_reduces_the_error_of_two_bits(spec_of) -> None:
-    spec = spec_of("loftq", quant_type="nf2", iterations=5)
-    model = build_model(load_base(spec), spec).model
-    weights = FloatWeights(model.base_model.model.config._name_or_path)
-    for name, layer in model.base_model.model.named_modules():
-        if hasattr(layer, "get_delta_weight"):
-            weight = weights[f"{name}.weight"]
-            reached = layer.get_base_layer().weight.float() + layer.get_delta_weight("default").float()
-            assert (weight - reached).norm() < 0.95 * (weight - rounded(weight, "nf2")).norm()
 
 
 def test_directly_trained_weights_stay_on_their_grid_and_nothing_else_moves(spec_of) -> None:
@@ -369,22 +332,27 @@ def test_directly_trained_weights_stay_on_their_grid_and_nothing_else_moves(spec
         assert torch.equal(before.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
-@pytest.mark.parametrize(("alpha", "iterations"), [(4, 3), (16, 1), (64, 3)])
-def test_loftq_reduces_every_layers_error_at_any_scale(alpha: int, iterations: int, spec_of) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"alpha": 4, "iterations": 3}, {"iterations": 1}, {"alpha": 64, "iterations": 3}, {"quant_type": "nf2"}],
+    ids=str,
+)
+def test_loftq_reduces_every_layers_error_at_any_scale_and_number_of_bits(options: dict[str, Any], spec_of) -> None:
     from bitsandbytes.functional import dequantize_4bit
-    from peft.tuners.lora import LoraLayer
 
-    spec = spec_of("loftq", alpha=alpha, iterations=iterations)
+    def values(weight: Any) -> torch.Tensor:
+        state = getattr(weight, "quant_state", None)
+        return weight.float() if state is None else dequantize_4bit(weight.data, state).float()
+
+    spec = spec_of("loftq", **options)
     plain = dict(load_base(spec).named_modules())
     model = build_model(load_base(spec), spec).model
     weights = FloatWeights(model.base_model.model.config._name_or_path)
-    layers = [(n, m) for n, m in model.base_model.model.named_modules() if isinstance(m, LoraLayer)]
+    layers = [(n, m) for n, m in model.base_model.model.named_modules() if hasattr(m, "get_delta_weight")]
     assert len(layers) == 14
     for name, layer in layers:
-        weight = weights[f"{name}.weight"]
-        quantised = dequantize_4bit(plain[name].weight.data, plain[name].weight.quant_state).float()
-        own = layer.get_base_layer().weight
-        reached = dequantize_4bit(own.data, own.quant_state).float() + layer.get_delta_weight("default").float()
+        weight, quantised = weights[f"{name}.weight"], values(plain[name].weight)
+        reached = values(layer.get_base_layer().weight) + layer.get_delta_weight("default").float()
         assert (weight - reached).norm() < 0.95 * (weight - quantised).norm()
 
 
@@ -547,40 +515,14 @@ def test_ia3_refuses_inputs_of_what_is_no_target(make_spec) -> None:
         make_spec(method="ia3", targets="attention", feedforward=["up_proj"])
 
 
-def test_formulas_give_the_published_sizes() -> None:
-    """Llama-2-7B: 6,738,415,616 parameters; LoRA r=8 on q,k,v,o: 8,388,608 (its config.json; Hu et al. 2021, 4.2)."""
-    shape = ModelShape(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, num_kv_heads=32,
-        head_dim=128, tied_embeddings=False,
-    )  # fmt: skip
-    assert shape.parameters == 6_738_415_616
-    assert METHODS["lora"](rank=8, targets="attention").trainable_parameters(shape) == 8_388_608
-    smollm = find_model("smollm2-135m").shape
-    assert smollm.parameters == 134_515_008
-    assert METHODS["lora"](rank=8).trainable_parameters(smollm) == 2_442_240
+# Which modules a preset means in models of different families.
 
 
-def test_kbit_preparation_casts_what_is_not_quantised(spec_of) -> None:
-    def dtypes(**options: Any) -> set[torch.dtype]:
-        spec = spec_of("qlora", **options)
-        model = build_model(load_base(spec), spec).model
-        return {p.dtype for n, p in model.named_parameters() if "lora" not in n and p.dtype != torch.uint8}
-
-    assert dtypes() == {torch.bfloat16}
-    assert dtypes(kbit_preparation=True) == {torch.float32}
-
-
-def test_seeding_reaches_dropout(spec_of) -> None:
-    spec = spec_of("lora", dropout=0.5)
-    model = build_model(load_base(spec), spec).model
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.fill_(0.1)
-    model.train()
-    (batch,) = batches_of(spec, 1)
-    losses = []
-    for seed in (0, 0, 1):
-        seed_everything(seed)
-        losses.append(forward_loss(model, batch, spec).loss.item())
-    assert losses[0] == losses[1] != losses[2]
+def test_all_linear_is_every_linear_layer_but_the_output() -> None:
+    with torch.device("meta"):
+        llama = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=1))
+        hybrid = AutoModelForCausalLM.from_config(Qwen3_5TextConfig(num_hidden_layers=4))
+    assert adapted_modules(llama, "all-linear") == sorted(TARGET_PRESETS["all-linear"])
+    extra = set(adapted_modules(hybrid, "all-linear")) - set(TARGET_PRESETS["all-linear"])
+    assert extra == {"in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"}
+    assert adapted_modules(hybrid, ("q_proj",)) == ["q_proj"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,6 @@ from peftscope.memory.probe import probe_training
 from peftscope.memory.tracker import MemoryTracker
 from peftscope.methods.tuner_limits import limits, tried_version
 from peftscope.methods.tuner_options import OPTIONS_FILE, Option, options_of
-from peftscope.methods.tuner_options import tuners as tuner_options
 from peftscope.planning.sweep import expand
 from peftscope.spec import RunSpec, memory_key, run_id
 from peftscope.training.build import build_model
@@ -27,30 +25,6 @@ from peftscope.training.load import load_base, load_tokenizer
 
 def test_the_options_are_those_of_the_installed_peft() -> None:
     assert json.loads(OPTIONS_FILE.read_text()) == tuners.options_of_peft(), "run: make tuners"
-
-
-def test_pefts_classes_take_the_defaults_and_only_objects_are_left_out() -> None:
-    from peft import PeftConfig
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    common = {field.name for field in dataclasses.fields(PeftConfig)}
-    for kind, configuration in PEFT_TYPE_TO_CONFIG_MAPPING.items():
-        name, needed = kind.value.lower(), VALID.get(kind.value.lower(), {})
-        usual = configuration(**needed)
-        assert (tuner_options()[name] is None) == usual.is_prompt_learning, name
-        if not usual.is_prompt_learning:
-            defaults = {option.name: option.default for option in options_of(name).values()}
-            assert configuration(**(defaults | needed)) == usual, name
-            assert {field.name for field in dataclasses.fields(configuration)} - common - set(defaults) <= LEFT_OUT
-
-
-LEFT_OUT = {"runtime_config"}
-
-VALID: dict[str, dict[str, Any]] = {
-    "adalora": {"total_step": 10},
-    "cpt": {"cpt_token_ids": [0], "task_type": "CAUSAL_LM"},
-    "xlora": {"hidden_size": 8, "adapters": {}},
-}
 
 
 WRONG = {

@@ -1,16 +1,20 @@
-"""Which records an estimate of a run's time rests on."""
+"""Which records an estimate of a run's time rests on, and what jobs ask a scheduler for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from peftscope.layout import record_path
 from peftscope.methods import METHODS
 from peftscope.planning import estimate
-from peftscope.record import RESTORED, RunRecord, Seconds, state_folder, write_record
+from peftscope.planning.demands import JobDemands, host_bytes
+from peftscope.planning.plan import Workflow, plan_experiment
+from peftscope.planning.published import published_records
+from peftscope.record import RESTORED, RunRecord, Seconds, parse_record, state_folder, write_record
 from peftscope.spec import RunSpec, run_id
 
 SPEC = RunSpec.model_validate(
@@ -81,3 +85,36 @@ def test_a_method_that_never_ran_is_taken_to_be_as_fast_as_lora(own_folder: Path
     assert before < 100 and estimate.estimate_seconds(other, one_thread=True) == pytest.approx(4010)
     base = SPEC.model_copy(update={"method": METHODS["none"]()})
     assert estimate.estimate_seconds(base, one_thread=True) < 100
+
+
+# What jobs ask a scheduler for: enough for every run that was published, and more at each attempt.
+
+
+def held(record: RunRecord) -> int:
+    """The process's largest resident size, in bytes."""
+    memory = record.memory
+    return max(phase.peak_resident_bytes or 0 for phase in (memory.load, memory.train, memory.evaluate))
+
+
+@pytest.mark.parametrize("experiment", ["quick", "all-methods"])
+def test_published_runs_would_have_had_enough(experiment: str, repository, monkeypatch) -> None:
+    monkeypatch.chdir(repository)
+    texts = published_records(experiment)
+    records = [record for run, text in texts.items() if (record := parse_record(text, run)).status == "ok"]
+    assert len(records) > 5
+    for record in records:
+        assert held(record) < host_bytes(record.spec) < 8 * held(record), record.run_id
+
+
+def test_each_attempt_asks_for_more() -> None:
+    plan = plan_experiment("smoke")
+    demands, run = JobDemands(Workflow([plan])), SimpleNamespace(run_id=plan.run_ids[0])
+    memory = [demands.memory_mb(run, attempt) for attempt in (1, 2, 3)]
+    assert memory == pytest.approx([memory[0], 2 * memory[0], 3 * memory[0]], abs=2)
+    minutes = [demands.minutes(run, attempt) for attempt in (1, 2, 3)]
+    assert minutes == [minutes[0], 2 * minutes[0], 3 * minutes[0]]
+
+
+def test_every_process_of_a_sharded_run_needs_its_own(make_spec) -> None:
+    whole = make_spec(method="lora")
+    assert host_bytes(whole.model_copy(update={"shards": 2})) == 2 * host_bytes(whole)

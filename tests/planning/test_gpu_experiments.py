@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from conftest import python
 
 from peftscope.data.benchmarks import benchmark_folder, find_benchmark, make_benchmark
 from peftscope.data.tasks import SPLITS, make_task, read_split, split_of, task_folder
@@ -27,8 +26,6 @@ from peftscope.planning.plan import plan_experiment
 from peftscope.planning.sweep import expand
 from peftscope.report.benchmarks import benchmark_changes, readable_benchmarks
 from peftscope.training.load import load_base
-
-COMMITS = "a" * 40, "b" * 40
 
 SHORT = """
 extends: gpu-7b
@@ -103,9 +100,7 @@ def mirror(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_the_7b_experiment_runs_to_its_report_on_local_folders(
-    mirror: Path, write_experiment, repository: Path
-) -> None:
+def test_the_7b_experiment_runs_to_its_report_on_local_folders(mirror: Path, write_experiment, repository) -> None:
     """The file itself, shortened; models and data are found under their hub names."""
     excluded = [f"- {{match: {{method: {method}}}, reason: shortened}}\n" for method in LEFT_OUT]
     write_experiment("short", SHORT + "".join(excluded))
@@ -113,9 +108,7 @@ def test_the_7b_experiment_runs_to_its_report_on_local_folders(
         Path(name).symlink_to(repository / name)
     # Other tests make what no experiment changes: here the published one stands in for it.
     shutil.copytree(repository / "results/published/memory", "results/memory")
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "experiment=short"]
-    command += ["--allowed-rules", *RULES]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = python("-m", "snakemake", "--cores", "2", "--config", "experiment=short", "--allowed-rules", *RULES)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     runs = pd.read_csv("results/short/runs.csv")
@@ -129,6 +122,9 @@ def test_the_7b_experiment_runs_to_its_report_on_local_folders(
     assert len(found) == 1 + 2 + 2 and found["before"].notna().all()
     page = Path("reports/short/report.html").read_text()
     assert "Llama-2-7B on MetaMathQA" in page and "<h2>Benchmarks</h2>" in page
+
+    arms = json.loads(Path("results/short/tuned.json").read_text())["arms"]
+    assert all(3 <= len(chosen["rates"]) <= 5 for chosen in arms.values())
 
     record = json.loads(next(Path("results/runs").glob("lora-*/record.json")).read_text())
     assert record["provenance"]["model"]["mirror"] == str(mirror / "meta-llama/Llama-2-7b-hf")
@@ -177,6 +173,7 @@ def test_without_a_hub_what_is_missing_is_a_message(write_experiment, monkeypatc
     for make in (lambda: fetch_model("llama-2-7b"), lambda: make_task("metamath"), lambda: make_benchmark("hellaswag")):
         with pytest.raises(InputError, match=r"cannot (download|load) it: .*PEFTSCOPE_HUB=FOLDER"):
             make()
+    assert hub.commit_of("org/name", "a" * 40, "model") == "a" * 40  # a full commit is its own answer
     monkeypatch.setenv(hub.MIRROR, "no/such/folder")
     with pytest.raises(InputError, match="PEFTSCOPE_HUB: no such folder"):
         fetch_model("llama-2-7b")
@@ -205,10 +202,6 @@ def test_the_calculator_reads_a_local_configuration_under_its_hub_name(mirror: P
     (mirror / "some/model").symlink_to(mirror / "meta-llama/Llama-2-7b-hf")
     shape = describe_model("some/model").shape
     assert shape is not None and shape.hidden_size == find_model("toy").shape.hidden_size
-
-
-def test_a_full_commit_is_its_own_answer() -> None:
-    assert hub.commit_of("org/name", COMMITS[0], "model") == COMMITS[0]
 
 
 def test_random_weights_of_a_shape_are_written_in_pieces_and_load(write_experiment, make_spec, monkeypatch) -> None:

@@ -62,11 +62,6 @@ def test_after_all_short_jobs_the_trainings_are_left(workflow: Workflow, estimat
     assert left.seconds() > 10 * SHORT
 
 
-def test_at_first_it_is_what_the_plan_says(workflow: Workflow, estimates: dict[str, float]) -> None:
-    said = begun(workflow, Clock()).seconds()
-    assert said == pytest.approx(sum(estimates.values()) + SHORT * plugin.SHORT_SECONDS)
-
-
 def test_the_runs_of_all_experiments_of_a_workflow_count(workflow: Workflow, estimates: dict[str, float]) -> None:
     both = load_workflow({"experiment": "quick smoke"})
     added = [estimate_seconds(both.runs[run], product_rate) for run in both.runs.keys() - workflow.runs.keys()]
@@ -135,9 +130,7 @@ def record(event: LogEvent, **fields: Any) -> logging.LogRecord:
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_the_line_and_the_bar_show_this_number(
-    workflow: Workflow, monkeypatch: pytest.MonkeyPatch, terminal: bool
-) -> None:
+def test_the_line_and_the_bar_show_this_number(workflow: Workflow, monkeypatch, terminal: bool) -> None:
     clock = Clock()
     monkeypatch.setattr(plugin, "loaded_workflow", lambda: workflow)
     monkeypatch.setattr(plugin.TimeLeft.__init__, "__defaults__", (None, clock))

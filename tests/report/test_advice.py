@@ -203,9 +203,7 @@ def test_time_is_that_of_the_model_and_with_records_is_corrected(monkeypatch: py
     assert shortest < low < longest
 
 
-def test_the_command_speaks_to_people_and_programs_within_five_seconds(
-    peftscope: Command, tmp_path: Path, slowness: float
-) -> None:
+def test_the_command_speaks_to_people_and_programs_within_five_seconds(peftscope, tmp_path, slowness: float) -> None:
     lengths = tmp_path / "lengths.txt"
     lengths.write_text("300\n" * 60 + "1700\n" * 4)
     options = ["--model", "llama-3-8b", "--gpu", "rtx4060", "--lengths", str(lengths)]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import launched
 from ledger_parts import claims, published_findings
 
 pytestmark = pytest.mark.browser
@@ -17,13 +18,8 @@ Open = Callable[..., Any]
 @pytest.fixture
 def open_page(chromium: str, repository: Path) -> Iterator[Open]:
     """Opens a page of the repository; whatever goes wrong in it fails the test."""
-    from playwright.sync_api import sync_playwright
-
     errors: list[str] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        )
+    with launched(chromium, "--disable-background-networking") as browser:
 
         def loaded(address: str, own: str) -> None:
             if not address.startswith((own, "data:")):
@@ -41,7 +37,6 @@ def open_page(chromium: str, repository: Path) -> Iterator[Open]:
             return page
 
         yield opened
-        browser.close()
     assert errors == []
 
 

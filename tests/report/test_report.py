@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import re
 import shutil
-import time
 from fnmatch import fnmatch
 from inspect import signature
 from pathlib import Path
@@ -13,14 +12,14 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from conftest import quartiles, run_here
 
-from peftscope.analysis.collect import collect_experiment, read_runs
+from peftscope.analysis.collect import collect_experiment, read_runs, row_of
 from peftscope.errors import InputError
-from peftscope.execution.phases import Phases
-from peftscope.execution.run import execute
 from peftscope.methods import METHODS
 from peftscope.planning.plan import Plan
 from peftscope.planning.sweep import expand
+from peftscope.record import Memory, PhaseMemory, RunRecord, Timing
 from peftscope.report.forgetting import draw_forgetting
 from peftscope.report.looks import LOOKS, SAFE_COLOURS, arm_looks
 from peftscope.report.memory import draw_bars, draw_grid
@@ -29,6 +28,7 @@ from peftscope.report.parts import FIGURES, PARTS, function_of
 from peftscope.report.plots import draw_figure, draw_memory, draw_pareto, draw_throughput
 from peftscope.report.publish import publish
 from peftscope.report.sentences import NOTHING, sentence
+from peftscope.report.serving import latencies, limited_runs
 from peftscope.report.tables import (
     grid_runs,
     ladder_summary,
@@ -69,11 +69,8 @@ def finished(toy: Path, write_experiment, made: dict[str, Path], tmp_path_factor
     *done, _ = sweep.runs.items()
     for identity, spec in done:
         if identity not in made:
-            phases = Phases("cpu", time.perf_counter())
-            phases.mark_imported()
-            folder = tmp_path_factory.mktemp("made") / identity
-            execute(spec, folder, phases)
-            made[identity] = folder
+            made[identity] = tmp_path_factory.mktemp("made") / identity
+            run_here(spec, made[identity])
         shutil.copytree(made[identity], Path("results/runs") / identity)
     collect_experiment(sweep)
     return "mine"
@@ -199,6 +196,7 @@ def test_predictions_stand_beside_what_was_measured(finished: str) -> None:
     assert "3.000, worst 3.000" in set(readable_predictions(worse)["backward (%)"])
 
 
+@pytest.mark.slow
 def test_the_figures_of_what_will_fit(tmp_path: Path) -> None:
     curves = []
     for number, (method, axis) in enumerate([("lora", "rank"), ("qlora", "seq_len"), ("full", "batch_size")]):
@@ -315,13 +313,6 @@ def test_the_dictionary_of_published_results_has_every_column(repository: Path) 
     assert not [name for name in columns if not any(fnmatch(name, pattern) for pattern in patterns)]
 
 
-def test_every_published_run_of_quick_took_what_was_predicted(repository: Path) -> None:
-    runs = pd.read_csv(repository / "results" / "published" / "quick" / "runs.csv")
-    found = predictions(runs)
-    assert set(found["run_id"]) == set(runs["run_id"])
-    assert found["error_percent"].abs().max() < 0.5
-
-
 def test_a_folder_of_results_is_published_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="not finished"):
@@ -346,3 +337,42 @@ def test_published_files_are_small_and_hold_no_paths_of_a_machine(repository: Pa
         assert path.stat().st_size < 5_000_000
         if path.suffix in (".json", ".csv", ".md", ".html"):
             assert not re.search(r"/(?:home|root|tmp|work)/", path.read_text()), path
+
+
+# The tables of what fits on a smaller card, and of latency.
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("device", "ended"), [("cuda", ["fits", "does not fit"]), ("cpu", 2 * ["not enforced on a processor"])]
+)
+def test_a_run_that_was_limited_says_how_it_ended(device: str, ended: list[str]) -> None:
+    specs = [spec for spec in expand("gpu-check", device).runs.values() if spec.memory_limit_gib == 23.988]
+    took = Memory(train=PhaseMemory(peak_tensor_bytes=12 * GIB, peak_reserved_bytes=13 * GIB))
+    statuses = ["ok", "oom" if device == "cuda" else "ok"]
+    rows = [
+        row_of(spec, RunRecord(run_id="", status=status, spec=spec, memory=took))
+        for spec, status in zip(specs, statuses, strict=True)
+    ]
+    unlimited = next(spec for spec in expand("gpu-check", device).runs.values() if spec.memory_limit_gib is None)
+    table = limited_runs(pd.DataFrame([*rows, row_of(unlimited, None)]))
+    assert table["outcome"].tolist() == ended
+    assert table["limit (GiB)"].tolist() == ["24.0"] * 2 and table["peak reserved, train (GiB)"][0] == "13.00"
+    assert table["run"].nunique() == 2
+    assert limited_runs(pd.DataFrame([row_of(unlimited, None)])).empty
+
+
+def test_latency_is_shown_with_the_ratio_that_serving_asks_for() -> None:
+    spec = next(spec for spec in expand("gpu-check", "cuda").runs.values() if spec.latency_tokens)
+    seconds = {"base": 0.01, "apart": 0.03, "merged": 0.02}
+    timed = {
+        f"{state}_{name}": Timing(repeats=9, **quartiles(value))
+        for state, value in seconds.items()
+        for name in ("prompt", "token")
+    }
+    row = row_of(spec, RunRecord(run_id="", status="ok", spec=spec, latency=timed))
+    table = latencies(pd.DataFrame([row, row_of(spec, None)]))
+    assert len(table) == 1 and table["token, apart over merged"][0] == "1.500"
+    assert table["prompt, base (ms)"][0] == "10" and table["prompts at once"][0] == "1"
+    assert latencies(pd.DataFrame([row_of(spec, None)])).empty

@@ -35,9 +35,8 @@ TEXTS = {
         {"requested": round(12.5 * MIB), "allocated": round(8.57 * MIB), "unallocated": round(4.68 * MIB)},
     ),
     "1.5, unilm#137": (
-        f"RuntimeError: {OLD} 128.00 MiB (GPU 0; 11.17 GiB total capacity; 10.85 GiB already allocated; 24.81 "
-        "MiB free; "
-        "10.86 GiB reserved in total by PyTorch)",
+        f"RuntimeError: {OLD} 128.00 MiB (GPU 0; 11.17 GiB total capacity; 10.85 GiB already allocated; 24.81 MiB "
+        "free; 10.86 GiB reserved in total by PyTorch)",
         {"capacity": gib(11.17), "free": round(24.81 * MIB), "unallocated": gib(10.86) - gib(10.85)},
     ),
     "2.0, FastChat#2701, folded": (
@@ -47,17 +46,16 @@ TEXTS = {
         {"requested": gib(1.25), "allocated": gib(76.13), "unallocated": gib(77.47) - gib(76.13)},
     ),
     "2.1, MGFN#35": (
-        f"torch.cuda.OutOfMemoryError: {OLD} 1.70 GiB. GPU 0 has a total capacty of 6.00 GiB of which 0 bytes "
-        "is free. Of "
-        "the allocated memory 2.93 GiB is allocated by PyTorch, and 2.30 GiB is reserved by PyTorch but unallocated.",
+        f"torch.cuda.OutOfMemoryError: {OLD} 1.70 GiB. GPU 0 has a total capacty of 6.00 GiB of which 0 bytes is free. "
+        "Of the allocated memory 2.93 GiB is allocated by PyTorch, and 2.30 GiB is reserved by PyTorch but "
+        "unallocated.",
         {"requested": gib(1.7), "capacity": 6 * GIB, "free": 0, "allocated": gib(2.93), "unallocated": gib(2.3)},
     ),
     "2.1 on Windows, axolotl#998": (
         f"{OLD} 20.00 MiB. GPU 0 has a total capacty of 24.00 GiB of which 0 bytes is free. Including "
-        "non-PyTorch memory, "
-        "this process has 17179869184.00 GiB memory in use. Process 2954422 has 17179869184.00 GiB memory in "
-        "use. Of the "
-        "allocated memory 23.01 GiB is allocated by PyTorch, and 121.23 MiB is reserved by PyTorch but unallocated.",
+        "non-PyTorch memory, this process has 17179869184.00 GiB memory in use. Process 2954422 has 17179869184.00 GiB "
+        "memory in use. Of the allocated memory 23.01 GiB is allocated by PyTorch, and 121.23 MiB is reserved by "
+        "PyTorch but unallocated.",
         {"requested": 20 * MIB, "usable": 24 * GIB, "allocated": gib(23.01)},
     ),
     "2.8, lora-fast#1": (
@@ -68,12 +66,9 @@ TEXTS = {
     ),
     "CUDA graphs": (
         f"{OLD} 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.21 GiB is free. Process 7 has "
-        "8.00 GiB memory "
-        "in use. Including non-PyTorch memory, this process has 69.89 GiB memory in use. Of the allocated "
-        "memory 60.00 GiB "
-        "is allocated by PyTorch, with 50.00 MiB allocated in private pools (e.g., CUDA Graphs), and 1.20 "
-        "GiB is reserved "
-        "by PyTorch but unallocated.",
+        "8.00 GiB memory in use. Including non-PyTorch memory, this process has 69.89 GiB memory in use. Of the "
+        "allocated memory 60.00 GiB is allocated by PyTorch, with 50.00 MiB allocated in private pools (e.g., CUDA "
+        "Graphs), and 1.20 GiB is reserved by PyTorch but unallocated.",
         {"usable": gib(69.89) + gib(1.21), "unallocated": gib(1.2)},
     ),
 }

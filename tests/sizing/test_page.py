@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+from conftest import launched
 
 from peftscope.memory.question import BESIDE_OPTIONS, METHOD_OPTIONS, SPEC_OPTIONS
 from peftscope.methods import METHODS
@@ -143,22 +144,23 @@ class Visit:
         return [int(value) for value in values]
 
 
+@contextmanager
+def visiting(folder: Path, chromium: str, width: int) -> Iterator[Visit]:
+    """A page that sees a folder and nothing else."""
+    elsewhere = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+    with served(folder) as address, launched(chromium, elsewhere) as browser:
+        one = Visit(browser.new_page(viewport={"width": width, "height": 900}), address)
+        one.page.set_default_timeout(240_000)  # for machines that are busy
+        yield one
+
+
 @pytest.fixture(scope="module")
 def visit(chromium: str, calculator: Path) -> Iterator[Visit]:
     """The built page after its first answer."""
-    from playwright.sync_api import sync_playwright
-
-    elsewhere = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
-    with served(calculator) as address, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", elsewhere]
-        )
-        one = Visit(browser.new_page(viewport={"width": 1280, "height": 900}), address)
-        one.page.set_default_timeout(240_000)  # for machines that are busy
-        one.page.goto(address)
+    with visiting(calculator, chromium, 1280) as one:
+        one.page.goto(one.address)
         one.page.wait_for_selector("main[data-done]")
         yield one
-        browser.close()
 
 
 @pytest.mark.browser
@@ -225,9 +227,7 @@ def test_twenty_settings_have_the_numbers_of_the_command(visit: Visit, peftscope
 
 
 @pytest.mark.browser
-def test_a_pasted_config_is_answered_and_what_fits_is_the_commands(
-    visit: Visit, peftscope: Command, tmp_path: Path
-) -> None:
+def test_a_pasted_config_is_answered_and_what_fits_is_the_commands(visit: Visit, peftscope, tmp_path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(TINY))
     visit.ask({"config": json.dumps(TINY), "method": "dora", "seq_len": 64, "gpu": "0.6GiB"})

@@ -41,8 +41,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("method", "checkpointing"),
-    [("qlora", False), ("dora", False), ("prefix-tuning", False), ("lora", True)],
+    ("method", "checkpointing"), [("qlora", False), ("dora", False), ("prefix-tuning", False), ("lora", True)]
 )
 @pytest.mark.slow
 def test_compiled_layers_learn_the_same(
@@ -71,9 +70,7 @@ def test_compiled_layers_learn_the_same(
     "name",
     ["dora", *(pytest.param(n, marks=pytest.mark.slow) for n in ("full", "lora", "adalora", "ia3", "prompt-tuning"))],
 )
-def test_with_checkpointing_a_method_is_compiled_or_refused(
-    name: str, toy: Path, make_spec, without_kernels: None
-) -> None:
+def test_with_checkpointing_a_method_is_compiled_or_refused(name: str, toy, make_spec, without_kernels: None) -> None:
     spec = make_spec(method=name, checkpointing=True, precision="bf16")
     compiled = spec.model_copy(update={"compile": True})  # which checks nothing
     trained = build_model(load_base(spec), spec)

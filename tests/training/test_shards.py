@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import run_here
+from conftest import python, run_here, wait_for
 from safetensors.torch import load_file
 
 from peftscope.errors import InputError
@@ -54,7 +54,7 @@ def command(spec: RunSpec, folder: Path) -> list[str]:
 
 
 def run_apart(spec: RunSpec, folder: Path) -> RunRecord:
-    done = subprocess.run(command(spec, folder), capture_output=True, text=True, check=False)
+    done = python(*command(spec, folder)[1:])
     assert done.returncode == 0, done.stderr
     return read_record(folder / "record.json")
 
@@ -102,38 +102,23 @@ def assert_same_run(spec: RunSpec, folder: Path) -> None:
         torch.testing.assert_close(tensors[name], tensor, atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [
-        # SGD, for AdamW forgives gradients of a wrong scale: unclipped it shows the scale, clipped the norm.
-        ("full", {"optimizer": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.1}),
-        ("lora", {"optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": None, "validation_items": 4}),
-    ],
-    ids=["full", "lora"],
-)
-@pytest.mark.slow
-def test_two_processes_do_what_one_does(method: str, options: dict[str, Any], toy: Path, exact, tmp_path: Path) -> None:
-    """An evaluation comes before the training here, after which nothing may stay gathered."""
-    assert_same_run(exact(method=method, generation_items=0, gradient_accumulation=2, **options), tmp_path)
+TWICE = {"generation_items": 0, "gradient_accumulation": 2, "optimizer": "sgd"}
+"""SGD, for AdamW forgives gradients of a wrong scale: unclipped it shows the scale, clipped the norm."""
+OTHERWISE = {"loss_path": "hf", "attention": "eager", "max_grad_norm": None, "checkpointing": True}
+SPREAD: dict[str, dict[str, Any]] = {
+    **{name: {"method": name} for name in SHARDED},
+    "full, clipped": {"method": "full", "learning_rate": 0.3, "max_grad_norm": 0.1, **TWICE},
+    # An evaluation comes before the training here, after which nothing may stay gathered.
+    "lora, unclipped": {"method": "lora", "max_grad_norm": None, "learning_rate": 1.0, "validation_items": 4, **TWICE},
+    "full, otherwise": {"method": "full", "generation_items": 0, **OTHERWISE},
+    "lora, packed": {"method": "lora", "packing": True, "optimizer_implementation": "fused", "schedule": "cosine"},
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", SHARDED)
-def test_so_they_do_for_every_method(method: str, toy: Path, exact, tmp_path: Path) -> None:
-    assert_same_run(exact(method=method), tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [
-        ("full", {"checkpointing": True, "loss_path": "hf", "attention": "eager", "max_grad_norm": None}),
-        ("lora", {"packing": True, "optimizer_implementation": "fused", "schedule": "cosine", "warmup_steps": 2}),
-    ],
-    ids=["full", "lora"],
-)
-def test_so_they_do_with_other_settings(method: str, options: dict[str, Any], toy: Path, exact, tmp_path: Path) -> None:
-    assert_same_run(exact(method=method, generation_items=0, **options), tmp_path)
+@pytest.mark.parametrize("options", SPREAD.values(), ids=SPREAD)
+def test_two_processes_do_what_one_does(options: dict[str, Any], toy: Path, exact, tmp_path: Path) -> None:
+    assert_same_run(exact(**options), tmp_path)
 
 
 @pytest.mark.slow
@@ -181,14 +166,13 @@ def test_a_job_asks_for_as_many_cards(write_experiment, monkeypatch: pytest.Monk
 def start(spec: RunSpec, folder: Path) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
     """Starts a run and returns it with its processes, the watching parent and rank 0 first, once it trains."""
     job = subprocess.Popen(command(spec, folder), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
+
+    def busy() -> list[psutil.Process]:
         processes = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
-        busy = [process.cpu_times().user > 4 for process in processes[1:]]
-        if len(busy) == spec.shards and all(busy):
-            return job, processes
-        time.sleep(0.05)
-    raise AssertionError("it did not start")
+        working = [process.cpu_times().user > 4 for process in processes[1:]]
+        return processes if len(working) == spec.shards and all(working) else []
+
+    return job, wait_for(busy)
 
 
 @pytest.mark.slow
@@ -213,10 +197,8 @@ def test_a_run_goes_on_from_what_all_have(method: str, killed: bool, toy: Path, 
     undisturbed = run_apart(spec, expected)
     states = (state_folder(folder), state_folder(rank_folder(folder, 1)))
     job = subprocess.Popen([*command(spec, folder), "--checkpoint-seconds", "0"], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(list(states[1].glob("checkpoint-*.pt"))) < 2:
-        assert time.monotonic() < deadline and job.poll() is None
-        time.sleep(0.005)
+    wait_for(lambda: len(list(states[1].glob("checkpoint-*.pt"))) > 1 or job.poll() is not None)
+    assert job.poll() is None
     if killed:
         psutil.Process(job.pid).children(recursive=True)[1].kill()
         assert job.wait(timeout=30) == 137
@@ -318,7 +300,4 @@ def test_processes_are_forked_watched_and_die_with_the_first(tmp_path: Path) -> 
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
     told, third = done.stdout.split("\n", 1)
     assert told == "{2: 3, 4: -9}"
-    deadline = time.monotonic() + 10
-    while psutil.pid_exists(int(third)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: not psutil.pid_exists(int(third)), seconds=10)

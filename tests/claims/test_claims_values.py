@@ -1,0 +1,320 @@
+"""Values of checks that no verdict of the ledger shows: against arithmetic, and other ways to the same number."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ledger_parts import claims
+
+from peftscope.claims.checks import (
+    adapters,
+    combining,
+    counts,
+    four_bit,
+    initialisation,
+    memory,
+    scaling,
+    timing,
+    variants,
+)
+from peftscope.claims.lora_subjects import WEIGHT_STD, adapted_llama, logits_of, lora_layers
+from peftscope.claims.subjects import tiny_llama
+from peftscope.claims.verdict import Rule, Verdict, judge
+
+# Counts and memory.
+
+
+@pytest.mark.parametrize(
+    ("preset", "rank", "targets", "expected"),
+    [
+        ("llama-2-7b", 8, "attention", 8_388_608),
+        ("llama-2-7b", 8, "all-linear", 19_988_480),
+        ("llama-3-8b", 8, "attention", 6_815_744),
+        ("mistral-7b", 8, "minimal", 3_407_872),
+        ("smollm2-135m", 64, "all-linear", 19_537_920),
+    ],
+)
+def test_lora_parameters_are_those_of_the_published_shapes(preset: str, rank: int, targets: str, expected: int) -> None:
+    found = counts.lora_parameters(preset=preset, rank=rank, targets=targets)
+    assert found.value == found.evidence["by formula"] == expected
+
+
+def test_gigabytes_are_parameters_times_the_bytes_of_their_types() -> None:
+    regime = {"weights": "bfloat16", "gradients": "bfloat16", "first": "float32", "second": "float32"}
+    assert counts.gigabytes(parameters=7e9, dtypes=regime).value == pytest.approx(84)
+    assert counts.gigabytes(parameters="smollm2-135m", dtypes={"w": "float32"}).value == pytest.approx(0.538060032)
+    adapters = counts.lora_gigabytes(preset="llama-2-7b", rank=8, targets="attention", dtypes={"a": "bfloat16"})
+    assert adapters.value == pytest.approx(2 * 8_388_608 / 1e9)
+    assert adapters.evidence["rank that takes 0.5 GB"] == pytest.approx(0.5e9 / (2 * 8_388_608 / 8))
+
+
+def test_gpt3_checkpoint_is_two_bytes_a_value_in_the_unit_asked_for() -> None:
+    shape = {"layers": 96, "width": 12288, "matrices": 2, "rank": 4}
+    found = counts.lora_checkpoint(**shape)
+    assert found.evidence["values"] == 18_874_368
+    assert found.value == pytest.approx(37.748736)
+    assert counts.lora_checkpoint(**shape, unit=2**20).value == 36
+    assert counts.lora_checkpoint(**shape, of=350e9).value == pytest.approx(350e9 / 37_748_736)
+
+
+def test_packed_bytes_of_a_real_layer_agree_with_the_formula() -> None:
+    for double_quant, bits in ((True, 4 + 8 / 64 + 32 / 64 / 256), (False, 4.5)):
+        found = counts.packed_gigabytes(preset="llama-2-7b", rows=1024, columns=4096, double_quant=double_quant)
+        assert found.evidence["bits per weight"] == pytest.approx(bits, rel=5e-3)
+        assert found.value == pytest.approx(6_476_005_376 * bits / 8 / 1e9, rel=5e-3)
+
+
+def test_average_bits_count_head_and_embeddings_at_full_width() -> None:
+    found = counts.average_bits(preset="smollm2-135m")
+    others = 134_515_008 - 106_168_320
+    bits = (106_168_320 * (4 + 8 / 64 + 32 / 64 / 256) + 16 * others) / 134_515_008
+    assert found.value == pytest.approx(bits)
+    assert found.evidence["times smaller than in 16 bits"] == pytest.approx(16 / bits)
+    wider = counts.average_bits(preset="smollm2-135m", rest="float32").value
+    assert wider == pytest.approx(bits + 16 * others / 134_515_008)
+
+
+@pytest.mark.parametrize(("width", "rank", "expected"), [(4096, 8, 2 / 3 + 2 * 8 / 4096), (576, 128, 2 / 3 + 2 / 4.5)])
+def test_operations_of_lora_exceed_full_fine_tuning_where_the_rank_is_high(
+    width: int, rank: int, expected: float
+) -> None:
+    # 4 N² + 12 N r a token over 6 N²
+    found = counts.operations_ratio(method="lora", against="full", width=width, rank=rank)
+    assert found.value == pytest.approx(expected)
+
+
+LORA = {"method": "lora", "targets": "attention"}
+QLORA = {"method": "qlora", "targets": "attention"}
+
+
+def test_base_is_two_bytes_a_weight_and_adapters_are_in_32_bits_unless_asked() -> None:
+    weights = memory.at_peak(kinds=["weights"], run=LORA, how="formula")
+    assert weights.value == pytest.approx(2 * 6_738_415_616 / 1e9, rel=1e-4)
+    adapters = memory.at_peak(kinds=["adapters"], run=LORA, how="formula")
+    assert adapters.value == pytest.approx(4 * 8_388_608 / 1e9, rel=1e-4)
+    narrow = memory.at_peak(kinds=["adapters"], run=LORA | {"adapter_dtype": "base"}, how="formula")
+    assert narrow.value == pytest.approx(2 * 8_388_608 / 1e9, rel=1e-4)
+
+
+def test_kbit_preparation_doubles_what_is_not_quantised() -> None:
+    kinds = ["weights", "quantised weights"]
+    plain, prepared = (
+        float(memory.at_peak(kinds=kinds, run=QLORA | {"kbit_preparation": value}, how="formula").value)
+        for value in (False, True)
+    )
+    others = 6_738_415_616 - 6_476_005_376
+    assert plain == pytest.approx((6_476_005_376 * (4 + 8 / 64 + 32 / 64 / 256) / 8 + 2 * others) / 1e9, rel=1e-3)
+    assert prepared - plain == pytest.approx(2 * others / 1e9, rel=1e-3)
+
+
+def test_what_is_left_counts_the_reserve_and_the_cuda_context_in_binary_units() -> None:
+    found = memory.free(gpu="24GiB", run=LORA, how="formula")
+    answer = memory._answer("llama-2-7b", LORA, "formula")
+    assert found.value == pytest.approx(24 - answer.peak_device_bytes / 2**30)
+    assert float(found.evidence["on the card, GiB"]) > float(found.evidence["peak, GB"]) * 1e9 / 2**30 + 0.4
+    assert int(found.evidence["longest sequence"]) > 512
+
+
+def test_fewer_cards_hold_a_regime_that_takes_less() -> None:
+    run = {"method": "full", "seq_len": 2048, "checkpointing": True}
+    regimes = {"states in 32 bits": {"optimizer": "paged_adamw"}, "amp": {"precision": "amp"}}
+    found = memory.fewest_cards(gpu="a100-80gb", regimes=regimes, run=run, headroom=0.1)
+    assert found.value == found.evidence["cards, states in 32 bits"] == 2
+    assert int(found.evidence["cards, amp"]) >= 2
+    tight = memory.fewest_cards(gpu="a100-80gb", regimes=regimes, run=run, headroom=0.7)
+    assert int(tight.value) > int(found.value)
+
+
+@pytest.mark.slow
+def test_ratio_is_simulated_where_the_closed_form_has_its_smallest() -> None:
+    options: dict[str, Any] = {"checkpointing": True, "seq_len": 256}
+    found = memory.smallest_peak_ratio(
+        run={"method": "full", **options}, against={**LORA, **options}, batch_sizes=(1, 4), model="smollm2-135m"
+    )
+    curve = found.curves["ratio"]
+    assert found.evidence["at batch size"] == min(curve, key=lambda size: curve[size])
+    assert found.value == pytest.approx(min(curve.values()), rel=0.02)
+
+
+# Adapters, ranks and settings.
+
+
+def test_default_init_is_uniform_and_gaussian_has_the_spread_of_one_over_rank() -> None:
+    """Trap 9 of the ledger: a sweep over ranks changes the spread of PEFT's gaussian option."""
+    uniform = adapters.distance_from_normal(True, rank=8, inputs=4096)
+    assert float(uniform.evidence["distance to the uniform distribution of this spread"]) < 0.01
+    assert uniform.evidence["spread × √inputs"] == pytest.approx(1 / math.sqrt(3), rel=0.01)
+    assert uniform.evidence["spread at rank 1 over spread at rank 64"] == pytest.approx(1, rel=0.03)
+    gaussian = adapters.distance_from_normal("gaussian", rank=8, inputs=4096)
+    assert gaussian.evidence["spread × rank"] == pytest.approx(1, rel=0.02)
+    assert gaussian.evidence["spread at rank 1 over spread at rank 64"] == pytest.approx(64, rel=0.03)
+
+
+def test_a_random_b_changes_the_loss_the_more_the_wider_it_is(toy: Path) -> None:
+    found = adapters.loss_jump("toy", spread=0.01)
+    jumps = [abs(jump) for jump in found.curves["rise"].values()]
+    assert list(found.curves["rise"]) == list(adapters.SPREADS)
+    assert jumps == sorted(jumps)
+    assert found.value == pytest.approx(0, abs=5e-3)
+    assert found.n == len(found.samples) == 8 and found.low < found.value < found.high
+
+
+def test_epsilon_of_zero_gives_no_number() -> None:
+    """Trap 22 of the ledger: A has no gradient in the first step, and Adam divides zero by zero."""
+    found = scaling.trajectory_gap(1 / 16, 2, 2, 8, epsilon=0, steps=2)
+    assert math.isnan(float(found.value))
+    assert judge(Rule(at_most=1e-8), found)[0] is Verdict.OPEN
+
+
+def test_settings_are_counted() -> None:
+    """PEFT's own default, 8/8, is a setting like the others; the interval is that of a sample of practice."""
+    settings = [
+        scaling.Setting(name=n, source="a paper, table 1", value=v) for n, v in {"a": 8, "c": 2, "d": 0.25}.items()
+    ]
+    found = scaling.share_of_settings(settings, low=1, high=2, default="lora_alpha/r")
+    assert (found.value, found.n, found.evidence["PEFT's default (LoraConfig)"]) == (0.5, 4, 1)
+    assert 0.1 < found.low < 0.5 < found.high < 0.9
+    matrices = {"qv": ["q", "v"], "q": ["q"], "qk": ["q", "k"]}
+    placements = [scaling.Placement(name=n, source="a paper, table 1", matrices=m) for n, m in matrices.items()]
+    beyond = scaling.placements_beyond(placements, ["q", "v"])
+    assert (beyond.value, beyond.evidence["qk (a paper, table 1)"]) == (1, "q, k")
+
+
+@pytest.mark.parametrize("claim", ["S26", "S30", "S45"])
+def test_a_listed_setting_without_its_place_is_refused(claim: str) -> None:
+    from pydantic import ValidationError
+
+    for part in claims()[claim].parts:
+        for name, model in (("settings", scaling.Setting), ("placements", scaling.Placement)):
+            for entry in part.with_.get(name, []):
+                model.model_validate(entry)
+                with pytest.raises(ValidationError):
+                    model.model_validate({key: value for key, value in entry.items() if key != "source"})
+
+
+# Layers of 4 bits, and starts that make up for them.
+
+
+@pytest.mark.parametrize(("double_quant", "by_formula"), [(False, 4 + 32 / 64), (True, 4 + 8 / 64 + 32 / (64 * 256))])
+def test_stored_bits_are_the_formula_s(double_quant: bool, by_formula: float) -> None:
+    measured = four_bit.bits_per_weight(double_quant, rows=2048, columns=2048)
+    assert measured.value == pytest.approx(by_formula, rel=0.005)
+    assert measured.value >= by_formula
+    assert measured.value == pytest.approx(sum(measured.evidence.values()))
+
+
+def test_every_option_of_a_layer_is_set() -> None:
+    """bitsandbytes' own defaults are FP4 and whatever type the input has."""
+    layer = four_bit._layer(64, 128, double_quant=False)
+    assert layer.weight.quant_state.quant_type == "nf4"
+    assert layer.weight.quant_state.shape == (128, 64)
+    assert not layer.weight.quant_state.nested
+    assert layer.compute_dtype == torch.bfloat16
+    assert layer.support_avx512bf16_for_cpu is False
+
+
+@pytest.fixture
+def noise(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.Tensor]]:
+    """Three Gaussian matrices in the place of a fetched model's."""
+    torch.manual_seed(0)
+    matrices = [(f"layer.{i}", 0.05 * torch.randn(shape)) for i, shape in enumerate([(96, 96), (128, 64), (64, 128)])]
+    monkeypatch.setattr(initialisation, "weight_matrices", lambda model: iter(matrices))
+    return matrices
+
+
+@pytest.mark.parametrize("name", ["linalg.svd", "svd", "linalg.svdvals", "svd_lowrank"])
+def test_the_counter_sees_every_way_to_a_decomposition(name: str) -> None:
+    function: Any = torch
+    for part in name.split("."):
+        function = getattr(function, part)
+    with variants.OperatorCounter() as counter:
+        function(torch.randn(8, 6))
+    assert counter.count("svd") == 1
+
+
+def ratio(by: str, alpha: float, iterations: int) -> float:
+    measured = initialisation.loftq_error_ratio("noise", 8, alpha, iterations, by, 0)
+    assert isinstance(measured.value, float)
+    return measured.value
+
+
+def test_loftq_of_one_iteration_leaves_what_an_svd_leaves(noise: list[tuple[str, torch.Tensor]]) -> None:
+    errors = [weight - initialisation._nf4(weight) for _, weight in noise]
+    spectra = [torch.linalg.svdvals(error.double()) for error in errors]
+    expected = sorted(float((s[8:].square().sum() / s.square().sum()).sqrt()) for s in spectra)[1]
+    assert ratio("peftscope", 16, 1) == pytest.approx(expected, rel=1e-4)
+    assert ratio("peft", 8, 1) == pytest.approx(expected, rel=1e-4)
+
+
+def test_peft_ignores_the_scale(noise: list[tuple[str, torch.Tensor]]) -> None:
+    """Trap 1: with alpha = 2 · rank the correction is applied twice, which mirrors the error instead of removing it."""
+    assert ratio("peft", 16, 1) == pytest.approx(1, abs=1e-4)
+    assert ratio("peft", 16, 5) > 1
+    assert ratio("peftscope", 16, 5) == pytest.approx(ratio("peftscope", 8, 5), rel=1e-3)
+    assert ratio("peftscope", 16, 5) < ratio("peftscope", 16, 1) < 1
+
+
+def test_qpissa_of_one_iteration_is_pissa_with_its_base_quantised(noise: list[tuple[str, torch.Tensor]]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    weight = noise[1][1]
+    linear = torch.nn.Linear(*weight.T.shape, bias=False)
+    linear.weight.data = weight.clone()
+    config = LoraConfig(r=8, lora_alpha=8, target_modules=["0"], init_lora_weights="pissa")
+    layer = get_peft_model(torch.nn.Sequential(linear), config).base_model.model[0]
+    expected = initialisation._nf4(layer.get_base_layer().weight.data) + layer.get_delta_weight("default").detach()
+    error = (weight - expected).norm()
+    assert (weight - initialisation._qpissa(weight, 8, 1)).norm() == pytest.approx(float(error), rel=1e-2)
+
+
+# Merging, combining, and times.
+
+
+def test_adapters_change_each_target_by_the_asked_share_of_its_norm() -> None:
+    for size in (0.1, 0.5):
+        for layer in lora_layers(adapted_llama(size=size)).values():
+            change = layer.get_delta_weight("first").detach().norm() / layer.base_layer.weight.norm()
+            assert float(change) == pytest.approx(size, rel=0.05)
+    assert tiny_llama().config.initializer_range == WEIGHT_STD
+
+
+def test_adapters_do_not_depend_on_what_else_is_in_the_model() -> None:
+    alone, among = adapted_llama(("second",)), adapted_llama(("first", "second"))
+    among.set_adapter("second")
+    assert torch.equal(logits_of(alone), logits_of(among))
+
+
+def test_lorahub_by_hand() -> None:
+    """Random factors are nearly orthogonal: two own products and two cross terms of equal norms."""
+    equal, half = combining.lorahub_error([1, 1]), combining.lorahub_error([0.5, 0.5])
+    assert equal.value == pytest.approx(1, abs=0.1)
+    assert half.value == pytest.approx(math.sqrt(0.5), abs=0.1)
+    assert half.evidence["adapters' own products over the sum, norms"] == pytest.approx(0.5)
+
+
+def test_pairs_take_turns_and_their_median_ratio_stands_in_its_interval() -> None:
+    calls: list[str] = []
+
+    def work(name: str, seconds: float) -> Any:
+        def nap() -> None:
+            calls.append(name)
+            time.sleep(seconds)
+
+        return nap
+
+    found = timing._paired(work("slow", 0.006), work("quick", 0.002), pairs=6, model="toy")
+    assert calls == ["slow", "quick"] * 2 + ["slow", "quick", "quick", "slow"] * 3
+    assert found.n == 6
+    assert found.low <= found.value <= found.high
+    assert found.value > 1.2
+    assert found.evidence["above the line, seconds, median"] > found.evidence["below the line, seconds, median"]
+
+
+def test_passes_with_the_adapter_apart_and_merged_are_timed(toy: Path) -> None:
+    found = timing.latency_ratio({"method": "lora", "seq_len": 16}, "token", model="toy", pairs=2)
+    assert found.n == 2 and 0 < found.low <= found.high
