@@ -240,7 +240,7 @@ class TestAnswers:
         answer = peftscope.memory("llama-2-7b", "qlora", rank=16, targets=["q_proj", "v_proj"], gpu="rtx4090", gpus=2)
         options = ["--method", "qlora", "--rank", "16", "--targets", "q_proj,v_proj", "--gpu", "rtx4090", "--gpus", "2"]
         left = find_gpu("rtx4090").usable_bytes - answer.peak_device_bytes
-        said = {"headroom_bytes": left, "fits": "yes", "missing_bytes": 0}
+        said = {"headroom_bytes": left, "fits": "yes", "missing_bytes": 0, "remedies": []}
         assert answer.to_json() | said == json.loads(command("memory", "llama-2-7b", *options, "--json")[1])
 
     def test_memory_simulates(self, bare: Path) -> None:

@@ -25,7 +25,7 @@ import pytest
 MODULES = 46
 """Modules that a run of LoRA passes through. A task's sources, the log and the limits of files are three of them."""
 
-RETURNS = 55
+RETURNS = 57
 """Times that a run comes back to a module where it was: the task says what it is judged on, and how it is scored; the
 spec says whether autocast is on, and whether the output is kept; a source asks whether its texts are characters."""
 

@@ -239,7 +239,7 @@ def test_a_pasted_config_is_answered_and_what_fits_is_the_commands(visit: Visit,
     fits = json.loads(peftscope("fit", str(file), *options)[1])
     for number, fit in enumerate(fits):
         cells = rows.nth(number).locator("td").all_inner_texts()
-        assert cells[1] == fit["state"] and cells[7] == fit["advice"]
+        assert cells[1] == fit["fits"] and cells[7] == fit["advice"]
         largest = [fit[f"largest_{name}"] for name in ("batch_size", "seq_len", "rank")]
         assert cells[4:7] == [str(size) if size else "-" for size in largest]
     assert rows.count() == len(fits)

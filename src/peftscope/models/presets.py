@@ -237,7 +237,7 @@ VARIANT = re.compile(r"^meta-|-(instruct|chat|it|hf|base|2507)(?=-|$)|[^a-z0-9]"
 SIZE = re.compile(r"(?<![\d.x])(?<!-a)\d+(\.\d+)?[bm](?![a-z0-9])")
 """The size in a model's name; of 8x7b and 30b-a3b a part stays, because a dense model is none of theirs."""
 ALIKE = 0.85
-"""From this similarity on, two words count as one that is misspelt: lama and llama, but not mixtral and its like."""
+"""From this similarity on, two words count as one that is misspelt: llama with one l less, but not mixtral."""
 
 
 def same_shape(name: str) -> str | None:
