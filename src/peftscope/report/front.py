@@ -17,8 +17,8 @@ from peftscope.errors import InputError, Problem
 from peftscope.layout import FINDINGS_FILE, PUBLISHED_REPORTS, PUBLISHED_RESULTS
 from peftscope.memory.answer import AGREEMENT_FILE
 from peftscope.planning.experiment import experiment_path, read_experiment
-from peftscope.report.claims import COLOURS
-from peftscope.report.spoken import deciding
+from peftscope.report.claims import COLOURS, ROWS, row_of
+from peftscope.report.spoken import deciding, short_scope
 from peftscope.report.study import study_facts, study_sentences
 from peftscope.words import counted
 
@@ -28,12 +28,6 @@ NUMBER = re.compile(r"<!--([a-z ]+)-->[^<]*<!--/-->")
 """A number of the README or the paper, between comments that name it."""
 BAR = PUBLISHED_RESULTS / "claims.svg"
 BEGIN, END = "<!-- published:claims -->\n", "<!-- /published:claims -->"
-ROWS: dict[str, set[str]] = {
-    "training": {"training"},
-    "memory, speed": {"simulation", "gpu"},
-    "arithmetic, libraries": set(),
-}
-"""The rows of the bar, each with the kinds of parts that make a claim one of its own; the last has all others."""
 GREY = "#77808a"
 """A grey that can be read on white and on black."""
 
@@ -62,8 +56,8 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
     """
     counts = {verdict: sum(finding["verdict"] == verdict for finding in findings) for verdict in COLOURS}
     rows: dict[str, list[Verdict]] = {}
-    for row in reversed(ROWS):
-        of_row = [finding for finding in findings if _row(finding) == row]
+    for row in ROWS:
+        of_row = [finding for finding in findings if row_of(finding) == row]
         worlds = len({world for finding in of_row for world in finding["worlds"]})
         told = f"{row} in {counted(worlds, 'world')}" if worlds else row
         rows[told] = [Verdict(finding["verdict"]) for finding in of_row]
@@ -98,8 +92,7 @@ def surprising(findings: list[dict[str, Any]], surprises: list[Surprise], page: 
     """
     by_id = {finding["id"]: finding for finding in findings}
     return [
-        f"- {_told(surprise, finding)} ([{surprise.claim}]({page}#{surprise.claim}); {finding['known']}: "
-        f"{finding['scope']})"
+        f"- {_told(surprise, finding)} ([{surprise.claim}]({page}#{surprise.claim}): {short_scope(finding['scope'])})"
         for surprise in surprises
         if (finding := by_id.get(surprise.claim)) and finding["verdict"] == surprise.verdict
     ]
@@ -142,12 +135,6 @@ def _told(surprise: Surprise, finding: dict[str, Any]) -> str:
     except (IndexError, KeyError, TypeError, ValueError) as error:
         message = f"the sentence does not fit the claim's numbers ({error})"
         raise InputError(Problem(f"{FINDINGS_FILE}: {surprise.claim}", message, f"its numbers are {numbers}")) from None
-
-
-def _row(finding: dict[str, Any]) -> str:
-    """Returns the row of the bar to which a claim belongs: the first that has a kind of the parts that decide it."""
-    kinds = {part["kind"] for part in deciding(finding)}
-    return next(row for row, of_row in ROWS.items() if kinds & of_row or not of_row)
 
 
 def _draw_bar(counts: dict[str, dict[Verdict, int]]) -> None:

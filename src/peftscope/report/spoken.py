@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from peftscope.claims.verdict import Verdict
@@ -9,6 +10,8 @@ from peftscope.words import scale_of, spoken_number, spoken_quantity
 
 SAID = {Verdict.HOLDS: "holds", Verdict.WRONG: "fails", Verdict.OPEN: "is open", Verdict.NOT_RUN: "was not run"}
 """The verdict on one of several parts, as a verb."""
+MOST_WORDS = 5
+"""The most words of a scope in the one sentence on a claim."""
 
 
 def spoken_finding(finding: dict[str, Any]) -> str:
@@ -30,11 +33,38 @@ def measured(part: dict[str, Any]) -> str:
 
 
 def spread(part: dict[str, Any]) -> str:
-    """Returns a part's interval in brackets, in the scale of its value; empty without one."""
+    """Returns a part's interval in brackets, in the scale of its value; empty without one.
+
+    Where the answer says that one is ahead of another or behind, the ends say so too.
+
+    >>> spread({"low": -0.02, "high": 0.05, "unit": "of the task gain", "answer": "PiSSA is 3 % behind LoRA"})
+    ' (2 behind to 5 ahead)'
+    """
     if part["low"] is None:
         return ""
-    low, high = (spoken_number(scale_of(part["unit"]) * part[end]) for end in ("low", "high"))
+    ends = [scale_of(part["unit"]) * part[end] for end in ("low", "high")]
+    low, high = map(spoken_number, ends)
+    if re.search(r" (ahead of|behind)( |$)", part.get("answer", "")):
+        low, high = (f"{spoken_number(abs(end))} {'ahead' if end > 0 else 'behind'}" for end in ends)
     return f" ({low} to {high})"
+
+
+def key_part(finding: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the part with the number that matters: the first measured one with the claim's verdict, or that fails."""
+    wanted = Verdict.WRONG if finding["verdict"] == Verdict.IN_PART else finding["verdict"]
+    parts = sorted(deciding(finding), key=lambda part: part["verdict"] != wanted)
+    return next((part for part in parts if part["found"] is not None), None)
+
+
+def short_scope(scope: str) -> str:
+    """Returns the first words of a scope, up to the comma or semicolon that leaves at most ``MOST_WORDS``.
+
+    >>> short_scope("SmolLM2-135M, two-digit sums, rank 8, AdamW, 160 steps"), short_scope("arithmetic")
+    ('SmolLM2-135M, two-digit sums', 'arithmetic')
+    """
+    pieces = re.split(r"(?<=[,;]) ", scope)
+    ends = [n for n in range(1, len(pieces) + 1) if len(" ".join(pieces[:n]).split()) <= MOST_WORDS]
+    return " ".join(pieces[: max(ends, default=1)]).rstrip(",;")
 
 
 def spoken_verdict(finding: dict[str, Any]) -> str:
