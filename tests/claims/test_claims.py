@@ -26,7 +26,7 @@ from peftscope.layout import CLAIMS_FILE, shipped
 from peftscope.report.claims import write_claims_page
 from peftscope.report.findings import write_findings
 from peftscope.report.publish import publish
-from peftscope.report.spoken import sentence, spoken_finding
+from peftscope.report.spoken import spoken_finding, told
 from peftscope.report.svg import interval
 
 CHECK = "counts.full_to_low_rank_ratio"
@@ -310,12 +310,12 @@ def test_no_estimate_is_called_computed() -> None:
             assert found["low"] is None or not found["known"].startswith("computed"), finding["id"]
 
 
-def test_a_verdict_said_aloud_has_the_verdict_of_each_part_and_what_was_found(tmp_path: Path) -> None:
+def test_a_claim_is_told_with_its_verdict_and_every_number_that_decides(tmp_path: Path) -> None:
     other = ENTRY["parts"][0] | {CHECK: {"rows": 8, "columns": 8, "rank": 2}, "rule": {"equals": 2}}
     (claim,) = ledger_of(tmp_path, ENTRY | {"parts": [*ENTRY["parts"], other]})
     (finding,) = evaluate([claim])
-    said = sentence(finding.to_json("a processor"))
-    assert re.search(r"Holds in part: .*fails: .*found 256, where 255 .*; .*holds: .*found 2, where 2 ", said), said
+    said = told(finding.to_json("a processor"), claim.statement)
+    assert said == [claim.statement, "holds in part:", "256", "2", "arithmetic", "computed"]
 
 
 @pytest.mark.parametrize(

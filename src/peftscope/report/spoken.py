@@ -8,8 +8,6 @@ from typing import Any
 from peftscope.claims.verdict import Verdict
 from peftscope.words import scale_of, spoken_number, spoken_quantity
 
-SAID = {Verdict.HOLDS: "holds", Verdict.WRONG: "fails", Verdict.OPEN: "is open", Verdict.NOT_RUN: "was not run"}
-"""The verdict on one of several parts, as a verb."""
 MOST_WORDS = 5
 """The most words of a scope in the one sentence on a claim."""
 
@@ -50,9 +48,9 @@ def spread(part: dict[str, Any]) -> str:
 
 
 def key_part(finding: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the part with the number that matters: the first measured one with the claim's verdict, or that fails."""
+    """Returns the part with the number that matters: a measured one with the claim's verdict, or that fails, if possible a training."""
     wanted = Verdict.WRONG if finding["verdict"] == Verdict.IN_PART else finding["verdict"]
-    parts = sorted(deciding(finding), key=lambda part: part["verdict"] != wanted)
+    parts = sorted(deciding(finding), key=lambda part: (part["verdict"] != wanted, part["kind"] != "training"))
     return next((part for part in parts if part["found"] is not None), None)
 
 
@@ -85,26 +83,13 @@ def spoken_moves(finding: dict[str, Any]) -> str:
     )
 
 
-def sentence(finding: dict[str, Any]) -> str:
-    """Returns a claim's verdict as one sentence: every number that decides, how it is known, and its scope."""
-    parts = deciding(finding)
-    basis = "; ".join(filter(None, (finding["known"], finding["scope"])))
-    clauses = "; ".join(_clause(part, alone=len(parts) == 1) for part in parts)
-    return f"{spoken_verdict(finding).capitalize()}: {clauses} ({basis}). {spoken_moves(finding)}".rstrip()
+def told(finding: dict[str, Any], statement: str) -> list[str]:
+    """Returns a claim in lines: what it says, its verdict, every number that decides, its scope, how it is known."""
+    numbers = [spoken_finding(part) for part in deciding(finding)]
+    about = [finding["scope"], finding["known"], spoken_moves(finding)]
+    return [statement, f"{spoken_verdict(finding)}:", *dict.fromkeys(numbers), *filter(None, about)]
 
 
 def deciding(finding: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the parts of a finding that decide."""
     return [part for part in finding["parts"] if part["role"] != "beside"]
-
-
-def _clause(part: dict[str, Any], alone: bool) -> str:
-    """Returns what one part found and what would have counted as right, or what it waits for."""
-    narrower = part["scope"] and part["scope"] not in part["measures"]
-    subject = part["measures"] + (f" ({part['scope']})" if narrower else "")
-    if part["found"] is None:
-        said = f"{subject}, {'not measured:' if part['check'] else 'which waits for'} {part['reason']}"
-    else:
-        said = f"{subject}, found {measured(part)}, where {part['rule']} counts as right"
-        said += f", {part['reason']}" if part["reason"] else ""
-    return said if alone else f"“{part['quotes']}” {SAID[Verdict(part['verdict'])]}: {said}"
