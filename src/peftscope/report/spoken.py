@@ -19,7 +19,9 @@ def spoken_finding(finding: dict[str, Any]) -> str:
         return "; ".join(dict.fromkeys(found)) or "-"
     if finding["found"] is None:
         return "-"
-    return finding["answer"] + spread(finding) if finding.get("answer") else measured(finding)
+    if not finding.get("answer"):
+        return measured(finding)
+    return finding["answer"] + spread(finding, sides=bool(re.search(r" (ahead of|behind)( |$)", finding["answer"])))
 
 
 def measured(part: dict[str, Any]) -> str:
@@ -30,20 +32,25 @@ def measured(part: dict[str, Any]) -> str:
     return (f"{shown}: " if shown else "") + spoken_quantity(part["found"], part["unit"]) + spread(part)
 
 
-def spread(part: dict[str, Any]) -> str:
+def spread(part: dict[str, Any], sides: bool = False) -> str:
     """Returns a part's interval in brackets, in the scale of its value; empty without one.
 
-    Where the answer says that one is ahead of another or behind, the ends say so too.
+    Args:
+        part: The part.
+        sides: Whether the ends are told as ahead and behind in place of their signs.
 
-    >>> spread({"low": -0.02, "high": 0.05, "unit": "of the task gain", "answer": "PiSSA is 3 % behind LoRA"})
-    ' (2 behind to 5 ahead)'
+    >>> part = {"low": -0.02, "high": 0.05, "unit": "of the task gain"}
+    >>> spread(part), spread(part, sides=True), spread(part | {"high": -0.01}, sides=True)
+    (' (-2 to 5)', ' (2 behind to 5 ahead)', ' (1 to 2 behind)')
     """
     if part["low"] is None:
         return ""
     ends = [scale_of(part["unit"]) * part[end] for end in ("low", "high")]
     low, high = map(spoken_number, ends)
-    if re.search(r" (ahead of|behind)( |$)", part.get("answer", "")):
-        low, high = (f"{spoken_number(abs(end))} {'ahead' if end > 0 else 'behind'}" for end in ends)
+    if sides:
+        low, high = (spoken_number(abs(end)) for end in sorted(ends, key=abs if max(ends) <= 0 else float))
+        high += " behind" if max(ends) <= 0 else " ahead"
+        low += " behind" * (min(ends) < 0 < max(ends))
     return f" ({low} to {high})"
 
 
