@@ -1,4 +1,4 @@
-"""Writes what the commands of README's three doors print into README.md: ``python -m benchmarks.shown``, by ``make docs``."""
+"""Writes what the commands of its three doors print into README.md: ``python -m benchmarks.shown``."""
 
 from __future__ import annotations
 

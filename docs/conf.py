@@ -23,7 +23,14 @@ TITLE = re.compile("<title>(.*?)(?: - peftscope)?</title>")
 project = "peftscope"
 author = "the peftscope authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-include_patterns = ["*.md", "docs/*.md", "docs/hubs/*.md", "experiments/*.md", "results/published/*.md", f"{REPORTS}/findings.md"]
+include_patterns = [
+    "*.md",
+    "docs/*.md",
+    "docs/hubs/*.md",
+    "experiments/*.md",
+    "results/published/*.md",
+    f"{REPORTS}/findings.md",
+]
 exclude_patterns = ["README.md", ".*", "resources", "results/[!p]*", "site", "src", "tests"]
 """README.md is shown in index.md; the folders are left out because they take long to look through."""
 myst_heading_anchors = 3
@@ -47,7 +54,8 @@ html_sidebars["**"] += ["sidebar/navigation.html", "sidebar/scroll-end.html"]
 def keep_links(app: Sphinx, document: nodes.document) -> None:
     """Keeps links to files that are no page of Sphinx's, and copies these files to the same place in the site.
 
-    Links to ``claims.md`` go to ``claims.html``, which says the same with figures and a search; so do those to ``leaderboard.md``.
+    Links to ``claims.md`` go to ``claims.html``, which says the same with figures and a search. So do
+    those to ``leaderboard.md``.
     """
     for link in [*document.findall(addnodes.download_reference), *document.findall(addnodes.pending_xref)]:
         page, target = app.env.docname, link["reftarget"]

@@ -66,8 +66,8 @@ class Part(BaseModel):
     answers: Annotated[
         dict[Verdict, str],
         Field(
-            description="what the value answers in the claim's terms, by verdict or for all: as {found}, without its sign "
-            "as {size}, or as {lead}, with “ahead of” or “behind” in place of the sign"
+            description="what the value answers in the claim's terms, by verdict or for all: as {found}, without its "
+            "sign as {size}, or as {lead}, with “ahead of” or “behind” in place of the sign"
         ),
     ] = {}
     scope: Annotated[str, Field(description="where the verdict holds, if narrower than the claim's scope")] = ""

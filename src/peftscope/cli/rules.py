@@ -127,7 +127,9 @@ def table_command(
     study: ExperimentName,
     latex: Annotated[bool, typer.Option("--latex", help="For a paper; needs the package booktabs.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="For a page; the default.")] = False,
-    csv: Annotated[bool, typer.Option("--csv", help="For a program: numbers with all digits, without a caption.")] = False,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="For a program: numbers with all digits, without a caption.")
+    ] = False,
 ) -> None:
     """Print a study's comparisons as a table, with intervals and a sentence for the caption."""
     from peftscope.report.export import exported

@@ -44,7 +44,7 @@ ROWS: dict[str, set[str]] = {
     "memory, speed": {"simulation", "gpu"},
     "arithmetic, libraries": set(),
 }
-"""How claims are known, in the order of a page, each with the kinds of parts that put a claim there; the last has all others."""
+"""How claims are known, in the order of a page, each with the kinds of its parts; the last has all others."""
 NO_WORLD = "no training"
 
 MEANINGS = {
@@ -69,7 +69,9 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
         "entries": entries,
         "topics": dict(sorted(_by_topic(entries).items(), key=lambda item: mean(places[item[0]]))),
         "kinds": sorted({part["kind"] for finding in findings for part in finding["parts"]}),
-        "worlds": sorted({world for entry in entries for world in entry["worlds"]}, key=lambda name: (name == NO_WORLD, name)),
+        "worlds": sorted(
+            {world for entry in entries for world in entry["worlds"]}, key=lambda name: (name == NO_WORLD, name)
+        ),
         "counts": {verdict: count for verdict, count in counts.items() if count},
         "total": len(findings),
         "colours": COLOURS,
@@ -117,7 +119,9 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
         "drawing": interval(key) if key else "",
         "short": short_scope(claim.scope),
         "found": spoken_finding(finding),
-        "worlds": {part["model"] for part in deciding(finding) if part["kind"] == "training" and part["found"] is not None}
+        "worlds": {
+            part["model"] for part in deciding(finding) if part["kind"] == "training" and part["found"] is not None
+        }
         or {NO_WORLD},
         "instead": (claim.correction or " ") if verdict in (Verdict.WRONG, Verdict.IN_PART) else "",
         "advice": claim.advice.get(verdict, ""),

@@ -1,4 +1,4 @@
-"""A study's comparisons as a table for a paper or a page: LaTeX, Markdown or CSV, with a sentence for the caption. No torch."""
+"""A study's comparisons as a table in LaTeX, Markdown or CSV, with a sentence for the caption. No torch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def exported(name: str, form: str) -> str:
     frame = pd.DataFrame(rows)
     if form == "markdown":
         return f"{markdown(frame)}\n{caption(study)}"
-    lines = [" & ".join(map(latex, map(str, cells))) + r" \\" for cells in (frame.columns, *frame.itertuples(index=False))]
+    lines = [
+        " & ".join(map(latex, map(str, cells))) + r" \\" for cells in (frame.columns, *frame.itertuples(index=False))
+    ]
     body = "\n".join([r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"])
     begin = f"\\begin{{table}}\n\\centering\n\\caption{{{latex(caption(study))}}}\n\\label{{tab:{name}}}"
     return f"{begin}\n\\begin{{tabular}}{{lrrrl}}\n{body}\n\\end{{tabular}}\n\\end{{table}}"

@@ -230,8 +230,8 @@ def _warnings(runs: pd.DataFrame) -> list[str]:
     unfinished = runs[runs["status"] != "ok"]
     if len(unfinished):
         found.append(
-            f"{len(unfinished)} of {len(runs)} runs did not end well; see the table of all runs. In a comparison, a run "
-            "that diverged counts with the loss of the untouched base."
+            f"{len(unfinished)} of {len(runs)} runs did not end well; see the table of all runs. In a comparison, a "
+            "run that diverged counts with the loss of the untouched base."
         )
     return found
 

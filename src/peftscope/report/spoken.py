@@ -55,7 +55,7 @@ def spread(part: dict[str, Any], sides: bool = False) -> str:
 
 
 def key_part(finding: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the part with the number that matters: a measured one with the claim's verdict, or that fails, if possible a training."""
+    """Returns the part with the number that matters: a measured one that gives the verdict, if possible a training."""
     wanted = Verdict.WRONG if finding["verdict"] == Verdict.IN_PART else finding["verdict"]
     parts = sorted(deciding(finding), key=lambda part: (part["verdict"] != wanted, part["kind"] != "training"))
     return next((part for part in parts if part["found"] is not None), None)
@@ -65,7 +65,7 @@ def short_scope(scope: str) -> str:
     """Returns the first words of a scope, up to the comma or semicolon that leaves at most ``MOST_WORDS``.
 
     >>> short_scope("SmolLM2-135M, two-digit sums, rank 8, AdamW, 160 steps"), short_scope("arithmetic")
-    ('SmolLM2-135M, two-digit sums', 'arithmetic')
+    ('SmolLM2-135M, two-digit sums, rank 8', 'arithmetic')
     """
     pieces = re.split(r"(?<=[,;]) ", scope)
     ends = [n for n in range(1, len(pieces) + 1) if len(" ".join(pieces[:n]).split()) <= MOST_WORDS]
