@@ -45,6 +45,7 @@ ROWS: dict[str, set[str]] = {
     "arithmetic, libraries": set(),
 }
 """How claims are known, in the order of a page, each with the kinds of its parts; the last has all others."""
+CHAPTER = "Fine-tuning & Alignment, part 2: LoRA & QLoRA"
 NO_WORLD = "no training"
 
 MEANINGS = {
@@ -74,6 +75,7 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
         ),
         "counts": {verdict: count for verdict, count in counts.items() if count},
         "total": len(findings),
+        "chapter": CHAPTER,
         "colours": COLOURS,
         "meanings": MEANINGS,
         "learned": [entry for entry in entries if entry["instead"] and entry["claim"].source.startswith("chapter")],
