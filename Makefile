@@ -51,7 +51,7 @@ help:
 	@echo "make test-slurm                  the smoke pipeline on a real Slurm, started on this machine"
 	@echo "make test-oldest | test-newest   the tests with the oldest and newest torch, transformers, peft"
 	@echo "make audit | sbom                known vulnerabilities of what is installed; a list of it"
-	@echo "make docs                        write the generated parts of docs/architecture.md"
+	@echo "make docs                        write the generated parts of docs/architecture.md and README.md"
 	@echo "make tuners                      what each tuner of PEFT can do here, on the toy model; docs/tuners.md"
 	@echo "make gpu-check [DEVICE=cpu]      memory, fit, speed and latency on a CUDA card, for the claims that they decide"
 	@echo "make lint | slow | browser       checks; long tests; the report in a real browser"
@@ -117,6 +117,7 @@ schema: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m benchmarks.architecture
+	$(BIN)/python -m benchmarks.shown
 
 publish: $(READY)
 	$(BIN)/peftscope publish $(EXPERIMENT)

@@ -17,12 +17,20 @@ from sphinx.util.osutil import relative_uri
 
 ROOT = Path(__file__).parents[1]
 REPORTS = "reports/published"
+REPORTS_HERE = "<!-- reports -->"
 TITLE = re.compile("<title>(.*?)(?: - peftscope)?</title>")
 
 project = "peftscope"
 author = "the peftscope authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-include_patterns = ["*.md", "docs/*.md", "experiments/*.md", "results/published/*.md", f"{REPORTS}/findings.md"]
+include_patterns = [
+    "*.md",
+    "docs/*.md",
+    "docs/hubs/*.md",
+    "experiments/*.md",
+    "results/published/*.md",
+    f"{REPORTS}/findings.md",
+]
 exclude_patterns = ["README.md", ".*", "resources", "results/[!p]*", "site", "src", "tests"]
 """README.md is shown in index.md; the folders are left out because they take long to look through."""
 myst_heading_anchors = 3
@@ -41,14 +49,13 @@ html_copy_source = False
 templates_path = ["theme"]
 html_sidebars = {"**": ["sidebar/brand.html", "sidebar/search.html", "sidebar/scroll-start.html", "beside.html"]}
 html_sidebars["**"] += ["sidebar/navigation.html", "sidebar/scroll-end.html"]
-studies = [*ROOT.glob(f"{REPORTS}/leaderboard.html"), *sorted(ROOT.glob(f"{REPORTS}/*/report.html"))]
-html_context = {"studies": {f"{path.relative_to(ROOT)}": TITLE.search(path.read_text())[1] for path in studies}}
 
 
 def keep_links(app: Sphinx, document: nodes.document) -> None:
     """Keeps links to files that are no page of Sphinx's, and copies these files to the same place in the site.
 
-    Links to ``claims.md`` go to ``claims.html``, which says the same with figures and a search.
+    Links to ``claims.md`` go to ``claims.html``, which says the same with figures and a search. So do
+    those to ``leaderboard.md``.
     """
     for link in [*document.findall(addnodes.download_reference), *document.findall(addnodes.pending_xref)]:
         page, target = app.env.docname, link["reftarget"]
@@ -56,12 +63,20 @@ def keep_links(app: Sphinx, document: nodes.document) -> None:
             path = (ROOT / page).parent.joinpath(target).resolve().relative_to(ROOT)
             (app.outdir / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / path, app.outdir / path)
-        elif target == f"{REPORTS}/claims":
-            target = relative_uri(page, f"{REPORTS}/claims.html")
+        elif target in (f"{REPORTS}/claims", f"{REPORTS}/leaderboard"):
+            target = relative_uri(page, f"{target}.html")
             target += f"#{link['reftargetid']}" if link["reftargetid"] else ""
         else:
             continue
         link.replace_self(nodes.reference("", "", *link.children, refuri=target))
+
+
+def list_reports(app: Sphinx, page: str, source: list[str]) -> None:
+    """Writes a link to every report, and to the leaderboard, where a page asks for them."""
+    if REPORTS_HERE in source[0]:
+        paths = [*ROOT.glob(f"{REPORTS}/leaderboard.html"), *sorted(ROOT.glob(f"{REPORTS}/*/report.html"))]
+        titles = [f"- [{TITLE.search(path.read_text())[1]}](../../{path.relative_to(ROOT)})" for path in paths]
+        source[0] = source[0].replace(REPORTS_HERE, "\n".join(titles))
 
 
 def copy_reports(app: Sphinx) -> None:
@@ -86,6 +101,7 @@ def leave_out_fields(app: Sphinx, what: str, name: str, described: Any, *_: Any)
 def setup(app: Sphinx) -> None:
     """Connects these steps; links are kept before Sphinx gives downloads addresses of its own."""
     app.connect("builder-inited", copy_reports)
+    app.connect("source-read", list_reports)
     app.connect("doctree-read", keep_links, priority=400)
     app.connect("autodoc-process-docstring", list_fields)
     app.connect("autodoc-process-signature", leave_out_fields)

@@ -142,7 +142,7 @@ class TestSite:
     def test_the_doors_open_and_the_search_finds(self, visit: Visit) -> None:
         page: Any = visit.page
         page.goto(visit.address)
-        doors = page.locator(".doors li > p:first-child a")
+        doors = page.locator("h2 a.reference")
         titles = []
         for number in range(doors.count()):
             doors.nth(number).click()

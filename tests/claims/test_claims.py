@@ -26,7 +26,7 @@ from peftscope.layout import CLAIMS_FILE, shipped
 from peftscope.report.claims import write_claims_page
 from peftscope.report.findings import write_findings
 from peftscope.report.publish import publish
-from peftscope.report.spoken import sentence, spoken_finding
+from peftscope.report.spoken import spoken_finding, told
 from peftscope.report.svg import interval
 
 CHECK = "counts.full_to_low_rank_ratio"
@@ -308,12 +308,12 @@ def test_no_estimate_is_called_computed() -> None:
             assert found["low"] is None or not found["known"].startswith("computed"), finding["id"]
 
 
-def test_a_verdict_said_aloud_has_the_verdict_of_each_part_and_what_was_found(tmp_path: Path) -> None:
+def test_a_claim_is_told_with_its_verdict_and_every_number_that_decides(tmp_path: Path) -> None:
     other = ENTRY["parts"][0] | {CHECK: {"rows": 8, "columns": 8, "rank": 2}, "rule": {"equals": 2}}
     (claim,) = ledger_of(tmp_path, ENTRY | {"parts": [*ENTRY["parts"], other]})
     (finding,) = evaluate([claim])
-    said = sentence(finding.to_json("a processor"))
-    assert re.search(r"Holds in part: .*fails: .*found 256, where 255 .*; .*holds: .*found 2, where 2 ", said), said
+    said = told(finding.to_json("a processor"), claim.statement)
+    assert said == [claim.statement, "holds in part:", "256", "2", "arithmetic", "computed"]
 
 
 @pytest.mark.parametrize(
@@ -328,6 +328,34 @@ def test_what_was_found_answers_what_is_claimed(left: float, verdict: str, said:
     assert "answer" not in PartFinding(asked, Verdict.OPEN, found=Measurement(left)).to_json()
     with pytest.raises(ValueError, match="an answer may hold"):
         part(answers={"holds": "{value} left"})
+
+
+def test_a_lead_is_told_as_ahead_or_behind() -> None:
+    asked = part(kind="training", unit="of the task gain", rule={"at_least": 0}, answers="DoRA ends {lead} LoRA")
+    said = {}
+    for value in (0.02, -0.02):
+        found = Measurement(value, low=value - 0.03, high=value + 0.01)
+        said[value] = spoken_finding(PartFinding(asked, Verdict.OPEN, found=found).to_json())
+    assert said[0.02] == "DoRA ends 2 % of the task gain ahead of LoRA (1 behind to 3 ahead)"
+    assert said[-0.02] == "DoRA ends 2 % of the task gain behind LoRA (1 to 5 behind)"
+
+
+def test_a_topic_lists_claims_that_stand_below_another_heading(tmp_path: Path) -> None:
+    content = yaml.safe_load(file_of(ENTRY, ENTRY | {"id": "S14"}))
+    path = tmp_path / "claims.yaml"
+    path.write_text(yaml.safe_dump(content | {"topics": {"Sizes": ["S14"]}}))
+    assert [claim.section for claim in read_ledger(path)] == ["Low-rank algebra", "Sizes"]
+    path.write_text(yaml.safe_dump(content | {"topics": {"Sizes": ["S15"]}}))
+    with pytest.raises(InputError, match=r"topics: no such claim \(got S15\)"):
+        read_ledger(path)
+
+
+def test_the_page_of_claims_begins_with_one_sentence_a_claim() -> None:
+    page = (REPOSITORY / "reports/published/claims.md").read_text()
+    assert len(page.encode()) <= 90_000
+    assert page.count("<summary>") == len(claims())
+    answers = [answer for claim in claims().values() for one in claim.parts for answer in one.answers.values()]
+    assert not [answer for answer in answers if re.search(r"\bless (that|than that of)\b|'s loss less ", answer)]
 
 
 def test_shares_are_told_in_percent_in_value_rule_and_reason() -> None:

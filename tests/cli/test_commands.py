@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, Command
 
+from peftscope import __version__
 from peftscope.cli.console import with_progress
 from peftscope.models.presets import PRESETS
 
@@ -28,7 +30,7 @@ TREATMENTS = {
     # A data set of the reader's own.
     r"peftscope advise .*--data .*": "help",
     # Whole: an answer within seconds.
-    r"peftscope (advise|memory|fit|cheapest|models|why|oom|expand|doctor|claims --id) ?.*": "whole",
+    r"peftscope (advise|memory|fit|cheapest|models|why|oom|expand|doctor|claims --id|table) ?.*": "whole",
     # These train, measure or need what was trained: their options are read, and nothing more.
     r"(python -m )?peftscope (run|sweep|merge|report|contribute|new-study|claims --(kind|reuse))( .*)?": "help",
     # Runs and files of the reader's own; what it says of them is tested with those of tests.
@@ -41,6 +43,8 @@ TREATMENTS = {
     r"snakemake --cores all( --config experiment=\S+)?": "dry",
     # Has nothing to report on before the first run, and says so once its options are right.
     r"snakemake --cores all --report report\.zip": "nothing yet",
+    # The shell's own.
+    r"source \.venv/bin/activate": "shell",
     # Other machines' programs, and tests: the files that they name are there.
     r"(sudo apt-get|git clone|kubectl|pytest) .*": "files",
 }
@@ -144,6 +148,8 @@ def test_a_command_that_nobody_thought_of_is_found() -> None:
 def test_command(command: str, workspace: Path, repository: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
     how = treatment(command)
     environment, words = plain(command)
+    if how == "shell":
+        return
     if how == "files":
         named = [word for word in words if (repository / word.split("/")[0]).is_dir() and "/" in word]
         assert all((repository / word).is_file() for word in named), named
@@ -154,6 +160,7 @@ def test_command(command: str, workspace: Path, repository: Path, run, monkeypat
         words[words.index("path/to/config.json")] = "config.json"
     if "lengths.txt" in words and how == "whole":
         (workspace / "lengths.txt").write_text("40\n300\n")
+    shutil.copytree(repository / "examples", workspace / "examples", dirs_exist_ok=True)
     # A dry run of make writes nothing; the others run where nothing is a user's.
     folder = repository if words[0] == "make" else workspace
     more = {"help": ["--help"], "dry": ["-n"]}.get(how, [])
@@ -177,7 +184,11 @@ def test_an_output_is_shown_with_dots_for_what_is_left_out() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", printed())
-def test_a_command_prints_what_the_document_says(command: str, workspace: Path, run) -> None:
+def test_a_command_prints_what_the_document_says(
+    command: str, workspace: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if re.match("peftscope (claims --published|table) ", command):
+        monkeypatch.chdir(REPOSITORY)  # what is published
     (workspace / "lengths.txt").write_text("\n".join(str(40 + 7 * number) for number in range(100)))
     page = (REPOSITORY / "docs/memory.md").read_text()
     files = re.findall(r"as `(\S+?)`[^\n]*\n\n```yaml\n(.*?)```", page, re.DOTALL)
@@ -185,6 +196,23 @@ def test_a_command_prints_what_the_document_says(command: str, workspace: Path, 
         (workspace / name).write_text(content)
     _, output, message = run(shlex.split(command), workspace)
     assert is_shown(printed()[command], [line.rstrip() for line in output.splitlines()]), output + message
+
+
+def test_it_says_its_version(peftscope: Command) -> None:
+    assert peftscope("--version")[:2] == (0, f"peftscope {__version__}\n")
+
+
+def test_a_study_is_a_table_for_a_paper_a_page_and_a_program(
+    peftscope: Command, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+    latex, markdown, csv = (peftscope("table", "variants", form)[1] for form in ("--latex", "--markdown", "--csv"))
+    assert r"QLoRA & n = 8 & +1.9 {[}$-$0.1, +3.8] & 3.5 & not told apart \\" in latex
+    assert r"\caption{How far each arm is ahead of LoRA" in latex and "task gain, with 95 \\% intervals" in latex
+    assert "| QLoRA | n = 8 | +1.9 [−0.1, +3.8] | 3.5 | not told apart |" in markdown
+    assert csv == (repository / "results/published/variants/tables/contrasts.csv").read_text()
+    code, _, errors = peftscope("table", "variants", "--csv", "--latex")
+    assert code == 2 and "--latex: does not go with --csv" in errors
 
 
 # What commands say while they work.

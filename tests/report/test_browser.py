@@ -109,21 +109,21 @@ def test_claims_are_filtered(open_page: Open) -> None:
         return page.locator("details:visible").count()
 
     assert shown() == total
-    for field, attribute in (("section", "section"), ("verdict", "verdict"), ("kind", "kind")):
+    for field, attribute in (("topic", "topic"), ("verdict", "verdict"), ("kind", "kind"), ("world", "world")):
         choices = page.locator(f"select[name={field}] option").all_inner_texts()[1:]
         assert len(choices) > 2
         for choice in choices:
             page.select_option(f"select[name={field}]", label=choice)
             wanted = page.evaluate(
                 "([name, value]) => [...document.querySelectorAll('details')]"
-                ".filter(d => d.dataset[name].trim().split(name === 'kind' ? ' ' : '|').includes(value)).length",
+                ".filter(d => d.dataset[name].split('|').includes(value)).length",
                 [attribute, choice],
             )
             assert 0 < shown() == wanted < total
             assert page.locator("output").inner_text() == f"{wanted} of {total} claims"
         page.select_option(f"select[name={field}]", label="all")
     assert shown() == total
-    assert page.locator("section:visible h2").count() == len(page.locator("select[name=section] option").all()) - 1
+    assert page.locator("section:visible h2").count() == len(page.locator("select[name=topic] option").all()) - 1
 
 
 def test_claims_are_found_by_words_and_keys(open_page: Open, repository: Path) -> None:
@@ -138,7 +138,7 @@ def test_claims_are_found_by_words_and_keys(open_page: Open, repository: Path) -
     assert page.locator("output").inner_text() == f"{len(found)} of {len(claims())} claims"
     page.keyboard.press("Escape")
     page.select_option("select[name=verdict]", "open")
-    drawn = page.locator("details:visible summary .drawn")
+    drawn = page.locator("details:visible .drawn")
     assert drawn.count() == shown.count() > 0
     findings = published_findings()
     with_interval = [each for each in findings if each["verdict"] == "open" and each["low"] is not None]

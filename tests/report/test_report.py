@@ -82,7 +82,7 @@ def test_from_records_to_a_self_contained_page(finished: str) -> None:
     assert html.count("<figure") == len(FIGURES) + 2
     assert "Report test" in html
     assert f"make report EXPERIMENT={finished}" in html
-    assert "Not every run ended well" in html
+    assert " runs did not end well" in html
 
 
 def test_every_part_names_functions_that_exist() -> None:

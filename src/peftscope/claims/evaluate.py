@@ -62,8 +62,9 @@ class PartFinding:
         words = self.part.answers.get(self.verdict, "") if self.found else ""
         value = rounded(self.found.value) if self.found else None
         size = abs(value) if isinstance(value, int | float) else value
-        unit = self.part.unit
-        return words.format(found=spoken_quantity(value, unit), size=spoken_quantity(size, unit))
+        unit, side = self.part.unit, "ahead of" if isinstance(value, int | float) and value > 0 else "behind"
+        told = {"found": spoken_quantity(value, unit), "size": spoken_quantity(size, unit)}
+        return words.format(**told, lead=f"{told['size']} {side}")
 
     def to_json(self) -> dict[str, Any]:
         """Returns the finding with its evidence. Numbers are rounded to the digits that are reproducible."""

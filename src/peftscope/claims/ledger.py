@@ -66,7 +66,8 @@ class Part(BaseModel):
     answers: Annotated[
         dict[Verdict, str],
         Field(
-            description="what the value answers in the claim's terms, by verdict or for all; {found} or {size} is it"
+            description="what the value answers in the claim's terms, by verdict or for all: as {found}, without its "
+            "sign as {size}, or as {lead}, with “ahead of” or “behind” in place of the sign"
         ),
     ] = {}
     scope: Annotated[str, Field(description="where the verdict holds, if narrower than the claim's scope")] = ""
@@ -106,9 +107,9 @@ class Part(BaseModel):
             raise ValueError("a condition quotes the words that it tests")
         for text in self.answers.values():
             try:
-                text.format(found="", size="")
+                text.format(found="", size="", lead="")
             except (IndexError, KeyError, ValueError):
-                raise ValueError(f"an answer may hold {{found}} and {{size}} only: {shown(text)}") from None
+                raise ValueError(f"an answer may hold {{found}}, {{size}} and {{lead}} only: {shown(text)}") from None
         return self
 
     @property
@@ -198,6 +199,7 @@ class _Ledger(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     checks: dict[str, _Shared] = {}
+    topics: dict[str, list[str]] = {}
     claims: dict[str, dict[str, dict[str, Any]]]
 
 
@@ -235,6 +237,7 @@ def read_ledger(path: Path | None = None, checks: bool = True) -> tuple[Claim, .
     path = path or shipped(CLAIMS_FILE)
     ledger = _read(path, _Ledger, set(_Ledger.model_fields))
     shared = {name: row.model_dump(exclude_unset=True) for name, row in ledger.checks.items()}
+    topics = {name: topic for topic, names in ledger.topics.items() for name in names}
     claims: dict[str, Claim] = {}
     problems: list[Problem] = []
     for section, entries in ledger.claims.items():
@@ -242,10 +245,12 @@ def read_ledger(path: Path | None = None, checks: bool = True) -> tuple[Claim, .
             if name in claims:
                 problems.append(Problem(f"{path}: {section}.{name}", "stands in two sections", "give it its own id"))
             try:
-                headings = {"its.id": name, "its.section": section}
+                headings = {"its.id": name, "its.section": topics.get(name, section)}
                 claims[name] = Claim.model_validate(entry | headings, context=shared)
             except ValidationError as error:
                 problems += problems_of(error, partial(_place, path, name, entry), _WRITTEN)
+    lost = [name for name in topics if name not in claims]
+    problems += [Problem(f"{path}: topics", f"no such claim (got {name})", close_match(name, claims)) for name in lost]
     used: set[str] = set()
     for claim in claims.values():
         for index, part in enumerate(claim.parts):

@@ -40,7 +40,7 @@ def claims(
 
     from peftscope.claims.ledger import Kind, read_ledger
     from peftscope.claims.stored import published_findings
-    from peftscope.report.spoken import sentence, spoken_finding, spoken_verdict
+    from peftscope.report.spoken import spoken_finding, spoken_verdict, told
 
     if published and (write or reuse):
         raise InputError(Problem("--published", "measures nothing", "leave --write and --reuse out"))
@@ -75,15 +75,18 @@ def claims(
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
         return
+    console = wide_console()
     table = Table("id", "verdict", "claimed", "found", "claim", "holds for", box=None)
     for finding in found:
         verdict = spoken_verdict(finding) + (f" ({finding['known']})" if finding["known"] else "")
         statement = known[finding["id"]].statement
         table.add_row(finding["id"], verdict, finding["claimed"], spoken_finding(finding), statement, finding["scope"])
-    console = wide_console()
-    console.print(table)
-    if len(found) == 1:
-        console.print(sentence(found[0]), markup=False)
+    if len(found) > 1:
+        console.print(table)
+    else:
+        name = found[0]["id"]
+        for number, line in enumerate(told(found[0], known[name].statement)):
+            console.print(f"{'' if number else name:4} {line}", markup=False, soft_wrap=True)
         for part in found[0]["parts"]:
             words = f", tests “{part['quotes']}”" if part["quotes"] else ""
             rule = f"; {part['rule']} counts as right" if part["rule"] else ""

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from peftscope import __version__
 from peftscope.cli import advise, claims, compare, contribute, memory, new_study, rules, verify, why
 from peftscope.cli.console import EXPERIMENT, wide_console
 from peftscope.errors import InputError, Problem, needs, printable
@@ -73,8 +74,19 @@ def main() -> None:
         os._exit(STORAGE_CODE)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"peftscope {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def listen(context: typer.Context) -> None:
+def listen(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and stop.")
+    ] = False,
+) -> None:
     """Hides what libraries say, but for a run that nobody watches: there it is part of the run's log."""
     if context.invoked_subcommand != "run" or sys.stderr.isatty():
         context.with_resource(quiet_libraries(bars=context.invoked_subcommand not in NO_BARS))

@@ -121,6 +121,25 @@ def records_command(experiment: ExperimentName) -> None:
         print(json.dumps(json.loads(text), ensure_ascii=False, sort_keys=True))
 
 
+@app.command("table", rich_help_panel=PUBLISHED)
+@needs("report")
+def table_command(
+    study: ExperimentName,
+    latex: Annotated[bool, typer.Option("--latex", help="For a paper; needs the package booktabs.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="For a page; the default.")] = False,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="For a program: numbers with all digits, without a caption.")
+    ] = False,
+) -> None:
+    """Print a study's comparisons as a table, with intervals and a sentence for the caption."""
+    from peftscope.report.export import exported
+
+    forms = [name for name, asked in (("latex", latex), ("markdown", markdown), ("csv", csv)) if asked]
+    if len(forms) > 1:
+        raise InputError(Problem(f"--{forms[0]}", f"does not go with --{forms[1]}", "leave one of them out"))
+    print(exported(study, *forms or ["markdown"]).rstrip())
+
+
 @app.command(hidden=True)
 @needs("workflow")
 def unlock() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import cycle
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -17,7 +18,15 @@ from peftscope.layout import CLAIMS_PAGE, CLAIMS_RESULTS
 from peftscope.report.deciding import what_would_decide
 from peftscope.report.looks import MARKERS, SAFE_COLOURS
 from peftscope.report.rendering import asset, rendered
-from peftscope.report.spoken import deciding, measured, sentence, spoken_finding, spoken_moves, spoken_verdict
+from peftscope.report.spoken import (
+    deciding,
+    key_part,
+    measured,
+    short_scope,
+    spoken_finding,
+    spoken_moves,
+    spoken_verdict,
+)
 from peftscope.report.svg import STYLE, in_page, interval, svg_of
 from peftscope.words import spoken_number
 
@@ -29,6 +38,15 @@ COLOURS = {
     Verdict.NOT_RUN: "#9aa0a6",
 }
 """The colours of the verdicts, in the order of the summary bar."""
+
+ROWS: dict[str, set[str]] = {
+    "training": {"training"},
+    "memory, speed": {"simulation", "gpu"},
+    "arithmetic, libraries": set(),
+}
+"""How claims are known, in the order of a page, each with the kinds of its parts; the last has all others."""
+CHAPTER = "Fine-tuning & Alignment, part 2: LoRA & QLoRA"
+NO_WORLD = "no training"
 
 MEANINGS = {
     Verdict.HOLDS: "every part that decides holds, under every condition that was declared before",
@@ -43,14 +61,21 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
     """Writes ``claims.json``, renders ``claims.html`` and its Markdown copy, and returns the page's path."""
     write_json(CLAIMS_RESULTS, findings)
     by_id = {finding["id"]: finding for finding in findings}
+    order = list(ROWS)
     entries = [_entry(claim, by_id[claim.id]) for claim in claims if claim.id in by_id]
+    entries.sort(key=lambda entry: order.index(row_of(entry["finding"])))
+    places = {topic: [order.index(row_of(e["finding"])) for e in group] for topic, group in _by_topic(entries).items()}
     counts = {v: sum(finding["verdict"] == v for finding in findings) for v in COLOURS}
     content = {
         "entries": entries,
-        "sections": list(dict.fromkeys(claim.section for claim in claims)),
+        "topics": dict(sorted(_by_topic(entries).items(), key=lambda item: mean(places[item[0]]))),
         "kinds": sorted({part["kind"] for finding in findings for part in finding["parts"]}),
+        "worlds": sorted(
+            {world for entry in entries for world in entry["worlds"]}, key=lambda name: (name == NO_WORLD, name)
+        ),
         "counts": {verdict: count for verdict, count in counts.items() if count},
         "total": len(findings),
+        "chapter": CHAPTER,
         "colours": COLOURS,
         "meanings": MEANINGS,
         "learned": [entry for entry in entries if entry["instead"] and entry["claim"].source.startswith("chapter")],
@@ -68,17 +93,38 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
     return path
 
 
+def row_of(finding: dict[str, Any]) -> str:
+    """Returns how a claim is known: the first of ``ROWS`` that has a kind of the parts that decide it."""
+    kinds = {part["kind"] for part in deciding(finding)}
+    return next(row for row, of_row in ROWS.items() if kinds & of_row or not of_row)
+
+
+def _by_topic(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Returns the entries of each topic, in their order."""
+    topics: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        topics.setdefault(entry["claim"].section, []).append(entry)
+    return topics
+
+
 def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
     """Returns what the page says of one claim."""
     verdict = Verdict(finding["verdict"])
     parts = sorted(finding["parts"], key=lambda part: part["role"] == "beside")
     open_parts = [part for part in deciding(finding) if part["verdict"] == Verdict.OPEN]
+    key = key_part(finding)
     curves = [(f"{claim.id}-{number}", part) for number, part in enumerate(parts) if part["curves"]]
     return {
         "claim": claim,
         "finding": finding,
+        "key": spoken_finding(key) if key else "-",
+        "drawing": interval(key) if key else "",
+        "short": short_scope(claim.scope),
         "found": spoken_finding(finding),
-        "sentence": sentence(finding),
+        "worlds": {
+            part["model"] for part in deciding(finding) if part["kind"] == "training" and part["found"] is not None
+        }
+        or {NO_WORLD},
         "instead": (claim.correction or " ") if verdict in (Verdict.WRONG, Verdict.IN_PART) else "",
         "advice": claim.advice.get(verdict, ""),
         "decider": what_would_decide(claim, finding),

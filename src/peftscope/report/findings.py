@@ -30,7 +30,6 @@ from peftscope.layout import (
     published,
     shipped,
 )
-from peftscope.models.catalog import find_model
 from peftscope.planning.cells import ARM, RATES
 from peftscope.planning.estimate import estimate_seconds
 from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
@@ -41,18 +40,16 @@ from peftscope.report.capacity import answer as answer_on_capacity
 from peftscope.report.contrasts import answer as answer_of_study
 from peftscope.report.contrasts import contrasts
 from peftscope.report.deciding import RUNS_AT_ONCE
-from peftscope.report.front import Surprise, surprising
+from peftscope.report.front import Surprise, rests_on, surprising
 from peftscope.report.page import ANSWERS
 from peftscope.report.rendering import rendered
 from peftscope.report.shares import arms_shown
-from peftscope.report.spoken import deciding, spoken_finding, spoken_verdict
+from peftscope.report.spoken import deciding, short_scope, spoken_finding, spoken_verdict
 from peftscope.spec import RunSpec
 from peftscope.words import spoken_time
 
 ORDER = [Verdict.WRONG, Verdict.IN_PART, Verdict.HOLDS, Verdict.OPEN]
 """What surprises comes first."""
-BASE = "base"
-"""The experiment that the studies extend."""
 
 
 class Topic(BaseModel):
@@ -151,13 +148,9 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
     by_id = {finding["id"]: finding for finding in findings}
     known = _Published()
     content = read_content([claim.id for claim in claims])
-    fixed = read_experiment(experiment_path(BASE)).fixed
-    shape = find_model(fixed["model"]).shape
-    assert shape is not None
     page = rendered(
         "findings.md.j2",
-        millions=round(shape.parameters / 1e6),
-        steps=fixed["steps"],
+        basis=rests_on(findings),
         confidence=f"{100 * CONFIDENCE:g}",
         rounding=_rounding(findings),
         first=surprising(findings, content.first, Path("claims.md")),
@@ -193,7 +186,7 @@ def _topic(topic: Topic, by_id: dict[str, dict[str, Any]], folder: Path) -> dict
                 "id": finding["id"],
                 "verdict": spoken_verdict(finding).capitalize(),
                 "found": spoken_finding(finding),
-                "basis": "; ".join(filter(None, (finding["known"], finding["scope"]))),
+                "short": short_scope(finding["scope"]),
             }
             for finding in sorted(decided, key=lambda finding: ORDER.index(finding["verdict"]))
         ],

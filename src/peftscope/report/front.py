@@ -16,24 +16,24 @@ from peftscope.claims.verdict import Verdict
 from peftscope.errors import InputError, Problem
 from peftscope.layout import FINDINGS_FILE, PUBLISHED_REPORTS, PUBLISHED_RESULTS
 from peftscope.memory.answer import AGREEMENT_FILE
+from peftscope.models.catalog import find_model
 from peftscope.planning.experiment import experiment_path, read_experiment
-from peftscope.report.claims import COLOURS
-from peftscope.report.spoken import deciding
+from peftscope.report.claims import COLOURS, ROWS, row_of
+from peftscope.report.spoken import deciding, short_scope
 from peftscope.report.study import study_facts, study_sentences
 from peftscope.words import counted
 
 README = Path("README.md")
 PAPER = Path("paper/paper.md")
+RESTS_ON = Path("docs/rests-on.md")
+BASE = "base"
+"""The experiment that the studies extend."""
 NUMBER = re.compile(r"<!--([a-z ]+)-->[^<]*<!--/-->")
-"""A number of the README or the paper, between comments that name it."""
+"""A number of a page or the paper, between comments that name it."""
 BAR = PUBLISHED_RESULTS / "claims.svg"
+MOST_SURPRISES = 3
+"""The most findings on the first screen; the page of findings has the others too."""
 BEGIN, END = "<!-- published:claims -->\n", "<!-- /published:claims -->"
-ROWS: dict[str, set[str]] = {
-    "training": {"training"},
-    "memory, speed": {"simulation", "gpu"},
-    "arithmetic, libraries": set(),
-}
-"""The rows of the bar, each with the kinds of parts that make a claim one of its own; the last has all others."""
 GREY = "#77808a"
 """A grey that can be read on white and on black."""
 
@@ -62,8 +62,8 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
     """
     counts = {verdict: sum(finding["verdict"] == verdict for finding in findings) for verdict in COLOURS}
     rows: dict[str, list[Verdict]] = {}
-    for row in reversed(ROWS):
-        of_row = [finding for finding in findings if _row(finding) == row]
+    for row in ROWS:
+        of_row = [finding for finding in findings if row_of(finding) == row]
         worlds = len({world for finding in of_row for world in finding["worlds"]})
         told = f"{row} in {counted(worlds, 'world')}" if worlds else row
         rows[told] = [Verdict(finding["verdict"]) for finding in of_row]
@@ -73,9 +73,12 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
         for row, verdicts in rows.items()
         if verdicts
     )
-    lines = surprising(findings, surprises, PUBLISHED_REPORTS / "claims.md")
+    lines = surprising(findings, surprises, PUBLISHED_REPORTS / "claims.md")[:MOST_SURPRISES]
     shown = f"![{len(findings)} claims: {words}]({BAR})\n\n" + "\n".join(lines) + "\n"
     _show(BEGIN, shown, END)
+    basis = rests_on(findings)
+    for page in filter(Path.is_file, (README, RESTS_ON)):
+        page.write_text(with_numbers(page.read_text(), basis))
     if PAPER.is_file():
         agreement = json.loads(AGREEMENT_FILE.read_text())
         numbers: dict[str, Any] = {
@@ -88,6 +91,22 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
         PAPER.write_text(with_numbers(PAPER.read_text(), numbers))
 
 
+def rests_on(findings: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the numbers that say what the claims on training rest on, by their names on pages."""
+    settings = read_experiment(experiment_path(BASE))
+    shape = find_model(settings.fixed["model"]).shape
+    assert shape is not None
+    assert settings.study is not None
+    return {
+        "claims": len(findings),
+        "trained": sum(row_of(finding) == next(iter(ROWS)) for finding in findings),
+        "worlds": counted(len({world for finding in findings for world in finding["worlds"]}), "world"),
+        "millions": round(shape.parameters / 1e6),
+        "steps": settings.fixed["steps"],
+        "seeds": len(settings.study.seeds),
+    }
+
+
 def surprising(findings: list[dict[str, Any]], surprises: list[Surprise], page: Path) -> list[str]:
     """Returns a line of Markdown for each finding that surprises and whose claim has the verdict that it tells.
 
@@ -98,22 +117,21 @@ def surprising(findings: list[dict[str, Any]], surprises: list[Surprise], page: 
     """
     by_id = {finding["id"]: finding for finding in findings}
     return [
-        f"- {_told(surprise, finding)} ([{surprise.claim}]({page}#{surprise.claim}); {finding['known']}: "
-        f"{finding['scope']})"
+        f"- {_told(surprise, finding)} ([{surprise.claim}]({page}#{surprise.claim}): {short_scope(finding['scope'])})"
         for surprise in surprises
         if (finding := by_id.get(surprise.claim)) and finding["verdict"] == surprise.verdict
     ]
 
 
 def show_study(experiment: str) -> None:
-    """Writes a study's answer and its figure into the README, if that has markers for this experiment."""
+    """Writes a study's figure and the link to its report into the README, if that has markers for this experiment."""
     settings = read_experiment(experiment_path(experiment)).study
     if settings is None:
         return
     facts = study_facts(StudyResults(experiment), settings)
     figure = PUBLISHED_RESULTS / experiment / "figures" / "differences.svg"
     report = PUBLISHED_REPORTS / experiment / "report.html"
-    shown = f"{facts['answer']} ([the report]({report}))\n\n![{study_sentences(facts)['differences']}]({figure})\n"
+    shown = f"![{study_sentences(facts)['differences']}]({figure})\n[The report of this study]({report})\n"
     _show(f"<!-- study:{experiment} -->\n", shown, "<!-- /study -->")
 
 
@@ -142,12 +160,6 @@ def _told(surprise: Surprise, finding: dict[str, Any]) -> str:
     except (IndexError, KeyError, TypeError, ValueError) as error:
         message = f"the sentence does not fit the claim's numbers ({error})"
         raise InputError(Problem(f"{FINDINGS_FILE}: {surprise.claim}", message, f"its numbers are {numbers}")) from None
-
-
-def _row(finding: dict[str, Any]) -> str:
-    """Returns the row of the bar to which a claim belongs: the first that has a kind of the parts that decide it."""
-    kinds = {part["kind"] for part in deciding(finding)}
-    return next(row for row, of_row in ROWS.items() if kinds & of_row or not of_row)
 
 
 def _draw_bar(counts: dict[str, dict[Verdict, int]]) -> None:

@@ -214,7 +214,10 @@ def _facts(runs: pd.DataFrame) -> list[tuple[str, str]]:
 def _warnings(runs: pd.DataFrame) -> list[str]:
     found = []
     if runs["git_commit"].nunique() > 1:
-        found.append("These runs come from more than one commit of the code. Compare them with care.")
+        found.append(
+            "These runs come from more than one commit of the code. A difference between two of them may come from a "
+            "change of the code; the changelog lists such changes as results-affecting."
+        )
     if runs["git_dirty"].eq(True).any():
         found.append("Some runs come from a working tree with uncommitted changes.")
     if runs["cpu"].nunique() > 1 or runs["gpu"].nunique() > 1:
@@ -226,7 +229,10 @@ def _warnings(runs: pd.DataFrame) -> list[str]:
         )
     unfinished = runs[runs["status"] != "ok"]
     if len(unfinished):
-        found.append("Not every run ended well; see the table of all runs.")
+        found.append(
+            f"{len(unfinished)} of {len(runs)} runs did not end well; see the table of all runs. In a comparison, a "
+            "run that diverged counts with the loss of the untouched base."
+        )
     return found
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from peftscope.claims.verdict import Verdict
 from peftscope.words import scale_of, spoken_number, spoken_quantity
 
-SAID = {Verdict.HOLDS: "holds", Verdict.WRONG: "fails", Verdict.OPEN: "is open", Verdict.NOT_RUN: "was not run"}
-"""The verdict on one of several parts, as a verb."""
+MOST_WORDS = 5
+"""The most words of a scope in the one sentence on a claim."""
 
 
 def spoken_finding(finding: dict[str, Any]) -> str:
@@ -18,7 +19,9 @@ def spoken_finding(finding: dict[str, Any]) -> str:
         return "; ".join(dict.fromkeys(found)) or "-"
     if finding["found"] is None:
         return "-"
-    return finding["answer"] + spread(finding) if finding.get("answer") else measured(finding)
+    if not finding.get("answer"):
+        return measured(finding)
+    return finding["answer"] + spread(finding, sides=bool(re.search(r" (ahead of|behind)( |$)", finding["answer"])))
 
 
 def measured(part: dict[str, Any]) -> str:
@@ -29,12 +32,44 @@ def measured(part: dict[str, Any]) -> str:
     return (f"{shown}: " if shown else "") + spoken_quantity(part["found"], part["unit"]) + spread(part)
 
 
-def spread(part: dict[str, Any]) -> str:
-    """Returns a part's interval in brackets, in the scale of its value; empty without one."""
+def spread(part: dict[str, Any], sides: bool = False) -> str:
+    """Returns a part's interval in brackets, in the scale of its value; empty without one.
+
+    Args:
+        part: The part.
+        sides: Whether the ends are told as ahead and behind in place of their signs.
+
+    >>> part = {"low": -0.02, "high": 0.05, "unit": "of the task gain"}
+    >>> spread(part), spread(part, sides=True), spread(part | {"high": -0.01}, sides=True)
+    (' (-2 to 5)', ' (2 behind to 5 ahead)', ' (1 to 2 behind)')
+    """
     if part["low"] is None:
         return ""
-    low, high = (spoken_number(scale_of(part["unit"]) * part[end]) for end in ("low", "high"))
+    ends = [scale_of(part["unit"]) * part[end] for end in ("low", "high")]
+    low, high = map(spoken_number, ends)
+    if sides:
+        low, high = (spoken_number(abs(end)) for end in sorted(ends, key=abs if max(ends) <= 0 else float))
+        high += " behind" if max(ends) <= 0 else " ahead"
+        low += " behind" * (min(ends) < 0 < max(ends))
     return f" ({low} to {high})"
+
+
+def key_part(finding: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the part with the number that matters: a measured one that gives the verdict, if possible a training."""
+    wanted = Verdict.WRONG if finding["verdict"] == Verdict.IN_PART else finding["verdict"]
+    parts = sorted(deciding(finding), key=lambda part: (part["verdict"] != wanted, part["kind"] != "training"))
+    return next((part for part in parts if part["found"] is not None), None)
+
+
+def short_scope(scope: str) -> str:
+    """Returns the first words of a scope, up to the comma or semicolon that leaves at most ``MOST_WORDS``.
+
+    >>> short_scope("SmolLM2-135M, two-digit sums, rank 8, AdamW, 160 steps"), short_scope("arithmetic")
+    ('SmolLM2-135M, two-digit sums, rank 8', 'arithmetic')
+    """
+    pieces = re.split(r"(?<=[,;]) ", scope)
+    ends = [n for n in range(1, len(pieces) + 1) if len(" ".join(pieces[:n]).split()) <= MOST_WORDS]
+    return " ".join(pieces[: max(ends, default=1)]).rstrip(",;")
 
 
 def spoken_verdict(finding: dict[str, Any]) -> str:
@@ -55,26 +90,13 @@ def spoken_moves(finding: dict[str, Any]) -> str:
     )
 
 
-def sentence(finding: dict[str, Any]) -> str:
-    """Returns a claim's verdict as one sentence: every number that decides, how it is known, and its scope."""
-    parts = deciding(finding)
-    basis = "; ".join(filter(None, (finding["known"], finding["scope"])))
-    clauses = "; ".join(_clause(part, alone=len(parts) == 1) for part in parts)
-    return f"{spoken_verdict(finding).capitalize()}: {clauses} ({basis}). {spoken_moves(finding)}".rstrip()
+def told(finding: dict[str, Any], statement: str) -> list[str]:
+    """Returns a claim in lines: what it says, its verdict, every number that decides, its scope, how it is known."""
+    numbers = [spoken_finding(part) for part in deciding(finding)]
+    about = [finding["scope"], finding["known"], spoken_moves(finding)]
+    return [statement, f"{spoken_verdict(finding)}:", *dict.fromkeys(numbers), *filter(None, about)]
 
 
 def deciding(finding: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the parts of a finding that decide."""
     return [part for part in finding["parts"] if part["role"] != "beside"]
-
-
-def _clause(part: dict[str, Any], alone: bool) -> str:
-    """Returns what one part found and what would have counted as right, or what it waits for."""
-    narrower = part["scope"] and part["scope"] not in part["measures"]
-    subject = part["measures"] + (f" ({part['scope']})" if narrower else "")
-    if part["found"] is None:
-        said = f"{subject}, {'not measured:' if part['check'] else 'which waits for'} {part['reason']}"
-    else:
-        said = f"{subject}, found {measured(part)}, where {part['rule']} counts as right"
-        said += f", {part['reason']}" if part["reason"] else ""
-    return said if alone else f"“{part['quotes']}” {SAID[Verdict(part['verdict'])]}: {said}"

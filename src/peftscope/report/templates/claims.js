@@ -7,9 +7,8 @@ function filter() {
   const words = wanted.words.toLowerCase().split(/\s+/).filter(Boolean);
   let shown = 0;
   for (const claim of claims) {
-    const fits = (!wanted.section || claim.dataset.section === wanted.section)
-      && (!wanted.verdict || claim.dataset.verdict === wanted.verdict)
-      && (!wanted.kind || claim.dataset.kind.split(" ").includes(wanted.kind))
+    const fits = ["topic", "verdict", "kind", "world"]
+      .every(name => !wanted[name] || claim.dataset[name].split("|").includes(wanted[name]))
       && words.every(word => claim.id.toLowerCase() === word || saying(claim).includes(word));
     claim.hidden = !fits;
     shown += fits;

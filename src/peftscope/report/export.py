@@ -1,0 +1,71 @@
+"""A study's comparisons as a table in LaTeX, Markdown or CSV, with a sentence for the caption. No torch."""
+
+from __future__ import annotations
+
+import re
+
+import pandas as pd
+
+from peftscope.analysis.stats import CONFIDENCE
+from peftscope.analysis.study import StudyResults
+from peftscope.report.contrasts import compared_label, contrasts, readable_difference
+from peftscope.report.sentences import spoken_outcome
+from peftscope.report.tables import markdown
+
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "“": "``", "”": "''"}
+LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
+LATEX |= {"−": "$-$", "±": r"$\pm$", "×": r"$\times$", "√": r"$\surd$", "α": r"$\alpha$", "[": "{[}"}
+"""What stands in LaTeX for the signs that it reads as its own, or that a font may lack; a bracket may begin no cell."""
+
+
+def caption(study: StudyResults) -> str:
+    """Returns the sentence below a study's table."""
+    return (
+        f"How far each arm is ahead of {study.labels[study.reference]} in held-out loss ({study.subject}), in % of the "
+        f"task gain, with {100 * CONFIDENCE:g} % intervals over pairs of seeds. Above zero is better. “Within” is the "
+        "smallest margin at which two one-sided tests call two arms the same."
+    )
+
+
+def exported(name: str, form: str) -> str:
+    """Returns a study's comparisons in one of the forms ``latex``, ``markdown`` and ``csv``.
+
+    The CSV has the numbers with all their digits, under the names that ``results/published/README.md`` explains.
+
+    Raises:
+        InputError: The study has not ended, or there is none of this name.
+    """
+    study = StudyResults(name)
+    study.require_finished()
+    table = contrasts(study)
+    if form == "csv":
+        return table.to_csv(index=False)
+    reference = study.labels[study.reference]
+    rows = []
+    for row in table.to_dict("records"):
+        numbers = readable_difference(row, reference)
+        rows.append(
+            {
+                "arm": compared_label(row["arm"], row["against"], study.reference, study.labels),
+                **{column: numbers[column] for column in list(numbers)[:3]},
+                "what it says": spoken_outcome(row["outcome"], row["difference"]),
+            }
+        )
+    frame = pd.DataFrame(rows)
+    if form == "markdown":
+        return f"{markdown(frame)}\n{caption(study)}"
+    lines = [
+        " & ".join(map(latex, map(str, cells))) + r" \\" for cells in (frame.columns, *frame.itertuples(index=False))
+    ]
+    body = "\n".join([r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"])
+    begin = f"\\begin{{table}}\n\\centering\n\\caption{{{latex(caption(study))}}}\n\\label{{tab:{name}}}"
+    return f"{begin}\n\\begin{{tabular}}{{lrrrl}}\n{body}\n\\end{{tabular}}\n\\end{{table}}"
+
+
+def latex(text: str) -> str:
+    r"""Returns a text as LaTeX shows it.
+
+    >>> latex("rank_8: +2.5 % [−1.0, +6.0]")
+    'rank\\_8: +2.5 \\% {[}$-$1.0, +6.0]'
+    """
+    return re.sub("|".join(map(re.escape, LATEX)), lambda match: LATEX[match[0]], text)
