@@ -20,7 +20,8 @@ from scipy.optimize import minimize
 
 from benchmarks.page import write_blocks
 from peftscope.hardware.cards import SPEEDS, Speed
-from peftscope.memory.question import Model, Question, ask, describe_model
+from peftscope.memory.base import Model, describe_model
+from peftscope.memory.question import Question, ask
 from peftscope.models.shapes import ModelShape
 from peftscope.sizing.speed import DEQUANTISED_BYTES, FITTED_FILE, Constants, Passes, passes_of, step_time
 

@@ -11,7 +11,8 @@ import yaml
 from peftscope.errors import InputError
 from peftscope.hardware.cards import find_gpu
 from peftscope.memory.answer import answer_by_formula
-from peftscope.memory.question import Model, ask, describe_model
+from peftscope.memory.base import Model, describe_model
+from peftscope.memory.question import ask
 from peftscope.models.presets import PRESETS
 from peftscope.models.shapes import Experts, ModelShape
 from peftscope.sizing.config_file import question_of, read_config

@@ -8,8 +8,9 @@ import pytest
 
 from peftscope.errors import InputError
 from peftscope.memory.answer import Answer, answer_by_formula
+from peftscope.memory.base import describe_model
 from peftscope.memory.formula.states import OTHER_OPTIMIZERS, states_of
-from peftscope.memory.question import ask, describe_model
+from peftscope.memory.question import ask
 from peftscope.models.presets import PRESETS
 
 SHAPE = PRESETS["llama-3.2-1b"].shape

@@ -10,7 +10,8 @@ import pytest
 
 from peftscope.errors import InputError
 from peftscope.memory.answer import Answer, answer_by_formula
-from peftscope.memory.question import ask, describe_model
+from peftscope.memory.base import describe_model
+from peftscope.memory.question import ask
 from peftscope.models.presets import PRESETS
 from peftscope.models.stored import INT8
 

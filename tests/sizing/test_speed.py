@@ -13,7 +13,8 @@ import pytest
 from benchmarks.speed import read_comparison, read_speeds, render
 from peftscope.errors import InputError
 from peftscope.hardware.cards import GPUS, SPEEDS, Speed, find_gpu
-from peftscope.memory.question import Question, ask, describe_model
+from peftscope.memory.base import describe_model
+from peftscope.memory.question import Question, ask
 from peftscope.sizing.cheapest import on_cards, read_prices
 from peftscope.sizing.speed import FITTED_FILE, Schedule, duration, fitted, passes_of, step_time
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from peftscope.errors import InputError, Problem, shown
 from peftscope.hardware.cards import Gpu
-from peftscope.memory.question import METHOD_OPTIONS, SCALED_LOGITS, Model, Question, ask, describe_model
+from peftscope.memory.base import Model, describe_model
+from peftscope.memory.question import METHOD_OPTIONS, SCALED_LOGITS, Question, ask
 from peftscope.methods import METHODS
 from peftscope.models.shapes import module_path
 from peftscope.sizing.jobs import SUPERVISED, job_of
