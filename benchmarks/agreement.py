@@ -20,7 +20,8 @@ from rich.progress import track
 from peftscope.errors import InputError
 from peftscope.execution.libraries import without_hub_kernels
 from peftscope.memory.answer import AGREEMENT_FILE, answer_by_formula
-from peftscope.memory.question import Model, Question, ask
+from peftscope.memory.base import Model
+from peftscope.memory.question import Question, ask
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
 

@@ -21,7 +21,8 @@ from rich.progress import track
 from rich.table import Table
 
 from peftscope.execution.libraries import without_hub_kernels
-from peftscope.memory.question import ask, describe_model
+from peftscope.memory.base import describe_model
+from peftscope.memory.question import ask
 from peftscope.words import GIB
 
 JOBS: tuple[tuple[str, dict[str, Any]], ...] = (

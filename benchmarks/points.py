@@ -21,14 +21,8 @@ from peftscope.files.atomic import write_json
 from peftscope.hardware.cards import find_gpu
 from peftscope.memory.answer import Peaks, peaks_by_formula
 from peftscope.memory.assumptions import library_versions
-from peftscope.memory.question import (
-    BESIDE_OPTIONS,
-    METHOD_OPTIONS,
-    SPEC_OPTIONS,
-    Question,
-    ask,
-    describe_model,
-)
+from peftscope.memory.base import describe_model
+from peftscope.memory.question import BESIDE_OPTIONS, METHOD_OPTIONS, SPEC_OPTIONS, Question, ask
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
 

@@ -154,7 +154,8 @@ def memory(
     """
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.answer import answer_by_formula
-    from peftscope.memory.question import ask, describe_model
+    from peftscope.memory.base import describe_model
+    from peftscope.memory.question import ask
 
     _check_options(options)
     card = None if gpu is None else find_gpu(_text("gpu", gpu))
@@ -195,7 +196,7 @@ def fit(
         InputError: A name or an option is unknown, or nothing can run as asked.
     """
     from peftscope.hardware.cards import find_gpu
-    from peftscope.memory.question import describe_model
+    from peftscope.memory.base import describe_model
     from peftscope.models.presets import PRESETS
     from peftscope.sizing.fit import fit_methods, known_methods
 

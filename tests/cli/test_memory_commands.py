@@ -13,8 +13,9 @@ from test_memory import TRAINED, answer, letters_of, model_of, small_shape
 
 from peftscope.hardware.cards import CONTEXT_BYTES, GPUS, Gpu
 from peftscope.memory.answer import peaks_by_formula
+from peftscope.memory.base import describe_model
 from peftscope.memory.formula.terms import DIMENSIONS
-from peftscope.memory.question import ask, describe_model
+from peftscope.memory.question import ask
 from peftscope.models.presets import PRESETS
 from peftscope.sizing.changes import ADVICE, mildest_change
 from peftscope.sizing.fit import Fit, fit_methods

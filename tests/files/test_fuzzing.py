@@ -31,7 +31,8 @@ from peftscope.errors import InputError
 from peftscope.files.content import LARGEST_BYTES, parse_json, read_yaml
 from peftscope.hardware.cards import find_gpu
 from peftscope.memory.answer import answer_by_formula
-from peftscope.memory.question import METHOD_OPTIONS, ask, describe_model
+from peftscope.memory.base import describe_model
+from peftscope.memory.question import METHOD_OPTIONS, ask
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
 from peftscope.models import catalog

@@ -12,7 +12,8 @@ from transformers.trainer_pt_utils import EvalLoopContainer
 from peftscope.errors import InputError
 from peftscope.memory.answer import Answer, answer_by_formula
 from peftscope.memory.assumptions import assumptions_of
-from peftscope.memory.question import Question, ask, describe_model
+from peftscope.memory.base import describe_model
+from peftscope.memory.question import Question, ask
 from peftscope.memory.shares import GATHERED_OUTSIDE, GATHERED_WEIGHTS, WHOLE_GRADIENTS
 from peftscope.memory.simulate import answer_by_simulation
 from peftscope.memory.tracker import MemoryTracker

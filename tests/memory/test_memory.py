@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from peftscope.hardware.cards import CONTEXT_BYTES, GPUS, Gpu
 from peftscope.memory.answer import Answer, Term, answer_by_formula
+from peftscope.memory.base import Model, describe_model
 from peftscope.memory.formula.terms import DIMENSIONS
-from peftscope.memory.question import Model, ask, describe_model
+from peftscope.memory.question import ask
 from peftscope.memory.trace import KINDS, rounded
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS

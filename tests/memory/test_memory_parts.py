@@ -15,8 +15,9 @@ from peftscope.hardware.cards import GPUS, find_gpu
 from peftscope.memory import allocator as books
 from peftscope.memory import answer as answers
 from peftscope.memory.allocator import reserved_bytes
+from peftscope.memory.base import describe_model
 from peftscope.memory.formula.step import TrainingTraces, trace_training
-from peftscope.memory.question import ask, describe_model
+from peftscope.memory.question import ask
 from peftscope.memory.trace import Block, Peak, Trace, by_kind, rounded
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS

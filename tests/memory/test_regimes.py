@@ -13,8 +13,9 @@ from test_simulate import both
 from peftscope.errors import InputError
 from peftscope.memory.answer import Answer, answer_by_formula
 from peftscope.memory.assumptions import assumptions_of
+from peftscope.memory.base import Model, describe_model
 from peftscope.memory.kernels import attention_kernel
-from peftscope.memory.question import Model, Question, ask, describe_model
+from peftscope.memory.question import Question, ask
 from peftscope.memory.regimes import REGIMES, Trainer
 from peftscope.memory.simulate import answer_by_simulation
 from peftscope.methods import METHODS

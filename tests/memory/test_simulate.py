@@ -21,8 +21,9 @@ from peftscope.data.tasks import make_task
 from peftscope.errors import InputError
 from peftscope.hardware.bf16 import Way, bf16_products
 from peftscope.memory.answer import AGREEMENT_FILE, answer_by_formula
+from peftscope.memory.base import Model, describe_model
 from peftscope.memory.probe import probe_evaluation, probe_training
-from peftscope.memory.question import Model, ask, describe_model
+from peftscope.memory.question import ask
 from peftscope.memory.simulate import answer_by_simulation, simulate
 from peftscope.methods import METHODS
 from peftscope.models.catalog import model_folder
@@ -291,7 +292,8 @@ def test_a_large_model_needs_seconds_and_no_memory(model: str, method: str, aim:
     """`make benchmark-memory` measures the aims; here twice as many seconds pass."""
     code = f"""
 import time, bitsandbytes, peft, transformers.models.llama.modeling_llama
-from peftscope.memory.question import ask, describe_model
+from peftscope.memory.base import describe_model
+from peftscope.memory.question import ask
 from peftscope.memory.simulate import answer_by_simulation
 from peftscope.hardware.meter import resident_peak_bytes
 question = ask(describe_model({model!r}), {{"method": {method!r}}})

@@ -11,7 +11,8 @@ import torch
 
 from peftscope.errors import InputError
 from peftscope.memory.assumptions import assumptions_of
-from peftscope.memory.question import ask, describe_model
+from peftscope.memory.base import describe_model
+from peftscope.memory.question import ask
 from peftscope.methods.loftq import FloatWeights
 from peftscope.models.catalog import find_model, model_folder
 from peftscope.models.fetch import fetch_model

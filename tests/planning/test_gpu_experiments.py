@@ -18,7 +18,7 @@ from peftscope.data.benchmarks import benchmark_folder, find_benchmark, make_ben
 from peftscope.data.tasks import SPLITS, make_task, read_split, split_of, task_folder
 from peftscope.errors import InputError
 from peftscope.files import hub
-from peftscope.memory.question import describe_model
+from peftscope.memory.base import describe_model
 from peftscope.models.catalog import find_model, model_folder
 from peftscope.models.fetch import fetch_model
 from peftscope.models.shapes import ModelShape

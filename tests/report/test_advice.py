@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from peftscope.errors import InputError
 from peftscope.hardware.cards import find_gpu
 from peftscope.layout import CLAIMS_FILE
-from peftscope.memory.question import describe_model
+from peftscope.memory.base import describe_model
 from peftscope.methods import METHODS
 from peftscope.report.advice.advise import Advice, advise
 from peftscope.report.advice.rules import Rule, Rules, Standing, known_findings, read_rules

@@ -12,8 +12,9 @@ from conftest import Command
 
 from peftscope.errors import InputError
 from peftscope.memory.answer import answer_by_formula
+from peftscope.memory.base import describe_model
 from peftscope.memory.beside import BESIDE_OPTIONS
-from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Question, ask, describe_model
+from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, Question, ask
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
 from peftscope.sizing.config_file import Reading, question_of, read_config

@@ -13,8 +13,9 @@ from conftest import Command
 from peftscope.errors import InputError
 from peftscope.memory.allocator import segment_bytes
 from peftscope.memory.answer import name_of, peaks_by_formula, prepared_bytes
+from peftscope.memory.base import describe_model
 from peftscope.memory.formula.step import trace_training
-from peftscope.memory.question import Question, ask, describe_model
+from peftscope.memory.question import Question, ask
 from peftscope.sizing.oom import MATH_SCORES, Refusal, diagnose, read_refusal
 from peftscope.words import GIB, MIB
 

@@ -9,7 +9,8 @@ import pytest
 from test_memory import model_of, small_shape
 
 from peftscope.memory.answer import Peaks, peaks_by_formula
-from peftscope.memory.question import Model, Question, ask, describe_model
+from peftscope.memory.base import Model, describe_model
+from peftscope.memory.question import Question, ask
 from peftscope.sizing.why import PREPARED, Change, Why, compare, explain
 from peftscope.words import spoken_bytes
 

@@ -10,7 +10,8 @@ import pandas as pd
 
 from peftscope.analysis.contributed import read_contributions
 from peftscope.layout import CONTRIBUTED_RESULTS
-from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, ask, describe_model
+from peftscope.memory.base import describe_model
+from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, ask
 from peftscope.spec import RunSpec
 
 TASK = "filler"

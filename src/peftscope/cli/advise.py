@@ -49,7 +49,7 @@ def advise_command(
     """Say which method, settings, batch and length to take, what that costs, and what each line rests on."""
     from peftscope.cli.lengths import items_asked
     from peftscope.hardware.cards import find_gpu
-    from peftscope.memory.question import describe_model
+    from peftscope.memory.base import describe_model
     from peftscope.report.advice.advise import advise
     from peftscope.report.advice.rules import Priority, known_findings, read_rules
     from peftscope.report.advice.settings import USUAL_LENGTH, Situation

@@ -19,6 +19,7 @@ from peftscope.cli.console import FITS, wide_console, with_progress
 from peftscope.errors import InputError, Problem, how_to_install, needs
 from peftscope.execution.libraries import offline, quiet_libraries
 from peftscope.files.content import parse_json
+from peftscope.memory.base import describe_model
 from peftscope.memory.question import (
     BESIDE_OPTIONS,
     DEFAULTS,
@@ -27,7 +28,6 @@ from peftscope.memory.question import (
     Beside,
     Question,
     ask,
-    describe_model,
     preset_or_modules,
 )
 from peftscope.methods import METHODS

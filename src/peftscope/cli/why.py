@@ -16,16 +16,8 @@ import typer
 from peftscope.cli.console import FITS, wide_console
 from peftscope.cli.memory import AsJson, Gpus, RunCommand, peaks_of_question, run_options
 from peftscope.errors import InputError, Problem, close_match, needs
-from peftscope.memory.question import (
-    BESIDE_OPTIONS,
-    METHOD_OPTIONS,
-    SPEC_OPTIONS,
-    Model,
-    Question,
-    ask,
-    describe_model,
-    options_of,
-)
+from peftscope.memory.base import Model, describe_model
+from peftscope.memory.question import BESIDE_OPTIONS, METHOD_OPTIONS, SPEC_OPTIONS, Question, ask, options_of
 from peftscope.methods import METHODS
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import Any
 
 from peftscope.data.tasks import item_tokens
 from peftscope.memory.answer import peaks_by_formula
-from peftscope.memory.question import Model, Question
+from peftscope.memory.base import Model
+from peftscope.memory.question import Question
 from peftscope.methods import METHODS
 from peftscope.models.catalog import find_model
 from peftscope.planning.estimate import estimate_seconds

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from peftscope.data.tasks import item_tokens
 from peftscope.hardware.cards import GIB, Fits, Gpu, known_card, speed_of
 from peftscope.memory.answer import Peaks, peaks_by_formula
-from peftscope.memory.question import Model, Question
+from peftscope.memory.base import Model
+from peftscope.memory.question import Question
 from peftscope.memory.shares import RESIDENT
 from peftscope.models.catalog import find_model
 from peftscope.models.shapes import ModelShape

@@ -14,7 +14,8 @@ from typing import Any
 
 from peftscope.errors import InputError, Problem, shown
 from peftscope.hardware.cards import Gpu
-from peftscope.memory.question import METHOD_OPTIONS, SCALED_LOGITS, Model, Question, ask, describe_model
+from peftscope.memory.base import Model, describe_model
+from peftscope.memory.question import METHOD_OPTIONS, SCALED_LOGITS, Question, ask
 from peftscope.methods import METHODS
 from peftscope.sizing.jobs import SUPERVISED, job_of
 from peftscope.sizing.reading import Reading, exists, flatten, read_content, read_rows, spoken

@@ -6,7 +6,8 @@ import pandas as pd
 
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.memory.answer import peaks_by_formula
-from peftscope.memory.question import ask, describe_model
+from peftscope.memory.base import describe_model
+from peftscope.memory.question import ask
 from peftscope.memory.trace import by_kind
 from peftscope.methods import METHODS
 from peftscope.sizing.fit import options_of_method

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from peftscope.errors import InputError
 from peftscope.hardware.cards import GPUS, find_gpu
 from peftscope.memory.answer import Peaks, answer_of, peaks_by_formula
+from peftscope.memory.base import describe_model
 from peftscope.memory.formula.step import without_collector
 from peftscope.memory.question import (
     BESIDE_OPTIONS,
@@ -24,7 +25,6 @@ from peftscope.memory.question import (
     Beside,
     Question,
     ask,
-    describe_model,
     preset_or_modules,
 )
 from peftscope.memory.trace import KINDS, by_kind

@@ -20,7 +20,8 @@ from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import tiny_llama, token_ids
 from peftscope.hardware.cards import CONTEXT_BYTES, Gpu, find_gpu
 from peftscope.memory.answer import Answer, Peaks, answer_by_formula, peaks_by_formula
-from peftscope.memory.question import Question, ask, describe_model
+from peftscope.memory.base import describe_model
+from peftscope.memory.question import Question, ask
 from peftscope.memory.simulate import answer_by_simulation
 from peftscope.methods.fields import target_modules
 from peftscope.sizing.fit import Needs, Search, options_of_method

@@ -9,7 +9,7 @@ from typing import Any
 from peftscope.errors import InputError
 from peftscope.hardware.cards import speed_of
 from peftscope.memory.answer import answer_by_formula
-from peftscope.memory.question import describe_model
+from peftscope.memory.base import describe_model
 from peftscope.report.advice.options import LENGTHS, SHORTER, Fitter, Option, cards_by_memory, changed, smaller_models
 from peftscope.report.advice.rules import Findings, Rules, Standing
 from peftscope.report.advice.settings import BITS_PER_PARAMETER, Line, Settings, Situation, settings_for

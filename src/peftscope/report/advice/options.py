@@ -8,7 +8,8 @@ from itertools import combinations
 from typing import Any
 
 from peftscope.hardware.cards import GPUS, Fits, Gpu
-from peftscope.memory.question import Model, Question, ask
+from peftscope.memory.base import Model
+from peftscope.memory.question import Question, ask
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
 from peftscope.planning.forecast import Forecaster, token_flops

@@ -9,7 +9,7 @@ from typing import Any
 
 from peftscope.errors import InputError, Problem
 from peftscope.hardware.cards import Gpu
-from peftscope.memory.question import Model
+from peftscope.memory.base import Model
 from peftscope.methods import METHODS
 from peftscope.methods.fields import target_modules
 from peftscope.methods.low_rank import low_rank_parameters

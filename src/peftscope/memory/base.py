@@ -1,0 +1,165 @@
+"""The base model of a question about memory: a preset, a config.json, or a hub id. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from peftscope.errors import InputError, Problem, shown
+from peftscope.files.content import parse_json, read_text
+from peftscope.files.hub import check_reached, mirrored
+from peftscope.models.presets import PRESETS, did_you_mean, same_shape
+from peftscope.models.shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class Model:
+    """A base model, as far as it decides memory.
+
+    Attributes:
+        name: The name, as the question gave it.
+        config: The content of its ``config.json``.
+        shape: Its sizes, or None if the closed form does not know its family.
+        why_no_shape: The reason why there is no shape.
+        variant_of: The preset that it is a variant of by its name, if its own configuration was not read.
+    """
+
+    name: str
+    config: dict[str, Any]
+    shape: ModelShape | None
+    why_no_shape: str = ""
+    variant_of: str = ""
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """The longest sequence that its positions allow, or None if its configuration states no limit."""
+        limits = [self.config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+        return next((limit for limit in limits if isinstance(limit, int)), None)
+
+
+def describe_model(name: str) -> Model:
+    """Returns the model with this name: a preset, the path of a ``config.json``, a name in models.yaml, or a hub id.
+
+    Raises:
+        InputError: The name is none of these, or the model's configuration cannot be read.
+    """
+    by_hub_id = {preset.hub_id.lower(): preset.shape for preset in PRESETS.values()}
+    shape = PRESETS[name.lower()].shape if name.lower() in PRESETS else by_hub_id.get(name.lower())
+    if shape is not None:
+        return Model(name, shape.to_config(), shape)
+    path = Path(name)
+    if path.suffix == ".json" or _is_folder(path):
+        return _read_config(name, path / "config.json" if _is_folder(path) else path)
+    if name.startswith((".", "/", "~")):
+        raise InputError(Problem("model", f"no such file or folder: {name}", "give the path of a config.json"))
+    entry_shape = _catalogued(name)
+    if entry_shape is not None:
+        return Model(name, entry_shape.to_config(), entry_shape)
+    if not _in_mirror(name) and (same := same_shape(name)):
+        shape = PRESETS[same].shape
+        return Model(name, shape.to_config(), shape, variant_of=same)
+    if "/" not in name:
+        hint = f"{did_you_mean(name, PRESETS)}; or give the path of a config.json, or a hub id org/name"
+        raise InputError(Problem("model", f"unknown model (got {name!r})", hint))
+    return _read_config(name, _downloaded_config(name))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # the name is too long for a path
+        return False
+
+
+def _catalogued(name: str) -> ModelShape | None:
+    """Returns the shape of a model of models.yaml, or None if the file is missing or does not know the shape."""
+    from peftscope.models.catalog import find_model
+
+    try:
+        return find_model(name).shape
+    except InputError:
+        return None
+
+
+def _in_mirror(name: str) -> bool:
+    folder = mirrored(name) if "/" in name else None
+    return folder is not None and (folder / "config.json").is_file()
+
+
+def _downloaded_config(hub_id: str) -> Path:
+    if _in_mirror(hub_id):
+        return Path(str(mirrored(hub_id))) / "config.json"
+    remedy = "give a preset (`peftscope models` lists them), or the path of its config.json"
+    try:
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    except ModuleNotFoundError:
+        message = f"the config.json of {hub_id!r} is on the hub, and huggingface_hub is not installed"
+        raise InputError(Problem("model", message, f"pip install huggingface_hub, or {remedy}")) from None
+
+    if isinstance(cached := try_to_load_from_cache(hub_id, "config.json"), str):
+        return Path(cached)
+    check_reached(f"model: the config.json of {hub_id!r}", remedy)
+    try:
+        return Path(hf_hub_download(hub_id, "config.json"))
+    except Exception as error:  # network and hub fail in many ways, and the user needs one line
+        kind = type(error).__name__
+        said = {
+            "GatedRepoError": "its owner has to let you in (`hf auth login`)",
+            "RepositoryNotFoundError": "the hub has no such model",
+        }
+        reason = said.get(kind, f"the hub refuses it ({kind})")
+        raise InputError(Problem("model", f"cannot fetch the config.json of {hub_id!r}: {reason}", remedy)) from None
+
+
+def _read_config(name: str, path: Path) -> Model:
+    try:
+        config = parse_json(read_text(path), str(path))
+    except InputError as error:
+        raise InputError(replace(problem, where=f"model: {problem.where}") for problem in error.problems) from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError(Problem("model", f"{path} has no `model_type`", "give the config.json of a causal model"))
+    if reason := _not_modelled(config):
+        raise InputError(Problem("model", f"{path}: {reason[0]}", reason[1]))
+    try:
+        return Model(name, config, ModelShape.from_config(config))
+    except KeyError as error:
+        remedy = "give the config.json of a causal model"
+        raise InputError(Problem("model", f"{path}: `{error.args[0]}` is missing", remedy)) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ": ".join((str(path), *map(str, first["loc"])))
+        message = first["msg"].removeprefix("Value error, ")
+        got = "" if isinstance(first["input"], dict) else f" (got {shown(first['input'])})"
+        raise InputError(Problem("model", f"{where}: {message}{got}")) from None
+    except ValueError as error:
+        return Model(name, config, None, str(error))
+    except (TypeError, ZeroDivisionError):
+        remedy = "check that all its sizes are whole numbers above 0"
+        raise InputError(Problem("model", f"{path} does not describe a model", remedy)) from None
+
+
+ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "albert", "electra", "deberta", "deberta-v2", "modernbert")
+"""The most used families of encoders, by ``model_type``."""
+
+
+def _not_modelled(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Returns why a configuration is not that of a causal model in plain weights, and what to do, or None."""
+    names = config.get("architectures")
+    name = next(iter(names if isinstance(names, list) else []), config["model_type"])
+    causal = "give the config.json of a causal model"
+    if config.get("is_encoder_decoder"):
+        return f"{name} is an encoder-decoder, which is not modelled", causal
+    if config["model_type"] in ENCODERS:
+        return f"{name} is an encoder, which is not modelled", causal
+    if re.search(r"For(Sequence|Token)Classification$|ForQuestionAnswering$", str(name)):
+        return f"{name} has another head than a causal model, which is not modelled", causal
+    stored = config.get("quantization_config")
+    if isinstance(stored, dict):
+        how = stored.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in stored else "unknown")
+        return f"a checkpoint that is quantised ({how}) is not modelled", "give the config.json of its 16-bit base"
+    return None
