@@ -224,8 +224,7 @@ def _why_it_failed(question: Question, error: Exception) -> tuple[str, str, str]
     if said.startswith("Target modules"):
         return "targets", f"it has none of the modules {', '.join(question.spec.method.modules_named())}", "name others"
     if "dtype" in said:
-        remedy = "make them one type, or give --precision amp or --adapter-dtype base"
-        return "method", "a product has factors of two types, as the method builds them", remedy
+        return "method", "it multiplies numbers of two types", "give --precision amp or --adapter-dtype base"
     return "model", f"its code ended with {type(error).__name__} where tensors have no data", "run it: a run measures"
 
 
