@@ -105,7 +105,7 @@ WORLDS: list[tuple[str, str, dict[str, Any], peft.World]] = [
     ("S79", "resuming.resumed_run_difference", {"restored": ALL_STATE}, numbers.forgetful_optimizer),
     ("S81", "combining.combination_error", {"combination": "cat"}, peft.sums_with_the_old_scale),
     ("S83", "combining.methods_known", {}, peft.no_ia3),
-    ("P58", "merging.gain_lost", {"into": "16-bit base"}, numbers.poor_nf4_in_adapted_models),
+    ("P58", "merging.gain_lost", {"into": "16-bit base"}, numbers.base_on_the_grid),
     ("S76", "snippet.exception_of_snippet", {"also_imported": []}, peft.snippet_with_its_import),
 ]
 """A claim, a check with some of its parameters, and the world in which the last such part is decided otherwise."""
@@ -175,7 +175,7 @@ QUICKER = {
     "gradients.share_of_growing_steps": {"steps": 5},
     "memory.share_of_peak": {"how": "formula"},
     "merging.extra_flops": {"preset": "smollm2-135m"},
-    "merging.gain_lost": {"batches": [2], "steps": 20},
+    "merging.gain_lost": {"batches": [64], "steps": 100},
     "counts.packed_gigabytes": {"rows": 512, "columns": 512},
     "gradients.gradient_from_zero": {"steps": 2},
     "scaling.smallest_growth": {"steps": 3},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import bitsandbytes
@@ -114,10 +115,11 @@ integers_of_16_levels = instead(
 nothing_to_fit = instead(codes, "_fitted", lambda block: codes.CodeBook("nf4"))
 
 
-def poor_nf4_in_adapted_models(patch: pytest.MonkeyPatch) -> None:
-    """NF4 rounds as in ``poor_nf4``, and adapters are trained on it anew."""
+def base_on_the_grid(patch: pytest.MonkeyPatch) -> None:
+    """The 16-bit base holds what 4 bits hold, so that nothing is lost between the two."""
     merging._merged_losses.cache_clear()
-    poor_nf4(patch)
+    on_the_grid = merging._dequantised_llama()
+    patch.setattr(merging, "tiny_llama", lambda dtype: deepcopy(on_the_grid))
 
 
 def large_constants(patch: pytest.MonkeyPatch) -> None:

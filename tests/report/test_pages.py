@@ -125,4 +125,4 @@ class TestPages:
         Elements(path.read_text()).check()
         text = path.with_suffix(".md").read_text()
         assert "<script" not in text and "<img" not in text
-        assert text.count("<details>") == text.count('<summary><a id="S1">') == text.count("</details>") == 1
+        assert text.count("<details>") == text.count('<summary><b id="S1">') == text.count("</details>") == 1

@@ -17,9 +17,10 @@ from peftscope.words import MIB
 SHAPES = [PRESETS[name].shape.model_copy(update={"num_layers": 2}) for name in ("smollm2-135m", "qwen2.5-0.5b")]
 
 
+@pytest.mark.slow
 def test_fit_and_memory_never_contradict_each_other() -> None:
     draw, verdicts = Random(0), []
-    for _ in range(24):
+    for _ in range(300):
         model, method = model_of(draw.choice(SHAPES)), draw.choice(TRAINED)
         options: dict[str, Any] = {
             "batch_size": draw.randint(1, 16),

@@ -264,7 +264,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     ('did you mean `llama-2-7b`?', '`peftscope models` lists the known ones')
     """
     asked = _family(name)
-    kin = [other for other in known if other.startswith(name.lower()) or _are_kin(asked, _family(other))]
+    known = list(known)
+    longer = [other for other in known if other.startswith(name.lower())]
+    kin = longer or [other for other in known if _are_kin(asked, _family(other))]
     return close_match(name.lower(), kin) or "`peftscope models` lists the known ones"
 
 

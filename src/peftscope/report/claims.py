@@ -113,6 +113,8 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
     parts = sorted(finding["parts"], key=lambda part: part["role"] == "beside")
     open_parts = [part for part in deciding(finding) if part["verdict"] == Verdict.OPEN]
     key = key_part(finding)
+    others = [part for part in deciding(finding) if part["found"] is not None and part is not key]
+    worlds = {part["model"] for part in deciding(finding) if part["kind"] == "training" and part["found"] is not None}
     curves = [(f"{claim.id}-{number}", part) for number, part in enumerate(parts) if part["curves"]]
     return {
         "claim": claim,
@@ -121,10 +123,9 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
         "drawing": interval(key) if key else "",
         "short": short_scope(claim.scope),
         "found": spoken_finding(finding),
-        "worlds": {
-            part["model"] for part in deciding(finding) if part["kind"] == "training" and part["found"] is not None
-        }
-        or {NO_WORLD},
+        "also": spoken_finding({"parts": others}) if others else "",
+        "told_known": finding["known"].replace(f" on {min(worlds)}", "") if len(worlds) == 1 else finding["known"],
+        "worlds": worlds or {NO_WORLD},
         "instead": (claim.correction or " ") if verdict in (Verdict.WRONG, Verdict.IN_PART) else "",
         "advice": claim.advice.get(verdict, ""),
         "decider": what_would_decide(claim, finding),

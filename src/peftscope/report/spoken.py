@@ -83,11 +83,9 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
 
 
 def spoken_moves(finding: dict[str, Any]) -> str:
-    """Returns a sentence for each change of the rule that moved the verdict after its result was seen; or nothing."""
-    return " ".join(
-        f"Until {move['date']} it was “{move['from']}”, by a rule that was changed after its result was seen."
-        for move in finding["moved"]
-    )
+    """Returns a sentence on the changes of the rule that moved the verdict after its result was seen; or nothing."""
+    before = ", ".join(f"“{move['from']}” until {move['date']}" for move in finding["moved"])
+    return before and f"Before its rule was changed, after the result: {before}."
 
 
 def told(finding: dict[str, Any], statement: str) -> list[str]:
