@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
+import pytest
 from test_memory import TRAINED, model_of
 
 from peftscope.hardware.cards import Gpu
