@@ -187,4 +187,4 @@ def test_claims_read_without_javascript(open_page: Open) -> None:
     assert not first.locator(".parts").is_visible()
     first.locator("summary .statement").click()
     assert first.locator(".parts").is_visible()
-    assert page.locator("#corrections + p + ul li").count() > 3
+    assert page.locator("#for-people-who-learned-from-the-chapter + p + ul li").count() > 3
