@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 
-MODULES = 46
-"""Modules that a run of LoRA passes through. A task's sources, the log and the limits of files are three of them."""
+MODULES = 47
+"""Modules that a run of LoRA passes through, the sources of tasks, the log and the prediction's assumptions included."""
 
 RETURNS = 57
 """Times that a run comes back to a module where it was: the task says what it is judged on, and how it is scored; the
