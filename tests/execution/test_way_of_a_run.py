@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 MODULES = 47
-"""Modules that a run of LoRA passes through, the sources of tasks, the log and the prediction's assumptions included."""
+"""Modules that a run of LoRA passes through, the log and what the prediction assumes included."""
 
 RETURNS = 57
 """Times that a run comes back to a module where it was: the task says what it is judged on, and how it is scored; the
