@@ -115,7 +115,7 @@ def test_the_readme_shows_the_published_verdicts(tmp_path, repository, monkeypat
     anchors = re.findall(r"claims\.md#([SP]\d+)", shown)
     assert len(anchors) == MOST_SURPRISES
     page = (repository / "reports/published/claims.md").read_text()
-    assert all(f'<a id="{anchor}">' in page for anchor in anchors)
+    assert all(f'<b id="{anchor}">' in page for anchor in anchors)
 
     findings = deepcopy(published_findings())
     surprises = read_content(list(claims())).first
