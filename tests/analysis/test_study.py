@@ -900,6 +900,20 @@ def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(wri
         restore("smoke")
 
 
+def test_an_arm_that_has_run_is_published_with_its_further_rates_before_the_others(write_study_file) -> None:
+    write_study_file(**TUNED)
+    record_tuning()
+    choose_rates(expand("mine"), 0)
+    for run in members("rates-lora"):
+        record(run, heldout=1.0 - 100 * expand("mine").runs[run].learning_rate)  # the best rate is the highest
+    for run in [run for run, spec in expand("mine").runs.items() if spec.method.name == "none"]:
+        record(run, heldout=2.0)
+    publish("mine")
+    assert {expand("mine").runs[run].learning_rate for run in members("rates-lora")} == {5.8e-4, 1e-3, 1.7e-3, 3e-3}
+    assert {expand("mine").runs[run].learning_rate for run in members("rates-full")} == {5.8e-5, 1e-4, 1.7e-4}
+    assert not Path("results/mine/rates-2.json").exists()  # nothing ran at the rate that was added
+
+
 def test_the_first_runs_of_a_study_are_published_before_a_rate_is_chosen(write_study_file) -> None:
     write_study_file(**TUNED)
     with pytest.raises(InputError, match="not finished"):

@@ -6,6 +6,7 @@ three rates with the seeds of all arms. If its lowest held-out loss lies at an e
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Rate:
         return len(self.losses) > 1
 
 
-def choose_rates(sweep: Sweep, number: int) -> Path:
+def choose_rates(sweep: Sweep, number: int, *, finished_only: bool = False) -> Path:
     """Writes the rates at which each arm runs or, after the last of ``ROUNDS``, the best of them.
 
     A run that diverged counts with the loss of the untouched base. An arm gets no rate if one of its runs ran out of
@@ -57,6 +58,7 @@ def choose_rates(sweep: Sweep, number: int) -> Path:
     Args:
         sweep: The study.
         number: 0 for three rates around each centre, then one more where the lowest loss lies at an end.
+        finished_only: Whether arms with a run that has not ended are left out; it is an error otherwise.
 
     Raises:
         InputError: The experiment is no study, a record is missing, a run failed, or an arm diverged at all rates.
@@ -66,11 +68,15 @@ def choose_rates(sweep: Sweep, number: int) -> Path:
         raise no_study(sweep.name)
     groups = {comparison.name: comparison.runs for comparison in sweep.comparisons}
     from_runs = runs_to_choose_from(sweep, number)
+    first = json.loads(rates_path(sweep.name, 0).read_text())["arms"] if number else {}
+    centres = {arm: said["rates"][1] for arm, said in first.items() if said["rates"]}
     chosen: dict[str, Any] = {}
     for entrant in study.entrants:
         if entrant.name not in from_runs:
             continue  # it is not tuned, or the experiment excludes all of its runs
         runs = from_runs[entrant.name]
+        if finished_only and not _have_ended(runs):
+            continue
         listed = groups.get(TUNING + entrant.name, ())
         tried, now = _records(sweep, listed), _records(sweep, runs)
         said: dict[str, Any] = {"chosen_from": list(runs), "tried": _entries(tried)}
@@ -79,9 +85,11 @@ def choose_rates(sweep: Sweep, number: int) -> Path:
         elif number:
             losses = {rate: trimmed_mean(values) for rate, values in _losses(now, _base_loss(sweep)).items()}
             best = min(losses, key=lambda rate: losses[rate])
-            beyond = {min(losses): rounded(min(losses) / STEP), max(losses): rounded(max(losses) * STEP)}
-            more = [beyond[best]] if best in beyond and number < ROUNDS else []
-            said |= {"rates": sorted([*losses, *more]), "learning_rate": best}
+            rates = sorted(losses)
+            steps = rates.index(best) - rates.index(centres[entrant.name])
+            at_end = best in (rates[0], rates[-1]) and number < ROUNDS
+            more = [rounded(centres[entrant.name] * STEP ** (steps + math.copysign(1, steps)))] if at_end else []
+            said |= {"rates": sorted([*rates, *more]), "learning_rate": best}
         else:
             said |= {"rates": around(study.centres.get(entrant.name) or _centre(sweep, study, entrant.arm, tried))}
         chosen[entrant.name] = said
@@ -102,6 +110,21 @@ def choose_next(sweep: Sweep) -> Path:
         if not all(record_path(run).is_file() for run in sweep.runs):
             break
     return path
+
+
+def choose_for_finished(sweep: Sweep) -> Sweep:
+    """Chooses further rates for arms whose runs have ended, before the others have, and returns the sweep with them."""
+    bases = [run for run, spec in sweep.runs.items() if spec.method.name == "none"]
+    for number in range(1, ROUNDS):
+        ready = rates_path(sweep.name, number - 1).is_file() and _have_ended(bases)
+        if ready and any(map(_have_ended, runs_to_choose_from(sweep, number).values())):
+            choose_rates(sweep, number, finished_only=True)
+            sweep = expand(sweep.name, next(iter(sweep.runs.values())).device)
+    return sweep
+
+
+def _have_ended(runs: Iterable[str]) -> bool:
+    return all(record_path(run).is_file() for run in runs)
 
 
 def _records(sweep: Sweep, runs: Iterable[str]) -> dict[str, RunRecord]:

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from peftscope.analysis.collect import collect_experiment, read_runs
+from peftscope.analysis.tuning import choose_for_finished
 from peftscope.analysis.weights import measured_runs, weights_path
 from peftscope.claims.ledger import read_history, read_ledger
 from peftscope.claims.stored import read_findings, unexplained_changes
@@ -138,6 +139,7 @@ def publish_experiment(experiment: str) -> list[Path]:
 
 def _publish_unfinished(sweep: Sweep) -> list[Path]:
     """Publishes the finished runs of an unfinished study without a report, so that ``restore`` can continue it."""
+    sweep = choose_for_finished(sweep)
     experiment = sweep.name
     collect_experiment(sweep)
     source, results = results_folder(experiment), PUBLISHED_RESULTS / experiment
