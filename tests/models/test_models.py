@@ -72,6 +72,8 @@ def test_presets_and_their_hub_ids_are_models_of_known_shape() -> None:
     assert find_model("smollm2-135m").source.kind == "wheel"  # models.yaml comes first
     with pytest.raises(InputError, match=r"did you mean `llama-3\.2-1b`"):
         find_model("llama-3.2-1")
+    with pytest.raises(InputError, match=r"did you mean `llama-4-scout`"):
+        describe_model("llama-4")
 
 
 @pytest.mark.parametrize("name", ["llama-5", "deepseek-v2", "qwen3-vl-8b", "qwen2.5-vl-7b", "gemma-3n", "gpt-j-6b"])

@@ -260,8 +260,10 @@ def _bare(name: str) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns "did you mean ...?" for a name of the same family and version, or where the known ones are listed.
 
-    >>> did_you_mean("lama-2-7b", PRESETS), did_you_mean("llama-4", PRESETS)
-    ('did you mean `llama-2-7b`?', '`peftscope models` lists the known ones')
+    A name that goes on from the one that was asked for comes before one that is alike.
+
+    >>> did_you_mean("lama-2-7b", PRESETS), did_you_mean("qwen3-30b", PRESETS), did_you_mean("llama-4", PRESETS)
+    ('did you mean `llama-2-7b`?', 'did you mean `qwen3-30b-a3b`?', '`peftscope models` lists the known ones')
     """
     asked = _family(name)
     known = list(known)
