@@ -16,7 +16,8 @@ from peftscope.hardware.cards import GPUS, SPEEDS, Speed, find_gpu
 from peftscope.memory.base import describe_model
 from peftscope.memory.question import Question, ask
 from peftscope.sizing.cheapest import on_cards, read_prices
-from peftscope.sizing.speed import FITTED_FILE, Schedule, duration, fitted, passes_of, step_time
+from peftscope.sizing.duration import Schedule, duration
+from peftscope.sizing.speed import FITTED_FILE, fitted, passes_of, step_time
 
 
 def asked(gpu: str = "a100-80gb", gpus: int = 1, **options: Any) -> Question:

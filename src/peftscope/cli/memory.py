@@ -206,7 +206,7 @@ def memory_command(
     from peftscope.cli.lengths import items_asked, tell_lengths
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.answer import answer_of
-    from peftscope.sizing.speed import Schedule, duration, time_json
+    from peftscope.sizing.duration import Schedule, duration, time_json
 
     schedule = Schedule(examples, epochs, price_per_hour, tflops, bandwidth)
     card, given = None if gpu is None else find_gpu(gpu), {"method": method, **options}
@@ -315,8 +315,8 @@ def fit(
 ) -> None:
     """Say which methods fit on a card, with what is left, the largest sizes, and what to do where nothing fits."""
     from peftscope.hardware.cards import find_gpu
+    from peftscope.sizing.duration import Schedule
     from peftscope.sizing.fit import fit_methods, known_methods, not_searched
-    from peftscope.sizing.speed import Schedule
 
     names = [name.strip() for name in f"{model or ''},{models or ''}".split(",") if name.strip()]
     if not names:
@@ -355,7 +355,7 @@ def cheapest(
 ) -> None:
     """Say on which known card a run is cheapest: the cards that it fits on, with its time and cost on each."""
     from peftscope.sizing.cheapest import on_cards, read_prices
-    from peftscope.sizing.speed import Schedule
+    from peftscope.sizing.duration import Schedule
 
     priced, schedule = read_prices(prices), Schedule(examples, epochs)
     if figure and not priced:

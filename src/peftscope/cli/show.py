@@ -23,10 +23,10 @@ from peftscope.words import counted, spoken_bytes, spoken_number, spoken_time
 if TYPE_CHECKING:
     from peftscope.sizing.cheapest import OnCard
     from peftscope.sizing.config_file import Reading
+    from peftscope.sizing.duration import Duration, Range
     from peftscope.sizing.lengths import LengthsAnswer
     from peftscope.sizing.oom import Diagnosis
     from peftscope.sizing.remedies import Remedy
-    from peftscope.sizing.speed import Duration, Range
     from peftscope.sizing.why import Why
 
 SHOWN = 8

@@ -12,7 +12,7 @@ from peftscope.hardware.cards import GPUS, SPEEDS, Fits, Gpu, find_gpu, known_sp
 from peftscope.memory.answer import peaks_by_formula
 from peftscope.memory.formula.step import TrainingTraces
 from peftscope.memory.question import Question
-from peftscope.sizing.speed import Duration, Schedule, duration, time_json
+from peftscope.sizing.duration import Duration, Schedule, duration, time_json
 
 
 @dataclass(frozen=True)

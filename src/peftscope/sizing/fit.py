@@ -22,8 +22,8 @@ from peftscope.memory.shares import RESIDENT
 from peftscope.memory.trace import by_kind, bytes_of, factors
 from peftscope.methods import METHODS
 from peftscope.sizing.changes import mildest_change
+from peftscope.sizing.duration import Duration, Schedule, duration, time_json
 from peftscope.sizing.search import largest
-from peftscope.sizing.speed import Duration, Schedule, duration, time_json
 
 LARGEST_BATCH_SIZE = 4096
 LARGEST_RANK = 1024

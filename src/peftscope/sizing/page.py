@@ -31,8 +31,8 @@ from peftscope.memory.trace import KINDS, by_kind
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
 from peftscope.models.presets import PRESETS
+from peftscope.sizing.duration import Schedule, duration, time_json
 from peftscope.sizing.fit import fit_methods, known_methods
-from peftscope.sizing.speed import Schedule, duration, time_json
 from peftscope.sizing.why import compare
 from peftscope.spec import RunSpec
 

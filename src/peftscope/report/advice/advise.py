@@ -13,7 +13,7 @@ from peftscope.memory.base import describe_model
 from peftscope.report.advice.options import LENGTHS, SHORTER, Fitter, Option, cards_by_memory, changed, smaller_models
 from peftscope.report.advice.rules import Findings, Rules, Standing
 from peftscope.report.advice.settings import BITS_PER_PARAMETER, Line, Settings, Situation, settings_for
-from peftscope.sizing.speed import unvalidated
+from peftscope.sizing.duration import unvalidated
 from peftscope.words import spoken_bytes, spoken_time
 
 MOST_CARDS = 8
