@@ -136,6 +136,16 @@ def test_a_processors_results_never_decide(tmp_path: Path) -> None:
     assert found.verdict == Verdict.NOT_RUN and "method dora, targets all-linear, batch_size 1" in found.reason
 
 
+def test_times_of_a_card_without_bf16_never_decide(tmp_path: Path) -> None:
+    runs = both(DORA, PLAIN, SLOWER, ONE)
+    write_card(tmp_path, runs, "Tesla T4")
+    found = judged(part_of("S88"), tmp_path)
+    assert found.verdict == Verdict.NOT_RUN and "Tesla T4 computes no bf16 products" in found.reason
+    write_card(tmp_path, runs, "NVIDIA L4")
+    measured = judged(part_of("S88"), tmp_path).found
+    assert measured is not None and measured.n == 1 and "T4" not in measured.model
+
+
 def test_without_results_it_says_what_to_run(tmp_path: Path) -> None:
     found = judged(part_of("S88"), tmp_path / "nothing")
     assert found.verdict == Verdict.NOT_RUN and "make gpu-check" in found.reason

@@ -235,5 +235,15 @@ def known_card(device_name: str) -> Gpu | None:
     return GPUS[max(contained, key=len)] if contained else None
 
 
+def without_bf16(device_name: str) -> bool:
+    """Returns whether a card, by the name that torch gives it, is known to compute no bf16 products itself.
+
+    >>> without_bf16("Tesla T4"), without_bf16("NVIDIA L4")
+    (True, False)
+    """
+    card = known_card(device_name)
+    return card is not None and card.before_ampere
+
+
 def _plain(name: str) -> str:
     return re.sub(r"nvidia|geforce|tesla|sxm\d*|[\s_-]", "", name.lower())

@@ -14,6 +14,7 @@ from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
 from peftscope.analysis.weights import collect_weights, weights_path
 from peftscope.errors import InputError
+from peftscope.hardware.cards import without_bf16
 from peftscope.layout import MEMORY_FOLDER, record_path, report_path, results_folder, run_folder
 from peftscope.planning.experiment import Study, experiment_path, read_experiment
 from peftscope.planning.plan import Plan
@@ -227,6 +228,9 @@ def _warnings(runs: pd.DataFrame) -> list[str]:
             "Some of these runs computed products of bf16 matrices natively, others in fp32. Their losses differ by "
             "rounding, and their speeds are not comparable."
         )
+    if cards := [card for card in runs["gpu"].dropna().unique() if without_bf16(card)]:
+        named = ", ".join(cards)
+        found.append(f"{named} computes no bf16 products itself: compare the memory of these runs, not their times.")
     unfinished = runs[runs["status"] != "ok"]
     if len(unfinished):
         found.append(

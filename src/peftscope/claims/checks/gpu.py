@@ -14,6 +14,7 @@ from typing import Any, Literal
 from peftscope.analysis.cards import Row, find_run, is_contributed, quartiles, read_cards
 from peftscope.analysis.stats import median_ratio_interval
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
+from peftscope.hardware.cards import without_bf16
 from peftscope.layout import CONTRIBUTED_RESULTS, PUBLISHED_RESULTS, RESULTS
 
 MODEL = "llama-2-7b"
@@ -161,7 +162,11 @@ def _most_extreme(
 
 
 def _cards(results: Iterable[str]) -> dict[str, list[Row]]:
+    """Returns the runs of each card whose times can decide a claim."""
     cards = read_cards(map(Path, results))
     if not cards:
         raise NotRunError("no run on a CUDA card; run make gpu-check on a machine with one")
-    return cards
+    timed = {card: rows for card, rows in cards.items() if not without_bf16(card)}
+    if not timed:
+        raise NotRunError(f"{', '.join(cards)} computes no bf16 products itself: its memory counts, its times do not")
+    return timed
