@@ -30,16 +30,17 @@ def test_the_notebook_of_a_borrowed_card_runs_on_a_processor(
     said = [_execute("".join(cell["source"]), names, repository) for cell in cells if cell["cell_type"] == "code"]
     clone, setup, check, tables, contribute, send = said
     assert not clone and Path.cwd() == tmp_path / "peftscope"
-    assert "torch" in setup and "2 of 2" in check and "report.html" in check
+    assert "torch" in setup and check.count("ok after") == 2 and "report.html" in check
     assert not tables and len(shown) > 1 and min(map(len, shown)) > FEWEST_BYTES
-    assert "on a machine with a CUDA card" in contribute and contribute == send and not Path("results/contributed").exists()
+    assert "on a machine with a CUDA card" in contribute and contribute == send
+    assert not Path("results/contributed").exists()
 
 
 def _leave_two_runs() -> None:
     experiment = Path("experiments/gpu-check-cpu.yaml")
     others = ("full", "dora", "adalora", "qlora", "batch_size: 4", "memory_limit_gib")
-    lines = experiment.read_text().splitlines()
-    experiment.write_text("\n".join(line for line in lines if not ("{" in line and any(other in line for other in others))))
+    kept = [line for line in experiment.read_text().splitlines() if not any(other in line for other in others)]
+    experiment.write_text("\n".join(kept))
 
 
 def _execute(source: str, names: dict[str, Any], repository: Path) -> str:
