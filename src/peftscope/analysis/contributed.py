@@ -17,7 +17,7 @@ from peftscope.analysis.collect import row_of
 from peftscope.data.tasks import find_task
 from peftscope.errors import InputError, Problem, shown
 from peftscope.files.atomic import finite, write_json
-from peftscope.files.content import parse_json
+from peftscope.files.content import parse_json, read_text
 from peftscope.layout import CONTRIBUTED_RESULTS, MODELS_FILE, NAME_PATTERN, record_path, run_folder
 from peftscope.models.catalog import find_model
 from peftscope.planning.published import LARGEST_BYTES, all_published_records
@@ -202,13 +202,7 @@ def read_contribution(path: Path) -> Contribution:
         InputError: The file cannot be read, was changed, has another schema, names a place, or is not plausible.
     """
     where, remedy = str(path), "make it again with `peftscope contribute`"
-    try:
-        if path.stat().st_size > LARGEST_BYTES:
-            raise InputError(Problem(where, f"has more than {LARGEST_BYTES:,} bytes"))
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise InputError(Problem(where, f"cannot be read: {error}", remedy)) from None
-    content = parse_json(text, where)
+    content = parse_json(read_text(path, LARGEST_BYTES), where)
     if not isinstance(content, dict) or content.get("contribution_version") != 1:
         raise InputError(Problem(where, "not a contribution of version 1", remedy))
     checksum = content.pop(CHECKSUM, "")
