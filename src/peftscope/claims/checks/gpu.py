@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,10 +95,7 @@ def _over_batches(
     measured: str = "status",
 ) -> Measurement:
     """Returns the most extreme ratio over batch sizes and cards: ours, or if none of them has measured, contributed."""
-
-    def on(folders: Iterable[str]) -> Measurement:
-        return _most_extreme(runs, batch_sizes, compare, extreme, model, _cards(folders), measured)
-
+    on = partial(_most_extreme, runs, batch_sizes, compare, extreme, model, measured)
     try:
         return on(folder for folder in results if not is_contributed(folder))
     except NotRunError as missing:
@@ -114,13 +112,16 @@ def _most_extreme(
     compare: Callable[..., list[Found]],
     extreme: Extreme,
     model: str,
-    cards: dict[str, list[Row]],
     measured: str,
+    folders: Iterable[str],
 ) -> Measurement:
     """Returns the most extreme ratio over batch sizes and cards. A card counts if it tried every run at every size."""
     found: dict[str, tuple[float, float, float]] = {}
     evidence: dict[str, Quantity] = {}
     on = set()
+    cards = read_cards(map(Path, folders))
+    if not cards:
+        raise NotRunError("no run on a CUDA card; run make gpu-check on a machine with one")
     for card, rows in cards.items():
         tried = {
             size: [find_run(rows, model, run | {"batch_size": size}, measured=measured) for run in runs]
@@ -143,10 +144,3 @@ def _most_extreme(
     shown = {name: ratio for name, (ratio, *_) in found.items()} if len(found) > 1 else {}
     named = f"random weights of {model}'s shape on {', '.join(sorted(on))}"
     return Measurement(value, low, high, len(on), evidence={**shown, **evidence}, model=named)
-
-
-def _cards(results: Iterable[str]) -> dict[str, list[Row]]:
-    cards = read_cards(map(Path, results))
-    if not cards:
-        raise NotRunError("no run on a CUDA card; run make gpu-check on a machine with one")
-    return cards
