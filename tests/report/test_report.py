@@ -23,10 +23,10 @@ from peftscope.record import Memory, PhaseMemory, RunRecord, Timing
 from peftscope.report.looks import LOOKS, SAFE_COLOURS, arm_looks
 from peftscope.report.memory import draw_bars, draw_grid
 from peftscope.report.page import write_all
-from peftscope.report.parts import FIGURES, PARTS, function_of
+from peftscope.report.parts import PARTS, function_of
 from peftscope.report.plots import draw_figure, draw_memory, draw_pareto, draw_throughput
 from peftscope.report.publish import publish
-from peftscope.report.sentences import NOTHING, sentence
+from peftscope.report.sentences import FIGURES, NOTHING, sentence
 from peftscope.report.serving import latencies, limited_runs
 from peftscope.report.tables import (
     grid_runs,

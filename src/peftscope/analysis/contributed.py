@@ -6,7 +6,7 @@ A file is ``results/contributed/CARD/EXPERIMENT-DIGEST.json``. Whoever reads one
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +25,7 @@ from peftscope.planning.sweep import expand
 from peftscope.record import (
     CHECKSUM,
     FINAL,
+    PACKAGES,
     SCHEMA_VERSION,
     PhaseMemory,
     RunRecord,
@@ -54,34 +55,19 @@ DIGEST_DIGITS = 8
 """The digits of the checksum that end a file's name."""
 
 _READINGS = ("sm_clock_mhz", "memory_clock_mhz", "power_watts", "power_limit_watts", "temperature_celsius")
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "accelerate",
-    "lm_eval",
-    "numpy",
-    "tokenizers",
-    "peftscope",
-)
 _HARDWARE = ("cpu", "cores", "memory_bytes", "system", "gpu", "gpu_memory_bytes", "cuda")
 _CARD = ("used_bytes", "other_processes", "allocator_settings", "limited_to_bytes")
 
 
-def _all(names: Iterable[str]) -> dict[str, Any]:
-    return dict.fromkeys(names)
-
-
 SHARED: dict[str, Any] = {
-    **_all(("started_at", "python", "threads", "bf16_products", "alone", "prose_sha256")),
-    "code": _all(("commit", "dirty")),
-    "packages": _all(_PACKAGES),
-    "hardware": _all(_HARDWARE),
-    "environment": _all(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")),
-    "card": {**_all(_CARD), "at_start": _all(_READINGS), "after_training": _all(_READINGS)},
-    "model": _all(("name", "revision")),
-    "task": _all(("name", "revision")),
+    **dict.fromkeys(("started_at", "python", "threads", "bf16_products", "alone", "prose_sha256")),
+    "code": dict.fromkeys(("commit", "dirty")),
+    "packages": dict.fromkeys(PACKAGES),
+    "hardware": dict.fromkeys(_HARDWARE),
+    "environment": dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")),
+    "card": {**dict.fromkeys(_CARD), "at_start": dict.fromkeys(_READINGS), "after_training": dict.fromkeys(_READINGS)},
+    "model": dict.fromkeys(("name", "revision")),
+    "task": dict.fromkeys(("name", "revision")),
 }
 """The part of a record's provenance that is shared; None stands for one number, text or truth value."""
 

@@ -22,10 +22,10 @@ from peftscope.record import measured_path
 from peftscope.report.capacity import SENTENCE as CAPACITY
 from peftscope.report.capacity import capacity_facts
 from peftscope.report.memory import CARDS
-from peftscope.report.parts import FIGURES, PARTS, function_of
+from peftscope.report.parts import PARTS, function_of
 from peftscope.report.plots import draw_figure
 from peftscope.report.rendering import asset, rendered
-from peftscope.report.sentences import NOTHING, sentence
+from peftscope.report.sentences import FIGURES, NOTHING, sentence
 from peftscope.report.serving import latencies, limited_runs
 from peftscope.report.study import study_facts, study_sentences
 from peftscope.report.svg import in_page

@@ -41,8 +41,6 @@ def function_of(name: str) -> Callable[..., Any]:
     return getattr(import_module(f"{__package__}.{module}"), function)
 
 
-FIGURES = ("pareto", "memory", "throughput", "losses", "prediction")
-"""The figures that every report has. The function that draws them also draws the ladders."""
 PARTS = (
     Part("tables.write_tables"),
     Part("benchmarks.write_benchmarks"),
