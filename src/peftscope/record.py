@@ -30,6 +30,19 @@ RESTORED = "restored.json"
 FINAL: tuple[Status, ...] = ("ok", "oom", "diverged")
 """The statuses that another attempt would only repeat."""
 
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "lm_eval",
+    "numpy",
+    "tokenizers",
+    "peftscope",
+)
+"""The packages whose versions a record names, and a contribution too."""
+
 TRY_AGAIN = "see its train.log; remove its record.json to try again (and state/, if it ran out of memory)"
 """What to do about a run that failed."""
 

@@ -81,7 +81,7 @@ def without(*names: str) -> dict[str, Any]:
         ({"parts": [without(CHECK) | {"counts.nothing": {}}]}, "S13.parts[0].counts.nothing: no such check"),
         ({"parts": [without(CHECK) | {"check": CHECK}]}, "S13.parts[0].check: unknown key"),
         ({"parts": [ENTRY["parts"][0] | {"counts.quotient": {}}]}, "S13.parts[0]: must have one check"),
-        ({"parts": [ENTRY["parts"][0] | {CHECK: {"rows": 1}}]}, f"S13.parts[0].{CHECK}: missing a required argument"),
+        ({"parts": [ENTRY["parts"][0] | {CHECK: {"rows": 1}}]}, f"S13.parts[0].{CHECK}.rank: Field required"),
         ({"parts": [ENTRY["parts"][0] | {CHECK: 8}]}, "S13.parts[0].its.parameters: "),
         ({"parts": [ENTRY["parts"][0] | {CHECK: {"rows": 4, "columns": 4, "rank": -1}}]}, f"parts[0].{CHECK}.rank: "),
         ({"parts": [without("kind")]}, f"S13.parts[0]: has no kind, and `checks` gives none to {CHECK}"),

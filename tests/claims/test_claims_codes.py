@@ -7,20 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from ledger_parts import verdict_of
-from worlds_of_numbers import fine_nf4
 
-from peftscope.claims.checks import codes, quantised_models, quantised_training
+from peftscope.claims.checks import codes, quantised_models
 from peftscope.claims.checks.codes import CODES, CodeBook
 from peftscope.claims.measurement import NotRunError
 from peftscope.claims.verdict import Verdict
-
-RATES = quantised_training.RATES
 
 
 @pytest.fixture(autouse=True)
 def no_results_of_another_test() -> None:
     quantised_models._losses.cache_clear()
-    quantised_training._train.cache_clear()
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -111,25 +107,3 @@ def test_only_linear_layers_inside_the_blocks_are_rounded(toy: Path) -> None:
     assert all(".layers." in name and "norm" not in name for name in changed)
     name = changed[0]
     torch.testing.assert_close(after[name].data, CodeBook("nf4").rounded_by_definition(before[name].data, 64))
-
-
-def test_training_of_4_bit_weights() -> None:
-    """At too small a rate no weight ever changes its level, and shadow weights still learn."""
-    losses, moved = quantised_training._train(0.05, seed=0)
-    anew, kept = (losses[name] for name in quantised_training.ROUNDED)
-    assert moved[0] == 0
-    assert kept[0] == pytest.approx(1)
-    assert moved[-1] > 0.5
-    assert losses["LoRA"].min() < losses["shadow weights"].min() < min(kept.min(), anew.min())
-    for name in ("LoRA", "shadow weights", "constants kept"):
-        assert 0 < losses[name].argmin() < len(RATES) - 1, f"the best rate of {name} is at the grid's end"
-
-
-@pytest.mark.slow
-def test_finer_codes_would_refute_that_4_bit_training_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 4,096 levels, rounding swallows nothing, and the weights learn as well as shadow weights."""
-    monkeypatch.setattr(quantised_training, "SHIFTS", (0.05,))
-    assert verdict_of("S51", 1, seeds=1) == Verdict.HOLDS
-    fine_nf4(monkeypatch)
-    quantised_training._train.cache_clear()
-    assert verdict_of("S51", 1, seeds=1) == Verdict.WRONG

@@ -19,7 +19,8 @@ from peftscope.claims.evaluate import Finding, evaluate, evaluate_part
 from peftscope.layout import PUBLISHED_RESULTS, results_folder, run_folder
 from peftscope.record import measured_path
 from peftscope.report.forgetting import forgetting_sentence
-from peftscope.report.weights import cuts_table, updates_sentence, updates_table, write_updates
+from peftscope.report.plots import draw_figure
+from peftscope.report.weights import cuts_table, draw_updates, updates_sentence, updates_table
 
 SEEDS = range(8, 13)
 LAYERS = range(6)
@@ -267,8 +268,8 @@ def test_ranks_are_set_against_a_worth_of_their_own() -> None:
     world()
     assert verdicts_of("S94") == ["holds"]
     assert judged("S94").deciding[0].found.value > 0.9
-    write_updates("adalora")
-    drawn = (results_folder("adalora") / "figures" / "updates.svg").read_text()
+    draw_figure(Path("updates.svg"), lambda axes: draw_updates(axes, "adalora"))
+    drawn = Path("updates.svg").read_text()
     assert "rank kept, mean over seeds" in drawn and all(module in drawn for module in MODULES)
     assert re.search(r"their rank correlation is 0\.9\d in a run", updates_sentence("adalora"))
     world(of("adalora", "worth", lambda values: -values))

@@ -25,7 +25,7 @@ def found_with(part: Part, **changed: Any) -> PartFinding:
     return evaluate_part(changed_part(part, **changed))
 
 
-TORCHS, ALL_STATE = {"optimizer": "torch.optim.AdamW"}, ["optimizer", "schedule", "rng"]
+TORCHS = {"optimizer": "torch.optim.AdamW"}
 AUTOCAST = {"32-bit weights under autocast": {"precision": "amp"}}
 
 WORLDS: list[tuple[str, str, dict[str, Any], peft.World]] = [
@@ -55,7 +55,6 @@ WORLDS: list[tuple[str, str, dict[str, Any], peft.World]] = [
     ("S10", "scaling.product_rank_excess", {}, numbers.ranks_that_count_rounding),
     ("S10", "scaling.factorisation_error", {}, numbers.least_squares_in_16_bits),
     ("S54", "four_bit.bits_of_the_multiplied_weight", {}, numbers.products_of_4_bit_floats),
-    ("S54", "four_bit.bits_of_the_stored_weight", {}, numbers.unpacked_weights),
     ("P34", "early_training.loss_drop_slope", {"steps": 1, "rank_stabilised": False}, peft.scale_by(0.5)),
     ("P35", "early_training.moment_slope", {"where": "output", "starts": 32, "optimizer": "Adam"}, peft.scale_by(2)),
     ("P36", "early_training.efficient_rate_slope", {}, numbers.rates_over_the_width),
@@ -71,17 +70,14 @@ WORLDS: list[tuple[str, str, dict[str, Any], peft.World]] = [
     ("P25", "scaling.trajectory_gap", {"rate_b": 8, "epsilon": 1e-30}, numbers.gradient_descent),
     ("S53", "gradients.base_tensors_changed", {}, peft.trained_norms),
     ("S55", "gradients.cosine_without_base_path", {}, numbers.no_gradients_through_4_bits),
-    ("S86", "variants.dora_norm_gradient", {}, peft.dora_norm_with_a_gradient),
     ("S86", "variants.dora_column_norms", {}, peft.dora_norm_without_the_update),
     ("S92", "variants.adalora_rank_spread", {}, peft.adalora_without_its_call),
     ("S93", "variants.adalora_decompositions", {}, peft.adalora_that_scores_by_svd),
-    ("S93", "variants.adalora_kept_by_size", {}, peft.adalora_that_scores_by_size),
     ("S11", "counts.factor_values_deviation", {}, peft.factors_with_a_bias),
     ("S40", "counts.lora_parameters", {"preset": "llama-2-7b"}, peft.skipped_output_projection),
     ("S41", "counts.lora_percent", {"preset": "llama-2-7b"}, peft.skipped_output_projection),
     ("S48", "counts.stored_gigabytes", {"storage": "nf4"}, numbers.unpacked_codes),
     ("P21", "counts.merged_operations", {}, peft.adapter_that_stays),
-    ("S2", "memory.gradients_alive", {}, numbers.gradients_that_stay),
     ("S95", "memory.adapter_bytes", {"method": "adalora"}, peft.adalora_without_its_call),
     ("S61", "codes.levels_in_steps", {"library": "gguf"}, numbers.cubed_gguf),
     ("S61", "codes.levels_in_steps", {"library": "bitsandbytes"}, numbers.integers_of_16_levels),
@@ -102,7 +98,6 @@ WORLDS: list[tuple[str, str, dict[str, Any], peft.World]] = [
     ("S77", "merging.distance_after_merging", {"way": "merge_adapter"}, peft.no_unmerging),
     ("S78", "merging.requantisation_error", {}, peft.merged_into_16_bits),
     ("S78", "merging.requantised_divergence_ratio", {}, peft.merged_into_16_bits),
-    ("S79", "resuming.resumed_run_difference", {"restored": ALL_STATE}, numbers.forgetful_optimizer),
     ("S81", "combining.combination_error", {"combination": "cat"}, peft.sums_with_the_old_scale),
     ("S83", "combining.methods_known", {}, peft.no_ia3),
     ("P58", "merging.gain_lost", {"into": "16-bit base"}, numbers.base_on_the_grid),
@@ -125,7 +120,6 @@ NUMBERS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("S13", "counts.full_to_low_rank_ratio", {}, {"rows": 4080, "columns": 4080}),
     ("S13", "counts.quotient", {}, {"numerator": 4096 * 4096}),
     ("S58", "counts.lora_gigabytes", {"targets": "attention"}, {"rank": 48}),
-    ("S49", "counts.packed_gigabytes", {}, {"preset": "llama-65b"}),
     ("S50", "counts.average_bits", {"preset": "llama-65b"}, {"rest": "float8_e4m3fn"}),
     ("P12", "counts.operations_ratio", {"width": 4096}, {"width": 576, "rank": 128}),
     ("S4", "memory.at_peak", {"how": "formula"}, {"run": {"method": "full", "optimizer": "paged_adamw"}}),
@@ -164,7 +158,6 @@ QUICKER = {
     "gradients.cosine_without_base_path": {"steps": 5},
     "scaling.trained_rank": {"ranks": [1, 4], "steps": 4},
     "variants.adalora_decompositions": {"steps": 12},
-    "variants.adalora_kept_by_size": {"steps": 12},
     "variants.adalora_rank_spread": {"steps": 12},
     "early_training.loss_drop_slope": {"ranks": [4, 32], "seeds": 3},
     "early_training.moment_slope": {"ranks": [4, 32], "seeds": 3, "starts": 4},
@@ -176,7 +169,6 @@ QUICKER = {
     "memory.share_of_peak": {"how": "formula"},
     "merging.extra_flops": {"preset": "smollm2-135m"},
     "merging.gain_lost": {"batches": [64], "steps": 100},
-    "counts.packed_gigabytes": {"rows": 512, "columns": 512},
     "gradients.gradient_from_zero": {"steps": 2},
     "scaling.smallest_growth": {"steps": 3},
     "scaling.update_slope": {"ranks": [4, 32, 256], "seeds": 3},
@@ -220,7 +212,6 @@ ELSEWHERE = {
     "weights.update_rank weights.update_size weights.entropy_gain weights.rank_preference",
     "test_claims_gpu": "gpu.latency_ratio gpu.step_ratio",
     "test_claims_overfitting": "overfitting.rise overfitting.smaller_gap",
-    "test_claims_codes": "quantised_training.share_of_lora_gain",
     "test_claims_training": "answers.share_that_change answers.spread_of_scores "
     "subspaces.intrinsic_dimension training.heldout_gain_on_base "
     "training.learning_rate_ratio training.learning_rate_spread training.rate_correlation",

@@ -27,7 +27,6 @@ def nothing(patch: pytest.MonkeyPatch) -> None:
 
 resting_optimizer = instead(torch.optim.AdamW, "step", lambda self, closure=None: None)
 gradient_descent = instead(torch.optim, "Adam", lambda groups, eps, **_: torch.optim.SGD(groups))
-forgetful_optimizer = instead(torch.optim.AdamW, "load_state_dict", lambda self, state: None)
 states_in_16_bits = instead(Optimizer8bit, "get_state_buffer", lambda self, p, dtype=None: torch.zeros_like(p))
 
 
@@ -51,21 +50,6 @@ def rates_over_the_width(patch: pytest.MonkeyPatch) -> None:
         return original([*scaled, *groups[1:]], **options)
 
     patch.setattr(torch.optim, "Adam", adam)
-
-
-def gradients_that_stay(patch: pytest.MonkeyPatch) -> None:
-    """A gradient stays after the hook that has used it."""
-    register = torch.nn.Parameter.register_post_accumulate_grad_hook
-
-    def after_all(self: Any, hook: Any) -> Any:
-        def keeping(parameter: Any) -> None:
-            gradient = parameter.grad
-            hook(parameter)
-            parameter.grad = gradient
-
-        return register(self, keeping)
-
-    patch.setattr(torch.nn.Parameter, "register_post_accumulate_grad_hook", after_all)
 
 
 # The codes of 4 bits, and their constants.
@@ -100,7 +84,6 @@ def _with_more(packed: Any, state: Any) -> Any:
 
 
 even_nf4 = instead(functional, "get_4bit_type", lambda name, device=None, blocksize=64: torch.linspace(-1, 1, 16))
-fine_nf4 = instead(functional, "get_4bit_type", lambda name, device=None, blocksize=64: torch.linspace(-1, 1, 4097))
 poor_nf4 = quantising(lambda original: lambda values, **options: original(values + 0.1, **options))
 no_double_quantization = quantising(
     lambda original: lambda *args, **options: original(*args, **options | {"compress_statistics": False})
@@ -151,25 +134,6 @@ def products_of_4_bit_floats(patch: pytest.MonkeyPatch) -> None:
         ]
 
     patch.setattr(four_bit, "_kernels", kernels)
-
-
-def unpacked_weights(patch: pytest.MonkeyPatch) -> None:
-    """bitsandbytes stores two codes in four bytes, and packs them for each product."""
-    make, forward = four_bit._layer, Linear4bit.forward
-
-    def unpacked(*args: Any, **options: Any) -> Any:
-        layer = make(*args, **options)
-        layer.weight.data = layer.weight.data.int()
-        return layer
-
-    def packing(self: Any, inputs: torch.Tensor) -> torch.Tensor:
-        stored, self.weight.data = self.weight.data, self.weight.data.to(torch.uint8)
-        output = forward(self, inputs)
-        self.weight.data = stored
-        return output
-
-    patch.setattr(four_bit, "_layer", unpacked)
-    patch.setattr(Linear4bit, "forward", packing)
 
 
 def quantised_just_in_time(patch: pytest.MonkeyPatch) -> None:

@@ -226,7 +226,6 @@ def files_that_lose_b(patch: pytest.MonkeyPatch) -> None:
 dora_norm_without_the_update = instead(
     dora.DoraLinearLayer, "get_weight_norm", lambda self, weight, *args, **kwargs: torch.linalg.norm(weight, dim=1)
 )
-dora_norm_with_a_gradient = without_text(dora.DoraLinearLayer, "forward", dora, ".detach()")
 adalora_without_its_call = instead(AdaLoraModel, "update_and_allocate", lambda self, step: None)
 
 
@@ -238,20 +237,6 @@ def adalora_that_scores_by_svd(patch: pytest.MonkeyPatch) -> None:
         return score(self, name)
 
     patch.setattr(RankAllocator, "_element_score", with_svd)
-
-
-def adalora_that_scores_by_size(patch: pytest.MonkeyPatch) -> None:
-    mask = RankAllocator.mask_to_budget
-
-    def by_size(self: Any, name: str) -> Any:
-        return self.sizes[name] if ".lora_E." in name else torch.zeros_like(self.sizes[name])
-
-    def scored(self: Any, model: Any, budget: int) -> Any:
-        self.sizes = {name: p.detach().abs() for name, p in model.named_parameters() if ".lora_" in name}
-        return mask(self, model, budget)
-
-    patch.setattr(RankAllocator, "mask_to_budget", scored)
-    patch.setattr(RankAllocator, "_element_score", by_size)
 
 
 def loftq_with_its_scale(patch: pytest.MonkeyPatch) -> None:

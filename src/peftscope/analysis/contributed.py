@@ -6,7 +6,7 @@ A file is ``results/contributed/CARD/EXPERIMENT-DIGEST.json``. Whoever reads one
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ from peftscope.analysis.collect import row_of
 from peftscope.data.tasks import find_task
 from peftscope.errors import InputError, Problem, shown
 from peftscope.files.atomic import finite, write_json
-from peftscope.files.content import parse_json
+from peftscope.files.content import parse_json, read_text
 from peftscope.layout import CONTRIBUTED_RESULTS, MODELS_FILE, NAME_PATTERN, record_path, run_folder
 from peftscope.models.catalog import find_model
 from peftscope.planning.published import LARGEST_BYTES, all_published_records
@@ -25,6 +25,7 @@ from peftscope.planning.sweep import expand
 from peftscope.record import (
     CHECKSUM,
     FINAL,
+    PACKAGES,
     SCHEMA_VERSION,
     PhaseMemory,
     RunRecord,
@@ -54,34 +55,19 @@ DIGEST_DIGITS = 8
 """The digits of the checksum that end a file's name."""
 
 _READINGS = ("sm_clock_mhz", "memory_clock_mhz", "power_watts", "power_limit_watts", "temperature_celsius")
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "accelerate",
-    "lm_eval",
-    "numpy",
-    "tokenizers",
-    "peftscope",
-)
 _HARDWARE = ("cpu", "cores", "memory_bytes", "system", "gpu", "gpu_memory_bytes", "cuda")
 _CARD = ("used_bytes", "other_processes", "allocator_settings", "limited_to_bytes")
 
 
-def _all(names: Iterable[str]) -> dict[str, Any]:
-    return dict.fromkeys(names)
-
-
 SHARED: dict[str, Any] = {
-    **_all(("started_at", "python", "threads", "bf16_products", "alone", "prose_sha256")),
-    "code": _all(("commit", "dirty")),
-    "packages": _all(_PACKAGES),
-    "hardware": _all(_HARDWARE),
-    "environment": _all(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")),
-    "card": {**_all(_CARD), "at_start": _all(_READINGS), "after_training": _all(_READINGS)},
-    "model": _all(("name", "revision")),
-    "task": _all(("name", "revision")),
+    **dict.fromkeys(("started_at", "python", "threads", "bf16_products", "alone", "prose_sha256")),
+    "code": dict.fromkeys(("commit", "dirty")),
+    "packages": dict.fromkeys(PACKAGES),
+    "hardware": dict.fromkeys(_HARDWARE),
+    "environment": dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")),
+    "card": {**dict.fromkeys(_CARD), "at_start": dict.fromkeys(_READINGS), "after_training": dict.fromkeys(_READINGS)},
+    "model": dict.fromkeys(("name", "revision")),
+    "task": dict.fromkeys(("name", "revision")),
 }
 """The part of a record's provenance that is shared; None stands for one number, text or truth value."""
 
@@ -202,13 +188,7 @@ def read_contribution(path: Path) -> Contribution:
         InputError: The file cannot be read, was changed, has another schema, names a place, or is not plausible.
     """
     where, remedy = str(path), "make it again with `peftscope contribute`"
-    try:
-        if path.stat().st_size > LARGEST_BYTES:
-            raise InputError(Problem(where, f"has more than {LARGEST_BYTES:,} bytes"))
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise InputError(Problem(where, f"cannot be read: {error}", remedy)) from None
-    content = parse_json(text, where)
+    content = parse_json(read_text(path, LARGEST_BYTES), where)
     if not isinstance(content, dict) or content.get("contribution_version") != 1:
         raise InputError(Problem(where, "not a contribution of version 1", remedy))
     checksum = content.pop(CHECKSUM, "")

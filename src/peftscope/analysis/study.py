@@ -51,15 +51,14 @@ class StudyResults:
 
     Args:
         name: The name of the study's experiment.
-        is_published: Whether results of this workspace do not count.
 
     Raises:
         InputError: There are no results, neither here nor published.
     """
 
-    def __init__(self, name: str, *, is_published: bool = False) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        folder = folder_with(name, "runs.csv", is_published=is_published)
+        folder = folder_with(name, "runs.csv")
         if folder is None:
             raise self._unfinished("not run")
         self.folder = folder

@@ -322,7 +322,7 @@ def _parameters(check: str) -> type[BaseModel]:
         )
         for name, parameter in inspect.signature(function).parameters.items()
     }
-    return create_model(check, **fields)
+    return create_model(check, __config__=ConfigDict(extra="forbid"), **fields)
 
 
 def _problems_of_check(part: Part, where: str) -> list[Problem]:
@@ -330,16 +330,11 @@ def _problems_of_check(part: Part, where: str) -> list[Problem]:
     where = f"{where}.{part.check}"
     if part.check not in known:
         return [Problem(where, "no such check", close_match(part.check, known))]
-    signature = inspect.signature(known[part.check])
+    parameters = _parameters(part.check)
     try:
-        signature.bind(**part.with_)
-    except TypeError as error:
-        remedy = f"{part.check} takes {', '.join(signature.parameters)}"
-        return [Problem(where, str(error), remedy)]
-    try:
-        _parameters(part.check).model_validate(part.with_)
+        parameters.model_validate(part.with_)
     except ValidationError as error:
-        return problems_of(error, lambda location: f"{where}.{dotted(location)}", set(signature.parameters))
+        return problems_of(error, lambda location: f"{where}.{dotted(location)}", set(parameters.model_fields))
     if "experiment" in part.with_:
         return _problems_of_name(part.with_["experiment"], f"{where}.experiment")
     return _problems_of_study(part, where) if "study" in part.with_ else []

@@ -24,20 +24,9 @@ from peftscope.hardware.meter import allocator_settings, pci_address
 from peftscope.hardware.nvml import find_card, other_processes, reading, used_bytes
 from peftscope.methods import versions_of
 from peftscope.models.catalog import model_folder
+from peftscope.record import PACKAGES
 from peftscope.spec import RunSpec
 from peftscope.words import spoken_bytes
-
-PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "accelerate",
-    "lm_eval",
-    "numpy",
-    "tokenizers",
-    "peftscope",
-)
 
 
 def provenance(spec: RunSpec, rank: int = 0) -> dict[str, Any]:

@@ -6,8 +6,7 @@ import pandas as pd
 
 from peftscope.analysis.collect import BENCHMARK, read_runs
 from peftscope.analysis.stats import mean_interval
-from peftscope.layout import results_folder
-from peftscope.report.tables import html, variants
+from peftscope.report.tables import variants, write_table
 from peftscope.words import formatted, interval, percent
 
 UNIT = "_fraction"
@@ -59,8 +58,5 @@ def readable_benchmarks(changes: pd.DataFrame) -> pd.DataFrame:
 
 def write_benchmarks(experiment: str) -> None:
     """Writes the changes of an experiment into its tables, as csv and html."""
-    folder = results_folder(experiment) / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
     found = benchmark_changes(read_runs(experiment))
-    found.to_csv(folder / "benchmarks.csv", index=False)
-    (folder / "benchmarks.html").write_text(html(readable_benchmarks(found), "benchmarks"))
+    write_table(experiment, "benchmarks", found, readable_benchmarks(found))

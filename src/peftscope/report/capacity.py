@@ -11,7 +11,7 @@ from peftscope.analysis.stats import CONFIDENCE
 from peftscope.layout import results_folder
 from peftscope.report.looks import DASHES, arm_looks
 from peftscope.report.plots import beside, draw_figure
-from peftscope.report.tables import html
+from peftscope.report.tables import html, write_table
 from peftscope.words import formatted, interval
 
 OUTSIDE = "outside the sizes that were tried"
@@ -93,12 +93,10 @@ def write_capacity(experiment: str) -> None:
     """Writes the stored bits of each run (csv) and the breaks (csv, html), and draws both."""
     table = stored_bits(read_runs(experiment))
     found = breaks(table)
-    folder = results_folder(experiment)
-    (folder / "tables").mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / "tables" / "stored.csv", index=False)
-    found.to_csv(folder / "tables" / "capacity.csv", index=False)
-    (folder / "tables" / "capacity.html").write_text(html(readable_breaks(found), "capacity"))
-    draw_figure(folder / "figures" / "capacity.svg", lambda axes: draw_capacity(axes, table))
+    write_table(experiment, "stored", table)
+    write_table(experiment, "capacity", found, readable_breaks(found))
+    path = results_folder(experiment) / "figures" / "capacity.svg"
+    draw_figure(path, lambda axes: draw_capacity(axes, table))
 
 
 def capacity_facts(experiment: str) -> dict[str, str]:

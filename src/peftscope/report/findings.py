@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,22 +28,16 @@ from peftscope.layout import (
     published,
     shipped,
 )
-from peftscope.planning.cells import ARM, RATES
-from peftscope.planning.estimate import estimate_seconds
 from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
-from peftscope.planning.published import all_published_records
-from peftscope.planning.sweep import expand
 from peftscope.record import FINAL
 from peftscope.report.capacity import answer as answer_on_capacity
 from peftscope.report.contrasts import answer as answer_of_study
 from peftscope.report.contrasts import contrasts
-from peftscope.report.deciding import RUNS_AT_ONCE
 from peftscope.report.front import Surprise, rests_on, surprising
 from peftscope.report.page import ANSWERS
 from peftscope.report.rendering import rendered
 from peftscope.report.shares import arms_shown
 from peftscope.report.spoken import deciding, short_scope, spoken_finding, spoken_verdict
-from peftscope.spec import RunSpec
 from peftscope.words import spoken_time
 
 ORDER = [Verdict.WRONG, Verdict.IN_PART, Verdict.HOLDS, Verdict.OPEN]
@@ -146,7 +138,6 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
         folder: The folder to write into, beside the pages of claims.
     """
     by_id = {finding["id"]: finding for finding in findings}
-    known = _Published()
     content = read_content([claim.id for claim in claims])
     page = rendered(
         "findings.md.j2",
@@ -155,8 +146,8 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
         rounding=_rounding(findings),
         first=surprising(findings, content.first, Path("claims.md")),
         topics=[_topic(topic, by_id, folder) for topic in content.topics],
-        studies=[_study(name, findings, known) for name in experiment_names() if _is_judged(name, findings)],
-        cut=[{**_study(cut.study, findings, known), "why": cut.why} for cut in content.cut],
+        studies=[_study(name, findings) for name in experiment_names() if _is_judged(name, findings)],
+        cut=content.cut,
         statements={claim.id: claim.statement for claim in claims},
     )
     path = folder / FINDINGS_PAGE.name
@@ -249,61 +240,15 @@ def _is_judged(experiment: str, findings: list[dict[str, Any]]) -> bool:
     return compares or any(_parts_on(experiment, finding) for finding in findings)
 
 
-class _Published:
-    """The published runs, as far as a study could share them."""
-
-    def __init__(self) -> None:
-        self.runs = {run: RunSpec.model_validate(json.loads(text)["spec"]) for _, run, text in all_published_records()}
-        self.models = {spec.model for spec in self.runs.values()}
-
-    def lacking(self, name: str) -> list[RunSpec]:
-        """Returns the runs of an experiment that are not published, none of one whose tables are.
-
-        Where a study has yet to choose the learning rate of an arm, the arm's runs count as published at any rate.
-        """
-        if (published(name) / "tables").is_dir():
-            return []
-        known, sweep = expand(name).runs, expand(name, assume_rates=True)
-        others = Counter(_but_for_its_rate(spec) for run, spec in self.runs.items() if run not in known)
-        keeps = read_experiment(experiment_path(name)).keep_at  # what is published has no weights
-        paired = {run for c in sweep.comparisons if keeps and c.name.startswith((ARM, RATES)) for run in c.runs}
-        missing = []
-        for run, spec in sweep.runs.items():
-            is_there = run in self.runs
-            if run not in known and others[_but_for_its_rate(spec)]:
-                others[_but_for_its_rate(spec)] -= 1
-                is_there = True
-            if run in paired or not is_there:
-                missing.append(spec)
-        return missing
-
-
-def _but_for_its_rate(spec: RunSpec) -> str:
-    """Returns what runs have in common that differ in their learning rate only."""
-    return spec.model_dump_json(exclude={"learning_rate"})
-
-
-def _price(runs: Sequence[RunSpec], models: set[str]) -> str:
-    """Returns the time that runs take on two cores, or "a card" where no model of theirs was ever trained here."""
-    if not any(spec.model in models for spec in runs):
-        return "a card" if runs else "-"
-    seconds = sum(estimate_seconds(spec, one_thread=True, published_only=True) for spec in runs)
-    return spoken_time(seconds / RUNS_AT_ONCE)
-
-
-def _study(name: str, findings: list[dict[str, Any]], known: _Published) -> dict[str, Any]:
-    """Returns one row of the table of studies: its question, what it cost or will, and the claims that rest on it."""
-    settings = read_experiment(experiment_path(name))
+def _study(name: str, findings: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns one row of the table of studies: its question, what it cost, and the claims that rest on it."""
     folder = folder_with(name, "runs.csv")
     runs = read_runs(name, folder) if folder else pd.DataFrame({"status": []})
     ended = runs[runs["status"].isin(FINAL)]
-    lacking = known.lacking(name)
     return {
         "name": name,
-        "title": settings.title,
+        "title": read_experiment(experiment_path(name)).title,
         "runs": len(ended),
-        "lacking": len(lacking) or "-",
-        "price": _price(lacking, known.models),
         "work": spoken_time(float(ended["wall_seconds"].sum())) if len(ended) else "-",
         "claims": ", ".join(f"{f['id']} {f['verdict']}" for f in findings if _parts_on(name, f)) or "-",
     }

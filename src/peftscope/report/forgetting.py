@@ -9,21 +9,9 @@ import pandas as pd
 
 from peftscope.analysis.forgetting import curves, matched_rises
 from peftscope.analysis.study import StudyResults
-from peftscope.layout import results_folder
 from peftscope.report.looks import arm_looks
-from peftscope.report.plots import beside, draw_figure
+from peftscope.report.plots import beside
 from peftscope.words import signed
-
-
-def write_forgetting(experiment: str) -> None:
-    """Draws the rise on prose against the loss on the task, along the training.
-
-    Raises:
-        InputError: The study is not finished, or did not score both.
-    """
-    means = mean_curves(StudyResults(experiment))
-    path = results_folder(experiment) / "figures" / "forgetting.svg"
-    draw_figure(path, lambda axes: draw_forgetting(axes, means))
 
 
 def mean_curves(study: StudyResults) -> dict[str, pd.DataFrame]:
@@ -32,8 +20,13 @@ def mean_curves(study: StudyResults) -> dict[str, pd.DataFrame]:
     return {name: sum(each) / len(each) for name, each in found.items() if each}
 
 
-def draw_forgetting(axes: plt.Axes, means: dict[str, pd.DataFrame]) -> None:
-    """Draws a line for each arm, from the base on the left to the end of the training."""
+def draw_forgetting(axes: plt.Axes, experiment: str) -> None:
+    """Draws the rise on prose against the loss on the task: a line for each arm, from the base on the left to the end.
+
+    Raises:
+        InputError: The study did not score both along the training.
+    """
+    means = mean_curves(StudyResults(experiment))
     styles = arm_looks({name: name for name in means})
     for name, curve in means.items():
         axes.plot(curve["task"], curve["rise"], markersize=4, label=name, **styles[name].line)

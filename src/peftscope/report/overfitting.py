@@ -6,25 +6,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from peftscope.analysis.study import VALIDATION, StudyResults
-from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A
 from peftscope.report.looks import arm_looks
-from peftscope.report.plots import beside, draw_figure, plain_ticks
+from peftscope.report.plots import beside, plain_ticks
 from peftscope.words import listed, signed
 
 TRAINING = "nll_nats_per_token"
-
-
-def write_overfitting(experiment: str) -> None:
-    """Draws the validation loss along the training of each arm, and the training loss beneath.
-
-    Raises:
-        InputError: The study is not finished.
-    """
-    study = StudyResults(experiment)
-    study.require_finished()
-    path = results_folder(experiment) / "figures" / "overfitting.svg"
-    draw_figure(path, lambda axes: draw_overfitting(axes, study))
 
 
 def mean_losses(study: StudyResults) -> dict[str, pd.DataFrame]:
@@ -51,8 +38,9 @@ def mean_losses(study: StudyResults) -> dict[str, pd.DataFrame]:
     return found
 
 
-def draw_overfitting(axes: plt.Axes, study: StudyResults) -> None:
-    """Draws a line for each arm in both panels."""
+def draw_overfitting(axes: plt.Axes, experiment: str) -> None:
+    """Draws the validation loss along the training of each arm, and the training loss beneath."""
+    study = StudyResults(experiment)
     curves = mean_losses(study)
     grid = axes.figure.add_gridspec(2, 1)
     axes.set_subplotspec(grid[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from peftscope.record import measured_path
 from peftscope.report.capacity import SENTENCE as CAPACITY
 from peftscope.report.capacity import capacity_facts
 from peftscope.report.memory import CARDS
-from peftscope.report.parts import FIGURES, PARTS, function_of
+from peftscope.report.parts import PARTS, function_of
+from peftscope.report.plots import draw_figure
 from peftscope.report.rendering import asset, rendered
-from peftscope.report.sentences import NOTHING, sentence
+from peftscope.report.sentences import FIGURES, NOTHING, sentence
 from peftscope.report.serving import latencies, limited_runs
 from peftscope.report.study import study_facts, study_sentences
 from peftscope.report.svg import in_page
@@ -51,7 +53,12 @@ def write_all(plan: Plan) -> Path:
     finished = not (plan.is_study and _unfinished(StudyResults(plan.name)))
     for part in PARTS:
         if part.belongs(plan) and (finished or not part.of_study):
-            function_of(part.writer)(plan.name)
+            write = function_of(part.writer)
+            if part.answer:
+                path = results_folder(plan.name) / "figures" / f"{part.answer}.svg"
+                draw_figure(path, partial(write, experiment=plan.name))
+            else:
+                write(plan.name)
     return write_report(plan.name)
 
 

@@ -20,7 +20,8 @@ class Part:
     """What one function writes into an experiment's folders of tables and figures.
 
     Attributes:
-        writer: The function, as ``MODULE.NAME`` of this room. It takes the experiment.
+        writer: The function, as ``MODULE.NAME`` of this room. It takes the experiment. That of an answer takes the axes
+            before it, and draws the figure.
         belongs: Returns whether the report of an experiment has it.
         of_study: Whether it needs a finished study.
         answer: The figure that carries the answer of an experiment that has it; empty without one.
@@ -40,30 +41,28 @@ def function_of(name: str) -> Callable[..., Any]:
     return getattr(import_module(f"{__package__}.{module}"), function)
 
 
-FIGURES = ("pareto", "memory", "throughput", "losses", "prediction")
-"""The figures that every report has. The function that draws them also draws the ladders."""
 PARTS = (
     Part("tables.write_tables"),
     Part("benchmarks.write_benchmarks"),
     Part("plots.write_figures"),
     Part("study.write_study", lambda plan: plan.is_study, of_study=True),
     Part("capacity.write_capacity", lambda plan: plan.measures_capacity),
-    Part("shares.write_shares", lambda plan: plan.varied, True, "shares", "shares.shares_sentence"),
+    Part("shares.draw_shares", lambda plan: plan.varied, True, "shares", "shares.shares_sentence"),
     Part(
-        "weights.write_updates",
+        "weights.draw_updates",
         lambda plan: weights_path(results_folder(plan.name)).is_file(),
         answer="updates",
         sentence="weights.updates_sentence",
     ),
     Part(
-        "forgetting.write_forgetting",
+        "forgetting.draw_forgetting",
         lambda plan: plan.follows_prose,
         True,
         "forgetting",
         "forgetting.forgetting_sentence",
     ),
     Part(
-        "overfitting.write_overfitting",
+        "overfitting.draw_overfitting",
         lambda plan: plan.limits_examples,
         True,
         "overfitting",

@@ -30,11 +30,11 @@ SEEDS_NEEDED = 6
 
 
 def sentence(figure: str, runs: pd.DataFrame, losses: pd.DataFrame) -> str:
-    """Returns the sentence for a figure, which is named as in ``_FIGURES`` or ``ladder-FIELD``."""
+    """Returns the sentence for a figure, which is named as in ``FIGURES`` or ``ladder-FIELD``."""
     if figure.startswith("ladder-"):
         said = _ladder(runs, figure.removeprefix("ladder-"))
     else:
-        said = _FIGURES[figure](runs, losses)
+        said = FIGURES[figure](runs, losses)
     return capitalised(said) if said else NOTHING
 
 
@@ -189,13 +189,14 @@ def _judged(runs: pd.DataFrame) -> str:
     return "loss on the trained items" if is_judged_on_training(runs) else "held-out loss"
 
 
-_FIGURES: dict[str, Callable[[pd.DataFrame, pd.DataFrame], str]] = {
+FIGURES: dict[str, Callable[[pd.DataFrame, pd.DataFrame], str]] = {
     "pareto": _pareto,
     "memory": _memory,
     "throughput": _throughput,
     "losses": _losses,
     "prediction": _prediction,
 }
+"""The figures that every report has, each with what says in words what it shows. The ladders follow them."""
 
 
 def _trained(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

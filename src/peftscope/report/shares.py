@@ -14,11 +14,9 @@ from matplotlib.ticker import LogLocator
 
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import HELDOUT, MARGIN, StudyResults
-from peftscope.errors import InputError, Problem
-from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A, VARIED
 from peftscope.report.looks import arm_looks
-from peftscope.report.plots import draw_figure, plain_ticks
+from peftscope.report.plots import plain_ticks
 from peftscope.report.svg import INK
 from peftscope.words import capitalised, listed
 
@@ -93,8 +91,10 @@ def _gain(study: StudyResults, arm: str) -> float:
     return study.yardstick + (study.difference(arm, measured).mean if arm != measured else 0.0)
 
 
-def draw_shares(axes: plt.Axes, study: StudyResults, field: str) -> None:
+def draw_shares(axes: plt.Axes, experiment: str) -> None:
     """Draws the share of full fine-tuning's gain over a field, with the loss on the right, and beneath the rates."""
+    study = StudyResults(experiment)
+    field = _varied(study)
     table, whole = share_table(study, field), _whole(study)
     if table.empty:
         return
@@ -153,19 +153,3 @@ def shares_sentence(experiment: str) -> str:
         said.append(f"{gain} {same_as}. The chosen rates of these {field}s lie {spread}.")
     bars = f"Bars are {100 * CONFIDENCE:g} % intervals over pairs of seeds, dashed lines the margin."
     return " ".join([*said, bars])
-
-
-def write_shares(experiment: str) -> None:
-    """Draws the figure of a study of ranks, alphas or dimensions.
-
-    Raises:
-        InputError: The study is not finished, or it varies none of them.
-    """
-    study = StudyResults(experiment)
-    study.require_finished()
-    field = _varied(study)
-    if not any(len(arms) > 1 for arms in _levels(study, field)):
-        message = f"no two tuned arms differ in nothing but their {field}"
-        raise InputError(Problem(f"the study `{experiment}`", message, "add such arms to its file"))
-    path = results_folder(experiment) / "figures" / "shares.svg"
-    draw_figure(path, lambda axes: draw_shares(axes, study, field))

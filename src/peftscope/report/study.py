@@ -29,7 +29,7 @@ from peftscope.report.contrasts import (
 from peftscope.report.looks import GREY, Look, arm_looks
 from peftscope.report.plots import LABEL_WIDTH, beside, draw_figure, plain_ticks
 from peftscope.report.svg import INK
-from peftscope.report.tables import FEWEST_FOR_MEANS, html
+from peftscope.report.tables import FEWEST_FOR_MEANS, write_table
 from peftscope.words import formatted, listed, signed
 
 EARLIER_MARGIN, MARGIN_SINCE = 0.05, "November 2026"
@@ -186,15 +186,13 @@ def write_study(experiment: str) -> None:
     """
     study = StudyResults(experiment)
     study.require_finished()
-    tables, figures = (results_folder(experiment) / name for name in ("tables", "figures"))
-    tables.mkdir(parents=True, exist_ok=True)
     for name, make, readable in (
         ("contrasts", contrasts, readable_contrasts),
         ("controls", controls, readable_controls),
         ("tuning", tuning, readable_tuning),
     ):
         frame = make(study)
-        frame.to_csv(tables / f"{name}.csv", index=False)
-        (tables / f"{name}.html").write_text(html(readable(frame, study.labels), name))
+        write_table(experiment, name, frame, readable(frame, study.labels))
+    figures = results_folder(experiment) / "figures"
     draw_figure(figures / "tuning.svg", lambda axes: draw_tuning(axes, study))
     draw_figure(figures / "differences.svg", lambda axes: draw_differences(axes, study))

@@ -240,21 +240,26 @@ def readable_predictions(compared: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else ["method"])
 
 
+def write_table(experiment: str, name: str, frame: pd.DataFrame, readable: pd.DataFrame | None = None) -> None:
+    """Writes a table of an experiment with all its digits (csv) and, if there is one, its text for people (html)."""
+    path = results_folder(experiment) / "tables" / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(path, index=False)
+    if readable is not None:
+        path.with_suffix(".html").write_text(html(readable, name))
+
+
 def write_tables(experiment: str) -> None:
     """Writes methods (csv, md, html), ladders (csv), runs (html) and predictions (csv, html) of an experiment."""
     runs = read_runs(experiment)
-    folder = results_folder(experiment) / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
-    methods = method_summary(runs)
-    methods.to_csv(folder / "methods.csv", index=False)
-    ladder_summary(runs).to_csv(folder / "ladders.csv", index=False)
+    methods, found = method_summary(runs), predictions(runs)
     shown = readable_methods(best_settings(methods))
+    write_table(experiment, "methods", methods, shown)
+    write_table(experiment, "ladders", ladder_summary(runs))
+    write_table(experiment, "predictions", found, readable_predictions(found))
+    folder = results_folder(experiment) / "tables"
     (folder / "methods.md").write_text(markdown(shown))
-    found = predictions(runs)
-    found.to_csv(folder / "predictions.csv", index=False)
-    pages = {"methods": shown, "runs": readable_runs(notable_runs(runs)), "predictions": readable_predictions(found)}
-    for name, frame in pages.items():
-        (folder / f"{name}.html").write_text(html(frame, name))
+    (folder / "runs.html").write_text(html(readable_runs(notable_runs(runs)), "runs"))
 
 
 def readable_methods(methods: pd.DataFrame) -> pd.DataFrame:

@@ -14,10 +14,9 @@ import pandas as pd
 from peftscope.analysis.collect import read_runs
 from peftscope.analysis.study import StudyResults
 from peftscope.analysis.weights import after_training, read_weights, weights_folder
-from peftscope.layout import results_folder
 from peftscope.planning.cells import ARM
 from peftscope.report.looks import GREY, MARKERS, SAFE_COLOURS, looks
-from peftscope.report.plots import beside, draw_figure, plain_ticks
+from peftscope.report.plots import beside, plain_ticks
 from peftscope.words import formatted
 
 CONTROLS = {"gaussian_energy_": ("a Gaussian matrix", ":"), "grid_energy_": ("rounding to a 4-bit grid", "--")}
@@ -36,11 +35,10 @@ INTRUDERS = "intruders_50"
 """The leading singular vectors whose cosine with every pretrained one is below a half."""
 
 
-def write_updates(experiment: str) -> None:
+def draw_updates(axes: plt.Axes, experiment: str) -> None:
     """Draws the share of an update's energy over its singular values, or the ranks that were kept over their worth."""
     table = _with_labels(experiment)
-    draw = draw_worth if _has_worth(table) else draw_spectrum
-    draw_figure(results_folder(experiment) / "figures" / "updates.svg", lambda axes: draw(axes, table))
+    (draw_worth if _has_worth(table) else draw_spectrum)(axes, table)
 
 
 def _has_worth(table: pd.DataFrame) -> bool:

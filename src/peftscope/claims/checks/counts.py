@@ -7,11 +7,9 @@ from typing import Any, Literal
 import peft
 import torch
 from bitsandbytes import functional
-from bitsandbytes.nn import Linear4bit
 
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import meta_model, operations, shape_of, tiny_llama, token_ids
-from peftscope.memory.tracker import quantisation_tensors
 from peftscope.methods.fields import target_modules
 from peftscope.methods.lora import LoRA
 
@@ -141,28 +139,6 @@ def stored_gigabytes(values: float, storage: str) -> Measurement:
     return Measurement(size * values / GB, evidence={"bits per weight": 8 * size, "kept as": str(stored.dtype)})
 
 
-def packed_gigabytes(preset: str, rows: int, columns: int, double_quant: bool = True) -> Measurement:
-    """Returns the GB of a model's linear layers in NF4, from the bytes of one layer that bitsandbytes packs.
-
-    All tensors of the layer count: packed weights, block constants, code tables.
-    """
-    layer = Linear4bit(columns, rows, bias=False, compress_statistics=double_quant, quant_type="nf4")
-    torch.manual_seed(0)
-    torch.nn.init.normal_(layer.weight.data, std=0.02)
-    layer.weight.data = layer.weight.data.to(torch.bfloat16)
-    weight = layer.to("cpu").weight
-    parts = [weight.data, *quantisation_tensors(weight)]
-    bits = 8 * sum(part.nbytes for part in parts) / (rows * columns)
-    formula = _bits_per_weight(double_quant)
-    evidence = {
-        "bits per weight": bits,
-        "bits per weight, by formula": formula,
-        "difference, percent": 100 * (bits / formula - 1),
-        "weights": shape_of(preset).linear_parameters,
-    }
-    return Measurement(bits * shape_of(preset).linear_parameters / 8 / GB, evidence=evidence, model=preset)
-
-
 def average_bits(preset: str, double_quant: bool = True, rest: str = "bfloat16") -> Measurement:
     """Returns the bits per parameter of a model in NF4, including the weights that are not quantised.
 
@@ -176,7 +152,8 @@ def average_bits(preset: str, double_quant: bool = True, rest: str = "bfloat16")
     quantised = sum(module.weight.numel() for module in linears)
     others = _count(model) - quantised
     size = getattr(torch, rest).itemsize
-    bits = quantised * _bits_per_weight(double_quant) + 8 * size * others
+    constant = 8 + 32 / SECOND_BLOCK if double_quant else 32
+    bits = quantised * (4 + constant / BLOCK) + 8 * size * others
     evidence = {
         "quantised weights": quantised,
         "other weights": others,
@@ -222,11 +199,6 @@ def merged_operations(method: Literal["lora", "dora"]) -> Measurement:
     }
     found = 100 * (_forward_operations(merged, ids) / own - 1)
     return Measurement(found, evidence=evidence, model="a Llama of two narrow layers")
-
-
-def _bits_per_weight(double_quant: bool) -> float:
-    constant = 8 + 32 / SECOND_BLOCK if double_quant else 32
-    return 4 + constant / BLOCK
 
 
 def _count(model: Any) -> int:

@@ -67,21 +67,6 @@ def bits_saved(rows: int = 4096, columns: int = 4096) -> Measurement:
     )
 
 
-def bits_of_the_stored_weight() -> Measurement:
-    """Returns the bits per weight that a layer holds between two forward passes, without constants."""
-    layer = _layer(256, 256, double_quant=True)
-    before = layer.weight.data.clone()
-    layer(_inputs(256))
-    return Measurement(
-        _bits([layer.weight.data]) / layer.weight.quant_state.shape.numel(),
-        evidence={
-            "dtype": _name(layer.weight.dtype),
-            "bytes that a forward pass changed": int((layer.weight.data != before).sum()),
-        },
-        model="Linear4bit 256 × 256",
-    )
-
-
 def quantisations_in_a_forward_pass(trains: bool = True) -> Measurement:
     """Returns how often a layer quantises its weight in one forward pass.
 
@@ -105,7 +90,7 @@ def bits_of_the_multiplied_weight(compute_dtype: str = "bfloat16") -> Measuremen
     layer = _layer(256, 256, double_quant=True, compute_dtype=compute_dtype)
     inputs = _inputs(256)
     operands = next(types for name, types in _kernels(layer, inputs) if name == "aten::linear")
-    weight = _dequantised(layer).to(inputs.dtype)
+    weight = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(inputs.dtype)
     difference = (layer(inputs) - torch.nn.functional.linear(inputs, weight)).abs().max()
     dtype = getattr(torch, operands[1])
     return Measurement(
@@ -188,10 +173,6 @@ def _qlora(base_dtype: str) -> Any:
 
 def _inputs(width: int) -> torch.Tensor:
     return torch.randn(8, width, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-
-
-def _dequantised(layer: Any) -> torch.Tensor:
-    return functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
 def _kernels(layer: Any, inputs: torch.Tensor) -> list[tuple[str, list[str]]]:

@@ -7,7 +7,8 @@ the evidence shows the others. Contributed cards count where none of ours has me
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,14 +26,8 @@ Run = dict[str, Any]
 Extreme = Literal["smallest", "largest"]
 
 
-@dataclass(frozen=True)
-class _Found:
-    """The ratio of one card in one setting, with its interval."""
-
-    name: str
-    value: float
-    low: float
-    high: float
+Found = tuple[str, tuple[float, float, float]]
+"""What was timed beside a card and a batch size, and its ratio with both bounds."""
 
 
 def step_ratio(
@@ -54,8 +49,8 @@ def step_ratio(
         results: The folders of results.
     """
 
-    def ratio(above: Row, below: Row) -> list[_Found]:
-        return [_Found("", *median_ratio_interval(quartiles(above, "step"), quartiles(below, "step")))]
+    def ratio(above: Row, below: Row) -> list[Found]:
+        return [("", median_ratio_interval(quartiles(above, "step"), quartiles(below, "step")))]
 
     return _over_batches([run, against], batch_sizes, ratio, extreme, model, results)
 
@@ -83,12 +78,9 @@ def latency_ratio(
         results: The folders of results.
     """
 
-    def ratios(row: Row) -> list[_Found]:
-        found = []
-        for name in passes:
-            above, below = (quartiles(row, f"latency_{which}_{name}") for which in (state, over))
-            found.append(_Found(f", {name}", *median_ratio_interval(above, below)))
-        return found
+    def ratios(row: Row) -> list[Found]:
+        both = {name: [quartiles(row, f"latency_{which}_{name}") for which in (state, over)] for name in passes}
+        return [(f", {name}", median_ratio_interval(*pair)) for name, pair in both.items()]
 
     measured = f"latency_{state}_token_repeats"
     return _over_batches([run], batch_sizes, ratios, extreme, model, results, measured)
@@ -97,17 +89,14 @@ def latency_ratio(
 def _over_batches(
     runs: list[Run],
     batch_sizes: tuple[int, ...],
-    compare: Callable[..., list[_Found]],
+    compare: Callable[..., list[Found]],
     extreme: Extreme,
     model: str,
     results: tuple[str, ...],
     measured: str = "status",
 ) -> Measurement:
     """Returns the most extreme ratio over batch sizes and cards: ours, or if none of them has measured, contributed."""
-
-    def on(folders: Iterable[str]) -> Measurement:
-        return _most_extreme(runs, batch_sizes, compare, extreme, model, _cards(folders), measured)
-
+    on = partial(_most_extreme, runs, batch_sizes, compare, extreme, model, measured)
     try:
         return on(folder for folder in results if not is_contributed(folder))
     except NotRunError as missing:
@@ -121,16 +110,22 @@ def _over_batches(
 def _most_extreme(
     runs: list[Run],
     batch_sizes: tuple[int, ...],
-    compare: Callable[..., list[_Found]],
+    compare: Callable[..., list[Found]],
     extreme: Extreme,
     model: str,
-    cards: dict[str, list[Row]],
     measured: str,
+    folders: Iterable[str],
 ) -> Measurement:
     """Returns the most extreme ratio over batch sizes and cards. A card counts if it tried every run at every size."""
-    found: list[_Found] = []
+    found: dict[str, tuple[float, float, float]] = {}
     evidence: dict[str, Quantity] = {}
     on = set()
+    every = read_cards(map(Path, folders))
+    if not every:
+        raise NotRunError("no run on a CUDA card; run make gpu-check on a machine with one")
+    cards = {card: rows for card, rows in every.items() if not without_bf16(card)}
+    if not cards:
+        raise NotRunError(f"{', '.join(every)} computes no bf16 products itself: its memory counts, its times do not")
     for card, rows in cards.items():
         tried = {
             size: [find_run(rows, model, run | {"batch_size": size}, measured=measured) for run in runs]
@@ -141,7 +136,7 @@ def _most_extreme(
         for size, group in tried.items():
             setting = f"{card}, batch {size}"
             if all(row is not None and row["status"] == "ok" for row in group):
-                found += [_Found(setting + item.name, item.value, item.low, item.high) for item in compare(*group)]
+                found |= {setting + name: ratio for name, ratio in compare(*group)}
                 on.add(card)
             else:
                 evidence[setting] = "out of memory"
@@ -149,24 +144,7 @@ def _most_extreme(
         wanted = [run | {"batch_size": size} for run in runs for size in batch_sizes]
         named = "; ".join(", ".join(f"{name} {value}" for name, value in run.items()) for run in wanted)
         raise NotRunError(f"no card has measured {model}: {named}; run make gpu-check")
-    chosen = (min if extreme == "smallest" else max)(found, key=lambda item: item.value)
-    shown = {item.name: item.value for item in found} if len(found) > 1 else {}
-    return Measurement(
-        chosen.value,
-        low=chosen.low,
-        high=chosen.high,
-        evidence={**shown, **evidence},
-        n=len(on),
-        model=f"random weights of {model}'s shape on {', '.join(sorted(on))}",
-    )
-
-
-def _cards(results: Iterable[str]) -> dict[str, list[Row]]:
-    """Returns the runs of each card whose times can decide a claim."""
-    cards = read_cards(map(Path, results))
-    if not cards:
-        raise NotRunError("no run on a CUDA card; run make gpu-check on a machine with one")
-    timed = {card: rows for card, rows in cards.items() if not without_bf16(card)}
-    if not timed:
-        raise NotRunError(f"{', '.join(cards)} computes no bf16 products itself: its memory counts, its times do not")
-    return timed
+    value, low, high = (min if extreme == "smallest" else max)(found.values())
+    shown = {name: ratio for name, (ratio, *_) in found.items()} if len(found) > 1 else {}
+    named = f"random weights of {model}'s shape on {', '.join(sorted(on))}"
+    return Measurement(value, low, high, len(on), evidence={**shown, **evidence}, model=named)

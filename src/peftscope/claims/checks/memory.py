@@ -190,29 +190,6 @@ def optimizer_bytes(optimizer: str, dtype: str) -> Measurement:
     return Measurement(sum(v.nbytes for v in own.values()) / parameter.numel(), evidence=evidence)
 
 
-def gradients_alive(layers: int = 16) -> Measurement:
-    """Returns the largest share of all gradients that is alive at once if each is used and freed in the backward pass.
-
-    Source: torch's tutorial "How to save memory by fusing the optimizer step into the backward pass".
-    """
-    model = tiny_llama(num_hidden_layers=layers, tie_word_embeddings=False)
-    parameters = list(model.parameters())
-    most = [0]
-
-    def use(parameter: Any) -> None:
-        most[0] = max(most[0], sum(p.grad.nbytes for p in parameters if p.grad is not None))
-        parameter.data -= 1e-3 * parameter.grad
-        parameter.grad = None
-
-    for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(use)
-    ids = token_ids(model)
-    model(input_ids=ids, labels=ids).loss.backward()
-    whole = sum(parameter.nbytes for parameter in parameters)
-    evidence = {"largest parameter": max(p.nbytes for p in parameters) / whole}
-    return Measurement(most[0] / whole, evidence=evidence, model=f"a Llama of {layers} narrow layers")
-
-
 def adapter_bytes(method: Literal["lora", "adalora"], steps: int = 10) -> Measurement:
     """Returns the most bytes per parameter that PEFT's adapter takes in a training step, all in 32 bits.
 

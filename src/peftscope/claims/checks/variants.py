@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peftscope.claims.checks.counts import _count, _lora_count, _training_operations
 from peftscope.claims.lora_subjects import factor_a, factor_b, lora_layers, lora_model
 from peftscope.claims.measurement import Measurement
-from peftscope.claims.subjects import BLOCK_LINEAR, TINY, flat, meta_model, tiny_llama, token_ids
+from peftscope.claims.subjects import BLOCK_LINEAR, TINY, meta_model, tiny_llama, token_ids
 from peftscope.methods.fields import target_modules
 
 
@@ -77,48 +77,25 @@ def dora_column_norms(rank: int, alpha: float) -> Measurement:
     Source: Liu et al. 2024, arXiv 2402.09353, equation 5.
     """
     norms, cosines = [], []
-    for layer in _moved_dora_layers(rank, alpha):
+    for layer in lora_layers(lora_model(tiny_llama(), rank, alpha, seed=0, use_dora=True).eval()).values():
+        factor_b(layer).data.normal_(std=0.1)
+        trained = layer.lora_magnitude_vector["default"].weight
+        trained.data *= torch.empty_like(trained).uniform_(0.5, 2)
         base = layer.get_base_layer().weight.detach()
         update = factor_b(layer).detach() @ factor_a(layer).detach()
         updated = base + layer.scaling["default"] * update
         weight = layer(torch.eye(base.shape[1])).detach().T
-        magnitude = layer.lora_magnitude_vector["default"].weight.detach()
+        magnitude = trained.detach()
         norms.append(float(((weight.norm(dim=1) - magnitude).abs() / magnitude).max()))
         cosines.append(float(torch.cosine_similarity(weight, updated, dim=1).min()))
     evidence = {"smallest cosine with the direction of W + sBA": min(cosines)}
-    return Measurement(_to_fp32(max(norms)), n=len(norms), model=TINY, evidence=evidence)
-
-
-def dora_norm_gradient(rank: int, alpha: float) -> Measurement:
-    """Returns how far the gradients of A and B are from the formula's whose norm is a constant, relative to them.
-
-    Source: Liu et al. 2024, arXiv 2402.09353, section 4.3.
-    """
-    layer = next(iter(_moved_dora_layers(rank, alpha)))
-    torch.manual_seed(1)
-    weight = layer.get_base_layer().weight.detach()
-    inputs, upstream = torch.randn(16, weight.shape[1]), torch.randn(16, weight.shape[0])
-    factors = [factor_a(layer), factor_b(layer)]
-    magnitude, scale = layer.lora_magnitude_vector["default"].weight.detach(), layer.scaling["default"]
-
-    def by_formula(constant_norm: bool) -> torch.Tensor:
-        right, left = (factor.detach().clone().requires_grad_() for factor in factors)
-        updated = weight + scale * (left @ right)
-        norm = updated.norm(dim=1)
-        output = inputs @ (updated * (magnitude / (norm.detach() if constant_norm else norm))[:, None]).T
-        return flat(torch.autograd.grad((output * upstream).sum(), [right, left]))
-
-    with torch.enable_grad():
-        found = flat(torch.autograd.grad((layer(inputs) * upstream).sum(), factors))
-        constant, followed = by_formula(True), by_formula(False)
-    far = float((found - followed).norm() / followed.norm())
-    evidence = {"distance from the formula whose norm has a gradient": far}
-    return Measurement(_to_fp32(float((found - constant).norm() / constant.norm())), model=TINY, evidence=evidence)
+    error = round(max(norms), 6)  # digits below fp32's rounding differ between machines
+    return Measurement(error, n=len(norms), model=TINY, evidence=evidence)
 
 
 def adalora_rank_spread(steps: int, init_rank: int, target_rank: int) -> Measurement:
     """Returns the largest minus the smallest rank that AdaLoRA's last allocation keeps."""
-    ranks = _train_adalora(steps, init_rank, target_rank)["ranks"]
+    ranks, _ = _train_adalora(steps, init_rank, target_rank)
     return Measurement(
         max(ranks) - min(ranks),
         n=len(ranks),
@@ -135,50 +112,21 @@ def adalora_decompositions(steps: int, init_rank: int, target_rank: int) -> Meas
     Operators are counted below Python. PiSSA's initialisation, which does use them, is counted as a control.
     """
     with OperatorCounter() as counter:
-        trained = _train_adalora(steps, init_rank, target_rank)
+        ranks, allocations = _train_adalora(steps, init_rank, target_rank)
     with OperatorCounter() as control:
         lora_model(tiny_llama(), rank=target_rank, alpha=target_rank, seed=0, init_lora_weights="pissa")
     evidence = {
         "training steps": steps,
-        "allocations": trained["allocations"],
-        "triplets pruned": sum(init_rank - rank for rank in trained["ranks"]),
+        "allocations": allocations,
+        "triplets pruned": sum(init_rank - rank for rank in ranks),
         "eigenvalue or QR decompositions": counter.count("linalg_eig", "linalg_qr"),
         "for comparison, in PiSSA's initialisation": control.count("svd"),
     }
     return Measurement(counter.count("svd"), model=TINY, evidence=evidence)
 
 
-def adalora_kept_by_size(steps: int, init_rank: int, target_rank: int) -> Measurement:
-    """Returns the share of the kept triplets that a ranking by the size of lambda would have kept too.
-
-    Lambda has the place of an SVD's singular values. All pruning is done in one allocation, because pruning in every
-    step sets lambdas to zero repeatedly, and then any rule agrees with their size.
-    """
-    trained = _train_adalora(steps, init_rank, target_rank, allocate_every=steps)
-    sizes, kept = torch.cat(trained["sizes"]), torch.cat(trained["kept"])
-    largest = torch.zeros_like(kept)
-    largest[sizes.topk(int(kept.sum())).indices] = True
-    share = float((kept & largest).sum() / kept.sum())
-    return Measurement(
-        share,
-        n=int(kept.sum()),
-        model=TINY,
-        evidence={"by chance": target_rank / init_rank, "allocations": trained["allocations"]},
-    )
-
-
-def _moved_dora_layers(rank: int, alpha: float) -> list[Any]:
-    """Returns DoRA layers whose B and magnitudes differ from their initial values."""
-    layers = list(lora_layers(lora_model(tiny_llama(), rank, alpha, seed=0, use_dora=True).eval()).values())
-    for layer in layers:
-        factor_b(layer).data.normal_(std=0.1)
-        magnitude = layer.lora_magnitude_vector["default"].weight
-        magnitude.data *= torch.empty_like(magnitude).uniform_(0.5, 2)
-    return layers
-
-
-def _train_adalora(steps: int, init_rank: int, target_rank: int, allocate_every: int = 1) -> dict[str, Any]:
-    """Returns the ranks after a short training run with PEFT's AdaLoRA, and the candidates of the last allocation.
+def _train_adalora(steps: int, init_rank: int, target_rank: int) -> tuple[list[int], int]:
+    """Returns the ranks after a short training run with PEFT's AdaLoRA, and the number of allocations.
 
     PEFT updates its scores only when ``update_and_allocate`` is called, after the step and before ``zero_grad``.
     """
@@ -192,28 +140,23 @@ def _train_adalora(steps: int, init_rank: int, target_rank: int, allocate_every:
         target_modules=list(BLOCK_LINEAR),
         tinit=steps // 5,
         tfinal=steps // 4,
-        deltaT=allocate_every,
+        deltaT=1,
         total_step=steps,
         orth_reg_weight=0.1,
     )
     model = get_peft_model(base, config).train()
-    lambdas = [(name, parameter) for name, parameter in model.named_parameters() if ".lora_E." in name]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    sizes: list[torch.Tensor] = []
     allocations = 0
     for step in range(steps):
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
-        if step == steps - config.tfinal:
-            sizes = [parameter.detach().abs().flatten().clone() for _, parameter in lambdas]
         before = config.rank_pattern
         model.base_model.update_and_allocate(step)
         allocations += config.rank_pattern is not before
         optimizer.zero_grad()
-    pattern = {name.removeprefix("base_model.model."): kept for name, kept in (config.rank_pattern or {}).items()}
-    everything = [True] * init_rank
-    kept = [torch.tensor(pattern.get(name.removeprefix("base_model.model."), everything)) for name, _ in lambdas]
-    return {"ranks": [int(k.sum()) for k in kept], "kept": kept, "sizes": sizes, "allocations": allocations}
+    kept = {name.removeprefix("base_model.model."): sum(each) for name, each in (config.rank_pattern or {}).items()}
+    names = [name.removeprefix("base_model.model.") for name, _ in model.named_parameters() if ".lora_E." in name]
+    return [kept.get(name, init_rank) for name in names], allocations
 
 
 class OperatorCounter(TorchDispatchMode):
@@ -230,8 +173,3 @@ class OperatorCounter(TorchDispatchMode):
     def count(self, *parts: str) -> int:
         """Returns how many operators ran whose name has one of these parts."""
         return sum(number for name, number in self.names.items() if any(part in name for part in parts))
-
-
-def _to_fp32(relative_error: float) -> float:
-    """Returns a relative error without the digits below fp32's rounding, which differ between machines."""
-    return round(relative_error, 6)
