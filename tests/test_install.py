@@ -53,6 +53,7 @@ NEEDING = {
     "doctor": "[train]",
     "expand quick": "[train]",
     "expand gpu-7b --gpu a100": "[train]",
+    "leaderboard": "[report]",
     "verify quick": "[train]",
     "claims --id S64": "[all]",
     "records quick": "[report]",

@@ -41,6 +41,9 @@ PUBLISHED_REPORTS = REPORTS / "published"
 CONTRIBUTED_RESULTS = RESULTS / "contributed"
 """The folder of results from the cards of others, with one folder per card."""
 
+LEADERBOARD = "leaderboard"
+"""The name of the page of methods that studies compare, in the folder of reports and in that of published ones."""
+
 MEMORY_FOLDER = RESULTS / "memory"
 """The folder of results that need no run: memory curves and bars."""
 
@@ -136,17 +139,18 @@ def published(name: str) -> Path:
     return own if own.exists() else shipped(own)
 
 
-def folder_with(experiment: str, file: str) -> Path | None:
+def folder_with(experiment: str, file: str, *, is_published: bool = False) -> Path | None:
     """Returns the folder of an experiment's results that has a file: this workspace's, or else the published one.
 
     Args:
         experiment: The experiment.
         file: The file, relative to the folder.
+        is_published: Whether results of this workspace do not count.
 
     Returns:
         The folder; None if no folder has the file.
     """
-    folders = (results_folder(experiment), published(experiment))
+    folders = [published(experiment)] if is_published else [results_folder(experiment), published(experiment)]
     return next((folder for folder in folders if (folder / file).is_file()), None)
 
 

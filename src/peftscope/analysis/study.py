@@ -51,14 +51,15 @@ class StudyResults:
 
     Args:
         name: The name of the study's experiment.
+        is_published: Whether results of this workspace do not count.
 
     Raises:
         InputError: There are no results, neither here nor published.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, is_published: bool = False) -> None:
         self.name = name
-        folder = folder_with(name, "runs.csv")
+        folder = folder_with(name, "runs.csv", is_published=is_published)
         if folder is None:
             raise self._unfinished("not run")
         self.folder = folder

@@ -221,3 +221,18 @@ def _print_rankings(
     for row in rows:
         summary.add_row(*row.values())
     console.print("", summary, sep="\n")
+
+
+@app.command(rich_help_panel=TRUE)
+@needs("report")
+def leaderboard() -> None:
+    """Write a table for each world with what its finished studies say of their arms: reports/leaderboard.html."""
+    from peftscope.report.leaderboard import read_sections, write_leaderboard
+
+    sections, left_out = read_sections()
+    console = wide_console()
+    for section in sections:
+        console.print(f"{section.subject}: {len(section.entries)} rows.", soft_wrap=True, markup=False)
+    for name, reason in left_out.items():
+        console.print(f"Left out: {name}: {reason}.", soft_wrap=True, markup=False)
+    console.print(f"The page: {write_leaderboard(sections, left_out)}", soft_wrap=True, markup=False)

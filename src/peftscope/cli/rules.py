@@ -91,7 +91,7 @@ def check(experiment: ExperimentName) -> None:
 @app.command("publish", hidden=True)
 @needs("report")
 def publish_command(
-    name: Annotated[str, typer.Argument(help="An experiment, claims, or memory.")],
+    name: Annotated[str, typer.Argument(help="An experiment, claims, leaderboard, or memory.")],
 ) -> None:
     """Copy the small files of what is finished to results/published and reports/published."""
     from peftscope.report.publish import publish

@@ -20,6 +20,7 @@ from peftscope.layout import (
     CLAIMS_PAGE,
     CLAIMS_RESULTS,
     FINDINGS_PAGE,
+    LEADERBOARD,
     MEMORY_FOLDER,
     PUBLISHED_REPORTS,
     PUBLISHED_RESULTS,
@@ -43,19 +44,23 @@ from peftscope.planning.sweep import Sweep, expand
 from peftscope.record import RESTORED, measured_path, parse_record, state_folder
 from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import show_claims, show_study
+from peftscope.report.leaderboard import read_sections, write_leaderboard
 
 MEMORY_FILES = ("grid.svg", "bars.svg")
 """The files that finished results without a run must have."""
 
 
 def publish(name: str) -> list[Path]:
-    """Publishes an experiment, or one of the results that belong to none: ``claims``, ``memory``.
+    """Publishes an experiment, or one of the results that belong to none: ``claims``, ``memory``, ``leaderboard``.
 
     Raises:
         InputError: There is nothing to publish yet, or a file is too large to commit.
     """
     if name == "claims":
         return publish_claims()
+    if name == LEADERBOARD:
+        page = write_leaderboard(*read_sections(PUBLISHED_REPORTS), PUBLISHED_REPORTS)
+        return [page, page.with_suffix(".md")]
     return publish_memory() if name == MEMORY_FOLDER.name else publish_experiment(name)
 
 

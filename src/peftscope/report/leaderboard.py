@@ -1,0 +1,247 @@
+"""Renders the leaderboard: a table for each world, with what its finished studies say of their arms. No torch.
+
+Studies whose reference arm has the same runs were judged on the same task with the same seeds, and share a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from markupsafe import Markup
+
+from peftscope.analysis.stats import CONFIDENCE
+from peftscope.analysis.study import MARGIN, StudyResults
+from peftscope.errors import InputError
+from peftscope.layout import LEADERBOARD, PUBLISHED_REPORTS, REPORTS, RESULTS, published, published_paths, report_path
+from peftscope.planning.experiment import A_A
+from peftscope.report.contrasts import contrasts, controls, readable_difference
+from peftscope.report.rendering import asset, rendered
+from peftscope.report.sentences import spoken_outcome
+from peftscope.report.study import EARLIER_MARGIN
+from peftscope.report.tables import PREDICTED_PEAK, markdown, pooled, settings, spoken_settings
+from peftscope.spec import RunSpec
+from peftscope.words import MIB, formatted
+
+SHOWN_ELSEWHERE = ("init_seed", "learning_rate", "file_sha256")
+"""The settings that have a column of their own, or say nothing to a reader."""
+LEAD = (
+    "Every arm of a finished study against the study's reference, with the numbers and the words of the study's own "
+    "report. Rows stand in the order of their estimates. A place in a list is no result: what counts is the interval, "
+    "and what the study says."
+)
+POINTS = (
+    f"Differences are means over pairs of seeds, with {100 * CONFIDENCE:g} % intervals that include the tuning of both "
+    "arms. Above zero is better. “Within” is the smallest margin at which two one-sided tests call two arms the same.",
+    "A study tells arms apart after Holm's correction for all of its comparisons, so that two studies may say "
+    f"different things of the same runs. It calls arms the same within {100 * MARGIN:g} % of what the task teaches; "
+    f"most studies were planned for {100 * EARLIER_MARGIN:g} %, so that many cannot tell. What two rows say of the "
+    "reference does not compare them with each other.",
+    "The A/A rows are an arm that entered twice, against itself: a smaller difference of another row means nothing.",
+    "A table has the studies whose references have the same runs. It holds for its model and its task, and for its "
+    "number of steps and its batch unless a row's settings name others. The test items are taken as they are: other "
+    "items, tasks and larger models are not covered by the intervals.",
+    "Peaks are those of live tensors, as predicted. Step times are empty where runs shared the machine.",
+)
+"""What the tables can and cannot say."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row: an arm against the reference, the reference itself, or an A/A control against its own arm.
+
+    Attributes:
+        label: Its name.
+        runs: Its runs, one row per seed.
+        ahead: How far it is ahead, in nats per token.
+        numbers: Its comparison as text, by column, as its study's report has it; none of the reference.
+        said: What each study that it stands in says of it, by the study's name.
+        is_control: Whether it is an arm that entered again (A/A).
+    """
+
+    label: str
+    runs: pd.DataFrame
+    ahead: float
+    numbers: dict[str, str]
+    said: dict[str, str]
+    is_control: bool = False
+
+    @property
+    def outcome(self) -> str:
+        """What its studies say of it; each with its name if they disagree, because each corrects for its own arms."""
+        said = dict.fromkeys(self.said.values())
+        if len(said) == 1:
+            return next(iter(said))
+        return "; ".join(
+            f"{each} ({', '.join(name for name, words in self.said.items() if words == each)})" for each in said
+        )
+
+
+@dataclass(frozen=True)
+class Section:
+    """The arms that were compared with one reference on one task.
+
+    Attributes:
+        entries: One per row, by their estimates, A/A rows last.
+    """
+
+    entries: list[Entry]
+
+    @property
+    def reference(self) -> Entry:
+        """The row that the others are compared with."""
+        return next(entry for entry in self.entries if not entry.numbers)
+
+    @property
+    def subject(self) -> str:
+        """The model, the task, the number of steps, the batch, the seeds and the first of the studies."""
+        runs, names = self.reference.runs, list(self.reference.said)
+        first = runs.iloc[0]
+        studies = f"{names[0]} and {more} more" if (more := len(names) - 1) else names[0]
+        return (
+            f"{first['model']}, {first['task']}, {first['steps']} steps of "
+            f"{first['batch_size'] * first['gradient_accumulation']}, seeds {runs['seed'].min()} to "
+            f"{runs['seed'].max()} ({studies})"
+        )
+
+
+def read_sections(folder: Path = REPORTS) -> tuple[list[Section], dict[str, str]]:
+    """Returns the sections, and the studies that are left out, each with the reason.
+
+    Args:
+        folder: The folder of the page. That of published reports shows published studies only.
+    """
+    is_published = folder == PUBLISHED_REPORTS
+    own = [] if is_published else list(RESULTS.glob("*/runs.csv"))
+    worlds: dict[frozenset[str], dict[tuple[Any, ...], Entry]] = {}
+    left_out = {}
+    for name in sorted({path.parent.name for path in [*own, *published_paths("runs.csv")]}):
+        try:
+            study = StudyResults(name, is_published=is_published)
+            if not study.arms:
+                continue  # an experiment without arms is no study
+            entries = list(_entries(study))
+        except InputError as error:
+            left_out[name] = error.problems[0].message
+            continue
+        if all(entry.is_control for entry in entries[1:]):
+            left_out[name] = "it compares nothing with its reference"
+            continue
+        rows = worlds.setdefault(frozenset(entries[0].runs["run_id"]), {})
+        for entry in entries:
+            key = (frozenset(entry.runs["run_id"]), *entry.numbers.values())
+            rows.setdefault(key, entry).said.update(entry.said)
+    return [_section(list(rows.values())) for rows in worlds.values()], left_out
+
+
+def _entries(study: StudyResults) -> Iterator[Entry]:
+    """Yields the rows of a study, the reference first."""
+    labels, reference = study.labels, study.reference
+    yield Entry(labels[reference], study.arm_runs(reference), 0.0, {}, {study.name: "the reference"})
+    for row in _contrasts(study).to_dict("records"):
+        if row["against"] == reference:
+            arm, said = row["arm"], {study.name: spoken_outcome(row["outcome"], row["difference"])}
+            numbers = readable_difference(row, "the reference")
+            yield Entry(labels[arm], study.arm_runs(arm), row["difference"], numbers, said, arm.endswith(A_A))
+    if any(control == "a-a" for control, _ in study.controls):
+        for row in controls(study).to_dict("records"):
+            if row["control"] == "a-a" and row["n"] > 1:
+                label, runs = f"{labels[row['arm']]} against itself (A/A)", study.control_runs("a-a", row["arm"])
+                numbers = readable_difference(row, "the reference")
+                yield Entry(label, runs, row["difference"], numbers, {study.name: "-"}, is_control=True)
+
+
+def _contrasts(study: StudyResults) -> pd.DataFrame:
+    """Returns a study's comparisons: as they were published, or of this workspace as they are now."""
+    path = study.folder / "tables" / "contrasts.csv"
+    if study.folder == published(study.name) and path.is_file():
+        return pd.read_csv(path)
+    study.require_finished()
+    return contrasts(study)
+
+
+def _section(entries: list[Entry]) -> Section:
+    names = [entry.label for entry in entries]
+    entries = [
+        replace(each, label=f"{each.label} ({next(iter(each.said))})") if names.count(each.label) > 1 else each
+        for each in entries
+    ]
+    return Section(sorted(entries, key=lambda each: (each.is_control, -each.ahead)))
+
+
+def table(section: Section) -> pd.DataFrame:
+    """Returns the rows of a section as text, with what an arm costs; without columns that are empty in every row."""
+    reference = pooled(section.reference.runs).iloc[0]
+    empty = {column: "-" for entry in section.entries for column in entry.numbers}
+    rows = []
+    for entry in section.entries:
+        costs = entry.runs.reindex(columns=["trained_parameters", PREDICTED_PEAK, "step_seconds_median"]).median()
+        rows.append(
+            {
+                "method": entry.label,
+                "its study says": entry.outcome,
+                **empty,
+                **entry.numbers,
+                "learning rate": f"{entry.runs['learning_rate'].iloc[0]:g}",
+                "trained parameters": formatted(costs["trained_parameters"], ",.0f"),
+                "predicted peak (MiB)": formatted(costs[PREDICTED_PEAK], ",.0f", MIB),
+                "step (s)": formatted(costs["step_seconds_median"], ".2f"),
+                "study": ", ".join(entry.said),
+                "settings other than the reference's": _settings(entry, reference) or "-",
+            }
+        )
+    frame = pd.DataFrame(rows)
+    return frame.loc[:, (frame != "-").any()]
+
+
+def _settings(entry: Entry, reference: pd.Series) -> str:
+    """Returns the settings in which an arm differs from the reference; of the reference, those of its method."""
+    row = pooled(entry.runs).iloc[0]
+    fields = [field for field in settings(entry.runs) if field not in SHOWN_ELSEWHERE]
+    if not entry.numbers:
+        return spoken_settings(row, [field for field in fields if field not in RunSpec.model_fields])
+    return spoken_settings(row, [field for field in fields if row[field] != reference.get(field)])
+
+
+def _links(entry: Entry, folder: Path, form: str) -> str:
+    """Returns the names of an arm's studies, as links in this form where their reports lie below the page's folder."""
+    links = []
+    for name in entry.said:
+        reports = [path for path in (report_path(name), PUBLISHED_REPORTS / name / "report.html") if path.is_file()]
+        below = [form.format(path.relative_to(folder), name) for path in reports if path.is_relative_to(folder)]
+        links.append(next(iter(below), name))
+    return Markup(", ").join(links)
+
+
+def write_leaderboard(sections: list[Section], left_out: dict[str, str], folder: Path = REPORTS) -> Path:
+    """Writes the page, as HTML and Markdown, into the folder of reports or of published ones, and returns its path."""
+    content: dict[str, Any] = {
+        "sections": [_content(section, folder) for section in sections],
+        "left_out": left_out,
+        "lead": LEAD,
+        "points": POINTS,
+        "style": asset("report.css"),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / f"{LEADERBOARD}.html"
+    for suffix in (".html", ".md"):
+        page.with_suffix(suffix).write_text(rendered(f"{LEADERBOARD}{suffix}.j2", **content))
+    return page
+
+
+def _content(section: Section, folder: Path) -> dict[str, Any]:
+    def linked(form: str) -> pd.DataFrame:
+        links = [_links(entry, folder, form) for entry in section.entries]
+        return shown.assign(study=pd.Series(links, dtype=object))  # pandas' own dtype for text forgets markup
+
+    shown = table(section)
+    return {
+        "subject": section.subject,
+        "reference": section.reference.label,
+        "columns": list(shown.columns),
+        "rows": linked(Markup('<a href="{}">{}</a>')).to_numpy().tolist(),
+        "markdown": Markup(markdown(linked("[{1}]({0})"))),
+    }
