@@ -77,8 +77,9 @@ def show_answer(answer: Answer, console: Console, *, explain: bool, depth: int) 
         how += f", because {answer.method} has no closed form"
     elif answer.parameters is None:
         how += f", because {answer.model} has no closed form"
-    known = f" ({answer.agreement})" if answer.agreement else ""
-    console.print(f"[bold]{answer.model}, {answer.method}[/]: {how}{known}")
+    console.print(f"[bold]{answer.model}, {answer.method}[/]: {how}")
+    if answer.agreement:
+        console.print(f"accuracy: {answer.agreement}", markup=False)
     if answer.parameters is not None:
         trained = "" if answer.trainable_parameters is None else f", {answer.trainable_parameters:,} trained"
         console.print(f"{answer.parameters:,} parameters{trained}")

@@ -186,9 +186,8 @@ def _peak_line(option: Option, situation: Situation) -> Line:
     answer = answer_by_formula(option.question)
     each = f" on each of {option.spread_over} cards" if option.spread_over > 1 else ""
     value = f"{spoken_bytes(option.peak_device_bytes, 1)}{each} of {spoken_bytes(situation.gpu.usable_bytes, 1)}"
-    tested = answer.agreement or "this kind of run was not compared with simulations"
     says = f"{line.says} The longest batch, with a loss on every token.".strip()
-    evidence = f"calculator: {tested}" + (f"; {line.evidence}" if line.claims else "")
+    evidence = f"calculator: {answer.agreement}" + (f"; {line.evidence}" if line.claims else "")
     return Line("peak", value, (), says, "computed", evidence, line.claims)
 
 
