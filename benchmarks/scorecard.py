@@ -1,7 +1,8 @@
 """Predicts the peaks that others published, with our methods and with estimators of others: ``make scorecard``.
 
-Writes ``results/published/scorecard/``, the tables of ``docs/scorecard.md`` and what answers say of their accuracy. Simulations and the answers of others
-are kept in ``results/scorecard/`` and computed again only if what decides them changed.
+Writes ``results/published/scorecard/``, the tables of ``docs/scorecard.md`` and ``memory/measured.json``, which answers
+quote. Simulations and the answers of others are kept in ``results/scorecard/`` and computed again only if what decides
+them changed.
 """
 
 from __future__ import annotations

@@ -223,6 +223,16 @@ def test_the_command_speaks_to_people_and_programs_within_five_seconds(peftscope
     assert named and f"{named[1]} " in out.partition("Ways that fit")[0]
 
 
+def test_where_nothing_fits_a_sharded_4_bit_base_is_offered_as_memory_answers_it(peftscope) -> None:
+    asked = {"model": "llama-3.1-70b", "gpu": "rtx4090", "examples": 100, "gpus": 3, "priority": "quality"}
+    said = next(told for told in advice_for(asked).nearest if "QLoRA" in told)
+    assert said.startswith("3 such cards, with QLoRA and sharded weights, sharding=fsdp2, quant_storage=bf16: ")
+    options = "--method qlora --sharding fsdp2 --quant-storage bf16 --checkpointing --seq-len 128 --gpu rtx4090 --json"
+    for cards, fits in ((2, "no"), (3, "yes")):
+        said = peftscope("memory", "llama-3.1-70b", *options.split(), "--gpus", str(cards))[1]
+        assert json.loads(said)["fits"] == fits
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

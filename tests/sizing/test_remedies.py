@@ -58,3 +58,30 @@ def test_the_command_line_decides_before_the_file(peftscope: Command, tmp_path: 
     assert {"disable_gradient_checkpointing": False} in changes
     assert all("per_device_train_batch_size" not in one for one in changes)
     assert any("--batch-size" in one for one in changes)
+
+
+ERROR = "CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has a total capacity of {} of which 0 bytes is free."
+
+
+@pytest.mark.parametrize("options", [("--batch-size", "4"), ("--method", "full"), ("--loss", "liger")], ids=str)
+def test_memory_fit_and_oom_say_the_same(options: tuple[str, ...], peftscope: Command) -> None:
+    run, method = ["qwen2.5-0.5b", "--seq-len", "1024", *options], "full" if "full" in options else "lora"
+    remedies = json.loads(peftscope("memory", *run, "--gpu", "3GiB", "--json")[1])["remedies"]
+    (fit,) = json.loads(peftscope("fit", *run[:3], "--gpu", "3GiB", "--method", method, *options[-2:], "--json")[1])
+    text = ERROR.format("3.00 GiB")
+    assert remedies and json.loads(peftscope("oom", run[0], text, *run[1:], "--json")[1])["remedies"] == remedies
+    words = [key if value is True else f"{key} {value}" for key, value in remedies[0]["changes"].items()]
+    assert fit["advice"] == " ".join(words) and fit["advised_device_bytes"] == remedies[0]["peak_device_bytes"]
+
+
+def test_experts_are_packed_where_the_trainer_packs_them(peftscope: Command, tmp_path: Path) -> None:
+    path = tmp_path / "train.yaml"
+    for trainer, changes in (("axolotl", {"quantize_moe_experts": True}), ("LLaMA-Factory", None)):
+        name = "base_model" if trainer == "axolotl" else "model_name_or_path"
+        more = {"adapter": "qlora", "load_in_4bit": True} if trainer == "axolotl" else {"quantization_bit": 4}
+        small = {key: 1 for key in FILES[trainer] if "batch_size" in key}
+        path.write_text(yaml.safe_dump(FILES[trainer] | more | small | {name: "Qwen/Qwen3-30B-A3B"}))
+        code, said, _ = peftscope("memory", "--config", str(path), "--gpu", "24GiB", "--json")
+        found = [remedy["changes"] for remedy in json.loads(said)["remedies"]]
+        assert code == 1 and bool(found) is bool(changes)
+        assert all(one.items() >= (changes or {}).items() for one in found)
