@@ -79,7 +79,7 @@ def show_answer(answer: Answer, console: Console, *, explain: bool, depth: int) 
         how += f", because {answer.model} has no closed form"
     console.print(f"[bold]{answer.model}, {answer.method}[/]: {how}")
     if answer.agreement:
-        console.print(f"accuracy: {answer.agreement}", markup=False)
+        console.print(f"accuracy: {answer.agreement}", markup=False, soft_wrap=True)
     if answer.parameters is not None:
         trained = "" if answer.trainable_parameters is None else f", {answer.trainable_parameters:,} trained"
         console.print(f"{answer.parameters:,} parameters{trained}")

@@ -56,7 +56,7 @@ Values = Mapping[str, list[dict[str, Any]]]
 """What each change of ``LEVELS`` may set, the mildest first; none: the run is so already, or cannot be."""
 
 
-def values_of(spec: RunSpec, loss: Mapping[str, Any], packing: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def values_of(spec: RunSpec, loss: dict[str, Any], packing: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Returns what changes may set in a run.
 
     A smaller batch comes with as many more accumulated ones, so that a step learns from as many examples.
@@ -69,11 +69,11 @@ def values_of(spec: RunSpec, loss: Mapping[str, Any], packing: Mapping[str, Any]
     rows, method = spec.batch_size * spec.gradient_accumulation, METHODS[spec.method.name]
     fewer = [size for size in range(spec.batch_size - 1, 0, -1) if rows % size == 0]
     values: dict[str, list[dict[str, Any]]] = {
-        "loss": [{**loss}],
+        "loss": [loss],
         "checkpointing": [{"checkpointing": True}] if method.supports_checkpointing and not spec.checkpointing else [],
         "batch_size": [{"batch_size": size, "gradient_accumulation": rows // size} for size in fewer],
         "optimizer": [{"optimizer": "adamw_8bit"}] if spec.optimizer == "adamw" and spec.method.trains_base else [],
-        "method": [({} if getattr(spec.method, "quant_type", None) else {"method": "qlora"}) | packing],
+        "method": [packing if getattr(spec.method, "quant_type", None) else {"method": "qlora", **packing}],
         "seq_len": [{"seq_len": spec.seq_len >> n} for n in range(1, 20) if spec.seq_len >> n >= SHORTEST],
         "eval_batch_size": [{"eval_batch_size": 1}] if spec.eval_batch_size > 1 else [],
     }
