@@ -51,7 +51,8 @@ def claims(
         raise InputError(Problem("--published", "measures nothing", "leave --write and --reuse out"))
     if not (published or write or reuse or all(map(find_spec, MEASURED_WITH))):
         published = True
-        Console(stderr=True).print(f"published verdicts; to measure: {how_to_install('all')}", markup=False, soft_wrap=True)
+        note = f"published verdicts; to measure: {how_to_install('all')}"
+        Console(stderr=True).print(note, markup=False, soft_wrap=True)
     with needs("all"):
         ledger = read_ledger(checks=not published)
     known = {claim.id: claim for claim in ledger}

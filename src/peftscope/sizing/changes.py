@@ -243,7 +243,7 @@ def remedies_of(asked: Asked, peaks: Peaks, needs: Needs, most: int = MOST) -> l
             return peaks_by_formula(asked.with_changes(changes), traces=needs.traces, enough=0).least_bytes
         return 0
 
-    def found(accepted: tuple[Fits, ...]) -> Iterator[Remedy]:
+    def those(accepted: tuple[Fits, ...]) -> Iterator[Remedy]:
         known: list[set[str]] = []
         for level in (((),), *LEVELS):
             if known:
@@ -262,5 +262,5 @@ def remedies_of(asked: Asked, peaks: Peaks, needs: Needs, most: int = MOST) -> l
                             yield Remedy(changes, fits, needs.peaks(after).device_bytes)
                             break
 
-    every = (list(islice(found(accepted), most)) for accepted in (ACCEPTED[:1] if runs else ACCEPTED))
+    every = (list(islice(those(accepted), most)) for accepted in (ACCEPTED[:1] if runs else ACCEPTED))
     return next(filter(None, every), [])
