@@ -99,16 +99,11 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("hub_id", "preset"),
-    [
-        ("meta-llama/Llama-3.1-8B-Instruct", "llama-3.1-8b"),
-        ("unsloth/Qwen3-4B-Base", "qwen3-4b"),
-        ("unsloth/Meta-Llama-3.1-8B-bnb-4bit", "llama-3.1-8b"),
-        ("unsloth/Qwen2.5-7B-Instruct-unsloth-bnb-4bit", "qwen2.5-7b"),
-    ],
+    "hub_id",
+    ["meta-llama/Llama-3.1-8B-Instruct", "unsloth/Meta-Llama-3.1-8B-bnb-4bit", "o/Llama-3.1-8B-unsloth-bnb-4bit"],
 )
-def test_a_variant_on_the_hub_has_the_shape_of_its_preset(hub_id: str, preset: str) -> None:
-    model = describe_model(hub_id)
+def test_a_variant_on_the_hub_has_the_shape_of_its_preset(hub_id: str) -> None:
+    model, preset = describe_model(hub_id), "llama-3.1-8b"
     assert model.shape == PRESETS[preset].shape and model.variant_of == preset
     said = assumptions_of(ask(model, {}))
     assert any("a variant of it" in line for line in said)

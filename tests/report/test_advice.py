@@ -19,12 +19,10 @@ from peftscope.errors import InputError
 from peftscope.hardware.cards import find_gpu
 from peftscope.layout import CLAIMS_FILE
 from peftscope.memory.base import describe_model
-from peftscope.memory.question import ask
 from peftscope.methods import METHODS
 from peftscope.report.advice.advise import Advice, advise
 from peftscope.report.advice.rules import Rule, Rules, Standing, known_findings, read_rules
 from peftscope.report.advice.settings import USUAL_LENGTH, Situation
-from peftscope.sizing.needs import Needs
 
 SITUATIONS = sorted((REPOSITORY / "tests" / "advice").glob("*.yaml"))
 
@@ -227,12 +225,8 @@ def test_the_command_speaks_to_people_and_programs_within_five_seconds(peftscope
 
 def test_where_nothing_fits_a_sharded_4_bit_base_is_offered() -> None:
     asked = {"model": "llama-2-13b", "gpu": "6GiB", "examples": 100, "gpus": 2, "priority": "quality"}
-    said = next(told for told in advice_for(asked).nearest if "QLoRA" in told)
-    assert said.startswith("2 such cards, with QLoRA and sharded weights, sharding=fsdp2, quant_storage=bf16: ")
-    options = {"method": "qlora", "checkpointing": True, "seq_len": 128, "sharding": "fsdp2", "quant_storage": "bf16"}
-    for cards, fits in ((1, "no"), (2, "yes")):
-        question = ask(describe_model("llama-2-13b"), options, gpu=find_gpu("6GiB"), gpus=cards)
-        assert Needs(find_gpu("6GiB")).fits(question) == fits
+    line = "2 such cards, with QLoRA and sharded weights, sharding=fsdp2, quant_storage=bf16: "
+    assert any(told.startswith(line) for told in advice_for(asked).nearest)
 
 
 @pytest.mark.parametrize(
