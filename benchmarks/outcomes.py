@@ -55,40 +55,28 @@ def judge(outcomes: list[Outcome]) -> pd.DataFrame:
 
 
 def render(judged: pd.DataFrame) -> str:
-    """Returns the outcomes as Markdown: how many are right, those that are wrong, and every run."""
+    """Returns the outcomes as Markdown: how many are right by source, and those that are wrong."""
     modelled = judged["not_modelled"] == ""
-    groups = {"modelled": judged[modelled], "not wholly modelled": judged[~modelled]}
-    asked = groups["modelled"].drop_duplicates(["preset", "gpu", "asked"])
+    asked = judged[modelled].drop_duplicates(["preset", "gpu", "asked"])
     lines = [
         f"The runs that are modelled ask {len(asked)} different questions, of which {asked['right'].sum()} are "
         "answered right: some ran in bf16 and in float16, which take the same bytes.",
         "",
-        f"| runs | judged | right | out of memory | called so | within {NEAR} % of the card | called so |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| source | runs | judged | right | out of memory | called so | within {NEAR} % of the card | called so |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, runs in groups.items():
+    names = modelled.map({True: "modelled", False: "not wholly"}), judged["source"].str.split("[ #;]").str[0]
+    whole = [((name, "all"), runs) for name, runs in judged.groupby(names[0])]
+    for (name, source), runs in [*whole, *judged.groupby([*names])]:
         full = runs[runs["ended"] == "out of memory"]
         near = full[full["beyond_percent"].abs() <= NEAR]
         counts = [count for part in (runs, full, near) for count in (len(part), part["right"].sum())]
-        lines.append(f"| {name} | {' | '.join(map(str, counts))} |")
+        lines.append(f"| {source} | {name} | {' | '.join(map(str, counts))} |")
     lines += ["", "Answered wrong:", ""]
     for row in judged[~judged["right"]].itertuples():
         reason = f"; not modelled: {row.not_modelled}" if row.not_modelled else ""
         lines.append(f"- `{row.id}`: {row.ended}, called *{row.fits}* ({row.beyond_percent:+.0f} %){reason}")
-    lines += ["", "### Every run that is modelled", "", *_table(groups["modelled"], "source")]
-    lines += ["", "### Runs that are not wholly modelled", "", *_table(groups["not wholly modelled"], "not_modelled")]
     return "\n".join(lines)
-
-
-def _table(runs: pd.DataFrame, last: str) -> list[str]:
-    lines = [f"| run | card | ended | fits | % beyond the card | {last.replace('_', ' ')} |"]
-    lines.append("|---|---|---|---|---:|---|")
-    for _, row in runs.iterrows():
-        ended = row["ended"] if row["right"] else f"**{row['ended']}**"
-        told = row[last].split()[0] if last == "source" else row[last]
-        answer = f"{row['fits']} | {row['beyond_percent']:+.0f}"
-        lines.append(f"| {row['id']} | {row['gpu']} | {ended} | {answer} | {told} |")
-    return lines
 
 
 def publish(folder: Path, page: Path) -> None:

@@ -1,17 +1,19 @@
 """Predicts the peaks that others published, with our methods and with estimators of others: ``make scorecard``.
 
-Writes ``results/published/scorecard/`` and the tables of ``docs/scorecard.md``. Simulations and the answers of others
-are kept in ``results/scorecard/`` and computed again only if what decides them changed.
+Writes ``results/published/scorecard/``, the tables of ``docs/scorecard.md`` and ``memory/measured.json``, which answers
+quote. Simulations and the answers of others are kept in ``results/scorecard/`` and computed again only if what decides
+them changed.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import json
 import subprocess
 import time
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -25,6 +27,7 @@ from benchmarks.page import write_blocks
 from benchmarks.points import RULE, Point, by_formula, by_simulation, question_of, read_points, why_out
 from peftscope.execution.libraries import without_hub_kernels
 from peftscope.hardware.cards import find_gpu
+from peftscope.memory.answer import MEASURED_FILE
 from peftscope.report.plots import save
 from peftscope.words import GIB
 
@@ -71,6 +74,7 @@ def score(points: list[Point], minutes: float = inf) -> tuple[pd.DataFrame, pd.D
             "method": point.asked.get("method", ""),
             "parameters": shape.parameters if shape else None,
             "kind": point.kind,
+            "gpu": point.gpu,
             "capacity_bytes": find_gpu(point.gpu).usable_bytes if point.gpu else None,
             "measured_bytes": point.measured_bytes,
             "out_of_scope": why_out(point),
@@ -156,12 +160,13 @@ def render(scores: pd.DataFrame, tools: pd.DataFrame) -> str:
         "",
         *_missed(inside),
         "",
-        "## Every point in scope",
+        "## By source",
         "",
-        f"Errors in %. {', '.join(bare)} models no activations: with full fine-tuning its number is that of training "
-        "with Adam, with an adapter that of the weights. *Not asked* are settings that the calculator does not know.",
+        f"Every point counts. {', '.join(bare)} models no activations: with full fine-tuning its number is that of "
+        "training with Adam, with an adapter that of the weights. scorecard.csv has each point, with what a calculator "
+        "could not be asked.",
         "",
-        *_table(inside, usual, bare),
+        *_by_source(inside, usual, bare),
         "",
         "## Out of memory",
         "",
@@ -177,7 +182,7 @@ def render(scores: pd.DataFrame, tools: pd.DataFrame) -> str:
         "",
         "Those that state enough to ask all the same:",
         "",
-        *_table(asked[asked["measured_bytes"].notna()], usual, bare, reason=True),
+        *_by_source(asked[asked["measured_bytes"].notna()], usual, bare),
     ]
     return "\n".join(lines)
 
@@ -226,21 +231,28 @@ def _missed(scores: pd.DataFrame) -> list[str]:
     return lines
 
 
-def _table(scores: pd.DataFrame, names: list[str], bare: list[str], *, reason: bool = False) -> list[str]:
-    names = [name for name in names if scores[f"{name}_bytes"].notna().any()]
-    more = "why out of scope" if reason else "not asked"
-    last = [f"*{name}*" for name in bare]
-    lines = [f"| run | counted | GiB | {' | '.join([*names, *last])} | {more} | source |"]
-    lines.append(f"|---|---|---:|{'---:|' * len([*names, *last])}---|---|")
-    for index, row in scores.iterrows():
-        sizes = [errors(scores.loc[[index]], name) for name in (*names, *bare)]
-        cells = " | ".join(_percent(size.iloc[0]) if len(size) else "-" for size in sizes)
-        told = row["out_of_scope"] if reason else row["not_asked"].replace(" ", ", ")
-        source = re.split(r"[ #;]", row["source"])[0]
-        lines.append(
-            f"| {row['what']} | {row['kind']} | {row['measured_bytes'] / GIB:.2f} | {cells} | {told} | {source} |"
-        )
+def _by_source(scores: pd.DataFrame, names: list[str], bare: list[str]) -> list[str]:
+    names = [name for name in names if scores[f"{name}_bytes"].notna().any()] + bare
+    heads = " | ".join(f"*{name}*" if name in bare else name for name in names)
+    lines = [f"| source | counted | points | {heads} |", f"|---|---|---:|{'---:|' * len(names)}"]
+    source = scores["source"].str.split("[ #;]").str[0]
+    for (name, kind), part in scores.groupby([source, "kind"]):
+        lines.append(f"| {name} | {kind} | {len(part)} | {' | '.join(_cell(part, each) for each in names)} |")
     return lines
+
+
+def measured(scores: pd.DataFrame) -> dict[str, Any]:
+    """Returns how far the closed form is from measured peaks, by method and by what was counted, and on which cards."""
+    found: dict[str, Any] = {}
+    for (method, kind), part in in_scope(scores).groupby(["method", "kind"]):
+        percent = 100 * errors(part, "closed form")
+        found.setdefault(method, {})[kind] = {
+            "points": len(percent),
+            "mean_percent": round(percent.abs().mean(), 2),
+            "worst_percent": round(percent[percent.abs().idxmax()], 2) + 0.0,  # -0.0 is 0
+            "cards": [find_gpu(name).name for name in sorted(set(part["gpu"]))],
+        }
+    return found
 
 
 def _full(scores: pd.DataFrame, names: list[str]) -> list[str]:
@@ -295,6 +307,7 @@ def main() -> None:
     scores.to_csv(PUBLISHED / "scorecard.csv", index=False)
     tools.to_csv(PUBLISHED / "estimators.csv", index=False)
     scores, tools = read_scores()
+    MEASURED_FILE.write_text(json.dumps(measured(scores), indent=2) + "\n")
     draw(scores, tools, PUBLISHED / "errors.png")
     write_blocks({"scorecard": render(scores, tools)}, PAGE)
     publish_outcomes(PUBLISHED, PAGE)

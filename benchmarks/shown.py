@@ -16,7 +16,7 @@ SHOWN: dict[str, tuple[str, list[int]]] = {
     "shown:true": ("peftscope claims --published --id P45", [*range(4)]),
     "shown:fits": (
         "peftscope memory llama-3-8b --method qlora --checkpointing --seq-len 1024 --gpu rtx4090",
-        [4, -3, -2],
+        [5, -3, -2],
     ),
     "shown:better": ("peftscope table variants --markdown", [*range(6)]),
 }

@@ -42,6 +42,7 @@ ALL_LIGHT = [
     "memory qwen2.5-0.5b --gpu 24GiB --lengths lengths.txt --json",
     "expand quick --gpu rtx4090 --brief",
     "schema",
+    "claims --id S64",
 ]
 NEEDING = {
     "memory org/name": "model: the config.json of 'org/name' is on the hub, and huggingface_hub is not installed",
@@ -55,7 +56,7 @@ NEEDING = {
     "expand gpu-7b --gpu a100": "[train]",
     "leaderboard": "[report]",
     "verify quick": "[train]",
-    "claims --id S64": "[all]",
+    "claims --write": "[all]",
     "records quick": "[report]",
     "restore quick": "[report]",
     "collect quick": "[report]",

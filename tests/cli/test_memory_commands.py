@@ -17,7 +17,7 @@ from peftscope.memory.base import describe_model
 from peftscope.memory.formula.terms import DIMENSIONS
 from peftscope.memory.question import ask
 from peftscope.models.presets import PRESETS
-from peftscope.sizing.changes import ADVICE, mildest_change
+from peftscope.sizing.changes import LEVELS, mildest_change, values_of
 from peftscope.sizing.fit import Fit, fit_methods
 from peftscope.words import GIB, MIB, spoken_bytes
 
@@ -393,19 +393,19 @@ def test_a_table_says_what_was_assumed_and_the_peak_after_the_advice(peftscope: 
     for column in ("largest batch", "largest length", "largest rank", "what to do", "peak then"):
         assert column in said
     for row in json.loads(peftscope(*ask_for, "--json")[1]):
-        assert row["advice"].startswith("--loss-path response_only")
+        assert row["advice"].startswith("--loss liger")
         options = advised(row["advice"]) | {"method": row["method"]}
         after = ask(describe_model("qwen2.5-0.5b"), {"batch_size": 4} | options, gpu=Gpu("a card", 9 * GIB))
         assert row["advised_device_bytes"] == peaks_by_formula(after, evaluation=False).device_bytes < 9 * GIB
 
 
 def test_a_smaller_batch_comes_with_accumulation_and_what_is_so_already_is_not_advised() -> None:
-    asked = {"loss_path": "response_only", "checkpointing": False, "batch_size": 4, "gradient_accumulation": 2}
-    asked |= {"optimizer": "adamw", "method": "lora", "seq_len": 128}
+    spec = ask(SMALL_MODEL, {"batch_size": 4, "gradient_accumulation": 2, "seq_len": 128, "method": "lora"}).spec
     tried: list[dict[str, Any]] = []
-    assert mildest_change(lambda changes: tried.append(dict(changes)) or False, asked) is None
-    assert tried[:2] == [{"checkpointing": True}, {"batch_size": 1, "gradient_accumulation": 8}]
-    assert all("loss_path" not in changes and "seq_len" not in changes for changes in tried)
+    assert mildest_change(lambda changes: tried.append(dict(changes)) or False, values_of(spec, {}, {})) is None
+    assert tried[0] == {"checkpointing": True}
+    assert tried[1:3] == [{"batch_size": size, "gradient_accumulation": 8 // size} for size in (2, 1)]
+    assert all(not changes.keys() & {"loss", "optimizer", "seq_len"} for changes in tried)
     assert len({str(changes) for changes in tried}) == len(tried)
 
 
@@ -437,7 +437,7 @@ def follow_advice(method: str, **options: Any) -> set[str]:
 def test_advice_fits_whoever_follows_it() -> None:
     said = set.union(*(follow_advice(m, batch_size=4, seq_len=500, optimizer="adamw") for m in ("full", "lora")))
     assert len(said) > 4
-    known = {name for changes in ADVICE for name in changes} | {"gradient_accumulation"}
+    known = {step for level in LEVELS for steps in level for step in steps} | {"gradient_accumulation"}
     asked = {word[2:].replace("-", "_") for words in said for word in words.split() if word.startswith("--")}
     assert asked <= known | {"gpus"}
 

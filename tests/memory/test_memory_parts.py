@@ -23,7 +23,8 @@ from peftscope.memory.trace import Block, Peak, Trace, by_kind, rounded
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS, SIMULATED
 from peftscope.models.shapes import ModelShape
-from peftscope.sizing.fit import fit_methods, known_methods, options_of_method
+from peftscope.sizing.fit import fit_methods, known_methods
+from peftscope.sizing.needs import options_of_method
 from peftscope.words import GIB, MIB
 
 # Presets.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ import pytest
 from benchmarks import outcomes
 from benchmarks.estimators import ESTIMATORS
 from benchmarks.points import RULE, Point, by_formula, question_of, read_points, why_out
-from benchmarks.scorecard import errors, in_scope, one_a_run, read_scores, render
+from benchmarks.scorecard import errors, in_scope, measured, one_a_run, read_scores, render
+from peftscope.hardware.cards import find_gpu
+from peftscope.memory.answer import MEASURED_FILE, answer_by_formula
+from peftscope.memory.base import describe_model
+from peftscope.memory.question import ask
 
 POINTS = {point.id: point for point in read_points(Path(__file__).parents[2] / "benchmarks" / "published_points.csv")}
 
@@ -36,6 +41,25 @@ def test_the_page_shows_the_published_table(repository: Path, published: tuple[p
     assert "Not installed: ftuneai 0.4.1 (no: pip)" in render(
         scores, tools.assign(installed=["no: pip" if name == "ftuneai" else "yes" for name in tools["name"]])
     )
+
+
+def test_an_answer_quotes_the_published_errors_of_its_kind(published: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    found = json.loads(MEASURED_FILE.read_text())
+    assert found == measured(published[0])
+    assert found != measured(published[0].assign(**{"closed form_bytes": published[0]["closed form_bytes"] * 2}))
+
+    def quoted(**options: Any) -> str:
+        gpu = find_gpu(options.pop("gpu", "rtx4080"))
+        return answer_by_formula(ask(describe_model("llama-3.2-1b"), options, gpu=gpu)).agreement
+
+    said = quoted(method="qlora")
+    for kind, one in found["qlora"].items():
+        assert f"{one['points']} {kind} peaks measured on " in said
+        assert f"off by {one['mean_percent']:.1f} % on average, {one['worst_percent']:+.1f} % at worst" in said
+    assert "none on" not in said and said.endswith(" %") and said.rindex("simulations: ") > said.index("measured")
+    assert "none on RTX 4090" in quoted(method="qlora", gpu="rtx4090")
+    for options in ({"method": "dora"}, {"method": "qlora", "loss": "liger"}):
+        assert quoted(**options).startswith("no peak of such a run was measured on a card; 17 simulations: ")
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def test_states_are_those_of_the_code(name: str) -> None:
     found = answer(optimizer=name)
     assert found.components["optimizer states"] == pytest.approx(STATES[name], rel=2e-3)
     assert any(f"optimizer={name} (formula only: " in line for line in found.assumptions)
-    assert found.agreement == ""
+    assert found.agreement.startswith("no peak of such a run was measured on a card")
 
 
 def test_adafactor_keeps_what_transformers_keeps() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from peftscope.errors import InputError
+from peftscope.memory.answer import peaks_by_formula
 from peftscope.memory.assumptions import assumptions_of
 from peftscope.memory.base import describe_model
 from peftscope.memory.question import ask
@@ -97,7 +98,16 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
     assert sum(asked) <= 3 and "Errno" not in str(error.value)
 
 
-def test_a_variant_on_the_hub_has_the_shape_of_its_preset() -> None:
-    model = describe_model("meta-llama/Llama-3.1-8B-Instruct")
-    assert model.shape == PRESETS["llama-3.1-8b"].shape and model.variant_of == "llama-3.1-8b"
-    assert "a variant of it" in assumptions_of(ask(model, {}))[0]
+@pytest.mark.parametrize(
+    "hub_id",
+    ["meta-llama/Llama-3.1-8B-Instruct", "unsloth/Meta-Llama-3.1-8B-bnb-4bit", "o/Llama-3.1-8B-unsloth-bnb-4bit"],
+)
+def test_a_variant_on_the_hub_has_the_shape_of_its_preset(hub_id: str) -> None:
+    model, preset = describe_model(hub_id), "llama-3.1-8b"
+    assert model.shape == PRESETS[preset].shape and model.variant_of == preset
+    said = assumptions_of(ask(model, {}))
+    assert any("a variant of it" in line for line in said)
+    assert any("bnb-4bit" in line and "stored" in line for line in said) is hub_id.endswith("bnb-4bit")
+    assert any(line.startswith("dynamic 4 bits") for line in said) is ("unsloth-bnb" in hub_id)
+    stored, qlora = (ask(describe_model(name), {"method": "qlora"}) for name in (hub_id, preset))
+    assert peaks_by_formula(stored).allocated_bytes == peaks_by_formula(qlora).allocated_bytes

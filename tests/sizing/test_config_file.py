@@ -125,6 +125,7 @@ def test_flash_attention_packs_without_a_mask_and_sdpa_with_one(tmp_path: Path) 
 def test_a_saving_that_is_not_modelled_is_said(tmp_path: Path) -> None:
     assert "loss._component_" in read(tmp_path, FILES["torchtune"]).not_modelled[0]
     assert not read(tmp_path, FILES["TRL"] | {"use_liger_kernel": False}).not_modelled
+    assert any("TRL 1.16 " in line for line in read(tmp_path, FILES["TRL"]).assumed)
     assert (
         "use_liger_kernel: Liger's norms" in read(tmp_path, FILES["TRL"] | {"use_liger_kernel": True}).not_modelled[0]
     )

@@ -12,7 +12,8 @@ from peftscope.hardware.cards import Gpu
 from peftscope.memory.answer import answer_by_formula
 from peftscope.memory.question import ask
 from peftscope.models.presets import PRESETS
-from peftscope.sizing.fit import fit_methods, options_of_method
+from peftscope.sizing.fit import fit_methods
+from peftscope.sizing.needs import options_of_method
 from peftscope.words import MIB
 
 SHAPES = [PRESETS[name].shape.model_copy(update={"num_layers": 2}) for name in ("smollm2-135m", "qwen2.5-0.5b")]

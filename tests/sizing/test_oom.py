@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from conftest import Command
 
 from peftscope.errors import InputError
@@ -162,11 +161,11 @@ def test_fragmentation_other_processes_and_what_fits_are_told() -> None:
 def test_changes_make_it_fit(options: dict[str, Any]) -> None:
     refusal = Refusal(gib(1), 1, capacity=24 * GIB)
     found = diagnose(run_of("llama-3-8b", **options), refusal)
-    assert found.changes
-    for change in found.changes:
-        flags = [words.split() for words in change.removeprefix("--").split(" --")]
-        changed = {name.replace("-", "_"): yaml.safe_load(value[0]) if value else True for name, *value in flags}
-        assert peaks_by_formula(run_of("llama-3-8b", **options | changed)).least_bytes <= 24 * GIB
+    assert 1 <= len(found.remedies) <= 3
+    for remedy in found.remedies:
+        changed = {name[2:].replace("-", "_"): value for name, value in remedy.changes.items()}
+        peaks = peaks_by_formula(run_of("llama-3-8b", **options | changed), evaluation="eval_batch_size" in changed)
+        assert peaks.least_bytes <= 24 * GIB and peaks.device_bytes == remedy.peak_device_bytes
     assert "they do not fit" in found.sentences[-1]
 
 

@@ -10,6 +10,18 @@ import pytest
 import yaml
 from conftest import Command
 
+from peftscope.hardware.cards import CONTEXT_BYTES, Gpu
+from peftscope.memory.answer import peaks_by_formula
+from peftscope.memory.base import Model
+from peftscope.memory.question import ask
+from peftscope.models.presets import PRESETS
+from peftscope.sizing import changes
+from peftscope.sizing.changes import Asked, remedies_of
+from peftscope.sizing.needs import Needs
+
+SHAPE = PRESETS["smollm2-135m"].shape.model_copy(update={"num_layers": 2})
+SMALL = Model("two layers", SHAPE.to_config(), SHAPE)
+
 BASE = {"model_name_or_path": "Qwen/Qwen2.5-0.5B", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 FILES: dict[str, dict[str, Any]] = {
     "axolotl": {"base_model": "Qwen/Qwen2.5-0.5B", "sequence_len": 1024, "micro_batch_size": 4, "adapter": "lora"}
@@ -58,3 +70,47 @@ def test_the_command_line_decides_before_the_file(peftscope: Command, tmp_path: 
     assert {"disable_gradient_checkpointing": False} in changes
     assert all("per_device_train_batch_size" not in one for one in changes)
     assert any("--batch-size" in one for one in changes)
+
+
+ERROR = "CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has a total capacity of {} of which 0 bytes is free."
+
+
+@pytest.mark.parametrize("options", [("--batch-size", "4"), ("--method", "full"), ("--loss", "liger")], ids=str)
+def test_memory_fit_and_oom_say_the_same(options: tuple[str, ...], peftscope: Command) -> None:
+    run, method = ["qwen2.5-0.5b", "--seq-len", "1024", *options], "full" if "full" in options else "lora"
+    remedies = json.loads(peftscope("memory", *run, "--gpu", "3GiB", "--json")[1])["remedies"]
+    (fit,) = json.loads(peftscope("fit", *run[:3], "--gpu", "3GiB", "--method", method, *options[-2:], "--json")[1])
+    text = ERROR.format("3.00 GiB")
+    assert remedies and json.loads(peftscope("oom", run[0], text, *run[1:], "--json")[1])["remedies"] == remedies
+    words = [key if value is True else f"{key} {value}" for key, value in remedies[0]["changes"].items()]
+    assert fit["advice"] == " ".join(words) and fit["advised_device_bytes"] == remedies[0]["peak_device_bytes"]
+
+
+def test_experts_are_packed_where_the_trainer_packs_them(peftscope: Command, tmp_path: Path) -> None:
+    shape = PRESETS["qwen3-30b-a3b"].shape.model_copy(update={"num_layers": 2})
+    (tmp_path / "config.json").write_text(json.dumps(shape.to_config()))
+    path, experts = tmp_path / "train.yaml", {"quantize_moe_experts": True}
+    few = {"base_model": "config.json", "adapter": "qlora", "load_in_4bit": True, "micro_batch_size": 1}
+    path.write_text(yaml.safe_dump(FILES["axolotl"] | few))
+    found = json.loads(peftscope("memory", "--config", str(path), "--gpu", "4GiB", "--json")[1])["remedies"]
+    assert found and all(one["changes"].items() >= experts.items() for one in found)
+    few = {"model_name_or_path": "config.json", "quantization_bit": 4, "per_device_train_batch_size": 1}
+    path.write_text(yaml.safe_dump(FILES["LLaMA-Factory"] | few))
+    assert json.loads(peftscope("memory", "--config", str(path), "--gpu", "4GiB", "--json")[1])["remedies"] == []
+
+
+def test_no_remedy_is_lost_among_changes_that_are_not_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[dict[str, Any]] = [{"batch_size": 4}, {"method": "full"}, {"batch_size": 2, "evaluation": True}]
+
+    def remedies(share: float, given: dict[str, Any]) -> list[str]:
+        given = {"seq_len": 128, **given}
+        whole = peaks_by_formula(ask(SMALL, given))
+        gpu = Gpu("a card", CONTEXT_BYTES + int((whole.device_bytes - CONTEXT_BYTES) * share))
+        asked = Asked(ask(SMALL, given, gpu=gpu), given)
+        return [str(each) for each in remedies_of(asked, whole, Needs(gpu))]
+
+    every = [(share, given) for share in (0.3, 0.7) for given in runs]
+    found = [remedies(*each) for each in every]
+    monkeypatch.setattr(changes, "SPARED", {})
+    assert found == [remedies(*each) for each in every]
+    assert len({len(each) for each in found}) > 1

@@ -114,4 +114,6 @@ def show_advice(advice: Advice, console: Console) -> None:
             escape(advice.costs(option)),
         )
     console.print(others)
-    console.print(f"Verdicts on claims: {advice.claims_from}; `peftscope claims --id S54` says what one means.")
+    named = (name for line in advice.lines for name in line.claims if name in advice.findings)
+    more = next((f"; `peftscope claims --id {name}` says more" for name in named), "")
+    console.print(f"Verdicts on claims: {advice.claims_from}{more}.")

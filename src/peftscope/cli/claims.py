@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from peftscope.cli.console import TRUE, wide_console, with_progress
-from peftscope.errors import InputError, Problem, close_match, needs
+from peftscope.errors import InputError, Problem, close_match, how_to_install, needs
 from peftscope.execution.libraries import offline, quiet_libraries
 
 if TYPE_CHECKING:
     from peftscope.claims.ledger import Claim
 
 app = typer.Typer()
+
+MEASURED_WITH = ("numpy", "torch", "peft", "scipy")
+"""Packages without which nothing is measured: the published verdicts are told instead."""
 
 
 @app.command(rich_help_panel=TRUE)
@@ -44,6 +49,10 @@ def claims(
 
     if published and (write or reuse):
         raise InputError(Problem("--published", "measures nothing", "leave --write and --reuse out"))
+    if not (published or write or reuse or all(map(find_spec, MEASURED_WITH))):
+        published = True
+        note = f"published verdicts; to measure: {how_to_install('all')}"
+        Console(stderr=True).print(note, markup=False, soft_wrap=True)
     with needs("all"):
         ledger = read_ledger(checks=not published)
     known = {claim.id: claim for claim in ledger}

@@ -36,7 +36,7 @@ from peftscope.spec import RunSpec
 
 if TYPE_CHECKING:
     from peftscope.memory.answer import Peaks
-    from peftscope.sizing.remedies import Remedy
+    from peftscope.sizing.changes import Remedy
 
 app = typer.Typer()
 
@@ -243,10 +243,13 @@ def memory_command(
     fits = card.fits(answer.least_device_bytes, answer.peak_device_bytes) if card else None
     time = duration(question, schedule)
     remedies: list[Remedy] = []
-    if fits in ("tight", "no") and not simulate:
-        from peftscope.sizing.remedies import Asked, remedies_of
+    left = ""
+    if card and fits != "yes" and not simulate:
+        from peftscope.sizing.changes import NOTHING, Asked, remedies_of
+        from peftscope.sizing.needs import Needs
 
-        remedies = remedies_of(Asked(question, given, response_len, gpus, reading))
+        remedies = remedies_of(Asked(question, given, response_len, gpus, reading), peaks, Needs(card))
+        left = NOTHING if fits == "no" else ""
     if as_json:
         more: dict[str, Any] = {"config": reading.to_json()} if reading else {}
         if card:
@@ -265,7 +268,7 @@ def memory_command(
         if card:
             show_headroom(card, answer.least_device_bytes, answer.peak_device_bytes, console)
             show_time(time, card, console)
-        show_remedies(remedies, console)
+        show_remedies(remedies or filter(None, [left]), console)
     if reading and fits == "no":
         raise typer.Exit(1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,17 +16,17 @@ from peftscope.memory.formula.terms import DIMENSIONS
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS, SIMULATED
 from peftscope.models.shapes import FAMILIES
-from peftscope.sizing.fit import Fit
 from peftscope.sizing.speed import fitted
 from peftscope.words import counted, spoken_bytes, spoken_number, spoken_time
 
 if TYPE_CHECKING:
+    from peftscope.sizing.changes import Remedy
     from peftscope.sizing.cheapest import OnCard
     from peftscope.sizing.config_file import Reading
     from peftscope.sizing.duration import Duration, Range
+    from peftscope.sizing.fit import Fit
     from peftscope.sizing.lengths import LengthsAnswer
     from peftscope.sizing.oom import Diagnosis
-    from peftscope.sizing.remedies import Remedy
     from peftscope.sizing.why import Why
 
 SHOWN = 8
@@ -64,7 +64,7 @@ def show_headroom(gpu: Gpu, least_bytes: int, device_bytes: int, console: Consol
         console.print(f"[green]fits[/] on {size}: {spoken_bytes(left)} are left")
 
 
-def show_remedies(remedies: Sequence[Remedy], console: Console) -> None:
+def show_remedies(remedies: Iterable[Remedy | str], console: Console) -> None:
     """Prints what to change so that a run fits, one line each, with the peak after it."""
     for number, remedy in enumerate(remedies):
         console.print(f"{'or' if number else 'fits with'}: {remedy}", markup=False, soft_wrap=True)
@@ -77,8 +77,9 @@ def show_answer(answer: Answer, console: Console, *, explain: bool, depth: int) 
         how += f", because {answer.method} has no closed form"
     elif answer.parameters is None:
         how += f", because {answer.model} has no closed form"
-    known = f" ({answer.agreement})" if answer.agreement else ""
-    console.print(f"[bold]{answer.model}, {answer.method}[/]: {how}{known}")
+    console.print(f"[bold]{answer.model}, {answer.method}[/]: {how}")
+    if answer.agreement:
+        console.print(f"accuracy: {answer.agreement}", markup=False, soft_wrap=True)
     if answer.parameters is not None:
         trained = "" if answer.trainable_parameters is None else f", {answer.trainable_parameters:,} trained"
         console.print(f"{answer.parameters:,} parameters{trained}")
@@ -318,5 +319,4 @@ def show_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         console.print(table)
     if len(diagnosis.candidates) > SHOWN:
         console.print(f"and {len(diagnosis.candidates) - SHOWN} more (--json)")
-    for number, change in enumerate(diagnosis.changes):
-        console.print(f"{'or' if number else 'fits with'}: {change}", markup=False)
+    show_remedies(diagnosis.remedies, console)

@@ -20,9 +20,12 @@ from peftscope.memory.formula.terms import SOURCES, evaluation_sizes, sizes_of
 from peftscope.memory.question import Question
 from peftscope.memory.shares import RESIDENT, on_card, share_of
 from peftscope.memory.trace import KINDS, Block, Peak, Trace, by_kind, factors
+from peftscope.words import listed
 
 AGREEMENT_FILE = Path(__file__).with_name("agreement.json")
 """The differences between closed form and simulation. ``make agreement`` writes this file."""
+MEASURED_FILE = Path(__file__).with_name("measured.json")
+"""Those between closed form and peaks that others measured on cards. ``make scorecard`` writes this file."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Answer:
         terms: The same bytes, line by line.
         dimensions: The value of every letter in the formulas of the terms.
         assumptions: The assumptions behind the peaks, one sentence each.
-        agreement: How closely the closed form agreed with simulations of this method; empty if nobody compared them.
+        agreement: How far the closed form was from measured peaks of this method, and from simulations; empty for an
+            answer that is simulated, or of a method that trains nothing.
     """
 
     model: str
@@ -324,18 +328,24 @@ def name_of(block: Block) -> str:
 
 
 def _agreement(question: Question, peaks: Peaks) -> str:
-    """Returns how far the closed form was from simulations of this method; empty if nobody compared them."""
+    """Returns how far the closed form was from measured peaks of this method, and from simulations of it."""
+    method, gpu = question.spec.method, question.gpu
+    if not method.trains:
+        return ""
     if question.gpus > 1 or question.formula_only or peaks.binding_phase == "load":
-        return ""
-    try:
-        measured = json.loads(AGREEMENT_FILE.read_text())["methods"].get(question.spec.method.name)
-    except OSError:
-        return ""
-    if measured is None:
-        return "not checked against simulation" if question.spec.method.trains else ""
-    allocated, reserved = measured["allocated_percent"], measured["reserved_percent"]
-    return (
-        f"against {measured['questions']} simulations of {question.spec.method.name}: allocated off by "
-        f"{allocated['mean']:.2f} % on average and {allocated['worst']:.2f} % at worst, "
-        f"reserved by {reserved['mean']:.2f} % and {reserved['worst']:.2f} %"
-    )
+        return "no peak of such a run was measured on a card, or compared with a simulation"
+    shape = question.model.shape
+    plain = question.beside.loss == "plain" and not (shape and shape.experts)
+    measured = json.loads(MEASURED_FILE.read_text()).get(method.name, {}) if plain else {}
+    said = [
+        f"{counted['points']} {kind} peaks measured on {listed(counted['cards'], last=' and ')}: off by "
+        f"{counted['mean_percent']:.1f} % on average, {counted['worst_percent']:+.1f} % at worst"
+        for kind, counted in measured.items()
+    ] or ["no peak of such a run was measured on a card"]
+    if measured and gpu and all(gpu.name not in counted["cards"] for counted in measured.values()):
+        said.append(f"none on {gpu.name}")
+    if simulated := json.loads(AGREEMENT_FILE.read_text())["methods"].get(method.name):
+        each = {kind: simulated[f"{kind}_percent"] for kind in ("allocated", "reserved")}
+        parts = (f"{kind} off by {one['mean']:.2f} % and {one['worst']:.2f} %" for kind, one in each.items())
+        said.append(f"{simulated['questions']} simulations: {', '.join(parts)}")
+    return "; ".join(said)

@@ -72,7 +72,7 @@ def assumptions_of(question: Question) -> list[str]:
         f"loss_path=hf: logits of every position, {kept}; runs of this project compute only those of responses"
         if spec.loss_path == "hf"
         else f"loss_path=response_only: logits of {question.responses} positions per sequence",
-        f"packing=True: {packed}" if spec.packing else f"packing=False: {padding}",
+        f"packing=True: {packed}" if spec.packing else f"packing=False: {padding}" if question.padded else padding,
         f"attention={spec.attention}, checkpointing={spec.checkpointing}",
         _evaluation(question),
         "reserved: two steps of that batch in a model of torch's caching allocator, without expandable segments",

@@ -17,6 +17,11 @@ from peftscope.models.presets import PRESETS, SIMULATED, did_you_mean, same_shap
 from peftscope.models.shapes import ModelShape
 from peftscope.models.stored import Stored, stored_as
 
+BNB_4BIT = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}
+"""The ``quantization_config`` of checkpoints whose hub id ends with -bnb-4bit, as far as it decides memory."""
+DYNAMIC = "dynamic 4 bits: what this checkpoint keeps of its layers in 16 bits comes on top"
+"""What an answer says of a checkpoint whose hub id ends with -unsloth-bnb-4bit."""
+
 
 @dataclass(frozen=True)
 class Model:
@@ -29,7 +34,7 @@ class Model:
         why_no_shape: The reason why there is no shape.
         variant_of: The preset that it is a variant of by its name, if its own configuration was not read.
         stored: How its linear layers are stored, if its checkpoint is quantised or is loaded in 8 bits.
-        unpacked: What an answer says of a quantised checkpoint that is unpacked to train.
+        unpacked: What else an answer says of a quantised checkpoint: that it is unpacked to train, or a part is not so.
     """
 
     name: str
@@ -69,7 +74,9 @@ def describe_model(name: str) -> Model:
         return Model(name, entry_shape.to_config(), entry_shape)
     if not _in_mirror(name) and (same := same_shape(name)):
         shape = PRESETS[same].shape
-        return Model(name, shape.to_config(), shape, variant_of=same)
+        packed = BNB_4BIT if name.lower().endswith("-bnb-4bit") else None
+        more = DYNAMIC if name.lower().endswith("-unsloth-bnb-4bit") else ""
+        return Model(name, shape.to_config(), shape, variant_of=same, stored=stored_as(packed)[0], unpacked=more)
     if "/" not in name:
         hint = f"{did_you_mean(name, [*PRESETS, *SIMULATED])}; or give the path of a config.json, or a hub id org/name"
         raise InputError(Problem("model", f"unknown model (got {name!r})", hint))

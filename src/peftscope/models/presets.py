@@ -232,7 +232,7 @@ SIMULATED: dict[str, Simulated] = {
 }
 """Well-known base models whose kind has no closed form, by the names that commands take."""
 
-VARIANT = re.compile(r"^meta-|-(instruct|chat|it|hf|base|2507)(?=-|$)|[^a-z0-9]")
+VARIANT = re.compile(r"^meta-|-(instruct|thinking|chat|it|pt|hf|base|2507|unsloth|bnb-4bit)(?=-|$)|[^a-z0-9]")
 """The parts of a model's name that do not change its shape."""
 SIZE = re.compile(r"(?<![\d.x])(?<!-a)\d+(\.\d+)?[bm](?![a-z0-9])")
 """The size in a model's name; of 8x7b and 30b-a3b a part stays, because a dense model is none of theirs."""
@@ -241,7 +241,7 @@ ALIKE = 0.85
 
 
 def same_shape(name: str) -> str | None:
-    """Returns the preset whose name, or whose hub id without its owner, differs only by the kind of tuning."""
+    """Returns the preset whose name, or hub id without its owner, differs only by the kind of tuning or of storage."""
     if name.lower() in {*PRESETS, *(preset.hub_id.lower() for preset in PRESETS.values())}:
         return None  # it is a preset
     bare = _bare(name)
@@ -251,8 +251,8 @@ def same_shape(name: str) -> str | None:
 def _bare(name: str) -> str:
     """Returns the part of a model's name that decides its shape.
 
-    >>> _bare("NousResearch/Meta-Llama-3-8B-Instruct"), _bare("llama3_8b")
-    ('llama38b', 'llama38b')
+    >>> _bare("NousResearch/Meta-Llama-3-8B-Instruct"), _bare("llama3_8b"), _bare("unsloth/llama-3-8b-bnb-4bit")
+    ('llama38b', 'llama38b', 'llama38b')
     """
     return VARIANT.sub("", name.rstrip("/").split("/")[-1].lower().replace("_", "-"))
 

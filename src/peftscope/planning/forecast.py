@@ -24,7 +24,7 @@ from peftscope.memory.shares import RESIDENT
 from peftscope.models.catalog import find_model
 from peftscope.models.shapes import ModelShape
 from peftscope.planning.estimate import estimate_seconds, measured_runs
-from peftscope.sizing.changes import mildest_change
+from peftscope.sizing.changes import mildest_change, values_of
 from peftscope.sizing.speed import StepTime, step_time
 from peftscope.spec import RunSpec, memory_key
 
@@ -121,7 +121,7 @@ class Forecaster:
         def fields_of(changes: Mapping[str, Any]) -> dict[str, Any]:
             fields = dict(changes)
             if "batch_size" in fields:
-                fields["eval_batch_size"] = 1
+                fields["eval_batch_size"] = fields["batch_size"]
             if fields.pop("method", None):
                 fields["precision"] = "bf16"  # a 4-bit base computes in bf16
             return fields
@@ -135,7 +135,8 @@ class Forecaster:
             peak, least, _ = self._peak(changed, shape)
             return changed != spec and self._card(spec).fits(least, peak) != "no"
 
-        changes = mildest_change(fits, {**spec.model_dump(), "method": spec.method.name})
+        loss = {"loss_path": "response_only"} if spec.loss_path == "hf" else {}
+        changes = mildest_change(fits, values_of(spec, loss, {}))
         if changes is None:
             return "a larger card"
         return ", ".join(f"{k}: {json.dumps(v).strip(chr(34))}" for k, v in (changes | fields_of(changes)).items())

@@ -1,54 +1,266 @@
-"""Changes that may make a run fit on a card, and the mildest of them that does. No torch."""
+"""Changes after which a run fits on a card, those that cost the least quality first, and the peak after each. No torch.
+
+``LEVELS`` is the one list of them: ``memory``, ``fit``, ``oom`` and the forecasts of experiments go through it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import chain, islice, product
 from typing import Any
 
 from pydantic import ValidationError
 
 from peftscope.errors import InputError
+from peftscope.hardware.cards import Fits
+from peftscope.memory.answer import Peaks, peaks_by_formula
+from peftscope.memory.formula.step import without_collector
+from peftscope.memory.question import SCALED_LOGITS, Question, ask
+from peftscope.memory.shares import RESIDENT
+from peftscope.memory.trace import by_kind
+from peftscope.methods import METHODS
+from peftscope.sizing.needs import ACCEPTED, Needs, options_of_method
+from peftscope.sizing.reading import OWN, Reading, spoken
+from peftscope.spec import RunSpec
+from peftscope.words import spoken_bytes
 
-_LOSS: dict[str, Any] = {"loss_path": "response_only"}
-_LESS = _LOSS | {"checkpointing": True}
-ADVICE: tuple[dict[str, Any], ...] = (
-    _LOSS,
-    {"checkpointing": True},
-    _LESS,
-    {"batch_size": 1},
-    _LESS | {"batch_size": 1},
-    {"optimizer": "adamw_8bit"},
-    _LESS | {"batch_size": 1, "optimizer": "adamw_8bit"},
-    {"method": "qlora"},
-    _LESS | {"method": "qlora"},
-    _LESS | {"method": "qlora", "batch_size": 1},
-    _LESS | {"method": "qlora", "batch_size": 1, "seq_len": 256},
+MOST = 3
+"""The most remedies of an answer."""
+SHORTEST = 256
+"""The fewest tokens that a remedy cuts sequences to."""
+NOTHING = "a smaller model, a larger card, or --gpus"
+"""What is left where no change makes a run fit."""
+
+FREE = ("loss", "checkpointing", "batch_size")
+LEVELS: tuple[tuple[tuple[str, ...], ...], ...] = (
+    (("loss",), ("checkpointing",), ("batch_size",), ("loss", "checkpointing"), FREE),
+    (("optimizer",), (*FREE, "optimizer")),
+    (("method",), ("loss", "checkpointing", "method"), (*FREE, "method")),
+    ((*FREE, "method", "seq_len"),),
 )
-"""Changes that may make a run fit, the mildest first: those that change nothing that is learned come before others."""
+"""Changes by what they cost in quality: nothing, 8-bit states, a 4-bit base, text that is cut. The last one of a level
+has all others of it: where that does not fit, no other does."""
+SPARED: dict[str, tuple[str, ...]] = {
+    "loss": (*RESIDENT, "saved activations"),
+    "checkpointing": (*RESIDENT, "logits and loss"),
+    "batch_size": RESIDENT,
+    "eval_batch_size": RESIDENT,
+    "optimizer": ("weights", "adapters", "gradients", "saved activations", "logits and loss"),
+}
+"""The kinds of blocks that a change leaves as they are; a change that is not named may shrink all."""
+
+Values = Mapping[str, list[dict[str, Any]]]
+"""What each change of ``LEVELS`` may set, the mildest first; none: the run is so already, or cannot be."""
 
 
-def mildest_change(fits: Callable[[Mapping[str, Any]], bool], asked: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns the mildest change in ``ADVICE`` that makes a run fit, or None if none does.
+def values_of(spec: RunSpec, loss: dict[str, Any], packing: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Returns what changes may set in a run.
 
     A smaller batch comes with as many more accumulated ones, so that a step learns from as many examples.
 
     Args:
+        spec: The run.
+        loss: What leaves the logits out; empty: nothing does.
+        packing: What packs a model's experts into 4 bits; empty: nothing does, or it has none.
+    """
+    rows, method = spec.batch_size * spec.gradient_accumulation, METHODS[spec.method.name]
+    fewer = [size for size in range(spec.batch_size - 1, 0, -1) if rows % size == 0]
+    values: dict[str, list[dict[str, Any]]] = {
+        "loss": [loss],
+        "checkpointing": [{"checkpointing": True}] if method.supports_checkpointing and not spec.checkpointing else [],
+        "batch_size": [{"batch_size": size, "gradient_accumulation": rows // size} for size in fewer],
+        "optimizer": [{"optimizer": "adamw_8bit"}] if spec.optimizer == "adamw" and spec.method.trains_base else [],
+        "method": [packing if getattr(spec.method, "quant_type", None) else {"method": "qlora", **packing}],
+        "seq_len": [{"seq_len": spec.seq_len >> n} for n in range(1, 20) if spec.seq_len >> n >= SHORTEST],
+        "eval_batch_size": [{"eval_batch_size": 1}] if spec.eval_batch_size > 1 else [],
+    }
+    return {step: [part for part in parts if part] for step, parts in values.items()}
+
+
+def ways(values: Values, steps: Iterable[str]) -> Iterator[tuple[dict[str, Any], ...]]:
+    """Yields what these steps set: one for each batch or length, the largest first."""
+    helpful = [step for step in steps if values[step]]
+    if "seq_len" in helpful:  # text is cut only where the smallest batch does not do
+        values = {**values, "batch_size": values["batch_size"][-1:]}
+    yield from product(*(values[step] for step in helpful))
+
+
+def mildest_change(fits: Callable[[Mapping[str, Any]], bool], values: Values) -> dict[str, Any] | None:
+    """Returns the mildest change that makes a run fit, or None if none does.
+
+    Args:
         fits: Returns whether a run fits with these changes. It raises ``InputError`` or ``ValidationError`` if they are
             not possible.
-        asked: The fields of the run as they are. What would not change is left out.
+        values: What changes may set.
     """
     tried: list[dict[str, Any]] = []
-    for advice in ADVICE:
-        changes = {name: value for name, value in advice.items() if asked[name] != value}
-        if changes.get("seq_len", 0) > asked["seq_len"]:
-            del changes["seq_len"]
-        if "batch_size" in changes:
-            changes["gradient_accumulation"] = asked["gradient_accumulation"] * asked["batch_size"]
-        if not changes or changes in tried:
-            continue
-        tried.append(changes)
-        with suppress(InputError, ValidationError):
-            if fits(changes):
-                return changes
+    for parts in chain.from_iterable(ways(values, steps) for steps in chain(*LEVELS)):
+        changes = {name: value for part in parts for name, value in part.items()}
+        if changes and changes not in tried:
+            tried.append(changes)
+            with suppress(InputError, ValidationError):
+                if fits(changes):
+                    return changes
     return None
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Changes after which a run fits.
+
+    Attributes:
+        changes: The keys of the trainer's file and the options of the command, which begin with dashes, with their
+            values.
+        fits: Whether it then fits.
+        peak_device_bytes: The bytes that the card then needs.
+    """
+
+    changes: dict[str, Any]
+    fits: Fits
+    peak_device_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the remedy as JSON content."""
+        return asdict(self)
+
+    @property
+    def words(self) -> str:
+        """The changes as they are written in the file or given to the command."""
+        words = [
+            (key if value is True else f"{key} {value}") if key.startswith("--") else f"{key}: {_yaml(value)}"
+            for key, value in self.changes.items()
+        ]
+        return (", " if all(not key.startswith("--") for key in self.changes) else " ").join(words)
+
+    def __str__(self) -> str:
+        tight = "" if self.fits == "yes" else ", tight"
+        return f"{self.words}  ({spoken_bytes(self.peak_device_bytes)}{tight})"
+
+
+def _yaml(value: Any) -> str:
+    return f"[{spoken(value)}]" if isinstance(value, list) else spoken(value)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked, so that it can be asked again with changes.
+
+    Attributes:
+        question: The question.
+        given: The options of the command line; None: not given.
+        responses: The positions with a loss, if they were given.
+        gpus: The number of cards, if it was given.
+        reading: The trainer's file, if the question came from one.
+    """
+
+    question: Question
+    given: Mapping[str, Any]
+    responses: int | None = None
+    gpus: int | None = None
+    reading: Reading | None = None
+
+    def with_changes(self, changes: Mapping[str, Any]) -> Question:
+        """Returns the question with other values of these keys and options.
+
+        Raises:
+            InputError: They are not possible.
+        """
+        options = {key[2:].replace("-", "_"): value for key, value in changes.items() if key.startswith("--")}
+        given = {name: value for name, value in {**self.given, **options}.items() if value is not None}
+        if self.reading is None or "method" in options:
+            given = options_of_method(given.get("method", self.question.spec.method.name), given)
+        more: dict[str, Any] = {"responses": self.responses, "gpu": self.question.gpu}
+        if self.reading is None:
+            return ask(self.question.model, given, gpus=self.question.gpus, **more)
+        from peftscope.sizing.config_file import question_of, read_config
+
+        keys = {key: value for key, value in changes.items() if not key.startswith("--")}
+        name = self.reading.model if self.reading.keys.get("model") == "model" else None
+        return question_of(read_config(self.reading.path, given, name, keys), gpus=self.gpus, **more)
+
+    @cached_property
+    def keys(self) -> Mapping[str, Mapping[str, Any]]:
+        """What the trainer's file has for each option; nothing without a file."""
+        if self.reading is None:
+            return {}
+        from peftscope.sizing.trainers import REMEDIES
+
+        return REMEDIES.get(self.reading.trainer, {})
+
+    def values(self) -> dict[str, list[dict[str, Any]]]:
+        """Returns what changes may set, in the words of the file and the command line."""
+        question, shape = self.question, self.question.model.shape
+        kept = question.beside.loss != "plain" or question.model.config["model_type"] in SCALED_LOGITS
+        packs = "quantize_moe_experts" in self.keys or self.reading is None
+        packs = packs and bool(shape and shape.experts) and not question.beside.quantize_moe_experts
+        loss, packing = {} if kept else {"loss": "liger"}, {"quantize_moe_experts": True} if packs else {}
+        plain = values_of(question.spec, loss, packing)
+        return {step: [self._worded(part) for part in parts] for step, parts in plain.items()}
+
+    def _worded(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a part as the file's keys, or as options where the command line decides or the file has no key."""
+        reading, by_command = self.reading, any(self.given.get(name) is not None for name in part)
+        if reading is None or not part.keys() <= self.keys.keys() or by_command:
+            return {f"--{name.replace('_', '-')}": value for name, value in part.items()}
+        names = [*part, *(["adapter"] if "method" in part and self.question.spec.method.trains_base else [])]
+        changes: dict[str, Any] = {}
+        for name in names:
+            for key, value in self.keys.get(name, {}).items():
+                if value is OWN:
+                    changes[reading.keys.get(name, key)] = part[name]
+                elif isinstance(value, list):
+                    changes[key] = [*(reading.values.get(key) or []), *value]
+                else:
+                    changes[key] = value
+        return changes
+
+
+@without_collector()
+def remedies_of(asked: Asked, peaks: Peaks, needs: Needs, most: int = MOST) -> list[Remedy]:
+    """Returns at most so many remedies, all of which cost the same quality: the least that helps.
+
+    Changes that leave room are preferred to those after which a run is tight. No remedy has all changes of another one.
+    ``peaks`` are those of the run as it is.
+    """
+    usable, values, alive = needs.gpu.usable_bytes, asked.values(), by_kind(peaks.alive(peaks.binding_phase))
+    runs = needs.gpu.fits(peaks.least_bytes, peaks.device_bytes) == "tight"
+    too_large = peaks.phases.get("evaluate", 0) + peaks.least_bytes - peaks.allocated_bytes > usable
+    also = ("eval_batch_size",) if too_large else ()
+
+    def changed(steps: Iterable[str]) -> list[dict[str, Any]]:
+        every = ways(values, (*steps, *also))
+        return [{name: value for part in parts for name, value in part.items()} for parts in every]
+
+    def spared(steps: Iterable[str]) -> int:
+        """Returns bytes that stay whatever these steps set, so that not every change is asked about."""
+        return sum(size for kind, size in alive.items() if all(kind in SPARED.get(step, ()) for step in steps))
+
+    def least(changes: Mapping[str, Any]) -> float:
+        with suppress(InputError, ValidationError):
+            return peaks_by_formula(asked.with_changes(changes), traces=needs.traces, enough=0).least_bytes
+        return 0
+
+    def those(accepted: tuple[Fits, ...]) -> Iterator[Remedy]:
+        known: list[set[str]] = []
+        for level in (((),), *LEVELS):
+            if known:
+                return
+            if "method" in level[-1] and least(changed(level[-1])[-1]) > usable:
+                continue
+            for steps in level:
+                kept = {step for step in (*steps, *also) if values[step]}
+                if not kept or any(fewer <= kept for fewer in known) or spared(kept) > usable:
+                    continue
+                for changes in changed(steps):
+                    with suppress(InputError, ValidationError):
+                        after = asked.with_changes(changes)
+                        if (fits := needs.fits(after)) in accepted:
+                            known.append(kept)
+                            yield Remedy(changes, fits, needs.peaks(after).device_bytes)
+                            break
+
+    every = (list(islice(those(accepted), most)) for accepted in (ACCEPTED[:1] if runs else ACCEPTED))
+    return next(filter(None, every), [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -15,23 +15,20 @@ from peftscope.memory.allocator import segment_share
 from peftscope.memory.answer import Peaks, peaks_by_formula
 from peftscope.memory.assumptions import assumptions_of, unquantised_experts
 from peftscope.memory.base import Model
-from peftscope.memory.formula.step import TrainingTraces, without_collector
+from peftscope.memory.formula.step import without_collector
 from peftscope.memory.formula.terms import sizes_of
-from peftscope.memory.question import METHOD_OPTIONS, Question, ask, narrowest_target, usual_responses
-from peftscope.memory.shares import RESIDENT
+from peftscope.memory.question import Question, ask, narrowest_target, usual_responses
 from peftscope.memory.trace import by_kind, bytes_of, factors
 from peftscope.methods import METHODS
-from peftscope.sizing.changes import mildest_change
+from peftscope.sizing.changes import NOTHING, Asked, remedies_of
 from peftscope.sizing.duration import Duration, Schedule, duration, time_json
+from peftscope.sizing.needs import Needs, options_of_method
 from peftscope.sizing.search import largest
 
 LARGEST_BATCH_SIZE = 4096
 LARGEST_RANK = 1024
 LONGEST_SEQUENCE = 131_072
 """The longest sequence that is tried with a model that states no limit."""
-
-ACCEPTED: tuple[tuple[Fits, ...], ...] = (("yes",), ("yes", "tight"))
-"""What advice aims at: that a run fits with room and, if nothing does, that it fits at all."""
 
 
 @dataclass(frozen=True)
@@ -152,53 +149,6 @@ def fit_methods(
         raise InputError(problems or [Problem("models and methods", "none given", "name at least one of each")])
 
 
-def options_of_method(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options that a method has, and its name. ``rank`` also sets AdaLoRA's initial rank."""
-    fields = METHODS[method].model_fields
-    own = {k: v for k, v in options.items() if v is not None and (k not in METHOD_OPTIONS or k in fields)}
-    if "rank" not in fields and options.get("rank"):
-        own |= METHODS[method].with_rank(options["rank"])
-    if not METHODS[method].supports_checkpointing:
-        own.pop("checkpointing", None)
-    return {**own, "method": method}
-
-
-class Needs:
-    """What runs need on a card, each computed once.
-
-    Attributes:
-        gpu: The card.
-        traces: Traces that serve runs of other sizes.
-        largest: The largest sizes that were found, by the model's name, the field, and whether tight ones count.
-    """
-
-    def __init__(self, gpu: Gpu) -> None:
-        self.gpu = gpu
-        self.traces = TrainingTraces()
-        self.largest: dict[tuple[str, str, bool], list[int]] = defaultdict(list)
-        self._known: dict[Any, Peaks] = {}
-
-    def peaks(self, question: Question) -> Peaks:
-        """Returns the peaks of a run; of one that does not fit, reserved bytes may be those of its tensors only.
-
-        Raises:
-            InputError: The closed form does not cover the model's family or the method.
-        """
-        key = question.model.name, question.spec, question.responses, question.gpus, question.beside
-        if key not in self._known:
-            self._known[key] = peaks_by_formula(question, traces=self.traces, enough=self.gpu.usable_bytes)
-        return self._known[key]
-
-    def fits(self, question: Question) -> Fits:
-        """Returns whether a run fits on the card.
-
-        Raises:
-            InputError: The closed form does not cover the model's family or the method.
-        """
-        peaks = self.peaks(question)
-        return self.gpu.fits(peaks.least_bytes, peaks.device_bytes)
-
-
 class Search:
     """Asks about one model and method repeatedly, each time with some options changed.
 
@@ -238,7 +188,8 @@ class Search:
         """Returns whether the method fits, and the largest sizes that fit."""
         peaks, capacity, spec = self._asked_peaks, self.needs.gpu.usable_bytes, self.question.spec
         needed, fits = peaks.device_bytes, self.needs.gpu.fits(peaks.least_bytes, peaks.device_bytes)
-        advice, advised = ("", None) if fits == "yes" else self._advice()
+        asked = Asked(self.question, self.asked)
+        remedies = remedies_of(asked, peaks, self.needs, most=1) if fits != "yes" else []
         fit = Fit(
             model=self.model.name,
             method=self.method,
@@ -253,8 +204,8 @@ class Search:
             components=self._components,
             headroom_bytes=capacity - needed,
             missing_bytes=max(0, peaks.least_bytes - capacity),
-            advice=advice,
-            advised_device_bytes=advised,
+            advice=remedies[0].words if remedies else (NOTHING if fits == "no" else ""),
+            advised_device_bytes=remedies[0].peak_device_bytes if remedies else None,
             assumed={
                 "batch_size": spec.batch_size,
                 "seq_len": spec.seq_len,
@@ -330,33 +281,3 @@ class Search:
             return None
         narrowest = narrowest_target(self.model, self.question.spec) or LARGEST_RANK
         return self.largest("rank", min(LARGEST_RANK, narrowest))
-
-    def _advice(self) -> tuple[str, int | None]:
-        """Returns the mildest change after which the method fits, and the bytes that the card then needs.
-
-        A change that leaves room is preferred to a milder one after which it is tight, which is advice for a method
-        that does not fit only.
-        """
-        asked, capacity = {**self.question.spec.model_dump(), "method": self.method}, self.needs.gpu.usable_bytes
-        stays = sum(block.size for block in self._asked_peaks.alive("optimizer") if block.kind in RESIDENT)
-
-        def changed(changes: Mapping[str, Any]) -> Question:
-            options = options_of_method(changes.get("method", self.method), self.asked)
-            return self._ask({**options, **changes})
-
-        def becomes(accepted: Sequence[Fits], changes: Mapping[str, Any]) -> bool:
-            if stays > capacity and not changes.keys() & {"method", "optimizer"}:
-                return False  # weights and states alone are too many, and these changes shrink none of them
-            return self.needs.fits(changed(changes)) in accepted
-
-        peaks = self._asked_peaks
-        runs = self.needs.gpu.fits(peaks.least_bytes, peaks.device_bytes) == "tight"
-        for accepted in ACCEPTED[:1] if runs else ACCEPTED:
-            changes = mildest_change(partial(becomes, accepted), asked)
-            if changes is not None:
-                words = (
-                    f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-                    for name, value in changes.items()
-                )
-                return " ".join(words), self.needs.peaks(changed(changes)).device_bytes
-        return ("", None) if runs else ("a smaller model, a larger card, or --gpus", None)

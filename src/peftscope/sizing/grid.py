@@ -10,7 +10,7 @@ from peftscope.memory.base import describe_model
 from peftscope.memory.question import ask
 from peftscope.memory.trace import by_kind
 from peftscope.methods import METHODS
-from peftscope.sizing.fit import options_of_method
+from peftscope.sizing.needs import options_of_method
 
 MODEL = "llama-2-7b"
 CENTRE = {"rank": 8, "seq_len": 512, "batch_size": 1, "targets": "all-linear"}

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field, replace
 from peftscope.errors import InputError, Problem
 from peftscope.hardware.cards import Fits, Gpu
 from peftscope.memory.allocator import MIDDLE_SEGMENT, SMALL_SEGMENT, segment_bytes
-from peftscope.memory.answer import Peaks, dimensions_of, name_of, peaks_by_formula, peaks_of, prepared_bytes, term_of
+from peftscope.memory.answer import Peaks, dimensions_of, name_of, peaks_of, prepared_bytes, term_of
 from peftscope.memory.formula.step import trace_evaluation, trace_training
 from peftscope.memory.formula.terms import SOURCES
-from peftscope.memory.question import Question, options_of
+from peftscope.memory.question import Question, ask, options_of
 from peftscope.memory.trace import Block, Trace, by_kind, bytes_of
-from peftscope.sizing.fit import Fit, Needs, Search
+from peftscope.sizing.changes import Asked, Remedy, remedies_of
+from peftscope.sizing.needs import Needs
 from peftscope.words import GIB, MIB, spoken_bytes
 
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": MIB, "GiB": GIB, "TiB": 1 << 40}
@@ -111,7 +112,7 @@ class Diagnosis:
         candidates: The allocations that match, the likeliest first.
         nearest: If none matches, the allocations that are closest in size.
         sentences: The explanation.
-        changes: Options that make the run fit, the smallest change first.
+        remedies: What makes the run fit, what costs the least quality first.
     """
 
     refusal: Refusal
@@ -120,7 +121,7 @@ class Diagnosis:
     candidates: list[Candidate]
     nearest: list[Candidate]
     sentences: list[str]
-    changes: list[str] = field(default_factory=list)
+    remedies: list[Remedy] = field(default_factory=list)
 
 
 def read_refusal(text: str) -> Refusal:
@@ -174,12 +175,9 @@ def diagnose(question: Question, refusal: Refusal) -> Diagnosis:
     candidates = sorted((one for one in every if refusal.matches(one.size_bytes)), key=lambda one: _rank(one, refusal))
     nearest = [] if candidates else sorted(every, key=lambda one: abs(one.size_bytes - refusal.requested))[:2]
     room = refusal.usable
-    fit = _fit(question, room) if room and training else None
     sentences = [*_about_candidates(candidates, nearest, refusal), *_about_room(peaks, refusal)]
-    changes = _changes(question, fit) if fit else []
-    if room and peaks.binding_phase == "evaluate" and peaks.least_bytes > room:
-        changes += _smaller_evaluation(question, room)
-    return Diagnosis(refusal, peaks.allocated_bytes, peaks.device_bytes, candidates, nearest, sentences, changes)
+    remedies = _remedies(question, room, peaks) if room and training else []
+    return Diagnosis(refusal, peaks.allocated_bytes, peaks.device_bytes, candidates, nearest, sentences, remedies)
 
 
 def _of_trace(trace: Trace, refusal: Refusal) -> Iterator[Candidate]:
@@ -302,30 +300,13 @@ def _about_room(peaks: Peaks, refusal: Refusal) -> list[str]:
     return sentences
 
 
-def _fit(question: Question, capacity: int) -> Fit:
-    """Returns what of the training fits on the card of the text."""
-    options = options_of(question.spec) | question.beside.model_dump(exclude={"as_trainer"}) | {"evaluation": False}
-    card = replace(question.gpu, memory_bytes=capacity) if question.gpu else Gpu("the card", capacity)
-    return Search(question.model, question.spec.method.name, options, Needs(card)).fit()
-
-
-def _changes(question: Question, fit: Fit) -> list[str]:
-    """Returns the smallest changes that fit: the advice of ``fit``, and the largest sizes; none if all fits."""
-    if fit.fits == "yes":
-        return []
-    spec, changes = question.spec, [fit.advice]
-    for name, largest in (("batch_size", fit.largest_batch_size), ("seq_len", fit.largest_seq_len)):
-        if largest and largest < getattr(spec, name):
-            changes.append(f"--{name.replace('_', '-')} {largest}")
-    return list(dict.fromkeys(changes))
-
-
-def _smaller_evaluation(question: Question, capacity: int) -> list[str]:
-    """Returns the option for the largest half, quarter, ... of the evaluation's batch that fits; none if none does."""
-    size = question.spec.eval_batch_size // 2
-    while size:
-        smaller = replace(question, spec=question.spec.model_copy(update={"eval_batch_size": size}))
-        if peaks_by_formula(smaller, evaluation=True).least_bytes <= capacity:
-            return [f"--eval-batch-size {size}"]
-        size //= 2
-    return []
+def _remedies(question: Question, room: int, peaks: Peaks) -> list[Remedy]:
+    """Returns what makes the run fit on the card of the text; an evaluation counts too if it is what does not fit."""
+    card = replace(question.gpu, memory_bytes=room, reserve_bytes=0) if question.gpu else Gpu("the card", room)
+    too_large = peaks.binding_phase == "evaluate" and peaks.least_bytes > room
+    options = options_of(question.spec) | question.beside.model_dump(exclude={"as_trainer"})
+    options |= {"evaluation": question.evaluates or too_large}
+    asked = Asked(ask(question.model, options, gpu=card), options)
+    needs = Needs(card)
+    fits = needs.fits(asked.question)
+    return remedies_of(asked, needs.peaks(asked.question), needs) if fits != "yes" else []

@@ -17,6 +17,8 @@ SWITCHES = ("checkpointing", "packing", "double_quant")
 """Options whose values are true or false."""
 OFF: tuple[Any, ...] = (None, False, 0, "", "no", "none", [], {})
 """Values that switch a key off."""
+OWN = object()
+"""Stands for the value of the option itself, in the keys with which a remedy changes it."""
 WHOLE = ("deepspeed",)
 """Keys whose nested mappings are read as a whole: they may also name a file."""
 MAY_CHANGE = re.compile(

@@ -257,6 +257,7 @@ def read_trl_precision(reading: Reading, row: Row) -> None:
         reading.assumed.append("weights in fp32: the file gives no dtype, and versions differ; --precision bf16 if not")
     narrow = four_bit or weights in ("bfloat16", "float16", "auto")
     set_precision(reading, "trl", narrow=narrow, half=half, mixed=half)
+    reading.assumed.append(f"the defaults of {REGIMES['trl'].version}: {REGIMES['trl'].beside}")
 
 
 def read_torchtune_model(reading: Reading, row: Row) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from peftscope.errors import InputError, Problem
 from peftscope.sizing import trainer_keys as keys
-from peftscope.sizing.reading import Row, flatten
+from peftscope.sizing.reading import OWN, Row, flatten
 from peftscope.sizing.trainer_keys import four_bit, noted, refused, saving
 
 # A commit stands where the default was read in the code itself; the others come from documentation and excerpts.
@@ -294,8 +294,6 @@ TRAINERS: tuple[tuple[str, tuple[Row, ...], list[set[str]]], ...] = (
 """The trainers, their tables, and sets of keys: a file belongs to the first trainer of which it has a key of each set.
 The suffix of the file counts as a key."""
 
-OWN = object()
-"""Stands for the value of the option itself."""
 _ROWS = {"batch_size": {"per_device_train_batch_size": OWN}, "eval_batch_size": {"per_device_eval_batch_size": OWN}}
 _STEPS = {"gradient_accumulation": {"gradient_accumulation_steps": OWN}}
 _TRL: dict[str, dict[str, Any]] = {
@@ -317,6 +315,7 @@ REMEDIES: dict[str, dict[str, dict[str, Any]]] = {
         "checkpointing": {"gradient_checkpointing": True},
         "optimizer": {"optimizer": "adamw_8bit"},
         "method": {"adapter": "qlora", "load_in_4bit": True},
+        "quantize_moe_experts": {"quantize_moe_experts": True},
         "adapter": {"lora_r": 16, "lora_alpha": 32, "lora_target_linear": True},
         "seq_len": {"sequence_len": OWN},
     },

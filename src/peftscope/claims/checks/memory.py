@@ -24,7 +24,8 @@ from peftscope.memory.base import describe_model
 from peftscope.memory.question import Question, ask
 from peftscope.memory.simulate import answer_by_simulation
 from peftscope.methods.fields import target_modules
-from peftscope.sizing.fit import Needs, Search, options_of_method
+from peftscope.sizing.fit import Search
+from peftscope.sizing.needs import Needs, options_of_method
 from peftscope.words import GIB
 
 GB = 10**9

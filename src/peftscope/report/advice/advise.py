@@ -10,6 +10,7 @@ from peftscope.errors import InputError
 from peftscope.hardware.cards import speed_of
 from peftscope.memory.answer import answer_by_formula
 from peftscope.memory.base import describe_model
+from peftscope.methods import METHODS
 from peftscope.report.advice.options import LENGTHS, SHORTER, Fitter, Option, cards_by_memory, changed, smaller_models
 from peftscope.report.advice.rules import Findings, Rules, Standing
 from peftscope.report.advice.settings import BITS_PER_PARAMETER, Line, Settings, Situation, settings_for
@@ -186,9 +187,8 @@ def _peak_line(option: Option, situation: Situation) -> Line:
     answer = answer_by_formula(option.question)
     each = f" on each of {option.spread_over} cards" if option.spread_over > 1 else ""
     value = f"{spoken_bytes(option.peak_device_bytes, 1)}{each} of {spoken_bytes(situation.gpu.usable_bytes, 1)}"
-    tested = answer.agreement or "this kind of run was not compared with simulations"
     says = f"{line.says} The longest batch, with a loss on every token.".strip()
-    evidence = f"calculator: {tested}" + (f"; {line.evidence}" if line.claims else "")
+    evidence = f"calculator: {answer.agreement}" + (f"; {line.evidence}" if line.claims else "")
     return Line("peak", value, (), says, "computed", evidence, line.claims)
 
 
@@ -200,6 +200,13 @@ def _time_line(option: Option, situation: Situation) -> Line:
     says = f"The training alone, by the model of docs/time.md, for {fast_card}."
     says += f" Not validated: {reason}." if reason else " Of measured speeds, 80 % lie in the interval."
     return Line("time", value, (), says, "computed", f"not validated: {reason}" if reason else "measured speeds")
+
+
+SHARDED: tuple[tuple[str, dict[str, str], float], ...] = (
+    ("qlora", {"sharding": "fsdp2", "quant_storage": "bf16"}, 0.5),
+    ("lora", {}, 2),
+)
+"""Ways to share a base over cards: the method, the options of ``memory``, and the least bytes of a weight."""
 
 
 def _nearest(fitter: Fitter, methods: list[str]) -> Iterator[str]:
@@ -231,13 +238,16 @@ def _nearest(fitter: Fitter, methods: list[str]) -> Iterator[str]:
     larger = next((card for card in cards_by_memory() if card.usable_bytes >= peaks[method]), None)
     if larger:
         yield f"A larger card for this model: {larger.name} ({spoken_bytes(larger.usable_bytes, 1)})."
-    fields = {**_most_changed(fitter, "lora"), **least}
-    fewest = 2e9 * situation.billions / situation.gpu.usable_bytes
-    for cards in range(max(situation.gpus, int(fewest)) + 1, MOST_CARDS + 1):
-        peak = fitter.peak(fields, gpus=cards)
-        if peak <= situation.gpu.usable_bytes:
-            yield f"More such cards: {cards}, with 16-bit LoRA and sharded weights, {spoken_bytes(peak, 1)} on each."
-            break
+    for name, each, bytes_a_weight in SHARDED:
+        fields = {**_most_changed(fitter, name), **least, **each, "optimizer": "adamw"}
+        fewest = int(1e9 * bytes_a_weight * situation.billions / situation.gpu.usable_bytes) + 1
+        for cards in range(max(situation.gpus, fewest, 2), MOST_CARDS + 1):
+            peak = fitter.peak(fields, gpus=cards)
+            if peak <= situation.gpu.usable_bytes:
+                options = "".join(f", {key}={value}" for key, value in each.items())
+                with_ = f"{METHODS[name].label} and sharded weights{options}"
+                yield f"{cards} such cards, with {with_}: {spoken_bytes(peak, 1)} on each."
+                break
 
 
 def _most_changed(fitter: Fitter, method: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from peftscope.planning.forecast import Forecaster
 from peftscope.report.advice.rules import Change, Findings, Rules, Standing
 from peftscope.report.advice.settings import Settings, Situation, settings_for
 from peftscope.sizing.duration import with_interval
-from peftscope.sizing.fit import ACCEPTED, Needs
+from peftscope.sizing.needs import ACCEPTED, Needs
 from peftscope.sizing.speed import step_time
 
 LENGTHS = (8192, 4096, 2048, 1024, 768, 512, 384, 256, 128)

@@ -1,0 +1,63 @@
+"""What runs need on a card, each asked once, and whether they fit. No torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from peftscope.hardware.cards import Fits, Gpu
+from peftscope.memory.answer import Peaks, peaks_by_formula
+from peftscope.memory.formula.step import TrainingTraces
+from peftscope.memory.question import METHOD_OPTIONS, Question
+from peftscope.methods import METHODS
+
+ACCEPTED: tuple[tuple[Fits, ...], ...] = (("yes",), ("yes", "tight"))
+"""What advice aims at: that a run fits with room and, if nothing does, that it fits at all."""
+
+
+def options_of_method(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options that a method has, and its name. ``rank`` also sets AdaLoRA's initial rank."""
+    fields = METHODS[method].model_fields
+    own = {k: v for k, v in options.items() if v is not None and (k not in METHOD_OPTIONS or k in fields)}
+    if "rank" not in fields and options.get("rank"):
+        own |= METHODS[method].with_rank(options["rank"])
+    if not METHODS[method].supports_checkpointing:
+        own.pop("checkpointing", None)
+    return {**own, "method": method}
+
+
+class Needs:
+    """What runs need on a card, each computed once.
+
+    Attributes:
+        gpu: The card.
+        traces: Traces that serve runs of other sizes.
+        largest: The largest sizes that were found, by the model's name, the field, and whether tight ones count.
+    """
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+        self.traces = TrainingTraces()
+        self.largest: dict[tuple[str, str, bool], list[int]] = defaultdict(list)
+        self._known: dict[Any, Peaks] = {}
+
+    def peaks(self, question: Question) -> Peaks:
+        """Returns the peaks of a run; of one that does not fit, reserved bytes may be those of its tensors only.
+
+        Raises:
+            InputError: The closed form does not cover the model's family or the method.
+        """
+        key = question.model.name, question.spec, question.responses, question.gpus, question.beside
+        if key not in self._known:
+            self._known[key] = peaks_by_formula(question, traces=self.traces, enough=self.gpu.usable_bytes)
+        return self._known[key]
+
+    def fits(self, question: Question) -> Fits:
+        """Returns whether a run fits on the card.
+
+        Raises:
+            InputError: The closed form does not cover the model's family or the method.
+        """
+        peaks = self.peaks(question)
+        return self.gpu.fits(peaks.least_bytes, peaks.device_bytes)
