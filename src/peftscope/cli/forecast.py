@@ -22,18 +22,15 @@ def card_of(experiment: str, wish: str | None) -> Gpu | None:
 
     None where there is none of these: the runs are for this machine's processor.
     """
-    from peftscope.hardware.cards import Gpu, find_gpu, known_card
-    from peftscope.hardware.device import detect_device, gpu_memories, gpu_names
+    from peftscope.execution.pace import this_card
+    from peftscope.hardware.cards import find_gpu
+    from peftscope.hardware.device import detect_device
     from peftscope.planning.experiment import experiment_path, read_experiment
 
     if wish:
         return find_gpu(wish)
-    if detect_device() == "cuda":
-        names = gpu_names()
-        sizes = gpu_memories() or [0] * len(names)
-        cards = [known_card(name) or Gpu(name, size) for name, size in zip(names, sizes, strict=False)]
-        if found := [card for card in cards if card.memory_bytes]:
-            return min(found, key=lambda card: card.memory_bytes)
+    if detect_device() == "cuda" and (card := this_card()):
+        return card
     path = experiment_path(experiment)
     made_for = read_experiment(path).card
     try:

@@ -22,11 +22,8 @@ from peftscope.execution.libraries import offline, quiet_libraries, without_hub_
 from peftscope.layout import how_to_run, record_path, run_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from rich.status import Status
 
-    from peftscope.spec import RunSpec
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -168,14 +165,15 @@ def expand_experiment(
     if card is not None:
         show_forecast(experiment, card, brief=brief)
         return
+    from peftscope.execution.pace import run_seconds
     from peftscope.hardware.device import detect_device
     from peftscope.models.catalog import find_model
     from peftscope.planning.checks import too_few_items
-    from peftscope.planning.estimate import estimate_seconds
+    from peftscope.planning.demands import host_bytes
     from peftscope.planning.plan import plan_experiment
     from peftscope.planning.sweep import expand
-    from peftscope.training.ceilings import product_rate
-    from peftscope.words import spoken_time
+    from peftscope.spec import memory_key
+    from peftscope.words import spoken_bytes, spoken_time
 
     plan = plan_experiment(experiment)
     sweep = expand(experiment, detect_device(), assume_rates=True) if plan.is_study else plan.sweep
@@ -186,7 +184,7 @@ def expand_experiment(
     for identity, spec in sweep.runs.items():
         chosen = identity in plan.sweep.runs
         done = record_path(identity).is_file()
-        seconds = 0.0 if done else estimate_seconds(spec, product_rate, one_thread=at_once > 1)
+        seconds = 0.0 if done else run_seconds(spec, one_thread=at_once > 1)
         total, finished = total + seconds, finished + done
         shape = find_model(spec.model).shape
         count = spec.method.trainable_parameters(shape) if shape else None
@@ -198,9 +196,11 @@ def expand_experiment(
     console = wide_console()
     if not brief:
         console.print(table)
+    most = max(map(host_bytes, {memory_key(spec): spec for spec in sweep.runs.values()}.values()))
     console.print(
         f"{experiment}: {len(sweep.runs)} runs, {finished} done, about {spoken_time(total / at_once)} to go "
         + (f"with {at_once} at once" if at_once > 1 else f"on one {next(iter(sweep.runs.values())).device} worker")
+        + f"; a run takes at most {spoken_bytes(most, 1)} of memory"
     )
     lines = too_few_items(sweep.runs)
     if plan.is_study:
@@ -220,23 +220,14 @@ def sweep(
     ] = None,
 ) -> None:
     """Run what is left of an experiment, one run after the other: no Snakemake, and lm-eval only for runs that ask."""
-    from functools import partial
-
     from peftscope.analysis.tuning import choose_next
-    from peftscope.cli.forecast import card_of
     from peftscope.execution.job import check_cards
     from peftscope.execution.sweep import run_sweep
     from peftscope.hardware.device import detect_device
-    from peftscope.planning.estimate import estimate_seconds
-    from peftscope.planning.forecast import Forecaster
-    from peftscope.training.ceilings import product_rate
 
-    seconds_of: Callable[[RunSpec], float] = partial(estimate_seconds, rate_of=product_rate)
     if detect_device() == "cuda":
         check_cards(1)
-        card = card_of(experiment, None)
-        seconds_of = Forecaster(card).seconds if card else seconds_of
-    outcome = run_sweep(experiment, seconds_of, choose_next, minutes)
+    outcome = run_sweep(experiment, choose_next, minutes)
     if outcome.left:
         print(f"{outcome.left} runs left: repeat the command to go on")
     if outcome.failed:
