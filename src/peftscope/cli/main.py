@@ -158,57 +158,10 @@ def expand_experiment(
     brief: Annotated[bool, typer.Option("--brief", help="Only the totals.")] = False,
     gpu: Annotated[str | None, typer.Option(help="On this card: rtx4090, a100, ..., or its memory: 24GB.")] = None,
 ) -> None:
-    """Show an experiment's runs, with an estimate of the time and, for a card, of the memory that they will take."""
+    """Show an experiment's runs, with an estimate of the time and the memory that they will take."""
     from peftscope.cli.forecast import card_of, show_forecast
 
-    card = card_of(experiment, gpu)
-    if card is not None:
-        show_forecast(experiment, card, brief=brief)
-        return
-    from peftscope.execution.pace import run_seconds
-    from peftscope.hardware.device import detect_device
-    from peftscope.models.catalog import find_model
-    from peftscope.planning.checks import too_few_items
-    from peftscope.planning.demands import host_bytes
-    from peftscope.planning.plan import plan_experiment
-    from peftscope.planning.sweep import expand
-    from peftscope.spec import memory_key
-    from peftscope.words import spoken_bytes, spoken_time
-
-    plan = plan_experiment(experiment)
-    sweep = expand(experiment, detect_device(), assume_rates=True) if plan.is_study else plan.sweep
-    # A study's runs share a processor, one thread each.
-    at_once = (os.cpu_count() or 1) if plan.is_study and detect_device() == "cpu" else 1
-    table = Table("run", "method", "trained parameters", "precision", "learning rate", "steps", "estimate", box=None)
-    total, finished = 0.0, 0
-    for identity, spec in sweep.runs.items():
-        chosen = identity in plan.sweep.runs
-        done = record_path(identity).is_file()
-        seconds = 0.0 if done else run_seconds(spec, one_thread=at_once > 1)
-        total, finished = total + seconds, finished + done
-        shape = find_model(spec.model).shape
-        count = spec.method.trainable_parameters(shape) if shape else None
-        parameters = "?" if count is None else f"{count:,}"
-        when = "done" if done else spoken_time(seconds)
-        rate = ("" if chosen else "about ") + f"{spec.learning_rate:g}" if spec.method.trains else "-"
-        name = identity if chosen else identity.rpartition("-")[0]
-        table.add_row(name, spec.method.full_label(), parameters, spec.precision, rate, str(spec.steps), when)
-    console = wide_console()
-    if not brief:
-        console.print(table)
-    most = max(map(host_bytes, {memory_key(spec): spec for spec in sweep.runs.values()}.values()))
-    console.print(
-        f"{experiment}: {len(sweep.runs)} runs, {finished} done, about {spoken_time(total / at_once)} to go "
-        + (f"with {at_once} at once" if at_once > 1 else f"on one {next(iter(sweep.runs.values())).device} worker")
-        + f"; a run takes at most {spoken_bytes(most, 1)} of memory"
-    )
-    lines = too_few_items(sweep.runs)
-    if plan.is_study:
-        from peftscope.cli.study import describe
-
-        lines += describe(sweep)
-    for line in lines:
-        console.print(line, soft_wrap=True)
+    show_forecast(experiment, card_of(experiment, gpu), brief=brief)
 
 
 @app.command(rich_help_panel=EXPERIMENT)

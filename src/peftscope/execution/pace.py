@@ -6,9 +6,11 @@ from functools import cache
 
 from peftscope.hardware.cards import Gpu, known_card
 from peftscope.hardware.device import gpu_memories, gpu_names
+from peftscope.models.catalog import find_model
+from peftscope.planning.demands import host_bytes
 from peftscope.planning.estimate import estimate_seconds
-from peftscope.planning.forecast import Forecaster
-from peftscope.spec import RunSpec
+from peftscope.planning.forecast import Forecast, Forecaster
+from peftscope.spec import RunSpec, memory_key
 
 
 def run_seconds(spec: RunSpec, *, one_thread: bool = False) -> float:
@@ -30,6 +32,22 @@ def this_card() -> Gpu | None:
         for name, size in zip(names, gpu_memories() or [0] * len(names), strict=False)
     ]
     return min((card for card in cards if card.memory_bytes), key=lambda card: card.memory_bytes, default=None)
+
+
+class Here:
+    """Forecasts runs on this machine's processor. Memory is asked once for all runs that take the same memory."""
+
+    def __init__(self, one_thread: bool) -> None:
+        self._one_thread = one_thread
+        self._bytes: dict[tuple[str, str], int] = {}
+
+    def forecast(self, identity: str, spec: RunSpec, *, chosen: bool) -> Forecast:
+        """Returns the forecast of a run; its peak is the host memory that a scheduler is asked for."""
+        seconds, key = run_seconds(spec, one_thread=self._one_thread), (memory_key(spec), spec.task)
+        unknown = "" if find_model(spec.model).shape else f"the shape of {spec.model} is not known"
+        if not unknown and key not in self._bytes:
+            self._bytes[key] = host_bytes(spec)
+        return Forecast(identity, spec, chosen, seconds, self._bytes.get(key), "", None, "", unknown)
 
 
 @cache
