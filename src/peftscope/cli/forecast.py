@@ -48,7 +48,6 @@ def show_forecast(experiment: str, gpu: Gpu | None, *, brief: bool) -> None:
         gpu: The card; None: this machine's processor, which the runs of a study share, one thread each.
         brief: Whether one row stands for all runs of a method.
     """
-    from peftscope.cli.study import describe
     from peftscope.execution.pace import Here
     from peftscope.hardware.device import detect_device
     from peftscope.planning.checks import too_few_items
@@ -83,7 +82,11 @@ def show_forecast(experiment: str, gpu: Gpu | None, *, brief: bool) -> None:
         speed = f"Speed: of {forecaster.speed_name} by the model of docs/time.md, or as records of such a card say."
         lines.append(f"{speed} Memory: every sequence of a batch as long as seq_len allows.")
     else:
-        lines += [*too_few_items(sweep.runs), *(describe(sweep) if plan.is_study else [])]
+        lines += too_few_items(sweep.runs)
+        if plan.is_study:
+            from peftscope.cli.study import describe
+
+            lines += describe(sweep)
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
 

@@ -11,7 +11,7 @@ import typer
 import yaml
 
 from peftscope.cli.console import OWN
-from peftscope.errors import InputError, Problem, close_match
+from peftscope.errors import InputError, Problem, close_match, needs
 from peftscope.layout import EXPERIMENTS, METHOD_FILES, check_experiment_name, shipped
 
 app = typer.Typer()
@@ -27,6 +27,7 @@ GRID = (0.1, 0.3, 1, 3, 10)
 
 
 @app.command("new-study", rich_help_panel=OWN)
+@needs("train")
 def new_study(
     file: Annotated[Path, typer.Argument(help="A Python file with one method; its name becomes the method's.")],
     against: Annotated[

@@ -60,18 +60,15 @@ OF_METHOD: dict[tuple[Pasted, str], dict[str, Any]] = {
 """The keys of a method with bf16 products; adapters lie on all linear layers."""
 YOURS = {"axolotl": "datasets and output_dir", "llama-factory": "dataset, template and output_dir"}
 """What a trainer needs beside."""
-SCRIPT = """\
-from datasets import load_dataset
-from peft import LoraConfig
-from transformers import BitsAndBytesConfig
-from trl import SFTConfig, SFTTrainer
-
-trainer = SFTTrainer(
-    model={model!r},
-{calls}    train_dataset=load_dataset("json", data_files="my-examples.jsonl", split="train"),
+SCRIPT = (
+    "from datasets import load_dataset\n"
+    "from peft import LoraConfig\n"
+    "from transformers import BitsAndBytesConfig\n"
+    "from trl import SFTConfig, SFTTrainer\n\n"
+    "trainer = SFTTrainer(\n    model={model!r},\n{calls}"
+    '    train_dataset=load_dataset("json", data_files="my-examples.jsonl", split="train"),\n)\n'
+    "trainer.train()\n"
 )
-trainer.train()
-"""
 
 
 def trainer_file(trainer: Pasted, spec: RunSpec, epochs: float) -> str:
