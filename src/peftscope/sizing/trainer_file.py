@@ -39,7 +39,7 @@ KEYS: dict[str, tuple[str, str, str]] = {
 _FACTORY = {"stage": "sft", "do_train": True, "bf16": True, "finetuning_type": "full"}
 _FACTORY_LORA = _FACTORY | {"finetuning_type": "lora", "lora_target": "all"}
 _TRL = {"args.bf16": True, "args.model_init_kwargs": {"dtype": "bfloat16"}}
-_TRL_LORA = _TRL | {"peft_config.target_modules": "all-linear"}
+_TRL_LORA = _TRL | {"peft_config.target_modules": "all-linear", "peft_config.task_type": "CAUSAL_LM"}
 _FOUR_BITS = _Code(
     "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, "
     "bnb_4bit_compute_dtype='bfloat16')"
