@@ -24,7 +24,7 @@ SHOWN: dict[str, tuple[str, list[int]]] = {
     "shown:better": ("peftscope table variants --markdown", [*range(6)]),
 }
 """The command of each block, and which lines of its output the page shows. Dots stand for the others."""
-STUDY = ("peftscope new-study lora-fa.py --against lora --model toy", [0, -4, -2, -1])
+STUDY = ("peftscope new-study lora-fa.py --against lora --model toy", [-5, -3, -2, -1])
 """The same of the page on a method of one's own, without the lines on time, which differ from machine to machine."""
 
 

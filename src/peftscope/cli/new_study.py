@@ -51,7 +51,7 @@ def new_study(
     for path, content in contents.items():
         if path.is_file() and path.read_text(encoding="utf-8") != content:
             raise InputError(Problem(str(path), "is there with another content", "remove it, or rename your file"))
-    print(tried(file, model), flush=True)
+    trained = tried(file, model)
     written = [path for path in contents if not path.is_file()]
     for path in written:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def new_study(
         for path in written:  # or they would stand in the way of the mended file
             path.unlink()
         sys.exit(code)
-    print("\n".join(map(str, contents)))
+    print(trained, *contents, sep="\n")
 
 
 def tried(file: Path, model: str | None) -> str:
