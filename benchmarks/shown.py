@@ -1,17 +1,20 @@
-"""Writes what the commands of its three doors print into README.md: ``python -m benchmarks.shown``."""
+"""Writes what commands print into the pages that show it: ``python -m benchmarks.shown``."""
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from benchmarks.page import write_blocks
 
-PAGE = Path("README.md")
+PAGE, STUDY_PAGE = Path("README.md"), Path("docs/your-method.md")
 SHOWN: dict[str, tuple[str, list[int]]] = {
     "shown:true": ("peftscope claims --published --id P45", [*range(4)]),
     "shown:fits": (
@@ -21,14 +24,25 @@ SHOWN: dict[str, tuple[str, list[int]]] = {
     "shown:better": ("peftscope table variants --markdown", [*range(6)]),
 }
 """The command of each block, and which lines of its output the page shows. Dots stand for the others."""
+STUDY = ("peftscope new-study lora-fa.py --against lora --model toy", [-5, -3, -2, -1])
+"""The same of the page on a method of one's own, without the lines on time, which differ from machine to machine."""
 
 
-def show(command: str, wanted: list[int]) -> str:
-    """Returns a block with a command and some lines of what it prints."""
+def show(command: str, wanted: list[int], folder: Path = Path()) -> str:
+    """Returns a block with a command and some lines of what it prints in a folder."""
     program = [sys.executable, "-m", *shlex.split(command)]
     environment = {**os.environ, "COLUMNS": "160"}
-    done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment, cwd=folder)
     return block(command, done.stdout.splitlines(), wanted)
+
+
+def show_study() -> str:
+    """Returns the block of a study of the page's own method, which is written into a folder that goes."""
+    method = re.findall(r"^```python\n(.*?)^```", STUDY_PAGE.read_text(), re.MULTILINE | re.DOTALL)[0]
+    with TemporaryDirectory() as folder:
+        shutil.copytree("experiments", Path(folder, "experiments"))
+        Path(folder, "lora-fa.py").write_text(method)
+        return show(*STUDY, Path(folder))
 
 
 def block(command: str, lines: list[str], wanted: list[int]) -> str:
@@ -52,3 +66,4 @@ def block(command: str, lines: list[str], wanted: list[int]) -> str:
 
 if __name__ == "__main__":
     write_blocks({name: show(*asked) for name, asked in SHOWN.items()}, PAGE)
+    write_blocks({"shown:study": show_study()}, STUDY_PAGE)

@@ -86,6 +86,21 @@ def toy(workspace: Path) -> Path:
     return workspace
 
 
+def is_shown(lines: list[str], said: list[str]) -> bool:
+    """Returns whether an output has these lines, in their order, and nothing between but where three dots stand."""
+    place, dots = 0, False
+    for line in lines:
+        if line == "...":
+            dots = True
+            continue
+        while dots and place < len(said) and said[place] != line:
+            place += 1
+        if place == len(said) or said[place] != line:
+            return False
+        place, dots = place + 1, False
+    return dots or place == len(said)
+
+
 @pytest.fixture
 def peftscope(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Runs the command in this process: (exit code, stdout, stderr). A traceback is an error of the test."""

@@ -41,6 +41,7 @@ ALL_LIGHT = [
     "advise --model llama-3-8b --gpu rtx4090 --examples 500",
     "memory qwen2.5-0.5b --gpu 24GiB --lengths lengths.txt --json",
     "expand quick --gpu rtx4090 --brief",
+    "expand quick",
     "schema",
     "claims --id S64",
 ]
@@ -52,7 +53,7 @@ NEEDING = {
     "fetch toy": "[train]",
     "make-task two-digit-sums": "[train]",
     "doctor": "[train]",
-    "expand quick": "[train]",
+    "expand sums": "[train]",
     "expand gpu-7b --gpu a100": "[train]",
     "leaderboard": "[report]",
     "verify quick": "[train]",

@@ -20,8 +20,8 @@ from snakemake_interface_logger_plugins.common import LogEvent
 from snakemake_logger_plugin_rich import LogHandler as RichLogHandler
 
 from peftscope.errors import InputError
+from peftscope.execution.pace import run_seconds
 from peftscope.layout import record_path
-from peftscope.planning.estimate import estimate_seconds
 from peftscope.planning.plan import Workflow, loaded_workflow
 from peftscope.spec import RunSpec
 from peftscope.words import spoken_time
@@ -114,17 +114,8 @@ class TimeLeft:
         if run_id not in self._estimates:
             shares = self._workflow is not None and self._workflow.shares_machine(run_id)
             one_thread = shares and spec.device == "cpu"
-            self._estimates[run_id] = estimate_seconds(spec, _product_rate, one_thread=one_thread)
+            self._estimates[run_id] = run_seconds(spec, one_thread=one_thread)
         return self._estimates[run_id]
-
-
-def _product_rate(spec: RunSpec) -> float | None:
-    """Returns this machine's rate at a spec's matrix products; None where there is no torch, as on a login node."""
-    try:
-        from peftscope.training.ceilings import product_rate
-    except ImportError:
-        return None
-    return product_rate(spec)
 
 
 class TimeLeftColumn(TimeRemainingColumn):

@@ -47,6 +47,7 @@ class Runs:
         self.now, self.seconds, self.endings = 0.0, seconds, endings
         monkeypatch.setattr(sweep, "run_apart", self.run)
         monkeypatch.setattr(sweep, "fetch_inputs", lambda spec: None)
+        monkeypatch.setattr(sweep, "run_seconds", lambda spec: 1.0)
         monkeypatch.setattr(sweep.time, "monotonic", lambda: self.now)
 
     def run(self, identity: str, spec: RunSpec, folder: Path, *, deadline: float) -> Status:
@@ -63,10 +64,6 @@ class Runs:
         return status
 
 
-def one_second(spec: RunSpec) -> float:
-    return 1.0
-
-
 def refuse(_: Any) -> None:
     pytest.fail("there is nothing to choose")
 
@@ -74,11 +71,11 @@ def refuse(_: Any) -> None:
 def test_finished_runs_are_skipped_and_failed_ones_are_tried_again(write_experiment, monkeypatch, capfd) -> None:
     write_experiment("mine", THREE)
     runs = Runs(monkeypatch, ia3="failed", full="oom")
-    outcome = run_sweep("mine", one_second, refuse)
+    outcome = run_sweep("mine", refuse)
     assert runs.seen == ["lora", "ia3", "full"] and outcome.left == 0
     assert [run.partition("-")[0] for run in outcome.failed] == ["ia3"]
     runs.endings, runs.seen = {}, []
-    outcome = run_sweep("mine", one_second, refuse)
+    outcome = run_sweep("mine", refuse)
     assert runs.seen == ["ia3"] and not outcome.failed
     said = capfd.readouterr().err
     assert "mine: 0 of 3 runs done before" in said and "mine: 2 of 3 runs done before" in said
@@ -89,14 +86,16 @@ def test_no_run_begins_that_would_end_too_late_but_the_first(write_experiment, m
     runs = Runs(monkeypatch, seconds=40)
     # The estimate says a second each; after the first run it says 40.
     for minutes, done in ((0, []), (1, ["lora"]), (1.4, ["lora", "ia3", "full"])):
-        left = run_sweep("mine", one_second, refuse, minutes).left
+        left = run_sweep("mine", refuse, minutes).left
         assert (runs.seen, left) == (done, 3 - len(done))
 
 
 def test_the_time_left_follows_what_runs_took(write_experiment, monkeypatch, capfd) -> None:
     write_experiment("mine", THREE)
     Runs(monkeypatch, seconds=90)
-    run_sweep("mine", lambda spec: {"lora": 10.0, "ia3": 20.0, "full": 30.0}[spec.method.name], refuse)
+    seconds = {"lora": 10.0, "ia3": 20.0, "full": 30.0}
+    monkeypatch.setattr(sweep, "run_seconds", lambda spec: seconds[spec.method.name])
+    run_sweep("mine", refuse)
     said = capfd.readouterr().err
     assert [line.rpartition("(")[2] for line in said.splitlines() if "to go" in line] == [
         "about 1 min 0 s to go)",
@@ -108,13 +107,13 @@ def test_the_time_left_follows_what_runs_took(write_experiment, monkeypatch, cap
 def test_a_study_goes_on_with_the_runs_that_follow_from_what_was_chosen(write_experiment, monkeypatch, capfd) -> None:
     write_experiment("mine", STUDY)
     runs = Runs(monkeypatch)
-    assert run_sweep("mine", one_second, choose_next).left == 0
+    assert run_sweep("mine", choose_next).left == 0
     plan = plan_experiment("mine")
     assert len(runs.seen) == len(plan.run_ids) == 1 + 2 * 3 + 2 * 3 * 2
     assert all(record_path(run).is_file() for run in plan.run_ids)
     said = capfd.readouterr().err
     assert "0 of 19 runs done before" in said and "19/19" in said
-    run_sweep("mine", one_second, choose_next)
+    run_sweep("mine", choose_next)
     assert len(runs.seen) == 19
 
 
@@ -122,18 +121,18 @@ def test_an_arm_that_comes_later_has_its_three_rates_as_well(write_experiment, m
     first = text = STUDY.replace("1.0e-4", "3.0e-4").replace("1.0e-2", "3.0e-3")
     write_experiment("mine", text)
     Runs(monkeypatch)
-    run_sweep("mine", one_second, choose_next)
+    run_sweep("mine", choose_next)
     text = text.replace("large: {method: lora, rank: 8}}", "large: {method: lora, rank: 8}, other: {method: dora}}")
     write_experiment("mine", text.replace("large: [", "other: [3.0e-4, 1.0e-3, 3.0e-3], large: ["))
     runs = Runs(monkeypatch)
-    run_sweep("mine", one_second, choose_next)
+    run_sweep("mine", choose_next)
     assert runs.seen == ["dora"] * (3 + 3 * 2)
     arms = json.loads(tuned_path("mine").read_text())["arms"]
     assert [len(arms[arm]["rates"]) for arm in ("small", "large", "other")] == [3, 3, 3]
     # A longer list whose best rate is the same: nothing but the new rate runs, and the pairs are there.
     write_experiment("mine", first.replace("small: [", "small: [1.0e-4, "))
     runs = Runs(monkeypatch)
-    run_sweep("mine", one_second, choose_next)
+    run_sweep("mine", choose_next)
     assert runs.seen == ["lora"]
     assert {"arm-small", "arm-large"} <= {group.name for group in plan_experiment("mine").sweep.comparisons}
 
@@ -142,7 +141,7 @@ def test_a_study_does_not_choose_from_runs_that_failed(write_experiment, monkeyp
     write_experiment("mine", STUDY)
     Runs(monkeypatch, lora="failed")
     with pytest.raises(InputError, match="failed: None"):
-        run_sweep("mine", one_second, choose_next)
+        run_sweep("mine", choose_next)
 
 
 def test_a_run_that_is_refused_ends_the_sweep(own, monkeypatch: pytest.MonkeyPatch) -> None:

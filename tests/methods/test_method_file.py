@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from conftest import python
+from conftest import is_shown, python
 
-from peftscope.cli.new_study import study_text
+from peftscope.cli.new_study import study_text, tried
 from peftscope.errors import InputError
 from peftscope.files.manifest import file_sha256
 from peftscope.methods.from_file import load_file
@@ -67,10 +67,12 @@ def run(*words: str) -> str:
 def test_from_a_file_to_a_verdict(own: Callable[[str, str], Path], repository: Path) -> None:
     own("unused", "fixed: {model: toy}\n")
     Path("lora-fa.py").write_text(blocks(repository, "python")[0])
-    commands = [shlex.split(line) for block in blocks(repository, "sh") for line in block.splitlines()]
+    command, *shown = blocks(repository, "console")[0].splitlines()
+    commands = [shlex.split(line) for block in [command[2:], *blocks(repository, "sh")] for line in block.splitlines()]
     assert [words[1] for words in commands] == ["new-study", "sweep", "report"]
     printed = run(*commands[0])
-    assert "lora-fa-study: 91 runs, 0 done" in printed and "8 pairs each" in printed
+    assert is_shown(shown, printed.splitlines())
+    assert re.search(r"^ toy, LoRA-FA +29 .*\nlora-fa-study: 91 runs, 0 done, about .* to go", printed, re.MULTILINE)
 
     study = Path("experiments/lora-fa-study.yaml")
     text = study.read_text().replace("fixed: {model: toy}", SHORT)
@@ -169,6 +171,37 @@ def test_a_file_that_cannot_be_used_is_refused(text: str, message: str, tmp_path
     (tmp_path / "mine.py").write_text(f"{imports}from peftscope.methods.peft_tuner import PeftTuner\n{text}\n")
     code, _, printed = peftscope("new-study", str(tmp_path / "mine.py"))
     assert code == 2 and message in printed and len(printed.splitlines()) == 1
+
+
+FAILS = {
+    "a mistake": ("return wrapped", "return wrappd", "my_method.py:23: build on the toy model fails: NameError"),
+    "nothing trained": (" in name:", " in name or True:", "my_method.py: leaves nothing to train -> set requires_grad"),
+    "a diverging loss": ("alpha=2", "alpha=float('nan')", "my_method.py: the loss of two steps on the toy model is"),
+    "a bad step": (
+        "    def build(",
+        "    def after_optimizer_step(self, model, step):\n        model.prune(step)\n\n    def build(",
+        "my_method.py:17: a step of training on the toy model fails: AttributeError",
+    ),
+}
+
+
+@pytest.mark.parametrize(("before", "after", "message"), FAILS.values(), ids=FAILS)
+def test_a_method_that_cannot_be_trained_is_refused_at_its_line(
+    before: str, after: str, message: str, file: Path, own: Callable[[str, str], Path], peftscope
+) -> None:
+    Path("my_method.py").write_text(file.read_text().replace(before, after))
+    code, output, printed = peftscope("new-study", "my_method.py", "--model", "toy")
+    assert code == 2 and not output and message in printed and len(printed.splitlines()) == 1
+    assert not [*Path("experiments").rglob("my?method*")]
+
+
+def test_what_a_method_trains_of_a_large_model_is_counted_without_its_weights(file: Path, own) -> None:
+    # The B of LoRA of rank 8: 32 layers, each with five outputs of 4,096 and two of 11,008.
+    assert tried(file, "llama-2-7b").endswith("Of llama-2-7b it trains 10,878,976 of 6,758,404,096 values.")
+    file.write_text(
+        file.read_text().replace("return wrapped", "model.lm_head.weight[0].tolist()\n        return wrapped")
+    )
+    assert tried(file, "llama-2-7b").endswith("it trains as many values as a run will say.")
 
 
 def test_a_file_whose_study_is_refused_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 
+from peftscope.execution import pace
+from peftscope.hardware.cards import find_gpu
 from peftscope.layout import record_path
 from peftscope.methods import METHODS
 from peftscope.planning import estimate
 from peftscope.planning.demands import JobDemands, host_bytes
+from peftscope.planning.forecast import Forecaster
 from peftscope.planning.plan import Workflow, plan_experiment
 from peftscope.planning.published import published_records
 from peftscope.record import RESTORED, RunRecord, Seconds, parse_record, state_folder, write_record
 from peftscope.spec import RunSpec, run_id
+from peftscope.words import GIB
 
 SPEC = RunSpec.model_validate(
     {"model": "toy", "task": "two-digit-sums", "method": {"name": "lora"}, "steps": 100, "learning_rate": 1e-3}
@@ -118,3 +122,20 @@ def test_each_attempt_asks_for_more() -> None:
 def test_every_process_of_a_sharded_run_needs_its_own(make_spec) -> None:
     whole = make_spec(method="lora")
     assert host_bytes(whole.model_copy(update={"shards": 2})) == 2 * host_bytes(whole)
+
+
+def test_a_run_on_this_machines_card_takes_what_the_time_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "gpu_names", lambda: ["NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090"])
+    monkeypatch.setattr(pace, "gpu_memories", lambda: [80 * GIB, 24 * GIB])
+    pace._forecaster.cache_clear()
+    spec = SPEC.model_copy(update={"model": "llama-3.2-1b", "device": "cuda"})
+    assert pace.run_seconds(spec) == Forecaster(find_gpu("rtx4090")).seconds(spec)
+    pace._forecaster.cache_clear()
+
+
+def test_the_processors_forecast_has_the_memory_that_a_job_asks_for(own_folder: Path) -> None:
+    finished(50, 0)
+    told = pace.Here(one_thread=True).forecast("run", SPEC, chosen=True)
+    assert (told.seconds, told.peak_device_bytes) == (pytest.approx(60), host_bytes(SPEC))
+    unknown = pace.Here(one_thread=True).forecast("run", SPEC.model_copy(update={"model": "org/unknown"}), chosen=True)
+    assert unknown.peak_device_bytes is None and "org/unknown is not known" in unknown.unknown

@@ -12,9 +12,8 @@ from snakemake.settings.types import OutputSettings
 from snakemake_interface_logger_plugins.common import LogEvent
 
 import snakemake_logger_plugin_peftscope as plugin
-from peftscope.planning.estimate import estimate_seconds
+from peftscope.execution.pace import run_seconds
 from peftscope.planning.plan import Workflow, load_workflow
-from peftscope.training.ceilings import product_rate
 
 SHORT = 30
 
@@ -37,7 +36,7 @@ def workflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Workflow:
 
 @pytest.fixture
 def estimates(workflow: Workflow) -> dict[str, float]:
-    return {run: estimate_seconds(spec, product_rate) for run, spec in workflow.runs.items()}
+    return {run: run_seconds(spec) for run, spec in workflow.runs.items()}
 
 
 def begun(workflow: Workflow, clock: Clock, unknown: int = 0) -> plugin.TimeLeft:
@@ -64,7 +63,7 @@ def test_after_all_short_jobs_the_trainings_are_left(workflow: Workflow, estimat
 
 def test_the_runs_of_all_experiments_of_a_workflow_count(workflow: Workflow, estimates: dict[str, float]) -> None:
     both = load_workflow({"experiment": "quick smoke"})
-    added = [estimate_seconds(both.runs[run], product_rate) for run in both.runs.keys() - workflow.runs.keys()]
+    added = [run_seconds(both.runs[run]) for run in both.runs.keys() - workflow.runs.keys()]
     said = begun(both, Clock()).seconds()
     assert added
     assert said == pytest.approx(sum(estimates.values()) + sum(added) + SHORT * plugin.SHORT_SECONDS)
@@ -119,7 +118,7 @@ def test_runs_whose_rates_are_not_chosen_yet_are_left_too(monkeypatch: pytest.Mo
     later, measured = workflow.later_runs()
     assert len(later) > len(workflow.runs) and measured == 0
     every = workflow.runs | later
-    estimated = [estimate_seconds(spec, product_rate, one_thread=True) for spec in every.values()]
+    estimated = [run_seconds(spec, one_thread=True) for spec in every.values()]
     assert left.seconds() == pytest.approx(sum(estimated))
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -21,8 +23,9 @@ from peftscope.layout import CLAIMS_FILE
 from peftscope.memory.base import describe_model
 from peftscope.methods import METHODS
 from peftscope.report.advice.advise import Advice, advise
-from peftscope.report.advice.rules import Rule, Rules, Standing, known_findings, read_rules
+from peftscope.report.advice.rules import HABIT, Rule, Rules, Standing, known_findings, read_rules
 from peftscope.report.advice.settings import USUAL_LENGTH, Situation
+from peftscope.sizing.trainer_file import Pasted
 
 SITUATIONS = sorted((REPOSITORY / "tests" / "advice").glob("*.yaml"))
 
@@ -109,6 +112,8 @@ def test_every_claim_and_method_of_the_rules_exists_and_none_is_refuted() -> Non
         assert grounds.standing(findings()) is not Standing.REFUTED, grounds.says
     assert {name for change in rules.changes for name in change.methods} <= set(METHODS)
     assert {name for rule in rules.rules for name in rule.when.get("method", [])} <= set(METHODS)
+    # What the files of trainers say.
+    assert {rule.value for rule in rules.rules if rule.setting == "targets"} == {"all-linear"}
     # Something is said of each setting whatever the verdicts are.
     last = {rule.setting: rule for rule in rules.rules}
     assert all(not last[name].when and not last[name].claims for name in last.keys() - {"merging"})
@@ -128,7 +133,7 @@ def test_a_rank_is_a_range_while_its_claims_are_open_and_a_point_once_they_hold(
     decided = line(advice_for(asked, P16="holds", S36="holds"), "rank")
     assert decided.text == "16" and decided.choice == ()
     refuted = line(advice_for(asked, P16="wrong"), "rank")
-    assert refuted.standing == "custom" and "nothing but custom" in refuted.evidence
+    assert refuted.standing == "custom" and refuted.rests_on == (HABIT,) and HABIT in refuted.evidence
 
 
 def test_a_range_of_one_value_is_no_range_and_a_lowered_rank_says_why() -> None:
@@ -217,10 +222,60 @@ def test_the_command_speaks_to_people_and_programs_within_five_seconds(peftscope
     assert {"method", "rank", "learning_rate", "batch", "peak", "time"} <= {each["setting"] for each in answer["lines"]}
     code, out, _ = peftscope("advise", "--model", "llama-3.2-1b", "--gpu", "1GiB", "--examples", "10")
     assert code == 1 and "Nothing fits" in out and "larger card" in out
-    code, out, _ = peftscope("advise", "--model", "llama-3.2-1b", "--gpu", "4GiB", "--examples", "10")
-    assert code == 0 and "learning rate" in out
+    small = ["--model", "llama-3.2-1b", "--gpu", "4GiB", "--examples", "10"]
+    code, out, _ = peftscope("advise", *small, "--as", "axolotl")
+    decided = [re.split("  +", row.strip())[0] for row in out.splitlines()[2:6]]
+    assert code == 0 and decided == ["method", "rank and alpha", "targets", "learning rate"]
+    assert "two-digit-sums: 8 seeds" in out and out.endswith("optimizer: adamw_torch_fused\n")
+    code, out, _ = peftscope("advise", *small, "--why")
+    assert code == 0 and "learning rate" in out and "lora_r" not in out
     named = re.search(r"peftscope claims --id (\w+)", out)
     assert named and f"{named[1]} " in out.partition("Ways that fit")[0]
+
+
+def as_trl_file(script: str) -> str:
+    """Returns what a script gives to TRL as TRL's own file, whose keys its command line documents."""
+    tree = ast.parse(script)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    given = {call.func.id: {word.arg: word.value for word in call.keywords} for call in calls}  # type: ignore[union-attr]
+    start = given["SFTConfig"].pop("model_init_kwargs")
+    assert isinstance(start, ast.Dict) and isinstance(start.keys[0], ast.Constant) and start.keys[0].value == "dtype"
+    keys = {**given["SFTConfig"], "model_name_or_path": given["SFTTrainer"]["model"], "dtype": start.values[0]}
+    names = {"r": "lora_r", "target_modules": "lora_target_modules"}
+    keys |= {names.get(str(name), name): value for name, value in given.get("LoraConfig", {}).items()}
+    bits = {"bnb_4bit_use_double_quant": "use_bnb_nested_quant", "load_in_4bit": "load_in_4bit"}
+    keys |= {bits[str(name)]: value for name, value in given.get("BitsAndBytesConfig", {}).items() if name in bits}
+    read = {name: ast.literal_eval(value) for name, value in keys.items()}
+    return yaml.safe_dump({**read, "use_peft": "LoraConfig" in given})
+
+
+@pytest.mark.parametrize("trainer", get_args(Pasted))
+@pytest.mark.parametrize(
+    ("model", "gpu", "examples", "method"),
+    [
+        ("llama-3-8b", "rtx4090", 5000, "lora"),
+        ("llama-3-8b", "rtx4060", 500, "qlora"),
+        ("llama-3.2-1b", "a100-80gb", 10**8, "full"),
+    ],
+)
+def test_the_pasted_file_is_read_back_with_the_same_peak(
+    trainer: Pasted, model: str, gpu: str, examples: int, method: str, peftscope: Command, tmp_path: Path
+) -> None:
+    advice = advice_for({"model": model, "gpu": gpu, "examples": examples, "trainer": trainer})
+    # axolotl trains all weights in 16 bits, of which nothing says that it costs no quality.
+    assert advice.options[0].method == ("lora" if (trainer, method) == ("axolotl", "full") else method)
+    for best in advice.options:
+        text = replace(advice, options=(best,)).file
+        assert text is not None
+        path = tmp_path / "run.yaml"
+        path.write_text(as_trl_file(text) if trainer == "trl" else text)
+        code, out, err = peftscope("memory", "--config", str(path), "--gpu", gpu, "--json")
+        answer = json.loads(out)
+        assert code == 0 and answer["peak_device_bytes"] == best.peak_device_bytes, err
+        assert not answer["config"]["not_modelled"] and not answer["config"]["may_change_memory"]
+        keys = yaml.safe_load(path.read_text())
+        assert keys["learning_rate"] == best.settings.value("learning_rate")
+        assert keys["num_epochs" if trainer == "axolotl" else "num_train_epochs"] == best.settings.value("epochs")
 
 
 def test_where_nothing_fits_a_sharded_4_bit_base_is_offered() -> None:
@@ -237,6 +292,7 @@ def test_where_nothing_fits_a_sharded_4_bit_base_is_offered() -> None:
         (["--gpu", "rtx9", "--examples", "5"], "unknown card"),
         (["--gpu", "", "--examples", "5"], "unknown card (got '')"),
         (["--gpu", "rtx4090", "--examples", "5", "--priority", "cheap"], "unknown (got 'cheap')"),
+        (["--gpu", "rtx4090", "--examples", "5", "--as", "axolotel"], "did you mean `axolotl`?"),
         (["--gpu", "rtx4090", "--examples", "5", "--claims", "nowhere.json"], "nowhere.json"),
         (["--gpu", "rtx4090", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--gpu", "rtx4090", "--examples", "5", "--seq-len", "1000000"], "seq_len: 1000000 is over the model's limit"),
@@ -251,6 +307,6 @@ def test_bad_input_is_a_sentence(options: list[str], says: str, peftscope: Comma
 def test_steps_on_several_cards_see_the_data_as_often_as_is_said(gpus: int) -> None:
     advice = advice_for({"model": "qwen2.5-0.5b", "gpu": "a100-80gb", "examples": 50_000, "gpus": gpus})
     for option in advice.options:
-        seen = option.steps * option.question.spec.batch_size * option.accumulation * gpus
+        seen = option.steps * option.question.spec.batch_size * option.question.spec.gradient_accumulation * gpus
         assert seen == pytest.approx(50_000 * option.settings.value("epochs"), rel=0.01)
     assert not advice.options[0].question.spec.checkpointing  # there is room for all activations

@@ -44,20 +44,24 @@ def advise_command(
         Path | None,
         typer.Option(help="Verdicts of this claims.json; default results/claims.json, or the published ones."),
     ] = None,
+    as_trainer: Annotated[
+        str | None, typer.Option("--as", help="Also give a file to paste: trl, axolotl or llama-factory.")
+    ] = None,
+    why: Annotated[bool, typer.Option("--why", help="Every setting with its claims, and what else fits.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs; the keys are stable.")] = False,
 ) -> None:
-    """Say which method, settings, batch and length to take, what that costs, and what each line rests on."""
+    """Say which method, rank, targets and learning rate to take, what each rests on, and what the run takes."""
     from peftscope.cli.lengths import items_asked
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.base import describe_model
     from peftscope.report.advice.advise import advise
     from peftscope.report.advice.rules import Priority, known_findings, read_rules
     from peftscope.report.advice.settings import USUAL_LENGTH, Situation
+    from peftscope.sizing.trainer_file import Pasted
 
-    chosen = next((choice for choice in get_args(Priority) if choice == priority), None)
-    if chosen is None:
-        remedy = close_match(priority, get_args(Priority))
-        raise InputError(Problem("--priority", f"unknown (got {priority!r})", remedy))
+    for flag, word, known in (("--priority", priority, Priority), ("--as", as_trainer, Pasted)):
+        if word is not None and word not in get_args(known):
+            raise InputError(Problem(flag, f"unknown (got {word!r})", close_match(word, get_args(known))))
     own: dict[str, Any] = {"fields": fields, "tokenizer": tokenizer, "figure": None}
     measured = items_asked(lengths, data, model, own)
     if not (examples or measured) or (examples is not None and examples < 1):
@@ -66,19 +70,19 @@ def advise_command(
     base, card = describe_model(model), find_gpu(gpu)
     longest = max(measured, default=USUAL_LENGTH)
     longest = seq_len or min(longest, base.max_seq_len or longest)
-    situation = Situation(base, card, examples or len(measured), gpus, chosen, longest, tuple(measured))
+    asked: Any = {"priority": priority, "trainer": as_trainer}
+    situation = Situation(base, card, examples or len(measured), gpus, seq_len=longest, lengths=measured, **asked)
     findings, where = known_findings(claims)
     advice = advise(situation, read_rules(), findings, where)
     if as_json:
         print(json.dumps(advice.to_json(), ensure_ascii=False))
     else:
-        show_advice(advice, wide_console())
+        show_advice(advice, wide_console(), why=why)
     raise typer.Exit(0 if advice.options else 1)
 
 
-def show_advice(advice: Advice, console: Console) -> None:
-    """Prints the advice: its lines with what they rest on, and the other ways in order with what each costs."""
-
+def show_advice(advice: Advice, console: Console, *, why: bool) -> None:
+    """Prints the advice: what to take, what that takes, and a trainer's file; or every line with its reasons."""
     asked = advice.situation
     cards = f"{asked.gpus} × " if asked.gpus > 1 else ""
     console.print(
@@ -91,6 +95,28 @@ def show_advice(advice: Advice, console: Console) -> None:
         for line in advice.nearest:
             console.print(f"  {line}", markup=False)
         return
+    if why:
+        show_reasons(advice, console)
+    else:
+        short = Table("", "take", "rests on", box=None)
+        for row in advice.brief():
+            short.add_row(*map(escape, row))
+        console.print(short)
+        best, lines = advice.options[0], {line.setting: line for line in advice.lines}
+        spec = best.question.spec
+        says = [f"{spec.batch_size} × {spec.gradient_accumulation} examples a step on a card", f"{spec.seq_len} tokens"]
+        says += ["recomputation"] if spec.checkpointing else []
+        says += [f"{best.settings.value('epochs')} epochs"]
+        console.print(f"It takes {lines['peak'].text} and {lines['time'].text}: {', '.join(says)}.", soft_wrap=True)
+        if best.changes:
+            console.print(f"So that it fits: {advice.costs(best)}.", soft_wrap=True, markup=False)
+        console.print("--why says what each rests on and what else fits; --as TRAINER gives a file to paste.")
+    if advice.file:
+        console.print(f"\n{advice.file}", soft_wrap=True, markup=False, end="")
+
+
+def show_reasons(advice: Advice, console: Console) -> None:
+    """Prints every line with what it rests on, and the other ways in order with what each costs."""
     table = Table("", "advice", "why", "rests on", box=None, padding=(0, 1, 1, 0))
     for each in advice.lines:
         name = TITLES.get(each.setting, each.setting)
@@ -106,7 +132,7 @@ def show_advice(advice: Advice, console: Console) -> None:
         spec = option.question.spec
         others.add_row(
             ", ".join([option.method, *(name for name in option.changes if name != option.method)]),
-            f"{spec.batch_size} × {option.accumulation}",
+            f"{spec.batch_size} × {spec.gradient_accumulation}",
             str(spec.seq_len),
             "yes" if spec.checkpointing else "no",
             spoken_bytes(option.peak_device_bytes, 1),

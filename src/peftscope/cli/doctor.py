@@ -8,9 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 import psutil
 
+from peftscope.execution.pace import run_seconds
 from peftscope.hardware.bf16 import VARIABLE, Way, chosen_way, has_native_bf16
-from peftscope.hardware.device import gpu_names
-from peftscope.words import spoken_bytes
+from peftscope.hardware.device import detect_device, gpu_names
+from peftscope.spec import RunSpec
+from peftscope.words import spoken_bytes, spoken_time
 
 HOW: dict[Way, str] = {"native": "natively", "fp32": "in fp32"}
 
@@ -44,6 +46,7 @@ def examine() -> list[Finding]:
         ),
         Finding("torch", True, torch.__version__),
         bf16_finding(chosen_way(), bf16_rates()),
+        _pace(),
         _bitsandbytes(),
     ]
 
@@ -65,6 +68,13 @@ def bf16_finding(way: Way, rates: dict[Way, float]) -> Finding:
         found,
         f"computed {HOW[other]} they are faster here: set {VARIABLE}={other}" if slower else "",
     )
+
+
+def _pace() -> Finding:
+    fields = {"model": "smollm2-135m", "task": "two-digit-sums", "method": {"name": "lora"}, "learning_rate": 1e-3}
+    spec = RunSpec.model_validate(fields | {"steps": 160, "device": detect_device()})
+    taken = spoken_time(run_seconds(spec))
+    return Finding("pace", True, f"a run of {spec.steps} steps of LoRA on {spec.model} takes about {taken} alone")
 
 
 def _bitsandbytes() -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,18 +23,15 @@ def card_of(experiment: str, wish: str | None) -> Gpu | None:
 
     None where there is none of these: the runs are for this machine's processor.
     """
-    from peftscope.hardware.cards import Gpu, find_gpu, known_card
-    from peftscope.hardware.device import detect_device, gpu_memories, gpu_names
+    from peftscope.execution.pace import this_card
+    from peftscope.hardware.cards import find_gpu
+    from peftscope.hardware.device import detect_device
     from peftscope.planning.experiment import experiment_path, read_experiment
 
     if wish:
         return find_gpu(wish)
-    if detect_device() == "cuda":
-        names = gpu_names()
-        sizes = gpu_memories() or [0] * len(names)
-        cards = [known_card(name) or Gpu(name, size) for name, size in zip(names, sizes, strict=False)]
-        if found := [card for card in cards if card.memory_bytes]:
-            return min(found, key=lambda card: card.memory_bytes)
+    if detect_device() == "cuda" and (card := this_card()):
+        return card
     path = experiment_path(experiment)
     made_for = read_experiment(path).card
     try:
@@ -42,49 +40,59 @@ def card_of(experiment: str, wish: str | None) -> Gpu | None:
         raise InputError(Problem(f"{path}: card", p.message, p.remedy) for p in error.problems) from None
 
 
-def show_forecast(experiment: str, gpu: Gpu, *, brief: bool) -> None:
-    """Prints what an experiment's runs will take on a card, run by run or method by method, and in all."""
+def show_forecast(experiment: str, gpu: Gpu | None, *, brief: bool) -> None:
+    """Prints what an experiment's runs will take, run by run or method by method, and in all.
+
+    Args:
+        experiment: The experiment.
+        gpu: The card; None: this machine's processor, which the runs of a study share, one thread each.
+        brief: Whether one row stands for all runs of a method.
+    """
+    from peftscope.execution.pace import Here
+    from peftscope.hardware.device import detect_device
+    from peftscope.planning.checks import too_few_items
     from peftscope.planning.disk import disk_bytes
     from peftscope.planning.forecast import Forecaster
     from peftscope.planning.plan import plan_experiment
     from peftscope.planning.sweep import expand
 
-    known = plan_experiment(experiment, "cuda").sweep.runs
-    forecaster = Forecaster(gpu)
-    forecasts, done = [], 0
-    for identity, spec in expand(experiment, "cuda", assume_rates=True).runs.items():
-        if record_path(identity).is_file():
-            done += 1
-            continue
-        forecasts.append(forecaster.forecast(identity, spec, chosen=identity in known))
+    device = "cuda" if gpu else detect_device()
+    plan = plan_experiment(experiment, device)
+    sweep = expand(experiment, device, assume_rates=True) if plan.is_study else plan.sweep
+    at_once = (os.cpu_count() or 1) if plan.is_study and device == "cpu" else 1
+    forecaster = Forecaster(gpu) if gpu else Here(one_thread=at_once > 1)
+    to_do = {identity: spec for identity, spec in sweep.runs.items() if not record_path(identity).is_file()}
+    forecasts = [forecaster.forecast(run, spec, chosen=run in plan.sweep.runs) for run, spec in to_do.items()]
     console = wide_console(170)
     console.print(_by_method(forecasts) if brief else _by_run(forecasts))
+    on = f" on {gpu.name} ({spoken_bytes(gpu.memory_bytes, 1)})" if gpu else ""
+    workers = f"with {at_once} at once" if at_once > 1 else f"on one {device} worker"
+    how = "of GPU to go" if gpu else f"to go {workers}"
     console.print(
-        f"{experiment} on {gpu.name} ({spoken_bytes(gpu.memory_bytes, 1)}): {len(forecasts) + done} runs, {done} done, "
-        f"about {spoken_time(sum(f.seconds for f in forecasts))} of GPU to go, {_peaks(forecasts)}.",
+        f"{experiment}{on}: {len(sweep.runs)} runs, {len(sweep.runs) - len(to_do)} done, "
+        f"about {spoken_time(sum(f.seconds for f in forecasts) / at_once)} {how}, {_peaks(forecasts)}.",
         soft_wrap=True,
     )
-    console.print(
-        f"Disk: {spoken_bytes(disk_bytes({f.run_id: f.spec for f in forecasts}), 1)} for downloads and results.",
-        soft_wrap=True,
-    )
-    missing = [f for f in forecasts if f.fits == "no"]
-    if missing:
-        console.print(
-            f"{len(missing)} runs will not fit; they end as OOM, which is a row in the tables. What would fit:",
-            soft_wrap=True,
-        )
-        for what, advice in dict.fromkeys((_name(f), f.advice) for f in missing):
-            console.print(f"  {what}: {advice}", soft_wrap=True, markup=False)
-    console.print(
-        f"Speed: of {forecaster.speed_name} by the model of docs/time.md, or as records of such a card say. "
-        "Memory: every sequence of a batch as long as seq_len allows.",
-        soft_wrap=True,
-    )
+    lines = [f"Disk: {spoken_bytes(disk_bytes(to_do), 1)} for downloads and results."]
+    if missing := [f for f in forecasts if f.fits == "no"]:
+        lost = f"{len(missing)} runs will not fit; they end as OOM, which is a row in the tables."
+        lines.append(f"{lost} What would fit:")
+        lines += [f"  {what}: {advice}" for what, advice in dict.fromkeys((_name(f), f.advice) for f in missing)]
+    if isinstance(forecaster, Forecaster):
+        speed = f"Speed: of {forecaster.speed_name} by the model of docs/time.md, or as records of such a card say."
+        lines.append(f"{speed} Memory: every sequence of a batch as long as seq_len allows.")
+    else:
+        lines += too_few_items(sweep.runs)
+        if plan.is_study:
+            from peftscope.cli.study import describe
+
+            lines += describe(sweep)
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
 
 
 def _by_run(forecasts: Sequence[Forecast]) -> Table:
-    table = Table("run", "method", "learning rate", "steps", "GPU time", "peak (GiB)", "phase", "", box=None)
+    table = Table("run", "method", "learning rate", "steps", "time", "peak (GiB)", "phase", "", box=None)
     for f in forecasts:
         rate = "-" if not f.spec.method.trains else f"{f.spec.learning_rate:g}" if f.chosen else "to be chosen"
         name = f.run_id if f.chosen else f.run_id.rpartition("-")[0]
@@ -96,7 +104,7 @@ def _by_run(forecasts: Sequence[Forecast]) -> Table:
 
 
 def _by_method(forecasts: Sequence[Forecast]) -> Table:
-    table = Table("method", "runs", "GPU time", "peak (GiB)", "", box=None)
+    table = Table("method", "runs", "time", "peak (GiB)", "", box=None)
     groups: dict[str, list[Forecast]] = {}
     for f in forecasts:
         groups.setdefault(_name(f), []).append(f)
@@ -113,6 +121,8 @@ def _name(f: Forecast) -> str:
 
 def _verdict(group: Sequence[Forecast]) -> str:
     small = [f for f in group if f.fits == "no"]
+    if all(f.fits is None and not f.unknown for f in group):
+        return ""
     if not small:
         unknown = ", ".join(dict.fromkeys(f.unknown for f in group if f.unknown))
         tight = any(f.fits == "tight" for f in group)

@@ -22,11 +22,8 @@ from peftscope.execution.libraries import offline, quiet_libraries, without_hub_
 from peftscope.layout import how_to_run, record_path, run_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from rich.status import Status
 
-    from peftscope.spec import RunSpec
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -161,54 +158,10 @@ def expand_experiment(
     brief: Annotated[bool, typer.Option("--brief", help="Only the totals.")] = False,
     gpu: Annotated[str | None, typer.Option(help="On this card: rtx4090, a100, ..., or its memory: 24GB.")] = None,
 ) -> None:
-    """Show an experiment's runs, with an estimate of the time and, for a card, of the memory that they will take."""
+    """Show an experiment's runs, with an estimate of the time and the memory that they will take."""
     from peftscope.cli.forecast import card_of, show_forecast
 
-    card = card_of(experiment, gpu)
-    if card is not None:
-        show_forecast(experiment, card, brief=brief)
-        return
-    from peftscope.hardware.device import detect_device
-    from peftscope.models.catalog import find_model
-    from peftscope.planning.checks import too_few_items
-    from peftscope.planning.estimate import estimate_seconds
-    from peftscope.planning.plan import plan_experiment
-    from peftscope.planning.sweep import expand
-    from peftscope.training.ceilings import product_rate
-    from peftscope.words import spoken_time
-
-    plan = plan_experiment(experiment)
-    sweep = expand(experiment, detect_device(), assume_rates=True) if plan.is_study else plan.sweep
-    # A study's runs share a processor, one thread each.
-    at_once = (os.cpu_count() or 1) if plan.is_study and detect_device() == "cpu" else 1
-    table = Table("run", "method", "trained parameters", "precision", "learning rate", "steps", "estimate", box=None)
-    total, finished = 0.0, 0
-    for identity, spec in sweep.runs.items():
-        chosen = identity in plan.sweep.runs
-        done = record_path(identity).is_file()
-        seconds = 0.0 if done else estimate_seconds(spec, product_rate, one_thread=at_once > 1)
-        total, finished = total + seconds, finished + done
-        shape = find_model(spec.model).shape
-        count = spec.method.trainable_parameters(shape) if shape else None
-        parameters = "?" if count is None else f"{count:,}"
-        when = "done" if done else spoken_time(seconds)
-        rate = ("" if chosen else "about ") + f"{spec.learning_rate:g}" if spec.method.trains else "-"
-        name = identity if chosen else identity.rpartition("-")[0]
-        table.add_row(name, spec.method.full_label(), parameters, spec.precision, rate, str(spec.steps), when)
-    console = wide_console()
-    if not brief:
-        console.print(table)
-    console.print(
-        f"{experiment}: {len(sweep.runs)} runs, {finished} done, about {spoken_time(total / at_once)} to go "
-        + (f"with {at_once} at once" if at_once > 1 else f"on one {next(iter(sweep.runs.values())).device} worker")
-    )
-    lines = too_few_items(sweep.runs)
-    if plan.is_study:
-        from peftscope.cli.study import describe
-
-        lines += describe(sweep)
-    for line in lines:
-        console.print(line, soft_wrap=True)
+    show_forecast(experiment, card_of(experiment, gpu), brief=brief)
 
 
 @app.command(rich_help_panel=EXPERIMENT)
@@ -220,23 +173,14 @@ def sweep(
     ] = None,
 ) -> None:
     """Run what is left of an experiment, one run after the other: no Snakemake, and lm-eval only for runs that ask."""
-    from functools import partial
-
     from peftscope.analysis.tuning import choose_next
-    from peftscope.cli.forecast import card_of
     from peftscope.execution.job import check_cards
     from peftscope.execution.sweep import run_sweep
     from peftscope.hardware.device import detect_device
-    from peftscope.planning.estimate import estimate_seconds
-    from peftscope.planning.forecast import Forecaster
-    from peftscope.training.ceilings import product_rate
 
-    seconds_of: Callable[[RunSpec], float] = partial(estimate_seconds, rate_of=product_rate)
     if detect_device() == "cuda":
         check_cards(1)
-        card = card_of(experiment, None)
-        seconds_of = Forecaster(card).seconds if card else seconds_of
-    outcome = run_sweep(experiment, seconds_of, choose_next, minutes)
+    outcome = run_sweep(experiment, choose_next, minutes)
     if outcome.left:
         print(f"{outcome.left} runs left: repeat the command to go on")
     if outcome.failed:

@@ -11,7 +11,7 @@ import typer
 import yaml
 
 from peftscope.cli.console import OWN
-from peftscope.errors import InputError, Problem, close_match
+from peftscope.errors import InputError, Problem, close_match, needs
 from peftscope.layout import EXPERIMENTS, METHOD_FILES, check_experiment_name, shipped
 
 app = typer.Typer()
@@ -27,6 +27,7 @@ GRID = (0.1, 0.3, 1, 3, 10)
 
 
 @app.command("new-study", rich_help_panel=OWN)
+@needs("train")
 def new_study(
     file: Annotated[Path, typer.Argument(help="A Python file with one method; its name becomes the method's.")],
     against: Annotated[
@@ -39,7 +40,9 @@ def new_study(
     ] = None,
 ) -> None:
     """Write a study of your own method: equal trials, pairs of seeds, an A/A arm; and say what it costs."""
-    name = file.stem
+    from peftscope.methods.from_file import name_of
+
+    name = name_of(file)
     check_experiment_name(name)
     others = [other.strip() for other in against.split(",") if other.strip()]
     study = EXPERIMENTS / f"{name}-study.yaml"
@@ -48,6 +51,7 @@ def new_study(
     for path, content in contents.items():
         if path.is_file() and path.read_text(encoding="utf-8") != content:
             raise InputError(Problem(str(path), "is there with another content", "remove it, or rename your file"))
+    trained = tried(file, model)
     written = [path for path in contents if not path.is_file()]
     for path in written:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +62,25 @@ def new_study(
         for path in written:  # or they would stand in the way of the mended file
             path.unlink()
         sys.exit(code)
-    print("\n".join(map(str, contents)))
+    print(trained, *contents, sep="\n")
+
+
+def tried(file: Path, model: str | None) -> str:
+    """Returns what a method trains of a study's model, after it took two steps on the toy model.
+
+    Raises:
+        InputError: It cannot be built, or a step fails.
+    """
+    from peftscope.methods.from_file import load_file
+    from peftscope.planning.experiment import read_experiment
+    from peftscope.training.trial import trained_values, try_method
+
+    model = model or str(read_experiment(shipped(EXPERIMENTS / "studies" / "base.yaml")).fixed["model"])
+    method = load_file(file)[0]
+    assert method is not None  # the study's text was made of it
+    counted = trained_values(try_method(file, method()), model)
+    said = f"{counted[0]:,} of {counted[1]:,} values" if counted else "as many values as a run will say"
+    return f"{method.label} took two steps on the toy model. Of {model} it trains {said}."
 
 
 def study_text(file: Path, others: list[str], model: str | None) -> str:
@@ -68,7 +90,7 @@ def study_text(file: Path, others: list[str], model: str | None) -> str:
         InputError: The file holds no method or one with a name that is taken, or another method is unknown.
     """
     from peftscope.methods import METHODS, versions_of
-    from peftscope.methods.from_file import load_file
+    from peftscope.methods.from_file import load_file, name_of
     from peftscope.models.catalog import find_model
     from peftscope.planning.experiment import A_A, read_experiment, rounded
 
@@ -77,11 +99,12 @@ def study_text(file: Path, others: list[str], model: str | None) -> str:
             Problem(str(file), "no such file", "name a Python file with one method; see docs/your-method.md")
         )
     method, wrong = load_file(file)
+    own = name_of(file)
     if method is None:
         raise InputError(Problem(str(file), wrong, "see docs/your-method.md"))
-    if file.stem in METHODS and (METHOD_FILES / file.name).as_posix() not in versions_of(file.stem):
-        raise InputError(Problem(str(file), f"there is another method {file.stem!r}", "rename your file"))
-    trained = [name for name, cls in METHODS.items() if cls.trains and name != file.stem]
+    if own in METHODS and (METHOD_FILES / f"{own}.py").as_posix() not in versions_of(own):
+        raise InputError(Problem(str(file), f"there is another method {own!r}", "rename your file"))
+    trained = [name for name, cls in METHODS.items() if cls.trains and name != own]
     if unknown := [name for name in others if name not in trained] or [""] * (not others):
         message = f"no method to compare with (got {unknown[0]!r})"
         raise InputError(Problem("against", message, close_match(unknown[0], trained)))
@@ -93,12 +116,12 @@ def study_text(file: Path, others: list[str], model: str | None) -> str:
     assert known is not None
 
     def rates(name: str) -> list[float]:
-        own = method.run_defaults if name == file.stem else {**METHODS[name].run_defaults, **defaults.get(name, {})}
-        return known.learning_rates.get(name) or [rounded(own["learning_rate"] * factor) for factor in GRID]
+        usual = method.run_defaults if name == own else {**METHODS[name].run_defaults, **defaults.get(name, {})}
+        return known.learning_rates.get(name) or [rounded(usual["learning_rate"] * factor) for factor in GRID]
 
     # The runs that `sums` has of these arms are shared: they have the same ids.
     shares = model is None and arms[0] == REFERENCE
-    names = [*arms, file.stem]
+    names = [*arms, own]
     study: dict[str, Any] = {
         "arms": {name: {"method": name} | (known.arms.get(name, {}) if shares else {}) for name in names},
         "learning_rates": {name: rates(name) for name in names if name != REFERENCE},

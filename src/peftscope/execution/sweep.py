@@ -16,6 +16,7 @@ from pathlib import Path
 from peftscope.errors import InputError, Problem
 from peftscope.execution.inputs import inputs
 from peftscope.execution.job import lacks_kept
+from peftscope.execution.pace import run_seconds
 from peftscope.files.storage import STORAGE_CODE
 from peftscope.layout import run_folder
 from peftscope.planning.disk import check_disk
@@ -44,7 +45,6 @@ class Outcome:
 
 def run_sweep(
     name: str,
-    seconds_of: Callable[[RunSpec], float],
     choose: Callable[[Sweep], Path],
     minutes: float | None = None,
 ) -> Outcome:
@@ -55,7 +55,6 @@ def run_sweep(
 
     Args:
         name: The experiment.
-        seconds_of: Estimates the seconds of a run.
         choose: Chooses what a study's further runs follow from, and returns the file that says so. It is called when
             all runs that are known have ended, until it writes the same file again and no run follows.
         minutes: The minutes of this call; None: until nothing is left.
@@ -72,10 +71,10 @@ def run_sweep(
         for identity in [identity for identity in plan.run_ids if identity not in ended]:
             spec, left = plan.sweep.runs[identity], [expected[run] for run in expected if run not in ended]
             room = deadline - time.monotonic()
-            if room <= 0 or (taken and seconds_of(spec) * taken / estimated > room):
+            if room <= 0 or (taken and run_seconds(spec) * taken / estimated > room):
                 outcome.left += len(left)
                 return outcome
-            to_go = spoken_time(sum(map(seconds_of, left)) * (taken / estimated if estimated else 1.0))
+            to_go = spoken_time(sum(map(run_seconds, left)) * (taken / estimated if estimated else 1.0))
             _say(f"{len(ended) + 1}/{len(ended) + len(left)} {identity} (about {to_go} to go)")
             fetch_inputs(spec)
             began = time.monotonic()  # fetching a model says nothing of the pace
@@ -83,7 +82,7 @@ def run_sweep(
             options = ["--keep-at", shares] if shares else []
             options += ["--keep-weights", "all"] if plan.keeps_all_weights(identity) else []
             status = run_apart(identity, spec, run_folder(identity), *options, deadline=deadline)
-            estimated, taken = estimated + seconds_of(spec), taken + time.monotonic() - began
+            estimated, taken = estimated + run_seconds(spec), taken + time.monotonic() - began
             ended.add(identity)
             _say(f"  {status} after {spoken_time(time.monotonic() - began)}")
             outcome.failed += [identity] if status == "failed" else []

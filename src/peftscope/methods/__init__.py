@@ -21,7 +21,7 @@ from peftscope.layout import METHOD_FILES
 from peftscope.methods.adalora import AdaLoRA
 from peftscope.methods.dora import DoRA
 from peftscope.methods.fields import Method
-from peftscope.methods.from_file import load_file
+from peftscope.methods.from_file import load_file, name_of
 from peftscope.methods.full import Full
 from peftscope.methods.ia3 import IA3
 from peftscope.methods.loftq import LoftQ
@@ -96,7 +96,7 @@ def _outside() -> dict[str, tuple[type[Method], dict[str, str]]]:
     points = sorted(entry_points(group=GROUP), key=lambda point: (point.name, _owner(point), point.value))
     sources: list[EntryPoint | Path] = [*points, *sorted(METHOD_FILES.glob("*.py"))]
     for source in sources:
-        name = source.name if isinstance(source, EntryPoint) else source.stem
+        name = source.name if isinstance(source, EntryPoint) else name_of(source)
         owners = dict.fromkeys(_own(), "peftscope") | {one: _told(of) for one, (_, of) in methods.items()}
         if name in owners:
             method, wrong = None, f"the name {name!r} belongs to a method of {owners[name]}"

@@ -6,6 +6,7 @@ import math
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import create_model
@@ -39,9 +40,27 @@ class FromFile(Method):
         return super().build(model, spec)
 
 
+def name_of(path: Path) -> str:
+    """Returns the name of a file's method: the file's, with hyphens.
+
+    >>> name_of(Path("my_method.py"))
+    'my-method'
+    """
+    return path.stem.replace("_", "-")
+
+
+def line_in(path: Path, error: BaseException) -> str:
+    """Returns the file and the line of it that an error comes from, or the file alone if it comes from elsewhere."""
+    places = [(frame.filename, frame.lineno) for frame in extract_tb(error.__traceback__)]
+    places += [(str(error.filename), error.lineno)] if isinstance(error, SyntaxError) else []
+    lines = [line for name, line in places if Path(name).absolute() == path.absolute()]
+    return f"{path}:{lines[-1]}" if lines else str(path)
+
+
 def load_file(path: Path) -> tuple[type[Method] | None, str]:
     """Returns the method in a file, or None and what is wrong with it. The file's code runs."""
-    digest, module_name = file_sha256(path), f"peftscope_method_{path.stem.replace('-', '_')}"
+    digest, name = file_sha256(path), name_of(path)
+    module_name = f"peftscope_method_{name.replace('-', '_')}"
     location = spec_from_file_location(module_name, path)
     if location is None or location.loader is None:
         return None, "is no Python file: its name must end in .py"
@@ -65,7 +84,7 @@ def load_file(path: Path) -> tuple[type[Method] | None, str]:
             return None, f"its learning_rate in `run_defaults` must be a number above 0 (got {shown(rate)})"
         if own[0].build is Method.build:
             return None, "needs `build`, which makes the model to train"
-        fields: dict[str, Any] = {"name": (Literal[path.stem], path.stem), "file_sha256": (str, digest)}
+        fields: dict[str, Any] = {"name": (Literal[name], name), "file_sha256": (str, digest)}
         made = cast(
             type[Method],
             create_model(
@@ -74,5 +93,6 @@ def load_file(path: Path) -> tuple[type[Method] | None, str]:
         )
         made.model_validate(made().model_dump())  # pydantic checks no default
     except Exception as error:  # any file may fail in its own way, and the user needs one line
-        return None, f"cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}"
+        said = f"cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}"
+        return None, f"{said} ({place})" if (place := line_in(path, error)) != str(path) else said
     return made, ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,9 +13,10 @@ from peftscope.memory.answer import answer_by_formula
 from peftscope.memory.base import describe_model
 from peftscope.methods import METHODS
 from peftscope.report.advice.options import LENGTHS, SHORTER, Fitter, Option, cards_by_memory, changed, smaller_models
-from peftscope.report.advice.rules import Findings, Rules, Standing
+from peftscope.report.advice.rules import HABIT, Findings, Rules, Standing
 from peftscope.report.advice.settings import BITS_PER_PARAMETER, Line, Settings, Situation, settings_for
 from peftscope.sizing.duration import unvalidated
+from peftscope.sizing.trainer_file import trainer_file
 from peftscope.words import spoken_bytes, spoken_time
 
 MOST_CARDS = 8
@@ -52,6 +54,28 @@ class Advice:
             said.append(f"{change.says}{cut} ({change.evidence(self.findings, self.situation.billions)})")
         return "; ".join(said) or "nothing"
 
+    def brief(self) -> Iterator[tuple[str, str, str]]:
+        """Yields the decisions about the first option: what each is about, its value, and the worlds it rests on."""
+        lines = {line.setting: line for line in self.lines}
+        method, on = self.options[0].question.spec.method.model_dump(), {name: lines[name].rests_on for name in lines}
+        yield "method", self.options[0].method, "; ".join(on["method"])
+        if "rank" in lines:
+            rests = "; ".join(on["rank"])
+            rests = "; ".join([rests, *(more for more in on["alpha"] if re.split(r":| \(", more)[0] not in rests)])
+            yield "rank and alpha", f"{method['rank']} and {method['alpha']:g}", rests
+            yield "targets", str(method["targets"]), "; ".join(on["targets"])
+        yield "learning rate", f"{lines['learning_rate'].value:g}", "; ".join(on["learning_rate"])
+
+    @property
+    def file(self) -> str | None:
+        """What the trainer reads to do the first option; None: the advice is for no trainer, or nothing fits."""
+        if self.situation.trainer is None or not self.options:
+            return None
+        option = self.options[0]
+        rate, epochs = option.settings.value("learning_rate"), option.settings.value("epochs")
+        spec = option.question.spec.model_copy(update={"learning_rate": rate})
+        return trainer_file(self.situation.trainer, spec, epochs)
+
     def to_json(self) -> dict[str, Any]:
         """Returns the advice as JSON content. The keys are stable."""
         situation = self.situation
@@ -68,6 +92,7 @@ class Advice:
             "lines": [{**asdict(line), "text": line.text} for line in self.lines],
             "options": [self._option(option) for option in self.options],
             "nearest": list(self.nearest),
+            "file": self.file,
         }
 
     def _option(self, option: Option) -> dict[str, Any]:
@@ -79,9 +104,11 @@ class Advice:
             "costs": self.costs(option),
             **{
                 name: getattr(spec, name)
-                for name in ("batch_size", "seq_len", "checkpointing", "precision", "optimizer")
+                for name in (
+                    *("batch_size", "gradient_accumulation", "seq_len"),
+                    *("checkpointing", "precision", "optimizer"),
+                )
             },
-            "gradient_accumulation": option.accumulation,
             "shards": option.spread_over,
             "steps": option.steps,
             "peak_device_bytes": option.peak_device_bytes,
@@ -116,7 +143,7 @@ def _lines(options: tuple[Option, ...], situation: Situation) -> Iterator[Line]:
     for name in ("precision", "rank", "targets", "alpha", "dropout", "learning_rate"):
         if name in settings.lines:
             yield _as_it_is(settings.lines[name], option, situation)
-    accumulated = f"{spec.batch_size} × {option.accumulation} accumulated"
+    accumulated = f"{spec.batch_size} × {spec.gradient_accumulation} accumulated"
     cards = f" × {situation.gpus} cards" if situation.gpus > 1 else ""
     batch = settings.lines["batch"]
     most = max(batch.choice, default=batch.value)
@@ -176,7 +203,7 @@ def _length_line(option: Option, situation: Situation) -> Line:
         asked = situation.seq_len
         taken = "be as long" if length == asked else f"have {asked:,} tokens, and is cut to fit"
         says = f"No example was measured; every one is taken to {taken}. Give --data or --lengths."
-        return Line("length", length, (), says, "custom", "nothing but custom")
+        return Line("length", length, (), says, "custom", HABIT)
     says = f"Longest of {len(situation.lengths):,} measured examples: {max(situation.lengths):,} tokens. "
     says += f"{100 * option.cut_share:.1f} % are cut." if option.cut_share else "None is cut."
     return Line("length", length, (), says, "computed", "measured on the data")

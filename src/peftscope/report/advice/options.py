@@ -18,11 +18,14 @@ from peftscope.report.advice.settings import Settings, Situation, settings_for
 from peftscope.sizing.duration import with_interval
 from peftscope.sizing.needs import ACCEPTED, Needs
 from peftscope.sizing.speed import step_time
+from peftscope.sizing.trainer_file import ALWAYS_HALF
 
 LENGTHS = (8192, 4096, 2048, 1024, 768, 512, 384, 256, 128)
 """The lengths that are tried if examples have to be cut."""
 SMALLEST_PLAIN_BATCH = 4
 """Smaller batches than this come with recomputation rather than without it: they use a card badly."""
+PURE_BF16 = "pure bf16"
+"""The change that a trainer makes of itself if it loads all weights in 16 bits."""
 SHORTER = "shorter"
 """The change that cuts examples."""
 
@@ -37,7 +40,6 @@ class Option:
         standing: What the loss of quality by these changes rests on; computed: there is none.
         question: The run and its memory.
         peak_device_bytes: The bytes that each card needs.
-        accumulation: The batches of a step on each card.
         steps: The optimizer steps of the run.
         seconds: The shortest and the longest expected time of the training.
         time_is_measured: Whether records of such a card corrected the time.
@@ -51,7 +53,6 @@ class Option:
     standing: Standing
     question: Question
     peak_device_bytes: int
-    accumulation: int
     steps: int
     seconds: tuple[float, float]
     time_is_measured: bool
@@ -101,8 +102,10 @@ class Fitter:
         """Yields the option of a method at full length with the least loss, and one that cuts examples instead."""
         settings = settings_for(method, self.situation, self.rules, self.findings)
         shards = self.shards(method)
-        forced = [change for change in self.rules.changes if change.name == method]
-        free = [change for change in self.rules.changes if self._is_possible(change, settings, shards)]
+        own = PURE_BF16 if method == "full" and self.situation.trainer in ALWAYS_HALF else method
+        forced = [change for change in self.rules.changes if change.name == own]
+        possible = [change for change in self.rules.changes if self._is_possible(change, settings, shards)]
+        free = [change for change in possible if change not in forced]
         subsets = [subset for size in range(len(free) + 1) for subset in combinations(free, size)]
         subsets.sort(key=lambda subset: (self._standing(subset), len(subset)))
         full = next(self._fitting(settings, subsets, forced, [self.situation.seq_len]), None)
@@ -116,9 +119,9 @@ class Fitter:
                 yield option
 
     def shards(self, method: str) -> int:
-        """Returns the cards that share the weights of a method: all, or one if its base is in 4 bits."""
+        """Returns the cards that share the weights of a method: all, or one for a trainer or a base in 4 bits."""
         quantised = METHODS[method].model_validate({"name": method}).quantization()
-        return 1 if quantised else self.situation.gpus
+        return 1 if quantised or self.situation.trainer else self.situation.gpus
 
     def _is_possible(self, change: Change, settings: Settings, shards: int) -> bool:
         if change.name == SHORTER or change.name == settings.method or settings.method not in change.methods:
@@ -157,22 +160,29 @@ class Fitter:
         def fits(batch: dict[str, Any]) -> bool:
             return self._needs.fits(self.ask({**fields, **batch})) in self._accepted
 
-        least = {"batch_size": 1, "checkpointing": True}
+        def of(size: int, checkpointing: bool) -> dict[str, Any]:
+            # Gradients are there while the second of several batches runs. Cards that do not divide a step's examples
+            # see fewer in a step, so that there are more steps.
+            accumulation = max(1, step_examples // size)
+            return {"batch_size": size, "gradient_accumulation": accumulation, "checkpointing": checkpointing}
+
+        least = of(1, True)
         if not fits(least):
             return None
         if self.situation.priority == "memory":
             return least
         sizes = [2**power for power in range(step_examples.bit_length()) if 2**power <= step_examples][::-1]
         smallest = 1 if self.situation.priority == "speed" else min(SMALLEST_PLAIN_BATCH, sizes[0])
-        plain = [{"batch_size": size, "checkpointing": False} for size in sizes if size >= smallest]
-        recomputed = [{"batch_size": size, "checkpointing": True} for size in sizes]
-        return next((batch for batch in [*plain, *recomputed] if fits(batch)), least)
+        plain = [of(size, False) for size in sizes if size >= smallest]
+        return next((batch for batch in [*plain, *(of(size, True) for size in sizes)] if fits(batch)), least)
 
     def ask(self, fields: Mapping[str, Any], gpus: int | None = None, model: Model | None = None) -> Question:
         """Returns the question about a run on the card, with a loss on every token: the most that a run takes."""
-        shards = gpus or self.shards(fields["method"])
+        shards, trainer = gpus or self.shards(fields["method"]), self.situation.trainer
+        regime = {"as_trainer": trainer} if trainer else {"loss_path": "response_only"}
+        asked = {**fields, **regime}
         return ask(
-            model or self.situation.model, fields, responses=fields["seq_len"], gpu=self.situation.gpu, gpus=shards
+            model or self.situation.model, asked, responses=fields["seq_len"], gpu=self.situation.gpu, gpus=shards
         )
 
     def peak(self, fields: Mapping[str, Any], gpus: int | None = None, model: Model | None = None) -> int:
@@ -181,15 +191,12 @@ class Fitter:
 
     def _option(self, settings: Settings, changes: Sequence[Change], fields: dict[str, Any]) -> Option:
         situation = self.situation
-        question = self.ask({**fields, "gradient_accumulation": 1})
+        question = self.ask(fields)
         spec, shape = question.spec, situation.shape
         mean = max(1, round(situation.mean_tokens(spec.seq_len)))
         epochs = settings.value("epochs")
-        # Cards that do not divide a step's examples see fewer in a step, so that there are more steps.
-        accumulation = max(1, self.step_examples(settings) // spec.batch_size)
-        step = spec.batch_size * accumulation * situation.gpus
-        usual = spec.model_copy(update={"seq_len": mean, "gradient_accumulation": accumulation})
-        usual_question = replace(question, spec=usual, responses=mean)
+        step = spec.batch_size * spec.gradient_accumulation * situation.gpus
+        usual_question = replace(question, spec=spec.model_copy(update={"seq_len": mean}), responses=mean)
         seconds = step_time(usual_question, self._forecaster.speed).seconds * epochs * situation.examples / step
         ratios = self._forecaster.measured_ratios(spec)
         taken = with_interval(seconds)
@@ -201,7 +208,6 @@ class Fitter:
             standing=self._standing(changes),
             question=question,
             peak_device_bytes=self.peak(fields),
-            accumulation=accumulation,
             steps=max(1, round(epochs * situation.examples / step)),
             seconds=(low, high),
             time_is_measured=bool(ratios),

@@ -16,6 +16,7 @@ from peftscope.errors import InputError
 from peftscope.files.content import read_yaml
 from peftscope.files.problems import dotted, problems_of
 from peftscope.layout import ADVICE_FILE, CLAIMS_RESULTS, PACKAGED, PUBLISHED_RESULTS, REPOSITORY, shipped
+from peftscope.words import counted
 
 Priority = Literal["quality", "memory", "speed", "retention"]
 Fact = Literal["priority", "method", "examples", "billions", "data_rank"]
@@ -35,6 +36,9 @@ Setting = Literal[
 ]
 SCOPE_WIDTH = 72
 """The most characters of a claim's scope that a line of the advice repeats."""
+
+HABIT = "a habit; not tested here"
+"""What is said of a recommendation that nobody cited here tested."""
 
 Findings = Mapping[str, Mapping[str, Any]]
 
@@ -100,10 +104,24 @@ class Grounds(BaseModel):
         if standing is Standing.CUSTOM or (
             standing is Standing.OPEN and len(waiting) == len(named) and not self.papers
         ):
-            told.append("nothing but custom")
+            told.append(HABIT)
         if standing is Standing.OPEN:
             told.insert(0, "open")
         return "; ".join(told) or "computed"
+
+    def rests_on(self, findings: Findings, billions: float) -> tuple[str, ...]:
+        """Returns the worlds that it was tested in with their seeds, or how else; and how far papers carry."""
+        parts = [part for claim in (*self.claims, *self.against) for part in findings.get(claim, {}).get("parts", ())]
+        worlds: dict[str, int] = {}
+        for part in parts:
+            if part["kind"] == "training" and part["role"] != "beside" and part["found"] is not None:
+                worlds[part["model"]] = max(worlds.get(part["model"], 1), len(part["samples"]))
+        told = [f"{world}: {counted(seeds, 'seed')}" for world, seeds in worlds.items()]
+        standing = self.standing(findings)
+        told += ["computed"] if not told and standing <= Standing.HOLDS else []
+        told += [f"papers{_reach(self.reaches_billions, billions)}"] if self.papers else []
+        told = ["open", *told] if told and standing is Standing.OPEN else told
+        return tuple(told) or (HABIT,)
 
 
 def _verdict(findings: Findings, claim: str) -> Verdict:

@@ -15,6 +15,7 @@ from peftscope.methods.fields import target_modules
 from peftscope.methods.low_rank import low_rank_parameters
 from peftscope.models.shapes import ModelShape
 from peftscope.report.advice.rules import Findings, Priority, Rules, Setting, Standing
+from peftscope.sizing.trainer_file import Pasted
 
 USUAL_LENGTH = 512
 """The tokens of an example that are assumed if none were measured."""
@@ -40,6 +41,7 @@ class Situation:
         priority: What matters most.
         seq_len: The length in tokens that an example may have.
         lengths: The tokens of each example that was measured; empty if none was.
+        trainer: The trainer that the run is for; None: runs of this project.
     """
 
     model: Model
@@ -49,6 +51,7 @@ class Situation:
     priority: Priority = "quality"
     seq_len: int = USUAL_LENGTH
     lengths: Sequence[int] = ()
+    trainer: Pasted | None = None
 
     @property
     def shape(self) -> ModelShape:
@@ -112,6 +115,7 @@ class Line:
         standing: What it rests on, in one word.
         evidence: The claims, studies and papers, and how far they carry.
         claims: The ids of the claims that are named.
+        rests_on: The worlds in which the recommendation was tested, and papers, in few words.
     """
 
     setting: str
@@ -121,6 +125,7 @@ class Line:
     standing: str
     evidence: str
     claims: tuple[str, ...] = ()
+    rests_on: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -151,7 +156,7 @@ class Settings:
     @property
     def fields(self) -> dict[str, Any]:
         """The fields of the run and its method that decide memory, as ``peftscope.memory.question.ask`` takes them."""
-        chosen: dict[str, Any] = {"method": self.method, "loss_path": "response_only"}
+        chosen: dict[str, Any] = {"method": self.method}
         if METHODS[self.method].trains_base:
             return {**chosen, "precision": "amp"}  # as the line on precision says
         rank = self.value("rank")
@@ -180,6 +185,7 @@ def settings_for(method: str, situation: Situation, rules: Rules, findings: Find
             standing.name.lower(),
             rule.evidence(findings, situation.billions),
             (*rule.claims, *rule.against),
+            rule.rests_on(findings, situation.billions),
         )
     return Settings(method, lines)
 

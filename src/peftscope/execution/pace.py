@@ -1,0 +1,65 @@
+"""How long a run takes on this machine: on its card by the time model, on its processor by records of such runs."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from peftscope.hardware.cards import Gpu, known_card
+from peftscope.hardware.device import gpu_memories, gpu_names
+from peftscope.models.catalog import find_model
+from peftscope.planning.demands import host_bytes
+from peftscope.planning.estimate import estimate_seconds
+from peftscope.planning.forecast import Forecast, Forecaster
+from peftscope.spec import RunSpec, memory_key
+
+
+def run_seconds(spec: RunSpec, *, one_thread: bool = False) -> float:
+    """Returns the seconds that a run will take on this machine, to within a factor of about 1.5.
+
+    Args:
+        spec: The run.
+        one_thread: Whether the run has one thread, beside as many others as there are cores.
+    """
+    forecaster = _forecaster() if spec.device == "cuda" else None
+    return forecaster.seconds(spec) if forecaster else estimate_seconds(spec, _product_rate, one_thread=one_thread)
+
+
+def this_card() -> Gpu | None:
+    """Returns the smallest of this machine's cards; None without one."""
+    names = gpu_names()
+    cards = [
+        known_card(name) or Gpu(name, size)
+        for name, size in zip(names, gpu_memories() or [0] * len(names), strict=False)
+    ]
+    return min((card for card in cards if card.memory_bytes), key=lambda card: card.memory_bytes, default=None)
+
+
+class Here:
+    """Forecasts runs on this machine's processor. Memory is asked once for all runs that take the same memory."""
+
+    def __init__(self, one_thread: bool) -> None:
+        self._one_thread = one_thread
+        self._bytes: dict[tuple[str, str], int] = {}
+
+    def forecast(self, identity: str, spec: RunSpec, *, chosen: bool) -> Forecast:
+        """Returns the forecast of a run; its peak is the host memory that a scheduler is asked for."""
+        seconds, key = run_seconds(spec, one_thread=self._one_thread), (memory_key(spec), spec.task)
+        unknown = "" if find_model(spec.model).shape else f"the shape of {spec.model} is not known"
+        if not unknown and key not in self._bytes:
+            self._bytes[key] = host_bytes(spec)
+        return Forecast(identity, spec, chosen, seconds, self._bytes.get(key), "", None, "", unknown)
+
+
+@cache
+def _forecaster() -> Forecaster | None:
+    card = this_card()
+    return Forecaster(card) if card else None
+
+
+def _product_rate(spec: RunSpec) -> float | None:
+    """Returns this machine's rate at a spec's matrix products; None where there is no torch, as on a login node."""
+    try:
+        from peftscope.training.ceilings import product_rate
+    except ImportError:
+        return None
+    return product_rate(spec)
