@@ -27,9 +27,9 @@ MOST = 3
 SHORTEST = 256
 """The fewest tokens that a remedy cuts sequences to."""
 
-FREE = ("loss", "checkpointing", "batch_size")
+FREE = ("reference", "loss", "checkpointing", "batch_size")
 LEVELS: tuple[tuple[tuple[str, ...], ...], ...] = (
-    (("loss",), ("checkpointing",), ("batch_size",), ("loss", "checkpointing"), FREE),
+    (("reference",), ("loss",), ("checkpointing",), ("batch_size",), ("loss", "checkpointing"), FREE),
     (("optimizer",), (*FREE, "optimizer")),
     (("method",), ("loss", "checkpointing", "method"), (*FREE, "method")),
     ((*FREE, "method", "seq_len"),),
@@ -109,8 +109,10 @@ class Asked:
     def helps(self, step: str) -> bool:
         """Returns whether a change of this kind makes the run another one, and is possible."""
         spec, beside = self.question.spec, self.question.beside
+        scaled = self.question.model.config["model_type"] in SCALED_LOGITS
         helps = {
-            "loss": beside.loss == "plain" and self.question.model.config["model_type"] not in SCALED_LOGITS,
+            "reference": beside.reference == "copy" and beside.job != "grpo",
+            "loss": beside.logprobs == "full" or (beside.job == "sft" and beside.loss == "plain" and not scaled),
             "checkpointing": not spec.checkpointing and METHODS[spec.method.name].supports_checkpointing,
             "batch_size": spec.batch_size > 1,
             "optimizer": spec.optimizer == "adamw" and spec.method.trains_base,
@@ -124,7 +126,8 @@ class Asked:
         """Yields the changes of these steps: one for each batch or length, the largest first."""
         spec = self.question.spec
         values: dict[str, list[dict[str, Any]]] = {
-            "loss": [{"loss": "liger"}],
+            "reference": [{"reference": "precomputed"}],
+            "loss": [{"loss": "liger"} if self.question.beside.job == "sft" else {"logprobs": "chunked"}],
             "checkpointing": [{"checkpointing": True}],
             "batch_size": list(self._batches()),
             "optimizer": [{"optimizer": "adamw_8bit"}],
