@@ -70,7 +70,7 @@ def _loss(question: Question) -> list[str]:
     lines = [f"job={beside.job}: batch_size counts {job.items}; {question.rows} rows in the pass of the loss"]
     lines += [] if job.drops else ["dropout=0: TRL's disable_dropout"]
     if beside.reference and beside.logprobs:
-        lines.append(f"logprobs={beside.logprobs}, {LOGPROBS[beside.logprobs]}: {responses}")
+        lines.append(f"logprobs={beside.logprobs}, {LOGPROBS[beside.logprobs]}; answers have {responses}")
         lines.append(f"reference={beside.reference} ({passes_of(beside).count('reference')} passes without gradients)")
     if beside.job == "grpo":
         lines.append("the completions are given: their generation, by vLLM or by the model itself, is left out")
