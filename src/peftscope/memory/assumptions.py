@@ -71,7 +71,7 @@ def _loss(question: Question) -> list[str]:
     lines += [] if job.drops else ["dropout=0: TRL's disable_dropout"]
     if beside.reference and beside.logprobs:
         lines.append(f"logprobs={beside.logprobs}, {LOGPROBS[beside.logprobs]}; answers have {responses}")
-        lines.append(f"reference={beside.reference} ({passes_of(beside).count('reference')} passes without gradients)")
+        lines.append(f"reference={beside.reference}; its passes in a step: {passes_of(beside).count('reference')}")
     if beside.job == "grpo":
         lines.append("the completions are given: their generation, by vLLM or by the model itself, is left out")
     return lines

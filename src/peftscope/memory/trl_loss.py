@@ -38,10 +38,10 @@ class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         """Returns gradients that were summed in 32 bits."""
-        tensors, needs = ctx.saved_tensors[:2], ctx.needs_input_grad
-        wide = [torch.empty(t.shape) if need else None for t, need in zip(tensors, needs, strict=True)]
-        tile = _tile(*tensors, ctx.width)
-        narrow = tuple(w if w is None else w.to(t.dtype) for w, t in zip(wide, tensors, strict=True))
+        (x, weight), needs = ctx.saved_tensors[:2], ctx.needs_input_grad
+        wide = [torch.empty(t.shape) if need else None for t, need in zip((x, weight), needs, strict=True)]
+        tile = _tile(x, weight, ctx.width)
+        narrow = tuple(w if w is None else w.to(t.dtype) for w, t in zip(wide, (x, weight), strict=True))
         del tile
         return narrow
 

@@ -15,7 +15,7 @@ def job_loss(model: TapedModel, *, masked: bool) -> Shaped:
     tape, own, scores = model.tape, (model.targets, model.weights), dict[str, Shaped]()
     for kind in passes_of(model.beside):
         tape.training = kind == "loss"
-        model.targets, model.weights = ((), model.second or own[1]) if kind == "reference" else own
+        model.targets, model.weights = ([], model.second or own[1]) if kind == "reference" else own
         scores[kind] = _score(model, masked=masked)
     tape.training, (model.targets, model.weights) = True, own
     return tape.op([scores["loss"]], (), 4)
