@@ -56,7 +56,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_formula_and_simulation_agree(case: str) -> None:
-    """Rows of logits are blocks of their own, and one block here: that moves what is reserved, not what is allocated."""
+    """Rows of logits are blocks of their own, and one block here: that moves what is reserved alone."""
     job, options = CASES[case]
     question = asked(job, **options)
     simulated, computed = peaks_by_simulation(question), peaks_by_formula(question)

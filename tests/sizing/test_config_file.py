@@ -388,7 +388,8 @@ def test_what_a_job_leaves_out_is_said(tmp_path: Path) -> None:
     said = "\n".join(reading.not_modelled)
     assert "per_device_eval_batch_size" in said and "use_liger_kernel: loss is not modelled for dpo" in said
     assert "the longest prompt and its completion" in complaint(tmp_path, FILES["TRL"] | {"num_generations": 8})
-    assert question(tmp_path, FILES["TRL"] | {"num_generations": 8}, seq_len=900).responses == 512
+    odd = {"num_generations": 8, "max_completion_length": "long", "max_prompt_length": [1], "beta": "x"}
+    assert question(tmp_path, FILES["TRL"] | odd, seq_len=900).responses == 512
 
 
 def test_what_is_switched_off_asks_for_no_other_job(tmp_path: Path) -> None:

@@ -55,17 +55,11 @@ class Beside(BaseModel):
     ] = "sft"
     reference: Annotated[
         Literal["disabled", "copy", "precomputed", "none"] | None,
-        Field(
-            description="of dpo, kto and grpo: the model without its adapter, a second model, log-probabilities from "
-            "before, or none; TRL's defaults: disabled with an adapter, copy without, none with grpo"
-        ),
+        Field(description="of dpo, kto, grpo; TRL's default: an adapter that is disabled, else a copy; none with grpo"),
     ] = None
     logprobs: Annotated[
         Literal["chunked", "full"] | None,
-        Field(
-            description="of dpo, kto and grpo: chunked over the head, as in TRL 1.15 and later, or from the logits, as "
-            "before; default chunked, or full with --as"
-        ),
+        Field(description="of dpo, kto, grpo: in tiles, TRL's way since 1.15 and the default, or of all logits"),
     ] = None
     padding: Annotated[
         Literal["none", "some"],

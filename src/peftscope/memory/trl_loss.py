@@ -30,8 +30,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         """Returns log-probabilities, (N,), for hidden states (N, h) and a head (V, h)."""
         statistics = [torch.empty(x.shape[0]) for _ in range(7)]
         ctx.width = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        tile = _tile(x, weight, ctx.width)
-        del tile
+        _tile(x, weight, ctx.width)
         ctx.save_for_backward(x, weight, *statistics[:2])
         return torch.empty(x.shape[0])
 
@@ -40,10 +39,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
         """Returns gradients that were summed in 32 bits."""
         (x, weight), needs = ctx.saved_tensors[:2], ctx.needs_input_grad
         wide = [torch.empty(t.shape) if need else None for t, need in zip((x, weight), needs, strict=True)]
-        tile = _tile(x, weight, ctx.width)
-        narrow = tuple(w if w is None else w.to(t.dtype) for w, t in zip(wide, (x, weight), strict=True))
-        del tile
-        return narrow
+        _held = _tile(x, weight, ctx.width)
+        return tuple(w if w is None else w.to(t.dtype) for w, t in zip(wide, (x, weight), strict=True))
 
 
 def _tile(x: torch.Tensor, weight: torch.Tensor, width: torch.dtype) -> list[torch.Tensor]:

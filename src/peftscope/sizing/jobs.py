@@ -70,7 +70,7 @@ SIGNS: dict[str, tuple[Sign, ...]] = {
     "torchtune": (
         Sign("distillation", r"teacher_model\..*"),
         Sign("distillation", r"(kd_)?loss\._component_", "KL"),
-        Sign("grpo", r"(.*\.)?loss\._component_", "GRPO"),
+        Sign("torchtune's grpo", r"(.*\.)?loss\._component_", "GRPO"),
         Sign("ppo", r"loss\._component_", "PPO"),
         Sign("dpo", r"loss\._component_", r"rlhf\.loss"),
         Sign("quantisation-aware training", r"quantizer\._component_", "QAT"),
@@ -110,9 +110,9 @@ LOGPROBS = {
     "axolotl": ("full", "axolotl at 067b021 pins trl 1.8.0, pyproject.toml"),
     "LLaMA-Factory": ("full", "LLaMA-Factory, train/trainer_utils.py: get_batch_logps of all logits in 32 bits"),
     "torchtune": ("full", "torchtune, rlhf/sequence_processing.py: get_batch_log_probs of all logits"),
+    **dict.fromkeys(("TRL", "alignment-handbook", "PEFT"), ("chunked", "TRL 1.16.0; --logprobs full before 1.15")),
 }
-"""How each trainer computes log-probabilities; those that run the TRL that is installed have ``NEWEST``."""
-NEWEST = ("chunked", "TRL 1.16.0; give --logprobs full for TRL before 1.15")
+"""How each trainer computes log-probabilities, and where that was read."""
 ALONE = ("eval_batch_size", "packing", "loss")
 """Options of supervised fine-tuning alone."""
 
@@ -131,17 +131,18 @@ def read_job(reading: Reading) -> None:
         reading.not_modelled.append(f"{key}: {option} is not modelled for {job}, and left out")
     if not JOBS[job].scored:
         return
-    reading.assume("logprobs", *LOGPROBS.get(reading.trainer, NEWEST))
+    reading.assume("logprobs", *LOGPROBS[reading.trainer])
     second = reading.is_on("ref_model", "ref_model_name_or_path", "rl_adapter_ref_model")
     if reading.is_on("precompute_ref_log_probs"):
         options["reference"] = "precomputed"
     elif second or (job == "grpo" and reading.is_on("beta", "trl.beta", "rl_beta")):
         options["reference"] = "copy" if second or options["method"] == "full" else "disabled"
     if job == "grpo":
-        # Without the key, the default of TRL 1.16.0, trainer/grpo_config.py.
-        reading.responses = reading.get("max_completion_length", "trl.max_completion_length") or 512
-        if prompt := reading.get("max_prompt_length"):
-            reading.set("seq_len", prompt + reading.responses, "max_prompt_length")
+        # Without a key, a completion has the default of TRL 1.16.0, trainer/grpo_config.py.
+        completion, prompt = reading.get("max_completion_length", "trl.max_completion_length"), "max_prompt_length"
+        reading.responses = completion if isinstance(completion, int) else 512
+        if isinstance(cut := reading.get(prompt), int):
+            reading.set("seq_len", cut + reading.responses, prompt)
         elif "sequence_len" not in reading.values:
-            del options["seq_len"]
+            options.pop("seq_len", None)
             reading.need("seq_len", "GRPO cuts no prompts: the longest prompt and its completion decide the length")

@@ -62,10 +62,8 @@ def _from_logits(model: TapedModel, logits: Shaped) -> Shaped:
         if width != 4:
             tape.last_of(2, ("s", "V"), width)
             kept.clear()  # each row goes with its gradient
-        apart = tape.new(("N", "V"), width, term="gradients of the logits, row by row")
-        stacked = tape.new(("N", "V"), width, term="gradients of the logits")
-        del apart
-        return [stacked]
+        _apart = tape.new(("N", "V"), width, term="gradients of the logits, row by row")
+        return [tape.new(("N", "V"), width, term="gradients of the logits")]
 
     return tape.op([logits], ("N",), 4, backward, kept)
 
@@ -85,10 +83,8 @@ def _chunked(model: TapedModel, x: Shaped) -> Shaped:
     def backward(*_: Any) -> Gradients:
         needed = [t if t.node is not None else None for t in (x, head)]
         wide = [t and tape.new(t.dims, 4, term="gradients in 32 bits") for t in needed]
-        held = tile()
-        narrow = [t and (w if t.width == 4 else tape.new(t.dims, t.width)) for t, w in zip(needed, wide, strict=True)]
-        held.clear()
-        return narrow
+        _held = tile()
+        return [t and (w if t.width == 4 else tape.new(t.dims, t.width)) for t, w in zip(needed, wide, strict=True)]
 
     statistics = [tape.new(("N",), 4) for _ in range(7)]
     tile().clear()

@@ -7,7 +7,7 @@ from peftscope.memory.question import Question
 from peftscope.models.shapes import Experts
 
 DIMENSIONS = {
-    "B": "batch size",
+    "B": "rows of a batch",
     "S": "positions of a sequence, virtual tokens included",
     "P": "positions that attention looks at, a prefix included",
     "T": "tokens of a batch, B·S",
