@@ -66,8 +66,8 @@ class _WideLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         """Returns the gradients of all rows in one tensor."""
         (logits,) = ctx.saved_tensors
-        rows = [torch.empty_like(row) for row in logits]
-        return torch.stack(rows)
+        # A difference and its exponential live until the gradient is there.
+        return torch.stack([[torch.empty_like(row) for _ in range(3)][-1] for row in logits])
 
 
 def _log_probs(logits: torch.Tensor) -> torch.Tensor:
@@ -92,12 +92,12 @@ def _loss_of(beside: Beside, logits: torch.Tensor, weight: torch.Tensor, respons
     if beside.job != "orpo":
         return _log_probs(logits)
     nll = _chosen_loss(logits)
-    return _log_probs(logits[:, :-1]).float() + nll
+    return _log_probs(logits).float() + nll
 
 
 def _chosen_loss(logits: torch.Tensor) -> torch.Tensor:
-    """Returns ORPO's cross-entropy of the chosen answers, the first half of the rows."""
-    chosen = logits[: len(logits) // 2, :-1].contiguous().flatten(0, 1)
+    """Returns ORPO's cross-entropy of the chosen answers, the first half of the rows; their last position counts."""
+    chosen = logits[: len(logits) // 2].clone().flatten(0, 1)
     return functional.cross_entropy(chosen, torch.zeros(len(chosen), dtype=torch.int64))
 
 

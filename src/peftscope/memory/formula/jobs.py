@@ -59,8 +59,8 @@ def _from_logits(model: TapedModel, logits: Shaped) -> Shaped:
     kept = [logits if width == 4 else tape.new((rows, "V"), width, term="log-softmax of the logits")]
 
     def backward(*_: Any) -> Gradients:
+        tape.last_of(3 if width == 4 else 2, ("s", "V"), width)  # of the first row
         if width != 4:
-            tape.last_of(2, ("s", "V"), width)
             kept.clear()  # each row goes with its gradient
         _apart = tape.new(("N", "V"), width, term="gradients of the logits, row by row")
         return [tape.new(("N", "V"), width, term="gradients of the logits")]
