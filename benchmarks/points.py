@@ -137,8 +137,9 @@ def question_of(point: PublishedRun) -> tuple[Question, list[str]]:
     known = {"method", *SPEC_OPTIONS, *BESIDE_OPTIONS, *(set(METHOD_OPTIONS) & set(method.model_fields))}
     options = {name: value for name, value in point.asked.items() if name in known}
     gpu = find_gpu(point.gpu) if point.gpu else None
-    question = ask(describe_model(point.preset), options, gpu=gpu, gpus=point.asked.get("gpus", 1))
-    return question, sorted(set(point.asked) - known - {"gpus"})
+    beside = {"gpus": point.asked.get("gpus", 1), "responses": point.asked.get("responses")}
+    question = ask(describe_model(point.preset), options, gpu=gpu, **beside)
+    return question, sorted(set(point.asked) - known - {*beside})
 
 
 def by_formula(point: Point) -> int:
@@ -190,7 +191,7 @@ def _sizes(peaks: Peaks) -> dict[str, int]:
 
 def _size(point: Point, sizes: dict[str, int]) -> int:
     """Returns the peak of the kind that was measured; for a run out of memory what the card would need."""
-    return sizes[{"allocated": "allocated", "out of memory": "device"}.get(point.kind, "reserved")]
+    return sizes[{"allocated": "allocated", "out of memory": "device", "device": "device"}.get(point.kind, "reserved")]
 
 
 def once(name: str, key: Any, compute: Callable[[], Any]) -> Any:

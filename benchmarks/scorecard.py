@@ -48,7 +48,9 @@ def score(points: list[Point], minutes: float = inf) -> tuple[pd.DataFrame, pd.D
         minutes: The time after which no simulation begins that was not made before.
     """
     end = time.monotonic() + 60 * minutes
-    asked = [point for point in points if point.asked and point.kind not in ("resident", "device")]
+    apart = ("resident", "device")  # of other jobs than supervised fine-tuning, few other figures are published
+    asked = [point for point in points if point.asked and (point.kind not in apart or "job" in point.asked)]
+    tuned = [point for point in asked if "job" not in point.asked]
     predicted: dict[str, dict[str, int | str]] = {name: {} for name in OURS}
     for point in track(asked, console=Console(stderr=True), description="ours"):
         predicted["closed form"][point.id] = by_formula(point)
@@ -58,7 +60,7 @@ def score(points: list[Point], minutes: float = inf) -> tuple[pd.DataFrame, pd.D
     tools = []
     for one in track(ESTIMATORS, console=Console(stderr=True), description="others"):
         try:
-            predicted[one.name], installed = answers_of(one, asked), "yes"
+            predicted[one.name], installed = answers_of(one, tuned), "yes"
         except subprocess.CalledProcessError as error:
             predicted[one.name], installed = {}, f"no: {error}"
         tools.append((one.name, one.version, one.models_activations, one.total, installed))
@@ -95,7 +97,8 @@ def _what(point: Point) -> str:
         return f"{point.model}, {point.method}"
     on = ", ".join(name.removesuffix("_proj") for name in asked.get("targets", []))
     adapter = f" r{asked['rank']} on {on}" if on else ""
-    said = f"{point.preset}, {asked['method']}{adapter}, {asked['batch_size']} × {asked['seq_len']}"
+    job = f" {asked['job']}" if "job" in asked else ""
+    said = f"{point.preset}, {asked['method']}{adapter}{job}, {asked['batch_size']} × {asked['seq_len']}"
     return said + (", recomputed" if asked.get("checkpointing") else "")
 
 

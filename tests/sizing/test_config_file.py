@@ -331,39 +331,74 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dpo of axolotl": ("axolotl", {"rl": "dpo"}),
-    "reward-model": ("axolotl", {"reward_model": True}),
+    "process-reward-model": ("axolotl", {"process_reward_model": True}),
+    "simpo": ("axolotl", {"rl": "simpo"}),
     "classification": ("axolotl", {"model_type": "AutoModelForSequenceClassification"}),
     "quantisation-aware training": ("axolotl", {"qat": {"weight_dtype": "int4"}}),
-    "kto": ("LLaMA-Factory", {"stage": "kto"}),
-    "reward-model of LLaMA-Factory": ("LLaMA-Factory", {"stage": "rm"}),
+    "reward-model with a value head": ("LLaMA-Factory", {"stage": "rm"}),
     "merging": ("LLaMA-Factory", {"export_dir": "merged"}),
     "generation": ("LLaMA-Factory", {"do_predict": True}),
-    "dpo": ("TRL", {"beta": 0.1}),
-    "dpo of a mixture": (
-        "alignment-handbook",
-        {"dataset_mixture": {"datasets": [{"columns": ["chosen", "rejected"]}]}},
-    ),
-    "grpo": ("TRL", {"num_generations": 8}),
-    "dpo of torchtune": ("torchtune", {"loss": {"_component_": "torchtune.rlhf.loss.DPOLoss"}}),
     "distillation": ("torchtune", {"teacher_model": {"_component_": "torchtune.models.llama3_1.llama3_1_8b"}}),
     "evaluation": ("torchtune", {"tasks": ["truthfulqa_mc2"]}),
 }
 
 
 @pytest.mark.parametrize("what", JOBS)
-def test_another_job_than_supervised_fine_tuning_is_refused_by_its_name(what: str, tmp_path: Path) -> None:
+def test_a_job_that_is_not_modelled_is_refused_by_its_name(what: str, tmp_path: Path) -> None:
     trainer, more = JOBS[what]
     said = complaint(tmp_path, FILES[trainer] | more)
-    assert f"asks for {what.split(' of ')[0]}, which is not modelled" in said
+    assert f"asks for {what}, which is not modelled" in said
     assert len(said.splitlines()) == 1
+
+
+DPO = {"job": "dpo", "reference": "disabled", "logprobs": "full"}
+GRPO = {"job": "grpo", "reference": "none", "logprobs": "chunked"}
+LENGTHS = {"max_prompt_length": 200, "max_completion_length": 100}
+ANSWERED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "dpo of axolotl": ("axolotl", {"rl": "ipo"}, DPO),
+    "a copy of axolotl": ("axolotl", {"rl": "dpo", "rl_adapter_ref_model": True}, DPO | {"reference": "copy"}),
+    "reward of axolotl": ("axolotl", {"reward_model": True}, {"job": "reward", "reference": None, "logprobs": None}),
+    "dpo of LLaMA-Factory": ("LLaMA-Factory", {"stage": "dpo"}, DPO),
+    "orpo of LLaMA-Factory": ("LLaMA-Factory", {"stage": "dpo", "pref_loss": "orpo"}, {"job": "orpo"}),
+    "kto of LLaMA-Factory": ("LLaMA-Factory", {"stage": "kto", "ref_model": "x"}, {"job": "kto", "reference": "copy"}),
+    "dpo of TRL": ("TRL", {"beta": 0.1}, {"job": "dpo", "reference": "copy", "logprobs": "chunked"}),
+    "precomputed": ("TRL", {"precompute_ref_log_probs": True}, {"job": "dpo", "reference": "precomputed"}),
+    "grpo of TRL": ("TRL", {"num_generations": 8, **LENGTHS}, GRPO),
+    "a term of KL": ("TRL", {"num_generations": 8, "beta": 0.04, **LENGTHS}, GRPO | {"reference": "copy"}),
+    "dpo of a mixture": (
+        "alignment-handbook",
+        {"dataset_mixture": {"datasets": [{"columns": ["chosen", "rejected"]}]}},
+        DPO | {"logprobs": "chunked"},
+    ),
+    "dpo of torchtune": ("torchtune", {"loss": {"_component_": "torchtune.rlhf.loss.DPOLoss"}}, DPO),
+}
+
+
+@pytest.mark.parametrize("what", ANSWERED)
+def test_the_jobs_of_trl_are_read(what: str, tmp_path: Path) -> None:
+    trainer, more, expected = ANSWERED[what]
+    one = question(tmp_path, FILES[trainer] | more)
+    assert expected.items() <= one.beside.model_dump().items()
+    assert not one.evaluates and not one.spec.packing
+    if one.beside.job == "grpo":
+        assert (one.spec.seq_len, one.responses) == (300, 100)
+
+
+def test_what_a_job_leaves_out_is_said(tmp_path: Path) -> None:
+    reading = read(tmp_path, FILES["alignment-handbook"] | {"use_liger_kernel": True}, {"job": "dpo"})
+    said = "\n".join(reading.not_modelled)
+    assert "per_device_eval_batch_size" in said and "use_liger_kernel: loss is not modelled for dpo" in said
+    assert "the longest prompt and its completion" in complaint(tmp_path, FILES["TRL"] | {"num_generations": 8})
+    odd = {"num_generations": 8, "max_completion_length": "long", "max_prompt_length": [1], "beta": "x"}
+    assert question(tmp_path, FILES["TRL"] | odd, seq_len=900).responses == 512
 
 
 def test_what_is_switched_off_asks_for_no_other_job(tmp_path: Path) -> None:
     assert read(tmp_path, FILES["axolotl"] | {"rl": None, "reward_model": False, "plugins": []}).job == "supervised"
     assert read(tmp_path, FILES["LLaMA-Factory"] | {"stage": "pt", "do_train": True}).job == "supervised"
-    with pytest.raises(InputError, match="the name of the file: asks for orpo"):
-        read(tmp_path, FILES["TRL"], name="config_orpo.yaml")
+    assert read(tmp_path, FILES["TRL"], name="config_orpo.yaml").job == "orpo"
+    with pytest.raises(InputError, match="the name of the file: asks for rloo"):
+        read(tmp_path, FILES["TRL"], name="config_rloo.yaml")
 
 
 PATTERNS: dict[str, tuple[str, ...]] = {

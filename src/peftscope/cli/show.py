@@ -164,7 +164,7 @@ def show_time(time: Duration | None, gpu: Gpu, console: Console) -> None:
     """Prints how long a run takes, what it costs, and what stands behind the interval."""
     if time is None:
         unknown = f"the speed of {gpu.name} is not known; give --tflops and --bandwidth"
-        console.print(f"time: {'not modelled for this model' if known_speed(gpu) else unknown}", markup=False)
+        console.print(f"time: {'not modelled for this model or job' if known_speed(gpu) else unknown}", markup=False)
         return
     step = f"a step takes {spoken_range(time.step_seconds, lambda s: f'{s:.2g} s' if s < 60 else spoken_time(s))}"
     console.print(f"time: about {spoken_range(time.tokens_per_second, spoken_speed)} tokens/s; {step}")
@@ -215,7 +215,8 @@ def _assumed(fits: Sequence[Fit]) -> list[str]:
     asked, ranks = ran[0].assumed, {fit.method: fit.assumed["rank"] for fit in ran if fit.assumed["rank"]}
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else None
     others = "".join(f", {method} {rank}" for method, rank in ranks.items() if rank != usual)
-    said = [f"{name}={asked[name]}" for name in ("batch_size", "seq_len", "precision", "loss_path")]
+    loss = "loss_path" if asked["job"] == "sft" else "job"
+    said = [f"{name}={asked[name]}" for name in ("batch_size", "seq_len", "precision", loss)]
     said += [f"rank={usual}{others}"] if usual else []
     tight = "tight: cached memory has to be given back"
     return [f"assuming {', '.join(said)}; largest sizes with all else as assumed; {tight}"]

@@ -225,7 +225,7 @@ def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulat
         model=question.model.name,
         method=method.name,
         how=how,
-        parameters=shape.parameters if shape else None,
+        parameters=shape.parameters + _in_score(question) if shape else None,
         trainable_parameters=_trainable(question),
         peak_allocated_bytes=peaks.allocated_bytes,
         peak_reserved_bytes=peaks.reserved_bytes,
@@ -244,7 +244,7 @@ def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulat
 
 
 def _evaluation_bytes(question: Question) -> int | None:
-    if question.evaluates or question.shared:
+    if question.evaluates or question.shared or question.beside.job != "sft":
         return None
     return max(peak.size for peak in _unpaged_peaks(trace_evaluation(question)).values())
 
@@ -254,8 +254,18 @@ def _trainable(question: Question) -> int | None:
     shape = question.model.shape
     if shape is None:
         return None
-    own = question.spec.method.trainable_parameters(shape)
-    return None if own is None else own + len(question.saved) * shape.vocab_size * shape.hidden_size
+    method, of_score = question.spec.method, _in_score(question)
+    own = method.trainable_parameters(shape)
+    of_score = of_score if method.trains_base or not of_score else shape.hidden_size
+    return None if own is None else own + of_score + len(question.saved) * shape.vocab_size * shape.hidden_size
+
+
+def _in_score(question: Question) -> int:
+    """Returns the values that the score of a reward model has more than the head that it replaces; 0 without one."""
+    shape = question.model.shape
+    if shape is None or question.beside.job != "reward":
+        return 0
+    return shape.hidden_size * (1 if shape.tied_embeddings else 1 - shape.vocab_size)
 
 
 def dimensions_of(question: Question, phase: str) -> dict[str, float]:
@@ -334,6 +344,8 @@ def _agreement(question: Question, peaks: Peaks) -> str:
         return ""
     if question.gpus > 1 or question.formula_only or peaks.binding_phase == "load":
         return "no peak of such a run was measured on a card, or compared with a simulation"
+    if question.beside.job != "sft":
+        return "no peak of such a job was measured on a card under conditions that are all known"
     shape = question.model.shape
     plain = question.beside.loss == "plain" and not (shape and shape.experts)
     measured = json.loads(MEASURED_FILE.read_text()).get(method.name, {}) if plain else {}

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from peftscope.hardware.cards import CONTEXT_BYTES, Gpu
+from peftscope.memory.beside import JOBS, passes_of
 from peftscope.memory.formula.states import OTHER_OPTIMIZERS
 from peftscope.memory.question import Question
 from peftscope.memory.trace import Block
@@ -49,6 +50,33 @@ def unquantised_experts(question: Question, blocks: Iterable[Block]) -> list[str
     return [f"experts: {spoken_bytes(size)} {skipped}; quantize_moe_experts packs them"] if size else []
 
 
+LOGPROBS = {
+    "chunked": "as in TRL 1.16.0 (since 1.15): tiles of logits at the positions that carry a loss",
+    "full": "as in TRL 0.24.0 (before 1.15): logits of every position, or with grpo of the completions",
+}
+
+
+def _loss(question: Question) -> list[str]:
+    """Returns what is assumed about the job and its loss."""
+    spec, beside, responses = question.spec, question.beside, f"{question.responses} positions per sequence"
+    kept = "kept until the next step as in a plain script" if spec.keeps_logits else "freed before the backward pass"
+    if beside.job == "sft":
+        return [
+            f"loss_path=hf: logits of every position, {kept}; runs of this project compute only those of responses"
+            if spec.loss_path == "hf"
+            else f"loss_path=response_only: logits of {responses}"
+        ]
+    job = JOBS[beside.job]
+    lines = [f"job={beside.job}: batch_size counts {job.items}; {question.rows} rows in the pass of the loss"]
+    lines += [] if job.drops else ["dropout=0: TRL's disable_dropout"]
+    if beside.reference and beside.logprobs:
+        lines.append(f"logprobs={beside.logprobs}, {LOGPROBS[beside.logprobs]}; answers have {responses}")
+        lines.append(f"reference={beside.reference}; its passes in a step: {passes_of(beside).count('reference')}")
+    if beside.job == "grpo":
+        lines.append("the completions are given: their generation, by vLLM or by the model itself, is left out")
+    return lines
+
+
 def _given(fields: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in fields.items() if name != "name" and value is not None]
 
@@ -57,7 +85,6 @@ def assumptions_of(question: Question) -> list[str]:
     """Returns the assumptions behind the answer, given or by default, one sentence each."""
     model, spec, gpu, gpus = question.model, question.spec, question.gpu, question.gpus
     cublas = question.cublas_bytes / MIB
-    kept = "kept until the next step as in a plain script" if spec.keeps_logits else "freed before the backward pass"
     packed = "a block-diagonal mask"
     if spec.attention == "flash_attention_2":
         packed = "rows end to end, without a mask; SDPA without a mask stands in for the kernel, which keeps as much"
@@ -69,9 +96,7 @@ def assumptions_of(question: Question) -> list[str]:
         f"batch_size={spec.batch_size}, seq_len={spec.seq_len} for every sequence (the longest batch decides), "
         f"gradient_accumulation={spec.gradient_accumulation}",
         f"precision={spec.precision}{', autocast' if spec.autocast else ''}, {_optimizer(question)}",
-        f"loss_path=hf: logits of every position, {kept}; runs of this project compute only those of responses"
-        if spec.loss_path == "hf"
-        else f"loss_path=response_only: logits of {question.responses} positions per sequence",
+        *_loss(question),
         f"packing=True: {packed}" if spec.packing else f"packing=False: {padding}" if question.padded else padding,
         f"attention={spec.attention}, checkpointing={spec.checkpointing}",
         _evaluation(question),

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from peftscope.errors import InputError, Problem
 from peftscope.memory.regimes import Trainer
 from peftscope.spec import RunSpec
+
+
+class Job(NamedTuple):
+    """What sets the step of a job apart, by TRL's trainers.
+
+    Attributes:
+        rows: The rows of the loss pass for each item of the batch.
+        items: What a batch consists of.
+        scored: Whether the loss is of log-probabilities of the answers, and may need those of a reference.
+        references: The passes of the reference; 0 if there is none by default.
+        drops: Whether the adapter's dropout stays on.
+    """
+
+    rows: int
+    items: str
+    scored: bool = False
+    references: int = 0
+    drops: bool = False
+
+
+_PAIRS = "pairs of a chosen and a rejected answer, two rows each"
+JOBS = {
+    "sft": Job(1, "sequences", drops=True),
+    "dpo": Job(2, _PAIRS, scored=True, references=1),
+    "kto": Job(1, "answers, and as many rows without gradients for its KL term", scored=True, references=2),
+    "orpo": Job(2, _PAIRS),
+    "reward": Job(2, _PAIRS),
+    "grpo": Job(1, "completions", scored=True, drops=True),
+}
 
 
 class Beside(BaseModel):
@@ -19,6 +48,18 @@ class Beside(BaseModel):
     as_trainer: Annotated[
         Trainer | None,
         Field(description="the precision, preparation and output that a trainer has by default, where not given"),
+    ] = None
+    job: Annotated[
+        Literal["sft", "dpo", "kto", "orpo", "reward", "grpo"],
+        Field(description="what is trained, as TRL's trainers do it; batch_size counts pairs for dpo, orpo and reward"),
+    ] = "sft"
+    reference: Annotated[
+        Literal["disabled", "copy", "precomputed", "none"] | None,
+        Field(description="of dpo, kto, grpo; TRL's default: an adapter that is disabled, else a copy; none with grpo"),
+    ] = None
+    logprobs: Annotated[
+        Literal["chunked", "full"] | None,
+        Field(description="of dpo, kto, grpo: in tiles, TRL's way since 1.15 and the default, or of all logits"),
     ] = None
     padding: Annotated[
         Literal["none", "some"],
@@ -89,6 +130,43 @@ class Beside(BaseModel):
 
 BESIDE_OPTIONS = tuple(Beside.model_fields)
 """The options that are neither fields of the spec nor of a method."""
+
+
+def passes_of(beside: Beside) -> list[str]:
+    """Returns the passes of a job's step: ``loss``, and those without gradients of the ``reference`` or its ``own``."""
+    references = max(1, JOBS[beside.job].references) if beside.reference in ("copy", "disabled") else 0
+    if beside.job == "grpo":  # completions are scored before they are trained on
+        return [*["reference"] * references, "loss"]
+    return [*["own"] * (beside.job == "kto"), "loss", *["reference"] * references]
+
+
+def with_job(spec: RunSpec, beside: Beside) -> Beside:
+    """Returns what is said beside, with the reference and the log-probabilities that the job has by default.
+
+    Raises:
+        InputError: An option or the method does not go with the job.
+    """
+    job, method, tuned = JOBS[beside.job], spec.method, beside.job == "sft"
+    terms = method.closed_form and method.closed_form.orthogonality_term
+    foreign = {
+        "reference": not job.scored and beside.reference not in (None, "none"),
+        "logprobs": not job.scored and beside.logprobs is not None,
+        "loss_path": not tuned and spec.loss_path != "hf",
+        "packing": not tuned and spec.packing,
+        "loss": not tuned and beside.loss != "plain",
+        "evaluation": not tuned and beside.evaluation,
+        "modules_to_save": beside.job == "reward" and "lm_head" in beside.modules_to_save,
+        "method": not tuned and not (method.trains_base or (method.targets_of() and not terms)),
+    }
+    if wrong := [option for option, asked in foreign.items() if asked]:
+        message = f"does not go with job={beside.job}"
+        raise InputError(Problem(option, message, "leave it out, or take another") for option in wrong)
+    if beside.reference == "disabled" and method.trains_base:
+        raise InputError(Problem("reference", f"{method.name} has no adapter to disable", "use copy or precomputed"))
+    own = "none" if not job.references else "copy" if method.trains_base else "disabled"
+    way = "full" if beside.as_trainer else "chunked"  # the releases of trainers that were read have TRL before 1.15
+    scored = {"reference": beside.reference or own, "logprobs": beside.logprobs or way}
+    return beside.model_copy(update=scored if job.scored else {})
 
 
 def check_beside(spec: RunSpec, beside: Beside) -> None:

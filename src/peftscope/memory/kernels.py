@@ -36,6 +36,13 @@ def attention_kernel(width: float, head_dim: int, *, masked: bool, grouped: bool
     return "math" if grouped or head_dim * width % ALIGNMENT_BYTES else "efficient"
 
 
+LOGPROB_ROWS, LOGPROB_COLUMNS = 4096, 32768
+"""Positions and tokens of the vocabulary that TRL computes logits of at a time, for chunked log-probabilities.
+
+Source: TRL 1.16.0, trl/kernels/chunked_logprob.py and trl/trainer/utils.py.
+"""
+
+
 def liger_chunk(tokens: int, vocabulary: int, hidden: int) -> int:
     """Returns how many positions Liger's loss computes logits of at a time.
 

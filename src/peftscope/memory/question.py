@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.hardware.cards import CUBLAS_BYTES, Gpu
 from peftscope.memory.base import Model
-from peftscope.memory.beside import BESIDE_OPTIONS, Beside, check_beside
+from peftscope.memory.beside import BESIDE_OPTIONS, JOBS, Beside, check_beside, with_job
 from peftscope.memory.formula.states import OTHER_OPTIMIZERS
 from peftscope.memory.regimes import REGIMES, settings_of
 from peftscope.methods import METHODS
@@ -114,6 +114,17 @@ class Question:
         return self.gpus > 1 or self.beside.offload != "none" or self.beside.master_weights == "fp32"
 
     @property
+    def rows(self) -> int:
+        """The rows of a batch in the pass of the loss."""
+        return self.spec.batch_size * JOBS[self.beside.job].rows
+
+    @property
+    def scores_responses(self) -> bool:
+        """Whether the training step computes logits only of the positions that carry a loss."""
+        beside = self.beside
+        return self.spec.loss_path == "response_only" or beside.logprobs == "chunked" or beside.job == "grpo"
+
+    @property
     def formula_only(self) -> list[str]:
         """The options whose values the closed form alone knows."""
         beside = self.beside
@@ -187,6 +198,8 @@ def ask(
                 fields = [field for field in METHODS[name].model_fields if field in METHOD_OPTIONS]
                 remedy = f"{name} has {', '.join(fields)}" if fields else f"{name} has no options of its own"
                 raise InputError(Problem(option, f"is not an option of the method {name}", remedy))
+    if not JOBS[beside.job].drops and "dropout" in METHODS[name].model_fields:
+        method["dropout"] = 0.0  # TRL's disable_dropout
     defaults = _defaults(model, given)
     values = {**defaults, **given, "eval_batch_size": given.get("eval_batch_size", given.get("batch_size", 1))}
     try:
@@ -205,6 +218,7 @@ def ask(
         raise InputError(Problem("gpus", f"must be at least 1 (got {gpus})"))
     _check_loss(model, beside.loss)
     check_beside(spec, beside)
+    beside = with_job(spec, beside)
     said = [f"as {beside.as_trainer}: {option}={value} ({source})" for option, (value, source) in regime.items()]
     if beside.as_trainer:
         version, more = REGIMES[beside.as_trainer].version, REGIMES[beside.as_trainer].beside

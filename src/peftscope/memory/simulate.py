@@ -6,10 +6,9 @@ project's own step runs under the byte tracker. No values are computed, so even 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,11 +28,13 @@ from peftscope.memory.as_on_cuda import (
     fuse_loss,
     grouped_products,
 )
+from peftscope.memory.beside import Beside
 from peftscope.memory.formula.step import PAGED_FROM_VALUES
 from peftscope.memory.probe import track_evaluation, track_steps
 from peftscope.memory.question import Question
 from peftscope.memory.trace import Block, Trace
 from peftscope.memory.tracker import MemoryTracker, quantisation_tensors, tensors_of
+from peftscope.memory.trl_loss import take_job
 from peftscope.methods.fields import Quantization
 from peftscope.spec import RunSpec
 from peftscope.training.build import apply_method
@@ -47,9 +48,7 @@ def simulate(
     batches: Sequence[Batch],
     evaluation_batch: Batch | None = None,
     cublas_bytes: int = 0,
-    loss: str = "plain",
-    saved: Mapping[str, str] = MappingProxyType({}),
-    packs_experts: bool = False,
+    beside: Beside | None = None,
 ) -> tuple[Trace, Trace | None]:
     """Returns the trace of training steps, one per batch, and the trace of an evaluation.
 
@@ -64,25 +63,29 @@ def simulate(
             nothing is trained.
         evaluation_batch: A batch with the shape of the evaluation's, or None for no evaluation.
         cublas_bytes: The size of cuBLAS's workspace. Above 0, the traces also contain the workspaces of CUDA kernels.
-        loss: plain, or liger for a stand-in that allocates what Liger's loss allocates.
-        saved: The modules of which PEFT trains a copy in full, and its precision: base or fp32.
-        packs_experts: Whether the fused experts of a 4-bit base are packed, too.
+        beside: What is said beside the fields of the run: the job, the loss, modules that are trained in full.
     """
-    trained = _empty_model(spec, config, saved)
+    beside = beside or Beside()
+    trained = _empty_model(spec, config, beside)
     model = trained.model
-    if loss == "liger":
+    in_training = _stand_in(training_attention(spec), spec, [] if spec.packing else batches)
+    if beside.job != "sft":
+        reference = _empty_base(spec, config, spec.method.quantization()) if beside.reference == "copy" else None
+        if reference:
+            reference.config._attn_implementation = in_training
+        take_job(trained, beside, len(batches[0].kept_positions), reference)
+    if beside.loss == "liger":
         fuse_loss(model, trained.loss_function)
         spec = spec.model_copy(update={"keep_logits": False})  # there are none
     # Fake tensors are CPU tensors, and autocast takes its device from the spec.
     on_cpu = spec.model_copy(update={"device": "cpu"})
     if cublas_bytes:
         drop_as_on_cuda(model)
-    in_training = _stand_in(training_attention(spec), spec, [] if spec.packing else batches)
     in_evaluation = _stand_in(spec.attention, spec, [evaluation_batch] if evaluation_batch else [])
     choices = as_on_cuda() if cublas_bytes else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), choices, grouped_products(), _Owners(trained) as owners:
         _fill_with_fakes(model, spec.method.quantization())
-        if packs_experts:
+        if beside.quantize_moe_experts:
             _pack_experts(model, spec.method.quantization())
         with attention(model, in_training):
             trace = _train(trained, owners, on_cpu, batches, cublas_bytes) if batches else Trace()
@@ -145,7 +148,7 @@ def _tracker_of(model: torch.nn.Module, owners: _Owners, cublas_bytes: int) -> M
     if on_cuda:  # the backward pass runs in a thread with its own cuBLAS handle and workspace
         for _ in range(2 if any(parameter.requires_grad for _, parameter in named) else 1):
             tracker.trace.born(Block(cublas_bytes, "kernel workspace", term="cuBLAS workspace"))
-    adapts = not all(parameter.requires_grad for _, parameter in named)
+    adapts = not all(parameter.requires_grad for name, parameter in named if not name.startswith("reference."))
     for name, parameter in sorted(named, key=lambda pair: pair[1].requires_grad):
         kind = "adapters" if adapts and parameter.requires_grad else "weights"
         extra = quantisation_tensors(parameter)
@@ -191,7 +194,7 @@ def peaks_by_simulation(question: Question, *, evaluation: bool | None = None) -
     if reason := spec.method.why_not_simulated():
         raise InputError(Problem("method", reason, "run it: a run measures its peaks"))
     sizes: dict[str, Any] = {"width": spec.seq_len, "responses": responses, "padded": question.padded}
-    batch = empty_batch(rows=spec.batch_size, packed=spec.packing, **sizes)
+    batch = empty_batch(rows=question.rows, packed=spec.packing, **sizes)
     evaluation_batch = empty_batch(rows=spec.eval_batch_size, **sizes)
     fields = dict(question.model.config)
     try:
@@ -202,9 +205,7 @@ def peaks_by_simulation(question: Question, *, evaluation: bool | None = None) -
             [batch, batch] if spec.method.trains else [],
             evaluation_batch if counts or not spec.method.trains else None,
             question.cublas_bytes,
-            question.beside.loss,
-            question.saved,
-            question.beside.quantize_moe_experts,
+            question.beside,
         )
     except Exception as error:  # any model may fail in its own way, and the user needs one line
         where, reason, remedy = _why_it_failed(question, error)
@@ -254,7 +255,8 @@ def _fake_batch(batch: Batch) -> Batch:
     return Batch(**{**vars(batch), **tensors})
 
 
-def _empty_model(spec: RunSpec, config: Any, saved: Mapping[str, str]) -> TrainedModel:
+def _empty_model(spec: RunSpec, config: Any, beside: Beside) -> TrainedModel:
+    saved = beside.modules_to_save
     quantization = spec.method.quantization()
     base = _empty_base(spec, config, quantization)
 
@@ -271,7 +273,7 @@ def _empty_model(spec: RunSpec, config: Any, saved: Mapping[str, str]) -> Traine
             adapter.modules_to_save = list(saved)
             set_additional_trainable_modules(model.get_base_model(), adapter, model.config.to_dict(), "default")
         for name, parameter in model.named_parameters():
-            if ".modules_to_save." in name and "fp32" in saved.values():
+            if ".modules_to_save." in name and beside.modules_to_save_dtype == "fp32":
                 parameter.data = parameter.data.float()
         return model
 

@@ -17,7 +17,7 @@ from peftscope.memory.trace import Block, Trace, bytes_of, spoken_width
 
 Dims = tuple[str, ...]
 
-_LETTERS = [*"12LBSPTUNEFcmvaegdrohqk", "q+2k", "I", "2I", "J", "2J", "V"]
+_LETTERS = [*"12LBSPTUNEFcsnwmvaegdrohqk", "q+2k", "I", "2I", "J", "2J", "V"]
 """The order of the dimensions in a formula."""
 
 

@@ -136,7 +136,7 @@ class Forecaster:
             return changed != spec and self._card(spec).fits(least, peak) != "no"
 
         loss = {"loss_path": "response_only"} if spec.loss_path == "hf" else {}
-        changes = mildest_change(fits, values_of(spec, loss, {}))
+        changes = mildest_change(fits, values_of(spec, loss, {}, {}))
         if changes is None:
             return "a larger card"
         return ", ".join(f"{k}: {json.dumps(v).strip(chr(34))}" for k, v in (changes | fields_of(changes)).items())

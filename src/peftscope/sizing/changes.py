@@ -34,9 +34,9 @@ SHORTEST = 256
 NOTHING = "a smaller model, a larger card, or --gpus"
 """What is left where no change makes a run fit."""
 
-FREE = ("loss", "checkpointing", "batch_size")
+FREE = ("reference", "loss", "checkpointing", "batch_size")
 LEVELS: tuple[tuple[tuple[str, ...], ...], ...] = (
-    (("loss",), ("checkpointing",), ("batch_size",), ("loss", "checkpointing"), FREE),
+    (("reference",), ("loss",), ("checkpointing",), ("batch_size",), ("loss", "checkpointing"), FREE),
     (("optimizer",), (*FREE, "optimizer")),
     (("method",), ("loss", "checkpointing", "method"), (*FREE, "method")),
     ((*FREE, "method", "seq_len"),),
@@ -56,7 +56,9 @@ Values = Mapping[str, list[dict[str, Any]]]
 """What each change of ``LEVELS`` may set, the mildest first; none: the run is so already, or cannot be."""
 
 
-def values_of(spec: RunSpec, loss: dict[str, Any], packing: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def values_of(
+    spec: RunSpec, loss: dict[str, Any], packing: dict[str, Any], reference: dict[str, Any]
+) -> dict[str, list[dict[str, Any]]]:
     """Returns what changes may set in a run.
 
     A smaller batch comes with as many more accumulated ones, so that a step learns from as many examples.
@@ -65,10 +67,12 @@ def values_of(spec: RunSpec, loss: dict[str, Any], packing: dict[str, Any]) -> d
         spec: The run.
         loss: What leaves the logits out; empty: nothing does.
         packing: What packs a model's experts into 4 bits; empty: nothing does, or it has none.
+        reference: What keeps a copy of the model from the card; empty: there is none.
     """
     rows, method = spec.batch_size * spec.gradient_accumulation, METHODS[spec.method.name]
     fewer = [size for size in range(spec.batch_size - 1, 0, -1) if rows % size == 0]
     values: dict[str, list[dict[str, Any]]] = {
+        "reference": [reference],
         "loss": [loss],
         "checkpointing": [{"checkpointing": True}] if method.supports_checkpointing and not spec.checkpointing else [],
         "batch_size": [{"batch_size": size, "gradient_accumulation": rows // size} for size in fewer],
@@ -193,11 +197,15 @@ class Asked:
     def values(self) -> dict[str, list[dict[str, Any]]]:
         """Returns what changes may set, in the words of the file and the command line."""
         question, shape = self.question, self.question.model.shape
-        kept = question.beside.loss != "plain" or question.model.config["model_type"] in SCALED_LOGITS
+        beside, scaled = question.beside, question.model.config["model_type"] in SCALED_LOGITS
+        loss = {"logprobs": "chunked"} if beside.logprobs == "full" else {}
+        if beside.job == "sft" and beside.loss == "plain" and not scaled:
+            loss = {"loss": "liger"}
+        reference = {"reference": "precomputed"} if beside.reference == "copy" and beside.job != "grpo" else {}
         packs = "quantize_moe_experts" in self.keys or self.reading is None
-        packs = packs and bool(shape and shape.experts) and not question.beside.quantize_moe_experts
-        loss, packing = {} if kept else {"loss": "liger"}, {"quantize_moe_experts": True} if packs else {}
-        plain = values_of(question.spec, loss, packing)
+        packs = packs and bool(shape and shape.experts) and not beside.quantize_moe_experts
+        packing = {"quantize_moe_experts": True} if packs else {}
+        plain = values_of(question.spec, loss, packing, reference)
         return {step: [self._worded(part) for part in parts] for step, parts in plain.items()}
 
     def _worded(self, part: Mapping[str, Any]) -> dict[str, Any]:

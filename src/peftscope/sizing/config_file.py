@@ -15,10 +15,11 @@ from typing import Any
 from peftscope.errors import InputError, Problem, shown
 from peftscope.hardware.cards import Gpu
 from peftscope.memory.base import Model, describe_model
+from peftscope.memory.beside import JOBS
 from peftscope.memory.question import METHOD_OPTIONS, SCALED_LOGITS, Question, ask
 from peftscope.methods import METHODS
 from peftscope.models.shapes import module_path
-from peftscope.sizing.jobs import SUPERVISED, job_of
+from peftscope.sizing.jobs import ANSWERED, job_of, read_job
 from peftscope.sizing.reading import Reading, exists, flatten, read_content, read_rows, spoken
 from peftscope.sizing.trainers import recognise
 
@@ -47,20 +48,22 @@ def read_config(
         changes: Values that replace those of the file; keys of nested mappings are joined by dots.
 
     Raises:
-        InputError: The file or one that it names cannot be read, it belongs to no known trainer, or it asks for another
-            job than supervised fine-tuning.
+        InputError: The file or one that it names cannot be read, it belongs to no known trainer, or it asks for a job
+            that is not modelled.
     """
     content = read_content(path)
     if not isinstance(content, dict):
         raise InputError(Problem(str(path), "must be a mapping of keys to values", "give a trainer's file"))
     trainer, rows = recognise(path, content)
     reading = Reading(path, trainer, _interpolated(flatten(content)) | {**(changes or {})}, given)
-    reading.job, key = job_of(trainer, path, reading.values)
-    if reading.job != SUPERVISED:
-        remedy = "give a file for supervised fine-tuning"
+    asked = given.get("job")
+    reading.job, key = (asked, "") if asked in ANSWERED else job_of(trainer, path, reading.values)
+    if reading.job not in ANSWERED:
+        remedy = f"give a file for {', '.join(JOBS)}"
         raise InputError(Problem(f"{path}: {key}", f"asks for {reading.job}, which is not modelled", remedy))
     reading.find(key)
     read_rows(reading, rows)
+    read_job(reading)
     if model is not None:
         reading.model = model
         reading.keys["model"] = "model"
@@ -121,8 +124,9 @@ def question_of(
         for name, value in replaced.items()
         if name in reading.keys
     ]
+    kept = reading.responses if responses is None else responses
     try:
-        return ask(model, {**reading.options, **replaced}, responses=responses, gpu=gpu, gpus=cards)
+        return ask(model, {**reading.options, **replaced}, responses=kept, gpu=gpu, gpus=cards)
     except InputError as error:
         raise InputError(_with_key(reading, problem) for problem in error.problems) from None
 

@@ -103,7 +103,7 @@ def time_json(time: Duration | None) -> dict[str, Any]:
 
 
 def duration(question: Question, schedule: Schedule) -> Duration | None:
-    """Returns how long a run takes on its card; None if the card's speed or the model's shape is not known.
+    """Returns how long a run takes on its card; None if the card's speed, the model's shape or the job is not known.
 
     Every sequence has the length ``seq_len``: padding is computed like tokens.
 
@@ -114,10 +114,12 @@ def duration(question: Question, schedule: Schedule) -> Duration | None:
     if speed is None:
         return None
     spec = question.spec
-    if question.model.shape is None:
+    job = "" if question.beside.job == "sft" else f"of {question.beside.job}"
+    if job or question.model.shape is None:
         if schedule == Schedule():
             return None
-        raise InputError(Problem("model", f"its time is not modelled: {question.model.why_no_shape}"))
+        where, why = ("job", job) if job else ("model", question.model.why_no_shape)
+        raise InputError(Problem(where, f"its time is not modelled: {why}"))
     step = step_time(question, speed)
     seconds = with_interval(step.seconds)
     tokens = Range(*(step.cards * step.tokens / value for value in (seconds.value, seconds.high, seconds.low)))

@@ -57,7 +57,7 @@ class Fit:
         largest_rank: The same for the rank. None also for a method without a rank.
         advice: The mildest change that makes the method fit, or the reason why it cannot run; empty if it fits.
         advised_device_bytes: The bytes that the card needs after that change; None without one.
-        assumed: The batch size, length, rank, precision and loss path that were asked about.
+        assumed: The batch size, length, rank, precision, loss path and job that were asked about.
         assumptions: The assumptions behind the peaks, one sentence each.
         time: How long it takes; None if the method cannot run, or nothing is known of the card's speed.
     """
@@ -212,6 +212,7 @@ class Search:
                 "rank": getattr(spec.method, spec.method.rank_field, None),
                 "precision": spec.precision,
                 "loss_path": spec.loss_path,
+                "job": self.question.beside.job,
             },
             assumptions=(*self._experts, *assumptions_of(self.question)),
         )

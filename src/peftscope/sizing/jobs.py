@@ -1,7 +1,7 @@
-"""Which job a trainer's file asks for. No torch.
+"""Which job a trainer's file asks for, and what it says about it. No torch.
 
-Supervised fine-tuning is modelled, continued pretraining included: both take the same step. A file that asks for
-another job is refused by the name of that job, before anything else is read from it.
+Supervised fine-tuning is modelled, continued pretraining included: both take the same step. So are the jobs in
+``ANSWERED``. A file that asks for another job is refused by the name of that job, before anything else is read from it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peftscope.sizing.reading import OFF
+from peftscope.memory.beside import JOBS
+from peftscope.sizing.reading import OFF, Reading
 
 SUPERVISED = "supervised"
+ANSWERED = {**{job: job for job in JOBS}, SUPERVISED: "sft", "ipo": "dpo", "reward-model": "reward"}
+"""The jobs that are modelled, by the names that files and their trainers give them."""
 
 
 class Sign(NamedTuple):
@@ -50,7 +53,8 @@ SIGNS: dict[str, tuple[Sign, ...]] = {
         Sign(SUPERVISED, "stage", "^(sft|pt)$", without="export_dir|do_predict|infer_backend|tokenized_path"),
         Sign("quantisation", "export_quantization_bit"),
         Sign("merging", "export_dir"),
-        Sign("reward-model", "stage", "^rm$"),
+        Sign("reward-model with a value head", "stage", "^rm$"),
+        Sign("", "pref_loss", "^(orpo|simpo)$"),
         Sign("", "stage", "^(?!sft|pt)"),
         Sign("preprocessing", "tokenized_path", without="output_dir"),
         Sign("generation", "do_predict", without="do_train"),
@@ -66,7 +70,7 @@ SIGNS: dict[str, tuple[Sign, ...]] = {
     "torchtune": (
         Sign("distillation", r"teacher_model\..*"),
         Sign("distillation", r"(kd_)?loss\._component_", "KL"),
-        Sign("grpo", r"(.*\.)?loss\._component_", "GRPO"),
+        Sign("torchtune's grpo", r"(.*\.)?loss\._component_", "GRPO"),
         Sign("ppo", r"loss\._component_", "PPO"),
         Sign("dpo", r"loss\._component_", r"rlhf\.loss"),
         Sign("quantisation-aware training", r"quantizer\._component_", "QAT"),
@@ -100,3 +104,45 @@ def job_of(trainer: str, path: Path, values: Mapping[str, Any]) -> tuple[str, st
             return sign.job or str(value).lower(), key
     named = NAMED.search("/".join(path.absolute().parts[-2:])) if built_on_trl else None
     return (named[1].lower(), "the name of the file") if named else (SUPERVISED, "")
+
+
+LOGPROBS = {
+    "axolotl": ("full", "axolotl at 067b021 pins trl 1.8.0, pyproject.toml"),
+    "LLaMA-Factory": ("full", "LLaMA-Factory, train/trainer_utils.py: get_batch_logps of all logits in 32 bits"),
+    "torchtune": ("full", "torchtune, rlhf/sequence_processing.py: get_batch_log_probs of all logits"),
+    **dict.fromkeys(("TRL", "alignment-handbook", "PEFT"), ("chunked", "TRL 1.16.0; --logprobs full before 1.15")),
+}
+"""How each trainer computes log-probabilities, and where that was read."""
+ALONE = ("eval_batch_size", "packing", "loss")
+"""Options of supervised fine-tuning alone."""
+
+
+def read_job(reading: Reading) -> None:
+    """Reads what a file says about its job: the reference, the log-probabilities, and the lengths of GRPO.
+
+    It comes after all rows, because an option of supervised fine-tuning that they read is left out.
+    """
+    options = reading.options
+    job = options["job"] = ANSWERED[reading.job]
+    if job == "sft":
+        return
+    for option in (option for option in ALONE if options.pop(option, None)):
+        key = reading.keys.pop(option, option)
+        reading.not_modelled.append(f"{key}: {option} is not modelled for {job}, and left out")
+    if not JOBS[job].scored:
+        return
+    reading.assume("logprobs", *LOGPROBS[reading.trainer])
+    second = reading.is_on("ref_model", "ref_model_name_or_path", "rl_adapter_ref_model")
+    if reading.is_on("precompute_ref_log_probs"):
+        options["reference"] = "precomputed"
+    elif second or (job == "grpo" and reading.is_on("beta", "trl.beta", "rl_beta")):
+        options["reference"] = "copy" if second or options["method"] == "full" else "disabled"
+    if job == "grpo":
+        # Without a key, a completion has the default of TRL 1.16.0, trainer/grpo_config.py.
+        completion, prompt = reading.get("max_completion_length", "trl.max_completion_length"), "max_prompt_length"
+        reading.responses = completion if isinstance(completion, int) else 512
+        if isinstance(cut := reading.get(prompt), int):
+            reading.set("seq_len", cut + reading.responses, prompt)
+        elif "sequence_len" not in reading.values:
+            options.pop("seq_len", None)
+            reading.need("seq_len", "GRPO cuts no prompts: the longest prompt and its completion decide the length")

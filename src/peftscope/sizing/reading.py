@@ -51,6 +51,7 @@ class Reading:
         problems: What a person has to fix.
         used: The keys that were read.
         pattern: A pattern of target modules, which the shape of the model turns into their names.
+        responses: The positions of a sequence that carry a loss, if the file says so.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class Reading:
     problems: list[Problem] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     pattern: str = ""
+    responses: int | None = None
 
     def find(self, *keys: str) -> str | None:
         """Returns the first of these keys that has a value, or None, and counts it as understood."""

@@ -300,6 +300,7 @@ _TRL: dict[str, dict[str, Any]] = {
     **_ROWS,
     **_STEPS,
     "loss": {"use_liger_kernel": True},
+    "reference": {"precompute_ref_log_probs": True},
     "checkpointing": {"gradient_checkpointing": True},
     "optimizer": {"optim": "adamw_8bit"},
     "method": {"load_in_4bit": True},

@@ -49,6 +49,8 @@ class TapedModel:
         tape: What runs is written there.
         weights: By name.
         loss: The implementation of the loss of a training step: plain, liger or cut-cross-entropy.
+        beside: What the question says beside the run, the job among it.
+        second: The weights of a second model that is the reference, by name; None if there is none.
     """
 
     def __init__(self, question: Question, sizes: dict[str, int]) -> None:
@@ -56,6 +58,7 @@ class TapedModel:
         assert shape is not None
         self.spec, self.shape, self.method = spec, shape, spec.method
         self.saved, self.padded, self.loss = question.saved, question.padded, question.beside.loss
+        self.beside = question.beside
         self.values: dict[str, Any] = spec.method.model_dump()
         assert self.method.closed_form is not None
         self.form = self.method.closed_form
@@ -87,6 +90,7 @@ class TapedModel:
         self.past: Any = None  # of prefix tuning: its keys and values
         self.cache: list[Shaped] = []  # and what transformers' cache keeps as long as its output lives
         _make_weights(self)
+        self.second = _copies(self) if question.beside.reference == "copy" else None
 
     @property
     def embedding(self) -> Shaped:
@@ -118,7 +122,9 @@ def _make_weights(model: TapedModel) -> None:
             for name, dim in zip(("q_norm", "k_norm"), HEAD_NORM_DIMS[shape.family], strict=True):
                 _weight(model, f"layers.{index}.self_attn.{name}", (dim,), other)
     _weight(model, "norm", ("h",), other)
-    if not shape.tied_embeddings:
+    if model.beside.job == "reward":  # which PEFT trains beside an adapter
+        (_weight if model.full else _adapter)(model, "score", ("h",), model.width)
+    elif not shape.tied_embeddings:
         _weight(model, "lm_head", ("V", "h"), model.embedded)
     _copy(model, "embed_tokens")
     for index in range(shape.num_layers):
@@ -144,6 +150,17 @@ def _weight(model: TapedModel, name: str, dims: Dims, width: float) -> None:
 
 def _adapter(model: TapedModel, name: str, dims: Dims, width: float) -> None:
     model.weights[name] = model.tape.parameter(name, dims, width, "adapters", _last(name), trained=True)
+
+
+def _copies(model: TapedModel) -> dict[str, Shaped]:
+    """Makes the weights of a second model, which stay as they are, and returns them by the names of the first."""
+    copies = {}
+    for name, weight in model.weights.items():
+        block = weight.storage.block
+        if block.kind in ("weights", "quantised weights"):
+            path = f"reference.{block.module}"
+            copies[name] = model.tape.parameter(path, weight.dims, weight.width, block.kind, block.term, trained=False)
+    return copies
 
 
 def _linear_weight(model: TapedModel, path: str, layer: LinearLayer) -> None:

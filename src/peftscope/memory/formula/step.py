@@ -10,6 +10,7 @@ from typing import Any
 
 from peftscope.memory.formula.decoder import keep_positions, run_decoder, run_head
 from peftscope.memory.formula.fused import fused_loss
+from peftscope.memory.formula.jobs import job_loss
 from peftscope.memory.formula.linear import TapedModel
 from peftscope.memory.formula.states import LARGE_STATE, STATE_BLOCK, Tensors, states_of
 from peftscope.memory.formula.terms import GATHERED, OPTIMIZER_COPY, evaluation_sizes, sizes_of
@@ -98,7 +99,8 @@ def _operations(question: Question) -> str:
     batch = {"batch_size", "eval_batch_size", "seq_len", "gradient_accumulation", "method"}
     asked = question.beside
     optimizer = asked.optimizer_states, asked.optimizer_in_bwd, asked.quantize_moe_experts, question.model.stored
-    beside = question.padded, asked.loss, question.saved, optimizer
+    job = asked.job, asked.reference, asked.logprobs
+    beside = question.padded, asked.loss, question.saved, optimizer, job
     return f"{spec.model_dump_json(exclude=batch)} {repeats} {of_method} {of_class} {rescales} {beside}"
 
 
@@ -161,9 +163,11 @@ def _train(model: TapedModel) -> Trace:
     for _ in range(min(spec.gradient_accumulation, 2)):  # any later one is like the second
         tape.trace.begin("forward")
         before, model.cache = model.cache, []  # the last outputs, with their cache, live until there are new ones
-        hidden = run_decoder(model, masked=masked)
-        kept = spec.loss_path == "response_only"
-        if model.loss == "plain":
+        job, kept = model.beside.job, spec.loss_path == "response_only"
+        hidden = run_decoder(model, masked=masked) if job == "sft" else None
+        if hidden is None:
+            loss = job_loss(model, masked=masked)
+        elif model.loss == "plain":
             logits = run_head(model, hidden, kept=kept)
             loss = _regularised(model, _loss(model, logits))
             held = logits if spec.keeps_logits else None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from peftscope.memory.kernels import liger_chunk
+from peftscope.memory.kernels import LOGPROB_COLUMNS, LOGPROB_ROWS, liger_chunk
 from peftscope.memory.question import Question
 from peftscope.models.shapes import Experts
 
 DIMENSIONS = {
-    "B": "batch size",
+    "B": "rows of a batch",
     "S": "positions of a sequence, virtual tokens included",
     "P": "positions that attention looks at, a prefix included",
     "T": "tokens of a batch, B·S",
@@ -16,6 +16,9 @@ DIMENSIONS = {
     "E": "positions of the evaluation whose logits are on the card",
     "F": "the same before its last batch",
     "c": "positions whose logits are computed at a time",
+    "s": "positions of a row whose logits are computed",
+    "n": "positions of a tile of logits",
+    "w": "tokens of the vocabulary in a tile of logits",
     "L": "layers",
     "h": "hidden size",
     "q": "width of all queries",
@@ -58,6 +61,11 @@ SOURCES = {
     "log-sum-exp of the logits": "formula only: cut-cross-entropy 25.1.1, LinearCrossEntropyFunction",
     GATHERED: "formula only: transformers 5.24 EvalLoopContainer.add, from Trainer.evaluation_loop",
     "log-softmax of the logits": "torch cross_entropy keeps it for its gradient",
+    "tile of logits": "TRL 1.16.0, kernels/chunked_logprob.py, which reuses it for the gradients",
+    "gradients in 32 bits": "TRL 1.16.0, kernels/chunked_logprob.py: sums over the tiles",
+    "gradients of the logits, row by row": "TRL 0.24.0, selective_log_softmax: a gradient for each row",
+    "gradients of the logits": "torch stacks those of all rows",
+    "logits of the chosen answers": "TRL 0.24.0, orpo_trainer.py: a copy for the cross-entropy",
     "32-bit copy of a norm's input": "transformers RMSNorm.forward: .to(torch.float32)",
     "normalised input": "transformers RMSNorm.forward",
     "copy of the input of each adapted layer in the adapter's precision": "peft BaseTunerLayer._cast_input_dtype",
@@ -102,11 +110,12 @@ def sizes_of(question: Question, batch_size: int | None = None) -> dict[str, int
     """Returns the value of every named dimension, for sequences of ``spec.seq_len`` tokens."""
     spec, shape = question.spec, question.model.shape
     assert shape is not None
-    batch = spec.batch_size if batch_size is None else batch_size
+    batch = question.rows if batch_size is None else batch_size
     virtual = getattr(spec.method, "virtual_tokens", 0)
     prefix = virtual - spec.method.logit_offset()
     length = spec.seq_len + virtual - prefix
-    kept = batch * (question.responses if spec.loss_path == "response_only" else length)
+    of_row = question.responses if question.scores_responses else length
+    kept = batch * of_row
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     return {
         "1": 1,
@@ -118,6 +127,9 @@ def sizes_of(question: Question, batch_size: int | None = None) -> dict[str, int
         "U": batch * spec.seq_len,
         "N": kept,
         "c": liger_chunk(kept, shape.vocab_size, shape.hidden_size),
+        "s": of_row,
+        "n": min(kept, LOGPROB_ROWS),
+        "w": LOGPROB_COLUMNS,
         "L": shape.num_layers,
         "h": shape.hidden_size,
         "q": queries,

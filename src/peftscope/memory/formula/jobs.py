@@ -1,0 +1,91 @@
+"""The step of DPO and its kin, of reward models and of GRPO, as TRL's trainers do it, on a tape. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftscope.memory.beside import passes_of
+from peftscope.memory.formula.decoder import keep_positions, run_decoder, run_head
+from peftscope.memory.formula.linear import TapedModel
+from peftscope.memory.tape import Backward, Gradients, Shaped
+
+
+def job_loss(model: TapedModel, *, masked: bool) -> Shaped:
+    """Stands for ``compute_loss`` of a trainer of TRL: its passes, of which one has gradients."""
+    tape, own, scores = model.tape, (model.targets, model.weights), dict[str, Shaped]()
+    for kind in passes_of(model.beside):
+        tape.training = kind == "loss"
+        model.targets, model.weights = ([], model.second or own[1]) if kind == "reference" else own
+        scores[kind] = _score(model, masked=masked)
+    tape.training, (model.targets, model.weights) = True, own
+    return tape.op([scores["loss"]], (), 4)
+
+
+def _score(model: TapedModel, *, masked: bool) -> Shaped:
+    """Stands for a pass: log-probabilities of the answers, or rewards."""
+    tape, beside = model.tape, model.beside
+    hidden = run_decoder(model, masked=masked)
+    tape.casts.clear()
+    if beside.job == "reward":
+        tape.module = "score"
+        return tape.matmul(hidden, model.weights["score"], ("T",), "rewards")
+    if beside.logprobs == "chunked":
+        return _chunked(model, keep_positions(model, hidden))
+    logits = run_head(model, hidden, kept=beside.job == "grpo")
+    del hidden
+    tape.module = "loss"
+    logits = tape.cast(logits, 4, "logits in 32 bits") if tape.autocast else logits
+    if beside.job != "orpo":
+        return _from_logits(model, logits)
+    return tape.op([_chosen_loss(model, logits), _from_logits(model, logits)], (), 4)
+
+
+def _chosen_loss(model: TapedModel, logits: Shaped) -> Shaped:
+    """Stands for ORPO's cross-entropy of the chosen answers, on a copy of the first half of the logits."""
+    tape, dims, width = model.tape, logits.dims, logits.width
+
+    def gradient(size: float) -> Backward:
+        return lambda *_: [tape.new(dims, size)]
+
+    chosen = tape.op([logits], dims, width / 2, gradient(width), term="logits of the chosen answers")
+    logs = tape.with_saved_output([chosen], dims, width / 2, "log-softmax of the logits")
+    return tape.op([logs], (), 4, gradient(width / 2), (logs,))
+
+
+def _from_logits(model: TapedModel, logits: Shaped) -> Shaped:
+    """Stands for ``selective_log_softmax``, which takes a row at a time; in 16 bits it keeps the softmax of each."""
+    tape, width = model.tape, logits.width
+    rows = "N" if tape.training else "s"  # without a gradient, each row goes at once
+    kept = [logits if width == 4 else tape.new((rows, "V"), width, term="log-softmax of the logits")]
+
+    def backward(*_: Any) -> Gradients:
+        tape.last_of(3 if width == 4 else 2, ("s", "V"), width)  # of the first row
+        if width != 4:
+            kept.clear()  # each row goes with its gradient
+        _apart = tape.new(("N", "V"), width, term="gradients of the logits, row by row")
+        return [tape.new(("N", "V"), width, term="gradients of the logits")]
+
+    return tape.op([logits], ("N",), 4, backward, kept)
+
+
+def _chunked(model: TapedModel, x: Shaped) -> Shaped:
+    """Stands for ``ChunkedLogProbFunction``: tiles of logits, and gradients that are summed in 32 bits."""
+    tape, head = model.tape, model.head
+    tape.module = "loss"
+    width = 2 if tape.autocast else x.width
+    columns = min("wV", key=lambda name: model.sizes[name])
+
+    def tile() -> list[Shaped]:
+        factors = [(("n", "h"), x), ((columns, "h"), head)]
+        copies = [tape.new(dims, width) for dims, factor in factors if factor.width != width]
+        return [tape.new(("n", "w"), width, term="tile of logits"), *copies]
+
+    def backward(*_: Any) -> Gradients:
+        needed = [t if t.node is not None else None for t in (x, head)]
+        wide = [t and tape.new(t.dims, 4, term="gradients in 32 bits") for t in needed]
+        _held = tile()
+        return [t and (w if t.width == 4 else tape.new(t.dims, t.width)) for t, w in zip(needed, wide, strict=True)]
+
+    statistics = [tape.new(("N",), 4) for _ in range(7)]
+    tile().clear()
+    return tape.op([x, head], ("N",), 4, backward, (x, *statistics[:2]))
