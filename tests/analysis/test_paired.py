@@ -258,12 +258,6 @@ class TestSources:
         systems = by_system(read_scores(str(tmp_path / "x.csv")))
         assert {name: len(runs) for name, runs in systems.items()} == {"None": 2, "NA": 1, "007": 1}
 
-    def test_published_runs_none_of_which_was_scored(self, tmp_path: Path) -> None:
-        pd.DataFrame({"run_id": ["a"], "record": ["{}"]}).to_parquet(tmp_path / "records.parquet")
-        pd.DataFrame(columns=["run_id", "item"], dtype=str).to_parquet(tmp_path / "items.parquet")
-        with pytest.raises(InputError, match="no run in it was scored"):
-            read_scores(str(tmp_path))
-
     def test_an_empty_source_is_not_this_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "x.csv").write_text("seed,score\n0,1\n")
         monkeypatch.chdir(tmp_path)

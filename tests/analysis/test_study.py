@@ -12,7 +12,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import yaml
@@ -20,7 +19,7 @@ from scipy import stats
 
 from peftscope.analysis.collect import collect_experiment
 from peftscope.analysis.study import HELDOUT, StudyResults
-from peftscope.analysis.tuning import choose_next, choose_rates
+from peftscope.analysis.tuning import choose_rates
 from peftscope.claims.checks import training
 from peftscope.claims.evaluate import evaluate_part
 from peftscope.claims.ledger import Part
@@ -38,7 +37,7 @@ from peftscope.report.overfitting import mean_losses, overfitting_sentence, writ
 from peftscope.report.parts import PARTS
 from peftscope.report.publish import publish, restore
 from peftscope.report.shares import share_table, shares_sentence, write_shares
-from peftscope.report.study import cut_at, study_facts, write_study
+from peftscope.report.study import study_facts, write_study
 
 STUDY: dict[str, Any] = yaml.safe_load("""
 fixed: {model: toy, task: two-digit-sums, steps: 3, batch_size: 4, validation_items: 8, heldout_items: 8,
@@ -350,25 +349,6 @@ def test_one_rate_follows_beyond_an_end_at_most_twice_and_the_end_is_told(write_
     assert settings is not None and study_facts(study, settings)["at_an_end"] == "LoRA"
 
 
-def test_without_snakemake_each_choice_follows_from_the_runs_of_the_one_before(write_study_file) -> None:
-    write_study_file(**TUNED, controls={})
-    record_tuning()
-    record(members("runs")[0], heldout=BASE_LOSS)
-    assert choose_next(expand("mine")).name == "rates-0.json"
-    for arm, gains in GAINS.items():
-        for run in members(f"rates-{arm}"):
-            spec = mine().runs[run]
-            best = {"full": 1e-4, "lora": 1.7e-3, "thin": 1e-3}[arm]
-            record(run, heldout=BASE_LOSS - gains[spec.seed] + 0.1 * (spec.learning_rate != best))
-    assert choose_next(expand("mine")).name == "rates-1.json"
-    assert len(members("rates-lora")) == 24
-    for run in members("rates-lora")[18:]:
-        record(run, heldout=2.0)
-    assert choose_next(expand("mine")).name == "tuned.json"
-    assert choose_next(expand("mine")).name == "tuned.json"  # and again the same, once they all are there
-    assert {expand("mine").runs[run].learning_rate for run in members("arm-lora")} == {1.7e-3}
-
-
 def test_one_lucky_and_one_unlucky_seed_decide_nothing(write_study_file) -> None:
     """At the higher rate one seed is far ahead and the others are behind; at the centre one ended on the steep rise."""
     write_study_file(**TUNED)
@@ -588,16 +568,6 @@ def test_controls_say_what_the_comparison_makes_of_no_difference(finished: Study
     assert found["difference"]["a-a"] == pytest.approx((sum(AGAIN) - sum(GAINS["lora"])) / 6)
 
 
-def test_a_control_without_any_spread_is_no_difference(tuned: None) -> None:
-    record_comparison()
-    own = members("arm-lora")
-    again = [run for run in members("control-a-a-lora") if run not in own]
-    for run, gain in zip(again, GAINS["lora"], strict=True):
-        record(run, heldout=BASE_LOSS - gain)
-    row = controls(collected()).set_index("control").loc["a-a"]
-    assert (row["difference"], row["difference_low"], row["difference_high"]) == (0, 0, 0)
-
-
 def test_the_section_of_the_report_has_its_tables_and_figures(at_three_rates: StudyResults) -> None:
     write_study("mine")
     folder = Path("results/mine")
@@ -614,18 +584,6 @@ def test_the_section_of_the_report_has_its_tables_and_figures(at_three_rates: St
     assert len(pd.read_csv(folder / "tables" / "tuning.csv")) == 9
     shown = (folder / "tables" / "tuning.html").read_text()
     assert "0.001, the best" in shown and "0.0017" in shown
-
-
-def test_an_arm_far_away_leaves_room_for_the_others() -> None:
-    """One arm at 900 % would press the margin of 5 % into a line."""
-    axes = plt.figure().add_subplot()
-    cut_at(axes, [pd.Series([1.0, 3.0]), pd.Series([880.0, 920.0]), pd.Series([-4.0, 0.0])])
-    assert axes.get_xlim() == (-20, 20)
-    assert [text.get_text() for text in axes.texts] == ["+900 →"]
-    axes = plt.figure().add_subplot()
-    cut_at(axes, [pd.Series([1.0, 3.0]), pd.Series([8.0, 9.0])])
-    assert not axes.texts
-    plt.close("all")
 
 
 def test_each_rank_keeps_a_share_of_what_full_fine_tuning_gains(finished: StudyResults) -> None:
@@ -651,13 +609,6 @@ def test_arms_are_called_by_their_method_and_what_sets_them_apart(finished: Stud
     Path("experiments/mine.yaml").write_text(text)
     labels = StudyResults("mine").labels
     assert (labels["r8"], labels["lora-thin"]) == ("LoRA, r8", "LoRA, thin")
-
-
-def test_a_study_of_other_arms_has_no_shares_to_draw(finished: StudyResults) -> None:
-    path = Path("experiments/mine.yaml")
-    path.write_text(path.read_text().replace("rank: 2", "dropout: 0.5"))
-    with pytest.raises(InputError, match="no two tuned arms differ in nothing but their rank"):
-        write_shares("mine")
 
 
 def test_a_study_of_few_examples_shows_what_is_trained_and_what_is_not(finished: StudyResults) -> None:

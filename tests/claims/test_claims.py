@@ -13,7 +13,6 @@ import yaml
 from conftest import REPOSITORY, Command
 from ledger_parts import PUBLISHED_CLAIMS, changed_part, claims, published_findings
 
-from peftscope.claims.checks.quantised_models import WINDOWS
 from peftscope.claims.evaluate import Finding, PartFinding, check_key, evaluate, evaluate_part, moved
 from peftscope.claims.ledger import Change, Claim, Part, read_history, read_ledger
 from peftscope.claims.measurement import Measurement, NotRunError
@@ -21,8 +20,6 @@ from peftscope.claims.stored import read_findings, unexplained_changes
 from peftscope.claims.verdict import READINGS, Reading, Rule, Verdict, judge
 from peftscope.cli.claims import _measure
 from peftscope.errors import InputError
-from peftscope.files.content import read_yaml
-from peftscope.layout import CLAIMS_FILE, shipped
 from peftscope.report.claims import write_claims_page
 from peftscope.report.findings import write_findings
 from peftscope.report.publish import publish
@@ -110,14 +107,6 @@ def test_a_wrong_entry_is_refused_with_its_place(change: dict[str, Any], said: s
     assert said in str(caught.value)
 
 
-def test_a_misspelled_field_is_one_problem(tmp_path: Path) -> None:
-    part = {("measure" if name == "measures" else name): value for name, value in ENTRY["parts"][0].items()}
-    with pytest.raises(InputError) as caught:
-        ledger_of(tmp_path, ENTRY | {"parts": [part]})
-    (problem,) = caught.value.problems
-    assert problem.where.endswith("parts[0].measure") and problem.remedy == "did you mean `measures`?"
-
-
 def test_every_claim_of_the_chapter_and_the_papers_is_measured_or_says_why_not() -> None:
     ledger = read_ledger()
     assert [claim.id for claim in ledger] == [f"S{n}" for n in range(1, 103)] + [f"P{n}" for n in range(1, 68)]
@@ -143,17 +132,6 @@ def test_a_part_takes_from_its_check_and_its_claim_what_it_does_not_say(tmp_path
     ]
     with pytest.raises(InputError, match=r"checks\.count: no part has such a check -> did you mean `counts`"):
         ledger_of(tmp_path, ENTRY, count={"unit": "×"})
-
-
-def test_the_ledger_says_each_thing_once() -> None:
-    """No part repeats what its check says for all parts, and no rule of a claim stands in its parts again."""
-    content = read_yaml(shipped(CLAIMS_FILE))
-    for name, claim in ((name, claim) for section in content["claims"].values() for name, claim in section.items()):
-        for part in claim["parts"]:
-            check = next((key for key in part if "." in key), "")
-            given = content["checks"].get(check.partition(".")[0], {}) | content["checks"].get(check, {})
-            given |= {"rule": claim.get("rule", "none")}
-            assert not [field for field in given if part.get(field) == given[field]], (name, part["measures"])
 
 
 def test_printed_figures_are_read_by_one_table() -> None:
@@ -350,14 +328,6 @@ def test_a_topic_lists_claims_that_stand_below_another_heading(tmp_path: Path) -
         read_ledger(path)
 
 
-def test_the_page_of_claims_begins_with_one_sentence_a_claim() -> None:
-    page = (REPOSITORY / "reports/published/claims.md").read_text()
-    assert len(page.encode()) <= 90_000
-    assert page.count("<summary>") == len(claims())
-    answers = [answer for claim in claims().values() for one in claim.parts for answer in one.answers.values()]
-    assert not [answer for answer in answers if re.search(r"\bless (that|than that of)\b|'s loss less ", answer)]
-
-
 def test_shares_are_told_in_percent_in_value_rule_and_reason() -> None:
     asked = part(kind="sampling", unit="as a share of settings", rule={"at_least": 0.5})
     assert asked.rule is not None
@@ -519,13 +489,6 @@ def test_values_that_a_check_cannot_take_cost_nothing_but_its_verdict(claim: str
 
 def test_no_check_stopped_when_the_published_verdicts_were_made() -> None:
     assert " stopped with " not in PUBLISHED_CLAIMS.read_text()
-
-
-def test_published_measurements_on_text_are_of_as_many_windows_as_today() -> None:
-    """A measurement is published on until it is made again, also where its check has changed since."""
-    parts = [part for claim in published_findings() for part in claim["parts"]]
-    on_text = [part for part in parts if re.match(r"quantised_models\.(loss|shift)_", part["check"])]
-    assert on_text and {part["n"] for part in on_text} == {WINDOWS}
 
 
 @pytest.mark.parametrize(

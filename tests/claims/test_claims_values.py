@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from ledger_parts import claims
 
 from peftscope.claims.checks import (
     adapters,
     combining,
     counts,
-    four_bit,
     initialisation,
     memory,
     scaling,
@@ -89,7 +87,6 @@ def test_operations_of_lora_exceed_full_fine_tuning_where_the_rank_is_high(
 
 
 LORA = {"method": "lora", "targets": "attention"}
-QLORA = {"method": "qlora", "targets": "attention"}
 
 
 def test_base_is_two_bytes_a_weight_and_adapters_are_in_32_bits_unless_asked() -> None:
@@ -99,17 +96,6 @@ def test_base_is_two_bytes_a_weight_and_adapters_are_in_32_bits_unless_asked() -
     assert adapters.value == pytest.approx(4 * 8_388_608 / 1e9, rel=1e-4)
     narrow = memory.at_peak(kinds=["adapters"], run=LORA | {"adapter_dtype": "base"}, how="formula")
     assert narrow.value == pytest.approx(2 * 8_388_608 / 1e9, rel=1e-4)
-
-
-def test_kbit_preparation_doubles_what_is_not_quantised() -> None:
-    kinds = ["weights", "quantised weights"]
-    plain, prepared = (
-        float(memory.at_peak(kinds=kinds, run=QLORA | {"kbit_preparation": value}, how="formula").value)
-        for value in (False, True)
-    )
-    others = 6_738_415_616 - 6_476_005_376
-    assert plain == pytest.approx((6_476_005_376 * (4 + 8 / 64 + 32 / 64 / 256) / 8 + 2 * others) / 1e9, rel=1e-3)
-    assert prepared - plain == pytest.approx(2 * others / 1e9, rel=1e-3)
 
 
 def test_what_is_left_counts_the_reserve_and_the_cuda_context_in_binary_units() -> None:
@@ -128,17 +114,6 @@ def test_fewer_cards_hold_a_regime_that_takes_less() -> None:
     assert int(found.evidence["cards, amp"]) >= 2
     tight = memory.fewest_cards(gpu="a100-80gb", regimes=regimes, run=run, headroom=0.7)
     assert int(tight.value) > int(found.value)
-
-
-@pytest.mark.slow
-def test_ratio_is_simulated_where_the_closed_form_has_its_smallest() -> None:
-    options: dict[str, Any] = {"checkpointing": True, "seq_len": 256}
-    found = memory.smallest_peak_ratio(
-        run={"method": "full", **options}, against={**LORA, **options}, batch_sizes=(1, 4), model="smollm2-135m"
-    )
-    curve = found.curves["ratio"]
-    assert found.evidence["at batch size"] == min(curve, key=lambda size: curve[size])
-    assert found.value == pytest.approx(min(curve.values()), rel=0.02)
 
 
 # Adapters, ranks and settings.
@@ -185,37 +160,7 @@ def test_settings_are_counted() -> None:
     assert (beyond.value, beyond.evidence["qk (a paper, table 1)"]) == (1, "q, k")
 
 
-@pytest.mark.parametrize("claim", ["S26", "S30", "S45"])
-def test_a_listed_setting_without_its_place_is_refused(claim: str) -> None:
-    from pydantic import ValidationError
-
-    for part in claims()[claim].parts:
-        for name, model in (("settings", scaling.Setting), ("placements", scaling.Placement)):
-            for entry in part.with_.get(name, []):
-                model.model_validate(entry)
-                with pytest.raises(ValidationError):
-                    model.model_validate({key: value for key, value in entry.items() if key != "source"})
-
-
 # Layers of 4 bits, and starts that make up for them.
-
-
-@pytest.mark.parametrize(("double_quant", "by_formula"), [(False, 4 + 32 / 64), (True, 4 + 8 / 64 + 32 / (64 * 256))])
-def test_stored_bits_are_the_formula_s(double_quant: bool, by_formula: float) -> None:
-    measured = four_bit.bits_per_weight(double_quant, rows=2048, columns=2048)
-    assert measured.value == pytest.approx(by_formula, rel=0.005)
-    assert measured.value >= by_formula
-    assert measured.value == pytest.approx(sum(measured.evidence.values()))
-
-
-def test_every_option_of_a_layer_is_set() -> None:
-    """bitsandbytes' own defaults are FP4 and whatever type the input has."""
-    layer = four_bit._layer(64, 128, double_quant=False)
-    assert layer.weight.quant_state.quant_type == "nf4"
-    assert layer.weight.quant_state.shape == (128, 64)
-    assert not layer.weight.quant_state.nested
-    assert layer.compute_dtype == torch.bfloat16
-    assert layer.support_avx512bf16_for_cpu is False
 
 
 @pytest.fixture

@@ -135,30 +135,6 @@ def test_peaks_of_a_card_are_those_since_the_reset(nvml: None, monkeypatch: pyte
     assert peaks == {"peak_device_bytes": 7 * MIB, "peak_tensor_bytes": 100, "peak_reserved_bytes": 128}
 
 
-def test_a_cards_clock_is_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            order.append("record")
-
-        def synchronize(self) -> None:
-            order.append("wait")
-
-        def elapsed_time(self, end: Any) -> float:
-            return 250.0  # milliseconds
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("idle"))
-    stop = CudaMeter().clock()
-    assert order == ["idle", "record"]
-    assert stop() == 0.25
-    assert order == ["idle", "record", "record", "wait"]
-
-
 def test_the_hosts_peak_starts_anew() -> None:
     meter = HostMeter()
     block = torch.ones(64 * MIB, dtype=torch.uint8)

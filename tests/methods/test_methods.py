@@ -29,7 +29,7 @@ from peftscope.training.build import build_model
 from peftscope.training.load import attention, load_base, load_tokenizer
 from peftscope.training.step import TrainedModel, forward_loss, make_optimizer, train_step
 
-TUNERS = ["vera", "loha", "lokr", "oft", "fourierft", "hra", "randlora", "miss", "ln_tuning"]
+TUNERS = ["vera", "oft", "ln_tuning"]
 OWN = [name for name, cls in METHODS.items() if cls.trains and name != "peft"]
 TRAINED = [*OWN, *(fast_if(tuner == "vera", f"peft {tuner}") for tuner in TUNERS)]
 ADAPTERS = [name for name in TRAINED if name not in OWN or not METHODS[name].trains_base]

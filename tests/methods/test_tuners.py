@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,17 +125,6 @@ def test_trained_tokens_can_answer(toy: Path) -> None:
     model = build_model(load_base(spec), spec).model
     assert wrap(model, load_tokenizer(spec), spec).model is model
     assert "tie_weights" not in vars(model)
-
-
-def test_a_check_finds_what_it_is_for(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a dropout the draw decides, and the limit names the line of the library."""
-    plain: Callable[..., RunSpec] = tuners.spec_of
-    dropout = {"loha": {"options": {"module_dropout": 0.5}}}
-    monkeypatch.setattr(tuners, "spec_of", lambda tuner, **v: plain(tuner, **v, **dropout.get(tuner, {})))
-    with pytest.raises(Exception) as stopped:
-        tuners.check_simulation("loha")
-    assert "peft/tuners/loha/layer.py" in tuners.reason_of(stopped.value)
-    assert "torch.rand(1) > module_dropout" in tuners.reason_of(stopped.value)
 
 
 def test_an_option_of_another_class_takes_null_alone() -> None:

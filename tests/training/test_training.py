@@ -15,13 +15,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import python, run_here, wait_for
+from conftest import fast_if, python, run_here, wait_for
 
 from peftscope.data.tasks import draw_items, make_task, read_split
 from peftscope.errors import InputError
 from peftscope.execution.merge import find_run, merge_run
 from peftscope.layout import PREDICTIONS_FOLDER
-from peftscope.memory.tracker import MemoryTracker, tensors_of
+from peftscope.memory.tracker import MemoryTracker
 from peftscope.models.fetch import fetch_model
 from peftscope.planning.experiment import read_experiment
 from peftscope.planning.published import RETENTION, loss_rows
@@ -111,12 +111,11 @@ def test_a_task_that_is_judged_on_trained_items_says_which(toy: Path, make_spec,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_two_runs_of_one_spec_are_identical(method: str, unpredicted: Path, make_spec, tmp_path: Path) -> None:
+def test_two_runs_of_one_spec_are_identical(unpredicted: Path, make_spec, tmp_path: Path) -> None:
     outcomes = []
     for hash_seed in ("1", "2"):
         folder = tmp_path / hash_seed
-        done = run_command(make_spec(method=method), folder, hash_seed)
+        done = run_command(make_spec(method="qlora"), folder, hash_seed)
         assert done.returncode == 0, done.stderr
         record = read_record(folder / "record.json")
         files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((folder / "adapter").iterdir())}
@@ -169,14 +168,6 @@ def test_what_cannot_be_simulated_is_trained_all_the_same(unpredicted, make_spec
     assert record.status == "ok"
     assert record.memory.predicted.train_peak_tensor_bytes is None
     assert record.unavailable["memory.predicted.train_peak_tensor_bytes"] == "the simulation failed, see train.log"
-
-
-def test_prediction_and_probe_take_as_many_steps(toy: Path, make_spec, tmp_path: Path) -> None:
-    """A single one is before the optimizer has states; the usual number is in the record above."""
-    memory = run_here(make_spec(method="lora", **QUICKLY | {"probe_steps": 1}), tmp_path).memory
-    for part in ("forward", "backward", "optimizer"):
-        name = f"{part}_peak_tensor_bytes"
-        assert getattr(memory.predicted, name) == getattr(memory, name)
 
 
 @pytest.mark.slow
@@ -250,20 +241,18 @@ def test_every_method_of_a_seed_sees_the_same_batches(toy: Path, make_spec, tmp_
     def digest(method: str, seed: int) -> str | None:
         return run_here(make_spec(method=method, seed=seed, **QUICKLY), tmp_path).train_batches_sha256
 
-    (same,) = {digest(method, seed=0) for method in ("full", "lora", "qlora", "prompt-tuning")}
-    assert same != digest("lora", seed=1)
+    (same,) = {digest(method, seed=0) for method in ("full", "prompt-tuning")}
+    assert same != digest("full", seed=1)
 
 
-@pytest.mark.parametrize(
-    "method", ["qlora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "adalora", "pissa", "ia3"))]
-)
+@pytest.mark.parametrize("method", ["qlora", fast_if(False, "pissa")])
 def test_a_merged_model_computes_what_the_adapter_computes(method: str, toy: Path, make_spec, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     from peftscope.execution.merge import base_of_adapter
 
-    precision = "bf16" if method in ("qlora", "loftq") else "fp32"
+    precision = "bf16" if method == "qlora" else "fp32"
     spec = make_spec(method=method, precision=precision, learning_rate=1e-2, generation_items=0, probe_steps=0)
     folder = Path("results/runs") / run_id(spec)
     run_here(spec, folder)
@@ -298,16 +287,6 @@ class TestMemoryTracker:
             del two
         assert tracker.live_bytes == 0
         assert tracker.peak_bytes == 8192
-
-    def test_a_linear_layers_peak_is_what_arithmetic_says(self) -> None:
-        layer = torch.nn.Linear(256, 256, bias=False)
-        inputs = torch.randn(64, 256)
-        tracker = MemoryTracker([*tensors_of(layer), inputs])
-        with tracker:
-            layer(inputs).sum().backward()
-        weight, activation = 256 * 256 * 4, 64 * 256 * 4
-        # weight and its gradient, inputs, outputs (until the sum is taken), and scalars of 512 bytes
-        assert 2 * weight + activation <= tracker.peak_bytes <= 2 * weight + 2 * activation + 8 * 512
 
 
 def test_wrong_schema_versions_are_refused(tmp_path: Path) -> None:
