@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import inspect
 import os
 import shutil
@@ -19,12 +20,18 @@ import pytest
 
 os.environ["PEFTSCOPE_DEVICE"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.fsync = lambda _: None  # no test cuts the power, and tests write thousands of records
 sys.modules["kernels"] = None  # as in every command: tests call what is below them
 
 REPOSITORY = Path(__file__).parent.parent
 Command = Callable[..., tuple[int, str, str]]
 COMPILING_SECONDS = 0.006
 """Processor seconds that compiling ``argparse`` takes on the machines on which bounds of seconds were set."""
+
+
+def pytest_collection_finish() -> None:
+    """Leaves the libraries' objects, which are never garbage, out of every later collection."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -190,6 +197,18 @@ def write_experiment(workspace: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         return path
 
     return write
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder as the current one."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The repository as the current folder."""
+    monkeypatch.chdir(REPOSITORY)
 
 
 @pytest.fixture

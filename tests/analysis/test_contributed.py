@@ -292,6 +292,5 @@ def test_without_a_run_on_a_card_it_says_what_to_do(card: Any, peftscope: Comman
     assert code == 2 and "make gpu-check" in errors and "Traceback" not in errors
 
 
-def test_every_contributed_file_passes_the_checks(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(repository)
+def test_every_contributed_file_passes_the_checks(in_repository: None) -> None:
     read_contributions()

@@ -122,8 +122,7 @@ class TestStatistics:
 
 
 class TestSources:
-    def test_an_arm_of_a_study_is_compared_as_the_study_does_it(self, repository, monkeypatch) -> None:
-        monkeypatch.chdir(repository)
+    def test_an_arm_of_a_study_is_compared_as_the_study_does_it(self, in_repository: None) -> None:
         pairing = pair(read_scores("variants-60:dora"), read_scores("variants-60:lora"))
         study = StudyResults("variants-60").difference("dora", "lora")
         found = pairing.difference(math.nan)
@@ -266,8 +265,7 @@ class TestSources:
             read_scores("")
 
     @pytest.mark.parametrize("source", ["nothing", "a:b", "/*none*", "x" * 5000, "\x00", ",", "variants-60:nobody"])
-    def test_a_source_that_is_not_there(self, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
+    def test_a_source_that_is_not_there(self, source: str, in_tmp: None) -> None:
         with pytest.raises(InputError):
             read_scores(source)
 
@@ -328,6 +326,7 @@ class TestRefusals:
             pair(csv("c", seed=[1], score=[1]) * 2, csv("d", seed=[1], score=[1]))
 
 
+@pytest.mark.usefixtures("in_tmp")
 class TestRanking:
     def systems(self, spread: float, seeds: int, levels: list[float]) -> dict[str, Any]:
         random, rows = RANDOM(2), []
@@ -335,10 +334,6 @@ class TestRanking:
             rows += [(f"s{number}", seed, level + random.normal(0, spread)) for seed in range(seeds)]
         Path("all.csv").write_text(pd.DataFrame(rows, columns=["name", "seed", "score"]).to_csv(index=False))
         return by_system(read_scores("all.csv"))
-
-    @pytest.fixture(autouse=True)
-    def in_a_folder_of_its_own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
 
     def test_groups_and_places(self) -> None:
         found = rank(self.systems(0.01, 8, [5.0, 5.001, 7.0, 9.0, 9.001]))

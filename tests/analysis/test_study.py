@@ -509,8 +509,7 @@ def test_an_arm_may_have_a_given_rate_or_that_of_another(write_study_file) -> No
         study.tuning_runs("paper")
 
 
-def test_power_is_that_of_the_pilots_pairs(repository: Path, monkeypatch: Any) -> None:
-    monkeypatch.chdir(repository)
+def test_power_is_that_of_the_pilots_pairs(in_repository: None) -> None:
     said = list(describe(expand("targets", assume_rates=True)))[-1]
     assert said.startswith("Power: 8 A/A pairs of `variants` spread by")
 

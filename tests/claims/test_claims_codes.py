@@ -79,8 +79,7 @@ def test_shares_and_ratios_of_the_toy_model(toy: Path) -> None:
     )
 
 
-def test_weights_that_were_not_fetched_are_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_weights_that_were_not_fetched_are_no_verdict(in_tmp: None) -> None:
     with pytest.raises(NotRunError, match="peftscope fetch minilm"):
         codes.share_with_lower_error("minilm", 64, "nf4", ["int4"])
     with pytest.raises(NotRunError, match="peftscope fetch minilm"):

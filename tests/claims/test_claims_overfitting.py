@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,6 +14,7 @@ from peftscope.claims.verdict import Verdict
 from peftscope.layout import results_folder
 from peftscope.planning.published import VALIDATION
 
+pytestmark = pytest.mark.usefixtures("own_folder")
 STEPS = 40
 SEEDS = range(6)
 GAIN = 1.0
@@ -56,11 +56,6 @@ def write(**worlds: dict[str, Any]) -> None:
     names = {"status": "ok", "label": "LoRA", "model": "toy", "task": "sums", "learning_rate": 1e-3}
     write_results("small-data", rows, tuned, **sizes, **names)
     pd.DataFrame(losses).to_csv(results_folder("small-data") / "losses.csv", index=False)
-
-
-@pytest.fixture(autouse=True)
-def workspace_of_its_own(own_folder: Path) -> None:
-    pass
 
 
 def test_a_rise_of_the_validation_loss_is_overfitting_where_the_training_loss_falls() -> None:

@@ -70,11 +70,8 @@ def test_sharpness_is_the_hessians_largest_eigenvalue(toy: Path, monkeypatch: py
     assert found.verdict != swapped.verdict
 
 
-def test_rates_that_fall_with_the_sharpness_support_p56_and_others_do_not(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rates_that_fall_with_the_sharpness_support_p56_and_others_do_not(monkeypatch, in_repository) -> None:
     """The published best rates stand against sharpness that is made to follow them, or to oppose them."""
-    monkeypatch.chdir(repository)
 
     def found(sharpness: Callable[[str], float]) -> PartFinding:
         monkeypatch.setattr(curvature, "_sharpness", lambda spec, *_: [sharpness(spec.method.name)])

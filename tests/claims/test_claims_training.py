@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +20,7 @@ from peftscope.claims.verdict import Rule, Verdict, judge
 from peftscope.layout import results_folder
 from peftscope.planning.published import ITEMS
 
+pytestmark = pytest.mark.usefixtures("in_tmp")
 COARSE = [10 ** (-k / 2) for k in range(4, 11)]
 
 
@@ -48,11 +48,6 @@ def write_study(
         best_rate = min(tried, key=lambda each: each["validation_nll"])["learning_rate"]
         arms[arm] = {"learning_rate": best_rate, "tried": tried}
     write_results("synthetic", rows, arms, model="toy", task="sums")
-
-
-@pytest.fixture(autouse=True)
-def workspace_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def ratio() -> training.Measurement:

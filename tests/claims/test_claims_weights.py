@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,12 @@ from peftscope.record import measured_path
 from peftscope.report.forgetting import forgetting_sentence
 from peftscope.report.weights import cuts_table, updates_sentence, updates_table, write_updates
 
+pytestmark = pytest.mark.usefixtures("in_tmp")
 SEEDS = range(8, 13)
 LAYERS = range(6)
 MODULES = ("q_proj", "down_proj")
 
 Change = Callable[[pd.DataFrame], Any]
-
-
-@pytest.fixture(autouse=True)
-def workspace_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def judged(claim: str) -> Finding:

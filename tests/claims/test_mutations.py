@@ -277,10 +277,9 @@ def test_a_changed_world_flips_the_verdict_on_weights(
     ],
 )
 def test_other_published_runs_flip_the_verdict(
-    claim: str, check: str, changed: dict[str, Any], repository: Path, monkeypatch: Any
+    claim: str, check: str, changed: dict[str, Any], monkeypatch: Any, in_repository: None
 ) -> None:
     """Runs whose order is known stand in for those of the claim, full fine-tuning or a subspace of few dimensions."""
-    monkeypatch.chdir(repository)
     flips(part_with(claim, check), numbers.nothing, changed, monkeypatch)
 
 

@@ -184,9 +184,7 @@ def test_an_output_is_shown_with_dots_for_what_is_left_out() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", printed())
-def test_a_command_prints_what_the_document_says(
-    command: str, workspace: Path, run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_prints_what_the_document_says(command: str, workspace: Path, run, monkeypatch) -> None:
     if re.match("peftscope (claims --published|table) ", command):
         monkeypatch.chdir(REPOSITORY)  # what is published
     (workspace / "lengths.txt").write_text("\n".join(str(40 + 7 * number) for number in range(100)))
@@ -202,15 +200,12 @@ def test_it_says_its_version(peftscope: Command) -> None:
     assert peftscope("--version")[:2] == (0, f"peftscope {__version__}\n")
 
 
-def test_a_study_is_a_table_for_a_paper_a_page_and_a_program(
-    peftscope: Command, repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(repository)
+def test_a_study_is_a_table_for_a_paper_a_page_and_a_program(peftscope: Command, in_repository: None) -> None:
     latex, markdown, csv = (peftscope("table", "variants", form)[1] for form in ("--latex", "--markdown", "--csv"))
     assert r"QLoRA & n = 8 & +1.9 {[}$-$0.1, +3.8] & 3.5 & not told apart \\" in latex
     assert r"\caption{How far each arm is ahead of LoRA" in latex and "task gain, with 95 \\% intervals" in latex
     assert "| QLoRA | n = 8 | +1.9 [−0.1, +3.8] | 3.5 | not told apart |" in markdown
-    assert csv == (repository / "results/published/variants/tables/contrasts.csv").read_text()
+    assert csv == Path("results/published/variants/tables/contrasts.csv").read_text()
     code, _, errors = peftscope("table", "variants", "--csv", "--latex")
     assert code == 2 and "--latex: does not go with --csv" in errors
 

@@ -116,8 +116,7 @@ def processor_of(record: dict[str, Any]) -> tuple[Any, ...]:
     return hardware.get("cpu"), hardware.get("gpu"), provenance.get("bf16_products", "native"), packages.get("torch")
 
 
-def test_what_is_published_twice_on_one_kind_of_processor_agrees(repository, monkeypatch) -> None:
-    monkeypatch.chdir(repository)
+def test_what_is_published_twice_on_one_kind_of_processor_agrees(in_repository: None) -> None:
     losses: dict[Any, list[Any]] = {}
     for _, run, text in all_published_records():
         record = json.loads(text)

@@ -158,8 +158,7 @@ def test_a_command_that_cannot_work_ends_with_a_message(words: str, said: str, w
     assert not Path("reports").exists()
 
 
-def test_a_broken_link_in_place_of_a_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_broken_link_in_place_of_a_folder_is_named(tmp_path: Path, in_tmp: None) -> None:
     Path("resources").symlink_to(tmp_path / "gone")
     done = python("-m", "peftscope", "make-task", "two-digit-sums")
     assert done.returncode == 2

@@ -10,12 +10,7 @@ from benchmarks.page import write_blocks
 from benchmarks.processors import PAGE, read_pair, render
 
 
-@pytest.fixture(autouse=True)
-def in_repository(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(repository)
-
-
-def test_the_page_shows_what_is_published(tmp_path: Path) -> None:
+def test_the_page_shows_what_is_published(tmp_path: Path, in_repository: None) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE.read_text())
     write_blocks({"comparison": render(read_pair())}, page)

@@ -39,8 +39,7 @@ def test_the_page_shows_the_published_table(repository: Path, published: tuple[p
 
 
 @pytest.mark.slow
-def test_the_page_shows_how_published_runs_ended(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(repository)
+def test_the_page_shows_how_published_runs_ended(in_repository: None) -> None:
     judged = outcomes.judge(outcomes.read_outcomes())
     block = f"<!-- outcomes -->\n{outcomes.render(judged)}\n<!-- /outcomes -->\n"
     assert block in Path("docs/scorecard.md").read_text()
@@ -52,9 +51,8 @@ def test_the_page_shows_how_published_runs_ended(repository: Path, monkeypatch: 
 
 
 def test_every_point_is_there_and_every_run_in_scope_is_predicted(
-    published: tuple[pd.DataFrame, pd.DataFrame], repository: Path, monkeypatch: pytest.MonkeyPatch
+    published: tuple[pd.DataFrame, pd.DataFrame], in_repository: None
 ) -> None:
-    monkeypatch.chdir(repository)  # where the requirements of the estimators are
     scores, tools = published
     assert list(scores["id"]) == list(POINTS)
     assert list(scores["out_of_scope"]) == [why_out(point) for point in POINTS.values()]

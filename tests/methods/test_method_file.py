@@ -171,8 +171,7 @@ def test_a_file_that_cannot_be_used_is_refused(text: str, message: str, tmp_path
     assert code == 2 and message in printed and len(printed.splitlines()) == 1
 
 
-def test_a_file_whose_study_is_refused_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_file_whose_study_is_refused_leaves_nothing_behind(in_tmp: None) -> None:
     imports = "from typing import ClassVar\nfrom peftscope.methods.peft_tuner import PeftTuner\n"
     Path("mine.py").write_text(f"{imports}\nclass A(PeftTuner):\n    label: ClassVar[str] = 'A'\n    steps: int = 3\n")
     done = python("-m", "peftscope", "new-study", "mine.py", "--model", "toy")

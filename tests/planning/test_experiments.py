@@ -181,9 +181,8 @@ def test_the_plan_asks_for_a_card_only_on_a_gpu_machine(monkeypatch: pytest.Monk
         assert {Workflow([plan]).gpus(SimpleNamespace(run_id=run)) for run in plan.run_ids} == {cards}
 
 
-def test_what_earlier_studies_ran_is_what_their_files_ask_for_and_what_sums_begins_with(monkeypatch) -> None:
+def test_what_earlier_studies_ran_is_what_their_files_ask_for_and_what_sums_begins_with(in_repository: None) -> None:
     """Their runs are kept: the listed rates that tuned their arms, and the runs at the rates that were chosen."""
-    monkeypatch.chdir(REPOSITORY)
     published = {run for _, run, _ in all_published_records()}
     for path in PUBLISHED_RESULTS.glob("*/tuned.json"):
         sweep = expand(path.parent.name)

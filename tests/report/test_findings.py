@@ -174,8 +174,7 @@ def test_a_study_that_has_not_run_has_its_price(repository: Path, write_experime
     assert " | - | - | " in rows["| variants"] and " | a card | " in rows["| gpu-7b"]
 
 
-def test_every_open_claim_says_what_would_decide_it(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(repository)
+def test_every_open_claim_says_what_would_decide_it(repository: Path, in_repository: None) -> None:
     findings = {finding["id"]: finding for finding in published_findings()}
     said = {name: what_would_decide(claims()[name], finding) for name, finding in findings.items()}
     for name, finding in findings.items():
@@ -189,8 +188,7 @@ def test_every_open_claim_says_what_would_decide_it(repository: Path, monkeypatc
 
 
 @pytest.mark.parametrize("name", [fast_if(number % 4 == 0, name) for number, name in enumerate(COMPARED)])
-def test_a_comparison_has_one_sign_and_the_same_words_on_every_page(name: str, repository, monkeypatch) -> None:
-    monkeypatch.chdir(repository)
+def test_a_comparison_has_one_sign_and_the_same_words_on_every_page(name: str, repository, in_repository: None) -> None:
     assert len(COMPARED) > 20
     study = StudyResults(name)
     labels, table = study.labels, contrasts(study)

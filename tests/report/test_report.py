@@ -271,8 +271,7 @@ def test_the_dictionary_of_published_results_has_every_column(repository: Path) 
     assert not [name for name in columns if not any(fnmatch(name, pattern) for pattern in patterns)]
 
 
-def test_a_folder_of_results_is_published_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_folder_of_results_is_published_whole_or_not_at_all(tmp_path: Path, in_tmp: None) -> None:
     with pytest.raises(InputError, match="not finished"):
         publish("memory")
     half = tmp_path / "results" / "memory" / "bars.svg"
