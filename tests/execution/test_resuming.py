@@ -30,7 +30,7 @@ from peftscope.training.signals import Interrupted
 STEPS, STOP = 10, 4
 UNLIKE = ("full", "adalora")
 """Methods whose states differ most."""
-OTHERS = ("qlora", "lora-plus", "pissa", "loftq", "prefix-tuning", "random-subspace", "rounded")
+OTHERS = ("qlora", "lora-plus", "loftq", "prefix-tuning", "rounded")
 """Other states: groups of the optimizer, a base that is changed at the start, no LoRA. The rest has LoRA's."""
 
 
