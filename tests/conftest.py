@@ -130,6 +130,34 @@ def python(*words: Any, check: bool = False, **options: Any) -> subprocess.Compl
     return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=check, **options)
 
 
+IN_ONE_PROCESS = """
+import sys, time
+from peftscope.cli.main import main
+from peftscope.execution import sweep
+from peftscope.execution.phases import Phases
+from peftscope.execution.run import execute
+
+def run_here(identity, spec, folder, *options, deadline):
+    phases = Phases(spec.device, time.perf_counter())
+    phases.mark_imported()
+    return execute(spec, folder, phases, alone=False).status
+
+sweep.run_apart = run_here
+for command in sys.argv[1:]:
+    sys.argv = ["peftscope", *command.split()]
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+
+
+def in_one_process(*commands: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Gives commands, with a sweep's runs in their process: to import torch for each would take most of the time."""
+    return python("-W", "ignore", "-c", IN_ONE_PROCESS, *commands, **options)
+
+
 def quartiles(*values: float) -> dict[str, float]:
     """Returns the fields of a record's times whose median and quartiles these are, or all of which are one value."""
     lower, median, upper = values if len(values) == 3 else values * 3

@@ -163,6 +163,14 @@ def test_settings_are_counted() -> None:
 # Layers of 4 bits, and starts that make up for them.
 
 
+@pytest.mark.parametrize(("double_quant", "by_formula"), [(False, 4 + 32 / 64), (True, 4 + 8 / 64 + 32 / (64 * 256))])
+def test_stored_bits_are_the_formula_s(double_quant: bool, by_formula: float) -> None:
+    measured = four_bit.bits_per_weight(double_quant, rows=2048, columns=2048)
+    assert measured.value == pytest.approx(by_formula, rel=0.005)
+    assert measured.value >= by_formula
+    assert measured.value == pytest.approx(sum(measured.evidence.values()))
+
+
 @pytest.fixture
 def noise(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.Tensor]]:
     """Three Gaussian matrices in the place of a fetched model's."""

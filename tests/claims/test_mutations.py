@@ -196,6 +196,7 @@ ON_RANDOM_WEIGHTS: list[tuple[str, str, dict[str, Any], peft.World, dict[str, An
     ("P17", "initialisation.qpissa_error_ratio", {"norm": "frobenius"}, numbers.useless_qpissa, {}),
     ("S89", "initialisation.loftq_error_ratio", {"rank": 8}, numbers.nothing, {"rank": 64, "alpha": 64}),
     ("S90", "initialisation.loftq_error_ratio", {"alpha": 16, "iterations": 1}, peft.loftq_with_its_scale, {}),
+    ("S90", "initialisation.loftq_error_ratio", {"by": "peftscope"}, numbers.loftq_that_ignores_the_scale, {}),
     ("S90", "initialisation.loftq_output_error_ratio", {}, numbers.loftq_that_doubles_the_error, {}),
     ("P42", "initialisation.loftq_error_after", {"over": 1}, numbers.one_iteration_of_loftq, {}),
 ]

@@ -12,9 +12,10 @@ from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit, Params4bit
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from gguf import quants
-from worlds_of_peft import World, around, instead
+from worlds_of_peft import World, around, instead, without_text
 
 from peftscope.claims.checks import codes, four_bit, initialisation, memory, merging, timing
+from peftscope.methods import loftq
 from peftscope.methods.qlora import QLoRA
 
 
@@ -224,5 +225,6 @@ one_iteration_of_loftq = around(
 loftq_that_doubles_the_error = instead(
     initialisation, "_own_start", lambda weight, rank, alpha, iterations: 2 * initialisation._nf4(weight) - weight
 )
+loftq_that_ignores_the_scale = without_text(loftq.LoftQ, "_initialise", loftq, " / scale**0.5")
 swapped_times = around(timing, "_paired", lambda original: lambda above, below, *rest: original(below, above, *rest))
 """The slower of two works is the faster one."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from conftest import python
+from conftest import in_one_process, python
 
 from peftscope.cli.new_study import study_text
 from peftscope.errors import InputError
@@ -29,25 +29,6 @@ SHORT = """fixed: {model: toy, steps: 6, warmup_steps: 1, batch_size: 8, validat
 
 def blocks(repository: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (repository / PAGE).read_text(), re.MULTILINE | re.DOTALL)
-
-
-IN_ONE_PROCESS = """
-import sys, time
-from peftscope.cli.main import app
-from peftscope.execution import sweep
-from peftscope.execution.phases import Phases
-from peftscope.execution.run import execute
-
-def run_here(identity, spec, folder, *options, deadline):
-    phases = Phases(spec.device, time.perf_counter())
-    phases.mark_imported()
-    return execute(spec, folder, phases, alone=False).status
-
-sweep.run_apart = run_here
-for command in sys.argv[1:]:
-    app(command.split(), standalone_mode=False)
-"""
-"""The commands, with the runs of a sweep in their own process: importing torch for each would take most of the time."""
 
 
 @pytest.fixture
@@ -77,8 +58,7 @@ def test_from_a_file_to_a_verdict(own: Callable[[str, str], Path], repository: P
     text = re.sub(r"lora-fa: \[.*\]", "lora: [3.0e-3, 1.0e-2, 3.0e-2]\n    lora-fa: [3.0e-3, 1.0e-2, 3.0e-2]", text)
     study.write_text(f"{text}  seeds: [0, 1]\n  control_seeds: [0]\n")
     later = [" ".join(words[1:]) for words in commands[1:]]
-    done = python("-c", IN_ONE_PROCESS, *later)
-    assert done.returncode == 0, done.stderr
+    in_one_process(*later, check=True)
     table = Path("results/lora-fa-study/tables/contrasts.csv").read_text().splitlines()
     rows = {row["arm"]: row for row in csv.DictReader(table)}
     assert {"lora-fa", "lora-a-a"} <= rows.keys()

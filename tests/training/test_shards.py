@@ -77,8 +77,6 @@ def assert_same_run(spec: RunSpec, folder: Path) -> None:
     assert len(held) == SHARDS
     assert sum(held) >= 4 * one.size.total_parameters
     assert max(held) <= 0.6 * 4 * one.size.total_parameters
-    if not spec.method.trains:
-        return
     assert two.memory.train.peak_resident_bytes == max(rank.train.peak_resident_bytes for rank in two.memory.ranks)
     assert two.memory.predicted.train_peak_tensor_bytes is None
     assert two.unavailable["memory.predicted.train_peak_tensor_bytes"] == "the simulator knows a single process"
