@@ -256,10 +256,9 @@ class TestTasks:
             "²",
             "{{prompt}}",
             "👩‍👩‍👧",
-            "\x00",
+            *"\x00\u202e",
             "a\u2028b",
             "null",
-            "\u202e",
             "1e5",
         ]
         make_own_tasks(own, dates=dates * 20, odd=odd * 20)

@@ -166,12 +166,7 @@ def test_the_section_of_the_report_names_what_is_not_enclosed(here: Path) -> Non
         "full fine-tuning": False
     }
     facts = capacity_facts("capacity")
-    said = (
-        "1.99 to 2.00 bits",
-        "LoRA, rank 1; LoRA, rank 4; LoRA, rank 16",
-        "99 %",
-        "that were tried: full fine-tuning",
-    )
+    said = ("1.99 to 2.00 bits", "LoRA, rank 1; LoRA, rank 4; LoRA, rank 16", "99 %", "tried: full fine-tuning")
     assert all(fact in facts["answer"] for fact in said)
     assert "outside the sizes that were tried" in html.unescape(facts["table"])
     table = stored_bits(pd.read_csv(folder / "runs.csv"))

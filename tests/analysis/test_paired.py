@@ -25,11 +25,8 @@ RANDOM = np.random.default_rng
 
 def crossed(random: np.random.Generator, seeds: int, items: int, of_seeds: float, of_items: float) -> np.ndarray:
     """Returns scores around zero that vary with the seed, with the item, and by themselves."""
-    return (
-        random.normal(0, of_seeds, (seeds, 1))
-        + random.normal(0, of_items, (1, items))
-        + random.normal(0, 1, (seeds, items))
-    )
+    alike = random.normal(0, of_seeds, (seeds, 1)) + random.normal(0, of_items, (1, items))
+    return alike + random.normal(0, 1, (seeds, items))
 
 
 def write_peft(folder: Path, name: str, accuracy: float, seed: int = 0, rank: int = 8, status: str = "success") -> Path:
@@ -205,16 +202,12 @@ class TestSources:
         assert read_scores(str(tmp_path), "forgetting")[0].score == 0.03
 
     def test_a_csv_of_seeds_of_items_and_of_both(self, tmp_path: Path) -> None:
-        table = pd.DataFrame(
-            [(s, i, 0.1 * s + i) for s in range(3) for i in range(4)], columns=["seed", "item", "score"]
-        )
+        rows = [(s, i, 0.1 * s + i) for s in range(3) for i in range(4)]
+        table = pd.DataFrame(rows, columns=["seed", "item", "score"])
         for keys in (["seed"], ["item"], ["seed", "item"]):
             table.groupby(keys)["score"].mean().reset_index().to_csv(tmp_path / f"{'-'.join(keys)}.csv", index=False)
-        shapes = {
-            path.stem: (len(runs), len(runs[0].items))
-            for path in tmp_path.glob("*.csv")
-            for runs in [read_scores(str(path))]
-        }
+        read = {path.stem: read_scores(str(path)) for path in tmp_path.glob("*.csv")}
+        shapes = {name: (len(runs), len(runs[0].items)) for name, runs in read.items()}
         assert shapes == {"seed": (3, 1), "item": (1, 4), "seed-item": (3, 4)}
         both = read_scores(f"{tmp_path / 'seed.csv'}, {tmp_path / 'item.csv'}")
         assert len(both) == 4 and len(read_scores(str(tmp_path / "*.csv"))) == 7
@@ -295,10 +288,8 @@ class TestRefusals:
             pair(a, b)
 
     def test_two_systems_on_one_side(self, tmp_path: Path) -> None:
-        a = [
-            *read_scores(str(write_peft(tmp_path, "x", 0.5))),
-            *read_scores(str(write_peft(tmp_path, "y", 0.4, 1, 16))),
-        ]
+        x, y = write_peft(tmp_path, "x", 0.5), write_peft(tmp_path, "y", 0.4, 1, 16)
+        a = [*read_scores(str(x)), *read_scores(str(y))]
         with pytest.raises(InputError, match="these are two systems"):
             pair(a, a)
         with pytest.raises(InputError, match="its status is 'failed'"):

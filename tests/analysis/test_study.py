@@ -51,6 +51,7 @@ study:
   seeds: [0, 1, 2, 3, 4, 5]
   controls: {lora: [a-a, zero-lr, shuffled-labels]}
 """)
+ARMS = STUDY["study"]["arms"]
 LISTED = {"full": [1e-5, 1e-4, 1e-3], "lora": [1e-4, 1e-3, 1e-2], "thin": [1e-4, 1e-3, 1e-2]}
 TUNED: dict[str, Any] = {"learning_rates": LISTED, "chosen_rates": {}}
 BASE_LOSS = 3.0
@@ -259,13 +260,10 @@ def test_a_control_changes_one_thing(tuned: None) -> None:
         ({"contrasts": [["lora", "lora"]]}, "contrasts: lora and lora are compared already, or are one arm"),
         ({"contrasts": [["thin", "full"]]}, "thin and full are compared already"),
         ({"contrasts": [["thin", "lora"], ["lora", "thin"]]}, "lora and thin are compared already"),
-        (
-            {"arms": STUDY["study"]["arms"] | {"lora-a-a": {"method": "lora"}}, "given_rates": {"lora-a-a": 1}},
-            "lora-a-a",
-        ),
+        ({"arms": ARMS | {"lora-a-a": {"method": "lora"}}, "given_rates": {"lora-a-a": 1}}, "lora-a-a"),
         ({"controls": {"lora": ["twice"]}}, "study.controls.lora[0]"),
-        ({"arms": STUDY["study"]["arms"] | {"lora": {"method": "lora", "seed": 3}}}, "the study's to set"),
-        ({"arms": STUDY["study"]["arms"] | {"lora": {"method": "lora", "rnk": 3}}}, "did you mean `rank`?"),
+        ({"arms": ARMS | {"lora": {"method": "lora", "seed": 3}}}, "the study's to set"),
+        ({"arms": ARMS | {"lora": {"method": "lora", "rnk": 3}}}, "did you mean `rank`?"),
         ({"given_rates": {"lora": 1e-4}}, "arms with more than one rate: lora; each arm"),
         ({"given_rates": {"thing": 1e-4}}, "rates of what is no arm: thing; each arm"),
         ({"given_rates": {"lora": 0}}, "given_rates.lora"),
@@ -273,13 +271,10 @@ def test_a_control_changes_one_thing(tuned: None) -> None:
         ({"borrowed_rates": {"thin": {"arm": "lora", "time": 2}}}, "borrowed_rates.thin.time"),
         ({"tuning": {"seed": 4}}, "tuning may only change what is measured"),
         ({"tuning": {"method": "dora"}}, "tuning may only change what is measured"),
+        (TUNED | {"tuning": {"validation_items": 0}}, "fixed.validation_items: a study chooses its rates by"),
         (
-            TUNED | {"tuning": {"validation_items": 0}},
-            "fixed.validation_items: a study chooses its rates by validation",
-        ),
-        (
-            TUNED | {"arms": STUDY["study"]["arms"] | {"thin": {"method": "lora", "task": "time-intervals"}}},
-            "runs: no run of the untouched base has model toy and task time-intervals",
+            TUNED | {"arms": ARMS | {"thin": {"method": "lora", "task": "time-intervals"}}},
+            "runs: no run of the untouched",
         ),
     ],
 )
@@ -491,7 +486,7 @@ def test_the_lowest_loss_along_shuffled_runs_is_what_the_form_explains(tuned: No
 
 
 def test_an_arm_may_have_a_given_rate_or_that_of_another(write_study_file) -> None:
-    arms = STUDY["study"]["arms"] | {"paper": {"method": "dora"}, "short": {"method": "lora", "steps": 2}}
+    arms = ARMS | {"paper": {"method": "dora"}, "short": {"method": "lora", "steps": 2}}
     borrowed = {"short": {"arm": "lora", "times": 3}}
     write_study_file(arms=arms, given_rates={"paper": 2e-5}, borrowed_rates=borrowed)
     sweep = expand("mine")

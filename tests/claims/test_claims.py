@@ -45,6 +45,8 @@ ENTRY: dict[str, Any] = {
     ],
 }
 
+PART: dict[str, Any] = ENTRY["parts"][0]
+
 
 def file_of(*entries: dict[str, Any], **shared: Any) -> str:
     """Returns the text of a ledger: every entry below its section and its id."""
@@ -62,7 +64,7 @@ def ledger_of(tmp_path: Path, *entries: dict[str, Any], **shared: Any) -> tuple[
 
 
 def without(*names: str) -> dict[str, Any]:
-    return {name: value for name, value in ENTRY["parts"][0].items() if name not in names}
+    return {name: value for name, value in PART.items() if name not in names}
 
 
 # The ledger.
@@ -77,27 +79,24 @@ def without(*names: str) -> dict[str, Any]:
         ({"parts": []}, "S13.parts: "),
         ({"parts": [without(CHECK) | {"counts.nothing": {}}]}, "S13.parts[0].counts.nothing: no such check"),
         ({"parts": [without(CHECK) | {"check": CHECK}]}, "S13.parts[0].check: unknown key"),
-        ({"parts": [ENTRY["parts"][0] | {"counts.quotient": {}}]}, "S13.parts[0]: must have one check"),
-        ({"parts": [ENTRY["parts"][0] | {CHECK: {"rows": 1}}]}, f"S13.parts[0].{CHECK}: missing a required argument"),
-        ({"parts": [ENTRY["parts"][0] | {CHECK: 8}]}, "S13.parts[0].its.parameters: "),
-        ({"parts": [ENTRY["parts"][0] | {CHECK: {"rows": 4, "columns": 4, "rank": -1}}]}, f"parts[0].{CHECK}.rank: "),
+        ({"parts": [PART | {"counts.quotient": {}}]}, "S13.parts[0]: must have one check"),
+        ({"parts": [PART | {CHECK: {"rows": 1}}]}, f"S13.parts[0].{CHECK}: missing a required argument"),
+        ({"parts": [PART | {CHECK: 8}]}, "S13.parts[0].its.parameters: "),
+        ({"parts": [PART | {CHECK: {"rows": 4, "columns": 4, "rank": -1}}]}, f"parts[0].{CHECK}.rank: "),
         ({"parts": [without("kind")]}, f"S13.parts[0]: has no kind, and `checks` gives none to {CHECK}"),
-        (
-            {"parts": [ENTRY["parts"][0] | {"rule": {"equals": 1, "at_least": 2}}]},
-            "S13.parts[0].rule: must have one of",
-        ),
+        ({"parts": [PART | {"rule": {"equals": 1, "at_least": 2}}]}, "S13.parts[0].rule: must have one of"),
         ({"parts": [without("rule")], "rule": {"equals": 1, "at_least": 2}}, "S13.rule: must have one of"),
         ({"rule": {"equals": 1}}, "S13: no part takes the claim's rule"),
-        ({"parts": [ENTRY["parts"][0] | {"rule": {"at_least": 3, "at_most": 2}}]}, "above at_most"),
-        ({"parts": [ENTRY["parts"][0] | {"rule": {"equals": "a", "absolute": 0.1}}]}, "a tolerance needs a number"),
-        ({"parts": [ENTRY["parts"][0] | {"rule": {"equals": True, "reads": "about"}}]}, "reads is for a number"),
-        ({"parts": [ENTRY["parts"][0] | {"waits_for": "a study"}]}, "must have one of: a check"),
+        ({"parts": [PART | {"rule": {"at_least": 3, "at_most": 2}}]}, "above at_most"),
+        ({"parts": [PART | {"rule": {"equals": "a", "absolute": 0.1}}]}, "a tolerance needs a number"),
+        ({"parts": [PART | {"rule": {"equals": True, "reads": "about"}}]}, "reads is for a number"),
+        ({"parts": [PART | {"waits_for": "a study"}]}, "must have one of: a check"),
         ({"parts": [{"kind": "training", "measures": "a loss"}]}, "must have one of: a check"),
-        ({"parts": [ENTRY["parts"][0] | {"quotes": "256 times"}]}, "not in the source's sentence"),
+        ({"parts": [PART | {"quotes": "256 times"}]}, "not in the source's sentence"),
         ({"sentence": "255x smaller!"}, "not in the source's sentence"),
         ({"parts": [without("quotes") | {"declared": "a plan"}]}, "quotes the words that it tests"),
         ({"parts": [without("quotes")]}, "S13: needs an assertion"),
-        ({"parts": [ENTRY["parts"][0] | {"declared": "a plan"}]}, "S13: needs an assertion"),
+        ({"parts": [PART | {"declared": "a plan"}]}, "S13: needs an assertion"),
         ({"parts": [{"kind": "magic", "measures": "a loss", "waits_for": "a study"}]}, "parts[0].kind"),
     ],
 )
@@ -123,7 +122,7 @@ def test_two_entries_must_differ(tmp_path: Path) -> None:
 
 
 def test_a_part_takes_from_its_check_and_its_claim_what_it_does_not_say(tmp_path: Path) -> None:
-    own = ENTRY["parts"][0] | {"unit": "fold", "rule": {"equals": 255}}
+    own = PART | {"unit": "fold", "rule": {"equals": 255}}
     entry = ENTRY | {"rule": {"at_least": 250}, "parts": [without("kind", "rule"), own]}
     (claim,) = ledger_of(tmp_path, entry, **{"counts": {"kind": "software", "unit": "%"}, CHECK: {"unit": "×"}})
     assert [(part.kind, part.unit, part.rule) for part in claim.parts] == [
@@ -234,7 +233,7 @@ def test_an_open_verdict_says_what_would_decide() -> None:
 
 
 def part(**changes: Any) -> Part:
-    return Part.model_validate(ENTRY["parts"][0] | changes)
+    return Part.model_validate(PART | changes)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +286,7 @@ def test_no_estimate_is_called_computed() -> None:
 
 
 def test_a_claim_is_told_with_its_verdict_and_every_number_that_decides(tmp_path: Path) -> None:
-    other = ENTRY["parts"][0] | {CHECK: {"rows": 8, "columns": 8, "rank": 2}, "rule": {"equals": 2}}
+    other = PART | {CHECK: {"rows": 8, "columns": 8, "rank": 2}, "rule": {"equals": 2}}
     (claim,) = ledger_of(tmp_path, ENTRY | {"parts": [*ENTRY["parts"], other]})
     (finding,) = evaluate([claim])
     said = told(finding.to_json("a processor"), claim.statement)
@@ -376,7 +375,7 @@ def test_another_file_is_refused_as_claims(text: str, tmp_path: Path) -> None:
 
 
 def test_a_stored_measurement_is_judged_and_not_made_again() -> None:
-    stored = {check_key(CHECK, ENTRY["parts"][0][CHECK]): Measurement(255.0)}
+    stored = {check_key(CHECK, PART[CHECK]): Measurement(255.0)}
     assert evaluate_part(part(), stored=stored).verdict == Verdict.HOLDS
     assert evaluate_part(part(), stored={}).verdict == Verdict.WRONG
 
@@ -406,8 +405,8 @@ def test_what_decides_changes_only_with_an_entry(tmp_path: Path) -> None:
     (claim,) = ledger_of(tmp_path, ENTRY)
     (finding,) = evaluate([claim])
     published = finding.to_json("", [early])
-    kinder = ENTRY | {"parts": [ENTRY["parts"][0] | {"rule": {"equals": 255, "reads": "plain"}}]}
-    other = ENTRY | {"parts": [ENTRY["parts"][0] | {CHECK: {"rows": 8, "columns": 8, "rank": 1}}]}
+    kinder = ENTRY | {"parts": [PART | {"rule": {"equals": 255, "reads": "plain"}}]}
+    other = ENTRY | {"parts": [PART | {CHECK: {"rows": 8, "columns": 8, "rank": 1}}]}
     more = ENTRY | {"parts": [*ENTRY["parts"], {"kind": "training", "measures": "a loss", "waits_for": "a study"}]}
     promoted = ENTRY | {"parts": [*ENTRY["parts"], more["parts"][1] | {"quotes": "fewer"}]}
     assert changed(ENTRY) == changed(more) == []
@@ -418,7 +417,7 @@ def test_what_decides_changes_only_with_an_entry(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_verdicts_are_published_only_with_reasons_for_what_changed(own_folder: Path) -> None:
-    kinder = ENTRY | {"parts": [ENTRY["parts"][0] | {"rule": {"equals": 255, "reads": "plain"}}]}
+    kinder = ENTRY | {"parts": [PART | {"rule": {"equals": 255, "reads": "plain"}}]}
     Path("results/published").mkdir(parents=True)
     Path("reports/published").mkdir(parents=True)
 
@@ -515,14 +514,11 @@ def test_one_claim_is_measured_and_shown_with_its_evidence(peftscope: Command) -
 
 def test_a_verdict_says_that_its_rule_moved_it_after_its_result_was_seen() -> None:
     words = {"claim": "S13", "was": "one rule.", "became": "another.", "why": "a reason."}
-    dates = ("2026-01-01", "2026-01-02", "2026-01-03")
-    changes = [
-        Change(**words, date=day, verdict=before)
-        for day, before in zip(dates, ("wrong", "not run", "open"), strict=True)
-    ]
-    assert moved(changes, Verdict.HOLDS, "") == [
-        {"date": "2026-01-01", "from": "wrong"},
-        {"date": "2026-01-03", "from": "open"},
+    before = {"2026-01-01": "wrong", "2026-01-02": "not run", "2026-01-03": "open"}
+    changes = [Change(**words, date=day, verdict=verdict) for day, verdict in before.items()]
+    assert [(each["date"][-1], each["from"]) for each in moved(changes, Verdict.HOLDS, "")] == [
+        ("1", "wrong"),
+        ("3", "open"),
     ]
     assert moved(changes, Verdict.OPEN, "2026-01-02") == []  # the first change is older than the runs
     assert moved([Change(**words, date="2026-01-01")], Verdict.HOLDS, "") == []

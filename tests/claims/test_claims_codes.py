@@ -32,9 +32,8 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_rounding_by_definition_agrees_with_bitsandbytes(code: str, block: int) -> None:
     weights = normal(48, 160)  # blocks run over the ends of rows, and the last one is not full
     book = CodeBook(code)
-    torch.testing.assert_close(
-        book.rounded(weights, block), book.rounded_by_definition(weights, block), rtol=0, atol=1e-6
-    )
+    expected = book.rounded_by_definition(weights, block)
+    torch.testing.assert_close(book.rounded(weights, block), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -42,9 +41,8 @@ def test_every_value_goes_to_the_nearest_of_all_levels(code: str) -> None:
     book, weights = CodeBook(code), normal(4, 64)
     index, constants = book.encoded(weights, 64)
     distance = (weights.unsqueeze(-1) - constants.unsqueeze(-1) * book.levels).abs()
-    torch.testing.assert_close(
-        distance.gather(-1, index.unsqueeze(-1)).squeeze(-1), distance.amin(-1), rtol=0, atol=1e-6
-    )
+    chosen = distance.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(chosen, distance.amin(-1), rtol=0, atol=1e-6)
     rounded = book.rounded(weights, 64)
     largest = weights.abs().argmax(1, keepdim=True)
     torch.testing.assert_close(rounded.gather(1, largest), weights.gather(1, largest))

@@ -79,10 +79,8 @@ def test_each_remedy_is_judged_on_its_own() -> None:
     assert found is not None and found.value == pytest.approx(1.2 - 0.81)
     # The training loss of the last epoch, four steps, is a little above that of the last one.
     assert gap is not None and gap.value == pytest.approx((1.2 - 0.1) - (0.81 - 0.6), abs=0.05)
-    write(
-        dropout=OVERFITS | {"validation": (1.0, 0.8, 1.3)},
-        half_the_steps={"train": (1.0, 0.05), "validation": (1.0, 0.8, 1.3)},
-    )
+    worse = OVERFITS | {"validation": (1.0, 0.8, 1.3)}
+    write(dropout=worse, half_the_steps=worse | {"train": (1.0, 0.05)})
     assert verdicts_of("S99") == [Verdict.WRONG, Verdict.WRONG, Verdict.HOLDS]
 
 

@@ -14,6 +14,7 @@ from peftscope.claims.checks import (
     adapters,
     combining,
     counts,
+    four_bit,
     initialisation,
     memory,
     scaling,

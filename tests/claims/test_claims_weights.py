@@ -219,10 +219,8 @@ def test_magnitude_and_direction_are_correlated_over_layers_and_steps() -> None:
 
     def along_the_steps(table: pd.DataFrame) -> None:
         late = 10 * (table["step"] == 160)
-        table["magnitude_change"], table["direction_change"] = (
-            late - table["magnitude_change"],
-            late + table["direction_change"],
-        )
+        table["magnitude_change"] = late - table["magnitude_change"]
+        table["direction_change"] = late + table["direction_change"]
 
     weights_world(along_the_steps)
     within = judged("P28").parts[-1]

@@ -18,11 +18,7 @@ from peftscope import __version__
 from peftscope.cli.console import with_progress
 from peftscope.models.presets import PRESETS
 
-DOCUMENTS = [
-    "README.md",
-    "experiments/README.md",
-    *sorted(f"docs/{p.name}" for p in (REPOSITORY / "docs").glob("*.md")),
-]
+DOCUMENTS = ["README.md", "experiments/README.md", *sorted(f"docs/{p.name}" for p in REPOSITORY.glob("docs/*.md"))]
 
 TREATMENTS = {
     # A trainer's file, or a data set, of the reader's own.
@@ -40,11 +36,13 @@ TREATMENTS = {
     r"hf auth login": "help",
     # Says what it would do.
     r"make (setup|test|report|publish|claims|gpu-check|scorecard|peft-comparison|site)( [A-Z]+=\S+)*": "dry",
-    r"snakemake --cores all( --config experiment=\S+)?": "dry",
+    r"snakemake --cores all": "dry",
+    # The same of another experiment.
+    r"snakemake --cores all --config experiment=\S+": "files",
     # Has nothing to report on before the first run, and says so once its options are right.
     r"snakemake --cores all --report report\.zip": "nothing yet",
     # The shell's own.
-    r"source \.venv/bin/activate": "shell",
+    r"source \S*activate": "shell",
     # Other machines' programs, and tests: the files that they name are there.
     r"(sudo apt-get|git clone|kubectl|pytest) .*": "files",
 }
@@ -55,15 +53,15 @@ SLOW = {"advise", "memory", "fit", "cheapest", "why", "oom", "expand", "doctor",
 
 
 def commands() -> list[str]:
-    """Returns the commands of all documents, once each, without comments."""
+    """Returns the commands of all documents without comments, once each, but for those whose output is shown."""
     found: dict[str, None] = {}
     for name in DOCUMENTS:
         for block in re.findall(r"^```sh\n(.*?)^```", (REPOSITORY / name).read_text(), re.MULTILINE | re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
+            for line in re.sub(r"\\\n|\.venv/bin/", "", block).replace("python3 ", "python ").splitlines():
                 words = shlex.split(line, comments=True)
                 if words:
                     found[shlex.join(words)] = None
-    return list(found)
+    return [command for command in found if command not in map(shlex.join, map(shlex.split, printed()))]
 
 
 def printed() -> dict[str, list[str]]:
@@ -92,12 +90,11 @@ def is_shown(lines: list[str], said: list[str]) -> bool:
 
 
 def plain(command: str) -> tuple[dict[str, str], list[str]]:
-    """Returns a command's environment and words, with programs by their bare names."""
+    """Returns a command's environment and words."""
     words, environment = shlex.split(command), {}
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
         environment[name] = value
-    words[0] = words[0].removeprefix(".venv/bin/").replace("python3", "python")
     return environment, words
 
 

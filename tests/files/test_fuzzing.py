@@ -140,6 +140,7 @@ def load_tasks() -> None:
         assert tasks.task_folder(name).parent == tasks.TASKS_FOLDER
 
 
+SCORING = "tasks/two-digit-sums.yaml"
 KINDS: dict[str, tuple[str, Any, Callable[[], Any]]] = {
     "smoke": ("mine.yaml", tree_of("smoke.yaml"), lambda: plan_experiment("mine")),
     "study": ("mine.yaml", tree_of("variants-60.yaml"), lambda: plan_experiment("mine")),
@@ -147,11 +148,7 @@ KINDS: dict[str, tuple[str, Any, Callable[[], Any]]] = {
     "models": ("models.yaml", tree_of("models.yaml"), load_models),
     "tasks": ("tasks.yaml", tree_of("tasks.yaml"), load_tasks),
     "claims": ("claims.yaml", some_claims(), read_ledger),
-    "scoring": (
-        "tasks/two-digit-sums.yaml",
-        tree_of("tasks/two-digit-sums.yaml"),
-        lambda: scoring.read_scoring("two-digit-sums"),
-    ),
+    "scoring": (SCORING, tree_of(SCORING), lambda: scoring.read_scoring("two-digit-sums")),
     "run": (
         "run.yaml",
         {"model": "toy", "method": "adalora", "init_r": 4, "target_r": 2, "targets": ["q_proj"], "steps": 9, "seed": 3},
@@ -200,10 +197,6 @@ WORST = {
     "a NUL": ("title: x\nfixed: \x00", "line 2: not valid YAML: the character U+0000"),
     "not UTF-8": (b"title: \xff", "cannot be read"),
     "two documents": ("title: x\n---\ntitle: y", "line 2"),
-    "10^14 runs": (
-        "axes: {" + ", ".join(f"{c}{i}: [1,2,3,4,5,6,7,8,9,10]" for i, c in enumerate("a" * 14)) + "}",
-        "10",
-    ),
     "2^3000 runs": ("axes: {" + ", ".join(f"a{i}: [1,2]" for i in range(3000)) + "}", "describes 10^903 runs"),
     "10^9 rungs": (
         "seeds: &n [" + ",".join(map(str, range(10_000))) + "]\nladders:\n"
@@ -387,15 +380,10 @@ BROKEN_LINES = st.sampled_from(
     [
         b"nonsense",
         b"[]",
-        b"null",
         b'{"prompt": "a"}',
-        b'{"response": "a"}',
         b'{"prompt": null, "response": "a"}',
         b'{"prompt": "a", "response": true}',
         b'{"prompt": "a", "response": ["b"]}',
-        b'{"prompt": "", "response": "a"}',
-        b'{"prompt": "a", "response": " "}',
-        b'{"prompt": "\\ud800", "response": "a"}',
         b'{"prompt": "\xff", "response": "a"}',
         b"[" * 100_000,
         b'{"prompt": 1, "response": ' + b"9" * 5000 + b"}",

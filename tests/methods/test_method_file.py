@@ -68,12 +68,8 @@ def test_from_a_file_to_a_verdict(own: Callable[[str, str], Path], repository: P
     records = [json.loads(path.read_text()) for path in Path("results/runs").glob("lora-fa-*/record.json")]
     assert len(records) in (3 + 3 * 2, 3 + 4 * 2, 3 + 5 * 2)  # with up to two rates beyond an end
     for record in records:
-        assert record["spec"]["method"] == {
-            "name": "lora-fa",
-            "file_sha256": digest,
-            "rank": 8,
-            "targets": "all-linear",
-        }
+        fields = {"rank": 8, "targets": "all-linear"}
+        assert record["spec"]["method"] == {"name": "lora-fa", "file_sha256": digest, **fields}
         assert record["provenance"]["packages"]["experiments/methods/lora-fa.py"] == digest
         assert record["size"]["initial_trainable_parameters"] == 10240
 
@@ -178,10 +174,8 @@ def test_every_arm_has_as_many_trials_and_the_reference_its_controls(file: Path,
 
     usual = study_of("full", "lora")
     assert (list(usual.arms), usual.a_a, usual.pilot) == (["lora", "full", "lora-fa"], "lora", "variants")
-    assert (
-        usual.learning_rates["full"]
-        == read_experiment(Path("experiments/studies/sums.yaml")).study.learning_rates["full"]
-    )
+    sums = read_experiment(Path("experiments/studies/sums.yaml")).study
+    assert usual.learning_rates["full"] == sums.learning_rates["full"]
     assert usual.learning_rates["lora-fa"] == [3e-4, 9e-4, 3e-3, 9e-3, 3e-2]
     other = study_of("ia3")
     assert (list(other.arms), other.a_a, other.pilot, other.controls) == (

@@ -28,10 +28,7 @@ def test_the_options_are_those_of_the_installed_peft() -> None:
 
 WRONG = {
     "a tuner": ({"tuner": "verra"}, "tuner: PEFT has no such tuner; did you mean `vera`?"),
-    "virtual tokens": (
-        {"tuner": "p_tuning"},
-        "it trains virtual tokens; use the method prompt-tuning or prefix-tuning",
-    ),
+    "virtual tokens": ({"tuner": "p_tuning"}, "virtual tokens; use the method prompt-tuning or prefix-tuning"),
     "what a batch lacks": ({"tuner": "xlora"}, "it does not train here: it mixes adapters that were trained before"),
     "an option": ({"options": {"rr": 8}}, "options.rr: vera has no such option (got 8) (did you mean `r`?)"),
     "a type": ({"options": {"r": "8"}}, "options.r: must be int (got '8')"),

@@ -93,11 +93,8 @@ def test_tables_say_n_and_show_every_ending(finished: str) -> None:
     assert sorted(runs["status"].unique()) == ["diverged", "missing", "ok"]
     methods = method_summary(runs).set_index("label")
     assert methods.loc["LoRA", "n"] == 2
-    assert (
-        methods.loc["LoRA", "heldout_nll_low"]
-        <= methods.loc["LoRA", "heldout_nll"]
-        <= methods.loc["LoRA", "heldout_nll_high"]
-    )
+    lora = methods.loc["LoRA"]
+    assert lora["heldout_nll_low"] <= lora["heldout_nll"] <= lora["heldout_nll_high"]
     assert methods.loc["full fine-tuning", "n"] == 0
     assert pd.isna(methods.loc["full fine-tuning", "heldout_nll_low"])
     shown = readable_methods(method_summary(runs)).set_index("method")
@@ -286,9 +283,8 @@ def test_a_folder_of_results_is_published_whole_or_not_at_all(tmp_path: Path, in
 
 
 def test_published_files_are_small_and_hold_no_paths_of_a_machine(repository: Path) -> None:
-    files = [
-        p for folder in ("results", "reports") for p in (repository / folder / "published").rglob("*") if p.is_file()
-    ]
+    folders = (repository / "results/published", repository / "reports/published")
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert files
     for path in files:
         assert path.stat().st_size < 5_000_000

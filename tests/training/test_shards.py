@@ -68,11 +68,8 @@ def assert_same_run(spec: RunSpec, folder: Path) -> None:
     scores = [record.quality.model_dump(exclude=NOT_OF_SHARDS) for record in (two, one)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
     assert two.speed.timed_steps == one.speed.timed_steps
-    items = [
-        [json.loads(line) for line in (folder / name / "items.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    ]
-    assert [item.get("answer") for item in items[1]] == [item.get("answer") for item in items[0]]
+    lines = [(folder / name / "items.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert len({str([json.loads(line).get("answer") for line in each]) for each in lines}) == 1
     held = [rank.parameter_bytes for rank in two.memory.ranks]
     assert len(held) == SHARDS
     assert sum(held) >= 4 * one.size.total_parameters

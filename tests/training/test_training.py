@@ -144,11 +144,7 @@ def test_seconds_add_up_to_the_jobs_wall_time(toy: Path, make_spec, tmp_path: Pa
     [
         ({"learning_rate": 1e30, "max_grad_norm": None}, "lower learning_rate=1e+30", {1, 2, 3, 4, 5}),
         ({"learning_rate": 100, "max_grad_norm": None, "steps": 1}, "on held-out items", {1}),
-        (
-            {"learning_rate": 1e20, "steps": 3, "retention_every": 1},
-            "the score on prose after step 2 is not a number",
-            {2},
-        ),
+        ({"learning_rate": 1e20, "steps": 3, "retention_every": 1}, "the score on prose after step 2 is not a", {2}),
     ],
     ids=["in a step", "after the last", "on prose"],
 )
