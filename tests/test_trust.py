@@ -249,18 +249,7 @@ class TestTasks:
             text = f"task: {name}\ninclude: two-digit-sums.yaml\nprocess_docs: !function code.run\n"
             lm_eval_file(name).write_text(text)
         dates = ["2024-01-01", "2024-02-29", "2024-12-31"]
-        odd = [
-            "[1, 2]",
-            "[" * 9 + "]" * 9,
-            "007",
-            "²",
-            "{{prompt}}",
-            "👩‍👩‍👧",
-            *"\x00\u202e",
-            "a\u2028b",
-            "null",
-            "1e5",
-        ]
+        odd = ["[1, 2]", "[" * 9 + "]" * 9, "007", "²", "{{prompt}}", "👩‍👩‍👧", *"\x00\u202e", "a\u2028b", "1e5"]
         make_own_tasks(own, dates=dates * 20, odd=odd * 20)
         for task in ("dates", "odd"):
             scored = {"heldout_items": 16, "generation_items": 4, "retention_tokens": 0, "probe_steps": 0}

@@ -133,13 +133,8 @@ def write_subspaces(middle: float, noise: float = 0.005) -> None:
         losses[f"arm-d{d}"] = 1.1 - 1 / (1 + (middle / d) ** 2)
     rows = [
         {"run_id": f"{name}-{seed}", "comparisons": name, HELDOUT: loss + noise * random.standard_normal()}
-        | {
-            "seed": seed,
-            "status": "ok",
-            "method": "x",
-            "base_weights": "",
-            "dimension": float(name[5:]) if name[4] == "d" else None,
-        }
+        | {"seed": seed, "status": "ok", "method": "x", "base_weights": ""}
+        | {"dimension": float(name[5:]) if name[4] == "d" else None}
         for name, loss in losses.items()
         for seed in range(3)
     ]
