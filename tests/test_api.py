@@ -95,7 +95,7 @@ class TestTheImport:
             code += "\nprint(sys.modules.get('kernels'))"
             assert python(code, tmp_path).stdout.splitlines() == [kept, "set()", kept]
 
-    @pytest.mark.parametrize("first", ["", "import peftscope.memory.answer", "from peftscope.memory import question"])
+    @pytest.mark.parametrize("first", ["import peftscope.memory.answer", "from peftscope.memory import question"])
     def test_memory_is_a_room_and_a_function(self, first: str, tmp_path: Path) -> None:
         code = f"{first}\nimport peftscope\nprint(peftscope.memory('qwen2.5-0.5b').method)\n"
         code += "import peftscope.memory.answer\nprint(peftscope.memory.answer.__name__)"

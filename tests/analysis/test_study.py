@@ -201,16 +201,12 @@ def finished(tuned: None, made) -> StudyResults:
 # What a study runs.
 
 
-def test_before_the_rates_are_chosen_only_the_listed_ones_are_known(write_study_file) -> None:
+def test_first_the_listed_rates_are_known_then_every_arm_runs_at_three_on_the_same_seeds(write_study_file) -> None:
     write_study_file(**TUNED)
     sweep = expand("mine")
     assert {c.name for c in sweep.comparisons} == {"runs", "tune-full", "tune-lora", "tune-thin"}
     assert len(sweep.runs) == 1 + 9
     assert {spec.seed for run, spec in sweep.runs.items() if "none" not in run} == {100}
-
-
-def test_then_every_arm_runs_at_three_rates_on_the_same_fresh_seeds(write_study_file) -> None:
-    write_study_file(**TUNED)
     record_tuning()
     choose_rates(expand("mine"), 0)
     sweep = expand("mine")
@@ -632,10 +628,10 @@ def test_results_are_read_where_they_are_all_that_is_left(at_three_rates: StudyR
 
 
 def test_a_study_of_three_ranks_alphas_or_dimensions_has_a_figure_over_them(write_study_file) -> None:
-    varied = {"ranks": "rank", "variants": None, "dora-ranks": "rank", "targets": None, "start-and-alpha": "alpha"}
+    varied = {"ranks": "rank", "variants": None, "start-and-alpha": "alpha"}
     alphas = load_workflow({"experiment": "start-and-alpha"}).plans["start-and-alpha"].sweep.experiment.study
     assert alphas.levels("alpha") == [["lora", "alpha-2", "alpha-8", "alpha-32"]]  # and no arm with another start
-    for name, field in (varied | {"subspace": "dimension", "forgetting": None}).items():
+    for name, field in (varied | {"subspace": "dimension"}).items():
         workflow = load_workflow({"experiment": name})
         assert workflow.plans[name].varied == field
         shown = {part.answer for part in PARTS if part.belongs(workflow.plans[name])}

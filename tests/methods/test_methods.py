@@ -20,7 +20,7 @@ from peftscope.errors import InputError
 from peftscope.execution.merge import base_of_adapter
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS, adapted_modules
-from peftscope.methods.loftq import FloatWeights, best_rank_approximation
+from peftscope.methods.loftq import FloatWeights
 from peftscope.models.catalog import find_model
 from peftscope.models.rounding import linear_layers, normal_float_levels, rounded
 from peftscope.planning.checks import check_runs
@@ -354,15 +354,6 @@ def test_loftq_reduces_every_layers_error_at_any_scale_and_number_of_bits(option
         weight, quantised = weights[f"{name}.weight"], values(plain[name].weight)
         reached = values(layer.get_base_layer().weight) + layer.get_delta_weight("default").float()
         assert (weight - reached).norm() < 0.95 * (weight - quantised).norm()
-
-
-def test_best_rank_approximation_is_the_truncated_svd() -> None:
-    matrix = torch.randn(12, 30, generator=torch.Generator().manual_seed(1))
-    left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
-    wanted = left[:, :3] * singular[:3] @ right[:3]
-    for case, target in ((matrix, wanted), (matrix.T, wanted.T)):
-        one, other = best_rank_approximation(case, 3)
-        torch.testing.assert_close(one @ other, target, rtol=1e-4, atol=1e-4)
 
 
 def test_adalora_prunes_to_its_budget_and_keeps_its_term_apart(spec_of) -> None:

@@ -39,23 +39,16 @@ def test_no_experiment_can_have_the_folder_of_other_results() -> None:
 @pytest.mark.parametrize(
     "name", [p.stem for p in FILES if p.parent.name == "experiments" and p.stem not in NOT_EXPERIMENTS]
 )
-class TestExperiment:
-    def test_expands_into_valid_unique_runs(self, name: str) -> None:
-        sweep = expand(name)
-        assert sweep.runs
-        assert check_runs(sweep.runs, name) == []
-        assert all(re.fullmatch(RUN_ID_PATTERN, identity) for identity in sweep.runs)
-        assert [run_id(spec) for spec in sweep.runs.values()] == list(sweep.runs)
-
-    def test_runs_of_a_comparison_differ_only_where_it_says(self, name: str) -> None:
-        sweep = expand(name)
-        defaults = yaml.safe_load(Path("experiments/defaults.yaml").read_text())
-        by_method = {key for settings in defaults["methods"].values() for key in settings}
-        for comparison in sweep.comparisons:
-            allowed = set(comparison.varies) | {"seed"}
-            if "method" in allowed:
-                allowed |= by_method
-            assert differing_fields(sweep, comparison.runs) <= allowed, comparison.name
+def test_an_experiment_expands_into_valid_runs_that_differ_where_it_says(name: str) -> None:
+    sweep = expand(name)
+    assert sweep.runs and check_runs(sweep.runs, name) == []
+    assert all(re.fullmatch(RUN_ID_PATTERN, identity) for identity in sweep.runs)
+    assert [run_id(spec) for spec in sweep.runs.values()] == list(sweep.runs)
+    defaults = yaml.safe_load(Path("experiments/defaults.yaml").read_text())
+    by_method = {key for settings in defaults["methods"].values() for key in settings}
+    for comparison in sweep.comparisons:
+        allowed = {*comparison.varies, "seed", *(by_method if "method" in comparison.varies else ())}
+        assert differing_fields(sweep, comparison.runs) <= allowed, comparison.name
 
 
 def differing_fields(sweep: Sweep, runs: tuple[str, ...]) -> set[str]:

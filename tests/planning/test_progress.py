@@ -84,15 +84,6 @@ def test_what_takes_longer_than_estimated_is_expected_to_go_on_so(
     assert left.seconds() == 0
 
 
-def test_what_a_checkpoint_adds_trains_or_measures(workflow: Workflow, estimates: dict[str, float]) -> None:
-    left, total = begun(workflow, Clock(), unknown=5), SHORT + len(workflow.runs)
-    trained = SHORT * plugin.SHORT_SECONDS + sum(estimates.values())
-    left.progress(total)
-    assert left.seconds() == pytest.approx(trained)
-    left.progress(total + 5)
-    assert left.seconds() == pytest.approx(trained + 5 * plugin.RULE_SECONDS["measure"])
-
-
 def test_runs_whose_rates_are_not_chosen_yet_are_left_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(plugin, "record_path", lambda _: tmp_path / "no record")
     monkeypatch.setattr("peftscope.planning.plan.record_path", lambda _: tmp_path / "no record")
