@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import inspect
+import json
 import os
 import shutil
 import subprocess
@@ -156,6 +157,12 @@ for command in sys.argv[1:]:
 def in_one_process(*commands: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Gives commands, with a sweep's runs in their process: to import torch for each would take most of the time."""
     return python("-W", "ignore", "-c", IN_ONE_PROCESS, *commands, **options)
+
+
+def command(spec: Any, folder: Path, *options: str) -> list[str]:
+    """Returns the words that make a run with a thread for each of its processes."""
+    words = "-m", "peftscope", "run", json.dumps(spec.canonical()), "--output", folder, "--threads", spec.shards
+    return [sys.executable, *map(str, words), "--keep-weights", "all", *options]
 
 
 def quartiles(*values: float) -> dict[str, float]:

@@ -56,11 +56,8 @@ def record_of(run: str, **changes: Any) -> RunRecord:
     """Returns what a run of gpu-check left on a made-up card, with a machine's name wherever a record may have one."""
     spec = specs()[run]
     peaks = PhaseMemory(peak_tensor_bytes=PEAK, peak_reserved_bytes=PEAK + GB, peak_device_bytes=PEAK + 3 * GB)
-    predicted = PredictedMemory(
-        train_peak_tensor_bytes=PEAK + GB // 10,
-        train_peak_reserved_bytes=PEAK + GB,
-        train_peak_device_bytes=PEAK + 2 * GB,
-    )
+    sizes = {"tensor": PEAK + GB // 10, "reserved": PEAK + GB, "device": PEAK + 2 * GB}
+    predicted = PredictedMemory(**{f"train_peak_{kind}_bytes": size for kind, size in sizes.items()})
     home = f"/home/{SECRET}"
     facts: dict[str, Any] = {
         "status": "ok",

@@ -535,9 +535,7 @@ def test_a_study_may_compare_two_of_its_arms_as_well(write_study_file) -> None:
     page = Path("results/mine/tables/contrasts.html").read_text()
     assert all("LoRA, thin against" in text for text in (figure, page))
     said = answer(table, study.labels)
-    assert re.search(
-        r"1 of 2 .*more than 2\.5 % .*LoRA, thin −.*; 1 of 2 .*LoRA −.* LoRA, thin is behind LoRA by", said
-    )
+    assert re.search(r"1 of 2 .*more than 2\.5 % .*, thin −.*; 1 of 2 .*LoRA −.* LoRA, thin is behind LoRA by", said)
     # Of many comparisons it tells no numbers, but it still tells the sides apart.
     better = table.assign(difference=-table["difference"])
     said = answer(pd.concat([table, better, table]), study.labels)
@@ -548,9 +546,8 @@ def test_a_study_may_compare_two_of_its_arms_as_well(write_study_file) -> None:
 
 def test_controls_say_what_the_comparison_makes_of_no_difference(finished: StudyResults) -> None:
     found = controls(finished).set_index("control")
-    assert found["control_over_base"].to_dict() == pytest.approx(
-        {"a-a": sum(AGAIN) / 6, "zero-lr": 0, "shuffled-labels": 0.5}, abs=1e-12
-    )
+    gained = {"a-a": sum(AGAIN) / 6, "zero-lr": 0, "shuffled-labels": 0.5}
+    assert found["control_over_base"].to_dict() == pytest.approx(gained, abs=1e-12)
     assert found["arm_over_base"].tolist() == pytest.approx([sum(GAINS["lora"]) / 6] * 3)
     assert found["difference"]["a-a"] == pytest.approx((sum(AGAIN) - sum(GAINS["lora"])) / 6)
 
@@ -641,11 +638,13 @@ def test_a_study_of_three_ranks_alphas_or_dimensions_has_a_figure_over_them(writ
     assert any(part.answer == "overfitting" for part in PARTS if part.belongs(plan))
 
 
+def lead(arm: str, other: str) -> list[float]:
+    return [(a - b) / TASK_GAIN for a, b in zip(GAINS[arm], GAINS[other], strict=True)]
+
+
 def test_claims_measure_shares_of_the_task_gain(finished: StudyResults) -> None:
     found = training.heldout_gain("mine", "lora", "full")
-    assert found.samples == pytest.approx(
-        [(a - b) / TASK_GAIN for a, b in zip(GAINS["lora"], GAINS["full"], strict=True)]
-    )
+    assert found.samples == pytest.approx(lead("lora", "full"))
     assert found.low < found.value < found.high and found.n == 6
     assert set(found.run_ids) == {*members("arm-lora"), *members("arm-full")}
     # Losses of 3, 2 and the held-out loss: a third of the held-out difference.
@@ -674,9 +673,7 @@ def test_a_narrow_difference_outside_the_margin_speaks_louder_than_a_wide_one(tu
 
 def test_claims_compare_gains_with_gains(finished: StudyResults) -> None:
     found = training.difference_of_gains("mine", ["thin", "lora"], ["full", "lora"])
-    assert found.samples == pytest.approx(
-        [(thin - full) / TASK_GAIN for thin, full in zip(GAINS["thin"], GAINS["full"], strict=True)]
-    )
+    assert found.samples == pytest.approx(lead("thin", "full"))
     assert judge(Rule(better_by=0), found)[0] == Verdict.WRONG
     other_way = training.difference_of_gains("mine", ["full", "lora"], ["thin", "lora"])
     assert judge(Rule(better_by=0), other_way)[0] == Verdict.HOLDS
@@ -724,14 +721,8 @@ def test_points_of_exact_match_are_those_of_the_whole_split_where_both_arms_have
 
 
 def test_nothing_is_concluded_from_half_a_study(tuned: None) -> None:
-    part = Part.model_validate(
-        {
-            "kind": "training",
-            "measures": "a gain",
-            "training.heldout_gain": {"study": "mine", "arm": "lora", "against": "full"},
-            "rule": {"better_by": 0},
-        }
-    )
+    asked = {"training.heldout_gain": {"study": "mine", "arm": "lora", "against": "full"}}
+    part = Part.model_validate({"kind": "training", "measures": "a gain", "rule": {"better_by": 0}} | asked)
     assert evaluate_part(part).verdict == Verdict.NOT_RUN
     assert "`mine`: not run" in evaluate_part(part).reason
     record_comparison()
@@ -831,9 +822,8 @@ def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(wri
     # What is there already is left alone.
     assert [run for run in before if after[run] != before[run]] == [members("tune-lora")[0]]
     spec = expand("mine").runs[members("tune-lora")[1]]
-    assert json.loads((Path("results/runs") / members("tune-lora")[1] / "spec.json").read_text()) == json.loads(
-        spec.model_dump_json()
-    )
+    written = Path("results/runs") / members("tune-lora")[1] / "spec.json"
+    assert json.loads(written.read_text()) == json.loads(spec.model_dump_json())
     with pytest.raises(InputError, match="no published runs"):
         restore("smoke")
 

@@ -161,11 +161,9 @@ def test_one_reason_may_change_several_claims(tmp_path: Path) -> None:
     (path := tmp_path / "history.yaml").write_text(
         yaml.safe_dump({"changes": [{"claims": {"S1": "holds", "S2": "wrong"}, **words}, {"claim": "S3", **words}]})
     )
-    assert [(c.claim, c.verdict, c.was) for c in read_history(path)] == [
-        ("S1", "holds", "one rule."),
-        ("S2", "wrong", "one rule."),
-        ("S3", None, "one rule."),
-    ]
+    found = read_history(path)
+    assert [(c.claim, c.verdict) for c in found] == [("S1", "holds"), ("S2", "wrong"), ("S3", None)]
+    assert {c.was for c in found} == {"one rule."}
 
 
 # Rules and verdicts.

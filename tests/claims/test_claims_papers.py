@@ -99,16 +99,9 @@ def train_adapter(run: str, rank: int, seed: int, aim: torch.Tensor | None) -> N
         if aim is None:
             loss = model(input_ids=ids, labels=ids).loss
         else:
-            loss = sum(
-                (
-                    layer.scaling["default"] * factor_b(layer) @ factor_a(layer)
-                    - torch.outer(torch.ones(len(factor_b(layer))), aim)
-                )
-                .square()
-                .sum()
-                for layer in layers
-                if factor_a(layer).shape[1] == len(aim)
-            )
+            aimed = [layer for layer in layers if factor_a(layer).shape[1] == len(aim)]
+            updates = [layer.scaling["default"] * factor_b(layer) @ factor_a(layer) for layer in aimed]
+            loss = sum((update - torch.outer(torch.ones(len(update)), aim)).square().sum() for update in updates)
         loss.backward()
         optimizer.step()
     model.save_pretrained(run_folder(run) / "adapter")

@@ -68,9 +68,7 @@ def some_claims() -> dict[str, Any]:
     ledger = tree_of("claims.yaml")
     chosen: dict[str, Any] = {}
     kinds, used = set(), set()
-    for section, name, claim in (
-        (s, n, claim) for s, claims in ledger["claims"].items() for n, claim in claims.items()
-    ):
+    for section, name, claim in ((s, n, c) for s, claims in ledger["claims"].items() for n, c in claims.items()):
         modules = {key.partition(".")[0] for part in claim["parts"] for key in part if "." in key}
         new = {(ledger["checks"][module]["kind"], *sorted(claim.get("rule", {}))) for module in modules} - kinds
         if (new or "study" in str(claim)) and sum(map(len, chosen.values())) < 12:
@@ -198,15 +196,15 @@ A_RECORD = {
     ).model_dump(mode="json")
 }
 A_CONFIG = PRESETS["llama-3.2-1b"][1].to_config()
+
+
+def read_spec(path: Path) -> RunSpec:
+    return spec_from(parse_json(path.read_bytes().decode(errors="replace"), "spec"), Path("spec"), "cpu")
+
+
 JSONS: dict[str, tuple[Any, Callable[[Path], Any]]] = {
-    "spec": (
-        A_SPEC | {"method": "lora", "rank": 2},
-        lambda path: spec_from(parse_json(path.read_bytes().decode(errors="replace"), "spec"), Path("spec"), "cpu"),
-    ),
-    "whole spec": (
-        A_WHOLE_SPEC,
-        lambda path: spec_from(parse_json(path.read_bytes().decode(errors="replace"), "spec"), Path("spec"), "cpu"),
-    ),
+    "spec": (A_SPEC | {"method": "lora", "rank": 2}, read_spec),
+    "whole spec": (A_WHOLE_SPEC, read_spec),
     "record": (A_RECORD, read_record),
     "config": (A_CONFIG, lambda path: answer(describe_model(str(path)))),
 }
@@ -363,9 +361,8 @@ def test_every_broken_line_is_named(broken: dict[int, bytes], own_folder: Path) 
 @pytest.mark.parametrize("path", ["x" * 5000, "a\x00b", "experiments", "/dev/zero", "nothing.jsonl"])
 def test_data_that_are_no_file(path: str, own_folder: Path) -> None:
     write_task(own_folder, FILLING)
-    (own_folder / "experiments/tasks.yaml").write_text(
-        json.dumps({"mine": {"source": {"kind": "jsonl", "path": path}}})
-    )
+    source = {"kind": "jsonl", "path": path}
+    (own_folder / "experiments/tasks.yaml").write_text(json.dumps({"mine": {"source": source}}))
     (own_folder / "experiments/mine.yaml").write_text("fixed: {model: toy, task: mine}\n")
     for load in (lambda: make_task("mine"), lambda: plan_experiment("mine")):
         assert "no such file" in str(loads_or_refuses(load))

@@ -70,12 +70,8 @@ def mirror(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(toy / model_folder("toy"), root / "meta-llama/Llama-2-7b-hf", ignore=ignored)
     sums = [(draw.randrange(100), draw.randrange(100)) for _ in range(200)]
     rows = [
-        {
-            "type": "GSM_Rephrased",
-            "original_question": f"{a} + {b}?",
-            "query": f"{wording} {a} + {b}?",
-            "response": f"It is a sum.\nThe answer is: {a + b}",
-        }
+        {"type": "GSM_Rephrased", "original_question": f"{a} + {b}?", "query": f"{wording} {a} + {b}?"}
+        | {"response": f"It is a sum.\nThe answer is: {a + b}"}
         for a, b in sums
         for wording in ("What is", "Say what is")
     ]

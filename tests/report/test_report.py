@@ -304,10 +304,8 @@ def test_a_run_that_was_limited_says_how_it_ended(device: str, ended: list[str])
     specs = [spec for spec in expand("gpu-check", device).runs.values() if spec.memory_limit_gib == 23.988]
     took = Memory(train=PhaseMemory(peak_tensor_bytes=12 * GIB, peak_reserved_bytes=13 * GIB))
     statuses = ["ok", "oom" if device == "cuda" else "ok"]
-    rows = [
-        row_of(spec, RunRecord(run_id="", status=status, spec=spec, memory=took))
-        for spec, status in zip(specs, statuses, strict=True)
-    ]
+    ends = [RunRecord(run_id="", status=s, spec=spec, memory=took) for spec, s in zip(specs, statuses, strict=True)]
+    rows = [row_of(end.spec, end) for end in ends]
     unlimited = next(spec for spec in expand("gpu-check", device).runs.values() if spec.memory_limit_gib is None)
     table = limited_runs(pd.DataFrame([*rows, row_of(unlimited, None)]))
     assert table["outcome"].tolist() == ended
@@ -319,11 +317,8 @@ def test_a_run_that_was_limited_says_how_it_ended(device: str, ended: list[str])
 def test_latency_is_shown_with_the_ratio_that_serving_asks_for() -> None:
     spec = next(spec for spec in expand("gpu-check", "cuda").runs.values() if spec.latency_tokens)
     seconds = {"base": 0.01, "apart": 0.03, "merged": 0.02}
-    timed = {
-        f"{state}_{name}": Timing(repeats=9, **quartiles(value))
-        for state, value in seconds.items()
-        for name in ("prompt", "token")
-    }
+    one = {state: Timing(repeats=9, **quartiles(value)) for state, value in seconds.items()}
+    timed = {f"{state}_{name}": time for state, time in one.items() for name in ("prompt", "token")}
     row = row_of(spec, RunRecord(run_id="", status="ok", spec=spec, latency=timed))
     table = latencies(pd.DataFrame([row, row_of(spec, None)]))
     assert len(table) == 1 and table["token, apart over merged"][0] == "1.500"

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import python, run_here, wait_for
+from conftest import command, python, run_here, wait_for
 from safetensors.torch import load_file
 
 from peftscope.errors import InputError
@@ -36,13 +36,6 @@ NOT_OF_SHARDS = {"validation_curve", "retention_curve", "shift", "shift_curve"}
 def exact(make_spec) -> Callable[..., RunSpec]:
     """Specs in fp32, in which sharding changes no more than the order of sums."""
     return lambda **values: make_spec(**{"precision": "fp32", **values})
-
-
-def command(spec: RunSpec, folder: Path) -> list[str]:
-    return [
-        *(sys.executable, "-m", "peftscope", "run", json.dumps(spec.canonical())),
-        *("--output", str(folder), "--threads", str(spec.shards), "--keep-weights", "all"),
-    ]
 
 
 def run_apart(spec: RunSpec, folder: Path) -> RunRecord:

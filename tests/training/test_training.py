@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import fast_if, python, run_here, wait_for
+from conftest import command, fast_if, python, run_here, wait_for
 
 from peftscope.data.tasks import draw_items, make_task, read_split
 from peftscope.errors import InputError
@@ -33,8 +33,7 @@ QUICKLY = {"generation_items": 0, "retention_tokens": 0, "probe_steps": 0}
 
 
 def run_command(spec: RunSpec, folder: Path, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
-    words = "-m", "peftscope", "run", json.dumps(spec.canonical()), "--output", folder, "--threads", "1"
-    return python(*words, env={**os.environ, "PYTHONHASHSEED": hash_seed})
+    return python(*command(spec, folder)[1:], env={**os.environ, "PYTHONHASHSEED": hash_seed})
 
 
 @pytest.mark.slow
@@ -77,9 +76,8 @@ def test_a_record_holds_everything_that_a_cpu_can_measure(toy: Path, make_spec, 
     items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
     assert len(items) == spec.heldout_items
     assert sum("answer" in item for item in items) == spec.generation_items
-    assert sum(item["nll"] for item in items) / sum(item["tokens"] for item in items) == pytest.approx(
-        record.quality.heldout_nll
-    )
+    nats, tokens = (sum(item[name] for item in items) for name in ("nll", "tokens"))
+    assert nats / tokens == pytest.approx(record.quality.heldout_nll)
 
 
 def test_the_untouched_base_is_evaluated_and_not_trained(toy: Path, make_spec, tmp_path: Path) -> None:
@@ -192,8 +190,7 @@ def test_out_of_memory_is_a_status(toy: Path, make_spec, tmp_path: Path) -> None
 def test_an_interrupted_run_says_so_and_counts_as_not_done(toy: Path, make_spec, tmp_path: Path) -> None:
     """While it imports; runs that are stopped in their training are resumed elsewhere."""
     spec = make_spec(method="lora", steps=100_000)
-    command = [sys.executable, "-m", "peftscope", "run", json.dumps(spec.canonical()), "--output", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(spec, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(psutil.Process(process.pid).children)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
@@ -222,8 +219,8 @@ def test_a_run_that_is_killed_is_out_of_memory_if_the_kernel_says_so(
         "job.Job(RunSpec.model_validate(json.loads(sys.argv[1])), Path(sys.argv[2]), 1, 300, int(sys.argv[4])).start()"
     )
     counts = [None, None] if kills is None else [7, 7 + kills]
-    command = [sys.executable, "-c", job, json.dumps(spec.canonical()), str(tmp_path), json.dumps(counts)]
-    process = subprocess.Popen([*command, str(attempts_left)], stderr=subprocess.PIPE, text=True)
+    words = [sys.executable, "-c", job, json.dumps(spec.canonical()), str(tmp_path), json.dumps(counts)]
+    process = subprocess.Popen([*words, str(attempts_left)], stderr=subprocess.PIPE, text=True)
     wait_for(psutil.Process(process.pid).children)[0].kill()
     _, errors = process.communicate(timeout=30)
     assert process.returncode == code, errors
