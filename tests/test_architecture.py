@@ -134,15 +134,6 @@ def test_every_room_is_in_the_contract_and_says_what_it_is_for(repository: Path)
         assert describe_room(room, source).endswith("."), room
 
 
-def test_the_page_on_architecture_names_files_that_exist(repository: Path) -> None:
-    text = (repository / PAGE).read_text()
-    paths = re.findall(r"`((?:src|experiments|profiles)/[\w./-]*|Snakefile)`", text)
-    links = [f"docs/{link}" for link in re.findall(r"\]\(([^)]+)\)", text)]
-    assert len(paths) > 10 and len(links) > 2
-    for path in [*paths, *links]:
-        assert (repository / path).exists(), path
-
-
 @pytest.mark.parametrize("folder", ["results", "reports"])
 def test_working_outputs_are_ignored_and_published_ones_are_not(folder: str, repository: Path) -> None:
     def ignored(path: str) -> bool:

@@ -52,39 +52,11 @@ def test_gigabytes_are_parameters_times_the_bytes_of_their_types() -> None:
     assert adapters.evidence["rank that takes 0.5 GB"] == pytest.approx(0.5e9 / (2 * 8_388_608 / 8))
 
 
-def test_gpt3_checkpoint_is_two_bytes_a_value_in_the_unit_asked_for() -> None:
-    shape = {"layers": 96, "width": 12288, "matrices": 2, "rank": 4}
-    found = counts.lora_checkpoint(**shape)
-    assert found.evidence["values"] == 18_874_368
-    assert found.value == pytest.approx(37.748736)
-    assert counts.lora_checkpoint(**shape, unit=2**20).value == 36
-    assert counts.lora_checkpoint(**shape, of=350e9).value == pytest.approx(350e9 / 37_748_736)
-
-
 def test_packed_bytes_of_a_real_layer_agree_with_the_formula() -> None:
     for double_quant, bits in ((True, 4 + 8 / 64 + 32 / 64 / 256), (False, 4.5)):
         found = counts.packed_gigabytes(preset="llama-2-7b", rows=1024, columns=4096, double_quant=double_quant)
         assert found.evidence["bits per weight"] == pytest.approx(bits, rel=5e-3)
         assert found.value == pytest.approx(6_476_005_376 * bits / 8 / 1e9, rel=5e-3)
-
-
-def test_average_bits_count_head_and_embeddings_at_full_width() -> None:
-    found = counts.average_bits(preset="smollm2-135m")
-    others = 134_515_008 - 106_168_320
-    bits = (106_168_320 * (4 + 8 / 64 + 32 / 64 / 256) + 16 * others) / 134_515_008
-    assert found.value == pytest.approx(bits)
-    assert found.evidence["times smaller than in 16 bits"] == pytest.approx(16 / bits)
-    wider = counts.average_bits(preset="smollm2-135m", rest="float32").value
-    assert wider == pytest.approx(bits + 16 * others / 134_515_008)
-
-
-@pytest.mark.parametrize(("width", "rank", "expected"), [(4096, 8, 2 / 3 + 2 * 8 / 4096), (576, 128, 2 / 3 + 2 / 4.5)])
-def test_operations_of_lora_exceed_full_fine_tuning_where_the_rank_is_high(
-    width: int, rank: int, expected: float
-) -> None:
-    # 4 N² + 12 N r a token over 6 N²
-    found = counts.operations_ratio(method="lora", against="full", width=width, rank=rank)
-    assert found.value == pytest.approx(expected)
 
 
 LORA = {"method": "lora", "targets": "attention"}
@@ -97,24 +69,6 @@ def test_base_is_two_bytes_a_weight_and_adapters_are_in_32_bits_unless_asked() -
     assert adapters.value == pytest.approx(4 * 8_388_608 / 1e9, rel=1e-4)
     narrow = memory.at_peak(kinds=["adapters"], run=LORA | {"adapter_dtype": "base"}, how="formula")
     assert narrow.value == pytest.approx(2 * 8_388_608 / 1e9, rel=1e-4)
-
-
-def test_what_is_left_counts_the_reserve_and_the_cuda_context_in_binary_units() -> None:
-    found = memory.free(gpu="24GiB", run=LORA, how="formula")
-    answer = memory._answer("llama-2-7b", LORA, "formula")
-    assert found.value == pytest.approx(24 - answer.peak_device_bytes / 2**30)
-    assert float(found.evidence["on the card, GiB"]) > float(found.evidence["peak, GB"]) * 1e9 / 2**30 + 0.4
-    assert int(found.evidence["longest sequence"]) > 512
-
-
-def test_fewer_cards_hold_a_regime_that_takes_less() -> None:
-    run = {"method": "full", "seq_len": 2048, "checkpointing": True}
-    regimes = {"states in 32 bits": {"optimizer": "paged_adamw"}, "amp": {"precision": "amp"}}
-    found = memory.fewest_cards(gpu="a100-80gb", regimes=regimes, run=run, headroom=0.1)
-    assert found.value == found.evidence["cards, states in 32 bits"] == 2
-    assert int(found.evidence["cards, amp"]) >= 2
-    tight = memory.fewest_cards(gpu="a100-80gb", regimes=regimes, run=run, headroom=0.7)
-    assert int(tight.value) > int(found.value)
 
 
 # Adapters, ranks and settings.

@@ -13,7 +13,6 @@ from test_memory import answer, model_of
 from peftscope.errors import InputError
 from peftscope.hardware.cards import GPUS, find_gpu
 from peftscope.memory import allocator as books
-from peftscope.memory import answer as answers
 from peftscope.memory.allocator import reserved_bytes
 from peftscope.memory.answer import answer_by_formula
 from peftscope.memory.base import describe_model
@@ -23,7 +22,7 @@ from peftscope.memory.trace import Block, Peak, Trace, by_kind, rounded
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS, SIMULATED
 from peftscope.models.shapes import ModelShape
-from peftscope.sizing.fit import fit_methods, known_methods, options_of_method
+from peftscope.sizing.fit import options_of_method
 from peftscope.words import GIB, MIB
 
 # Presets.
@@ -379,14 +378,6 @@ def test_a_peak_is_the_most_that_lives_at_once_in_a_phase() -> None:
     assert trace.alive(0) == []
 
 
-def test_a_phase_that_comes_twice_has_its_larger_peak() -> None:
-    trace = Trace()
-    for size in (512, 2048, 1024):
-        trace.begin("forward")
-        trace.pass_by(Block(size))
-    assert trace.peaks() == {"forward": Peak(2048, 3)}
-
-
 def test_paged_blocks_count_only_where_they_are_wanted() -> None:
     trace = Trace()
     trace.begin("optimizer")
@@ -452,15 +443,3 @@ def test_a_trace_that_is_kept_and_resized_is_the_trace_of_those_sizes(method: st
         question = ask(model, options_of_method(method, options))
         assert traces.trace(question) == trace_training(question)
         assert traces.measure(reserved_bytes, traces.trace(question)) == reserved_bytes(trace_training(question))
-
-
-def test_the_search_for_the_largest_sizes_asks_the_allocator_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twelve methods and three sizes of each: a replay takes most of a question's time."""
-    replays = []
-    monkeypatch.setattr(
-        answers, "reserved_bytes", lambda trace, *limits: replays.append(1) or reserved_bytes(trace, *limits)
-    )
-    shape = PRESETS["llama-3.2-1b"][1].model_copy(update={"num_layers": 2})
-    fits = list(fit_methods([model_of(shape)], known_methods(None), {}, find_gpu("3GiB")))
-    assert len(fits) == 12
-    assert len(replays) < 3 * 36

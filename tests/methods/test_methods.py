@@ -397,14 +397,6 @@ def test_lora_plus_gives_b_the_larger_rate(spec_of) -> None:
     )
 
 
-def test_rslora_scales_by_the_root_of_the_rank(spec_of) -> None:
-    from peft.tuners.lora import LoraLayer
-
-    for name, wanted in (("lora", 16 / 4), ("rslora", 16 / 2)):
-        model = build_model(load_base(spec_of(name, rank=4)), spec_of(name, rank=4)).model
-        assert {m.scaling["default"] for m in model.modules() if isinstance(m, LoraLayer)} == {wanted}
-
-
 @pytest.mark.parametrize("name", [name for name in OWN if "adapter_dtype" in METHODS[name].model_fields])
 def test_adapter_dtype_is_the_specs(name: str, toy: Path, make_spec) -> None:
     for dtype, wanted in (("fp32", torch.float32), ("base", torch.bfloat16)):

@@ -15,7 +15,7 @@ from peftscope.evaluation.answers import wrap
 from peftscope.memory.probe import probe_training
 from peftscope.memory.tracker import MemoryTracker
 from peftscope.methods.tuner_limits import limits, tried_version
-from peftscope.methods.tuner_options import OPTIONS_FILE, Option, options_of
+from peftscope.methods.tuner_options import OPTIONS_FILE, options_of
 from peftscope.planning.sweep import expand
 from peftscope.spec import RunSpec, memory_key, run_id
 from peftscope.training.build import build_model
@@ -122,7 +122,3 @@ def test_trained_tokens_can_answer(toy: Path) -> None:
     model = build_model(load_base(spec), spec).model
     assert wrap(model, load_tokenizer(spec), spec).model is model
     assert "tie_weights" not in vars(model)
-
-
-def test_an_option_of_another_class_takes_null_alone() -> None:
-    assert options_of("lora")["eva_config"] == Option("eva_config", "None", None)

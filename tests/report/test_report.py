@@ -142,15 +142,6 @@ def test_ladders_hold_their_own_rungs_only(finished: str) -> None:
     assert sorted(ladder.loc[ladder["field"] == "targets", "value"]) == ["all-linear", "minimal"]
 
 
-def test_a_ladder_of_runs_that_memorise_says_that_trained_items_are_judged(finished: str) -> None:
-    runs = read_runs(finished)
-    losses = pd.read_csv("results/mine/losses.csv")
-    assert "held-out loss" in sentence("ladder-rank", runs, losses)
-    start = runs.iloc[[0]].assign(comparisons="", judged_on="test")
-    memorised = pd.concat([runs.assign(judged_on="train"), start], ignore_index=True)
-    assert "loss on the trained items" in sentence("ladder-rank", memorised, losses)
-
-
 def test_lines_of_ladders_share_a_name_if_seeds_alone_differ(finished: str) -> None:
     runs = read_runs(finished)
     rungs = runs[runs["comparisons"].str.contains("ladder-0-rank")]

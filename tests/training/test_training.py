@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -185,21 +184,6 @@ def test_out_of_memory_is_a_status(toy: Path, make_spec, tmp_path: Path) -> None
     assert (tmp_path / "record.json").is_file(), (done.returncode, done.stderr)
     record = read_record(tmp_path / "record.json")
     assert record.status == "oom", record.reason
-
-
-def test_an_interrupted_run_says_so_and_counts_as_not_done(toy: Path, make_spec, tmp_path: Path) -> None:
-    """While it imports; runs that are stopped in their training are resumed elsewhere."""
-    spec = make_spec(method="lora", steps=100_000)
-    process = subprocess.Popen(command(spec, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for(psutil.Process(process.pid).children)
-    time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    assert not (tmp_path / "record.json").exists()
-    record = read_record(tmp_path / "interrupted.json")
-    assert (record.status, record.reason) == ("interrupted", "stopped by SIGTERM")
 
 
 @pytest.mark.parametrize(
