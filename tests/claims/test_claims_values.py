@@ -103,9 +103,8 @@ def test_epsilon_of_zero_gives_no_number() -> None:
 
 def test_settings_are_counted() -> None:
     """PEFT's own default, 8/8, is a setting like the others; the interval is that of a sample of practice."""
-    settings = [
-        scaling.Setting(name=n, source="a paper, table 1", value=v) for n, v in {"a": 8, "c": 2, "d": 0.25}.items()
-    ]
+    values = {"a": 8, "c": 2, "d": 0.25}
+    settings = [scaling.Setting(name=n, source="a paper, table 1", value=v) for n, v in values.items()]
     found = scaling.share_of_settings(settings, low=1, high=2, default="lora_alpha/r")
     assert (found.value, found.n, found.evidence["PEFT's default (LoraConfig)"]) == (0.5, 4, 1)
     assert 0.1 < found.low < 0.5 < found.high < 0.9

@@ -176,9 +176,8 @@ def test_runs_that_need_a_package_fail_and_the_others_go_on(own, tmp_path: Path)
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     done = in_one_process("sweep mine", env=environment)
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stderr
-    records = {
-        record.spec.method.name: record for record in map(read_record, Path("results/runs").glob("*/record.json"))
-    }
+    found = map(read_record, Path("results/runs").glob("*/record.json"))
+    records = {record.spec.method.name: record for record in found}
     assert {name: record.status for name, record in records.items()} == {"qlora": "failed", "lora": "ok"}
     assert "bitsandbytes" in records["qlora"].reason
 

@@ -82,9 +82,8 @@ def test_a_record_of_the_card_corrects_the_prediction(write_experiment) -> None:
     seconds = 2 * spec.steps * Forecaster(card)._step(spec, shape).seconds
     provenance = {"hardware": {"gpu": "NVIDIA A100-SXM4-40GB"}}
     record = RunRecord(run_id=run_id(spec), status="ok", spec=spec, seconds=Seconds(train=seconds, wall=seconds))
-    write_record(
-        Path("results/runs") / run_id(spec) / "record.json", record.model_copy(update={"provenance": provenance})
-    )
+    record = record.model_copy(update={"provenance": provenance})
+    write_record(Path("results/runs") / run_id(spec) / "record.json", record)
     estimate._measured.cache_clear()
     try:
         assert Forecaster(card).measured_ratios(spec) == [pytest.approx(2)]

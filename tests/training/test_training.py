@@ -18,6 +18,7 @@ from conftest import command, fast_if, python, run_here, wait_for
 
 from peftscope.data.tasks import draw_items, make_task, read_split
 from peftscope.errors import InputError
+from peftscope.execution.job import Job
 from peftscope.execution.merge import find_run, merge_run
 from peftscope.layout import PREDICTIONS_FOLDER
 from peftscope.memory.tracker import MemoryTracker
@@ -192,25 +193,15 @@ def test_out_of_memory_is_a_status(toy: Path, make_spec, tmp_path: Path) -> None
     ids=["for memory", "for memory, to be tried with more", "from outside", "who knows"],
 )
 def test_a_run_that_is_killed_is_out_of_memory_if_the_kernel_says_so(
-    kills: int | None, attempts_left: int, code: int, status: str, toy: Path, make_spec, tmp_path: Path
+    kills: int | None, attempts_left: int, code: int, status: str, make_spec, tmp_path: Path, monkeypatch
 ) -> None:
     """The kernel's count before and after; `make test-faults` has it kill for real."""
-    spec = make_spec(method="lora", steps=100_000)
-    job = (
-        "import json, sys; from pathlib import Path; from peftscope.execution import job; "
-        "from peftscope.spec import RunSpec; counts = iter(json.loads(sys.argv[3])); "
-        "job.host_kills = lambda: next(counts); "
-        "job.Job(RunSpec.model_validate(json.loads(sys.argv[1])), Path(sys.argv[2]), 1, 300, int(sys.argv[4])).start()"
-    )
-    counts = [None, None] if kills is None else [7, 7 + kills]
-    words = [sys.executable, "-c", job, json.dumps(spec.canonical()), str(tmp_path), json.dumps(counts)]
-    process = subprocess.Popen([*words, str(attempts_left)], stderr=subprocess.PIPE, text=True)
-    wait_for(psutil.Process(process.pid).children)[0].kill()
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == code, errors
+    before, after = (None, None) if kills is None else (7, 7 + kills)
+    monkeypatch.setattr("peftscope.execution.job.host_kills", lambda: after)
+    job = Job(make_spec(method="lora"), tmp_path, threads=1, checkpoint_seconds=1, attempts_left=attempts_left)
+    assert job._end_killed(before) == code
     record = read_record(tmp_path / ("record.json" if status == "oom" else "interrupted.json"))
-    assert record.status == status
-    assert "SIGKILL" in record.reason
+    assert record.status == status and "SIGKILL" in record.reason
 
 
 @pytest.mark.slow
@@ -227,7 +218,8 @@ def test_a_merged_model_computes_what_the_adapter_computes(method: str, toy: Pat
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from peftscope.execution.merge import base_of_adapter
+    from peftscope.execution.job import Job
+from peftscope.execution.merge import base_of_adapter
 
     precision = "bf16" if method == "qlora" else "fp32"
     spec = make_spec(method=method, precision=precision, learning_rate=1e-2, generation_items=0, probe_steps=0)
