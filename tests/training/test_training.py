@@ -7,19 +7,17 @@ import json
 import math
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from conftest import command, fast_if, python, run_here, wait_for
+from conftest import command, fast_if, python, run_here
 
 from peftscope.data.tasks import draw_items, make_task, read_split
 from peftscope.errors import InputError
 from peftscope.execution.job import Job
-from peftscope.execution.merge import find_run, merge_run
+from peftscope.execution.merge import base_of_adapter, find_run, merge_run
 from peftscope.layout import PREDICTIONS_FOLDER
 from peftscope.memory.tracker import MemoryTracker
 from peftscope.models.fetch import fetch_model
@@ -217,9 +215,6 @@ def test_every_method_of_a_seed_sees_the_same_batches(toy: Path, make_spec, tmp_
 def test_a_merged_model_computes_what_the_adapter_computes(method: str, toy: Path, make_spec, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
-
-    from peftscope.execution.job import Job
-from peftscope.execution.merge import base_of_adapter
 
     precision = "bf16" if method == "qlora" else "fp32"
     spec = make_spec(method=method, precision=precision, learning_rate=1e-2, generation_items=0, probe_steps=0)
