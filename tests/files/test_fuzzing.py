@@ -116,7 +116,7 @@ def test_broken_files(kind: str, own_folder: Path) -> None:
     # The files with their comments, where they are short enough.
     text = (FOLDER / name).read_text() if kind in ("models", "tasks", "defaults") else dumped(tree).decode()
 
-    @cases(12)
+    @cases(8)
     @given(mutated(tree).map(dumped) | spliced(text))
     def check(content: bytes) -> None:
         path.write_bytes(content)
@@ -221,7 +221,7 @@ def answer(model: Any) -> None:
 def test_broken_jsons(kind: str, own_folder: Path) -> None:
     path = own_folder / "content.json"
 
-    @cases(12)
+    @cases(8)
     @given(mutated(JSONS[kind][0]).map(json_of).map(str.encode) | spliced(json_of(JSONS[kind][0])))
     @example(b"[" * 100_000)
     @example(b'{"a": ' * 5000)
@@ -236,7 +236,7 @@ def test_broken_jsons(kind: str, own_folder: Path) -> None:
     check()
 
 
-@cases(50)
+@cases(20)
 @given(
     st.sampled_from(sorted(METHODS)),
     st.dictionaries(st.sampled_from(OPTIONS), VALUES, max_size=4),
@@ -254,7 +254,7 @@ def test_questions_about_memory(method: str, options: dict[str, Any], responses:
     loads_or_refuses(load)
 
 
-@cases(50)
+@cases(20)
 @given(TEXT | st.from_regex(r"\s*[0-9]{1,400}(\.[0-9]*)?\s*[a-zA-Z]{0,3}", fullmatch=True))
 @example("9" * 400 + "GiB")
 def test_cards_and_models_by_any_name(name: str) -> None:
@@ -292,7 +292,7 @@ def tokenizer(toy: Path, make_spec: Callable[..., Any]) -> Any:
     return load_tokenizer(make_spec(method="lora"))
 
 
-@cases(60)
+@cases(25)
 @given(prompt=ANYTHING, response=ANYTHING, as_ascii=st.booleans())
 def test_any_prompt_and_response_is_an_item_or_refused(
     prompt: str, response: str, as_ascii: bool, tokenizer: Any, own_folder: Path
@@ -344,7 +344,7 @@ BROKEN_LINES = st.sampled_from(
 )
 
 
-@cases(40)
+@cases(15)
 @given(broken=st.dictionaries(st.integers(0, 60), BROKEN_LINES, min_size=1, max_size=30))
 def test_every_broken_line_is_named(broken: dict[int, bytes], own_folder: Path) -> None:
     lines = [broken.get(number, line) for number, line in enumerate([*FILLING, b""])]

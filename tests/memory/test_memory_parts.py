@@ -261,7 +261,7 @@ def follow(script: list[tuple[str, int]], allocator: CachingAllocator) -> None:
 
 
 @given(scripts(SMALL, MIDDLE, LARGE))
-@settings(max_examples=50, deadline=None, database=None)
+@settings(max_examples=20, deadline=None, database=None)
 def test_blocks_never_overlap_and_segments_hold_them_all(script: list[tuple[str, int]]) -> None:
     allocator = CachingAllocator()
     follow(script, allocator)
@@ -273,7 +273,7 @@ def test_blocks_never_overlap_and_segments_hold_them_all(script: list[tuple[str,
 
 
 @given(scripts(SMALL, MIDDLE))
-@settings(max_examples=50, deadline=None, database=None)
+@settings(max_examples=20, deadline=None, database=None)
 def test_the_same_requests_again_need_no_new_segment(script: list[tuple[str, int]]) -> None:
     # With segments of their own that is not so: test_best_fit_may_break_up_what_a_later_request_needs.
     allocator = CachingAllocator()
