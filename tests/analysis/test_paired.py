@@ -152,43 +152,6 @@ class TestSources:
         assert (run.system, run.metric, run.score, run.seed) == ("mine", "exact_match,flexible-extract", 0.75, None)
         assert read_scores(str(path.parent), "exact_match,strict-match")[0].score == 0
 
-    @pytest.mark.slow
-    def test_what_lm_eval_itself_writes(self, tmp_path: Path) -> None:
-        import lm_eval
-        from datasets import Dataset, DatasetDict
-        from lm_eval.loggers import EvaluationTracker
-        from lm_eval.tasks import TaskManager
-
-        rows = [{"question": f"{n}?", "choices": ["a", "b"], "answer": n % 2} for n in range(30)]
-        config = {
-            "task": "choose",
-            "output_type": "multiple_choice",
-            "custom_dataset": lambda **_: DatasetDict({"test": Dataset.from_list(rows)}),
-            "test_split": "test",
-            "doc_to_text": "question",
-            "doc_to_choice": "choices",
-            "doc_to_target": "answer",
-            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-        }
-        logs = []
-        for name in ("a", "b"):
-            found = lm_eval.simple_evaluate(
-                model="dummy",
-                tasks=[config],
-                task_manager=TaskManager(include_defaults=False),
-                log_samples=True,
-                bootstrap_iters=0,
-            )
-            tracker = EvaluationTracker(output_path=str(tmp_path / name))
-            tracker.general_config_tracker.model_name_sanitized = "dummy"
-            tracker.date_id = "2026"
-            tracker.save_results_samples("choose", found["samples"]["choose"])
-            (run,) = read_scores(str(tmp_path / name), "acc")
-            assert run.score == pytest.approx(found["results"]["choose"]["acc,none"])
-            logs.append(run)
-        assert read_scores(str(tmp_path / "a"))[0].metric == "acc_norm,none"
-        assert pair(logs[:1], logs[1:]).items == 30
-
     def test_pefts_results(self, tmp_path: Path) -> None:
         for name, scores in (("rank8", [0.40, 0.42, 0.41]), ("rank32", [0.50, 0.52, 0.52])):
             for seed, score in enumerate(scores):
