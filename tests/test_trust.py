@@ -303,6 +303,7 @@ COMMANDS = {
     "a batch of 30 digits": ["memory", "llama-2-7b", "--batch-size", "9" * 30],
     "a config without end": ["memory", "deep.json"],
     "an axis": ["memory-curve", "lora", "x"],
+    "no share": ["run", '{"model": "toy", "method": "lora"}', "--keep-at", "nan"],
 }
 
 

@@ -115,7 +115,6 @@ WRONG_COMMANDS = {
     "no file": ("run nothing.yaml", "no such file"),
     "rank 0": ("""run '{"method": "lora", "rank": 0}'""", "->"),
     "model not fetched": ("""run '{"method": "lora", "model": "nobody/nothing"}'""", "->"),
-    "no share": ("""run '{"method": "lora"}' --keep-at nan""", "--keep-at: not a share of the training"),
     "no experiment": ("expand nothing", "->"),
     "no run": ("merge nothing", "->"),
     "no study": ("tune quick", "the experiment `quick`: is no study: it has no arms -> name a study"),

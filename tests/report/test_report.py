@@ -16,6 +16,7 @@ from conftest import quartiles, run_here
 
 from peftscope.analysis.collect import collect_experiment, read_runs, row_of
 from peftscope.errors import InputError
+from peftscope.files.lock import locked
 from peftscope.methods import METHODS
 from peftscope.planning.plan import Plan
 from peftscope.planning.sweep import expand
@@ -51,24 +52,19 @@ ladders: [{centre: {method: lora}, seeds: [0], axes: {rank: [2, 8], targets: [mi
 """
 
 
-@pytest.fixture(scope="session")
-def made() -> dict[str, Path]:
-    """The folders of the experiment's runs, once they were made: a few seconds for all tests."""
-    return {}
-
-
 @pytest.fixture
-def finished(toy: Path, write_experiment, made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+def finished(toy: Path, write_experiment, shared_folder: Path) -> str:
     """An experiment of which all runs but one are done, and full fine-tuning diverged."""
     write_experiment("mine", EXPERIMENT)
     Path("resources").symlink_to(toy / "resources")
     sweep = expand("mine")
     *done, _ = sweep.runs.items()
     for identity, spec in done:
-        if identity not in made:
-            made[identity] = tmp_path_factory.mktemp("made") / identity
-            run_here(spec, made[identity])
-        shutil.copytree(made[identity], Path("results/runs") / identity)
+        made = shared_folder / identity
+        with locked(shared_folder / f"{identity}.lock"):
+            if not (made / "record.json").exists():
+                run_here(spec, made)
+        shutil.copytree(made, Path("results/runs") / identity)
     collect_experiment(sweep)
     return "mine"
 
