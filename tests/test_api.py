@@ -233,9 +233,8 @@ class TestAnswers:
         found = peftscope.fit("8GiB", ["qwen2.5-0.5b"], "lora", seq_len=64)
         assert [(fit.model, fit.method) for fit in found] == [("qwen2.5-0.5b", "lora")]
         options = ["--models", "qwen2.5-0.5b", "--methods", "lora", "--seq-len", "64", "--gpu", "8GiB"]
-        assert json.loads(json.dumps([fit.to_json() for fit in found])) == json.loads(
-            command("fit", *options, "--json")[1]
-        )
+        answers = json.loads(json.dumps([fit.to_json() for fit in found]))
+        assert answers == json.loads(command("fit", *options, "--json")[1])
 
     @pytest.mark.parametrize(
         ("options", "said"),

@@ -47,10 +47,8 @@ def test_planning_and_reporting_never_load_torch() -> None:
 
 def imports_of_each_file(source: Path) -> dict[str, set[str]]:
     """Returns the package's own modules that each of its modules imports, in functions and for types too."""
-    files = {
-        ".".join(path.relative_to(source).with_suffix("").parts).removesuffix(".__init__"): path
-        for path in source.rglob("*.py")
-    }
+    parts = {path: path.relative_to(source).with_suffix("").parts for path in source.rglob("*.py")}
+    files = {".".join(names).removesuffix(".__init__"): path for path, names in parts.items()}
 
     def imported(path: Path) -> set[str]:
         found = set()

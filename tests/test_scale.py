@@ -27,15 +27,10 @@ def scaled(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) ->
     return tmp_path / "scaled"
 
 
-@pytest.fixture
-def sweep(scaled: Path) -> pd.DataFrame:
-    """The runs of a finished sweep of 51 settings."""
-    assert make_sweep(500) == 501
+def test_figures_of_many_settings_name_methods_and_tables_stay_short(scaled: Path) -> None:
+    assert make_sweep(500) == 501  # of 51 settings
     collect_experiment(expand(SWEEP))
-    return read_runs(SWEEP)
-
-
-def test_figures_of_many_settings_name_methods(sweep: pd.DataFrame) -> None:
+    sweep = read_runs(SWEEP)
     losses = pd.read_csv(f"results/{SWEEP}/losses.csv")
     labels = {cls.label for cls in METHODS.values()}
     assert is_crowded(sweep)
@@ -54,9 +49,7 @@ def test_figures_of_many_settings_name_methods(sweep: pd.DataFrame) -> None:
         few = sweep[(sweep["learning_rate"] == 1e-3) & (sweep["comparisons"] != "runs")]
         assert not is_crowded(few)
         assert said not in sentence(figure, few, losses)
-
-
-def test_tables_for_people_keep_every_method_and_every_bad_ending(sweep: pd.DataFrame) -> None:
+    # Tables for people keep every method and every bad ending.
     methods = method_summary(sweep)
     assert best_settings(methods) is methods
     assert len(notable_runs(sweep)) == MOST_RUNS < len(sweep)

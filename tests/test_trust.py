@@ -172,9 +172,8 @@ class TestModels:
         (package / "__init__.py").write_text(MARK.format(str(mark)))
         distribution = tmp_path / f"site/kernels-{KERNELS_MIN_VERSION}.dist-info"
         distribution.mkdir()
-        (distribution / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n"
-        )
+        about = f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n"
+        (distribution / "METADATA").write_text(about)
         paths = os.pathsep.join([str(tmp_path / "site"), *sys.path])
         fields = {"model": "toy", "method": "qlora", "steps": 2, "heldout_items": 4, "generation_items": 0}
         running = (

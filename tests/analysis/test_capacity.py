@@ -134,11 +134,8 @@ def test_the_claim_on_two_bits_follows_the_break(here: Path) -> None:
 
 
 def test_claims_on_ranks_follow_what_they_store(here: Path) -> None:
-    questions = {
-        "S37": ("capacity.share_of_full", {"rank": 16}),
-        "S39": ("capacity.share_of_full", {"rank": 4}),
-        "P16": ("capacity.furthest_ranks", {}),
-    }
+    share = "capacity.share_of_full"
+    questions = {"S37": (share, {"rank": 16}), "S39": (share, {"rank": 4}), "P16": ("capacity.furthest_ranks", {})}
 
     def verdicts() -> list[Verdict]:
         return [

@@ -311,11 +311,8 @@ class TestRanking:
     def test_what_is_hard_for_all_does_not_blur_the_ranking(self) -> None:
         """Items differ by far more than systems do, and alike for all."""
         hard = RANDOM(0).normal(0, 5, 200)
-        rows = [
-            (f"s{k}", item, value + k + noise)
-            for k in range(3)
-            for item, (value, noise) in enumerate(zip(hard, RANDOM(k).normal(0, 1, 200), strict=True))
-        ]
+        scores = {f"s{k}": hard + k + RANDOM(k).normal(0, 1, 200) for k in range(3)}
+        rows = [(name, item, score) for name, found in scores.items() for item, score in enumerate(found)]
         Path("all.csv").write_text(pd.DataFrame(rows, columns=["name", "item", "loss"]).to_csv(index=False))
         found = rank(by_system(read_scores("all.csv")))
         assert found.systems == ["s0", "s1", "s2"]  # the lowest loss first

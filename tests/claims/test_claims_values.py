@@ -31,9 +31,7 @@ from peftscope.claims.verdict import Rule, Verdict, judge
 @pytest.mark.parametrize(
     ("preset", "rank", "targets", "expected"),
     [
-        ("llama-2-7b", 8, "attention", 8_388_608),
         ("llama-2-7b", 8, "all-linear", 19_988_480),
-        ("llama-3-8b", 8, "attention", 6_815_744),
         ("mistral-7b", 8, "minimal", 3_407_872),
         ("smollm2-135m", 64, "all-linear", 19_537_920),
     ],

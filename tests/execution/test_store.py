@@ -123,7 +123,7 @@ def test_what_is_published_twice_on_one_kind_of_processor_agrees(in_repository: 
 
 @pytest.mark.parametrize(
     ("method", "keep", "stays"),
-    [("lora", "adapters", True), ("lora", "none", False), ("full", "adapters", False), ("full", "all", True)],
+    [("lora", "none", False), ("full", "adapters", False), ("full", "all", True)],
 )
 def test_weights_stay_only_where_they_are_asked_for(
     method: str, keep: Any, stays: bool, toy: Path, make_spec: Any, tmp_path: Path

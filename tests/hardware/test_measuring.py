@@ -186,7 +186,7 @@ def test_a_record_says_how_much_of_the_device_was_used(toy: Path, make_spec, tmp
     assert record.seconds.ceilings > 0
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "adalora"])
+@pytest.mark.parametrize("method", ["full", "adalora"])
 def test_a_rehearsal_changes_nothing(method: str, toy: Path, make_spec, tmp_path: Path) -> None:
     options = {} if method == "full" else {"dropout": 0.3}
     spec = make_spec(method=method, gradient_accumulation=2, **options)

@@ -62,11 +62,8 @@ def test_a_spec_holds_every_option_and_its_id_follows_from_them(make_spec) -> No
 
 
 def test_a_method_may_be_a_mapping_in_experiments_too(write_experiment) -> None:
-    write_experiment(
-        "mine",
-        "fixed: {model: toy}\naxes: {method: [lora, {name: peft, tuner: loha, options: {r: 4}}]}\n"
-        "runs: [{method: peft, tuner: loha, options: {r: 4}}]\n",
-    )
+    text = "fixed: {model: toy}\naxes: {method: [lora, {name: peft, tuner: loha, options: {r: 4}}]}\n"
+    write_experiment("mine", text + "runs: [{method: peft, tuner: loha, options: {r: 4}}]\n")
     sweep = expand("mine")
     assert [spec.method.full_label() for spec in sweep.runs.values()] == ["PEFT loha (r 4)", "LoRA"]
     write_experiment("mine", "fixed: {model: toy, method: {name: peft, tuner: loha, rank: 4}}\n")

@@ -36,9 +36,7 @@ def test_no_experiment_can_have_the_folder_of_other_results() -> None:
     assert {CONTRIBUTED_RESULTS.name, LEADERBOARD, MEMORY_FOLDER.name, RUNS.name} <= {*RESERVED_NAMES}
 
 
-@pytest.mark.parametrize(
-    "name", [p.stem for p in FILES if p.parent.name == "experiments" and p.stem not in NOT_EXPERIMENTS]
-)
+@pytest.mark.parametrize("name", sorted({p.stem for p in FILES if p.parent.name == "experiments"} - {*NOT_EXPERIMENTS}))
 def test_an_experiment_expands_into_valid_runs_that_differ_where_it_says(name: str) -> None:
     sweep = expand(name)
     assert sweep.runs and check_runs(sweep.runs, name) == []
@@ -124,21 +122,16 @@ def test_an_axis_a_method_lacks_leaves_it_one_run(write_experiment) -> None:
 
 
 def test_linked_values_move_together_and_exclusions_hold(write_experiment) -> None:
-    write_experiment(
-        "mine",
-        "fixed: {model: toy, method: lora}\n"
-        "linked: [[{rank: 2, alpha: 4}, {rank: 4, alpha: 8}]]\n"
-        "axes: {dropout: [0.0, 0.1]}\n"
-        "exclude: [{match: {rank: 4, dropout: 0.1}, reason: enough}]\n",
-    )
+    linked = "linked: [[{rank: 2, alpha: 4}, {rank: 4, alpha: 8}]]\naxes: {dropout: [0.0, 0.1]}\n"
+    exclude = "exclude: [{match: {rank: 4, dropout: 0.1}, reason: enough}]\n"
+    write_experiment("mine", "fixed: {model: toy, method: lora}\n" + linked + exclude)
     found = {(s.method.rank, s.method.alpha, s.method.dropout) for s in expand("mine").runs.values()}
     assert found == {(2, 4, 0.0), (2, 4, 0.1), (4, 8, 0.0)}
 
 
 def test_extends_merges_deeply(write_experiment) -> None:
-    write_experiment(
-        "base", "fixed: {model: toy, steps: 9}\nmethods: {lora: {rank: 4, alpha: 4}}\naxes: {method: [lora]}\n"
-    )
+    base = "fixed: {model: toy, steps: 9}\nmethods: {lora: {rank: 4, alpha: 4}}\naxes: {method: [lora]}\n"
+    write_experiment("base", base)
     write_experiment("child", "extends: base\nmethods: {lora: {rank: 2}}\n")
     (spec,) = expand("child").runs.values()
     assert (spec.steps, spec.method.rank, spec.method.alpha) == (9, 2, 4)

@@ -46,12 +46,9 @@ def test_the_page_says_what_was_found_and_what_waits(own_folder: Path, repositor
     assert "\n\n*In doubt.* The rates are too low.\n\n*A larger model.*" in page
     assert "**Wrong**" in page and "**Holds**" in page
     (row,) = [line for line in page.splitlines() if line.startswith("| variants-60 |")]
-    deciding = [
-        f["id"]
-        for f in findings
-        if any(p["with"].get("study") == "variants-60" and p["role"] != "beside" for p in f["parts"])
-    ]
-    assert all(f"{name} {by_id[name]['verdict']}" in row for name in deciding)
+    for finding in findings:
+        if any(p["with"].get("study") == "variants-60" and p["role"] != "beside" for p in finding["parts"]):
+            assert f"{finding['id']} {finding['verdict']}" in row
 
 
 @pytest.mark.slow
