@@ -192,7 +192,7 @@ def tokenised(items: Any, tokenizer: Any, seq_len: int) -> Any:
     key = (*items, tokenizer.name_or_path, seq_len)
     if key not in TOKENISED:
         TOKENISED[key] = tokenise(items, tokenizer, seq_len)
-    return TOKENISED[key]
+    return list(TOKENISED[key])
 
 
 def run_here(spec: Any, folder: Path, **options: Any) -> Any:

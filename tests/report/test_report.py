@@ -61,7 +61,7 @@ def finished(toy: Path, write_experiment, shared_folder: Path) -> str:
     *done, _ = sweep.runs.items()
     for identity, spec in done:
         made = shared_folder / identity
-        with locked(shared_folder / f"{identity}.lock"):
+        with locked(shared_folder / f"{identity}.lock", seconds=300):
             if not (made / "record.json").exists():
                 run_here(spec, made)
         shutil.copytree(made, Path("results/runs") / identity)
