@@ -58,7 +58,8 @@ def test_from_a_file_to_a_verdict(own: Callable[[str, str], Path], repository: P
     text = re.sub(r"lora-fa: \[.*\]", "lora: [3.0e-3, 1.0e-2, 3.0e-2]\n    lora-fa: [3.0e-3, 1.0e-2, 3.0e-2]", text)
     study.write_text(f"{text}  seeds: [0, 1]\n  control_seeds: [0]\n")
     later = [" ".join(words[1:]) for words in commands[1:]]
-    in_one_process(*later, check=True)
+    done = in_one_process(*later)
+    assert done.returncode == 0, done.stderr
     table = Path("results/lora-fa-study/tables/contrasts.csv").read_text().splitlines()
     rows = {row["arm"]: row for row in csv.DictReader(table)}
     assert {"lora-fa", "lora-a-a"} <= rows.keys()
