@@ -84,7 +84,7 @@ test: $(READY)
 
 slow: $(READY)
 	$(PYTEST) --durations 15 -m "slow and not alone"
-	$(BIN)/pytest -m alone
+	$(BIN)/pytest -m alone tests/memory tests/training
 
 # One at a time: they measure nothing, but time their faults by what a free machine does.
 test-faults: $(READY)
@@ -97,7 +97,7 @@ test-slurm:
 	.venv-slurm/bin/pytest -m slurm -v tests/test_slurm.py
 
 browser: smoke
-	$(BIN)/pytest -m browser
+	$(BIN)/pytest -m browser tests/report tests/sizing tests/test_site.py
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import inspect
+import json
 import os
 import shutil
 import subprocess
@@ -19,12 +21,18 @@ import pytest
 
 os.environ["PEFTSCOPE_DEVICE"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.fsync = lambda _: None  # no test cuts the power, and tests write thousands of records
 sys.modules["kernels"] = None  # as in every command: tests call what is below them
 
 REPOSITORY = Path(__file__).parent.parent
 Command = Callable[..., tuple[int, str, str]]
 COMPILING_SECONDS = 0.006
 """Processor seconds that compiling ``argparse`` takes on the machines on which bounds of seconds were set."""
+
+
+def pytest_collection_finish() -> None:
+    """Leaves the libraries' objects, which are never garbage, out of every later collection."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -138,6 +146,40 @@ def python(*words: Any, check: bool = False, **options: Any) -> subprocess.Compl
     return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=check, **options)
 
 
+IN_ONE_PROCESS = """
+import sys, time
+from peftscope.cli.main import main
+from peftscope.execution import sweep
+from peftscope.execution.phases import Phases
+from peftscope.execution.run import execute
+
+def run_here(identity, spec, folder, *options, deadline):
+    phases = Phases(spec.device, time.perf_counter())
+    phases.mark_imported()
+    return execute(spec, folder, phases, alone=False).status
+
+sweep.run_apart = run_here
+for command in sys.argv[1:]:
+    sys.argv = ["peftscope", *command.split()]
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+
+
+def in_one_process(*commands: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Gives commands, with a sweep's runs in their process: to import torch for each would take most of the time."""
+    return python("-W", "ignore", "-c", IN_ONE_PROCESS, *commands, **options)
+
+
+def command(spec: Any, folder: Path, *options: str) -> list[str]:
+    """Returns the words that make a run with a thread for each of its processes."""
+    words = "-m", "peftscope", "run", json.dumps(spec.canonical()), "--output", folder, "--threads", spec.shards
+    return [sys.executable, *map(str, words), "--keep-weights", "all", *options]
+
+
 def quartiles(*values: float) -> dict[str, float]:
     """Returns the fields of a record's times whose median and quartiles these are, or all of which are one value."""
     lower, median, upper = values if len(values) == 3 else values * 3
@@ -155,16 +197,40 @@ def wait_for(condition: Callable[[], Any], what: str = "it", seconds: float = 12
     raise AssertionError(f"waited in vain for {what}")
 
 
+TOKENISED: dict[Any, Any] = {}
+
+
+def tokenised(items: Any, tokenizer: Any, seq_len: int) -> Any:
+    """Does what ``tokenise`` does, which takes a third of a run on the toy, once for each model and items."""
+    from peftscope.data.batching import tokenise
+
+    key = (*items, tokenizer.name_or_path, seq_len)
+    if key not in TOKENISED:
+        TOKENISED[key] = tokenise(items, tokenizer, seq_len)
+    return list(TOKENISED[key])
+
+
 def run_here(spec: Any, folder: Path, **options: Any) -> Any:
-    """Makes a run in this process, and returns the record that it wrote."""
+    """Makes a run in this process, and returns the record that it wrote; the same items are tokenised once."""
+    from peftscope.execution import way
     from peftscope.execution.phases import Phases
     from peftscope.execution.run import execute
     from peftscope.record import read_record
 
+    way.tokenise = tokenised
     phases = Phases(spec.device, time.perf_counter())
     phases.mark_imported()
     execute(spec, folder, phases, **options)
     return read_record(folder / "record.json")
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all processes that share the tests, for what one of them makes."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture
@@ -205,6 +271,18 @@ def write_experiment(workspace: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         return path
 
     return write
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder as the current one."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The repository as the current folder."""
+    monkeypatch.chdir(REPOSITORY)
 
 
 @pytest.fixture

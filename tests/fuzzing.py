@@ -1,4 +1,4 @@
-"""What fuzzing draws from: any spec, and files with anything in them."""
+"""What fuzzing draws from: files with anything in them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,13 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import yaml
-from annotated_types import Ge, Gt, Le, Lt
-from hypothesis import HealthCheck, assume, settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from peftscope.errors import InputError
-from peftscope.files.content import BENCHMARK_PATTERN
-from peftscope.methods import METHODS
-from peftscope.methods.fields import TARGET_PRESETS
-from peftscope.spec import RunSpec
 
 MORE = int(os.environ.get("PEFTSCOPE_FUZZ", "1"))
 """How many times as many cases as usual; above one they are other ones each time. CI takes the usual number."""
@@ -53,80 +47,6 @@ def loads_or_refuses(load: Callable[[], Any]) -> Any:
         return error
     finally:
         assert time.process_time() - began < LONGEST_SECONDS
-
-
-# Valid by construction.
-
-
-def values_of(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
-    """Any value that a field of a spec may have."""
-    bounds = {type(rule): rule for rule in metadata}
-    if get_origin(annotation) is Literal:
-        return st.sampled_from(get_args(annotation))
-    if type(None) in get_args(annotation):
-        (inner,) = [part for part in get_args(annotation) if part is not type(None)]
-        return st.none() | values_of(inner, metadata)
-    if hasattr(annotation, "__metadata__"):
-        own = (m for f in annotation.__metadata__ for m in getattr(f, "metadata", ()))
-        return values_of(annotation.__origin__, [*metadata, *own])
-    if annotation is bool:
-        return st.booleans()
-    if annotation is int:
-        lowest, highest = bounds[Ge].ge, bounds[Le].le
-        return st.integers(lowest, min(highest, 20)) | st.integers(lowest, highest)
-    if annotation is float:
-        return st.floats(
-            bounds[Ge].ge if Ge in bounds else bounds[Gt].gt,
-            bounds[Lt].lt if Lt in bounds else None,
-            exclude_min=Gt in bounds,
-            exclude_max=Lt in bounds,
-            allow_nan=False,
-            allow_infinity=False,
-        )
-    if annotation is str:
-        (pattern,) = [rule.pattern for rule in metadata if getattr(rule, "pattern", None)]
-        return st.from_regex(pattern, fullmatch=True)
-    raise AssertionError(f"no strategy for {annotation}")
-
-
-REVISIONS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,20}", fullmatch=True)
-NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,30}", fullmatch=True)
-MODULES = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12), min_size=1, max_size=4)
-OWN_VALUES: dict[str, st.SearchStrategy[Any]] = {
-    "model": NAMES | st.builds("{}/{}".format, NAMES, NAMES),
-    "task": NAMES,
-    "benchmarks": st.lists(st.from_regex(BENCHMARK_PATTERN, fullmatch=True), max_size=3),
-    "revision": st.none() | REVISIONS,
-    "targets": st.sampled_from(sorted(TARGET_PRESETS)) | MODULES,
-    "feedforward": st.none() | MODULES,
-    "tuner": st.sampled_from(["vera", "oft", "miss"]),
-    "options": st.fixed_dictionaries({}, optional={"r": st.integers(1, 64), "init_weights": st.booleans()}),
-}
-
-
-def fields_of(cls: Any) -> dict[str, st.SearchStrategy[Any]]:
-    return {
-        name: OWN_VALUES[name] if name in OWN_VALUES else values_of(field.annotation, field.metadata)
-        for name, field in cls.model_fields.items()
-        if name != "method"
-    }
-
-
-@st.composite
-def specs(draw: st.DrawFn, names: tuple[str, ...] = tuple(METHODS)) -> RunSpec:
-    """Any spec of any method: values for a few fields at once, where no rule over several fields refuses them."""
-    cls = METHODS[draw(st.sampled_from(names))]
-
-    def some(model: Any, *needed: str) -> dict[str, Any]:
-        fields = fields_of(model)
-        chosen = draw(st.sets(st.sampled_from(sorted(fields)), max_size=4))
-        return {name: draw(fields[name]) for name in sorted({*chosen, *needed})}
-
-    try:
-        return RunSpec(method=cls(**some(cls, "name")), **some(RunSpec, "model", "task", "learning_rate"))
-    except ValidationError:
-        assume(False)
-        raise
 
 
 # Broken files.

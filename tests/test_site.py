@@ -82,8 +82,7 @@ def codemeta_names(authors: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{"name": author["name"]} for author in authors]
 
 
-def test_the_page_on_records_shows_code_that_runs(repository, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(repository)
+def test_the_page_on_records_shows_code_that_runs(repository, capsys, in_repository: None) -> None:
     text = (repository / "docs/records.md").read_text()
     exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), {})
     said = capsys.readouterr().out

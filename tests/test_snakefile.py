@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -85,12 +84,12 @@ def planned(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
 
 def test_dry_run_by_the_catalogues_snakefile_and_as_a_module(tiny: str, repository: Path) -> None:
     """The catalogue's Snakefile includes the one at the root. The module is used in a folder that has no sources."""
-    config = ("--config", f"experiment=quick {tiny}")
+    config = ("--config", f"experiment={tiny}")
     Path("Snakefile").unlink()
     Path("Snakefile").write_text((repository / "Snakefile").read_text() + SHOW_PREFIX)
     done = snakemake("-n", *config)
     root = planned(done)
-    assert root.pop("all") == 1 and root["train"] > 20
+    assert root.pop("all") == 1 and root["train"] == 2
     # A job is the child of Snakemake itself, so that it dies with it.
     assert "PREFIX exec" in done.stdout + done.stderr
     Path("src").unlink()
@@ -150,13 +149,6 @@ def test_a_run_that_fails_leaves_the_others_and_only_what_changed_is_made_then(t
     assert {path: when for path, when in after.items() if path in records} == records
     (new,) = after.keys() - records.keys()
     assert "lora-r4" in new.as_posix()
-    again = snakemake("--config", f"experiment={tiny}")
-    assert "Nothing to be done" in again.stdout + again.stderr
-    done = snakemake("--report", "report.zip", "--config", f"experiment={tiny}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    with zipfile.ZipFile("report.zip") as archive:
-        pages = [archive.read(name).decode() for name in archive.namelist() if name.endswith((".js", ".html"))]
-    assert any(re.search(r'"experiment": "tiny"', page) for page in pages)
 
 
 def test_a_lock_is_removed_only_when_nobody_holds_it(tiny: str) -> None:
@@ -197,12 +189,8 @@ def test_rules_that_need_the_network_are_local(repository: Path) -> None:
     text = (repository / "Snakefile").read_text()
     local = set(re.findall(r"\n(?:rule|checkpoint) (\w+):\n(?:    .*\n)*    localrule: True\n", text))
     rules = re.split(r"\n(?:rule|checkpoint) (\w+):", text)[1:]
-    commands = {
-        name: found[1]
-        for name, body in zip(rules[::2], rules[1::2], strict=True)
-        if (found := re.search(r"python -m peftscope ([\w-]+)", body))
-    }
-    fetching = {rule for rule, command in commands.items() if command in ("fetch", "make-task", "make-benchmark")}
-    assert fetching == {"fetch_model", "make_task", "make_benchmark"}
-    assert fetching <= local
-    assert "train" in commands and "train" not in local
+    bodies = dict(zip(rules[::2], rules[1::2], strict=True))
+    asks = r"python -m peftscope (fetch|make-task|make-benchmark) "
+    fetching = {rule for rule, body in bodies.items() if re.search(asks, body)}
+    assert fetching == {"fetch_model", "make_task", "make_benchmark"} <= local
+    assert "train" in bodies and "train" not in local

@@ -17,7 +17,7 @@ OPTIONAL = frozenset(
     (
         *("accelerate", "bitsandbytes", "datasets", "filelock", "gguf", "huggingface_hub", "jinja2"),
         *("lm_eval", "markupsafe", "matplotlib", "numpy", "pandas", "peft", "psutil", "pyarrow", "pynvml"),
-        *("reasoning_gym", "safetensors", "scipy", "seaborn", "snakemake", "statsmodels", "tokenizers", "torch"),
+        *("reasoning_gym", "safetensors", "scipy", "seaborn", "snakemake", "tokenizers", "torch"),
         *("tqdm", "transformers"),
     )
 )

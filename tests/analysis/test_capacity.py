@@ -20,7 +20,7 @@ from peftscope.claims.evaluate import evaluate_part
 from peftscope.claims.verdict import Verdict
 from peftscope.layout import results_folder
 from peftscope.planning.published import VALIDATION
-from peftscope.report.capacity import capacity_facts, readable_breaks, write_capacity
+from peftscope.report.capacity import capacity_facts, write_capacity
 
 BITS, TOKENS = 72.0, 18
 """Of one string, and of its response with what belongs to its form."""
@@ -134,11 +134,8 @@ def test_the_claim_on_two_bits_follows_the_break(here: Path) -> None:
 
 
 def test_claims_on_ranks_follow_what_they_store(here: Path) -> None:
-    questions = {
-        "S37": ("capacity.share_of_full", {"rank": 16}),
-        "S39": ("capacity.share_of_full", {"rank": 4}),
-        "P16": ("capacity.furthest_ranks", {}),
-    }
+    share = "capacity.share_of_full"
+    questions = {"S37": (share, {"rank": 16}), "S39": (share, {"rank": 4}), "P16": ("capacity.furthest_ranks", {})}
 
     def verdicts() -> list[Verdict]:
         return [
@@ -166,20 +163,8 @@ def test_the_section_of_the_report_names_what_is_not_enclosed(here: Path) -> Non
         "full fine-tuning": False
     }
     facts = capacity_facts("capacity")
-    said = (
-        "1.99 to 2.00 bits",
-        "LoRA, rank 1; LoRA, rank 4; LoRA, rank 16",
-        "99 %",
-        "that were tried: full fine-tuning",
-    )
+    said = ("1.99 to 2.00 bits", "LoRA, rank 1; LoRA, rank 4; LoRA, rank 16", "99 %", "tried: full fine-tuning")
     assert all(fact in facts["answer"] for fact in said)
     assert "outside the sizes that were tried" in html.unescape(facts["table"])
     table = stored_bits(pd.read_csv(folder / "runs.csv"))
     assert breaks(table[table["items"] < 256]).empty, "three sizes fit any break"
-
-
-def test_a_share_that_no_run_measured_is_none() -> None:
-    runs = pd.DataFrame([row("LoRA, rank 1", 1000, items, 4 * BITS) for items in (4, 16, 64, 256)])
-    shown = readable_breaks(breaks(stored_bits(runs)))["stored of strings not trained on"]
-    unmeasured = readable_breaks(breaks(stored_bits(runs.assign(**{VALIDATION: math.nan}))))
-    assert (list(shown), list(unmeasured["stored of strings not trained on"])) == (["0%"], ["-"])

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
 from benchmarks.error_rates import PAGE, PUBLISHED, Setting, error_rates, with_table
@@ -158,6 +159,8 @@ def test_equivalence_decides_as_two_one_sided_tests_do(margin: float) -> None:
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([]) == []
+    p_values = np.random.default_rng(0).random(9) ** 2
+    assert holm(list(p_values)) == pytest.approx(multipletests(p_values, method="holm")[1])
 
 
 def test_the_paired_p_is_scipys_and_agrees_with_the_interval() -> None:

@@ -18,7 +18,7 @@ from conftest import Command, quartiles
 from ledger_parts import claims
 
 from peftscope.analysis.collect import row_of
-from peftscope.analysis.contributed import Contribution, anonymous, check, pack, read_contribution, read_contributions
+from peftscope.analysis.contributed import pack, read_contribution, read_contributions
 from peftscope.claims.evaluate import PartFinding, evaluate_part
 from peftscope.claims.verdict import Verdict
 from peftscope.errors import InputError
@@ -56,11 +56,8 @@ def record_of(run: str, **changes: Any) -> RunRecord:
     """Returns what a run of gpu-check left on a made-up card, with a machine's name wherever a record may have one."""
     spec = specs()[run]
     peaks = PhaseMemory(peak_tensor_bytes=PEAK, peak_reserved_bytes=PEAK + GB, peak_device_bytes=PEAK + 3 * GB)
-    predicted = PredictedMemory(
-        train_peak_tensor_bytes=PEAK + GB // 10,
-        train_peak_reserved_bytes=PEAK + GB,
-        train_peak_device_bytes=PEAK + 2 * GB,
-    )
+    sizes = {"tensor": PEAK + GB // 10, "reserved": PEAK + GB, "device": PEAK + 2 * GB}
+    predicted = PredictedMemory(**{f"train_peak_{kind}_bytes": size for kind, size in sizes.items()})
     home = f"/home/{SECRET}"
     facts: dict[str, Any] = {
         "status": "ok",
@@ -192,24 +189,18 @@ def record(edit: Edit) -> Edit:
     ("edit", "said"),
     [
         (lambda c: c.update(contribution_version=2), "not a contribution of version 1"),
-        (lambda c: c.update(author="A. Person"), "Extra inputs are not permitted"),
         (lambda c: c.update(records=[]), "at least 1 item"),
         (record(lambda r: r["spec"].pop("learning_rate")), "learning_rate: not a contribution: Field required"),
         (record(lambda r: r["spec"].update(steps=23)), "its spec is another run's"),
         (record(lambda r: r["spec"].update(model="somebody/something")), "has no name in experiments/models.yaml"),
-        (record(lambda r: r["spec"].update(task="mine")), "mine"),
         (record(lambda r: r["spec"].update(device="cpu")), "not a finished run on a card"),
         (record(lambda r: r["provenance"].update(host="node7")), "has what is not shared"),
         (record(lambda r: r["provenance"].update(python="/home/bob/bin")), "a path or an address"),
         (record(lambda r: r["method_metrics"].update({"~/x": 1.0})), "a path or an address"),
-        (record(lambda r: r["files"].update(x="bob@example.org")), "a path or an address"),
-        (record(lambda r: r["provenance"].update(python="3" * 999)), "over 200 characters"),
         (record(lambda r: r["train_nll"].pop()), "23 losses for 24 steps"),
-        (record(lambda r: r["train_nll"].__setitem__(3, None)), "is missing, negative or over"),
         (record(lambda r: r["train_nll"].__setitem__(3, float("nan"))), "its checksum does not match"),
         (record(lambda r: r.update(train_batches_sha256=None)), "hash of its batches"),
         (record(lambda r: r["memory"]["train"].update(peak_tensor_bytes=5 * GB)), "over 1.5 times apart"),
-        (record(lambda r: r["memory"]["train"].update(peak_reserved_bytes=PEAK - GB)), "reserved"),
         (record(lambda r: r["memory"]["load"].update(peak_device_bytes=30 * GIB)), "on a card of 24.00 GiB"),
         (record(lambda r: r["speed"].update(matmul_share=3.0)), "300%"),
         (record(lambda r: r["speed"].update(step_seconds_median=0.5)), "not in order"),
@@ -245,24 +236,6 @@ def test_damaged_files_are_refused_and_decide_nothing(card: Any) -> None:
         read_contributions()
 
 
-def test_a_provenance_of_any_shape_is_refused_in_a_sentence(card: Any) -> None:
-    (record,) = card("S71")
-    facts = anonymous(record).provenance
-    shapes: list[dict[str, Any]] = [{}, facts | {"hardware": facts["hardware"] | {"gpu_memory_bytes": "24 GiB"}}]
-    shapes += [
-        facts | {section: odd} for section in facts for odd in (None, 5, [1], "x", {"x": 1}) if odd != facts[section]
-    ]
-    for provenance in shapes:
-        odd = record.model_copy(update={"provenance": provenance, "reason": None})
-        contribution = Contribution(experiment="gpu-check", card=CARD, records=[odd])
-        try:
-            check(contribution, "file")
-        except InputError:
-            continue
-        contribution.runs()  # a plain value that is allowed there
-        assert not isinstance(provenance["python"], list)
-
-
 def test_two_cards_must_agree_on_the_first_loss_and_on_the_batches(card: Any) -> None:
     card("S71")
     (first,) = pack("gpu-check")
@@ -292,6 +265,5 @@ def test_without_a_run_on_a_card_it_says_what_to_do(card: Any, peftscope: Comman
     assert code == 2 and "make gpu-check" in errors and "Traceback" not in errors
 
 
-def test_every_contributed_file_passes_the_checks(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(repository)
+def test_every_contributed_file_passes_the_checks(in_repository: None) -> None:
     read_contributions()

@@ -25,11 +25,8 @@ RANDOM = np.random.default_rng
 
 def crossed(random: np.random.Generator, seeds: int, items: int, of_seeds: float, of_items: float) -> np.ndarray:
     """Returns scores around zero that vary with the seed, with the item, and by themselves."""
-    return (
-        random.normal(0, of_seeds, (seeds, 1))
-        + random.normal(0, of_items, (1, items))
-        + random.normal(0, 1, (seeds, items))
-    )
+    alike = random.normal(0, of_seeds, (seeds, 1)) + random.normal(0, of_items, (1, items))
+    return alike + random.normal(0, 1, (seeds, items))
 
 
 def write_peft(folder: Path, name: str, accuracy: float, seed: int = 0, rank: int = 8, status: str = "success") -> Path:
@@ -122,8 +119,7 @@ class TestStatistics:
 
 
 class TestSources:
-    def test_an_arm_of_a_study_is_compared_as_the_study_does_it(self, repository, monkeypatch) -> None:
-        monkeypatch.chdir(repository)
+    def test_an_arm_of_a_study_is_compared_as_the_study_does_it(self, in_repository: None) -> None:
         pairing = pair(read_scores("variants-60:dora"), read_scores("variants-60:lora"))
         study = StudyResults("variants-60").difference("dora", "lora")
         found = pairing.difference(math.nan)
@@ -156,43 +152,6 @@ class TestSources:
         assert (run.system, run.metric, run.score, run.seed) == ("mine", "exact_match,flexible-extract", 0.75, None)
         assert read_scores(str(path.parent), "exact_match,strict-match")[0].score == 0
 
-    @pytest.mark.slow
-    def test_what_lm_eval_itself_writes(self, tmp_path: Path) -> None:
-        import lm_eval
-        from datasets import Dataset, DatasetDict
-        from lm_eval.loggers import EvaluationTracker
-        from lm_eval.tasks import TaskManager
-
-        rows = [{"question": f"{n}?", "choices": ["a", "b"], "answer": n % 2} for n in range(30)]
-        config = {
-            "task": "choose",
-            "output_type": "multiple_choice",
-            "custom_dataset": lambda **_: DatasetDict({"test": Dataset.from_list(rows)}),
-            "test_split": "test",
-            "doc_to_text": "question",
-            "doc_to_choice": "choices",
-            "doc_to_target": "answer",
-            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-        }
-        logs = []
-        for name in ("a", "b"):
-            found = lm_eval.simple_evaluate(
-                model="dummy",
-                tasks=[config],
-                task_manager=TaskManager(include_defaults=False),
-                log_samples=True,
-                bootstrap_iters=0,
-            )
-            tracker = EvaluationTracker(output_path=str(tmp_path / name))
-            tracker.general_config_tracker.model_name_sanitized = "dummy"
-            tracker.date_id = "2026"
-            tracker.save_results_samples("choose", found["samples"]["choose"])
-            (run,) = read_scores(str(tmp_path / name), "acc")
-            assert run.score == pytest.approx(found["results"]["choose"]["acc,none"])
-            logs.append(run)
-        assert read_scores(str(tmp_path / "a"))[0].metric == "acc_norm,none"
-        assert pair(logs[:1], logs[1:]).items == 30
-
     def test_pefts_results(self, tmp_path: Path) -> None:
         for name, scores in (("rank8", [0.40, 0.42, 0.41]), ("rank32", [0.50, 0.52, 0.52])):
             for seed, score in enumerate(scores):
@@ -206,16 +165,12 @@ class TestSources:
         assert read_scores(str(tmp_path), "forgetting")[0].score == 0.03
 
     def test_a_csv_of_seeds_of_items_and_of_both(self, tmp_path: Path) -> None:
-        table = pd.DataFrame(
-            [(s, i, 0.1 * s + i) for s in range(3) for i in range(4)], columns=["seed", "item", "score"]
-        )
+        rows = [(s, i, 0.1 * s + i) for s in range(3) for i in range(4)]
+        table = pd.DataFrame(rows, columns=["seed", "item", "score"])
         for keys in (["seed"], ["item"], ["seed", "item"]):
             table.groupby(keys)["score"].mean().reset_index().to_csv(tmp_path / f"{'-'.join(keys)}.csv", index=False)
-        shapes = {
-            path.stem: (len(runs), len(runs[0].items))
-            for path in tmp_path.glob("*.csv")
-            for runs in [read_scores(str(path))]
-        }
+        read = {path.stem: read_scores(str(path)) for path in tmp_path.glob("*.csv")}
+        shapes = {name: (len(runs), len(runs[0].items)) for name, runs in read.items()}
         assert shapes == {"seed": (3, 1), "item": (1, 4), "seed-item": (3, 4)}
         both = read_scores(f"{tmp_path / 'seed.csv'}, {tmp_path / 'item.csv'}")
         assert len(both) == 4 and len(read_scores(str(tmp_path / "*.csv"))) == 7
@@ -224,26 +179,21 @@ class TestSources:
         ("name", "text", "said"),
         [
             ("x.jsonl", "", "is empty"),
-            ("x.jsonl", "[1]\n", "not a mapping"),
             ("x.jsonl", '{"a": 1', "not valid JSON"),
             ("x.jsonl", '{"a": 1}\n', "neither lm-eval's log nor a run's items"),
             ("x.jsonl", '{"doc_id": 0, "metrics": 5, "target": "x"}\n', "does not say which score"),
             ("x.jsonl", '{"doc_id": 0, "metrics": ["acc"], "acc": [1, 2]}\n', "not a number in row 0"),
             ("x.jsonl", '{"doc_id": 0, "acc": 1}\n{"doc_id": 0, "acc": 0}\n', "item 0 appears twice"),
-            ("x.jsonl", '{"doc_id": 0, "metrics": ["acc"]}\n', "no row has the score `acc` that it lists"),
             ("x.jsonl", '{"nll": 1}\n', "no `item` in its rows"),
             ("x.jsonl", '{"item": [], "prompt": "", "target": "", "nll": 1, "tokens": 0}\n', "not a number"),
             ("x.json", "[]", "no result of PEFT's method comparison"),
-            ("x.json", '{"run_info": 1, "train_info": {}}', "no result of PEFT's method comparison"),
             ("x.csv", "", "cannot be read as CSV"),
             ("x.csv", "score\n1\n2\n", "does not say what a row is"),
             ("x.csv", "seed,score\n0,\n", "not a number in row 0"),
-            ("x.csv", "seed,score\n0.5,1\n", "no whole number"),
             ("x.csv", "name,score\na,1\na,2\n", "2 rows for name a"),
             ("x.csv", "seed,left,right\n0,1,2\n", "does not say which score"),
             ("x.csv", "seed,score\n", "has no rows"),
             ("x.csv", "name,score\na,1\n,2\n", "name: empty in row 1"),
-            ("x.csv", "name,seed,score\na,0,1\na,,2\n", "seed: empty in row 1"),
             ("items.parquet", "PAR1", "cannot be read"),
             ("x.txt", "1", "no format that is known"),
         ],
@@ -258,12 +208,6 @@ class TestSources:
         systems = by_system(read_scores(str(tmp_path / "x.csv")))
         assert {name: len(runs) for name, runs in systems.items()} == {"None": 2, "NA": 1, "007": 1}
 
-    def test_published_runs_none_of_which_was_scored(self, tmp_path: Path) -> None:
-        pd.DataFrame({"run_id": ["a"], "record": ["{}"]}).to_parquet(tmp_path / "records.parquet")
-        pd.DataFrame(columns=["run_id", "item"], dtype=str).to_parquet(tmp_path / "items.parquet")
-        with pytest.raises(InputError, match="no run in it was scored"):
-            read_scores(str(tmp_path))
-
     def test_an_empty_source_is_not_this_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "x.csv").write_text("seed,score\n0,1\n")
         monkeypatch.chdir(tmp_path)
@@ -272,8 +216,7 @@ class TestSources:
             read_scores("")
 
     @pytest.mark.parametrize("source", ["nothing", "a:b", "/*none*", "x" * 5000, "\x00", ",", "variants-60:nobody"])
-    def test_a_source_that_is_not_there(self, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
+    def test_a_source_that_is_not_there(self, source: str, in_tmp: None) -> None:
         with pytest.raises(InputError):
             read_scores(source)
 
@@ -303,10 +246,8 @@ class TestRefusals:
             pair(a, b)
 
     def test_two_systems_on_one_side(self, tmp_path: Path) -> None:
-        a = [
-            *read_scores(str(write_peft(tmp_path, "x", 0.5))),
-            *read_scores(str(write_peft(tmp_path, "y", 0.4, 1, 16))),
-        ]
+        x, y = write_peft(tmp_path, "x", 0.5), write_peft(tmp_path, "y", 0.4, 1, 16)
+        a = [*read_scores(str(x)), *read_scores(str(y))]
         with pytest.raises(InputError, match="these are two systems"):
             pair(a, a)
         with pytest.raises(InputError, match="its status is 'failed'"):
@@ -334,6 +275,7 @@ class TestRefusals:
             pair(csv("c", seed=[1], score=[1]) * 2, csv("d", seed=[1], score=[1]))
 
 
+@pytest.mark.usefixtures("in_tmp")
 class TestRanking:
     def systems(self, spread: float, seeds: int, levels: list[float]) -> dict[str, Any]:
         random, rows = RANDOM(2), []
@@ -341,10 +283,6 @@ class TestRanking:
             rows += [(f"s{number}", seed, level + random.normal(0, spread)) for seed in range(seeds)]
         Path("all.csv").write_text(pd.DataFrame(rows, columns=["name", "seed", "score"]).to_csv(index=False))
         return by_system(read_scores("all.csv"))
-
-    @pytest.fixture(autouse=True)
-    def in_a_folder_of_its_own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
 
     def test_groups_and_places(self) -> None:
         found = rank(self.systems(0.01, 8, [5.0, 5.001, 7.0, 9.0, 9.001]))
@@ -373,11 +311,8 @@ class TestRanking:
     def test_what_is_hard_for_all_does_not_blur_the_ranking(self) -> None:
         """Items differ by far more than systems do, and alike for all."""
         hard = RANDOM(0).normal(0, 5, 200)
-        rows = [
-            (f"s{k}", item, value + k + noise)
-            for k in range(3)
-            for item, (value, noise) in enumerate(zip(hard, RANDOM(k).normal(0, 1, 200), strict=True))
-        ]
+        scores = {f"s{k}": hard + k + RANDOM(k).normal(0, 1, 200) for k in range(3)}
+        rows = [(name, item, score) for name, found in scores.items() for item, score in enumerate(found)]
         Path("all.csv").write_text(pd.DataFrame(rows, columns=["name", "item", "loss"]).to_csv(index=False))
         found = rank(by_system(read_scores("all.csv")))
         assert found.systems == ["s0", "s1", "s2"]  # the lowest loss first

@@ -12,7 +12,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import yaml
@@ -20,7 +19,7 @@ from scipy import stats
 
 from peftscope.analysis.collect import collect_experiment
 from peftscope.analysis.study import HELDOUT, StudyResults
-from peftscope.analysis.tuning import choose_next, choose_rates
+from peftscope.analysis.tuning import choose_rates
 from peftscope.claims.checks import training
 from peftscope.claims.evaluate import evaluate_part
 from peftscope.claims.ledger import Part
@@ -29,17 +28,15 @@ from peftscope.cli.main import report
 from peftscope.cli.study import describe
 from peftscope.errors import InputError
 from peftscope.planning.experiment import A_A_SHIFT
-from peftscope.planning.plan import load_workflow
 from peftscope.planning.published import VALIDATION, published_items, published_records
 from peftscope.planning.sweep import Sweep, expand
 from peftscope.record import Quality, RunRecord, parse_record, write_record
 from peftscope.report.contrasts import CONTROLS, answer, contrasts, controls, readable_contrasts, samples_to, tuning
 from peftscope.report.overfitting import draw_overfitting, mean_losses, overfitting_sentence
-from peftscope.report.parts import PARTS
 from peftscope.report.plots import draw_figure
 from peftscope.report.publish import publish, restore
 from peftscope.report.shares import draw_shares, share_table, shares_sentence
-from peftscope.report.study import cut_at, study_facts, write_study
+from peftscope.report.study import study_facts, write_study
 
 STUDY: dict[str, Any] = yaml.safe_load("""
 fixed: {model: toy, task: two-digit-sums, steps: 3, batch_size: 4, validation_items: 8, heldout_items: 8,
@@ -53,6 +50,7 @@ study:
   seeds: [0, 1, 2, 3, 4, 5]
   controls: {lora: [a-a, zero-lr, shuffled-labels]}
 """)
+ARMS = STUDY["study"]["arms"]
 LISTED = {"full": [1e-5, 1e-4, 1e-3], "lora": [1e-4, 1e-3, 1e-2], "thin": [1e-4, 1e-3, 1e-2]}
 TUNED: dict[str, Any] = {"learning_rates": LISTED, "chosen_rates": {}}
 BASE_LOSS = 3.0
@@ -202,16 +200,12 @@ def finished(tuned: None, made) -> StudyResults:
 # What a study runs.
 
 
-def test_before_the_rates_are_chosen_only_the_listed_ones_are_known(write_study_file) -> None:
+def test_first_the_listed_rates_are_known_then_every_arm_runs_at_three_on_the_same_seeds(write_study_file) -> None:
     write_study_file(**TUNED)
     sweep = expand("mine")
     assert {c.name for c in sweep.comparisons} == {"runs", "tune-full", "tune-lora", "tune-thin"}
     assert len(sweep.runs) == 1 + 9
     assert {spec.seed for run, spec in sweep.runs.items() if "none" not in run} == {100}
-
-
-def test_then_every_arm_runs_at_three_rates_on_the_same_fresh_seeds(write_study_file) -> None:
-    write_study_file(**TUNED)
     record_tuning()
     choose_rates(expand("mine"), 0)
     sweep = expand("mine")
@@ -254,35 +248,20 @@ def test_a_control_changes_one_thing(tuned: None) -> None:
         ({"a_a": "full"}, "chosen_rates must have both full and full-a-a, or neither"),
         ({"tuning_seeds": [1]}, "must not overlap"),
         ({"seeds": [0]}, "study.seeds"),
-        ({"seeds": [0, 1, 1]}, "seeds must differ"),
         ({"arms": {"full": {"method": "full"}, "a b": {"method": "lora"}}}, "study.arms"),
         ({"controls": {"dora": ["a-a"]}}, "controls and a_a name no arm: dora"),
         ({"contrasts": [["lora", "dora"]]}, "contrasts name no arm: dora"),
         ({"contrasts": [["lora", "lora"]]}, "contrasts: lora and lora are compared already, or are one arm"),
-        ({"contrasts": [["thin", "full"]]}, "thin and full are compared already"),
         ({"contrasts": [["thin", "lora"], ["lora", "thin"]]}, "lora and thin are compared already"),
-        (
-            {"arms": STUDY["study"]["arms"] | {"lora-a-a": {"method": "lora"}}, "given_rates": {"lora-a-a": 1}},
-            "lora-a-a",
-        ),
+        ({"arms": ARMS | {"lora-a-a": {"method": "lora"}}, "given_rates": {"lora-a-a": 1}}, "lora-a-a"),
         ({"controls": {"lora": ["twice"]}}, "study.controls.lora[0]"),
-        ({"arms": STUDY["study"]["arms"] | {"lora": {"method": "lora", "seed": 3}}}, "the study's to set"),
-        ({"arms": STUDY["study"]["arms"] | {"lora": {"method": "lora", "rnk": 3}}}, "did you mean `rank`?"),
+        ({"arms": ARMS | {"lora": {"method": "lora", "seed": 3}}}, "the study's to set"),
+        ({"arms": ARMS | {"lora": {"method": "lora", "rnk": 3}}}, "did you mean `rank`?"),
         ({"given_rates": {"lora": 1e-4}}, "arms with more than one rate: lora; each arm"),
-        ({"given_rates": {"thing": 1e-4}}, "rates of what is no arm: thing; each arm"),
-        ({"given_rates": {"lora": 0}}, "given_rates.lora"),
-        (TUNED | {"given_rates": {"lora": 1e-4}}, "arms with more than one rate: lora; each arm"),
         ({"borrowed_rates": {"thin": {"arm": "lora", "time": 2}}}, "borrowed_rates.thin.time"),
-        ({"tuning": {"seed": 4}}, "tuning may only change what is measured"),
         ({"tuning": {"method": "dora"}}, "tuning may only change what is measured"),
-        (
-            TUNED | {"tuning": {"validation_items": 0}},
-            "fixed.validation_items: a study chooses its rates by validation",
-        ),
-        (
-            TUNED | {"arms": STUDY["study"]["arms"] | {"thin": {"method": "lora", "task": "time-intervals"}}},
-            "runs: no run of the untouched base has model toy and task time-intervals",
-        ),
+        (TUNED | {"tuning": {"validation_items": 0}}, "fixed.validation_items: a study chooses its rates by"),
+        (TUNED | {"arms": ARMS | {"thin": {"method": "lora", "task": "time-intervals"}}}, "no run of the untouched"),
     ],
 )
 def test_a_wrong_study_is_refused_with_its_place(changes: dict[str, Any], said: str, write_study_file) -> None:
@@ -349,25 +328,6 @@ def test_one_rate_follows_beyond_an_end_at_most_twice_and_the_end_is_told(write_
     assert study.arms_at_an_end == ["lora"]
     settings = expand("mine").experiment.study
     assert settings is not None and study_facts(study, settings)["at_an_end"] == "LoRA"
-
-
-def test_without_snakemake_each_choice_follows_from_the_runs_of_the_one_before(write_study_file) -> None:
-    write_study_file(**TUNED, controls={})
-    record_tuning()
-    record(members("runs")[0], heldout=BASE_LOSS)
-    assert choose_next(expand("mine")).name == "rates-0.json"
-    for arm, gains in GAINS.items():
-        for run in members(f"rates-{arm}"):
-            spec = mine().runs[run]
-            best = {"full": 1e-4, "lora": 1.7e-3, "thin": 1e-3}[arm]
-            record(run, heldout=BASE_LOSS - gains[spec.seed] + 0.1 * (spec.learning_rate != best))
-    assert choose_next(expand("mine")).name == "rates-1.json"
-    assert len(members("rates-lora")) == 24
-    for run in members("rates-lora")[18:]:
-        record(run, heldout=2.0)
-    assert choose_next(expand("mine")).name == "tuned.json"
-    assert choose_next(expand("mine")).name == "tuned.json"  # and again the same, once they all are there
-    assert {expand("mine").runs[run].learning_rate for run in members("arm-lora")} == {1.7e-3}
 
 
 def test_one_lucky_and_one_unlucky_seed_decide_nothing(write_study_file) -> None:
@@ -512,7 +472,7 @@ def test_the_lowest_loss_along_shuffled_runs_is_what_the_form_explains(tuned: No
 
 
 def test_an_arm_may_have_a_given_rate_or_that_of_another(write_study_file) -> None:
-    arms = STUDY["study"]["arms"] | {"paper": {"method": "dora"}, "short": {"method": "lora", "steps": 2}}
+    arms = ARMS | {"paper": {"method": "dora"}, "short": {"method": "lora", "steps": 2}}
     borrowed = {"short": {"arm": "lora", "times": 3}}
     write_study_file(arms=arms, given_rates={"paper": 2e-5}, borrowed_rates=borrowed)
     sweep = expand("mine")
@@ -530,8 +490,7 @@ def test_an_arm_may_have_a_given_rate_or_that_of_another(write_study_file) -> No
         study.tuning_runs("paper")
 
 
-def test_power_is_that_of_the_pilots_pairs(repository: Path, monkeypatch: Any) -> None:
-    monkeypatch.chdir(repository)
+def test_power_is_that_of_the_pilots_pairs(in_repository: None) -> None:
     said = list(describe(expand("targets", assume_rates=True)))[-1]
     assert said.startswith("Power: 8 A/A pairs of `variants` spread by")
 
@@ -569,9 +528,7 @@ def test_a_study_may_compare_two_of_its_arms_as_well(write_study_file) -> None:
     page = Path("results/mine/tables/contrasts.html").read_text()
     assert all("LoRA, thin against" in text for text in (figure, page))
     said = answer(table, study.labels)
-    assert re.search(
-        r"1 of 2 .*more than 2\.5 % .*LoRA, thin −.*; 1 of 2 .*LoRA −.* LoRA, thin is behind LoRA by", said
-    )
+    assert re.search(r"1 of 2 .*more than 2\.5 % .*, thin −.*; 1 of 2 .*LoRA −.* LoRA, thin is behind LoRA by", said)
     # Of many comparisons it tells no numbers, but it still tells the sides apart.
     better = table.assign(difference=-table["difference"])
     said = answer(pd.concat([table, better, table]), study.labels)
@@ -582,21 +539,10 @@ def test_a_study_may_compare_two_of_its_arms_as_well(write_study_file) -> None:
 
 def test_controls_say_what_the_comparison_makes_of_no_difference(finished: StudyResults) -> None:
     found = controls(finished).set_index("control")
-    assert found["control_over_base"].to_dict() == pytest.approx(
-        {"a-a": sum(AGAIN) / 6, "zero-lr": 0, "shuffled-labels": 0.5}, abs=1e-12
-    )
+    gained = {"a-a": sum(AGAIN) / 6, "zero-lr": 0, "shuffled-labels": 0.5}
+    assert found["control_over_base"].to_dict() == pytest.approx(gained, abs=1e-12)
     assert found["arm_over_base"].tolist() == pytest.approx([sum(GAINS["lora"]) / 6] * 3)
     assert found["difference"]["a-a"] == pytest.approx((sum(AGAIN) - sum(GAINS["lora"])) / 6)
-
-
-def test_a_control_without_any_spread_is_no_difference(tuned: None) -> None:
-    record_comparison()
-    own = members("arm-lora")
-    again = [run for run in members("control-a-a-lora") if run not in own]
-    for run, gain in zip(again, GAINS["lora"], strict=True):
-        record(run, heldout=BASE_LOSS - gain)
-    row = controls(collected()).set_index("control").loc["a-a"]
-    assert (row["difference"], row["difference_low"], row["difference_high"]) == (0, 0, 0)
 
 
 def test_the_section_of_the_report_has_its_tables_and_figures(at_three_rates: StudyResults) -> None:
@@ -617,18 +563,6 @@ def test_the_section_of_the_report_has_its_tables_and_figures(at_three_rates: St
     assert "0.001, the best" in shown and "0.0017" in shown
 
 
-def test_an_arm_far_away_leaves_room_for_the_others() -> None:
-    """One arm at 900 % would press the margin of 5 % into a line."""
-    axes = plt.figure().add_subplot()
-    cut_at(axes, [pd.Series([1.0, 3.0]), pd.Series([880.0, 920.0]), pd.Series([-4.0, 0.0])])
-    assert axes.get_xlim() == (-20, 20)
-    assert [text.get_text() for text in axes.texts] == ["+900 →"]
-    axes = plt.figure().add_subplot()
-    cut_at(axes, [pd.Series([1.0, 3.0]), pd.Series([8.0, 9.0])])
-    assert not axes.texts
-    plt.close("all")
-
-
 def test_each_rank_keeps_a_share_of_what_full_fine_tuning_gains(finished: StudyResults) -> None:
     table = share_table(finished, "rank").set_index("rank")
     assert list(table.index) == [2, 8] and set(table["method"]) == {"LoRA"} and set(table["rate"]) == {1e-3}
@@ -641,17 +575,6 @@ def test_each_rank_keeps_a_share_of_what_full_fine_tuning_gains(finished: StudyR
     assert "learning rate" in Path("shares.svg").read_text()
     sentence = shares_sentence("mine")
     assert sentence.startswith("LoRA keeps 67 % at rank 2, 97 % at rank 8 of what full fine-tuning gains on the task.")
-
-
-def test_arms_are_called_by_their_method_and_what_sets_them_apart(finished: StudyResults) -> None:
-    assert finished.labels == {"full": "full fine-tuning", "lora": "LoRA", "thin": "LoRA, thin"}
-    # The first arm of several of one method has its own name too, unless it is named after the method.
-    for path in map(Path, ("experiments/mine.yaml", "results/mine/runs.csv")):
-        path.write_text(re.sub(r"\bthin\b", "lora-thin", re.sub(r"\blora\b(?!,)", "r8", path.read_text())))
-    text = Path("experiments/mine.yaml").read_text().replace("method: r8", "method: lora")
-    Path("experiments/mine.yaml").write_text(text)
-    labels = StudyResults("mine").labels
-    assert (labels["r8"], labels["lora-thin"]) == ("LoRA, r8", "LoRA, thin")
 
 
 def test_a_study_of_few_examples_shows_what_is_trained_and_what_is_not(finished: StudyResults) -> None:
@@ -683,25 +606,13 @@ def test_results_are_read_where_they_are_all_that_is_left(at_three_rates: StudyR
     assert len(share_table(left, "rank")) == 2
 
 
-def test_a_study_of_three_ranks_alphas_or_dimensions_has_a_figure_over_them(write_study_file) -> None:
-    varied = {"ranks": "rank", "variants": None, "dora-ranks": "rank", "targets": None, "start-and-alpha": "alpha"}
-    alphas = load_workflow({"experiment": "start-and-alpha"}).plans["start-and-alpha"].sweep.experiment.study
-    assert alphas.levels("alpha") == [["lora", "alpha-2", "alpha-8", "alpha-32"]]  # and no arm with another start
-    for name, field in (varied | {"subspace": "dimension", "forgetting": None}).items():
-        workflow = load_workflow({"experiment": name})
-        assert workflow.plans[name].varied == field
-        shown = {part.answer for part in PARTS if part.belongs(workflow.plans[name])}
-        assert ("shares" in shown) is (field is not None)
-        assert "overfitting" not in shown
-    plan = load_workflow({"experiment": "small-data"}).plans["small-data"]
-    assert any(part.answer == "overfitting" for part in PARTS if part.belongs(plan))
+def lead(arm: str, other: str) -> list[float]:
+    return [(a - b) / TASK_GAIN for a, b in zip(GAINS[arm], GAINS[other], strict=True)]
 
 
 def test_claims_measure_shares_of_the_task_gain(finished: StudyResults) -> None:
     found = training.heldout_gain("mine", "lora", "full")
-    assert found.samples == pytest.approx(
-        [(a - b) / TASK_GAIN for a, b in zip(GAINS["lora"], GAINS["full"], strict=True)]
-    )
+    assert found.samples == pytest.approx(lead("lora", "full"))
     assert found.low < found.value < found.high and found.n == 6
     assert set(found.run_ids) == {*members("arm-lora"), *members("arm-full")}
     # Losses of 3, 2 and the held-out loss: a third of the held-out difference.
@@ -730,9 +641,7 @@ def test_a_narrow_difference_outside_the_margin_speaks_louder_than_a_wide_one(tu
 
 def test_claims_compare_gains_with_gains(finished: StudyResults) -> None:
     found = training.difference_of_gains("mine", ["thin", "lora"], ["full", "lora"])
-    assert found.samples == pytest.approx(
-        [(thin - full) / TASK_GAIN for thin, full in zip(GAINS["thin"], GAINS["full"], strict=True)]
-    )
+    assert found.samples == pytest.approx(lead("thin", "full"))
     assert judge(Rule(better_by=0), found)[0] == Verdict.WRONG
     other_way = training.difference_of_gains("mine", ["full", "lora"], ["thin", "lora"])
     assert judge(Rule(better_by=0), other_way)[0] == Verdict.HOLDS
@@ -780,14 +689,8 @@ def test_points_of_exact_match_are_those_of_the_whole_split_where_both_arms_have
 
 
 def test_nothing_is_concluded_from_half_a_study(tuned: None) -> None:
-    part = Part.model_validate(
-        {
-            "kind": "training",
-            "measures": "a gain",
-            "training.heldout_gain": {"study": "mine", "arm": "lora", "against": "full"},
-            "rule": {"better_by": 0},
-        }
-    )
+    asked = {"training.heldout_gain": {"study": "mine", "arm": "lora", "against": "full"}}
+    part = Part.model_validate({"kind": "training", "measures": "a gain", "rule": {"better_by": 0}} | asked)
     assert evaluate_part(part).verdict == Verdict.NOT_RUN
     assert "`mine`: not run" in evaluate_part(part).reason
     record_comparison()
@@ -887,9 +790,8 @@ def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(wri
     # What is there already is left alone.
     assert [run for run in before if after[run] != before[run]] == [members("tune-lora")[0]]
     spec = expand("mine").runs[members("tune-lora")[1]]
-    assert json.loads((Path("results/runs") / members("tune-lora")[1] / "spec.json").read_text()) == json.loads(
-        spec.model_dump_json()
-    )
+    written = Path("results/runs") / members("tune-lora")[1] / "spec.json"
+    assert json.loads(written.read_text()) == json.loads(spec.model_dump_json())
     with pytest.raises(InputError, match="no published runs"):
         restore("smoke")
 

@@ -28,9 +28,8 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_rounding_by_definition_agrees_with_bitsandbytes(code: str, block: int) -> None:
     weights = normal(48, 160)  # blocks run over the ends of rows, and the last one is not full
     book = CodeBook(code)
-    torch.testing.assert_close(
-        book.rounded(weights, block), book.rounded_by_definition(weights, block), rtol=0, atol=1e-6
-    )
+    expected = book.rounded_by_definition(weights, block)
+    torch.testing.assert_close(book.rounded(weights, block), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -38,9 +37,8 @@ def test_every_value_goes_to_the_nearest_of_all_levels(code: str) -> None:
     book, weights = CodeBook(code), normal(4, 64)
     index, constants = book.encoded(weights, 64)
     distance = (weights.unsqueeze(-1) - constants.unsqueeze(-1) * book.levels).abs()
-    torch.testing.assert_close(
-        distance.gather(-1, index.unsqueeze(-1)).squeeze(-1), distance.amin(-1), rtol=0, atol=1e-6
-    )
+    chosen = distance.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(chosen, distance.amin(-1), rtol=0, atol=1e-6)
     rounded = book.rounded(weights, 64)
     largest = weights.abs().argmax(1, keepdim=True)
     torch.testing.assert_close(rounded.gather(1, largest), weights.gather(1, largest))
@@ -75,8 +73,7 @@ def test_shares_and_ratios_of_the_toy_model(toy: Path) -> None:
     )
 
 
-def test_weights_that_were_not_fetched_are_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_weights_that_were_not_fetched_are_no_verdict(in_tmp: None) -> None:
     with pytest.raises(NotRunError, match="peftscope fetch minilm"):
         codes.share_with_lower_error("minilm", 64, "nf4", ["int4"])
     with pytest.raises(NotRunError, match="peftscope fetch minilm"):

@@ -66,18 +66,14 @@ def of(seconds: tuple[float, ...], step: str = "") -> dict[str, float]:
 
 def steps(*found: tuple[dict[str, Any], tuple[float, ...]]) -> Runs:
     """Returns runs with these options and seconds of their steps."""
-    return [
-        record_of(spec_of(run), speed=Speed(timed_steps=len(seconds), **of(seconds, "step_"))) for run, seconds in found
-    ]
+    timed = [(run, Speed(timed_steps=len(seconds), **of(seconds, "step_"))) for run, seconds in found]
+    return [record_of(spec_of(run), speed=speed) for run, speed in timed]
 
 
 def latencies(method: str, apart: tuple[float, ...], merged: tuple[float, ...], base: tuple[float, ...]) -> Runs:
     times = {"base": base, "apart": apart, "merged": merged}
-    timings = {
-        f"{state}_{name}": Timing(repeats=len(seconds), **of(seconds))
-        for state, seconds in times.items()
-        for name in ("prompt", "token")
-    }
+    one = {state: Timing(repeats=len(seconds), **of(seconds)) for state, seconds in times.items()}
+    timings = {f"{state}_{name}": time for state, time in one.items() for name in ("prompt", "token")}
     runs = [{"method": method, "batch_size": size, **SERVED} for size in (1, 16)]
     return [record_of(spec_of(run), latency=timings) for run in runs]
 
@@ -179,13 +175,9 @@ def test_a_batch_that_ran_out_of_memory_gives_no_ratio_and_is_named(tmp_path: Pa
 def test_what_claims_ask_for_is_what_the_experiment_runs(tmp_path: Path) -> None:
     speed = steps((LORA, ONE))[0].speed
     timings = latencies("lora", ONE, ONE, ONE)[0].latency
-    write_card(
-        tmp_path,
-        [
-            record_of(spec, speed=speed, latency=timings if spec.latency_tokens else None)
-            for spec in expand("gpu-check", "cuda").runs.values()
-        ],
-    )
+    specs = expand("gpu-check", "cuda").runs.values()
+    latency = {True: timings, False: None}
+    write_card(tmp_path, [record_of(s, speed=speed, latency=latency[s.latency_tokens > 0]) for s in specs])
     checked = [part for claim in claims().values() for part in claim.parts if part.check.startswith("gpu.")]
     assert len(checked) > 8
     for part in checked:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,6 +14,7 @@ from peftscope.claims.verdict import Verdict
 from peftscope.layout import results_folder
 from peftscope.planning.published import VALIDATION
 
+pytestmark = pytest.mark.usefixtures("own_folder")
 STEPS = 40
 SEEDS = range(6)
 GAIN = 1.0
@@ -58,11 +58,6 @@ def write(**worlds: dict[str, Any]) -> None:
     pd.DataFrame(losses).to_csv(results_folder("small-data") / "losses.csv", index=False)
 
 
-@pytest.fixture(autouse=True)
-def workspace_of_its_own(own_folder: Path) -> None:
-    pass
-
-
 def test_a_rise_of_the_validation_loss_is_overfitting_where_the_training_loss_falls() -> None:
     assert verdicts_of("S98") == [Verdict.NOT_RUN]
     write()
@@ -84,10 +79,8 @@ def test_each_remedy_is_judged_on_its_own() -> None:
     assert found is not None and found.value == pytest.approx(1.2 - 0.81)
     # The training loss of the last epoch, four steps, is a little above that of the last one.
     assert gap is not None and gap.value == pytest.approx((1.2 - 0.1) - (0.81 - 0.6), abs=0.05)
-    write(
-        dropout=OVERFITS | {"validation": (1.0, 0.8, 1.3)},
-        half_the_steps={"train": (1.0, 0.05), "validation": (1.0, 0.8, 1.3)},
-    )
+    worse = OVERFITS | {"validation": (1.0, 0.8, 1.3)}
+    write(dropout=worse, half_the_steps=worse | {"train": (1.0, 0.05)})
     assert verdicts_of("S99") == [Verdict.WRONG, Verdict.WRONG, Verdict.HOLDS]
 
 

@@ -70,11 +70,8 @@ def test_sharpness_is_the_hessians_largest_eigenvalue(toy: Path, monkeypatch: py
     assert found.verdict != swapped.verdict
 
 
-def test_rates_that_fall_with_the_sharpness_support_p56_and_others_do_not(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rates_that_fall_with_the_sharpness_support_p56_and_others_do_not(monkeypatch, in_repository) -> None:
     """The published best rates stand against sharpness that is made to follow them, or to oppose them."""
-    monkeypatch.chdir(repository)
 
     def found(sharpness: Callable[[str], float]) -> PartFinding:
         monkeypatch.setattr(curvature, "_sharpness", lambda spec, *_: [sharpness(spec.method.name)])
@@ -102,16 +99,9 @@ def train_adapter(run: str, rank: int, seed: int, aim: torch.Tensor | None) -> N
         if aim is None:
             loss = model(input_ids=ids, labels=ids).loss
         else:
-            loss = sum(
-                (
-                    layer.scaling["default"] * factor_b(layer) @ factor_a(layer)
-                    - torch.outer(torch.ones(len(factor_b(layer))), aim)
-                )
-                .square()
-                .sum()
-                for layer in layers
-                if factor_a(layer).shape[1] == len(aim)
-            )
+            aimed = [layer for layer in layers if factor_a(layer).shape[1] == len(aim)]
+            updates = [layer.scaling["default"] * factor_b(layer) @ factor_a(layer) for layer in aimed]
+            loss = sum((update - torch.outer(torch.ones(len(update)), aim)).square().sum() for update in updates)
         loss.backward()
         optimizer.step()
     model.save_pretrained(run_folder(run) / "adapter")

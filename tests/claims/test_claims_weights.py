@@ -22,16 +22,12 @@ from peftscope.report.forgetting import forgetting_sentence
 from peftscope.report.plots import draw_figure
 from peftscope.report.weights import cuts_table, draw_updates, updates_sentence, updates_table
 
+pytestmark = pytest.mark.usefixtures("in_tmp")
 SEEDS = range(8, 13)
 LAYERS = range(6)
 MODULES = ("q_proj", "down_proj")
 
 Change = Callable[[pd.DataFrame], Any]
-
-
-@pytest.fixture(autouse=True)
-def workspace_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def judged(claim: str) -> Finding:
@@ -225,10 +221,8 @@ def test_magnitude_and_direction_are_correlated_over_layers_and_steps() -> None:
 
     def along_the_steps(table: pd.DataFrame) -> None:
         late = 10 * (table["step"] == 160)
-        table["magnitude_change"], table["direction_change"] = (
-            late - table["magnitude_change"],
-            late + table["direction_change"],
-        )
+        table["magnitude_change"] = late - table["magnitude_change"]
+        table["direction_change"] = late + table["direction_change"]
 
     weights_world(along_the_steps)
     within = judged("P28").parts[-1]

@@ -15,13 +15,8 @@ from peftscope.report.front import README, with_numbers
 
 Command = Any
 
+pytestmark = pytest.mark.usefixtures("in_tmp")
 LEVELS = {"one": 1.0, "other": 1.0, "far": 2.0}
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def write(name: str, level: float, seeds: int = 8, items: int = 60, first: int = 0, spread: float = 0.02) -> str:
@@ -96,8 +91,7 @@ class TestMargins:
         _, text, _ = peftscope(*arguments, "--base", write("base", 3.0))
         assert "Margin ±5 % of the task gain (0.1" in text and "): the same, within 0." in text
 
-    def test_the_gain_of_a_study_is_its_own(self, peftscope, repository, monkeypatch) -> None:
-        monkeypatch.chdir(repository)
+    def test_the_gain_of_a_study_is_its_own(self, peftscope, in_repository: None) -> None:
         _, text, _ = peftscope("compare", "variants-60:dora", "variants-60:lora", "--margin", "5%gain")
         assert "of the task gain (0.0343 nats per token): not told apart, within 0." in text
 

@@ -243,16 +243,13 @@ def test_prose_is_scored_behind_it(spec: RunSpec, tokenizer: Any) -> None:
 
 def test_lm_eval_asks_behind_it(spec: RunSpec, tokenizer: Any) -> None:
     model = load_base(spec)
-    asked = [
-        wrap(model, each, spec).tok_batch_encode(["12 + 34 ="])[0][0].tolist()
-        for each in (tokenizer, load_tokenizer(spec))
-    ]
+    begun, plain = (wrap(model, each, spec) for each in (tokenizer, load_tokenizer(spec)))
+    asked = [each.tok_batch_encode(["12 + 34 ="])[0][0].tolist() for each in (begun, plain)]
     assert asked[0] == [BOS, *asked[1]]
 
 
 def test_lengths_count_it(spec: RunSpec, tokenizer: Any, tmp_path: Path) -> None:
     (path := tmp_path / "items.jsonl").write_text(json.dumps({"prompt": "12 + 34 =", "response": " 46"}))
-    plain, begun = (
-        count_tokens(path, ("prompt", "response"), lambda each=each: each) for each in (load_tokenizer(spec), tokenizer)
-    )
+    each = (load_tokenizer(spec), tokenizer)
+    plain, begun = (count_tokens(path, ("prompt", "response"), lambda one=one: one) for one in each)
     assert begun == [plain[0] + 1]

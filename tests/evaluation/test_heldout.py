@@ -24,20 +24,13 @@ from peftscope.record import RunRecord, Timing
 from peftscope.training.build import build_model
 from peftscope.training.load import attention, load_base, load_tokenizer
 
-BF16_STEPS = 2 * 2.0**-7
-"""Two steps of bf16 around 1: logits closer than that share of their size can change places."""
 ANSWER = 4
 
 
-@pytest.mark.parametrize(
-    ("method", "precision"), [("lora", "fp32"), pytest.param("qlora", "bf16", marks=pytest.mark.slow)]
-)
-def test_an_answer_of_argmaxes_is_what_greedy_decoding_gives(
-    method: str, precision: str, toy: Path, make_spec, monkeypatch
-) -> None:
+def test_an_answer_of_argmaxes_is_what_greedy_decoding_gives(toy: Path, make_spec, monkeypatch) -> None:
     """On 64 prompts: the held-out pass finds no 0 in what ``generate`` gave, and finds the token that was changed."""
     monkeypatch.chdir(toy)
-    spec = make_spec(method=method, precision=precision)
+    spec = make_spec(method="lora", precision="fp32")
     tokenizer = load_tokenizer(spec)
     trained = build_model(load_base(spec), spec).model.eval()
     with torch.no_grad():  # so that the adapter says something
@@ -45,21 +38,13 @@ def test_an_answer_of_argmaxes_is_what_greedy_decoding_gives(
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) / 10)
     prompts = [e.tokens[: e.prompt_length] for e in tokenise(read_split(spec.task, "test")[:64], tokenizer, 64)]
-    given, changed, doubtful = [], [], 0
+    given, changed = [], []
     for prompt in prompts:
-        options: dict[str, Any] = {"max_new_tokens": ANSWER, "do_sample": False}
-        output = trained.generate(
-            input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            return_dict_in_generate=True, output_logits=True, pad_token_id=tokenizer.pad_token_id, **options,
-        )  # fmt: skip
-        best = torch.cat(output.logits).float().topk(2).values
-        if bool(((best[:, 0] - best[:, 1]) < BF16_STEPS * best[:, 0].abs()).any()):
-            doubtful += 1
-            continue
-        tokens = output.sequences[0].tolist()
+        asked = torch.tensor([prompt])
+        options = {"max_new_tokens": ANSWER, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+        tokens = trained.generate(input_ids=asked, attention_mask=torch.ones_like(asked), **options)[0].tolist()
         given.append(Example(tuple(tokens), len(prompt)))
         changed.append(Example((*tokens[:-1], (tokens[-1] + 1) % trained.config.vocab_size), len(prompt)))
-    assert doubtful < 32
     with attention(trained, spec.attention):
         right, wrong = (heldout_nll(trained, examples, spec, 0) for examples in (given, changed))
     assert all(item.argmax == "1" * item.tokens for item in right)
@@ -123,10 +108,7 @@ def test_entropy_is_largest_where_all_values_are_equal() -> None:
 # The latency of an adapter: of the base before, of the adapter apart, and merged.
 
 
-@pytest.mark.parametrize("method", [pytest.param("dora", marks=pytest.mark.slow), "qlora"])
-def test_latency_is_that_of_the_base_the_adapter_and_what_was_merged(
-    method: str, toy: Path, make_spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_latency_is_that_of_the_base_the_adapter_and_what_was_merged(toy, make_spec, tmp_path, monkeypatch) -> None:
     seen: list[tuple[int, int, int]] = []
 
     def timed(model: Any, spec: Any) -> dict[str, Timing]:
@@ -143,7 +125,7 @@ def test_latency_is_that_of_the_base_the_adapter_and_what_was_merged(
 
     monkeypatch.setattr(way, "time_passes", timed)
     monkeypatch.setitem(latency.REPEATS, "cpu", 5)
-    spec = make_spec(method=method, latency_tokens=8, generation_items=0, probe_steps=0)
+    spec = make_spec(method="qlora", latency_tokens=8, generation_items=0, probe_steps=0)
     record = run_here(spec, tmp_path)
     # Around each of the seven linear layers of both blocks, and around nothing after merging; tokens see the prompt.
     assert set(seen) == {(n, *shape) for n in (0, 14) for shape in ((8, 0), (1, 8))}

@@ -54,11 +54,7 @@ def test_restored_runs_count_as_done_without_weights(finished: tuple[str, Any]) 
     identity, record = finished
     folder = run_folder(identity)
     write_runs(PUBLISHED_RESULTS / "mine", [folder])
-    before = {
-        name: (folder / name).read_bytes()
-        for name in ("record.json", "items.jsonl", "spec.json")
-        if (folder / name).is_file()
-    }
+    before = {path.name: path.read_bytes() for path in folder.glob("*.json*")}
     assert find_run(identity) == folder
     shutil.rmtree(folder)
     assert finished_record(folder, identity) is None
@@ -116,8 +112,7 @@ def processor_of(record: dict[str, Any]) -> tuple[Any, ...]:
     return hardware.get("cpu"), hardware.get("gpu"), provenance.get("bf16_products", "native"), packages.get("torch")
 
 
-def test_what_is_published_twice_on_one_kind_of_processor_agrees(repository, monkeypatch) -> None:
-    monkeypatch.chdir(repository)
+def test_what_is_published_twice_on_one_kind_of_processor_agrees(in_repository: None) -> None:
     losses: dict[Any, list[Any]] = {}
     for _, run, text in all_published_records():
         record = json.loads(text)
@@ -128,7 +123,7 @@ def test_what_is_published_twice_on_one_kind_of_processor_agrees(repository, mon
 
 @pytest.mark.parametrize(
     ("method", "keep", "stays"),
-    [("lora", "adapters", True), ("lora", "none", False), ("full", "adapters", False), ("full", "all", True)],
+    [("lora", "none", False), ("full", "adapters", False), ("full", "all", True)],
 )
 def test_weights_stay_only_where_they_are_asked_for(
     method: str, keep: Any, stays: bool, toy: Path, make_spec: Any, tmp_path: Path
@@ -147,13 +142,12 @@ def test_weights_stay_only_where_they_are_asked_for(
             find_run(folder.name)
 
 
-@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "full"])
-def test_keeping_weights_along_a_training_changes_no_byte_of_it(method: str, toy, make_spec, tmp_path) -> None:
+def test_keeping_weights_along_a_training_changes_no_byte_of_it(toy, make_spec, tmp_path) -> None:
     """Dropout draws from the generators that a write must leave alone."""
     from safetensors.torch import load_file
 
-    dropout = {"dropout": 0.1} if method == "lora" else {}
-    spec = make_spec(method=method, steps=4, generation_items=0, validation_items=8, validation_every=2, **dropout)
+    validated = {"validation_items": 8, "validation_every": 2}
+    spec = make_spec(method="lora", dropout=0.1, steps=4, generation_items=0, **validated)
     records = {}
     for name, shares in {"plain": (), "kept": (0.25, 1)}.items():
         records[name] = run_here(spec, tmp_path / name, keep_weights="all", keep_at=shares)
@@ -200,13 +194,6 @@ study:
     }
     # The run of `other` has the machine to itself, and keeps its weights because `mine` asks for them.
     assert sorted(options[run] for run in keeping) == ["--keep-at 0.5,1", *["--shared --keep-at 0.5,1"] * 6]
-
-
-@pytest.mark.parametrize("shares", ["0.5,x", "0", "1.5", "nan"])
-def test_shares_that_are_none_are_refused(shares: str, toy: Path, make_spec: Any) -> None:
-    spec = json.dumps(make_spec().canonical())
-    result = CliRunner().invoke(app, ["run", spec, "--keep-at", shares])
-    assert result.exit_code != 0 and "--keep-at: not a share of the training" in str(result.exception)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import python
+from conftest import in_one_process
 
 from peftscope.analysis.tuning import choose_next
 from peftscope.errors import InputError
@@ -173,28 +173,24 @@ def test_runs_that_need_a_package_fail_and_the_others_go_on(own, tmp_path: Path)
     own("mine", f"{SHORT}axes: {{method: [qlora, lora]}}\n")
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['bitsandbytes'] = None\n")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    done = python("-m", "peftscope", "sweep", "mine", env=environment)
+    done = in_one_process("sweep mine", env=environment)
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stderr
-    records = {
-        record.spec.method.name: record for record in map(read_record, Path("results/runs").glob("*/record.json"))
-    }
+    found = map(read_record, Path("results/runs").glob("*/record.json"))
+    records = {record.spec.method.name: record for record in found}
     assert {name: record.status for name, record in records.items()} == {"qlora": "failed", "lora": "ok"}
     assert "bitsandbytes" in records["qlora"].reason
 
 
 @pytest.mark.slow
-def test_the_check_of_a_card_on_a_processor_with_few_packages(own, repository: Path, tmp_path: Path) -> None:
+def test_the_check_of_a_card_on_a_processor_with_few_packages(own, repository: Path, tmp_path: Path, peftscope) -> None:
     """A borrowed card may have torch, transformers and PEFT, and little else: neither Snakemake nor lm-eval."""
     own("mine", "extends: gpu-check-cpu\nfixed: {steps: 6}\n")
     Path("results").mkdir()
     Path("results/published").symlink_to(repository / "results/published")
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({NOT_THERE!r}))\n")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    command = "-m", "peftscope", "sweep", "mine"
-    first = python(*command, "--minutes", "0.2", env=environment)
-    assert first.returncode == 0 and "runs left: repeat the command to go on" in first.stdout, first.stderr
-    done = python(*command, env=environment)
-    assert done.returncode == 0 and done.stdout == "", done.stderr
+    done = in_one_process("sweep mine --minutes 0", "sweep mine", env=environment)
+    assert done.returncode == 0 and done.stdout.count("runs left: repeat the command to go on") == 1, done.stderr
     records = [json.loads(path.read_text()) for path in Path("results/runs").glob("*/record.json")]
     assert len(records) == 10 and {record["status"] for record in records} == {"ok"}
     assert {record["spec"]["device"] for record in records} == {"cpu"}
@@ -204,7 +200,6 @@ def test_the_check_of_a_card_on_a_processor_with_few_packages(own, repository: P
     memory = [record["memory"] for record in records]
     assert all(part["train"]["peak_tensor_bytes"] == part["predicted"]["train_peak_tensor_bytes"] for part in memory)
     # The whole environment makes the report of them, which says what it is.
-    page = python("-m", "peftscope", "report", "mine")
-    text = Path(page.stdout.strip()).read_text()
+    text = Path(peftscope("report", "mine")[1].strip()).read_text()
     assert "shows the instrument, decides no claim" in text and "not enforced on a processor" in text
     assert "Does it fit?" in text and "apart over merged" in text

@@ -52,8 +52,6 @@ def test_a_run_that_starts_from_another_needs_its_weights(own: Any) -> None:
     assert CliRunner().invoke(app, ["sweep", "mine"]).exit_code == 0
     start, run = (run for run in expand("mine").runs)
     write_runs(PUBLISHED_RESULTS / "mine", [run_folder(start), run_folder(run)])
-    found = CliRunner().invoke(app, ["verify", "mine"])
-    assert found.exit_code == 0 and "2 of 2 runs are equal" in found.output
     shutil.rmtree(run_folder(start) / "adapter")
     found = CliRunner().invoke(app, ["verify", "mine"])
     assert "1 of 2 runs start from others whose weights are not in the store, and are left out" in found.output

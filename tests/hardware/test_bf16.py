@@ -209,8 +209,7 @@ def published(name: str) -> dict[str, Any]:
     return json.loads(text)
 
 
-def test_estimates_follow_the_rate_of_this_machine(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(repository)
+def test_estimates_follow_the_rate_of_this_machine(monkeypatch: pytest.MonkeyPatch, in_repository: None) -> None:
     record = published("lora-r8-a16-all-linear-s1")
     spec = RunSpec.model_validate(record["spec"])
     monkeypatch.setattr(estimate, "_measured", lambda **_: {estimate._kind(record["spec"])[0]: record})

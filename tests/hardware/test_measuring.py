@@ -78,13 +78,8 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_card_says_is_read_and_what_it_does_not_say_is_none(nvml: None) -> None:
     found = find_card(meters.pci_address())
     assert used_bytes(found) == 7 * MIB
-    assert reading(found) == {
-        "sm_clock_mhz": 1980,
-        "memory_clock_mhz": 2619,
-        "power_watts": None,
-        "power_limit_watts": 700,
-        "temperature_celsius": 41,
-    }
+    clocks = {"sm_clock_mhz": 1980, "memory_clock_mhz": 2619}
+    assert reading(found) == clocks | {"power_watts": None, "power_limit_watts": 700, "temperature_celsius": 41}
     assert other_processes(found) == [{"pid": 1, "used_bytes": 3 * 2**30}, {"pid": 2, "used_bytes": None}]
 
 
@@ -133,30 +128,6 @@ def test_peaks_of_a_card_are_those_since_the_reset(nvml: None, monkeypatch: pyte
     peaks = meter.peaks()
     assert peaks.pop("peak_resident_bytes") > 0
     assert peaks == {"peak_device_bytes": 7 * MIB, "peak_tensor_bytes": 100, "peak_reserved_bytes": 128}
-
-
-def test_a_cards_clock_is_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            order.append("record")
-
-        def synchronize(self) -> None:
-            order.append("wait")
-
-        def elapsed_time(self, end: Any) -> float:
-            return 250.0  # milliseconds
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("idle"))
-    stop = CudaMeter().clock()
-    assert order == ["idle", "record"]
-    assert stop() == 0.25
-    assert order == ["idle", "record", "record", "wait"]
 
 
 def test_the_hosts_peak_starts_anew() -> None:
@@ -215,7 +186,7 @@ def test_a_record_says_how_much_of_the_device_was_used(toy: Path, make_spec, tmp
     assert record.seconds.ceilings > 0
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "adalora"])
+@pytest.mark.parametrize("method", ["full", "adalora"])
 def test_a_rehearsal_changes_nothing(method: str, toy: Path, make_spec, tmp_path: Path) -> None:
     options = {} if method == "full" else {"dropout": 0.3}
     spec = make_spec(method=method, gradient_accumulation=2, **options)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peftscope.sizing.remedies import Asked, remedies_of
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from peftscope.errors import InputError
@@ -17,7 +18,6 @@ from peftscope.memory.simulate import peaks_by_simulation
 from peftscope.models.shapes import ModelShape
 from peftscope.sizing.duration import Schedule, duration
 from peftscope.sizing.fit import fit_methods
-from peftscope.sizing.remedies import Asked, remedies_of
 
 LENGTH, ANSWER, VOCABULARY, HIDDEN = 128, 50, 40_000, 64
 

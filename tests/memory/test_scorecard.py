@@ -63,8 +63,7 @@ def test_an_answer_quotes_the_published_errors_of_its_kind(published: tuple[pd.D
 
 
 @pytest.mark.slow
-def test_the_page_shows_how_published_runs_ended(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(repository)
+def test_the_page_shows_how_published_runs_ended(in_repository: None) -> None:
     judged = outcomes.judge(outcomes.read_outcomes())
     block = f"<!-- outcomes -->\n{outcomes.render(judged)}\n<!-- /outcomes -->\n"
     assert block in Path("docs/scorecard.md").read_text()
@@ -76,9 +75,8 @@ def test_the_page_shows_how_published_runs_ended(repository: Path, monkeypatch: 
 
 
 def test_every_point_is_there_and_every_run_in_scope_is_predicted(
-    published: tuple[pd.DataFrame, pd.DataFrame], repository: Path, monkeypatch: pytest.MonkeyPatch
+    published: tuple[pd.DataFrame, pd.DataFrame], in_repository: None
 ) -> None:
-    monkeypatch.chdir(repository)  # where the requirements of the estimators are
     scores, tools = published
     assert list(scores["id"]) == list(POINTS)
     assert list(scores["out_of_scope"]) == [why_out(point) for point in POINTS.values()]

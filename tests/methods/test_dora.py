@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_methods import batches_of, logits_of, trained
+from test_methods import batches_of, logits_of
 
 from peftscope.spec import memory_key, run_id
 from peftscope.training.build import build_model
@@ -47,7 +47,7 @@ def test_the_norms_gradient_changes_gradients_and_no_output(
             assert (gradient - constant[name]).norm() > 1e-3 * constant[name].norm(), name
 
 
-@pytest.mark.parametrize(("bias", "dropout"), [(False, 0.0), (True, 0.0), (True, 0.3)])
+@pytest.mark.parametrize(("bias", "dropout"), [(False, 0.0), (True, 0.3)])
 @pytest.mark.parametrize("follows", [False, True])
 def test_gradients_are_those_of_the_formula(follows: bool, bias: bool, dropout: float, toy: Path, make_spec) -> None:
     """Equation 5 by hand, in fp64: m (W + sBA) x / ‖W + sBA‖, whose norm is a constant or not."""
@@ -83,18 +83,6 @@ def test_gradients_are_those_of_the_formula(follows: bool, bias: bool, dropout: 
     torch.testing.assert_close(output, expected)
     for one, other in zip(found, torch.autograd.grad(expected, trained, upstream), strict=True):
         torch.testing.assert_close(one, other)
-
-
-def test_what_it_trains_loads_as_any_dora(toy: Path, make_spec, tmp_path: Path) -> None:
-    from peft import PeftModel
-
-    spec = make_spec(method="dora", precision="fp32", norm_gradient=True, dropout=0.1)
-    model, losses = trained(spec, 6)
-    assert min(losses[-3:]) < losses[0]
-    (batch,) = batches_of(spec, 1, seed=9)
-    spec.method.save(model, tmp_path)
-    loaded = PeftModel.from_pretrained(load_base(spec), tmp_path)
-    assert torch.equal(logits_of(loaded, batch), logits_of(model, batch))
 
 
 def test_the_option_renames_no_other_run_and_takes_memory_of_its_own(make_spec) -> None:

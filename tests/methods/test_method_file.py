@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from conftest import is_shown, python
+from conftest import in_one_process, is_shown, python
 
 from peftscope.cli.new_study import study_text, tried
 from peftscope.errors import InputError
@@ -29,25 +29,6 @@ SHORT = """fixed: {model: toy, steps: 6, warmup_steps: 1, batch_size: 8, validat
 
 def blocks(repository: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (repository / PAGE).read_text(), re.MULTILINE | re.DOTALL)
-
-
-IN_ONE_PROCESS = """
-import sys, time
-from peftscope.cli.main import app
-from peftscope.execution import sweep
-from peftscope.execution.phases import Phases
-from peftscope.execution.run import execute
-
-def run_here(identity, spec, folder, *options, deadline):
-    phases = Phases(spec.device, time.perf_counter())
-    phases.mark_imported()
-    return execute(spec, folder, phases, alone=False).status
-
-sweep.run_apart = run_here
-for command in sys.argv[1:]:
-    app(command.split(), standalone_mode=False)
-"""
-"""The commands, with the runs of a sweep in their own process: importing torch for each would take most of the time."""
 
 
 @pytest.fixture
@@ -79,7 +60,7 @@ def test_from_a_file_to_a_verdict(own: Callable[[str, str], Path], repository: P
     text = re.sub(r"lora-fa: \[.*\]", "lora: [3.0e-3, 1.0e-2, 3.0e-2]\n    lora-fa: [3.0e-3, 1.0e-2, 3.0e-2]", text)
     study.write_text(f"{text}  seeds: [0, 1]\n  control_seeds: [0]\n")
     later = [" ".join(words[1:]) for words in commands[1:]]
-    done = python("-c", IN_ONE_PROCESS, *later)
+    done = in_one_process(*later)
     assert done.returncode == 0, done.stderr
     table = Path("results/lora-fa-study/tables/contrasts.csv").read_text().splitlines()
     rows = {row["arm"]: row for row in csv.DictReader(table)}
@@ -90,12 +71,8 @@ def test_from_a_file_to_a_verdict(own: Callable[[str, str], Path], repository: P
     records = [json.loads(path.read_text()) for path in Path("results/runs").glob("lora-fa-*/record.json")]
     assert len(records) in (3 + 3 * 2, 3 + 4 * 2, 3 + 5 * 2)  # with up to two rates beyond an end
     for record in records:
-        assert record["spec"]["method"] == {
-            "name": "lora-fa",
-            "file_sha256": digest,
-            "rank": 8,
-            "targets": "all-linear",
-        }
+        fields = {"rank": 8, "targets": "all-linear"}
+        assert record["spec"]["method"] == {"name": "lora-fa", "file_sha256": digest, **fields}
         assert record["provenance"]["packages"]["experiments/methods/lora-fa.py"] == digest
         assert record["size"]["initial_trainable_parameters"] == 10240
 
@@ -204,8 +181,7 @@ def test_what_a_method_trains_of_a_large_model_is_counted_without_its_weights(fi
     assert tried(file, "llama-2-7b").endswith("it trains as many values as a run will say.")
 
 
-def test_a_file_whose_study_is_refused_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_file_whose_study_is_refused_leaves_nothing_behind(in_tmp: None) -> None:
     imports = "from typing import ClassVar\nfrom peftscope.methods.peft_tuner import PeftTuner\n"
     Path("mine.py").write_text(f"{imports}\nclass A(PeftTuner):\n    label: ClassVar[str] = 'A'\n    steps: int = 3\n")
     done = python("-m", "peftscope", "new-study", "mine.py", "--model", "toy")
@@ -232,10 +208,8 @@ def test_every_arm_has_as_many_trials_and_the_reference_its_controls(file: Path,
 
     usual = study_of("full", "lora")
     assert (list(usual.arms), usual.a_a, usual.pilot) == (["lora", "full", "lora-fa"], "lora", "variants")
-    assert (
-        usual.learning_rates["full"]
-        == read_experiment(Path("experiments/studies/sums.yaml")).study.learning_rates["full"]
-    )
+    sums = read_experiment(Path("experiments/studies/sums.yaml")).study
+    assert usual.learning_rates["full"] == sums.learning_rates["full"]
     assert usual.learning_rates["lora-fa"] == [3e-4, 9e-4, 3e-3, 9e-3, 3e-2]
     other = study_of("ia3")
     assert (list(other.arms), other.a_a, other.pilot, other.controls) == (

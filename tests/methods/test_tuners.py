@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from peftscope.evaluation.answers import wrap
 from peftscope.memory.probe import probe_training
 from peftscope.memory.tracker import MemoryTracker
 from peftscope.methods.tuner_limits import limits, tried_version
-from peftscope.methods.tuner_options import OPTIONS_FILE, Option, options_of
+from peftscope.methods.tuner_options import OPTIONS_FILE, options_of
 from peftscope.planning.sweep import expand
 from peftscope.spec import RunSpec, memory_key, run_id
 from peftscope.training.build import build_model
@@ -29,10 +28,7 @@ def test_the_options_are_those_of_the_installed_peft() -> None:
 
 WRONG = {
     "a tuner": ({"tuner": "verra"}, "tuner: PEFT has no such tuner; did you mean `vera`?"),
-    "virtual tokens": (
-        {"tuner": "p_tuning"},
-        "it trains virtual tokens; use the method prompt-tuning or prefix-tuning",
-    ),
+    "virtual tokens": ({"tuner": "p_tuning"}, "virtual tokens; use the method prompt-tuning or prefix-tuning"),
     "what a batch lacks": ({"tuner": "xlora"}, "it does not train here: it mixes adapters that were trained before"),
     "an option": ({"options": {"rr": 8}}, "options.rr: vera has no such option (got 8) (did you mean `r`?)"),
     "a type": ({"options": {"r": "8"}}, "options.r: must be int (got '8')"),
@@ -66,11 +62,8 @@ def test_a_spec_holds_every_option_and_its_id_follows_from_them(make_spec) -> No
 
 
 def test_a_method_may_be_a_mapping_in_experiments_too(write_experiment) -> None:
-    write_experiment(
-        "mine",
-        "fixed: {model: toy}\naxes: {method: [lora, {name: peft, tuner: loha, options: {r: 4}}]}\n"
-        "runs: [{method: peft, tuner: loha, options: {r: 4}}]\n",
-    )
+    text = "fixed: {model: toy}\naxes: {method: [lora, {name: peft, tuner: loha, options: {r: 4}}]}\n"
+    write_experiment("mine", text + "runs: [{method: peft, tuner: loha, options: {r: 4}}]\n")
     sweep = expand("mine")
     assert [spec.method.full_label() for spec in sweep.runs.values()] == ["PEFT loha (r 4)", "LoRA"]
     write_experiment("mine", "fixed: {model: toy, method: {name: peft, tuner: loha, rank: 4}}\n")
@@ -126,18 +119,3 @@ def test_trained_tokens_can_answer(toy: Path) -> None:
     model = build_model(load_base(spec), spec).model
     assert wrap(model, load_tokenizer(spec), spec).model is model
     assert "tie_weights" not in vars(model)
-
-
-def test_a_check_finds_what_it_is_for(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a dropout the draw decides, and the limit names the line of the library."""
-    plain: Callable[..., RunSpec] = tuners.spec_of
-    dropout = {"loha": {"options": {"module_dropout": 0.5}}}
-    monkeypatch.setattr(tuners, "spec_of", lambda tuner, **v: plain(tuner, **v, **dropout.get(tuner, {})))
-    with pytest.raises(Exception) as stopped:
-        tuners.check_simulation("loha")
-    assert "peft/tuners/loha/layer.py" in tuners.reason_of(stopped.value)
-    assert "torch.rand(1) > module_dropout" in tuners.reason_of(stopped.value)
-
-
-def test_an_option_of_another_class_takes_null_alone() -> None:
-    assert options_of("lora")["eva_config"] == Option("eva_config", "None", None)

@@ -101,8 +101,7 @@ def held(record: RunRecord) -> int:
 
 
 @pytest.mark.parametrize("experiment", ["quick", "all-methods"])
-def test_published_runs_would_have_had_enough(experiment: str, repository, monkeypatch) -> None:
-    monkeypatch.chdir(repository)
+def test_published_runs_would_have_had_enough(experiment: str, in_repository: None) -> None:
     texts = published_records(experiment)
     records = [record for run, text in texts.items() if (record := parse_record(text, run)).status == "ok"]
     assert len(records) > 5

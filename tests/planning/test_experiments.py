@@ -36,26 +36,17 @@ def test_no_experiment_can_have_the_folder_of_other_results() -> None:
     assert {CONTRIBUTED_RESULTS.name, LEADERBOARD, MEMORY_FOLDER.name, RUNS.name} <= {*RESERVED_NAMES}
 
 
-@pytest.mark.parametrize(
-    "name", [p.stem for p in FILES if p.parent.name == "experiments" and p.stem not in NOT_EXPERIMENTS]
-)
-class TestExperiment:
-    def test_expands_into_valid_unique_runs(self, name: str) -> None:
-        sweep = expand(name)
-        assert sweep.runs
-        assert check_runs(sweep.runs, name) == []
-        assert all(re.fullmatch(RUN_ID_PATTERN, identity) for identity in sweep.runs)
-        assert [run_id(spec) for spec in sweep.runs.values()] == list(sweep.runs)
-
-    def test_runs_of_a_comparison_differ_only_where_it_says(self, name: str) -> None:
-        sweep = expand(name)
-        defaults = yaml.safe_load(Path("experiments/defaults.yaml").read_text())
-        by_method = {key for settings in defaults["methods"].values() for key in settings}
-        for comparison in sweep.comparisons:
-            allowed = set(comparison.varies) | {"seed"}
-            if "method" in allowed:
-                allowed |= by_method
-            assert differing_fields(sweep, comparison.runs) <= allowed, comparison.name
+@pytest.mark.parametrize("name", sorted({p.stem for p in FILES if p.parent.name == "experiments"} - {*NOT_EXPERIMENTS}))
+def test_an_experiment_expands_into_valid_runs_that_differ_where_it_says(name: str) -> None:
+    sweep = expand(name)
+    assert sweep.runs and check_runs(sweep.runs, name) == []
+    assert all(re.fullmatch(RUN_ID_PATTERN, identity) for identity in sweep.runs)
+    assert [run_id(spec) for spec in sweep.runs.values()] == list(sweep.runs)
+    defaults = yaml.safe_load(Path("experiments/defaults.yaml").read_text())
+    by_method = {key for settings in defaults["methods"].values() for key in settings}
+    for comparison in sweep.comparisons:
+        allowed = {*comparison.varies, "seed", *(by_method if "method" in comparison.varies else ())}
+        assert differing_fields(sweep, comparison.runs) <= allowed, comparison.name
 
 
 def differing_fields(sweep: Sweep, runs: tuple[str, ...]) -> set[str]:
@@ -131,21 +122,16 @@ def test_an_axis_a_method_lacks_leaves_it_one_run(write_experiment) -> None:
 
 
 def test_linked_values_move_together_and_exclusions_hold(write_experiment) -> None:
-    write_experiment(
-        "mine",
-        "fixed: {model: toy, method: lora}\n"
-        "linked: [[{rank: 2, alpha: 4}, {rank: 4, alpha: 8}]]\n"
-        "axes: {dropout: [0.0, 0.1]}\n"
-        "exclude: [{match: {rank: 4, dropout: 0.1}, reason: enough}]\n",
-    )
+    linked = "linked: [[{rank: 2, alpha: 4}, {rank: 4, alpha: 8}]]\naxes: {dropout: [0.0, 0.1]}\n"
+    exclude = "exclude: [{match: {rank: 4, dropout: 0.1}, reason: enough}]\n"
+    write_experiment("mine", "fixed: {model: toy, method: lora}\n" + linked + exclude)
     found = {(s.method.rank, s.method.alpha, s.method.dropout) for s in expand("mine").runs.values()}
     assert found == {(2, 4, 0.0), (2, 4, 0.1), (4, 8, 0.0)}
 
 
 def test_extends_merges_deeply(write_experiment) -> None:
-    write_experiment(
-        "base", "fixed: {model: toy, steps: 9}\nmethods: {lora: {rank: 4, alpha: 4}}\naxes: {method: [lora]}\n"
-    )
+    base = "fixed: {model: toy, steps: 9}\nmethods: {lora: {rank: 4, alpha: 4}}\naxes: {method: [lora]}\n"
+    write_experiment("base", base)
     write_experiment("child", "extends: base\nmethods: {lora: {rank: 2}}\n")
     (spec,) = expand("child").runs.values()
     assert (spec.steps, spec.method.rank, spec.method.alpha) == (9, 2, 4)
@@ -181,9 +167,8 @@ def test_the_plan_asks_for_a_card_only_on_a_gpu_machine(monkeypatch: pytest.Monk
         assert {Workflow([plan]).gpus(SimpleNamespace(run_id=run)) for run in plan.run_ids} == {cards}
 
 
-def test_what_earlier_studies_ran_is_what_their_files_ask_for_and_what_sums_begins_with(monkeypatch) -> None:
+def test_what_earlier_studies_ran_is_what_their_files_ask_for_and_what_sums_begins_with(in_repository: None) -> None:
     """Their runs are kept: the listed rates that tuned their arms, and the runs at the rates that were chosen."""
-    monkeypatch.chdir(REPOSITORY)
     published = {run for _, run, _ in all_published_records()}
     for path in PUBLISHED_RESULTS.glob("*/tuned.json"):
         sweep = expand(path.parent.name)

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import python
+from conftest import in_one_process
 
 from peftscope.data.benchmarks import benchmark_folder, find_benchmark, make_benchmark
 from peftscope.data.tasks import SPLITS, make_task, read_split, split_of, task_folder
@@ -34,6 +34,8 @@ fixed: {steps: 4, batch_size: 2, gradient_accumulation: 1, warmup_steps: 0, chec
   probe_steps: 1}
 methods: # a token of a 4-bit model takes long on a CPU
   lora: {generation_items: 2}
+  prompt-tuning: {generation_items: 0}
+  prefix-tuning: {generation_items: 0}
   qlora: {benchmarks: [hellaswag, arc_challenge]}
 runs:
 - {method: none}
@@ -45,9 +47,6 @@ study:
 ladders: [{centre: {method: lora, benchmarks: [], generation_items: 0}, seeds: [0], axes: {rank: [4, 16]}}]
 exclude:
 """
-RULES = ["all", "fetch_model", "make_task", "make_benchmark", "train", "tune", "collect", "report", "check"]
-"""Of the workflow: all but those that follow from the code alone."""
-
 LEFT_OUT = ("full", "dora", "adalora", "loftq", "lora-plus", "rslora", "pissa", "ia3", "prompt-tuning", "prefix-tuning")
 
 
@@ -73,12 +72,8 @@ def mirror(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(toy / model_folder("toy"), root / "meta-llama/Llama-2-7b-hf", ignore=ignored)
     sums = [(draw.randrange(100), draw.randrange(100)) for _ in range(200)]
     rows = [
-        {
-            "type": "GSM_Rephrased",
-            "original_question": f"{a} + {b}?",
-            "query": f"{wording} {a} + {b}?",
-            "response": f"It is a sum.\nThe answer is: {a + b}",
-        }
+        {"type": "GSM_Rephrased", "original_question": f"{a} + {b}?", "query": f"{wording} {a} + {b}?"}
+        | {"response": f"It is a sum.\nThe answer is: {a + b}"}
         for a, b in sums
         for wording in ("What is", "Say what is")
     ]
@@ -100,17 +95,12 @@ def mirror(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_the_7b_experiment_runs_to_its_report_on_local_folders(mirror: Path, write_experiment, repository) -> None:
+def test_the_7b_experiment_runs_to_its_report_on_local_folders(mirror: Path, write_experiment) -> None:
     """The file itself, shortened; models and data are found under their hub names."""
     excluded = [f"- {{match: {{method: {method}}}, reason: shortened}}\n" for method in LEFT_OUT]
     write_experiment("short", SHORT + "".join(excluded))
-    for name in ("Snakefile", "profiles", "src"):
-        Path(name).symlink_to(repository / name)
-    # Other tests make what no experiment changes: here the published one stands in for it.
-    shutil.copytree(repository / "results/published/memory", "results/memory")
-    done = python("-m", "snakemake", "--cores", "2", "--config", "experiment=short", "--allowed-rules", *RULES)
+    done = in_one_process("sweep short", "report short")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
     runs = pd.read_csv("results/short/runs.csv")
     assert set(runs["status"]) == {"ok"} and set(runs["method"]) == {"none", "lora", "qlora"}
     compared = runs[runs["comparisons"].str.contains("grid|runs")]

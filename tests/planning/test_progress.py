@@ -61,15 +61,7 @@ def test_after_all_short_jobs_the_trainings_are_left(workflow: Workflow, estimat
     assert left.seconds() > 10 * SHORT
 
 
-def test_the_runs_of_all_experiments_of_a_workflow_count(workflow: Workflow, estimates: dict[str, float]) -> None:
-    both = load_workflow({"experiment": "quick smoke"})
-    added = [run_seconds(both.runs[run]) for run in both.runs.keys() - workflow.runs.keys()]
-    said = begun(both, Clock()).seconds()
-    assert added
-    assert said == pytest.approx(sum(estimates.values()) + sum(added) + SHORT * plugin.SHORT_SECONDS)
-
-
-@pytest.mark.parametrize("times", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("times", [0.5, 4.0])
 def test_what_takes_longer_than_estimated_is_expected_to_go_on_so(
     workflow: Workflow, estimates: dict[str, float], times: float
 ) -> None:
@@ -89,23 +81,6 @@ def test_what_takes_longer_than_estimated_is_expected_to_go_on_so(
     for job, run in enumerate(runs[len(half) :]):
         end(left, clock, job, "train", times * estimates[run], run)
     assert left.seconds() == 0
-
-
-def test_a_retried_job_counts_once(workflow: Workflow) -> None:
-    run, once, twice = next(iter(workflow.runs)), begun(workflow, Clock()), begun(workflow, Clock())
-    twice.start(1, "train", run)
-    for left in (once, twice):
-        end(left, Clock(), 1, "train", 0.0, run)
-    assert once.seconds() == pytest.approx(twice.seconds(), rel=0.01)
-
-
-def test_what_a_checkpoint_adds_trains_or_measures(workflow: Workflow, estimates: dict[str, float]) -> None:
-    left, total = begun(workflow, Clock(), unknown=5), SHORT + len(workflow.runs)
-    trained = SHORT * plugin.SHORT_SECONDS + sum(estimates.values())
-    left.progress(total)
-    assert left.seconds() == pytest.approx(trained)
-    left.progress(total + 5)
-    assert left.seconds() == pytest.approx(trained + 5 * plugin.RULE_SECONDS["measure"])
 
 
 def test_runs_whose_rates_are_not_chosen_yet_are_left_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

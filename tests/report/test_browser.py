@@ -41,7 +41,7 @@ def open_page(chromium: str, repository: Path) -> Iterator[Open]:
 
 
 CLAIMS = "reports/published/claims.html"
-PUBLISHED = [f"reports/published/{name}/report.html" for name in ("quick", "variants-60", "all-methods")]
+PUBLISHED = [f"reports/published/{name}/report.html" for name in ("quick", "variants-60")]
 REPORTS = ["reports/smoke/report.html", *PUBLISHED]
 
 

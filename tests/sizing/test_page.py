@@ -73,8 +73,7 @@ def test_the_form_has_every_option_of_a_run_and_its_method() -> None:
     assert fields["optimizer"]["help"] == RunSpec.model_fields["optimizer"].description
 
 
-def test_what_is_wrong_is_told_with_its_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_what_is_wrong_is_told_with_its_field(in_tmp: None) -> None:
 
     def problems(**settings: Any) -> list[dict[str, str]]:
         return json.loads(asked.answer(json.dumps({"model": "llama-2-7b", "method": "lora"} | settings)))["problems"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_here
+from conftest import fast_if, run_here
 from test_methods import batches_of
 from torch._dynamo.utils import counters
 
@@ -40,9 +40,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(
-    ("method", "checkpointing"), [("qlora", False), ("dora", False), ("prefix-tuning", False), ("lora", True)]
-)
+@pytest.mark.parametrize(("method", "checkpointing"), [("qlora", False), ("lora", True)])
 @pytest.mark.slow
 def test_compiled_layers_learn_the_same(
     method: str, checkpointing: bool, toy: Path, make_spec, tmp_path: Path, without_kernels: None
@@ -66,10 +64,7 @@ def test_compiled_layers_learn_the_same(
     assert compiled.memory.evaluate.peak_tensor_bytes == plain.memory.evaluate.peak_tensor_bytes
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["dora", *(pytest.param(n, marks=pytest.mark.slow) for n in ("full", "lora", "adalora", "ia3", "prompt-tuning"))],
-)
+@pytest.mark.parametrize("name", ["dora", fast_if(False, "lora")])
 def test_with_checkpointing_a_method_is_compiled_or_refused(name: str, toy, make_spec, without_kernels: None) -> None:
     spec = make_spec(method=name, checkpointing=True, precision="bf16")
     compiled = spec.model_copy(update={"compile": True})  # which checks nothing

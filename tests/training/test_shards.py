@@ -16,14 +16,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import python, run_here, wait_for
+from conftest import command, python, run_here, wait_for
 from safetensors.torch import load_file
 
 from peftscope.errors import InputError
 from peftscope.execution.job import Job
 from peftscope.execution.process import host_kills
 from peftscope.execution.ranks import rank_folder
-from peftscope.methods import METHODS
 from peftscope.planning.plan import Workflow, plan_experiment
 from peftscope.record import RunRecord, Status, read_record, state_folder, write_record
 from peftscope.spec import RunSpec, run_id
@@ -31,26 +30,12 @@ from peftscope.spec import RunSpec, run_id
 SHARDS = 2
 NOT_OF_SHARDS = {"validation_curve", "retention_curve", "shift", "shift_curve"}
 """Scores along the training, and those that a run measures in one process alone."""
-LIKE_LORA = ("lora", "lora-plus", "rslora", "pissa")
-SHARDED = [
-    name
-    for name, cls in METHODS.items()
-    if cls.supports_shards and not cls().quantization() and name not in ("full", *LIKE_LORA)
-]
-"""Methods with layers of their own. LoRA and full fine-tuning are compared with other settings."""
 
 
 @pytest.fixture
 def exact(make_spec) -> Callable[..., RunSpec]:
     """Specs in fp32, in which sharding changes no more than the order of sums."""
     return lambda **values: make_spec(**{"precision": "fp32", **values})
-
-
-def command(spec: RunSpec, folder: Path) -> list[str]:
-    return [
-        *(sys.executable, "-m", "peftscope", "run", json.dumps(spec.canonical())),
-        *("--output", str(folder), "--threads", str(spec.shards), "--keep-weights", "all"),
-    ]
 
 
 def run_apart(spec: RunSpec, folder: Path) -> RunRecord:
@@ -76,17 +61,12 @@ def assert_same_run(spec: RunSpec, folder: Path) -> None:
     scores = [record.quality.model_dump(exclude=NOT_OF_SHARDS) for record in (two, one)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
     assert two.speed.timed_steps == one.speed.timed_steps
-    items = [
-        [json.loads(line) for line in (folder / name / "items.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    ]
-    assert [item.get("answer") for item in items[1]] == [item.get("answer") for item in items[0]]
+    lines = [(folder / name / "items.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert len({str([json.loads(line).get("answer") for line in each]) for each in lines}) == 1
     held = [rank.parameter_bytes for rank in two.memory.ranks]
     assert len(held) == SHARDS
     assert sum(held) >= 4 * one.size.total_parameters
     assert max(held) <= 0.6 * 4 * one.size.total_parameters
-    if not spec.method.trains:
-        return
     assert two.memory.train.peak_resident_bytes == max(rank.train.peak_resident_bytes for rank in two.memory.ranks)
     assert two.memory.predicted.train_peak_tensor_bytes is None
     assert two.unavailable["memory.predicted.train_peak_tensor_bytes"] == "the simulator knows a single process"
@@ -106,7 +86,7 @@ TWICE = {"generation_items": 0, "gradient_accumulation": 2, "optimizer": "sgd"}
 """SGD, for AdamW forgives gradients of a wrong scale: unclipped it shows the scale, clipped the norm."""
 OTHERWISE = {"loss_path": "hf", "attention": "eager", "max_grad_norm": None, "checkpointing": True}
 SPREAD: dict[str, dict[str, Any]] = {
-    **{name: {"method": name} for name in SHARDED},
+    "dora": {"method": "dora"},  # which has layers of its own
     "full, clipped": {"method": "full", "learning_rate": 0.3, "max_grad_norm": 0.1, **TWICE},
     # An evaluation comes before the training here, after which nothing may stay gathered.
     "lora, unclipped": {"method": "lora", "max_grad_norm": None, "learning_rate": 1.0, "validation_items": 4, **TWICE},
@@ -122,9 +102,8 @@ def test_two_processes_do_what_one_does(options: dict[str, Any], toy: Path, exac
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "amp"])
-def test_sixteen_bit_runs_are_close(precision: str, toy: Path, make_spec, tmp_path: Path) -> None:
-    spec = make_spec(method="lora", precision=precision, generation_items=0)
+def test_sixteen_bit_runs_are_close(toy: Path, make_spec, tmp_path: Path) -> None:
+    spec = make_spec(method="lora", generation_items=0)
     one, two = run_here(spec, tmp_path / "one"), run_apart(spec.model_copy(update={"shards": 2}), tmp_path / "two")
     assert two.train_nll == pytest.approx(one.train_nll, abs=0.02)
 

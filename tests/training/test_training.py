@@ -6,22 +6,20 @@ import hashlib
 import json
 import math
 import os
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from conftest import python, run_here, wait_for
+from conftest import command, fast_if, python, run_here
 
 from peftscope.data.tasks import draw_items, make_task, read_split
 from peftscope.errors import InputError
-from peftscope.execution.merge import find_run, merge_run
+from peftscope.execution.job import Job
+from peftscope.execution.merge import base_of_adapter, find_run, merge_run
 from peftscope.layout import PREDICTIONS_FOLDER
-from peftscope.memory.tracker import MemoryTracker, tensors_of
+from peftscope.memory.tracker import MemoryTracker
 from peftscope.models.fetch import fetch_model
 from peftscope.planning.experiment import read_experiment
 from peftscope.planning.published import RETENTION, loss_rows
@@ -33,8 +31,7 @@ QUICKLY = {"generation_items": 0, "retention_tokens": 0, "probe_steps": 0}
 
 
 def run_command(spec: RunSpec, folder: Path, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
-    words = "-m", "peftscope", "run", json.dumps(spec.canonical()), "--output", folder, "--threads", "1"
-    return python(*words, env={**os.environ, "PYTHONHASHSEED": hash_seed})
+    return python(*command(spec, folder)[1:], env={**os.environ, "PYTHONHASHSEED": hash_seed})
 
 
 @pytest.mark.slow
@@ -77,9 +74,8 @@ def test_a_record_holds_everything_that_a_cpu_can_measure(toy: Path, make_spec, 
     items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
     assert len(items) == spec.heldout_items
     assert sum("answer" in item for item in items) == spec.generation_items
-    assert sum(item["nll"] for item in items) / sum(item["tokens"] for item in items) == pytest.approx(
-        record.quality.heldout_nll
-    )
+    nats, tokens = (sum(item[name] for item in items) for name in ("nll", "tokens"))
+    assert nats / tokens == pytest.approx(record.quality.heldout_nll)
 
 
 def test_the_untouched_base_is_evaluated_and_not_trained(toy: Path, make_spec, tmp_path: Path) -> None:
@@ -111,12 +107,11 @@ def test_a_task_that_is_judged_on_trained_items_says_which(toy: Path, make_spec,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_two_runs_of_one_spec_are_identical(method: str, unpredicted: Path, make_spec, tmp_path: Path) -> None:
+def test_two_runs_of_one_spec_are_identical(unpredicted: Path, make_spec, tmp_path: Path) -> None:
     outcomes = []
     for hash_seed in ("1", "2"):
         folder = tmp_path / hash_seed
-        done = run_command(make_spec(method=method), folder, hash_seed)
+        done = run_command(make_spec(method="qlora"), folder, hash_seed)
         assert done.returncode == 0, done.stderr
         record = read_record(folder / "record.json")
         files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((folder / "adapter").iterdir())}
@@ -145,11 +140,7 @@ def test_seconds_add_up_to_the_jobs_wall_time(toy: Path, make_spec, tmp_path: Pa
     [
         ({"learning_rate": 1e30, "max_grad_norm": None}, "lower learning_rate=1e+30", {1, 2, 3, 4, 5}),
         ({"learning_rate": 100, "max_grad_norm": None, "steps": 1}, "on held-out items", {1}),
-        (
-            {"learning_rate": 1e20, "steps": 3, "retention_every": 1},
-            "the score on prose after step 2 is not a number",
-            {2},
-        ),
+        ({"learning_rate": 1e20, "steps": 3, "retention_every": 1}, "the score on prose after step 2 is not a", {2}),
     ],
     ids=["in a step", "after the last", "on prose"],
 )
@@ -169,14 +160,6 @@ def test_what_cannot_be_simulated_is_trained_all_the_same(unpredicted, make_spec
     assert record.status == "ok"
     assert record.memory.predicted.train_peak_tensor_bytes is None
     assert record.unavailable["memory.predicted.train_peak_tensor_bytes"] == "the simulation failed, see train.log"
-
-
-def test_prediction_and_probe_take_as_many_steps(toy: Path, make_spec, tmp_path: Path) -> None:
-    """A single one is before the optimizer has states; the usual number is in the record above."""
-    memory = run_here(make_spec(method="lora", **QUICKLY | {"probe_steps": 1}), tmp_path).memory
-    for part in ("forward", "backward", "optimizer"):
-        name = f"{part}_peak_tensor_bytes"
-        assert getattr(memory.predicted, name) == getattr(memory, name)
 
 
 @pytest.mark.slow
@@ -202,47 +185,21 @@ def test_out_of_memory_is_a_status(toy: Path, make_spec, tmp_path: Path) -> None
     assert record.status == "oom", record.reason
 
 
-def test_an_interrupted_run_says_so_and_counts_as_not_done(toy: Path, make_spec, tmp_path: Path) -> None:
-    """While it imports; runs that are stopped in their training are resumed elsewhere."""
-    spec = make_spec(method="lora", steps=100_000)
-    command = [sys.executable, "-m", "peftscope", "run", json.dumps(spec.canonical()), "--output", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for(psutil.Process(process.pid).children)
-    time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    assert not (tmp_path / "record.json").exists()
-    record = read_record(tmp_path / "interrupted.json")
-    assert (record.status, record.reason) == ("interrupted", "stopped by SIGTERM")
-
-
 @pytest.mark.parametrize(
     ("kills", "attempts_left", "code", "status"),
     [(1, 0, 0, "oom"), (1, 1, 137, "interrupted"), (0, 0, 137, "interrupted"), (None, 0, 0, "oom")],
     ids=["for memory", "for memory, to be tried with more", "from outside", "who knows"],
 )
 def test_a_run_that_is_killed_is_out_of_memory_if_the_kernel_says_so(
-    kills: int | None, attempts_left: int, code: int, status: str, toy: Path, make_spec, tmp_path: Path
+    kills: int | None, attempts_left: int, code: int, status: str, make_spec, tmp_path: Path, monkeypatch
 ) -> None:
     """The kernel's count before and after; `make test-faults` has it kill for real."""
-    spec = make_spec(method="lora", steps=100_000)
-    job = (
-        "import json, sys; from pathlib import Path; from peftscope.execution import job; "
-        "from peftscope.spec import RunSpec; counts = iter(json.loads(sys.argv[3])); "
-        "job.host_kills = lambda: next(counts); "
-        "job.Job(RunSpec.model_validate(json.loads(sys.argv[1])), Path(sys.argv[2]), 1, 300, int(sys.argv[4])).start()"
-    )
-    counts = [None, None] if kills is None else [7, 7 + kills]
-    command = [sys.executable, "-c", job, json.dumps(spec.canonical()), str(tmp_path), json.dumps(counts)]
-    process = subprocess.Popen([*command, str(attempts_left)], stderr=subprocess.PIPE, text=True)
-    wait_for(psutil.Process(process.pid).children)[0].kill()
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == code, errors
+    before, after = (None, None) if kills is None else (7, 7 + kills)
+    monkeypatch.setattr("peftscope.execution.job.host_kills", lambda: after)
+    job = Job(make_spec(method="lora"), tmp_path, threads=1, checkpoint_seconds=1, attempts_left=attempts_left)
+    assert job._end_killed(before) == code
     record = read_record(tmp_path / ("record.json" if status == "oom" else "interrupted.json"))
-    assert record.status == status
-    assert "SIGKILL" in record.reason
+    assert record.status == status and "SIGKILL" in record.reason
 
 
 @pytest.mark.slow
@@ -250,20 +207,16 @@ def test_every_method_of_a_seed_sees_the_same_batches(toy: Path, make_spec, tmp_
     def digest(method: str, seed: int) -> str | None:
         return run_here(make_spec(method=method, seed=seed, **QUICKLY), tmp_path).train_batches_sha256
 
-    (same,) = {digest(method, seed=0) for method in ("full", "lora", "qlora", "prompt-tuning")}
-    assert same != digest("lora", seed=1)
+    (same,) = {digest(method, seed=0) for method in ("full", "prompt-tuning")}
+    assert same != digest("full", seed=1)
 
 
-@pytest.mark.parametrize(
-    "method", ["qlora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "adalora", "pissa", "ia3"))]
-)
+@pytest.mark.parametrize("method", ["qlora", fast_if(False, "pissa")])
 def test_a_merged_model_computes_what_the_adapter_computes(method: str, toy: Path, make_spec, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from peftscope.execution.merge import base_of_adapter
-
-    precision = "bf16" if method in ("qlora", "loftq") else "fp32"
+    precision = "bf16" if method == "qlora" else "fp32"
     spec = make_spec(method=method, precision=precision, learning_rate=1e-2, generation_items=0, probe_steps=0)
     folder = Path("results/runs") / run_id(spec)
     run_here(spec, folder)
@@ -298,16 +251,6 @@ class TestMemoryTracker:
             del two
         assert tracker.live_bytes == 0
         assert tracker.peak_bytes == 8192
-
-    def test_a_linear_layers_peak_is_what_arithmetic_says(self) -> None:
-        layer = torch.nn.Linear(256, 256, bias=False)
-        inputs = torch.randn(64, 256)
-        tracker = MemoryTracker([*tensors_of(layer), inputs])
-        with tracker:
-            layer(inputs).sum().backward()
-        weight, activation = 256 * 256 * 4, 64 * 256 * 4
-        # weight and its gradient, inputs, outputs (until the sum is taken), and scalars of 512 bytes
-        assert 2 * weight + activation <= tracker.peak_bytes <= 2 * weight + 2 * activation + 8 * 512
 
 
 def test_wrong_schema_versions_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Statistics: a thin layer over scipy and statsmodels. No torch; NumPy and scipy are loaded by what computes.
+"""Statistics: a thin layer over scipy. No torch; NumPy and scipy are loaded by what computes.
 
 The table says how often an interval covers the true mean of normal values, by simulation (a test repeats it):
 
@@ -177,6 +177,8 @@ def sign_flip_p(differences: Sequence[float]) -> float:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Returns p values adjusted for their number within one family. Source: Holm 1979."""
-    from statsmodels.stats.multitest import multipletests  # this import takes two seconds, and few commands need it
+    import numpy as np
 
-    return [float(p) for p in multipletests(p_values, method="holm")[1]] if p_values else []
+    order = np.argsort(p_values)
+    raised = np.maximum.accumulate(np.asarray(p_values, float)[order] * np.arange(len(order), 0, -1))
+    return np.minimum(raised, 1.0)[np.argsort(order)].tolist()
