@@ -28,7 +28,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup report test test-faults test-slurm test-oldest test-newest smoke slow \
-        browser lint format schema docs lock audit sbom publish benchmark benchmark-memory benchmark-scale agreement scorecard speed \
+        browser lint format schema docs lock audit sbom publish benchmark benchmark-scale agreement scorecard speed \
         peft-comparison verify gpu-check claims site tuners clean
 
 help:
@@ -41,7 +41,6 @@ help:
 	@echo "make claims                      measure what the literature claims; reports/claims.html"
 	@echo "make site                        findings, claims, reports, calculator, how-to pages: site/index.html (needs npm)"
 	@echo "make benchmark                   our training step against the HF Trainer"
-	@echo "make benchmark-memory            the memory calculator's speed, beside accelerate's estimate"
 	@echo "make benchmark-scale             how the suite grows from 50 to 5,000 runs; docs/scale.md"
 	@echo "make agreement                   closed form against simulation, on random runs"
 	@echo "make scorecard                   published peaks against the closed form, the simulation, and estimators of others"
@@ -124,9 +123,6 @@ publish: $(READY)
 
 benchmark: $(READY)
 	$(BIN)/python -m benchmarks.step
-
-benchmark-memory: $(READY)
-	$(BIN)/python -m benchmarks.calculator
 
 benchmark-scale: $(READY)
 	$(BIN)/python -m benchmarks.scale

@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,7 +25,6 @@ import psutil
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.synthetic import GRIDS, STUDY, SWEEP, make_study, make_sweep, make_workspace
 from peftscope.claims.ledger import read_ledger
@@ -132,19 +131,15 @@ def mark_as_made(experiment: str) -> None:
     measure([sys.executable, "-c", TOUCH, experiment])
 
 
-def measure_experiment(experiment: str, begin: Callable[[str], None]) -> dict[str, Cost]:
+def measure_experiment(experiment: str) -> dict[str, Cost]:
     """Returns what each command costs in the current workspace, in which the experiment's runs are finished.
-
-    Args:
-        experiment: Its name.
-        begin: Is told the name of each command before it starts.
 
     Raises:
         RuntimeError: A command failed, or the workflow found something to do.
     """
     costs = {}
     for name, command in commands(experiment).items():
-        begin(name)
+        print(f"{experiment}: {name}", file=sys.stderr)
         if name == NO_OP:
             mark_as_made(experiment)
         costs[name], said = measure(command)
@@ -153,22 +148,22 @@ def measure_experiment(experiment: str, begin: Callable[[str], None]) -> dict[st
     return costs
 
 
-def measure_sizes(experiment: str, sizes: Sequence[int], begin: Callable[[str, int], None]) -> Series:
+def measure_sizes(experiment: str, sizes: Sequence[int]) -> Series:
     """Returns what each command costs at each size, in workspaces that are removed again.
 
     Args:
         experiment: ``sweep`` or the study.
         sizes: About how many runs, ascending.
-        begin: Is told each command's name and size before it starts.
     """
     repository = Path.cwd()
     found = Series([], {name: [] for name in commands(experiment)}, {})
     for size in sizes:
         with tempfile.TemporaryDirectory(prefix="peftscope-scale-") as folder:
             make_workspace(Path(folder), repository)
+            print(f"{experiment}: about {size:,} runs", file=sys.stderr)
             with chdir(folder):
                 found.runs.append((make_study if experiment == STUDY else make_sweep)(size))
-                for name, cost in measure_experiment(experiment, lambda name: begin(name, size)).items():  # noqa: B023
+                for name, cost in measure_experiment(experiment).items():
                     found.costs[name].append(cost)
                 results = Path("results") / experiment
                 for path in (results / "runs.csv", results / "losses.csv", report_path(experiment)):
@@ -261,25 +256,7 @@ def main() -> None:
     sizes = sorted(set(arguments.sizes))
     os.environ["PEFTSCOPE_DEVICE"] = "cpu"
     load = os.getloadavg()[0]
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, speed_estimate_period=3600) as progress:
-        # A command takes a few seconds to start, and then about a second for every five hundred runs.
-        work = {size: 1000 + size for size in sizes}
-        total = sum(len(commands(experiment)) * sum(work.values()) for experiment in (SWEEP, STUDY))
-        task, pending = progress.add_task("", total=total), [0]
-
-        def begin(name: str, size: int) -> None:
-            progress.update(task, advance=pending[0], description=f"{size:,} runs: {name}")
-            pending[0] = work[size]
-
-        found = {experiment: measure_sizes(experiment, sizes, begin) for experiment in (SWEEP, STUDY)}
+    found = {experiment: measure_sizes(experiment, sizes) for experiment in (SWEEP, STUDY)}
     page = render(found, load)
     arguments.page.parent.mkdir(parents=True, exist_ok=True)
     arguments.page.write_text(page)

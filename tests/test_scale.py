@@ -96,7 +96,7 @@ def test_the_page_of_growth_says_what_was_missed() -> None:
 @pytest.mark.slow
 def test_a_sweep_of_500_runs_stays_in_bounds(scaled: Path, slowness: float) -> None:
     make_sweep(500)
-    costs = measure_experiment(SWEEP, lambda name: None)
+    costs = measure_experiment(SWEEP)
     assert max(cost.peak_bytes for cost in costs.values()) < 2 << 30
     # A third of what 5,000 runs may take: an idle machine needs a quarter of these.
     assert costs[NO_OP].processor_seconds < 10 * slowness

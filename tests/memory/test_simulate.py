@@ -242,7 +242,7 @@ def test_published_peaks(row: dict[str, str]) -> None:
 @pytest.mark.alone
 @pytest.mark.parametrize(("model", "method", "aim"), [("llama-2-7b", "lora", 8), ("llama-65b", "qlora", 30)])
 def test_a_large_model_needs_seconds_and_no_memory(model: str, method: str, aim: float, slowness: float) -> None:
-    """`make benchmark-memory` measures the aims; here twice as many seconds pass."""
+    """The aims are for an idle machine; here twice as many seconds pass."""
     code = f"""
 import time, bitsandbytes, peft, transformers.models.llama.modeling_llama
 from peftscope.memory.base import Model, describe_model
