@@ -18,7 +18,7 @@ from peftscope.data.tasks import read_split
 from peftscope.execution.provenance import _card
 from peftscope.hardware import meter as meters
 from peftscope.hardware.cards import CONTEXT_BYTES, GIB
-from peftscope.hardware.meter import CudaMeter, HostMeter, PeakSampler, limited_memory, paged_bytes
+from peftscope.hardware.meter import CudaMeter, Meter, PeakSampler, limited_memory, paged_bytes
 from peftscope.hardware.nvml import find_card, other_processes, reading, used_bytes
 from peftscope.spec import RunSpec
 from peftscope.training.build import build_model, seed_everything
@@ -160,7 +160,7 @@ def test_a_cards_clock_is_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_hosts_peak_starts_anew() -> None:
-    meter = HostMeter()
+    meter = Meter()
     block = torch.ones(64 * MIB, dtype=torch.uint8)
     del block
     before = meter.peaks()["peak_resident_bytes"]
