@@ -6,11 +6,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import REVISION_PATTERN, CountOrZero, HubId, check_hub_id, read_yaml
-from peftscope.files.problems import dotted, problems_of
+from peftscope.files.problems import validated
 from peftscope.files.wheel import SplitFile
 from peftscope.layout import MODELS_FILE, MODELS_FOLDER, shipped, why_not_read
 from peftscope.models.presets import PRESETS, did_you_mean
@@ -68,20 +68,11 @@ class BaseModelEntry(BaseModel):
     shape: ModelShape | None = None
 
 
-class _Catalog(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    models: dict[HubId, BaseModelEntry]
-
-
 @lru_cache
 def _catalog() -> dict[str, BaseModelEntry]:
     path = shipped(MODELS_FILE)
-    try:
-        return _Catalog(models=read_yaml(path)).models
-    except ValidationError as error:
-        fields = set(BaseModelEntry.model_fields) | set(ModelShape.model_fields)
-        raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc[1:])}", fields)) from None
+    fields = [*BaseModelEntry.model_fields, *ModelShape.model_fields]
+    return validated(dict[HubId, BaseModelEntry], read_yaml(path), path, fields)
 
 
 def find_model(name: str, where: str = "model") -> BaseModelEntry:
