@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from benchmarks.scale import NO_OP, REPORT, Cost, Series, measure_experiment, missed_aims, render
+from benchmarks.scale import NO_OP, REPORT, measure_experiment
 from benchmarks.synthetic import STUDY, SWEEP, make_study, make_sweep, make_workspace
 from peftscope.analysis.collect import collect_experiment, read_runs
 from peftscope.layout import report_path
@@ -80,17 +80,6 @@ def test_a_study_that_is_made_up_is_finished(scaled: Path) -> None:
     runs = make_study(500)
     assert runs == len(expand(STUDY).runs) == len(list(Path("results/runs").glob("*/record.json")))
     assert any(c.name.startswith("arm-") for c in expand(STUDY).comparisons)
-
-
-def test_the_page_of_growth_says_what_was_missed() -> None:
-    fine = Series([50, 500], {name: [Cost(1, 1, 1 << 20), Cost(5, 9, 1 << 20)] for name in (NO_OP, REPORT)}, {})
-    assert missed_aims(fine) == []
-    slow = Series([50, 500], fine.costs | {NO_OP: [Cost(1, 1, 1 << 20), Cost(11, 20, 3 << 30)]}, {})
-    missed = missed_aims(slow)
-    assert [any(word in text for text in missed) for word in ("10 s", "2 GiB", "power 1.30")] == [True] * 3
-    page = render({SWEEP: fine, STUDY: slow}, load=0.0)
-    assert "all met" in page
-    assert all(text in page for text in missed)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from peftscope.errors import InputError
 from peftscope.execution.merge import base_of_adapter
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS, adapted_modules
-from peftscope.methods.loftq import FloatWeights, best_rank_approximation
+from peftscope.methods.loftq import best_rank_approximation, float_weight
 from peftscope.models.catalog import find_model
 from peftscope.models.rounding import linear_layers, normal_float_levels, rounded
 from peftscope.planning.checks import check_runs
@@ -347,11 +347,11 @@ def test_loftq_reduces_every_layers_error_at_any_scale_and_number_of_bits(option
     spec = spec_of("loftq", **options)
     plain = dict(load_base(spec).named_modules())
     model = build_model(load_base(spec), spec).model
-    weights = FloatWeights(model.base_model.model.config._name_or_path)
+    folder = Path(model.base_model.model.config._name_or_path)
     layers = [(n, m) for n, m in model.base_model.model.named_modules() if hasattr(m, "get_delta_weight")]
     assert len(layers) == 14
     for name, layer in layers:
-        weight, quantised = weights[f"{name}.weight"], values(plain[name].weight)
+        weight, quantised = float_weight(folder, f"{name}.weight"), values(plain[name].weight)
         reached = values(layer.get_base_layer().weight) + layer.get_delta_weight("default").float()
         assert (weight - reached).norm() < 0.95 * (weight - quantised).norm()
 

@@ -114,7 +114,8 @@ def execute(
         record.quality.shift_curve = log.shift
         if alone:
             log.write_speed(record.speed, spec)
-        record.speed.matmul_share = _matmul_share(record)
+        useful, rate = record.speed.useful_flops_per_second, record.ceilings.matmul_flops_per_second
+        record.speed.matmul_share = useful / (rate * spec.shards) if useful is not None and rate else None
         phases.finish()
         record.seconds, record.memory = phases.seconds, phases.memory
         record.memory.paged_state_bytes = log.paged_state_bytes
@@ -139,8 +140,3 @@ def _limited_memory(record: RunRecord) -> Iterator[None]:
     if limit is not None:
         print(f"memory_limit_gib={limit:g}: not enforced, only the allocator of a CUDA card can be", file=sys.stderr)
     yield
-
-
-def _matmul_share(record: RunRecord) -> float | None:
-    useful, rate = record.speed.useful_flops_per_second, record.ceilings.matmul_flops_per_second
-    return useful / (rate * record.spec.shards) if useful is not None and rate else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from peftscope.errors import InputError, Problem, close_match, shown
-from peftscope.files.content import REVISION_PATTERN, CountOrZero, HubId, check_hub_id, read_yaml
+from peftscope.files.content import HUB_ID_PATTERN, REVISION_PATTERN, CountOrZero, HubId, read_yaml
 from peftscope.files.problems import validated
 from peftscope.files.wheel import SplitFile
 from peftscope.layout import MODELS_FILE, MODELS_FOLDER, shipped, why_not_read
@@ -87,7 +88,7 @@ def find_model(name: str, where: str = "model") -> BaseModelEntry:
     if name in PRESETS:
         preset = PRESETS[name]
         return BaseModelEntry(source=HubSource(kind="hub", repository=preset.hub_id), shape=preset.shape)
-    if not _is_hub_id(name):
+    if "/" not in name or not re.fullmatch(HUB_ID_PATTERN, name):
         hint = (
             f"{did_you_mean(name, [*_catalog(), *PRESETS])}; a hub id has the form org/name{why_not_read(MODELS_FILE)}"
         )
@@ -102,13 +103,6 @@ def _known_shape(source: RandomSource | WheelSource | HubSource) -> ModelShape |
         return PRESETS[source.like].shape
     shapes = {preset.hub_id: preset.shape for preset in PRESETS.values()}
     return shapes.get(source.repository) if isinstance(source, HubSource) else None
-
-
-def _is_hub_id(name: str) -> bool:
-    try:
-        return "/" in check_hub_id(name)
-    except ValueError:
-        return False
 
 
 def model_folder(name: str, revision: str | None = None) -> Path:

@@ -6,6 +6,7 @@ Each preset names the public code that lists its shape; a test compares the para
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher
@@ -53,43 +54,9 @@ with PRESETS_FILE.open(newline="", encoding="utf-8") as _file:
     PRESETS: dict[str, Preset] = {row.pop("name"): _preset(row) for row in csv.DictReader(_file)}
 """The well-known base models by the names that commands take."""
 
-TRANSFORMERS = "huggingface/transformers src/transformers/models/{} @ {}"
-_GEMMA4 = TRANSFORMERS.format("gemma4/convert_gemma4_weights.py", "0f3f0632a38798af2adf264adc752130ecc5fa66")
-
-
-def _simulated(hub_id: str, kind: str, length: int, beside: str = "", **config: Any) -> Simulated:
-    source = TRANSFORMERS.format(kind.removesuffix("_text"), f"5.24.0, the defaults of its configuration{beside}")
-    return Simulated(hub_id, {"model_type": kind, "max_position_embeddings": length, **config}, source)
-
-
-def _gemma4(size: str, sizes: tuple[int, ...], length: int, local: int = 5, **more: Any) -> Simulated:
-    names = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
-    layers = [*["sliding_attention"] * local, "full_attention"] * (sizes[2] // (local + 1))
-    config = {"model_type": "gemma4_text", "max_position_embeddings": length, "final_logit_softcapping": 30.0}
-    config |= {**dict(zip(names, sizes, strict=True)), "layer_types": layers, **more}
-    return Simulated(f"google/gemma-4-{size}-it", config, f"{_GEMMA4}; the text model alone")
-
-
-_WIDE = {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "sliding_window": 1024}
-_EXPERTS = {"enable_moe_block": True, "num_experts": 128, "moe_intermediate_size": 704, "top_k_experts": 8}
-_OF_20B = ", but the layers and experts of arXiv 2508.10925, table 1"
-_TEXT = "; the text model alone"
-
+SIMULATED_FILE = Path(__file__).with_name("simulated.json")
 SIMULATED: dict[str, Simulated] = {
-    "gpt-oss-20b": _simulated(
-        "openai/gpt-oss-20b", "gpt_oss", 131072, _OF_20B, num_hidden_layers=24, num_local_experts=32
-    ),
-    "gpt-oss-120b": _simulated("openai/gpt-oss-120b", "gpt_oss", 131072),
-    "deepseek-v3": _simulated("deepseek-ai/DeepSeek-V3", "deepseek_v3", 163840, ", but its hub's longest sequence"),
-    "llama-4-scout": _simulated("meta-llama/Llama-4-Scout-17B-16E", "llama4_text", 131072, _TEXT),
-    "qwen3.5-9b": _simulated("Qwen/Qwen3.5-9B", "qwen3_5_text", 262144, _TEXT),
-    "qwen3.5-35b-a3b": _simulated("Qwen/Qwen3.5-35B-A3B", "qwen3_5_moe_text", 262144, _TEXT),
-    "gemma-4-e2b": _gemma4("E2B", (1536, 6144, 35, 8, 1), 131072, 4, num_kv_shared_layers=20, use_double_wide_mlp=True),
-    "gemma-4-e4b": _gemma4("E4B", (2560, 10240, 42, 8, 2), 131072, num_kv_shared_layers=18),
-    "gemma-4-31b": _gemma4("31B", (5376, 21504, 60, 32, 16), 262144, num_global_key_value_heads=4, **_WIDE),
-    "gemma-4-26b-a4b": _gemma4(
-        "26B-A4B", (2816, 2112, 30, 16, 8), 262144, num_global_key_value_heads=2, **_WIDE, **_EXPERTS
-    ),
+    name: Simulated(**known) for name, known in json.loads(SIMULATED_FILE.read_text(encoding="utf-8")).items()
 }
 """Well-known base models whose kind has no closed form, by the names that commands take."""
 
