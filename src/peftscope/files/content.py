@@ -32,12 +32,12 @@ Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT), NUMBER]
 CountOrZero = Annotated[int, Field(ge=0, le=LARGEST_COUNT), NUMBER]
 
 LONGEST_NAME = 96
-NAME_PATTERN = rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}"
+_NAME = rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}"
 """A name that is safe in paths and on command lines."""
-HUB_ID_PATTERN = f"{NAME_PATTERN}(/{NAME_PATTERN})?"
+HUB_ID_PATTERN = f"{_NAME}(/{_NAME})?"
 _INNER_PART = r"\.?[A-Za-z0-9_-][A-Za-z0-9._-]*"
 
-Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
+Name = Annotated[str, Field(pattern=f"^{_NAME}$")]
 HubId = Annotated[str, Field(pattern=f"^{HUB_ID_PATTERN}$")]
 """A hub's id of a model or a data set: ``name`` or ``org/name``."""
 InnerPath = Annotated[str, Field(pattern=f"^{_INNER_PART}(/{_INNER_PART})*$")]

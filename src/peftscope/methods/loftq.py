@@ -46,10 +46,6 @@ class LoftQ(LowRankOnFewBits):
         """Returns the seconds of all iterations over all targets."""
         return ITERATION_SECONDS * self.iterations * decompositions(shape, self.targets)
 
-    def starts_at_base(self) -> bool:
-        """Returns False: the adapter approximates the error of the quantised base."""
-        return False
-
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the 4-bit base wrapped with LoRA, both initialised by LoftQ.
 
