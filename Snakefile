@@ -44,7 +44,7 @@ wildcard_constraints:
 # On a cluster, rules with `localrule` stay where Snakemake runs: they are short, or need the network that nodes may not have.
 rule all:
     input:
-        expand("results/{experiment}/all-runs-ended-well", experiment=list(WORKFLOW.plans)),
+        expand("results/{experiment}/all-runs-ended-well", experiment=WORKFLOW.plans),
     localrule: True
 
 
