@@ -28,7 +28,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup report test test-faults test-slurm test-oldest test-newest smoke slow \
-        browser lint format schema docs lock audit sbom publish benchmark benchmark-memory benchmark-scale agreement scorecard speed \
+        browser lint format schema docs lock audit sbom publish benchmark-scale agreement scorecard speed \
         peft-comparison verify gpu-check claims site tuners clean
 
 help:
@@ -40,9 +40,7 @@ help:
 	@echo "make verify [EXPERIMENT=quick]   run published runs again: which numbers come out the same"
 	@echo "make claims                      measure what the literature claims; reports/claims.html"
 	@echo "make site                        findings, claims, reports, calculator, how-to pages: site/index.html (needs npm)"
-	@echo "make benchmark                   our training step against the HF Trainer"
-	@echo "make benchmark-memory            the memory calculator's speed, beside accelerate's estimate"
-	@echo "make benchmark-scale             how the suite grows from 50 to 5,000 runs; docs/scale.md"
+	@echo "make benchmark-scale             what reports of 50 to 5,000 runs take; docs/scale.md"
 	@echo "make agreement                   closed form against simulation, on random runs"
 	@echo "make scorecard                   published peaks against the closed form, the simulation, and estimators of others"
 	@echo "make speed                       published speeds against the time model, whose constants are fitted to them"
@@ -122,12 +120,6 @@ docs: $(READY)
 publish: $(READY)
 	$(BIN)/peftscope publish $(EXPERIMENT)
 
-benchmark: $(READY)
-	$(BIN)/python -m benchmarks.step
-
-benchmark-memory: $(READY)
-	$(BIN)/python -m benchmarks.calculator
-
 benchmark-scale: $(READY)
 	$(BIN)/python -m benchmarks.scale
 
@@ -141,10 +133,10 @@ agreement: $(READY)
 speed: $(READY)
 	$(BIN)/python -m benchmarks.speed
 
-# What others estimate is asked in environments of their own; over 1 GB the first time. MINUTES=5: simulate so long; the same
-# command goes on.
+# What others estimate is asked in environments of their own; over 1 GB the first time. The same command goes on
+# after a stop.
 scorecard: $(READY)
-	$(BIN)/python -W ignore -m benchmarks.scorecard $(if $(MINUTES),--minutes $(MINUTES))
+	$(BIN)/python -W ignore -m benchmarks.scorecard
 
 peft-comparison: $(READY)
 	$(BIN)/python -m benchmarks.peft_comparison

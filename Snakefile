@@ -44,7 +44,7 @@ wildcard_constraints:
 # On a cluster, rules with `localrule` stay where Snakemake runs: they are short, or need the network that nodes may not have.
 rule all:
     input:
-        expand("results/{experiment}/all-runs-ended-well", experiment=WORKFLOW.names),
+        expand("results/{experiment}/all-runs-ended-well", experiment=WORKFLOW.plans),
     localrule: True
 
 
@@ -88,10 +88,7 @@ rule make_benchmark:
 rule train:
     input:
         # A model that is fetched again is the same model: its date must not make finished runs old.
-        model=ancient(WORKFLOW.model_manifest),
-        task=ancient(WORKFLOW.task_manifest),
-        benchmarks=ancient(WORKFLOW.benchmark_manifests),
-        start=ancient(WORKFLOW.start_record),
+        ancient(WORKFLOW.needed),
     output:
         spec="results/runs/{run_id}/spec.json",
         record="results/runs/{run_id}/record.json",

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from benchmarks.page import write_blocks
 from peftscope.analysis.compare import compare, pair_values
 from peftscope.analysis.stats import trimmed_mean
 from peftscope.layout import PUBLISHED_RESULTS
@@ -135,15 +136,10 @@ def rendered(table: pd.DataFrame) -> str:
     )
 
 
-def with_table(page: str, table: pd.DataFrame) -> str:
-    """Returns the page with the table between its marks."""
-    return re.sub(r"(<!-- error rates: .* -->\n).*(<!-- end -->)", rf"\1{rendered(table)}\n\2", page, flags=re.DOTALL)
-
-
 def main() -> None:
     """Writes the error rates of all settings, and the page."""
     error_rates(SETTINGS, draws=4000).to_csv(PUBLISHED, index=False, float_format="%.4f")
-    PAGE.write_text(with_table(PAGE.read_text(), pd.read_csv(PUBLISHED)))
+    write_blocks({"error-rates": rendered(pd.read_csv(PUBLISHED))}, PAGE)
     print(PUBLISHED)
 
 

@@ -46,8 +46,6 @@ RULE = (
 """The rule of scope. It says nothing about how well anybody predicts a point."""
 
 PACKAGE = Path(peftscope.__file__).parent
-COMPUTED_BY = ("hardware", "memory", "methods", "models", "spec.py")
-"""The parts of the package whose code decides an answer of the closed form."""
 SIMULATED_BY = (
     *("data", "evaluation", "hardware", "methods", "models", "training", "spec.py", "memory/simulate.py"),
     *("memory/tracker.py", "memory/probe.py", "memory/trace.py", "memory/allocator.py", "memory/answer.py"),
@@ -148,40 +146,23 @@ def by_formula(point: Point) -> int:
 
 
 def sizes_by_formula(point: PublishedRun) -> dict[str, int]:
-    """Returns a run's peaks by the closed form; computed once for each run and state of the code.
+    """Returns a run's peaks by the closed form. Evaluations do not count: none of these runs had one."""
+    return _sizes(peaks_by_formula(question_of(point)[0], evaluation=False))
 
-    Evaluations do not count: none of these runs had one.
-    """
+
+def by_simulation(point: Point) -> int:
+    """Returns the simulation's prediction; computed once for each run and state of the code."""
     question = question_of(point)[0]
-    key = [*_run(question), question.gpus, question.gpu, code_digest(COMPUTED_BY)]
-    return once("peaks", key, lambda: _sizes(peaks_by_formula(question, evaluation=False)))
-
-
-def by_simulation(point: Point, *, known_only: bool = False) -> int | None:
-    """Returns the simulation's prediction; computed once for each run and state of the code.
-
-    Args:
-        point: The point.
-        known_only: Whether nothing is computed, so that the prediction is None if it was not before.
-    """
-    question = question_of(point)[0]
-    key = [*_run(question), code_digest(SIMULATED_BY)]
+    cublas = question.gpu.cublas_bytes if question.gpu else None
+    run = [question.spec.model_dump_json(), repr(question.model.shape), question.responses]
+    key = [*run, question.beside.model_dump_json(), cublas, code_digest(SIMULATED_BY)]
 
     def simulated() -> dict[str, int]:
         from peftscope.memory.simulate import peaks_by_simulation
 
         return _sizes(peaks_by_simulation(question, evaluation=False))
 
-    if known_only and not _path_of("simulation", key).is_file():
-        return None
     return _size(point, once("simulation", key, simulated))
-
-
-def _run(question: Question) -> list[Any]:
-    """Returns all that decides the peaks of a run beside the code."""
-    cublas = question.gpu.cublas_bytes if question.gpu else None
-    spec, shape = question.spec.model_dump_json(), repr(question.model.shape)
-    return [spec, shape, question.responses, question.beside.model_dump_json(), cublas]
 
 
 def _sizes(peaks: Peaks) -> dict[str, int]:
@@ -196,14 +177,10 @@ def _size(point: Point, sizes: dict[str, int]) -> int:
 
 def once(name: str, key: Any, compute: Callable[[], Any]) -> Any:
     """Returns what was computed for this key before, or computes and keeps it."""
-    path = _path_of(name, key)
+    path = CACHE / name / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.json"
     if not path.is_file():
         write_json(path, compute())
     return json.loads(path.read_text())
-
-
-def _path_of(name: str, key: Any) -> Path:
-    return CACHE / name / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.json"
 
 
 @cache

@@ -7,15 +7,12 @@ them changed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
-import time
 from math import inf
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from rich.console import Console
@@ -28,7 +25,7 @@ from benchmarks.points import RULE, Point, by_formula, by_simulation, question_o
 from peftscope.execution.libraries import without_hub_kernels
 from peftscope.hardware.cards import find_gpu
 from peftscope.memory.answer import MEASURED_FILE
-from peftscope.report.plots import save
+from peftscope.report.plots import new_figure
 from peftscope.words import GIB
 
 PUBLISHED = Path("results/published/scorecard")
@@ -40,14 +37,8 @@ MISSED = 0.05
 """An error of the closed form beyond this is listed by name."""
 
 
-def score(points: list[Point], minutes: float = inf) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Returns all predictions, one row for each point, and the estimators of others with their versions.
-
-    Args:
-        points: The published points.
-        minutes: The time after which no simulation begins that was not made before.
-    """
-    end = time.monotonic() + 60 * minutes
+def score(points: list[Point]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Returns all predictions, one row for each point, and the estimators of others with their versions."""
     apart = ("resident", "device")  # of other jobs than supervised fine-tuning, few other figures are published
     asked = [point for point in points if point.asked and (point.kind not in apart or "job" in point.asked)]
     tuned = [point for point in asked if "job" not in point.asked]
@@ -55,8 +46,7 @@ def score(points: list[Point], minutes: float = inf) -> tuple[pd.DataFrame, pd.D
     for point in track(asked, console=Console(stderr=True), description="ours"):
         predicted["closed form"][point.id] = by_formula(point)
         if point.measured_bytes and not why_out(point):
-            simulated = by_simulation(point, known_only=time.monotonic() > end)
-            predicted["simulation"] |= {} if simulated is None else {point.id: simulated}
+            predicted["simulation"][point.id] = by_simulation(point)
     tools = []
     for one in track(ESTIMATORS, console=Console(stderr=True), description="others"):
         try:
@@ -279,33 +269,18 @@ def draw(scores: pd.DataFrame, tools: pd.DataFrame, path: Path) -> None:
         if len(found := errors(runs, name))
     ]
     long = pd.concat(parts, ignore_index=True)
-    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
-    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
-    methods = sorted(set(runs["method"]))
-    palette = dict(zip(methods, sns.color_palette("colorblind"), strict=False))
-    sns.stripplot(
-        long,
-        x="error",
-        y="estimator",
-        hue="method",
-        hue_order=methods,
-        palette=palette,
-        jitter=False,
-        dodge=True,
-        ax=axes,
-    )
-    axes.axvline(0, color="0.3", linewidth=0.8)
-    axes.set(xlabel="error (% of what was measured)", ylabel="", xlim=(-100, 100))
-    axes.legend(title="", fontsize=8)
-    save(figure, path)
+    hues = {"hue": "method", "hue_order": sorted(set(runs["method"])), "palette": "colorblind"}
+    with new_figure(path, 9, 3.6) as axes:
+        sns.stripplot(long, x="error", y="estimator", **hues, jitter=False, dodge=True, ax=axes)
+        axes.axvline(0, color="0.3", linewidth=0.8)
+        axes.set(xlabel="error (% of what was measured)", ylabel="", xlim=(-100, 100))
+        axes.legend(title="", fontsize=8)
 
 
 @without_hub_kernels()
 def main() -> None:
     """Predicts every point and writes the tables, the figure and the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=inf, help="begin no simulation after; call again to go on")
-    scores, tools = score(read_points(), parser.parse_args().minutes)
+    scores, tools = score(read_points())
     PUBLISHED.mkdir(parents=True, exist_ok=True)
     scores.to_csv(PUBLISHED / "scorecard.csv", index=False)
     tools.to_csv(PUBLISHED / "estimators.csv", index=False)

@@ -95,7 +95,7 @@ def _modules() -> Iterator[tuple[str, bytes]]:
                     yield name, files.read(name)
     package = SOURCE / "peftscope"
     for path in sorted(package.rglob("*")):
-        if path.suffix in (".py", ".json") and path.relative_to(package).parts[0] in ROOMS:
+        if path.suffix in (".py", ".json", ".csv") and path.relative_to(package).parts[0] in ROOMS:
             yield path.relative_to(SOURCE).as_posix(), path.read_bytes()
 
 

@@ -120,6 +120,8 @@ def test_the_page_on_architecture_shows_the_import_contract_and_the_rooms(reposi
     layers = read_layers(repository / "pyproject.toml")
     assert draw_layers(layers) in page.read_text()
     assert draw_layers([*layers[1:], layers[0]]) not in page.read_text()
+    with pytest.raises(ValueError, match="has no block tables"):
+        write_blocks({"tables": "nothing"}, page)
 
 
 def test_every_room_is_in_the_contract_and_says_what_it_is_for(repository: Path) -> None:

@@ -71,7 +71,7 @@ def test_figures_of_many_settings_name_methods_and_tables_stay_short(scaled: Pat
 @pytest.mark.slow
 def test_a_sweep_of_500_runs_stays_in_bounds(scaled: Path, slowness: float) -> None:
     make_sweep(500)
-    costs = measure_experiment(SWEEP, lambda name: None)
+    costs = measure_experiment(SWEEP)
     assert max(cost.peak_bytes for cost in costs.values()) < 2 << 30
     # A third of what 5,000 runs may take: an idle machine needs a quarter of these.
     assert costs[NO_OP].processor_seconds < 10 * slowness

@@ -11,7 +11,7 @@ from peftscope.execution.process import die_with_parent
 
 
 def main() -> None:
-    """Runs the command line; a method of another package that cannot be used becomes a message and exit code 2.
+    """Runs the command line; a method of a file that cannot be used becomes a message and exit code 2.
 
     The options come from the fields of all methods, so that this shows as soon as the commands are imported.
     """

@@ -241,7 +241,7 @@ class RunRecord(_Part):
         benchmarks: The scores of lm-eval's own benchmarks by lm-eval's names, and the number of ``items``.
         method_metrics: Numbers that only one method has.
         updates: What the spectra of updates say, by kind of matrix; see ``evaluation.updates``.
-        unavailable: The reason why a field is null, by field.
+        unavailable: The reason why a field is null, by field; in records of older versions alone.
     """
 
     schema_version: int = SCHEMA_VERSION

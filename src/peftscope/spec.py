@@ -296,8 +296,3 @@ def memory_key(spec: RunSpec) -> str:
     fields = {name: value for name, value in spec.canonical().items() if name not in _NO_MEMORY}
     method = {name: value for name, value in fields["method"].items() if name != "start"}
     return json.dumps({**fields, "method": {**method, "alpha": None}}, sort_keys=True)
-
-
-def spec_schema() -> dict[str, Any]:
-    """Returns the JSON schema of a spec, which is committed as ``experiments/spec.schema.json``."""
-    return RunSpec.model_json_schema()

@@ -113,8 +113,9 @@ def test_the_other_run_is_named_by_where_it_differs_and_made_first(own: Any) -> 
     assert [len(comparison.runs) for comparison in sweep.comparisons] == [2]
     assert {name for name in first.canonical() if name.startswith("start")} == set()
     workflow = load_workflow({"experiment": "mine"})
-    records = {run: workflow.start_record(SimpleNamespace(run_id=run)) for run in sweep.runs}
-    assert list(records.values()) == [[], [f"results/runs/{run_id(first)}/record.json"], []]
+    needed = [workflow.needed(SimpleNamespace(run_id=run)) for run in sweep.runs]
+    assert [len(files) for files in needed] == [2, 3, 2]
+    assert needed[1][2] == f"results/runs/{run_id(first)}/record.json"
 
 
 def test_what_cannot_be_started_from_is_said_before_any_run(own: Any, make_spec: Any) -> None:

@@ -18,7 +18,7 @@ from peftscope.data.tasks import read_split
 from peftscope.execution.provenance import _card
 from peftscope.hardware import meter as meters
 from peftscope.hardware.cards import CONTEXT_BYTES, GIB
-from peftscope.hardware.meter import CudaMeter, HostMeter, PeakSampler, limited_memory, paged_bytes
+from peftscope.hardware.meter import CudaMeter, Meter, PeakSampler, limited_memory, paged_bytes
 from peftscope.hardware.nvml import find_card, other_processes, reading, used_bytes
 from peftscope.spec import RunSpec
 from peftscope.training.build import build_model, seed_everything
@@ -131,7 +131,7 @@ def test_peaks_of_a_card_are_those_since_the_reset(nvml: None, monkeypatch: pyte
 
 
 def test_the_hosts_peak_starts_anew() -> None:
-    meter = HostMeter()
+    meter = Meter()
     block = torch.ones(64 * MIB, dtype=torch.uint8)
     del block
     before = meter.peaks()["peak_resident_bytes"]

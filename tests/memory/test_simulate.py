@@ -229,7 +229,7 @@ def test_published_peaks(row: dict[str, str]) -> None:
 @pytest.mark.slow
 @pytest.mark.alone
 def test_a_large_model_needs_seconds_and_no_memory(slowness: float) -> None:
-    """`make benchmark-memory` measures the aims, of larger models too; here twice as many seconds pass."""
+    """The aim is for an idle machine; here twice as many seconds pass."""
     code = """
 import time, bitsandbytes, peft, transformers.models.llama.modeling_llama
 from peftscope.memory.base import Model, describe_model

@@ -14,7 +14,7 @@ from peftscope.memory.answer import peaks_by_formula
 from peftscope.memory.assumptions import assumptions_of
 from peftscope.memory.base import describe_model
 from peftscope.memory.question import ask
-from peftscope.methods.loftq import FloatWeights
+from peftscope.methods.loftq import float_weight
 from peftscope.models.catalog import find_model, model_folder
 from peftscope.models.fetch import fetch_model
 from peftscope.models.presets import PRESETS, did_you_mean
@@ -61,7 +61,7 @@ def test_the_real_model_is_what_the_catalogue_says(workspace: Path, make_spec) -
     assert model.config.num_hidden_layers == shape.num_layers
     assert load_tokenizer(spec).decode(load_tokenizer(spec)("12 + 34 = 46")["input_ids"]) == "12 + 34 = 46"
     # The caveat that reports carry: blocks of 32 with at most 16 values each.
-    blocks = FloatWeights(folder)["model.layers.7.mlp.up_proj.weight"].reshape(-1, 32)
+    blocks = float_weight(folder, "model.layers.7.mlp.up_proj.weight").reshape(-1, 32)
     assert max(len(block.unique()) for block in blocks[:500]) <= 16
 
 

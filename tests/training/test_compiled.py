@@ -55,12 +55,7 @@ def test_compiled_layers_learn_the_same(
     assert compiled.train_nll == pytest.approx(plain.train_nll, abs=1e-5 if options else 0.02)
     assert compiled.quality.heldout_nll == pytest.approx(plain.quality.heldout_nll, abs=1e-5 if options else 0.02)
     assert compiled.memory.predicted.train_peak_tensor_bytes is None
-    assert compiled.unavailable["memory.predicted.train_peak_tensor_bytes"] == (
-        "the simulator does not know what compiled layers keep"
-    )
-    assert compiled.unavailable["memory.train.peak_tensor_bytes"] == (
-        "the byte tracker does not see into compiled layers"
-    )
+    assert compiled.memory.train.peak_tensor_bytes is None
     assert compiled.memory.evaluate.peak_tensor_bytes == plain.memory.evaluate.peak_tensor_bytes
 
 

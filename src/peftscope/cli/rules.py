@@ -162,9 +162,9 @@ def unlock() -> None:
 @app.command(hidden=True)
 def schema() -> None:
     """Print the JSON schema of a run's spec."""
-    from peftscope.spec import spec_schema
+    from peftscope.spec import RunSpec
 
-    print(json.dumps(spec_schema(), indent=2, ensure_ascii=False))
+    print(json.dumps(RunSpec.model_json_schema(), indent=2, ensure_ascii=False))
 
 
 @app.command("memory-curve", hidden=True)

@@ -10,11 +10,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from peftscope.errors import InputError, Problem
 from peftscope.files.content import Count, read_yaml
-from peftscope.files.problems import dotted, problems_of
+from peftscope.files.problems import validated
 from peftscope.layout import EXPERIMENTS, shipped
 
 Text = Annotated[str, Field(max_length=10_000)]
@@ -105,11 +105,8 @@ def read_scoring(name: str) -> Scoring:
         InputError: The file has problems; the error lists all of them.
     """
     path = lm_eval_file(name)
-    try:
-        found = Scoring.model_validate(read_yaml(path))
-    except ValidationError as error:
-        known = {field for part in (Scoring, Generation, Filter, FilterStep, Metric) for field in part.model_fields}
-        raise InputError(problems_of(error, lambda location: f"{path}: {dotted(location)}", known)) from None
+    known = {field for part in (Scoring, Generation, Filter, FilterStep, Metric) for field in part.model_fields}
+    found = validated(Scoring, read_yaml(path), path, known)
     data = f"resources/tasks/{name}/test.jsonl"
     if found.dataset_kwargs not in ({}, {"data_files": {"test": data}}):
         raise InputError(Problem(f"{path}: dataset_kwargs", "names other data", f"leave it out, or name {data}"))

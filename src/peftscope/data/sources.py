@@ -27,19 +27,19 @@ SHOWN_LINES = 20
 _LINE = 'a line is {"prompt": ..., "response": ...}'
 
 
-class EnumerateSource(BaseModel):
-    """A small domain, of which every item is used."""
-
+class _Source(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+class EnumerateSource(_Source):
+    """A small domain, of which every item is used."""
 
     kind: Literal["enumerate"]
     what: Literal["two_digit_sums"]
 
 
-class ReasoningGymSource(BaseModel):
+class ReasoningGymSource(_Source):
     """A reasoning-gym generator. Neighbouring seeds give the same items, so one seed makes the whole pool."""
-
-    model_config = ConfigDict(extra="forbid")
 
     kind: Literal["reasoning_gym"]
     dataset: str
@@ -48,10 +48,8 @@ class ReasoningGymSource(BaseModel):
     options: dict[str, Any] = {}
 
 
-class JsonlSource(BaseModel):
+class JsonlSource(_Source):
     """A file with one JSON object per line, which has ``prompt`` and ``response``."""
-
-    model_config = ConfigDict(extra="forbid")
 
     kind: Literal["jsonl"]
     path: Path
@@ -64,10 +62,8 @@ class JsonlSource(BaseModel):
             return False
 
 
-class FillerSource(BaseModel):
+class FillerSource(_Source):
     """Random letters for runs that only measure memory and speed. The prompts are long enough to fill any sequence."""
-
-    model_config = ConfigDict(extra="forbid")
 
     kind: Literal["filler"]
     prompt_characters: Count
@@ -76,7 +72,7 @@ class FillerSource(BaseModel):
     seed: int = 0
 
 
-class RandomStringsSource(BaseModel):
+class RandomStringsSource(_Source):
     """Pairs of random strings, of which a model can know nothing but what it was trained on.
 
     Letters and digits alternate. Tokenizers that read words and single digits give each symbol a token of its own, and
@@ -88,8 +84,6 @@ class RandomStringsSource(BaseModel):
         size: The number of pairs.
         seed: The seed of the draws.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     kind: Literal["random_strings"]
     prompt_symbols: Count
@@ -111,7 +105,7 @@ class RandomStringsSource(BaseModel):
 _ALPHABETS = string.ascii_letters, string.digits
 
 
-class HubDataSource(BaseModel):
+class HubDataSource(_Source):
     """A data set of a Hugging Face hub.
 
     Attributes:
@@ -122,8 +116,6 @@ class HubDataSource(BaseModel):
         longest: The most characters of question and answer together; longer rows are left out.
         size: The number of rows that are kept, as a fair sample; None keeps all.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     kind: Literal["hub"]
     dataset: HubId

@@ -10,14 +10,14 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from peftscope.data.scoring import lm_eval_file, read_scoring
 from peftscope.data.sources import HubDataSource, Item, JsonlSource, Source, items_of, read_items
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import Count, Name, read_yaml
 from peftscope.files.manifest import file_sha256, how_to_change, is_source_of, read_manifest
-from peftscope.files.problems import dotted, problems_of
+from peftscope.files.problems import validated
 from peftscope.files.resource import Resource
 from peftscope.layout import TASKS_FILE, TASKS_FOLDER, shipped, why_not_read
 
@@ -40,20 +40,10 @@ class TaskEntry(BaseModel):
     tokens: Annotated[Count | None, Field(description="tokens of a usual item, for estimates")] = None
 
 
-class _Tasks(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    tasks: dict[Name, TaskEntry]
-
-
 @lru_cache
 def _tasks() -> dict[str, TaskEntry]:
     path = shipped(TASKS_FILE)
-    try:
-        return _Tasks(tasks=read_yaml(path)).tasks
-    except ValidationError as error:
-        fields = set(TaskEntry.model_fields)
-        raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc[1:])}", fields)) from None
+    return validated(dict[Name, TaskEntry], read_yaml(path), path, TaskEntry.model_fields)
 
 
 _scoring = lru_cache(read_scoring)

@@ -18,7 +18,6 @@ from peftscope.execution.phases import Phases
 from peftscope.execution.provenance import provenance
 from peftscope.execution.ranks import let_others_end_it, meeting_file, rank_folder
 from peftscope.execution.start import start_provenance
-from peftscope.execution.unavailable import NOT_LIMITED, why_unavailable
 from peftscope.execution.way import run_phases
 from peftscope.files.storage import storage_problem
 from peftscope.hardware.bf16 import bf16_products
@@ -115,11 +114,11 @@ def execute(
         record.quality.shift_curve = log.shift
         if alone:
             log.write_speed(record.speed, spec)
-        record.speed.matmul_share = _matmul_share(record)
+        useful, rate = record.speed.useful_flops_per_second, record.ceilings.matmul_flops_per_second
+        record.speed.matmul_share = useful / (rate * spec.shards) if useful is not None and rate else None
         phases.finish()
         record.seconds, record.memory = phases.seconds, phases.memory
         record.memory.paged_state_bytes = log.paged_state_bytes
-        record.unavailable = why_unavailable(record)
         if record.status in FINAL:
             # First into a folder that no rule declares: if the job is killed now, its retry only copies the record.
             write_record(state_folder(folder) / file, record)
@@ -139,10 +138,5 @@ def _limited_memory(record: RunRecord) -> Iterator[None]:
             yield
         return
     if limit is not None:
-        print(f"memory_limit_gib={limit:g}: {NOT_LIMITED}", file=sys.stderr)
+        print(f"memory_limit_gib={limit:g}: not enforced, only the allocator of a CUDA card can be", file=sys.stderr)
     yield
-
-
-def _matmul_share(record: RunRecord) -> float | None:
-    useful, rate = record.speed.useful_flops_per_second, record.ceilings.matmul_flops_per_second
-    return useful / (rate * record.spec.shards) if useful is not None and rate else None

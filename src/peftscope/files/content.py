@@ -6,13 +6,12 @@ Plain values are text, whole numbers of 64 bits, floats, booleans, null, lists, 
 from __future__ import annotations
 
 import json
-import re
 import stat
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 
 from peftscope.errors import InputError, Problem, shown
 from peftscope.files.limits import DEEPEST, LARGEST_INTEGER, LONGEST_NUMBER, check_characters
@@ -33,6 +32,16 @@ Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT), NUMBER]
 CountOrZero = Annotated[int, Field(ge=0, le=LARGEST_COUNT), NUMBER]
 
 LONGEST_NAME = 96
+_NAME = rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}"
+"""A name that is safe in paths and on command lines."""
+HUB_ID_PATTERN = f"{_NAME}(/{_NAME})?"
+_INNER_PART = r"\.?[A-Za-z0-9_-][A-Za-z0-9._-]*"
+
+Name = Annotated[str, Field(pattern=f"^{_NAME}$")]
+HubId = Annotated[str, Field(pattern=f"^{HUB_ID_PATTERN}$")]
+"""A hub's id of a model or a data set: ``name`` or ``org/name``."""
+InnerPath = Annotated[str, Field(pattern=f"^{_INNER_PART}(/{_INNER_PART})*$")]
+"""A relative path that stays inside its folder."""
 
 LARGEST_BYTES = 1_000_000
 """The largest file that is read: three times the ledger of claims, and up to twenty seconds of PyYAML."""
@@ -83,52 +92,6 @@ def parse_json(text: str, where: str) -> Any:
     except ValueError as error:
         raise InputError(Problem(where, f"not valid JSON: {error}")) from None
     return content
-
-
-def check_name(name: str) -> str:
-    """Returns the name of a model or a task unchanged if it is safe in paths and on command lines.
-
-    >>> check_name("my-task_2.1")
-    'my-task_2.1'
-
-    Raises:
-        ValueError: The name has other characters, or is too long.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or len(name) > LONGEST_NAME:
-        said = "letters, digits, `.`, `_` and `-`, begins with a letter or a digit"
-        raise ValueError(f"a name has {said}, and is no longer than {LONGEST_NAME}")
-    return name
-
-
-Name = Annotated[str, AfterValidator(check_name)]
-
-
-def check_hub_id(name: str) -> str:
-    """Returns a hub's id of a model or a data set unchanged: ``name`` or ``org/name``.
-
-    Raises:
-        ValueError: The id has another form.
-    """
-    for part in name.split("/", 1):
-        check_name(part)
-    return name
-
-
-HubId = Annotated[str, AfterValidator(check_hub_id)]
-
-
-def check_inner_path(path: str) -> str:
-    """Returns a relative path unchanged if it stays inside its folder.
-
-    Raises:
-        ValueError: The path is absolute, leaves the folder, or has unusual characters.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9._/-]+", path) or path.startswith("/") or ".." in path.split("/"):
-        raise ValueError("must be a path inside the archive, without `..`")
-    return path
-
-
-InnerPath = Annotated[str, AfterValidator(check_inner_path)]
 
 
 def _whole_number(digits: str) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,12 +69,8 @@ def commit_of(repository: str, revision: str | None, kind: Kind) -> str:
     from huggingface_hub import HfApi
 
     check_reached(f"{kind} {repository}", REMEDY)
-    try:
-        info = HfApi().repo_info(repository, revision=revision, repo_type=kind, timeout=TIMEOUT_SECONDS)
-    except Exception as error:  # the hub's client raises many kinds; people should see none of them as a traceback
-        message = f"cannot download it: {_first_line(error)}"
-        raise InputError(Problem(f"{kind} {repository}", message, REMEDY)) from error
-    return str(info.sha)
+    with _asking(kind, repository):
+        return str(HfApi().repo_info(repository, revision=revision, repo_type=kind, timeout=TIMEOUT_SECONDS).sha)
 
 
 def fetch_files(repository: str, revision: str | None, patterns: Iterable[str], target: Path) -> dict[str, str]:
@@ -90,10 +87,8 @@ def fetch_files(repository: str, revision: str | None, patterns: Iterable[str], 
     from huggingface_hub import snapshot_download
 
     commit = commit_of(repository, revision, "model")
-    try:
+    with _asking("model", repository):
         snapshot_download(repository, revision=commit, local_dir=target, allow_patterns=list(patterns))
-    except Exception as error:
-        raise InputError(Problem(f"model {repository}", f"cannot download it: {_first_line(error)}", REMEDY)) from error
     return {"commit": commit}
 
 
@@ -107,18 +102,21 @@ def load_rows(dataset: str, config: str | None, split: str, revision: str | None
 
     disable_progress_bars()
     folder = mirrored(dataset)
-    try:
-        if folder:
-            # Plain files without a card that names configurations have one configuration only.
-            named = config if (folder / "README.md").is_file() else None
+    if folder:
+        # Plain files without a card that names configurations have one configuration only.
+        named = config if (folder / "README.md").is_file() else None
+        with _asking("dataset", dataset):
             return load_dataset(str(folder), named, split=split), {"mirror": str(folder)}
-        commit = commit_of(dataset, revision, "dataset")
+    commit = commit_of(dataset, revision, "dataset")
+    with _asking("dataset", dataset):
         return load_dataset(dataset, config, split=split, revision=commit), {"commit": commit}
-    except InputError:
-        raise
-    except Exception as error:  # the library raises many kinds of errors
-        raise InputError(Problem(f"dataset {dataset}", f"cannot load it: {_first_line(error)}", REMEDY)) from error
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+@contextmanager
+def _asking(kind: Kind, repository: str) -> Iterator[None]:
+    """Turns whatever the hub's libraries raise inside this context into an error for people."""
+    try:
+        yield
+    except Exception as error:
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+        raise InputError(Problem(f"{kind} {repository}", f"cannot download it: {said}", REMEDY)) from error

@@ -18,7 +18,8 @@ def file_sha256(path: Path) -> str:
 
 def damaged_files(folder: Path, sha256: dict[str, str]) -> list[str]:
     """Returns the names of a folder's files that are missing or differ from their checksums."""
-    return [name for name, digest in sha256.items() if not _is_whole(folder / name, digest)]
+    found = {name: file_sha256(folder / name) for name in sha256 if (folder / name).is_file()}
+    return [name for name, digest in sha256.items() if found.get(name) != digest]
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -42,7 +43,3 @@ def is_source_of(manifest: dict[str, Any], source: BaseModel) -> bool:
 def how_to_change(folder: Path) -> str:
     """Returns what to do about a source that changed. Runs carry its name only, so that old and new ones would mix."""
     return f"give the new one a name of its own, or remove {folder} and the results that came from it"
-
-
-def _is_whole(path: Path, sha256: str) -> bool:
-    return path.is_file() and file_sha256(path) == sha256

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from peftscope.errors import Problem, close_match, closest, shown
+from peftscope.errors import InputError, Problem, close_match, closest, shown
+
+T = TypeVar("T")
+
+
+def validated(kind: type[T], content: Any, where: object, known: Iterable[str]) -> T:
+    """Returns content as a type that pydantic knows.
+
+    Args:
+        kind: The type.
+        content: What a file says.
+        where: The file, for messages.
+        known: The names to suggest for a misspelled key.
+
+    Raises:
+        InputError: Everything that is wrong with the content.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        raise InputError(problems_of(error, lambda location: f"{where}: {dotted(location)}", set(known))) from None
 
 
 def dotted(location: tuple[str | int, ...]) -> str:

@@ -44,19 +44,11 @@ results have the precision of its inputs. Compiled layers call those that write 
 
 def has_native_bf16() -> bool:
     """Returns whether this processor has bf16 instructions that torch uses. On macOS torch uses none."""
-    return bool(NATIVE_FLAGS & _processor_flags()) and not _is_capped()
-
-
-def _processor_flags() -> set[str]:
-    if platform.system() != "Linux":
-        return set()
-    lines = CPUINFO.read_text().splitlines()
-    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()}
-
-
-def _is_capped() -> bool:
     cap = next((os.environ[name].upper() for name in CAPS if os.environ.get(name)), "DEFAULT")
-    return not any(part in cap for part in UNCAPPED)
+    if platform.system() != "Linux" or not any(part in cap for part in UNCAPPED):
+        return False
+    told = [line for line in CPUINFO.read_text().splitlines() if line.startswith(("flags", "Features"))]
+    return any(NATIVE_FLAGS.intersection(line.partition(":")[2].split()) for line in told)
 
 
 def chosen_way() -> Way:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from peftscope.errors import InputError, Problem, close_match, shown
@@ -64,71 +66,6 @@ class Gpu:
         return "yes" if device_bytes <= self.usable_bytes else "tight"
 
 
-RESERVE_SHARE = 0.03
-"""The share assumed for a driver's reserve that nobody reported: about the largest of those that were."""
-
-REPORTED_GIB: dict[str, tuple[float, str]] = {
-    "RTX 3090": (23.69, "ucwxb/GraphAvatar issue 4"),
-    "RTX 4060": (7.75, "ESRSchao/EdgeRegNet issue 2"),
-    "RTX 4090": (23.52, "Soul-AILab/SoulX-FlashTalk issue 5"),
-    "RTX PRO 6000": (94.97, "antirez/ds4 issue 431"),
-    "GB10": (121.69, "MiaAI-Lab/GLM-5.3-Flash-EXL3-2x-DGX-Sparks issue 47"),
-    "B200": (178.35, "pytorch/ao pull 4002"),
-    "MI300X": (191.98, "rocminfo's pool of 201,310,208 KB"),
-    "RTX 5090": (31.36, "TrajectoryCrafter/TrajectoryCrafter issue 20"),
-    "T4": (14.56, "AlphaGPU/leetgpu-challenges issue 52"),
-    "V100 32 GB": (31.74, "liucongg/ChatGLM-Finetuning issue 73"),
-    "A10": (21.99, "zai-org/CogVLM issue 236"),
-    "L40S": (44.42, "stepfun-ai/Step-Video-T2V issue 8"),
-    "A100 40 GB": (39.38, "QwenLM/Qwen3-VL issue 881"),
-    "A100 80 GB": (79.25, "wbfwonderful/Vad-R1 issue 11"),
-    "H100 80 GB": (79.11, "vllm-project/vllm issue 27508"),
-}
-"""The total that torch's OutOfMemoryError named on a card, and the public thread that quotes it. Where threads differ
-with the driver, it is the smallest."""
-
-
-def _gpu(
-    name: str, mib: int, context_mib: int | None = None, *, hopper: bool = False, old: bool = False, note: str = ""
-) -> Gpu:
-    context = context_mib * MIB if context_mib else None
-    cublas = CUBLAS_HOPPER_BYTES if hopper else CUBLAS_BYTES
-    usable, source = REPORTED_GIB.get(name, (mib / 1024 * (1 - RESERVE_SHARE), f"assumed: {RESERVE_SHARE:.0%}"))
-    return Gpu(name, mib * MIB, context, cublas, max(0, mib * MIB - int(usable * GIB)), source, old, note)
-
-
-GPUS: dict[str, Gpu] = {
-    "gtx1080ti": _gpu("GTX 1080 Ti", 11264, old=True),
-    "rtx2080ti": _gpu("RTX 2080 Ti", 11264, old=True),
-    "rtx3060": _gpu("RTX 3060", 12288),
-    "rtx3080": _gpu("RTX 3080", 10240),
-    "rtx3090": _gpu("RTX 3090", 24576),
-    "rtx4060": _gpu("RTX 4060", 8188),
-    "rtx4070": _gpu("RTX 4070", 12282),
-    "rtx4080": _gpu("RTX 4080", 16376),
-    "rtx4090": _gpu("RTX 4090", 24564),
-    "rtx5090": _gpu("RTX 5090", 32607),
-    "rtxpro6000": _gpu("RTX PRO 6000", 97887),
-    "a6000": _gpu("RTX A6000", 49140),
-    "t4": _gpu("T4", 15360, old=True),
-    "v100": _gpu("V100 16 GB", 16384, old=True),
-    "v100-32gb": _gpu("V100 32 GB", 32768, old=True),
-    "a10": _gpu("A10", 23028),
-    "a10g": _gpu("A10G", 23028),
-    "l4": _gpu("L4", 23034, 226),
-    "l40s": _gpu("L40S", 46068),
-    "a100": _gpu("A100 40 GB", 40960, 501),
-    "a100-80gb": _gpu("A100 80 GB", 81920, 501),
-    "h100": _gpu("H100 80 GB", 81559, hopper=True),
-    "h200": _gpu("H200", 143771, hopper=True),
-    "b200": _gpu("B200", 183359, hopper=True),
-    "gb10": _gpu("GB10", 124611, note="shares its memory with the host, which needs a part of it"),
-    "mi300x": _gpu("MI300X", 196592, note="its memory alone is known: ROCm's kernels and context may take other sizes"),
-}
-"""The known cards. Totals are those of nvidia-smi, or of cudaMemGetInfo and rocminfo where it shows none;
-the AgileRL project measured the contexts with torch 2.11."""
-
-
 @dataclass(frozen=True)
 class Speed:
     """What a card can do at most, per second.
@@ -146,30 +83,46 @@ class Speed:
     link_bytes: float = 32e9
 
 
-def _speed(bf16_tera: float, fp32_tera: float, memory_giga: float, link_giga: float = 32) -> Speed:
-    return Speed(bf16_tera * 1e12, fp32_tera * 1e12, memory_giga * 1e9, link_giga * 1e9)
+RESERVE_SHARE = 0.03
+"""The share assumed for a driver's reserve that nobody reported: about the largest of those that were."""
+
+CARDS_FILE = Path(__file__).with_name("cards.csv")
+"""The known cards, one a row; an empty cell is not known.
+
+``memory_mib`` is the total of nvidia-smi, or of cudaMemGetInfo and rocminfo where it shows none. ``usable_gib`` is the
+total that torch's OutOfMemoryError named on the card, and ``usable_source`` the public thread that quotes it; where
+threads differ with the driver, it is the smallest. The AgileRL project measured ``context_mib`` with torch 2.11. The
+speeds are those of NVIDIA's data sheets and white papers, without sparsity; links are NVLink or PCIe. Cards before
+Ampere have none, because they have no units for bf16.
+"""
 
 
-SPEEDS: dict[str, Speed] = {
-    "rtx3060": _speed(25.4, 12.7, 360),
-    "rtx3080": _speed(59.5, 29.8, 760),
-    "rtx3090": _speed(71, 35.6, 936),
-    "rtx4060": _speed(30.2, 15.1, 272),
-    "rtx4070": _speed(58.3, 29.1, 504),
-    "rtx4080": _speed(97.5, 48.7, 717),
-    "rtx4090": _speed(165.2, 82.6, 1008),
-    "rtx5090": _speed(209.5, 104.8, 1792, 64),
-    "a6000": _speed(154.8, 38.7, 768),
-    "a10": _speed(125, 31.2, 600),
-    "l4": _speed(121, 30.3, 300),
-    "l40s": _speed(362, 91.6, 864),
-    "a100": _speed(312, 19.5, 1555, 300),
-    "a100-80gb": _speed(312, 19.5, 2039, 300),
-    "h100": _speed(989, 67, 3350, 450),
-    "h200": _speed(989, 67, 4800, 450),
-}
-"""What each card can do. Source: NVIDIA's data sheets and white papers; without sparsity, and links are NVLink or PCIe.
-Cards before Ampere are missing: they have no units for bf16."""
+def _gpu(row: dict[str, str]) -> Gpu:
+    memory = int(row["memory_mib"]) * MIB
+    usable = int(float(row["usable_gib"]) * GIB) if row["usable_gib"] else int(memory * (1 - RESERVE_SHARE))
+    return Gpu(
+        name=row["name"],
+        memory_bytes=memory,
+        context_bytes=int(row["context_mib"]) * MIB if row["context_mib"] else None,
+        cublas_bytes=CUBLAS_HOPPER_BYTES if row["generation"] == "hopper" else CUBLAS_BYTES,
+        reserve_bytes=max(0, memory - usable),
+        reserve_source=row["usable_source"] or f"assumed: {RESERVE_SHARE:.0%}",
+        before_ampere=row["generation"] == "before ampere",
+        note=row["note"],
+    )
+
+
+def _speed(row: dict[str, str]) -> Speed:
+    units = {"bf16_teraflops": 1e12, "fp32_teraflops": 1e12, "memory_gb_per_second": 1e9, "link_gb_per_second": 1e9}
+    return Speed(*(float(row[column]) * unit for column, unit in units.items()))
+
+
+with CARDS_FILE.open(newline="", encoding="utf-8") as _file:
+    _ROWS = {row["key"]: row for row in csv.DictReader(_file)}
+GPUS: dict[str, Gpu] = {key: _gpu(row) for key, row in _ROWS.items()}
+"""The known cards by the names that commands take."""
+SPEEDS: dict[str, Speed] = {key: _speed(row) for key, row in _ROWS.items() if row["bf16_teraflops"]}
+"""What each card can do, as far as it is known."""
 
 USUAL_CARDS = ("rtx4080", "rtx4090", "a100", "a6000", "a100-80gb", "h200")
 """If only the memory of a card is known, estimates use the speed of the one of these cards with the nearest memory."""

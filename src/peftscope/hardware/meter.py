@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -18,58 +18,35 @@ from peftscope.hardware.nvml import find_card, used_bytes
 SAMPLE_SECONDS = 0.02
 
 
-class Meter(Protocol):
-    """Measures peaks and times on one device."""
+class Meter:
+    """Measures peaks and times on the processor, which works synchronously; the system's kernel records the peak."""
 
     def reset(self) -> None:
-        """Resets the peaks to the memory in use now."""
+        """Resets the peaks to the memory in use now, if the system allows it."""
+        with contextlib.suppress(OSError):  # not Linux, or no permission: the peak is then that since the start
+            Path("/proc/self/clear_refs").write_text("5")
 
     def peaks(self) -> dict[str, int | None]:
         """Returns the peaks since the last reset: the fields of ``PhaseMemory`` that this device can measure."""
+        return {"peak_resident_bytes": resident_peak_bytes()}
 
     def synchronise(self) -> None:
         """Waits until the device has finished all submitted work."""
 
     def clock(self) -> Callable[[], float]:
         """Starts a clock. The returned function waits for the device and returns the elapsed seconds."""
-
-
-def make_meter(device: str) -> Meter:
-    """Returns the meter of a device."""
-    return CudaMeter() if device == "cuda" else HostMeter()
-
-
-class HostMeter:
-    """Measures the processor. It works synchronously, and the system's kernel records the peak of the process."""
-
-    def reset(self) -> None:
-        """Resets the process's resident peak, if the system allows it."""
-        with contextlib.suppress(OSError):  # not Linux, or no permission: the peak is then that since the start
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def peaks(self) -> dict[str, int | None]:
-        """Returns the resident peak."""
-        return {"peak_resident_bytes": resident_peak_bytes()}
-
-    def synchronise(self) -> None:
-        """Does nothing."""
-
-    def clock(self) -> Callable[[], float]:
-        """Starts a wall clock."""
         began = time.perf_counter()
         return lambda: time.perf_counter() - began
 
 
-class CudaMeter:
-    """Measures a card: tensors by torch's counters, the whole card by NVML, time by events."""
+class CudaMeter(Meter):
+    """Measures a card as well: tensors by torch's counters, the whole card by NVML, time by events."""
 
-    def __init__(self) -> None:
-        self._host = HostMeter()
-        self._sampler: PeakSampler | None = None
+    _sampler: PeakSampler | None = None
 
     def reset(self) -> None:
         """Empties the cache, which would otherwise count as reserved, and resets all peaks."""
-        self._host.reset()
+        super().reset()
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -80,7 +57,7 @@ class CudaMeter:
     def peaks(self) -> dict[str, int | None]:
         """Returns the peaks of tensors, of the allocator, of the card, and of the process on the host."""
         assert self._sampler is not None
-        return self._host.peaks() | {
+        return super().peaks() | {
             "peak_device_bytes": self._sampler.stop(),
             "peak_tensor_bytes": torch.cuda.max_memory_allocated(),
             "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
@@ -102,6 +79,11 @@ class CudaMeter:
             return began.elapsed_time(ended) / 1000
 
         return seconds
+
+
+def make_meter(device: str) -> Meter:
+    """Returns the meter of a device."""
+    return CudaMeter() if device == "cuda" else Meter()
 
 
 class PeakSampler:

@@ -1,21 +1,18 @@
 """The methods of the suite: one file each, one line each in ``OwnMethod``. Importing this needs no torch.
 
-Other packages add methods through entry points of the group ``peftscope.methods``, and ``experiments/methods`` holds
-methods of a single file each. Both are loaded when ``METHODS`` or ``AnyMethod`` is first used, so that they can import
-``peftscope.methods.fields``.
+``experiments/methods`` holds methods of a single file each. They are loaded when ``METHODS`` or ``AnyMethod`` is first
+used, so that they can import ``peftscope.methods.fields``.
 """
 
 from __future__ import annotations
 
 from functools import cache, reduce
-from importlib.metadata import EntryPoint, entry_points
 from operator import or_
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import Field
 
-from peftscope.errors import InputError, Problem, shown
+from peftscope.errors import InputError, Problem
 from peftscope.files.manifest import file_sha256
 from peftscope.layout import METHOD_FILES
 from peftscope.methods.adalora import AdaLoRA
@@ -36,9 +33,6 @@ from peftscope.methods.qlora import QLoRA
 from peftscope.methods.random_subspace import RandomSubspace
 from peftscope.methods.rounded import Rounded
 from peftscope.methods.rslora import RsLoRA
-
-GROUP = "peftscope.methods"
-"""The group of entry points through which other packages add methods."""
 
 OwnMethod = (
     Untouched
@@ -69,7 +63,7 @@ else:
         """Returns ``METHODS``, every method by its name in specs, or ``AnyMethod``, the type of any of them.
 
         Raises:
-            InputError: A method of another package cannot be used.
+            InputError: A method of a file cannot be used.
         """
         if name == "METHODS":
             return _methods()
@@ -80,8 +74,8 @@ else:
 
 @cache
 def _methods() -> dict[str, type[Method]]:
-    """Returns all methods by name: those of this package in the order of tables, then all others by name."""
-    return _own() | {name: cls for name, (cls, _) in _outside().items()}
+    """Returns all methods by name: those of this package in the order of tables, then those of files by name."""
+    return _own() | _from_files()
 
 
 def _own() -> dict[str, type[Method]]:
@@ -89,61 +83,24 @@ def _own() -> dict[str, type[Method]]:
 
 
 @cache
-def _outside() -> dict[str, tuple[type[Method], dict[str, str]]]:
-    """Returns the methods of other packages and of files by name, each with what it comes from and its version."""
-    methods: dict[str, tuple[type[Method], dict[str, str]]] = {}
+def _from_files() -> dict[str, type[Method]]:
+    methods: dict[str, type[Method]] = {}
     problems = []
-    points = sorted(entry_points(group=GROUP), key=lambda point: (point.name, _owner(point), point.value))
-    sources: list[EntryPoint | Path] = [*points, *sorted(METHOD_FILES.glob("*.py"))]
-    for source in sources:
-        name = source.name if isinstance(source, EntryPoint) else name_of(source)
-        owners = dict.fromkeys(_own(), "peftscope") | {one: _told(of) for one, (_, of) in methods.items()}
-        if name in owners:
-            method, wrong = None, f"the name {name!r} belongs to a method of {owners[name]}"
+    for path in sorted(METHOD_FILES.glob("*.py")):
+        name = name_of(path)
+        taken = name in _own() or name in methods
+        method, wrong = (None, f"the name {name!r} belongs to another method") if taken else load_file(path)
+        if method is None:
+            problems.append(Problem(str(path), wrong, "repair or remove it"))
         else:
-            method, wrong = _load(source) if isinstance(source, EntryPoint) else load_file(source)
-        if method is not None:
-            methods[name] = method, _origin(source)
-        elif isinstance(source, EntryPoint):
-            where = f"entry point {name} = {source.value} of {_owner(source)}"
-            problems.append(Problem(where, wrong, "repair or uninstall it"))
-        else:
-            problems.append(Problem(str(source), wrong, "repair or remove it"))
+            methods[name] = method
     if problems:
         raise InputError(problems)
     return methods
 
 
-def _load(point: EntryPoint) -> tuple[type[Method] | None, str]:
-    """Returns the method behind an entry point, or None and what is wrong with it."""
-    try:
-        method = point.load()
-    except Exception as error:  # any module may fail in its own way, and the user needs one line
-        return None, f"cannot be loaded: {type(error).__name__}: {error}"
-    if not (isinstance(method, type) and issubclass(method, Method)):
-        return None, f"is not a subclass of peftscope.methods.fields.Method (got {shown(method)})"
-    name = method.model_fields.get("name")
-    if name is None or name.default != point.name or get_args(name.annotation) != (point.name,):
-        return None, f'needs the field `name: Literal["{point.name}"] = "{point.name}"`, the name of its entry point'
-    if not isinstance(getattr(method, "label", None), str):
-        return None, "needs a `label`, its name in tables"
-    return method, ""
-
-
-def _owner(point: EntryPoint) -> str:
-    return f"{point.dist.name} {point.dist.version}" if point.dist is not None else "an unknown distribution"
-
-
-def _origin(source: EntryPoint | Path) -> dict[str, str]:
-    if isinstance(source, Path):
-        return {source.as_posix(): file_sha256(source)}
-    return {source.dist.name: source.dist.version} if source.dist is not None else {}
-
-
-def _told(origin: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in origin.items())
-
-
 def versions_of(name: str) -> dict[str, str]:
-    """Returns what a method comes from: its distribution's version, or the hash of its file; nothing for our own."""
-    return _outside()[name][1] if name in _outside() else {}
+    """Returns the file that a method comes from, with its hash; nothing for a method of this package."""
+    if name not in _from_files():
+        return {}
+    return {path.as_posix(): file_sha256(path) for path in METHOD_FILES.glob("*.py") if name_of(path) == name}

@@ -177,10 +177,6 @@ class Method(BaseModel):
         """Returns the name, and the fields that differ from their defaults. A run's id hashes only these."""
         return {"name": self.__dict__["name"], **self.model_dump(mode="json", exclude_defaults=True)}
 
-    def starts_at_base(self) -> bool:
-        """Returns whether the model gives the outputs of its (quantised) base before the first step."""
-        return True
-
     def quantization(self) -> Quantization | None:
         """Returns how the base is quantised while it is loaded, or None if it is not."""
         return None
@@ -308,7 +304,3 @@ class Prepended(Method):
 
     name: str
     virtual_tokens: VirtualTokens = 8
-
-    def starts_at_base(self) -> bool:
-        """Returns False: the virtual tokens change the outputs at once."""
-        return False

@@ -46,10 +46,6 @@ class LoftQ(LowRankOnFewBits):
         """Returns the seconds of all iterations over all targets."""
         return ITERATION_SECONDS * self.iterations * decompositions(shape, self.targets)
 
-    def starts_at_base(self) -> bool:
-        """Returns False: the adapter approximates the error of the quantised base."""
-        return False
-
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the 4-bit base wrapped with LoRA, both initialised by LoftQ.
 
@@ -58,12 +54,12 @@ class LoftQ(LowRankOnFewBits):
         """
         from peft.tuners.lora import LoraLayer
 
-        weights = FloatWeights(model.config._name_or_path)
+        folder = Path(model.config._name_or_path)
         wrapped = self.build_empty(model, spec)
         ratios = []
         for name, layer in wrapped.base_model.model.named_modules():
             if isinstance(layer, LoraLayer):
-                ratio = self._initialise(layer, weights[f"{name}.weight"])
+                ratio = self._initialise(layer, float_weight(folder, f"{name}.weight"))
                 if not ratio < 1:
                     raise RuntimeError(f"LoftQ left {ratio:.3f} of the quantisation error of {name}; it must shrink")
                 ratios.append(ratio)
@@ -118,20 +114,14 @@ class LoftQ(LowRankOnFewBits):
         return {"loftq_error_ratio": model.loftq_error_ratio}
 
 
-class FloatWeights:
-    """Reads single tensors of a fetched model in full precision without loading the others."""
+def float_weight(folder: Path, name: str) -> torch.Tensor:
+    """Returns a tensor of a fetched model in full precision, by its name in the checkpoint; no other one is loaded."""
+    from safetensors import safe_open
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        index = self.folder / "model.safetensors.index.json"
-        self.files: dict[str, str] = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        """Returns a tensor by its name in the checkpoint."""
-        from safetensors import safe_open
-
-        with safe_open(self.folder / self.files.get(name, "model.safetensors"), framework="pt") as file:
-            return file.get_tensor(name)
+    index = folder / "model.safetensors.index.json"
+    file = json.loads(index.read_text())["weight_map"][name] if index.is_file() else "model.safetensors"
+    with safe_open(folder / file, framework="pt") as tensors:
+        return tensors.get_tensor(name)
 
 
 def best_rank_approximation(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,10 +35,6 @@ class LoRA(LowRank):
         Field(description="the factor that is zero before the first step; with both random the base is left at once"),
     ] = "b-zero"
 
-    def starts_at_base(self) -> bool:
-        """Returns whether one of the factors is zero at the start."""
-        return self.start != "both-random"
-
     def id_parts(self) -> list[str]:
         """Returns rank, alpha and targets, and the start if it is not the usual one."""
         return super().id_parts() + [self.start] * (self.start != "b-zero")

@@ -109,10 +109,6 @@ class PeftTuner(Method):
         """Returns a hash of the canonical fields, because a dictionary of options has none."""
         return hash(json.dumps(self.canonical(), sort_keys=True))
 
-    def starts_at_base(self) -> bool:
-        """Returns whether the untrained adapter changes nothing, with the options that were tried."""
-        return not limit_of(self.tuner, "start")
-
     def why_not_simulated(self) -> str:
         """Returns why the tuner cannot be simulated; empty if it can."""
         reason = limit_of(self.tuner, "simulate")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from peftscope.errors import InputError, Problem, close_match, shown
-from peftscope.files.content import REVISION_PATTERN, CountOrZero, HubId, check_hub_id, read_yaml
-from peftscope.files.problems import dotted, problems_of
+from peftscope.files.content import HUB_ID_PATTERN, REVISION_PATTERN, CountOrZero, HubId, read_yaml
+from peftscope.files.problems import validated
 from peftscope.files.wheel import SplitFile
 from peftscope.layout import MODELS_FILE, MODELS_FOLDER, shipped, why_not_read
 from peftscope.models.presets import PRESETS, did_you_mean
@@ -68,20 +69,11 @@ class BaseModelEntry(BaseModel):
     shape: ModelShape | None = None
 
 
-class _Catalog(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    models: dict[HubId, BaseModelEntry]
-
-
 @lru_cache
 def _catalog() -> dict[str, BaseModelEntry]:
     path = shipped(MODELS_FILE)
-    try:
-        return _Catalog(models=read_yaml(path)).models
-    except ValidationError as error:
-        fields = set(BaseModelEntry.model_fields) | set(ModelShape.model_fields)
-        raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc[1:])}", fields)) from None
+    fields = [*BaseModelEntry.model_fields, *ModelShape.model_fields]
+    return validated(dict[HubId, BaseModelEntry], read_yaml(path), path, fields)
 
 
 def find_model(name: str, where: str = "model") -> BaseModelEntry:
@@ -96,7 +88,7 @@ def find_model(name: str, where: str = "model") -> BaseModelEntry:
     if name in PRESETS:
         preset = PRESETS[name]
         return BaseModelEntry(source=HubSource(kind="hub", repository=preset.hub_id), shape=preset.shape)
-    if not _is_hub_id(name):
+    if "/" not in name or not re.fullmatch(HUB_ID_PATTERN, name):
         hint = (
             f"{did_you_mean(name, [*_catalog(), *PRESETS])}; a hub id has the form org/name{why_not_read(MODELS_FILE)}"
         )
@@ -111,13 +103,6 @@ def _known_shape(source: RandomSource | WheelSource | HubSource) -> ModelShape |
         return PRESETS[source.like].shape
     shapes = {preset.hub_id: preset.shape for preset in PRESETS.values()}
     return shapes.get(source.repository) if isinstance(source, HubSource) else None
-
-
-def _is_hub_id(name: str) -> bool:
-    try:
-        return "/" in check_hub_id(name)
-    except ValueError:
-        return False
 
 
 def model_folder(name: str, revision: str | None = None) -> Path:

@@ -83,22 +83,9 @@ def _random(name: str, entry: BaseModelEntry, revision: str | None, target: Path
     if entry.source.like:
         write_random_weights(AutoConfig.for_model(**entry.shape.to_config()), entry.source.seed, target)
         return
-    shape = entry.shape
-    config = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tied_embeddings,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        # Larger than the usual 0.02, so that attention in so small a model is not almost uniform.
-        initializer_range=0.1,
-    )
+    # Larger than the usual 0.02, so that attention in so small a model is not almost uniform.
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "initializer_range": 0.1}
+    config = LlamaConfig(**entry.shape.to_config() | special | {"max_position_embeddings": 2048})
     torch.manual_seed(entry.source.seed)
     LlamaForCausalLM(config).save_pretrained(target)
 

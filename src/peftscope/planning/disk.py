@@ -25,17 +25,17 @@ def disk_bytes(runs: dict[str, RunSpec], kept: Mapping[str, int] | None = None) 
         entry = find_model(name)
         if not (model_folder(name) / "manifest.json").is_file():
             needed += _download_bytes(entry)
-        if entry.shape:
-            mine = [spec for spec in runs.values() if spec.model == name]
-            # An adapter whose size is not known beforehand is small beside what is spared.
-            counts = [spec.method.trainable_parameters(entry.shape) or 0 for spec in mine]
-            sizes = [count * (2 if _saves_bf16(spec) else 4) for count, spec in zip(counts, mine, strict=True)]
-            saved = [(spec.method.trains_base, size) for spec, size in zip(mine, sizes, strict=True)]
-            points = [(kept or {}).get(identity, 0) for identity, spec in runs.items() if spec.model == name]
-            needed += sum(count * size for count, (_, size) in zip(points, saved, strict=True))
-            # Adapters stay. The weights of a fully fine-tuned model are measured and removed again.
-            needed += sum(size for whole, size in saved if not whole)
-            needed += max((size for whole, size in saved if whole), default=0)
+        largest_model = 0
+        for identity, spec in runs.items():
+            if spec.model == name and entry.shape:
+                whole = spec.method.trains_base
+                # An adapter whose size is not known beforehand is small beside what is spared.
+                values = spec.method.trainable_parameters(entry.shape) or 0
+                size = values * (2 if whole and spec.precision == "bf16" else 4)
+                # Adapters stay. The weights of a fully fine-tuned model are measured and removed again.
+                needed += size * ((kept or {}).get(identity, 0) + (not whole))
+                largest_model = max(largest_model, size * whole)
+        needed += largest_model
     return needed
 
 
@@ -46,10 +46,6 @@ def _download_bytes(entry: BaseModelEntry) -> int:
     if isinstance(entry.source, HubSource) and mirrored(entry.source.repository):
         return 0
     return 2 * parameters
-
-
-def _saves_bf16(spec: RunSpec) -> bool:
-    return spec.method.trains_base and spec.precision == "bf16"
 
 
 def check_disk(

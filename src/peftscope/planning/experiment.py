@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.files.content import NUMBER, CountOrZero, read_yaml
-from peftscope.files.problems import dotted, problems_of
+from peftscope.files.problems import validated
 from peftscope.layout import EXPERIMENTS, STUDIES, check_experiment_name, shipped
 from peftscope.methods import METHODS
 from peftscope.spec import MEASURING
@@ -374,9 +374,4 @@ def read_experiment(path: Path, _children: tuple[Path, ...] = ()) -> Experiment:
             raise InputError(Problem(f"{path}: extends", f"`{parent}` extends itself"))
         base = read_experiment(parent_path, (path, *_children)).model_dump(exclude_unset=True)
         content = deep_merge(base, content)
-    try:
-        return Experiment.model_validate(content)
-    except ValidationError as error:
-        raise InputError(
-            problems_of(error, lambda loc: f"{path}: {dotted(loc)}", set(Experiment.model_fields))
-        ) from None
+    return validated(Experiment, content, path, Experiment.model_fields)

@@ -134,11 +134,6 @@ class Workflow:
         for plan in self.plans.values():
             self.runs |= plan.sweep.runs
 
-    @property
-    def names(self) -> list[str]:
-        """The names of the experiments."""
-        return list(self.plans)
-
     def later_runs(self) -> tuple[dict[str, RunSpec], int]:
         """Returns the runs that follow from learning rates which are not chosen yet, and of how many weights are kept.
 
@@ -265,23 +260,13 @@ class Workflow:
         """Returns the run's spec for the command line; a changed spec is a changed parameter."""
         return json.dumps(self.spec(wildcards).canonical(), sort_keys=True)
 
-    def model_manifest(self, wildcards: Any) -> str:
-        """Returns the file that says that the run's base model is there."""
+    def needed(self, wildcards: Any) -> list[str]:
+        """Returns the files that say that what a run reads is there: its model, data and benchmarks, and its start."""
         spec = self.spec(wildcards)
-        return (model_folder(spec.model, spec.revision) / "manifest.json").as_posix()
-
-    def task_manifest(self, wildcards: Any) -> str:
-        """Returns the file that says that the run's data are there."""
-        return (task_folder(self.spec(wildcards).task) / "manifest.json").as_posix()
-
-    def start_record(self, wildcards: Any) -> list[str]:
-        """Returns the record of the run that this one starts from, if it starts from one."""
-        start = self.spec(wildcards).start_from
-        return _records([start] if start else [])
-
-    def benchmark_manifests(self, wildcards: Any) -> list[str]:
-        """Returns the files that say that the rows of the run's benchmarks are there."""
-        return [(benchmark_folder(name) / "manifest.json").as_posix() for name in self.spec(wildcards).benchmarks]
+        benchmarks = [benchmark_folder(name) for name in spec.benchmarks]
+        folders = [model_folder(spec.model, spec.revision), task_folder(spec.task), *benchmarks]
+        start = [spec.start_from] if spec.start_from else []
+        return [*((folder / "manifest.json").as_posix() for folder in folders), *_records(start)]
 
     @cached_property
     def _models(self) -> dict[str, tuple[str, str | None]]:

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from peftscope.errors import InputError, Problem, close_match, shown
-from peftscope.files.problems import dotted, problems_of
+from peftscope.files.problems import problems_of, validated
 from peftscope.hardware.device import Device
 from peftscope.layout import DEFAULTS, shipped
 from peftscope.methods import METHODS
@@ -189,7 +189,4 @@ def spec_from(values: Any, path: Path, device: Device) -> RunSpec:
         raise InputError(Problem(str(path), "must be a mapping of fields to values"))
     if not isinstance(values.get("method"), dict):
         return Resolver(Experiment(), path, device).spec(values, str(path))
-    try:
-        return RunSpec.model_validate(values)
-    except ValidationError as error:
-        raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc)}", set(RunSpec.model_fields))) from None
+    return validated(RunSpec, values, path, RunSpec.model_fields)
