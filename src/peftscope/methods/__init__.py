@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 from pydantic import Field
 
 from peftscope.errors import InputError, Problem
-from peftscope.files.manifest import file_sha256
 from peftscope.layout import METHOD_FILES
 from peftscope.methods.adalora import AdaLoRA
 from peftscope.methods.dora import DoRA
@@ -103,4 +102,5 @@ def versions_of(name: str) -> dict[str, str]:
     """Returns the file that a method comes from, with its hash; nothing for a method of this package."""
     if name not in _from_files():
         return {}
-    return {path.as_posix(): file_sha256(path) for path in METHOD_FILES.glob("*.py") if name_of(path) == name}
+    digest: str = _from_files()[name].model_fields["file_sha256"].default
+    return {path.as_posix(): digest for path in METHOD_FILES.glob("*.py") if name_of(path) == name}
