@@ -82,7 +82,7 @@ def start(folder: Path, name: str, limit: Callable[[], None] | None = None) -> s
     """Starts the workflow, as ``make report`` does; the small experiments end with their tables."""
     subprocess.run([sys.executable, "-m", "peftscope", "unlock"], cwd=folder, check=True, capture_output=True)
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", f"experiment={name}"]
-    command += [] if name == "smoke" else ["--until", "tables"]
+    command += [] if name == "smoke" else ["--until", "report"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=folder, preexec_fn=limit, **pipes)
 
