@@ -217,11 +217,12 @@ def _unpaged_peaks(trace: Trace) -> dict[str, Peak]:
 def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulation"]) -> Answer:
     """Returns the answer that reports these peaks."""
     method, shape, alive = question.spec.method, question.model.shape, peaks.alive(peaks.binding_phase)
+    tower = question.model.vision.parameters if question.model.vision else 0
     return Answer(
         model=question.model.name,
         method=method.name,
         how=how,
-        parameters=shape.parameters if shape else None,
+        parameters=shape.parameters + tower if shape else None,
         trainable_parameters=_trainable(question),
         peak_allocated_bytes=peaks.allocated_bytes,
         peak_reserved_bytes=peaks.reserved_bytes,

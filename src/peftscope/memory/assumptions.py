@@ -111,6 +111,11 @@ def assumptions_of(question: Question) -> list[str]:
         lines.append(f"{model.name} has no closed form, because {model.why_no_shape}: its peaks are simulated")
     if left_out := [name for name in ("vision", "audio") if f"{name}_config" in model.config]:
         lines.append(f"the {' and '.join(left_out)} tower is left out: its weights and activations come on top")
+    if model.vision:
+        lines.append(
+            f"vision tower of {model.vision.parameters:,} weights: frozen and without adapters, though PEFT adapts its "
+            "layers of the targets' names; image tokens are part of seq_len; its one forward pass is not counted"
+        )
     lines += spec.method.memory_assumptions
     if gpus > 1:
         way = "torch's fully_shard, formula only" if question.beside.sharding == "fsdp2" else "FSDP, ZeRO-3"

@@ -96,8 +96,8 @@ def share_of(question: Question, phase: str, blocks: list[Block]) -> list[Block]
     term = GATHERED_WEIGHTS if gpus > 1 else FETCHED_WEIGHTS
     fsdp2 = gpus > 1 and beside.sharding == "fsdp2"
     if fsdp2:
-        inside = max((size for owner, size in layers.items() if owner.startswith("layers.")), default=0)
-        outside = sum(size for owner, size in layers.items() if not owner.startswith("layers."))
+        inside = max((size for owner, size in layers.items() if "layers." in owner), default=0)
+        outside = sum(size for owner, size in layers.items() if "layers." not in owner)
         more = {term: 3 * inside, GATHERED_OUTSIDE: outside}
     else:
         more = {term: 2 * largest}

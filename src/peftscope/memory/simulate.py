@@ -30,11 +30,14 @@ from peftscope.memory.as_on_cuda import (
     grouped_products,
 )
 from peftscope.memory.formula.step import PAGED_FROM_VALUES
+from peftscope.memory.formula.tower import tower_blocks
 from peftscope.memory.probe import track_evaluation, track_steps
 from peftscope.memory.question import Question
 from peftscope.memory.trace import Block, Trace
 from peftscope.memory.tracker import MemoryTracker, quantisation_tensors, tensors_of
 from peftscope.methods.fields import Quantization
+from peftscope.models.stored import Stored, four_bits
+from peftscope.models.vision import Vision
 from peftscope.spec import RunSpec
 from peftscope.training.build import apply_method
 from peftscope.training.load import DTYPES, MASK_FREE_SDPA, attention, training_attention
@@ -50,6 +53,7 @@ def simulate(
     loss: str = "plain",
     saved: Mapping[str, str] = MappingProxyType({}),
     packs_experts: bool = False,
+    vision: Vision | None = None,
 ) -> tuple[Trace, Trace | None]:
     """Returns the trace of training steps, one per batch, and the trace of an evaluation.
 
@@ -67,7 +71,9 @@ def simulate(
         loss: plain, or liger for a stand-in that allocates what Liger's loss allocates.
         saved: The modules of which PEFT trains a copy in full, and its precision: base or fp32.
         packs_experts: Whether the fused experts of a 4-bit base are packed, too.
+        vision: The vision tower whose frozen weights lie beside.
     """
+    tower = _tower_of(spec, vision)
     trained = _empty_model(spec, config, saved)
     model = trained.model
     if loss == "liger":
@@ -85,10 +91,10 @@ def simulate(
         if packs_experts:
             _pack_experts(model, spec.method.quantization())
         with attention(model, in_training):
-            trace = _train(trained, owners, on_cpu, batches, cublas_bytes) if batches else Trace()
+            trace = _train(trained, owners, on_cpu, batches, cublas_bytes, tower) if batches else Trace()
         if evaluation_batch is None:
             return trace, None
-        tracker = _tracker_of(model, owners, cublas_bytes)
+        tracker = _tracker_of(model, owners, cublas_bytes, tower)
         owners.outside = "loss"  # everything that an evaluation computes outside the model
         with attention(model, in_evaluation):
             track_evaluation(tracker, model, _fake_batch(evaluation_batch), on_cpu)
@@ -102,9 +108,10 @@ def _train(
     spec: RunSpec,
     batches: Sequence[Batch],
     cublas_bytes: int,
+    tower: Sequence[Block],
 ) -> Trace:
     model = trained.model
-    tracker = _tracker_of(model, owners, cublas_bytes)
+    tracker = _tracker_of(model, owners, cublas_bytes, tower)
     with unset_fake_temporarily():  # bitsandbytes computes its code tables value by value
         optimizer = make_optimizer(model, spec)
     parameters = {owners.clean(name): p for name, p in model.named_parameters() if p.requires_grad}
@@ -137,7 +144,15 @@ def _name(tracker: MemoryTracker, tensor: Any, kind: str, module: str) -> Block 
     return block
 
 
-def _tracker_of(model: torch.nn.Module, owners: _Owners, cublas_bytes: int) -> MemoryTracker:
+def _tower_of(spec: RunSpec, vision: Vision | None) -> list[Block]:
+    packed, width = spec.method.quantization(), float(DTYPES[spec.precision].itemsize)
+    stored = Stored("bnb-4bit", four_bits(nested=packed.double_quant), "both", "") if packed else None
+    return tower_blocks(
+        vision, width, 4 if getattr(spec.method, "kbit_preparation", "none") != "none" else width, stored
+    )
+
+
+def _tracker_of(model: torch.nn.Module, owners: _Owners, cublas_bytes: int, tower: Sequence[Block]) -> MemoryTracker:
     """Returns a tracker that has counted the model: frozen weights first, as they are loaded before the adapter."""
     on_cuda = cublas_bytes > 0
     tracker = MemoryTracker(owner_of_now=owners.now, workspace_of=dequantised_bytes if on_cuda else lambda *_: 0)
@@ -155,6 +170,8 @@ def _tracker_of(model: torch.nn.Module, owners: _Owners, cublas_bytes: int) -> M
     for name, buffer in model.named_buffers():
         block = tracker.add(buffer)
         block.kind, block.module = "weights", owners.clean(name)
+    for block in tower:
+        tracker.trace.born(block)
     return tracker
 
 
@@ -205,6 +222,7 @@ def peaks_by_simulation(question: Question, *, evaluation: bool | None = None) -
             question.beside.loss,
             question.saved,
             question.beside.quantize_moe_experts,
+            question.model.vision,
         )
     except Exception as error:  # any model may fail in its own way, and the user needs one line
         where, reason, remedy = _why_it_failed(question, error)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from peftscope.errors import close_match
 from peftscope.models.shapes import Experts, Family, ModelShape
+from peftscope.models.vision import Vision, vision_of
 
 
 class Simulated(NamedTuple):
@@ -20,6 +21,7 @@ class Simulated(NamedTuple):
     hub_id: str
     config: dict[str, Any]
     source: str
+    vision: Vision | None = None
 
 
 class Preset(NamedTuple):
@@ -29,11 +31,18 @@ class Preset(NamedTuple):
         hub_id: Its hub id.
         shape: Its sizes.
         source: The public code that lists them: repository, file and commit, and what is from elsewhere.
+        vision: Its vision tower, if it has one.
     """
 
     hub_id: str
     shape: ModelShape
     source: str
+    vision: Vision | None = None
+
+    @property
+    def parameters(self) -> int:
+        """The number of all weights."""
+        return self.shape.parameters + (self.vision.parameters if self.vision else 0)
 
 
 LITGPT = "Lightning-AI/litgpt litgpt/config.py @ 0006c973aa7d6ace293e2a5fedaf1f8f804f960c"
@@ -45,24 +54,31 @@ SMOLLM3 = (
 )
 FMS = "foundation-model-stack/foundation-model-stack fms/models/granite.py @ 00b9af6305656b97003d6c14529457b401db8bc6"
 HUB = "config.json of its hub"
-TEXT_OF_GEMMA3 = f"{LITGPT}, but the vocabulary of transformers' Gemma3TextConfig; the text model alone"
+GEMMA3 = f"{LITGPT}, but the vocabulary and the tower of transformers 5.24"
+TORCHTUNE = (
+    "pytorch/torchtune torchtune/models/qwen2_5_vision/_model_builders.py @ 49698b248e5ac5fe4a5e46950a2bf9bb05caee9c"
+)
+TORCHTITAN = "pytorch/torchtitan torchtitan/experiments/qwen3_vl/__init__.py @ 0375bb6789fa55559e7bb58d81e8cca47cb418a1"
 OTHER_SOURCES: dict[str, str] = {
     "HuggingFaceTB/SmolLM3-3B": f"{SMOLLM3}; its longest sequence is that of its hub",
     "huggyllama/llama-65b": HUB,
     "mistralai/Mistral-Nemo-Base-2407": f"{NEMO}; its vocabulary is that of its hub",
     "mistralai/Mistral-Small-24B-Base-2501": f"{LITGPT}, but the width of a head and the longest sequence of its hub",
-    "mistralai/Mistral-Small-3.2-24B-Instruct-2506": f"{LITGPT}, for the base of 2501; the text model alone",
+    "mistralai/Mistral-Small-3.2-24B-Instruct-2506": f"{LITGPT}, for the base of 2501; its hub for the tower",
     "microsoft/Phi-3-mini-4k-instruct": f"{LITGPT}, but the window of its hub",
     "google/gemma-3-1b-it": f"{LITGPT}, but the longest sequence of its hub",
-    "google/gemma-3-4b-it": TEXT_OF_GEMMA3,
-    "google/gemma-3-12b-it": TEXT_OF_GEMMA3,
-    "google/gemma-3-27b-it": TEXT_OF_GEMMA3,
+    "google/gemma-3-4b-it": GEMMA3,
+    "google/gemma-3-12b-it": GEMMA3,
+    "google/gemma-3-27b-it": GEMMA3,
     "allenai/OLMo-2-0425-1B": f"{OLMO_CORE}; its vocabulary is that of its hub",
     "allenai/OLMo-2-0325-32B": f"{OLMO_CORE}; its vocabulary is that of its hub",
     "ibm-granite/granite-3.1-2b-base": "the README.md of its hub; no public code that lists it was found",
     "ibm-granite/granite-3.1-8b-base": f"{FMS}; its longest sequence is that of its hub",
 }
 """Where shapes are listed that ``LITGPT`` does not list, or not as they are, by hub id."""
+TOWERS = {"mistralai/Mistral-Small-3.2-24B-Instruct-2506": "mistral3"}
+TOWERS |= dict.fromkeys((hub_id for hub_id, source in OTHER_SOURCES.items() if source == GEMMA3), "gemma3")
+"""Models with a vision tower of the usual sizes of its kind, by hub id."""
 
 
 def _preset(
@@ -95,7 +111,8 @@ def _preset(
         sliding_window=window,
         experts=Experts(number=experts[0], per_token=experts[1], size=experts[2]) if experts else None,
     )
-    return Preset(hub_id, shape, OTHER_SOURCES.get(hub_id, LITGPT))
+    tower = vision_of(TOWERS[hub_id], {}, hidden) if hub_id in TOWERS else None
+    return Preset(hub_id, shape, OTHER_SOURCES.get(hub_id, LITGPT), tower)
 
 
 PRESETS: dict[str, Preset] = {
@@ -144,6 +161,7 @@ PRESETS: dict[str, Preset] = {
     "qwen2.5-7b": _preset("Qwen/Qwen2.5-7B", "qwen2", 152064, 3584, 18944, 28, 28, 4, 131072),
     "qwen2.5-14b": _preset("Qwen/Qwen2.5-14B", "qwen2", 152064, 5120, 13824, 48, 40, 8, 131072),
     "qwen2.5-32b": _preset("Qwen/Qwen2.5-32B", "qwen2", 152064, 5120, 27648, 64, 40, 8, 131072),
+    "qwen2.5-72b": _preset("Qwen/Qwen2.5-72B", "qwen2", 152064, 8192, 29568, 80, 64, 8, 131072),
     "qwen3-0.6b": _preset("Qwen/Qwen3-0.6B", "qwen3", 151936, 1024, 3072, 28, 16, 8, 40960, 128, tied=True),
     "qwen3-1.7b": _preset("Qwen/Qwen3-1.7B", "qwen3", 151936, 2048, 6144, 28, 16, 8, 40960, tied=True),
     "qwen3-4b": _preset("Qwen/Qwen3-4B", "qwen3", 151936, 2560, 9728, 36, 32, 8, 40960, 128, tied=True),
@@ -192,6 +210,32 @@ PRESETS: dict[str, Preset] = {
 }
 """The well-known base models by the names that commands take."""
 
+_WIDER = {"intermediate_size": 3456}
+_SMALLER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096}
+_VISION: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen2.5-vl-3b": ("qwen2.5-3b", TORCHTUNE, {}),
+    "qwen2.5-vl-7b": ("qwen2.5-7b", TORCHTUNE, {}),
+    "qwen2.5-vl-32b": ("qwen2.5-32b", TORCHTUNE, _WIDER),
+    "qwen2.5-vl-72b": ("qwen2.5-72b", TORCHTUNE, _WIDER),
+    "qwen3-vl-2b": ("qwen3-1.7b", TORCHTITAN, _SMALLER),
+    "qwen3-vl-4b": ("qwen3-4b", f"{TORCHTITAN}, for its 2B; its hub for the rest", _SMALLER),
+    "qwen3-vl-8b": ("qwen3-8b", TORCHTITAN, {}),
+    "qwen3-vl-32b": ("qwen3-32b", f"{TORCHTITAN}, for the tower of its 8B; its hub for the rest", {}),
+    "qwen3-vl-30b-a3b": ("qwen3-30b-a3b", TORCHTITAN, {}),
+    "qwen3-vl-235b-a22b": ("qwen3-235b-a22b", TORCHTITAN, {}),
+}
+"""Vision-language models: the preset of their text model, the code that lists them, and what their towers have else."""
+
+
+def _seeing(name: str, text: str, source: str, tower: dict[str, Any]) -> Preset:
+    kind, length = ("qwen2_5_vl", 128000) if name.startswith("qwen2.5") else ("qwen3_vl", 262144)
+    shape = PRESETS[text].shape.model_copy(update={"max_seq_len": length})
+    hub_id = f"Qwen/{name.upper().replace('QWEN', 'Qwen')}-Instruct"
+    return Preset(hub_id, shape, source, vision_of(kind, tower, shape.hidden_size))
+
+
+PRESETS |= {name: _seeing(name, *rest) for name, rest in _VISION.items()}
+
 TRANSFORMERS = "huggingface/transformers src/transformers/models/{} @ {}"
 _GEMMA4 = TRANSFORMERS.format("gemma4/convert_gemma4_weights.py", "0f3f0632a38798af2adf264adc752130ecc5fa66")
 
@@ -213,6 +257,7 @@ _WIDE = {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "sliding_wi
 _EXPERTS = {"enable_moe_block": True, "num_experts": 128, "moe_intermediate_size": 704, "top_k_experts": 8}
 _OF_20B = ", but the layers and experts of arXiv 2508.10925, table 1"
 _TEXT = "; the text model alone"
+_TOWER_9B, _TOWER_35B = (vision_of("qwen3_5", {}, hidden) for hidden in (4096, 2048))
 
 SIMULATED: dict[str, Simulated] = {
     "gpt-oss-20b": _simulated(
@@ -221,8 +266,8 @@ SIMULATED: dict[str, Simulated] = {
     "gpt-oss-120b": _simulated("openai/gpt-oss-120b", "gpt_oss", 131072),
     "deepseek-v3": _simulated("deepseek-ai/DeepSeek-V3", "deepseek_v3", 163840, ", but its hub's longest sequence"),
     "llama-4-scout": _simulated("meta-llama/Llama-4-Scout-17B-16E", "llama4_text", 131072, _TEXT),
-    "qwen3.5-9b": _simulated("Qwen/Qwen3.5-9B", "qwen3_5_text", 262144, _TEXT),
-    "qwen3.5-35b-a3b": _simulated("Qwen/Qwen3.5-35B-A3B", "qwen3_5_moe_text", 262144, _TEXT),
+    "qwen3.5-9b": _simulated("Qwen/Qwen3.5-9B", "qwen3_5_text", 262144)._replace(vision=_TOWER_9B),
+    "qwen3.5-35b-a3b": _simulated("Qwen/Qwen3.5-35B-A3B", "qwen3_5_moe_text", 262144)._replace(vision=_TOWER_35B),
     "gemma-4-e2b": _gemma4("E2B", (1536, 6144, 35, 8, 1), 131072, 4, num_kv_shared_layers=20, use_double_wide_mlp=True),
     "gemma-4-e4b": _gemma4("E4B", (2560, 10240, 42, 8, 2), 131072, num_kv_shared_layers=18),
     "gemma-4-31b": _gemma4("31B", (5376, 21504, 60, 32, 16), 262144, num_global_key_value_heads=4, **_WIDE),

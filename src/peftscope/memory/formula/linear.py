@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from peftscope.memory.formula.tower import tower_blocks
 from peftscope.memory.question import Question
 from peftscope.memory.tape import Dims, Gradients, Shaped, Tape
 from peftscope.memory.trace import Block
@@ -87,6 +88,8 @@ class TapedModel:
         self.past: Any = None  # of prefix tuning: its keys and values
         self.cache: list[Shaped] = []  # and what transformers' cache keeps as long as its output lives
         _make_weights(self)
+        for block in tower_blocks(question.model.vision, self.width, self.other, self.stored):
+            self.tape.trace.born(block)
 
     @property
     def embedding(self) -> Shaped:
