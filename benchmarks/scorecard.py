@@ -52,10 +52,10 @@ def score(points: list[Point], minutes: float = inf) -> tuple[pd.DataFrame, pd.D
         if point.measured_bytes and not why_out(point):
             simulated = by_simulation(point, known_only=time.monotonic() > end)
             predicted["simulation"] |= {} if simulated is None else {point.id: simulated}
-    tools = []
+    tools, on_one_card = [], [point for point in asked if point.asked.get("gpus", 1) == 1]
     for one in track(ESTIMATORS, console=Console(stderr=True), description="others"):
         try:
-            predicted[one.name], installed = answers_of(one, asked), "yes"
+            predicted[one.name], installed = answers_of(one, on_one_card), "yes"
         except subprocess.CalledProcessError as error:
             predicted[one.name], installed = {}, f"no: {error}"
         tools.append((one.name, one.version, one.models_activations, one.total, installed))
@@ -92,6 +92,8 @@ def _what(point: Point) -> str:
     on = ", ".join(name.removesuffix("_proj") for name in asked.get("targets", []))
     adapter = f" r{asked['rank']} on {on}" if on else ""
     said = f"{point.preset}, {asked['method']}{adapter}, {asked['batch_size']} × {asked['seq_len']}"
+    said += f", {asked['gpus']} cards" if asked.get("gpus", 1) > 1 else ""
+    said += ", offloaded" if asked.get("offload") else ""
     return said + (", recomputed" if asked.get("checkpointing") else "")
 
 

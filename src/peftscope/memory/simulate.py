@@ -171,7 +171,7 @@ def _tracker_of(model: torch.nn.Module, owners: _Owners, cublas_bytes: int, towe
         block = tracker.add(buffer)
         block.kind, block.module = "weights", owners.clean(name)
     for block in tower:
-        tracker.trace.born(block)
+        tracker.trace.born(Block(block.size, block.kind, block.module, block.term))
     return tracker
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftscope.memory.trace import Block, rounded
+from peftscope.memory.trace import Block, bytes_of, spoken_width
 from peftscope.models.stored import Stored
 from peftscope.models.vision import Vision
 
@@ -26,12 +26,12 @@ def tower_blocks(vision: Vision | None, width: float, other: float, stored: Stor
     packed = stored is not None and stored.name in ("bnb-4bit", "int8")
     parts = stored.parts if stored and packed else {TOWER: width}
     kind = "quantised weights" if packed else "weights"
+    layers = [(f"vision_tower.layers.{index}", "W", vision.block) for index in range(vision.layers)]
+    projector = [("vision_tower.projector", "X", vision.outside)] if vision.outside else []
     blocks = []
-    matrices = {f"vision_tower.layers.{index}": vision.block for index in range(vision.layers)}
-    if vision.outside:
-        matrices["vision_tower.projector"] = vision.outside
-    for module, values in matrices.items():
+    for module, dim, values in (*layers, *projector):
         for term, each in parts.items():
-            size = rounded(int(-(-values * each // 1)))
-            blocks.append(Block(size, kind, module, term))
-    return [*blocks, Block(rounded(int(vision.other * other)), "weights", "vision_tower", TOWER)]
+            formula = f"{spoken_width(each)}·{dim}"
+            blocks.append(Block(bytes_of(each, [dim], {dim: values}), kind, module, term, formula))
+    size = bytes_of(other, ["Y"], {"Y": vision.other})
+    return [*blocks, Block(size, "weights", "vision_tower", TOWER, f"{spoken_width(other)}·Y")]
