@@ -11,24 +11,21 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from peftscope.errors import InputError
-from peftscope.memory.answer import answer_by_formula
+from peftscope.memory.answer import Answer, answer_by_formula
 from peftscope.memory.base import describe_model
 from peftscope.memory.question import ask
 from peftscope.memory.simulate import answer_by_simulation
 from peftscope.models.presets import PRESETS
 from peftscope.models.vision import KINDS, vision_of
 
-TEXT = {
-    **{"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512, "bos_token_id": 1},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "eos_token_id": 2, "pad_token_id": 0},
-}
+TEXT = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512, "head_dim": 24}
+TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZES = {"hidden_size": 64, "intermediate_size": 100, "patch_size": 14}
-QWEN = {**SIZES, "depth": 3, "num_heads": 4, "out_hidden_size": 96}
-OTHER = {**SIZES, "num_hidden_layers": 3, "num_attention_heads": 4}
+QWEN = {**SIZES, "depth": 3, "num_heads": 4, "out_hidden_size": 96, "deepstack_visual_indexes": [1, 2]}
+OTHER = {**SIZES, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 56, "vision_use_head": False}
 OWN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "qwen3_vl": (QWEN | {"deepstack_visual_indexes": [1, 2]}, {}),
-    "qwen3_vl_moe": (QWEN | {"deepstack_visual_indexes": [1]}, {"num_experts": 4, "moe_intermediate_size": 32}),
-    "gemma3": (OTHER | {"image_size": 56, "vision_use_head": False}, {}),
+    "qwen3_vl_moe": (QWEN, {"num_experts": 4, "moe_intermediate_size": 32}),
+    "gemma3": (OTHER, {}),
     "mistral3": (OTHER | {"model_type": "pixtral"}, {"model_type": "mistral"}),
 }
 """The tower and the text model of each kind, where they are not as elsewhere."""
@@ -37,6 +34,7 @@ OWN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tower_has_the_weights_that_transformers_builds(kind: str) -> None:
     tower, text = OWN.get(kind, (QWEN, {}))
+    tower = {key: value for key, value in tower.items() if "deep" not in key or "3_vl" in kind}
     config = CONFIG_MAPPING[kind](vision_config=tower, text_config=TEXT | text)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
@@ -81,15 +79,9 @@ def test_a_tower_adds_its_frozen_weights_and_nothing_else(options: dict[str, Any
     weights = linear * (0.516 if quarter else 2) + vision.other * (4 if quarter else 2)
     assert more == pytest.approx([weights] * 2, rel=0.001)
     assert any(f"vision tower of {vision.parameters:,} weights: frozen" in line for line in seen[0].assumptions)
-    half = answer_by_formula(_question(tmp_path, config, 2, **options)).phases["load"]
-    assert half < 0.55 * seen[0].phases["load"]
 
 
-def _question(folder: Path, config: dict[str, Any], gpus: int = 1, **options: Any) -> Any:
+def _asked(folder: Path, config: dict[str, Any], **options: Any) -> tuple[Answer, Answer]:
     (folder / "config.json").write_text(json.dumps(config))
-    return ask(describe_model(str(folder)), {"seq_len": 32, **options}, gpus=gpus)
-
-
-def _asked(folder: Path, config: dict[str, Any], **options: Any) -> Any:
-    question = _question(folder, config, **options)
+    question = ask(describe_model(str(folder)), {"seq_len": 32, **options})
     return answer_by_formula(question), answer_by_simulation(question)

@@ -98,7 +98,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Peaks:
-    """The peaks, those of the phases, and a function that returns the blocks alive at a phase's peak.
+    """The peaks, those of the phases, a function that returns the blocks alive at a phase's peak, and what else to say.
 
     With less than ``least_bytes`` a run ends out of memory; with ``device_bytes`` its allocator gives nothing back.
     """
@@ -110,6 +110,7 @@ class Peaks:
     binding_phase: str
     phases: dict[str, int]
     alive: Callable[[str], list[Block]]
+    note: str = ""
 
 
 def peaks_by_formula(
@@ -232,7 +233,7 @@ def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulat
         phases=peaks.phases,
         components=by_kind(alive),
         modules=_tree(alive),
-        assumptions=[*unquantised_experts(question, alive), *assumptions_of(question)],
+        assumptions=[*unquantised_experts(question, alive), *assumptions_of(question), *filter(None, [peaks.note])],
         agreement=_agreement(question, peaks) if how == "formula" else "",
         evaluation_bytes=_evaluation_bytes(question) if how == "formula" else None,
         terms=terms_of(alive),

@@ -27,13 +27,12 @@ def library_versions() -> str:
 
 
 WAYS = {
-    "zero3": "weights, gradients and states sharded over {} cards (FSDP, ZeRO-3)",
-    "zero2": "gradients, states and 32-bit copies of trained weights sharded over {} cards, all weights whole on each "
-    "(DeepSpeed's ZeRO-2 at 02aa38c, formula only)",
-    "fsdp1": "weights, gradients and states sharded over {} cards (FSDP's flat parameters, formula only)",
-    "fsdp2": "weights, gradients and states sharded over {} cards (torch's fully_shard, formula only)",
+    "zero3": "FSDP, ZeRO-3",
+    "zero2": "weights whole, with 32-bit shares of trained ones: DeepSpeed's ZeRO-2 at 02aa38c, formula only",
+    "fsdp1": "FSDP's flat parameters, formula only",
+    "fsdp2": "torch's fully_shard, formula only",
 }
-"""What each way of sharding is, for a number of cards."""
+"""What each way of sharding is."""
 
 
 def _evaluation(question: Question) -> str:
@@ -128,7 +127,7 @@ def assumptions_of(question: Question) -> list[str]:
         )
     lines += spec.method.memory_assumptions
     if gpus > 1:
-        lines.append(f"{WAYS[question.beside.sharding].format(gpus)}, batch_size rows on each")
+        lines.append(f"weights, gradients and states sharded over {gpus} cards ({WAYS[question.beside.sharding]})")
     elif idle := question.beside.model_dump(
         include={"sharding", "quant_storage", "reduce_bucket"}, exclude_defaults=True
     ):

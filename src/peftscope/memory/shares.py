@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 from peftscope.memory.formula.linear import COPY
-from peftscope.memory.formula.terms import OPTIMIZER_COPY
+from peftscope.memory.formula.terms import OPTIMIZER_COPY, sizes_of
 from peftscope.memory.question import Question
 from peftscope.memory.trace import Block, Trace, factors
 
@@ -72,15 +72,14 @@ def _beside_zero2(question: Question, phase: str, trained: list[Block]) -> list[
 
     Source: DeepSpeed at 02aa38c, runtime/zero/stage_1_and_2.py: single_partition_of_fp32_groups, ipg_buffer.
     """
-    beside, shape, widths = question.beside, question.model.shape, [factors(block.formula)[0] for block in trained]
-    assert shape is not None
+    beside, widths = question.beside, [factors(block.formula)[0] for block in trained]
     values = sum(block.size / width for block, width in zip(trained, widths, strict=True))
     share = 0 if beside.offload == "optimizer" else -(-4 * int(values) // question.gpus)
     blocks = [Block(share, "optimizer states", term=MASTER)]
     if phase == "optimizer":
         blocks.append(Block(share, "temporaries", term=WIDE_GRADIENTS))
     if phase == "backward":
-        size = int((beside.reduce_bucket or shape.hidden_size**2) * max(widths, default=0))
+        size = int((beside.reduce_bucket or sizes_of(question)["h"] ** 2) * max(widths, default=0))
         blocks.append(Block(size, "temporaries", term=BUCKETS))
     return blocks
 

@@ -29,15 +29,14 @@ from peftscope.memory.as_on_cuda import (
     fuse_loss,
     grouped_products,
 )
+from peftscope.memory.depths import peaks_by_depth
+from peftscope.memory.formula.linear import tower_blocks
 from peftscope.memory.formula.step import PAGED_FROM_VALUES
-from peftscope.memory.formula.tower import tower_blocks
 from peftscope.memory.probe import track_evaluation, track_steps
 from peftscope.memory.question import Question
 from peftscope.memory.trace import Block, Trace
 from peftscope.memory.tracker import MemoryTracker, quantisation_tensors, tensors_of
 from peftscope.methods.fields import Quantization
-from peftscope.models.stored import Stored, four_bits
-from peftscope.models.vision import Vision
 from peftscope.spec import RunSpec
 from peftscope.training.build import apply_method
 from peftscope.training.load import DTYPES, MASK_FREE_SDPA, attention, training_attention
@@ -53,7 +52,7 @@ def simulate(
     loss: str = "plain",
     saved: Mapping[str, str] = MappingProxyType({}),
     packs_experts: bool = False,
-    vision: Vision | None = None,
+    tower: Sequence[Block] = (),
 ) -> tuple[Trace, Trace | None]:
     """Returns the trace of training steps, one per batch, and the trace of an evaluation.
 
@@ -71,9 +70,8 @@ def simulate(
         loss: plain, or liger for a stand-in that allocates what Liger's loss allocates.
         saved: The modules of which PEFT trains a copy in full, and its precision: base or fp32.
         packs_experts: Whether the fused experts of a 4-bit base are packed, too.
-        vision: The vision tower whose frozen weights lie beside.
+        tower: The frozen weights of a vision tower, which lie beside.
     """
-    tower = _tower_of(spec, vision)
     trained = _empty_model(spec, config, saved)
     model = trained.model
     if loss == "liger":
@@ -144,14 +142,6 @@ def _name(tracker: MemoryTracker, tensor: Any, kind: str, module: str) -> Block 
     return block
 
 
-def _tower_of(spec: RunSpec, vision: Vision | None) -> list[Block]:
-    packed, width = spec.method.quantization(), float(DTYPES[spec.precision].itemsize)
-    stored = Stored("bnb-4bit", four_bits(nested=packed.double_quant), "both", "") if packed else None
-    return tower_blocks(
-        vision, width, 4 if getattr(spec.method, "kbit_preparation", "none") != "none" else width, stored
-    )
-
-
 def _tracker_of(model: torch.nn.Module, owners: _Owners, cublas_bytes: int, tower: Sequence[Block]) -> MemoryTracker:
     """Returns a tracker that has counted the model: frozen weights first, as they are loaded before the adapter."""
     on_cuda = cublas_bytes > 0
@@ -211,8 +201,8 @@ def peaks_by_simulation(question: Question, *, evaluation: bool | None = None) -
     batch = empty_batch(rows=spec.batch_size, packed=spec.packing, **sizes)
     evaluation_batch = empty_batch(rows=spec.eval_batch_size, **sizes)
     fields = dict(question.model.config)
-    try:
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+    def simulate_at(config: Any) -> tuple[Trace | None, Trace | None]:
         training, evaluated = simulate(
             spec,
             config,
@@ -222,12 +212,19 @@ def peaks_by_simulation(question: Question, *, evaluation: bool | None = None) -
             question.beside.loss,
             question.saved,
             question.beside.quantize_moe_experts,
-            question.model.vision,
+            tower_blocks(question),
         )
+        return training if spec.method.trains else None, evaluated
+
+    try:
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        if deep := peaks_by_depth(question, config, simulate_at):
+            return deep
+        training, evaluated = simulate_at(config)
     except Exception as error:  # any model may fail in its own way, and the user needs one line
         where, reason, remedy = _why_it_failed(question, error)
         raise InputError(Problem(where, f"{question.model.name} cannot be simulated: {reason}", remedy)) from error
-    return peaks_of(question, training if spec.method.trains else None, evaluated)
+    return peaks_of(question, training, evaluated)
 
 
 def _why_it_failed(question: Question, error: Exception) -> tuple[str, str, str]:

@@ -47,7 +47,6 @@ class Kind(NamedTuple):
     text: dict[str, Any]
 
 
-_QWEN = {"spatial_merge_size": 2, "temporal_patch_size": 2}
 _QWEN2 = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584, "patch_size": 14}
 _QWEN3 = {
     "depth": 27,
@@ -59,14 +58,13 @@ _QWEN3 = {
 _SIGLIP = {"num_hidden_layers": 27, "hidden_size": 1152, "intermediate_size": 4304, "patch_size": 14, "image_size": 896}
 _PIXTRAL = {"num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 4096, "patch_size": 14}
 _GEMMA3 = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072}
-_DEEP = {"deepstack_visual_indexes": (8, 16, 24)}
 
 KINDS: dict[str, Kind] = {
-    "qwen2_5_vl": Kind("qwen2", 3, (1, 0), 1, _QWEN | _QWEN2, {}),
-    "qwen3_vl": Kind("qwen3", 2, (1, 1), 2, _QWEN | _QWEN3 | _DEEP, {}),
-    "qwen3_vl_moe": Kind("qwen3_moe", 2, (1, 1), 2, _QWEN | _QWEN3 | _DEEP, {}),
-    "qwen3_5": Kind("", 2, (1, 1), 2, _QWEN | _QWEN3, {}),
-    "qwen3_5_moe": Kind("", 2, (1, 1), 2, _QWEN | _QWEN3, {}),
+    "qwen2_5_vl": Kind("qwen2", 3, (1, 0), 1, _QWEN2, {}),
+    "qwen3_vl": Kind("qwen3", 2, (1, 1), 2, _QWEN3 | {"deepstack_visual_indexes": (8, 16, 24)}, {}),
+    "qwen3_vl_moe": Kind("qwen3_moe", 2, (1, 1), 2, _QWEN3 | {"deepstack_visual_indexes": (8, 16, 24)}, {}),
+    "qwen3_5": Kind("", 2, (1, 1), 2, _QWEN3, {}),
+    "qwen3_5_moe": Kind("", 2, (1, 1), 2, _QWEN3, {}),
     "gemma3": Kind("gemma3_text", 2, (1, 1), 2, _SIGLIP, _GEMMA3),
     "mistral3": Kind("mistral", 3, (0, 0), 1, _PIXTRAL, {}),
 }
@@ -88,7 +86,8 @@ def vision_of(kind: str, config: Mapping[str, Any], hidden: int) -> Vision:
         raise TypeError
     biased, biased_patches = known.biases
     beside = biased * (5 * width + (known.matrices - 1) * inner) + 2 * known.norm * width
-    other = layers * beside + 3 * patch**2 * sizes.get("temporal_patch_size", 1) * width + biased_patches * width
+    images = sizes.get("temporal_patch_size", 2 if "depth" in known.tower else 1)
+    other = layers * beside + (3 * patch**2 * images + biased_patches) * width
     merged = width * sizes.get("spatial_merge_size", 2) ** 2
     if kind == "gemma3":  # its projector is a parameter, not a layer
         outside, places = 0, (sizes["image_size"] // patch) ** 2
@@ -107,6 +106,6 @@ def vision_of(kind: str, config: Mapping[str, Any], hidden: int) -> Vision:
 def text_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the configuration of the language model inside that of a vision-language model."""
     known, text = KINDS[config["model_type"]], config.get("text_config") or config
-    text = {**known.text, **text, "model_type": known.family or text["model_type"]}
     tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
-    return {key: value for key, value in text.items() if key not in ("text_config", "vision_config")} | tied
+    text = {**known.text, **text, **tied, "model_type": known.family or text["model_type"]}
+    return {key: value for key, value in text.items() if key not in ("text_config", "vision_config")}

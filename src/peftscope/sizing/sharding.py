@@ -29,8 +29,6 @@ FULL_STAGE = 3
 """The stage of ZeRO that shards weights, gradients and states, as FSDP's full shard does."""
 PARTIAL_STAGE = 2
 """The stage that shards gradients and states."""
-USUAL_BUCKET = 500_000_000
-"""DeepSpeed's reduce_bucket_size; a second buffer as large serves overlap_comm."""
 
 
 def read_sharding(reading: Reading, *, mixed: bool) -> None:
@@ -137,7 +135,8 @@ def _note_stage(reading: Reading, key: str, stage: Any, zero: dict[str, Any] | N
         reading.understood.append(f"{key}: {what} are sharded")
         if zero is not None and stage == PARTIAL_STAGE:
             reading.set("sharding", "zero2", key)
-            size = 0 if zero.get("reduce_bucket_size") == "auto" else zero.get("reduce_bucket_size", USUAL_BUCKET)
+            # Source: DeepSpeed, runtime/zero/config.py. A second buffer as large serves overlap_comm.
+            size = 0 if zero.get("reduce_bucket_size") == "auto" else zero.get("reduce_bucket_size", 5e8)
             if not isinstance(size, int | float) or not 0 <= size < 1e15:
                 reading.refuse(key, f"reduce_bucket_size must be a number or auto (got {shown(size)})", "correct it")
                 return
