@@ -11,6 +11,7 @@ from peftscope.memory import depths
 from peftscope.memory.base import Model
 from peftscope.memory.question import ask
 from peftscope.memory.simulate import answer_by_simulation
+from peftscope.words import MIB
 
 TINY = {
     **{"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
@@ -40,9 +41,10 @@ def test_one_more_layer_adds_the_same_at_any_depth(
     question = ask(Model(kind, config, None, "unknown"), {"seq_len": 16, **options})
     found = answer_by_simulation(question)
     note = f"{len(LAYERS[kind])} layers from simulations of"
-    assert (note in found.assumptions[-1]) == (options != OPTIONS[2])  # no adapter in the first layer: not alike
+    alike = options != OPTIONS[2] or kind == "qwen3_5_text"  # elsewhere IA³ has no adapter in the first layer
+    assert (note in found.assumptions[-1]) == alike
     monkeypatch.setattr(depths, "shallow_layers", lambda config: {})
     whole = answer_by_simulation(question)
     assert found.phases == pytest.approx(whole.phases, rel=1e-4)  # in all but one case to the byte
     assert sum(found.components.values()) == found.peak_allocated_bytes
-    assert found.peak_reserved_bytes == pytest.approx(whole.peak_reserved_bytes, rel=0.05)  # segments have 2 MiB
+    assert found.peak_reserved_bytes == pytest.approx(whole.peak_reserved_bytes, abs=2 * MIB)
