@@ -47,10 +47,10 @@ def score(points: list[Point]) -> tuple[pd.DataFrame, pd.DataFrame]:
         predicted["closed form"][point.id] = by_formula(point)
         if point.measured_bytes and not why_out(point):
             predicted["simulation"][point.id] = by_simulation(point)
-    tools = []
+    tools, on_one_card = [], [point for point in tuned if point.asked.get("gpus", 1) == 1]
     for one in track(ESTIMATORS, console=Console(stderr=True), description="others"):
         try:
-            predicted[one.name], installed = answers_of(one, tuned), "yes"
+            predicted[one.name], installed = answers_of(one, on_one_card), "yes"
         except subprocess.CalledProcessError as error:
             predicted[one.name], installed = {}, f"no: {error}"
         tools.append((one.name, one.version, one.models_activations, one.total, installed))
@@ -89,6 +89,8 @@ def _what(point: Point) -> str:
     adapter = f" r{asked['rank']} on {on}" if on else ""
     job = f" {asked['job']}" if "job" in asked else ""
     said = f"{point.preset}, {asked['method']}{adapter}{job}, {asked['batch_size']} × {asked['seq_len']}"
+    said += f", {asked['gpus']} cards" if asked.get("gpus", 1) > 1 else ""
+    said += ", offloaded" if asked.get("offload") else ""
     return said + (", recomputed" if asked.get("checkpointing") else "")
 
 

@@ -14,7 +14,7 @@ from peftscope.memory.answer import Answer, answer_by_formula
 from peftscope.memory.assumptions import assumptions_of
 from peftscope.memory.base import describe_model
 from peftscope.memory.question import Question, ask
-from peftscope.memory.shares import GATHERED_OUTSIDE, GATHERED_WEIGHTS, WHOLE_GRADIENTS
+from peftscope.memory.shares import GATHERED_OUTSIDE, GATHERED_WEIGHTS, MASTER, WHOLE_GRADIENTS, WIDE_GRADIENTS
 from peftscope.memory.simulate import answer_by_simulation
 from peftscope.memory.tracker import MemoryTracker
 from peftscope.models.presets import PRESETS
@@ -92,6 +92,39 @@ def test_fully_shard_leaves_weights_in_integers_whole() -> None:
     assert bytes_of(full, GATHERED_OUTSIDE) >= 2 * shape.vocab_size * shape.hidden_size
     assert full.phases["load"] == plain.phases["load"]
     assert bytes_of(full, GATHERED_WEIGHTS) + bytes_of(full, WHOLE_GRADIENTS) > 0
+
+
+def test_zero_2_keeps_weights_whole_and_shares_the_rest() -> None:
+    shape = PRESETS["llama-3.2-1b"].shape
+    one, two, four = (answer_by_formula(question(n, method="full", sharding="zero2", seq_len=64)) for n in (1, 2, 4))
+    assert one.components["weights"] == two.components["weights"] == four.components["weights"]
+    # In 32 bits on a share each: the trained weights, two moments and, as the optimizer steps, the gradients.
+    for cards, found in ((2, two), (4, four)):
+        part = 4 * shape.parameters / cards
+        assert bytes_of(found, MASTER) == bytes_of(found, WIDE_GRADIENTS) == pytest.approx(part, rel=1e-5)
+        assert bytes_of(found, "first and second moments") == pytest.approx(2 * part, rel=1e-4)
+    wide, narrow = [
+        answer_by_formula(question(2, sharding="zero2", reduce_bucket=size)).phases["backward"]
+        for size in (500_000_000, 0)
+    ]
+    assert wide - narrow == 4 * (500_000_000 - shape.hidden_size**2)  # adapters in 32 bits, and so are the buffers
+    host = answer_by_formula(question(2, method="full", sharding="zero2", offload="optimizer", seq_len=64))
+    assert not {"optimizer states", "gradients"} & {kind for kind, size in host.components.items() if size}
+    with pytest.raises(InputError, match="ZeRO-2 keeps all weights"):
+        question(2, sharding="zero2", offload="parameters")
+
+
+def test_flat_parameters_gather_two_layers_beside_the_root() -> None:
+    shape = PRESETS["llama-3.2-1b"].shape
+    layer = 2 * (shape.linear_parameters // shape.num_layers + 2 * shape.hidden_size)
+    full = answer_by_formula(question(2, method="full", sharding="fsdp1", seq_len=2048))
+    outside = 2 * (shape.vocab_size + 1) * shape.hidden_size
+    assert full.binding_phase == "backward"
+    assert (bytes_of(full, GATHERED_WEIGHTS), bytes_of(full, GATHERED_OUTSIDE)) == (2 * layer, outside)
+    assert bytes_of(full, WHOLE_GRADIENTS) == 2 * shape.vocab_size * shape.hidden_size
+    constants = "constants of block constants"
+    whole, shared = (answer_by_formula(question(2, method="qlora", sharding=way)) for way in ("fsdp1", "zero3"))
+    assert bytes_of(whole, constants) == 2 * bytes_of(shared, constants) > 0  # they are no parameters
 
 
 def test_what_only_several_cards_share_is_said_to_be_idle_on_one() -> None:

@@ -53,8 +53,7 @@ PUBLISHED = {
     "mistral-7b-v0.3": 7_248_023_552,
     "mistral-nemo-12b": 12_247_782_400,
     "mistral-small-24b": 23_572_403_200,
-    # The hub's total less Pixtral's tower of 403,305,472 and a projector of 35,652,608.
-    "mistral-small-3.2-24b": 24_011_361_280 - 403_305_472 - 35_652_608,
+    "mistral-small-3.2-24b": 24_011_361_280,
     "mixtral-8x7b": 46_702_792_704,
     "mixtral-8x22b": 140_630_071_296,
     "qwen3-30b-a3b": 30_532_122_624,
@@ -78,17 +77,28 @@ PUBLISHED = {
     "olmo-2-32b": 32_234_279_936,
     "granite-3.1-2b": 2_533_531_648,
     "granite-3.1-8b": 8_170_848_256,
-    # The hub's totals less SigLIP's 416,866,032 and a projector of 1152·(hidden size + 1).
-    "gemma-3-4b": 4_300_079_472 - 416_866_032 - 1152 * 2561,
-    "gemma-3-12b": 12_187_325_040 - 416_866_032 - 1152 * 3841,
-    "gemma-3-27b": 27_432_406_640 - 416_866_032 - 1152 * 5377,
+    "gemma-3-4b": 4_300_079_472,
+    "gemma-3-12b": 12_187_325_040,
+    "gemma-3-27b": 27_432_406_640,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen2.5-vl-3b": 3_754_622_976,
+    "qwen2.5-vl-7b": 8_292_166_656,
+    "qwen2.5-vl-32b": 33_452_718_336,
+    "qwen2.5-vl-72b": 73_410_777_344,
+    "qwen3-vl-2b": 2_127_532_032,
+    "qwen3-vl-4b": 4_437_815_808,
+    "qwen3-vl-8b": 8_767_123_696,
+    "qwen3-vl-32b": 33_357_390_064,
+    "qwen3-vl-30b-a3b": 31_070_754_032,
+    "qwen3-vl-235b-a22b": 235_670_022_896,
 }
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_the_published_parameters_survives_its_config_and_is_found_by_its_hub_id(name: str) -> None:
-    hub_id, shape, _ = PRESETS[name]
-    assert shape.parameters == answer(name).parameters == PUBLISHED[name]
+    hub_id, shape, _, vision = preset = PRESETS[name]
+    assert preset.parameters == answer(name).parameters == PUBLISHED[name]
+    assert describe_model(hub_id).vision == vision
     assert ModelShape.from_config(json.loads(json.dumps(shape.to_config()))) == shape
     assert [describe_model(each).shape for each in (hub_id, hub_id.lower(), name.upper())] == [shape] * 3
 

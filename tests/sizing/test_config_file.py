@@ -221,7 +221,8 @@ def test_cards_come_from_a_companion_or_are_asked_for(tmp_path: Path) -> None:
     assert question(tmp_path, FILES["LLaMA-Factory"] | {"deepspeed": zero}, gpus=2).beside.offload == "optimizer"
     fsdp = FILES["axolotl"] | {"fsdp": ["full_shard", "auto_wrap"]}
     assert question(tmp_path, fsdp | {"fsdp_version": 2}, gpus=2).beside.sharding == "fsdp2"
-    assert question(tmp_path, fsdp, gpus=2).beside.sharding == "zero3"
+    assert question(tmp_path, fsdp, gpus=2).beside.sharding == "fsdp1"
+    assert question(tmp_path, FILES["TRL"] | {"fsdp": "full_shard"}, gpus=2).beside.sharding == "fsdp2"
     assert "fsdp: shards over cards" in complaint(tmp_path, fsdp)
     tune = FILES["torchtune"] | {"custom_sharded_layers": ["output"]}
     assert "--gpus" in complaint(tmp_path, tune)
@@ -230,7 +231,7 @@ def test_cards_come_from_a_companion_or_are_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("inner", "gpus", "sharding"),
     [
-        ({"fsdp_sharding_strategy": "FULL_SHARD"}, 4, "zero3"),
+        ({"fsdp_sharding_strategy": "FULL_SHARD"}, 4, "fsdp1"),
         ({"fsdp_sharding_strategy": "SHARD_GRAD_OP"}, 1, "zero3"),
         ({"fsdp_sharding_strategy": "NO_SHARD"}, 1, "zero3"),
         ({"fsdp_sharding_strategy": 2}, 1, "zero3"),
@@ -252,7 +253,26 @@ def test_weights_are_shared_by_the_strategies_that_share_them(
 
 
 @pytest.mark.parametrize(
-    "more", [{"deepspeed": {"zero_optimization": {"stage": 2}}}, {"accelerate_config": "multi_gpu"}], ids=str
+    ("zero", "bucket"),
+    [
+        ({}, 500_000_000),
+        ({"reduce_bucket_size": 2e8, "overlap_comm": True}, 400_000_000),
+        ({"reduce_bucket_size": "auto", "offload_optimizer": {"device": "cpu"}}, 0),
+    ],
+    ids=str,
+)
+def test_stage_two_of_deepspeed_has_buffers_of_its_own(tmp_path: Path, zero: dict[str, Any], bucket: int) -> None:
+    file = FILES["LLaMA-Factory"] | {"deepspeed": {"zero_optimization": {"stage": 2, **zero}}}
+    found = question(tmp_path, file, gpus=4)
+    assert (found.gpus, found.beside.sharding, found.beside.reduce_bucket) == (4, "zero2", bucket)
+    assert found.beside.offload == ("optimizer" if "offload_optimizer" in zero else "none")
+    assert question(tmp_path, FILES["TRL"] | {"accelerate_config": "zero2"}, gpus=2).beside.sharding == "zero2"
+    file["deepspeed"]["zero_optimization"]["reduce_bucket_size"] = "many"
+    assert "reduce_bucket_size must be a number" in complaint(tmp_path, file)
+
+
+@pytest.mark.parametrize(
+    "more", [{"deepspeed": {"zero_optimization": {"stage": 1}}}, {"accelerate_config": "multi_gpu"}], ids=str
 )
 def test_cards_with_all_weights_are_answered_for_one(tmp_path: Path, more: dict[str, Any]) -> None:
     reading = read(tmp_path, FILES["TRL"] | more)

@@ -283,9 +283,10 @@ def models(as_json: AsJson = False) -> None:
         rows = [
             {
                 "name": name,
-                "parameters": preset.shape.parameters,
+                "parameters": preset.parameters,
                 **preset._asdict(),
                 "shape": preset.shape.model_dump(),
+                "vision": preset.vision and preset.vision._asdict(),
             }
             for name, preset in PRESETS.items()
         ]

@@ -147,7 +147,7 @@ def show_models(console: Console) -> None:
     table = Table("name", "parameters", "kind", "hub id", box=None)
     sources: dict[str, list[str]] = {}
     for name, preset in PRESETS.items():
-        table.add_row(name, f"{preset.shape.parameters:,}", preset.shape.family, preset.hub_id)
+        table.add_row(name, f"{preset.parameters:,}", preset.shape.family, preset.hub_id)
         sources.setdefault(preset.source, []).append(name)
     for name, known in SIMULATED.items():
         table.add_row(name, "simulated", known.config["model_type"], known.hub_id)

@@ -102,7 +102,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Peaks:
-    """The peaks, those of the phases, and a function that returns the blocks alive at a phase's peak.
+    """The peaks, those of the phases, a function that returns the blocks alive at a phase's peak, and what else to say.
 
     With less than ``least_bytes`` a run ends out of memory; with ``device_bytes`` its allocator gives nothing back.
     """
@@ -114,6 +114,7 @@ class Peaks:
     binding_phase: str
     phases: dict[str, int]
     alive: Callable[[str], list[Block]]
+    note: str = ""
 
 
 def peaks_by_formula(
@@ -221,11 +222,12 @@ def _unpaged_peaks(trace: Trace) -> dict[str, Peak]:
 def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulation"]) -> Answer:
     """Returns the answer that reports these peaks."""
     method, shape, alive = question.spec.method, question.model.shape, peaks.alive(peaks.binding_phase)
+    tower = question.model.vision.parameters if question.model.vision else 0
     return Answer(
         model=question.model.name,
         method=method.name,
         how=how,
-        parameters=shape.parameters + _in_score(question) if shape else None,
+        parameters=shape.parameters + _in_score(question) + tower if shape else None,
         trainable_parameters=_trainable(question),
         peak_allocated_bytes=peaks.allocated_bytes,
         peak_reserved_bytes=peaks.reserved_bytes,
@@ -235,7 +237,7 @@ def answer_of(question: Question, peaks: Peaks, how: Literal["formula", "simulat
         phases=peaks.phases,
         components=by_kind(alive),
         modules=_tree(alive),
-        assumptions=[*unquantised_experts(question, alive), *assumptions_of(question)],
+        assumptions=[*unquantised_experts(question, alive), *assumptions_of(question), *filter(None, [peaks.note])],
         agreement=_agreement(question, peaks) if how == "formula" else "",
         evaluation_bytes=_evaluation_bytes(question) if how == "formula" else None,
         terms=terms_of(alive),

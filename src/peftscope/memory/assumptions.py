@@ -27,6 +27,15 @@ def library_versions() -> str:
     return ", ".join(versions)
 
 
+WAYS = {
+    "zero3": "FSDP, ZeRO-3",
+    "zero2": "weights whole, with 32-bit shares of trained ones: DeepSpeed's ZeRO-2 at 02aa38c, formula only",
+    "fsdp1": "FSDP's flat parameters, formula only",
+    "fsdp2": "torch's fully_shard, formula only",
+}
+"""What each way of sharding is."""
+
+
 def _evaluation(question: Question) -> str:
     """Returns what is assumed about the evaluation."""
     if not question.evaluates:
@@ -136,11 +145,17 @@ def assumptions_of(question: Question) -> list[str]:
         lines.append(f"{model.name} has no closed form, because {model.why_no_shape}: its peaks are simulated")
     if left_out := [name for name in ("vision", "audio") if f"{name}_config" in model.config]:
         lines.append(f"the {' and '.join(left_out)} tower is left out: its weights and activations come on top")
+    if model.vision:
+        lines.append(
+            f"vision tower of {model.vision.parameters:,} weights: frozen and without adapters, though PEFT adapts its "
+            "layers of the targets' names; image tokens are part of seq_len; its one forward pass is not counted"
+        )
     lines += spec.method.memory_assumptions
     if gpus > 1:
-        way = "torch's fully_shard, formula only" if question.beside.sharding == "fsdp2" else "FSDP, ZeRO-3"
-        lines.append(f"weights, gradients and states sharded over {gpus} cards ({way}), batch_size rows on each")
-    elif idle := question.beside.model_dump(include={"sharding", "quant_storage"}, exclude_defaults=True):
+        lines.append(f"weights, gradients and states sharded over {gpus} cards ({WAYS[question.beside.sharding]})")
+    elif idle := question.beside.model_dump(
+        include={"sharding", "quant_storage", "reduce_bucket"}, exclude_defaults=True
+    ):
         said = " and ".join(f"{option}={value}" for option, value in idle.items())
         lines.append(f"{said}: without effect on one card; gpus says over how many a model is sharded")
     return [*lines, *_formula_only_lines(question), *question.by_trainer]
@@ -174,12 +189,12 @@ def _formula_only_lines(question: Question) -> list[str]:
             "master_weights=fp32 (formula only): trained weights, gradients and states in 32 bits, layers compute in 16"
         )
     quantised = question.gpus > 1 and question.spec.method.quantization()
-    if quantised and beside.sharding == "zero3":
+    if quantised and beside.sharding in ("zero3", "fsdp1"):
         lines.append(
             "FSDP and ZeRO-3 share floating-point numbers only: 4-bit weights are taken to be packed into bf16, as "
             "bnb_4bit_quant_storage does (bitsandbytes 0.50.2, docs/source/fsdp_qlora.md)"
         )
-    elif quantised:
+    elif quantised and beside.sharding == "fsdp2":
         packed = "accelerate 1.15 leaves weights in integers whole" if beside.quant_storage == "uint8" else ""
         packed = packed or "packed weights are sharded as bf16 numbers, their constants are whole"
         lines.append(f"quant_storage={beside.quant_storage}: {packed} on every card")

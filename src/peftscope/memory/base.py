@@ -16,6 +16,7 @@ from peftscope.files.hub import check_reached, mirrored
 from peftscope.models.presets import PRESETS, SIMULATED, did_you_mean, same_shape
 from peftscope.models.shapes import ModelShape
 from peftscope.models.stored import Stored, stored_as
+from peftscope.models.vision import KINDS, Vision, text_of, vision_of
 
 BNB_4BIT = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}
 """The ``quantization_config`` of checkpoints whose hub id ends with -bnb-4bit, as far as it decides memory."""
@@ -35,6 +36,7 @@ class Model:
         variant_of: The preset that it is a variant of by its name, if its own configuration was not read.
         stored: How its linear layers are stored, if its checkpoint is quantised or is loaded in 8 bits.
         unpacked: What else an answer says of a quantised checkpoint: that it is unpacked to train, or a part is not so.
+        vision: Its vision tower, if that is modelled; ``config`` is then that of the language model.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Model:
     variant_of: str = ""
     stored: Stored | None = None
     unpacked: str = ""
+    vision: Vision | None = None
 
     @property
     def max_seq_len(self) -> int | None:
@@ -58,12 +61,11 @@ def describe_model(name: str) -> Model:
     Raises:
         InputError: The name is none of these, or the model's configuration cannot be read.
     """
-    by_hub_id = {preset.hub_id.lower(): preset.shape for preset in PRESETS.values()}
-    shape = PRESETS[name.lower()].shape if name.lower() in PRESETS else by_hub_id.get(name.lower())
-    if shape is not None:
-        return Model(name, shape.to_config(), shape)
+    if preset := next((one for key, one in PRESETS.items() if name.lower() in (key, one.hub_id.lower())), None):
+        return Model(name, preset.shape.to_config(), preset.shape, vision=preset.vision)
     if known := next((known for key, known in SIMULATED.items() if name.lower() in (key, known.hub_id.lower())), None):
-        return Model(name, known.config, None, f"model_type {known.config['model_type']} is not one of its kinds")
+        why = f"model_type {known.config['model_type']} is not one of its kinds"
+        return Model(name, known.config, None, why, vision=known.vision)
     path = Path(name)
     if path.suffix == ".json" or _is_folder(path):
         return _read_config(name, path / "config.json" if _is_folder(path) else path)
@@ -73,10 +75,11 @@ def describe_model(name: str) -> Model:
     if entry_shape is not None:
         return Model(name, entry_shape.to_config(), entry_shape)
     if not _in_mirror(name) and (same := same_shape(name)):
-        shape = PRESETS[same].shape
-        packed = BNB_4BIT if name.lower().endswith("-bnb-4bit") else None
-        more = DYNAMIC if name.lower().endswith("-unsloth-bnb-4bit") else ""
-        return Model(name, shape.to_config(), shape, variant_of=same, stored=stored_as(packed)[0], unpacked=more)
+        preset, lower = PRESETS[same], name.lower()
+        stored = stored_as(BNB_4BIT)[0] if lower.endswith("-bnb-4bit") else None
+        more = DYNAMIC if lower.endswith("-unsloth-bnb-4bit") else ""
+        config = preset.shape.to_config()
+        return Model(name, config, preset.shape, "", same, stored, more, preset.vision)
     if "/" not in name:
         hint = f"{did_you_mean(name, [*PRESETS, *SIMULATED])}; or give the path of a config.json, or a hub id org/name"
         raise InputError(Problem("model", f"unknown model (got {name!r})", hint))
@@ -141,7 +144,13 @@ def _read_config(name: str, path: Path) -> Model:
         raise InputError(Problem("model", f"{path}: {reason[0]}", reason[1]))
     try:
         stored, unpacked = stored_as(config.pop("quantization_config", None))
-        return Model(name, config, ModelShape.from_config(config), stored=stored, unpacked=unpacked)
+        vision = None
+        if config["model_type"] in KINDS and isinstance(config.get("vision_config"), dict):
+            kind, tower, config = config["model_type"], config["vision_config"], text_of(config)
+            vision = vision_of(kind, tower, config["hidden_size"])
+        shape = ModelShape.from_config(config)
+        kept = shape.to_config() if vision else config
+        return Model(name, kept, shape, stored=stored, unpacked=unpacked, vision=vision)
     except KeyError as error:
         remedy = "give the config.json of a causal model"
         raise InputError(Problem("model", f"{path}: `{error.args[0]}` is missing", remedy)) from None
@@ -155,7 +164,7 @@ def _read_config(name: str, path: Path) -> Model:
         if stored:
             message = f"{path}: no closed form, and {stored.name} is not simulated"
             raise InputError(Problem("model", message, "give the config.json of its 16-bit base")) from None
-        return Model(name, config, None, str(error), unpacked=unpacked)
+        return Model(name, config, None, str(error), unpacked=unpacked, vision=vision)
     except (TypeError, ZeroDivisionError):
         remedy = "check that all its sizes are whole numbers above 0"
         raise InputError(Problem("model", f"{path} does not describe a model", remedy)) from None

@@ -108,9 +108,18 @@ class Beside(BaseModel):
         int | None, Field(gt=0, description="batches of that evaluation after which their logits move to the host")
     ] = None
     sharding: Annotated[
-        Literal["zero3", "fsdp2"],
-        Field(description="how several cards share a model: as ZeRO-3 and FSDP do, or as torch's fully_shard"),
+        Literal["zero3", "zero2", "fsdp1", "fsdp2"],
+        Field(
+            description="how several cards share a model: as DeepSpeed's ZeRO-3, as its ZeRO-2 (each card has all "
+            "weights), as FSDP's flat parameters, or as torch's fully_shard"
+        ),
     ] = "zero3"
+    reduce_bucket: Annotated[
+        int,
+        Field(
+            ge=0, description="values of ZeRO-2's buffers of gradients; 0: hidden size squared, as for auto in its file"
+        ),
+    ] = 500_000_000
     master_weights: Annotated[
         Literal["base", "fp32"],
         Field(
@@ -194,6 +203,8 @@ def check_beside(spec: RunSpec, beside: Beside) -> None:
     if beside.quantize_moe_experts and not method.quantization():
         message = f"packs experts as the 4-bit base of {method.name} is packed, which has none"
         raise InputError(Problem("quantize_moe_experts", message, "use qlora, or leave it out"))
+    if beside.sharding == "zero2" and beside.offload == "parameters":
+        raise InputError(Problem("offload", "ZeRO-2 keeps all weights on each card", "use optimizer, or zero3"))
     if beside.eval_accumulation_steps and not beside.eval_gathers_logits:
         message = "says when gathered logits move to the host, and none are gathered"
         raise InputError(Problem("eval_accumulation_steps", message, "give --eval-gathers-logits ITEMS"))

@@ -131,7 +131,7 @@ class Question:
         asked = {
             "loss": beside.loss == "cut-cross-entropy",
             "eval_gathers_logits": beside.eval_gathers_logits is not None,
-            "sharding": self.gpus > 1 and beside.sharding == "fsdp2",
+            "sharding": self.gpus > 1 and beside.sharding != "zero3",
             "master_weights": beside.master_weights == "fp32",
             "offload": beside.offload != "none",
             "optimizer_states": beside.optimizer_states != "own",

@@ -29,6 +29,8 @@ from peftscope.memory.as_on_cuda import (
     grouped_products,
 )
 from peftscope.memory.beside import Beside
+from peftscope.memory.depths import peaks_by_depth
+from peftscope.memory.formula.linear import tower_blocks
 from peftscope.memory.formula.step import PAGED_FROM_VALUES
 from peftscope.memory.probe import track_evaluation, track_steps
 from peftscope.memory.question import Question
@@ -49,6 +51,7 @@ def simulate(
     evaluation_batch: Batch | None = None,
     cublas_bytes: int = 0,
     beside: Beside | None = None,
+    tower: Sequence[Block] = (),
 ) -> tuple[Trace, Trace | None]:
     """Returns the trace of training steps, one per batch, and the trace of an evaluation.
 
@@ -64,6 +67,7 @@ def simulate(
         evaluation_batch: A batch with the shape of the evaluation's, or None for no evaluation.
         cublas_bytes: The size of cuBLAS's workspace. Above 0, the traces also contain the workspaces of CUDA kernels.
         beside: What is said beside the fields of the run: the job, the loss, modules that are trained in full.
+        tower: The frozen weights of a vision tower, which lie beside.
     """
     beside = beside or Beside()
     trained = _empty_model(spec, config, beside)
@@ -88,10 +92,10 @@ def simulate(
         if beside.quantize_moe_experts:
             _pack_experts(model, spec.method.quantization())
         with attention(model, in_training):
-            trace = _train(trained, owners, on_cpu, batches, cublas_bytes) if batches else Trace()
+            trace = _train(trained, owners, on_cpu, batches, cublas_bytes, tower) if batches else Trace()
         if evaluation_batch is None:
             return trace, None
-        tracker = _tracker_of(model, owners, cublas_bytes)
+        tracker = _tracker_of(model, owners, cublas_bytes, tower)
         owners.outside = "loss"  # everything that an evaluation computes outside the model
         with attention(model, in_evaluation):
             track_evaluation(tracker, model, _fake_batch(evaluation_batch), on_cpu)
@@ -105,9 +109,10 @@ def _train(
     spec: RunSpec,
     batches: Sequence[Batch],
     cublas_bytes: int,
+    tower: Sequence[Block],
 ) -> Trace:
     model = trained.model
-    tracker = _tracker_of(model, owners, cublas_bytes)
+    tracker = _tracker_of(model, owners, cublas_bytes, tower)
     with unset_fake_temporarily():  # bitsandbytes computes its code tables value by value
         optimizer = make_optimizer(model, spec)
     parameters = {owners.clean(name): p for name, p in model.named_parameters() if p.requires_grad}
@@ -140,7 +145,7 @@ def _name(tracker: MemoryTracker, tensor: Any, kind: str, module: str) -> Block 
     return block
 
 
-def _tracker_of(model: torch.nn.Module, owners: _Owners, cublas_bytes: int) -> MemoryTracker:
+def _tracker_of(model: torch.nn.Module, owners: _Owners, cublas_bytes: int, tower: Sequence[Block]) -> MemoryTracker:
     """Returns a tracker that has counted the model: frozen weights first, as they are loaded before the adapter."""
     on_cuda = cublas_bytes > 0
     tracker = MemoryTracker(owner_of_now=owners.now, workspace_of=dequantised_bytes if on_cuda else lambda *_: 0)
@@ -158,6 +163,8 @@ def _tracker_of(model: torch.nn.Module, owners: _Owners, cublas_bytes: int) -> M
     for name, buffer in model.named_buffers():
         block = tracker.add(buffer)
         block.kind, block.module = "weights", owners.clean(name)
+    for block in tower:
+        tracker.trace.born(Block(block.size, block.kind, block.module, block.term))
     return tracker
 
 
@@ -197,8 +204,8 @@ def peaks_by_simulation(question: Question, *, evaluation: bool | None = None) -
     batch = empty_batch(rows=question.rows, packed=spec.packing, **sizes)
     evaluation_batch = empty_batch(rows=spec.eval_batch_size, **sizes)
     fields = dict(question.model.config)
-    try:
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+    def simulate_at(config: Any) -> tuple[Trace | None, Trace | None]:
         training, evaluated = simulate(
             spec,
             config,
@@ -206,11 +213,19 @@ def peaks_by_simulation(question: Question, *, evaluation: bool | None = None) -
             evaluation_batch if counts or not spec.method.trains else None,
             question.cublas_bytes,
             question.beside,
+            tower_blocks(question),
         )
+        return training if spec.method.trains else None, evaluated
+
+    try:
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        if deep := peaks_by_depth(question, config, simulate_at):
+            return deep
+        training, evaluated = simulate_at(config)
     except Exception as error:  # any model may fail in its own way, and the user needs one line
         where, reason, remedy = _why_it_failed(question, error)
         raise InputError(Problem(where, f"{question.model.name} cannot be simulated: {reason}", remedy)) from error
-    return peaks_of(question, training if spec.method.trains else None, evaluated)
+    return peaks_of(question, training, evaluated)
 
 
 def _why_it_failed(question: Question, error: Exception) -> tuple[str, str, str]:

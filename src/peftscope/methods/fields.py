@@ -61,7 +61,12 @@ def adapted_modules(model: Any, targets: str | tuple[str, ...]) -> list[str]:
     linear = {name: module for name, module in model.named_modules() if isinstance(module, Linear | Conv1D)}
     # The router of Llama 4 returns two tensors, and PEFT's layer around it fails.
     left_out = {name for name, module in linear.items() if module is output or "Router" in type(module).__name__}
-    return sorted({name.rpartition(".")[2] for name in linear.keys() - left_out})
+    names = {name.rpartition(".")[2] for name in linear.keys() - left_out}
+    return sorted(names - {"out_proj"} if model.config.model_type in PEFT_NO_OUT_PROJ else names)
+
+
+PEFT_NO_OUT_PROJ = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+"""Kinds of models whose ``out_proj`` PEFT refuses to adapt. Source: peft 0.21, tuners/tuners_utils.py:152."""
 
 
 def with_fused(modules: Sequence[str]) -> list[str]:

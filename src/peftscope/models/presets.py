@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from peftscope.errors import close_match
 from peftscope.models.shapes import Experts, ModelShape
+from peftscope.models.vision import Vision, vision_of
 
 
 class Simulated(NamedTuple):
@@ -23,6 +24,7 @@ class Simulated(NamedTuple):
     hub_id: str
     config: dict[str, Any]
     source: str
+    vision: Vision | None = None
 
 
 class Preset(NamedTuple):
@@ -32,33 +34,77 @@ class Preset(NamedTuple):
         hub_id: Its hub id.
         shape: Its sizes.
         source: The public code that lists them: repository, file and commit, and what is from elsewhere.
+        vision: Its vision tower, if it has one.
     """
 
     hub_id: str
     shape: ModelShape
     source: str
+    vision: Vision | None = None
+
+    @property
+    def parameters(self) -> int:
+        """The number of all weights."""
+        return self.shape.parameters + (self.vision.parameters if self.vision else 0)
 
 
 PRESETS_FILE = Path(__file__).with_name("presets.csv")
-"""The presets, one a row. Columns are named as the fields of ``Preset`` and of its shape; an empty cell is not said."""
+"""The presets, one a row. Columns are named as the fields of ``Preset`` and of its shape; an empty cell is not said.
+
+``tower`` is the kind of its vision tower, which has the usual sizes of its kind.
+"""
 
 
 def _preset(row: dict[str, str]) -> Preset:
     said = {column: value for column, value in row.items() if value}
     hub_id, source = said.pop("hub_id"), said.pop("source")
     experts = {part: said.pop(f"experts.{part}") for part in Experts.model_fields if f"experts.{part}" in said}
-    return Preset(hub_id, ModelShape.model_validate(said | {"experts": experts or None}), source)
+    tower = said.pop("tower", None)
+    shape = ModelShape.model_validate(said | {"experts": experts or None})
+    return Preset(hub_id, shape, source, vision_of(tower, {}, shape.hidden_size) if tower else None)
 
 
 with PRESETS_FILE.open(newline="", encoding="utf-8") as _file:
     PRESETS: dict[str, Preset] = {row.pop("name"): _preset(row) for row in csv.DictReader(_file)}
 """The well-known base models by the names that commands take."""
 
+TORCHTUNE = (
+    "pytorch/torchtune torchtune/models/qwen2_5_vision/_model_builders.py @ 49698b248e5ac5fe4a5e46950a2bf9bb05caee9c"
+)
+TORCHTITAN = "pytorch/torchtitan torchtitan/experiments/qwen3_vl/__init__.py @ 0375bb6789fa55559e7bb58d81e8cca47cb418a1"
+_WIDER = {"intermediate_size": 3456}
+_SMALLER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096}
+_VISION: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen2.5-vl-3b": ("qwen2.5-3b", TORCHTUNE, {}),
+    "qwen2.5-vl-7b": ("qwen2.5-7b", TORCHTUNE, {}),
+    "qwen2.5-vl-32b": ("qwen2.5-32b", TORCHTUNE, _WIDER),
+    "qwen2.5-vl-72b": ("qwen2.5-72b", TORCHTUNE, _WIDER),
+    "qwen3-vl-2b": ("qwen3-1.7b", TORCHTITAN, _SMALLER),
+    "qwen3-vl-4b": ("qwen3-4b", f"{TORCHTITAN}, for its 2B; its hub for the rest", _SMALLER),
+    "qwen3-vl-8b": ("qwen3-8b", TORCHTITAN, {}),
+    "qwen3-vl-32b": ("qwen3-32b", f"{TORCHTITAN}, for the tower of its 8B; its hub for the rest", {}),
+    "qwen3-vl-30b-a3b": ("qwen3-30b-a3b", TORCHTITAN, {}),
+    "qwen3-vl-235b-a22b": ("qwen3-235b-a22b", TORCHTITAN, {}),
+}
+"""Vision-language models: the preset of their text model, the code that lists them, and what their towers have else."""
+
+
+def _seeing(name: str, text: str, source: str, tower: dict[str, Any]) -> Preset:
+    kind, length = ("qwen2_5_vl", 128000) if name.startswith("qwen2.5") else ("qwen3_vl", 262144)
+    shape = PRESETS[text].shape.model_copy(update={"max_seq_len": length})
+    hub_id = f"Qwen/{name.upper().replace('QWEN', 'Qwen')}-Instruct"
+    return Preset(hub_id, shape, source, vision_of(kind, tower, shape.hidden_size))
+
+
+PRESETS |= {name: _seeing(name, *rest) for name, rest in _VISION.items()}
+
 SIMULATED_FILE = Path(__file__).with_name("simulated.json")
 SIMULATED: dict[str, Simulated] = {
     name: Simulated(**known) for name, known in json.loads(SIMULATED_FILE.read_text(encoding="utf-8")).items()
 }
 """Well-known base models whose kind has no closed form, by the names that commands take."""
+for _name, _hidden in (("qwen3.5-9b", 4096), ("qwen3.5-35b-a3b", 2048)):
+    SIMULATED[_name] = SIMULATED[_name]._replace(vision=vision_of("qwen3_5", {}, _hidden))
 
 VARIANT = re.compile(r"^meta-|-(instruct|thinking|chat|it|pt|hf|base|2507|unsloth|bnb-4bit)(?=-|$)|[^a-z0-9]")
 """The parts of a model's name that do not change its shape."""

@@ -53,7 +53,7 @@ def form() -> dict[str, Any]:
     owners: dict[str, list[type[BaseModel]]] = {**{name: [own] for name, own in methods.items()}, "": [RunSpec, Beside]}
     options = (*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
     return {
-        "models": {name: preset.shape.parameters for name, preset in PRESETS.items()},
+        "models": {name: preset.parameters for name, preset in PRESETS.items()},
         "methods": {name: method.label for name, method in methods.items()},
         "cards": {name: gpu.name for name, gpu in GPUS.items()},
         "fields": [field for name in options if (field := _field(name, owners))],

@@ -27,6 +27,8 @@ OFFLOAD_KEYS = ("fsdp_config.fsdp_offload_params", "fsdp_config.offload_params")
 """The keys that leave FSDP's shards on the host."""
 FULL_STAGE = 3
 """The stage of ZeRO that shards weights, gradients and states, as FSDP's full shard does."""
+PARTIAL_STAGE = 2
+"""The stage that shards gradients and states."""
 
 
 def read_sharding(reading: Reading, *, mixed: bool) -> None:
@@ -43,7 +45,7 @@ def read_sharding(reading: Reading, *, mixed: bool) -> None:
     named = reading.values.get("accelerate_config")
     if isinstance(named, str) and named in NAMED_STAGES:
         reading.get("accelerate_config")
-        _note_stage(reading, "accelerate_config", NAMED_STAGES[named])
+        _note_stage(reading, "accelerate_config", NAMED_STAGES[named], {} if named.startswith("zero") else None)
     elif named is not None:
         _read_accelerate(reading, "accelerate_config")
     if reading.values.get("deepspeed") is not None:
@@ -90,7 +92,7 @@ def _read_deepspeed(reading: Reading, key: str, content: Any) -> None:
     if not isinstance(zero, dict):
         reading.refuse(key, "names no file of DeepSpeed with `zero_optimization`", "give DeepSpeed's JSON")
         return
-    _note_stage(reading, key, zero.get("stage", 0))
+    _note_stage(reading, key, zero.get("stage", 0), zero)
     for what, option in OFFLOADS.items():
         asked = zero.get(f"offload_{what}")
         if isinstance(asked, dict) and asked.get("device", "cpu") != "none":
@@ -101,11 +103,13 @@ def _read_fsdp(reading: Reading) -> None:
     asked = reading.get("fsdp")
     words = asked.replace(",", " ").split() if isinstance(asked, str) else asked if isinstance(asked, list) else []
     strategy = reading.get(*STRATEGY_KEYS)
-    version = reading.get("fsdp_version", "fsdp_config.fsdp_version")
+    version = reading.get("fsdp_version", "fsdp_config.fsdp_version", "fsdp_config.version")
     if not (words or asked is True or strategy is not None or version):
         return
     key = "fsdp" if asked else "fsdp_config"
-    _note_strategy(reading, key, [*words, strategy], version)
+    # Source: transformers 5.24, training_args.py:2826. axolotl fills in 1.
+    usual = 1 if reading.trainer.startswith("axolotl") else 2
+    _note_strategy(reading, key, [*words, strategy], version or usual)
     for name in OFFLOAD_KEYS:
         if reading.get(name):
             reading.set("offload", "parameters", name)
@@ -117,16 +121,26 @@ def _note_strategy(reading: Reading, key: str, words: list[Any], version: Any) -
     """Notes the stage that FSDP's strategy stands for; without any it shards in full."""
     stages = [STRATEGIES[word] for word in (str(word).lower() for word in words) if word in STRATEGIES]
     _note_stage(reading, key, min(stages, default=FULL_STAGE))
-    if str(version) == "2" and not stages:
-        reading.set("sharding", "fsdp2", key)
+    if not stages:
+        reading.set("sharding", "fsdp2" if str(version) == "2" else "fsdp1", key)
 
 
-def _note_stage(reading: Reading, key: str, stage: Any) -> None:
+def _note_stage(reading: Reading, key: str, stage: Any, zero: dict[str, Any] | None = None) -> None:
+    """Notes how much is sharded; ``zero`` is what a file says of it if DeepSpeed shards."""
     if stage not in (0, 1, 2, FULL_STAGE):
         reading.refuse(key, f"an unknown stage of ZeRO (got {shown(stage)})", "0, 1, 2 or 3")
-    elif stage == FULL_STAGE:
+    elif stage == FULL_STAGE or (stage == PARTIAL_STAGE and zero is not None):
         reading.sharded = reading.sharded or key
-        reading.understood.append(f"{key}: weights, gradients and states are sharded")
+        what = "weights, gradients and states" if stage == FULL_STAGE else "gradients and states"
+        reading.understood.append(f"{key}: {what} are sharded")
+        if zero is not None and stage == PARTIAL_STAGE:
+            reading.set("sharding", "zero2", key)
+            # Source: DeepSpeed, runtime/zero/config.py. A second buffer as large serves overlap_comm.
+            size = 0 if zero.get("reduce_bucket_size") == "auto" else zero.get("reduce_bucket_size", 5e8)
+            if not isinstance(size, int | float) or not 0 <= size < 1e15:
+                reading.refuse(key, f"reduce_bucket_size must be a number or auto (got {shown(size)})", "correct it")
+                return
+            reading.set("reduce_bucket", int(size) * (2 if zero.get("overlap_comm") is True else 1), key)
         return
     reading.whole = reading.whole or key
     if stage:

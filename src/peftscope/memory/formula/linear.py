@@ -7,7 +7,7 @@ from typing import Any
 
 from peftscope.memory.question import Question
 from peftscope.memory.tape import Dims, Gradients, Shaped, Tape
-from peftscope.memory.trace import Block
+from peftscope.memory.trace import Block, bytes_of, spoken_width
 from peftscope.models.shapes import LinearLayer, is_named, module_path
 from peftscope.models.stored import BLOCK, Stored, four_bits
 
@@ -38,6 +38,7 @@ HEAD_NORM_DIMS: dict[str, tuple[str, str]] = {
 }
 """The widths of the norms of queries and keys, as named dimensions: of one head, or of all."""
 
+TOWER = "vision tower, frozen"
 COPY = "trained copy"
 """The last part of the name of a module that is trained in full beside an adapter."""
 
@@ -73,8 +74,7 @@ class TapedModel:
         self.embedded = 4 if prepared == "peft" else self.width
         packed = spec.method.quantization()
         self.compute = WIDTHS[packed.compute_dtype] if packed else 2
-        own = Stored("bnb-4bit", four_bits(nested=packed.double_quant), "both", "") if packed else None
-        self.stored = question.model.stored or own
+        self.stored = stored_in(question)
         self.nested = self.stored is not None and "constants of block constants" in self.stored.parts
         self.adapter_width = self.width if self.values.get("adapter_dtype") == "base" else 4
         self.targets = spec.method.targets_of()
@@ -91,6 +91,8 @@ class TapedModel:
         self.cache: list[Shaped] = []  # and what transformers' cache keeps as long as its output lives
         _make_weights(self)
         self.second = _copies(self) if question.beside.reference == "copy" else None
+        for block in tower_blocks(question):
+            self.tape.trace.born(block)
 
     @property
     def embedding(self) -> Shaped:
@@ -102,6 +104,37 @@ class TapedModel:
         """The head that computes: the base's, which may be its embedding, or a trained copy."""
         own = self.weights["embed_tokens" if self.shape.tied_embeddings else "lm_head"]
         return self.weights.get(f"lm_head.{COPY}", own)
+
+
+def stored_in(question: Question) -> Stored | None:
+    """Returns how the linear layers of the base are stored, if in few bits."""
+    packed = question.spec.method.quantization()
+    own = Stored("bnb-4bit", four_bits(nested=packed.double_quant), "both", "") if packed else None
+    return question.model.stored or own
+
+
+def tower_blocks(question: Question) -> list[Block]:
+    """Returns the weights of a vision tower, which stays frozen, by its layers.
+
+    bitsandbytes packs its linear layers as it packs those of the language model. Checkpoints of other formats leave a
+    tower in 16 bits.
+    """
+    vision, stored = question.model.vision, stored_in(question)
+    if vision is None:
+        return []
+    width = WIDTHS[question.spec.precision]
+    packed = stored is not None and stored.name in ("bnb-4bit", "int8")
+    parts = stored.parts if stored and packed else {TOWER: width}
+    other = width if getattr(question.spec.method, "kbit_preparation", "none") == "none" else 4
+    pieces = [(f"layers.{index}", "W", vision.block, parts) for index in range(vision.layers)]
+    pieces += [("projector", "X", vision.outside, parts), ("rest", "Y", vision.other, {TOWER: other})]
+    blocks = []
+    for module, dim, values, own in pieces:
+        kind = "quantised weights" if packed and own is parts else "weights"
+        for term, each in own.items():
+            size, formula = bytes_of(each, [dim], {dim: values}), f"{spoken_width(each)}·{dim}"
+            blocks.append(Block(size, kind, f"vision_tower.{module}", term, formula))
+    return [block for block in blocks if block.size]
 
 
 def _make_weights(model: TapedModel) -> None:

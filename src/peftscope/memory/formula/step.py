@@ -54,7 +54,7 @@ class TrainingTraces:
 
     def trace(self, question: Question) -> Trace:
         """Returns what ``trace_training`` returns."""
-        key = f"{_operations(question)} {question.model.shape!r} {question.cublas_bytes}"
+        key = f"{_operations(question)} {question.model.shape!r} {question.model.vision} {question.cublas_bytes}"
         if key not in self._traces:
             trace = trace_training(question)
             # Methods that do the same operations on the same tensors, as LoRA and rsLoRA do, share what is reserved.

@@ -37,6 +37,9 @@ DIMENSIONS = {
     "r": "rank",
     "o": "rank of GaLore or APOLLO",
     "v": "virtual tokens",
+    "W": "values of the linear layers of a block of the vision tower",
+    "X": "values of its projector",
+    "Y": "its other values",
     "1/G": "one over the number of cards",
 }
 """What the letters of a formula mean."""
@@ -90,6 +93,8 @@ SOURCES = {
     "weights fetched from the host": "formula only: ZeRO-Offload, FSDP's CPUOffloadPolicy: two whole blocks at a time",
     "weights outside of layers, gathered in a pass": "formula only: torch fully_shard, whose root stays gathered",
     "gradients of a layer on their way to other cards or the host": "formula only: torch foreach_reduce, with a copy",
+    "32-bit copies of trained weights (ZeRO-2)": "formula only: DeepSpeed, single_partition_of_fp32_groups",
+    "buffers of gradients (ZeRO-2)": "formula only: DeepSpeed, ipg_buffer of reduce_bucket_size values",
     "cuBLAS workspace": "torch CublasHandlePool",
     "what experts keep": "transformers 5.24 integrations/moe.py, grouped_mm_experts_forward",
     "dequantised experts of one layer": "bitsandbytes 0.50 nn/parametrize.py, Bnb4bitParametrization",
@@ -145,6 +150,7 @@ def sizes_of(question: Question, batch_size: int | None = None) -> dict[str, int
         "V": shape.vocab_size,
         "r": getattr(spec.method, spec.method.rank_field, 1),
         "v": virtual,
+        **(dict(zip("WXY", question.model.vision[1:], strict=True)) if question.model.vision else {}),
     }
 
 

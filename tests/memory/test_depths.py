@@ -1,0 +1,50 @@
+"""The peaks of a deep hybrid that follow from shallow ones are those of the whole model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import fast_if
+
+from peftscope.memory import depths
+from peftscope.memory.base import Model
+from peftscope.memory.question import ask
+from peftscope.memory.simulate import answer_by_simulation
+from peftscope.words import MIB
+
+TINY = {
+    **{"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+    **{"vocab_size": 128, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 16},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    **{"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+LINEAR, FULL = "linear_attention", "full_attention"
+LAYERS = {
+    "lfm2": ["conv", "conv", FULL, "conv", "conv", FULL, "conv", FULL, "conv", FULL, "conv", "conv"],
+    "qwen3_5_text": [LINEAR, LINEAR, LINEAR, FULL] * 3,
+    "granitemoehybrid": [*[LINEAR] * 5, FULL, *[LINEAR] * 6],
+    "nemotron_h": [LINEAR, "mlp", LINEAR, FULL, LINEAR, "mlp"] * 4,  # without a period at its end
+}
+OPTIONS: list[dict[str, Any]] = [{"method": "full"}, {"checkpointing": True, "evaluation": True}, {"method": "ia3"}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [fast_if((kind, options) == ("lfm2", OPTIONS[0]), kind, options) for kind in LAYERS for options in OPTIONS],
+    ids=str,
+)
+def test_one_more_layer_adds_the_same_at_any_depth(
+    kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TINY | {"model_type": kind, "layer_types": LAYERS[kind], "num_hidden_layers": len(LAYERS[kind])}
+    question = ask(Model(kind, config, None, "unknown"), {"seq_len": 16, **options})
+    found = answer_by_simulation(question)
+    note = f"{len(LAYERS[kind])} layers from simulations of"
+    alike = options != OPTIONS[2] or kind == "qwen3_5_text"  # elsewhere IA³ has no adapter in the first layer
+    assert (note in found.assumptions[-1]) == alike
+    monkeypatch.setattr(depths, "shallow_layers", lambda config: {})
+    whole = answer_by_simulation(question)
+    assert found.phases == pytest.approx(whole.phases, rel=1e-4)  # in all but one case to the byte
+    assert sum(found.components.values()) == found.peak_allocated_bytes
+    assert found.peak_reserved_bytes == pytest.approx(whole.peak_reserved_bytes, abs=2 * MIB)
