@@ -402,7 +402,7 @@ def test_a_table_says_what_was_assumed_and_the_peak_after_the_advice(peftscope: 
 def test_a_smaller_batch_comes_with_accumulation_and_what_is_so_already_is_not_advised() -> None:
     spec = ask(SMALL_MODEL, {"batch_size": 4, "gradient_accumulation": 2, "seq_len": 128, "method": "lora"}).spec
     tried: list[dict[str, Any]] = []
-    assert mildest_change(lambda changes: tried.append(dict(changes)) or False, values_of(spec, {}, {})) is None
+    assert mildest_change(lambda changes: tried.append(dict(changes)) or False, values_of(spec, {}, {}, {})) is None
     assert tried[0] == {"checkpointing": True}
     assert tried[1:3] == [{"batch_size": size, "gradient_accumulation": 8 // size} for size in (2, 1)]
     assert all(not changes.keys() & {"loss", "optimizer", "seq_len"} for changes in tried)

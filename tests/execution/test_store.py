@@ -79,12 +79,12 @@ def test_a_run_of_two_experiments_is_one_job(own: Any) -> None:
     own("one", SHORT + "seeds: [0]\naxes: {method: [lora, full]}\n")
     own("two", SHORT + "seeds: [0]\naxes: {method: [lora, ia3]}\n")
     workflow = load_workflow({"experiment": "one two"})
-    assert workflow.names == ["one", "two"]
-    records = {name: set(workflow.records(None)(SimpleNamespace(experiment=name))) for name in workflow.names}
+    assert list(workflow.plans) == ["one", "two"]
+    records = {name: set(workflow.records(None)(SimpleNamespace(experiment=name))) for name in workflow.plans}
     assert len(records["one"] & records["two"]) == 1 and len(records["one"] | records["two"]) == 3
     shared = Path((records["one"] & records["two"]).pop()).parent.name
     assert workflow.spec(SimpleNamespace(run_id=shared)).method.name == "lora"
-    assert Workflow([plan_experiment("one")]).names == ["one"]
+    assert list(Workflow([plan_experiment("one")]).plans) == ["one"]
     with pytest.raises(InputError, match="not a run of one, two"):
         workflow.spec(SimpleNamespace(run_id="lora-none"))
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from peftscope.sizing.remedies import Asked, remedies_of
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from peftscope.errors import InputError
@@ -16,8 +15,10 @@ from peftscope.memory.base import Model, describe_model
 from peftscope.memory.question import Question, ask
 from peftscope.memory.simulate import peaks_by_simulation
 from peftscope.models.shapes import ModelShape
+from peftscope.sizing.changes import Asked, remedies_of
 from peftscope.sizing.duration import Schedule, duration
 from peftscope.sizing.fit import fit_methods
+from peftscope.sizing.needs import Needs
 
 LENGTH, ANSWER, VOCABULARY, HIDDEN = 128, 50, 40_000, 64
 
@@ -151,7 +152,8 @@ def test_time_is_not_told_and_sizes_are_searched() -> None:
 
 def test_remedies_leave_out_the_second_model_and_the_logits() -> None:
     given = {"job": "dpo", "method": "full", "logprobs": "full", "batch_size": 8, "seq_len": 512}
-    question = ask(describe_model("qwen2.5-0.5b"), given, gpu=find_gpu("24GiB"))
-    changes = [change for remedy in remedies_of(Asked(question, given)) for change in remedy.changes.items()]
+    question, needs = ask(describe_model("qwen2.5-0.5b"), given, gpu=find_gpu("24GiB")), Needs(find_gpu("24GiB"))
+    remedies = remedies_of(Asked(question, given), needs.peaks(question), needs)
+    changes = [change for remedy in remedies for change in remedy.changes.items()]
     assert ("--logprobs", "chunked") in changes
     assert not {"--loss", "--loss-path"} & {name for name, _ in changes}

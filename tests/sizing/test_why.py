@@ -97,7 +97,7 @@ def test_one_run_is_explained_by_its_next_phase() -> None:
     assert (why.first_phase, why.second_phase) == ("evaluate", "backward")
     said = "\n".join(why.sentences)
     assert "The evaluation has the peak, " in said
-    assert "batch size 64 against 1" in said
+    assert "rows of a batch 64 against 1" in said
     assert sum(change.bytes for change in why.changes) == why.bytes > 0
     assert explain(run_of("llama-2-7b")).first_phase == "backward"
 
