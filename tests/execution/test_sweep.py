@@ -194,8 +194,6 @@ def test_the_check_of_a_card_on_a_processor_with_few_packages(own, repository: P
     records = [json.loads(path.read_text()) for path in Path("results/runs").glob("*/record.json")]
     assert len(records) == 10 and {record["status"] for record in records} == {"ok"}
     assert {record["spec"]["device"] for record in records} == {"cpu"}
-    limited = [record["run_id"] for record in records if record["spec"]["memory_limit_gib"]]
-    assert limited and all("not enforced" in Path("results/runs", run, "train.log").read_text() for run in limited)
     assert sum(record["latency"] is not None for record in records) == 2
     memory = [record["memory"] for record in records]
     assert all(part["train"]["peak_tensor_bytes"] == part["predicted"]["train_peak_tensor_bytes"] for part in memory)

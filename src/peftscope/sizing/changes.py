@@ -76,7 +76,7 @@ def values_of(
         "loss": [loss],
         "checkpointing": [{"checkpointing": True}] if method.supports_checkpointing and not spec.checkpointing else [],
         "batch_size": [{"batch_size": size, "gradient_accumulation": rows // size} for size in fewer],
-        "optimizer": [{"optimizer": "adamw_8bit"}] if spec.optimizer == "adamw" and spec.method.trains_base else [],
+        "optimizer": [{"optimizer": "adamw_8bit"}] if spec.optimizer == "adamw" and spec.method.trains else [],
         "method": [packing if getattr(spec.method, "quant_type", None) else {"method": "qlora", **packing}],
         "seq_len": [{"seq_len": spec.seq_len >> n} for n in range(1, 20) if spec.seq_len >> n >= SHORTEST],
         "eval_batch_size": [{"eval_batch_size": 1}] if spec.eval_batch_size > 1 else [],
@@ -256,7 +256,7 @@ def remedies_of(asked: Asked, peaks: Peaks, needs: Needs, most: int = MOST) -> l
         for level in (((),), *LEVELS):
             if known:
                 return
-            if "method" in level[-1] and least(changed(level[-1])[-1]) > usable:
+            if {"optimizer", "method"} & {*level[-1]} and least(changed(level[-1])[-1]) > usable:
                 continue
             for steps in level:
                 kept = {step for step in (*steps, *also) if values[step]}
