@@ -30,17 +30,8 @@ RESTORED = "restored.json"
 FINAL: tuple[Status, ...] = ("ok", "oom", "diverged")
 """The statuses that another attempt would only repeat."""
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "accelerate",
-    "lm_eval",
-    "numpy",
-    "tokenizers",
-    "peftscope",
-)
+LIBRARIES = "torch", "transformers", "peft", "bitsandbytes", "accelerate", "lm_eval", "numpy", "tokenizers"
+PACKAGES = (*LIBRARIES, "peftscope")
 """The packages whose versions a record names, and a contribution too."""
 
 TRY_AGAIN = "see its train.log; remove its record.json to try again (and state/, if it ran out of memory)"
