@@ -113,7 +113,6 @@ def test_no_room_on_the_disk() -> None:
 
 WRONG_COMMANDS = {
     "no file": ("run nothing.yaml", "no such file"),
-    "rank 0": ("""run '{"method": "lora", "rank": 0}'""", "->"),
     "model not fetched": ("""run '{"method": "lora", "model": "nobody/nothing"}'""", "->"),
     "no experiment": ("expand nothing", "->"),
     "no run": ("merge nothing", "->"),

@@ -158,8 +158,6 @@ WORST = {
         f"axes: {{rank: [{', '.join(map(str, range(1, 101)))}]}}\nseeds: [{', '.join(map(str, range(1001)))}]",
         "describes 100,100 runs, more than 100,000",
     ),
-    "a name of 300 letters": ("fixed: {model: " + "a" * 300 + "}", "unknown model"),
-    "a revision with a command": ("fixed: {model: a/b, revision: 'x;touch y'}", "should match pattern"),
 }
 
 
@@ -190,11 +188,9 @@ def json_of(tree: Any) -> str:
 OPTIONS = sorted({*RunSpec.model_fields, *METHOD_OPTIONS} - {"model", "task", "learning_rate", "device", "method"})
 A_SPEC: dict[str, Any] = {"model": "toy", "task": "two-digit-sums", "learning_rate": 0.1, "seed": 1, "steps": 5}
 A_WHOLE_SPEC = A_SPEC | {"method": {"name": "qlora", "rank": 4, "targets": ["q_proj"]}}
-A_RECORD = {
-    **RunRecord(
-        run_id="x", status="ok", spec=RunSpec.model_validate(A_WHOLE_SPEC), train_nll=[1.0], method_metrics={"a": 1.0}
-    ).model_dump(mode="json")
-}
+A_RECORD = RunRecord(
+    run_id="x", status="ok", spec=RunSpec.model_validate(A_WHOLE_SPEC), train_nll=[1.0], method_metrics={"a": 1.0}
+).model_dump(mode="json")
 A_CONFIG = PRESETS["llama-3.2-1b"][1].to_config()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import run_here
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from peftscope.cli.doctor import bf16_finding
 from peftscope.cli.main import app
@@ -39,23 +40,11 @@ def backward(outputs: torch.Tensor, *inputs: torch.Tensor) -> Results:
     return [outputs.detach(), *(tensor.grad for tensor in inputs)]  # type: ignore[misc]
 
 
-def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.linear(inputs, weight, bias)
-
-
-def head(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.linear(inputs, weight)
-
-
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return scaled_dot_product_attention(query, key, value, is_causal=True)
-
-
 LAYERS: dict[str, tuple[Callable[..., torch.Tensor], list[tuple[int, ...]]]] = {
     "linear": (linear, [(4, 24, 96), (160, 96), (160,)]),
-    "without bias": (head, [(4, 24, 96), (160, 96)]),
+    "without bias": (linear, [(4, 24, 96), (160, 96)]),
     "batched": (torch.bmm, [(3, 40, 96), (3, 96, 24)]),
-    "long attention": (attention, [(2, 3, 200, 32)] * 3),
+    "long attention": (partial(scaled_dot_product_attention, is_causal=True), [(2, 3, 200, 32)] * 3),
 }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_memory import model_of, small_shape
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from peftscope.errors import InputError
@@ -14,7 +15,6 @@ from peftscope.memory.answer import answer_by_formula, peaks_by_formula
 from peftscope.memory.base import Model, describe_model
 from peftscope.memory.question import Question, ask
 from peftscope.memory.simulate import peaks_by_simulation
-from peftscope.models.shapes import ModelShape
 from peftscope.sizing.changes import Asked, remedies_of
 from peftscope.sizing.duration import Schedule, duration
 from peftscope.sizing.fit import fit_methods
@@ -23,16 +23,13 @@ from peftscope.sizing.needs import Needs
 LENGTH, ANSWER, VOCABULARY, HIDDEN = 128, 50, 40_000, 64
 
 
-def model_of(*, tied: bool = False) -> Model:
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 160, "num_layers": 2}
-    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "tied_embeddings": tied}
-    shape = ModelShape(family="qwen2", **sizes, **heads)
-    return Model("a model", shape.to_config(), shape)
+def qwen(*, tied: bool = False) -> Model:
+    return model_of(small_shape(family="qwen2", vocab_size=VOCABULARY, hidden_size=HIDDEN, tied_embeddings=tied))
 
 
 def asked(job: str, *, tied: bool = False, **options: Any) -> Question:
     options = {"batch_size": 2, "seq_len": LENGTH, **options}
-    return ask(model_of(tied=tied), {"job": job, **options}, responses=ANSWER)
+    return ask(qwen(tied=tied), {"job": job, **options}, responses=ANSWER)
 
 
 FULL = {"logprobs": "full"}
@@ -101,7 +98,7 @@ def test_a_reference_takes_its_weights_or_nothing() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_reward_model_has_a_score_in_place_of_the_head(tied: bool) -> None:
-    config = AutoConfig.for_model(**model_of(tied=tied).config, num_labels=1)
+    config = AutoConfig.for_model(**qwen(tied=tied).config, num_labels=1)
     with torch.device("meta"):
         parameters = AutoModelForSequenceClassification.from_config(config).num_parameters()
     full, lora = (answer_by_formula(asked("reward", tied=tied, method=method)) for method in ("full", "lora"))
@@ -144,7 +141,7 @@ def test_time_is_not_told_and_sizes_are_searched() -> None:
     with pytest.raises(InputError, match="job: its time is not modelled: of dpo"):
         duration(question, Schedule(examples=10))
     (pairs,), (items,) = (
-        [fit.largest_batch_size for fit in fit_methods([model_of()], ["lora"], {"job": job}, find_gpu("4GiB"))]
+        [fit.largest_batch_size for fit in fit_methods([qwen()], ["lora"], {"job": job}, find_gpu("4GiB"))]
         for job in ("dpo", "kto")
     )
     assert pairs == pytest.approx(items / 2, rel=0.05)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from test_memory import model_of, small_shape
 
 from peftscope.errors import InputError
 from peftscope.hardware.cards import find_gpu
@@ -14,7 +15,7 @@ from peftscope.memory.answer import answer_by_formula
 from peftscope.memory.base import Model, describe_model
 from peftscope.memory.question import ask
 from peftscope.models.presets import PRESETS
-from peftscope.models.shapes import Experts, ModelShape
+from peftscope.models.shapes import Experts
 from peftscope.sizing.config_file import question_of, read_config
 from peftscope.sizing.fit import fit_methods
 
@@ -24,19 +25,9 @@ SAID = "experts: 54.00 GiB in 16 bits: under transformers 5 bitsandbytes skips f
 
 
 def tiny(family: str) -> Model:
-    shape = ModelShape(
-        family=family,
-        vocab_size=1000,
-        hidden_size=128,
-        intermediate_size=160,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=32,
-        tied_embeddings=False,
-        experts=Experts(number=8, per_token=2, size=160),
-    )
-    return Model("tiny", shape.to_config(), shape)
+    sizes = {"vocab_size": 1000, "hidden_size": 128, "head_dim": 32, "tied_embeddings": False}
+    experts = Experts(number=8, per_token=2, size=160)
+    return model_of(small_shape(family=family, experts=experts, **sizes), "tiny")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import fast_if
+from test_memory import small_shape
 from test_methods import OWN, batches_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -28,7 +29,7 @@ from peftscope.methods import METHODS
 from peftscope.models.catalog import model_folder
 from peftscope.models.fetch import fetch_model
 from peftscope.models.presets import PRESETS
-from peftscope.models.shapes import EXPERTS, FAMILIES, Experts, ModelShape
+from peftscope.models.shapes import EXPERTS, FAMILIES, Experts
 from peftscope.spec import RunSpec
 from peftscope.training.build import build_model
 from peftscope.training.load import DTYPES, attention, load_base, training_attention
@@ -98,7 +99,6 @@ def test_dora_whose_norm_has_a_gradient(settings: dict[str, Any], toy: Path, mak
     simulated, tracked = both(make_spec(**options))
     assert simulated == tracked
     question = ask(describe_model("toy"), options)
-    assert question.model.shape is not None
     closed, simulation = answer_by_formula(question), answer_by_simulation(question)
     assert closed.phases == pytest.approx(simulation.phases, rel=0.005)
     weights = sum(layer.weights for layer in question.model.shape.linear_layers(question.spec.method.targets_of()))
@@ -134,26 +134,14 @@ def test_every_setting(name: str, settings: dict[str, Any], toy: Path, make_spec
     assert simulated == tracked
 
 
-TINY = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 16,
-    "sliding_window": 64,
-}
-
-
 @pytest.mark.parametrize(
     ("method", "loss_path", "precision"),
     [("lora", "hf", "bf16"), fast_if(False, "full", "response_only", "amp")],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str, method: str, loss_path: str, precision: str, toy: Path, make_spec) -> None:
-    experts = Experts(number=4, per_token=2, size=TINY["intermediate_size"]) if family in EXPERTS else None
-    shape = ModelShape(family=family, tied_embeddings=family == "qwen2", experts=experts, **TINY)
+    experts = Experts(number=4, per_token=2, size=160) if family in EXPERTS else None
+    shape = small_shape(family=family, tied_embeddings=family == "qwen2", experts=experts, sliding_window=64)
     config = AutoConfig.for_model(**shape.to_config())
     attention = "eager" if family == "gemma2" else "sdpa"
     spec = make_spec(method=method, loss_path=loss_path, precision=precision, attention=attention)

@@ -336,7 +336,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a broken pattern": (FILES["alignment-handbook"] | {"lora_target_modules": "(q_proj"}, "no known module"),
     "a pattern in a list": (FILES["alignment-handbook"] | {"lora_target_modules": [r".*\.q_proj"]}, "has no"),
     "no rank": ({**FILES["axolotl"], "lora_r": None}, "give --rank"),
-    "length 0": (FILES["axolotl"] | {"sequence_len": 0}, "sequence_len (seq_len)"),
     "a length that is no number": (FILES["axolotl"] | {"sequence_len": "long"}, "sequence_len (seq_len)"),
     "a rank that is a switch": (FILES["axolotl"] | {"lora_r": True}, "lora_r: must be a value"),
     "no such module": (FILES["alignment-handbook"] | {"lora_target_modules": ["q_prj"]}, "`q_proj`?"),
@@ -485,7 +484,6 @@ def test_axolotls_plugin_of_cut_cross_entropy_switches_it_on(tmp_path: Path) -> 
 )
 def test_a_model_of_another_kind_is_refused_by_its_name(config: dict[str, Any], said: str, tmp_path: Path) -> None:
     shape = PRESETS["qwen2.5-0.5b"].shape
-    assert shape is not None
     (tmp_path / "config.json").write_text(json.dumps(shape.to_config() | config))
     with pytest.raises(InputError) as error:
         describe_model(str(tmp_path))
@@ -559,8 +557,6 @@ def test_the_command_is_a_check_before_a_run(peftscope: Command, tmp_path: Path)
     [
         ("base_model: [", "line 2: not valid YAML"),
         ("", "must be a mapping"),
-        ("a: 1\na: 2\n", "key `a` appears twice"),
-        ("- a\n- b\n", "must be a mapping"),
     ],
 )
 def test_a_broken_file_is_a_sentence(peftscope: Command, tmp_path: Path, text: str, message: str) -> None:

@@ -60,7 +60,6 @@ def test_the_widest_batch_decides_whether_a_data_set_fits() -> None:
 def test_the_widest_batch_that_fits_is_found() -> None:
     card = peaks(ROWS, 250).least_bytes
     answer = answer_lengths(on_a_card(card), LENGTHS)
-    assert answer.fits_width is not None
     assert peaks(ROWS, answer.fits_width).least_bytes <= card < peaks(ROWS, answer.fits_width + 1).least_bytes
     assert answer.too_long_items == sum(length > answer.fits_width for length in LENGTHS) == 3
     none = answer_lengths(on_a_card(CONTEXT_BYTES), LENGTHS)

@@ -34,16 +34,11 @@ TEXTS = {
         "4.68 MiB cached)",
         {"requested": round(12.5 * MIB), "allocated": round(8.57 * MIB), "unallocated": round(4.68 * MIB)},
     ),
-    "1.5, unilm#137": (
-        f"RuntimeError: {OLD} 128.00 MiB (GPU 0; 11.17 GiB total capacity; 10.85 GiB already allocated; 24.81 MiB "
-        "free; 10.86 GiB reserved in total by PyTorch)",
-        {"capacity": gib(11.17), "free": round(24.81 * MIB), "unallocated": gib(10.86) - gib(10.85)},
-    ),
     "2.0, FastChat#2701, folded": (
         f"OutOfMemoryError: {OLD} 1.25 GiB (GPU 1; 79.10 GiB total capacity; 76.13 GiB \nalready allocated; 290.12 MiB "
         "free; 77.47 GiB reserved in total by PyTorch) If reserved memory is >> allocated \nmemory try setting "
         "max_split_size_mb to avoid fragmentation.",
-        {"requested": gib(1.25), "allocated": gib(76.13), "unallocated": gib(77.47) - gib(76.13)},
+        {"capacity": gib(79.10), "free": round(290.12 * MIB), "unallocated": gib(77.47) - gib(76.13)},
     ),
     "2.1, MGFN#35": (
         f"torch.cuda.OutOfMemoryError: {OLD} 1.70 GiB. GPU 0 has a total capacty of 6.00 GiB of which 0 bytes is free. "

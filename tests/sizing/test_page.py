@@ -17,25 +17,15 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from conftest import launched
+from conftest import Command, launched
+from test_memory import small_shape
 
 from peftscope.memory.question import BESIDE_OPTIONS, METHOD_OPTIONS, SPEC_OPTIONS
 from peftscope.methods import METHODS
 from peftscope.sizing import page as asked
 from peftscope.spec import RunSpec
 
-Command = Callable[..., tuple[int, str, str]]
-
-TINY = {
-    "model_type": "qwen2",
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 640,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
+TINY = small_shape(family="qwen2", vocab_size=4096, max_seq_len=512).to_config()
 FIRST_SECONDS, LOADED_SECONDS = 10, 5
 """The aims: the first answer after navigation, and after Python is there."""
 BUSY = 4

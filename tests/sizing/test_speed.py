@@ -62,7 +62,6 @@ def test_products_are_counted_as_four_operations_a_weight_and_six_where_it_is_tr
     for method, passes in (("lora", 4), ("full", 6)):
         question = asked(method=method)
         shape = question.model.shape
-        assert shape is not None
         flops = sum(
             one.flops * one.times * factor
             for content, _ in passes_of(question)

@@ -56,7 +56,6 @@ def test_qlora_saves_weights_and_spends_on_preparation() -> None:
     prepared = run_of("llama-3-8b", method="qlora", rank=64, kbit_preparation=True)
     why = compare(prepared, run_of("llama-3-8b", method="lora", rank=64))
     shape = prepared[0].model.shape
-    assert shape is not None
     values = 2 * shape.vocab_size * shape.hidden_size + (2 * shape.num_layers + 1) * shape.hidden_size
     assert named(why, PREPARED).first_bytes == 2 * values  # two bytes beyond the two of bf16
     saved = -named(why, "weights").bytes
