@@ -138,7 +138,7 @@ def test_options_that_do_not_go_with_a_job_are_named(what: str) -> None:
 def test_time_is_not_told_and_sizes_are_searched() -> None:
     question = ask(describe_model("qwen2.5-0.5b"), {"job": "dpo"}, gpu=find_gpu("a100"))
     assert duration(question, Schedule()) is None
-    with pytest.raises(InputError, match="job: its time is not modelled: of dpo"):
+    with pytest.raises(InputError, match="job: the time of dpo is not modelled"):
         duration(question, Schedule(examples=10))
     (pairs,), (items,) = (
         [fit.largest_batch_size for fit in fit_methods([qwen()], ["lora"], {"job": job}, find_gpu("4GiB"))]

@@ -106,11 +106,14 @@ def show_advice(advice: Advice, console: Console, *, why: bool) -> None:
         spec = best.question.spec
         says = [f"{spec.batch_size} × {spec.gradient_accumulation} examples a step on a card", f"{spec.seq_len} tokens"]
         says += ["recomputation"] if spec.checkpointing else []
-        says += [f"{best.settings.value('epochs')} epochs"]
+        epochs = best.settings.value("epochs")
+        says += [f"{epochs} epoch{'s' if epochs != 1 else ''}"]
         console.print(f"It takes {lines['peak'].text} and {lines['time'].text}: {', '.join(says)}.", soft_wrap=True)
         if best.changes:
             console.print(f"So that it fits: {advice.costs(best)}.", soft_wrap=True, markup=False)
-        console.print("--why says what each rests on and what else fits; --as TRAINER gives a file to paste.")
+        paste = "" if advice.file else "; --as TRAINER gives a file to paste"
+        paste = "; a file to paste would have adapters on the vision tower too" if asked.model.vision else paste
+        console.print(f"--why says what each rests on and what else fits{paste}.")
     if advice.file:
         console.print(f"\n{advice.file}", soft_wrap=True, markup=False, end="")
 

@@ -157,7 +157,8 @@ def memory_command(
         str | None, typer.Option(help="full, lora, qlora, dora, adalora, loftq, ...; default lora.")
     ] = None,
     response_len: Annotated[
-        int | None, typer.Option(help="Positions with a loss, for response_only; default half of --seq-len.")
+        int | None,
+        typer.Option(help="Positions with a loss: for response_only, or of a --job's answers. Half of --seq-len."),
     ] = None,
     gpu: Annotated[
         str | None, typer.Option(help="The card: whether it fits, and the CUDA context. rtx4090, a100, ..., or 24GiB.")

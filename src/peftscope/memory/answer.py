@@ -348,6 +348,9 @@ def _agreement(question: Question, peaks: Peaks) -> str:
         return "no peak of such a run was measured on a card, or compared with a simulation"
     if question.beside.job != "sft":
         return "no peak of such a job was measured on a card under conditions that are all known"
+    if question.model.stored or question.model.vision:
+        kind = "base that is stored so" if question.model.stored else "model with a vision tower"
+        return f"no peak of a {kind} was measured on a card, or compared with a simulation"
     shape = question.model.shape
     plain = question.beside.loss == "plain" and not (shape and shape.experts)
     measured = json.loads(MEASURED_FILE.read_text()).get(method.name, {}) if plain else {}
@@ -360,6 +363,6 @@ def _agreement(question: Question, peaks: Peaks) -> str:
         said.append(f"none on {gpu.name}")
     if simulated := json.loads(AGREEMENT_FILE.read_text())["methods"].get(method.name):
         each = {kind: simulated[f"{kind}_percent"] for kind in ("allocated", "reserved")}
-        parts = (f"{kind} off by {one['mean']:.2f} % and {one['worst']:.2f} %" for kind, one in each.items())
-        said.append(f"{simulated['questions']} simulations: {', '.join(parts)}")
+        parts = (f"{kind} {one['mean']:.2f} % and {one['worst']:.2f} %" for kind, one in each.items())
+        said.append(f"on average and at worst in {simulated['questions']} simulations: {', '.join(parts)}")
     return "; ".join(said)

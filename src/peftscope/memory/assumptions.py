@@ -28,12 +28,12 @@ def library_versions() -> str:
 
 
 WAYS = {
-    "zero3": "FSDP, ZeRO-3",
-    "zero2": "weights whole, with 32-bit shares of trained ones: DeepSpeed's ZeRO-2 at 02aa38c, formula only",
-    "fsdp1": "FSDP's flat parameters, formula only",
-    "fsdp2": "torch's fully_shard, formula only",
+    "zero3": "weights, gradients and states (FSDP, ZeRO-3)",
+    "zero2": "gradients, states and 32-bit copies of trained weights (DeepSpeed's ZeRO-2 at 02aa38c, formula only)",
+    "fsdp1": "weights, gradients and states (FSDP's flat parameters, formula only)",
+    "fsdp2": "weights, gradients and states (torch's fully_shard, formula only)",
 }
-"""What each way of sharding is."""
+"""What each way of sharding spreads over the cards."""
 
 
 def _evaluation(question: Question) -> str:
@@ -152,7 +152,7 @@ def assumptions_of(question: Question) -> list[str]:
         )
     lines += spec.method.memory_assumptions
     if gpus > 1:
-        lines.append(f"weights, gradients and states sharded over {gpus} cards ({WAYS[question.beside.sharding]})")
+        lines.append(f"sharded over {gpus} cards, batch_size rows on each: {WAYS[question.beside.sharding]}")
     elif idle := question.beside.model_dump(
         include={"sharding", "quant_storage", "reduce_bucket"}, exclude_defaults=True
     ):
@@ -199,10 +199,9 @@ def _formula_only_lines(question: Question) -> list[str]:
         packed = packed or "packed weights are sharded as bf16 numbers, their constants are whole"
         lines.append(f"quant_storage={beside.quant_storage}: {packed} on every card")
     if beside.offload == "optimizer":
-        lines.append(
-            "offload=optimizer (formula only): states and the step itself on the host; gradients stay on the card, as "
-            "with torchao's CPUOffloadOptimizer, while ZeRO-Offload moves them too"
-        )
+        moved = "gradients too, as ZeRO-Offload has it" if question.gpus > 1 and beside.sharding == "zero2" else ""
+        moved = moved or "gradients stay on the card, as with torchao's CPUOffloadOptimizer"
+        lines.append(f"offload=optimizer (formula only): states and the step itself on the host; {moved}")
     if beside.offload == "parameters":
         lines.append(
             "offload=parameters (formula only): weights, gradients and states on the host, two layers at a time on the "

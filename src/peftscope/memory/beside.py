@@ -169,7 +169,7 @@ def with_job(spec: RunSpec, beside: Beside) -> Beside:
     }
     if wrong := [option for option, asked in foreign.items() if asked]:
         message = f"does not go with job={beside.job}"
-        raise InputError(Problem(option, message, "leave it out, or take another") for option in wrong)
+        raise InputError(Problem(option, message, "leave it out, or change --job") for option in wrong)
     if beside.reference == "disabled" and method.trains_base:
         raise InputError(Problem("reference", f"{method.name} has no adapter to disable", "use copy or precomputed"))
     own = "none" if not job.references else "copy" if method.trains_base else "disabled"

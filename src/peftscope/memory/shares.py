@@ -48,9 +48,9 @@ def _cards(question: Question, block: Block) -> int:
 
 
 def _trains(question: Question, block: Block) -> bool:
-    """Returns whether a block holds weights that are trained. A vision tower's are not."""
-    full = question.spec.method.trains_base and block.kind == "weights" and not block.module.startswith("vision_tower")
-    return full or block.kind == "adapters"
+    """Returns whether a block holds weights that are trained. Those of a vision tower and of a reference are not."""
+    full = question.spec.method.trains_base and block.kind == "weights"
+    return (full and not block.module.startswith(("vision_tower", "reference."))) or block.kind == "adapters"
 
 
 def _times(question: Question, block: Block) -> int:

@@ -93,6 +93,7 @@ def load_file(path: Path) -> tuple[type[Method] | None, str]:
         )
         made.model_validate(made().model_dump())  # pydantic checks no default
     except Exception as error:  # any file may fail in its own way, and the user needs one line
-        said = f"cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}"
+        why = " ".join(str(error).partition("For further information")[0].split())
+        said = f"cannot be loaded: {type(error).__name__}: {why}"
         return None, f"{said} ({place})" if (place := line_in(path, error)) != str(path) else said
     return made, ""

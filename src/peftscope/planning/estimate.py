@@ -47,7 +47,7 @@ EVALUATION = (
 
 
 @lru_cache
-def _measured(*, published_only: bool) -> dict[tuple[Any, ...], dict[str, Any]]:
+def _measured() -> dict[tuple[Any, ...], dict[str, Any]]:
     """Returns a record of each kind of run (model, method, device), and of each kind with each evaluation.
 
     Records of this machine come before published ones, and among those the ones with their machine's rate. Of several,
@@ -55,7 +55,7 @@ def _measured(*, published_only: bool) -> dict[tuple[Any, ...], dict[str, Any]]:
     were resumed too little.
     """
     kinds: dict[tuple[Any, ...], list[tuple[int, float, dict[str, Any]]]] = defaultdict(list)
-    for order, record in _finished(published_only=published_only):
+    for order, record in _finished():
         spec = record["spec"]
         kind, evaluation = _kind(spec)
         entry = (order, record["seconds"]["train"] / max(1, _sequences(spec) * _length(spec)), record)
@@ -98,9 +98,9 @@ def _lower_quartile(entries: list[tuple[int, float, dict[str, Any]]]) -> dict[st
     return best[len(best) // 4][2]
 
 
-def _finished(*, published_only: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+def _finished() -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (order, record) of runs that ended ``ok``. The order is 0 for this machine, 2 for others with no rate."""
-    for path in [] if published_only else record_paths():
+    for path in record_paths():
         if not is_restored(path.parent) and (record := _ended_well(path.read_text())):
             yield 0, record
     with suppress(ImportError):  # without pyarrow, as a sweep may be, published records cannot be read
@@ -126,7 +126,7 @@ def _kind(spec: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 def measured_runs() -> list[dict[str, Any]]:
     """Returns one record, as JSON content, for each model, method and device with a run that ended ``ok``."""
-    return [record for key, record in _measured(published_only=False).items() if len(key) == 3]
+    return [record for key, record in _measured().items() if len(key) == 3]
 
 
 def estimate_seconds(
@@ -134,7 +134,6 @@ def estimate_seconds(
     rate_of: Callable[[RunSpec], float | None] = lambda spec: None,
     *,
     one_thread: bool = False,
-    published_only: bool = False,
 ) -> float:
     """Returns the estimated wall seconds of a run, to within a factor of about 1.5.
 
@@ -144,11 +143,10 @@ def estimate_seconds(
             second. None means that this machine is assumed to be as fast as the record's.
         one_thread: Whether the run has one thread, beside as many others as there are cores. Records of such runs come
             first; with others, the computing takes longer.
-        published_only: Whether runs of this machine do not count, so that every checkout estimates the same.
     """
     wanted = spec.model_dump(mode="json")
     kind, evaluation = _kind(wanted)
-    records, slower = _measured(published_only=published_only), 1.0
+    records, slower = _measured(), 1.0
     if kind not in records and spec.method.trains:
         kind = (spec.model, LIKE_OTHERS, spec.device)
     record = records.get(kind + evaluation) or records.get(kind)

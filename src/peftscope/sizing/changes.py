@@ -29,6 +29,8 @@ from peftscope.words import spoken_bytes
 
 MOST = 3
 """The most remedies of an answer."""
+MOST_ROWS = 1 << 16
+"""The largest smaller batch that is tried."""
 SHORTEST = 256
 """The fewest tokens that a remedy cuts sequences to."""
 NOTHING = "a smaller model, a larger card, or --gpus"
@@ -70,7 +72,7 @@ def values_of(
         reference: What keeps a copy of the model from the card; empty: there is none.
     """
     rows, method = spec.batch_size * spec.gradient_accumulation, METHODS[spec.method.name]
-    fewer = [size for size in range(spec.batch_size - 1, 0, -1) if rows % size == 0]
+    fewer = [size for size in range(min(spec.batch_size - 1, MOST_ROWS), 0, -1) if rows % size == 0]
     values: dict[str, list[dict[str, Any]]] = {
         "reference": [reference],
         "loss": [loss],
@@ -133,11 +135,10 @@ class Remedy:
     @property
     def words(self) -> str:
         """The changes as they are written in the file or given to the command."""
-        words = [
-            (key if value is True else f"{key} {value}") if key.startswith("--") else f"{key}: {_yaml(value)}"
-            for key, value in self.changes.items()
-        ]
-        return (", " if all(not key.startswith("--") for key in self.changes) else " ").join(words)
+        keys = ", ".join(f"{key}: {_yaml(value)}" for key, value in self.changes.items() if not key.startswith("--"))
+        options = [(key, value) for key, value in self.changes.items() if key.startswith("--")]
+        given = " ".join(key if value is True else f"{key} {value}" for key, value in options)
+        return ", and ".join(filter(None, (keys, given)))
 
     def __str__(self) -> str:
         tight = "" if self.fits == "yes" else ", tight"
@@ -198,7 +199,8 @@ class Asked:
         """Returns what changes may set, in the words of the file and the command line."""
         question, shape = self.question, self.question.model.shape
         beside, scaled = question.beside, question.model.config["model_type"] in SCALED_LOGITS
-        loss = {"logprobs": "chunked"} if beside.logprobs == "full" else {}
+        own = self.reading is None and beside.as_trainer is None  # a trainer's release computes them in one way
+        loss = {"logprobs": "chunked"} if own and beside.logprobs == "full" else {}
         if beside.job == "sft" and beside.loss == "plain" and not scaled:
             loss = {"loss": "liger"}
         reference = {"reference": "precomputed"} if beside.reference == "copy" and beside.job != "grpo" else {}

@@ -114,12 +114,13 @@ def duration(question: Question, schedule: Schedule) -> Duration | None:
     if speed is None:
         return None
     spec = question.spec
-    job = "" if question.beside.job == "sft" else f"of {question.beside.job}"
+    job = "" if question.beside.job == "sft" else question.beside.job
     if job or question.model.shape is None:
         if schedule == Schedule():
             return None
-        where, why = ("job", job) if job else ("model", question.model.why_no_shape)
-        raise InputError(Problem(where, f"its time is not modelled: {why}"))
+        if job:
+            raise InputError(Problem("job", f"the time of {job} is not modelled", "leave out what asks for a time"))
+        raise InputError(Problem("model", f"its time is not modelled: {question.model.why_no_shape}"))
     step = step_time(question, speed)
     seconds = with_interval(step.seconds)
     tokens = Range(*(step.cards * step.tokens / value for value in (seconds.value, seconds.high, seconds.low)))

@@ -274,7 +274,7 @@ class Search:
             update={"method": spec.method.model_copy(update=changes)} if field == "rank" else changes
         )
         question = replace(self.question, spec=spec, responses=usual_responses(spec.seq_len))
-        sizes = {**sizes_of(question), "1/G": 1 / self.gpus}
+        sizes = {**sizes_of(question), "2": 2, "1/G": 1 / self.gpus, "2/G": 2 / self.gpus}
         return sum(number * segment_share(bytes_of(width, names, sizes)) for width, names, number in self._line)
 
     def _largest_rank(self) -> int | None:

@@ -132,6 +132,9 @@ def read_job(reading: Reading) -> None:
     if not JOBS[job].scored:
         return
     reading.assume("logprobs", *LOGPROBS[reading.trainer])
+    if reading.trainer == "LLaMA-Factory":
+        more = "the policy's logits stay through the reference's pass, and all rows are taken at once: it takes more"
+        reading.not_modelled.append(f"train/dpo/trainer.py: {more}")
     second = reading.is_on("ref_model", "ref_model_name_or_path", "rl_adapter_ref_model")
     if reading.is_on("precompute_ref_log_probs"):
         options["reference"] = "precomputed"
@@ -143,6 +146,7 @@ def read_job(reading: Reading) -> None:
         reading.responses = completion if isinstance(completion, int) else 512
         if isinstance(cut := reading.get(prompt), int):
             reading.set("seq_len", cut + reading.responses, prompt)
+            reading.assumed = [line for line in reading.assumed if not line.startswith("seq_len=")]
         elif "sequence_len" not in reading.values:
             options.pop("seq_len", None)
             reading.need("seq_len", "GRPO cuts no prompts: the longest prompt and its completion decide the length")

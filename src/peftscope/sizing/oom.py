@@ -304,7 +304,8 @@ def _remedies(question: Question, room: int, peaks: Peaks) -> list[Remedy]:
     """Returns what makes the run fit on the card of the text; an evaluation counts too if it is what does not fit."""
     card = replace(question.gpu, memory_bytes=room, reserve_bytes=0) if question.gpu else Gpu("the card", room)
     too_large = peaks.binding_phase == "evaluate" and peaks.least_bytes > room
-    options = options_of(question.spec) | question.beside.model_dump(exclude={"as_trainer"})
+    own = {"as_trainer", "reference", "logprobs"}  # the last two follow from the method
+    options = options_of(question.spec) | question.beside.model_dump(exclude=own)
     options |= {"evaluation": question.evaluates or too_large}
     asked = Asked(ask(question.model, options, gpu=card), options)
     needs = Needs(card)

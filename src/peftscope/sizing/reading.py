@@ -24,7 +24,7 @@ WHOLE = ("deepspeed",)
 MAY_CHANGE = re.compile(
     r"fp8.*|.*(context|tensor|expert|sequence|pipeline)_(model_)?parallel.*|dp_(shard|replicate)_size|ulysses.*"
     r"|.*tiled_mlp.*|.*offload.*|quantize_moe_experts|(torch_)?compile|use_(kt|kernels)|.*_kernels?|flash_attn_fuse_.*"
-    r"|freeze_.*|(image|video|audio)_.*"
+    r"|freeze_.*|(image|video|audio)_.*|(.*\.)?(use_)?vllm.*"
 )
 """Keys that may change what a step holds. Others that nothing is read from are harmless: paths, data, logs, rates."""
 

@@ -60,10 +60,10 @@ OF_METHOD: dict[tuple[Pasted, str], dict[str, Any]] = {
 """The keys of a method with bf16 products; adapters lie on all linear layers."""
 YOURS = {"axolotl": "datasets and output_dir", "llama-factory": "dataset, template and output_dir"}
 """What a trainer needs beside."""
+IMPORTS = {"peft": "LoraConfig", "transformers": "BitsAndBytesConfig"}
+"""What TRL's script imports if it uses it."""
 SCRIPT = (
-    "from datasets import load_dataset\n"
-    "from peft import LoraConfig\n"
-    "from transformers import BitsAndBytesConfig\n"
+    "from datasets import load_dataset\n{imports}"
     "from trl import SFTConfig, SFTTrainer\n\n"
     "trainer = SFTTrainer(\n    model={model!r},\n{calls}"
     '    train_dataset=load_dataset("json", data_files="my-examples.jsonl", split="train"),\n)\n'
@@ -90,4 +90,6 @@ def trainer_file(trainer: Pasted, spec: RunSpec, epochs: float) -> str:
         lines = "".join(f"        {key}={value!r},\n" for key, value in given)
         return f"    {name}={kind}(\n{lines}    ),\n" if given else ""
 
-    return SCRIPT.format(model=keys["model"], calls=call("args", "SFTConfig") + call("peft_config", "LoraConfig"))
+    calls = call("args", "SFTConfig") + call("peft_config", "LoraConfig")
+    used = [f"from {package} import {name}\n" for package, name in IMPORTS.items() if name in calls]
+    return SCRIPT.format(model=keys["model"], calls=calls, imports="".join(used))

@@ -68,9 +68,9 @@ class Advice:
 
     @property
     def file(self) -> str | None:
-        """What the trainer reads to do the first option; None: the advice is for no trainer, or nothing fits."""
-        if self.situation.trainer is None or not self.options:
-            return None
+        """What the trainer reads to do the first option; None: no trainer is named, nothing fits, or it has a tower."""
+        if self.situation.trainer is None or not self.options or self.situation.model.vision:
+            return None  # adapters of all linear layers would be on a tower's too, which is not what was sized
         option = self.options[0]
         rate, epochs = option.settings.value("learning_rate"), option.settings.value("epochs")
         spec = option.question.spec.model_copy(update={"learning_rate": rate})

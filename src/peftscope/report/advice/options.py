@@ -82,9 +82,11 @@ class Fitter:
 
     def options(self, methods: Sequence[str]) -> list[Option]:
         """Returns the options of methods, the best first. They fit with room if any option does."""
+        stored = self.situation.model.stored  # the weights of such a base are not trained
+        possible = [method for method in methods if not (stored and METHODS[method].trains_base)]
         for accepted in ACCEPTED:
             self._accepted = accepted
-            options = [option for method in methods for option in self._options_of(method)]
+            options = [option for method in possible for option in self._options_of(method)]
             if options:
                 return sorted(options, key=lambda option: self._worth(option, methods))
         return []
