@@ -48,7 +48,7 @@ def show_forecast(experiment: str, gpu: Gpu | None, *, brief: bool) -> None:
         gpu: The card; None: this machine's processor, which the runs of a study share, one thread each.
         brief: Whether one row stands for all runs of a method.
     """
-    from peftscope.execution.pace import Here
+    from peftscope.execution.pace import ProcessorForecaster
     from peftscope.hardware.device import detect_device
     from peftscope.planning.checks import too_few_items
     from peftscope.planning.disk import disk_bytes
@@ -60,7 +60,7 @@ def show_forecast(experiment: str, gpu: Gpu | None, *, brief: bool) -> None:
     plan = plan_experiment(experiment, device)
     sweep = expand(experiment, device, assume_rates=True) if plan.is_study else plan.sweep
     at_once = (os.cpu_count() or 1) if plan.is_study and device == "cpu" else 1
-    forecaster = Forecaster(gpu) if gpu else Here(one_thread=at_once > 1)
+    forecaster = Forecaster(gpu) if gpu else ProcessorForecaster(one_thread=at_once > 1)
     to_do = {identity: spec for identity, spec in sweep.runs.items() if not record_path(identity).is_file()}
     forecasts = [forecaster.forecast(run, spec, chosen=run in plan.sweep.runs) for run, spec in to_do.items()]
     console = wide_console(170)

@@ -34,7 +34,7 @@ def this_card() -> Gpu | None:
     return min((card for card in cards if card.memory_bytes), key=lambda card: card.memory_bytes, default=None)
 
 
-class Here:
+class ProcessorForecaster:
     """Forecasts runs on this machine's processor. Memory is asked once for all runs that take the same memory."""
 
     def __init__(self, one_thread: bool) -> None:

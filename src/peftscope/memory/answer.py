@@ -349,7 +349,7 @@ def _agreement(question: Question, peaks: Peaks) -> str:
     if question.beside.job != "sft":
         return "no peak of such a job was measured on a card under conditions that are all known"
     if question.model.stored or question.model.vision:
-        kind = "base that is stored so" if question.model.stored else "model with a vision tower"
+        kind = "base that is quantised already" if question.model.stored else "model with a vision tower"
         return f"no peak of a {kind} was measured on a card, or compared with a simulation"
     shape = question.model.shape
     plain = question.beside.loss == "plain" and not (shape and shape.experts)
