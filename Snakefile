@@ -23,7 +23,7 @@ shell.prefix(
     + ("exec " if workflow.modifier.is_main_snakefile() else "")
 )
 
-WORKFLOW = load_workflow(config)
+WORKFLOW = load_workflow(config, None if workflow.remote_exec else workflow.resource_settings.cores)
 DEMANDS = JobDemands(WORKFLOW)
 GRID = Paramspace(grid())
 CALCULATOR = sources("memory/**/*.py", "sizing/*.py", "methods/**/*.py")
@@ -108,11 +108,13 @@ rule train:
         checkpoint_seconds=300,
         attempts_left=0,
         keep_weights="adapters",
+        # The cores for a run that is timed while others on this machine wait.
+        timed_threads=WORKFLOW.timed_threads,
     params:
         spec=WORKFLOW.spec_json,
         options=WORKFLOW.options,
     shell:
-        "python -m peftscope run {params.spec:q} --threads {threads} --output $(dirname {output.record:q}) --checkpoint-seconds {resources.checkpoint_seconds} --attempts-left {resources.attempts_left} --keep-weights {resources.keep_weights} {params.options} > {log} 2>&1"
+        "python -m peftscope run {params.spec:q} --threads {threads} --timed-threads {resources.timed_threads} --output $(dirname {output.record:q}) --checkpoint-seconds {resources.checkpoint_seconds} --attempts-left {resources.attempts_left} --keep-weights {resources.keep_weights} {params.options} > {log} 2>&1"
 
 
 # The learning rates of a study's arms: three around the best listed one, then up to twice one more beyond an end.

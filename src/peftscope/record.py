@@ -112,7 +112,8 @@ class Seconds(_Part):
     """Wall seconds of each phase. Together they last from the start of the job's process to the writing of its record.
 
     ``verify`` compares the checksums of model and data. ``load`` includes reading and tokenising the data, and
-    ``evaluate`` includes saving the adapter.
+    ``evaluate`` includes saving the adapter. ``wait`` was spent until others let this run be timed alone, or
+    had been timed themselves.
     """
 
     verify: float = 0.0
@@ -125,6 +126,7 @@ class Seconds(_Part):
     probe: float = 0.0
     latency: float = 0.0
     ceilings: float = 0.0
+    wait: float = 0.0
     wall: float = 0.0
 
 

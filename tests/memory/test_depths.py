@@ -1,4 +1,4 @@
-"""The peaks of a deep hybrid that follow from shallow ones are those of the whole model."""
+"""The peaks of a deep model that follow from shallow ones are those of the whole model."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 from conftest import fast_if
+from transformers import LlamaConfig
 
 from peftscope.memory import depths
 from peftscope.memory.base import Model
+from peftscope.memory.beside import Beside
+from peftscope.memory.empty import empty_batch, empty_model
 from peftscope.memory.question import ask
-from peftscope.memory.simulate import answer_by_simulation
+from peftscope.memory.simulate import answer_by_simulation, simulate
+from peftscope.memory.trace import Trace
 from peftscope.words import MIB
 
 TINY = {
@@ -48,3 +52,25 @@ def test_one_more_layer_adds_the_same_at_any_depth(
     assert found.phases == pytest.approx(whole.phases, rel=1e-4)  # in all but one case to the byte
     assert sum(found.components.values()) == found.peak_allocated_bytes
     assert found.peak_reserved_bytes == pytest.approx(whole.peak_reserved_bytes, abs=2 * MIB)
+
+
+@pytest.mark.parametrize("method", ["none", "full", "qlora", "adalora"])
+def test_a_runs_peaks_follow_from_shallow_models(method: str, make_spec: Any) -> None:
+    spec, config = make_spec(method=method), LlamaConfig(**TINY, num_hidden_layers=7, attn_implementation="sdpa")
+    batch = empty_batch(rows=2, width=16, responses=4, padded=True, packed=False)
+
+    def simulate_at(config: Any) -> tuple[Trace, Trace | None]:
+        return simulate(spec, config, [batch] * 2 if spec.method.trains else [], batch)
+
+    found = depths.phases_by_depth(config, simulate_at)
+    assert found is not None
+    whole = {phase: peak.size for trace in simulate_at(config) if trace for phase, peak in trace.peaks().items()}
+    assert found.items() >= whole.items()
+
+
+def test_layers_with_other_parameters_are_not_alike(make_spec: Any) -> None:
+    config = LlamaConfig(**TINY, num_hidden_layers=3)
+    model = empty_model(make_spec(method="lora"), config, Beside()).model
+    assert depths.layers_are_alike(model, config)
+    next(p for name, p in model.named_parameters() if "layers.1." in name and p.requires_grad).requires_grad_(False)
+    assert not depths.layers_are_alike(model, config)

@@ -95,6 +95,12 @@ def run(
     spec: Spec,
     output: Annotated[Path | None, typer.Option(help="Folder of the run; default results/runs/RUN_ID.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")] = 0,
+    timed_threads: Annotated[
+        int,
+        typer.Option(
+            help="CPU threads while it trains, and runs on this machine that have this option wait; 0: none do."
+        ),
+    ] = 0,
     checkpoint_seconds: Annotated[
         float, typer.Option(min=0, help="Between two checkpoints; a stopped run goes on from the last one.")
     ] = 300,
@@ -128,7 +134,7 @@ def run(
     shares = _read_shares(keep_at)
     if shares and resolved.shards > 1:
         raise InputError(Problem("--keep-at", f"does not work with shards={resolved.shards}", "leave it out"))
-    Job(resolved, folder, threads, checkpoint_seconds, attempts_left, kept, not shared, shares).start()
+    Job(resolved, folder, threads, checkpoint_seconds, attempts_left, kept, not shared, shares, timed_threads).start()
 
 
 def _read_shares(text: str) -> list[float]:

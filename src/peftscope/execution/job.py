@@ -24,6 +24,7 @@ from peftscope.files.lock import locked
 from peftscope.files.storage import STORAGE_CODE
 from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.device import cards_claimed
+from peftscope.hardware.turns import Turns
 from peftscope.record import (
     KeepWeights,
     RunRecord,
@@ -60,6 +61,7 @@ class Job:
         keep_weights: The trained weights that stay when the run has ended.
         alone: Whether no other run shares the machine; only then are speed and the device's rates measured.
         keep_at: The shares of the training after which the trained weights are written.
+        timed_threads: The number of processor threads while it trains, and others on this machine wait; 0: none do.
     """
 
     spec: RunSpec
@@ -70,6 +72,7 @@ class Job:
     keep_weights: KeepWeights = "adapters"
     alone: bool = True
     keep_at: Sequence[float] = ()
+    timed_threads: int = 0
 
     def start(self) -> None:
         """Runs the spec and ends this process, or restores the record if an earlier job finished the run.
@@ -91,13 +94,16 @@ class Job:
                 message = f"{identity}: {record.status}, finished by an earlier job; to repeat it, remove {self.folder}"
                 errors.print(message, soft_wrap=True)
                 return
+            turns, waiting = Turns(self.timed_threads) if self.timed_threads else None, time.perf_counter()
+            if turns:
+                turns.enter()
             verifying = time.perf_counter()
             for resource in inputs(self.spec):
                 resource.verify()
             verified_seconds = time.perf_counter() - verifying
             with cards_claimed(self.spec.shards if self.spec.device == "cuda" else 0):
                 self._survive()
-                self._run(began, verified_seconds)
+                self._run(began, verified_seconds, verifying - waiting, turns)
 
     def _survive(self) -> None:
         """Forks and returns in the child. The parent waits, and writes a record if a signal killed the child."""
@@ -177,13 +183,13 @@ class Job:
         clear_checkpoints(self.folder)
         return 0
 
-    def _run(self, began: float, verified_seconds: float) -> None:
+    def _run(self, began: float, verified_seconds: float, waited_seconds: float, turns: Turns | None) -> None:
         """Runs the spec in this process, and in forked ones if the model is sharded, and ends them all."""
         rank = 0
         try:
             raise_on_signals()
             rank = fork_ranks(self.folder, self.spec.shards, partial(self._end_for_all, host_kills()))
-            record = self._execute(began, verified_seconds, rank)
+            record = self._execute(began, verified_seconds, waited_seconds, turns, rank)
         except Interrupted as error:
             if rank > 0:
                 os._exit(INTERRUPTED_CODE)  # this process's own record says why
@@ -202,7 +208,9 @@ class Job:
         # All processes diverge in the same step, and the record of the first one says so.
         os._exit(int(rank > 0 and record.status in ("oom", "failed")))
 
-    def _execute(self, began: float, verified_seconds: float, rank: int) -> RunRecord:
+    def _execute(
+        self, began: float, verified_seconds: float, waited_seconds: float, turns: Turns | None, rank: int
+    ) -> RunRecord:
         """Imports the libraries that the run needs, runs it and returns its record."""
         spec = self.spec
         # A run reads nothing from a hub: fetching is another command. Without this, libraries ask the hub and wait.
@@ -221,8 +229,8 @@ class Job:
                 import bitsandbytes  # noqa: F401
         if self.threads or spec.shards > 1:
             torch.set_num_threads(max(1, (self.threads or torch.get_num_threads()) // spec.shards))
-        phases = Phases(spec.device, began)
-        phases.mark_imported(verified_seconds)
+        phases = Phases(spec.device, began, turns)
+        phases.mark_imported(verified_seconds, waited_seconds)
         return execute(
             spec, self.folder, phases, self.checkpoint_seconds, rank, self.keep_weights, self.alone, self.keep_at
         )

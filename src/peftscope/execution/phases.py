@@ -6,7 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+
 from peftscope.hardware.meter import make_meter
+from peftscope.hardware.turns import Turns
 from peftscope.record import Memory, PhaseMemory, RankMemory, Seconds
 
 
@@ -18,17 +21,18 @@ class Phases:
         memory: The peaks. ``load`` and ``initialise`` both count as load.
     """
 
-    def __init__(self, device: str, began: float) -> None:
-        """Starts at ``began``, the ``perf_counter`` at the start of the process."""
+    def __init__(self, device: str, began: float, turns: Turns | None = None) -> None:
+        """Starts at ``began``, the ``perf_counter`` at the start of the process, which may take turns with others."""
         self.meter = make_meter(device)
         self.seconds = Seconds()
         self.memory = Memory()
         self._began = began
+        self.turns = turns
 
-    def mark_imported(self, verified_seconds: float = 0.0) -> None:
-        """Ends the phase that began with the process. ``verified_seconds`` of it were spent on checksums."""
-        self.seconds.verify = verified_seconds
-        self.seconds.importing = time.perf_counter() - self._began - verified_seconds
+    def mark_imported(self, verified_seconds: float = 0.0, waited_seconds: float = 0.0) -> None:
+        """Ends the phase that began with the process, of which some time was spent on checksums, or waiting."""
+        self.seconds.verify, self.seconds.wait = verified_seconds, waited_seconds
+        self.seconds.importing = time.perf_counter() - self._began - verified_seconds - waited_seconds
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -44,6 +48,23 @@ class Phases:
             target = {"load": "load", "initialise": "load", "train": "train", "evaluate": "evaluate"}.get(name)
             if target:
                 keep_larger(getattr(self.memory, target), peaks)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Has the machine alone inside this context, and all threads that are to be timed."""
+        if self.turns is None:
+            yield
+            return
+        beside = torch.get_num_threads()
+        with self.phase("wait"):
+            self.turns.begin()
+        torch.set_num_threads(self.turns.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(beside)
+            with self.phase("wait"):
+                self.turns.end()
 
     @contextmanager
     def aside(self, of: str, name: str) -> Iterator[None]:

@@ -37,7 +37,6 @@ def provenance(spec: RunSpec, rank: int = 0) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES} | versions_of(spec.method.name),
         "hardware": hardware(spec.device),
-        "threads": torch.get_num_threads(),
         # Only bf16 on a processor has two ways to compute products.
         "bf16_products": chosen_way() if spec.device == "cpu" and spec.precision != "fp32" else None,
         "environment": {

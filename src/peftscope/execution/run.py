@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from peftscope.errors import InputError
 from peftscope.execution.phases import Phases
 from peftscope.execution.provenance import provenance
@@ -81,7 +83,11 @@ def execute(
     log = TrainingLog()
     file = "record.json"
     try:
-        record.provenance = provenance(spec, rank) | {"alone": alone, "start": start_provenance(spec)}
+        record.provenance = provenance(spec, rank) | {
+            "alone": alone,
+            "threads": phases.turns.threads if phases.turns else torch.get_num_threads(),
+            "start": start_provenance(spec),
+        }
         if spec.shards > 1:
             join(spec, rank, meeting)
         with bf16_products(), _limited_memory(record):

@@ -38,7 +38,7 @@ from peftscope.files.manifest import file_sha256
 from peftscope.memory.predict import predict_or_nothing
 from peftscope.memory.probe import probe_evaluation, probe_training
 from peftscope.memory.tracker import MemoryTracker, tensors_of
-from peftscope.record import KeepWeights, Quality, RunRecord, Size, Timing, kept_path, steps_at
+from peftscope.record import Ceilings, KeepWeights, Quality, RunRecord, Size, Timing, kept_path, steps_at
 from peftscope.spec import RunSpec
 from peftscope.training.build import build_model, compiled_layers, count_parameters, seed_everything
 from peftscope.training.ceilings import measure_ceilings
@@ -118,7 +118,10 @@ def run_phases(
                 with phases.aside("train", "evaluate"):
                     write_kept(kept_path(folder, step), model)
 
-        digest = _train(spec, phases, log, checkpoints, trained, data, widest, after_step)
+        with phases.turn():
+            digest = _train(spec, phases, log, checkpoints, trained, data, widest, after_step)
+            if phases.turns:
+                record.ceilings = _measure_ceilings(spec, phases)
         if record.provenance["card"]:
             record.provenance["card"]["after_training"] = card_reading()
         record.train_batches_sha256 = digest
@@ -133,7 +136,7 @@ def run_phases(
             per_item = _score_heldout(spec, trained, data)
             generated, seconds = score_answers(model, tokenizer, spec, judged)
             if generated:
-                record.speed.generation_seconds = seconds if alone else None
+                record.speed.generation_seconds = seconds if alone and not phases.turns else None
                 quality.exact_match = sum(row["correct"] for row in generated) / len(generated)
                 quality.exact_match_items = len(generated)
             record.benchmarks = score_benchmarks(model, tokenizer, spec)
@@ -150,10 +153,15 @@ def run_phases(
     _probe(spec, phases, trained, widest)
     for state in ("apart", "merged"):
         timings |= _time_latency(spec, phases, model, state)
-    if trains and alone:
-        # A model may leave no room on the card for this measurement. The run is valid without it.
-        with phase("ceilings"), suppress(torch.OutOfMemoryError):
-            record.ceilings = measure_ceilings(spec)
+    if trains and alone and not phases.turns:
+        record.ceilings = _measure_ceilings(spec, phases)
+
+
+def _measure_ceilings(spec: RunSpec, phases: Phases) -> Ceilings:
+    """Returns the rates of the device; none where a model leaves no room on a card. The run is valid without them."""
+    with phases.phase("ceilings"), suppress(torch.OutOfMemoryError):
+        return measure_ceilings(spec)
+    return Ceilings()
 
 
 def _draw_items(spec: RunSpec) -> tuple[list[Item], list[Item]]:

@@ -21,7 +21,11 @@ from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES, CUBLAS_HOPPER_
 from peftscope.layout import PREDICTIONS_FOLDER
 from peftscope.memory.allocator import reserved_bytes
 from peftscope.memory.assumptions import library_versions
+from peftscope.memory.beside import Beside
+from peftscope.memory.depths import layers_are_alike, phases_by_depth
+from peftscope.memory.empty import empty_model
 from peftscope.memory.simulate import simulate
+from peftscope.memory.trace import Trace
 from peftscope.models.catalog import model_folder
 from peftscope.record import PredictedMemory
 from peftscope.spec import RunSpec, memory_key
@@ -102,17 +106,26 @@ def predict(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> Predi
     # As many steps as the probe takes. Optimizer states are allocated in the first, so the second is a typical step.
     steps = spec.probe_steps if spec.device == "cpu" and spec.probe_steps else 2
     batches = [widest] * steps if widest is not None else []
-    training, evaluation = simulate(spec, config, batches, widest_heldout, card.cublas_bytes if card else 0)
-    peaks = {phase: peak.size for phase, peak in training.peaks(paged=card is None).items()}
-    assert evaluation is not None
+
+    def simulate_at(config: Any) -> tuple[Trace | None, Trace | None]:
+        return simulate(spec, config, batches, widest_heldout, card.cublas_bytes if card else 0)
+
+    # What a card reserves follows from the order of all blocks, and that from the whole model.
+    shallow = card is None and layers_are_alike(empty_model(spec, config, Beside()).model, config)
+    peaks = phases_by_depth(config, simulate_at) if shallow else None
+    training = None
+    if peaks is None:
+        training, evaluation = simulate_at(config)
+        assert training and evaluation
+        both = [*training.peaks(paged=card is None).items(), *evaluation.peaks().items()]
+        peaks = {phase: peak.size for phase, peak in both}
+    parts = {f"{phase}_peak_tensor_bytes": peaks.get(phase) for phase in ("forward", "backward", "optimizer")}
     predicted = PredictedMemory(
-        forward_peak_tensor_bytes=peaks.get("forward"),
-        backward_peak_tensor_bytes=peaks.get("backward"),
-        optimizer_peak_tensor_bytes=peaks.get("optimizer"),
-        train_peak_tensor_bytes=max(peaks.values(), default=None),
-        evaluate_peak_tensor_bytes=evaluation.peaks()["evaluate"].size,
+        **parts,
+        train_peak_tensor_bytes=max((size for size in parts.values() if size), default=None),
+        evaluate_peak_tensor_bytes=peaks["evaluate"],
     )
-    if card and batches:
+    if card and batches and training:
         reserved = reserved_bytes(training)
         predicted.train_peak_reserved_bytes = reserved
         predicted.train_peak_device_bytes = reserved + (card.context_bytes or CONTEXT_BYTES) + training.paged_bytes()

@@ -158,7 +158,7 @@ def estimate_seconds(
         longer = _sequences(wanted) * _length(wanted) / (_sequences(before) * _length(before))
         scored = _scored_tokens(before, _length(wanted)) / max(1, _scored_tokens(before, _length(before)))
         computing = longer * seconds["train"] + scored * seconds["evaluate"] + seconds["probe"]
-        rest = seconds["wall"] - seconds["train"] - seconds["evaluate"] - seconds["probe"]
+        rest = seconds["wall"] - sum(seconds.get(name, 0.0) for name in ("train", "evaluate", "probe", "wait"))
         return float(rest + slower * computing * (1.0 if one_thread else _slower(record, rate_of(spec))))
     try:
         shape = find_model(spec.model).shape

@@ -55,6 +55,12 @@ class Plan:
         """Whether the experiment tunes learning rates and compares arms at them."""
         return self.sweep.experiment.study is not None
 
+    @property
+    def shares_machine(self) -> bool:
+        """Whether its runs share a processor and measure no speed: those of studies, and of random strings."""
+        on_cpu = all(spec.device == "cpu" for spec in self.sweep.runs.values())
+        return on_cpu and (self.is_study or self.measures_capacity)
+
     @cached_property
     def measures_capacity(self) -> bool:
         """Whether the experiment measures what is stored of random strings."""
@@ -125,8 +131,9 @@ class Workflow:
     Snakemake's wildcards and are cheap: one lookup each.
     """
 
-    def __init__(self, plans: Iterable[Plan]) -> None:
+    def __init__(self, plans: Iterable[Plan], cores: int | None = None) -> None:
         self.plans = {plan.name: plan for plan in plans}
+        self.cores = cores
         self.runs: dict[str, RunSpec] = {}
         self._gather()
 
@@ -204,12 +211,21 @@ class Workflow:
         self._gather()
 
     def threads(self, wildcards: Any) -> int:
-        """Returns the threads of a training job: one for a study's, of which as many run at once as there are cores.
+        """Returns the threads of a training job: one on a processor, where as many run at once as there are cores.
 
-        Two runs of one thread do 28 % more steps a second than one run of two, with the same losses. A run that is to
-        measure speed has the machine to itself. Snakemake lowers the number to the cores that there are.
+        Two runs of one thread do 28 % more steps a second than one run of two, with the same losses. Snakemake lowers
+        the number of others to the cores that there are.
         """
-        return 1 if self.shares_machine(wildcards.run_id) else MOST_THREADS
+        return 1 if self.shares_machine(wildcards.run_id) or self.timed_threads(wildcards) else MOST_THREADS
+
+    def timed_threads(self, wildcards: Any) -> int:
+        """Returns the threads of a job while it trains, if others wait for it meanwhile; 0: they need not.
+
+        Beside a run that shares the machine nothing can be timed, and latency is timed before and after training.
+        """
+        spec = self.spec(wildcards)
+        in_turns = spec.device == "cpu" and spec.shards == 1 and not spec.latency_tokens
+        return (self.cores or 0) if in_turns and not any(plan.shares_machine for plan in self.plans.values()) else 0
 
     def options(self, wildcards: Any) -> str:
         """Returns the options of a run that shares the machine, or keeps more weights than others.
@@ -226,12 +242,11 @@ class Workflow:
         return " ".join(option for option, holds in options.items() if holds)
 
     def shares_machine(self, run: str) -> bool:
-        """Returns whether a run has one thread, beside as many others as there are cores.
+        """Returns whether a run has one thread, beside as many others as there are cores, and measures no speed.
 
-        That holds if only studies list it, or experiments on random strings: they measure no speed.
+        That holds if only experiments list it whose runs do.
         """
-        plans = [plan for plan in self.plans.values() if run in plan.sweep.runs]
-        return all((plan.is_study or plan.measures_capacity) and plan.sweep.runs[run].device == "cpu" for plan in plans)
+        return all(plan.shares_machine for plan in self.plans.values() if run in plan.sweep.runs)
 
     def gpus(self, wildcards: Any) -> int:
         """Returns how many cards a training job needs."""
@@ -287,8 +302,12 @@ def _records(runs: Iterable[str]) -> list[str]:
     return [record_path(run).as_posix() for run in runs]
 
 
-def load_workflow(config: dict[str, Any]) -> Workflow:
+def load_workflow(config: dict[str, Any], cores: int | None = None) -> Workflow:
     """Returns the workflow for ``--config experiment="NAME ..."`` (default: quick), checked.
+
+    Args:
+        config: What was said behind ``--config``.
+        cores: The cores of this machine that its jobs have; None: each job has a machine or its own part of one.
 
     Raises:
         InputError: Everything that is wrong with the experiments on this machine.
@@ -306,7 +325,7 @@ def load_workflow(config: dict[str, Any]) -> Workflow:
     problems += check_disk(to_do, kept=kept)
     if problems:
         raise InputError(problems)
-    _loaded.append(Workflow(plans))
+    _loaded.append(Workflow(plans, cores))
     return _loaded[-1]
 
 
