@@ -183,8 +183,13 @@ def _entries(tried: dict[str, RunRecord]) -> list[dict[str, Any]]:
     entries = []
     for rate, records in sorted(by_rate.items()):
         losses = [record.quality.validation_nll for record in records]
-        reached = [loss for loss in losses if loss is not None]
-        mean = sum(reached) / len(reached) if len(reached) == len(losses) else None
         runs = [record.run_id for record in records]
+        mean = mean_or_none(losses)
         entries.append({"learning_rate": rate, "validation_nll": mean, "losses": losses, "run_ids": runs})
     return entries
+
+
+def mean_or_none(losses: list[float | None]) -> float | None:
+    """Returns the mean of losses, or None if one of their runs diverged and has none."""
+    reached = [loss for loss in losses if loss is not None]
+    return sum(reached) / len(reached) if len(reached) == len(losses) else None

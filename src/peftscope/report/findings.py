@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from peftscope.analysis.capacity import breaks, stored_bits
 from peftscope.analysis.collect import read_runs
@@ -18,7 +18,7 @@ from peftscope.claims.ledger import Claim
 from peftscope.claims.verdict import Verdict
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.files.content import read_yaml
-from peftscope.files.problems import dotted, problems_of
+from peftscope.files.problems import validated
 from peftscope.layout import (
     FINDINGS_FILE,
     FINDINGS_PAGE,
@@ -96,33 +96,25 @@ class Content(BaseModel):
     cut: list[Cut] = []
 
 
-def read_content(known: Sequence[str]) -> Content:
-    """Returns what ``experiments/findings.yaml`` says.
+def read_content(claims: Sequence[str]) -> Content:
+    """Returns what ``experiments/findings.yaml`` says of the claims with these ids.
 
     Raises:
         InputError: The file has problems, or names a claim or an experiment that is not known.
     """
     path = shipped(FINDINGS_FILE)
     names = set(Topic.model_fields) | set(Surprise.model_fields) | set(Cut.model_fields)
-    try:
-        content = Content.model_validate(read_yaml(path))
-    except ValidationError as error:
-        raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc)}", names)) from None
-    claims = [(topic.title, name) for topic in content.topics for name in topic.claims]
-    claims += [("first", surprise.claim) for surprise in content.first]
-    lost = [
-        Problem(f"{path}: {where}", f"no such claim (got {name})", close_match(name, known))
-        for where, name in claims
-        if name not in known
-    ]
-    experiments = [(topic.title, name) for topic in content.topics for name in topic.studies]
-    experiments += [("cut", cut.study) for cut in content.cut]
-    lost += [
-        Problem(f"{path}: {where}", f"no such experiment (got {name})", close_match(name, experiment_names()))
-        for where, name in experiments
-        if name not in experiment_names()
-    ]
-    if lost:
+    content = validated(Content, read_yaml(path), path, names)
+    named = [("claim", topic.title, name) for topic in content.topics for name in topic.claims]
+    named += [("claim", "first", surprise.claim) for surprise in content.first]
+    named += [("experiment", topic.title, name) for topic in content.topics for name in topic.studies]
+    named += [("experiment", "cut", cut.study) for cut in content.cut]
+    there_are = {"claim": claims, "experiment": experiment_names()}
+    if lost := [
+        Problem(f"{path}: {where}", f"no such {kind} (got {name})", close_match(name, there_are[kind]))
+        for kind, where, name in named
+        if name not in there_are[kind]
+    ]:
         raise InputError(lost)
     return content
 

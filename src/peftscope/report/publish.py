@@ -123,9 +123,7 @@ def publish_experiment(experiment: str) -> list[Path]:
         source / "runs.csv",
         *_chosen_rates(source),
         *filter(Path.is_file, [directions_path(experiment)]),
-        *sorted(source.glob("tables/*.csv")),
-        *sorted(source.glob("tables/*.parquet")),
-        *sorted(source.glob("tables/*.md")),
+        *(path for kind in ("csv", "parquet", "md") for path in sorted(source.glob(f"tables/*.{kind}"))),
         *sorted(source.glob("figures/*.svg")),
     ]
     results, report = PUBLISHED_RESULTS / experiment, PUBLISHED_REPORTS / experiment
