@@ -66,34 +66,20 @@ class Topic(BaseModel):
     papers: str
 
 
-class Cut(BaseModel):
-    """A study that was not run, and will not be for now.
-
-    Attributes:
-        study: Its experiment.
-        why: Why others came first.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    study: str
-    why: str
-
-
 class Content(BaseModel):
     """What ``experiments/findings.yaml`` says.
 
     Attributes:
         first: The findings that surprise most, which the README and the page show first.
         topics: The topics of the page.
-        cut: The studies that were planned and are not run.
+        cut: The studies that were planned and are not run for now, each with the reason why others came first.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     first: list[Surprise] = []
     topics: list[Topic]
-    cut: list[Cut] = []
+    cut: dict[str, str] = {}
 
 
 def read_content(claims: Sequence[str]) -> Content:
@@ -103,12 +89,12 @@ def read_content(claims: Sequence[str]) -> Content:
         InputError: The file has problems, or names a claim or an experiment that is not known.
     """
     path = shipped(FINDINGS_FILE)
-    names = set(Topic.model_fields) | set(Surprise.model_fields) | set(Cut.model_fields)
+    names = set(Topic.model_fields) | set(Surprise.model_fields)
     content = validated(Content, read_yaml(path), path, names)
     named = [("claim", topic.title, name) for topic in content.topics for name in topic.claims]
     named += [("claim", "first", surprise.claim) for surprise in content.first]
     named += [("experiment", topic.title, name) for topic in content.topics for name in topic.studies]
-    named += [("experiment", "cut", cut.study) for cut in content.cut]
+    named += [("experiment", "cut", name) for name in content.cut]
     there_are = {"claim": claims, "experiment": experiment_names()}
     if lost := [
         Problem(f"{path}: {where}", f"no such {kind} (got {name})", close_match(name, there_are[kind]))

@@ -36,8 +36,7 @@ def draw_forgetting(axes: plt.Axes, experiment: str) -> None:
     axes.set(
         xlabel="validation loss on the task (nats per response token)", ylabel="English prose, rise (bits per byte)"
     )
-    if means:
-        beside(axes)
+    beside(axes)
 
 
 def forgetting_sentence(experiment: str) -> str:

@@ -134,10 +134,8 @@ def _weights_tables(experiment: str) -> dict[str, str]:
 def _left_out(runs: pd.DataFrame) -> dict[str, tuple[int, int] | None]:
     """Returns for each table how many of its rows the page shows, and how many there are; None if it shows all."""
     methods = method_summary(runs)
-    counts = {
-        "methods": (len(best_settings(methods)), len(methods)),
-        "runs": (len(notable_runs(runs)), len(runs)),
-    }
+    tables = {"methods": (best_settings(methods), methods), "runs": (notable_runs(runs), runs)}
+    counts = {name: (len(shown), len(table)) for name, (shown, table) in tables.items()}
     return {name: (shown, total) if shown < total else None for name, (shown, total) in counts.items()}
 
 

@@ -170,8 +170,7 @@ def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
     if len(points) and not crowded:
         spread = float(points.max() - points.min()) or float(points.max()) / 10
         axes.set_ylim(float(points.min()) - spread / 3, float(points.max()) + spread / 3)
-    if len(trained):
-        beside(axes)
+    beside(axes)
 
 
 def draw_memory(axes: plt.Axes, runs: pd.DataFrame) -> None:
@@ -282,7 +281,10 @@ def draw_prediction(axes: plt.Axes, runs: pd.DataFrame) -> None:
 
 def beside(axes: plt.Axes) -> None:
     """Puts the legend below the axes, where it hides no point and leaves the figure its width on a phone."""
-    columns = 2 if max(map(len, axes.get_legend_handles_labels()[1]), default=0) > LABEL_WIDTH / 2 else 4
+    labels = axes.get_legend_handles_labels()[1]
+    if not labels:
+        return
+    columns = 2 if max(map(len, labels)) > LABEL_WIDTH / 2 else 4
     below = axes.transAxes + mpl.transforms.ScaledTranslation(0, -LEGEND_INCHES, axes.figure.dpi_scale_trans)
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below}
     axes.legend(title="", fontsize=9, ncols=columns, frameon=False, **place)
