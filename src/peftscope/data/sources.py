@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from peftscope.errors import InputError, Problem, shown
-from peftscope.files.content import REVISION_PATTERN, Count, CountOrZero, HubId
+from peftscope.files.content import REVISION_PATTERN, Count, CountOrZero, HubId, Strict
 from peftscope.files.hub import load_rows
 from peftscope.files.limits import check_characters
 from peftscope.files.manifest import file_sha256
@@ -27,18 +27,14 @@ SHOWN_LINES = 20
 _LINE = 'a line is {"prompt": ..., "response": ...}'
 
 
-class _Source(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class EnumerateSource(_Source):
+class EnumerateSource(Strict):
     """A small domain, of which every item is used."""
 
     kind: Literal["enumerate"]
     what: Literal["two_digit_sums"]
 
 
-class ReasoningGymSource(_Source):
+class ReasoningGymSource(Strict):
     """A reasoning-gym generator. Neighbouring seeds give the same items, so one seed makes the whole pool."""
 
     kind: Literal["reasoning_gym"]
@@ -48,7 +44,7 @@ class ReasoningGymSource(_Source):
     options: dict[str, Any] = {}
 
 
-class JsonlSource(_Source):
+class JsonlSource(Strict):
     """A file with one JSON object per line, which has ``prompt`` and ``response``."""
 
     kind: Literal["jsonl"]
@@ -62,7 +58,7 @@ class JsonlSource(_Source):
             return False
 
 
-class FillerSource(_Source):
+class FillerSource(Strict):
     """Random letters for runs that only measure memory and speed. The prompts are long enough to fill any sequence."""
 
     kind: Literal["filler"]
@@ -72,7 +68,7 @@ class FillerSource(_Source):
     seed: int = 0
 
 
-class RandomStringsSource(_Source):
+class RandomStringsSource(Strict):
     """Pairs of random strings, of which a model can know nothing but what it was trained on.
 
     Letters and digits alternate. Tokenizers that read words and single digits give each symbol a token of its own, and
@@ -105,7 +101,7 @@ class RandomStringsSource(_Source):
 _ALPHABETS = string.ascii_letters, string.digits
 
 
-class HubDataSource(_Source):
+class HubDataSource(Strict):
     """A data set of a Hugging Face hub.
 
     Attributes:

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from peftscope.errors import InputError, Problem, shown
 from peftscope.files.limits import DEEPEST, LARGEST_INTEGER, LONGEST_NUMBER, check_characters
@@ -42,6 +42,13 @@ HubId = Annotated[str, Field(pattern=f"^{HUB_ID_PATTERN}$")]
 """A hub's id of a model or a data set: ``name`` or ``org/name``."""
 InnerPath = Annotated[str, Field(pattern=f"^{_INNER_PART}(/{_INNER_PART})*$")]
 """A relative path that stays inside its folder."""
+
+
+class Strict(BaseModel):
+    """What people write into files, read once: a field that is not known is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
 
 LARGEST_BYTES = 1_000_000
 """The largest file that is read: three times the ledger of claims, and up to twenty seconds of PyYAML."""

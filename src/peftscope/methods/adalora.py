@@ -5,7 +5,7 @@ Source: Zhang et al. 2023, arXiv 2303.10512. The schedule is given in shares of 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,14 +17,12 @@ from peftscope.methods.fields import (
     Dropout,
     Method,
     Rank,
+    RunSpec,
     Targets,
     adapted_modules,
     target_modules,
 )
-
-if TYPE_CHECKING:
-    from peftscope.models.shapes import ModelShape
-    from peftscope.spec import RunSpec
+from peftscope.models.shapes import ModelShape
 
 IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 """The scores that PEFT's rank allocator keeps for every trained value."""

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from peftscope.files.content import NUMBER, Count
+from peftscope.files.content import NUMBER, Count, Strict
+from peftscope.models.shapes import LinearLayer, ModelShape
 
 if TYPE_CHECKING:
-    from peftscope.models.shapes import LinearLayer, ModelShape
-    from peftscope.spec import RunSpec
+    from peftscope.spec import RunSpec as RunSpec
+else:
+    RunSpec = Any  # its fields are made of all methods
 
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
     "minimal": ("q_proj", "v_proj"),
@@ -102,10 +104,8 @@ ComputeDtype = Annotated[Literal["bf16", "fp32"], Field(description="dtype of th
 VirtualTokens = Annotated[Count, Field(description="trainable positions before the prompt")]
 
 
-class Quantization(BaseModel):
+class Quantization(Strict):
     """How the linear layers of a frozen base are stored. Every option of bitsandbytes is set; no default applies."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     quant_type: QuantType = "nf4"
     double_quant: DoubleQuant = True

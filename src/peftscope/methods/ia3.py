@@ -5,15 +5,12 @@ Source: Liu et al. 2022, arXiv 2205.05638.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from peftscope.methods.fields import AdapterDtype, ClosedForm, Method, Targets, target_modules, with_fused
-
-if TYPE_CHECKING:
-    from peftscope.models.shapes import ModelShape
-    from peftscope.spec import RunSpec
+from peftscope.methods.fields import AdapterDtype, ClosedForm, Method, RunSpec, Targets, target_modules, with_fused
+from peftscope.models.shapes import ModelShape
 
 RESCALED_INPUTS = ["down_proj"]
 RESCALED = with_fused(["k_proj", "v_proj"]) + RESCALED_INPUTS

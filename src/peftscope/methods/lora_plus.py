@@ -5,16 +5,13 @@ Source: Hayou et al. 2024, arXiv 2402.12354, which also proposes the default rat
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from peftscope.files.content import NUMBER
-from peftscope.methods.fields import ClosedForm
+from peftscope.methods.fields import ClosedForm, RunSpec
 from peftscope.methods.low_rank import LowRank
-
-if TYPE_CHECKING:
-    from peftscope.spec import RunSpec
 
 
 class LoRAPlus(LowRank):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from peftscope.methods.fields import (
     SIMULATED,
@@ -16,14 +16,12 @@ from peftscope.methods.fields import (
     Quantization,
     QuantType,
     Rank,
+    RunSpec,
     Targets,
     adapted_modules,
     target_modules,
 )
-
-if TYPE_CHECKING:
-    from peftscope.models.shapes import ModelShape
-    from peftscope.spec import RunSpec
+from peftscope.models.shapes import ModelShape
 
 
 def low_rank_parameters(shape: ModelShape, targets: str | tuple[str, ...], rank: int) -> int:

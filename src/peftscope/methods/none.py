@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from peftscope.methods.fields import SIMULATED, ClosedForm, Method, Quantization
-
-if TYPE_CHECKING:
-    from peftscope.models.shapes import ModelShape
-    from peftscope.spec import RunSpec
+from peftscope.methods.fields import SIMULATED, ClosedForm, Method, Quantization, RunSpec
+from peftscope.models.shapes import ModelShape
 
 
 class Untouched(Method):

@@ -5,13 +5,10 @@ Source: Li and Liang 2021, arXiv 2101.00190, without the reparametrisation netwo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from peftscope.methods.fields import Prepended
-
-if TYPE_CHECKING:
-    from peftscope.models.shapes import ModelShape
-    from peftscope.spec import RunSpec
+from peftscope.methods.fields import Prepended, RunSpec
+from peftscope.models.shapes import ModelShape
 
 
 class PrefixTuning(Prepended):

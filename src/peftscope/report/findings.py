@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict
 
 from peftscope.analysis.capacity import breaks, stored_bits
 from peftscope.analysis.collect import read_runs
@@ -17,7 +16,7 @@ from peftscope.analysis.study import StudyResults
 from peftscope.claims.ledger import Claim
 from peftscope.claims.verdict import Verdict
 from peftscope.errors import InputError, Problem, close_match
-from peftscope.files.content import read_yaml
+from peftscope.files.content import Strict, read_yaml
 from peftscope.files.problems import validated
 from peftscope.layout import (
     FINDINGS_FILE,
@@ -35,7 +34,7 @@ from peftscope.report.contrasts import answer as answer_of_study
 from peftscope.report.contrasts import contrasts
 from peftscope.report.front import Surprise, rests_on, surprising
 from peftscope.report.page import ANSWERS
-from peftscope.report.rendering import rendered
+from peftscope.report.rendering import write_page
 from peftscope.report.shares import arms_shown
 from peftscope.report.spoken import deciding, short_scope, spoken_finding, spoken_verdict
 from peftscope.words import spoken_time
@@ -44,7 +43,7 @@ ORDER = [Verdict.WRONG, Verdict.IN_PART, Verdict.HOLDS, Verdict.OPEN]
 """What surprises comes first."""
 
 
-class Topic(BaseModel):
+class Topic(Strict):
     """One part of the page.
 
     Attributes:
@@ -56,8 +55,6 @@ class Topic(BaseModel):
         papers: Where the papers say something else, or measure otherwise.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     title: str
     claims: list[str]
     studies: list[str] = []
@@ -66,7 +63,7 @@ class Topic(BaseModel):
     papers: str
 
 
-class Content(BaseModel):
+class Content(Strict):
     """What ``experiments/findings.yaml`` says.
 
     Attributes:
@@ -74,8 +71,6 @@ class Content(BaseModel):
         topics: The topics of the page.
         cut: The studies that were planned and are not run for now, each with the reason why others came first.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     first: list[Surprise] = []
     topics: list[Topic]
@@ -117,7 +112,8 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
     """
     by_id = {finding["id"]: finding for finding in findings}
     content = read_content([claim.id for claim in claims])
-    page = rendered(
+    return write_page(
+        folder / FINDINGS_PAGE.name,
         "findings.md.j2",
         basis=rests_on(findings),
         confidence=f"{100 * CONFIDENCE:g}",
@@ -128,10 +124,6 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
         cut=content.cut,
         statements={claim.id: claim.statement for claim in claims},
     )
-    path = folder / FINDINGS_PAGE.name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page)
-    return path
 
 
 def _rounding(findings: list[dict[str, Any]]) -> str:

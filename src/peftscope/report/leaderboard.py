@@ -19,7 +19,7 @@ from peftscope.errors import InputError
 from peftscope.layout import LEADERBOARD, PUBLISHED_REPORTS, REPORTS, RESULTS, published, published_paths, report_path
 from peftscope.planning.experiment import A_A
 from peftscope.report.contrasts import contrasts, controls, readable_difference
-from peftscope.report.rendering import asset, rendered
+from peftscope.report.rendering import asset, write_page
 from peftscope.report.sentences import spoken_outcome
 from peftscope.report.study import EARLIER_MARGIN
 from peftscope.report.tables import PREDICTED_PEAK, markdown, pooled, settings, spoken_settings
@@ -219,11 +219,8 @@ def write_leaderboard(sections: list[Section], left_out: dict[str, str], folder:
         "points": POINTS,
         "style": asset("report.css"),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    page = folder / f"{LEADERBOARD}.html"
-    for suffix in (".html", ".md"):
-        page.with_suffix(suffix).write_text(rendered(f"{LEADERBOARD}{suffix}.j2", **content))
-    return page
+    write_page(folder / f"{LEADERBOARD}.md", "leaderboard.md.j2", **content)
+    return write_page(folder / f"{LEADERBOARD}.html", "leaderboard.html.j2", **content)
 
 
 def _content(section: Section, folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from peftscope.report.capacity import capacity_facts
 from peftscope.report.memory import CARDS
 from peftscope.report.parts import PARTS
 from peftscope.report.plots import draw_figure
-from peftscope.report.rendering import asset, rendered
+from peftscope.report.rendering import asset, write_page
 from peftscope.report.sentences import FIGURES, NOTHING, sentence
 from peftscope.report.serving import latencies, limited_runs
 from peftscope.report.study import study_facts, study_sentences
@@ -88,7 +88,8 @@ def write_report(experiment: str) -> Path:
     ]
     if not is_finished:
         figures, answers = figures + answers, []
-    page = rendered(
+    return write_page(
+        report_path(experiment),
         "report.html.j2",
         experiment=experiment,
         confidence=f"{100 * CONFIDENCE:g}",
@@ -115,10 +116,6 @@ def write_report(experiment: str) -> Path:
         warnings=_warnings(runs),
         materials=_materials(runs),
     )
-    path = report_path(experiment)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page)
-    return path
 
 
 def _table(folder: Path, name: str) -> str:

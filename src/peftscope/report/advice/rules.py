@@ -8,11 +8,11 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from peftscope.claims.stored import read_findings
 from peftscope.claims.verdict import Verdict
-from peftscope.files.content import read_yaml
+from peftscope.files.content import Strict, read_yaml
 from peftscope.files.problems import validated
 from peftscope.layout import ADVICE_FILE, CLAIMS_RESULTS, PACKAGED, PUBLISHED_RESULTS, REPOSITORY, shipped
 from peftscope.words import counted
@@ -53,7 +53,7 @@ class Standing(IntEnum):
     REFUTED = 5
 
 
-class Grounds(BaseModel):
+class Grounds(Strict):
     """What a recommendation says, and what it rests on.
 
     Attributes:
@@ -64,8 +64,6 @@ class Grounds(BaseModel):
         reaches_billions: The parameters, in billions, of the largest model in these papers.
         computed: Whether arithmetic alone decides.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     says: str
     claims: list[str] = []
@@ -178,10 +176,8 @@ class Change(Grounds):
     rank: int | None = None
 
 
-class Rules(BaseModel):
+class Rules(Strict):
     """All rules and changes of the advice."""
-
-    model_config = ConfigDict(extra="forbid")
 
     rules: list[Rule]
     changes: list[Change]
