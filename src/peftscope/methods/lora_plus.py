@@ -30,8 +30,5 @@ class LoRAPlus(LowRank):
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         return [
             {"params": [p for name, p in trained if ".lora_B." not in name], "lr": spec.learning_rate},
-            {
-                "params": [p for name, p in trained if ".lora_B." in name],
-                "lr": spec.learning_rate * self.lr_ratio,
-            },
+            {"params": [p for name, p in trained if ".lora_B." in name], "lr": spec.learning_rate * self.lr_ratio},
         ]

@@ -270,8 +270,7 @@ class Experiment(Strict):
     description: str = ""
     extends: str | None = None
     card: Annotated[
-        str | None,
-        Field(description="the card that it is made for, which `expand` takes where there is none"),
+        str | None, Field(description="the card that it is made for, which `expand` takes where there is none")
     ] = None
     fixed: dict[str, Any] = {}
     methods: dict[str, dict[str, Any]] = {}

@@ -18,15 +18,7 @@ from peftscope.claims.verdict import Verdict
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.files.content import Strict, read_yaml
 from peftscope.files.problems import validated
-from peftscope.layout import (
-    FINDINGS_FILE,
-    FINDINGS_PAGE,
-    PUBLISHED_REPORTS,
-    REPORTS,
-    folder_with,
-    published,
-    shipped,
-)
+from peftscope.layout import FINDINGS_FILE, FINDINGS_PAGE, PUBLISHED_REPORTS, REPORTS, folder_with, published, shipped
 from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
 from peftscope.record import FINAL
 from peftscope.report.capacity import answer as answer_on_capacity

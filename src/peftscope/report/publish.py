@@ -33,13 +33,7 @@ from peftscope.layout import (
     run_folder,
 )
 from peftscope.planning.experiment import experiment_path
-from peftscope.planning.published import (
-    LARGEST_BYTES,
-    RECORDS,
-    published_items,
-    published_records,
-    write_runs,
-)
+from peftscope.planning.published import LARGEST_BYTES, RECORDS, published_items, published_records, write_runs
 from peftscope.planning.sweep import Sweep, expand
 from peftscope.record import RESTORED, measured_path, parse_record, state_folder
 from peftscope.report.findings import read_content, write_findings
