@@ -20,7 +20,7 @@ from peftscope.methods.fields import (
     RunSpec,
     Targets,
     adapted_modules,
-    target_modules,
+    with_adapter,
 )
 from peftscope.models.shapes import ModelShape
 
@@ -72,18 +72,16 @@ class AdaLoRA(Method):
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Returns init_r * (in + out + 1), summed over the targets: the trained values before the first pruning."""
-        return sum(
-            self.init_r * (layer.inputs + layer.outputs + 1)
-            for layer in shape.linear_layers(target_modules(self.targets))
-        )
+        layers = shape.linear_layers(self.targets_of())
+        return sum(self.init_r * (layer.inputs + layer.outputs + 1) for layer in layers)
 
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the base wrapped with PEFT's AdaLoRA, with the schedule scaled to ``spec.steps``."""
-        from peft import AdaLoraConfig, TaskType, get_peft_model
-
         tfinal = max(1, round(spec.steps * self.final_share))
-        config = AdaLoraConfig(
-            task_type=TaskType.CAUSAL_LM,
+        wrapped = with_adapter(
+            model,
+            "AdaLoraConfig",
+            self.adapter_dtype,
             init_r=self.init_r,
             target_r=self.target_r,
             lora_alpha=self.alpha,
@@ -96,7 +94,6 @@ class AdaLoRA(Method):
             orth_reg_weight=self.orthogonal_weight / spec.gradient_accumulation,
             total_step=spec.steps,
         )
-        wrapped = get_peft_model(model, config, autocast_adapter_dtype=self.adapter_dtype == "fp32")
         for name, parameter in wrapped.named_parameters():
             if ".ranknum." in name:
                 # PEFT 0.21 makes this trainable when it casts the adapter of a bf16 base to fp32.

@@ -20,6 +20,7 @@ from peftscope.methods.fields import (
     Targets,
     adapted_modules,
     target_modules,
+    with_adapter,
 )
 from peftscope.models.shapes import ModelShape
 
@@ -52,18 +53,8 @@ def wrap_with_lora(
     **options: Any,
 ) -> Any:
     """Returns ``model`` with a LoRA layer on every target. ``options`` are passed to PEFT's ``LoraConfig``."""
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=adapted_modules(model, targets),
-        bias="none",
-        **options,
-    )
-    return get_peft_model(model, config, autocast_adapter_dtype=adapter_dtype == "fp32")
+    options |= {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none"}
+    return with_adapter(model, "LoraConfig", adapter_dtype, target_modules=adapted_modules(model, targets), **options)
 
 
 class LowRank(Method):
@@ -106,7 +97,3 @@ class LowRankOnFewBits(LowRank):
         return Quantization(
             quant_type=self.quant_type, double_quant=self.double_quant, compute_dtype=self.compute_dtype
         )
-
-    def rounding(self) -> str | None:
-        """Returns the code if it is simulated."""
-        return self.quant_type if self.quant_type in SIMULATED else None

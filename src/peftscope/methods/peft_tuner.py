@@ -14,15 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from peftscope.errors import InputError, Problem, close_match
-from peftscope.methods.fields import (
-    AdapterDtype,
-    Method,
-    Quantization,
-    RunSpec,
-    Targets,
-    adapted_modules,
-    target_modules,
-)
+from peftscope.methods.fields import AdapterDtype, Method, RunSpec, Targets, adapted_modules, target_modules
 from peftscope.methods.tuner_options import limit_of, options_of, problems_of_options, tuners, with_json_types
 
 OTHER_LAYERS = ("adaption_prompt", "ln_tuning", "trainable_tokens")
@@ -130,10 +122,6 @@ class PeftTuner(Method):
         if self.targets is None:
             return [] if self.tuner in OTHER_LAYERS else target_modules("all-linear")
         return target_modules(self.targets)
-
-    def quantization(self) -> Quantization | None:
-        """Returns NF4 with double quantisation for a 4-bit base."""
-        return Quantization() if self.base_weights == "nf4" else None
 
     def full_label(self) -> str:
         """Returns the tuner's name, with the options that differ from the defaults."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from peftscope.methods.fields import Prepended, RunSpec
+from peftscope.methods.fields import Prepended, RunSpec, with_adapter
 from peftscope.models.shapes import ModelShape
 
 
@@ -26,7 +26,4 @@ class PrefixTuning(Prepended):
 
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the base wrapped with PEFT's prefix tuning."""
-        from peft import PrefixTuningConfig, TaskType, get_peft_model
-
-        config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=self.virtual_tokens)
-        return get_peft_model(model, config)
+        return with_adapter(model, "PrefixTuningConfig", num_virtual_tokens=self.virtual_tokens)

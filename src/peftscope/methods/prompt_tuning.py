@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from peftscope.methods.fields import Prepended, RunSpec
+from peftscope.methods.fields import Prepended, RunSpec, with_adapter
 from peftscope.models.shapes import ModelShape
 
 
@@ -28,11 +28,5 @@ class PromptTuning(Prepended):
 
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the base wrapped with PEFT's prompt tuning. The embeddings start as samples from the vocabulary."""
-        from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
-
-        config = PromptTuningConfig(
-            task_type=TaskType.CAUSAL_LM,
-            num_virtual_tokens=self.virtual_tokens,
-            prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
-        )
-        return get_peft_model(model, config)
+        options = {"num_virtual_tokens": self.virtual_tokens, "prompt_tuning_init": "SAMPLE_VOCAB"}
+        return with_adapter(model, "PromptTuningConfig", **options)

