@@ -14,7 +14,7 @@ LONGEST_NUMBER = 100
 
 
 def check_plain(content: Any) -> None:
-    """Raises RecursionError for content that is nested too deeply, and ValueError if it is too large or not all text."""
+    """Raises RecursionError for content nested too deeply, and ValueError if it is too large or not all text."""
     size, left = 0, [(content, 0)]
     while left:
         value, level = left.pop()
