@@ -94,6 +94,4 @@ class LowRankOnFewBits(LowRank):
         """Returns the storage of the base, or None if its code is simulated."""
         if self.quant_type in SIMULATED:
             return None
-        return Quantization(
-            quant_type=self.quant_type, double_quant=self.double_quant, compute_dtype=self.compute_dtype
-        )
+        return Quantization(**self.model_dump(include={*Quantization.model_fields}))

@@ -58,12 +58,10 @@ def check_run(spec: RunSpec, where: str, *, fetched: bool = False) -> None:
 def check_compiler(runs: dict[str, RunSpec]) -> list[Problem]:
     """Returns a problem if runs are to be compiled, and this machine has no compiler."""
     devices = {spec.device for spec in runs.values() if spec.compile}
-    variable = {"cpu": "CXX", "cuda": "CC"}
+    named = {"cpu": "CXX", "cuda": "CC"}
     return [
         Problem(
-            "compile",
-            f"torch.compile finds no compiler for {device}",
-            f"install gcc, or name one in {variable[device]}",
+            "compile", f"torch.compile finds no compiler for {device}", f"install gcc, or name one in {named[device]}"
         )
         for device in devices
         if find_compiler(device) is None

@@ -184,14 +184,10 @@ class Rules(Strict):
 
     def rule(self, setting: Setting, facts: Mapping[str, Any], findings: Findings) -> Rule | None:
         """Returns the first rule of a setting whose condition holds and of which no claim is refuted."""
-        return next(
-            (
-                rule
-                for rule in self.rules
-                if rule.setting == setting and rule.is_for(facts) and rule.standing(findings) is not Standing.REFUTED
-            ),
-            None,
-        )
+        for rule in self.rules:
+            if rule.setting == setting and rule.is_for(facts) and rule.standing(findings) is not Standing.REFUTED:
+                return rule
+        return None
 
     def change(self, name: str) -> Change:
         """Returns the change with a name."""

@@ -167,11 +167,9 @@ class Settings:
 def settings_for(method: str, situation: Situation, rules: Rules, findings: Findings) -> Settings:
     """Returns what the rules say about one method in a situation."""
     lines: dict[str, Line] = {}
-    names = {rule.setting for rule in rules.rules}
-    if METHODS[method].trains_base:
-        names -= {"rank", "targets", "alpha", "dropout"}
-    for name in dict.fromkeys(rule.setting for rule in rules.rules):
-        rule = rules.rule(name, situation.facts(method), findings) if name in names else None
+    without = {"rank", "targets", "alpha", "dropout"} if METHODS[method].trains_base else ()
+    for name in dict.fromkeys(rule.setting for rule in rules.rules if rule.setting not in without):
+        rule = rules.rule(name, situation.facts(method), findings)
         if rule is None:
             continue
         standing = rule.standing(findings)
