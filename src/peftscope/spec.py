@@ -185,11 +185,9 @@ class RunSpec(BaseModel):
             yield f"warmup_steps={self.warmup_steps} must not exceed steps={self.steps}"
         if self.generation_items > self.heldout_items:
             yield f"generation_items={self.generation_items} must not exceed heldout_items={self.heldout_items}"
-        if self.validation_every and not self.validation_items:
-            yield f"validation_every={self.validation_every} needs validation_items above 0"
-        if self.retention_every and not self.retention_tokens:
-            yield f"retention_every={self.retention_every} needs retention_tokens above 0"
-        for name in ("validation_every", "retention_every"):
+        for name, scored in (("validation_every", "validation_items"), ("retention_every", "retention_tokens")):
+            if getattr(self, name) and not getattr(self, scored):
+                yield f"{name}={getattr(self, name)} needs {scored} above 0"
             if getattr(self, name) and self.compile:
                 yield f"{name} does not work with compile, which compiles training only; use 0"
         if self.attention == "flash_attention_2" and (self.device == "cpu" or self.precision == "fp32"):

