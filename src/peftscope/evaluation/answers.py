@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from peftscope.data.batching import first_tokens
+from peftscope.data.batching import Example, collate, first_tokens
 from peftscope.data.scoring import read_scoring
 from peftscope.data.sources import Item
 from peftscope.data.tasks import read_split
@@ -45,21 +45,16 @@ class _UncachedLM(HFLM):
             open_rows = [i for i, row in enumerate(rows) if self.eot_token_id not in row[prompts[i] :]]
             if not open_rows:
                 break
-            width = max(len(rows[i]) for i in open_rows)
-            tokens = torch.full((len(open_rows), width), self.tokenizer.pad_token_id, device=self.device)
-            attended = torch.zeros_like(tokens)
-            for place, i in enumerate(open_rows):
-                tokens[place, : len(rows[i])] = torch.tensor(rows[i], device=self.device)
-                attended[place, : len(rows[i])] = 1
+            examples = [Example(tuple(rows[i]), 0) for i in open_rows]
+            batch = collate(examples, self.tokenizer.pad_token_id).to(str(self.device))
+            asked = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
             precision = self.mixed_precision_dtype
             with torch.no_grad(), torch.autocast(self.device.type, precision, enabled=precision is not None):
-                logits = self.model(input_ids=tokens, attention_mask=attended, use_cache=False).logits
+                logits = self.model(**asked, use_cache=False).logits
             for place, i in enumerate(open_rows):
                 rows[i].append(int(logits[place, self.logit_offset + len(rows[i]) - 1].argmax()))
-        new = [row[length:] for row, length in zip(rows, prompts, strict=True)]
-        filled = torch.full((len(rows), max(map(len, new))), self.eot_token_id, device=self.device)
-        for place, tokens_of_row in enumerate(new):
-            filled[place, : len(tokens_of_row)] = torch.tensor(tokens_of_row, device=self.device)
+        new = [context.new_tensor(row[length:]) for row, length in zip(rows, prompts, strict=True)]
+        filled = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=self.eot_token_id)
         return torch.cat([context, filled], dim=1)
 
 
