@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
 from peftscope.report.contrasts import contrasts, readable_contrasts
@@ -55,4 +53,4 @@ def latex(text: str) -> str:
     >>> latex("rank_8: +2.5 % [−1.0, +6.0]")
     'rank\\_8: +2.5 \\% {[}$-$1.0, +6.0]'
     """
-    return re.sub("|".join(map(re.escape, LATEX)), lambda match: LATEX[match[0]], text)
+    return text.translate(str.maketrans(LATEX))
