@@ -28,5 +28,5 @@ class PromptTuning(Prepended):
 
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the base wrapped with PEFT's prompt tuning. The embeddings start as samples from the vocabulary."""
-        options = {"num_virtual_tokens": self.virtual_tokens, "prompt_tuning_init": "SAMPLE_VOCAB"}
+        options: dict[str, Any] = {"num_virtual_tokens": self.virtual_tokens, "prompt_tuning_init": "SAMPLE_VOCAB"}
         return with_adapter(model, "PromptTuningConfig", **options)

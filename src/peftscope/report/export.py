@@ -53,4 +53,4 @@ def latex(text: str) -> str:
     >>> latex("rank_8: +2.5 % [−1.0, +6.0]")
     'rank\\_8: +2.5 \\% {[}$-$1.0, +6.0]'
     """
-    return text.translate(str.maketrans(LATEX))
+    return text.translate({ord(sign): written for sign, written in LATEX.items()})
