@@ -1,9 +1,11 @@
-"""Generated answers, scored by lm-eval on the suite's own task files."""
+"""Scores by lm-eval: of generated answers on the suite's own task files, and of its own benchmarks."""
 
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lm_eval
@@ -13,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from peftscope.data.batching import Example, collate, first_tokens
+from peftscope.data.benchmarks import write_task_file
 from peftscope.data.scoring import read_scoring
 from peftscope.data.sources import Item
 from peftscope.data.tasks import read_split
@@ -86,6 +89,31 @@ def score_answers(
         }
         for sample in sorted(results["samples"][spec.task], key=lambda sample: sample["doc_id"])
     ]
+
+
+def score_benchmarks(model: Any, tokenizer: Any, spec: RunSpec) -> dict[str, dict[str, float]]:
+    """Returns each benchmark's scores by lm-eval's names (``METRIC,FILTER``), and the number of scored ``items``.
+
+    Its rows were fetched before the run.
+
+    These are the first ``spec.benchmark_items`` of each benchmark, with lm-eval's own worked examples before them.
+    """
+    with tempfile.TemporaryDirectory(prefix="peftscope-benchmarks-") as folder:
+        for name in spec.benchmarks:
+            write_task_file(name, Path(folder))
+        results = evaluate(
+            wrap(model, tokenizer, spec),
+            list(spec.benchmarks),
+            TaskManager(include_path=folder, include_defaults=False),
+            limit=spec.benchmark_items,
+            log_samples=False,
+        )
+    scores = {}
+    for name in spec.benchmarks:
+        result = results["results"][name]
+        scores[name] = {key: float(v) for key, v in result.items() if "," in key and "stderr" not in key}
+        scores[name]["items"] = float(results["n-samples"][name]["effective"])
+    return scores
 
 
 def evaluate(
