@@ -94,9 +94,8 @@ def score_answers(
 def score_benchmarks(model: Any, tokenizer: Any, spec: RunSpec) -> dict[str, dict[str, float]]:
     """Returns each benchmark's scores by lm-eval's names (``METRIC,FILTER``), and the number of scored ``items``.
 
-    Its rows were fetched before the run.
-
-    These are the first ``spec.benchmark_items`` of each benchmark, with lm-eval's own worked examples before them.
+    Items are the first ``spec.benchmark_items`` of a benchmark's rows, which were fetched before the run, with
+    lm-eval's own worked examples before them.
     """
     with tempfile.TemporaryDirectory(prefix="peftscope-benchmarks-") as folder:
         for name in spec.benchmarks:
